@@ -1,0 +1,134 @@
+# Each target sets up what it needs by itself: `make run` and `make test` are all that a fresh Debian 12 has to be told.
+# What comes from Debian is installed only where it is missing and we may (root, or sudo without a password);
+# else the list is printed. Everything else goes into .venv, which holds the dependencies and not the package:
+# the checkout is put on PYTHONPATH, so that twistd finds the plugin in it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2
+DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
+	python3-cryptography python3-openssl python3-service-identity python3-yaml
+
+# Whatever the caller's is: a test must never find another checkout's code.
+export PYTHONPATH := $(CURDIR)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Some of the real servers live in sbin, which only root has on its PATH.
+TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
+# Left behind for .ci/run, which counts what really ran.
+JUNIT = --junitxml=build/junit-$@
+
+.PHONY: help run test test-long test-debian lint clean
+
+help: ## show this
+	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+
+run: $(VENV)/run.stamp ## start the daemon here, in the foreground, with ./images as its store
+	$(VENV)/bin/twistd -n ociregistry --image-path ./images --port 8080 --log-level info
+
+test: $(VENV)/test.stamp ## run all tests but the long ones: first those in memory, then those against real servers
+	$(call need,$(SERVERS))
+	export PATH="$(TEST_PATH)"
+	$(PYTHON) -m pytest $(JUNIT)-unit.xml -m 'not long' tests/unit
+	$(PYTHON) -m pytest $(JUNIT)-real.xml -m 'not long' -n 2 --dist loadfile tests/real
+
+test-long: $(VENV)/test.stamp ## run the long tests
+	$(call need,$(SERVERS))
+	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
+
+test-debian: ## run the tests in memory on Debian's own Python, Twisted and the rest, with nothing from pip
+	$(call need,$(DEBIANS))
+	export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONNOUSERSITE=1
+	python3 -c "$$ONLY_DEBIAN"
+	python3 -m pytest $(JUNIT).xml -m 'not long' tests/unit
+
+lint: $(VENV)/test.stamp ## check style, layout and types
+	$(VENV)/bin/ruff check --output-format=concise
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+clean: ## remove what the other targets made, but not ./images
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache _trial_temp* twistd.pid
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	rm -f twisted/plugins/dropin.cache
+
+# Made once, and again when setup.py changes. Debian's Python first, since that is the one that the daemon runs on.
+$(VENV)/run.stamp: setup.py
+	for python in /usr/bin/python3 python3 none; do
+	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+	done
+	if [ $$python = none ]; then
+	    $(call need,python3-venv)
+	    python=/usr/bin/python3
+	fi
+	$$python -m venv --clear $(VENV)
+	$(PYTHON) -m pip install --quiet setuptools
+	$(PYTHON) -c "$$REQUIREMENTS" > $(VENV)/run.txt
+	$(PYTHON) -m pip install --quiet --requirement $(VENV)/run.txt
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	$(PYTHON) -c "$$REQUIREMENTS" test > $(VENV)/test.txt
+	$(PYTHON) -m pip install --quiet --requirement $(VENV)/test.txt
+	touch $@
+
+# setup.py says what is needed, and nobody repeats it. (pip cannot install the dependencies of a package without it.)
+define REQUIREMENTS
+import setuptools, sys
+from distutils.core import run_setup
+package = run_setup("setup.py", stop_after="init")
+print(*package.install_requires, *(one for extra in sys.argv[1:] for one in package.extras_require[extra]), sep="\n")
+endef
+export REQUIREMENTS
+
+define ONLY_DEBIAN
+import subprocess, sys
+import OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, treq, twisted, yaml
+debian = subprocess.check_output(["dpkg-query", "-Wf", "$${Version}", "python3-twisted"], text=True)
+print(f"Python {sys.version.split()[0]} at {sys.executable}, Twisted {twisted.__version__} of python3-twisted {debian}")
+if sys.prefix != "/usr" or not debian.startswith(f"{twisted.__version__}-"):
+    sys.exit("this is not Debian's own Python and Twisted")
+modules = (OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, treq, twisted, yaml)
+if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/lib/python3/dist-packages/")]:
+    sys.exit(f"not from Debian: {foreign}")
+endef
+export ONLY_DEBIAN
+
+# $(call need,PACKAGES): has them installed, or says what to install. Services that come with them are neither started
+# now nor with the machine: the tests start their own, on their own ports.
+define need
+(
+missing=() new=()
+for package in $(1); do
+    dpkg-query -Wf '$${db:Status-Status}\n' $$package 2>/dev/null | grep -qx installed || missing+=($$package)
+done
+[ $${#missing[@]} != 0 ] || exit 0
+may=(env DEBIAN_FRONTEND=noninteractive)
+if [ $$(id -u) != 0 ]; then
+    sudo -n true 2>/dev/null || { echo >&2 "Please install first: apt-get install $${missing[*]}"; exit 1; }
+    may=(sudo -n "$${may[@]}")
+fi
+for service in docker-registry containerd nginx; do
+    [ -e /lib/systemd/system/$$service.service ] || new+=($$service)
+done
+policy=/usr/sbin/policy-rc.d
+if [ ! -e $$policy ]; then
+    trap "$${may[*]} rm -f $$policy" EXIT
+    printf '#!/bin/sh\nexit 101\n' | "$${may[@]}" tee $$policy >/dev/null
+    "$${may[@]}" chmod +x $$policy
+fi
+echo "Installing $${missing[*]}"
+apt=("$${may[@]}" apt-get -qq -y -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300)
+"$${apt[@]}" update
+"$${apt[@]}" install --no-install-recommends "$${missing[@]}" </dev/null >/dev/null
+for service in "$${new[@]}"; do
+    "$${may[@]}" systemctl --quiet disable $$service 2>/dev/null || true
+done
+)
+endef

@@ -1,0 +1,188 @@
+"""What things are called: upstreams, repositories, tags, digests and image references.
+
+Each value is parsed once, at the edge, and is then known to be well-formed, so it can be compared, printed
+and made part of a file name without another look. The grammars are those of the OCI Distribution
+specification v1.1.1 ("Pulling manifests") and, for hosts, of the reference grammar that Docker and
+containerd share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from ociregistry.errors import DigestInvalid, ManifestUnknown, NameInvalid
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_LABEL = r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?"
+_UPSTREAM = re.compile(rf"(?P<host>{_LABEL}(?:\.{_LABEL})*|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
+_LONGEST_NAME = 255
+
+DOCKER_HUB = "docker.io"
+_DOCKER_HUB_ALIASES = frozenset({"index.docker.io", "registry-1.docker.io"})
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Upstream:
+    """A registry that we pull from, by the `name` that users type: `host` or `host:port`."""
+
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The upstream that `text` names; other names of Docker Hub become `docker.io`.
+
+        Raises `NameInvalid` for anything but a host with an optional port: no scheme, user or path.
+        """
+        name = text.lower()
+        match = _UPSTREAM.fullmatch(name)
+        if match is None or len(name) > _LONGEST_NAME or not 0 < int(match["port"] or 443) < 65536:
+            raise NameInvalid(f"{text!r} is not the name of a registry: host or host:port is expected")
+        return cls(DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name)
+
+    @property
+    def host(self) -> str:
+        """The host alone, an IPv6 address with its brackets."""
+        return self.name if self.port is None else self.name.rpartition(":")[0]
+
+    @property
+    def port(self) -> int | None:
+        """The port that the name carries, or None."""
+        match = _UPSTREAM.fullmatch(self.name)
+        return int(match["port"]) if match and match["port"] else None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Digest(str):
+    """A well-formed sha256 or sha512 digest, such as `sha256:9f86…`. A string, so that a million are cheap."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The digest that `text` spells; raises `DigestInvalid`."""
+        if not _DIGEST.fullmatch(text):
+            raise DigestInvalid(f"{text!r} is not a digest: sha256:<64 hex> or sha512:<128 hex> is expected")
+        return cls(text)
+
+    @classmethod
+    def of(cls, data: bytes, algorithm: str = "sha256") -> Self:
+        """The digest of `data`."""
+        return cls(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
+
+    @classmethod
+    def from_hex(cls, text: str) -> Self | None:
+        """The digest whose `hex` is `text`, which is how the store names files; None if it is no such name."""
+        algorithm = {64: "sha256", 128: "sha512"}.get(len(text), "")
+        spelled = f"{algorithm}:{text}"
+        return cls(spelled) if _DIGEST.fullmatch(spelled) else None
+
+    @property
+    def algorithm(self) -> str:
+        """`sha256` or `sha512`."""
+        return self.partition(":")[0]
+
+    @property
+    def hex(self) -> str:
+        """The hexadecimal part: a safe file name; its length tells the algorithm."""
+        return self.partition(":")[2]
+
+    def hasher(self) -> _Hash:
+        """A new hash object of this digest's algorithm."""
+        return hashlib.new(self.algorithm)
+
+    def matches(self, data: bytes) -> bool:
+        """Whether `data` has this digest."""
+        return hashlib.new(self.algorithm, data).hexdigest() == self.hex
+
+
+class Tag(str):
+    """A well-formed tag, such as `v1.29.1`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The tag that `text` spells.
+
+        Raises `ManifestUnknown`: the specification's conformance suite wants 404 for a malformed tag.
+        """
+        if not _TAG.fullmatch(text):
+            raise ManifestUnknown(f"{text[:200]!r} is not a tag")
+        return cls(text)
+
+
+Reference = Tag | Digest
+
+
+def parse_reference(text: str) -> Reference:
+    """The tag or digest that `text` spells; raises `ManifestUnknown` or `DigestInvalid`."""
+    return Digest.parse(text) if ":" in text else Tag.parse(text)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Repository:
+    """A repository at an upstream, such as `docker.io/library/nginx`."""
+
+    upstream: Upstream
+    path: str
+
+    @classmethod
+    def at(cls, upstream: Upstream, path: str) -> Self:
+        """The repository `path` of `upstream`; a single component of docker.io gets `library/`.
+
+        Raises `NameInvalid`.
+        """
+        if len(path) > _LONGEST_NAME or not _PATH.fullmatch(path):
+            raise NameInvalid(f"{path[:300]!r} is not the name of a repository")
+        if upstream.name == DOCKER_HUB and "/" not in path:
+            path = f"library/{path}"
+        return cls(upstream, path)
+
+    @classmethod
+    def parse(cls, name: str, default: Upstream) -> Self:
+        """The repository `name`, whose first component is the upstream if it looks like a host.
+
+        A host has a `.` or a `:`, or is `localhost`; otherwise the upstream is `default`. Raises `NameInvalid`.
+        """
+        first, slash, rest = name.partition("/")
+        if slash and (first == "localhost" or "." in first or ":" in first):
+            return cls.at(Upstream.parse(first), rest)
+        return cls.at(default, name)
+
+    def __str__(self) -> str:
+        return f"{self.upstream}/{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReference:
+    """A manifest in a repository, by tag or digest; printed, it is an image URL."""
+
+    repository: Repository
+    reference: Reference
+
+    @classmethod
+    def parse(cls, url: str, default: Upstream) -> Self:
+        """The image that `url` (`repository:tag` or `repository@digest`) names.
+
+        Raises `NameInvalid`, `DigestInvalid` or `ManifestUnknown`.
+        """
+        name, at, digest = url.partition("@")
+        if at:
+            return cls(Repository.parse(name, default), Digest.parse(digest))
+        name, _, tag = url.rpartition(":")
+        return cls(Repository.parse(name, default), Tag.parse(tag))
+
+    def __str__(self) -> str:
+        mark = "@" if isinstance(self.reference, Digest) else ":"
+        return f"{self.repository}{mark}{self.reference}"

@@ -1,0 +1,144 @@
+"""The read-through cache: answers from the store, and from the upstream what the store does not have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from ociregistry.errors import RegistryError, Unavailable
+from ociregistry.flights import Flights
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.pullthrough.content import Content
+from ociregistry.pullthrough.download import Download
+from ociregistry.pullthrough.patience import in_time
+from ociregistry.store.store import Counts, Store
+from ociregistry.upstream.registries import Registries
+
+
+@dataclass(frozen=True, slots=True)
+class FoundManifest:
+    """A manifest, and whether the store had it."""
+
+    manifest: Manifest
+    hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBlob:
+    """A blob, open for reading, and whether the store had it."""
+
+    content: Content
+    hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSize:
+    """The size of a blob in bytes, and whether the store had it."""
+
+    size: int
+    hit: bool
+
+
+class PullThrough:
+    """The cache. Every answer comes within 25 s, or `Unavailable` does; the fetch then goes on for a later call.
+
+    All methods raise `Denied` for an upstream that is not allowed.
+    """
+
+    log = Logger()
+
+    def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
+        self._store = store
+        self._registries = registries
+        self._clock = clock
+        self._manifests: Flights[ImageReference, Manifest] = Flights()
+        self._sizes: Flights[tuple[Repository, Digest], int] = Flights()
+        self._downloads: dict[Digest, Download] = {}
+        self._ended = 0
+        """Counts the downloads that have ended."""
+
+    @property
+    def counts(self) -> Counts:
+        """What the store holds."""
+        return self._store.counts
+
+    def stop(self) -> Deferred[list[None]]:
+        """Ends what is in flight; fires when it has ended."""
+        return gatherResults([download.cancel() for download in list(self._downloads.values())])
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`."""
+        self._registries.check(image.repository.upstream)
+        stored = await self._store.manifest(image)
+        if stored is not None:
+            self.log.debug("serving manifest from cache: {image}", image=image)
+            return FoundManifest(stored, hit=True)
+        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image))
+        return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
+
+    async def _fetch_manifest(self, image: ImageReference) -> Manifest:
+        self.log.debug("pulling manifest from upstream: {image}", image=image)
+        manifest = await self._registries.get(image.repository.upstream).manifest(image)
+        try:
+            await self._store.keep(manifest, image)
+        except OSError as error:
+            raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
+        return manifest
+
+    async def blob(self, repository: Repository, digest: Digest) -> FoundBlob:
+        """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`."""
+        self._registries.check(repository.upstream)
+        while True:
+            ended = self._ended
+            stored = await self._store.blob(digest)
+            if stored is not None:
+                self.log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
+                return FoundBlob(stored, hit=True)
+            # A download that ended while we looked may have brought it.
+            if ended == self._ended:
+                break
+        followed = Deferred.fromCoroutine(self._follow(repository, digest))
+        return FoundBlob(await in_time(followed, self._clock, f"{repository}@{digest}"), hit=False)
+
+    async def _follow(self, repository: Repository, digest: Digest) -> Content:
+        while True:
+            download = self._downloads.get(digest)
+            if download is None or download.error is not None:
+                download = self._start(repository, digest)
+            try:
+                return await download.reader()
+            except RegistryError:
+                # What another repository lacks or refuses, this one may have.
+                if download.repository == repository:
+                    raise
+
+    def _start(self, repository: Repository, digest: Digest) -> Download:
+        self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
+        registry = self._registries.get(repository.upstream)
+        expected = self._store.size_in(repository, digest)
+        download = self._downloads[digest] = Download(registry, self._store, repository, digest, expected)
+        download.start().addCallback(self._land, download)
+        return download
+
+    def _land(self, _: None, download: Download) -> None:
+        self._ended += 1
+        if self._downloads.get(download.digest) is download:
+            del self._downloads[download.digest]
+
+    async def blob_size(self, repository: Repository, digest: Digest) -> FoundSize:
+        """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""
+        self._registries.check(repository.upstream)
+        stored = await self._store.blob(digest)
+        if stored is not None:
+            stored.close()
+            return FoundSize(stored.size, hit=True)
+        download = self._downloads.get(digest)
+        if download is not None and download.size is not None:
+            return FoundSize(download.size, hit=False)
+        registry = self._registries.get(repository.upstream)
+        asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest))
+        return FoundSize(await in_time(asked, self._clock, f"{repository}@{digest}"), hit=False)

@@ -1,0 +1,97 @@
+"""Tags and referrers: the upstream's word while it can be reached, else what the cache knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from ociregistry.errors import Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.pullthrough.patience import in_time
+from ociregistry.store.store import Store
+from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.registry import TagPage
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTags:
+    """A page of tags, and whether it is the cache's for want of the upstream's."""
+
+    page: TagPage
+    hit: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundReferrers:
+    """An index of referrers as JSON, and whether it is the cache's for want of the upstream's."""
+
+    data: bytes
+    hit: bool
+
+
+class Listings:
+    """What an upstream lists. Raises as `PullThrough` does; never gives an empty list for want of an answer."""
+
+    log = Logger()
+
+    def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
+        self._store = store
+        self._registries = registries
+        self._clock = clock
+
+    async def tags(self, repository: Repository, count: int | None, last: str) -> FoundTags:
+        """At most `count` tags of `repository` after the tag `last`."""
+        registry = self._registries.get(repository.upstream)
+        if count == 0:
+            return FoundTags(TagPage((), more=False), hit=False)
+        asked = Deferred.fromCoroutine(registry.tags(repository, count, last))
+        try:
+            return FoundTags(await in_time(asked, self._clock, repository), hit=False)
+        except Unavailable as error:
+            known = self._store.tags(repository)
+            if not known:
+                raise
+            self.log.warn("listing the tags in the cache: {why}", why=error)
+            following = [tag for tag in known if tag > last]
+            page = following[:count]
+            return FoundTags(TagPage(tuple(page), more=len(page) < len(following)), hit=True)
+
+    async def referrers(self, repository: Repository, digest: Digest, artifact_type: str) -> FoundReferrers:
+        """The index of what refers to the manifest `digest`, only that of `artifact_type` if it is given.
+
+        What the upstream lists is kept under the tag that the specification sets aside for registries without
+        this API ("Referrers Tag Schema").
+        """
+        registry = self._registries.get(repository.upstream)
+        tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
+        asked = Deferred.fromCoroutine(registry.referrers(repository, digest))
+        try:
+            manifest = await in_time(asked, self._clock, repository)
+        except Unavailable as error:
+            kept = await self._store.manifest(tagged)
+            if kept is None or not kept.is_list:
+                raise
+            self.log.warn("listing the referrers in the cache: {why}", why=error)
+            return FoundReferrers(_filtered(kept, artifact_type), hit=True)
+        if manifest.children:
+            await self._keep(manifest, tagged)
+        return FoundReferrers(_filtered(manifest, artifact_type), hit=False)
+
+    async def _keep(self, manifest: Manifest, tagged: ImageReference) -> None:
+        try:
+            await self._store.keep(manifest, tagged)
+        except OSError as error:
+            self.log.error("{image}: cannot be stored: {why}", image=tagged, why=error.strerror)
+
+
+def _filtered(manifest: Manifest, artifact_type: str) -> bytes:
+    if not artifact_type:
+        return manifest.data
+    document = json.loads(manifest.data)
+    document["manifests"] = [entry for entry in document["manifests"] if entry.get("artifactType") == artifact_type]
+    return json.dumps(document).encode()

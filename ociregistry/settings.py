@@ -1,0 +1,128 @@
+"""Settings: from the command line and a YAML file to one frozen value, or a clear error.
+
+The command line wins over the file, and the file over the defaults. `OPTIONS` is the one table of what may be
+set; the command line's parser and the file's reader are both made from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ociregistry.config import ConfigInvalid, RegistrySettings, read_config
+from ociregistry.errors import NameInvalid
+from ociregistry.names import DOCKER_HUB, Upstream
+
+LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that the daemon is told."""
+
+    image_path: Path
+    port: int
+    listen: tuple[str, ...]
+    """Endpoint descriptions, in place of `port`."""
+    log_level: str
+    pull_timeout: float
+    """Seconds that a client waits without progress."""
+    max_connections: int
+    allow_upstreams: tuple[str, ...]
+    """Globs; empty for all."""
+    default_ns: Upstream
+    registries: Mapping[Upstream, RegistrySettings]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing that may be set: `name` on the command line, with `_` for `-` in the file."""
+
+    name: str
+    default: str
+    help: str
+    parse: Callable[[str], object]
+    """From the text of a value; raises `ValueError` with what is expected."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the file, and in `Settings`."""
+        return self.name.replace("-", "_")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("a path is expected")
+    return Path(text).expanduser().absolute()
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
+            raise ValueError(f"a number from {least} to {most} is expected")
+        return int(text)
+
+    return parse
+
+
+def _milliseconds(text: str) -> float:
+    return _number(1, 10**9)(text) / 1000
+
+
+def _level(text: str) -> str:
+    if text not in LOG_LEVELS:
+        raise ValueError(f"one of {', '.join(LOG_LEVELS)} is expected")
+    return text
+
+
+def _globs(text: str) -> tuple[str, ...]:
+    return tuple(glob.strip().lower() for glob in text.split(",") if glob.strip())
+
+
+def _upstream(text: str) -> Upstream:
+    try:
+        return Upstream.parse(text)
+    except NameInvalid as error:
+        raise ValueError(error.message) from None
+
+
+OPTIONS = (
+    Option("image-path", "/var/lib/ociregistry", "Root of the store; created if missing.", _path),
+    Option("port", "8080", "TCP port to listen on.", _number(1, 65535)),
+    Option("log-level", "error", "trace, debug, info, warn or error.", _level),
+    Option("pull-timeout", "60000", "Milliseconds that a client waits without progress.", _milliseconds),
+    Option("max-connections", "16", "Connections to one upstream.", _number(1, 10_000)),
+    Option("allow-upstreams", "", "Globs of allowed upstreams, separated by commas (default: all).", _globs),
+    Option("default-ns", DOCKER_HUB, "Upstream of names that carry none.", _upstream),
+)
+
+
+def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path: str | None) -> Settings:
+    """The settings that the options `given` on the command line (by `Option.key`) and the file make.
+
+    Raises `ConfigInvalid`, which names the option, or the file with line and key.
+    """
+    config = read_config(Path(config_path), {option.key for option in OPTIONS}) if config_path else None
+    values: dict[str, object] = {}
+    for option in OPTIONS:
+        if option.key in given:
+            values[option.key] = _parsed(option, given[option.key], f"--{option.name}")
+        elif config is not None and option.key in config.values:
+            text, where = config.values[option.key]
+            if option.parse is _path:
+                text = str(Path(config.path).absolute().parent / Path(text).expanduser())
+            values[option.key] = _parsed(option, text, f"{where}: {option.key}")
+        else:
+            values[option.key] = option.parse(option.default)
+    if config is not None and not listen:
+        listen = config.listen
+    return Settings(**values, listen=listen, registries=config.registries if config else {})  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
+
+
+def _parsed(option: Option, text: str, where: str) -> object:
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise ConfigInvalid(f"{where}: {text!r}: {error}") from None

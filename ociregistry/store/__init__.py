@@ -1,0 +1,1 @@
+"""Knows the disk, never the network: records, blobs and partials."""

@@ -1,0 +1,65 @@
+"""Whole blobs: content-addressed files that never change."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from twisted.internet.defer import Deferred, succeed
+
+from ociregistry.store.files import SharedFile
+from ociregistry.store.threads import Threads
+
+
+class StoredBlob:
+    """A whole blob, open for reading; use it as a context manager, or call `close`."""
+
+    def __init__(self, file: SharedFile, size: int, threads: Threads) -> None:
+        self._file = file
+        self._threads = threads
+        self.size = size
+
+    def more_than(self, offset: int) -> Deferred[int]:
+        """Fires with how many bytes can be read: all of them."""
+        return succeed(self.size)
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Fires with at most `count` and at least one of the bytes at `offset`."""
+        return read_at(self._file, offset, count, self._threads)
+
+    def close(self) -> None:
+        """Gives the file back."""
+        self._file.release()
+
+
+def open_blob(path: Path) -> tuple[SharedFile, int] | None:
+    """The file at `path` and its size in bytes, or None if there is none. Blocks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    return SharedFile(descriptor), os.fstat(descriptor).st_size
+
+
+def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:
+    """Fires with bytes of `file`: at once when the kernel has them in memory, else by way of a thread."""
+    buffer = bytearray(count)
+    try:
+        got = os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        # EAGAIN: it would have to wait for the disk. EOPNOTSUPP: this file system cannot tell.
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        got = 0
+    if got:
+        del buffer[got:]
+        return succeed(bytes(buffer))
+    return threads.read(_read_and_release, file.lease(), offset, count)
+
+
+def _read_and_release(file: SharedFile, offset: int, count: int) -> bytes:
+    try:
+        return os.pread(file.fileno(), count, offset)
+    finally:
+        file.release()

@@ -1,0 +1,104 @@
+"""The memory's view of the records: which tag means which digest, and which blobs are named with which size.
+
+It is never more than the files: whoever finds an entry here still opens the file, and no file means a miss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.store.records import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What memory keeps of a record."""
+
+    is_list: bool
+    images: Mapping[str, datetime]
+    """Image URL -> last confirmed."""
+    blobs: Mapping[Digest, int]
+    """What the manifest names, and its size in bytes."""
+
+    @classmethod
+    def of(cls, record: Record) -> Entry:
+        """The entry for `record`."""
+        return cls(
+            is_list=record.manifest.is_list,
+            images={url: dates.confirmed for url, dates in record.images.items()},
+            blobs={blob.digest: blob.size for blob in record.manifest.blobs},
+        )
+
+    def known_in(self, repository: Repository) -> bool:
+        """Whether some image URL of `repository` means this manifest."""
+        prefix = str(repository)
+        return any(url.startswith((f"{prefix}:", f"{prefix}@")) for url in self.images)
+
+
+class Catalogue:
+    """All entries, with the ways to find them."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Digest, Entry] = {}
+        self._claims: dict[str, dict[Digest, datetime]] = {}
+        self._naming: dict[Digest, dict[Digest, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, digest: Digest, entry: Entry) -> None:
+        """Takes `entry` for the record `digest`, in place of the one it had."""
+        self.drop(digest)
+        self._entries[digest] = entry
+        for url, confirmed in entry.images.items():
+            self._claims.setdefault(url, {})[digest] = confirmed
+        for blob, size in entry.blobs.items():
+            self._naming.setdefault(blob, {})[digest] = size
+
+    def drop(self, digest: Digest) -> None:
+        """Forgets the record `digest`."""
+        entry = self._entries.pop(digest, None)
+        if entry is None:
+            return
+        for url in entry.images:
+            claims = self._claims[url]
+            del claims[digest]
+            if not claims:
+                del self._claims[url]
+        for blob in entry.blobs:
+            naming = self._naming[blob]
+            del naming[digest]
+            if not naming:
+                del self._naming[blob]
+
+    def get(self, digest: Digest) -> Entry | None:
+        """The entry of the record `digest`."""
+        return self._entries.get(digest)
+
+    def resolve(self, image: ImageReference) -> Digest | None:
+        """The digest that `image` means: of several records that claim a tag, the last confirmed."""
+        if isinstance(image.reference, Digest):
+            return image.reference if image.reference in self._entries else None
+        claims = self._claims.get(str(image))
+        return max(claims, key=lambda digest: (claims[digest], digest)) if claims else None
+
+    def tags(self, repository: Repository) -> list[Tag]:
+        """The tags of `repository`, sorted."""
+        prefix = f"{repository}:"
+        return sorted(Tag(url.removeprefix(prefix)) for url in self._claims if url.startswith(prefix))
+
+    def sizes(self, blob: Digest, repository: Repository | None = None) -> set[int]:
+        """The sizes in bytes that manifests (of `repository`, if given) give `blob`."""
+        return {
+            size
+            for manifest, size in self._naming.get(blob, {}).items()
+            if repository is None or self._entries[manifest].known_in(repository)
+        }
+
+    def counts(self) -> tuple[int, int]:
+        """How many manifest lists and how many image manifests there are."""
+        lists = sum(entry.is_list for entry in self._entries.values())
+        return lists, len(self._entries) - lists

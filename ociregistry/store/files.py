@@ -1,0 +1,117 @@
+"""The one seam to the file system: every write, sync and rename of the store goes through a `Files`.
+
+All of it blocks, so it runs in the store's threads. A test puts another `Files` in its place to lose what was
+not synced, or to fail.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class SharedFile:
+    """An open file that several readers and threads use, closed when the last lease is given back.
+
+    A read may still run in a thread when its client has gone; closing the descriptor under it would let the
+    thread read whatever file gets the number next.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._leases = 1
+        self._lock = threading.Lock()
+
+    def lease(self) -> SharedFile:
+        """One more user of this file, who calls `release` once."""
+        with self._lock:
+            if self._leases == 0:
+                raise ValueError("the file is closed already")
+            self._leases += 1
+        return self
+
+    def release(self) -> None:
+        """Gives a lease back."""
+        with self._lock:
+            self._leases -= 1
+            last = self._leases == 0
+        if last:
+            os.close(self._descriptor)
+
+    def fileno(self) -> int:
+        """The descriptor, valid while a lease is held."""
+        return self._descriptor
+
+
+class Files:
+    """The real file system."""
+
+    def create(self, path: Path) -> SharedFile:
+        """A new empty file, open for reading and writing; what was there under that name is unlinked first."""
+        path.unlink(missing_ok=True)
+        return SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+
+    def write(self, file: SharedFile, data: bytes, offset: int) -> None:
+        """Writes all of `data` at `offset`."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(file.fileno(), view, offset)
+            view, offset = view[written:], offset + written
+
+    def commit(self, file: SharedFile, path: Path, target: Path) -> None:
+        """Makes the finished `file` at `path` appear as `target`, whole and on disk, or not at all."""
+        self.sync(file)
+        self.rename(path, target)
+        self.sync_folder(target.parent)
+
+    def sync(self, file: SharedFile) -> None:
+        """Returns when what was written is on disk."""
+        os.fsync(file.fileno())
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Renames within the store, over what is there."""
+        path.rename(target)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Returns when the names in `folder` are on disk."""
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def unlink(self, path: Path) -> None:
+        """Removes a file, if it is there."""
+        path.unlink(missing_ok=True)
+
+
+def lock(path: Path, *, wait: bool = True) -> int | None:
+    """An exclusive flock on `path`, held until the returned descriptor is closed or the process ends.
+
+    Without `wait`, None when another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive flock on `path`."""
+    descriptor = lock(path)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,143 @@
+"""The records' files in fat/ and img/: reading, rewriting, and finding what other processes changed.
+
+Everything here blocks and runs in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from ociregistry.manifests import LARGEST_MANIFEST, Manifest
+from ociregistry.names import Digest, ImageReference
+from ociregistry.store.catalogue import Entry
+from ociregistry.store.files import Files, locked
+from ociregistry.store.records import Record, RecordInvalid
+
+LISTS_FOLDER = "fat"
+IMAGES_FOLDER = "img"
+
+_LARGEST_RECORD = 8 * LARGEST_MANIFEST
+"""Bytes; JSON spells one byte of a manifest with at most six, and the image URLs come on top."""
+
+_NOTE_PULLS_EVERY = 60.0
+"""Seconds."""
+
+Signature = tuple[int, int, int, int]
+"""Of a file: it changes when the file does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a look at the folders found to differ from what was known."""
+
+    seen: Mapping[Path, Signature]
+    read: Mapping[Path, Entry] = field(default_factory=dict)
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+    """Path -> reason: new or changed files that are no records of ours."""
+    gone: frozenset[Path] = frozenset()
+
+
+class RecordFiles:
+    """The folders fat/ and img/ below `root`; `scratch` is this process's own folder for temporary files."""
+
+    def __init__(self, root: Path, scratch: Path, files: Files) -> None:
+        self._folders = (root / LISTS_FOLDER, root / IMAGES_FOLDER)
+        self._lock = root / "pulls" / "lock"
+        self._scratch = scratch
+        self._files = files
+
+    def path(self, digest: Digest, *, is_list: bool) -> Path:
+        """Where the record of `digest` is kept."""
+        return self._folders[0 if is_list else 1] / digest.hex
+
+    def read(self, path: Path) -> Record:
+        """The record at `path`; raises `RecordInvalid`, and `OSError` when it cannot be read."""
+        digest = Digest.from_hex(path.name)
+        if digest is None:
+            raise RecordInvalid("its name is not that of a record")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_RECORD + 1)
+        if len(data) > _LARGEST_RECORD:
+            raise RecordInvalid(f"larger than {_LARGEST_RECORD} bytes")
+        record = Record.parse(data, digest)
+        if self.path(digest, is_list=record.manifest.is_list) != path:
+            raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
+        return record
+
+    def confirm(self, manifest: Manifest, image: ImageReference, now: datetime) -> Record:
+        """Writes that `image` means `manifest` at `now`; returns the record as it is on disk then.
+
+        What another process wrote in between is kept. A file there that is no record of ours is moved aside
+        into the scratch folder's bad/.
+        """
+        path = self.path(manifest.digest, is_list=manifest.is_list)
+        with locked(self._lock):
+            record = (self._existing(path) or Record(manifest, {})).confirm(image, now)
+            temporary = self._scratch / f"{path.name}.record"
+            file = self._files.create(temporary)
+            try:
+                self._files.write(file, record.render(), 0)
+                self._files.commit(file, temporary, path)
+            except BaseException:
+                self._files.unlink(temporary)
+                raise
+            finally:
+                file.release()
+        return record
+
+    def _existing(self, path: Path) -> Record | None:
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
+        except RecordInvalid:
+            aside = self._scratch / "bad"
+            aside.mkdir(exist_ok=True)
+            self._files.rename(path, aside / path.name)
+            return None
+
+    def pull(self, path: Path, now: float) -> Record:
+        """As `read`, for a client: the file's mtime tells (to the minute) that it was pulled at `now`."""
+        record = self.read(path)
+        # A store that can only be read still serves.
+        with suppress(OSError):
+            if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
+                os.utime(path, (now, now))
+        return record
+
+    def look(self, known: Mapping[Path, Signature]) -> Changes:
+        """Compares the folders with what is `known` and reads what is new or changed."""
+        seen: dict[Path, Signature] = {}
+        read: dict[Path, Entry] = {}
+        damaged: dict[Path, str] = {}
+        for folder in self._folders:
+            for path, signature in _signatures(folder):
+                seen[path] = signature
+                if known.get(path) == signature:
+                    continue
+                try:
+                    read[path] = Entry.of(self.read(path))
+                except FileNotFoundError:
+                    del seen[path]
+                except (RecordInvalid, OSError) as error:
+                    damaged[path] = str(error)
+        return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()))
+
+
+def _signatures(folder: Path) -> list[tuple[Path, Signature]]:
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if Digest.from_hex(entry.name) is None:
+                continue
+            try:
+                stat = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            found.append((folder / entry.name, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
+    return found

@@ -1,0 +1,93 @@
+"""A record: a manifest as stored, one JSON file made for `grep`, `cat` and `jq`.
+
+{"digest": …, "mediaType": …,
+ "images": {"docker.io/library/nginx:1.25": {"created": "2026-03-01T22:17:30.000000Z", "confirmed": …}},
+ "manifest": "the exact bytes that the digest names, as a JSON string"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from ociregistry.errors import RegistryError
+from ociregistry.manifests import Manifest, ManifestInvalid
+from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
+
+_ANY_UPSTREAM = Upstream(DOCKER_HUB)
+
+
+class RecordInvalid(ValueError):
+    """The file is damaged or in a foreign format; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dates:
+    """When an image URL was first and last seen to mean this manifest."""
+
+    created: datetime
+    confirmed: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A manifest and the image URLs that it is known by."""
+
+    manifest: Manifest
+    images: Mapping[str, Dates]
+
+    def confirm(self, image: ImageReference, now: datetime) -> Record:
+        """This record, where `image` is known to mean this manifest at `now`."""
+        known = self.images.get(str(image))
+        created = known.created if known else now
+        return Record(self.manifest, {**self.images, str(image): Dates(created, now)})
+
+    def render(self) -> bytes:
+        """The bytes of the file."""
+        document = {
+            "digest": self.manifest.digest,
+            "mediaType": self.manifest.media_type,
+            "images": {
+                url: {"created": _spell(dates.created), "confirmed": _spell(dates.confirmed)}
+                for url, dates in sorted(self.images.items())
+            },
+            "manifest": self.manifest.data.decode("utf-8"),
+        }
+        return json.dumps(document, indent=2).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes, digest: Digest) -> Record:
+        """The record in a file named after `digest`; raises `RecordInvalid`."""
+        try:
+            document = json.loads(data)
+            if document["digest"] != digest:
+                raise RecordInvalid(f"it holds {document['digest']}, not what its name says")
+            manifest = Manifest.parse(document["manifest"].encode("utf-8"), document["mediaType"], digest)
+            images = {
+                str(ImageReference.parse(url, _ANY_UPSTREAM)): Dates(
+                    _time(dates["created"]), _time(dates["confirmed"])
+                )
+                for url, dates in document["images"].items()
+            }
+        except (RegistryError, ManifestInvalid) as error:
+            raise RecordInvalid(str(error)) from None
+        except RecordInvalid:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise RecordInvalid(f"not JSON, or cut off: {error}") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecordInvalid(f"not a record of this program: {type(error).__name__} {error}") from None
+        return cls(manifest, images)
+
+
+def _spell(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise RecordInvalid(f"the time {text!r} has no time zone")
+    return time

@@ -1,0 +1,189 @@
+"""The store: the only door to the disk. It knows files and digests, and nothing of networks or clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.store.blobs import StoredBlob, open_blob
+from ociregistry.store.catalogue import Catalogue, Entry
+from ociregistry.store.files import Files
+from ociregistry.store.partials import Partial, PullsFolder
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Changes, RecordFiles, Signature
+from ociregistry.store.records import RecordInvalid
+from ociregistry.store.threads import Threads
+
+_LOOK_EVERY = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much the store holds."""
+
+    lists: int
+    images: int
+
+
+class Store:
+    """Records, blobs and partials below one folder, and the view of them in memory."""
+
+    log = Logger()
+
+    def __init__(
+        self,
+        root: Path,
+        clock: IReactorTime,
+        reactor: IReactorFromThreads,
+        files: Files | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._root = root
+        self._blobs = root / "blobs"
+        self._now = now
+        self._files = files or Files()
+        self._threads = Threads(reactor)
+        self._catalogue = Catalogue()
+        self._known: dict[Path, Signature] = {}
+        self._written: set[Path] = set()
+        """Records that this process wrote since the look that is under way began: newer than what it found."""
+        self._committed: dict[Digest, int] = {}
+        """Blobs that this process committed, for those that no record names (yet)."""
+        self._looking = LoopingCall(self._look)
+        self._looking.clock = clock
+
+    def start(self) -> None:
+        """Makes the folders, takes a pulls/<n>/ and reads all records, then keeps looking every second.
+
+        Blocks until the records are read, so that whoever finds the port open finds the whole cache.
+        Raises `OSError`.
+        """
+        for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._pulls = PullsFolder(self._root / "pulls")
+        self._records = RecordFiles(self._root, self._pulls.path, self._files)
+        self._take(self._records.look({}))
+        self._threads.start()
+        self._looking.start(_LOOK_EVERY, now=False)
+
+    def stop(self) -> None:
+        """Ends the threads, after what they are at."""
+        self._looking.stop()
+        self._threads.stop()
+        self._pulls.close()
+
+    @property
+    def counts(self) -> Counts:
+        """How many records there are."""
+        return Counts(*self._catalogue.counts())
+
+    def _look(self) -> Deferred[None]:
+        self._written.clear()
+        looked = self._threads.read(self._records.look, dict(self._known)).addCallback(self._take)
+        return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
+
+    def _take(self, changes: Changes) -> None:
+        # A record that we wrote meanwhile is read again at the next look.
+        for path in changes.gone - self._written:
+            self._forget(path)
+        for path, why in changes.damaged.items():
+            if path not in self._written:
+                self._forget(path)
+                self.log.warn("left alone, it is not a record that can be served: {path}: {why}", path=path, why=why)
+        for path, entry in changes.read.items():
+            if path not in self._written:
+                self._catalogue.put(_digest(path), entry)
+        self._known = {path: seen for path, seen in changes.seen.items() if path not in self._written}
+
+    def _forget(self, path: Path) -> None:
+        digest = _digest(path)
+        entry = self._catalogue.get(digest)
+        if entry is not None and self._records.path(digest, is_list=entry.is_list) == path:
+            self._catalogue.drop(digest)
+
+    # Manifests
+
+    async def manifest(self, image: ImageReference) -> Manifest | None:
+        """The manifest that `image` means, read from its record; None is a miss.
+
+        A digest is found whichever repository it came from, and is then known by this one too.
+        """
+        digest = self._catalogue.resolve(image)
+        entry = self._catalogue.get(digest) if digest else None
+        if digest is None or entry is None:
+            return None
+        path = self._records.path(digest, is_list=entry.is_list)
+        try:
+            record = await self._threads.read(self._records.pull, path, self._now().timestamp())
+        except FileNotFoundError:
+            self._forget(path)
+            return None
+        except (RecordInvalid, OSError) as error:
+            self.log.error("cannot read the record {path}: {why}", path=path, why=error)
+            self._forget(path)
+            return None
+        if not entry.known_in(image.repository):
+            noted = Deferred.fromCoroutine(self.keep(record.manifest, image))
+            noted.addErrback(
+                lambda failure: self.log.warn(
+                    "cannot note the pull of {image}: {why}", image=image, why=failure.value
+                )
+            )
+        return record.manifest
+
+    async def keep(self, manifest: Manifest, image: ImageReference) -> None:
+        """Writes that `image` means `manifest`, as of now. Raises `OSError`."""
+        path = self._records.path(manifest.digest, is_list=manifest.is_list)
+        record = await self._threads.write(self._records.confirm, manifest, image, self._now())
+        self._written.add(path)
+        self._known.pop(path, None)
+        self._catalogue.put(manifest.digest, Entry.of(record))
+
+    def tags(self, repository: Repository) -> list[Tag]:
+        """The tags of `repository` that the cache knows, sorted."""
+        return self._catalogue.tags(repository)
+
+    # Blobs
+
+    def size_in(self, repository: Repository, digest: Digest) -> int | None:
+        """The size in bytes that the manifests of `repository` give the blob, or None if none (or two) do."""
+        sizes = self._catalogue.sizes(digest, repository)
+        return sizes.pop() if len(sizes) == 1 else None
+
+    async def blob(self, digest: Digest) -> StoredBlob | None:
+        """The whole blob, open for reading; None is a miss.
+
+        It counts as there when its size is one that a manifest gives it: a half-copied one is a miss.
+        """
+        opened = await self._threads.read(open_blob, self._blobs / digest.hex)
+        if opened is None:
+            return None
+        file, size = opened
+        if size not in self._catalogue.sizes(digest) and self._committed.get(digest) != size:
+            file.release()
+            return None
+        return StoredBlob(file, size, self._threads)
+
+    async def new_partial(self, digest: Digest) -> Partial:
+        """A new, empty partial that is to become the blob `digest`. Raises `OSError`."""
+        path, target = self._pulls.path / digest.hex, self._blobs / digest.hex
+        return await self._threads.write(Partial, digest, path, target, self._files, self._threads)
+
+    async def commit(self, partial: Partial) -> None:
+        """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
+        await partial.commit()
+        self._committed[partial.digest] = partial.length
+
+
+def _digest(path: Path) -> Digest:
+    digest = Digest.from_hex(path.name)
+    assert digest is not None
+    return digest

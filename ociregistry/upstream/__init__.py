@@ -1,0 +1,1 @@
+"""Knows the network, never the disk: one Registry for each upstream."""

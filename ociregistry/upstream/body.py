@@ -1,0 +1,117 @@
+"""The body of an upstream's response: read piece by piece, with back-pressure and a stall timer."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http import PotentialDataLoss
+
+from ociregistry.errors import Unavailable
+from ociregistry.upstream.failures import explain
+
+_MOST_BUFFERED = 1024 * 1024
+
+
+class Body(Protocol):
+    """Reads a body at the speed of its reader: beyond 1 MiB unread, the upstream is paused.
+
+    `STALL` seconds without a byte break the connection.
+    """
+
+    STALL = 60.0
+
+    def __init__(self, upstream: str, clock: IReactorTime) -> None:
+        self._upstream = upstream
+        self._clock = clock
+        self._received: list[bytes] = []
+        self._buffered = 0
+        self._paused = False
+        self._ended: Failure | None = None
+        self._waiting: Deferred[bytes] | None = None
+        self._timer: IDelayedCall | None = None
+        self.ended: Deferred[None] = Deferred()
+        """Fires when the connection is free for others, or gone."""
+
+    def read(self) -> Deferred[bytes]:
+        """Fires with the bytes that came since the last call, at least one; with none at the end.
+
+        Fails with `Unavailable` when the connection broke before the end. One call at a time.
+        """
+        if self._received:
+            data = b"".join(self._received)
+            self._received.clear()
+            self._buffered = 0
+            if self._paused and self._ended is None:
+                self._paused = False
+                self._set_timer()
+                self._producer.resumeProducing()
+            return succeed(data)
+        if self._ended is not None:
+            if self._whole(self._ended):
+                return succeed(b"")
+            return fail(Unavailable(f"{self._upstream}: {explain(self._ended.value)}"))
+        self._waiting = Deferred(lambda _: setattr(self, "_waiting", None))
+        return self._waiting
+
+    def abort(self) -> None:
+        """Closes the connection, unless the body has ended."""
+        if self._ended is None and self.transport is not None:
+            self.transport.loseConnection()
+
+    @property
+    def _producer(self) -> IPushProducer:
+        return cast(IPushProducer, self.transport)
+
+    def connectionMade(self) -> None:
+        self._set_timer()
+
+    def dataReceived(self, data: bytes) -> None:
+        self._received.append(data)
+        self._buffered += len(data)
+        if self._buffered >= _MOST_BUFFERED and not self._paused:
+            self._paused = True
+            self._producer.pauseProducing()
+        self._set_timer()
+        self._wake()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._ended is None:
+            self._end(reason)
+
+    def _end(self, reason: Failure) -> None:
+        self._ended = reason
+        self._set_timer()
+        self._wake()
+        self.ended.callback(None)
+
+    def _wake(self) -> None:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self.read().chainDeferred(waiting)
+
+    def _set_timer(self) -> None:
+        timer = self._timer if self._timer is not None and self._timer.active() else None
+        if self._ended is not None or self._paused:
+            if timer is not None:
+                timer.cancel()
+        elif timer is not None:
+            timer.reset(self.STALL)
+        else:
+            self._timer = self._clock.callLater(self.STALL, self._stalled)
+
+    def _stalled(self) -> None:
+        transport = self.transport
+        self._end(Failure(TimeoutError(f"no byte came for {self.STALL:.0f} s")))
+        if transport is not None:
+            transport.loseConnection()
+
+    @staticmethod
+    def _whole(reason: Failure) -> bool:
+        # Without a length or chunks the end of the connection is the end of the body; whether it was the end of
+        # the content only its digest can tell.
+        return reason.check(ResponseDone, PotentialDataLoss) is not None

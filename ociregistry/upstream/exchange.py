@@ -1,0 +1,131 @@
+"""One HTTP request to a host of an upstream and its response: identity encoding, foreign failures translated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from treq.client import HTTPClient
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import Protocol
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from ociregistry.errors import Unavailable
+from ociregistry.upstream.body import Body
+from ociregistry.upstream.failures import explain, speaks_no_tls
+
+_HEADERS_WITHIN = 30.0
+_LARGEST_LEFTOVER = 64 * 1024
+"""Bytes that are read, not cut off, so that the connection can serve the next request."""
+
+
+class NoTls(Unavailable):
+    """The host does not speak TLS at all."""
+
+
+class Encoded(Exception):
+    """The upstream encoded a body that was to come as it is."""
+
+
+@implementer(IAgent)
+class IdentityAgent:
+    """Asks for bytes as they are: what is hashed, resumed and cached must not be encoded on the way.
+
+    It stands below treq, which asks for gzip and decodes it.
+    """
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        headers = Headers() if headers is None else headers.copy()
+        headers.setRawHeaders(b"accept-encoding", [b"identity"])
+        requested: Deferred[IResponse] = self._agent.request(method, uri, headers, bodyProducer)
+        return requested.addCallback(_as_it_is)
+
+
+class _Dropped(Protocol):
+    def connectionMade(self) -> None:
+        assert self.transport is not None
+        self.transport.loseConnection()
+
+
+def _as_it_is(response: IResponse) -> IResponse:
+    for encoding in response.headers.getRawHeaders(b"content-encoding", []):
+        if encoding.strip().lower() != b"identity":
+            response.deliverBody(_Dropped())
+            raise Encoded(f"it sent Content-Encoding {encoding[:40]!r}, though identity was asked for")
+    return response
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What an upstream answered: status, headers, and a body to be read, collected or discarded."""
+
+    upstream: str
+    status: int
+    url: str
+    length: int | None
+    """Of the body, in bytes, where the upstream told it."""
+    body: Body
+    _headers: Headers
+
+    def header(self, name: str) -> str:
+        """The first header `name`, or the empty string."""
+        return next(iter(self.headers(name)), "").strip()
+
+    def headers(self, name: str) -> list[str]:
+        """All headers `name`."""
+        return list(self._headers.getRawHeaders(name, []))
+
+    async def collect(self, most: int) -> bytes:
+        """The whole body; raises `Unavailable` when it is longer than `most` bytes or breaks off."""
+        data = bytearray()
+        try:
+            while piece := await self.body.read():
+                data += piece
+                if len(data) > most:
+                    raise Unavailable(f"{self.upstream}: an answer is longer than {most} bytes")
+        finally:
+            self.body.abort()
+        return bytes(data)
+
+    async def discard(self) -> None:
+        """Lets go of the body, and keeps the connection for others when the rest of it is short."""
+        try:
+            await self.collect(_LARGEST_LEFTOVER)
+        except Unavailable:
+            return
+
+
+class Exchanges:
+    """Sends single requests for `upstream`, without following anything."""
+
+    def __init__(self, upstream: str, agent: IAgent, clock: IReactorTime) -> None:
+        self._upstream = upstream
+        self._client = HTTPClient(IdentityAgent(agent))
+        self._clock = clock
+
+    async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
+        """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too."""
+        raw = Headers({name: [value] for name, value in headers.items()})
+        requested = self._client.request(method, url, headers=raw, unbuffered=True, allow_redirects=False)
+        requested.addTimeout(_HEADERS_WITHIN, self._clock)
+        try:
+            response = await requested
+        except Exception as error:
+            kind = NoTls if url.startswith("https:") and speaks_no_tls(error) else Unavailable
+            raise kind(f"{self._upstream}: {explain(error)}") from error
+        body = Body(self._upstream, self._clock)
+        response.deliverBody(body)
+        length = None if response.length is UNKNOWN_LENGTH else int(response.length)
+        return Response(self._upstream, response.code, url, length, body, response.headers)

@@ -1,0 +1,37 @@
+"""The upstreams that there are: which are allowed, and the Registry for each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from ociregistry.errors import Denied
+from ociregistry.names import Upstream
+from ociregistry.upstream.registry import Registry
+
+_MOST_KEPT = 500
+
+
+class Registries:
+    """Makes a Registry for each upstream that is asked for, and keeps those used last."""
+
+    def __init__(self, allowed: tuple[str, ...], make: Callable[[Upstream], Registry]) -> None:
+        """`allowed` are globs; with none, every upstream is allowed."""
+        self._allowed = allowed
+        self._make = make
+        self._kept: OrderedDict[Upstream, Registry] = OrderedDict()
+
+    def check(self, upstream: Upstream) -> None:
+        """Raises `Denied` when the operator does not allow `upstream`."""
+        if self._allowed and not any(fnmatchcase(upstream.name, glob) for glob in self._allowed):
+            raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
+
+    def get(self, upstream: Upstream) -> Registry:
+        """The Registry for `upstream`; raises `Denied`."""
+        self.check(upstream)
+        registry = self._kept.pop(upstream, None) or self._make(upstream)
+        self._kept[upstream] = registry
+        if len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+        return registry

@@ -1,0 +1,76 @@
+"""Bearer tokens: fetched once for all who wait, kept while they last."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+
+from ociregistry.errors import Unavailable
+from ociregistry.flights import Flights
+from ociregistry.upstream.challenges import BearerChallenge
+
+LARGEST_TOKEN = 1024 * 1024
+"""Bytes."""
+
+_DEFAULT_LIFE = 60.0
+_USED_LIFE = 0.9
+"""The part of a token's life after which it is fetched anew."""
+_MOST_KEPT = 1000
+
+Fetch = Callable[[str], Coroutine[Deferred[Any], Any, bytes]]
+"""Gives the body of a URL, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    value: str
+    expires: float
+
+
+class Tokens:
+    """The tokens of one upstream."""
+
+    def __init__(self, upstream: str, fetch: Fetch, clock: IReactorTime) -> None:
+        self._upstream = upstream
+        self._fetch = fetch
+        self._clock = clock
+        self._kept: dict[BearerChallenge, _Token] = {}
+        self._flights: Flights[BearerChallenge, str] = Flights()
+
+    async def token(self, challenge: BearerChallenge) -> str:
+        """A token that answers `challenge`; raises `Unavailable`."""
+        kept = self._kept.get(challenge)
+        if kept is not None and self._clock.seconds() < kept.expires:
+            return kept.value
+        return await self._flights.join(challenge, lambda: self._fetch_token(challenge))
+
+    def forget(self, challenge: BearerChallenge) -> None:
+        """To be called when the registry refused the token."""
+        self._kept.pop(challenge, None)
+
+    async def _fetch_token(self, challenge: BearerChallenge) -> str:
+        if urlsplit(challenge.realm).scheme not in ("http", "https"):
+            raise Unavailable(f"{self._upstream}: the token realm {challenge.realm!r} is not a URL")
+        query = [("service", challenge.service)] if challenge.service else []
+        query += [("scope", scope) for scope in challenge.scope.split()]
+        separator = "&" if urlsplit(challenge.realm).query else "?"
+        received = self._clock.seconds()
+        body = await self._fetch(challenge.realm + (separator + urlencode(query) if query else ""))
+        try:
+            document = json.loads(body)
+            value = document.get("token") or document["access_token"]
+            life = float(document.get("expires_in") or _DEFAULT_LIFE)
+            if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+                raise ValueError("the token is not a string of printable characters")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Unavailable(f"{self._upstream}: the token service gave no token: {error!r}") from None
+        if len(self._kept) >= _MOST_KEPT:
+            self._kept.clear()
+        self._kept[challenge] = _Token(value, received + life * _USED_LIFE)
+        return value

@@ -1,0 +1,125 @@
+"""From the path and query of a request under /v2/ to one frozen value; nothing behind it sees a URL again.
+
+The paths are those of the OCI Distribution specification v1.1.1; `ns` is how containerd tells a mirror which
+registry it asks for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from ociregistry.errors import MethodUnsupported, NameInvalid, NotFound, PageInvalid, Unsupported
+from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
+
+_MOST_TAGS = 10_000
+_ENDPOINT = re.compile(
+    r"(?P<name>.+?)/(?:"
+    r"manifests/(?P<reference>[^/]+)|blobs/(?P<blob>[^/]+)|referrers/(?P<subject>[^/]+)|tags/(?P<tags>list))"
+)
+
+Query = Mapping[bytes, Sequence[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionCheck:
+    """Whether this is a registry."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRequest:
+    """A manifest by tag or digest."""
+
+    image: ImageReference
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRequest:
+    """A blob of a repository."""
+
+    repository: Repository
+    digest: Digest
+
+
+@dataclass(frozen=True, slots=True)
+class TagsRequest:
+    """At most `count` tags after the tag `last`."""
+
+    repository: Repository
+    count: int | None
+    last: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReferrersRequest:
+    """What refers to a manifest, only that of `artifact_type` if it is not empty."""
+
+    repository: Repository
+    digest: Digest
+    artifact_type: str
+
+
+Request = VersionCheck | ManifestRequest | BlobRequest | TagsRequest | ReferrersRequest
+
+
+def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
+    """The request for `path`, still percent-encoded; an upstream that it does not name is `default`.
+
+    Raises a `RegistryError` for whatever is malformed or not offered.
+    """
+    text = _decode(path)
+    if text in ("/v2", "/v2/"):
+        return VersionCheck()
+    rest = text.removeprefix("/v2/")
+    if rest == "_catalog":
+        raise Unsupported("this server does not list what it has to clients")
+    if "/blobs/uploads" in rest:
+        raise MethodUnsupported("this server is pull-only")
+    match = _ENDPOINT.fullmatch(rest)
+    if match is None:
+        raise NotFound(f"there is nothing at {text[:300]!r}")
+    repository = _repository(match["name"], query, default)
+    if match["reference"]:
+        return ManifestRequest(ImageReference(repository, parse_reference(match["reference"])))
+    if match["blob"]:
+        return BlobRequest(repository, Digest.parse(match["blob"]))
+    if match["subject"]:
+        return ReferrersRequest(repository, Digest.parse(match["subject"]), _one(query, b"artifactType"))
+    return TagsRequest(repository, _count(_one(query, b"n")), _one(query, b"last")[:128])
+
+
+def namespace(query: Query) -> str:
+    """The `ns` of a request, as it came; the empty string without one."""
+    return _one(query, b"ns")
+
+
+def _decode(path: bytes) -> str:
+    # Decoded once; a slash that was encoded would make another path of it.
+    if b"%2f" in path.lower():
+        raise NameInvalid("a path must not contain an encoded slash")
+    try:
+        return unquote_to_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise NameInvalid("a path must be UTF-8") from None
+
+
+def _repository(name: str, query: Query, default: Upstream) -> Repository:
+    ns = namespace(query)
+    if ns:
+        return Repository.at(Upstream.parse(ns), name)
+    return Repository.parse(name, default)
+
+
+def _one(query: Query, key: bytes) -> str:
+    values = query.get(key, ())
+    return values[0].decode("utf-8", "replace") if values else ""
+
+
+def _count(text: str) -> int | None:
+    if not text:
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise PageInvalid(f"n={text[:40]!r} is not a number of tags")
+    return min(int(text), _MOST_TAGS)

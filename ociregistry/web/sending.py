@@ -1,0 +1,69 @@
+"""Sends content to a client at the speed at which it comes and the client takes it.
+
+One push producer for plain and TLS connections, for finished and for growing blobs alike.
+"""
+
+from __future__ import annotations
+
+from twisted.internet import defer
+from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.web.http import Request
+from zope.interface import implementer
+
+from ociregistry.errors import Unavailable
+from ociregistry.flights import Bell
+from ociregistry.pullthrough.content import Content
+
+_PIECE = 256 * 1024
+"""Bytes: large enough that the work per piece does not count, small enough for many clients at once."""
+
+
+@implementer(IPushProducer)
+class Sender:
+    """Writes a part of `content` to `request`.
+
+    A client waits at most `patience` seconds for bytes that the upstream holds back.
+    """
+
+    def __init__(self, request: Request, content: Content, patience: float, clock: IReactorTime) -> None:
+        self._request = request
+        self._content = content
+        self._patience = patience
+        self._clock = clock
+        self._paused = False
+        self._resumed = Bell()
+
+    async def send(self, start: int, stop: int) -> None:
+        """Returns when the bytes from `start` up to `stop` have been written; raises `Unavailable` if they cannot."""
+        self._request.registerProducer(self, True)
+        try:
+            available = 0
+            while start < stop:
+                if start >= available:
+                    available = await self._more_than(start)
+                data = await self._content.read(start, min(_PIECE, available - start, stop - start))
+                if not data:
+                    raise Unavailable(f"the file of this content ends at byte {start} of {self._content.size}")
+                self._request.write(data)
+                start += len(data)
+                while self._paused:
+                    await self._resumed.wait()
+        finally:
+            self._request.unregisterProducer()
+
+    async def _more_than(self, offset: int) -> int:
+        waiting = self._content.more_than(offset).addTimeout(self._patience, self._clock)
+        try:
+            return await waiting
+        except defer.TimeoutError:
+            raise Unavailable(f"no byte came from the upstream for {self._patience:.0f} s") from None
+
+    def pauseProducing(self) -> None:
+        self._paused = True
+
+    def resumeProducing(self) -> None:
+        self._paused = False
+        self._resumed.ring()
+
+    def stopProducing(self) -> None:
+        """The connection is gone: the request is told so by `notifyFinish`, and who sends is cancelled."""

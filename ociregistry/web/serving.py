@@ -1,0 +1,210 @@
+"""Serves requests: calls the handler, puts its answer or its error on the wire, and writes the log lines.
+
+This is the one place where errors are rendered, and where a failure becomes a log line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.interfaces import IReactorTime, ITCPTransport
+from twisted.logger import Logger
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET, Request
+
+from ociregistry import __version__
+from ociregistry.errors import MethodUnsupported, RegistryError
+from ociregistry.flights import Bell
+from ociregistry.web.answers import Answer, error_answer
+from ociregistry.web.ranges import Range, parse_range
+from ociregistry.web.requests import Query
+from ociregistry.web.sending import Sender
+
+Handler = Callable[[str, bytes, Query], Coroutine[Deferred[Any], Any, Answer]]
+"""Gives the answer to a method, a path (still percent-encoded) and a query; raises `RegistryError`."""
+
+_COMMON_HEADERS = {
+    "Docker-Distribution-API-Version": "registry/2.0",
+    "Server": f"ociregistry/{__version__}",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class InternalError(RegistryError):
+    """A defect of this program."""
+
+
+class Traffic:
+    """The requests that are being answered."""
+
+    def __init__(self) -> None:
+        self._requests = 0
+        self._changed = Bell()
+
+    def began(self) -> None:
+        """One more."""
+        self._requests += 1
+
+    def ended(self) -> None:
+        """One less."""
+        self._requests -= 1
+        self._changed.ring()
+
+    def idle(self) -> Deferred[None]:
+        """Fires when there is none."""
+        return succeed(None) if self._requests == 0 else Deferred.fromCoroutine(self._idle())
+
+    async def _idle(self) -> None:
+        while self._requests:
+            await self._changed.wait()
+
+
+class Served(Resource):
+    """Answers all GET and HEAD requests at and below its place by one `handler`."""
+
+    isLeaf = True
+    log = Logger()
+
+    def __init__(self, handler: Handler, traffic: Traffic, patience: float, clock: IReactorTime) -> None:
+        """`patience` is how many seconds a client waits for the next byte."""
+        super().__init__()
+        self._handler = handler
+        self._traffic = traffic
+        self._patience = patience
+        self._clock = clock
+
+    def render(self, request: Request) -> int:
+        """Begins to answer `request`; it never fails."""
+        exchange = _Exchange(request, self._handler, self._patience, self._clock)
+        self._traffic.began()
+        served = Deferred.fromCoroutine(exchange.serve())
+        served.addErrback(lambda failure: self.log.failure("serving a request failed", failure))
+        served.addBoth(lambda _: self._traffic.ended())
+        return NOT_DONE_YET
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    log = Logger()
+
+    def __init__(self, request: Request, handler: Handler, patience: float, clock: IReactorTime) -> None:
+        self._request = request
+        self._handler = handler
+        self._patience = patience
+        self._clock = clock
+        self._began = clock.seconds()
+        self._method = request.method.decode("ascii", "backslashreplace")
+        self._gone = False
+        self._sending: Deferred[None] = succeed(None)
+        request.notifyFinish().addErrback(self._disconnected)
+        # Small answers must not wait for an acknowledgement of earlier ones.
+        transport = request.channel.transport
+        if ITCPTransport.providedBy(transport):
+            transport.setTcpNoDelay(True)
+
+    async def serve(self) -> None:
+        """Returns when the answer is sent, or cannot be."""
+        answer = await self._answer()
+        try:
+            if not self._gone:
+                await self._send(answer)
+        finally:
+            answer.content.close()
+        self._log_access(answer)
+
+    def _disconnected(self, _: object) -> None:
+        self._gone = True
+        self._sending.cancel()
+
+    async def _answer(self) -> Answer:
+        request = self._request
+        try:
+            if self._method not in ("GET", "HEAD"):
+                raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
+            return await self._handler(self._method, request.path, request.args)
+        except RegistryError as error:
+            return self._failed(error)
+        except Exception:
+            self.log.failure("a defect in serving {uri}", uri=request.uri)
+            return self._failed(InternalError("an internal error"))
+
+    def _failed(self, error: RegistryError) -> Answer:
+        self.log.error(
+            "{method} {path}: {status} {code}: {why}",
+            method=self._method,
+            path=self._path,
+            status=error.status,
+            code=error.code,
+            why=error.message,
+        )
+        return error_answer(error)
+
+    async def _send(self, answer: Answer) -> None:
+        answer, part = self._in_part(answer)
+        request = self._request
+        request.setResponseCode(answer.status)
+        size = answer.content.size if part is None else part.stop - part.start
+        headers = {**_COMMON_HEADERS, **answer.headers, "Content-Length": str(size)}
+        if answer.ranged:
+            headers["Accept-Ranges"] = "bytes"
+        if part is not None:
+            request.setResponseCode(206)
+            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{answer.content.size}"
+        for name, value in headers.items():
+            request.responseHeaders.setRawHeaders(name, [value])
+        if self._method != "HEAD":
+            # The headers go out now: the first byte may be long in coming.
+            request.write(b"")
+            await self._send_content(answer, part or Range(0, size))
+        elif not self._gone:
+            request.finish()
+
+    def _in_part(self, answer: Answer) -> tuple[Answer, Range | None]:
+        header = self._request.getHeader("range")
+        condition = self._request.getHeader("if-range")
+        if not answer.ranged or header is None or self._method != "GET":
+            return answer, None
+        if condition is not None and condition != answer.headers.get("ETag"):
+            return answer, None
+        try:
+            return answer, parse_range(header, answer.content.size)
+        except RegistryError as error:
+            return self._failed(error), None
+
+    async def _send_content(self, answer: Answer, part: Range) -> None:
+        sender = Sender(self._request, answer.content, self._patience, self._clock)
+        self._sending = Deferred.fromCoroutine(sender.send(part.start, part.stop))
+        try:
+            await self._sending
+        except CancelledError:
+            return
+        except (RegistryError, OSError) as error:
+            self.log.error("{path}: the answer ends short: {why}", path=self._path, why=error)
+            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST.
+            if not self._gone:
+                self._request.channel.loseConnection()
+            return
+        if not self._gone:
+            self._request.finish()
+
+    @property
+    def _path(self) -> str:
+        return self._request.uri.decode("ascii", "backslashreplace")
+
+    def _log_access(self, answer: Answer) -> None:
+        request = self._request
+        client = request.getClientAddress()
+        self.log.info(
+            "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
+            method=self._method,
+            path=request.path.decode("ascii", "backslashreplace"),
+            ns=(request.args.get(b"ns") or [b"-"])[0].decode("ascii", "backslashreplace"),
+            status=request.code,
+            bytes=request.sentLength,
+            milliseconds=round((self._clock.seconds() - self._began) * 1000),
+            client=f"{client.host}:{client.port}" if hasattr(client, "port") else str(client),
+            outcome={True: "hit", False: "miss", None: "-"}[answer.hit],
+        )

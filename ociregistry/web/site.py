@@ -1,0 +1,97 @@
+"""The resource tree and the HTTP server in front of it."""
+
+from __future__ import annotations
+
+import io
+from datetime import datetime
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.resource import Resource
+from twisted.web.server import Request, Site
+
+from ociregistry import __version__
+from ociregistry.errors import NotFound
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.web.answers import Answer, json_answer
+from ociregistry.web.requests import Query
+from ociregistry.web.serving import Handler, Served, Traffic
+from ociregistry.web.v2 import V2
+
+_IDLE_CONNECTION = 150.0
+"""Seconds; clients keep connections for 90 to 120 s, and one that we close under them fails a request."""
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes what nobody reads."""
+
+    def write(self, data: object) -> int:
+        return len(data)  # type: ignore[arg-type]  # any buffer has a length
+
+    def read(self, size: int = -1) -> bytes:
+        return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    def tell(self) -> int:
+        return 0
+
+
+class _PullOnlyRequest(Request):
+    """Takes no body into memory or onto disk: no request that is answered has one."""
+
+    def gotLength(self, length: int | None) -> None:
+        self.content = _Nowhere()
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
+        self.requestHeaders.removeHeader(b"content-type")
+        super().requestReceived(command, path, version)
+
+
+class _Root(Resource):
+    def __init__(self, elsewhere: Resource) -> None:
+        super().__init__()
+        self._elsewhere = elsewhere
+
+    def getChild(self, path: bytes, request: Request) -> Resource:
+        return self._elsewhere
+
+
+class RegistrySite(Site):
+    """The HTTP server; its access lines are written where requests are served."""
+
+    def __init__(self, v2: V2, cache: PullThrough, started: datetime, patience: float, clock: IReactorTime) -> None:
+        """`patience` is how many seconds a client waits for the next byte of an answer."""
+        self.traffic = Traffic()
+
+        def served(handler: Handler) -> Served:
+            return Served(handler, self.traffic, patience, clock)
+
+        root = _Root(served(_nothing))
+        root.putChild(b"v2", served(v2.answer))
+        root.putChild(b"health", served(_health(cache, started)))
+        super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION)
+
+    def log(self, request: object) -> None:
+        """Writes nothing."""
+
+
+def _health(cache: PullThrough, started: datetime) -> Handler:
+    async def health(method: str, path: bytes, query: Query) -> Answer:
+        counts = cache.counts
+        return json_answer(
+            200,
+            {
+                "status": "ok",
+                "version": __version__,
+                "started": started.isoformat(timespec="seconds"),
+                "lists": counts.lists,
+                "images": counts.images,
+            },
+        )
+
+    return health
+
+
+async def _nothing(method: str, path: bytes, query: Query) -> Answer:
+    raise NotFound(f"there is nothing at {path[:300]!r}; the API is at /v2/")

@@ -1,0 +1,84 @@
+"""The API under /v2/: parsed requests to answers."""
+
+from __future__ import annotations
+
+from typing import assert_never
+from urllib.parse import urlencode
+
+from ociregistry.manifests import OCI_INDEX
+from ociregistry.names import Digest, Upstream
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.web.answers import Answer, InMemory, SizeOnly, json_answer
+from ociregistry.web.requests import (
+    BlobRequest,
+    ManifestRequest,
+    Query,
+    ReferrersRequest,
+    TagsRequest,
+    VersionCheck,
+    namespace,
+    parse_request,
+)
+
+
+class V2:
+    """Answers GET and HEAD requests; an upstream that a request does not name is `default`."""
+
+    def __init__(self, cache: PullThrough, listings: Listings, default: Upstream) -> None:
+        self._cache = cache
+        self._listings = listings
+        self._default = default
+
+    async def answer(self, method: str, path: bytes, query: Query) -> Answer:
+        """The answer; whoever gets it closes its content. Raises `RegistryError`."""
+        request = parse_request(path, query, self._default)
+        scope = {"OCI-Namespace": namespace(query)} if namespace(query) else {}
+        match request:
+            case VersionCheck():
+                return json_answer(200, {}, scope)
+            case ManifestRequest():
+                return await self._manifest(request, scope)
+            case BlobRequest():
+                return await self._blob(method, request, scope)
+            case TagsRequest():
+                return await self._tags(request, scope)
+            case ReferrersRequest():
+                return await self._referrers(request, scope)
+        assert_never(request)
+
+    async def _manifest(self, request: ManifestRequest, scope: dict[str, str]) -> Answer:
+        found = await self._cache.manifest(request.image)
+        headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
+        return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
+
+    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str]) -> Answer:
+        headers = _headers(request.digest, "application/octet-stream") | scope
+        if method == "HEAD":
+            size = await self._cache.blob_size(request.repository, request.digest)
+            return Answer(200, SizeOnly(size.size), headers, hit=size.hit)
+        found = await self._cache.blob(request.repository, request.digest)
+        return Answer(200, found.content, headers, ranged=True, hit=found.hit)
+
+    async def _tags(self, request: TagsRequest, scope: dict[str, str]) -> Answer:
+        found = await self._listings.tags(request.repository, request.count, request.last)
+        # The name as the client spelled it: with ns it is the path alone.
+        name = request.repository.path if scope else str(request.repository)
+        headers = dict(scope)
+        if found.page.more:
+            query: dict[str, str] = {"last": found.page.tags[-1]}
+            query |= {"n": str(request.count)} if request.count is not None else {}
+            query |= {"ns": scope["OCI-Namespace"]} if scope else {}
+            headers["Link"] = f'</v2/{name}/tags/list?{urlencode(query)}>; rel="next"'
+        return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
+
+    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str]) -> Answer:
+        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type)
+        headers = {"Content-Type": OCI_INDEX, **scope}
+        if request.artifact_type:
+            headers["OCI-Filters-Applied"] = "artifactType"
+        return Answer(200, InMemory(found.data), headers, hit=found.hit)
+
+
+def _headers(digest: Digest, media_type: str) -> dict[str, str]:
+    return {"Docker-Content-Digest": digest, "Content-Type": media_type, "ETag": f'"{digest}"'}

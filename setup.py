@@ -1,0 +1,57 @@
+"""What is installed, and what the code needs. The tools are set up in pyproject.toml."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read, not imported: the dependencies are not there yet when this file runs."""
+    text = (HERE / "ociregistry" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit("ociregistry/__init__.py has no __version__")
+    return found[1]
+
+
+setup(
+    name="ociregistry",
+    version=version(),
+    description="A pull-only, pull-through, caching OCI registry server for bad links",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # The floors are what Debian 12 has; `make test-debian` runs on exactly those.
+    install_requires=[
+        "twisted[tls]>=22.4",
+        "treq>=22.2",
+        "pyopenssl>=23.0",
+        "service-identity",
+        "pyyaml",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=7.2",
+            "pytest-twisted",
+            "pytest-xdist",
+            "hypothesis",
+            "cryptography",
+            # A new release of these finds new faults in old code: it comes in when we say so, not overnight.
+            "mypy~=2.4.0",
+            "mypy-zope",
+            "ruff~=0.17.0",
+            "types-PyYAML",
+        ],
+    },
+    # twisted.plugins is Twisted's own folder that we put one file into: an __init__.py in ours would hide it.
+    packages=[*find_packages(include=["ociregistry", "ociregistry.*"]), "twisted.plugins"],
+    package_data={"ociregistry": ["py.typed"]},
+    # Twisted looks for plugins among files, not inside a zip.
+    zip_safe=False,
+)

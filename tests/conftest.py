@@ -1,0 +1,46 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogPublisher
+from zope.interface import implementer
+
+from tests.upstream import ScriptedRegistry
+
+
+@implementer(ILogObserver)
+class _Failures:
+    """The texts of the events that tell of a failure."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        if "log_failure" in event or event.get("log_level") is LogLevel.critical:
+            self.texts.append(eventAsText(event))
+
+
+@pytest.fixture(autouse=True)
+def no_logged_failures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that Twisted logged a failure in, unless the test is marked `expect_logged_failures`."""
+    failures = _Failures()
+    globalLogPublisher.addObserver(failures)
+    try:
+        yield
+        # The error of a Deferred that nobody handled is logged when the Deferred is collected.
+        gc.collect()
+    finally:
+        globalLogPublisher.removeObserver(failures)
+    if failures.texts and request.node.get_closest_marker("expect_logged_failures") is None:
+        pytest.fail("failures were logged:\n" + "\n".join(failures.texts), pytrace=False)
+
+
+@pytest.fixture
+def upstream() -> Iterator[ScriptedRegistry]:
+    """An upstream without content that does as it is told."""
+    with ScriptedRegistry() as upstream:
+        yield upstream

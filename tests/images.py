@@ -1,0 +1,201 @@
+"""Container images built in memory: the same seed gives the same bytes, the next seed shares none of them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+MIB = 1024 * 1024
+
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+OCI_EMPTY = "application/vnd.oci.empty.v1+json"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
+DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A config or a layer."""
+
+    digest: str
+    data: bytes = field(repr=False)
+    media_type: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The exact bytes of a manifest or an index."""
+
+    digest: str
+    data: bytes = field(repr=False)
+    media_type: str
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image of one platform: its config is the first blob, its layers follow."""
+
+    manifest: Manifest
+    blobs: tuple[Blob, ...]
+    platform: str
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """What to push, in an order that a registry accepts."""
+        return (self.manifest,)
+
+    @property
+    def config(self) -> Blob:
+        """The config blob."""
+        return self.blobs[0]
+
+    @property
+    def layers(self) -> tuple[Blob, ...]:
+        """The layer blobs, the lowest first."""
+        return self.blobs[1:]
+
+
+@dataclass(frozen=True)
+class Index:
+    """An OCI index or a Docker manifest list over images of several platforms."""
+
+    manifest: Manifest
+    images: tuple[Image, ...]
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """What to push, in an order that a registry accepts: the index comes last."""
+        return (*(image.manifest for image in self.images), self.manifest)
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """The blobs of all images, each once."""
+        return tuple({blob.digest: blob for image in self.images for blob in image.blobs}.values())
+
+
+def make_image(
+    seed: object,
+    *,
+    docker: bool = False,
+    layers: int = 2,
+    layer_size: int = 1000,
+    platform: str = "linux/amd64",
+    base: Image | None = None,
+) -> Image:
+    """An image that containerd can unpack; each of its layers holds one file of `layer_size` bytes.
+
+    They lie on top of the layers of `base`, which both images then share.
+    """
+    made = [_layer(f"{seed}/{number}", layer_size, docker) for number in range(layers)]
+    diff_ids = [*_diff_ids(base), *(diff_id for _, diff_id in made)]
+    blobs = (*(base.layers if base else ()), *(layer for layer, _ in made))
+    config = {
+        **_platform(platform),
+        "created": "2026-01-01T00:00:00Z",
+        "config": {"Cmd": ["/layer"], "Labels": {"seed": str(seed)}},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+        "history": [{"created": "2026-01-01T00:00:00Z", "created_by": f"layer {blob.digest}"} for blob in blobs],
+    }
+    return _image(_blob(_json(config), DOCKER_CONFIG if docker else OCI_CONFIG), blobs, platform, docker)
+
+
+def make_index(
+    seed: object,
+    *,
+    platforms: Sequence[str] = ("linux/amd64", "linux/arm64"),
+    docker: bool = False,
+    layers: int = 2,
+    layer_size: int = 1000,
+) -> Index:
+    """An OCI index, or a Docker manifest list, with an image of its own for each platform."""
+    images = tuple(
+        make_image(f"{seed}/{name}", docker=docker, layers=layers, layer_size=layer_size, platform=name)
+        for name in platforms
+    )
+    entries = [{**_descriptor(image.manifest), "platform": _platform(image.platform)} for image in images]
+    media_type = DOCKER_LIST if docker else OCI_INDEX
+    return Index(_manifest({"manifests": entries}, media_type), images)
+
+
+def make_artifact(seed: object, subject: Manifest, *, artifact_type: str = "application/vnd.example.sbom") -> Image:
+    """A small artifact such as a signature that refers to `subject`, which the referrers API lists."""
+    blob = _blob(f"{seed}".encode(), artifact_type)
+    extra = {"artifactType": artifact_type, "subject": _descriptor(subject)}
+    return _image(_blob(b"{}", OCI_EMPTY), (blob,), "", docker=False, extra=extra)
+
+
+def random_bytes(seed: object, size: int) -> Iterator[bytes]:
+    """`size` bytes that do not compress, the same for the same seed, in pieces of at most a MiB."""
+    source = random.Random(str(seed))
+    for start in range(0, size, MIB):
+        yield source.randbytes(min(MIB, size - start))
+
+
+def digest_of(data: bytes | memoryview) -> str:
+    """The sha256 digest of `data` as registries write it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _image(
+    config: Blob,
+    layers: Sequence[Blob],
+    platform: str,
+    docker: bool,
+    extra: Mapping[str, object] | None = None,
+) -> Image:
+    body = {
+        "config": _descriptor(config),
+        "layers": [_descriptor(layer) for layer in layers],
+        **(extra or {}),
+    }
+    manifest = _manifest(body, DOCKER_MANIFEST if docker else OCI_MANIFEST)
+    return Image(manifest, (config, *layers), platform)
+
+
+def _layer(seed: str, size: int, docker: bool) -> tuple[Blob, str]:
+    """A layer and the digest of what it holds when unpacked."""
+    unpacked = io.BytesIO()
+    with tarfile.open(fileobj=unpacked, mode="w") as archive:
+        entry = tarfile.TarInfo(f"layer-{hashlib.sha256(seed.encode()).hexdigest()[:12]}")
+        entry.size = size
+        entry.mode = 0o644
+        archive.addfile(entry, io.BytesIO(b"".join(random_bytes(seed, size))))
+    # Level 0 stores: random bytes would not shrink, and a layer of 200 MB is made in a second.
+    packed = gzip.compress(unpacked.getbuffer(), compresslevel=0, mtime=0)
+    return _blob(packed, DOCKER_LAYER if docker else OCI_LAYER), digest_of(unpacked.getbuffer())
+
+
+def _diff_ids(base: Image | None) -> list[str]:
+    return list(json.loads(base.config.data)["rootfs"]["diff_ids"]) if base else []
+
+
+def _platform(platform: str) -> dict[str, str]:
+    return dict(zip(("os", "architecture", "variant"), platform.split("/"), strict=False))
+
+
+def _manifest(body: Mapping[str, object], media_type: str) -> Manifest:
+    data = _json({"schemaVersion": 2, "mediaType": media_type, **body})
+    return Manifest(digest_of(data), data, media_type)
+
+
+def _blob(data: bytes, media_type: str) -> Blob:
+    return Blob(digest_of(data), data, media_type)
+
+
+def _descriptor(what: Blob | Manifest) -> dict[str, object]:
+    return {"mediaType": what.media_type, "digest": what.digest, "size": len(what.data)}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()

@@ -1,0 +1,204 @@
+"""The real programs around our daemon: a registry as its upstream, containerd and skopeo as its clients."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from tests.client import Response, fetch
+from tests.images import Blob, Image, Index
+from tests.processes import Server, answers, free_port, run
+
+PACKAGES = {
+    "docker-registry": "docker-registry",
+    "containerd": "containerd",
+    "ctr": "containerd",
+    "skopeo": "skopeo",
+}
+NOWHERE = "http://127.0.0.1:1"
+
+_ACCESS = re.compile(r'"([A-Z]+) (\S+) HTTP/1\.[01]" (\d+) (\d+)')
+# What is not needed to pull, and would want kernel modules, cgroups or folders outside of ours.
+_DISABLED = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.restart",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.monitor.v1.cgroups",
+    "io.containerd.runtime.v1.linux",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.tracing.processor.v1.otlp",
+]
+
+
+def missing_package(program: str) -> str | None:
+    """The Debian package to install when this program of `PACKAGES` is missing."""
+    return None if shutil.which(program) else PACKAGES[program]
+
+
+@dataclass(frozen=True)
+class Access:
+    """One line of an access log."""
+
+    method: str
+    path: str
+    status: int
+    sent: int
+
+
+class DockerRegistry(Server):
+    """Debian's docker-registry (CNCF distribution) on 127.0.0.1, plain HTTP, with its files in a folder.
+
+    After `kill` or `terminate`, `start` brings it back on the same port with all that was pushed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.host}"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "config.yml"
+        settings = {
+            "version": "0.1",
+            "log": {"level": "info", "accesslog": {"disabled": False}},
+            "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}},
+            "http": {"addr": self.host},
+        }
+        config.write_text(json.dumps(settings))  # JSON is YAML
+        super().__init__(["docker-registry", "serve", str(config)], folder / "docker-registry.log")
+
+    def ready(self) -> bool:
+        """It answers; not under /v2/, where tests count requests."""
+        return answers(f"{self.url}/")
+
+    def push(self, repository: str, what: Image | Index, *tags: str) -> None:
+        """Upload an image or an index with all its blobs."""
+        for blob in what.blobs:
+            self._push_blob(repository, blob)
+        for manifest in what.manifests:
+            for reference in tags if manifest is what.manifest and tags else (manifest.digest,):
+                url = f"{self.url}/v2/{repository}/manifests/{reference}"
+                _put(url, manifest.data, manifest.media_type)
+
+    def _push_blob(self, repository: str, blob: Blob) -> None:
+        begun = fetch(f"{self.url}/v2/{repository}/blobs/uploads/", method="POST")
+        _expect(202, begun)
+        url = f"{begun.headers['Location']}&digest={quote(blob.digest)}"
+        _put(url, blob.data, "application/octet-stream")
+
+    @property
+    def requests(self) -> tuple[Access, ...]:
+        """Its access log so far, pushes included."""
+        lines = (Access(line[1], line[2], int(line[3]), int(line[4])) for line in _ACCESS.finditer(self.log))
+        return tuple(line for line in lines if line.path != "/")
+
+    def count(self, method: str | None = None, path: str = "") -> int:
+        """How many requests came with this method (None: any) for a path that begins so."""
+        return sum(method in (None, line.method) and line.path.startswith(path) for line in self.requests)
+
+
+class Containerd(Server):
+    """A containerd of our own, with all that it keeps in one folder, driven by `ctr`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._kept = (folder / "root", folder / "state")
+        self._address = folder / "containerd.sock"
+        config = folder / "config.toml"
+        config.write_text(
+            "version = 2\n"
+            f'root = "{self._kept[0]}"\nstate = "{self._kept[1]}"\n'
+            f"disabled_plugins = {json.dumps(_DISABLED)}\n"
+            f'[grpc]\naddress = "{self._address}"\n'
+        )
+        super().__init__(["containerd", "--config", str(config)], folder / "containerd.log")
+        self._snapshotter = ""
+
+    def ready(self) -> bool:
+        """It answers ctr."""
+        return self.ctr("version").returncode == 0
+
+    def start(self) -> Self:
+        """Start it, and see which snapshotter works on this machine."""
+        super().start()
+        plugins = _checked(self.ctr("plugins", "ls"))
+        overlayfs = re.search(r"^io\.containerd\.snapshotter\.v1 +overlayfs .* ok *$", plugins, re.MULTILINE)
+        self._snapshotter = "overlayfs" if overlayfs else "native"
+        return self
+
+    def ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run ctr against it; the caller looks at the return code."""
+        return run(["ctr", "--address", str(self._address), *arguments], check=False, timeout=timeout)
+
+    def pull(
+        self, ref: str, hosts_dir: Path | None = None, *options: str, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Pull and unpack this platform's image, by the mirrors of `hosts_dir` or else by plain HTTP.
+
+        The caller looks at the return code.
+        """
+        hosts = ["--plain-http"] if hosts_dir is None else ["--hosts-dir", str(hosts_dir)]
+        chosen = ["--snapshotter", self._snapshotter]
+        return self.ctr("images", "pull", *hosts, *chosen, *options, ref, timeout=timeout)
+
+    def remove(self, ref: str) -> None:
+        """Forget an image and its content, so that the next pull fetches all of it."""
+        _checked(self.ctr("images", "rm", "--sync", ref))
+
+    def wipe(self) -> None:
+        """Forget everything, also what a pull that failed left behind, and start anew."""
+        self.kill()
+        for folder in self._kept:
+            shutil.rmtree(folder)
+        self.start()
+
+    @property
+    def content(self) -> frozenset[str]:
+        """The digests of all that it holds: manifests, configs and layers."""
+        return frozenset(_checked(self.ctr("content", "ls", "-q")).split())
+
+    def unpacked(self, ref: str) -> bool:
+        """Is the image whole and its file system ready for a container?"""
+        lines = _checked(self.ctr("images", "check", f"name=={ref}")).splitlines()[1:]
+        return len(lines) == 1 and " complete (" in lines[0] and lines[0].split()[-1] == "true"
+
+
+def hosts_dir(folder: Path, mirror: str, *registries: str, server: str = NOWHERE) -> Path:
+    """A folder like /etc/containerd/certs.d that sends pulls from these registries to the URL `mirror`.
+
+    When the mirror refuses, containerd turns to the URL `server`, where nobody is unless a test says so.
+    """
+    hosts = f'server = "{server}"\n[host."{mirror}"]\ncapabilities = ["pull", "resolve"]\n'
+    for registry in registries:
+        (folder / registry).mkdir(parents=True, exist_ok=True)
+        (folder / registry / "hosts.toml").write_text(hosts)
+    return folder
+
+
+def skopeo_copy(ref: str, destination: str, *options: str, timeout: float = 120) -> None:
+    """Copy `127.0.0.1:5000/name:tag` over plain HTTP to `oci:FOLDER:TAG` or `dir:FOLDER`, or raise."""
+    source = ["--src-tls-verify=false", *options, f"docker://{ref}"]
+    run(["skopeo", "--insecure-policy", "copy", *source, destination], timeout=timeout)
+
+
+def _put(url: str, data: bytes, media_type: str) -> None:
+    _expect(201, fetch(url, method="PUT", headers={"Content-Type": media_type}, body=data))
+
+
+def _expect(status: int, answer: Response) -> None:
+    if answer.status != status:
+        raise RuntimeError(f"docker-registry gave {answer.status}: {answer.body.decode(errors='replace')}")
+
+
+def _checked(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode:
+        raise RuntimeError(f"{done.args} gave {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout

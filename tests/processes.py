@@ -1,0 +1,188 @@
+"""Real processes under test: started, awaited, measured and ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from tests.client import fetch
+
+ROOT = Path(__file__).resolve().parent.parent
+_PATIENCE = 30
+_TWISTD = "from twisted.scripts.twistd import run; run()"
+
+
+def free_port() -> int:
+    """A port on 127.0.0.1 that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(predicate: Callable[[], object], timeout: float, what: str) -> None:
+    """Return as soon as `predicate` is true; after `timeout` seconds raise TimeoutError that says `what`."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout} s: {what}")
+        time.sleep(0.02)
+
+
+def answers(url: str) -> bool:
+    """Does a GET of this URL give 200?"""
+    try:
+        return fetch(url, timeout=5).status == 200
+    except (OSError, HTTPException):
+        return False
+
+
+def run(argv: Sequence[str], *, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; with `check` a failure raises RuntimeError with what the program said."""
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(argv)} gave {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done
+
+
+class Server:
+    """A server process that writes its output to a log file; subclasses say what to run and when it is ready.
+
+    As a context manager it is started, and killed at the end when it still runs.
+    """
+
+    def __init__(self, argv: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.argv = list(argv)
+        self.log_path = log_path
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ready(self) -> bool:
+        """Does it serve?"""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Start it (again) and wait until it serves; raises with its log when it does not get there."""
+        if self.running:
+            raise RuntimeError("it runs already")
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=self._environment
+            )
+        serves = False
+        try:
+            wait_until(lambda: not self.running or self.ready(), _PATIENCE, "ready")
+            serves = self.running
+        except TimeoutError as problem:
+            raise RuntimeError(f"{self.argv} does not get ready:\n{self.log}") from problem
+        finally:
+            if not serves:
+                self.kill()
+        if not serves:
+            raise RuntimeError(f"{self.argv} ended with {self.process.returncode}:\n{self.log}")
+        return self
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process of the last start."""
+        if self._process is None:
+            raise RuntimeError("it was never started")
+        return self._process
+
+    @property
+    def running(self) -> bool:
+        """Is there a process that has not ended?"""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """All that it wrote to stdout and stderr, over all starts."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait(_PATIENCE)
+
+    def terminate(self, timeout: float = _PATIENCE) -> int:
+        """SIGTERM, and wait for the end; gives the exit code."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired as problem:
+            self.kill()
+            raise RuntimeError(f"{self.argv} ignored SIGTERM for {timeout} s:\n{self.log}") from problem
+
+    def peak_memory(self) -> int:
+        """The most memory that it held at once so far, in bytes; it must still run."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"{self.argv} has ended")
+        return int(found[1]) * 1024
+
+    def __enter__(self) -> Self:
+        """Start it, unless it runs."""
+        return self if self.running else self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave nothing behind."""
+        if self.running:
+            self.kill()
+
+
+class Daemon(Server):
+    """Our daemon, in the foreground, as an operator starts it.
+
+    `registries` gives for each upstream its scheme, or all keys of its entry in the YAML file; `settings` are
+    further keys of that file, `extra` further command line options. The store is `image_path`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        registries: Mapping[str, str | Mapping[str, object]] | None = None,
+        *extra: str,
+        settings: Mapping[str, object] | None = None,
+        image_path: Path | None = None,
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.port = port or free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self.url = f"http://{self.host}"
+        self.image_path = image_path or folder / "images"
+        self.config_path = folder / f"ociregistry-{self.port}.yaml"
+        entries = [
+            {"name": name, **({"scheme": entry} if isinstance(entry, str) else entry)}
+            for name, entry in (registries or {}).items()
+        ]
+        self.config_path.write_text(yaml.safe_dump({"registries": entries, **(settings or {})}))
+        options = ["--image-path", str(self.image_path), "--config-path", str(self.config_path)]
+        super().__init__(
+            [*twistd(), *options, "--port", str(self.port), "--log-level", "debug", *extra],
+            folder / f"ociregistry-{self.port}.log",
+            {"PYTHONPATH": str(ROOT), **(environment or {})},
+        )
+
+    def ready(self) -> bool:
+        """Its health is good."""
+        return answers(f"{self.url}/health")
+
+
+def twistd(*arguments: str) -> list[str]:
+    """The command line of our plugin under twistd, run by the Python that runs the tests."""
+    return [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ociregistry", *arguments]

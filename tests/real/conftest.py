@@ -1,0 +1,73 @@
+"""Real peers for the tests in this folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.images import MIB, Image, make_image
+from tests.peers import Containerd, DockerRegistry, missing_package, skopeo_copy
+from tests.processes import Daemon
+
+
+def _need(*programs: str) -> None:
+    """Fail where a peer is missing: a test that did not run shows nothing."""
+    packages = sorted({package for package in map(missing_package, programs) if package})
+    if packages:
+        pytest.fail(f"a peer is missing: apt-get install {' '.join(packages)}", pytrace=False)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
+    """An empty docker-registry."""
+    _need("docker-registry")
+    with DockerRegistry(tmp_path / "registry") as registry:
+        yield registry
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
+    """Start a `Daemon`, given what it takes after its folder; none may log an unhandled failure."""
+    daemons: list[Daemon] = []
+    with ExitStack() as stack:
+
+        def start(*arguments: Any, **keywords: Any) -> Daemon:
+            daemon = Daemon(tmp_path, *arguments, **keywords)
+            daemons.append(daemon)
+            return stack.enter_context(daemon)
+
+        yield start
+    if request.node.get_closest_marker("expect_logged_failures") is None:
+        for daemon in daemons:
+            assert "Traceback (most recent call last)" not in daemon.log
+            assert "Unhandled" not in daemon.log
+
+
+@pytest.fixture(scope="session")
+def containerd() -> Iterator[Containerd]:
+    """A containerd for all tests: use references of your own, or `wipe` it."""
+    _need("containerd", "ctr")
+    if os.geteuid() != 0:
+        pytest.fail("containerd needs root to unpack images", pytrace=False)
+    # Not tmp_path: the path of a socket must be short, and pytest would keep what was unpacked.
+    with tempfile.TemporaryDirectory(prefix="containerd-") as folder, Containerd(Path(folder)) as containerd:
+        yield containerd
+
+
+@pytest.fixture
+def skopeo() -> Callable[..., None]:
+    """`skopeo_copy`."""
+    _need("skopeo")
+    return skopeo_copy
+
+
+@pytest.fixture(scope="session")
+def big_image() -> Image:
+    """An image with one layer of 200 MiB."""
+    return make_image("big", layers=1, layer_size=200 * MIB)

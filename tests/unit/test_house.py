@@ -1,0 +1,187 @@
+"""The house: arrows only point down, the network and the disk do not meet, no room grows too big."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "ociregistry"
+LONGEST = 320
+
+# Top first: a room may import itself and every room on a lower floor, never its neighbour on the same one.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"tap"}),
+    frozenset({"commands"}),
+    frozenset({"web"}),
+    frozenset({"pullthrough"}),
+    frozenset({"upstream", "store"}),
+    frozenset({"settings"}),
+    frozenset({"config"}),
+    frozenset({"manifests"}),
+    frozenset({"names"}),
+    frozenset({"flights", "logs"}),
+    # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
+    frozenset({"errors", "__init__"}),
+)
+HEIGHT = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+# What only some rooms may import. The reactor is global state: everybody else is given a clock and an agent.
+ONLY: dict[str, frozenset[str]] = {
+    "twisted.internet.reactor": frozenset({"tap", "commands"}),
+    "twisted.web": frozenset({"tap", "web", "upstream"}),
+    "treq": frozenset({"upstream"}),
+}
+# Calls that import by name; where the name is not written out nobody can tell what they bring.
+IMPORTERS = frozenset({"__import__", "import_module", "namedAny", "namedModule", "namedObject"})
+
+Sources = Mapping[str, str]
+
+
+def room(module: str) -> str:
+    """The room that a module of ours is in: `web` for ociregistry.web.blobs."""
+    return f"{module}.__init__".split(".")[1]
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def imported(module: str, source: str) -> Iterator[str]:
+    """Every name that `module` imports, wherever in its source; `from a.b import c` counts as `a.b.c`.
+
+    A package's own module is called `package.__init__`, so that relative imports start from the same place.
+    """
+    for node in ast.walk(ast.parse(source, module)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=base, names=names, level=level):
+                above = module.split(".")[:-level] if level else []
+                yield from (".".join(filter(None, [*above, base, alias.name])) for alias in names)
+            case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=args) if name in IMPORTERS:
+                match args:
+                    case [ast.Constant(value=str(target)), *_]:
+                        yield target
+                    case _:
+                        yield "?"
+
+
+def faults(sources: Sources) -> list[str]:
+    """What is wrong with the house, a line for each fault; `sources` is {module name: its text}."""
+    return sorted({fault for module, source in sources.items() for fault in _faults(module, source)})
+
+
+def _faults(module: str, source: str) -> Iterator[str]:
+    here = room(module)
+    if here not in HEIGHT:
+        yield f"{module}: the house has no room {here}"
+        return
+    if (lines := len(source.splitlines())) > LONGEST:
+        yield f"{module}: {lines} lines, more than {LONGEST}"
+    for target in imported(module, source):
+        if target == "?":
+            yield f"{module}: imports something whose name is not written out"
+        if within(target, OURS):
+            there = room(target)
+            if there not in HEIGHT:
+                # `from ociregistry import __version__` is a name in the package, not a module.
+                there = "__init__"
+            if there != here and HEIGHT[there] >= HEIGHT[here]:
+                yield f"{module}: {here} must not import {there}"
+        for package, rooms in ONLY.items():
+            if within(target, package) and here not in rooms:
+                yield f"{module}: {here} must not import {package}"
+        if target.endswith(".*"):
+            yield f"{module}: imports everything from {target.removesuffix('.*')}"
+
+
+def sources_of(root: Path) -> dict[str, str]:
+    return {
+        ".".join(path.relative_to(root).with_suffix("").parts): path.read_text(encoding="utf-8")
+        for path in sorted((root / OURS).rglob("*.py"))
+    }
+
+
+def test_the_house_stands() -> None:
+    sources = sources_of(ROOT)
+    assert "ociregistry.__init__" in sources, "nothing was read"
+    assert faults(sources) == []
+
+
+def test_the_plugin_folder_stays_twisteds() -> None:
+    assert list((ROOT / "twisted").rglob("__init__.py")) == []
+
+
+# The module of the first column is short of its `ociregistry.`, here and below.
+ALLOWED = [
+    ("tap", "from twisted.internet import reactor"),
+    ("tap", "import ociregistry.commands.load, ociregistry.web.site"),
+    ("tap", "from ociregistry import __version__, settings"),
+    ("commands.load", "def run():\n    from twisted.internet import reactor"),
+    ("web.blobs", "from twisted.web.resource import Resource"),
+    ("web.blobs", "from . import site\nfrom ..names import Digest"),
+    ("web.__init__", "from .site import Site"),
+    ("pullthrough.download", "from ociregistry import store, upstream"),
+    ("upstream.registry", "import treq\nfrom twisted.web.client import Agent"),
+    ("upstream.registry", "from twisted.internet import defer, interfaces"),
+    ("store.blobs", "import os\nfrom ociregistry.names import Digest"),
+    ("settings", "from ociregistry.manifests import Platform"),
+    ("names", "from ociregistry.errors import RegistryError"),
+    ("errors", "import treqlike, twisted.website"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), ALLOWED)
+def test_down_is_allowed(module: str, source: str) -> None:
+    assert faults({f"{OURS}.{module}": source}) == []
+
+
+FORBIDDEN = [
+    ("errors", "from ociregistry.names import Digest", "errors must not import names"),
+    ("errors", "from . import __version__", "errors must not import __init__"),
+    ("__init__", "from ociregistry.errors import RegistryError", "__init__ must not import errors"),
+    ("names", "import ociregistry.manifests", "names must not import manifests"),
+    ("names", "from .manifests import Manifest", "names must not import manifests"),
+    ("manifests", "from ociregistry import settings as s", "manifests must not import settings"),
+    ("settings", "from ociregistry.tap import Options", "settings must not import tap"),
+    ("store.blobs", "import ociregistry.upstream.auth", "store must not import upstream"),
+    ("store.blobs", "import ociregistry.pullthrough", "store must not import pullthrough"),
+    ("upstream.__init__", "from ..store import blobs", "upstream must not import store"),
+    ("upstream.auth", "from .. import store", "upstream must not import store"),
+    ("web.site", "import ociregistry.commands.load", "web must not import commands"),
+    ("commands.load", "from ociregistry.tap import Options", "commands must not import tap"),
+    ("store.a", "if TYPE_CHECKING:\n    import ociregistry.web", "store must not import web"),
+    ("store.a", "def f():\n    import ociregistry.web.b as c", "store must not import web"),
+    ("store.a", "importlib.import_module('ociregistry.web')", "store must not import web"),
+    ("store.a", "import_module(name)", "imports something whose name is not written out"),
+    ("store.a", "from os.path import *", "imports everything from os.path"),
+    ("helpers", "", "the house has no room helpers"),
+    ("web.site", "x = 1\n" * (LONGEST + 1), "321 lines, more than 320"),
+    ("web.site", "from twisted.internet import reactor", "web must not import twisted.internet.reactor"),
+    ("store.a", "import twisted.internet.reactor as r", "store must not import twisted.internet.reactor"),
+    (
+        "upstream.a",
+        "async def f():\n    from twisted.internet import defer, reactor as r",
+        "upstream must not import twisted.internet.reactor",
+    ),
+    ("pullthrough.a", "from twisted.web.http import Request", "pullthrough must not import twisted.web"),
+    ("settings", "from twisted import web", "settings must not import twisted.web"),
+    ("commands.load", "import twisted.web", "commands must not import twisted.web"),
+    ("web.site", "from treq.client import HTTPClient", "web must not import treq"),
+    ("tap", "import treq", "tap must not import treq"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "fault"), FORBIDDEN)
+def test_a_breach_is_found(module: str, source: str, fault: str) -> None:
+    assert faults({f"{OURS}.{module}": source}) == [f"{OURS}.{module}: {fault}"]
+
+
+def test_the_folder_is_read(tmp_path: Path) -> None:
+    (tmp_path / OURS / "store").mkdir(parents=True)
+    (tmp_path / OURS / "store" / "__init__.py").write_text("from ..web import site\n")
+    assert faults(sources_of(tmp_path)) == ["ociregistry.store.__init__: store must not import web"]
