@@ -43,7 +43,7 @@ class Bell:
 class Flights(Generic[K, T]):
     """One piece of work in flight for each key, whoever asks for it."""
 
-    log = Logger()
+    log = Logger(namespace="ociregistry")
 
     def __init__(self) -> None:
         self._waiting: dict[K, list[Deferred[T]]] = {}

@@ -17,19 +17,26 @@ _LEAST = {
 }
 
 
+_CHATTER = "twisted.web.client"
+"""It tells of every connection to an upstream that it is opened, and again that it is closed."""
+
+
 @implementer(ILogFilterPredicate)
 class AtLeast:
-    """Lets events of one level and above pass; below `trace`, what Twisted says for its own debugging stays out."""
+    """Lets events of one level and above pass; what Twisted says for its own debugging only at `trace`."""
 
     def __init__(self, level: str) -> None:
         self._least = _LEAST[level]
         self._everything = level == "trace"
 
     def __call__(self, event: LogEvent) -> object:
-        if event.get("log_always"):
-            return PredicateResult.yes
         level = event.get("log_level", LogLevel.info)
-        passes = level >= self._least
-        if level == LogLevel.debug and not self._everything:
-            passes = passes and event.get("log_namespace", "").startswith("ociregistry")
-        return PredicateResult.yes if passes else PredicateResult.no
+        passes = level >= self._least and (self._everything or not _is_chatter(level, event))
+        return PredicateResult.yes if passes or event.get("log_always") else PredicateResult.no
+
+
+def _is_chatter(level: object, event: LogEvent) -> bool:
+    namespace: str = event.get("log_namespace", "")
+    if level == LogLevel.debug:
+        return not namespace.startswith("ociregistry")
+    return level == LogLevel.info and namespace.startswith(_CHATTER)

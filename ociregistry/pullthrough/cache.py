@@ -49,7 +49,7 @@ class PullThrough:
     All methods raise `Denied` for an upstream that is not allowed.
     """
 
-    log = Logger()
+    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store

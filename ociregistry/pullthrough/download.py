@@ -20,7 +20,7 @@ class Download:
     `available`, leaves out the last byte until the digest holds.
     """
 
-    log = Logger()
+    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
         self, registry: Registry, store: Store, repository: Repository, digest: Digest, expected: int | None

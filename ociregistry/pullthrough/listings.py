@@ -37,7 +37,7 @@ class FoundReferrers:
 class Listings:
     """What an upstream lists. Raises as `PullThrough` does; never gives an empty list for want of an answer."""
 
-    log = Logger()
+    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store

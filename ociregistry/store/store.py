@@ -36,7 +36,7 @@ class Counts:
 class Store:
     """Records, blobs and partials below one folder, and the view of them in memory."""
 
-    log = Logger()
+    log = Logger(namespace="ociregistry.store")
 
     def __init__(
         self,

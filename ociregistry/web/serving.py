@@ -65,7 +65,7 @@ class Served(Resource):
     """Answers all GET and HEAD requests at and below its place by one `handler`."""
 
     isLeaf = True
-    log = Logger()
+    log = Logger(namespace="ociregistry.web")
 
     def __init__(self, handler: Handler, traffic: Traffic, patience: float, clock: IReactorTime) -> None:
         """`patience` is how many seconds a client waits for the next byte."""
@@ -88,7 +88,7 @@ class Served(Resource):
 class _Exchange:
     """One request and its answer."""
 
-    log = Logger()
+    log = Logger(namespace="ociregistry.web")
 
     def __init__(self, request: Request, handler: Handler, patience: float, clock: IReactorTime) -> None:
         self._request = request
