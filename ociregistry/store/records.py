@@ -44,6 +44,10 @@ class Record:
         created = known.created if known else now
         return Record(self.manifest, {**self.images, str(image): Dates(created, now)})
 
+    def means(self, image: ImageReference) -> bool:
+        """Whether `image` is this manifest: a digest whatever the repository, a tag where it is noted."""
+        return image.reference == self.manifest.digest or str(image) in self.images
+
     def render(self) -> bytes:
         """The bytes of the file."""
         document = {

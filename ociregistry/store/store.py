@@ -19,7 +19,7 @@ from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial, PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Changes, RecordFiles, Signature
-from ociregistry.store.records import RecordInvalid
+from ociregistry.store.records import Record, RecordInvalid
 from ociregistry.store.threads import Threads
 
 _LOOK_EVERY = 1.0
@@ -116,21 +116,17 @@ class Store:
 
         A digest is found whichever repository it came from, and is then known by this one too.
         """
-        digest = self._catalogue.resolve(image)
-        entry = self._catalogue.get(digest) if digest else None
-        if digest is None or entry is None:
-            return None
-        path = self._records.path(digest, is_list=entry.is_list)
-        try:
-            record = await self._threads.read(self._records.pull, path, self._now().timestamp())
-        except FileNotFoundError:
-            self._forget(path)
-            return None
-        except (RecordInvalid, OSError) as error:
-            self.log.error("cannot read the record {path}: {why}", path=path, why=error)
-            self._forget(path)
-            return None
-        if not entry.known_in(image.repository):
+        while True:
+            digest = self._catalogue.resolve(image)
+            if digest is None:
+                return None
+            record = await self._read(digest)
+            if record is None:
+                continue
+            if record.means(image):
+                break
+            self._catalogue.put(digest, Entry.of(record))
+        if not Entry.of(record).known_in(image.repository):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image))
             noted.addErrback(
                 lambda failure: self.log.warn(
@@ -138,6 +134,22 @@ class Store:
                 )
             )
         return record.manifest
+
+    async def _read(self, digest: Digest) -> Record | None:
+        """The record as it is on disk now; None, and forgotten, when there is none."""
+        entry = self._catalogue.get(digest)
+        assert entry is not None
+        path = self._records.path(digest, is_list=entry.is_list)
+        try:
+            record = await self._threads.read(self._records.pull, path, self._now().timestamp())
+        except FileNotFoundError:
+            record = None
+        except (RecordInvalid, OSError) as error:
+            self.log.error("cannot read the record {path}: {why}", path=path, why=error)
+            record = None
+        if record is None:
+            self._forget(path)
+        return record
 
     async def keep(self, manifest: Manifest, image: ImageReference) -> None:
         """Writes that `image` means `manifest`, as of now. Raises `OSError`."""

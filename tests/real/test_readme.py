@@ -1,0 +1,49 @@
+"""The README's first pull, run as it stands there, gives what stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.images import make_index
+from tests.peers import DockerRegistry
+from tests.processes import ROOT, Daemon, wait_until
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_UPSTREAM = "registry.k8s.io"
+
+
+@pytest.fixture
+def blocks() -> list[str]:
+    """The code blocks of the README's section on a first pull."""
+    section = (ROOT / "README.md").read_text().partition("## A first pull\n")[2].partition("\n## ")[0]
+    return [text for _language, text in _BLOCK.findall(section)]
+
+
+def test_first_pull(
+    registry: DockerRegistry, start_daemon: Callable[..., Daemon], tmp_path: Path, blocks: list[str]
+) -> None:
+    """The commands, with a registry in the next process for the one on the Internet, print what the README shows."""
+    commands, shown, again = blocks
+    registry.push("kube-scheduler", make_index("readme"), "v1.29.1")
+    daemon = start_daemon({registry.host: "http"})
+
+    def run(script: str) -> str:
+        here = script.replace("localhost:8080", daemon.host).replace(_UPSTREAM, registry.host)
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", here], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return re.sub(r"\b[0-9a-f]{64}\b", "<hex>", done.stdout.replace(registry.host, _UPSTREAM))
+
+    assert run(commands) == shown
+    assert "hit" not in _outcomes(daemon)
+    run(commands.splitlines()[0] + "\n" + again)
+    wait_until(lambda: _outcomes(daemon)[-1] == "hit", 10, "the second request is a hit")
+    assert _outcomes(daemon)[:-1] == ["miss", "miss"]
+
+
+def _outcomes(daemon: Daemon) -> list[str]:
+    return re.findall(r"GET /v2/\S+ ns=\S+ 200 .* (hit|miss)$", daemon.log, re.MULTILINE)
