@@ -38,7 +38,7 @@ class _Script:
         return (
             self.times != 0
             and self.method in (None, request.method)
-            and (not self.rule.methods or request.method in self.rule.methods)
+            and self.rule.concerns(request.method)
             and fnmatchcase(request.path, self.pattern)
         )
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import ClassVar, Literal
+from typing import Literal
 from urllib.parse import parse_qs
 
 PIECE = 64 * 1024
@@ -80,8 +80,9 @@ Handler = Callable[[Request], Answer]
 class Rule:
     """Stands between a request and its answer: it may change either, or answer without asking `handler`."""
 
-    methods: ClassVar[tuple[str, ...]] = ()
-    """The methods that it is for; none named: all."""
+    def concerns(self, method: str) -> bool:
+        """Is it for this method? A rule about the way of a body is not for HEAD."""
+        return True
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The answer to give; the base class gives what `handler` gives."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from tests.upstream_http import Answer, Handler, Headers, Request, Rule, Wire
 
@@ -49,6 +49,10 @@ class Hold(Rule):
     release: threading.Event = field(default_factory=threading.Event)
     reached: threading.Event = field(default_factory=threading.Event)
 
+    def concerns(self, method: str) -> bool:
+        """HEAD has headers only."""
+        return self.after is None or method != "HEAD"
+
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The same, with a stop."""
         return handler(request).with_stop(self.after, self._hold)
@@ -62,9 +66,12 @@ class Hold(Rule):
 class Cut(Rule):
     """End the connection after N bytes of the body (None: before the headers), with FIN or with RST."""
 
-    methods: ClassVar[tuple[str, ...]] = ("GET",)
     after: int | None
     reset: bool = False
+
+    def concerns(self, method: str) -> bool:
+        """HEAD has headers only."""
+        return self.after is None or method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The same, with a stop."""
@@ -75,8 +82,11 @@ class Cut(Rule):
 class Drip(Rule):
     """Send the body at this many bytes a second."""
 
-    methods: ClassVar[tuple[str, ...]] = ("GET",)
     rate: float
+
+    def concerns(self, method: str) -> bool:
+        """HEAD has no body."""
+        return method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The same, but slow."""
@@ -87,8 +97,11 @@ class Drip(Rule):
 class Flip(Rule):
     """Damage the byte at an offset of the whole object, wherever an answer carries it."""
 
-    methods: ClassVar[tuple[str, ...]] = ("GET",)
     offset: int
+
+    def concerns(self, method: str) -> bool:
+        """HEAD has no body."""
+        return method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The same with one byte inverted."""

@@ -49,7 +49,9 @@ class Sender:
                 while self._paused:
                     await self._resumed.wait()
         finally:
-            self._request.unregisterProducer()
+            # A request whose client has gone has no channel any more.
+            if self._request.channel is not None:
+                self._request.unregisterProducer()
 
     async def _more_than(self, offset: int) -> int:
         waiting = self._content.more_than(offset).addTimeout(self._patience, self._clock)

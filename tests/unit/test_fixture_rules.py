@@ -105,8 +105,9 @@ def read_all(answer: http.client.HTTPResponse, received: bytearray) -> None:
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_cut_before_the_headers(registry: ScriptedRegistry, reset: bool) -> None:
     registry.script("*", Cut(None, reset=reset))
-    with pytest.raises(ConnectionResetError if reset else http.client.RemoteDisconnected):
-        get(registry)
+    for method in ("GET", "HEAD"):
+        with pytest.raises(ConnectionResetError if reset else http.client.RemoteDisconnected):
+            get(registry, method=method)
 
 
 def test_rules_about_bodies_are_not_spent_on_head(registry: ScriptedRegistry) -> None:
