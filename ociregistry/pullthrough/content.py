@@ -8,7 +8,7 @@ from twisted.internet.defer import Deferred
 
 
 class Content(Protocol):
-    """A manifest or blob, open for reading by one client. Whoever was given it closes it."""
+    """A manifest or blob, open for reading by one client, who closes it. Printed, it says what it is, for the log."""
 
     @property
     def size(self) -> int:

@@ -151,3 +151,6 @@ class DownloadReader:
     def close(self) -> None:
         """Gives the file back."""
         self._file.close()
+
+    def __str__(self) -> str:
+        return str(self._download)

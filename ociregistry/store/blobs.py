@@ -8,6 +8,7 @@ from pathlib import Path
 
 from twisted.internet.defer import Deferred, succeed
 
+from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.threads import Threads
 
@@ -15,7 +16,8 @@ from ociregistry.store.threads import Threads
 class StoredBlob:
     """A whole blob, open for reading; use it as a context manager, or call `close`."""
 
-    def __init__(self, file: SharedFile, size: int, threads: Threads) -> None:
+    def __init__(self, digest: Digest, file: SharedFile, size: int, threads: Threads) -> None:
+        self._digest = digest
         self._file = file
         self._threads = threads
         self.size = size
@@ -31,6 +33,9 @@ class StoredBlob:
     def close(self) -> None:
         """Gives the file back."""
         self._file.release()
+
+    def __str__(self) -> str:
+        return f"the blob {self._digest}"
 
 
 def open_blob(path: Path) -> tuple[SharedFile, int] | None:

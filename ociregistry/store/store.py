@@ -182,7 +182,7 @@ class Store:
         if size not in self._catalogue.sizes(digest) and self._committed.get(digest) != size:
             file.release()
             return None
-        return StoredBlob(file, size, self._threads)
+        return StoredBlob(digest, file, size, self._threads)
 
     async def new_partial(self, digest: Digest) -> Partial:
         """A new, empty partial that is to become the blob `digest`. Raises `OSError`."""

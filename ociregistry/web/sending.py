@@ -43,7 +43,7 @@ class Sender:
                     available = await self._more_than(start)
                 data = await self._content.read(start, min(_PIECE, available - start, stop - start))
                 if not data:
-                    raise Unavailable(f"the file of this content ends at byte {start} of {self._content.size}")
+                    raise Unavailable(f"{self._content}: the file ends at byte {start} of {self._content.size}")
                 self._request.write(data)
                 start += len(data)
                 while self._paused:
@@ -58,7 +58,7 @@ class Sender:
         try:
             return await waiting
         except defer.TimeoutError:
-            raise Unavailable(f"no byte came from the upstream for {self._patience:.0f} s") from None
+            raise Unavailable(f"{self._content}: no byte came from the upstream for {self._patience:g} s") from None
 
     def pauseProducing(self) -> None:
         self._paused = True
