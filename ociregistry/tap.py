@@ -161,9 +161,9 @@ class Daemon(Service):
         pool = HTTPConnectionPool(reactor)
         pool.maxPersistentPerHost = self._settings.max_connections
         agent = Agent(reactor, UpstreamTLS(), connectTimeout=_DIAL, pool=pool)
-        exchanges = Exchanges(str(upstream), agent, reactor)
+        exchanges = Exchanges(str(upstream), agent, pool.closeCachedConnections, reactor)
         client = Client(upstream, settings.scheme, exchanges, plain_allowed(reactor.nameResolver), reactor)
-        return Registry(upstream, client, self._settings.max_connections)
+        return Registry(upstream, client, self._settings.max_connections, reactor)
 
     def setServiceParent(self, parent: IService) -> None:
         """Also sets the observer that twistd will log with: its own, behind `--log-level`."""

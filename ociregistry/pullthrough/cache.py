@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred, gatherResults
@@ -12,6 +14,7 @@ from ociregistry.errors import RegistryError, Unavailable
 from ociregistry.flights import Flights
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.pullthrough.connections import Connections
 from ociregistry.pullthrough.content import Content
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.patience import in_time
@@ -51,8 +54,15 @@ class PullThrough:
 
     log = Logger(namespace="ociregistry.pullthrough")
 
-    def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        store: Store,
+        registries: Registries,
+        clock: IReactorTime,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self._store = store
+        self._jitter = jitter
         self._registries = registries
         self._clock = clock
         self._manifests: Flights[ImageReference, Manifest] = Flights()
@@ -112,22 +122,27 @@ class PullThrough:
             try:
                 return await download.reader()
             except RegistryError:
-                # What another repository lacks or refuses, this one may have.
-                if download.repository == repository:
+                # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
+                if download.repository == repository and not download.spoiled:
                     raise
 
-    def _start(self, repository: Repository, digest: Digest) -> Download:
+    def _start(self, repository: Repository, digest: Digest, *, again: bool = True) -> Download:
+        """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = self._registries.get(repository.upstream)
         expected = self._store.size_in(repository, digest)
-        download = self._downloads[digest] = Download(registry, self._store, repository, digest, expected)
-        download.start().addCallback(self._land, download)
+        connections = Connections(registry, repository, digest, self._clock, self._jitter)
+        download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
+        download.start().addCallback(self._land, download, again)
         return download
 
-    def _land(self, _: None, download: Download) -> None:
+    def _land(self, _: None, download: Download, again: bool) -> None:
         self._ended += 1
-        if self._downloads.get(download.digest) is download:
-            del self._downloads[download.digest]
+        if self._downloads.get(download.digest) is not download:
+            return
+        del self._downloads[download.digest]
+        if download.spoiled and again:
+            self._start(download.repository, download.digest, again=False)
 
     async def blob_size(self, repository: Repository, digest: Digest) -> FoundSize:
         """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""

@@ -8,29 +8,32 @@ from twisted.logger import Logger
 from ociregistry.errors import RegistryError, Unavailable
 from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
+from ociregistry.pullthrough.connections import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
 from ociregistry.store.store import Store
-from ociregistry.upstream.registry import BlobStream, Registry
+from ociregistry.upstream.registry import BlobStream, OtherBlob
 
 
 class Download:
     """Fetches a blob into a partial and makes it a blob of the store.
 
-    It belongs to no client: it goes on when all have gone. `size` is None until it is known; what can be read,
-    `available`, leaves out the last byte until the digest holds.
+    It belongs to no client: it goes on when all have gone, and takes up what an earlier one left. `size` is None
+    until it is known; what can be read, `available`, leaves out the last byte until the digest holds.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
-        self, registry: Registry, store: Store, repository: Repository, digest: Digest, expected: int | None
+        self, connections: Connections, store: Store, repository: Repository, digest: Digest, expected: int | None
     ) -> None:
         """`expected` is the size in bytes that a manifest of `repository` gives the blob, if one does."""
         self.repository = repository
         self.digest = digest
         self.size: int | None = None
         self.error: RegistryError | None = None
-        self._registry = registry
+        self.spoiled = False
+        """Whether it failed for bytes that came over several connections: with new ones it may succeed."""
+        self._connections = connections
         self._store = store
         self._expected = expected
         self._partial: Partial | None = None
@@ -61,28 +64,34 @@ class Download:
 
     async def reader(self) -> DownloadReader:
         """A reader, as soon as the size is known and the file there. Raises what the download failed with."""
-        # An empty blob has no last byte to hold back until the digest holds.
-        while self._partial is None or self.size is None or (self.size == 0 and not self._verified):
-            if self.error is not None:
-                raise self.error
-            await self._changed.wait()
-        return DownloadReader(self, self._partial.reader(), self.size)
+        self._connections.watch()
+        try:
+            # An empty blob has no last byte to hold back until the digest holds.
+            while self._partial is None or self.size is None or (self.size == 0 and not self._verified):
+                await self._change()
+            return DownloadReader(self, self._partial.reader(), self.size)
+        except BaseException:
+            self._connections.unwatch()
+            raise
 
     async def more_than(self, offset: int) -> int:
         """`available`, as soon as it is more than `offset`. Raises what the download failed with."""
         while self.available <= offset:
-            if self.error is not None:
-                raise self.error
-            await self._changed.wait()
+            await self._change()
         return self.available
+
+    async def _change(self) -> None:
+        if self.error is not None:
+            raise self.error
+        await self._changed.wait()
+
+    def left(self) -> None:
+        """A reader has gone."""
+        self._connections.unwatch()
 
     async def _run(self) -> None:
         try:
-            stream = await self._registry.blob(self.repository, self.digest)
-            try:
-                await self._receive(stream)
-            finally:
-                stream.body.abort()
+            await self._fetch()
         except RegistryError as error:
             self.error = error
         except OSError as error:
@@ -96,37 +105,62 @@ class Download:
         if self.error is not None and not watched:
             self.log.error("{why}", why=self.error)
 
-    async def _receive(self, stream: BlobStream) -> None:
-        expected = stream.size if self._expected is None else self._expected
-        if stream.size is not None and stream.size != expected:
-            raise Unavailable(f"{self}: the upstream has {stream.size} bytes, its manifest says {expected}")
-        partial = await self._store.new_partial(self.digest)
+    async def _fetch(self) -> None:
+        partial = await self._left_behind()
         try:
-            self._partial, self.size = partial, expected
+            stream = None
+            if partial is None or partial.length != self._expected:
+                # The first answer decides whether there is such a blob; clients are told nothing before it.
+                stream = await self._connections.open(partial.length if partial else 0)
+                self._check(stream, partial)
+            size = self._expected if stream is None or stream.size is None else stream.size
+            partial = partial or await self._store.new_partial(self.digest, size, self.repository)
+            self._partial, self.size = partial, size
             self._changed.ring()
-            while data := await stream.body.read():
-                await partial.append(data)
-                if self.size is not None and partial.length > self.size:
-                    raise Unavailable(f"{self}: the upstream sent more than {self.size} bytes")
-                self._changed.ring()
-            if self.size is not None and partial.length < self.size:
-                raise Unavailable(f"{self}: the upstream sent {partial.length} of {self.size} bytes")
-            self._verify(partial)
+            if stream is not None:
+                await self._connections.pour(stream, partial, size, self._changed.ring)
+            await self._verify(partial)
             await self._store.commit(partial)
-        except BaseException:
-            await partial.discard()
+        except BaseException as error:
+            if partial is not None:
+                await self._keep_or_discard(partial, error)
             raise
         finally:
-            partial.close()
+            if partial is not None:
+                partial.close()
 
-    def _verify(self, partial: Partial) -> None:
+    async def _left_behind(self) -> Partial | None:
+        partial = await self._store.old_partial(self.digest)
+        if partial is None or partial.size is None or self._expected in (None, partial.size):
+            return partial
+        await partial.discard()
+        partial.close()
+        return None
+
+    def _check(self, stream: BlobStream, partial: Partial | None) -> None:
+        told = stream.size
+        known = self._expected if self._expected is not None else partial.size if partial is not None else None
+        if told is not None and known is not None and told != known:
+            stream.body.abort()
+            raise OtherBlob(f"{self}: the upstream has {told} bytes, {known} are expected")
+
+    async def _verify(self, partial: Partial) -> None:
         try:
-            partial.verify()
+            await partial.verify()
         except DigestMismatch as mismatch:
-            raise Unavailable(f"{self}: {mismatch}") from None
+            raise OtherBlob(f"{self}: {mismatch}") from None
         self.size = partial.length
         self._verified = True
         self._changed.ring()
+
+    async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
+        """Keeps for the next download what can be continued. A file that failed to be written or synced is none."""
+        if isinstance(error, OtherBlob):
+            self.spoiled = partial.resumed or self._connections.count > 1
+        if isinstance(error, OtherBlob) or (isinstance(error, OSError) and not partial.is_full(error)):
+            await partial.discard()
+        else:
+            await partial.sync()
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.digest}"
@@ -151,6 +185,7 @@ class DownloadReader:
     def close(self) -> None:
         """Gives the file back."""
         self._file.close()
+        self._download.left()
 
     def __str__(self) -> str:
         return str(self._download)

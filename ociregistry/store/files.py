@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
 
 class SharedFile:
     """An open file that several readers and threads use, closed when the last lease is given back.
@@ -46,6 +48,10 @@ class SharedFile:
         """The descriptor, valid while a lease is held."""
         return self._descriptor
 
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._descriptor).st_size
+
 
 class Files:
     """The real file system."""
@@ -55,6 +61,10 @@ class Files:
         path.unlink(missing_ok=True)
         return SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
 
+    def open(self, path: Path) -> SharedFile:
+        """The file at `path`, open for reading and writing. Raises `FileNotFoundError`."""
+        return SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+
     def write(self, file: SharedFile, data: bytes, offset: int) -> None:
         """Writes all of `data` at `offset`."""
         view = memoryview(data)
@@ -62,11 +72,13 @@ class Files:
             written = os.pwrite(file.fileno(), view, offset)
             view, offset = view[written:], offset + written
 
-    def commit(self, file: SharedFile, path: Path, target: Path) -> None:
-        """Makes the finished `file` at `path` appear as `target`, whole and on disk, or not at all."""
-        self.sync(file)
-        self.rename(path, target)
-        self.sync_folder(target.parent)
+    def truncate(self, file: SharedFile, size: int) -> None:
+        """Cuts the file to `size` bytes."""
+        os.ftruncate(file.fileno(), size)
+
+    def sync_data(self, file: SharedFile) -> None:
+        """Returns when the bytes that were written are on disk, and the size that they need."""
+        os.fdatasync(file.fileno())
 
     def sync(self, file: SharedFile) -> None:
         """Returns when what was written is on disk."""
@@ -87,6 +99,28 @@ class Files:
     def unlink(self, path: Path) -> None:
         """Removes a file, if it is there."""
         path.unlink(missing_ok=True)
+
+    def boot(self) -> str:
+        """What tells this run of the machine from the one before."""
+        return _BOOT_ID.read_text("ascii").strip()
+
+    def commit(self, file: SharedFile, path: Path, target: Path) -> None:
+        """Makes the finished `file` at `path` appear as `target`, whole and on disk, or not at all."""
+        self.sync(file)
+        self.rename(path, target)
+        self.sync_folder(target.parent)
+
+    def put(self, target: Path, data: bytes, temporary: Path) -> None:
+        """Makes `data` the content of `target`, whole and on disk, or not at all, by way of `temporary`."""
+        file = self.create(temporary)
+        try:
+            self.write(file, data, 0)
+            self.commit(file, temporary, target)
+        except BaseException:
+            self.unlink(temporary)
+            raise
+        finally:
+            file.release()
 
 
 def lock(path: Path, *, wait: bool = True) -> int | None:

@@ -16,6 +16,7 @@ from ociregistry.manifests import LARGEST_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.files import Files, locked
+from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.records import Record, RecordInvalid
 
 LISTS_FOLDER = "fat"
@@ -43,12 +44,12 @@ class Changes:
 
 
 class RecordFiles:
-    """The folders fat/ and img/ below `root`; `scratch` is this process's own folder for temporary files."""
+    """The folders fat/ and img/ below `root`; `pulls` is this process's own folder, for temporary files."""
 
-    def __init__(self, root: Path, scratch: Path, files: Files) -> None:
+    def __init__(self, root: Path, pulls: PullsFolder, files: Files) -> None:
         self._folders = (root / LISTS_FOLDER, root / IMAGES_FOLDER)
         self._lock = root / "pulls" / "lock"
-        self._scratch = scratch
+        self._pulls = pulls
         self._files = files
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
@@ -73,21 +74,12 @@ class RecordFiles:
         """Writes that `image` means `manifest` at `now`; returns the record as it is on disk then.
 
         What another process wrote in between is kept. A file there that is no record of ours is moved aside
-        into the scratch folder's bad/.
+        into bad/ of the pulls folder.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with locked(self._lock):
             record = (self._existing(path) or Record(manifest, {})).confirm(image, now)
-            temporary = self._scratch / f"{path.name}.record"
-            file = self._files.create(temporary)
-            try:
-                self._files.write(file, record.render(), 0)
-                self._files.commit(file, temporary, path)
-            except BaseException:
-                self._files.unlink(temporary)
-                raise
-            finally:
-                file.release()
+            self._files.put(path, record.render(), self._pulls.path / f"{path.name}.record")
         return record
 
     def _existing(self, path: Path) -> Record | None:
@@ -96,19 +88,15 @@ class RecordFiles:
         except FileNotFoundError:
             return None
         except RecordInvalid:
-            aside = self._scratch / "bad"
-            aside.mkdir(exist_ok=True)
-            self._files.rename(path, aside / path.name)
+            self._files.rename(path, self._pulls.bad / path.name)
             return None
 
-    def pull(self, path: Path, now: float) -> Record:
-        """As `read`, for a client: the file's mtime tells (to the minute) that it was pulled at `now`."""
-        record = self.read(path)
+    def note_pull(self, path: Path, now: float) -> None:
+        """Lets the file's mtime tell, to the minute, that the manifest was pulled at `now`."""
         # A store that can only be read still serves.
         with suppress(OSError):
             if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
                 os.utime(path, (now, now))
-        return record
 
     def look(self, known: Mapping[Path, Signature]) -> Changes:
         """Compares the folders with what is `known` and reads what is new or changed."""

@@ -17,7 +17,8 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, open_blob
 from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
-from ociregistry.store.partials import Partial, PullsFolder
+from ociregistry.store.partials import Partial
+from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Changes, RecordFiles, Signature
 from ociregistry.store.records import Record, RecordInvalid
 from ociregistry.store.threads import Threads
@@ -68,8 +69,8 @@ class Store:
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root / "pulls")
-        self._records = RecordFiles(self._root, self._pulls.path, self._files)
+        self._pulls = PullsFolder(self._root / "pulls", self._files)
+        self._records = RecordFiles(self._root, self._pulls, self._files)
         self._take(self._records.look({}))
         self._threads.start()
         self._looking.start(_LOOK_EVERY, now=False)
@@ -141,7 +142,7 @@ class Store:
         assert entry is not None
         path = self._records.path(digest, is_list=entry.is_list)
         try:
-            record = await self._threads.read(self._records.pull, path, self._now().timestamp())
+            record = await self._threads.read(self._records.read, path)
         except FileNotFoundError:
             record = None
         except (RecordInvalid, OSError) as error:
@@ -149,6 +150,9 @@ class Store:
             record = None
         if record is None:
             self._forget(path)
+        else:
+            # Not where hits are read: it may wait for the disk.
+            self._threads.write(self._records.note_pull, path, self._now().timestamp())
         return record
 
     async def keep(self, manifest: Manifest, image: ImageReference) -> None:
@@ -184,14 +188,20 @@ class Store:
             return None
         return StoredBlob(digest, file, size, self._threads)
 
-    async def new_partial(self, digest: Digest) -> Partial:
-        """A new, empty partial that is to become the blob `digest`. Raises `OSError`."""
-        path, target = self._pulls.path / digest.hex, self._blobs / digest.hex
-        return await self._threads.write(Partial, digest, path, target, self._files, self._threads)
+    async def new_partial(self, digest: Digest, size: int | None, source: Repository) -> Partial:
+        """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`."""
+        path = self._pulls.path / digest.hex
+        return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
+
+    async def old_partial(self, digest: Digest) -> Partial | None:
+        """What an earlier download left of the blob `digest`, or None. Raises `OSError`."""
+        return await self._threads.write(
+            Partial.resume, digest, self._pulls.path / digest.hex, self._files, self._threads
+        )
 
     async def commit(self, partial: Partial) -> None:
         """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
-        await partial.commit()
+        await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
 
 

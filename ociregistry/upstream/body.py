@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime, ITCPTransport, ITransport
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
@@ -23,11 +24,13 @@ class Body(Protocol):
     `STALL` seconds without a byte break the connection.
     """
 
-    STALL = 60.0
+    STALL = 10.0
 
-    def __init__(self, upstream: str, clock: IReactorTime) -> None:
+    def __init__(self, upstream: str, clock: IReactorTime, drop_idle: Callable[[], object]) -> None:
+        """`drop_idle` closes the upstream's connections that wait for another request."""
         self._upstream = upstream
         self._clock = clock
+        self._drop_idle = drop_idle
         self._received: list[bytes] = []
         self._buffered = 0
         self._paused = False
@@ -60,8 +63,8 @@ class Body(Protocol):
 
     def abort(self) -> None:
         """Closes the connection, unless the body has ended."""
-        if self._ended is None and self.transport is not None:
-            self.transport.loseConnection()
+        if self._ended is None:
+            _abort(self.transport)
 
     @property
     def _producer(self) -> IPushProducer:
@@ -105,13 +108,25 @@ class Body(Protocol):
             self._timer = self._clock.callLater(self.STALL, self._stalled)
 
     def _stalled(self) -> None:
-        transport = self.transport
+        producer = self.transport
         self._end(Failure(TimeoutError(f"no byte came for {self.STALL:.0f} s")))
-        if transport is not None:
-            transport.loseConnection()
+        # What waits for another request on the same path will not move either: after an outage an old TCP
+        # connection can take minutes to, a new one moves at once.
+        self._drop_idle()
+        _abort(producer)
 
     @staticmethod
     def _whole(reason: Failure) -> bool:
         # Without a length or chunks the end of the connection is the end of the body; whether it was the end of
         # the content only its digest can tell.
         return reason.check(ResponseDone, PotentialDataLoss) is not None
+
+
+def _abort(producer: object) -> None:
+    # The proxy that a response gives only offers loseConnection(), which over TLS waits for the peer's answer: on a
+    # dead link for ever. The transport behind it can be aborted.
+    transport = getattr(producer, "_producer", None)
+    if ITCPTransport.providedBy(transport):
+        transport.abortConnection()
+    elif producer is not None:
+        cast(ITransport, producer).loseConnection()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from treq.client import HTTPClient
@@ -15,7 +15,7 @@ from zope.interface import implementer
 
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.failures import explain, speaks_no_tls
+from ociregistry.upstream.failures import explain, speaks_no_tls, timed_out
 
 _HEADERS_WITHIN = 30.0
 _LARGEST_LEFTOVER = 64 * 1024
@@ -110,8 +110,10 @@ class Response:
 class Exchanges:
     """Sends single requests for `upstream`, without following anything."""
 
-    def __init__(self, upstream: str, agent: IAgent, clock: IReactorTime) -> None:
+    def __init__(self, upstream: str, agent: IAgent, drop_idle: Callable[[], object], clock: IReactorTime) -> None:
+        """`drop_idle` closes the connections that wait for another request."""
         self._upstream = upstream
+        self._drop_idle = drop_idle
         self._client = HTTPClient(IdentityAgent(agent))
         self._clock = clock
 
@@ -123,9 +125,11 @@ class Exchanges:
         try:
             response = await requested
         except Exception as error:
+            if timed_out(error):
+                self._drop_idle()
             kind = NoTls if url.startswith("https:") and speaks_no_tls(error) else Unavailable
             raise kind(f"{self._upstream}: {explain(error)}") from error
-        body = Body(self._upstream, self._clock)
+        body = Body(self._upstream, self._clock, self._drop_idle)
         response.deliverBody(body)
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
         return Response(self._upstream, response.code, url, length, body, response.headers)

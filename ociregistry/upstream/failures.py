@@ -46,6 +46,11 @@ def _tls_reason(cause: SSL.Error) -> str:
     return "; ".join(str(entry[-1]) for entry in reasons) or "the connection broke"
 
 
+def timed_out(exception: BaseException) -> bool:
+    """Whether the request failed for want of an answer, not for one that said so."""
+    return any(isinstance(cause, defer.TimeoutError | defer.CancelledError) for cause in causes(exception))
+
+
 def speaks_no_tls(exception: BaseException) -> bool:
     """Whether the host refused the connection, or answered the TLS hello in plain text.
 

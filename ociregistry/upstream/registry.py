@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit
 
-from twisted.internet.defer import DeferredSemaphore
+from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.errors import (
     BlobUnknown,
@@ -29,15 +30,21 @@ _UNKNOWN = frozenset({401, 403, 404})
 _LONGEST_RETRY_AFTER = 3600
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
+_CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
 _NEXT_PAGE = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 
 
 @dataclass(frozen=True, slots=True)
 class BlobStream:
-    """A blob on its way: its whole `size` in bytes, if the upstream tells it, and the `body`."""
+    """A blob on its way: its whole `size` in bytes, if the upstream tells it, and the `body` from byte `start`."""
 
     size: int | None
+    start: int
     body: Body
+
+
+class OtherBlob(Unavailable):
+    """The upstream has other bytes than those that were expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,9 @@ class TagPage:
 class Registry:
     """What one upstream has. All methods raise `Unavailable` when it cannot be asked."""
 
-    def __init__(self, upstream: Upstream, client: Client, max_connections: int) -> None:
+    def __init__(self, upstream: Upstream, client: Client, max_connections: int, clock: IReactorTime) -> None:
         self.upstream = upstream
+        self._clock = clock
         self._client = client
         self._slots = DeferredSemaphore(max_connections)
 
@@ -64,20 +72,44 @@ class Registry:
         data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
-    async def blob(self, repository: Repository, digest: Digest) -> BlobStream:
-        """The blob, from its first byte; raises `BlobUnknown`.
+    async def blob(
+        self, repository: Repository, digest: Digest, start: int = 0, within: float | None = None
+    ) -> BlobStream:
+        """The blob from the byte `start`, or from its first byte where the upstream knows no ranges.
 
-        Its connection counts as one of the upstream's until the body has ended or was aborted.
+        Its connection counts as one of the upstream's until the body has ended or was aborted. Raises
+        `BlobUnknown`, `OtherBlob` if the upstream's blob ends before `start`, and `Unavailable` also when the
+        headers do not come `within` so many seconds.
         """
         await self._slots.acquire()
         try:
-            response = await self._client.request("GET", repository, f"blobs/{digest}")
-            await self._expect(response, 200, _blob_unknown(repository, digest, response))
+            asked = Deferred.fromCoroutine(self._stream(repository, digest, start))
+            stream = await (asked.addTimeout(within, self._clock) if within else asked)
         except BaseException:
             self._slots.release()
             raise
-        response.body.ended.addCallback(lambda _: self._slots.release())
-        return BlobStream(response.length, response.body)
+        stream.body.ended.addCallback(lambda _: self._slots.release())
+        return stream
+
+    async def _stream(self, repository: Repository, digest: Digest, start: int) -> BlobStream:
+        response = await self._blob(repository, digest, start)
+        stream = _stream(response, start)
+        if stream is None:
+            response.body.abort()
+            response = await self._blob(repository, digest, 0)
+            stream = BlobStream(response.length, 0, response.body)
+        return stream
+
+    async def _blob(self, repository: Repository, digest: Digest, start: int) -> Response:
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = await self._client.request("GET", repository, f"blobs/{digest}", headers)
+        if response.status == 206 and start:
+            return response
+        if response.status == 416 and start:
+            await response.discard()
+            raise OtherBlob(f"{repository}@{digest}: the upstream has no more than {start} bytes of it")
+        await self._expect(response, 200, _blob_unknown(repository, digest, response))
+        return response
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int:
         """The size of the blob in bytes, asked by HEAD; raises `BlobUnknown`."""
@@ -148,6 +180,16 @@ def _joined(pages: list[Manifest]) -> Manifest:
         "manifests": [entry for document in documents for entry in document["manifests"]],
     }
     return Manifest.parse(json.dumps(whole).encode(), OCI_INDEX)
+
+
+def _stream(response: Response, start: int) -> BlobStream | None:
+    """The stream in an answer to a request for the bytes from `start`; None when it is of other bytes."""
+    if response.status != 206:
+        return BlobStream(response.length, 0, response.body)
+    match = _CONTENT_RANGE.fullmatch(response.header("content-range"))
+    if match is None or int(match["first"]) != start:
+        return None
+    return BlobStream(None if match["size"] == "*" else int(match["size"]), start, response.body)
 
 
 def _blob_unknown(repository: Repository, digest: Digest, response: Response) -> BlobUnknown:

@@ -1,0 +1,73 @@
+"""pulls/<n>/: the folder in which one process keeps what is not complete, and takes over what others left."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from ociregistry.names import Digest
+from ociregistry.store.files import Files, lock
+
+NOTE_SUFFIX = ".note"
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,5}")
+_BAD = "bad"
+
+
+class PullsFolder:
+    """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
+
+    Partials of processes that have ended, in this and other folders, become ours.
+    """
+
+    def __init__(self, pulls: Path, files: Files) -> None:
+        """Takes the first folder that no process holds. Blocks; raises `OSError`."""
+        self._files = files
+        number = 0
+        while True:
+            self.path = pulls / str(number)
+            self.path.mkdir(parents=True, exist_ok=True)
+            held = lock(self.path / "lock", wait=False)
+            if held is not None:
+                break
+            number += 1
+        self._held = held
+        self._tidy()
+        for folder in pulls.iterdir():
+            if folder != self.path and _NUMBER.fullmatch(folder.name) and folder.is_dir():
+                self._adopt(folder)
+
+    def _tidy(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_file() and path.name != "lock" and not _belongs_to_partial(path):
+                self._files.unlink(path)
+
+    def _adopt(self, folder: Path) -> None:
+        held = lock(folder / "lock", wait=False)
+        if held is None:
+            return
+        try:
+            for path in sorted(folder.iterdir()):
+                if _belongs_to_partial(path) and not (self.path / path.name).exists():
+                    self._files.rename(path, self.path / path.name)
+        finally:
+            os.close(held)
+
+    @property
+    def bad(self) -> Path:
+        """The folder for files that are not what they should be; it is made when it is asked for."""
+        path = self.path / _BAD
+        path.mkdir(exist_ok=True)
+        return path
+
+    def close(self) -> None:
+        """Lets another process take the folder."""
+        os.close(self._held)
+
+
+def _belongs_to_partial(path: Path) -> bool:
+    partial = path.with_suffix("") if path.suffix == NOTE_SUFFIX else path
+    if Digest.from_hex(partial.name) is None or not path.is_file():
+        return False
+    return partial.is_file() and partial.with_name(partial.name + NOTE_SUFFIX).is_file()
