@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -194,6 +195,7 @@ class Daemon(Service):
     def startService(self) -> None:
         """Reads the store; then what has queued at the port is answered."""
         super().startService()
+        _take_all_file_descriptors()
         try:
             self._store.start()
         except OSError as error:
@@ -229,6 +231,12 @@ class Daemon(Service):
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
         await self._cache.stop()
         self._store.stop()
+
+
+def _take_all_file_descriptors() -> None:
+    # Each client takes one or two; the customary soft limit of 1024 is for programs that use select().
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _address(port: IListeningPort) -> str:

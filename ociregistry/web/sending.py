@@ -18,6 +18,14 @@ _PIECE = 256 * 1024
 """Bytes: large enough that the work per piece does not count, small enough for many clients at once."""
 
 
+SLOWEST = 60.0
+"""Seconds that a client may take nothing of what is sent to it."""
+
+
+class SlowClient(Exception):
+    """The client does not take what is sent to it."""
+
+
 @implementer(IPushProducer)
 class Sender:
     """Writes a part of `content` to `request`.
@@ -47,7 +55,7 @@ class Sender:
                 self._request.write(data)
                 start += len(data)
                 while self._paused:
-                    await self._resumed.wait()
+                    await self._taken()
         finally:
             # A request whose client has gone has no channel any more.
             if self._request.channel is not None:
@@ -59,6 +67,12 @@ class Sender:
             return await waiting
         except defer.TimeoutError:
             raise Unavailable(f"{self._content}: no byte came from the upstream for {self._patience:g} s") from None
+
+    async def _taken(self) -> None:
+        try:
+            await self._resumed.wait().addTimeout(SLOWEST, self._clock)
+        except defer.TimeoutError:
+            raise SlowClient(f"it took nothing for {SLOWEST:.0f} s") from None
 
     def pauseProducing(self) -> None:
         self._paused = True

@@ -6,10 +6,10 @@ This is the one place where errors are rendered, and where a failure becomes a l
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 from twisted.internet.defer import CancelledError, Deferred, succeed
-from twisted.internet.interfaces import IReactorTime, ITCPTransport
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
@@ -18,9 +18,10 @@ from ociregistry import __version__
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.flights import Bell
 from ociregistry.web.answers import Answer, error_answer
+from ociregistry.web.channel import Channel
 from ociregistry.web.ranges import Range, parse_range
 from ociregistry.web.requests import Query
-from ociregistry.web.sending import Sender
+from ociregistry.web.sending import SLOWEST, Sender, SlowClient
 
 Handler = Callable[[str, bytes, Query], Coroutine[Deferred[Any], Any, Answer]]
 """Gives the answer to a method, a path (still percent-encoded) and a query; raises `RegistryError`."""
@@ -100,10 +101,6 @@ class _Exchange:
         self._gone = False
         self._sending: Deferred[None] = succeed(None)
         request.notifyFinish().addErrback(self._disconnected)
-        # Small answers must not wait for an acknowledgement of earlier ones.
-        transport = request.channel.transport
-        if ITCPTransport.providedBy(transport):
-            transport.setTcpNoDelay(True)
 
     async def serve(self) -> None:
         """Returns when the answer is sent, or cannot be."""
@@ -181,10 +178,17 @@ class _Exchange:
             await self._sending
         except CancelledError:
             return
+        except SlowClient as slow:
+            self.log.warn("{path}: {client}: {why}", path=self._path, client=self._client, why=slow)
+            if not self._gone:
+                cast(Channel, self._request.channel).abort()
+            return
         except (RegistryError, OSError) as error:
             self.log.error("{path}: the answer ends short: {why}", path=self._path, why=error)
-            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST.
+            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST. What
+            # it does not take in time is dropped.
             if not self._gone:
+                self._request.channel.setTimeout(SLOWEST)
                 self._request.channel.loseConnection()
             return
         if not self._gone:
@@ -194,9 +198,13 @@ class _Exchange:
     def _path(self) -> str:
         return self._request.uri.decode("ascii", "backslashreplace")
 
+    @property
+    def _client(self) -> str:
+        address = self._request.getClientAddress()
+        return f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
+
     def _log_access(self, answer: Answer) -> None:
         request = self._request
-        client = request.getClientAddress()
         self.log.info(
             "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
             method=self._method,
@@ -205,6 +213,6 @@ class _Exchange:
             status=request.code,
             bytes=request.sentLength,
             milliseconds=round((self._clock.seconds() - self._began) * 1000),
-            client=f"{client.host}:{client.port}" if hasattr(client, "port") else str(client),
+            client=self._client,
             outcome={True: "hit", False: "miss", None: "-"}[answer.hit],
         )

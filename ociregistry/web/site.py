@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from datetime import datetime
 
 from twisted.internet.interfaces import IReactorTime
@@ -13,6 +14,7 @@ from ociregistry import __version__
 from ociregistry.errors import NotFound
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.web.answers import Answer, json_answer
+from ociregistry.web.channel import Channel
 from ociregistry.web.requests import Query
 from ociregistry.web.serving import Handler, Served, Traffic
 from ociregistry.web.v2 import V2
@@ -70,7 +72,10 @@ class RegistrySite(Site):
         root = _Root(served(_nothing))
         root.putChild(b"v2", served(v2.answer))
         root.putChild(b"health", served(_health(cache, started)))
-        super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION)
+        super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
+        addresses: Counter[str] = Counter()
+        # Typed for the wrapper that could also speak HTTP/2.
+        self.protocol = lambda: Channel(clock, addresses)  # type: ignore[method-assign, assignment, return-value]
 
     def log(self, request: object) -> None:
         """Writes nothing."""

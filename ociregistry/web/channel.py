@@ -1,0 +1,98 @@
+"""One client's connection: who takes too long, opens too many, or speaks TLS to a plain port, is sent away."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import cast
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IDelayedCall, IReactorTime, ITCPTransport
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+from twisted.web.server import Request
+
+_REQUEST_WITHIN = 30.0
+"""Seconds from the first byte of a request to its last."""
+
+MOST_CONNECTIONS = 2000
+"""From one address. A node keeps a handful; but a whole cluster may stand behind one address."""
+
+_TLS_HANDSHAKE = b"\x16"
+_NOT_TLS = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 36\r\n\r\n"
+    b"this port speaks plain HTTP, no TLS\n"
+)
+
+
+class Channel(HTTPChannel):
+    """HTTPChannel with limits. `addresses` counts the connections of each address, over all channels."""
+
+    def __init__(self, clock: IReactorTime, addresses: Counter[str]) -> None:
+        super().__init__()
+        self._clock = clock
+        self._addresses = addresses
+        self._address = ""
+        self._deadline: IDelayedCall | None = None
+        self._fresh = True
+        self._serving = False
+
+    def connectionMade(self) -> None:
+        """Counts the connection, and refuses it when there are too many."""
+        super().connectionMade()
+        if ITCPTransport.providedBy(self.transport):
+            # Small answers must not wait for an acknowledgement of earlier ones.
+            self._tcp.setTcpNoDelay(True)
+        peer = self._tcp.getPeer()
+        self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
+        self._addresses[self._address] += 1
+        if self._addresses[self._address] > MOST_CONNECTIONS:
+            self.abort()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Counts it no more."""
+        self._addresses[self._address] -= 1
+        if not self._addresses[self._address]:
+            del self._addresses[self._address]
+        self._stop_deadline()
+        super().connectionLost(reason)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Sets a deadline for the whole of a request that begins."""
+        if self._fresh and data.startswith(_TLS_HANDSHAKE):
+            # At once: a client that tries TLS first turns to plain HTTP on an answer, and waits 10 s for silence.
+            self._tcp.write(_NOT_TLS)
+            self._tcp.loseConnection()
+            return
+        self._fresh = False
+        if self._deadline is None and not self._serving:
+            self._deadline = self._clock.callLater(_REQUEST_WITHIN, self._too_slow)
+        super().dataReceived(data)
+
+    def allContentReceived(self) -> None:
+        """The request is here."""
+        self._stop_deadline()
+        self._serving = True
+        super().allContentReceived()
+
+    def requestDone(self, request: Request) -> None:
+        """The answer has been sent; what came of the next request meanwhile is looked at now."""
+        self._serving = False
+        super().requestDone(request)
+
+    def abort(self) -> None:
+        """Ends the connection at once, whatever was not sent yet."""
+        self._tcp.abortConnection()
+
+    @property
+    def _tcp(self) -> ITCPTransport:
+        return cast(ITCPTransport, self.transport)
+
+    def _too_slow(self) -> None:
+        self._deadline = None
+        self.abort()
+
+    def _stop_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
