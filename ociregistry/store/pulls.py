@@ -48,8 +48,10 @@ class PullsFolder:
         if held is None:
             return
         try:
-            for path in sorted(folder.iterdir()):
-                if _belongs_to_partial(path) and not (self.path / path.name).exists():
+            left = [path for path in folder.iterdir() if _belongs_to_partial(path)]
+            # A note without its partial is nothing; a partial without its note would be taken for a leftover.
+            for path in sorted(left, reverse=True):
+                if not (self.path / path.name).exists():
                     self._files.rename(path, self.path / path.name)
         finally:
             os.close(held)

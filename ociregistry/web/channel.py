@@ -40,10 +40,10 @@ class Channel(HTTPChannel):
     def connectionMade(self) -> None:
         """Counts the connection, and refuses it when there are too many."""
         super().connectionMade()
-        if ITCPTransport.providedBy(self.transport):
-            # Small answers must not wait for an acknowledgement of earlier ones.
+        # Small answers must not wait for an acknowledgement of earlier ones; transports in memory have none.
+        if hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
-        peer = self._tcp.getPeer()
+        peer: object = self._tcp.getPeer()
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         if self._addresses[self._address] > MOST_CONNECTIONS:

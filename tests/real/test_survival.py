@@ -1,0 +1,94 @@
+"""No byte crosses the link twice: a download goes on where a connection broke or a process was killed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from tests.images import MIB, Blob, Image, digest_of
+from tests.processes import wait_until
+from tests.real.scripted import SOON, Cache, blob_file, cache_in, plain_image
+from tests.upstream_rules import Cut, Drip
+
+SIZE = 100 * MIB
+
+
+@pytest.fixture(scope="module")
+def image() -> Image:
+    """An image whose one layer takes a while."""
+    return plain_image("survival", SIZE)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    """A daemon of the test's own, since it is killed."""
+    with cache_in(tmp_path) as cache:
+        yield cache
+
+
+def pull(cache: Cache, layer: Blob) -> None:
+    """One GET of the layer, over one connection: 200 and the right bytes."""
+    hasher = hashlib.sha256()
+    with cache.opened(f"survival/blobs/{layer.digest}") as answer:
+        assert answer.status == 200
+        assert answer.headers["Content-Length"] == str(SIZE)
+        while data := answer.read(MIB):
+            hasher.update(data)
+    assert f"sha256:{hasher.hexdigest()}" == layer.digest
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+@pytest.mark.parametrize("known", [False, True], ids=["size_from_upstream", "size_from_manifest"])
+def test_an_upstream_that_cuts_every_20_mb(cache: Cache, image: Image, reset: bool, known: bool) -> None:
+    """One client connection, one 200, the right digest; upstream bytes at most 1.01 of the blob."""
+    (layer,) = image.layers
+    cache.upstream.add("survival", image, "v1")
+    if known:
+        assert cache.ask("survival/manifests/v1").status == 200
+    with cache.scripted(f"*{layer.digest}", Cut(20 * MIB, reset=reset)):
+        pull(cache, layer)
+    assert cache.upstream.bytes_sent(layer.digest) <= 1.01 * SIZE
+    assert cache.sent(f"survival/blobs/{layer.digest}", "GET") == 5
+    cache.wait_stored(layer.digest)
+    assert cache.partials == set()
+
+
+def test_kill_at_five_instants(cache: Cache, image: Image) -> None:
+    """`kill -9`, start, pull, five times: at most 1.02 of the blob in all, and the right bytes."""
+    (layer,) = image.layers
+    cache.upstream.add("survival", image, "v1")
+    assert cache.ask("survival/manifests/v1").status == 200
+    path = f"survival/blobs/{layer.digest}"
+    partial = cache.daemon.image_path / "pulls" / "0" / layer.digest.partition(":")[2]
+    with cache.scripted(f"*{layer.digest}", Drip(20 * MIB)):
+        for instant in (3, 17, 31, 58, 90):
+            with suppress(OSError, HTTPException), cache.opened(path) as answer:
+                answer.read(instant * MIB)
+                cache.daemon.kill()
+            assert partial.stat().st_size >= (instant - 1) * MIB
+            cache.daemon.start()
+        pull(cache, layer)
+    assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * SIZE
+    wait_until(lambda: blob_file(cache.daemon, layer.digest).exists(), SOON, "the blob is in the store")
+    assert digest_of(blob_file(cache.daemon, layer.digest).read_bytes()) == layer.digest
+    assert cache.partials == set()
+
+
+def test_a_partial_of_another_process_is_adopted(cache: Cache, image: Image) -> None:
+    """What a process that ended left in pulls/7 is continued by the next one, which has pulls/0."""
+    (layer,) = image.layers
+    cache.upstream.add("survival", image, "v1")
+    pulls = cache.daemon.image_path / "pulls"
+    with cache.scripted(f"*{layer.digest}", Drip(20 * MIB)), suppress(OSError, HTTPException):
+        with cache.opened(f"survival/blobs/{layer.digest}") as answer:
+            answer.read(10 * MIB)
+            cache.daemon.kill()
+    (pulls / "0").rename(pulls / "7")
+    cache.daemon.start()
+    pull(cache, layer)
+    assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * SIZE
