@@ -97,7 +97,7 @@ class _Exchange:
         self._patience = patience
         self._clock = clock
         self._began = clock.seconds()
-        self._method = request.method.decode("ascii", "backslashreplace")
+        self._method = _printable(request.method)
         self._gone = False
         self._sending: Deferred[None] = succeed(None)
         request.notifyFinish().addErrback(self._disconnected)
@@ -125,7 +125,7 @@ class _Exchange:
         except RegistryError as error:
             return self._failed(error)
         except Exception:
-            self.log.failure("a defect in serving {uri}", uri=request.uri)
+            self.log.failure("a defect in answering {path}", path=self._path)
             return self._failed(InternalError("an internal error"))
 
     def _failed(self, error: RegistryError) -> Answer:
@@ -178,25 +178,33 @@ class _Exchange:
             await self._sending
         except CancelledError:
             return
-        except SlowClient as slow:
-            self.log.warn("{path}: {client}: {why}", path=self._path, client=self._client, why=slow)
-            if not self._gone:
-                cast(Channel, self._request.channel).abort()
-            return
-        except (RegistryError, OSError) as error:
-            self.log.error("{path}: the answer ends short: {why}", path=self._path, why=error)
-            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST. What
-            # it does not take in time is dropped.
-            if not self._gone:
-                self._request.channel.setTimeout(SLOWEST)
-                self._request.channel.loseConnection()
+        except Exception as error:
+            self._end_short(error)
             return
         if not self._gone:
             self._request.finish()
 
+    def _end_short(self, error: Exception) -> None:
+        if isinstance(error, SlowClient):
+            self.log.warn("{path}: {client}: {why}", path=self._path, client=self._client, why=error)
+        elif isinstance(error, RegistryError | OSError):
+            self.log.error("{path}: the answer ends short: {why}", path=self._path, why=error)
+        else:
+            self.log.failure("a defect in answering {path}", path=self._path)
+        if self._gone:
+            return
+        channel = cast(Channel, self._request.channel)
+        if isinstance(error, SlowClient):
+            channel.abort()
+        else:
+            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST. What
+            # it does not take in time is dropped.
+            channel.setTimeout(SLOWEST)
+            channel.loseConnection()
+
     @property
     def _path(self) -> str:
-        return self._request.uri.decode("ascii", "backslashreplace")
+        return _printable(self._request.uri)
 
     @property
     def _client(self) -> str:
@@ -208,11 +216,16 @@ class _Exchange:
         self.log.info(
             "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
             method=self._method,
-            path=request.path.decode("ascii", "backslashreplace"),
-            ns=(request.args.get(b"ns") or [b"-"])[0].decode("ascii", "backslashreplace"),
+            path=_printable(request.path),
+            ns=_printable(request.args.get(b"ns", [b"-"])[0]),
             status=request.code,
             bytes=request.sentLength,
             milliseconds=round((self._clock.seconds() - self._began) * 1000),
             client=self._client,
             outcome={True: "hit", False: "miss", None: "-"}[answer.hit],
         )
+
+
+def _printable(text: bytes) -> str:
+    """What came from a client, for a line of the log that stays one line."""
+    return text.decode("latin-1").encode("unicode_escape").decode("ascii")
