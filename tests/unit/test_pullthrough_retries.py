@@ -29,7 +29,7 @@ def test_at_most_30_s_apart_when_nobody_waits() -> None:
 def test_jitter_takes_away_up_to_half() -> None:
     """So that many downloads do not try in step."""
     numbers = itertools.cycle([0.0, 0.5, 1.0])
-    assert waits(Retries(0.0, lambda: next(numbers)), 7, watched=True)[-3:] == [2.0, 3.75, 5.0]
+    assert waits(Retries(0.0, lambda: next(numbers)), 7, watched=True)[-3:] == [3.0, 5.0, 2.5]
 
 
 def test_a_try_that_took_long_is_followed_at_once() -> None:
