@@ -93,21 +93,22 @@ class _Reader:
 
     def _registry(self, node: yaml.Node) -> RegistrySettings:
         texts: dict[str, str] = {}
+        nodes: dict[str, yaml.Node] = {}
         for key, value in self._items(node, "an entry of registries"):
             if key in ("name", "scheme", "description"):
                 if not _is_null(value):
-                    texts[key] = self._text(value, key)
+                    texts[key], nodes[key] = self._text(value, key), value
             else:
                 self._refuse(key, value)
         if "name" not in texts:
             raise self._error(node, "name: is missing in this entry of registries")
         scheme = texts.get("scheme")
         if scheme not in (*_SCHEMES, None):
-            raise self._error(node, f"scheme: {scheme!r}: http or https is expected")
+            raise self._error(nodes["scheme"], f"scheme: {scheme!r}: http or https is expected")
         try:
             upstream = Upstream.parse(texts["name"])
         except NameInvalid as error:
-            raise self._error(node, f"name: {error.message}") from None
+            raise self._error(nodes["name"], f"name: {error.message}") from None
         return RegistrySettings(upstream, scheme, texts.get("description", ""))
 
     def _refuse(self, key: str, node: yaml.Node) -> None:

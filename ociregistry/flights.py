@@ -31,13 +31,11 @@ class Bell:
         self._waiting.append(waiter)
         return waiter
 
-    def ring(self) -> int:
-        """Wakes all who wait now, and says how many they were."""
+    def ring(self) -> None:
+        """Wakes all who wait now."""
         waiting, self._waiting = self._waiting, []
-        woken = len(waiting)
         while waiting:
             waiting.pop().callback(None)
-        return woken
 
 
 class Flights(Generic[K, T]):

@@ -46,12 +46,12 @@ class Descriptor:
     def parse(cls, value: object) -> Descriptor:
         """The descriptor in a decoded JSON `value`; raises `ManifestInvalid`."""
         if not isinstance(value, dict):
-            raise ManifestInvalid(f"a descriptor is not an object: {str(value)[:100]}")
+            raise ManifestInvalid(f"a descriptor is not an object: {_short(value)}")
         size = value.get("size")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise ManifestInvalid(f"a descriptor has no valid size: {str(value)[:200]}")
+            raise ManifestInvalid(f"a descriptor has no valid size: {_short(value)}")
         try:
-            digest = Digest.parse(str(value.get("digest")))
+            digest = Digest.parse(str(value.get("digest"))[:200])
         except RegistryError as error:
             raise ManifestInvalid(error.message) from None
         return cls(
@@ -102,9 +102,9 @@ class Manifest:
         document = _document(data)
         declared = document.get("mediaType")
         if declared is not None and declared != media_type:
-            raise ManifestInvalid(f"the Content-Type is {media_type!r} but mediaType says {declared!r}")
+            raise ManifestInvalid(f"the Content-Type is {_short(media_type)} but mediaType says {_short(declared)}")
         if media_type not in MEDIA_TYPES:
-            raise ManifestInvalid(f"{media_type!r} is not the media type of a manifest")
+            raise ManifestInvalid(f"{_short(media_type)} is not the media type of a manifest")
         if media_type in LISTS:
             if "layers" in document or "config" in document or "fsLayers" in document:
                 raise ManifestInvalid("an index must not have layers or config")
@@ -114,6 +114,11 @@ class Manifest:
         layers = _descriptors(document.get("layers"))
         blobs = (Descriptor.parse(document.get("config")), *layers)
         return cls(digest, media_type, data, (), tuple(blob for blob in blobs if not blob.foreign))
+
+
+def _short(value: object) -> str:
+    """What an upstream sent, for a line of the log."""
+    return repr(str(value)[:100])
 
 
 def _document(data: bytes) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _document(data: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ManifestInvalid("not a JSON object")
     if document.get("schemaVersion") != 2:
-        raise ManifestInvalid(f"schemaVersion is {str(document.get('schemaVersion'))[:20]}, only 2 is served")
+        raise ManifestInvalid(f"schemaVersion is {_short(document.get('schemaVersion'))}, only 2 is served")
     return document
 
 

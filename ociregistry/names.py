@@ -9,6 +9,7 @@ containerd share.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -44,8 +45,9 @@ class Upstream:
         """
         name = text.lower()
         match = _UPSTREAM.fullmatch(name)
-        if match is None or len(name) > _LONGEST_NAME or not 0 < int(match["port"] or 443) < 65536:
-            raise NameInvalid(f"{text!r} is not the name of a registry: host or host:port is expected")
+        sound = match is not None and _is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
+        if not sound or len(name) > _LONGEST_NAME:
+            raise NameInvalid(f"{text[:300]!r} is not the name of a registry: host or host:port is expected")
         return cls(DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name)
 
     @property
@@ -63,6 +65,16 @@ class Upstream:
         return self.name
 
 
+def _is_host(host: str) -> bool:
+    if not host.startswith("["):
+        return True
+    try:
+        ipaddress.IPv6Address(host[1:-1])
+    except ValueError:
+        return False
+    return True
+
+
 class Digest(str):
     """A well-formed sha256 or sha512 digest, such as `sha256:9f86…`. A string, so that a million are cheap."""
 
@@ -72,7 +84,7 @@ class Digest(str):
     def parse(cls, text: str) -> Self:
         """The digest that `text` spells; raises `DigestInvalid`."""
         if not _DIGEST.fullmatch(text):
-            raise DigestInvalid(f"{text!r} is not a digest: sha256:<64 hex> or sha512:<128 hex> is expected")
+            raise DigestInvalid(f"{text[:200]!r} is not a digest: sha256:<64 hex> or sha512:<128 hex> is expected")
         return cls(text)
 
     @classmethod
@@ -173,16 +185,28 @@ class ImageReference:
 
     @classmethod
     def parse(cls, url: str, default: Upstream) -> Self:
-        """The image that `url` (`repository:tag` or `repository@digest`) names.
+        """The image that `url` (`repository:tag` or `repository@digest`) names; see `Repository.parse`.
 
         Raises `NameInvalid`, `DigestInvalid` or `ManifestUnknown`.
         """
-        name, at, digest = url.partition("@")
-        if at:
-            return cls(Repository.parse(name, default), Digest.parse(digest))
-        name, _, tag = url.rpartition(":")
-        return cls(Repository.parse(name, default), Tag.parse(tag))
+        name, reference = _split(url)
+        return cls(Repository.parse(name, default), reference)
+
+    @classmethod
+    def parse_whole(cls, url: str) -> Self:
+        """The image that `url` names, which was printed by us: its first component is the upstream, dot or not."""
+        name, reference = _split(url)
+        upstream, _, path = name.partition("/")
+        return cls(Repository.at(Upstream.parse(upstream), path), reference)
 
     def __str__(self) -> str:
         mark = "@" if isinstance(self.reference, Digest) else ":"
         return f"{self.repository}{mark}{self.reference}"
+
+
+def _split(url: str) -> tuple[str, Reference]:
+    name, at, digest = url.partition("@")
+    if at:
+        return name, Digest.parse(digest)
+    name, _, tag = url.rpartition(":")
+    return name, Tag.parse(tag)

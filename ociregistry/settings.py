@@ -55,7 +55,10 @@ class Option:
 def _path(text: str) -> Path:
     if not text:
         raise ValueError("a path is expected")
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no such user") from None
 
 
 def _number(least: int, most: int) -> Callable[[str], int]:
@@ -111,9 +114,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
             values[option.key] = _parsed(option, given[option.key], f"--{option.name}")
         elif config is not None and option.key in config.values:
             text, where = config.values[option.key]
-            if option.parse is _path:
-                text = str(Path(config.path).absolute().parent / Path(text).expanduser())
-            values[option.key] = _parsed(option, text, f"{where}: {option.key}")
+            values[option.key] = _parsed(option, text, f"{where}: {option.key}", config.path.absolute().parent)
         else:
             values[option.key] = option.parse(option.default)
     if config is not None and not listen:
@@ -121,8 +122,10 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
     return Settings(**values, listen=listen, registries=config.registries if config else {})  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
 
 
-def _parsed(option: Option, text: str, where: str) -> object:
+def _parsed(option: Option, text: str, where: str, folder: Path | None = None) -> object:
+    """The value; a path in a file is relative to the file's `folder`."""
+    relative = folder is not None and option.parse is _path and text and not text.startswith("~")
     try:
-        return option.parse(text)
+        return option.parse(str(folder / text) if folder and relative else text)
     except ValueError as error:
         raise ConfigInvalid(f"{where}: {text!r}: {error}") from None

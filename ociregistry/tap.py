@@ -6,6 +6,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, NoReturn
 
 from twisted.application.service import IService, Service
@@ -58,7 +59,7 @@ _NOT_YET_OPTIONS = frozenset(
         ),
     }
 )
-_NOT_YET_COMMANDS = frozenset({"load", "list", "prune", "verify", "export", "check", "containerd-config", "version"})
+_NOT_YET_COMMANDS = ("load", "list", "prune", "verify", "export", "check", "containerd-config", "version")
 
 
 class _CommonOptions(usage.Options):
@@ -89,12 +90,21 @@ class Serve(_CommonOptions):
     longdesc = "Runs the daemon."
 
 
+class _NotYet(usage.Options):
+    def parseOptions(self, options: Sequence[str] | None = None) -> NoReturn:
+        command = self.parent.subCommand if self.parent else ""
+        raise usage.UsageError(f"{command} is not available in this version")
+
+
 class Options(_CommonOptions):
     """The command line behind `twistd ociregistry`."""
 
     synopsis = "[options] [serve [options]]"
     longdesc = "A pull-only, pull-through, caching OCI registry server."
-    subCommands = [["serve", None, Serve, "run the daemon, which is also the default"]]
+    subCommands = [
+        ["serve", None, Serve, "run the daemon, which is also the default"],
+        *([name, None, _NotYet, "not in this version"] for name in _NOT_YET_COMMANDS),
+    ]
 
     settings: Settings
 
@@ -102,8 +112,7 @@ class Options(_CommonOptions):
         """As twistd calls it; a mistake ends the process with one line and exit status 2."""
         try:
             for argument in options or ():
-                name = argument.removeprefix("--").partition("=")[0]
-                if argument in _NOT_YET_COMMANDS or (argument.startswith("--") and name in _NOT_YET_OPTIONS):
+                if argument.startswith("--") and argument[2:].partition("=")[0] in _NOT_YET_OPTIONS:
                     raise usage.UsageError(f"{argument} is not available in this version")
             super().parseOptions(options)
         except usage.UsageError as error:
@@ -127,7 +136,8 @@ class Options(_CommonOptions):
 
 
 def _exit(message: str, status: int) -> NoReturn:
-    print(f"ociregistry: {message}", file=sys.stderr)
+    # twistd makes a log of sys.stderr.
+    print(f"ociregistry: {message}", file=sys.__stderr__)
     raise SystemExit(status)
 
 
@@ -180,17 +190,15 @@ class Daemon(Service):
         """Listens. A port that cannot be had ends the process with exit status 1."""
         endpoints = self._settings.listen or (f"tcp:{self._settings.port}",)
         for endpoint in endpoints:
+            failures: list[Failure] = []
             try:
                 listening = serverFromString(self._reactor, endpoint).listen(self._site)
-            except Exception as error:
-                self._give_up(f"cannot listen on {endpoint}: {error}")
-            listening.addCallbacks(
-                self._ports.append, lambda failure, endpoint=endpoint: self._cannot_listen(failure, endpoint)
-            )
-
-    def _cannot_listen(self, failure: Failure, endpoint: str) -> None:
-        error = failure.value
-        self._give_up(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}")
+                listening.addCallbacks(self._ports.append, failures.append)
+            except Exception:
+                failures.append(Failure())
+            for failure in failures:
+                error = failure.value
+                self._give_up(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}")
 
     def startService(self) -> None:
         """Reads the store; then what has queued at the port is answered."""
@@ -215,6 +223,12 @@ class Daemon(Service):
 
     def _give_up(self, message: str) -> NoReturn:
         self.log.error("{why}", why=message)
+        if self._twistd_options.get("statusPipe") is not None:
+            # The process that was started, and waits for word from the daemon that it became.
+            raise RuntimeError(message)
+        pid_file = self._twistd_options.get("pidfile")
+        if pid_file:
+            Path(pid_file).unlink(missing_ok=True)
         _exit(message, 1)
 
     def stopService(self) -> Deferred[None]:

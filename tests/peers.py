@@ -56,14 +56,15 @@ class Access:
 
 
 class DockerRegistry(Server):
-    """Debian's docker-registry (CNCF distribution) on 127.0.0.1, plain HTTP, with its files in a folder.
+    """Debian's docker-registry (CNCF distribution) on a loopback address, plain HTTP, with its files in a folder.
 
-    After `kill` or `terminate`, `start` brings it back on the same port with all that was pushed.
+    After `kill` or `terminate`, `start` brings it back on the same port with all that was pushed. On port 80 its
+    name `host` is the address alone.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.host = f"127.0.0.1:{self.port}"
+    def __init__(self, folder: Path, address: str = "127.0.0.1", port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.host = address if self.port == 80 else f"{address}:{self.port}"
         self.url = f"http://{self.host}"
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yml"
@@ -71,7 +72,7 @@ class DockerRegistry(Server):
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": False}},
             "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}},
-            "http": {"addr": self.host},
+            "http": {"addr": f"{address}:{self.port}"},
         }
         config.write_text(json.dumps(settings))  # JSON is YAML
         super().__init__(["docker-registry", "serve", str(config)], folder / "docker-registry.log")

@@ -183,6 +183,6 @@ class Daemon(Server):
         return answers(f"{self.url}/health")
 
 
-def twistd(*arguments: str) -> list[str]:
-    """The command line of our plugin under twistd, run by the Python that runs the tests."""
-    return [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "ociregistry", *arguments]
+def twistd(*arguments: str, options: Sequence[str] = ("-n", "--pidfile=")) -> list[str]:
+    """The command line of our plugin under twistd with its own `options`, run by the Python that runs the tests."""
+    return [sys.executable, "-c", _TWISTD, *options, "ociregistry", *arguments]

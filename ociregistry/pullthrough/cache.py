@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ociregistry.errors import RegistryError, Unavailable
@@ -66,8 +67,9 @@ class PullThrough:
         self._registries = registries
         self._clock = clock
         self._manifests: Flights[ImageReference, Manifest] = Flights()
-        self._sizes: Flights[tuple[Repository, Digest], int] = Flights()
+        self._sizes: Flights[tuple[Repository, Digest], int | None] = Flights()
         self._downloads: dict[Digest, Download] = {}
+        self._stopping = False
         self._ended = 0
         """Counts the downloads that have ended."""
 
@@ -76,9 +78,17 @@ class PullThrough:
         """What the store holds."""
         return self._store.counts
 
-    def stop(self) -> Deferred[list[None]]:
+    def stop(self) -> Deferred[None]:
         """Ends what is in flight; fires when it has ended."""
-        return gatherResults([download.cancel() for download in list(self._downloads.values())])
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        running = list(self._downloads.values())
+        if running:
+            # Not at once: what leads here may be the very download that just told its last client of the last byte.
+            await deferLater(self._clock, 0)
+            await gatherResults([download.cancel() for download in running])
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
         """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`."""
@@ -123,7 +133,7 @@ class PullThrough:
                 return await download.reader()
             except RegistryError:
                 # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
-                if download.repository == repository and not download.spoiled:
+                if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
     def _start(self, repository: Repository, digest: Digest, *, again: bool = True) -> Download:
@@ -141,7 +151,7 @@ class PullThrough:
         if self._downloads.get(download.digest) is not download:
             return
         del self._downloads[download.digest]
-        if download.spoiled and again:
+        if download.spoiled and again and not self._stopping:
             self._start(download.repository, download.digest, again=False)
 
     async def blob_size(self, repository: Repository, digest: Digest) -> FoundSize:
@@ -156,4 +166,9 @@ class PullThrough:
             return FoundSize(download.size, hit=False)
         registry = self._registries.get(repository.upstream)
         asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest))
-        return FoundSize(await in_time(asked, self._clock, f"{repository}@{digest}"), hit=False)
+        told = await in_time(asked, self._clock, f"{repository}@{digest}")
+        known = self._store.size_in(repository, digest)
+        size = told if known is None else known
+        if size is None or told not in (None, size):
+            raise Unavailable(f"{repository}@{digest}: its size is {told} to the upstream, {known} to its manifest")
+        return FoundSize(size, hit=False)

@@ -42,6 +42,11 @@ class Connections:
         self._watchers = 0
         self._wanted = Bell()
 
+    @property
+    def watched(self) -> bool:
+        """Whether somebody waits for this blob."""
+        return self._watchers > 0
+
     def watch(self) -> None:
         """Somebody waits for this blob."""
         self._watchers += 1
@@ -109,8 +114,8 @@ class Connections:
         return at
 
     async def _reopen(self, start: int, size: int | None, why: Unavailable) -> BlobStream:
-        while not self._retries.exhausted(self._clock.seconds(), watched=self._watchers > 0):
-            await self._pause(self._retries.wait(self._clock.seconds(), watched=self._watchers > 0))
+        while not self._retries.exhausted(self._clock.seconds(), watched=self.watched):
+            await self._pause(self._retries.wait(self._clock.seconds(), watched=self.watched))
             try:
                 stream = await self._open(start, _HEADERS_WITHIN)
             except OtherBlob:

@@ -39,6 +39,7 @@ class Download:
         self._partial: Partial | None = None
         self._verified = False
         self._changed = Bell()
+        self._stopping = False
         self._running: Deferred[None] = succeed(None)
 
     def start(self) -> Deferred[None]:
@@ -47,10 +48,12 @@ class Download:
         return self._running
 
     def cancel(self) -> Deferred[None]:
-        """Ends it; readers are told that no more will come. Fires when it has ended."""
+        """Ends it, unless all is here already; readers are told that no more will come. Fires when it has ended."""
         ended: Deferred[None] = Deferred()
         self._running.addCallback(lambda _: ended.callback(None))
-        self._running.cancel()
+        if not self._verified:
+            self._stopping = True
+            self._running.cancel()
         return ended
 
     @property
@@ -97,11 +100,15 @@ class Download:
         except OSError as error:
             self.error = Unavailable(f"{self}: cannot be stored: {error.strerror or error}")
         except CancelledError:
-            self.error = Unavailable(f"{self}: the server is stopping")
+            self._stopping = True
         except Exception as error:
             self.log.failure("the download of {download} failed", download=self)
             self.error = Unavailable(f"{self}: the download failed: {type(error).__name__}")
-        watched = self._changed.ring()
+        if self._stopping:
+            # Whatever words those found for it whose work was cancelled.
+            self.error = Unavailable(f"{self}: the server is stopping")
+        watched = self._connections.watched
+        self._changed.ring()
         if self.error is not None and not watched:
             self.log.error("{why}", why=self.error)
 
@@ -109,11 +116,12 @@ class Download:
         partial = await self._left_behind()
         try:
             stream = None
-            if partial is None or partial.length != self._expected:
+            known = self._expected if self._expected is not None or partial is None else partial.size
+            if partial is None or partial.length != known:
                 # The first answer decides whether there is such a blob; clients are told nothing before it.
                 stream = await self._connections.open(partial.length if partial else 0)
-                self._check(stream, partial)
-            size = self._expected if stream is None or stream.size is None else stream.size
+                self._check(stream, known)
+            size = known if stream is None or stream.size is None else stream.size
             partial = partial or await self._store.new_partial(self.digest, size, self.repository)
             self._partial, self.size = partial, size
             self._changed.ring()
@@ -121,7 +129,7 @@ class Download:
                 await self._connections.pour(stream, partial, size, self._changed.ring)
             await self._verify(partial)
             await self._store.commit(partial)
-        except BaseException as error:
+        except Exception as error:
             if partial is not None:
                 await self._keep_or_discard(partial, error)
             raise
@@ -137,9 +145,8 @@ class Download:
         partial.close()
         return None
 
-    def _check(self, stream: BlobStream, partial: Partial | None) -> None:
+    def _check(self, stream: BlobStream, known: int | None) -> None:
         told = stream.size
-        known = self._expected if self._expected is not None else partial.size if partial is not None else None
         if told is not None and known is not None and told != known:
             stream.body.abort()
             raise OtherBlob(f"{self}: the upstream has {told} bytes, {known} are expected")

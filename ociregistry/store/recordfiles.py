@@ -5,7 +5,9 @@ Everything here blocks and runs in a thread.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +32,9 @@ _NOTE_PULLS_EVERY = 60.0
 
 Signature = tuple[int, int, int, int]
 """Of a file: it changes when the file does."""
+
+UNREAD: Signature = (0, 0, 0, 0)
+"""Of a file that is known to be there, and is to be read at the next look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,14 @@ class RecordFiles:
         digest = Digest.from_hex(path.name)
         if digest is None:
             raise RecordInvalid("its name is not that of a record")
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            regular = False
+        if not regular:
+            raise RecordInvalid("it is not a file")
         with path.open("rb") as file:
             data = file.read(_LARGEST_RECORD + 1)
         if len(data) > _LARGEST_RECORD:
@@ -112,8 +125,12 @@ class RecordFiles:
                     read[path] = Entry.of(self.read(path))
                 except FileNotFoundError:
                     del seen[path]
-                except (RecordInvalid, OSError) as error:
+                except RecordInvalid as error:
                     damaged[path] = str(error)
+                except OSError as error:
+                    # Nothing that will show on the file may end this: it is tried again at the next look.
+                    damaged[path] = error.strerror or str(error)
+                    seen[path] = UNREAD
         return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()))
 
 
@@ -124,8 +141,9 @@ def _signatures(folder: Path) -> list[tuple[Path, Signature]]:
             if Digest.from_hex(entry.name) is None:
                 continue
             try:
-                stat = entry.stat(follow_symlinks=False)
+                status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            found.append((folder / entry.name, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            found.append((folder / entry.name, signature))
     return found

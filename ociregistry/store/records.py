@@ -14,9 +14,7 @@ from datetime import UTC, datetime
 
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Manifest, ManifestInvalid
-from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
-
-_ANY_UPSTREAM = Upstream(DOCKER_HUB)
+from ociregistry.names import Digest, ImageReference
 
 
 class RecordInvalid(ValueError):
@@ -70,9 +68,7 @@ class Record:
                 raise RecordInvalid(f"it holds {document['digest']}, not what its name says")
             manifest = Manifest.parse(document["manifest"].encode("utf-8"), document["mediaType"], digest)
             images = {
-                str(ImageReference.parse(url, _ANY_UPSTREAM)): Dates(
-                    _time(dates["created"]), _time(dates["confirmed"])
-                )
+                str(ImageReference.parse_whole(url)): Dates(_time(dates["created"]), _time(dates["confirmed"]))
                 for url, dates in document["images"].items()
             }
         except (RegistryError, ManifestInvalid) as error:
@@ -87,7 +83,7 @@ class Record:
 
 
 def _spell(time: datetime) -> str:
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return time.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _time(text: str) -> datetime:

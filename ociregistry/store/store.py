@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +20,14 @@ from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Changes, RecordFiles, Signature
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, UNREAD, Changes, RecordFiles, Signature
 from ociregistry.store.records import Record, RecordInvalid
 from ociregistry.store.threads import Threads
 
 _LOOK_EVERY = 1.0
+
+_FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
+"""Tags that the specification sets aside for lists of referrers; nobody pushed them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Store:
         """Records that this process wrote since the look that is under way began: newer than what it found."""
         self._committed: dict[Digest, int] = {}
         """Blobs that this process committed, for those that no record names (yet)."""
+        self._complaints: Mapping[Path, str] = {}
+        """What was logged of files that are no records, so that it is logged once."""
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
 
@@ -98,11 +104,16 @@ class Store:
         for path, why in changes.damaged.items():
             if path not in self._written:
                 self._forget(path)
+            if self._complaints.get(path) != why:
                 self.log.warn("left alone, it is not a record that can be served: {path}: {why}", path=path, why=why)
+        self._complaints = {
+            **{path: why for path, why in self._complaints.items() if path not in changes.gone | changes.read.keys()},
+            **changes.damaged,
+        }
         for path, entry in changes.read.items():
             if path not in self._written:
                 self._catalogue.put(_digest(path), entry)
-        self._known = {path: seen for path, seen in changes.seen.items() if path not in self._written}
+        self._known = {**changes.seen, **dict.fromkeys(self._written, UNREAD)}
 
     def _forget(self, path: Path) -> None:
         digest = _digest(path)
@@ -150,6 +161,7 @@ class Store:
             record = None
         if record is None:
             self._forget(path)
+            self._known.pop(path, None)
         else:
             # Not where hits are read: it may wait for the disk.
             self._threads.write(self._records.note_pull, path, self._now().timestamp())
@@ -160,12 +172,12 @@ class Store:
         path = self._records.path(manifest.digest, is_list=manifest.is_list)
         record = await self._threads.write(self._records.confirm, manifest, image, self._now())
         self._written.add(path)
-        self._known.pop(path, None)
+        self._known[path] = UNREAD
         self._catalogue.put(manifest.digest, Entry.of(record))
 
     def tags(self, repository: Repository) -> list[Tag]:
         """The tags of `repository` that the cache knows, sorted."""
-        return self._catalogue.tags(repository)
+        return [tag for tag in self._catalogue.tags(repository) if not _FOR_REFERRERS.fullmatch(tag)]
 
     # Blobs
 

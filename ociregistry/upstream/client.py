@@ -57,22 +57,22 @@ class Client:
 
         A token that the upstream wants is fetched; redirects are followed. Raises `Unavailable`.
         """
-        refused: set[_Scope] = set()
+        # Who is refused may come back once with a token; twice, if the first was one from an earlier request.
+        refused: dict[_Scope, bool] = {}
         while True:
             response = await self._send(method, repository, path, headers or {})
             scope = _origin(response.url), repository
             challenges = map(BearerChallenge.parse, response.headers("www-authenticate"))
             challenge = next(filter(None, challenges), None)
-            if response.status != 401 or challenge is None or scope in refused:
+            if response.status != 401 or challenge is None or not refused.get(scope, True):
                 return response
-            refused.add(scope)
             await response.discard()
             self._remember(scope, challenge)
+            refused[scope] = scope not in refused and self._tokens.holds(challenge)
 
     def _remember(self, scope: _Scope, challenge: BearerChallenge) -> None:
-        known = self._challenges.pop(scope, None)
-        if known is not None:
-            self._tokens.forget(known)
+        if scope in self._challenges:
+            self._tokens.forget(self._challenges.pop(scope))
         if len(self._challenges) >= _MOST_CHALLENGES:
             self._challenges.clear()
         self._challenges[scope] = challenge
@@ -101,15 +101,21 @@ class Client:
     async def _follow(
         self, method: str, url: str, headers: Mapping[str, str], repository: Repository | None
     ) -> Response:
+        own = _origin(url)
         for _ in range(_MOST_HOPS + 1):
-            response = await self._exchanges.send(method, url, await self._authorized(url, headers, repository))
+            authorized = await self._authorized(url, headers, repository)
+            try:
+                response = await self._exchanges.send(method, url, authorized)
+            except NoTls as error:
+                # Only of the upstream's own host does it say how that wants to be spoken to.
+                if repository is None or _origin(url) != own:
+                    raise Unavailable(error.message) from None
+                raise
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
                 return response
             await response.discard()
-            target = urljoin(url, location)
-            self._check_redirect(url, target)
-            url = target
+            url = self._redirected(url, location)
         raise Unavailable(f"{self._upstream}: more than {_MOST_HOPS} redirects")
 
     async def _authorized(
@@ -122,10 +128,15 @@ class Client:
             return headers
         return {**headers, "Authorization": f"Bearer {await self._tokens.token(challenge)}"}
 
-    def _check_redirect(self, url: str, target: str) -> None:
-        scheme = urlsplit(target).scheme
+    def _redirected(self, url: str, location: str) -> str:
+        try:
+            target = urljoin(url, location)
+            scheme, _host, _port = _origin(target)
+        except ValueError:
+            raise Unavailable(f"{self._upstream}: it redirects to {location[:200]!r}, which is no URL") from None
         if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
             raise Unavailable(f"{self._upstream}: it redirects from {urlsplit(url).scheme} to {scheme or 'nowhere'}")
+        return target
 
     async def _fetch_token(self, url: str) -> bytes:
         response = await self._follow("GET", url, {}, None)

@@ -85,7 +85,8 @@ class Response:
 
     def headers(self, name: str) -> list[str]:
         """All headers `name`."""
-        return list(self._headers.getRawHeaders(name, []))
+        # Whatever bytes an upstream sends: Twisted would take them for UTF-8.
+        return [value.decode("latin-1") for value in self._headers.getRawHeaders(name.encode("ascii"), [])]
 
     async def collect(self, most: int) -> bytes:
         """The whole body; raises `Unavailable` when it is longer than `most` bytes or breaks off."""
@@ -120,10 +121,9 @@ class Exchanges:
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
         """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too."""
         raw = Headers({name: [value] for name, value in headers.items()})
-        requested = self._client.request(method, url, headers=raw, unbuffered=True, allow_redirects=False)
-        requested.addTimeout(_HEADERS_WITHIN, self._clock)
         try:
-            response = await requested
+            requested = self._client.request(method, url, headers=raw, unbuffered=True, allow_redirects=False)
+            response = await requested.addTimeout(_HEADERS_WITHIN, self._clock)
         except Exception as error:
             if timed_out(error):
                 self._drop_idle()

@@ -9,6 +9,7 @@ from twisted.internet import defer, error
 _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
     (error.ConnectionRefusedError, "the connection was refused"),
     (error.DNSLookupError, "its host name cannot be resolved"),
+    (UnicodeError, "its host name cannot be resolved"),
     (error.NoRouteError, "there is no route to it"),
     (error.TimeoutError, "it cannot be connected to in time"),
     (error.TCPTimedOutError, "it cannot be connected to in time"),

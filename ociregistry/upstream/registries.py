@@ -24,7 +24,11 @@ class Registries:
 
     def check(self, upstream: Upstream) -> None:
         """Raises `Denied` when the operator does not allow `upstream`."""
-        if self._allowed and not any(fnmatchcase(upstream.name, glob) for glob in self._allowed):
+        if (
+            self._allowed
+            and upstream.name not in self._allowed
+            and not any(fnmatchcase(upstream.name, glob) for glob in self._allowed)
+        ):
             raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
 
     def get(self, upstream: Upstream) -> Registry:

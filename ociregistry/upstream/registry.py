@@ -111,15 +111,13 @@ class Registry:
         await self._expect(response, 200, _blob_unknown(repository, digest, response))
         return response
 
-    async def blob_size(self, repository: Repository, digest: Digest) -> int:
-        """The size of the blob in bytes, asked by HEAD; raises `BlobUnknown`."""
+    async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
+        """The size of the blob in bytes, asked by HEAD, if the upstream tells it; raises `BlobUnknown`."""
         response = await self._client.request("HEAD", repository, f"blobs/{digest}")
         await self._expect(response, 200, _blob_unknown(repository, digest, response))
         length = response.header("content-length")
         await response.discard()
-        if not length.isascii() or not length.isdigit():
-            raise Unavailable(f"{repository}@{digest}: the upstream tells no size")
-        return int(length)
+        return int(length[:19]) if length.isascii() and length.isdigit() else None
 
     async def tags(self, repository: Repository, count: int | None, last: str) -> TagPage:
         """At most `count` tags after the tag `last`; raises `NameUnknown`."""
@@ -147,8 +145,11 @@ class Registry:
             pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), f"{repository}@{digest}"))
             following = _next_page(response)
             if following is None:
-                return pages[0] if len(pages) == 1 else _joined(pages)
-            path = f"referrers/{digest}?{urlsplit(following).query}"
+                return pages[0] if len(pages) == 1 else _joined(pages, f"{repository}@{digest}")
+            try:
+                path = f"referrers/{digest}?{urlsplit(following).query}"
+            except ValueError:
+                raise Unavailable(f"{repository}@{digest}: the upstream's next page is no URL") from None
         raise Unavailable(f"{repository}@{digest}: the upstream's referrers take more than {_MOST_PAGES} pages")
 
     async def _expect(self, response: Response, status: int, unknown: RegistryError) -> None:
@@ -173,13 +174,13 @@ def _next_page(response: Response) -> str | None:
     return next((link[1] for link in links if link), None)
 
 
-def _joined(pages: list[Manifest]) -> Manifest:
+def _joined(pages: list[Manifest], what: str) -> Manifest:
     documents = [json.loads(page.data) for page in pages]
-    whole = {
-        **documents[0],
-        "manifests": [entry for document in documents for entry in document["manifests"]],
-    }
-    return Manifest.parse(json.dumps(whole).encode(), OCI_INDEX)
+    entries = [entry for document in documents for entry in document["manifests"]]
+    try:
+        return Manifest.parse(json.dumps({**documents[0], "manifests": entries}).encode(), OCI_INDEX)
+    except ManifestInvalid as error:
+        raise Unavailable(f"{what}: the upstream's pages make no valid index: {error}") from None
 
 
 def _stream(response: Response, start: int) -> BlobStream | None:
@@ -208,7 +209,9 @@ def _expected_digest(image: ImageReference, response: Response) -> Digest | None
 
 def _retry_after(response: Response) -> int:
     told = response.header("retry-after")
-    return min(int(told), _LONGEST_RETRY_AFTER) if told.isascii() and told.isdigit() else 5
+    if not told.isascii() or not told.isdigit():
+        return 5
+    return min(int(told[:9]), _LONGEST_RETRY_AFTER)
 
 
 def _tags(repository: Repository, data: bytes) -> tuple[Tag, ...]:

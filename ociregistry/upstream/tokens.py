@@ -50,26 +50,36 @@ class Tokens:
             return kept.value
         return await self._flights.join(challenge, lambda: self._fetch_token(challenge))
 
+    def holds(self, challenge: BearerChallenge) -> bool:
+        """Whether there is a token from an earlier request."""
+        kept = self._kept.get(challenge)
+        return kept is not None and self._clock.seconds() < kept.expires
+
     def forget(self, challenge: BearerChallenge) -> None:
         """To be called when the registry refused the token."""
         self._kept.pop(challenge, None)
 
     async def _fetch_token(self, challenge: BearerChallenge) -> str:
-        if urlsplit(challenge.realm).scheme not in ("http", "https"):
-            raise Unavailable(f"{self._upstream}: the token realm {challenge.realm!r} is not a URL")
+        try:
+            realm = urlsplit(challenge.realm)
+            sound = realm.scheme in ("http", "https") and bool(realm.hostname) and realm.port != 0
+        except ValueError:
+            sound = False
+        if not sound:
+            raise Unavailable(f"{self._upstream}: the token realm {challenge.realm[:200]!r} is not a URL")
         query = [("service", challenge.service)] if challenge.service else []
         query += [("scope", scope) for scope in challenge.scope.split()]
-        separator = "&" if urlsplit(challenge.realm).query else "?"
+        separator = "&" if "?" in challenge.realm else "?"
         received = self._clock.seconds()
         body = await self._fetch(challenge.realm + (separator + urlencode(query) if query else ""))
         try:
             document = json.loads(body)
             value = document.get("token") or document["access_token"]
             life = float(document.get("expires_in") or _DEFAULT_LIFE)
-            if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
                 raise ValueError("the token is not a string of printable characters")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise Unavailable(f"{self._upstream}: the token service gave no token: {error!r}") from None
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
         if len(self._kept) >= _MOST_KEPT:
             self._kept.clear()
         self._kept[challenge] = _Token(value, received + life * _USED_LIFE)

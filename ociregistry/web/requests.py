@@ -70,6 +70,7 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
     Raises a `RegistryError` for whatever is malformed or not offered.
     """
     text = _decode(path)
+    upstream = _upstream(query)
     if text in ("/v2", "/v2/"):
         return VersionCheck()
     rest = text.removeprefix("/v2/")
@@ -80,7 +81,8 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
     match = _ENDPOINT.fullmatch(rest)
     if match is None:
         raise NotFound(f"there is nothing at {text[:300]!r}")
-    repository = _repository(match["name"], query, default)
+    name = match["name"]
+    repository = Repository.at(upstream, name) if upstream else Repository.parse(name, default)
     if match["reference"]:
         return ManifestRequest(ImageReference(repository, parse_reference(match["reference"])))
     if match["blob"]:
@@ -105,11 +107,9 @@ def _decode(path: bytes) -> str:
         raise NameInvalid("a path must be UTF-8") from None
 
 
-def _repository(name: str, query: Query, default: Upstream) -> Repository:
+def _upstream(query: Query) -> Upstream | None:
     ns = namespace(query)
-    if ns:
-        return Repository.at(Upstream.parse(ns), name)
-    return Repository.parse(name, default)
+    return Upstream.parse(ns) if ns else None
 
 
 def _one(query: Query, key: bytes) -> str:

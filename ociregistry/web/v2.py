@@ -56,7 +56,7 @@ class V2:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
             size = await self._cache.blob_size(request.repository, request.digest)
-            return Answer(200, SizeOnly(size.size), headers, hit=size.hit)
+            return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
         found = await self._cache.blob(request.repository, request.digest)
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 
@@ -65,7 +65,7 @@ class V2:
         # The name as the client spelled it: with ns it is the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
-        if found.page.more:
+        if found.page.more and found.page.tags:
             query: dict[str, str] = {"last": found.page.tags[-1]}
             query |= {"n": str(request.count)} if request.count is not None else {}
             query |= {"ns": scope["OCI-Namespace"]} if scope else {}

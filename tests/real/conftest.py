@@ -32,6 +32,16 @@ def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
 
 
 @pytest.fixture
+def portless_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
+    """An empty docker-registry whose name has no port: port 80 of a loopback address that is this process's alone."""
+    _need("docker-registry")
+    pid = os.getpid()
+    address = f"127.{64 + (pid >> 16) % 64}.{pid >> 8 & 255}.{pid & 255}"
+    with DockerRegistry(tmp_path / "portless-registry", address, 80) as registry:
+        yield registry
+
+
+@pytest.fixture
 def start_daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     """Start a `Daemon`, given what it takes after its folder; none may log an unhandled failure."""
     daemons: list[Daemon] = []

@@ -1,0 +1,243 @@
+"""Our daemon between a client on a real socket and a scripted upstream: what the tests of the wire share."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from tests.client import Response, connect, fetch
+from tests.images import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, Blob, Image, Index, Manifest, digest_of, random_bytes
+from tests.processes import Daemon, wait_until
+from tests.upstream import ScriptedRegistry
+from tests.upstream_http import Rule
+from tests.upstream_rules import Hold
+
+SOON = 10.0
+"""Seconds in which everything comes about that does not wait for an upstream."""
+SEEN = 5.0
+"""Seconds in which the daemon must have seen what changed in its store; it promises one."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A daemon, and the upstream that its tests pull from by `ns`; each test takes repositories of its own."""
+
+    daemon: Daemon
+    upstream: ScriptedRegistry
+
+    def url(self, path: str, query: str = "") -> str:
+        """The URL of `path` below /v2/, with the upstream as `ns`."""
+        ns = quote(self.upstream.host, safe="")
+        return f"{self.daemon.url}/v2/{path}?ns={ns}{query and '&'}{query}"
+
+    def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Response:
+        """A whole answer for `path` below /v2/."""
+        return fetch(self.url(path), method=method, headers=headers)
+
+    def refused(self, path: str, status: int, code: str, method: str = "GET", query: str = "") -> Response:
+        """An answer that must be this error, and be logged in one line that names the upstream."""
+        since = self.log_size
+        answer = fetch(self.url(path, query), method=method)
+        assert_error(answer, status, code, method)
+        assert self.upstream.host in self.one_error(since).partition(f": {status} {code}: ")[2]
+        return answer
+
+    def opened(
+        self, path: str, headers: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[http.client.HTTPResponse]:
+        """An answer of which the headers are here, its body to be read."""
+        return open_answer(self.url(path), headers)
+
+    def scripted(self, path: str, *rules: Rule) -> AbstractContextManager[None]:
+        """For a while the upstream obeys these rules for paths that match this glob; then nothing is held back."""
+        return scripted(self.upstream, path, *rules)
+
+    def sent(self, path: str, method: str | None = None) -> int:
+        """How many requests the upstream got for what is below /v2/ at this path."""
+        return self.upstream.count(method, f"/v2/{path}")
+
+    def stored(self, digest: str) -> bool:
+        """Is there a file for this blob in the store?"""
+        return blob_file(self.daemon, digest).exists()
+
+    def wait_stored(self, digest: str) -> None:
+        """Return when it is there."""
+        wait_until(lambda: self.stored(digest), SOON, f"{digest} in the store")
+
+    @property
+    def partials(self) -> set[str]:
+        """The files of downloads under way."""
+        kept = self.daemon.image_path / "pulls" / "0"
+        return {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} - {"lock"}
+
+    @property
+    def files(self) -> set[str]:
+        """All files in the store."""
+        root = self.daemon.image_path
+        return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+    @property
+    def log_size(self) -> int:
+        """How long the daemon's log is by now, for `errors`."""
+        return len(self.daemon.log)
+
+    def errors(self, since: int) -> list[str]:
+        """The lines at level error and above that the daemon's log got since it was so long."""
+        return [line for line in self.daemon.log[since:].splitlines() if "#error]" in line or "#critical]" in line]
+
+    def one_error(self, since: int) -> str:
+        """The one such line; fails when there is none, and when there are several."""
+        lines = self.errors(since)
+        assert len(lines) == 1, lines
+        return lines[0]
+
+
+@contextmanager
+def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str) -> Iterator[Cache]:
+    """A daemon and its scripted upstream, until the block ends; it may know `others` too."""
+    with ScriptedRegistry() as upstream, daemon_in(folder, upstream, *others_and_options) as daemon:
+        yield Cache(daemon, upstream)
+
+
+@contextmanager
+def daemon_in(folder: Path, *upstreams_and_options: ScriptedRegistry | str, **more: Any) -> Iterator[Daemon]:
+    """A daemon for these upstreams, until the block ends; it must not log a failure that nobody handled."""
+    registries = {one.host: "http" for one in upstreams_and_options if isinstance(one, ScriptedRegistry)}
+    options = [one for one in upstreams_and_options if isinstance(one, str)]
+    with Daemon(folder, registries, *options, **more) as daemon:
+        yield daemon
+        assert daemon.running, daemon.log
+    assert "Traceback (most recent call last)" not in daemon.log
+    assert "unhandled error" not in daemon.log.lower()
+
+
+@contextmanager
+def scripted(upstream: ScriptedRegistry, path: str, *rules: Rule) -> Iterator[None]:
+    """For a while `upstream` obeys these rules for paths that match this glob; then nothing is held back."""
+    with ExitStack() as stack:
+        for rule in rules:
+            if isinstance(rule, Hold):
+                stack.callback(rule.release.set)
+            stack.callback(upstream.script(path, rule))
+        yield
+
+
+@contextmanager
+def open_answer(url: str, headers: Mapping[str, str] | None = None) -> Iterator[http.client.HTTPResponse]:
+    """An answer of which the headers are here; whatever of its body is not read then is thrown away."""
+    with closing(connect(url)) as connection:
+        target = url[len(f"http://{connection.host}:{connection.port}") :]
+        connection.request("GET", target, headers=dict(headers or {}))
+        with connection.getresponse() as answer:
+            yield answer
+
+
+def blob_file(daemon: Daemon, digest: str) -> Path:
+    """Where the store keeps this blob."""
+    return daemon.image_path / "blobs" / digest.partition(":")[2]
+
+
+def short_body(answer: http.client.HTTPResponse) -> bytes:
+    """The body of an answer that ends before its Content-Length says, by FIN and not by RST; else it raises."""
+    with pytest.raises(http.client.IncompleteRead) as ended:
+        answer.read()
+    return ended.value.partial
+
+
+def repository_for(test: str) -> str:
+    """A repository that no test by another name takes."""
+    return f"team/{hashlib.sha256(test.encode()).hexdigest()[:12]}"
+
+
+def plain_image(seed: object, size: int, **more: object) -> Image:
+    """An image with one layer of exactly `size` bytes, and `more` keys in its manifest."""
+    settings = json.dumps({"config": {"Labels": {"seed": str(seed)}}}).encode()
+    config = Blob(digest_of(settings), settings, OCI_CONFIG)
+    data = b"".join(random_bytes(seed, size))
+    layer = Blob(digest_of(data), data, OCI_LAYER)
+    body = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": _named(config),
+        "layers": [_named(layer)],
+        **more,
+    }
+    return Image(manifest_of(body), (config, layer), "")
+
+
+def manifest_of(body: Mapping[str, object], media_type: str = OCI_MANIFEST) -> Manifest:
+    """A manifest that says this."""
+    data = json.dumps(body).encode()
+    return Manifest(digest_of(data), data, media_type)
+
+
+def assert_error(answer: Response, status: int, code: str, method: str = "GET") -> None:
+    """It must be this error, as the specification wants it, challenge nobody, and say when to come back."""
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["WWW-Authenticate"] is None
+    if method != "HEAD":
+        assert answer.headers["Content-Length"] == str(len(answer.body))
+        (error,) = json.loads(answer.body)["errors"]
+        assert error.keys() == {"code", "message", "detail"}
+        assert (error["code"], bool(error["message"])) == (code, True)
+    assert (answer.headers["Retry-After"] or "").isdigit() == (status == 503)
+
+
+def record(cache: Cache, manifest: Manifest) -> Path:
+    """Where the store keeps the record of a manifest."""
+    folder = "img" if manifest.media_type == OCI_MANIFEST else "fat"
+    return cache.daemon.image_path / folder / manifest.digest.removeprefix("sha256:")
+
+
+def manifest_paths(repository: str, what: Image | Index) -> dict[str, bytes]:
+    """The paths of its manifests, and what is there."""
+    tag = "1" if isinstance(what, Image) else "list"
+    by_digest = {f"{repository}/manifests/{one.digest}": one.data for one in what.manifests}
+    return {f"{repository}/manifests/{tag}": what.manifest.data, **by_digest}
+
+
+def blob_paths(repository: str, what: Image | Index) -> dict[str, bytes]:
+    """The paths of its blobs, and what is there."""
+    return {f"{repository}/blobs/{blob.digest}": blob.data for blob in what.blobs}
+
+
+def pull(cache: Cache, repository: str, what: Image | Index) -> None:
+    """Let the daemon fetch all of it."""
+    for path, data in (manifest_paths(repository, what) | blob_paths(repository, what)).items():
+        assert cache.ask(path).body == data
+    for blob in what.blobs:
+        cache.wait_stored(blob.digest)
+
+
+def counts(daemon: Daemon) -> tuple[int, int]:
+    """How many lists and images the daemon knows of."""
+    health = json.loads(fetch(f"{daemon.url}/health").body)
+    return health["lists"], health["images"]
+
+
+def look_twice(cache: Cache) -> None:
+    """Return when the daemon has looked at its store twice more: at what is there now, and again."""
+    _look(cache)
+    _look(cache)
+
+
+def _look(cache: Cache) -> None:
+    strange = cache.daemon.image_path / "img" / secrets.token_hex(32)
+    strange.touch()
+    wait_until(lambda: f"{strange}: " in cache.daemon.log, SEEN, "a strange file is logged")
+    strange.unlink()
+
+
+def _named(blob: Blob) -> dict[str, object]:
+    return {"mediaType": blob.media_type, "digest": blob.digest, "size": len(blob.data)}

@@ -1,0 +1,220 @@
+"""How the upstreams are asked: what of a client's request reaches them, tokens, and redirects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import pytest
+
+from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, make_image
+from tests.processes import wait_until
+from tests.real.scripted import SOON, Cache, daemon_in, repository_for, scripted
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Tokens
+from tests.upstream_http import Answer, Handler, Request, Rule, error
+from tests.upstream_rules import Hold, Redirect
+
+OURS = {"host", "accept", "accept-encoding", "authorization", "user-agent", "connection"}
+"""All headers that may reach an upstream; they are our own."""
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ScriptedRegistry]:
+    """Another registry, to which the upstream may send us."""
+    with ScriptedRegistry() as registry:
+        yield registry
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, elsewhere: ScriptedRegistry) -> Iterator[Cache]:
+    """One for all tests here."""
+    folder = tmp_path_factory.mktemp("asking")
+    with ScriptedRegistry() as upstream, daemon_in(folder, upstream, elsewhere) as daemon:
+        yield Cache(daemon, upstream)
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository for the test alone."""
+    return repository_for(request.node.name)
+
+
+@pytest.fixture
+def image(cache: Cache, repository: str) -> Image:
+    """An image with many layers at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    image = make_image(repository, layers=6)
+    cache.upstream.add(repository, image, "1")
+    return image
+
+
+def asked(registry: ScriptedRegistry, repository: str) -> list[Request]:
+    """What the registry was asked for in this repository."""
+    return [request for request in registry.requests if request.path.startswith(f"/v2/{repository}/")]
+
+
+CLIENT = {
+    "Authorization": "Basic Zm9vOmJhcg==",
+    "Proxy-Authorization": "Basic Zm9vOmJhcg==",
+    "Cookie": "session=secret",
+    "Accept": "application/vnd.docker.distribution.manifest.v1+prettyjws, application/json",
+    "Accept-Encoding": "zstd;q=1.0, gzip;q=0.8",
+    "If-None-Match": '"x"',
+    "If-Modified-Since": "Wed, 21 Oct 2026 07:28:00 GMT",
+    "Range": "bytes=1-2",
+    "User-Agent": "containerd/2.3.0",
+    "X-Forwarded-For": "10.0.0.1",
+    "X-Registry-Auth": "secret",
+    "Referer": "http://internal.test/",
+}
+
+
+@pytest.mark.parametrize("headers", [CLIENT, {}, {"Accept": OCI_MANIFEST}], ids=["many", "none", "one_type"])
+def test_nothing_of_a_client_s_headers_reaches_the_upstream(
+    cache: Cache, repository: str, image: Image, headers: dict[str, str]
+) -> None:
+    blob = f"{repository}/blobs/{image.config.digest}"
+    for method, path in (
+        *(("HEAD", blob), ("GET", blob)),
+        *(("GET", f"{repository}/manifests/{reference}") for reference in ("1", image.manifest.digest)),
+        *(("GET", f"{repository}/{path}") for path in ("tags/list", f"referrers/{image.manifest.digest}")),
+    ):
+        assert cache.ask(path, method, headers).status in (200, 206)
+    requests = asked(cache.upstream, repository)
+    assert len(requests) >= 5
+    for request in requests:
+        assert {name.lower() for name, _ in request.headers} <= OURS
+        assert request.values("Accept-Encoding") == ("identity",)
+        assert request.header("Authorization") is None
+        assert request.header("User-Agent") != CLIENT["User-Agent"]
+        assert not request.query
+        if "/manifests/" in request.path:
+            accepted = {part.strip() for value in request.values("Accept") for part in value.split(",")}
+            assert accepted == {OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST}
+
+
+def test_clients_that_ask_at_once_share_the_answer(cache: Cache, repository: str, image: Image) -> None:
+    paths = [f"{repository}/manifests/1", f"{repository}/manifests/{image.manifest.digest}"]
+    hold = Hold(None)
+    with cache.scripted(f"/v2/{repository}/*", hold), ThreadPoolExecutor(20) as clients:
+        answers = [clients.submit(cache.ask, path) for path in paths * 10]
+        assert hold.reached.wait(SOON)
+        hold.release.set()
+        assert {answer.result(SOON).body for answer in answers} == {image.manifest.data}
+    assert cache.sent(paths[0]) == 1
+    assert cache.sent(paths[1]) <= 1  # none, when it came after the tag's answer
+
+
+def test_an_anonymous_token_is_fetched_once(cache: Cache, repository: str, image: Image) -> None:
+    tokens = Tokens(f"{cache.upstream.url}/token")
+    before = cache.upstream.count("GET", "/token")
+    with cache.scripted("*", tokens), ThreadPoolExecutor(10) as clients:
+        assert cache.ask(f"{repository}/manifests/1").status == 200
+        paths = [f"{repository}/blobs/{blob.digest}" for blob in image.blobs]
+        assert [answer.body for answer in clients.map(cache.ask, paths)] == [blob.data for blob in image.blobs]
+    fetched = [request for request in cache.upstream.requests if request.path == "/token"][before:]
+    assert len(fetched) == 1
+    assert fetched[0].parameters("scope") == (f"repository:{repository}:pull",)
+    assert fetched[0].parameters("service") == ("scripted-registry",)
+    assert fetched[0].header("Authorization") is None
+    # One request was turned away; the others carried the token from the start.
+    requests = asked(cache.upstream, repository)
+    assert [request.status for request in requests] == [401, *[200] * (1 + len(image.blobs))]
+    assert len({request.header("Authorization") for request in requests[1:]}) == 1
+
+
+@pytest.mark.parametrize("key", ["token", "access_token"])
+@pytest.mark.parametrize("expires_in", [None, 300])
+def test_what_token_services_say(
+    cache: Cache, repository: str, image: Image, key: Literal["token", "access_token"], expires_in: int | None
+) -> None:
+    before = cache.upstream.count("GET", "/token")
+    with cache.scripted("*", Tokens(f"{cache.upstream.url}/token?a=b", key=key, expires_in=expires_in)):
+        for blob in image.blobs:
+            assert cache.ask(f"{repository}/blobs/{blob.digest}").body == blob.data
+    (fetched,) = [request for request in cache.upstream.requests if request.path == "/token"][before:]
+    assert fetched.parameters("a") == ("b",)
+
+
+def test_each_repository_has_its_own_token(cache: Cache, repository: str, image: Image) -> None:
+    cache.upstream.add(f"{repository}/below", image, "1")
+    with cache.scripted("*", Tokens(f"{cache.upstream.url}/token")):
+        for name in (repository, f"{repository}/below"):
+            assert cache.ask(f"{name}/tags/list").status == 200
+    below = asked(cache.upstream, f"{repository}/below")
+    assert [request.status for request in below] == [401, 200]
+
+
+def test_a_token_that_was_revoked(cache: Cache, repository: str, image: Image) -> None:
+    tokens = Tokens(f"{cache.upstream.url}/token")
+    with cache.scripted("*", tokens):
+        for blob in image.blobs[:3]:
+            assert cache.ask(f"{repository}/blobs/{blob.digest}").body == blob.data
+            tokens.revoke()
+    assert [request.status for request in asked(cache.upstream, repository)] == [401, 200] * 3
+
+
+def test_a_token_is_fetched_anew_before_it_expires(cache: Cache, repository: str, image: Image) -> None:
+    """The upstream never sees one that is out of date, so it turns away only the first request."""
+    path = f"{repository}/blobs/{image.config.digest}"
+    before = cache.upstream.count("GET", "/token")
+
+    def renewed() -> bool:
+        assert cache.ask(path, "HEAD").status == 200
+        return cache.upstream.count("GET", "/token") == before + 2
+
+    with cache.scripted("*", Tokens(f"{cache.upstream.url}/token", expires_in=1)):
+        wait_until(renewed, SOON, "a second token")
+    assert [request.status for request in asked(cache.upstream, repository)].count(401) == 1
+
+
+def test_a_token_service_elsewhere(cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image) -> None:
+    tokens = Tokens(f"{elsewhere.url}/token")
+    with cache.scripted(f"/v2/{repository}/*", tokens), scripted(elsewhere, "/token", tokens):
+        assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
+    assert all(request.header("Authorization") is None for request in elsewhere.requests)
+
+
+class NoAuthorization(Rule):
+    """A storage service: it takes the signature in a URL or a header, never both."""
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """400 as S3 has it."""
+        return error(400, "DENIED") if request.header("Authorization") else handler(request)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_blobs_are_elsewhere(
+    cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image, status: int
+) -> None:
+    elsewhere.add(repository, image)
+    layer = image.layers[0]
+    path = f"{repository}/blobs/{layer.digest}"
+    with (
+        cache.scripted(f"*{layer.digest}", Redirect(elsewhere.url, status)),
+        cache.scripted("*", Tokens(f"{cache.upstream.url}/token")),
+        scripted(elsewhere, "*", NoAuthorization()),
+    ):
+        assert cache.ask(path, "HEAD").headers["Content-Length"] == str(len(layer.data))
+        assert cache.ask(path).body == layer.data
+    # The token went to the upstream, and only there.
+    assert [request.status for request in asked(cache.upstream, repository)] == [401, status, status]
+    there = asked(elsewhere, repository)
+    assert [(request.method, request.status) for request in there] == [("HEAD", 200), ("GET", 200)]
+    assert all({name.lower() for name, _ in request.headers} <= OURS - {"authorization"} for request in there)
+    assert all(request.header("Accept-Encoding") == "identity" for request in there)
+
+
+def test_all_of_it_is_elsewhere_behind_tokens_of_its_own(
+    cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image
+) -> None:
+    elsewhere.add(repository, image, "1")
+    with (
+        cache.scripted(f"/v2/{repository}/*", Redirect(elsewhere.url, 302)),
+        scripted(elsewhere, "*", Tokens(f"{elsewhere.url}/token")),
+    ):
+        assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
+        assert cache.ask(f"{repository}/blobs/{image.config.digest}").body == image.config.data
+    assert all(request.header("Authorization") is None for request in asked(cache.upstream, repository))
+    assert [request.status for request in asked(elsewhere, repository)] == [401, 200, 200]

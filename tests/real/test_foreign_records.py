@@ -1,0 +1,144 @@
+"""Foreign, damaged and half-written files among the records: left alone, logged once, and they hide nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import OCI_MANIFEST, Image, Index, make_index
+from tests.processes import wait_until
+from tests.real.scripted import SEEN, Cache, cache_in, counts, look_twice, plain_image, pull, record, repository_for
+from tests.upstream_rules import Reply
+
+GONE = Reply(503)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """One for all tests here."""
+    with cache_in(tmp_path_factory.mktemp("foreign")) as cache:
+        yield cache
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository for the test alone."""
+    return repository_for(request.node.name)
+
+
+@pytest.fixture
+def image(cache: Cache, repository: str) -> Image:
+    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    image = plain_image(repository, 5000)
+    cache.upstream.add(repository, image, "1")
+    return image
+
+
+@pytest.fixture
+def index(cache: Cache, repository: str) -> Index:
+    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
+    index = make_index(repository)
+    cache.upstream.add(repository, index, "list")
+    return index
+
+
+GO = {
+    "created": "2024-03-01T22:17:30",
+    "pulled": "2024-03-01T22:17:30",
+    "Url": "docker.io/library/nginx:1.25",
+    "V1ociManifest": {"schemaVersion": 2, "mediaType": OCI_MANIFEST},
+}
+
+
+def damages(good: bytes) -> dict[str, bytes]:
+    """What may stand in a record's place: files by what is wrong with them."""
+    document = json.loads(good)
+    return {
+        "go": json.dumps(GO).encode(),
+        "garbage": b"\x00\xff\xfe" * 1000,
+        "empty": b"",
+        "truncated": good[: len(good) // 2],
+        "another": good,
+        "list": b"[]",
+        "null": b"null",
+        "deep": b"[" * 100_000,
+        "no_images": json.dumps({**document, "images": 7}).encode(),
+        "no_dates": json.dumps({**document, "images": {url: {} for url in document["images"]}}).encode(),
+        "traversal": json.dumps({**document, "images": {"../../etc/passwd:1": {}}}).encode(),
+    }
+
+
+def test_foreign_records_are_left_alone_and_hide_nothing(
+    cache: Cache, repository: str, image: Image, index: Index
+) -> None:
+    pull(cache, repository, image)
+    pull(cache, repository, index)
+    folder = cache.daemon.image_path / "img"
+    good = record(cache, image.manifest).read_bytes()
+    before, since = counts(cache.daemon), cache.log_size
+    foreign = {
+        folder.parent / place / hashlib.sha256(f"{repository}/{place}/{kind}".encode()).hexdigest(): data
+        for place in ("img", "fat")
+        for kind, data in damages(good).items()
+    }
+    # A list among the images, and an image among the lists.
+    foreign[folder / record(cache, index.manifest).name] = record(cache, index.manifest).read_bytes()
+    foreign[folder.parent / "fat" / record(cache, image.manifest).name] = good
+    for path, data in foreign.items():
+        path.write_bytes(data)
+    unreadable, loop, directory = (folder / (digit * 64) for digit in "789")
+    unreadable.touch(0o000)
+    loop.symlink_to(loop)
+    directory.mkdir()
+    strange = {*foreign, unreadable, loop, directory}
+    hexadecimal = record(cache, image.manifest).name
+    others = (
+        "x.tmp",
+        ".syncthing.x.tmp",
+        f".syncthing.{hexadecimal}.tmp",
+        f".{hexadecimal}.Ab3dEf",
+        hexadecimal.upper(),
+    )
+    for name in others:
+        (folder / name).write_bytes(good)
+
+    def times_logged(path: Path) -> int:
+        return sum(f"{path}: " in line for line in cache.daemon.log[since:].splitlines())
+
+    wait_until(lambda: all(map(times_logged, strange)), SEEN, "each is logged")
+    look_twice(cache)
+    assert {path: times_logged(path) for path in strange} == dict.fromkeys(strange, 1)
+    assert not re.search(r"syncthing|Ab3dEf", cache.daemon.log[since:])
+    assert counts(cache.daemon) == before
+    assert {path: path.read_bytes() for path in foreign} == foreign
+    assert directory.is_dir()
+    assert loop.is_symlink()
+    with cache.scripted(f"/v2/{repository}/*", GONE):
+        pull(cache, repository, image)
+        pull(cache, repository, index)
+
+
+@pytest.mark.parametrize("kind", [*damages(b'{"images": {"x": {}}}'), "loop", "directory"])
+def test_a_damaged_record_is_not_served_and_does_not_stand_in_the_way(
+    cache: Cache, repository: str, image: Image, index: Index, kind: str
+) -> None:
+    pull(cache, repository, image)
+    good, manifest = record(cache, image.manifest).read_bytes(), index.images[0].manifest
+    place, path = record(cache, manifest), f"{repository}/manifests/{manifest.digest}"
+    if kind == "loop":
+        place.symlink_to(place)
+    elif kind == "directory":
+        place.mkdir()
+    else:
+        place.write_bytes(damages(good)[kind])
+    with cache.scripted(f"/v2/{repository}/*", GONE):
+        cache.refused(path, 503, "UNAVAILABLE")
+    assert cache.ask(path).body == manifest.data
+    if place.is_file():
+        with cache.scripted(f"/v2/{repository}/*", GONE):
+            assert cache.ask(path).body == manifest.data

@@ -1,0 +1,188 @@
+"""Starting the daemon: its command line, how it comes up, and how it says that it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+from ociregistry import __version__
+from tests.client import fetch
+from tests.images import make_image
+from tests.processes import ROOT, Daemon, free_port, twistd, wait_until
+from tests.upstream import ScriptedRegistry
+
+_SOON = 10.0
+_PATIENCE = 20
+_DAEMONIZE = ("--pidfile", "twistd.pid", "--logfile", "twistd.log")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An empty folder to start processes in, which would leave their pid and log files there."""
+    place = tmp_path / "place"
+    place.mkdir()
+    return place
+
+
+def _ended(place: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a process that ends by itself left behind."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        argv,
+        check=False,
+        cwd=place,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+    )
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody else listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_taken_port_ends_the_process(place: Path, taken: int) -> None:
+    """Exit status 1, and one line that names the port."""
+    done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=["-n"]))
+    assert done.returncode == 1
+    assert re.fullmatch(rf"ociregistry: .*\b{taken}\b.*\n", done.stderr)
+    assert "Traceback" not in done.stdout
+    assert not (place / "twistd.pid").exists()
+
+
+def test_a_taken_port_ends_what_was_to_become_a_daemon(place: Path, taken: int) -> None:
+    """Whoever started it learns of it, and nothing is left running."""
+    with closing(_Background(place)) as background:
+        done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=_DAEMONIZE))
+        assert done.returncode == 1
+        assert str(taken) in done.stderr
+        assert not background.pid_file.exists()
+
+
+def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
+    """Exit status 1, and one line that names the folder."""
+    file = place / "file"
+    file.touch()
+    folder = file / "images"
+    done = _ended(place, twistd("--image-path", str(folder), "--port", str(free_port())))
+    assert done.returncode == 1
+    assert re.fullmatch(rf"ociregistry: .*{re.escape(str(folder))}.*\n", done.stderr)
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--frobnicate", "--frobnicate"),
+        ("--port", "--port"),
+        ("--port abc", "--port"),
+        ("serve --port=0", "--port"),
+        ("--log-level loud", "--log-level"),
+        ("--default-ns https://docker.io/", "--default-ns"),
+        ("--preload-images images.txt", "--preload-images"),
+        ("serve --air-gapped", "--air-gapped"),
+        ("load images.txt", "load"),
+        ("frobnicate", "frobnicate"),
+        ("serve --config-path missing.yaml", "missing.yaml"),
+    ],
+)
+def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
+    """Exit status 2 and one line that names what is wrong; nothing is written, no daemon starts."""
+    done = _ended(place, twistd(*arguments.split(), options=()))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(rf"ociregistry: .*{wrong}\b.*\n", done.stderr)
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("port: 8080\nlog_levl: debug\n", 2, "log_levl"),
+        ("log_level: info\nport: abc\n", 2, "port"),
+        ("registries:\n  - name: a.example\n    scheme: ftp\n", 3, "scheme"),
+        ("- name: a.example\n- name: b.example\n  mirrors: [http://c.example]\n", 3, "mirrors"),
+    ],
+    ids=["unknown key", "wrong type", "wrong value", "of a later version"],
+)
+def test_an_invalid_configuration(place: Path, text: str, line: int, key: str) -> None:
+    """Exit status 2 and one line with file, line and key."""
+    path = place / "ociregistry.yaml"
+    path.write_text(text)
+    done = _ended(place, twistd("--config-path", str(path), options=()))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(rf"ociregistry: {re.escape(str(path))}:{line}: {key}: .+\n", done.stderr)
+    assert list(place.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("arguments", ["--version", "serve --version"])
+def test_version(place: Path, arguments: str) -> None:
+    """It is ours, not twistd's."""
+    done = _ended(place, twistd(*arguments.split(), options=()))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"ociregistry {__version__}\n", "")
+    assert list(place.iterdir()) == []
+
+
+def test_serve_may_be_written_out(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
+    """Options are taken before it and after it."""
+    image = make_image("process")
+    upstream.add("team/app", image, "v1")
+    daemon = start_daemon({upstream.host: "http"}, "serve", "--default-ns", upstream.host)
+    assert fetch(f"{daemon.url}/v2/team/app/manifests/v1").body == image.manifest.data
+    assert (daemon.image_path / "img" / image.manifest.digest.removeprefix("sha256:")).exists()
+
+
+# In the background
+
+
+class _Background:
+    """The daemon that twistd leaves running when it is started in `place`; `close` ends it."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self.pid_file = place / "twistd.pid"
+        self.pid = 0
+
+    @property
+    def running(self) -> bool:
+        """Is the process there, and no zombie?"""
+        if self.pid_file.exists():
+            self.pid = int(self.pid_file.read_text())
+        process = Path(f"/proc/{self.pid}")
+        with suppress(FileNotFoundError, ProcessLookupError):
+            ours = (process / "cwd").resolve(strict=True) == self._place
+            return ours and "State:\tZ" not in (process / "status").read_text()
+        return False
+
+    def close(self) -> None:
+        """SIGKILL, if it is still there."""
+        if self.running:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def test_in_the_background(place: Path) -> None:
+    """twistd returns when the port is open; SIGTERM to the pid in its file ends the daemon and removes the file."""
+    port = free_port()
+    with closing(_Background(place)) as background:
+        done = _ended(place, twistd("--image-path", "images", "--port", str(port), options=_DAEMONIZE))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert background.running
+        assert fetch(f"http://127.0.0.1:{port}/health").status == 200
+        os.kill(background.pid, signal.SIGTERM)
+        wait_until(lambda: not background.running, _SOON, "the end of the daemon")
+        assert not background.pid_file.exists()
+    assert f"store {place / 'images'} with 0 lists and 0 images" in (place / "twistd.log").read_text()

@@ -1,0 +1,222 @@
+"""The files are the truth: what other programs do to the store while the daemon runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from http.client import IncompleteRead
+
+import pytest
+
+from tests.client import fetch
+from tests.images import Image, Index, make_index
+from tests.processes import run, wait_until
+from tests.real.scripted import (
+    SEEN,
+    Cache,
+    blob_file,
+    blob_paths,
+    cache_in,
+    counts,
+    daemon_in,
+    look_twice,
+    manifest_paths,
+    plain_image,
+    pull,
+    record,
+    repository_for,
+)
+from tests.upstream_rules import Reply
+
+GONE = Reply(503)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """One for all tests here."""
+    with cache_in(tmp_path_factory.mktemp("here")) as cache:
+        yield cache
+
+
+@pytest.fixture(scope="module")
+def other(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """Another daemon with a store of its own, for the same upstream."""
+    with daemon_in(tmp_path_factory.mktemp("there"), cache.upstream) as daemon:
+        yield replace(cache, daemon=daemon)
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository for the test alone."""
+    return repository_for(request.node.name)
+
+
+@pytest.fixture
+def image(cache: Cache, repository: str) -> Image:
+    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    image = plain_image(repository, 5000)
+    cache.upstream.add(repository, image, "1")
+    return image
+
+
+@pytest.fixture
+def index(cache: Cache, repository: str) -> Index:
+    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
+    index = make_index(repository)
+    cache.upstream.add(repository, index, "list")
+    return index
+
+
+def copy_records(source: Cache, target: Cache, what: Image | Index) -> None:
+    """Copy the records of its manifests from store to store."""
+    for manifest in what.manifests:
+        run(["cp", str(record(source, manifest)), str(record(target, manifest))])
+
+
+def copy_blobs(source: Cache, target: Cache, what: Image | Index) -> None:
+    """Copy its blobs from store to store."""
+    for blob in what.blobs:
+        run(["cp", str(blob_file(source.daemon, blob.digest)), str(blob_file(target.daemon, blob.digest))])
+
+
+def wait_hit(cache: Cache, path: str) -> None:
+    """Return as soon as the daemon serves this; the upstream does not."""
+    wait_until(lambda: cache.ask(path).status == 200, SEEN, f"{path} is served")
+
+
+def wait_miss(cache: Cache, path: str) -> None:
+    """Return as soon as this blob is a miss; for a moment more, the download that brought it may serve it."""
+
+    def missed() -> bool:
+        try:
+            return cache.ask(path).status == 503
+        except IncompleteRead:
+            return False  # never more than was left of it
+
+    wait_until(missed, SEEN, f"{path} is a miss")
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_record_that_was_removed_is_a_miss(
+    cache: Cache, repository: str, image: Image, index: Index, at_once: bool
+) -> None:
+    before = counts(cache.daemon)
+    pull(cache, repository, image)
+    pull(cache, repository, index)
+    assert counts(cache.daemon) == (before[0] + 1, before[1] + 3)
+    if not at_once:
+        look_twice(cache)
+    for what in (image, index):
+        for manifest in what.manifests:
+            run(["rm", str(record(cache, manifest))])
+    wait_until(lambda: counts(cache.daemon) == before, SEEN, "none is counted any more")
+    manifests = manifest_paths(repository, image) | manifest_paths(repository, index)
+    with cache.scripted(f"/v2/{repository}/*", GONE):
+        for path in (*manifests, f"{repository}/tags/list"):
+            cache.refused(path, 503, "UNAVAILABLE")
+    asked = cache.sent(f"{repository}/manifests/")
+    for path, data in manifests.items():
+        assert cache.ask(path).body == data
+    # Two tags, and the list's two children; what was pulled by tag is then there by digest.
+    assert cache.sent(f"{repository}/manifests/") == asked + 4
+
+
+def test_a_blob_that_was_removed_is_a_miss(cache: Cache, repository: str, image: Image) -> None:
+    pull(cache, repository, image)
+    for path, data in blob_paths(repository, image).items():
+        blob_file(cache.daemon, path.rpartition("/")[2]).unlink(missing_ok=True)
+        with cache.scripted(f"/v2/{repository}/*", GONE):
+            wait_miss(cache, path)
+            cache.refused(path, 503, "UNAVAILABLE")
+        assert cache.ask(path).body == data
+
+
+@pytest.mark.parametrize("blobs_first", [True, False], ids=["blobs_first", "records_first"])
+def test_what_is_copied_in_is_a_hit(
+    cache: Cache, other: Cache, repository: str, image: Image, index: Index, blobs_first: bool
+) -> None:
+    for what in (image, index):
+        pull(other, repository, what)
+        with cache.scripted(f"/v2/{repository}/*", GONE):
+            first, second = (copy_blobs, copy_records) if blobs_first else (copy_records, copy_blobs)
+            first(other, cache, what)
+            if blobs_first:
+                layer = what.blobs[-1].digest
+                cache.refused(f"{repository}/blobs/{layer}", 503, "UNAVAILABLE")  # whole or half? nobody says
+            else:
+                for path, data in manifest_paths(repository, what).items():
+                    wait_hit(cache, path)
+                    assert cache.ask(path).body == data
+            second(other, cache, what)
+            for path, data in (manifest_paths(repository, what) | blob_paths(repository, what)).items():
+                wait_hit(cache, path)
+                assert cache.ask(path).body == data
+
+
+def test_the_tag_means_what_was_confirmed_last(cache: Cache, other: Cache, repository: str, image: Image) -> None:
+    """Replicas that get each other's records agree."""
+    tag = f"{repository}/manifests/1"
+    assert cache.ask(tag).body == image.manifest.data
+    newer = plain_image(f"{repository}/newer", 10)
+    cache.upstream.add(repository, newer, "1")
+    assert other.ask(tag).body == newer.manifest.data
+    with cache.scripted(f"/v2/{repository}/*", GONE):
+        copy_records(other, cache, newer)
+        copy_records(cache, other, image)
+        wait_until(lambda: cache.ask(tag).body == newer.manifest.data, SEEN, "the newer one")
+        by_digest = f"{repository}/manifests/{image.manifest.digest}"
+        wait_hit(other, by_digest)
+        assert other.ask(tag).body == newer.manifest.data
+        assert cache.ask(by_digest).body == image.manifest.data
+        # The newer one is taken away again: what is left counts.
+        run(["rm", str(record(cache, newer.manifest))])
+        wait_until(lambda: cache.ask(tag).body == image.manifest.data, SEEN, "the older one")
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
+@pytest.mark.parametrize("size", [0, 1, 4096, 4999, 5001])
+def test_a_half_copied_blob_is_never_served(
+    cache: Cache, repository: str, image: Image, size: int, known: bool
+) -> None:
+    if known:
+        assert cache.ask(f"{repository}/manifests/1").status == 200
+    layer = image.blobs[1]
+    path = f"{repository}/blobs/{layer.digest}"
+    file = blob_file(cache.daemon, layer.digest)
+    for _ in ("never here", "here before"):
+        file.write_bytes(layer.data[:size].ljust(size, b"\0"))
+        with cache.scripted(f"/v2/{repository}/*", GONE):
+            wait_miss(cache, path)
+            cache.refused(path, 503, "UNAVAILABLE")
+            cache.refused(path, 503, "UNAVAILABLE", "HEAD")
+        asked = cache.sent(path, "GET")
+        assert cache.ask(path).body == layer.data
+        assert cache.sent(path, "GET") == asked + 1
+        wait_until(lambda: file.read_bytes() == layer.data, SEEN, "the whole blob")
+        assert cache.ask(path).body == layer.data
+        assert cache.sent(path, "GET") == asked + 1
+
+
+@pytest.mark.parametrize("same_times", [True, False])
+def test_a_record_whose_manifest_was_altered_is_not_served(
+    cache: Cache, repository: str, image: Image, same_times: bool
+) -> None:
+    pull(cache, repository, image)
+    file = record(cache, image.manifest)
+    written, when = file.read_text(), file.stat()
+    layer = image.blobs[1].digest
+    altered = written.replace(layer, f"sha256:{'0' * 64}")
+    assert len(altered) == len(written)
+    assert altered != written
+    file.write_text(altered)
+    if same_times:
+        os.utime(file, ns=(when.st_atime_ns, when.st_mtime_ns))
+    with cache.scripted(f"/v2/{repository}/*", GONE):
+        for path in manifest_paths(repository, image):
+            answer = fetch(cache.url(path))
+            assert (answer.status, b"UNAVAILABLE" in answer.body) == (503, True)
+    for path, data in manifest_paths(repository, image).items():
+        assert cache.ask(path).body == data
+    assert json.loads(file.read_text())["manifest"] == image.manifest.data.decode()

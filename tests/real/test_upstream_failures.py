@@ -1,0 +1,292 @@
+"""What an upstream may do to us before its answer has begun: refusals, failures, silence, and garbage."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from tests.client import Response, fetch
+from tests.images import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image
+from tests.real.scripted import Cache, assert_error, cache_in, plain_image, repository_for
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Tokens
+from tests.upstream_http import Rule
+from tests.upstream_rules import Header, Hold, NoLength, Redirect, Reply
+
+SIZE = 5000
+BY_US = 25.0
+BY_CONTAINERD = 30.0
+SLACK = 3.0
+
+
+@pytest.fixture(scope="module")
+def gone() -> ScriptedRegistry:
+    """An upstream that refuses connections."""
+    registry = ScriptedRegistry()
+    registry.close()
+    return registry
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory, gone: ScriptedRegistry) -> Iterator[Cache]:
+    """One for all tests here."""
+    with cache_in(tmp_path_factory.mktemp("failures"), gone) as cache:
+        yield cache
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository for the test alone."""
+    return repository_for(request.node.name)
+
+
+@pytest.fixture
+def image(cache: Cache, repository: str) -> Image:
+    """An image at the upstream in the test's repository, as `1`, that nobody has pulled."""
+    image = plain_image(repository, SIZE)
+    cache.upstream.add(repository, image, "1")
+    return image
+
+
+@pytest.fixture
+def blob(repository: str, image: Image) -> str:
+    """The path of its layer."""
+    return f"{repository}/blobs/{image.blobs[1].digest}"
+
+
+@pytest.fixture
+def manifests(repository: str, image: Image) -> tuple[str, str]:
+    """The paths of its manifest: by tag and by digest."""
+    return f"{repository}/manifests/1", f"{repository}/manifests/{image.manifest.digest}"
+
+
+BASIC = ("WWW-Authenticate", 'Basic realm="not for clients"')
+BEARER = ("WWW-Authenticate", 'Bearer realm="http://127.0.0.1:1/token",service="s",scope="repository:x:pull"')
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(404),
+        Reply(404, b"<html>not here</html>", (("Content-Type", "text/html"),)),
+        Reply(403, b"{}", (BASIC, BEARER)),
+        Reply(401),
+        Reply(401, b"{}", (BASIC,)),
+        Reply(401, b"{}", (("WWW-Authenticate", "Negotiate"),)),
+    ],
+    ids=["404", "404_html", "403", "401", "401_basic", "401_negotiate"],
+)
+def test_what_the_upstream_does_not_have_or_show(
+    cache: Cache, repository: str, blob: str, manifests: tuple[str, str], reply: Rule
+) -> None:
+    with cache.scripted(f"/v2/{repository}/*", reply):
+        for method in ("GET", "HEAD"):
+            for manifest in manifests:
+                cache.refused(manifest, 404, "MANIFEST_UNKNOWN", method)
+            cache.refused(blob, 404, "BLOB_UNKNOWN", method)
+        cache.refused(f"{repository}/tags/list", 404, "NAME_UNKNOWN")
+    # It is not held against the upstream.
+    assert cache.ask(manifests[0]).status == 200
+    assert cache.ask(blob).status == 200
+
+
+def test_a_token_without_the_scope(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
+    tokens = Tokens(f"{cache.upstream.url}/token", denied=[f"repository:{repository}:pull"])
+    with cache.scripted("*", tokens):
+        for method in ("GET", "HEAD"):
+            cache.refused(manifests[0], 404, "MANIFEST_UNKNOWN", method)
+            cache.refused(blob, 404, "BLOB_UNKNOWN", method)
+
+
+def test_a_realm_that_is_not_there(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
+    with cache.scripted(f"/v2/{repository}/*", Reply(401, b"", (BEARER,))):
+        cache.refused(manifests[0], 503, "UNAVAILABLE")
+        cache.refused(blob, 503, "UNAVAILABLE")
+
+
+def assert_unavailable(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
+    """Whatever is asked for in this repository: 503."""
+    for method in ("GET", "HEAD"):
+        for path in (*manifests, blob, f"{repository}/tags/list"):
+            cache.refused(path, 503, "UNAVAILABLE", method)
+    cache.refused(manifests[1].replace("manifests", "referrers"), 503, "UNAVAILABLE")
+
+
+FAILURES = {
+    "500": Reply(500),
+    "502_html": Reply(502, b"<html>bad gateway</html>", (("Content-Type", "text/html"),)),
+    "503": Reply(503, b"", (("Retry-After", "17"),)),
+    "503_date": Reply(503, b"", (("Retry-After", "Wed, 21 Oct 2026 07:28:00 GMT"),)),
+    "429": Reply(429, b'{"errors":[{"code":"TOOMANYREQUESTS"}]}', (("Retry-After", "17"),)),
+    "429_zero": Reply(429, b"", (("Retry-After", "0"),)),
+    "429_bare": Reply(429),
+    "captive_portal": Reply(302, b"", (("Location", "http://127.0.0.1:1/login"),)),
+    "file_url": Reply(302, b"", (("Location", "file:///etc/passwd"),)),
+    "204": Reply(204),
+    "206": Reply(206, b"abc", (("Content-Range", "bytes 0-2/100"),)),
+    "304": Reply(304),
+}
+
+
+@pytest.mark.parametrize("rule", FAILURES.values(), ids=FAILURES.keys())
+def test_an_upstream_in_trouble(
+    cache: Cache, repository: str, blob: str, manifests: tuple[str, str], rule: Rule
+) -> None:
+    before = cache.files
+    with cache.scripted(f"/v2/{repository}/*", rule):
+        assert_unavailable(cache, repository, blob, manifests)
+    assert cache.files == before
+    assert cache.ask(manifests[0]).status == 200
+    with cache.scripted(f"/v2/{repository}/*", rule):
+        assert cache.ask(manifests[0]).status == 200  # the cached tag
+
+
+def test_an_upstream_that_redirects_in_a_circle(
+    cache: Cache, repository: str, blob: str, manifests: tuple[str, str]
+) -> None:
+    with cache.scripted(f"/v2/{repository}/*", Redirect(cache.upstream.url)):
+        assert_unavailable(cache, repository, blob, manifests)
+
+
+def test_an_upstream_that_is_not_there(
+    cache: Cache, gone: ScriptedRegistry, repository: str, blob: str, manifests: tuple[str, str]
+) -> None:
+    assert_unavailable(replace(cache, upstream=gone), repository, blob, manifests)
+
+
+PORTAL = Reply(200, b"<html>Please log in.</html>", (("Content-Type", "text/html"),))
+BOTH = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": {}, "layers": [], "manifests": []}
+SCHEMA_1 = {"schemaVersion": 1, "name": "x", "tag": "1", "architecture": "amd64", "fsLayers": [], "history": []}
+SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+
+
+def json_reply(body: object, media_type: str) -> Reply:
+    """A manifest that says this."""
+    return Reply(200, json.dumps(body).encode(), (("Content-Type", media_type),))
+
+
+GARBAGE = {
+    "captive_portal": PORTAL,
+    "captive_portal_in_disguise": Reply(200, PORTAL.body, (("Content-Type", OCI_MANIFEST),)),
+    "nothing": Reply(200, b"", (("Content-Type", OCI_MANIFEST),)),
+    "no_type": Header("Content-Type", None),
+    "another_type": Header("Content-Type", DOCKER_MANIFEST),
+    "index_type": Header("Content-Type", OCI_INDEX),
+    "octets": Header("Content-Type", "application/octet-stream"),
+    "another_digest": Header("Docker-Content-Digest", f"sha256:{'0' * 64}"),
+    "no_digest": Header("Docker-Content-Digest", "latest"),
+    "schema_1": json_reply(SCHEMA_1, SIGNED),
+    "schema_1_in_disguise": json_reply(SCHEMA_1, OCI_MANIFEST),
+    "list": json_reply([], OCI_MANIFEST),
+    "number": json_reply(2, OCI_MANIFEST),
+    "two_things_at_once": json_reply(BOTH, OCI_MANIFEST),
+    "nested": Reply(200, b"[" * 100_000, (("Content-Type", OCI_MANIFEST),)),
+    "latin_1": Reply(200, b'{"schemaVersion": 2, "x": "\xff"}', (("Content-Type", OCI_MANIFEST),)),
+    "too_large": json_reply({"schemaVersion": 2, "x": "x" * (9 << 20)}, OCI_MANIFEST),
+}
+ONLY_TAGS_BELIEVE = {"another_digest", "no_digest"}
+"""What is asked for by digest needs no header to tell which it is."""
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_in_place_of_a_manifest(
+    cache: Cache, repository: str, image: Image, manifests: tuple[str, str], name: str
+) -> None:
+    before = cache.files
+    with cache.scripted(f"/v2/{repository}/manifests/*", GARBAGE[name]):
+        for manifest in manifests[: 1 if name in ONLY_TAGS_BELIEVE else 2]:
+            for method in ("GET", "HEAD"):
+                cache.refused(manifest, 503, "UNAVAILABLE", method)
+    assert cache.files == before
+    for manifest in manifests:
+        assert cache.ask(manifest).body == image.manifest.data
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
+def test_an_encoding_that_nobody_asked_for(
+    cache: Cache, repository: str, image: Image, blob: str, manifests: tuple[str, str], known: bool
+) -> None:
+    """What a digest names is the bytes as they are; and clients would decode, or resume in the middle."""
+    layer = image.blobs[1]
+    encoded = (("Content-Encoding", "gzip"),)
+    if known:
+        assert cache.ask(manifests[0]).status == 200
+    before = cache.files
+    zipped = Reply(200, gzip.compress(layer.data), encoded)
+    with cache.scripted(f"*{layer.digest}", zipped):
+        cache.refused(blob, 503, "UNAVAILABLE")
+        cache.refused(blob, 503, "UNAVAILABLE", "HEAD")
+    if not known:
+        zipped = Reply(200, gzip.compress(image.manifest.data), (*encoded, ("Content-Type", OCI_MANIFEST)))
+        with cache.scripted(f"/v2/{repository}/manifests/*", zipped):
+            for manifest in manifests:
+                cache.refused(manifest, 503, "UNAVAILABLE")
+    assert cache.files == before
+    assert cache.ask(blob).body == layer.data
+
+
+def test_a_captive_portal_in_place_of_a_blob(
+    cache: Cache, blob: str, manifests: tuple[str, str], repository: str
+) -> None:
+    assert cache.ask(manifests[0]).status == 200
+    before = cache.files
+    with cache.scripted(f"/v2/{repository}/*", PORTAL):
+        cache.refused(blob, 503, "UNAVAILABLE")
+        # A client takes the length for the blob's.
+        cache.refused(blob, 503, "UNAVAILABLE", "HEAD")
+    assert cache.files == before
+    assert cache.ask(blob).status == 200
+
+
+@pytest.mark.parametrize("reply", [PORTAL, Reply(200, b"{}"), Reply(200, b'{"tags": 1}')], ids=["html", "no", "one"])
+def test_garbage_in_place_of_a_list(cache: Cache, repository: str, manifests: tuple[str, str], reply: Rule) -> None:
+    with cache.scripted(f"/v2/{repository}/*", reply):
+        cache.refused(f"{repository}/tags/list", 503, "UNAVAILABLE")
+        cache.refused(manifests[1].replace("manifests", "referrers"), 503, "UNAVAILABLE")
+
+
+def test_an_upstream_that_says_nothing(cache: Cache, repository: str) -> None:
+    """The clients are told in time, each object is asked for once, and the clients' retries find it.
+
+    The one test that takes long: as long as clients are patient.
+    """
+    silent, stalling = f"{repository}/silent", f"{repository}/stalling"
+    one, two = plain_image(f"{repository}/1", SIZE), plain_image(f"{repository}/2", SIZE)
+    for name in (silent, stalling):
+        cache.upstream.add(name, one, "1")
+        cache.upstream.add(name, two, "2")
+    kept = {
+        f"{silent}/manifests/1": one.manifest.data,
+        f"{silent}/manifests/{two.manifest.digest}": two.manifest.data,
+        f"{silent}/blobs/{one.blobs[1].digest}": one.blobs[1].data,
+        f"{stalling}/manifests/1": one.manifest.data,
+        f"{stalling}/blobs/{two.blobs[1].digest}": two.blobs[1].data,  # of which nobody tells the size
+    }
+    lists = [f"{silent}/tags/list", f"{silent}/referrers/{one.manifest.digest}", f"{stalling}/tags/list"]
+
+    def ask(path: str) -> tuple[Response, float]:
+        began = time.monotonic()
+        return fetch(cache.url(path), timeout=BY_CONTAINERD), time.monotonic() - began
+
+    since = cache.log_size
+    with (
+        cache.scripted(f"/v2/{silent}/*", Hold(None)),
+        cache.scripted(f"/v2/{stalling}/*", NoLength(), Hold(10)),
+        ThreadPoolExecutor(10) as clients,
+    ):
+        for answer, seconds in clients.map(ask, [*kept, *lists]):
+            assert_error(answer, 503, "UNAVAILABLE")
+            assert seconds < BY_US + SLACK
+        errors = cache.errors(since)
+    assert len(errors) == len(kept) + len(lists)
+    assert all(cache.upstream.host in line.partition(" UNAVAILABLE: ")[2] for line in errors)
+    for path, content in kept.items():
+        assert cache.ask(path).body == content
+        # A connection over which no more comes is dropped, one that has not answered yet is waited for.
+        assert cache.sent(path) == 1 or path.startswith(stalling)

@@ -1,0 +1,133 @@
+"""What holds for the unit tests."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from zope.interface import implementer
+
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.store.blobs import StoredBlob
+from ociregistry.store.store import Store
+from tests.certificates import Authority
+from tests.unit.doubles import REACTOR
+from tests.unit.registries import MemoryRegistries
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays out of the garbage collection that follows every test: 50 ms each."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that stands still."""
+    return Clock()
+
+
+@implementer(ILogObserver)
+class _Events:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.kept: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        self.kept.append(event)
+
+
+@pytest.fixture
+def events() -> Iterator[list[LogEvent]]:
+    """What is logged during the test."""
+    observer = _Events()
+    globalLogPublisher.addObserver(observer)
+    yield observer.kept
+    globalLogPublisher.removeObserver(observer)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where the store is."""
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(root: Path, clock: Clock) -> Iterator[Store]:
+    """An empty store that looks at its folders when `clock` advances."""
+    store = Store(root, clock, REACTOR)
+    store.start()
+    yield store
+    store.stop()
+
+
+@pytest.fixture
+def open_store(root: Path) -> Iterator[Callable[[], Store]]:
+    """Opens the same folder as another process does; only its first look is taken."""
+    opened: list[Store] = []
+
+    def open_it() -> Store:
+        opened.append(Store(root, Clock(), REACTOR))
+        opened[-1].start()
+        return opened[-1]
+
+    yield open_it
+    for store in opened:
+        store.stop()
+
+
+@pytest_twisted.async_yield_fixture
+async def network() -> AsyncIterator[Network]:
+    """Real connections."""
+    network = Network()
+    yield network
+    await network.close()
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """Issues certificates that nobody else trusts."""
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def secure(authority: Authority) -> Iterator[ScriptedRegistry]:
+    """An upstream that speaks TLS and has a certificate of `authority`."""
+    with ScriptedRegistry(tls=authority.server_context("127.0.0.1")) as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def upstreams() -> MemoryRegistries:
+    """What all upstreams are asked."""
+    return MemoryRegistries()
+
+
+@pytest.fixture
+def cache(store: Store, upstreams: MemoryRegistries, clock: Clock) -> PullThrough:
+    """A cache over the empty store."""
+    return PullThrough(store, upstreams, clock, jitter=lambda: 1.0)
+
+
+@pytest.fixture
+def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
+    """The blobs that have been looked for in the store."""
+    looked: list[Digest] = []
+    look = store.blob
+
+    async def look_and_tell(digest: Digest) -> StoredBlob | None:
+        found = await look(digest)
+        looked.append(digest)
+        return found
+
+    monkeypatch.setattr(store, "blob", look_and_tell)
+    return looked

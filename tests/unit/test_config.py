@@ -1,0 +1,196 @@
+"""The configuration file: what it may say, and that an error says where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ociregistry.config import Config, ConfigInvalid, RegistrySettings, read_config
+from ociregistry.names import Upstream
+
+OPTIONS = {"port", "log_level", "image_path"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is; it is not there yet."""
+    return tmp_path / "ociregistry.yaml"
+
+
+def read(path: Path, text: str) -> Config:
+    """What a file with this text says."""
+    path.write_text(text, "utf-8")
+    return read_config(path, OPTIONS)
+
+
+def refusal(path: Path, text: str) -> str:
+    """What is said of a file with this text, in one line."""
+    with pytest.raises(ConfigInvalid) as refused:
+        read(path, text)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "# only\n# comments\n", "---\n", "null", "~", "--- # nothing\n...\n", "{}", "[]"]
+)
+def test_an_empty_file_sets_nothing(path: Path, text: str) -> None:
+    assert read(path, text) == Config(path)
+
+
+def test_a_mapping_sets_options(path: Path) -> None:
+    config = read(path, "port: 5000\n# a comment\nlog_level: 'debug'\n\nimage_path: images\n")
+    assert dict(config.values) == {
+        "port": ("5000", f"{path}:1"),
+        "log_level": ("debug", f"{path}:3"),
+        "image_path": ("images", f"{path}:5"),
+    }
+    assert config.listen == ()
+    assert config.registries == {}
+
+
+def test_a_key_without_a_value_sets_nothing(path: Path) -> None:
+    assert read(path, "port:\nlog_level: null\nlisten: ~\nregistries:\n") == Config(path)
+
+
+def test_listen_is_a_list(path: Path) -> None:
+    assert read(path, "listen: ['tcp:8080', tcp:8081:interface=::1]").listen == ("tcp:8080", "tcp:8081:interface=::1")
+
+
+REGISTRIES = """\
+- name: My-Upstream:5000
+  description: free text
+  scheme: http
+- name: docker.io
+- name: quay.io
+  scheme: https
+  description:
+"""
+EXPECTED = {
+    Upstream("my-upstream:5000"): RegistrySettings(Upstream("my-upstream:5000"), "http", "free text"),
+    Upstream("docker.io"): RegistrySettings(Upstream("docker.io")),
+    Upstream("quay.io"): RegistrySettings(Upstream("quay.io"), "https"),
+}
+
+
+def test_registries_by_themselves_or_in_a_mapping(path: Path) -> None:
+    assert read(path, REGISTRIES) == Config(path, registries=EXPECTED)
+    indented = "".join(f"  {line}\n" for line in REGISTRIES.splitlines())
+    assert read(path, f"registries:\n{indented}").registries == EXPECTED
+    assert read(path, f"registries:\n{REGISTRIES}port: 1\n").registries == EXPECTED
+
+
+@pytest.mark.parametrize("key", ["auth", "tls", "mirrors"])
+@pytest.mark.parametrize("empty", ["{}", "[]", "", "null", "~"])
+def test_what_a_later_version_brings_may_be_empty(path: Path, key: str, empty: str) -> None:
+    assert Upstream("quay.io") in read(path, f"- name: quay.io\n  {key}: {empty}\n").registries
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("- name: quay.io\n  auth:\n    user: u\n    password: p\n", 3, "auth"),
+        ("- name: quay.io\n  auth: secret\n", 2, "auth"),
+        ("- name: quay.io\n  tls: {insecure_skip_verify: true}\n", 2, "tls"),
+        ("- name: quay.io\n  mirrors: ['http://a']\n", 2, "mirrors"),
+        ("port: 1\nbandwidth: {from: 1}\n", 2, "bandwidth"),
+        ("prune: {before: 1d}", 1, "prune"),
+        ("verify: {every: 1d}", 1, "verify"),
+    ],
+)
+def test_what_a_later_version_brings_is_not_silently_ignored(path: Path, text: str, line: int, key: str) -> None:
+    refused = refusal(path, text)
+    assert refused.startswith(f"{path}:{line}: {key}: ")
+    assert "not available in this version" in refused
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("\nports: 5\n", 2, "ports"),
+        ("port: 1\nlog-level: info\n", 2, "log-level"),
+        ("port: 1\n\nport: 2\n", 3, "port"),
+        ("registries: []\nregistries: []\n", 2, "registries"),
+        ("port: [1]", 1, "port"),
+        ("port:\n  nested: 1\n", 2, "port"),
+        ("listen: tcp:8080", 1, "listen"),
+        ("listen:\n- tcp:8080\n- [tcp:8081]\n", 3, "listen"),
+        ("registries: quay.io", 1, "registries"),
+        ("registries:\n- name: quay.io\n  port: 5\n", 3, "port"),
+        ("- name: quay.io\n  schema: http\n", 2, "schema"),
+        ("- name: quay.io\n- description: no name\n", 2, "name"),
+        ("- name:\n", 1, "name"),
+        ("- name: quay.io\n  name: docker.io\n", 2, "name"),
+        ("- name: quay.io\n- name: docker.io\n- name: QUAY.io\n", 3, "name"),
+        ("- name: docker.io\n- name: index.docker.io\n", 2, "name"),
+        ("- name: https://quay.io\n", 1, "name"),
+        ("- name: quay.io/team\n", 1, "name"),
+        ("- name: [quay.io]\n", 1, "name"),
+        ("- name: quay.io\n  scheme: ftp\n", 2, "scheme"),
+        ("- name: quay.io\n  scheme: HTTP\n", 2, "scheme"),
+        ("- name: quay.io\n  scheme: ''\n", 2, "scheme"),
+    ],
+)
+def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
+    assert refusal(path, text).startswith(f"{path}:{line}: {key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("just text", 1),
+        ("5", 1),
+        ("\n- quay.io\n", 2),
+        ("- []\n", 1),
+        ("[a]: b\n", 1),
+        ("? {a: b}\n: c\n", 1),
+        ("port: 1\n  bad: indent\n", 2),
+        ("port: [\n", 2),
+        ("a: *nothing", 1),
+        ("port: 1\n---\nport: 2\n", 2),
+        ("\tport: 1\n", 1),
+        ("port: 'unfinished\n", 2),
+    ],
+)
+def test_what_is_no_configuration_is_refused_with_its_line(path: Path, text: str, line: int) -> None:
+    assert refusal(path, text).startswith(f"{path}:{line}: ")
+
+
+def test_a_file_that_cannot_be_read_is_named(path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match=f"^{path}: cannot be read: No such file"):
+        read_config(path, OPTIONS)
+    with pytest.raises(ConfigInvalid, match=f"^{path.parent}: cannot be read: Is a directory"):
+        read_config(path.parent, OPTIONS)
+
+
+def test_a_file_of_other_bytes_is_refused(path: Path) -> None:
+    path.write_bytes(b"port: \xff\n")
+    with pytest.raises(ConfigInvalid, match="is not UTF-8"):
+        read_config(path, OPTIONS)
+    assert "is not YAML" in refusal(path, "port: \x00\n")
+
+
+def test_nothing_is_constructed(path: Path) -> None:
+    assert refusal(path, "port: &a [*a]\n").startswith(f"{path}:1: port: ")
+    assert dict(read(path, "port: !!python/object/apply:os.getcwd ''\n").values) == {"port": ("", f"{path}:1")}
+
+
+TEXTS = st.text("abmnrt:_-[]{}'\"\n #&*!|>%@,0.", max_size=40) | st.text(max_size=20)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS | TEXTS.map("registries:\n- name: ".__add__) | TEXTS.map("- name: a.b\n  ".__add__))
+def test_whatever_stands_in_it_is_read_or_refused(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8", errors="replace")
+    try:
+        config = read_config(path, OPTIONS)
+    except ConfigInvalid as refused:
+        why = str(refused)
+    else:
+        why = f"{path}: nothing"
+        assert set(config.values) <= OPTIONS
+        assert all(entry.upstream == upstream for upstream, entry in config.registries.items())
+    assert why.startswith(f"{path}:")

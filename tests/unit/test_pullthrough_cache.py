@@ -1,0 +1,280 @@
+"""The read-through cache: hits without a packet, one fetch for all who miss, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, PullThrough
+from ociregistry.store.blobs import StoredBlob
+from ociregistry.store.store import Counts, Store
+from tests.images import make_image
+from tests.unit.doubles import image, manifest, on_reactor, texts, until
+from tests.unit.registries import MemoryRegistries, landed
+
+BUILT = make_image("cache")
+IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
+DATA = BUILT.layers[0].data
+DIGEST = Digest(BUILT.layers[0].digest)
+APP, ELSEWHERE = image("reg.example/team/app:1"), image("else.example/team/app:1")
+
+
+def manifest_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundManifest]:
+    """A client asks for a manifest."""
+    return Deferred.fromCoroutine(cache.manifest(image(url)))
+
+
+def blob_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundBlob]:
+    """A client asks for the blob."""
+    return Deferred.fromCoroutine(cache.blob(image(url).repository, DIGEST))
+
+
+def size_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundSize]:
+    """A client asks for the size of the blob."""
+    return Deferred.fromCoroutine(cache.blob_size(image(url).repository, DIGEST))
+
+
+ASKS: tuple[Callable[[PullThrough], Deferred[Any]], ...] = (manifest_of, blob_of, size_of)
+
+
+async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
+    """So many requests have gone out."""
+    await until(lambda: len(upstreams) >= count)
+    assert len(upstreams) == count
+
+
+def put_blob(root: Path) -> None:
+    """The blob is there."""
+    (root / "blobs" / DIGEST.hex).write_bytes(DATA)
+
+
+@on_reactor
+async def test_a_manifest_is_fetched_once_and_kept(
+    cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
+) -> None:
+    waiting = [manifest_of(cache) for _ in range(3)]
+    await asked(upstreams)
+    upstreams[0].answer(IMAGE)
+    assert [await one for one in waiting] == [FoundManifest(IMAGE, hit=False)] * 3
+    assert await manifest_of(cache) == FoundManifest(IMAGE, hit=True)
+    assert await manifest_of(cache, f"reg.example/team/app@{IMAGE.digest}") == FoundManifest(IMAGE, hit=True)
+    assert upstreams.asked == [f"manifest {APP}"]
+    assert cache.counts == Counts(lists=0, images=1)
+    assert texts(events, LogLevel.debug)[:2] == [
+        f"pulling manifest from upstream: {APP}",
+        f"serving manifest from cache: {APP}",
+    ]
+
+
+@on_reactor
+async def test_a_cached_tag_keeps_its_meaning(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
+    await store.keep(IMAGE, APP)
+    for _ in range(2):
+        assert (await manifest_of(cache)).manifest == IMAGE
+    assert len(upstreams) == 0
+
+
+@pytest.mark.parametrize("error", [ManifestUnknown("not there"), Unavailable("down", 77)])
+@on_reactor
+async def test_what_the_upstream_says_reaches_all_who_wait(
+    cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError
+) -> None:
+    waiting = [manifest_of(cache) for _ in range(2)]
+    await asked(upstreams)
+    upstreams[0].refuse(error)
+    for one in waiting:
+        with pytest.raises(type(error)) as failed:
+            await one
+        assert failed.value is error
+    # And is not remembered.
+    again = manifest_of(cache)
+    await asked(upstreams, 2)
+    upstreams[1].answer(IMAGE)
+    assert (await again).manifest == IMAGE
+
+
+@on_reactor
+async def test_a_manifest_that_cannot_be_stored_is_not_given_out(
+    cache: PullThrough, upstreams: MemoryRegistries, root: Path
+) -> None:
+    waiting = manifest_of(cache)
+    await asked(upstreams)
+    (root / "img").rmdir()
+    upstreams[0].answer(IMAGE)
+    with pytest.raises(Unavailable, match=f"^{APP}: cannot be stored: "):
+        await waiting
+    (root / "img").mkdir()
+
+
+@on_reactor
+async def test_a_blob_is_fetched_once_whoever_asks(
+    cache: PullThrough, upstreams: MemoryRegistries, root: Path
+) -> None:
+    waiting = [blob_of(cache), blob_of(cache), blob_of(cache, str(ELSEWHERE))]
+    await asked(upstreams)
+    upstreams[0].stream(len(DATA)).send(DATA).end()
+    for one in waiting:
+        found = await one
+        assert not found.hit
+        assert await found.content.more_than(len(DATA) - 1) == len(DATA)
+        assert await found.content.read(0, 10) == DATA[:10]
+        found.content.close()
+    await until((root / "blobs" / DIGEST.hex).exists)
+    await landed(cache)
+    found = await blob_of(cache, str(ELSEWHERE))
+    assert (found.hit, len(upstreams)) == (True, 1)
+    found.content.close()
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down")])
+@on_reactor
+async def test_what_one_repository_lacks_another_may_have(
+    cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError, looks: list[Digest]
+) -> None:
+    first = blob_of(cache)
+    await asked(upstreams)
+    second = blob_of(cache, str(ELSEWHERE))
+    await until(lambda: len(looks) == 2)
+    upstreams[0].refuse(error)
+    with pytest.raises(type(error)):
+        await first
+    await asked(upstreams, 2)
+    assert upstreams[1].what == f"{ELSEWHERE.repository} {DIGEST}"
+    upstreams[1].stream(len(DATA)).send(DATA).end()
+    found = await second
+    assert await found.content.more_than(len(DATA) - 1) == len(DATA)
+    found.content.close()
+    await landed(cache)
+
+
+@on_reactor
+async def test_a_download_that_ended_while_we_looked_is_a_hit(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = blob_of(cache)
+    await asked(upstreams)
+    looked: Deferred[None] = Deferred()
+    really_look = store.blob
+
+    async def look_slowly(digest: Digest) -> StoredBlob | None:
+        found = await really_look(digest)
+        monkeypatch.undo()
+        await looked
+        return found
+
+    monkeypatch.setattr(store, "blob", look_slowly)
+    second = blob_of(cache)
+    upstreams[0].stream(len(DATA)).send(DATA).end()
+    (await first).content.close()
+    await landed(cache)
+    looked.callback(None)
+    found = await second
+    assert (found.hit, len(upstreams)) == (True, 1)
+    found.content.close()
+
+
+@on_reactor
+async def test_the_size_of_a_blob(cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path) -> None:
+    waiting = [size_of(cache), size_of(cache)]
+    await asked(upstreams)
+    upstreams[0].answer(4711)
+    assert [await one for one in waiting] == [FoundSize(4711, hit=False)] * 2
+    # Of a blob in flight it is known, so nobody needs to be asked.
+    followed = blob_of(cache)
+    await asked(upstreams, 2)
+    sending = upstreams[1].stream(len(DATA))
+    content = (await followed).content
+    assert await size_of(cache) == FoundSize(len(DATA), hit=False)
+    sending.send(DATA).end()
+    await content.more_than(len(DATA) - 1)
+    content.close()
+    await landed(cache)
+    before = len(os.listdir("/proc/self/fd"))
+    assert await size_of(cache) == FoundSize(len(DATA), hit=True)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert upstreams.asked == [f"blob_size {APP.repository} {DIGEST}", f"blob {APP.repository} {DIGEST}"]
+
+
+@on_reactor
+async def test_an_upstream_that_is_not_allowed_is_denied_even_what_is_here(
+    store: Store, clock: Clock, root: Path
+) -> None:
+    await store.keep(IMAGE, APP)
+    put_blob(root)
+    upstreams = MemoryRegistries("else.example")
+    cache = PullThrough(store, upstreams, clock)
+    for denied in (manifest_of(cache), blob_of(cache), size_of(cache)):
+        with pytest.raises(Denied):
+            await denied
+    found = await blob_of(cache, str(ELSEWHERE))
+    assert (found.hit, len(upstreams)) == (True, 0)
+    found.content.close()
+
+
+@on_reactor
+async def test_a_client_waits_25_seconds_and_the_fetch_goes_on(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    waiting: list[Deferred[Any]] = []
+    for number, ask in enumerate(ASKS, 1):
+        waiting.append(ask(cache))
+        await asked(upstreams, number)
+    clock.advance(24.9)
+    assert not any(one.called for one in waiting)
+    clock.advance(0.1)
+    for late in waiting:
+        with pytest.raises(Unavailable, match="no answer within 25 s"):
+            await late
+    upstreams[0].answer(IMAGE)
+    upstreams[1].stream(len(DATA)).send(DATA).end()
+    upstreams[2].answer(len(DATA))
+    await until(lambda: cache.counts.images == 1 and (root / "blobs" / DIGEST.hex).exists())
+    await landed(cache)
+    assert (await manifest_of(cache)).hit
+    found = await blob_of(cache)
+    assert found.hit
+    found.content.close()
+    assert len(upstreams) == 3
+
+
+@on_reactor
+async def test_a_late_client_has_its_own_25_seconds(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    early = manifest_of(cache)
+    await asked(upstreams)
+    clock.advance(20)
+    late = manifest_of(cache)
+    await until(lambda: len(cache._manifests._waiting[APP]) == 2)
+    clock.advance(5)
+    with pytest.raises(Unavailable):
+        await early
+    clock.advance(10)
+    assert not late.called
+    upstreams[0].answer(IMAGE)
+    assert (await late).manifest == IMAGE
+    assert len(upstreams) == 1
+
+
+@on_reactor
+async def test_a_late_failure_that_nobody_waits_for_any_more_is_one_line(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
+) -> None:
+    for number, ask in enumerate(ASKS, 1):
+        late = ask(cache)
+        await asked(upstreams, number)
+        clock.advance(25)
+        with pytest.raises(Unavailable):
+            await late
+    for number, call in enumerate(upstreams):
+        call.refuse(Unavailable(f"down {number}"))
+    assert texts(events, LogLevel.error) == ["down 0", "down 1", "down 2"]

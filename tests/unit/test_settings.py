@@ -1,0 +1,198 @@
+"""Settings: the command line before the file, the file before the defaults, and clear errors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from ociregistry.config import ConfigInvalid, RegistrySettings
+from ociregistry.names import Upstream
+from ociregistry.settings import LOG_LEVELS, OPTIONS, Settings, load_settings
+
+SHIPPED = Path(__file__).resolve().parents[2] / "etc" / "ociregistry.yaml"
+
+DEFAULTS = Settings(
+    image_path=Path("/var/lib/ociregistry"),
+    port=8080,
+    listen=(),
+    log_level="error",
+    pull_timeout=60.0,
+    max_connections=16,
+    allow_upstreams=(),
+    default_ns=Upstream("docker.io"),
+    registries={},
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is; it is not there yet."""
+    return tmp_path / "ociregistry.yaml"
+
+
+def load(path: Path, text: str, *listen: str, **given: str) -> Settings:
+    """The settings that a file with this text and the given options make."""
+    path.write_text(text)
+    return load_settings(given, listen, str(path))
+
+
+def test_the_defaults() -> None:
+    assert load_settings({}, (), None) == DEFAULTS
+
+
+def test_every_field_can_be_set() -> None:
+    beside = {"listen", "registries"}
+    assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+    for option in OPTIONS:
+        assert option.help.endswith((".", ")."))
+        assert option.parse(option.default) == getattr(DEFAULTS, option.key)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(path: Path) -> None:
+    text = "port: 1\nlog_level: info\nmax_connections: 3\n"
+    settings = load(path, text, port="2", pull_timeout="1500")
+    assert (settings.port, settings.log_level, settings.max_connections) == (2, "info", 3)
+    assert settings.pull_timeout == 1.5
+    assert settings.image_path == DEFAULTS.image_path
+
+
+def test_listening_on_the_command_line_wins_too(path: Path) -> None:
+    text = "listen: ['tcp:1']\nport: 5\n"
+    assert load(path, text).listen == ("tcp:1",)
+    assert load(path, text, "tcp:2", "tcp:3").listen == ("tcp:2", "tcp:3")
+    assert load_settings({}, ("tcp:4",), None).listen == ("tcp:4",)
+
+
+def test_a_list_alone_sets_registries(path: Path) -> None:
+    settings = load(path, "- name: my-upstream:5000\n  scheme: http\n", port="1")
+    upstream = Upstream("my-upstream:5000")
+    assert settings.registries == {upstream: RegistrySettings(upstream, "http")}
+    assert settings.port == 1
+
+
+def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load(path, "image_path: images").image_path == path.parent / "images"
+    assert load(path, "image_path: /images").image_path == Path("/images")
+    assert load(path, "image_path: ~/images").image_path == Path("/home/somebody/images")
+    monkeypatch.chdir(path.parent)
+    (path.parent / "etc").mkdir()
+    Path("etc/it.yaml").write_text("image_path: images")
+    assert load_settings({}, (), "etc/it.yaml").image_path == path.parent / "etc/images"
+
+
+def test_paths_on_the_command_line_are_relative_to_where_we_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/usr")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load(path, "", image_path="images").image_path == Path("/usr/images")
+    assert load_settings({"image_path": "~/images"}, (), None).image_path == Path("/home/somebody/images")
+
+
+@pytest.mark.parametrize("value", ["", "~nobody-has-this-name/images"])
+def test_what_is_no_path_is_refused_wherever_it_is_set(path: Path, value: str) -> None:
+    with pytest.raises(ConfigInvalid, match=r"^--image-path: "):
+        load_settings({"image_path": value}, (), None)
+    with pytest.raises(ConfigInvalid, match=f"^{path}:1: image_path: "):
+        load(path, f"image_path: '{value}'")
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "value"),
+    [
+        ("port", "1", 1),
+        ("port", "65535", 65535),
+        ("log_level", "trace", "trace"),
+        ("pull_timeout", "1", 0.001),
+        ("pull_timeout", "600000", 600.0),
+        ("max_connections", "1", 1),
+        ("allow_upstreams", "Docker.io, *.example ,,", ("docker.io", "*.example")),
+        ("allow_upstreams", " ", ()),
+        ("default_ns", "Quay.IO", Upstream("quay.io")),
+        ("default_ns", "index.docker.io", Upstream("docker.io")),
+        ("default_ns", "registry:5000", Upstream("registry:5000")),
+    ],
+)
+def test_a_value_is_read(path: Path, name: str, good: str, value: object) -> None:
+    assert getattr(load_settings({name: good}, (), None), name) == value
+    assert getattr(load(path, f"{name}: '{good}'"), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("port", "0"),
+        ("port", "65536"),
+        ("port", "-1"),
+        ("port", "+1"),
+        ("port", "1.0"),
+        ("port", " 1"),
+        ("port", "0x10"),
+        ("port", "٣"),
+        ("port", "1" * 5000),
+        ("port", "http"),
+        ("port", ""),
+        ("log_level", "verbose"),
+        ("log_level", "INFO"),
+        ("log_level", ""),
+        ("pull_timeout", "0"),
+        ("pull_timeout", "60s"),
+        ("pull_timeout", "nan"),
+        ("max_connections", "0"),
+        ("max_connections", "10001"),
+        ("default_ns", ""),
+        ("default_ns", "https://docker.io"),
+        ("default_ns", "docker.io/library"),
+    ],
+)
+def test_a_bad_value_is_refused_with_the_place_where_it_stands(path: Path, name: str, bad: str) -> None:
+    option = name.replace("_", "-")
+    with pytest.raises(ConfigInvalid) as refused:
+        load_settings({name: bad}, (), None)
+    assert str(refused.value).startswith(f"--{option}: ")
+    assert "expected" in str(refused.value)
+    with pytest.raises(ConfigInvalid) as refused:
+        load(path, f"\n{name}: '{bad}'\n")
+    assert str(refused.value).startswith(f"{path}:2: {name}: ")
+
+
+def test_a_bad_value_in_the_file_counts_only_where_it_is_used(path: Path) -> None:
+    assert load(path, "port: http", port="80").port == 80
+
+
+def test_a_missing_file_is_an_error(path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="cannot be read"):
+        load_settings({"port": "1"}, (), str(path))
+
+
+def test_all_levels_are_levels() -> None:
+    for level in LOG_LEVELS:
+        assert load_settings({"log_level": level}, (), None).log_level == level
+
+
+def test_the_shipped_file_sets_nothing() -> None:
+    assert load_settings({}, (), str(SHIPPED)) == DEFAULTS
+
+
+def uncommented() -> str:
+    """The shipped file with the one # in front of every key taken away; a comment has a space behind it."""
+    return re.sub(r"^#(?! [^ ])", "", SHIPPED.read_text(), flags=re.MULTILINE)
+
+
+def test_the_shipped_file_shows_every_key_with_its_default(path: Path) -> None:
+    settings = load(path, uncommented())
+    example = settings.registries[Upstream("my-upstream:5000")]
+    assert example.scheme == "http"
+    # Two keys have no default that could be written out: `*` allows what nothing allows, and the entry is an example.
+    assert settings.allow_upstreams == ("*",)
+    for field in fields(Settings):
+        if field.name not in ("allow_upstreams", "registries"):
+            assert getattr(settings, field.name) == getattr(DEFAULTS, field.name), field.name
+
+
+def test_the_shipped_file_leaves_out_no_key() -> None:
+    shown = re.findall(r"^([a-z_]+):", uncommented(), re.MULTILINE)
+    assert sorted(shown) == sorted(field.name for field in fields(Settings))

@@ -1,0 +1,187 @@
+"""The store: hits and misses by what is on disk, whoever put it there or took it away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.names import Digest
+from ociregistry.store.records import Record
+from ociregistry.store.store import Counts, Store
+from tests.images import make_image, make_index
+from tests.unit.doubles import REACTOR, image, manifest, on_reactor, record, texts, until
+
+BUILT = make_image("store")
+IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
+INDEX = manifest(make_index("store"))
+NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
+LAYER = BUILT.layers[0]
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def put_blob(root: Path, digest: str, data: bytes) -> None:
+    """As another process does."""
+    (root / "blobs" / Digest(digest).hex).write_bytes(data)
+
+
+def test_it_makes_its_folders(root: Path, store: Store) -> None:
+    assert {path.name for path in root.iterdir()} == {"blobs", "fat", "img", "pulls"}
+    assert store.counts == Counts(lists=0, images=0)
+
+
+@on_reactor
+async def test_what_is_kept_is_a_hit(store: Store) -> None:
+    assert await store.manifest(NGINX) is None
+    await store.keep(IMAGE, NGINX)
+    await store.keep(INDEX, APP)
+    assert await store.manifest(NGINX) == IMAGE
+    assert await store.manifest(APP) == INDEX
+    assert await store.manifest(image("docker.io/library/nginx:2")) is None
+    assert await store.manifest(image(f"quay.io/app@{OTHER.digest}")) is None
+    assert store.counts == Counts(lists=1, images=1)
+
+
+@on_reactor
+async def test_a_store_that_starts_has_all_that_was_kept(store: Store, open_store: Callable[[], Store]) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(INDEX, APP)
+    again = open_store()
+    assert again.counts == Counts(lists=1, images=1)
+    assert await again.manifest(NGINX) == IMAGE
+    assert await again.manifest(APP) == INDEX
+
+
+@on_reactor
+async def test_a_digest_of_another_repository_is_a_hit_and_known_by_both_then(store: Store, root: Path) -> None:
+    await store.keep(IMAGE, NGINX)
+    elsewhere = image(f"quay.io/app@{IMAGE.digest}")
+    assert await store.manifest(elsewhere) == IMAGE
+    await until(lambda: str(elsewhere).encode() in record(root, IMAGE.digest).read_bytes())
+    await until(lambda: store.size_in(elsewhere.repository, Digest(LAYER.digest)) == len(LAYER.data))
+    assert await store.manifest(NGINX) == IMAGE
+
+
+@on_reactor
+async def test_a_digest_that_the_repository_has_under_a_tag_is_not_noted_again(store: Store, root: Path) -> None:
+    await store.keep(IMAGE, NGINX)
+    before = record(root, IMAGE.digest).stat().st_ino
+    assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
+    await store.keep(OTHER, APP)  # a write that was under way would be done by now
+    assert record(root, IMAGE.digest).stat().st_ino == before
+
+
+@on_reactor
+async def test_a_tag_moves_with_the_newest_word(store: Store) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(OTHER, NGINX)
+    assert await store.manifest(NGINX) == OTHER
+    await store.keep(IMAGE, NGINX)
+    assert await store.manifest(NGINX) == IMAGE
+    assert store.tags(NGINX.repository) == ["1"]
+
+
+@on_reactor
+async def test_a_record_that_was_removed_is_a_miss_at_once(store: Store, root: Path) -> None:
+    await store.keep(IMAGE, NGINX)
+    record(root, IMAGE.digest).unlink()
+    assert await store.manifest(NGINX) is None
+    assert store.counts == Counts(lists=0, images=0)
+
+
+@on_reactor
+async def test_the_older_record_of_a_tag_is_left_when_the_newer_is_removed(store: Store, root: Path) -> None:
+    await store.keep(OTHER, NGINX)
+    await store.keep(IMAGE, NGINX)
+    record(root, IMAGE.digest).unlink()
+    assert await store.manifest(NGINX) == OTHER
+
+
+@on_reactor
+async def test_a_tag_that_another_process_took_away_is_a_miss_at_once(store: Store, root: Path) -> None:
+    await store.keep(IMAGE, NGINX)
+    record(root, IMAGE.digest).write_bytes(Record(IMAGE, {}).confirm(APP, NOW).render())
+    assert await store.manifest(NGINX) is None
+    assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
+
+
+@on_reactor
+async def test_a_damaged_record_is_a_miss_with_a_line(store: Store, root: Path, events: list[LogEvent]) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(OTHER, APP)
+    record(root, IMAGE.digest).write_bytes(b"{}")
+    assert await store.manifest(NGINX) is None
+    (line,) = texts(events, LogLevel.error)
+    assert IMAGE.digest.hex in line
+    assert await store.manifest(APP) == OTHER
+    assert record(root, IMAGE.digest).read_bytes() == b"{}"
+
+
+@on_reactor
+async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, clock: Clock) -> None:
+    moment = [NOW]
+    store = Store(root, clock, REACTOR, now=lambda: moment[0])
+    store.start()
+    await store.keep(IMAGE, NGINX)
+    os.utime(record(root, IMAGE.digest), (0, 0))
+    for minutes in (0, 5):
+        moment[0] = NOW + timedelta(minutes=minutes)
+        assert await store.manifest(NGINX) == IMAGE
+        pulled = moment[0].timestamp()
+        await until(lambda pulled=pulled: record(root, IMAGE.digest).stat().st_mtime == pulled)  # type: ignore[misc]  # of this turn
+    store.stop()
+
+
+@on_reactor
+async def test_a_blob_counts_when_a_manifest_gives_it_its_size(store: Store, root: Path) -> None:
+    digest = Digest(LAYER.digest)
+    assert await store.blob(digest) is None
+    put_blob(root, digest, LAYER.data)
+    assert await store.blob(digest) is None
+    await store.keep(IMAGE, NGINX)
+    blob = await store.blob(digest)
+    assert blob is not None
+    assert (blob.size, await blob.read(0, 20)) == (len(LAYER.data), LAYER.data[:20])
+    blob.close()
+
+
+@pytest.mark.parametrize("size", [0, 1, len(LAYER.data) - 1, len(LAYER.data) + 1])
+@on_reactor
+async def test_a_half_copied_blob_is_a_miss(store: Store, root: Path, size: int) -> None:
+    await store.keep(IMAGE, NGINX)
+    put_blob(root, LAYER.digest, LAYER.data.ljust(size)[:size])
+    before = len(os.listdir("/proc/self/fd"))
+    assert await store.blob(Digest(LAYER.digest)) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@on_reactor
+async def test_a_blob_that_we_committed_counts_without_a_manifest(store: Store, root: Path) -> None:
+    digest = Digest(LAYER.digest)
+    partial = await store.new_partial(digest, None, NGINX.repository)
+    await partial.append(LAYER.data)
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    blob = await store.blob(digest)
+    assert blob is not None
+    blob.close()
+    put_blob(root, digest, LAYER.data[:100])
+    assert await store.blob(digest) is None
+    (root / "blobs" / digest.hex).unlink()
+    assert await store.blob(digest) is None
+
+
+@on_reactor
+async def test_the_size_that_a_repository_gives(store: Store) -> None:
+    digest = Digest(LAYER.digest)
+    assert store.size_in(NGINX.repository, digest) is None
+    await store.keep(IMAGE, NGINX)
+    assert store.size_in(NGINX.repository, digest) == len(LAYER.data)
+    assert store.size_in(APP.repository, digest) is None
+    assert store.size_in(NGINX.repository, Digest.of(b"another")) is None

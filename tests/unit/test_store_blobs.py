@@ -1,0 +1,240 @@
+"""Blobs and partials: what is written can be read at once, and becomes a blob only when the digest holds."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import gatherResults
+from twisted.internet.task import Clock
+
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.store.blobs import open_blob, read_at
+from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.partials import DigestMismatch
+from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.store import Store
+from ociregistry.store.threads import Threads
+from tests.unit.doubles import REACTOR, fired, on_reactor, until
+
+DATA = bytes(range(256)) * 100
+DIGEST = Digest.of(DATA)
+SOURCE = Repository(Upstream("reg.example"), "team/app")
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    """Threads of a store."""
+    threads = Threads(REACTOR)
+    threads.start()
+    yield threads
+    threads.stop()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> SharedFile:
+    """A file with DATA in it; who uses it releases it."""
+    (tmp_path / "file").write_bytes(DATA)
+    opened = open_blob(tmp_path / "file")
+    assert opened is not None
+    assert opened[1] == len(DATA)
+    return opened[0]
+
+
+def test_a_blob_that_is_not_there(tmp_path: Path) -> None:
+    assert open_blob(tmp_path / "file") is None
+
+
+@on_reactor
+async def test_bytes_at_an_offset(file: SharedFile, threads: Threads) -> None:
+    assert await read_at(file, 0, 10, threads) == DATA[:10]
+    assert await read_at(file, 300, 5, threads) == DATA[300:305]
+    assert await read_at(file, len(DATA) - 3, 100, threads) == DATA[-3:]
+    assert await read_at(file, len(DATA), 100, threads) == b""
+    file.release()
+
+
+@pytest.mark.parametrize("why", [errno.EAGAIN, errno.EOPNOTSUPP])
+@on_reactor
+async def test_what_the_kernel_does_not_have_at_hand_is_read_in_a_thread(
+    file: SharedFile, threads: Threads, why: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    reading = read_at(file, 300, 5, threads)
+    assert not reading.called
+    # The client has gone: the descriptor stays valid until the thread has read.
+    descriptor = file.fileno()
+    file.release()
+    assert await reading == DATA[300:305]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_what_the_kernel_has_at_hand_is_there_at_once(
+    file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(descriptor: int, buffers: list[Any], offset: int, flags: int) -> int:
+        assert (descriptor, flags) == (file.fileno(), os.RWF_NOWAIT)
+        buffers[0][:3] = b"abc"
+        return 3
+
+    monkeypatch.setattr(os, "preadv", read)
+    assert fired(read_at(file, 0, 100, threads)) == b"abc"
+    file.release()
+
+
+def test_a_broken_disk_is_an_error(file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        fired(read_at(file, 0, 100, threads))
+    file.release()
+
+
+def test_every_process_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    first, second = PullsFolder(tmp_path, Files()), PullsFolder(tmp_path, Files())
+    assert (first.path, second.path) == (tmp_path / "0", tmp_path / "1")
+    first.close()
+    third = PullsFolder(tmp_path, Files())
+    assert third.path == tmp_path / "0"
+    third.close()
+    second.close()
+
+
+def test_what_was_moved_aside_stays(tmp_path: Path) -> None:
+    first = PullsFolder(tmp_path, Files())
+    (first.path / "bad").mkdir()
+    (first.path / "bad" / DIGEST.hex).touch()
+    first.close()
+    second = PullsFolder(tmp_path, Files())
+    assert (second.path / "bad" / DIGEST.hex).exists()
+    second.close()
+
+
+@on_reactor
+async def test_a_partial_can_be_read_while_it_grows(store: Store, root: Path) -> None:
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    reader = partial.reader()
+    assert partial.length == 0
+    await partial.append(DATA[:1000])
+    assert partial.length == 1000
+    assert await reader.read(100, 10) == DATA[100:110]
+    assert await reader.read(990, 100) == DATA[990:1000]
+    await partial.append(DATA[1000:])
+    assert await reader.read(999, 2) == DATA[999:1001]
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    # Who reads the partial reads on in the blob.
+    assert await reader.read(0, len(DATA)) == DATA
+    reader.close()
+    assert (root / "blobs" / DIGEST.hex).read_bytes() == DATA
+
+
+@on_reactor
+async def test_a_partial_is_no_blob(store: Store, root: Path) -> None:
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    await partial.append(DATA)
+    assert await store.blob(DIGEST) is None
+    assert list((root / "blobs").iterdir()) == []
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    blob = await store.blob(DIGEST)
+    assert blob is not None
+    assert await blob.more_than(0) == blob.size == len(DATA)
+    blob.close()
+
+
+@pytest.mark.parametrize("received", [b"", DATA[:-1], DATA[:-1] + b"\0", DATA + b"\0"])
+@on_reactor
+async def test_other_bytes_do_not_verify(store: Store, received: bytes) -> None:
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    await partial.append(received)
+    with pytest.raises(DigestMismatch, match=DIGEST):
+        await partial.verify()
+    await partial.discard()
+    partial.close()
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+@on_reactor
+async def test_every_algorithm_is_verified(store: Store, algorithm: str) -> None:
+    digest = Digest.of(DATA, algorithm)
+    partial = await store.new_partial(digest, None, SOURCE)
+    await partial.append(DATA)
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    blob = await store.blob(digest)
+    assert blob is not None
+    blob.close()
+
+
+@on_reactor
+async def test_what_is_discarded_is_gone_for_all_but_its_readers(store: Store, root: Path) -> None:
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    reader = partial.reader()
+    await partial.append(DATA)
+    await partial.discard()
+    partial.close()
+    assert not [path for path in (root / "pulls").rglob("*") if path.name.startswith(DIGEST.hex)]
+    assert await reader.read(5, 5) == DATA[5:10]
+    reader.close()
+
+
+@on_reactor
+async def test_no_descriptor_is_left_open(store: Store) -> None:
+    await store.blob(DIGEST)  # so that the threads are there
+    before = len(os.listdir("/proc/self/fd"))
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    readers = [partial.reader() for _ in range(5)]
+    await partial.append(DATA)
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+    blobs = await gatherResults([reader.read(0, 10) for reader in readers])
+    assert blobs == [DATA[:10]] * 5
+    for reader in readers:
+        reader.close()
+    blob = await store.blob(DIGEST)
+    assert blob is not None
+    blob.close()
+    # A thread gives its lease back just after it has told its result.
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+class Full(Files):
+    """A disk that takes ten bytes of a file, once it is `full`."""
+
+    full = False
+
+    def write(self, file: SharedFile, data: bytes, offset: int) -> None:
+        if self.full and offset + len(data) > 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(file, data, offset)
+
+
+@on_reactor
+async def test_an_append_that_fails_does_not_grow(root: Path, clock: Clock) -> None:
+    disk = Full()
+    store = Store(root, clock, REACTOR, disk)
+    store.start()
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    disk.full = True
+    await partial.append(DATA[:10])
+    with pytest.raises(OSError, match="No space"):
+        await partial.append(DATA[10:])
+    assert partial.length == 10
+    await partial.discard()
+    partial.close()
+    store.stop()

@@ -1,0 +1,141 @@
+"""Files: leases keep a descriptor open, a commit appears whole or not at all, a lock is one's own."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ociregistry.store.files import Files, SharedFile, lock, locked
+
+
+def is_open(descriptor: int) -> bool:
+    """Whether a descriptor is one."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_file_is_closed_with_its_last_lease(tmp_path: Path) -> None:
+    file = Files().create(tmp_path / "file")
+    descriptor = file.fileno()
+    assert file.lease() is file
+    file.lease()
+    file.release()
+    file.release()
+    assert is_open(descriptor)
+    file.release()
+    assert not is_open(descriptor)
+
+
+def test_a_closed_file_cannot_be_leased(tmp_path: Path) -> None:
+    """Its number may be another file's by now."""
+    file = Files().create(tmp_path / "file")
+    file.release()
+    with pytest.raises(ValueError, match="closed"):
+        file.lease()
+
+
+def test_a_new_file_is_empty_and_leaves_alone_who_reads_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files = Files()
+    old = files.create(path)
+    files.write(old, b"old", 0)
+    new = files.create(path)
+    files.write(new, b"newer", 0)
+    assert path.read_bytes() == b"newer"
+    assert os.pread(old.fileno(), 10, 0) == b"old"
+    assert path.stat().st_mode & 0o777 == 0o644 & ~_umask()
+    for file in (old, new):
+        file.release()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_write_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may take less than it was given."""
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
+    files = Files()
+    file = files.create(tmp_path / "file")
+    files.write(file, b"0123456789", 0)
+    files.write(file, b"abcd", 10)
+    files.write(file, b"", 14)
+    file.release()
+    assert (tmp_path / "file").read_bytes() == b"0123456789abcd"
+
+
+class Recorded(Files):
+    """Notes what is done, in its order."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def sync(self, file: SharedFile) -> None:
+        self.done.append("sync")
+        super().sync(file)
+
+    def rename(self, path: Path, target: Path) -> None:
+        self.done.append(f"rename {path.name} {target.name}")
+        super().rename(path, target)
+
+    def sync_folder(self, folder: Path) -> None:
+        self.done.append(f"sync {folder.name}/")
+        super().sync_folder(folder)
+
+
+def test_a_commit_is_on_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    files = Recorded()
+    file = files.create(tmp_path / "partial")
+    files.write(file, b"content", 0)
+    files.commit(file, tmp_path / "partial", tmp_path / "blobs" / "blob")
+    file.release()
+    assert files.done == ["sync", "rename partial blob", "sync blobs/"]
+    assert (tmp_path / "blobs" / "blob").read_bytes() == b"content"
+    assert not (tmp_path / "partial").exists()
+
+
+def test_to_unlink_what_is_gone_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    Files().unlink(tmp_path / "file")
+    Files().unlink(tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_held_by_one_alone(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    first = lock(path)
+    assert first is not None
+    assert lock(path, wait=False) is None
+    os.close(first)
+    second = lock(path, wait=False)
+    assert second is not None
+    os.close(second)
+
+
+def test_a_lock_is_given_back_whatever_happens(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with suppress(ZeroDivisionError), locked(path):
+        assert lock(path, wait=False) is None
+        raise ZeroDivisionError
+    again = lock(path, wait=False)
+    assert again is not None
+    os.close(again)
+
+
+def test_who_does_not_get_a_lock_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    before = len(os.listdir("/proc/self/fd"))
+    with locked(path):
+        for _ in range(5):
+            assert lock(path, wait=False) is None
+    assert len(os.listdir("/proc/self/fd")) == before

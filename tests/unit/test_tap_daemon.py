@@ -1,0 +1,237 @@
+"""The daemon: it listens, says so, serves, and stops without cutting off who is being served."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.application import service
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogEvent, LogLevel
+from twisted.python import log
+from twisted.scripts.twistd import ServerOptions
+from zope.interface import directlyProvides, providedBy
+
+from ociregistry import __version__
+from ociregistry.errors import Unavailable
+from ociregistry.tap import Daemon, Options, makeService
+from ociregistry.upstream.exchange import Response
+from tests.images import make_image
+from tests.unit.doubles import REACTOR, on_reactor, texts, turn, until
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+BUILT = make_image("daemon", layer_size=500_000)
+LAYER = BUILT.layers[0]
+
+
+class Timed:
+    """The real reactor, but for the time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.callLater = clock.callLater
+        self.seconds = clock.seconds
+        directlyProvides(self, providedBy(REACTOR))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(REACTOR, name)
+
+
+def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
+    """A daemon with a port that is free."""
+    options = Options()
+    options.parent = ServerOptions()
+    options.parent["nodaemon"] = 1
+    options.parseOptions(["--image-path", str(root), "--listen", "tcp:0:interface=127.0.0.1", *argv])
+    daemon = makeService(options, reactor)
+    assert isinstance(daemon, Daemon)
+    return daemon
+
+
+Start = Callable[..., Daemon]
+
+
+@pytest_twisted.async_yield_fixture
+async def start(root: Path) -> AsyncIterator[Start]:
+    """Starts daemons."""
+    started: list[Daemon] = []
+
+    def start_one(*argv: str, reactor: Any = REACTOR) -> Daemon:
+        daemon = make(root, *argv, reactor=reactor)
+        daemon.privilegedStartService()
+        daemon.startService()
+        started.append(daemon)
+        return daemon
+
+    yield start_one
+    for daemon in started:
+        if daemon.running:
+            await daemon.stopService()
+
+
+def addresses(events: list[LogEvent]) -> list[str]:
+    """Where the daemon says that it listens."""
+    banner = [event for event in events if "addresses" in event][-1]
+    return str(banner["addresses"]).split(", ")
+
+
+async def get(network: Network, events: list[LogEvent], path: str) -> Response:
+    """Asks the daemon."""
+    return await network.exchanges("daemon").send("GET", f"http://{addresses(events)[0]}{path}", {})
+
+
+@on_reactor
+async def test_it_tells_where_it_is_and_what_it_has(start: Start, root: Path, events: list[LogEvent]) -> None:
+    start("--listen", "tcp:0:interface=127.0.0.1")
+    (banner,) = [event for event in events if event.get("log_always")]
+    (text,) = texts([banner])
+    for word in (f"ociregistry {__version__}", str(root), "0 lists", "0 images", *addresses(events)):
+        assert word in text
+    assert len(set(addresses(events))) == 2
+
+
+@on_reactor
+async def test_it_serves(start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry) -> None:
+    upstream.add("team/app", BUILT, "1")
+    start("--default-ns", upstream.host)
+    health = await get(network, events, "/health")
+    assert json.loads(await health.collect(1000))["version"] == __version__
+    for _ in range(2):
+        manifest = await get(network, events, "/v2/team/app/manifests/1")
+        assert await manifest.collect(10_000) == BUILT.manifest.data
+        blob = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
+        assert await blob.collect(1_000_000) == LAYER.data
+    assert [request.path for request in upstream.requests] == [
+        "/v2/team/app/manifests/1",
+        f"/v2/team/app/blobs/{LAYER.digest}",
+    ]
+    lines = texts(events, LogLevel.info)
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("GET /v2/")] == [
+        "miss",
+        "miss",
+        "hit",
+        "hit",
+    ]
+
+
+@on_reactor
+async def test_an_upstream_that_is_not_allowed(start: Start, network: Network, events: list[LogEvent]) -> None:
+    start("--allow-upstreams", "quay.io")
+    assert (await get(network, events, "/v2/team/app/manifests/1")).status == 403
+
+
+@on_reactor
+async def test_the_scheme_that_is_configured_is_used(
+    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, tmp_path: Path
+) -> None:
+    (tmp_path / "it.yaml").write_text(f"- name: {upstream.host}\n  scheme: https\n")
+    start("--default-ns", upstream.host, "--config-path", str(tmp_path / "it.yaml"))
+    assert (await get(network, events, "/v2/team/app/manifests/1")).status == 503
+    assert upstream.requests == ()
+
+
+def gives_up(capfd: pytest.CaptureFixture[str], begin: Callable[[], object], events: list[LogEvent]) -> str:
+    """What is said by a daemon that cannot start: one line, and exit status 1."""
+    with pytest.raises(SystemExit) as ended:
+        begin()
+    assert ended.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == f"ociregistry: {texts(events, LogLevel.error)[-1]}"
+    return line
+
+
+def test_a_taken_port_ends_it(root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
+        daemon = make(root, "--listen", endpoint)
+        line = gives_up(capfd, daemon.privilegedStartService, events)
+    assert f"cannot listen on {endpoint}: " in line
+    assert "in use" in line
+    for port in daemon._ports:
+        port.stopListening()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense:1", "tcp:http", "tcp", "", "unix:/nowhere/at/all", "tcp:1:interface=8.8.8.8"]
+)
+def test_what_is_no_endpoint_ends_it(
+    root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent], endpoint: str
+) -> None:
+    options = Options()
+    options.parent = ServerOptions()
+    options.parseOptions(["--image-path", str(root), "--listen", endpoint])
+    daemon = makeService(options, REACTOR)
+    assert f"cannot listen on {endpoint}: " in gives_up(capfd, daemon.privilegedStartService, events)
+
+
+def test_a_store_that_cannot_be_used_ends_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent]
+) -> None:
+    (tmp_path / "file").touch()
+    daemon = make(tmp_path / "file" / "store")
+    assert f"cannot use the store {tmp_path}/file/store: " in gives_up(capfd, daemon.startService, events)
+
+
+@pytest.mark.parametrize("level", ["error", "info"])
+def test_its_log_is_twistds_behind_our_level(root: Path, capsys: pytest.CaptureFixture[str], level: str) -> None:
+    application = service.Application("ociregistry")
+    make(root, "--log-level", level).setServiceParent(application)
+    observer = ILogObserver(application)
+    for text, at, always in (
+        ("request", LogLevel.info, False),
+        ("banner", LogLevel.info, True),
+        ("bad", LogLevel.error, False),
+    ):
+        event: dict[str, Any] = {"log_format": text, "log_level": at, "log_time": 0.0, "log_namespace": "ociregistry"}
+        log.publishToNewObserver  # noqa: B018  # the legacy observer behind it needs this module
+        observer({**event, **({"log_always": True} if always else {}), "log_system": "ociregistry", "isError": 0})
+    told = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert told == (["banner", "bad"] if level == "error" else ["request", "banner", "bad"])
+
+
+@on_reactor
+async def test_a_request_in_flight_is_answered_before_the_end(
+    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    hold = Hold()
+    upstream.script("*", hold)
+    daemon = start("--default-ns", upstream.host, reactor=Timed(clock))
+    asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
+    await until(hold.reached.is_set)
+    stopped = daemon.stopService()
+    await turn()
+    with pytest.raises(Unavailable, match="refused"):
+        await get(network, events, "/health")
+    assert not stopped.called
+    hold.release.set()
+    assert await (await asked).collect(10_000) == BUILT.manifest.data
+    await until(lambda: clock.advance(0) or stopped.called)  # type: ignore[func-returns-value]  # None
+
+
+@on_reactor
+async def test_but_not_for_longer_than_half_a_minute(
+    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    upstream.script("/v2/*/blobs/*", Hold(100_000))
+    daemon = start("--default-ns", upstream.host, reactor=Timed(clock))
+    response = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
+    assert await response.body.read()
+    stopped = daemon.stopService()
+    for _ in range(29):
+        clock.advance(1)
+        await turn()
+    assert not stopped.called
+    clock.advance(1)
+    await until(lambda: clock.advance(0) or stopped.called)  # type: ignore[func-returns-value]  # None
+    assert "stopping with requests in flight after 30 s" in texts(events, LogLevel.warn)
+    with pytest.raises(Unavailable):
+        await response.collect(1_000_000)

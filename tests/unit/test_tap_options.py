@@ -1,0 +1,192 @@
+"""The command line: read while it is parsed, so that a mistake ends the process before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.application.service import IService, IServiceMaker
+from twisted.plugin import IPlugin
+from twisted.python.reflect import namedAny
+from twisted.scripts.twistd import ServerOptions
+
+from ociregistry import __version__, tap
+from ociregistry.names import Upstream
+from ociregistry.settings import Settings, load_settings
+from ociregistry.tap import Options, makeService
+
+COMMANDS = ("load", "list", "prune", "verify", "export", "check", "containerd-config", "version")
+
+
+def parse(*argv: str) -> Settings:
+    """The settings that a command line makes."""
+    options = Options()
+    options.parseOptions(argv)
+    return options.settings
+
+
+def refused(capfd: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What is said of a command line that is a mistake: one line, and exit status 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    out, err = capfd.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("ociregistry: ")
+    return line
+
+
+def test_without_options_it_is_the_defaults() -> None:
+    assert parse() == parse("serve") == load_settings({}, (), None)
+
+
+ALL = (
+    *("--image-path", "/srv/images", "--port", "5000", "--log-level", "debug", "--pull-timeout", "1000"),
+    *("--max-connections", "3", "--allow-upstreams", "docker.io,quay.io", "--default-ns", "quay.io"),
+    *("--listen", "tcp:5001", "--listen", "tcp:5002"),
+)
+
+
+@pytest.mark.parametrize("argv", [ALL, ("serve", *ALL), (*ALL[:6], "serve", *ALL[6:])])
+def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) -> None:
+    settings = parse(*argv)
+    assert settings == Settings(
+        image_path=Path("/srv/images"),
+        port=5000,
+        listen=("tcp:5001", "tcp:5002"),
+        log_level="debug",
+        pull_timeout=1.0,
+        max_connections=3,
+        allow_upstreams=("docker.io", "quay.io"),
+        default_ns=Upstream("quay.io"),
+        registries={},
+    )
+
+
+def test_an_option_that_is_given_twice_has_its_last_value() -> None:
+    assert parse("--port", "1", "--port", "2").port == 2
+    assert parse("--port", "1", "serve", "--port", "2").port == 2
+    assert parse("--port=1", "serve").port == 1
+    assert parse("--listen", "tcp:1", "serve", "--listen", "tcp:2").listen == ("tcp:1", "tcp:2")
+
+
+def test_the_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("port: 1\nlog_level: info\n")
+    (tmp_path / "two.yaml").write_text("port: 2\n")
+    one, two = str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")
+    settings = parse("--config-path", one, "--log-level", "warn")
+    assert (settings.port, settings.log_level) == (1, "warn")
+    assert parse("--config-path", one, "serve", "--config-path", two).port == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--port", "http"], "--port: 'http': a number from 1 to 65535 is expected"),
+        (["serve", "--log-level", "loud"], "--log-level: 'loud'"),
+        (["--default-ns", "https://quay.io"], "--default-ns: "),
+        (["--config-path", "/nowhere/at/all.yaml"], "/nowhere/at/all.yaml: cannot be read"),
+        (["--nonsense"], "--nonsense"),
+        (["--nonsense=5"], "--nonsense"),
+        (["--port"], "port"),
+        (["nonsense"], "nonsense"),
+        (["serve", "nonsense"], "Wrong number of arguments"),
+        (["serve", "serve"], "Wrong number of arguments"),
+    ],
+)
+def test_a_mistake_ends_it_with_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
+    assert why in refused(capfd, *argv)
+
+
+LATER = (
+    *(
+        "--concurrent",
+        "--max-bandwidth",
+        "--arch",
+        "--os",
+        "--preload-images",
+        "--always-pull-latest",
+        "--air-gapped",
+    ),
+    *("--complete-images", "--no-complete-images", "--load-images", "--list-cache", "--prune", "--prune-before"),
+    "--dry-run",
+)
+
+
+@pytest.mark.parametrize("option", LATER)
+def test_what_a_later_version_brings_is_not_silently_ignored(capfd: pytest.CaptureFixture[str], option: str) -> None:
+    for argv in ((option,), (option, "x"), (f"{option}=x",), ("serve", option), ("--port", "1", option, "x")):
+        line = refused(capfd, *argv)
+        assert option in line
+        assert "not available in this version" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nor_is_a_command_of_a_later_version(capfd: pytest.CaptureFixture[str], command: str) -> None:
+    for argv in ((command,), (command, "file"), ("--port", "1", command)):
+        assert f"{command} is not available in this version" in refused(capfd, *argv)
+
+
+@pytest.mark.parametrize("word", [*COMMANDS, "serve"])
+def test_a_value_is_no_command(word: str) -> None:
+    assert parse("--image-path", f"/{word}").image_path == Path(f"/{word}")
+    assert parse("--image-path", word).image_path.name == word
+    assert parse("--default-ns", word if word != "containerd-config" else "a").default_ns
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["serve", "--version"]])
+def test_the_version_is_ours(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    assert ended.value.code == 0
+    assert capfd.readouterr().out == f"ociregistry {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"]])
+def test_help_tells_every_option_with_its_default(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*argv)
+    told = capfd.readouterr().out
+    assert not ended.value.code
+    for option in tap.OPTIONS:
+        assert f"--{option.name}=" in told
+    assert "[/var/lib/ociregistry]" in told
+    assert "--listen=" in told
+
+
+@given(
+    st.lists(st.text("-aehoprst=,./: 5", max_size=12) | st.sampled_from(["--port", "serve", "--listen"]), max_size=4)
+)
+def test_whatever_is_typed_makes_settings_or_ends_with_a_status(argv: list[str]) -> None:
+    try:
+        settings = parse(*argv)
+    except SystemExit as ended:
+        status = ended.code
+    else:
+        status = 0
+        assert isinstance(settings, Settings)
+    assert status in (0, 2, None)
+
+
+def test_a_service_is_made(tmp_path: Path) -> None:
+    options = Options()
+    options.parent = ServerOptions()
+    options.parseOptions(["--image-path", str(tmp_path / "images")])
+    assert IService.providedBy(makeService(options))
+    # Nothing has been touched so far: the process may not have become the daemon yet.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plugin_is_one_of_twistds() -> None:
+    plugin = namedAny("twisted.plugins.ociregistry_plugin.ociregistry")
+    assert IPlugin.providedBy(plugin)
+    assert IServiceMaker.providedBy(plugin)
+    assert (plugin.tapname, plugin.options, plugin.makeService) == ("ociregistry", Options, makeService)
+    names = [
+        name
+        for name, value in vars(namedAny("twisted.plugins.ociregistry_plugin")).items()
+        if IPlugin.providedBy(value)
+    ]
+    assert names == ["ociregistry"]

@@ -1,0 +1,71 @@
+"""Bearer challenges as registries write them, and as nobody should."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ociregistry.upstream.challenges import BearerChallenge
+
+
+@pytest.mark.parametrize(
+    ("header", "challenge"),
+    [
+        (
+            'Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:a/b:pull"',
+            BearerChallenge("https://auth.docker.io/token", "registry.docker.io", "repository:a/b:pull"),
+        ),
+        ('bearer realm="https://a/t"', BearerChallenge("https://a/t")),
+        ('BEARER  realm = "https://a/t" , service = s', BearerChallenge("https://a/t", "s")),
+        ("Bearer realm=https://a/t,service=s", BearerChallenge("https://a/t", "s")),
+        ('Bearer REALM="https://a/t",Scope="a b"', BearerChallenge("https://a/t", "", "a b")),
+        ('Bearer realm="https://a/t?x=\\"1,2\\"",service=""', BearerChallenge('https://a/t?x="1,2"', "")),
+        (
+            'Bearer error="insufficient_scope",scope="repository:a/b:pull,push",realm="https://a/t"',
+            BearerChallenge("https://a/t", "", "repository:a/b:pull,push"),
+        ),
+        ('  Bearer realm="https://a/t"  ', BearerChallenge("https://a/t")),
+    ],
+)
+def test_a_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
+    assert BearerChallenge.parse(header) == challenge
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer realm",
+        'Bearer realm=""',
+        'Bearer service="s",scope="x"',
+        'Basic realm="https://a/t"',
+        'Bearers realm="https://a/t"',
+        "Negotiate",
+    ],
+)
+def test_what_is_another_challenge_or_none(header: str) -> None:
+    assert BearerChallenge.parse(header) is None
+
+
+VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20)
+
+
+def quoted(value: str) -> str:
+    """A value between quotes."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@given(VALUES.filter(bool), VALUES, VALUES, st.permutations(["realm", "service", "scope"]))
+def test_every_value_comes_through_its_quotes(realm: str, service: str, scope: str, order: list[str]) -> None:
+    values = {"realm": realm, "service": service, "scope": scope}
+    header = "Bearer " + ",".join(f"{name}={quoted(values[name])}" for name in order)
+    assert BearerChallenge.parse(header) == BearerChallenge(realm, service, scope)
+
+
+@given(st.text() | st.text('Bearr realm=",\\ ', max_size=40).map("Bearer ".__add__))
+def test_whatever_comes_is_a_challenge_or_none(header: str) -> None:
+    challenge = BearerChallenge.parse(header)
+    assert challenge is None or challenge.realm

@@ -1,0 +1,248 @@
+"""The client of one upstream: scheme, redirects and tokens, on answers without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
+
+from ociregistry.errors import Unavailable
+from ociregistry.names import Repository, Upstream
+from ociregistry.upstream.client import Client
+from ociregistry.upstream.exchange import NoTls, Response
+from tests.unit.bodies import ScriptedExchanges
+from tests.unit.doubles import failed, fired
+
+REG = "https://reg.example/"
+CDN = "https://cdn.example/"
+TOKEN = "https://auth.example/token"
+HOP: dict[str, Any] = {"status": 307, "headers": {"Location": f"{CDN}blob"}}
+OK: dict[str, Any] = {"data": b"content"}
+PLAIN = NoTls("reg.example: the connection was refused")
+
+Script = Mapping[str, Sequence[Mapping[str, Any] | Exception]]
+
+
+def challenge(scope: str = "repository:team/app:pull", realm: str = TOKEN) -> dict[str, Any]:
+    """A 401 that wants a token."""
+    return {
+        "status": 401,
+        "headers": {"WWW-Authenticate": ["Basic realm=x", f'Bearer realm="{realm}",service="s",scope="{scope}"']},
+    }
+
+
+def redirect(to: str, status: int = 307) -> dict[str, Any]:
+    """An answer that sends elsewhere."""
+    return {"status": status, "headers": {"Location": to}}
+
+
+def token(value: str) -> dict[str, Any]:
+    """The answer of a token service."""
+    return {"data": b'{"token": "%b"}' % value.encode()}
+
+
+class Asking:
+    """A client, what it sent, and whether plain http was thought of."""
+
+    def __init__(
+        self, script: Script, *, scheme: str | None = "https", plain: bool = True, name: str = "reg.example"
+    ) -> None:
+        self.clock = Clock()
+        self.exchanges = ScriptedExchanges(script)
+        self.plain_thought_of = 0
+        self._plain = plain
+        self.client = Client(Upstream.parse(name), scheme, self.exchanges, self._plain_allowed, self.clock)
+
+    def _plain_allowed(self, upstream: Upstream) -> Deferred[bool]:
+        self.plain_thought_of += 1
+        return succeed(self._plain)
+
+    def ask(self, method: str = "GET", path: str = "team/app", what: str = "blobs/x") -> Deferred[Response]:
+        """Asks for something of a repository."""
+        repository = Repository(Upstream("reg.example"), path)
+        return Deferred.fromCoroutine(self.client.request(method, repository, what, {"Accept": "a"}))
+
+    def status(self, **request: str) -> int:
+        """The status of the answer."""
+        return fired(self.ask(**request)).status
+
+    @property
+    def asked(self) -> list[tuple[str, str | None]]:
+        """The URLs asked for, each with its authorisation."""
+        return [(sent.url, sent.authorization) for sent in self.exchanges.sent]
+
+
+def test_a_request_is_one_to_the_upstreams_api() -> None:
+    asking = Asking({REG: [OK]})
+    response = fired(asking.ask("HEAD"))
+    assert (response.status, response.url) == (200, f"{REG}v2/team/app/blobs/x")
+    (sent,) = asking.exchanges.sent
+    assert (sent.method, sent.url, sent.headers) == ("HEAD", f"{REG}v2/team/app/blobs/x", {"Accept": "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "url"),
+    [
+        ("docker.io", "https", "https://registry-1.docker.io/v2/"),
+        ("registry-1.docker.io", "https", "https://registry-1.docker.io/v2/"),
+        ("reg.example:5000", "http", "http://reg.example:5000/v2/"),
+        ("[::1]:5000", "https", "https://[::1]:5000/v2/"),
+    ],
+)
+def test_where_the_api_of_an_upstream_is(name: str, scheme: str, url: str) -> None:
+    asking = Asking({url: [OK]}, scheme=scheme, name=name)
+    assert asking.status() == 200
+    assert asking.plain_thought_of == 0
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 429, 500, 304])
+def test_every_other_status_is_the_callers_business(status: int) -> None:
+    asking = Asking({REG: [{"status": status}]})
+    assert asking.status() == status
+    assert len(asking.asked) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_are_followed_with_the_same_method(status: int) -> None:
+    asking = Asking({REG: [redirect("/elsewhere?a=%2F", status), OK]})
+    assert asking.status(method="HEAD") == 200
+    assert [(sent.method, sent.url) for sent in asking.exchanges.sent] == [
+        ("HEAD", f"{REG}v2/team/app/blobs/x"),
+        ("HEAD", f"{REG}elsewhere?a=%2F"),
+    ]
+
+
+def test_a_redirect_without_a_place_is_an_answer() -> None:
+    assert Asking({REG: [{"status": 307}]}).status() == 307
+
+
+def test_ten_hops_are_followed_and_no_more() -> None:
+    hops = [redirect(f"/{number}") for number in range(10)]
+    assert Asking({REG: [*hops, OK]}).status() == 200
+    asking = Asking({REG: [*hops, redirect("/10"), OK]})
+    assert "more than 10 redirects" in failed(asking.ask(), Unavailable).message
+    assert len(asking.asked) == 11
+
+
+@pytest.mark.parametrize(
+    "to", ["http://reg.example/x", "HTTP://cdn.example/x", "ftp://cdn.example/x", "file:///etc/passwd"]
+)
+def test_a_redirect_from_https_leads_to_https(to: str) -> None:
+    asking = Asking({REG: [redirect(to)]})
+    assert "redirects from https to" in failed(asking.ask(), Unavailable).message
+    assert len(asking.asked) == 1
+
+
+def test_a_redirect_from_https_is_held_to_it_at_every_hop() -> None:
+    asking = Asking({"http://reg.example/": [HOP], CDN: [redirect("http://cdn.example/x")]}, scheme="http")
+    failed(asking.ask(), Unavailable)
+    assert len(asking.asked) == 2
+
+
+@pytest.mark.parametrize(
+    "to", ["https://[bad/x", "https://cdn.example:99999/x", "https://cdn.example:port/x", "https://a]b/"]
+)
+def test_a_redirect_to_nowhere_is_the_upstreams_failure(to: str) -> None:
+    failed(Asking({REG: [redirect(to)], "https": [OK]}).ask(), Unavailable)
+
+
+def test_a_token_is_fetched_when_one_is_wanted() -> None:
+    asking = Asking({REG: [challenge(), OK, OK], TOKEN: [token("t")]})
+    assert asking.status() == 200
+    assert asking.asked == [
+        (f"{REG}v2/team/app/blobs/x", None),
+        (f"{TOKEN}?service=s&scope=repository%3Ateam%2Fapp%3Apull", None),
+        (f"{REG}v2/team/app/blobs/x", "Bearer t"),
+    ]
+    # The next request needs no challenge.
+    asking.status(what="manifests/latest")
+    assert asking.asked[3:] == [(f"{REG}v2/team/app/manifests/latest", "Bearer t")]
+
+
+def test_every_repository_has_its_own_token() -> None:
+    asking = Asking({REG: [challenge("a"), OK, challenge("b"), OK], TOKEN: [token("ta"), token("tb"), token("no")]})
+    asking.status(path="team/a")
+    asking.status(path="team/b")
+    asking.status(path="team/a")
+    with_token = [(url.split("/")[5], how) for url, how in asking.asked if how]
+    assert with_token == [("a", "Bearer ta"), ("b", "Bearer tb"), ("a", "Bearer ta")]
+
+
+def test_a_token_goes_only_to_who_asked_for_it() -> None:
+    asking = Asking({REG: [challenge(), HOP], CDN: [OK], TOKEN: [token("t")]})
+    asking.status()
+    assert asking.asked[2:] == [(f"{REG}v2/team/app/blobs/x", "Bearer t"), (f"{CDN}blob", None)]
+
+
+def test_another_port_or_scheme_is_another_origin() -> None:
+    asking = Asking(
+        {
+            "http://reg.example/": [challenge(), redirect("https://reg.example/x")],
+            REG: [redirect("https://reg.example:444/y")],
+        }
+        | {"https://reg.example:444/": [OK], TOKEN: [token("t")]},
+        scheme="http",
+    )
+    asking.status()
+    assert [how for url, how in asking.asked if url.startswith("https://reg")] == [None, None]
+
+
+def test_a_registry_that_is_redirected_to_may_want_a_token_of_its_own() -> None:
+    asking = Asking(
+        {REG: [redirect(f"{CDN}v2/team/app/blobs/x")], CDN: [challenge(realm=f"{CDN}token"), token("c"), OK]}
+    )
+    assert asking.status() == 200
+    assert [how for url, how in asking.asked if url.startswith(REG)] == [None, None]
+    assert asking.asked[-1] == (f"{CDN}v2/team/app/blobs/x", "Bearer c")
+
+
+def test_it_is_asked_once_more_when_the_token_is_refused() -> None:
+    asking = Asking({REG: [challenge(), OK, challenge(), OK], TOKEN: [token("old"), token("new")]})
+    asking.status()
+    assert asking.status() == 200
+    assert [how for url, how in asking.asked if url.startswith(REG)] == [
+        None,
+        "Bearer old",
+        "Bearer old",
+        "Bearer new",
+    ]
+
+
+def test_it_is_not_asked_for_ever() -> None:
+    asking = Asking({REG: [challenge()], TOKEN: [token("a"), token("b")]})
+    assert asking.status() == 401
+    assert len([url for url, _ in asking.asked if url.startswith(REG)]) == 2
+
+
+def test_a_token_that_one_repository_found_refused_is_not_tried_for_the_next() -> None:
+    """Their challenges are the same, as those of registries are that give one token for everything."""
+    asking = Asking(
+        {f"{REG}v2/team/a/": [challenge(""), OK], f"{REG}v2/team/b/": [challenge(""), challenge(""), OK]}
+        | {TOKEN: [token("revoked"), token("new")]}
+    )
+    asking.status(path="team/a")
+    assert asking.status(path="team/b") == 200
+    assert asking.asked[-1][1] == "Bearer new"
+
+
+@pytest.mark.parametrize("header", ["Basic realm=x", "Bearer", "", "Bearer service=s"])
+def test_a_401_without_a_bearer_challenge_is_an_answer(header: str) -> None:
+    asking = Asking({REG: [{"status": 401, "headers": {"WWW-Authenticate": header}}]})
+    assert asking.status() == 401
+    assert len(asking.asked) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 500])
+def test_a_token_service_that_gives_none_is_named(status: int) -> None:
+    asking = Asking({REG: [challenge()], TOKEN: [{"status": status}]})
+    error = failed(asking.ask(), Unavailable)
+    assert error.message == f"reg.example: its token service answered {status}"
+
+
+def test_the_token_service_may_redirect_but_not_to_http() -> None:
+    asking = Asking({REG: [challenge(), OK], TOKEN: [redirect(f"{CDN}token")], CDN: [token("t")]})
+    assert asking.status() == 200
+    failed(Asking({REG: [challenge()], TOKEN: [redirect("http://cdn.example/")]}).ask(), Unavailable)

@@ -1,0 +1,106 @@
+"""Foreign exceptions in words for an operator, and which of them say that a host speaks no TLS."""
+
+from __future__ import annotations
+
+import pytest
+from OpenSSL import SSL
+from service_identity import VerificationError
+from twisted.internet import defer, error
+from twisted.python.failure import Failure
+from twisted.web.client import RequestTransmissionFailed, ResponseFailed, ResponseNeverReceived
+
+from ociregistry.upstream.failures import causes, explain, speaks_no_tls
+
+
+def wrapped(*inner: BaseException, kind: type[Exception] = ResponseNeverReceived) -> Exception:
+    """As an Agent raises what went wrong below it."""
+    return kind([Failure(one) for one in inner])
+
+
+def tls(*reasons: str) -> SSL.Error:
+    """As pyOpenSSL tells of them."""
+    return SSL.Error([("SSL routines", "", reason) for reason in reasons])
+
+
+SENTENCES = [
+    (error.ConnectionRefusedError("111: refused"), "the connection was refused"),
+    (error.DNSLookupError("no results for hostname lookup: x"), "its host name cannot be resolved"),
+    (error.NoRouteError(), "there is no route to it"),
+    (error.TimeoutError(), "it cannot be connected to in time"),
+    (error.TCPTimedOutError(), "it cannot be connected to in time"),
+    (defer.TimeoutError(), "it gave no answer in time"),
+    (defer.CancelledError(), "it gave no answer in time"),
+    (error.ConnectionDone(), "it closed the connection"),
+    (error.ConnectionLost(), "the connection broke"),
+    (tls("certificate verify failed"), "TLS failed: certificate verify failed"),
+    (tls("unsupported protocol", "internal error"), "TLS failed: unsupported protocol; internal error"),
+    (SSL.Error(), "TLS failed: the connection broke"),
+    (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed: the connection broke"),
+    (VerificationError(errors=[]), "TLS failed: the certificate is for another host name"),
+    (ValueError("some other thing"), "some other thing"),
+    (ValueError(), "ValueError"),
+]
+
+
+@pytest.mark.parametrize(("exception", "sentence"), SENTENCES)
+def test_an_exception_in_words(exception: Exception, sentence: str) -> None:
+    assert explain(exception) == sentence
+
+
+@pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:14])
+@pytest.mark.parametrize("kind", [ResponseNeverReceived, ResponseFailed, RequestTransmissionFailed])
+def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: str, kind: type[Exception]) -> None:
+    assert explain(wrapped(exception, kind=kind)) == sentence
+    assert explain(wrapped(wrapped(exception), kind=kind)) == sentence
+
+
+def test_nothing_is_said_in_words_too() -> None:
+    assert explain(None)
+
+
+def test_the_causes_at_the_bottom() -> None:
+    one, two, three = ValueError(1), ValueError(2), ValueError(3)
+    assert causes(one) == [one]
+    assert causes(wrapped(one, wrapped(two, three))) == [one, two, three]
+    empty = ResponseFailed([])
+    assert causes(empty) == [empty]
+
+
+@pytest.mark.parametrize(
+    "exception",
+    [
+        error.ConnectionRefusedError(),
+        tls("wrong version number"),
+        tls("http request"),
+        tls("packet length too long"),
+        tls("record layer failure"),
+    ],
+)
+def test_who_refuses_or_answers_in_plain_text_speaks_no_tls(exception: Exception) -> None:
+    assert speaks_no_tls(exception)
+    assert speaks_no_tls(wrapped(exception))
+
+
+@pytest.mark.parametrize(
+    "exception",
+    [
+        tls("certificate verify failed"),
+        tls("tlsv1 alert internal error"),
+        tls("sslv3 alert handshake failure"),
+        tls("unsupported protocol"),
+        SSL.Error(),
+        SSL.SysCallError(-1, "Unexpected EOF"),
+        VerificationError(errors=[]),
+        error.TimeoutError(),
+        error.TCPTimedOutError(),
+        error.DNSLookupError(),
+        error.NoRouteError(),
+        error.ConnectionLost(),
+        error.ConnectionDone(),
+        defer.CancelledError(),
+        ValueError("wrong version number"),
+    ],
+)
+def test_a_failed_verification_or_a_time_out_says_no_such_thing(exception: Exception) -> None:
+    assert not speaks_no_tls(exception)
+    assert not speaks_no_tls(wrapped(exception))

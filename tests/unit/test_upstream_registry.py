@@ -1,0 +1,222 @@
+"""A registry's manifests, blobs, tags and referrers: what is believed of an upstream, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
+from twisted.web.http_headers import Headers
+
+from ociregistry.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, Unavailable
+from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX
+from ociregistry.names import Digest, Upstream
+from ociregistry.upstream.body import Body
+from ociregistry.upstream.client import Client
+from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.registry import BlobStream, Registry
+from tests.images import make_image
+from tests.unit.bodies import ScriptedExchanges, connected, end
+from tests.unit.doubles import failed, fired, image, manifest
+
+REG = Upstream("reg.example")
+APP = image("reg.example/team/app:1").repository
+BUILT = make_image("registry")
+IMAGE = manifest(BUILT)
+TAGGED = image("reg.example/team/app:1")
+BY_DIGEST = image(f"reg.example/team/app@{IMAGE.digest}")
+LAYER = Digest(BUILT.layers[0].digest)
+GOOD: dict[str, Any] = {
+    "data": IMAGE.data,
+    "headers": {"Content-Type": IMAGE.media_type, "Docker-Content-Digest": IMAGE.digest},
+}
+
+
+def registry(*answers: Mapping[str, Any] | Exception, most: int = 2) -> tuple[Registry, ScriptedExchanges]:
+    """A registry that gives these answers, one after the other."""
+    exchanges = ScriptedExchanges({"https://reg.example/": answers})
+    client = Client(REG, "https", exchanges, lambda upstream: succeed(False), Clock())
+    return Registry(REG, client, most, Clock()), exchanges
+
+
+def with_headers(**headers: str) -> dict[str, Any]:
+    """A good answer for a manifest, but with these headers."""
+    return {
+        **GOOD,
+        "headers": {**GOOD["headers"], **{name.replace("_", "-"): value for name, value in headers.items()}},
+    }
+
+
+@pytest.mark.parametrize("asked", [TAGGED, BY_DIGEST])
+def test_a_manifest_by_tag_and_by_digest(asked: Any) -> None:
+    source, exchanges = registry(GOOD)
+    assert fired(Deferred.fromCoroutine(source.manifest(asked))) == IMAGE
+    (sent,) = exchanges.sent
+    assert (sent.method, sent.url) == ("GET", f"https://reg.example/v2/team/app/manifests/{asked.reference}")
+    assert sent.headers["Accept"].split(", ") == list(MEDIA_TYPES)
+
+
+def test_a_manifest_without_a_digest_header_has_the_digest_of_its_bytes() -> None:
+    answer = {"data": IMAGE.data, "headers": {"Content-Type": f"{IMAGE.media_type}; charset=utf-8"}}
+    assert fired(Deferred.fromCoroutine(registry(answer)[0].manifest(TAGGED))) == IMAGE
+
+
+def test_a_manifest_by_sha512() -> None:
+    digest = Digest.of(IMAGE.data, "sha512")
+    for answer, asked in (
+        (GOOD, image(f"reg.example/team/app@{digest}")),
+        (with_headers(Docker_Content_Digest=digest), TAGGED),
+    ):
+        assert fired(Deferred.fromCoroutine(registry(answer)[0].manifest(asked))).digest == digest
+
+
+def test_other_bytes_than_the_digest_that_was_asked_for_are_refused() -> None:
+    for wrong in (make_image("another").manifest.data, IMAGE.data[:-1], IMAGE.data + b" ", b""):
+        error = failed(Deferred.fromCoroutine(registry({**GOOD, "data": wrong})[0].manifest(BY_DIGEST)), Unavailable)
+        assert error.message.startswith(f"{BY_DIGEST}: ")
+
+
+@pytest.mark.parametrize(
+    "told", [Digest.of(b"another"), "sha256:0", "md5:" + "0" * 32, "x" * 100_000, IMAGE.digest.upper()]
+)
+def test_a_digest_header_that_does_not_hold_is_refused(told: str) -> None:
+    source, _ = registry(with_headers(Docker_Content_Digest=told))
+    error = failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable)
+    assert len(error.message) < 1000
+
+
+@pytest.mark.parametrize("media_type", ["", "application/json", OCI_INDEX, "text/html"])
+def test_a_content_type_that_is_not_the_manifests_is_refused(media_type: str) -> None:
+    source, _ = registry(with_headers(Content_Type=media_type))
+    failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable)
+
+
+def test_a_manifest_that_is_too_large_is_not_read_to_its_end() -> None:
+    source, _ = registry({**GOOD, "data": IMAGE.data.ljust(LARGEST_MANIFEST + 1)})
+    assert "longer than" in failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).message
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_a_registry_does_not_have_or_show_is_unknown(status: int) -> None:
+    def ask(method: str, *args: Any) -> Deferred[object]:
+        source, _ = registry({"status": status, "data": b"{}"})
+        return Deferred.fromCoroutine(getattr(source, method)(*args))
+
+    unknown: list[RegistryError] = [
+        failed(ask("manifest", TAGGED), ManifestUnknown),
+        failed(ask("blob", APP, LAYER), BlobUnknown),
+        failed(ask("blob_size", APP, LAYER), BlobUnknown),
+        failed(ask("tags", APP, None, ""), NameUnknown),
+        failed(ask("referrers", APP, LAYER), ManifestUnknown),
+    ]
+    for error in unknown[:-1]:
+        assert "reg.example/team/app" in error.message
+        assert str(status) in error.message
+
+
+@pytest.mark.parametrize("status", [200 + 4, 206, 300, 400, 405, 416, 429, 500, 502, 503, 504])
+def test_every_other_status_is_a_failure_of_the_upstream(status: int) -> None:
+    for method, args in (("manifest", (TAGGED,)), ("blob", (APP, LAYER)), ("tags", (APP, None, ""))):
+        source, _ = registry({"status": status})
+        error = failed(Deferred.fromCoroutine(getattr(source, method)(*args)), Unavailable)
+        assert error.message == f"reg.example: it answered {status}"
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("7", 7),
+        ("3600", 3600),
+        ("86400", 3600),
+        ("9" * 5000, 3600),
+        ("", 5),
+        ("-1", 5),
+        ("1.5", 5),
+        ("²", 5),
+        ("Fri, 31 Dec 2026 23:59:59 GMT", 5),
+    ],
+)
+def test_when_to_ask_again_is_passed_on(told: str, seconds: int) -> None:
+    source, _ = registry({"status": 429, "headers": {"Retry-After": told}})
+    assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == seconds
+
+
+def test_a_blob_is_a_stream_of_a_size() -> None:
+    source, exchanges = registry({"data": b"content"})
+    stream = fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
+    assert stream.size == 7
+    assert fired(stream.body.read()) == b"content"
+    assert exchanges.urls == [f"https://reg.example/v2/team/app/blobs/{LAYER}"]
+
+
+class Growing(Client):
+    """Gives answers whose bodies the test ends."""
+
+    def __init__(self) -> None:
+        self.bodies: list[Body] = []
+        self.status = 200
+
+    async def request(self, *args: object, **kwargs: object) -> Response:
+        body, _ = connected()
+        self.bodies.append(body)
+        if self.status != 200:
+            end(body)
+        return Response("reg.example", self.status, "https://reg.example/", None, body, Headers())
+
+
+def test_a_blob_without_a_length_has_no_size() -> None:
+    client = Growing()
+    stream = fired(Deferred.fromCoroutine(Registry(REG, client, 1, Clock()).blob(APP, LAYER)))
+    assert stream.size is None
+    end(client.bodies[0])
+
+
+def test_a_connection_counts_until_its_body_has_ended() -> None:
+    client = Growing()
+    source = Registry(REG, client, 2, Clock())
+    asked: list[Deferred[BlobStream]] = [Deferred.fromCoroutine(source.blob(APP, LAYER)) for _ in range(4)]
+    assert [one.called for one in asked] == [True, True, False, False]
+    end(client.bodies[1])
+    assert [one.called for one in asked] == [True, True, True, False]
+    # Who waited for a slot and has gone leaves it to the next.
+    asked[3].cancel()
+    asked[3].addErrback(lambda _: None)
+    asked.append(Deferred.fromCoroutine(source.blob(APP, LAYER)))
+    end(client.bodies[0])
+    assert asked[4].called
+    for body in client.bodies[2:]:
+        end(body)
+
+
+def test_a_refused_blob_gives_its_slot_back() -> None:
+    client = Growing()
+    source = Registry(REG, client, 1, Clock())
+    client.status = 404
+    for _ in range(3):
+        failed(Deferred.fromCoroutine(source.blob(APP, LAYER)), BlobUnknown)
+    client.status = 200
+    assert fired(Deferred.fromCoroutine(source.blob(APP, LAYER))).size is None
+    end(client.bodies[-1])
+
+
+def test_manifests_do_not_wait_behind_blobs() -> None:
+    client = Growing()
+    source = Registry(REG, client, 1, Clock())
+    fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
+    client.status = 404
+    failed(Deferred.fromCoroutine(source.manifest(TAGGED)), ManifestUnknown)
+    end(client.bodies[0])
+
+
+def test_the_size_of_a_blob_is_asked_by_head() -> None:
+    source, exchanges = registry({"headers": {"Content-Length": "12345"}})
+    assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) == 12345
+    assert exchanges.sent[0].method == "HEAD"
+
+
+@pytest.mark.parametrize("told", ["", "-5", "many", "5.0", "٣"])
+def test_a_size_that_is_none_is_no_size(told: str) -> None:
+    source, _ = registry({"headers": {"Content-Length": told}})
+    assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) is None

@@ -1,0 +1,157 @@
+"""Which scheme an upstream is asked by: https, and http only when its host does not speak TLS at all."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
+from zope.interface import implementer
+
+from ociregistry.errors import Unavailable
+from ociregistry.names import Upstream
+from ociregistry.upstream.private import plain_allowed
+from tests.unit.doubles import failed, fired
+from tests.unit.test_upstream_client import CDN, HOP, OK, PLAIN, REG, TOKEN, Asking, challenge, token
+
+HTTP = "http://reg.example/"
+
+
+def test_https_is_tried_first() -> None:
+    asking = Asking({REG: [OK]}, scheme=None)
+    assert asking.status() == 200
+    assert (asking.exchanges.urls, asking.plain_thought_of) == ([f"{REG}v2/team/app/blobs/x"], 0)
+
+
+def test_a_host_that_does_not_speak_tls_is_asked_by_http() -> None:
+    asking = Asking({REG: [PLAIN], HTTP: [OK]}, scheme=None)
+    assert asking.status() == 200
+    assert asking.exchanges.urls == [f"{REG}v2/team/app/blobs/x", f"{HTTP}v2/team/app/blobs/x"]
+
+
+def test_but_only_if_that_is_allowed() -> None:
+    asking = Asking({REG: [PLAIN]}, scheme=None, plain=False)
+    assert failed(asking.ask(), Unavailable) is PLAIN
+    assert len(asking.exchanges.urls) == asking.plain_thought_of == 1
+
+
+@pytest.mark.parametrize("why", ["it cannot be connected to in time", "TLS failed: certificate verify failed"])
+def test_any_other_failure_is_none_of_the_scheme(why: str) -> None:
+    asking = Asking({REG: [Unavailable(why)]}, scheme=None)
+    assert failed(asking.ask(), Unavailable).message == why
+    assert asking.plain_thought_of == 0
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_configured_scheme_is_the_only_one(scheme: str) -> None:
+    asking = Asking({f"{scheme}://reg.example/": [PLAIN]}, scheme=scheme)
+    assert failed(asking.ask(), Unavailable) is PLAIN
+    assert asking.plain_thought_of == 0
+
+
+def test_what_was_found_out_is_known_for_ten_minutes() -> None:
+    asking = Asking({REG: [PLAIN], HTTP: [OK]}, scheme=None)
+    asking.status()
+    asking.clock.advance(599)
+    asking.status()
+    assert len(asking.exchanges.urls) == 3
+    asking.clock.advance(1)
+    asking.status()
+    assert [url.startswith(REG) for url in asking.exchanges.urls] == [True, False, False, True, False]
+
+
+def test_a_host_that_has_spoken_tls_is_not_asked_by_http_when_it_is_down() -> None:
+    asking = Asking({REG: [OK, PLAIN]}, scheme=None)
+    asking.status()
+    assert failed(asking.ask(), Unavailable) is PLAIN
+    assert asking.plain_thought_of == 0
+
+
+def test_a_failure_teaches_nothing() -> None:
+    asking = Asking({REG: [PLAIN, PLAIN, OK], HTTP: [Unavailable("down")]}, scheme=None)
+    failed(asking.ask(), Unavailable)
+    failed(asking.ask(), Unavailable)
+    assert asking.status() == 200
+
+
+def test_only_the_upstreams_own_host_says_whether_it_speaks_tls() -> None:
+    """It does, or it could not have redirected; who refuses to be connected to is the storage behind it."""
+    asking = Asking({REG: [HOP], CDN: [PLAIN], HTTP: [OK]}, scheme=None)
+    failed(asking.ask(), Unavailable)
+    assert not [url for url in asking.exchanges.urls if url.startswith("http:")]
+    assert asking.plain_thought_of == 0
+
+
+@pytest.mark.parametrize("later", [0, 3600])
+def test_nor_does_its_token_service(later: float) -> None:
+    asking = Asking({REG: [challenge(), OK, challenge()], TOKEN: [token("t"), PLAIN], HTTP: [OK]}, scheme=None)
+    assert asking.status() == 200
+    # Later both have to be found out anew: the scheme, and a token.
+    asking.clock.advance(later)
+    failed(asking.ask(), Unavailable)
+    assert not [url for url in asking.exchanges.urls if url.startswith("http:")]
+
+
+@implementer(IHostnameResolver)
+class Resolver:
+    """Knows one host; the addresses come when the test says so."""
+
+    def __init__(self, *addresses: IAddress) -> None:
+        self.asked: list[str] = []
+        self._addresses = addresses
+
+    def resolveHostName(
+        self, resolutionReceiver: IResolutionReceiver, hostName: str, *args: object, **kwargs: object
+    ) -> IHostResolution:
+        """Tells all it knows."""
+        self.asked.append(hostName)
+        resolution: IHostResolution = object()  # type: ignore[assignment]  # nobody looks at it
+        resolutionReceiver.resolutionBegan(resolution)
+        for address in self._addresses:
+            resolutionReceiver.addressResolved(address)
+        resolutionReceiver.resolutionComplete()
+        return resolution
+
+
+def v4(host: str) -> IPv4Address:
+    """An address as resolvers tell it."""
+    return IPv4Address("TCP", host, 443)
+
+
+def v6(host: str) -> IPv6Address:
+    """An address as resolvers tell it."""
+    return IPv6Address("TCP", host, 443)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "allowed"),
+    [
+        ([v4("10.1.2.3")], True),
+        ([v4("192.168.0.1"), v4("172.16.0.1"), v6("fd00::1")], True),
+        ([v4("127.0.0.1"), v6("::1")], True),
+        ([v6("fe80::1%eth0")], True),
+        ([v4("8.8.8.8")], False),
+        ([v4("10.1.2.3"), v4("8.8.8.8")], False),
+        ([v6("2606:4700::1111")], False),
+        ([], False),
+        ([UNIXAddress("/run/x")], False),
+    ],
+)
+def test_http_is_for_names_whose_addresses_are_all_private(addresses: list[IAddress], allowed: bool) -> None:
+    resolver = Resolver(*addresses)
+    answer: Deferred[bool] = plain_allowed(resolver)(Upstream("registry.lan"))
+    assert fired(answer) is allowed
+    assert resolver.asked == ["registry.lan"]
+
+
+def test_http_is_for_names_with_a_port_whatever_their_addresses() -> None:
+    resolver = Resolver(v4("8.8.8.8"))
+    assert fired(plain_allowed(resolver)(Upstream("registry.example:5000")))
+    assert fired(plain_allowed(resolver)(Upstream("[2606:4700::1111]:5000")))
+    assert resolver.asked == []
+
+
+def test_an_address_is_resolved_without_its_brackets() -> None:
+    resolver = Resolver(v6("::1"))
+    assert fired(plain_allowed(resolver)(Upstream("[::1]")))
+    assert resolver.asked == ["::1"]

@@ -1,0 +1,204 @@
+"""A registry over real connections: found out, redirected, held back, cut off and aborted."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ociregistry.errors import ManifestUnknown, NameInvalid, Unavailable
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.upstream.registry import Registry
+from tests.certificates import Authority
+from tests.images import make_image
+from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Tokens
+from tests.upstream_rules import Header, Hold, Redirect, Reply, Resize
+
+BUILT = make_image("wire", layer_size=4 * 1024 * 1024)
+IMAGE = manifest(BUILT)
+LAYER = BUILT.layers[0]
+
+
+def repository(registry: Registry) -> Repository:
+    """Where the image is."""
+    return Repository(registry.upstream, "team/app")
+
+
+async def pull(registry: Registry) -> None:
+    """Gets the manifest and a layer, and looks at them."""
+    assert await registry.manifest(image(f"{repository(registry)}:1")) == IMAGE
+    assert await registry.manifest(image(f"{repository(registry)}@{IMAGE.digest}")) == IMAGE
+    stream = await registry.blob(repository(registry), Digest(LAYER.digest))
+    assert stream.size == len(LAYER.data)
+    received = bytearray()
+    while piece := await stream.body.read():
+        received += piece
+    assert received == LAYER.data
+    assert await registry.blob_size(repository(registry), Digest(LAYER.digest)) == len(LAYER.data)
+    assert (await registry.tags(repository(registry), None, "")).tags == ("1",)
+    assert (await registry.referrers(repository(registry), IMAGE.digest)).children == ()
+
+
+@on_reactor
+async def test_a_plain_registry_is_found_out_once(network: Network, upstream: ScriptedRegistry) -> None:
+    upstream.add("team/app", BUILT, "1")
+    await pull(network.registry(upstream.host))
+    # One connection tried TLS, the others carried the requests.
+    assert upstream.connections == 2
+
+
+@on_reactor
+async def test_a_registry_with_tls(network: Network, secure: ScriptedRegistry, authority: Authority) -> None:
+    secure.add("team/app", BUILT, "1")
+    await pull(network.registry(secure.host, trust=authority.ca))
+    assert secure.connections == 1
+
+
+@on_reactor
+async def test_a_certificate_that_does_not_hold_is_no_reason_for_http(
+    network: Network, secure: ScriptedRegistry
+) -> None:
+    registry = network.registry(secure.host)
+    with pytest.raises(Unavailable, match="certificate verify failed"):
+        await registry.manifest(image(f"{repository(registry)}:1"))
+    assert secure.connections == 1
+
+
+@on_reactor
+async def test_tokens_of_a_service_on_another_host(network: Network, upstream: ScriptedRegistry) -> None:
+    with ScriptedRegistry() as service:
+        tokens = Tokens(f"{service.url}/token", key="access_token")
+        upstream.add("team/app", BUILT, "1")
+        upstream.script("*", tokens)
+        service.script("*", tokens)
+        registry = network.registry(upstream.host, scheme="http")
+        await pull(registry)
+        tokens.revoke()
+        await pull(registry)
+        assert service.count("GET", "/token") == 2
+        assert [request.header("Authorization") for request in service.requests] == [None, None]
+
+
+@on_reactor
+async def test_blobs_of_a_storage_behind_the_registry(network: Network, upstream: ScriptedRegistry) -> None:
+    with ScriptedRegistry() as storage:
+        upstream.add("team/app", BUILT, "1")
+        storage.add("team/app", BUILT)
+        upstream.script("*", Tokens(f"{upstream.url}/token"))
+        upstream.script("/v2/*/blobs/*", Redirect(storage.url))
+        await pull(network.registry(upstream.host, scheme="http"))
+        assert storage.bytes_sent(LAYER.digest) == len(LAYER.data)
+        assert [request.header("Authorization") for request in storage.requests] == [None, None]
+
+
+@on_reactor
+async def test_a_redirect_from_tls_to_plain_http_is_refused(
+    network: Network, secure: ScriptedRegistry, authority: Authority, upstream: ScriptedRegistry
+) -> None:
+    secure.script("*", Redirect(upstream.url))
+    registry = network.registry(secure.host, trust=authority.ca)
+    with pytest.raises(Unavailable, match="redirects from https to http"):
+        await registry.manifest(image(f"{repository(registry)}:1"))
+    assert upstream.connections == 0
+
+
+@on_reactor
+async def test_a_redirect_to_a_host_that_is_down_is_no_reason_for_http(
+    network: Network, secure: ScriptedRegistry, authority: Authority, upstream: ScriptedRegistry
+) -> None:
+    upstream.close()
+    secure.script("*", Redirect(f"https://{upstream.host}"))
+    registry = network.registry(secure.host, trust=authority.ca)
+    with pytest.raises(Unavailable, match="the connection was refused"):
+        await registry.manifest(image(f"{repository(registry)}:1"))
+    assert secure.connections == 1
+
+
+async def ended_soon(ended: Deferred[None]) -> None:
+    """The connection is gone, and not only when its other end likes."""
+    await ended.addTimeout(3, REACTOR)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@on_reactor
+async def test_an_aborted_body_frees_its_connection_at_once(
+    network: Network, upstream: ScriptedRegistry, held: bool
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    await abort_and_go_on(network.registry(upstream.host, scheme="http", connections=1), upstream, held)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@on_reactor
+async def test_and_so_it_does_with_tls(
+    network: Network, secure: ScriptedRegistry, authority: Authority, held: bool
+) -> None:
+    """A goodbye that waits for the other end's waits for ever: that end may be gone, or busy sending to us."""
+    secure.add("team/app", BUILT, "1")
+    registry = network.registry(secure.host, scheme="https", trust=authority.ca, connections=1)
+    await abort_and_go_on(registry, secure, held)
+
+
+async def abort_and_go_on(registry: Registry, upstream: ScriptedRegistry, held: bool) -> None:
+    """Aborts a blob, held back by the upstream or by us, and gets another one over the only connection."""
+    where, digest = repository(registry), Digest(LAYER.digest)
+    if held:
+        upstream.script("/v2/*/blobs/*", Hold(1000), times=1)
+    stream = await registry.blob(where, digest)
+    await stream.body.read()
+    if not held:
+        # Nobody reads: the body fills up, and pauses the upstream.
+        await until(lambda: upstream.requests[-1].sent > 2 * 1024 * 1024)
+    stream.body.abort()
+    await ended_soon(stream.body.ended)
+    again = await registry.blob(where, digest)
+    assert await again.body.read()
+    again.body.abort()
+    await ended_soon(again.body.ended)
+
+
+# None of these may look like a defect of ours. The scripted registry sends latin-1, which is not UTF-8.
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        ("Content-Type", 200),
+        ("Docker-Content-Digest", 200),
+        ("Location", 307),
+        ("WWW-Authenticate", 401),
+        ("Retry-After", 503),
+    ],
+)
+@on_reactor
+async def test_headers_that_are_no_text(network: Network, upstream: ScriptedRegistry, name: str, status: int) -> None:
+    upstream.script("*", Reply(status, IMAGE.data, (("Content-Type", IMAGE.media_type),)))
+    upstream.script("*", Header(name, "http://ÿ\xfe"))
+    registry = network.registry(upstream.host, scheme="http")
+    with pytest.raises(ManifestUnknown if status == 401 else Unavailable):
+        await registry.manifest(image(f"{repository(registry)}:1"))
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+@pytest.mark.parametrize(
+    "name", ["a" * 64 + ".example", "ab--cd.example", "xn--a.example", "[.]", "[::::]", "a.0x7f"]
+)
+@on_reactor
+async def test_a_name_that_no_resolver_takes(network: Network, name: str, scheme: str) -> None:
+    """It may be refused as a name, or as a host; it must not be a defect."""
+    with suppress(NameInvalid):
+        registry = network.registry(name, scheme=scheme)
+        with pytest.raises(Unavailable):
+            await registry.manifest(image(f"{registry.upstream}/team/app:1"))
+
+
+@on_reactor
+async def test_a_list_of_tags_that_is_cut_short(network: Network, upstream: ScriptedRegistry) -> None:
+    upstream.script("*", Reply(200, json.dumps({"tags": ["a"] * 100}).encode()))
+    upstream.script("*", Resize(-5))
+    registry = network.registry(upstream.host, scheme="http")
+    with pytest.raises(Unavailable, match="no valid list of tags"):
+        await registry.tags(Repository(Upstream.parse(upstream.host), "team/app"), None, "")
