@@ -33,7 +33,7 @@ class Connections:
         jitter: Callable[[], float],
     ) -> None:
         self.count = 0
-        """How many gave an answer."""
+        """How many there were."""
         self._registry = registry
         self._repository = repository
         self._digest = digest
@@ -61,9 +61,8 @@ class Connections:
         return await self._open(start, None)
 
     async def _open(self, start: int, within: float | None) -> BlobStream:
-        stream = await self._registry.blob(self._repository, self._digest, start, within)
         self.count += 1
-        return stream
+        return await self._registry.blob(self._repository, self._digest, start, within)
 
     async def pour(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
@@ -101,13 +100,13 @@ class Connections:
     ) -> int:
         at = stream.start
         while data := await stream.body.read():
-            self._retries.progress(self._clock.seconds())
             # An upstream that knows no ranges begins anew: what is here already is passed over.
             known, at = partial.length - at, at + len(data)
             if known >= len(data):
                 continue
             if size is not None and at > size:
                 raise OtherBlob(f"{self}: the upstream sent more than {size} bytes")
+            self._retries.progress(self._clock.seconds())
             await partial.append(data[known:] if known else data)
             partial.checkpoint(self._clock)
             changed()

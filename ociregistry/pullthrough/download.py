@@ -161,13 +161,13 @@ class Download:
         self._changed.ring()
 
     async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
-        """Keeps for the next download what can be continued. A file that failed to be written or synced is none."""
+        """Keeps for the next download what can be continued."""
         if isinstance(error, OtherBlob):
             self.spoiled = partial.resumed or self._connections.count > 1
-        if isinstance(error, OtherBlob) or (isinstance(error, OSError) and not partial.is_full(error)):
-            await partial.discard()
-        else:
+        elif partial.sound:
             await partial.sync()
+        if isinstance(error, OtherBlob) or not partial.sound:
+            await partial.discard()
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.digest}"

@@ -79,6 +79,8 @@ class Partial:
         """Bytes that can be read."""
         self.resumed = self.length > 0
         """Whether it holds bytes that an earlier process wrote."""
+        self.sound = True
+        """Whether all that was written can be trusted to be in the file."""
         self._path = path
         self._note = note
         self._file = file
@@ -138,7 +140,12 @@ class Partial:
     def _append(self, data: bytes) -> int:
         if self._broken is not None:
             raise self._broken
-        self._files.write(self._file, data, self.length)
+        try:
+            self._files.write(self._file, data, self.length)
+        except OSError as error:
+            # When the disk is full, what was written before is good.
+            self.sound = self.sound and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise
         if self._hashed == self.length:
             self._hasher.update(data)
             self._hashed += len(data)
@@ -174,7 +181,7 @@ class Partial:
         return self._in_thread(self._sync, self.length).addErrback(self._break)
 
     def _sync(self, length: int) -> None:
-        self._files.sync_data(self._file)
+        self._sound_only_after(lambda: self._files.sync_data(self._file))
         note = replace(self._note, durable=length)
         _write_note(self._path, note, self._files)
         self._note = note
@@ -182,11 +189,6 @@ class Partial:
     def _break(self, failure: object) -> None:
         error = getattr(failure, "value", None)
         self._broken = error if isinstance(error, OSError) else OSError(str(error))
-
-    @staticmethod
-    def is_full(error: OSError) -> bool:
-        """Whether `error` says that the disk is full: what was written before is good."""
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
     async def verify(self) -> None:
         """Returns when the digest is proven to hold; raises `DigestMismatch`, or `OSError` from reading."""
@@ -203,8 +205,16 @@ class Partial:
         await self._in_thread(self._commit, target)
 
     def _commit(self, target: Path) -> None:
-        self._files.commit(self._file, self._path, target)
+        self._sound_only_after(lambda: self._files.commit(self._file, self._path, target))
         self._files.unlink(_note_path(self._path))
+
+    def _sound_only_after(self, syncing: Callable[[], None]) -> None:
+        try:
+            syncing()
+        except OSError:
+            # The kernel tells of bytes that it could not write once; the next sync would prove nothing.
+            self.sound = False
+            raise
 
     async def discard(self) -> None:
         """Removes what was written."""

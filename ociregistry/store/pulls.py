@@ -33,14 +33,16 @@ class PullsFolder:
                 break
             number += 1
         self._held = held
-        self._tidy()
         for folder in pulls.iterdir():
             if folder != self.path and _NUMBER.fullmatch(folder.name) and folder.is_dir():
                 self._adopt(folder)
+        self._tidy()
+        files.sync_folder(self.path)
+        files.sync_folder(pulls)
 
     def _tidy(self) -> None:
         for path in self.path.iterdir():
-            if path.is_file() and path.name != "lock" and not _belongs_to_partial(path):
+            if path.is_file() and path.name != "lock" and not _belongs_to_partial(path, self.path):
                 self._files.unlink(path)
 
     def _adopt(self, folder: Path) -> None:
@@ -48,11 +50,15 @@ class PullsFolder:
         if held is None:
             return
         try:
-            left = [path for path in folder.iterdir() if _belongs_to_partial(path)]
+            # Whoever adopted before us may have been killed between a partial and its note.
+            left = [path for path in folder.iterdir() if _belongs_to_partial(path, folder, self.path)]
             # A note without its partial is nothing; a partial without its note would be taken for a leftover.
             for path in sorted(left, reverse=True):
                 if not (self.path / path.name).exists():
                     self._files.rename(path, self.path / path.name)
+            for path in folder.iterdir():
+                if path.is_file() and path.name != "lock":
+                    self._files.unlink(path)
         finally:
             os.close(held)
 
@@ -68,8 +74,9 @@ class PullsFolder:
         os.close(self._held)
 
 
-def _belongs_to_partial(path: Path) -> bool:
-    partial = path.with_suffix("") if path.suffix == NOTE_SUFFIX else path
-    if Digest.from_hex(partial.name) is None or not path.is_file():
+def _belongs_to_partial(path: Path, *folders: Path) -> bool:
+    """Whether `path` is a partial or its note, and the other of the two is in one of the `folders`."""
+    name = path.name.removesuffix(NOTE_SUFFIX)
+    if Digest.from_hex(name) is None:
         return False
-    return partial.is_file() and partial.with_name(partial.name + NOTE_SUFFIX).is_file()
+    return all(any((folder / half).is_file() for folder in folders) for half in (name, name + NOTE_SUFFIX))

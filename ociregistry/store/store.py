@@ -76,6 +76,7 @@ class Store:
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
         self._pulls = PullsFolder(self._root / "pulls", self._files)
+        self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
         self._take(self._records.look({}))
         self._threads.start()
@@ -170,7 +171,7 @@ class Store:
     async def keep(self, manifest: Manifest, image: ImageReference) -> None:
         """Writes that `image` means `manifest`, as of now. Raises `OSError`."""
         path = self._records.path(manifest.digest, is_list=manifest.is_list)
-        record = await self._threads.write(self._records.confirm, manifest, image, self._now())
+        record = await self._threads.write_in_turn(self._records.confirm, manifest, image, self._now())
         self._written.add(path)
         self._known[path] = UNREAD
         self._catalogue.put(manifest.digest, Entry.of(record))

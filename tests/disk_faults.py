@@ -1,0 +1,115 @@
+"""Disks that fail: one that is too small, and system calls that fail or hang as strace tells them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run, wait_until
+
+_PATIENCE = 30
+_PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace"}
+
+
+def need(*programs: str) -> None:
+    """Fail where one of these is missing, or where we are not root: a test that did not run shows nothing."""
+    missing = sorted({_PACKAGES[program] for program in programs if not shutil.which(program)})
+    if missing:
+        pytest.fail(f"a program is missing: apt-get install {' '.join(missing)}", pytrace=False)
+    if os.geteuid() != 0:
+        pytest.fail(f"{' and '.join(programs)} need root here", pytrace=False)
+
+
+class SmallDisk:
+    """A file system in memory, mounted at `path`, that holds so many bytes."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        path.mkdir()
+        run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)])
+
+    def resize(self, size: int) -> None:
+        """Gives it room for so many bytes, what is in it included."""
+        run(["mount", "-o", f"remount,size={size}", str(self.path)])
+
+    @property
+    def free(self) -> int:
+        """Bytes."""
+        return shutil.disk_usage(self.path).free
+
+    def close(self) -> None:
+        """Unmounts it; what is in it is lost."""
+        run(["umount", str(self.path)])
+
+
+@contextmanager
+def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
+    """A disk of `size` bytes at `path`, until the block ends."""
+    need("mount", "umount")
+    disk = SmallDisk(path, size)
+    try:
+        yield disk
+    finally:
+        disk.close()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The system calls of a process."""
+
+    path: Path
+
+    @property
+    def text(self) -> str:
+        """What strace wrote so far."""
+        return self.path.read_text()
+
+    @property
+    def injected(self) -> int:
+        """How many calls were made to fail so far."""
+        return self.text.count("(INJECTED)")
+
+    @property
+    def begun(self) -> int:
+        """How many calls were begun so far, one of which can be under way still."""
+        return sum("resumed>" not in line and "(" in line for line in self.text.splitlines())
+
+    @property
+    def ended(self) -> int:
+        """How many of those that were made to wait have ended."""
+        return self.text.count("(DELAYED)")
+
+    def wait_injected(self) -> None:
+        """Returns when one was."""
+        wait_until(lambda: self.injected, _PATIENCE, "a system call fails")
+
+
+@contextmanager
+def faults(pid: int, calls: str, fault: str, log: Path, *options: str, seen: str = "") -> Iterator[Trace]:
+    """Until the block ends the system calls `calls` of the process `pid` have the fault `fault`.
+
+    Both as strace spells them: `fsync` and `error=EIO`. They are traced, and those that are to be `seen` too.
+    """
+    need("strace")
+    told = log.with_suffix(".stderr")
+    argv = ["strace", "-f", "-y", "-p", str(pid), "-o", str(log)]
+    argv += ["-e", f"trace={calls}{seen and ','}{seen}", "-e", f"inject={calls}:{fault}", *options]
+    with told.open("wb") as stderr, subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=stderr) as strace:
+        try:
+            wait_until(
+                lambda: strace.poll() is not None or b" attached" in told.read_bytes(), _PATIENCE, "strace attaches"
+            )
+            if strace.poll() is not None:
+                raise RuntimeError(f"{argv} ended with {strace.returncode}:\n{told.read_text()}")
+            yield Trace(log)
+        finally:
+            # It lets go of the process, which goes on.
+            strace.terminate()
+            strace.wait(_PATIENCE)

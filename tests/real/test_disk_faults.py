@@ -1,0 +1,265 @@
+"""A disk that fails or hangs: the calls that the store relies on are made to fail while the daemon runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from http.client import HTTPResponse, IncompleteRead
+from pathlib import Path
+
+import pytest
+
+from ociregistry.store.files import locked
+from tests.client import fetch
+from tests.disk_faults import Trace, faults
+from tests.images import MIB, Image, digest_of
+from tests.processes import wait_until
+from tests.real.scripted import SOON, Cache, cache_in, plain_image
+from tests.upstream_resumed import WhenRanged
+from tests.upstream_rules import Cut, Hold, Reply
+
+SIZE = 3 * MIB
+LARGE = 66 * MIB
+"""More than the 64 MiB after which a download is synced while it goes on."""
+EIO = "Input/output error"
+RENAMES = "/^rename"
+"""All calls whose names begin so: not every machine has the same."""
+HELD = MIB
+HANG = "delay_enter=60000000"
+"""A minute, unless the trace ends before."""
+
+Inject = Callable[..., AbstractContextManager[Trace]]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    """A daemon of the test's own, whose disk fails."""
+    with cache_in(tmp_path) as cache:
+        yield cache
+
+
+@pytest.fixture
+def inject(cache: Cache, tmp_path: Path) -> Inject:
+    """`faults` in the daemon."""
+
+    def inject(calls: str, fault: str, *options: str, seen: str = "") -> AbstractContextManager[Trace]:
+        return faults(cache.daemon.process.pid, calls, fault, tmp_path / "strace", *options, seen=seen)
+
+    return inject
+
+
+def publish(cache: Cache, tag: str, size: int = SIZE) -> Image:
+    """An image that is upstream only; its layer has `size` bytes."""
+    image = plain_image(tag, size)
+    cache.upstream.add("faults", image, tag)
+    return image
+
+
+def blob_of(image: Image) -> str:
+    """The path of its layer."""
+    return f"faults/blobs/{image.layers[0].digest}"
+
+
+def pull(cache: Cache, tag: str, image: Image) -> None:
+    """The image gets into the cache, or is there."""
+    assert cache.ask(f"faults/manifests/{tag}").body == image.manifest.data
+    assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+    cache.wait_stored(image.layers[0].digest)
+
+
+def body_of(answer: HTTPResponse) -> bytes:
+    """As much of it as there is."""
+    try:
+        return answer.read()
+    except IncompleteRead as short:
+        return short.partial
+
+
+def nothing_wrong_is_in_the_store(cache: Cache) -> None:
+    """Every blob is what its name says."""
+    for path in (cache.daemon.image_path / "blobs").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def the_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
+    """Of what has failed nothing is left."""
+    pull(cache, tag, image)
+    nothing_wrong_is_in_the_store(cache)
+    wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
+
+
+@pytest.mark.parametrize(
+    ("calls", "size", "held", "whole"),
+    [
+        pytest.param("pwrite64", SIZE, HELD, False, id="write"),
+        pytest.param("fdatasync", LARGE, LARGE - MIB // 2, False, id="sync_on_the_way"),
+        # The digest holds, so whoever reads gets all; the store gets nothing.
+        pytest.param("fsync", SIZE, HELD, True, id="sync_before_the_rename"),
+        pytest.param(RENAMES, SIZE, HELD, True, id="rename"),
+    ],
+)
+def test_a_download_that_cannot_be_stored(
+    cache: Cache, inject: Inject, calls: str, size: int, held: int, whole: bool
+) -> None:
+    hit, image = publish(cache, "hit"), publish(cache, "miss", size)
+    pull(cache, "hit", hit)
+    layer = image.layers[0]
+    hold, since = Hold(held), cache.log_size
+    with cache.scripted(f"*{layer.digest}", hold), cache.opened(blob_of(image)) as answer:
+        assert answer.status == 200
+        begun = answer.read(1000)
+        with inject(calls, "error=EIO", seen=RENAMES) as trace:
+            if calls == "fdatasync":
+                trace.wait_injected()
+            hold.release.set()
+            got = begun + body_of(answer)
+            assert layer.data.startswith(got)
+            assert (len(got) == size) == whole
+            wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log says why")
+            assert EIO in cache.one_error(since)
+            assert cache.upstream.host in cache.one_error(since)
+            assert trace.injected
+            assert not cache.stored(layer.digest)
+            pull(cache, "hit", hit)
+    # Not a single try to give it its name after its bytes, or their sync, have failed.
+    renamed = [line for line in trace.text.splitlines() if "rename" in line and f"/blobs/{layer.digest[7:]}" in line]
+    assert all("INJECTED" in line for line in renamed), renamed
+    assert bool(renamed) == (calls == RENAMES)
+    nothing_wrong_is_in_the_store(cache)
+    the_next_pull_succeeds(cache, "miss", image)
+
+
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_what_could_not_be_synced_is_not_continued(cache: Cache, inject: Inject, error: str) -> None:
+    """The kernel reports such a failure once, and takes the bytes for written: the next sync proves nothing."""
+    image = publish(cache, "miss")
+    path = blob_of(image)
+    cut = cache.upstream.script(f"/v2/{path}", Cut(MIB), times=1)
+    with cache.scripted(f"/v2/{path}", WhenRanged((Reply(404),))), inject("fdatasync", f"error={error}") as trace:
+        # It breaks off, and there is none to be taken up: what came is synced and kept for the next pull.
+        with cache.opened(path) as answer:
+            body_of(answer)
+        trace.wait_injected()
+    cut()
+    assert digest_of(cache.ask(path).body) == image.layers[0].digest
+    ranges = [request.header("Range") for request in cache.upstream.requests if request.path == f"/v2/{path}"]
+    assert ranges == [None, f"bytes={MIB}-", None]
+
+
+@pytest.mark.parametrize("calls", ["pwrite64", "openat"])
+def test_a_download_that_cannot_begin(cache: Cache, inject: Inject, calls: str) -> None:
+    """503 before the headers."""
+    image = publish(cache, "miss")
+    pulls = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest[7:]
+    since = cache.log_size
+    with inject(calls, "error=EIO", "-P", str(pulls), "-P", f"{pulls}.note") as trace:
+        cache.refused(blob_of(image), 503, "UNAVAILABLE")
+        assert EIO in cache.one_error(since)
+        assert trace.injected
+    the_next_pull_succeeds(cache, "miss", image)
+
+
+@pytest.mark.parametrize("calls", ["pwrite64", "fsync", RENAMES])
+def test_a_manifest_that_cannot_be_stored(cache: Cache, inject: Inject, calls: str) -> None:
+    hit, image = publish(cache, "hit"), publish(cache, "miss")
+    pull(cache, "hit", hit)
+    with inject(calls, "error=EIO") as trace:
+        for reference in ("miss", image.manifest.digest):
+            since = cache.log_size
+            cache.refused(f"faults/manifests/{reference}", 503, "UNAVAILABLE")
+            assert EIO in cache.one_error(since)
+        assert trace.injected == 2
+        pull(cache, "hit", hit)
+    assert not (cache.daemon.image_path / "img" / image.manifest.digest[7:]).exists()
+    the_next_pull_succeeds(cache, "miss", image)
+
+
+def test_the_names_cannot_be_synced(cache: Cache, inject: Inject) -> None:
+    """The folder's sync fails when the blob has its name already: it is right, and may be served or fetched anew."""
+    image = publish(cache, "miss")
+    since = cache.log_size
+    with inject("fsync", "error=EIO", "-P", str(cache.daemon.image_path / "blobs")) as trace:
+        assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+        wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log says why")
+        assert trace.injected == 1
+    assert EIO in cache.one_error(since)
+    nothing_wrong_is_in_the_store(cache)
+    the_next_pull_succeeds(cache, "miss", image)
+
+
+def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> None:
+    """More of them than there are threads for writing; also a hit that takes long to be sent."""
+    hit, long = publish(cache, "hit"), publish(cache, "long", LARGE)
+    hanging = [publish(cache, f"hanging{number}", 1000) for number in range(20)]
+    pull(cache, "hit", hit)
+    pull(cache, "long", long)
+    with ThreadPoolExecutor(len(hanging)) as clients:
+        with inject("fsync,fdatasync", HANG) as trace:
+            asked = [clients.submit(cache.ask, blob_of(image)) for image in hanging]
+            wait_until(lambda: trace.begun >= 16, SOON, "all threads that write hang")
+            with cache.opened(blob_of(long)) as answer:
+                begun = answer.read(MIB)
+                for path, data in (
+                    ("faults/manifests/hit", hit.manifest.data),
+                    (f"faults/manifests/{hit.manifest.digest}", hit.manifest.data),
+                    (blob_of(hit), hit.layers[0].data),
+                ):
+                    assert cache.ask(path).body == data
+                    assert cache.ask(path, "HEAD").status == 200
+                assert digest_of(begun + answer.read()) == long.layers[0].digest
+            # All this came before the first sync ended.
+            assert trace.ended == 0
+            assert not any(cache.stored(image.layers[0].digest) for image in hanging)
+        for waiting, image in zip(asked, hanging, strict=True):
+            assert digest_of(waiting.result().body) == image.layers[0].digest
+    for image in hanging:
+        cache.wait_stored(image.layers[0].digest)
+
+
+def test_the_lock_of_the_store_is_held_by_another_process(cache: Cache) -> None:
+    """Records cannot be written for that long; all else goes on."""
+    hit, image = publish(cache, "hit"), publish(cache, "miss")
+    waiting = {f"waiting{number}": publish(cache, f"waiting{number}", 1000) for number in range(20)}
+    pull(cache, "hit", hit)
+    with ThreadPoolExecutor(len(waiting)) as clients:
+        with locked(cache.daemon.image_path / "pulls" / "lock"):
+            asked = [clients.submit(cache.ask, f"faults/manifests/{tag}") for tag in waiting]
+            wait_until(lambda: cache.upstream.count("GET", "/v2/faults/manifests/waiting") == 20, SOON, "all wait")
+            pull(cache, "hit", hit)
+            answer = fetch(cache.url(blob_of(image)), timeout=SOON)
+            assert digest_of(answer.body) == image.layers[0].digest
+            assert not any(waiter.done() for waiter in asked)
+        for waiter, other in zip(asked, waiting.values(), strict=True):
+            assert waiter.result().body == other.manifest.data
+
+
+def test_a_miss_is_read_along_while_syncs_hang(cache: Cache, inject: Inject) -> None:
+    hanging, image = publish(cache, "hanging"), publish(cache, "miss")
+    with inject("fsync,fdatasync", HANG) as trace:
+        assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
+        wait_until(lambda: trace.begun == 1, SOON, "its sync hangs")
+        assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+        # Who asks now gets it from the partial.
+        assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
+        assert trace.ended == 0
+        assert not cache.stored(hanging.layers[0].digest)
+    cache.wait_stored(hanging.layers[0].digest)
+    cache.wait_stored(image.layers[0].digest)
+    assert cache.upstream.count("GET", f"/v2/{blob_of(hanging)}") == 1
+
+
+@pytest.mark.parametrize("calls", ["fsync", RENAMES])
+def test_a_sync_that_takes_five_seconds(cache: Cache, inject: Inject, calls: str) -> None:
+    """It delays what needs it, which then succeeds, and nothing else."""
+    hit, image = publish(cache, "hit"), publish(cache, "miss")
+    pull(cache, "hit", hit)
+    with inject(calls, "delay_enter=5000000") as trace, ThreadPoolExecutor() as clients:
+        asked = clients.submit(cache.ask, "faults/manifests/miss")
+        wait_until(lambda: trace.begun, SOON, "it hangs")
+        pull(cache, "hit", hit)
+        assert trace.ended == 0
+        assert not asked.done()
+        assert asked.result().body == image.manifest.data
+        assert trace.ended

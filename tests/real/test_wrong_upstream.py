@@ -1,0 +1,240 @@
+"""An upstream that sends other bytes than it should: no client gets them as right, the store keeps none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import MIB, Blob, Image, digest_of
+from tests.processes import wait_until
+from tests.real.scripted import SOON, Cache, cache_in, plain_image, short_body
+from tests.upstream_http import Rule
+from tests.upstream_resumed import Other, WhenRanged
+from tests.upstream_rules import ContentRange, Cut, Declare, Flip, Hold, IgnoreRange, NoLength, Reply, Resize
+
+SIZE = 3 * MIB
+START = MIB + 12345
+"""Where the second connection takes up what the first has brought: in the midst of what is sent in one piece."""
+LAST = SIZE - 1
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """One for all tests here, some of which kill it and start it again."""
+    with cache_in(tmp_path_factory.mktemp("wrong")) as cache:
+        yield cache
+
+
+_numbers = itertools.count()
+
+
+def publish(cache: Cache, *, known: bool = True) -> tuple[str, Blob]:
+    """The path of a blob that no test has pulled, of a size that is `known` from a manifest, or not; and the blob."""
+    repository = f"wrong/{next(_numbers)}"
+    image: Image = plain_image(repository, SIZE)
+    cache.upstream.add(repository, image, "1")
+    if known:
+        assert cache.ask(f"{repository}/manifests/1").status == 200
+    layer = image.layers[0]
+    return f"{repository}/blobs/{layer.digest}", layer
+
+
+def asked(cache: Cache, path: str) -> list[str | None]:
+    """The Range of each request for the blob that the upstream got."""
+    requests = [request for request in cache.upstream.requests if request.path == f"/v2/{path}"]
+    return [request.header("Range") for request in requests]
+
+
+def nothing_wrong_is_left(cache: Cache, layer: Blob) -> None:
+    """No blob has another digest than its name says, and no partial remains."""
+    wait_until(lambda: not cache.partials, SOON, "no partial is left")
+    for path in (cache.daemon.image_path / "blobs").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+FROM_THE_START: dict[str, tuple[Rule, ...]] = {
+    "first_byte": (Flip(0),),
+    "early": (Flip(1000),),
+    "late": (Flip(SIZE - 1000),),
+    "last_byte": (Flip(LAST),),
+    "early_in_chunks": (Flip(1000), NoLength()),
+    "last_byte_to_the_end_of_the_connection": (Flip(LAST), NoLength("close")),
+    "another_file": (Other(),),
+    "too_little": (Resize(-1000),),
+    "too_little_in_chunks": (Resize(-1000), NoLength()),
+    "too_much": (Resize(1000),),
+    "too_much_in_chunks": (Resize(1000), NoLength()),
+    "more_than_announced": (Declare(-1000),),
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
+@pytest.mark.parametrize("name", FROM_THE_START)
+def test_wrong_from_the_start(cache: Cache, name: str, known: bool) -> None:
+    path, layer = publish(cache, known=known)
+    with cache.scripted(f"*{layer.digest}", *FROM_THE_START[name]), cache.opened(path) as answer:
+        assert answer.status in (200, 503)
+        if answer.status == 200:
+            short_body(answer)
+        nothing_wrong_is_left(cache, layer)
+        assert not cache.stored(layer.digest)
+    assert asked(cache, path)[0] is None
+    assert digest_of(cache.ask(path).body) == layer.digest
+    cache.wait_stored(layer.digest)
+    nothing_wrong_is_left(cache, layer)
+
+
+TAKEN_UP = f"bytes={START}-"
+PASSED_OVER: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
+    "everything": ((IgnoreRange(),), [TAKEN_UP]),
+    # What is here already is not written again: the wrong byte is not looked at.
+    "everything_with_another_beginning": ((Flip(1000), IgnoreRange()), [TAKEN_UP]),
+    "everything_in_chunks": ((NoLength(), Flip(START - 1), IgnoreRange()), [TAKEN_UP]),
+    "no_total": ((ContentRange(f"bytes {START}-{LAST}/*"),), [TAKEN_UP]),
+    # Asked again, for all of it.
+    "an_earlier_part": ((ContentRange(f"bytes 0-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
+    "a_later_part": ((ContentRange(f"bytes {START + 1}-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
+    "a_part_without_a_place": ((ContentRange(None),), [TAKEN_UP, None]),
+    "a_part_of_something": ((ContentRange("items 1-2/3"),), [TAKEN_UP, None]),
+}
+"""What an upstream may answer to a Range, with no harm done, and what it is asked for."""
+
+THROWN_AWAY: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
+    "first_byte": ((Flip(START),), [TAKEN_UP]),
+    "late": ((Flip(SIZE - 1000),), [TAKEN_UP]),
+    "last_byte": ((Flip(LAST),), [TAKEN_UP]),
+    "another_file": ((Other(),), [TAKEN_UP]),
+    "another_file_whole": ((Other(), IgnoreRange()), [TAKEN_UP]),
+    "another_total": ((ContentRange(f"bytes {START}-{SIZE}/{SIZE + 1}"),), [TAKEN_UP]),
+    "another_size_whole": ((Resize(1), IgnoreRange()), [TAKEN_UP]),
+    "too_little": ((Resize(-1000),), [TAKEN_UP, f"bytes={SIZE - 1000}-"]),
+    "too_much": ((Resize(1000),), [TAKEN_UP]),
+    "too_much_in_chunks": ((NoLength(), Resize(1000)), [TAKEN_UP]),
+    "no_such_range": ((Reply(416),), [TAKEN_UP]),
+}
+"""What shows, at once or in the end, that these bytes and those from before are not of one blob."""
+
+
+@pytest.mark.parametrize("name", PASSED_OVER)
+def test_a_broken_download_goes_on(cache: Cache, name: str) -> None:
+    """One client connection, one 200, the right bytes, in the file that the client reads already."""
+    rules, requests = PASSED_OVER[name]
+    path, layer = publish(cache)
+    cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
+    with cache.scripted(f"*{layer.digest}", WhenRanged(rules)), cache.opened(path) as answer:
+        assert (answer.status, answer.length) == (200, SIZE)
+        assert digest_of(answer.read()) == layer.digest
+    cut()
+    assert asked(cache, path) == [None, *requests]
+    cache.wait_stored(layer.digest)
+    nothing_wrong_is_left(cache, layer)
+    assert digest_of(cache.ask(path).body) == layer.digest
+    assert len(asked(cache, path)) == 1 + len(requests)
+
+
+@pytest.mark.parametrize("name", THROWN_AWAY)
+def test_a_broken_download_goes_on_with_something_else(cache: Cache, name: str) -> None:
+    """The client gets a short answer; one new fetch, into a new file, brings it for the next."""
+    rules, requests = THROWN_AWAY[name]
+    path, layer = publish(cache)
+    cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
+    with cache.scripted(f"*{layer.digest}", WhenRanged(rules)):
+        with cache.opened(path) as answer:
+            assert (answer.status, answer.length) == (200, SIZE)
+            got = short_body(answer)
+        assert layer.data[:START].startswith(got[:START])
+        cache.wait_stored(layer.digest)
+    cut()
+    nothing_wrong_is_left(cache, layer)
+    assert digest_of(cache.ask(path).body) == layer.digest
+    assert asked(cache, path) == [None, *requests, None]
+
+
+def leave_a_partial(cache: Cache, path: str, layer: Blob) -> None:
+    """The daemon is killed when it has `START` bytes, and starts again."""
+    hold = Hold(START)
+    with cache.scripted(f"*{layer.digest}", hold), cache.opened(path) as answer:
+        assert len(answer.read(START)) == START
+        cache.daemon.kill()
+    cache.daemon.start()
+
+
+@pytest.mark.parametrize("name", PASSED_OVER)
+def test_what_a_killed_daemon_left_goes_on(cache: Cache, name: str) -> None:
+    rules, requests = PASSED_OVER[name]
+    path, layer = publish(cache)
+    leave_a_partial(cache, path, layer)
+    with cache.scripted(f"*{layer.digest}", WhenRanged(rules)):
+        assert digest_of(cache.ask(path).body) == layer.digest
+    assert asked(cache, path) == [None, *requests]
+    cache.wait_stored(layer.digest)
+    nothing_wrong_is_left(cache, layer)
+
+
+@pytest.mark.parametrize("name", THROWN_AWAY)
+def test_what_a_killed_daemon_left_goes_on_with_something_else(cache: Cache, name: str) -> None:
+    """Where the first answer tells it, the client gets all from the new fetch."""
+    rules, requests = THROWN_AWAY[name]
+    told = name in ("another_total", "another_size_whole", "no_such_range")
+    path, layer = publish(cache)
+    leave_a_partial(cache, path, layer)
+    with cache.scripted(f"*{layer.digest}", WhenRanged(rules)):
+        with cache.opened(path) as answer:
+            assert (answer.status, answer.length) == (200, SIZE)
+            if told:
+                assert digest_of(answer.read()) == layer.digest
+            else:
+                assert layer.data[:START].startswith(short_body(answer)[:START])
+        cache.wait_stored(layer.digest)
+    nothing_wrong_is_left(cache, layer)
+    assert digest_of(cache.ask(path).body) == layer.digest
+    assert asked(cache, path) == [None, *requests, None]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_was_there_before_the_break_is_wrong(cache: Cache, killed: bool) -> None:
+    """The rest is right; only the digest of all tells."""
+    path, layer = publish(cache)
+    flip = cache.upstream.script(f"*{layer.digest}", Flip(1000), times=1)
+    if killed:
+        leave_a_partial(cache, path, layer)
+    else:
+        cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
+    with cache.opened(path) as answer:
+        short_body(answer)
+    flip()
+    cache.wait_stored(layer.digest)
+    assert digest_of(cache.ask(path).body) == layer.digest
+    assert asked(cache, path) == [None, TAKEN_UP, None]
+    nothing_wrong_is_left(cache, layer)
+
+
+def test_there_is_one_new_fetch_and_no_more(cache: Cache) -> None:
+    """An upstream that has a wrong blob is not asked for it again and again."""
+    path, layer = publish(cache)
+    since = cache.log_size
+    with cache.scripted(f"*{layer.digest}", Cut(START), Flip(LAST)):
+        with cache.opened(path) as answer:
+            short_body(answer)
+        wait_until(lambda: len(asked(cache, path)) >= 6, SOON, "the new fetch comes to its end")
+        wait_until(lambda: len(cache.errors(since)) >= 2, SOON, "it fails too")
+        nothing_wrong_is_left(cache, layer)
+    assert digest_of(cache.ask(path).body) == layer.digest
+    once = [None, TAKEN_UP, f"bytes={2 * START}-"]
+    assert asked(cache, path) == [*once, *once, None]
+
+
+def test_an_upstream_that_never_gets_beyond_what_is_here(tmp_path: Path) -> None:
+    """It begins anew each time and breaks off at the same place: it is not asked in haste."""
+    with cache_in(tmp_path, "--pull-timeout", "3000") as cache:
+        path, layer = publish(cache)
+        with cache.scripted(f"*{layer.digest}", IgnoreRange(), Cut(START)):
+            with cache.opened(path) as answer:
+                assert digest_of(short_body(answer)) == digest_of(layer.data[:START])
+            # At once, then after half a second, one, two; less some jitter.
+            assert len(asked(cache, path)) <= 10
+        assert digest_of(cache.ask(path).body) == layer.digest
