@@ -107,9 +107,10 @@ class Download:
         if self._stopping:
             # Whatever words those found for it whose work was cancelled.
             self.error = Unavailable(f"{self}: the server is stopping")
-        watched = self._connections.watched
+        # Whoever watches tells of it, unless all bytes have been given out already.
+        told = self._connections.watched and not self._verified
         self._changed.ring()
-        if self.error is not None and not watched:
+        if self.error is not None and not told:
             self.log.error("{why}", why=self.error)
 
     async def _fetch(self) -> None:
