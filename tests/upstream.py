@@ -44,14 +44,15 @@ class _Script:
 
 
 class ScriptedRegistry:
-    """A registry on 127.0.0.1, for http or (with a server's `tls` context) https.
+    """A registry on 127.0.0.1 or another `address`, for http or (with a server's `tls` context) https.
 
     `with ScriptedRegistry() as registry:` serves until the block ends. It keeps the record of every request.
     Each request passes the rules of `script`, those added last first.
     """
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, *, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1") -> None:
         self._content = Content()
+        self._address = address
         self._lock = threading.Lock()
         self._scripts: list[_Script] = []
         self._requests: list[Request] = []
@@ -59,7 +60,7 @@ class ScriptedRegistry:
         self._tls = tls
         self.port = 0
         self.open()
-        self.host = f"127.0.0.1:{self.port}"
+        self.host = f"{address}:{self.port}"
         self.url = f"{'https' if tls else 'http'}://{self.host}"
 
     def __enter__(self) -> Self:
@@ -74,7 +75,7 @@ class ScriptedRegistry:
 
     def open(self) -> None:
         """Serve again after `close`, on the same port, with the same content, rules and records."""
-        self._server = _Server(self, self.port, self._tls)
+        self._server = _Server(self, (self._address, self.port), self._tls)
         self.port = self._server.server_address[1]
 
     def close(self) -> None:
@@ -169,14 +170,14 @@ class _Server(ThreadingHTTPServer):
 
     request_queue_size = 128
 
-    def __init__(self, registry: ScriptedRegistry, port: int, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, registry: ScriptedRegistry, where: tuple[str, int], tls: ssl.SSLContext | None) -> None:
         self.registry = registry
         self.closing = threading.Event()
         self._tls = tls
         self._errors: list[BaseException] = []
         self._changed = threading.Condition()
         self._alive: dict[Any, int] = {}
-        super().__init__(("127.0.0.1", port), _Connection)
+        super().__init__(where, _Connection)
         self._thread = threading.Thread(target=self.serve_forever, args=(POLL,))
         self._thread.start()
 

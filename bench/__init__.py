@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.records`. docs/benchmarks.md has what they gave."""

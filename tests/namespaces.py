@@ -1,0 +1,147 @@
+"""Network namespaces, so that a test has a network of its own, which it may break. They need root."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import pytest
+
+from tests.processes import Daemon, answers, run
+
+T = TypeVar("T")
+
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET of <sched.h>
+_NUMBERS = itertools.count(1)
+
+
+class Namespace:
+    """A network namespace with nothing but its loopback, until the block ends."""
+
+    def __init__(self, purpose: str) -> None:
+        if shutil.which("ip") is None:
+            pytest.fail("ip is missing: apt-get install iproute2", pytrace=False)
+        if os.geteuid() != 0:
+            pytest.fail("network namespaces need root", pytrace=False)
+        self.name = f"oci-{os.getpid()}-{next(_NUMBERS)}-{purpose}"
+
+    def __enter__(self) -> Self:
+        """Make it."""
+        run(["ip", "netns", "add", self.name])
+        self.ip("link", "set", "lo", "up")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove it, with all that it is connected by."""
+        run(["ip", "netns", "delete", self.name])
+
+    def ip(self, *arguments: str) -> None:
+        """Run `ip` for this namespace."""
+        run(["ip", "-n", self.name, *arguments])
+
+    def argv(self, argv: Sequence[str]) -> list[str]:
+        """The command line that runs `argv` inside; the process is that of `argv`."""
+        return ["ip", "netns", "exec", self.name, *argv]
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function` gives inside. A socket that it opened there stays there, whoever uses it."""
+        results: list[T] = []
+        problems: list[BaseException] = []
+
+        def inside() -> None:
+            try:
+                self._enter()
+                results.append(function())
+            except BaseException as problem:
+                problems.append(problem)
+
+        # A thread for each call: one can enter a namespace alone, and need not come back.
+        thread = threading.Thread(target=inside)
+        thread.start()
+        thread.join()
+        for problem in problems:
+            raise problem
+        return results[0]
+
+    def _enter(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        descriptor = os.open(f"/run/netns/{self.name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if libc.setns(descriptor, _NEW_NETWORK):
+                raise OSError(ctypes.get_errno(), f"cannot enter {self.name}")
+        finally:
+            os.close(descriptor)
+
+
+class NamespacedDaemon(Daemon):
+    """Our daemon inside a namespace; its URL holds there."""
+
+    def __init__(self, namespace: Namespace, folder: Path, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(folder, *arguments, **keywords)
+        self.argv = namespace.argv(self.argv)
+        self._namespace = namespace
+
+    def ready(self) -> bool:
+        """Its health is good."""
+        return self._namespace.call(lambda: answers(f"{self.url}/health"))
+
+
+class Routed:
+    """Two namespaces, `near` and `far`, and a router between them that can be told to drop everything in silence."""
+
+    NEAR, FAR = "10.77.1.2", "10.77.2.2"
+    _GATEWAYS = ("10.77.1.1", "10.77.2.1")
+
+    def __init__(self) -> None:
+        self.near = Namespace("near")
+        self.far = Namespace("far")
+        self._router = Namespace("router")
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Make them, and connect them."""
+        with ExitStack() as stack:
+            stack.enter_context(self._router)
+            ends = zip((self.near, self.far), (self.NEAR, self.FAR), self._GATEWAYS, strict=True)
+            for number, (end, address, gateway) in enumerate(ends):
+                stack.enter_context(end)
+                peer = ["peer", "name", "eth0", "netns", end.name]
+                self._router.ip("link", "add", f"eth{number}", "type", "veth", *peer)
+                self._router.ip("address", "add", f"{gateway}/24", "dev", f"eth{number}")
+                self._router.ip("link", "set", f"eth{number}", "up")
+                end.ip("address", "add", f"{address}/24", "dev", "eth0")
+                end.ip("link", "set", "eth0", "up")
+                end.ip("route", "add", "default", "via", gateway)
+            self._router.call(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove them."""
+        self._stack.close()
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """For a while no packet gets through, and nobody is told."""
+        for address in (self.NEAR, self.FAR):
+            self._router.ip("route", "add", "blackhole", address)
+        yield
+        for address in (self.NEAR, self.FAR):
+            self._router.ip("route", "delete", "blackhole", address)
+
+    def received(self) -> int:
+        """How many bytes have come to `near` so far, with all headers."""
+        table = self.near.call(lambda: Path("/proc/thread-self/net/dev").read_text())
+        return next(int(line.split()[1]) for line in table.splitlines() if line.split()[0] == "eth0:")

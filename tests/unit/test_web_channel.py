@@ -1,0 +1,320 @@
+"""A client's connection: how long it may take to say what it wants, and how many it may open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IAddress
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+
+from ociregistry.errors import ManifestUnknown
+from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.pullthrough.cache import FoundBlob
+from ociregistry.web.answers import InMemory
+from ociregistry.web.channel import MOST_CONNECTIONS, Channel
+from ociregistry.web.site import RegistrySite
+from ociregistry.web.v2 import V2
+
+QUICK = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
+SLOW = b"GET /v2/team/app/manifests/1 HTTP/1.1\r\nHost: x\r\n\r\n"
+BLOB = b"GET /v2/team/app/blobs/sha256:%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"0" * 64)
+DATA = b"x" * 3_000_000
+
+WHOLE_REQUEST = 30
+NOTHING_TAKEN = 60
+KEPT_ALIVE = 120
+"""What clients rely on: Go's keep an idle connection for 90 s, containerd's may for longer."""
+
+
+class SizedData(InMemory):
+    """Content that turns out shorter than it was said to be."""
+
+    size = len(DATA)
+
+
+class Cache:
+    """A cache that finds every blob, and no manifest, as soon as it is told to."""
+
+    counts = SimpleNamespace(lists=0, images=0)
+
+    def __init__(self) -> None:
+        self.answer: Deferred[None] = Deferred()
+        self.data = InMemory(DATA)
+
+    async def manifest(self, image: object) -> None:
+        await self.answer
+        raise ManifestUnknown("it is not here")
+
+    async def blob(self, repository: object, digest: object) -> FoundBlob:
+        return FoundBlob(self.data, hit=True)
+
+
+class Transport(StringTransport):
+    """A connection whose client takes what it is sent, or, if `full`, nothing any more."""
+
+    aborted = False
+    full = False
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        if self.full:
+            assert self.producer is not None
+            self.producer.pauseProducing()
+
+    def unregisterProducer(self) -> None:
+        """As real ones do, also when there is none."""
+        self.producer = None
+
+    def abortConnection(self) -> None:
+        self.aborted = True
+        super().abortConnection()
+
+
+class Client:
+    """One connection to a site."""
+
+    def __init__(self, site: RegistrySite, address: IAddress | None = None) -> None:
+        address = address or IPv4Address("TCP", "10.0.0.7", 40000)
+        self.transport = Transport(peerAddress=address)
+        self.channel: Any = site.buildProtocol(address)
+        self.channel.makeConnection(self.transport)
+
+    def send(self, data: bytes) -> None:
+        """Send this, unless the connection is gone already: then nobody hears it."""
+        if not self.gone:
+            self.channel.dataReceived(data)
+
+    @property
+    def statuses(self) -> list[bytes]:
+        """Of the answers so far."""
+        parts = self.transport.value().split(b"HTTP/1.1 ")[1:]
+        return [part[:3] for part in parts]
+
+    @property
+    def gone(self) -> bool:
+        """Whether the server has ended the connection."""
+        return self.transport.disconnecting
+
+
+@pytest.fixture
+def cache() -> Cache:
+    """What is behind the site."""
+    return Cache()
+
+
+@pytest.fixture
+def site(cache: Any, clock: Clock) -> RegistrySite:
+    """A site whose answer to `SLOW` the test holds back."""
+    v2 = V2(cache, cache, Upstream(DOCKER_HUB))
+    return RegistrySite(v2, cache, datetime.now(UTC), 60, clock)
+
+
+@pytest.fixture
+def client(site: RegistrySite) -> Client:
+    """One connection."""
+    return Client(site)
+
+
+def drip(client: Client, clock: Clock, seconds: int, byte: bytes = b"x") -> None:
+    """A byte at the end of every second."""
+    for _ in range(seconds):
+        clock.advance(1)
+        client.send(byte)
+
+
+def test_a_header_byte_a_second_is_too_slow(client: Client, clock: Clock) -> None:
+    client.send(b"GET /v2/ HTTP/1.1\r\nX-Slow: ")
+    drip(client, clock, WHOLE_REQUEST - 1)
+    assert not client.gone
+    drip(client, clock, 1)
+    assert client.transport.aborted
+    assert client.statuses == []
+
+
+def test_the_first_byte_counts_not_the_connection(client: Client, clock: Clock) -> None:
+    clock.advance(100)
+    client.send(b"G")
+    clock.advance(WHOLE_REQUEST - 1)
+    assert not client.gone
+    client.send(QUICK[1:])
+    assert client.statuses == [b"200"]
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])
+def test_a_body_byte_a_second_is_too_slow(client: Client, clock: Clock, framing: bytes) -> None:
+    """The body belongs to the request."""
+    client.send(b"PUT /v2/x/blobs/uploads/1 HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n")
+    client.send(b"3e7\r\n" if b"chunked" in framing else b"x")
+    drip(client, clock, WHOLE_REQUEST - 1)
+    assert not client.gone
+    drip(client, clock, 1)
+    assert client.transport.aborted
+    assert client.statuses == []
+
+
+def test_every_request_has_its_own_deadline(client: Client, clock: Clock) -> None:
+    for number in range(1, 4):
+        client.send(QUICK[:10])
+        clock.advance(WHOLE_REQUEST - 1)
+        client.send(QUICK[10:])
+        assert client.statuses == [b"200"] * number
+    client.send(QUICK[:10])
+    clock.advance(WHOLE_REQUEST)
+    assert client.transport.aborted
+
+
+def test_an_answer_may_take_its_time(client: Client, cache: Cache, clock: Clock) -> None:
+    client.send(SLOW)
+    clock.pump([1] * 300)
+    assert not client.gone
+    cache.answer.callback(None)
+    assert client.statuses == [b"404"]
+    assert not client.gone
+
+
+def test_a_request_that_is_sent_ahead_waits_for_its_turn(client: Client, cache: Cache, clock: Clock) -> None:
+    client.send(SLOW)
+    client.send(QUICK)
+    clock.advance(WHOLE_REQUEST * 2)
+    assert client.statuses == []
+    assert not client.gone
+    cache.answer.callback(None)
+    assert client.statuses == [b"404", b"200"]
+    clock.advance(WHOLE_REQUEST * 2)
+    assert not client.gone
+
+
+def test_half_a_request_that_is_sent_ahead_gets_its_deadline_then(client: Client, cache: Cache, clock: Clock) -> None:
+    client.send(SLOW)
+    client.send(QUICK[:10])
+    clock.advance(WHOLE_REQUEST * 2)
+    cache.answer.callback(None)
+    clock.advance(WHOLE_REQUEST - 1)
+    assert not client.gone
+    clock.advance(1)
+    assert client.transport.aborted
+    assert client.statuses == [b"404"]
+
+
+def test_half_a_request_behind_one_that_is_answered_at_once(client: Client, clock: Clock) -> None:
+    """In one segment. It has the time of an idle connection, and its deadline from its next byte on."""
+    client.send(QUICK + QUICK[:10])
+    assert client.statuses == [b"200"]
+    drip(client, clock, WHOLE_REQUEST, b"x")
+    assert not client.gone
+    drip(client, clock, 1)
+    assert client.transport.aborted
+
+
+def test_an_idle_connection_is_kept_for_as_long_as_clients_keep_it(client: Client, clock: Clock) -> None:
+    for number in range(1, 4):
+        client.send(QUICK)
+        clock.pump([1] * KEPT_ALIVE)
+        assert client.statuses == [b"200"] * number
+        assert not client.gone
+    clock.pump([1] * KEPT_ALIVE)
+    assert client.gone
+
+
+def test_a_connection_that_says_nothing_ends(client: Client, clock: Clock) -> None:
+    clock.pump([1] * KEPT_ALIVE)
+    assert not client.gone
+    clock.pump([1] * KEPT_ALIVE)
+    assert client.transport.aborted
+
+
+def test_a_reader_that_takes_nothing_for_a_minute_is_dropped(client: Client, clock: Clock) -> None:
+    client.transport.full = True
+    client.send(BLOB)
+    sent = len(client.transport.value())
+    assert 0 < sent < len(DATA) / 2
+    clock.pump([1] * (NOTHING_TAKEN - 1))
+    assert not client.gone
+    clock.advance(1)
+    assert client.transport.aborted
+    assert len(client.transport.value()) == sent
+
+
+def test_an_answer_that_ends_short_is_not_waited_for_either(client: Client, cache: Cache, clock: Clock) -> None:
+    """Its end is announced by FIN, behind what waits to be taken; nobody takes it."""
+    cache.data = SizedData(DATA[:1000])
+    client.send(BLOB)
+    assert client.transport.disconnecting
+    assert not client.transport.aborted
+    clock.pump([1] * (NOTHING_TAKEN - 1))
+    assert not client.transport.aborted
+    clock.pump([1] * NOTHING_TAKEN)
+    assert client.transport.aborted
+
+
+@pytest.mark.parametrize(
+    "data",
+    [QUICK, QUICK[:10], SLOW, SLOW + QUICK, BLOB, b"\x16\x03\x01", b"no request\r\n\r\n", b"x" * 20_000, b""],
+    ids=["quick", "half", "slow", "pipelined", "blob", "hello", "malformed", "long", "nothing"],
+)
+def test_nothing_is_left_of_a_connection(client: Client, clock: Clock, data: bytes) -> None:
+    if data:
+        client.send(data)
+    client.channel.connectionLost()
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("hello", [b"\x16", b"\x16\x03\x01\x02\x00\x01"])
+def test_a_tls_hello_is_answered_at_once(client: Client, hello: bytes) -> None:
+    client.send(hello)
+    head, _, body = client.transport.value().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert client.transport.disconnecting
+    assert not client.transport.aborted, "what it is told must get through"
+
+
+def test_what_follows_a_tls_hello_is_not_looked_at(client: Client) -> None:
+    client.channel.dataReceived(b"\x16")
+    told = client.transport.value()
+    client.channel.dataReceived(QUICK)
+    assert client.transport.value() == told
+
+
+def test_a_hello_is_the_first_thing_that_is_said(client: Client) -> None:
+    """Later the byte is like any other."""
+    client.send(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+    client.send(b"\x16\x03\x01")
+    assert client.statuses == [b"405"]
+    assert not client.gone
+
+
+def test_connections_of_one_address_are_limited(site: RegistrySite) -> None:
+    clients = [Client(site) for _ in range(MOST_CONNECTIONS)]
+    assert not any(client.gone for client in clients)
+    # Refused ones count until they are gone, and then no more.
+    for _ in range(3):
+        refused = Client(site)
+        assert refused.transport.aborted
+        refused.channel.connectionLost()
+    other = Client(site, IPv4Address("TCP", "10.0.0.8", 40000))
+    local = Client(site, UNIXAddress(b"/run/socket"))
+    assert not other.gone
+    assert not local.gone
+    clients.pop().channel.connectionLost()
+    assert not Client(site).gone
+    assert Client(site).transport.aborted
+
+
+def test_an_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
+    addresses: Counter[str] = Counter()
+    channels = [Channel(clock, addresses) for _ in range(3)]
+    for channel in channels:
+        channel.callLater = clock.callLater  # type: ignore[method-assign, assignment]  # as the site does
+        channel.makeConnection(StringTransport(peerAddress=IPv4Address("TCP", "10.0.0.7", 40000)))
+    assert addresses == {"10.0.0.7": 3}
+    for channel in channels:
+        channel.connectionLost()
+    assert dict(addresses) == {}
