@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from treq.client import HTTPClient
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.protocol import Protocol
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
@@ -15,7 +15,7 @@ from zope.interface import implementer
 
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.failures import explain, speaks_no_tls, timed_out
+from ociregistry.upstream.failures import explain, speaks_no_tls, was_cancelled
 
 _HEADERS_WITHIN = 30.0
 _LARGEST_LEFTOVER = 64 * 1024
@@ -121,14 +121,22 @@ class Exchanges:
     async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
         """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too."""
         raw = Headers({name: [value] for name, value in headers.items()})
+        deadline: IDelayedCall | None = None
         try:
             requested = self._client.request(method, url, headers=raw, unbuffered=True, allow_redirects=False)
-            response = await requested.addTimeout(_HEADERS_WITHIN, self._clock)
+            deadline = self._clock.callLater(_HEADERS_WITHIN, requested.cancel)
+            response = await requested
         except Exception as error:
-            if timed_out(error):
+            if was_cancelled(error):
                 self._drop_idle()
+                if deadline is not None and deadline.active():
+                    # Not by us: whoever waits for this does so no longer.
+                    raise CancelledError from error
             kind = NoTls if url.startswith("https:") and speaks_no_tls(error) else Unavailable
             raise kind(f"{self._upstream}: {explain(error)}") from error
+        finally:
+            if deadline is not None and deadline.active():
+                deadline.cancel()
         body = Body(self._upstream, self._clock, self._drop_idle)
         response.deliverBody(body)
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)

@@ -47,9 +47,9 @@ def _tls_reason(cause: SSL.Error) -> str:
     return "; ".join(str(entry[-1]) for entry in reasons) or "the connection broke"
 
 
-def timed_out(exception: BaseException) -> bool:
-    """Whether the request failed for want of an answer, not for one that said so."""
-    return any(isinstance(cause, defer.TimeoutError | defer.CancelledError) for cause in causes(exception))
+def was_cancelled(exception: BaseException) -> bool:
+    """Whether the request failed because somebody cancelled it."""
+    return any(isinstance(cause, defer.CancelledError) for cause in causes(exception))
 
 
 def speaks_no_tls(exception: BaseException) -> bool:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit
 
+from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
 
@@ -85,6 +86,9 @@ class Registry:
         try:
             asked = Deferred.fromCoroutine(self._stream(repository, digest, start))
             stream = await (asked.addTimeout(within, self._clock) if within else asked)
+        except defer.TimeoutError:
+            self._slots.release()
+            raise Unavailable(f"{self.upstream}: it gave no answer within {within:g} s") from None
         except BaseException:
             self._slots.release()
             raise

@@ -13,12 +13,13 @@ import pytest_twisted
 from twisted.application import service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, LogLevel
-from twisted.scripts.twistd import ServerOptions  # type: ignore[attr-defined]  # made there for the platform
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel
+from twisted.scripts._twistd_unix import ServerOptions
 from zope.interface import directlyProvides, providedBy
 
 from ociregistry import __version__
 from ociregistry.errors import Unavailable
+from ociregistry.logs import ALWAYS
 from ociregistry.tap import Daemon, Options, makeService
 from ociregistry.upstream.exchange import Response
 from tests.images import make_image
@@ -186,16 +187,22 @@ def test_a_store_that_cannot_be_used_ends_it(
 def test_its_log_is_twistds_behind_our_level(root: Path, capsys: pytest.CaptureFixture[str], level: str) -> None:
     application = service.Application("ociregistry")
     make(root, "--log-level", level).setServiceParent(application)
-    observer = ILogObserver(application)
-    for text, at, always in (
-        ("request", LogLevel.info, False),
-        ("banner", LogLevel.info, True),
-        ("bad", LogLevel.error, False),
-    ):
-        event: dict[str, Any] = {"log_format": text, "log_level": at, "log_time": 0.0, "log_namespace": "ociregistry"}
-        observer({**event, **({"log_always": True} if always else {}), "log_system": "ociregistry", "isError": 0})
-    told = [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert told == (["banner", "bad"] if level == "error" else ["request", "banner", "bad"])
+    log = Logger(namespace="ociregistry", observer=ILogObserver(application))
+    log.info("a request")
+    log.info("the banner", **ALWAYS)
+    log.error("a failure")
+    told = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["the banner", "a failure"] if level == "error" else ["a request", "the banner", "a failure"]
+
+
+async def until_at(clock: Clock, predicate: Callable[[], object]) -> None:
+    """As `until`, without any time passing."""
+
+    def holds() -> object:
+        clock.advance(0)
+        return predicate()
+
+    await until(holds)
 
 
 @on_reactor

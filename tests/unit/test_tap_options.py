@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from twisted.application.service import IService, IServiceMaker
 from twisted.plugin import IPlugin
 from twisted.python.reflect import namedAny
-from twisted.scripts.twistd import ServerOptions  # type: ignore[attr-defined]  # made there for the platform
+from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
 from ociregistry.names import Upstream
