@@ -11,6 +11,7 @@ from typing import Any, cast
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
@@ -66,7 +67,6 @@ class Served(Resource):
     """Answers all GET and HEAD requests at and below its place by one `handler`."""
 
     isLeaf = True
-    log = Logger(namespace="ociregistry.web")
 
     def __init__(self, handler: Handler, traffic: Traffic, patience: float, clock: IReactorTime) -> None:
         """`patience` is how many seconds a client waits for the next byte."""
@@ -81,7 +81,7 @@ class Served(Resource):
         exchange = _Exchange(request, self._handler, self._patience, self._clock)
         self._traffic.began()
         served = Deferred.fromCoroutine(exchange.serve())
-        served.addErrback(lambda failure: self.log.failure("serving a request failed", failure))
+        served.addErrback(exchange.fail)
         served.addBoth(lambda _: self._traffic.ended())
         return NOT_DONE_YET
 
@@ -111,6 +111,12 @@ class _Exchange:
         finally:
             answer.content.close()
         self._log_access(answer)
+
+    def fail(self, failure: Failure) -> None:
+        """A defect: whatever was sent, the client must not wait for more."""
+        self.log.failure("a defect in answering {path}", failure, path=self._path)
+        if not self._gone:
+            self._request.channel.loseConnection()
 
     def _disconnected(self, _: object) -> None:
         self._gone = True
@@ -160,8 +166,7 @@ class _Exchange:
             request.finish()
 
     def _in_part(self, answer: Answer) -> tuple[Answer, Range | None]:
-        header = self._request.getHeader("range")
-        condition = self._request.getHeader("if-range")
+        header, condition = self._header(b"range"), self._header(b"if-range")
         if not answer.ranged or header is None or self._method != "GET":
             return answer, None
         if condition is not None and condition != answer.headers.get("ETag"):
@@ -201,6 +206,11 @@ class _Exchange:
             # it does not take in time is dropped.
             channel.setTimeout(SLOWEST)
             channel.loseConnection()
+
+    def _header(self, name: bytes) -> str | None:
+        # Whatever bytes a client sends: asked for by a text, Twisted would take them for UTF-8.
+        value = self._request.getHeader(name)
+        return None if value is None else value.decode("latin-1")
 
     @property
     def _path(self) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.images import MIB, Image, make_image
+from tests.images import MIB, Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry, missing_package, skopeo_copy
 from tests.processes import Daemon
+from tests.real.scripted import Cache, cache_in, plain_image, repository_for
 
 
 def _need(*programs: str) -> None:
@@ -81,3 +82,32 @@ def skopeo() -> Callable[..., None]:
 def big_image() -> Image:
     """An image with one layer of 200 MiB."""
     return make_image("big", layers=1, layer_size=200 * MIB)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """A daemon and its scripted upstream for all tests of a file; each takes a `repository` of its own."""
+    with cache_in(tmp_path_factory.mktemp("cache")) as cache:
+        yield cache
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository for the test alone."""
+    return repository_for(request.node.name)
+
+
+@pytest.fixture
+def image(cache: Cache, repository: str) -> Image:
+    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    image = plain_image(repository, 5000)
+    cache.upstream.add(repository, image, "1")
+    return image
+
+
+@pytest.fixture
+def index(cache: Cache, repository: str) -> Index:
+    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
+    index = make_index(repository)
+    cache.upstream.add(repository, index, "list")
+    return index

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from email.message import Message
 from pathlib import Path
@@ -19,39 +18,16 @@ from tests.real.scripted import (
     SEEN,
     Cache,
     blob_file,
-    cache_in,
     counts,
     daemon_in,
     plain_image,
     pull,
     record,
-    repository_for,
 )
 from tests.upstream_http import Rule
 from tests.upstream_rules import Header, NoLength, Reply
 
 GONE = Reply(503)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("api")) as cache:
-        yield cache
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
-
-
-@pytest.fixture
-def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
-    image = plain_image(repository, 5000)
-    cache.upstream.add(repository, image, "1")
-    return image
 
 
 def assert_headers(headers: Message, what: Blob | Manifest, media_type: str, namespace: str | None) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, make_image
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, daemon_in, repository_for, scripted
+from tests.real.scripted import SOON, Cache, daemon_in, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_http import Answer, Handler, Request, Rule, error
@@ -33,12 +33,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, elsewhere: ScriptedRegistry)
     folder = tmp_path_factory.mktemp("asking")
     with ScriptedRegistry() as upstream, daemon_in(folder, upstream, elsewhere) as daemon:
         yield Cache(daemon, upstream)
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
 
 
 @pytest.fixture

@@ -5,46 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.images import OCI_MANIFEST, Image, Index, make_index
+from tests.images import OCI_MANIFEST, Image, Index
 from tests.processes import wait_until
-from tests.real.scripted import SEEN, Cache, cache_in, counts, look_twice, plain_image, pull, record, repository_for
+from tests.real.scripted import SEEN, Cache, counts, look_twice, pull, record
 from tests.upstream_rules import Reply
 
 GONE = Reply(503)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("foreign")) as cache:
-        yield cache
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
-
-
-@pytest.fixture
-def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
-    image = plain_image(repository, 5000)
-    cache.upstream.add(repository, image, "1")
-    return image
-
-
-@pytest.fixture
-def index(cache: Cache, repository: str) -> Index:
-    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
-    index = make_index(repository)
-    cache.upstream.add(repository, index, "list")
-    return index
 
 
 GO = {

@@ -17,7 +17,7 @@ from tests import procfs
 from tests.client import fetch
 from tests.images import MIB, Blob, Image
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image
+from tests.real.scripted import SOON, Cache, assert_error, plain_image
 
 IDLE = 1000
 READERS = 50
@@ -44,13 +44,6 @@ def descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, ENOUGH_FOR_ALL), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("hostile")) as cache:
-        yield cache
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,12 @@ import pytest
 
 from tests.images import MIB, Blob, Image
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, cache_in, daemon_in, plain_image, repository_for, short_body
+from tests.real.scripted import SOON, Cache, daemon_in, plain_image, short_body
 from tests.upstream_http import Rule
 from tests.upstream_rules import Cut, Declare, Flip, Hold, NoLength, Resize
 
 SIZE = 3 * MIB + 12345
 CHUNK = MIB // 4
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("in_flight")) as cache:
-        yield cache
 
 
 @pytest.fixture
@@ -44,12 +36,6 @@ def layer(image: Image) -> Blob:
 def blob(repository: str, layer: Blob) -> str:
     """The path of its layer."""
     return f"{repository}/blobs/{layer.digest}"
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
 
 
 def pull_manifest(cache: Cache, repository: str) -> None:

@@ -12,25 +12,12 @@ import pytest
 
 from tests.client import Response, fetch
 from tests.images import OCI_INDEX, Image, make_artifact, make_index
-from tests.real.scripted import Cache, assert_error, cache_in, plain_image, repository_for
+from tests.real.scripted import Cache, assert_error, plain_image
 from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Cut, Reply
 
 TAGS = ["1", "1.0", "1.0-rc.1", "V2", "_x", "latest"]
 GONE = {"503": Reply(503), "cut": Cut(None), "captive_portal": Reply(200, b"<html>")}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("lists")) as cache:
-        yield cache
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
 
 
 @pytest.fixture

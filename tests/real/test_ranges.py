@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from email.message import Message
 
 import pytest
 
 from tests.client import Response
 from tests.images import Image
-from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, repository_for
+from tests.real.scripted import SOON, Cache, assert_error, plain_image
 from tests.upstream_rules import Hold
 
 SIZE = 2048
@@ -37,19 +36,6 @@ IGNORED = [
     *("0-99", "bits=0-99", "bytes 0-99", "bytes"),
 ]
 CASES = [*SATISFIABLE, *UNSATISFIABLE, *IGNORED]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("ranges")) as cache:
-        yield cache
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
 
 
 @pytest.fixture

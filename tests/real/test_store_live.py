@@ -11,14 +11,13 @@ from http.client import IncompleteRead
 import pytest
 
 from tests.client import fetch
-from tests.images import Image, Index, make_index
+from tests.images import Image, Index
 from tests.processes import run, wait_until
 from tests.real.scripted import (
     SEEN,
     Cache,
     blob_file,
     blob_paths,
-    cache_in,
     counts,
     daemon_in,
     look_twice,
@@ -26,7 +25,6 @@ from tests.real.scripted import (
     plain_image,
     pull,
     record,
-    repository_for,
 )
 from tests.upstream_rules import Reply
 
@@ -34,39 +32,10 @@ GONE = Reply(503)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("here")) as cache:
-        yield cache
-
-
-@pytest.fixture(scope="module")
 def other(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
     """Another daemon with a store of its own, for the same upstream."""
     with daemon_in(tmp_path_factory.mktemp("there"), cache.upstream) as daemon:
         yield replace(cache, daemon=daemon)
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
-
-
-@pytest.fixture
-def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
-    image = plain_image(repository, 5000)
-    cache.upstream.add(repository, image, "1")
-    return image
-
-
-@pytest.fixture
-def index(cache: Cache, repository: str) -> Index:
-    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
-    index = make_index(repository)
-    cache.upstream.add(repository, index, "list")
-    return index
 
 
 def copy_records(source: Cache, target: Cache, what: Image | Index) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.client import Response, fetch
 from tests.images import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image
-from tests.real.scripted import Cache, assert_error, cache_in, plain_image, repository_for
+from tests.real.scripted import Cache, assert_error, cache_in, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_http import Rule
@@ -38,20 +38,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, gone: ScriptedRegistry) -> I
     """One for all tests here."""
     with cache_in(tmp_path_factory.mktemp("failures"), gone) as cache:
         yield cache
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
-    return repository_for(request.node.name)
-
-
-@pytest.fixture
-def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream in the test's repository, as `1`, that nobody has pulled."""
-    image = plain_image(repository, SIZE)
-    cache.upstream.add(repository, image, "1")
-    return image
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime, ITransport
 from twisted.internet.task import Clock
 from twisted.python.failure import Failure
@@ -92,13 +93,16 @@ class Sent:
         return self.headers.get("Authorization")
 
 
+Told = Mapping[str, Any] | Exception | None
+
+
 class ScriptedExchanges(Exchanges):
     """Answers as the test tells it: by the first beginning of a URL that fits, in order, the last answer for good.
 
-    An answer is the keyword arguments of `answer`, or an error to raise.
+    An answer is the keyword arguments of `answer`, or an error to raise, or None: there is none.
     """
 
-    def __init__(self, script: Mapping[str, Sequence[Mapping[str, Any] | Exception]]) -> None:
+    def __init__(self, script: Mapping[str, Sequence[Told]]) -> None:
         self.sent: list[Sent] = []
         self._script = {url: list(answers) for url, answers in script.items()}
 
@@ -112,6 +116,9 @@ class ScriptedExchanges(Exchanges):
         for prefix, answers in self._script.items():
             if url.startswith(prefix):
                 told = answers.pop(0) if len(answers) > 1 else answers[0]
+                if told is None:
+                    silence: Deferred[Mapping[str, Any]] = Deferred()
+                    told = await silence
                 if isinstance(told, Exception):
                     raise told
                 return answer(**{"url": url, **told})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def pytest_collection_finish() -> None:
     """What was imported stays out of the garbage collection that follows every test: 50 ms each."""
     gc.collect()
     gc.freeze()
+
+
+_TESTS = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    """So does what piles up: reports and caches. Not after every test: what it left may be garbage a little later."""
+    if next(_TESTS) % 50 == 0:
+        gc.freeze()
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ async def test_a_half_copied_blob_is_a_miss(store: Store, root: Path, size: int)
     put_blob(root, LAYER.digest, LAYER.data.ljust(size)[:size])
     before = len(os.listdir("/proc/self/fd"))
     assert await store.blob(Digest(LAYER.digest)) is None
-    assert len(os.listdir("/proc/self/fd")) == before
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 @on_reactor
