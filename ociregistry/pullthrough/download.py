@@ -115,8 +115,8 @@ class Download:
 
     async def _fetch(self) -> None:
         partial = await self._left_behind()
+        stream = None
         try:
-            stream = None
             known = self._expected if self._expected is not None or partial is None else partial.size
             if partial is None or partial.length != known:
                 # The first answer decides whether there is such a blob; clients are told nothing before it.
@@ -135,6 +135,8 @@ class Download:
                 await self._keep_or_discard(partial, error)
             raise
         finally:
+            if stream is not None:
+                stream.body.abort()
             if partial is not None:
                 partial.close()
 
@@ -149,7 +151,6 @@ class Download:
     def _check(self, stream: BlobStream, known: int | None) -> None:
         told = stream.size
         if told is not None and known is not None and told != known:
-            stream.body.abort()
             raise OtherBlob(f"{self}: the upstream has {told} bytes, {known} are expected")
 
     async def _verify(self, partial: Partial) -> None:

@@ -280,3 +280,26 @@ async def test_a_defect_is_told_and_hidden_from_clients(
         await asked
     assert "secret" not in failed.value.message
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+
+
+class NoRoom(Files):
+    """A disk on which no file can be made in pulls/."""
+
+    def create(self, path: Path) -> SharedFile:
+        if path.parent.parent.name == "pulls":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().create(path)
+
+
+@on_reactor
+async def test_a_blob_that_has_no_room_frees_its_connection(root: Path, clock: Clock) -> None:
+    store = Store(root, clock, REACTOR, NoRoom())
+    store.start()
+    upstreams = MemoryRegistries()
+    asked = get(PullThrough(store, upstreams, clock))
+    await until(lambda: upstreams.calls)
+    sending = upstreams[0].stream(SIZE)
+    with pytest.raises(Unavailable, match="cannot be stored: No space"):
+        await asked
+    assert sending.connection.closed
+    store.stop()
