@@ -43,3 +43,17 @@ def _figure(pid: int, file: str, name: str) -> int:
     if found is None:
         raise RuntimeError(f"process {pid} has ended")
     return int(found[1])
+
+
+def processor_time(pid: int) -> float:
+    """How many seconds of processor time it has used so far."""
+    # What stands before the last parenthesis is the name, which may hold anything.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def connections_to(pid: int, port: int) -> int:
+    """How many IPv4 connections it has to this port."""
+    own = set(descriptors(pid))
+    lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[2].endswith(f":{port:04X}") and f"socket:[{line[9]}]" in own for line in lines)
