@@ -55,25 +55,49 @@ def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
     return daemon
 
 
-Start = Callable[..., Daemon]
+class Daemons:
+    """Starts daemons for which time passes as the test says, and stops them all in the end."""
+
+    def __init__(self, root: Path, clock: Clock) -> None:
+        self._root = root
+        self._clock = clock
+        self._started: list[Daemon] = []
+        self._stopped: list[Deferred[None]] = []
+
+    def start(self, *argv: str) -> None:
+        """Starts one."""
+        daemon = make(self._root, *argv, reactor=Timed(self._clock))
+        daemon.privilegedStartService()
+        daemon.startService()
+        self._started.append(daemon)
+
+    def stop(self) -> Deferred[None]:
+        """Stops the one that runs."""
+        self._stopped.append(self._started.pop().stopService())
+        return self._stopped[-1]
+
+    def stopped(self) -> bool:
+        """Whether all have stopped, without any time passing."""
+        self._clock.advance(0)
+        return not self._started and all(stopped.called for stopped in self._stopped)
+
+    async def stop_all(self) -> None:
+        """Stops them, whatever the test has left them in: a store's threads would keep the process from ending."""
+        while self._started:
+            self.stop()
+        for _ in range(100):
+            if not self.stopped():
+                self._clock.advance(1)
+                await turn()
+        await until(self.stopped)
 
 
 @pytest_twisted.async_yield_fixture
-async def start(root: Path) -> AsyncIterator[Start]:
+async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
     """Starts daemons."""
-    started: list[Daemon] = []
-
-    def start_one(*argv: str, reactor: Any = REACTOR) -> Daemon:
-        daemon = make(root, *argv, reactor=reactor)
-        daemon.privilegedStartService()
-        daemon.startService()
-        started.append(daemon)
-        return daemon
-
-    yield start_one
-    for daemon in started:
-        if daemon.running:
-            await daemon.stopService()
+    daemons = Daemons(root, clock)
+    yield daemons
+    await daemons.stop_all()
 
 
 def addresses(events: list[LogEvent]) -> list[str]:
@@ -88,8 +112,8 @@ async def get(network: Network, events: list[LogEvent], path: str) -> Response:
 
 
 @on_reactor
-async def test_it_tells_where_it_is_and_what_it_has(start: Start, root: Path, events: list[LogEvent]) -> None:
-    start("--listen", "tcp:0:interface=127.0.0.1")
+async def test_it_tells_where_it_is_and_what_it_has(daemons: Daemons, root: Path, events: list[LogEvent]) -> None:
+    daemons.start("--listen", "tcp:0:interface=127.0.0.1")
     (banner,) = [event for event in events if event.get("log_always")]
     (text,) = texts([banner])
     for word in (f"ociregistry {__version__}", str(root), "0 lists", "0 images", *addresses(events)):
@@ -98,9 +122,11 @@ async def test_it_tells_where_it_is_and_what_it_has(start: Start, root: Path, ev
 
 
 @on_reactor
-async def test_it_serves(start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry) -> None:
+async def test_it_serves(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
     upstream.add("team/app", BUILT, "1")
-    start("--default-ns", upstream.host)
+    daemons.start("--default-ns", upstream.host)
     health = await get(network, events, "/health")
     assert json.loads(await health.collect(1000))["version"] == __version__
     for _ in range(2):
@@ -122,17 +148,17 @@ async def test_it_serves(start: Start, network: Network, events: list[LogEvent],
 
 
 @on_reactor
-async def test_an_upstream_that_is_not_allowed(start: Start, network: Network, events: list[LogEvent]) -> None:
-    start("--allow-upstreams", "quay.io")
+async def test_an_upstream_that_is_not_allowed(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+    daemons.start("--allow-upstreams", "quay.io")
     assert (await get(network, events, "/v2/team/app/manifests/1")).status == 403
 
 
 @on_reactor
 async def test_the_scheme_that_is_configured_is_used(
-    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, tmp_path: Path
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, tmp_path: Path
 ) -> None:
     (tmp_path / "it.yaml").write_text(f"- name: {upstream.host}\n  scheme: https\n")
-    start("--default-ns", upstream.host, "--config-path", str(tmp_path / "it.yaml"))
+    daemons.start("--default-ns", upstream.host, "--config-path", str(tmp_path / "it.yaml"))
     assert (await get(network, events, "/v2/team/app/manifests/1")).status == 503
     assert upstream.requests == ()
 
@@ -192,65 +218,45 @@ def test_its_log_is_twistds_behind_our_level(root: Path, capsys: pytest.CaptureF
     log.info("the banner", **ALWAYS)
     log.error("a failure")
     told = [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert told == ["the banner", "a failure"] if level == "error" else ["a request", "the banner", "a failure"]
-
-
-async def until_at(clock: Clock, predicate: Callable[[], object]) -> None:
-    """As `until`, without any time passing."""
-
-    def holds() -> object:
-        clock.advance(0)
-        return predicate()
-
-    await until(holds)
+    assert told == (["the banner", "a failure"] if level == "error" else ["a request", "the banner", "a failure"])
 
 
 @on_reactor
 async def test_a_request_in_flight_is_answered_before_the_end(
-    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     hold = Hold()
     upstream.script("*", hold)
-    daemon = start("--default-ns", upstream.host, reactor=Timed(clock))
+    daemons.start("--default-ns", upstream.host)
     asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
     await until(hold.reached.is_set)
-    stopped = daemon.stopService()
+    stopped = daemons.stop()
     await turn()
     with pytest.raises(Unavailable, match="refused"):
         await get(network, events, "/health")
     assert not stopped.called
     hold.release.set()
     assert await (await asked).collect(10_000) == BUILT.manifest.data
-
-    def has_stopped() -> bool:
-        clock.advance(0)
-        return stopped.called
-
-    await until(has_stopped)
+    await until(daemons.stopped)
 
 
 @on_reactor
 async def test_but_not_for_longer_than_half_a_minute(
-    start: Start, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     upstream.script("/v2/*/blobs/*", Hold(100_000))
-    daemon = start("--default-ns", upstream.host, reactor=Timed(clock))
+    daemons.start("--default-ns", upstream.host)
     response = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
     assert await response.body.read()
-    stopped = daemon.stopService()
+    stopped = daemons.stop()
     for _ in range(29):
         clock.advance(1)
         await turn()
     assert not stopped.called
     clock.advance(1)
-
-    def has_stopped() -> bool:
-        clock.advance(0)
-        return stopped.called
-
-    await until(has_stopped)
+    await until(daemons.stopped)
     assert "stopping with requests in flight after 30 s" in texts(events, LogLevel.warn)
     with pytest.raises(Unavailable):
         await response.collect(1_000_000)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 from twisted.internet.defer import Deferred
@@ -30,12 +30,20 @@ def silent() -> Iterator[socket.socket]:
         yield listening
 
 
-def accepted(listening: socket.socket) -> list[socket.socket]:
-    """A connection, if one has come."""
-    try:
-        return [listening.accept()[0]]
-    except BlockingIOError:
-        return []
+async def accept(listening: socket.socket) -> socket.socket:
+    """A connection on which the client has said something."""
+    connections: list[socket.socket] = []
+
+    def said() -> bool:
+        with suppress(BlockingIOError):
+            if not connections:
+                connections.append(listening.accept()[0])
+                connections[0].setblocking(False)
+            return bool(connections[0].recv(1, socket.MSG_PEEK))
+        return False
+
+    await until(said)
+    return connections[0]
 
 
 async def get(network: Network, url: str, method: str = "GET") -> Response:
@@ -212,18 +220,12 @@ async def test_a_host_that_says_nothing_to_the_tls_hello(
     exchanges = network.exchanges("reg.example", clock=clock)
     url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
     sending = Deferred.fromCoroutine(exchanges.send("GET", url, {}))
-    connections: list[socket.socket] = []
-
-    def connected() -> bool:
-        connections.extend(accepted(silent))
-        return bool(connections)
-
-    await until(connected)
+    connection = await accept(silent)
     clock.advance(30)
     with pytest.raises(Unavailable, match=r"^reg.example: it gave no answer in time$") as refused:
         await sending
     assert not isinstance(refused.value, NoTls)
-    connections[0].close()
+    connection.close()
 
 
 @on_reactor

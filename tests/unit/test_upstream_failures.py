@@ -6,6 +6,7 @@ import pytest
 from OpenSSL import SSL
 from service_identity import VerificationError
 from twisted.internet import defer, error
+from twisted.internet.address import HostnameAddress
 from twisted.python.failure import Failure
 from twisted.web.client import RequestTransmissionFailed, ResponseFailed, ResponseNeverReceived
 
@@ -28,6 +29,7 @@ SENTENCES = [
     (error.NoRouteError(), "there is no route to it"),
     (error.TimeoutError(), "it cannot be connected to in time"),
     (error.TCPTimedOutError(), "it cannot be connected to in time"),
+    (error.ConnectingCancelledError(HostnameAddress(b"reg.example", 443)), "it cannot be connected to in time"),
     (defer.TimeoutError(), "it gave no answer in time"),
     (defer.CancelledError(), "it gave no answer in time"),
     (error.ConnectionDone(), "it closed the connection"),
@@ -47,7 +49,7 @@ def test_an_exception_in_words(exception: Exception, sentence: str) -> None:
     assert explain(exception) == sentence
 
 
-@pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:14])
+@pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:15])
 @pytest.mark.parametrize("kind", [ResponseNeverReceived, ResponseFailed, RequestTransmissionFailed])
 def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: str, kind: type[Exception]) -> None:
     assert explain(wrapped(exception, kind=kind)) == sentence
