@@ -188,7 +188,8 @@ class Daemon(Service):
 
     def privilegedStartService(self) -> None:
         """Listens. A port that cannot be had ends the process with exit status 1."""
-        endpoints = self._settings.listen or (f"tcp:{self._settings.port}",)
+        # A node that starts opens many connections at once; with Twisted's 50 in waiting some would wait a second.
+        endpoints = self._settings.listen or (f"tcp:{self._settings.port}:backlog=1024",)
         for endpoint in endpoints:
             failures: list[Failure] = []
             try:

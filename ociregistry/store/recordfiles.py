@@ -67,17 +67,17 @@ class RecordFiles:
         if digest is None:
             raise RecordInvalid("its name is not that of a record")
         try:
-            regular = stat.S_ISREG(path.stat().st_mode)
+            status = path.stat()
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            regular = False
-        if not regular:
+            raise RecordInvalid("it is a link to itself") from None
+        if not stat.S_ISREG(status.st_mode):
             raise RecordInvalid("it is not a file")
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_RECORD + 1)
-        if len(data) > _LARGEST_RECORD:
+        if status.st_size > _LARGEST_RECORD:
             raise RecordInvalid(f"larger than {_LARGEST_RECORD} bytes")
+        with path.open("rb") as file:
+            data = file.read()
         record = Record.parse(data, digest)
         if self.path(digest, is_list=record.manifest.is_list) != path:
             raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")

@@ -13,6 +13,7 @@ _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
     (error.NoRouteError, "there is no route to it"),
     (error.TimeoutError, "it cannot be connected to in time"),
     (error.TCPTimedOutError, "it cannot be connected to in time"),
+    (error.ConnectingCancelledError, "it cannot be connected to in time"),
     (defer.TimeoutError, "it gave no answer in time"),
     # How an Agent tells that a request was cancelled by its time-out.
     (defer.CancelledError, "it gave no answer in time"),
@@ -49,7 +50,8 @@ def _tls_reason(cause: SSL.Error) -> str:
 
 def was_cancelled(exception: BaseException) -> bool:
     """Whether the request failed because somebody cancelled it."""
-    return any(isinstance(cause, defer.CancelledError) for cause in causes(exception))
+    cancelled = (defer.CancelledError, error.ConnectingCancelledError)
+    return any(isinstance(cause, cancelled) for cause in causes(exception))
 
 
 def speaks_no_tls(exception: BaseException) -> bool:

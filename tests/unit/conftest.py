@@ -6,6 +6,7 @@ import gc
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_twisted
@@ -81,12 +82,12 @@ def store(root: Path, clock: Clock) -> Iterator[Store]:
 
 
 @pytest.fixture
-def open_store(root: Path) -> Iterator[Callable[[], Store]]:
-    """Opens the same folder as another process does; only its first look is taken."""
+def open_store(root: Path) -> Iterator[Callable[..., Store]]:
+    """Opens the same folder as another process does, perhaps with other `files`; only its first look is taken."""
     opened: list[Store] = []
 
-    def open_it() -> Store:
-        opened.append(Store(root, Clock(), REACTOR))
+    def open_it(**how: Any) -> Store:
+        opened.append(Store(root, Clock(), REACTOR, **how))
         opened[-1].start()
         return opened[-1]
 

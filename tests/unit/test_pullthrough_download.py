@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from twisted.internet.defer import Deferred
-from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundBlob, PullThrough
 from ociregistry.pullthrough.content import Content
-from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.doubles import REACTOR, image, manifest, on_reactor, texts, until
+from tests.unit.doubles import image, manifest, on_reactor, texts, until
 from tests.unit.registries import MemoryRegistries, Sending, landed
 
 BUILT = make_image("download", layer_size=100_000)
@@ -221,29 +217,6 @@ async def test_an_empty_body_is_not_the_empty_blob(cache: PullThrough, upstreams
         await asked
 
 
-class Full(Files):
-    """A disk that takes the first thousand bytes of a file."""
-
-    def write(self, file: SharedFile, data: bytes, offset: int) -> None:
-        if offset + len(data) > 1000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().write(file, data, offset)
-
-
-@on_reactor
-async def test_a_full_disk_ends_it(root: Path, upstreams: MemoryRegistries, clock: Clock) -> None:
-    store = Store(root, clock, REACTOR, Full())
-    store.start()
-    content, sending = await begin(PullThrough(store, upstreams, clock), upstreams)
-    sending.send(DATA[:1000])
-    assert await content.more_than(0) == 1000
-    sending.send(DATA[1000:])
-    assert (await failure(content, 1000)).message == f"{WHERE}: cannot be stored: No space left on device"
-    assert sending.connection.closed
-    content.close()
-    store.stop()
-
-
 @on_reactor
 async def test_a_failure_that_nobody_follows_is_one_line(
     cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
@@ -280,26 +253,3 @@ async def test_a_defect_is_told_and_hidden_from_clients(
         await asked
     assert "secret" not in failed.value.message
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
-
-
-class NoRoom(Files):
-    """A disk on which no file can be made in pulls/."""
-
-    def create(self, path: Path) -> SharedFile:
-        if path.parent.parent.name == "pulls":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().create(path)
-
-
-@on_reactor
-async def test_a_blob_that_has_no_room_frees_its_connection(root: Path, clock: Clock) -> None:
-    store = Store(root, clock, REACTOR, NoRoom())
-    store.start()
-    upstreams = MemoryRegistries()
-    asked = get(PullThrough(store, upstreams, clock))
-    await until(lambda: upstreams.calls)
-    sending = upstreams[0].stream(SIZE)
-    with pytest.raises(Unavailable, match="cannot be stored: No space"):
-        await asked
-    assert sending.connection.closed
-    store.stop()

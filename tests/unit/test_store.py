@@ -8,14 +8,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
 from ociregistry.store.records import Record
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
-from tests.unit.doubles import REACTOR, image, manifest, on_reactor, record, texts, until
+from tests.unit.doubles import image, manifest, on_reactor, record, texts, until
 
 BUILT = make_image("store")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
@@ -123,10 +122,9 @@ async def test_a_damaged_record_is_a_miss_with_a_line(store: Store, root: Path, 
 
 
 @on_reactor
-async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, clock: Clock) -> None:
+async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, open_store: Callable[..., Store]) -> None:
     moment = [NOW]
-    store = Store(root, clock, REACTOR, now=lambda: moment[0])
-    store.start()
+    store = open_store(now=lambda: moment[0])
     await store.keep(IMAGE, NGINX)
     os.utime(record(root, IMAGE.digest), (0, 0))
     for minutes in (0, 5):
@@ -134,7 +132,6 @@ async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, clock: Cloc
         assert await store.manifest(NGINX) == IMAGE
         pulled = moment[0].timestamp()
         await until(lambda pulled=pulled: record(root, IMAGE.digest).stat().st_mtime == pulled)  # type: ignore[misc]  # of this turn
-    store.stop()
 
 
 @on_reactor

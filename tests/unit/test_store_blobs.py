@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from twisted.internet.defer import gatherResults
-from twisted.internet.task import Clock
 
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.blobs import open_blob, read_at
@@ -225,10 +224,9 @@ class Full(Files):
 
 
 @on_reactor
-async def test_an_append_that_fails_does_not_grow(root: Path, clock: Clock) -> None:
+async def test_an_append_that_fails_does_not_grow(open_store: Callable[..., Store]) -> None:
     disk = Full()
-    store = Store(root, clock, REACTOR, disk)
-    store.start()
+    store = open_store(files=disk)
     partial = await store.new_partial(DIGEST, None, SOURCE)
     disk.full = True
     await partial.append(DATA[:10])
@@ -237,4 +235,3 @@ async def test_an_append_that_fails_does_not_grow(root: Path, clock: Clock) -> N
     assert partial.length == 10
     await partial.discard()
     partial.close()
-    store.stop()
