@@ -104,6 +104,10 @@ class RecordFiles:
             self._files.rename(path, self._pulls.bad / path.name)
             return None
 
+    def read_for_pull(self, path: Path, now: float) -> tuple[Record, bool]:
+        """As `read`, and whether `note_pull` has something to note at `now`."""
+        return self.read(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
+
     def note_pull(self, path: Path, now: float) -> None:
         """Lets the file's mtime tell, to the minute, that the manifest was pulled at `now`."""
         # A store that can only be read still serves.

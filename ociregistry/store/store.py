@@ -153,19 +153,18 @@ class Store:
         entry = self._catalogue.get(digest)
         assert entry is not None
         path = self._records.path(digest, is_list=entry.is_list)
+        now = self._now().timestamp()
         try:
-            record = await self._threads.read(self._records.read, path)
-        except FileNotFoundError:
-            record = None
+            record, to_note = await self._threads.read(self._records.read_for_pull, path, now)
         except (RecordInvalid, OSError) as error:
-            self.log.error("cannot read the record {path}: {why}", path=path, why=error)
-            record = None
-        if record is None:
+            if not isinstance(error, FileNotFoundError):
+                self.log.error("cannot read the record {path}: {why}", path=path, why=error)
             self._forget(path)
             self._known.pop(path, None)
-        else:
+            return None
+        if to_note:
             # Not where hits are read: it may wait for the disk.
-            self._threads.write(self._records.note_pull, path, self._now().timestamp())
+            self._threads.write(self._records.note_pull, path, now)
         return record
 
     async def keep(self, manifest: Manifest, image: ImageReference) -> None:

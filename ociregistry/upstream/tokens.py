@@ -45,9 +45,8 @@ class Tokens:
 
     async def token(self, challenge: BearerChallenge) -> str:
         """A token that answers `challenge`; raises `Unavailable`."""
-        kept = self._kept.get(challenge)
-        if kept is not None and self._clock.seconds() < kept.expires:
-            return kept.value
+        if self.holds(challenge):
+            return self._kept[challenge].value
         return await self._flights.join(challenge, lambda: self._fetch_token(challenge))
 
     def holds(self, challenge: BearerChallenge) -> bool:
