@@ -79,6 +79,17 @@ class Denied(RegistryError):
     code = "DENIED"
 
 
+class Circle(Denied):
+    """A request that came back to a cache that had asked for it; `via` names those that it came through."""
+
+    def __init__(self, message: str, via: str) -> None:
+        super().__init__(message)
+        self.via = via
+
+    def headers(self) -> dict[str, str]:
+        return {"Via": self.via}
+
+
 class Unsupported(RegistryError):
     """An operation of the API that this server does not offer on purpose."""
 

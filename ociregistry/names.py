@@ -39,11 +39,14 @@ class Upstream:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The upstream that `text` names; other names of Docker Hub become `docker.io`.
+        """The upstream that `text` names; other names of Docker Hub become `docker.io`, and IPv6
+        addresses get brackets.
 
         Raises `NameInvalid` for anything but a host with an optional port: no scheme, user or path.
         """
         name = text.lower()
+        if name.count(":") > 1 and _is_host(f"[{name}]"):
+            name = f"[{name}]"
         match = _UPSTREAM.fullmatch(name)
         sound = match is not None and _is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
         if not sound or len(name) > _LONGEST_NAME:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ociregistry.config import ConfigInvalid, RegistrySettings, read_config
+from ociregistry.config.file import Config, read_config
+from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.registries import RegistrySettings
+from ociregistry.config.tls import ServerTls
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
 
@@ -34,6 +37,14 @@ class Settings:
     """Globs; empty for all."""
     default_ns: Upstream
     registries: Mapping[Upstream, RegistrySettings]
+    tls: ServerTls | None
+    """How clients are served over TLS; None for plain HTTP."""
+    warnings: tuple[str, ...]
+    """What can be used, but is hardly what was meant."""
+
+    def entry(self, upstream: Upstream) -> RegistrySettings:
+        """What is configured for `upstream`, be it nothing."""
+        return self.registries.get(upstream, RegistrySettings(upstream))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,7 @@ class Option:
 
 
 def _path(text: str) -> Path:
-    if not text:
+    if not text or "\0" in text:
         raise ValueError("a path is expected")
     try:
         return Path(text).expanduser().absolute()
@@ -102,24 +113,31 @@ OPTIONS = (
 )
 
 
-def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path: str | None) -> Settings:
+def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path: Path | None) -> Settings:
     """The settings that the options `given` on the command line (by `Option.key`) and the file make.
 
     Raises `ConfigInvalid`, which names the option, or the file with line and key.
     """
-    config = read_config(Path(config_path), {option.key for option in OPTIONS}) if config_path else None
+    config = read_config(config_path, {option.key for option in OPTIONS}) if config_path else Config(Path())
     values: dict[str, object] = {}
     for option in OPTIONS:
         if option.key in given:
             values[option.key] = _parsed(option, given[option.key], f"--{option.name}")
-        elif config is not None and option.key in config.values:
+        elif option.key in config.values:
             text, where = config.values[option.key]
-            values[option.key] = _parsed(option, text, f"{where}: {option.key}", config.path.absolute().parent)
+            values[option.key] = _parsed(option, text, where, config.path.absolute().parent)
         else:
             values[option.key] = option.parse(option.default)
-    if config is not None and not listen:
-        listen = config.listen
-    return Settings(**values, listen=listen, registries=config.registries if config else {})  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
+    listen = listen or config.listen
+    if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
+        raise ConfigInvalid(f"{config.tls_at}: all that is listened on speaks TLS by it: tcp: in place of ssl:")
+    return Settings(
+        **values,  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
+        listen=listen,
+        registries=config.registries,
+        tls=config.tls,
+        warnings=config.warnings,
+    )
 
 
 def _parsed(option: Option, text: str, where: str, folder: Path | None = None) -> object:

@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import RegistryError, Unavailable
 from ociregistry.flights import Flights
 from ociregistry.manifests import Manifest
@@ -50,7 +51,7 @@ class FoundSize:
 class PullThrough:
     """The cache. Every answer comes within 25 s, or `Unavailable` does; the fetch then goes on for a later call.
 
-    All methods raise `Denied` for an upstream that is not allowed.
+    All methods raise `Denied` for an upstream that is not allowed. `chain` is who stands between us and the client.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -90,26 +91,26 @@ class PullThrough:
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
-    async def manifest(self, image: ImageReference) -> FoundManifest:
+    async def manifest(self, image: ImageReference, chain: Chain = NOBODY) -> FoundManifest:
         """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`."""
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
-        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image))
+        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, chain))
         return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
 
-    async def _fetch_manifest(self, image: ImageReference) -> Manifest:
+    async def _fetch_manifest(self, image: ImageReference, chain: Chain) -> Manifest:
         self.log.debug("pulling manifest from upstream: {image}", image=image)
-        manifest = await self._registries.get(image.repository.upstream).manifest(image)
+        manifest = await self._registries.get(image.repository.upstream, chain).manifest(image)
         try:
             await self._store.keep(manifest, image)
         except OSError as error:
             raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
         return manifest
 
-    async def blob(self, repository: Repository, digest: Digest) -> FoundBlob:
+    async def blob(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundBlob:
         """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`."""
         self._registries.check(repository.upstream)
         while True:
@@ -121,14 +122,14 @@ class PullThrough:
             # A download that ended while we looked may have brought it.
             if ended == self._ended:
                 break
-        followed = Deferred.fromCoroutine(self._follow(repository, digest))
+        followed = Deferred.fromCoroutine(self._follow(repository, digest, chain))
         return FoundBlob(await in_time(followed, self._clock, f"{repository}@{digest}"), hit=False)
 
-    async def _follow(self, repository: Repository, digest: Digest) -> Content:
+    async def _follow(self, repository: Repository, digest: Digest, chain: Chain) -> Content:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
-                download = self._start(repository, digest)
+                download = self._start(repository, digest, chain)
             try:
                 return await download.reader()
             except RegistryError:
@@ -136,10 +137,10 @@ class PullThrough:
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
-    def _start(self, repository: Repository, digest: Digest, *, again: bool = True) -> Download:
+    def _start(self, repository: Repository, digest: Digest, chain: Chain, *, again: bool = True) -> Download:
         """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
-        registry = self._registries.get(repository.upstream)
+        registry = self._registries.get(repository.upstream, chain)
         expected = self._store.size_in(repository, digest)
         connections = Connections(registry, repository, digest, self._clock, self._jitter)
         download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
@@ -152,9 +153,9 @@ class PullThrough:
             return
         del self._downloads[download.digest]
         if download.spoiled and again and not self._stopping:
-            self._start(download.repository, download.digest, again=False)
+            self._start(download.repository, download.digest, NOBODY, again=False)
 
-    async def blob_size(self, repository: Repository, digest: Digest) -> FoundSize:
+    async def blob_size(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundSize:
         """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""
         self._registries.check(repository.upstream)
         stored = await self._store.blob(digest)
@@ -164,7 +165,7 @@ class PullThrough:
         download = self._downloads.get(digest)
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
-        registry = self._registries.get(repository.upstream)
+        registry = self._registries.get(repository.upstream, chain)
         asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest))
         told = await in_time(asked, self._clock, f"{repository}@{digest}")
         known = self._store.size_in(repository, digest)

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
@@ -44,9 +45,9 @@ class Listings:
         self._registries = registries
         self._clock = clock
 
-    async def tags(self, repository: Repository, count: int | None, last: str) -> FoundTags:
+    async def tags(self, repository: Repository, count: int | None, last: str, chain: Chain = NOBODY) -> FoundTags:
         """At most `count` tags of `repository` after the tag `last`."""
-        registry = self._registries.get(repository.upstream)
+        registry = self._registries.get(repository.upstream, chain)
         if count == 0:
             return FoundTags(TagPage((), more=False), hit=False)
         asked = Deferred.fromCoroutine(registry.tags(repository, count, last))
@@ -61,13 +62,15 @@ class Listings:
             page = following[:count]
             return FoundTags(TagPage(tuple(page), more=len(page) < len(following)), hit=True)
 
-    async def referrers(self, repository: Repository, digest: Digest, artifact_type: str) -> FoundReferrers:
+    async def referrers(
+        self, repository: Repository, digest: Digest, artifact_type: str, chain: Chain = NOBODY
+    ) -> FoundReferrers:
         """The index of what refers to the manifest `digest`, only that of `artifact_type` if it is given.
 
         What the upstream lists is kept under the tag that the specification sets aside for registries without
         this API ("Referrers Tag Schema").
         """
-        registry = self._registries.get(repository.upstream)
+        registry = self._registries.get(repository.upstream, chain)
         tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
         asked = Deferred.fromCoroutine(registry.referrers(repository, digest))
         try:

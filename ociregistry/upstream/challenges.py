@@ -1,12 +1,23 @@
-"""Bearer challenges: what a registry wants to see a token for (RFC 6750, and the token authentication of
+"""Challenges: how a registry wants to be told who asks (RFC 7617, RFC 6750, and the token authentication of
 distribution)."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
-_PARAMETER = re.compile(r'\s*([a-zA-Z_]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))\s*(?:,|$)')
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# A header may hold several challenges, and a challenge several parameters, with commas between all of them alike
+# (RFC 9110, section 11.6.1): a part that begins with two words begins a challenge.
+_PART = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.)*")+')
+_BEGINNING = re.compile(rf"\s*(?P<scheme>{_TOKEN})(?:\s+(?!\s|=)(?P<rest>.*)|\s*)", re.DOTALL)
+_PARAMETER = re.compile(rf'\s*(?P<name>{_TOKEN})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s",]+))\s*')
+
+
+@dataclass(frozen=True, slots=True)
+class BasicChallenge:
+    """A user and a password are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +31,49 @@ class BearerChallenge:
     @classmethod
     def parse(cls, header: str) -> BearerChallenge | None:
         """The Bearer challenge in a `WWW-Authenticate` header, or None if it is another one or malformed."""
-        scheme, _, rest = header.strip().partition(" ")
-        if scheme.lower() != "bearer":
-            return None
-        parameters = {
-            match[1].lower(): re.sub(r"\\(.)", r"\1", match[2]) if match[2] is not None else match[3]
-            for match in _PARAMETER.finditer(rest)
-        }
-        if not parameters.get("realm"):
-            return None
-        return cls(parameters["realm"], parameters.get("service", ""), parameters.get("scope", ""))
+        return next((found for found in _challenges([header]) if isinstance(found, BearerChallenge)), None)
+
+    def widened(self, other: BearerChallenge) -> BearerChallenge:
+        """The same for the scopes of `other` too."""
+        scopes = dict.fromkeys([*self.scope.split(), *other.scope.split()])
+        return replace(other, scope=" ".join(scopes))
+
+
+Challenge = BasicChallenge | BearerChallenge
+
+
+def best_challenge(headers: Iterable[str]) -> Challenge | None:
+    """The challenge in these `WWW-Authenticate` headers that is answered: a Bearer one before a Basic one."""
+    found = list(_challenges(headers))
+    return next((one for one in found if isinstance(one, BearerChallenge)), next(iter(found), None))
+
+
+def lacks_scope(headers: Iterable[str]) -> bool:
+    """Whether a token was refused because it is for too little (RFC 6750, section 3.1)."""
+    return ("bearer", "insufficient_scope") in ((scheme, told.get("error")) for scheme, told in _parsed(headers))
+
+
+def _challenges(headers: Iterable[str]) -> Iterator[Challenge]:
+    for scheme, told in _parsed(headers):
+        if scheme == "basic":
+            yield BasicChallenge()
+        elif scheme == "bearer" and told.get("realm"):
+            yield BearerChallenge(told["realm"], told.get("service", ""), told.get("scope", ""))
+
+
+def _parsed(headers: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """Each challenge: its scheme, and its parameters by their names, all in lower case."""
+    challenges: list[tuple[str, dict[str, str]]] = []
+    for header in headers:
+        told: dict[str, str] = {}
+        for part in _PART.findall(header):
+            beginning = _BEGINNING.fullmatch(part)
+            if beginning is not None:
+                told = {}
+                challenges.append((beginning["scheme"].lower(), told))
+            parameter = _PARAMETER.fullmatch((beginning["rest"] or "") if beginning else part)
+            if parameter is not None:
+                quoted = parameter["quoted"]
+                value = parameter["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                told[parameter["name"].lower()] = value
+    return challenges

@@ -1,151 +1,192 @@
-"""Requests to one upstream's API: scheme, tokens and redirects, with a response that is the registry's own."""
+"""Requests to one registry's API: scheme, authorisation and redirects, with a response that is the registry's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from urllib.parse import urljoin, urlsplit
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from math import ceil
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.errors import Unavailable
-from ociregistry.names import DOCKER_HUB, Repository, Upstream
-from ociregistry.upstream.challenges import BearerChallenge
+from ociregistry.names import Repository
+from ociregistry.upstream.authorization import Authorization, Proof, Scope
+from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.exchange import Exchanges, NoTls, Response
-from ociregistry.upstream.tokens import LARGEST_TOKEN, Tokens
+from ociregistry.upstream.origins import Origin, redirected
+from ociregistry.upstream.tokens import LARGEST_TOKEN, AccessRefused, TokenRequest, Tokens
 
-_DOCKER_HUB_API = "registry-1.docker.io"
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
+_MOST_REFUSALS = 8
+"""Of one request, by all hosts together that it is led to."""
 _SCHEME_KEPT = 600.0
 """Seconds for which a scheme that was found out is remembered."""
+_FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
-_MOST_CHALLENGES = 1000
+Headers = Mapping[str, str]
 
-_Origin = tuple[str, str | None, int | None]
-_Scope = tuple[_Origin, Repository]
 
-PlainAllowed = Callable[[Upstream], Deferred[bool]]
-"""Whether an upstream without a configured scheme may be asked over http."""
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where the API of a registry is.
+
+    `scheme` is None to find out; `ns` is the registry that a mirror is asked for, in its query.
+    """
+
+    scheme: str | None
+    netloc: str
+    path: str = ""
+    ns: str = ""
+
+    def origin(self, scheme: str) -> Origin:
+        """The origin of its URLs."""
+        return Origin.of(f"{scheme}://{self.netloc}/")
+
+    def url(self, scheme: str, repository: Repository, path: str) -> str:
+        """The URL of `path` below a repository."""
+        url = f"{scheme}://{self.netloc}{self.path}/v2/{repository.path}/{path}"
+        return url + (("&" if "?" in path else "?") + f"ns={self.ns}" if self.ns else "")
 
 
 class Client:
-    """Asks one upstream, as distribution-spec clients do."""
+    """Asks one registry, as distribution-spec clients do."""
 
     def __init__(
         self,
-        upstream: Upstream,
-        scheme: str | None,
+        name: str,
+        base: Base,
         exchanges: Exchanges,
-        plain_allowed: PlainAllowed,
+        credentials: Credentials,
+        trusted: Callable[[Origin], bool],
+        plain_allowed: Callable[[], Awaitable[bool]],
         clock: IReactorTime,
     ) -> None:
-        self._upstream = upstream
-        self._netloc = _DOCKER_HUB_API if upstream.name == DOCKER_HUB else upstream.name
-        self._scheme = scheme
+        """`name` is for messages; `trusted` says which token services get the credentials; `plain_allowed`, whether a
+        registry whose scheme is to be found out may be asked by http."""
+        self._name = name
+        self._base = base
         self._learned: tuple[str, float] | None = None
         self._exchanges = exchanges
         self._plain_allowed = plain_allowed
         self._clock = clock
-        self._tokens = Tokens(str(upstream), self._fetch_token, clock)
-        self._challenges: dict[_Scope, BearerChallenge] = {}
+        self._rests_until = 0.0
+        self._authorization = Authorization(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
     async def request(
-        self, method: str, repository: Repository, path: str, headers: Mapping[str, str] | None = None
+        self, method: str, repository: Repository, path: str, headers: Headers | None = None
     ) -> Response:
         """The answer to a request for `path` below `repository`, whatever its status.
 
-        A token that the upstream wants is fetched; redirects are followed. Raises `Unavailable`.
+        Credentials and tokens that the registry wants are sent; redirects are followed. Raises `Unavailable`,
+        `AccessRefused` too, and `Denied` for an address that it must not lead us to.
         """
-        # Who is refused may come back once with a token; twice, if the first was one from an earlier request.
-        refused: dict[_Scope, bool] = {}
+        wait = self._rests_until - self._clock.seconds()
+        if wait > 0:
+            raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
+        refused: dict[Scope, list[Proof | None]] = {}
         while True:
-            response = await self._send(method, repository, path, headers or {})
-            scope = _origin(response.url), repository
-            challenges = map(BearerChallenge.parse, response.headers("www-authenticate"))
-            challenge = next(filter(None, challenges), None)
-            if response.status != 401 or challenge is None or not refused.get(scope, True):
+            asked = await self._send(method, repository, path, headers or {})
+            response = asked.response
+            if response.status == 429:
+                self._rest(response)
+            if response.status != 401:
+                return response
+            scope = Origin.of(response.url), repository
+            refused.setdefault(scope, []).append(asked.proof)
+            if sum(map(len, refused.values())) > _MOST_REFUSALS:
+                return response
+            challenges = response.headers("www-authenticate")
+            if not self._authorization.refused(scope, asked.own, refused[scope], challenges):
                 return response
             await response.discard()
-            self._remember(scope, challenge)
-            refused[scope] = scope not in refused and self._tokens.holds(challenge)
 
-    def _remember(self, scope: _Scope, challenge: BearerChallenge) -> None:
-        if scope in self._challenges:
-            self._tokens.forget(self._challenges.pop(scope))
-        if len(self._challenges) >= _MOST_CHALLENGES:
-            self._challenges.clear()
-        self._challenges[scope] = challenge
+    def _rest(self, response: Response) -> None:
+        self._rests_until = self._clock.seconds() + response.retry_after
 
-    async def _send(self, method: str, repository: Repository, path: str, headers: Mapping[str, str]) -> Response:
-        target = f"{self._netloc}/v2/{repository.path}/{path}"
+    async def _send(self, method: str, repository: Repository, path: str, headers: Headers) -> _Asked:
         scheme = self._known_scheme()
         if scheme is not None:
-            return await self._follow(method, f"{scheme}://{target}", headers, repository)
+            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository)
         try:
-            response = await self._follow(method, f"https://{target}", headers, repository)
+            asked = await self._follow(method, self._base.url("https", repository, path), headers, repository)
             scheme = "https"
         except NoTls:
-            if not await self._plain_allowed(self._upstream):
+            if not await self._plain_allowed():
                 raise
-            response = await self._follow(method, f"http://{target}", headers, repository)
+            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository)
             scheme = "http"
         self._learned = (scheme, self._clock.seconds() + _SCHEME_KEPT)
-        return response
+        return asked
 
     def _known_scheme(self) -> str | None:
-        if self._scheme is None and self._learned is not None and self._clock.seconds() < self._learned[1]:
+        if self._base.scheme is None and self._learned is not None and self._clock.seconds() < self._learned[1]:
             return self._learned[0]
-        return self._scheme
+        return self._base.scheme
 
-    async def _follow(
-        self, method: str, url: str, headers: Mapping[str, str], repository: Repository | None
-    ) -> Response:
-        own = _origin(url)
-        for _ in range(_MOST_HOPS + 1):
-            authorized = await self._authorized(url, headers, repository)
+    async def _follow(self, method: str, url: str, headers: Headers, repository: Repository) -> _Asked:
+        own = Origin.of(url)
+
+        async def proof(origin: Origin) -> Proof | None:
+            return await self._authorization.proof((origin, repository), own)
+
+        response, last = await self._hop(method, url, headers, proof)
+        return _Asked(response, last, own)
+
+    async def _hop(
+        self, method: str, url: str, headers: Headers, prove: Callable[[Origin], Awaitable[Proof | None]]
+    ) -> tuple[Response, Proof | None]:
+        own = Origin.of(url)
+        for hops in range(_MOST_HOPS + 1):
+            origin = Origin.of(url)
+            proof = await prove(origin)
             try:
+                authorized = headers if proof is None else {**headers, "Authorization": proof.header}
                 response = await self._exchanges.send(method, url, authorized)
             except NoTls as error:
+                if origin == own:
+                    raise
                 # Only of the upstream's own host does it say how that wants to be spoken to.
-                if repository is None or _origin(url) != own:
-                    raise Unavailable(error.message) from None
-                raise
+                raise Unavailable(error.message) from None
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
-                return response
+                return replace(response, redirected=hops > 0), proof
             await response.discard()
-            url = self._redirected(url, location)
-        raise Unavailable(f"{self._upstream}: more than {_MOST_HOPS} redirects")
+            try:
+                url = redirected(url, location)
+            except ValueError as error:
+                raise Unavailable(f"{self._name}: {error}") from None
+        raise Unavailable(f"{self._name}: more than {_MOST_HOPS} redirects")
 
-    async def _authorized(
-        self, url: str, headers: Mapping[str, str], repository: Repository | None
-    ) -> Mapping[str, str]:
-        # Only the origin that asked for a token gets it: a storage service refuses requests that carry two
-        # authorisations, and a registry may redirect to another one that has a token service of its own.
-        challenge = self._challenges.get((_origin(url), repository)) if repository else None
-        if challenge is None:
-            return headers
-        return {**headers, "Authorization": f"Bearer {await self._tokens.token(challenge)}"}
+    async def _fetch_token(self, request: TokenRequest) -> bytes:
+        # Its Authorization is for the token service alone, wherever that redirects to.
+        realm = Origin.of(request.url)
+        header = request.headers.get("Authorization")
+        own = Proof(header, old=False) if header else None
 
-    def _redirected(self, url: str, location: str) -> str:
+        async def proof(origin: Origin) -> Proof | None:
+            return own if origin == realm else None
+
         try:
-            target = urljoin(url, location)
-            scheme, _host, _port = _origin(target)
-        except ValueError:
-            raise Unavailable(f"{self._upstream}: it redirects to {location[:200]!r}, which is no URL") from None
-        if scheme not in ("http", "https") or (scheme == "http" and url.startswith("https:")):
-            raise Unavailable(f"{self._upstream}: it redirects from {urlsplit(url).scheme} to {scheme or 'nowhere'}")
-        return target
+            if request.form is not None:
+                response = await self._exchanges.send("POST", request.url, _FORM, request.form)
+            else:
+                response, _ = await self._hop("GET", request.url, {}, proof)
+        except NoTls as error:
+            raise Unavailable(error.message) from None
+        if response.status == 200:
+            return await response.collect(LARGEST_TOKEN)
+        if response.status == 429:
+            self._rest(response)
+        await response.discard()
+        kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
+        raise kind(f"{self._name}: its token service answered {response.status}", response.retry_after)
 
-    async def _fetch_token(self, url: str) -> bytes:
-        response = await self._follow("GET", url, {}, None)
-        if response.status != 200:
-            await response.discard()
-            raise Unavailable(f"{self._upstream}: its token service answered {response.status}")
-        return await response.collect(LARGEST_TOKEN)
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """An answer, what the request that it answers carried, and where the first of the redirects was."""
 
-def _origin(url: str) -> _Origin:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    response: Response
+    proof: Proof | None
+    own: Origin

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from math import ceil
+from typing import Any
 
+from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -13,11 +19,12 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from ociregistry.errors import Unavailable
+from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.failures import explain, speaks_no_tls, was_cancelled
 
 _HEADERS_WITHIN = 30.0
+_LONGEST_RETRY_AFTER = 3600
 _LARGEST_LEFTOVER = 64 * 1024
 """Bytes that are read, not cut off, so that the connection can serve the next request."""
 
@@ -53,6 +60,14 @@ class IdentityAgent:
         return requested.addCallback(_as_it_is)
 
 
+class _Url(EncodedURL):
+    """A URL as it goes onto the wire."""
+
+    def to_uri(self) -> EncodedURL:
+        """An IPv6 address is no name to be encoded, and hyperlink refuses it as one."""
+        return self if ":" in self.host else super().to_uri()
+
+
 class _Dropped(Protocol):
     def connectionMade(self) -> None:
         assert self.transport is not None
@@ -78,6 +93,8 @@ class Response:
     """Of the body, in bytes, where the upstream told it."""
     body: Body
     _headers: Headers
+    redirected: bool = False
+    """Whether it is the answer of another place than the one that was asked first."""
 
     def header(self, name: str) -> str:
         """The first header `name`, or the empty string."""
@@ -87,6 +104,18 @@ class Response:
         """All headers `name`."""
         # Whatever bytes an upstream sends: Twisted would take them for UTF-8.
         return [value.decode("latin-1") for value in self._headers.getRawHeaders(name.encode("ascii"), [])]
+
+    @property
+    def retry_after(self) -> int:
+        """For how many seconds it wants to be left alone; 5 where it does not say."""
+        told = self.header("retry-after")
+        if told.isascii() and told.isdigit():
+            return min(int(told[:9]), _LONGEST_RETRY_AFTER)
+        try:
+            wait = (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):
+            return 5
+        return min(max(0, ceil(wait)), _LONGEST_RETRY_AFTER)
 
     async def collect(self, most: int) -> bytes:
         """The whole body; raises `Unavailable` when it is longer than `most` bytes or breaks off."""
@@ -115,17 +144,24 @@ class Exchanges:
         """`drop_idle` closes the connections that wait for another request."""
         self._upstream = upstream
         self._drop_idle = drop_idle
-        self._client = HTTPClient(IdentityAgent(agent))
+        # No registry needs cookies, and what one host sets another must not see.
+        cookies: Any = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
+        self._client = HTTPClient(IdentityAgent(agent), cookies)
         self._clock = clock
 
-    async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too."""
+    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Response:
+        """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too, and
+        `Denied` when its address is not allowed."""
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:
-            requested = self._client.request(method, url, headers=raw, unbuffered=True, allow_redirects=False)
+            requested = self._client.request(
+                method, _Url.from_text(url), headers=raw, data=body, unbuffered=True, allow_redirects=False
+            )
             deadline = self._clock.callLater(_HEADERS_WITHIN, requested.cancel)
             response = await requested
+        except Denied:
+            raise
         except Exception as error:
             if was_cancelled(error):
                 self._drop_idle()
@@ -137,7 +173,7 @@ class Exchanges:
         finally:
             if deadline is not None and deadline.active():
                 deadline.cancel()
-        body = Body(self._upstream, self._clock, self._drop_idle)
-        response.deliverBody(body)
+        received = Body(self._upstream, self._clock, self._drop_idle)
+        response.deliverBody(received)
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
-        return Response(self._upstream, response.code, url, length, body, response.headers)
+        return Response(self._upstream, response.code, url, length, received, response.headers)

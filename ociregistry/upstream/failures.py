@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from OpenSSL import SSL
-from service_identity import VerificationError
 from twisted.internet import defer, error
+
+
+class CertificateRefused(SSL.Error):
+    """A host's certificate does not prove what it should; one of OpenSSL's errors, so that a handshake ends by it."""
+
+    def __init__(self, subject: str, why: str) -> None:
+        self.message = f"the certificate of {subject} is refused: {why}"
+        # In the shape of OpenSSL's error queue, which Twisted looks into.
+        super().__init__([("certificate", "", self.message)])
+
 
 _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
     (error.ConnectionRefusedError, "the connection was refused"),
@@ -22,6 +31,17 @@ _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
+_OF_OUR_CERTIFICATE = (
+    "alert bad certificate",
+    "alert certificate expired",
+    "alert certificate required",
+    "alert certificate revoked",
+    "alert certificate unknown",
+    "alert unknown ca",
+    "alert unsupported certificate",
+)
+
+
 def causes(exception: BaseException) -> list[BaseException]:
     """The exceptions at the bottom of what an Agent raises."""
     reasons = getattr(exception, "reasons", None)
@@ -35,8 +55,6 @@ def explain(exception: BaseException | None) -> str:
     for cause in causes(exception) if exception else ():
         if isinstance(cause, SSL.Error):
             return f"TLS failed: {_tls_reason(cause)}"
-        if isinstance(cause, VerificationError):
-            return "TLS failed: the certificate is for another host name"
         for kind, sentence in _SENTENCES:
             if isinstance(cause, kind):
                 return sentence
@@ -45,7 +63,10 @@ def explain(exception: BaseException | None) -> str:
 
 def _tls_reason(cause: SSL.Error) -> str:
     reasons = cause.args[0] if cause.args and isinstance(cause.args[0], list) else []
-    return "; ".join(str(entry[-1]) for entry in reasons) or "the connection broke"
+    told = "; ".join(str(entry[-1]) for entry in reasons) or "the connection broke"
+    # An alert is what the other side says.
+    refused = any(alert in told for alert in _OF_OUR_CERTIFICATE)
+    return f"{told}: it refuses our client certificate, or wants one" if refused else told
 
 
 def was_cancelled(exception: BaseException) -> bool:
@@ -68,6 +89,11 @@ def speaks_no_tls(exception: BaseException) -> bool:
     )
     return any(
         isinstance(cause, error.ConnectionRefusedError)
-        or (isinstance(cause, SSL.Error) and any(hint in _tls_reason(cause) for hint in plain))
+        or (
+            isinstance(cause, SSL.Error)
+            # Its words are the host's own.
+            and not isinstance(cause, CertificateRefused)
+            and any(hint in _tls_reason(cause) for hint in plain)
+        )
         for cause in causes(exception)
     )

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Denied
 from ociregistry.names import Upstream
 from ociregistry.upstream.registry import Registry
@@ -24,18 +25,24 @@ class Registries:
 
     def check(self, upstream: Upstream) -> None:
         """Raises `Denied` when the operator does not allow `upstream`."""
-        if (
-            self._allowed
-            and upstream.name not in self._allowed
-            and not any(fnmatchcase(upstream.name, glob) for glob in self._allowed)
-        ):
+        if not is_allowed(upstream, self._allowed):
             raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
 
-    def get(self, upstream: Upstream) -> Registry:
-        """The Registry for `upstream`; raises `Denied`."""
+    def use(self, allowed: tuple[str, ...]) -> None:
+        """From now on these are allowed, and all registries are made anew."""
+        self._allowed = allowed
+        self._kept.clear()
+
+    def get(self, upstream: Upstream, chain: Chain = NOBODY) -> Registry:
+        """The Registry for `upstream`, to be asked for who stands in `chain`; raises `Denied`."""
         self.check(upstream)
         registry = self._kept.pop(upstream, None) or self._make(upstream)
         self._kept[upstream] = registry
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return registry
+        return registry.asked_through(chain) if chain != NOBODY else registry
+
+
+def is_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> bool:
+    """Whether one of the globs is for `upstream`; without any, all are allowed."""
+    return not allowed or upstream.name in allowed or any(fnmatchcase(upstream.name, glob) for glob in allowed)

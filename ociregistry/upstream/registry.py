@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit
 
 from twisted.internet import defer
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import (
     BlobUnknown,
+    Circle,
     DigestInvalid,
     ManifestUnknown,
     NameUnknown,
@@ -22,16 +25,21 @@ from ociregistry.errors import (
 from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.client import Client
 from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.slots import Slots
+from ociregistry.upstream.sources import Sources
+from ociregistry.upstream.tokens import AccessRefused
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
 """What registries say of things that they do not have, or do not show."""
-_LONGEST_RETRY_AFTER = 3600
+_OK = frozenset({200})
+_HEAD_REFUSED = frozenset({400, 403, 405, 501})
+"""What storage services say of a HEAD for a URL that is signed for GET."""
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
+_NO_RANGE = re.compile(r"bytes [*]/(?P<size>[0-9]{1,19})")
 _NEXT_PAGE = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
 
 
@@ -57,20 +65,40 @@ class TagPage:
 
 
 class Registry:
-    """What one upstream has. All methods raise `Unavailable` when it cannot be asked."""
+    """What one upstream has. All methods raise `Unavailable` when it cannot be asked, and `Denied` when its name, or
+    where it redirects to, leads to an address that is not allowed."""
 
-    def __init__(self, upstream: Upstream, client: Client, max_connections: int, clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        sources: Sources,
+        slots: Slots,
+        instance: str,
+        clock: IReactorTime,
+        chain: Chain = NOBODY,
+    ) -> None:
+        """`instance` is this process, which asks for who stands in `chain`."""
         self.upstream = upstream
+        self._sources = sources
+        self._slots = slots
+        self._instance = instance
         self._clock = clock
-        self._client = client
-        self._slots = DeferredSemaphore(max_connections)
+        self._chain = chain
+
+    def asked_through(self, chain: Chain) -> Registry:
+        """The same registry, to be asked for who stands in `chain`."""
+        return Registry(self.upstream, self._sources, self._slots, self._instance, self._clock, chain)
 
     async def manifest(self, image: ImageReference) -> Manifest:
         """The manifest that `image` means there; raises `ManifestUnknown`."""
-        headers = {"Accept": _ACCEPT}
-        response = await self._client.request("GET", image.repository, f"manifests/{image.reference}", headers)
-        await self._expect(response, 200, ManifestUnknown(f"{image}: the upstream answered {response.status}"))
-        data = await response.collect(LARGEST_MANIFEST)
+
+        def unknown(why: str) -> RegistryError:
+            return ManifestUnknown(f"{image}: {why}")
+
+        path = f"manifests/{image.reference}"
+        async with self._slots.for_small():
+            response = await self._ask("GET", image.repository, path, {"Accept": _ACCEPT}, unknown)
+            data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
     async def blob(
@@ -82,17 +110,17 @@ class Registry:
         `BlobUnknown`, `OtherBlob` if the upstream's blob ends before `start`, and `Unavailable` also when the
         headers do not come `within` so many seconds.
         """
-        await self._slots.acquire()
+        await self._slots.for_blob()
         try:
             asked = Deferred.fromCoroutine(self._stream(repository, digest, start))
             stream = await (asked.addTimeout(within, self._clock) if within else asked)
         except defer.TimeoutError:
-            self._slots.release()
+            self._slots.blob_done()
             raise Unavailable(f"{self.upstream}: it gave no answer within {within:g} s") from None
         except BaseException:
-            self._slots.release()
+            self._slots.blob_done()
             raise
-        stream.body.ended.addCallback(lambda _: self._slots.release())
+        stream.body.ended.addCallback(lambda _: self._slots.blob_done())
         return stream
 
     async def _stream(self, repository: Repository, digest: Digest, start: int) -> BlobStream:
@@ -106,63 +134,108 @@ class Registry:
 
     async def _blob(self, repository: Repository, digest: Digest, start: int) -> Response:
         headers = {"Range": f"bytes={start}-"} if start else {}
-        response = await self._client.request("GET", repository, f"blobs/{digest}", headers)
-        if response.status == 206 and start:
-            return response
-        if response.status == 416 and start:
+        what = f"{repository}@{digest}"
+        accepted = frozenset({200, 206, 416}) if start else _OK
+        response = await self._ask("GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted)
+        if response.status == 416:
             await response.discard()
-            raise OtherBlob(f"{repository}@{digest}: the upstream has no more than {start} bytes of it")
-        await self._expect(response, 200, _blob_unknown(repository, digest, response))
+            raise OtherBlob(f"{what}: the upstream has no more than {start} bytes of it")
         return response
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
         """The size of the blob in bytes, asked by HEAD, if the upstream tells it; raises `BlobUnknown`."""
-        response = await self._client.request("HEAD", repository, f"blobs/{digest}")
-        await self._expect(response, 200, _blob_unknown(repository, digest, response))
-        length = response.header("content-length")
-        await response.discard()
-        return int(length[:19]) if length.isascii() and length.isdigit() else None
+        unknown = _unknown_blob(f"{repository}@{digest}")
+        accepted = _OK | _HEAD_REFUSED
+        async with self._slots.for_small():
+            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, accepted)
+            await response.discard()
+            if response.status == 200:
+                return _length(response.header("content-length"))
+            # A URL that is signed for GET: one byte tells the size of the whole as well.
+            first = {"Range": "bytes=0-0"}
+            response = await self._ask("GET", repository, f"blobs/{digest}", first, unknown, _OK | {206, 416})
+            response.body.abort()
+        return response.length if response.status == 200 else _size_of_whole(response)
 
     async def tags(self, repository: Repository, count: int | None, last: str) -> TagPage:
         """At most `count` tags after the tag `last`; raises `NameUnknown`."""
         query = {"n": str(count)} if count is not None else {}
         query |= {"last": last} if last else {}
         path = "tags/list" + (f"?{urlencode(query)}" if query else "")
-        response = await self._client.request("GET", repository, path)
-        await self._expect(
-            response, 200, NameUnknown(f"{repository}: the upstream answered {response.status} for its tags")
-        )
-        more = _next_page(response) is not None
-        return TagPage(_tags(repository, await response.collect(_LARGEST_LISTING)), more)
+
+        def unknown(why: str) -> RegistryError:
+            return NameUnknown(f"{repository}: {why} for its tags")
+
+        async with self._slots.for_small():
+            response = await self._ask("GET", repository, path, {}, unknown)
+            data = await response.collect(_LARGEST_LISTING)
+        return TagPage(_tags(repository, data), _next_page(response) is not None)
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
         """The index of all that refers to the manifest `digest`; its pages are put together.
 
         Raises `ManifestUnknown` where the upstream offers no referrers.
         """
-        unknown = ManifestUnknown(f"{repository}@{digest}: the upstream offers no referrers of it")
+        what = f"{repository}@{digest}"
         pages: list[Manifest] = []
         path = f"referrers/{digest}"
-        while len(pages) < _MOST_PAGES:
-            response = await self._client.request("GET", repository, path, {"Accept": OCI_INDEX})
-            await self._expect(response, 200, unknown)
-            pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), f"{repository}@{digest}"))
-            following = _next_page(response)
-            if following is None:
-                return pages[0] if len(pages) == 1 else _joined(pages, f"{repository}@{digest}")
-            try:
-                path = f"referrers/{digest}?{urlsplit(following).query}"
-            except ValueError:
-                raise Unavailable(f"{repository}@{digest}: the upstream's next page is no URL") from None
-        raise Unavailable(f"{repository}@{digest}: the upstream's referrers take more than {_MOST_PAGES} pages")
 
-    async def _expect(self, response: Response, status: int, unknown: RegistryError) -> None:
-        if response.status == status:
-            return
+        def unknown(why: str) -> RegistryError:
+            return ManifestUnknown(f"{what}: the upstream offers no referrers of it: {why}")
+
+        async with self._slots.for_small():
+            while len(pages) < _MOST_PAGES:
+                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown)
+                pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
+                following = _next_page(response)
+                if following is None:
+                    return pages[0] if len(pages) == 1 else _joined(pages, what)
+                try:
+                    path = f"referrers/{digest}?{urlsplit(following).query}"
+                except ValueError:
+                    raise Unavailable(f"{what}: the upstream's next page is no URL") from None
+        raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
+
+    async def _ask(
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Mapping[str, str],
+        unknown: Callable[[str], RegistryError],
+        accepted: frozenset[int] = _OK,
+    ) -> Response:
+        """An answer with an `accepted` status; raises what `unknown` makes of why the upstream does not have it."""
+        headers = {**headers, "Via": self._chain.through(self._instance)}
+        try:
+            response = await self._sources.request(method, repository, path, headers)
+        except AccessRefused as refused:
+            raise unknown(refused.message) from None
+        # What only storage behind the registry refuses is refused to this kind of request.
+        if response.status in accepted and (response.status not in _HEAD_REFUSED or response.redirected):
+            return response
         await response.discard()
+        via = Chain.parse(response.header("via"))
+        if response.status == 403 and via.leads_back_to(self._instance):
+            raise Circle(f"{self.upstream}: it leads back to this server", via.through(self._instance))
         if response.status in _UNKNOWN:
-            raise unknown
-        raise Unavailable(f"{self.upstream}: it answered {response.status}", _retry_after(response))
+            raise unknown(f"the upstream answered {response.status}")
+        raise Unavailable(f"{self.upstream}: it answered {response.status}", response.retry_after)
+
+
+def _unknown_blob(what: str) -> Callable[[str], RegistryError]:
+    return lambda why: BlobUnknown(f"{what}: {why}")
+
+
+def _size_of_whole(response: Response) -> int | None:
+    """What a 206, or a 416 for an empty blob, says of the size of it all."""
+    expected = _CONTENT_RANGE if response.status == 206 else _NO_RANGE
+    match = expected.fullmatch(response.header("content-range"))
+    return _length(match["size"]) if match else None
+
+
+def _length(told: str) -> int | None:
+    return int(told[:19]) if told.isascii() and told.isdigit() else None
 
 
 def _manifest(response: Response, data: bytes, what: str, digest: Digest | None = None) -> Manifest:
@@ -197,10 +270,6 @@ def _stream(response: Response, start: int) -> BlobStream | None:
     return BlobStream(None if match["size"] == "*" else int(match["size"]), start, response.body)
 
 
-def _blob_unknown(repository: Repository, digest: Digest, response: Response) -> BlobUnknown:
-    return BlobUnknown(f"{repository}@{digest}: the upstream answered {response.status}")
-
-
 def _expected_digest(image: ImageReference, response: Response) -> Digest | None:
     if isinstance(image.reference, Digest):
         return image.reference
@@ -209,13 +278,6 @@ def _expected_digest(image: ImageReference, response: Response) -> Digest | None
         return Digest.parse(told) if told else None
     except DigestInvalid:
         raise Unavailable(f"{image}: the upstream sent the digest {told[:100]!r}") from None
-
-
-def _retry_after(response: Response) -> int:
-    told = response.header("retry-after")
-    if not told.isascii() or not told.isdigit():
-        return 5
-    return min(int(told[:9]), _LONGEST_RETRY_AFTER)
 
 
 def _tags(repository: Repository, data: bytes) -> tuple[Tag, ...]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
+from ociregistry.config.registries import IdentityToken
 from ociregistry.errors import Unavailable
 from ociregistry.flights import Flights
 from ociregistry.upstream.challenges import BearerChallenge
+from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.origins import Origin, without_query
 
 LARGEST_TOKEN = 1024 * 1024
 """Bytes."""
@@ -22,55 +26,77 @@ _DEFAULT_LIFE = 60.0
 _USED_LIFE = 0.9
 """The part of a token's life after which it is fetched anew."""
 _MOST_KEPT = 1000
+_CLIENT = "ociregistry"
 
-Fetch = Callable[[str], Coroutine[Deferred[Any], Any, bytes]]
-"""Gives the body of a URL, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`."""
+
+class AccessRefused(Unavailable):
+    """A token service does not let us in."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """A request to a token service; with a `form` it is a POST."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    form: bytes | None = field(default=None, repr=False)
+
+
+Fetch = Callable[[TokenRequest], Coroutine[Deferred[Any], Any, bytes]]
+"""Gives the body of the answer, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`, `AccessRefused` too."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    value: str
+    value: str = field(repr=False)
     expires: float
 
 
 class Tokens:
-    """The tokens of one upstream."""
+    """The tokens of one upstream: some for `credentials`, if the token service is `trusted` with them."""
 
-    def __init__(self, upstream: str, fetch: Fetch, clock: IReactorTime) -> None:
+    log = Logger(namespace="ociregistry.upstream")
+
+    def __init__(
+        self,
+        upstream: str,
+        fetch: Fetch,
+        credentials: Credentials,
+        trusted: Callable[[Origin], bool],
+        clock: IReactorTime,
+    ) -> None:
         self._upstream = upstream
         self._fetch = fetch
+        self._credentials = credentials
+        self._trusted = trusted
         self._clock = clock
-        self._kept: dict[BearerChallenge, _Token] = {}
-        self._flights: Flights[BearerChallenge, str] = Flights()
+        self._kept: dict[tuple[BearerChallenge, bool], _Token] = {}
+        self._flights: Flights[tuple[BearerChallenge, bool], str] = Flights()
 
-    async def token(self, challenge: BearerChallenge) -> str:
-        """A token that answers `challenge`; raises `Unavailable`."""
-        if self.holds(challenge):
-            return self._kept[challenge].value
-        return await self._flights.join(challenge, lambda: self._fetch_token(challenge))
+    async def token(self, challenge: BearerChallenge, *, anonymous: bool = False) -> str:
+        """A token that answers `challenge`; an `anonymous` one may be shown to anybody. Raises `Unavailable`."""
+        if self.holds(challenge, anonymous=anonymous):
+            return self._kept[challenge, anonymous].value
+        return await self._flights.join((challenge, anonymous), lambda: self._fetch_token(challenge, anonymous))
 
-    def holds(self, challenge: BearerChallenge) -> bool:
+    def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
         """Whether there is a token from an earlier request."""
-        kept = self._kept.get(challenge)
+        kept = self._kept.get((challenge, anonymous))
         return kept is not None and self._clock.seconds() < kept.expires
 
-    def forget(self, challenge: BearerChallenge) -> None:
+    def forget(self, challenge: BearerChallenge, *, anonymous: bool = False) -> None:
         """To be called when the registry refused the token."""
-        self._kept.pop(challenge, None)
+        self._kept.pop((challenge, anonymous), None)
 
-    async def _fetch_token(self, challenge: BearerChallenge) -> str:
-        try:
-            realm = urlsplit(challenge.realm)
-            sound = realm.scheme in ("http", "https") and bool(realm.hostname) and realm.port != 0
-        except ValueError:
-            sound = False
-        if not sound:
-            raise Unavailable(f"{self._upstream}: the token realm {challenge.realm[:200]!r} is not a URL")
-        query = [("service", challenge.service)] if challenge.service else []
-        query += [("scope", scope) for scope in challenge.scope.split()]
-        separator = "&" if "?" in challenge.realm else "?"
+    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool) -> str:
+        request = await self._request(challenge, anonymous)
         received = self._clock.seconds()
-        body = await self._fetch(challenge.realm + (separator + urlencode(query) if query else ""))
+        try:
+            body = await self._fetch(request)
+        except AccessRefused:
+            if request.headers or request.form:
+                self._credentials.forget()
+            raise
         try:
             document = json.loads(body)
             value = document.get("token") or document["access_token"]
@@ -81,5 +107,31 @@ class Tokens:
             raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
         if len(self._kept) >= _MOST_KEPT:
             self._kept.clear()
-        self._kept[challenge] = _Token(value, received + life * _USED_LIFE)
+        self._kept[challenge, anonymous] = _Token(value, received + life * _USED_LIFE)
         return value
+
+    async def _request(self, challenge: BearerChallenge, anonymous: bool) -> TokenRequest:
+        realm = challenge.realm
+        try:
+            origin = Origin.of(realm)
+        except ValueError:
+            raise Unavailable(f"{self._upstream}: the token realm {without_query(realm)!r} is not a URL") from None
+        query = [("service", challenge.service)] if challenge.service else []
+        credentials = None if anonymous else await self._credentials.get()
+        if credentials is not None and not self._trusted(origin):
+            self.log.warn(
+                "{upstream}: its token service {realm} gets no credentials: it is reached by plain http, or its host "
+                "is neither the upstream's own nor named by realm in the upstream's auth",
+                upstream=self._upstream,
+                realm=without_query(realm),
+            )
+            credentials = None
+        if isinstance(credentials, IdentityToken):
+            # OAuth 2.0 as distribution has it: "Requesting a Token", by POST.
+            form = {"grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": credentials.token}
+            scope = {"scope": challenge.scope} if challenge.scope else {}
+            return TokenRequest(realm, form=urlencode([*query, *(form | scope).items()]).encode("ascii"))
+        query += [("scope", scope) for scope in challenge.scope.split()]
+        separator = "&" if "?" in realm else "?"
+        url = realm + (separator + urlencode(query) if query else "")
+        return TokenRequest(url, {"Authorization": basic(credentials)} if credentials is not None else {})

@@ -16,6 +16,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from ociregistry import __version__
+from ociregistry.chain import Chain
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.flights import Bell
 from ociregistry.web.answers import Answer, error_answer
@@ -24,8 +25,9 @@ from ociregistry.web.ranges import Range, parse_range
 from ociregistry.web.requests import Query
 from ociregistry.web.sending import SLOWEST, Sender, SlowClient
 
-Handler = Callable[[str, bytes, Query], Coroutine[Deferred[Any], Any, Answer]]
-"""Gives the answer to a method, a path (still percent-encoded) and a query; raises `RegistryError`."""
+Handler = Callable[[str, bytes, Query, Chain], Coroutine[Deferred[Any], Any, Answer]]
+"""Gives the answer to a method, a path (still percent-encoded) and a query that came through a chain of caches;
+raises `RegistryError`."""
 
 _COMMON_HEADERS = {
     "Docker-Distribution-API-Version": "registry/2.0",
@@ -127,7 +129,9 @@ class _Exchange:
         try:
             if self._method not in ("GET", "HEAD"):
                 raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
-            return await self._handler(self._method, request.path, request.args)
+            via = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
+            chain = Chain.parse(via.decode("latin-1"))
+            return await self._handler(self._method, request.path, request.args, chain)
         except RegistryError as error:
             return self._failed(error)
         except Exception:

@@ -11,6 +11,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
 from ociregistry import __version__
+from ociregistry.chain import Chain
 from ociregistry.errors import NotFound
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.web.answers import Answer, json_answer
@@ -82,7 +83,7 @@ class RegistrySite(Site):
 
 
 def _health(cache: PullThrough, started: datetime) -> Handler:
-    async def health(method: str, path: bytes, query: Query) -> Answer:
+    async def health(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
         counts = cache.counts
         return json_answer(
             200,
@@ -98,5 +99,5 @@ def _health(cache: PullThrough, started: datetime) -> Handler:
     return health
 
 
-async def _nothing(method: str, path: bytes, query: Query) -> Answer:
+async def _nothing(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
     raise NotFound(f"there is nothing at {path[:300]!r}; the API is at /v2/")

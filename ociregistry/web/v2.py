@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import assert_never
 from urllib.parse import urlencode
 
+from ociregistry.chain import NOBODY, Chain
+from ociregistry.errors import Circle
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
@@ -25,43 +27,52 @@ from ociregistry.web.requests import (
 class V2:
     """Answers GET and HEAD requests; an upstream that a request does not name is `default`."""
 
-    def __init__(self, cache: PullThrough, listings: Listings, default: Upstream) -> None:
+    def __init__(self, cache: PullThrough, listings: Listings, default: Upstream, instance: str) -> None:
+        """`instance` is what this process calls itself when it asks upstreams."""
         self._cache = cache
         self._listings = listings
         self._default = default
+        self._instance = instance
 
-    async def answer(self, method: str, path: bytes, query: Query) -> Answer:
+    def use(self, default: Upstream) -> None:
+        """From now on this is the upstream that requests need not name."""
+        self._default = default
+
+    async def answer(self, method: str, path: bytes, query: Query, chain: Chain = NOBODY) -> Answer:
         """The answer; whoever gets it closes its content. Raises `RegistryError`."""
         request = parse_request(path, query, self._default)
+        if chain.leads_back_to(self._instance):
+            which = namespace(query) or self._default
+            raise Circle(f"{which}: this server is its own upstream", chain.through(self._instance))
         scope = {"OCI-Namespace": namespace(query)} if namespace(query) else {}
         match request:
             case VersionCheck():
                 return json_answer(200, {}, scope)
             case ManifestRequest():
-                return await self._manifest(request, scope)
+                return await self._manifest(request, scope, chain)
             case BlobRequest():
-                return await self._blob(method, request, scope)
+                return await self._blob(method, request, scope, chain)
             case TagsRequest():
-                return await self._tags(request, scope)
+                return await self._tags(request, scope, chain)
             case ReferrersRequest():
-                return await self._referrers(request, scope)
+                return await self._referrers(request, scope, chain)
         assert_never(request)
 
-    async def _manifest(self, request: ManifestRequest, scope: dict[str, str]) -> Answer:
-        found = await self._cache.manifest(request.image)
+    async def _manifest(self, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
+        found = await self._cache.manifest(request.image, chain)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 
-    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str]) -> Answer:
+    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], chain: Chain) -> Answer:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
-            size = await self._cache.blob_size(request.repository, request.digest)
+            size = await self._cache.blob_size(request.repository, request.digest, chain)
             return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
-        found = await self._cache.blob(request.repository, request.digest)
+        found = await self._cache.blob(request.repository, request.digest, chain)
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 
-    async def _tags(self, request: TagsRequest, scope: dict[str, str]) -> Answer:
-        found = await self._listings.tags(request.repository, request.count, request.last)
+    async def _tags(self, request: TagsRequest, scope: dict[str, str], chain: Chain) -> Answer:
+        found = await self._listings.tags(request.repository, request.count, request.last, chain)
         # The name as the client spelled it: with ns it is the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
@@ -72,8 +83,8 @@ class V2:
             headers["Link"] = f'</v2/{name}/tags/list?{urlencode(query)}>; rel="next"'
         return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
 
-    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str]) -> Answer:
-        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type)
+    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], chain: Chain) -> Answer:
+        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, chain)
         headers = {"Content-Type": OCI_INDEX, **scope}
         if request.artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"

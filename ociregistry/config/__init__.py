@@ -1,0 +1,1 @@
+"""The configuration file: YAML to frozen values, or an error that says where it is."""

@@ -1,0 +1,52 @@
+"""The configuration file as a whole: a list of upstreams, or a mapping of options and sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ociregistry.config.nodes import Node
+from ociregistry.config.registries import RegistrySettings, read_registries
+from ociregistry.config.tls import ServerTls, read_server_tls
+from ociregistry.names import Upstream
+
+_NOT_YET = ("bandwidth", "prune", "verify")
+"""Keys of the design whose work is still to be done; only an empty value is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What a file sets: option key -> its text and where it stands; and the sections that are no plain options."""
+
+    path: Path
+    values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    listen: tuple[str, ...] = ()
+    registries: Mapping[Upstream, RegistrySettings] = field(default_factory=dict)
+    tls: ServerTls | None = None
+    tls_at: str = ""
+    """Where it stands."""
+    warnings: tuple[str, ...] = ()
+    """What can be used, but is hardly what was meant."""
+
+
+def read_config(path: Path, options: Set[str]) -> Config:
+    """What the file at `path` says; `options` are the keys of plain options. Raises `ConfigInvalid`."""
+    root = Node.read(path)
+    if root.is_list:
+        registries, warnings = read_registries(root)
+        return Config(path, registries=registries, warnings=warnings)
+    nodes = root.mapping(*options, "registries", "listen", "tls", *_NOT_YET)
+    for key in _NOT_YET:
+        if key in nodes and not nodes[key].is_empty:
+            raise nodes[key].error("is not available in this version")
+    registries, warnings = read_registries(nodes["registries"]) if "registries" in nodes else ({}, ())
+    return Config(
+        path,
+        values={key: (node.text(), node.where) for key, node in nodes.items() if key in options},
+        listen=tuple(item.text() for item in nodes["listen"].items()) if "listen" in nodes else (),
+        registries=registries,
+        tls=read_server_tls(nodes["tls"]) if "tls" in nodes and not nodes["tls"].is_empty else None,
+        tls_at=nodes["tls"].where if "tls" in nodes and not nodes["tls"].is_empty else "",
+        warnings=warnings,
+    )

@@ -1,0 +1,201 @@
+"""The entries of `registries`: what is special about one upstream."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from ociregistry.config.nodes import Node
+from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls, read_upstream_tls
+from ociregistry.errors import NameInvalid
+from ociregistry.names import Upstream
+
+_HELPER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
+_LOGINS = ("user", "identity_token", "credential_helper")
+_PASSWORDS = ("password", "password_file", "password_env")
+
+
+@dataclass(frozen=True, slots=True)
+class Password:
+    """A user and a password."""
+
+    user: str
+    password: str = field(repr=False)
+    source: str = "password"
+    """The key that it was given by."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityToken:
+    """A token that stands for a user, for which the token service gives tokens of access."""
+
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Helper:
+    """A program `docker-credential-NAME` that knows the user and the password."""
+
+    name: str
+
+    @property
+    def program(self) -> str:
+        """The program's name."""
+        return f"docker-credential-{self.name}"
+
+
+Login = Password | IdentityToken | Helper
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A registry that is asked first, by `ns`; what it wants to see from us stands in its own entry."""
+
+    scheme: str
+    host: Upstream
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}{self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """What is configured for one upstream."""
+
+    upstream: Upstream
+    scheme: str | None = None
+    """`http` or `https`; None to find out."""
+    description: str = ""
+    login: Login | None = None
+    realm: Upstream | None = None
+    """The host of its token service, where that is not its own."""
+    tls: UpstreamTls = SYSTEM_TRUST
+    mirrors: tuple[Mirror, ...] = ()
+
+    @property
+    def must_be_secure(self) -> bool:
+        """Whether it must not be asked by http, as long as nothing says so: there are secrets, or TLS is prepared."""
+        return self.login is not None or self.tls != SYSTEM_TRUST
+
+
+def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple[str, ...]]:
+    """The entries by name, and warnings; raises `ConfigInvalid`."""
+    registries: dict[Upstream, RegistrySettings] = {}
+    warnings: list[str] = []
+    for item in node.items():
+        nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors")
+        entry, warned = _registry(item, nodes)
+        if entry.upstream in registries:
+            raise nodes["name"].error(f"{entry.upstream} is configured twice")
+        registries[entry.upstream] = entry
+        warnings += warned
+    return registries, tuple(warnings)
+
+
+def _registry(item: Node, nodes: Mapping[str, Node]) -> tuple[RegistrySettings, tuple[str, ...]]:
+    if "name" not in nodes:
+        raise item.missing("name", "every entry of registries has one")
+    upstream = _upstream(nodes["name"], _without_user(nodes["name"]))
+    scheme = nodes["scheme"].text() if "scheme" in nodes else None
+    if scheme not in ("http", "https", None):
+        raise nodes["scheme"].error(f"{scheme!r}: http or https is expected")
+    login, realm = _auth(nodes["auth"]) if "auth" in nodes else (None, None)
+    tls, warnings = read_upstream_tls(nodes["tls"]) if "tls" in nodes else (SYSTEM_TRUST, ())
+    if scheme == "http" and tls != SYSTEM_TRUST:
+        raise nodes["tls"].error("is of no use with scheme: http")
+    mirrors = tuple(map(_mirror, nodes["mirrors"].items())) if "mirrors" in nodes else ()
+    description = _description(nodes["description"]) if "description" in nodes else ""
+    return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors), warnings
+
+
+def _description(node: Node) -> str:
+    description = " ".join(node.text().split())
+    if not description.isprintable():
+        raise node.error("printable characters are expected")
+    return description
+
+
+def _without_user(node: Node) -> str:
+    text = node.word()
+    if "@" in text:
+        # A password may be in it, which nobody is to read.
+        raise node.error("a user does not belong here, but into auth of the entry of registries for that host")
+    return text
+
+
+def _upstream(node: Node, text: str) -> Upstream:
+    try:
+        return Upstream.parse(text)
+    except NameInvalid as error:
+        raise node.error(error.message) from None
+
+
+def _auth(node: Node) -> tuple[Login | None, Upstream | None]:
+    nodes = node.mapping(*_LOGINS, *_PASSWORDS, "realm", below="auth.")
+    realm = _realm(nodes["realm"]) if "realm" in nodes else None
+    logins = [key for key in _LOGINS if key in nodes]
+    passwords = [key for key in _PASSWORDS if key in nodes]
+    if len(logins) > 1:
+        raise nodes[logins[1]].error(f"stands beside {logins[0]}: one of them is enough")
+    if len(passwords) > 1:
+        raise nodes[passwords[1]].error(f"stands beside {passwords[0]}: one of them is enough")
+    if passwords and logins != ["user"]:
+        raise nodes[passwords[0]].error("is of no use without user")
+    if "user" in nodes:
+        if not passwords:
+            raise nodes["user"].error(f"one of {', '.join(_PASSWORDS)} is missing beside it")
+        if ":" in nodes["user"].word():
+            raise nodes["user"].error("a user must not contain a colon (RFC 7617)")
+        return Password(nodes["user"].word(), _password(nodes[passwords[0]], passwords[0]), passwords[0]), realm
+    if "identity_token" in nodes:
+        return IdentityToken(nodes["identity_token"].word()), realm
+    if "credential_helper" in nodes:
+        return _helper(nodes["credential_helper"]), realm
+    return None, realm
+
+
+def _password(node: Node, source: str) -> str:
+    if source == "password":
+        return node.word()
+    if source == "password_env":
+        where = f"the environment variable {node.word()}"
+        password = os.environ.get(node.word(), "")
+    else:
+        where = str(node.path())
+        password = node.contents().decode("utf-8", "surrogateescape")
+    password = password.rstrip("\r\n")
+    if not password or not password.isprintable():
+        raise node.error(f"{where} holds no password of printable characters")
+    return password
+
+
+def _helper(node: Node) -> Helper:
+    helper = Helper(node.word())
+    if not _HELPER.fullmatch(helper.name):
+        raise node.error(f"{helper.name!r} is no NAME of a program docker-credential-NAME")
+    if shutil.which(helper.program) is None:
+        raise node.error(f"there is no program {helper.program} in PATH")
+    return helper
+
+
+def _realm(node: Node) -> Upstream:
+    text = _without_user(node)
+    _, separator, rest = text.partition("://")
+    return _upstream(node, rest.partition("/")[0] if separator else text)
+
+
+def _mirror(node: Node) -> Mirror:
+    text = _without_user(node)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        raise node.error(f"{text!r} is not a URL") from None
+    host = _upstream(node, parts.netloc) if parts.netloc else None
+    if host is None or parts.scheme not in ("http", "https") or "?" in text or "#" in text or not text.isascii():
+        raise node.error(f"{text!r}: a URL such as https://mirror:8080 is expected")
+    return Mirror(parts.scheme, host, parts.path.rstrip("/"))

@@ -1,0 +1,154 @@
+"""Certificates and keys of the configuration: read and proven when the file is, not at the first pull."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from OpenSSL import SSL, crypto
+from twisted.internet.ssl import Certificate, CertificateOptions, platformTrust, trustRootFromCertificates
+
+from ociregistry.config.nodes import Node
+
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\s*", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """One or more certificates, each as PEM, and the file they were in."""
+
+    path: Path
+    pems: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A certificate, followed by those that lead to its root, and its private key as PEM."""
+
+    certificates: Certificates
+    key: bytes = field(repr=False)
+
+    @property
+    def certificate(self) -> crypto.X509:
+        """The certificate itself."""
+        return _loaded(self.certificates.pems[0])
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamTls:
+    """How TLS is spoken with one upstream: whom we trust, and who we are."""
+
+    ca: Certificates | None = None
+    """Who is trusted in place of the operating system's trust store."""
+    client: KeyPair | None = None
+    verify: bool = True
+
+
+SYSTEM_TRUST = UpstreamTls()
+"""Nothing configured: the operating system's trust store, and no client certificate."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """How TLS is spoken with clients: who we are, and who must have signed their certificates."""
+
+    identity: KeyPair
+    client_ca: Certificates | None = None
+
+
+def openssl_context(
+    identity: KeyPair | None, ca: Certificates | None = None, *, system_trust: bool = False
+) -> SSL.Context:
+    """A context for connections by which we are known by `identity`, if there is one.
+
+    The other side is verified by `ca`, or by the operating system's trust store, or not at all. Raises `SSL.Error`
+    for what OpenSSL does not take.
+    """
+    key, certificate, rest = None, None, None
+    if identity is not None:
+        key = crypto.load_privatekey(crypto.FILETYPE_PEM, identity.key)
+        certificate, *rest = map(_loaded, identity.certificates.pems)
+    trusted = trustRootFromCertificates(list(map(Certificate.loadPEM, ca.pems))) if ca else None
+    context = CertificateOptions(
+        privateKey=key,
+        certificate=certificate,
+        extraCertChain=rest,
+        trustRoot=platformTrust() if system_trust else trusted,
+    ).getContext()
+    if ca is not None and (store := context.get_cert_store()) is not None:
+        # What the operator trusts need not be self-signed.
+        store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
+    return context
+
+
+def _loaded(pem: bytes) -> crypto.X509:
+    return crypto.load_certificate(crypto.FILETYPE_PEM, pem)
+
+
+def read_upstream_tls(node: Node) -> tuple[UpstreamTls, tuple[str, ...]]:
+    """The `tls` of an upstream, and warnings; raises `ConfigInvalid`."""
+    nodes = node.mapping("ca", "cert", "key", "insecure_skip_verify", below="tls.")
+    verify = not ("insecure_skip_verify" in nodes and nodes["insecure_skip_verify"].flag())
+    ca = _certificates(nodes["ca"]) if "ca" in nodes else None
+    warnings: tuple[str, ...] = ()
+    if ca is not None and not verify:
+        warnings = (f"{nodes['ca'].where}: is of no use beside insecure_skip_verify: true, which trusts everybody",)
+    client = _key_pair(node, nodes) if "cert" in nodes or "key" in nodes else None
+    return UpstreamTls(ca, client, verify), warnings
+
+
+def read_server_tls(node: Node) -> ServerTls:
+    """The `tls` of the daemon itself; raises `ConfigInvalid`."""
+    nodes = node.mapping("cert", "key", "client_ca", below="tls.")
+    return ServerTls(
+        _key_pair(node, nodes),
+        _certificates(nodes["client_ca"]) if "client_ca" in nodes else None,
+    )
+
+
+def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
+    for name in ("cert", "key"):
+        if name not in nodes:
+            raise node.missing(f"tls.{name}", "a certificate and its key go together")
+    certificates = _certificates(nodes["cert"])
+    pem = nodes["key"].contents()
+    path = nodes["key"].path()
+    if b"ENCRYPTED" in pem:
+        # OpenSSL would ask for its passphrase on the terminal.
+        raise nodes["key"].error(f"{path} is encrypted: nobody is there to type its passphrase, decrypt it first")
+    try:
+        key = crypto.load_privatekey(crypto.FILETYPE_PEM, pem)
+    except (crypto.Error, ValueError, TypeError):
+        raise nodes["key"].error(f"{path} holds no private key in PEM form") from None
+    pair = KeyPair(certificates, pem)
+    if _public(pair.certificate.get_pubkey()) != _public(key):
+        raise nodes["key"].error(f"{path} is not the key of the certificate in {certificates.path}")
+    try:
+        openssl_context(pair)
+    except SSL.Error as error:
+        raise nodes["cert"].error(f"{certificates.path} cannot be used: {_reason(error)}") from None
+    return pair
+
+
+def _reason(error: SSL.Error) -> str:
+    queue = error.args[0] if error.args else ()
+    return "; ".join(str(entry[-1]) for entry in queue) or "OpenSSL refuses it"
+
+
+def _public(key: crypto.PKey) -> bytes:
+    return crypto.dump_publickey(crypto.FILETYPE_PEM, key)
+
+
+def _certificates(node: Node) -> Certificates:
+    path = node.path()
+    pems = tuple(_CERTIFICATE.findall(node.contents()))
+    if not pems:
+        raise node.error(f"{path} holds no certificate in PEM form")
+    for number, pem in enumerate(pems, start=1):
+        try:
+            crypto.load_certificate(crypto.FILETYPE_PEM, pem)
+        except (crypto.Error, ValueError):
+            raise node.error(f"{path}: certificate {number} in it is damaged") from None
+    return Certificates(path, pems)

@@ -1,0 +1,207 @@
+"""The daemon: all that the settings ask for put together, started, told of new settings, and stopped."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from twisted.application.service import IService, Service
+from twisted.internet import defer
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import FilteringLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python import usage
+from twisted.python.components import Componentized
+from twisted.python.failure import Failure
+from twisted.scripts._twistd_unix import UnixAppLogger
+
+from ociregistry import __version__
+from ociregistry.chain import new_instance
+from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.logs import ALWAYS, AtLeast
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.settings import Settings
+from ociregistry.store.store import Store
+from ociregistry.upstream.network import Network
+from ociregistry.upstream.registries import Registries
+from ociregistry.web.site import RegistrySite
+from ociregistry.web.tls import ServerPolicy
+from ociregistry.web.v2 import V2
+
+_DRAIN = 30.0
+"""Seconds that requests in flight get when the daemon is told to stop."""
+
+_AT_NEXT_START = ("image_path", "port", "listen", "pull_timeout")
+"""What a reload cannot change."""
+
+
+class Daemon(Service):
+    """Listens, serves, and stops without cutting off who is being served."""
+
+    log = Logger(namespace="ociregistry")
+
+    def __init__(
+        self, settings: Settings, load: Callable[[], Settings], reactor: Any, twistd_options: usage.Options
+    ) -> None:
+        """`load` reads the settings again; it raises `ConfigInvalid`."""
+        self._settings = settings
+        self._load = load
+        self._reactor = reactor
+        self._twistd_options = twistd_options
+        self._started = datetime.now(UTC)
+        self._ports: list[IListeningPort] = []
+        self._reloading = DeferredLock()
+        self._level = AtLeast(settings.log_level)
+        self._tls = ServerPolicy(settings.tls) if settings.tls else None
+        self._store = Store(settings.image_path, reactor, reactor)
+        instance = new_instance()
+        self._network = Network(settings, instance, reactor)
+        self._registries = Registries(settings.allow_upstreams, self._network.registry)
+        self._cache = PullThrough(self._store, self._registries, reactor)
+        listings = Listings(self._store, self._registries, reactor)
+        self._v2 = V2(self._cache, listings, settings.default_ns, instance)
+        self._site = RegistrySite(self._v2, self._cache, self._started, settings.pull_timeout, reactor)
+
+    def setServiceParent(self, parent: IService) -> None:
+        """Also sets the observer that twistd will log with: its own, behind `--log-level`."""
+        super().setServiceParent(parent)
+        if isinstance(parent, Componentized):
+            observer = UnixAppLogger(self._twistd_options)._getLogObserver()
+            if not ILogObserver.providedBy(observer):
+                observer = LegacyLogObserverWrapper(observer)
+            leveled = FilteringLogObserver(observer, [self._level])
+            parent.setComponent(ILogObserver, leveled)
+
+    def privilegedStartService(self) -> None:
+        """Listens. A port that cannot be had ends the process with exit status 1."""
+        # A node that starts opens many connections at once; with Twisted's 50 in waiting some would wait a second.
+        endpoints = self._settings.listen or (f"tcp:{self._settings.port}:backlog=1024",)
+        factory: IProtocolFactory = self._site
+        if self._tls is not None:
+            factory = TLSMemoryBIOFactory(self._tls, False, self._site)
+        for endpoint in endpoints:
+            failures: list[Failure] = []
+            try:
+                listening = serverFromString(self._reactor, endpoint).listen(factory)
+                listening.addCallbacks(self._ports.append, failures.append)
+            except Exception:
+                failures.append(Failure())
+            for failure in failures:
+                error = failure.value
+                self._give_up(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}")
+
+    def startService(self) -> None:
+        """Reads the store; then what has queued at the port is answered."""
+        super().startService()
+        _take_all_file_descriptors()
+        try:
+            self._store.start()
+        except OSError as error:
+            self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
+        self._network.start()
+        signal.signal(signal.SIGHUP, self._hung_up)
+        counts = self._store.counts
+        self.log.info(
+            "ociregistry {version} started at {started}, listening on {addresses}, "
+            "store {store} with {lists} lists and {images} images",
+            version=__version__,
+            started=self._started.isoformat(timespec="seconds"),
+            addresses=", ".join(_address(port) for port in self._ports),
+            store=self._settings.image_path,
+            lists=counts.lists,
+            images=counts.images,
+            **ALWAYS,
+        )
+        self._warn(self._settings)
+
+    def _warn(self, settings: Settings) -> None:
+        for warning in settings.warnings:
+            self.log.warn("{warning}", warning=warning, **ALWAYS)
+
+    def _hung_up(self, signal: object, frame: object) -> None:
+        self._reactor.callFromThread(self.reload)
+
+    def reload(self) -> Deferred[None]:
+        """Reads the settings again, in a thread, and uses them; those that are invalid change nothing."""
+        reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
+        return reloaded.addErrback(lambda failure: self.log.failure("the settings cannot be read again", failure))
+
+    async def _reload(self) -> None:
+        try:
+            settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
+        except ConfigInvalid as error:
+            self.log.error("the settings stay as they were: {why}", why=error)
+            return
+        self._use(settings)
+
+    def _use(self, settings: Settings) -> None:
+        if self._tls is not None and settings.tls is not None:
+            self._tls.use(settings.tls)
+        self._level.use(settings.log_level)
+        self._network.use(settings)
+        self._registries.use(settings.allow_upstreams)
+        self._v2.use(settings.default_ns)
+        self.log.info(
+            "the settings were read again: {upstreams} upstreams are configured",
+            upstreams=len(settings.registries),
+            **ALWAYS,
+        )
+        self._warn(settings)
+        late = [key for key in _AT_NEXT_START if getattr(settings, key) != getattr(self._settings, key)]
+        late += ["tls"] if (settings.tls is None) != (self._tls is None) else []
+        if late:
+            self.log.warn("{keys}: what was changed is used from the next start on", keys=", ".join(late), **ALWAYS)
+
+    def _give_up(self, message: str) -> NoReturn:
+        self.log.error("{why}", why=message)
+        if self._twistd_options.get("statusPipe") is not None:
+            # The process that was started, and waits for word from the daemon that it became.
+            raise RuntimeError(message)
+        pid_file = self._twistd_options.get("pidfile")
+        if pid_file:
+            Path(pid_file).unlink(missing_ok=True)
+        exit_with(message, 1)
+
+    def stopService(self) -> Deferred[None]:
+        """Takes no new connection, lets requests in flight end, then stops the rest."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        for port in self._ports:
+            port.stopListening()
+        try:
+            await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
+        except defer.TimeoutError:
+            self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
+        await self._cache.stop()
+        self._network.stop()
+        self._store.stop()
+
+
+def exit_with(message: str, status: int) -> NoReturn:
+    """Ends the process with one line that says why."""
+    # twistd makes a log of sys.stderr.
+    print(f"ociregistry: {message}", file=sys.__stderr__)
+    raise SystemExit(status)
+
+
+def _take_all_file_descriptors() -> None:
+    # Each client takes one or two; the customary soft limit of 1024 is for programs that use select().
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _address(port: IListeningPort) -> str:
+    address = port.getHost()
+    return f"{address.host}:{address.port}" if isinstance(address, IPv4Address | IPv6Address) else str(address)

@@ -1,0 +1,138 @@
+"""The way to all upstreams, put together as the settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.web.client import Agent, HTTPConnectionPool
+
+from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
+from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.settings import Settings
+from ociregistry.upstream.addresses import is_private
+from ociregistry.upstream.client import Base, Client
+from ociregistry.upstream.credentials import Credentials
+from ociregistry.upstream.dialing import Dialer
+from ociregistry.upstream.exchange import Exchanges
+from ociregistry.upstream.helpers import ask_helper
+from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.registry import Registry
+from ociregistry.upstream.resolver import Resolver
+from ociregistry.upstream.slots import KEPT_FOR_SMALL, Slots
+from ociregistry.upstream.sources import MirrorClient, Sources
+from ociregistry.upstream.tls import UpstreamPolicy
+
+_DOCKER_HUB_API = "registry-1.docker.io"
+_DOCKER_HUB_REALM = "auth.docker.io"
+
+
+class Network:
+    """Makes the Registry of each upstream."""
+
+    def __init__(self, settings: Settings, instance: str, reactor: Any) -> None:
+        """`instance` is what this process calls itself towards other caches."""
+        self._settings = settings
+        self._instance = instance
+        self._reactor = reactor
+        self._resolver = Resolver(reactor)
+
+    def start(self) -> None:
+        """Must be called after the process has daemonized."""
+        self._resolver.start()
+
+    def stop(self) -> None:
+        """No name is looked up any more."""
+        self._resolver.stop()
+
+    def use(self, settings: Settings) -> None:
+        """What is made from now on is made by these settings."""
+        self._settings = settings
+
+    def registry(self, upstream: Upstream) -> Registry:
+        """The Registry of `upstream`, with its mirrors before it."""
+        entry = self._settings.entry(upstream)
+        mirrors = [
+            MirrorClient(
+                str(mirror),
+                self._client(
+                    self._settings.entry(mirror.host),
+                    Base(mirror.scheme, api_host(mirror.host), mirror.path, upstream.name),
+                ),
+            )
+            for mirror in entry.mirrors
+        ]
+        own = self._client(entry, Base(entry.scheme, api_host(upstream)))
+        sources = Sources(mirrors, own, self._reactor)
+        slots = Slots(self._settings.max_connections)
+        return Registry(upstream, sources, slots, self._instance, self._reactor)
+
+    def _client(self, entry: RegistrySettings, base: Base) -> Client:
+        reactor = self._reactor
+        name = str(entry.upstream)
+        own = base.origin(base.scheme or "https")
+        pool = HTTPConnectionPool(reactor)
+        pool.maxPersistentPerHost = self._settings.max_connections + KEPT_FOR_SMALL
+        policy = UpstreamPolicy(entry.tls, (own.host, own.port))
+        dialer = Dialer(name, self._resolver, named_by(self._settings), policy, reactor)
+        agent = Agent.usingEndpointFactory(reactor, dialer, pool)
+        exchanges = Exchanges(name, agent, pool.closeCachedConnections, reactor)
+
+        async def ask(helper: Helper) -> Password | IdentityToken:
+            return await ask_helper(helper, entry.upstream, reactor)
+
+        credentials = Credentials(entry.login, ask, reactor)
+        trusted = _trusted_with(entry, base, own)
+        return Client(name, base, exchanges, credentials, trusted, self._plain_allowed(entry), reactor)
+
+    def _plain_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
+        """Whether http may be tried: without anything to be seen or pretended, by port or by private addresses."""
+
+        def allowed() -> Deferred[bool]:
+            if entry.must_be_secure:
+                return succeed(False)
+            if entry.upstream.port is not None:
+                return succeed(True)
+            found = self._resolver.addresses(entry.upstream.host.strip("[]"))
+            return found.addCallbacks(lambda addresses: all(map(is_private, addresses)), lambda _: False)
+
+        return allowed
+
+
+def api_host(upstream: Upstream) -> str:
+    """The host, and the port if its name has one, where an upstream has its API."""
+    return _DOCKER_HUB_API if upstream.name == DOCKER_HUB else upstream.name
+
+
+def _trusted_with(entry: RegistrySettings, base: Base, own: Origin) -> Callable[[Origin], bool]:
+    """Which token services get the credentials of this entry."""
+
+    def trusted(realm: Origin) -> bool:
+        if realm.scheme != "https" and base.scheme != "http":
+            return False
+        if entry.realm is not None and _is(entry.realm, realm.host, realm.port):
+            return True
+        return realm.host == own.host or (entry.upstream.name, realm.host) == (DOCKER_HUB, _DOCKER_HUB_REALM)
+
+    return trusted
+
+
+def named_by(settings: Settings) -> Callable[[str, int], bool]:
+    """Whether the operator named a host and port: as an upstream, as a mirror, or as a token service."""
+    entries = settings.registries.values()
+    registries = {*settings.registries, settings.default_ns, *(mirror.host for e in entries for mirror in e.mirrors)}
+    exact = {Upstream(api_host(upstream)) for upstream in registries}
+    realms = {entry.realm for entry in entries if entry.realm is not None}
+
+    def named(host: str, port: int) -> bool:
+        bracketed = f"[{host}]" if ":" in host else host
+        spelled = {Upstream(f"{bracketed}:{port}")} | ({Upstream(bracketed)} if port in (80, 443) else set())
+        return bool(spelled & exact) or any(_is(realm, host, port) for realm in realms)
+
+    return named
+
+
+def _is(realm: Upstream, host: str, port: int) -> bool:
+    """Whether a realm that the operator named, perhaps without a port, is this one."""
+    return realm.host.strip("[]") == host and realm.port in (None, port)
