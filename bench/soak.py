@@ -33,8 +33,8 @@ SPOILED = 3
 CLIENTS = 8
 LARGEST = 12_000_000
 
-# The store's two pools, and the reactor's, which looks up names; and the main thread.
-MOST_THREADS = 8 + 16 + 10 + 1
+# The store's two pools, one for each name that is looked up at once, the reactor's, and the main thread.
+MOST_THREADS = 8 + 16 + 1 + 10 + 1
 
 _QUIET = 5.0
 _SETTLES = 90.0

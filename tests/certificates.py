@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,12 +15,18 @@ from cryptography.x509.oid import NameOID
 
 _BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
 _LIFE = timedelta(days=365 * 100)
+_SHORT_LIFE = timedelta(days=365)
 
 
 class Authority:
-    """Issues certificates as PEM files in a folder; `ca` is the file with its own."""
+    """Issues certificates as PEM files in a folder; `ca` is the file with its own.
 
-    def __init__(self, folder: Path, name: str = "test authority") -> None:
+    It is a root, or certified by the authority `above`: then each certificate that it issues is followed, in the
+    same file, by its own.
+    """
+
+    def __init__(self, folder: Path, name: str = "test authority", above: Authority | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
@@ -35,17 +42,31 @@ class Authority:
             encipher_only=False,
             decipher_only=False,
         )
-        builder = self._builder(self._name, self._key, ca=True).add_extension(usage, critical=True)
-        _write(self.ca, builder.sign(self._key, hashes.SHA256()))
+        issuer = above or self
+        builder = issuer._builder(self._name, self._key, ca=True).add_extension(usage, critical=True)
+        _write(self.ca, builder.sign(issuer._key, hashes.SHA256()))
+        self._chain: bytes = self.ca.read_bytes() + above._chain if above else b""
 
-    def issue(self, *names: str) -> tuple[Path, Path]:
-        """A certificate for these DNS names and IP addresses, for servers and clients, and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
+    def issue(self, *names: str, expired: bool = False) -> tuple[Path, Path]:
+        """A certificate for these DNS names and IP addresses, for servers and clients, and its key.
+
+        The first of the names is its subject, and the name of the files.
+        """
+        return self._issue(names, ec.generate_private_key(ec.SECP256R1()), _SHORT_LIFE if expired else _LIFE)
+
+    @classmethod
+    def self_signed(cls, folder: Path, *names: str) -> tuple[Path, Path]:
+        """A certificate for these names that nobody vouches for but itself, and its key."""
+        own = cls(folder, names[0])
+        return own._issue(names, own._key, _LIFE)
+
+    def _issue(self, names: Sequence[str], key: ec.EllipticCurvePrivateKey, life: timedelta) -> tuple[Path, Path]:
         subject = x509.SubjectAlternativeName([_general_name(name) for name in names])
-        builder = self._builder(_name(names[0]), key, ca=False).add_extension(subject, critical=False)
+        builder = self._builder(_name(names[0]), key, ca=False, life=life)
+        builder = builder.add_extension(subject, critical=False)
         certificate_path = self._folder / f"{names[0]}.crt"
         key_path = certificate_path.with_suffix(".key")
-        _write(certificate_path, builder.sign(self._key, hashes.SHA256()))
+        _write(certificate_path, builder.sign(self._key, hashes.SHA256()), self._chain)
         form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         key_path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
         return certificate_path, key_path
@@ -63,7 +84,9 @@ class Authority:
         """For a client that trusts this authority alone."""
         return ssl.create_default_context(cafile=str(self.ca))
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool, life: timedelta = _LIFE
+    ) -> x509.CertificateBuilder:
         public = key.public_key()
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
@@ -73,7 +96,7 @@ class Authority:
             .public_key(public)
             .serial_number(x509.random_serial_number())
             .not_valid_before(_BEGIN)
-            .not_valid_after(_BEGIN + _LIFE)
+            .not_valid_after(_BEGIN + life)
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(issuer, critical=False)
@@ -91,5 +114,5 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _write(path: Path, certificate: x509.Certificate) -> None:
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+def _write(path: Path, certificate: x509.Certificate, chain: bytes = b"") -> None:
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + chain)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,6 +21,10 @@ PACKAGES = {
     "containerd": "containerd",
     "ctr": "containerd",
     "skopeo": "skopeo",
+    "nginx": "nginx-light",
+    "update-ca-certificates": "ca-certificates",
+    "unshare": "util-linux",
+    "mount": "mount",
 }
 NOWHERE = "http://127.0.0.1:1"
 
@@ -59,20 +64,31 @@ class DockerRegistry(Server):
     """Debian's docker-registry (CNCF distribution) on a loopback address, plain HTTP, with its files in a folder.
 
     After `kill` or `terminate`, `start` brings it back on the same port with all that was pushed. On port 80 its
-    name `host` is the address alone.
+    name `host` is the address alone. It may share the `storage` of another one. `sections` are further sections of
+    its configuration.
     """
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1", port: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: str = "127.0.0.1",
+        port: int | None = None,
+        *,
+        storage: Path | None = None,
+        sections: Mapping[str, Mapping[str, object]] | None = None,
+    ) -> None:
         self.port = port or free_port()
         self.host = address if self.port == 80 else f"{address}:{self.port}"
         self.url = f"http://{self.host}"
         folder.mkdir(parents=True, exist_ok=True)
+        self.storage = storage or folder / "storage"
         config = folder / "config.yml"
-        settings = {
+        settings: dict[str, object] = {
             "version": "0.1",
             "log": {"level": "info", "accesslog": {"disabled": False}},
-            "storage": {"filesystem": {"rootdirectory": str(folder / "storage")}},
+            "storage": {"filesystem": {"rootdirectory": str(self.storage)}},
             "http": {"addr": f"{address}:{self.port}"},
+            **(sections or {}),
         }
         config.write_text(json.dumps(settings))  # JSON is YAML
         super().__init__(["docker-registry", "serve", str(config)], folder / "docker-registry.log")

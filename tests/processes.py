@@ -48,9 +48,15 @@ def answers(url: str) -> bool:
         return False
 
 
-def run(argv: Sequence[str], *, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; with `check` a failure raises RuntimeError with what the program said."""
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False)
+def run(
+    argv: Sequence[str], *, check: bool = True, timeout: float = 120, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; with `check` a failure raises RuntimeError with what the program said.
+
+    `environment` is added to ours.
+    """
+    added = {**os.environ, **(environment or {})}
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, env=added)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(argv)} gave {done.returncode}:\n{done.stdout}{done.stderr}")
     return done

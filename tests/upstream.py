@@ -50,7 +50,7 @@ class ScriptedRegistry:
     Each request passes the rules of `script`, those added last first.
     """
 
-    def __init__(self, *, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1") -> None:
+    def __init__(self, *, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1", port: int = 0) -> None:
         self._content = Content()
         self._address = address
         self._lock = threading.Lock()
@@ -58,9 +58,9 @@ class ScriptedRegistry:
         self._requests: list[Request] = []
         self._connections = 0
         self._tls = tls
-        self.port = 0
+        self.port = port
         self.open()
-        self.host = f"{address}:{self.port}"
+        self.host = f"[{address}]:{self.port}" if ":" in address else f"{address}:{self.port}"
         self.url = f"{'https' if tls else 'http'}://{self.host}"
 
     def __enter__(self) -> Self:
@@ -177,6 +177,7 @@ class _Server(ThreadingHTTPServer):
         self._errors: list[BaseException] = []
         self._changed = threading.Condition()
         self._alive: dict[Any, int] = {}
+        self.address_family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
         super().__init__(where, _Connection)
         self._thread = threading.Thread(target=self.serve_forever, args=(POLL,))
         self._thread.start()

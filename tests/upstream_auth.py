@@ -26,7 +26,7 @@ class Basic(Rule):
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """401 without a known user."""
-        if _user(request, self.users) is None:
+        if known_user(request, self.users) is None:
             return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", f'Basic realm="{self.realm}"')
         return handler(request)
 
@@ -79,7 +79,7 @@ class Tokens(Rule):
         return scopes if known else None
 
     def _issue(self, request: Request) -> Answer:
-        if self.users and _user(request, self.users) is None:
+        if self.users and known_user(request, self.users) is None:
             return error(401, "UNAUTHORIZED", "wrong user or password")
         if request.parameters("service") != (self.service,):
             return error(400, "UNSUPPORTED", f"not my service: {request.query}")
@@ -96,7 +96,7 @@ class Tokens(Rule):
         return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", f"Bearer {challenge}")
 
 
-def _user(request: Request, users: Mapping[str, str]) -> str | None:
+def known_user(request: Request, users: Mapping[str, str]) -> str | None:
     """The known user whose Basic credentials the request carries."""
     offered = request.header("Authorization")
     for name, password in users.items():

@@ -6,7 +6,7 @@ import hashlib
 import http.client
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +93,7 @@ class Cache:
 
     def errors(self, since: int) -> list[str]:
         """The lines at level error and above that the daemon's log got since it was so long."""
-        return [line for line in self.daemon.log[since:].splitlines() if "#error]" in line or "#critical]" in line]
+        return error_lines(self.daemon, since)
 
     def one_error(self, since: int) -> str:
         """The one such line; fails when there is none, and when there are several."""
@@ -102,17 +102,25 @@ class Cache:
         return lines[0]
 
 
+def error_lines(daemon: Daemon, since: int) -> list[str]:
+    """The lines at level error and above that the daemon's log got since it was so long."""
+    return [line for line in daemon.log[since:].splitlines() if "#error]" in line or "#critical]" in line]
+
+
 @contextmanager
-def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str) -> Iterator[Cache]:
-    """A daemon and its scripted upstream, until the block ends; it may know `others` too."""
-    with ScriptedRegistry() as upstream, daemon_in(folder, upstream, *others_and_options) as daemon:
+def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str, named: Iterable[str] = ()) -> Iterator[Cache]:
+    """A daemon and its scripted upstream, until the block ends; it may know `others` too, or just their names."""
+    with ScriptedRegistry() as upstream, daemon_in(folder, upstream, *others_and_options, named=named) as daemon:
         yield Cache(daemon, upstream)
 
 
 @contextmanager
-def daemon_in(folder: Path, *upstreams_and_options: ScriptedRegistry | str, **more: Any) -> Iterator[Daemon]:
+def daemon_in(
+    folder: Path, *upstreams_and_options: ScriptedRegistry | str, named: Iterable[str] = (), **more: Any
+) -> Iterator[Daemon]:
     """A daemon for these upstreams, until the block ends; it must not log a failure that nobody handled."""
-    registries = {one.host: "http" for one in upstreams_and_options if isinstance(one, ScriptedRegistry)}
+    hosts = [one.host for one in upstreams_and_options if isinstance(one, ScriptedRegistry)]
+    registries = dict.fromkeys([*hosts, *named], "http")
     options = [one for one in upstreams_and_options if isinstance(one, str)]
     with Daemon(folder, registries, *options, **more) as daemon:
         yield daemon

@@ -16,7 +16,7 @@ from tests.upstream_auth import Tokens
 from tests.upstream_http import Answer, Handler, Request, Rule, error
 from tests.upstream_rules import Hold, Redirect
 
-OURS = {"host", "accept", "accept-encoding", "authorization", "user-agent", "connection"}
+OURS = {"host", "accept", "accept-encoding", "authorization", "user-agent", "connection", "via"}
 """All headers that may reach an upstream; they are our own."""
 
 

@@ -69,7 +69,8 @@ def test_a_taken_port_ends_what_was_to_become_a_daemon(place: Path, taken: int) 
         done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=_DAEMONIZE))
         assert done.returncode == 1
         assert str(taken) in done.stderr
-        assert not background.pid_file.exists()
+        # It tells why it gives up before it has tidied up.
+        wait_until(lambda: not background.pid_file.exists(), _SOON, "no pid file")
 
 
 def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
@@ -114,9 +115,11 @@ def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
         ("port: 8080\nlog_levl: debug\n", 2, "log_levl"),
         ("log_level: info\nport: abc\n", 2, "port"),
         ("registries:\n  - name: a.example\n    scheme: ftp\n", 3, "scheme"),
-        ("- name: a.example\n- name: b.example\n  mirrors: [http://c.example]\n", 3, "mirrors"),
+        ("- name: a.example\n  auth:\n    user: u\n    password: p\n    password_env: P\n", 5, "auth.password_env"),
+        ("- name: a.example\n  tls:\n    ca: missing.crt\n", 3, "tls.ca"),
+        ("port: 8080\nverify: {every: 7d}\n", 2, "verify"),
     ],
-    ids=["unknown key", "wrong type", "wrong value", "of a later version"],
+    ids=["unknown key", "wrong type", "wrong value", "too much", "unreadable file", "of a later version"],
 )
 def test_an_invalid_configuration(place: Path, text: str, line: int, key: str) -> None:
     """Exit status 2 and one line with file, line and key."""

@@ -82,10 +82,11 @@ def answer(
 class Sent:
     """One request that the client sent."""
 
-    def __init__(self, method: str, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
         self.method = method
         self.url = url
         self.headers = dict(headers)
+        self.body = body
 
     @property
     def authorization(self) -> str | None:
@@ -111,8 +112,8 @@ class ScriptedExchanges(Exchanges):
         """What was asked for, in that order."""
         return [sent.url for sent in self.sent]
 
-    async def send(self, method: str, url: str, headers: Mapping[str, str]) -> Response:
-        self.sent.append(Sent(method, url, headers))
+    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Response:
+        self.sent.append(Sent(method, url, headers, body))
         for prefix, answers in self._script.items():
             if url.startswith(prefix):
                 told = answers.pop(0) if len(answers) > 1 else answers[0]

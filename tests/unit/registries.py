@@ -8,6 +8,7 @@ from typing import Any, cast
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
@@ -19,10 +20,12 @@ from tests.unit.doubles import until
 
 
 class Call:
-    """One request to an upstream: `kind` is the method, and `result` what the test fires it with."""
+    """One request to an upstream, made for who stands in `chain`: `kind` is the method, and `result` what the test
+    fires it with."""
 
-    def __init__(self, kind: str, *what: object) -> None:
+    def __init__(self, kind: str, *what: object, chain: Chain = NOBODY) -> None:
         self.kind = kind
+        self.chain = chain
         self.what = " ".join(map(str, what))
         self.result: Deferred[Any] = Deferred()
 
@@ -68,12 +71,17 @@ async def landed(cache: PullThrough) -> None:
 class MemoryRegistry(Registry):
     """An upstream that answers when the test says so."""
 
-    def __init__(self, upstream: Upstream, calls: list[Call]) -> None:
+    def __init__(self, upstream: Upstream, calls: list[Call], chain: Chain = NOBODY) -> None:
         self.upstream = upstream
         self._calls = calls
+        self._chain = chain
+
+    def asked_through(self, chain: Chain) -> Registry:
+        """It answers to all who stand behind us as well."""
+        return MemoryRegistry(self.upstream, self._calls, chain)
 
     def _call(self, kind: str, *what: object) -> Deferred[Any]:
-        self._calls.append(Call(kind, *what))
+        self._calls.append(Call(kind, *what, chain=self._chain))
         return self._calls[-1].result
 
     async def manifest(self, image: ImageReference) -> Manifest:

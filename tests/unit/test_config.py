@@ -8,30 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ociregistry.config import Config, ConfigInvalid, RegistrySettings, read_config
+from ociregistry.config.file import Config, read_config
+from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.registries import RegistrySettings
+from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.names import Upstream
-
-OPTIONS = {"port", "log_level", "image_path"}
+from tests.unit.config_files import OPTIONS, read, refusal
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Where the file is; it is not there yet."""
     return tmp_path / "ociregistry.yaml"
-
-
-def read(path: Path, text: str) -> Config:
-    """What a file with this text says."""
-    path.write_text(text, "utf-8")
-    return read_config(path, OPTIONS)
-
-
-def refusal(path: Path, text: str) -> str:
-    """What is said of a file with this text, in one line."""
-    with pytest.raises(ConfigInvalid) as refused:
-        read(path, text)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -44,9 +32,9 @@ def test_an_empty_file_sets_nothing(path: Path, text: str) -> None:
 def test_a_mapping_sets_options(path: Path) -> None:
     config = read(path, "port: 5000\n# a comment\nlog_level: 'debug'\n\nimage_path: images\n")
     assert dict(config.values) == {
-        "port": ("5000", f"{path}:1"),
-        "log_level": ("debug", f"{path}:3"),
-        "image_path": ("images", f"{path}:5"),
+        "port": ("5000", f"{path}:1: port"),
+        "log_level": ("debug", f"{path}:3: log_level"),
+        "image_path": ("images", f"{path}:5: image_path"),
     }
     assert config.listen == ()
     assert config.registries == {}
@@ -60,6 +48,7 @@ def test_listen_is_a_list(path: Path) -> None:
     assert read(path, "listen: ['tcp:8080', tcp:8081:interface=::1]").listen == ("tcp:8080", "tcp:8081:interface=::1")
 
 
+QUAY = Upstream("quay.io")
 REGISTRIES = """\
 - name: My-Upstream:5000
   description: free text
@@ -72,7 +61,7 @@ REGISTRIES = """\
 EXPECTED = {
     Upstream("my-upstream:5000"): RegistrySettings(Upstream("my-upstream:5000"), "http", "free text"),
     Upstream("docker.io"): RegistrySettings(Upstream("docker.io")),
-    Upstream("quay.io"): RegistrySettings(Upstream("quay.io"), "https"),
+    QUAY: RegistrySettings(QUAY, "https"),
 }
 
 
@@ -83,19 +72,21 @@ def test_registries_by_themselves_or_in_a_mapping(path: Path) -> None:
     assert read(path, f"registries:\n{REGISTRIES}port: 1\n").registries == EXPECTED
 
 
-@pytest.mark.parametrize("key", ["auth", "tls", "mirrors"])
-@pytest.mark.parametrize("empty", ["{}", "[]", "", "null", "~"])
-def test_what_a_later_version_brings_may_be_empty(path: Path, key: str, empty: str) -> None:
-    assert Upstream("quay.io") in read(path, f"- name: quay.io\n  {key}: {empty}\n").registries
+@pytest.mark.parametrize("empty", ["", "null", "~"])
+def test_a_key_of_an_entry_without_a_value_is_as_if_it_were_not_there(path: Path, empty: str) -> None:
+    keys = "".join(f"  {key}: {empty}\n" for key in ("description", "scheme", "auth", "tls", "mirrors"))
+    assert read(path, f"- name: quay.io\n{keys}").registries == {QUAY: RegistrySettings(QUAY)}
+
+
+def test_sections_may_be_empty(path: Path) -> None:
+    entry = read(path, "- name: quay.io\n  auth: {}\n  tls: {}\n  mirrors: []\n").registries[QUAY]
+    assert (entry.login, entry.realm, entry.tls, entry.mirrors) == (None, None, SYSTEM_TRUST, ())
+    assert read(path, "registries: []\nlisten: []\ntls: {}\nbandwidth: {}\nprune: {}\nverify: {}\n") == Config(path)
 
 
 @pytest.mark.parametrize(
     ("text", "line", "key"),
     [
-        ("- name: quay.io\n  auth:\n    user: u\n    password: p\n", 3, "auth"),
-        ("- name: quay.io\n  auth: secret\n", 2, "auth"),
-        ("- name: quay.io\n  tls: {insecure_skip_verify: true}\n", 2, "tls"),
-        ("- name: quay.io\n  mirrors: ['http://a']\n", 2, "mirrors"),
         ("port: 1\nbandwidth: {from: 1}\n", 2, "bandwidth"),
         ("prune: {before: 1d}", 1, "prune"),
         ("verify: {every: 1d}", 1, "verify"),
@@ -119,6 +110,10 @@ def test_what_a_later_version_brings_is_not_silently_ignored(path: Path, text: s
         ("listen: tcp:8080", 1, "listen"),
         ("listen:\n- tcp:8080\n- [tcp:8081]\n", 3, "listen"),
         ("registries: quay.io", 1, "registries"),
+        ("registries: {}", 1, "registries"),
+        ("registries:\n- quay.io\n", 2, "registries"),
+        ("listen: {}", 1, "listen"),
+        ("tls: yes", 1, "tls"),
         ("registries:\n- name: quay.io\n  port: 5\n", 3, "port"),
         ("- name: quay.io\n  schema: http\n", 2, "schema"),
         ("- name: quay.io\n- description: no name\n", 2, "name"),
@@ -132,6 +127,12 @@ def test_what_a_later_version_brings_is_not_silently_ignored(path: Path, text: s
         ("- name: quay.io\n  scheme: ftp\n", 2, "scheme"),
         ("- name: quay.io\n  scheme: HTTP\n", 2, "scheme"),
         ("- name: quay.io\n  scheme: ''\n", 2, "scheme"),
+        ("- name: quay.io\n  description: [a]\n", 2, "description"),
+        ("- name: quay.io\n  auth: []\n", 2, "auth"),
+        ("- name: quay.io\n  auth: secret\n", 2, "auth"),
+        ("- name: quay.io\n  tls: []\n", 2, "tls"),
+        ("- name: quay.io\n  mirrors: {}\n", 2, "mirrors"),
+        ("- name: quay.io\n  mirrors: http://a\n", 2, "mirrors"),
     ],
 )
 def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
@@ -175,16 +176,28 @@ def test_a_file_of_other_bytes_is_refused(path: Path) -> None:
 
 def test_nothing_is_constructed(path: Path) -> None:
     assert refusal(path, "port: &a [*a]\n").startswith(f"{path}:1: port: ")
-    assert dict(read(path, "port: !!python/object/apply:os.getcwd ''\n").values) == {"port": ("", f"{path}:1")}
+    assert dict(read(path, "port: !!python/object/apply:os.getcwd ''\n").values) == {"port": ("", f"{path}:1: port")}
+
+
+def test_what_is_missing_is_said_with_the_line_where_it_should_stand(path: Path) -> None:
+    assert refusal(path, "\n- description: x\n") == f"{path}:2: name: is missing: every entry of registries has one"
 
 
 TEXTS = st.text("abmnrt:_-[]{}'\"\n #&*!|>%@,0.", max_size=40) | st.text(max_size=20)
+ENTRY = "- name: a.b\n  "
+PLACES = (
+    *("", "registries:\n- name: ", "listen: ", "tls: ", "tls: {cert: ", "tls:\n  client_ca: "),
+    *(ENTRY, f"{ENTRY}auth: ", f"{ENTRY}tls: ", f"{ENTRY}tls:\n    ca: ", f"{ENTRY}mirrors: "),
+    *(f"{ENTRY}auth: {{user: u, password: ", f"{ENTRY}auth: {{user: ", f"{ENTRY}auth: {{user: u, password_file: "),
+    *(f"{ENTRY}auth: {{user: u, password_env: ", f"{ENTRY}auth: {{identity_token: ", f"{ENTRY}auth: {{realm: "),
+    *(f"{ENTRY}auth: {{credential_helper: ", f"{ENTRY}mirrors: [http://", f"{ENTRY}mirrors:\n  - "),
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(TEXTS | TEXTS.map("registries:\n- name: ".__add__) | TEXTS.map("- name: a.b\n  ".__add__))
-def test_whatever_stands_in_it_is_read_or_refused(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8", errors="replace")
+@given(st.sampled_from(PLACES), TEXTS, st.sampled_from(["", "}", "]", "\n"]))
+def test_whatever_stands_in_it_is_read_or_refused(path: Path, place: str, text: str, end: str) -> None:
+    path.write_text(place + text + end, "utf-8", errors="replace")
     try:
         config = read_config(path, OPTIONS)
     except ConfigInvalid as refused:
@@ -194,3 +207,4 @@ def test_whatever_stands_in_it_is_read_or_refused(path: Path, text: str) -> None
         assert set(config.values) <= OPTIONS
         assert all(entry.upstream == upstream for upstream, entry in config.registries.items())
     assert why.startswith(f"{path}:")
+    assert "\n" not in why

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ociregistry import errors
-from ociregistry.errors import RangeUnsatisfiable, RegistryError, Unavailable
+from ociregistry.errors import Circle, RangeUnsatisfiable, RegistryError, Unavailable
 
 STATUSES = {
     "NameInvalid": (400, "NAME_INVALID"),
@@ -16,6 +16,7 @@ STATUSES = {
     "BlobUnknown": (404, "BLOB_UNKNOWN"),
     "NotFound": (404, "NOT_FOUND"),
     "Denied": (403, "DENIED"),
+    "Circle": (403, "DENIED"),
     "Unsupported": (404, "UNSUPPORTED"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeUnsatisfiable": (416, "SIZE_INVALID"),
@@ -43,4 +44,5 @@ def test_headers_say_what_a_client_may_do_instead() -> None:
     assert RangeUnsatisfiable("outside", 2048).headers() == {"Content-Range": "bytes */2048"}
     assert Unavailable("down").headers() == {"Retry-After": "5"}
     assert Unavailable("down", 120).headers() == {"Retry-After": "120"}
+    assert Circle("again", "1.1 a, 1.1 b").headers() == {"Via": "1.1 a, 1.1 b"}
     assert errors.NameInvalid("no").headers() == {}

@@ -67,6 +67,17 @@ def test_an_event_without_level_or_namespace_is_an_info() -> None:
     assert [level for level in LOG_LEVELS if passes(level)] == ["trace", "debug", "info"]
 
 
+@pytest.mark.parametrize("level", LOG_LEVELS)
+@pytest.mark.parametrize("before", LOG_LEVELS)
+def test_another_level_may_be_used_from_now_on(before: str, level: str) -> None:
+    changed, at_once = AtLeast(before), AtLeast(level)
+    changed.use(level)
+    for event_level in ORDER:
+        for namespace in ("ociregistry.web", "twisted.internet", "twisted.web.client"):
+            event: LogEvent = {"log_level": event_level, "log_namespace": namespace}
+            assert changed(event) is at_once(event)
+
+
 def test_it_stands_in_front_of_an_observer() -> None:
     out = io.StringIO()
     observer = FilteringLogObserver(textFileLogObserver(out), [AtLeast("warn")])

@@ -70,6 +70,10 @@ HOSTILE = [
         ("10.0.0.1:65535", "10.0.0.1:65535", "10.0.0.1", 65535),
         ("[::1]:5000", "[::1]:5000", "[::1]", 5000),
         ("[FE80::1]", "[fe80::1]", "[fe80::1]", None),
+        # As it is typed where nothing could be taken for a port.
+        ("::1", "[::1]", "[::1]", None),
+        ("FE80::1:5000", "[fe80::1:5000]", "[fe80::1:5000]", None),
+        ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]", "[::ffff:127.0.0.1]", None),
     ],
 )
 def test_an_upstream_is_a_host_with_an_optional_port(text: str, name: str, host: str, port: int | None) -> None:
@@ -102,7 +106,8 @@ def test_anything_else_is_no_upstream(text: str) -> None:
 
 # `[.]` may look like an address to an expression; urllib and OpenSSL raise ValueError for these.
 @pytest.mark.parametrize(
-    "text", ["[.]", "[]", "[:]", "[::::]", "[1.2.3.4]", "[::1", "::1", "[::1]x", "[::1]:", "[g::1]"]
+    "text",
+    ["[.]", "[]", "[:]", "[::::]", "[1.2.3.4]", "[::1", "::1]", "::g", "::1%eth0", "[::1]x", "[::1]:", "[g::1]"],
 )
 def test_brackets_hold_an_ipv6_address(text: str) -> None:
     with pytest.raises(NameInvalid):
@@ -211,6 +216,8 @@ def test_anything_else_is_no_repository(path: str) -> None:
         ("localhost/nginx", "localhost/nginx"),
         ("localhost:5000/nginx", "localhost:5000/nginx"),
         ("registry:5000/a/b/c/d/e/f", "registry:5000/a/b/c/d/e/f"),
+        ("[::1]:5000/nginx", "[::1]:5000/nginx"),
+        ("::1/nginx", "[::1]/nginx"),
         ("localhosts/nginx", "docker.io/localhosts/nginx"),
         ("registry/nginx", "docker.io/registry/nginx"),
         ("quay.io", "docker.io/library/quay.io"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
@@ -16,10 +16,10 @@ from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.content import Content
 from ociregistry.store.store import Store
-from ociregistry.upstream.client import Client
 from ociregistry.upstream.exchange import Exchanges
 from ociregistry.upstream.registries import Registries
 from ociregistry.upstream.registry import Registry
+from tests.unit.asking import client_over, registry_over
 from tests.unit.doubles import on_reactor, turn, until
 from tests.unit.registries import MemoryRegistries, Sending
 from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of
@@ -114,7 +114,7 @@ async def test_and_the_reason_is_ours_not_the_upstreams(store: Store, clock: Clo
 
     def registry(upstream: Upstream) -> Registry:
         exchanges = Exchanges(str(upstream), agent, lambda: None, clock)
-        return Registry(upstream, Client(upstream, "https", exchanges, lambda _: succeed(False), clock), 1, clock)
+        return registry_over(client_over(exchanges, clock), 1, clock)
 
     cache = PullThrough(store, Registries((), registry), clock)
     asked = blob_of(cache)

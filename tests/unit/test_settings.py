@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.config import ConfigInvalid, RegistrySettings
+from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.registries import RegistrySettings
+from ociregistry.config.tls import Certificates, ServerTls
 from ociregistry.names import Upstream
 from ociregistry.settings import LOG_LEVELS, OPTIONS, Settings, load_settings
+from tests.certificates import Authority
 
 SHIPPED = Path(__file__).resolve().parents[2] / "etc" / "ociregistry.yaml"
 
@@ -24,6 +27,8 @@ DEFAULTS = Settings(
     allow_upstreams=(),
     default_ns=Upstream("docker.io"),
     registries={},
+    tls=None,
+    warnings=(),
 )
 
 
@@ -36,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 def load(path: Path, text: str, *listen: str, **given: str) -> Settings:
     """The settings that a file with this text and the given options make."""
     path.write_text(text)
-    return load_settings(given, listen, str(path))
+    return load_settings(given, listen, path)
 
 
 def test_the_defaults() -> None:
@@ -44,7 +49,7 @@ def test_the_defaults() -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    beside = {"listen", "registries"}
+    beside = {"listen", "registries", "tls", "warnings"}
     assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:
@@ -74,6 +79,42 @@ def test_a_list_alone_sets_registries(path: Path) -> None:
     assert settings.port == 1
 
 
+def test_what_is_not_configured_has_an_entry_that_says_nothing(path: Path) -> None:
+    settings = load(path, "- name: my-upstream:5000\n  scheme: http\n")
+    assert settings.entry(Upstream("my-upstream:5000")).scheme == "http"
+    assert settings.entry(Upstream("quay.io")) == RegistrySettings(Upstream("quay.io"))
+
+
+def test_tls_is_that_of_the_file(path: Path, authority: Authority) -> None:
+    certificate, key = authority.issue("server")
+    settings = load(
+        path, "tls: {cert: server.crt, key: server.key}\nlisten: ['tcp:1', 'systemd:domain=INET:index=0']\n"
+    )
+    assert isinstance(settings.tls, ServerTls)
+    assert settings.tls.identity.certificates == Certificates(certificate, (certificate.read_bytes(),))
+    assert settings.tls.identity.key == key.read_bytes()
+
+
+def test_tls_twice_on_one_connection_is_refused(path: Path, authority: Authority) -> None:
+    authority.issue("server")
+    tls = "tls: {cert: server.crt, key: server.key}\n"
+    for text, listen in (
+        (f"{tls}listen: ['tcp:1', 'ssl:2']\n", ()),
+        (tls, ("ssl:2:privateKey=server.key",)),
+        (f"{tls}listen: ['tcp:1']\n", ("tcp:1", "ssl:2")),
+    ):
+        with pytest.raises(ConfigInvalid, match=rf"^{path}:1: tls: .* tcp: in place of ssl:"):
+            load(path, text, *listen)
+    assert load(path, f"{tls}listen: ['ssl:2']\n", "tcp:1").listen == ("tcp:1",)
+    assert load(path, "listen: ['ssl:2']\n").listen == ("ssl:2",)
+
+
+def test_warnings_are_those_of_the_file(path: Path, authority: Authority) -> None:
+    text = f"- name: a.b\n  tls: {{ca: {authority.ca}, insecure_skip_verify: true}}\n"
+    (warning,) = load(path, text).warnings
+    assert warning.startswith(f"{path}:2: tls.ca: ")
+
+
 def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load(path, "image_path: images").image_path == path.parent / "images"
@@ -82,7 +123,7 @@ def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(path.parent)
     (path.parent / "etc").mkdir()
     Path("etc/it.yaml").write_text("image_path: images")
-    assert load_settings({}, (), "etc/it.yaml").image_path == path.parent / "etc/images"
+    assert load_settings({}, (), Path("etc/it.yaml")).image_path == path.parent / "etc/images"
 
 
 def test_paths_on_the_command_line_are_relative_to_where_we_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +206,7 @@ def test_a_bad_value_in_the_file_counts_only_where_it_is_used(path: Path) -> Non
 
 def test_a_missing_file_is_an_error(path: Path) -> None:
     with pytest.raises(ConfigInvalid, match="cannot be read"):
-        load_settings({"port": "1"}, (), str(path))
+        load_settings({"port": "1"}, (), path)
 
 
 def test_all_levels_are_levels() -> None:
@@ -174,7 +215,7 @@ def test_all_levels_are_levels() -> None:
 
 
 def test_the_shipped_file_sets_nothing() -> None:
-    assert load_settings({}, (), str(SHIPPED)) == DEFAULTS
+    assert load_settings({}, (), SHIPPED) == DEFAULTS
 
 
 def uncommented() -> str:
@@ -182,17 +223,40 @@ def uncommented() -> str:
     return re.sub(r"^#(?! [^ ])", "", SHIPPED.read_text(), flags=re.MULTILINE)
 
 
-def test_the_shipped_file_shows_every_key_with_its_default(path: Path) -> None:
-    settings = load(path, uncommented())
-    example = settings.registries[Upstream("my-upstream:5000")]
-    assert example.scheme == "http"
-    # Two keys have no default that could be written out: `*` allows what nothing allows, and the entry is an example.
+@pytest.fixture
+def example(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The shipped file with every key, and what it names is there."""
+    certificate, key = authority.issue("example")
+    secret = key.with_name("secret")
+    secret.write_text("password\n")
+    helper = key.with_name("docker-credential-x")
+    helper.write_text("#!/bin/sh\n")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(helper.parent))
+    monkeypatch.setenv("SECRET", "password")
+    text = uncommented()
+    for name, value in {
+        "cert": certificate,
+        "key": key,
+        "(?:client_)?ca": authority.ca,
+        "password_file": secret,
+        "password_env": "SECRET",
+        "credential_helper": "x",
+    }.items():
+        text = re.sub(rf"\b({name}): *[^\s,}}]+", rf"\1: {value}", text)
+    return text
+
+
+def test_the_shipped_file_shows_every_key_with_its_default(path: Path, example: str) -> None:
+    settings = load(path, example)
+    assert settings.registries[Upstream("my-upstream:5000")].scheme == "http"
+    # Three keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
     assert settings.allow_upstreams == ("*",)
     for field in fields(Settings):
-        if field.name not in ("allow_upstreams", "registries"):
+        if field.name not in ("allow_upstreams", "registries", "tls"):
             assert getattr(settings, field.name) == getattr(DEFAULTS, field.name), field.name
 
 
 def test_the_shipped_file_leaves_out_no_key() -> None:
     shown = re.findall(r"^([a-z_]+):", uncommented(), re.MULTILINE)
-    assert sorted(shown) == sorted(field.name for field in fields(Settings))
+    assert sorted(shown) == sorted({field.name for field in fields(Settings)} - {"warnings"})

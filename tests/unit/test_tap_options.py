@@ -13,11 +13,12 @@ from twisted.python.reflect import namedAny
 from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
+from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.names import Upstream
 from ociregistry.settings import OPTIONS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 
-COMMANDS = ("load", "list", "prune", "verify", "export", "check", "containerd-config", "version")
+COMMANDS = ("load", "list", "prune", "verify", "export", "containerd-config", "version")
 
 
 def parse(*argv: str) -> Settings:
@@ -62,6 +63,8 @@ def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) ->
         allow_upstreams=("docker.io", "quay.io"),
         default_ns=Upstream("quay.io"),
         registries={},
+        tls=None,
+        warnings=(),
     )
 
 
@@ -81,6 +84,30 @@ def test_the_file_is_read(tmp_path: Path) -> None:
     assert parse("--config-path", one, "serve", "--config-path", two).port == 2
 
 
+def test_the_settings_can_be_made_again_wherever_twistd_has_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("it.yaml").write_text("port: 1\nlog_level: info\n")
+    options = Options()
+    options.parseOptions(["--config-path", "it.yaml", "serve", "--port", "2", "--listen", "tcp:3"])
+    assert options.load() == options.settings
+    Path("it.yaml").write_text("port: 4\nlog_level: warn\nlisten: [tcp:5]\n")
+    monkeypatch.chdir("/")
+    again = options.load()
+    assert (again.port, again.log_level, again.listen) == (2, "warn", ("tcp:3",))
+    assert options.settings.log_level == "info"
+    (tmp_path / "it.yaml").unlink()
+    with pytest.raises(ConfigInvalid, match=f"^{tmp_path}/it.yaml: cannot be read"):
+        options.load()
+
+
+def test_without_a_file_they_can_be_made_again_too() -> None:
+    options = Options()
+    options.parseOptions(["--port", "2", "--config-path", ""])
+    assert options.load() == options.settings == load_settings({"port": "2"}, (), None)
+
+
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
@@ -94,6 +121,8 @@ def test_the_file_is_read(tmp_path: Path) -> None:
         (["nonsense"], "nonsense"),
         (["serve", "nonsense"], "Wrong number of arguments"),
         (["serve", "serve"], "Wrong number of arguments"),
+        (["check", "serve"], "Wrong number of arguments"),
+        (["check", "--port", "http"], "--port: 'http': a number from 1 to 65535 is expected"),
     ],
 )
 def test_a_mistake_ends_it_with_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
@@ -129,14 +158,14 @@ def test_nor_is_a_command_of_a_later_version(capfd: pytest.CaptureFixture[str], 
         assert f"{command} is not available in this version" in refused(capfd, *argv)
 
 
-@pytest.mark.parametrize("word", [*COMMANDS, "serve"])
+@pytest.mark.parametrize("word", [*COMMANDS, "check", "serve"])
 def test_a_value_is_no_command(word: str) -> None:
     assert parse("--image-path", f"/{word}").image_path == Path(f"/{word}")
     assert parse("--image-path", word).image_path.name == word
     assert parse("--default-ns", word).default_ns.name == word
 
 
-@pytest.mark.parametrize("argv", [["--version"], ["serve", "--version"]])
+@pytest.mark.parametrize("argv", [["--version"], ["serve", "--version"], ["check", "--version"]])
 def test_the_version_is_ours(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(*argv)
@@ -144,7 +173,7 @@ def test_the_version_is_ours(capfd: pytest.CaptureFixture[str], argv: list[str])
     assert capfd.readouterr().out == f"ociregistry {__version__}\n"
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"]])
+@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["check", "--help"]])
 def test_help_tells_every_option_with_its_default(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse(*argv)
@@ -157,7 +186,10 @@ def test_help_tells_every_option_with_its_default(capfd: pytest.CaptureFixture[s
 
 
 @given(
-    st.lists(st.text("-aehoprst=,./: 5", max_size=12) | st.sampled_from(["--port", "serve", "--listen"]), max_size=4)
+    st.lists(
+        st.text("-aehoprst=,./: 5", max_size=12) | st.sampled_from(["--port", "serve", "check", "--listen"]),
+        max_size=4,
+    )
 )
 def test_whatever_is_typed_makes_settings_or_ends_with_a_status(argv: list[str]) -> None:
     try:

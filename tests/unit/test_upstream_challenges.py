@@ -1,4 +1,4 @@
-"""Bearer challenges as registries write them, and as nobody should."""
+"""Challenges as registries write them, and as nobody should."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ociregistry.upstream.challenges import BearerChallenge
+from ociregistry.upstream.challenges import (
+    BasicChallenge,
+    BearerChallenge,
+    Challenge,
+    best_challenge,
+    lacks_scope,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +75,67 @@ def test_every_value_comes_through_its_quotes(realm: str, service: str, scope: s
 def test_whatever_comes_is_a_challenge_or_none(header: str) -> None:
     challenge = BearerChallenge.parse(header)
     assert challenge is None or challenge.realm
+
+
+BEARER = 'Bearer realm="https://a/t",service="s"'
+
+
+@pytest.mark.parametrize(
+    ("headers", "best"),
+    [
+        ([BEARER], BearerChallenge("https://a/t", "s")),
+        (['Basic realm="reg"'], BasicChallenge()),
+        (["basic"], BasicChallenge()),
+        (["BASIC realm=reg, charset=UTF-8"], BasicChallenge()),
+        (['Basic realm="reg"', BEARER], BearerChallenge("https://a/t", "s")),
+        ([BEARER, 'Basic realm="reg"'], BearerChallenge("https://a/t", "s")),
+        ([BEARER, 'Bearer realm="https://b/t"'], BearerChallenge("https://a/t", "s")),
+        (['Bearer service="s"', 'Bearer realm="https://b/t"'], BearerChallenge("https://b/t")),
+        (["Negotiate", 'Digest realm="x",nonce="y"', "Basic realm=reg"], BasicChallenge()),
+        (['Bearer service="s"', "Basic realm=reg"], BasicChallenge()),
+        ([], None),
+        ([""], None),
+        (["Negotiate", "Basicly realm=reg", 'Bearer service="s"'], None),
+        # Several in one header: RFC 9110, section 11.6.1.
+        pytest.param(['Basic realm="reg", ' + BEARER], BearerChallenge("https://a/t", "s")),
+        pytest.param([BEARER + ', Basic realm="reg"'], BearerChallenge("https://a/t", "s")),
+        pytest.param(["Negotiate, Basic realm=reg"], BasicChallenge()),
+        # Whatever stands between quotes is no challenge.
+        (['Digest realm="Basic, Bearer realm=x"'], None),
+    ],
+)
+def test_a_token_is_answered_with_before_a_password(headers: list[str], best: Challenge | None) -> None:
+    assert best_challenge(headers) == best
+    assert best_challenge(iter(headers)) == best
+
+
+@pytest.mark.parametrize(
+    ("headers", "lacks"),
+    [
+        ([f'{BEARER},error="insufficient_scope"'], True),
+        ([f"{BEARER}, error=insufficient_scope"], True),
+        (["Basic realm=reg", 'Bearer error="insufficient_scope"'], True),
+        ([f'{BEARER},error="invalid_token"'], False),
+        ([BEARER], False),
+        (['Basic realm=reg,error="insufficient_scope"'], False),
+        ([], False),
+    ],
+)
+def test_whether_a_token_was_for_too_little(headers: list[str], lacks: bool) -> None:
+    assert lacks_scope(headers) is lacks
+
+
+@pytest.mark.parametrize(
+    ("known", "wanted", "both"),
+    [
+        ("a", "b", "a b"),
+        ("a b", "b c", "a b c"),
+        ("a", "a", "a"),
+        ("", "a", "a"),
+        ("a", "", "a"),
+        ("", "", ""),
+    ],
+)
+def test_a_challenge_for_more(known: str, wanted: str, both: str) -> None:
+    wide = BearerChallenge("https://old/t", "old", known).widened(BearerChallenge("https://new/t", "new", wanted))
+    assert wide == BearerChallenge("https://new/t", "new", both)

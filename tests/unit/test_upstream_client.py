@@ -9,11 +9,13 @@ import pytest
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
+from ociregistry.config.registries import Login
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
-from ociregistry.upstream.client import Client
+from ociregistry.upstream.credentials import Ask
 from ociregistry.upstream.exchange import NoTls, Response
-from tests.unit.bodies import ScriptedExchanges
+from tests.unit.asking import client_over, no_helper
+from tests.unit.bodies import ScriptedExchanges, Told
 from tests.unit.doubles import failed, fired
 
 REG = "https://reg.example/"
@@ -23,7 +25,7 @@ HOP: dict[str, Any] = {"status": 307, "headers": {"Location": f"{CDN}blob"}}
 OK: dict[str, Any] = {"data": b"content"}
 PLAIN = NoTls("reg.example: the connection was refused")
 
-Script = Mapping[str, Sequence[Mapping[str, Any] | Exception]]
+Script = Mapping[str, Sequence[Told]]
 
 
 def challenge(scope: str = "repository:team/app:pull", realm: str = TOKEN) -> dict[str, Any]:
@@ -48,15 +50,33 @@ class Asking:
     """A client, what it sent, and whether plain http was thought of."""
 
     def __init__(
-        self, script: Script, *, scheme: str | None = "https", plain: bool = True, name: str = "reg.example"
+        self,
+        script: Script,
+        *,
+        scheme: str | None = "https",
+        plain: bool = True,
+        name: str = "reg.example",
+        login: Login | None = None,
+        ask: Ask = no_helper,
+        trusts: str = "",
     ) -> None:
+        """`trusts` is the host of the token service that gets the credentials."""
         self.clock = Clock()
         self.exchanges = ScriptedExchanges(script)
         self.plain_thought_of = 0
         self._plain = plain
-        self.client = Client(Upstream.parse(name), scheme, self.exchanges, self._plain_allowed, self.clock)
+        self.client = client_over(
+            self.exchanges,
+            self.clock,
+            name=name,
+            scheme=scheme,
+            login=login,
+            ask=ask,
+            trusts=trusts,
+            plain_allowed=self._plain_allowed,
+        )
 
-    def _plain_allowed(self, upstream: Upstream) -> Deferred[bool]:
+    def _plain_allowed(self) -> Deferred[bool]:
         self.plain_thought_of += 1
         return succeed(self._plain)
 
@@ -127,12 +147,19 @@ def test_ten_hops_are_followed_and_no_more() -> None:
     assert len(asking.asked) == 11
 
 
-@pytest.mark.parametrize(
-    "to", ["http://reg.example/x", "HTTP://cdn.example/x", "ftp://cdn.example/x", "file:///etc/passwd"]
-)
+@pytest.mark.parametrize("to", ["http://reg.example/x", "HTTP://cdn.example/x"])
 def test_a_redirect_from_https_leads_to_https(to: str) -> None:
     asking = Asking({REG: [redirect(to)]})
-    assert "redirects from https to" in failed(asking.ask(), Unavailable).message
+    assert failed(asking.ask(), Unavailable).message == "reg.example: it redirects from https to http"
+    assert len(asking.asked) == 1
+
+
+@pytest.mark.parametrize("to", ["ftp://cdn.example/x", "file:///etc/passwd", "https://u:p@cdn.example/x"])
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_a_redirect_leads_to_a_web_server(scheme: str, to: str) -> None:
+    asking = Asking({f"{scheme}://reg.example/": [redirect(to)]}, scheme=scheme)
+    message = failed(asking.ask(), Unavailable).message
+    assert message == f"reg.example: it redirects to {to!r}, which is no URL of a web server"
     assert len(asking.asked) == 1
 
 
@@ -146,7 +173,9 @@ def test_a_redirect_from_https_is_held_to_it_at_every_hop() -> None:
     "to", ["https://[bad/x", "https://cdn.example:99999/x", "https://cdn.example:port/x", "https://a]b/"]
 )
 def test_a_redirect_to_nowhere_is_the_upstreams_failure(to: str) -> None:
-    failed(Asking({REG: [redirect(to)], "https": [OK]}).ask(), Unavailable)
+    asking = Asking({REG: [redirect(f"{to}?X-Signature=secret")], "https": [OK]})
+    message = failed(asking.ask(), Unavailable).message
+    assert message == f"reg.example: it redirects to {to!r}, which is no URL of a web server"
 
 
 def test_a_token_is_fetched_when_one_is_wanted() -> None:

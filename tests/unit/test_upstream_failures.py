@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 from OpenSSL import SSL
-from service_identity import VerificationError
 from twisted.internet import defer, error
 from twisted.internet.address import HostnameAddress
 from twisted.python.failure import Failure
 from twisted.web.client import RequestTransmissionFailed, ResponseFailed, ResponseNeverReceived
 
-from ociregistry.upstream.failures import causes, explain, speaks_no_tls
+from ociregistry.upstream.failures import CertificateRefused, causes, explain, speaks_no_tls
 
 
 def wrapped(*inner: BaseException, kind: type[Exception] = ResponseNeverReceived) -> Exception:
@@ -36,9 +35,21 @@ SENTENCES = [
     (error.ConnectionLost(), "the connection broke"),
     (tls("certificate verify failed"), "TLS failed: certificate verify failed"),
     (tls("unsupported protocol", "internal error"), "TLS failed: unsupported protocol; internal error"),
+    (
+        tls("tlsv13 alert certificate required"),
+        "TLS failed: tlsv13 alert certificate required: it refuses our client certificate, or wants one",
+    ),
+    (
+        tls("sslv3 alert bad certificate"),
+        "TLS failed: sslv3 alert bad certificate: it refuses our client certificate, or wants one",
+    ),
+    (tls("tlsv1 alert internal error"), "TLS failed: tlsv1 alert internal error"),
     (SSL.Error(), "TLS failed: the connection broke"),
     (SSL.SysCallError(-1, "Unexpected EOF"), "TLS failed: the connection broke"),
-    (VerificationError(errors=[]), "TLS failed: the certificate is for another host name"),
+    (
+        CertificateRefused("CN=reg.example", "it has expired"),
+        "TLS failed: the certificate of CN=reg.example is refused: it has expired",
+    ),
     (ValueError("some other thing"), "some other thing"),
     (ValueError(), "ValueError"),
 ]
@@ -49,7 +60,7 @@ def test_an_exception_in_words(exception: Exception, sentence: str) -> None:
     assert explain(exception) == sentence
 
 
-@pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:15])
+@pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:-2])
 @pytest.mark.parametrize("kind", [ResponseNeverReceived, ResponseFailed, RequestTransmissionFailed])
 def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: str, kind: type[Exception]) -> None:
     assert explain(wrapped(exception, kind=kind)) == sentence
@@ -92,7 +103,8 @@ def test_who_refuses_or_answers_in_plain_text_speaks_no_tls(exception: Exception
         tls("unsupported protocol"),
         SSL.Error(),
         SSL.SysCallError(-1, "Unexpected EOF"),
-        VerificationError(errors=[]),
+        # Whatever the host has written into it.
+        CertificateRefused("CN=wrong version number", "http request"),
         error.TimeoutError(),
         error.TCPTimedOutError(),
         error.DNSLookupError(),

@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Denied
 from ociregistry.names import Upstream
 from ociregistry.upstream.registries import Registries
@@ -83,3 +84,40 @@ def test_those_used_last_are_kept() -> None:
     registries.get(Upstream("r0.example"))
     assert made.upstreams[2001:] == ["r0.example"]
     assert len(registries._kept) == 500
+
+
+class Through(Registry):
+    """A registry that may be asked for others."""
+
+    def __init__(self) -> None:
+        self.chains: list[Chain] = []
+
+    def asked_through(self, chain: Chain) -> Registry:
+        """Notes for whom."""
+        self.chains.append(chain)
+        return Through()
+
+
+def test_an_upstream_is_asked_for_who_stands_behind_us() -> None:
+    registry = Through()
+    registries = Registries((), lambda upstream: registry)
+    chain = Chain(("ociregistry-0123456789abcdef",))
+    assert registries.get(Upstream("quay.io"), chain) is not registry
+    assert registry.chains == [chain]
+    # It is the same registry, with its connections and tokens.
+    assert registries.get(Upstream("quay.io")) is registry
+    assert registries.get(Upstream("quay.io"), NOBODY) is registry
+    assert registry.chains == [chain]
+
+
+def test_new_settings_are_for_all_registries() -> None:
+    made = Made()
+    registries = Registries(("quay.io",), made)
+    old = registries.get(Upstream("quay.io"))
+    registries.use(("quay.io", "docker.io"))
+    assert registries.get(Upstream("quay.io")) is not old
+    registries.get(Upstream("docker.io"))
+    registries.use(("docker.io",))
+    with pytest.raises(Denied):
+        registries.get(Upstream("quay.io"))
+    assert made.upstreams == ["quay.io", "quay.io", "docker.io"]

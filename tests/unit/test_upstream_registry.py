@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.task import Clock
+from twisted.internet.defer import Deferred
 from twisted.web.http_headers import Headers
 
 from ociregistry.errors import BlobUnknown, ManifestUnknown, NameUnknown, RegistryError, Unavailable
@@ -18,6 +17,7 @@ from ociregistry.upstream.client import Client
 from ociregistry.upstream.exchange import Response
 from ociregistry.upstream.registry import BlobStream, Registry
 from tests.images import make_image
+from tests.unit.asking import client_over, registry_over
 from tests.unit.bodies import ScriptedExchanges, connected, end
 from tests.unit.doubles import failed, fired, image, manifest
 
@@ -37,8 +37,7 @@ GOOD: dict[str, Any] = {
 def registry(*answers: Mapping[str, Any] | Exception, most: int = 2) -> tuple[Registry, ScriptedExchanges]:
     """A registry that gives these answers, one after the other."""
     exchanges = ScriptedExchanges({"https://reg.example/": answers})
-    client = Client(REG, "https", exchanges, lambda upstream: succeed(False), Clock())
-    return Registry(REG, client, most, Clock()), exchanges
+    return registry_over(client_over(exchanges), most), exchanges
 
 
 def with_headers(**headers: str) -> dict[str, Any]:
@@ -135,7 +134,12 @@ def test_every_other_status_is_a_failure_of_the_upstream(status: int) -> None:
         ("-1", 5),
         ("1.5", 5),
         ("²", 5),
-        ("Fri, 31 Dec 2026 23:59:59 GMT", 5),
+        ("Fri, 31 Dec 9998 23:59:59 GMT", 3600),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", 0),
+        ("Fri, 31 Dec 2026 23:59:59 -0000", 5),
+        ("Fri, 31 Mumble 2026 23:59:59 GMT", 5),
+        pytest.param("Fri, 31 Dec 99999999999999999999 23:59:59 GMT", 5),
+        pytest.param("Fri, 31 Dec 2026 23:59:59 +99999999999999999999", 5),
     ],
 )
 def test_when_to_ask_again_is_passed_on(told: str, seconds: int) -> None:
@@ -168,14 +172,14 @@ class Growing(Client):
 
 def test_a_blob_without_a_length_has_no_size() -> None:
     client = Growing()
-    stream = fired(Deferred.fromCoroutine(Registry(REG, client, 1, Clock()).blob(APP, LAYER)))
+    stream = fired(Deferred.fromCoroutine(registry_over(client, 1).blob(APP, LAYER)))
     assert stream.size is None
     end(client.bodies[0])
 
 
 def test_a_connection_counts_until_its_body_has_ended() -> None:
     client = Growing()
-    source = Registry(REG, client, 2, Clock())
+    source = registry_over(client, 2)
     asked: list[Deferred[BlobStream]] = [Deferred.fromCoroutine(source.blob(APP, LAYER)) for _ in range(4)]
     assert [one.called for one in asked] == [True, True, False, False]
     end(client.bodies[1])
@@ -192,7 +196,7 @@ def test_a_connection_counts_until_its_body_has_ended() -> None:
 
 def test_a_refused_blob_gives_its_slot_back() -> None:
     client = Growing()
-    source = Registry(REG, client, 1, Clock())
+    source = registry_over(client, 1)
     client.status = 404
     for _ in range(3):
         failed(Deferred.fromCoroutine(source.blob(APP, LAYER)), BlobUnknown)
@@ -203,7 +207,7 @@ def test_a_refused_blob_gives_its_slot_back() -> None:
 
 def test_manifests_do_not_wait_behind_blobs() -> None:
     client = Growing()
-    source = Registry(REG, client, 1, Clock())
+    source = registry_over(client, 1)
     fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
     client.status = 404
     failed(Deferred.fromCoroutine(source.manifest(TAGGED)), ManifestUnknown)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown, Unavailable
-from ociregistry.upstream.client import Client
-from ociregistry.upstream.registry import BlobStream, OtherBlob, Registry
+from ociregistry.upstream.registry import BlobStream, OtherBlob
+from tests.unit.asking import client_over, registry_over
 from tests.unit.bodies import ScriptedExchanges, Told
 from tests.unit.doubles import failed, fired
 from tests.unit.test_upstream_client import REG, TOKEN, challenge
@@ -32,8 +32,7 @@ class Asked:
     def __init__(self, *answers: Told, token: Told = None) -> None:
         self.clock = Clock()
         self.exchanges = ScriptedExchanges({REG: answers, TOKEN: [token]})
-        client = Client(UPSTREAM, "https", self.exchanges, lambda upstream: succeed(False), self.clock)
-        self._registry = Registry(UPSTREAM, client, 1, self.clock)
+        self._registry = registry_over(client_over(self.exchanges, self.clock), 1, self.clock)
 
     def blob(self, start: int, within: float | None = None) -> Deferred[BlobStream]:
         """Asks for the blob."""

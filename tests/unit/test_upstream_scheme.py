@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IAddress, IHostnameResolver, IHostResolution, IResolutionReceiver
-from zope.interface import implementer
 
 from ociregistry.errors import Unavailable
-from ociregistry.names import Upstream
-from ociregistry.upstream.private import plain_allowed
-from tests.unit.doubles import failed, fired
+from tests.unit.doubles import failed
 from tests.unit.test_upstream_client import CDN, HOP, OK, PLAIN, REG, TOKEN, Asking, challenge, token
 
 HTTP = "http://reg.example/"
@@ -90,68 +84,3 @@ def test_nor_does_its_token_service(later: float) -> None:
     asking.clock.advance(later)
     failed(asking.ask(), Unavailable)
     assert not [url for url in asking.exchanges.urls if url.startswith("http:")]
-
-
-@implementer(IHostnameResolver)
-class Resolver:
-    """Knows one host; the addresses come when the test says so."""
-
-    def __init__(self, *addresses: IAddress) -> None:
-        self.asked: list[str] = []
-        self._addresses = addresses
-
-    def resolveHostName(
-        self, resolutionReceiver: IResolutionReceiver, hostName: str, *args: object, **kwargs: object
-    ) -> IHostResolution:
-        """Tells all it knows."""
-        self.asked.append(hostName)
-        resolution: IHostResolution = object()  # type: ignore[assignment]  # nobody looks at it
-        resolutionReceiver.resolutionBegan(resolution)
-        for address in self._addresses:
-            resolutionReceiver.addressResolved(address)
-        resolutionReceiver.resolutionComplete()
-        return resolution
-
-
-def v4(host: str) -> IPv4Address:
-    """An address as resolvers tell it."""
-    return IPv4Address("TCP", host, 443)
-
-
-def v6(host: str) -> IPv6Address:
-    """An address as resolvers tell it."""
-    return IPv6Address("TCP", host, 443)
-
-
-@pytest.mark.parametrize(
-    ("addresses", "allowed"),
-    [
-        ([v4("10.1.2.3")], True),
-        ([v4("192.168.0.1"), v4("172.16.0.1"), v6("fd00::1")], True),
-        ([v4("127.0.0.1"), v6("::1")], True),
-        ([v6("fe80::1%eth0")], True),
-        ([v4("8.8.8.8")], False),
-        ([v4("10.1.2.3"), v4("8.8.8.8")], False),
-        ([v6("2606:4700::1111")], False),
-        ([], False),
-        ([UNIXAddress("/run/x")], False),
-    ],
-)
-def test_http_is_for_names_whose_addresses_are_all_private(addresses: list[IAddress], allowed: bool) -> None:
-    resolver = Resolver(*addresses)
-    answer: Deferred[bool] = plain_allowed(resolver)(Upstream("registry.lan"))
-    assert fired(answer) is allowed
-    assert resolver.asked == ["registry.lan"]
-
-
-def test_http_is_for_names_with_a_port_whatever_their_addresses() -> None:
-    resolver = Resolver(v4("8.8.8.8"))
-    assert fired(plain_allowed(resolver)(Upstream("registry.example:5000")))
-    assert fired(plain_allowed(resolver)(Upstream("[2606:4700::1111]:5000")))
-    assert resolver.asked == []
-
-
-def test_an_address_is_resolved_without_its_brackets() -> None:
-    resolver = Resolver(v6("::1"))
-    assert fired(plain_allowed(resolver)(Upstream("[::1]")))
-    assert resolver.asked == ["::1"]

@@ -12,7 +12,9 @@ from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.challenges import BearerChallenge
-from ociregistry.upstream.tokens import Tokens
+from ociregistry.upstream.credentials import Credentials
+from ociregistry.upstream.tokens import TokenRequest, Tokens
+from tests.unit.asking import no_helper
 from tests.unit.doubles import failed, fired
 
 REALM = "https://auth.example/token"
@@ -25,12 +27,14 @@ class TokenService:
 
     def __init__(self) -> None:
         self.urls: list[str] = []
+        self.requests: list[TokenRequest] = []
         self.held: list[Deferred[bytes]] = []
         self.hold = False
         self.body: Callable[[int], bytes] = lambda number: json.dumps({"token": f"t{number}"}).encode()
 
-    async def __call__(self, url: str) -> bytes:
-        self.urls.append(url)
+    async def __call__(self, request: TokenRequest) -> bytes:
+        self.requests.append(request)
+        self.urls.append(request.url)
         number = len(self.urls)
         if self.hold:
             self.held.append(Deferred())
@@ -51,7 +55,7 @@ def service() -> TokenService:
 @pytest.fixture
 def tokens(service: TokenService, clock: Clock) -> Tokens:
     """The tokens that it gives."""
-    return Tokens("reg.example", service, clock)
+    return Tokens("reg.example", service, Credentials(None, no_helper, clock), lambda origin: False, clock)
 
 
 def ask(tokens: Tokens, challenge: BearerChallenge = CHALLENGE) -> Deferred[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from contextlib import suppress
 
 import pytest
@@ -10,9 +11,11 @@ from twisted.internet.defer import Deferred
 
 from ociregistry.errors import ManifestUnknown, NameInvalid, Unavailable
 from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.upstream.client import Base
 from ociregistry.upstream.registry import Registry
 from tests.certificates import Authority
 from tests.images import make_image
+from tests.unit.asking import client_over
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
@@ -64,7 +67,7 @@ async def test_a_certificate_that_does_not_hold_is_no_reason_for_http(
     network: Network, secure: ScriptedRegistry
 ) -> None:
     registry = network.registry(secure.host)
-    with pytest.raises(Unavailable, match="certificate verify failed"):
+    with pytest.raises(Unavailable, match=r"TLS failed: .* CN=127\.0\.0\.1 is refused: its issuer is not trusted$"):
         await registry.manifest(image(f"{repository(registry)}:1"))
     assert secure.connections == 1
 
@@ -117,6 +120,64 @@ async def test_a_redirect_to_a_host_that_is_down_is_no_reason_for_http(
     with pytest.raises(Unavailable, match="the connection was refused"):
         await registry.manifest(image(f"{repository(registry)}:1"))
     assert secure.connections == 1
+
+
+@pytest.fixture
+def ipv6() -> str:
+    """The loopback address, where the machine has it."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    return "::1"
+
+
+@pytest.mark.parametrize("scheme", ["http", None])
+@on_reactor
+async def test_an_upstream_by_its_ipv6_address(network: Network, ipv6: str, scheme: str | None) -> None:
+    with ScriptedRegistry(address=ipv6) as upstream:
+        upstream.add("team/app", BUILT, "1")
+        await pull(network.registry(f"[::1]:{upstream.port}", scheme=scheme))
+        assert {request.header("Host") for request in upstream.requests} == {f"[::1]:{upstream.port}"}
+
+
+@on_reactor
+async def test_and_with_tls(network: Network, authority: Authority, ipv6: str) -> None:
+    with ScriptedRegistry(address=ipv6, tls=authority.server_context("::1")) as upstream:
+        upstream.add("team/app", BUILT, "1")
+        await pull(network.registry(f"[::1]:{upstream.port}", scheme="https", trust=authority.ca))
+
+
+@on_reactor
+async def test_a_redirect_to_an_ipv6_address_keeps_its_signature(
+    network: Network, upstream: ScriptedRegistry, ipv6: str
+) -> None:
+    with ScriptedRegistry(address=ipv6) as storage:
+        storage.script("*", Reply(200, LAYER.data))
+        signed = "X-Signature=a%2Fb%2b~-_.!*'()&se=2026%3A01"
+        upstream.script("*", Reply(307, b"", (("Location", f"http://[::1]:{storage.port}/x%2Fy?{signed}"),)))
+        registry = network.registry(upstream.host, scheme="http")
+        stream = await registry.blob(repository(registry), Digest(LAYER.digest))
+        stream.body.abort()
+        (request,) = storage.requests
+        assert (request.path, request.query) == ("/x/y", signed)
+
+
+@pytest.mark.parametrize("ns", ["docker.io", "reg.example:5000", "[::1]:5000"])
+@pytest.mark.parametrize("query", ["", "n=5&last=a%2Fb"])
+@on_reactor
+async def test_a_mirror_understands_whose_content_is_wanted(
+    network: Network, upstream: ScriptedRegistry, ns: str, query: str
+) -> None:
+    upstream.script("*", Reply(404))
+    base = Base("http", upstream.host, "/proxy", ns)
+    client = client_over(network.exchanges(upstream.host), REACTOR, base=base)
+    where = Repository(Upstream.parse(ns), "team/app")
+    await (await client.request("GET", where, "tags/list" + (f"?{query}" if query else ""))).discard()
+    (request,) = upstream.requests
+    assert request.path == "/proxy/v2/team/app/tags/list"
+    assert request.parameters("ns") == (ns,)
+    assert (request.parameters("n"), request.parameters("last")) == ((("5",), ("a/b",)) if query else ((), ()))
 
 
 async def ended_soon(ended: Deferred[None]) -> None:

@@ -15,6 +15,7 @@ from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.web.channel import MOST_CONNECTIONS, Channel
 from ociregistry.web.site import RegistrySite
 from ociregistry.web.v2 import V2
+from tests.unit.asking import INSTANCE
 from tests.unit.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData
 
 WHOLE_REQUEST = 30
@@ -32,7 +33,7 @@ def cache() -> Cache:
 @pytest.fixture
 def site(cache: Any, clock: Clock) -> RegistrySite:
     """A site whose answer to `SLOW` the test holds back."""
-    v2 = V2(cache, cache, Upstream(DOCKER_HUB))
+    v2 = V2(cache, cache, Upstream(DOCKER_HUB), INSTANCE)
     return RegistrySite(v2, cache, datetime.now(UTC), 60, clock)
 
 

@@ -8,6 +8,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
 from ociregistry.web.answers import Answer, InMemory, SizeOnly
 from ociregistry.web.site import RegistrySite
@@ -16,6 +17,7 @@ from tests.unit.visitors import Growing, Handler, Visitor, site
 
 DATA = bytes(range(256)) * 8
 TAGGED = {"Content-Type": "text/x", "ETag": '"sha256:abc"'}
+A, B = f"ociregistry-{'a' * 16}", f"ociregistry-{'b' * 16}"
 
 
 @pytest.fixture
@@ -227,6 +229,27 @@ def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, ev
         handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this turn
         visitor.ask("/v2/")
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
+
+
+@pytest.mark.parametrize(
+    ("headers", "chain"),
+    [
+        ([], NOBODY),
+        (["Via: 1.1 varnish"], NOBODY),
+        ([f"Via: 1.1 {A}"], Chain((A,))),
+        ([f"Via: 1.1 {A}, 1.1 {B}"], Chain((A, B))),
+        ([f"Via: 1.1 {B}", "Accept: */*", f"via: 1.1 varnish, 1.1 {A}"], Chain((B, A))),
+        # Lines are joined by a comma: half a name is not made whole by the next.
+        (["Via: 1.1 ociregistry-", f"Via: {A[-16:]}"], NOBODY),
+        ([f"Via: 1.1 \xff\xfe, 1.1 {A}"], Chain((A,))),
+    ],
+)
+def test_the_handler_is_told_for_whom_it_is_asked(
+    handler: Handler, server: RegistrySite, headers: list[str], chain: Chain
+) -> None:
+    request = "\r\n".join(["GET /v2/ HTTP/1.1", "Host: cache", *headers, "", ""])
+    assert Visitor(server).send(request.encode("latin-1")).got().status == 200
+    assert handler.chains == [chain]
 
 
 @pytest.mark.parametrize(

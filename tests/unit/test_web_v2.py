@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.errors import NameInvalid, NotFound, Unavailable
+from ociregistry.chain import NOBODY, Chain
+from ociregistry.errors import Circle, NameInvalid, NotFound, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Tag, Upstream
 from ociregistry.pullthrough.cache import PullThrough
@@ -20,8 +22,10 @@ from ociregistry.web.answers import Answer
 from ociregistry.web.requests import Query
 from ociregistry.web.v2 import V2
 from tests.images import make_image
+from tests.unit.asking import INSTANCE
 from tests.unit.doubles import failed, fired, image, manifest, on_reactor, until
 from tests.unit.registries import MemoryRegistries
+from tests.unit.visitors import Visitor, site
 
 BUILT = make_image("v2")
 IMAGE = manifest(BUILT)
@@ -29,17 +33,26 @@ LAYER = BUILT.layers[0]
 MANIFEST = f"/v2/team/app/manifests/{IMAGE.digest}"
 BLOB = f"/v2/team/app/blobs/{LAYER.digest}"
 NS: Query = {b"ns": [b"reg.example"]}
+EVERYTHING = [
+    ("GET", MANIFEST),
+    ("HEAD", MANIFEST),
+    ("GET", BLOB),
+    ("HEAD", BLOB),
+    ("GET", "/v2/team/app/tags/list"),
+    ("GET", MANIFEST.replace("manifests", "referrers")),
+]
+OTHER = f"ociregistry-{'f' * 16}"
 
 
 @pytest.fixture
 def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> V2:
     """The API over the empty store."""
-    return V2(cache, Listings(store, upstreams, clock), Upstream("docker.io"))
+    return V2(cache, Listings(store, upstreams, clock), Upstream("docker.io"), INSTANCE)
 
 
-def ask(v2: V2, path: str, query: Query = NS, method: str = "GET") -> Deferred[Answer]:
+def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", chain: Chain = NOBODY) -> Deferred[Answer]:
     """Asks for something."""
-    return Deferred.fromCoroutine(v2.answer(method, path.encode(), query))
+    return Deferred.fromCoroutine(v2.answer(method, path.encode(), query, chain))
 
 
 async def body(answer: Answer) -> bytes:
@@ -189,3 +202,50 @@ def test_what_is_not_offered_or_cannot_be_had_is_raised(v2: V2, upstreams: Memor
     asked = ask(v2, "/v2/team/app/tags/list")
     upstreams[0].refuse(Unavailable("down"))
     failed(asked, Unavailable)
+
+
+class Asked:
+    """A cache and its listings, which have nothing, and keep for whom they were asked."""
+
+    def __init__(self) -> None:
+        self.chains: list[Chain] = []
+
+    async def _nothing(self, *arguments: object) -> NoReturn:
+        chain = arguments[-1]
+        assert isinstance(chain, Chain)
+        self.chains.append(chain)
+        raise Unavailable("there is nothing")
+
+    manifest = blob = blob_size = tags = referrers = _nothing
+
+
+@pytest.mark.parametrize(("method", "path"), EVERYTHING)
+def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> None:
+    asked: Any = Asked()
+    v2 = V2(asked, asked, Upstream("docker.io"), INSTANCE)
+    for chain in (NOBODY, Chain((OTHER,))):
+        failed(ask(v2, path, NS, method, chain), Unavailable)
+        assert asked.chains.pop() == chain
+    assert asked.chains == []
+
+
+@pytest.mark.parametrize(("method", "path"), [*EVERYTHING, ("GET", "/v2/")])
+@on_reactor
+async def test_who_asks_itself_in_a_circle_is_told_so(
+    v2: V2, store: Store, root: Path, upstreams: MemoryRegistries, method: str, path: str
+) -> None:
+    """Also for what is here: whoever comes by this way has it misconfigured."""
+    await cached(store, root)
+    circle = failed(ask(v2, path, NS, method, Chain((INSTANCE, OTHER))), Circle)
+    assert circle.message == "reg.example: this server is its own upstream"
+    assert circle.via == f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"
+    assert "docker.io: " in failed(ask(v2, path, {}, method, Chain((INSTANCE,))), Circle).message
+    failed(ask(v2, path, NS, method, Chain((OTHER,) * 17)), Circle)
+    assert len(upstreams) == 0
+
+
+def test_a_circle_on_the_wire(v2: V2, clock: Clock) -> None:
+    got = Visitor(site(v2, clock)).ask(f"{MANIFEST}?ns=reg.example", Via=f"1.1 varnish, 1.1 {INSTANCE}").got()
+    assert (got.status, got.error["code"]) == (403, "DENIED")
+    assert got.headers["via"] == f"1.1 {INSTANCE}, 1.1 {INSTANCE}"
+    failed(ask(v2, "/v2/team/app", chain=Chain((INSTANCE,))), NotFound)

@@ -15,6 +15,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 
+from ociregistry.chain import NOBODY, Chain
 from ociregistry.flights import Bell
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.store import Counts
@@ -71,10 +72,12 @@ class Handler(V2):
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes]] = []
+        self.chains: list[Chain] = []
         self.give: Callable[[], Answer | Deferred[Answer] | Exception] = lambda: Answer(200, InMemory(b"hello"))
 
-    async def answer(self, method: str, path: bytes, query: Query) -> Answer:
+    async def answer(self, method: str, path: bytes, query: Query, chain: Chain = NOBODY) -> Answer:
         self.asked.append((method, path))
+        self.chains.append(chain)
         given = self.give()
         if isinstance(given, Exception):
             raise given

@@ -36,11 +36,11 @@ class Cache:
         self.answer: Deferred[None] = Deferred()
         self.data = InMemory(DATA)
 
-    async def manifest(self, image: object) -> None:
+    async def manifest(self, image: object, chain: object) -> None:
         await self.answer
         raise ManifestUnknown("it is not here")
 
-    async def blob(self, repository: object, digest: object) -> FoundBlob:
+    async def blob(self, repository: object, digest: object, chain: object) -> FoundBlob:
         return FoundBlob(self.data, hit=True)
 
 

@@ -6,7 +6,6 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_twisted
@@ -15,14 +14,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel
 from twisted.scripts._twistd_unix import ServerOptions
-from zope.interface import directlyProvides, providedBy
 
 from ociregistry import __version__
 from ociregistry.errors import Unavailable
 from ociregistry.logs import ALWAYS
-from ociregistry.tap import Daemon, Options, makeService
-from ociregistry.upstream.exchange import Response
+from ociregistry.tap import Options, makeService
 from tests.images import make_image
+from tests.unit.daemons import Daemons, addresses, get, make
 from tests.unit.doubles import REACTOR, on_reactor, texts, turn, until
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
@@ -32,83 +30,12 @@ BUILT = make_image("daemon", layer_size=500_000)
 LAYER = BUILT.layers[0]
 
 
-class Timed:
-    """The real reactor, but for the time."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.callLater = clock.callLater
-        self.seconds = clock.seconds
-        directlyProvides(self, providedBy(REACTOR))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(REACTOR, name)
-
-
-def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
-    """A daemon with a port that is free."""
-    options = Options()
-    options.parent = ServerOptions()
-    options.parent["nodaemon"] = 1
-    options.parseOptions(["--image-path", str(root), "--listen", "tcp:0:interface=127.0.0.1", *argv])
-    daemon = makeService(options, reactor)
-    assert isinstance(daemon, Daemon)
-    return daemon
-
-
-class Daemons:
-    """Starts daemons for which time passes as the test says, and stops them all in the end."""
-
-    def __init__(self, root: Path, clock: Clock) -> None:
-        self._root = root
-        self._clock = clock
-        self._started: list[Daemon] = []
-        self._stopped: list[Deferred[None]] = []
-
-    def start(self, *argv: str) -> None:
-        """Starts one."""
-        daemon = make(self._root, *argv, reactor=Timed(self._clock))
-        daemon.privilegedStartService()
-        daemon.startService()
-        self._started.append(daemon)
-
-    def stop(self) -> Deferred[None]:
-        """Stops the one that runs."""
-        self._stopped.append(self._started.pop().stopService())
-        return self._stopped[-1]
-
-    def stopped(self) -> bool:
-        """Whether all have stopped, without any time passing."""
-        self._clock.advance(0)
-        return not self._started and all(stopped.called for stopped in self._stopped)
-
-    async def stop_all(self) -> None:
-        """Stops them, whatever the test has left them in: a store's threads would keep the process from ending."""
-        while self._started:
-            self.stop()
-        for _ in range(100):
-            if not self.stopped():
-                self._clock.advance(1)
-                await turn()
-        await until(self.stopped)
-
-
 @pytest_twisted.async_yield_fixture
 async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
     """Starts daemons."""
     daemons = Daemons(root, clock)
     yield daemons
     await daemons.stop_all()
-
-
-def addresses(events: list[LogEvent]) -> list[str]:
-    """Where the daemon says that it listens."""
-    banner = [event for event in events if "addresses" in event][-1]
-    return str(banner["addresses"]).split(", ")
-
-
-async def get(network: Network, events: list[LogEvent], path: str) -> Response:
-    """Asks the daemon."""
-    return await network.exchanges("daemon").send("GET", f"http://{addresses(events)[0]}{path}", {})
 
 
 @on_reactor

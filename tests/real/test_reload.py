@@ -1,0 +1,104 @@
+"""SIGHUP: the configuration is read again while the daemon serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import yaml
+
+from tests.client import fetch
+from tests.images import Image, make_image
+from tests.processes import Daemon, wait_until
+from tests.real.scripted import SOON, error_lines, scripted
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Basic
+from tests.upstream_rules import Hold
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def image(upstream: ScriptedRegistry) -> Image:
+    """At the upstream, which wants a password."""
+    image = make_image("reload", layer_size=200_000)
+    upstream.add("team/app", image, "1")
+    upstream.script("*", Basic({"user": "right"}))
+    return image
+
+
+def entry(password: str) -> dict[str, object]:
+    """The upstream's."""
+    return {"scheme": "http", "auth": {"user": "user", "password": password}}
+
+
+def hang_up(daemon: Daemon, config: object, told: str) -> None:
+    """Writes the configuration, sends SIGHUP, and waits until the daemon tells this."""
+    since = len(daemon.log)
+    text = config if isinstance(config, str) else yaml.safe_dump(config)
+    daemon.config_path.write_text(text)
+    os.kill(daemon.process.pid, signal.SIGHUP)
+    wait_until(lambda: told in daemon.log[since:], SOON, told)
+
+
+def status(daemon: Daemon, upstream: ScriptedRegistry, path: str = "manifests/1") -> int:
+    """Of the daemon's answer."""
+    return fetch(f"{daemon.url}/v2/team/app/{path}?ns={upstream.host}").status
+
+
+def test_a_changed_entry_is_used(upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image) -> None:
+    daemon = start_daemon({upstream.host: entry("wrong")}, "--log-level", "error")
+    assert status(daemon, upstream) == 404
+    registries = [{"name": upstream.host, **entry("right")}]
+    hang_up(daemon, {"registries": registries}, "the settings were read again: 1 upstreams")
+    assert status(daemon, upstream) == 200
+    for blob in image.blobs:
+        assert status(daemon, upstream, f"blobs/{blob.digest}") == 200
+    hang_up(daemon, {"registries": registries, "allow_upstreams": "quay.io"}, "were read again")
+    assert status(daemon, upstream) == 403
+
+
+def test_an_invalid_file_changes_nothing(upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image) -> None:
+    daemon = start_daemon({upstream.host: entry("right")})
+    for text, why in (
+        (f"- name: {upstream.host}\n  auth: {{user: u}}\n", ":2: auth.user: "),
+        ("registries: [\n", ":2: is not YAML"),
+        ("- name: a.example\n  tls: {cert: missing.crt, key: missing.key}\n", ":2: tls.cert: "),
+    ):
+        since = len(daemon.log)
+        hang_up(daemon, text, "the settings stay as they were")
+        (line,) = error_lines(daemon, since)
+        assert f"{daemon.config_path}{why}" in line
+    daemon.config_path.unlink()
+    os.kill(daemon.process.pid, signal.SIGHUP)
+    wait_until(lambda: "cannot be read" in daemon.log, SOON, "the refusal")
+    assert status(daemon, upstream) == 200
+
+
+def test_an_answer_in_flight_is_not_disturbed(
+    upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
+) -> None:
+    daemon = start_daemon({upstream.host: entry("right")})
+    layer = image.layers[0]
+    hold = Hold(50_000)
+    with scripted(upstream, "*/blobs/*", hold), ThreadPoolExecutor(1) as client:
+        asked = client.submit(fetch, f"{daemon.url}/v2/team/app/blobs/{layer.digest}?ns={upstream.host}")
+        assert hold.reached.wait(SOON)
+        hang_up(daemon, {"pull_timeout": 5000, "registries": []}, "used from the next start on")
+        hold.release.set()
+        assert asked.result(SOON).body == layer.data
+    # Its name is in the configuration no more.
+    assert status(daemon, upstream, "manifests/other") == 403
+
+
+def test_without_a_file_it_is_harmless(start_daemon: StartDaemon) -> None:
+    daemon = start_daemon()
+    del daemon.argv[daemon.argv.index("--config-path") : daemon.argv.index("--config-path") + 2]
+    daemon.terminate()
+    daemon.start()
+    os.kill(daemon.process.pid, signal.SIGHUP)
+    wait_until(lambda: "the settings were read again" in daemon.log, SOON, "the news")
+    assert fetch(f"{daemon.url}/health").status == 200

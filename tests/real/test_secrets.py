@@ -1,0 +1,192 @@
+"""A secret appears nowhere: not in a log line at trace, an error, the output of `check`, a process's command line and
+environment as others see it, or the store."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, quote_plus
+
+import pytest
+
+from tests.client import Response, fetch
+from tests.images import make_image
+from tests.processes import ROOT, Daemon, run, twistd
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Basic, Tokens
+from tests.upstream_http import Answer, Handler, Request, Rule, error
+from tests.upstream_rules import Redirect, Reply
+
+IMAGE = make_image("secrets")
+HELPER = """\
+#!/bin/sh
+read -r server
+cat "/proc/$$/cmdline" > "{folder}/helper-command-line"
+printf '{{"ServerURL": "%s", "Username": "helped", "Secret": "{secret}"}}' "$server"
+"""
+
+
+@dataclass(frozen=True)
+class Oauth(Rule):
+    """A token service that takes an identity token by POST, and gives this token of access."""
+
+    identity: str
+    token: str
+    forms: list[str]
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """405 for GET, as some have it."""
+        if request.method != "POST":
+            return error(405, "UNSUPPORTED")
+        return Answer(200, (("Content-Type", "application/json"),), b'{"access_token": "%b"}' % self.token.encode())
+
+
+@dataclass(frozen=True)
+class Wants(Rule):
+    """A registry that takes one token."""
+
+    realm: str
+    token: str
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """401 without it."""
+        if request.header("Authorization") == f"Bearer {self.token}":
+            return handler(request)
+        challenge = f'Bearer realm="{self.realm}",service="s",scope="repository:team/app:pull"'
+        return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", challenge)
+
+
+class Scene:
+    """Upstreams of every kind, and all that must stay secret."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.secrets: dict[str, str] = {
+            name: f"{name}-{secrets.token_hex(8)}&=+ %/"
+            for name in ("password", "from-file", "from-environment", "helped", "identity", "wrong")
+        }
+        self.secrets["access"] = f"access-{secrets.token_hex(8)}"
+        self.secrets["signature"] = secrets.token_hex(16)
+        self.registries: dict[str, dict[str, object]] = {}
+
+    def spellings(self) -> Iterator[tuple[str, bytes]]:
+        """How each could appear."""
+        for name, secret in self.secrets.items():
+            raw = secret.encode()
+            for spelled in (raw, quote(secret, safe="").encode(), quote_plus(secret).encode(), repr(secret).encode()):
+                yield name, spelled.strip(b"'")
+            for user in ("user", "helped"):
+                pair = f"{user}:{secret}".encode()
+                # At each place in a longer text: base64 knows no bytes, but groups of three.
+                for shift in range(3):
+                    yield name, base64.b64encode(pair[shift : shift + (len(pair) - shift) // 3 * 3])
+                    yield name, base64.b64encode(raw[shift : shift + (len(raw) - shift) // 3 * 3])
+
+    def found_in(self, text: bytes) -> set[str]:
+        """Which secrets are in the text."""
+        return {name for name, spelled in self.spellings() if spelled in text}
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    """Before anybody was asked."""
+    return Scene(tmp_path)
+
+
+def every_kind(scene: Scene, tokens: Tokens, upstreams: list[ScriptedRegistry]) -> list[str]:
+    """Scripts the upstreams; gives the host of each, the one that refuses us last."""
+    by_password, by_file, by_environment, by_helper, by_identity, signed, refusing = upstreams
+    known = scene.secrets
+    by_password.script("*", Basic({"user": known["password"]}))
+    by_file.script("*", tokens)
+    by_environment.script("*", Basic({"user": known["from-environment"]}))
+    by_helper.script("*", Basic({"helped": known["helped"]}))
+    by_identity.script("/v2/*", Wants(f"{by_identity.url}/oauth", known["access"]))
+    by_identity.script("/oauth", Oauth(known["identity"], known["access"], []))
+    signed.script("/v2/*/blobs/*", Redirect(f"{signed.url}/storage?X-Signature={known['signature']}&path="))
+    signed.script("/storage", Reply(500, b"no"))
+    refusing.script("*", Basic({"user": "another"}))
+    (scene.folder / "password").write_text(known["from-file"] + "\n")
+    auths: dict[ScriptedRegistry, dict[str, str]] = {
+        by_password: {"user": "user", "password": known["password"]},
+        by_file: {"user": "user", "password_file": "password"},
+        by_environment: {"user": "user", "password_env": "UPSTREAM_PASSWORD"},
+        by_helper: {"credential_helper": "test"},
+        by_identity: {"identity_token": known["identity"]},
+        signed: {"user": "user", "password": known["password"]},
+        refusing: {"user": "user", "password": known["wrong"]},
+    }
+    for upstream, auth in auths.items():
+        upstream.add("team/app", IMAGE, "1")
+        scene.registries[upstream.host] = {"scheme": "http", "auth": auth}
+    return [upstream.host for upstream in upstreams]
+
+
+@pytest.fixture
+def upstreams() -> Iterator[list[ScriptedRegistry]]:
+    """Seven."""
+    opened = [ScriptedRegistry() for _ in range(7)]
+    yield opened
+    for upstream in opened:
+        upstream.close()
+
+
+def test_no_secret_appears_anywhere(
+    scene: Scene, upstreams: list[ScriptedRegistry], start_daemon: Callable[..., Daemon]
+) -> None:
+    tokens = Tokens(f"{upstreams[1].url}/token", users={"user": scene.secrets["from-file"]})
+    hosts = every_kind(scene, tokens, upstreams)
+    helper = scene.folder / "docker-credential-test"
+    helper.write_text(HELPER.format(folder=scene.folder, secret=scene.secrets["helped"].replace("%", "%%")))
+    helper.chmod(0o755)
+    environment = {
+        "PATH": f"{scene.folder}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "UPSTREAM_PASSWORD": scene.secrets["from-environment"],
+    }
+    daemon = start_daemon(scene.registries, "--log-level", "trace", environment=environment)
+
+    def ask(host: str, path: str) -> Response:
+        return fetch(f"{daemon.url}/v2/team/app/{path}?ns={quote(host, safe='')}")
+
+    answers = {host: ask(host, "manifests/1") for host in hosts}
+    blob = f"blobs/{IMAGE.layers[0].digest}"
+    answers |= {f"{host} blob": ask(host, blob) for host in [hosts[5], hosts[6]]}
+    assert [answer.status for answer in answers.values()] == [200] * 6 + [404, 503, 404]
+    # They were really used.
+    sent = [request.header("Authorization") or "" for upstream in upstreams for request in upstream.requests]
+    assert sum(header.startswith("Basic ") for header in sent) >= 6
+    assert any(scene.secrets["access"] in header for header in sent)
+    (form,) = [request for request in upstreams[4].requests if request.method == "POST"]
+    assert form.status == 200
+    assert "X-Signature" in upstreams[5].requests[-1].query
+
+    issued = {token: token for token in tokens._issued}
+    assert issued
+    scene.secrets.update(issued)
+    check = run(twistd("--config-path", str(daemon.config_path), "check"), environment=environment)
+    assert check.stdout.count("127.0.0.1:") >= 7
+    places = {
+        "the log": daemon.log.encode(),
+        "check": (check.stdout + check.stderr).encode(),
+        "the command line": Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes(),
+        "the helper's command line": (scene.folder / "helper-command-line").read_bytes(),
+    }
+    places |= {f"the answer for {what}": answer.body + bytes(answer.headers) for what, answer in answers.items()}
+    places |= {str(path): path.read_bytes() for path in daemon.image_path.rglob("*") if path.is_file()}
+    assert {place: found for place, text in places.items() if (found := scene.found_in(text))} == {}
+    assert len([place for place in places if place.startswith(str(daemon.image_path))]) >= 2
+
+
+def test_the_search_finds_what_it_looks_for(scene: Scene) -> None:
+    """In every spelling, within other text."""
+    for name, secret in scene.secrets.items():
+        pair = base64.b64encode(f"user:{secret}".encode())
+        inside = base64.b64encode(f"x{secret}".encode())
+        for text in (secret.encode(), quote(secret, safe="").encode(), pair, inside):
+            assert name in scene.found_in(b"before " + text + b" after"), text
+    assert scene.found_in(b"nothing") == set()

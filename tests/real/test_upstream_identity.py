@@ -1,0 +1,130 @@
+"""Certificates of real registries beyond the matrix: names, chains, and those that no authority vouches for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.certificates import Authority
+from tests.client import fetch
+from tests.images import digest_of, make_image
+from tests.peers import DockerRegistry
+from tests.processes import Daemon, free_port
+from tests.real.scripted import assert_error, error_lines
+from tests.secure_peers import SecureRegistry, ServerTls
+
+Skopeo = Callable[..., None]
+StartDaemon = Callable[..., Daemon]
+
+IMAGE = make_image("identity", layers=1)
+
+
+@pytest.fixture
+def storage(registry: DockerRegistry) -> Path:
+    """Where a registry keeps an image."""
+    registry.push("team/app", IMAGE, "1")
+    return registry.storage
+
+
+@dataclass(frozen=True)
+class Pulling:
+    """Pulls from a registry on 127.0.0.1 that shows a certificate, as `localhost`, or by its address."""
+
+    storage: Path
+    start_daemon: StartDaemon
+    skopeo: Skopeo
+    folder: Path
+
+    def succeeds(self, tls: ServerTls, entry: Mapping[str, object], host: str = "localhost") -> None:
+        """skopeo gets the image with `entry` as the registry's configuration."""
+        with self._daemon(tls, entry, host) as (daemon, _):
+            self.skopeo(f"{daemon.host}/team/app:1", f"dir:{self.folder}/copy")
+            assert error_lines(daemon, 0) == []
+        copied = {digest_of(file.read_bytes()) for file in (self.folder / "copy").iterdir()}
+        assert copied > {IMAGE.manifest.digest, *(blob.digest for blob in IMAGE.blobs)}
+
+    def fails(self, tls: ServerTls, entry: Mapping[str, object], why: str, host: str = "localhost") -> None:
+        """The client gets 503, and the one error in the log says which upstream and `why`."""
+        with self._daemon(tls, entry, host) as (daemon, upstream):
+            assert_error(fetch(f"{daemon.url}/v2/team/app/manifests/1"), 503, "UNAVAILABLE")
+            (line,) = error_lines(daemon, 0)
+            told = line.partition(": 503 UNAVAILABLE: ")[2]
+            assert f"{upstream}: TLS failed: {why}" in told
+
+    @contextmanager
+    def _daemon(self, tls: ServerTls, entry: Mapping[str, object], host: str) -> Iterator[tuple[Daemon, str]]:
+        port = free_port()
+        upstream = f"{host}:{port}"
+        with SecureRegistry(self.folder / "secure", self.storage, "127.0.0.1", port, tls=tls):
+            yield self.start_daemon({upstream: entry}, "--default-ns", upstream), upstream
+
+
+@pytest.fixture
+def pulling(storage: Path, start_daemon: StartDaemon, skopeo: Skopeo, tmp_path: Path) -> Pulling:
+    """From a registry that has `IMAGE`."""
+    return Pulling(storage, start_daemon, skopeo, tmp_path)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    """Not known to the operating system."""
+    return Authority(tmp_path / "authority")
+
+
+def _entry(authority: Authority) -> dict[str, object]:
+    return {"tls": {"ca": str(authority.ca)}}
+
+
+def test_a_host_name_is_proven_by_its_certificate(pulling: Pulling, authority: Authority) -> None:
+    """No scheme is configured: https is tried first."""
+    pulling.succeeds(ServerTls(*authority.issue("registry.example", "localhost")), _entry(authority))
+
+
+@pytest.mark.parametrize(("host", "proven"), [("localhost", "127.0.0.1"), ("127.0.0.1", "localhost")])
+def test_a_name_is_no_address_and_an_address_no_name(
+    pulling: Pulling, authority: Authority, host: str, proven: str
+) -> None:
+    why = f"the certificate of CN={proven} is refused: it is for another host name"
+    pulling.fails(ServerTls(*authority.issue(proven)), _entry(authority), why, host)
+
+
+def test_both_sides_show_the_way_to_the_root(pulling: Pulling, authority: Authority) -> None:
+    between = Authority(authority.ca.parent, "authority between", authority)
+    certificate, key = map(str, between.issue("client"))
+    entry = {"tls": {"ca": str(authority.ca), "cert": certificate, "key": key}}
+    pulling.succeeds(ServerTls(*between.issue("localhost"), authority.ca), entry)
+
+
+def test_an_authority_that_is_no_root_can_be_trusted(pulling: Pulling, authority: Authority) -> None:
+    between = Authority(authority.ca.parent, "authority between", authority)
+    pulling.succeeds(ServerTls(*between.issue("localhost")), _entry(between))
+
+
+def test_a_way_to_the_root_that_is_not_shown(pulling: Pulling, authority: Authority) -> None:
+    """A common mistake: the server has its own certificate alone."""
+    between = Authority(authority.ca.parent, "authority between", authority)
+    certificate, key = between.issue("localhost")
+    end = "-----END CERTIFICATE-----\n"
+    certificate.write_text(certificate.read_text().partition(end)[0] + end)
+    why = "the certificate of CN=localhost is refused: its issuer is not trusted"
+    pulling.fails(ServerTls(certificate, key), _entry(authority), why)
+
+
+def test_the_operating_system_knows_no_private_authority(pulling: Pulling, authority: Authority) -> None:
+    why = "the certificate of CN=localhost is refused: its issuer is not trusted"
+    pulling.fails(ServerTls(*authority.issue("localhost")), {"scheme": "https"}, why)
+
+
+def test_a_certificate_that_nobody_else_signed(pulling: Pulling, tmp_path: Path) -> None:
+    """What appliances come with."""
+    tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
+    pulling.fails(tls, {"scheme": "https"}, "the certificate of CN=localhost is refused: it is self-signed")
+
+
+def test_a_certificate_that_nobody_else_signed_can_be_trusted(pulling: Pulling, tmp_path: Path) -> None:
+    tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
+    pulling.succeeds(tls, {"tls": {"ca": str(tls.certificate)}})

@@ -1,0 +1,207 @@
+"""Where a client may lead the daemon by `ns`, and an upstream by a redirect or a token realm: in a network where a
+registry answers at every address that they must not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+
+from tests.client import Response, fetch
+from tests.images import Image
+from tests.namespaces import Namespace, NamespacedDaemon
+from tests.processes import Daemon
+from tests.real.scripted import assert_error, error_lines, plain_image
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Tokens
+from tests.upstream_rules import Redirect
+
+PUBLIC, OTHER_PUBLIC = "198.51.100.7", "198.51.100.8"
+"""Addresses for documentation, which lead nowhere but in a namespace."""
+METADATA = "169.254.169.254"
+PORTS = (80, 443, 5000)
+HOSTS = f"""\
+127.0.0.1 localhost inside.example
+::1 inside6.example
+{METADATA} keys.example
+{PUBLIC} public.example
+{PUBLIC} both.example
+127.0.0.1 both.example
+"""
+IMAGE = plain_image("where", 1000)
+DAEMON_PORT = 8080
+
+NAMES = (
+    "127.0.0.1:5000",
+    "127.0.0.1",
+    "localhost",
+    "localhost:5000",
+    "127.1",
+    "127.1:5000",
+    "0x7f000001",
+    "2130706433",
+    "017700000001:5000",
+    "[::1]",
+    "[::1]:5000",
+    "::1",
+    "::ffff:127.0.0.1",
+    "[::ffff:127.0.0.1]:5000",
+    "[::ffff:7f00:1]:5000",
+    "[::127.0.0.1]:5000",
+    "[64:ff9b::127.0.0.1]:5000",
+    "0.0.0.0",
+    "0.0.0.0:5000",
+    "[::]:5000",
+    METADATA,
+    f"{METADATA}:5000",
+    "[fe80::1]:5000",
+    "224.0.0.1:5000",
+    "inside.example:5000",
+    "inside6.example:5000",
+    "keys.example",
+    "keys.example:5000",
+    "both.example:5000",
+    f"127.0.0.1:{DAEMON_PORT}",
+)
+
+
+class Place:
+    """A namespace with registries at its addresses, and a daemon in it; `close` ends them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._stack = stack
+        self.namespace = stack.enter_context(Namespace("ns"))
+        for address in (PUBLIC, OTHER_PUBLIC, METADATA):
+            self.namespace.ip("address", "add", f"{address}/32", "dev", "lo")
+        (folder / "hosts").write_text(HOSTS)
+        self.public = self._registry(PUBLIC, 5000)
+        self.other = self._registry(OTHER_PUBLIC, 5000)
+        self.inside = [self._registry(address, port) for address in ("127.0.0.1", METADATA) for port in PORTS]
+        self.inside += [self._registry("::1", port) for port in PORTS]
+
+    def _registry(self, address: str, port: int) -> ScriptedRegistry:
+        registry = self.namespace.call(lambda: ScriptedRegistry(address=address, port=port))
+        self._stack.enter_context(registry)
+        registry.add("team/app", IMAGE, "1")
+        return registry
+
+    def at(self, address: str, port: int) -> ScriptedRegistry:
+        """The registry there."""
+        return next(one for one in self.inside if one.host == f"{address}:{port}")
+
+    def daemon(self, registries: Mapping[str, object], *options: str) -> Daemon:
+        """A daemon with these upstreams in its configuration, until the end of the test."""
+        daemon = NamespacedDaemon(self.namespace, self.folder, registries, *options, port=DAEMON_PORT)
+        # `ip netns exec` makes a mount namespace for what it runs.
+        hosts = f"mount --bind {self.folder}/hosts /etc/hosts"
+        start = len(self.namespace.argv([]))
+        daemon.argv[start:start] = ["sh", "-euc", f'{hosts}; exec "$@"', "sh"]
+        return self._stack.enter_context(daemon)
+
+    def ask(self, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> Response:
+        """The daemon's answer."""
+        url = f"{daemon.url}/v2/{path}?ns={quote(ns, safe='')}"
+        return self.namespace.call(lambda: fetch(url))
+
+    @property
+    def touched(self) -> dict[str, int]:
+        """How many connections the registries have got that only the operator may lead to."""
+        return {one.host: one.connections for one in self.inside if one.connections}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """The network."""
+    with ExitStack() as stack:
+        yield Place(tmp_path, stack)
+
+
+def refused(place: Place, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> None:
+    """403 with the reason, one line in the log, and nobody was asked."""
+    since = len(daemon.log)
+    answer = place.ask(daemon, ns, path)
+    assert_error(answer, 403, "DENIED")
+    assert b" address " in answer.body
+    assert len(error_lines(daemon, since)) == 1
+    assert place.touched == {}
+
+
+def test_names_that_lead_inside(place: Place) -> None:
+    daemon = place.daemon({})
+    assert place.ask(daemon, "public.example:5000").body == IMAGE.manifest.data
+    for ns in NAMES:
+        refused(place, daemon, ns)
+    refused(place, daemon, "127.0.0.1:5000", f"team/app/blobs/{IMAGE.config.digest}")
+    refused(place, daemon, "127.0.0.1:5000", "team/app/tags/list")
+    refused(place, daemon, "127.0.0.1:5000", f"team/app/referrers/{IMAGE.manifest.digest}")
+    in_path = place.namespace.call(lambda: fetch(f"{daemon.url}/v2/localhost:5000/team/app/manifests/1"))
+    assert_error(in_path, 403, "DENIED")
+    assert place.touched == {}
+
+
+@pytest.mark.parametrize("inside", ["http://127.0.0.1:5000", "http://inside.example:5000", f"http://{METADATA}"])
+def test_an_upstream_that_leads_inside(place: Place, inside: str) -> None:
+    """By a redirect, and by the realm of its token service."""
+    daemon = place.daemon({f"{PUBLIC}:5000": "http"})
+    place.public.script("*/manifests/*", Redirect(inside))
+    refused(place, daemon, f"{PUBLIC}:5000")
+    place.public.script("*/blobs/*", Tokens(f"{inside}/token"))
+    refused(place, daemon, f"{PUBLIC}:5000", f"team/app/blobs/{IMAGE.layers[0].digest}")
+
+
+@pytest.mark.parametrize(
+    ("ns", "address"),
+    [
+        ("127.0.0.1:5000", "127.0.0.1"),
+        ("localhost:5000", "127.0.0.1"),
+        ("127.1:5000", "127.0.0.1"),
+        ("2130706433:5000", "127.0.0.1"),
+        ("[::1]:5000", "[::1]"),
+        ("inside6.example:5000", "[::1]"),
+        (f"{METADATA}:5000", METADATA),
+    ],
+)
+def test_what_the_operator_named_works(place: Place, ns: str, address: str) -> None:
+    daemon = place.daemon({ns: "http"})
+    assert place.ask(daemon, ns).body == IMAGE.manifest.data
+    assert place.touched == {f"{address}:5000": 1}
+    refused_other = place.ask(daemon, "127.0.0.1:443")
+    assert_error(refused_other, 403, "DENIED")
+    assert list(place.touched) == [f"{address}:5000"]
+
+
+def pulled(place: Place, daemon: Daemon, image: Image) -> None:
+    """The whole image comes from the public registry, wherever that leads."""
+    for path in ("manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)):
+        assert place.ask(daemon, f"{PUBLIC}:5000", f"team/app/{path}").status == 200
+
+
+def test_where_a_named_upstream_leads_may_be_named_too(place: Place) -> None:
+    """The token service by `realm` or by an entry of its own, the storage by an entry."""
+    tokens = Tokens("http://inside.example/token")
+    daemon = place.daemon(
+        {
+            f"{PUBLIC}:5000": {"scheme": "http", "auth": {"realm": "inside.example"}},
+            "127.0.0.1:5000": "http",
+        }
+    )
+    place.public.script("*/blobs/*", Redirect("http://127.0.0.1:5000"))
+    place.public.script("*", tokens)
+    place.at("127.0.0.1", 80).script("/token", tokens)
+    pulled(place, daemon, IMAGE)
+    assert set(place.touched) == {"127.0.0.1:80", "127.0.0.1:5000"}
+
+
+def test_allowed_upstreams_restrict_further(place: Place) -> None:
+    """An upstream that is not allowed is not even looked up; one that is allowed may still not lead inside."""
+    daemon = place.daemon({f"{PUBLIC}:5000": "http"}, "--allow-upstreams", f"{PUBLIC}:*,inside.*")
+    assert place.ask(daemon, f"{PUBLIC}:5000").status == 200
+    answer = place.ask(daemon, f"{OTHER_PUBLIC}:5000")
+    assert_error(answer, 403, "DENIED")
+    assert b"allow-upstreams" in answer.body
+    assert place.other.connections == 0
+    refused(place, daemon, "inside.example:5000")

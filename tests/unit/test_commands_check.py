@@ -1,0 +1,240 @@
+"""`check`: it says how each upstream will be reached, tells no secret, asks nobody, and ends the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ociregistry.commands.check import report
+from ociregistry.settings import load_settings
+from ociregistry.tap import Options
+from tests.certificates import Authority
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM = "certificate verified by the operating system's trust store"
+OTHERS = [
+    "every other upstream",
+    f"  https, {SYSTEM}",
+    "  http where a name with a port, or with private addresses alone, does not speak TLS",
+    "  anonymous",
+]
+SECRET = "Xy7-s3cr3t"
+OR_HTTP = "or http if it does not speak TLS"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is; it is not there yet."""
+    return tmp_path / "ociregistry.yaml"
+
+
+def lines(path: Path, text: str, *listen: str, **given: str) -> list[str]:
+    """What is reported of a file with this text, and these options."""
+    path.write_text(text)
+    return list(report(load_settings(given, listen, path)))
+
+
+def upstreams(path: Path, text: str, **given: str) -> list[str]:
+    """What is reported of the upstreams of a file."""
+    told = lines(path, text, **given)
+    assert told[:2] == ["clients, at port 8080", "  http"]
+    first = [line.startswith("every other upstream") for line in told].index(True)
+    return told[2:first]
+
+
+def test_without_a_configuration() -> None:
+    assert list(report(load_settings({}, (), None))) == ["clients, at port 8080", "  http", *OTHERS]
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("", [f"https://reg.example, {SYSTEM}, {OR_HTTP} and has private addresses alone", "anonymous"]),
+        ("scheme: https", [f"https://reg.example, {SYSTEM}", "anonymous"]),
+        ("scheme: http", ["http://reg.example", "anonymous"]),
+        ("auth: {user: u, password: p}", [f"https://reg.example, {SYSTEM}", "as the user u, by password"]),
+        ("auth: {identity_token: t}", [f"https://reg.example, {SYSTEM}", "by an identity token"]),
+        (
+            "scheme: http\n  auth: {identity_token: t, realm: https://auth.example:5001/token}",
+            ["http://reg.example", "by an identity token, also to the token service auth.example:5001"],
+        ),
+        ("tls: {insecure_skip_verify: true}", ["https://reg.example, certificate NOT VERIFIED", "anonymous"]),
+    ],
+)
+def test_an_upstream(path: Path, entry: str, told: list[str]) -> None:
+    assert upstreams(path, f"- name: reg.example\n  {entry}\n") == ["reg.example", *(f"  {line}" for line in told)]
+
+
+def test_every_way_to_log_in_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path.parent / "secret").write_text(SECRET)
+    monkeypatch.setenv("REG_PASSWORD", SECRET)
+    program = path.parent / "docker-credential-x"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(path.parent))
+    for auth, told in (
+        (f"user: u, password: {SECRET}", "as the user u, by password"),
+        ("user: u, password_file: secret", "as the user u, by password_file"),
+        ("user: u, password_env: REG_PASSWORD", "as the user u, by password_env"),
+        (f"identity_token: {SECRET}", "by an identity token"),
+        ("credential_helper: x", "as docker-credential-x says"),
+        (f"user: u, password: {SECRET}, realm: a.b", "as the user u, by password, also to the token service a.b"),
+    ):
+        reported = upstreams(path, f"- name: reg.example\n  auth: {{{auth}}}\n")
+        assert reported[-1] == f"  {told}"
+        assert not any(SECRET in line for line in reported)
+
+
+def test_mirrors_stand_first_and_are_reached_as_their_own_entries_say(path: Path, authority: Authority) -> None:
+    authority.issue("client")
+    text = f"""\
+- name: reg.example
+  mirrors: ["https://one:5000/cache", "http://two", https://three]
+  auth: {{user: u, password: {SECRET}}}
+- name: one:5000
+  auth: {{identity_token: {SECRET}}}
+  tls: {{ca: test-authority.crt, cert: client.crt, key: client.key}}
+- name: two
+  tls: {{insecure_skip_verify: true}}
+"""
+    ca = f"certificate verified by {authority.ca}"
+    ours = "our certificate CN=client until 2119-12-08"
+    assert upstreams(path, text) == [
+        "reg.example",
+        f"  first https://one:5000/cache, {ca}, {ours}, by an identity token",
+        "  first http://two, anonymous",
+        f"  first https://three, {SYSTEM}, anonymous",
+        f"  then https://reg.example, {SYSTEM}",
+        "  as the user u, by password",
+        "one:5000",
+        f"  https://one:5000, {ca}, {ours}",
+        "  by an identity token",
+        "two",
+        "  https://two, certificate NOT VERIFIED",
+        "  anonymous",
+    ]
+
+
+def test_a_certificate_that_has_expired_shows_it(path: Path, authority: Authority) -> None:
+    authority.issue("client", expired=True)
+    told = upstreams(path, "- name: reg.example\n  tls: {cert: client.crt, key: client.key}\n")
+    assert told[1] == f"  https://reg.example, {SYSTEM}, our certificate CN=client until 2020-12-31"
+
+
+def test_docker_hub_is_reached_where_it_has_its_api(path: Path) -> None:
+    told = upstreams(path, "- name: index.docker.io\n  scheme: https\n- name: a.b\n  mirrors: [https://docker.io]\n")
+    assert told[:2] == ["docker.io", f"  https://registry-1.docker.io, {SYSTEM}"]
+    assert told[4] == f"  first https://docker.io, {SYSTEM}, anonymous"
+
+
+def test_what_is_not_allowed_is_marked(path: Path) -> None:
+    text = "- name: quay.io\n  description: theirs\n- name: a.example\n- name: docker.io\n"
+    told = lines(path, text, allow_upstreams="*.example,docker.io")
+    headings = [line for line in told if not line.startswith(" ")]
+    assert headings == [
+        "clients, at port 8080",
+        "quay.io (theirs): NOT ALLOWED by allow_upstreams",
+        "a.example",
+        "docker.io",
+        "every other upstream, if it is one of *.example, docker.io",
+    ]
+    assert not any("NOT ALLOWED" in line for line in lines(path, text))
+
+
+def test_how_clients_are_served(path: Path, authority: Authority) -> None:
+    assert lines(path, "port: 5000")[:2] == ["clients, at port 5000", "  http"]
+    assert lines(path, "", "tcp:1", "systemd:domain=INET:index=0")[:2] == [
+        "clients, at tcp:1, systemd:domain=INET:index=0",
+        "  http",
+    ]
+    assert lines(path, "", "ssl:1", "ssl:2")[1] == "  https"
+    authority.issue("server")
+    pair = "cert: server.crt, key: server.key"
+    served = "  https, our certificate CN=server until 2119-12-08"
+    assert lines(path, f"tls: {{{pair}}}")[:2] == ["clients, at port 8080", served]
+    assert lines(path, f"tls: {{{pair}, client_ca: test-authority.crt}}", "tcp:1")[:3] == [
+        "clients, at tcp:1",
+        served,
+        f"  only with a certificate of {authority.ca}",
+    ]
+
+
+@pytest.mark.parametrize("description", ["|\n    free\n    text", '"a\\nb"'])
+def test_a_description_stays_on_its_line(path: Path, description: str) -> None:
+    for line in lines(path, f"- name: reg.example\n  description: {description}\n"):
+        assert line.isprintable()
+
+
+def run(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str, str]:
+    """With what status a command line ends, and what it prints."""
+    with pytest.raises(SystemExit) as ended:
+        Options().parseOptions(argv)
+    return (ended.value.code, *capfd.readouterr())
+
+
+def test_the_file_may_stand_before_and_after_the_word(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = "".join(f"{line}\n" for line in lines(path, "port: 5\nregistries:\n- name: quay.io\n"))
+    assert "quay.io" in told
+    for argv in (("check", "--config-path", str(path)), ("--config-path", str(path), "check")):
+        assert run(capfd, *argv) == (0, told, "")
+    assert run(capfd, "check", "--config-path", str(path), "--port", "7")[1].startswith("clients, at port 7\n")
+    assert run(capfd, "check")[1] == "".join(f"{line}\n" for line in report(load_settings({}, (), None)))
+
+
+def test_warnings_go_to_stderr(path: Path, authority: Authority, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: true}\n"
+    told = lines(path, text)
+    status, out, err = run(capfd, "check", "--config-path", str(path))
+    assert (status, out.splitlines()) == (0, told)
+    (line,) = err.splitlines()
+    assert line.startswith(f"ociregistry: warning: {path}:2: tls.ca: is of no use beside insecure_skip_verify")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("- name: a.b\n  auth: {user: u}\n", ":2: auth.user: one of password,"),
+        ("- name: a.b\n  tls: {ca: nowhere}\n", ":2: tls.ca: "),
+        ("port: http\n", ":1: port: 'http': a number"),
+        ("- name: [\n", ":2: is not YAML: "),
+    ],
+)
+def test_an_invalid_file_is_one_line(path: Path, capfd: pytest.CaptureFixture[str], text: str, why: str) -> None:
+    path.write_text(text)
+    for argv in (("check", "--config-path", str(path)), ("--config-path", str(path), "check")):
+        status, out, err = run(capfd, *argv)
+        assert (status, out) == (2, "")
+        (line,) = err.splitlines()
+        assert line.startswith(f"ociregistry: {path}{why}")
+
+
+@pytest.mark.parametrize(
+    "argv", [["check", "--nonsense"], ["check", "serve"], ["check", "--config-path", "/nowhere"]]
+)
+def test_a_mistake_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    status, out, err = run(capfd, *argv)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+
+
+def test_twistd_becomes_no_daemon_and_leaves_nothing_behind(path: Path, authority: Authority) -> None:
+    certificate, key = authority.issue("client")
+    auth, tls = f"{{user: u, password: {SECRET}}}", "{cert: client.crt, key: client.key}"
+    told = lines(path, f"- name: quay.io\n  auth: {auth}\n  tls: {tls}\n")
+    before = {path, certificate, key, authority.ca}
+    twistd = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+    ran = subprocess.run(
+        [*twistd, "ociregistry", "--config-path", path.name, "check"],
+        cwd=path.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout.splitlines(), ran.stderr) == (0, told, "")
+    assert set(path.parent.iterdir()) == before

@@ -1,0 +1,293 @@
+"""A reload: the file is read again, what is new in it is used, and what is wrong with it changes nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.application import service
+from twisted.internet.defer import gatherResults
+from twisted.internet.task import Clock
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, PredicateResult
+from twisted.scripts._twistd_unix import ServerOptions
+
+from ociregistry.daemon import Daemon
+from ociregistry.logs import AtLeast
+from ociregistry.settings import LOG_LEVELS, Settings, load_settings
+from ociregistry.tap import Options, makeService
+from tests.certificates import Authority
+from tests.images import make_image
+from tests.unit.daemons import Daemons, get, make
+from tests.unit.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+
+# Neither Twisted nor Debian's pyOpenSSL takes anything else.
+
+BUILT = make_image("reload")
+MANIFEST = "/v2/team/app/manifests/1"
+
+
+@pytest_twisted.async_yield_fixture
+async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
+    """Starts daemons."""
+    daemons = Daemons(root, clock)
+    yield daemons
+    await daemons.stop_all()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the file is."""
+    return tmp_path / "ociregistry.yaml"
+
+
+def told(events: list[LogEvent]) -> list[str]:
+    """The warnings and errors; they must be seen at every level."""
+    seen = AtLeast("error")
+    found = [event for event in events if event["log_level"] in (LogLevel.warn, LogLevel.error)]
+    assert all(seen(event) is PredicateResult.yes for event in found)
+    return texts(found)
+
+
+def read_again(events: list[LogEvent]) -> list[str]:
+    """What is told of reloads that brought new settings."""
+    return [text for text in texts(events, LogLevel.info) if "were read again" in text]
+
+
+@on_reactor
+async def test_a_changed_entry_is_used(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    path.write_text(f"- name: {upstream.host}\n  scheme: https\n")
+    daemon = daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    assert (await get(network, events, MANIFEST)).status == 503
+    path.write_text(f"- name: {upstream.host}\n  scheme: http\n- name: quay.io\n")
+    assert (await get(network, events, MANIFEST)).status == 503
+    await daemon.reload()
+    assert (await get(network, events, MANIFEST)).status == 200
+    assert read_again(events) == ["the settings were read again: 2 upstreams are configured"]
+
+
+@on_reactor
+async def test_other_upstreams_are_allowed(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    path.write_text("allow_upstreams: quay.io\n")
+    daemon = daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    for allowed, status in (("quay.io", 403), ("127.*", 200), ("quay.io", 403), ("", 200)):
+        path.write_text(f"allow_upstreams: '{allowed}'\n")
+        await daemon.reload()
+        assert (await get(network, events, MANIFEST)).status == status
+    assert [text.partition(": ")[2].partition(":")[0] for text in told(events)] == ["403 DENIED"] * 2
+
+
+@on_reactor
+async def test_another_level_is_logged_at(root: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    application = service.Application("ociregistry")
+    path.write_text("log_level: warn\n")
+    daemon = make(root, "--config-path", str(path))
+    daemon.setServiceParent(application)
+    log = Logger(namespace="ociregistry", observer=ILogObserver(application))
+    for level in ("info", "error"):
+        log.info("an info before it is {next}", next=level)
+        log.warn("a warning before it is {next}", next=level)
+        path.write_text(f"log_level: {level}\n")
+        await daemon.reload()
+    log.warn("a warning in the end")
+    assert [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "a warning before it is info",
+        "an info before it is error",
+        "a warning before it is error",
+    ]
+
+
+@pytest.mark.parametrize("text", ["port: http\n", "- name: [\n", "tls: {cert: nowhere, key: nowhere}\n", None])
+@on_reactor
+async def test_what_is_invalid_changes_nothing_and_is_one_line(
+    daemons: Daemons,
+    network: Network,
+    events: list[LogEvent],
+    upstream: ScriptedRegistry,
+    path: Path,
+    text: str | None,
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    path.write_text("allow_upstreams: 127.*\n")
+    daemon = daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    await daemon.reload()
+    (line,) = told(events)
+    assert line.startswith(f"the settings stay as they were: {path}:")
+    assert read_again(events) == []
+    assert (await get(network, events, MANIFEST)).status == 200
+    assert (await get(network, events, "/v2/quay.io/team/app/manifests/1")).status == 403
+    # The next one may be good again.
+    path.write_text("allow_upstreams: quay.io\n")
+    await daemon.reload()
+    assert (await get(network, events, MANIFEST)).status == 403
+
+
+def unstarted(path: Path, text: str, *argv: str) -> Daemon:
+    """A daemon of a file with this text."""
+    path.write_text(text)
+    options = Options()
+    options.parent = ServerOptions()
+    options.parseOptions(["--config-path", str(path), *argv])
+    daemon = makeService(options, REACTOR)
+    assert isinstance(daemon, Daemon)
+    return daemon
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        ("image_path: elsewhere", "image_path"),
+        ("port: 5000", "port"),
+        ("listen: [tcp:1]", "listen"),
+        ("pull_timeout: 1", "pull_timeout"),
+        ("tls: {cert: a.crt, key: a.key}", "tls"),
+        ("default_ns: quay.io\nport: 5000\ntls: {cert: a.crt, key: a.key}", "port, tls"),
+    ],
+)
+@on_reactor
+async def test_what_needs_a_new_start_is_told(
+    path: Path, authority: Authority, events: list[LogEvent], text: str, keys: str
+) -> None:
+    authority.issue("a")
+    daemon = unstarted(path, "log_level: warn\n")
+    path.write_text(text)
+    await daemon.reload()
+    assert told(events) == [f"{keys}: what was changed is used from the next start on"]
+    assert len(read_again(events)) == 1
+
+
+@on_reactor
+async def test_another_default_upstream_is_used(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
+) -> None:
+    """It may be a private one, which only its name in the settings makes reachable."""
+    upstream.add("team/app", BUILT, "1")
+    path.write_text("default_ns: quay.io\nallow_upstreams: '127.*'\n")
+    daemon = daemons.start("--config-path", str(path))
+    assert (await get(network, events, MANIFEST)).status == 403
+    path.write_text(f"default_ns: {upstream.host}\n")
+    await daemon.reload()
+    assert (await get(network, events, MANIFEST)).status == 200
+
+
+@on_reactor
+async def test_what_has_not_changed_is_not_told(path: Path, authority: Authority, events: list[LogEvent]) -> None:
+    authority.issue("a")
+    daemon = unstarted(path, "port: 5000\nlog_level: info\ntls: {cert: a.crt, key: a.key}\n")
+    authority.issue("a")
+    path.write_text("log_level: error\nport: 5000\nallow_upstreams: a.b\ntls: {key: a.key, cert: a.crt}\n")
+    await daemon.reload()
+    assert told(events) == []
+
+
+@on_reactor
+async def test_the_command_line_still_wins(path: Path, events: list[LogEvent]) -> None:
+    daemon = unstarted(path, "port: 5000\n", "--port", "5001")
+    path.write_text("port: 5002\n")
+    await daemon.reload()
+    assert told(events) == []
+
+
+@on_reactor
+async def test_without_a_file_it_is_harmless(root: Path, events: list[LogEvent]) -> None:
+    await make(root).reload()
+    assert told(events) == []
+    assert read_again(events) == ["the settings were read again: 0 upstreams are configured"]
+
+
+WARNED = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: true}\n"
+
+
+@on_reactor
+async def test_warnings_are_told_at_every_level_at_the_start_and_after_a_reload(
+    daemons: Daemons, path: Path, authority: Authority, events: list[LogEvent]
+) -> None:
+    path.write_text(WARNED)
+    daemon = daemons.start("--config-path", str(path))
+    (event,) = [event for event in events if event["log_level"] is LogLevel.warn]
+    assert all(AtLeast(level)(event) is PredicateResult.yes for level in LOG_LEVELS)
+    (warning,) = told(events)
+    assert warning.startswith(f"{path}:2: tls.ca: is of no use beside insecure_skip_verify")
+    path.write_text(f"\n{WARNED}")
+    await daemon.reload()
+    assert told(events) == [warning, warning.replace(":2:", ":3:")]
+
+
+@on_reactor
+async def test_sighup_is_a_reload(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
+    path.write_text("")
+    daemons.start("--config-path", str(path))
+    assert callable(signal.getsignal(signal.SIGHUP)), "it would end the tests"
+    path.write_text("- name: quay.io\n")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await until(lambda: read_again(events) == ["the settings were read again: 1 upstreams are configured"])
+    path.write_text("- name:\n")
+    os.kill(os.getpid(), signal.SIGHUP)
+    await until(lambda: told(events))
+    assert told(events)[0].startswith(f"the settings stay as they were: {path}:1: name: ")
+
+
+@on_reactor
+async def test_of_two_at_once_the_later_one_counts(events: list[LogEvent]) -> None:
+    """Each reads the file in a thread of its own, and the earlier one may take longer."""
+    first, second = (load_settings({"port": port}, (), None) for port in ("1", "2"))
+    later = threading.Event()
+    loads = iter([first, second])
+
+    def load() -> Settings:
+        settings = next(loads)
+        if settings is second:
+            later.set()
+        elif later.wait(0.2):
+            time.sleep(0.1)
+        return settings
+
+    daemon = Daemon(first, load, REACTOR, ServerOptions())
+    await gatherResults([daemon.reload(), daemon.reload()])
+    assert daemon._network._settings is second
+
+
+@pytest.mark.expect_logged_failures
+@on_reactor
+async def test_a_defect_in_one_is_logged_and_does_not_hold_up_the_next(events: list[LogEvent]) -> None:
+    settings = load_settings({}, (), None)
+    loads = iter([1, 0])
+
+    def load() -> Settings:
+        if next(loads):
+            raise ZeroDivisionError
+        return settings
+
+    daemon = Daemon(settings, load, REACTOR, ServerOptions())
+    await daemon.reload()
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    assert read_again(events) == []
+    await daemon.reload()
+    assert len(read_again(events)) == 1
+
+
+@on_reactor
+async def test_one_that_comes_too_late_is_harmless(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
+    path.write_text("")
+    daemon = daemons.start("--config-path", str(path))
+    daemons.stop()
+    await until(daemons.stopped)
+    await daemon.reload()
+    assert told(events) == []

@@ -1,0 +1,189 @@
+"""The daemon over TLS: what it serves is the same, and whom it does not know it does not serve."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_twisted
+from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry import __version__
+from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
+from ociregistry.errors import Unavailable
+from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.tls import UpstreamPolicy
+from tests.certificates import Authority
+from tests.images import make_image
+from tests.unit.daemons import Daemons, addresses, get
+from tests.unit.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+# Neither Twisted nor Debian's pyOpenSSL takes anything else.
+
+BUILT = make_image("tls", layer_size=3_000_000)
+LAYER = BUILT.layers[0]
+HOST = "127.0.0.1"
+
+
+@pytest_twisted.async_yield_fixture
+async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
+    """Starts daemons."""
+    daemons = Daemons(root, clock)
+    yield daemons
+    await daemons.stop_all()
+
+
+@pytest.fixture
+def path(tmp_path: Path, authority: Authority) -> Path:
+    """A file that asks for TLS."""
+    authority.issue(HOST)
+    path = tmp_path / "ociregistry.yaml"
+    path.write_text(f"tls: {{cert: {HOST}.crt, key: {HOST}.key}}\n")
+    return path
+
+
+class Client:
+    """Asks the daemon over TLS, perhaps with a certificate of its own."""
+
+    def __init__(
+        self, network: Network, events: list[LogEvent], trust: Authority, own: tuple[Path, Path] | None = None
+    ) -> None:
+        ca = Certificates(trust.ca, (trust.ca.read_bytes(),))
+        identity = KeyPair(Certificates(own[0], (own[0].read_bytes(),)), own[1].read_bytes()) if own else None
+        self._address = addresses(events)[0]
+        host, _, port = self._address.rpartition(":")
+        policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)))
+        self._exchanges = network.exchanges("daemon", policy=policy)
+
+    async def get(self, path: str) -> Response:
+        """Asks for something."""
+        return await self._exchanges.send("GET", f"https://{self._address}{path}", {})
+
+
+@on_reactor
+async def test_it_serves(
+    daemons: Daemons,
+    network: Network,
+    events: list[LogEvent],
+    upstream: ScriptedRegistry,
+    path: Path,
+    authority: Authority,
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    client = Client(network, events, authority)
+    health = await client.get("/health")
+    assert json.loads(await health.collect(1000))["version"] == __version__
+    for _ in range(2):
+        manifest = await client.get("/v2/team/app/manifests/1")
+        assert await manifest.collect(10_000) == BUILT.manifest.data
+        blob = await client.get(f"/v2/team/app/blobs/{LAYER.digest}")
+        assert await blob.collect(10_000_000) == LAYER.data
+    outcomes = [text.rpartition(" ")[2] for text in texts(events, LogLevel.info) if text.startswith("GET /v2/")]
+    assert outcomes == ["miss", "miss", "hit", "hit"]
+
+
+@on_reactor
+async def test_every_port_speaks_it(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: Path, authority: Authority
+) -> None:
+    daemons.start("--config-path", str(path), "--listen", f"tcp:0:interface={HOST}")
+    assert len(addresses(events)) == 2
+    for address in addresses(events):
+        exchanges = network.exchanges("daemon", trust=authority.ca)
+        assert (await exchanges.send("GET", f"https://{address}/health", {})).status == 200
+
+
+@on_reactor
+async def test_plain_http_is_not_served_then(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: Path
+) -> None:
+    daemons.start("--config-path", str(path))
+    with pytest.raises(Unavailable):
+        await get(network, events, "/health")
+    assert texts(events, LogLevel.error) == []
+
+
+@on_reactor
+async def test_whoever_does_not_trust_us_leaves_without_a_line(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: Path, tmp_path: Path
+) -> None:
+    daemons.start("--config-path", str(path))
+    with pytest.raises(Unavailable, match="its issuer is not trusted"):
+        await Client(network, events, Authority(tmp_path / "other", "other")).get("/health")
+    assert texts(events, LogLevel.error) == []
+
+
+@on_reactor
+async def test_only_certificates_of_the_client_ca_are_served(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: Path, authority: Authority, tmp_path: Path
+) -> None:
+    clients, strangers = (Authority(tmp_path / name, name) for name in ("clients", "strangers"))
+    path.write_text(f"tls: {{cert: {HOST}.crt, key: {HOST}.key, client_ca: {clients.ca}}}\n")
+    daemons.start("--config-path", str(path))
+    right = Client(network, events, authority, clients.issue("client"))
+    assert (await right.get("/health")).status == 200
+    for own in (None, strangers.issue("client"), authority.issue("client")):
+        with pytest.raises(Unavailable):
+            await Client(network, events, authority, own).get("/health")
+    assert sum(text.startswith("GET /health ") for text in texts(events, LogLevel.info)) == 1
+    assert texts(events, LogLevel.error) == []
+
+
+@on_reactor
+async def test_an_answer_that_ends_short_does_so_too(
+    daemons: Daemons,
+    network: Network,
+    events: list[LogEvent],
+    upstream: ScriptedRegistry,
+    path: Path,
+    authority: Authority,
+    clock: Clock,
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    upstream.script("/v2/*/blobs/*", Hold(100_000))
+    daemons.start("--default-ns", upstream.host, "--config-path", str(path), "--pull-timeout", "1000")
+    client = Client(network, events, authority)
+    response = await client.get(f"/v2/team/app/blobs/{LAYER.digest}")
+    data = await response.body.read()
+    while len(data) < 100_000:
+        data += await response.body.read()
+    clock.advance(1)
+    await until(lambda: any("the answer ends short" in text for text in texts(events, LogLevel.error)))
+    with pytest.raises(Unavailable):
+        await response.body.read()
+    assert LAYER.data.startswith(data)
+
+
+async def shown(events: list[LogEvent]) -> str:
+    """The certificate that a new client is shown."""
+    host, _, port = addresses(events)[0].rpartition(":")
+    asked = deferToThreadPool(REACTOR, REACTOR.getThreadPool(), ssl.get_server_certificate, (host, int(port)))
+    return str(await asked)
+
+
+@on_reactor
+async def test_a_renewed_certificate_is_shown(
+    daemons: Daemons, events: list[LogEvent], path: Path, authority: Authority
+) -> None:
+    old = path.with_name(f"{HOST}.crt").read_text()
+    daemon = daemons.start("--config-path", str(path))
+    assert await shown(events) == old
+    new = authority.issue(HOST)[0].read_text()
+    assert await shown(events) == old
+    await daemon.reload()
+    assert await shown(events) == new
+    assert texts(events, LogLevel.warn) == []
+    # What cannot be changed before the next start is told, and TLS it stays.
+    path.write_text("")
+    await daemon.reload()
+    assert await shown(events) == new
+    assert texts(events, LogLevel.warn) == ["tls: what was changed is used from the next start on"]

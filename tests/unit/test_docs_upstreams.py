@@ -1,0 +1,63 @@
+"""docs/upstreams.md: every example in it is a configuration."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ociregistry.commands.check import report
+from ociregistry.settings import Settings, load_settings
+from tests.certificates import Authority
+
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "upstreams.md").read_text()
+EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority) -> Path:
+    """What the examples name is there: files, a helper, an environment variable."""
+    for name in ("client", "server"):
+        certificate, key = authority.issue(f"{name}.internal")
+        certificate.rename(tmp_path / f"{name}.crt")
+        key.rename(tmp_path / f"{name}.key")
+    for name in ("internal-ca.crt", "clients-ca.crt"):
+        (tmp_path / name).write_bytes(authority.ca.read_bytes())
+    (tmp_path / "docker.password").write_text("secret\n")
+    helper = tmp_path / "docker-credential-ecr-login"
+    helper.write_text("#!/bin/sh\n")
+    helper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("GHCR_TOKEN", "secret")
+    return tmp_path
+
+
+def load(folder: Path, text: str) -> Settings:
+    """What an example makes."""
+    path = folder / "ociregistry.yaml"
+    path.write_text(text)
+    return load_settings({}, (), path)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_is_a_configuration_that_changes_something(folder: Path, example: str) -> None:
+    settings = load(folder, example)
+    assert settings != load(folder, "")
+    assert settings.warnings == ()
+    assert not any("secret" in line for line in report(settings))
+
+
+def test_every_key_of_an_upstream_has_an_example() -> None:
+    keys = {match[1] for example in EXAMPLES for match in re.finditer(r"^[ -]*(\w+):", example, re.MULTILINE)}
+    assert keys >= {"name", "description", "scheme", "auth", "tls", "mirrors"}
+    assert keys >= {
+        "user",
+        "password",
+        "password_file",
+        "password_env",
+        "identity_token",
+        "credential_helper",
+        "realm",
+    }
+    assert keys >= {"ca", "cert", "key", "insecure_skip_verify", "client_ca", "allow_upstreams"}

@@ -1,0 +1,241 @@
+"""The way to upstreams as the settings say: what the operator named, and who is trusted with credentials."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import DNSLookupError
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import Clock
+
+from ociregistry.config.registries import Helper, IdentityToken, Login, Mirror, Password, RegistrySettings
+from ociregistry.config.tls import UpstreamTls
+from ociregistry.names import Upstream
+from ociregistry.settings import Settings, load_settings
+from ociregistry.upstream.client import Base
+from ociregistry.upstream.network import Network, _trusted_with, api_host, named_by
+from ociregistry.upstream.origins import Origin
+from tests.unit.asking import INSTANCE
+from tests.unit.doubles import fired
+from tests.unit.test_upstream_dialing import Names, Told
+
+
+def entry(name: str, **configured: Any) -> RegistrySettings:
+    """An entry of `registries`."""
+    return RegistrySettings(Upstream.parse(name), **configured)
+
+
+def configured(*entries: RegistrySettings, default_ns: str = "docker.io") -> Settings:
+    """The defaults with these entries."""
+    registries = {one.upstream: one for one in entries}
+    return replace(load_settings({}, (), None), registries=registries, default_ns=Upstream(default_ns))
+
+
+SETTINGS = configured(
+    entry("reg.example"),
+    entry("ported.example:5000"),
+    entry("tls.example:443"),
+    entry("[fd00::1]"),
+    entry("[::1]:5000"),
+    entry("10.0.0.1:80"),
+    entry(
+        "mirrored.example",
+        mirrors=(
+            Mirror("http", Upstream("mirror.example:8080")),
+            Mirror("https", Upstream("[::2]"), "/docker"),
+            Mirror("https", Upstream("docker.io")),
+        ),
+    ),
+    entry("split.example", realm=Upstream("realm.example:5001")),
+    entry("other.example", realm=Upstream("anywhere.example")),
+    entry("six.example", realm=Upstream("[::3]:5001")),
+    default_ns="default.example:81",
+)
+
+
+@pytest.mark.parametrize(
+    ("host", "ports"),
+    [
+        ("reg.example", {80, 443}),
+        ("ported.example", {5000}),
+        ("tls.example", {443}),
+        ("fd00::1", {80, 443}),
+        ("::1", {5000}),
+        ("10.0.0.1", {80}),
+        ("default.example", {81}),
+        ("mirrored.example", {80, 443}),
+        ("mirror.example", {8080}),
+        ("::2", {80, 443}),
+        ("registry-1.docker.io", {80, 443}),
+        ("realm.example", {5001}),
+        ("::3", {5001}),
+        # Nobody can be led to these.
+        ("docker.io", set()),
+        ("auth.docker.io", set()),
+        ("evil.example", set()),
+        ("evil.reg.example", set()),
+        ("example", set()),
+        ("127.0.0.1", set()),
+        ("fd00::2", set()),
+        ("[::1]", set()),
+    ],
+)
+def test_what_the_operator_named(host: str, ports: set[int]) -> None:
+    named = named_by(SETTINGS)
+    asked = (80, 81, 443, 444, 5000, 5001, 8080)
+    assert {port for port in asked if named(host, port)} == ports
+
+
+def test_a_token_service_that_was_named_without_a_port_is_there_on_that_of_https() -> None:
+    assert named_by(SETTINGS)("anywhere.example", 443)
+
+
+def test_the_default_upstream_is_named_by_nobody_having_chosen_another() -> None:
+    assert named_by(configured())("registry-1.docker.io", 443)
+    assert not named_by(configured(default_ns="reg.example"))("registry-1.docker.io", 443)
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [
+        ("docker.io", "registry-1.docker.io"),
+        ("index.docker.io", "registry-1.docker.io"),
+        ("docker.io:443", "docker.io:443"),
+        ("quay.io", "quay.io"),
+        ("reg.example:5000", "reg.example:5000"),
+        ("[::1]:5000", "[::1]:5000"),
+    ],
+)
+def test_where_an_upstream_has_its_api(name: str, host: str) -> None:
+    assert api_host(Upstream.parse(name)) == host
+
+
+def trusts(one: RegistrySettings, realm: str, path: str = "/token") -> bool:
+    """Whether a token service gets the credentials of an entry."""
+    base = Base(one.scheme, api_host(one.upstream))
+    return _trusted_with(one, base, base.origin(one.scheme or "https"))(Origin.of(f"{realm}{path}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "realm", "trusted"),
+    [
+        ("reg.example", "https://reg.example", True),
+        ("reg.example", "https://reg.example:8443", True),
+        ("reg.example", "https://REG.example", True),
+        ("reg.example:5000", "https://reg.example:5001", True),
+        ("reg.example:5000", "https://reg.example", True),
+        ("[::1]:5000", "https://[::1]:5001", True),
+        ("docker.io", "https://registry-1.docker.io", True),
+        ("docker.io", "https://auth.docker.io", True),
+        ("docker.io", "https://auth.docker.io:444", True),
+        ("reg.example", "http://reg.example", False),
+        ("reg.example:80", "http://reg.example", False),
+        ("docker.io", "http://auth.docker.io", False),
+        ("reg.example", "https://evil.example", False),
+        ("reg.example", "https://auth.reg.example", False),
+        ("auth.reg.example", "https://reg.example", False),
+        ("reg.example", "https://reg.example.evil.example", False),
+        ("reg.example", "https://auth.docker.io", False),
+        ("[::1]:5000", "https://[::2]:5000", False),
+        ("docker.io:443", "https://auth.docker.io", False),
+        ("docker.io", "https://docker.io", False),
+        ("docker.io", "https://evil.docker.io", False),
+    ],
+)
+def test_which_token_services_are_trusted_with_credentials(name: str, realm: str, trusted: bool) -> None:
+    for scheme in ("https", None):
+        assert trusts(entry(name, scheme=scheme), realm) is trusted
+
+
+@pytest.mark.parametrize(
+    ("realm", "trusted"),
+    [
+        ("http://reg.example:5000", True),
+        ("http://reg.example", True),
+        ("https://reg.example", True),
+        ("http://evil.example", False),
+        ("https://evil.example", False),
+    ],
+)
+def test_credentials_go_over_plain_http_only_where_the_operator_wrote_http(realm: str, trusted: bool) -> None:
+    assert trusts(entry("reg.example:5000", scheme="http"), realm) is trusted
+
+
+@pytest.mark.parametrize(
+    ("named", "realm", "trusted"),
+    [
+        ("auth.example", "https://auth.example", True),
+        ("auth.example", "https://auth.example:8443", True),
+        ("auth.example:8443", "https://auth.example:8443", True),
+        ("[::2]:8443", "https://[::2]:8443", True),
+        ("[::2]", "https://[::2]", True),
+        ("auth.example:443", "https://auth.example", True),
+        ("auth.example:8443", "https://auth.example", False),
+        ("auth.example", "http://auth.example", False),
+        ("auth.example", "https://evil.example", False),
+        # The registry itself stays trusted.
+        ("auth.example", "https://reg.example", True),
+    ],
+)
+def test_a_token_service_that_the_operator_named_is_trusted(named: str, realm: str, trusted: bool) -> None:
+    assert trusts(entry("reg.example", realm=Upstream(named)), realm) is trusted
+
+
+class PlainAllowed:
+    """Whether an upstream may be asked by http, where its name leads to such addresses."""
+
+    def __init__(self, told: Told, reactor: IReactorTime) -> None:
+        self.names = Names(told)
+        self._network = Network(configured(), INSTANCE, reactor)
+        self._network._resolver = self.names
+
+    def __call__(self, one: RegistrySettings) -> bool:
+        """What is said of it."""
+        return fired(Deferred.fromCoroutine(self._asked(one)))
+
+    async def _asked(self, one: RegistrySettings) -> bool:
+        return await self._network._plain_allowed(one)()
+
+
+@pytest.mark.parametrize(
+    ("told", "allowed"),
+    [
+        (("10.0.0.1",), True),
+        (("10.0.0.1", "fd00::1"), True),
+        (("192.168.0.1", "8.8.8.8"), False),
+        (("8.8.8.8", "192.168.0.1"), False),
+        (("2606:4700:4700::1111",), False),
+        (DNSLookupError("no such name"), False),
+    ],
+)
+def test_http_may_be_tried_where_all_addresses_are_private(told: Told, allowed: bool, clock: Clock) -> None:
+    ask = PlainAllowed(told, clock)
+    assert ask(entry("reg.example")) is allowed
+    assert ask.names.asked == ["reg.example"]
+
+
+def test_the_address_in_a_name_is_looked_at_without_its_brackets(clock: Clock) -> None:
+    ask = PlainAllowed(("fd00::1",), clock)
+    assert ask(entry("[fd00::1]"))
+    assert ask.names.asked == ["fd00::1"]
+
+
+@pytest.mark.parametrize("name", ["reg.example:5000", "reg.example:443", "[::1]:5000"])
+def test_or_where_the_name_has_a_port(name: str, clock: Clock) -> None:
+    ask = PlainAllowed(DNSLookupError("never asked"), clock)
+    assert ask(entry(name))
+    assert ask.names.asked == []
+
+
+@pytest.mark.parametrize("login", [Password("u", "p"), IdentityToken("t"), Helper("h")])
+@pytest.mark.parametrize("name", ["reg.example", "reg.example:5000"])
+def test_but_never_with_credentials(name: str, login: Login, clock: Clock) -> None:
+    assert not PlainAllowed(("10.0.0.1",), clock)(entry(name, login=login))
+
+
+@pytest.mark.parametrize("name", ["reg.example", "reg.example:5000"])
+def test_nor_where_tls_is_configured(name: str, clock: Clock) -> None:
+    assert not PlainAllowed(("10.0.0.1",), clock)(entry(name, tls=UpstreamTls(verify=False)))

@@ -1,0 +1,100 @@
+"""Origins: what of a URL decides who gets to see what, and where a redirect may lead."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from urllib.parse import urljoin
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ociregistry.upstream.origins import Origin, redirected, without_query
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://reg.example/v2/", Origin("https", "reg.example", 443)),
+        ("http://reg.example", Origin("http", "reg.example", 80)),
+        ("https://reg.example:/", Origin("https", "reg.example", 443)),
+        ("https://reg.example:443/", Origin("https", "reg.example", 443)),
+        ("https://reg.example:80/", Origin("https", "reg.example", 80)),
+        ("HTTPS://REG.Example:5000/", Origin("https", "reg.example", 5000)),
+        ("https://[FD00::1]:5000/", Origin("https", "fd00::1", 5000)),
+        ("https://[::1]?q=a/b@c", Origin("https", "::1", 443)),
+        ("https://reg.example/@evil.example", Origin("https", "reg.example", 443)),
+        ("https://reg.example?@evil.example", Origin("https", "reg.example", 443)),
+        ("https://reg.example#@evil.example", Origin("https", "reg.example", 443)),
+    ],
+)
+def test_the_origin_of_a_url(url: str, origin: Origin) -> None:
+    assert Origin.of(url) == origin
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "reg.example", "//reg.example/", "/v2/", "https:", "https://", "https:///v2/", "https:reg.example"),
+        *("ftp://reg.example/", "file:///etc/passwd", "javascript://reg.example/", "ws://reg.example"),
+        *("https://user@reg.example/", "https://user:password@reg.example/", "https://@reg.example/"),
+        *("https://reg.example@evil.example/", "https://evil.example\\@reg.example/"),
+        *(
+            "https://reg.example:0/",
+            "https://reg.example:65536/",
+            "https://reg.example:-1/",
+            "https://reg.example:x/",
+        ),
+        *(
+            "https://[::1",
+            "https://::1]/",
+            "https://[reg.example].evil.example/",
+            "https://evil.example[reg.example]/",
+        ),
+    ],
+)
+def test_what_is_no_url_of_a_web_server(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is no URL of a web server$|URL|[Pp]ort|address"):
+        Origin.of(url)
+
+
+def test_a_secret_in_a_query_is_not_told() -> None:
+    assert without_query("https://cdn.example/x?X-Signature=secret?y") == "https://cdn.example/x"
+    assert len(without_query("https://cdn.example/" + "x" * 10_000)) == 200
+    with pytest.raises(ValueError, match=r"^'ftp://cdn.example/x' is no URL of a web server$"):
+        Origin.of("ftp://cdn.example/x?X-Signature=secret")
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "target"),
+    [
+        ("https://a/b/c?d", "/e?f=%2F", "https://a/e?f=%2F"),
+        ("https://a/b/c?d", "e", "https://a/b/e"),
+        ("https://a/b/c?d", "?e", "https://a/b/c?e"),
+        ("https://a/b/c", "//cdn/e", "https://cdn/e"),
+        ("https://a/b", "https://cdn:8443/e", "https://cdn:8443/e"),
+        ("http://a/b", "https://a/b", "https://a/b"),
+        ("http://a/b", "http://cdn/b", "http://cdn/b"),
+    ],
+)
+def test_where_a_redirect_leads(url: str, location: str, target: str) -> None:
+    assert redirected(url, location) == target
+
+
+@pytest.mark.parametrize("location", ["http://a/b", "HTTP://a/b", "http:b", "http://a:443/"])
+def test_no_redirect_leads_from_https_to_http(location: str) -> None:
+    with pytest.raises(ValueError, match=r"redirects from https to http$|is no URL of a web server$"):
+        redirected("https://a/b", location)
+
+
+def test_a_redirect_to_nowhere_tells_no_secret() -> None:
+    with pytest.raises(ValueError, match=r"^it redirects to 'ftp://cdn/x', which is no URL of a web server$"):
+        redirected("https://a/b", "ftp://cdn/x?secret")
+
+
+@given(st.text() | st.text("htps:/@[]#?\\.%0 a").map("https:".__add__))
+def test_whatever_it_redirects_to_is_a_web_server_or_refused(location: str) -> None:
+    with suppress(ValueError):
+        target = redirected("https://reg.example/v2/", location)
+        assert Origin.of(target).scheme == "https"
+        assert target == urljoin("https://reg.example/v2/", location)

@@ -1,0 +1,250 @@
+"""TLS with an upstream: whom we trust, what a server gets to know of us, in handshakes without a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from OpenSSL import SSL, crypto
+
+from ociregistry.config.tls import SYSTEM_TRUST, Certificates, KeyPair, UpstreamTls
+from ociregistry.upstream.failures import CertificateRefused
+from ociregistry.upstream.tls import UpstreamPolicy
+from tests.certificates import Authority
+
+# Neither Twisted nor Debian's pyOpenSSL takes anything else.
+
+HOST = "reg.example"
+Files = tuple[Path, Path]
+"""A certificate, followed by those that lead to its root, and its key."""
+
+
+def certificates(path: Path) -> Certificates:
+    """Those of a file."""
+    end = b"-----END CERTIFICATE-----\n"
+    return Certificates(path, tuple(part + end for part in path.read_bytes().split(end)[:-1]))
+
+
+def trusting(path: Path) -> UpstreamTls:
+    """Trust in the certificates of a file alone."""
+    return UpstreamTls(certificates(path))
+
+
+def key_pair(files: Files) -> KeyPair:
+    """Who we are."""
+    certificate, key = files
+    return KeyPair(certificates(certificate), key.read_bytes())
+
+
+def subject(certificate: crypto.X509) -> str:
+    """Whose it is."""
+    (name,) = certificate.to_cryptography().subject
+    return str(name.value)
+
+
+@dataclass
+class TlsServer:
+    """A server with a certificate, and what it gets to know of its clients."""
+
+    files: Files
+    names: list[bytes | None] = field(default_factory=list)
+    clients: list[list[str]] = field(default_factory=list)
+    """The subjects of the certificates that each client sent, its own first."""
+
+    def connection(self) -> SSL.Connection:
+        """A new connection, in memory; it asks for a client certificate, and takes any."""
+        context = SSL.Context(SSL.TLS_SERVER_METHOD)
+        # Whatever this server has is for the client to judge.
+        context.set_cipher_list(b"DEFAULT:@SECLEVEL=0")
+        context.use_certificate_chain_file(str(self.files[0]))
+        context.use_privatekey_file(str(self.files[1]))
+        context.set_verify(SSL.VERIFY_PEER, lambda *_: True)
+        context.set_tlsext_servername_callback(lambda connection: self.names.append(connection.get_servername()))
+        connection = SSL.Connection(context, None)
+        connection.set_accept_state()
+        return connection
+
+    def learn(self, connection: SSL.Connection) -> None:
+        """Notes whom it has spoken to."""
+        peer = connection.get_peer_certificate()
+        # Whether the client's own certificate is in its chain differs between versions of OpenSSL.
+        chain = [peer, *(connection.get_peer_cert_chain() or ())] if peer else []
+        self.clients.append(list(dict.fromkeys(map(subject, chain))))
+
+
+def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
+    """Carries over what one side has to say."""
+    while True:
+        try:
+            sink.bio_write(source.bio_read(2**16))
+        except SSL.WantReadError:
+            return
+
+
+def shake_hands(policy: UpstreamPolicy, server: TlsServer, host: str = HOST, port: int = 443) -> None:
+    """A handshake; raises what the client has against it."""
+    creator: Any = policy.creatorForNetloc(host.encode(), port)
+    client = creator.clientConnectionForTLS(None)
+    client.set_connect_state()
+    peer = server.connection()
+    waiting = {client, peer}
+    for _ in range(10):
+        for one, other in ((client, peer), (peer, client)):
+            try:
+                one.do_handshake()
+                waiting.discard(one)
+            except SSL.WantReadError:
+                pass
+            finally:
+                pump(one, other)
+    assert not waiting, "the handshake does not end"
+    server.learn(peer)
+
+
+def policy(settings: UpstreamTls = SYSTEM_TRUST, own: tuple[str, int] = (HOST, 443)) -> UpstreamPolicy:
+    """The policy of an upstream."""
+    return UpstreamPolicy(settings, own)
+
+
+@pytest.fixture
+def good(authority: Authority) -> TlsServer:
+    """A server for reg.example, certified by `authority`."""
+    return TlsServer(authority.issue(HOST))
+
+
+@pytest.fixture
+def system_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The operating system's trust store: a file without a certificate yet."""
+    store = tmp_path / "system.pem"
+    store.touch()
+    monkeypatch.setenv("SSL_CERT_FILE", str(store))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    return store
+
+
+def test_whom_the_system_trusts_is_trusted(good: TlsServer, authority: Authority, system_trust: Path) -> None:
+    with pytest.raises(CertificateRefused):
+        shake_hands(policy(), good)
+    system_trust.write_bytes(authority.ca.read_bytes())
+    shake_hands(policy(), good)
+    assert good.names == [b"reg.example"] * 2
+
+
+def test_with_an_authority_that_is_the_only_one(
+    good: TlsServer, authority: Authority, system_trust: Path, tmp_path: Path
+) -> None:
+    shake_hands(policy(trusting(authority.ca)), good)
+    other = Authority(tmp_path / "other", "other authority")
+    system_trust.write_bytes(authority.ca.read_bytes())
+    with pytest.raises(CertificateRefused):
+        shake_hands(policy(trusting(other.ca)), good)
+
+
+def test_each_of_several_authorities_is_one(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
+    other = Authority(tmp_path / "other", "other authority")
+    both = tmp_path / "both.crt"
+    both.write_bytes(other.ca.read_bytes() + authority.ca.read_bytes())
+    shake_hands(policy(trusting(both)), good)
+    shake_hands(policy(trusting(both)), TlsServer(other.issue(HOST)))
+
+
+def test_trust_in_one_that_another_certified_is_trust_in_it(authority: Authority, tmp_path: Path) -> None:
+    below = Authority(tmp_path / "below", "intermediate authority", authority)
+    server = TlsServer(below.issue(HOST))
+    shake_hands(policy(trusting(below.ca)), server)
+    shake_hands(policy(trusting(authority.ca)), server)
+
+
+def test_so_is_trust_in_a_server_itself(good: TlsServer, tmp_path: Path) -> None:
+    shake_hands(policy(trusting(good.files[0])), good)
+    alone = TlsServer(Authority.self_signed(tmp_path / "alone", HOST))
+    shake_hands(policy(trusting(alone.files[0])), alone)
+    with pytest.raises(CertificateRefused):
+        shake_hands(policy(trusting(alone.files[0])), good)
+
+
+def test_and_none_in_it_for_another_host(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
+    """Whatever a chain ends with, the name is looked at."""
+    below = Authority(tmp_path / "below", "intermediate authority", authority)
+    alone = TlsServer(Authority.self_signed(tmp_path / "alone", HOST))
+    intermediate = TlsServer(below.issue(HOST))
+    for server, trust in ((good, good.files[0]), (alone, alone.files[0]), (intermediate, below.ca)):
+        with pytest.raises(CertificateRefused, match="it is for another host name"):
+            shake_hands(policy(trusting(trust)), server, "cdn.example")
+
+
+@pytest.mark.parametrize("name", [HOST, "elsewhere.example", "127.0.0.1"])
+def test_who_is_not_verified_may_be_anybody(tmp_path: Path, name: str) -> None:
+    server = TlsServer(Authority.self_signed(tmp_path, name))
+    shake_hands(policy(UpstreamTls(verify=False)), server)
+    # One server may be many hosts, and has to know which of them was asked.
+    assert server.names == [b"reg.example"]
+
+
+@pytest.mark.parametrize("settings", [UpstreamTls(verify=False), None])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fd00::1"])
+def test_an_address_is_not_told_as_a_name(authority: Authority, settings: UpstreamTls | None, host: str) -> None:
+    """RFC 6066, section 3; servers refuse it."""
+    server = TlsServer(authority.issue(host))
+    shake_hands(policy(settings or trusting(authority.ca)), server, host)
+    assert server.names == [None]
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> KeyPair:
+    """Our certificate, with that of the intermediate authority that issued it."""
+    root = Authority(tmp_path / "root", "our root")
+    return key_pair(Authority(tmp_path / "below", "our authority", root).issue("our daemon"))
+
+
+def test_our_certificate_is_shown_with_those_that_lead_to_its_root(
+    good: TlsServer, authority: Authority, client: KeyPair
+) -> None:
+    shake_hands(policy(UpstreamTls(certificates(authority.ca), client)), good)
+    assert good.clients == [["our daemon", "our authority"]]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_our_certificate_is_shown_to_the_upstream_itself_and_nobody_else(
+    authority: Authority, client: KeyPair, verify: bool
+) -> None:
+    server = TlsServer(authority.issue(HOST, "cdn.example", "127.0.0.1"))
+    shown = policy(UpstreamTls(certificates(authority.ca), client, verify), (HOST, 5000))
+    for host, port in ((HOST, 5000), (HOST, 443), (HOST, 5001), ("cdn.example", 5000), ("127.0.0.1", 5000)):
+        shake_hands(shown, server, host, port)
+    assert [bool(chain) for chain in server.clients] == [True, False, False, False, False]
+
+
+def test_who_has_no_certificate_shows_none(good: TlsServer, authority: Authority) -> None:
+    shake_hands(policy(trusting(authority.ca)), good)
+    assert good.clients == [[]]
+
+
+def test_every_host_is_verified_by_its_own_name(authority: Authority) -> None:
+    """Also those that a registry redirects to, over the one policy."""
+    server = TlsServer(authority.issue(HOST))
+    shared = policy(trusting(authority.ca))
+    shake_hands(shared, server)
+    for _ in range(2):
+        with pytest.raises(CertificateRefused, match="it is for another host name"):
+            shake_hands(shared, server, "cdn.example")
+    shake_hands(shared, server)
+
+
+def test_what_makes_connections_is_kept_for_each_host_and_port() -> None:
+    shared = policy(UpstreamTls(verify=False))
+    first: Any = shared.creatorForNetloc(b"reg.example", 443)
+    assert shared.creatorForNetloc(b"reg.example", 443) is first
+    assert shared.creatorForNetloc(b"reg.example", 444) is not first
+    assert shared.creatorForNetloc(b"cdn.example", 443) is not first
+
+
+def test_but_only_for_the_hundred_that_were_used_last() -> None:
+    shared = policy(UpstreamTls(verify=False))
+    often = shared.creatorForNetloc(b"often.example", 443)
+    for number in range(150):
+        shared.creatorForNetloc(b"host%d.example" % number, 443)
+        assert shared.creatorForNetloc(b"often.example", 443) is often
+    assert len(shared._kept) == 100
