@@ -28,12 +28,14 @@ from ociregistry import __version__
 from ociregistry.chain import new_instance
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.logs import ALWAYS, AtLeast
-from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.cache import Policy, PullThrough
+from ociregistry.pullthrough.completion import Completion
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Network
 from ociregistry.upstream.registries import Registries
+from ociregistry.web.health import health
 from ociregistry.web.site import RegistrySite
 from ociregistry.web.tls import ServerPolicy
 from ociregistry.web.v2 import V2
@@ -41,7 +43,10 @@ from ociregistry.web.v2 import V2
 _DRAIN = 30.0
 """Seconds that requests in flight get when the daemon is told to stop."""
 
-_AT_NEXT_START = ("image_path", "port", "listen", "pull_timeout")
+_AT_NEXT_START = (
+    *("image_path", "port", "listen", "pull_timeout"),
+    *("always_pull_latest", "air_gapped", "complete_images"),
+)
 """What a reload cannot change."""
 
 
@@ -67,10 +72,14 @@ class Daemon(Service):
         instance = new_instance()
         self._network = Network(settings, instance, reactor)
         self._registries = Registries(settings.allow_upstreams, self._network.registry)
-        self._cache = PullThrough(self._store, self._registries, reactor)
-        listings = Listings(self._store, self._registries, reactor)
-        self._v2 = V2(self._cache, listings, settings.default_ns, instance)
-        self._site = RegistrySite(self._v2, self._cache, self._started, settings.pull_timeout, reactor)
+        policy = Policy(settings.always_pull_latest, settings.air_gapped)
+        self._cache = PullThrough(self._store, self._registries, reactor, policy)
+        self._completion = Completion(self._store, self._cache.fetch, reactor)
+        completes = settings.complete_images and not settings.air_gapped
+        listings = Listings(self._store, self._registries, reactor, air_gapped=settings.air_gapped)
+        self._v2 = V2(self._cache, listings, self._completion if completes else None, settings.default_ns, instance)
+        answers = health(lambda: self._store.counts, lambda: self._completion.incomplete, self._started)
+        self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
 
     def setServiceParent(self, parent: IService) -> None:
         """Also sets the observer that twistd will log with: its own, behind `--log-level`."""
@@ -109,6 +118,8 @@ class Daemon(Service):
         except OSError as error:
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
         self._network.start()
+        if self._settings.complete_images and not self._settings.air_gapped:
+            self._completion.start()
         signal.signal(signal.SIGHUP, self._hung_up)
         counts = self._store.counts
         self.log.info(
@@ -184,6 +195,7 @@ class Daemon(Service):
             await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
+        self._completion.stop()
         await self._cache.stop()
         self._network.stop()
         self._store.stop()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ociregistry.config.bandwidth import Window, parse_rate
 from ociregistry.config.file import Config, read_config
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
@@ -37,6 +38,13 @@ class Settings:
     """Globs; empty for all."""
     default_ns: Upstream
     registries: Mapping[Upstream, RegistrySettings]
+    always_pull_latest: bool
+    air_gapped: bool
+    complete_images: bool
+    max_bandwidth: float | None
+    """Bytes a second that all upstreams together may bring; None for no limit."""
+    bandwidth: tuple[Window, ...]
+    """Times of the day at which another limit holds."""
     tls: ServerTls | None
     """How clients are served over TLS; None for plain HTTP."""
     warnings: tuple[str, ...]
@@ -56,6 +64,8 @@ class Option:
     help: str
     parse: Callable[[str], object]
     """From the text of a value; raises `ValueError` with what is expected."""
+    is_flag: bool = False
+    """Whether it stands alone on the command line, and is true then."""
 
     @property
     def key(self) -> str:
@@ -91,6 +101,12 @@ def _level(text: str) -> str:
     return text
 
 
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("true or false is expected")
+    return text.lower() == "true"
+
+
 def _globs(text: str) -> tuple[str, ...]:
     return tuple(glob.strip().lower() for glob in text.split(",") if glob.strip())
 
@@ -109,6 +125,10 @@ OPTIONS = (
     Option("pull-timeout", "60000", "Milliseconds that a client waits without progress.", _milliseconds),
     Option("max-connections", "16", "Connections to one upstream.", _number(1, 10_000)),
     Option("allow-upstreams", "", "Globs of allowed upstreams, separated by commas (default: all).", _globs),
+    Option("max-bandwidth", "", "What all upstreams together may bring, such as 2Mbit (default: all).", parse_rate),
+    Option("always-pull-latest", "false", "Check the tag latest upstream at every pull.", _flag, is_flag=True),
+    Option("air-gapped", "false", "Never contact an upstream.", _flag, is_flag=True),
+    Option("complete-images", "true", "Fetch all layers of an image that is pulled.", _flag, is_flag=True),
     Option("default-ns", DOCKER_HUB, "Upstream of names that carry none.", _upstream),
 )
 
@@ -135,6 +155,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
         **values,  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
         listen=listen,
         registries=config.registries,
+        bandwidth=config.bandwidth,
         tls=config.tls,
         warnings=config.warnings,
     )

@@ -19,16 +19,8 @@ from ociregistry.settings import OPTIONS, Settings, load_settings
 
 _NOT_YET_OPTIONS = frozenset(
     {
-        *("concurrent", "max-bandwidth", "arch", "os", "preload-images", "always-pull-latest", "air-gapped"),
-        *(
-            "complete-images",
-            "no-complete-images",
-            "load-images",
-            "list-cache",
-            "prune",
-            "prune-before",
-            "dry-run",
-        ),
+        *("concurrent", "arch", "os", "preload-images"),
+        *("load-images", "list-cache", "prune", "prune-before", "dry-run"),
     }
 )
 _NOT_YET_COMMANDS = ("load", "list", "prune", "verify", "export", "containerd-config", "version")
@@ -38,8 +30,12 @@ class _CommonOptions(usage.Options):
     """Options that are taken before and after the word `serve`."""
 
     optParameters = [
-        *([option.name, None, None, f"{option.help} [{option.default}]"] for option in OPTIONS),
+        *([option.name, None, None, f"{option.help} [{option.default}]"] for option in OPTIONS if not option.is_flag),
         ["config-path", None, None, "YAML file with upstreams and options."],
+    ]
+    optFlags = [
+        *([option.name, None, option.help] for option in OPTIONS if option.is_flag),
+        ["no-complete-images", None, "Leave it to clients which layers are fetched."],
     ]
 
     def __init__(self) -> None:
@@ -103,15 +99,21 @@ class Options(_CommonOptions):
         """Makes the settings, so that a mistake shows before anything starts."""
         given = [self, self.subOptions] if self.subCommand else [self]
         values = {
-            option.key: options[option.name]
+            option.key: "true" if option.is_flag else options[option.name]
             for options in given
             for option in OPTIONS
-            if options[option.name] is not None
+            if options[option.name] not in (None, 0)
         }
+        if any(options["no-complete-images"] for options in given):
+            if "complete_images" in values:
+                exit_with("--complete-images and --no-complete-images exclude each other", 2)
+            values["complete_images"] = "false"
         listen = tuple(endpoint for options in given for endpoint in options.listen)
         config_paths = [options["config-path"] for options in given if options["config-path"] is not None]
         # twistd may go to another folder.
-        config_path = Path(config_paths[-1]).absolute() if config_paths and config_paths[-1] else None
+        if "" in config_paths:
+            exit_with("--config-path: the path of a file is expected", 2)
+        config_path = Path(config_paths[-1]).absolute() if config_paths else None
         self.load = partial(load_settings, values, listen, config_path)
         try:
             self.settings = self.load()
@@ -121,8 +123,12 @@ class Options(_CommonOptions):
             self._check()
 
     def _check(self) -> NoReturn:
-        for line in report(self.settings):
-            print(line)
+        lines = "".join(f"{line}\n" for line in report(self.settings))
+        try:
+            sys.stdout.buffer.write(lines.encode(sys.stdout.encoding, "backslashreplace"))
+            sys.stdout.flush()
+        except OSError as error:
+            exit_with(f"cannot print: {error.strerror}", 1)
         for warning in self.settings.warnings:
             print(f"ociregistry: warning: {warning}", file=sys.__stderr__)
         raise SystemExit(0)

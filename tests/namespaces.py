@@ -6,9 +6,10 @@ import ctypes
 import itertools
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,6 +21,8 @@ from tests.processes import Daemon, answers, run
 T = TypeVar("T")
 
 _NEW_NETWORK = 0x40000000  # CLONE_NEWNET of <sched.h>
+_ALL, _IPV4 = 3, 0x0800  # ETH_P_ALL and ETH_P_IP of <linux/if_ether.h>
+_OUTGOING = 4  # PACKET_OUTGOING of <linux/if_packet.h>
 _NUMBERS = itertools.count(1)
 
 
@@ -145,3 +148,27 @@ class Routed:
         """How many bytes have come to `near` so far, with all headers."""
         table = self.near.call(lambda: Path("/proc/thread-self/net/dev").read_text())
         return next(int(line.split()[1]) for line in table.splitlines() if line.split()[0] == "eth0:")
+
+    @contextmanager
+    def sent(self) -> Iterator[Callable[[], int]]:
+        """Gives the function that tells how many IP packets have left `near` for `far` since the block began."""
+        count = 0
+
+        def sniff() -> socket.socket:
+            sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ALL))
+            sniffer.bind(("eth0", _ALL))
+            sniffer.setblocking(False)
+            return sniffer
+
+        with closing(self.near.call(sniff)) as sniffer:
+
+            def counted() -> int:
+                nonlocal count
+                with suppress(BlockingIOError):
+                    while True:
+                        packet, (_, protocol, kind, *_) = sniffer.recvfrom(65536)
+                        to_far = packet[16:20] == socket.inet_aton(self.FAR)
+                        count += (protocol, kind, to_far) == (_IPV4, _OUTGOING, True)
+                return count
+
+            yield counted

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ociregistry.config.bandwidth import Window, read_windows
 from ociregistry.config.nodes import Node
 from ociregistry.config.registries import RegistrySettings, read_registries
 from ociregistry.config.tls import ServerTls, read_server_tls
 from ociregistry.names import Upstream
 
-_NOT_YET = ("bandwidth", "prune", "verify")
+_NOT_YET = ("prune", "verify")
 """Keys of the design whose work is still to be done; only an empty value is taken."""
 
 
@@ -23,6 +24,7 @@ class Config:
     values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     listen: tuple[str, ...] = ()
     registries: Mapping[Upstream, RegistrySettings] = field(default_factory=dict)
+    bandwidth: tuple[Window, ...] = ()
     tls: ServerTls | None = None
     tls_at: str = ""
     """Where it stands."""
@@ -36,17 +38,20 @@ def read_config(path: Path, options: Set[str]) -> Config:
     if root.is_list:
         registries, warnings = read_registries(root)
         return Config(path, registries=registries, warnings=warnings)
-    nodes = root.mapping(*options, "registries", "listen", "tls", *_NOT_YET)
+    nodes = root.mapping(*options, "registries", "listen", "bandwidth", "tls", *_NOT_YET)
     for key in _NOT_YET:
         if key in nodes and not nodes[key].is_empty:
             raise nodes[key].error("is not available in this version")
     registries, warnings = read_registries(nodes["registries"]) if "registries" in nodes else ({}, ())
+    given = {key: node for key, node in nodes.items() if not node.is_empty}
+    tls, bandwidth = given.get("tls"), given.get("bandwidth")
     return Config(
         path,
         values={key: (node.text(), node.where) for key, node in nodes.items() if key in options},
         listen=tuple(item.text() for item in nodes["listen"].items()) if "listen" in nodes else (),
         registries=registries,
-        tls=read_server_tls(nodes["tls"]) if "tls" in nodes and not nodes["tls"].is_empty else None,
-        tls_at=nodes["tls"].where if "tls" in nodes and not nodes["tls"].is_empty else "",
+        bandwidth=read_windows(bandwidth) if bandwidth else (),
+        tls=read_server_tls(tls) if tls else None,
+        tls_at=tls.where if tls else "",
         warnings=warnings,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,14 +27,14 @@ class Node:
     def read(cls, path: Path) -> Node:
         """The value that the file holds; raises `ConfigInvalid`."""
         try:
-            return cls(path, yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader))
+            return cls(path, yaml.compose(_read(path).decode("utf-8"), Loader=yaml.SafeLoader))
         except OSError as error:
             raise ConfigInvalid(f"{path}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigInvalid(f"{path}: is not UTF-8") from None
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigInvalid(f"{path}:{line}: is not YAML: {error.problem}") from None
+            raise ConfigInvalid(f"{path}:{line}: is not YAML: {_without_content(error.problem)}") from None
         except RecursionError:
             raise ConfigInvalid(f"{path}: is nested too deeply") from None
         except yaml.YAMLError as error:
@@ -49,11 +51,11 @@ class Node:
 
     def error(self, message: str) -> ConfigInvalid:
         """To be raised for this value."""
-        return ConfigInvalid(f"{self.where}: {message}")
+        return ConfigInvalid(_printable(f"{self.where}: {message}"))
 
     def missing(self, key: str, why: str) -> ConfigInvalid:
         """To be raised for a `key` that this mapping does not have."""
-        return ConfigInvalid(f"{self._line}: {key}: is missing: {why}")
+        return ConfigInvalid(_printable(f"{self._line}: {key}: is missing: {why}"))
 
     @property
     def is_absent(self) -> bool:
@@ -131,6 +133,23 @@ class Node:
         """The contents of the file that is named."""
         path = self.path()
         try:
-            return path.read_bytes()
+            return _read(path)
         except (OSError, ValueError) as error:
             raise self.error(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # A pipe would be waited for, at a reload for ever.
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_bytes()
+
+
+def _printable(text: str) -> str:
+    """One line that every log can take."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def _without_content(problem: str | None) -> str:
+    """What the parser finds wrong, without what stands there: it may be a password."""
+    return re.sub(r"'[^']{2,}'", "something", problem or "")

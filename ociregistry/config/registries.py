@@ -86,6 +86,7 @@ class RegistrySettings:
 def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple[str, ...]]:
     """The entries by name, and warnings; raises `ConfigInvalid`."""
     registries: dict[Upstream, RegistrySettings] = {}
+    mirrors: list[tuple[Mirror, Node]] = []
     warnings: list[str] = []
     for item in node.items():
         nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors")
@@ -93,7 +94,13 @@ def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple
         if entry.upstream in registries:
             raise nodes["name"].error(f"{entry.upstream} is configured twice")
         registries[entry.upstream] = entry
+        mirrors += [(mirror, nodes["mirrors"]) for mirror in entry.mirrors]
         warnings += warned
+    for mirror, at in mirrors:
+        behind = registries.get(mirror.host)
+        secure = behind is not None and behind.scheme != "http" and (behind.scheme or behind.must_be_secure)
+        if mirror.scheme == "http" and secure:
+            raise at.error(f"{mirror}: the entry of {mirror.host} is for https, or needs scheme: http as well")
     return registries, tuple(warnings)
 
 

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
+from twisted.internet import defer
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ociregistry.chain import NOBODY, Chain
-from ociregistry.errors import RegistryError, Unavailable
+from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.flights import Flights
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.connections import Connections
 from ociregistry.pullthrough.content import Content
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.patience import in_time
-from ociregistry.store.store import Counts, Store
+from ociregistry.pullthrough.precedence import Precedence
+from ociregistry.pullthrough.promises import BrokenPromises
+from ociregistry.store.store import Store
 from ociregistry.upstream.registries import Registries
+
+T = TypeVar("T")
+
+_LATEST = Tag("latest")
+_LATEST_WITHIN = 5.0
+"""Seconds that an upstream has to say what `latest` means, where the cache knows what it meant."""
+_HEADERS_WITHIN = 10.0
+"""Seconds after which a client is promised a blob of which only a manifest has told so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator decided of when upstreams are asked."""
+
+    always_pull_latest: bool = False
+    air_gapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +51,8 @@ class FoundManifest:
 
     manifest: Manifest
     hit: bool
+    stale: bool = False
+    """Whether the upstream was to be asked, and gave no manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +84,23 @@ class PullThrough:
         store: Store,
         registries: Registries,
         clock: IReactorTime,
+        policy: Policy = Policy(),
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        self._policy = policy
         self._store = store
         self._jitter = jitter
         self._registries = registries
         self._clock = clock
         self._manifests: Flights[ImageReference, Manifest] = Flights()
+        self._checks: Flights[ImageReference, Manifest] = Flights()
         self._sizes: Flights[tuple[Repository, Digest], int | None] = Flights()
         self._downloads: dict[Digest, Download] = {}
+        self._precedence = Precedence()
+        self._broken_promises = BrokenPromises(clock)
         self._stopping = False
         self._ended = 0
         """Counts the downloads that have ended."""
-
-    @property
-    def counts(self) -> Counts:
-        """What the store holds."""
-        return self._store.counts
 
     def stop(self) -> Deferred[None]:
         """Ends what is in flight; fires when it has ended."""
@@ -95,23 +118,51 @@ class PullThrough:
         """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`."""
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
+        if stored is not None and self._must_be_latest(image):
+            return await self._latest(image, stored, chain)
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
-        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, chain))
+        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain))
         return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
 
-    async def _fetch_manifest(self, image: ImageReference, chain: Chain) -> Manifest:
-        self.log.debug("pulling manifest from upstream: {image}", image=image)
-        manifest = await self._registries.get(image.repository.upstream, chain).manifest(image)
+    async def _fetch_manifest(self, asked: ImageReference, image: ImageReference, chain: Chain) -> Manifest:
+        """The manifest `asked` for, kept as what `image` means."""
+        self.log.debug("pulling manifest from upstream: {image}", image=asked)
+        manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked)
         try:
             await self._store.keep(manifest, image)
         except OSError as error:
             raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
         return manifest
 
+    def _must_be_latest(self, image: ImageReference) -> bool:
+        return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
+
+    async def _latest(self, image: ImageReference, stored: Manifest, chain: Chain) -> FoundManifest:
+        """What the upstream says that `image` means now; what the store says when the upstream gives no manifest."""
+        checked = self._checks.join(image, lambda: self._check(image, stored, chain))
+        try:
+            manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
+        except (defer.TimeoutError, RegistryError) as error:
+            why = error.message if isinstance(error, RegistryError) else f"no answer within {_LATEST_WITHIN:g} s"
+            self.log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)
+            return FoundManifest(stored, hit=True, stale=True)
+        return FoundManifest(manifest, hit=manifest.digest == stored.digest)
+
+    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain) -> Manifest:
+        digest = await self._registries.get(image.repository.upstream, chain).manifest_digest(image)
+        if digest == stored.digest:
+            return stored
+        # By digest: a HEAD does not count against the limits that registries set, a GET of the tag does.
+        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, chain)
+
     async def blob(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundBlob:
-        """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`."""
+        """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`.
+
+        Where a manifest tells the size, that is after 10 s at the latest; what the upstream then says may be that it
+        has no such blob, so that the answer ends short.
+        """
         self._registries.check(repository.upstream)
         while True:
             ended = self._ended
@@ -122,16 +173,42 @@ class PullThrough:
             # A download that ended while we looked may have brought it.
             if ended == self._ended:
                 break
-        followed = Deferred.fromCoroutine(self._follow(repository, digest, chain))
+        self._broken_promises.check(repository, digest)
+        expected = self._store.size_in(repository, digest)
+        use = partial(self._reader, expected)
+        followed = Deferred.fromCoroutine(self._with_download(repository, digest, chain, use))
         return FoundBlob(await in_time(followed, self._clock, f"{repository}@{digest}"), hit=False)
 
-    async def _follow(self, repository: Repository, digest: Digest, chain: Chain) -> Content:
+    async def _reader(self, expected: int | None, download: Download) -> Content:
+        if expected is None:
+            return await download.reader()
+        waiting = Deferred.fromCoroutine(download.reader())
+        try:
+            return await waiting.addTimeout(_HEADERS_WITHIN, self._clock)
+        except defer.TimeoutError:
+            return download.early_reader(expected)
+
+    async def fetch(self, repository: Repository, digest: Digest) -> None:
+        """Brings the blob into the store, after what clients wait for; raises `RegistryError`."""
+        stored = await self._store.blob(digest)
+        if stored is not None:
+            stored.close()
+        else:
+            await self._with_download(repository, digest, NOBODY, lambda download: download.finished())
+
+    async def _with_download(
+        self,
+        repository: Repository,
+        digest: Digest,
+        chain: Chain,
+        use: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
+    ) -> T:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
                 download = self._start(repository, digest, chain)
             try:
-                return await download.reader()
+                return await use(download)
             except RegistryError:
                 # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
                 if self._stopping or (download.repository == repository and not download.spoiled):
@@ -140,15 +217,17 @@ class PullThrough:
     def _start(self, repository: Repository, digest: Digest, chain: Chain, *, again: bool = True) -> Download:
         """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
-        registry = self._registries.get(repository.upstream, chain)
+        registry = partial(self._registries.get, repository.upstream, chain)
         expected = self._store.size_in(repository, digest)
-        connections = Connections(registry, repository, digest, self._clock, self._jitter)
+        connections = Connections(registry, repository, digest, expected, self._precedence, self._clock, self._jitter)
         download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
         download.start().addCallback(self._land, download, again)
         return download
 
     def _land(self, _: None, download: Download, again: bool) -> None:
         self._ended += 1
+        if download.promised and isinstance(download.error, BlobUnknown):
+            self._broken_promises.remember(download.repository, download.digest, download.error)
         if self._downloads.get(download.digest) is not download:
             return
         del self._downloads[download.digest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from twisted.internet import defer
 from twisted.internet.interfaces import IReactorTime
@@ -11,24 +12,33 @@ from twisted.logger import Logger
 from ociregistry.errors import Unavailable
 from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
+from ociregistry.pullthrough.precedence import Precedence
 from ociregistry.pullthrough.retries import Retries
 from ociregistry.store.partials import Partial
+from ociregistry.upstream.manner import Manner
 from ociregistry.upstream.registry import BlobStream, OtherBlob, Registry
 
+_SMALL = 64 * 1024
+"""Bytes of a blob that goes before larger ones: a config."""
 _HEADERS_WITHIN = 10.0
 """Seconds that an upstream which has already begun to send a blob has for the headers of the next answer."""
 
 
 class Connections:
-    """Asks `registry` for one blob as often as it takes, more often while somebody watches."""
+    """Asks for one blob as often as it takes, more often while somebody watches.
+
+    `registry` gives whom to ask each time: the settings may change meanwhile.
+    """
 
     log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
         self,
-        registry: Registry,
+        registry: Callable[[], Registry],
         repository: Repository,
         digest: Digest,
+        expected: int | None,
+        precedence: Precedence,
         clock: IReactorTime,
         jitter: Callable[[], float],
     ) -> None:
@@ -39,6 +49,9 @@ class Connections:
         self._digest = digest
         self._clock = clock
         self._retries = Retries(clock.seconds(), jitter)
+        self._manner = Manner(small=expected is not None and expected <= _SMALL)
+        self._precedence = precedence
+        self._flowing = False
         self._watchers = 0
         self._wanted = Bell()
 
@@ -50,19 +63,30 @@ class Connections:
     def watch(self) -> None:
         """Somebody waits for this blob."""
         self._watchers += 1
+        self._precedence.flows(self, waited_for=self._flowing)
         self._wanted.ring()
 
     def unwatch(self) -> None:
         """One who waited has gone."""
         self._watchers -= 1
+        self._precedence.flows(self, waited_for=self._flowing and self.watched)
 
     async def open(self, start: int) -> BlobStream:
         """The blob from the byte `start`, or from an earlier one; raises what the upstream answers."""
-        return await self._open(start, None)
+        await self._turn()
+        # What nobody waits for takes none of the connections for blobs: there is one such download at a time.
+        return await self._open(start, replace(self._manner, small=self._manner.small or not self.watched))
 
-    async def _open(self, start: int, within: float | None) -> BlobStream:
+    async def _open(self, start: int, manner: Manner) -> BlobStream:
         self.count += 1
-        return await self._registry.blob(self._repository, self._digest, start, within)
+        return await self._registry().blob(self._repository, self._digest, start, manner)
+
+    async def _turn(self) -> None:
+        """Waits while others go first."""
+        while self._precedence.yields and not self.watched:
+            await self._precedence.change()
+            # That no byte comes meanwhile is no reason to give up.
+            self._retries.progress(self._clock.seconds())
 
     async def pour(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
@@ -93,12 +117,23 @@ class Connections:
                 size=size,
                 why=why,
             )
-            stream = await self._reopen(partial.length, size, why)
+            stream = await self.reopen(partial.length, size, why)
 
     async def _pour_one(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
         at = stream.start
+        self._flowing = True
+        self._precedence.flows(self, waited_for=self.watched)
+        try:
+            return await self._read_all(stream, at, partial, size, changed)
+        finally:
+            self._flowing = False
+            self._precedence.ended(self)
+
+    async def _read_all(
+        self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
+    ) -> int:
         while data := await stream.body.read():
             # An upstream that knows no ranges begins anew: what is here already is passed over.
             known, at = partial.length - at, at + len(data)
@@ -110,13 +145,18 @@ class Connections:
             await partial.append(data[known:] if known else data)
             partial.checkpoint(self._clock)
             changed()
+            if self._precedence.yields and not self.watched:
+                stream.body.hold()
+                await self._turn()
         return at
 
-    async def _reopen(self, start: int, size: int | None, why: Unavailable) -> BlobStream:
+    async def reopen(self, start: int, size: int | None, why: Unavailable) -> BlobStream:
+        """As `open`, again and again as long as it is worth it; `why` is why the last one did not do."""
         while not self._retries.exhausted(self._clock.seconds(), watched=self.watched):
             await self._pause(self._retries.wait(self._clock.seconds(), watched=self.watched))
+            await self._turn()
             try:
-                stream = await self._open(start, _HEADERS_WITHIN)
+                stream = await self._open(start, replace(self._manner, within=_HEADERS_WITHIN, insist=self.watched))
             except OtherBlob:
                 raise
             except Unavailable as error:

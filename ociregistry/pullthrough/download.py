@@ -33,9 +33,14 @@ class Download:
         self.error: RegistryError | None = None
         self.spoiled = False
         """Whether it failed for bytes that came over several connections: with new ones it may succeed."""
+        self.expected = expected
+        self.promised = False
+        """Whether a client was given a reader before the upstream had answered."""
         self._connections = connections
         self._store = store
-        self._expected = expected
+        self._early: list[DownloadReader] = []
+        self._awaited = 0
+        self._done = False
         self._partial: Partial | None = None
         self._verified = False
         self._changed = Bell()
@@ -72,10 +77,30 @@ class Download:
             # An empty blob has no last byte to hold back until the digest holds.
             while self._partial is None or self.size is None or (self.size == 0 and not self._verified):
                 await self._change()
-            return DownloadReader(self, self._partial.reader(), self.size)
+            return DownloadReader(self, self.size, self._partial.reader())
         except BaseException:
             self._connections.unwatch()
             raise
+
+    def early_reader(self, size: int) -> DownloadReader:
+        """A reader before the upstream has answered, for who knows the size. Raises what the download failed with."""
+        if self.error is not None:
+            raise self.error
+        self._connections.watch()
+        self.promised = True
+        reader = DownloadReader(self, size, self._partial.reader() if self._partial else None)
+        if self._partial is None:
+            self._early.append(reader)
+        return reader
+
+    async def finished(self) -> None:
+        """Returns when the blob is in the store. Raises what the download failed with."""
+        self._awaited += 1
+        try:
+            while not self._done:
+                await self._change()
+        finally:
+            self._awaited -= 1
 
     async def more_than(self, offset: int) -> int:
         """`available`, as soon as it is more than `offset`. Raises what the download failed with."""
@@ -108,7 +133,8 @@ class Download:
             # Whatever words those found for it whose work was cancelled.
             self.error = Unavailable(f"{self}: the server is stopping")
         # Whoever watches tells of it, unless all bytes have been given out already.
-        told = self._connections.watched and not self._verified
+        told = (self._connections.watched or self._awaited) and not self._verified
+        self._done = self.error is None
         self._changed.ring()
         if self.error is not None and not told:
             self.log.error("{why}", why=self.error)
@@ -117,14 +143,15 @@ class Download:
         partial = await self._left_behind()
         stream = None
         try:
-            known = self._expected if self._expected is not None or partial is None else partial.size
+            known = self.expected if self.expected is not None or partial is None else partial.size
             if partial is None or partial.length != known:
                 # The first answer decides whether there is such a blob; clients are told nothing before it.
-                stream = await self._connections.open(partial.length if partial else 0)
+                stream = await self._first(partial.length if partial else 0, known)
                 self._check(stream, known)
             size = known if stream is None or stream.size is None else stream.size
             partial = partial or await self._store.new_partial(self.digest, size, self.repository)
             self._partial, self.size = partial, size
+            self._open_early(partial)
             self._changed.ring()
             if stream is not None:
                 await self._connections.pour(stream, partial, size, self._changed.ring)
@@ -140,9 +167,27 @@ class Download:
             if partial is not None:
                 partial.close()
 
+    def _open_early(self, partial: Partial) -> None:
+        for reader in self._early:
+            if self.size not in (None, reader.size):
+                raise OtherBlob(f"{self}: it has {self.size} bytes, {reader.size} were promised")
+            reader.open(partial.reader())
+        self._early.clear()
+
+    async def _first(self, start: int, known: int | None) -> BlobStream:
+        try:
+            return await self._connections.open(start)
+        except OtherBlob:
+            raise
+        except Unavailable as error:
+            if not self.promised:
+                raise
+            # A client has its headers, and waits for bytes: that they are late is no reason to end its answer.
+            return await self._connections.reopen(start, known, error)
+
     async def _left_behind(self) -> Partial | None:
         partial = await self._store.old_partial(self.digest)
-        if partial is None or partial.size is None or self._expected in (None, partial.size):
+        if partial is None or partial.size is None or self.expected in (None, partial.size):
             return partial
         await partial.discard()
         partial.close()
@@ -178,10 +223,19 @@ class Download:
 class DownloadReader:
     """A client's view of a download; it never learns when the partial becomes a blob."""
 
-    def __init__(self, download: Download, file: PartialReader, size: int) -> None:
+    def __init__(self, download: Download, size: int, file: PartialReader | None) -> None:
+        """`file` is None as long as there is none; `open` brings it."""
         self._download = download
         self._file = file
+        self._closed = False
         self.size = size
+
+    def open(self, file: PartialReader) -> None:
+        """The file is there now."""
+        if self._closed or self._file is not None:
+            file.close()
+        else:
+            self._file = file
 
     def more_than(self, offset: int) -> Deferred[int]:
         """Fires as soon as more than `offset` bytes can be read; fails when no more will come."""
@@ -189,11 +243,14 @@ class DownloadReader:
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
         """Fires with some of the bytes at `offset`, which can be read."""
+        assert self._file is not None
         return self._file.read(offset, count)
 
     def close(self) -> None:
         """Gives the file back."""
-        self._file.close()
+        self._closed = True
+        if self._file is not None:
+            self._file.close()
         self._download.left()
 
     def __str__(self) -> str:

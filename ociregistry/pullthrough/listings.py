@@ -10,7 +10,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.chain import NOBODY, Chain
-from ociregistry.errors import Unavailable
+from ociregistry.errors import ManifestUnknown, NameUnknown, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.patience import in_time
@@ -40,7 +40,10 @@ class Listings:
 
     log = Logger(namespace="ociregistry.pullthrough")
 
-    def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
+    def __init__(
+        self, store: Store, registries: Registries, clock: IReactorTime, *, air_gapped: bool = False
+    ) -> None:
+        self._unasked = (NameUnknown, ManifestUnknown) if air_gapped else ()
         self._store = store
         self._registries = registries
         self._clock = clock
@@ -53,7 +56,7 @@ class Listings:
         asked = Deferred.fromCoroutine(registry.tags(repository, count, last))
         try:
             return FoundTags(await in_time(asked, self._clock, repository), hit=False)
-        except Unavailable as error:
+        except (Unavailable, *self._unasked) as error:
             known = self._store.tags(repository)
             if not known:
                 raise
@@ -75,7 +78,7 @@ class Listings:
         asked = Deferred.fromCoroutine(registry.referrers(repository, digest))
         try:
             manifest = await in_time(asked, self._clock, repository)
-        except Unavailable as error:
+        except (Unavailable, *self._unasked) as error:
             kept = await self._store.manifest(tagged)
             if kept is None or not kept.is_list:
                 raise

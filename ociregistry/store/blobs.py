@@ -47,6 +47,14 @@ def open_blob(path: Path) -> tuple[SharedFile, int] | None:
     return SharedFile(descriptor), os.fstat(descriptor).st_size
 
 
+def size_of_blob(path: Path) -> int | None:
+    """The size of the file at `path` in bytes, or None if there is none. Blocks."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:
     """Fires with bytes of `file`: at once when the kernel has them in memory, else by way of a thread."""
     buffer = bytearray(count)

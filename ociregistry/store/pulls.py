@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, lock
+from ociregistry.store.wishes import WISH_SUFFIX
 
 NOTE_SUFFIX = ".note"
 
@@ -18,7 +19,7 @@ _BAD = "bad"
 class PullsFolder:
     """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
 
-    Partials of processes that have ended, in this and other folders, become ours.
+    Partials and wishes of processes that have ended, in this and other folders, become ours.
     """
 
     def __init__(self, pulls: Path, files: Files) -> None:
@@ -42,7 +43,7 @@ class PullsFolder:
 
     def _tidy(self) -> None:
         for path in self.path.iterdir():
-            if path.is_file() and path.name != "lock" and not _belongs_to_partial(path, self.path):
+            if path.is_file() and path.name != "lock" and not _is_kept(path, self.path):
                 self._files.unlink(path)
 
     def _adopt(self, folder: Path) -> None:
@@ -51,7 +52,7 @@ class PullsFolder:
             return
         try:
             # Whoever adopted before us may have been killed between a partial and its note.
-            left = [path for path in folder.iterdir() if _belongs_to_partial(path, folder, self.path)]
+            left = [path for path in folder.iterdir() if _is_kept(path, folder, self.path)]
             # A note without its partial is nothing; a partial without its note would be taken for a leftover.
             for path in sorted(left, reverse=True):
                 if not (self.path / path.name).exists():
@@ -72,6 +73,11 @@ class PullsFolder:
     def close(self) -> None:
         """Lets another process take the folder."""
         os.close(self._held)
+
+
+def _is_kept(path: Path, *folders: Path) -> bool:
+    """Whether `path` is a wish, or belongs to a partial in one of the `folders`."""
+    return path.suffix == WISH_SUFFIX or _belongs_to_partial(path, *folders)
 
 
 def _belongs_to_partial(path: Path, *folders: Path) -> bool:

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.store.blobs import StoredBlob, open_blob
+from ociregistry.store.blobs import StoredBlob, open_blob, size_of_blob
 from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
@@ -23,6 +23,7 @@ from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, UNREAD, Changes, RecordFiles, Signature
 from ociregistry.store.records import Record, RecordInvalid
 from ociregistry.store.threads import Threads
+from ociregistry.store.wishes import WishFiles
 
 _LOOK_EVERY = 1.0
 
@@ -62,6 +63,8 @@ class Store:
         """Records that this process wrote since the look that is under way began: newer than what it found."""
         self._committed: dict[Digest, int] = {}
         """Blobs that this process committed, for those that no record names (yet)."""
+        self.wishes: dict[Digest, Repository] = {}
+        """The images that are to be completed, each with the repository that it comes from."""
         self._complaints: Mapping[Path, str] = {}
         """What was logged of files that are no records, so that it is logged once."""
         self._looking = LoopingCall(self._look)
@@ -78,6 +81,8 @@ class Store:
         self._pulls = PullsFolder(self._root / "pulls", self._files)
         self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
+        self._wishes = WishFiles(self._pulls.path, self._files)
+        self.wishes = dict(self._wishes.read())
         self._take(self._records.look({}))
         self._threads.start()
         self._looking.start(_LOOK_EVERY, now=False)
@@ -200,6 +205,28 @@ class Store:
             return None
         return StoredBlob(digest, file, size, self._threads)
 
+    # Images
+
+    async def wish(self, manifest: Digest, repository: Repository) -> None:
+        """Notes that all blobs of the image `manifest` are to be fetched. Raises `OSError`."""
+        if manifest not in self.wishes:
+            self.wishes[manifest] = repository
+            await self._threads.write_in_turn(self._wishes.write, manifest, repository)
+
+    async def unwish(self, manifest: Digest) -> None:
+        """Notes that they are not, or are there. Raises `OSError`."""
+        del self.wishes[manifest]
+        await self._threads.write_in_turn(self._wishes.remove, manifest)
+
+    async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
+        """The blobs that the image `manifest` lacks, and their sizes in bytes; None if it has no record."""
+        entry = self._catalogue.get(manifest)
+        if entry is None:
+            return None
+        return await self._threads.read(_missing, self._blobs, entry.blobs)
+
+    # Partials
+
     async def new_partial(self, digest: Digest, size: int | None, source: Repository) -> Partial:
         """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`."""
         path = self._pulls.path / digest.hex
@@ -215,6 +242,10 @@ class Store:
         """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
+
+
+def _missing(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
+    return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
 
 
 def _digest(path: Path) -> Digest:

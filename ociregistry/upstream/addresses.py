@@ -18,6 +18,7 @@ _CLOUD_METADATA = frozenset(
             "fd00:ec2::254",  # AWS
             "fd20:ce::254",  # Google
             "fd00:42::42",  # Scaleway
+            "fd00:c1::a9fe:a9fe",  # Oracle
         ),
     )
 )
@@ -25,6 +26,7 @@ _CLOUD_METADATA = frozenset(
 _LAST_32_BITS = tuple(
     IPv6Network(net) for net in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
 )
+_BEHIND_48_BITS = IPv6Network("64:ff9b:1::/48")
 _THIS_NETWORK = ip_network("0.0.0.0/8")
 _KINDS: tuple[tuple[str, Callable[[_Address], bool]], ...] = (
     ("cloud metadata", _CLOUD_METADATA.__contains__),
@@ -55,5 +57,12 @@ def _meanings(address: _Address) -> Iterator[_Address]:
     if isinstance(address, IPv6Address):
         if any(address in network for network in _LAST_32_BITS):
             yield IPv4Address(int(address) & 0xFFFFFFFF)
+        if address in _BEHIND_48_BITS:
+            # The eight bits in the middle are nobody's. Without any of these bits it is one of the last 32.
+            early = (int(address) >> 64 & 0xFFFF) << 16 | int(address) >> 40 & 0xFFFF
+            if early:
+                yield IPv4Address(early)
         if address.sixtofour is not None:
             yield address.sixtofour
+        if address.teredo is not None:
+            yield from address.teredo

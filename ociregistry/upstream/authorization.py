@@ -16,6 +16,7 @@ from ociregistry.upstream.challenges import (
     lacks_scope,
 )
 from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin
 from ociregistry.upstream.tokens import Tokens
 
@@ -43,14 +44,14 @@ class Authorization:
         self._challenges: dict[Scope, BearerChallenge] = {}
         self._wants_basic: Origin | None = None
 
-    async def proof(self, scope: Scope, own: Origin) -> Proof | None:
+    async def proof(self, scope: Scope, own: Origin, manner: Manner = NORMALLY) -> Proof | None:
         """What a request to `scope` carries, as far as is known; raises `Unavailable`."""
         challenge = self._challenges.get(scope)
         anonymous = scope[0] != own
         if challenge is not None:
             old = self._tokens.holds(challenge, anonymous=anonymous)
             try:
-                return Proof(f"Bearer {await self._tokens.token(challenge, anonymous=anonymous)}", old)
+                return Proof(f"Bearer {await self._tokens.token(challenge, manner, anonymous=anonymous)}", old)
             except Unavailable:
                 # The token service may have moved: what is asked next is asked without, and told the new place.
                 self._challenges.pop(scope, None)
@@ -71,7 +72,7 @@ class Authorization:
         known = self._challenges.get(scope)
         challenge = best_challenge(challenges)
         if proof is not None:
-            self._forget(known, scope, own)
+            self._forget(known, proof, scope, own)
         if len(proofs) > _MOST_REFUSALS or (proof is None and len(proofs) > 1):
             return False
         bearer = isinstance(challenge, BearerChallenge)
@@ -83,10 +84,10 @@ class Authorization:
                 return False
         return self._take(challenge, scope, own)
 
-    def _forget(self, known: BearerChallenge | None, scope: Scope, own: Origin) -> None:
+    def _forget(self, known: BearerChallenge | None, proof: Proof, scope: Scope, own: Origin) -> None:
         if known is not None:
-            self._tokens.forget(known, anonymous=scope[0] != own)
-        elif scope[0] == own:
+            self._tokens.forget(known, proof.header.removeprefix("Bearer "), anonymous=scope[0] != own)
+        else:
             self._credentials.forget()
 
     def _take(self, challenge: Challenge | None, scope: Scope, own: Origin) -> bool:

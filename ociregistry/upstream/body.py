@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import cast
 
@@ -26,11 +27,22 @@ class Body(Protocol):
 
     STALL = 10.0
 
-    def __init__(self, upstream: str, clock: IReactorTime, drop_idle: Callable[[], object]) -> None:
-        """`drop_idle` closes the upstream's connections that wait for another request."""
+    def __init__(
+        self,
+        upstream: str,
+        clock: IReactorTime,
+        stalled: Callable[[str, float], object],
+        draw: Callable[[int], float] = lambda count: 0.0,
+    ) -> None:
+        """`stalled` is called with a reason, and with for how many seconds no byte came, before the end for it.
+        `draw` is called with every number of bytes that came; it gives for how many seconds no more are to be read.
+        """
         self._upstream = upstream
         self._clock = clock
-        self._drop_idle = drop_idle
+        self._tell_stalled = stalled
+        self._draw = draw
+        self._held = False
+        self._throttle: IDelayedCall | None = None
         self._received: list[bytes] = []
         self._buffered = 0
         self._paused = False
@@ -49,17 +61,47 @@ class Body(Protocol):
             data = b"".join(self._received)
             self._received.clear()
             self._buffered = 0
-            if self._paused and self._ended is None:
-                self._paused = False
-                self._set_timer()
-                self._producer.resumeProducing()
+            self._let_go()
             return succeed(data)
         if self._ended is not None:
             if self._whole(self._ended):
                 return succeed(b"")
             return fail(Unavailable(f"{self._upstream}: {explain(self._ended.value)}"))
-        self._waiting = Deferred(lambda _: setattr(self, "_waiting", None))
-        return self._waiting
+        waiting: Deferred[bytes] = Deferred(lambda _: setattr(self, "_waiting", None))
+        self._waiting = waiting
+        self._let_go()
+        return waiting
+
+    def hold(self) -> None:
+        """Lets no more come until the next call of `read`: others go first."""
+        self._held = True
+        self._regulate()
+
+    def _let_go(self) -> None:
+        self._held = False
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Pauses the upstream while it is held, throttled or far ahead of its reader."""
+        throttled = self._throttle is not None and self._throttle.active()
+        pause = self._held or throttled or self._buffered >= _MOST_BUFFERED
+        if pause == self._paused or self._ended is not None:
+            return
+        self._paused = pause
+        self._set_timer()
+        if pause:
+            self._producer.pauseProducing()
+        else:
+            self._producer.resumeProducing()
+
+    def set_receive_buffer(self, size: int) -> None:
+        """Lets the kernel receive about `size` bytes for this connection before they are read."""
+        transport = getattr(self.transport, "_producer", None)
+        while transport is not None and not isinstance(handle := transport.getHandle(), socket.socket):
+            # What stands on top of the connection speaks TLS.
+            transport = getattr(transport, "transport", None)
+        if transport is not None:
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def abort(self) -> None:
         """Closes the connection, unless the body has ended."""
@@ -76,11 +118,17 @@ class Body(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self._received.append(data)
         self._buffered += len(data)
-        if self._buffered >= _MOST_BUFFERED and not self._paused:
-            self._paused = True
-            self._producer.pauseProducing()
+        wait = self._draw(len(data))
+        if wait > 0:
+            self._end_throttle()
+            self._throttle = self._clock.callLater(wait, self._regulate)
+        self._regulate()
         self._set_timer()
         self._wake()
+
+    def _end_throttle(self) -> None:
+        if self._throttle is not None and self._throttle.active():
+            self._throttle.cancel()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._ended is None:
@@ -88,6 +136,7 @@ class Body(Protocol):
 
     def _end(self, reason: Failure) -> None:
         self._ended = reason
+        self._end_throttle()
         self._set_timer()
         self._wake()
         self.ended.callback(None)
@@ -109,10 +158,9 @@ class Body(Protocol):
 
     def _stalled(self) -> None:
         producer = self.transport
-        self._end(Failure(TimeoutError(f"no byte came for {self.STALL:.0f} s")))
-        # What waits for another request on the same path will not move either: after an outage an old TCP
-        # connection can take minutes to, a new one moves at once.
-        self._drop_idle()
+        why = f"no byte came for {self.STALL:.0f} s"
+        self._tell_stalled(why, self.STALL)
+        self._end(Failure(TimeoutError(why)))
         _abort(producer)
 
     @staticmethod

@@ -13,6 +13,8 @@ from ociregistry.names import Repository
 from ociregistry.upstream.authorization import Authorization, Proof, Scope
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.exchange import Exchanges, NoTls, Response
+from ociregistry.upstream.links import LinkDown
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin, redirected
 from ociregistry.upstream.tokens import LARGEST_TOKEN, AccessRefused, TokenRequest, Tokens
 
@@ -74,7 +76,12 @@ class Client:
         self._authorization = Authorization(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
     async def request(
-        self, method: str, repository: Repository, path: str, headers: Headers | None = None
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Headers | None = None,
+        manner: Manner = NORMALLY,
     ) -> Response:
         """The answer to a request for `path` below `repository`, whatever its status.
 
@@ -86,7 +93,7 @@ class Client:
             raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
         refused: dict[Scope, list[Proof | None]] = {}
         while True:
-            asked = await self._send(method, repository, path, headers or {})
+            asked = await self._send(method, repository, path, headers or {}, manner)
             response = asked.response
             if response.status == 429:
                 self._rest(response)
@@ -102,19 +109,19 @@ class Client:
             await response.discard()
 
     def _rest(self, response: Response) -> None:
-        self._rests_until = self._clock.seconds() + response.retry_after
+        self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
 
-    async def _send(self, method: str, repository: Repository, path: str, headers: Headers) -> _Asked:
+    async def _send(self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner) -> _Asked:
         scheme = self._known_scheme()
         if scheme is not None:
-            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository)
+            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository, manner)
         try:
-            asked = await self._follow(method, self._base.url("https", repository, path), headers, repository)
+            asked = await self._follow(method, self._base.url("https", repository, path), headers, repository, manner)
             scheme = "https"
-        except NoTls:
-            if not await self._plain_allowed():
+        except (NoTls, LinkDown) as error:
+            if (isinstance(error, LinkDown) and not error.refused) or not await self._plain_allowed():
                 raise
-            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository)
+            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository, manner)
             scheme = "http"
         self._learned = (scheme, self._clock.seconds() + _SCHEME_KEPT)
         return asked
@@ -124,17 +131,24 @@ class Client:
             return self._learned[0]
         return self._base.scheme
 
-    async def _follow(self, method: str, url: str, headers: Headers, repository: Repository) -> _Asked:
+    async def _follow(
+        self, method: str, url: str, headers: Headers, repository: Repository, manner: Manner
+    ) -> _Asked:
         own = Origin.of(url)
 
         async def proof(origin: Origin) -> Proof | None:
-            return await self._authorization.proof((origin, repository), own)
+            return await self._authorization.proof((origin, repository), own, manner)
 
-        response, last = await self._hop(method, url, headers, proof)
+        response, last = await self._hop(method, url, headers, proof, manner)
         return _Asked(response, last, own)
 
     async def _hop(
-        self, method: str, url: str, headers: Headers, prove: Callable[[Origin], Awaitable[Proof | None]]
+        self,
+        method: str,
+        url: str,
+        headers: Headers,
+        prove: Callable[[Origin], Awaitable[Proof | None]],
+        manner: Manner,
     ) -> tuple[Response, Proof | None]:
         own = Origin.of(url)
         for hops in range(_MOST_HOPS + 1):
@@ -142,12 +156,12 @@ class Client:
             proof = await prove(origin)
             try:
                 authorized = headers if proof is None else {**headers, "Authorization": proof.header}
-                response = await self._exchanges.send(method, url, authorized)
-            except NoTls as error:
+                response = await self._exchanges.send(method, url, authorized, manner=manner)
+            except (NoTls, LinkDown) as error:
                 if origin == own:
                     raise
                 # Only of the upstream's own host does it say how that wants to be spoken to.
-                raise Unavailable(error.message) from None
+                raise Unavailable(error.message, error.retry_after) from None
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
                 return replace(response, redirected=hops > 0), proof
@@ -158,7 +172,7 @@ class Client:
                 raise Unavailable(f"{self._name}: {error}") from None
         raise Unavailable(f"{self._name}: more than {_MOST_HOPS} redirects")
 
-    async def _fetch_token(self, request: TokenRequest) -> bytes:
+    async def _fetch_token(self, request: TokenRequest, manner: Manner) -> bytes:
         # Its Authorization is for the token service alone, wherever that redirects to.
         realm = Origin.of(request.url)
         header = request.headers.get("Authorization")
@@ -169,11 +183,11 @@ class Client:
 
         try:
             if request.form is not None:
-                response = await self._exchanges.send("POST", request.url, _FORM, request.form)
+                response = await self._exchanges.send("POST", request.url, _FORM, request.form, manner)
             else:
-                response, _ = await self._hop("GET", request.url, {}, proof)
-        except NoTls as error:
-            raise Unavailable(error.message) from None
+                response, _ = await self._hop("GET", request.url, {}, proof, manner)
+        except (NoTls, LinkDown) as error:
+            raise Unavailable(error.message, error.retry_after) from None
         if response.status == 200:
             return await response.collect(LARGEST_TOKEN)
         if response.status == 429:

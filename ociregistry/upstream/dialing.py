@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from zope.interface import implementer
 
 from ociregistry.errors import Denied
 from ociregistry.upstream.addresses import forbidden
+from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth
 from ociregistry.upstream.resolver import Resolver
 
 _WITHIN = 10.0
@@ -39,13 +41,20 @@ class Dialer:
     """Gives an Agent its connections, those of one upstream."""
 
     def __init__(
-        self, upstream: str, resolver: Resolver, named: Named, policy: IPolicyForHTTPS, reactor: Any
+        self,
+        upstream: str,
+        resolver: Resolver,
+        named: Named,
+        policy: IPolicyForHTTPS,
+        bandwidth: Bandwidth,
+        reactor: Any,
     ) -> None:
         """Hosts that are `named` may have any address."""
         self._upstream = upstream
         self._resolver = resolver
         self._named = named
         self._policy = policy
+        self._bandwidth = bandwidth
         self._reactor = reactor
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
@@ -65,6 +74,11 @@ class Dialer:
             self._check(host, addresses)
         resolved = _Resolved(addresses, self._reactor)
         connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_WITHIN).connect(factory)
+        if self._bandwidth.rate is not None:
+            # What the kernel has taken has come over the link already, in whatever order. A body that turns out to
+            # be large has it enlarged.
+            transport: Any = connection.transport  # type: ignore[attr-defined]  # every protocol has one
+            transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
         return connection
 
     def _check(self, host: str, addresses: tuple[str, ...]) -> None:

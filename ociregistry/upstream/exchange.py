@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from math import ceil
 from typing import Any
@@ -20,11 +21,15 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from ociregistry.errors import Denied, Unavailable
+from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.failures import explain, speaks_no_tls, was_cancelled
+from ociregistry.upstream.failures import explain, is_unreachable, speaks_no_tls, was_cancelled
+from ociregistry.upstream.links import Attempt, Link, Links
+from ociregistry.upstream.manner import NORMALLY, Manner
+from ociregistry.upstream.origins import Origin
 
-_HEADERS_WITHIN = 30.0
 _LONGEST_RETRY_AFTER = 3600
+_HEAD_REFUSED = frozenset({400, 403, 405, 501})
 _LARGEST_LEFTOVER = 64 * 1024
 """Bytes that are read, not cut off, so that the connection can serve the next request."""
 
@@ -64,8 +69,8 @@ class _Url(EncodedURL):
     """A URL as it goes onto the wire."""
 
     def to_uri(self) -> EncodedURL:
-        """An IPv6 address is no name to be encoded, and hyperlink refuses it as one."""
-        return self if ":" in self.host else super().to_uri()
+        """What is ASCII is encoded already, and hyperlink refuses some of it: IPv6 addresses, names with `_`."""
+        return self if self.host.isascii() else super().to_uri()
 
 
 class _Dropped(Protocol):
@@ -105,6 +110,10 @@ class Response:
         # Whatever bytes an upstream sends: Twisted would take them for UTF-8.
         return [value.decode("latin-1") for value in self._headers.getRawHeaders(name.encode("ascii"), [])]
 
+    def refuses_head(self, method: str) -> bool:
+        """Whether storage behind a registry refuses this kind of request: its URL is signed for GET."""
+        return method == "HEAD" and self.redirected and self.status in _HEAD_REFUSED
+
     @property
     def retry_after(self) -> int:
         """For how many seconds it wants to be left alone; 5 where it does not say."""
@@ -140,8 +149,18 @@ class Response:
 class Exchanges:
     """Sends single requests for `upstream`, without following anything."""
 
-    def __init__(self, upstream: str, agent: IAgent, drop_idle: Callable[[], object], clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        agent: IAgent,
+        links: Links,
+        bandwidth: Bandwidth,
+        drop_idle: Callable[[], object],
+        clock: IReactorTime,
+    ) -> None:
         """`drop_idle` closes the connections that wait for another request."""
+        self._bandwidth = bandwidth
+        self._links = links
         self._upstream = upstream
         self._drop_idle = drop_idle
         # No registry needs cookies, and what one host sets another must not see.
@@ -149,31 +168,77 @@ class Exchanges:
         self._client = HTTPClient(IdentityAgent(agent), cookies)
         self._clock = clock
 
-    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Response:
-        """The response to one request; raises `Unavailable` with the reason when there is none, `NoTls` too, and
-        `Denied` when its address is not allowed."""
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        manner: Manner = NORMALLY,
+    ) -> Response:
+        """The response to one request.
+
+        Raises `Unavailable` with the reason when there is none, `NoTls` and `LinkDown` too, and `Denied` when its
+        address is not allowed.
+        """
+        link = self._links.to(Origin.of(url))
+        attempt = link.enter(self._upstream, insist=manner.insist)
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:
             requested = self._client.request(
                 method, _Url.from_text(url), headers=raw, data=body, unbuffered=True, allow_redirects=False
             )
-            deadline = self._clock.callLater(_HEADERS_WITHIN, requested.cancel)
+            deadline = self._clock.callLater(manner.within, requested.cancel)
             response = await requested
         except Denied:
+            attempt.abandoned()
             raise
         except Exception as error:
-            if was_cancelled(error):
-                self._drop_idle()
-                if deadline is not None and deadline.active():
-                    # Not by us: whoever waits for this does so no longer.
-                    raise CancelledError from error
-            kind = NoTls if url.startswith("https:") and speaks_no_tls(error) else Unavailable
-            raise kind(f"{self._upstream}: {explain(error)}") from error
+            if was_cancelled(error) and deadline is not None and deadline.active():
+                # Not by us: whoever waits for this does so no longer.
+                attempt.abandoned()
+                raise CancelledError from error
+            raise self._failure(url, error, attempt) from error
         finally:
             if deadline is not None and deadline.active():
                 deadline.cancel()
-        received = Body(self._upstream, self._clock, self._drop_idle)
-        response.deliverBody(received)
+        attempt.answered()
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
+        received = self._body(response, length, link)
         return Response(self._upstream, response.code, url, length, received, response.headers)
+
+    def _body(self, response: IResponse, length: int | None, link: Link) -> Body:
+        stalled = partial(self._stalled, link)
+        if self._bandwidth.is_small(length):
+            body = Body(self._upstream, self._clock, stalled, self._draw_small)
+            response.deliverBody(body)
+            return body
+        share = Share(self._bandwidth, length)
+        body = Body(self._upstream, self._clock, stalled, share.draw)
+        response.deliverBody(body)
+        share.begin(body.set_receive_buffer)
+        body.ended.addCallback(lambda _: share.end())
+        return body
+
+    def _draw_small(self, count: int) -> float:
+        self._bandwidth.draw(count)
+        return 0.0
+
+    def _failure(self, url: str, error: Exception, attempt: Attempt) -> Unavailable:
+        if was_cancelled(error):
+            self._drop_idle()
+        why, refused = explain(error), speaks_no_tls(error)
+        if is_unreachable(error):
+            attempt.failed(why, refused=refused)
+        else:
+            attempt.abandoned()
+        kind = NoTls if url.startswith("https:") and refused else Unavailable
+        return kind(f"{self._upstream}: {why}")
+
+    def _stalled(self, link: Link, why: str, silent: float) -> None:
+        """A body has been silent for so many seconds."""
+        # What waits for another request on the same path will not move either: after an outage an old TCP
+        # connection can take minutes to, a new one moves at once.
+        self._drop_idle()
+        link.failed(self._clock.seconds() - silent, why)

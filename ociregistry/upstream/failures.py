@@ -75,6 +75,16 @@ def was_cancelled(exception: BaseException) -> bool:
     return any(isinstance(cause, cancelled) for cause in causes(exception))
 
 
+def is_unreachable(exception: BaseException) -> bool:
+    """Whether it was the way to the host that failed: the look-up of its name, the connection, or the time for it."""
+    kinds = (error.ConnectError, error.DNSLookupError, error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
+    broken = "the connection broke"
+    return was_cancelled(exception) or any(
+        isinstance(cause, kinds) or (isinstance(cause, SSL.Error) and _tls_reason(cause) == broken)
+        for cause in causes(exception)
+    )
+
+
 def speaks_no_tls(exception: BaseException) -> bool:
     """Whether the host refused the connection, or answered the TLS hello in plain text.
 

@@ -12,17 +12,19 @@ from ociregistry.config.registries import Helper, IdentityToken, Password, Regis
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
 from ociregistry.upstream.addresses import is_private
+from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.dialing import Dialer
 from ociregistry.upstream.exchange import Exchanges
 from ociregistry.upstream.helpers import ask_helper
+from ociregistry.upstream.links import Links
 from ociregistry.upstream.origins import Origin
 from ociregistry.upstream.registry import Registry
 from ociregistry.upstream.resolver import Resolver
 from ociregistry.upstream.slots import KEPT_FOR_SMALL, Slots
-from ociregistry.upstream.sources import MirrorClient, Sources
-from ociregistry.upstream.tls import UpstreamPolicy
+from ociregistry.upstream.sources import AirGap, MirrorClient, Sources
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 
 _DOCKER_HUB_API = "registry-1.docker.io"
 _DOCKER_HUB_REALM = "auth.docker.io"
@@ -37,6 +39,9 @@ class Network:
         self._instance = instance
         self._reactor = reactor
         self._resolver = Resolver(reactor)
+        self._contexts = Contexts()
+        self._links = Links(reactor)
+        self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
     def start(self) -> None:
         """Must be called after the process has daemonized."""
@@ -49,9 +54,13 @@ class Network:
     def use(self, settings: Settings) -> None:
         """What is made from now on is made by these settings."""
         self._settings = settings
+        self._contexts.clear()
+        self._bandwidth.use(settings.max_bandwidth, settings.bandwidth)
 
     def registry(self, upstream: Upstream) -> Registry:
         """The Registry of `upstream`, with its mirrors before it."""
+        if self._settings.air_gapped:
+            return Registry(upstream, AirGap(), Slots(1), self._instance)
         entry = self._settings.entry(upstream)
         mirrors = [
             MirrorClient(
@@ -64,9 +73,8 @@ class Network:
             for mirror in entry.mirrors
         ]
         own = self._client(entry, Base(entry.scheme, api_host(upstream)))
-        sources = Sources(mirrors, own, self._reactor)
         slots = Slots(self._settings.max_connections)
-        return Registry(upstream, sources, slots, self._instance, self._reactor)
+        return Registry(upstream, Sources(mirrors, own), slots, self._instance)
 
     def _client(self, entry: RegistrySettings, base: Base) -> Client:
         reactor = self._reactor
@@ -74,10 +82,11 @@ class Network:
         own = base.origin(base.scheme or "https")
         pool = HTTPConnectionPool(reactor)
         pool.maxPersistentPerHost = self._settings.max_connections + KEPT_FOR_SMALL
-        policy = UpstreamPolicy(entry.tls, (own.host, own.port))
-        dialer = Dialer(name, self._resolver, named_by(self._settings), policy, reactor)
+        policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
+        dialer = Dialer(name, self._resolver, named_by(self._settings), policy, self._bandwidth, reactor)
         agent = Agent.usingEndpointFactory(reactor, dialer, pool)
-        exchanges = Exchanges(name, agent, pool.closeCachedConnections, reactor)
+        drop_idle = pool.closeCachedConnections
+        exchanges = Exchanges(name, agent, self._links, self._bandwidth, drop_idle, reactor)
 
         async def ask(helper: Helper) -> Password | IdentityToken:
             return await ask_helper(helper, entry.upstream, reactor)
@@ -128,7 +137,7 @@ def named_by(settings: Settings) -> Callable[[str, int], bool]:
     def named(host: str, port: int) -> bool:
         bracketed = f"[{host}]" if ":" in host else host
         spelled = {Upstream(f"{bracketed}:{port}")} | ({Upstream(bracketed)} if port in (80, 443) else set())
-        return bool(spelled & exact) or any(_is(realm, host, port) for realm in realms)
+        return bool(spelled & (exact | realms))
 
     return named
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -38,5 +39,5 @@ def redirected(url: str, location: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """For a message: the query may hold a signature."""
-    return url.partition("?")[0][:200]
+    """For a message: the query may hold a signature, and what stands before the host a password."""
+    return re.sub(r"//[^/]*@", "//", url.partition("?")[0])[:200]

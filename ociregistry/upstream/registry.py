@@ -8,10 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode, urlsplit
 
-from twisted.internet import defer
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
-
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import (
     BlobUnknown,
@@ -26,21 +22,20 @@ from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX, Mani
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.slots import Slots
-from ociregistry.upstream.sources import Sources
+from ociregistry.upstream.sources import AirGap, Sources
 from ociregistry.upstream.tokens import AccessRefused
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
 """What registries say of things that they do not have, or do not show."""
 _OK = frozenset({200})
-_HEAD_REFUSED = frozenset({400, 403, 405, 501})
-"""What storage services say of a HEAD for a URL that is signed for GET."""
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
 _NO_RANGE = re.compile(r"bytes [*]/(?P<size>[0-9]{1,19})")
-_NEXT_PAGE = re.compile(r'<([^>]*)>\s*;\s*rel="?next"?')
+_NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +66,9 @@ class Registry:
     def __init__(
         self,
         upstream: Upstream,
-        sources: Sources,
+        sources: Sources | AirGap,
         slots: Slots,
         instance: str,
-        clock: IReactorTime,
         chain: Chain = NOBODY,
     ) -> None:
         """`instance` is this process, which asks for who stands in `chain`."""
@@ -82,12 +76,11 @@ class Registry:
         self._sources = sources
         self._slots = slots
         self._instance = instance
-        self._clock = clock
         self._chain = chain
 
     def asked_through(self, chain: Chain) -> Registry:
         """The same registry, to be asked for who stands in `chain`."""
-        return Registry(self.upstream, self._sources, self._slots, self._instance, self._clock, chain)
+        return Registry(self.upstream, self._sources, self._slots, self._instance, chain)
 
     async def manifest(self, image: ImageReference) -> Manifest:
         """The manifest that `image` means there; raises `ManifestUnknown`."""
@@ -101,42 +94,54 @@ class Registry:
             data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
+    async def manifest_digest(self, image: ImageReference) -> Digest | None:
+        """The digest of the manifest that `image` means there, asked by HEAD; None if the upstream does not tell it.
+
+        Raises `ManifestUnknown`.
+        """
+
+        def unknown(why: str) -> RegistryError:
+            return ManifestUnknown(f"{image}: {why}")
+
+        path = f"manifests/{image.reference}"
+        async with self._slots.for_small():
+            response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown)
+            await response.discard()
+        return _expected_digest(image, response)
+
     async def blob(
-        self, repository: Repository, digest: Digest, start: int = 0, within: float | None = None
+        self, repository: Repository, digest: Digest, start: int = 0, manner: Manner = NORMALLY
     ) -> BlobStream:
         """The blob from the byte `start`, or from its first byte where the upstream knows no ranges.
 
         Its connection counts as one of the upstream's until the body has ended or was aborted. Raises
-        `BlobUnknown`, `OtherBlob` if the upstream's blob ends before `start`, and `Unavailable` also when the
-        headers do not come `within` so many seconds.
+        `BlobUnknown`, and `OtherBlob` if the upstream's blob ends before `start`.
         """
-        await self._slots.for_blob()
+        await self._slots.for_blob(small=manner.small)
         try:
-            asked = Deferred.fromCoroutine(self._stream(repository, digest, start))
-            stream = await (asked.addTimeout(within, self._clock) if within else asked)
-        except defer.TimeoutError:
-            self._slots.blob_done()
-            raise Unavailable(f"{self.upstream}: it gave no answer within {within:g} s") from None
+            stream = await self._stream(repository, digest, start, manner)
         except BaseException:
-            self._slots.blob_done()
+            self._slots.blob_done(small=manner.small)
             raise
-        stream.body.ended.addCallback(lambda _: self._slots.blob_done())
+        stream.body.ended.addCallback(lambda _: self._slots.blob_done(small=manner.small))
         return stream
 
-    async def _stream(self, repository: Repository, digest: Digest, start: int) -> BlobStream:
-        response = await self._blob(repository, digest, start)
+    async def _stream(self, repository: Repository, digest: Digest, start: int, manner: Manner) -> BlobStream:
+        response = await self._blob(repository, digest, start, manner)
         stream = _stream(response, start)
         if stream is None:
             response.body.abort()
-            response = await self._blob(repository, digest, 0)
+            response = await self._blob(repository, digest, 0, manner)
             stream = BlobStream(response.length, 0, response.body)
         return stream
 
-    async def _blob(self, repository: Repository, digest: Digest, start: int) -> Response:
+    async def _blob(self, repository: Repository, digest: Digest, start: int, manner: Manner) -> Response:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
         accepted = frozenset({200, 206, 416}) if start else _OK
-        response = await self._ask("GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted)
+        response = await self._ask(
+            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted, manner
+        )
         if response.status == 416:
             await response.discard()
             raise OtherBlob(f"{what}: the upstream has no more than {start} bytes of it")
@@ -145,9 +150,8 @@ class Registry:
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
         """The size of the blob in bytes, asked by HEAD, if the upstream tells it; raises `BlobUnknown`."""
         unknown = _unknown_blob(f"{repository}@{digest}")
-        accepted = _OK | _HEAD_REFUSED
         async with self._slots.for_small():
-            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, accepted)
+            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown)
             await response.discard()
             if response.status == 200:
                 return _length(response.header("content-length"))
@@ -204,15 +208,15 @@ class Registry:
         headers: Mapping[str, str],
         unknown: Callable[[str], RegistryError],
         accepted: frozenset[int] = _OK,
+        manner: Manner = NORMALLY,
     ) -> Response:
         """An answer with an `accepted` status; raises what `unknown` makes of why the upstream does not have it."""
         headers = {**headers, "Via": self._chain.through(self._instance)}
         try:
-            response = await self._sources.request(method, repository, path, headers)
+            response = await self._sources.request(method, repository, path, headers, manner)
         except AccessRefused as refused:
             raise unknown(refused.message) from None
-        # What only storage behind the registry refuses is refused to this kind of request.
-        if response.status in accepted and (response.status not in _HEAD_REFUSED or response.redirected):
+        if response.status in accepted or response.refuses_head(method):
             return response
         await response.discard()
         via = Chain.parse(response.header("via"))

@@ -27,7 +27,7 @@ class Resolver:
         self._reactor = reactor
         self._getaddrinfo = getaddrinfo
         self._threads = ThreadPool(0, _THREADS, "resolver")
-        self._flights: Flights[str, tuple[str, ...]] = Flights()
+        self._flights: Flights[str, tuple[str, ...] | DNSLookupError] = Flights()
 
     def start(self) -> None:
         """Must be called after the process has daemonized: threads do not survive a fork."""
@@ -39,16 +39,21 @@ class Resolver:
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
         """Fires with the IP addresses of `host`, at least one, best first; fails with `DNSLookupError`."""
-        return self._flights.join(host, lambda: self._look_up(host))
+        return self._flights.join(host, lambda: self._look_up(host)).addCallback(_found)
 
-    async def _look_up(self, host: str) -> tuple[str, ...]:
+    async def _look_up(self, host: str) -> tuple[str, ...] | DNSLookupError:
+        # A failure is a value: it may come when nobody waits any more, and is none of the log's then.
         try:
             found = await deferToThreadPool(
                 self._reactor, self._threads, self._getaddrinfo, host, None, type=socket.SOCK_STREAM
             )
         except (OSError, UnicodeError) as error:
-            raise DNSLookupError(str(error)) from None
+            return DNSLookupError(str(error))
         addresses = tuple(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if not addresses:
-            raise DNSLookupError("it has no address")
-        return addresses
+        return addresses or DNSLookupError("it has no address")
+
+
+def _found(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...]:
+    if isinstance(result, DNSLookupError):
+        raise result
+    return result

@@ -17,19 +17,22 @@ class Slots:
         self._blobs = DeferredSemaphore(most)
         self._all = DeferredSemaphore(most + KEPT_FOR_SMALL)
 
-    async def for_blob(self) -> None:
-        """Waits for one for a blob; `blob_done` gives it back."""
-        await self._blobs.acquire()
+    async def for_blob(self, *, small: bool) -> None:
+        """Waits for one for a blob, which may be as `small` as a manifest; `blob_done` gives it back."""
+        if not small:
+            await self._blobs.acquire()
         try:
             await self._all.acquire()
         except BaseException:
-            self._blobs.release()
+            if not small:
+                self._blobs.release()
             raise
 
-    def blob_done(self) -> None:
+    def blob_done(self, *, small: bool) -> None:
         """One that was for a blob is free."""
         self._all.release()
-        self._blobs.release()
+        if not small:
+            self._blobs.release()
 
     @asynccontextmanager
     async def for_small(self) -> AsyncIterator[None]:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from twisted.internet import defer
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.names import Repository
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.tokens import AccessRefused
 
-_WITHIN = 8.0
+_WITHIN = 15.0
 """Seconds that a mirror has for its headers; the registry itself must still have its chance."""
-_RESTS = 30.0
-"""Seconds for which a mirror that could not be reached is passed over."""
 
 
+@dataclass(frozen=True, slots=True)
 class MirrorClient:
-    """A mirror, and until when it is passed over."""
+    """Asks the mirror `name`."""
 
-    def __init__(self, name: str, client: Client) -> None:
-        self.name = name
-        self.client = client
-        self.rests_until = 0.0
+    name: str
+    client: Client
 
 
 class Sources:
@@ -35,41 +31,49 @@ class Sources:
 
     log = Logger(namespace="ociregistry.upstream")
 
-    def __init__(self, mirrors: Sequence[MirrorClient], own: Client, clock: IReactorTime) -> None:
+    def __init__(self, mirrors: Sequence[MirrorClient], own: Client) -> None:
         self._mirrors = mirrors
         self._own = own
-        self._clock = clock
 
-    async def request(self, method: str, repository: Repository, path: str, headers: Headers) -> Response:
+    async def request(
+        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+    ) -> Response:
         """The first good answer, or the registry's own. Raises as `Client.request` does."""
         missed: list[str] = []
+        quick = replace(manner, within=min(manner.within, _WITHIN))
         for mirror in self._mirrors:
-            if self._clock.seconds() < mirror.rests_until:
-                missed.append(f"{mirror.name}: it could not be reached a moment ago")
-                continue
             try:
-                asked = Deferred.fromCoroutine(mirror.client.request(method, repository, path, headers))
-                response = await asked.addTimeout(_WITHIN, self._clock)
-            except (AccessRefused, Denied) as error:
+                response = await mirror.client.request(method, repository, path, headers, quick)
+            except (Unavailable, Denied) as error:
                 missed.append(error.message)
-            except (defer.TimeoutError, Unavailable) as error:
-                mirror.rests_until = self._clock.seconds() + _RESTS
-                missed.append(str(error) if isinstance(error, Unavailable) else f"{mirror.name}: no answer in time")
-                self.log.warn(
-                    "{mirror} is passed over for {seconds:.0f} s: {why}",
-                    mirror=mirror.name,
-                    seconds=_RESTS,
-                    why=missed[-1],
-                )
             else:
-                if 200 <= response.status < 300:
+                if _is_good(method, response):
                     return response
                 await response.discard()
                 missed.append(f"{mirror.name}: it answered {response.status}")
-                self.log.debug("{missed}", missed=missed[-1])
+            self.log.debug("passed over the mirror {missed}", missed=missed[-1])
         try:
-            return await self._own.request(method, repository, path, headers)
+            return await self._own.request(method, repository, path, headers, manner)
+        except AccessRefused:
+            raise
         except Unavailable as error:
-            if not missed or isinstance(error, AccessRefused):
+            if not missed:
                 raise
             raise Unavailable(f"{error.message} ({'; '.join(missed)})", error.retry_after) from None
+
+
+def _is_good(method: str, response: Response) -> bool:
+    if "text/html" in response.header("content-type"):
+        # What stands between us and the mirror, and wants to be logged in to.
+        return False
+    return 200 <= response.status < 300 or response.refuses_head(method)
+
+
+class AirGap:
+    """In the place of `Sources` where nobody is to be asked."""
+
+    async def request(
+        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+    ) -> Response:
+        """Raises `AccessRefused`."""
+        raise AccessRefused("it is not in the cache, and this server is air-gapped")

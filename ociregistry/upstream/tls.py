@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import cast
 
 from OpenSSL import SSL, crypto
@@ -17,7 +16,9 @@ from zope.interface import implementer
 from ociregistry.config.tls import UpstreamTls, openssl_context
 from ociregistry.upstream.failures import CertificateRefused
 
-_MOST_KEPT = 100
+_NAMES = "2.5.29.17"
+"""The object identifier of subjectAltName."""
+_NO_NAME = "none of its names can be used (subjectAltName)"
 
 _REASONS = {
     2: "its issuer is not trusted",
@@ -34,37 +35,47 @@ _REASONS = {
 }
 """OpenSSL's verification results (X509_STORE_CTX_get_error) in words."""
 
-Origin = tuple[str, int]
-"""Host and port."""
+
+class Contexts:
+    """OpenSSL's contexts: one for all upstreams that are spoken with alike, for each takes time and a megabyte."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[UpstreamTls, bool], SSL.Context] = {}
+
+    def get(self, settings: UpstreamTls, *, with_identity: bool) -> SSL.Context:
+        """The context for `settings`, by which the client certificate is shown or not."""
+        key = settings, with_identity
+        if key not in self._kept:
+            system_trust = settings.verify and settings.ca is None
+            identity = settings.client if with_identity else None
+            ca = settings.ca if settings.verify else None
+            context = openssl_context(identity, ca, system_trust=system_trust)
+            if settings.verify:
+                context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)
+            self._kept[key] = context
+        return self._kept[key]
+
+    def clear(self) -> None:
+        """Trust stores are read again."""
+        self._kept.clear()
 
 
 @implementer(IPolicyForHTTPS)
 class UpstreamPolicy:
     """The policy of one upstream. All hosts that its requests lead to are verified alike."""
 
-    def __init__(self, settings: UpstreamTls, own: Origin) -> None:
-        """`own` is where the client certificate may be shown, and nowhere else."""
+    def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: Contexts) -> None:
+        """`own` is the host and port where the client certificate may be shown, and nowhere else."""
         self._settings = settings
         self._own = own
-        self._kept: OrderedDict[Origin, _Creator] = OrderedDict()
+        self._contexts = contexts
 
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        """What makes the TLS connections to `hostname`; kept, because reading a trust store takes time."""
-        origin = hostname.decode("ascii"), port
-        creator = self._kept.pop(origin, None) or self._creator(origin)
-        self._kept[origin] = creator
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
-        return creator
-
-    def _creator(self, origin: Origin) -> _Creator:
-        settings = self._settings
-        identity = settings.client if origin == self._own else None
-        if not settings.verify:
-            return _Creator(origin[0], openssl_context(identity))
-        context = openssl_context(identity, settings.ca, system_trust=settings.ca is None)
-        context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _Verifier(origin[0]).verify)
-        return _Creator(origin[0], context)
+        """What makes the TLS connections to `hostname`."""
+        host = hostname.decode("ascii")
+        with_identity = self._settings.client is not None and (host, port) == self._own
+        context = self._contexts.get(self._settings, with_identity=with_identity)
+        return _Creator(host, context)
 
 
 @implementer(IOpenSSLClientConnectionCreator)
@@ -72,47 +83,57 @@ class _Creator:
     """Tells every host by which name it was asked for (SNI), also where its certificate is not verified."""
 
     def __init__(self, host: str, context: SSL.Context) -> None:
-        self._name = None if _is_address(host) else host.encode("ascii")
+        self._host = host
         self._context = context
 
     def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
         """A new connection for `tlsProtocol`."""
-        connection = SSL.Connection(self._context, None)
-        if self._name is not None:
-            connection.set_tlsext_host_name(self._name)
+        connection = _Connection(self._context, self._host)
+        if not _is_address(self._host):
+            connection.set_tlsext_host_name(self._host.encode("ascii"))
         return connection
 
 
-class _Verifier:
-    """Says why a certificate is refused: OpenSSL's own error does not."""
+class _Connection(SSL.Connection):
+    """A connection that knows where it leads: contexts are shared, and their callback is given the connection."""
 
-    def __init__(self, host: str) -> None:
-        self._host = host
+    def __init__(self, context: SSL.Context, host: str) -> None:
+        super().__init__(context, None)
+        self.host = host
 
-    def verify(self, _: SSL.Connection, certificate: crypto.X509, error: int, depth: int, holds: int) -> bool:
-        """Called for each certificate of a chain, the server's own (depth 0) last; raises `CertificateRefused`."""
-        subject = "?"
-        try:
-            subject = certificate.to_cryptography().subject.rfc4514_string()
-            why = self._refusal(certificate, depth) if holds else _REASONS.get(error, f"OpenSSL's error {error}")
-        except Exception:
-            # Whatever a library makes of a certificate that is nonsense.
-            why = "it cannot be read"
-        if why is not None:
-            raise CertificateRefused(subject, why)
-        return True
 
-    def _refusal(self, certificate: crypto.X509, depth: int) -> str | None:
-        if depth != 0:
-            return None
-        verify = verify_ip_address if _is_address(self._host) else verify_hostname
-        try:
-            verify(cast(SSL.Connection, _Peer(certificate)), self._host)
-        except CertificateError:
-            return "none of its names can be used (subjectAltName)"
-        except VerificationError:
-            return "it is for another host name"
-        return None
+def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, holds: int) -> bool:
+    """Called for each certificate of a chain, the server's own (depth 0) last; raises `CertificateRefused`.
+
+    OpenSSL's own error does not say why it refuses a certificate.
+    """
+    subject = "?"
+    try:
+        parsed = certificate.to_cryptography()
+        told = parsed.subject.rfc4514_string()[:200]
+        subject = "".join(one if one.isprintable() else "?" for one in told)
+        why = None if holds else _REASONS.get(error, f"OpenSSL's error {error}")
+        if holds and depth == 0:
+            has_names = any(extension.oid.dotted_string == _NAMES for extension in parsed.extensions)
+            # Without names some versions of the library would take the subject, which RFC 6125 leaves to the past.
+            why = _refusal(certificate, cast(_Connection, connection).host) if has_names else _NO_NAME
+    except Exception:
+        # Whatever a library makes of a certificate that is nonsense.
+        why = "it cannot be read"
+    if why is not None:
+        raise CertificateRefused(subject, why)
+    return True
+
+
+def _refusal(certificate: crypto.X509, host: str) -> str | None:
+    verify = verify_ip_address if _is_address(host) else verify_hostname
+    try:
+        verify(cast(SSL.Connection, _Peer(certificate)), host)
+    except CertificateError:
+        return _NO_NAME
+    except VerificationError:
+        return "it is for another host name"
+    return None
 
 
 class _Peer:

@@ -17,6 +17,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.flights import Flights
 from ociregistry.upstream.challenges import BearerChallenge
 from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin, without_query
 
 LARGEST_TOKEN = 1024 * 1024
@@ -42,7 +43,7 @@ class TokenRequest:
     form: bytes | None = field(default=None, repr=False)
 
 
-Fetch = Callable[[TokenRequest], Coroutine[Deferred[Any], Any, bytes]]
+Fetch = Callable[[TokenRequest, Manner], Coroutine[Deferred[Any], Any, bytes]]
 """Gives the body of the answer, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`, `AccessRefused` too."""
 
 
@@ -73,26 +74,30 @@ class Tokens:
         self._kept: dict[tuple[BearerChallenge, bool], _Token] = {}
         self._flights: Flights[tuple[BearerChallenge, bool], str] = Flights()
 
-    async def token(self, challenge: BearerChallenge, *, anonymous: bool = False) -> str:
+    async def token(self, challenge: BearerChallenge, manner: Manner = NORMALLY, *, anonymous: bool = False) -> str:
         """A token that answers `challenge`; an `anonymous` one may be shown to anybody. Raises `Unavailable`."""
         if self.holds(challenge, anonymous=anonymous):
             return self._kept[challenge, anonymous].value
-        return await self._flights.join((challenge, anonymous), lambda: self._fetch_token(challenge, anonymous))
+        return await self._flights.join(
+            (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, manner)
+        )
 
     def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
         """Whether there is a token from an earlier request."""
         kept = self._kept.get((challenge, anonymous))
         return kept is not None and self._clock.seconds() < kept.expires
 
-    def forget(self, challenge: BearerChallenge, *, anonymous: bool = False) -> None:
-        """To be called when the registry refused the token."""
-        self._kept.pop((challenge, anonymous), None)
+    def forget(self, challenge: BearerChallenge, token: str, *, anonymous: bool = False) -> None:
+        """To be called when the registry refused the `token`; a newer one is kept."""
+        kept = self._kept.get((challenge, anonymous))
+        if kept is not None and kept.value == token:
+            del self._kept[challenge, anonymous]
 
-    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool) -> str:
+    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, manner: Manner) -> str:
         request = await self._request(challenge, anonymous)
         received = self._clock.seconds()
         try:
-            body = await self._fetch(request)
+            body = await self._fetch(request, manner)
         except AccessRefused:
             if request.headers or request.form:
                 self._credentials.forget()

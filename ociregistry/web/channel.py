@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import cast
 
+from OpenSSL import SSL
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IDelayedCall, IReactorTime, ITCPTransport
 from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
@@ -27,6 +29,8 @@ _NOT_TLS = (
 
 class Channel(HTTPChannel):
     """HTTPChannel with limits. `addresses` counts the connections of each address, over all channels."""
+
+    log = Logger(namespace="ociregistry.web")
 
     def __init__(self, clock: IReactorTime, addresses: Counter[str]) -> None:
         super().__init__()
@@ -50,7 +54,9 @@ class Channel(HTTPChannel):
             self.abort()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Counts it no more."""
+        """Counts it no more, and tells of a client that TLS did not let in."""
+        if reason.check(SSL.Error) and self._fresh:
+            self.log.warn("{client}: TLS failed: {why}", client=self._address, why=_tls_reason(reason.value))
         self._addresses[self._address] -= 1
         if not self._addresses[self._address]:
             del self._addresses[self._address]
@@ -96,3 +102,8 @@ class Channel(HTTPChannel):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _tls_reason(error: BaseException | None) -> str:
+    queue = error.args[0] if error and error.args and isinstance(error.args[0], list) else []
+    return "; ".join(str(entry[-1]) for entry in queue) or "the connection broke"

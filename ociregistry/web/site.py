@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from datetime import datetime
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
-from ociregistry import __version__
 from ociregistry.chain import Chain
 from ociregistry.errors import NotFound
-from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.web.answers import Answer, json_answer
+from ociregistry.web.answers import Answer
 from ociregistry.web.channel import Channel
 from ociregistry.web.requests import Query
 from ociregistry.web.serving import Handler, Served, Traffic
@@ -63,7 +60,7 @@ class _Root(Resource):
 class RegistrySite(Site):
     """The HTTP server; its access lines are written where requests are served."""
 
-    def __init__(self, v2: V2, cache: PullThrough, started: datetime, patience: float, clock: IReactorTime) -> None:
+    def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
         """`patience` is how many seconds a client waits for the next byte of an answer."""
         self.traffic = Traffic()
 
@@ -72,7 +69,7 @@ class RegistrySite(Site):
 
         root = _Root(served(_nothing))
         root.putChild(b"v2", served(v2.answer))
-        root.putChild(b"health", served(_health(cache, started)))
+        root.putChild(b"health", served(health))
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         addresses: Counter[str] = Counter()
         # Typed for the wrapper that could also speak HTTP/2.
@@ -80,23 +77,6 @@ class RegistrySite(Site):
 
     def log(self, request: object) -> None:
         """Writes nothing."""
-
-
-def _health(cache: PullThrough, started: datetime) -> Handler:
-    async def health(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
-        counts = cache.counts
-        return json_answer(
-            200,
-            {
-                "status": "ok",
-                "version": __version__,
-                "started": started.isoformat(timespec="seconds"),
-                "lists": counts.lists,
-                "images": counts.images,
-            },
-        )
-
-    return health
 
 
 async def _nothing(method: str, path: bytes, query: Query, chain: Chain) -> Answer:

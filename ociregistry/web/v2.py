@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import assert_never
 from urllib.parse import urlencode
 
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Circle
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import Completion
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.web.answers import Answer, InMemory, SizeOnly, json_answer
 from ociregistry.web.requests import (
@@ -27,8 +31,19 @@ from ociregistry.web.requests import (
 class V2:
     """Answers GET and HEAD requests; an upstream that a request does not name is `default`."""
 
-    def __init__(self, cache: PullThrough, listings: Listings, default: Upstream, instance: str) -> None:
-        """`instance` is what this process calls itself when it asks upstreams."""
+    log = Logger(namespace="ociregistry.web")
+
+    def __init__(
+        self,
+        cache: PullThrough,
+        listings: Listings,
+        completion: Completion | None,
+        default: Upstream,
+        instance: str,
+    ) -> None:
+        """`completion` completes what clients pull, if there is one; `instance` is what this process calls itself
+        when it asks upstreams."""
+        self._completion = completion
         self._cache = cache
         self._listings = listings
         self._default = default
@@ -49,7 +64,7 @@ class V2:
             case VersionCheck():
                 return json_answer(200, {}, scope)
             case ManifestRequest():
-                return await self._manifest(request, scope, chain)
+                return await self._manifest(method, request, scope, chain)
             case BlobRequest():
                 return await self._blob(method, request, scope, chain)
             case TagsRequest():
@@ -58,9 +73,15 @@ class V2:
                 return await self._referrers(request, scope, chain)
         assert_never(request)
 
-    async def _manifest(self, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
+    async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
         found = await self._cache.manifest(request.image, chain)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
+        if found.stale:
+            headers["Warning"] = '110 - "Response is Stale"'
+        # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
+        if method == "GET" and chain == NOBODY and self._completion is not None:
+            wished = Deferred.fromCoroutine(self._completion.wish(found.manifest, request.image.repository))
+            wished.addErrback(lambda failure: self.log.failure("an image will not be completed", failure))
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 
     async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], chain: Chain) -> Answer:

@@ -27,7 +27,7 @@ CATALOG_OF_HEADERS = frozenset(
 
 _HEX = "(?:[0-9a-f]{64}|[0-9a-f]{128})"
 _STORED = re.compile(
-    rf"(?:blobs|fat|img)/{_HEX}|pulls/lock|pulls/\d+/lock|pulls/\d+/{_HEX}(?:\.note|\.new|\.note\.new|\.record)?"
+    rf"(?:blobs|fat|img)/{_HEX}|pulls/lock|pulls/\d+/lock|pulls/\d+/{_HEX}(?:\.note|\.new|\.note\.new|\.record|\.wish(?:\.new)?)?"
 )
 _FOLDERS = re.compile(r"|blobs|fat|img|pulls|pulls/\d+|pulls/\d+/bad")
 

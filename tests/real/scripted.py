@@ -118,10 +118,13 @@ def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str, named: I
 def daemon_in(
     folder: Path, *upstreams_and_options: ScriptedRegistry | str, named: Iterable[str] = (), **more: Any
 ) -> Iterator[Daemon]:
-    """A daemon for these upstreams, until the block ends; it must not log a failure that nobody handled."""
+    """A daemon for these upstreams, until the block ends; it must not log a failure that nobody handled.
+
+    What nobody asked for is not fetched: tests count requests.
+    """
     hosts = [one.host for one in upstreams_and_options if isinstance(one, ScriptedRegistry)]
     registries = dict.fromkeys([*hosts, *named], "http")
-    options = [one for one in upstreams_and_options if isinstance(one, str)]
+    options = ["--no-complete-images", *(one for one in upstreams_and_options if isinstance(one, str))]
     with Daemon(folder, registries, *options, **more) as daemon:
         yield daemon
         assert daemon.running, daemon.log

@@ -45,7 +45,7 @@ def pushed(request: pytest.FixtureRequest) -> Index | Image:
 @pytest.fixture
 def daemon(registry: DockerRegistry, start_daemon: Callable[..., Daemon]) -> Daemon:
     """A daemon that may ask the registry."""
-    return start_daemon({registry.host: "http"})
+    return start_daemon({registry.host: "http"}, "--no-complete-images")
 
 
 @pytest.fixture

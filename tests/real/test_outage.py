@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+from tests.client import fetch
 from tests.images import MIB
 from tests.namespaces import NamespacedDaemon, Routed
 from tests.processes import wait_until
@@ -24,8 +25,12 @@ REPOSITORY = "outage"
 SIZE = 30 * MIB
 RATE = 4 * MIB
 
+QUICK = 5.0
+"""Seconds: an answer while the link is known to be down takes no time."""
 BY_ITS_END = 10.0
 """Seconds after the outage in which bytes flow again."""
+PROBED = 30.0 + 10.0
+"""Seconds after it in which a fresh request succeeds: from one probe to the next, and for its connection."""
 
 
 @pytest.fixture
@@ -76,21 +81,30 @@ class Client(threading.Thread):
                     self.received += len(data)
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(60, marks=pytest.mark.long)])
+def status(network: Routed, daemon: NamespacedDaemon, path: str) -> int:
+    """Of the answer to a fresh request."""
+    return network.near.call(lambda: fetch(f"{daemon.url}{path}")).status
+
+
+@pytest.mark.parametrize("seconds", [20, pytest.param(180, marks=pytest.mark.long)])
 def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
-    """A download waits for the end of it, and goes on at once where it was."""
+    """A download waits for the end of it, and goes on at once where it was; then others are served again."""
     layer = plain_image(REPOSITORY, SIZE).blobs[1]
     with (
         upstream_in(network.far, network.FAR, REPOSITORY, SIZE, RATE) as upstream,
         NamespacedDaemon(network.near, tmp_path, {upstream.host: "http"}) as daemon,
     ):
-        client = Client(network, daemon, f"/v2/{REPOSITORY}/blobs/{layer.digest}?ns={quote(upstream.host, safe='')}")
+        ns = quote(upstream.host, safe="")
+        client = Client(network, daemon, f"/v2/{REPOSITORY}/blobs/{layer.digest}?ns={ns}")
+        fresh = f"/v2/{REPOSITORY}/manifests/1?ns={ns}"
         client.start()
         wait_until(lambda: client.received > SIZE // 4 or client.problem, SOON * 3, "a quarter is here")
         with network.outage():
             began, had = time.monotonic(), client.received
-            # An outage has its length, whatever happens.
-            time.sleep(seconds)
+            # An outage has its length, whatever happens; by its end the daemon has known for long.
+            time.sleep(seconds - QUICK)
+            assert status(network, daemon, fresh) == 503
+            time.sleep(max(0.0, began + seconds - time.monotonic()))
             waiting = client.received
             assert client.is_alive(), client.problem
             assert waiting - had < SIZE // 4, "it was no outage"
@@ -98,6 +112,8 @@ def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
         wait_until(lambda: client.received > waiting or client.problem, BY_ITS_END, f"bytes again\n{daemon.log}")
         assert client.problem is None
         flowing = time.monotonic() - ended
+        wait_until(lambda: status(network, daemon, fresh) == 200, ended + PROBED - time.monotonic(), "a fresh answer")
+        served = time.monotonic() - ended
         client.join(SIZE / RATE * 10)
         assert not client.is_alive(), daemon.log
         assert client.problem is None
@@ -113,4 +129,5 @@ def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
     assert len({request.connection for request in gets}) == len(gets) > 1
     assert all(request.range and int(request.range[6:-1]) > SIZE // 5 for request in gets[1:])
     assert "Traceback" not in daemon.log
-    print(f"after {seconds} s without a packet bytes flowed again within {flowing:.1f} s")  # noqa: T201  # for pytest -s
+    found = f"bytes flowed within {flowing:.1f} s, and a fresh answer came within {served:.1f} s"
+    print(f"after {seconds} s without a packet {found}")  # noqa: T201  # for pytest -s

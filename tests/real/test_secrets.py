@@ -148,7 +148,8 @@ def test_no_secret_appears_anywhere(
         "PYTHONPATH": str(ROOT),
         "UPSTREAM_PASSWORD": scene.secrets["from-environment"],
     }
-    daemon = start_daemon(scene.registries, "--log-level", "trace", environment=environment)
+    options = ("--no-complete-images", "--log-level", "trace")
+    daemon = start_daemon(scene.registries, *options, environment=environment)
 
     def ask(host: str, path: str) -> Response:
         return fetch(f"{daemon.url}/v2/team/app/{path}?ns={quote(host, safe='')}")

@@ -94,7 +94,7 @@ def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
         ("--log-level loud", "--log-level"),
         ("--default-ns https://docker.io/", "--default-ns"),
         ("--preload-images images.txt", "--preload-images"),
-        ("serve --air-gapped", "--air-gapped"),
+        ("serve --load-images", "--load-images"),
         ("load images.txt", "load"),
         ("frobnicate", "frobnicate"),
         ("serve --config-path missing.yaml", "missing.yaml"),

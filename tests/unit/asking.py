@@ -7,12 +7,15 @@ from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
+from twisted.web.iweb import IAgent
 
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.names import Upstream
+from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.credentials import Ask, Credentials
 from ociregistry.upstream.exchange import Exchanges
+from ociregistry.upstream.links import Links
 from ociregistry.upstream.network import api_host
 from ociregistry.upstream.origins import Origin
 from ociregistry.upstream.registry import Registry
@@ -51,7 +54,11 @@ def client_over(
     return Client(name, base, exchanges, Credentials(login, ask, clock), trusted, plain_allowed, clock)
 
 
-def registry_over(client: Client, most: int = 1, clock: Any = None, name: str = "reg.example") -> Registry:
+def exchanges_over(agent: IAgent, clock: Any, upstream: str = "reg.example") -> Exchanges:
+    """Sends requests by `agent`, over links that are up, as much as comes."""
+    return Exchanges(upstream, agent, Links(clock), Bandwidth(None, (), clock), lambda: None, clock)
+
+
+def registry_over(client: Client, most: int = 1, name: str = "reg.example") -> Registry:
     """An upstream without mirrors, with so many connections for blobs."""
-    clock = clock or Clock()
-    return Registry(Upstream.parse(name), Sources([], client, clock), Slots(most), INSTANCE, clock)
+    return Registry(Upstream.parse(name), Sources([], client), Slots(most), INSTANCE)

@@ -14,6 +14,7 @@ from twisted.web.http_headers import Headers
 
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.exchange import Exchanges, Response
+from ociregistry.upstream.manner import NORMALLY, Manner
 
 UPSTREAM = "reg.example"
 
@@ -25,7 +26,7 @@ class Connection:
         self.paused = False
         self.pauses = 0
         self.closed = False
-        self.idle_dropped = 0
+        self.stalls: list[tuple[str, float]] = []
 
     def pauseProducing(self) -> None:
         """The body has enough."""
@@ -45,15 +46,15 @@ class Connection:
     abortConnection = loseConnection
     stopProducing = loseConnection
 
-    def drop_idle(self) -> None:
-        """The connections that wait for another request are to be closed too."""
-        self.idle_dropped += 1
+    def stalled(self, why: str, silent: float) -> None:
+        """No byte came for a while."""
+        self.stalls.append((why, silent))
 
 
 def connected(clock: IReactorTime | None = None) -> tuple[Body, Connection]:
     """A body whose first byte is still to come."""
     connection = Connection()
-    body = Body(UPSTREAM, clock or Clock(), connection.drop_idle)
+    body = Body(UPSTREAM, clock or Clock(), connection.stalled)
     body.makeConnection(cast(ITransport, connection))
     return body, connection
 
@@ -82,7 +83,8 @@ def answer(
 class Sent:
     """One request that the client sent."""
 
-    def __init__(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None) -> None:
+    def __init__(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, manner: Manner) -> None:
+        self.manner = manner
         self.method = method
         self.url = url
         self.headers = dict(headers)
@@ -112,8 +114,15 @@ class ScriptedExchanges(Exchanges):
         """What was asked for, in that order."""
         return [sent.url for sent in self.sent]
 
-    async def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | None = None) -> Response:
-        self.sent.append(Sent(method, url, headers, body))
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        manner: Manner = NORMALLY,
+    ) -> Response:
+        self.sent.append(Sent(method, url, headers, body, manner))
         for prefix, answers in self._script.items():
             if url.startswith(prefix):
                 told = answers.pop(0) if len(answers) > 1 else answers[0]

@@ -13,6 +13,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.upstream.body import Body
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.registries import Registries
 from ociregistry.upstream.registry import BlobStream, Registry, TagPage
 from tests.unit.bodies import Connection, connected, end
@@ -22,6 +23,8 @@ from tests.unit.doubles import until
 class Call:
     """One request to an upstream, made for who stands in `chain`: `kind` is the method, and `result` what the test
     fires it with."""
+
+    manner = NORMALLY
 
     def __init__(self, kind: str, *what: object, chain: Chain = NOBODY) -> None:
         self.kind = kind
@@ -88,10 +91,15 @@ class MemoryRegistry(Registry):
         return cast(Manifest, await self._call("manifest", image))
 
     async def blob(
-        self, repository: Repository, digest: Digest, start: int = 0, within: float | None = None
+        self, repository: Repository, digest: Digest, start: int = 0, manner: Manner = NORMALLY
     ) -> BlobStream:
         where = (f"from {start}",) if start else ()
-        return cast(BlobStream, await self._call("blob", repository, digest, *where))
+        asked = self._call("blob", repository, digest, *where)
+        self._calls[-1].manner = manner
+        return cast(BlobStream, await asked)
+
+    async def manifest_digest(self, image: ImageReference) -> Digest | None:
+        return cast("Digest | None", await self._call("manifest_digest", image))
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int:
         return cast(int, await self._call("blob_size", repository, digest))

@@ -93,7 +93,7 @@ def test_mirrors_stand_first_and_are_reached_as_their_own_entries_say(path: Path
     authority.issue("client")
     text = f"""\
 - name: reg.example
-  mirrors: ["https://one:5000/cache", "http://two", https://three]
+  mirrors: ["https://one:5000/cache", "https://two", https://three]
   auth: {{user: u, password: {SECRET}}}
 - name: one:5000
   auth: {{identity_token: {SECRET}}}
@@ -106,7 +106,7 @@ def test_mirrors_stand_first_and_are_reached_as_their_own_entries_say(path: Path
     assert upstreams(path, text) == [
         "reg.example",
         f"  first https://one:5000/cache, {ca}, {ours}, by an identity token",
-        "  first http://two, anonymous",
+        "  first https://two, certificate NOT VERIFIED, anonymous",
         f"  first https://three, {SYSTEM}, anonymous",
         f"  then https://reg.example, {SYSTEM}",
         "  as the user u, by password",

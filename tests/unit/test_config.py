@@ -87,7 +87,6 @@ def test_sections_may_be_empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key"),
     [
-        ("port: 1\nbandwidth: {from: 1}\n", 2, "bandwidth"),
         ("prune: {before: 1d}", 1, "prune"),
         ("verify: {every: 1d}", 1, "verify"),
     ],

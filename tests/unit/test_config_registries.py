@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ociregistry.config.file import read_config
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import Helper, IdentityToken, Login, Mirror, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
@@ -251,3 +252,20 @@ def test_a_mirror_that_is_let_in_leads_where_it_says(path: Path, scheme: str, re
     parts = urlsplit(f"{mirror}/v2/")
     assert (parts.scheme, parts.netloc, parts.path) == (mirror.scheme, mirror.host.name, f"{mirror.path}/v2/")
     assert (parts.username, parts.password, parts.query, parts.fragment) == (None, None, "", "")
+
+
+@pytest.mark.parametrize(
+    ("behind", "why"),
+    [
+        ("auth: {user: u, password: p}", "needs scheme: http"),
+        ("tls: {insecure_skip_verify: true}", "needs scheme: http"),
+        ("scheme: https", "is for https"),
+    ],
+)
+def test_what_was_to_be_secure_is_not_sent_to_a_mirror_by_http(path: Path, behind: str, why: str) -> None:
+    text = "- name: reg.example\n  mirrors: ['http://mirror:5000']\n- name: mirror:5000\n"
+    path.write_text(f"{text}  {behind}\n")
+    with pytest.raises(ConfigInvalid, match=f"^{path}:2: mirrors: http://mirror:5000: .*{why}"):
+        read_config(path, set())
+    path.write_text(f"{text}  scheme: http\n  auth: {{user: u, password: p}}\n")
+    assert len(read_config(path, set()).registries) == 2

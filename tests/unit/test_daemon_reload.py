@@ -82,7 +82,7 @@ async def test_other_upstreams_are_allowed(
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     path.write_text("allow_upstreams: quay.io\n")
-    daemon = daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    daemon = daemons.start("--no-complete-images", "--default-ns", upstream.host, "--config-path", str(path))
     for allowed, status in (("quay.io", 403), ("127.*", 200), ("quay.io", 403), ("", 200)):
         path.write_text(f"allow_upstreams: '{allowed}'\n")
         await daemon.reload()

@@ -17,7 +17,7 @@ from ociregistry import __version__
 from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.exchange import Response
-from ociregistry.upstream.tls import UpstreamPolicy
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority
 from tests.images import make_image
 from tests.unit.daemons import Daemons, addresses, get
@@ -60,7 +60,7 @@ class Client:
         identity = KeyPair(Certificates(own[0], (own[0].read_bytes(),)), own[1].read_bytes()) if own else None
         self._address = addresses(events)[0]
         host, _, port = self._address.rpartition(":")
-        policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)))
+        policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)), Contexts())
         self._exchanges = network.exchanges("daemon", policy=policy)
 
     async def get(self, path: str) -> Response:
@@ -78,7 +78,7 @@ async def test_it_serves(
     authority: Authority,
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    daemons.start("--default-ns", upstream.host, "--config-path", str(path))
+    daemons.start("--no-complete-images", "--default-ns", upstream.host, "--config-path", str(path))
     client = Client(network, events, authority)
     health = await client.get("/health")
     assert json.loads(await health.collect(1000))["version"] == __version__

@@ -58,7 +58,7 @@ def put_blob(root: Path) -> None:
 
 @on_reactor
 async def test_a_manifest_is_fetched_once_and_kept(
-    cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     waiting = [manifest_of(cache) for _ in range(3)]
     await asked(upstreams)
@@ -67,7 +67,7 @@ async def test_a_manifest_is_fetched_once_and_kept(
     assert await manifest_of(cache) == FoundManifest(IMAGE, hit=True)
     assert await manifest_of(cache, f"reg.example/team/app@{IMAGE.digest}") == FoundManifest(IMAGE, hit=True)
     assert upstreams.asked == [f"manifest {APP}"]
-    assert cache.counts == Counts(lists=0, images=1)
+    assert store.counts == Counts(lists=0, images=1)
     assert texts(events, LogLevel.debug)[:2] == [
         f"pulling manifest from upstream: {APP}",
         f"serving manifest from cache: {APP}",
@@ -220,7 +220,7 @@ async def test_an_upstream_that_is_not_allowed_is_denied_even_what_is_here(
 
 @on_reactor
 async def test_a_client_waits_25_seconds_and_the_fetch_goes_on(
-    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     waiting: list[Deferred[Any]] = []
     for number, ask in enumerate(ASKS, 1):
@@ -235,7 +235,7 @@ async def test_a_client_waits_25_seconds_and_the_fetch_goes_on(
     upstreams[0].answer(IMAGE)
     upstreams[1].stream(len(DATA)).send(DATA).end()
     upstreams[2].answer(len(DATA))
-    await until(lambda: cache.counts.images == 1 and (root / "blobs" / DIGEST.hex).exists())
+    await until(lambda: store.counts.images == 1 and (root / "blobs" / DIGEST.hex).exists())
     await landed(cache)
     assert (await manifest_of(cache)).hit
     found = await blob_of(cache)

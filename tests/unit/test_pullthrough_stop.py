@@ -16,10 +16,9 @@ from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.content import Content
 from ociregistry.store.store import Store
-from ociregistry.upstream.exchange import Exchanges
 from ociregistry.upstream.registries import Registries
 from ociregistry.upstream.registry import Registry
-from tests.unit.asking import client_over, registry_over
+from tests.unit.asking import client_over, exchanges_over, registry_over
 from tests.unit.doubles import on_reactor, turn, until
 from tests.unit.registries import MemoryRegistries, Sending
 from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of
@@ -113,8 +112,8 @@ async def test_and_the_reason_is_ours_not_the_upstreams(store: Store, clock: Clo
     agent = NeverAnswers()
 
     def registry(upstream: Upstream) -> Registry:
-        exchanges = Exchanges(str(upstream), agent, lambda: None, clock)
-        return registry_over(client_over(exchanges, clock), 1, clock)
+        exchanges = exchanges_over(agent, clock, str(upstream))
+        return registry_over(client_over(exchanges, clock), 1)
 
     cache = PullThrough(store, Registries((), registry), clock)
     asked = blob_of(cache)

@@ -27,6 +27,11 @@ DEFAULTS = Settings(
     allow_upstreams=(),
     default_ns=Upstream("docker.io"),
     registries={},
+    always_pull_latest=False,
+    air_gapped=False,
+    complete_images=True,
+    max_bandwidth=None,
+    bandwidth=(),
     tls=None,
     warnings=(),
 )
@@ -49,7 +54,7 @@ def test_the_defaults() -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    beside = {"listen", "registries", "tls", "warnings"}
+    beside = {"listen", "registries", "bandwidth", "tls", "warnings"}
     assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:
@@ -250,10 +255,12 @@ def example(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_shipped_file_shows_every_key_with_its_default(path: Path, example: str) -> None:
     settings = load(path, example)
     assert settings.registries[Upstream("my-upstream:5000")].scheme == "http"
-    # Three keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
+    assert settings.max_bandwidth == 250_000
+    assert [str(window.begin) for window in settings.bandwidth] == ["08:00:00"]
+    # Some keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
     assert settings.allow_upstreams == ("*",)
     for field in fields(Settings):
-        if field.name not in ("allow_upstreams", "registries", "tls"):
+        if field.name not in ("allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls"):
             assert getattr(settings, field.name) == getattr(DEFAULTS, field.name), field.name
 
 

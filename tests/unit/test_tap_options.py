@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,11 @@ def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) ->
         allow_upstreams=("docker.io", "quay.io"),
         default_ns=Upstream("quay.io"),
         registries={},
+        always_pull_latest=False,
+        air_gapped=False,
+        complete_images=True,
+        max_bandwidth=None,
+        bandwidth=(),
         tls=None,
         warnings=(),
     )
@@ -73,6 +79,31 @@ def test_an_option_that_is_given_twice_has_its_last_value() -> None:
     assert parse("--port", "1", "serve", "--port", "2").port == 2
     assert parse("--port=1", "serve").port == 1
     assert parse("--listen", "tcp:1", "serve", "--listen", "tcp:2").listen == ("tcp:1", "tcp:2")
+
+
+@pytest.mark.parametrize("flag", ["always_pull_latest", "air_gapped"])
+def test_a_flag_stands_alone_and_is_written_out_in_the_file(tmp_path: Path, flag: str) -> None:
+    option = f"--{flag.replace('_', '-')}"
+    assert not getattr(parse(), flag)
+    for argv in ((option,), ("serve", option), (option, "serve", option)):
+        assert getattr(parse(*argv), flag)
+    config = tmp_path / "it.yaml"
+    for text, value in (("true", True), ("false", False)):
+        config.write_text(f"{flag}: {text}\n")
+        assert getattr(parse("--config-path", str(config)), flag) is value
+        assert getattr(parse("--config-path", str(config), option), flag)
+
+
+def test_images_are_completed_unless_told_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert parse().complete_images
+    assert not parse("--no-complete-images").complete_images
+    assert not parse("serve", "--no-complete-images").complete_images
+    config = tmp_path / "it.yaml"
+    config.write_text("complete_images: false\n")
+    assert not parse("--config-path", str(config)).complete_images
+    assert parse("--config-path", str(config), "--complete-images").complete_images
+    line = refused(capfd, "--complete-images", "serve", "--no-complete-images")
+    assert "--complete-images and --no-complete-images exclude each other" in line
 
 
 def test_the_file_is_read(tmp_path: Path) -> None:
@@ -104,13 +135,14 @@ def test_the_settings_can_be_made_again_wherever_twistd_has_gone(
 
 def test_without_a_file_they_can_be_made_again_too() -> None:
     options = Options()
-    options.parseOptions(["--port", "2", "--config-path", ""])
+    options.parseOptions(["--port", "2"])
     assert options.load() == options.settings == load_settings({"port": "2"}, (), None)
 
 
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
+        (["--config-path", ""], "--config-path: the path of a file is expected"),
         (["--port", "http"], "--port: 'http': a number from 1 to 65535 is expected"),
         (["serve", "--log-level", "loud"], "--log-level: 'loud'"),
         (["--default-ns", "https://quay.io"], "--default-ns: "),
@@ -130,17 +162,8 @@ def test_a_mistake_ends_it_with_one_line(capfd: pytest.CaptureFixture[str], argv
 
 
 LATER = (
-    *(
-        "--concurrent",
-        "--max-bandwidth",
-        "--arch",
-        "--os",
-        "--preload-images",
-        "--always-pull-latest",
-        "--air-gapped",
-    ),
-    *("--complete-images", "--no-complete-images", "--load-images", "--list-cache", "--prune", "--prune-before"),
-    "--dry-run",
+    *("--concurrent", "--arch", "--os", "--preload-images"),
+    *("--load-images", "--list-cache", "--prune", "--prune-before", "--dry-run"),
 )
 
 
@@ -180,7 +203,7 @@ def test_help_tells_every_option_with_its_default(capfd: pytest.CaptureFixture[s
     told = capfd.readouterr().out
     assert not ended.value.code
     for option in OPTIONS:
-        assert f"--{option.name}=" in told
+        assert re.search(rf"--{option.name}{'' if option.is_flag else '='}(?![\w-])", told)
     assert "[/var/lib/ociregistry]" in told
     assert "--listen=" in told
 

@@ -111,7 +111,7 @@ def test_ten_seconds_without_a_byte_break_it(clock: Clock) -> None:
     assert "no byte came for 10 s" in failed(reading, Unavailable).message
     assert connection.closed
     # What waits for another request on the same path will not move either.
-    assert connection.idle_dropped == 1
+    assert connection.stalls == [("no byte came for 10 s", 10.0)]
     assert fired(body.ended) is None
     # The connection is lost a little later.
     end(body, ConnectionDone())
@@ -166,7 +166,7 @@ def test_a_body_that_has_ended_leaves_its_connection_to_others() -> None:
 
 
 def test_a_body_that_never_began_can_be_aborted(clock: Clock) -> None:
-    Body("reg.example", clock, lambda: None).abort()
+    Body("reg.example", clock, lambda why, silent: None).abort()
 
 
 def test_who_stops_waiting_may_read_again() -> None:

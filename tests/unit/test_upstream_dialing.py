@@ -17,10 +17,12 @@ from twisted.web.client import URI, Agent
 
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import Denied, Unavailable
+from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.dialing import Dialer
-from ociregistry.upstream.exchange import Exchanges, Response
+from ociregistry.upstream.exchange import Response
 from ociregistry.upstream.resolver import Resolver
-from ociregistry.upstream.tls import UpstreamPolicy
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from tests.unit.asking import exchanges_over
 from tests.unit.doubles import failed
 
 Told = tuple[str, ...] | Exception | None
@@ -53,7 +55,8 @@ class Dialled:
             "reg.example",
             self.names,
             lambda host, port: (host, port) in named,
-            UpstreamPolicy(UpstreamTls(verify=False), ("", 0)),
+            UpstreamPolicy(UpstreamTls(verify=False), ("", 0), Contexts()),
+            Bandwidth(None, (), self.reactor),
             self.reactor,
         )
 
@@ -65,7 +68,7 @@ class Dialled:
     def send(self, url: str = "http://cdn.example/") -> Deferred[Response]:
         """Sends a request, as the daemon does it."""
         agent = Agent.usingEndpointFactory(self.reactor, self.dialer)
-        exchanges = Exchanges("reg.example", agent, lambda: None, self.reactor)
+        exchanges = exchanges_over(agent, self.reactor)
         return Deferred.fromCoroutine(exchanges.send("GET", url, {}))
 
     @property

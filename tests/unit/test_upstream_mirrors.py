@@ -15,6 +15,7 @@ from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.exchange import NoTls, Response
+from ociregistry.upstream.manner import Manner
 from ociregistry.upstream.origins import Origin
 from ociregistry.upstream.registry import Registry
 from ociregistry.upstream.slots import Slots
@@ -29,7 +30,6 @@ from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
 ONE, TWO, OWN = "https://one.example", "http://two.example:8080/docker", "https://reg.example"
 APP = Repository(Upstream("reg.example"), "team/app")
 DOWN = Unavailable("the connection was refused")
-AWAY = "it could not be reached a moment ago"
 
 
 def mirror(url: str, exchanges: ScriptedExchanges, clock: Clock, ns: str, login: Login | None = None) -> MirrorClient:
@@ -61,7 +61,7 @@ class Mirrored:
             mirror(ONE, self.exchanges, self.clock, ns, login),
             mirror(TWO, self.exchanges, self.clock, ns),
         ]
-        self.sources = Sources(mirrors, client_over(self.exchanges, self.clock), self.clock)
+        self.sources = Sources(mirrors, client_over(self.exchanges, self.clock))
 
     def ask(self, path: str = "blobs/x") -> Deferred[Response]:
         """Asks for something."""
@@ -105,7 +105,7 @@ def test_a_mirror_that_does_not_have_it_is_followed_by_the_next(status: int, eve
     mirrored = Mirrored({"status": status}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
-    assert texts(events, LogLevel.debug) == [f"{ONE}: it answered {status}"]
+    assert texts(events, LogLevel.debug) == [f"passed over the mirror {ONE}: it answered {status}"]
 
 
 @pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])
@@ -115,24 +115,15 @@ def test_so_is_one_that_cannot_be_asked(error: RegistryError) -> None:
     assert mirrored.asked == ["one", "two"]
 
 
-def test_and_one_without_headers_within_eight_seconds() -> None:
-    mirrored = Mirrored(None, None, OK)
-    asked = mirrored.ask()
-    mirrored.clock.advance(7.9)
-    assert mirrored.asked == ["one"]
-    mirrored.clock.advance(0.1)
-    assert mirrored.asked == ["one", "two"]
-    mirrored.clock.advance(8)
-    assert fired(asked).status == 200
-    assert mirrored.asked == ["one", "two", "reg"]
-    assert mirrored.clock.getDelayedCalls() == []
-
-
-def test_the_registry_itself_has_no_such_limit() -> None:
-    mirrored = Mirrored(DOWN, DOWN, None)
-    asked = mirrored.ask()
-    mirrored.clock.advance(20)
-    assert not asked.called
+@pytest.mark.parametrize(("given", "mirrors"), [(30.0, 15.0), (10.0, 10.0), (5.0, 5.0)])
+@pytest.mark.parametrize("insist", [True, False])
+def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, insist: bool) -> None:
+    """The registry itself has no such limit; who insists does so everywhere."""
+    mirrored = Mirrored(DOWN, DOWN, OK)
+    asked = mirrored.sources.request("GET", APP, "blobs/x", {}, Manner(given, insist))
+    assert fired(Deferred.fromCoroutine(asked)).status == 200
+    manners = [Manner(within, insist) for within in (mirrors, mirrors, given)]
+    assert [sent.manner for sent in mirrored.exchanges.sent] == manners
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 500])
@@ -141,30 +132,6 @@ def test_the_last_word_is_the_registrys_own(status: int) -> None:
     response = fired(mirrored.ask())
     assert (response.status, response.url) == (status, f"{OWN}/v2/team/app/blobs/x")
     assert mirrored.asked == ["one", "two", "reg"]
-
-
-def test_a_mirror_that_could_not_be_reached_is_passed_over_for_half_a_minute(events: list[LogEvent]) -> None:
-    mirrored = Mirrored(DOWN, OK, OK)
-    fired(mirrored.ask())
-    mirrored.clock.advance(29.9)
-    fired(mirrored.ask())
-    assert mirrored.asked == ["one", "two", "two"]
-    mirrored.clock.advance(0.1)
-    fired(mirrored.ask())
-    assert mirrored.asked[3:] == ["one", "two"]
-    # Said when it begins, and not at every request.
-    said = f"{ONE} is passed over for 30 s: the connection was refused"
-    assert texts(events, LogLevel.warn) == [said, said]
-
-
-def test_so_is_one_that_took_too_long(events: list[LogEvent]) -> None:
-    mirrored = Mirrored(None, OK, OK)
-    mirrored.ask()
-    mirrored.clock.advance(8)
-    mirrored.clock.advance(29.9)
-    fired(mirrored.ask())
-    assert mirrored.asked == ["one", "two", "two"]
-    assert texts(events, LogLevel.warn) == [f"{ONE} is passed over for 30 s: {ONE}: no answer in time"]
 
 
 @pytest.mark.parametrize("told", [{"status": 404}, {"status": 503}, Denied("not allowed")])
@@ -200,9 +167,6 @@ def test_an_error_of_the_registry_tells_of_its_mirrors() -> None:
     error = failed(mirrored.ask(), Unavailable)
     assert error.message == "reg.example: down (https://one.example: down; " + f"{TWO}: it answered 502)"
     assert error.retry_after == 42
-    # The next one knows that it was not even asked.
-    error = failed(mirrored.ask(), Unavailable)
-    assert error.message == f"reg.example: down ({ONE}: {AWAY}; {TWO}: it answered 502)"
 
 
 def test_it_tells_of_those_that_are_not_allowed_as_well() -> None:
@@ -213,7 +177,7 @@ def test_it_tells_of_those_that_are_not_allowed_as_well() -> None:
 
 def test_an_error_of_a_registry_without_mirrors_is_its_own() -> None:
     client = client_over(ScriptedExchanges({OWN: [DOWN]}))
-    asked = Deferred.fromCoroutine(Sources([], client, Clock()).request("GET", APP, "blobs/x", {}))
+    asked = Deferred.fromCoroutine(Sources([], client).request("GET", APP, "blobs/x", {}))
     assert failed(asked, Unavailable) is DOWN
 
 
@@ -250,10 +214,10 @@ def test_a_mirrors_credentials_are_its_own() -> None:
 
 def test_a_registry_reads_from_its_mirrors() -> None:
     mirrored = Mirrored(GOOD, OK, {"status": 404}, {"status": 404})
-    registry = Registry(Upstream("reg.example"), mirrored.sources, Slots(1), INSTANCE, mirrored.clock)
+    registry = Registry(Upstream("reg.example"), mirrored.sources, Slots(1), INSTANCE)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
     mirrored = Mirrored({"status": 404}, {"status": 403}, challenge())
-    registry = Registry(Upstream("reg.example"), mirrored.sources, Slots(1), INSTANCE, mirrored.clock)
+    registry = Registry(Upstream("reg.example"), mirrored.sources, Slots(1), INSTANCE)
     # A token service that lets nobody in means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)
     assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"

@@ -147,6 +147,11 @@ def test_when_to_ask_again_is_passed_on(told: str, seconds: int) -> None:
     assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == seconds
 
 
+def test_digits_of_other_alphabets_are_no_number_of_seconds() -> None:
+    source, _ = registry({"status": 429, "headers": {"Retry-After": ["\xb2".encode("latin-1")]}})
+    assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == 5
+
+
 def test_a_blob_is_a_stream_of_a_size() -> None:
     source, exchanges = registry({"data": b"content"})
     stream = fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))

@@ -10,11 +10,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown, Unavailable
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.registry import BlobStream, OtherBlob
 from tests.unit.asking import client_over, registry_over
 from tests.unit.bodies import ScriptedExchanges, Told
 from tests.unit.doubles import failed, fired
-from tests.unit.test_upstream_client import REG, TOKEN, challenge
+from tests.unit.test_upstream_client import REG, TOKEN
 from tests.unit.test_upstream_registry import APP, LAYER
 
 WHOLE: Mapping[str, Any] = {"data": b"0123456789"}
@@ -32,11 +33,11 @@ class Asked:
     def __init__(self, *answers: Told, token: Told = None) -> None:
         self.clock = Clock()
         self.exchanges = ScriptedExchanges({REG: answers, TOKEN: [token]})
-        self._registry = registry_over(client_over(self.exchanges, self.clock), 1, self.clock)
+        self._registry = registry_over(client_over(self.exchanges, self.clock), 1)
 
-    def blob(self, start: int, within: float | None = None) -> Deferred[BlobStream]:
+    def blob(self, start: int, manner: Manner = NORMALLY) -> Deferred[BlobStream]:
         """Asks for the blob."""
-        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, start, within))
+        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, start, manner))
 
     @property
     def ranges(self) -> list[str | None]:
@@ -91,20 +92,8 @@ def test_a_blob_that_is_gone_is_unknown(status: int) -> None:
     failed(Asked({"status": status}).blob(6), BlobUnknown)
 
 
-def test_an_answer_that_does_not_come_in_time_is_unavailable() -> None:
-    asked = Asked(None, WHOLE)
-    waiting = asked.blob(6, 10.0)
-    asked.clock.advance(9.9)
-    assert not waiting.called
-    asked.clock.advance(0.1)
-    failed(waiting, Unavailable)
-    assert fired(asked.blob(6, 10.0)).size == 10
-
-
-def test_nor_one_whose_token_does_not_come() -> None:
-    asked = Asked(challenge(), WHOLE)
-    waiting = asked.blob(6, 10.0)
-    assert asked.exchanges.urls[1].startswith(TOKEN)
-    asked.clock.advance(10)
-    failed(waiting, Unavailable)
-    assert asked.clock.getDelayedCalls() == []
+def test_the_manner_is_that_of_every_request_that_it_takes() -> None:
+    manner = Manner(10.0, insist=True)
+    asked = Asked(part("bytes 0-3/10"), WHOLE)
+    fired(asked.blob(6, manner))
+    assert [sent.manner for sent in asked.exchanges.sent] == [manner] * 2

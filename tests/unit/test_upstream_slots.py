@@ -17,7 +17,7 @@ class Busy:
 
     def blob(self) -> Deferred[None]:
         """Waits for a slot for a blob."""
-        return Deferred.fromCoroutine(self.slots.for_blob())
+        return Deferred.fromCoroutine(self.slots.for_blob(small=False))
 
     def small(self) -> tuple[Deferred[None], Deferred[None]]:
         """Waits for a slot for something small; the first Deferred fires when it has it, the second ends it."""
@@ -41,7 +41,7 @@ class Busy:
         last.cancel()
         last.addErrback(lambda _: None)
         for _ in waiting:
-            self.slots.blob_done()
+            self.slots.blob_done(small=False)
         return len(waiting)
 
 
@@ -55,7 +55,7 @@ def test_so_many_blobs_at_once_and_no_more(most: int) -> None:
     busy = Busy(most)
     blobs = [busy.blob() for _ in range(most + 2)]
     assert had(blobs) == [True] * most + [False] * 2
-    busy.slots.blob_done()
+    busy.slots.blob_done(small=False)
     assert had(blobs) == [True] * (most + 1) + [False]
 
 
@@ -103,10 +103,10 @@ def test_who_waits_in_vain_leaves_no_slot_behind() -> None:
     for one in waiting[:9]:
         one.cancel()
         one.addErrback(lambda _: None)
-    busy.slots.blob_done()
+    busy.slots.blob_done(small=False)
     assert waiting[9].called
-    busy.slots.blob_done()
-    busy.slots.blob_done()
+    busy.slots.blob_done(small=False)
+    busy.slots.blob_done(small=False)
     assert busy.free() == 2
 
 
@@ -133,3 +133,18 @@ def test_a_small_thing_that_waits_in_vain_leaves_none_behind() -> None:
         over.callback(None)
     assert not waiting[2][0].called
     assert had([busy.small()[0] for _ in range(3)]) == [True] * 3
+
+
+def test_a_small_blob_is_as_small_as_a_manifest() -> None:
+    slots = Slots(1)
+    fired(Deferred.fromCoroutine(slots.for_blob(small=False)))
+    waiting = Deferred.fromCoroutine(slots.for_blob(small=False))
+    for _ in range(2):
+        fired(Deferred.fromCoroutine(slots.for_blob(small=True)))
+    third = Deferred.fromCoroutine(slots.for_blob(small=True))
+    assert not waiting.called
+    assert not third.called
+    slots.blob_done(small=True)
+    assert third.called
+    slots.blob_done(small=False)
+    assert waiting.called

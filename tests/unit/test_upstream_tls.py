@@ -11,7 +11,7 @@ from OpenSSL import SSL, crypto
 
 from ociregistry.config.tls import SYSTEM_TRUST, Certificates, KeyPair, UpstreamTls
 from ociregistry.upstream.failures import CertificateRefused
-from ociregistry.upstream.tls import UpstreamPolicy
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority
 
 # Neither Twisted nor Debian's pyOpenSSL takes anything else.
@@ -105,7 +105,7 @@ def shake_hands(policy: UpstreamPolicy, server: TlsServer, host: str = HOST, por
 
 def policy(settings: UpstreamTls = SYSTEM_TRUST, own: tuple[str, int] = (HOST, 443)) -> UpstreamPolicy:
     """The policy of an upstream."""
-    return UpstreamPolicy(settings, own)
+    return UpstreamPolicy(settings, own, Contexts())
 
 
 @pytest.fixture
@@ -233,18 +233,18 @@ def test_every_host_is_verified_by_its_own_name(authority: Authority) -> None:
     shake_hands(shared, server)
 
 
-def test_what_makes_connections_is_kept_for_each_host_and_port() -> None:
-    shared = policy(UpstreamTls(verify=False))
-    first: Any = shared.creatorForNetloc(b"reg.example", 443)
-    assert shared.creatorForNetloc(b"reg.example", 443) is first
-    assert shared.creatorForNetloc(b"reg.example", 444) is not first
-    assert shared.creatorForNetloc(b"cdn.example", 443) is not first
-
-
-def test_but_only_for_the_hundred_that_were_used_last() -> None:
-    shared = policy(UpstreamTls(verify=False))
-    often = shared.creatorForNetloc(b"often.example", 443)
-    for number in range(150):
-        shared.creatorForNetloc(b"host%d.example" % number, 443)
-        assert shared.creatorForNetloc(b"often.example", 443) is often
-    assert len(shared._kept) == 100
+def test_upstreams_that_are_spoken_with_alike_share_a_context(authority: Authority) -> None:
+    """Whatever names clients think of: a trust store is read once."""
+    contexts = Contexts()
+    skipping = UpstreamTls(verify=False)
+    made: list[Any] = [
+        UpstreamPolicy(settings, (f"r{number}.example", 443), contexts).creatorForNetloc(
+            b"host%d.example" % number, 443
+        )
+        for settings in (SYSTEM_TRUST, skipping, trusting(authority.ca))
+        for number in range(100)
+    ]
+    assert len({id(creator._context) for creator in made}) == 3
+    contexts.clear()
+    again: Any = UpstreamPolicy(SYSTEM_TRUST, ("", 0), contexts).creatorForNetloc(b"host0.example", 443)
+    assert again._context is not made[0]._context

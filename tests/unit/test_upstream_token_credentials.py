@@ -14,6 +14,7 @@ from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.challenges import BearerChallenge
 from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.manner import Manner
 from ociregistry.upstream.tokens import AccessRefused, TokenRequest, Tokens
 from tests.unit.doubles import failed, fired, texts
 from tests.unit.test_upstream_credentials import Helpful
@@ -135,11 +136,11 @@ def test_an_anonymous_token_and_ours_are_never_the_same() -> None:
     asked = Asked(USER)
     assert [asked.token(), asked.token(anonymous=True)] == ["t1", "t2"]
     assert [asked.token(), asked.token(anonymous=True)] == ["t1", "t2"]
-    asked.tokens.forget(CHALLENGE, anonymous=True)
+    asked.tokens.forget(CHALLENGE, "t2", anonymous=True)
     assert asked.tokens.holds(CHALLENGE)
     assert not asked.tokens.holds(CHALLENGE, anonymous=True)
     assert [asked.token(), asked.token(anonymous=True)] == ["t1", "t3"]
-    asked.tokens.forget(CHALLENGE)
+    asked.tokens.forget(CHALLENGE, "t1")
     assert [asked.token(), asked.token(anonymous=True)] == ["t4", "t3"]
 
 
@@ -159,7 +160,7 @@ class Refusing(Tokens):
     """Tokens of a service that fails."""
 
     def __init__(self, credentials: Credentials, error: Exception) -> None:
-        async def fetch(request: TokenRequest) -> bytes:
+        async def fetch(request: TokenRequest, manner: Manner) -> bytes:
             raise error
 
         super().__init__("reg.example", fetch, credentials, lambda origin: True, Clock())
@@ -170,6 +171,15 @@ def test_credentials_that_a_token_service_refuses_are_asked_for_anew(error: Exce
     credentials = Credentials(Helper("fake"), Helpful(), Clock())
     failed(Deferred.fromCoroutine(Refusing(credentials, error).token(CHALLENGE)), type(error))
     assert credentials.from_helper is kept
+
+
+def test_so_is_an_identity_token() -> None:
+    async def ask(helper: Helper) -> IdentityToken:
+        return IDENTITY
+
+    credentials = Credentials(Helper("fake"), ask, Clock())
+    failed(Deferred.fromCoroutine(Refusing(credentials, AccessRefused("no")).token(CHALLENGE)), AccessRefused)
+    assert not credentials.from_helper
 
 
 def test_but_not_those_that_it_was_never_shown() -> None:

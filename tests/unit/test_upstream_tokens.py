@@ -13,6 +13,7 @@ from twisted.internet.task import Clock
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.challenges import BearerChallenge
 from ociregistry.upstream.credentials import Credentials
+from ociregistry.upstream.manner import Manner
 from ociregistry.upstream.tokens import TokenRequest, Tokens
 from tests.unit.asking import no_helper
 from tests.unit.doubles import failed, fired
@@ -32,7 +33,7 @@ class TokenService:
         self.hold = False
         self.body: Callable[[int], bytes] = lambda number: json.dumps({"token": f"t{number}"}).encode()
 
-    async def __call__(self, request: TokenRequest) -> bytes:
+    async def __call__(self, request: TokenRequest, manner: Manner) -> bytes:
         self.requests.append(request)
         self.urls.append(request.url)
         number = len(self.urls)
@@ -155,10 +156,13 @@ def test_every_challenge_has_its_own_token(service: TokenService, tokens: Tokens
 def test_a_token_that_was_refused_is_forgotten(service: TokenService, tokens: Tokens) -> None:
     fired(ask(tokens))
     fired(ask(tokens, OTHER))
-    tokens.forget(CHALLENGE)
-    tokens.forget(CHALLENGE)
+    tokens.forget(CHALLENGE, "t1")
+    tokens.forget(CHALLENGE, "t1")
     assert fired(ask(tokens)) == "t3"
     assert fired(ask(tokens, OTHER)) == "t2"
+    # Who is late with the old one does not throw away the new one.
+    tokens.forget(CHALLENGE, "t1")
+    assert fired(ask(tokens)) == "t3"
 
 
 @pytest.mark.parametrize(

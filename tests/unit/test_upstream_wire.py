@@ -12,11 +12,13 @@ from twisted.internet.defer import Deferred
 from ociregistry.errors import ManifestUnknown, NameInvalid, Unavailable
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.upstream.client import Base
+from ociregistry.upstream.network import Network as DaemonsNetwork
 from ociregistry.upstream.registry import Registry
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.asking import client_over
+from tests.unit.asking import INSTANCE, client_over
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.test_upstream_network import configured, entry
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
@@ -146,6 +148,16 @@ async def test_and_with_tls(network: Network, authority: Authority, ipv6: str) -
     with ScriptedRegistry(address=ipv6, tls=authority.server_context("::1")) as upstream:
         upstream.add("team/app", BUILT, "1")
         await pull(network.registry(f"[::1]:{upstream.port}", scheme="https", trust=authority.ca))
+
+
+@on_reactor
+async def test_and_as_the_daemon_dials_it(ipv6: str) -> None:
+    with ScriptedRegistry(address=ipv6) as upstream:
+        upstream.add("team/app", BUILT, "1")
+        way = DaemonsNetwork(configured(entry(upstream.host)), INSTANCE, REACTOR)
+        way.start()
+        await pull(way.registry(Upstream(upstream.host)))
+        way.stop()
 
 
 @on_reactor

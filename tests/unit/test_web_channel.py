@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -33,8 +32,8 @@ def cache() -> Cache:
 @pytest.fixture
 def site(cache: Any, clock: Clock) -> RegistrySite:
     """A site whose answer to `SLOW` the test holds back."""
-    v2 = V2(cache, cache, Upstream(DOCKER_HUB), INSTANCE)
-    return RegistrySite(v2, cache, datetime.now(UTC), 60, clock)
+    v2 = V2(cache, cache, None, Upstream(DOCKER_HUB), INSTANCE)
+    return RegistrySite(v2, v2.answer, 60, clock)
 
 
 @pytest.fixture

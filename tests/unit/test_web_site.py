@@ -53,6 +53,8 @@ def test_health_says_what_is_here(server: RegistrySite) -> None:
         "started": "2026-03-01T22:17:30+00:00",
         "lists": 2,
         "images": 3,
+        "incomplete_images": 1,
+        "missing_bytes": 5,
     }
     assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
 

@@ -47,7 +47,7 @@ OTHER = f"ociregistry-{'f' * 16}"
 @pytest.fixture
 def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> V2:
     """The API over the empty store."""
-    return V2(cache, Listings(store, upstreams, clock), Upstream("docker.io"), INSTANCE)
+    return V2(cache, Listings(store, upstreams, clock), None, Upstream("docker.io"), INSTANCE)
 
 
 def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", chain: Chain = NOBODY) -> Deferred[Answer]:
@@ -222,7 +222,7 @@ class Asked:
 @pytest.mark.parametrize(("method", "path"), EVERYTHING)
 def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> None:
     asked: Any = Asked()
-    v2 = V2(asked, asked, Upstream("docker.io"), INSTANCE)
+    v2 = V2(asked, asked, None, Upstream("docker.io"), INSTANCE)
     for chain in (NOBODY, Chain((OTHER,))):
         failed(ask(v2, path, NS, method, chain), Unavailable)
         assert asked.chains.pop() == chain

@@ -17,9 +17,10 @@ from twisted.web.http import HTTPChannel
 
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.flights import Bell
-from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.store.store import Counts
 from ociregistry.web.answers import Answer, InMemory
+from ociregistry.web.health import health
 from ociregistry.web.requests import Query
 from ociregistry.web.site import RegistrySite
 from ociregistry.web.v2 import V2
@@ -84,15 +85,10 @@ class Handler(V2):
         return await given if isinstance(given, Deferred) else given
 
 
-class Counted:
-    """A cache that is only counted."""
-
-    counts = Counts(lists=2, images=3)
-
-
 def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
     """The server."""
-    return RegistrySite(handler, cast(PullThrough, Counted()), STARTED, patience, clock)
+    told = health(lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), STARTED)
+    return RegistrySite(handler, told, patience, clock)
 
 
 class Got:

@@ -9,10 +9,12 @@ from twisted.internet.defer import succeed
 from twisted.web.client import Agent, HTTPConnectionPool
 
 from ociregistry.config.tls import SYSTEM_TRUST, Certificates, UpstreamTls
+from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.client import Client
 from ociregistry.upstream.exchange import Exchanges
+from ociregistry.upstream.links import Links
 from ociregistry.upstream.registry import Registry
-from ociregistry.upstream.tls import UpstreamPolicy
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.unit.asking import client_over, registry_over
 from tests.unit.doubles import REACTOR
 
@@ -34,9 +36,11 @@ class Network:
         """Sends requests; with `trust` to registries of that authority, else to those of the system's."""
         pool = HTTPConnectionPool(REACTOR)
         self._pools.append(pool)
-        policy = policy or UpstreamPolicy(trusting(trust), ("", 0))
+        policy = policy or UpstreamPolicy(trusting(trust), ("", 0), Contexts())
         agent = Agent(REACTOR, policy, connectTimeout=10, pool=pool)
-        return Exchanges(upstream, agent, pool.closeCachedConnections, clock)
+        return Exchanges(
+            upstream, agent, Links(clock), Bandwidth(None, (), clock), pool.closeCachedConnections, clock
+        )
 
     def client(self, upstream: str, *, scheme: str | None = None, trust: Path | None = None) -> Client:
         """Asks an upstream, which may be asked by http too."""
@@ -48,7 +52,7 @@ class Network:
         self, upstream: str, *, scheme: str | None = None, trust: Path | None = None, connections: int = 2
     ) -> Registry:
         """An upstream with a few connections."""
-        return registry_over(self.client(upstream, scheme=scheme, trust=trust), connections, REACTOR, upstream)
+        return registry_over(self.client(upstream, scheme=scheme, trust=trust), connections, upstream)
 
     async def close(self) -> None:
         """Closes idle connections."""

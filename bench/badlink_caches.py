@@ -1,0 +1,89 @@
+"""The caches that are compared: each started in a folder of its own, with a bad link for its upstream."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from tests.peers import DockerRegistry
+from tests.processes import Daemon, Server, answers, free_port
+
+DRAYAGE = "drayage==0.2.9"
+_INSTALLS = 300
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache that is not started yet, and the URL of a path below /v2/."""
+
+    server: Server
+    url: Callable[[str], str]
+
+
+class Drayage(Server):
+    """drayage as it is configured by `drayage init`, with one upstream, which plain names belong to."""
+
+    def __init__(self, program: Path, folder: Path, upstream: str) -> None:
+        self.url = f"http://127.0.0.1:{free_port()}"
+        # It wants the folder, and does not make it.
+        cache = folder / "cache"
+        cache.mkdir(parents=True)
+        config = folder / "config.toml"
+        config.write_text(
+            f'listen = "{self.url.removeprefix("http://")}"\ncache_dir = "{cache}"\nmanifest_ttl_seconds = 900\n'
+            f'[upstreams.docker_io]\nregistry = "{upstream}"\n'
+        )
+        super().__init__([str(program), "serve", "-c", str(config)], folder / "drayage.log")
+
+    def ready(self) -> bool:
+        """It says so."""
+        return answers(f"{self.url}/readyz")
+
+
+def ours(folder: Path, link: str) -> Cache:
+    """Our daemon; `ns` names the upstream."""
+    daemon = Daemon(folder, {link: "http"}, "--log-level", "warn")
+    return Cache(daemon, lambda path: f"{daemon.url}/v2/{path}?ns={quote(link, safe='')}")
+
+
+def docker_registry(folder: Path, link: str) -> Cache:
+    """Debian's docker-registry as a proxy."""
+    registry = DockerRegistry(folder, sections={"proxy": {"remoteurl": f"http://{link}"}})
+    return Cache(registry, lambda path: f"{registry.url}/v2/{path}")
+
+
+def drayage(folder: Path, link: str) -> Cache:
+    """drayage, from the venv beside the folder."""
+    server = Drayage(_venv(folder.parent) / "bin" / "drayage", folder, f"http://{link}")
+    return Cache(server, lambda path: f"{server.url}/v2/{path}")
+
+
+CACHES: dict[str, Callable[[Path, str], Cache]] = {
+    "ociregistry": ours,
+    "docker-registry": docker_registry,
+    "drayage": drayage,
+}
+
+
+def missing(name: str, root: Path) -> str | None:
+    """Why this cache cannot be run, if so. drayage is installed below `root`."""
+    if name == "docker-registry":
+        return None if shutil.which(name) else "not installed: apt-get install docker-registry"
+    if name == "drayage" and not (_venv(root) / "bin" / "drayage").exists():
+        venv = str(_venv(root))
+        steps = [[sys.executable, "-m", "venv", venv], [f"{venv}/bin/pip", "install", "-q", DRAYAGE]]
+        for step in steps:
+            try:
+                subprocess.run(step, check=True, capture_output=True, text=True, timeout=_INSTALLS)
+            except (OSError, subprocess.SubprocessError) as problem:
+                return f"not installed: {getattr(problem, 'stderr', None) or problem}".strip()[-200:]
+    return None
+
+
+def _venv(root: Path) -> Path:
+    return root / "drayage"

@@ -1,0 +1,53 @@
+"""Wishes: images of which blobs are to be fetched that nobody has asked for. Each is a small file in pulls/<n>/, so
+that it outlives the process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ociregistry.errors import RegistryError
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.store.files import Files
+
+WISH_SUFFIX = ".wish"
+
+
+class WishFiles:
+    """The wishes of this process, `<hex of the manifest>.wish` in its folder. All of it blocks; raises `OSError`."""
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder = folder
+        self._files = files
+
+    def write(self, manifest: Digest, repository: Repository) -> None:
+        """Wishes for all blobs of the image `manifest`, from `repository`."""
+        document = {"upstream": repository.upstream.name, "repository": repository.path}
+        path = self._path(manifest)
+        self._files.put(path, json.dumps(document).encode() + b"\n", path.with_name(f"{path.name}.new"))
+
+    def remove(self, manifest: Digest) -> None:
+        """Wishes no more."""
+        self._files.unlink(self._path(manifest))
+
+    def read(self) -> Iterator[tuple[Digest, Repository]]:
+        """All that is wished for; what is no wish is removed."""
+        for path in sorted(path for path in self._folder.glob(f"*{WISH_SUFFIX}") if path.is_file()):
+            manifest = Digest.from_hex(path.stem)
+            repository = _repository(path)
+            if manifest is None or repository is None:
+                self._files.unlink(path)
+            else:
+                yield manifest, repository
+
+    def _path(self, manifest: Digest) -> Path:
+        return self._folder / f"{manifest.hex}{WISH_SUFFIX}"
+
+
+def _repository(path: Path) -> Repository | None:
+    try:
+        document = json.loads(path.read_bytes())
+        return Repository.at(Upstream.parse(document["upstream"]), document["repository"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
+        return None

@@ -1,0 +1,145 @@
+"""`--air-gapped`: whatever is asked, nobody is, by the word of strace; what is cached is served."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.client import Response, fetch
+from tests.images import Image, make_artifact
+from tests.namespaces import Namespace, NamespacedDaemon
+from tests.processes import wait_until
+from tests.real.completing import lines
+from tests.real.scripted import SOON, assert_error, plain_image
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Reply
+
+NAME = "registry.example"
+ABSENT = f"sha256:{'0' * 64}"
+IMAGE, HALF = plain_image("air gap", 5000), plain_image("air gap/half", 5000)
+SIGNATURE = make_artifact("signature", IMAGE.manifest)
+
+NOT_CACHED = (
+    ("team/app/manifests/2", "MANIFEST_UNKNOWN"),
+    ("team/other/manifests/latest", "MANIFEST_UNKNOWN"),
+    (f"team/app/manifests/{ABSENT}", "MANIFEST_UNKNOWN"),
+    (f"team/app/blobs/{ABSENT}", "BLOB_UNKNOWN"),
+    (f"team/half/blobs/{HALF.layers[0].digest}", "BLOB_UNKNOWN"),
+    ("team/other/tags/list", "NAME_UNKNOWN"),
+    (f"team/app/referrers/{ABSENT}", "MANIFEST_UNKNOWN"),
+)
+
+
+class Place:
+    """A namespace with an upstream, and a daemon whose every connection is written down."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        if shutil.which("strace") is None:
+            pytest.fail("strace is missing: apt-get install strace", pytrace=False)
+        self._folder = folder
+        self._stack = stack
+        self._namespace = stack.enter_context(Namespace("air"))
+        self.upstream = self._namespace.call(ScriptedRegistry)
+        stack.enter_context(self.upstream)
+        self.ns = f"{NAME}:{self.upstream.port}"
+        (folder / "hosts").write_text(f"127.0.0.1 localhost {NAME}\n")
+        (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+        self._number = 0
+
+    def start(self, *options: str) -> NamespacedDaemon:
+        """A daemon for the upstream, in the place of the one before."""
+        self._number += 1
+        images = self._folder / "images"
+        daemon = NamespacedDaemon(self._namespace, self._folder, {self.ns: "http"}, *options, image_path=images)
+        mounts = "; ".join(f"mount --bind {self._folder}/{name} /etc/{name}" for name in ("resolv.conf", "hosts"))
+        strace = ["strace", "-D", "-f", "-q", "-e", "trace=connect,sendto,sendmmsg", "-o", str(self._trace)]
+        start = len(self._namespace.argv([]))
+        daemon.argv[start:start] = ["sh", "-euc", f'{mounts}; exec "$@"', "sh", *strace]
+        return self._stack.enter_context(daemon)
+
+    @property
+    def _trace(self) -> Path:
+        return self._folder / f"trace-{self._number}"
+
+    def called(self, daemon: NamespacedDaemon) -> list[str]:
+        """What the daemon said to others than its clients; it ends."""
+        daemon.terminate()
+        end = re.compile(rf"^{daemon.process.pid} +\+\+\+ ", re.MULTILINE)
+        wait_until(lambda: end.search(self._trace.read_text(errors="replace")), SOON, "strace has written all")
+        calls = self._trace.read_text(errors="replace").splitlines()
+        return [call for call in calls if " connect(" in call or "sin_addr" in call or "sin6_addr" in call]
+
+    def ask(self, daemon: NamespacedDaemon, path: str, method: str = "GET", ns: str = "") -> Response:
+        """The daemon's answer."""
+        url = f"{daemon.url}/v2/{path}?ns={ns or self.ns}"
+        return self._namespace.call(lambda: fetch(url, method=method))
+
+    def pull(self, daemon: NamespacedDaemon, image: Image, *tags: str) -> None:
+        """All of it comes."""
+        for reference in (*tags, image.manifest.digest):
+            answer = self.ask(daemon, f"team/app/manifests/{reference}")
+            assert (answer.body, answer.headers["Warning"]) == (image.manifest.data, None)
+            assert self.ask(daemon, f"team/app/manifests/{reference}", "HEAD").status == 200
+        for blob in image.blobs:
+            assert self.ask(daemon, f"team/app/blobs/{blob.digest}").body == blob.data
+            assert self.ask(daemon, f"team/app/blobs/{blob.digest}", "HEAD").status == 200
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """With a store that has an image by two tags, what refers to it, and an image that lacks all its blobs."""
+    with ExitStack() as stack:
+        place = Place(tmp_path, stack)
+        place.upstream.add("team/app", IMAGE, "1", "latest")
+        place.upstream.add("team/app", SIGNATURE)
+        place.upstream.add("team/half", HALF, "1")
+        place.upstream.script("/v2/team/half/blobs/*", Reply(503))
+        daemon = place.start()
+        place.pull(daemon, IMAGE, "1", "latest")
+        assert SIGNATURE.manifest.digest.encode() in place.ask(daemon, referrers()).body
+        assert place.ask(daemon, "team/half/manifests/1").status == 200
+        wait_until(lambda: "is not complete yet" in daemon.log, SOON, "it was tried")
+        calls = place.called(daemon)
+        assert any(f"htons({place.upstream.port})" in call for call in calls), "strace sees nothing"
+        yield place
+
+
+def referrers() -> str:
+    """Where those of the image are listed."""
+    return f"team/app/referrers/{IMAGE.manifest.digest}"
+
+
+@pytest.mark.parametrize("options", [(), ("--always-pull-latest",)], ids=["alone", "with_always_pull_latest"])
+def test_nobody_is_asked(place: Place, options: tuple[str, ...]) -> None:
+    """For what is cached, for what is not, and in the background."""
+    asked = len(place.upstream.requests)
+    daemon = place.start("--air-gapped", *options)
+    place.pull(daemon, IMAGE, "1", "latest")
+    tags = json.loads(place.ask(daemon, "team/app/tags/list").body)
+    assert tags == {"name": "team/app", "tags": ["1", "latest"]}
+    listed = json.loads(place.ask(daemon, referrers()).body)["manifests"]
+    assert [entry["digest"] for entry in listed] == [SIGNATURE.manifest.digest]
+    for path, code in NOT_CACHED:
+        for method in ("GET", "HEAD"):
+            for ns in ("", "elsewhere.example", "192.0.2.1:5000", "docker.io"):
+                answer = place.ask(daemon, path, method, ns)
+                assert_error(answer, 404, code, method)
+                assert method == "HEAD" or b"air-gapped" in answer.body
+    assert place.ask(daemon, "team/half/manifests/1").body == HALF.manifest.data
+    assert place.called(daemon) == []
+    assert len(place.upstream.requests) == asked
+    assert lines(daemon, "warn", "reached") == []
+
+
+def test_what_was_begun_is_completed_when_the_gap_is_closed(place: Place) -> None:
+    """The wish of the time before is kept."""
+    daemon = place.start("--air-gapped")
+    assert place.ask(daemon, f"team/half/blobs/{HALF.layers[0].digest}").status == 404
+    daemon.terminate()
+    assert list(daemon.image_path.glob("pulls/*/*.wish"))

@@ -1,0 +1,166 @@
+"""An upstream that says nothing: the client has an answer before its patience ends, and loses nothing by that."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+
+from tests.client import Response
+from tests.images import Blob
+from tests.processes import wait_until
+from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, short_body
+from tests.upstream_rules import Cut, Hold, Reply
+
+SIZE = 200_000
+PROMISED = 9.0, 20.0
+"""Between these seconds a client is promised a blob of which a manifest has told the size."""
+ANSWERED = 20.0, 28.0
+"""Between these it is answered else, if the upstream still says nothing. containerd gives up after 30."""
+QUICK = 2.0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An answer of which the headers are here, and after how many seconds they were."""
+
+    answer: http.client.HTTPResponse
+    seconds: float
+
+
+class Silence:
+    """Requests that were all made at once to an upstream that says nothing; each has an image of its own."""
+
+    def __init__(self, cache: Cache, stack: ExitStack) -> None:
+        self.cache = cache
+        self._stack = stack
+        self._clients = stack.enter_context(ThreadPoolExecutor(10))
+        self.holds = {name: Hold(None) for name in ("known", "part", "gone", "cut", "unknown", "manifest")}
+        for hold in self.holds.values():
+            # Before the clients are waited for.
+            stack.callback(hold.release.set)
+        self.images = {name: plain_image(f"silent/{name}", SIZE) for name in self.holds}
+        for name, image in self.images.items():
+            cache.upstream.add(name, image, "1")
+            if name not in ("unknown", "manifest"):
+                assert cache.ask(f"{name}/manifests/1").status == 200
+        cache.upstream.script("/v2/gone/blobs/*", Reply(404))
+        for name, hold in self.holds.items():
+            cache.upstream.script(f"/v2/{name}/*", hold)
+        # After it was held.
+        cache.upstream.script("/v2/cut/blobs/*", Cut(None), times=1)
+        self._began = time.monotonic()
+        part = {"Range": f"bytes={SIZE // 2}-"}
+        self.begun = {
+            name: self._clients.submit(self._begin, name, part if name == "part" else {})
+            for name in ("known", "part", "gone", "cut")
+        }
+        self.answered = {
+            "unknown": self._clients.submit(self._answer, f"unknown/blobs/{self.layer('unknown').digest}"),
+            "manifest": self._clients.submit(self._answer, "manifest/manifests/1"),
+        }
+        for hold in self.holds.values():
+            assert hold.reached.wait(SOON)
+
+    def layer(self, name: str) -> Blob:
+        """What is asked for."""
+        return self.images[name].layers[0]
+
+    def path(self, name: str) -> str:
+        """Where it is."""
+        return f"{name}/blobs/{self.layer(name).digest}"
+
+    def _begin(self, name: str, headers: dict[str, str]) -> Begun:
+        answer = self._stack.enter_context(self.cache.opened(self.path(name), headers))
+        return Begun(answer, time.monotonic() - self._began)
+
+    def _answer(self, path: str) -> tuple[Response, float]:
+        answer = self.cache.ask(path)
+        return answer, time.monotonic() - self._began
+
+    def promised(self, name: str) -> http.client.HTTPResponse:
+        """The answer, which has come in time, with headers as if all were well; then the upstream may speak."""
+        begun = self.begun[name].result()
+        assert PROMISED[0] < begun.seconds < PROMISED[1]
+        assert not self.holds[name].release.is_set()
+        assert begun.answer.headers["Docker-Content-Digest"] == self.layer(name).digest
+        self.holds[name].release.set()
+        return begun.answer
+
+
+@pytest.fixture(scope="module")
+def silence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silence]:
+    """For all tests, so that they wait together."""
+    with cache_in(tmp_path_factory.mktemp("cache")) as cache, ExitStack() as stack:
+        yield Silence(cache, stack)
+
+
+def whole(silence: Silence, name: str, requests: int) -> None:
+    """The blob is in the store, at the price of so many requests."""
+    silence.cache.wait_stored(silence.layer(name).digest)
+    assert silence.cache.ask(silence.path(name)).body == silence.layer(name).data
+    assert silence.cache.sent(silence.path(name)) == requests
+
+
+def test_a_blob_whose_size_a_manifest_tells_is_promised(silence: Silence) -> None:
+    """200 with its exact length after about 10 s, and the bytes when they come."""
+    answer = silence.promised("known")
+    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+    assert answer.read() == silence.layer("known").data
+    whole(silence, "known", 1)
+
+
+def test_so_is_a_part_of_it(silence: Silence) -> None:
+    answer = silence.promised("part")
+    assert (answer.status, answer.headers["Content-Length"]) == (206, str(SIZE // 2))
+    assert answer.headers["Content-Range"] == f"bytes {SIZE // 2}-{SIZE - 1}/{SIZE}"
+    assert answer.read() == silence.layer("part").data[SIZE // 2 :]
+    whole(silence, "part", 1)
+
+
+def test_an_upstream_that_fails_then_is_asked_again(silence: Silence) -> None:
+    """The client has been promised bytes, and gets them."""
+    answer = silence.promised("cut")
+    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+    assert answer.read() == silence.layer("cut").data
+    whole(silence, "cut", 2)
+
+
+def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
+    """The answer ends short, and whoever asks again is told at once why, without asking the upstream again."""
+    cache, since = silence.cache, silence.cache.log_size
+    answer = silence.promised("gone")
+    assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
+    assert short_body(answer) == b""
+    path = silence.path("gone")
+    # The line is written when the answer has ended.
+    wait_until(lambda: [line for line in cache.errors(since) if path in line], SOON, "a line tells why")
+    asked = len(cache.upstream.requests)
+    began = time.monotonic()
+    assert_error(cache.ask(path), 404, "BLOB_UNKNOWN")
+    assert time.monotonic() - began < QUICK
+    assert len(cache.upstream.requests) == asked
+
+
+def in_time(asked: Future[tuple[Response, float]]) -> None:
+    """The answer is that there is none yet, before the client gives up."""
+    answer, seconds = asked.result()
+    assert_error(answer, 503, "UNAVAILABLE")
+    assert ANSWERED[0] < seconds < ANSWERED[1]
+
+
+@pytest.mark.parametrize("name", ["unknown", "manifest"])
+def test_what_nothing_is_known_of_is_answered_by_503(silence: Silence, name: str) -> None:
+    """The fetch goes on meanwhile: when the client comes again it is here, and the upstream was asked once."""
+    in_time(silence.answered[name])
+    path = silence.path(name) if name == "unknown" else "manifest/manifests/1"
+    data = silence.layer(name).data if name == "unknown" else silence.images[name].manifest.data
+    silence.holds[name].release.set()
+    again = silence.cache.ask(path)
+    assert (again.status, again.body) == (200, data)
+    assert silence.cache.sent(path) == 1

@@ -1,0 +1,192 @@
+"""An upstream that cannot be reached is left alone but for a probe now and then, and nobody waits for it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.client import Response
+from tests.images import MIB, Image
+from tests.processes import wait_until
+from tests.real.completing import lines
+from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, pull
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Cut, Hold, Reply
+
+QUICK = 2.0
+"""Seconds: a daemon that asks nobody answers within 100 ms, and this machine may be busy."""
+LONGEST = 30.0
+"""Seconds from one probe to the next."""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    """A daemon of the test's own: its link to the upstream goes down."""
+    with cache_in(tmp_path) as cache:
+        yield cache
+
+
+@pytest.fixture
+def image(cache: Cache) -> Image:
+    """An image that the daemon has."""
+    image = plain_image("link", 5000)
+    cache.upstream.add("team/app", image, "1")
+    pull(cache, "team/app", image)
+    return image
+
+
+class Nobody:
+    """Listens on a port, answers nothing, and counts who connects."""
+
+    def __init__(self, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
+        self._listener.setblocking(False)
+        self._accepted: list[socket.socket] = []
+
+    @property
+    def connections(self) -> int:
+        """How many there were so far."""
+        with suppress(BlockingIOError):
+            while True:
+                self._accepted.append(self._listener.accept()[0])
+        return len(self._accepted)
+
+    def close(self) -> None:
+        """Refuse from now on; who waits for an answer gets none."""
+        self._listener.close()
+        for connection in self._accepted:
+            connection.close()
+
+
+def miss(cache: Cache, tag: str = "absent") -> Response:
+    """The quick answer to a request for what the daemon does not have, while the link is down."""
+    began = time.monotonic()
+    answer = cache.ask(f"team/app/manifests/{tag}")
+    assert time.monotonic() - began < QUICK
+    assert_error(answer, 503, "UNAVAILABLE")
+    return answer
+
+
+def lose(cache: Cache, distance: int = 1) -> None:
+    """The upstream refuses, and the daemon knows; the next probe may be `distance` seconds off."""
+    cache.upstream.close()
+
+    def known() -> bool:
+        answer = miss(cache)
+        # Not that of a probe.
+        return b"a moment ago" in answer.body and int(answer.headers["Retry-After"]) >= distance
+
+    wait_until(known, LONGEST, f"{distance} s until the next probe")
+
+
+def changes(cache: Cache) -> list[str]:
+    """What the log tells of links."""
+    return lines(cache.daemon, "warn", " reached")
+
+
+def test_a_refused_link(cache: Cache, image: Image) -> None:
+    """Hits are as ever, misses are answered at once, and in between only probes are sent."""
+    lose(cache, 4)
+    nobody = Nobody(cache.upstream.port)
+    try:
+        with ThreadPoolExecutor(20) as clients:
+            answers = list(clients.map(lambda number: miss(cache, f"absent{number}"), range(40)))
+            assert nobody.connections == 0
+            assert all(1 <= int(answer.headers["Retry-After"]) <= LONGEST for answer in answers)
+            assert all(b"a moment ago" in answer.body for answer in answers)
+            pull(cache, "team/app", image)
+            assert nobody.connections == 0
+
+            # The probe is one of many that come at once; the others do not wait for what it finds.
+            asked = [clients.submit(cache.ask, "team/app/manifests/probe")]
+            while not nobody.connections:
+                done = [one for one in asked if one.done()]
+                assert all(one.result().status == 503 for one in done)
+                asked = [one for one in asked if one not in done] or [
+                    clients.submit(cache.ask, "team/app/manifests/probe")
+                ]
+                time.sleep(0.05)
+            list(clients.map(lambda number: miss(cache, f"absent{number}"), range(20)))
+            assert nobody.connections == 1
+            nobody.close()
+            assert asked[0].result(SOON).status == 503
+    finally:
+        nobody.close()
+    cache.upstream.open()
+    wait_until(lambda: cache.ask("team/app/tags/list").body.count(b'"1"'), LONGEST, "the upstream is asked again")
+    fresh = plain_image("fresh", 1000)
+    cache.upstream.add("team/app", fresh, "2")
+    assert cache.ask("team/app/manifests/2").body == fresh.manifest.data
+    down, up = changes(cache)
+    assert f"{cache.upstream.host} cannot be reached: the connection was refused" in down
+    assert f"{cache.upstream.host} can be reached again" in up
+
+
+def test_a_request_succeeds_when_the_probe_is_due(cache: Cache, image: Image) -> None:
+    """Which is what `Retry-After` says."""
+    lose(cache, 2)
+    fresh = plain_image("fresh", 1000)
+    cache.upstream.add("team/app", fresh, "2")
+    answer = miss(cache, "2")
+    cache.upstream.open()
+    time.sleep(int(answer.headers["Retry-After"]))
+    assert cache.ask("team/app/manifests/2").body == fresh.manifest.data
+    # From then on everybody is let through.
+    assert_error(cache.ask("team/app/manifests/absent"), 404, "MANIFEST_UNKNOWN")
+    assert len(changes(cache)) == 2
+
+
+@pytest.mark.parametrize("status", [500, 503, 404, 401])
+def test_an_answer_is_an_answer(cache: Cache, status: int) -> None:
+    """Whatever it says, the host can be reached: it is asked again."""
+    cache.upstream.script("*", Reply(status, b"", (("Retry-After", "0"),)))
+    for number in range(1, 4):
+        assert cache.ask("team/app/manifests/1").status == (503 if status >= 500 else 404)
+        assert cache.upstream.count("GET", "/v2/team/app/manifests/1") == number
+    assert changes(cache) == []
+
+
+def test_a_connection_that_breaks_is_no_link_that_is_down(cache: Cache) -> None:
+    """An upstream that closes or resets a connection before its answer can be reached, or another request knows."""
+    for reset in (False, True):
+        with cache.scripted("*", Cut(None, reset=reset)):
+            assert_error(cache.ask("team/app/manifests/1"), 503, "UNAVAILABLE")
+    image = plain_image("cut", 1000)
+    cache.upstream.add("team/app", image, "1")
+    assert cache.ask("team/app/manifests/1").body == image.manifest.data
+    assert changes(cache) == []
+
+
+def test_one_dead_upstream_does_not_concern_another(tmp_path: Path) -> None:
+    image = plain_image("another", 5000)
+    with ScriptedRegistry() as other, cache_in(tmp_path, other) as cache:
+        other.add("team/app", image, "1")
+        lose(cache)
+        pull(Cache(cache.daemon, other), "team/app", image)
+        miss(cache)
+        assert [cache.upstream.host in line for line in changes(cache)] == [True]
+
+
+def test_a_download_that_somebody_waits_for_goes_on(cache: Cache) -> None:
+    """It is tried every 5 s at most, however far apart the probes are, and takes the others with it."""
+    image = plain_image("waiting", 2 * MIB)
+    (layer,) = image.layers
+    cache.upstream.add("team/app", image, "1")
+    with cache.scripted(f"*/{layer.digest}", Hold(MIB)):
+        stack = ExitStack()
+        answer = stack.enter_context(cache.opened(f"team/app/blobs/{layer.digest}"))
+        assert answer.read(MIB // 2) == layer.data[: MIB // 2]
+        lose(cache, 8)
+    with stack:
+        cache.upstream.open()
+        began = time.monotonic()
+        assert answer.read() == layer.data[MIB // 2 :]
+        assert time.monotonic() - began < 5 + SOON / 2
+    assert_error(cache.ask("team/app/manifests/absent"), 404, "MANIFEST_UNKNOWN")
+    assert cache.upstream.bytes_sent(layer.digest) <= len(layer.data) * 1.02

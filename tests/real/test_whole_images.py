@@ -1,0 +1,248 @@
+"""After one pull the cache holds the whole image, whatever the client had already; and not more than that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
+from tests.peers import Containerd, DockerRegistry, hosts_dir
+from tests.processes import Daemon, wait_until
+from tests.real.completing import completing_in, incomplete, lines, wait_complete, wish_file
+from tests.real.scripted import (
+    SOON,
+    Cache,
+    blob_paths,
+    look_twice,
+    manifest_of,
+    plain_image,
+)
+from tests.upstream_rules import Drip, Hold, Reply
+
+STANDS = 5.0
+"""Seconds after which a download stands still that is told to: what is in the kernel's hands has come."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
+    """A daemon and its scripted upstream for most tests; each takes a `repository` of its own."""
+    with completing_in(tmp_path_factory.mktemp("cache")) as cache:
+        yield cache
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path) -> Iterator[Cache]:
+    """A daemon of the test's own, which looks at everything that it does."""
+    with completing_in(tmp_path) as cache:
+        yield cache
+
+
+def asked_for(cache: Cache, repository: str, what: Image | Index) -> int:
+    """How many requests for its blobs the upstream got."""
+    return sum(cache.sent(path) for path in blob_paths(repository, what))
+
+
+def completed_another(cache: Cache, repository: str) -> None:
+    """Let the daemon complete one more image: whatever it wanted before, it has begun with by then."""
+    another = plain_image(f"{repository}, after it", 100)
+    cache.upstream.add(f"{repository}/after", another, "1")
+    assert cache.ask(f"{repository}/after/manifests/1").status == 200
+    wait_complete(cache.daemon, another.blobs)
+
+
+def test_what_containerd_has_already_comes_too(
+    registry: DockerRegistry, start_daemon: Callable[..., Daemon], containerd: Containerd, tmp_path: Path
+) -> None:
+    """It has two of five layers, and asks for three; one that has none gets all five with the registry gone."""
+    base = make_image("whole/base", layers=2)
+    image = make_image("whole", layers=3, base=base)
+    registry.push("team/base", base, "1")
+    registry.push("team/whole", image, "1")
+    assert containerd.pull(f"{registry.host}/team/base:1").returncode == 0
+    daemon = start_daemon({registry.host: "http"})
+    hosts = hosts_dir(tmp_path / "certs.d", daemon.url, "_default")
+    ref = f"{registry.host}/team/whole:1"
+    done = containerd.pull(ref, hosts)
+    assert done.returncode == 0, f"{done.stderr}\n{daemon.log}"
+    asked = [layer for layer in image.layers if f"GET /v2/team/whole/blobs/{layer.digest}" in daemon.log]
+    assert asked == list(image.layers[2:]), "containerd had none of its layers"
+    wait_complete(daemon, image.blobs)
+
+    registry.kill()
+    containerd.wipe()
+    done = containerd.pull(ref, hosts)
+    assert done.returncode == 0, f"{done.stderr}\n{daemon.log}"
+    assert containerd.unpacked(ref)
+    assert {blob.digest for blob in image.blobs} <= containerd.content
+
+
+def test_two_requests_bring_the_image_of_a_platform(cache: Cache, repository: str, index: Index) -> None:
+    """The list and one of its manifests: the blobs of that one, the smallest first, and each once."""
+    wanted, other = index.images
+    assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
+    path = f"{repository}/manifests/{wanted.manifest.digest}"
+    assert cache.ask(path).body == wanted.manifest.data
+    wait_complete(cache.daemon, wanted.blobs)
+    assert asked_for(cache, repository, other) == 0
+    gets = [request.path for request in cache.upstream.requests if f"/v2/{repository}/blobs/" in request.path]
+    by_size = sorted(wanted.blobs, key=lambda blob: len(blob.data))
+    assert len(gets) == len(by_size)
+    assert gets[0].endswith(by_size[0].digest)
+    # Nobody asks for the image again once it is whole.
+    assert cache.ask(path).body == wanted.manifest.data
+    completed_another(cache, repository)
+    assert asked_for(cache, repository, index) == len(by_size)
+
+
+def test_neither_a_list_nor_a_head_brings_a_blob(cache: Cache, repository: str, image: Image, index: Index) -> None:
+    assert cache.ask(f"{repository}/manifests/list").status == 200
+    assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
+    assert cache.ask(f"{repository}/manifests/{index.images[0].manifest.digest}", "HEAD").status == 200
+    completed_another(cache, repository)
+    assert asked_for(cache, repository, image) + asked_for(cache, repository, index) == 0
+
+
+def test_a_hit_completes_an_image_too(cache: Cache, repository: str, image: Image) -> None:
+    """One that only a HEAD had brought, or that lost a blob."""
+    assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
+    assert cache.ask(f"{repository}/manifests/1").status == 200
+    wait_complete(cache.daemon, image.blobs)
+    assert cache.sent(f"{repository}/manifests/1") == 1
+
+
+def test_blobs_with_urls_of_their_own_are_not_fetched(cache: Cache, repository: str) -> None:
+    """Clients fetch them from there."""
+    plain = plain_image(repository, 3000)
+    data = b"a layer that must not be distributed"
+    foreign = Blob(digest_of(data), data, OCI_LAYER)
+    entries = [
+        {"mediaType": blob.media_type, "digest": blob.digest, "size": len(blob.data)}
+        for blob in (*plain.blobs, foreign)
+    ]
+    entries[-1]["urls"] = ["https://example.com/layer"]
+    body = {"schemaVersion": 2, "mediaType": plain.manifest.media_type, "config": entries[0], "layers": entries[1:]}
+    image = Image(manifest_of(body), (*plain.blobs, foreign), "")
+    cache.upstream.add(repository, image, "1")
+    assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
+    wait_complete(cache.daemon, plain.blobs)
+    assert cache.sent(f"{repository}/blobs/{foreign.digest}") == 0
+
+
+def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
+    image = plain_image("incomplete", 5000)
+    with completing_in(tmp_path, "--no-complete-images") as cache:
+        cache.upstream.add("team/app", image, "1")
+        assert cache.ask("team/app/manifests/1").status == 200
+        assert cache.ask(f"team/app/blobs/{image.layers[0].digest}").body == image.layers[0].data
+        cache.wait_stored(image.layers[0].digest)
+        look_twice(cache)
+        assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
+        assert not wish_file(cache.daemon, image.manifest).exists()
+        assert incomplete(cache.daemon) == (0, 0)
+    assert lines(cache.daemon, "info", "completing") == []
+
+
+def test_an_upstream_that_lacks_a_blob(cache: Cache, repository: str, image: Image) -> None:
+    """The image is given up with one warning, and the upstream is not asked again and again."""
+    since = cache.log_size
+    cache.upstream.script(f"*/{image.config.digest}", Reply(404))
+    assert cache.ask(f"{repository}/manifests/1").status == 200
+    wait_until(lambda: lines(cache.daemon, "warn", "stays incomplete", since=since), SOON, "a warning")
+    wait_complete(cache.daemon, [])
+    completed_another(cache, repository)
+    (warning,) = lines(cache.daemon, "warn", since=since)
+    assert f"{cache.upstream.host}/{repository}@{image.manifest.digest}" in warning
+    assert image.config.digest in warning
+    assert cache.sent(f"{repository}/blobs/{image.config.digest}") == 1
+
+
+def test_clients_go_first(own_cache: Cache) -> None:
+    """While the blob that a client waits for comes, the one that nobody has asked for stands still."""
+    cache = own_cache
+    image, wanted = plain_image("behind", 64 * MIB), plain_image("before", 4 * MIB)
+    layer, blob = image.layers[0], wanted.layers[0]
+    cache.upstream.add("team/behind", image, "1")
+    cache.upstream.add("team/before", wanted, "1")
+    partial = cache.daemon.image_path / "pulls" / "0" / layer.digest.partition(":")[2]
+
+    def here() -> int:
+        return partial.stat().st_size if partial.exists() else 0
+
+    hold = Hold(3 * MIB)
+    slowly = cache.scripted(f"*/{layer.digest}", Drip(16 * MIB))
+    with slowly, cache.scripted(f"*/{blob.digest}", hold):
+        assert cache.ask("team/behind/manifests/1").status == 200
+        wait_until(lambda: here() > MIB, SOON, "it flows")
+        with cache.opened(f"team/before/blobs/{blob.digest}") as answer:
+            assert answer.read(MIB) == blob.data[:MIB]
+            sent = standing(lambda: cache.upstream.bytes_sent(layer.digest))
+            assert here() < sent < len(layer.data) * 3 // 4
+            assert standing(here) < len(layer.data) // 2
+            hold.release.set()
+            assert answer.read() == blob.data[MIB:]
+        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > sent, SOON, "it goes on")
+        wait_complete(cache.daemon, image.blobs)
+    assert cache.upstream.bytes_sent(layer.digest) == len(layer.data)
+
+
+def standing(count: Callable[[], int]) -> int:
+    """What `count` gives, as soon as it has been the same for a second."""
+    counts: list[int] = []
+
+    def stands() -> bool:
+        counts.append(count())
+        return len(counts) > 50 and len(set(counts[-50:])) == 1
+
+    wait_until(stands, STANDS, "no byte more")
+    return counts[-1]
+
+
+def test_a_client_brings_forward_what_comes_in_the_background(own_cache: Cache) -> None:
+    """It does not wait behind another client for the blob that nobody wanted a moment ago."""
+    cache = own_cache
+    image, wanted = plain_image("joined", 32 * MIB), plain_image("beside", 4 * MIB)
+    layer, blob = image.layers[0], wanted.layers[0]
+    cache.upstream.add("team/joined", image, "1")
+    cache.upstream.add("team/beside", wanted, "1")
+    hold = Hold(3 * MIB)
+    with cache.scripted(f"*/{layer.digest}", Drip(16 * MIB)), cache.scripted(f"*/{blob.digest}", hold):
+        assert cache.ask("team/joined/manifests/1").status == 200
+        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > MIB, SOON, "it flows")
+        with cache.opened(f"team/beside/blobs/{blob.digest}") as answer:
+            assert answer.read(MIB) == blob.data[:MIB]
+            assert cache.ask(f"team/joined/blobs/{layer.digest}").body == layer.data
+            hold.release.set()
+            assert answer.read() == blob.data[MIB:]
+    wait_complete(cache.daemon, image.blobs)
+
+
+def test_one_image_does_not_wait_for_another_to_be_retried(own_cache: Cache) -> None:
+    """What is wished for while another image is being completed comes right after it."""
+    cache = own_cache
+    first, second = plain_image("first", 5000), plain_image("second", 5000)
+    cache.upstream.add("team/first", first, "1")
+    cache.upstream.add("team/second", second, "1")
+    hold = Hold(100)
+    with cache.scripted(f"*/{first.layers[0].digest}", hold):
+        assert cache.ask("team/first/manifests/1").status == 200
+        assert hold.reached.wait(SOON)
+        assert cache.ask("team/second/manifests/1").status == 200
+        assert incomplete(cache.daemon)[0] == 2
+    wait_complete(cache.daemon, (*first.blobs, *second.blobs))
+
+
+def test_clients_go_first_for_the_only_connection(tmp_path: Path) -> None:
+    """With as few connections as a thin link may be given, the one that is used in the background is theirs."""
+    image, wanted = plain_image("slow", 10 * MIB), plain_image("wanted", 500_000)
+    with completing_in(tmp_path, "--max-connections", "1") as cache:
+        cache.upstream.add("team/slow", image, "1")
+        cache.upstream.add("team/wanted", wanted, "1")
+        layer, blob = image.layers[0], wanted.layers[0]
+        with cache.scripted(f"*/{layer.digest}", Drip(MIB)):
+            assert cache.ask("team/slow/manifests/1").status == 200
+            wait_until(lambda: cache.upstream.bytes_sent(layer.digest), SOON, "it flows")
+            with cache.opened(f"team/wanted/blobs/{blob.digest}") as answer:
+                assert answer.read() == blob.data
+            assert cache.upstream.bytes_sent(layer.digest) < len(layer.data) // 2

@@ -1,0 +1,78 @@
+"""Whole images where there are several upstreams, or several daemons."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tests.images import MIB, Image, make_image
+from tests.processes import Daemon, free_port, wait_until
+from tests.real.completing import wait_complete
+from tests.real.scripted import SOON, Cache, blob_file, plain_image
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+AT_ONCE = 5.0
+"""Seconds: less than the 8 for which a mirror is waited for."""
+
+
+def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+    """What broke off there is taken up in time; meanwhile the images of others are completed."""
+    dead, image = plain_image("dead", MIB), plain_image("alive", 5000)
+    (layer,) = dead.layers
+    upstream.add("team/app", dead, "1")
+    with ScriptedRegistry() as other, Daemon(tmp_path, {upstream.host: "http", other.host: "http"}) as daemon:
+        other.add("team/app", image, "1")
+        cache = Cache(daemon, upstream)
+        hold = Hold(MIB // 2)
+        with cache.scripted(f"*/{layer.digest}", hold):
+            assert cache.ask("team/app/manifests/1").status == 200
+            assert hold.reached.wait(SOON)
+            upstream.close()
+        wait_until(lambda: "broke off" in daemon.log, SOON, "the upstream is gone")
+        assert Cache(daemon, other).ask("team/app/manifests/1").status == 200
+        stored = [blob_file(daemon, blob.digest) for blob in image.blobs]
+        wait_until(lambda: all(path.exists() for path in stored), SOON, "the image of the other")
+
+
+def test_daemons_in_a_chain_complete_the_image_once(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+    """The one at the edge asks for all, so the one behind it has all; the upstream sees one request for each."""
+    image = make_image("chain of whole images", layers=3)
+    upstream.add("team/app", image, "1")
+    with (
+        Daemon(tmp_path, {upstream.host: "http"}, image_path=tmp_path / "region") as region,
+        Daemon(tmp_path, mirrored(upstream, region.url), image_path=tmp_path / "edge") as edge,
+    ):
+        assert Cache(edge, upstream).ask("team/app/manifests/1").status == 200
+        wait_complete(edge, image.blobs)
+        wait_complete(region, image.blobs)
+    asked_once(upstream, image)
+
+
+def test_two_that_mirror_each_other_complete_the_image(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+    """The one that a client asked asks the other, which has nothing: neither waits for the other."""
+    image = make_image("a pair and a whole image", layers=3)
+    upstream.add("team/app", image, "1")
+    ports = [free_port(), free_port()]
+    here, there = (
+        Daemon(tmp_path, mirrored(upstream, f"http://127.0.0.1:{other}"), image_path=tmp_path / str(port), port=port)
+        for port, other in zip(ports, reversed(ports), strict=True)
+    )
+    with here, there:
+        began = time.monotonic()
+        assert Cache(here, upstream).ask("team/app/manifests/1").status == 200
+        wait_complete(here, image.blobs, SOON * 2)
+        assert time.monotonic() - began < AT_ONCE
+        wait_complete(there, image.blobs, SOON * 2)
+    asked_once(upstream, image)
+
+
+def mirrored(upstream: ScriptedRegistry, mirror: str) -> dict[str, dict[str, object]]:
+    """The upstream with a mirror."""
+    return {upstream.host: {"scheme": "http", "mirrors": [mirror]}}
+
+
+def asked_once(upstream: ScriptedRegistry, image: Image) -> None:
+    """For the manifest and for each blob."""
+    asked = [request.path.rpartition("/")[2] for request in upstream.requests]
+    assert sorted(asked) == sorted(["1", *(blob.digest for blob in image.blobs)])

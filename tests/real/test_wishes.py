@@ -1,0 +1,143 @@
+"""The wish for a whole image is a file: it outlives the process and the link, but not the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import Image
+from tests.processes import wait_until
+from tests.real.completing import completing_in, incomplete, lines, wait_complete, wish_file
+from tests.real.scripted import SOON, Cache, look_twice, plain_image, record
+from tests.upstream_rules import Hold, Reply
+
+LAYER = 300_000
+BEGUN = 100_000
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    """A daemon of the test's own, since it is killed."""
+    with completing_in(tmp_path) as cache:
+        yield cache
+
+
+@pytest.fixture
+def image(cache: Cache) -> Image:
+    """An image at the upstream."""
+    image = plain_image("wish", LAYER)
+    cache.upstream.add("team/wish", image, "1")
+    return image
+
+
+def begin(cache: Cache, image: Image, hold: Hold) -> None:
+    """Pull the manifest alone; return when a part of the layer is here, of its own accord."""
+    assert cache.ask("team/wish/manifests/1").body == image.manifest.data
+    assert hold.reached.wait(SOON)
+    partial = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
+    wait_until(lambda: partial.exists() and partial.stat().st_size >= BEGUN, SOON, "a part of the layer")
+
+
+def complete_another(cache: Cache, name: str) -> Image:
+    """A pull of another image, which makes the daemon look at all that it has not completed."""
+    another = plain_image(name, 100)
+    cache.upstream.add(f"team/{name}", another, "1")
+    assert cache.ask(f"team/{name}/manifests/1").status == 200
+    return another
+
+
+@pytest.mark.parametrize("number", [0, 7], ids=["its_own", "of_another_process"])
+def test_it_outlives_the_process(cache: Cache, image: Image, number: int) -> None:
+    """`kill -9` in the middle: the next process completes the image without a client, and no byte comes twice."""
+    (layer,) = image.layers
+    hold = Hold(BEGUN)
+    with cache.scripted(f"*/{layer.digest}", hold):
+        begin(cache, image, hold)
+        cache.daemon.kill()
+        cache.upstream.disconnect()
+    assert wish_file(cache.daemon, image.manifest).is_file()
+    if number:
+        pulls = cache.daemon.image_path / "pulls"
+        (pulls / "0").rename(pulls / str(number))
+        assert wish_file(cache.daemon, image.manifest, number).is_file()
+    cache.daemon.start()
+    wait_complete(cache.daemon, image.blobs)
+    assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * LAYER
+    assert cache.upstream.count("GET", "/v2/team/wish/manifests/") == 1
+    wait_until(lambda: cache.partials == set(), SOON, "nothing is left")
+
+
+def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> None:
+    size = sum(len(blob.data) for blob in image.blobs)
+    assert incomplete(cache.daemon) == (0, 0)
+    hold = Hold(None)
+    with cache.scripted(f"*/{image.config.digest}", hold):
+        assert cache.ask("team/wish/manifests/1").status == 200
+        assert hold.reached.wait(SOON)
+        assert incomplete(cache.daemon) == (1, size)
+        (line,) = lines(cache.daemon, "info", "completing", image.manifest.digest)
+        assert f"{len(image.blobs)} blobs with {size} bytes" in line
+        # So does the next process, before it has fetched anything.
+        cache.daemon.kill()
+        cache.upstream.disconnect()
+        hold.reached.clear()
+        cache.daemon.start()
+        assert hold.reached.wait(SOON)
+        assert incomplete(cache.daemon) == (1, size)
+    wait_complete(cache.daemon, image.blobs)
+    assert len(lines(cache.daemon, "info", "no blob of", image.manifest.digest)) == 1
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_image_that_is_removed_is_not_completed(cache: Cache, image: Image, restarted: bool) -> None:
+    """Whoever deletes its record does not want it, be the daemon running or not."""
+    with cache.scripted("*/team/wish/blobs/*", Reply(500)):
+        assert cache.ask("team/wish/manifests/1").status == 200
+        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
+        assert incomplete(cache.daemon)[0] == 1
+        if restarted:
+            cache.daemon.kill()
+        record(cache, image.manifest).unlink()
+        if restarted:
+            cache.daemon.start()
+        else:
+            look_twice(cache)
+    another = complete_another(cache, "other")
+    wait_complete(cache.daemon, another.blobs)
+    assert not any(cache.stored(blob.digest) for blob in image.blobs)
+    assert lines(cache.daemon, "error") == []
+
+
+def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> None:
+    """The wish stays, though the upstream had none of the blobs, and the daemon stops meanwhile."""
+    with cache.scripted("*/team/wish/blobs/*", Reply(503)):
+        assert cache.ask("team/wish/manifests/1").status == 200
+        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
+        cache.daemon.terminate()
+        assert wish_file(cache.daemon, image.manifest).is_file()
+    cache.daemon.start()
+    wait_complete(cache.daemon, image.blobs)
+    assert lines(cache.daemon, "warn", "stays incomplete") == []
+
+
+def test_what_is_no_wish_is_thrown_away(cache: Cache, image: Image) -> None:
+    """Damaged ones and those of other names do no harm."""
+    cache.daemon.kill()
+    folder = cache.daemon.image_path / "pulls" / "0"
+    for name in ("0" * 64, "nothing", "../../wish"[6:]):
+        for number, content in enumerate(("", "[]", '{"upstream": "a b", "repository": "../.."}', "{" * 5000)):
+            (folder / f"{name[number:]}.wish").write_text(content)
+    cache.daemon.start()
+    assert cache.ask("team/wish/manifests/1").status == 200
+    wait_complete(cache.daemon, image.blobs)
+
+
+def test_a_client_that_pulls_it_all_leaves_no_wish(cache: Cache, image: Image) -> None:
+    """Both fetch each blob together, once."""
+    assert cache.ask("team/wish/manifests/1").status == 200
+    for blob in image.blobs:
+        assert cache.ask(f"team/wish/blobs/{blob.digest}").body == blob.data
+    wait_complete(cache.daemon, image.blobs)
+    assert [cache.sent(f"team/wish/blobs/{blob.digest}") for blob in image.blobs] == [1, 1]

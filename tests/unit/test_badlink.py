@@ -1,0 +1,162 @@
+"""A bad link is slow and far away as it is told, and otherwise passes everything."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_twisted
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
+
+from tests.badlink import Counts, amount
+from tests.badlink_wire import BUFFER
+from tests.unit.badlink_scene import SMALL, Peer, Scene, advance, pattern, quiet
+from tests.unit.doubles import on_reactor, until
+
+
+@pytest_twisted.async_yield_fixture
+async def scene() -> AsyncIterator[Scene]:
+    """A server, and no link yet."""
+    scene = Scene()
+    yield scene
+    await scene.end()
+
+
+@on_reactor
+async def test_a_good_link_passes_all_both_ways(scene: Scene) -> None:
+    link = scene.link()
+    peer = await scene.client(link, 1_000_000, 0)
+    await until(lambda: peer.ended)
+    assert peer.received == pattern(0, 1_000_000)
+    await until(lambda: link.counts.open == 0)
+    assert link.counts == Counts(up=len("1000000\n0\n"), down=1_000_000, accepted=1, dialled=1)
+    assert (peer.ended, scene.senders[0].ended) == (ConnectionDone, ConnectionDone)
+
+
+@on_reactor
+async def test_the_rate_is_that_of_all_connections_together(scene: Scene) -> None:
+    clock = Clock()
+    link = scene.link(clock, rate=100_000)
+    peers = [await scene.client(link, 200_000) for _ in range(4)]
+    await advance(clock, 2)
+    assert 150_000 <= link.counts.down <= 200_000
+    for peer in peers:
+        assert 30_000 <= len(peer.received) <= 60_000
+    link.change(rate=None)
+    clock.advance(1)
+    await until(lambda: all(len(peer.received) == 200_000 for peer in peers))
+
+
+@on_reactor
+async def test_an_idle_link_saves_nothing_up(scene: Scene) -> None:
+    clock = Clock()
+    link = scene.link(clock, rate=10_000)
+    clock.advance(60)
+    peer = await scene.client(link, 100_000)
+    await advance(clock, 1)
+    assert 5_000 <= len(peer.received) <= 10_200
+
+
+@on_reactor
+async def test_half_of_the_round_trip_is_each_way(scene: Scene) -> None:
+    """A handshake, then the request there, then the answer back."""
+    clock = Clock()
+    link = scene.link(clock, rtt=10)
+    peer = await scene.client(link, 1000)
+    await advance(clock, 4.9, 0.1)
+    assert link.counts.dialled == 0
+    await advance(clock, 9.5, 0.1)
+    assert (link.counts.dialled, link.counts.up) == (1, 0)
+    await advance(clock, 1, 0.1)
+    await until(lambda: scene.senders[0].received)
+    await quiet(peer)
+    await advance(clock, 4, 0.1)
+    assert link.counts.down == 0
+    await advance(clock, 1, 0.1)
+    await until(lambda: len(peer.received) == 1000)
+
+
+@on_reactor
+async def test_a_long_wire_is_filled(scene: Scene) -> None:
+    """More than a buffer is under way where rate and distance are great."""
+    clock = Clock()
+    link = scene.link(clock, rate=1_000_000, rtt=1)
+    peer = await scene.client(link, 5_000_000)
+    await advance(clock, 5)
+    assert 2_000_000 <= len(peer.received) <= 3_100_000
+
+
+@on_reactor
+async def test_little_is_held_for_a_client_that_does_not_read(scene: Scene) -> None:
+    link = scene.link()
+    peer = await scene.client(link, 5_000_000)
+    await until(lambda: peer.received)
+    peer.transport.pauseProducing()
+    seen = -1
+    while scene.senders[0].given != seen:
+        seen = scene.senders[0].given
+        await quiet(peer)
+    # A buffer of ours, and those of the kernel for four sockets.
+    assert seen - len(peer.received) <= BUFFER + 4 * 2 * SMALL + 4 * BUFFER
+    peer.transport.resumeProducing()
+    await until(lambda: len(peer.received) == 5_000_000)
+
+
+@on_reactor
+async def test_one_that_does_not_read_holds_up_nobody(scene: Scene) -> None:
+    link = scene.link(rate=5_000_000)
+    lazy = await scene.client(link, 5_000_000)
+    await until(lambda: lazy.received)
+    lazy.transport.pauseProducing()
+    await quiet(lazy)
+    peer = await scene.client(link, 500_000, 0)
+    await until(lambda: peer.ended)
+    assert peer.received == pattern(0, 500_000)
+    lazy.transport.abortConnection()
+
+
+@on_reactor
+async def test_half_a_connection_may_end(scene: Scene) -> None:
+    link = scene.link()
+    peer = await scene.client(link, 500_000)
+    peer.transport.loseWriteConnection()
+    await until(lambda: len(peer.received) == 500_000)
+
+
+@pytest.mark.parametrize("server", ["is not there", "resets", "is reset"])
+@on_reactor
+async def test_a_reset_gets_to_the_other_end(scene: Scene, server: str) -> None:
+    link = scene.link(rtt=0.01)
+    if server == "is not there":
+        await scene.close()
+    peer = await scene.client(link, 1000)
+    if server != "is not there":
+        await until(lambda: len(peer.received) == 1000)
+        other: Peer = scene.senders[0] if server == "is reset" else peer
+        (peer if server == "is reset" else scene.senders[0]).transport.abortConnection()
+        await until(lambda: other.ended)
+        assert other.ended is ConnectionLost
+    else:
+        await until(lambda: peer.ended)
+        assert (peer.ended, peer.received, link.counts.dialled) == (ConnectionLost, b"", 0)
+    await until(lambda: link.counts.open == 0)
+
+
+@on_reactor
+async def test_a_link_that_is_stopped_leaves_nothing(scene: Scene) -> None:
+    link = scene.link(rate=1000)
+    peers = [await scene.client(link, 100_000) for _ in range(3)]
+    await until(lambda: len(scene.senders) == 3)
+    await link.stop()
+    assert link.counts.open == 0
+    await until(lambda: all(peer.ended for peer in (*peers, *scene.senders)))
+    await link.stop()
+
+
+def test_amounts() -> None:
+    texts = {"10Mbit": 1_250_000, "500 kbit": 62_500, "5MB": 5_000_000, "64KiB": 65_536, "1.5kB": 1500, "7": 7}
+    assert {text: amount(text) for text in texts} == texts
+    for wrong in ("", "Mbit", "10mbit", "10 Mbit/s", "-1", "1e3"):
+        with pytest.raises(ValueError, match="is not an amount"):
+            amount(wrong)

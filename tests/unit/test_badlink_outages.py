@@ -1,0 +1,179 @@
+"""A bad link cuts, falls silent, refuses, and comes and goes as it is told."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_twisted
+from twisted.internet import error
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.task import Clock
+
+from tests.badlink import Counts
+from tests.badlink_wire import BUFFER
+from tests.unit.badlink_scene import Scene, advance, pattern, quiet
+from tests.unit.doubles import on_reactor, until
+
+
+@pytest_twisted.async_yield_fixture
+async def scene() -> AsyncIterator[Scene]:
+    """A server, and no link yet."""
+    scene = Scene()
+    yield scene
+    await scene.end()
+
+
+@pytest.mark.parametrize(("by", "ended"), [("fin", ConnectionDone), ("rst", ConnectionLost)])
+@on_reactor
+async def test_a_connection_is_cut_after_exactly_so_many_bytes(scene: Scene, by: str, ended: type) -> None:
+    link = scene.link(cut_bytes=100_001, cut_by=by)
+    peers = [await scene.client(link, 60_000, 60_000) for _ in range(2)]
+    await until(lambda: link.counts.cut == 2 and link.counts.open == 0)
+    await until(lambda: all(peer.ended for peer in (*peers, *scene.senders)))
+    for peer in peers:
+        assert (peer.ended, peer.received) == (ended, pattern(0, 100_001))
+    assert link.counts.down == 200_002
+
+
+@on_reactor
+async def test_a_connection_may_fall_silent_in_place_of_a_cut(scene: Scene) -> None:
+    link = scene.link(cut_bytes=100_000, cut_by="silence")
+    peer = await scene.client(link, 200_000)
+    await until(lambda: len(peer.received) == 100_000)
+    peer.transport.write(b"5000\n")
+    await quiet(peer)
+    assert (peer.ended, len(peer.received), link.counts.cut) == (None, 100_000, 1)
+    other = await scene.client(link, 1000)
+    await until(lambda: len(other.received) == 1000)
+
+
+@on_reactor
+async def test_a_connection_is_cut_after_a_time(scene: Scene) -> None:
+    clock = Clock()
+    link = scene.link(clock, cut_seconds=30)
+    peer = await scene.client(link, 1000)
+    await until(lambda: len(peer.received) == 1000)
+    clock.advance(29)
+    await quiet(peer)
+    assert peer.ended is None
+    clock.advance(2)
+    await until(lambda: peer.ended and scene.senders[0].ended)
+
+
+@on_reactor
+async def test_a_hole_accepts_and_says_nothing(scene: Scene) -> None:
+    link = scene.link(hole=True)
+    peer = await scene.client(link, 1000)
+    await until(lambda: link.counts.lost)
+    await quiet(peer)
+    assert link.counts == Counts(lost=len("1000\n"), accepted=1, open=1)
+    assert peer.ended is None
+    link.change(hole=False)
+    other = await scene.client(link, 1000)
+    await until(lambda: len(other.received) == 1000)
+    assert peer.received == b""
+
+
+@on_reactor
+async def test_established_connections_fall_silent(scene: Scene) -> None:
+    link = scene.link()
+    peer = await scene.client(link, 1000)
+    await until(lambda: len(peer.received) == 1000)
+    link.silence()
+    peer.transport.write(b"1000\n")
+    scene.senders[0].transport.write(b"hello")
+    await until(lambda: link.counts.lost == len("1000\n" + "hello"))
+    other = await scene.client(link, 1000)
+    await until(lambda: len(other.received) == 1000)
+    assert (peer.ended, len(peer.received)) == (None, 1000)
+    # Not even the end of one is heard of at the other end.
+    peer.transport.loseConnection()
+    await until(lambda: peer.ended)
+    await quiet(peer)
+    assert scene.senders[0].ended is None
+
+
+@on_reactor
+async def test_a_link_refuses_and_listens_again_at_the_same_port(scene: Scene) -> None:
+    link = scene.link()
+    before = await scene.client(link, 1000)
+    await until(lambda: len(before.received) == 1000)
+    await link.change(refuse=True)
+    with pytest.raises(error.ConnectionRefusedError):
+        await scene.client(link)
+    before.transport.write(b"1000\n")
+    await until(lambda: len(before.received) == 2000)
+    await link.change(refuse=False)
+    after = await scene.client(link, 1000)
+    await until(lambda: len(after.received) == 1000)
+
+
+@on_reactor
+async def test_what_an_outage_held_back_goes_on_afterwards(scene: Scene) -> None:
+    link = scene.link()
+    peer, leaving = await scene.client(link, 100_000), await scene.client(link, 100_000)
+    await until(lambda: len(peer.received) == len(leaving.received) == 100_000)
+    link.set_down(True)
+    peer.transport.write(b"100000\n")
+    leaving.transport.loseConnection()
+    during = await scene.client(link, 100_000, 0)
+    await quiet(peer, during)
+    assert (len(peer.received), during.received, peer.ended, during.ended) == (100_000, b"", None, None)
+    assert [sender.ended for sender in scene.senders] == [None, None]
+    link.set_down(False)
+    await until(lambda: during.ended and len(peer.received) == 200_000)
+    assert (during.received, peer.received) == (pattern(0, 100_000), pattern(0, 200_000))
+    await until(lambda: any(sender.ended for sender in scene.senders[:2]))
+
+
+@on_reactor
+async def test_an_outage_in_the_middle_loses_no_byte(scene: Scene) -> None:
+    clock = Clock()
+    link = scene.link(clock, rate=1_000_000, rtt=0.2)
+    peer = await scene.client(link, 1_000_000, 0)
+    await advance(clock, 0.7)
+    link.set_down(True)
+    received = len(peer.received)
+    assert 0 < received < 700_000
+    await advance(clock, 1)
+    await quiet(peer)
+    assert len(peer.received) <= received + BUFFER
+    link.set_down(False)
+    await advance(clock, 2)
+    await until(lambda: peer.ended)
+    assert peer.received == pattern(0, 1_000_000)
+
+
+@on_reactor
+async def test_an_outage_may_cut_what_it_met(scene: Scene) -> None:
+    link = scene.link(outage="cut", cut_by="rst")
+    peer = await scene.client(link, 1000)
+    await until(lambda: len(peer.received) == 1000)
+    link.set_down(True)
+    during = await scene.client(link, 1000)
+    await quiet(peer, during)
+    assert (peer.ended, during.ended, scene.senders[0].ended) == (None, None, None)
+    link.set_down(False)
+    await until(lambda: peer.ended and during.ended and scene.senders[0].ended)
+    assert (peer.ended, during.ended, link.counts.cut) == (ConnectionLost, ConnectionLost, 2)
+    after = await scene.client(link, 1000)
+    await until(lambda: len(after.received) == 1000)
+
+
+@on_reactor
+async def test_a_link_goes_up_and_down_by_a_schedule(scene: Scene) -> None:
+    clock = Clock()
+    link = scene.link(clock, schedule=(20, 10))
+    seen: list[bool] = []
+    for _ in range(70):
+        clock.advance(1)
+        seen.append(link.is_down)
+    assert seen == [second % 30 >= 20 for second in range(1, 71)]
+    link.change(schedule=(3, 1))
+    assert not link.is_down
+    clock.advance(3)
+    assert link.is_down
+    link.change(schedule=None)
+    clock.advance(100)
+    assert not link.is_down

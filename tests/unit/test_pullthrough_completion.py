@@ -1,0 +1,255 @@
+"""Whole images: what nobody asked for is fetched too, in its order, across failures and restarts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import BlobUnknown, Denied, RegistryError, Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest
+from ociregistry.pullthrough.completion import Completion, Incomplete
+from ociregistry.store.store import Store
+from tests.images import make_index
+from tests.unit.completions import (
+    APP,
+    CONFIG,
+    ELSEWHERE,
+    IMAGE,
+    LARGE,
+    NAME,
+    OTHER,
+    SIZES,
+    SMALL,
+    Fetching,
+    pulled,
+    wishes,
+)
+from tests.unit.doubles import manifest, on_reactor, texts, turn, until
+
+
+@pytest.fixture
+def fetching(root: Path) -> Fetching:
+    """What is fetched."""
+    return Fetching(root)
+
+
+@pytest.fixture
+def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
+    """It runs."""
+    completion = Completion(store, fetching, clock)
+    completion.start()
+    yield completion
+    completion.stop()
+
+
+@on_reactor
+async def test_all_that_is_missing_is_fetched_the_small_first(
+    completion: Completion, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
+) -> None:
+    assert completion.incomplete == Incomplete(0, 0)
+    await pulled(completion, store)
+    assert wishes(root) == [IMAGE.digest.hex]
+    total = sum(SIZES[blob] for blob in (CONFIG, LARGE, SMALL))
+    await until(lambda: fetching.asked)
+    for blob in (CONFIG, SMALL, LARGE):
+        assert completion.incomplete == Incomplete(1, total)
+        # One after the other.
+        await turn()
+        assert fetching.digests[-1] == blob
+        await fetching.bring(blob)
+        total -= SIZES[blob]
+    await until(lambda: not wishes(root))
+    assert fetching.asked == [(APP.repository, blob) for blob in (CONFIG, SMALL, LARGE)]
+    assert (completion.incomplete, store.wishes) == (Incomplete(0, 0), {})
+    assert completion._missing == {}
+    await until(lambda: len(texts(events, LogLevel.info)) == 2)
+    assert texts(events, LogLevel.info) == [
+        f"completing {NAME}: 3 blobs with {sum(SIZES[blob] for blob in (CONFIG, SMALL, LARGE))} bytes are missing",
+        f"no blob of {NAME} is to be fetched any more",
+    ]
+
+
+@on_reactor
+async def test_what_is_here_is_left_alone(completion: Completion, store: Store, fetching: Fetching) -> None:
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    assert completion.incomplete == Incomplete(1, SIZES[SMALL])
+    await fetching.bring(SMALL)
+    await until(lambda: not store.wishes)
+    assert fetching.digests == [SMALL]
+
+
+@on_reactor
+async def test_a_half_copied_blob_is_missing(
+    completion: Completion, store: Store, fetching: Fetching, root: Path
+) -> None:
+    for blob in (CONFIG, SMALL, LARGE):
+        fetching.put(blob)
+    (root / "blobs" / LARGE.hex).write_bytes(b"half")
+    await pulled(completion, store)
+    await until(lambda: fetching.digests == [LARGE])
+
+
+@pytest.mark.parametrize("why", ["index", "complete", "no record"])
+@on_reactor
+async def test_of_some_images_nothing_is_missing(
+    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, why: str
+) -> None:
+    if why == "index":
+        await pulled(completion, store, manifest(make_index("some")))
+    elif why == "complete":
+        for blob in (CONFIG, SMALL, LARGE):
+            fetching.put(blob)
+        await pulled(completion, store)
+    else:
+        await completion.wish(IMAGE, APP.repository)
+    clock.advance(30)
+    await turn()
+    assert (wishes(root), store.wishes, fetching.asked) == ([], {}, [])
+    assert completion.incomplete == Incomplete(0, 0)
+
+
+@on_reactor
+async def test_what_clients_fetch_from_elsewhere_does_not_count(
+    completion: Completion, store: Store, fetching: Fetching
+) -> None:
+    document = json.loads(IMAGE.data)
+    document["layers"][0]["urls"] = ["https://foreign.example/layer"]
+    await pulled(completion, store, Manifest.parse(json.dumps(document).encode(), IMAGE.media_type))
+    for blob in (CONFIG, SMALL):
+        await fetching.bring(blob)
+    await until(lambda: not store.wishes)
+    assert fetching.digests == [CONFIG, SMALL]
+
+
+@on_reactor
+async def test_an_image_that_is_pulled_again_is_wished_for_once(
+    completion: Completion, store: Store, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Digest] = []
+    missing = store.missing
+
+    async def look(digest: Digest) -> Mapping[Digest, int] | None:
+        looked.append(digest)
+        return await missing(digest)
+
+    monkeypatch.setattr(store, "missing", look)
+    for _ in range(3):
+        await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    # Once for the wish, once for the work.
+    assert looked == [IMAGE.digest] * 2
+    for blob in (CONFIG, SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: not store.wishes)
+    looked.clear()
+    for _ in range(3):
+        await pulled(completion, store)
+    assert looked == [IMAGE.digest]
+
+
+@on_reactor
+async def test_what_is_removed_later_is_missing_again(
+    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock
+) -> None:
+    for blob in (CONFIG, SMALL, LARGE):
+        fetching.put(blob)
+    await pulled(completion, store)
+    (root / "blobs" / SMALL.hex).unlink()
+    clock.advance(30)
+    await pulled(completion, store)
+    await until(lambda: fetching.digests == [SMALL])
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("reg.example: it answered 404"), Denied("not allowed")])
+@on_reactor
+async def test_what_is_not_to_be_had_is_given_up_with_a_line(
+    completion: Completion,
+    store: Store,
+    fetching: Fetching,
+    root: Path,
+    events: list[LogEvent],
+    error: RegistryError,
+) -> None:
+    await pulled(completion, store)
+    await fetching.refuse(error, 1)
+    for blob in (SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: not wishes(root))
+    assert texts(events, LogLevel.warn) == [f"{NAME} stays incomplete: {error.message}"]
+    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(0, 0))
+
+
+@on_reactor
+async def test_an_upstream_that_is_down_is_asked_again_after_half_a_minute(
+    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, events: list[LogEvent]
+) -> None:
+    await pulled(completion, store)
+    await fetching.bring(CONFIG)
+    await fetching.refuse(Unavailable("down"), 2)
+    missing = Incomplete(1, SIZES[SMALL] + SIZES[LARGE])
+    for count in (3, 4):
+        await turn()
+        clock.advance(29.875)
+        await turn()
+        assert (len(fetching.asked), completion.incomplete) == (count - 1, missing)
+        clock.advance(0.125)
+        await fetching.refuse(Unavailable("down still"), count)
+    assert fetching.digests == [CONFIG, SMALL, SMALL, SMALL]
+    assert wishes(root) == [IMAGE.digest.hex]
+    assert texts(events, LogLevel.warn) == texts(events, LogLevel.error) == []
+
+
+@on_reactor
+async def test_it_keeps_no_other_upstream_waiting(completion: Completion, store: Store, fetching: Fetching) -> None:
+    await pulled(completion, store)
+    await fetching.refuse(Unavailable("down"), 1)
+    await turn()
+    await pulled(completion, store, OTHER, str(ELSEWHERE))
+    # One that is down keeps no other waiting.
+    await until(lambda: len(fetching.asked) == 2)
+    assert fetching.asked[1:] == [(ELSEWHERE.repository, OTHER.blobs[0].digest)]
+    assert completion.incomplete.images == 2
+
+
+@on_reactor
+async def test_what_is_wished_for_meanwhile_is_counted(
+    completion: Completion, store: Store, fetching: Fetching
+) -> None:
+    await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    await pulled(completion, store, OTHER, str(ELSEWHERE))
+    assert completion.incomplete == Incomplete(2, sum(SIZES.values()))
+
+
+@on_reactor
+async def test_one_that_is_wished_for_meanwhile_does_not_wait_for_one_that_is_down(
+    completion: Completion, store: Store, fetching: Fetching
+) -> None:
+    await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    await pulled(completion, store, OTHER, "reg.example/next:1")
+    for count in (1, 2):
+        await fetching.refuse(Unavailable("down"), count)
+    await until(lambda: OTHER.blobs[0].digest in fetching.digests)
+
+
+@on_reactor
+async def test_there_may_be_a_next_one_when_all_is_done(
+    completion: Completion, store: Store, fetching: Fetching
+) -> None:
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    await pulled(completion, store)
+    await fetching.bring(SMALL)
+    await until(lambda: not completion._work)
+    await pulled(completion, store, OTHER, "reg.example/next:1")
+    await until(lambda: len(fetching.asked) == 2)

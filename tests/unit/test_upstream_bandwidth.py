@@ -1,0 +1,242 @@
+"""The budget of all upstreams: what it lets through in any ten seconds, who waits for it, and when another holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import time
+
+import pytest
+from twisted.internet.task import Clock
+
+from ociregistry.config.bandwidth import Window
+from ociregistry.upstream import bandwidth as module
+from ociregistry.upstream.bandwidth import Bandwidth, Share
+
+KIB = 1024
+MIB = 1024 * KIB
+DAY = Window(time(8), time(18), 1000.0)
+NIGHT = Window(time(22), time(6), 2000.0)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets have no headers, so that figures are round."""
+    monkeypatch.setattr(module, "_OF_A_PACKET", 1.0)
+
+
+def at(hour: int, minute: int = 0, second: int = 0) -> Callable[[], time]:
+    """It is that time."""
+    return lambda: time(hour, minute, second)
+
+
+@pytest.mark.parametrize(
+    ("now", "rate"),
+    [
+        (at(7, 59, 59), 50.0),
+        (at(8), 1000.0),
+        (at(17, 59, 59), 1000.0),
+        (at(18), 50.0),
+        (at(21, 59, 59), 50.0),
+        (at(22), 2000.0),
+        (at(0), 2000.0),
+        (at(5, 59, 59), 2000.0),
+        (at(6), 50.0),
+    ],
+)
+def test_the_time_of_the_day_tells_the_rate(clock: Clock, now: Callable[[], time], rate: float) -> None:
+    assert Bandwidth(50.0, (DAY, NIGHT), clock, now).rate == rate
+    assert Bandwidth(None, (DAY, NIGHT), clock, now).rate == (None if rate == 50.0 else rate)
+
+
+def test_the_first_window_that_holds_is_the_one(clock: Clock) -> None:
+    always = Window(time(0), time(0), 3000.0)
+    assert Bandwidth(None, (DAY, always), clock, at(12)).rate == 1000.0
+    assert Bandwidth(None, (always, DAY), clock, at(12)).rate == 3000.0
+    assert Bandwidth(None, (DAY, always), clock, at(20)).rate == 3000.0
+
+
+def test_the_time_is_that_of_this_place(clock: Clock) -> None:
+    assert Bandwidth(None, (Window(time(0), time(0), 5.0),), clock).rate == 5.0
+    assert Bandwidth(7.0, (), clock).rate == 7.0
+
+
+@pytest.mark.parametrize("windows", [(), (DAY,)])
+def test_without_a_limit_nobody_waits(clock: Clock, windows: tuple[Window, ...]) -> None:
+    bandwidth = Bandwidth(None, windows, clock, at(20))
+    assert [bandwidth.draw(100 * MIB) for _ in range(100)] == [0.0] * 100
+    assert bandwidth.buffer is None
+
+
+def test_the_headers_of_packets_are_part_of_the_limit(clock: Clock) -> None:
+    bandwidth = Bandwidth(15_000.0, (), clock)
+    assert bandwidth.draw(14_480) == pytest.approx(1.0)
+    clock.advance(1)
+    assert bandwidth.draw(0) == pytest.approx(0.0)
+
+
+@pytest.mark.usefixtures("exact")
+def test_what_came_is_waited_for(clock: Clock) -> None:
+    bandwidth = Bandwidth(1000.0, (), clock)
+    assert bandwidth.draw(500) == 0.5
+    # Whoever draws next waits for both.
+    assert bandwidth.draw(250) == 0.75
+    clock.advance(0.5)
+    assert bandwidth.draw(0) == 0.25
+    clock.advance(0.25)
+    assert bandwidth.draw(0) == 0.0
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("idle", [0.0, 0.0625, 0.125, 1.0, 100_000.0])
+def test_what_is_not_used_is_kept_for_a_tenth_of_a_second(clock: Clock, idle: float) -> None:
+    bandwidth = Bandwidth(1000.0, (), clock)
+    clock.advance(idle)
+    assert bandwidth.draw(1000) == pytest.approx(1 - min(idle, 0.1))
+
+
+class Arriving:
+    """A body that always has more to come, in pieces of `size` bytes; it stops while it is told to."""
+
+    def __init__(self, bandwidth: Bandwidth, size: int, clock: Clock, came: list[tuple[float, int]]) -> None:
+        self._bandwidth = bandwidth
+        self._size = size
+        self._clock = clock
+        self._came = came
+        self.reads = 0
+        clock.callLater(0, self._read)
+
+    def _read(self) -> None:
+        self.reads += 1
+        self._came.append((self._clock.seconds(), self._size))
+        # Sooner than that no reactor calls again.
+        self._clock.callLater(max(0.0001, self._bandwidth.draw(self._size)), self._read)
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("rate", [62_500, 250_000, 12_500_000])
+@pytest.mark.parametrize("sizes", [(1460,), (16 * KIB,), (1460, 1460, 4096), (2048, 16 * KIB, 8192, 500, 16 * KIB)])
+def test_in_any_ten_seconds_it_is_what_is_allowed(clock: Clock, rate: int, sizes: tuple[int, ...]) -> None:
+    bandwidth = Bandwidth(float(rate), (), clock)
+    came: list[tuple[float, int]] = []
+    # What is read at once grows with the link.
+    bodies = [Arriving(bandwidth, size * max(1, rate // 250_000), clock, came) for size in sizes]
+    # Not from the beginning, when nothing has come yet.
+    clock.advance(100)
+    first = clock.seconds()
+    while clock.seconds() < first + 40:
+        clock.advance(0.002)
+    for start in range(int(first), int(first) + 30):
+        total = sum(size for when, size in came if start < when <= start + 10)
+        assert total == pytest.approx(10 * rate, rel=0.05)
+    assert all(body.reads > 10 for body in bodies)
+
+
+@pytest.mark.usefixtures("exact")
+def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
+    bandwidth = Bandwidth(100_000.0, (), clock)
+    clock.advance(3600)
+    at_once = 0
+    while bandwidth.draw(1000) == 0.0:
+        at_once += 1000
+    assert at_once == 10_000
+
+
+@pytest.mark.usefixtures("exact")
+def test_another_limit_holds_at_once(clock: Clock) -> None:
+    bandwidth = Bandwidth(None, (), clock, at(12))
+    assert bandwidth.draw(MIB) == 0.0
+    bandwidth.use(1000.0, ())
+    # What came without a limit is not to be paid for.
+    assert bandwidth.draw(1000) == 1.0
+    bandwidth.use(500.0, ())
+    assert (bandwidth.rate, bandwidth.draw(0)) == (500.0, 2.0)
+    bandwidth.use(500.0, (DAY,))
+    assert (bandwidth.rate, bandwidth.draw(0)) == (1000.0, 1.0)
+    bandwidth.use(None, ())
+    assert (bandwidth.rate, bandwidth.draw(MIB)) == (None, 0.0)
+    bandwidth.use(1000.0, ())
+    assert bandwidth.draw(1000) == 1.0
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_window_begins_for_what_is_under_way(clock: Clock) -> None:
+    hour = 7
+    bandwidth = Bandwidth(None, (DAY,), clock, lambda: time(hour))
+    assert bandwidth.draw(1000) == 0.0
+    hour = 8
+    assert bandwidth.draw(1000) == 1.0
+
+
+class Body:
+    """A large body: what it draws, and how much the kernel may receive for it."""
+
+    def __init__(self, bandwidth: Bandwidth, length: int | None = None) -> None:
+        self.share = Share(bandwidth, length)
+        self.buffers: list[int] = []
+        self.share.begin(self.buffers.append)
+
+
+@pytest.mark.parametrize(
+    ("rate", "count", "buffer"),
+    [
+        (1000.0, 1, 16 * KIB),
+        (250_000.0, 1, 75_000),
+        (250_000.0, 3, 25_000),
+        (250_000.0, 10, 16 * KIB),
+        (4.0 * MIB, 1, MIB),
+        (4.0 * MIB, 4, int(0.3 * MIB)),
+    ],
+)
+def test_the_kernel_takes_a_third_of_a_second_for_all_together(
+    clock: Clock, rate: float, count: int, buffer: int
+) -> None:
+    for bandwidth in (
+        Bandwidth(rate, (), clock),
+        Bandwidth(None, (Window(time(0), time(0), rate),), clock),
+    ):
+        bodies = [Body(bandwidth) for _ in range(count)]
+        assert bandwidth.buffer == buffer
+        assert [body.buffers[-1] for body in bodies] == [buffer] * count
+
+
+def test_what_ends_leaves_its_part_to_the_others(clock: Clock) -> None:
+    bandwidth = Bandwidth(250_000.0, (), clock)
+    first, second = Body(bandwidth), Body(bandwidth)
+    assert first.buffers == [75_000, 37_500]
+    second.share.end()
+    second.share.end()
+    assert (first.buffers[-1], len(second.buffers)) == (75_000, 1)
+    first.share.end()
+    assert bandwidth._shares == set()
+
+
+@pytest.mark.usefixtures("exact")
+def test_what_the_kernel_has_received_has_come(clock: Clock) -> None:
+    bandwidth = Bandwidth(250_000.0, (), clock)
+    share = Body(bandwidth, 200_000).share
+    assert share.draw(25_000) == 0.4
+    assert share.draw(25_000) == 0.5
+    # No more will come than there is.
+    assert share.draw(100_000) == 0.8
+    assert share.draw(50_000) == 0.8
+    share.end()
+    assert Body(bandwidth).share.draw(25_000) == pytest.approx(1.2)
+
+
+@pytest.mark.usefixtures("exact")
+def test_what_was_paid_is_not_paid_again(clock: Clock) -> None:
+    bandwidth = Bandwidth(250_000.0, (), clock)
+    share = Body(bandwidth).share
+    assert share.draw(1000) == 76_000 / 250_000
+    Body(bandwidth)
+    # What was paid in advance is still to be read.
+    assert share.draw(30_000) == share.draw(7_500) == 76_000 / 250_000
+    assert share.draw(1000) == 77_000 / 250_000
+
+
+@pytest.mark.parametrize(
+    ("length", "small"), [(0, True), (64 * KIB, True), (64 * KIB + 1, False), (math.inf, False), (None, False)]
+)
+def test_what_is_small(length: int | None, small: bool) -> None:
+    assert Bandwidth.is_small(length) is small

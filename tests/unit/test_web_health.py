@@ -1,0 +1,63 @@
+"""GET /health: what is here, and what is missing, at the time of the request."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry import __version__
+from ociregistry.chain import NOBODY
+from ociregistry.names import Digest
+from ociregistry.pullthrough.completion import Completion, Incomplete
+from ociregistry.store.store import Counts, Store
+from ociregistry.web.health import health
+from ociregistry.web.serving import Handler
+from tests.images import make_image
+from tests.unit.completions import Fetching
+from tests.unit.doubles import fired, image, manifest, on_reactor
+
+STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
+BUILT = make_image("health")
+
+
+def told(handler: Handler, method: str = "GET") -> Any:
+    """What it says."""
+    answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, NOBODY)))
+    assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
+    return json.loads(fired(answer.content.read(0, answer.content.size)))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_it_tells_how_the_daemon_is(method: str) -> None:
+    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), STARTED)
+    assert told(handler, method) == {
+        "status": "ok",
+        "version": __version__,
+        "started": "2026-03-01T22:17:30+00:00",
+        "lists": 2,
+        "images": 3,
+        "incomplete_images": 1,
+        "missing_bytes": 5,
+    }
+
+
+@on_reactor
+async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> None:
+    completion = Completion(store, Fetching(tmp_path), clock)
+    handler = health(lambda: store.counts, lambda: completion.incomplete, STARTED)
+
+    def figures() -> list[int]:
+        return [told(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
+
+    assert figures() == [0, 0, 0, 0]
+    app, what = image("reg.example/team/app:1"), manifest(BUILT)
+    await store.keep(what, app)
+    assert figures() == [0, 1, 0, 0]
+    await completion.wish(what, app.repository)
+    assert figures() == [0, 1, 1, sum(len(blob.data) for blob in BUILT.blobs)]
+    assert store.wishes == {Digest(BUILT.manifest.digest): app.repository}
