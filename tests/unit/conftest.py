@@ -16,9 +16,12 @@ from zope.interface import implementer
 
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.certificates import Authority
+from tests.unit.completions import Fetching
+from tests.unit.daemons import Daemons
 from tests.unit.doubles import REACTOR
 from tests.unit.registries import MemoryRegistries
 from tests.unit.wire import Network
@@ -142,3 +145,26 @@ def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
 
     monkeypatch.setattr(store, "blob", look_and_tell)
     return looked
+
+
+@pytest_twisted.async_yield_fixture
+async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
+    """Starts daemons."""
+    daemons = Daemons(root, clock)
+    yield daemons
+    await daemons.stop_all()
+
+
+@pytest.fixture
+def fetching(root: Path) -> Fetching:
+    """What images are completed by."""
+    return Fetching(root)
+
+
+@pytest.fixture
+def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
+    """It runs."""
+    completion = Completion(store, fetching, clock)
+    completion.start()
+    yield completion
+    completion.stop()

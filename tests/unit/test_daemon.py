@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import pytest_twisted
 from twisted.application import service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -28,14 +27,6 @@ from tests.upstream_rules import Hold
 
 BUILT = make_image("daemon", layer_size=500_000)
 LAYER = BUILT.layers[0]
-
-
-@pytest_twisted.async_yield_fixture
-async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
-    """Starts daemons."""
-    daemons = Daemons(root, clock)
-    yield daemons
-    await daemons.stop_all()
 
 
 @on_reactor

@@ -6,14 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_twisted
 from twisted.application import service
 from twisted.internet.defer import gatherResults
-from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, PredicateResult
 from twisted.scripts._twistd_unix import ServerOptions
 
@@ -28,18 +25,8 @@ from tests.unit.doubles import REACTOR, on_reactor, texts, until
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 
-# Neither Twisted nor Debian's pyOpenSSL takes anything else.
-
 BUILT = make_image("reload")
 MANIFEST = "/v2/team/app/manifests/1"
-
-
-@pytest_twisted.async_yield_fixture
-async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
-    """Starts daemons."""
-    daemons = Daemons(root, clock)
-    yield daemons
-    await daemons.stop_all()
 
 
 @pytest.fixture

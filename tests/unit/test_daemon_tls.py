@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_twisted
 from twisted.internet.task import Clock
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import LogEvent, LogLevel
@@ -26,19 +24,9 @@ from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
-# Neither Twisted nor Debian's pyOpenSSL takes anything else.
-
 BUILT = make_image("tls", layer_size=3_000_000)
 LAYER = BUILT.layers[0]
 HOST = "127.0.0.1"
-
-
-@pytest_twisted.async_yield_fixture
-async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
-    """Starts daemons."""
-    daemons = Daemons(root, clock)
-    yield daemons
-    await daemons.stop_all()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,21 +27,6 @@ from tests.unit.registries import MemoryRegistries, landed
 from tests.unit.test_web_v2 import ask
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.fixture
-def fetching(root: Path) -> Fetching:
-    """What is fetched."""
-    return Fetching(root)
-
-
-@pytest.fixture
-def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
-    """It runs."""
-    completion = Completion(store, fetching, clock)
-    completion.start()
-    yield completion
-    completion.stop()
 
 
 @on_reactor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -31,21 +31,6 @@ from tests.unit.completions import (
     wishes,
 )
 from tests.unit.doubles import manifest, on_reactor, texts, turn, until
-
-
-@pytest.fixture
-def fetching(root: Path) -> Fetching:
-    """What is fetched."""
-    return Fetching(root)
-
-
-@pytest.fixture
-def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
-    """It runs."""
-    completion = Completion(store, fetching, clock)
-    completion.start()
-    yield completion
-    completion.stop()
 
 
 @on_reactor

@@ -14,8 +14,6 @@ from ociregistry.upstream.failures import CertificateRefused
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority
 
-# Neither Twisted nor Debian's pyOpenSSL takes anything else.
-
 HOST = "reg.example"
 Files = tuple[Path, Path]
 """A certificate, followed by those that lead to its root, and its key."""

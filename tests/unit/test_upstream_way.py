@@ -26,8 +26,6 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Basic, Tokens
 from tests.upstream_rules import Redirect, Reply
 
-# Neither Twisted nor Debian's pyOpenSSL takes anything else.
-
 BUILT = make_image("way")
 IMAGE = manifest(BUILT)
 

@@ -15,8 +15,6 @@ from ociregistry.config.tls import Certificates, KeyPair, ServerTls
 from ociregistry.web.tls import ServerPolicy
 from tests.certificates import Authority
 
-# Neither Twisted nor Debian's pyOpenSSL takes anything else.
-
 NAME = "cache.example"
 END = b"-----END CERTIFICATE-----\n"
 
