@@ -6,8 +6,10 @@ The protocol: `docker-credential-NAME get` reads the registry's name from its st
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from typing import Any, cast
 
 from twisted.internet import defer
@@ -34,6 +36,9 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
     server = _DOCKER_HUB_SERVER if upstream.name == DOCKER_HUB else upstream.name
     protocol = _Asked(server.encode("ascii"))
     what = f"{upstream}: {helper.program}"
+    if shutil.which(helper.program) is None:
+        # Where a process is forked first, only the child would know.
+        raise Unavailable(f"{what} cannot be run: {os.strerror(errno.ENOENT)}")
     try:
         reactor.spawnProcess(protocol, helper.program, [helper.program, "get"], env=os.environ)
         output, done = await protocol.ended.addTimeout(_WITHIN, reactor)

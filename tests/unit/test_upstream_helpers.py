@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +247,6 @@ async def test_so_is_one_whose_children_hold_its_output(programs: Programs) -> N
     os.kill(await programs.running(), 9)
 
 
-@pytest.mark.xfail(version("Twisted").startswith("22."), reason="that one forks first")
 @on_reactor
 async def test_a_program_that_is_gone(programs: Programs) -> None:
     with pytest.raises(Unavailable) as raised:
@@ -260,6 +258,8 @@ async def test_a_program_that_is_gone(programs: Programs) -> None:
 
 @on_reactor
 async def test_a_program_that_cannot_be_started(programs: Programs) -> None:
+    programs.write("exit 0")
+
     class Full:
         def spawnProcess(self, *args: object, **kwargs: object) -> None:
             raise OSError(11, "Resource temporarily unavailable")
