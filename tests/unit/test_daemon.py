@@ -41,7 +41,7 @@ async def test_it_tells_where_it_is_and_what_it_has(daemons: Daemons, root: Path
 
 @on_reactor
 async def test_it_serves(
-    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+    root: Path, daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     daemons.start("--no-complete-images", "--default-ns", upstream.host)
@@ -52,6 +52,8 @@ async def test_it_serves(
         assert await manifest.collect(10_000) == BUILT.manifest.data
         blob = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
         assert await blob.collect(1_000_000) == LAYER.data
+        # Its last byte goes out before it is in the store.
+        await until((root / "blobs" / LAYER.digest.removeprefix("sha256:")).exists)
     assert [request.path for request in upstream.requests] == [
         "/v2/team/app/manifests/1",
         f"/v2/team/app/blobs/{LAYER.digest}",

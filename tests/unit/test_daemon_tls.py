@@ -58,6 +58,7 @@ class Client:
 
 @on_reactor
 async def test_it_serves(
+    root: Path,
     daemons: Daemons,
     network: Network,
     events: list[LogEvent],
@@ -75,6 +76,8 @@ async def test_it_serves(
         assert await manifest.collect(10_000) == BUILT.manifest.data
         blob = await client.get(f"/v2/team/app/blobs/{LAYER.digest}")
         assert await blob.collect(10_000_000) == LAYER.data
+        # Its last byte goes out before it is in the store.
+        await until((root / "blobs" / LAYER.digest.removeprefix("sha256:")).exists)
     outcomes = [text.rpartition(" ")[2] for text in texts(events, LogLevel.info) if text.startswith("GET /v2/")]
     assert outcomes == ["miss", "miss", "hit", "hit"]
 
