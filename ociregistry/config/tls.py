@@ -128,13 +128,16 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
     try:
         openssl_context(pair)
     except SSL.Error as error:
-        raise nodes["cert"].error(f"{certificates.path} cannot be used: {_reason(error)}") from None
+        raise nodes["cert"].error(
+            f"{certificates.path} cannot be used: {openssl_reason(error, 'OpenSSL refuses it')}"
+        ) from None
     return pair
 
 
-def _reason(error: SSL.Error) -> str:
-    queue = error.args[0] if error.args else ()
-    return "; ".join(str(entry[-1]) for entry in queue) or "OpenSSL refuses it"
+def openssl_reason(error: BaseException | None, otherwise: str = "the connection broke") -> str:
+    """What OpenSSL's error queue says, or `otherwise` where it says nothing."""
+    queue = error.args[0] if error and error.args and isinstance(error.args[0], list) else []
+    return "; ".join(str(entry[-1]) for entry in queue) or otherwise
 
 
 def _public(key: crypto.PKey) -> bytes:

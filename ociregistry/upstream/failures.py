@@ -5,6 +5,8 @@ from __future__ import annotations
 from OpenSSL import SSL
 from twisted.internet import defer, error
 
+from ociregistry.config.tls import openssl_reason
+
 
 class CertificateRefused(SSL.Error):
     """A host's certificate does not prove what it should; one of OpenSSL's errors, so that a handshake ends by it."""
@@ -62,8 +64,7 @@ def explain(exception: BaseException | None) -> str:
 
 
 def _tls_reason(cause: SSL.Error) -> str:
-    reasons = cause.args[0] if cause.args and isinstance(cause.args[0], list) else []
-    told = "; ".join(str(entry[-1]) for entry in reasons) or "the connection broke"
+    told = openssl_reason(cause)
     # An alert is what the other side says.
     refused = any(alert in told for alert in _OF_OUR_CERTIFICATE)
     return f"{told}: it refuses our client certificate, or wants one" if refused else told

@@ -14,6 +14,8 @@ from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
 
+from ociregistry.config.tls import openssl_reason
+
 _REQUEST_WITHIN = 30.0
 """Seconds from the first byte of a request to its last."""
 
@@ -56,7 +58,7 @@ class Channel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Counts it no more, and tells of a client that TLS did not let in."""
         if reason.check(SSL.Error) and self._fresh:
-            self.log.warn("{client}: TLS failed: {why}", client=self._address, why=_tls_reason(reason.value))
+            self.log.warn("{client}: TLS failed: {why}", client=self._address, why=openssl_reason(reason.value))
         self._addresses[self._address] -= 1
         if not self._addresses[self._address]:
             del self._addresses[self._address]
@@ -102,8 +104,3 @@ class Channel(HTTPChannel):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def _tls_reason(error: BaseException | None) -> str:
-    queue = error.args[0] if error and error.args and isinstance(error.args[0], list) else []
-    return "; ".join(str(entry[-1]) for entry in queue) or "the connection broke"
