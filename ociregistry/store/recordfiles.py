@@ -83,15 +83,17 @@ class RecordFiles:
             raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
         return record
 
-    def confirm(self, manifest: Manifest, image: ImageReference, now: datetime) -> Record:
-        """Writes that `image` means `manifest` at `now`; returns the record as it is on disk then.
+    def confirm(
+        self, manifest: Manifest, image: ImageReference, confirmed: datetime, created: datetime | None = None
+    ) -> Record:
+        """Writes that `image` means `manifest` as `Record.confirm` has it; returns the record as it is on disk then.
 
         What another process wrote in between is kept. A file there that is no record of ours is moved aside
         into bad/ of the pulls folder.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with locked(self._lock):
-            record = (self._existing(path) or Record(manifest, {})).confirm(image, now)
+            record = (self._existing(path) or Record(manifest, {})).confirm(image, confirmed, created)
             self._files.put(path, record.render(), self._pulls.path / f"{path.name}.record")
         return record
 

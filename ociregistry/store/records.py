@@ -36,11 +36,14 @@ class Record:
     manifest: Manifest
     images: Mapping[str, Dates]
 
-    def confirm(self, image: ImageReference, now: datetime) -> Record:
-        """This record, where `image` is known to mean this manifest at `now`."""
-        known = self.images.get(str(image))
-        created = known.created if known else now
-        return Record(self.manifest, {**self.images, str(image): Dates(created, now)})
+    def confirm(self, image: ImageReference, confirmed: datetime, created: datetime | None = None) -> Record:
+        """This record, where `image` was known to mean this manifest at `confirmed`, and since `created`.
+
+        Of what is noted already, the first creation and the last confirmation stay.
+        """
+        known = self.images.get(str(image), Dates(created or confirmed, confirmed))
+        merged = Dates(min(known.created, created or confirmed), max(known.confirmed, confirmed))
+        return Record(self.manifest, {**self.images, str(image): merged})
 
     def means(self, image: ImageReference) -> bool:
         """Whether `image` is this manifest: a digest whatever the repository, a tag where it is noted."""

@@ -21,7 +21,7 @@ from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, UNREAD, Changes, RecordFiles, Signature
-from ociregistry.store.records import Record, RecordInvalid
+from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 from ociregistry.store.wishes import WishFiles
 
@@ -172,10 +172,11 @@ class Store:
             self._threads.write(self._records.note_pull, path, now)
         return record
 
-    async def keep(self, manifest: Manifest, image: ImageReference) -> None:
-        """Writes that `image` means `manifest`, as of now. Raises `OSError`."""
+    async def keep(self, manifest: Manifest, image: ImageReference, dates: Dates | None = None) -> None:
+        """Writes that `image` means `manifest`, as of now or of these `dates`. Raises `OSError`."""
         path = self._records.path(manifest.digest, is_list=manifest.is_list)
-        record = await self._threads.write_in_turn(self._records.confirm, manifest, image, self._now())
+        confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
+        record = await self._threads.write_in_turn(self._records.confirm, manifest, image, confirmed, created)
         self._written.add(path)
         self._known[path] = UNREAD
         self._catalogue.put(manifest.digest, Entry.of(record))
@@ -204,6 +205,10 @@ class Store:
             file.release()
             return None
         return StoredBlob(digest, file, size, self._threads)
+
+    async def holds(self, digest: Digest, size: int) -> bool:
+        """Whether a blob is there, and has this size in bytes."""
+        return await self._threads.read(size_of_blob, self._blobs / digest.hex) == size
 
     # Images
 

@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tap"}),
     frozenset({"daemon"}),
     frozenset({"commands"}),
-    frozenset({"web"}),
+    frozenset({"web", "archives"}),
     frozenset({"pullthrough"}),
     frozenset({"upstream", "store"}),
     frozenset({"settings"}),
