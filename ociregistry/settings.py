@@ -16,8 +16,12 @@ from ociregistry.config.file import Config, read_config
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
+from ociregistry.config.upkeep import PruneSettings, VerifySettings
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.platforms import Platform, machine_architecture, machine_os, parse_platforms
+
+_USUAL_CONNECTIONS = 16
 
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
 
@@ -33,7 +37,17 @@ class Settings:
     log_level: str
     pull_timeout: float
     """Seconds that a client waits without progress."""
+    concurrent: int
+    """Images that are loaded at once."""
     max_connections: int
+    arch: str
+    os: str
+    platform: tuple[Platform, ...]
+    """What is loaded of manifest lists; empty for everything."""
+    with_signatures: bool
+    """Whether what refers to an image is loaded with it."""
+    preload_images: Path | None
+    """A file of image references that the daemon loads."""
     allow_upstreams: tuple[str, ...]
     """Globs; empty for all."""
     default_ns: Upstream
@@ -45,6 +59,10 @@ class Settings:
     """Bytes a second that all upstreams together may bring; None for no limit."""
     bandwidth: tuple[Window, ...]
     """Times of the day at which another limit holds."""
+    prune: PruneSettings | None
+    """What goes by itself; None for nothing."""
+    verify: VerifySettings | None
+    """When everything is hashed again; None for never."""
     tls: ServerTls | None
     """How clients are served over TLS; None for plain HTTP."""
     warnings: tuple[str, ...]
@@ -66,6 +84,8 @@ class Option:
     """From the text of a value; raises `ValueError` with what is expected."""
     is_flag: bool = False
     """Whether it stands alone on the command line, and is true then."""
+    is_path: bool = False
+    """Whether it is a path, which is relative to the file when it stands there."""
 
     @property
     def key(self) -> str:
@@ -80,6 +100,20 @@ def _path(text: str) -> Path:
         return Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError("there is no such user") from None
+
+
+def _optional(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """As `parse`, but None for the empty string."""
+    return lambda text: parse(text) if text else None
+
+
+def _word(machine: Callable[[], str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch("[a-z0-9][a-z0-9_.-]{0,63}|", text):
+            raise ValueError(f"a word such as {machine()} is expected")
+        return text or machine()
+
+    return parse
 
 
 def _number(least: int, most: int) -> Callable[[str], int]:
@@ -119,11 +153,33 @@ def _upstream(text: str) -> Upstream:
 
 
 OPTIONS = (
-    Option("image-path", "/var/lib/ociregistry", "Root of the store; created if missing.", _path),
+    Option("image-path", "/var/lib/ociregistry", "Root of the store; created if missing.", _path, is_path=True),
     Option("port", "8080", "TCP port to listen on.", _number(1, 65535)),
     Option("log-level", "error", "trace, debug, info, warn or error.", _level),
     Option("pull-timeout", "60000", "Milliseconds that a client waits without progress.", _milliseconds),
-    Option("max-connections", "16", "Connections to one upstream.", _number(1, 10_000)),
+    Option("concurrent", "1", "Images that are loaded at once.", _number(1, 1000)),
+    Option(
+        "max-connections",
+        "",
+        "Connections to one upstream (default: 16, or twice --concurrent if that is more).",
+        _optional(_number(1, 10_000)),
+    ),
+    Option("arch", "", "Architecture of the images to load (default: this machine's).", _word(machine_architecture)),
+    Option("os", "", "Operating system of the images to load (default: this machine's).", _word(machine_os)),
+    Option(
+        "platform",
+        "",
+        "Platforms to load, such as linux/amd64,linux/arm/v7, or all (default: the one of --os and --arch).",
+        _optional(parse_platforms),
+    ),
+    Option("with-signatures", "false", "Load signatures and all that refers to an image too.", _flag, is_flag=True),
+    Option(
+        "preload-images",
+        "",
+        "File of images that the daemon loads in the background, one a line.",
+        _optional(_path),
+        is_path=True,
+    ),
     Option("allow-upstreams", "", "Globs of allowed upstreams, separated by commas (default: all).", _globs),
     Option("max-bandwidth", "", "What all upstreams together may bring, such as 2Mbit (default: all).", parse_rate),
     Option("always-pull-latest", "false", "Check the tag latest upstream at every pull.", _flag, is_flag=True),
@@ -148,6 +204,10 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
             values[option.key] = _parsed(option, text, where, config.path.absolute().parent)
         else:
             values[option.key] = option.parse(option.default)
+    if values["max_connections"] is None:
+        values["max_connections"] = max(_USUAL_CONNECTIONS, 2 * int(str(values["concurrent"])))
+    if values["platform"] is None:
+        values["platform"] = (Platform(str(values["os"]), str(values["arch"])),)
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
         raise ConfigInvalid(f"{config.tls_at}: all that is listened on speaks TLS by it: tcp: in place of ssl:")
@@ -156,6 +216,8 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
         listen=listen,
         registries=config.registries,
         bandwidth=config.bandwidth,
+        prune=config.prune,
+        verify=config.verify,
         tls=config.tls,
         warnings=config.warnings,
     )
@@ -163,7 +225,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
 
 def _parsed(option: Option, text: str, where: str, folder: Path | None = None) -> object:
     """The value; a path in a file is relative to the file's `folder`."""
-    relative = folder is not None and option.parse is _path and text and not text.startswith("~")
+    relative = folder is not None and option.is_path and text and not text.startswith("~")
     try:
         return option.parse(str(folder / text) if folder and relative else text)
     except ValueError as error:

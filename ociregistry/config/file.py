@@ -10,10 +10,8 @@ from ociregistry.config.bandwidth import Window, read_windows
 from ociregistry.config.nodes import Node
 from ociregistry.config.registries import RegistrySettings, read_registries
 from ociregistry.config.tls import ServerTls, read_server_tls
+from ociregistry.config.upkeep import PruneSettings, VerifySettings, read_prune, read_verify
 from ociregistry.names import Upstream
-
-_NOT_YET = ("prune", "verify")
-"""Keys of the design whose work is still to be done; only an empty value is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,8 @@ class Config:
     listen: tuple[str, ...] = ()
     registries: Mapping[Upstream, RegistrySettings] = field(default_factory=dict)
     bandwidth: tuple[Window, ...] = ()
+    prune: PruneSettings | None = None
+    verify: VerifySettings | None = None
     tls: ServerTls | None = None
     tls_at: str = ""
     """Where it stands."""
@@ -38,10 +38,7 @@ def read_config(path: Path, options: Set[str]) -> Config:
     if root.is_list:
         registries, warnings = read_registries(root)
         return Config(path, registries=registries, warnings=warnings)
-    nodes = root.mapping(*options, "registries", "listen", "bandwidth", "tls", *_NOT_YET)
-    for key in _NOT_YET:
-        if key in nodes and not nodes[key].is_empty:
-            raise nodes[key].error("is not available in this version")
+    nodes = root.mapping(*options, "registries", "listen", "bandwidth", "prune", "verify", "tls")
     registries, warnings = read_registries(nodes["registries"]) if "registries" in nodes else ({}, ())
     given = {key: node for key, node in nodes.items() if not node.is_empty}
     tls, bandwidth = given.get("tls"), given.get("bandwidth")
@@ -51,6 +48,8 @@ def read_config(path: Path, options: Set[str]) -> Config:
         listen=tuple(item.text() for item in nodes["listen"].items()) if "listen" in nodes else (),
         registries=registries,
         bandwidth=read_windows(bandwidth) if bandwidth else (),
+        prune=read_prune(given["prune"]) if "prune" in given else None,
+        verify=read_verify(given["verify"]) if "verify" in given else None,
         tls=read_server_tls(tls) if tls else None,
         tls_at=tls.where if tls else "",
         warnings=warnings,

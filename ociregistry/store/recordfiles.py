@@ -48,40 +48,46 @@ class Changes:
     gone: frozenset[Path] = frozenset()
 
 
+def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
+    """Where the record of `digest` is kept in the store at `root`."""
+    return root / (LISTS_FOLDER if is_list else IMAGES_FOLDER) / digest.hex
+
+
+def read_record(path: Path) -> Record:
+    """The record at `path`; raises `RecordInvalid`, and `OSError` when it cannot be read. Blocks."""
+    digest = Digest.from_hex(path.name)
+    if digest is None:
+        raise RecordInvalid("its name is not that of a record")
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise RecordInvalid("it is a link to itself") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise RecordInvalid("it is not a file")
+    if status.st_size > _LARGEST_RECORD:
+        raise RecordInvalid(f"larger than {_LARGEST_RECORD} bytes")
+    with path.open("rb") as file:
+        data = file.read()
+    record = Record.parse(data, digest)
+    if (path.parent.name == LISTS_FOLDER) != record.manifest.is_list:
+        raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
+    return record
+
+
 class RecordFiles:
     """The folders fat/ and img/ below `root`; `pulls` is this process's own folder, for temporary files."""
 
     def __init__(self, root: Path, pulls: PullsFolder, files: Files) -> None:
-        self._folders = (root / LISTS_FOLDER, root / IMAGES_FOLDER)
+        self._root = root
         self._lock = root / "pulls" / "lock"
         self._pulls = pulls
         self._files = files
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
         """Where the record of `digest` is kept."""
-        return self._folders[0 if is_list else 1] / digest.hex
-
-    def read(self, path: Path) -> Record:
-        """The record at `path`; raises `RecordInvalid`, and `OSError` when it cannot be read."""
-        digest = Digest.from_hex(path.name)
-        if digest is None:
-            raise RecordInvalid("its name is not that of a record")
-        try:
-            status = path.stat()
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise RecordInvalid("it is a link to itself") from None
-        if not stat.S_ISREG(status.st_mode):
-            raise RecordInvalid("it is not a file")
-        if status.st_size > _LARGEST_RECORD:
-            raise RecordInvalid(f"larger than {_LARGEST_RECORD} bytes")
-        with path.open("rb") as file:
-            data = file.read()
-        record = Record.parse(data, digest)
-        if self.path(digest, is_list=record.manifest.is_list) != path:
-            raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
-        return record
+        return record_path(self._root, digest, is_list=is_list)
 
     def confirm(
         self, manifest: Manifest, image: ImageReference, confirmed: datetime, created: datetime | None = None
@@ -99,7 +105,7 @@ class RecordFiles:
 
     def _existing(self, path: Path) -> Record | None:
         try:
-            return self.read(path)
+            return read_record(path)
         except FileNotFoundError:
             return None
         except RecordInvalid:
@@ -107,8 +113,8 @@ class RecordFiles:
             return None
 
     def read_for_pull(self, path: Path, now: float) -> tuple[Record, bool]:
-        """As `read`, and whether `note_pull` has something to note at `now`."""
-        return self.read(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
+        """The record, as `read_record` gives it, and whether `note_pull` has something to note at `now`."""
+        return read_record(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
 
     def note_pull(self, path: Path, now: float) -> None:
         """Lets the file's mtime tell, to the minute, that the manifest was pulled at `now`."""
@@ -122,13 +128,13 @@ class RecordFiles:
         seen: dict[Path, Signature] = {}
         read: dict[Path, Entry] = {}
         damaged: dict[Path, str] = {}
-        for folder in self._folders:
-            for path, signature in _signatures(folder):
+        for folder in (LISTS_FOLDER, IMAGES_FOLDER):
+            for path, signature in signatures(self._root / folder):
                 seen[path] = signature
                 if known.get(path) == signature:
                     continue
                 try:
-                    read[path] = Entry.of(self.read(path))
+                    read[path] = Entry.of(read_record(path))
                 except FileNotFoundError:
                     del seen[path]
                 except RecordInvalid as error:
@@ -140,7 +146,8 @@ class RecordFiles:
         return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()))
 
 
-def _signatures(folder: Path) -> list[tuple[Path, Signature]]:
+def signatures(folder: Path) -> list[tuple[Path, Signature]]:
+    """The files in `folder` that have a record's name. Blocks; raises `OSError`."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:

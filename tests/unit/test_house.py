@@ -22,6 +22,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"upstream", "store"}),
     frozenset({"settings"}),
     frozenset({"config"}),
+    frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
     frozenset({"flights", "logs", "chain"}),

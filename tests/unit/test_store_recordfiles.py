@@ -68,7 +68,7 @@ def test_lists_and_images_have_their_own_folders(tmp_path: Path, records: Record
 def test_what_is_confirmed_can_be_read(records: RecordFiles) -> None:
     written = records.confirm(IMAGE, NGINX, NOW)
     assert written.images == {str(NGINX): Dates(NOW, NOW)}
-    assert records.read(records.path(IMAGE.digest, is_list=False)) == written
+    assert read_record(records.path(IMAGE.digest, is_list=False)) == written
 
 
 def test_what_another_process_wrote_is_kept(tmp_path: Path, records: RecordFiles, open_records: Open) -> None:
@@ -86,10 +86,10 @@ def test_a_foreign_file_is_moved_aside(tmp_path: Path, open_records: Open) -> No
     for content in (b"{}", b"another one"):
         path.write_bytes(content)
         with pytest.raises(RecordInvalid):
-            records.read(path)
+            read_record(path)
         assert records.confirm(IMAGE, NGINX, NOW).images == {str(NGINX): Dates(NOW, NOW)}
         assert (scratch / "bad" / path.name).read_bytes() == content
-        assert records.read(path).manifest == IMAGE
+        assert read_record(path).manifest == IMAGE
 
 
 @pytest.mark.parametrize("step", ["write", "sync", "rename", "sync_folder"])
@@ -108,7 +108,7 @@ def test_a_full_disk_costs_no_record(
         with pytest.raises(OSError, match="No space left"):
             records.confirm(IMAGE, APP, LATER)
     assert [path.name for path in scratch.iterdir()] == ["lock"]
-    on_disk = records.read(records.path(IMAGE.digest, is_list=False))
+    on_disk = read_record(records.path(IMAGE.digest, is_list=False))
     # After the rename it is there, though not yet for sure.
     assert on_disk == (before.confirm(APP, LATER) if step == "sync_folder" else before)
     assert records.confirm(IMAGE, APP, LATER).images.keys() == {str(NGINX), str(APP)}
@@ -133,7 +133,7 @@ def test_a_record_in_the_wrong_folder_is_refused(tmp_path: Path, records: Record
     moved = tmp_path / "fat" / IMAGE.digest.hex
     records.path(IMAGE.digest, is_list=False).rename(moved)
     with pytest.raises(RecordInvalid, match="does not belong"):
-        records.read(moved)
+        read_record(moved)
 
 
 def test_a_pull_is_noted_by_the_minute(records: RecordFiles) -> None:
@@ -284,4 +284,4 @@ def test_many_processes_write_one_record_and_nothing_is_lost(tmp_path: Path, ope
         for number, url in enumerate(urls):
             pool.submit(processes[number % 4].confirm, IMAGE, url, NOW)
     (path,) = (tmp_path / "img").iterdir()
-    assert processes[0].read(path).images.keys() == {str(url) for url in urls}
+    assert read_record(path).images.keys() == {str(url) for url in urls}

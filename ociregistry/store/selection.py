@@ -1,0 +1,120 @@
+"""What is to be pruned: what an operator names, and what goes by itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+from ociregistry.names import Digest
+from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
+from ociregistry.store.pruning import Doomed
+
+_ENOUGH = 0.9
+"""Of the largest size: what is pruned down to when it is exceeded, so that it is not done at every pull."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Image URLs to which everything applies that is given."""
+
+    matches: Callable[[str], bool] | None = None
+    created_before: datetime | None = None
+    pulled_before: datetime | None = None
+
+    def __call__(self, inventory: Inventory) -> Doomed:
+        """The image URLs of `inventory` that go."""
+        doomed = Doomed(inventory)
+        for row in inventory.rows:
+            if self._takes(row, inventory):
+                doomed.take(row)
+        return doomed
+
+    def _takes(self, row: Row, inventory: Inventory) -> bool:
+        if self.matches is not None and not (self.matches(row.url) or self.matches(row.noted)):
+            return False
+        if self.created_before is not None and not row.dates.created < self.created_before:
+            return False
+        return self.pulled_before is None or inventory.pulled(row.kept.manifest.digest) < self.pulled_before
+
+
+@dataclass(frozen=True, slots=True)
+class Surplus:
+    """Whole images, those first that were pulled least recently: what nobody has pulled since `pulled_before`, and
+    what is more than `max_size` bytes of a store."""
+
+    pulled_before: datetime | None
+    max_size: int | None
+    keeps: Callable[[str], bool]
+    """Whether an image URL must stay."""
+    busy: Set[Digest]
+    """Manifests that are being pulled."""
+    rests_before: datetime
+    """What was pulled later than this is being pulled, perhaps."""
+
+    def __call__(self, inventory: Inventory) -> Doomed:
+        """The image URLs of `inventory` that go. Blocks, looking at the blobs."""
+        doomed = Doomed(inventory)
+        freed = _Freed(inventory, doomed)
+        size = store_size(inventory.root) if self.max_size is not None else 0
+        excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
+        for digest in sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one)):
+            unused = self.pulled_before is not None and inventory.pulled(digest) < self.pulled_before
+            if unused or freed.bytes() < excess:
+                doomed.take_record(digest)
+        return doomed
+
+    def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
+        """The images that may go: those that no list has, each with all that it lists."""
+        for digest, kept in inventory.records.items():
+            if digest in inventory.lists_of:
+                continue
+            whole = [kept, *inventory.children(digest)]
+            urls = (url for one in whole for url in one.record.images)
+            if any(map(self.keeps, urls)) or inventory.pulled(digest) >= self.rests_before:
+                continue
+            if not any(one.manifest.digest in self.busy for one in whole):
+                yield digest
+
+
+class _Freed:
+    """Counts what becomes free, as more and more goes."""
+
+    def __init__(self, inventory: Inventory, doomed: Doomed) -> None:
+        self._naming = Counter(blob for kept in inventory.records.values() for blob in _blobs(kept))
+        self._root = inventory.root
+        self._doomed = doomed
+        self._counted = 0
+        self._bytes = 0
+
+    def bytes(self) -> int:
+        """Of all that goes by now."""
+        gone = list(islice(self._doomed.gone.values(), self._counted, None))
+        self._counted += len(gone)
+        for kept in gone:
+            self._bytes += kept.size
+            for blob in _blobs(kept):
+                self._naming[blob] -= 1
+                if not self._naming[blob]:
+                    self._bytes += blob_size(self._root, blob) or 0
+        return self._bytes
+
+
+def _blobs(kept: Kept) -> set[Digest]:
+    return {blob.digest for blob in kept.manifest.blobs}
+
+
+def store_size(root: Path) -> int:
+    """Bytes that the blobs and records of the store at `root` take. Blocks; raises `OSError`."""
+    files = (path for folder in ("blobs", "fat", "img") for path in (root / folder).iterdir())
+    return sum(map(_size, files))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
