@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.records import Record
 
@@ -29,8 +30,18 @@ class Entry:
         return cls(
             is_list=record.manifest.is_list,
             images={url: dates.confirmed for url, dates in record.images.items()},
-            blobs={blob.digest: blob.size for blob in record.manifest.blobs},
+            blobs=cls.named(record.manifest),
         )
+
+    @staticmethod
+    def named(manifest: Manifest) -> Mapping[Digest, int]:
+        """The blobs that `manifest` names, and their sizes in bytes."""
+        return {blob.digest: blob.size for blob in manifest.blobs}
+
+    @property
+    def repositories(self) -> set[Repository]:
+        """Where it is known."""
+        return {ImageReference.parse_whole(url).repository for url in self.images}
 
     def known_in(self, repository: Repository) -> bool:
         """Whether some image URL of `repository` means this manifest."""
@@ -97,6 +108,11 @@ class Catalogue:
             for manifest, size in self._naming.get(blob, {}).items()
             if repository is None or self._entries[manifest].known_in(repository)
         }
+
+    def uses(self, blob: Digest) -> Mapping[Repository, int]:
+        """The repositories with a manifest that names `blob`, and the size in bytes that it gives it."""
+        naming = self._naming.get(blob, {})
+        return {at: size for manifest, size in naming.items() for at in self._entries[manifest].repositories}
 
     def counts(self) -> tuple[int, int]:
         """How many manifest lists and how many image manifests there are."""

@@ -16,14 +16,27 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 _BAD = "bad"
 
 
+def pulls_folders(root: Path) -> list[Path]:
+    """All pulls/<n>/ of the store at `root`. Blocks; raises `OSError`."""
+    try:
+        folders = [path for path in (root / "pulls").iterdir() if _NUMBER.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    return sorted(folders, key=lambda path: int(path.name))
+
+
 class PullsFolder:
     """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
 
     Partials and wishes of processes that have ended, in this and other folders, become ours.
     """
 
-    def __init__(self, pulls: Path, files: Files) -> None:
-        """Takes the first folder that no process holds. Blocks; raises `OSError`."""
+    def __init__(self, root: Path, files: Files, *, adopts: bool = True) -> None:
+        """Takes the first folder of the store at `root` that no process holds. Blocks; raises `OSError`.
+
+        Who `adopts` nothing leaves the other folders alone.
+        """
+        pulls = root / "pulls"
         self._files = files
         number = 0
         while True:
@@ -34,8 +47,8 @@ class PullsFolder:
                 break
             number += 1
         self._held = held
-        for folder in pulls.iterdir():
-            if folder != self.path and _NUMBER.fullmatch(folder.name) and folder.is_dir():
+        for folder in pulls_folders(root):
+            if adopts and folder != self.path:
                 self._adopt(folder)
         self._tidy()
         files.sync_folder(self.path)

@@ -19,7 +19,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.files import Files, locked
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.records import Record, RecordInvalid
+from ociregistry.store.records import ForeignRecord, Record, RecordInvalid
 
 LISTS_FOLDER = "fat"
 IMAGES_FOLDER = "img"
@@ -63,16 +63,16 @@ def read_record(path: Path) -> Record:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise RecordInvalid("it is a link to itself") from None
+        raise ForeignRecord("it is a link to itself") from None
     if not stat.S_ISREG(status.st_mode):
-        raise RecordInvalid("it is not a file")
+        raise ForeignRecord("it is not a file")
     if status.st_size > _LARGEST_RECORD:
-        raise RecordInvalid(f"larger than {_LARGEST_RECORD} bytes")
+        raise ForeignRecord(f"larger than {_LARGEST_RECORD} bytes")
     with path.open("rb") as file:
         data = file.read()
     record = Record.parse(data, digest)
     if (path.parent.name == LISTS_FOLDER) != record.manifest.is_list:
-        raise RecordInvalid(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
+        raise ForeignRecord(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
     return record
 
 

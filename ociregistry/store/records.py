@@ -16,9 +16,15 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 
+_KEYS = {"digest", "mediaType", "images", "manifest"}
+
 
 class RecordInvalid(ValueError):
     """The file is damaged or in a foreign format; the message says what is wrong with it."""
+
+
+class ForeignRecord(RecordInvalid):
+    """The file is in a foreign format: it is whole, perhaps, but not ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,9 @@ class Record:
         """The record in a file named after `digest`; raises `RecordInvalid`."""
         try:
             document = json.loads(data)
+            lacking = _KEYS - document.keys() if isinstance(document, dict) else _KEYS
+            if lacking:
+                raise ForeignRecord(f"not a record of this program: it has no {', '.join(sorted(lacking))}")
             if document["digest"] != digest:
                 raise RecordInvalid(f"it holds {document['digest']}, not what its name says")
             manifest = Manifest.parse(document["manifest"].encode("utf-8"), document["mediaType"], digest)

@@ -19,10 +19,12 @@ from ociregistry.store.blobs import StoredBlob, open_blob, size_of_blob
 from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
+from ociregistry.store.pruning import Choose, Plan, prune
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, UNREAD, Changes, RecordFiles, Signature
 from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
+from ociregistry.store.verifying import Findings, Verifier
 from ociregistry.store.wishes import WishFiles
 
 _LOOK_EVERY = 1.0
@@ -57,6 +59,7 @@ class Store:
         self._now = now
         self._files = files or Files()
         self._threads = Threads(reactor)
+        self._clock = clock
         self._catalogue = Catalogue()
         self._known: dict[Path, Signature] = {}
         self._written: set[Path] = set()
@@ -78,7 +81,7 @@ class Store:
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root / "pulls", self._files)
+        self._pulls = PullsFolder(self._root, self._files)
         self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
         self._wishes = WishFiles(self._pulls.path, self._files)
@@ -206,6 +209,10 @@ class Store:
             return None
         return StoredBlob(digest, file, size, self._threads)
 
+    async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
+        """The blobs that `manifest` names and that are not there, and their sizes in bytes, record or not."""
+        return await self._threads.read(_missing, self._blobs, Entry.named(manifest))
+
     async def holds(self, digest: Digest, size: int) -> bool:
         """Whether a blob is there, and has this size in bytes."""
         return await self._threads.read(size_of_blob, self._blobs / digest.hex) == size
@@ -229,6 +236,21 @@ class Store:
         if entry is None:
             return None
         return await self._threads.read(_missing, self._blobs, entry.blobs)
+
+    def uses(self, blob: Digest) -> Mapping[Repository, int]:
+        """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
+        return self._catalogue.uses(blob)
+
+    # Upkeep
+
+    async def prune(self, choose: Choose) -> Plan:
+        """Takes away what `choose` says, and gives what that was. Raises `OSError`."""
+        return await self._threads.write(prune, self._root, choose, self._pulls, self._files)
+
+    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
+        """As `Verifier.verify`. Raises `OSError`."""
+        verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock)
+        return await verifier.verify(max_rate, came)
 
     # Partials
 

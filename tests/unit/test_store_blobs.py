@@ -101,10 +101,10 @@ def test_a_broken_disk_is_an_error(file: SharedFile, threads: Threads, monkeypat
 
 def test_every_process_has_a_folder_of_its_own(tmp_path: Path) -> None:
     first, second = PullsFolder(tmp_path, Files()), PullsFolder(tmp_path, Files())
-    assert (first.path, second.path) == (tmp_path / "0", tmp_path / "1")
+    assert (first.path, second.path) == (tmp_path / "pulls" / "0", tmp_path / "pulls" / "1")
     first.close()
     third = PullsFolder(tmp_path, Files())
-    assert third.path == tmp_path / "0"
+    assert third.path == tmp_path / "pulls" / "0"
     third.close()
     second.close()
 

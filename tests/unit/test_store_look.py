@@ -13,6 +13,7 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.store import recordfiles
 from ociregistry.store.recordfiles import Changes, RecordFiles, Signature
 from ociregistry.store.records import Record
 from ociregistry.store.store import Counts, Store
@@ -121,7 +122,7 @@ async def test_a_record_that_could_not_be_read_for_a_moment_is_a_hit_again(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(RecordFiles, "read", fail)
+        patch.setattr(recordfiles, "read_record", fail)
         assert await store.manifest(NGINX) is None
     await look(clock)
     assert await store.manifest(NGINX) == IMAGE

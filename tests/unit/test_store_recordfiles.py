@@ -16,7 +16,7 @@ import pytest
 
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import Changes, RecordFiles
+from ociregistry.store.recordfiles import Changes, RecordFiles, read_record
 from ociregistry.store.records import Dates, Record, RecordInvalid
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest
@@ -42,7 +42,7 @@ def open_records() -> Iterator[Open]:
     def open_them(root: Path, files: Files | None = None) -> tuple[RecordFiles, Path]:
         for folder in ("fat", "img"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        taken.append(PullsFolder(root / "pulls", files or Files()))
+        taken.append(PullsFolder(root, files or Files()))
         return RecordFiles(root, taken[-1], files or Files()), taken[-1].path
 
     yield open_them
@@ -77,7 +77,7 @@ def test_what_another_process_wrote_is_kept(tmp_path: Path, records: RecordFiles
     other.confirm(IMAGE, APP, NOW)
     written = records.confirm(IMAGE, NGINX, LATER)
     assert written.images == {str(NGINX): Dates(NOW, LATER), str(APP): Dates(NOW, NOW)}
-    assert other.read(other.path(IMAGE.digest, is_list=False)) == written
+    assert read_record(other.path(IMAGE.digest, is_list=False)) == written
 
 
 def test_a_foreign_file_is_moved_aside(tmp_path: Path, open_records: Open) -> None:

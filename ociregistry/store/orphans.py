@@ -1,0 +1,90 @@
+"""Orphans: blobs that no record names, and partials that no process owns and nobody wishes for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from ociregistry.names import Digest
+from ociregistry.store.files import Files, lock, locked
+from ociregistry.store.inventory import Inventory, blob_size
+from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders
+from ociregistry.store.wishes import WISH_SUFFIX
+
+
+def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
+    """The orphans of the store at `root` that have not changed since, and their sizes in bytes.
+
+    Blocks; raises `OSError`.
+    """
+    inventory = Inventory.read(root)
+    named = {blob.digest.hex for kept in inventory.records.values() for blob in kept.manifest.blobs}
+    wished = {
+        blob.digest.hex
+        for folder in pulls_folders(root)
+        for wish in folder.glob(f"*{WISH_SUFFIX}")
+        if (manifest := Digest.from_hex(wish.stem)) is not None and manifest in inventory.records
+        for blob in inventory.records[manifest].manifest.blobs
+    }
+    paths = [*_blobs(root, named | inventory.mentioned), *_partials(root, wished)]
+    return {path: size for path in paths if (size := _old_size(path, unchanged_since)) is not None}
+
+
+def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
+    """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
+    with locked(root / "pulls" / "lock"):
+        found = find_orphans(root, unchanged_since)
+        for path in found:
+            files.unlink(path)
+            files.unlink(path.with_name(path.name + NOTE_SUFFIX))
+    return found
+
+
+def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
+    with suppress(FileNotFoundError):
+        for path in sorted((root / "blobs").iterdir()):
+            if Digest.from_hex(path.name) is not None and path.name not in named:
+                yield path
+
+
+def _partials(root: Path, wished: Set[str]) -> Iterator[Path]:
+    for folder in pulls_folders(root):
+        with _free(folder) as is_free:
+            for path in sorted(folder.iterdir()):
+                digest = Digest.from_hex(path.name)
+                if digest is None or not path.is_file():
+                    continue
+                # Of what a living process has, only what another one has finished in the meantime.
+                if _is_whole(root, digest, path) or (is_free and path.name not in wished):
+                    yield path
+
+
+@contextmanager
+def _free(folder: Path) -> Iterator[bool]:
+    """Whether no process owns the folder; none takes it while the block runs."""
+    held = lock(folder / "lock", wait=False)
+    try:
+        yield held is not None
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        size = json.loads(partial.with_name(partial.name + NOTE_SUFFIX).read_bytes())["size"]
+        return size is not None and blob_size(root, digest) == size
+    return False
+
+
+def _old_size(path: Path, unchanged_since: datetime) -> int | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    # Not the mtime: whoever copies a store may carry over one from long ago.
+    return status.st_size if status.st_ctime <= unchanged_since.timestamp() else None

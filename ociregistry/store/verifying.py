@@ -1,0 +1,220 @@
+"""Verifying: every record and blob is read and hashed again, and what is damaged is put aside."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+
+from ociregistry.errors import RegistryError
+from ociregistry.names import Digest, ImageReference
+from ociregistry.store.files import Files, locked
+from ociregistry.store.inventory import blob_size
+from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, read_record, signatures
+from ociregistry.store.records import ForeignRecord, Record, RecordInvalid
+from ociregistry.store.threads import Threads
+
+_SLICE = 4 * 1024 * 1024
+"""Bytes that are read and hashed in one go of a thread."""
+_NOTED = re.compile(r'"([^"\\\s]{3,600})": \{\s*"created"')
+"""An image URL in a record, also in what is left of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A file that is not what its name says."""
+
+    path: Path
+    digest: Digest
+    why: str
+    images: tuple[ImageReference, ...] = ()
+    """Of a record: the image URLs that still stand in it."""
+
+    @property
+    def is_blob(self) -> bool:
+        """Whether it is a blob, not a record."""
+        return self.path.parent.name == "blobs"
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found so far."""
+
+    records: int = 0
+    blobs: int = 0
+    bytes: int = 0
+    """Of blobs, hashed."""
+    damaged: list[Damaged] = field(default_factory=list)
+    foreign: dict[Path, str] = field(default_factory=dict)
+    """Files among the records that are not of this program, and why."""
+    missing: dict[Digest, int] = field(default_factory=dict)
+    """Images that lack blobs, and how many bytes."""
+
+
+class Verifier:
+    """Goes through the store at `root`, slice by slice, in threads."""
+
+    def __init__(self, root: Path, pulls: PullsFolder, files: Files, threads: Threads, clock: IReactorTime) -> None:
+        self._root = root
+        self._pulls = pulls
+        self._files = files
+        self._threads = threads
+        self._clock = clock
+
+    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
+        """What is damaged, which is put aside; `max_rate` is in bytes a second.
+
+        `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
+        """
+        findings = Findings()
+        images: dict[Digest, Mapping[Digest, int]] = {}
+        for folder in (LISTS_FOLDER, IMAGES_FOLDER):
+            for path in await self._threads.read(_files, self._root / folder):
+                record = await self._verify_record(path, findings)
+                if record is not None:
+                    images[record.manifest.digest] = {one.digest: one.size for one in record.manifest.blobs}
+        sizes = await self._threads.read(_sizes, self._root / "blobs")
+        total = sum(sizes.values())
+        for path in sizes:
+            await self._verify_blob(path, findings, max_rate, lambda: came(findings.bytes, total))
+        for digest, blobs in images.items():
+            if lacking := await self._threads.read(_lacking, self._root, blobs):
+                findings.missing[digest] = lacking
+        return findings
+
+    async def _verify_record(self, path: Path, findings: Findings) -> Record | None:
+        try:
+            record = await self._threads.read(read_record, path)
+        except FileNotFoundError:
+            return None
+        except ForeignRecord as error:
+            findings.foreign[path] = str(error)
+            return None
+        except (RecordInvalid, OSError) as error:
+            damaged = await self._threads.write_in_turn(self._put_record_aside, path, str(error))
+            findings.damaged += [damaged] if damaged else []
+            return None
+        findings.records += 1
+        return record
+
+    def _put_record_aside(self, path: Path, why: str) -> Damaged | None:
+        with locked(self._root / "pulls" / "lock"):
+            try:
+                # Another process may have written it anew.
+                read_record(path)
+                return None
+            except FileNotFoundError:
+                return None
+            except (RecordInvalid, OSError):
+                images = _still_noted(path)
+                self._put_aside(path)
+        return Damaged(path, _digest(path), why, images)
+
+    async def _verify_blob(
+        self, path: Path, findings: Findings, max_rate: float | None, came: Callable[[], object]
+    ) -> None:
+        began, at_first = self._clock.seconds(), findings.bytes
+        try:
+            file = await self._threads.read(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            checked = _Checked(path, file)
+            while count := await self._threads.read(checked.hash_more):
+                findings.bytes += count
+                came()
+                if max_rate is not None:
+                    due = began + (findings.bytes - at_first) / max_rate
+                    await deferLater(self._clock, max(0.0, due - self._clock.seconds()))
+            findings.blobs += 1
+            if checked.why:
+                was_there = await self._threads.write(self._put_blob_aside, checked)
+                findings.damaged += [Damaged(path, _digest(path), checked.why)] if was_there else []
+        finally:
+            os.close(file)
+
+    def _put_blob_aside(self, checked: _Checked) -> bool:
+        """Whether it was there still: another process may have brought it anew, or be copying it."""
+        if not checked.is_unchanged():
+            return False
+        self._put_aside(checked.path)
+        return True
+
+    def _put_aside(self, path: Path) -> None:
+        self._files.rename(path, self._pulls.bad / path.name)
+        self._files.sync_folder(path.parent)
+
+
+class _Checked:
+    """A blob that is read through once; everything blocks."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.why = ""
+        """What is wrong with it."""
+        self._descriptor = descriptor
+        self._digest = _digest(path)
+        self._hasher = self._digest.hasher()
+        self._before = os.fstat(descriptor)
+        self._at = 0
+
+    def hash_more(self) -> int:
+        """How many bytes were read and hashed; none at the end."""
+        try:
+            data = os.pread(self._descriptor, _SLICE, self._at)
+        except OSError as error:
+            self.why = f"cannot be read at byte {self._at}: {error.strerror}"
+            return 0
+        self._hasher.update(data)
+        self._at += len(data)
+        if not data and self._hasher.hexdigest() != self._digest.hex:
+            self.why = f"its {self._at} bytes do not have the digest {self._digest}"
+        return len(data)
+
+    def is_unchanged(self) -> bool:
+        """Whether its name still leads to what was read."""
+        try:
+            now = self.path.stat()
+        except FileNotFoundError:
+            return False
+        before = self._before
+        return (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path, _ in signatures(folder))
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    return {path: signature[1] for path, signature in sorted(signatures(folder))}
+
+
+def _lacking(root: Path, blobs: Mapping[Digest, int]) -> int:
+    return sum(size for digest, size in blobs.items() if blob_size(root, digest) != size)
+
+
+def _still_noted(path: Path) -> tuple[ImageReference, ...]:
+    """The image URLs in a damaged record, as far as they can be made out."""
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ()
+    found = []
+    for url in dict.fromkeys(_NOTED.findall(text)):
+        try:
+            found.append(ImageReference.parse_whole(url))
+        except RegistryError:
+            continue
+    return tuple(found)
+
+
+def _digest(path: Path) -> Digest:
+    digest = Digest.from_hex(path.name)
+    assert digest is not None
+    return digest
