@@ -188,13 +188,16 @@ class PullThrough:
         except defer.TimeoutError:
             return download.early_reader(expected)
 
-    async def fetch(self, repository: Repository, digest: Digest) -> None:
-        """Brings the blob into the store, after what clients wait for; raises `RegistryError`."""
+    async def fetch(self, repository: Repository, digest: Digest, *, extra: bool = True) -> None:
+        """Brings the blob into the store, after what clients wait for; raises `RegistryError`.
+
+        An `extra` one takes none of the connections for blobs: there must be one such call at a time.
+        """
         stored = await self._store.blob(digest)
         if stored is not None:
             stored.close()
         else:
-            await self._with_download(repository, digest, NOBODY, lambda download: download.finished())
+            await self._with_download(repository, digest, NOBODY, lambda download: download.finished(), extra=extra)
 
     async def _with_download(
         self,
@@ -202,11 +205,13 @@ class PullThrough:
         digest: Digest,
         chain: Chain,
         use: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
+        *,
+        extra: bool = True,
     ) -> T:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
-                download = self._start(repository, digest, chain)
+                download = self._start(repository, digest, chain, extra=extra)
             try:
                 return await use(download)
             except RegistryError:
@@ -214,12 +219,16 @@ class PullThrough:
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
-    def _start(self, repository: Repository, digest: Digest, chain: Chain, *, again: bool = True) -> Download:
+    def _start(
+        self, repository: Repository, digest: Digest, chain: Chain, *, again: bool = True, extra: bool = True
+    ) -> Download:
         """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = partial(self._registries.get, repository.upstream, chain)
         expected = self._store.size_in(repository, digest)
-        connections = Connections(registry, repository, digest, expected, self._precedence, self._clock, self._jitter)
+        connections = Connections(
+            registry, repository, digest, expected, self._precedence, self._clock, self._jitter, extra=extra
+        )
         download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
         download.start().addCallback(self._land, download, again)
         return download
@@ -233,6 +242,11 @@ class PullThrough:
         del self._downloads[download.digest]
         if download.spoiled and again and not self._stopping:
             self._start(download.repository, download.digest, NOBODY, again=False)
+
+    @property
+    def in_flight(self) -> frozenset[Digest]:
+        """The blobs that are being downloaded."""
+        return frozenset(self._downloads)
 
     async def blob_size(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundSize:
         """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""

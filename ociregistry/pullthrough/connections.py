@@ -41,7 +41,11 @@ class Connections:
         precedence: Precedence,
         clock: IReactorTime,
         jitter: Callable[[], float],
+        *,
+        extra: bool = True,
     ) -> None:
+        """While nobody watches, an `extra` one takes none of the upstream's connections for blobs."""
+        self._extra = extra
         self.count = 0
         """How many there were."""
         self._registry = registry
@@ -74,8 +78,8 @@ class Connections:
     async def open(self, start: int) -> BlobStream:
         """The blob from the byte `start`, or from an earlier one; raises what the upstream answers."""
         await self._turn()
-        # What nobody waits for takes none of the connections for blobs: there is one such download at a time.
-        return await self._open(start, replace(self._manner, small=self._manner.small or not self.watched))
+        extra = self._extra and not self.watched
+        return await self._open(start, replace(self._manner, small=self._manner.small or extra))
 
     async def _open(self, start: int, manner: Manner) -> BlobStream:
         self.count += 1

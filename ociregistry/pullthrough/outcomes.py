@@ -28,6 +28,8 @@ class Outcome:
     """What the operator should know of it."""
     blobs: int = 0
     bytes: int = 0
+    again: bool = False
+    """Whether what failed may succeed later."""
 
     def __str__(self) -> str:
         """One line."""

@@ -1,0 +1,162 @@
+"""Loading: images brought into the store before anybody pulls them, so many at once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, gatherResults
+from twisted.python.failure import Failure
+
+from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
+from ociregistry.manifests import MEDIA_TYPES, Manifest
+from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.platforms import Platform, chosen
+from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
+from ociregistry.pullthrough.suppliers import Supplier
+from ociregistry.store.store import Store
+
+_DEEPEST = 4
+"""Lists in lists."""
+_SIGNATURES = ("sig", "att", "sbom")
+"""Endings of the tags under which cosign keeps what it says of an image."""
+_TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs the upstream"
+
+
+@dataclass(slots=True)
+class _Brought:
+    """What was brought for one image."""
+
+    image: ImageReference
+    manifests: int = 0
+    blobs: int = 0
+    bytes: int = 0
+    missing: list[str] = field(default_factory=list)
+    """Platforms that a list does not have, and those that it has."""
+
+    @property
+    def name(self) -> str:
+        return str(self.image)
+
+    def outcome(self) -> Outcome:
+        notes = (_TAG_UNKNOWN,) if isinstance(self.image.reference, Digest) else ()
+        if self.missing:
+            return Outcome(self.name, Ended.FAILED, "; ".join(self.missing), notes, self.blobs, self.bytes)
+        ended = Ended.LOADED if self.manifests or self.blobs else Ended.THERE
+        return Outcome(self.name, ended, "", notes, self.blobs, self.bytes)
+
+
+class Loader:
+    """Loads images: of a manifest list what is `wanted` of it, and everything that they consist of."""
+
+    def __init__(
+        self,
+        store: Store,
+        supplier: Supplier,
+        wanted: Sequence[Platform],
+        *,
+        signatures: bool,
+        concurrent: int,
+        connections: int,
+        progress: Progress,
+    ) -> None:
+        """So many images are loaded at once, and so many blobs; `signatures` asks for what refers to them, too."""
+        self._store = store
+        self._supplier = supplier
+        self._wanted = wanted
+        self._signatures = signatures
+        self._images = DeferredSemaphore(concurrent)
+        self._blobs = DeferredSemaphore(connections)
+        self._progress = progress
+
+    async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
+        """How each of the images ended, in their order."""
+        running = [
+            self._images.run(lambda image=image: Deferred.fromCoroutine(self._load(image))) for image in images
+        ]
+        return list(await gatherResults(running))
+
+    async def _load(self, image: ImageReference) -> Outcome:
+        brought = _Brought(image)
+        try:
+            await self._bring(image, brought)
+        except RegistryError as error:
+            return _failed(brought, error.message, again=isinstance(error, Unavailable))
+        except OSError as error:
+            return _failed(brought, f"cannot be stored: {error.strerror or error}", again=True)
+        return brought.outcome()
+
+    async def _bring(self, image: ImageReference, brought: _Brought) -> None:
+        async for manifest in self._manifests(image, brought, _DEEPEST):
+            await self._bring_blobs(image.repository, manifest, brought)
+            if self._signatures:
+                await self._bring_signatures(image.repository, manifest.digest, brought)
+
+    async def _manifests(self, image: ImageReference, brought: _Brought, deepest: int) -> AsyncIterator[Manifest]:
+        """The manifest of `image`, and of what it lists what is wanted."""
+        manifest = await self._manifest(image, brought)
+        yield manifest
+        children, missing = chosen(manifest.children, self._wanted)
+        if missing:
+            brought.missing.append(_no_platform(manifest, missing))
+        for child in children:
+            if deepest and child.media_type in MEDIA_TYPES:
+                async for inner in self._manifests(
+                    ImageReference(image.repository, child.digest), brought, deepest - 1
+                ):
+                    yield inner
+
+    async def _manifest(self, image: ImageReference, brought: _Brought) -> Manifest:
+        found = await self._supplier.manifest(image)
+        brought.manifests += not found.hit
+        return found.manifest
+
+    async def _bring_blobs(self, repository: Repository, manifest: Manifest, brought: _Brought) -> None:
+        lacking = await self._store.lacking(manifest)
+        self._progress.expect(brought.name, sum(lacking.values()))
+        fetching = [
+            Deferred.fromCoroutine(self._bring_blob(repository, digest, size, brought))
+            for digest, size in lacking.items()
+        ]
+        # All of them, also when one fails: what was begun is brought to its end.
+        for succeeded, result in await DeferredList(fetching, consumeErrors=True):
+            if not succeeded:
+                cast(Failure, result).raiseException()
+
+    async def _bring_blob(self, repository: Repository, digest: Digest, size: int, brought: _Brought) -> None:
+        await self._blobs.acquire()
+        try:
+            await self._supplier.blob(
+                repository, digest, size, lambda count: self._progress.came(brought.name, count)
+            )
+        finally:
+            self._blobs.release()
+        brought.blobs += 1
+        brought.bytes += size
+
+    async def _bring_signatures(self, repository: Repository, digest: Digest, brought: _Brought) -> None:
+        """What cosign says of the manifest `digest` under tags, and what refers to it."""
+        if digest.algorithm == "sha256":
+            for ending in _SIGNATURES:
+                await self._bring_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), brought)
+        referrers = await self._supplier.referrers(repository, digest)
+        for child in referrers.children if referrers else ():
+            if child.media_type in MEDIA_TYPES:
+                await self._bring_signature(ImageReference(repository, child.digest), brought)
+
+    async def _bring_signature(self, image: ImageReference, brought: _Brought) -> None:
+        try:
+            manifest = await self._manifest(image, brought)
+        except ManifestUnknown:
+            return
+        await self._bring_blobs(image.repository, manifest, brought)
+
+
+def _no_platform(manifest: Manifest, missing: Sequence[Platform]) -> str:
+    offered = sorted({child.platform for child in manifest.children if child.platform})
+    return f"there is none for {', '.join(map(str, missing))}, but for {', '.join(offered) or 'no platform at all'}"
+
+
+def _failed(brought: _Brought, why: str, *, again: bool) -> Outcome:
+    return Outcome(brought.name, Ended.FAILED, why, (), brought.blobs, brought.bytes, again)

@@ -1,0 +1,172 @@
+"""Where the images that are loaded come from: this process pulls them, or the daemon that runs on the same store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from twisted.internet import defer
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+
+from ociregistry.errors import ManifestUnknown, Unavailable
+from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.patience import NotYet
+from ociregistry.store.store import Store
+from ociregistry.upstream.beside import DaemonBeside
+
+_SLOW = 8.0
+"""Seconds after which an answer failed because the upstream is slow; one that fails sooner will fail again."""
+_LOOK_AGAIN = 0.05
+"""Seconds from one look at the store to the next."""
+
+Came = Callable[[int], object]
+"""Is called with numbers of bytes that came."""
+
+
+class Supplier(Protocol):
+    """Brings what is asked for into the store. All methods raise `RegistryError`."""
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """The manifest that `image` means."""
+
+    async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
+        """The index of what refers to the manifest `digest`; None where the upstream does not offer it."""
+
+    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+        """Returns when the blob of `size` bytes is in the store."""
+
+
+class Patience:
+    """Measures how long nothing came."""
+
+    def __init__(self, seconds: float, clock: IReactorTime) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self.progress()
+
+    def progress(self) -> None:
+        """Something came."""
+        self._until = self._clock.seconds() + self._seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, at least a little."""
+        return max(0.001, self._until - self._clock.seconds())
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing came for too long."""
+        return self._clock.seconds() >= self._until
+
+
+class Pulling:
+    """This process pulls, as for a client that waits `patience` seconds without progress."""
+
+    def __init__(self, cache: PullThrough, listings: Listings, patience: float, clock: IReactorTime) -> None:
+        self._cache = cache
+        self._listings = listings
+        self._seconds = patience
+        self._clock = clock
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """As `Supplier.manifest`."""
+        patience = Patience(self._seconds, self._clock)
+        while True:
+            try:
+                return await self._cache.manifest(image)
+            except NotYet:
+                if patience.exhausted:
+                    raise
+
+    async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
+        """As `Supplier.referrers`."""
+        try:
+            found = await self._listings.referrers(repository, digest, "")
+        except ManifestUnknown:
+            return None
+        return Manifest.parse(found.data, OCI_INDEX)
+
+    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+        """As `Supplier.blob`."""
+        found = await self._cache.blob(repository, digest)
+        try:
+            at = 0
+            while at < size:
+                coming = found.content.more_than(at).addTimeout(self._seconds, self._clock)
+                try:
+                    upto = await coming
+                except defer.TimeoutError:
+                    raise Unavailable(f"{repository}@{digest}: no byte came for {self._seconds:g} s") from None
+                came(upto - at)
+                at = upto
+        finally:
+            found.content.close()
+        await self._cache.fetch(repository, digest)
+
+
+class InBackground(Pulling):
+    """This process pulls, after what clients wait for."""
+
+    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+        """As `Supplier.blob`."""
+        await self._cache.fetch(repository, digest, extra=False)
+        came(size)
+
+
+class ThroughDaemon:
+    """The daemon pulls; what is in the store already, it is not asked for."""
+
+    def __init__(self, store: Store, daemon: DaemonBeside, patience: float, clock: IReactorTime) -> None:
+        self._store = store
+        self._daemon = daemon
+        self._seconds = patience
+        self._clock = clock
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """As `Supplier.manifest`."""
+        stored = await self._store.manifest(image)
+        if stored is not None:
+            return FoundManifest(stored, hit=True)
+        patience = Patience(self._seconds, self._clock)
+        while True:
+            began = self._clock.seconds()
+            try:
+                return FoundManifest(await self._daemon.manifest(image), hit=False)
+            except Unavailable:
+                if self._clock.seconds() - began < _SLOW or patience.exhausted:
+                    raise
+
+    async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
+        """As `Supplier.referrers`."""
+        try:
+            return await self._daemon.referrers(repository, digest)
+        except ManifestUnknown:
+            return None
+
+    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+        """As `Supplier.blob`."""
+        patience = Patience(self._seconds, self._clock)
+        at = 0
+        while at < size:
+            began, before = self._clock.seconds(), at
+            body = await self._daemon.blob(repository, digest, at)
+            try:
+                while data := await body.read():
+                    at += len(data)
+                    came(len(data))
+                    patience.progress()
+            except Unavailable:
+                # It waits longer for a slow upstream than this connection does for it.
+                if patience.exhausted or (at == before and self._clock.seconds() - began < _SLOW):
+                    raise
+            finally:
+                body.abort()
+        # The last byte goes out when the digest holds; then the daemon has to sync and rename it.
+        while not await self._store.holds(digest, size):
+            if patience.exhausted:
+                raise Unavailable(f"{repository}@{digest}: the daemon did not store it; its log says why")
+            await deferLater(self._clock, _LOOK_AGAIN)
