@@ -72,10 +72,16 @@ class Loader:
 
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
         """How each of the images ended, in their order."""
-        running = [
-            self._images.run(lambda image=image: Deferred.fromCoroutine(self._load(image))) for image in images
-        ]
-        return list(await gatherResults(running))
+        return list(await gatherResults([Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]))
+
+    async def _load_in_turn(self, image: ImageReference) -> Outcome:
+        await self._images.acquire()
+        try:
+            outcome = await self._load(image)
+        finally:
+            self._images.release()
+        self._progress.ended(outcome)
+        return outcome
 
     async def _load(self, image: ImageReference) -> Outcome:
         brought = _Brought(image)
