@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -93,25 +93,18 @@ class Loader:
             return _failed(brought, f"cannot be stored: {error.strerror or error}", again=True)
         return brought.outcome()
 
-    async def _bring(self, image: ImageReference, brought: _Brought) -> None:
-        async for manifest in self._manifests(image, brought, _DEEPEST):
-            await self._bring_blobs(image.repository, manifest, brought)
-            if self._signatures:
-                await self._bring_signatures(image.repository, manifest.digest, brought)
-
-    async def _manifests(self, image: ImageReference, brought: _Brought, deepest: int) -> AsyncIterator[Manifest]:
-        """The manifest of `image`, and of what it lists what is wanted."""
+    async def _bring(self, image: ImageReference, brought: _Brought, deepest: int = _DEEPEST) -> None:
+        """The manifest of `image` with its blobs, and what it lists as far as that is wanted."""
         manifest = await self._manifest(image, brought)
-        yield manifest
+        await self._bring_blobs(image.repository, manifest, brought)
+        if self._signatures:
+            await self._bring_signatures(image.repository, manifest.digest, brought)
         children, missing = chosen(manifest.children, self._wanted)
         if missing:
             brought.missing.append(_no_platform(manifest, missing))
         for child in children:
             if deepest and child.media_type in MEDIA_TYPES:
-                async for inner in self._manifests(
-                    ImageReference(image.repository, child.digest), brought, deepest - 1
-                ):
-                    yield inner
+                await self._bring(ImageReference(image.repository, child.digest), brought, deepest - 1)
 
     async def _manifest(self, image: ImageReference, brought: _Brought) -> Manifest:
         found = await self._supplier.manifest(image)
