@@ -15,6 +15,7 @@ from twisted.internet import defer
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import FilteringLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
@@ -30,8 +31,16 @@ from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.logs import ALWAYS, AtLeast
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.completion import Completion
+from ociregistry.pullthrough.imagelist import read_image_list
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.loading import Loader
+from ociregistry.pullthrough.outcomes import Untold
+from ociregistry.pullthrough.preloading import Preloading
+from ociregistry.pullthrough.repairing import Repairer
+from ociregistry.pullthrough.suppliers import InBackground
+from ociregistry.pullthrough.upkeep import Upkeep
 from ociregistry.settings import Settings
+from ociregistry.store.door import Door
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Network
 from ociregistry.upstream.registries import Registries
@@ -46,6 +55,7 @@ _DRAIN = 30.0
 _AT_NEXT_START = (
     *("image_path", "port", "listen", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images"),
+    *("preload_images", "concurrent", "platform", "with_signatures"),
 )
 """What a reload cannot change."""
 
@@ -65,6 +75,8 @@ class Daemon(Service):
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
         self._ports: list[IListeningPort] = []
+        self._beside: tuple[Door, IListeningPort] | None = None
+        """Where commands on the same store come in."""
         self._reloading = DeferredLock()
         self._level = AtLeast(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
@@ -78,8 +90,35 @@ class Daemon(Service):
         completes = settings.complete_images and not settings.air_gapped
         listings = Listings(self._store, self._registries, reactor, air_gapped=settings.air_gapped)
         self._v2 = V2(self._cache, listings, self._completion if completes else None, settings.default_ns, instance)
-        answers = health(lambda: self._store.counts, lambda: self._completion.incomplete, self._started)
+        background = InBackground(self._cache, listings, settings.pull_timeout, reactor)
+        self._upkeep = Upkeep(self._store, self._cache, Repairer(self._store, background), reactor)
+        self._preloading = self._preload(settings, background)
+        answers = health(
+            lambda: self._store.counts,
+            lambda: self._completion.incomplete,
+            lambda: self._preloading.progress if self._preloading else None,
+            self._started,
+        )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
+
+    def _preload(self, settings: Settings, background: InBackground) -> Preloading | None:
+        path = settings.preload_images
+        if path is None:
+            return None
+        loader = Loader(
+            self._store,
+            background,
+            settings.platform,
+            signatures=settings.with_signatures,
+            concurrent=settings.concurrent,
+            # No more than images: what clients wait for finds connections free.
+            connections=settings.concurrent,
+            progress=Untold(),
+        )
+        pool = self._reactor.getThreadPool()
+        return Preloading(
+            lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor
+        )
 
     def setServiceParent(self, parent: IService) -> None:
         """Also sets the observer that twistd will log with: its own, behind `--log-level`."""
@@ -115,9 +154,13 @@ class Daemon(Service):
         _take_all_file_descriptors()
         try:
             self._store.start()
+            self._listen_beside()
         except OSError as error:
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
         self._network.start()
+        self._upkeep.use(self._settings.prune, self._settings.verify)
+        if self._preloading is not None:
+            self._preloading.start()
         if self._settings.complete_images and not self._settings.air_gapped:
             self._completion.start()
         signal.signal(signal.SIGHUP, self._hung_up)
@@ -134,6 +177,17 @@ class Daemon(Service):
             **ALWAYS,
         )
         self._warn(self._settings)
+
+    def _listen_beside(self) -> None:
+        """Commands on the same store pull through this process: nothing is fetched twice."""
+        door = self._store.door()
+        try:
+            self._beside = door, self._reactor.listenUNIX(door.path, self._site, mode=0o600)
+        except CannotListenError as error:
+            door.close()
+            self.log.error(
+                "commands on the same store cannot pull through this process: {why}", why=error.socketError
+            )
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
@@ -162,6 +216,7 @@ class Daemon(Service):
         self._network.use(settings)
         self._registries.use(settings.allow_upstreams)
         self._v2.use(settings.default_ns)
+        self._upkeep.use(settings.prune, settings.verify)
         self.log.info(
             "the settings were read again: {upstreams} upstreams are configured",
             upstreams=len(settings.registries),
@@ -191,10 +246,17 @@ class Daemon(Service):
     async def _stop(self) -> None:
         for port in self._ports:
             port.stopListening()
+        if self._beside is not None:
+            door, port = self._beside
+            await defer.maybeDeferred(port.stopListening)
+            door.close()
         try:
             await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
+        self._upkeep.stop()
+        if self._preloading is not None:
+            self._preloading.stop()
         self._completion.stop()
         await self._cache.stop()
         self._network.stop()

@@ -105,14 +105,18 @@ class Catalogue:
         """The sizes in bytes that manifests (of `repository`, if given) give `blob`."""
         return {
             size
-            for manifest, size in self._naming.get(blob, {}).items()
+            for manifest, size in self.naming(blob).items()
             if repository is None or self._entries[manifest].known_in(repository)
         }
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """The repositories with a manifest that names `blob`, and the size in bytes that it gives it."""
-        naming = self._naming.get(blob, {})
+        naming = self.naming(blob)
         return {at: size for manifest, size in naming.items() for at in self._entries[manifest].repositories}
+
+    def naming(self, blob: Digest) -> Mapping[Digest, int]:
+        """The manifests that name `blob`, and the size in bytes that they give it."""
+        return self._naming.get(blob, {})
 
     def counts(self) -> tuple[int, int]:
         """How many manifest lists and how many image manifests there are."""

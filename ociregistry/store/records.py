@@ -34,6 +34,11 @@ class Dates:
     created: datetime
     confirmed: datetime
 
+    @classmethod
+    def parse(cls, created: str, confirmed: str) -> Dates:
+        """The dates as a record spells them; raises `ValueError`."""
+        return cls(_time(created), _time(confirmed))
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -80,7 +85,7 @@ class Record:
                 raise RecordInvalid(f"it holds {document['digest']}, not what its name says")
             manifest = Manifest.parse(document["manifest"].encode("utf-8"), document["mediaType"], digest)
             images = {
-                str(ImageReference.parse_whole(url)): Dates(_time(dates["created"]), _time(dates["confirmed"]))
+                str(ImageReference.parse_whole(url)): Dates.parse(dates["created"], dates["confirmed"])
                 for url, dates in document["images"].items()
             }
         except (RegistryError, ManifestInvalid) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, open_blob, size_of_blob
 from ociregistry.store.catalogue import Catalogue, Entry
+from ociregistry.store.door import Door
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
 from ociregistry.store.pruning import Choose, Plan, prune
@@ -56,6 +57,7 @@ class Store:
     ) -> None:
         self._root = root
         self._blobs = root / "blobs"
+        self._verified = root / "pulls" / "verified"
         self._now = now
         self._files = files or Files()
         self._threads = Threads(reactor)
@@ -95,6 +97,12 @@ class Store:
         self._looking.stop()
         self._threads.stop()
         self._pulls.close()
+
+    def door(self) -> Door:
+        """Where this process may listen for others on the same store; whoever gets it closes it. Raises `OSError`."""
+        door = Door(self._pulls.path)
+        door.clear()
+        return door
 
     @property
     def counts(self) -> Counts:
@@ -241,6 +249,10 @@ class Store:
         """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
         return self._catalogue.uses(blob)
 
+    def naming(self, blob: Digest) -> Collection[Digest]:
+        """The manifests that name this blob."""
+        return self._catalogue.naming(blob)
+
     # Upkeep
 
     async def prune(self, choose: Choose) -> Plan:
@@ -250,7 +262,13 @@ class Store:
     async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
         """As `Verifier.verify`. Raises `OSError`."""
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock)
-        return await verifier.verify(max_rate, came)
+        findings = await verifier.verify(max_rate, came)
+        await self._threads.write(self._verified.touch)
+        return findings
+
+    async def last_verified(self) -> datetime | None:
+        """When that ended last; None for never."""
+        return await self._threads.read(_changed, self._verified)
 
     # Partials
 
@@ -273,6 +291,13 @@ class Store:
 
 def _missing(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
     return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
+
+
+def _changed(path: Path) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    except FileNotFoundError:
+        return None
 
 
 def _digest(path: Path) -> Digest:

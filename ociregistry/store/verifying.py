@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from ociregistry.store.files import Files, locked
 from ociregistry.store.inventory import blob_size
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, read_record, signatures
-from ociregistry.store.records import ForeignRecord, Record, RecordInvalid
+from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 
 _SLICE = 4 * 1024 * 1024
 """Bytes that are read and hashed in one go of a thread."""
-_NOTED = re.compile(r'"([^"\\\s]{3,600})": \{\s*"created"')
+_NOTED = re.compile(
+    r'"(?P<url>[^"\\\s]{3,600})":\s*\{\s*"created":\s*"(?P<created>[^"]{1,40})",'
+    r'\s*"confirmed":\s*"(?P<confirmed>[^"]{1,40})"\s*\}'
+)
 """An image URL in a record, also in what is left of one."""
 
 
@@ -33,7 +37,7 @@ class Damaged:
     path: Path
     digest: Digest
     why: str
-    images: tuple[ImageReference, ...] = ()
+    images: tuple[tuple[ImageReference, Dates], ...] = ()
     """Of a record: the image URLs that still stand in it."""
 
     @property
@@ -199,18 +203,14 @@ def _lacking(root: Path, blobs: Mapping[Digest, int]) -> int:
     return sum(size for digest, size in blobs.items() if blob_size(root, digest) != size)
 
 
-def _still_noted(path: Path) -> tuple[ImageReference, ...]:
+def _still_noted(path: Path) -> tuple[tuple[ImageReference, Dates], ...]:
     """The image URLs in a damaged record, as far as they can be made out."""
-    try:
-        text = path.read_bytes().decode("utf-8", "replace")
-    except OSError:
-        return ()
     found = []
-    for url in dict.fromkeys(_NOTED.findall(text)):
-        try:
-            found.append(ImageReference.parse_whole(url))
-        except RegistryError:
-            continue
+    with suppress(OSError):
+        for noted in _NOTED.finditer(path.read_bytes().decode("utf-8", "replace")):
+            with suppress(RegistryError, ValueError):
+                dates = Dates.parse(noted["created"], noted["confirmed"])
+                found.append((ImageReference.parse_whole(noted["url"]), dates))
     return tuple(found)
 
 

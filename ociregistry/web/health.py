@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 
 from ociregistry import __version__
 from ociregistry.chain import Chain
 from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.pullthrough.preloading import Preloaded
 from ociregistry.store.store import Counts
 from ociregistry.web.answers import Answer, json_answer
 from ociregistry.web.requests import Query
 from ociregistry.web.serving import Handler
 
 
-def health(counts: Callable[[], Counts], incomplete: Callable[[], Incomplete], started: datetime) -> Handler:
-    """What answers such requests; `counts` and `incomplete` are asked each time."""
+def health(
+    counts: Callable[[], Counts],
+    incomplete: Callable[[], Incomplete],
+    preloaded: Callable[[], Preloaded | None],
+    started: datetime,
+) -> Handler:
+    """What answers such requests; all but `started` are asked each time."""
 
     async def answer(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
-        held, lacking = counts(), incomplete()
+        held, lacking, preloading = counts(), incomplete(), preloaded()
         return json_answer(
             200,
             {
@@ -29,6 +36,7 @@ def health(counts: Callable[[], Counts], incomplete: Callable[[], Incomplete], s
                 "images": held.images,
                 "incomplete_images": lacking.images,
                 "missing_bytes": lacking.bytes,
+                **({"preload": asdict(preloading)} if preloading else {}),
             },
         )
 

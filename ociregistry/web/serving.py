@@ -223,7 +223,7 @@ class _Exchange:
     @property
     def _client(self) -> str:
         address = self._request.getClientAddress()
-        return f"{address.host}:{address.port}" if hasattr(address, "port") else str(address)
+        return f"{address.host}:{address.port}" if hasattr(address, "port") else "a command"
 
     def _log_access(self, answer: Answer) -> None:
         request = self._request

@@ -34,7 +34,7 @@ def told(handler: Handler, method: str = "GET") -> Any:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_it_tells_how_the_daemon_is(method: str) -> None:
-    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), STARTED)
+    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, STARTED)
     assert told(handler, method) == {
         "status": "ok",
         "version": __version__,
@@ -49,7 +49,7 @@ def test_it_tells_how_the_daemon_is(method: str) -> None:
 @on_reactor
 async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> None:
     completion = Completion(store, Fetching(tmp_path), clock)
-    handler = health(lambda: store.counts, lambda: completion.incomplete, STARTED)
+    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, STARTED)
 
     def figures() -> list[int]:
         return [told(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]

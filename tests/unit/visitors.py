@@ -87,7 +87,7 @@ class Handler(V2):
 
 def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
     """The server."""
-    told = health(lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), STARTED)
+    told = health(lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, STARTED)
     return RegistrySite(handler, told, patience, clock)
 
 

@@ -1,0 +1,125 @@
+"""What the daemon does by itself, from time to time: it prunes what is too much, and verifies what it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from ociregistry.config.upkeep import PruneSettings, VerifySettings
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.repairing import Repairer
+from ociregistry.store.selection import Surplus
+from ociregistry.store.store import Store
+
+_BEING_PULLED = timedelta(minutes=10)
+"""Since its manifest was asked for: a client may still be asking for the blobs of such an image."""
+
+Work = Coroutine[Deferred[Any], Any, None]
+
+
+class Upkeep:
+    """Prunes and verifies as it is told, until it is told otherwise."""
+
+    log = Logger(namespace="ociregistry.pullthrough")
+
+    def __init__(
+        self,
+        store: Store,
+        cache: PullThrough,
+        repairer: Repairer,
+        clock: IReactorTime,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._store = store
+        self._cache = cache
+        self._repairer = repairer
+        self._clock = clock
+        self._now = now
+        self._pruning: Deferred[None] = succeed(None)
+        self._verifying: Deferred[None] = succeed(None)
+
+    def use(self, prune: PruneSettings | None, verify: VerifySettings | None) -> None:
+        """From now on it is done like this; what is under way begins anew."""
+        self.stop()
+        if prune is not None:
+            self._pruning = self._begin(self._prune_regularly(prune))
+        if verify is not None:
+            self._verifying = self._begin(self._verify_regularly(verify))
+
+    def stop(self) -> None:
+        """Does nothing any more."""
+        self._pruning.cancel()
+        self._verifying.cancel()
+
+    def _begin(self, work: Work) -> Deferred[None]:
+        return Deferred.fromCoroutine(work).addErrback(self._failed)
+
+    def _failed(self, failure: Failure) -> None:
+        if not failure.check(CancelledError):
+            self.log.failure("a defect in the upkeep of the store", failure)
+
+    async def _prune_regularly(self, settings: PruneSettings) -> None:
+        while True:
+            await deferLater(self._clock, settings.every.total_seconds())
+            try:
+                await self._prune(settings)
+            except OSError as error:
+                self.log.error("cannot prune the store: {why}", why=error)
+
+    async def _prune(self, settings: PruneSettings) -> None:
+        now = self._now()
+        surplus = Surplus(
+            pulled_before=now - settings.unused_for if settings.unused_for is not None else None,
+            max_size=settings.max_size,
+            keeps=settings.keep.match,
+            busy=self._busy(),
+            rests_before=now - _BEING_PULLED,
+        )
+        plan = await self._store.prune(surplus)
+        for row in plan.rows:
+            self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.kept.pulled.isoformat())
+        if plan.records:
+            self.log.warn(
+                "pruned {images} image URLs with {blobs} blobs: {bytes} bytes are free again",
+                images=len(plan.rows),
+                blobs=len(plan.blobs),
+                bytes=plan.bytes,
+            )
+
+    def _busy(self) -> frozenset[Digest]:
+        flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
+        return frozenset(flying | self._store.wishes.keys())
+
+    async def _verify_regularly(self, settings: VerifySettings) -> None:
+        began = self._now()
+        while True:
+            due = (await self._store.last_verified() or began) + settings.every
+            await deferLater(self._clock, max(0.0, (due - self._now()).total_seconds()))
+            began = self._now()
+            try:
+                await self._verify(settings)
+            except OSError as error:
+                self.log.error("cannot verify the store: {why}", why=error)
+                await deferLater(self._clock, settings.every.total_seconds())
+
+    async def _verify(self, settings: VerifySettings) -> None:
+        findings = await self._store.verify(settings.max_rate, lambda done, total: None)
+        self.log.info(
+            "verified {records} records and {blobs} blobs: {damaged} are damaged",
+            records=findings.records,
+            blobs=findings.blobs,
+            damaged=len(findings.damaged),
+        )
+        for damaged in sorted(findings.damaged, key=lambda one: one.is_blob):
+            self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+            why = await self._repairer.repair(damaged)
+            if why:
+                self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)
