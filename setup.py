@@ -34,6 +34,7 @@ setup(
         "pyopenssl>=23.0",
         "service-identity",
         "pyyaml",
+        "tqdm",
     ],
     extras_require={
         "test": [
@@ -47,6 +48,7 @@ setup(
             "mypy-zope",
             "ruff~=0.17.0",
             "types-PyYAML",
+            "types-tqdm",
         ],
     },
     # twisted.plugins is Twisted's own folder that we put one file into: an __init__.py in ours would hide it.

@@ -75,7 +75,7 @@ def chosen(
 
     A child that tells no platform, such as a list in a list, counts as wanted.
     """
-    if not wanted:
+    if not wanted or not offered:
         return tuple(offered), ()
     found = {platform: platform.best(offered) for platform in wanted}
     best = {child.digest for child in found.values() if child is not None}

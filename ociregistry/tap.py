@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,57 +10,25 @@ from typing import Any, NoReturn
 from twisted.application.service import Service
 from twisted.python import usage
 
-from ociregistry import __version__
-from ociregistry.commands.check import report
+from ociregistry.commands.check import Check
+from ociregistry.commands.export import Export
+from ociregistry.commands.list import List
+from ociregistry.commands.load import Load
+from ociregistry.commands.options import Command, CommandFailed, CommonOptions
+from ociregistry.commands.prune import Prune
+from ociregistry.commands.verify import Verify
+from ociregistry.commands.version import Version
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.daemon import Daemon, exit_with
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
-_NOT_YET_OPTIONS = frozenset(
-    {
-        *("concurrent", "arch", "os", "preload-images"),
-        *("load-images", "list-cache", "prune", "prune-before", "dry-run"),
-    }
-)
-_NOT_YET_COMMANDS = ("load", "list", "prune", "verify", "export", "containerd-config", "version")
+_NOT_YET_COMMANDS = ("containerd-config",)
 
 
-class _CommonOptions(usage.Options):
-    """Options that are taken before and after the word `serve`."""
-
-    optParameters = [
-        *([option.name, None, None, f"{option.help} [{option.default}]"] for option in OPTIONS if not option.is_flag),
-        ["config-path", None, None, "YAML file with upstreams and options."],
-    ]
-    optFlags = [
-        *([option.name, None, option.help] for option in OPTIONS if option.is_flag),
-        ["no-complete-images", None, "Leave it to clients which layers are fetched."],
-    ]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.listen: list[str] = []
-
-    def opt_listen(self, endpoint: str) -> None:
-        """Endpoint to listen on in place of --port, such as tcp:8080:interface=127.0.0.1. Repeatable."""
-        self.listen.append(endpoint)
-
-    def opt_version(self) -> NoReturn:
-        """Print the version and exit."""
-        print(f"ociregistry {__version__}")
-        raise SystemExit(0)
-
-
-class Serve(_CommonOptions):
+class Serve(CommonOptions):
     """The options of the daemon, with `serve` written out."""
 
     longdesc = "Runs the daemon."
-
-
-class Check(_CommonOptions):
-    """The options of `check`."""
-
-    longdesc = "Prints each upstream of the configuration, and how it will be reached. Contacts nobody."
 
 
 class _NotYet(usage.Options):
@@ -70,14 +37,30 @@ class _NotYet(usage.Options):
         raise usage.UsageError(f"{command} is not available in this version")
 
 
-class Options(_CommonOptions):
+class Options(CommonOptions):
     """The command line behind `twistd ociregistry`."""
 
-    synopsis = "[options] [serve [options]]"
+    synopsis = "[options] [command [options]]"
     longdesc = "A pull-only, pull-through, caching OCI registry server."
+    # Other spellings of commands, which the server of the same name that is written in Go has.
+    optParameters = [
+        ["load-images", None, None, "The same as: load FILE"],
+        ["prune", None, None, "The same as: prune --pattern EXPR"],
+        ["prune-before", None, None, "The same as: prune --before TIME"],
+    ]
+    optFlags = [
+        ["list-cache", None, "The same as: list"],
+        ["dry-run", None, "With --prune or --prune-before: print what would go, and change nothing."],
+    ]
     subCommands = [
         ["serve", None, Serve, "run the daemon, which is also the default"],
+        ["load", None, Load, "bring images into the store"],
+        ["list", None, List, "print what is in the store"],
+        ["prune", None, Prune, "take images out of the store"],
+        ["verify", None, Verify, "hash everything in the store again"],
+        ["export", None, Export, "write images into an archive"],
         ["check", None, Check, "print how each upstream will be reached"],
+        ["version", None, Version, "print the version"],
         *([name, None, _NotYet, "not in this version"] for name in _NOT_YET_COMMANDS),
     ]
 
@@ -88,15 +71,40 @@ class Options(_CommonOptions):
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """As twistd calls it; a mistake ends the process with one line and exit status 2."""
         try:
-            for argument in options or ():
-                if argument.startswith("--") and argument[2:].partition("=")[0] in _NOT_YET_OPTIONS:
-                    raise usage.UsageError(f"{argument} is not available in this version")
             super().parseOptions(options)
         except usage.UsageError as error:
             exit_with(f"{error} (--help lists the options)", 2)
 
     def postOptions(self) -> None:
-        """Makes the settings, so that a mistake shows before anything starts."""
+        """Makes the settings, so that a mistake shows before anything starts, and runs a command."""
+        command = self._command()
+        self._make_settings()
+        if command is not None:
+            self._run(command)
+
+    def _command(self) -> Command | None:
+        """What is to be done in place of serving; raises `usage.UsageError`."""
+        spelled = list(self._spelled())
+        if self.subCommand and isinstance(self.subOptions, Command):
+            spelled.append(self.subOptions)
+        if len(spelled) > 1 or (spelled and self.subCommand == "serve"):
+            raise usage.UsageError("one thing at a time: these options are commands of their own")
+        if self["dry-run"] and not isinstance(next(iter(spelled), None), Prune):
+            raise usage.UsageError("--dry-run goes with prune")
+        return spelled[0] if spelled else None
+
+    def _spelled(self) -> Iterator[Command]:
+        """The commands that are given as options."""
+        if self["load-images"] is not None:
+            yield _parsed(Load(), [self["load-images"]])
+        if self["list-cache"]:
+            yield _parsed(List(), [])
+        pruned = [("--pattern", self["prune"]), ("--before", self["prune-before"])]
+        given = [word for option, value in pruned if value is not None for word in (option, value)]
+        if given:
+            yield _parsed(Prune(), [*given, *(["--dry-run"] if self["dry-run"] else [])])
+
+    def _make_settings(self) -> None:
         given = [self, self.subOptions] if self.subCommand else [self]
         values = {
             option.key: "true" if option.is_flag else options[option.name]
@@ -119,19 +127,22 @@ class Options(_CommonOptions):
             self.settings = self.load()
         except ConfigInvalid as error:
             exit_with(str(error), 2)
-        if self.subCommand == "check":
-            self._check()
 
-    def _check(self) -> NoReturn:
-        lines = "".join(f"{line}\n" for line in report(self.settings))
+    def _run(self, command: Command) -> NoReturn:
         try:
-            sys.stdout.buffer.write(lines.encode(sys.stdout.encoding, "backslashreplace"))
-            sys.stdout.flush()
+            status = command.run(self.settings)
+        except CommandFailed as error:
+            exit_with(str(error), error.status)
         except OSError as error:
-            exit_with(f"cannot print: {error.strerror}", 1)
-        for warning in self.settings.warnings:
-            print(f"ociregistry: warning: {warning}", file=sys.__stderr__)
-        raise SystemExit(0)
+            root = str(self.settings.image_path)
+            where = f": {error.filename}" if error.filename not in (None, root) else ""
+            exit_with(f"cannot use the store {root}: {error.strerror or error}{where}", 1)
+        raise SystemExit(status)
+
+
+def _parsed(command: Command, words: Sequence[str]) -> Command:
+    command.parseOptions(list(words))
+    return command
 
 
 def makeService(options: Options, reactor: Any = None) -> Service:

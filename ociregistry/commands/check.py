@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ociregistry.commands.options import Command, complain, print_lines
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
 from ociregistry.names import Upstream
@@ -12,6 +13,19 @@ from ociregistry.upstream.network import api_host
 from ociregistry.upstream.registries import is_allowed
 
 _SYSTEM = "the operating system's trust store"
+
+
+class Check(Command):
+    """The options of `check`."""
+
+    longdesc = "Prints each upstream of the configuration, and how it will be reached. Contacts nobody."
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        print_lines(report(settings))
+        for warning in settings.warnings:
+            complain(f"warning: {warning}")
+        return 0
 
 
 def report(settings: Settings) -> Iterator[str]:

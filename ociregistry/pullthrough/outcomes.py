@@ -34,7 +34,7 @@ class Outcome:
     def __str__(self) -> str:
         """One line."""
         said = [f"{self.blobs} blobs, {self.bytes} bytes"] if self.blobs else []
-        said += [*self.notes, *([self.why] if self.why else [])]
+        said += [*self.notes, *([self.why.removeprefix(f"{self.name}: ")] if self.why else [])]
         return f"{self.ended.value}: {self.name}" + (f": {'; '.join(said)}" if said else "")
 
 

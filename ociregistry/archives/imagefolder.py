@@ -1,0 +1,135 @@
+"""Image folders: our own store's, and that of the server of the same name that is written in Go.
+
+Both have a JSON file for each manifest in fat/, img/ or lts/, and blobs/<hex>. A folder may hold files of both kinds.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest
+from ociregistry.archives.members import Archive, Member, parse_json
+from ociregistry.errors import RegistryError
+from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
+from ociregistry.names import Digest, ImageReference
+from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.store.records import Dates, Record, RecordInvalid
+
+_MANIFESTS = frozenset({"fat", "img", "lts"})
+
+
+def is_image_folder(archive: Archive) -> bool:
+    """Whether `archive` has manifests where an image folder has them."""
+    return any(_digest(name, _MANIFESTS) for name in archive.members)
+
+
+def read_image_folder(archive: Archive) -> Contents:
+    """What the image folder `archive` holds. Blocks; raises `ArchiveInvalid`."""
+    found = [_read(archive, member, digest) for member, digest in _files(archive, _MANIFESTS)]
+    return gather(
+        archive,
+        named=(image for one in found for image in one.images),
+        manifests={one.manifest.digest: one.manifest for one in found if one.manifest},
+        blobs={digest: member for member, digest in _files(archive, {"blobs"})},
+        failed=(failure for one in found for failure in one.failed),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one file says."""
+
+    manifest: Manifest | None = None
+    images: tuple[NamedImage, ...] = ()
+    failed: tuple[Outcome, ...] = ()
+
+
+def _files(archive: Archive, folders: Collection[str]) -> list[tuple[Member, Digest]]:
+    """The members in these folders that have the hex of a digest as their name, in the order of the archive."""
+    files = [
+        (member, digest) for name, member in archive.members.items() if (digest := _digest(name, folders)) is not None
+    ]
+    return sorted(files, key=lambda file: file[0].order)
+
+
+def _digest(name: str, folders: Collection[str]) -> Digest | None:
+    folder, _, file = name.partition("/")
+    return Digest.from_hex(file) if folder in folders else None
+
+
+def _read(archive: Archive, member: Member, digest: Digest) -> _Found:
+    data = archive.read(member)
+    document = parse_json(data, member)
+    match document:
+        case {"imageUrl": str(url)}:
+            return _read_holder(document, url, digest, member)
+        case {"images": dict(), "manifest": str()}:
+            return _read_record(data, digest, member)
+    raise member.invalid("it is no manifest as an image folder has it")
+
+
+def _read_record(data: bytes, digest: Digest, member: Member) -> _Found:
+    try:
+        record = Record.parse(data, digest)
+    except RecordInvalid as error:
+        raise member.invalid(str(error)) from None
+    images = (NamedImage(ImageReference.parse_whole(url), digest, dates) for url, dates in record.images.items())
+    return _Found(record.manifest, tuple(images))
+
+
+def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: Member) -> _Found:
+    """What the Go server's file says."""
+    encoded = document.get("bytes")
+    if not isinstance(encoded, str) or not encoded:
+        return _failed(url, "an old version of the Go server wrote it, which did not keep the manifest's bytes")
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except binascii.Error as error:
+        raise member.invalid(f"its bytes are not base64: {error}") from None
+    declared = document.get("digest")
+    if declared and declared not in (digest, digest.hex):
+        raise member.invalid(f"it holds {str(declared)[:200]}, not what its name says")
+    manifest = parse_manifest(data, _media_type(document, data, member), digest, member)
+    try:
+        image = ImageReference.parse_whole(url)
+    except RegistryError as error:
+        return _failed(url, error.message)
+    return _Found(manifest, (NamedImage(image, digest, _dates(document.get("created"))),))
+
+
+def _failed(url: str, why: str) -> _Found:
+    return _Found(failed=(Outcome(url[:300], Ended.FAILED, why),))
+
+
+def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:
+    """Of the manifest in `data`. The number that says it in the holder has not always meant the same."""
+    manifest = parse_json(data, member)
+    if not isinstance(manifest, dict):
+        raise member.invalid("its bytes are no manifest")
+    for document in (manifest, holder):
+        declared = document.get("mediaType")
+        if isinstance(declared, str) and declared:
+            return declared
+    is_docker = any(name.startswith("v2.docker") and _is_filled(value) for name, value in holder.items())
+    if "manifests" in manifest:
+        return DOCKER_LIST if is_docker else OCI_INDEX
+    return DOCKER_MANIFEST if is_docker else OCI_MANIFEST
+
+
+def _is_filled(value: object) -> bool:
+    """Whether it is more than the empty manifest that stands where there is none."""
+    return isinstance(value, dict) and bool(value.get("schemaVersion"))
+
+
+def _dates(created: object) -> Dates | None:
+    """Both dates are that of creation, a local time: a pull was no word of the upstream."""
+    try:
+        time = datetime.fromisoformat(str(created)).astimezone()
+    except (ValueError, OverflowError):
+        return None
+    return Dates(time, time)

@@ -1,0 +1,190 @@
+"""Brings what an archive holds into the store, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar
+
+from twisted.internet.defer import Deferred
+
+from ociregistry.archives.contents import Contents, NamedImage
+from ociregistry.archives.failures import LoadFailed
+from ociregistry.archives.members import Archive, Member
+from ociregistry.archives.recognition import read_contents
+from ociregistry.manifests import Descriptor, Manifest
+from ociregistry.names import Digest, ImageReference
+from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
+from ociregistry.store.partials import DigestMismatch, Partial
+from ociregistry.store.store import Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Runs what blocks in a thread."""
+
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Fires with what the function gives."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What is to be done for one image name."""
+
+    named: NamedImage
+    manifests: tuple[Manifest, ...]
+    """The inner ones come first, the image's own is the last."""
+    missing: tuple[Descriptor, ...]
+    """The blobs that the store does not hold."""
+    to_bring: tuple[Descriptor, ...]
+    """Those of them that no image before it brings."""
+
+    @property
+    def name(self) -> str:
+        """The image's."""
+        return str(self.named.image)
+
+    @property
+    def size(self) -> int:
+        """Of what is to be brought, in bytes."""
+        return sum(blob.size for blob in self.to_bring)
+
+
+class Importer:
+    """Brings archives into `store`, in a process that downloads nothing meanwhile: a partial has one writer."""
+
+    def __init__(self, store: Store, in_thread: InThread, progress: Progress) -> None:
+        self._store = store
+        self._in_thread = in_thread
+        self._progress = progress
+
+    async def bring(self, archive: Archive) -> list[Outcome]:
+        """Brings all images that `archive` has a name for; gives what became of each name.
+
+        Raises `ArchiveInvalid` when it is damaged or lies: then nothing in the store has changed. Raises
+        `LoadFailed` when the disk is full or fails: then no image name has got a meaning without its content.
+        """
+        contents = await self._in_thread(read_contents, archive)
+        try:
+            return await self._bring(contents)
+        except OSError as error:
+            raise LoadFailed(f"{archive.path}: the store cannot take it: {error.strerror or error}") from error
+
+    async def _bring(self, contents: Contents) -> list[Outcome]:
+        loads, failed = await self._plan(contents)
+        outcomes = [*contents.failed, *failed]
+        for outcome in outcomes:
+            self._progress.ended(outcome)
+        for load in loads:
+            self._progress.expect(load.name, load.size)
+        async with _staging() as staged:
+            for load, blob in _in_order(loads, contents.blobs):
+                await self._stage(blob, contents.blobs[blob.digest], load, staged)
+            were_there = [await self._is_there(load) for load in loads]
+            while staged:
+                await self._store.commit(staged[-1])
+                staged.pop().close()
+        for load, was_there in zip(loads, were_there, strict=True):
+            outcome = await self._keep(load, Ended.THERE if was_there else Ended.LOADED)
+            outcomes.append(outcome)
+            self._progress.ended(outcome)
+        return outcomes
+
+    async def _plan(self, contents: Contents) -> tuple[list[_Load], list[Outcome]]:
+        """What is to be done, and the images that lack something."""
+        loads: list[_Load] = []
+        failed: list[Outcome] = []
+        taken: set[Digest] = set()
+        for named in contents.images:
+            manifests = contents.tree(named.manifest)
+            blobs = {blob.digest: blob for manifest in manifests for blob in manifest.blobs}
+            missing = [blob for blob in blobs.values() if not await self._store.holds(blob.digest, blob.size)]
+            why = _lacks(manifests, missing, contents.blobs)
+            if why:
+                failed.append(Outcome(str(named.image), Ended.FAILED, why))
+                continue
+            to_bring = [blob for blob in missing if blob.digest not in taken]
+            taken.update(blob.digest for blob in to_bring)
+            loads.append(_Load(named, manifests, tuple(missing), tuple(to_bring)))
+        return loads, failed
+
+    async def _stage(self, blob: Descriptor, member: Member, load: _Load, staged: list[Partial]) -> None:
+        """Adds the blob to `staged`, proven to be what its digest says."""
+        partial = await self._store.new_partial(blob.digest, blob.size, load.named.image.repository)
+        staged.append(partial)
+        pieces = member.pieces()
+        while piece := await self._in_thread(_next, pieces):
+            await partial.append(piece)
+            self._progress.came(load.name, len(piece))
+        try:
+            await partial.verify()
+        except DigestMismatch:
+            raise member.invalid(f"it does not have the digest {blob.digest}") from None
+
+    async def _is_there(self, load: _Load) -> bool:
+        """Whether the store had all of it, under this name."""
+        *inner, root = load.manifests
+        if load.missing:
+            return False
+        meant = await self._store.manifest(load.named.image)
+        if meant is None or meant.digest != root.digest:
+            return False
+        return all([await self._store.missing(manifest.digest) is not None for manifest in inner])
+
+    async def _keep(self, load: _Load, ended: Ended) -> Outcome:
+        """Writes the records, the one with the image's name last: it never has a meaning without content."""
+        image, dates, notes = load.named.image, load.named.dates, load.named.notes
+        *inner, root = load.manifests
+        for manifest in inner:
+            await self._store.keep(manifest, ImageReference(image.repository, manifest.digest), dates)
+        await self._store.keep(root, image, dates)
+        meant = await self._store.manifest(image)
+        if meant is not None and meant.digest != root.digest:
+            notes += (f"the name still means {meant.digest}, which was confirmed later",)
+        return Outcome(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
+
+
+def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: Mapping[Digest, Member]) -> str:
+    """Why an image cannot be brought, if so. Raises `ArchiveInvalid` for a blob that has not its size."""
+    if all(manifest.is_list for manifest in manifests):
+        return "the archive has none of the images that it lists"
+    lacking = []
+    for blob in missing:
+        member = blobs.get(blob.digest)
+        if member is None:
+            lacking.append(blob)
+        elif member.size != blob.size:
+            raise member.invalid(f"it has {member.size} bytes, not {blob.size} as its manifest says")
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking)} blobs, {sum(blob.size for blob in lacking)} bytes, are neither in the archive nor in the "
+        "store; where it was made with --since of an earlier export, that one is to be loaded first"
+    )
+
+
+def _in_order(loads: Sequence[_Load], blobs: Mapping[Digest, Member]) -> list[tuple[_Load, Descriptor]]:
+    """What is to be brought, in the order of the archive."""
+    pairs = [(load, blob) for load in loads for blob in load.to_bring]
+    return sorted(pairs, key=lambda pair: blobs[pair[1].digest].order)
+
+
+def _next(pieces: Iterator[bytes]) -> bytes:
+    return next(pieces, b"")
+
+
+@asynccontextmanager
+async def _staging() -> AsyncIterator[list[Partial]]:
+    """A list of partials; those that are in it at the end are removed."""
+    staged: list[Partial] = []
+    try:
+        yield staged
+    finally:
+        for partial in staged:
+            # What went wrong before is what is told.
+            with suppress(OSError):
+                await partial.discard()
+            partial.close()

@@ -1,0 +1,143 @@
+"""OCI image layouts, as skopeo, containerd, newer versions of docker and we ourselves write them.
+
+Follows the OCI Image specification v1.1, "Image Layout". The names of the images are in annotations of index.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_name
+from ociregistry.archives.dockersave import DOCKER_INDEX, SavedImage, read_docker_index
+from ociregistry.archives.members import Archive, Member
+from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
+from ociregistry.names import Digest, ImageReference
+from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.store.records import Dates
+
+MARK = "oci-layout"
+INDEX = "index.json"
+
+IMAGE_NAME = "io.containerd.image.name"
+REF_NAME = "org.opencontainers.image.ref.name"
+CREATED = "ociregistry.created"
+CONFIRMED = "ociregistry.confirmed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One descriptor of index.json."""
+
+    descriptor: Descriptor
+    annotations: Mapping[str, object]
+
+
+def read_layout(archive: Archive) -> Contents:
+    """What the OCI layout `archive` holds. Blocks; raises `ArchiveInvalid`."""
+    index = archive.members[INDEX]
+    entries = list(_entries(archive, index))
+    blobs = {digest: member for name, member in archive.members.items() if (digest := _digest(name)) is not None}
+    manifests = _manifests(archive, blobs, (entry.descriptor for entry in entries))
+    saved = read_docker_index(archive) if DOCKER_INDEX in archive.members else []
+    named: list[NamedImage] = []
+    failed: list[Outcome] = []
+    for entry in entries:
+        root = manifests.get(entry.descriptor.digest)
+        images = _images(entry, root, manifests, saved) if root else []
+        if not images:
+            why = _how_to_name(archive) if root else _why_not(entry.descriptor)
+            failed.append(Outcome(f"{archive.path}: {entry.descriptor.digest}", Ended.FAILED, why))
+            continue
+        dates = _dates(entry.annotations, index)
+        named += [NamedImage(image, entry.descriptor.digest, dates) for image in images]
+    return gather(archive, named, manifests, blobs, failed)
+
+
+def blob_name(digest: Digest) -> str:
+    """How a layout calls the file with this digest."""
+    return f"blobs/{digest.algorithm}/{digest.hex}"
+
+
+def _digest(name: str) -> Digest | None:
+    match name.split("/"):
+        case ["blobs", algorithm, text]:
+            digest = Digest.from_hex(text)
+            return digest if digest is not None and digest.algorithm == algorithm else None
+    return None
+
+
+def _entries(archive: Archive, index: Member) -> Iterator[_Entry]:
+    match archive.json(index):
+        case {"manifests": list(descriptors)}:
+            for descriptor in descriptors:
+                try:
+                    parsed = Descriptor.parse(descriptor)
+                except ManifestInvalid as error:
+                    raise index.invalid(str(error)) from None
+                annotations = descriptor.get("annotations")
+                yield _Entry(parsed, annotations if isinstance(annotations, dict) else {})
+        case _:
+            raise index.invalid("it has no list of manifests")
+
+
+def _manifests(
+    archive: Archive, blobs: Mapping[Digest, Member], roots: Iterable[Descriptor]
+) -> dict[Digest, Manifest]:
+    """The manifests of `roots` and those that they lead to, as far as they are in the archive."""
+    found: dict[Digest, Manifest] = {}
+    wanted = list(roots)
+    while wanted:
+        there = {
+            descriptor.digest: (blobs[descriptor.digest], descriptor)
+            for descriptor in wanted
+            if descriptor.media_type in MEDIA_TYPES and descriptor.digest in blobs and descriptor.digest not in found
+        }
+        wanted = []
+        for member, descriptor in sorted(there.values(), key=lambda one: one[0].order):
+            if member.size != descriptor.size:
+                raise member.invalid(f"it has {member.size} bytes, not {descriptor.size} as it should")
+            manifest = parse_manifest(archive.read(member), descriptor.media_type, descriptor.digest, member)
+            found[manifest.digest] = manifest
+            wanted += manifest.children
+    return found
+
+
+def _images(
+    entry: _Entry,
+    root: Manifest,
+    manifests: Mapping[Digest, Manifest],
+    saved: Sequence[SavedImage],
+) -> list[ImageReference]:
+    """What the image is called: by its annotations, else by what docker's index says of its config."""
+    for key in (IMAGE_NAME, REF_NAME):
+        image = parse_name(entry.annotations.get(key))
+        if image is not None:
+            return [image]
+    children = [manifests[child.digest] for child in root.children if child.digest in manifests]
+    configs = {blob.digest.hex for manifest in (root, *children) for blob in manifest.blobs[:1]}
+    tags = dict.fromkeys(tag for one in saved if one.config_hex in configs for tag in one.tags)
+    return [image for tag in tags if (image := parse_name(tag)) is not None]
+
+
+def _dates(annotations: Mapping[str, object], index: Member) -> Dates | None:
+    created, confirmed = annotations.get(CREATED), annotations.get(CONFIRMED)
+    if not isinstance(created, str) or not isinstance(confirmed, str):
+        return None
+    try:
+        return Dates.parse(created, confirmed)
+    except ValueError as error:
+        raise index.invalid(f"the dates of an image are none: {error}") from None
+
+
+def _why_not(descriptor: Descriptor) -> str:
+    if descriptor.media_type in MEDIA_TYPES:
+        return "its manifest is not in the archive"
+    return f"it is no image, but {descriptor.media_type[:100]!r}"
+
+
+def _how_to_name(archive: Archive) -> str:
+    return (
+        "the archive does not say what image this is; give it its name when you make it, such as "
+        f"skopeo copy … oci-archive:{archive.path.name}:docker.io/library/nginx:1.25"
+    )

@@ -1,0 +1,150 @@
+"""Tars, plain or compressed, that may be damaged or made to harm."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import posixpath
+import tarfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ociregistry.archives.failures import ArchiveInvalid, reading
+from ociregistry.archives.members import MOST_MEMBERS, Member
+
+_COMPRESSIONS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+}
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"
+
+_LARGEST_HEADER = 64 * 1024
+_LONGEST_PADDING = 1024 * 1024
+_LONGEST_CHAIN = 32
+"""Links that lead to links."""
+
+_KEPT_EACH = 256 * 1024
+_KEPT_IN_ALL = 64 * 1024 * 1024
+"""Small members of a compressed tar stay in memory: most are manifests, and each would be a way from the start."""
+
+
+class _Headers:
+    """What the standard library's reader sees of a tar: it is to read headers, and those are small.
+
+    It would take gigabytes into memory if a header said so, and all that is left for a negative size.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell = file.tell
+        self.seek = file.seek
+
+    def read(self, count: int) -> bytes:
+        """At most `count` bytes."""
+        if not 0 <= count <= _LARGEST_HEADER:
+            raise tarfile.ReadError("a header is too large")
+        return self._file.read(count)
+
+
+def read_tar(path: Path, closing: ExitStack) -> dict[str, Member] | None:
+    """The files in the tar `path`, which stays open until `closing` does; None when it is no tar.
+
+    Links are files where they lead to one in the same tar, else they are not there; nor is what is no file.
+    Blocks; raises `ArchiveInvalid`.
+    """
+    with reading(path):
+        file: BinaryIO = closing.enter_context(path.open("rb"))
+        start = file.read(tarfile.BLOCKSIZE)
+        file.seek(0)
+        if start.startswith(_ZSTANDARD):
+            raise ArchiveInvalid(path, "it is compressed by zstd, which is not supported: decompress it first")
+        decompress = next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
+        if decompress is None:
+            return _Scan(path, file, 0).members() if _is_header(start) else None
+        file = closing.enter_context(decompress(file))
+        if not _is_header(file.read(tarfile.BLOCKSIZE)):
+            raise ArchiveInvalid(path, "it is compressed, but it is not a tar")
+        return _Scan(path, file, _KEPT_IN_ALL).members()
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        # A tar that is damaged right there, or has nothing in it.
+        return block[257:262] == b"ustar" or block == bytes(tarfile.BLOCKSIZE)
+    return True
+
+
+class _Scan:
+    """One way through all headers of a tar. `keep` is how many bytes of small members may stay in memory."""
+
+    def __init__(self, path: Path, file: BinaryIO, keep: int) -> None:
+        self._path = path
+        self._file = file
+        self._keep = keep
+        self._files: dict[str, Member] = {}
+        self._links: dict[str, str] = {}
+
+    def members(self) -> dict[str, Member]:
+        """The files and the links to them."""
+        self._file.seek(0)
+        # mypy: it needs no more of a file than that.
+        tar = tarfile.TarFile(fileobj=cast("BinaryIO", _Headers(self._file)), errors="surrogateescape")
+        count = 0
+        while (entry := tar.next()) is not None:
+            count += 1
+            if count > MOST_MEMBERS:
+                raise ArchiveInvalid(self._path, f"it has more than {MOST_MEMBERS} members")
+            self._take(entry)
+        self._look_at_end(tar.offset)
+        linked = {name: self._follow(target) for name, target in self._links.items()}
+        return {**{name: member for name, member in linked.items() if member is not None}, **self._files}
+
+    def _take(self, entry: tarfile.TarInfo) -> None:
+        if entry.name.startswith("/") or ".." in entry.name.split("/"):
+            raise ArchiveInvalid(self._path, "the path of a member leads out of it", repr(entry.name))
+        name = posixpath.normpath(entry.name)
+        # The reader would go round in circles.
+        if entry.size < 0:
+            raise ArchiveInvalid(self._path, "it is damaged: a negative size", name)
+        if entry.islnk():
+            self._links[name] = posixpath.normpath(entry.linkname)
+        elif entry.issym():
+            self._links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), entry.linkname))
+        elif entry.isreg():
+            if entry.issparse():
+                raise ArchiveInvalid(self._path, "it has holes (GNU sparse), which are not supported", name)
+            if name in self._files:
+                raise ArchiveInvalid(self._path, "two members have the same name", name)
+            self._files[name] = self._member(name, entry)
+
+    def _member(self, name: str, entry: tarfile.TarInfo) -> Member:
+        if entry.size > min(self._keep, _KEPT_EACH):
+            shared = nullcontext(self._file)
+            return Member(self._path, name, entry.size, entry.offset_data, lambda: shared, entry.offset_data)
+        self._keep -= entry.size
+        self._file.seek(entry.offset_data)
+        data = self._file.read(entry.size)
+        return Member(self._path, name, entry.size, entry.offset_data, partial(io.BytesIO, data))
+
+    def _look_at_end(self, offset: int) -> None:
+        # The standard library's reader takes a header that is cut off or damaged for the end.
+        self._file.seek(offset)
+        if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ArchiveInvalid(self._path, "it is cut off or damaged: it does not end as a tar does")
+        # A compressed file has its checksum at the very end.
+        self._file.read(_LONGEST_PADDING)
+
+    def _follow(self, name: str) -> Member | None:
+        for _ in range(_LONGEST_CHAIN):
+            if name not in self._links:
+                break
+            name = self._links[name]
+        return self._files.get(name)

@@ -1,0 +1,70 @@
+"""`export`: images of the store are written into an archive, to be carried elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twisted.python import usage
+
+from ociregistry.archives.exporting import Exported, export_images
+from ociregistry.archives.failures import ArchiveFailure
+from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
+from ociregistry.commands.progress import bar, on_terminal
+from ociregistry.config.patterns import Patterns
+from ociregistry.config.quantities import size_text
+from ociregistry.settings import Settings
+from ociregistry.store.inventory import Inventory, Row
+
+
+class Export(Command):
+    """The options of `export`."""
+
+    longdesc = """Writes images into an OCI layout archive, which load, skopeo and containerd read. With --since it
+        holds only the blobs that an earlier export did not have: where that one was loaded, this one can be."""
+    optParameters = [
+        ["pattern", None, None, "Image URLs in which one of these regular expressions is found, commas between."],
+        ["output", "o", None, "The archive to write, such as images.tar."],
+        ["since", None, None, "An earlier export, whose blobs are left out."],
+    ]
+
+    def postOptions(self) -> None:
+        """Raises `usage.UsageError`."""
+        patterns = self.value("pattern", Patterns.parse)
+        if patterns is None or not self["output"]:
+            raise usage.UsageError("export needs --pattern EXPR and -o FILE")
+        self.patterns = patterns
+        self.target = Path(self["output"]).absolute()
+        self.since = Path(self["since"]).absolute() if self["since"] else None
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        inventory = Inventory.read(settings.image_path)
+        rows = [row for row in inventory.rows if self.patterns.match(row.url)]
+        if not rows:
+            raise CommandFailed(
+                f"{settings.image_path}: has no image whose URL matches --pattern {self['pattern']!r}"
+            )
+        try:
+            exported = self._export(inventory, rows)
+        except ArchiveFailure as error:
+            raise CommandFailed(str(error)) from None
+        for left_out in exported.left_out:
+            complain(str(left_out))
+        print_lines([_told(exported, self.target)])
+        return 1 if exported.left_out else 0
+
+    def _export(self, inventory: Inventory, rows: list[Row]) -> Exported:
+        if not on_terminal():
+            return export_images(inventory, rows, self.target, since=self.since)
+        with bar("exporting") as shown:
+            return export_images(inventory, rows, self.target, since=self.since, came=shown.update)
+
+
+def _told(exported: Exported, target: Path) -> str:
+    had = f"; {exported.had} blobs with {exported.had_bytes} bytes were in the earlier one" if exported.had else ""
+    if not exported.images:
+        return "nothing was exported"
+    return (
+        f"{exported.images} images exported to {target}, "
+        f"{exported.blobs} blobs with {exported.bytes} bytes ({size_text(exported.bytes)}){had}"
+    )

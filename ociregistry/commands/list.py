@@ -1,0 +1,142 @@
+"""`list`: what is in the store, one line for each image URL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from twisted.python import usage
+
+from ociregistry.commands.options import Command, complain, print_lines
+from ociregistry.config.patterns import Patterns
+from ociregistry.config.quantities import local_time
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest
+from ociregistry.settings import Settings
+from ociregistry.store.inventory import Inventory, Row
+
+
+class List(Command):
+    """The options of `list`."""
+
+    longdesc = """Prints three columns for each image in the store: its URL, `list` or `image`, and since when it is
+        here, in local time."""
+    optParameters = [
+        [
+            "pattern",
+            None,
+            None,
+            "Only image URLs in which one of these regular expressions is found, commas between.",
+        ],
+        ["sort", None, "url", "By url, created, pulled (oldest first) or size (largest first)."],
+    ]
+    optFlags = [
+        ["long", None, "Print when it was pulled last, its bytes, its platform, and whether it is complete, too."],
+        ["json", None, "Print all that is known as JSON."],
+    ]
+
+    def postOptions(self) -> None:
+        """Raises `usage.UsageError`."""
+        self.patterns = self.value("pattern", Patterns.parse)
+        if self["sort"] not in _ORDERS:
+            raise usage.UsageError(f"--sort {self['sort']!r}: one of {', '.join(_ORDERS)} is expected")
+        if self["long"] and self["json"]:
+            raise usage.UsageError("--long and --json exclude each other: JSON has all of it")
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        inventory = Inventory.read(settings.image_path)
+        for path, why in inventory.unreadable.items():
+            complain(f"warning: left out, it is not a record of this program: {path}: {why}")
+        rows = [row for row in inventory.rows if self.patterns is None or self.patterns.match(row.url)]
+        lines = [Line(row, inventory) for row in rows]
+        lines.sort(key=_ORDERS[self["sort"]])
+        print_lines(self._printed(lines))
+        return 0
+
+    def _printed(self, lines: list[Line]) -> Iterator[str]:
+        if self["json"]:
+            yield json.dumps([line.document for line in lines], indent=2)
+            return
+        for line in lines:
+            yield " ".join(line.columns + (line.more_columns if self["long"] else ()))
+
+
+class Line:
+    """What is printed of one image URL."""
+
+    def __init__(self, row: Row, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._manifest = row.kept.manifest
+        self.row = row
+        self.pulled = inventory.pulled(self._manifest.digest)
+        self._images = [self._manifest] if not self._manifest.is_list else _images(self._manifest.digest, inventory)
+        self.size = sum(
+            blob.size for image in self._images for blob in {one.digest: one for one in image.blobs}.values()
+        )
+
+    @property
+    def kind(self) -> str:
+        """`list` or `image`."""
+        return "list" if self._manifest.is_list else "image"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are always printed."""
+        return self.row.url, self.kind, local_time(self.row.dates.created)
+
+    @property
+    def more_columns(self) -> tuple[str, ...]:
+        """Those of the long form."""
+        missing = self.missing
+        complete = "no-image" if not self._images else f"{missing}-missing" if missing else "complete"
+        return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", complete
+
+    @property
+    def missing(self) -> int:
+        """How many bytes its images lack."""
+        return sum(sum(self._inventory.missing(image.digest).values()) for image in self._images)
+
+    @property
+    def platforms(self) -> list[str]:
+        """Those of its images that are here."""
+        found = set()
+        for image in self._images:
+            for above in self._inventory.lists_of.get(image.digest, ()):
+                children = self._inventory.records[above].manifest.children
+                found |= {one.platform for one in children if one.digest == image.digest and one.platform}
+        return sorted(found)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "url": self.row.url,
+            "kind": self.kind,
+            "digest": self._manifest.digest,
+            "mediaType": self._manifest.media_type,
+            "created": self.row.dates.created.isoformat(),
+            "confirmed": self.row.dates.confirmed.isoformat(),
+            "pulled": self.pulled.isoformat(),
+            "size": self.size,
+            "platforms": self.platforms,
+            "images": len(self._images),
+            "missing": self.missing,
+        }
+
+
+def _images(digest: Digest, inventory: Inventory) -> list[Manifest]:
+    """The image manifests below a list that are here."""
+    found: list[Manifest] = []
+    for child in inventory.children(digest):
+        found += _images(child.manifest.digest, inventory) if child.manifest.is_list else [child.manifest]
+    return found
+
+
+_ORDERS: dict[str, Callable[[Line], Any]] = {
+    "url": lambda line: line.row.url,
+    "created": lambda line: (line.row.dates.created, line.row.url),
+    "pulled": lambda line: (line.pulled, line.row.url),
+    "size": lambda line: (-line.size, line.row.url),
+}

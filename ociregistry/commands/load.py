@@ -1,0 +1,118 @@
+"""`load`: images are brought into the store, from upstreams as lists name them, or out of archives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import deferToThread
+from twisted.python import usage
+
+from ociregistry.archives.failures import ArchiveFailure
+from ociregistry.archives.importing import Importer
+from ociregistry.archives.members import Archive
+from ociregistry.archives.opening import open_archive
+from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
+from ociregistry.commands.owner import become_owner
+from ociregistry.commands.progress import shown
+from ociregistry.commands.running import run_to_end
+from ociregistry.commands.supplying import opened_store, supplier_for
+from ociregistry.names import ImageReference
+from ociregistry.pullthrough.imagelist import read_image_list
+from ociregistry.pullthrough.loading import Loader
+from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress, summary
+from ociregistry.settings import Settings
+from ociregistry.store.store import Store
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Load(Command):
+    """The options of `load`."""
+
+    synopsis = "[options] FILE..."
+    longdesc = """Brings images into the store. A FILE is a list of images, one reference a line (`#` begins a
+        comment), or an archive: what docker save, ctr images export, skopeo or export wrote, an OCI layout, or an
+        image folder."""
+
+    def parseArgs(self, *files: str) -> None:
+        """Raises `usage.UsageError`."""
+        if not files:
+            raise usage.UsageError("load needs a FILE: a list of images, or an archive")
+        self.files = [Path(file).absolute() for file in files]
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        with ExitStack() as opened:
+            archives, images = self._read(opened)
+            become_owner(settings.image_path)
+            outcomes = run_to_end(lambda reactor: _load(archives, images, settings, reactor), settings.log_level)
+        print_lines([summary(outcomes)])
+        failed = sum(outcome.ended is Ended.FAILED for outcome in outcomes)
+        if failed:
+            complain(f"{failed} of {len(outcomes)} images could not be loaded")
+        return 1 if failed else 0
+
+    def _read(self, opened: ExitStack) -> tuple[list[Archive], list[ImageReference]]:
+        archives: list[Archive] = []
+        images: dict[ImageReference, None] = {}
+        errors: list[str] = []
+        for file in self.files:
+            try:
+                archive = open_archive(file)
+                listed = read_image_list(file) if archive is None else None
+            except ArchiveFailure as error:
+                raise CommandFailed(str(error)) from None
+            except OSError as error:
+                raise CommandFailed(f"{file}: cannot be read: {error.strerror}") from None
+            if archive is not None:
+                archives.append(opened.enter_context(archive))
+            if listed is not None:
+                images |= dict.fromkeys(listed.images)
+                errors += listed.errors
+        if errors:
+            *others, last = errors
+            for other in others:
+                complain(other)
+            raise CommandFailed(last, 2)
+        return archives, list(images)
+
+
+def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+    return deferToThread(function, *args, **kwargs)
+
+
+async def _load(
+    archives: Sequence[Archive], images: Sequence[ImageReference], settings: Settings, reactor: Any
+) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    with shown() as progress:
+        async with opened_store(settings, reactor) as store:
+            for archive in archives:
+                try:
+                    outcomes += await Importer(store, _in_thread, progress).bring(archive)
+                except ArchiveFailure as error:
+                    raise CommandFailed(str(error)) from None
+            if images:
+                outcomes += await _pull(images, store, settings, progress, reactor)
+    return outcomes
+
+
+async def _pull(
+    images: Sequence[ImageReference], store: Store, settings: Settings, progress: Progress, reactor: Any
+) -> list[Outcome]:
+    async with supplier_for(store, settings, reactor) as supplier:
+        loader = Loader(
+            store,
+            supplier,
+            settings.platform,
+            signatures=settings.with_signatures,
+            concurrent=settings.concurrent,
+            connections=settings.max_connections,
+            progress=progress,
+        )
+        return await loader.load(images)

@@ -1,0 +1,109 @@
+"""`prune`: images, and what nobody needs, are taken out of the store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from twisted.python import usage
+
+from ociregistry.commands.options import Command, print_lines
+from ociregistry.commands.owner import become_owner
+from ociregistry.config.patterns import Patterns
+from ociregistry.config.quantities import parse_duration, parse_local_time, size_text
+from ociregistry.settings import Settings
+from ociregistry.store.files import Files
+from ociregistry.store.orphans import find_orphans, remove_orphans
+from ociregistry.store.pruning import Plan, planned, prune
+from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.selection import Selection
+
+_USUAL_AGE = timedelta(days=1)
+
+
+class Prune(Command):
+    """The options of `prune`."""
+
+    longdesc = """Takes images out of the store, with the blobs that no other image needs. Several conditions
+        together name the images to which all of them apply."""
+    optParameters = [
+        ["pattern", None, None, "Image URLs in which one of these regular expressions is found (commas between)."],
+        ["before", None, None, "Image URLs that are here since before this local time, YYYY-MM-DDTHH:MM:SS."],
+        ["unused-for", None, None, "Images that nobody has pulled for so long, such as 30d or 12h."],
+        ["older-than", None, None, "What --orphans takes has not changed for so long [1d]."],
+    ]
+    optFlags = [
+        ["orphans", None, "Take blobs that no image needs, and downloads that nobody goes on with."],
+        ["dry-run", None, "Print what would go, and change nothing."],
+    ]
+
+    def postOptions(self) -> None:
+        """Raises `usage.UsageError`."""
+        self.patterns = self.value("pattern", Patterns.parse)
+        self.before = self.value("before", parse_local_time)
+        self.unused_for = self.value("unused-for", parse_duration)
+        age = self.value("older-than", parse_duration)
+        if age is not None and not self["orphans"]:
+            raise usage.UsageError("--older-than goes with --orphans")
+        self.age = age or _USUAL_AGE
+        self.selects = not (self.patterns is None and self.before is None and self.unused_for is None)
+        if not self.selects and not self["orphans"]:
+            raise usage.UsageError("prune needs --pattern, --before, --unused-for or --orphans")
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        root, now = settings.image_path, datetime.now(UTC)
+        root.stat()
+        if not self["dry-run"]:
+            become_owner(root)
+        would = bool(self["dry-run"])
+        if self.selects:
+            print_lines(_of_images(self._prune(root, now), would=would))
+        if self["orphans"]:
+            print_lines(_of_orphans(self._orphans(root, now - self.age), root, would=would))
+        return 0
+
+    def _prune(self, root: Path, now: datetime) -> Plan:
+        selection = Selection(
+            matches=self.patterns.match if self.patterns else None,
+            created_before=self.before,
+            pulled_before=now - self.unused_for if self.unused_for else None,
+        )
+        if self["dry-run"]:
+            return planned(root, selection)
+        pulls = PullsFolder(root, Files(), adopts=False)
+        try:
+            return prune(root, selection, pulls, Files())
+        finally:
+            pulls.close()
+
+    def _orphans(self, root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
+        if self["dry-run"]:
+            return find_orphans(root, unchanged_since)
+        return remove_orphans(root, unchanged_since, Files())
+
+
+def _of_images(plan: Plan, *, would: bool) -> Iterator[str]:
+    counted = set()
+    for row in plan.rows:
+        digest = row.kept.manifest.digest
+        free = plan.bytes_of.get(digest, 0) if digest not in counted else 0
+        counted.add(digest)
+        kind = "list" if row.kept.manifest.is_list else "image"
+        yield f"{'would prune' if would else 'pruned'} {row.url} {kind} {free} bytes of blobs"
+    yield (
+        f"{len(plan.rows)} image URLs, {len(plan.records)} records and {len(plan.blobs)} blobs "
+        f"{'would go' if would else 'went'}, {plan.bytes} bytes ({size_text(plan.bytes)}) "
+        f"{'would become free' if would else 'are free again'}"
+    )
+
+
+def _of_orphans(found: Mapping[Path, int], root: Path, *, would: bool) -> Iterator[str]:
+    for path, size in found.items():
+        yield f"{'would reclaim' if would else 'reclaimed'} {path.relative_to(root)} {size} bytes"
+    size = sum(found.values())
+    yield (
+        f"{len(found)} orphans {'would go' if would else 'went'}, {size} bytes ({size_text(size)}) "
+        f"{'would become free' if would else 'are free again'}"
+    )

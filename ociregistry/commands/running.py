@@ -1,0 +1,48 @@
+"""Runs the reactor for a command: until its work is done, or somebody interrupts it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TextIO, TypeVar, cast
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import FilteringLogObserver, globalLogBeginner, textFileLogObserver
+from twisted.python.failure import Failure
+
+from ociregistry.commands.options import CommandFailed
+from ociregistry.logs import AtLeast
+
+T = TypeVar("T")
+
+
+def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
+    """What `work`, which is given the reactor, gives; what is logged from `log_level` on goes to stderr.
+
+    Raises what it raises, and `CommandFailed` when it is interrupted.
+    """
+    from twisted.internet import reactor as installed
+
+    reactor: Any = installed
+    # twistd makes a log of sys.stderr.
+    observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
+    ended: list[T | Failure] = []
+
+    def begin() -> None:
+        running = Deferred.fromCoroutine(work(reactor))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: reactor.callFromThread(running.cancel))
+        running.addBoth(ended.append)
+        running.addBoth(lambda _: reactor.stop())
+
+    reactor.callWhenRunning(begin)
+    reactor.run()
+    (result,) = ended
+    if not isinstance(result, Failure):
+        return result
+    if result.check(CancelledError):
+        raise CommandFailed("interrupted; what is complete stays, and the next run goes on from there")
+    result.raiseException()
+    raise AssertionError("a failure that raises nothing")

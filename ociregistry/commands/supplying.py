@@ -1,0 +1,53 @@
+"""Who fetches what a command needs: the daemon on the same store, while one runs, or this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from ociregistry.chain import new_instance
+from ociregistry.pullthrough.cache import Policy, PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.suppliers import Pulling, Supplier, ThroughDaemon
+from ociregistry.settings import Settings
+from ociregistry.store.door import find_daemon
+from ociregistry.store.store import Store
+from ociregistry.upstream.beside import DaemonBeside
+from ociregistry.upstream.network import Network
+from ociregistry.upstream.registries import Registries
+
+
+@asynccontextmanager
+async def opened_store(settings: Settings, reactor: Any) -> AsyncIterator[Store]:
+    """The store, while the block runs; raises `OSError`."""
+    store = Store(settings.image_path, reactor, reactor)
+    store.start()
+    try:
+        yield store
+    finally:
+        store.stop()
+
+
+@asynccontextmanager
+async def supplier_for(store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Supplier]:
+    """Who brings images into `store` while the block runs; raises `OSError`."""
+    door = find_daemon(settings.image_path)
+    if door is not None:
+        daemon = DaemonBeside(door.path, reactor)
+        try:
+            yield ThroughDaemon(store, daemon, settings.pull_timeout, reactor)
+        finally:
+            await daemon.stop()
+            door.close()
+        return
+    network = Network(settings, new_instance(), reactor)
+    registries = Registries(settings.allow_upstreams, network.registry)
+    cache = PullThrough(store, registries, reactor, Policy(air_gapped=settings.air_gapped))
+    listings = Listings(store, registries, reactor, air_gapped=settings.air_gapped)
+    network.start()
+    try:
+        yield Pulling(cache, listings, settings.pull_timeout, reactor)
+    finally:
+        await cache.stop()
+        network.stop()

@@ -1,0 +1,18 @@
+"""`version`: which one this is."""
+
+from __future__ import annotations
+
+from ociregistry import __version__
+from ociregistry.commands.options import Command, print_lines
+from ociregistry.settings import Settings
+
+
+class Version(Command):
+    """The options of `version`."""
+
+    longdesc = "Prints the version."
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        print_lines([f"ociregistry {__version__}"])
+        return 0
