@@ -14,7 +14,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
-	python3-cryptography python3-openssl python3-service-identity python3-yaml
+	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm
 
 # Whatever the caller's is: a test must never find another checkout's code.
 export PYTHONPATH := $(CURDIR)
@@ -89,12 +89,12 @@ export REQUIREMENTS
 
 define ONLY_DEBIAN
 import subprocess, sys
-import OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, treq, twisted, yaml
+import OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml
 debian = subprocess.check_output(["dpkg-query", "-Wf", "$${Version}", "python3-twisted"], text=True)
 print(f"Python {sys.version.split()[0]} at {sys.executable}, Twisted {twisted.__version__} of python3-twisted {debian}")
 if sys.prefix != "/usr" or not debian.startswith(f"{twisted.__version__}-"):
     sys.exit("this is not Debian's own Python and Twisted")
-modules = (OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, treq, twisted, yaml)
+modules = (OpenSSL, cryptography, hypothesis, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml)
 if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/lib/python3/dist-packages/")]:
     sys.exit(f"not from Debian: {foreign}")
 endef
