@@ -11,6 +11,7 @@ from twisted.application.service import Service
 from twisted.python import usage
 
 from ociregistry.commands.check import Check
+from ociregistry.commands.containerd_config import ContainerdConfig
 from ociregistry.commands.export import Export
 from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
@@ -22,19 +23,11 @@ from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.daemon import Daemon, exit_with
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
-_NOT_YET_COMMANDS = ("containerd-config",)
-
 
 class Serve(CommonOptions):
     """The options of the daemon, with `serve` written out."""
 
     longdesc = "Runs the daemon."
-
-
-class _NotYet(usage.Options):
-    def parseOptions(self, options: Sequence[str] | None = None) -> NoReturn:
-        command = self.parent.subCommand if self.parent else ""
-        raise usage.UsageError(f"{command} is not available in this version")
 
 
 class Options(CommonOptions):
@@ -61,7 +54,7 @@ class Options(CommonOptions):
         ["export", None, Export, "write images into an archive"],
         ["check", None, Check, "print how each upstream will be reached"],
         ["version", None, Version, "print the version"],
-        *([name, None, _NotYet, "not in this version"] for name in _NOT_YET_COMMANDS),
+        ["containerd-config", None, ContainerdConfig, "print what containerd needs to ask the daemon"],
     ]
 
     settings: Settings

@@ -1,0 +1,175 @@
+"""`containerd-config`: what containerd, and other clients, need to be told so that they ask the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.python import usage
+
+from ociregistry.commands.options import Command, CommandFailed, print_lines
+from ociregistry.errors import NameInvalid
+from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.settings import Settings
+from ociregistry.upstream.network import api_host
+
+_FOLDER = "/etc/containerd/certs.d"
+_URL = re.compile(r"(?P<scheme>https?)://(?P<host>[^/?#@]+)/?")
+_OURS = "# Written by ociregistry containerd-config, which may write it anew."
+_USUAL = ("docker.io", "quay.io", "registry.k8s.io", "ghcr.io", "gcr.io")
+"""Registries that are named to clients which must be told each of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """A daemon, as clients reach it."""
+
+    scheme: str
+    host: str
+
+    @classmethod
+    def parse(cls, text: str) -> Mirror:
+        """The daemon at a URL; raises `ValueError`."""
+        match = _URL.fullmatch(text)
+        if match is None:
+            raise ValueError("a URL such as http://localhost:8080 is expected, without a path")
+        try:
+            return cls(match["scheme"], Upstream.parse(match["host"]).name)
+        except NameInvalid as error:
+            raise ValueError(error.message) from None
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}"
+
+
+class ContainerdConfig(Command):
+    """The options of `containerd-config`."""
+
+    longdesc = """Prints the hosts.toml files by which containerd pulls through the daemon, or writes them, and what
+        its config.toml needs; and the same for CRI-O, podman, k3s and dockerd."""
+    optParameters = [
+        ["dir", None, _FOLDER, "Folder that containerd reads hosts.toml files from."],
+        ["upstreams", None, None, "A file for each of these upstreams, commas between (default: one for all)."],
+        ["ca", None, None, "File with the authority that vouches for the daemon's certificate, on the node."],
+        ["cert", None, None, "File with the node's certificate, where the daemon asks for one."],
+        ["key", None, None, "File with the key of that certificate."],
+    ]
+    optFlags = [["write", None, "Write the hosts.toml files."]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._urls: list[str] = []
+
+    def opt_url(self, url: str) -> None:
+        """Where the daemon is, such as http://localhost:8080. Repeatable: the first that answers is used."""
+        self._urls.append(url)
+
+    def postOptions(self) -> None:
+        """Raises `usage.UsageError`."""
+        try:
+            self.mirrors = [Mirror.parse(url) for url in self._urls]
+            self.upstreams = [
+                Upstream.parse(one.strip()) for one in (self["upstreams"] or "").split(",") if one.strip()
+            ]
+        except (ValueError, NameInvalid) as error:
+            raise usage.UsageError(f"{error}") from None
+        if (self["cert"] is None) != (self["key"] is None):
+            raise usage.UsageError("--cert and --key go together")
+        for option in ("dir", "ca", "cert", "key"):
+            path = self[option]
+            if path is not None and not (path.isprintable() and os.path.isabs(path) and not set(path) & set("\"'\\")):
+                raise usage.UsageError(f"--{option} {path!r}: an absolute path is expected, without quotes")
+
+    def run(self, settings: Settings) -> int:
+        """As `Command.run`."""
+        mirrors = self.mirrors or [Mirror("https" if settings.tls else "http", f"localhost:{settings.port}")]
+        files = self._files(mirrors, settings)
+        if self["write"]:
+            for path, text in files.items():
+                _write(path, text)
+            print_lines(f"wrote {path}" for path in files)
+            print_lines(_config_toml(self["dir"]))
+            return 0
+        for path, text in files.items():
+            print_lines([f"# {path}", text])
+        print_lines(_config_toml(self["dir"]))
+        print_lines(_other_clients(mirrors, self.upstreams or _usual(settings)))
+        return 0
+
+    def _files(self, mirrors: Sequence[Mirror], settings: Settings) -> dict[Path, str]:
+        folder = Path(self["dir"])
+        if not self.upstreams:
+            return {folder / "_default" / "hosts.toml": self._hosts_toml(None, mirrors)}
+        servers = {one.name: f"{settings.entry(one).scheme or 'https'}://{api_host(one)}" for one in self.upstreams}
+        return {folder / name / "hosts.toml": self._hosts_toml(server, mirrors) for name, server in servers.items()}
+
+    def _hosts_toml(self, server: str | None, mirrors: Sequence[Mirror]) -> str:
+        lines = [_OURS]
+        if server is not None:
+            lines += ["# When no daemon answers, containerd asks the registry itself.", f'server = "{server}"']
+        for mirror in mirrors:
+            lines += ["", f'[host."{mirror}"]', '  capabilities = ["pull", "resolve"]']
+            if mirror.scheme == "https":
+                lines += [f'  ca = "{self["ca"]}"'] if self["ca"] else []
+                lines += [f'  client = [["{self["cert"]}", "{self["key"]}"]]'] if self["cert"] else []
+        return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        if path.exists() and not path.read_text(errors="replace").startswith(_OURS):
+            raise CommandFailed(f"{path}: is there already, and not written by this command: move it away first")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(text)
+        temporary.rename(path)
+    except OSError as error:
+        raise CommandFailed(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _config_toml(folder: str) -> Iterator[str]:
+    yield "# /etc/containerd/config.toml must name that folder, and containerd be restarted once; up to version 1.7:"
+    yield '[plugins."io.containerd.grpc.v1.cri".registry]'
+    yield f'  config_path = "{folder}"'
+    yield ""
+    yield "# and from version 2.0 on:"
+    yield '[plugins."io.containerd.cri.v1.images".registry]'
+    yield f'  config_path = "{folder}"'
+    yield ""
+
+
+def _usual(settings: Settings) -> list[Upstream]:
+    return [*dict.fromkeys([*map(Upstream, _USUAL), *settings.registries])]
+
+
+def _other_clients(mirrors: Sequence[Mirror], upstreams: Sequence[Upstream]) -> Iterator[str]:
+    yield "# CRI-O, podman and skopeo: /etc/containers/registries.conf.d/ociregistry.conf"
+    for upstream in upstreams:
+        yield from _registries_conf(mirrors, upstream)
+    yield "# k3s and RKE2: /etc/rancher/k3s/registries.yaml, /etc/rancher/rke2/registries.yaml"
+    yield "mirrors:"
+    yield '  "*":'
+    yield "    endpoint:"
+    yield from (f'      - "{mirror}"' for mirror in mirrors)
+    yield ""
+    yield f"# dockerd: /etc/docker/daemon.json, for {DOCKER_HUB} alone"
+    yield json.dumps({"registry-mirrors": [str(mirror) for mirror in mirrors]}, indent=2)
+
+
+def _registries_conf(mirrors: Sequence[Mirror], upstream: Upstream) -> Iterator[str]:
+    if upstream.port is not None:
+        yield f"# {upstream}: these clients cannot name an upstream with a port"
+        yield ""
+        return
+    yield "[[registry]]"
+    yield f'prefix = "{upstream}"'
+    yield f'location = "{upstream}"'
+    for mirror in mirrors:
+        yield "[[registry.mirror]]"
+        yield f'location = "{mirror.host}/{upstream}"'
+        yield f"insecure = {'true' if mirror.scheme == 'http' else 'false'}"
+    yield ""
