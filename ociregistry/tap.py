@@ -82,9 +82,12 @@ class Options(CommonOptions):
             spelled.append(self.subOptions)
         if len(spelled) > 1 or (spelled and self.subCommand == "serve"):
             raise usage.UsageError("one thing at a time: these options are commands of their own")
-        if self["dry-run"] and not isinstance(next(iter(spelled), None), Prune):
-            raise usage.UsageError("--dry-run goes with prune")
-        return spelled[0] if spelled else None
+        command = spelled[0] if spelled else None
+        if self["dry-run"]:
+            if not isinstance(command, Prune):
+                raise usage.UsageError("--dry-run goes with prune")
+            command["dry-run"] = 1
+        return command
 
     def _spelled(self) -> Iterator[Command]:
         """The commands that are given as options."""
@@ -95,7 +98,7 @@ class Options(CommonOptions):
         pruned = [("--pattern", self["prune"]), ("--before", self["prune-before"])]
         given = [word for option, value in pruned if value is not None for word in (option, value)]
         if given:
-            yield _parsed(Prune(), [*given, *(["--dry-run"] if self["dry-run"] else [])])
+            yield _parsed(Prune(), given)
 
     def _make_settings(self) -> None:
         given = [self, self.subOptions] if self.subCommand else [self]

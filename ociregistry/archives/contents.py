@@ -67,6 +67,14 @@ def parse_name(text: object) -> ImageReference | None:
         return None
 
 
+def parse_whole_name(text: object) -> ImageReference | None:
+    """The image that we call so ourselves; None when it is no image URL."""
+    try:
+        return ImageReference.parse_whole(str(text))
+    except RegistryError:
+        return None
+
+
 def parse_manifest(data: bytes, media_type: str, digest: Digest, member: Member) -> Manifest:
     """The manifest in `data`, which is from `member`; raises `ArchiveInvalid`."""
     try:

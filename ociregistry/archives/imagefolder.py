@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest
+from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_whole_name
 from ociregistry.archives.members import Archive, Member, parse_json
-from ociregistry.errors import RegistryError
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.outcomes import Ended, Outcome
@@ -95,10 +94,9 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
     if declared and declared not in (digest, digest.hex):
         raise member.invalid(f"it holds {str(declared)[:200]}, not what its name says")
     manifest = parse_manifest(data, _media_type(document, data, member), digest, member)
-    try:
-        image = ImageReference.parse_whole(url)
-    except RegistryError as error:
-        return _failed(url, error.message)
+    image = parse_whole_name(url)
+    if image is None:
+        return _failed(url, "its name is not that of an image")
     return _Found(manifest, (NamedImage(image, digest, _dates(document.get("created"))),))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_name
+from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_name, parse_whole_name
 from ociregistry.archives.dockersave import DOCKER_INDEX, SavedImage, read_docker_index
 from ociregistry.archives.members import Archive, Member
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
@@ -110,8 +110,10 @@ def _images(
     saved: Sequence[SavedImage],
 ) -> list[ImageReference]:
     """What the image is called: by its annotations, else by what docker's index says of its config."""
+    # Of those that we printed ourselves the first component is the upstream, even if it does not look like a host.
+    parse = parse_whole_name if CREATED in entry.annotations else parse_name
     for key in (IMAGE_NAME, REF_NAME):
-        image = parse_name(entry.annotations.get(key))
+        image = parse(entry.annotations.get(key))
         if image is not None:
             return [image]
     children = [manifests[child.digest] for child in root.children if child.digest in manifests]

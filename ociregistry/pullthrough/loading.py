@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, gatherResults
+from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, FirstError, gatherResults
 from twisted.python.failure import Failure
 
 from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
@@ -72,7 +72,12 @@ class Loader:
 
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
         """How each of the images ended, in their order."""
-        return list(await gatherResults([Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]))
+        running = [Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]
+        try:
+            return list(await gatherResults(running, consumeErrors=True))
+        except FirstError as error:
+            error.subFailure.raiseException()
+            raise
 
     async def _load_in_turn(self, image: ImageReference) -> Outcome:
         await self._images.acquire()

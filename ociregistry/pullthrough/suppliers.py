@@ -150,8 +150,8 @@ class ThroughDaemon:
     async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
         """As `Supplier.blob`."""
         patience = Patience(self._seconds, self._clock)
-        at = 0
-        while at < size:
+        at, done = 0, False
+        while not done:
             began, before = self._clock.seconds(), at
             body = await self._daemon.blob(repository, digest, at)
             try:
@@ -159,6 +159,7 @@ class ThroughDaemon:
                     at += len(data)
                     came(len(data))
                     patience.progress()
+                done = True
             except Unavailable:
                 # It waits longer for a slow upstream than this connection does for it.
                 if patience.exhausted or (at == before and self._clock.seconds() - began < _SLOW):

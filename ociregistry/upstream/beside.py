@@ -62,7 +62,8 @@ class DaemonBeside:
 
     async def blob(self, repository: Repository, digest: Digest, start: int) -> Body:
         """The blob from the byte `start`, as it comes; raises `BlobUnknown`."""
-        response = await self._get(repository, f"blobs/{digest}", BlobUnknown, {"Range": f"bytes={start}-"})
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        response = await self._get(repository, f"blobs/{digest}", BlobUnknown, headers)
         return response.body
 
     async def _get(
