@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +26,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
 from ociregistry.chain import new_instance
+from ociregistry.commands.options import complain
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.logs import ALWAYS, AtLeast
 from ociregistry.pullthrough.cache import Policy, PullThrough
@@ -265,8 +265,7 @@ class Daemon(Service):
 
 def exit_with(message: str, status: int) -> NoReturn:
     """Ends the process with one line that says why."""
-    # twistd makes a log of sys.stderr.
-    print(f"ociregistry: {message}", file=sys.__stderr__)
+    complain(message)
     raise SystemExit(status)
 
 

@@ -7,6 +7,7 @@ that its digest names; what is parsed here serves to find the children and blobs
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -145,4 +146,5 @@ def _platform(value: object) -> str:
     if not isinstance(value, dict):
         return ""
     parts = (value.get("os"), value.get("architecture"), value.get("variant"))
-    return "/".join(str(part) for part in parts if part)
+    # Whoever made the list chose the words, and they are printed.
+    return re.sub(r"[^!-~]", "?", "/".join(str(part)[:64] for part in parts if part))

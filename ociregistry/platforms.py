@@ -24,7 +24,8 @@ _MACHINES = {
     "loongarch64": "loong64",
 }
 """What the kernel calls a machine, where that is not what Go calls it."""
-_USUAL_VARIANTS = {"arm": ("v7", "v6", "v5"), "arm64": ("v8",), "amd64": ("v1",)}
+_ARM = ("v7", "v6", "v5")
+_USUAL_VARIANTS = {"arm": _ARM[1:] if platform.machine() == "armv6l" else _ARM, "arm64": ("v8",), "amd64": ("v1",)}
 """The variants that are meant when none is named, the best first."""
 
 
@@ -70,18 +71,16 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
 
 def chosen(
     offered: Sequence[Descriptor], wanted: Sequence[Platform]
-) -> tuple[tuple[Descriptor, ...], tuple[Platform, ...]]:
-    """Those of a list's children that are `wanted`, and the platforms that it has none for.
+) -> tuple[tuple[Descriptor, ...], frozenset[Platform]]:
+    """Those of a list's children that are `wanted`, and the platforms that they are for.
 
     A child that tells no platform, such as a list in a list, counts as wanted.
     """
-    if not wanted or not offered:
-        return tuple(offered), ()
-    found = {platform: platform.best(offered) for platform in wanted}
-    best = {child.digest for child in found.values() if child is not None}
-    children = tuple(child for child in offered if child.digest in best or not child.platform)
-    untold = any(not child.platform for child in offered)
-    return children, () if untold else tuple(platform for platform, child in found.items() if child is None)
+    if not wanted:
+        return tuple(offered), frozenset()
+    found = {platform: best for platform in wanted if (best := platform.best(offered)) is not None}
+    digests = {best.digest for best in found.values()}
+    return tuple(one for one in offered if one.digest in digests or not one.platform), frozenset(found)
 
 
 def machine_os() -> str:

@@ -206,7 +206,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
             values[option.key] = option.parse(option.default)
     if values["max_connections"] is None:
         values["max_connections"] = max(_USUAL_CONNECTIONS, 2 * int(str(values["concurrent"])))
-    if values["platform"] is None:
+    if values["platform"] is None or ("platform" not in given and given.keys() & {"arch", "os"}):
         values["platform"] = (Platform(str(values["os"]), str(values["arch"])),)
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):

@@ -92,7 +92,7 @@ class Options(CommonOptions):
     def _spelled(self) -> Iterator[Command]:
         """The commands that are given as options."""
         if self["load-images"] is not None:
-            yield _parsed(Load(), [self["load-images"]])
+            yield _parsed(Load(), ["--", self["load-images"]])
         if self["list-cache"]:
             yield _parsed(List(), [])
         pruned = [("--pattern", self["prune"]), ("--before", self["prune-before"])]
@@ -129,6 +129,8 @@ class Options(CommonOptions):
             status = command.run(self.settings)
         except CommandFailed as error:
             exit_with(str(error), error.status)
+        except KeyboardInterrupt:
+            exit_with("interrupted", 1)
         except OSError as error:
             root = str(self.settings.image_path)
             where = f": {error.filename}" if error.filename not in (None, root) else ""

@@ -12,8 +12,6 @@ from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
 from ociregistry.pullthrough.outcomes import Ended, Outcome
 from ociregistry.store.records import Dates
 
-ANOTHER_DIGEST = "its digest is not the registry's: this kind of archive does not keep the registry's manifest"
-
 
 @dataclass(frozen=True, slots=True)
 class NamedImage:

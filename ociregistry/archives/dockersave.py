@@ -99,7 +99,7 @@ def read_docker_archive(archive: Archive) -> Contents:
 def _member(archive: Archive, name: str) -> Member:
     member = archive.members.get(posixpath.normpath(name))
     if member is None:
-        raise archive.members[DOCKER_INDEX].invalid(f"it names {name[:300]!r}, which is not there")
+        raise archive.members[DOCKER_INDEX].invalid(f"it names {name!r}, which is not there")
     return member
 
 

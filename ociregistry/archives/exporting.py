@@ -183,11 +183,16 @@ class _Writer:
         self._tar.addfile(_header(name, len(data)), io.BytesIO(data))
 
     def _add_blob(self, digest: Digest, size: int) -> None:
-        with (self._blobs / digest.hex).open("rb") as file:
+        what = f"{self._target}: the store's blob {digest}"
+        try:
+            file = (self._blobs / digest.hex).open("rb")
+        except OSError as error:
+            raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
+        with file:
             hashed = _Hashed(file, digest, self._came)
             self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
         if not hashed.holds:
-            raise ExportFailed(f"{self._target}: the store's blob {digest} is damaged")
+            raise ExportFailed(f"{what} is damaged")
 
 
 class _Hashed:

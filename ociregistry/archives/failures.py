@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LONGEST_LINE = 1000
+
+
+def one_line(text: str) -> str:
+    """`text` for a terminal: what archives call things may have any characters, and be long."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_LONGEST_LINE])
 
 
 class ArchiveFailure(Exception):
@@ -18,7 +26,7 @@ class ArchiveInvalid(ArchiveFailure):
     """An archive cannot be read, is damaged or lies: nothing of it is to be used."""
 
     def __init__(self, path: Path, why: str, member: str = "") -> None:
-        super().__init__(f"{path}: {why}" + (f": {member}" if member else ""))
+        super().__init__(one_line(f"{path}: {why}" + (f": {member}" if member else "")))
 
 
 class LoadFailed(ArchiveFailure):
@@ -34,6 +42,8 @@ def reading(path: Path, member: str = "") -> Iterator[None]:
     """Turns what reading the archive `path` raises into `ArchiveInvalid`."""
     try:
         yield
+    except gzip.BadGzipFile as error:
+        raise ArchiveInvalid(path, f"it is cut off or damaged: {error}", member) from error
     except OSError as error:
         raise ArchiveInvalid(path, error.strerror or str(error), member) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:

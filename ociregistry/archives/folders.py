@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,12 +21,12 @@ def read_folder(path: Path) -> dict[str, Member]:
     with reading(path):
         root = path.resolve()
         for name in _names(root):
-            file = _file(root, name)
-            if file is None:
-                continue
             if len(members) == MOST_MEMBERS:
                 raise ArchiveInvalid(path, f"it has more than {MOST_MEMBERS} files")
-            members[name] = Member(path, name, file.stat().st_size, len(members), _opener(file))
+            found = _find(root, name)
+            if found is not None:
+                file, size = found
+                members[name] = Member(path, name, size, len(members), _opener(file))
     return members
 
 
@@ -46,12 +47,14 @@ def _complain(error: OSError) -> None:
         raise error
 
 
-def _file(root: Path, name: str) -> Path | None:
-    """The file of that name, to which a link may lead; None when there is none within `root`."""
+def _find(root: Path, name: str) -> tuple[Path, int] | None:
+    """The file of that name, to which a link may lead, and its size in bytes; None when there is none in `root`."""
     path = root / name
-    if path.is_symlink():
-        try:
+    try:
+        if path.is_symlink():
             path = path.resolve(strict=True)
-        except (OSError, RuntimeError):
-            return None
-    return path if path.is_file() and path.is_relative_to(root) else None
+        status = path.stat()
+    except (FileNotFoundError, RuntimeError):
+        # Gone meanwhile, or a link to nowhere or to itself.
+        return None
+    return (path, status.st_size) if stat.S_ISREG(status.st_mode) and path.is_relative_to(root) else None

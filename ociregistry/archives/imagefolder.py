@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_whole_name
+from ociregistry.archives.failures import one_line
 from ociregistry.archives.members import Archive, Member, parse_json
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
@@ -92,7 +93,7 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
         raise member.invalid(f"its bytes are not base64: {error}") from None
     declared = document.get("digest")
     if declared and declared not in (digest, digest.hex):
-        raise member.invalid(f"it holds {str(declared)[:200]}, not what its name says")
+        raise member.invalid(f"it holds {declared}, not what its name says")
     manifest = parse_manifest(data, _media_type(document, data, member), digest, member)
     image = parse_whole_name(url)
     if image is None:
@@ -101,7 +102,7 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
 
 
 def _failed(url: str, why: str) -> _Found:
-    return _Found(failed=(Outcome(url[:300], Ended.FAILED, why),))
+    return _Found(failed=(Outcome(one_line(url), Ended.FAILED, why),))
 
 
 def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:

@@ -17,6 +17,7 @@ from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
 from ociregistry.store.partials import DigestMismatch, Partial
+from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 
 P = ParamSpec("P")
@@ -82,13 +83,14 @@ class Importer:
             self._progress.expect(load.name, load.size)
         async with _staging() as staged:
             for load, blob in _in_order(loads, contents.blobs):
-                await self._stage(blob, contents.blobs[blob.digest], load, staged)
+                await self._stage(blob.digest, blob.size, contents.blobs[blob.digest], load.named.image, staged)
             were_there = [await self._is_there(load) for load in loads]
             while staged:
                 await self._store.commit(staged[-1])
                 staged.pop().close()
+        dates = {load.named.image: load.named.dates for load in loads}
         for load, was_there in zip(loads, were_there, strict=True):
-            outcome = await self._keep(load, Ended.THERE if was_there else Ended.LOADED)
+            outcome = await self._keep(load, dates, contents.blobs, Ended.THERE if was_there else Ended.LOADED)
             outcomes.append(outcome)
             self._progress.ended(outcome)
         return outcomes
@@ -111,18 +113,20 @@ class Importer:
             loads.append(_Load(named, manifests, tuple(missing), tuple(to_bring)))
         return loads, failed
 
-    async def _stage(self, blob: Descriptor, member: Member, load: _Load, staged: list[Partial]) -> None:
+    async def _stage(
+        self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
+    ) -> None:
         """Adds the blob to `staged`, proven to be what its digest says."""
-        partial = await self._store.new_partial(blob.digest, blob.size, load.named.image.repository)
+        partial = await self._store.new_partial(digest, size, image.repository)
         staged.append(partial)
         pieces = member.pieces()
         while piece := await self._in_thread(_next, pieces):
             await partial.append(piece)
-            self._progress.came(load.name, len(piece))
+            self._progress.came(str(image), len(piece))
         try:
             await partial.verify()
         except DigestMismatch:
-            raise member.invalid(f"it does not have the digest {blob.digest}") from None
+            raise member.invalid(f"it does not have the digest {digest}") from None
 
     async def _is_there(self, load: _Load) -> bool:
         """Whether the store had all of it, under this name."""
@@ -134,17 +138,44 @@ class Importer:
             return False
         return all([await self._store.missing(manifest.digest) is not None for manifest in inner])
 
-    async def _keep(self, load: _Load, ended: Ended) -> Outcome:
-        """Writes the records, the one with the image's name last: it never has a meaning without content."""
-        image, dates, notes = load.named.image, load.named.dates, load.named.notes
+    async def _keep(
+        self,
+        load: _Load,
+        dates: Mapping[ImageReference, Dates | None],
+        blobs: Mapping[Digest, Member],
+        ended: Ended,
+    ) -> Outcome:
+        """Writes the records, the one with the image's name last: it never has a meaning without content.
+
+        What a list names has the `dates` that the archive has for it, else the list's.
+        """
+        image, notes = load.named.image, load.named.notes
         *inner, root = load.manifests
-        for manifest in inner:
-            await self._store.keep(manifest, ImageReference(image.repository, manifest.digest), dates)
-        await self._store.keep(root, image, dates)
+        named = [(one, ImageReference(image.repository, one.digest)) for one in inner]
+        for manifest, name in [*named, (root, image)]:
+            if not await self._keep_whole(manifest, name, dates.get(name, load.named.dates), blobs):
+                why = "blobs of it were pruned while it was loaded, and the archive does not have them"
+                return Outcome(load.name, Ended.FAILED, why)
         meant = await self._store.manifest(image)
         if meant is not None and meant.digest != root.digest:
             notes += (f"the name still means {meant.digest}, which was confirmed later",)
         return Outcome(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
+
+    async def _keep_whole(
+        self, manifest: Manifest, image: ImageReference, dates: Dates | None, blobs: Mapping[Digest, Member]
+    ) -> bool:
+        """Whether the record was written, with all that it names: a prune may have taken what was there before."""
+        while not await self._store.keep_whole(manifest, image, dates):
+            lacking = await self._store.lacking(manifest)
+            if not lacking.keys() <= blobs.keys():
+                return False
+            async with _staging() as staged:
+                for digest, size in lacking.items():
+                    await self._stage(digest, size, blobs[digest], image, staged)
+                while staged:
+                    await self._store.commit(staged[-1])
+                    staged.pop().close()
+        return True
 
 
 def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: Mapping[Digest, Member]) -> str:

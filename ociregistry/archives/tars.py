@@ -109,11 +109,13 @@ class _Scan:
 
     def _take(self, entry: tarfile.TarInfo) -> None:
         if entry.name.startswith("/") or ".." in entry.name.split("/"):
-            raise ArchiveInvalid(self._path, "the path of a member leads out of it", repr(entry.name))
+            raise ArchiveInvalid(self._path, "the path of a member leads out of it", entry.name)
         name = posixpath.normpath(entry.name)
         # The reader would go round in circles.
         if entry.size < 0:
             raise ArchiveInvalid(self._path, "it is damaged: a negative size", name)
+        if name in self._files or name in self._links:
+            raise ArchiveInvalid(self._path, "two members have the same name", name)
         if entry.islnk():
             self._links[name] = posixpath.normpath(entry.linkname)
         elif entry.issym():
@@ -121,8 +123,6 @@ class _Scan:
         elif entry.isreg():
             if entry.issparse():
                 raise ArchiveInvalid(self._path, "it has holes (GNU sparse), which are not supported", name)
-            if name in self._files:
-                raise ArchiveInvalid(self._path, "two members have the same name", name)
             self._files[name] = self._member(name, entry)
 
     def _member(self, name: str, entry: tarfile.TarInfo) -> Member:

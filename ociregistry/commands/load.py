@@ -19,7 +19,7 @@ from ociregistry.commands.options import Command, CommandFailed, complain, print
 from ociregistry.commands.owner import become_owner
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import run_to_end
-from ociregistry.commands.supplying import opened_store, supplier_for
+from ociregistry.commands.supplying import daemon_runs, opened_store, supplier_for
 from ociregistry.names import ImageReference
 from ociregistry.pullthrough.imagelist import read_image_list
 from ociregistry.pullthrough.loading import Loader
@@ -41,7 +41,7 @@ class Load(Command):
 
     def parseArgs(self, *files: str) -> None:
         """Raises `usage.UsageError`."""
-        if not files:
+        if not files or "" in files:
             raise usage.UsageError("load needs a FILE: a list of images, or an archive")
         self.files = [Path(file).absolute() for file in files]
 
@@ -91,7 +91,7 @@ async def _load(
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     with shown() as progress:
-        async with opened_store(settings, reactor) as store:
+        async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
             for archive in archives:
                 try:
                     outcomes += await Importer(store, _in_thread, progress).bring(archive)

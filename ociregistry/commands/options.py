@@ -51,7 +51,11 @@ class CommonOptions(usage.Options):
 
     def opt_version(self) -> NoReturn:
         """Print the version and exit."""
-        print(f"ociregistry {__version__}")
+        try:
+            print_lines([f"ociregistry {__version__}"])
+        except CommandFailed as error:
+            complain(str(error))
+            raise SystemExit(error.status) from None
         raise SystemExit(0)
 
 
@@ -86,6 +90,8 @@ class Command(CommonOptions):
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints to stdout, whatever its encoding; raises `CommandFailed` when nobody takes it."""
+    if sys.stdout is None:
+        raise CommandFailed("cannot print: the standard output is closed")
     try:
         for line in lines:
             sys.stdout.buffer.write(f"{line}\n".encode(sys.stdout.encoding, "backslashreplace"))
@@ -101,4 +107,5 @@ def print_lines(lines: Iterable[str]) -> None:
 def complain(line: str) -> None:
     """Prints to stderr."""
     # twistd makes a log of sys.stderr.
-    print(f"ociregistry: {line}", file=sys.__stderr__)
+    if sys.__stderr__ is not None:
+        print(f"ociregistry: {line}", file=sys.__stderr__)

@@ -19,14 +19,22 @@ from ociregistry.upstream.registries import Registries
 
 
 @asynccontextmanager
-async def opened_store(settings: Settings, reactor: Any) -> AsyncIterator[Store]:
-    """The store, while the block runs; raises `OSError`."""
+async def opened_store(settings: Settings, reactor: Any, *, adopts: bool) -> AsyncIterator[Store]:
+    """The store, while the block runs; who `adopts` goes on with downloads that broke off. Raises `OSError`."""
     store = Store(settings.image_path, reactor, reactor)
-    store.start()
+    store.start(adopts=adopts)
     try:
         yield store
     finally:
         store.stop()
+
+
+def daemon_runs(settings: Settings) -> bool:
+    """Whether a daemon runs on the store. Raises `OSError`."""
+    door = find_daemon(settings.image_path)
+    if door is not None:
+        door.close()
+    return door is not None
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ class Verify(Command):
         return 1 if findings.damaged else 0
 
     async def _verify(self, settings: Settings, reactor: Any) -> Findings:
-        async with opened_store(settings, reactor) as store:
+        async with opened_store(settings, reactor, adopts=False) as store:
             with _progress() as came:
                 findings = await store.verify(None, came)
             print_lines(_report(findings))

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 _SEPARATOR = re.compile(r",(?![0-9]*\})")
 """A comma, but not the one in `x{1,2}`."""
 
-_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?[^)]?|.", re.DOTALL)
-"""An escape, a character class, the beginning of a group with a question mark, or one character."""
+_PIECE = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?[^)]?|\{,[0-9]+\}|.",
+    re.DOTALL,
+)
+"""An escape, a character class, the beginning of a group with a question mark, `{,3}`, or one character."""
+_IN_CLASS = re.compile(r"\\.|\[:\^?\w+:\]|.", re.DOTALL)
 
 _FOREIGN = {
     r"\z": r"\Z is the end of the text here",
@@ -65,11 +69,15 @@ def _compiled(expression: str) -> re.Pattern[str]:
 
 
 def _refuse_foreign(expression: str, piece: str) -> None:
-    hint = _FOREIGN.get(piece[:3] if piece.startswith("(?") else piece)
-    if piece.startswith("[") and len(piece) > 1:
-        inside = re.search(r"\[:\^?\w+:\]|\\[pPQEzC]", piece)
-        if inside is not None:
-            piece, hint = inside[0], "name the characters, such as [a-z0-9]"
+    if piece.startswith("(?"):
+        hint = _FOREIGN.get(piece[:3])
+    elif piece.startswith("{,"):
+        hint = "write {0,3} for it"
+    elif piece.startswith("[") and len(piece) > 1:
+        inside = [one for one in _IN_CLASS.findall(piece) if one.startswith("[:") or one in _FOREIGN]
+        piece, hint = (inside[0], "name the characters, such as [a-z0-9]") if inside else (piece, None)
+    else:
+        hint = _FOREIGN.get(piece)
     if hint is not None:
         raise ValueError(
             f"the pattern {expression!r} has {piece!r}, which is Go's: expressions are Python's here: {hint}"

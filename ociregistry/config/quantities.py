@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_LONGEST = 36_500 * _SECONDS["d"]
 _SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
@@ -15,9 +16,12 @@ _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 def parse_duration(text: str) -> timedelta:
     """The time that `30d`, `12h`, `90m`, `45s` or `2w` is; raises `ValueError`."""
     match = _DURATION.fullmatch(text)
-    if match is None or not int(match["number"]):
+    seconds = int(match["number"]) * _SECONDS[match["unit"]] if match else 0
+    if not seconds:
         raise ValueError("a time such as 30d, 12h, 90m or 45s is expected")
-    return timedelta(seconds=int(match["number"]) * _SECONDS[match["unit"]])
+    if seconds > _LONGEST:
+        raise ValueError("a time of 100 years at most is expected")
+    return timedelta(seconds=seconds)
 
 
 def parse_size(text: str) -> int:

@@ -193,11 +193,15 @@ class PullThrough:
 
         An `extra` one takes none of the connections for blobs: there must be one such call at a time.
         """
-        stored = await self._store.blob(digest)
-        if stored is not None:
-            stored.close()
-        else:
-            await self._with_download(repository, digest, NOBODY, lambda download: download.finished(), extra=extra)
+        while digest not in self._downloads:
+            ended = self._ended
+            stored = await self._store.blob(digest)
+            if stored is not None:
+                stored.close()
+                return
+            if ended == self._ended:
+                break
+        await self._with_download(repository, digest, NOBODY, lambda download: download.finished(), extra=extra)
 
     async def _with_download(
         self,

@@ -78,11 +78,12 @@ class Connections:
     async def open(self, start: int) -> BlobStream:
         """The blob from the byte `start`, or from an earlier one; raises what the upstream answers."""
         await self._turn()
-        extra = self._extra and not self.watched
-        return await self._open(start, replace(self._manner, small=self._manner.small or extra))
+        return await self._open(start, self._manner)
 
     async def _open(self, start: int, manner: Manner) -> BlobStream:
         self.count += 1
+        extra = self._extra and not self.watched
+        manner = replace(manner, small=manner.small or extra)
         return await self._registry().blob(self._repository, self._digest, start, manner)
 
     async def _turn(self) -> None:

@@ -136,7 +136,7 @@ class Download:
         told = (self._connections.watched or self._awaited) and not self._verified
         self._done = self.error is None
         self._changed.ring()
-        if self.error is not None and not told:
+        if self.error is not None and not told and not self._stopping:
             self.log.error("{why}", why=self.error)
 
     async def _fetch(self) -> None:

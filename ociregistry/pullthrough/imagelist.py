@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ociregistry.errors import RegistryError
-from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Tag, Upstream
+from ociregistry.names import DOCKER_HUB, ImageReference, Tag, Upstream
 
 _USUAL_TAG = "latest"
 
@@ -55,11 +54,6 @@ def parse_image(text: str) -> ImageReference:
     elif not at:
         name = f"{name}:{_USUAL_TAG}"
     return ImageReference.parse(name + at + digest, Upstream(DOCKER_HUB))
-
-
-def by_digest(images: Sequence[ImageReference]) -> tuple[ImageReference, ...]:
-    """Those that are named by a digest."""
-    return tuple(image for image in images if isinstance(image.reference, Digest))
 
 
 def _shown(text: str) -> str:

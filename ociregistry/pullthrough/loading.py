@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, Fi
 from twisted.python.failure import Failure
 
 from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
-from ociregistry.manifests import MEDIA_TYPES, Manifest
+from ociregistry.manifests import LISTS, MEDIA_TYPES, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.platforms import Platform, chosen
 from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
@@ -21,6 +21,8 @@ _DEEPEST = 4
 """Lists in lists."""
 _SIGNATURES = ("sig", "att", "sbom")
 """Endings of the tags under which cosign keeps what it says of an image."""
+_NO_PLATFORM = "unknown/unknown"
+"""What buildkit calls the platform of attestations."""
 _TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs the upstream"
 
 
@@ -32,17 +34,27 @@ class _Brought:
     manifests: int = 0
     blobs: int = 0
     bytes: int = 0
-    missing: list[str] = field(default_factory=list)
-    """Platforms that a list does not have, and those that it has."""
+    notes: list[str] = field(default_factory=list)
+    offered: set[str] = field(default_factory=set)
+    """Platforms that lists have."""
+    found: set[Platform] = field(default_factory=set)
+    """Those of them that are wanted."""
+    untold: bool = False
+    """Whether there are images that tell no platform."""
 
     @property
     def name(self) -> str:
         return str(self.image)
 
-    def outcome(self) -> Outcome:
-        notes = (_TAG_UNKNOWN,) if isinstance(self.image.reference, Digest) else ()
-        if self.missing:
-            return Outcome(self.name, Ended.FAILED, "; ".join(self.missing), notes, self.blobs, self.bytes)
+    def outcome(self, wanted: Sequence[Platform]) -> Outcome:
+        """How it ended, where nothing failed."""
+        tag_unknown = [_TAG_UNKNOWN] if isinstance(self.image.reference, Digest) else []
+        notes = (*tag_unknown, *dict.fromkeys(self.notes))
+        missing = [str(platform) for platform in wanted if platform not in self.found]
+        if missing and self.offered and not self.untold:
+            others = ", ".join(sorted(self.offered - {_NO_PLATFORM})) or "no platform at all"
+            why = f"there is none for {', '.join(missing)}, but for {others}"
+            return Outcome(self.name, Ended.FAILED, why, notes, self.blobs, self.bytes)
         ended = Ended.LOADED if self.manifests or self.blobs else Ended.THERE
         return Outcome(self.name, ended, "", notes, self.blobs, self.bytes)
 
@@ -73,9 +85,13 @@ class Loader:
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
         """How each of the images ended, in their order."""
         running = [Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]
+        # The last ones first: who is cancelled gives its turn to the next, which has to be cancelled by then.
+        running.reverse()
         try:
-            return list(await gatherResults(running, consumeErrors=True))
+            return list(await gatherResults(running, consumeErrors=True))[::-1]
         except FirstError as error:
+            for one in running:
+                one.cancel()
             error.subFailure.raiseException()
             raise
 
@@ -96,20 +112,32 @@ class Loader:
             return _failed(brought, error.message, again=isinstance(error, Unavailable))
         except OSError as error:
             return _failed(brought, f"cannot be stored: {error.strerror or error}", again=True)
-        return brought.outcome()
+        return brought.outcome(self._wanted)
 
     async def _bring(self, image: ImageReference, brought: _Brought, deepest: int = _DEEPEST) -> None:
         """The manifest of `image` with its blobs, and what it lists as far as that is wanted."""
         manifest = await self._manifest(image, brought)
         await self._bring_blobs(image.repository, manifest, brought)
         if self._signatures:
-            await self._bring_signatures(image.repository, manifest.digest, brought)
-        children, missing = chosen(manifest.children, self._wanted)
-        if missing:
-            brought.missing.append(_no_platform(manifest, missing))
+            try:
+                await self._bring_signatures(image.repository, manifest.digest, brought)
+            except Unavailable as error:
+                if brought.manifests or brought.blobs:
+                    raise
+                brought.notes.append(f"whether there are other signatures could not be asked: {error.message}")
+        children, found = chosen(manifest.children, self._wanted)
+        brought.found |= found
+        brought.offered |= {child.platform for child in manifest.children if child.platform}
+        brought.untold |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
+        failed: list[RegistryError] = []
         for child in children:
             if deepest and child.media_type in MEDIA_TYPES:
-                await self._bring(ImageReference(image.repository, child.digest), brought, deepest - 1)
+                try:
+                    await self._bring(ImageReference(image.repository, child.digest), brought, deepest - 1)
+                except RegistryError as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
 
     async def _manifest(self, image: ImageReference, brought: _Brought) -> Manifest:
         found = await self._supplier.manifest(image)
@@ -124,7 +152,7 @@ class Loader:
             for digest, size in lacking.items()
         ]
         # All of them, also when one fails: what was begun is brought to its end.
-        for succeeded, result in await DeferredList(fetching, consumeErrors=True):
+        for succeeded, result in await DeferredList(fetching[::-1], consumeErrors=True):
             if not succeeded:
                 cast(Failure, result).raiseException()
 
@@ -155,11 +183,6 @@ class Loader:
         except ManifestUnknown:
             return
         await self._bring_blobs(image.repository, manifest, brought)
-
-
-def _no_platform(manifest: Manifest, missing: Sequence[Platform]) -> str:
-    offered = sorted({child.platform for child in manifest.children if child.platform})
-    return f"there is none for {', '.join(map(str, missing))}, but for {', '.join(offered) or 'no platform at all'}"
 
 
 def _failed(brought: _Brought, why: str, *, again: bool) -> Outcome:

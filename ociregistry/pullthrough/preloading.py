@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -14,10 +15,10 @@ from twisted.python.failure import Failure
 from ociregistry.names import ImageReference
 from ociregistry.pullthrough.imagelist import ImageList
 from ociregistry.pullthrough.loading import Loader
-from ociregistry.pullthrough.outcomes import Ended, Outcome, summary
+from ociregistry.pullthrough.outcomes import Ended
 
 _AGAIN = 30.0
-"""Seconds from one round to the next, while some image could not be loaded for now."""
+"""Seconds until an image is tried again that could not be loaded for now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,6 @@ class Preloading:
         self._clock = clock
         self._ended: dict[ImageReference, Ended] = {}
         self._images: Sequence[ImageReference] = ()
-        self._told: set[str] = set()
         self._running: Deferred[None] = succeed(None)
 
     @property
@@ -70,24 +70,31 @@ class Preloading:
         listed = await self._read()
         for error in listed.errors:
             self.log.error("not preloaded: {error}", error=error)
-        waiting = self._images = listed.images
-        while waiting:
-            outcomes = await self._loader.load(waiting)
-            for image, outcome in zip(waiting, outcomes, strict=True):
-                self._tell(outcome)
-                if not outcome.again:
-                    self._ended[image] = outcome.ended
-            waiting = tuple(image for image in waiting if image not in self._ended)
-            self.log.info(
-                "preloading: {summary}, {waiting} to be tried again", summary=summary(outcomes), waiting=len(waiting)
-            )
-            if waiting:
-                await deferLater(self._clock, _AGAIN)
+        self._images = listed.images
+        # The last ones first: who is cancelled gives its turn to the next, which has to be cancelled by then.
+        loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
+        await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first)
+        done = self.progress
+        self.log.info(
+            "preloading has ended: {loaded} loaded, {failed} failed", loaded=done.loaded, failed=done.failed
+        )
 
-    def _tell(self, outcome: Outcome) -> None:
-        """Of an image that fails again and again, once."""
-        if outcome.ended is not Ended.FAILED:
-            self.log.info("preloading: {outcome}", outcome=outcome)
-        elif outcome.name not in self._told:
-            self._told.add(outcome.name)
-            self.log.error("preloading: {outcome}", outcome=outcome)
+    async def _preload_one(self, image: ImageReference) -> None:
+        told = False
+        while True:
+            (outcome,) = await self._loader.load([image])
+            if outcome.ended is not Ended.FAILED:
+                self.log.info("preloading: {outcome}", outcome=outcome)
+            elif not told or not outcome.again:
+                self.log.error("preloading: {outcome}", outcome=outcome)
+            if not outcome.again:
+                self._ended[image] = outcome.ended
+                return
+            told = True
+            await deferLater(self._clock, _AGAIN)
+
+
+def _raise_first(results: list[tuple[bool, Any]]) -> None:
+    for succeeded, result in results:
+        if not succeeded:
+            result.raiseException()

@@ -36,15 +36,14 @@ class Repairer:
 
     async def _record(self, damaged: Damaged) -> str:
         why = "of which image it was cannot be made out any more"
-        repositories = dict.fromkeys(image.repository for image, _ in damaged.images)
-        for repository in repositories:
+        for repository in dict.fromkeys(image.repository for image, _ in damaged.images):
+            fetched = ImageReference(repository, damaged.digest)
             try:
-                found = await self._supplier.manifest(ImageReference(repository, damaged.digest))
+                found = await self._supplier.manifest(fetched)
             except RegistryError as error:
                 why = error.message
                 continue
             # With the dates of before: a tag that means another manifest since then must not come back.
-            for image, dates in damaged.images:
-                await self._store.keep(found.manifest, image, dates)
+            await self._store.restore(found.manifest, dict(damaged.images), fetched)
             return ""
         return why

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from twisted.internet import defer
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
@@ -17,6 +18,8 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.patience import NotYet
 from ociregistry.store.store import Store
 from ociregistry.upstream.beside import DaemonBeside
+
+T = TypeVar("T")
 
 _SLOW = 8.0
 """Seconds after which an answer failed because the upstream is slow; one that fails sooner will fail again."""
@@ -74,25 +77,21 @@ class Pulling:
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
         """As `Supplier.manifest`."""
-        patience = Patience(self._seconds, self._clock)
-        while True:
-            try:
-                return await self._cache.manifest(image)
-            except NotYet:
-                if patience.exhausted:
-                    raise
+        return await self._patiently(image, lambda: self._cache.manifest(image))
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """As `Supplier.referrers`."""
+        what = f"{repository}@{digest}"
         try:
-            found = await self._listings.referrers(repository, digest, "")
+            found = await self._patiently(what, lambda: self._listings.referrers(repository, digest, ""))
         except ManifestUnknown:
             return None
         return Manifest.parse(found.data, OCI_INDEX)
 
     async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
         """As `Supplier.blob`."""
-        found = await self._cache.blob(repository, digest)
+        what = f"{repository}@{digest}"
+        found = await self._patiently(what, lambda: self._cache.blob(repository, digest))
         try:
             at = 0
             while at < size:
@@ -100,12 +99,23 @@ class Pulling:
                 try:
                     upto = await coming
                 except defer.TimeoutError:
-                    raise Unavailable(f"{repository}@{digest}: no byte came for {self._seconds:g} s") from None
+                    raise Unavailable(f"{what}: no byte came for {self._seconds:g} s") from None
                 came(upto - at)
                 at = upto
         finally:
             found.content.close()
         await self._cache.fetch(repository, digest)
+
+    async def _patiently(self, what: object, ask: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
+        """What `ask` gives; it is asked again as long as the upstream is only slow."""
+        patience = Patience(self._seconds, self._clock)
+        while True:
+            try:
+                return await Deferred.fromCoroutine(ask()).addTimeout(patience.left, self._clock)
+            except NotYet:
+                continue
+            except defer.TimeoutError:
+                raise Unavailable(f"{what}: the upstream gave no answer within {self._seconds:g} s") from None
 
 
 class InBackground(Pulling):

@@ -43,16 +43,23 @@ class Upkeep:
         self._repairer = repairer
         self._clock = clock
         self._now = now
+        self._prune_settings: PruneSettings | None = None
+        self._verify_settings: VerifySettings | None = None
         self._pruning: Deferred[None] = succeed(None)
         self._verifying: Deferred[None] = succeed(None)
 
     def use(self, prune: PruneSettings | None, verify: VerifySettings | None) -> None:
-        """From now on it is done like this; what is under way begins anew."""
-        self.stop()
-        if prune is not None:
-            self._pruning = self._begin(self._prune_regularly(prune))
-        if verify is not None:
-            self._verifying = self._begin(self._verify_regularly(verify))
+        """From now on it is done like this; what stays as it was goes on."""
+        if prune != self._prune_settings:
+            self._pruning.cancel()
+            self._prune_settings = prune
+            if prune is not None:
+                self._pruning = self._begin(self._prune_regularly(prune))
+        if verify != self._verify_settings:
+            self._verifying.cancel()
+            self._verify_settings = verify
+            if verify is not None:
+                self._verifying = self._begin(self._verify_regularly(verify))
 
     def stop(self) -> None:
         """Does nothing any more."""
@@ -99,12 +106,10 @@ class Upkeep:
         return frozenset(flying | self._store.wishes.keys())
 
     async def _verify_regularly(self, settings: VerifySettings) -> None:
-        began = self._now()
         while True:
-            due = (await self._store.last_verified() or began) + settings.every
-            await deferLater(self._clock, max(0.0, (due - self._now()).total_seconds()))
-            began = self._now()
             try:
+                due = await self._store.last_verified(self._now()) + settings.every
+                await deferLater(self._clock, max(0.0, (due - self._now()).total_seconds()))
                 await self._verify(settings)
             except OSError as error:
                 self.log.error("cannot verify the store: {why}", why=error)

@@ -41,7 +41,12 @@ def find_daemon(root: Path) -> Door | None:
     """The door of the daemon that runs on the store at `root`, or None if none does. Raises `OSError`."""
     for folder in pulls_folders(root):
         door = Door(folder)
-        if door.is_open():
+        try:
+            found = door.is_open()
+        except OSError:
+            door.close()
+            raise
+        if found:
             return door
         door.close()
     return None

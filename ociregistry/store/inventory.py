@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -40,9 +40,9 @@ class Row:
     """One image URL of a record."""
 
     image: ImageReference
-    """As it can be pulled: by digest where the tag that is noted means another manifest by now."""
-    noted: str
-    """The image URL in the record."""
+    """As it can be pulled: by digest where a tag that is noted means another manifest by now."""
+    notes: tuple[str, ...]
+    """What the record notes, and this stands for."""
     dates: Dates
     kept: Kept
 
@@ -79,7 +79,7 @@ class Inventory:
                 seen[path] = signature
                 known = before.records.get(_digest(path)) if before and before.seen.get(path) == signature else None
                 try:
-                    record = known.record if known else read_record(path)
+                    record = known.record if known and known.path == path else read_record(path)
                 except FileNotFoundError:
                     continue
                 except RecordInvalid as error:
@@ -96,32 +96,41 @@ class Inventory:
         return tuple(sorted(self._rows(), key=lambda row: row.url))
 
     def _rows(self) -> Iterator[Row]:
-        newest: dict[str, tuple[datetime, Digest]] = {}
         for digest, kept in self.records.items():
+            notes: dict[ImageReference, dict[str, Dates]] = {}
             for noted, dates in kept.record.images.items():
-                newest[noted] = max(newest.get(noted, (dates.confirmed, digest)), (dates.confirmed, digest))
-        for digest, kept in self.records.items():
-            current: dict[ImageReference, Row] = {}
-            for noted, dates in kept.record.images.items():
-                image = ImageReference.parse_whole(noted)
-                if newest[noted][1] != digest:
-                    image = ImageReference(image.repository, digest)
-                row = current.get(image)
-                if row is None or row.noted != row.url:
-                    current[image] = Row(image, noted, dates, kept)
-            yield from current.values()
+                notes.setdefault(self._meant(noted, digest), {})[noted] = dates
+            for image, noted_dates in notes.items():
+                first = min(one.created for one in noted_dates.values())
+                last = max(one.confirmed for one in noted_dates.values())
+                yield Row(image, tuple(noted_dates), noted_dates.get(str(image), Dates(first, last)), kept)
+
+    def _meant(self, noted: str, digest: Digest) -> ImageReference:
+        image = ImageReference.parse_whole(noted)
+        return image if self.holder(noted) == digest else ImageReference(image.repository, digest)
 
     @cached_property
-    def _claims(self) -> Mapping[str, tuple[Digest, ...]]:
-        found: dict[str, tuple[Digest, ...]] = {}
+    def _claims(self) -> Mapping[str, Mapping[Digest, datetime]]:
+        found: dict[str, dict[Digest, datetime]] = {}
         for digest, kept in self.records.items():
-            for noted in kept.record.images:
-                found[noted] = (*found.get(noted, ()), digest)
+            for noted, dates in kept.record.images.items():
+                found.setdefault(noted, {})[digest] = dates.confirmed
         return found
 
-    def claims(self, noted: str) -> tuple[Digest, ...]:
-        """The records that note this image URL; the last confirmed of them is what it means."""
-        return self._claims.get(noted, ())
+    def claims(self, noted: str) -> Mapping[Digest, datetime]:
+        """The records that note this image URL, and when each was confirmed."""
+        return self._claims.get(noted, {})
+
+    @cached_property
+    def _holders(self) -> Mapping[str, Digest]:
+        return {
+            noted: max((confirmed, digest) for digest, confirmed in claims.items())[1]
+            for noted, claims in self._claims.items()
+        }
+
+    def holder(self, noted: str) -> Digest:
+        """The record that a noted image URL means: the last confirmed."""
+        return self._holders[noted]
 
     @cached_property
     def lists_of(self) -> Mapping[Digest, frozenset[Digest]]:
@@ -138,10 +147,22 @@ class Inventory:
             if child.digest in self.records:
                 yield self.records[child.digest]
 
+    def above(self, digest: Digest) -> frozenset[Digest]:
+        """The lists that have the manifest `digest`, and those that have these."""
+        return _reached(digest, lambda one: self.lists_of.get(one, ()))
+
+    def below(self, digest: Digest) -> frozenset[Digest]:
+        """What the manifest `digest` names, and what that names, as far as it is there."""
+        return _reached(digest, lambda one: (child.manifest.digest for child in self.children(one)))
+
     def pulled(self, digest: Digest) -> datetime:
         """When the image `digest` was pulled last: itself, a list that has it, or what it lists."""
-        lists = [self.records[above].pulled for above in self.lists_of.get(digest, ())]
-        return max([self.records[digest].pulled, *lists, *(child.pulled for child in self.children(digest))])
+        return max(self.records[one].pulled for one in {digest} | self.above(digest) | self.below(digest))
+
+    def since(self, row: Row) -> datetime:
+        """Since when the image URL is there: a part of a list not before the list."""
+        lists = (self.records[above].record for above in self.above(row.kept.manifest.digest))
+        return max([row.dates.created, *(dates.created for record in lists for dates in record.images.values())])
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
         """The blobs that the image `digest` lacks, and their sizes in bytes. Blocks."""
@@ -150,6 +171,16 @@ class Inventory:
             for blob in self.records[digest].manifest.blobs
             if blob_size(self.root, blob.digest) != blob.size
         }
+
+
+def _reached(start: Digest, following: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
+    found: set[Digest] = set()
+    ahead = [start]
+    while ahead:
+        new = set(following(ahead.pop())) - found
+        found |= new
+        ahead += new
+    return frozenset(found)
 
 
 def _mentioned(path: Path) -> set[str]:

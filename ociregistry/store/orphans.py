@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Set
@@ -10,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ociregistry.names import Digest
-from ociregistry.store.files import Files, lock, locked
+from ociregistry.store.files import Files, locked
 from ociregistry.store.inventory import Inventory, blob_size
 from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders
 from ociregistry.store.wishes import WISH_SUFFIX
@@ -21,6 +22,23 @@ def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
 
     Blocks; raises `OSError`.
     """
+    return dict(_orphans(root, unchanged_since, removes=False))
+
+
+def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
+    """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
+    found = {}
+    (root / "pulls").mkdir(exist_ok=True)
+    with locked(root / "pulls" / "lock"):
+        for path, size in _orphans(root, unchanged_since, removes=True):
+            files.unlink(path)
+            files.unlink(path.with_name(path.name + NOTE_SUFFIX))
+            found[path] = size
+    return found
+
+
+def _orphans(root: Path, unchanged_since: datetime, *, removes: bool) -> Iterator[tuple[Path, int]]:
+    """Each as it is found; who `removes` it then can be sure that no process takes it meanwhile."""
     inventory = Inventory.read(root)
     named = {blob.digest.hex for kept in inventory.records.values() for blob in kept.manifest.blobs}
     wished = {
@@ -30,18 +48,11 @@ def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
         if (manifest := Digest.from_hex(wish.stem)) is not None and manifest in inventory.records
         for blob in inventory.records[manifest].manifest.blobs
     }
-    paths = [*_blobs(root, named | inventory.mentioned), *_partials(root, wished)]
-    return {path: size for path in paths if (size := _old_size(path, unchanged_since)) is not None}
-
-
-def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
-    """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
-    with locked(root / "pulls" / "lock"):
-        found = find_orphans(root, unchanged_since)
-        for path in found:
-            files.unlink(path)
-            files.unlink(path.with_name(path.name + NOTE_SUFFIX))
-    return found
+    for paths in (_blobs(root, named | inventory.mentioned), _partials(root, wished, removes=removes)):
+        for path in paths:
+            size = _old_size(path, unchanged_since)
+            if size is not None:
+                yield path, size
 
 
 def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
@@ -51,8 +62,10 @@ def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _partials(root: Path, wished: Set[str]) -> Iterator[Path]:
+def _partials(root: Path, wished: Set[str], *, removes: bool) -> Iterator[Path]:
     for folder in pulls_folders(root):
+        if removes:
+            (folder / "lock").touch()
         with _free(folder) as is_free:
             for path in sorted(folder.iterdir()):
                 digest = Digest.from_hex(path.name)
@@ -66,12 +79,19 @@ def _partials(root: Path, wished: Set[str]) -> Iterator[Path]:
 @contextmanager
 def _free(folder: Path) -> Iterator[bool]:
     """Whether no process owns the folder; none takes it while the block runs."""
-    held = lock(folder / "lock", wait=False)
     try:
-        yield held is not None
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
     finally:
-        if held is not None:
-            os.close(held)
+        os.close(lock)
 
 
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:

@@ -7,17 +7,16 @@ rewritten: no record that comes meanwhile loses a blob.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.files import Files, locked
 from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER
-from ociregistry.store.records import Record
+from ociregistry.store.records import Dates, Record
 
 Choose = Callable[[Inventory], "Doomed"]
 """What is to go of an inventory."""
@@ -42,47 +41,68 @@ class Plan:
 
 
 class Doomed:
-    """The image URLs that are to go, with what they take with them."""
+    """The image URLs that are to go, with what they take with them.
+
+    A record that stays may get another URL in place of one that goes: by its digest for a tag that has meant
+    something else since, and would mean this again; of another repository for what is the part of a list there.
+    """
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
-        self._noted: dict[Digest, set[str]] = {}
-        """Record -> those of its image URLs that go."""
+        self._images: dict[Digest, dict[str, Dates]] = {}
+        """Record -> what it shall note, where that changes."""
         self.gone: dict[Digest, Kept] = {}
-        """The records of which no image URL stays, in the order in which they went."""
+        """The records that are to note nothing, in the order in which they came to that."""
 
     def take(self, row: Row) -> None:
-        """This image URL goes. Where a record has it of a time before, it goes there too, or it would come back."""
-        self._drop(row.kept.manifest.digest, row.noted)
-        if row.noted == row.url:
-            for digest in self._inventory.claims(row.noted):
-                self._drop(digest, row.noted)
+        """This image URL goes."""
+        for noted in {*row.notes, row.url}:
+            self._drop(row.kept.manifest.digest, noted)
 
     def take_record(self, digest: Digest) -> None:
         """All image URLs of a record go."""
-        for noted in self._inventory.records[digest].record.images:
+        for noted in list(self._noted(digest)):
             self._drop(digest, noted)
 
-    def _drop(self, digest: Digest, noted: str) -> None:
-        kept = self._inventory.records[digest]
-        dropped = self._noted.setdefault(digest, set())
-        dropped.add(noted)
-        if digest not in self.gone and dropped >= kept.record.images.keys():
-            self.gone[digest] = kept
-            for child in self._inventory.children(digest):
-                self._drop_with_lists(child)
+    def _noted(self, digest: Digest) -> dict[str, Dates]:
+        if digest not in self._images:
+            self._images[digest] = dict(self._inventory.records[digest].record.images)
+        return self._images[digest]
 
-    def _drop_with_lists(self, child: Kept) -> None:
-        """What a list names goes with it, as far as it is known only as a part of lists that go."""
-        digest = child.manifest.digest
-        lists = self._inventory.lists_of[digest]
-        if not lists <= self.gone.keys():
+    def _drop(self, digest: Digest, noted: str) -> None:
+        images = self._noted(digest)
+        if images.pop(noted, None) is None:
             return
-        noted = {noted for above in lists for noted in self.gone[above].record.images}
-        for repository in {ImageReference.parse_whole(url).repository for url in noted}:
-            part = str(ImageReference(repository, digest))
-            if part in child.record.images:
-                self._drop(digest, part)
+        claims = self._inventory.claims(noted)
+        if claims and self._inventory.holder(noted) == digest:
+            for stale in claims.keys() - {digest}:
+                self._rename(stale, noted, _by_digest(noted, stale))
+        if not images:
+            self.gone[digest] = self._inventory.records[digest]
+        repository = _repository(noted)
+        if not any(_repository(other) == repository for other in images):
+            for child in self._inventory.children(digest):
+                self._part(child.manifest.digest, repository)
+
+    def _rename(self, digest: Digest, noted: str, url: str) -> None:
+        images = self._noted(digest)
+        dates = images.pop(noted, None)
+        if dates is not None:
+            known = images.get(url, dates)
+            images[url] = Dates(min(known.created, dates.created), max(known.confirmed, dates.confirmed))
+
+    def _part(self, digest: Digest, repository: Repository) -> None:
+        """A list has left `repository`: what it names goes from there too, if it is known only as a part of lists."""
+        images, part = self._noted(digest), str(ImageReference(repository, digest))
+        if part not in images or digest.hex in self._inventory.mentioned:
+            return
+        homes = [_repository(url) for above in self._inventory.lists_of[digest] for url in self._noted(above)]
+        if repository in homes:
+            return
+        if homes and len(images) == 1:
+            self._rename(digest, part, str(ImageReference(min(homes), digest)))
+        else:
+            self._drop(digest, part)
 
     @property
     def plan(self) -> Plan:
@@ -100,8 +120,12 @@ class Doomed:
             stay |= own.keys()
             blobs |= own
             bytes_of[digest] = sum(own.values())
-        rows = (row for row in self._inventory.rows if row.noted in self._noted.get(row.kept.manifest.digest, ()))
+        rows = (row for row in self._inventory.rows if self._takes(row))
         return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of)
+
+    def _takes(self, row: Row) -> bool:
+        digest = row.kept.manifest.digest
+        return digest in self._images and not self._images[digest].keys() & {*row.notes, row.url}
 
     def _sizes(self, manifest: Manifest, stay: set[Digest]) -> dict[Digest, int]:
         """The blobs of `manifest` that are there, without those that `stay`."""
@@ -112,14 +136,32 @@ class Doomed:
         }
         return {digest: size for digest, size in found.items() if size is not None}
 
-    def rewritten(self) -> list[tuple[Kept, Record]]:
-        """The records that stay with fewer image URLs: as they are, and as they shall be."""
-        found = []
-        for digest in self._noted.keys() - self.gone.keys():
-            kept, dropped = self._inventory.records[digest], self._noted[digest]
-            images = {noted: dates for noted, dates in kept.record.images.items() if noted not in dropped}
-            found.append((kept, Record(kept.manifest, images)))
-        return found
+    def renamed(self) -> Iterator[tuple[Kept, Record]]:
+        """The records with tags that would mean them again, those that go included, and how they are to be first."""
+        for digest in list(self._images):
+            kept = self._inventory.records[digest]
+            images: dict[str, Dates] = {}
+            for noted, dates in kept.record.images.items():
+                holder = self._inventory.holder(noted)
+                back = holder != digest and noted not in self._noted(holder)
+                images[_by_digest(noted, digest) if back else noted] = dates
+            if images.keys() != kept.record.images.keys():
+                yield kept, Record(kept.manifest, images)
+
+    def rewritten(self) -> Iterator[tuple[Kept, Record]]:
+        """The records that stay and change, and how they are to be in the end."""
+        for digest, images in self._images.items():
+            kept = self._inventory.records[digest]
+            if images and images != kept.record.images:
+                yield kept, Record(kept.manifest, images)
+
+
+def _repository(noted: str) -> Repository:
+    return ImageReference.parse_whole(noted).repository
+
+
+def _by_digest(noted: str, digest: Digest) -> str:
+    return str(ImageReference(_repository(noted), digest))
 
 
 def planned(root: Path, choose: Choose) -> Plan:
@@ -130,23 +172,24 @@ def planned(root: Path, choose: Choose) -> Plan:
 def prune(root: Path, choose: Choose, pulls: PullsFolder, files: Files) -> Plan:
     """Takes away what `choose` says, and gives what that was. Blocks; raises `OSError`.
 
-    Killed at any instant it leaves records without a lack: they go first, lists before what they list, and blobs when
-    no record on the disk names them any more.
+    Killed at any instant it leaves no record without what it had, and no tag with a meaning of before: tags first,
+    then lists, what they list, and blobs when no record on the disk names them any more.
     """
     before = Inventory.read(root)
     with locked(root / "pulls" / "lock"):
-        doomed = choose(Inventory.read(root, before))
+        inventory = Inventory.read(root, before)
+        doomed = choose(inventory)
         plan = doomed.plan
-        for old, new in doomed.rewritten():
-            files.put(old.path, new.render(), pulls.path / f"{old.path.name}.record")
-            pulled = old.pulled.timestamp()
-            os.utime(old.path, (pulled, pulled))
-        for kept in sorted(plan.records, key=lambda kept: not kept.manifest.is_list):
-            files.unlink(kept.path)
-        if plan.records:
-            for folder in (LISTS_FOLDER, IMAGES_FOLDER):
-                if (root / folder).is_dir():
-                    files.sync_folder(root / folder)
+        for kept, record in [*doomed.renamed(), *doomed.rewritten()]:
+            files.put(kept.path, record.render(), pulls.path / f"{kept.path.name}.record")
+            os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
+        from_the_top = sorted(plan.records, key=lambda kept: len(inventory.above(kept.manifest.digest)))
+        for lists in (True, False):
+            going = [kept for kept in from_the_top if kept.manifest.is_list is lists]
+            for kept in going:
+                files.unlink(kept.path)
+            for folder in {kept.path.parent for kept in going}:
+                files.sync_folder(folder)
         for digest in plan.blobs:
             files.unlink(root / "blobs" / digest.hex)
         if plan.blobs:

@@ -34,7 +34,7 @@ class PullsFolder:
     def __init__(self, root: Path, files: Files, *, adopts: bool = True) -> None:
         """Takes the first folder of the store at `root` that no process holds. Blocks; raises `OSError`.
 
-        Who `adopts` nothing leaves the other folders alone.
+        Who `adopts` nothing takes none in which something was left.
         """
         pulls = root / "pulls"
         self._files = files
@@ -43,8 +43,10 @@ class PullsFolder:
             self.path = pulls / str(number)
             self.path.mkdir(parents=True, exist_ok=True)
             held = lock(self.path / "lock", wait=False)
-            if held is not None:
+            if held is not None and (adopts or not any(_is_kept(path, self.path) for path in self.path.iterdir())):
                 break
+            if held is not None:
+                os.close(held)
             number += 1
         self._held = held
         for folder in pulls_folders(root):

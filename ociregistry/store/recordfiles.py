@@ -16,10 +16,11 @@ from pathlib import Path
 
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
+from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.files import Files, locked
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.records import ForeignRecord, Record, RecordInvalid
+from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 
 LISTS_FOLDER = "fat"
 IMAGES_FOLDER = "img"
@@ -100,8 +101,39 @@ class RecordFiles:
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with locked(self._lock):
             record = (self._existing(path) or Record(manifest, {})).confirm(image, confirmed, created)
-            self._files.put(path, record.render(), self._pulls.path / f"{path.name}.record")
+            self._put(path, record)
         return record
+
+    def confirm_whole(
+        self, manifest: Manifest, image: ImageReference, confirmed: datetime, created: datetime | None = None
+    ) -> Record | None:
+        """As `confirm`, if all blobs of the image are there; else None, and nothing is written.
+
+        No prune comes between the one and the other.
+        """
+        path = self.path(manifest.digest, is_list=manifest.is_list)
+        with locked(self._lock):
+            if any(size_of_blob(self._root / "blobs" / one.digest.hex) != one.size for one in manifest.blobs):
+                return None
+            record = (self._existing(path) or Record(manifest, {})).confirm(image, confirmed, created)
+            self._put(path, record)
+        return record
+
+    def restore(self, manifest: Manifest, images: Mapping[str, Dates], fetched: str) -> Record:
+        """Writes that `images` mean `manifest`, as a lost record had it; it was `fetched` anew by another image URL.
+
+        Returns the record as it is on disk then.
+        """
+        path = self.path(manifest.digest, is_list=manifest.is_list)
+        with locked(self._lock):
+            existing = self._existing(path) or Record(manifest, {})
+            others = {url: dates for url, dates in existing.images.items() if url != fetched}
+            record = Record(manifest, {**others, **images})
+            self._put(path, record)
+        return record
+
+    def _put(self, path: Path, record: Record) -> None:
+        self._files.put(path, record.render(), self._pulls.path / f"{path.name}.record")
 
     def _existing(self, path: Path) -> Record | None:
         try:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
@@ -34,9 +33,9 @@ class Selection:
         return doomed
 
     def _takes(self, row: Row, inventory: Inventory) -> bool:
-        if self.matches is not None and not (self.matches(row.url) or self.matches(row.noted)):
+        if self.matches is not None and not any(map(self.matches, {row.url, *row.notes})):
             return False
-        if self.created_before is not None and not row.dates.created < self.created_before:
+        if self.created_before is not None and not inventory.since(row) < self.created_before:
             return False
         return self.pulled_before is None or inventory.pulled(row.kept.manifest.digest) < self.pulled_before
 
@@ -59,7 +58,7 @@ class Surplus:
         """The image URLs of `inventory` that go. Blocks, looking at the blobs."""
         doomed = Doomed(inventory)
         freed = _Freed(inventory, doomed)
-        size = store_size(inventory.root) if self.max_size is not None else 0
+        size = size_of(inventory) if self.max_size is not None else 0
         excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
         for digest in sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one)):
             unused = self.pulled_before is not None and inventory.pulled(digest) < self.pulled_before
@@ -69,15 +68,14 @@ class Surplus:
 
     def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
         """The images that may go: those that no list has, each with all that it lists."""
-        for digest, kept in inventory.records.items():
-            if digest in inventory.lists_of:
+        kept = {row.kept.manifest.digest for row in inventory.rows if any(map(self.keeps, {row.url, *row.notes}))}
+        for digest in inventory.records:
+            if digest in inventory.lists_of or digest.hex in inventory.mentioned:
                 continue
-            whole = [kept, *inventory.children(digest)]
-            urls = (url for one in whole for url in one.record.images)
-            if any(map(self.keeps, urls)) or inventory.pulled(digest) >= self.rests_before:
+            whole = {digest} | inventory.below(digest)
+            if whole & kept or whole & self.busy or inventory.pulled(digest) >= self.rests_before:
                 continue
-            if not any(one.manifest.digest in self.busy for one in whole):
-                yield digest
+            yield digest
 
 
 class _Freed:
@@ -85,7 +83,7 @@ class _Freed:
 
     def __init__(self, inventory: Inventory, doomed: Doomed) -> None:
         self._naming = Counter(blob for kept in inventory.records.values() for blob in _blobs(kept))
-        self._root = inventory.root
+        self._inventory = inventory
         self._doomed = doomed
         self._counted = 0
         self._bytes = 0
@@ -98,8 +96,8 @@ class _Freed:
             self._bytes += kept.size
             for blob in _blobs(kept):
                 self._naming[blob] -= 1
-                if not self._naming[blob]:
-                    self._bytes += blob_size(self._root, blob) or 0
+                if not self._naming[blob] and blob.hex not in self._inventory.mentioned:
+                    self._bytes += blob_size(self._inventory.root, blob) or 0
         return self._bytes
 
 
@@ -107,14 +105,8 @@ def _blobs(kept: Kept) -> set[Digest]:
     return {blob.digest for blob in kept.manifest.blobs}
 
 
-def store_size(root: Path) -> int:
-    """Bytes that the blobs and records of the store at `root` take. Blocks; raises `OSError`."""
-    files = (path for folder in ("blobs", "fat", "img") for path in (root / folder).iterdir())
-    return sum(map(_size, files))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
+def size_of(inventory: Inventory) -> int:
+    """Bytes that the records and their blobs take. What no record names is not theirs to make room for."""
+    blobs = {blob for kept in inventory.records.values() for blob in _blobs(kept)}
+    records = sum(kept.size for kept in inventory.records.values())
+    return records + sum(blob_size(inventory.root, blob) or 0 for blob in blobs)

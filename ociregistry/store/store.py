@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -10,25 +11,23 @@ from pathlib import Path
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
-from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, open_blob, size_of_blob
-from ociregistry.store.catalogue import Catalogue, Entry
+from ociregistry.store.catalogue import Entry
 from ociregistry.store.door import Door
 from ociregistry.store.files import Files
 from ociregistry.store.partials import Partial
 from ociregistry.store.pruning import Choose, Plan, prune
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, UNREAD, Changes, RecordFiles, Signature
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
 from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 from ociregistry.store.verifying import Findings, Verifier
+from ociregistry.store.view import View
 from ociregistry.store.wishes import WishFiles
-
-_LOOK_EVERY = 1.0
 
 _FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
 """Tags that the specification sets aside for lists of referrers; nobody pushed them."""
@@ -62,39 +61,33 @@ class Store:
         self._files = files or Files()
         self._threads = Threads(reactor)
         self._clock = clock
-        self._catalogue = Catalogue()
-        self._known: dict[Path, Signature] = {}
-        self._written: set[Path] = set()
-        """Records that this process wrote since the look that is under way began: newer than what it found."""
         self._committed: dict[Digest, int] = {}
         """Blobs that this process committed, for those that no record names (yet)."""
         self.wishes: dict[Digest, Repository] = {}
         """The images that are to be completed, each with the repository that it comes from."""
-        self._complaints: Mapping[Path, str] = {}
-        """What was logged of files that are no records, so that it is logged once."""
-        self._looking = LoopingCall(self._look)
-        self._looking.clock = clock
 
-    def start(self) -> None:
+    def start(self, *, adopts: bool = True) -> None:
         """Makes the folders, takes a pulls/<n>/ and reads all records, then keeps looking every second.
 
-        Blocks until the records are read, so that whoever finds the port open finds the whole cache.
-        Raises `OSError`.
+        Who `adopts` nothing leaves what ended processes left to the next one. Blocks until the records are read, so
+        that whoever finds the port open finds the whole cache. Raises `OSError`.
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root, self._files)
+        self._pulls = PullsFolder(self._root, self._files, adopts=adopts)
         self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
         self._wishes = WishFiles(self._pulls.path, self._files)
         self.wishes = dict(self._wishes.read())
-        self._take(self._records.look({}))
+        self._view = View(self._records, self._threads, self._clock)
+        self._catalogue = self._view.catalogue
+        self._view.read()
         self._threads.start()
-        self._looking.start(_LOOK_EVERY, now=False)
+        self._view.start()
 
     def stop(self) -> None:
         """Ends the threads, after what they are at."""
-        self._looking.stop()
+        self._view.stop()
         self._threads.stop()
         self._pulls.close()
 
@@ -108,35 +101,6 @@ class Store:
     def counts(self) -> Counts:
         """How many records there are."""
         return Counts(*self._catalogue.counts())
-
-    def _look(self) -> Deferred[None]:
-        self._written.clear()
-        looked = self._threads.read(self._records.look, dict(self._known)).addCallback(self._take)
-        return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
-
-    def _take(self, changes: Changes) -> None:
-        # A record that we wrote meanwhile is read again at the next look.
-        for path in changes.gone - self._written:
-            self._forget(path)
-        for path, why in changes.damaged.items():
-            if path not in self._written:
-                self._forget(path)
-            if self._complaints.get(path) != why:
-                self.log.warn("left alone, it is not a record that can be served: {path}: {why}", path=path, why=why)
-        self._complaints = {
-            **{path: why for path, why in self._complaints.items() if path not in changes.gone | changes.read.keys()},
-            **changes.damaged,
-        }
-        for path, entry in changes.read.items():
-            if path not in self._written:
-                self._catalogue.put(_digest(path), entry)
-        self._known = {**changes.seen, **dict.fromkeys(self._written, UNREAD)}
-
-    def _forget(self, path: Path) -> None:
-        digest = _digest(path)
-        entry = self._catalogue.get(digest)
-        if entry is not None and self._records.path(digest, is_list=entry.is_list) == path:
-            self._catalogue.drop(digest)
 
     # Manifests
 
@@ -175,8 +139,7 @@ class Store:
         except (RecordInvalid, OSError) as error:
             if not isinstance(error, FileNotFoundError):
                 self.log.error("cannot read the record {path}: {why}", path=path, why=error)
-            self._forget(path)
-            self._known.pop(path, None)
+            self._view.lost(path)
             return None
         if to_note:
             # Not where hits are read: it may wait for the disk.
@@ -185,12 +148,32 @@ class Store:
 
     async def keep(self, manifest: Manifest, image: ImageReference, dates: Dates | None = None) -> None:
         """Writes that `image` means `manifest`, as of now or of these `dates`. Raises `OSError`."""
-        path = self._records.path(manifest.digest, is_list=manifest.is_list)
         confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
-        record = await self._threads.write_in_turn(self._records.confirm, manifest, image, confirmed, created)
-        self._written.add(path)
-        self._known[path] = UNREAD
-        self._catalogue.put(manifest.digest, Entry.of(record))
+        self._view.wrote(
+            await self._threads.write_in_turn(self._records.confirm, manifest, image, confirmed, created)
+        )
+
+    async def keep_whole(self, manifest: Manifest, image: ImageReference, dates: Dates | None = None) -> bool:
+        """As `keep`, if all blobs of the image are there; else nothing is written. Whether it was.
+
+        A prune that goes on meanwhile takes none of them any more.
+        """
+        confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
+        args = manifest, image, confirmed, created
+        record = await self._threads.write_in_turn(self._records.confirm_whole, *args)
+        if record is not None:
+            self._view.wrote(record)
+        return record is not None
+
+    async def restore(
+        self, manifest: Manifest, images: Mapping[ImageReference, Dates], fetched: ImageReference
+    ) -> None:
+        """Writes that `images` mean `manifest`, as a lost record had it; `fetched` is by what it was asked for since.
+
+        Raises `OSError`.
+        """
+        noted = {str(image): dates for image, dates in images.items()}
+        self._view.wrote(await self._threads.write_in_turn(self._records.restore, manifest, noted, str(fetched)))
 
     def tags(self, repository: Repository) -> list[Tag]:
         """The tags of `repository` that the cache knows, sorted."""
@@ -266,9 +249,9 @@ class Store:
         await self._threads.write(self._verified.touch)
         return findings
 
-    async def last_verified(self) -> datetime | None:
-        """When that ended last; None for never."""
-        return await self._threads.read(_changed, self._verified)
+    async def last_verified(self, now: datetime) -> datetime:
+        """When that ended last; if it never did, `now` counts as that from now on. Raises `OSError`."""
+        return await self._threads.write(_stamp, self._verified, now)
 
     # Partials
 
@@ -293,14 +276,9 @@ def _missing(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
     return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
 
 
-def _changed(path: Path) -> datetime | None:
-    try:
-        return datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    except FileNotFoundError:
-        return None
-
-
-def _digest(path: Path) -> Digest:
-    digest = Digest.from_hex(path.name)
-    assert digest is not None
-    return digest
+def _stamp(path: Path, now: datetime) -> datetime:
+    """When the file changed last; it is made as of `now`, if it is not there."""
+    if not path.exists():
+        path.touch()
+        os.utime(path, (now.timestamp(), now.timestamp()))
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)

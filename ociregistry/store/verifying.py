@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from ociregistry.store.threads import Threads
 
 _SLICE = 4 * 1024 * 1024
 """Bytes that are read and hashed in one go of a thread."""
+_BAD_DISK = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
+"""Errors of a file that are of the file alone, whoever reads it and when."""
 _NOTED = re.compile(
     r'"(?P<url>[^"\\\s]{3,600})":\s*\{\s*"created":\s*"(?P<created>[^"]{1,40})",'
     r'\s*"confirmed":\s*"(?P<confirmed>[^"]{1,40})"\s*\}'
@@ -101,6 +104,8 @@ class Verifier:
             findings.foreign[path] = str(error)
             return None
         except (RecordInvalid, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _BAD_DISK:
+                raise
             damaged = await self._threads.write_in_turn(self._put_record_aside, path, str(error))
             findings.damaged += [damaged] if damaged else []
             return None
@@ -115,7 +120,9 @@ class Verifier:
                 return None
             except FileNotFoundError:
                 return None
-            except (RecordInvalid, OSError):
+            except (RecordInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _BAD_DISK:
+                    raise
                 images = _still_noted(path)
                 self._put_aside(path)
         return Damaged(path, _digest(path), why, images)
@@ -173,6 +180,8 @@ class _Checked:
         try:
             data = os.pread(self._descriptor, _SLICE, self._at)
         except OSError as error:
+            if error.errno not in _BAD_DISK:
+                raise
             self.why = f"cannot be read at byte {self._at}: {error.strerror}"
             return 0
         self._hasher.update(data)

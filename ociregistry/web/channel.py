@@ -46,10 +46,11 @@ class Channel(HTTPChannel):
     def connectionMade(self) -> None:
         """Counts the connection, and refuses it when there are too many."""
         super().connectionMade()
-        # Small answers must not wait for an acknowledgement of earlier ones; transports in memory have none.
-        if hasattr(self.transport, "setTcpNoDelay"):
-            self._tcp.setTcpNoDelay(True)
         peer: object = self._tcp.getPeer()
+        is_tcp = isinstance(peer, IPv4Address | IPv6Address)
+        # Small answers must not wait for an acknowledgement of earlier ones; transports in memory have none.
+        if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
+            self._tcp.setTcpNoDelay(True)
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         if self._addresses[self._address] > MOST_CONNECTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ociregistry.config.file import Config, read_config
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
+from ociregistry.config.upkeep import VerifySettings
 from ociregistry.names import Upstream
 from tests.unit.config_files import OPTIONS, read, refusal
 
@@ -87,14 +89,21 @@ def test_sections_may_be_empty(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key"),
     [
-        ("prune: {before: 1d}", 1, "prune"),
-        ("verify: {every: 1d}", 1, "verify"),
+        ("concurrently: 5", 1, "concurrently"),
+        ("port: 1\nload_images: list", 2, "load_images"),
+        ("prune: {before: 1d}", 1, "prune.before"),
+        ("verify:\n  every: 1d\n  repair: true\n", 3, "verify.repair"),
     ],
 )
-def test_what_a_later_version_brings_is_not_silently_ignored(path: Path, text: str, line: int, key: str) -> None:
-    refused = refusal(path, text)
-    assert refused.startswith(f"{path}:{line}: {key}: ")
-    assert "not available in this version" in refused
+def test_a_key_that_there_is_not_is_refused(path: Path, text: str, line: int, key: str) -> None:
+    assert refusal(path, text) == f"{path}:{line}: {key}: there is no such key"
+
+
+def test_every_section_is_read(path: Path) -> None:
+    config = read(path, "verify: {every: 1d}\nprune: {unused_for: 1d}\nbandwidth: []\n")
+    assert config.prune is not None
+    assert config.prune.unused_for == timedelta(days=1)
+    assert config.verify == VerifySettings(timedelta(days=1), None)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +195,8 @@ TEXTS = st.text("abmnrt:_-[]{}'\"\n #&*!|>%@,0.", max_size=40) | st.text(max_siz
 ENTRY = "- name: a.b\n  "
 PLACES = (
     *("", "registries:\n- name: ", "listen: ", "tls: ", "tls: {cert: ", "tls:\n  client_ca: "),
+    *("prune: ", "prune: {max_size: ", "prune: {unused_for: ", "prune: {max_size: 1kB, keep: [", "prune: {every: "),
+    *("verify: ", "verify: {every: ", "verify:\n  every: 1d\n  max_rate: "),
     *(ENTRY, f"{ENTRY}auth: ", f"{ENTRY}tls: ", f"{ENTRY}tls:\n    ca: ", f"{ENTRY}mirrors: "),
     *(f"{ENTRY}auth: {{user: u, password: ", f"{ENTRY}auth: {{user: ", f"{ENTRY}auth: {{user: u, password_file: "),
     *(f"{ENTRY}auth: {{user: u, password_env: ", f"{ENTRY}auth: {{identity_token: ", f"{ENTRY}auth: {{realm: "),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import fields
+from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,11 @@ import pytest
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import Certificates, ServerTls
+from ociregistry.config.upkeep import PruneSettings, VerifySettings
 from ociregistry.names import Upstream
+from ociregistry.platforms import ALL, Platform, machine_architecture, machine_os
 from ociregistry.settings import LOG_LEVELS, OPTIONS, Settings, load_settings
 from tests.certificates import Authority
-
-SHIPPED = Path(__file__).resolve().parents[2] / "etc" / "ociregistry.yaml"
 
 DEFAULTS = Settings(
     image_path=Path("/var/lib/ociregistry"),
@@ -23,7 +23,13 @@ DEFAULTS = Settings(
     listen=(),
     log_level="error",
     pull_timeout=60.0,
+    concurrent=1,
     max_connections=16,
+    arch=machine_architecture(),
+    os=machine_os(),
+    platform=(Platform(machine_os(), machine_architecture()),),
+    with_signatures=False,
+    preload_images=None,
     allow_upstreams=(),
     default_ns=Upstream("docker.io"),
     registries={},
@@ -32,6 +38,8 @@ DEFAULTS = Settings(
     complete_images=True,
     max_bandwidth=None,
     bandwidth=(),
+    prune=None,
+    verify=None,
     tls=None,
     warnings=(),
 )
@@ -54,12 +62,16 @@ def test_the_defaults() -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    beside = {"listen", "registries", "bandwidth", "tls", "warnings"}
+    beside = {"listen", "registries", "bandwidth", "prune", "verify", "tls", "warnings"}
     assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:
         assert option.help.endswith((".", ")."))
-        assert option.parse(option.default) == getattr(DEFAULTS, option.key)
+        # Two follow from others when they are not given.
+        if option.key in ("max_connections", "platform"):
+            assert option.parse(option.default) is None
+        else:
+            assert option.parse(option.default) == getattr(DEFAULTS, option.key)
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(path: Path) -> None:
@@ -68,6 +80,44 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(path
     assert (settings.port, settings.log_level, settings.max_connections) == (2, "info", 3)
     assert settings.pull_timeout == 1.5
     assert settings.image_path == DEFAULTS.image_path
+
+
+@pytest.mark.parametrize(
+    ("given", "connections"),
+    [
+        ({"concurrent": "8"}, 16),
+        ({"concurrent": "9"}, 18),
+        ({"concurrent": "50"}, 100),
+        ({"concurrent": "50", "max_connections": "3"}, 3),
+    ],
+)
+def test_there_are_twice_as_many_connections_as_images_that_are_loaded_at_once(
+    path: Path, given: dict[str, str], connections: int
+) -> None:
+    assert load_settings(given, (), None).max_connections == connections
+    assert load(path, "".join(f"{key}: {value}\n" for key, value in given.items())).max_connections == connections
+    assert load(path, "max_connections: 3\n", concurrent="50").max_connections == 3
+
+
+def test_the_platform_is_the_one_of_arch_and_os_unless_platforms_are_given(path: Path) -> None:
+    here = Platform(machine_os(), machine_architecture())
+    assert load_settings({"arch": "s390x"}, (), None).platform == (replace(here, architecture="s390x"),)
+    assert load_settings({"os": "plan9"}, (), None).platform == (replace(here, os="plan9"),)
+    assert load_settings({"arch": "arm64", "os": "windows"}, (), None).platform == (Platform("windows", "arm64"),)
+    assert load_settings({"arch": "arm64", "platform": "all"}, (), None).platform == ALL
+    assert load(path, "os: windows\n", arch="arm64").platform == (Platform("windows", "arm64"),)
+    assert load(path, "arch: s390x\n", arch="arm64").platform == (replace(here, architecture="arm64"),)
+
+
+def test_arch_on_the_command_line_wins_over_platforms_in_the_file(path: Path) -> None:
+    assert load(path, "platform: linux/s390x\n", arch="arm64", os="linux").platform == (Platform("linux", "arm64"),)
+
+
+def test_pruning_and_verifying_are_those_of_the_file(path: Path) -> None:
+    settings = load(path, "prune: {max_size: 1kB}\nverify: {every: 1d}\n")
+    assert isinstance(settings.prune, PruneSettings)
+    assert settings.prune.max_size == 1000
+    assert settings.verify == VerifySettings(timedelta(days=1), None)
 
 
 def test_listening_on_the_command_line_wins_too(path: Path) -> None:
@@ -125,6 +175,8 @@ def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.Mo
     assert load(path, "image_path: images").image_path == path.parent / "images"
     assert load(path, "image_path: /images").image_path == Path("/images")
     assert load(path, "image_path: ~/images").image_path == Path("/home/somebody/images")
+    assert load(path, "preload_images: list").preload_images == path.parent / "list"
+    assert load(path, "preload_images: ''").preload_images is None
     monkeypatch.chdir(path.parent)
     (path.parent / "etc").mkdir()
     Path("etc/it.yaml").write_text("image_path: images")
@@ -136,6 +188,7 @@ def test_paths_on_the_command_line_are_relative_to_where_we_are(path: Path, monk
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load(path, "", image_path="images").image_path == Path("/usr/images")
     assert load_settings({"image_path": "~/images"}, (), None).image_path == Path("/home/somebody/images")
+    assert load(path, "", preload_images="list").preload_images == Path("/usr/list")
 
 
 @pytest.mark.parametrize("value", ["", "~nobody-has-this-name/images"])
@@ -154,7 +207,16 @@ def test_what_is_no_path_is_refused_wherever_it_is_set(path: Path, value: str) -
         ("log_level", "trace", "trace"),
         ("pull_timeout", "1", 0.001),
         ("pull_timeout", "600000", 600.0),
+        ("concurrent", "1000", 1000),
         ("max_connections", "1", 1),
+        ("max_connections", "", 16),
+        ("arch", "loong64", "loong64"),
+        ("arch", "", machine_architecture()),
+        ("os", "", machine_os()),
+        ("platform", "linux/arm/v7, windows/amd64", (Platform("linux", "arm", "v7"), Platform("windows", "amd64"))),
+        ("platform", "all", ALL),
+        ("with_signatures", "true", True),
+        ("preload_images", "/etc/images", Path("/etc/images")),
         ("allow_upstreams", "Docker.io, *.example ,,", ("docker.io", "*.example")),
         ("allow_upstreams", " ", ()),
         ("default_ns", "Quay.IO", Upstream("quay.io")),
@@ -187,8 +249,26 @@ def test_a_value_is_read(path: Path, name: str, good: str, value: object) -> Non
         ("pull_timeout", "0"),
         ("pull_timeout", "60s"),
         ("pull_timeout", "nan"),
+        ("concurrent", "0"),
+        ("concurrent", "1001"),
+        ("concurrent", ""),
+        ("concurrent", "all"),
         ("max_connections", "0"),
         ("max_connections", "10001"),
+        ("arch", "AMD64"),
+        ("arch", "arm/v7"),
+        ("arch", "amd64,arm64"),
+        ("arch", "a" * 65),
+        ("os", "linux/amd64"),
+        ("os", " "),
+        ("platform", "amd64"),
+        ("platform", "linux"),
+        ("platform", "linux/amd64,"),
+        ("platform", "linux/amd64,all"),
+        ("platform", "linux/arm/v7/neon"),
+        ("platform", "Linux/amd64"),
+        ("with_signatures", "yes"),
+        ("with_signatures", ""),
         ("default_ns", ""),
         ("default_ns", "https://docker.io"),
         ("default_ns", "docker.io/library"),
@@ -214,56 +294,6 @@ def test_a_missing_file_is_an_error(path: Path) -> None:
         load_settings({"port": "1"}, (), path)
 
 
-def test_all_levels_are_levels() -> None:
-    for level in LOG_LEVELS:
-        assert load_settings({"log_level": level}, (), None).log_level == level
-
-
-def test_the_shipped_file_sets_nothing() -> None:
-    assert load_settings({}, (), SHIPPED) == DEFAULTS
-
-
-def uncommented() -> str:
-    """The shipped file with the one # in front of every key taken away; a comment has a space behind it."""
-    return re.sub(r"^#(?! [^ ])", "", SHIPPED.read_text(), flags=re.MULTILINE)
-
-
-@pytest.fixture
-def example(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The shipped file with every key, and what it names is there."""
-    certificate, key = authority.issue("example")
-    secret = key.with_name("secret")
-    secret.write_text("password\n")
-    helper = key.with_name("docker-credential-x")
-    helper.write_text("#!/bin/sh\n")
-    helper.chmod(0o755)
-    monkeypatch.setenv("PATH", str(helper.parent))
-    monkeypatch.setenv("SECRET", "password")
-    text = uncommented()
-    for name, value in {
-        "cert": certificate,
-        "key": key,
-        "(?:client_)?ca": authority.ca,
-        "password_file": secret,
-        "password_env": "SECRET",
-        "credential_helper": "x",
-    }.items():
-        text = re.sub(rf"\b({name}): *[^\s,}}]+", rf"\1: {value}", text)
-    return text
-
-
-def test_the_shipped_file_shows_every_key_with_its_default(path: Path, example: str) -> None:
-    settings = load(path, example)
-    assert settings.registries[Upstream("my-upstream:5000")].scheme == "http"
-    assert settings.max_bandwidth == 250_000
-    assert [str(window.begin) for window in settings.bandwidth] == ["08:00:00"]
-    # Some keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
-    assert settings.allow_upstreams == ("*",)
-    for field in fields(Settings):
-        if field.name not in ("allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls"):
-            assert getattr(settings, field.name) == getattr(DEFAULTS, field.name), field.name
-
-
-def test_the_shipped_file_leaves_out_no_key() -> None:
-    shown = re.findall(r"^([a-z_]+):", uncommented(), re.MULTILINE)
-    assert sorted(shown) == sorted({field.name for field in fields(Settings)} - {"warnings"})
+@pytest.mark.parametrize("level", LOG_LEVELS)
+def test_all_levels_are_levels(level: str) -> None:
+    assert load_settings({"log_level": level}, (), None).log_level == level

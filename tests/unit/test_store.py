@@ -8,10 +8,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
-from ociregistry.store.records import Record
+from ociregistry.store.records import Dates, Record
+from ociregistry.store.selection import Selection
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest, on_reactor, record, texts, until
@@ -182,3 +184,75 @@ async def test_the_size_that_a_repository_gives(store: Store) -> None:
     assert store.size_in(NGINX.repository, digest) == len(LAYER.data)
     assert store.size_in(APP.repository, digest) is None
     assert store.size_in(NGINX.repository, Digest.of(b"another")) is None
+
+
+@on_reactor
+async def test_what_is_kept_with_dates_has_those(store: Store, root: Path) -> None:
+    early, late = NOW - timedelta(days=2), NOW - timedelta(days=1)
+    await store.keep(IMAGE, NGINX, Dates(early, late))
+    kept = Record.parse(record(root, IMAGE.digest).read_bytes(), IMAGE.digest)
+    assert kept.images == {str(NGINX): Dates(early, late)}
+
+
+@on_reactor
+async def test_what_is_kept_with_old_dates_does_not_move_a_tag_back(store: Store) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(OTHER, NGINX, Dates(NOW - timedelta(days=9), NOW - timedelta(days=1)))
+    assert await store.manifest(NGINX) == IMAGE
+    assert await store.manifest(image(f"docker.io/library/nginx@{OTHER.digest}")) == OTHER
+
+
+@on_reactor
+async def test_what_a_manifest_lacks_whether_there_is_a_record_or_not(store: Store, root: Path) -> None:
+    sizes = {Digest(blob.digest): len(blob.data) for blob in BUILT.blobs}
+    assert await store.missing(IMAGE.digest) is None
+    assert await store.lacking(IMAGE) == sizes
+    put_blob(root, LAYER.digest, LAYER.data)
+    put_blob(root, BUILT.config.digest, BUILT.config.data[:-1])
+    await store.keep(IMAGE, NGINX)
+    del sizes[Digest(LAYER.digest)]
+    assert await store.lacking(IMAGE) == sizes == await store.missing(IMAGE.digest)
+    assert await store.lacking(INDEX) == {}
+
+
+@on_reactor
+async def test_a_blob_is_held_when_it_has_its_size(store: Store, root: Path) -> None:
+    digest, size = Digest(LAYER.digest), len(LAYER.data)
+    assert not await store.holds(digest, size)
+    put_blob(root, digest, LAYER.data)
+    assert await store.holds(digest, size)
+    assert not await store.holds(digest, size + 1)
+
+
+@on_reactor
+async def test_what_a_blob_is_used_and_named_by(store: Store) -> None:
+    digest = Digest(LAYER.digest)
+    assert (dict(store.uses(digest)), list(store.naming(digest))) == ({}, [])
+    await store.keep(IMAGE, NGINX)
+    await store.keep(IMAGE, APP)
+    await store.keep(OTHER, APP)
+    assert store.uses(digest) == {NGINX.repository: len(LAYER.data), APP.repository: len(LAYER.data)}
+    assert list(store.naming(digest)) == [IMAGE.digest]
+
+
+@on_reactor
+async def test_what_is_pruned_is_a_miss_at_once_and_forgotten_at_the_next_look(
+    store: Store, root: Path, clock: Clock
+) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(IMAGE, APP)
+    await store.keep(INDEX, APP)
+    put_blob(root, LAYER.digest, LAYER.data)
+    await store.prune(Selection(matches=lambda url: url == str(NGINX)))
+    assert await store.manifest(NGINX) is None
+    assert await store.manifest(APP) == INDEX
+    assert await store.holds(Digest(LAYER.digest), len(LAYER.data))
+    plan = await store.prune(Selection(matches=lambda url: "app" in url))
+    assert plan.blobs == {Digest(LAYER.digest): len(LAYER.data)}
+    assert await store.blob(Digest(LAYER.digest)) is None
+    clock.advance(1)
+    await until(lambda: store.counts == Counts(lists=0, images=0))
+    assert await store.manifest(APP) is None
+    assert store.tags(APP.repository) == []
+    await store.keep(IMAGE, NGINX)
+    assert await store.manifest(NGINX) == IMAGE

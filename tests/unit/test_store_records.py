@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
-from ociregistry.store.records import Dates, Record, RecordInvalid
+from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest
 
@@ -75,6 +75,17 @@ def test_confirming_keeps_when_it_was_created_and_the_other_images() -> None:
     record = Record(IMAGE, {}).confirm(NGINX, EARLY).confirm(other, EARLY).confirm(NGINX, LATE)
     assert record.images == {str(NGINX): Dates(EARLY, LATE), str(other): Dates(EARLY, EARLY)}
     assert record.manifest is IMAGE
+
+
+def test_confirming_with_a_creation_keeps_the_first_creation_and_the_last_confirmation() -> None:
+    """What is imported brings its dates along; it neither moves a tag back nor makes it younger."""
+    middle = EARLY + timedelta(days=1)
+    assert Record(IMAGE, {}).confirm(NGINX, LATE, EARLY).images == {str(NGINX): Dates(EARLY, LATE)}
+    known = Record(IMAGE, {}).confirm(NGINX, middle)
+    assert known.confirm(NGINX, EARLY, EARLY).images == {str(NGINX): Dates(EARLY, middle)}
+    assert known.confirm(NGINX, LATE, EARLY).images == {str(NGINX): Dates(EARLY, LATE)}
+    assert known.confirm(NGINX, LATE, LATE).images == {str(NGINX): Dates(middle, LATE)}
+    assert known.confirm(NGINX, EARLY).images == {str(NGINX): Dates(EARLY, middle)}
 
 
 def test_confirming_leaves_the_record_as_it_was() -> None:
@@ -214,3 +225,41 @@ def test_keys_of_a_later_version_are_no_damage() -> None:
 def test_a_foreign_document_is_refused_and_nothing_else_happens(foreign: object) -> None:
     with pytest.raises(RecordInvalid):
         Record.parse(json.dumps(foreign).encode(), IMAGE.digest)
+
+
+@pytest.mark.parametrize("key", ["digest", "mediaType", "images", "manifest"])
+def test_what_lacks_one_key_is_one_of_ours_and_damaged(key: str) -> None:
+    with pytest.raises(RecordInvalid, match=key) as raised:
+        Record.parse(damaged(lambda rendered: rendered.pop(key)), IMAGE.digest)
+    assert raised.type is RecordInvalid
+
+
+def test_what_lacks_more_of_them_is_foreign_and_not_damaged() -> None:
+    with pytest.raises(ForeignRecord, match="it has no images, manifest"):
+        Record.parse(damaged(lambda rendered: (rendered.pop("images"), rendered.pop("manifest"))), IMAGE.digest)
+
+
+@pytest.mark.parametrize("data", [b"null", b"[]", b"5", b"{}", b'{"type": 3, "digest": "ab", "imageUrl": "a:1"}'])
+def test_other_json_is_foreign(data: bytes) -> None:
+    with pytest.raises(ForeignRecord, match="images"):
+        Record.parse(data, IMAGE.digest)
+
+
+def test_what_is_ours_and_does_not_hold_is_damaged() -> None:
+    rendered = Record(IMAGE, {}).confirm(NGINX, EARLY).render()
+    changed = rendered.replace(b"schemaVersion", b"schemaversion")
+    other = rendered.replace(f'"{IMAGE.digest}"'.encode(), f'"{Digest.of(b"another")}"'.encode())
+    for data in (b"", rendered[:-9], changed, other, damaged(lambda rendered: rendered.update(images=[]))):
+        assert data != rendered
+        with pytest.raises(RecordInvalid) as raised:
+            Record.parse(data, IMAGE.digest)
+        assert not isinstance(raised.value, ForeignRecord)
+
+
+def test_dates_are_read_as_a_record_spells_them() -> None:
+    read = Dates.parse("2026-03-01T22:17:30.000000Z", "2026-03-04T23:17:30.000001+01:00")
+    assert read == Dates(EARLY, LATE)
+    for bad in ("", "yesterday", "2026-03-01T22:17:30", "2026-02-30T00:00:00Z", "2026-03-01"):
+        for created, confirmed in ((bad, "2026-03-01T22:17:30Z"), ("2026-03-01T22:17:30Z", bad)):
+            with pytest.raises(ValueError, match=r"."):
+                Dates.parse(created, confirmed)

@@ -14,6 +14,7 @@ from ociregistry import __version__
 from ociregistry.chain import NOBODY
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
+from ociregistry.pullthrough.preloading import Preloaded
 from ociregistry.store.store import Counts, Store
 from ociregistry.web.health import health
 from ociregistry.web.serving import Handler
@@ -61,3 +62,17 @@ async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> 
     await completion.wish(what, app.repository)
     assert figures() == [0, 1, 1, sum(len(blob.data) for blob in BUILT.blobs)]
     assert store.wishes == {Digest(BUILT.manifest.digest): app.repository}
+
+
+def test_it_tells_how_far_preloading_is_at_the_time_of_the_request() -> None:
+    progress = [Preloaded(images=7, loaded=0, failed=0)]
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], STARTED)
+    # Also while there is nothing to tell yet.
+    assert told(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
+    progress[0] = Preloaded(images=7, loaded=5, failed=2)
+    assert told(handler)["preload"] == {"images": 7, "loaded": 5, "failed": 2}
+
+
+def test_without_preloading_it_tells_nothing_of_it() -> None:
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, STARTED)
+    assert "preload" not in told(handler)

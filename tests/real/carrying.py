@@ -1,0 +1,118 @@
+"""A store on a machine of its own, and what its operator types there: for tests that carry images about."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.images import Image, Index
+from tests.peers import Containerd, hosts_dir
+from tests.processes import ROOT, Daemon, run, twistd
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a store, `images`, and a configuration file that allows `upstreams` over plain HTTP."""
+
+    folder: Path
+    upstreams: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> Path:
+        """The store."""
+        return self.folder / "images"
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on the store to its end, whatever that is."""
+        self.folder.mkdir(exist_ok=True)
+        config = self.folder / "ociregistry.yaml"
+        config.write_text(yaml.safe_dump([{"name": name, "scheme": "http"} for name in self.upstreams]))
+        options = ["--image-path", str(self.images), "--config-path", str(config)]
+        return run(twistd(*options, *words), check=False, environment={"PYTHONPATH": str(ROOT)})
+
+    def done(self, *words: str) -> list[str]:
+        """The lines that a command prints, which must do all that it was told and complain of nothing."""
+        done = self.command(*words)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout.splitlines()
+
+    def failed(self, *words: str) -> tuple[list[str], list[str]]:
+        """The lines that a command prints, and those that it complains with; it must end with 1, and not crash."""
+        done = self.command(*words)
+        assert done.returncode == 1, done
+        assert "Traceback" not in done.stderr, done
+        return done.stdout.splitlines(), done.stderr.splitlines()
+
+    def bring(self, *images: str, options: Sequence[str] = ()) -> None:
+        """Load these images from their upstreams."""
+        wanted = self.folder.with_suffix(".txt")
+        wanted.write_text("".join(f"{image}\n" for image in images))
+        self.done("load", str(wanted), *options)
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """The image URLs that `list` knows, and the digest that each means."""
+        return {row["url"]: row["digest"] for row in json.loads("\n".join(self.done("list", "--json")))}
+
+    @property
+    def long_list(self) -> list[list[str]]:
+        """The columns of `list --long`, but for when an image was pulled."""
+        rows = [line.split(" ") for line in self.done("list", "--long")]
+        return [[*columns[:3], *columns[4:]] for columns in rows]
+
+    def stored(self, folder: str) -> dict[str, bytes]:
+        """The files in one of the store's folders, and what is in them."""
+        return {path.name: path.read_bytes() for path in (self.images / folder).iterdir()}
+
+    @property
+    def leftovers(self) -> set[str]:
+        """All that is in the store, but for the locks of processes and the folders."""
+        files = {str(path.relative_to(self.images)) for path in self.images.rglob("*") if path.is_file()}
+        return {name for name in files if not name.endswith("/lock")}
+
+    def daemon(self, *options: str) -> Daemon:
+        """A daemon on the store, to be started; it fetches nothing that nobody asks for."""
+        self.folder.mkdir(exist_ok=True)
+        registries = dict.fromkeys(self.upstreams, "http")
+        return Daemon(self.folder, registries, "--no-complete-images", *options, image_path=self.images)
+
+
+def pull_offline(daemon: Daemon, containerd: Containerd, ref: str) -> frozenset[str]:
+    """Let containerd pull and unpack an image by the daemon alone; gives the digests that it fetched.
+
+    The image is removed again. The daemon must not have turned to an upstream, of which there is none.
+    """
+    before, logged = containerd.content, len(daemon.log)
+    done = containerd.pull(ref, hosts_dir(daemon.config_path.parent / "certs.d", daemon.url, "_default"))
+    assert done.returncode == 0, f"{done.stderr}\n{daemon.log[logged:]}"
+    assert containerd.unpacked(ref)
+    fetched = containerd.content - before
+    containerd.remove(ref)
+    assert "from upstream" not in daemon.log[logged:]
+    return fetched
+
+
+def parts_of(what: Image | Index, platform: str = "linux/amd64") -> set[str]:
+    """The digests of what a client of this platform fetches: manifests, config and layers."""
+    images = what.images if isinstance(what, Index) else (what,)
+    (image,) = (image for image in images if image.platform == platform)
+    return {what.manifest.digest, image.manifest.digest, *blobs_of(image)}
+
+
+def blobs_of(what: Image | Index) -> set[str]:
+    """The digests of its configs and layers."""
+    return {blob.digest for blob in what.blobs}
+
+
+def in_archive(path: Path) -> set[str]:
+    """The digests that an OCI layout archive has files for."""
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+    assert len(names) == len(set(names))
+    return {name.removeprefix("blobs/").replace("/", ":") for name in names if name.startswith("blobs/")}

@@ -1,0 +1,134 @@
+"""Commands on the store of a daemon, whether it runs or not, and what the store holds before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.client import fetch
+from tests.images import Image, Index, digest_of
+from tests.processes import ROOT, Daemon, run, twistd
+
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+PATIENCE = 120.0
+"""Seconds that a command may take on a busy machine."""
+
+
+def command_line(daemon: Daemon, *arguments: str) -> list[str]:
+    """A command on the daemon's store, with its configuration."""
+    common = ["--image-path", str(daemon.image_path), "--config-path", str(daemon.config_path)]
+    return twistd(*common, *arguments, options=())
+
+
+def command(
+    daemon: Daemon, *arguments: str, status: int | None = 0, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which must have this exit status, and no traceback."""
+    done = run(command_line(daemon, *arguments), check=False, timeout=timeout, environment=ENVIRONMENT)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert status in (None, done.returncode), f"{arguments} gave {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+@contextmanager
+def begun(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that goes on until the block ends; what it says is in `folder`, in stdout and stderr."""
+    environment = {**os.environ, **ENVIRONMENT}
+    with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def image_list(path: Path, images: Iterable[str]) -> str:
+    """A file that lists these images, for `load`; gives its path."""
+    path.write_text("".join(f"{image}\n" for image in images))
+    return str(path)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A record."""
+
+    images: Mapping[str, str]
+    """Image URL -> since when it is noted."""
+    needs: frozenset[str]
+    """The blobs that it names."""
+    there: frozenset[str]
+    """Those of them that are whole, by their size."""
+
+    def is_still(self, after: Kept) -> bool:
+        """Whether it was there all the time in between: one that went and came again has new dates."""
+        return any(after.images.get(url) == created for url, created in self.images.items())
+
+
+Contents = Mapping[str, Kept]
+"""By the digest of the manifest, in hexadecimal."""
+
+
+def contents(root: Path) -> Contents:
+    """The records of the store at `root`, also while it changes."""
+    found: dict[str, Kept] = {}
+    for path in (*(root / "fat").iterdir(), *(root / "img").iterdir()):
+        with suppress(FileNotFoundError):
+            record = json.loads(path.read_text())
+            manifest = json.loads(record["manifest"])
+            entries = [*manifest.get("layers", ()), *([manifest["config"]] if "config" in manifest else [])]
+            sizes = {entry["digest"]: entry["size"] for entry in entries}
+            there = frozenset(digest for digest, size in sizes.items() if _size(root, digest) == size)
+            images = {url: dates["created"] for url, dates in record["images"].items()}
+            found[path.name] = Kept(images, frozenset(sizes), there)
+    return found
+
+
+def _size(root: Path, digest: str) -> int:
+    with suppress(FileNotFoundError):
+        return (root / "blobs" / digest.partition(":")[2]).stat().st_size
+    return -1
+
+
+def lost_blobs(before: Contents, after: Contents) -> dict[str, frozenset[str]]:
+    """Of the records that stayed, the blobs that were there and are not any more."""
+    return {
+        digest: kept.there - after[digest].there
+        for digest, kept in before.items()
+        if digest in after and kept.is_still(after[digest]) and kept.there - after[digest].there
+    }
+
+
+def hex_of(digest: str) -> str:
+    """What the store calls it."""
+    return digest.partition(":")[2]
+
+
+def is_whole(root: Path, what: Image | Index) -> bool:
+    """Whether the store has all of it."""
+    found = contents(root)
+    records = [found.get(hex_of(manifest.digest)) for manifest in what.manifests]
+    return all(kept is not None and kept.there == kept.needs for kept in records)
+
+
+def nothing_wrong_is_in(root: Path) -> None:
+    """Every blob is what its name says."""
+    for path in (root / "blobs").iterdir():
+        with suppress(FileNotFoundError):
+            assert hex_of(digest_of(path.read_bytes())) == path.name
+
+
+def served(daemon: Daemon, host: str, repository: str, reference: str, what: Image | Index) -> None:
+    """The daemon gives all of it, byte by byte."""
+    base, ns = f"{daemon.url}/v2/{repository}", f"?ns={host}"
+    expected = {f"manifests/{reference}": what.manifest.data}
+    expected |= {f"manifests/{manifest.digest}": manifest.data for manifest in what.manifests}
+    expected |= {f"blobs/{blob.digest}": blob.data for blob in what.blobs}
+    for path, data in expected.items():
+        answer = fetch(f"{base}/{path}{ns}")
+        assert (answer.status, answer.body == data) == (200, True), f"{path}: {answer.status}\n{daemon.log}"

@@ -1,0 +1,288 @@
+"""Commands print and end: without `-n`, wherever they are given, whoever gives them, and whoever listens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ociregistry import __version__
+from tests.images import make_index
+from tests.real.commanding import (
+    NOBODY,
+    Shell,
+    as_nobody,
+    assert_one_line,
+    contents,
+    ended,
+    give,
+    need_root,
+    open_folder,
+    owners,
+    shell_in,
+    succeeded,
+)
+from tests.upstream import ScriptedRegistry
+
+INDEX = make_index("commands")
+
+# What is typed behind the common options, and what stands in the output. LIST and TAR are files.
+PRINTED = [
+    ("list", "team/app:v1 list "),
+    ("--list-cache", "team/app:v1 list "),
+    ("load LIST", "0 loaded, 1 already there, 0 failed"),
+    ("--load-images LIST", "0 loaded, 1 already there, 0 failed"),
+    ("prune --pattern team/ --dry-run", "would prune "),
+    ("--prune team/ --dry-run", "would prune "),
+    ("--prune-before 2024-03-01T22:17:31 --dry-run", "0 image URLs, "),
+    ("prune --pattern team/", "2 image URLs, 2 records and 3 blobs went"),
+    ("--prune team/", "2 image URLs, 2 records and 3 blobs went"),
+    ("prune --orphans", "0 orphans went"),
+    ("verify", "2 records and 3 blobs "),
+    ("export --pattern team/ -o TAR", "2 images exported to "),
+    ("check", "every other upstream"),
+    ("version", f"ociregistry {__version__}\n"),
+    ("--version", f"ociregistry {__version__}\n"),
+    ("list --version", f"ociregistry {__version__}\n"),
+]
+COMMANDS = [command for command, _ in PRINTED if not command.startswith("--")]
+
+
+@pytest.fixture
+def everywhere() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with open_folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[ScriptedRegistry]:
+    """Where the images are from."""
+    with ScriptedRegistry() as registry:
+        registry.add("team/app", INDEX, "v1")
+        yield registry
+
+
+@pytest.fixture(scope="module")
+def loaded(registry: ScriptedRegistry, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """A store with one image; its list is beside it."""
+    shell = shell_in(tmp_path_factory.mktemp("loaded"), [{"name": registry.host, "scheme": "http"}], arch="amd64")
+    (shell.folder / "list").write_text(f"{registry.host}/team/app:v1\n")
+    succeeded(shell.run("load", str(shell.folder / "list")))
+    return shell
+
+
+@pytest.fixture
+def shell(loaded: Shell, everywhere: Path) -> Shell:
+    """All that, where every user may come to it."""
+    shutil.copytree(loaded.folder, everywhere, dirs_exist_ok=True)
+    everywhere.chmod(0o755)
+    return Shell(everywhere, everywhere / loaded.store.name, everywhere / loaded.config.name)
+
+
+@pytest.fixture
+def place(everywhere: Path) -> Path:
+    """A folder to give commands in, in which no user but root may write."""
+    place = everywhere / "place"
+    place.mkdir(mode=0o555)
+    return place
+
+
+def words(shell: Shell, command: str) -> list[str]:
+    """The command, with the paths of its files."""
+    files = {"LIST": str(shell.folder / "list"), "TAR": str(shell.folder / "out" / "images.tar")}
+    return [files.get(word, word) for word in command.split()]
+
+
+def out_for(shell: Shell, user: int) -> None:
+    """Where an export may be written by that user."""
+    out = shell.folder / "out"
+    out.mkdir()
+    os.chown(out, user, user)
+
+
+@pytest.mark.parametrize(("command", "printed"), PRINTED)
+def test_without_n_it_prints_and_ends_where_it_may_not_write(
+    shell: Shell, place: Path, command: str, printed: str
+) -> None:
+    """It leaves neither pid file nor log file, and needs neither; the store is the user's own."""
+    need_root()
+    out_for(shell, NOBODY)
+    give(shell.store, NOBODY)
+    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    assert printed in succeeded(done)
+    assert list(place.iterdir()) == []
+    assert {path.name for path in shell.folder.iterdir()} == {"images", "list", "ociregistry.yaml", "out", "place"}
+
+
+@pytest.mark.parametrize(("command", "printed"), PRINTED)
+def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
+    shell: Shell, tmp_path: Path, command: str, printed: str
+) -> None:
+    """The pid file of another process stays as it is."""
+    out_for(shell, os.geteuid())
+    (tmp_path / "twistd.pid").write_text(str(os.getpid()))
+    done = ended(shell.argv(*words(shell, command), options=()), tmp_path)
+    assert printed in succeeded(done)
+    assert [path.name for path in tmp_path.iterdir()] == ["twistd.pid"]
+    assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())
+
+
+# Who does not listen
+
+_FULL = "--version does not print by print_lines()"
+_CLOSED = "print_lines() does not know that sys.stdout may be None"
+
+
+def _marked(command: str, *, full: bool) -> object:
+    fails = ("--version" in command) == full
+    marks = [pytest.mark.xfail(strict=True, reason=_FULL if full else _CLOSED)] if fails else []
+    return pytest.param(command, marks=marks)
+
+
+@pytest.mark.parametrize("command", [_marked(command, full=True) for command in COMMANDS])
+def test_a_full_device_is_told_in_one_line(shell: Shell, tmp_path: Path, command: str) -> None:
+    out_for(shell, os.geteuid())
+    argv = shell.argv(*words(shell, command), options=())
+    done = ended(["sh", "-c", 'exec "$@" >/dev/full', "sh", *argv], tmp_path)
+    assert_one_line(done, 1, "No space left on device")
+
+
+@pytest.mark.parametrize("command", [_marked(command, full=False) for command in COMMANDS])
+def test_a_closed_output_is_told_in_one_line_or_not_at_all(shell: Shell, tmp_path: Path, command: str) -> None:
+    """What is done is done; there is no traceback, and nothing of the store is taken for the output."""
+    out_for(shell, os.geteuid())
+    argv = shell.argv(*words(shell, command), options=())
+    done = ended(["sh", "-c", 'exec "$@" >&-', "sh", *argv], tmp_path)
+    if done.returncode == 0:
+        assert done.stderr == ""
+    else:
+        assert_one_line(done, 1)
+    for path in (shell.store / "blobs").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+def test_load_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
+    done = shell.piped("load $PWD/list", "| true")
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# Whose store it is
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS if "version" not in one and one != "check"])
+def test_a_store_that_may_not_be_read_is_told_in_one_line(shell: Shell, place: Path, command: str) -> None:
+    need_root()
+    out_for(shell, NOBODY)
+    shell.store.chmod(0o700)
+    before = contents(shell.store)
+    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    assert_one_line(done, 1, str(shell.store), "Permission denied")
+    assert done.stdout == ""
+    assert contents(shell.store) == before
+
+
+@pytest.mark.parametrize("command", ["load LIST", "prune --pattern team/", "verify", "prune --orphans"])
+def test_a_store_that_may_be_read_but_not_written_is_told_in_one_line(
+    shell: Shell, place: Path, command: str
+) -> None:
+    need_root()
+    before = contents(shell.store)
+    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    assert_one_line(done, 1, str(shell.store), "Permission denied")
+    assert done.stdout == ""
+    assert contents(shell.store) == before
+
+
+@pytest.mark.parametrize("command", ["list", "prune --pattern team/ --dry-run", "export --pattern team/ -o TAR"])
+def test_what_only_reads_may_be_given_by_whoever_may_read(shell: Shell, place: Path, command: str) -> None:
+    need_root()
+    out_for(shell, NOBODY)
+    before = contents(shell.store)
+    succeeded(ended(as_nobody(shell.argv(*words(shell, command), options=())), place))
+    assert contents(shell.store) == before
+
+
+def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, registry: ScriptedRegistry) -> None:
+    """After each of load, prune, verify and a repair; the user can go on with all of it."""
+    need_root()
+    give(shell.store, NOBODY)
+    for tag in ("v2", "v3"):
+        registry.add("team/app", make_index(tag), tag)
+    # A list that nobody but root can read.
+    secret = shell.folder / "secret"
+    secret.write_text(f"{registry.host}/team/app:v2\n{registry.host}/team/app:v3\n")
+    secret.chmod(0o600)
+    assert "2 loaded" in succeeded(shell.run("load", str(secret)))
+    assert owners(shell.store) == {NOBODY}
+    # A record that is written anew, and others that go.
+    registry.add("team/app", INDEX, "same")
+    (shell.folder / "list").write_text(f"{registry.host}/team/app:same\n")
+    succeeded(shell.run("load", str(shell.folder / "list")))
+    assert "1 image URLs, 0 records" in succeeded(shell.run("--prune", "team/app:v1$"))
+    assert "2 image URLs, 2 records" in succeeded(shell.run("--prune", "team/app:v2$"))
+    assert owners(shell.store) == {NOBODY}
+    succeeded(shell.run("verify"))
+    assert owners(shell.store) == {NOBODY}
+    layer = INDEX.images[0].layers[0]
+    file = shell.store / "blobs" / layer.digest.removeprefix("sha256:")
+    file.write_bytes(bytes(len(layer.data)))
+    done = shell.run("verify", "--repair")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert file.read_bytes() == layer.data
+    assert owners(shell.store) == {NOBODY}
+    assert all(path.stat().st_mode & stat.S_IRUSR for path in shell.store.rglob("*"))
+    ended(as_nobody(shell.argv("verify")), shell.folder)
+
+
+# How it ends
+
+ENDINGS = [
+    ("load LIST", 0),
+    ("load MISSING", 1),  # the file is not there
+    ("load GONE", 1),  # the upstream does not have it
+    ("load WRONG", 2),  # no reference
+    ("load", 2),
+    ("--load-images", 2),
+    ("list", 0),
+    ("list --sort color", 2),
+    ("list --pattern [", 2),
+    ("--list-cache --prune x", 2),
+    ("list --list-cache", 2),
+    ("--list-cache more", 2),
+    ("prune", 2),
+    ("--prune [", 2),
+    ("--prune team/ --dry-run", 0),
+    ("--image-path nowhere prune --pattern x", 1),
+    ("--image-path nowhere verify", 1),
+    ("verify", 0),
+    ("verify more", 2),
+    ("export --pattern team/", 2),
+    ("export --pattern no-such-image -o TAR", 1),
+    ("check", 0),
+    ("version more", 2),
+    ("--frobnicate", 2),
+]
+
+
+@pytest.mark.parametrize(("command", "status"), ENDINGS)
+def test_it_ends_with_the_status_that_its_outcome_has(
+    shell: Shell, registry: ScriptedRegistry, tmp_path: Path, command: str, status: int
+) -> None:
+    """0, 1 when something failed, 2 when what was asked for cannot be meant; then there is a line that says why."""
+    for name, text in (("GONE", f"{registry.host}/team/other:v1\n"), ("WRONG", "UPPER/case\n")):
+        (tmp_path / name).write_text(text)
+    before = contents(shell.store)
+    done = ended(shell.argv(*words(shell, command), options=()), tmp_path)
+    if status == 0:
+        succeeded(done)
+    else:
+        assert_one_line(done, status)
+    if command not in ("load GONE", "verify"):
+        assert contents(shell.store) == before
+    assert not (tmp_path / "nowhere").exists()

@@ -1,0 +1,275 @@
+"""`kill -9` of `prune` and of `load` at any instant: no image that was not named loses a blob, and it goes on."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.disk_faults import Trace, need
+from tests.images import Image, Index, make_image, make_index
+from tests.processes import Daemon, wait_until
+from tests.real.operating import (
+    PATIENCE,
+    Contents,
+    begun,
+    command,
+    command_line,
+    contents,
+    hex_of,
+    image_list,
+    is_whole,
+    lost_blobs,
+    nothing_wrong_is_in,
+)
+from tests.real.scripted import SOON
+from tests.upstream import ScriptedRegistry
+
+REPOSITORY = "team/app"
+PATTERN = "--pattern=team/app:go"
+CHANGES = "/^unlink,/^rename,/^fsync,/^fdatasync"
+"""The system calls by which a store is changed, and made to last."""
+HANG = 60_000_000
+"""Microseconds: until the kill."""
+
+ROUNDS = [pytest.param(10, id="10"), pytest.param(100, id="100", marks=pytest.mark.long)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A store whose daemon does not run, unless a test starts it, and what its upstream has."""
+
+    daemon: Daemon
+    upstream: ScriptedRegistry
+    published: dict[str, Image | Index]
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """Of the store."""
+        return self.daemon.image_path
+
+    @property
+    def load(self) -> list[str]:
+        """The arguments of a load of everything."""
+        urls = [f"{self.upstream.host}/{REPOSITORY}:{tag}" for tag in self.published]
+        return ["load", "--platform=all", "--concurrent=4", image_list(self.folder / "list", urls)]
+
+    def has_all(self) -> bool:
+        """Whether the store has everything."""
+        return all(is_whole(self.root, what) for what in self.published.values())
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    """Images to stay and to go, which share layers; lists, one of which shares an image with one that goes."""
+    base = make_image("killed/base", layers=2, layer_size=100_000)
+    images = {name: make_image(name, base=base, layer_size=300_000) for name in ("stay1", "stay2", "go1", "go2")}
+    lists = {name: make_index(name, layer_size=50_000) for name in ("stay-list", "go-list")}
+    # One image is named and not named, and so is one of a list that goes.
+    twice = {"go-too": images["stay1"], "stay-too": lists["go-list"].images[0]}
+    published: dict[str, Image | Index] = {**images, **lists, **twice}
+    with ScriptedRegistry() as upstream:
+        for tag, what in published.items():
+            upstream.add(REPOSITORY, what, tag)
+        daemon = Daemon(tmp_path, {upstream.host: "http"}, "--no-complete-images")
+        yield Scene(daemon, upstream, published, tmp_path)
+
+
+@contextmanager
+def traced(scene: Scene, argv: list[str], inject: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Trace]]:
+    """The command with its changes traced, and delayed as `inject` says; what is killed is the command itself."""
+    need("strace")
+    log = scene.folder / "strace"
+    log.unlink(missing_ok=True)
+    faults = ["-e", f"inject={CHANGES}:{inject}"] if inject else []
+    strace = ["strace", "-D", "-f", "-y", "-o", str(log), "-e", f"trace={CHANGES}", *faults]
+    with begun([*strace, *argv], scene.folder) as process:
+        wait_until(log.exists, SOON, "strace begins")
+        yield process, Trace(log)
+
+
+def copied(source: Path, target: Path) -> None:
+    """The store as it was."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+
+
+def seconds_of(argv: list[str], folder: Path) -> float:
+    """How long the command takes, which succeeds."""
+    began = time.monotonic()
+    with begun(argv, folder) as process:
+        assert process.wait(PATIENCE) == 0, (folder / "stderr").read_text()
+    return time.monotonic() - began
+
+
+def assert_sound(scene: Scene, before: Contents) -> None:
+    """After a kill: what was not to go has all that it had, and nothing is wrong in the store."""
+    assert "0 damaged" in command(scene.daemon, "verify").stdout
+    after = contents(scene.root)
+    assert not lost_blobs(before, after)
+    for tag, what in scene.published.items():
+        record = hex_of(what.manifest.digest)
+        if tag.startswith("stay") and record in before:
+            assert after[record].there >= before[record].there
+    # Records go before their blobs: none that is there lacks what it had.
+    assert all(kept.there >= before[digest].there for digest, kept in after.items() if digest in before)
+    nothing_wrong_is_in(scene.root)
+
+
+def is_pruned(scene: Scene) -> bool:
+    """Whether what the pattern names is gone, and the rest is whole."""
+    left = [url for kept in contents(scene.root).values() for url in kept.images]
+    stays = [what for tag, what in scene.published.items() if tag.startswith("stay")]
+    return not any(":go" in url for url in left) and all(is_whole(scene.root, what) for what in stays)
+
+
+def goes_on_pruning(scene: Scene) -> None:
+    """What is left of it goes the next time; the blobs that nobody needs any more, with the orphans."""
+    command(scene.daemon, "prune", PATTERN)
+    assert is_pruned(scene)
+
+
+def goes_on_loading(scene: Scene) -> None:
+    """The next load brings what is lacking, and nothing that is there."""
+    blobs = {path.name for path in (scene.root / "blobs").iterdir()} if (scene.root / "blobs").exists() else set()
+    asked = len(scene.upstream.requests)
+    assert "0 failed" in command(scene.daemon, *scene.load).stdout
+    assert scene.has_all()
+    again = {one.path.rpartition(":")[2] for one in scene.upstream.requests[asked:] if "/blobs/" in one.path}
+    assert not again & blobs
+    nothing_wrong_is_in(scene.root)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_prune_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
+    command(scene.daemon, *scene.load)
+    full = tmp_path / "full"
+    copied(scene.root, full)
+    argv = command_line(scene.daemon, "prune", PATTERN)
+    takes = seconds_of(argv, tmp_path)
+    assert is_pruned(scene)
+    rng = random.Random(rounds)
+    for _ in range(rounds):
+        copied(full, scene.root)
+        before = contents(scene.root)
+        with begun(argv, tmp_path) as process:
+            time.sleep(rng.uniform(0, takes))
+            process.kill()
+        assert_sound(scene, before)
+        goes_on_pruning(scene)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_prune_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
+    """Before and after each of them that chance names."""
+    command(scene.daemon, *scene.load)
+    full = tmp_path / "full"
+    copied(scene.root, full)
+    argv = command_line(scene.daemon, "prune", PATTERN)
+    with traced(scene, argv) as (process, trace):
+        assert process.wait(PATIENCE) == 0
+        wait_until(lambda: "exited with 0" in trace.text, SOON, "strace ends")
+        changes = trace.begun
+    assert changes > 20, trace.text
+    assert is_pruned(scene)
+    rng = random.Random(rounds)
+    for _ in range(rounds):
+        copied(full, scene.root)
+        before = contents(scene.root)
+        kill_at(scene, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
+        assert_sound(scene, before)
+        goes_on_pruning(scene)
+
+
+def kill_at(scene: Scene, argv: list[str], number: int, when: str) -> None:
+    """Kill the command at its change of this number: where it begins, or where it has ended."""
+    with traced(scene, argv, f"{when}={HANG}:when={number}") as (process, trace):
+        wait_until(
+            lambda: trace.begun >= number or process.poll() is not None, PATIENCE, f"{number} changes:\n{trace.text}"
+        )
+        # strace would hold on to the dead until the delay is over.
+        told = Path(f"/proc/{process.pid}/status").read_text()
+        strace = int(re.search(r"^TracerPid:\t(\d+)$", told, re.MULTILINE)[1])  # type: ignore[index]
+        process.kill()
+        if strace:
+            os.kill(strace, signal.SIGKILL)
+        process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_load_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
+    first = hold_one(scene)
+    argv = command_line(scene.daemon, *scene.load)
+    takes = seconds_of(argv, tmp_path)
+    assert scene.has_all()
+    rng = random.Random(rounds)
+    for _ in range(rounds):
+        copied(first, scene.root)
+        before = contents(scene.root)
+        with begun(argv, tmp_path) as process:
+            time.sleep(rng.uniform(0, takes))
+            process.kill()
+        assert_sound(scene, before)
+        goes_on_loading(scene)
+
+
+def hold_one(scene: Scene) -> Path:
+    """One of the images is there already; gives a copy of that store."""
+    (url,) = [f"{scene.upstream.host}/{REPOSITORY}:stay1"]
+    command(scene.daemon, "load", image_list(scene.folder / "one", [url]))
+    assert is_whole(scene.root, scene.published["stay1"])
+    copied(scene.root, scene.folder / "first")
+    return scene.folder / "first"
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_load_through_the_daemon_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
+    """The daemon goes on with what it has begun, and nothing comes twice."""
+    with scene.daemon:
+        argv = command_line(scene.daemon, *scene.load)
+        takes = seconds_of(argv, tmp_path)
+        assert scene.has_all()
+        rng = random.Random(rounds)
+        for _ in range(rounds):
+            command(scene.daemon, "prune", r"--pattern=team/app@,team/app:(?!stay1$)")
+            before = contents(scene.root)
+            assert len(before) == 1
+            asked = len(scene.upstream.requests)
+            with begun(argv, tmp_path) as process:
+                time.sleep(rng.uniform(0, takes))
+                process.kill()
+            assert_sound(scene, before)
+            goes_on_loading(scene)
+            paths = [one.path for one in scene.upstream.requests[asked:]]
+            assert len(paths) == len(set(paths)), sorted(paths)
+        assert "Traceback" not in scene.daemon.log
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_load_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
+    """Those of its several threads take turns as they come, so that the same number is not always the same one."""
+    first = hold_one(scene)
+    argv = command_line(scene.daemon, *scene.load)
+    with traced(scene, argv) as (process, trace):
+        assert process.wait(PATIENCE) == 0
+        wait_until(lambda: "exited with 0" in trace.text, SOON, "strace ends")
+        changes = trace.begun
+    assert changes > 50, trace.text
+    rng = random.Random(rounds)
+    for _ in range(rounds):
+        copied(first, scene.root)
+        before = contents(scene.root)
+        kill_at(scene, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
+        assert_sound(scene, before)
+        goes_on_loading(scene)

@@ -1,0 +1,284 @@
+"""Images are carried from a store to another one in files that `export` writes and `load` reads."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.images import Image, Index, make_image, make_index
+from tests.peers import Containerd, DockerRegistry
+from tests.real.carrying import Place, blobs_of, in_archive, parts_of, pull_offline
+
+INDEX = make_index("carried/index")
+DOCKER = make_index("carried/docker", docker=True)
+PLAIN, BY_DIGEST = make_image("carried/plain"), make_image("carried/digest")
+V1 = make_image("carried/v1", layers=3)
+V2 = make_image("carried/v2", layers=1, base=V1)
+V3 = make_image("carried/v3", layers=1, base=V2)
+OTHER = make_image("carried/other")
+
+
+@pytest.fixture
+def here(tmp_path: Path, registry: DockerRegistry) -> Place:
+    """The place that has a registry."""
+    return Place(tmp_path / "here", (registry.host,))
+
+
+@pytest.fixture
+def there(tmp_path: Path, registry: DockerRegistry) -> Place:
+    """Another one, with a new store; it may know the registry by its name."""
+    return Place(tmp_path / "there", (registry.host,))
+
+
+def versions(here: Place, registry: DockerRegistry, folder: Path, *images: Image) -> list[Path]:
+    """Bring the images as v1, v2 and so on, and export after each what the export before it did not have."""
+    exports: list[Path] = []
+    for number, image in enumerate(images, 1):
+        registry.push("team/app", image, f"v{number}")
+        here.bring(f"{registry.host}/team/app:v{number}")
+        exports.append(folder / f"{number}.tar")
+        since = ["--since", str(exports[-2])] if number > 1 else []
+        here.done("export", "--pattern", f"team/app:v{number}$", *since, "-o", str(exports[-1]))
+    return exports
+
+
+def spread_dates(place: Place, *, within_lists: bool = False) -> None:
+    """Rewrite the records: each repository gets a day of its own, and each image with `within_lists`."""
+    days: dict[str, datetime] = {}
+    for path in sorted([*(place.images / "fat").iterdir(), *(place.images / "img").iterdir()]):
+        record = json.loads(path.read_bytes())
+        for url, dates in record["images"].items():
+            which = url if within_lists else url.partition("@")[0].removesuffix(":v1")
+            created = days.setdefault(which, datetime(2024, 3, 1, 22, 17, 30, tzinfo=UTC) + timedelta(days=len(days)))
+            dates |= {"created": created.isoformat(), "confirmed": (created + timedelta(hours=1)).isoformat()}
+        path.write_text(json.dumps(record))
+
+
+def test_all_that_is_exported_is_the_same_in_an_empty_store(
+    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+) -> None:
+    """Lists, of which one is not whole, images by tag and by digest: the same lines, digests, blobs, and pulls."""
+    pushed: dict[str, Image | Index] = {
+        f"{registry.host}/team/index:v1": INDEX,
+        f"{registry.host}/team/docker:v1": DOCKER,
+        f"{registry.host}/team/plain:v1": PLAIN,
+        f"{registry.host}/team/digest@{BY_DIGEST.manifest.digest}": BY_DIGEST,
+    }
+    for ref, what in pushed.items():
+        registry.push(ref.partition("/")[2].partition("@")[0].removesuffix(":v1"), what, "v1")
+    here.bring(*pushed, options=["--platform", "linux/amd64"])
+    here.bring(f"{registry.host}/team/docker:v1", options=["--platform", "all"])
+    registry.kill()
+    spread_dates(here)
+
+    archive = tmp_path / "all.tar"
+    here.done("export", "--pattern", ".", "-o", str(archive))
+    assert there.done("load", str(archive))[-1].startswith(f"{len(here.meanings)} loaded, 0 already there, 0 failed")
+    assert there.meanings == here.meanings
+    assert {ref: what.manifest.digest for ref, what in pushed.items()}.items() <= there.meanings.items()
+    assert there.stored("blobs") == here.stored("blobs")
+    assert there.done("list") == here.done("list")
+    assert there.long_list == here.long_list
+    with there.daemon() as daemon:
+        for ref, what in pushed.items():
+            assert pull_offline(daemon, containerd, ref) == parts_of(what)
+
+
+@pytest.mark.xfail(strict=True, reason="what a list has gets the dates of the list")
+def test_what_a_list_has_keeps_its_own_dates(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """A platform that was pulled days after the list was."""
+    registry.push("team/index", INDEX, "v1")
+    here.bring(f"{registry.host}/team/index:v1", options=["--platform", "all"])
+    spread_dates(here, within_lists=True)
+    archive = tmp_path / "all.tar"
+    here.done("export", "--pattern", ".", "-o", str(archive))
+    there.done("load", str(archive))
+    assert there.done("list") == here.done("list")
+
+
+def test_what_a_pattern_takes_of_a_list_is_all_that_the_store_has_of_it(
+    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+) -> None:
+    """Its images come along though the pattern does not match them by themselves; other images do not."""
+    registry.push("team/index", INDEX, "v1")
+    registry.push("team/other", OTHER, "v1")
+    here.bring(f"{registry.host}/team/index:v1", f"{registry.host}/team/other:v1")
+    registry.kill()
+    archive = tmp_path / "some.tar"
+    here.done("export", "--pattern", "index:v1$", "-o", str(archive))
+    assert in_archive(archive) == parts_of(INDEX)
+    there.done("load", str(archive))
+    with there.daemon() as daemon:
+        assert pull_offline(daemon, containerd, f"{registry.host}/team/index:v1") == parts_of(INDEX)
+
+
+def test_what_was_loaded_once_is_already_there(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """A second time changes nothing, and a third time, where one blob was lost, brings that one back."""
+    (archive,) = versions(here, registry, tmp_path, V1)
+    there.done("load", str(archive))
+    before = there.done("list"), there.stored("blobs"), there.stored("img")
+    url = f"{registry.host}/team/app:v1"
+    assert there.done("load", str(archive)) == [f"already there: {url}", "0 loaded, 1 already there, 0 failed"]
+    assert (there.done("list"), there.stored("blobs"), there.stored("img")) == before
+    lost = there.images / "blobs" / V1.layers[0].digest.partition(":")[2]
+    size = lost.stat().st_size
+    lost.unlink()
+    assert there.done("load", str(archive))[0] == f"loaded: {url}: 1 blobs, {size} bytes"
+    assert (there.done("list"), there.stored("blobs"), there.stored("img")) == before
+
+
+def test_an_update_has_only_the_new_blobs(
+    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+) -> None:
+    """The manifests, and what v1 did not have: loaded where v1 is, v2 is whole."""
+    first, update = versions(here, registry, tmp_path, V1, V2)
+    registry.kill()
+    assert in_archive(first) == parts_of(V1)
+    assert in_archive(update) == {V2.manifest.digest} | (blobs_of(V2) - blobs_of(V1))
+    there.done("load", str(first))
+    there.done("load", str(update))
+    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
+    assert there.stored("blobs") == here.stored("blobs")
+    with there.daemon() as daemon:
+        assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v1") == parts_of(V1)
+        assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v2") == parts_of(V2)
+
+
+def test_an_update_of_an_update_has_only_what_both_did_not_have(
+    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+) -> None:
+    """Though v1's blobs are not in the update that it follows; all three are loaded by one command."""
+    exports = versions(here, registry, tmp_path, V1, V2, V3)
+    registry.kill()
+    assert in_archive(exports[2]) == {V3.manifest.digest} | (blobs_of(V3) - blobs_of(V2))
+    there.done("load", *map(str, exports))
+    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
+    with there.daemon() as daemon:
+        assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v3") == parts_of(V3)
+
+
+def test_an_update_without_what_it_updates_leaves_nothing(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """A line for the image says what is lacking; a whole one that is beside it in the archive is loaded."""
+    _, update = versions(here, registry, tmp_path, V1, V2)
+    lacking = blobs_of(V2) & blobs_of(V1)
+    size = sum(len(blob.data) for blob in V2.blobs if blob.digest in lacking)
+    why = (
+        f"failed: {registry.host}/team/app:v2: {len(lacking)} blobs, {size} bytes, are neither in the archive nor in "
+        "the store; where it was made with --since of an earlier export, that one is to be loaded first"
+    )
+    printed, complaints = there.failed("load", str(update))
+    assert printed == [why, "0 loaded, 0 already there, 1 failed"]
+    assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
+    assert there.leftovers == set()
+    assert there.done("list") == []
+
+    registry.push("team/other", OTHER, "v1")
+    here.bring(f"{registry.host}/team/other:v1")
+    here.done("export", "--pattern", "v2$,other", "--since", str(tmp_path / "1.tar"), "-o", str(update))
+    printed, _ = there.failed("load", str(update))
+    assert why in printed
+    assert printed[-1] == "1 loaded, 0 already there, 1 failed"
+    assert set(there.meanings) == {f"{registry.host}/team/other:v1"}
+    assert there.stored("blobs").keys() == {digest.partition(":")[2] for digest in blobs_of(OTHER)}
+
+
+def test_the_order_of_the_archives_in_one_command_is_theirs_that_typed_it(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """The update before what it updates: it fails, and the other one is loaded all the same."""
+    first, update = versions(here, registry, tmp_path, V1, V2)
+    printed, _ = there.failed("load", str(update), str(first))
+    assert printed[-1] == "1 loaded, 0 already there, 1 failed"
+    assert set(there.meanings) == {f"{registry.host}/team/app:v1"}
+
+
+def test_an_old_export_does_not_take_a_tag_back(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path, containerd: Containerd
+) -> None:
+    """Where the tag has moved since, it stays there, and `load` says so; what it meant is known by its digest."""
+    url = f"{registry.host}/team/app:stable"
+    registry.push("team/app", V1, "stable")
+    here.bring(url)
+    old, new = tmp_path / "old.tar", tmp_path / "new.tar"
+    here.done("export", "--pattern", "stable", "-o", str(old))
+    registry.push("team/app", V2, "stable")
+    later = Place(tmp_path / "later", here.upstreams)
+    later.bring(url)
+    later.done("export", "--pattern", "stable", "-o", str(new))
+    registry.kill()
+
+    there.done("load", str(new))
+    assert there.meanings == {url: V2.manifest.digest}
+    printed = there.done("load", str(old))
+    assert f"the name still means {V2.manifest.digest}, which was confirmed later" in printed[0]
+    by_digest = {f"{registry.host}/team/app@{V1.manifest.digest}": V1.manifest.digest}
+    assert there.meanings == {url: V2.manifest.digest, **by_digest}
+    with there.daemon() as daemon:
+        assert pull_offline(daemon, containerd, url) == parts_of(V2)
+
+    # The other way round, the tag moves.
+    here.done("load", str(new))
+    assert here.meanings == {url: V2.manifest.digest, **by_digest}
+    again = tmp_path / "again.tar"
+    here.done("export", "--pattern", ".", "-o", str(again))
+    third = Place(tmp_path / "third")
+    third.done("load", str(again))
+    assert (third.meanings, third.done("list")) == (here.meanings, here.done("list"))
+
+
+def test_an_image_that_is_not_whole_is_left_out(
+    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """It says so and ends with 1; the others are exported. When none is left there is no file."""
+    registry.push("team/other", OTHER, "v1")
+    here.bring(f"{registry.host}/team/other:v1")
+    versions(here, registry, tmp_path, V1)
+    lost = V1.layers[1]
+    (here.images / "blobs" / lost.digest.partition(":")[2]).unlink()
+    archive = tmp_path / "some.tar"
+    complaint = (
+        f"ociregistry: left out: {registry.host}/team/app:v1: the store lacks 1 of its blobs, {len(lost.data)} bytes"
+    )
+    printed, complaints = here.failed("export", "--pattern", ".", "-o", str(archive))
+    assert printed[0].startswith("1 images exported")
+    assert complaints == [complaint]
+    there.done("load", str(archive))
+    assert set(there.meanings) == {f"{registry.host}/team/other:v1"}
+
+    nothing = tmp_path / "nothing.tar"
+    assert here.failed("export", "--pattern", "app", "-o", str(nothing)) == (["nothing was exported"], [complaint])
+    assert not list(tmp_path.glob("*nothing*"))
+    printed, complaints = here.failed("export", "--pattern", "not/there", "-o", str(nothing))
+    assert (printed, len(complaints)) == ([], 1)
+    assert not list(tmp_path.glob("*nothing*"))
+
+
+@pytest.mark.parametrize("existing", [b"", b"an older export"], ids=["new", "in place of an older one"])
+def test_a_damaged_blob_is_not_carried_on(
+    registry: DockerRegistry, here: Place, tmp_path: Path, existing: bytes
+) -> None:
+    """One line names it; no file is left, and an older one stays as it is."""
+    versions(here, registry, tmp_path, V1)
+    damaged = V1.layers[1]
+    file = here.images / "blobs" / damaged.digest.partition(":")[2]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    folder = tmp_path / "stick"
+    folder.mkdir()
+    archive = folder / "out.tar"
+    if existing:
+        archive.write_bytes(existing)
+    printed, complaints = here.failed("export", "--pattern", ".", "-o", str(archive))
+    assert printed == []
+    assert complaints == [f"ociregistry: {archive}: the store's blob {damaged.digest} is damaged"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == ({"out.tar": existing} if existing else {})

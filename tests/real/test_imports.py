@@ -1,0 +1,256 @@
+"""Archives and folders that other programs wrote are loaded, and containerd pulls it with every upstream off."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client import fetch
+from tests.images import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Image,
+    Index,
+    Manifest,
+    make_image,
+    make_index,
+)
+from tests.peers import Containerd, DockerRegistry
+from tests.real.carrying import Place, parts_of, pull_offline
+
+Skopeo = Callable[..., None]
+
+INDEX = make_index("imported/index")
+DOCKER_INDEX = make_index("imported/docker index", docker=True)
+IMAGE = make_image("imported/image")
+DOCKER = make_image("imported/docker", docker=True, layers=3)
+NEXT = make_image("imported/next", layers=1)
+
+KINDS = {OCI_INDEX: "v1.oci.index", OCI_MANIFEST: "v1.oci.manifest", DOCKER_LIST: "v2.docker.manifestList"}
+KINDS[DOCKER_MANIFEST] = "v2.docker.manifest"
+TYPES = {DOCKER_LIST: 1, DOCKER_MANIFEST: 2, OCI_INDEX: 3, OCI_MANIFEST: 4}
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Place:
+    """A place with a new store, which knows no upstream."""
+    return Place(tmp_path / "there")
+
+
+def assert_pulled(there: Place, containerd: Containerd, expected: Mapping[str, set[str]]) -> None:
+    """A daemon on the store lets containerd pull just these digests by these references."""
+    with there.daemon("--air-gapped") as daemon:
+        for ref, digests in expected.items():
+            assert pull_offline(daemon, containerd, ref) == digests
+
+
+def notes_of(printed: Sequence[str], ref: str) -> str:
+    """What `load` says of an image that it has loaded."""
+    (line,) = (line for line in printed if line.startswith(f"loaded: {ref}"))
+    return line.removeprefix(f"loaded: {ref}")
+
+
+@pytest.mark.parametrize(
+    "what", [INDEX, DOCKER_INDEX, IMAGE, DOCKER], ids=["index", "docker list", "image", "docker"]
+)
+def test_what_ctr_exports(
+    registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path, what: Index | Image
+) -> None:
+    """The digests are the registry's, of lists too, of which ctr keeps the platform alone."""
+    ref = f"{registry.host}/team/app:v1"
+    registry.push("team/app", what, "v1")
+    assert containerd.pull(ref).returncode == 0
+    archive = tmp_path / "ctr.tar"
+    exported = containerd.ctr("images", "export", str(archive), ref)
+    assert exported.returncode == 0, exported.stderr
+    containerd.remove(ref)
+    registry.kill()
+    assert there.done("load", str(archive))[-1] == "1 loaded, 0 already there, 0 failed"
+    assert there.meanings[ref] == what.manifest.digest
+    assert_pulled(there, containerd, {ref: parts_of(what)})
+
+
+def test_what_ctr_exports_of_several_images_and_platforms(
+    registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path
+) -> None:
+    """All of them are loaded, and of the list every platform."""
+    pushed: dict[str, Index | Image] = {
+        f"{registry.host}/team/{one}:v1": what for one, what in (("index", INDEX), ("image", IMAGE))
+    }
+    for ref, what in pushed.items():
+        registry.push(ref.partition("/")[2].removesuffix(":v1"), what, "v1")
+        fetched = containerd.ctr("content", "fetch", "--all-platforms", "--plain-http", ref)
+        assert fetched.returncode == 0, fetched.stderr
+    archive = tmp_path / "ctr.tar"
+    exported = containerd.ctr("images", "export", "--all-platforms", str(archive), *pushed)
+    assert exported.returncode == 0, exported.stderr
+    for ref in pushed:
+        containerd.remove(ref)
+    registry.kill()
+    assert there.done("load", str(archive))[-1] == "2 loaded, 0 already there, 0 failed"
+    everything = {blob.digest for what in pushed.values() for blob in what.blobs}
+    assert there.stored("blobs").keys() == {digest.partition(":")[2] for digest in everything}
+    assert_pulled(there, containerd, {ref: parts_of(what) for ref, what in pushed.items()})
+
+
+@pytest.mark.parametrize("transport", ["oci", "oci-archive"])
+def test_an_oci_layout_of_skopeo(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path, transport: str
+) -> None:
+    """A folder with two images, or an archive; the digests are the registry's."""
+    ref, single = f"{registry.host}/team/index:v1", f"{registry.host}/team/image:v1"
+    registry.push("team/index", INDEX, "v1")
+    registry.push("team/image", IMAGE, "v1")
+    target = tmp_path / "layout"
+    skopeo(ref, f"{transport}:{target}:{ref}", "--all", "--preserve-digests")
+    expected: dict[str, Index | Image] = {ref: INDEX}
+    if transport == "oci":
+        skopeo(single, f"oci:{target}:{single}", "--preserve-digests")
+        expected[single] = IMAGE
+    registry.kill()
+    assert there.done("load", str(target))[-1] == f"{len(expected)} loaded, 0 already there, 0 failed"
+    assert expected.keys() <= there.meanings.keys()
+    assert all(there.meanings[name] == what.manifest.digest for name, what in expected.items())
+    assert_pulled(there, containerd, {name: parts_of(what) for name, what in expected.items()})
+
+
+@pytest.mark.parametrize("name", ["", ":v1"], ids=["no name", "a tag alone"])
+def test_a_layout_that_does_not_say_what_the_image_is(
+    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, name: str
+) -> None:
+    """The line says how to name it; nothing is left in the store."""
+    registry.push("team/image", IMAGE, "v1")
+    target = tmp_path / "layout"
+    skopeo(f"{registry.host}/team/image:v1", f"oci:{target}{name}")
+    printed, complaints = there.failed("load", str(target))
+    assert len(printed) == 2
+    assert printed[0].startswith("failed: ")
+    assert "the archive does not say what image this is" in printed[0]
+    assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
+    assert there.leftovers == set()
+
+
+def test_what_docker_save_writes(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
+) -> None:
+    """The config is the same, the layers unpacked; the output says that the digest is not the registry's."""
+    ref, short = f"{registry.host}/team/app:v1", "docker.io/library/nginx:1.25"
+    registry.push("team/app", DOCKER, "v1")
+    archive = tmp_path / "saved.tar"
+    skopeo(ref, f"docker-archive:{archive}:{ref}", "--additional-tag", "nginx:1.25")
+    registry.kill()
+    printed = there.done("load", str(archive))
+    assert printed[-1] == "2 loaded, 0 already there, 0 failed"
+    for name in (ref, short):
+        assert "its digest is not the registry's" in notes_of(printed, name)
+        assert there.meanings[name] != DOCKER.manifest.digest
+    assert there.meanings[ref] == there.meanings[short]
+    diff_ids = json.loads(DOCKER.config.data)["rootfs"]["diff_ids"]
+    digests = {there.meanings[ref], DOCKER.config.digest, *diff_ids}
+    assert_pulled(there, containerd, {ref: digests, short: digests})
+    assert [line.partition(":")[0] for line in there.done("load", str(archive))[:-1]] == ["already there"] * 2
+
+
+def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
+) -> None:
+    """So an image is brought up to date by tools that know no dates; the older one is known by its digest."""
+    ref = f"{registry.host}/team/app:stable"
+    archives: list[Path] = []
+    for image in (DOCKER, NEXT):
+        registry.push("team/app", image, "stable")
+        archives.append(tmp_path / f"{len(archives)}.tar")
+        skopeo(ref, f"oci-archive:{archives[-1]}:{ref}", "--preserve-digests")
+    registry.kill()
+    there.done("load", *map(str, archives))
+    assert there.meanings.keys() == {ref, f"{registry.host}/team/app@{DOCKER.manifest.digest}"}
+    assert_pulled(there, containerd, {ref: parts_of(NEXT)})
+
+
+def holder(of: Manifest, url: str) -> bytes:
+    """What the Go server keeps of a manifest, in its current version."""
+    empty: dict[str, object] = {"schemaVersion": 0}
+    document: dict[str, Any] = {
+        "type": TYPES[of.media_type],
+        "digest": of.digest.partition(":")[2],
+        "imageUrl": url,
+        "bytes": base64.b64encode(of.data).decode(),
+        "v1.oci.index": {**empty, "manifests": None},
+        "v1.oci.manifest": {**empty, "config": {"mediaType": "", "digest": "", "size": 0}, "layers": None},
+        "v2.docker.manifestList": {**empty, "mediaType": "", "manifests": None},
+        "v2.docker.manifest": {
+            **empty,
+            "mediaType": "",
+            "config": {"mediaType": "", "size": 0, "digest": ""},
+            "layers": None,
+        },
+        "created": "2024-03-01T22:17:30",
+        "pulled": "2024-03-02T08:00:00",
+    }
+    return json.dumps({**document, KINDS[of.media_type]: json.loads(of.data)}).encode()
+
+
+def go_folder(folder: Path, images: Mapping[str, Index | Image]) -> Path:
+    """The image folder of a Go server from which this machine's platform of these was pulled."""
+    for name in ("blobs", "fat", "img", "lts", "pulls"):
+        (folder / name).mkdir(parents=True)
+    for url, what in images.items():
+        single = what if isinstance(what, Image) else what.images[0]
+        by_digest = f"{url.rpartition(':')[0]}@{single.manifest.digest}"
+        holders = {"img": (single.manifest, url if what is single else by_digest)}
+        if what is not single:
+            holders["lts" if url.endswith(":latest") else "fat"] = (what.manifest, url)
+        for kind, (manifest, known_by) in holders.items():
+            (folder / kind / manifest.digest.partition(":")[2]).write_bytes(holder(manifest, known_by))
+        for blob in single.blobs:
+            (folder / "blobs" / blob.digest.partition(":")[2]).write_bytes(blob.data)
+    return folder
+
+
+def test_the_image_folder_of_a_go_server(there: Place, containerd: Containerd, tmp_path: Path) -> None:
+    """Lists and images by all media types; they keep the time of their creation, which was local there."""
+    images: dict[str, Index | Image] = {
+        "docker.io/library/nginx:1.25": INDEX,
+        "docker.io/library/busybox:latest": DOCKER_INDEX,
+        "registry.example/team/image:v1": IMAGE,
+        "registry.example:5000/a/b/c/docker:v1": DOCKER,
+    }
+    folder = go_folder(tmp_path / "go", images)
+    printed = there.done("load", str(folder))
+    assert printed[-1] == "6 loaded, 0 already there, 0 failed"
+    assert {url: there.meanings[url] for url in images} == {url: what.manifest.digest for url, what in images.items()}
+    listed = [line.split(" ") for line in there.done("list")]
+    assert {created for _, _, created in listed} == {"2024-03-01T22:17:30"}
+    assert_pulled(there, containerd, {url: parts_of(what) for url, what in images.items()})
+
+
+def test_a_store_on_the_image_folder_of_a_go_server(containerd: Containerd, tmp_path: Path) -> None:
+    """The folder is both the archive and the store that it is loaded into, blobs and all."""
+    images: dict[str, Index | Image] = {"docker.io/library/nginx:1.25": INDEX}
+    place = Place(tmp_path / "both")
+    place.folder.mkdir()
+    go_folder(place.images, images)
+    place.done("load", str(place.images))
+    assert place.meanings.items() >= {"docker.io/library/nginx:1.25": INDEX.manifest.digest}.items()
+    assert_pulled(place, containerd, {"docker.io/library/nginx:1.25": parts_of(INDEX)})
+
+
+def test_our_own_image_folder(registry: DockerRegistry, there: Place, containerd: Containerd, tmp_path: Path) -> None:
+    """A store on a stick is loaded like the other one, also while a daemon runs on it."""
+    registry.push("team/index", INDEX, "v1")
+    ref = f"{registry.host}/team/index:v1"
+    here = Place(tmp_path / "here", (registry.host,))
+    here.bring(ref)
+    registry.kill()
+    with here.daemon() as daemon:
+        there.done("load", str(here.images))
+        assert fetch(f"{daemon.url}/health").status == 200
+    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
+    assert_pulled(there, containerd, {ref: parts_of(INDEX)})

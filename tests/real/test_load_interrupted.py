@@ -1,0 +1,157 @@
+"""A load that is interrupted ends at once with one line; the next one goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.images import MIB, Image, make_image
+from tests.processes import ROOT, wait_until
+from tests.real.commanding import Ended, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
+from tests.real.scripted import scripted
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Drip, Hold
+
+_SOON = 30.0
+_AGAIN = 1.05
+"""Of all bytes, what may cross the link in the end."""
+
+BIG = make_image("interrupted", layers=3, layer_size=8 * MIB)
+SMALL = [make_image(f"interrupted/{number}") for number in range(5)]
+WHOLE = sum(len(blob.data) for image in (BIG, *SMALL) for blob in image.blobs)
+
+NOT_ONE_LINE = "Download logs at level error that the server is stopping"
+
+
+@pytest.fixture
+def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
+    """An empty store, and a list of one big image and some small ones."""
+    upstream.add("team/app", BIG, "big")
+    for number, image in enumerate(SMALL):
+        upstream.add("team/app", image, f"small{number}")
+    tags = ["big", *(f"small{number}" for number in range(len(SMALL)))]
+    (tmp_path / "list").write_text("".join(f"{upstream.host}/team/app:{tag}\n" for tag in tags))
+    return shell_in(tmp_path, [{"name": upstream.host, "scheme": "http"}])
+
+
+@contextmanager
+def loading(shell: Shell, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A load that runs."""
+    process = subprocess.Popen(
+        shell.argv("load", str(shell.folder / "list"), *options),
+        cwd=shell.folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> Ended:
+    """What becomes of it by this signal."""
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=_SOON)
+    return Ended(process.args, process.returncode, output, errors)
+
+
+def partial(shell: Shell, layer: str) -> int:
+    """How many bytes of a layer are in the store by now."""
+    path = shell.store / "pulls" / "0" / layer.removeprefix("sha256:")
+    return path.stat().st_size if path.exists() else 0
+
+
+def brought(upstream: ScriptedRegistry) -> int:
+    """Bytes of blobs that the upstream sent."""
+    return sum(request.sent for request in upstream.requests if "/blobs/" in request.path)
+
+
+def in_store(shell: Shell, *images: Image) -> None:
+    """They must be there, whole, and nothing else."""
+    assert blobs_in(shell.store) == digests(*images)
+    assert succeeded(shell.run("verify")).endswith(" 0 damaged\n")
+
+
+@contextmanager
+def held(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[str]]:
+    """A load that has got 4 MiB of the second of three layers, and gets no more of it."""
+    layer = BIG.layers[1].digest
+    hold = Hold(4 * MIB)
+    with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold), loading(shell, "--concurrent", "3") as process:
+        wait_until(lambda: partial(shell, layer) == 4 * MIB, _SOON, "half of the layer is in the store")
+        wait_until(lambda: len(blobs_in(shell.store)) == len(digests(BIG, *SMALL)) - 1, _SOON, "all but that")
+        yield process
+
+
+@pytest.mark.xfail(strict=True, reason=NOT_ONE_LINE)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_load_that_is_interrupted_says_so_in_one_line(
+    upstream: ScriptedRegistry, shell: Shell, number: int
+) -> None:
+    with held(upstream, shell) as process:
+        done = interrupted(process, number)
+    assert_one_line(done, 1, "interrupted; what is complete stays, and the next run goes on from there")
+    # The images that were loaded were told.
+    assert len(done.stdout.splitlines()) == len(SMALL)
+
+
+def test_a_second_interrupt_is_as_quiet(upstream: ScriptedRegistry, shell: Shell) -> None:
+    with held(upstream, shell) as process:
+        process.send_signal(signal.SIGINT)
+        done = interrupted(process)
+    assert done.returncode in (1, -signal.SIGINT)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_load_that_was_interrupted_goes_on_where_it_was(upstream: ScriptedRegistry, shell: Shell) -> None:
+    with held(upstream, shell) as process:
+        assert interrupted(process).returncode == 1
+    done = succeeded(shell.run("load", str(shell.folder / "list")))
+    assert done.splitlines()[-1] == f"1 loaded, {len(SMALL)} already there, 0 failed"
+    assert brought(upstream) <= _AGAIN * WHOLE
+    (again,) = [request for request in upstream.requests if request.header("Range")]
+    assert again.path.endswith(BIG.layers[1].digest)
+    assert again.header("Range") == f"bytes={4 * MIB}-"
+    in_store(shell, BIG, *SMALL)
+    asked = len(upstream.requests)
+    done = succeeded(shell.run("load", str(shell.folder / "list")))
+    assert done.splitlines()[-1] == f"0 loaded, {1 + len(SMALL)} already there, 0 failed"
+    assert len(upstream.requests) == asked
+
+
+def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
+    upstream: ScriptedRegistry, shell: Shell
+) -> None:
+    """At whatever it is just then; all of it crosses the link once, but for what was on the way."""
+    with scripted(upstream, "/v2/team/app/blobs/*", Drip(MIB)):
+        for tenth in (1, 4, 7):
+            with loading(shell, "--concurrent", "2") as process:
+                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023
+                assert interrupted(process).returncode == 1
+    succeeded(shell.run("load", str(shell.folder / "list")))
+    assert WHOLE <= brought(upstream) <= _AGAIN * WHOLE
+    in_store(shell, BIG, *SMALL)
+
+
+@pytest.mark.xfail(strict=True, reason="before the reactor runs a KeyboardInterrupt comes through to Python")
+def test_an_interrupt_before_it_begins_is_no_traceback(shell: Shell) -> None:
+    """Here while it reads its list from a pipe, into which nobody writes."""
+    pipe = shell.folder / "list"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    # The pipe can be opened for writing as soon as somebody reads from it.
+    with loading(shell) as process, pipe.open("wb"):
+        done = interrupted(process)
+    assert done.returncode in (1, -signal.SIGINT)
+    assert "Traceback" not in done.stderr

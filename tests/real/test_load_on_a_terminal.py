@@ -1,0 +1,136 @@
+"""How a load shows how far it is: bars on a terminal, a line for each image in a pipe."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.images import MIB, make_image
+from tests.processes import ROOT
+from tests.real.commanding import Shell, blobs_in, digests, shell_in, succeeded
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Drip
+
+_WIDTH, _HEIGHT = 160, 40
+_CONTROL = re.compile(r"\x1b\[(?P<count>\d*)(?P<what>[A-Za-z])|(?P<one>[\r\n])|(?P<text>[^\x1b\r\n]+)")
+
+IMAGES = {tag: make_image(f"shown/{tag}", layers=2, layer_size=2 * MIB) for tag in ("one", "two", "three")}
+
+
+@pytest.fixture
+def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
+    """A list of three images that take their time, and of one that is not there."""
+    for tag, image in IMAGES.items():
+        upstream.add("team/app", image, tag)
+    upstream.script("/v2/team/app/blobs/*", Drip(2 * MIB))
+    urls = [f"{upstream.host}/team/app:{tag}" for tag in (*IMAGES, "missing")]
+    (tmp_path / "list").write_text("\n".join(urls))
+    return shell_in(tmp_path, [{"name": upstream.host, "scheme": "http"}], concurrent=2)
+
+
+def on_terminal(argv: list[str], folder: Path) -> tuple[int, str]:
+    """The exit status of a process, and all that it wrote to its terminal."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", _HEIGHT, _WIDTH, 0, 0))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    written = bytearray()
+    with subprocess.Popen(argv, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        try:
+            while piece := _read(ours):
+                written += piece
+        finally:
+            process.kill()
+            os.close(ours)
+    return process.returncode, written.decode()
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the process has ended
+        return b""
+
+
+def screen(written: str) -> list[str]:
+    """The lines on a terminal that is high enough, after this was written to it."""
+    lines: list[list[str]] = [[]]
+    row = column = position = 0
+    while position < len(written):
+        found = _CONTROL.match(written, position)
+        assert found is not None, written[position : position + 20]
+        position = found.end()
+        match found["one"], found["what"]:
+            case "\r", _:
+                column = 0
+            case "\n", _:
+                row += 1
+                lines += [[] for _ in range(row + 1 - len(lines))]
+            case _, "A":
+                row = max(0, row - int(found["count"] or 1))
+            case _, "K":
+                del lines[row][column:]
+            case _, None:
+                lines[row] += [" "] * (column - len(lines[row]))
+                lines[row][column : column + len(found["text"])] = found["text"]
+                column += len(found["text"])
+            case _, other:
+                raise AssertionError(f"a terminal that does {other!r} is not what this is")
+    return [line for line in ("".join(cells).rstrip() for cells in lines) if line]
+
+
+def told(upstream: ScriptedRegistry, line: str) -> bool:
+    """Is this the line of an image that has ended, as it is told in a pipe too?"""
+    name = re.escape(f"{upstream.host}/team/app:")
+    return bool(re.fullmatch(rf"(loaded: {name}\w+: 3 blobs, \d+ bytes|failed: {name}missing: .+)", line))
+
+
+def test_on_a_terminal_bars_show_bytes_and_rate_and_go_at_the_end(upstream: ScriptedRegistry, shell: Shell) -> None:
+    status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
+    assert status == 1
+    bars = [part for part in re.split("[\r\n]", written) if "%|" in part]
+    for name in ("in total", *(f"{upstream.host}/team/app:{tag}" for tag in IMAGES)):
+        own = [bar for bar in bars if bar.removeprefix("\x1b[A").startswith(name)]
+        # How much of how much, time taken and left, and the rate.
+        assert any(
+            re.search(r"\d%\|.*\| \d[\d.]*[kM]?/\d[\d.]*M \[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?B/s\]", bar)
+            for bar in own
+        ), (name, own[:20])
+    whole = f"{sum(len(blob.data) for image in IMAGES.values() for blob in image.blobs) / 1e6:.1f}M"
+    assert any(bar.startswith("in total") and f"/{whole} [" in bar for bar in bars)
+    lines = screen(written)
+    assert sum(told(upstream, line) for line in lines) == 4, lines
+    assert "3 loaded, 0 already there, 1 failed" in lines
+    assert "ociregistry: 1 of 4 images could not be loaded" in lines
+    assert not [line for line in lines if "%|" in line]
+    assert blobs_in(shell.store) == digests(*IMAGES.values())
+
+
+def test_on_a_terminal_what_is_there_shows_no_bar(upstream: ScriptedRegistry, shell: Shell) -> None:
+    (shell.folder / "list").write_text(f"{upstream.host}/team/app:one\n")
+    succeeded(shell.run("load", str(shell.folder / "list")))
+    status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
+    assert status == 0
+    assert screen(written) == [
+        f"already there: {upstream.host}/team/app:one",
+        "0 loaded, 1 already there, 0 failed",
+    ]
+
+
+def test_in_a_pipe_there_is_one_line_an_image(upstream: ScriptedRegistry, shell: Shell) -> None:
+    done = shell.piped("load $PWD/list", "| cat")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5
+    assert all(told(upstream, line) for line in lines[:-1]), lines
+    assert lines[-1] == "3 loaded, 0 already there, 1 failed"
+    assert done.stderr == "ociregistry: 1 of 4 images could not be loaded\n"
+    assert "\x1b" not in done.stdout
+    assert "\r" not in done.stdout

@@ -1,0 +1,194 @@
+"""`--preload-images`: the daemon serves at once, and loads what a file names beside that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client import fetch
+from tests.images import MIB, Image, Index, make_image, make_index
+from tests.processes import Daemon, wait_until
+from tests.real.commanding import blobs_in, digests, records_in
+from tests.real.scripted import error_lines, scripted
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+StartDaemon = Callable[..., Daemon]
+
+_SOON = 30.0
+_SEEN = 5.0
+_NEXT_ROUND = 120.0
+
+LISTED: Mapping[str, Image | Index] = {"list": make_index("preload"), "image": make_image("preload/image")}
+BIG = make_image("preload/big", layers=2, layer_size=4 * MIB)
+OTHER = make_image("preload/other")
+
+
+@pytest.fixture
+def imagelist(upstream: ScriptedRegistry, tmp_path: Path) -> Path:
+    """A list of three images."""
+    for tag, image in {**LISTED, "big": BIG}.items():
+        upstream.add("team/app", image, tag)
+    path = tmp_path / "imagelist"
+    path.write_text("".join(f"{upstream.host}/team/app:{tag}\n" for tag in (*LISTED, "big")))
+    return path
+
+
+@pytest.fixture
+def preload(upstream: ScriptedRegistry, imagelist: Path, start_daemon: StartDaemon) -> StartDaemon:
+    """Starts a daemon with that list, and with what else it is told."""
+
+    def start(*options: str, **more: Any) -> Daemon:
+        chosen = ["--preload-images", str(imagelist), "--arch", "amd64", "--os", "linux"]
+        return start_daemon({upstream.host: "http"}, "--no-complete-images", *chosen, *options, **more)
+
+    return start
+
+
+def progress(daemon: Daemon) -> dict[str, int]:
+    """What /health tells of it."""
+    told: dict[str, int] = json.loads(fetch(f"{daemon.url}/health").body)["preload"]
+    return told
+
+
+def wait_loaded(daemon: Daemon, loaded: int, failed: int = 0) -> None:
+    """Return when so many have been loaded, of the list, and so many never will be."""
+    wanted = {"images": loaded + failed, "loaded": loaded, "failed": failed}
+    wait_until(lambda: progress(daemon) == wanted, _SOON, f"{wanted} in /health")
+
+
+def assert_whole(daemon: Daemon, *images: Image | Index) -> None:
+    """The store has the lists, and of them the images for this platform, and no more."""
+    chosen = [image if isinstance(image, Image) else image.images[0] for image in images]
+    assert blobs_in(daemon.image_path) == digests(*chosen)
+    assert records_in(daemon.image_path) == {one.manifest.digest for one in (*images, *chosen)}
+
+
+def test_the_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
+    """Its port is open, and others are served, while a layer is on its way; in the end /health and the log tell."""
+    upstream.add("team/other", OTHER, "v1")
+    hold = Hold(MIB)
+    with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
+        daemon = preload("--concurrent", "3")
+        assert hold.reached.wait(_SOON)
+        assert progress(daemon)["images"] == 3
+        assert progress(daemon)["loaded"] < 3
+        answer = fetch(f"{daemon.url}/v2/team/other/manifests/v1?ns={upstream.host}")
+        assert answer.body == OTHER.manifest.data
+        hold.release.set()
+        wait_loaded(daemon, 3)
+    for tag in (*LISTED, "big"):
+        assert f"preloading: loaded: {upstream.host}/team/app:{tag}: " in daemon.log
+    assert "preloading: 3 loaded, 0 already there, 0 failed, 0 to be tried again" in daemon.log
+    assert error_lines(daemon, 0) == []
+
+
+@pytest.mark.xfail(strict=True, reason="Preloading hears of the images of a round when all of them have ended")
+def test_each_image_is_told_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
+    """In /health and in the log, while another one takes its time."""
+    hold = Hold(MIB)
+    with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
+        daemon = preload("--concurrent", "3")
+        wait_until(lambda: len(blobs_in(daemon.image_path)) == 8, _SOON, "all but that layer")
+        wait_until(lambda: progress(daemon)["loaded"] == 2, _SEEN, "two in /health")
+        for tag in LISTED:
+            assert f"preloading: loaded: {upstream.host}/team/app:{tag}: " in daemon.log
+
+
+def test_what_is_preloaded_is_whole_and_is_not_asked_for_again(
+    upstream: ScriptedRegistry, preload: StartDaemon
+) -> None:
+    """Neither by clients nor at the next start, at which the upstream may be away."""
+    daemon = preload()
+    wait_loaded(daemon, 3)
+    assert_whole(daemon, *LISTED.values(), BIG)
+    asked = len(upstream.requests)
+    for blob in BIG.blobs:
+        assert fetch(f"{daemon.url}/v2/team/app/blobs/{blob.digest}?ns={upstream.host}").body == blob.data
+    daemon.terminate()
+    daemon.start()
+    wait_loaded(daemon, 3)
+    assert len(upstream.requests) == asked
+    assert "preloading: 0 loaded, 3 already there, 0 failed" in daemon.log
+    upstream.close()
+    daemon.terminate()
+    daemon.start()
+    wait_loaded(daemon, 3)
+    assert error_lines(daemon, 0) == []
+
+
+def test_what_cannot_be_loaded_is_told_and_stops_nothing(
+    upstream: ScriptedRegistry, imagelist: Path, preload: StartDaemon
+) -> None:
+    """Bad lines with file and line, what the upstream does not have, and a platform that there is none of."""
+    upstream.add("team/arms", make_index("preload/arms", platforms=("linux/arm64",)), "v1")
+    lines = ["# a comment", "UPPER/case:v1", f"{upstream.host}/team/app:missing", f"{upstream.host}/team/arms:v1"]
+    imagelist.write_text("\n".join([*lines, "team/app:-", imagelist.read_text()]))
+    daemon = preload()
+    wait_loaded(daemon, 3, failed=2)
+    errors = error_lines(daemon, 0)
+    assert len([line for line in errors if f"not preloaded: {imagelist}:2: " in line]) == 1
+    assert len([line for line in errors if f"not preloaded: {imagelist}:5: " in line]) == 1
+    failed = [line for line in errors if "preloading: failed: " in line]
+    assert len(failed) == 2
+    assert f"{upstream.host}/team/app:missing: " in failed[0]
+    assert f"{upstream.host}/team/arms:v1: there is none for linux/amd64, but for linux/arm64" in failed[1]
+    assert fetch(f"{daemon.url}/v2/").status == 200
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "binary", "a folder"])
+def test_a_list_that_is_none_is_an_error_line(imagelist: Path, preload: StartDaemon, what: str) -> None:
+    imagelist.unlink()
+    match what:
+        case "empty":
+            imagelist.touch()
+        case "binary":
+            imagelist.write_bytes(b"\xff\xfe")
+        case "a folder":
+            imagelist.mkdir()
+    daemon = preload()
+    wait_until(lambda: error_lines(daemon, 0), _SOON, "an error line")
+    (line,) = error_lines(daemon, 0)
+    assert str(imagelist) in line
+    assert "preloaded: " in line
+    assert progress(daemon) == {"images": 0, "loaded": 0, "failed": 0}
+    assert fetch(f"{daemon.url}/v2/").status == 200
+
+
+def test_a_daemon_that_is_stopped_while_it_preloads_goes_on_at_the_next_start(
+    upstream: ScriptedRegistry, preload: StartDaemon
+) -> None:
+    """No byte of a layer comes twice."""
+    layer = BIG.layers[0].digest
+    hold = Hold(MIB)
+    with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold):
+        daemon = preload("--concurrent", "3")
+        kept = daemon.image_path / "pulls" / "0" / layer.removeprefix("sha256:")
+        wait_until(lambda: kept.exists() and kept.stat().st_size == MIB, _SOON, "a MiB of it in the store")
+        assert daemon.terminate() in (0, -15)
+    daemon.start()
+    wait_loaded(daemon, 3)
+    assert upstream.bytes_sent(layer) == len(BIG.layers[0].data)
+    assert_whole(daemon, *LISTED.values(), BIG)
+
+
+@pytest.mark.long
+def test_an_upstream_that_is_down_at_the_start_is_asked_again(
+    upstream: ScriptedRegistry, preload: StartDaemon
+) -> None:
+    """Each failure is told once, and all is loaded when the upstream is back; a round is half a minute."""
+    upstream.close()
+    daemon = preload()
+    wait_until(lambda: "3 failed, 3 to be tried again" in daemon.log, _SOON, "a round without success")
+    assert progress(daemon) == {"images": 3, "loaded": 0, "failed": 0}
+    failed = [line for line in error_lines(daemon, 0) if "preloading: failed: " in line]
+    assert len(failed) == 3
+    wait_until(lambda: daemon.log.count("3 to be tried again") == 2, _NEXT_ROUND, "another one")
+    upstream.open()
+    wait_until(lambda: progress(daemon)["loaded"] == 3, _NEXT_ROUND, "all are loaded")
+    assert [line for line in error_lines(daemon, 0) if "preloading: failed: " in line] == failed
+    assert_whole(daemon, *LISTED.values(), BIG)

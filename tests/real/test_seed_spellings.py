@@ -1,0 +1,245 @@
+"""What was typed for the server written in Go, with `twistd -n ociregistry` in front: loading, listing, pruning."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from ociregistry import __version__
+from tests.images import Image, Index, make_image, make_index
+from tests.peers import DockerRegistry, missing_package
+from tests.real.commanding import (
+    Ended,
+    Shell,
+    blobs_in,
+    contents,
+    digests,
+    records_in,
+    shell_in,
+    succeeded,
+)
+
+TYPHA = "docker.io/calico/typha:v3.27.0"
+DASHBOARD = "docker.io/kubernetesui/dashboard:v2.7.0"
+SCRAPER = "docker.io/kubernetesui/metrics-scraper:v1.0.8"
+CURL = "docker.io/curlimages/curl:8.6.0"
+CILIUM = "quay.io/cilium/cilium:v1.15.1"
+PAUSE = "registry.k8s.io/pause:3.8"
+
+IMAGES: Mapping[str, Image | Index] = {
+    TYPHA: make_index("typha"),
+    DASHBOARD: make_index("dashboard", docker=True),
+    SCRAPER: make_index("scraper"),
+    CURL: make_image("curl", docker=True),  # no list
+    CILIUM: make_index("cilium"),
+    PAUSE: make_index("pause"),
+}
+LIST = f"""
+# as people write them
+{TYPHA}
+{DASHBOARD}   # with a comment
+
+kubernetesui/metrics-scraper:v1.0.8
+{CURL}
+\t{CILIUM}
+{PAUSE}
+"""
+HERE = {"TZ": "America/New_York"}
+AGES = {TYPHA: "2024-03-01T22:17:30", DASHBOARD: "2024-03-01T22:17:31", CILIUM: "2023-12-24T18:00:00"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the old spelling of `load` did."""
+
+    shell: Shell
+    registry: DockerRegistry
+    done: Ended
+
+
+def platform_of(url: str, platform: str = "linux/amd64") -> Image:
+    """The image of a platform."""
+    what = IMAGES[url]
+    return what if isinstance(what, Image) else next(one for one in what.images if one.platform == platform)
+
+
+def rows_of(*urls: str) -> dict[str, str]:
+    """The image URLs that a whole image has in the store, and their kinds."""
+    rows = {}
+    for url in urls:
+        what = IMAGES[url]
+        rows[url] = "list" if isinstance(what, Index) else "image"
+        if isinstance(what, Index):
+            rows[f"{url.rpartition(':')[0]}@{platform_of(url).manifest.digest}"] = "image"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    """A store that was loaded as the Go server's documentation says, by mirrors in the house."""
+    if missing_package("docker-registry"):
+        pytest.fail("a peer is missing: apt-get install docker-registry", pytrace=False)
+    folder = tmp_path_factory.mktemp("seed")
+    with DockerRegistry(folder / "registry") as registry:
+        for url, what in IMAGES.items():
+            name, _, tag = url.partition("/")[2].rpartition(":")
+            registry.push(name, what, tag)
+        hosts = sorted({url.partition("/")[0] for url in IMAGES})
+        shell = shell_in(folder, [{"name": host, "mirrors": [registry.url]} for host in hosts])
+        (folder / "imagelist").write_text(LIST)
+        done = shell.piped(
+            "--load-images $PWD/imagelist --arch amd64 --os linux --pull-timeout 60000 --concurrent=50 "
+            "--log-level info"
+        )
+        yield Loaded(shell, registry, done)
+
+
+@pytest.fixture
+def shell(loaded: Loaded, tmp_path: Path) -> Shell:
+    """A store like that one to do with what one likes; three of its images are older."""
+    store = tmp_path / "images"
+    shutil.copytree(loaded.shell.store, store)
+    for url, age in AGES.items():
+        created = datetime.fromisoformat(age).replace(tzinfo=ZoneInfo(HERE["TZ"])).isoformat()
+        for manifest in (IMAGES[url].manifest, platform_of(url).manifest):
+            (path,) = store.glob(f"*/{manifest.digest.removeprefix('sha256:')}")
+            record = json.loads(path.read_text())
+            for dates in record["images"].values():
+                dates["created"] = created
+            path.write_text(json.dumps(record))
+    return replace(loaded.shell, store=store)
+
+
+# Loading
+
+
+def test_load_images_brings_the_lists_and_the_images_of_the_platform(loaded: Loaded) -> None:
+    assert loaded.done.returncode == 0, loaded.done
+    lines = loaded.done.stdout.splitlines()
+    assert lines[-1] == "6 loaded, 0 already there, 0 failed"
+    assert {line.split(": ")[1] for line in lines[:-1]} == set(IMAGES)
+    assert all(line.startswith("loaded: ") for line in lines[:-1])
+    wanted = [platform_of(url) for url in IMAGES]
+    assert blobs_in(loaded.shell.store) == digests(*wanted)
+    assert records_in(loaded.shell.store) == {
+        manifest.digest for url, what in IMAGES.items() for manifest in (what.manifest, platform_of(url).manifest)
+    }
+    assert {url: kind for url, (kind, _) in loaded.shell.listed().items()} == rows_of(*IMAGES)
+
+
+def test_load_images_of_what_is_there_asks_nobody(loaded: Loaded) -> None:
+    asked = len(loaded.registry.requests)
+    before = contents(loaded.shell.store)
+    done = loaded.shell.piped("--load-images=$PWD/imagelist --arch=amd64 --os=linux --concurrent 1")
+    assert succeeded(done).splitlines()[-1] == "0 loaded, 6 already there, 0 failed"
+    assert len(loaded.registry.requests) == asked
+    assert contents(loaded.shell.store) == before
+
+
+def test_load_images_of_another_architecture_adds_just_that(loaded: Loaded, shell: Shell) -> None:
+    (shell.folder / "arms").write_text(f"{TYPHA}\n{DASHBOARD}\n")
+    asked = len(loaded.registry.requests)
+    done = shell.piped("--load-images $PWD/arms --arch arm64 --os linux")
+    assert succeeded(done).splitlines()[-1] == "2 loaded, 0 already there, 0 failed"
+    arms = [platform_of(url, "linux/arm64") for url in (TYPHA, DASHBOARD)]
+    assert blobs_in(shell.store) == digests(*map(platform_of, IMAGES), *arms)
+    # The lists were there.
+    assert len(loaded.registry.requests) == asked + sum(1 + len(arm.blobs) for arm in arms)
+
+
+def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, shell: Shell) -> None:
+    (shell.folder / "one").write_text(f"{TYPHA}\n{PAUSE}\n")
+    done = shell.piped("--load-images $PWD/one --arch s390x --os linux")
+    assert done.returncode == 1
+    for line in done.stdout.splitlines()[:-1]:
+        assert re.fullmatch(r"failed: \S+: there is none for linux/s390x, but for linux/amd64, linux/arm64", line)
+    assert done.stderr == "ociregistry: 2 of 2 images could not be loaded\n"
+
+
+# Listing
+
+
+@pytest.mark.parametrize("blanks", ["", "-b "], ids=["blanks_count", "blanks_do_not"])
+def test_list_cache_goes_through_column_and_sort(shell: Shell, blanks: str) -> None:
+    """The newest come first; where sort counts blanks, as in the locale C, they do so within each kind."""
+    pipe = f"| column -t | sort {blanks}-k3 -r"
+    lines = succeeded(shell.piped("--list-cache", pipe, {**HERE, "LC_ALL": "C"})).splitlines()
+    rows = [line.split() for line in lines]
+    assert {url: kind for url, kind, _ in rows} == rows_of(*IMAGES)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", created) for _, _, created in rows)
+    aged = [(kind, created) for _, kind, created in rows if created in AGES.values()]
+    if blanks:
+        assert [created for _, created in aged] == sorted([*AGES.values(), *AGES.values()], reverse=True)
+        assert [created for _, _, created in rows[-len(aged) :]] == [created for _, created in aged]
+    for kind in ("list", "image"):
+        assert [created for one, created in aged if one == kind] == sorted(AGES.values(), reverse=True)
+    # As column does it: what is in the second column stands at the same place in every line.
+    assert {line.index(f" {kind} ") for line, (_, kind, _) in zip(lines, rows, strict=True)} == {
+        max(len(url) for url, _, _ in rows) + 1
+    }
+
+
+def test_list_cache_goes_through_grep(shell: Shell) -> None:
+    found = succeeded(shell.piped("--list-cache", "| grep calico/typha:v3.27.0", HERE))
+    assert found == f"{TYPHA} list 2024-03-01T22:17:30\n"
+    assert shell.piped("--list-cache", "| grep no-such-image").stdout == ""
+
+
+def test_list_cache_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
+    done = shell.piped("--list-cache", "| true")
+    assert done.stderr == ""
+
+
+# Pruning
+
+PRUNED = [
+    ("--prune kubernetesui/dashboard:v2.7.0", (DASHBOARD,)),
+    ("--prune curl,cilium", (CURL, CILIUM)),
+    ("--prune docker.io", (TYPHA, DASHBOARD, SCRAPER, CURL)),
+    ("--prune-before 2024-03-01T22:17:31", (TYPHA, CILIUM)),
+    ("--prune calico/typha:v3.27.0", (TYPHA,)),
+    ("--prune docker.io --prune-before=2024-03-01T22:17:31", (TYPHA,)),
+]
+
+
+@pytest.mark.parametrize(("spelled", "gone"), PRUNED)
+def test_prune_takes_what_the_dry_run_says(shell: Shell, spelled: str, gone: tuple[str, ...]) -> None:
+    """The URLs that match, the images of the lists with them, and the blobs that nobody else has: no more."""
+    before = contents(shell.store)
+    would = succeeded(shell.piped(f"{spelled} --dry-run", environment=HERE))
+    assert contents(shell.store) == before
+    told = dict(line.split()[2:4] for line in would.splitlines()[:-1])
+    assert told == rows_of(*gone)
+    did = succeeded(shell.piped(spelled, environment=HERE))
+    for was, now in (("would prune", "pruned"), ("would go", "went"), ("would become free", "are free again")):
+        would = would.replace(was, now)
+    assert did == would
+    stay = [url for url in IMAGES if url not in gone]
+    assert {url: kind for url, (kind, _) in shell.listed().items()} == rows_of(*stay)
+    assert blobs_in(shell.store) == digests(*map(platform_of, stay))
+    freed = sum(len(data) for _, _, data in before.values()) - sum(
+        len(data) for _, _, data in contents(shell.store).values()
+    )
+    assert f", {freed} bytes (" in did
+    assert succeeded(shell.run("verify")).endswith(" 0 damaged\n")
+
+
+def test_prune_of_nothing_changes_nothing(shell: Shell) -> None:
+    before = contents(shell.store)
+    done = succeeded(shell.piped("--prune no-such-image"))
+    assert done == "0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again\n"
+    assert {path: of for path, of in contents(shell.store).items() if not path.startswith("pulls")} == {
+        path: of for path, of in before.items() if not path.startswith("pulls")
+    }
+
+
+def test_version(shell: Shell) -> None:
+    assert succeeded(shell.piped("--version")) == f"ociregistry {__version__}\n"

@@ -1,0 +1,81 @@
+"""Command lines in the process of the tests: which command they make, what it says, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ociregistry.commands.containerd_config import ContainerdConfig
+from ociregistry.commands.export import Export
+from ociregistry.commands.list import List
+from ociregistry.commands.load import Load
+from ociregistry.commands.options import Command
+from ociregistry.commands.prune import Prune
+from ociregistry.commands.verify import Verify
+from ociregistry.settings import Settings
+from ociregistry.tap import Options
+
+
+@dataclass(frozen=True)
+class Said:
+    """With what status a command line ended, and what it printed."""
+
+    status: object
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """What went to stdout."""
+        return self.out.splitlines()
+
+
+def run(capfd: pytest.CaptureFixture[str], *argv: object) -> Said:
+    """Runs a command to its end."""
+    with pytest.raises(SystemExit) as ended:
+        Options().parseOptions([str(word) for word in argv])
+    return Said(ended.value.code, *capfd.readouterr())
+
+
+def mistake(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
+    """What is said of a command line that is a mistake: one line, and exit status 2."""
+    said = run(capfd, *argv)
+    assert (said.status, said.out) == (2, "")
+    (line,) = said.err.splitlines()
+    assert line.startswith("ociregistry: ")
+    return line
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command that would have run."""
+
+    command: Command
+    settings: Settings
+
+
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
+    """From now on commands that read or change files only say that they would run."""
+    ran: list[Ran] = []
+
+    def only_noted(command: Command, settings: Settings) -> int:
+        ran.append(Ran(command, settings))
+        return 0
+
+    commands: Sequence[type[Command]] = (Load, List, Prune, Verify, Export, ContainerdConfig)
+    for command in commands:
+        monkeypatch.setattr(command, "run", only_noted)
+    return ran
+
+
+def snapshot(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file and folder below `root`: its inode, when it was changed, and what it holds."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        data = path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(root))] = (status.st_ino, status.st_ctime_ns, data)
+    return found

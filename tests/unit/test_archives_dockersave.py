@@ -1,0 +1,202 @@
+"""What docker save writes: a manifest is made for each image, and its parts are verified."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.manifests import OCI_MANIFEST
+from tests.images import Image, digest_of, make_image
+from tests.unit.archive_files import NAME, Files, contents, docker_saved, hex_of, to_json, write_folder, write_tar
+
+BASE = make_image("base")
+IMAGE = make_image("image", base=BASE)
+CONFIG = f"{hex_of(IMAGE.config.digest)}.json"
+
+
+def invalid(path: Path) -> str:
+    """Why the archive is refused."""
+    with pytest.raises(ArchiveInvalid) as caught:
+        contents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def made(path: Path) -> dict[str, Any]:
+    """The one manifest that was made."""
+    (manifest,) = contents(path).manifests.values()
+    assert manifest.media_type == OCI_MANIFEST
+    document: dict[str, Any] = json.loads(manifest.data)
+    return document
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+def test_the_manifest_that_is_made(tmp_path: Path, packed: bool, write: Callable[[Path, Files], Path]) -> None:
+    path = write(tmp_path / "archive", docker_saved(IMAGE, "nginx:1.25", packed=packed))
+    layers = [layer.data if packed else gzip.decompress(layer.data) for layer in IMAGE.layers]
+    suffix = "+gzip" if packed else ""
+    assert made(path) == {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": IMAGE.config.digest,
+            "size": len(IMAGE.config.data),
+        },
+        "layers": [
+            {
+                "mediaType": f"application/vnd.oci.image.layer.v1.tar{suffix}",
+                "digest": digest_of(layer),
+                "size": len(layer),
+            }
+            for layer in layers
+        ],
+    }
+    found = contents(path)
+    (image,) = found.images
+    assert str(image.image) == NAME
+    assert image.dates is None
+    assert "digest is not the registry's" in image.notes[0]
+    assert {digest: member.size for digest, member in found.blobs.items()} == {
+        IMAGE.config.digest: len(IMAGE.config.data),
+        **{digest_of(layer): len(layer) for layer in layers},
+    }
+
+
+def test_it_is_always_the_same(tmp_path: Path) -> None:
+    files = docker_saved(IMAGE, "nginx:1.25")
+    one = contents(write_tar(tmp_path / "a.tar", files))
+    other = contents(write_tar(tmp_path / "b.tar", dict(reversed(files.items())), "gz"))
+    assert one.manifests == other.manifests
+
+
+def test_several_names_and_images(tmp_path: Path) -> None:
+    one, other = (docker_saved(image, *tags) for image, tags in ((IMAGE, ["a:1", "quay.io/b:2"]), (BASE, ["base:1"])))
+    index = json.loads(one["manifest.json"]) + json.loads(other["manifest.json"])
+    found = contents(write_tar(tmp_path / "a.tar", {**other, **one, "manifest.json": to_json(index)}))
+    names = [str(image.image) for image in found.images]
+    assert names == ["docker.io/library/a:1", "quay.io/b:2", "docker.io/library/base:1"]
+    assert len({image.manifest for image in found.images}) == 2
+
+
+def test_repeated_layers_are_links(tmp_path: Path) -> None:
+    files = docker_saved(IMAGE, "nginx:1.25")
+    first, second, *_ = (name for name in files if name.endswith("layer.tar"))
+    kept = {name: data for name, data in files.items() if name != second}
+    moved = {**kept, "x/layer.tar": files[second]}
+    path = write_tar(tmp_path / "a.tar", moved, links={second: (tarfile.SYMTYPE, "../x/layer.tar")})
+    assert made(path) == made(write_tar(tmp_path / "b.tar", files))
+    assert invalid(write_tar(tmp_path / "c.tar", kept, links={second: (tarfile.SYMTYPE, f"../{first}")})).endswith(
+        f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][1]}: {first}"
+    )
+
+
+@pytest.mark.parametrize("target", ["../../x/layer.tar", "/x/layer.tar", "layer.tar"])
+def test_a_link_that_leads_out(tmp_path: Path, target: str) -> None:
+    files = docker_saved(IMAGE, "nginx:1.25")
+    layer = next(name for name in files if name.endswith("layer.tar"))
+    kept = {name: data for name, data in files.items() if name != layer}
+    path = write_tar(tmp_path / "a.tar", kept, links={layer: (tarfile.SYMTYPE, target)})
+    assert invalid(path) == f"it names {layer!r}, which is not there: manifest.json"
+
+
+@pytest.mark.parametrize("missing", [CONFIG, f"{0:064x}/layer.tar"])
+def test_what_is_missing(tmp_path: Path, missing: str) -> None:
+    files = {name: data for name, data in docker_saved(IMAGE, NAME).items() if name != missing}
+    assert invalid(write_tar(tmp_path / "a.tar", files)) == f"it names {missing!r}, which is not there: manifest.json"
+
+
+def test_no_name(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", docker_saved(IMAGE))
+    (failure,) = contents(path).failed
+    assert failure.name == f"{path}: {IMAGE.config.digest}"
+    assert "docker save" in failure.why
+
+
+def test_a_config_that_has_not_its_digest(tmp_path: Path) -> None:
+    files = {**docker_saved(IMAGE, NAME), CONFIG: IMAGE.config.data + b" "}
+    assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(
+        f"it does not have the digest {IMAGE.config.digest}: {CONFIG}"
+    )
+
+
+def test_a_config_of_any_name(tmp_path: Path) -> None:
+    files = docker_saved(IMAGE, NAME)
+    index = json.loads(files["manifest.json"])
+    index[0]["Config"] = "config.json"
+    files |= {"config.json": files.pop(CONFIG), "manifest.json": to_json(index)}
+    assert made(write_tar(tmp_path / "a.tar", files))["config"]["digest"] == IMAGE.config.digest
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_that_is_not_the_configs(tmp_path: Path, packed: bool) -> None:
+    files = docker_saved(IMAGE, NAME, packed=packed)
+    name = f"{2:064x}/layer.tar"
+    changed = gzip.compress(gzip.decompress(files[name]) + b"x") if packed else files[name] + b"x"
+    told = invalid(write_tar(tmp_path / "a.tar", {**files, name: changed}))
+    assert told == f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][2]}: {name}"
+
+
+def test_a_layer_that_is_cut_off(tmp_path: Path) -> None:
+    files = docker_saved(IMAGE, NAME, packed=True)
+    name = f"{2:064x}/layer.tar"
+    told = invalid(write_tar(tmp_path / "a.tar", {**files, name: files[name][:-100]}))
+    assert told.startswith("it is cut off")
+    assert told.endswith(name)
+
+
+def test_a_layer_of_several_gzip_members(tmp_path: Path) -> None:
+    files = docker_saved(IMAGE, NAME, packed=True)
+    name = f"{2:064x}/layer.tar"
+    tar = gzip.decompress(files[name])
+    two = gzip.compress(tar[:700]) + gzip.compress(tar[700:])
+    assert made(write_tar(tmp_path / "a.tar", {**files, name: two}))["layers"][2]["digest"] == digest_of(two)
+
+
+def changed(image: Image, **changes: object) -> Files:
+    """The archive, with its index changed."""
+    files = docker_saved(image, NAME)
+    (entry,) = json.loads(files["manifest.json"])
+    return {**files, "manifest.json": to_json([{**entry, **changes}])}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"manifest.json": b"{"},
+        {"manifest.json": b"{}"},
+        {"manifest.json": b"[1]"},
+        {"manifest.json": b"[" * 100_000},
+        {"manifest.json": b" " * (8 * 1024 * 1024 + 1)},
+        changed(IMAGE, Config=1),
+        changed(IMAGE, Layers="x"),
+        changed(IMAGE, Layers=[1]),
+        changed(IMAGE, RepoTags="x"),
+        changed(IMAGE, RepoTags=[1]),
+        changed(IMAGE, Config="../config.json"),
+        changed(IMAGE, Layers=["../../etc/passwd"]),
+        changed(IMAGE, Layers=["/etc/passwd"]),
+    ],
+)
+def test_an_index_that_is_none(tmp_path: Path, files: Files) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": manifest.json")
+
+
+@pytest.mark.parametrize("layers", [[], [f"{0:064x}/layer.tar"]])
+def test_another_number_of_layers(tmp_path: Path, layers: list[str]) -> None:
+    told = invalid(write_tar(tmp_path / "a.tar", changed(IMAGE, Layers=layers)))
+    assert told == f"it names 4 layers, but there are {len(layers)}: {CONFIG}"
+
+
+@pytest.mark.parametrize("config", [b"{}", b"[]", b"{", b'{"rootfs": {"diff_ids": "x"}}'])
+def test_a_config_that_is_none(tmp_path: Path, config: bytes) -> None:
+    files = {**changed(IMAGE, Config="config.json"), "config.json": config}
+    assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": config.json")

@@ -1,0 +1,243 @@
+"""Image folders: our own store's and the Go server's, as folders and as tars."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
+from ociregistry.store.records import Dates
+from tests.images import Manifest, digest_of, make_image, make_index
+from tests.unit.archive_files import (
+    NAME,
+    Files,
+    contents,
+    hex_of,
+    holder,
+    image_blobs,
+    kept,
+    to_json,
+    write_folder,
+    write_tar,
+)
+
+IMAGE, OTHER = make_image("folder"), make_image("other")
+INDEX = make_index("folder")
+DAY = datetime(2026, 1, 1, tzinfo=UTC)
+DATES = Dates(DAY, DAY + timedelta(days=1))
+LATER = Dates(DAY, DAY + timedelta(days=2))
+TYPHA = "docker.io/calico/typha:v3.27.0"
+RECORD = f"img/{hex_of(IMAGE.manifest.digest)}"
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """It is an hour later there."""
+    monkeypatch.setenv("TZ", "CET-1")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def meanings(path: Path) -> dict[str, tuple[str, Dates | None]]:
+    """What each image name means, and since when."""
+    return {str(one.image): (one.manifest, one.dates) for one in contents(path).images}
+
+
+def invalid(path: Path) -> str:
+    """Why the archive is refused."""
+    with pytest.raises(ArchiveInvalid) as caught:
+        contents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+def one_holder(of: Manifest, url: str = TYPHA, folder: str = "img", **changes: Any) -> dict[str, bytes]:
+    """An image folder with one file of the Go server's."""
+    return {f"{folder}/{hex_of(of.digest)}": holder(of, url, **changes)}
+
+
+def without_media_type(of: Manifest) -> Manifest:
+    """The same manifest, that does not say what it is."""
+    data = to_json({key: value for key, value in json.loads(of.data).items() if key != "mediaType"})
+    return Manifest(digest_of(data), data, of.media_type)
+
+
+# Our own
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+def test_our_own_store(tmp_path: Path, write: Callable[[Path, Files], Path]) -> None:
+    child = INDEX.images[0]
+    files = {
+        f"fat/{hex_of(INDEX.manifest.digest)}": kept(INDEX, {NAME: DATES}),
+        f"img/{hex_of(child.manifest.digest)}": kept(child, {f"localhost/x@{child.manifest.digest}": LATER}),
+        RECORD: kept(IMAGE, {"registry/app:1": DATES, "quay.io/app:1": LATER}),
+        **image_blobs(child, IMAGE),
+        "pulls/0/lock": b"",
+        f"pulls/0/{hex_of(IMAGE.config.digest)}": b"half",
+        f".syncthing.{RECORD}.tmp": b"{",
+        "img/.syncthing.x.tmp": b"{",
+    }
+    path = write(tmp_path / "archive", files)
+    assert meanings(path) == {
+        NAME: (INDEX.manifest.digest, DATES),
+        f"localhost/x@{child.manifest.digest}": (child.manifest.digest, LATER),
+        "registry/app:1": (IMAGE.manifest.digest, DATES),
+        "quay.io/app:1": (IMAGE.manifest.digest, LATER),
+    }
+    found = contents(path)
+    assert set(found.manifests) == {one.manifest.digest for one in (INDEX, child, IMAGE)}
+    assert set(found.blobs) == {blob.digest for blob in (*child.blobs, *IMAGE.blobs)}
+
+
+def test_of_two_records_of_one_tag_the_newer_has_it(tmp_path: Path) -> None:
+    files = {
+        RECORD: kept(IMAGE, {NAME: DATES}),
+        f"img/{hex_of(OTHER.manifest.digest)}": kept(OTHER, {NAME: LATER}),
+    }
+    assert meanings(write_tar(tmp_path / "a.tar", files)) == {
+        NAME: (OTHER.manifest.digest, LATER),
+        f"docker.io/library/nginx@{IMAGE.manifest.digest}": (IMAGE.manifest.digest, DATES),
+    }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        to_json({"images": {}}),
+        kept(IMAGE, {NAME: DATES})[:-300],
+        kept(IMAGE, {NAME: DATES}).replace(b"layers", b"Layers"),
+        kept(IMAGE, {NAME: DATES}).replace(b"2026-01-01T", b"2026-13-01T"),
+        kept(IMAGE, {NAME: DATES}).replace(b"docker.io/library/nginx:1.25", b"../nginx:1.25"),
+        kept(OTHER, {NAME: DATES}),
+        b"[" * 100_000,
+        b" " * (8 * 1024 * 1024 + 1),
+    ],
+)
+def test_what_is_no_record(tmp_path: Path, data: bytes) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", {RECORD: data})).endswith(f": {RECORD}")
+
+
+# The Go server's
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+@pytest.mark.parametrize(("lists", "images"), [("fat", "img"), ("img", "lts"), ("lts", "img")])
+@pytest.mark.usefixtures("berlin")
+def test_the_go_servers_folder(tmp_path: Path, write: Callable[[Path, Files], Path], lists: str, images: str) -> None:
+    child = INDEX.images[0]
+    by_digest = f"docker.io/calico/typha@{child.manifest.digest}"
+    files = {
+        **one_holder(INDEX.manifest, folder=lists),
+        **one_holder(child.manifest, by_digest, folder=images, digest=child.manifest.digest),
+        **image_blobs(child),
+    }
+    path = write(tmp_path / "archive", files)
+    created = datetime(2024, 3, 1, 21, 17, 30, tzinfo=UTC)
+    dates = Dates(created, created)
+    assert meanings(path) == {
+        TYPHA: (INDEX.manifest.digest, dates),
+        by_digest: (child.manifest.digest, dates),
+    }
+    assert set(contents(path).blobs) == {blob.digest for blob in child.blobs}
+
+
+@pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", 5])
+def test_no_date(tmp_path: Path, created: object) -> None:
+    path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, created=created))
+    (dates,) = (dates for _, dates in meanings(path).values())
+    assert dates is None
+
+
+FILLED = {"schemaVersion": 2, "mediaType": ""}
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "media_type"),
+    [
+        (make_image(1).manifest, {"type": 0}, OCI_MANIFEST),
+        (make_image(1, docker=True).manifest, {"type": 99}, DOCKER_MANIFEST),
+        (make_index(1).manifest, {"type": None}, OCI_INDEX),
+        (make_index(1, docker=True).manifest, {"type": "x"}, DOCKER_LIST),
+        (without_media_type(make_image(1).manifest), {}, OCI_MANIFEST),
+        (without_media_type(make_index(1).manifest), {}, OCI_INDEX),
+        (without_media_type(make_image(1).manifest), {"mediaType": DOCKER_MANIFEST}, DOCKER_MANIFEST),
+        (without_media_type(make_image(1).manifest), {"v2.docker.manifest": FILLED}, DOCKER_MANIFEST),
+        (without_media_type(make_image(1).manifest), {"v2.docker.Manifest": FILLED}, DOCKER_MANIFEST),
+        (without_media_type(make_index(1).manifest), {"v2.docker.manifestList": FILLED}, DOCKER_LIST),
+        (without_media_type(make_image(1).manifest), {"v1.oci.manifest": FILLED}, OCI_MANIFEST),
+    ],
+)
+def test_the_media_type_is_not_what_the_number_says(
+    tmp_path: Path, of: Manifest, changes: dict[str, Any], media_type: str
+) -> None:
+    (manifest,) = contents(write_tar(tmp_path / "a.tar", one_holder(of, **changes))).manifests.values()
+    assert (manifest.media_type, manifest.data) == (media_type, of.data)
+
+
+@pytest.mark.parametrize("without", [None, ""])
+def test_an_old_version_kept_no_bytes(tmp_path: Path, without: object) -> None:
+    files = {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, bytes=without)}
+    path = write_tar(tmp_path / "a.tar", files)
+    assert set(meanings(path)) == {NAME}
+    (failure,) = contents(path).failed
+    assert failure.name == TYPHA
+    assert "old version" in failure.why
+
+
+def test_a_name_is_told_in_one_line(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, "docker.io/x\n\x1b:1"))
+    assert [failure.name for failure in contents(path).failed] == [r"docker.io/x\n\x1b:1"]
+
+
+@pytest.mark.parametrize("url", ["docker.io/calico/typha", "", "docker.io/../x:1"])
+def test_a_name_that_is_none(tmp_path: Path, url: str) -> None:
+    path = write_tar(tmp_path / "a.tar", {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, url)})
+    assert set(meanings(path)) == {NAME}
+    assert [failure.name for failure in contents(path).failed] == [url]
+
+
+def test_a_tag_of_two_images_without_dates(tmp_path: Path) -> None:
+    files = {**one_holder(OTHER.manifest, created=""), **one_holder(IMAGE.manifest)}
+    assert [failure.name for failure in contents(write_tar(tmp_path / "a.tar", files)).failed] == [TYPHA]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bytes": "not base64!"},
+        {"bytes": "AAAA"},
+        {"bytes": "W10="},
+        {"bytes": "e30="},
+        {"digest": hex_of(OTHER.manifest.digest)},
+        {"digest": OTHER.manifest.digest},
+        {"digest": 5},
+    ],
+)
+def test_a_file_that_lies(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, **changes))).endswith(f": {RECORD}")
+
+
+def test_the_bytes_of_another_manifest(tmp_path: Path) -> None:
+    told = invalid(write_tar(tmp_path / "a.tar", {RECORD: holder(OTHER.manifest, TYPHA, digest="")}))
+    assert (
+        told == f"no manifest that can be served: the bytes do not have the digest {IMAGE.manifest.digest}: {RECORD}"
+    )
+
+
+def test_both_kinds_in_one_folder(tmp_path: Path) -> None:
+    files = {RECORD: kept(IMAGE, {NAME: DATES}), **one_holder(OTHER.manifest)}
+    assert set(meanings(write_tar(tmp_path / "a.tar", files))) == {NAME, TYPHA}

@@ -1,0 +1,451 @@
+"""What an archive holds comes into the store whole, or nothing has changed."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+
+from ociregistry.archives.failures import ArchiveInvalid, LoadFailed
+from ociregistry.names import Digest
+from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.records import Dates
+from ociregistry.store.store import Store
+from tests.images import Image, Index, make_image, make_index
+from tests.unit.archive_files import (
+    IMAGE_NAME,
+    NAME,
+    blob_name,
+    docker_saved,
+    files_below,
+    hex_of,
+    holder,
+    image_blobs,
+    kept,
+    layout,
+    load,
+    named,
+    opened,
+    parts,
+    write_folder,
+    write_tar,
+)
+from tests.unit.doubles import image, manifest, on_reactor, record, turn, until
+
+IMAGE = make_image("image", layer_size=300_000)
+UPPER = make_image("upper", layers=1, base=IMAGE)
+OTHER = make_image("other", layer_size=2_500_000)
+INDEX = make_index("index")
+APP = "quay.io/team/app:1"
+DAY = datetime(2026, 1, 1, tzinfo=UTC)
+DATES = Dates(DAY, DAY + timedelta(days=1))
+SIZE = sum(len(blob.data) for blob in IMAGE.blobs)
+
+
+class Told:
+    """Progress that is kept."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[str, int]] = []
+        self.brought: dict[str, int] = {}
+        self.outcomes: list[Outcome] = []
+
+    def expect(self, name: str, size: int) -> None:
+        """So many bytes."""
+        self.expected.append((name, size))
+
+    def came(self, name: str, count: int) -> None:
+        """So many more."""
+        self.brought[name] = self.brought.get(name, 0) + count
+
+    def ended(self, outcome: Outcome) -> None:
+        """So it ended."""
+        self.outcomes.append(outcome)
+
+
+async def holds(store: Store, *images: Image | Index) -> bool:
+    """Whether the store has all manifests and all blobs."""
+    for one in images:
+        for blob in one.blobs:
+            if not await store.holds(Digest(blob.digest), len(blob.data)):
+                return False
+            found = await store.blob(Digest(blob.digest))
+            assert found is not None
+            found.close()
+        for part in one.manifests:
+            found_manifest = await store.manifest(image(f"any.example/x@{part.digest}"))
+            if found_manifest is None or found_manifest.data != part.data:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("compression", ["", "gz", "xz"])
+@pytest.mark.parametrize("what", [IMAGE, INDEX, make_image("docker", docker=True)])
+@on_reactor
+async def test_an_image_is_loaded_and_then_there(
+    store: Store, tmp_path: Path, what: Image | Index, compression: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", named(what), compression)
+    size = sum(len(blob.data) for blob in what.blobs)
+    assert await load(store, path) == [Outcome(NAME, Ended.LOADED, blobs=len(what.blobs), bytes=size)]
+    assert await store.manifest(image(NAME)) == manifest(what)
+    assert await holds(store, what)
+    assert await load(store, path) == [Outcome(NAME, Ended.THERE)]
+
+
+@on_reactor
+async def test_every_format(store: Store, tmp_path: Path) -> None:
+    ours = {
+        f"img/{hex_of(IMAGE.manifest.digest)}": kept(IMAGE, {NAME: DATES}),
+        **image_blobs(IMAGE),
+    }
+    gos = {
+        f"fat/{hex_of(INDEX.manifest.digest)}": holder(INDEX.manifest, APP),
+        **{f"img/{hex_of(one.manifest.digest)}": holder(one.manifest, f"quay.io/x@{one.manifest.digest}")
+           for one in INDEX.images},
+        **image_blobs(INDEX),
+    }  # fmt: skip
+    for files in (ours, gos, docker_saved(OTHER, "saved:1"), named(UPPER, "upper:1")):
+        for outcome in await load(store, write_folder(tmp_path / str(len(files)), files)):
+            assert outcome.ended is Ended.LOADED, outcome
+    assert await holds(store, IMAGE, INDEX, UPPER)
+    assert await store.manifest(image(NAME)) == manifest(IMAGE)
+    assert await store.manifest(image(APP)) == manifest(INDEX)
+    saved = await store.manifest(image("saved:1"))
+    assert saved is not None
+    assert await store.missing(saved.digest) == {}
+    assert saved.blobs[1].digest == Digest.of(gzip.decompress(OTHER.layers[0].data))
+
+
+@on_reactor
+async def test_a_restart_finds_it(store: Store, open_store: Callable[[], Store], tmp_path: Path) -> None:
+    await load(store, write_tar(tmp_path / "a.tar", named(INDEX)))
+    again = open_store()
+    assert await again.manifest(image(NAME)) == manifest(INDEX)
+    for one in INDEX.images:
+        assert await again.missing(Digest(one.manifest.digest)) == {}
+
+
+@on_reactor
+async def test_what_the_store_holds_is_not_brought_again(store: Store, root: Path, tmp_path: Path) -> None:
+    told = Told()
+    files = layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}))
+    await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
+    before = {name: (root / name).stat().st_ino for name in files_below(root) if name.startswith("blobs/")}
+    outcomes = await load(store, write_tar(tmp_path / "b.tar", files), told)
+    size = len(UPPER.config.data) + len(UPPER.layers[-1].data)
+    assert outcomes == [Outcome(APP, Ended.LOADED, blobs=2, bytes=size), Outcome(NAME, Ended.THERE)]
+    assert (told.expected, told.brought, told.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
+    assert {name: (root / name).stat().st_ino for name in before} == before
+
+
+@on_reactor
+async def test_a_blob_of_two_images_is_brought_once(store: Store, tmp_path: Path) -> None:
+    told = Told()
+    files = layout((IMAGE, {IMAGE_NAME: NAME}), (UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: "x:2"}))
+    await load(store, write_tar(tmp_path / "a.tar", files), told)
+    assert told.brought == dict(told.expected[:2])
+    assert [outcome.blobs for outcome in told.outcomes] == [3, 2, 0]
+    assert [outcome.ended for outcome in told.outcomes] == [Ended.LOADED] * 3
+    assert await holds(store, IMAGE, UPPER)
+
+
+@on_reactor
+async def test_a_tag_moves(store: Store, tmp_path: Path) -> None:
+    await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
+    (outcome,) = await load(store, write_tar(tmp_path / "b.tar", named(IMAGE)))
+    assert outcome.ended is Ended.LOADED
+    assert await store.manifest(image(NAME)) == manifest(IMAGE)
+    (outcome,) = await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
+    assert outcome == Outcome(NAME, Ended.LOADED)
+    assert await store.manifest(image(NAME)) == manifest(OTHER)
+
+
+@on_reactor
+async def test_an_old_export_does_not_roll_a_tag_back(store: Store, tmp_path: Path) -> None:
+    await store.keep(manifest(OTHER), image(NAME), Dates(DAY, DAY + timedelta(days=5)))
+    annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
+                   "ociregistry.confirmed": "2026-01-03T00:00:00Z"}  # fmt: skip
+    (outcome,) = await load(store, write_tar(tmp_path / "a.tar", layout((IMAGE, annotations))))
+    assert outcome.ended is Ended.LOADED
+    assert outcome.notes == (f"the name still means {OTHER.manifest.digest}, which was confirmed later",)
+    assert await store.manifest(image(NAME)) == manifest(OTHER)
+    assert await holds(store, IMAGE)
+
+
+@on_reactor
+async def test_the_dates_are_merged(store: Store, root: Path, tmp_path: Path) -> None:
+    await store.keep(manifest(IMAGE), image(NAME), DATES)
+    annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
+                   "ociregistry.confirmed": "2026-01-03T00:00:00Z"}  # fmt: skip
+    await load(store, write_tar(tmp_path / "a.tar", layout((IMAGE, annotations))))
+    text = record(root, manifest(IMAGE).digest).read_text()
+    assert '"created": "2025-01-01T00:00:00.000000Z"' in text
+    assert '"confirmed": "2026-01-03T00:00:00.000000Z"' in text
+
+
+@on_reactor
+async def test_the_inner_images_have_the_dates_of_their_list(store: Store, root: Path, tmp_path: Path) -> None:
+    annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
+                   "ociregistry.confirmed": "2025-01-03T00:00:00Z"}  # fmt: skip
+    await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, annotations))))
+    for one in INDEX.images:
+        text = record(root, manifest(one).digest).read_text()
+        assert f'"docker.io/library/nginx@{one.manifest.digest}"' in text
+        assert '"confirmed": "2025-01-03T00:00:00.000000Z"' in text
+
+
+@on_reactor
+async def test_what_lacks_blobs_fails_and_the_rest_is_loaded(store: Store, tmp_path: Path) -> None:
+    told = Told()
+    sparse = [UPPER.layers[-1].digest]
+    path = write_tar(
+        tmp_path / "a.tar", layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}), sparse=sparse)
+    )
+    failed, loaded = await load(store, path, told)
+    assert (failed.name, failed.ended) == (APP, Ended.FAILED)
+    assert failed.why.startswith(f"1 blobs, {len(UPPER.layers[-1].data)} bytes, are neither in the archive nor in")
+    assert "--since" in failed.why
+    assert loaded == Outcome(NAME, Ended.LOADED, blobs=3, bytes=SIZE)
+    assert told.outcomes == [failed, loaded]
+    assert await store.manifest(image(APP)) is None
+    assert not await store.holds(Digest(UPPER.config.digest), len(UPPER.config.data))
+
+
+@on_reactor
+async def test_a_list_of_which_an_image_lacks_blobs_fails(store: Store, root: Path, tmp_path: Path) -> None:
+    before = files_below(root)
+    sparse = [INDEX.images[1].layers[0].digest]
+    (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
+    assert failed.ended is Ended.FAILED
+    assert files_below(root) == before
+
+
+@on_reactor
+async def test_a_list_of_which_nothing_is_there_fails(store: Store, root: Path, tmp_path: Path) -> None:
+    before = files_below(root)
+    sparse = [one.manifest.digest for one in INDEX.images]
+    (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
+    assert failed == Outcome(NAME, Ended.FAILED, "the archive has none of the images that it lists")
+    assert files_below(root) == before
+
+
+@on_reactor
+async def test_a_list_with_one_platform_is_loaded(store: Store, tmp_path: Path) -> None:
+    one, other = INDEX.images
+    sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]
+    path = write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse))
+    (loaded,) = await load(store, path)
+    assert loaded.ended is Ended.LOADED
+    assert await store.manifest(image(NAME)) == manifest(INDEX)
+    assert await holds(store, one)
+    assert await load(store, path) == [Outcome(NAME, Ended.THERE)]
+
+
+@on_reactor
+async def test_a_list_is_not_there_without_its_images(
+    store: Store, open_store: Callable[[], Store], root: Path, tmp_path: Path
+) -> None:
+    path = write_tar(tmp_path / "a.tar", named(INDEX))
+    await load(store, path)
+    record(root, manifest(INDEX.images[0]).digest).unlink()
+    assert await load(open_store(), path) == [Outcome(NAME, Ended.LOADED)]
+    assert await load(open_store(), path) == [Outcome(NAME, Ended.THERE)]
+
+
+@on_reactor
+async def test_a_known_image_under_another_name_is_loaded(store: Store, tmp_path: Path) -> None:
+    await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
+    path = write_tar(tmp_path / "b.tar", named(IMAGE, APP))
+    assert await load(store, path) == [Outcome(APP, Ended.LOADED)]
+    assert await load(store, path) == [Outcome(APP, Ended.THERE)]
+
+
+# Nothing changes
+
+
+def lying() -> dict[str, dict[str, bytes]]:
+    """Archives with one thing that is wrong, behind much that is right."""
+    files = layout((OTHER, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))
+    last = max(blob_name(blob.digest) for blob in (*OTHER.blobs, *IMAGE.blobs))
+    wrong = bytes([files[last][0] ^ 1]) + files[last][1:]
+    image_folder = {
+        f"img/{hex_of(OTHER.manifest.digest)}": kept(OTHER, {NAME: DATES}),
+        f"img/{hex_of(IMAGE.manifest.digest)}": holder(IMAGE.manifest, APP),
+        **image_blobs(OTHER, IMAGE),
+    }
+    blob = f"blobs/{hex_of(IMAGE.layers[1].digest)}"
+    return {
+        "digest": {**files, last: wrong},
+        "longer": {**files, last: files[last] + b"x"},
+        "shorter": {**files, last: files[last][:-1]},
+        "image folder's digest": {**image_folder, blob: bytes(len(image_folder[blob]))},
+        "image folder's size": {**image_folder, blob: b""},
+    }
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+@pytest.mark.parametrize("what", list(lying()))
+@on_reactor
+async def test_an_archive_that_lies_changes_nothing(
+    store: Store, root: Path, tmp_path: Path, what: str, write: Callable[..., Path]
+) -> None:
+    await load(store, write_tar(tmp_path / "first.tar", named(INDEX)))
+    before = files_below(root)
+    path = write(tmp_path / "archive", lying()[what])
+    with pytest.raises(ArchiveInvalid, match=f"^{path}: it (has|does not have|ends)[^\n]*: blobs/"):
+        await load(store, path)
+    assert files_below(root) == before
+    assert len(os.listdir("/proc/self/fd")) < 60
+
+
+@pytest.mark.parametrize("compression", ["", "gz"])
+@on_reactor
+async def test_a_tar_that_is_cut_off_changes_nothing(
+    store: Store, root: Path, tmp_path: Path, compression: str
+) -> None:
+    path = write_tar(tmp_path / "a.tar", named(IMAGE), compression)
+    data = path.read_bytes()
+    before = files_below(root)
+    for length in (700, len(data) // 3, len(data) // 2, len(data) - 12_000):
+        path.write_bytes(data[:length])
+        with pytest.raises(ArchiveInvalid):
+            await load(store, path)
+        assert files_below(root) == before
+
+
+@on_reactor
+async def test_a_tar_that_shrinks_meanwhile_changes_nothing(store: Store, root: Path, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", named(OTHER))
+    before = files_below(root)
+
+    class Cutting(Told):
+        def came(self, name: str, count: int) -> None:
+            os.truncate(path, 10_000)
+
+    with pytest.raises(ArchiveInvalid, match="it ends too early"):
+        await load(store, path, Cutting())
+    assert files_below(root) == before
+
+
+@on_reactor
+async def test_nothing_is_left_when_it_is_cancelled(store: Store, root: Path, tmp_path: Path) -> None:
+    before = files_below(root)
+    path = write_tar(tmp_path / "a.tar", named(OTHER))
+
+    told = Told()
+    loading = Deferred.fromCoroutine(load(store, path, told))
+    await until(lambda: told.brought)
+    assert files_below(root) != before
+    loading.cancel()
+    with pytest.raises(CancelledError):
+        await loading
+    assert files_below(root) == before
+
+
+class FullDisk(Files):
+    """Has room for so many bytes of partials, and fails for what else is forbidden."""
+
+    def __init__(self, room: int = 10**9, *, renames: int = 10**9) -> None:
+        self.room, self.renames = room, renames
+
+    def write(self, file: SharedFile, data: bytes, offset: int) -> None:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(file, data, offset)
+
+    def rename(self, path: Path, target: Path) -> None:
+        self.renames -= 1
+        if self.renames < 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().rename(path, target)
+
+
+@pytest.mark.parametrize("room", [200, 1000, 200_000, 700_000])
+@on_reactor
+async def test_a_full_disk_changes_nothing(
+    open_store: Callable[..., Store], root: Path, tmp_path: Path, room: int
+) -> None:
+    store = open_store(files=FullDisk(room))
+    before = files_below(root)
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {IMAGE_NAME: NAME}), (OTHER, {IMAGE_NAME: APP})))
+    with pytest.raises(LoadFailed) as caught:
+        await load(store, path)
+    assert str(caught.value) == f"{path}: the store cannot take it: No space left on device"
+    assert files_below(root) == before
+
+
+@pytest.mark.parametrize("renames", range(9))
+@on_reactor
+async def test_a_name_never_means_what_is_not_there(
+    open_store: Callable[..., Store], root: Path, tmp_path: Path, renames: int
+) -> None:
+    store = open_store(files=FullDisk(renames=renames))
+    path = write_tar(tmp_path / "a.tar", named(INDEX))
+    with pytest.raises(LoadFailed, match="Input/output error"):
+        await load(store, path)
+    assert [name for name in files_below(root) if name.startswith("pulls/") and "lock" not in name] == []
+    again = open_store()
+    assert await again.manifest(image(NAME)) is None
+    for one in INDEX.images:
+        assert await again.missing(Digest(one.manifest.digest)) in (None, {})
+
+
+# Quickly
+
+
+def bytes_read() -> int:
+    """What this process has read so far."""
+    with Path("/proc/self/io").open() as file:
+        return int(file.readline().removeprefix("rchar: "))
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+@on_reactor
+async def test_a_compressed_tar_is_not_read_from_its_start_for_every_member(
+    store: Store, tmp_path: Path, compression: str
+) -> None:
+    many = make_image("many", layers=12, layer_size=300_000)
+    files = layout((many, {IMAGE_NAME: NAME}))
+    backwards = {blob_name(blob.digest): blob.data for blob in reversed(many.blobs)}
+    path = write_tar(tmp_path / "a.tar", {**backwards, **files}, compression)
+    before = bytes_read()
+    (loaded,) = await load(store, path)
+    assert loaded.blobs == 13
+    assert bytes_read() - before < 3.5 * path.stat().st_size
+
+
+@on_reactor
+async def test_the_reactor_turns_meanwhile(store: Store, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", named(OTHER), "gz")
+    loading = Deferred.fromCoroutine(load(store, path))
+    turns = 0
+    while not loading.called:
+        await turn()
+        turns += 1
+    assert turns > 5
+    await loading
+
+
+def test_the_archive_is_closed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", named(IMAGE), "gz")
+    before = len(os.listdir("/proc/self/fd"))
+    with opened(path):
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ArchiveInvalid):
+        opened(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_all_parts_are_in_the_layout() -> None:
+    assert {blob_name(digest) for digest in parts(INDEX)} < named(INDEX).keys()

@@ -1,0 +1,301 @@
+"""OCI layouts: what the images are called, which manifests and blobs there are, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ociregistry.archives import members
+from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.store.records import Dates
+from tests.images import OCI_INDEX, Image, Index, Manifest, digest_of, make_image, make_index
+from tests.unit.archive_files import (
+    IMAGE_NAME,
+    NAME,
+    REF_NAME,
+    Files,
+    blob_name,
+    contents,
+    descriptor,
+    docker_saved,
+    layout,
+    named,
+    parts,
+    to_json,
+    write_folder,
+    write_tar,
+)
+
+IMAGE, OTHER = make_image("layout"), make_image("other")
+INDEX = make_index("layout")
+DOCKER = make_index("layout", docker=True)
+CREATED = datetime(2026, 1, 1, tzinfo=UTC)
+DATES = {"ociregistry.created": "2026-01-01T00:00:00Z", "ociregistry.confirmed": "2026-02-01T00:00:00.000001+00:00"}
+
+
+def meanings(path: Path) -> dict[str, str]:
+    """What each image name means."""
+    return {str(one.image): one.manifest for one in contents(path).images}
+
+
+def failures(path: Path) -> dict[str, str]:
+    """Why what cannot be loaded cannot be."""
+    return {failure.name: failure.why for failure in contents(path).failed}
+
+
+def invalid(path: Path) -> str:
+    """Why the archive is refused."""
+    with pytest.raises(ArchiveInvalid) as caught:
+        contents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+@pytest.mark.parametrize("write", [write_tar, write_folder])
+@pytest.mark.parametrize("what", [IMAGE, INDEX, DOCKER, make_image("docker", docker=True)])
+def test_all_of_it(tmp_path: Path, what: Image | Index, write: Callable[[Path, Files], Path]) -> None:
+    path = write(tmp_path / "archive", named(what))
+    found = contents(path)
+    assert meanings(path) == {NAME: what.manifest.digest}
+    assert {digest: manifest.data for digest, manifest in found.manifests.items()} == {
+        manifest.digest: manifest.data for manifest in what.manifests
+    }
+    assert {digest: member.size for digest, member in found.blobs.items()} == {
+        digest: len(data) for digest, data in parts(what).items()
+    }
+    assert found.failed == ()
+
+
+@pytest.mark.parametrize(
+    ("annotations", "name"),
+    [
+        ({IMAGE_NAME: NAME, REF_NAME: "1.25"}, NAME),
+        ({IMAGE_NAME: "quay.io/app:1", REF_NAME: NAME}, "quay.io/app:1"),
+        ({REF_NAME: NAME}, NAME),
+        ({REF_NAME: "nginx:1.25"}, NAME),
+        ({REF_NAME: "localhost/app:1"}, "localhost/app:1"),
+        ({REF_NAME: "registry/app:1", **DATES}, "registry/app:1"),
+        ({REF_NAME: "team/app:1"}, "docker.io/team/app:1"),
+        ({REF_NAME: "reg.example:5000/app:1"}, "reg.example:5000/app:1"),
+        ({IMAGE_NAME: f"sha256:{'a' * 64}", REF_NAME: NAME}, NAME),
+        ({IMAGE_NAME: f"nginx@{IMAGE.manifest.digest}"}, f"docker.io/library/nginx@{IMAGE.manifest.digest}"),
+        ({IMAGE_NAME: f"reg:5000/nginx:1@{IMAGE.manifest.digest}"}, f"reg:5000/nginx@{IMAGE.manifest.digest}"),
+    ],
+)
+def test_what_an_image_is_called(tmp_path: Path, annotations: Mapping[str, str], name: str) -> None:
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, annotations)))
+    assert meanings(path) == {name: IMAGE.manifest.digest}
+    assert failures(path) == {}
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        None,
+        {REF_NAME: "1.25"},
+        {REF_NAME: "latest"},
+        {REF_NAME: "nginx"},
+        {REF_NAME: "reg.example:5000/app"},
+        {REF_NAME: "Not A Name:1"},
+        {IMAGE_NAME: f"sha256:{'a' * 64}"},
+    ],
+)
+def test_an_image_without_a_name_fails_and_says_how_to_give_one(
+    tmp_path: Path, annotations: Mapping[str, str] | None
+) -> None:
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, annotations), (OTHER, {REF_NAME: NAME})))
+    assert meanings(path) == {NAME: OTHER.manifest.digest}
+    (told,) = failures(path).items()
+    assert told[0] == f"{path}: {IMAGE.manifest.digest}"
+    assert "skopeo copy … oci-archive:a.tar:docker.io/library/nginx:1.25" in told[1]
+
+
+@pytest.mark.parametrize("what", [IMAGE, Index(INDEX.manifest, (INDEX.images[0],))])
+def test_dockers_own_index_gives_the_names(tmp_path: Path, what: Image | Index) -> None:
+    image = what if isinstance(what, Image) else what.images[0]
+    saved = {
+        "Config": blob_name(image.config.digest),
+        "RepoTags": ["nginx:1.25", "quay.io/app:1"],
+        "Layers": [blob_name(layer.digest) for layer in image.layers],
+    }
+    other = {"Config": blob_name(OTHER.config.digest), "RepoTags": ["other:1"], "Layers": []}
+    files = {**layout((what, {REF_NAME: "1.25"})), "manifest.json": to_json([other, saved])}
+    path = write_tar(tmp_path / "a.tar", files)
+    assert meanings(path) == dict.fromkeys([NAME, "quay.io/app:1"], what.manifest.digest)
+
+
+def test_the_oci_index_comes_before_dockers(tmp_path: Path) -> None:
+    files = {**docker_saved(OTHER, "other:1"), **named(IMAGE)}
+    assert meanings(write_tar(tmp_path / "a.tar", files)) == {NAME: IMAGE.manifest.digest}
+
+
+def test_an_index_may_have_one_platform_alone(tmp_path: Path) -> None:
+    image, other = INDEX.images
+    sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]
+    found = contents(write_tar(tmp_path / "a.tar", layout((INDEX, {REF_NAME: NAME}), sparse=sparse)))
+    assert set(found.manifests) == {INDEX.manifest.digest, image.manifest.digest}
+
+
+def nested(*inner: Image | Index) -> Index:
+    """An index of indexes."""
+    data = to_json({"schemaVersion": 2, "manifests": [descriptor(one.manifest) for one in inner]})
+    return Index(Manifest(digest_of(data), data, OCI_INDEX), ())
+
+
+def test_an_index_of_indexes(tmp_path: Path) -> None:
+    inner = nested(INDEX, IMAGE)
+    outer = nested(inner, INDEX, IMAGE)
+    files = layout((outer, {REF_NAME: NAME}), (inner, None), (INDEX, None), (IMAGE, None))
+    found = contents(write_tar(tmp_path / "a.tar", files))
+    tree: list[str] = [manifest.digest for manifest in found.tree(found.images[0].manifest)]
+    assert len(tree) == len(set(tree)) == 6
+    place = tree.index
+    assert tree[-1] == outer.manifest.digest
+    assert place(inner.manifest.digest) == 4
+    assert place(INDEX.manifest.digest) > max(place(image.manifest.digest) for image in INDEX.images)
+
+
+def test_an_endless_row_of_indexes(tmp_path: Path) -> None:
+    row: list[Image | Index] = [IMAGE]
+    for _ in range(2000):
+        row.append(nested(row[-1]))
+    files = layout((row[-1], {REF_NAME: NAME}))
+    files |= {blob_name(one.manifest.digest): one.manifest.data for one in row}
+    found = contents(write_folder(tmp_path / "folder", files))
+    assert len(found.tree(found.images[0].manifest)) == 2001
+
+
+def test_the_dates_of_our_own_exports(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME, **DATES}), (OTHER, {REF_NAME: "other:1"})))
+    dates = {str(one.image): one.dates for one in contents(path).images}
+    assert dates == {
+        NAME: Dates(CREATED, datetime(2026, 2, 1, 0, 0, 0, 1, tzinfo=UTC)),
+        "docker.io/library/other:1": None,
+    }
+
+
+@pytest.mark.parametrize("created", ["yesterday", "2026-01-01T00:00:00"])
+def test_dates_that_are_none(tmp_path: Path, created: str) -> None:
+    annotations = {REF_NAME: NAME, **DATES, "ociregistry.created": created}
+    assert invalid(write_tar(tmp_path / "a.tar", layout((IMAGE, annotations)))).endswith(": index.json")
+
+
+def test_one_name_for_two_images(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (OTHER, {IMAGE_NAME: NAME})))
+    assert meanings(path) == {}
+    assert failures(path) == {NAME: "the archive has 2 images of this name"}
+
+
+def test_one_name_twice_for_one_image(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (IMAGE, {IMAGE_NAME: NAME})))
+    assert meanings(path) == {NAME: IMAGE.manifest.digest}
+    assert failures(path) == {}
+
+
+def test_of_two_with_dates_the_newer_has_the_name(tmp_path: Path) -> None:
+    newer = {**DATES, "ociregistry.confirmed": (CREATED + timedelta(days=99)).isoformat()}
+    path = write_tar(
+        tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME, **newer}), (OTHER, {REF_NAME: NAME, **DATES}))
+    )
+    by_digest = f"docker.io/library/nginx@{OTHER.manifest.digest}"
+    assert meanings(path) == {NAME: IMAGE.manifest.digest, by_digest: OTHER.manifest.digest}
+
+
+def test_a_name_by_another_digest(tmp_path: Path) -> None:
+    name = f"docker.io/library/nginx@{INDEX.manifest.digest}"
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: name})))
+    assert meanings(path) == {}
+    assert IMAGE.manifest.digest in failures(path)[name]
+
+
+def test_an_image_whose_manifest_is_not_there(tmp_path: Path) -> None:
+    files = layout((IMAGE, {REF_NAME: NAME}), (OTHER, {REF_NAME: "other:1"}), sparse=[OTHER.manifest.digest])
+    path = write_tar(tmp_path / "a.tar", files)
+    assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "its manifest is not in the archive"}
+
+
+def test_what_is_no_image(tmp_path: Path) -> None:
+    helm = Image(Manifest(OTHER.manifest.digest, OTHER.manifest.data, "application/x-other"), (), "")
+    path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (helm, {REF_NAME: "other:1"})))
+    assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "it is no image, but 'application/x-other'"}
+
+
+@pytest.mark.parametrize("what", [INDEX.manifest, INDEX.images[1].manifest])
+def test_a_manifest_that_has_not_its_digest(tmp_path: Path, what: Manifest) -> None:
+    files = {**named(INDEX), blob_name(what.digest): what.data.replace(b"2", b"3", 1)}
+    told = invalid(write_tar(tmp_path / "a.tar", files))
+    assert told.endswith(f"the bytes do not have the digest {what.digest}: {blob_name(what.digest)}")
+
+
+def test_a_manifest_of_another_size(tmp_path: Path) -> None:
+    files = {**named(IMAGE), blob_name(IMAGE.manifest.digest): IMAGE.manifest.data + b" "}
+    size = len(IMAGE.manifest.data)
+    told = invalid(write_tar(tmp_path / "a.tar", files))
+    assert told == f"it has {size + 1} bytes, not {size} as it should: {blob_name(IMAGE.manifest.digest)}"
+
+
+def index_of(change: Callable[[Any], object]) -> Files:
+    """The layout, with index.json changed."""
+    files = named(IMAGE)
+    index = json.loads(files["index.json"])
+    change(index)
+    return {**files, "index.json": to_json(index)}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {**named(IMAGE), "index.json": b"{"},
+        {**named(IMAGE), "index.json": b"[]"},
+        {**named(IMAGE), "index.json": b"{}"},
+        {**named(IMAGE), "index.json": b"\xff"},
+        {**named(IMAGE), "index.json": b"[" * 100_000},
+        index_of(lambda index: index.update(manifests={})),
+        index_of(lambda index: index.update(manifests=[1])),
+        index_of(lambda index: index["manifests"][0].pop("size")),
+        index_of(lambda index: index["manifests"][0].update(digest="sha256:../../x")),
+        index_of(lambda index: index["manifests"][0].update(size=-1)),
+    ],
+)
+def test_an_index_that_is_none(tmp_path: Path, files: Files) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": index.json")
+
+
+@pytest.mark.parametrize("compression", ["", "gz"])
+def test_json_without_end_is_not_read(tmp_path: Path, compression: str) -> None:
+    files = {**named(IMAGE), "index.json": b" " * (8 * 1024 * 1024 + 1)}
+    assert "more than 8388608: index.json" in invalid(write_tar(tmp_path / "a.tar", files, compression))
+
+
+def test_manifests_without_end_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_MOST_METADATA", 2000)
+    assert "more than 2000 bytes of manifests" in invalid(write_tar(tmp_path / "a.tar", named(INDEX)))
+
+
+def test_a_manifest_that_can_be_read_as_two_things(tmp_path: Path) -> None:
+    data = to_json({**json.loads(IMAGE.manifest.data), "manifests": []})
+    image = Image(Manifest(digest_of(data), data, IMAGE.manifest.media_type), IMAGE.blobs, IMAGE.platform)
+    assert "must not have manifests" in invalid(write_tar(tmp_path / "a.tar", named(image)))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"README": b"hello"},
+        {"oci-layout": b"{}"},
+        {"index.json": b"{}"},
+        {"fat/README": b"", "blobs/aa": b""},
+    ],
+)
+def test_what_holds_no_images(tmp_path: Path, files: Files) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", files)).startswith("it is no archive of images")
+
+
+def test_a_layout_without_images(tmp_path: Path) -> None:
+    assert invalid(write_tar(tmp_path / "a.tar", layout())) == "there is no image in it"

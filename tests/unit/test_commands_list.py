@@ -1,0 +1,253 @@
+"""`list`: three columns for people and pipes, more when it is asked for, and nothing of the store is changed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.names import Digest
+from tests.images import make_index
+from tests.unit.command_lines import mistake, run, snapshot
+from tests.unit.doubles import manifest
+from tests.unit.stocked import Stock, day, image_of, list_of
+
+SMALL, LARGE = (b"config a", b"layer a"), (b"config b", b"layer" * 100)
+
+
+@pytest.fixture(autouse=True)
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine is an hour ahead of UTC."""
+    monkeypatch.setenv("TZ", "XYZ-1")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def stock(root: Path) -> Stock:
+    """A store without images."""
+    return Stock(root)
+
+
+@pytest.fixture
+def listed(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Listed:
+    """Lists the store."""
+    return Listed(stock, capfd)
+
+
+class Listed:
+    """What `list` prints of a store, to stdout alone, and without changing anything."""
+
+    def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+        self._stock = stock
+        self._capfd = capfd
+
+    def __call__(self, *options: str) -> list[str]:
+        """The lines."""
+        before = snapshot(self._stock.root)
+        said = run(self._capfd, "--image-path", self._stock.root, "list", *options)
+        assert (said.status, said.err) == (0, "")
+        assert snapshot(self._stock.root) == before
+        return said.lines
+
+    def urls(self, *options: str) -> list[str]:
+        """The first column, without the host."""
+        return [line.split()[0].removeprefix("reg.example/") for line in self(*options)]
+
+
+def test_a_store_without_images_has_no_lines(listed: Listed) -> None:
+    assert listed() == listed("--long") == []
+    assert listed("--json") == ["[]"]
+
+
+def test_three_columns_tell_what_it_is_and_since_when(stock: Stock, listed: Listed) -> None:
+    image = stock.image(SMALL, "b:2", created=day(59), confirmed=day(90), pulled=day(91))
+    stock.put(list_of(image), "a/b:1", created=day(1.5))
+    assert listed() == [
+        "reg.example/a/b:1 list 2026-01-02T13:00:00",
+        "reg.example/b:2 image 2026-03-01T01:00:00",
+    ]
+
+
+def test_every_image_url_has_a_line(stock: Stock, listed: Listed) -> None:
+    image = stock.image(SMALL, "b:2", "a:1", "c@")
+    assert listed() == [
+        f"reg.example/{name} image 2026-01-01T01:00:00" for name in ("a:1", "b:2", f"c@{image.digest}")
+    ]
+
+
+def test_only_what_a_pattern_is_found_in_is_listed(stock: Stock, listed: Listed) -> None:
+    stock.image(SMALL, "team/app:1.25", "team/app:1.26", "other/app:1")
+    stock.image(LARGE, "base:9")
+    assert listed.urls("--pattern", "team") == ["team/app:1.25", "team/app:1.26"]
+    assert listed.urls("--pattern", r":1\.25$,^reg\.example/base") == ["base:9", "team/app:1.25"]
+    assert listed.urls("--pattern", "^app") == []
+    assert listed("--pattern", "^app", "--json") == ["[]"]
+
+
+def test_the_long_form_tells_pulled_size_platform_and_what_is_missing(stock: Stock, listed: Listed) -> None:
+    stock.image(SMALL, "whole:1", pulled=day(2))
+    stock.image(LARGE, "lacking:1", pulled=day(3))
+    stock.blob(LARGE[1]).unlink()
+    assert listed("--long") == [
+        "reg.example/lacking:1 image 2026-01-01T01:00:00 2026-01-04T01:00:00 508 - 500-missing",
+        "reg.example/whole:1 image 2026-01-01T01:00:00 2026-01-03T01:00:00 15 - complete",
+    ]
+    # A blob that was copied by half is none.
+    stock.blob(SMALL[1]).write_bytes(b"la")
+    assert listed("--long", "--pattern", "whole")[0].endswith(" 15 - 7-missing")
+
+
+def test_of_a_list_it_tells_about_its_images_that_are_here(stock: Stock, listed: Listed) -> None:
+    index = make_index("list", platforms=("linux/amd64", "linux/arm/v7", "linux/s390x"))
+    stock.put(manifest(index), "app:1", pulled=day(1))
+    assert listed("--long") == ["reg.example/app:1 list 2026-01-01T01:00:00 2026-01-02T01:00:00 0 - no-image"]
+    for image in index.images[:2]:
+        stock.put(manifest(image), "app@", pulled=day(9))
+        stock.blobs(*(blob.data for blob in image.blobs))
+    size = sum(len(blob.data) for image in index.images[:2] for blob in image.blobs)
+    assert listed("--long", "--pattern", ":1$") == [
+        f"reg.example/app:1 list 2026-01-01T01:00:00 2026-01-10T01:00:00 {size} linux/amd64,linux/arm/v7 complete"
+    ]
+    layer = index.images[1].layers[0].data
+    stock.blob(layer).unlink()
+    assert listed("--long", "--pattern", ":1$")[0].endswith(f" linux/amd64,linux/arm/v7 {len(layer)}-missing")
+    by_digest = {line.split()[0]: line.split()[5:] for line in listed("--long", "--pattern", "@")}
+    assert by_digest == {
+        f"reg.example/app@{index.images[0].manifest.digest}": ["linux/amd64", "complete"],
+        f"reg.example/app@{index.images[1].manifest.digest}": ["linux/arm/v7", f"{len(layer)}-missing"],
+    }
+
+
+def test_json_has_all_of_it(stock: Stock, listed: Listed) -> None:
+    image = stock.image(SMALL, "app:1", created=day(1), confirmed=day(2), pulled=day(3))
+    above = stock.put(list_of(image), "app:2", created=day(0))
+    stock.blob(SMALL[1]).unlink()
+    documents = json.loads("\n".join(listed("--json", "--sort", "created")))
+    assert [document["url"] for document in documents] == ["reg.example/app:2", "reg.example/app:1"]
+    assert documents[1] == {
+        "url": "reg.example/app:1",
+        "kind": "image",
+        "digest": image.digest,
+        "mediaType": image.media_type,
+        "created": day(1).isoformat(),
+        "confirmed": day(2).isoformat(),
+        "pulled": day(3).isoformat(),
+        "size": 15,
+        "platforms": [],
+        "images": 1,
+        "missing": 7,
+    }
+    assert (documents[0]["kind"], documents[0]["digest"], documents[0]["missing"]) == ("list", above.digest, 7)
+
+
+def test_it_is_sorted_as_one_likes(stock: Stock, listed: Listed) -> None:
+    stock.image(SMALL, "b:1", created=day(3), pulled=day(4))
+    stock.image(LARGE, "c:1", created=day(1), pulled=day(9))
+    stock.image([b"config d"], "a:1", created=day(2), pulled=day(8))
+    assert listed.urls() == listed.urls("--sort", "url") == ["a:1", "b:1", "c:1"]
+    assert listed.urls("--sort", "created") == ["c:1", "a:1", "b:1"]
+    assert listed.urls("--sort", "pulled") == ["b:1", "a:1", "c:1"]
+    assert listed.urls("--sort=size", "--long") == ["c:1", "b:1", "a:1"]
+
+
+def test_what_is_equal_is_sorted_by_url(stock: Stock, listed: Listed) -> None:
+    stock.image(SMALL, "b:1", "a:1", "c:1")
+    for order in ("url", "created", "pulled", "size"):
+        assert listed.urls("--sort", order) == ["a:1", "b:1", "c:1"]
+
+
+def test_a_tag_that_has_moved_is_that_of_the_newer_one_and_the_older_one_has_its_digest(
+    stock: Stock, listed: Listed
+) -> None:
+    old = stock.image(SMALL, "app:latest", created=day(1), confirmed=day(5))
+    stock.image(LARGE, "app:latest", created=day(4), confirmed=day(6))
+    stock.put(old, "app:1", created=day(2))
+    assert listed() == [
+        "reg.example/app:1 image 2026-01-03T01:00:00",
+        "reg.example/app:latest image 2026-01-05T01:00:00",
+        f"reg.example/app@{old.digest} image 2026-01-02T01:00:00",
+    ]
+    # Confirmed again it moves back.
+    stock.put(old, "app:latest", created=day(1), confirmed=day(7))
+    assert "reg.example/app:latest image 2026-01-02T01:00:00" in listed()
+
+
+def test_a_record_that_cannot_be_read_is_a_warning(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+    stock.image(SMALL, "a:1")
+    cut = stock.path(stock.image(LARGE, "b:1"))
+    cut.write_bytes(cut.read_bytes()[:100])
+    foreign = stock.root / "fat" / Digest.of(b"x").hex
+    foreign.write_text('{"imageUrl": "docker.io/library/nginx:1.25"}')
+    (stock.root / "img" / ".syncthing.tmp").write_text("ignored")
+    before = snapshot(stock.root)
+    said = run(capfd, "list", "--image-path", stock.root)
+    assert (said.status, said.lines) == (0, ["reg.example/a:1 image 2026-01-01T01:00:00"])
+    warnings = sorted(said.err.splitlines())
+    assert [line.partition(" of this program: ")[0] for line in warnings] == [
+        "ociregistry: warning: left out, it is not a record"
+    ] * 2
+    assert f"{foreign}: " in warnings[0]
+    assert f"{cut}: not JSON, or cut off: " in warnings[1]
+    assert snapshot(stock.root) == before
+
+
+def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "none", "No such file or directory"), (tmp_path / "file", "Not a directory")):
+        said = run(capfd, "--image-path", path, "--list-cache")
+        assert (said.status, said.out) == (1, "")
+        (line,) = said.err.splitlines()
+        assert line.startswith(f"ociregistry: cannot use the store {path}: {why}")
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_store_of_which_only_a_part_was_copied_is_one(stock: Stock, listed: Listed) -> None:
+    stock.image(SMALL, "a:1")
+    for folder in ("blobs", "pulls", "fat"):
+        for path in (stock.root / folder).iterdir():
+            path.unlink()
+        (stock.root / folder).rmdir()
+    assert listed("--long") == [
+        "reg.example/a:1 image 2026-01-01T01:00:00 2026-01-01T01:00:00 15 - 15-missing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--sort", "name"], "--sort 'name': one of url, created, pulled, size is expected"),
+        (["--sort", ""], "--sort '': one of "),
+        (["--long", "--json"], "--long and --json exclude each other"),
+        (["--pattern", "("], "--pattern '(': the pattern '(' is not a regular expression: "),
+        (["--pattern", "[[:alpha:]]"], "which is Go's"),
+        (["--pattern", ""], "an empty pattern would be found in every image URL"),
+        (["curl"], "Wrong number of arguments"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
+    assert why in mistake(capfd, "list", *argv)
+
+
+@pytest.mark.parametrize("os", ["linux\nreg.example/forged:1 image", "linux \x1b[2J", "two words"])
+def test_what_an_upstream_calls_a_platform_does_not_break_the_line(stock: Stock, listed: Listed, os: str) -> None:
+    image = stock.image(SMALL, "app@", pulled=day(0) + timedelta(days=1))
+    entry = {"mediaType": image.media_type, "digest": image.digest, "size": image.size}
+    document = {"schemaVersion": 2, "manifests": [{**entry, "platform": {"os": os, "architecture": "amd64"}}]}
+    stock.put(Manifest.parse(json.dumps(document).encode(), OCI_INDEX), "app:1")
+    lines = listed("--long")
+    assert [len(line.split()) for line in lines] == [7, 7]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_record_without_image_urls_has_no_line(stock: Stock, listed: Listed) -> None:
+    stock.put(image_of(*SMALL))
+    assert listed() == []

@@ -1,0 +1,239 @@
+"""What all commands have in common: options behind arguments, values, and how they say what, and end."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from twisted.python import usage
+
+from ociregistry.commands.list import List
+from ociregistry.commands.options import Command, CommandFailed, CommonOptions, complain, print_lines
+from ociregistry.settings import OPTIONS
+from tests.unit.command_lines import Said, run
+
+ROOT = Path(__file__).resolve().parents[2]
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A machine that has much else to do is no defect."""
+
+
+class Cook(Command):
+    """A command with an option, a flag, a short option, and arguments."""
+
+    optParameters = [["spice", None, None, "What with."], ["output", "o", None, "Where to."]]
+    optFlags = [["hot", None, "Whether it is hot."]]
+
+    def parseArgs(self, *dishes: str) -> None:
+        """Any number."""
+        self.dishes = dishes
+
+
+def cooked(*argv: str) -> Cook:
+    """The command that a command line makes."""
+    command = Cook()
+    command.parseOptions(argv)
+    return command
+
+
+def told(*argv: str) -> tuple[object, ...]:
+    """All that it was told."""
+    command = cooked(*argv)
+    return command.dishes, command["spice"], command["output"], command["hot"], command["port"], command.listen
+
+
+GIVEN = (
+    ["--spice", "salt"],
+    ["-o", "table"],
+    ["--hot"],
+    ["--port=5"],
+    ["--listen", "tcp:1"],
+    ["--listen=tcp:2"],
+)
+EXPECTED = (("soup", "fish"), "salt", "table", 1, "5", ["tcp:1", "tcp:2"])
+
+
+@pytest.mark.parametrize("place", range(len(GIVEN) + 1))
+def test_options_may_stand_before_between_and_behind_arguments(place: int) -> None:
+    before, behind = chain.from_iterable(GIVEN[:place]), list(chain.from_iterable(GIVEN[place:]))
+    words = [*before, "soup"]
+    assert told(*words, *behind, "fish") == told(*words, "fish", *behind) == EXPECTED
+
+
+def test_what_stands_behind_two_dashes_is_an_argument() -> None:
+    assert cooked("soup", "--", "--hot", "-o").dishes == ("soup", "--hot", "-o")
+    assert cooked("--", "--hot")["hot"] == 0
+    assert cooked("-", "soup").dishes == ("-", "soup")
+    assert cooked("--", "--").dishes == ("--",)
+
+
+def test_a_value_may_look_like_an_option() -> None:
+    assert cooked("soup", "--spice", "--hot")["spice"] == "--hot"
+    assert cooked("soup", "--spice", "--hot")["hot"] == 0
+    assert cooked("--spice", "--")["spice"] == "--"
+    assert cooked("--spice=")["spice"] == ""
+    assert cooked("-o", "-x")["output"] == "-x"
+    assert cooked("-otable", "soup")["output"] == "table"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--nonsense"], ["soup", "--nonsense"], ["soup", "--spice"], ["--hot=yes"], ["soup", "-x"], ["soup", "-o"]],
+)
+def test_what_is_no_option_is_a_mistake_wherever_it_stands(argv: list[str]) -> None:
+    with pytest.raises(usage.UsageError, match=argv[-1].partition("=")[0].lstrip("-")):
+        cooked(*argv)
+
+
+@UNHURRIED
+@given(
+    st.lists(
+        st.text("-=ophst", max_size=7) | st.sampled_from(["--hot", "--spice", "-o", "--", "--listen"]), max_size=5
+    )
+)
+def test_whatever_is_given_is_read_or_is_a_mistake(argv: list[str]) -> None:
+    try:
+        command = cooked(*argv)
+    except (usage.UsageError, SystemExit):
+        return
+    assert len(command.dishes) <= len(argv)
+    assert set(command.dishes) <= set(argv)
+
+
+def test_every_common_option_is_one_of_every_command() -> None:
+    for options in (CommonOptions(), Cook()):
+        for option in OPTIONS:
+            assert options[option.name] in (None, 0), f"{option.name}: it must show whether it was given"
+
+
+def number(text: str) -> int:
+    """A small number."""
+    if text != "1":
+        raise ValueError("1 is expected")
+    return 1
+
+
+def test_a_value_that_is_wrong_is_a_mistake_that_names_the_option() -> None:
+    assert cooked("--spice", "1").value("spice", number) == 1
+    assert cooked().value("spice", number) is None
+    for text in ("2", "", "a'b"):
+        with pytest.raises(usage.UsageError) as refused:
+            cooked("--spice", text).value("spice", number)
+        assert str(refused.value) == f"--spice {text!r}: 1 is expected"
+
+
+def test_lines_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    print_lines(["one", "two ü", ""])
+    print_lines([])
+    complain("three")
+    assert capfd.readouterr() == ("one\ntwo ü\n\n", "ociregistry: three\n")
+
+
+def test_what_the_terminal_cannot_show_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    print_lines(["ü \udcff"])
+    assert out.buffer.getvalue() == b"\\xfc \\udcff\n"
+
+
+PRINTS = """
+import sys
+from ociregistry.commands.options import CommandFailed, print_lines
+try:
+    print_lines(str(number) for number in range(100_000))
+except CommandFailed as error:
+    print(error, file=sys.stderr)
+    raise SystemExit(7)
+print("all of it was taken", file=sys.stderr)
+"""
+
+
+def printing(out: int, redirection: str = "") -> tuple[int, str]:
+    """With what status a process ends that prints much to `out`, and what it says to stderr."""
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", PRINTS],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return ran.returncode, ran.stderr
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """A pipe from which nobody reads, such as that to a `head` which has ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+def test_a_pipe_that_nobody_reads_ends_it_without_a_word(closed_pipe: int) -> None:
+    assert printing(closed_pipe) == (1, "")
+
+
+def test_a_disk_that_is_full_is_told() -> None:
+    with Path("/dev/full").open("wb") as full:
+        assert printing(full.fileno()) == (7, "cannot print: No space left on device\n")
+
+
+def test_a_stdout_that_is_closed_is_told() -> None:
+    status, told = printing(subprocess.DEVNULL, ">&-")
+    assert (status, len(told.splitlines())) == (7, 1)
+
+
+def test_where_stderr_is_closed_nothing_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "__stderr__", None)
+    complain("something")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failure_of_a_command_has_a_status() -> None:
+    assert (CommandFailed("x").status, CommandFailed("x", 2).status, str(CommandFailed("x"))) == (1, 2, "x")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (CommandFailed("it could not be done"), Said(1, "", "ociregistry: it could not be done\n")),
+        (CommandFailed("it cannot be meant", 2), Said(2, "", "ociregistry: it cannot be meant\n")),
+        (
+            PermissionError(13, "Permission denied", "/srv/img"),
+            Said(1, "", "ociregistry: cannot use the store /srv: Permission denied: /srv/img\n"),
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "/srv"),
+            Said(1, "", "ociregistry: cannot use the store /srv: No such file or directory\n"),
+        ),
+        (OSError("something"), Said(1, "", "ociregistry: cannot use the store /srv: something\n")),
+    ],
+)
+def test_what_a_command_cannot_do_is_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: Exception, said: Said
+) -> None:
+    def fail(command: Command, settings: object) -> int:
+        raise raised
+
+    monkeypatch.setattr(List, "run", fail)
+    assert run(capfd, "--image-path", "/srv", "list") == said
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_its_status_is_that_of_the_process(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(List, "run", lambda command, settings: status)
+    assert run(capfd, "list").status == status
+    assert run(capfd, "--list-cache").status == status

@@ -1,0 +1,100 @@
+"""How far a command is: bars on a terminal, and wherever it is a line for each image that has ended."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+from tqdm import tqdm
+
+from ociregistry.commands.progress import Bars, Lines, bar, on_terminal, shown
+from ociregistry.pullthrough.outcomes import Ended, Outcome
+
+NGINX, REDIS = "docker.io/library/nginx:1.25", "docker.io/library/redis:7"
+LOADED = Outcome(NGINX, Ended.LOADED, blobs=2, bytes=1000)
+
+
+class Terminal(io.StringIO):
+    """Somebody looks at it."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What is drawn."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "__stderr__", terminal)
+    return terminal
+
+
+def drawn() -> int:
+    """How many bars are on the screen."""
+    bars: Any = tqdm
+    return len(bars._instances)
+
+
+def test_in_a_pipe_there_is_a_line_for_each_image(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for stderr in (io.StringIO(), None):
+        monkeypatch.setattr(sys, "__stderr__", stderr)
+        assert not on_terminal()
+        with shown() as progress:
+            assert type(progress) is Lines
+            progress.expect(NGINX, 1000)
+            progress.came(NGINX, 1000)
+            progress.ended(LOADED)
+            progress.ended(Outcome(REDIS, Ended.FAILED, f"{REDIS}: it is not there"))
+        assert capfd.readouterr().out.splitlines() == [
+            f"loaded: {NGINX}: 2 blobs, 1000 bytes",
+            f"failed: {REDIS}: it is not there",
+        ]
+        assert not isinstance(stderr, io.StringIO) or stderr.getvalue() == ""
+
+
+def test_on_a_terminal_there_are_bars_too(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
+    assert on_terminal()
+    with shown() as progress:
+        assert isinstance(progress, Bars)
+        progress.expect(NGINX, 600)
+        progress.expect(NGINX, 400)
+        progress.expect(REDIS, 3000)
+        progress.came(NGINX, 1000)
+        screen = terminal.getvalue()
+        assert drawn() == 3
+        for text in (NGINX, REDIS, "in total", "1.00k", "4.00k"):
+            assert text in screen
+        progress.ended(LOADED)
+        assert drawn() == 2
+        progress.came(REDIS, 10)
+    assert capfd.readouterr().out.splitlines() == [f"loaded: {NGINX}: 2 blobs, 1000 bytes"]
+    assert drawn() == 0
+
+
+def test_what_costs_nothing_has_no_bar(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
+    with shown() as progress:
+        progress.expect(NGINX, 0)
+        progress.came(REDIS, 0)
+        progress.ended(Outcome(NGINX, Ended.THERE))
+    assert NGINX not in terminal.getvalue()
+    assert capfd.readouterr().out.splitlines() == [f"already there: {NGINX}"]
+
+
+def test_bars_go_when_it_fails(terminal: Terminal) -> None:
+    def fail() -> None:
+        with shown() as progress:
+            progress.expect(NGINX, 5)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert drawn() == 0
+
+
+def test_a_bar_has_no_thread_of_its_own(terminal: Terminal) -> None:
+    with bar("verifying", 10):
+        assert tqdm.monitor is None

@@ -1,0 +1,299 @@
+"""`prune`: what it is told to take it tells and takes, and a dry run tells the same and takes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+
+import pytest
+
+from ociregistry.commands import prune as prune_command
+from ociregistry.config.quantities import size_text
+from ociregistry.names import Digest
+from tests.unit.command_lines import mistake, run, snapshot
+from tests.unit.stocked import Stock, day, list_of
+
+NOW = datetime.now(UTC)
+SHARED, ONE, TWO, THREE = b"shared config", b"layer of one", b"layer of the second", b"the third layer"
+
+
+@pytest.fixture(autouse=True)
+def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine is an hour ahead of UTC."""
+    monkeypatch.setenv("TZ", "XYZ-1")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.fixture
+def stock(root: Path) -> Stock:
+    """A store with three images, of which two share a blob and all have their own."""
+    stock = Stock(root)
+    stock.image([SHARED, ONE], "one:1", created=day(1), pulled=NOW - timedelta(days=40))
+    stock.image([SHARED, TWO], "two:2", created=day(2), pulled=NOW - timedelta(days=20))
+    stock.image([THREE], "three:3", created=day(3), pulled=NOW)
+    return stock
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two days have passed since the files were written."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Later:
+            then = datetime.now(tz) + timedelta(days=2)
+            return cls.fromtimestamp(then.timestamp(), tz)
+
+    monkeypatch.setattr(prune_command, "datetime", Later)
+
+
+class Pruned:
+    """What `prune` says of a store; before it a dry run has said the same, and has left every byte where it was."""
+
+    def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+        self._stock = stock
+        self._capfd = capfd
+
+    def __call__(self, *options: str) -> list[str]:
+        """The lines."""
+        before = snapshot(self._stock.root)
+        would = self._lines(*options, "--dry-run")
+        assert snapshot(self._stock.root) == before
+        did = self._lines(*options)
+        assert [_done(line) for line in would] == did
+        return did
+
+    def _lines(self, *options: str) -> list[str]:
+        said = run(self._capfd, "--image-path", self._stock.root, "prune", *options)
+        assert (said.status, said.err) == (0, "")
+        return said.lines
+
+
+def _done(line: str) -> str:
+    for would, did in {
+        "would prune": "pruned",
+        "would reclaim": "reclaimed",
+        "would go": "went",
+        "would become free": "are free again",
+    }.items():
+        line = line.replace(would, did)
+    return line
+
+
+@pytest.fixture
+def pruned(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Pruned:
+    """Prunes the store."""
+    return Pruned(stock, capfd)
+
+
+def gone(lines: list[str]) -> list[str]:
+    """The image URLs that went, without the host."""
+    return [
+        match[1]
+        for line in lines
+        if (match := re.fullmatch(r"pruned reg\.example/(\S+) \w+ \d+ bytes of blobs", line))
+    ]
+
+
+def left(stock: Stock) -> list[str]:
+    """The image URLs that are left."""
+    return [row.url.removeprefix("reg.example/") for row in stock.inventory().rows]
+
+
+def test_what_goes_is_told_with_its_bytes(stock: Stock, pruned: Pruned) -> None:
+    size = stock.inventory().rows[0].kept.size + len(ONE)
+    assert pruned("--pattern", "one") == [
+        f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
+        f"1 image URLs, 1 records and 1 blobs went, {size} bytes ({size} B) are free again",
+    ]
+    assert left(stock) == ["three:3", "two:2"]
+    assert stock.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
+
+
+def test_a_dry_run_tells_what_would_go(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+    said = run(capfd, "prune", "--image-path", stock.root, "--pattern", "one,three", "--dry-run")
+    assert said.lines[:2] == [
+        f"would prune reg.example/one:1 image {len(ONE)} bytes of blobs",
+        f"would prune reg.example/three:3 image {len(THREE)} bytes of blobs",
+    ]
+    going = [row.kept.size for row in stock.inventory().rows if "two" not in row.url]
+    size = sum(going) + len(ONE) + len(THREE)
+    assert said.lines[2] == (
+        f"2 image URLs, 2 records and 2 blobs would go, {size} bytes ({size_text(size)}) would become free"
+    )
+    assert (len(said.lines), said.status, said.err) == (3, 0, "")
+    assert left(stock) == ["one:1", "three:3", "two:2"]
+
+
+def test_the_older_spellings_do_the_same(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+    for old, new in (
+        (["--prune", "one,three"], ["prune", "--pattern", "one,three"]),
+        (["--prune-before", "2026-01-03T00:00:00"], ["prune", "--before", "2026-01-03T00:00:00"]),
+        (
+            ["--prune", "o", "--prune-before", "2026-01-03T00:00:00"],
+            ["prune", "--pattern=o", "--before=2026-01-03T00:00:00"],
+        ),
+    ):
+        before = snapshot(stock.root)
+        dry = run(capfd, "--image-path", stock.root, *old, "--dry-run")
+        assert dry.out.count("would prune") > 0
+        assert dry == run(capfd, "--image-path", stock.root, "--dry-run", *new)
+        assert dry == run(capfd, "--image-path", stock.root, *new, "--dry-run")
+        assert snapshot(stock.root) == before
+    assert gone(run(capfd, "--image-path", stock.root, "--prune", "one,three").lines) == ["one:1", "three:3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (["--pattern", "^reg.example/t"], ["three:3", "two:2"]),
+        (["--pattern", "one,:2$"], ["one:1", "two:2"]),
+        (["--pattern", "(one|two):[0-9]{1,3}"], ["one:1", "two:2"]),
+        (["--pattern", "."], ["one:1", "three:3", "two:2"]),
+        (["--pattern", "four"], []),
+        # A local time; created at that very moment is not before it.
+        (["--before", "2026-01-02T01:00:00"], []),
+        (["--before", "2026-01-02T01:00:01"], ["one:1"]),
+        (["--before", "2026-01-03T01:00:01"], ["one:1", "two:2"]),
+        (["--unused-for", "30d"], ["one:1"]),
+        (["--unused-for", "2w"], ["one:1", "two:2"]),
+        (["--unused-for", "10d", "--pattern", "two,three"], ["two:2"]),
+        (["--before", "2026-01-03T01:00:01", "--pattern", "two,three"], ["two:2"]),
+        (["--before", "2026-01-02T01:00:01", "--pattern", "two,three"], []),
+        (["--before", "2026-01-03T01:00:01", "--unused-for", "30d", "--pattern", "e"], ["one:1"]),
+    ],
+)
+def test_all_conditions_apply_together(stock: Stock, pruned: Pruned, options: list[str], names: list[str]) -> None:
+    there = left(stock)
+    lines = pruned(*options)
+    assert gone(lines) == names
+    assert lines[-1].startswith(f"{len(names)} image URLs, {len(names)} records and ")
+    assert left(stock) == [name for name in there if name not in names]
+    if not names:
+        assert lines == ["0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again"]
+
+
+def test_an_image_loses_the_url_that_matches_and_stays_by_the_others(stock: Stock, pruned: Pruned) -> None:
+    stock.image([SHARED, ONE], "other:1")
+    assert pruned("--pattern", "one") == [
+        "pruned reg.example/one:1 image 0 bytes of blobs",
+        "1 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again",
+    ]
+    assert left(stock) == ["other:1", "three:3", "two:2"]
+    assert stock.has(SHARED, ONE) == [True, True]
+
+
+def test_bytes_that_two_share_are_counted_once(stock: Stock, pruned: Pruned) -> None:
+    stock.image([THREE], "three:4")
+    *lines, total = pruned("--pattern", "one,two,three")
+    told = [int(match[1]) for line in lines if (match := re.search(r"(\d+) bytes of blobs$", line))]
+    assert sum(told) == sum(map(len, (SHARED, ONE, TWO, THREE)))
+    assert total.startswith("4 image URLs, 3 records and 4 blobs went, ")
+    assert (stock.has(SHARED, ONE, TWO, THREE), left(stock)) == ([False] * 4, [])
+
+
+def test_a_list_takes_with_it_what_it_lists(stock: Stock, pruned: Pruned) -> None:
+    first = stock.image([b"first"], "app@")
+    second = stock.image([b"second"], "app@", "app:second")
+    stock.put(list_of(first, second), "app:1")
+    lines = pruned("--pattern", "app:1")
+    assert f"pruned reg.example/app@{first.digest} image 5 bytes of blobs" in lines
+    assert "pruned reg.example/app:1 list 0 bytes of blobs" in lines
+    assert "app:second" in left(stock)
+    assert stock.has(b"first", b"second") == [False, True]
+
+
+def test_what_is_pulled_stays_pulled_when_it_loses_a_url(stock: Stock, pruned: Pruned) -> None:
+    manifest = stock.image([b"x"], "a:1", "b:1", pulled=day(7))
+    pruned("--pattern", "/a:1")
+    assert datetime.fromtimestamp(stock.path(manifest).stat().st_mtime, UTC) == day(7)
+
+
+def orphans(stock: Stock) -> dict[str, bytes]:
+    """Puts a blob that nobody names there, and a download of a process that has ended; gives what can go."""
+    name = Digest.of(b"half").hex
+    folder = stock.root / "pulls" / "7"
+    folder.mkdir()
+    (folder / "lock").touch()
+    (folder / name).write_bytes(b"ha")
+    (folder / f"{name}.note").write_text('{"size": 4}')
+    stock.blobs(b"unnamed")
+    return {f"blobs/{Digest.of(b'unnamed').hex}": b"unnamed", f"pulls/7/{name}": b"ha"}
+
+
+def test_orphans_that_are_a_day_old_are_reclaimed(stock: Stock, pruned: Pruned, later: None) -> None:
+    found = orphans(stock)
+    assert pruned("--orphans") == [
+        *(f"reclaimed {path} {len(data)} bytes" for path, data in found.items()),
+        "2 orphans went, 9 bytes (9 B) are free again",
+    ]
+    assert not any((stock.root / path).exists() for path in found)
+    assert left(stock) == ["one:1", "three:3", "two:2"]
+    assert stock.has(SHARED, ONE, TWO, THREE) == [True] * 4
+
+
+def test_younger_ones_are_not(stock: Stock, pruned: Pruned) -> None:
+    found = orphans(stock)
+    assert pruned("--orphans") == ["0 orphans went, 0 bytes (0 B) are free again"]
+    assert all((stock.root / path).exists() for path in found)
+
+
+def test_how_old_they_must_be_can_be_said(stock: Stock, pruned: Pruned, later: None) -> None:
+    orphans(stock)
+    assert pruned("--orphans", "--older-than", "3d") == ["0 orphans went, 0 bytes (0 B) are free again"]
+    assert pruned("--orphans", "--older-than", "47h")[-1] == "2 orphans went, 9 bytes (9 B) are free again"
+
+
+def test_images_and_orphans_can_go_together(stock: Stock, pruned: Pruned, later: None) -> None:
+    orphans(stock)
+    lines = pruned("--orphans", "--pattern", "one")
+    assert gone(lines) == ["one:1"]
+    assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans went"]
+
+
+def test_a_dry_run_writes_nothing_where_a_lock_is_missing(stock: Stock, pruned: Pruned, later: None) -> None:
+    orphans(stock)
+    (stock.root / "pulls" / "7" / "lock").unlink()
+    pruned("--orphans")
+
+
+def test_a_store_that_is_not_there_is_one_line_and_is_not_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--pattern", "x"], ["--orphans"], ["--pattern", "x", "--dry-run"]):
+        said = run(capfd, "--image-path", tmp_path / "none", "prune", *options)
+        assert (said.status, said.out) == (1, "")
+        assert said.err == f"ociregistry: cannot use the store {tmp_path}/none: No such file or directory\n"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ([], "prune needs --pattern, --before, --unused-for or --orphans"),
+        (["--dry-run"], "prune needs --pattern, --before, --unused-for or --orphans"),
+        (["--pattern", "x", "--older-than", "2d"], "--older-than goes with --orphans"),
+        (["--orphans", "--older-than", "2"], "--older-than '2': a time such as 30d, 12h, 90m or 45s is expected"),
+        (["--unused-for", "a month"], "--unused-for 'a month': a time such as 30d, 12h, 90m or 45s is expected"),
+        (["--before", "2024-02-30T00:00:00"], "--before '2024-02-30T00:00:00': a local date and time such as "),
+        (["--pattern", "("], "--pattern '(': the pattern '(' is not a regular expression: "),
+        (["--pattern", r"nginx\z"], r"which is Go's: expressions are Python's here: \Z is the end of the text here"),
+        (["--pattern", "nginx,"], "an empty pattern would be found in every image URL"),
+        (["--pattern", ""], "an empty pattern would be found in every image URL"),
+        (["nginx"], "Wrong number of arguments"),
+        (["--pattern"], "--pattern requires argument"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(
+    stock: Stock, capfd: pytest.CaptureFixture[str], argv: list[str], why: str
+) -> None:
+    before = snapshot(stock.root)
+    assert why in mistake(capfd, "--image-path", stock.root, "prune", *argv)
+    assert snapshot(stock.root) == before

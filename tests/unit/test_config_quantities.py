@@ -1,0 +1,181 @@
+"""Amounts of time and of bytes: what people write is read, and what is told can be read again."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ociregistry.config.quantities import local_time, parse_duration, parse_local_time, parse_size, size_text
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A machine that has much else to do is no defect."""
+
+ANYTHING = st.text(max_size=12) | st.text("0123456789 .-:+TkKMGiBsmhdwe_", max_size=20)
+
+
+@pytest.fixture
+def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine is in Berlin; there was no 02:30 on 31 March 2024, and two of them on 27 October."""
+    # Written out: not every machine has the zones by their names.
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("45s", timedelta(seconds=45)),
+        ("90m", timedelta(minutes=90)),
+        ("12h", timedelta(hours=12)),
+        ("30d", timedelta(days=30)),
+        ("30 d", timedelta(days=30)),
+        ("2w", timedelta(days=14)),
+        ("007d", timedelta(days=7)),
+    ],
+)
+def test_a_time_is_read(text: str, read: timedelta) -> None:
+    assert parse_duration(text) == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "d", "30", "0d", "-1d", "+1d", "1.5d", "1D", "1d ", " 1d", "1  d", "1d\n"),
+        *("1d12h", "30 days", "1y", "٣d", "10000000s"),
+    ],
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^a time such as 30d, 12h, 90m or 45s is expected$"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("1", 1),
+        ("1B", 1),
+        ("500MB", 500_000_000),
+        ("500M", 500_000_000),
+        ("50GB", 50_000_000_000),
+        ("50 GB", 50_000_000_000),
+        ("20MiB", 20 * 1024 * 1024),
+        ("20Mi", 20 * 1024 * 1024),
+        ("1.5kB", 1500),
+        ("1.5KB", 1500),
+        ("2TiB", 2 * 1024**4),
+        ("2TB", 2 * 10**12),
+        ("0.001kB", 1),
+    ],
+)
+def test_a_size_is_read(text: str, read: int) -> None:
+    assert parse_size(text) == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "B", "GB", "0", "0GB", "0.4", "-1GB", "+1GB", "1e9", ".5GB", "1.GB", "1,5GB"),
+        *("1gb", "1PB", "1 G B", "1GB ", "٣GB"),
+    ],
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^a size such as 50GB, 500MB or 20MiB is expected$"):
+        parse_size(text)
+
+
+def test_a_local_time_is_the_one_of_this_machine(berlin: None) -> None:
+    assert parse_local_time("2024-03-01T22:17:30") == datetime(2024, 3, 1, 21, 17, 30, tzinfo=UTC)
+    assert parse_local_time("2024-07-01T22:17:30") == datetime(2024, 7, 1, 20, 17, 30, tzinfo=UTC)
+    assert local_time(datetime(2024, 3, 1, 21, 17, 30, tzinfo=UTC)) == "2024-03-01T22:17:30"
+    # Of two the first, so that nothing is pruned that came later.
+    assert parse_local_time("2024-10-27T02:30:00") == datetime(2024, 10, 27, 0, 30, tzinfo=UTC)
+    assert parse_local_time("2024-03-31T02:30:00").tzinfo is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "2024-03-01", "2024-03-01T22:17", "2024-03-01 22:17:30", "2024-03-01t22:17:30", "22:17:30"),
+        *("2024-02-30T00:00:00", "2023-02-29T00:00:00", "2024-13-01T00:00:00", "2024-00-01T00:00:00"),
+        *("2024-03-01T24:00:00", "2024-03-01T22:60:00", "2024-03-01T22:17:60", "2024-03-01T22:17:61"),
+        *("2024-03-01T22:17:30Z", "2024-03-01T22:17:30+01:00", "2024-03-01T22:17:30.5", "2024-3-1T22:17:30"),
+        *(" 2024-03-01T22:17:30", "2024-03-01T22:17:30\n", "٢٠٢٤-03-01T22:17:30", "0000-01-01T00:00:00", "30d"),
+    ],
+)
+def test_what_is_no_local_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"^a local date and time such as 2024-03-01T22:17:30 is expected$"):
+        parse_local_time(text)
+
+
+@UNHURRIED
+@given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001
+def test_a_time_that_is_told_is_read_as_the_same_moment(moment: datetime) -> None:
+    """But for an hour of every autumn, which there is twice."""
+    told = local_time(moment.replace(tzinfo=UTC))
+    again = parse_local_time(told)
+    assert local_time(again) == told
+    assert moment.replace(tzinfo=UTC) - again in (timedelta(microseconds=moment.microsecond), timedelta(hours=1))
+
+
+def refusal(parse: Callable[[str], object], text: str) -> str:
+    """What is said of a text; nothing if it can be read."""
+    try:
+        parse(text)
+    except ValueError as refused:
+        return str(refused)
+    return ""
+
+
+@UNHURRIED
+@given(ANYTHING)
+def test_whatever_is_written_is_read_or_refused_with_what_is_expected(text: str) -> None:
+    for parse in (parse_duration, parse_size, parse_local_time):
+        assert re.fullmatch("|a .* is expected", refusal(parse, text))
+
+
+@UNHURRIED
+@given(st.from_regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}", fullmatch=True))
+def test_whatever_looks_like_a_local_time_can_be_compared_or_is_refused(text: str) -> None:
+    if not refusal(parse_local_time, text):
+        now = datetime.now(UTC)
+        assert (parse_local_time(text) < now) is not (parse_local_time(text) >= now)
+
+
+@pytest.mark.parametrize("text", ["999999d", "999999w", "110000w"])
+def test_a_time_that_lasts_longer_than_the_calendar_is_refused(text: str) -> None:
+    assert refusal(parse_duration, text).endswith(" is expected")
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (12_345, "12.3 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (12_345_678, "12.3 MB"),
+        (50 * 10**9, "50.0 GB"),
+        (10**12, "1.0 TB"),
+        (12_345 * 10**12, "12345.0 TB"),
+    ],
+)
+def test_a_size_is_told(size: int, told: str) -> None:
+    assert size_text(size) == told
+
+
+@UNHURRIED
+@given(st.integers(1, 10**16))
+def test_a_size_that_is_told_is_about_the_same_when_it_is_read(size: int) -> None:
+    assert abs(parse_size(size_text(size)) - size) <= size * 0.05

@@ -1,0 +1,200 @@
+"""The daemon beside commands, and what it does by itself: its socket, preloading, pruning and verifying."""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.error import CannotListenError
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.daemon import Daemon
+from ociregistry.errors import Denied, ManifestUnknown
+from ociregistry.names import Digest, ImageReference
+from ociregistry.pullthrough.outcomes import Ended
+from ociregistry.pullthrough.suppliers import ThroughDaemon
+from ociregistry.store.door import Door, find_daemon
+from ociregistry.store.store import Store
+from ociregistry.upstream.beside import DaemonBeside
+from tests.images import make_image
+from tests.unit.daemons import Daemons, get
+from tests.unit.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
+from tests.unit.loads import Loads
+from tests.unit.wire import Network
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+BUILT = make_image("beside", layers=2, layer_size=30_000)
+LAYER = BUILT.layers[0]
+
+
+class Besides:
+    """Talks to daemons by their sockets."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[DaemonBeside, Door]] = []
+
+    def find(self, root: Path) -> DaemonBeside:
+        """The daemon on the store."""
+        door = find_daemon(root)
+        assert door is not None
+        self._open.append((DaemonBeside(door.path, REACTOR), door))
+        return self._open[-1][0]
+
+    async def close(self) -> None:
+        """All connections are closed."""
+        while self._open:
+            beside, door = self._open.pop()
+            await beside.stop()
+            door.close()
+
+
+@pytest_twisted.async_yield_fixture
+async def besides() -> AsyncIterator[Besides]:
+    """What commands have."""
+    besides = Besides()
+    yield besides
+    await besides.close()
+
+
+def app(upstream: ScriptedRegistry, tag: str = "1") -> ImageReference:
+    """An image at the upstream."""
+    return image(f"{upstream.host}/team/app:{tag}")
+
+
+def start(daemons: Daemons, upstream: ScriptedRegistry, *argv: str) -> Daemon:
+    """A daemon that may ask the upstream."""
+    return daemons.start("--default-ns", upstream.host, *argv)
+
+
+def here(root: Path, digest: str) -> Path:
+    """Where a blob is."""
+    return root / "blobs" / Digest(digest).hex
+
+
+def counts(upstream: ScriptedRegistry) -> Counter[str]:
+    """How often the upstream was asked for what."""
+    return Counter(request.path for request in upstream.requests)
+
+
+@on_reactor
+async def test_commands_pull_through_its_socket(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides, events: list[LogEvent]
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    start(daemons, upstream, "--no-complete-images")
+    found = root / "pulls" / "0" / "socket"
+    assert stat.S_ISSOCK(found.stat().st_mode)
+    # It is for who may read the store's credentials and files, and nobody else.
+    assert stat.S_IMODE(found.stat().st_mode) == 0o600
+    beside = besides.find(root)
+    assert await beside.manifest(app(upstream)) == manifest(BUILT)
+    for start_at in (0, 1000):
+        body = await beside.blob(app(upstream).repository, Digest(LAYER.digest), start_at)
+        data = b""
+        while piece := await body.read():
+            data += piece
+        assert data == LAYER.data[start_at:]
+        await until(here(root, LAYER.digest).exists)
+    assert counts(upstream) == {"/v2/team/app/manifests/1": 1, f"/v2/team/app/blobs/{LAYER.digest}": 1}
+    # They are told of like those of other clients.
+    assert len([line for line in texts(events, LogLevel.info) if "/v2/team/app/" in line]) == 3
+
+
+@on_reactor
+async def test_what_it_says_of_a_failure_reaches_them(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+) -> None:
+    start(daemons, upstream, "--allow-upstreams", upstream.host)
+    beside = besides.find(root)
+    with pytest.raises(ManifestUnknown, match="404"):
+        await beside.manifest(app(upstream))
+    with pytest.raises(Denied, match=r"^quay.io: the operator does not allow this upstream"):
+        await beside.manifest(image("quay.io/team/app:1"))
+
+
+@on_reactor
+async def test_a_whole_image_is_loaded_through_it_and_the_upstream_sees_each_object_once(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    start(daemons, upstream)
+    # As a command does it: a process of its own, with a view of its own.
+    store = Store(root, REACTOR, REACTOR)
+    store.start()
+    try:
+        loads = Loads(store, ThroughDaemon(store, besides.find(root), 60.0, REACTOR))
+        (outcome,) = await loads.load(str(app(upstream)))
+    finally:
+        store.stop()
+    assert outcome.ended is Ended.LOADED, outcome
+    assert all(here(root, blob.digest).read_bytes() == blob.data for blob in BUILT.blobs)
+    assert set(counts(upstream).values()) == {1}
+    assert len(counts(upstream)) == 4
+
+
+@on_reactor
+async def test_its_socket_goes_with_it(daemons: Daemons, root: Path, upstream: ScriptedRegistry) -> None:
+    start(daemons, upstream)
+    daemons.stop()
+    await until(daemons.stopped)
+    assert find_daemon(root) is None
+    assert not (root / "pulls" / "0" / "socket").exists()
+
+
+@on_reactor
+async def test_a_socket_that_one_left_who_was_killed_is_replaced(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    (root / "pulls" / "0").mkdir(parents=True)
+    (root / "pulls" / "0" / "socket").touch()
+    start(daemons, upstream)
+    assert await besides.find(root).manifest(app(upstream)) == manifest(BUILT)
+
+
+@on_reactor
+async def test_where_there_can_be_no_socket_it_serves_without_one(
+    daemons: Daemons,
+    root: Path,
+    network: Network,
+    upstream: ScriptedRegistry,
+    events: list[LogEvent],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        raise CannotListenError("", "socket", OSError(95, "Operation not supported"))
+
+    monkeypatch.setattr(REACTOR, "listenUNIX", listen)
+    start(daemons, upstream)
+    monkeypatch.undo()
+    assert texts(events, LogLevel.error) == [
+        "commands on the same store cannot pull through this process: [Errno 95] Operation not supported"
+    ]
+    assert (await get(network, events, "/health")).status == 200
+    assert find_daemon(root) is None
+
+
+@on_reactor
+async def test_who_pulls_through_its_socket_is_served_to_the_end(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    hold = Hold()
+    upstream.script("*", hold)
+    start(daemons, upstream)
+    asked = Deferred.fromCoroutine(besides.find(root).manifest(app(upstream)))
+    await until(hold.reached.is_set)
+    stopped = daemons.stop()
+    await turn()
+    assert not stopped.called
+    assert find_daemon(root) is None
+    hold.release.set()
+    assert await asked == manifest(BUILT)
+    await until(daemons.stopped)

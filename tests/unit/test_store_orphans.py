@@ -1,0 +1,244 @@
+"""Orphans: blobs that no record names, and partials that nobody goes on with; only what has not changed for long."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ociregistry.names import Digest
+from ociregistry.store.files import lock
+from ociregistry.store.orphans import find_orphans, remove_orphans
+from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.wishes import WishFiles
+from tests.unit.doubles import image
+from tests.unit.stocked import Stock, Unsynced, image_of, list_of
+
+ONE = (b"config", b"layer")
+APP = image("reg.example/a:1").repository
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Stock:
+    """An empty store."""
+    return Stock(tmp_path / "store")
+
+
+@pytest.fixture
+def living(stock: Stock) -> Iterator[Path]:
+    """The folder of a process that lives, pulls/0/."""
+    pulls = PullsFolder(stock.root, Unsynced())
+    yield pulls.path
+    pulls.close()
+
+
+def later() -> datetime:
+    """A moment after all that was written so far; the clock of file systems is a few milliseconds late."""
+    return datetime.now(UTC) + timedelta(hours=1)
+
+
+def partial(folder: Path, blob: bytes, came: int, size: int | None = -1) -> Path:
+    """What is left of a download: its first bytes, and its note."""
+    folder.mkdir(exist_ok=True)
+    path = folder / Digest.of(blob).hex
+    path.write_bytes(blob[:came])
+    note = {"durable": 0, "boot": "x", "size": len(blob) if size == -1 else size, "source": str(APP)}
+    path.with_name(f"{path.name}.note").write_text(json.dumps(note))
+    return path
+
+
+def found(stock: Stock, since: datetime | None = None) -> dict[str, int]:
+    """The orphans, by their paths in the store; that they are removed, and nothing else, is looked at too."""
+    since = since or later()
+    orphans = find_orphans(stock.root, since)
+    before = files(stock)
+    assert remove_orphans(stock.root, since, Unsynced()) == orphans
+    gone = {path for orphan in orphans for path in (orphan, orphan.with_name(f"{orphan.name}.note"))}
+    assert files(stock) == {path: data for path, data in before.items() if path not in gone}
+    return {str(path.relative_to(stock.root)): size for path, size in orphans.items()}
+
+
+def files(stock: Stock) -> Mapping[Path, bytes]:
+    """All that is there."""
+    paths = (path for path in stock.root.rglob("*") if path.is_file() and path.name != "lock")
+    return {path: path.read_bytes() for path in paths}
+
+
+# Blobs
+
+
+def test_a_blob_that_no_record_names_is_one(stock: Stock) -> None:
+    stock.put(list_of(stock.image(ONE, "a@")), "a:1")
+    stock.blobs(b"nobody's", b"")
+    hexes = sorted((Digest.of(b"nobody's").hex, Digest.of(b"").hex))
+    assert list(found(stock)) == [f"blobs/{name}" for name in hexes]
+    assert stock.has(*ONE, b"nobody's", b"") == [True, True, False, False]
+    assert found(stock) == {}
+
+
+def test_what_is_no_blob_is_left_alone(stock: Stock) -> None:
+    for name in (".syncthing.x.tmp", f".{'ab' * 32}.Xy7Z", "ab" * 31, ("ab" * 32).upper()):
+        (stock.root / "blobs" / name).write_bytes(b"x")
+    assert found(stock) == {}
+
+
+def test_a_blob_that_an_unreadable_record_mentions_is_none(stock: Stock) -> None:
+    record = stock.path(stock.image(ONE, "a:1"))
+    record.write_bytes(record.read_bytes()[:-9])
+    theirs = stock.root / "fat" / Digest.of(b"theirs").hex
+    theirs.write_text(json.dumps({"v1.oci.manifest": {"layers": [{"digest": Digest.of(b"their layer")}]}}))
+    stock.blobs(b"their layer", b"nobody's")
+    assert list(found(stock)) == ["blobs/" + Digest.of(b"nobody's").hex]
+
+
+def test_only_what_has_not_changed_since_is_one(stock: Stock) -> None:
+    stock.blobs(b"nobody's")
+    path = partial(stock.root / "pulls" / "3", b"left", 2)
+    changed = datetime.fromtimestamp(path.stat().st_ctime, UTC)
+    assert found(stock, changed - timedelta(seconds=10)) == {}
+    assert len(found(stock)) == 2
+
+
+def test_the_age_is_not_that_which_a_copy_carries_over(stock: Stock) -> None:
+    """rsync and tar set the mtime to that of the original; the ctime tells when it came here."""
+    stock.blobs(b"nobody's")
+    long_ago = time.time() - 10**7
+    os.utime(stock.blob(b"nobody's"), (long_ago, long_ago))
+    assert found(stock, datetime.now(UTC) - timedelta(days=1)) == {}
+    in_the_future = time.time() + 10**7
+    os.utime(stock.blob(b"nobody's"), (in_the_future, in_the_future))
+    assert len(found(stock)) == 1
+
+
+# Partials
+
+
+def test_a_partial_that_no_process_owns_is_one_with_its_note(stock: Stock) -> None:
+    partial(stock.root / "pulls" / "0", b"left", 2)
+    path = partial(stock.root / "pulls" / "12", b"without a size", 3, None)
+    path.with_name(f"{path.name}.note").unlink()
+    assert found(stock) == {f"pulls/0/{Digest.of(b'left').hex}": 2, f"pulls/12/{path.name}": 3}
+
+
+def test_that_of_a_living_process_is_none(stock: Stock, living: Path) -> None:
+    partial(living, b"under way", 2)
+    partial(living, b"of unknown size", 2, None)
+    dead = partial(living.parent / "1", b"left", 2)
+    assert found(stock) == {f"pulls/1/{dead.name}": 2}
+
+
+def test_one_whose_blob_is_whole_is_one_whoever_owns_it(stock: Stock, living: Path) -> None:
+    stock.put(image_of(b"whole", b"half"), "a:1")
+    stock.blobs(b"whole")
+    stock.blob(b"half").write_bytes(b"ha")
+    whole = partial(living, b"whole", 3)
+    half = partial(living, b"half", 3)
+    assert found(stock) == {f"pulls/0/{whole.name}": 3}
+    half.with_name(f"{half.name}.note").write_text("[]")
+    assert found(stock) == {}
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "5", "null", "{}", '{"size": null}', '{"size": "5"}', "\udcff"])
+def test_a_note_that_tells_nothing_does_not_make_it_one(stock: Stock, living: Path, note: str) -> None:
+    stock.put(image_of(b"whole"), "a:1")
+    stock.blobs(b"whole")
+    path = partial(living, b"whole", 3)
+    path.with_name(f"{path.name}.note").write_bytes(note.encode("utf-8", "surrogateescape"))
+    assert found(stock) == {}
+
+
+def test_one_that_is_wished_for_is_none(stock: Stock) -> None:
+    """Wherever the wish is, and the partial."""
+    wanted = stock.put(image_of(b"config", b"layer"), "a:1")
+    (stock.root / "pulls" / "4").mkdir()
+    WishFiles(stock.root / "pulls" / "4", Unsynced()).write(wanted.digest, APP)
+    partial(stock.root / "pulls" / "2", b"layer", 3)
+    other = partial(stock.root / "pulls" / "2", b"another's", 3)
+    assert found(stock) == {f"pulls/2/{other.name}": 3}
+    WishFiles(stock.root / "pulls" / "4", Unsynced()).remove(wanted.digest)
+    assert found(stock) == {f"pulls/2/{Digest.of(b'layer').hex}": 3}
+
+
+def test_a_wish_for_what_has_no_record_wishes_for_nothing(stock: Stock) -> None:
+    wanted = image_of(b"config", b"layer")
+    path = partial(stock.root / "pulls" / "2", b"layer", 3)
+    WishFiles(path.parent, Unsynced()).write(wanted.digest, APP)
+    (path.parent / "nonsense.wish").write_text("{}")
+    assert found(stock) == {f"pulls/2/{path.name}": 3}
+
+
+def test_what_else_is_in_pulls_is_left_alone(stock: Stock) -> None:
+    folder = stock.root / "pulls" / "2"
+    (folder / "bad" / Digest.of(b"folder").hex).mkdir(parents=True)
+    (folder / Digest.of(b"folder").hex).mkdir()
+    for name in ("socket", f"{'ab' * 32}.record", f"{'ab' * 32}.new", f"bad/{'ab' * 32}"):
+        (folder / name).write_bytes(b"x")
+    (stock.root / "pulls" / "x").mkdir()
+    partial(stock.root / "pulls" / "x", b"not a process's", 3)
+    (stock.root / "pulls" / "verified").touch()
+    assert found(stock) == {}
+
+
+# Beside others
+
+
+def test_it_is_done_under_the_lock(stock: Stock) -> None:
+    stock.blobs(b"nobody's")
+    held = []
+
+    class Looking(Unsynced):
+        def unlink(self, path: Path) -> None:
+            held.append(lock(stock.root / "pulls" / "lock", wait=False))
+            super().unlink(path)
+
+    remove_orphans(stock.root, later(), Looking())
+    assert held
+    assert set(held) == {None}
+    free = lock(stock.root / "pulls" / "lock", wait=False)
+    assert free is not None
+    os.close(free)
+
+
+def test_no_process_takes_a_partial_that_is_being_removed(stock: Stock) -> None:
+    partial(stock.root / "pulls" / "0", b"left", 2)
+    took: list[bool] = []
+
+    class Meanwhile(Unsynced):
+        def unlink(self, path: Path) -> None:
+            if not took:
+                pulls = PullsFolder(stock.root, Unsynced())
+                took.append((pulls.path / Digest.of(b"left").hex).exists())
+                pulls.close()
+            super().unlink(path)
+
+    remove_orphans(stock.root, later(), Meanwhile())
+    assert took == [False]
+
+
+def test_a_replica_without_a_pulls_folder_has_orphans_too(stock: Stock) -> None:
+    stock.blobs(b"nobody's")
+    (stock.root / "pulls").rmdir()
+    assert len(find_orphans(stock.root, later())) == 1
+    assert len(remove_orphans(stock.root, later(), Unsynced())) == 1
+
+
+def test_a_look_changes_nothing(stock: Stock) -> None:
+    partial(stock.root / "pulls" / "5", b"left", 2)
+    before = sorted(stock.root.rglob("*"))
+    assert len(find_orphans(stock.root, later())) == 1
+    assert sorted(stock.root.rglob("*")) == before
+
+
+def test_a_store_without_blobs_has_none(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    assert find_orphans(tmp_path / "store", later()) == {}
+
+
+def test_a_store_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        find_orphans(tmp_path / "store", later())

@@ -1,0 +1,269 @@
+"""Commands, by their names and in their older spellings: which one a command line makes, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ociregistry.commands.export import Export
+from ociregistry.commands.list import List
+from ociregistry.commands.load import Load
+from ociregistry.commands.options import Command
+from ociregistry.commands.prune import Prune
+from ociregistry.commands.verify import Verify
+from ociregistry.platforms import ALL, Platform
+from ociregistry.settings import load_settings
+from tests.unit.command_lines import Ran, Said, mistake, nothing_runs, run
+
+PATTERNS = ("--prune", "curl,^quay")
+BEFORE = ("--prune-before", "2024-03-01T22:17:30")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
+    """The commands that would have run."""
+    return nothing_runs(monkeypatch)
+
+
+def made(capfd: pytest.CaptureFixture[str], ran: list[Ran], *argv: str) -> Ran:
+    """The one command that a command line makes; nothing is said."""
+    assert run(capfd, *argv) == Said(0, "", "")
+    return ran.pop()
+
+
+def expressions(command: Command) -> list[str]:
+    """The patterns that were given."""
+    assert isinstance(command, Prune | List | Export)
+    assert command.patterns is not None
+    return [one.pattern for one in command.patterns.expressions]
+
+
+def spellings(*words: str) -> Iterator[tuple[str, ...]]:
+    """The options of a command in both ways in which values are given."""
+    yield words
+    yield tuple(f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("argv", [("--load-images", "images"), ("load", "images"), ("--load-images=./images",)])
+def test_load_has_the_file_wherever_we_are(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir("/usr")
+    load, settings = made(capfd, ran, *argv).command, made(capfd, ran, *argv).settings
+    assert isinstance(load, Load)
+    assert load.files == [Path("/usr/images")]
+    assert settings == load_settings({}, (), None)
+
+
+def test_a_file_may_be_called_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv in (("load", "--", "/-x"), ("load", "--", "-x"), ("--load-images", "/-x"), ("--load-images=-x",)):
+        load = made(capfd, ran, *argv).command
+        assert isinstance(load, Load)
+        assert [file.name for file in load.files] == ["-x"]
+
+
+ABOUT_LOADING = ("--arch", "amd64", "--os", "linux", "--pull-timeout", "20000", "--concurrent=50")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--image-path", "/srv", "--load-images", "/images", *ABOUT_LOADING),
+        (*ABOUT_LOADING, "--load-images=/images", "--image-path=/srv"),
+        ("--image-path", "/srv", "load", "/images", *ABOUT_LOADING),
+        (*ABOUT_LOADING, "load", "--image-path", "/srv", "/images"),
+        (*ABOUT_LOADING, "--image-path", "/srv", "load", "--", "/images"),
+    ],
+)
+def test_load_has_the_options_that_were_given_before_and_behind_it(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]
+) -> None:
+    one = made(capfd, ran, *argv)
+    assert isinstance(one.command, Load)
+    assert one.command.files == [Path("/images")]
+    expected = {"image_path": "/srv", "arch": "amd64", "os": "linux", "pull_timeout": "20000", "concurrent": "50"}
+    assert one.settings == load_settings(expected, (), None)
+    assert (one.settings.concurrent, one.settings.max_connections) == (50, 100)
+
+
+def test_load_takes_several_files_and_platforms(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    argv = ("load", "/a", "--platform", "all", "/b.tar", "--with-signatures", "/c/")
+    one = made(capfd, ran, *argv)
+    assert isinstance(one.command, Load)
+    assert one.command.files == [Path("/a"), Path("/b.tar"), Path("/c")]
+    assert (one.settings.platform, one.settings.with_signatures) == (ALL, True)
+    one = made(capfd, ran, "--platform", "linux/arm/v7", "load", "/a")
+    assert one.settings.platform == (Platform("linux", "arm", "v7"),)
+
+
+def test_list_is_a_list_of_everything(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv in (("--list-cache",), ("list",), ("--image-path", "/srv", "--list-cache"), ("list", "--sort=url")):
+        command = made(capfd, ran, *argv).command
+        assert isinstance(command, List)
+        assert (command.patterns, command["sort"], command["long"], command["json"]) == (None, "url", 0, 0)
+
+
+def test_prune_has_the_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv in (*spellings(*PATTERNS), *(("prune", *words) for words in spellings("--pattern", PATTERNS[1]))):
+        command = made(capfd, ran, *argv).command
+        assert isinstance(command, Prune)
+        assert expressions(command) == ["curl", "^quay"]
+        assert (command.before, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
+
+
+def test_prune_has_the_time(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv in (*spellings(*BEFORE), *(("prune", *words) for words in spellings("--before", BEFORE[1]))):
+        command = made(capfd, ran, *argv).command
+        assert isinstance(command, Prune)
+        assert command.before == datetime(2024, 3, 1, 22, 17, 30).astimezone()
+        assert (command.patterns, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
+
+
+def test_prune_has_both(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv in (
+        (*PATTERNS, *BEFORE),
+        (*BEFORE, *PATTERNS),
+        ("prune", "--before", BEFORE[1], "--pattern=curl,^quay"),
+    ):
+        command = made(capfd, ran, *argv).command
+        assert isinstance(command, Prune)
+        assert expressions(command) == ["curl", "^quay"]
+        assert command.before is not None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (*PATTERNS, "--dry-run"),
+        ("--dry-run", *BEFORE),
+        (*PATTERNS, "--dry-run", *BEFORE),
+        ("prune", "--pattern", "curl", "--dry-run"),
+        ("--dry-run", "prune", "--pattern", "curl"),
+        ("--dry-run", "prune", "--pattern", "curl", "--dry-run"),
+        ("--image-path", "/srv", "--dry-run", "prune", "--unused-for", "1d"),
+        ("--dry-run", "prune", "--orphans"),
+    ],
+)
+def test_a_dry_run_is_one_wherever_it_is_said(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]
+) -> None:
+    command = made(capfd, ran, *argv).command
+    assert isinstance(command, Prune)
+    assert command["dry-run"]
+
+
+def test_a_dry_run_of_nothing_is_a_mistake(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    loads = (("--load-images", "x"), ("load", "x"))
+    for argv in ((), ("serve",), ("--list-cache",), ("list",), ("check",), ("verify",), ("version",), *loads):
+        assert "--dry-run goes with prune" in mistake(capfd, "--dry-run", *argv)
+    for argv in (("serve",), ("list",), ("verify",)):
+        assert "--dry-run" in mistake(capfd, *argv, "--dry-run")
+    assert ran == []
+
+
+ACTIONS = [
+    ("--load-images", "x"),
+    ("--list-cache",),
+    PATTERNS,
+    BEFORE,
+    ("load", "x"),
+    ("list",),
+    ("prune", "--orphans"),
+    ("verify",),
+    ("export", "--pattern", "x", "-o", "y"),
+    ("check",),
+    ("version",),
+    ("containerd-config",),
+    ("serve",),
+]
+
+
+@pytest.mark.parametrize("second", ACTIONS, ids=" ".join)
+@pytest.mark.parametrize("first", ACTIONS[:4], ids=" ".join)
+def test_two_actions_at_once_are_a_mistake(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], first: tuple[str, ...], second: tuple[str, ...]
+) -> None:
+    if first == second or {first, second} == {PATTERNS, BEFORE}:
+        made(capfd, ran, *first, *second)
+    else:
+        assert "one thing at a time" in mistake(capfd, *first, *second)
+        assert ran == []
+
+
+def test_two_names_of_commands_are_a_mistake(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for first in (
+        "list",
+        "verify",
+        "check",
+        "version",
+        "containerd-config",
+        "prune --orphans",
+        "export --pattern x -o y",
+    ):
+        for second in ("list", "load", "serve"):
+            assert "Wrong number of arguments" in mistake(capfd, *first.split(), second)
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("--prune", "["), "the pattern '[' is not a regular expression"),
+        (("--prune", ""), "an empty pattern would be found in every image URL"),
+        (("--prune", "curl,,quay"), "an empty pattern would be found in every image URL"),
+        (("--prune", "[[:alpha:]]"), "'[:alpha:]', which is Go's"),
+        (("--prune", r"x\z"), "\\Z is the end of the text here"),
+        (("--prune-before", "yesterday"), "a local date and time such as 2024-03-01T22:17:30 is expected"),
+        (("--prune-before", "2024-02-30T00:00:00"), "a local date and time such as 2024-03-01T22:17:30 is expected"),
+        (("--prune-before", ""), "a local date and time such as 2024-03-01T22:17:30 is expected"),
+        (("--prune",), "--prune requires argument"),
+        (("--list-cache=yes",), "--list-cache must not have an argument"),
+        (("--list-cache", "curl"), "curl"),
+        (("--load-images", "x", "y"), "y"),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_mistake_in_an_older_spelling_is_one_line(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...], why: str, dry: tuple[str, ...]
+) -> None:
+    # The option of which something is missing comes last.
+    assert why in mistake(capfd, *dry, *argv).replace("option --", "--")
+    assert ran == []
+
+
+def test_export_has_its_files_wherever_we_are(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/usr")
+    for option in (("-o", "a.tar"), ("-oa.tar",), ("--output", "a.tar"), ("--output=a.tar",)):
+        command = made(capfd, ran, "export", *option, "--pattern", "curl,^quay", "--since", "/b.tar").command
+        assert isinstance(command, Export)
+        assert (command.target, command.since) == (Path("/usr/a.tar"), Path("/b.tar"))
+        assert expressions(command) == ["curl", "^quay"]
+
+
+def test_verify_repairs_when_it_is_told_to(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    for argv, repairs in ((("verify",), False), (("verify", "--repair"), True)):
+        command = made(capfd, ran, *argv).command
+        assert isinstance(command, Verify)
+        assert bool(command["repair"]) is repairs
+
+
+def test_the_unit_of_unused_for_is_read(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+    command = made(capfd, ran, "prune", "--unused-for", "30d", "--orphans", "--older-than", "12h").command
+    assert isinstance(command, Prune)
+    assert (command.unused_for, command.age) == (timedelta(days=30), timedelta(hours=12))
+
+
+def test_settings_that_are_mistaken_end_a_command_before_it_begins(
+    capfd: pytest.CaptureFixture[str], ran: list[Ran], tmp_path: Path
+) -> None:
+    config = tmp_path / "it.yaml"
+    config.write_text("prune: {every: 1h}\n")
+    for argv in (("list",), ("--list-cache",), PATTERNS, ("load", "x")):
+        assert f"{config}:1: prune: says neither" in mistake(capfd, "--config-path", config, *argv)
+        assert "--concurrent: '0'" in mistake(capfd, "--concurrent=0", *argv)
+    assert ran == []
