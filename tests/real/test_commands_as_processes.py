@@ -135,17 +135,8 @@ def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
 
 # Who does not listen
 
-_FULL = "--version does not print by print_lines()"
-_CLOSED = "print_lines() does not know that sys.stdout may be None"
 
-
-def _marked(command: str, *, full: bool) -> object:
-    fails = ("--version" in command) == full
-    marks = [pytest.mark.xfail(strict=True, reason=_FULL if full else _CLOSED)] if fails else []
-    return pytest.param(command, marks=marks)
-
-
-@pytest.mark.parametrize("command", [_marked(command, full=True) for command in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_full_device_is_told_in_one_line(shell: Shell, tmp_path: Path, command: str) -> None:
     out_for(shell, os.geteuid())
     argv = shell.argv(*words(shell, command), options=())
@@ -153,7 +144,7 @@ def test_a_full_device_is_told_in_one_line(shell: Shell, tmp_path: Path, command
     assert_one_line(done, 1, "No space left on device")
 
 
-@pytest.mark.parametrize("command", [_marked(command, full=False) for command in COMMANDS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_closed_output_is_told_in_one_line_or_not_at_all(shell: Shell, tmp_path: Path, command: str) -> None:
     """What is done is done; there is no traceback, and nothing of the store is taken for the output."""
     out_for(shell, os.geteuid())

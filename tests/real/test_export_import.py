@@ -87,7 +87,6 @@ def test_all_that_is_exported_is_the_same_in_an_empty_store(
             assert pull_offline(daemon, containerd, ref) == parts_of(what)
 
 
-@pytest.mark.xfail(strict=True, reason="what a list has gets the dates of the list")
 def test_what_a_list_has_keeps_its_own_dates(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:

@@ -205,7 +205,6 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
         served(cache.daemon, cache.upstream.host, REPOSITORY, tag, what)
 
 
-@pytest.mark.xfail(strict=True, reason="a repaired record is also noted by its digest, and outlives its tag")
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
 def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Path, running: bool) -> None:
     """So that whoever prunes its tag is rid of it, as before."""

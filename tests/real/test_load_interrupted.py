@@ -94,7 +94,6 @@ def held(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[
         yield process
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_ONE_LINE)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_load_that_is_interrupted_says_so_in_one_line(
     upstream: ScriptedRegistry, shell: Shell, number: int
@@ -144,7 +143,6 @@ def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
     in_store(shell, BIG, *SMALL)
 
 
-@pytest.mark.xfail(strict=True, reason="before the reactor runs a KeyboardInterrupt comes through to Python")
 def test_an_interrupt_before_it_begins_is_no_traceback(shell: Shell) -> None:
     """Here while it reads its list from a pipe, into which nobody writes."""
     pipe = shell.folder / "list"

@@ -235,7 +235,6 @@ def test_nothing_is_lost_and_nothing_wrong_comes(
     assert contents(scene.root).keys() == kept
 
 
-@pytest.mark.xfail(strict=True, reason="what an import found there may be pruned before its records name it")
 def test_an_import_keeps_what_it_found_there(scene: Scene, tmp_path: Path) -> None:
     """Also when the images that it was there for are pruned before the import has ended."""
     need("strace")
