@@ -42,6 +42,7 @@ from ociregistry.pullthrough.upkeep import Upkeep
 from ociregistry.settings import Settings
 from ociregistry.store.door import Door
 from ociregistry.store.store import Store
+from ociregistry.systemd import Systemd
 from ociregistry.upstream.network import Network
 from ociregistry.upstream.registries import Registries
 from ociregistry.web.health import health
@@ -78,6 +79,7 @@ class Daemon(Service):
         self._beside: tuple[Door, IListeningPort] | None = None
         """Where commands on the same store come in."""
         self._reloading = DeferredLock()
+        self._systemd = Systemd(reactor)
         self._level = AtLeast(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
         self._store = Store(settings.image_path, reactor, reactor)
@@ -177,6 +179,7 @@ class Daemon(Service):
             **ALWAYS,
         )
         self._warn(self._settings)
+        self._systemd.ready()
 
     def _listen_beside(self) -> None:
         """Commands on the same store pull through this process: nothing is fetched twice."""
@@ -199,9 +202,11 @@ class Daemon(Service):
     def reload(self) -> Deferred[None]:
         """Reads the settings again, in a thread, and uses them; those that are invalid change nothing."""
         reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
-        return reloaded.addErrback(lambda failure: self.log.failure("the settings cannot be read again", failure))
+        reloaded.addErrback(lambda failure: self.log.failure("the settings cannot be read again", failure))
+        return reloaded.addCallback(lambda _: self._systemd.reloaded())
 
     async def _reload(self) -> None:
+        self._systemd.reloading()
         try:
             settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigInvalid as error:
@@ -241,6 +246,7 @@ class Daemon(Service):
     def stopService(self) -> Deferred[None]:
         """Takes no new connection, lets requests in flight end, then stops the rest."""
         super().stopService()
+        self._systemd.stopping()
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
@@ -261,6 +267,7 @@ class Daemon(Service):
         await self._cache.stop()
         self._network.stop()
         self._store.stop()
+        self._systemd.stopped()
 
 
 def exit_with(message: str, status: int) -> NoReturn:

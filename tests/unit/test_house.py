@@ -14,7 +14,7 @@ LONGEST = 320
 
 # Top first: a room may import itself and every room on a lower floor, never its neighbour on the same one.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"tap"}),
+    frozenset({"tap", "script"}),
     frozenset({"daemon"}),
     frozenset({"commands"}),
     frozenset({"web", "archives"}),
@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
-    frozenset({"flights", "logs", "chain"}),
+    frozenset({"flights", "logs", "chain", "systemd"}),
     # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
     frozenset({"errors", "__init__"}),
 )

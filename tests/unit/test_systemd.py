@@ -1,0 +1,134 @@
+"""What systemd is told, on a real socket, by a clock that the test advances."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.systemd import Systemd
+from tests.unit.daemons import Daemons
+from tests.unit.doubles import on_reactor, texts, until
+
+
+class Manager:
+    """systemd's end of the socket; `address` is how it would name it to the daemon."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(address.replace("@", "\0", 1))
+
+    def told(self) -> list[str]:
+        """What has come since it was last asked, each without what follows its first line."""
+        found = []
+        try:
+            while True:
+                found.append(self._socket.recv(1000).decode().partition("\n")[0])
+        except BlockingIOError:
+            return found
+
+    def raw(self) -> str:
+        """The next datagram as it came."""
+        return self._socket.recv(1000).decode()
+
+    def close(self) -> None:
+        """Listens no longer."""
+        self._socket.close()
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    """It listens at a path of the file system, or at an abstract name."""
+    manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{secrets.token_hex(8)}")
+    yield manager
+    manager.close()
+
+
+def test_ready_reload_and_stop_are_told(manager: Manager, clock: Clock) -> None:
+    systemd = Systemd(clock, {"NOTIFY_SOCKET": manager.address})
+    for tell in (systemd.ready, systemd.reloading, systemd.reloaded, systemd.stopping, systemd.stopped):
+        tell()
+        clock.advance(100)
+    assert manager.told() == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
+
+
+def test_a_reload_says_since_when(manager: Manager, clock: Clock) -> None:
+    """What Type=notify-reload needs to tell it from an older one."""
+    Systemd(clock, {"NOTIFY_SOCKET": manager.address}).reloading()
+    first, second = manager.raw().splitlines()
+    key, _, since = second.partition("=")
+    assert (first, key) == ("RELOADING=1", "MONOTONIC_USEC")
+    assert int(since) > 0
+
+
+def test_it_says_that_it_lives_twice_as_often_as_it_must(manager: Manager, clock: Clock) -> None:
+    systemd = Systemd(clock, {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000000"})
+    assert manager.told() == []
+    systemd.ready()
+    assert manager.told() == ["READY=1", "WATCHDOG=1"]
+    clock.advance(14.9)
+    assert manager.told() == []
+    clock.pump([0.1, 15])
+    systemd.stopping()
+    clock.advance(15)
+    assert manager.told() == ["WATCHDOG=1"] * 2 + ["STOPPING=1", "WATCHDOG=1"]
+    systemd.stopped()
+    clock.advance(15)
+    assert manager.told() == []
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize(("pid", "signs"), [(os.getpid(), ["WATCHDOG=1"]), (os.getpid() + 1, [])])
+def test_who_is_not_watched_says_nothing(manager: Manager, clock: Clock, pid: int, signs: list[str]) -> None:
+    """The variables may have come from a parent that is."""
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(pid)}
+    Systemd(clock, environment).ready()
+    assert manager.told() == ["READY=1", *signs]
+
+
+def test_without_systemd_nothing_happens(clock: Clock, events: list[LogEvent]) -> None:
+    systemd = Systemd(clock, {})
+    for tell in (systemd.ready, systemd.reloading, systemd.reloaded, systemd.stopping, systemd.stopped):
+        tell()
+    assert texts(events) == []
+    assert clock.getDelayedCalls() == []
+
+
+def test_a_socket_that_is_gone_is_one_line_and_no_failure(
+    tmp_path: Path, clock: Clock, events: list[LogEvent]
+) -> None:
+    Systemd(clock, {"NOTIFY_SOCKET": str(tmp_path / "gone")}).reloading()
+    (line,) = texts(events, LogLevel.error)
+    assert line.startswith("systemd cannot be told RELOADING=1: ")
+    assert "No such file" in line
+
+
+@on_reactor
+async def test_the_daemon_tells_it(
+    manager: Manager, clock: Clock, daemons: Daemons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    monkeypatch.delenv("WATCHDOG_PID", raising=False)
+    daemon = daemons.start()
+    assert manager.told() == ["READY=1", "WATCHDOG=1"]
+    await daemon.reload()
+    assert manager.told() == ["RELOADING=1", "READY=1"]
+    clock.advance(1)
+    assert manager.told() == ["WATCHDOG=1"]
+    daemons.stop()
+    assert manager.told()[0] == "STOPPING=1"
+    await until(daemons.stopped)
+    clock.advance(100)
+    assert set(manager.told()) <= {"WATCHDOG=1"}
+    await daemon.reload()
+    clock.advance(100)
+    assert manager.told() == ["RELOADING=1", "READY=1"]
