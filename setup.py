@@ -51,6 +51,7 @@ setup(
             "types-tqdm",
         ],
     },
+    entry_points={"console_scripts": ["ociregistry = ociregistry.script:main"]},
     # twisted.plugins is Twisted's own folder that we put one file into: an __init__.py in ours would hide it.
     packages=[*find_packages(include=["ociregistry", "ociregistry.*"]), "twisted.plugins"],
     package_data={"ociregistry": ["py.typed"]},
