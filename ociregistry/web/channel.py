@@ -15,9 +15,13 @@ from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
 
 from ociregistry.config.tls import openssl_reason
+from ociregistry.web.traffic import Traffic
 
 _REQUEST_WITHIN = 30.0
 """Seconds from the first byte of a request to its last."""
+
+_FIRST_REQUEST_WITHIN = 5.0
+"""Seconds that who has connected counts as one who is being served: a daemon that stops must not cut it off."""
 
 MOST_CONNECTIONS = 2000
 """From one address. A node keeps a handful; but a whole cluster may stand behind one address."""
@@ -30,16 +34,21 @@ _NOT_TLS = (
 
 
 class Channel(HTTPChannel):
-    """HTTPChannel with limits. `addresses` counts the connections of each address, over all channels."""
+    """HTTPChannel with limits. `addresses` counts the connections of each address, over all channels.
+
+    A new one is part of the `traffic`, until its first request is.
+    """
 
     log = Logger(namespace="ociregistry.web")
 
-    def __init__(self, clock: IReactorTime, addresses: Counter[str]) -> None:
+    def __init__(self, clock: IReactorTime, addresses: Counter[str], traffic: Traffic) -> None:
         super().__init__()
         self._clock = clock
+        self._traffic = traffic
         self._addresses = addresses
         self._address = ""
         self._deadline: IDelayedCall | None = None
+        self._awaited: IDelayedCall | None = None
         self._fresh = True
         self._serving = False
 
@@ -53,6 +62,8 @@ class Channel(HTTPChannel):
             self._tcp.setTcpNoDelay(True)
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
+        self._traffic.began()
+        self._awaited = self._clock.callLater(_FIRST_REQUEST_WITHIN, self._await_no_longer)
         if self._addresses[self._address] > MOST_CONNECTIONS:
             self.abort()
 
@@ -64,6 +75,7 @@ class Channel(HTTPChannel):
         if not self._addresses[self._address]:
             del self._addresses[self._address]
         self._stop_deadline()
+        self._await_no_longer()
         super().connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:
@@ -83,6 +95,7 @@ class Channel(HTTPChannel):
         self._stop_deadline()
         self._serving = True
         super().allContentReceived()
+        self._await_no_longer()
 
     def requestDone(self, request: Request) -> None:
         """The answer has been sent; what came of the next request meanwhile is looked at now."""
@@ -105,3 +118,10 @@ class Channel(HTTPChannel):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _await_no_longer(self) -> None:
+        if self._awaited is not None:
+            if self._awaited.active():
+                self._awaited.cancel()
+            self._awaited = None
+            self._traffic.ended()

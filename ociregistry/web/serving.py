@@ -18,12 +18,12 @@ from twisted.web.server import NOT_DONE_YET, Request
 from ociregistry import __version__
 from ociregistry.chain import Chain
 from ociregistry.errors import MethodUnsupported, RegistryError
-from ociregistry.flights import Bell
 from ociregistry.web.answers import Answer, error_answer
 from ociregistry.web.channel import Channel
 from ociregistry.web.ranges import Range, parse_range
 from ociregistry.web.requests import Query
 from ociregistry.web.sending import SLOWEST, Sender, SlowClient
+from ociregistry.web.traffic import Traffic
 
 Handler = Callable[[str, bytes, Query, Chain], Coroutine[Deferred[Any], Any, Answer]]
 """Gives the answer to a method, a path (still percent-encoded) and a query that came through a chain of caches;
@@ -38,31 +38,6 @@ _COMMON_HEADERS = {
 
 class InternalError(RegistryError):
     """A defect of this program."""
-
-
-class Traffic:
-    """The requests that are being answered."""
-
-    def __init__(self) -> None:
-        self._requests = 0
-        self._changed = Bell()
-
-    def began(self) -> None:
-        """One more."""
-        self._requests += 1
-
-    def ended(self) -> None:
-        """One less."""
-        self._requests -= 1
-        self._changed.ring()
-
-    def idle(self) -> Deferred[None]:
-        """Fires when there is none."""
-        return succeed(None) if self._requests == 0 else Deferred.fromCoroutine(self._idle())
-
-    async def _idle(self) -> None:
-        while self._requests:
-            await self._changed.wait()
 
 
 class Served(Resource):

@@ -14,7 +14,8 @@ from ociregistry.errors import NotFound
 from ociregistry.web.answers import Answer
 from ociregistry.web.channel import Channel
 from ociregistry.web.requests import Query
-from ociregistry.web.serving import Handler, Served, Traffic
+from ociregistry.web.serving import Handler, Served
+from ociregistry.web.traffic import Traffic
 from ociregistry.web.v2 import V2
 
 _IDLE_CONNECTION = 150.0
@@ -73,7 +74,7 @@ class RegistrySite(Site):
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         addresses: Counter[str] = Counter()
         # Typed for the wrapper that could also speak HTTP/2.
-        self.protocol = lambda: Channel(clock, addresses)  # type: ignore[method-assign, assignment, return-value]
+        self.protocol = lambda: Channel(clock, addresses, self.traffic)  # type: ignore[method-assign, assignment, return-value]
 
     def log(self, request: object) -> None:
         """Writes nothing."""
