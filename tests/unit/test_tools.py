@@ -1,0 +1,152 @@
+"""What the package is made of: manual pages and completion have what the code has, whatever is added to it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.python import usage
+
+from ociregistry import __version__
+from ociregistry.settings import OPTIONS
+from ociregistry.tap import Options
+from tools import completion, manual
+from tools.commandline import Command, Option, commands, common, options_of
+from tools.generate import generated, main
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT = Option("port", True, "TCP port [0-65535]: it's the clients'.", "8080")
+QUIET = Option("quiet", False, "Say nothing.", letter="q")
+KEEP = Option("keep", True, ".begins like a request of roff", letter="k")
+PRUNE = Command("prune", "remove what is old", "[options] PATTERN", "", (KEEP,))
+LIST = Command("list", "print what there is", "[options]", "Prints what there is.", ())
+
+
+def plain(roff: str) -> str:
+    return roff.replace("\\-", "-").replace("\\fB", "").replace("\\fR", "")
+
+
+def test_every_option_and_command_is_there() -> None:
+    files = generated()
+    names = [option.name for option in OPTIONS]
+    assert len(names) > 5
+    assert {*names, "config-path", "listen", "help", "version"} <= {option.name for option in common()}
+    table: Sequence[Any] = Options.subCommands
+    assert {command.name for command in commands()} == {name for name, *_ in table}
+    for command in commands():
+        assert f"{command.name}:" in files["_ociregistry"]
+        assert re.search(rf"^\.TP\n{command.name} ", plain(files["ociregistry.8"]), re.MULTILINE)
+    for name in (option.name for option in common()):
+        assert f"--{name}\n" in plain(files["ociregistry.8"]).replace(" \\fIvalue", "")
+        assert f"--{name} " in files["ociregistry.bash"].replace("'", " ")
+        assert f"'*--{name}" in files["_ociregistry"]
+
+
+def test_every_key_of_the_configuration_is_there() -> None:
+    page = plain(generated()["ociregistry.yaml.5"])
+    found = {key for heading in re.findall(r"^\.B (.*)$", page, re.MULTILINE) for key in heading.split(", ")}
+    assert {*(option.key for option in OPTIONS), "listen", "tls", "registries", "bandwidth"} <= found
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    for name in ("ociregistry.8", "ociregistry.yaml.5"):
+        page = generated()[name]
+        assert re.search("@[A-Z]+@", page) is None
+        assert f"ociregistry {__version__}" in page
+
+
+def test_files_are_written(tmp_path: Path) -> None:
+    main(tmp_path / "new" / "folder")
+    assert {path.name: path.read_text() for path in (tmp_path / "new" / "folder").iterdir()} == generated()
+
+
+def test_the_package_has_the_same_version() -> None:
+    changelog = (ROOT / "debian" / "changelog").read_text()
+    assert changelog.startswith(f"ociregistry ({__version__}) ")
+
+
+def test_an_option_in_the_manual() -> None:
+    text = manual.options_text([PORT, QUIET, KEEP])
+    assert text == (
+        ".TP\n\\fB\\-\\-port\\fR \\fIvalue\\fR\nTCP port [0\\-65535]: it's the clients'. Default: 8080.\n"
+        ".TP\n\\fB\\-q\\fR, \\fB\\-\\-quiet\\fR\nSay nothing.\n"
+        ".TP\n\\fB\\-k\\fR, \\fB\\-\\-keep\\fR \\fIvalue\\fR\n\\&.begins like a request of roff\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("doc", "default", "text", "shown"),
+    [
+        ("For so long [1d].", None, "For so long.", "1d"),
+        ("For so long. [1d]", None, "For so long.", "1d"),
+        ("For so long.", "1d", "For so long.", "1d"),
+        ("All of [a-z]\n   there are.", None, "All of [a-z] there are.", ""),
+    ],
+)
+def test_a_default_is_found_where_it_stands(doc: str, default: str | None, text: str, shown: str) -> None:
+    class Table(usage.Options):
+        optParameters = [["older-than", "o", default, doc]]
+
+    found = next(option for option in options_of(Table()) if option.name == "older-than")
+    assert found == Option("older-than", True, text, shown, "o")
+
+
+def test_a_command_in_the_manual() -> None:
+    text = manual.commands_text([LIST, PRUNE])
+    assert text.startswith(
+        ".TP\n\\fBlist\\fR [options]\nPrints what there is.\n.TP\n\\fBprune\\fR [options] PATTERN\n"
+    )
+    assert "Remove what is old.\n.RS\n.TP\n\\fB\\-k\\fR, \\fB\\-\\-keep\\fR" in text
+    assert text.endswith(".RE\n")
+
+
+def test_settings_in_the_manual() -> None:
+    top = "# The top.\n#\n# Two\n# lines.\n"
+    example = f"{top}\n# Where\n# it is.\n#path: /a-b\n#other: 1\n\n# A list.\n#list:\n#  - a\n\n# On its own.\n"
+    assert manual.introduction(example) == "The top.\n.PP\nTwo lines.\n"
+    assert manual.settings_text(example) == (
+        ".TP\n.B path, other\nWhere it is.\n.IP\n.EX\npath: /a\\-b\nother: 1\n.EE\n"
+        ".TP\n.B list\nA list.\n.IP\n.EX\nlist:\n  \\- a\n.EE\n"
+        ".PP\nOn its own.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (["pr"], {"prune"}),
+        ([""], {"list", "prune", "--port", "--quiet", "--log-level"}),
+        (["--q"], {"--quiet"}),
+        (["prune", "--"], {"--port", "--quiet", "--keep", "--log-level"}),
+        (["list", "--k"], set()),
+        (["--port", "8080", "prune", "--k"], {"--keep"}),
+        (["--port", "p"], set()),
+        (["prune", "--keep", "l"], set()),
+        (["prune", "-k", "l"], set()),
+        (["prune", "l"], set()),
+        (["--log-level", "w"], {"warn"}),
+        (["--log-level", "=", "t"], {"trace"}),
+        (["--log-level", "="], {"trace", "debug", "info", "warn", "error"}),
+    ],
+)
+def test_bash_offers_what_fits(tmp_path: Path, typed: list[str], offered: set[str]) -> None:
+    script = tmp_path / "completion"
+    level = Option("log-level", True, "How much to log.", "error")
+    script.write_text(completion.bash([PORT, QUIET, level], [LIST, PRUNE]))
+    tell = '. "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ociregistry; printf "%s\\n" "${COMPREPLY[@]}"'
+    argv = ["bash", "-uc", tell, "bash", str(script), "ociregistry", *typed]
+    said = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert said.stderr == ""
+    assert set(said.stdout.split()) == offered
+
+
+def test_zsh_is_told_what_is_special_to_it() -> None:
+    text = completion.zsh([PORT, QUIET, KEEP], [PRUNE])
+    assert "'*--port=[TCP port \\[0-65535\\]\\: it'\\''s the clients'\\''.]:port:_files'\n" in text
+    assert "'*--quiet[Say nothing.]'\n        '*-q[Say nothing.]'\n" in text
+    assert "'*-k+[.begins like a request of roff]:keep:_files'" in text
+    assert "'prune:remove what is old'\n" in text

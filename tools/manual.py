@@ -1,0 +1,86 @@
+"""Manual pages: of the command line, from its options, and of the configuration file, from the file itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from tools.commandline import Command, Option
+
+
+def options_text(options: Iterable[Option]) -> str:
+    """A list of options, in roff."""
+    return "".join(_option(option) for option in options)
+
+
+def commands_text(commands: Iterable[Command]) -> str:
+    """A list of commands, each with the options that it alone takes, in roff."""
+    return "".join(_command(command) for command in commands)
+
+
+def settings_text(example: str) -> str:
+    """The configuration file with everything commented out: each key, or those that share a text, in roff.
+
+    A comment has a space behind its #, a line of YAML has none or more than one.
+    """
+    sections = []
+    for paragraph in example.split("\n\n")[1:]:
+        comments = [line[2:] for line in paragraph.splitlines() if _is_comment(line)]
+        code = [line[1:] for line in paragraph.splitlines() if not _is_comment(line)]
+        if code:
+            keys = ", ".join(line.partition(":")[0] for line in code if not line.startswith(" "))
+            sections.append(f".TP\n.B {_escaped(keys)}\n{_flowing(comments)}{_literal(code)}")
+        else:
+            sections.append(f".PP\n{_flowing(comments)}")
+    return "".join(sections)
+
+
+def introduction(example: str) -> str:
+    """What stands at the top of the configuration file, in roff."""
+    lines = [line[2:] for line in example.partition("\n\n")[0].splitlines()]
+    return ".PP\n".join(_flowing(paragraph.split("\n")) for paragraph in "\n".join(lines).split("\n\n"))
+
+
+def filled(template: str, parts: Mapping[str, str]) -> str:
+    """The template with each @NAME@ replaced, and its line's end with it where the part brings its own."""
+    for name, text in parts.items():
+        template = template.replace(f"@{name}@\n", text if text.endswith("\n") else f"{text}\n")
+        template = template.replace(f"@{name}@", text)
+    return template
+
+
+def _option(option: Option) -> str:
+    value = " \\fIvalue\\fR" if option.takes_value else ""
+    default = f" Default: {_escaped(option.default)}." if option.default else ""
+    spelled = ", ".join(f"\\fB{_escaped(spelling)}\\fR" for spelling in reversed(option.spellings))
+    return f".TP\n{spelled}{value}\n{_line(option.help)}{default}\n"
+
+
+def _command(command: Command) -> str:
+    head = f".TP\n\\fB{_escaped(command.name)}\\fR {_escaped(command.synopsis)}\n"
+    text = _line(command.description or f"{command.help[:1].upper()}{command.help[1:]}.") + "\n"
+    options = f".RS\n{options_text(command.options)}.RE\n" if command.options else ""
+    return f"{head}{text}{options}"
+
+
+def _is_comment(line: str) -> bool:
+    return re.match("# [^ ]", line) is not None
+
+
+def _flowing(lines: Sequence[str]) -> str:
+    return f"{_line(' '.join(lines))}\n" if lines else ""
+
+
+def _literal(lines: Sequence[str]) -> str:
+    body = "".join(f"{_line(line)}\n" for line in lines)
+    return f".IP\n.EX\n{body}.EE\n"
+
+
+def _line(text: str) -> str:
+    """A line of text that roff does not take for a request."""
+    text = _escaped(text)
+    return f"\\&{text}" if text.startswith((".", "'")) else text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\e").replace("-", "\\-")
