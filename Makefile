@@ -15,6 +15,11 @@ PYTHON := $(VENV)/bin/python
 SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm
+BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-plugin-pyproject \
+	python3-openssl python3-service-identity python3-setuptools python3-tqdm python3-treq python3-twisted python3-yaml
+BOOTERS := mmdebstrap systemd-container docker-registry zsh
+# What a machine that is booted for a test has, besides the minimum and what the package depends on.
+INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
 
 # Whatever the caller's is: a test must never find another checkout's code.
 export PYTHONPATH := $(CURDIR)
@@ -24,7 +29,7 @@ TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
 # Left behind for .ci/run, which counts what really ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian lint clean
+.PHONY: help run test test-long test-debian test-deb deb lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -47,6 +52,34 @@ test-debian: ## run the tests in memory on Debian's own Python, Twisted and the 
 	export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONNOUSERSITE=1
 	python3 -c "$$ONLY_DEBIAN"
 	python3 -m pytest $(JUNIT).xml -m 'not long' tests/unit
+
+deb: ## build the Debian package, into build/
+	$(call need,$(BUILDERS))
+	export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+	rm -rf build/deb build/ociregistry_*
+	mkdir -p build/deb/ociregistry
+	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- | tar -x -C build/deb/ociregistry
+	cd build/deb/ociregistry
+	# Without any network, where the kernel lets us: nothing may be fetched.
+	offline=(unshare --map-root-user --net)
+	"$${offline[@]}" true 2>/dev/null || offline=()
+	"$${offline[@]}" dpkg-buildpackage --no-sign >../log 2>&1 || { cat ../log; exit 1; }
+	mv ../ociregistry_* ../..
+	cd ../..
+	ls ociregistry_*
+
+test-deb: $(VENV)/test.stamp ## try the package on a Debian 12 and a Debian 13 that are booted for it (needs root)
+	if [ $$(id -u) != 0 ]; then
+	    echo >&2 "Containers need root: sudo make test-deb"
+	    exit 1
+	elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
+	    echo "=== SKIPPED: this kernel forbids containers, so the package was not tried"
+	    exit 0
+	fi
+	$(call need,$(BOOTERS))
+	$(MAKE) --no-print-directory deb
+	$(MAKE) --no-print-directory -j 2 build/bookworm.tar build/trixie.tar
+	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml tests/deb
 
 lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff check --output-format=concise
@@ -77,6 +110,15 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PYTHON) -c "$$REQUIREMENTS" test > $(VENV)/test.txt
 	$(PYTHON) -m pip install --quiet --requirement $(VENV)/test.txt
 	touch $@
+
+# A machine's files, from where this machine's own packages come: made once, and again when the package needs others.
+build/%.tar: debian/control
+	mkdir -p build
+	depends=$$(sed -n '/^Depends:/,/^ \$$/s/^ \([a-z][a-z0-9-]*\).*/\1/p' debian/control | paste -s -d ,)
+	. /etc/os-release
+	apt-get indextargets --format 'deb $$(REPO_URI) $$(RELEASE) $$(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+	    sed "s/ $$VERSION_CODENAME/ $*/" >build/$*.list
+	mmdebstrap --quiet --variant=apt --aptopt='Acquire::Retries "3"' --include="$(INSIDE),$$depends" $* $@ build/$*.list
 
 # setup.py says what is needed, and nobody repeats it. (pip cannot install the dependencies of a package without it.)
 define REQUIREMENTS

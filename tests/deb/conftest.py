@@ -1,0 +1,38 @@
+"""Debian 12 and 13, booted, with the package installed and an upstream that has a private authority."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deb.machine import Machine
+from tests.deb.scene import UPSTREAM, Scene
+from tests.processes import ROOT
+
+SUITES = ("bookworm", "trixie")
+BUILD = ROOT / "build"
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """The package that `make deb` has built."""
+    (built,) = BUILD.glob("ociregistry_*_all.deb")
+    return built
+
+
+@pytest.fixture(scope="session", params=SUITES)
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A Debian that runs."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with Machine(BUILD / f"{request.param}.tar", folder / request.param) as machine:
+        yield machine
+
+
+@pytest.fixture(scope="session")
+def scene(machine: Machine, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The machine with an upstream beside it, and the package, fresh from its installation."""
+    scene = Scene(machine, package, tmp_path_factory.mktemp(UPSTREAM))
+    scene.set_up()
+    return scene

@@ -1,0 +1,120 @@
+"""The package installed on a machine: its files before, an upstream beside it, and what containerd pulls."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.certificates import Authority
+from tests.deb.machine import Machine
+from tests.images import Image, make_image
+from tests.peers import DockerRegistry
+
+UPSTREAM = "upstream.test"
+ADDRESS = "127.0.0.2"
+REPOSITORY = "team/app"
+REFERENCE = f"{UPSTREAM}/{REPOSITORY}:1"
+CONFIG = "/etc/ociregistry/ociregistry.yaml"
+STORE = "/var/lib/ociregistry"
+DAEMON = "http://localhost:8080"
+MANIFEST = f"{DAEMON}/v2/{REPOSITORY}/manifests/1?ns={UPSTREAM}"
+
+_ENTRY = f"""
+registries:
+  - name: {UPSTREAM}
+    tls:
+      ca: {UPSTREAM}.crt
+"""
+_HOSTS = f'server = "https://{ADDRESS}:1"\n[host."{DAEMON}"]\n  capabilities = ["pull", "resolve"]\n'
+# What others write meanwhile: the kernel, systemd and its journal, dpkg, and the programs beside ours.
+_OTHERS = (
+    *("dev", "proc", "run", "sys", "tmp", "srv", "root"),
+    *("var/cache", "var/log", "var/tmp", "var/lib/containerd", "var/lib/docker-registry", "var/lib/systemd"),
+    *("var/lib/dpkg", "var/lib/apt"),
+)
+
+
+class Scene:
+    """A machine on its way from before the installation to after the purge."""
+
+    def __init__(self, machine: Machine, package: Path, folder: Path) -> None:
+        self.machine = machine
+        self._package = package
+        self._folder = folder
+        self.image: Image = make_image("deb", layers=2, layer_size=300_000)
+        self.files_before: frozenset[str] = frozenset()
+
+    def set_up(self) -> None:
+        """Start what is beside the package, see which files there are, and install it."""
+        self._start_upstream()
+        self.machine.write("/etc/containerd/certs.d/_default/hosts.toml", _HOSTS)
+        self.files_before = self.files()
+        shutil.copy(self._package, self.machine.path("/srv/ociregistry.deb"))
+        self.machine.run("apt-get install --yes /srv/ociregistry.deb </dev/null")
+
+    def configure_the_upstream(self) -> None:
+        """Name the upstream and its authority, as an administrator does."""
+        shutil.copy(self._authority.ca, self.machine.path(f"/etc/ociregistry/{UPSTREAM}.crt"))
+        with self.machine.path(CONFIG).open("a") as config:
+            config.write(_ENTRY)
+
+    @contextmanager
+    def changed(self, files: Mapping[str, str]) -> Iterator[None]:
+        """These files are as they are given, for the unit's next start; after the block it runs as it was before."""
+        before = {path: path.read_text() if path.exists() else None for path in map(self.machine.path, files)}
+        for name, given in files.items():
+            self.machine.write(name, given)
+        self.machine.run("systemctl daemon-reload")
+        try:
+            yield
+        finally:
+            for path, text in before.items():
+                if text is not None:
+                    path.write_text(text)
+                    continue
+                path.unlink()
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+            self.machine.run("systemctl daemon-reload && systemctl restart ociregistry")
+
+    def pull(self) -> str:
+        """containerd pulls and unpacks the image, of which it has nothing. Gives what it says when it cannot."""
+        self.machine.run(f"ctr images rm --sync {REFERENCE}", check=False)
+        options = "--hosts-dir /etc/containerd/certs.d --snapshotter native"
+        pulled = self.machine.run(f"ctr images pull {options} {REFERENCE}", check=False)
+        return f"{pulled.stdout}{pulled.stderr}" if pulled.returncode else ""
+
+    def status(self, url: str) -> str:
+        """The status that a GET gives; 000 when nobody answers."""
+        return self.machine.run(f"curl -s -o /dev/null -w '%{{http_code}}' '{url}'", check=False).stdout
+
+    def files(self) -> frozenset[str]:
+        """All files and folders of the machine but those of `_OTHERS`."""
+        pruned = " -o ".join(f"-path ./{other}" for other in _OTHERS)
+        return frozenset(self.machine.says(f"cd / && find . -xdev \\( {pruned} \\) -prune -o -print").splitlines())
+
+    def _start_upstream(self) -> None:
+        """Debian's docker-registry as a service, with what one outside has taken in."""
+        self._authority = Authority(self._folder, UPSTREAM)
+        certificate, key = self._authority.issue(UPSTREAM)
+        with DockerRegistry(self._folder / "registry") as registry:
+            registry.push(REPOSITORY, self.image, "1")
+        home = "/var/lib/docker-registry"
+        shutil.copytree(registry.storage, self.machine.path(home), dirs_exist_ok=True)
+        for source, name in ((certificate, "tls.crt"), (key, "tls.key")):
+            shutil.copy(source, self.machine.path(f"{home}/{name}"))
+        tls = {"certificate": f"{home}/tls.crt", "key": f"{home}/tls.key"}
+        settings = {
+            "version": "0.1",
+            "storage": {"filesystem": {"rootdirectory": home}},
+            "http": {"addr": f"{ADDRESS}:443", "tls": tls},
+        }
+        self.machine.write("/etc/docker/registry/config.yml", json.dumps(settings))
+        self.machine.write("/etc/hosts", f"127.0.0.1 localhost\n{ADDRESS} {UPSTREAM}\n")
+        # Its user may not have port 443.
+        dropin = "/etc/systemd/system/docker-registry.service.d/user.conf"
+        self.machine.write(dropin, "[Service]\nUser=root\n")
+        self.machine.run("systemctl daemon-reload && systemctl restart docker-registry")

@@ -1,0 +1,182 @@
+"""The package on a Debian that runs, in the order in which an administrator meets it: from installation to purge."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.deb.scene import CONFIG, DAEMON, MANIFEST, REFERENCE, STORE, UPSTREAM, Scene
+from tests.processes import ROOT, wait_until
+
+_SOON = 20
+_MOST_EXPOSED = 1.2
+_SOCKET = "/etc/systemd/system/ociregistry.socket"
+_DROP_IN = "/etc/systemd/system/ociregistry.service.d"
+_LISTEN = 'listen: ["systemd:domain=INET6:index=0"]'
+_ASK = f"""
+import concurrent.futures, time, urllib.request
+
+def ask(number):
+    time.sleep(number / 20)
+    try:
+        with urllib.request.urlopen("{MANIFEST}", timeout=60) as answer:
+            return answer.status
+    except OSError as error:
+        return error
+
+print("asking", flush=True)
+with concurrent.futures.ThreadPoolExecutor(40) as pool:
+    print(*pool.map(ask, range(40)), sep="\\n")
+"""
+
+
+@pytest.fixture(autouse=True)
+def told_by_the_unit(scene: Scene, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The report of a test that fails has what the unit logged."""
+    yield
+    journal = scene.machine.run("journalctl --unit ociregistry --lines 20 --no-pager", check=False)
+    request.node.add_report_section("teardown", "journal", journal.stdout)
+
+
+def test_it_serves_at_once(scene: Scene) -> None:
+    machine = scene.machine
+    assert machine.says("systemctl is-active ociregistry") == "active"
+    assert machine.says("systemctl is-enabled ociregistry") == "enabled"
+    assert scene.status(f"{DAEMON}/v2/") == "200"
+    assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
+    assert machine.says(f"stat -c '%U:%G %a' {STORE}") == "ociregistry:ociregistry 750"
+    assert machine.shows("ociregistry", "WatchdogUSec") == "30s"
+    assert machine.says("systemctl --failed --no-legend") == ""
+
+
+def test_its_own_test_passes(scene: Scene) -> None:
+    """The one of debian/tests, as autopkgtest would run it."""
+    shutil.copy(ROOT / "debian" / "tests" / "serves", scene.machine.path("/srv/serves"))
+    scene.machine.run("/srv/serves")
+
+
+def test_the_service_is_confined(scene: Scene) -> None:
+    said = scene.machine.says("systemd-analyze security --no-pager ociregistry").splitlines()[-1]
+    exposure = re.search(r"exposure level for ociregistry.service: ([0-9.]+)", said)
+    assert exposure is not None, said
+    assert float(exposure[1]) <= _MOST_EXPOSED
+
+
+def test_a_reload_takes_a_changed_entry(scene: Scene) -> None:
+    """Before it the upstream is none that a client's word leads to; then it is, by its private authority."""
+    process = scene.machine.shows("ociregistry", "MainPID")
+    assert scene.status(MANIFEST) == "403"
+    scene.configure_the_upstream()
+    scene.machine.run("systemctl reload ociregistry")
+    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "the manifest through TLS with the private authority")
+    assert scene.machine.shows("ociregistry", "MainPID") == process
+    assert scene.machine.says("systemctl is-active ociregistry") == "active"
+
+
+def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
+    assert scene.pull() == ""
+    blobs = [blob.digest.removeprefix("sha256:") for blob in scene.image.blobs]
+    wait_until(lambda: {*blobs} <= {*scene.machine.says(f"ls {STORE}/blobs").split()}, _SOON, "all blobs")
+    scene.machine.run("systemctl stop docker-registry && systemctl restart ociregistry")
+    assert scene.pull() == ""
+    assert f"{REFERENCE} " in scene.machine.says("ctr images ls")
+
+
+def test_commands_work_beside_the_unit(scene: Scene) -> None:
+    """Root's, without leaving anything that is root's."""
+    assert REFERENCE in scene.machine.says("ociregistry list")
+    scene.machine.run("ociregistry verify")
+    assert scene.machine.says(f"find {STORE} ! -user ociregistry") == ""
+
+
+@pytest.fixture
+def impatient(scene: Scene) -> Iterator[None]:
+    """A watchdog that waits for less long than the one shipped: the test waits for it."""
+    with scene.changed({f"{_DROP_IN}/impatient.conf": "[Service]\nWatchdogSec=2s\n"}):
+        scene.machine.run("systemctl restart ociregistry")
+        yield
+
+
+def test_one_that_hangs_is_started_anew(scene: Scene, impatient: None) -> None:
+    machine = scene.machine
+    time.sleep(5)
+    process = machine.shows("ociregistry", "MainPID")
+    assert machine.shows("ociregistry", "NRestarts") == "0", "it did not say that it lives"
+    machine.run(f"kill -STOP {process}")
+    wait_until(lambda: machine.shows("ociregistry", "NRestarts") == "1", _SOON, "a restart by the watchdog")
+    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "a hit again")
+    assert machine.shows("ociregistry", "MainPID") != process
+    assert "Watchdog timeout" in machine.says("journalctl --unit ociregistry --no-pager")
+
+
+def test_a_mistake_in_the_configuration_is_told_and_not_tried_again(scene: Scene) -> None:
+    config = scene.machine.path(CONFIG)
+    with scene.changed({CONFIG: f"prot: 1\n{config.read_text()}"}):
+        assert not scene.machine.is_so("systemctl restart ociregistry")
+        assert scene.machine.says("systemctl is-active ociregistry || true") == "failed"
+        assert f"{CONFIG}:1: prot: " in scene.machine.says("journalctl --unit ociregistry --no-pager --lines 10")
+
+
+@pytest.fixture
+def by_socket(scene: Scene) -> Iterator[None]:
+    """The socket unit is set up as its own comments say."""
+    example = scene.machine.path("/usr/share/doc/ociregistry/examples/ociregistry.socket").read_text()
+    assert _LISTEN in example
+    config = scene.machine.path(CONFIG).read_text()
+    with scene.changed({_SOCKET: example, CONFIG: f"{_LISTEN}\n{config}"}):
+        scene.machine.run("systemctl stop ociregistry && systemctl enable --now ociregistry.socket")
+        scene.machine.run("systemctl start ociregistry")
+        yield
+        scene.machine.run("systemctl disable --now ociregistry.socket")
+
+
+def test_with_the_socket_unit_nobody_is_refused_during_a_restart(scene: Scene, by_socket: None) -> None:
+    """40 requests come in two seconds, and a restart in their midst."""
+    machine = scene.machine
+    process = machine.shows("ociregistry", "MainPID")
+    with subprocess.Popen(machine.argv(["python3", "-c", _ASK]), stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdout is not None
+        assert asking.stdout.readline() == "asking\n"
+        time.sleep(0.4)
+        machine.run("systemctl restart ociregistry")
+        assert asking.poll() is None, "the restart came too late"
+        told, _ = asking.communicate(timeout=60)
+    assert machine.shows("ociregistry", "MainPID") != process
+    assert told.split("\n") == ["200"] * 40 + [""]
+
+
+def test_an_upgrade_keeps_what_was_edited_and_what_was_cached(scene: Scene) -> None:
+    machine = scene.machine
+    edited = machine.path(CONFIG).read_text()
+    kept = machine.says(f"cd {STORE} && find blobs fat img -type f | sort")
+    tree = "/srv/next"
+    machine.run(f"dpkg-deb --raw-extract /srv/ociregistry.deb {tree}")
+    machine.run(f"sed -i 's/^Version: .*/&+next/' {tree}/DEBIAN/control && echo '# next' >> {tree}{CONFIG}")
+    machine.run(f"dpkg-deb --build {tree} /srv/next.deb")
+    machine.run("apt-get install --yes -o Dpkg::Options::=--force-confold /srv/next.deb </dev/null")
+    assert machine.says("dpkg-query -Wf '${Version}' ociregistry").endswith("+next")
+    assert machine.path(CONFIG).read_text() == edited
+    assert machine.path(f"{CONFIG}.dpkg-dist").read_text().endswith("# next\n")
+    assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
+    assert machine.says(f"cd {STORE} && find blobs fat img -type f | sort") == kept
+    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "a hit after the upgrade")
+    assert scene.pull() == ""
+
+
+def test_a_removal_keeps_the_store_and_a_purge_leaves_nothing(scene: Scene) -> None:
+    machine = scene.machine
+    machine.run("apt-get remove --yes ociregistry </dev/null")
+    assert scene.status(f"{DAEMON}/v2/") == "000"
+    assert machine.says(f"ls {STORE}/blobs") != ""
+    assert UPSTREAM in machine.path(CONFIG).read_text()
+    machine.path(f"/etc/ociregistry/{UPSTREAM}.crt").unlink()
+    machine.run("apt-get purge --yes ociregistry </dev/null")
+    assert scene.files() - scene.files_before == set()
+    assert scene.files_before - scene.files() == set()
+    assert not machine.is_so("systemctl cat ociregistry")
+    assert "ociregistry" not in machine.says("twistd3 --help")
