@@ -1,0 +1,71 @@
+"""`python -m tools.reference` writes docs/configuration.md, from the tables that the program itself uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ociregistry.settings import OPTIONS
+from tools.commandline import Command, Option, commands, common
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "configuration.md"
+EXAMPLE = ROOT / "etc" / "ociregistry.yaml"
+
+_HEAD = """# Configuration
+
+What is set comes from the command line, else from the file that `--config-path` names, else from the defaults. The
+file is YAML: the options' names as keys, with `_` for `-`, and the sections below; or just the list of `registries`.
+Paths in it are relative to it. An unknown key, or a value of the wrong kind, is an error with file, line and key.
+
+(This page is made by `python -m tools.reference` from the tables that the program uses.)
+
+## Options
+
+They may stand before and after a command.
+
+"""
+_SECTIONS = """
+## Sections of the file
+
+[Upstreams](upstreams.md) explains `registries`, [Bad links](bad-links.md) `bandwidth`, [Listing, pruning,
+verifying](pruning.md) `prune` and `verify`. This is the file that comes with the program; every key has its default
+there, or an example where the default is nothing:
+
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    keys = {"listen": "listen", **{option.name: option.key for option in OPTIONS}}
+    parts = [_HEAD, *_table(common(), keys), "\n## Commands\n"]
+    for command in commands():
+        parts += _command(command)
+    code = "".join(f"    {line}".rstrip() + "\n" for line in EXAMPLE.read_text(encoding="utf-8").splitlines())
+    return "".join([*parts, _SECTIONS, code])
+
+
+def _command(command: Command) -> Iterator[str]:
+    yield f"\n### {command.name}\n\n{command.description or command.help}\n"
+    if command.options:
+        yield "\n"
+        yield from _table(command.options, {})
+
+
+def _table(options: Iterable[Option], keys: dict[str, str]) -> Iterator[str]:
+    yield "| option | key in the file | default | meaning |\n" if keys else "| option | default | meaning |\n"
+    yield "|---|---|---|---|\n" if keys else "|---|---|---|\n"
+    for option in options:
+        spelled = f"`--{option.name}{' VALUE' if option.takes_value else ''}`"
+        key = keys.get(option.name)
+        cells = [spelled, *([f"`{key}`" if key else ""] if keys else [])]
+        cells += [f"`{option.default}`" if option.default else "", _escaped(option.help)]
+        yield f"| {' | '.join(cells)} |\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
