@@ -43,7 +43,7 @@ def test_the_manifest_that_is_made(tmp_path: Path, packed: bool, write: Callable
     path = write(tmp_path / "archive", docker_saved(IMAGE, "nginx:1.25", packed=packed))
     layers = [layer.data if packed else gzip.decompress(layer.data) for layer in IMAGE.layers]
     suffix = "+gzip" if packed else ""
-    assert made(path) == {
+    expected = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
         "config": {
@@ -62,6 +62,8 @@ def test_the_manifest_that_is_made(tmp_path: Path, packed: bool, write: Callable
     }
     found = contents(path)
     (image,) = found.images
+    assert made(path) == expected
+    assert found.manifests[image.manifest].data == json.dumps(expected, separators=(",", ":")).encode()
     assert str(image.image) == NAME
     assert image.dates is None
     assert "digest is not the registry's" in image.notes[0]

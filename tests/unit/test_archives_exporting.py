@@ -155,6 +155,9 @@ def test_the_same_images_give_the_same_bytes(source: Path, tmp_path: Path) -> No
     export_images(inventory, inventory.rows, tmp_path / "one.tar")
     export_images(inventory, reversed(inventory.rows), tmp_path / "other.tar")
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "other.tar").read_bytes()
+    _, _, *names = members(tmp_path / "one.tar")
+    count = len(inventory.records)
+    assert names == sorted(names[:count]) + sorted(names[count:])
 
 
 @on_reactor

@@ -156,6 +156,7 @@ def test_the_go_servers_folder(tmp_path: Path, write: Callable[[Path, Files], Pa
 
 
 @pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", 5])
+@pytest.mark.usefixtures("berlin")
 def test_no_date(tmp_path: Path, created: object) -> None:
     path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, created=created))
     (dates,) = (dates for _, dates in meanings(path).values())
@@ -188,7 +189,7 @@ def test_the_media_type_is_not_what_the_number_says(
     assert (manifest.media_type, manifest.data) == (media_type, of.data)
 
 
-@pytest.mark.parametrize("without", [None, ""])
+@pytest.mark.parametrize("without", [None, "", 5])
 def test_an_old_version_kept_no_bytes(tmp_path: Path, without: object) -> None:
     files = {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, bytes=without)}
     path = write_tar(tmp_path / "a.tar", files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from ociregistry.pullthrough.outcomes import Ended, Outcome
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
-from tests.images import Image, Index, make_image, make_index
+from tests.images import Image, Index, Manifest, digest_of, make_image, make_index
 from tests.unit.archive_files import (
     IMAGE_NAME,
     NAME,
@@ -34,6 +35,7 @@ from tests.unit.archive_files import (
     named,
     opened,
     parts,
+    to_json,
     write_folder,
     write_tar,
 )
@@ -268,6 +270,15 @@ async def test_a_known_image_under_another_name_is_loaded(store: Store, tmp_path
     assert await load(store, path) == [Outcome(APP, Ended.THERE)]
 
 
+@on_reactor
+async def test_what_another_image_of_the_archive_brings_was_not_there(store: Store, tmp_path: Path) -> None:
+    for name in (NAME, APP):
+        await store.keep(manifest(IMAGE), image(name))
+    files = layout((IMAGE, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))
+    outcomes = await load(store, write_tar(tmp_path / "a.tar", files))
+    assert [outcome.ended for outcome in outcomes] == [Ended.LOADED, Ended.LOADED]
+
+
 # Nothing changes
 
 
@@ -282,7 +293,13 @@ def lying() -> dict[str, dict[str, bytes]]:
         **image_blobs(OTHER, IMAGE),
     }
     blob = f"blobs/{hex_of(IMAGE.layers[1].digest)}"
+    document = json.loads(IMAGE.manifest.data)
+    document["layers"][1]["size"] += 1
+    sized = Manifest(digest_of(to_json(document)), to_json(document), IMAGE.manifest.media_type)
     return {
+        "size in the manifest": layout(
+            (OTHER, {IMAGE_NAME: NAME}), (Image(sized, IMAGE.blobs, ""), {IMAGE_NAME: APP})
+        ),
         "digest": {**files, last: wrong},
         "longer": {**files, last: files[last] + b"x"},
         "shorter": {**files, last: files[last][:-1]},
@@ -300,10 +317,11 @@ async def test_an_archive_that_lies_changes_nothing(
     await load(store, write_tar(tmp_path / "first.tar", named(INDEX)))
     before = files_below(root)
     path = write(tmp_path / "archive", lying()[what])
+    descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ArchiveInvalid, match=f"^{path}: it (has|does not have|ends)[^\n]*: blobs/"):
         await load(store, path)
     assert files_below(root) == before
-    assert len(os.listdir("/proc/self/fd")) < 60
+    await until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
 
 
 @pytest.mark.parametrize("compression", ["", "gz"])
@@ -408,15 +426,19 @@ def bytes_read() -> int:
         return int(file.readline().removeprefix("rchar: "))
 
 
+@pytest.mark.parametrize("kind", ["layout", "docker save"])
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
 @on_reactor
 async def test_a_compressed_tar_is_not_read_from_its_start_for_every_member(
-    store: Store, tmp_path: Path, compression: str
+    store: Store, tmp_path: Path, compression: str, kind: str
 ) -> None:
     many = make_image("many", layers=12, layer_size=300_000)
-    files = layout((many, {IMAGE_NAME: NAME}))
     backwards = {blob_name(blob.digest): blob.data for blob in reversed(many.blobs)}
-    path = write_tar(tmp_path / "a.tar", {**backwards, **files}, compression)
+    files = {
+        "layout": {**backwards, **layout((many, {IMAGE_NAME: NAME}))},
+        "docker save": dict(reversed(docker_saved(many, NAME).items())),
+    }
+    path = write_tar(tmp_path / "a.tar", files[kind], compression)
     before = bytes_read()
     (loaded,) = await load(store, path)
     assert loaded.blobs == 13

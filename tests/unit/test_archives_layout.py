@@ -147,10 +147,13 @@ def nested(*inner: Image | Index) -> Index:
     return Index(Manifest(digest_of(data), data, OCI_INDEX), ())
 
 
-def test_an_index_of_indexes(tmp_path: Path) -> None:
+def test_an_index_of_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = nested(INDEX, IMAGE)
     outer = nested(inner, INDEX, IMAGE)
     files = layout((outer, {REF_NAME: NAME}), (inner, None), (INDEX, None), (IMAGE, None))
+    # Each is read once.
+    read = [manifest.data for one in (outer, inner, INDEX, IMAGE) for manifest in one.manifests]
+    monkeypatch.setattr(members, "_MOST_METADATA", sum(map(len, [*read, files["index.json"]])))
     found = contents(write_tar(tmp_path / "a.tar", files))
     tree: list[str] = [manifest.digest for manifest in found.tree(found.images[0].manifest)]
     assert len(tree) == len(set(tree)) == 6
@@ -211,6 +214,13 @@ def test_a_name_by_another_digest(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: name})))
     assert meanings(path) == {}
     assert IMAGE.manifest.digest in failures(path)[name]
+
+
+def test_what_is_no_blob(tmp_path: Path) -> None:
+    name = blob_name(IMAGE.config.digest)
+    others = [name.replace("256", "512"), name[:-1], name.replace("blobs/", ""), f"x/{name}", f"{name}/x"]
+    path = write_tar(tmp_path / "a.tar", {**dict.fromkeys(others, b""), **named(IMAGE)})
+    assert contents(path).blobs.keys() == parts(IMAGE).keys()
 
 
 def test_an_image_whose_manifest_is_not_there(tmp_path: Path) -> None:

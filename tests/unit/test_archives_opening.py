@@ -115,6 +115,11 @@ def test_a_compressed_tar_with_a_wrong_byte(tmp_path: Path, compression: str) ->
     assert refused(path)
 
 
+def test_what_was_never_compressed_so(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(gzip.compress(bytes(1024))[:10] + b"\xff" * 100)
+    assert "cut off or damaged" in refused(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("where", [0, 512 + 512])
 def test_a_header_with_a_wrong_byte(tmp_path: Path, where: int) -> None:
     path = write_tar(tmp_path / "a.tar", FILES)
@@ -310,3 +315,9 @@ def test_little_of_a_compressed_tar_stays_in_memory(
 def test_holes(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(header(b"00000000000\0", tarfile.GNUTYPE_SPARSE) + bytes(1024))
     assert "holes" in refused(tmp_path / "a.tar")
+    more = bytearray(header(b"00000000000\0", tarfile.GNUTYPE_SPARSE))
+    more[482] = 1
+    more[148:156] = b" " * 8
+    more[148:156] = b"%06o\0 " % sum(more)
+    (tmp_path / "b.tar").write_bytes(more)
+    assert "damaged" in refused(tmp_path / "b.tar")

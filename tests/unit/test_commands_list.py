@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,14 +18,7 @@ from tests.unit.stocked import Stock, day, image_of, list_of
 SMALL, LARGE = (b"config a", b"layer a"), (b"config b", b"layer" * 100)
 
 
-@pytest.fixture(autouse=True)
-def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine is an hour ahead of UTC."""
-    monkeypatch.setenv("TZ", "XYZ-1")
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("an_hour_ahead")
 
 
 @pytest.fixture

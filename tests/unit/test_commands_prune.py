@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -21,14 +19,7 @@ NOW = datetime.now(UTC)
 SHARED, ONE, TWO, THREE = b"shared config", b"layer of one", b"layer of the second", b"the third layer"
 
 
-@pytest.fixture(autouse=True)
-def zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine is an hour ahead of UTC."""
-    monkeypatch.setenv("TZ", "XYZ-1")
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
+pytestmark = pytest.mark.usefixtures("an_hour_ahead")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import stat
-from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,20 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import CannotListenError
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.daemon import Daemon
 from ociregistry.errors import Denied, ManifestUnknown
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest
 from ociregistry.pullthrough.outcomes import Ended
 from ociregistry.pullthrough.suppliers import ThroughDaemon
 from ociregistry.store.door import Door, find_daemon
 from ociregistry.store.store import Store
 from ociregistry.upstream.beside import DaemonBeside
-from tests.images import make_image
 from tests.unit.daemons import Daemons, get
+from tests.unit.daemons_upstream import BUILT, LAYER, app, counts, here, start
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.loads import Loads
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
-
-BUILT = make_image("beside", layers=2, layer_size=30_000)
-LAYER = BUILT.layers[0]
 
 
 class Besides:
@@ -61,26 +56,6 @@ async def besides() -> AsyncIterator[Besides]:
     besides = Besides()
     yield besides
     await besides.close()
-
-
-def app(upstream: ScriptedRegistry, tag: str = "1") -> ImageReference:
-    """An image at the upstream."""
-    return image(f"{upstream.host}/team/app:{tag}")
-
-
-def start(daemons: Daemons, upstream: ScriptedRegistry, *argv: str) -> Daemon:
-    """A daemon that may ask the upstream."""
-    return daemons.start("--default-ns", upstream.host, *argv)
-
-
-def here(root: Path, digest: str) -> Path:
-    """Where a blob is."""
-    return root / "blobs" / Digest(digest).hex
-
-
-def counts(upstream: ScriptedRegistry) -> Counter[str]:
-    """How often the upstream was asked for what."""
-    return Counter(request.path for request in upstream.requests)
 
 
 @on_reactor

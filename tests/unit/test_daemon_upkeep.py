@@ -5,46 +5,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.daemon import Daemon
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest
 from ociregistry.store.store import Store
-from tests.images import make_image
 from tests.unit.daemons import Daemons, get
+from tests.unit.daemons_upstream import BUILT, LAYER, app, counts, here, start
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
-BUILT = make_image("beside", layers=2, layer_size=30_000)
-LAYER = BUILT.layers[0]
 DAY = 86_400
-
-
-def app(upstream: ScriptedRegistry, tag: str = "1") -> ImageReference:
-    """An image at the upstream."""
-    return image(f"{upstream.host}/team/app:{tag}")
-
-
-def start(daemons: Daemons, upstream: ScriptedRegistry, *argv: str) -> Daemon:
-    """A daemon that may ask the upstream."""
-    return daemons.start("--default-ns", upstream.host, *argv)
-
-
-def here(root: Path, digest: str) -> Path:
-    """Where a blob is."""
-    return root / "blobs" / Digest(digest).hex
-
-
-def counts(upstream: ScriptedRegistry) -> Counter[str]:
-    """How often the upstream was asked for what."""
-    return Counter(request.path for request in upstream.requests)
 
 
 async def preloaded(network: Network, events: list[LogEvent]) -> Any:

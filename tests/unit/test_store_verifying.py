@@ -12,54 +12,26 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-import ociregistry.store.store
-import ociregistry.store.verifying
-from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
 from ociregistry.store.verifying import Findings
 from tests.unit.doubles import REACTOR, fired, on_reactor
-from tests.unit.power_cuts import AtOnce, result
-from tests.unit.stocked import Stock, Unsynced, day, image_of, list_of
-
-SLICE = 10
-ONE = (b"the config", b"a layer that is longer than a slice")
-LAYER = ONE[1]
-NAMES = ("a:1", "b:2", "b@")
+from tests.unit.power_cuts import result
+from tests.unit.stocked import Stock, Unsynced, image_of
+from tests.unit.verifications import LAYER, ONE, SLICE, bad, opened, stocked, verified
 
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
     """A store with an image and a list."""
-    stock = Stock(root)
-    stock.put(list_of(stock.image(ONE, *NAMES, created=day(1), confirmed=day(2), pulled=day(3))), "a:3")
-    return stock
+    return stocked(root)
 
 
 @pytest.fixture
 def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """It is started, and no thread delays it."""
-    monkeypatch.setattr(ociregistry.store.verifying, "_SLICE", SLICE)
-    monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
-    store = Store(stock.root, clock, REACTOR, Unsynced())
-    store.start()
-    yield store
-    store.stop()
-
-
-def verified(store: Store, came: Callable[[int, int], object] = lambda done, total: None) -> Findings:
-    """What is found without a limit."""
-    return result(store.verify(None, came))
-
-
-def bad(stock: Stock) -> set[str]:
-    """The files that were put aside."""
-    return {path.name for path in (stock.root / "pulls").glob("*/bad/*")}
-
-
-def the_image(stock: Stock) -> tuple[Manifest, Path]:
-    """The image, and its record."""
-    return image_of(*ONE), stock.path(image_of(*ONE))
+    with opened(stock, clock, monkeypatch) as store:
+        yield store
 
 
 # Sound

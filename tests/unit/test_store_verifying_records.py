@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,53 +12,26 @@ from twisted.internet.task import Clock
 
 import ociregistry.store.store
 import ociregistry.store.verifying
-from ociregistry.manifests import Manifest
 from ociregistry.store.recordfiles import read_record
 from ociregistry.store.records import Record
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Findings
-from tests.unit.doubles import REACTOR, image
-from tests.unit.power_cuts import AtOnce, result
-from tests.unit.stocked import Stock, Unsynced, day, image_of, list_of, url_of
-
-SLICE = 10
-ONE = (b"the config", b"a layer that is longer than a slice")
-LAYER = ONE[1]
-NAMES = ("a:1", "b:2", "b@")
+from tests.unit.doubles import image
+from tests.unit.power_cuts import result
+from tests.unit.stocked import Stock, day, url_of
+from tests.unit.verifications import NAMES, bad, opened, stocked, the_image, verified
 
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
     """A store with an image and a list."""
-    stock = Stock(root)
-    stock.put(list_of(stock.image(ONE, *NAMES, created=day(1), confirmed=day(2), pulled=day(3))), "a:3")
-    return stock
+    return stocked(root)
 
 
 @pytest.fixture
 def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """It is started, and no thread delays it."""
-    monkeypatch.setattr(ociregistry.store.verifying, "_SLICE", SLICE)
-    monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
-    store = Store(stock.root, clock, REACTOR, Unsynced())
-    store.start()
-    yield store
-    store.stop()
-
-
-def verified(store: Store, came: Callable[[int, int], object] = lambda done, total: None) -> Findings:
-    """What is found without a limit."""
-    return result(store.verify(None, came))
-
-
-def bad(stock: Stock) -> set[str]:
-    """The files that were put aside."""
-    return {path.name for path in (stock.root / "pulls").glob("*/bad/*")}
-
-
-def the_image(stock: Stock) -> tuple[Manifest, Path]:
-    """The image, and its record."""
-    return image_of(*ONE), stock.path(image_of(*ONE))
+    with opened(stock, clock, monkeypatch) as store:
+        yield store
 
 
 def test_a_record_that_is_cut_off_anywhere_is_put_aside(stock: Stock, store: Store) -> None:
