@@ -12,7 +12,8 @@ SHELL := /bin/bash
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync
+SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync \
+	bsdextrautils systemd
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm
 BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-plugin-pyproject \
@@ -29,7 +30,7 @@ TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
 # Left behind for .ci/run, which counts what really ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian test-deb deb lint clean
+.PHONY: help run test test-long test-debian test-deb deb docs lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -86,6 +87,9 @@ lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/docs.stamp ## build the documentation as a site, into build/site
+	$(VENV)/bin/mkdocs build --strict
+
 clean: ## remove what the other targets made, but not ./images
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache _trial_temp* twistd.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -109,6 +113,11 @@ $(VENV)/run.stamp: setup.py
 $(VENV)/test.stamp: $(VENV)/run.stamp
 	$(PYTHON) -c "$$REQUIREMENTS" test > $(VENV)/test.txt
 	$(PYTHON) -m pip install --quiet --requirement $(VENV)/test.txt
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(PYTHON) -c "$$REQUIREMENTS" docs > $(VENV)/docs.txt
+	$(PYTHON) -m pip install --quiet --requirement $(VENV)/docs.txt
 	touch $@
 
 # A machine's files, from where this machine's own packages come: made once, and again when the package needs others.

@@ -50,6 +50,7 @@ setup(
             "types-PyYAML",
             "types-tqdm",
         ],
+        "docs": ["mkdocs~=1.6.1"],
     },
     entry_points={"console_scripts": ["ociregistry = ociregistry.script:main"]},
     # twisted.plugins is Twisted's own folder that we put one file into: an __init__.py in ours would hide it.

@@ -1,0 +1,105 @@
+"""The pages are such that a site can be made of them, their links lead somewhere, and their examples can be read."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ociregistry.commands.containerd_config import ContainerdConfig
+from ociregistry.settings import load_settings
+from tests.documents import PAGES, README, ROOT, Block, blocks
+
+_LANGUAGES = {"sh", "text", "json", "yaml", "toml", "ini", "dockerfile"}
+_ITEM = re.compile(r"(- |\d+\. )")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def of(language: str, *pages: str) -> list[Block]:
+    """The blocks in a language, of these pages or of all."""
+    return [block for block in BLOCKS if block.language == language and (not pages or block.page.name in pages)]
+
+
+def prose(page: Path) -> list[str]:
+    """The lines of a page with an empty one for each line of its blocks."""
+    text = page.read_text(encoding="utf-8")
+    blank = re.sub(r"^```.*?^```$", lambda found: "\n" * found[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
+    return blank.splitlines()
+
+
+def test_every_block_says_its_language() -> None:
+    assert {block.language for block in BLOCKS} <= _LANGUAGES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_markdown_is_such_that_mkdocs_reads_it_as_everybody_does(page: Path) -> None:
+    """It knows no block inside of a list, and no list right below a paragraph."""
+    lines = prose(page)
+    wrong = [number for number, line in enumerate(lines, 1) if "```" in line]
+    for number, (above, line) in enumerate(pairwise(lines), 2):
+        inside = not above or above.startswith(" ") or _ITEM.match(above)
+        if _ITEM.match(line) and not inside:
+            wrong.append(number)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    """MkDocs looks at those of the site, and at the headings; the README is not of it."""
+    links = _LINK.findall("\n".join(prose(page)))
+    files = [link.partition("#")[0] for link in links if not re.match(r"https?://|#", link)]
+    assert [file for file in files if not (page.parent / file).is_file()] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    links = {(ROOT / link).resolve() for link in _LINK.findall(README.read_text(encoding="utf-8"))}
+    assert [page.name for page in PAGES if page not in {README, *links}] == []
+
+
+@pytest.mark.parametrize("block", of("yaml", "pruning.md", "bad-links.md", "kubernetes.md"), ids=str)
+def test_examples_of_configuration_change_something(block: Block, tmp_path: Path) -> None:
+    if "apiVersion" in yaml.safe_load(block.text):
+        return  # the next test's
+    path = tmp_path / "ociregistry.yaml"
+    path.write_text(block.text)
+    settings = load_settings({}, (), path)
+    assert settings.warnings == ()
+    path.write_text("")
+    assert settings != load_settings({}, (), path)
+
+
+def test_the_workload_fits_together() -> None:
+    (document,) = (one for block in of("yaml") if "apiVersion" in (one := yaml.safe_load(block.text)))
+    assert (document["apiVersion"], document["kind"]) == ("apps/v1", "DaemonSet")
+    spec, template = document["spec"], document["spec"]["template"]
+    assert spec["selector"]["matchLabels"] == template["metadata"]["labels"]
+    (container,) = template["spec"]["containers"]
+    defaults = load_settings({}, (), None)
+    assert [port["containerPort"] for port in container["ports"]] == [defaults.port]
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert probes == [{"path": "/health", "port": defaults.port}] * 3
+    (mount,), (volume,) = container["volumeMounts"], template["spec"]["volumes"]
+    assert (mount["name"], mount["mountPath"]) == (volume["name"], str(defaults.image_path))
+
+
+def test_the_files_of_containerd_are_those_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = of("toml")
+    assert {block.page.name for block in shown} == {"containerd.md"}
+    command = ContainerdConfig()
+    command.parseOptions([])
+    assert command.run(load_settings({}, (), None)) == 0
+    printed = capsys.readouterr().out
+    for block in shown:
+        assert tomllib.loads(block.text)
+        assert block.text in printed, block
+
+
+def test_examples_of_json_can_be_read() -> None:
+    assert [json.loads(block.text) for block in of("json")]
