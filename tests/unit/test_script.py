@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from twisted.scripts import twistd
 
-from ociregistry.script import main
+from ociregistry import script
+
+
+def ran(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
+    """What twistd is told."""
+    told: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["ociregistry", *arguments])
+    monkeypatch.setattr(twistd, "run", lambda: told.append(sys.argv))
+    script.main()
+    return told[0]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--port", "5000"], ["check", "--config-path", "x.yaml"]])
 def test_it_is_twistd_in_the_foreground_without_a_pid_file(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
 ) -> None:
-    ran: list[list[str]] = []
-    monkeypatch.setattr(sys, "argv", ["ociregistry", *arguments])
-    monkeypatch.setattr(twistd, "run", lambda: ran.append(sys.argv))
-    main()
-    assert ran == [["ociregistry", "--nodaemon", "--pidfile=", "ociregistry", *arguments]]
+    monkeypatch.setattr(script, "CONFIG", tmp_path / "none.yaml")
+    assert ran(monkeypatch, *arguments) == ["ociregistry", "--nodaemon", "--pidfile=", "ociregistry", *arguments]
+
+
+def test_where_a_daemon_is_installed_its_configuration_is_meant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "ociregistry.yaml"
+    config.touch()
+    monkeypatch.setattr(script, "CONFIG", config)
+    assert ran(monkeypatch, "list")[-4:] == ["ociregistry", "--config-path", str(config), "list"]
