@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.certificates import Authority
+from tests.deb.cri import Cri
 from tests.deb.machine import Machine
 from tests.images import Image, make_image
 from tests.peers import DockerRegistry
@@ -17,6 +19,7 @@ UPSTREAM = "upstream.test"
 ADDRESS = "127.0.0.2"
 REPOSITORY = "team/app"
 REFERENCE = f"{UPSTREAM}/{REPOSITORY}:1"
+LOADED = f"{UPSTREAM}/team/loaded:1"
 CONFIG = "/etc/ociregistry/ociregistry.yaml"
 STORE = "/var/lib/ociregistry"
 DAEMON = "http://localhost:8080"
@@ -28,7 +31,10 @@ registries:
     tls:
       ca: {UPSTREAM}.crt
 """
-_HOSTS = f'server = "https://{ADDRESS}:1"\n[host."{DAEMON}"]\n  capabilities = ["pull", "resolve"]\n'
+_CONTAINERD = "/etc/containerd/config.toml"
+_CERTS = "/etc/containerd/certs.d"
+# What containerd-config tells for the versions of containerd that Debian 12 and 13 have.
+_LINES = re.compile(r"; up to version 1\.7:\n(.*?\n)\n# and from version 2\.0 on:\n", re.DOTALL)
 # What others write meanwhile: the kernel, systemd and its journal, dpkg, and the programs beside ours.
 _OTHERS = (
     *("dev", "proc", "run", "sys", "tmp", "srv", "root"),
@@ -42,18 +48,32 @@ class Scene:
 
     def __init__(self, machine: Machine, package: Path, folder: Path) -> None:
         self.machine = machine
+        self.cri = Cri(machine)
         self._package = package
         self._folder = folder
         self.image: Image = make_image("deb", layers=2, layer_size=300_000)
+        self.loaded: Image = make_image("loaded", layers=2, layer_size=200_000)
         self.files_before: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
         """Start what is beside the package, see which files there are, and install it."""
         self._start_upstream()
-        self.machine.write("/etc/containerd/certs.d/_default/hosts.toml", _HOSTS)
         self.files_before = self.files()
         shutil.copy(self._package, self.machine.path("/srv/ociregistry.deb"))
         self.machine.run("apt-get install --yes /srv/ociregistry.deb </dev/null")
+
+    def configure_containerd(self) -> None:
+        """As containerd-config does and says, word for word."""
+        said = self.machine.says(f"ociregistry --config-path {CONFIG} containerd-config --write")
+        lines = _LINES.search(said)
+        assert lines is not None, said
+        with self.machine.path(_CONTAINERD).open("a") as config:
+            config.write(lines[1])
+        self.machine.run("systemctl restart containerd")
+
+    def forget_containerd(self) -> None:
+        """What `configure_containerd` wrote is the administrator's, and no package removes it."""
+        shutil.rmtree(self.machine.path(_CERTS))
 
     def configure_the_upstream(self) -> None:
         """Name the upstream and its authority, as an administrator does."""
@@ -81,10 +101,15 @@ class Scene:
             self.machine.run("systemctl daemon-reload && systemctl restart ociregistry")
 
     def pull(self) -> str:
-        """containerd pulls and unpacks the image, of which it has nothing. Gives what it says when it cannot."""
-        self.machine.run(f"ctr images rm --sync {REFERENCE}", check=False)
-        options = "--hosts-dir /etc/containerd/certs.d --snapshotter native"
-        pulled = self.machine.run(f"ctr images pull {options} {REFERENCE}", check=False)
+        """The CRI plugin of containerd pulls and unpacks the image, of which it has nothing, through what
+        containerd-config wrote. Gives what it says when it cannot."""
+        if self.cri.images():
+            self.cri.remove(REFERENCE)
+        return self.cri.pull(REFERENCE)
+
+    def pull_by_ctr(self) -> str:
+        """ctr does the same; it is no client of the CRI plugin and has to be told the folder."""
+        pulled = self.machine.run(f"ctr images pull --hosts-dir {_CERTS} {REFERENCE}", check=False)
         return f"{pulled.stdout}{pulled.stderr}" if pulled.returncode else ""
 
     def status(self, url: str) -> str:
@@ -102,6 +127,7 @@ class Scene:
         certificate, key = self._authority.issue(UPSTREAM)
         with DockerRegistry(self._folder / "registry") as registry:
             registry.push(REPOSITORY, self.image, "1")
+            registry.push("team/loaded", self.loaded, "1")
         home = "/var/lib/docker-registry"
         shutil.copytree(registry.storage, self.machine.path(home), dirs_exist_ok=True)
         for source, name in ((certificate, "tls.crt"), (key, "tls.key")):

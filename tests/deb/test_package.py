@@ -10,12 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.deb.scene import CONFIG, DAEMON, MANIFEST, REFERENCE, STORE, UPSTREAM, Scene
+from ociregistry import __version__
+from tests.deb.scene import CONFIG, DAEMON, LOADED, MANIFEST, REFERENCE, STORE, UPSTREAM, Scene
 from tests.processes import ROOT, wait_until
 
 _SOON = 20
 _MOST_EXPOSED = 1.2
 _SOCKET = "/etc/systemd/system/ociregistry.socket"
+_ELSEWHERE = "/srv/images"
 _DROP_IN = "/etc/systemd/system/ociregistry.service.d"
 _LISTEN = 'listen: ["systemd:domain=INET6:index=0"]'
 _ASK = f"""
@@ -79,19 +81,72 @@ def test_a_reload_takes_a_changed_entry(scene: Scene) -> None:
 
 
 def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
+    """Through its CRI plugin, as a kubelet's pulls go. Only the unit knows the authority of the upstream."""
+    assert "certificate" in scene.pull(), "it needs the unit"
+    scene.configure_containerd()
     assert scene.pull() == ""
+    assert REFERENCE in scene.cri.images()
     blobs = [blob.digest.removeprefix("sha256:") for blob in scene.image.blobs]
     wait_until(lambda: {*blobs} <= {*scene.machine.says(f"ls {STORE}/blobs").split()}, _SOON, "all blobs")
     scene.machine.run("systemctl stop docker-registry && systemctl restart ociregistry")
     assert scene.pull() == ""
-    assert f"{REFERENCE} " in scene.machine.says("ctr images ls")
+    assert REFERENCE in scene.cri.images()
+    assert scene.pull_by_ctr() == ""
+
+
+def test_root_loads_through_the_unit(scene: Scene) -> None:
+    """Root's configuration is none, but the unit's names the private authority; and nothing is root's afterwards."""
+    machine = scene.machine
+    machine.write("/root/imagelist", f"# what the cluster needs\n{LOADED}\n{REFERENCE}\n")
+    machine.run("systemctl start docker-registry")
+    said = machine.says("cd /root && ociregistry load imagelist").splitlines()
+    machine.run("systemctl stop docker-registry")
+    size = sum(len(blob.data) for blob in scene.loaded.blobs)
+    assert f"loaded: {LOADED}: 3 blobs, {size} bytes" in said
+    assert f"already there: {REFERENCE}" in said
+    assert machine.says(f"find {STORE} ! -user ociregistry") == ""
+    assert scene.status(f"{DAEMON}/v2/team/loaded/manifests/1?ns={UPSTREAM}") == "200"
 
 
 def test_commands_work_beside_the_unit(scene: Scene) -> None:
-    """Root's, without leaving anything that is root's."""
-    assert REFERENCE in scene.machine.says("ociregistry list")
-    scene.machine.run("ociregistry verify")
-    assert scene.machine.says(f"find {STORE} ! -user ociregistry") == ""
+    """Root's, as the documentation has them, without leaving anything that is root's."""
+    machine = scene.machine
+    assert machine.says("ociregistry --version") == f"ociregistry {__version__}"
+    assert f"/etc/ociregistry/{UPSTREAM}.crt" in machine.says(f"ociregistry --config-path {CONFIG} check")
+    assert [line.split()[0] for line in machine.says("ociregistry list").splitlines()] == [REFERENCE, LOADED]
+    assert machine.says("ociregistry prune --unused-for 30d --dry-run").startswith("0 image URLs, ")
+    would = machine.says("ociregistry prune --pattern team/loaded --dry-run")
+    assert would.startswith(f"would prune {LOADED} ")
+    assert machine.says("ociregistry verify").endswith(" verified, 0 damaged")
+    machine.run("cd /root && ociregistry export --pattern team/loaded -o images.tar")
+    assert machine.says("stat -c %U /root/images.tar") == "root"
+    assert machine.says("ociregistry prune --pattern team/loaded").startswith(f"pruned {LOADED} ")
+    assert machine.says("cd /root && ociregistry load images.tar").startswith(f"loaded: {LOADED}: ")
+    assert machine.says(f"find {STORE} ! -user ociregistry") == ""
+    assert machine.says("ociregistry list | wc -l") == "2"
+
+
+def test_a_store_elsewhere(scene: Scene) -> None:
+    """Set up as the documentation says. Commands find it by the file that names it."""
+    machine = scene.machine
+    config = machine.path(CONFIG).read_text()
+    moved = {
+        CONFIG: f"image_path: {_ELSEWHERE}\n{config}",
+        f"{_DROP_IN}/store.conf": f"[Service]\nReadWritePaths={_ELSEWHERE}\n",
+    }
+    with scene.changed(moved):
+        machine.run(f"systemctl stop ociregistry && cp --archive {STORE} {_ELSEWHERE}")
+        machine.run("systemctl start ociregistry")
+        assert scene.status(MANIFEST) == "200"
+        machine.run(f"rm {_ELSEWHERE}/img/*")
+        wait_until(lambda: scene.status(MANIFEST) != "200", _SOON, "it looks there")
+        command = f"ociregistry --config-path {CONFIG}"
+        assert machine.says(f"{command} list") == ""
+        assert machine.says(f"{command} load /root/images.tar").startswith(f"loaded: {LOADED}\n")
+        assert machine.says(f"{command} list").startswith(LOADED)
+        assert machine.says(f"find {_ELSEWHERE} ! -user ociregistry") == ""
+    machine.run(f"rm -r {_ELSEWHERE}")
+    assert scene.status(MANIFEST) == "200"
 
 
 @pytest.fixture
@@ -176,6 +231,7 @@ def test_a_removal_keeps_the_store_and_a_purge_leaves_nothing(scene: Scene) -> N
     assert UPSTREAM in machine.path(CONFIG).read_text()
     machine.path(f"/etc/ociregistry/{UPSTREAM}.crt").unlink()
     machine.run("apt-get purge --yes ociregistry </dev/null")
+    scene.forget_containerd()
     assert scene.files() - scene.files_before == set()
     assert scene.files_before - scene.files() == set()
     assert not machine.is_so("systemctl cat ociregistry")
