@@ -10,6 +10,7 @@ from typing import Any
 
 from twisted.python import usage
 
+from ociregistry.commands.options import CommonOptions
 from ociregistry.settings import LOG_LEVELS
 from ociregistry.tap import Options
 
@@ -47,8 +48,14 @@ class Command:
 
 
 def common() -> tuple[Option, ...]:
-    """The options that stand before a command, sorted."""
-    return options_of(Options())
+    """The options that stand before a command and behind it, sorted."""
+    return options_of(CommonOptions())
+
+
+def former() -> tuple[Option, ...]:
+    """The options that are other spellings of commands, sorted: they stand where a command would."""
+    known = {option.name for option in common()}
+    return tuple(option for option in options_of(Options()) if option.name not in known)
 
 
 def commands() -> tuple[Command, ...]:

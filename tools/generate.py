@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ociregistry import __version__
 from tools import completion, manual
-from tools.commandline import commands, common
+from tools.commandline import commands, common, former
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = ROOT / "debian" / "man"
@@ -21,6 +21,7 @@ def generated() -> dict[str, str]:
     parts = {
         "VERSION": __version__,
         "OPTIONS": manual.options_text(known),
+        "FORMER": manual.options_text(former()),
         "COMMANDS": manual.commands_text(all_commands),
         "INTRODUCTION": manual.introduction(example),
         "SETTINGS": manual.settings_text(example),

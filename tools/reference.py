@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ociregistry.settings import OPTIONS
-from tools.commandline import Command, Option, commands, common
+from tools.commandline import Command, Option, commands, common, former
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"
@@ -25,6 +25,12 @@ Paths in it are relative to it. An unknown key, or a value of the wrong kind, is
 They may stand before and after a command.
 
 """
+_FORMER = """
+## Other spellings
+
+The server of the same name that is written in Go has options in place of some commands, and these are taken as well.
+
+"""
 _SECTIONS = """
 ## Sections of the file
 
@@ -41,6 +47,7 @@ def page() -> str:
     parts = [_HEAD, *_table(common(), keys), "\n## Commands\n"]
     for command in commands():
         parts += _command(command)
+    parts += [_FORMER, *_table(former(), {})]
     code = "".join(f"    {line}".rstrip() + "\n" for line in EXAMPLE.read_text(encoding="utf-8").splitlines())
     return "".join([*parts, _SECTIONS, code])
 

@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ociregistry --log-level ", {"debug", "error", "info", "trace", "warn"}),
         ("ociregistry --air-gapped ch", {"check"}),
         ("ociregistry check --config", {"--config-path"}),
+        ("ociregistry prune --d", {"--default-ns", "--dry-run"}),
     ],
 )
 def test_zsh_offers_what_fits(folder: Path, typed: str, offered: set[str]) -> None:

@@ -15,7 +15,7 @@ from ociregistry import __version__
 from ociregistry.settings import OPTIONS
 from ociregistry.tap import Options
 from tools import completion, manual
-from tools.commandline import Command, Option, commands, common, options_of
+from tools.commandline import Command, Option, commands, common, former, options_of
 from tools.generate import generated, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +44,20 @@ def test_every_option_and_command_is_there() -> None:
         assert f"--{name}\n" in plain(files["ociregistry.8"]).replace(" \\fIvalue", "")
         assert f"--{name} " in files["ociregistry.bash"].replace("'", " ")
         assert f"'*--{name}" in files["_ociregistry"]
+
+
+def test_options_are_told_where_they_are_taken() -> None:
+    """`--dry-run` is prune's own, and also goes with the other spelling of prune."""
+    takes = {command.name: {option.name for option in command.options} for command in commands()}
+    assert {name for name, options in takes.items() if "dry-run" in options} == {"prune"}
+    assert {option.name for option in former()} == {"dry-run", "list-cache", "load-images", "prune", "prune-before"}
+    files = generated()
+    page = plain(files["ociregistry.8"]).replace(" \\fIvalue", "")
+    others = page.partition("OTHER SPELLINGS\n")[2].partition(".SH")[0]
+    for option in former():
+        assert f"--{option.name}\n" in others
+        assert page.count(f"--{option.name}\n") == (2 if option.name == "dry-run" else 1)
+    assert "--list-cache" not in files["ociregistry.bash"] + files["_ociregistry"]
 
 
 def test_every_key_of_the_configuration_is_there() -> None:
