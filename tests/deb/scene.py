@@ -64,7 +64,7 @@ class Scene:
 
     def configure_containerd(self) -> None:
         """As containerd-config does and says, word for word."""
-        said = self.machine.says(f"ociregistry --config-path {CONFIG} containerd-config --write")
+        said = self.machine.says("ociregistry containerd-config --write")
         lines = _LINES.search(said)
         assert lines is not None, said
         with self.machine.path(_CONTAINERD).open("a") as config:

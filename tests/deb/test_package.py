@@ -95,7 +95,7 @@ def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
 
 
 def test_root_loads_through_the_unit(scene: Scene) -> None:
-    """Root's configuration is none, but the unit's names the private authority; and nothing is root's afterwards."""
+    """The unit fetches, by the private authority that it knows; and nothing is root's afterwards."""
     machine = scene.machine
     machine.write("/root/imagelist", f"# what the cluster needs\n{LOADED}\n{REFERENCE}\n")
     machine.run("systemctl start docker-registry")
@@ -112,7 +112,7 @@ def test_commands_work_beside_the_unit(scene: Scene) -> None:
     """Root's, as the documentation has them, without leaving anything that is root's."""
     machine = scene.machine
     assert machine.says("ociregistry --version") == f"ociregistry {__version__}"
-    assert f"/etc/ociregistry/{UPSTREAM}.crt" in machine.says(f"ociregistry --config-path {CONFIG} check")
+    assert f"/etc/ociregistry/{UPSTREAM}.crt" in machine.says("ociregistry check")
     assert [line.split()[0] for line in machine.says("ociregistry list").splitlines()] == [REFERENCE, LOADED]
     assert machine.says("ociregistry prune --unused-for 30d --dry-run").startswith("0 image URLs, ")
     would = machine.says("ociregistry prune --pattern team/loaded --dry-run")
@@ -127,7 +127,7 @@ def test_commands_work_beside_the_unit(scene: Scene) -> None:
 
 
 def test_a_store_elsewhere(scene: Scene) -> None:
-    """Set up as the documentation says. Commands find it by the file that names it."""
+    """Set up as the documentation says. Commands find it, since they read the same file."""
     machine = scene.machine
     config = machine.path(CONFIG).read_text()
     moved = {
@@ -140,10 +140,9 @@ def test_a_store_elsewhere(scene: Scene) -> None:
         assert scene.status(MANIFEST) == "200"
         machine.run(f"rm {_ELSEWHERE}/img/*")
         wait_until(lambda: scene.status(MANIFEST) != "200", _SOON, "it looks there")
-        command = f"ociregistry --config-path {CONFIG}"
-        assert machine.says(f"{command} list") == ""
-        assert machine.says(f"{command} load /root/images.tar").startswith(f"loaded: {LOADED}\n")
-        assert machine.says(f"{command} list").startswith(LOADED)
+        assert machine.says("ociregistry list") == ""
+        assert machine.says("ociregistry load /root/images.tar").startswith(f"loaded: {LOADED}\n")
+        assert machine.says("ociregistry list").startswith(LOADED)
         assert machine.says(f"find {_ELSEWHERE} ! -user ociregistry") == ""
     machine.run(f"rm -r {_ELSEWHERE}")
     assert scene.status(MANIFEST) == "200"
