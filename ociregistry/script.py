@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ CONFIG = Path("/etc/ociregistry/ociregistry.yaml")
 
 def main() -> None:
     """Does what `twistd --nodaemon --pidfile= ociregistry …` does, with `CONFIG` unless another file is given."""
-    config = ["--config-path", str(CONFIG)] if CONFIG.exists() else []
+    # It may hold passwords: whoever may not read it works on a store of its own.
+    config = ["--config-path", str(CONFIG)] if os.access(CONFIG, os.R_OK) else []
     sys.argv[1:1] = ["--nodaemon", "--pidfile=", "ociregistry", *config]
     twistd.run()

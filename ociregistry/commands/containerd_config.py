@@ -49,8 +49,10 @@ class Mirror:
 class ContainerdConfig(Command):
     """The options of `containerd-config`."""
 
-    longdesc = """Prints the hosts.toml files by which containerd pulls through the daemon, or writes them, and what
-        its config.toml needs; and the same for CRI-O, podman, k3s and dockerd."""
+    longdesc = (
+        "Prints the hosts.toml files by which containerd pulls through the daemon, or writes them, and what "
+        "its config.toml needs; and the same for CRI-O, podman, k3s and dockerd."
+    )
     optParameters = [
         ["dir", None, _FOLDER, "Folder that containerd reads hosts.toml files from."],
         ["upstreams", None, None, "A file for each of these upstreams, commas between (default: one for all)."],
@@ -136,7 +138,9 @@ def _config_toml(folder: str) -> Iterator[str]:
     yield '[plugins."io.containerd.grpc.v1.cri".registry]'
     yield f'  config_path = "{folder}"'
     yield ""
-    yield "# and from version 2.0 on:"
+    yield "# (A new config.toml begins with the line `version = 2`.)"
+    yield ""
+    yield "# and from version 2.0 on, in a file of `version = 3`:"
     yield '[plugins."io.containerd.cri.v1.images".registry]'
     yield f'  config_path = "{folder}"'
     yield ""

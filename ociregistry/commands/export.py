@@ -19,8 +19,10 @@ from ociregistry.store.inventory import Inventory, Row
 class Export(Command):
     """The options of `export`."""
 
-    longdesc = """Writes images into an OCI layout archive, which load, skopeo and containerd read. With --since it
-        holds only the blobs that an earlier export did not have: where that one was loaded, this one can be."""
+    longdesc = (
+        "Writes images into an OCI layout archive, which load, skopeo and containerd read. With --since it "
+        "holds only the blobs that an earlier export did not have: where that one was loaded, this one can be."
+    )
     optParameters = [
         ["pattern", None, None, "Image URLs in which one of these regular expressions is found, commas between."],
         ["output", "o", None, "The archive to write, such as images.tar."],

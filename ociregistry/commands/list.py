@@ -20,8 +20,10 @@ from ociregistry.store.inventory import Inventory, Row
 class List(Command):
     """The options of `list`."""
 
-    longdesc = """Prints three columns for each image in the store: its URL, `list` or `image`, and since when it is
-        here, in local time."""
+    longdesc = (
+        "Prints three columns for each image in the store: its URL, `list` or `image`, and since when it is "
+        "here, in local time."
+    )
     optParameters = [
         [
             "pattern",

@@ -35,9 +35,11 @@ class Load(Command):
     """The options of `load`."""
 
     synopsis = "[options] FILE..."
-    longdesc = """Brings images into the store. A FILE is a list of images, one reference a line (`#` begins a
-        comment), or an archive: what docker save, ctr images export, skopeo or export wrote, an OCI layout, or an
-        image folder."""
+    longdesc = (
+        "Brings images into the store. A FILE is a list of images, one reference a line (`#` begins a "
+        "comment), or an archive: what docker save, ctr images export, skopeo or export wrote, an OCI layout, or an "
+        "image folder."
+    )
 
     def parseArgs(self, *files: str) -> None:
         """Raises `usage.UsageError`."""

@@ -25,8 +25,10 @@ _USUAL_AGE = timedelta(days=1)
 class Prune(Command):
     """The options of `prune`."""
 
-    longdesc = """Takes images out of the store, with the blobs that no other image needs. Several conditions
-        together name the images to which all of them apply."""
+    longdesc = (
+        "Takes images out of the store, with the blobs that no other image needs. Several conditions "
+        "together name the images to which all of them apply."
+    )
     optParameters = [
         ["pattern", None, None, "Image URLs in which one of these regular expressions is found (commas between)."],
         ["before", None, None, "Image URLs that are here since before this local time, YYYY-MM-DDTHH:MM:SS."],

@@ -23,8 +23,9 @@ Came = Callable[[int, int], object]
 class Verify(Command):
     """The options of `verify`."""
 
-    longdesc = """Hashes every blob and record in the store again. What is damaged is put aside, and never served
-        again."""
+    longdesc = (
+        "Hashes every blob and record in the store again. What is damaged is put aside, and never served again."
+    )
     optFlags = [["repair", None, "Fetch anew what is damaged."]]
 
     def run(self, settings: Settings) -> int:
