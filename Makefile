@@ -36,15 +36,17 @@ help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 run: $(VENV)/run.stamp ## start the daemon here, in the foreground, with ./images as its store
-	$(VENV)/bin/twistd -n ociregistry --image-path ./images --port 8080 --log-level info
+	$(VENV)/bin/twistd -n --pidfile= ociregistry --image-path ./images --port 8080 --log-level info $(OPTIONS)
 
-test: $(VENV)/test.stamp ## run all tests but the long ones: first those in memory, then those against real servers
+test: $(VENV)/test.stamp ## run all tests but the long ones, in memory and against real servers (needs root)
+	$(call root,test)
 	$(call need,$(SERVERS))
 	export PATH="$(TEST_PATH)"
 	$(PYTHON) -m pytest $(JUNIT)-unit.xml -m 'not long' tests/unit
 	$(PYTHON) -m pytest $(JUNIT)-real.xml -m 'not long' -n 2 --dist loadfile tests/real
 
-test-long: $(VENV)/test.stamp ## run the long tests
+test-long: $(VENV)/test.stamp ## run the long tests (needs root)
+	$(call root,test-long)
 	$(call need,$(SERVERS))
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
 
@@ -59,7 +61,7 @@ deb: ## build the Debian package, into build/
 	export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 	rm -rf build/deb build/ociregistry_*
 	mkdir -p build/deb/ociregistry
-	git ls-files -z --cached --others --exclude-standard | tar -c --null --files-from=- | tar -x -C build/deb/ociregistry
+	git ls-files -z --cached | tar -c --null --files-from=- | tar -x -C build/deb/ociregistry
 	cd build/deb/ociregistry
 	# Without any network, where the kernel lets us: nothing may be fetched.
 	offline=(unshare --map-root-user --net)
@@ -150,6 +152,11 @@ if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/li
     sys.exit(f"not from Debian: {foreign}")
 endef
 export ONLY_DEBIAN
+
+# $(call root,TARGET): containerd unpacks images, and network namespaces are made, as root alone.
+define root
+[ $$(id -u) = 0 ] || { echo >&2 "Tests against real clients need root: sudo make $(1)"; exit 1; }
+endef
 
 # $(call need,PACKAGES): has them installed, or says what to install. Services that come with them are neither started
 # now nor with the machine: the tests start their own, on their own ports.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 from ociregistry import __version__
 from ociregistry.chain import new_instance
 from ociregistry.commands.options import complain
+from ociregistry.commands.running import take_all_file_descriptors
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.logs import ALWAYS, AtLeast
 from ociregistry.pullthrough.cache import Policy, PullThrough
@@ -116,6 +116,7 @@ class Daemon(Service):
             # No more than images: what clients wait for finds connections free.
             connections=settings.concurrent,
             progress=Untold(),
+            clock=self._reactor,
         )
         pool = self._reactor.getThreadPool()
         return Preloading(
@@ -153,7 +154,8 @@ class Daemon(Service):
     def startService(self) -> None:
         """Reads the store; then what has queued at the port is answered."""
         super().startService()
-        _take_all_file_descriptors()
+        # Each client takes one or two.
+        take_all_file_descriptors()
         try:
             self._store.start()
             self._listen_beside()
@@ -274,12 +276,6 @@ def exit_with(message: str, status: int) -> NoReturn:
     """Ends the process with one line that says why."""
     complain(message)
     raise SystemExit(status)
-
-
-def _take_all_file_descriptors() -> None:
-    # Each client takes one or two; the customary soft limit of 1024 is for programs that use select().
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _address(port: IListeningPort) -> str:

@@ -48,6 +48,6 @@ def reading(path: Path, member: str = "") -> Iterator[None]:
         raise ArchiveInvalid(path, error.strerror or str(error), member) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ArchiveInvalid(path, f"it is cut off or damaged: {error}", member) from error
-    except (ValueError, OverflowError, LookupError, RecursionError) as error:
+    except (ValueError, LookupError, RecursionError) as error:
         # What the standard library's reader of tars makes of numbers and texts that are none.
         raise ArchiveInvalid(path, f"it is damaged: {error}", member) from error

@@ -117,7 +117,7 @@ class Importer:
         self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
     ) -> None:
         """Adds the blob to `staged`, proven to be what its digest says."""
-        partial = await self._store.new_partial(digest, size, image.repository)
+        partial = await self._store.staged_partial(digest, size, image.repository)
         staged.append(partial)
         pieces = member.pieces()
         while piece := await self._in_thread(_next, pieces):
@@ -165,7 +165,7 @@ class Importer:
         self, manifest: Manifest, image: ImageReference, dates: Dates | None, blobs: Mapping[Digest, Member]
     ) -> bool:
         """Whether the record was written, with all that it names: a prune may have taken what was there before."""
-        while not await self._store.keep_whole(manifest, image, dates):
+        while not await self._store.keep(manifest, image, dates, whole=True):
             lacking = await self._store.lacking(manifest)
             if not lacking.keys() <= blobs.keys():
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from twisted.python import usage
@@ -37,9 +38,15 @@ class Export(Command):
         self.patterns = patterns
         self.target = Path(self["output"]).absolute()
         self.since = Path(self["since"]).absolute() if self["since"] else None
+        if self.since is not None and self.since.resolve() == self.target.resolve():
+            raise usage.UsageError("-o and --since are the same file: the earlier export would be lost")
 
     def run(self, settings: Settings) -> int:
         """As `Command.run`."""
+        # As an interrupt does, they take away what is half-written.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         inventory = Inventory.read(settings.image_path)
         rows = [row for row in inventory.rows if self.patterns.match(row.url)]
         if not rows:

@@ -11,9 +11,8 @@ from twisted.python import usage
 from ociregistry.commands.options import Command, complain, print_lines
 from ociregistry.config.patterns import Patterns
 from ociregistry.config.quantities import local_time
-from ociregistry.manifests import Manifest
-from ociregistry.names import Digest
 from ociregistry.settings import Settings
+from ociregistry.store.catalogue import Entry
 from ociregistry.store.inventory import Inventory, Row
 
 
@@ -73,10 +72,14 @@ class Line:
         self._manifest = row.kept.manifest
         self.row = row
         self.pulled = inventory.pulled(self._manifest.digest)
-        self._images = [self._manifest] if not self._manifest.is_list else _images(self._manifest.digest, inventory)
-        self.size = sum(
-            blob.size for image in self._images for blob in {one.digest: one for one in image.blobs}.values()
-        )
+        below = {self._manifest.digest} | inventory.below(self._manifest.digest)
+        manifests = [inventory.records[digest].manifest for digest in below]
+        self._images = [manifest for manifest in manifests if not manifest.is_list]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its blobs, each counted once."""
+        return sum({digest: size for image in self._images for digest, size in Entry.named(image).items()}.values())
 
     @property
     def kind(self) -> str:
@@ -98,7 +101,8 @@ class Line:
     @property
     def missing(self) -> int:
         """How many bytes its images lack."""
-        return sum(sum(self._inventory.missing(image.digest).values()) for image in self._images)
+        missing = (self._inventory.missing(image.digest).items() for image in self._images)
+        return sum({digest: size for found in missing for digest, size in found}.values())
 
     @property
     def platforms(self) -> list[str]:
@@ -126,14 +130,6 @@ class Line:
             "images": len(self._images),
             "missing": self.missing,
         }
-
-
-def _images(digest: Digest, inventory: Inventory) -> list[Manifest]:
-    """The image manifests below a list that are here."""
-    found: list[Manifest] = []
-    for child in inventory.children(digest):
-        found += _images(child.manifest.digest, inventory) if child.manifest.is_list else [child.manifest]
-    return found
 
 
 _ORDERS: dict[str, Callable[[Line], Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -49,15 +50,22 @@ class Load(Command):
 
     def run(self, settings: Settings) -> int:
         """As `Command.run`."""
+        self.refused: list[str] = []
+        outcomes: list[Outcome] = []
         with ExitStack() as opened:
             archives, images = self._read(opened)
-            become_owner(settings.image_path)
-            outcomes = run_to_end(lambda reactor: _load(archives, images, settings, reactor), settings.log_level)
-        print_lines([summary(outcomes)])
+            if archives or images:
+                become_owner(settings.image_path)
+                work = partial(_load, archives, images, self.refused, settings)
+                outcomes = run_to_end(work, settings.log_level)
+        for refused in self.refused:
+            complain(refused)
+        if outcomes:
+            print_lines([summary(outcomes)])
         failed = sum(outcome.ended is Ended.FAILED for outcome in outcomes)
         if failed:
             complain(f"{failed} of {len(outcomes)} images could not be loaded")
-        return 1 if failed else 0
+        return 1 if failed or self.refused else 0
 
     def _read(self, opened: ExitStack) -> tuple[list[Archive], list[ImageReference]]:
         archives: list[Archive] = []
@@ -68,7 +76,8 @@ class Load(Command):
                 archive = open_archive(file)
                 listed = read_image_list(file) if archive is None else None
             except ArchiveFailure as error:
-                raise CommandFailed(str(error)) from None
+                self.refused.append(str(error))
+                continue
             except OSError as error:
                 raise CommandFailed(f"{file}: cannot be read: {error.strerror}") from None
             if archive is not None:
@@ -89,8 +98,13 @@ def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> D
 
 
 async def _load(
-    archives: Sequence[Archive], images: Sequence[ImageReference], settings: Settings, reactor: Any
+    archives: Sequence[Archive],
+    images: Sequence[ImageReference],
+    refused: list[str],
+    settings: Settings,
+    reactor: Any,
 ) -> list[Outcome]:
+    """How each image ended; archives that cannot be used at all are added to those `refused`."""
     outcomes: list[Outcome] = []
     with shown() as progress:
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
@@ -98,7 +112,7 @@ async def _load(
                 try:
                     outcomes += await Importer(store, _in_thread, progress).bring(archive)
                 except ArchiveFailure as error:
-                    raise CommandFailed(str(error)) from None
+                    refused.append(str(error))
             if images:
                 outcomes += await _pull(images, store, settings, progress, reactor)
     return outcomes
@@ -116,5 +130,6 @@ async def _pull(
             concurrent=settings.concurrent,
             connections=settings.max_connections,
             progress=progress,
+            clock=reactor,
         )
         return await loader.load(images)

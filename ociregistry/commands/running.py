@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,12 @@ from ociregistry.logs import AtLeast
 T = TypeVar("T")
 
 
+def take_all_file_descriptors() -> None:
+    """Raises the customary soft limit of 1024, which is for programs that use select()."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
     """What `work`, which is given the reactor, gives; what is logged from `log_level` on goes to stderr.
 
@@ -28,11 +35,15 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     # twistd makes a log of sys.stderr.
     observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
+    take_all_file_descriptors()
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # What is ignored stays so: nohup means it.
+    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
     ended: list[T | Failure] = []
 
     def begin() -> None:
         running = Deferred.fromCoroutine(work(reactor))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heeded:
             signal.signal(number, lambda *_: reactor.callFromThread(running.cancel))
         running.addBoth(ended.append)
         running.addBoth(lambda _: reactor.stop())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from ociregistry.chain import new_instance
+from ociregistry.errors import Denied
+from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.suppliers import Pulling, Supplier, ThroughDaemon
@@ -15,7 +18,7 @@ from ociregistry.store.door import find_daemon
 from ociregistry.store.store import Store
 from ociregistry.upstream.beside import DaemonBeside
 from ociregistry.upstream.network import Network
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.registries import Registries, is_allowed
 
 
 @asynccontextmanager
@@ -37,6 +40,14 @@ def daemon_runs(settings: Settings) -> bool:
     return door is not None
 
 
+def _check(settings: Settings, upstream: Upstream) -> None:
+    """What this command was told holds for it, whatever the daemon may do."""
+    if settings.air_gapped:
+        raise Denied(f"{upstream}: it is not in the store, and this command is air-gapped")
+    if not is_allowed(upstream, settings.allow_upstreams):
+        raise Denied(f"{upstream}: this upstream is not allowed (--allow-upstreams)")
+
+
 @asynccontextmanager
 async def supplier_for(store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Supplier]:
     """Who brings images into `store` while the block runs; raises `OSError`."""
@@ -44,7 +55,7 @@ async def supplier_for(store: Store, settings: Settings, reactor: Any) -> AsyncI
     if door is not None:
         daemon = DaemonBeside(door.path, reactor)
         try:
-            yield ThroughDaemon(store, daemon, settings.pull_timeout, reactor)
+            yield ThroughDaemon(store, daemon, settings.pull_timeout, reactor, partial(_check, settings))
         finally:
             await daemon.stop()
             door.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from ociregistry.commands.options import Command, complain, print_lines
@@ -14,8 +14,7 @@ from ociregistry.commands.supplying import opened_store, supplier_for
 from ociregistry.config.quantities import size_text
 from ociregistry.pullthrough.repairing import Repairer
 from ociregistry.settings import Settings
-from ociregistry.store.store import Store
-from ociregistry.store.verifying import Findings
+from ociregistry.store.verifying import Damaged, Findings
 
 Came = Callable[[int, int], object]
 
@@ -36,23 +35,25 @@ class Verify(Command):
         return 1 if findings.damaged else 0
 
     async def _verify(self, settings: Settings, reactor: Any) -> Findings:
-        async with opened_store(settings, reactor, adopts=False) as store:
+        async with opened_store(settings, reactor, adopts=False) as store, AsyncExitStack() as opened:
+            repairer = None
+            if self["repair"]:
+                supplier = await opened.enter_async_context(supplier_for(store, settings, reactor))
+                repairer = Repairer(store, supplier)
             with _progress() as came:
-                findings = await store.verify(None, came)
-            print_lines(_report(findings))
-            if self["repair"] and findings.damaged:
-                await self._repair(findings, store, settings, reactor)
+                findings = await store.verify(None, came, lambda damaged: _tell(damaged, repairer))
+        print_lines(_report(findings))
         for path, why in findings.foreign.items():
             complain(f"warning: left alone, it is not a record of this program: {path}: {why}")
         return findings
 
-    async def _repair(self, findings: Findings, store: Store, settings: Settings, reactor: Any) -> None:
-        async with supplier_for(store, settings, reactor) as supplier:
-            repairer = Repairer(store, supplier)
-            # Records first: they say where the blobs come from.
-            for damaged in sorted(findings.damaged, key=lambda one: one.is_blob):
-                why = await repairer.repair(damaged)
-                print_lines([f"not repaired: {damaged.path}: {why}" if why else f"repaired: {damaged.path}"])
+
+async def _tell(damaged: Damaged, repairer: Repairer | None) -> None:
+    """Says what is damaged, and makes it good, as soon as it is found: nothing is forgotten by who interrupts it."""
+    print_lines([f"damaged: {damaged.path}: {damaged.why}"])
+    if repairer is not None:
+        why = await repairer.repair(damaged)
+        print_lines([f"not repaired: {damaged.path}: {why}" if why else f"repaired: {damaged.path}"])
 
 
 @contextmanager
@@ -70,8 +71,6 @@ def _progress() -> Iterator[Came]:
 
 
 def _report(findings: Findings) -> Iterator[str]:
-    for damaged in findings.damaged:
-        yield f"damaged: {damaged.path}: {damaged.why}"
     if findings.missing:
         missing = sum(findings.missing.values())
         yield f"{len(findings.missing)} images are not complete: {missing} bytes are missing"

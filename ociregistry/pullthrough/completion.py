@@ -75,13 +75,14 @@ class Completion:
         for work in list(self._work.values()):
             work.cancel()
 
-    async def wish(self, manifest: Manifest, repository: Repository) -> None:
-        """A client has been given `manifest`: all its blobs shall be there too."""
+    async def wish(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
+        """A client has been given `manifest`, which was a `hit`: all its blobs shall be there too."""
         digest = manifest.digest
         found = self._complete.get(digest)
         if manifest.is_list or digest in self._store.wishes or digest in self._looked_at:
             return
-        if found is not None and self._clock.seconds() - found < _BELIEVED:
+        # One that had to be fetched may have been pruned with its blobs since.
+        if hit and found is not None and self._clock.seconds() - found < _BELIEVED:
             return
         self._looked_at.add(digest)
         try:

@@ -9,6 +9,8 @@ from ociregistry.errors import RegistryError
 from ociregistry.names import DOCKER_HUB, ImageReference, Tag, Upstream
 
 _USUAL_TAG = "latest"
+_LARGEST = 16 * 1024 * 1024
+"""Bytes of a list; what is larger is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,13 @@ class ImageList:
 
 def read_image_list(path: Path) -> ImageList:
     """The images in the file at `path`; `#` begins a comment. Blocks; raises `OSError`."""
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
+        if len(data) > _LARGEST:
+            raise ValueError
+        text = data.decode("utf-8-sig")
+    except ValueError:
         return ImageList((), (f"{path}: is neither a text nor an archive of images",))
     images: dict[ImageReference, None] = {}
     errors: list[str] = []

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, FirstError, gatherResults
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
@@ -72,6 +74,7 @@ class Loader:
         concurrent: int,
         connections: int,
         progress: Progress,
+        clock: IReactorTime,
     ) -> None:
         """So many images are loaded at once, and so many blobs; `signatures` asks for what refers to them, too."""
         self._store = store
@@ -81,6 +84,7 @@ class Loader:
         self._images = DeferredSemaphore(concurrent)
         self._blobs = DeferredSemaphore(connections)
         self._progress = progress
+        self._clock = clock
 
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
         """How each of the images ended, in their order."""
@@ -98,11 +102,16 @@ class Loader:
     async def _load_in_turn(self, image: ImageReference) -> Outcome:
         await self._images.acquire()
         try:
+            await self._unwound()
             outcome = await self._load(image)
         finally:
             self._images.release()
         self._progress.ended(outcome)
         return outcome
+
+    async def _unwound(self) -> None:
+        """Who gives its turn back calls the next one: a thousand that fail at once would fill the stack."""
+        await deferLater(self._clock, 0)
 
     async def _load(self, image: ImageReference) -> Outcome:
         brought = _Brought(image)
@@ -159,6 +168,7 @@ class Loader:
     async def _bring_blob(self, repository: Repository, digest: Digest, size: int, brought: _Brought) -> None:
         await self._blobs.acquire()
         try:
+            await self._unwound()
             await self._supplier.blob(
                 repository, digest, size, lambda count: self._progress.came(brought.name, count)
             )

@@ -75,9 +75,7 @@ class Preloading:
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
         await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first)
         done = self.progress
-        self.log.info(
-            "preloading has ended: {loaded} loaded, {failed} failed", loaded=done.loaded, failed=done.failed
-        )
+        self.log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
 
     async def _preload_one(self, image: ImageReference) -> None:
         told = False

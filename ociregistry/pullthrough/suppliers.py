@@ -12,7 +12,7 @@ from twisted.internet.task import deferLater
 
 from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest
-from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.patience import NotYet
@@ -130,7 +130,16 @@ class InBackground(Pulling):
 class ThroughDaemon:
     """The daemon pulls; what is in the store already, it is not asked for."""
 
-    def __init__(self, store: Store, daemon: DaemonBeside, patience: float, clock: IReactorTime) -> None:
+    def __init__(
+        self,
+        store: Store,
+        daemon: DaemonBeside,
+        patience: float,
+        clock: IReactorTime,
+        check: Callable[[Upstream], None] = lambda upstream: None,
+    ) -> None:
+        """`check` raises `Denied` for an upstream that the daemon is not to be asked for."""
+        self._check = check
         self._store = store
         self._daemon = daemon
         self._seconds = patience
@@ -141,6 +150,7 @@ class ThroughDaemon:
         stored = await self._store.manifest(image)
         if stored is not None:
             return FoundManifest(stored, hit=True)
+        self._check(image.repository.upstream)
         patience = Patience(self._seconds, self._clock)
         while True:
             began = self._clock.seconds()
@@ -152,6 +162,7 @@ class ThroughDaemon:
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """As `Supplier.referrers`."""
+        self._check(repository.upstream)
         try:
             return await self._daemon.referrers(repository, digest)
         except ManifestUnknown:
@@ -159,6 +170,7 @@ class ThroughDaemon:
 
     async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
         """As `Supplier.blob`."""
+        self._check(repository.upstream)
         patience = Patience(self._seconds, self._clock)
         at, done = 0, False
         while not done:

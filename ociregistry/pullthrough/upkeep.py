@@ -18,6 +18,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.repairing import Repairer
 from ociregistry.store.selection import Surplus
 from ociregistry.store.store import Store
+from ociregistry.store.verifying import Damaged
 
 _BEING_PULLED = timedelta(minutes=10)
 """Since its manifest was asked for: a client may still be asking for the blobs of such an image."""
@@ -80,6 +81,10 @@ class Upkeep:
                 await self._prune(settings)
             except OSError as error:
                 self.log.error("cannot prune the store: {why}", why=error)
+            except CancelledError:
+                raise
+            except Exception:
+                self.log.failure("a defect in pruning the store")
 
     async def _prune(self, settings: PruneSettings) -> None:
         now = self._now()
@@ -111,20 +116,26 @@ class Upkeep:
                 due = await self._store.last_verified(self._now()) + settings.every
                 await deferLater(self._clock, max(0.0, (due - self._now()).total_seconds()))
                 await self._verify(settings)
-            except OSError as error:
-                self.log.error("cannot verify the store: {why}", why=error)
+            except CancelledError:
+                raise
+            except Exception as error:
+                if isinstance(error, OSError):
+                    self.log.error("cannot verify the store: {why}", why=error)
+                else:
+                    self.log.failure("a defect in verifying the store")
                 await deferLater(self._clock, settings.every.total_seconds())
 
     async def _verify(self, settings: VerifySettings) -> None:
-        findings = await self._store.verify(settings.max_rate, lambda done, total: None)
+        findings = await self._store.verify(settings.max_rate, lambda done, total: None, self._repair)
         self.log.info(
             "verified {records} records and {blobs} blobs: {damaged} are damaged",
             records=findings.records,
             blobs=findings.blobs,
             damaged=len(findings.damaged),
         )
-        for damaged in sorted(findings.damaged, key=lambda one: one.is_blob):
-            self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
-            why = await self._repairer.repair(damaged)
-            if why:
-                self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)
+
+    async def _repair(self, damaged: Damaged) -> None:
+        self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+        why = await self._repairer.repair(damaged)
+        if why:
+            self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)

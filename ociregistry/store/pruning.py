@@ -18,6 +18,9 @@ from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.records import Dates, Record
 
+_AT_ONCE = 200
+"""Blobs that are removed under one lock."""
+
 Choose = Callable[[Inventory], "Doomed"]
 """What is to go of an inventory."""
 
@@ -117,7 +120,7 @@ class Doomed:
         bytes_of: dict[Digest, int] = {}
         for digest, kept in self.gone.items():
             own = self._sizes(kept.manifest, stay)
-            stay |= own.keys()
+            stay.update(own)
             blobs |= own
             bytes_of[digest] = sum(own.values())
         rows = (row for row in self._inventory.rows if self._takes(row))
@@ -190,8 +193,18 @@ def prune(root: Path, choose: Choose, pulls: PullsFolder, files: Files) -> Plan:
                 files.unlink(kept.path)
             for folder in {kept.path.parent for kept in going}:
                 files.sync_folder(folder)
-        for digest in plan.blobs:
-            files.unlink(root / "blobs" / digest.hex)
-        if plan.blobs:
-            files.sync_folder(root / "blobs")
+    _remove_blobs(root, list(plan.blobs), inventory, files)
     return plan
+
+
+def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Files) -> None:
+    """A few at a time: who writes a record meanwhile waits for the lock, and may need one of them again."""
+    while blobs:
+        some, blobs = blobs[:_AT_ONCE], blobs[_AT_ONCE:]
+        with locked(root / "pulls" / "lock"):
+            before = Inventory.read(root, before)
+            named = {blob.digest for kept in before.records.values() for blob in kept.manifest.blobs}
+            for digest in some:
+                if digest not in named and digest.hex not in before.mentioned:
+                    files.unlink(root / "blobs" / digest.hex)
+    files.sync_folder(root / "blobs")

@@ -91,31 +91,30 @@ class RecordFiles:
         return record_path(self._root, digest, is_list=is_list)
 
     def confirm(
-        self, manifest: Manifest, image: ImageReference, confirmed: datetime, created: datetime | None = None
-    ) -> Record:
+        self,
+        manifest: Manifest,
+        image: ImageReference,
+        confirmed: datetime,
+        created: datetime | None = None,
+        *,
+        whole: bool = False,
+        known: bool = False,
+    ) -> Record | None:
         """Writes that `image` means `manifest` as `Record.confirm` has it; returns the record as it is on disk then.
 
-        What another process wrote in between is kept. A file there that is no record of ours is moved aside
-        into bad/ of the pulls folder.
+        Returns None, and writes nothing, where it is to be `whole` and lacks a blob, or `known` and has no record; no
+        prune comes between the look and the writing. What another process wrote in between is kept. A file there that
+        is no record of ours is moved aside into bad/ of the pulls folder.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
+        blobs = self._root / "blobs"
         with locked(self._lock):
-            record = (self._existing(path) or Record(manifest, {})).confirm(image, confirmed, created)
-            self._put(path, record)
-        return record
-
-    def confirm_whole(
-        self, manifest: Manifest, image: ImageReference, confirmed: datetime, created: datetime | None = None
-    ) -> Record | None:
-        """As `confirm`, if all blobs of the image are there; else None, and nothing is written.
-
-        No prune comes between the one and the other.
-        """
-        path = self.path(manifest.digest, is_list=manifest.is_list)
-        with locked(self._lock):
-            if any(size_of_blob(self._root / "blobs" / one.digest.hex) != one.size for one in manifest.blobs):
+            if whole and any(size_of_blob(blobs / blob.digest.hex) != blob.size for blob in manifest.blobs):
                 return None
-            record = (self._existing(path) or Record(manifest, {})).confirm(image, confirmed, created)
+            existing = self._existing(path)
+            if known and existing is None:
+                return None
+            record = (existing or Record(manifest, {})).confirm(image, confirmed, created)
             self._put(path, record)
         return record
 

@@ -25,7 +25,7 @@ from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
 from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
-from ociregistry.store.verifying import Findings, Verifier
+from ociregistry.store.verifying import Findings, Found, Verifier
 from ociregistry.store.view import View
 from ociregistry.store.wishes import WishFiles
 
@@ -120,7 +120,7 @@ class Store:
                 break
             self._catalogue.put(digest, Entry.of(record))
         if not Entry.of(record).known_in(image.repository):
-            noted = Deferred.fromCoroutine(self.keep(record.manifest, image))
+            noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
                 lambda failure: self.log.warn(
                     "cannot note the pull of {image}: {why}", image=image, why=failure.value
@@ -146,21 +146,22 @@ class Store:
             self._threads.write(self._records.note_pull, path, now)
         return record
 
-    async def keep(self, manifest: Manifest, image: ImageReference, dates: Dates | None = None) -> None:
-        """Writes that `image` means `manifest`, as of now or of these `dates`. Raises `OSError`."""
-        confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
-        self._view.wrote(
-            await self._threads.write_in_turn(self._records.confirm, manifest, image, confirmed, created)
-        )
+    async def keep(
+        self,
+        manifest: Manifest,
+        image: ImageReference,
+        dates: Dates | None = None,
+        *,
+        whole: bool = False,
+        known: bool = False,
+    ) -> bool:
+        """Writes that `image` means `manifest`, as of now or of these `dates`; whether it did. Raises `OSError`.
 
-    async def keep_whole(self, manifest: Manifest, image: ImageReference, dates: Dates | None = None) -> bool:
-        """As `keep`, if all blobs of the image are there; else nothing is written. Whether it was.
-
-        A prune that goes on meanwhile takes none of them any more.
+        It does not where the image is to be `whole` and lacks a blob, or is to be `known` and has no record any more.
         """
         confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
         args = manifest, image, confirmed, created
-        record = await self._threads.write_in_turn(self._records.confirm_whole, *args)
+        record = await self._threads.write_in_turn(self._records.confirm, *args, whole=whole, known=known)
         if record is not None:
             self._view.wrote(record)
         return record is not None
@@ -242,10 +243,10 @@ class Store:
         """Takes away what `choose` says, and gives what that was. Raises `OSError`."""
         return await self._threads.write(prune, self._root, choose, self._pulls, self._files)
 
-    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
+    async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
         """As `Verifier.verify`. Raises `OSError`."""
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock)
-        findings = await verifier.verify(max_rate, came)
+        findings = await verifier.verify(max_rate, came, found)
         await self._threads.write(self._verified.touch)
         return findings
 
@@ -258,6 +259,11 @@ class Store:
     async def new_partial(self, digest: Digest, size: int | None, source: Repository) -> Partial:
         """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`."""
         path = self._pulls.path / digest.hex
+        return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
+
+    async def staged_partial(self, digest: Digest, size: int, source: Repository) -> Partial:
+        """As `new_partial`, beside a download of the same blob that may be taken up again. Raises `OSError`."""
+        path = self._pulls.path / f"{digest.hex}.staged"
         return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
 
     async def old_partial(self, digest: Digest) -> Partial | None:

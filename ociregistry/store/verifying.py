@@ -5,22 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
-from ociregistry.store.files import Files, locked
+from ociregistry.store.files import Files, SharedFile, locked
 from ociregistry.store.inventory import blob_size
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, read_record, signatures
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from ociregistry.store.threads import Threads
+
+Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
 
 _SLICE = 4 * 1024 * 1024
 """Bytes that are read and hashed in one go of a thread."""
@@ -74,12 +78,14 @@ class Verifier:
         self._threads = threads
         self._clock = clock
 
-    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
+    async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
         """What is damaged, which is put aside; `max_rate` is in bytes a second.
 
-        `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
+        `came` is called with how many bytes of blobs were hashed, and how many there are in all; `found` is awaited
+        with what is damaged, as soon as it was put aside. Raises `OSError`.
         """
         findings = Findings()
+        self._found = found
         images: dict[Digest, Mapping[Digest, int]] = {}
         for folder in (LISTS_FOLDER, IMAGES_FOLDER):
             for path in await self._threads.read(_files, self._root / folder):
@@ -107,7 +113,9 @@ class Verifier:
             if isinstance(error, OSError) and error.errno not in _BAD_DISK:
                 raise
             damaged = await self._threads.write_in_turn(self._put_record_aside, path, str(error))
-            findings.damaged += [damaged] if damaged else []
+            if damaged is not None:
+                findings.damaged.append(damaged)
+                await self._found(damaged)
             return None
         findings.records += 1
         return record
@@ -132,12 +140,12 @@ class Verifier:
     ) -> None:
         began, at_first = self._clock.seconds(), findings.bytes
         try:
-            file = await self._threads.read(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+            file = SharedFile(await self._threads.read(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return
         try:
             checked = _Checked(path, file)
-            while count := await self._threads.read(checked.hash_more):
+            while count := await self._threads.read(_and_release, file.lease(), checked.hash_more):
                 findings.bytes += count
                 came()
                 if max_rate is not None:
@@ -146,9 +154,12 @@ class Verifier:
             findings.blobs += 1
             if checked.why:
                 was_there = await self._threads.write(self._put_blob_aside, checked)
-                findings.damaged += [Damaged(path, _digest(path), checked.why)] if was_there else []
+                if was_there:
+                    damaged = Damaged(path, _digest(path), checked.why)
+                    findings.damaged.append(damaged)
+                    await self._found(damaged)
         finally:
-            os.close(file)
+            file.release()
 
     def _put_blob_aside(self, checked: _Checked) -> bool:
         """Whether it was there still: another process may have brought it anew, or be copying it."""
@@ -165,20 +176,20 @@ class Verifier:
 class _Checked:
     """A blob that is read through once; everything blocks."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, file: SharedFile) -> None:
         self.path = path
         self.why = ""
         """What is wrong with it."""
-        self._descriptor = descriptor
+        self._file = file
         self._digest = _digest(path)
         self._hasher = self._digest.hasher()
-        self._before = os.fstat(descriptor)
+        self._before = os.fstat(file.fileno())
         self._at = 0
 
     def hash_more(self) -> int:
         """How many bytes were read and hashed; none at the end."""
         try:
-            data = os.pread(self._descriptor, _SLICE, self._at)
+            data = os.pread(self._file.fileno(), _SLICE, self._at)
         except OSError as error:
             if error.errno not in _BAD_DISK:
                 raise
@@ -198,6 +209,14 @@ class _Checked:
             return False
         before = self._before
         return (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def _and_release(lease: SharedFile, work: Callable[[], int]) -> int:
+    """What `work` gives: who waits for it may have gone, and must not close the file under it."""
+    try:
+        return work()
+    finally:
+        lease.release()
 
 
 def _files(folder: Path) -> list[Path]:

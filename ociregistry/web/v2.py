@@ -80,7 +80,8 @@ class V2:
             headers["Warning"] = '110 - "Response is Stale"'
         # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
         if method == "GET" and chain == NOBODY and self._completion is not None:
-            wished = Deferred.fromCoroutine(self._completion.wish(found.manifest, request.image.repository))
+            wish = self._completion.wish(found.manifest, request.image.repository, hit=found.hit)
+            wished = Deferred.fromCoroutine(wish)
             wished.addErrback(lambda failure: self.log.failure("an image will not be completed", failure))
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 

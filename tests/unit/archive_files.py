@@ -15,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from twisted.internet.threads import deferToThreadPool
 
 from ociregistry.archives.contents import Contents
+from ociregistry.archives.failures import ArchiveInvalid
 from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive
 from ociregistry.archives.opening import open_archive
@@ -190,3 +192,58 @@ def files_below(root: Path) -> dict[str, str]:
         for path in sorted(root.rglob("*"))
         if path.is_file()
     }
+
+
+def everything(archive: Archive) -> dict[str, bytes]:
+    """All that is in it, read as it is to be read."""
+    in_order = sorted(archive.members.items(), key=lambda item: item[1].order)
+    return {name: b"".join(member.pieces()) for name, member in in_order}
+
+
+def refused(path: Path) -> str:
+    """Why the archive cannot be opened or read."""
+    with pytest.raises(ArchiveInvalid) as caught, opened(path) as archive:
+        everything(archive)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: ")
+    assert "\n" not in told
+    return told.removeprefix(f"{path}: ")
+
+
+def meanings(path: Path) -> dict[str, str]:
+    """What each image name means."""
+    return {str(one.image): one.manifest for one in contents(path).images}
+
+
+def failures(path: Path) -> dict[str, str]:
+    """Why what cannot be loaded cannot be."""
+    return {failure.name: failure.why for failure in contents(path).failed}
+
+
+def invalid(path: Path) -> str:
+    """Why the archive is refused."""
+    with pytest.raises(ArchiveInvalid) as caught:
+        contents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+class Told:
+    """Progress that is kept."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[str, int]] = []
+        self.brought: dict[str, int] = {}
+        self.outcomes: list[Outcome] = []
+
+    def expect(self, name: str, size: int) -> None:
+        """So many bytes."""
+        self.expected.append((name, size))
+
+    def came(self, name: str, count: int) -> None:
+        """So many more."""
+        self.brought[name] = self.brought.get(name, 0) + count
+
+    def ended(self, outcome: Outcome) -> None:
+        """So it ended."""
+        self.outcomes.append(outcome)

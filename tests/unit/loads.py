@@ -19,7 +19,7 @@ from ociregistry.pullthrough.outcomes import Outcome
 from ociregistry.pullthrough.suppliers import Came, Supplier
 from ociregistry.store.store import Store
 from tests.images import Image, Index
-from tests.unit.doubles import image, manifest, turn
+from tests.unit.doubles import REACTOR, image, manifest, turn
 
 AMD64 = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")
@@ -208,6 +208,7 @@ class Loads:
             concurrent=concurrent,
             connections=connections,
             progress=self.told,
+            clock=REACTOR,
         )
 
     def load(

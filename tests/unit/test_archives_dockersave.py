@@ -11,22 +11,23 @@ from typing import Any
 
 import pytest
 
-from ociregistry.archives.failures import ArchiveInvalid
 from ociregistry.manifests import OCI_MANIFEST
 from tests.images import Image, digest_of, make_image
-from tests.unit.archive_files import NAME, Files, contents, docker_saved, hex_of, to_json, write_folder, write_tar
+from tests.unit.archive_files import (
+    NAME,
+    Files,
+    contents,
+    docker_saved,
+    hex_of,
+    invalid,
+    to_json,
+    write_folder,
+    write_tar,
+)
 
 BASE = make_image("base")
 IMAGE = make_image("image", base=BASE)
 CONFIG = f"{hex_of(IMAGE.config.digest)}.json"
-
-
-def invalid(path: Path) -> str:
-    """Why the archive is refused."""
-    with pytest.raises(ArchiveInvalid) as caught:
-        contents(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value).removeprefix(f"{path}: ")
 
 
 def made(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from ociregistry.archives.failures import ArchiveInvalid
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from ociregistry.store.records import Dates
 from tests.images import Manifest, digest_of, make_image, make_index
@@ -22,6 +21,7 @@ from tests.unit.archive_files import (
     hex_of,
     holder,
     image_blobs,
+    invalid,
     kept,
     to_json,
     write_folder,
@@ -50,14 +50,6 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def meanings(path: Path) -> dict[str, tuple[str, Dates | None]]:
     """What each image name means, and since when."""
     return {str(one.image): (one.manifest, one.dates) for one in contents(path).images}
-
-
-def invalid(path: Path) -> str:
-    """Why the archive is refused."""
-    with pytest.raises(ArchiveInvalid) as caught:
-        contents(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    return str(caught.value).removeprefix(f"{path}: ")
 
 
 def one_holder(of: Manifest, url: str = TYPHA, folder: str = "img", **changes: Any) -> dict[str, bytes]:
@@ -155,7 +147,7 @@ def test_the_go_servers_folder(tmp_path: Path, write: Callable[[Path, Files], Pa
     assert set(contents(path).blobs) == {blob.digest for blob in child.blobs}
 
 
-@pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", 5])
+@pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", "0001-01-01T00:00:00+14:00", 5])
 @pytest.mark.usefixtures("berlin")
 def test_no_date(tmp_path: Path, created: object) -> None:
     path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, created=created))

@@ -249,7 +249,7 @@ class Wishing:
         self.wished: list[tuple[Digest, Repository]] = []
         self.error: Exception | None = None
 
-    async def wish(self, manifest: Manifest, repository: Repository) -> None:
+    async def wish(self, manifest: Manifest, repository: Repository, *, hit: bool) -> None:
         """Does nothing."""
         self.wished.append((manifest.digest, repository))
         if self.error is not None:

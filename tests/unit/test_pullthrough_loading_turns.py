@@ -236,3 +236,12 @@ async def test_an_end_in_the_middle_asks_no_upstream_for_what_waits(
         await loading
     await turn()
     assert upstreams.asked == [f"manifest {URLS[0]}"]
+
+
+@on_reactor
+async def test_a_thousand_that_fail_at_once_all_end(loads: Loads, shelf: Shelf) -> None:
+    """Each gives its turn to the next: were that done on one stack, it would overflow."""
+    urls = [f"reg.example/none:{number}" for number in range(1000)]
+    outcomes = await loads.load(*urls)
+    assert [outcome.name for outcome in outcomes] == urls
+    assert {outcome.ended for outcome in outcomes} == {Ended.FAILED}

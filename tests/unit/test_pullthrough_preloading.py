@@ -68,7 +68,7 @@ def listed(*urls: str, errors: tuple[str, ...] = ()) -> ImageList:
 def has_ended(events: list[LogEvent]) -> bool:
     """Whether the last that is told is that it has ended."""
     lines = texts(events, LogLevel.info)
-    return bool(lines) and lines[-1].startswith("preloading has ended")
+    return bool(lines) and lines[-1].startswith("preloaded")
 
 
 async def tried(shelf: Shelf, url: str, times: int) -> None:

@@ -252,4 +252,4 @@ async def test_a_defect_is_logged(
     monkeypatch.setattr(store, "prune", prune)
     keeping.upkeep.use(pruning(every=60), None)
     await keeping.passes(60)
-    assert texts(events, LogLevel.critical)[0].startswith("a defect in the upkeep of the store")
+    assert texts(events, LogLevel.critical)[0].startswith("a defect in pruning the store")

@@ -47,7 +47,7 @@ class Verified:
         self.error: OSError | None = None
         self.last: datetime | None = None
 
-    async def verify(self, max_rate: float | None, came: object) -> Findings:
+    async def verify(self, max_rate: float | None, came: object, found: object) -> Findings:
         """As `Store.verify`."""
         self.rates.append(max_rate)
         assert len(self.rates) < 20, "over and over again"
@@ -231,7 +231,7 @@ async def test_a_stop_while_it_reads_is_no_failure(
 ) -> None:
     under_way: list[Deferred[Findings]] = []
 
-    async def verify(max_rate: float | None, came: object) -> Findings:
+    async def verify(max_rate: float | None, came: object, found: object) -> Findings:
         under_way.append(Deferred())
         return await under_way[-1]
 

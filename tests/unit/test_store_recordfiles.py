@@ -14,6 +14,8 @@ from typing import Protocol
 
 import pytest
 
+from ociregistry.manifests import Manifest
+from ociregistry.names import ImageReference
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import Changes, RecordFiles, read_record
@@ -50,6 +52,13 @@ def open_records() -> Iterator[Open]:
         folder.close()
 
 
+def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
+    """The record that was written."""
+    record = records.confirm(manifest, image, moment)
+    assert record is not None
+    return record
+
+
 @pytest.fixture
 def records(tmp_path: Path, open_records: Open) -> RecordFiles:
     """The records of this process, none so far."""
@@ -57,8 +66,8 @@ def records(tmp_path: Path, open_records: Open) -> RecordFiles:
 
 
 def test_lists_and_images_have_their_own_folders(tmp_path: Path, records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
-    records.confirm(INDEX, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
+    confirmed(records, INDEX, NGINX, NOW)
     assert records.path(IMAGE.digest, is_list=False) == tmp_path / "img" / IMAGE.digest.hex
     assert records.path(INDEX.digest, is_list=True) == tmp_path / "fat" / INDEX.digest.hex
     assert [path.name for path in (tmp_path / "img").iterdir()] == [IMAGE.digest.hex]
@@ -66,16 +75,16 @@ def test_lists_and_images_have_their_own_folders(tmp_path: Path, records: Record
 
 
 def test_what_is_confirmed_can_be_read(records: RecordFiles) -> None:
-    written = records.confirm(IMAGE, NGINX, NOW)
+    written = confirmed(records, IMAGE, NGINX, NOW)
     assert written.images == {str(NGINX): Dates(NOW, NOW)}
     assert read_record(records.path(IMAGE.digest, is_list=False)) == written
 
 
 def test_what_another_process_wrote_is_kept(tmp_path: Path, records: RecordFiles, open_records: Open) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     other, _ = open_records(tmp_path)
-    other.confirm(IMAGE, APP, NOW)
-    written = records.confirm(IMAGE, NGINX, LATER)
+    confirmed(other, IMAGE, APP, NOW)
+    written = confirmed(records, IMAGE, NGINX, LATER)
     assert written.images == {str(NGINX): Dates(NOW, LATER), str(APP): Dates(NOW, NOW)}
     assert read_record(other.path(IMAGE.digest, is_list=False)) == written
 
@@ -87,7 +96,7 @@ def test_a_foreign_file_is_moved_aside(tmp_path: Path, open_records: Open) -> No
         path.write_bytes(content)
         with pytest.raises(RecordInvalid):
             read_record(path)
-        assert records.confirm(IMAGE, NGINX, NOW).images == {str(NGINX): Dates(NOW, NOW)}
+        assert confirmed(records, IMAGE, NGINX, NOW).images == {str(NGINX): Dates(NOW, NOW)}
         assert (scratch / "bad" / path.name).read_bytes() == content
         assert read_record(path).manifest == IMAGE
 
@@ -98,7 +107,7 @@ def test_a_full_disk_costs_no_record(
 ) -> None:
     files = Files()
     records, scratch = open_records(tmp_path, files)
-    before = records.confirm(IMAGE, NGINX, NOW)
+    before = confirmed(records, IMAGE, NGINX, NOW)
 
     def fail(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -106,12 +115,12 @@ def test_a_full_disk_costs_no_record(
     with monkeypatch.context() as patch:
         patch.setattr(files, step, fail)
         with pytest.raises(OSError, match="No space left"):
-            records.confirm(IMAGE, APP, LATER)
+            confirmed(records, IMAGE, APP, LATER)
     assert [path.name for path in scratch.iterdir()] == ["lock"]
     on_disk = read_record(records.path(IMAGE.digest, is_list=False))
     # After the rename it is there, though not yet for sure.
     assert on_disk == (before.confirm(APP, LATER) if step == "sync_folder" else before)
-    assert records.confirm(IMAGE, APP, LATER).images.keys() == {str(NGINX), str(APP)}
+    assert confirmed(records, IMAGE, APP, LATER).images.keys() == {str(NGINX), str(APP)}
 
 
 def test_a_record_is_synced_before_it_has_its_name(tmp_path: Path, open_records: Open) -> None:
@@ -124,12 +133,12 @@ def test_a_record_is_synced_before_it_has_its_name(tmp_path: Path, open_records:
             super().commit(file, path, target)
 
     records, _ = open_records(tmp_path, Recorded())
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     assert done == [f"pulls/0/{IMAGE.digest.hex}.record img/{IMAGE.digest.hex}"]
 
 
 def test_a_record_in_the_wrong_folder_is_refused(tmp_path: Path, records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     moved = tmp_path / "fat" / IMAGE.digest.hex
     records.path(IMAGE.digest, is_list=False).rename(moved)
     with pytest.raises(RecordInvalid, match="does not belong"):
@@ -137,7 +146,7 @@ def test_a_record_in_the_wrong_folder_is_refused(tmp_path: Path, records: Record
 
 
 def test_a_pull_is_noted_by_the_minute(records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     os.utime(path, (1000, 1000))
     for now, noted in ((1059.9, 1000), (1060.0, 1060), (1100.0, 1060), (1120.0, 1120), (1000.0, 1120)):
@@ -146,7 +155,7 @@ def test_a_pull_is_noted_by_the_minute(records: RecordFiles) -> None:
 
 
 def test_a_store_that_can_only_be_read_still_serves(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
 
     def fail(*args: object) -> None:
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
@@ -165,8 +174,8 @@ def test_an_empty_store_has_no_records(records: RecordFiles) -> None:
 
 
 def test_a_look_reads_what_is_new_and_nothing_twice(records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
-    records.confirm(INDEX, APP, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
+    confirmed(records, INDEX, APP, NOW)
     first = look(records)
     paths = {records.path(IMAGE.digest, is_list=False), records.path(INDEX.digest, is_list=True)}
     assert first.read.keys() == first.seen.keys() == paths
@@ -192,7 +201,7 @@ def renamed(path: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("write", [rewritten, renamed])
 def test_a_look_finds_what_has_changed(records: RecordFiles, write: Callable[[Path, bytes], None]) -> None:
-    record = records.confirm(IMAGE, NGINX, NOW)
+    record = confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     known = look(records)
     # As long as before: a tag of one letter is another tag of one letter.
@@ -203,7 +212,7 @@ def test_a_look_finds_what_has_changed(records: RecordFiles, write: Callable[[Pa
 
 
 def test_a_look_finds_what_is_gone(records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     known = look(records)
     path.unlink()
@@ -213,7 +222,7 @@ def test_a_look_finds_what_is_gone(records: RecordFiles) -> None:
 
 
 def test_a_damaged_record_is_told_of_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     records.confirm(OTHER, APP, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     whole = path.read_bytes()
@@ -232,7 +241,7 @@ def test_a_record_that_cannot_be_read_for_now_is_read_at_the_next_look(
     records: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too many open files, a network file system that hangs: its bytes are good, and will not change."""
-    records.confirm(IMAGE, NGINX, NOW)
+    confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
 
     def fail(self: Path, *args: object) -> None:
@@ -254,7 +263,7 @@ def test_files_with_other_names_are_ignored(tmp_path: Path, records: RecordFiles
 def test_what_is_no_file_is_damaged(tmp_path: Path, records: RecordFiles) -> None:
     (tmp_path / "img" / IMAGE.digest.hex).mkdir()
     (tmp_path / "img" / OTHER.digest.hex).symlink_to("/nowhere")
-    records.confirm(INDEX, NGINX, NOW)
+    confirmed(records, INDEX, NGINX, NOW)
     found = look(records)
     assert found.read.keys() == {records.path(INDEX.digest, is_list=True)}
     assert (tmp_path / "img" / IMAGE.digest.hex) in found.damaged
@@ -271,7 +280,7 @@ def test_records_copied_from_another_store_are_found(
     tmp_path: Path, records: RecordFiles, open_records: Open
 ) -> None:
     replica, _ = open_records(tmp_path / "replica")
-    replica.confirm(IMAGE, NGINX, NOW)
+    confirmed(replica, IMAGE, NGINX, NOW)
     known = look(records)
     shutil.copy2(replica.path(IMAGE.digest, is_list=False), tmp_path / "img")
     assert look(records, known).read.keys() == {records.path(IMAGE.digest, is_list=False)}

@@ -18,7 +18,7 @@ from ociregistry.store.verifying import Findings
 from tests.unit.doubles import REACTOR, fired, on_reactor
 from tests.unit.power_cuts import result
 from tests.unit.stocked import Stock, Unsynced, image_of
-from tests.unit.verifications import LAYER, ONE, SLICE, bad, opened, stocked, verified
+from tests.unit.verifications import LAYER, ONE, SLICE, bad, opened, stocked, untold, verified
 
 
 @pytest.fixture
@@ -156,7 +156,9 @@ def test_no_file_stays_open(stock: Stock, store: Store) -> None:
 
 def test_it_reads_no_faster_than_it_may(stock: Stock, store: Store, clock: Clock) -> None:
     done: list[tuple[float, int]] = []
-    verifying = Deferred.fromCoroutine(store.verify(2.0, lambda count, total: done.append((clock.seconds(), count))))
+    verifying = Deferred.fromCoroutine(
+        store.verify(2.0, lambda count, total: done.append((clock.seconds(), count)), untold)
+    )
     total = sum(map(len, ONE))
     for _ in range(100 * total):
         if verifying.called:
@@ -170,7 +172,7 @@ def test_it_reads_no_faster_than_it_may(stock: Stock, store: Store, clock: Clock
 
 def test_it_can_be_cancelled_between_two_slices(stock: Stock, store: Store, clock: Clock) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    verifying = Deferred.fromCoroutine(store.verify(1.0, lambda count, total: None))
+    verifying = Deferred.fromCoroutine(store.verify(1.0, lambda count, total: None, untold))
     clock.advance(5)
     verifying.addErrback(lambda failure: None)
     verifying.cancel()
@@ -203,5 +205,5 @@ def test_one_that_failed_does_not_count(stock: Stock, store: Store) -> None:
 @on_reactor
 async def test_with_real_threads_it_does_the_same(stock: Stock, open_store: Callable[..., Store]) -> None:
     stock.blob(LAYER).write_bytes(b"x")
-    findings = await open_store().verify(None, lambda done, total: None)
+    findings = await open_store().verify(None, lambda done, total: None, untold)
     assert [one.digest for one in findings.damaged] == [Digest.of(LAYER)]

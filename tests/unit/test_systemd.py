@@ -86,7 +86,9 @@ def test_it_says_that_it_lives_twice_as_often_as_it_must(manager: Manager, clock
     assert clock.getDelayedCalls() == []
 
 
-@pytest.mark.parametrize(("pid", "signs"), [(os.getpid(), ["WATCHDOG=1"]), (os.getpid() + 1, [])])
+@pytest.mark.parametrize(
+    ("pid", "signs"), [(os.getpid(), ["WATCHDOG=1"]), (os.getpid() + 1, [])], ids=["ours", "of another"]
+)
 def test_who_is_not_watched_says_nothing(manager: Manager, clock: Clock, pid: int, signs: list[str]) -> None:
     """The variables may have come from a parent that is."""
     environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(pid)}

@@ -13,7 +13,7 @@ import ociregistry.store.store
 import ociregistry.store.verifying
 from ociregistry.manifests import Manifest
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Findings
+from ociregistry.store.verifying import Damaged, Findings
 from tests.unit.doubles import REACTOR
 from tests.unit.power_cuts import AtOnce, result
 from tests.unit.stocked import Stock, Unsynced, day, image_of, list_of
@@ -44,7 +44,11 @@ def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def verified(store: Store, came: Callable[[int, int], object] = lambda done, total: None) -> Findings:
     """What is found without a limit."""
-    return result(store.verify(None, came))
+    return result(store.verify(None, came, untold))
+
+
+async def untold(damaged: Damaged) -> None:
+    """Nobody is told of what is damaged."""
 
 
 def bad(stock: Stock) -> set[str]:

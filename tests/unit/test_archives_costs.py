@@ -1,0 +1,77 @@
+"""How an archive is read: not again and again, not in the reactor's thread, and it is closed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.store.store import Store
+from tests.images import make_image
+from tests.unit.archive_files import (
+    IMAGE_NAME,
+    NAME,
+    blob_name,
+    docker_saved,
+    layout,
+    load,
+    named,
+    opened,
+    write_tar,
+)
+from tests.unit.doubles import on_reactor, turn
+
+IMAGE = make_image("image", layer_size=300_000)
+OTHER = make_image("other", layer_size=2_500_000)
+
+
+def bytes_read() -> int:
+    """What this process has read so far."""
+    with Path("/proc/self/io").open() as file:
+        return int(file.readline().removeprefix("rchar: "))
+
+
+@pytest.mark.parametrize("kind", ["layout", "docker save"])
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+@on_reactor
+async def test_a_compressed_tar_is_not_read_from_its_start_for_every_member(
+    store: Store, tmp_path: Path, compression: str, kind: str
+) -> None:
+    many = make_image("many", layers=12, layer_size=300_000)
+    backwards = {blob_name(blob.digest): blob.data for blob in reversed(many.blobs)}
+    files = {
+        "layout": {**backwards, **layout((many, {IMAGE_NAME: NAME}))},
+        "docker save": dict(reversed(docker_saved(many, NAME).items())),
+    }
+    path = write_tar(tmp_path / "a.tar", files[kind], compression)
+    before = bytes_read()
+    (loaded,) = await load(store, path)
+    assert loaded.blobs == 13
+    assert bytes_read() - before < 3.5 * path.stat().st_size
+
+
+@on_reactor
+async def test_the_reactor_turns_meanwhile(store: Store, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", named(OTHER), "gz")
+    loading = Deferred.fromCoroutine(load(store, path))
+    turns = 0
+    while not loading.called:
+        await turn()
+        turns += 1
+    assert turns > 5
+    await loading
+
+
+def test_the_archive_is_closed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", named(IMAGE), "gz")
+    before = len(os.listdir("/proc/self/fd"))
+    with opened(path):
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ArchiveInvalid):
+        opened(path)
+    assert len(os.listdir("/proc/self/fd")) == before

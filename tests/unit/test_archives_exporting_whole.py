@@ -1,0 +1,158 @@
+"""What is not whole is left out of an export, which itself is whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ociregistry.archives.exporting import Exported
+from ociregistry.archives.failures import ArchiveFailure, ExportFailed
+from ociregistry.store.files import Files, SharedFile
+from tests.unit.archive_exports import (
+    BLOBS,
+    INDEX,
+    UP,
+    UPPER,
+    export,
+    make_source,
+    members,
+)
+from tests.unit.archive_files import (
+    NAME,
+    blob_name,
+    hex_of,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The folder of the store that is exported."""
+    return make_source(tmp_path / "source")
+
+
+def test_an_image_that_is_not_whole_is_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "blobs" / hex_of(UPPER.layers[-1].digest)).write_bytes(b"half")
+    (source / "blobs" / hex_of(UPPER.config.digest)).unlink()
+    exported = export(source, tmp_path / "out.tar")
+    (left_out,) = exported.left_out
+    missing = len(UPPER.config.data) + len(UPPER.layers[-1].data)
+    assert (left_out.name, left_out.missing) == (UP, missing)
+    assert str(left_out) == f"left out: {UP}: the store lacks 2 of its blobs, {missing} bytes"
+    assert exported.images == 5
+    assert blob_name(UPPER.manifest.digest) not in members(tmp_path / "out.tar")
+
+
+def test_the_lists_with_it_are_left_out_too(source: Path, tmp_path: Path) -> None:
+    child = INDEX.images[0]
+    (source / "blobs" / hex_of(child.layers[0].digest)).unlink()
+    exported = export(source, tmp_path / "out.tar")
+    by_digest = f"docker.io/library/nginx@{child.manifest.digest}"
+    size = len(child.layers[0].data)
+    assert {one.name: one.missing for one in exported.left_out} == {NAME: size, by_digest: size}
+
+
+def test_a_list_of_which_nothing_is_there_is_left_out(source: Path, tmp_path: Path) -> None:
+    (source / "img" / hex_of(INDEX.images[0].manifest.digest)).unlink()
+    exported = export(source, tmp_path / "out.tar", "nginx")
+    assert [str(one) for one in exported.left_out] == [
+        f"left out: {NAME}: the store has none of the images that it lists"
+    ]
+
+
+def test_when_nothing_is_left_nothing_is_written(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.tar").write_bytes(b"an earlier one")
+    (source / "blobs" / hex_of(UPPER.config.digest)).unlink()
+    assert export(source, tmp_path / "out.tar", "/up:").images == 0
+    assert export(source, tmp_path / "out.tar", "none of them") == Exported()
+    assert (tmp_path / "out.tar").read_bytes() == b"an earlier one"
+
+
+# Whole or not there
+
+
+class Failing(Files):
+    """Fails at one of these."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def create(self, path: Path) -> SharedFile:
+        self._fail("create")
+        return super().create(path)
+
+    def sync(self, file: SharedFile) -> None:
+        self._fail("sync")
+        super().sync(file)
+
+    def rename(self, path: Path, target: Path) -> None:
+        self._fail("rename")
+        super().rename(path, target)
+
+    def _fail(self, what: str) -> None:
+        if what == self._what:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def damaged(source: Path) -> None:
+    """One byte is another."""
+    path = source / "blobs" / hex_of(UPPER.layers[-1].digest)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
+    """Blobs go while others are written."""
+
+    def came(count: int) -> None:
+        for blob in (source / "blobs").iterdir():
+            blob.unlink()
+
+    return {"came": came}
+
+
+def full(source: Path) -> Mapping[str, Callable[[int], None]]:
+    """The disk gets full."""
+
+    def came(count: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return {"came": came}
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [
+        (damaged, f"the store's blob {UPPER.layers[-1].digest} is damaged"),
+        (pruned, f"the store's blob {BLOBS[1]} cannot be read: No such file or directory"),
+        (full, "No space left on device"),
+        (lambda source: {"files": Failing("create")}, "No space left on device"),
+        (lambda source: {"files": Failing("sync")}, "No space left on device"),
+        (lambda source: {"files": Failing("rename")}, "No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("earlier", [None, b"an earlier one"])
+def test_it_is_whole_or_not_there(
+    source: Path, tmp_path: Path, prepare: Callable[[Path], Any], why: str, earlier: bytes | None
+) -> None:
+    target = tmp_path / "target" / "out.tar"
+    target.parent.mkdir()
+    if earlier is not None:
+        target.write_bytes(earlier)
+    how = prepare(source) or {}
+    with pytest.raises(ExportFailed) as caught:
+        export(source, target, **how)
+    assert str(caught.value) == f"{target}: {why}"
+    assert isinstance(caught.value, ArchiveFailure)
+    left = {path.name: path.read_bytes() for path in target.parent.iterdir()}
+    assert left == ({} if earlier is None else {"out.tar": earlier})
+
+
+def test_no_such_folder(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportFailed, match=r"out\.tar: No such file or directory$"):
+        export(source, tmp_path / "nowhere" / "out.tar")
