@@ -9,14 +9,15 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
+from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL
-from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.outcomes import Ended, Outcome
 from ociregistry.pullthrough.suppliers import Pulling
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
-from tests.unit.doubles import manifest, on_reactor, turn, until
+from tests.unit.doubles import REACTOR, manifest, on_reactor, turn, until
 from tests.unit.loads import Loads, Shelf, settle
 from tests.unit.registries import MemoryRegistries
 
@@ -238,10 +239,21 @@ async def test_an_end_in_the_middle_asks_no_upstream_for_what_waits(
     assert upstreams.asked == [f"manifest {URLS[0]}"]
 
 
+class Refusing(Shelf):
+    """Nothing can be had; once that is known, it is known at once."""
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """As a link that goes down answers."""
+        if not self.asked:
+            self.asked.append(str(image))
+            await turn()
+        raise Unavailable(f"{image}: the link is down")
+
+
 @on_reactor
-async def test_a_thousand_that_fail_at_once_all_end(loads: Loads, shelf: Shelf) -> None:
+async def test_a_thousand_that_fail_at_once_all_end(store: Store, root: Path) -> None:
     """Each gives its turn to the next: were that done on one stack, it would overflow."""
     urls = [f"reg.example/none:{number}" for number in range(1000)]
-    outcomes = await loads.load(*urls)
+    outcomes = await Loads(store, Refusing(store, root)).load(*urls).addTimeout(60, REACTOR)
     assert [outcome.name for outcome in outcomes] == urls
     assert {outcome.ended for outcome in outcomes} == {Ended.FAILED}
