@@ -43,8 +43,15 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
 
     def begin() -> None:
         running = Deferred.fromCoroutine(work(reactor))
+
+        def interrupt(*_: object) -> None:
+            # Once: what is tidied up then must come to its end.
+            for number in heeded:
+                signal.signal(number, signal.SIG_IGN)
+            reactor.callFromThread(running.cancel)
+
         for number in heeded:
-            signal.signal(number, lambda *_: reactor.callFromThread(running.cancel))
+            signal.signal(number, interrupt)
         running.addBoth(ended.append)
         running.addBoth(lambda _: reactor.stop())
 

@@ -263,11 +263,15 @@ def test_an_archive_that_is_damaged_or_lies(scene: Scene, tmp_path: Path, kind: 
     assert not (scene.shell.folder.parent / "x").exists()
 
 
-def test_a_list_beside_an_archive_that_lies_is_not_fetched(scene: Scene, tmp_path: Path) -> None:
-    path, listed = tmp_path / "images.tar", tmp_path / "imagelist"
-    path.write_bytes(tar({**layout(), "../x": b"out"}))
-    listed.write_text(f"{scene.upstream.host}/team/new:v1\n")
-    assert_one_line(scene.mistake("load", str(listed), str(path)), 1, f"{path}: ")
+def test_an_archive_that_lies_stops_no_other(tmp_path: Path) -> None:
+    bad, good = tmp_path / "bad.tar", tmp_path / "good.tar"
+    bad.write_bytes(tar({**layout(), "../x": b"out"}))
+    good.write_bytes(tar(layout()))
+    shell = shell_in(tmp_path)
+    done = shell.run("load", str(bad), str(good))
+    assert (done.returncode, done.stdout.splitlines()[0].partition(": ")[0]) == (1, "loaded")
+    assert done.stderr.startswith(f"ociregistry: {bad}: ")
+    assert list(shell.listed()) == [NAME]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.client import fetch
 from tests.images import MIB, Blob, Image, Index, digest_of, make_image, make_index
 from tests.peers import Containerd, hosts_dir
 from tests.processes import wait_until
@@ -201,6 +202,8 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
     nothing_wrong_is_in(cache.daemon.image_path)
     command(cache.daemon, "verify")
     cache.upstream.close()
+    url = f"{cache.daemon.url}/v2/{REPOSITORY}/manifests/lost?ns={cache.upstream.host}"
+    wait_until(lambda: fetch(url).status == 200, 30, "the daemon sees what the command wrote")
     for tag, what in (("v1", image), ("list", index), ("lost", lost)):
         served(cache.daemon, cache.upstream.host, REPOSITORY, tag, what)
 

@@ -250,7 +250,7 @@ def test_an_import_keeps_what_it_found_there(scene: Scene, tmp_path: Path) -> No
     trace = tmp_path / "strace"
     layer = hex_of(kept.blobs[-1].digest)
     slowly = ["-e", "trace=/^rename", "-e", "inject=/^rename:delay_enter=8000000:when=1"]
-    pulls = scene.root / "pulls" / "1" / layer
+    pulls = scene.root / "pulls" / "1" / f"{layer}.staged"
     argv = ["strace", "-D", "-f", "-o", str(trace), *slowly, "-P", str(pulls)]
     with begun([*argv, *command_line(scene.daemon, "load", archive)], tmp_path) as load:
         wait_until(lambda: trace.exists() and layer in trace.read_text(), PATIENCE, "its own layer is to be renamed")
