@@ -76,6 +76,7 @@ def test_a_tag_that_moved_on_one_wins_on_both_and_the_other_takes_over(
         assert tag_means(two, registry, "team/app") == V2.manifest.digest
 
         registry.kill()
+        wait_until(lambda: tag_means(two, registry, "team/other") is not None, 30, "the other image is on the second")
         one.terminate()
         containerd.wipe()
         for ref in (app, other):

@@ -93,9 +93,9 @@ def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
         ("serve --port=0", "--port"),
         ("--log-level loud", "--log-level"),
         ("--default-ns https://docker.io/", "--default-ns"),
-        ("--preload-images images.txt", "--preload-images"),
+        ("--dry-run", "--dry-run"),
         ("serve --load-images", "--load-images"),
-        ("load images.txt", "load"),
+        ("load", "load"),
         ("frobnicate", "frobnicate"),
         ("serve --config-path missing.yaml", "missing.yaml"),
     ],
@@ -117,9 +117,9 @@ def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
         ("registries:\n  - name: a.example\n    scheme: ftp\n", 3, "scheme"),
         ("- name: a.example\n  auth:\n    user: u\n    password: p\n    password_env: P\n", 5, "auth.password_env"),
         ("- name: a.example\n  tls:\n    ca: missing.crt\n", 3, "tls.ca"),
-        ("port: 8080\nverify: {every: 7d}\n", 2, "verify"),
+        ("port: 8080\nverify: {max_rate: 7MB}\n", 2, "verify.every"),
     ],
-    ids=["unknown key", "wrong type", "wrong value", "too much", "unreadable file", "of a later version"],
+    ids=["unknown key", "wrong type", "wrong value", "too much", "unreadable file", "a key that is missing"],
 )
 def test_an_invalid_configuration(place: Path, text: str, line: int, key: str) -> None:
     """Exit status 2 and one line with file, line and key."""
