@@ -34,7 +34,7 @@ registries:
 _CONTAINERD = "/etc/containerd/config.toml"
 _CERTS = "/etc/containerd/certs.d"
 # What containerd-config tells for the versions of containerd that Debian 12 and 13 have.
-_LINES = re.compile(r"; up to version 1\.7:\n(.*?\n)\n# and from version 2\.0 on:\n", re.DOTALL)
+_LINES = re.compile(r"; up to version 1\.7:\n(.*?\n)\n", re.DOTALL)
 # What others write meanwhile: the kernel, systemd and its journal, dpkg, and the programs beside ours.
 _OTHERS = (
     *("dev", "proc", "run", "sys", "tmp", "srv", "root"),
