@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,11 @@ class Manifest:
     def size(self) -> int:
         """Bytes."""
         return len(self.data)
+
+    @property
+    def blob_sizes(self) -> Mapping[Digest, int]:
+        """Its blobs, each once, and their sizes in bytes."""
+        return {blob.digest: blob.size for blob in self.blobs}
 
     @classmethod
     def parse(cls, data: bytes, media_type: str, digest: Digest | None = None) -> Manifest:

@@ -24,7 +24,7 @@ from ociregistry.archives.recognition import read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.inventory import Inventory, Row, blob_size
+from ociregistry.store.inventory import Inventory, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
         manifests = _tree(inventory, row.kept.manifest)
         named = {blob.digest: blob.size for manifest in manifests.values() for blob in manifest.blobs}
         blobs = {digest: size for digest, size in named.items() if digest not in had}
-        missing = [size for digest, size in blobs.items() if blob_size(inventory.root, digest) != size]
+        missing = [size for digest, size in blobs.items() if inventory.blob_size(digest) != size]
         if all(manifest.is_list for manifest in manifests.values()):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:

@@ -117,7 +117,7 @@ class Importer:
         self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
     ) -> None:
         """Adds the blob to `staged`, proven to be what its digest says."""
-        partial = await self._store.staged_partial(digest, size, image.repository)
+        partial = await self._store.new_partial(digest, size, image.repository, staged=True)
         staged.append(partial)
         pieces = member.pieces()
         while piece := await self._in_thread(_next, pieces):

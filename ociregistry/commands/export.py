@@ -11,6 +11,7 @@ from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.failures import ArchiveFailure
 from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
 from ociregistry.commands.progress import bar, on_terminal
+from ociregistry.commands.running import heeded_signals
 from ociregistry.config.patterns import Patterns
 from ociregistry.config.quantities import size_text
 from ociregistry.settings import Settings
@@ -44,9 +45,8 @@ class Export(Command):
     def run(self, settings: Settings) -> int:
         """As `Command.run`."""
         # As an interrupt does, they take away what is half-written.
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.default_int_handler)
+        for number in heeded_signals():
+            signal.signal(number, signal.default_int_handler)
         inventory = Inventory.read(settings.image_path)
         rows = [row for row in inventory.rows if self.patterns.match(row.url)]
         if not rows:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from twisted.python import usage
@@ -11,8 +13,8 @@ from twisted.python import usage
 from ociregistry.commands.options import Command, complain, print_lines
 from ociregistry.config.patterns import Patterns
 from ociregistry.config.quantities import local_time
+from ociregistry.manifests import Manifest
 from ociregistry.settings import Settings
-from ociregistry.store.catalogue import Entry
 from ociregistry.store.inventory import Inventory, Row
 
 
@@ -71,15 +73,22 @@ class Line:
         self._inventory = inventory
         self._manifest = row.kept.manifest
         self.row = row
-        self.pulled = inventory.pulled(self._manifest.digest)
-        below = {self._manifest.digest} | inventory.below(self._manifest.digest)
-        manifests = [inventory.records[digest].manifest for digest in below]
-        self._images = [manifest for manifest in manifests if not manifest.is_list]
+
+    @cached_property
+    def pulled(self) -> datetime:
+        """When it was pulled last."""
+        return self._inventory.pulled(self._manifest.digest)
+
+    @cached_property
+    def _images(self) -> list[Manifest]:
+        below = {self._manifest.digest} | self._inventory.below(self._manifest.digest)
+        manifests = [self._inventory.records[digest].manifest for digest in below]
+        return [manifest for manifest in manifests if not manifest.is_list]
 
     @property
     def size(self) -> int:
         """Bytes of its blobs, each counted once."""
-        return sum({digest: size for image in self._images for digest, size in Entry.named(image).items()}.values())
+        return sum({digest: size for image in self._images for digest, size in image.blob_sizes.items()}.values())
 
     @property
     def kind(self) -> str:

@@ -18,6 +18,12 @@ from ociregistry.logs import AtLeast
 T = TypeVar("T")
 
 
+def heeded_signals() -> list[signal.Signals]:
+    """Those by which somebody ends a command. What is ignored stays so: nohup means it."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def take_all_file_descriptors() -> None:
     """Raises the customary soft limit of 1024, which is for programs that use select()."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -36,9 +42,7 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     take_all_file_descriptors()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    # What is ignored stays so: nohup means it.
-    heeded = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    heeded = heeded_signals()
     ended: list[T | Failure] = []
 
     def begin() -> None:

@@ -18,7 +18,7 @@ from ociregistry.store.door import find_daemon
 from ociregistry.store.store import Store
 from ociregistry.upstream.beside import DaemonBeside
 from ociregistry.upstream.network import Network
-from ociregistry.upstream.registries import Registries, is_allowed
+from ociregistry.upstream.registries import Registries, check_allowed
 
 
 @asynccontextmanager
@@ -44,8 +44,7 @@ def _check(settings: Settings, upstream: Upstream) -> None:
     """What this command was told holds for it, whatever the daemon may do."""
     if settings.air_gapped:
         raise Denied(f"{upstream}: it is not in the store, and this command is air-gapped")
-    if not is_allowed(upstream, settings.allow_upstreams):
-        raise Denied(f"{upstream}: this upstream is not allowed (--allow-upstreams)")
+    check_allowed(upstream, settings.allow_upstreams)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from twisted.internet.defer import Deferred, succeed
@@ -14,7 +15,7 @@ from ociregistry.store.threads import Threads
 
 
 class StoredBlob:
-    """A whole blob, open for reading; use it as a context manager, or call `close`."""
+    """A whole blob, open for reading until `close` is called."""
 
     def __init__(self, digest: Digest, file: SharedFile, size: int, threads: Threads) -> None:
         self._digest = digest
@@ -53,6 +54,11 @@ def size_of_blob(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
+
+
+def missing_blobs(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
+    """Those of `blobs` that are not in `folder`, or not with these sizes in bytes. Blocks."""
+    return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
 
 
 def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.records import Record
 
@@ -30,13 +29,8 @@ class Entry:
         return cls(
             is_list=record.manifest.is_list,
             images={url: dates.confirmed for url, dates in record.images.items()},
-            blobs=cls.named(record.manifest),
+            blobs=record.manifest.blob_sizes,
         )
-
-    @staticmethod
-    def named(manifest: Manifest) -> Mapping[Digest, int]:
-        """The blobs that `manifest` names, and their sizes in bytes."""
-        return {blob.digest: blob.size for blob in manifest.blobs}
 
     @property
     def repositories(self) -> set[Repository]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Signature, read_record, signatures
+from ociregistry.store.blobs import missing_blobs, size_of_blob
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Signature, digest_of, read_record, signatures
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
 _HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
@@ -77,7 +78,7 @@ class Inventory:
         for folder in (LISTS_FOLDER, IMAGES_FOLDER):
             for path, signature in _signatures(root, folder):
                 seen[path] = signature
-                known = before.records.get(_digest(path)) if before and before.seen.get(path) == signature else None
+                known = before.records.get(digest_of(path)) if before and before.seen.get(path) == signature else None
                 try:
                     record = known.record if known and known.path == path else read_record(path)
                 except FileNotFoundError:
@@ -87,7 +88,7 @@ class Inventory:
                     mentioned |= _mentioned(path)
                     continue
                 pulled = datetime.fromtimestamp(signature[2] / 1e9, UTC)
-                records[_digest(path)] = Kept(record, path, pulled, signature[1])
+                records[digest_of(path)] = Kept(record, path, pulled, signature[1])
         return cls(root, records, unreadable, frozenset(mentioned), seen)
 
     @cached_property
@@ -166,11 +167,16 @@ class Inventory:
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
         """The blobs that the image `digest` lacks, and their sizes in bytes. Blocks."""
-        return {
-            blob.digest: blob.size
-            for blob in self.records[digest].manifest.blobs
-            if blob_size(self.root, blob.digest) != blob.size
-        }
+        return missing_blobs(self.root / "blobs", self.records[digest].manifest.blob_sizes)
+
+    def blob_size(self, digest: Digest) -> int | None:
+        """The size in bytes of a blob, or None if there is none. Blocks."""
+        return size_of_blob(self.root / "blobs" / digest.hex)
+
+    @cached_property
+    def named(self) -> frozenset[Digest]:
+        """All blobs that records name."""
+        return frozenset(blob.digest for kept in self.records.values() for blob in kept.manifest.blobs)
 
 
 def _reached(start: Digest, following: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
@@ -190,14 +196,6 @@ def _mentioned(path: Path) -> set[str]:
         return {found.decode("ascii") for found in _HEX.findall(file.read(_MOST_SEARCHED))}
 
 
-def blob_size(root: Path, digest: Digest) -> int | None:
-    """The size in bytes of a blob of the store at `root`, or None if there is none. Blocks."""
-    try:
-        return (root / "blobs" / digest.hex).stat().st_size
-    except FileNotFoundError:
-        return None
-
-
 def _signatures(root: Path, folder: str) -> list[tuple[Path, Signature]]:
     try:
         return signatures(root / folder)
@@ -205,9 +203,3 @@ def _signatures(root: Path, folder: str) -> list[tuple[Path, Signature]]:
         # A store that is new, or one of which only half was copied yet.
         root.stat()
         return []
-
-
-def _digest(path: Path) -> Digest:
-    digest = Digest.from_hex(path.name)
-    assert digest is not None
-    return digest

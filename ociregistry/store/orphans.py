@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 
 from ociregistry.names import Digest
+from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files, locked
-from ociregistry.store.inventory import Inventory, blob_size
+from ociregistry.store.inventory import Inventory
 from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders
 from ociregistry.store.wishes import WISH_SUFFIX
 
@@ -40,7 +41,7 @@ def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mappi
 def _orphans(root: Path, unchanged_since: datetime, *, removes: bool) -> Iterator[tuple[Path, int]]:
     """Each as it is found; who `removes` it then can be sure that no process takes it meanwhile."""
     inventory = Inventory.read(root)
-    named = {blob.digest.hex for kept in inventory.records.values() for blob in kept.manifest.blobs}
+    named = {digest.hex for digest in inventory.named}
     wished = {
         blob.digest.hex
         for folder in pulls_folders(root)
@@ -97,7 +98,7 @@ def _free(folder: Path) -> Iterator[bool]:
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         size = json.loads(partial.with_name(partial.name + NOTE_SUFFIX).read_bytes())["size"]
-        return size is not None and blob_size(root, digest) == size
+        return size is not None and size_of_blob(root / "blobs" / digest.hex) == size
     return False
 
 

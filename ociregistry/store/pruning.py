@@ -14,7 +14,7 @@ from pathlib import Path
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.files import Files, locked
-from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
+from ociregistry.store.inventory import Inventory, Kept, Row
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.records import Dates, Record
 
@@ -133,7 +133,7 @@ class Doomed:
     def _sizes(self, manifest: Manifest, stay: set[Digest]) -> dict[Digest, int]:
         """The blobs of `manifest` that are there, without those that `stay`."""
         found = {
-            blob.digest: blob_size(self._inventory.root, blob.digest)
+            blob.digest: self._inventory.blob_size(blob.digest)
             for blob in manifest.blobs
             if blob.digest not in stay and blob.digest.hex not in self._inventory.mentioned
         }
@@ -203,8 +203,7 @@ def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Fil
         some, blobs = blobs[:_AT_ONCE], blobs[_AT_ONCE:]
         with locked(root / "pulls" / "lock"):
             before = Inventory.read(root, before)
-            named = {blob.digest for kept in before.records.values() for blob in kept.manifest.blobs}
             for digest in some:
-                if digest not in named and digest.hex not in before.mentioned:
+                if digest not in before.named and digest.hex not in before.mentioned:
                     files.unlink(root / "blobs" / digest.hex)
     files.sync_folder(root / "blobs")

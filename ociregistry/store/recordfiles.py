@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.store.blobs import size_of_blob
+from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.files import Files, locked
 from ociregistry.store.pulls import PullsFolder
@@ -52,6 +52,13 @@ class Changes:
 def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
     """Where the record of `digest` is kept in the store at `root`."""
     return root / (LISTS_FOLDER if is_list else IMAGES_FOLDER) / digest.hex
+
+
+def digest_of(path: Path) -> Digest:
+    """The digest that a file of the store is called by."""
+    digest = Digest.from_hex(path.name)
+    assert digest is not None
+    return digest
 
 
 def read_record(path: Path) -> Record:
@@ -107,9 +114,8 @@ class RecordFiles:
         is no record of ours is moved aside into bad/ of the pulls folder.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
-        blobs = self._root / "blobs"
         with locked(self._lock):
-            if whole and any(size_of_blob(blobs / blob.digest.hex) != blob.size for blob in manifest.blobs):
+            if whole and missing_blobs(self._root / "blobs", manifest.blob_sizes):
                 return None
             existing = self._existing(path)
             if known and existing is None:

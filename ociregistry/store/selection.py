@@ -9,7 +9,7 @@ from datetime import datetime
 from itertools import islice
 
 from ociregistry.names import Digest
-from ociregistry.store.inventory import Inventory, Kept, Row, blob_size
+from ociregistry.store.inventory import Inventory, Row
 from ociregistry.store.pruning import Doomed
 
 _ENOUGH = 0.9
@@ -82,7 +82,7 @@ class _Freed:
     """Counts what becomes free, as more and more goes."""
 
     def __init__(self, inventory: Inventory, doomed: Doomed) -> None:
-        self._naming = Counter(blob for kept in inventory.records.values() for blob in _blobs(kept))
+        self._naming = Counter(blob for kept in inventory.records.values() for blob in kept.manifest.blob_sizes)
         self._inventory = inventory
         self._doomed = doomed
         self._counted = 0
@@ -94,19 +94,14 @@ class _Freed:
         self._counted += len(gone)
         for kept in gone:
             self._bytes += kept.size
-            for blob in _blobs(kept):
+            for blob in kept.manifest.blob_sizes:
                 self._naming[blob] -= 1
                 if not self._naming[blob] and blob.hex not in self._inventory.mentioned:
-                    self._bytes += blob_size(self._inventory.root, blob) or 0
+                    self._bytes += self._inventory.blob_size(blob) or 0
         return self._bytes
-
-
-def _blobs(kept: Kept) -> set[Digest]:
-    return {blob.digest for blob in kept.manifest.blobs}
 
 
 def size_of(inventory: Inventory) -> int:
     """Bytes that the records and their blobs take. What no record names is not theirs to make room for."""
-    blobs = {blob for kept in inventory.records.values() for blob in _blobs(kept)}
     records = sum(kept.size for kept in inventory.records.values())
-    return records + sum(blob_size(inventory.root, blob) or 0 for blob in blobs)
+    return records + sum(inventory.blob_size(blob) or 0 for blob in inventory.named)

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.store.blobs import StoredBlob, open_blob, size_of_blob
+from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.door import Door
 from ociregistry.store.files import Files
@@ -203,7 +203,7 @@ class Store:
 
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
         """The blobs that `manifest` names and that are not there, and their sizes in bytes, record or not."""
-        return await self._threads.read(_missing, self._blobs, Entry.named(manifest))
+        return await self._threads.read(missing_blobs, self._blobs, manifest.blob_sizes)
 
     async def holds(self, digest: Digest, size: int) -> bool:
         """Whether a blob is there, and has this size in bytes."""
@@ -227,7 +227,7 @@ class Store:
         entry = self._catalogue.get(manifest)
         if entry is None:
             return None
-        return await self._threads.read(_missing, self._blobs, entry.blobs)
+        return await self._threads.read(missing_blobs, self._blobs, entry.blobs)
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
@@ -244,9 +244,9 @@ class Store:
         return await self._threads.write(prune, self._root, choose, self._pulls, self._files)
 
     async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
-        """As `Verifier.verify`. Raises `OSError`."""
-        verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock)
-        findings = await verifier.verify(max_rate, came, found)
+        """As `Verifier` has it. Raises `OSError`."""
+        verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
+        findings = await verifier.verify(max_rate, came)
         await self._threads.write(self._verified.touch)
         return findings
 
@@ -256,14 +256,14 @@ class Store:
 
     # Partials
 
-    async def new_partial(self, digest: Digest, size: int | None, source: Repository) -> Partial:
-        """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`."""
-        path = self._pulls.path / digest.hex
-        return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
+    async def new_partial(
+        self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False
+    ) -> Partial:
+        """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`.
 
-    async def staged_partial(self, digest: Digest, size: int, source: Repository) -> Partial:
-        """As `new_partial`, beside a download of the same blob that may be taken up again. Raises `OSError`."""
-        path = self._pulls.path / f"{digest.hex}.staged"
+        A `staged` one lies beside a download of the same blob, which may be taken up again.
+        """
+        path = self._pulls.path / (f"{digest.hex}.staged" if staged else digest.hex)
         return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
 
     async def old_partial(self, digest: Digest) -> Partial | None:
@@ -276,10 +276,6 @@ class Store:
         """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
-
-
-def _missing(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
-    return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
 
 
 def _stamp(path: Path, now: datetime) -> datetime:

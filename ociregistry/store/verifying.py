@@ -17,10 +17,10 @@ from twisted.internet.task import deferLater
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
+from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import Files, SharedFile, locked
-from ociregistry.store.inventory import blob_size
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, read_record, signatures
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, digest_of, read_record, signatures
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 
@@ -71,34 +71,36 @@ class Findings:
 class Verifier:
     """Goes through the store at `root`, slice by slice, in threads."""
 
-    def __init__(self, root: Path, pulls: PullsFolder, files: Files, threads: Threads, clock: IReactorTime) -> None:
+    def __init__(
+        self, root: Path, pulls: PullsFolder, files: Files, threads: Threads, clock: IReactorTime, found: Found
+    ) -> None:
+        """`found` is awaited with what is damaged, as soon as it was put aside."""
         self._root = root
         self._pulls = pulls
         self._files = files
         self._threads = threads
         self._clock = clock
+        self._found = found
 
-    async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
+    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
         """What is damaged, which is put aside; `max_rate` is in bytes a second.
 
-        `came` is called with how many bytes of blobs were hashed, and how many there are in all; `found` is awaited
-        with what is damaged, as soon as it was put aside. Raises `OSError`.
+        `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
         """
         findings = Findings()
-        self._found = found
         images: dict[Digest, Mapping[Digest, int]] = {}
         for folder in (LISTS_FOLDER, IMAGES_FOLDER):
             for path in await self._threads.read(_files, self._root / folder):
                 record = await self._verify_record(path, findings)
                 if record is not None:
-                    images[record.manifest.digest] = {one.digest: one.size for one in record.manifest.blobs}
+                    images[record.manifest.digest] = record.manifest.blob_sizes
         sizes = await self._threads.read(_sizes, self._root / "blobs")
         total = sum(sizes.values())
         for path in sizes:
             await self._verify_blob(path, findings, max_rate, lambda: came(findings.bytes, total))
         for digest, blobs in images.items():
-            if lacking := await self._threads.read(_lacking, self._root, blobs):
-                findings.missing[digest] = lacking
+            if lacking := await self._threads.read(missing_blobs, self._root / "blobs", blobs):
+                findings.missing[digest] = sum(lacking.values())
         return findings
 
     async def _verify_record(self, path: Path, findings: Findings) -> Record | None:
@@ -133,7 +135,7 @@ class Verifier:
                     raise
                 images = _still_noted(path)
                 self._put_aside(path)
-        return Damaged(path, _digest(path), why, images)
+        return Damaged(path, digest_of(path), why, images)
 
     async def _verify_blob(
         self, path: Path, findings: Findings, max_rate: float | None, came: Callable[[], object]
@@ -155,7 +157,7 @@ class Verifier:
             if checked.why:
                 was_there = await self._threads.write(self._put_blob_aside, checked)
                 if was_there:
-                    damaged = Damaged(path, _digest(path), checked.why)
+                    damaged = Damaged(path, digest_of(path), checked.why)
                     findings.damaged.append(damaged)
                     await self._found(damaged)
         finally:
@@ -181,7 +183,7 @@ class _Checked:
         self.why = ""
         """What is wrong with it."""
         self._file = file
-        self._digest = _digest(path)
+        self._digest = digest_of(path)
         self._hasher = self._digest.hasher()
         self._before = os.fstat(file.fileno())
         self._at = 0
@@ -227,10 +229,6 @@ def _sizes(folder: Path) -> dict[Path, int]:
     return {path: signature[1] for path, signature in sorted(signatures(folder))}
 
 
-def _lacking(root: Path, blobs: Mapping[Digest, int]) -> int:
-    return sum(size for digest, size in blobs.items() if blob_size(root, digest) != size)
-
-
 def _still_noted(path: Path) -> tuple[tuple[ImageReference, Dates], ...]:
     """The image URLs in a damaged record, as far as they can be made out."""
     found = []
@@ -240,9 +238,3 @@ def _still_noted(path: Path) -> tuple[tuple[ImageReference, Dates], ...]:
                 dates = Dates.parse(noted["created"], noted["confirmed"])
                 found.append((ImageReference.parse_whole(noted["url"]), dates))
     return tuple(found)
-
-
-def _digest(path: Path) -> Digest:
-    digest = Digest.from_hex(path.name)
-    assert digest is not None
-    return digest

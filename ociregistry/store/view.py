@@ -10,9 +10,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from ociregistry.names import Digest
 from ociregistry.store.catalogue import Catalogue, Entry
-from ociregistry.store.recordfiles import UNREAD, Changes, RecordFiles, Signature
+from ociregistry.store.recordfiles import UNREAD, Changes, RecordFiles, Signature, digest_of
 from ociregistry.store.records import Record
 from ociregistry.store.threads import Threads
 
@@ -81,17 +80,11 @@ class View:
         }
         for path, entry in changes.read.items():
             if path not in self._written:
-                self.catalogue.put(_digest(path), entry)
+                self.catalogue.put(digest_of(path), entry)
         self._known = {**changes.seen, **dict.fromkeys(self._written, UNREAD)}
 
     def _forget(self, path: Path) -> None:
-        digest = _digest(path)
+        digest = digest_of(path)
         entry = self.catalogue.get(digest)
         if entry is not None and self._records.path(digest, is_list=entry.is_list) == path:
             self.catalogue.drop(digest)
-
-
-def _digest(path: Path) -> Digest:
-    digest = Digest.from_hex(path.name)
-    assert digest is not None
-    return digest

@@ -25,8 +25,7 @@ class Registries:
 
     def check(self, upstream: Upstream) -> None:
         """Raises `Denied` when the operator does not allow `upstream`."""
-        if not is_allowed(upstream, self._allowed):
-            raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
+        check_allowed(upstream, self._allowed)
 
     def use(self, allowed: tuple[str, ...]) -> None:
         """From now on these are allowed, and all registries are made anew."""
@@ -41,6 +40,12 @@ class Registries:
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
         return registry.asked_through(chain) if chain != NOBODY else registry
+
+
+def check_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> None:
+    """Raises `Denied` when `is_allowed` does not hold."""
+    if not is_allowed(upstream, allowed):
+        raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
 
 
 def is_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> bool:

@@ -200,7 +200,7 @@ def kill_at(scene: Scene, argv: list[str], number: int, when: str) -> None:
         )
         # strace would hold on to the dead until the delay is over.
         told = Path(f"/proc/{process.pid}/status").read_text()
-        strace = int(re.search(r"^TracerPid:\t(\d+)$", told, re.MULTILINE)[1])  # type: ignore[index]
+        strace = int(re.search(r"^TracerPid:\t(\d+)$", told, re.MULTILINE)[1])  # type: ignore[index]  # the kernel always has that line
         process.kill()
         if strace:
             os.kill(strace, signal.SIGKILL)

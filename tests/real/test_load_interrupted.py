@@ -136,7 +136,7 @@ def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
     with scripted(upstream, "/v2/team/app/blobs/*", Drip(MIB)):
         for tenth in (1, 4, 7):
             with loading(shell, "--concurrent", "2") as process:
-                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023
+                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this very round
                 assert interrupted(process).returncode == 1
     succeeded(shell.run("load", str(shell.folder / "list")))
     assert WHOLE <= brought(upstream) <= _AGAIN * WHOLE

@@ -117,7 +117,7 @@ def test_what_is_no_local_time_is_refused(text: str) -> None:
 
 
 @UNHURRIED
-@given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001
+@given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001  # local times are what is told
 def test_a_time_that_is_told_is_read_as_the_same_moment(moment: datetime) -> None:
     """But for an hour of every autumn, which there is twice."""
     told = local_time(moment.replace(tzinfo=UTC))

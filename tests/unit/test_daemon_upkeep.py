@@ -140,7 +140,7 @@ async def test_it_prunes_as_the_file_says_also_after_a_reload(
         pruned.append(plan)
         return plan
 
-    daemon._store.prune = prune  # type: ignore[method-assign]
+    daemon._store.prune = prune  # type: ignore[method-assign]  # to see what it is told
     await a_minute()
     assert record.exists()
     path.write_text("prune: {unused_for: none}\n")

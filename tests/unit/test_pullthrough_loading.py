@@ -37,7 +37,7 @@ def loads(store: Store, shelf: Shelf) -> Loads:
 
 def size(*images: object) -> int:
     """Bytes of the blobs of images."""
-    blobs = {blob.digest: len(blob.data) for one in images for blob in one.blobs}  # type: ignore[attr-defined]
+    blobs = {blob.digest: len(blob.data) for one in images for blob in one.blobs}  # type: ignore[attr-defined]  # an Image or an Index
     return sum(blobs.values())
 
 

@@ -155,7 +155,7 @@ async def test_of_what_is_here_nothing_is_expected(loads: Loads) -> None:
 async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
     """What it fails with when it is ended."""
     loading.cancel()
-    with pytest.raises(Exception) as ended:  # noqa: PT011
+    with pytest.raises(Exception) as ended:  # noqa: PT011  # the caller looks at its kind
         await loading
     return ended.value
 

@@ -10,7 +10,7 @@ import pytest
 
 import ociregistry.store.inventory
 from ociregistry.names import Digest
-from ociregistry.store.inventory import Inventory, blob_size
+from ociregistry.store.inventory import Inventory
 from ociregistry.store.recordfiles import read_record
 from ociregistry.store.records import Record
 from tests.images import make_image
@@ -108,7 +108,7 @@ def test_blobs_that_are_not_there_or_not_whole_are_missing(stock: Stock) -> None
     assert stock.inventory().missing(image.digest) == {Digest.of(b"nothing"): 7}
     stock.blob(b"half").write_bytes(b"ha")
     assert stock.inventory().missing(image.digest) == {Digest.of(b"half"): 4, Digest.of(b"nothing"): 7}
-    assert (blob_size(stock.root, Digest.of(b"half")), blob_size(stock.root, Digest.of(b"nothing"))) == (2, None)
+    assert [stock.inventory().blob_size(Digest.of(data)) for data in (b"half", b"nothing")] == [2, None]
 
 
 FOREIGN = b'{"type": 3, "digest": "%s", "v1.oci.manifest": {"layers": [{"digest": "sha256:%s"}]}}'
