@@ -29,11 +29,14 @@ from ociregistry.commands.options import complain
 from ociregistry.commands.running import take_all_file_descriptors
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.logs import ALWAYS, AtLeast
+from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import Policy, PullThrough
-from ociregistry.pullthrough.completion import Completion
+from ociregistry.pullthrough.completion import Completion, CompletionPolicy
+from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.imagelist import read_image_list
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loading import Loader
+from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.pullthrough.outcomes import Untold
 from ociregistry.pullthrough.preloading import Preloading
 from ociregistry.pullthrough.repairing import Repairer
@@ -55,7 +58,7 @@ _DRAIN = 30.0
 
 _AT_NEXT_START = (
     *("image_path", "port", "listen", "pull_timeout"),
-    *("always_pull_latest", "air_gapped", "complete_images"),
+    *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
     *("preload_images", "concurrent", "platform", "with_signatures"),
 )
 """What a reload cannot change."""
@@ -88,10 +91,18 @@ class Daemon(Service):
         self._registries = Registries(settings.allow_upstreams, self._network.registry)
         policy = Policy(settings.always_pull_latest, settings.air_gapped)
         self._cache = PullThrough(self._store, self._registries, reactor, policy)
-        self._completion = Completion(self._store, self._cache.fetch, reactor)
         completes = settings.complete_images and not settings.air_gapped
+        self._completion = Completion(
+            self._store,
+            self._cache.fetch,
+            reactor,
+            Metadata(self._store, self._cache, reactor),
+            CompletionPolicy(completes, settings.complete_metadata, settings.complete_platforms),
+        )
+        machine = Platform(settings.os, settings.arch)
+        self._demand = Demand(self._store, self._completion, machine, reactor)
         listings = Listings(self._store, self._registries, reactor, air_gapped=settings.air_gapped)
-        self._v2 = V2(self._cache, listings, self._completion if completes else None, settings.default_ns, instance)
+        self._v2 = V2(self._cache, listings, self._demand, settings.default_ns, instance)
         background = InBackground(self._cache, listings, settings.pull_timeout, reactor)
         self._upkeep = Upkeep(self._store, self._cache, Repairer(self._store, background), reactor)
         self._preloading = self._preload(settings, background)
@@ -165,8 +176,8 @@ class Daemon(Service):
         self._upkeep.use(self._settings.prune, self._settings.verify)
         if self._preloading is not None:
             self._preloading.start()
-        if self._settings.complete_images and not self._settings.air_gapped:
-            self._completion.start()
+        self._completion.start()
+        self._demand.start()
         signal.signal(signal.SIGHUP, self._hung_up)
         counts = self._store.counts
         self.log.info(
@@ -265,6 +276,7 @@ class Daemon(Service):
         self._upkeep.stop()
         if self._preloading is not None:
             self._preloading.stop()
+        self._demand.stop()
         self._completion.stop()
         await self._cache.stop()
         self._network.stop()

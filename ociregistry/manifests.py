@@ -69,7 +69,7 @@ class Manifest:
     """A manifest or manifest list: its exact bytes and what they name.
 
     `children` are the manifests of a list, `blobs` the config and layers of an image (without those that
-    clients fetch from foreign URLs).
+    clients fetch from foreign URLs), the config first.
     """
 
     digest: Digest
@@ -87,6 +87,16 @@ class Manifest:
     def size(self) -> int:
         """Bytes."""
         return len(self.data)
+
+    @property
+    def config(self) -> Descriptor | None:
+        """The config of an image; None for an index."""
+        return self.blobs[0] if self.blobs else None
+
+    @property
+    def layers(self) -> frozenset[Digest]:
+        """The layers of an image, without one that is the same blob as the config."""
+        return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:
@@ -117,9 +127,9 @@ class Manifest:
             return cls(digest, media_type, data, tuple(_descriptors(document.get("manifests"))), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
-        layers = _descriptors(document.get("layers"))
-        blobs = (Descriptor.parse(document.get("config")), *layers)
-        return cls(digest, media_type, data, (), tuple(blob for blob in blobs if not blob.foreign))
+        config = Descriptor.parse(document.get("config"))
+        layers = (layer for layer in _descriptors(document.get("layers")) if not layer.foreign)
+        return cls(digest, media_type, data, (), (config, *layers))
 
 
 def _short(value: object) -> str:

@@ -60,6 +60,8 @@ class Platform:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
 
 
+NO_PLATFORM = "unknown/unknown"
+"""What buildkit calls the platform of attestations."""
 ALL: tuple[Platform, ...] = ()
 """Whatever a list names."""
 

@@ -55,6 +55,10 @@ class Settings:
     always_pull_latest: bool
     air_gapped: bool
     complete_images: bool
+    complete_metadata: bool
+    """Whether the manifests and configs of all platforms of an index are kept."""
+    complete_platforms: tuple[Platform, ...]
+    """The platforms that are always, and alone, completed; empty for those that clients ask for."""
     max_bandwidth: float | None
     """Bytes a second that all upstreams together may bring; None for no limit."""
     bandwidth: tuple[Window, ...]
@@ -216,6 +220,8 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
         listen=listen,
         registries=config.registries,
         bandwidth=config.bandwidth,
+        complete_metadata=config.complete_metadata,
+        complete_platforms=config.complete_platforms,
         prune=config.prune,
         verify=config.verify,
         tls=config.tls,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import RegistryError
-from ociregistry.manifests import Manifest, ManifestInvalid
+from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
 from ociregistry.pullthrough.outcomes import Ended, Outcome
 from ociregistry.store.records import Dates
@@ -34,6 +34,12 @@ class Contents:
     blobs: Mapping[Digest, Member]
     """Where each blob is; nobody has looked yet whether its bytes have that digest."""
     failed: tuple[Outcome, ...] = ()
+    metadata: frozenset[Digest] = frozenset()
+    """The images of an index that come without their layers."""
+
+    def needed(self, manifest: Manifest) -> Sequence[Descriptor]:
+        """Return the blobs that belong to a manifest here: of an image that comes as metadata, its config."""
+        return manifest.blobs[:1] if manifest.digest in self.metadata else manifest.blobs
 
     def tree(self, root: Digest) -> tuple[Manifest, ...]:
         """The manifest `root` and those that it leads to, as far as they are here; each comes after what it names."""
@@ -87,6 +93,7 @@ def gather(
     manifests: Mapping[Digest, Manifest],
     blobs: Mapping[Digest, Member],
     failed: Iterable[Outcome] = (),
+    metadata: Iterable[Digest] = (),
 ) -> Contents:
     """The contents of `archive`, after a look at what each name means there.
 
@@ -110,7 +117,11 @@ def gather(
             images.setdefault(str(by_digest.image), by_digest)
     if not images and not failures:
         raise archive.invalid("there is no image in it")
-    return Contents(tuple(images.values()), manifests, blobs, tuple(failures))
+    # What has a name of its own is more than a part of an index.
+    roots = {one.manifest for one in images.values()}
+    return Contents(
+        tuple(images.values()), manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots
+    )
 
 
 def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ociregistry.archives.failures import ArchiveInvalid, ExportFailed
-from ociregistry.archives.layout import CONFIRMED, CREATED, IMAGE_NAME, INDEX, MARK, REF_NAME, blob_name
+from ociregistry.archives.layout import CONFIRMED, CREATED, IMAGE_NAME, INDEX, MARK, METADATA, REF_NAME, blob_name
 from ociregistry.archives.members import PIECE
 from ociregistry.archives.opening import open_archive
 from ociregistry.archives.recognition import read_contents
@@ -95,8 +95,8 @@ def _told_of(since: Path) -> frozenset[Digest]:
     if archive is None:
         raise ArchiveInvalid(since, "it is no archive")
     with archive:
-        manifests = read_contents(archive).manifests.values()
-    return frozenset(blob.digest for manifest in manifests for blob in manifest.blobs)
+        contents = read_contents(archive)
+    return frozenset(blob.digest for manifest in contents.manifests.values() for blob in contents.needed(manifest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,8 @@ class _Selected:
     """Digest -> size in bytes."""
     had: dict[Digest, int] = field(default_factory=dict)
     """Of those that need not be written."""
+    metadata: dict[str, list[Digest]] = field(default_factory=dict)
+    """Image URL of an index -> the images of it that come without their layers."""
 
 
 def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -> tuple[_Selected, list[LeftOut]]:
@@ -116,16 +118,27 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
     left_out: list[LeftOut] = []
     for row in sorted(rows, key=lambda row: row.url):
         manifests = _tree(inventory, row.kept.manifest)
-        named = {blob.digest: blob.size for manifest in manifests.values() for blob in manifest.blobs}
+        metadata = [
+            digest for digest in manifests if inventory.is_metadata(digest) and digest != row.kept.manifest.digest
+        ]
+        configs = {digest: manifests[digest].config for digest in metadata}
+        for digest, config in configs.items():
+            if config is None or inventory.blob_size(config.digest) != config.size:
+                del manifests[digest]
+        images = [manifest for digest, manifest in manifests.items() if digest not in configs]
+        metadata = [digest for digest in metadata if digest in manifests]
+        named = {blob.digest: blob.size for image in images for blob in image.blobs}
+        named |= {config.digest: config.size for digest in metadata if (config := configs[digest]) is not None}
         blobs = {digest: size for digest, size in named.items() if digest not in had}
         missing = [size for digest, size in blobs.items() if inventory.blob_size(digest) != size]
-        if all(manifest.is_list for manifest in manifests.values()):
+        if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:
             why = f"the store lacks {len(missing)} of its blobs, {sum(missing)} bytes"
             left_out.append(LeftOut(row.url, why, sum(missing)))
         else:
             selected.rows.append(row)
+            selected.metadata[row.url] = metadata
             selected.manifests.update(manifests)
             selected.blobs.update(blobs)
             selected.had.update({digest: size for digest, size in named.items() if digest in had})
@@ -225,17 +238,18 @@ def _header(name: str, size: int) -> tarfile.TarInfo:
 
 
 def _index(selected: _Selected) -> dict[str, object]:
-    descriptors = [_descriptor(row) for row in selected.rows]
+    descriptors = [_descriptor(row, selected.metadata[row.url]) for row in selected.rows]
     return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": descriptors}
 
 
-def _descriptor(row: Row) -> dict[str, object]:
+def _descriptor(row: Row, metadata: Sequence[Digest]) -> dict[str, object]:
     manifest = row.kept.manifest
     annotations = {
         IMAGE_NAME: row.url,
         REF_NAME: row.url,
         CREATED: row.dates.created.astimezone(UTC).isoformat(),
         CONFIRMED: row.dates.confirmed.astimezone(UTC).isoformat(),
+        **({METADATA: " ".join(sorted(metadata))} if metadata else {}),
     }
     return {
         "mediaType": manifest.media_type,

@@ -37,6 +37,7 @@ def read_image_folder(archive: Archive) -> Contents:
         manifests={one.manifest.digest: one.manifest for one in found if one.manifest},
         blobs={digest: member for member, digest in _files(archive, {"blobs"})},
         failed=(failure for one in found for failure in one.failed),
+        metadata=(one.manifest.digest for one in found if one.manifest and one.is_metadata),
     )
 
 
@@ -47,6 +48,8 @@ class _Found:
     manifest: Manifest | None = None
     images: tuple[NamedImage, ...] = ()
     failed: tuple[Outcome, ...] = ()
+    is_metadata: bool = False
+    """Whether it is an image that is only here since an index names it."""
 
 
 def _files(archive: Archive, folders: Collection[str]) -> list[tuple[Member, Digest]]:
@@ -78,6 +81,8 @@ def _read_record(data: bytes, digest: Digest, member: Member) -> _Found:
         record = Record.parse(data, digest)
     except RecordInvalid as error:
         raise member.invalid(str(error)) from None
+    if record.wanted is False:
+        return _Found(record.manifest, is_metadata=True)
     images = (NamedImage(ImageReference.parse_whole(url), digest, dates) for url, dates in record.images.items())
     return _Found(record.manifest, tuple(images))
 

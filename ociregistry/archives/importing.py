@@ -36,6 +36,8 @@ class _Load:
     """What is to be done for one image name."""
 
     named: NamedImage
+    metadata: tuple[Manifest, ...]
+    """Images of an index whose layers are not brought."""
     manifests: tuple[Manifest, ...]
     """The inner ones come first, the image's own is the last."""
     missing: tuple[Descriptor, ...]
@@ -101,8 +103,10 @@ class Importer:
         failed: list[Outcome] = []
         taken: set[Digest] = set()
         for named in contents.images:
-            manifests = contents.tree(named.manifest)
-            blobs = {blob.digest: blob for manifest in manifests for blob in manifest.blobs}
+            tree = contents.tree(named.manifest)
+            manifests = tuple(one for one in tree if one.digest not in contents.metadata)
+            metadata = tuple([one for one in tree if await self._has_metadata(one, contents)])
+            blobs = {blob.digest: blob for one in (*manifests, *metadata) for blob in contents.needed(one)}
             missing = [blob for blob in blobs.values() if not await self._store.holds(blob.digest, blob.size)]
             why = _lacks(manifests, missing, contents.blobs)
             if why:
@@ -110,8 +114,15 @@ class Importer:
                 continue
             to_bring = [blob for blob in missing if blob.digest not in taken]
             taken.update(blob.digest for blob in to_bring)
-            loads.append(_Load(named, manifests, tuple(missing), tuple(to_bring)))
+            loads.append(_Load(named, metadata, manifests, tuple(missing), tuple(to_bring)))
         return loads, failed
+
+    async def _has_metadata(self, image: Manifest, contents: Contents) -> bool:
+        """Tell whether an image comes as metadata, and its config is here."""
+        config = image.config
+        if image.digest not in contents.metadata or config is None:
+            return False
+        return config.digest in contents.blobs or await self._store.holds(config.digest, config.size)
 
     async def _stage(
         self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
@@ -152,6 +163,8 @@ class Importer:
         image, notes = load.named.image, load.named.notes
         *inner, root = load.manifests
         named = [(one, ImageReference(image.repository, one.digest)) for one in inner]
+        for one in load.metadata:
+            await self._store.keep(one, ImageReference(image.repository, one.digest), load.named.dates, wanted=False)
         for manifest, name in [*named, (root, image)]:
             if not await self._keep_whole(manifest, name, dates.get(name, load.named.dates), blobs):
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
@@ -165,7 +178,8 @@ class Importer:
         self, manifest: Manifest, image: ImageReference, dates: Dates | None, blobs: Mapping[Digest, Member]
     ) -> bool:
         """Whether the record was written, with all that it names: a prune may have taken what was there before."""
-        while not await self._store.keep(manifest, image, dates, whole=True):
+        wanted = None if manifest.is_list else True
+        while not await self._store.keep(manifest, image, dates, wanted=wanted, whole=True):
             lacking = await self._store.lacking(manifest)
             if not lacking.keys() <= blobs.keys():
                 return False

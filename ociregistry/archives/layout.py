@@ -6,11 +6,13 @@ Follows the OCI Image specification v1.1, "Image Layout". The names of the image
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_name, parse_whole_name
 from ociregistry.archives.dockersave import DOCKER_INDEX, SavedImage, read_docker_index
 from ociregistry.archives.members import Archive, Member
+from ociregistry.errors import DigestInvalid
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.outcomes import Ended, Outcome
@@ -23,6 +25,8 @@ IMAGE_NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"
 CREATED = "ociregistry.created"
 CONFIRMED = "ociregistry.confirmed"
+METADATA = "ociregistry.metadata"
+"""Of an index: the digests of the images that come without their layers, separated by blanks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,8 @@ def read_layout(archive: Archive) -> Contents:
             continue
         dates = _dates(entry.annotations, index)
         named += [NamedImage(image, entry.descriptor.digest, dates) for image in images]
-    return gather(archive, named, manifests, blobs, failed)
+    metadata = frozenset(digest for entry in entries for digest in _metadata(entry))
+    return gather(archive, named, manifests, blobs, failed, metadata)
 
 
 def blob_name(digest: Digest) -> str:
@@ -117,7 +122,7 @@ def _images(
         if image is not None:
             return [image]
     children = [manifests[child.digest] for child in root.children if child.digest in manifests]
-    configs = {blob.digest.hex for manifest in (root, *children) for blob in manifest.blobs[:1]}
+    configs = {blob.digest.hex for manifest in (root, *children) if (blob := manifest.config)}
     tags = dict.fromkeys(tag for one in saved if one.config_hex in configs for tag in one.tags)
     return [image for tag in tags if (image := parse_name(tag)) is not None]
 
@@ -130,6 +135,13 @@ def _dates(annotations: Mapping[str, object], index: Member) -> Dates | None:
         return Dates.parse(created, confirmed)
     except ValueError as error:
         raise index.invalid(f"the dates of an image are none: {error}") from None
+
+
+def _metadata(entry: _Entry) -> Iterator[Digest]:
+    told = entry.annotations.get(METADATA)
+    for word in told.split() if isinstance(told, str) else ():
+        with suppress(DigestInvalid):
+            yield Digest.parse(word)
 
 
 def _why_not(descriptor: Descriptor) -> str:

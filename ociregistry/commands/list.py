@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,10 @@ from ociregistry.commands.options import Command, complain, print_lines
 from ociregistry.config.patterns import Patterns
 from ociregistry.config.quantities import local_time
 from ociregistry.manifests import Manifest
+from ociregistry.names import Digest
 from ociregistry.settings import Settings
 from ociregistry.store.inventory import Inventory, Row
+from ociregistry.store.pulls import pending_images
 
 
 class List(Command):
@@ -52,8 +54,10 @@ class List(Command):
         inventory = Inventory.read(settings.image_path)
         for path, why in inventory.unreadable.items():
             complain(f"warning: left out, it is not a record of this program: {path}: {why}")
-        rows = [row for row in inventory.rows if self.patterns is None or self.patterns.match(row.url)]
-        lines = [Line(row, inventory) for row in rows]
+        listed = inventory.all_rows if self["long"] or self["json"] else inventory.rows
+        rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
+        pending = pending_images(settings.image_path)
+        lines = [Line(row, inventory, pending) for row in rows]
         lines.sort(key=_ORDERS[self["sort"]])
         print_lines(self._printed(lines))
         return 0
@@ -69,8 +73,10 @@ class List(Command):
 class Line:
     """What is printed of one image URL."""
 
-    def __init__(self, row: Row, inventory: Inventory) -> None:
+    def __init__(self, row: Row, inventory: Inventory, pending: Set[Digest]) -> None:
+        """`pending` are the images of which it is not decided yet whether they are wanted."""
         self._inventory = inventory
+        self._pending = pending
         self._manifest = row.kept.manifest
         self.row = row
 
@@ -80,10 +86,20 @@ class Line:
         return self._inventory.pulled(self._manifest.digest)
 
     @cached_property
-    def _images(self) -> list[Manifest]:
+    def _below(self) -> list[Manifest]:
         below = {self._manifest.digest} | self._inventory.below(self._manifest.digest)
         manifests = [self._inventory.records[digest].manifest for digest in below]
         return [manifest for manifest in manifests if not manifest.is_list]
+
+    @property
+    def is_metadata(self) -> bool:
+        """Whether it is an image that is only here since an index names it."""
+        return self._inventory.is_metadata(self._manifest.digest)
+
+    @cached_property
+    def _images(self) -> list[Manifest]:
+        """The images that count: those that are wanted, or the one that is listed."""
+        return [image for image in self._below if not self._inventory.is_metadata(image.digest)]
 
     @property
     def size(self) -> int:
@@ -103,9 +119,17 @@ class Line:
     @property
     def more_columns(self) -> tuple[str, ...]:
         """Those of the long form."""
-        missing = self.missing
-        complete = "no-image" if not self._images else f"{missing}-missing" if missing else "complete"
-        return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", complete
+        return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", self._completeness
+
+    @property
+    def _completeness(self) -> str:
+        if any(image.digest in self._pending for image in self._below):
+            return "pending"
+        if self.is_metadata:
+            return "metadata"
+        if not self._images:
+            return "no-image"
+        return f"{self.missing}-missing" if self.missing else "complete"
 
     @property
     def missing(self) -> int:
@@ -117,7 +141,7 @@ class Line:
     def platforms(self) -> list[str]:
         """Those of its images that are here."""
         found = set()
-        for image in self._images:
+        for image in self._below if self.is_metadata else self._images:
             for above in self._inventory.lists_of.get(image.digest, ()):
                 children = self._inventory.records[above].manifest.children
                 found |= {one.platform for one in children if one.digest == image.digest and one.platform}
@@ -137,6 +161,7 @@ class Line:
             "size": self.size,
             "platforms": self.platforms,
             "images": len(self._images),
+            "wanted": not self.is_metadata,
             "missing": self.missing,
         }
 

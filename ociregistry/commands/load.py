@@ -132,4 +132,8 @@ async def _pull(
             progress=progress,
             clock=reactor,
         )
-        return await loader.load(images)
+        outcomes = await loader.load(images)
+        if settings.complete_metadata:
+            for failed in await loader.load_metadata():
+                complain(f"warning: manifests of other platforms are missing for now: {failed}")
+        return outcomes

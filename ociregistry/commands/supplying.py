@@ -52,7 +52,7 @@ async def supplier_for(store: Store, settings: Settings, reactor: Any) -> AsyncI
     """Who brings images into `store` while the block runs; raises `OSError`."""
     door = find_daemon(settings.image_path)
     if door is not None:
-        daemon = DaemonBeside(door.path, reactor)
+        daemon = DaemonBeside(door.path, new_instance(), reactor)
         try:
             yield ThroughDaemon(store, daemon, settings.pull_timeout, reactor, partial(_check, settings))
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import run_to_end
 from ociregistry.commands.supplying import opened_store, supplier_for
 from ociregistry.config.quantities import size_text
-from ociregistry.pullthrough.repairing import Repairer
+from ociregistry.names import Digest
+from ociregistry.pullthrough.repairing import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
 from ociregistry.store.verifying import Damaged, Findings
 
@@ -25,35 +26,59 @@ class Verify(Command):
     longdesc = (
         "Hashes every blob and record in the store again. What is damaged is put aside, and never served again."
     )
-    optFlags = [["repair", None, "Fetch anew what is damaged."]]
+    optFlags = [["repair", None, "Fetch anew what is damaged, and what images of the store lack."]]
 
     def run(self, settings: Settings) -> int:
         """As `Command.run`."""
         settings.image_path.stat()
         become_owner(settings.image_path)
-        findings = run_to_end(lambda reactor: self._verify(settings, reactor), settings.log_level)
-        return 1 if findings.damaged else 0
+        return 0 if run_to_end(lambda reactor: self._verify(settings, reactor), settings.log_level) else 1
 
-    async def _verify(self, settings: Settings, reactor: Any) -> Findings:
+    async def _verify(self, settings: Settings, reactor: Any) -> bool:
+        """Verify, and repair if that was asked for; tell whether the store is whole in the end."""
         async with opened_store(settings, reactor, adopts=False) as store, AsyncExitStack() as opened:
-            repairer = None
+            repairs = None
             if self["repair"]:
                 supplier = await opened.enter_async_context(supplier_for(store, settings, reactor))
-                repairer = Repairer(store, supplier)
+                repairs = _Repairs(Repairer(store, supplier))
             with _progress() as came:
-                findings = await store.verify(None, came, lambda damaged: _tell(damaged, repairer))
-        print_lines(_report(findings))
-        for path, why in findings.foreign.items():
-            complain(f"warning: left alone, it is not a record of this program: {path}: {why}")
-        return findings
+                findings = await store.verify(None, came, repairs.repair if repairs else _tell)
+            missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
+            print_lines(_report(findings, missing))
+            for path, why in findings.foreign.items():
+                complain(f"warning: left alone, it is not a record of this program: {path}: {why}")
+            if repairs is None:
+                return not findings.damaged and not missing
+            await repairs.complete(missing)
+            return not repairs.failed
 
 
-async def _tell(damaged: Damaged, repairer: Repairer | None) -> None:
-    """Says what is damaged, and makes it good, as soon as it is found: nothing is forgotten by who interrupts it."""
+async def _tell(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
-    if repairer is not None:
-        why = await repairer.repair(damaged)
+
+
+class _Repairs:
+    """Repairs each thing as it is found, so that an interrupt loses nothing, and tells what it did."""
+
+    def __init__(self, repairer: Repairer) -> None:
+        self._repairer = repairer
+        self.failed = False
+        """Whether something that is needed could not be fetched."""
+
+    async def repair(self, damaged: Damaged) -> None:
+        """Fetch a damaged file anew."""
+        await _tell(damaged)
+        why = await self._repairer.repair(damaged)
+        self.failed = self.failed or why not in ("", NOT_NEEDED)
         print_lines([f"not repaired: {damaged.path}: {why}" if why else f"repaired: {damaged.path}"])
+
+    async def complete(self, images: Mapping[Digest, Mapping[Digest, int]]) -> None:
+        """Fetch the blobs that images lack."""
+        for image, missing in images.items():
+            lacked = f"the image {image} lacked {len(missing)} blobs, {sum(missing.values())} bytes"
+            why = await self._repairer.complete(missing)
+            self.failed = self.failed or bool(why)
+            print_lines([f"not completed: {lacked}: {why}" if why else f"completed: {lacked}"])
 
 
 @contextmanager
@@ -70,10 +95,10 @@ def _progress() -> Iterator[Came]:
         yield came
 
 
-def _report(findings: Findings) -> Iterator[str]:
-    if findings.missing:
-        missing = sum(findings.missing.values())
-        yield f"{len(findings.missing)} images are not complete: {missing} bytes are missing"
+def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]]) -> Iterator[str]:
+    if missing:
+        size = sum(sum(lacking.values()) for lacking in missing.values())
+        yield f"{len(missing)} images are not complete: {size} bytes are missing"
     yield (
         f"{findings.records} records and {findings.blobs} blobs with {findings.bytes} bytes "
         f"({size_text(findings.bytes)}) verified, {len(findings.damaged)} damaged"

@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.flights import Flights
-from ociregistry.manifests import Manifest
+from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.connections import Connections
 from ociregistry.pullthrough.content import Content
@@ -26,6 +26,7 @@ from ociregistry.pullthrough.patience import in_time
 from ociregistry.pullthrough.precedence import Precedence
 from ociregistry.pullthrough.promises import BrokenPromises
 from ociregistry.store.store import Store
+from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.registries import Registries
 
 T = TypeVar("T")
@@ -114,24 +115,55 @@ class PullThrough:
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
-    async def manifest(self, image: ImageReference, chain: Chain = NOBODY) -> FoundManifest:
-        """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`."""
+    async def manifest(
+        self, image: ImageReference, chain: Chain = NOBODY, *, wanted: bool | None = None
+    ) -> FoundManifest:
+        """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`.
+
+        `wanted` is what a new record says of an image; one that an index names is not wanted before a layer of it,
+        or nothing else, is asked for.
+        """
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
         if stored is not None and self._must_be_latest(image):
-            return await self._latest(image, stored, chain)
+            return await self._latest(image, stored, chain, wanted)
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
-        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain))
+        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain, wanted))
         return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
 
-    async def _fetch_manifest(self, asked: ImageReference, image: ImageReference, chain: Chain) -> Manifest:
+    async def fetch_manifest(self, image: ImageReference) -> Manifest:
+        """Fetch a manifest into the store after everything else, as one whose layers are not wanted.
+
+        Raises `ManifestUnknown` or `Unavailable`.
+        """
+        while self._precedence.yields:
+            await self._precedence.change()
+        fetching = Deferred.fromCoroutine(self._fetch_manifest(image, image, NOBODY, False, Manner(last=True)))
+        return await in_time(fetching, self._clock, image)
+
+    async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
+        """Bring a config into the store after what clients wait for; raises `RegistryError`."""
+        await self.fetch(repository, config.digest)
+
+    async def _fetch_manifest(
+        self,
+        asked: ImageReference,
+        image: ImageReference,
+        chain: Chain,
+        wanted: bool | None,
+        manner: Manner = NORMALLY,
+    ) -> Manifest:
         """The manifest `asked` for, kept as what `image` means."""
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
-        manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked)
+        manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked, manner)
+        if manifest.is_list:
+            wanted = None
+        elif isinstance(image.reference, Digest) and self._store.indexes(manifest.digest):
+            wanted = False if chain == NOBODY else None
         try:
-            await self._store.keep(manifest, image)
+            await self._store.keep(manifest, image, wanted=wanted)
         except OSError as error:
             raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
         return manifest
@@ -139,9 +171,11 @@ class PullThrough:
     def _must_be_latest(self, image: ImageReference) -> bool:
         return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
 
-    async def _latest(self, image: ImageReference, stored: Manifest, chain: Chain) -> FoundManifest:
+    async def _latest(
+        self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool | None
+    ) -> FoundManifest:
         """What the upstream says that `image` means now; what the store says when the upstream gives no manifest."""
-        checked = self._checks.join(image, lambda: self._check(image, stored, chain))
+        checked = self._checks.join(image, lambda: self._check(image, stored, chain, wanted))
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
@@ -150,12 +184,12 @@ class PullThrough:
             return FoundManifest(stored, hit=True, stale=True)
         return FoundManifest(manifest, hit=manifest.digest == stored.digest)
 
-    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain) -> Manifest:
+    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool | None) -> Manifest:
         digest = await self._registries.get(image.repository.upstream, chain).manifest_digest(image)
         if digest == stored.digest:
             return stored
         # By digest: a HEAD does not count against the limits that registries set, a GET of the tag does.
-        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, chain)
+        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, chain, wanted)
 
     async def blob(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundBlob:
         """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`.

@@ -12,19 +12,18 @@ from twisted.internet.task import deferLater
 from twisted.python.failure import Failure
 
 from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
-from ociregistry.manifests import LISTS, MEDIA_TYPES, Manifest
+from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.platforms import Platform, chosen
+from ociregistry.platforms import NO_PLATFORM, Platform, chosen
+from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
-from ociregistry.pullthrough.suppliers import Supplier
+from ociregistry.pullthrough.suppliers import Supplier, SupplierMetadata
 from ociregistry.store.store import Store
 
 _DEEPEST = 4
 """Lists in lists."""
 _SIGNATURES = ("sig", "att", "sbom")
 """Endings of the tags under which cosign keeps what it says of an image."""
-_NO_PLATFORM = "unknown/unknown"
-"""What buildkit calls the platform of attestations."""
 _TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs the upstream"
 
 
@@ -54,7 +53,7 @@ class _Brought:
         notes = (*tag_unknown, *dict.fromkeys(self.notes))
         missing = [str(platform) for platform in wanted if platform not in self.found]
         if missing and self.offered and not self.untold:
-            others = ", ".join(sorted(self.offered - {_NO_PLATFORM})) or "no platform at all"
+            others = ", ".join(sorted(self.offered - {NO_PLATFORM})) or "no platform at all"
             why = f"there is none for {', '.join(missing)}, but for {others}"
             return Outcome(self.name, Ended.FAILED, why, notes, self.blobs, self.bytes)
         ended = Ended.LOADED if self.manifests or self.blobs else Ended.THERE
@@ -85,6 +84,25 @@ class Loader:
         self._blobs = DeferredSemaphore(connections)
         self._progress = progress
         self._clock = clock
+        self._indexes: dict[Digest, tuple[Repository, Sequence[Descriptor]]] = {}
+        """The indexes that were loaded, with what they name."""
+
+    async def load_metadata(self) -> list[str]:
+        """Fetch the manifests and configs of the other platforms of all indexes that were loaded, as far as they are.
+
+        Returns a line for each upstream that did not give all of them for now. One that it does not have is none.
+        Raises `OSError`.
+        """
+        metadata = Metadata(self._store, SupplierMetadata(self._store, self._supplier), self._clock)
+        for index, (repository, children) in self._indexes.items():
+            await metadata.look_at(index, repository, children)
+        failed = []
+        for upstream in metadata.upstreams:
+            while (wait := await metadata.fetch_next(upstream)) == 0:
+                pass
+            if wait is not None:
+                failed.append(f"{upstream}: {metadata.error(upstream)}")
+        return failed
 
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
         """How each of the images ended, in their order."""
@@ -127,6 +145,8 @@ class Loader:
         """The manifest of `image` with its blobs, and what it lists as far as that is wanted."""
         manifest = await self._manifest(image, brought)
         await self._bring_blobs(image.repository, manifest, brought)
+        if manifest.is_list:
+            self._indexes[manifest.digest] = image.repository, manifest.children
         if self._signatures:
             try:
                 await self._bring_signatures(image.repository, manifest.digest, brought)
@@ -164,6 +184,9 @@ class Loader:
         for succeeded, result in await DeferredList(fetching[::-1], consumeErrors=True):
             if not succeeded:
                 cast(Failure, result).raiseException()
+        if not manifest.is_list:
+            # Not before: a daemon on the same store completes what is wanted, beside what is loaded here.
+            await self._store.want(manifest.digest)
 
     async def _bring_blob(self, repository: Repository, digest: Digest, size: int, brought: _Brought) -> None:
         await self._blobs.acquire()

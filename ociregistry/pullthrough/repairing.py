@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ociregistry.errors import RegistryError
-from ociregistry.names import ImageReference
+from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.suppliers import Supplier
 from ociregistry.store.store import Store
 from ociregistry.store.verifying import Damaged
+
+NOT_NEEDED = "no image needs it"
 
 
 class Repairer:
@@ -19,15 +23,26 @@ class Repairer:
     async def repair(self, damaged: Damaged) -> str:
         """Why it could not be fetched anew; the empty string if it was."""
         try:
-            return await (self._blob(damaged) if damaged.is_blob else self._record(damaged))
+            return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:
             return f"cannot be stored: {error.strerror or error}"
 
-    async def _blob(self, damaged: Damaged) -> str:
-        why = "no image needs it"
-        for repository, size in self._store.uses(damaged.digest).items():
+    async def complete(self, missing: Iterable[Digest]) -> str:
+        """Fetch blobs that images lack; return why some could not be fetched, the empty string if all are here."""
+        failed = ""
+        for blob in missing:
             try:
-                await self._supplier.blob(repository, damaged.digest, size, lambda count: None)
+                why = await self._blob(blob)
+            except OSError as error:
+                why = f"cannot be stored: {error.strerror or error}"
+            failed = failed or why
+        return failed
+
+    async def _blob(self, digest: Digest) -> str:
+        why = NOT_NEEDED
+        for repository, size in self._store.uses(digest).items():
+            try:
+                await self._supplier.blob(repository, digest, size, lambda count: None)
             except RegistryError as error:
                 why = error.message
             else:
@@ -44,6 +59,6 @@ class Repairer:
                 why = error.message
                 continue
             # With the dates of before: a tag that means another manifest since then must not come back.
-            await self._store.restore(found.manifest, dict(damaged.images), fetched)
+            await self._store.restore(found.manifest, dict(damaged.images), fetched, damaged.wanted)
             return ""
         return why

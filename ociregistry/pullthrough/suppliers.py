@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
 from ociregistry.errors import ManifestUnknown, Unavailable
-from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
@@ -125,6 +125,26 @@ class InBackground(Pulling):
         """As `Supplier.blob`."""
         await self._cache.fetch(repository, digest, extra=False)
         came(size)
+
+
+class SupplierMetadata:
+    """Brings manifests and configs by a supplier, as `MetadataFetcher` has it."""
+
+    def __init__(self, store: Store, supplier: Supplier) -> None:
+        self._store = store
+        self._supplier = supplier
+
+    async def fetch_manifest(self, image: ImageReference) -> Manifest:
+        """As `MetadataFetcher.fetch_manifest`."""
+        found = await self._supplier.manifest(image)
+        if not found.hit and not found.manifest.is_list:
+            await self._store.want(found.manifest.digest, wanted=False)
+        return found.manifest
+
+    async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
+        """As `MetadataFetcher.fetch_config`."""
+        if not await self._store.holds(config.digest, config.size):
+            await self._supplier.blob(repository, config.digest, config.size, lambda count: None)
 
 
 class ThroughDaemon:

@@ -108,7 +108,7 @@ class Upkeep:
 
     def _busy(self) -> frozenset[Digest]:
         flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
-        return frozenset(flying | self._store.wishes.keys())
+        return frozenset(flying | self._store.wishes.keys() | self._store.undecided.keys())
 
     async def _verify_regularly(self, settings: VerifySettings) -> None:
         while True:

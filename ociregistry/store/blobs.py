@@ -61,6 +61,25 @@ def missing_blobs(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int
     return {blob: size for blob, size in blobs.items() if size_of_blob(folder / blob.hex) != size}
 
 
+class BlobFolder:
+    """Notices which blobs go from a folder. All of it blocks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._changed = 0
+        self._names: frozenset[str] = frozenset()
+
+    def gone(self) -> frozenset[Digest]:
+        """Return the blobs that have gone since the last call. Raises `OSError`."""
+        changed = self._folder.stat().st_mtime_ns
+        if changed == self._changed:
+            return frozenset()
+        with os.scandir(self._folder) as entries:
+            names = frozenset(entry.name for entry in entries)
+        before, self._names, self._changed = self._names, names, changed
+        return frozenset(digest for name in before - names if (digest := Digest.from_hex(name)) is not None)
+
+
 def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:
     """Fires with bytes of `file`: at once when the kernel has them in memory, else by way of a thread."""
     buffer = bytearray(count)

@@ -5,12 +5,21 @@ It is never more than the files: whoever finds an entry here still opens the fil
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from ociregistry.manifests import Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.records import Record
+
+_FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
+
+
+def is_referrers_tag(tag: str) -> bool:
+    """Tell whether the specification sets this tag aside for a list of referrers; nobody pushed it."""
+    return _FOR_REFERRERS.fullmatch(tag) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +31,32 @@ class Entry:
     """Image URL -> last confirmed."""
     blobs: Mapping[Digest, int]
     """What the manifest names, and its size in bytes."""
+    config: Descriptor | None = None
+    layers: frozenset[Digest] = frozenset()
+    """The layers of an image."""
+    children: tuple[Descriptor, ...] = ()
+    """The manifests that an index names."""
+    wanted: bool = True
+    """Whether the layers of the image belong into the store."""
 
     @classmethod
-    def of(cls, record: Record) -> Entry:
-        """The entry for `record`."""
+    def of(cls, record: Record, *, wanted: bool = True) -> Entry:
+        """Make the entry for `record`; `wanted` holds where the record does not say."""
+        manifest = record.manifest
         return cls(
-            is_list=record.manifest.is_list,
+            is_list=manifest.is_list,
             images={url: dates.confirmed for url, dates in record.images.items()},
-            blobs=record.manifest.blob_sizes,
+            blobs=manifest.blob_sizes,
+            config=manifest.config,
+            layers=manifest.layers,
+            children=manifest.children,
+            wanted=wanted if record.wanted is None else record.wanted,
         )
+
+    @property
+    def is_referrers(self) -> bool:
+        """Whether it is known only as a list of referrers: its children are artifacts, not platforms."""
+        return bool(self.images) and all(is_referrers_tag(url.rpartition(":")[2]) for url in self.images)
 
     @property
     def repositories(self) -> set[Repository]:
@@ -50,6 +76,7 @@ class Catalogue:
         self._entries: dict[Digest, Entry] = {}
         self._claims: dict[str, dict[Digest, datetime]] = {}
         self._naming: dict[Digest, dict[Digest, int]] = {}
+        self._indexes: dict[Digest, set[Digest]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -62,6 +89,8 @@ class Catalogue:
             self._claims.setdefault(url, {})[digest] = confirmed
         for blob, size in entry.blobs.items():
             self._naming.setdefault(blob, {})[digest] = size
+        for child in entry.children:
+            self._indexes.setdefault(child.digest, set()).add(digest)
 
     def drop(self, digest: Digest) -> None:
         """Forgets the record `digest`."""
@@ -78,6 +107,10 @@ class Catalogue:
             del naming[digest]
             if not naming:
                 del self._naming[blob]
+        for child in {child.digest for child in entry.children}:
+            self._indexes[child].discard(digest)
+            if not self._indexes[child]:
+                del self._indexes[child]
 
     def get(self, digest: Digest) -> Entry | None:
         """The entry of the record `digest`."""
@@ -93,7 +126,8 @@ class Catalogue:
     def tags(self, repository: Repository) -> list[Tag]:
         """The tags of `repository`, sorted."""
         prefix = f"{repository}:"
-        return sorted(Tag(url.removeprefix(prefix)) for url in self._claims if url.startswith(prefix))
+        tags = (Tag(url.removeprefix(prefix)) for url in self._claims if url.startswith(prefix))
+        return sorted(tag for tag in tags if not is_referrers_tag(tag))
 
     def sizes(self, blob: Digest, repository: Repository | None = None) -> set[int]:
         """The sizes in bytes that manifests (of `repository`, if given) give `blob`."""
@@ -111,6 +145,21 @@ class Catalogue:
     def naming(self, blob: Digest) -> Mapping[Digest, int]:
         """The manifests that name `blob`, and the size in bytes that they give it."""
         return self._naming.get(blob, {})
+
+    def digests(self) -> list[Digest]:
+        """All records."""
+        return list(self._entries)
+
+    def indexes(self, child: Digest) -> list[Digest]:
+        """The indexes that name the manifest `child`, and those that name these, without lists of referrers."""
+        found: dict[Digest, None] = {}
+        ahead = [child]
+        while ahead:
+            for index in self._indexes.get(ahead.pop(), ()):
+                if index not in found and not self._entries[index].is_referrers:
+                    found[index] = None
+                    ahead.append(index)
+        return list(found)
 
     def counts(self) -> tuple[int, int]:
         """How many manifest lists and how many image manifests there are."""

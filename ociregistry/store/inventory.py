@@ -12,7 +12,15 @@ from pathlib import Path
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, Signature, digest_of, read_record, signatures
+from ociregistry.store.recordfiles import (
+    IMAGES_FOLDER,
+    LISTS_FOLDER,
+    Signature,
+    digest_of,
+    is_wanted,
+    read_record,
+    signatures,
+)
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
 _HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
@@ -93,8 +101,27 @@ class Inventory:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
+        """Every image URL, sorted, without those of metadata alone. Blocks."""
+        return tuple(row for row in self.all_rows if not self.is_metadata(row.kept.manifest.digest))
+
+    @cached_property
+    def all_rows(self) -> tuple[Row, ...]:
         """Every image URL, sorted."""
         return tuple(sorted(self._rows(), key=lambda row: row.url))
+
+    def is_metadata(self, digest: Digest) -> bool:
+        """Tell whether an image is only here since an index names it: its layers are not wanted. Blocks."""
+        return digest in self.lists_of and not self.records[digest].manifest.is_list and not self.is_wanted(digest)
+
+    def is_wanted(self, digest: Digest) -> bool:
+        """Tell whether the layers of an image belong into the store. Blocks."""
+        if digest not in self._wanted:
+            self._wanted[digest] = is_wanted(self.records[digest].record, self.root / "blobs")
+        return self._wanted[digest]
+
+    @cached_property
+    def _wanted(self) -> dict[Digest, bool]:
+        return {}
 
     def _rows(self) -> Iterator[Row]:
         for digest, kept in self.records.items():

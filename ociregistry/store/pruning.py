@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
@@ -123,6 +123,7 @@ class Doomed:
             stay.update(own)
             blobs |= own
             bytes_of[digest] = sum(own.values())
+        # What is here as metadata alone goes without a word, with its index.
         rows = (row for row in self._inventory.rows if self._takes(row))
         return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of)
 
@@ -149,14 +150,14 @@ class Doomed:
                 back = holder != digest and noted not in self._noted(holder)
                 images[_by_digest(noted, digest) if back else noted] = dates
             if images.keys() != kept.record.images.keys():
-                yield kept, Record(kept.manifest, images)
+                yield kept, replace(kept.record, images=images)
 
     def rewritten(self) -> Iterator[tuple[Kept, Record]]:
         """The records that stay and change, and how they are to be in the end."""
         for digest, images in self._images.items():
             kept = self._inventory.records[digest]
             if images and images != kept.record.images:
-                yield kept, Record(kept.manifest, images)
+                yield kept, replace(kept.record, images=images)
 
 
 def _repository(noted: str) -> Repository:

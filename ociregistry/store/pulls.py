@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, lock
-from ociregistry.store.wishes import WISH_SUFFIX
+from ociregistry.store.wishes import WISH_SUFFIX, WishFiles
 
 NOTE_SUFFIX = ".note"
 
@@ -23,6 +23,12 @@ def pulls_folders(root: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return sorted(folders, key=lambda path: int(path.name))
+
+
+def pending_images(root: Path) -> frozenset[Digest]:
+    """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
+    files = (WishFiles(folder, Files()) for folder in pulls_folders(root))
+    return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
 
 class PullsFolder:

@@ -10,13 +10,13 @@ import os
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.store.blobs import missing_blobs
+from ociregistry.store.blobs import BlobFolder, missing_blobs, size_of_blob
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.files import Files, locked
 from ociregistry.store.pulls import PullsFolder
@@ -47,6 +47,7 @@ class Changes:
     damaged: Mapping[Path, str] = field(default_factory=dict)
     """Path -> reason: new or changed files that are no records of ours."""
     gone: frozenset[Path] = frozenset()
+    blobs_gone: frozenset[Digest] = frozenset()
 
 
 def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
@@ -92,6 +93,7 @@ class RecordFiles:
         self._lock = root / "pulls" / "lock"
         self._pulls = pulls
         self._files = files
+        self._blobs = BlobFolder(root / "blobs")
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
         """Where the record of `digest` is kept."""
@@ -104,6 +106,7 @@ class RecordFiles:
         confirmed: datetime,
         created: datetime | None = None,
         *,
+        wanted: bool | None = None,
         whole: bool = False,
         known: bool = False,
     ) -> Record | None:
@@ -120,20 +123,36 @@ class RecordFiles:
             existing = self._existing(path)
             if known and existing is None:
                 return None
-            record = (existing or Record(manifest, {})).confirm(image, confirmed, created)
+            before = existing or Record(manifest, {}, wanted)
+            record = before.confirm(image, confirmed, created, wanted=wanted)
             self._put(path, record)
         return record
 
-    def restore(self, manifest: Manifest, images: Mapping[str, Dates], fetched: str) -> Record:
+    def want(self, digest: Digest, wanted: bool) -> Record | None:
+        """Note that the layers of the image `digest` belong into the store, or do not, where its record does not say.
+
+        What it says is changed from False to True alone. Returns the record, None if there is none.
+        """
+        path = self.path(digest, is_list=False)
+        with locked(self._lock):
+            record = self._existing(path)
+            if record is not None and not record.wanted and record.wanted is not wanted:
+                record = replace(record, wanted=wanted)
+                self._put(path, record)
+        return record
+
+    def restore(
+        self, manifest: Manifest, images: Mapping[str, Dates], fetched: str, wanted: bool | None = None
+    ) -> Record:
         """Writes that `images` mean `manifest`, as a lost record had it; it was `fetched` anew by another image URL.
 
-        Returns the record as it is on disk then.
+        `wanted` is what the lost record said. Returns the record as it is on disk then.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with locked(self._lock):
             existing = self._existing(path) or Record(manifest, {})
             others = {url: dates for url, dates in existing.images.items() if url != fetched}
-            record = Record(manifest, {**others, **images})
+            record = Record(manifest, {**others, **images}, existing.wanted or wanted)
             self._put(path, record)
         return record
 
@@ -160,8 +179,8 @@ class RecordFiles:
             if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
                 os.utime(path, (now, now))
 
-    def look(self, known: Mapping[Path, Signature]) -> Changes:
-        """Compares the folders with what is `known` and reads what is new or changed."""
+    def look(self, known: Mapping[Path, Signature], *, blobs: bool = False) -> Changes:
+        """Compares the folders with what is `known` and reads what is new or changed; looks at `blobs` too."""
         seen: dict[Path, Signature] = {}
         read: dict[Path, Entry] = {}
         damaged: dict[Path, str] = {}
@@ -171,7 +190,7 @@ class RecordFiles:
                 if known.get(path) == signature:
                     continue
                 try:
-                    read[path] = Entry.of(read_record(path))
+                    read[path] = self._entry(read_record(path))
                 except FileNotFoundError:
                     del seen[path]
                 except RecordInvalid as error:
@@ -180,7 +199,23 @@ class RecordFiles:
                     # Nothing that will show on the file may end this: it is tried again at the next look.
                     damaged[path] = error.strerror or str(error)
                     seen[path] = UNREAD
-        return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()))
+        blobs_gone = self._blobs.gone() if blobs else frozenset()
+        return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()), blobs_gone)
+
+    def _entry(self, record: Record) -> Entry:
+        wanted = is_wanted(record, self._root / "blobs")
+        return Entry.of(record, wanted=wanted)
+
+
+def is_wanted(record: Record, blobs: Path) -> bool:
+    """Tell whether the layers of the image belong into the store, whose blobs are in the folder `blobs`.
+
+    A record that does not say counts as wanted when a layer of it is here. Blocks.
+    """
+    if record.wanted is not None:
+        return record.wanted
+    layers = record.manifest.layers
+    return not layers or any(size_of_blob(blobs / layer.hex) is not None for layer in layers)
 
 
 def signatures(folder: Path) -> list[tuple[Path, Signature]]:

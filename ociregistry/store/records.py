@@ -2,6 +2,7 @@
 
 {"digest": …, "mediaType": …,
  "images": {"docker.io/library/nginx:1.25": {"created": "2026-03-01T22:17:30.000000Z", "confirmed": …}},
+ "wanted": true,
  "manifest": "the exact bytes that the digest names, as a JSON string"}
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from ociregistry.errors import RegistryError
@@ -48,15 +49,27 @@ class Record:
 
     manifest: Manifest
     images: Mapping[str, Dates]
+    wanted: bool | None = None
+    """Whether the layers of the image belong into the store; False for one that is kept as metadata alone.
 
-    def confirm(self, image: ImageReference, confirmed: datetime, created: datetime | None = None) -> Record:
+    None where the record does not say, as in those of earlier versions: they count as wanted when a layer is here.
+    """
+
+    def confirm(
+        self,
+        image: ImageReference,
+        confirmed: datetime,
+        created: datetime | None = None,
+        *,
+        wanted: bool | None = None,
+    ) -> Record:
         """This record, where `image` was known to mean this manifest at `confirmed`, and since `created`.
 
-        Of what is noted already, the first creation and the last confirmation stay.
+        Of what is noted already, the first creation and the last confirmation stay; an image stays `wanted`.
         """
         known = self.images.get(str(image), Dates(created or confirmed, confirmed))
         merged = Dates(min(known.created, created or confirmed), max(known.confirmed, confirmed))
-        return Record(self.manifest, {**self.images, str(image): merged})
+        return replace(self, images={**self.images, str(image): merged}, wanted=wanted or self.wanted)
 
     def means(self, image: ImageReference) -> bool:
         """Whether `image` is this manifest: a digest whatever the repository, a tag where it is noted."""
@@ -71,6 +84,7 @@ class Record:
                 url: {"created": _spell(dates.created), "confirmed": _spell(dates.confirmed)}
                 for url, dates in sorted(self.images.items())
             },
+            **({} if self.wanted is None else {"wanted": self.wanted}),
             "manifest": self.manifest.data.decode("utf-8"),
         }
         return json.dumps(document, indent=2).encode() + b"\n"
@@ -98,7 +112,8 @@ class Record:
             raise RecordInvalid(f"not JSON, or cut off: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordInvalid(f"not a record of this program: {type(error).__name__} {error}") from None
-        return cls(manifest, images)
+        wanted = document.get("wanted")
+        return cls(manifest, images, wanted if isinstance(wanted, bool) else None)
 
 
 def _spell(time: datetime) -> str:

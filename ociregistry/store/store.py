@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,10 +26,7 @@ from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 from ociregistry.store.verifying import Findings, Found, Verifier
 from ociregistry.store.view import View
-from ociregistry.store.wishes import WishFiles
-
-_FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
-"""Tags that the specification sets aside for lists of referrers; nobody pushed them."""
+from ociregistry.store.wishes import Pending, WishFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +61,8 @@ class Store:
         """Blobs that this process committed, for those that no record names (yet)."""
         self.wishes: dict[Digest, Repository] = {}
         """The images that are to be completed, each with the repository that it comes from."""
+        self.undecided: dict[Digest, Repository] = {}
+        """The images of an index that were asked for, and may not be wanted."""
 
     def start(self, *, adopts: bool = True) -> None:
         """Makes the folders, takes a pulls/<n>/ and reads all records, then keeps looking every second.
@@ -78,7 +76,8 @@ class Store:
         self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
         self._wishes = WishFiles(self._pulls.path, self._files)
-        self.wishes = dict(self._wishes.read())
+        for pending in self._wishes.read():
+            (self.undecided if pending.undecided else self.wishes)[pending.image] = pending.repository
         self._view = View(self._records, self._threads, self._clock)
         self._catalogue = self._view.catalogue
         self._view.read()
@@ -118,7 +117,7 @@ class Store:
                 continue
             if record.means(image):
                 break
-            self._catalogue.put(digest, Entry.of(record))
+            self._view.update(record)
         if not Entry.of(record).known_in(image.repository):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
@@ -152,33 +151,71 @@ class Store:
         image: ImageReference,
         dates: Dates | None = None,
         *,
+        wanted: bool | None = None,
         whole: bool = False,
         known: bool = False,
     ) -> bool:
         """Writes that `image` means `manifest`, as of now or of these `dates`; whether it did. Raises `OSError`.
 
+        `wanted` says whether the layers of the image belong into the store; a record that says so already keeps it.
         It does not where the image is to be `whole` and lacks a blob, or is to be `known` and has no record any more.
         """
         confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
         args = manifest, image, confirmed, created
-        record = await self._threads.write_in_turn(self._records.confirm, *args, whole=whole, known=known)
+        record = await self._threads.write_in_turn(
+            self._records.confirm, *args, wanted=wanted, whole=whole, known=known
+        )
         if record is not None:
             self._view.wrote(record)
         return record is not None
 
     async def restore(
-        self, manifest: Manifest, images: Mapping[ImageReference, Dates], fetched: ImageReference
+        self,
+        manifest: Manifest,
+        images: Mapping[ImageReference, Dates],
+        fetched: ImageReference,
+        wanted: bool | None = None,
     ) -> None:
         """Writes that `images` mean `manifest`, as a lost record had it; `fetched` is by what it was asked for since.
 
-        Raises `OSError`.
+        `wanted` is what the lost record said. Raises `OSError`.
         """
         noted = {str(image): dates for image, dates in images.items()}
-        self._view.wrote(await self._threads.write_in_turn(self._records.restore, manifest, noted, str(fetched)))
+        record = await self._threads.write_in_turn(self._records.restore, manifest, noted, str(fetched), wanted)
+        self._view.wrote(record)
+
+    async def want(self, image: Digest, *, wanted: bool = True) -> None:
+        """Note in its record that the layers of `image` belong into the store, or do not.
+
+        An image that is wanted stays so. Raises `OSError`.
+        """
+        entry = self._catalogue.get(image)
+        if entry is not None and entry.wanted:
+            return
+        record = await self._threads.write_in_turn(self._records.want, image, wanted)
+        if record is not None:
+            self._view.wrote(record)
+
+    def entry(self, digest: Digest) -> Entry | None:
+        """Return what memory keeps of the record `digest`."""
+        return self._catalogue.get(digest)
+
+    def indexes(self, child: Digest) -> Collection[Digest]:
+        """Return the indexes that name the manifest `child`, directly or through others."""
+        return self._catalogue.indexes(child)
+
+    @property
+    def digests(self) -> Collection[Digest]:
+        """All records."""
+        return self._catalogue.digests()
+
+    def watch(self, changed: Callable[[Set[Digest]], object]) -> None:
+        """Have `changed` called with the records that were written, changed, lost, or lost a blob."""
+        self._view.on_change = changed
 
     def tags(self, repository: Repository) -> list[Tag]:
         """The tags of `repository` that the cache knows, sorted."""
-        return [tag for tag in self._catalogue.tags(repository) if not _FOR_REFERRERS.fullmatch(tag)]
+        return self._catalogue.tags(repository)
 
     # Blobs
 
@@ -211,15 +248,19 @@ class Store:
 
     # Images
 
-    async def wish(self, manifest: Digest, repository: Repository) -> None:
-        """Notes that all blobs of the image `manifest` are to be fetched. Raises `OSError`."""
-        if manifest not in self.wishes:
-            self.wishes[manifest] = repository
-            await self._threads.write_in_turn(self._wishes.write, manifest, repository)
+    async def wish(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
+        """Notes that all blobs of the image `manifest` are, or perhaps are, to be fetched. Raises `OSError`."""
+        pending = self.undecided if undecided else self.wishes
+        if manifest in pending or (undecided and manifest in self.wishes):
+            return
+        self.undecided.pop(manifest, None)
+        pending[manifest] = repository
+        await self._threads.write_in_turn(self._wishes.write, Pending(manifest, repository, undecided))
 
     async def unwish(self, manifest: Digest) -> None:
         """Notes that they are not, or are there. Raises `OSError`."""
-        del self.wishes[manifest]
+        for pending in (self.undecided, self.wishes):
+            pending.pop(manifest, None)
         await self._threads.write_in_turn(self._wishes.remove, manifest)
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
@@ -228,6 +269,34 @@ class Store:
         if entry is None:
             return None
         return await self._threads.read(missing_blobs, self._blobs, entry.blobs)
+
+    async def lacking_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
+        """Return the wanted images among `digests` that lack blobs, each with these and their sizes in bytes.
+
+        Raises `OSError`.
+        """
+        entries = ((digest, self._catalogue.get(digest)) for digest in digests)
+        images = {digest: entry.blobs for digest, entry in entries if entry is not None and entry.wanted}
+        return await self._threads.read(_lacking_images, self._blobs, images)
+
+    async def lacking_metadata(self, digests: Collection[Digest]) -> list[Digest]:
+        """Return those of the manifests `digests` that have no record, or of which the config is missing.
+
+        Raises `OSError`.
+        """
+        entries = {digest: self._catalogue.get(digest) for digest in digests}
+        configs = {
+            digest: {entry.config.digest: entry.config.size}
+            for digest, entry in entries.items()
+            if entry is not None and entry.config is not None
+        }
+        lacking = await self._threads.read(_lacking_images, self._blobs, configs)
+        return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
+
+    def repositories(self, manifest: Digest) -> Set[Repository]:
+        """Return the repositories that a manifest is known by."""
+        entry = self._catalogue.get(manifest)
+        return entry.repositories if entry is not None else set()
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
@@ -276,6 +345,13 @@ class Store:
         """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
+
+
+def _lacking_images(
+    folder: Path, images: Mapping[Digest, Mapping[Digest, int]]
+) -> Mapping[Digest, Mapping[Digest, int]]:
+    found = {digest: missing_blobs(folder, blobs) for digest, blobs in images.items()}
+    return {digest: missing for digest, missing in found.items() if missing}
 
 
 def _stamp(path: Path, now: datetime) -> datetime:

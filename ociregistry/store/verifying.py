@@ -20,7 +20,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import Files, SharedFile, locked
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, digest_of, read_record, signatures
+from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, digest_of, is_wanted, read_record, signatures
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from ociregistry.store.threads import Threads
 
@@ -35,6 +35,7 @@ _NOTED = re.compile(
     r'\s*"confirmed":\s*"(?P<confirmed>[^"]{1,40})"\s*\}'
 )
 """An image URL in a record, also in what is left of one."""
+_NOTED_WANTED = re.compile(r'^  "wanted": (?P<wanted>true|false),$', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Damaged:
     why: str
     images: tuple[tuple[ImageReference, Dates], ...] = ()
     """Of a record: the image URLs that still stand in it."""
+    wanted: bool | None = None
+    """Of a record: what still stands in it of whether the layers of the image are wanted."""
 
     @property
     def is_blob(self) -> bool:
@@ -64,8 +67,10 @@ class Findings:
     damaged: list[Damaged] = field(default_factory=list)
     foreign: dict[Path, str] = field(default_factory=dict)
     """Files among the records that are not of this program, and why."""
-    missing: dict[Digest, int] = field(default_factory=dict)
-    """Images that lack blobs, and how many bytes."""
+    missing: dict[Digest, Mapping[Digest, int]] = field(default_factory=dict)
+    """Wanted images that lack blobs, each with these and their sizes in bytes."""
+    missing_metadata: dict[Digest, Mapping[Digest, int]] = field(default_factory=dict)
+    """Images that are kept as metadata of an index and lack their config, in the same form."""
 
 
 class Verifier:
@@ -88,19 +93,20 @@ class Verifier:
         `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
         """
         findings = Findings()
-        images: dict[Digest, Mapping[Digest, int]] = {}
+        images: dict[Digest, Record] = {}
         for folder in (LISTS_FOLDER, IMAGES_FOLDER):
             for path in await self._threads.read(_files, self._root / folder):
                 record = await self._verify_record(path, findings)
                 if record is not None:
-                    images[record.manifest.digest] = record.manifest.blob_sizes
+                    images[record.manifest.digest] = record
         sizes = await self._threads.read(_sizes, self._root / "blobs")
         total = sum(sizes.values())
         for path in sizes:
             await self._verify_blob(path, findings, max_rate, lambda: came(findings.bytes, total))
-        for digest, blobs in images.items():
-            if lacking := await self._threads.read(missing_blobs, self._root / "blobs", blobs):
-                findings.missing[digest] = sum(lacking.values())
+        for digest, record in images.items():
+            wanted, lacking = await self._threads.read(_lacking, self._root / "blobs", record)
+            if lacking:
+                (findings.missing if wanted else findings.missing_metadata)[digest] = lacking
         return findings
 
     async def _verify_record(self, path: Path, findings: Findings) -> Record | None:
@@ -133,9 +139,9 @@ class Verifier:
             except (RecordInvalid, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _BAD_DISK:
                     raise
-                images = _still_noted(path)
+                noted = _still_noted(path)
                 self._put_aside(path)
-        return Damaged(path, digest_of(path), why, images)
+        return Damaged(path, digest_of(path), why, *noted)
 
     async def _verify_blob(
         self, path: Path, findings: Findings, max_rate: float | None, came: Callable[[], object]
@@ -229,12 +235,28 @@ def _sizes(folder: Path) -> dict[Path, int]:
     return {path: signature[1] for path, signature in sorted(signatures(folder))}
 
 
-def _still_noted(path: Path) -> tuple[tuple[ImageReference, Dates], ...]:
-    """The image URLs in a damaged record, as far as they can be made out."""
+def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
+    """Tell whether an image is wanted, and which blobs the folder `blobs` lacks of it.
+
+    Of one that is not wanted these are its config alone, which belongs to the metadata of an index. Blocks.
+    """
+    manifest = record.manifest
+    if is_wanted(record, blobs):
+        return True, missing_blobs(blobs, manifest.blob_sizes)
+    config = {manifest.config.digest: manifest.config.size} if manifest.config else {}
+    return False, missing_blobs(blobs, config)
+
+
+def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool | None]:
+    """Return the image URLs of a damaged record, and whether it is wanted, as far as they can be made out."""
     found = []
-    with suppress(OSError):
-        for noted in _NOTED.finditer(path.read_bytes().decode("utf-8", "replace")):
-            with suppress(RegistryError, ValueError):
-                dates = Dates.parse(noted["created"], noted["confirmed"])
-                found.append((ImageReference.parse_whole(noted["url"]), dates))
-    return tuple(found)
+    try:
+        text = path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return (), None
+    for noted in _NOTED.finditer(text):
+        with suppress(RegistryError, ValueError):
+            dates = Dates.parse(noted["created"], noted["confirmed"])
+            found.append((ImageReference.parse_whole(noted["url"]), dates))
+    wanted = _NOTED_WANTED.search(text)
+    return tuple(found), wanted["wanted"] == "true" if wanted else None

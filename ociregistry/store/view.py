@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 from twisted.internet.defer import Deferred
@@ -10,12 +10,15 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+from ociregistry.names import Digest
 from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.recordfiles import UNREAD, Changes, RecordFiles, Signature, digest_of
 from ociregistry.store.records import Record
 from ociregistry.store.threads import Threads
 
 _LOOK_EVERY = 1.0
+_LOOK_AT_BLOBS_EVERY = 10.0
+"""Seconds: every download that ends changes their folder, which may hold many."""
 
 
 class View:
@@ -32,6 +35,11 @@ class View:
         """Records that this process wrote since the look that is under way began: newer than what it found."""
         self._complaints: Mapping[Path, str] = {}
         """What was logged of files that are no records, so that it is logged once."""
+        self._changed: set[Digest] = set()
+        self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
+        """Called with the records that were written, changed, lost, or lost a blob."""
+        self._clock = clock
+        self._blobs_looked_at = float("-inf")
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
 
@@ -53,7 +61,24 @@ class View:
         path = self._records.path(digest, is_list=record.manifest.is_list)
         self._written.add(path)
         self._known[path] = UNREAD
-        self.catalogue.put(digest, Entry.of(record))
+        self.update(record)
+        self._tell()
+
+    def update(self, record: Record) -> None:
+        """Take `record` as it was read from its file."""
+        digest = record.manifest.digest
+        before = self.catalogue.get(digest)
+        self._put(digest, Entry.of(record, wanted=before.wanted if before else True))
+
+    def _put(self, digest: Digest, entry: Entry) -> None:
+        if self.catalogue.get(digest) != entry:
+            self._changed.add(digest)
+        self.catalogue.put(digest, entry)
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, set()
+        if changed:
+            self.on_change(changed)
 
     def lost(self, path: Path) -> None:
         """The record could not be read."""
@@ -62,7 +87,10 @@ class View:
 
     def _look(self) -> Deferred[None]:
         self._written.clear()
-        looked = self._threads.read(self._records.look, dict(self._known)).addCallback(self._take)
+        now = self._clock.seconds()
+        blobs = now - self._blobs_looked_at >= _LOOK_AT_BLOBS_EVERY
+        self._blobs_looked_at = now if blobs else self._blobs_looked_at
+        looked = self._threads.read(self._records.look, dict(self._known), blobs=blobs).addCallback(self._take)
         return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
 
     def _take(self, changes: Changes) -> None:
@@ -80,11 +108,15 @@ class View:
         }
         for path, entry in changes.read.items():
             if path not in self._written:
-                self.catalogue.put(digest_of(path), entry)
+                self._put(digest_of(path), entry)
         self._known = {**changes.seen, **dict.fromkeys(self._written, UNREAD)}
+        for blob in changes.blobs_gone:
+            self._changed.update(self.catalogue.naming(blob))
+        self._tell()
 
     def _forget(self, path: Path) -> None:
         digest = digest_of(path)
         entry = self.catalogue.get(digest)
         if entry is not None and self._records.path(digest, is_list=entry.is_list) == path:
+            self._changed.add(digest)
             self.catalogue.drop(digest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ociregistry.errors import RegistryError
@@ -14,6 +15,18 @@ from ociregistry.store.files import Files
 WISH_SUFFIX = ".wish"
 
 
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An image whose blobs are to be fetched from `repository`.
+
+    It is `undecided` while it may turn out not to be wanted.
+    """
+
+    image: Digest
+    repository: Repository
+    undecided: bool = False
+
+
 class WishFiles:
     """The wishes of this process, `<hex of the manifest>.wish` in its folder. All of it blocks; raises `OSError`."""
 
@@ -21,33 +34,46 @@ class WishFiles:
         self._folder = folder
         self._files = files
 
-    def write(self, manifest: Digest, repository: Repository) -> None:
-        """Wishes for all blobs of the image `manifest`, from `repository`."""
-        document = {"upstream": repository.upstream.name, "repository": repository.path}
-        path = self._path(manifest)
+    def write(self, pending: Pending) -> None:
+        """Write the file of one pending image."""
+        repository = pending.repository
+        document: dict[str, object] = {"upstream": repository.upstream.name, "repository": repository.path}
+        document |= {"undecided": True} if pending.undecided else {}
+        path = self._path(pending.image)
         self._files.put(path, json.dumps(document).encode() + b"\n", path.with_name(f"{path.name}.new"))
 
     def remove(self, manifest: Digest) -> None:
         """Wishes no more."""
         self._files.unlink(self._path(manifest))
 
-    def read(self) -> Iterator[tuple[Digest, Repository]]:
+    def read(self) -> Iterator[Pending]:
         """All that is wished for; what is no wish is removed."""
         for path in sorted(path for path in self._folder.glob(f"*{WISH_SUFFIX}") if path.is_file()):
-            manifest = Digest.from_hex(path.stem)
-            repository = _repository(path)
-            if manifest is None or repository is None:
+            pending = _read(path)
+            if pending is None:
                 self._files.unlink(path)
             else:
-                yield manifest, repository
+                yield pending
+
+    def look(self) -> Iterator[Pending]:
+        """Yield the pending images of a folder that may be another process's."""
+        for path in self._folder.glob(f"*{WISH_SUFFIX}"):
+            pending = _read(path)
+            if pending is not None:
+                yield pending
 
     def _path(self, manifest: Digest) -> Path:
         return self._folder / f"{manifest.hex}{WISH_SUFFIX}"
 
 
-def _repository(path: Path) -> Repository | None:
+def _read(path: Path) -> Pending | None:
+    manifest = Digest.from_hex(path.stem)
+    if manifest is None:
+        return None
     try:
-        document = json.loads(path.read_bytes())
-        return Repository.at(Upstream.parse(document["upstream"]), document["repository"])
+        # Only a file: a pipe would be waited for.
+        document = json.loads(path.read_bytes() if path.is_file() else b"")
+        repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
+        return Pending(manifest, repository, document.get("undecided") is True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
         return None

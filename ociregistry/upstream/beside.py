@@ -12,6 +12,7 @@ from twisted.web.client import URI, Agent, HTTPConnectionPool
 from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
+from ociregistry.chain import Chain
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository
@@ -38,8 +39,10 @@ class _Socket:
 class DaemonBeside:
     """What the daemon gives. All methods raise `Unavailable` and `Denied` with its own words."""
 
-    def __init__(self, socket: str, reactor: Any) -> None:
-        """`socket` is the path of its socket."""
+    def __init__(self, socket: str, instance: str, reactor: Any) -> None:
+        """`socket` is the path of its socket; `instance` is what this process calls itself."""
+        # As for another cache, it completes nothing by itself of what is asked for here.
+        self._via = Chain().through(instance)
         pool = HTTPConnectionPool(reactor)
         agent = Agent.usingEndpointFactory(reactor, _Socket(socket, reactor), pool)
         unlimited = Bandwidth(None, (), reactor)
@@ -71,7 +74,8 @@ class DaemonBeside:
     ) -> Response:
         query = urlencode({"ns": repository.upstream.name})
         url = f"http://localhost/v2/{repository.path}/{path}?{query}"
-        response = await self._exchanges.send("GET", url, headers or {}, manner=_MANNER)
+        headers = {**(headers or {}), "Via": self._via}
+        response = await self._exchanges.send("GET", url, headers, manner=_MANNER)
         if response.status in (200, 206):
             return response
         why = _message(await response.collect(_LARGEST_ERROR)) or f"the daemon answered {response.status}"

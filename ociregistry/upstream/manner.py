@@ -13,6 +13,7 @@ class Manner:
     """Seconds for the headers of each answer."""
     insist: bool = False
     """Whether it is made even if the host could not be reached a moment ago: somebody waits for it."""
+    last: bool = False
     small: bool = False
     """Whether it is for a small object, which does not wait for a connection behind large ones."""
 

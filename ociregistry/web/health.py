@@ -36,6 +36,8 @@ def health(
                 "images": held.images,
                 "incomplete_images": lacking.images,
                 "missing_bytes": lacking.bytes,
+                "pending_images": lacking.pending,
+                "incomplete_indexes": lacking.indexes,
                 **({"preload": asdict(preloading)} if preloading else {}),
             },
         )

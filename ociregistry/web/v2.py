@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import assert_never
 from urllib.parse import urlencode
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from ociregistry.chain import NOBODY, Chain
@@ -13,7 +12,7 @@ from ociregistry.errors import Circle
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.completion import Completion
+from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.web.answers import Answer, InMemory, SizeOnly, json_answer
 from ociregistry.web.requests import (
@@ -37,13 +36,13 @@ class V2:
         self,
         cache: PullThrough,
         listings: Listings,
-        completion: Completion | None,
+        demand: Demand,
         default: Upstream,
         instance: str,
     ) -> None:
-        """`completion` completes what clients pull, if there is one; `instance` is what this process calls itself
-        when it asks upstreams."""
-        self._completion = completion
+        """`demand` is told what clients ask for; `instance` is what this process calls itself when it asks
+        upstreams."""
+        self._demand = demand
         self._cache = cache
         self._listings = listings
         self._default = default
@@ -74,15 +73,14 @@ class V2:
         assert_never(request)
 
     async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
-        found = await self._cache.manifest(request.image, chain)
+        # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
+        by_client = chain == NOBODY
+        found = await self._cache.manifest(request.image, chain, wanted=True if by_client else None)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'
-        # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
-        if method == "GET" and chain == NOBODY and self._completion is not None:
-            wish = self._completion.wish(found.manifest, request.image.repository, hit=found.hit)
-            wished = Deferred.fromCoroutine(wish)
-            wished.addErrback(lambda failure: self.log.failure("an image will not be completed", failure))
+        if method == "GET" and by_client:
+            self._demand.manifest_requested(found.manifest, request.image, hit=found.hit)
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 
     async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], chain: Chain) -> Answer:
@@ -90,6 +88,8 @@ class V2:
         if method == "HEAD":
             size = await self._cache.blob_size(request.repository, request.digest, chain)
             return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
+        if chain == NOBODY:
+            self._demand.blob_requested(request.repository, request.digest)
         found = await self._cache.blob(request.repository, request.digest, chain)
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 

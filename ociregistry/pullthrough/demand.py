@@ -1,0 +1,186 @@
+"""Decides, from what clients ask for, which images of an index are wanted with all their layers.
+
+Some clients read the manifests of all platforms and pull one of them. So an image of an index is wanted when a layer
+that is its alone is asked for. When no layer is, it is decided 30 s after the last request for the index or its
+children: the only platform that was asked for is wanted, and of several the one of this machine. An image that no
+index names is wanted as soon as it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+
+from ociregistry.manifests import Descriptor, Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.platforms import NO_PLATFORM, Platform
+from ociregistry.pullthrough.completion import Completion
+from ociregistry.store.store import Store
+
+_DECIDED_AFTER = 30.0
+"""Seconds without a request for an index or its children."""
+
+
+@dataclass(slots=True)
+class _Requests:
+    """What was asked for of one index of late."""
+
+    timer: IDelayedCall
+    images: set[Digest] = field(default_factory=set)
+    """The images whose manifests were asked for."""
+    by_layer: bool = False
+    """Whether a layer of one of them was asked for: the others then wait for theirs."""
+
+
+class Demand:
+    """Is told of the requests of clients, and tells `completion` which images are wanted."""
+
+    log = Logger(namespace="ociregistry.pullthrough")
+
+    def __init__(self, store: Store, completion: Completion, machine: Platform, clock: IReactorTime) -> None:
+        """`machine` is the platform of this machine."""
+        self._store = store
+        self._completion = completion
+        self._machine = machine
+        self._clock = clock
+        self._indexes: dict[Digest, _Requests] = {}
+        self._stopped = False
+
+    def start(self) -> None:
+        """Go on with the images that were undecided when the last process ended."""
+        for image, repository in list(self._store.undecided.items()):
+            self._begin(self._resume(image, repository))
+
+    def stop(self) -> None:
+        """Leave what is undecided to the next start."""
+        self._stopped = True
+        for requests in self._indexes.values():
+            requests.timer.cancel()
+        self._indexes.clear()
+
+    def manifest_requested(self, manifest: Manifest, image: ImageReference, *, hit: bool) -> None:
+        """Note that a client asked for `image` and was given `manifest`, which the store had if it was a `hit`."""
+        if manifest.is_list:
+            if manifest.digest in self._indexes:
+                self._indexes[manifest.digest].timer.reset(_DECIDED_AFTER)
+            return
+        indexes = self._store.indexes(manifest.digest) if isinstance(image.reference, Digest) else ()
+        if not indexes or not self._completion.policy.images:
+            self._begin(self._completion.wish(manifest, image.repository, hit=hit))
+        elif not self._completion.policy.platforms:
+            self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
+
+    def blob_requested(self, repository: Repository, digest: Digest) -> None:
+        """Note that a client asked for a blob."""
+        for image in list(self._store.naming(digest)):
+            entry = self._store.entry(image)
+            if entry is None or digest not in entry.layers or (entry.wanted and not self._indexes):
+                continue
+            indexes = self._store.indexes(image)
+            if not self._is_shared(digest, image, indexes):
+                self._begin(self._layer_requested(image, repository, indexes))
+
+    def _is_shared(self, layer: Digest, image: Digest, indexes: Iterable[Digest]) -> bool:
+        """Tell whether another image of the same indexes has the layer too: then it decides nothing."""
+        siblings = {child.digest for child in self._children(indexes)} - {image}
+        entries = [self._store.entry(sibling) for sibling in siblings & set(self._store.naming(layer))]
+        return any(entry is not None and layer in entry.layers for entry in entries)
+
+    async def _child_requested(
+        self, image: Digest, repository: Repository, indexes: Iterable[Digest], *, hit: bool
+    ) -> None:
+        requests = [self._requests(index) for index in indexes]
+        for one in requests:
+            one.images.add(image)
+            one.timer.reset(_DECIDED_AFTER)
+        entry = self._store.entry(image)
+        if entry is not None and entry.wanted:
+            await self._completion.complete(image, repository, hit=hit)
+        elif not any(one.by_layer for one in requests):
+            await self._wait(image, repository)
+
+    async def _wait(self, image: Digest, repository: Repository) -> None:
+        try:
+            await self._store.wish(image, repository, undecided=True)
+        except OSError as error:
+            self.log.error("cannot note that {image} is pending: {why}", image=image, why=error.strerror)
+
+    async def _layer_requested(self, image: Digest, repository: Repository, indexes: Iterable[Digest]) -> None:
+        others: set[Digest] = set()
+        if self._platform(image) != NO_PLATFORM:
+            for index in indexes:
+                requests = self._indexes.get(index)
+                if requests is not None:
+                    requests.by_layer = True
+                    others |= requests.images
+        entry = self._store.entry(image)
+        if entry is not None and not entry.wanted:
+            await self._completion.complete(image, repository)
+        for other in (others & self._store.undecided.keys()) - {image}:
+            await self._completion.drop(other)
+
+    async def _resume(self, image: Digest, repository: Repository) -> None:
+        indexes = self._store.indexes(image)
+        if self._store.entry(image) is None:
+            await self._completion.drop(image)
+        elif not indexes:
+            await self._completion.complete(image, repository)
+        else:
+            for index in indexes:
+                # Which others were asked for is not known any more: those that are wanted were, at some time.
+                self._requests(index).images.update(self._wanted_children(index))
+            await self._child_requested(image, repository, indexes, hit=True)
+
+    def _wanted_children(self, index: Digest) -> list[Digest]:
+        entries = {child.digest: self._store.entry(child.digest) for child in self._children([index])}
+        return [digest for digest, entry in entries.items() if entry is not None and entry.wanted]
+
+    def _requests(self, index: Digest) -> _Requests:
+        if index not in self._indexes:
+            self._indexes[index] = _Requests(self._clock.callLater(_DECIDED_AFTER, self._decide, index))
+        return self._indexes[index]
+
+    def _decide(self, index: Digest) -> None:
+        requests = self._indexes.pop(index)
+        self._begin(self._decided(requests))
+
+    async def _decided(self, requests: _Requests) -> None:
+        """Want one of the undecided images that were asked for, and drop the others."""
+        wanted = set[Digest]() if requests.by_layer else self._wanted(requests.images)
+        for image in requests.images & self._store.undecided.keys():
+            if image in wanted:
+                await self._completion.complete(image, self._store.undecided[image])
+            elif not any(image in others.images for others in self._indexes.values()):
+                await self._completion.drop(image)
+
+    def _wanted(self, images: Iterable[Digest]) -> set[Digest]:
+        platforms = {image: self._platform(image) for image in images}
+        told = set(platforms.values()) - {NO_PLATFORM}
+        if len(told) > 1:
+            best = self._machine.best([one for one in self._children_of(images) if one.digest in platforms])
+            told = {best.platform} if best is not None else set()
+        return {image for image, platform in platforms.items() if platform in told}
+
+    def _children_of(self, images: Iterable[Digest]) -> list[Descriptor]:
+        return self._children(dict.fromkeys(index for image in images for index in self._store.indexes(image)))
+
+    def _children(self, indexes: Iterable[Digest]) -> list[Descriptor]:
+        entries = map(self._store.entry, indexes)
+        return [child for entry in entries if entry is not None for child in entry.children]
+
+    def _platform(self, image: Digest) -> str:
+        """Return the platform that an index tells of the image; where none is told, the image is one of its own."""
+        told = (child.platform for child in self._children_of([image]) if child.digest == image)
+        return next(filter(None, told), image)
+
+    def _begin(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
+        if self._stopped:
+            work.close()
+            return
+        started = Deferred.fromCoroutine(work)
+        started.addErrback(lambda failure: self.log.failure("a defect in completing an image", failure))
