@@ -39,6 +39,7 @@ class Tokens(Rule):
     the same instance there. Scopes in `denied` are left out of a token silently, as token servers do. A token
     is good for `lifetime` seconds by `clock`; `expires_in` is what its answer says, None: nothing. With `users`
     a token is for them alone: by GET with user and password, by POST with a password as the refresh token.
+    `scope` is how its challenges tell the scope: not at all, or by an empty one, as some registries do.
     """
 
     realm: str
@@ -46,6 +47,7 @@ class Tokens(Rule):
     key: Literal["token", "access_token"] = "token"
     users: Mapping[str, str] = field(default_factory=dict)
     denied: Iterable[str] = ()
+    scope: Literal["told", "missing", "empty"] = "told"
     lifetime: float = 300
     expires_in: int | None = 300
     clock: Callable[[], float] = time.monotonic
@@ -94,8 +96,9 @@ class Tokens(Rule):
         return Answer(200, (("Content-Type", "application/json"),), json.dumps(body).encode())
 
     def _challenge(self, scope: str | None, reason: str) -> Answer:
-        parts = {"realm": self.realm, "service": self.service, "scope": scope, "error": reason}
-        challenge = ",".join(f'{name}="{value}"' for name, value in parts.items() if value)
+        told = {"told": scope, "missing": None, "empty": ""}[self.scope]
+        parts = {"realm": self.realm, "service": self.service, "scope": told, "error": reason or None}
+        challenge = ",".join(f'{name}="{value}"' for name, value in parts.items() if value is not None)
         return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", f"Bearer {challenge}")
 
 

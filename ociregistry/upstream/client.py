@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from urllib.parse import urlsplit
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -24,6 +26,8 @@ _MOST_REFUSALS = 8
 """Of one request, by all hosts together that it is led to."""
 _SCHEME_KEPT = 600.0
 """Seconds for which a scheme that was found out is remembered."""
+_ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
+"""What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 Headers = Mapping[str, str]
@@ -104,7 +108,8 @@ class Client:
             if sum(map(len, refused.values())) > _MOST_REFUSALS:
                 return response
             challenges = response.headers("www-authenticate")
-            if not self._authorization.refused(scope, asked.own, refused[scope], challenges):
+            default = _pull_scope(response, repository)
+            if not self._authorization.refused(scope, asked.own, refused[scope], challenges, default):
                 return response
             await response.discard()
 
@@ -204,3 +209,13 @@ class _Asked:
     response: Response
     proof: Proof | None
     own: Origin
+
+
+def _pull_scope(response: Response, repository: Repository) -> str:
+    """Return the scope of a token for pulling what `response` refuses, in the form `repository:NAME:pull`.
+
+    NAME is the path of `repository`, or the one in the URL that a redirect has led to, which may differ.
+    """
+    endpoint = urlsplit(response.url).path.partition("/v2/")[2] if response.redirected else ""
+    match = _ENDPOINT.fullmatch(endpoint)
+    return f"repository:{match['name'] if match else repository.path}:pull"
