@@ -18,6 +18,7 @@ from ociregistry.upstream.exchange import Exchanges, NoTls, Response
 from ociregistry.upstream.links import LinkDown
 from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin, redirected
+from ociregistry.upstream.ratelimit import RateLimit
 from ociregistry.upstream.tokens import LARGEST_TOKEN, AccessRefused, TokenRequest, Tokens
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -77,6 +78,7 @@ class Client:
         self._plain_allowed = plain_allowed
         self._clock = clock
         self._rests_until = 0.0
+        self._rate_limit = RateLimit(clock)
         self._authorization = Authorization(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
     async def request(
@@ -95,10 +97,16 @@ class Client:
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
+        hold = self._rate_limit.hold() if manner.last else 0.0
+        if hold > 0:
+            why = f"its rate limit is nearly used up: nothing of the lowest priority is sent for {hold:.0f} s more"
+            raise Unavailable(f"{self._name}: {why}", ceil(hold))
         refused: dict[Scope, list[Proof | None]] = {}
         while True:
             asked = await self._send(method, repository, path, headers or {}, manner)
             response = asked.response
+            if Origin.of(response.url) == asked.own:
+                self._rate_limit.note(response)
             if response.status == 429:
                 self._rest(response)
             if response.status != 401:

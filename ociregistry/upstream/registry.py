@@ -82,7 +82,7 @@ class Registry:
         """The same registry, to be asked for who stands in `chain`."""
         return Registry(self.upstream, self._sources, self._slots, self._instance, chain)
 
-    async def manifest(self, image: ImageReference) -> Manifest:
+    async def manifest(self, image: ImageReference, manner: Manner = NORMALLY) -> Manifest:
         """The manifest that `image` means there; raises `ManifestUnknown`."""
 
         def unknown(why: str) -> RegistryError:
@@ -90,7 +90,8 @@ class Registry:
 
         path = f"manifests/{image.reference}"
         async with self._slots.for_small():
-            response = await self._ask("GET", image.repository, path, {"Accept": _ACCEPT}, unknown)
+            headers = {"Accept": _ACCEPT}
+            response = await self._ask("GET", image.repository, path, headers, unknown, manner=manner)
             data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
