@@ -222,8 +222,8 @@ class _Asked:
 def _pull_scope(response: Response, repository: Repository) -> str:
     """Return the scope of a token for pulling what `response` refuses, in the form `repository:NAME:pull`.
 
-    NAME is the path of `repository`, or the one in the URL that a redirect has led to, which may differ.
+    NAME stands in the URL that was asked, which a redirect may have led to; where that is no URL of a registry's
+    API, it is the path of `repository`.
     """
-    endpoint = urlsplit(response.url).path.partition("/v2/")[2] if response.redirected else ""
-    match = _ENDPOINT.fullmatch(endpoint)
+    match = _ENDPOINT.fullmatch(urlsplit(response.url).path.partition("/v2/")[2])
     return f"repository:{match['name'] if match else repository.path}:pull"
