@@ -247,7 +247,7 @@ class _Connection(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Hand the request over to the registry."""
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         request = Request(
             method=self.command,
@@ -255,6 +255,7 @@ class _Connection(BaseHTTPRequestHandler):
             query=url.query,
             headers=tuple(self.headers.items()),
             connection=self.server.number(self.connection),
+            body=body,
         )
         if not self.server.registry.answer(request, self.connection, self.server.closing):
             self.close_connection = True

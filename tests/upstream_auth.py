@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tests.upstream_http import Answer, Handler, Request, Rule, error
@@ -37,7 +37,9 @@ class Tokens(Rule):
 
     `registry.script("*", Tokens(registry.url + "/token"))`. To have the token server on another host, script
     the same instance there. Scopes in `denied` are left out of a token silently, as token servers do. A token
-    is good for `lifetime` seconds by `clock`; `expires_in` is what its answer says, None: nothing.
+    is good for `lifetime` seconds by `clock`; `expires_in` is what its answer says, None: nothing. With `users`
+    a token is for them alone: by GET with user and password, by POST with a password as the refresh token.
+    `scope` is how its challenges tell the scope: not at all, or by an empty one, as some registries do.
     """
 
     realm: str
@@ -45,6 +47,7 @@ class Tokens(Rule):
     key: Literal["token", "access_token"] = "token"
     users: Mapping[str, str] = field(default_factory=dict)
     denied: Iterable[str] = ()
+    scope: Literal["told", "missing", "empty"] = "told"
     lifetime: float = 300
     expires_in: int | None = 300
     clock: Callable[[], float] = time.monotonic
@@ -79,11 +82,13 @@ class Tokens(Rule):
         return scopes if known else None
 
     def _issue(self, request: Request) -> Answer:
-        if self.users and known_user(request, self.users) is None:
+        asking = request if request.method == "GET" else replace(request, query=request.body.decode())
+        posted = set(asking.parameters("refresh_token")) & set(self.users.values())
+        if self.users and known_user(request, self.users) is None and not posted:
             return error(401, "UNAUTHORIZED", "wrong user or password")
-        if request.parameters("service") != (self.service,):
-            return error(400, "UNSUPPORTED", f"not my service: {request.query}")
-        asked = {scope for value in request.parameters("scope") for scope in value.split()}
+        if asking.parameters("service") != (self.service,):
+            return error(400, "UNSUPPORTED", f"not my service: {asking.query}")
+        asked = {scope for value in asking.parameters("scope") for scope in value.split()}
         token = secrets.token_hex(16)
         with self._lock:
             self._issued[token] = (frozenset(asked.difference(self.denied)), self.clock() + self.lifetime)
@@ -91,8 +96,9 @@ class Tokens(Rule):
         return Answer(200, (("Content-Type", "application/json"),), json.dumps(body).encode())
 
     def _challenge(self, scope: str | None, reason: str) -> Answer:
-        parts = {"realm": self.realm, "service": self.service, "scope": scope, "error": reason}
-        challenge = ",".join(f'{name}="{value}"' for name, value in parts.items() if value)
+        told = {"told": scope, "missing": None, "empty": ""}[self.scope]
+        parts = {"realm": self.realm, "service": self.service, "scope": told, "error": reason or None}
+        challenge = ",".join(f'{name}="{value}"' for name, value in parts.items() if value is not None)
         return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", f"Bearer {challenge}")
 
 

@@ -30,6 +30,7 @@ class Request:
     query: str
     headers: Headers
     connection: int
+    body: bytes = b""
     status: int | None = None
     sent: int = 0
     done: bool = False

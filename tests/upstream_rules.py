@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tests.upstream_http import Answer, Handler, Headers, Request, Rule, Wire
+from tests.upstream_http import Answer, Handler, Headers, Request, Rule, Wire, error
 
 
 @dataclass(frozen=True)
@@ -182,3 +182,12 @@ class Header(Rule):
     def __call__(self, request: Request, handler: Handler) -> Answer:
         """The same with this header changed."""
         return handler(request).with_header(self.name, self.value)
+
+
+@dataclass(frozen=True)
+class NeedUserAgent(Rule):
+    """Refuse requests without a User-Agent, as the fronts of Docker Hub, Wikimedia and AWS do."""
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """403 for a request without one."""
+        return handler(request) if request.header("User-Agent") else error(403, "DENIED", "no User-Agent")

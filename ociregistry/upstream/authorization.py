@@ -62,15 +62,26 @@ class Authorization:
         credentials = await self._credentials.get()
         return Proof(basic(credentials), old) if isinstance(credentials, Password) else None
 
-    def refused(self, scope: Scope, own: Origin, proofs: Sequence[Proof | None], challenges: Sequence[str]) -> bool:
+    def refused(
+        self,
+        scope: Scope,
+        own: Origin,
+        proofs: Sequence[Proof | None],
+        challenges: Sequence[str],
+        default_scope: str,
+    ) -> bool:
         """Whether to ask `scope` again after a 401 with these `WWW-Authenticate` headers.
 
+        `default_scope` is what a token is fetched for when the challenge does not tell, in the form
+        `repository:NAME:pull`.
         `proofs` are those that it has refused during one request, the last one last: None is followed by one, an
         old one by a new one, a new one only by one of another kind or one that is for more.
         """
         proof = proofs[-1]
         known = self._challenges.get(scope)
         challenge = best_challenge(challenges)
+        if isinstance(challenge, BearerChallenge):
+            challenge = challenge.with_default_scope(default_scope)
         if proof is not None:
             self._forget(known, proof, scope, own)
         if len(proofs) > _MOST_REFUSALS or (proof is None and len(proofs) > 1):

@@ -37,6 +37,10 @@ class BearerChallenge:
         """The Bearer challenge in a `WWW-Authenticate` header, or None if it is another one or malformed."""
         return next((found for found in _challenges([header]) if isinstance(found, BearerChallenge)), None)
 
+    def with_default_scope(self, default: str) -> BearerChallenge:
+        """Return the same challenge, with the scope `default` where it tells none or an empty one."""
+        return self if self.scope.strip() else replace(self, scope=default)
+
     def widened(self, other: BearerChallenge) -> BearerChallenge:
         """The same for the scopes of `other` too."""
         scopes = dict.fromkeys([*self.scope.split(), *other.scope.split()])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
+from urllib.parse import urlsplit
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -16,6 +18,7 @@ from ociregistry.upstream.exchange import Exchanges, NoTls, Response
 from ociregistry.upstream.links import LinkDown
 from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin, redirected
+from ociregistry.upstream.ratelimit import RateLimit
 from ociregistry.upstream.tokens import LARGEST_TOKEN, AccessRefused, TokenRequest, Tokens
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -24,6 +27,8 @@ _MOST_REFUSALS = 8
 """Of one request, by all hosts together that it is led to."""
 _SCHEME_KEPT = 600.0
 """Seconds for which a scheme that was found out is remembered."""
+_ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
+"""What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 Headers = Mapping[str, str]
@@ -73,6 +78,7 @@ class Client:
         self._plain_allowed = plain_allowed
         self._clock = clock
         self._rests_until = 0.0
+        self._rate_limit = RateLimit(clock)
         self._authorization = Authorization(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
     async def request(
@@ -91,10 +97,16 @@ class Client:
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
+        hold = self._rate_limit.hold() if manner.last else 0.0
+        if hold > 0:
+            why = f"its rate limit is nearly used up: nothing of the lowest priority is sent for {hold:.0f} s more"
+            raise Unavailable(f"{self._name}: {why}", ceil(hold))
         refused: dict[Scope, list[Proof | None]] = {}
         while True:
             asked = await self._send(method, repository, path, headers or {}, manner)
             response = asked.response
+            if Origin.of(response.url) == asked.own:
+                self._rate_limit.note(response)
             if response.status == 429:
                 self._rest(response)
             if response.status != 401:
@@ -104,7 +116,8 @@ class Client:
             if sum(map(len, refused.values())) > _MOST_REFUSALS:
                 return response
             challenges = response.headers("www-authenticate")
-            if not self._authorization.refused(scope, asked.own, refused[scope], challenges):
+            default = _pull_scope(response, repository)
+            if not self._authorization.refused(scope, asked.own, refused[scope], challenges, default):
                 return response
             await response.discard()
 
@@ -204,3 +217,13 @@ class _Asked:
     response: Response
     proof: Proof | None
     own: Origin
+
+
+def _pull_scope(response: Response, repository: Repository) -> str:
+    """Return the scope of a token for pulling what `response` refuses, in the form `repository:NAME:pull`.
+
+    NAME stands in the URL that was asked, which a redirect may have led to; where that is no URL of a registry's
+    API, it is the path of `repository`.
+    """
+    match = _ENDPOINT.fullmatch(urlsplit(response.url).path.partition("/v2/")[2])
+    return f"repository:{match['name'] if match else repository.path}:pull"

@@ -1,4 +1,4 @@
-"""One HTTP request to a host of an upstream and its response: identity encoding, foreign failures translated."""
+"""One HTTP request to a host of an upstream and its response: common headers, foreign failures translated."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from ociregistry import __version__
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
@@ -28,6 +29,7 @@ from ociregistry.upstream.links import Attempt, Link, Links
 from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.origins import Origin
 
+_USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
 _LARGEST_LEFTOVER = 64 * 1024
@@ -44,9 +46,11 @@ class Encoded(Exception):
 
 @implementer(IAgent)
 class IdentityAgent:
-    """Asks for bytes as they are: what is hashed, resumed and cached must not be encoded on the way.
+    """Sets the headers that every request carries, and refuses encoded responses.
 
-    It stands below treq, which asks for gzip and decodes it.
+    Accept-Encoding is `identity`, because what is hashed, resumed and cached must not be encoded on the way.
+    User-Agent names this program and its version, because some registries refuse requests without one.
+    It stands below treq, which asks for gzip and decodes it, so that no request goes out without these headers.
     """
 
     def __init__(self, agent: IAgent) -> None:
@@ -61,6 +65,7 @@ class IdentityAgent:
     ) -> Deferred[IResponse]:
         headers = Headers() if headers is None else headers.copy()
         headers.setRawHeaders(b"accept-encoding", [b"identity"])
+        headers.setRawHeaders(b"user-agent", [_USER_AGENT])
         requested: Deferred[IResponse] = self._agent.request(method, uri, headers, bodyProducer)
         return requested.addCallback(_as_it_is)
 

@@ -13,9 +13,10 @@ class Manner:
     """Seconds for the headers of each answer."""
     insist: bool = False
     """Whether it is made even if the host could not be reached a moment ago: somebody waits for it."""
-    last: bool = False
     small: bool = False
     """Whether it is for a small object, which does not wait for a connection behind large ones."""
+    last: bool = False
+    """For the lowest priority: refused while the registry's rate limit is nearly used up."""
 
 
 NORMALLY = Manner()

@@ -90,7 +90,8 @@ class Registry:
 
         path = f"manifests/{image.reference}"
         async with self._slots.for_small():
-            response = await self._ask("GET", image.repository, path, {"Accept": _ACCEPT}, unknown, manner=manner)
+            headers = {"Accept": _ACCEPT}
+            response = await self._ask("GET", image.repository, path, headers, unknown, manner=manner)
             data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from ociregistry import __version__
 from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, make_image
-from tests.processes import wait_until
+from tests.processes import Daemon, wait_until
 from tests.real.scripted import SOON, Cache, daemon_in, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
@@ -81,7 +83,7 @@ def test_nothing_of_a_client_s_headers_reaches_the_upstream(
         assert {name.lower() for name, _ in request.headers} <= OURS
         assert request.values("Accept-Encoding") == ("identity",)
         assert request.header("Authorization") is None
-        assert request.header("User-Agent") != CLIENT["User-Agent"]
+        assert request.values("User-Agent") == (f"ociregistry/{__version__}",)
         assert not request.query
         if "/manifests/" in request.path:
             accepted = {part.strip() for value in request.values("Accept") for part in value.split(",")}
@@ -138,6 +140,39 @@ def test_each_repository_has_its_own_token(cache: Cache, repository: str, image:
             assert cache.ask(f"{name}/tags/list").status == 200
     below = asked(cache.upstream, f"{repository}/below")
     assert [request.status for request in below] == [401, 200]
+
+
+LOGINS: dict[str, dict[str, str]] = {
+    "anonymous": {},
+    "password": {"user": "puller", "password": "s3cret"},
+    "identity_token": {"identity_token": "s3cret"},
+}
+
+
+@pytest.mark.parametrize("login", LOGINS)
+@pytest.mark.parametrize("scope", ["missing", "empty"])
+def test_a_registry_that_wants_a_token_without_telling_for_what(
+    tmp_path: Path, repository: str, login: str, scope: Literal["missing", "empty"]
+) -> None:
+    """Its token service gives tokens for what it is asked, and nothing for nothing."""
+    image, other = make_image(repository, layers=2), make_image(f"{repository} too", layers=2)
+    with ScriptedRegistry() as upstream:
+        upstream.add(repository, image, "1")
+        upstream.add(f"{repository}/below", other, "1")
+        users = {"puller": "s3cret"} if LOGINS[login] else {}
+        upstream.script("*", Tokens(f"{upstream.url}/token", scope=scope, users=users))
+        entry: dict[str, object] = {"scheme": "http"} | ({"auth": LOGINS[login]} if LOGINS[login] else {})
+        with Daemon(tmp_path, {upstream.host: entry}, "--no-complete-images") as daemon:
+            cache = Cache(daemon, upstream)
+            for name, what in ((repository, image), (f"{repository}/below", other)):
+                assert cache.ask(f"{name}/manifests/{what.manifest.digest}").body == what.manifest.data
+                assert cache.ask(f"{name}/manifests/1").body == what.manifest.data
+                assert cache.ask(f"{name}/blobs/{what.config.digest}", "HEAD").status == 200
+                for blob in what.blobs:
+                    assert cache.ask(f"{name}/blobs/{blob.digest}").body == blob.data
+        # Each repository was refused once, and has one token.
+        assert [request.status for request in upstream.requests].count(401) == 2
+        assert upstream.count(path="/token") == 2
 
 
 def test_a_token_that_was_revoked(cache: Cache, repository: str, image: Image) -> None:

@@ -87,8 +87,10 @@ class MemoryRegistry(Registry):
         self._calls.append(Call(kind, *what, chain=self._chain))
         return self._calls[-1].result
 
-    async def manifest(self, image: ImageReference) -> Manifest:
-        return cast(Manifest, await self._call("manifest", image))
+    async def manifest(self, image: ImageReference, manner: Manner = NORMALLY) -> Manifest:
+        asked = self._call("manifest", image)
+        self._calls[-1].manner = manner
+        return cast(Manifest, await asked)
 
     async def blob(
         self, repository: Repository, digest: Digest, start: int = 0, manner: Manner = NORMALLY

@@ -171,11 +171,96 @@ def test_one_that_changes_its_mind_all_the_time_is_given_up() -> None:
     assert len(asking.shown) <= 4
 
 
+SCOPELESS = ("", ',scope=""', ',scope=" "')
+"""How challenges do not tell for what they want a token."""
+OURS = "repository:team/app:pull"
+
+
+def wants_any(scope: str = "", error: str = "") -> dict[str, Any]:
+    """A 401 that wants a token, and does not tell for what."""
+    return refusal(f'Bearer realm="{TOKEN}",service="s"{scope}' + (f',error="{error}"' if error else ""))
+
+
+@pytest.mark.parametrize("scope", SCOPELESS)
+@pytest.mark.parametrize("login", [None, USER, HELPER])
+def test_a_challenge_without_a_scope_is_answered_with_a_token_for_the_repository(
+    scope: str, login: Login | None
+) -> None:
+    asking = Convinced(wants_any(scope), OK, login=login)
+    assert asking.status() == 200
+    assert asking.shown == [None, "Bearer t1"]
+    assert asking.scopes == [[OURS]]
+
+
+@pytest.mark.parametrize("scope", SCOPELESS)
+def test_so_it_is_where_an_identity_token_is_posted(scope: str) -> None:
+    asking = Convinced(wants_any(scope), OK, login=IdentityToken("s3cret"))
+    assert asking.status() == 200
+    (form,) = [sent.body for sent in asking.exchanges.sent if sent.method == "POST"]
+    assert parse_qs((form or b"").decode())["scope"] == [OURS]
+
+
+def test_two_repositories_behind_a_challenge_without_a_scope_share_no_token() -> None:
+    asking = Convinced(wants_any(), OK, OK, wants_any(), OK)
+    assert (asking.status(), asking.status(what="manifests/1")) == (200, 200)
+    assert asking.status(path="team/other") == 200
+    assert asking.shown == [None, "Bearer t1", "Bearer t1", None, "Bearer t2"]
+    assert asking.scopes == [[OURS], ["repository:team/other:pull"]]
+
+
+def test_a_token_for_the_repository_may_be_for_too_little() -> None:
+    asking = Convinced(wants_any(), wants("b", "insufficient_scope"), OK)
+    assert asking.status() == 200
+    assert asking.scopes == [[OURS], [OURS, "b"]]
+
+
+@pytest.mark.parametrize("scope", SCOPELESS)
+def test_too_little_without_a_scope_means_the_repository(scope: str) -> None:
+    asking = Convinced(wants("a"), wants_any(scope, "insufficient_scope"), OK)
+    assert asking.status() == 200
+    assert asking.scopes == [["a"], ["a", OURS]]
+
+
+@pytest.mark.parametrize("scope", SCOPELESS)
+def test_a_token_for_the_repository_that_does_not_suffice_is_the_end(scope: str) -> None:
+    asking = Convinced(wants_any(), wants_any(scope, "insufficient_scope"))
+    assert asking.status() == 401
+    assert asking.scopes == [[OURS]]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("v2/team/app/blobs/x", "team/app"),
+        ("v2/project/mirrored/app/blobs/x", "project/mirrored/app"),
+        ("below/v2/a/v2/manifests/blobs/x?n=1", "a/v2/manifests"),
+        # No repository: ours is the best guess.
+        ("storage/x", "team/app"),
+        ("v2/token", "team/app"),
+        ("v2/a:push,b/blobs/x", "team/app"),
+        ("v2/a%20b/blobs/x", "team/app"),
+    ],
+)
+def test_where_a_redirect_leads_a_repository_may_have_another_name(path: str, name: str) -> None:
+    asking = Asking({REG: [redirect(f"{CDN}{path}")], CDN: [wants_any(), OK], TOKEN: [token("t")]}, login=USER)
+    assert asking.status() == 200
+    (url, shown), *_ = [one for one in asking.asked if one[0].startswith(TOKEN)]
+    assert parse_qs(urlsplit(url).query)["scope"] == [f"repository:{name}:pull"]
+    assert shown is None
+
+
+def test_a_redirect_to_a_repository_of_the_same_host_keeps_its_name() -> None:
+    asking = Convinced(redirect("/v2/moved/app/blobs/x"), wants_any(), redirect("/v2/moved/app/blobs/x"), OK)
+    assert asking.status() == 200
+    assert asking.scopes == [["repository:moved/app:pull"]]
+
+
 CHALLENGES = st.sampled_from(
     [
         "Basic",
         "Negotiate",
         f'Bearer realm="{TOKEN}"',
+        f'Bearer realm="{TOKEN}",scope="",error="insufficient_scope"',
         f'Bearer realm="{TOKEN}",scope="a",error="insufficient_scope"',
         f'Bearer realm="{TOKEN}",scope="b",error="insufficient_scope"',
         f'Bearer realm="{TOKEN}",scope="c d",error="insufficient_scope"',

@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.web.http import Request
 from twisted.web.server import NOT_DONE_YET, Site
 
+from ociregistry import __version__
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, OCI_INDEX
 from ociregistry.names import Digest
@@ -123,6 +124,15 @@ async def test_whichever_the_upstream(daemon: Daemon, name: str) -> None:
     upstream = image(name).repository.upstream.name
     quoted = upstream.replace("[", "%5B").replace("]", "%5D").replace(":", "%3A")
     assert daemon.asked[0][0].endswith(f"?ns={quoted}")
+
+
+@pytest.mark.parametrize("kind", ["manifest", "referrers", "blob"])
+@on_reactor
+async def test_it_is_told_who_asks(daemon: Daemon, kind: str) -> None:
+    daemon.give = (503, b"", {})
+    with pytest.raises(Unavailable):
+        await ask(daemon, kind)
+    assert daemon.open[0].requestHeaders.getRawHeaders("User-Agent") == [f"ociregistry/{__version__}"]
 
 
 @on_reactor

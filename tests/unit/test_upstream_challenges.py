@@ -139,3 +139,9 @@ def test_whether_a_token_was_for_too_little(headers: list[str], lacks: bool) -> 
 def test_a_challenge_for_more(known: str, wanted: str, both: str) -> None:
     wide = BearerChallenge("https://old/t", "old", known).widened(BearerChallenge("https://new/t", "new", wanted))
     assert wide == BearerChallenge("https://new/t", "new", both)
+
+
+@pytest.mark.parametrize(("told", "scope"), [("", "a"), (" ", "a"), ("b", "b"), ("b c", "b c")])
+def test_a_challenge_without_a_scope_gets_one(told: str, scope: str) -> None:
+    challenge = BearerChallenge("https://a/t", "s", told)
+    assert challenge.with_default_scope("a") == BearerChallenge("https://a/t", "s", scope)

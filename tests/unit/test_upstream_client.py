@@ -258,7 +258,7 @@ def test_it_is_not_asked_for_ever() -> None:
 def test_a_token_that_one_repository_found_refused_is_not_tried_for_the_next() -> None:
     """Their challenges are the same, as those of registries are that give one token for everything."""
     asking = Asking(
-        {f"{REG}v2/team/a/": [challenge(""), OK], f"{REG}v2/team/b/": [challenge(""), challenge(""), OK]}
+        {f"{REG}v2/team/a/": [challenge("all"), OK], f"{REG}v2/team/b/": [challenge("all"), challenge("all"), OK]}
         | {TOKEN: [token("revoked"), token("new")]}
     )
     asking.status(path="team/a")

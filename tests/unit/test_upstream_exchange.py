@@ -11,6 +11,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry import __version__
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.exchange import NoTls, Response
 from tests.certificates import Authority
@@ -61,6 +62,7 @@ async def test_a_request_asks_for_bytes_as_they_are(
     (request,) = upstream.requests
     assert (request.method, request.path, request.query) == (method, "/some/path", "q=1")
     assert request.values("Accept-Encoding") == ("identity",)
+    assert request.values("User-Agent") == (f"ociregistry/{__version__}",)
     assert request.values("X-Ours") == ("1",)
     assert (response.status, response.url, response.upstream) == (200, f"{upstream.url}/some/path?q=1", "reg.example")
     assert (response.header("x-theirs"), len(response.headers("X-Theirs"))) == ("a", 2)

@@ -152,6 +152,16 @@ def test_so_is_one_whose_token_service_refuses_us(events: list[LogEvent]) -> Non
     assert texts(events, LogLevel.warn) == []
 
 
+def test_a_mirror_may_want_a_token_without_telling_for_what() -> None:
+    """It is asked for the repository by the name that it has at the registry, below whatever path it is."""
+    mirrored = Mirrored(DOWN, challenge(""), DOWN)
+    failed(mirrored.ask(), Unavailable)
+    assert mirrored.exchanges.urls[1:3] == [
+        f"{TWO}/v2/team/app/blobs/x?ns=reg.example",
+        f"{TOKEN}?service=s&scope=repository%3Ateam%2Fapp%3Apull",
+    ]
+
+
 def test_one_that_wants_to_be_left_alone_is() -> None:
     mirrored = Mirrored({"status": 429, "headers": {"Retry-After": "20"}}, OK, OK, OK)
     for _ in range(2):

@@ -1,0 +1,74 @@
+"""How much of a registry's rate limit is left, as its responses tell."""
+
+from __future__ import annotations
+
+from twisted.internet.interfaces import IReactorTime
+
+from ociregistry.upstream.exchange import Response
+
+_LOW_COUNT = 25
+"""So few remaining requests are low where the limit is not told; else a quarter of it."""
+_SHORTEST, _LONGEST = 60.0, 3600.0
+_UNTOLD = 900.0
+"""Seconds to wait where neither the window nor the time of the reset is told."""
+_MOST_DIGITS = 12
+
+
+class RateLimit:
+    """Tells when requests of the lowest priority must wait, so that those that somebody waits for still get through.
+
+    It reads `RateLimit-Limit` and `RateLimit-Remaining`, which are plain numbers or, as Docker Hub has them,
+    `100;w=21600` with the window in seconds, and `RateLimit-Reset`, the seconds until all is available again
+    (draft-ietf-httpapi-ratelimit-headers).
+    """
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._low_until = 0.0
+        self._period: float | None = None
+        """How many seconds it is low for; None while it is not."""
+
+    def note(self, response: Response) -> None:
+        """Remember what `response` tells; headers that are missing or malformed change nothing."""
+        remaining, window = _parse(response.header("ratelimit-remaining"))
+        if remaining is None:
+            return
+        limit, limit_window = _parse(response.header("ratelimit-limit"))
+        if remaining > (_LOW_COUNT if limit is None else limit / 4):
+            self._period = None
+            return
+        self._period = _UNTOLD
+        reset, _ = _parse(response.header("ratelimit-reset"))
+        window = limit_window if window is None else window
+        if reset is not None:
+            self._period = float(reset)
+        elif window is not None:
+            self._period = window / 4
+        self._period = min(max(_SHORTEST, self._period), _LONGEST)
+        self._low_until = self._clock.seconds() + self._period
+
+    def hold(self) -> float:
+        """Return for how many seconds a request of the lowest priority must wait; 0 to send it now.
+
+        When the limit was nearly used up a while ago, one such request may be sent, and the headers of its response
+        decide again; without any, the next one may be sent after the same time.
+        """
+        if self._period is None:
+            return 0.0
+        now = self._clock.seconds()
+        if now < self._low_until:
+            return self._low_until - now
+        self._low_until = now + self._period
+        return 0.0
+
+
+def _parse(value: str) -> tuple[int | None, int | None]:
+    """Return the number that a header begins with, and its parameter `w`; None for what is missing or malformed."""
+    number, *parameters = value.partition(",")[0].split(";")
+    told = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
+    return _number(number), _number(told.get("w", ""))
+
+
+def _number(text: str) -> int | None:
+    digits = text.strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= _MOST_DIGITS else None

@@ -1,0 +1,207 @@
+"""Rate limits: the lowest priority waits while a registry's limit is nearly used up, and nobody else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ociregistry.errors import Unavailable
+from ociregistry.names import Repository, Upstream
+from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.manner import NORMALLY, Manner
+from ociregistry.upstream.registry import Registry
+from tests.unit.asking import registry_over
+from tests.unit.doubles import failed, fired
+from tests.unit.test_upstream_client import CDN, REG, TOKEN, Asking, challenge, redirect, token
+from tests.unit.test_upstream_mirrors import Mirrored
+from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
+
+LAST = Manner(last=True)
+APP = Repository(Upstream("reg.example"), "team/app")
+
+
+def limited(remaining: str, limit: str = "", reset: str = "", **more: Any) -> dict[str, Any]:
+    """A response with these headers; those that are empty are left out."""
+    told = {"RateLimit-Limit": limit, "ratelimit-remaining": remaining, "RateLimit-Reset": reset}
+    return {"headers": {name: value for name, value in told.items() if value}, **more}
+
+
+LOW = limited("25;w=21600", "100;w=21600")
+ENOUGH = limited("26;w=21600", "100;w=21600")
+SILENT: dict[str, Any] = {}
+
+
+def ask(asking: Asking, manner: Manner = LAST) -> Deferred[Response]:
+    """Ask for a manifest in this manner."""
+    return Deferred.fromCoroutine(asking.client.request("GET", APP, "manifests/1", {}, manner))
+
+
+def held(asking: Asking) -> int:
+    """Return for how many seconds a request of the lowest priority is held back, 0 if it is sent."""
+    sent = len(asking.asked)
+    asked = ask(asking)
+    if len(asking.asked) > sent:
+        assert fired(asked).status == 200
+        return 0
+    return failed(asked, Unavailable).retry_after
+
+
+def after(told: dict[str, Any]) -> int:
+    """Return for how long one is held back after a response that told this."""
+    asking = Asking({REG: [told, SILENT]})
+    fired(ask(asking, NORMALLY))
+    return held(asking)
+
+
+@pytest.mark.parametrize(
+    ("remaining", "limit", "low"),
+    [
+        ("25;w=21600", "100;w=21600", True),
+        ("26;w=21600", "100;w=21600", False),
+        ("0;w=21600", "100;w=21600", True),
+        ("25", "100", True),
+        ("26", "100", False),
+        (" 25 ; w=60", "100, 100;w=10, 1000;w=3600", True),
+        ("26", "1000", True),
+        ("250", "1000", True),
+        ("251", "1000", False),
+        # The limit is not told.
+        ("25", "", True),
+        ("26", "", False),
+        ("25", "many", True),
+        ("26", "1" * 13, False),
+    ],
+)
+def test_a_quarter_of_the_limit_is_kept(remaining: str, limit: str, low: bool) -> None:
+    assert bool(after(limited(remaining, limit))) is low
+
+
+@pytest.mark.parametrize("remaining", ["", "few", "-1", "1.5", "0x10", ";w=60", "²", "1" * 13, "1" * 10_000, "w=1"])
+def test_what_is_malformed_is_ignored(remaining: str) -> None:
+    assert after(limited(remaining, "100;w=21600")) == 0
+    # And changes nothing of what was told before.
+    asking = Asking({REG: [LOW, limited(remaining, "100;w=21600"), SILENT]})
+    fired(ask(asking, NORMALLY))
+    fired(ask(asking, NORMALLY))
+    assert held(asking) > 0
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        (limited("0;w=8000", "100;w=8000"), 2000),
+        (limited("0", "100;w=8000"), 2000),
+        (limited("0;w=8000"), 2000),
+        (limited("0;w=21600", "100;w=21600"), 3600),
+        (limited("0;w=100", "100;w=100"), 60),
+        (limited("0", "100", "700"), 700),
+        # The time of the reset is the better word.
+        (limited("0;w=8000", "100;w=8000", "700"), 700),
+        (limited("0", "100", "10"), 60),
+        (limited("0", "100", "1609844400"), 3600),
+        (limited("0", "100"), 900),
+        (limited("0;w=soon", "100;x=1", "soon"), 900),
+        (limited("0;x=1;w=8000", "100"), 2000),
+    ],
+)
+def test_how_long_it_is_held_back(told: dict[str, Any], seconds: int) -> None:
+    asking = Asking({REG: [told, SILENT]})
+    fired(ask(asking, NORMALLY))
+    assert held(asking) == seconds
+    asking.clock.advance(seconds - 1)
+    assert held(asking) == 1
+    asking.clock.advance(1)
+    assert held(asking) == 0
+
+
+def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
+    asking = Asking({REG: [LOW, SILENT]})
+    fired(ask(asking, NORMALLY))
+    asking.clock.advance(100)
+    refused = failed(ask(asking), Unavailable)
+    assert refused.message == (
+        "reg.example: its rate limit is nearly used up: nothing of the lowest priority is sent for 3500 s more"
+    )
+    assert refused.retry_after == 3500
+    assert len(asking.asked) == 1
+
+
+@pytest.mark.parametrize("manner", [NORMALLY, Manner(small=True), Manner(insist=True)])
+def test_nobody_else_is_held_back(manner: Manner) -> None:
+    asking = Asking({REG: [limited("0;w=21600", "100;w=21600")]})
+    for _ in range(3):
+        assert fired(ask(asking, manner)).status == 200
+    assert held(asking) > 0
+
+
+def test_nothing_is_held_back_before_it_tells_anything() -> None:
+    asking = Asking({REG: [SILENT]})
+    assert [held(asking) for _ in range(3)] == [0, 0, 0]
+
+
+def test_what_it_tells_last_counts() -> None:
+    asking = Asking({REG: [LOW, ENOUGH, SILENT, LOW, SILENT]})
+    fired(ask(asking, NORMALLY))
+    assert held(asking) > 0
+    fired(ask(asking, NORMALLY))
+    assert [held(asking), held(asking)] == [0, 0]
+    assert held(asking) > 0
+
+
+def test_after_a_while_one_request_is_sent_and_the_others_wait_for_what_it_finds() -> None:
+    asking = Asking({REG: [LOW, None]})
+    fired(ask(asking, NORMALLY))
+    asking.clock.advance(3600)
+    assert not ask(asking).called
+    assert held(asking) == 3600
+    assert len(asking.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "then"), [(LOW, 3600), (SILENT, 3600), (limited("0", "100", "70"), 70), (ENOUGH, 0)]
+)
+def test_the_headers_of_that_one_decide_again(told: dict[str, Any], then: int) -> None:
+    asking = Asking({REG: [LOW, told, SILENT]})
+    fired(ask(asking, NORMALLY))
+    asking.clock.advance(3600)
+    assert [held(asking), held(asking)] == [0, then]
+
+
+def test_the_limit_of_who_a_registry_redirects_to_is_not_its_own() -> None:
+    asking = Asking({REG: [redirect(f"{CDN}x")], CDN: [LOW]})
+    fired(ask(asking, NORMALLY))
+    assert held(asking) == 0
+
+
+def test_nor_is_that_of_its_token_service() -> None:
+    asking = Asking({REG: [challenge(), SILENT], TOKEN: [token("t") | LOW]})
+    fired(ask(asking, NORMALLY))
+    assert held(asking) == 0
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_refusal_tells_it_as_well(status: int) -> None:
+    asking = Asking({REG: [LOW | {"status": status}, SILENT]})
+    fired(ask(asking, NORMALLY))
+    assert held(asking) > 0
+
+
+def test_every_registry_has_its_own_limit() -> None:
+    """A mirror whose limit is nearly used up is passed over."""
+    mirrored = Mirrored(LOW, {"status": 404}, SILENT)
+    for manner in (NORMALLY, LAST, LAST):
+        asked = mirrored.sources.request("GET", APP, "manifests/1", {}, manner)
+        assert fired(Deferred.fromCoroutine(asked)).status == 200
+    assert mirrored.asked == ["one", "two", "reg", "two", "reg"]
+
+
+def test_a_manifest_is_asked_for_in_that_manner() -> None:
+    headers = {**GOOD["headers"], **LOW["headers"]}
+    asking = Asking({REG: [{**GOOD, "headers": headers}]})
+    registry: Registry = registry_over(asking.client)
+    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST))) == IMAGE
+    assert [sent.manner for sent in asking.exchanges.sent] == [LAST]
+    failed(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST)), Unavailable)
+    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
