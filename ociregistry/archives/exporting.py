@@ -24,7 +24,7 @@ from ociregistry.archives.recognition import read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.inventory import Inventory, Row
+from ociregistry.store.inventory import Inventory, Kept, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +119,15 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
     for row in sorted(rows, key=lambda row: row.url):
         manifests = _tree(inventory, row.kept.manifest)
         metadata = [
-            digest for digest in manifests if inventory.is_metadata(digest) and digest != row.kept.manifest.digest
+            one
+            for digest, one in manifests.items()
+            if digest != row.kept.manifest.digest and inventory.is_metadata(digest)
         ]
-        configs = {digest: manifests[digest].config for digest in metadata}
-        for digest, config in configs.items():
-            if config is None or inventory.blob_size(config.digest) != config.size:
-                del manifests[digest]
-        images = [manifest for digest, manifest in manifests.items() if digest not in configs]
-        metadata = [digest for digest in metadata if digest in manifests]
-        named = {blob.digest: blob.size for image in images for blob in image.blobs}
-        named |= {config.digest: config.size for digest in metadata if (config := configs[digest]) is not None}
+        images = [one for one in manifests.values() if one not in metadata]
+        described = [blob for one in images for blob in one.blobs] + [
+            blob for one in metadata for blob in one.blobs[:1]
+        ]
+        named = {blob.digest: blob.size for blob in described}
         blobs = {digest: size for digest, size in named.items() if digest not in had}
         missing = [size for digest, size in blobs.items() if inventory.blob_size(digest) != size]
         if all(image.is_list for image in images):
@@ -138,7 +137,7 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
             left_out.append(LeftOut(row.url, why, sum(missing)))
         else:
             selected.rows.append(row)
-            selected.metadata[row.url] = metadata
+            selected.metadata[row.url] = [one.digest for one in metadata]
             selected.manifests.update(manifests)
             selected.blobs.update(blobs)
             selected.had.update({digest: size for digest, size in named.items() if digest in had})
@@ -153,8 +152,18 @@ def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
         manifest = wanted.pop()
         if manifest.digest not in found:
             found[manifest.digest] = manifest
-            wanted += [child.manifest for child in inventory.children(manifest.digest)]
+            wanted += [
+                child.manifest for child in inventory.children(manifest.digest) if _comes_along(child, inventory)
+            ]
     return found
+
+
+def _comes_along(child: Kept, inventory: Inventory) -> bool:
+    """Tell whether a child of an index is exported with it: what is here as metadata, only with its config."""
+    config = child.manifest.config
+    if config is None or not inventory.is_metadata(child.manifest.digest):
+        return True
+    return inventory.blob_size(config.digest) == config.size
 
 
 @contextmanager

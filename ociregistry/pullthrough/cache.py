@@ -115,13 +115,11 @@ class PullThrough:
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
-    async def manifest(
-        self, image: ImageReference, chain: Chain = NOBODY, *, wanted: bool | None = None
-    ) -> FoundManifest:
+    async def manifest(self, image: ImageReference, chain: Chain = NOBODY, *, wanted: bool = False) -> FoundManifest:
         """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`.
 
-        `wanted` is what a new record says of an image; one that an index names is not wanted before a layer of it,
-        or nothing else, is asked for.
+        `wanted` is what a new record says of an image. One that an index names is never wanted at first, and what
+        another cache asks for on behalf of its clients is wanted there.
         """
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
@@ -152,18 +150,17 @@ class PullThrough:
         asked: ImageReference,
         image: ImageReference,
         chain: Chain,
-        wanted: bool | None,
+        wanted: bool,
         manner: Manner = NORMALLY,
     ) -> Manifest:
         """The manifest `asked` for, kept as what `image` means."""
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
         manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked, manner)
-        if manifest.is_list:
-            wanted = None
-        elif isinstance(image.reference, Digest) and self._store.indexes(manifest.digest):
-            wanted = False if chain == NOBODY else None
+        is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
+        # What other caches pull counts as wanted when a layer has come.
+        unsaid = manifest.is_list or (is_child and chain != NOBODY)
         try:
-            await self._store.keep(manifest, image, wanted=wanted)
+            await self._store.keep(manifest, image, wanted=None if unsaid else wanted and not is_child)
         except OSError as error:
             raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
         return manifest
@@ -171,9 +168,7 @@ class PullThrough:
     def _must_be_latest(self, image: ImageReference) -> bool:
         return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
 
-    async def _latest(
-        self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool | None
-    ) -> FoundManifest:
+    async def _latest(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool) -> FoundManifest:
         """What the upstream says that `image` means now; what the store says when the upstream gives no manifest."""
         checked = self._checks.join(image, lambda: self._check(image, stored, chain, wanted))
         try:

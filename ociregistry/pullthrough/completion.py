@@ -6,6 +6,7 @@ A client asks only for the layers that it does not have; the next one may have n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +159,7 @@ class Completion:
         try:
             lacking = await self._store.lacking_images(digests)
         except OSError as error:
-            self.log.error("cannot see what the images of the store lack: {why}", why=error.strerror)
+            self.log.error("cannot see what {image} lacks: {why}", image="the store", why=error.strerror)
             return
         for digest in digests:
             entry = self._store.entry(digest)
@@ -175,7 +176,7 @@ class Completion:
         self._refused.pop(digest, None)
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
-        if digest in self._store.wishes:
+        if digest in self._store.wishes or digest in self._looked_at:
             return
         self._missing[digest] = sum(missing.values())
         refused = self._refused.get(digest)
@@ -232,34 +233,32 @@ class Completion:
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
         """Note that the image `digest` is wanted, and have its blobs fetched that are missing."""
-        await self._want(digest)
-        found = self._complete.get(digest)
         if digest in self._store.wishes or digest in self._looked_at:
-            return
-        # One that had to be fetched may have been pruned with its blobs since.
-        if hit and found is not None and self._clock.seconds() - found < _BELIEVED:
-            await self._drop_undecided(digest)
             return
         self._looked_at.add(digest)
         try:
-            missing = await self._store.missing(digest)
+            await self._want(digest)
+            missing = await self._missing_now(digest, hit=hit)
         finally:
             self._looked_at.discard(digest)
+        if missing:
+            self._missing[digest] = sum(missing.values())
+        if missing and self._completes(digest):
+            await self._request(digest, repository)
+        elif digest in self._store.undecided:
+            await self.drop(digest)
+
+    async def _missing_now(self, digest: Digest, *, hit: bool) -> Mapping[Digest, int]:
+        found = self._complete.get(digest)
+        # One that had to be fetched may have been pruned with its blobs since.
+        if hit and found is not None and self._clock.seconds() - found < _BELIEVED:
+            return {}
+        missing = await self._store.missing(digest)
         if not missing:
             if len(self._complete) >= _MOST_COMPLETE:
                 self._complete.clear()
             self._complete[digest] = self._clock.seconds()
-            await self._drop_undecided(digest)
-            return
-        self._missing[digest] = sum(missing.values())
-        if self._completes(digest):
-            await self._request(digest, repository)
-        else:
-            await self._drop_undecided(digest)
-
-    async def _drop_undecided(self, digest: Digest) -> None:
-        if digest in self._store.undecided:
-            await self.drop(digest)
+        return missing or {}
 
     async def _request(self, digest: Digest, repository: Repository) -> None:
         try:
@@ -345,7 +344,7 @@ class Completion:
             for blob in sorted(missing, key=missing.__getitem__):
                 self._missing[digest] = sum(missing.values())
                 try:
-                    await self._fetch(repository, blob)
+                    await self._fetch_from_any(repository, digest, blob)
                 except (BlobUnknown, Denied) as error:
                     self.log.warn("{image} stays incomplete: {why}", image=image, why=error.message)
                     refused[blob] = missing[blob]
@@ -361,6 +360,18 @@ class Completion:
             self._missing.pop(digest, None)
         await self.drop(digest)
         self.log.info("no blob of {image} is to be fetched any more", image=image)
+
+    async def _fetch_from_any(self, repository: Repository, image: Digest, blob: Digest) -> None:
+        """Fetch a blob from `repository`, or from another one that has the image if it is not there."""
+        try:
+            await self._fetch(repository, blob)
+        except (BlobUnknown, Denied):
+            others = (one for one in self._store.repositories(image) if one.upstream == repository.upstream)
+            for other in sorted(set(others) - {repository}):
+                with suppress(BlobUnknown, Denied):
+                    await self._fetch(other, blob)
+                    return
+            raise
 
     async def drop(self, digest: Digest) -> None:
         """Note that no blobs of the image are to be fetched any more."""

@@ -210,12 +210,12 @@ class RecordFiles:
 def is_wanted(record: Record, blobs: Path) -> bool:
     """Tell whether the layers of the image belong into the store, whose blobs are in the folder `blobs`.
 
-    A record that does not say counts as wanted when a layer of it is here. Blocks.
+    One whose record does not say is wanted when it is known by a tag, or when a layer of it is here. Blocks.
     """
     if record.wanted is not None:
         return record.wanted
     layers = record.manifest.layers
-    return not layers or any(size_of_blob(blobs / layer.hex) is not None for layer in layers)
+    return record.has_tag or not layers or any(size_of_blob(blobs / layer.hex) is not None for layer in layers)
 
 
 def signatures(folder: Path) -> list[tuple[Path, Signature]]:

@@ -52,7 +52,7 @@ class Record:
     wanted: bool | None = None
     """Whether the layers of the image belong into the store; False for one that is kept as metadata alone.
 
-    None where the record does not say, as in those of earlier versions: they count as wanted when a layer is here.
+    None where the record does not say, as in those of earlier versions.
     """
 
     def confirm(
@@ -74,6 +74,11 @@ class Record:
     def means(self, image: ImageReference) -> bool:
         """Whether `image` is this manifest: a digest whatever the repository, a tag where it is noted."""
         return image.reference == self.manifest.digest or str(image) in self.images
+
+    @property
+    def has_tag(self) -> bool:
+        """Whether some tag means this manifest."""
+        return any("@" not in url for url in self.images)
 
     def render(self) -> bytes:
         """The bytes of the file."""

@@ -71,7 +71,9 @@ class View:
         self._put(digest, Entry.of(record, wanted=before.wanted if before else True))
 
     def _put(self, digest: Digest, entry: Entry) -> None:
-        if self.catalogue.get(digest) != entry:
+        before = self.catalogue.get(digest)
+        # Its digest says what it names: nothing else about it can change what it lacks.
+        if before is None or before.wanted != entry.wanted:
             self._changed.add(digest)
         self.catalogue.put(digest, entry)
 

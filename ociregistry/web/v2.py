@@ -75,7 +75,7 @@ class V2:
     async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
         # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
         by_client = chain == NOBODY
-        found = await self._cache.manifest(request.image, chain, wanted=True if by_client else None)
+        found = await self._cache.manifest(request.image, chain, wanted=by_client)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'

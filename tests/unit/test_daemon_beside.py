@@ -20,6 +20,7 @@ from ociregistry.pullthrough.suppliers import ThroughDaemon
 from ociregistry.store.door import Door, find_daemon
 from ociregistry.store.store import Store
 from ociregistry.upstream.beside import DaemonBeside
+from tests.unit.asking import INSTANCE
 from tests.unit.daemons import Daemons, get
 from tests.unit.daemons_upstream import BUILT, LAYER, app, counts, here, start
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
@@ -39,7 +40,7 @@ class Besides:
         """The daemon on the store."""
         door = find_daemon(root)
         assert door is not None
-        self._open.append((DaemonBeside(door.path, REACTOR), door))
+        self._open.append((DaemonBeside(door.path, INSTANCE, REACTOR), door))
         return self._open[-1][0]
 
     async def close(self) -> None:

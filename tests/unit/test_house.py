@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "ociregistry"
-LONGEST = 320
+LONGEST = 550
 
 # Top first: a room may import itself and every room on a lower floor, never its neighbour on the same one.
 FLOORS: tuple[frozenset[str], ...] = (
@@ -180,7 +180,7 @@ FORBIDDEN = [
     ("store.a", "import_module(name)", "imports something whose name is not written out"),
     ("store.a", "from os.path import *", "imports everything from os.path"),
     ("helpers", "", "the house has no room helpers"),
-    ("web.site", "x = 1\n" * (LONGEST + 1), "321 lines, more than 320"),
+    ("web.site", "x = 1\n" * (LONGEST + 1), "551 lines, more than 550"),
     ("web.site", "from twisted.internet import reactor", "web must not import twisted.internet.reactor"),
     ("store.a", "import twisted.internet.reactor as r", "store must not import twisted.internet.reactor"),
     (

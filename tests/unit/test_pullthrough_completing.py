@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pytest
 from twisted.internet.defer import Deferred
@@ -15,8 +15,10 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.errors import Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.completion import Completion, Incomplete
+from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
+from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.web.v2 import V2
@@ -242,14 +244,15 @@ async def test_a_failure_is_told_to_who_fetches_alone(
     assert texts(events, LogLevel.error) == []
 
 
-class Wishing:
+class Wishing(Completion):
     """Keeps what is wished for."""
 
     def __init__(self) -> None:
         self.wished: list[tuple[Digest, Repository]] = []
         self.error: Exception | None = None
+        self._policy = CompletionPolicy()
 
-    async def wish(self, manifest: Manifest, repository: Repository, *, hit: bool) -> None:
+    async def wish(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
         """Does nothing."""
         self.wished.append((manifest.digest, repository))
         if self.error is not None:
@@ -261,17 +264,15 @@ class Wishing:
 async def test_who_gets_a_manifest_wishes_for_its_image(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    wishing: Any = Wishing()
-
-    def make(completion: Any) -> V2:
-        return V2(cache, Listings(store, upstreams, clock), completion, Upstream("docker.io"), INSTANCE)
+    wishing = Wishing()
+    demand = Demand(store, wishing, Platform("linux", "amd64"), clock)
+    v2 = V2(cache, Listings(store, upstreams, clock), demand, Upstream("docker.io"), INSTANCE)
 
     await store.keep(IMAGE, APP)
     path = "/v2/team/app/manifests/1"
-    assert (await ask(make(wishing), path, method="HEAD")).status == 200
+    assert (await ask(v2, path, method="HEAD")).status == 200
     assert wishing.wished == []
-    assert (await ask(make(None), path)).status == 200
     # It is none of the client's business when that fails.
     wishing.error = ZeroDivisionError()
-    assert (await ask(make(wishing), path)).status == 200
+    assert (await ask(v2, path)).status == 200
     assert wishing.wished == [(IMAGE.digest, APP.repository)]

@@ -170,7 +170,8 @@ async def test_what_is_not_to_be_had_is_given_up_with_a_line(
         await fetching.bring(blob)
     await until(lambda: not wishes(root))
     assert texts(events, LogLevel.warn) == [f"{NAME} stays incomplete: {error.message}"]
-    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(0, 0))
+    # It is still missing, and told so.
+    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(1, SIZES[CONFIG]))
 
 
 @on_reactor

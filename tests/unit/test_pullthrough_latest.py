@@ -19,6 +19,7 @@ from ociregistry.store.store import Store
 from ociregistry.web.v2 import V2
 from tests.images import make_image, make_index
 from tests.unit.asking import INSTANCE
+from tests.unit.demands import NoDemand
 from tests.unit.doubles import image, manifest, on_reactor, texts, turn, until
 from tests.unit.registries import MemoryRegistries
 from tests.unit.test_pullthrough_cache import asked, manifest_of
@@ -165,7 +166,7 @@ async def test_nor_does_a_disk_that_is_full(
 ) -> None:
     await store.keep(IMAGE, LATEST)
 
-    async def keep(*what: object) -> NoReturn:
+    async def keep(*what: object, **said: object) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store, "keep", keep)
@@ -250,7 +251,7 @@ async def test_a_client_is_warned_of_what_was_not_checked(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, method: str
 ) -> None:
     await store.keep(IMAGE, LATEST)
-    v2 = V2(cache, Listings(store, upstreams, clock), None, Upstream("docker.io"), INSTANCE)
+    v2 = V2(cache, Listings(store, upstreams, clock), NoDemand(), Upstream("docker.io"), INSTANCE)
     for count, error in enumerate((None, *ERRORS), 1):
         asking = ask(v2, "/v2/team/app/manifests/latest", method=method)
         await asked(upstreams, count)

@@ -36,6 +36,8 @@ DEFAULTS = Settings(
     always_pull_latest=False,
     air_gapped=False,
     complete_images=True,
+    complete_metadata=True,
+    complete_platforms=(),
     max_bandwidth=None,
     bandwidth=(),
     prune=None,
@@ -62,7 +64,17 @@ def test_the_defaults() -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    beside = {"listen", "registries", "bandwidth", "prune", "verify", "tls", "warnings"}
+    beside = {
+        "listen",
+        "registries",
+        "bandwidth",
+        "complete_metadata",
+        "complete_platforms",
+        "prune",
+        "verify",
+        "tls",
+        "warnings",
+    }
     assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:

@@ -69,7 +69,7 @@ def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, examp
     # Some keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
     assert settings.allow_upstreams == ("*",)
     examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images"}
-    examples |= {"arch", "os", "platform", "prune", "verify"}
+    examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify"}
     for field in fields(Settings):
         if field.name not in examples:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name

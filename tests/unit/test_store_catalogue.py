@@ -34,9 +34,11 @@ def test_an_entry_is_what_memory_keeps_of_a_record() -> None:
     url = "quay.io/app:1"
     record = Record(manifest(built), {}).confirm(image(url), START)
     made = Entry.of(record)
-    assert made == Entry(False, {url: START}, {Digest(blob.digest): len(blob.data) for blob in built.blobs})
-    index = make_index("catalogue")
-    assert Entry.of(Record(manifest(index), {})) == Entry(True, {}, {})
+    sizes = {Digest(blob.digest): len(blob.data) for blob in built.blobs}
+    layers = frozenset(Digest(layer.digest) for layer in built.layers)
+    assert made == Entry(False, {url: START}, sizes, manifest(built).config, layers)
+    index = manifest(make_index("catalogue"))
+    assert Entry.of(Record(index, {})) == Entry(True, {}, {}, children=index.children)
 
 
 def test_an_entry_knows_its_repositories() -> None:

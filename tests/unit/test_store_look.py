@@ -75,8 +75,8 @@ async def test_what_we_write_during_a_look_is_not_lost(
     has_read, go_on = threading.Event(), threading.Event()
     really_look = RecordFiles.look
 
-    def look_slowly(records: RecordFiles, known: Mapping[Path, Signature]) -> Changes:
-        found = really_look(records, known)
+    def look_slowly(records: RecordFiles, known: Mapping[Path, Signature], *, blobs: bool) -> Changes:
+        found = really_look(records, known, blobs=blobs)
         has_read.set()
         go_on.wait(10)
         return found

@@ -15,7 +15,7 @@ from ociregistry.names import Digest
 from ociregistry.store.files import lock
 from ociregistry.store.orphans import find_orphans, remove_orphans
 from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.wishes import WishFiles
+from ociregistry.store.wishes import Pending, WishFiles
 from tests.unit.doubles import image
 from tests.unit.stocked import Stock, Unsynced, image_of, list_of
 
@@ -156,7 +156,7 @@ def test_one_that_is_wished_for_is_none(stock: Stock) -> None:
     """Wherever the wish is, and the partial."""
     wanted = stock.put(image_of(b"config", b"layer"), "a:1")
     (stock.root / "pulls" / "4").mkdir()
-    WishFiles(stock.root / "pulls" / "4", Unsynced()).write(wanted.digest, APP)
+    WishFiles(stock.root / "pulls" / "4", Unsynced()).write(Pending(wanted.digest, APP))
     partial(stock.root / "pulls" / "2", b"layer", 3)
     other = partial(stock.root / "pulls" / "2", b"another's", 3)
     assert found(stock) == {f"pulls/2/{other.name}": 3}
@@ -167,7 +167,7 @@ def test_one_that_is_wished_for_is_none(stock: Stock) -> None:
 def test_a_wish_for_what_has_no_record_wishes_for_nothing(stock: Stock) -> None:
     wanted = image_of(b"config", b"layer")
     path = partial(stock.root / "pulls" / "2", b"layer", 3)
-    WishFiles(path.parent, Unsynced()).write(wanted.digest, APP)
+    WishFiles(path.parent, Unsynced()).write(Pending(wanted.digest, APP))
     (path.parent / "nonsense.wish").write_text("{}")
     assert found(stock) == {f"pulls/2/{path.name}": 3}
 

@@ -60,7 +60,7 @@ def test_files_with_other_names_are_not_looked_at(stock: Stock, store: Store) ->
 def test_an_image_that_lacks_blobs_is_no_damage(stock: Stock, store: Store) -> None:
     stock.blob(LAYER).unlink()
     findings = verified(store)
-    assert (findings.damaged, findings.missing) == ([], {image_of(*ONE).digest: len(LAYER)})
+    assert (findings.damaged, findings.missing) == ([], {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}})
 
 
 # Blobs
@@ -87,7 +87,7 @@ def test_a_blob_that_is_not_what_its_name_says_is_put_aside(
     assert f"its {len(damage(LAYER))} bytes do not have the digest {digest}" in damaged.why
     assert stock.has(*ONE) == [True, False]
     assert (stock.root / "pulls" / "0" / "bad" / digest.hex).read_bytes() == damage(LAYER)
-    assert findings.missing == {image_of(*ONE).digest: len(LAYER)}
+    assert findings.missing == {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}}
     assert result(store.blob(digest)) is None
     assert verified(store).damaged == []
 

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files
 from ociregistry.store.store import Store
-from ociregistry.store.wishes import WishFiles
+from ociregistry.store.wishes import Pending, WishFiles
 from tests.lossy import LossyFiles, PowerCut
 from tests.unit.doubles import REACTOR, image, on_reactor
 
@@ -40,15 +40,15 @@ def found(root: Path) -> set[str]:
 def test_wishes_are_written_read_and_removed(tmp_path: Path) -> None:
     wishes = WishFiles(tmp_path, Files())
     assert list(wishes.read()) == []
-    wishes.write(IMAGE, APP)
-    wishes.write(OTHER, HUB)
+    wishes.write(Pending(IMAGE, APP))
+    wishes.write(Pending(OTHER, HUB))
     assert {path.name for path in tmp_path.iterdir()} == {f"{IMAGE.hex}.wish", f"{OTHER.hex}.wish"}
     assert json.loads((tmp_path / f"{IMAGE.hex}.wish").read_bytes()) == GOOD
-    assert dict(wishes.read()) == {IMAGE: APP, OTHER: HUB}
-    wishes.write(IMAGE, HUB)
+    assert {pending.image: pending.repository for pending in wishes.read()} == {IMAGE: APP, OTHER: HUB}
+    wishes.write(Pending(IMAGE, HUB))
     wishes.remove(OTHER)
     wishes.remove(OTHER)
-    assert dict(WishFiles(tmp_path, Files()).read()) == {IMAGE: HUB}
+    assert list(WishFiles(tmp_path, Files()).read()) == [Pending(IMAGE, HUB)]
 
 
 @on_reactor
@@ -129,9 +129,9 @@ def test_one_that_was_not_finished_is_removed(root: Path, open_store: Callable[[
 
 def test_one_that_cannot_be_read_harms_no_other(tmp_path: Path) -> None:
     wishes = WishFiles(tmp_path, Files())
-    wishes.write(IMAGE, APP)
+    wishes.write(Pending(IMAGE, APP))
     (tmp_path / f"{OTHER.hex}.wish").mkdir()
-    assert dict(wishes.read()) == {IMAGE: APP}
+    assert {pending.image: pending.repository for pending in wishes.read()} == {IMAGE: APP}
 
 
 @pytest.mark.parametrize("before", [None, HUB])
@@ -142,17 +142,17 @@ def test_the_power_may_go_at_any_time(tmp_path: Path, before: Repository | None)
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
         if before is not None:
-            WishFiles(tmp_path, Files()).write(IMAGE, before)
+            WishFiles(tmp_path, Files()).write(Pending(IMAGE, before))
         files = LossyFiles(tmp_path, "now", number)
         with suppress(PowerCut):
-            WishFiles(tmp_path, files).write(IMAGE, APP)
+            WishFiles(tmp_path, files).write(Pending(IMAGE, APP))
             done = True
         for disk in files.left_by_power_cut() | {files.left_by_kill()}:
             folder = tmp_path / "after"
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             disk.write(folder)
-            read = dict(WishFiles(folder, Files()).read()).get(IMAGE)
+            read = {one.image: one.repository for one in WishFiles(folder, Files()).read()}.get(IMAGE)
             assert read == APP if done else read in (before, APP), f"operation {number}"
         number += 1
     assert number > 4
@@ -162,5 +162,5 @@ def test_a_wish_names_a_repository_whatever_its_host(tmp_path: Path) -> None:
     wishes = WishFiles(tmp_path, Files())
     for host in ("docker.io", "localhost", "10.0.0.1:5000", "[::1]:5000"):
         repository = Repository.at(Upstream.parse(host), "a/b/c")
-        wishes.write(IMAGE, repository)
-        assert dict(wishes.read()) == {IMAGE: repository}
+        wishes.write(Pending(IMAGE, repository))
+        assert {pending.image: pending.repository for pending in wishes.read()} == {IMAGE: repository}

@@ -74,6 +74,8 @@ def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) ->
         registries={},
         always_pull_latest=False,
         air_gapped=False,
+        complete_metadata=True,
+        complete_platforms=(),
         complete_images=True,
         max_bandwidth=1000.0,
         bandwidth=(),

@@ -20,6 +20,7 @@ from ociregistry.names import Digest
 from ociregistry.store.door import Door
 from ociregistry.upstream.beside import DaemonBeside
 from tests.images import make_image
+from tests.unit.asking import INSTANCE
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until
 from tests.unit.loads import image_of, index_of
 
@@ -85,7 +86,7 @@ class Daemon:
         self.door = Door(folder)
         self.site = _Site(_Answering(self))
         self._port = REACTOR.listenUNIX(self.door.path, self.site, mode=0o600)
-        self.beside = DaemonBeside(self.door.path, REACTOR)
+        self.beside = DaemonBeside(self.door.path, INSTANCE, REACTOR)
 
     async def stop(self) -> None:
         """Closes all."""
@@ -259,7 +260,7 @@ async def test_an_answer_that_breaks_off(daemon: Daemon) -> None:
 async def test_a_daemon_that_has_gone(tmp_path: Path) -> None:
     (tmp_path / "pulls").mkdir()
     door = Door(tmp_path / "pulls")
-    beside = DaemonBeside(door.path, REACTOR)
+    beside = DaemonBeside(door.path, INSTANCE, REACTOR)
     for _ in range(2):
         with pytest.raises(Unavailable, match=r"^the daemon: "):
             await beside.manifest(APP)

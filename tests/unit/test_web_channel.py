@@ -16,6 +16,7 @@ from ociregistry.web.site import RegistrySite
 from ociregistry.web.traffic import Traffic
 from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
+from tests.unit.demands import NoDemand
 from tests.unit.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData
 
 WHOLE_REQUEST = 30
@@ -34,7 +35,7 @@ def cache() -> Cache:
 @pytest.fixture
 def site(cache: Any, clock: Clock) -> RegistrySite:
     """A site whose answer to `SLOW` the test holds back."""
-    v2 = V2(cache, cache, None, Upstream(DOCKER_HUB), INSTANCE)
+    v2 = V2(cache, cache, NoDemand(), Upstream(DOCKER_HUB), INSTANCE)
     return RegistrySite(v2, v2.answer, 60, clock)
 
 

@@ -44,6 +44,8 @@ def test_it_tells_how_the_daemon_is(method: str) -> None:
         "images": 3,
         "incomplete_images": 1,
         "missing_bytes": 5,
+        "pending_images": 0,
+        "incomplete_indexes": 0,
     }
 
 

@@ -55,6 +55,8 @@ def test_health_says_what_is_here(server: RegistrySite) -> None:
         "images": 3,
         "incomplete_images": 1,
         "missing_bytes": 5,
+        "pending_images": 0,
+        "incomplete_indexes": 0,
     }
     assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
 

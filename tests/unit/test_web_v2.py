@@ -23,6 +23,7 @@ from ociregistry.web.requests import Query
 from ociregistry.web.v2 import V2
 from tests.images import make_image
 from tests.unit.asking import INSTANCE
+from tests.unit.demands import NoDemand
 from tests.unit.doubles import failed, fired, image, manifest, on_reactor, until
 from tests.unit.registries import MemoryRegistries
 from tests.unit.visitors import Visitor, site
@@ -47,7 +48,7 @@ OTHER = f"ociregistry-{'f' * 16}"
 @pytest.fixture
 def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> V2:
     """The API over the empty store."""
-    return V2(cache, Listings(store, upstreams, clock), None, Upstream("docker.io"), INSTANCE)
+    return V2(cache, Listings(store, upstreams, clock), NoDemand(), Upstream("docker.io"), INSTANCE)
 
 
 def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", chain: Chain = NOBODY) -> Deferred[Answer]:
@@ -210,7 +211,7 @@ class Asked:
     def __init__(self) -> None:
         self.chains: list[Chain] = []
 
-    async def _nothing(self, *arguments: object) -> NoReturn:
+    async def _nothing(self, *arguments: object, **options: object) -> NoReturn:
         chain = arguments[-1]
         assert isinstance(chain, Chain)
         self.chains.append(chain)
@@ -222,7 +223,7 @@ class Asked:
 @pytest.mark.parametrize(("method", "path"), EVERYTHING)
 def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> None:
     asked: Any = Asked()
-    v2 = V2(asked, asked, None, Upstream("docker.io"), INSTANCE)
+    v2 = V2(asked, asked, NoDemand(), Upstream("docker.io"), INSTANCE)
     for chain in (NOBODY, Chain((OTHER,))):
         failed(ask(v2, path, NS, method, chain), Unavailable)
         assert asked.chains.pop() == chain

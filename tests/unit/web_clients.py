@@ -36,7 +36,7 @@ class Cache:
         self.answer: Deferred[None] = Deferred()
         self.data = InMemory(DATA)
 
-    async def manifest(self, image: object, chain: object) -> None:
+    async def manifest(self, image: object, chain: object, *, wanted: bool) -> None:
         await self.answer
         raise ManifestUnknown("it is not here")
 
