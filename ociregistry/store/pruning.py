@@ -7,8 +7,8 @@ rewritten: no record that comes meanwhile loses a blob.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
@@ -36,11 +36,15 @@ class Plan:
     """With their sizes in bytes."""
     bytes_of: Mapping[Digest, int]
     """Record -> what its own blobs take, each counted once: with the first of those that go and name it."""
+    metadata: tuple[Kept, ...] = ()
+    """The records of images that are only here since an index names them, and go with it without a word."""
+    metadata_blobs: Mapping[Digest, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """What becomes free by it."""
-        return sum(self.blobs.values()) + sum(kept.size for kept in self.records)
+        blobs = sum(self.blobs.values()) + sum(self.metadata_blobs.values())
+        return blobs + sum(kept.size for kept in (*self.records, *self.metadata))
 
 
 class Doomed:
@@ -116,16 +120,22 @@ class Doomed:
             if digest not in self.gone
             for blob in kept.manifest.blobs
         }
-        blobs: dict[Digest, int] = {}
-        bytes_of: dict[Digest, int] = {}
+        records: list[Kept] = []
+        metadata: list[Kept] = []
         for digest, kept in self.gone.items():
-            own = self._sizes(kept.manifest, stay)
-            stay.update(own)
-            blobs |= own
-            bytes_of[digest] = sum(own.values())
-        # What is here as metadata alone goes without a word, with its index.
-        rows = (row for row in self._inventory.rows if self._takes(row))
-        return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of)
+            (metadata if self._inventory.is_metadata(digest) else records).append(kept)
+        own: dict[Digest, dict[Digest, int]] = {}
+        for kept in (*records, *metadata):
+            own[kept.manifest.digest] = self._sizes(kept.manifest, stay)
+            stay.update(own[kept.manifest.digest])
+        return Plan(
+            rows=tuple(row for row in self._inventory.rows if self._takes(row)),
+            records=tuple(records),
+            blobs=_all_of(own, records),
+            bytes_of={kept.manifest.digest: sum(own[kept.manifest.digest].values()) for kept in records},
+            metadata=tuple(metadata),
+            metadata_blobs=_all_of(own, metadata),
+        )
 
     def _takes(self, row: Row) -> bool:
         digest = row.kept.manifest.digest
@@ -160,6 +170,10 @@ class Doomed:
                 yield kept, replace(kept.record, images=images)
 
 
+def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[Kept]) -> Mapping[Digest, int]:
+    return {blob: size for kept in records for blob, size in own[kept.manifest.digest].items()}
+
+
 def _repository(noted: str) -> Repository:
     return ImageReference.parse_whole(noted).repository
 
@@ -187,14 +201,16 @@ def prune(root: Path, choose: Choose, pulls: PullsFolder, files: Files) -> Plan:
         for kept, record in [*doomed.renamed(), *doomed.rewritten()]:
             files.put(kept.path, record.render(), pulls.path / f"{kept.path.name}.record")
             os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
-        from_the_top = sorted(plan.records, key=lambda kept: len(inventory.above(kept.manifest.digest)))
+        from_the_top = sorted(
+            (*plan.records, *plan.metadata), key=lambda kept: len(inventory.above(kept.manifest.digest))
+        )
         for lists in (True, False):
             going = [kept for kept in from_the_top if kept.manifest.is_list is lists]
             for kept in going:
                 files.unlink(kept.path)
             for folder in {kept.path.parent for kept in going}:
                 files.sync_folder(folder)
-    _remove_blobs(root, list(plan.blobs), inventory, files)
+    _remove_blobs(root, [*plan.blobs, *plan.metadata_blobs], inventory, files)
     return plan
 
 
