@@ -172,9 +172,9 @@ def wait_holds(daemon: Daemon, index: Index, *platforms: str, timeout: float = D
     wait_until(lambda: manifests <= records_in(root), timeout, "all manifests in the store")
     wait_until(lambda: blobs <= blobs_in(root), timeout, f"all configs, and the layers of {platforms}")
     wait_until(lambda: not any(health(daemon).values()), timeout, "nothing is to be fetched, or to be decided")
-    assert records_in(root) == manifests
-    assert blobs_in(root) == blobs
-    assert wanted_in(daemon) == wanted
+    assert records_in(root) == manifests, records_in(root) ^ manifests
+    assert blobs_in(root) == blobs, blobs_in(root) ^ blobs
+    assert wanted_in(daemon) == wanted, wanted_in(daemon)
 
 
 def wanted_in(daemon: Daemon) -> set[str]:
