@@ -97,7 +97,8 @@ def configs(index: Index) -> tuple[Blob, ...]:
 
 def metadata_size(index: Index) -> int:
     """Bytes of the index, and of the manifests and configs of all its children."""
-    return sum(len(one.data) for one in (*index.manifests, *configs(index)))
+    manifests = sum(len(manifest.data) for manifest in index.manifests)
+    return manifests + sum(len(config.data) for config in configs(index))
 
 
 def ctr_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True) -> None:
