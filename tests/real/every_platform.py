@@ -9,7 +9,8 @@ Recorded on loopback from containerd 2.4.2, for an index with four platforms and
 - CRI's PullImage, which is what kubelets use (and `ctr images pull --skip-metadata`): HEAD of the tag, GET of the
   index, then manifest, config and layers of one platform alone.
 
-Neither sends a Range, asks for `/v2/`, or asks for a layer that it has already.
+Neither asks for `/v2/`, nor for a layer that it has already. A Range comes only where containerd is configured with
+`concurrent_layer_fetch_buffer`: then every GET, of manifests and configs too, has `bytes=0-` and is answered by 206.
 """
 
 from __future__ import annotations
@@ -101,22 +102,22 @@ def metadata_size(index: Index) -> int:
     return manifests + sum(len(config.data) for config in configs(index))
 
 
-def ctr_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True) -> None:
+def ctr_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True, ranged: bool = False) -> None:
     """Pull as `ctr images pull` 2.x does; without `layers` as when containerd has the layers already.
 
-    Every answer must be 200 and right.
+    `ranged` is how it pulls with `concurrent_layer_fetch_buffer`. Every answer must be right.
     """
-    _resolve(cache, index)
-    _get_all(cache, "manifests", [image.manifest for image in index.images])
-    _get_all(cache, "blobs", configs(index))
+    _resolve(cache, index, ranged=ranged)
+    _get_all(cache, "manifests", [image.manifest for image in index.images], ranged=ranged)
+    _get_all(cache, "blobs", configs(index), ranged=ranged)
     if layers:
-        _get_all(cache, "blobs", image_for(index, platform).layers)
+        _get_all(cache, "blobs", image_for(index, platform).layers, ranged=ranged)
 
 
 def kubelet_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True) -> None:
     """Pull as a kubelet does by CRI; without `layers` as when containerd has the layers already.
 
-    Every answer must be 200 and right.
+    Every answer must be right.
     """
     image = image_for(index, platform)
     _resolve(cache, index)
@@ -126,32 +127,33 @@ def kubelet_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: b
         _get_all(cache, "blobs", image.layers)
 
 
-def get(cache: Cache, *blobs: Blob) -> None:
-    """GET these blobs; every answer must be 200 and right."""
-    _get_all(cache, "blobs", blobs)
+def get(cache: Cache, *blobs: Blob, ranged: bool = False) -> None:
+    """GET these blobs, as a part of a pull; every answer must be right."""
+    _get_all(cache, "blobs", blobs, ranged=ranged)
 
 
-def _resolve(cache: Cache, index: Index) -> None:
+def _resolve(cache: Cache, index: Index, *, ranged: bool = False) -> None:
     answer = cache.ask(f"{REPOSITORY}/manifests/{TAG}", "HEAD", _RESOLVING)
     assert answer.status == 200, cache.daemon.log
     assert answer.headers["Docker-Content-Digest"] == index.manifest.digest
     assert answer.headers["Content-Length"] == str(len(index.manifest.data))
-    _get_all(cache, "manifests", [index.manifest])
+    _get_all(cache, "manifests", [index.manifest], ranged=ranged)
 
 
-def _get_all(cache: Cache, kind: str, wanted: Sequence[Blob | Manifest]) -> None:
+def _get_all(cache: Cache, kind: str, wanted: Sequence[Blob | Manifest], *, ranged: bool = False) -> None:
     def ask(one: Blob | Manifest) -> tuple[int, bool]:
         headers = {
             "User-Agent": _RESOLVING["User-Agent"],
             "Accept": f"{one.media_type}, */*",
             "Accept-Encoding": "zstd;q=1.0, gzip;q=0.8, deflate;q=0.5",
+            **({"Range": "bytes=0-"} if ranged else {}),
         }
         answer = cache.ask(f"{REPOSITORY}/{kind}/{one.digest}", headers=headers)
         return answer.status, answer.body == one.data
 
     with ThreadPoolExecutor(_AT_ONCE) as requests:
         for one, answer in zip(wanted, requests.map(ask, wanted), strict=True):
-            assert answer == (200, True), f"{kind}/{one.digest}: {answer}\n{cache.daemon.log}"
+            assert answer == (206 if ranged else 200, True), f"{kind}/{one.digest}: {answer}\n{cache.daemon.log}"
 
 
 def health(daemon: Daemon) -> dict[str, int]:

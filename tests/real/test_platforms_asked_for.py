@@ -70,25 +70,39 @@ def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
     assert asked == 0
 
 
-def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index) -> None:
+@pytest.mark.parametrize("ranged", [False, True], ids=["whole", "ranged"])
+def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index, ranged: bool) -> None:
     """One that two platforms share brings neither; one that is arm/v7's alone brings the rest of that at once."""
-    ctr_pull(cache, index, layers=False)
+    ctr_pull(cache, index, layers=False, ranged=ranged)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
-    get(cache, shared_layer(index))
+    get(cache, shared_layer(index), ranged=ranged)
     look_twice(cache)
     others = own_layer(index, AMD64), own_layer(index, ARM64), *layers_of(index, S390X)
     assert_undecided(cache, *others, *layers_of(index, ARM))
     lower, upper = image_for(index, ARM).layers
-    get(cache, upper)
+    get(cache, upper, ranged=ranged)
     cache.wait_stored(lower.digest)
     wait_until(lambda: wanted_in(cache.daemon) == {image_for(index, ARM).manifest.digest}, SOON, "arm/v7 is wanted")
     look_twice(cache)
     assert asked_for(cache, *others) == 0
     # A second client, of another platform.
-    get(cache, own_layer(index, ARM64), *layers_of(index, S390X)[:1])
+    get(cache, own_layer(index, ARM64), *layers_of(index, S390X)[:1], ranged=ranged)
     cache.wait_stored(layers_of(index, S390X)[1].digest)
     assert asked_for(cache, own_layer(index, AMD64)) == 0
     fetched_once(cache)
+
+
+def test_a_platform_that_is_asked_for_later(cache: Cache, index: Index) -> None:
+    """Its manifest and config are hits by then, since they came as the metadata of another platform's pull."""
+    kubelet_pull(cache, index, AMD64)
+    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    kubelet_pull(cache, index, ARM, layers=False)
+    get(cache, own_layer(index, ARM))
+    wait_holds(cache.daemon, index, AMD64, ARM, timeout=SOON)
+    fetched_once(cache)
+    cache.upstream.close()
+    kubelet_pull(cache, index, ARM)
+    ctr_pull(cache, index)
 
 
 def test_the_only_platform_asked_for(cache: Cache, index: Index) -> None:
