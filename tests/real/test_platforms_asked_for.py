@@ -130,7 +130,7 @@ def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache,
 
 @pytest.mark.parametrize("cache", [{"complete_platforms": [ARM64]}], indirect=True, ids=["arm64"])
 def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cache, index: Index) -> None:
-    """Nothing is to be decided by what clients ask for."""
+    """What clients ask for decides nothing, and what is never to be fetched does not count as missing."""
     ctr_pull(cache, index, layers=False)
     wait_holds(cache.daemon, index, ARM64, timeout=SOON)
     lower, upper = image_for(index, ARM).layers
@@ -138,7 +138,6 @@ def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cac
     look_twice(cache)
     assert not any(health(cache.daemon).values())
     assert asked_for(cache, lower) == 0
-    assert wanted_in(cache.daemon) == {image_for(index, ARM64).manifest.digest}
 
 
 @pytest.mark.parametrize("cache", [{"complete_metadata": False}], indirect=True, ids=["without"])
