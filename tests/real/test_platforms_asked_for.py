@@ -41,12 +41,15 @@ def index() -> Index:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, index: Index, request: pytest.FixtureRequest) -> Iterator[Cache]:
-    """A daemon that completes images, and an upstream that has the index.
+def settings() -> dict[str, object]:
+    """Further keys of the daemon's configuration; tests have others by a parameter of this name."""
+    return {}
 
-    The parameter, if there is one, gives further keys of the daemon's configuration.
-    """
-    with completing_in(tmp_path, *ARCHITECTURE, settings=getattr(request, "param", None)) as cache:
+
+@pytest.fixture
+def cache(tmp_path: Path, index: Index, settings: dict[str, object]) -> Iterator[Cache]:
+    """A daemon that completes images, and an upstream that has the index."""
+    with completing_in(tmp_path, *ARCHITECTURE, settings=settings) as cache:
         cache.upstream.add(REPOSITORY, index, TAG)
         yield cache
 
@@ -128,7 +131,7 @@ def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache,
     ctr_pull(cache, index)
 
 
-@pytest.mark.parametrize("cache", [{"complete_platforms": [ARM64]}], indirect=True, ids=["arm64"])
+@pytest.mark.parametrize("settings", [{"complete_platforms": [ARM64]}], ids=["arm64"])
 def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cache, index: Index) -> None:
     """What clients ask for decides nothing, and what is never to be fetched does not count as missing."""
     ctr_pull(cache, index, layers=False)
@@ -140,7 +143,7 @@ def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cac
     assert asked_for(cache, lower) == 0
 
 
-@pytest.mark.parametrize("cache", [{"complete_metadata": False}], indirect=True, ids=["without"])
+@pytest.mark.parametrize("settings", [{"complete_metadata": False}], ids=["without"])
 def test_without_the_metadata_of_other_platforms(cache: Cache, index: Index) -> None:
     """What was pulled is complete, and no other manifest was asked for."""
     kubelet_pull(cache, index)
