@@ -96,8 +96,13 @@ class Daemon(Service):
             self._store,
             self._cache.fetch,
             reactor,
-            Metadata(self._store, self._cache, reactor),
-            CompletionPolicy(completes, settings.complete_metadata, settings.complete_platforms),
+            Metadata(self._store, self._cache, reactor) if completes else None,
+            CompletionPolicy(
+                images=settings.complete_images,
+                fetches=not settings.air_gapped,
+                metadata=settings.complete_metadata,
+                platforms=settings.complete_platforms,
+            ),
         )
         machine = Platform(settings.os, settings.arch)
         self._demand = Demand(self._store, self._completion, machine, reactor)

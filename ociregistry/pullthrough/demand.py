@@ -70,9 +70,10 @@ class Demand:
                 self._indexes[manifest.digest].timer.reset(_DECIDED_AFTER)
             return
         indexes = self._store.indexes(manifest.digest) if isinstance(image.reference, Digest) else ()
-        if not indexes or not self._completion.policy.images:
+        policy = self._completion.policy
+        if not indexes or not policy.images or not policy.fetches:
             self._begin(self._completion.wish(manifest, image.repository, hit=hit))
-        elif not self._completion.policy.platforms:
+        elif not policy.platforms:
             self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
