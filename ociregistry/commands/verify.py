@@ -51,6 +51,8 @@ class Verify(Command):
 async def _tell(damaged: Damaged, repairer: Repairer | None) -> None:
     """Says what is damaged, and makes it good, as soon as it is found: nothing is forgotten by who interrupts it."""
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
+    if not damaged.kept:
+        print_lines([f"removed, as there is no space to put it aside: {damaged.path}"])
     if repairer is not None:
         why = await repairer.repair(damaged)
         print_lines([f"not repaired: {damaged.path}: {why}" if why else f"repaired: {damaged.path}"])

@@ -135,7 +135,12 @@ class Upkeep:
         )
 
     async def _repair(self, damaged: Damaged) -> None:
-        self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+        if damaged.kept:
+            self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+        else:
+            self.log.error(
+                "removed, as there is no space to put it aside: {path}: {why}", path=damaged.path, why=damaged.why
+            )
         why = await self._repairer.repair(damaged)
         if why:
             self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)
