@@ -117,7 +117,13 @@ class PullsFolder:
         while True:
             folder = self._root / "pulls" / str(number)
             folder.mkdir(parents=True, exist_ok=True)
-            held = _lock_if_free(folder)
+            try:
+                held = lock(folder / "lock", wait=False)
+            except OSError:
+                # It must not take the inode that its lock lacks.
+                with suppress(OSError):
+                    folder.rmdir()
+                raise
             if held is not None and (self._adopts or not any(_is_kept(path, folder) for path in folder.iterdir())):
                 break
             if held is not None:
@@ -141,7 +147,12 @@ class PullsFolder:
         self._files.sync_folder(folder.parent)
 
     def _adopt(self, folder: Path, ours: Path) -> None:
-        held = _lock_if_free(folder)
+        try:
+            held = lock(folder / "lock", wait=False)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return
         if held is None:
             return
         try:
@@ -184,18 +195,6 @@ class PullsFolder:
         """Let another process take the folder."""
         if self._taken is not None:
             os.close(self._taken[1])
-
-
-def _lock_if_free(folder: Path) -> int | None:
-    """Lock a pulls/<n>/ unless another process holds it, or there is no space for the lock's file."""
-    try:
-        return lock(folder / "lock", wait=False)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        with suppress(OSError):
-            folder.rmdir()
-        return None
 
 
 def _is_kept(path: Path, *folders: Path) -> bool:
