@@ -86,7 +86,7 @@ class Ext4:
         """Takes every free inode."""
         os.sync()
         folder = self.path / "fillers"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         with suppress(OSError):
             for number in range(100_000):
                 (folder / str(number)).touch()

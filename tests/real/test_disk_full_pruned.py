@@ -6,14 +6,15 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from tests.disk_faults import BLOCK, Ext4, ext4_disk
-from tests.images import MIB, Image, digest_of, random_bytes
+from tests.images import MIB, Image, Index, digest_of, make_index, random_bytes
 from tests.processes import Daemon, wait_until
 from tests.real.operating import command, contents, hex_of, served
 from tests.real.scripted import SOON, Cache, blob_file, open_answer, plain_image, pull, record
@@ -57,7 +58,15 @@ def free(disk: Ext4, lacking: str) -> int:
 
 @contextmanager
 def filled(
-    tmp_path: Path, disk: Ext4, lacking: str, old: Image, stays: Image, *, running: bool, settings: dict[str, object]
+    tmp_path: Path,
+    disk: Ext4,
+    lacking: str,
+    old: Image,
+    stays: Image,
+    *,
+    running: bool,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    before: Sequence[tuple[Image | Index, str]] = (),
 ) -> Iterator[Cache]:
     """A store with both images on the full disk; its daemon runs on and holds pulls/0, or has ended."""
     with ScriptedRegistry() as upstream:
@@ -70,9 +79,9 @@ def filled(
         )
         with daemon:
             cache = Cache(daemon, upstream)
-            for repository, image in ((OLD, old), (STAYS, stays), (MOVED, stays)):
-                upstream.add(repository, image, "1")
-                pull(cache, repository, image)
+            for what, repository in (*before, (old, OLD), (stays, STAYS), (stays, MOVED)):
+                upstream.add(repository, what, "1" if isinstance(what, Image) else "list")
+                pull(cache, repository, what)
             wait_until(lambda: len(contents(daemon.image_path)[hex_of(stays.manifest.digest)].images) > 1, SOON, "both")
             if not running:
                 daemon.terminate()
@@ -87,7 +96,7 @@ def filled(
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
 def test_prune(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
     """A record is to be rewritten, too."""
-    with filled(tmp_path, disk, lacking, old, stays, running=running, settings={}) as cache:
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         done = command(cache.daemon, "prune", "--pattern", "team/old,team/moved")
         assert f"pruned {cache.upstream.host}/{OLD}:1" in done.stdout
         assert contents(cache.daemon.image_path).keys() == {hex_of(stays.manifest.digest)}
@@ -106,12 +115,11 @@ def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: 
     path = disk.path / "images" / "blobs" / hex_of(digest_of(orphan))
     path.parent.mkdir(parents=True)
     path.write_bytes(orphan)
-    with filled(tmp_path, disk, lacking, old, stays, running=running, settings={}) as cache:
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "it is old enough")
-        # The lock of a pulls/<n>/ may be missing as well, where a store was copied.
         if not running:
-            (disk.path / "images" / "pulls" / "0" / "lock").unlink()
-            fill_again(disk, lacking)
+            # A replica has no pulls/, and so no file to lock.
+            without_pulls(disk, lacking)
         done = command(cache.daemon, "prune", "--orphans", "--older-than", "1s")
         assert f"reclaimed blobs/{path.name}" in done.stdout
         assert not path.exists()
@@ -119,17 +127,17 @@ def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: 
             assert disk.free_blocks >= LAYER // BLOCK
 
 
-def fill_again(disk: Ext4, lacking: str) -> None:
-    """What has become free since is taken, too."""
-    os.sync()
-    if lacking == "inodes":
-        (disk.path / "fillers" / "one more").touch()
+def without_pulls(disk: Ext4, lacking: str) -> None:
+    """Makes the store a replica, on a disk that is as full as it was."""
+    disk.make_room()
+    shutil.rmtree(disk.path / "images" / "pulls")
+    fill(disk, lacking)
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
 def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
     """What is damaged is removed where it cannot be put aside: it is never served again."""
-    with filled(tmp_path, disk, lacking, old, stays, running=running, settings={}) as cache:
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         done = command(cache.daemon, "verify")
         assert "0 damaged" in done.stdout
         damaged = blob_file(cache.daemon, old.layers[0].digest)
@@ -152,11 +160,16 @@ def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: s
 
 
 def test_the_daemon_by_itself(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str) -> None:
-    settings: dict[str, object] = {"prune": {"unused_for": "30m", "every": "1s"}}
-    with filled(tmp_path, disk, lacking, old, stays, running=True, settings=settings) as cache:
+    """What has a name beside that of its list gets a new record when the list has gone."""
+    settings = {"prune": {"unused_for": "30m", "every": "1s"}}
+    index = make_index("both", layer_size=LAYER)
+    before = ((index, "team/both"), (index.images[0], "team/own"))
+    with filled(tmp_path, disk, lacking, old, stays, running=True, settings=settings, before=before) as cache:
         when = time.time() - AN_HOUR
-        os.utime(record(cache, old.manifest), (when, when))
-        wait_until(lambda: not cache.stored(old.layers[0].digest), SOON, "it is pruned")
+        for manifest in (old.manifest, *index.manifests):
+            os.utime(record(cache, manifest), (when, when))
+        for image in (old, *index.images):
+            wait_until(lambda image=image: not cache.stored(image.layers[0].digest), SOON, "it is pruned")  # type: ignore[misc]  # a default binds it
         wait_until(lambda: f"pruned {cache.upstream.host}/{OLD}:1" in cache.daemon.log, SOON, "the log tells")
         assert free(disk, lacking) >= (LAYER // BLOCK if lacking == "blocks" else 3)
         assert removed_but_open(cache.daemon) == []
@@ -175,7 +188,7 @@ def test_who_reads_what_is_pruned_may_finish(
 ) -> None:
     """And then it is free."""
     large = plain_image("large", 6 * MIB)
-    with filled(tmp_path, disk, lacking, large, stays, running=True, settings={}) as cache:
+    with filled(tmp_path, disk, lacking, large, stays, running=True) as cache:
         layer = large.layers[0]
         with open_answer(cache.url(f"{OLD}/blobs/{layer.digest}")) as answer:
             got = answer.read(1)
@@ -192,12 +205,9 @@ def test_the_daemon_starts(
     tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str
 ) -> None:
     """On a replica without pulls/, too; what is not in the store comes when there is space."""
-    with filled(tmp_path, disk, lacking, old, stays, running=False, settings={}) as cache:
+    with filled(tmp_path, disk, lacking, old, stays, running=False) as cache:
         if pulls == "missing":
-            disk.make_room()
-            shutil.rmtree(disk.path / "images" / "pulls")
-            shutil.rmtree(disk.path / "fillers", ignore_errors=True)
-            fill(disk, lacking)
+            without_pulls(disk, lacking)
         cache.daemon.start()
         served(cache.daemon, cache.upstream.host, OLD, "1", old)
         command(cache.daemon, "prune", "--pattern", OLD)
