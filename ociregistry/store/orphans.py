@@ -77,7 +77,7 @@ def _partials(root: Path, wished: Set[str], *, removes: bool) -> Iterator[Path]:
 
 
 def _make_lock(folder: Path) -> None:
-    """Make the lock's file, so that no process can take the folder meanwhile; without space for it none can anyway."""
+    """Make the lock's file, so that no process can take the folder meanwhile; without space for it none can."""
     try:
         (folder / "lock").touch()
     except OSError as error:

@@ -26,6 +26,17 @@ Choose = Callable[[Inventory], "Doomed"]
 
 
 @dataclass(frozen=True, slots=True)
+class Spared:
+    """Images that are old enough to go by age, and stay, as their number suggests that the clock is wrong."""
+
+    unused: int
+    """How many they are."""
+    images: int
+    """How many images there are in all; a list counts as one, with the images that it has."""
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What goes."""
 
@@ -36,6 +47,7 @@ class Plan:
     """With their sizes in bytes."""
     bytes_of: Mapping[Digest, int]
     """Record -> what its own blobs take, each counted once: with the first of those that go and name it."""
+    spared: Spared | None = None
 
     @property
     def bytes(self) -> int:
@@ -56,6 +68,7 @@ class Doomed:
         """Record -> what it shall note, where that changes."""
         self.gone: dict[Digest, Kept] = {}
         """The records that are to note nothing, in the order in which they came to that."""
+        self.spared: Spared | None = None
 
     def take(self, row: Row) -> None:
         """This image URL goes."""
@@ -124,7 +137,7 @@ class Doomed:
             blobs |= own
             bytes_of[digest] = sum(own.values())
         rows = (row for row in self._inventory.rows if self._takes(row))
-        return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of)
+        return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of, self.spared)
 
     def _takes(self, row: Row) -> bool:
         digest = row.kept.manifest.digest

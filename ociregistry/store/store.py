@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -283,9 +282,7 @@ class Store:
         """
         name = f"{digest.hex}.staged" if staged else digest.hex
         return await self._threads.write(
-            lambda: Partial.create(
-                digest, self._pulls.path / name, size, str(source), self._files, self._threads
-            )
+            lambda: Partial.create(digest, self._pulls.path / name, size, str(source), self._files, self._threads)
         )
 
     async def old_partial(self, digest: Digest) -> Partial | None:

@@ -82,7 +82,9 @@ def filled(
             for what, repository in (*before, (old, OLD), (stays, STAYS), (stays, MOVED)):
                 upstream.add(repository, what, "1" if isinstance(what, Image) else "list")
                 pull(cache, repository, what)
-            wait_until(lambda: len(contents(daemon.image_path)[hex_of(stays.manifest.digest)].images) > 1, SOON, "both")
+            wait_until(
+                lambda: len(contents(daemon.image_path)[hex_of(stays.manifest.digest)].images) > 1, SOON, "both"
+            )
             if not running:
                 daemon.terminate()
             fill(disk, lacking)
@@ -201,9 +203,7 @@ def test_who_reads_what_is_pruned_may_finish(
 
 
 @pytest.mark.parametrize("pulls", ["there", "missing"])
-def test_the_daemon_starts(
-    tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str
-) -> None:
+def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str) -> None:
     """On a replica without pulls/, too; what is not in the store comes when there is space."""
     with filled(tmp_path, disk, lacking, old, stays, running=False) as cache:
         if pulls == "missing":

@@ -247,11 +247,8 @@ def test_a_disk_that_fails_leaves_nothing_that_lacks_something(
     for number in count():
         scene = begin(tmp_path / "store", scenery)
         failing = Failing(number, error)
-        try:
+        with suppress(OSError):
             scene.stock.prune_only(scene.choose, failing)
-        except OSError as raised:
-            assert raised.errno == error
-        else:
             assert failing.left >= 0
         check(scene.stock, before.stock, scene)
         scene.stock.prune_only(scene.choose)
