@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 
 class FakeClock:
-    """The wall clock of processes that run with its `environment`; their monotonic clock, and files, are the real ones."""
+    """The wall clock of processes that run with its `environment`; they have the real monotonic clock, and files."""
 
     def __init__(self, folder: Path) -> None:
         self._told = folder / "clock"
@@ -27,9 +26,8 @@ class FakeClock:
             "NO_FAKE_STAT": "1",
         }
 
-    def set(self, ahead: timedelta) -> datetime:
-        """From now on it is so far ahead; gives what time it is there."""
+    def set(self, ahead: timedelta) -> None:
+        """From now on it is so far ahead."""
         new = self._told.with_suffix(".new")
         new.write_text(f"{ahead.total_seconds():+.0f}s\n")
         new.replace(self._told)
-        return datetime.now() + ahead
