@@ -96,6 +96,13 @@ def lists_of_lists(scene: Scene) -> None:
     scene.choose = by_name("a", "b")
 
 
+def a_list_of_what_another_has(scene: Scene) -> None:
+    """The image is noted with the list that goes alone: it must not go with it when pruning is done once more."""
+    image = scene.stock.image((b"config", LAYER), "a@")
+    scene.stock.put(list_of(image), "a:1")
+    scene.stays.append((scene.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
+
+
 SCENES = {scene.__name__: scene for scene in (an_image, a_list, a_name_of_several, a_list_that_moved_away)}
 
 
@@ -298,7 +305,7 @@ def with_another(scenery: Callable[[Scene], None]) -> Callable[[Scene], None]:
     return beside
 
 
-ALL_SCENES = [*SCENES.values(), tags_that_moved, a_tag_that_moved, lists_of_lists]
+ALL_SCENES = [*SCENES.values(), a_list_of_what_another_has, tags_that_moved, a_tag_that_moved, lists_of_lists]
 
 
 @pytest.mark.parametrize("scenery", ALL_SCENES)
@@ -318,6 +325,7 @@ def test_a_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], 
     def look(files: LossyFiles, scene: Scene) -> None:
         check(scene.stock, before.stock, scene)
         scene.stock.prune_only(scene.choose)
+        check(scene.stock, before.stock, scene)
 
     cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
 
