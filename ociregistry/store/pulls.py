@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, lock
-from ociregistry.store.wishes import WISH_SUFFIX
 
 NOTE_SUFFIX = ".note"
+STAGED_SUFFIX = ".staged"
+WISH_SUFFIX = ".wish"
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 _BAD = "bad"
@@ -71,7 +73,9 @@ class PullsFolder:
             # A note without its partial is nothing; a partial without its note would be taken for a leftover.
             for path in sorted(left, reverse=True):
                 if not (self.path / path.name).exists():
-                    self._files.rename(path, self.path / path.name)
+                    # Another process may have removed it as an orphan meanwhile.
+                    with suppress(FileNotFoundError):
+                        self._files.rename(path, self.path / path.name)
             for path in folder.iterdir():
                 if path.is_file() and path.name != "lock":
                     self._files.unlink(path)

@@ -4,14 +4,24 @@ that it outlives the process."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files
+from ociregistry.store.pulls import WISH_SUFFIX, pulls_folders
 
-WISH_SUFFIX = ".wish"
+
+def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
+    """Return the blobs that are to be fetched for images of the store at `root`, by whichever process.
+
+    `blobs_of` gives the blobs that the record of a manifest names, none where there is no record. Blocks. Raises:
+    `OSError`.
+    """
+    wishes = (wish for folder in pulls_folders(root) for wish in folder.glob(f"*{WISH_SUFFIX}"))
+    manifests = (Digest.from_hex(wish.stem) for wish in wishes)
+    return frozenset(blob for manifest in manifests if manifest is not None for blob in blobs_of(manifest))
 
 
 class WishFiles:

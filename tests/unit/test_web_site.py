@@ -55,6 +55,7 @@ def test_health_says_what_is_here(server: RegistrySite) -> None:
         "images": 3,
         "incomplete_images": 1,
         "missing_bytes": 5,
+        "disk": {"free": 10, "reserve": 7, "full": False},
     }
     assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
 
