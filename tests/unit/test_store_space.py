@@ -78,7 +78,7 @@ async def granted(space: Space, count: int | None) -> Claim:
 
 async def refused(space: Space, count: int | None) -> str:
     """Why such a claim is not granted."""
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(OSError, match="has no room") as refused:
         await space.claim().need(count)
     assert refused.value.errno == errno.ENOSPC
     return refused.value.strerror or ""
@@ -118,11 +118,12 @@ async def test_a_claim_that_changes_counts_once(space: Space) -> None:
 
 
 @on_reactor
-async def test_what_has_no_size_takes_nothing_from_the_reserve_nor_from_those_that_have_one(space: Space) -> None:
+async def test_what_has_no_size_leaves_the_reserve_and_what_others_need(space: Space, disk: Disk) -> None:
     await granted(space, 50 * MIB)
     endless = await granted(space, None)
     for _ in range(40):
         endless.take(MIB)
+        disk.free -= MIB
     with pytest.raises(OSError, match="has no room"):
         endless.take(1)
 
@@ -228,13 +229,17 @@ async def test_a_partial_gives_back_what_it_did_not_need(disk: Disk, open_store:
 
 @on_reactor
 async def test_a_piece_that_has_no_room_is_not_written_and_what_came_before_is_good(
-    disk: Disk, open_store: Callable[..., Store]
+    disk: Disk, open_store: Callable[..., Store], root: Path
 ) -> None:
     store = open_store(reserve=Reserve(1.0, RESERVE))
-    disk.free = RESERVE + 3
-    partial = await store.new_partial(Digest.of(b"x"), None, SOURCE, store.claim())
-    await partial.append(b"abc")
+    disk.free = RESERVE + 512
+    claim = store.claim()
+    await claim.need(None)
+    partial = await store.new_partial(Digest.of(b"x"), None, SOURCE, claim)
+    await partial.append(bytes(512))
+    disk.free = RESERVE
     with pytest.raises(OSError, match="has no room"):
         await partial.append(b"d")
-    assert (partial.length, partial.sound) == (3, True)
+    assert (partial.length, partial.sound) == (512, True)
+    assert (root / "pulls" / "0" / Digest.of(b"x").hex).read_bytes() == bytes(512)
     partial.close()
