@@ -178,7 +178,9 @@ def test_prune_beside_the_daemon_takes_what_is_left_and_not_what_is_written(cach
         path = left(cache, BLOB)
         assert "0 orphans" in command(cache.daemon, "prune", "--orphans").stdout
         prune = ("prune", "--orphans", "--older-than", "1s")
-        wait_until(lambda: command(cache.daemon, *prune) and not path.exists(), SOON, "it is old enough, and goes")
+        wait_until(
+            lambda: command(cache.daemon, *prune).stdout and not path.exists(), SOON, "it is old enough, and goes"
+        )
         assert not path.with_name(f"{path.name}.note").exists()
         assert disk.free > DISK // 2
         command(cache.daemon, *prune)

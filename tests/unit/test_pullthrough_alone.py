@@ -121,7 +121,7 @@ async def test_one_that_broke_off_is_not_taken_up_again(
     content.close()
     clock.advance(30)
     sending.end(ConnectionError())
-    await until(lambda: clock.advance(1) or not cache._downloads)
+    await landed(cache)
     assert len(upstreams) == 1
     assert partial_sizes(root) == [1000]
 
