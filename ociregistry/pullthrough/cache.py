@@ -220,7 +220,8 @@ class PullThrough:
                 return await use(download)
             except Abandoned:
                 # It ended just before somebody came to wait for it.
-                continue
+                if self._stopping:
+                    raise
             except RegistryError:
                 # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
                 if self._stopping or (download.repository == repository and not download.spoiled):

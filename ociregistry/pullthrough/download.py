@@ -18,9 +18,9 @@ from ociregistry.upstream.registry import BlobStream, OtherBlob
 class Download:
     """Fetches a blob into a partial and makes it a blob of the store.
 
-    It belongs to no client: it goes on when all have gone, where a manifest tells its size, and takes up what an
-    earlier one left. `size` is None
-    until it is known; what can be read, `available`, leaves out the last byte until the digest holds.
+    It belongs to no client: where a manifest tells its size it goes on when all have gone, and it takes up what an
+    earlier one left. `size` is None until it is known; what can be read, `available`, leaves out the last byte until
+    the digest holds.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")

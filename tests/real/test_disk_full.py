@@ -160,12 +160,15 @@ def test_what_nobody_wants_of_one_makes_room_for_another(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     publish(cache, small, large, third)
+    # A download stops less than 2 MiB above the reserve.
+    another = plain_image("another", 3 * MIB)
+    cache.upstream.add(REPOSITORY, another, "another")
     with full(cache, disk, large):
         wait_until(lambda: told(cache)["full"], SOON, "it is told")
         assert told(cache)["reserve"] == RESERVE
         assert abs(told(cache)["free"] - disk.free) < MIB
-        assert cache.ask(f"{REPOSITORY}/manifests/third").body == third.manifest.data
-        assert digest_of(cache.ask(blob_of(third)).body) == third.layers[0].digest
+        assert cache.ask(f"{REPOSITORY}/manifests/another").body == another.manifest.data
+        assert digest_of(cache.ask(blob_of(another)).body) == another.layers[0].digest
         assert not partial(cache, large).exists()
         wait_until(lambda: "has room again" in cache.daemon.log, SOON, "it is told")
     assert cache.daemon.log.count("so downloads stop") == 1
