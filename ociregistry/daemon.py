@@ -85,7 +85,7 @@ class Daemon(Service):
         self._systemd = Systemd(reactor)
         self._level = AtLeast(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
-        self._store = Store(settings.image_path, reactor, reactor)
+        self._store = Store(settings.image_path, reactor, reactor, reserve=settings.reserve)
         instance = new_instance()
         self._network = Network(settings, instance, reactor)
         self._registries = Registries(settings.allow_upstreams, self._network.registry)
@@ -115,6 +115,7 @@ class Daemon(Service):
             lambda: self._store.counts,
             lambda: self._completion.incomplete,
             lambda: self._preloading.progress if self._preloading else None,
+            lambda: self._store.room,
             self._started,
         )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
@@ -242,6 +243,7 @@ class Daemon(Service):
             self._tls.use(settings.tls)
         self._level.use(settings.log_level)
         self._network.use(settings)
+        self._store.use(settings.reserve)
         self._registries.use(settings.allow_upstreams)
         self._v2.use(settings.default_ns)
         self._upkeep.use(settings.prune, settings.verify)

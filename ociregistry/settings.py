@@ -14,6 +14,7 @@ from pathlib import Path
 from ociregistry.config.bandwidth import Window, parse_rate
 from ociregistry.config.file import Config, read_config
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.quantities import Reserve, parse_reserve
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
 from ociregistry.config.upkeep import PruneSettings, VerifySettings
@@ -34,6 +35,8 @@ class Settings:
     port: int
     listen: tuple[str, ...]
     """Endpoint descriptions, in place of `port`."""
+    reserve: Reserve
+    """Room on the disk that downloads leave free."""
     log_level: str
     pull_timeout: float
     """Seconds that a client waits without progress."""
@@ -158,6 +161,12 @@ def _upstream(text: str) -> Upstream:
 
 OPTIONS = (
     Option("image-path", "/var/lib/ociregistry", "Root of the store; created if missing.", _path, is_path=True),
+    Option(
+        "reserve",
+        "",
+        "Room on the disk that downloads leave free, such as 1GB or 5% (default: 5%, 2GB at most).",
+        parse_reserve,
+    ),
     Option("port", "8080", "TCP port to listen on.", _number(1, 65535)),
     Option("log-level", "error", "trace, debug, info, warn or error.", _level),
     Option("pull-timeout", "60000", "Milliseconds that a client waits without progress.", _milliseconds),

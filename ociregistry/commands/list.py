@@ -17,7 +17,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.settings import Settings
 from ociregistry.store.inventory import Inventory, Row
-from ociregistry.store.pulls import pending_images
+from ociregistry.store.wishes import pending_images
 
 
 class List(Command):

@@ -24,7 +24,7 @@ from ociregistry.upstream.registries import Registries, check_allowed
 @asynccontextmanager
 async def opened_store(settings: Settings, reactor: Any, *, adopts: bool) -> AsyncIterator[Store]:
     """The store, while the block runs; who `adopts` goes on with downloads that broke off. Raises `OSError`."""
-    store = Store(settings.image_path, reactor, reactor)
+    store = Store(settings.image_path, reactor, reactor, reserve=settings.reserve)
     store.start(adopts=adopts)
     try:
         yield store

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _LONGEST = 36_500 * _SECONDS["d"]
 _SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
-_SHARE = re.compile(r"(?P<percent>[0-9]{1,3}) ?%")
+_PERCENT = re.compile(r"(?P<percent>[0-9]{1,3}) ?%")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_SHARE = re.compile(r"(?P<percent>[0-9]{1,2}(?:\.[0-9]{1,3})?) ?%")
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
 
@@ -34,6 +37,37 @@ def parse_size(text: str) -> int:
     return size
 
 
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Room to be left free on a disk: a `share` of it, from 0 to 1, but at most `most` bytes."""
+
+    share: float
+    most: int = sys.maxsize
+
+    def of(self, total: int) -> int:
+        """Return the bytes to be left free on a disk of `total` bytes."""
+        return min(int(total * self.share), self.most)
+
+
+USUAL_RESERVE = Reserve(0.05, 2 * 10**9)
+
+
+def parse_reserve(text: str) -> Reserve:
+    """Return what `1GB` or `5%` asks for, or the usual reserve for the empty string.
+
+    Raises: `ValueError`.
+    """
+    if not text:
+        return USUAL_RESERVE
+    match = _SHARE.fullmatch(text)
+    if match:
+        return Reserve(float(match["percent"]) / 100)
+    try:
+        return Reserve(1.0, parse_size(text))
+    except ValueError:
+        raise ValueError("a size such as 1GB or a share of the disk such as 5% is expected") from None
+
+
 def parse_share(text: str) -> int:
     """Parse a share such as `50%`.
 
@@ -41,7 +75,7 @@ def parse_share(text: str) -> int:
 
     Raises: `ValueError`.
     """
-    match = _SHARE.fullmatch(text)
+    match = _PERCENT.fullmatch(text)
     percent = int(match["percent"]) if match else 0
     if not 1 <= percent <= 100:
         raise ValueError("a share from 1% to 100% is expected")

@@ -19,7 +19,7 @@ from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.flights import Flights
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.pullthrough.connections import Connections
+from ociregistry.pullthrough.connections import Abandoned, Connections
 from ociregistry.pullthrough.content import Content
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.patience import NotYet, in_time
@@ -265,6 +265,10 @@ class PullThrough:
                 download = self._start(repository, digest, chain, extra=extra)
             try:
                 return await use(download)
+            except Abandoned:
+                # It ended just before somebody came to wait for it.
+                if self._stopping:
+                    raise
             except RegistryError:
                 # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
                 if self._stopping or (download.repository == repository and not download.spoiled):

@@ -20,8 +20,16 @@ from ociregistry.upstream.registry import BlobStream, OtherBlob, Registry
 
 _SMALL = 64 * 1024
 """Bytes of a blob that goes before larger ones: a config."""
+_LARGEST_UNTOLD = 10 * 1024**3
+"""Bytes of a blob whose size neither a manifest nor the upstream tells: there must be an end to it."""
+_ALONE = 30.0
+"""Seconds for which a blob whose size no manifest tells goes on while nobody waits for it."""
 _HEADERS_WITHIN = 10.0
 """Seconds that an upstream which has already begun to send a blob has for the headers of the next answer."""
+
+
+class Abandoned(Unavailable):
+    """Nobody waits for a blob whose size no manifest tells, which may therefore never end."""
 
 
 class Connections:
@@ -58,20 +66,41 @@ class Connections:
         self._flowing = False
         self._watchers = 0
         self._wanted = Bell()
+        self._waiting = 0
+        self._left_at = clock.seconds()
+        self._ends_alone = expected is None
+        self.abandoned = False
+        """Whether it ends, or has ended, because nobody waited for it."""
 
     @property
     def watched(self) -> bool:
         """Whether somebody waits for this blob."""
         return self._watchers > 0
 
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody waits for this blob, a client or not."""
+        return self._waiting > 0
+
+    def join(self) -> None:
+        """Count one more that waits for this blob to end, without giving it precedence."""
+        self._waiting += 1
+
+    def leave(self) -> None:
+        """Count one less."""
+        self._waiting -= 1
+        self._left_at = self._clock.seconds()
+
     def watch(self) -> None:
         """Somebody waits for this blob."""
+        self.join()
         self._watchers += 1
         self._precedence.flows(self, waited_for=self._flowing)
         self._wanted.ring()
 
     def unwatch(self) -> None:
         """One who waited has gone."""
+        self.leave()
         self._watchers -= 1
         self._precedence.flows(self, waited_for=self._flowing and self.watched)
 
@@ -90,16 +119,23 @@ class Connections:
         """Waits while others go first."""
         while self._precedence.yields and not self.watched:
             await self._precedence.change()
+            self._check_awaited()
             # That no byte comes meanwhile is no reason to give up.
             self._retries.progress(self._clock.seconds())
+
+    def _check_awaited(self) -> None:
+        """Raises: `Abandoned` when its size is untold and nobody has waited for it for a while."""
+        if self._ends_alone and not self.awaited and self._clock.seconds() - self._left_at >= _ALONE:
+            self.abandoned = True
+            raise Abandoned(f"{self}: it ends, as nobody waits for it and no manifest tells its size")
 
     async def pour(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> None:
         """Appends to `partial` until all `size` bytes are there, or all that the upstream has; calls `changed`.
 
-        Raises `Unavailable` when it gives up, `BlobUnknown`, `OtherBlob` for more bytes than there should be or
-        for other ones, and `OSError` from the disk.
+        Raises `Unavailable` when it gives up, `Abandoned` when nobody waits, `BlobUnknown`, `OtherBlob` for more
+        bytes than there should be or for other ones, and `OSError` from the disk.
         """
         while True:
             try:
@@ -109,7 +145,7 @@ class Connections:
                 if ended_at == stream.start and stream.size is not None:
                     raise OtherBlob(f"{self}: the upstream has {partial.length} of {size} bytes")
                 why = Unavailable(f"{self}: the upstream ended the answer early")
-            except OtherBlob:
+            except (OtherBlob, Abandoned):
                 raise
             except Unavailable as error:
                 why = error
@@ -139,17 +175,19 @@ class Connections:
     async def _read_all(
         self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
+        most = _LARGEST_UNTOLD if size is None else size
         while data := await stream.body.read():
             # An upstream that knows no ranges begins anew: what is here already is passed over.
             known, at = partial.length - at, at + len(data)
             if known >= len(data):
                 continue
-            if size is not None and at > size:
-                raise OtherBlob(f"{self}: the upstream sent more than {size} bytes")
+            if at > most:
+                raise OtherBlob(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())
             await partial.append(data[known:] if known else data)
             partial.checkpoint(self._clock)
             changed()
+            self._check_awaited()
             if self._precedence.yields and not self.watched:
                 stream.body.hold()
                 await self._turn()
@@ -159,6 +197,7 @@ class Connections:
         """As `open`, again and again as long as it is worth it; `why` is why the last one did not do."""
         while not self._retries.exhausted(self._clock.seconds(), watched=self.watched):
             await self._pause(self._retries.wait(self._clock.seconds(), watched=self.watched))
+            self._check_awaited()
             await self._turn()
             try:
                 stream = await self._open(start, replace(self._manner, within=_HEADERS_WITHIN, insist=self.watched))

@@ -10,6 +10,7 @@ from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.connections import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
+from ociregistry.store.space import Claim
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import BlobStream, OtherBlob
 
@@ -17,8 +18,9 @@ from ociregistry.upstream.registry import BlobStream, OtherBlob
 class Download:
     """Fetches a blob into a partial and makes it a blob of the store.
 
-    It belongs to no client: it goes on when all have gone, and takes up what an earlier one left. `size` is None
-    until it is known; what can be read, `available`, leaves out the last byte until the digest holds.
+    It belongs to no client: where a manifest tells its size it goes on when all have gone, and it takes up what an
+    earlier one left. `size` is None until it is known; what can be read, `available`, leaves out the last byte until
+    the digest holds.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -39,7 +41,6 @@ class Download:
         self._connections = connections
         self._store = store
         self._early: list[DownloadReader] = []
-        self._awaited = 0
         self._done = False
         self._partial: Partial | None = None
         self._verified = False
@@ -75,7 +76,12 @@ class Download:
         self._connections.watch()
         try:
             # An empty blob has no last byte to hold back until the digest holds.
-            while self._partial is None or self.size is None or (self.size == 0 and not self._verified):
+            while (
+                self._partial is None
+                or self.size is None
+                or (self.size == 0 and not self._verified)
+                or self._connections.abandoned
+            ):
                 await self._change()
             return DownloadReader(self, self.size, self._partial.reader())
         except BaseException:
@@ -95,12 +101,12 @@ class Download:
 
     async def finished(self) -> None:
         """Returns when the blob is in the store. Raises what the download failed with."""
-        self._awaited += 1
+        self._connections.join()
         try:
             while not self._done:
                 await self._change()
         finally:
-            self._awaited -= 1
+            self._connections.leave()
 
     async def more_than(self, offset: int) -> int:
         """`available`, as soon as it is more than `offset`. Raises what the download failed with."""
@@ -133,23 +139,33 @@ class Download:
             # Whatever words those found for it whose work was cancelled.
             self.error = Unavailable(f"{self}: the server is stopping")
         # Whoever watches tells of it, unless all bytes have been given out already.
-        told = (self._connections.watched or self._awaited) and not self._verified
+        told = self._connections.awaited and not self._verified
         self._done = self.error is None
         self._changed.ring()
         if self.error is not None and not told and not self._stopping:
-            self.log.error("{why}", why=self.error)
+            if self._connections.abandoned:
+                self.log.warn("{why}", why=self.error)
+            else:
+                self.log.error("{why}", why=self.error)
 
     async def _fetch(self) -> None:
-        partial = await self._left_behind()
-        stream = None
+        partial = stream = None
+        claim = self._store.claim()
         try:
+            partial = await self._left_behind(claim)
+            start = partial.length if partial is not None else 0
             known = self.expected if self.expected is not None or partial is None else partial.size
-            if partial is None or partial.length != known:
+            if partial is None or start != known:
+                # What has no room is refused before anybody is asked.
+                await self._need(claim, known, start)
                 # The first answer decides whether there is such a blob; clients are told nothing before it.
-                stream = await self._first(partial.length if partial else 0, known)
+                stream = await self._first(start, known)
                 self._check(stream, known)
             size = known if stream is None or stream.size is None else stream.size
-            partial = partial or await self._store.new_partial(self.digest, size, self.repository)
+            if size != known:
+                await self._need(claim, size, start)
+            if partial is None:
+                partial = await self._store.new_partial(self.digest, size, self.repository, claim)
             self._partial, self.size = partial, size
             self._open_early(partial)
             self._changed.ring()
@@ -166,6 +182,10 @@ class Download:
                 stream.body.abort()
             if partial is not None:
                 partial.close()
+            claim.release()
+
+    async def _need(self, claim: Claim, size: int | None, start: int) -> None:
+        await claim.need(None if size is None else max(0, size - start))
 
     def _open_early(self, partial: Partial) -> None:
         for reader in self._early:
@@ -185,8 +205,8 @@ class Download:
             # A client has its headers, and waits for bytes: that they are late is no reason to end its answer.
             return await self._connections.reopen(start, known, error)
 
-    async def _left_behind(self) -> Partial | None:
-        partial = await self._store.old_partial(self.digest)
+    async def _left_behind(self, claim: Claim) -> Partial | None:
+        partial = await self._store.old_partial(self.digest, claim)
         if partial is None or partial.size is None or self.expected in (None, partial.size):
             return partial
         await partial.discard()

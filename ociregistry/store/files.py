@@ -147,6 +147,30 @@ def lock(path: Path, *, wait: bool = True) -> int | None:
     return descriptor
 
 
+def hold(path: Path, *, writes: bool) -> SharedFile | None:
+    """Take a flock on the file at `path` itself, which lasts until the returned lease is released.
+
+    A process that `writes` the file takes an exclusive one and waits for it. One that may remove the file takes a
+    shared one, and gets None at once while somebody writes it. None too when there is no such file, or another one
+    has its name by the time the lock is there. Blocks. Raises: `OSError`.
+    """
+    try:
+        descriptor = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if writes else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return SharedFile(descriptor)
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive flock on `path`."""

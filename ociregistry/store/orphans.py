@@ -1,8 +1,7 @@
-"""Orphans: blobs that no record names, and partials that no process owns and nobody wishes for."""
+"""Orphans: blobs that no record names, and partials that no process is writing and no image is to be completed by."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Set
@@ -12,10 +11,10 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
-from ociregistry.store.files import Files, is_full
+from ociregistry.store.files import Files, SharedFile, hold
 from ociregistry.store.inventory import Inventory
-from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders, store_locked
-from ociregistry.store.wishes import WISH_SUFFIX
+from ociregistry.store.pulls import NOTE_SUFFIX, STAGED_SUFFIX, pulls_folders, store_locked
+from ociregistry.store.wishes import wanted_blobs
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
@@ -23,36 +22,67 @@ def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
 
     Blocks; raises `OSError`.
     """
-    return dict(_orphans(root, unchanged_since, removes=False))
+    return dict(_orphans(root, unchanged_since))
 
 
 def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
     """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
     found = {}
     with store_locked(root):
-        for path, size in _orphans(root, unchanged_since, removes=True):
-            files.unlink(path)
-            files.unlink(path.with_name(path.name + NOTE_SUFFIX))
+        for path, size in _orphans(root, unchanged_since):
+            _remove(path, files)
             found[path] = size
     return found
 
 
-def _orphans(root: Path, unchanged_since: datetime, *, removes: bool) -> Iterator[tuple[Path, int]]:
-    """Each as it is found; who `removes` it then can be sure that no process takes it meanwhile."""
+def remove_partials(root: Path, wanted: Set[Digest], missing: int, files: Files) -> None:
+    """Remove partials that are neither `wanted` nor being written until `missing` bytes are free, if they suffice.
+
+    Those written least recently go first. When all of them together are less than `missing` bytes, none goes.
+    Blocks. Raises: `OSError`.
+    """
+    unwanted = []
+    for path, digest in _partials(root):
+        with _unwritten(path) as held:
+            if held is not None and digest not in wanted:
+                status = os.fstat(held.fileno())
+                unwanted.append((status.st_mtime, path, status.st_size))
+    if sum(size for _, _, size in unwanted) < missing:
+        return
+    for _, path, size in sorted(unwanted):
+        if missing <= 0:
+            return
+        with _unwritten(path) as held:
+            if held is not None:
+                _remove(path, files)
+                missing -= size
+
+
+def _remove(path: Path, files: Files) -> None:
+    files.unlink(path)
+    files.unlink(path.with_name(path.name + NOTE_SUFFIX))
+
+
+def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]]:
+    """Each as it is found; a partial is locked until the next one is asked for, so that no process resumes it."""
     inventory = Inventory.read(root)
+
+    def blobs_of(manifest: Digest) -> Iterator[Digest]:
+        kept = inventory.records.get(manifest)
+        yield from (blob.digest for blob in kept.manifest.blobs) if kept is not None else ()
+
     named = {digest.hex for digest in inventory.named}
-    wished = {
-        blob.digest.hex
-        for folder in pulls_folders(root)
-        for wish in folder.glob(f"*{WISH_SUFFIX}")
-        if (manifest := Digest.from_hex(wish.stem)) is not None and manifest in inventory.records
-        for blob in inventory.records[manifest].manifest.blobs
-    }
-    for paths in (_blobs(root, named | inventory.mentioned), _partials(root, wished, removes=removes)):
-        for path in paths:
-            size = _old_size(path, unchanged_since)
-            if size is not None:
-                yield path, size
+    for path in _blobs(root, named | inventory.mentioned):
+        size = _old_size(path, unchanged_since)
+        if size is not None:
+            yield path, size
+    wanted = wanted_blobs(root, blobs_of)
+    for path, digest in _partials(root):
+        if digest is None or digest not in wanted or _is_whole(root, digest, path):
+            with _unwritten(path) as held:
+                size = _old_size(path, unchanged_since) if held is not None else None
+                if size is not None:
+                    yield path, size
 
 
 def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
@@ -62,45 +92,27 @@ def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _partials(root: Path, wished: Set[str], *, removes: bool) -> Iterator[Path]:
+def _partials(root: Path) -> Iterator[tuple[Path, Digest | None]]:
+    """All partials of all processes, those that have ended too, each with the blob that it can be resumed for.
+
+    That is None for what was staged out of an archive.
+    """
     for folder in pulls_folders(root):
-        if removes:
-            _make_lock(folder)
-        with _free(folder) as is_free:
-            for path in sorted(folder.iterdir()):
-                digest = Digest.from_hex(path.name)
-                if digest is None or not path.is_file():
-                    continue
-                # Of what a living process has, only what another one has finished in the meantime.
-                if _is_whole(root, digest, path) or (is_free and path.name not in wished):
-                    yield path
-
-
-def _make_lock(folder: Path) -> None:
-    """Make the lock's file, so that no process can take the folder meanwhile; without space for it none can."""
-    try:
-        (folder / "lock").touch()
-    except OSError as error:
-        if not is_full(error):
-            raise
+        for path in sorted(folder.iterdir()):
+            digest = Digest.from_hex(path.name.removesuffix(STAGED_SUFFIX))
+            if digest is not None and path.is_file():
+                yield path, None if path.suffix == STAGED_SUFFIX else digest
 
 
 @contextmanager
-def _free(folder: Path) -> Iterator[bool]:
-    """Whether no process owns the folder; none takes it while the block runs."""
+def _unwritten(path: Path) -> Iterator[SharedFile | None]:
+    """The partial at `path`, None if a process is writing it; none begins to while the block runs."""
+    held = hold(path, writes=False)
     try:
-        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    else:
-        yield True
+        yield held
     finally:
-        os.close(lock)
+        if held is not None:
+            held.release()
 
 
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:

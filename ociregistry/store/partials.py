@@ -6,10 +6,9 @@ many of them are surely on disk, since which boot of the machine, and what they 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -18,8 +17,9 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import read_at
-from ociregistry.store.files import Files, SharedFile, is_full
-from ociregistry.store.pulls import NOTE_SUFFIX
+from ociregistry.store.files import Files, SharedFile, hold, is_full
+from ociregistry.store.partialfiles import Note, create_held, note_path, open_usable, write_note
+from ociregistry.store.space import Claim
 from ociregistry.store.threads import Threads
 
 P = ParamSpec("P")
@@ -35,44 +35,28 @@ class DigestMismatch(Exception):
     """The bytes that were written are not those that the digest names."""
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What is known of a partial beside its bytes."""
-
-    durable: int
-    """How many of its bytes were on disk when the note was written."""
-    boot: str
-    size: int | None
-    """Of the whole blob, in bytes."""
-    source: str
-    """The repository that it comes from."""
-
-    @classmethod
-    def parse(cls, data: bytes) -> Note | None:
-        """The note in `data`, or None if that is none."""
-        try:
-            document = json.loads(data)
-            durable, boot, size, source = (document[key] for key in ("durable", "boot", "size", "source"))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-        sizes_hold = isinstance(durable, int) and isinstance(size, int | None) and durable >= 0
-        return cls(durable, boot, size, source) if sizes_hold and isinstance(boot, str) else None
-
-    def render(self) -> bytes:
-        """The bytes of the file."""
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-
 class Partial:
     """A blob that grows: one writer appends, any number of readers follow.
 
     It is hashed as it is written, in the same thread job, and becomes a blob only when the digest holds. What
     an earlier process wrote is hashed again, piece by piece, as it goes on.
+
+    A flock on the file tells other processes that it is being written and must not be removed. It is held on a
+    descriptor of its own, so that it ends with the writer and its last thread job, whoever goes on reading.
     """
 
     def __init__(
-        self, digest: Digest, path: Path, note: Note, file: SharedFile, files: Files, threads: Threads
+        self,
+        digest: Digest,
+        path: Path,
+        note: Note,
+        file: SharedFile,
+        held: SharedFile,
+        claim: Claim,
+        files: Files,
+        threads: Threads,
     ) -> None:
+        """`held` is the flock on the file, `claim` the room on the disk that it may take; `close` releases both."""
         self.digest = digest
         self.length = file.size()
         """Bytes that can be read."""
@@ -83,6 +67,8 @@ class Partial:
         self._path = path
         self._note = note
         self._file = file
+        self._held = held
+        self._claim = claim
         self._files = files
         self._threads = threads
         self._hasher = digest.hasher()
@@ -93,39 +79,45 @@ class Partial:
 
     @classmethod
     def create(
-        cls, digest: Digest, path: Path, size: int | None, source: str, files: Files, threads: Threads
+        cls, digest: Digest, path: Path, size: int | None, source: str, claim: Claim, files: Files, threads: Threads
     ) -> Partial:
         """An empty partial at `path`. Blocks; raises `OSError`."""
         note = Note(0, files.boot(), size, source)
-        # Not synced, as there is nothing yet that it could lose, and a client may be waiting.
-        note_file = files.create(_note_path(path))
+        file, held = create_held(path, files)
         try:
-            files.write(note_file, note.render(), 0)
-        finally:
-            note_file.release()
-        return cls(digest, path, note, files.create(path), files, threads)
+            # Not synced, as there is nothing yet that it could lose, and a client may be waiting.
+            note_file = files.create(note_path(path))
+            try:
+                files.write(note_file, note.render(), 0)
+            finally:
+                note_file.release()
+        except BaseException:
+            files.unlink(path)
+            file.release()
+            held.release()
+            raise
+        return cls(digest, path, note, file, held, claim, files, threads)
 
     @classmethod
-    def resume(cls, digest: Digest, path: Path, files: Files, threads: Threads) -> Partial | None:
+    def resume(cls, digest: Digest, path: Path, claim: Claim, files: Files, threads: Threads) -> Partial | None:
         """What an earlier process left at `path`, or None. Blocks; raises `OSError`.
 
         After another boot of the machine, what was not surely on disk is cut off: the file may have grown there
         without getting its bytes.
         """
-        try:
-            note = Note.parse(_note_path(path).read_bytes())
-            file = files.open(path)
-        except FileNotFoundError:
+        held = hold(path, writes=True)
+        if held is None:
             return None
         try:
-            usable = _cut_to_durable(path, note, file, files) if note is not None else None
+            opened = open_usable(path, files)
         except BaseException:
-            file.release()
+            held.release()
             raise
-        if usable is None:
-            file.release()
+        if opened is None:
+            held.release()
             return None
-        return cls(digest, path, usable, file, files, threads)
+        note, file = opened
+        return cls(digest, path, note, file, held, claim, files, threads)
 
     @property
     def size(self) -> int | None:
@@ -139,6 +131,7 @@ class Partial:
     def _append(self, data: bytes) -> int:
         if self._broken is not None:
             raise self._broken
+        self._claim.take(len(data))
         try:
             self._files.write(self._file, data, self.length)
         except OSError as error:
@@ -182,7 +175,7 @@ class Partial:
     def _sync(self, length: int) -> None:
         self._sound_only_after(lambda: self._files.sync_data(self._file))
         note = replace(self._note, durable=length)
-        _write_note(self._path, note, self._files)
+        write_note(self._path, note, self._files)
         self._note = note
 
     def _break(self, failure: object) -> None:
@@ -205,7 +198,7 @@ class Partial:
 
     def _commit(self, target: Path) -> None:
         self._sound_only_after(lambda: self._files.commit(self._file, self._path, target))
-        self._files.unlink(_note_path(self._path))
+        self._files.unlink(note_path(self._path))
 
     def _sound_only_after(self, syncing: Callable[[], None]) -> None:
         try:
@@ -222,7 +215,7 @@ class Partial:
 
     def _discard(self) -> None:
         self._files.unlink(self._path)
-        self._files.unlink(_note_path(self._path))
+        self._files.unlink(note_path(self._path))
 
     async def _settled(self) -> None:
         settled: Deferred[None] = Deferred()
@@ -236,37 +229,20 @@ class Partial:
     def close(self) -> None:
         """The writer's end; readers may go on, and another process may resume."""
         self._file.release()
+        self._held.release()
+        self._claim.release()
 
     def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        lease = self._file.lease()
+        leases = self._file.lease(), self._held.lease()
 
         def run() -> T:
             try:
                 return function(*args, **kwargs)
             finally:
-                lease.release()
+                for lease in leases:
+                    lease.release()
 
         return self._threads.write(run)
-
-
-def _note_path(path: Path) -> Path:
-    return path.with_name(path.name + NOTE_SUFFIX)
-
-
-def _cut_to_durable(path: Path, note: Note, file: SharedFile, files: Files) -> Note | None:
-    boot = files.boot()
-    if note.boot == boot:
-        return note
-    if file.size() < note.durable:
-        return None
-    files.truncate(file, note.durable)
-    note = replace(note, boot=boot)
-    _write_note(path, note, files)
-    return note
-
-
-def _write_note(path: Path, note: Note, files: Files) -> None:
-    files.put(_note_path(path), note.render(), path.with_name(path.name + ".new"))
 
 
 class PartialReader:

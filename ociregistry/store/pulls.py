@@ -13,9 +13,10 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, is_full, lock, locked
-from ociregistry.store.wishes import WISH_SUFFIX, WishFiles
 
 NOTE_SUFFIX = ".note"
+STAGED_SUFFIX = ".staged"
+WISH_SUFFIX = ".wish"
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 _BAD = "bad"
@@ -28,12 +29,6 @@ def pulls_folders(root: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return sorted(folders, key=lambda path: int(path.name))
-
-
-def pending_images(root: Path) -> frozenset[Digest]:
-    """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
-    files = (WishFiles(folder, Files()) for folder in pulls_folders(root))
-    return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
 
 @contextmanager
@@ -167,7 +162,9 @@ class PullsFolder:
             # A note without its partial is nothing; a partial without its note would be taken for a leftover.
             for path in sorted(left, reverse=True):
                 if not (ours / path.name).exists():
-                    self._files.rename(path, ours / path.name)
+                    # Another process may have removed it as an orphan meanwhile.
+                    with suppress(FileNotFoundError):
+                        self._files.rename(path, ours / path.name)
             for path in folder.iterdir():
                 if path.is_file() and path.name != "lock":
                     self._files.unlink(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,21 +11,24 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.config.quantities import USUAL_RESERVE, Reserve
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.door import Door
 from ociregistry.store.files import Files, is_full
+from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.pruning import Choose, Plan, prune
-from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.pulls import STAGED_SUFFIX, PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
 from ociregistry.store.records import Dates, Record, RecordInvalid
+from ociregistry.store.space import Claim, Room, Space
 from ociregistry.store.threads import Threads
 from ociregistry.store.verifying import Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.view import View
-from ociregistry.store.wishes import Pending, WishFiles
+from ociregistry.store.wishes import Pending, WishFiles, wanted_blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,16 @@ class Store:
         reactor: IReactorFromThreads,
         files: Files | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        reserve: Reserve = USUAL_RESERVE,
     ) -> None:
+        """`reserve` is the room on the disk that is left free whatever is being written."""
         self._root = root
         self._blobs = root / "blobs"
         self._now = now
         self._files = files or Files()
         self._threads = Threads(reactor)
         self._clock = clock
+        self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blobs that this process committed, for those that no record names (yet)."""
         self.wishes: dict[Digest, Repository] = {}
@@ -81,6 +87,7 @@ class Store:
         self._view.read()
         self._threads.start()
         self._view.start()
+        self._space.start()
 
     def _adopt(self) -> None:
         try:
@@ -104,6 +111,7 @@ class Store:
     def stop(self) -> None:
         """Ends the threads, after what they are at."""
         self._view.stop()
+        self._space.stop()
         self._threads.stop()
         self._pulls.close()
 
@@ -117,6 +125,15 @@ class Store:
     def counts(self) -> Counts:
         """How many records there are."""
         return Counts(*self._catalogue.counts())
+
+    @property
+    def room(self) -> Room:
+        """What is free on the disk."""
+        return self._space.room
+
+    def use(self, reserve: Reserve) -> None:
+        """Leaves this much free from now on."""
+        self._space.use(reserve)
 
     # Manifests
 
@@ -344,22 +361,35 @@ class Store:
     # Partials
 
     async def new_partial(
-        self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False
+        self, digest: Digest, size: int | None, source: Repository, claim: Claim, *, staged: bool = False
     ) -> Partial:
         """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`.
 
         A `staged` one lies beside a download of the same blob, which may be taken up again.
         """
-        name = f"{digest.hex}.staged" if staged else digest.hex
+        name = f"{digest.hex}{STAGED_SUFFIX}" if staged else digest.hex
         return await self._threads.write(
-            lambda: Partial.create(digest, self._pulls.path / name, size, str(source), self._files, self._threads)
+            lambda: Partial.create(
+                digest, self._pulls.path / name, size, str(source), claim, self._files, self._threads
+            )
         )
 
-    async def old_partial(self, digest: Digest) -> Partial | None:
+    async def old_partial(self, digest: Digest, claim: Claim) -> Partial | None:
         """What an earlier download left of the blob `digest`, or None. Raises `OSError`."""
         return await self._threads.write(
-            lambda: Partial.resume(digest, self._pulls.path / digest.hex, self._files, self._threads)
+            lambda: Partial.resume(digest, self._pulls.path / digest.hex, claim, self._files, self._threads)
         )
+
+    def claim(self) -> Claim:
+        """Return a claim on room for a blob, which is for no bytes yet; it is released with its partial."""
+        return self._space.claim()
+
+    def _remove_partials(self, missing: int) -> None:
+        remove_partials(self._root, wanted_blobs(self._root, self._blobs_of), missing, self._files)
+
+    def _blobs_of(self, manifest: Digest) -> Iterable[Digest]:
+        entry = self._catalogue.get(manifest)
+        return entry.blobs if entry is not None else ()
 
     async def commit(self, partial: Partial) -> None:
         """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""

@@ -4,15 +4,25 @@ that it outlives the process."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files
+from ociregistry.store.pulls import WISH_SUFFIX, pulls_folders
 
-WISH_SUFFIX = ".wish"
+
+def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
+    """Return the blobs that are to be fetched for images of the store at `root`, by whichever process.
+
+    `blobs_of` gives the blobs that the record of a manifest names, none where there is no record. Blocks. Raises:
+    `OSError`.
+    """
+    wishes = (wish for folder in pulls_folders(root) for wish in folder.glob(f"*{WISH_SUFFIX}"))
+    manifests = (Digest.from_hex(wish.stem) for wish in wishes)
+    return frozenset(blob for manifest in manifests if manifest is not None for blob in blobs_of(manifest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,12 @@ class WishFiles:
 
     def _path(self, manifest: Digest) -> Path:
         return self._folder / f"{manifest.hex}{WISH_SUFFIX}"
+
+
+def pending_images(root: Path) -> frozenset[Digest]:
+    """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
+    files = (WishFiles(folder, Files()) for folder in pulls_folders(root))
+    return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
 
 def _read(path: Path) -> Pending | None:

@@ -10,6 +10,7 @@ from ociregistry import __version__
 from ociregistry.chain import Chain
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.pullthrough.preloading import Preloaded
+from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
 from ociregistry.web.answers import Answer, json_answer
 from ociregistry.web.requests import Query
@@ -20,6 +21,7 @@ def health(
     counts: Callable[[], Counts],
     incomplete: Callable[[], Incomplete],
     preloaded: Callable[[], Preloaded | None],
+    room: Callable[[], Room],
     started: datetime,
 ) -> Handler:
     """What answers such requests; all but `started` are asked each time."""
@@ -38,6 +40,7 @@ def health(
                 "missing_bytes": lacking.bytes,
                 "pending_images": lacking.pending,
                 "incomplete_indexes": lacking.indexes,
+                "disk": asdict(room()),
                 **({"preload": asdict(preloading)} if preloading else {}),
             },
         )

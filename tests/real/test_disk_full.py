@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.client import fetch
 from tests.disk_faults import SmallDisk, small_disk
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
@@ -16,10 +18,12 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip, NoLength
 
 DISK = 24 * MIB
+RESERVE = DISK // 20
+"""Bytes that downloads leave free by default; what else the daemon writes may come out of it."""
 SIZE = 40 * MIB
 RATE = 20 * MIB
 """So slow, in bytes a second, that not much is on its way when the disk is full."""
-FULL = "No space left on device"
+FULL = "has no room"
 REPOSITORY = "full/image"
 
 
@@ -83,18 +87,27 @@ def partial(cache: Cache, image: Image) -> Path:
     return cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
 
 
+def told(cache: Cache) -> dict[str, int]:
+    """What /health tells of the disk."""
+    disk: dict[str, int] = json.loads(fetch(f"{cache.daemon.url}/health").body)["disk"]
+    return disk
+
+
 @contextmanager
-def full(cache: Cache, large: Image) -> Iterator[None]:
-    """The first pull of the large image has filled the disk; it goes on to come slowly."""
+def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
+    """The first pull of the large image began when there was room, which others took; it goes on to come slowly."""
     layer = large.layers[0]
+    disk.resize(4 * SIZE)
     assert cache.ask(f"{REPOSITORY}/manifests/large").status == 200
     since = cache.log_size
     with cache.scripted(f"*{layer.digest}", Drip(RATE)):
         with cache.opened(blob_of(large)) as answer:
             assert (answer.status, answer.length) == (200, SIZE)
+            disk.resize(DISK)
             got = short_body(answer)
         assert layer.data.startswith(got)
         assert len(got) > DISK // 2
+        assert disk.free > RESERVE - MIB // 10
         line = cache.one_error(since)
         assert FULL in line
         assert cache.upstream.host in line
@@ -104,19 +117,21 @@ def full(cache: Cache, large: Image) -> Iterator[None]:
 def test_the_miss_ends_short_and_resumes_when_there_is_room(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
+    """Until then it is refused at once, and what there is of it is kept."""
     publish(cache, small, large, third)
-    with full(cache, large):
+    with full(cache, disk, large):
         kept = partial(cache, large).stat().st_size
         assert kept > DISK // 2
         hits_go_on(cache, small)
 
         since = cache.log_size
-        with cache.opened(blob_of(large)) as answer:
-            assert answer.status in (200, 503)
-            if answer.status == 200:
-                assert large.layers[0].data.startswith(short_body(answer))
-        assert FULL in cache.one_error(since)
-        assert partial(cache, large).stat().st_size >= kept
+        asked = cache.sent(blob_of(large))
+        cache.refused(blob_of(large), 503, "UNAVAILABLE")
+        line = cache.one_error(since)
+        assert f"{FULL}: {SIZE - kept} bytes are needed" in line
+        assert str(disk.path) in line
+        assert cache.sent(blob_of(large)) == asked
+        assert partial(cache, large).stat().st_size == kept
         hits_go_on(cache, small)
 
         disk.resize(4 * SIZE)
@@ -126,24 +141,37 @@ def test_the_miss_ends_short_and_resumes_when_there_is_room(
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
-def test_what_cannot_even_begin_gets_503(
+def test_a_known_size_that_cannot_fit_is_refused_before_anybody_is_asked(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     publish(cache, small, large, third)
-    with full(cache, large):
-        for path in (f"{REPOSITORY}/manifests/third", f"{REPOSITORY}/manifests/{third.manifest.digest}"):
-            since = cache.log_size
-            cache.refused(path, 503, "UNAVAILABLE")
-            assert FULL in cache.one_error(since)
+    assert cache.ask(f"{REPOSITORY}/manifests/large").status == 200
+    for _ in range(2):
         since = cache.log_size
-        cache.refused(blob_of(third), 503, "UNAVAILABLE")
-        assert FULL in cache.one_error(since)
-        hits_go_on(cache, small)
-        assert not cache.stored(third.layers[0].digest)
+        cache.refused(blob_of(large), 503, "UNAVAILABLE")
+        assert f"{FULL}: {SIZE} bytes are needed" in cache.one_error(since)
+    assert cache.sent(blob_of(large), "GET") == 0
+    assert cache.partials == set()
+    hits_go_on(cache, small)
+    assert digest_of(cache.ask(blob_of(third)).body) == third.layers[0].digest
 
-        disk.resize(4 * SIZE)
-        assert cache.ask(f"{REPOSITORY}/manifests/third").body == third.manifest.data
-        assert digest_of(cache.ask(blob_of(third)).body) == third.layers[0].digest
+
+def test_what_nobody_wants_of_one_makes_room_for_another(
+    cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
+) -> None:
+    publish(cache, small, large, third)
+    # A download stops less than 2 MiB above the reserve.
+    another = plain_image("another", 3 * MIB)
+    cache.upstream.add(REPOSITORY, another, "another")
+    with full(cache, disk, large):
+        wait_until(lambda: told(cache)["full"], SOON, "it is told")
+        assert told(cache)["reserve"] == RESERVE
+        assert abs(told(cache)["free"] - disk.free) < MIB
+        assert cache.ask(f"{REPOSITORY}/manifests/another").body == another.manifest.data
+        assert digest_of(cache.ask(blob_of(another)).body) == another.layers[0].digest
+        assert not partial(cache, large).exists()
+        wait_until(lambda: "has room again" in cache.daemon.log, SOON, "it is told")
+    assert cache.daemon.log.count("so downloads stop") == 1
 
 
 def test_a_blob_that_nobody_tells_the_size_of(
@@ -157,6 +185,7 @@ def test_a_blob_that_nobody_tells_the_size_of(
         cache.refused(blob_of(large), 503, "UNAVAILABLE")
         assert FULL in cache.one_error(since)
         assert partial(cache, large).stat().st_size > DISK // 2
+        assert disk.free > RESERVE - MIB // 10
         hits_go_on(cache, small)
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == layer.digest
@@ -168,7 +197,7 @@ def test_the_daemon_starts_on_a_full_disk(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image, kill: bool
 ) -> None:
     publish(cache, small, large, third)
-    with full(cache, large):
+    with full(cache, disk, large):
         if kill:
             cache.daemon.kill()
         else:

@@ -13,6 +13,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
 from ociregistry.archives.failures import ArchiveInvalid, LoadFailed
+from ociregistry.config.quantities import Reserve
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.records import Dates
@@ -161,6 +162,18 @@ async def test_a_full_disk_changes_nothing(
     with pytest.raises(LoadFailed) as caught:
         await load(store, path)
     assert str(caught.value) == f"{path}: the store cannot take it: No space left on device"
+    assert files_below(root) == before
+
+
+@on_reactor
+async def test_what_does_not_fit_beside_the_reserve_is_refused_and_changes_nothing(
+    open_store: Callable[..., Store], root: Path, tmp_path: Path
+) -> None:
+    store = open_store(reserve=Reserve(1.0))
+    before = files_below(root)
+    path = write_tar(tmp_path / "a.tar", named(INDEX))
+    with pytest.raises(LoadFailed, match=r"the store cannot take it: the disk of .* has no room: [0-9]+ bytes"):
+        await load(store, path)
     assert files_below(root) == before
 
 

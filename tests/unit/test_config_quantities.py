@@ -11,7 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ociregistry.config.quantities import local_time, parse_duration, parse_local_time, parse_size, size_text
+from ociregistry.config.quantities import (
+    USUAL_RESERVE,
+    local_time,
+    parse_duration,
+    parse_local_time,
+    parse_reserve,
+    parse_size,
+    size_text,
+)
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A machine that has much else to do is no defect."""
@@ -179,3 +187,26 @@ def test_a_size_is_told(size: int, told: str) -> None:
 @given(st.integers(1, 10**16))
 def test_a_size_that_is_told_is_about_the_same_when_it_is_read(size: int) -> None:
     assert abs(parse_size(size_text(size)) - size) <= size * 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "of_10_gb", "of_1_tb"),
+    [
+        ("", 500 * 10**6, 2 * 10**9),
+        ("5%", 500 * 10**6, 50 * 10**9),
+        ("12.5 %", 1250 * 10**6, 125 * 10**9),
+        ("0%", 0, 0),
+        ("1GB", 10**9, 10**9),
+        ("20GB", 10 * 10**9, 20 * 10**9),
+    ],
+)
+def test_a_reserve_is_a_size_or_a_share_of_the_disk(text: str, of_10_gb: int, of_1_tb: int) -> None:
+    reserve = parse_reserve(text)
+    assert (reserve.of(10 * 10**9), reserve.of(10**12)) == (of_10_gb, of_1_tb)
+    assert (reserve == USUAL_RESERVE) == (not text)
+
+
+@pytest.mark.parametrize("text", ["100%", "-5%", "%", "5 percent", "0GB", "5%,2GB", " 5%", "1e1%"])
+def test_what_is_no_reserve_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="a size such as 1GB or a share of the disk such as 5% is expected"):
+        parse_reserve(text)

@@ -64,6 +64,19 @@ async def test_a_changed_entry_is_used(
 
 
 @on_reactor
+async def test_another_reserve_is_left_free(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    path.write_text("reserve: 1000TB\n")
+    daemon = daemons.start("--no-complete-images", "--default-ns", upstream.host, "--config-path", str(path))
+    for reserve, status in (("1000TB", 503), ("0%", 200)):
+        path.write_text(f"reserve: {reserve}\n")
+        await daemon.reload()
+        assert (await get(network, events, f"/v2/team/app/blobs/{BUILT.layers[0].digest}")).status == status
+
+
+@on_reactor
 async def test_other_upstreams_are_allowed(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
 ) -> None:

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.config.quantities import Reserve
 from ociregistry.errors import Unavailable
+from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Store
-from tests.unit.doubles import on_reactor, until
-from tests.unit.registries import MemoryRegistries
-from tests.unit.test_pullthrough_download import DATA, SIZE, WHERE, begin, failure, get
+from tests.unit.doubles import manifest, on_reactor, until
+from tests.unit.registries import MemoryRegistries, landed
+from tests.unit.test_pullthrough_download import (
+    APP,
+    BUILT,
+    DATA,
+    DIGEST,
+    SIZE,
+    WHERE,
+    begin,
+    failure,
+    get,
+    partial_sizes,
+    partials,
+)
 
 
 class Full(Files):
@@ -60,3 +76,73 @@ async def test_a_blob_that_has_no_room_frees_its_connection(
     with pytest.raises(Unavailable, match="cannot be stored: No space"):
         await asked
     assert sending.connection.closed
+
+
+@pytest.fixture
+def full(open_store: Callable[..., Store]) -> Store:
+    """A store whose disk is kept in reserve, all of it."""
+    return open_store(reserve=Reserve(1.0))
+
+
+@on_reactor
+async def test_a_size_that_a_manifest_tells_and_that_does_not_fit_is_refused_before_anybody_is_asked(
+    full: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    await full.keep(manifest(BUILT), APP)
+    cache = PullThrough(full, upstreams, clock)
+    with pytest.raises(Unavailable, match=f"{WHERE}: cannot be stored: the disk of .*: {SIZE} bytes are needed"):
+        await get(cache)
+    assert (upstreams.asked, partials(root)) == ([], [])
+
+
+@pytest.mark.parametrize("size", [SIZE, None])
+@on_reactor
+async def test_what_is_left_of_a_blob_that_does_not_fit_is_kept(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path, size: int | None
+) -> None:
+    store = open_store()
+    partial = await store.new_partial(DIGEST, size, APP.repository, store.claim())
+    await partial.append(DATA[:1000])
+    partial.close()
+    store.use(Reserve(1.0))
+    needed = SIZE - 1000 if size else 1
+    with pytest.raises(Unavailable, match=f": {needed} bytes are needed"):
+        await get(PullThrough(store, upstreams, clock))
+    assert (upstreams.asked, partial_sizes(root)) == ([], [1000])
+
+
+@on_reactor
+async def test_a_size_that_only_the_upstream_tells_and_that_does_not_fit_is_refused_before_the_headers(
+    store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    asked = get(PullThrough(store, upstreams, clock))
+    await until(lambda: upstreams.calls)
+    sending = upstreams[0].stream(10**18)
+    with pytest.raises(Unavailable, match=f": {10**18} bytes are needed"):
+        await asked
+    assert sending.connection.closed
+    assert partials(root) == []
+
+
+@on_reactor
+async def test_two_that_fit_one_by_one_do_not_fit_together(
+    open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    half = shutil.disk_usage(root.parent).free * 2 // 3
+    cache = PullThrough(open_store(reserve=Reserve(0.0)), upstreams, clock)
+    content, sending = await begin(cache, upstreams, half)
+    other = Deferred.fromCoroutine(cache.blob(APP.repository, Digest.of(b"other")))
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].stream(half)
+    with pytest.raises(Unavailable, match=f"{half} bytes are needed .* and {half} for other downloads"):
+        await other
+    # What has failed needs nothing any more.
+    sending.end()
+    await failure(content, 0)
+    content.close()
+    again = Deferred.fromCoroutine(cache.blob(APP.repository, Digest.of(b"other")))
+    await until(lambda: len(upstreams) == 3)
+    sending = upstreams[2].stream(half)
+    (await again).content.close()
+    sending.end()
+    await landed(cache)

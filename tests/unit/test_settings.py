@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.quantities import USUAL_RESERVE
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import Certificates, ServerTls
 from ociregistry.config.upkeep import PruneSettings, VerifySettings
@@ -21,6 +22,7 @@ DEFAULTS = Settings(
     image_path=Path("/var/lib/ociregistry"),
     port=8080,
     listen=(),
+    reserve=USUAL_RESERVE,
     log_level="error",
     pull_timeout=60.0,
     concurrent=1,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ociregistry.config.quantities import Reserve
 from ociregistry.config.upkeep import VerifySettings
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
@@ -57,6 +58,7 @@ def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, examp
     settings, defaults = load_settings({}, (), path), load_settings({}, (), None)
     assert settings.registries[Upstream("my-upstream:5000")].scheme == "http"
     assert settings.max_bandwidth == 250_000
+    assert settings.reserve == Reserve(1.0, 5 * 10**9)
     assert [str(window.begin) for window in settings.bandwidth] == ["08:00:00"]
     assert settings.preload_images == path.parent / "images.txt"
     assert settings.platform == (Platform("linux", "amd64"), Platform("linux", "arm", "v7"))
@@ -68,7 +70,7 @@ def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, examp
     assert settings.verify == VerifySettings(timedelta(days=7), 20 * 10**6)
     # Some keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
     assert settings.allow_upstreams == ("*",)
-    examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images"}
+    examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images", "reserve"}
     examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify"}
     for field in fields(Settings):
         if field.name not in examples:

@@ -25,9 +25,13 @@ NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
 
 
 async def look(clock: Clock) -> None:
-    """Lets a second pass, and waits until the look has ended: then it has said when the next one is due."""
+    """Lets a second pass, and waits until the look has ended: then it has said when the next one is due.
+
+    So has what looks at the free space.
+    """
+    due = len(clock.getDelayedCalls())
     clock.advance(1)
-    await until(clock.getDelayedCalls)
+    await until(lambda: len(clock.getDelayedCalls()) == due)
 
 
 @on_reactor

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 
+from ociregistry.config.quantities import USUAL_RESERVE
 from ociregistry.names import Digest
 from ociregistry.store.files import lock
-from ociregistry.store.orphans import find_orphans, remove_orphans
+from ociregistry.store.orphans import find_orphans, remove_orphans, remove_partials
+from ociregistry.store.partials import Partial
 from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.space import Space
+from ociregistry.store.threads import Threads
 from ociregistry.store.wishes import Pending, WishFiles
-from tests.unit.doubles import image
+from tests.processes import wait_until
+from tests.unit.doubles import REACTOR, image
 from tests.unit.stocked import Stock, Unsynced, image_of, list_of
 
 ONE = (b"config", b"layer")
@@ -67,6 +75,39 @@ def files(stock: Stock) -> Mapping[Path, bytes]:
     """All that is there."""
     paths = (path for path in stock.root.rglob("*") if path.is_file() and path.name != "lock")
     return {path: path.read_bytes() for path in paths}
+
+
+def create(digest: Digest, path: Path) -> Partial:
+    """A partial that this process begins to write at `path`."""
+    threads = Threads(REACTOR)
+    space = Space(path.parent, USUAL_RESERVE, lambda missing: None, threads, Clock())
+    return Partial.create(digest, path, None, str(APP), space.claim(), Unsynced(), threads)
+
+
+def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
+    """The partial of `blob` as a process that writes it has it; None where there is nothing to resume."""
+    digest = Digest.of(blob)
+    if not resumes:
+        return create(digest, folder / digest.hex)
+    threads = Threads(REACTOR)
+    space = Space(folder, USUAL_RESERVE, lambda missing: None, threads, Clock())
+    return Partial.resume(digest, folder / digest.hex, space.claim(), Unsynced(), threads)
+
+
+@contextmanager
+def writing(folder: Path, blob: bytes, *, resumes: bool = True) -> Iterator[Partial]:
+    """The partial of `blob` is being written until the block ends."""
+    partial = write(folder, blob, resumes=resumes)
+    assert partial is not None
+    with closing(partial):
+        yield partial
+
+
+def wait_for_lock(thread: threading.Thread) -> None:
+    """Returns when the thread waits for a file lock."""
+    blocked = Path(f"/proc/self/task/{thread.native_id}/syscall")
+    flock = {"x86_64": "73", "aarch64": "32"}[os.uname().machine]
+    wait_until(lambda: blocked.read_text().split()[0] == flock, 10, "it waits for the lock")
 
 
 # Blobs
@@ -125,15 +166,35 @@ def test_a_partial_that_no_process_owns_is_one_with_its_note(stock: Stock) -> No
     assert found(stock) == {f"pulls/0/{Digest.of(b'left').hex}": 2, f"pulls/12/{path.name}": 3}
 
 
-def test_that_of_a_living_process_is_none(stock: Stock, living: Path) -> None:
+def test_one_that_is_being_written_is_none(stock: Stock, living: Path) -> None:
+    """Whether it was begun or resumed, and whatever its process has beside it."""
+    left = partial(living, b"left", 2)
     partial(living, b"under way", 2)
     partial(living, b"of unknown size", 2, None)
-    dead = partial(living.parent / "1", b"left", 2)
-    assert found(stock) == {f"pulls/1/{dead.name}": 2}
+    with writing(living, b"under way"), writing(living, b"of unknown size"), writing(living, b"new", resumes=False):
+        assert found(stock) == {f"pulls/0/{left.name}": 2}
+    assert len(found(stock)) == 3
 
 
-def test_one_whose_blob_is_whole_is_one_whoever_owns_it(stock: Stock, living: Path) -> None:
-    stock.put(image_of(b"whole", b"half"), "a:1")
+def test_who_only_reads_one_does_not_keep_it(stock: Stock, living: Path) -> None:
+    partial(living, b"left", 2)
+    with writing(living, b"left") as written:
+        reader = written.reader()
+    assert len(found(stock)) == 1
+    reader.close()
+
+
+def test_what_was_staged_out_of_an_archive_is_one_unless_it_is_being_staged(stock: Stock, living: Path) -> None:
+    digest = Digest.of(b"staged")
+    path = living / f"{digest.hex}.staged"
+    with closing(create(digest, path)):
+        assert found(stock) == {}
+    assert found(stock) == {f"pulls/0/{path.name}": 0}
+
+
+def test_one_whose_blob_is_whole_is_one_whoever_wants_it(stock: Stock, living: Path) -> None:
+    wanted = stock.put(image_of(b"whole", b"half"), "a:1")
+    WishFiles(living, Unsynced()).write(Pending(wanted.digest, APP))
     stock.blobs(b"whole")
     stock.blob(b"half").write_bytes(b"ha")
     whole = partial(living, b"whole", 3)
@@ -145,7 +206,8 @@ def test_one_whose_blob_is_whole_is_one_whoever_owns_it(stock: Stock, living: Pa
 
 @pytest.mark.parametrize("note", ["", "{", "[]", "5", "null", "{}", '{"size": null}', '{"size": "5"}', "\udcff"])
 def test_a_note_that_tells_nothing_does_not_make_it_one(stock: Stock, living: Path, note: str) -> None:
-    stock.put(image_of(b"whole"), "a:1")
+    wanted = stock.put(image_of(b"whole"), "a:1")
+    WishFiles(living, Unsynced()).write(Pending(wanted.digest, APP))
     stock.blobs(b"whole")
     path = partial(living, b"whole", 3)
     path.with_name(f"{path.name}.note").write_bytes(note.encode("utf-8", "surrogateescape"))
@@ -204,20 +266,68 @@ def test_it_is_done_under_the_lock(stock: Stock) -> None:
     os.close(free)
 
 
-def test_no_process_takes_a_partial_that_is_being_removed(stock: Stock) -> None:
-    partial(stock.root / "pulls" / "0", b"left", 2)
-    took: list[bool] = []
+@pytest.mark.parametrize("begins", [True, False], ids=["create", "resume"])
+def test_a_process_that_wants_a_partial_while_it_is_being_removed_begins_anew(stock: Stock, begins: bool) -> None:
+    """It waits for the lock, and must not take the file whose name is going, nor lose the name of its own."""
+    folder = stock.root / "pulls" / "0"
+    path = partial(folder, b"left", 2)
+    got: list[Partial | None] = []
+    taking = threading.Thread(target=lambda: got.append(write(folder, b"left", resumes=not begins)))
 
     class Meanwhile(Unsynced):
         def unlink(self, path: Path) -> None:
-            if not took:
-                pulls = PullsFolder(stock.root, Unsynced())
-                took.append((pulls.path / Digest.of(b"left").hex).exists())
-                pulls.close()
+            if taking.ident is None:
+                taking.start()
+                wait_for_lock(taking)
             super().unlink(path)
 
     remove_orphans(stock.root, later(), Meanwhile())
-    assert took == [False]
+    taking.join(10)
+    (taken,) = got
+    assert (taken is not None) == begins
+    assert path.exists() == begins
+    if taken is not None:
+        assert taken.length == 0
+        assert path.with_name(f"{path.name}.note").exists()
+        taken.close()
+
+
+def test_a_process_that_takes_over_a_folder_meanwhile_survives_it(stock: Stock) -> None:
+    """What it found there has gone when it renames it."""
+    path = partial(stock.root / "pulls" / "3", b"left", 2)
+
+    class Meanwhile(Unsynced):
+        def rename(self, old: Path, target: Path) -> None:
+            if path.exists():
+                remove_orphans(stock.root, later(), Unsynced())
+            super().rename(old, target)
+
+    with closing(PullsFolder(stock.root, Meanwhile())) as pulls:
+        assert [file.name for file in pulls.path.iterdir()] == ["lock"]
+
+
+# For room
+
+
+def test_partials_go_for_room_the_one_written_least_recently_first(stock: Stock, living: Path) -> None:
+    blobs = (b"third", b"first", b"second")
+    paths = {blob: partial(living, blob, 3) for blob in blobs}
+    for hours, blob in enumerate((b"third", b"second", b"first")):
+        moment = time.time() - 3600 * hours
+        os.utime(paths[blob], (moment, moment))
+    remove_partials(stock.root, set(), 4, Unsynced())
+    assert [path.exists() for path in paths.values()] == [True, False, False]
+    assert not paths[b"first"].with_name(f"{paths[b'first'].name}.note").exists()
+
+
+def test_none_goes_where_all_of_them_are_not_enough(stock: Stock, living: Path) -> None:
+    path, wanted = partial(living, b"left", 3), partial(living, b"wanted", 3)
+    partial(living, b"written", 3)
+    with writing(living, b"written"):
+        remove_partials(stock.root, {Digest.of(b"wanted")}, 4, Unsynced())
+        assert path.exists()
+        remove_partials(stock.root, {Digest.of(b"wanted")}, 3, Unsynced())
+    assert (path.exists(), wanted.exists()) == (False, True)
 
 
 def test_a_replica_without_a_pulls_folder_has_orphans_too(stock: Stock) -> None:

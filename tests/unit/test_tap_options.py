@@ -15,6 +15,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.quantities import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 from ociregistry.settings import OPTIONS, Settings, load_settings
@@ -49,7 +50,7 @@ ALL = (
     *("--max-connections", "3", "--allow-upstreams", "docker.io,quay.io", "--default-ns", "quay.io"),
     *("--concurrent", "50", "--arch", "arm64", "--os", "windows", "--platform", "linux/arm64,linux/arm/v7"),
     *("--with-signatures", "--preload-images", "/etc/images", "--max-bandwidth", "8kbit"),
-    *("--listen", "tcp:5001", "--listen", "tcp:5002"),
+    *("--listen", "tcp:5001", "--listen", "tcp:5002", "--reserve", "10%"),
 )
 
 
@@ -60,6 +61,7 @@ def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) ->
         image_path=Path("/srv/images"),
         port=5000,
         listen=("tcp:5001", "tcp:5002"),
+        reserve=Reserve(0.1),
         log_level="debug",
         pull_timeout=1.0,
         concurrent=50,

@@ -15,6 +15,7 @@ from ociregistry.chain import NOBODY
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.preloading import Preloaded
+from ociregistry.store.space import Room
 from ociregistry.store.store import Counts, Store
 from ociregistry.web.health import health
 from ociregistry.web.serving import Handler
@@ -24,6 +25,7 @@ from tests.unit.doubles import fired, image, manifest, on_reactor
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
 BUILT = make_image("health")
+ROOM = Room(free=10, reserve=7, full=False)
 
 
 def told(handler: Handler, method: str = "GET") -> Any:
@@ -35,7 +37,7 @@ def told(handler: Handler, method: str = "GET") -> Any:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_it_tells_how_the_daemon_is(method: str) -> None:
-    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, STARTED)
+    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, STARTED)
     assert told(handler, method) == {
         "status": "ok",
         "version": __version__,
@@ -46,13 +48,14 @@ def test_it_tells_how_the_daemon_is(method: str) -> None:
         "missing_bytes": 5,
         "pending_images": 0,
         "incomplete_indexes": 0,
+        "disk": {"free": 10, "reserve": 7, "full": False},
     }
 
 
 @on_reactor
 async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> None:
     completion = Completion(store, Fetching(tmp_path), clock)
-    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, STARTED)
+    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, STARTED)
 
     def figures() -> list[int]:
         return [told(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
@@ -68,7 +71,7 @@ async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> 
 
 def test_it_tells_how_far_preloading_is_at_the_time_of_the_request() -> None:
     progress = [Preloaded(images=7, loaded=0, failed=0)]
-    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], STARTED)
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, STARTED)
     # Also while there is nothing to tell yet.
     assert told(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
     progress[0] = Preloaded(images=7, loaded=5, failed=2)
@@ -76,5 +79,5 @@ def test_it_tells_how_far_preloading_is_at_the_time_of_the_request() -> None:
 
 
 def test_without_preloading_it_tells_nothing_of_it() -> None:
-    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, STARTED)
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, STARTED)
     assert "preload" not in told(handler)

@@ -57,6 +57,7 @@ def test_health_says_what_is_here(server: RegistrySite) -> None:
         "missing_bytes": 5,
         "pending_images": 0,
         "incomplete_indexes": 0,
+        "disk": {"free": 10, "reserve": 7, "full": False},
     }
     assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
 

@@ -18,6 +18,7 @@ from twisted.web.http import HTTPChannel
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.flights import Bell
 from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
 from ociregistry.web.answers import Answer, InMemory
 from ociregistry.web.health import health
@@ -26,6 +27,7 @@ from ociregistry.web.site import RegistrySite
 from ociregistry.web.v2 import V2
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)
+ROOM = Room(free=10, reserve=7, full=False)
 
 
 class Growing:
@@ -87,7 +89,9 @@ class Handler(V2):
 
 def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
     """The server."""
-    told = health(lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, STARTED)
+    told = health(
+        lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, lambda: ROOM, STARTED
+    )
     return RegistrySite(handler, told, patience, clock)
 
 

@@ -1,0 +1,193 @@
+"""The room on the store's disk: how much is free, how much of it stays free, and how much downloads still need."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from ociregistry.config.quantities import Reserve
+from ociregistry.store.threads import Threads
+
+_LOOK_EVERY = 1.0
+"""Seconds; other processes write to the disk too."""
+_FULL = 2 * 1024 * 1024
+"""Bytes above the reserve, more than a download writes at once: with less, every download stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The state of the disk. `free` and `reserve` are in bytes."""
+
+    free: int
+    reserve: int
+    full: bool
+    """Whether downloads stop, because only the reserve is left."""
+
+
+class Space:
+    """Refuses what would take the disk below the reserve, and reports when it is full.
+
+    Free space is read by statvfs, in threads, every second and before anything is refused. Between two readings
+    the bytes that this process writes are subtracted.
+    """
+
+    log = Logger(namespace="ociregistry.store")
+
+    def __init__(
+        self,
+        folder: Path,
+        reserve: Reserve,
+        make_room: Callable[[int], object],
+        threads: Threads,
+        clock: IReactorTime,
+    ) -> None:
+        """`make_room` is called in a thread with the number of bytes that are missing, and may remove files."""
+        self.room = Room(0, 0, full=False)
+        self._folder = folder
+        self._reserve = reserve
+        self._make_room = make_room
+        self._threads = threads
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._claims: set[Claim] = set()
+        self._free = 0
+        self._kept = 0
+        self._read_at = 0.0
+        self._looking = LoopingCall(self._look)
+        self._looking.clock = clock
+
+    def use(self, reserve: Reserve) -> None:
+        """Keeps this much free from the next reading on."""
+        self._reserve = reserve
+
+    def start(self) -> None:
+        """Reads the free space now, and then every second. Blocks for the first reading; raises `OSError`."""
+        self._tell(self._read_for_room())
+        self._looking.start(_LOOK_EVERY, now=False)
+
+    def stop(self) -> None:
+        """Stops reading."""
+        self._looking.stop()
+
+    def claim(self) -> Claim:
+        """Return a new claim, which is for no bytes yet. Whoever gets it releases it."""
+        return Claim(self)
+
+    def grant(self, claim: Claim, count: int | None) -> Deferred[None]:
+        """Promise `claim` another `count` bytes, in place of what it had; None: some, nobody knows how many.
+
+        The Deferred fails with `OSError` (ENOSPC) when they do not fit beside the reserve and the other claims.
+        """
+        return self._threads.write(self._grant, claim, count)
+
+    def _grant(self, claim: Claim, count: int | None) -> None:
+        with self._lock:
+            claim.sized, claim.left = count is not None, 0
+            self._ensure(1 if count is None else count, self._claimed(), fresh=True)
+            claim.left = count or 0
+            self._claims.add(claim)
+
+    def take(self, claim: Claim, count: int) -> None:
+        """Note that `count` bytes are about to be written for `claim`.
+
+        Blocks. Raises: `OSError` (ENOSPC) when that would leave less than the reserve or, for a claim of unknown
+        size, less than what the other claims still need.
+        """
+        with self._lock:
+            self._ensure(count, 0 if claim.sized else self._claimed())
+            self._free -= count
+            claim.left = max(0, claim.left - count)
+
+    def release(self, claim: Claim) -> None:
+        """End the claim. Does not block: it takes no lock."""
+        self._claims.discard(claim)
+
+    def _claimed(self) -> int:
+        return sum(claim.left for claim in tuple(self._claims))
+
+    def _ensure(self, count: int, claimed: int, *, fresh: bool = False) -> None:
+        if fresh or self._clock.seconds() - self._read_at >= _LOOK_EVERY or self._missing(count + claimed) > 0:
+            self._read()
+        if (missing := self._missing(count + claimed)) > 0:
+            self._make_room(missing)
+            self._read()
+        if self._missing(count + claimed) > 0:
+            others = f" and {claimed} for other downloads" if claimed else ""
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk of {self._folder} has no room: {count} bytes are needed and {self._free} are free, "
+                f"of which {self._kept} are kept in reserve{others}",
+            )
+
+    def _missing(self, needed: int) -> int:
+        return needed + self._kept - self._free
+
+    def _read(self) -> None:
+        status = os.statvfs(self._folder)
+        self._free = status.f_bavail * status.f_frsize
+        self._kept = self._reserve.of(status.f_blocks * status.f_frsize)
+        self._read_at = self._clock.seconds()
+
+    def _read_for_room(self) -> tuple[int, int]:
+        with self._lock:
+            self._read()
+            return self._free, self._kept
+
+    def _look(self) -> Deferred[None]:
+        read = self._threads.read(self._read_for_room).addCallback(self._tell)
+        return read.addErrback(
+            lambda failure: self.log.error("cannot read how much of the disk is free: {why}", why=failure.value)
+        )
+
+    def _tell(self, read: tuple[int, int]) -> None:
+        free, reserve = read
+        was_full = self.room.full
+        # A little more is needed to leave this state than to enter it, so that it is not logged again and again.
+        full = free - reserve < (2 * _FULL if was_full else _FULL)
+        self.room = Room(free, reserve, full)
+        if full and not was_full:
+            self.log.warn(
+                "the disk of {folder} is full: {free} bytes are free and {reserve} are kept in reserve, "
+                "so downloads stop; what is cached is served",
+                folder=self._folder,
+                free=free,
+                reserve=reserve,
+            )
+        elif was_full and not full:
+            self.log.warn(
+                "the disk of {folder} has room again: {free} bytes are free, downloads go on",
+                folder=self._folder,
+                free=free,
+            )
+
+
+class Claim:
+    """What one blob that is being written still needs of the disk."""
+
+    def __init__(self, space: Space) -> None:
+        self.left = 0
+        """Bytes that are promised and not written yet."""
+        self.sized = False
+        """Whether the size of the blob is known."""
+        self._space = space
+
+    def need(self, count: int | None) -> Deferred[None]:
+        """As `Space.grant`."""
+        return self._space.grant(self, count)
+
+    def take(self, count: int) -> None:
+        """As `Space.take`."""
+        self._space.take(self, count)
+
+    def release(self) -> None:
+        """As `Space.release`."""
+        self._space.release(self)

@@ -1,0 +1,245 @@
+"""The room on the disk: what downloads may take of it, what stays free, and who is told when there is no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.config.quantities import Reserve
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.store.space import Claim, Room, Space
+from ociregistry.store.store import Store
+from ociregistry.store.threads import Threads
+from tests.images import MIB
+from tests.unit.doubles import REACTOR, on_reactor, texts, until
+
+RESERVE = 10 * MIB
+
+
+@dataclass
+class Disk:
+    """What statvfs says, and how often it was asked; when room is asked for, `removable` bytes become free."""
+
+    free: int = 100 * MIB
+    total: int = 1000 * MIB
+    removable: int = 0
+    looks: int = 0
+    asked: list[int] = field(default_factory=list)
+
+    def statvfs(self, path: Path) -> SimpleNamespace:
+        """Blocks of 512 bytes, of which root may use more than others."""
+        self.looks += 1
+        blocks = self.free // 512
+        return SimpleNamespace(
+            f_frsize=512, f_bsize=4096, f_bavail=blocks, f_bfree=blocks + 99, f_blocks=self.total // 512
+        )
+
+    def make_room(self, missing: int) -> None:
+        """Frees all that it can."""
+        self.asked.append(missing)
+        self.free += self.removable
+        self.removable = 0
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """The disk."""
+    disk = Disk()
+    monkeypatch.setattr(os, "statvfs", disk.statvfs)
+    return disk
+
+
+@pytest.fixture
+def space(disk: Disk, tmp_path: Path, clock: Clock) -> Iterator[Space]:
+    """Its room."""
+    threads = Threads(REACTOR)
+    threads.start()
+    space = Space(tmp_path, Reserve(1.0, RESERVE), disk.make_room, threads, clock)
+    space.start()
+    yield space
+    space.stop()
+    threads.stop()
+
+
+async def granted(space: Space, count: int | None) -> Claim:
+    """A claim on so many bytes."""
+    claim = space.claim()
+    await claim.need(count)
+    return claim
+
+
+async def refused(space: Space, count: int | None) -> str:
+    """Why such a claim is not granted."""
+    with pytest.raises(OSError, match="has no room") as refused:
+        await space.claim().need(count)
+    assert refused.value.errno == errno.ENOSPC
+    return refused.value.strerror or ""
+
+
+@on_reactor
+async def test_what_fits_above_the_reserve_is_granted_and_no_byte_more(space: Space, tmp_path: Path) -> None:
+    (await granted(space, 90 * MIB)).release()
+    assert await refused(space, 90 * MIB + 1) == (
+        f"the disk of {tmp_path} has no room: {90 * MIB + 1} bytes are needed and {100 * MIB} are free, "
+        f"of which {RESERVE} are kept in reserve"
+    )
+
+
+@on_reactor
+async def test_what_others_still_need_counts_and_what_they_have_written_does_not(space: Space, disk: Disk) -> None:
+    first = await granted(space, 50 * MIB)
+    assert f"and {50 * MIB} for other downloads" in await refused(space, 40 * MIB + 1)
+    first.take(20 * MIB)
+    disk.free -= 20 * MIB
+    second = await granted(space, 40 * MIB)
+    await refused(space, 1)
+    first.release()
+    third = await granted(space, 30 * MIB)
+    await refused(space, None)
+    second.release()
+    third.release()
+    await granted(space, None)
+
+
+@on_reactor
+async def test_a_claim_that_changes_counts_once(space: Space) -> None:
+    claim = await granted(space, 80 * MIB)
+    await claim.need(90 * MIB)
+    await claim.need(10 * MIB)
+    await granted(space, 80 * MIB)
+
+
+@on_reactor
+async def test_what_has_no_size_leaves_the_reserve_and_what_others_need(space: Space, disk: Disk) -> None:
+    await granted(space, 50 * MIB)
+    endless = await granted(space, None)
+    for _ in range(40):
+        endless.take(MIB)
+        disk.free -= MIB
+    with pytest.raises(OSError, match="has no room"):
+        endless.take(1)
+
+
+@on_reactor
+async def test_what_was_granted_may_be_written_down_to_the_reserve(space: Space, disk: Disk, clock: Clock) -> None:
+    claim = await granted(space, 20 * MIB)
+    disk.free = RESERVE + 2 * MIB
+    # The free space as it was a second ago is not believed.
+    clock.advance(1)
+    claim.take(2 * MIB)
+    disk.free = RESERVE
+    with pytest.raises(OSError, match="has no room"):
+        claim.take(1)
+
+
+@on_reactor
+async def test_the_disk_is_not_asked_for_each_piece(space: Space, disk: Disk) -> None:
+    claim = await granted(space, 80 * MIB)
+    looks = disk.looks
+    for _ in range(80):
+        claim.take(MIB)
+    assert disk.looks == looks
+
+
+@pytest.mark.parametrize("count", [60 * MIB, None])
+@on_reactor
+async def test_before_it_refuses_it_makes_room(space: Space, disk: Disk, count: int | None) -> None:
+    disk.free, disk.removable = RESERVE, 60 * MIB
+    await granted(space, count)
+    assert disk.asked == [count or 1]
+    disk.free, disk.removable = RESERVE, 60 * MIB - 1
+    await refused(space, 60 * MIB)
+
+
+@on_reactor
+async def test_it_makes_room_for_what_is_being_written_too(space: Space, disk: Disk, clock: Clock) -> None:
+    claim = await granted(space, None)
+    disk.free, disk.removable = RESERVE, MIB
+    clock.advance(1)
+    claim.take(MIB)
+    assert disk.asked == [MIB]
+
+
+@on_reactor
+async def test_another_reserve_holds_at_once(space: Space) -> None:
+    space.use(Reserve(0.02))
+    await granted(space, 80 * MIB)
+    space.use(Reserve(0.5))
+    await refused(space, 1)
+
+
+@on_reactor
+async def test_that_the_disk_is_full_and_that_this_is_over_is_told_once(
+    space: Space, disk: Disk, clock: Clock, events: list[LogEvent]
+) -> None:
+    assert space.room == Room(100 * MIB, RESERVE, full=False)
+    for free, full in (
+        (RESERVE + 2 * MIB, False),
+        (RESERVE + 2 * MIB - 512, True),
+        (RESERVE + 3 * MIB, True),
+        (0, True),
+        (RESERVE + 4 * MIB, False),
+        (RESERVE + 3 * MIB, False),
+    ):
+        disk.free, expected = free, Room(free, RESERVE, full)
+        clock.advance(1)
+        await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]
+    said = texts(events, LogLevel.warn)
+    assert ["is full" in line for line in said] == [True, False]
+    assert "has room again" in said[1]
+
+
+@on_reactor
+async def test_a_disk_that_cannot_be_read_is_told(
+    space: Space, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "statvfs", fail)
+    clock.advance(1)
+    await until(lambda: texts(events, LogLevel.error))
+    assert "cannot read how much of the disk is free" in texts(events, LogLevel.error)[0]
+
+
+# In the store
+
+SOURCE = Repository(Upstream("reg.example"), "team/app")
+
+
+@on_reactor
+async def test_a_partial_gives_back_what_it_did_not_need(disk: Disk, open_store: Callable[..., Store]) -> None:
+    store = open_store(reserve=Reserve(1.0, RESERVE))
+    claim = store.claim()
+    await claim.need(90 * MIB)
+    partial = await store.new_partial(Digest.of(b"x"), 90 * MIB, SOURCE, claim)
+    with pytest.raises(OSError, match="has no room"):
+        await store.claim().need(1)
+    partial.close()
+    await store.claim().need(90 * MIB)
+
+
+@on_reactor
+async def test_a_piece_that_has_no_room_is_not_written_and_what_came_before_is_good(
+    disk: Disk, open_store: Callable[..., Store], root: Path
+) -> None:
+    store = open_store(reserve=Reserve(1.0, RESERVE))
+    disk.free = RESERVE + 512
+    claim = store.claim()
+    await claim.need(None)
+    partial = await store.new_partial(Digest.of(b"x"), None, SOURCE, claim)
+    await partial.append(bytes(512))
+    disk.free = RESERVE
+    with pytest.raises(OSError, match="has no room"):
+        await partial.append(b"d")
+    assert (partial.length, partial.sound) == (512, True)
+    assert (root / "pulls" / "0" / Digest.of(b"x").hex).read_bytes() == bytes(512)
+    partial.close()
