@@ -88,10 +88,14 @@ class Demands:
         await settle(self.store)
 
     async def get_layers(self, *layers: bytes, repository: str = APP) -> None:
-        """Ask for layers, all at once."""
+        """Ask for layers, all at once, and wait for what follows."""
+        self.ask_for_layers(*layers, repository=repository)
+        await settle(self.store)
+
+    def ask_for_layers(self, *layers: bytes, repository: str = APP) -> None:
+        """Ask for layers."""
         for layer in layers:
             self.demand.blob_requested(image(f"{repository}:1").repository, Digest.of(layer))
-        await settle(self.store)
 
     async def wait(self, seconds: float = 30) -> None:
         """Let time pass."""

@@ -13,14 +13,15 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest
+from ociregistry.names import Digest, Repository
 from ociregistry.platforms import Platform
 from ociregistry.store.store import Store
-from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands
-from tests.unit.doubles import image, on_reactor, texts
+from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
+from tests.unit.doubles import image, on_reactor, texts, until
 from tests.unit.loads import image_of, index_of, settle
 
 OWN_AMD64, OWN_ARM64, OWN_S390X, IN_TOTO = b"layer of amd64", b"layer of arm64", b"layer of s390x", b"in-toto"
+OWN = {OWN_AMD64: AMD64, OWN_ARM64: ARM64, OWN_S390X: S390X, IN_TOTO: ATTESTATION}
 ALL = (AMD64, ARM64, S390X, ATTESTATION)
 FOUR = ["linux/amd64", "linux/arm64", "linux/s390x", "unknown/unknown"]
 
@@ -275,6 +276,57 @@ async def test_every_image_whose_layer_is_asked_for_is_wanted(demands: Demands) 
     # At once: while one is noted, the others are on their way.
     await demands.get_layers(OWN_S390X, OWN_ARM64, SHARED, OWN_AMD64, IN_TOTO)
     assert (demands.completing, demands.pending, demands.wanted(*ALL)) == (FOUR, [], [True] * 4)
+
+
+@on_reactor
+async def test_a_layer_that_is_asked_for_while_another_image_is_dropped_counts(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, begun, ended = demands.completion.drop, list[Digest](), list[Digest]()
+
+    async def drop_slowly(digest: Digest) -> None:
+        begun.append(digest)
+        if len(begun) == 1:
+            others = {one.digest: layer for layer, one in OWN.items() if one.digest != digest}
+            demands.ask_for_layers(*others.values())
+            await until(lambda: set(demands.store.wishes) == others.keys())
+        await drop(digest)
+        ended.append(digest)
+
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    monkeypatch.setattr(demands.completion, "drop", drop_slowly)
+    demands.ask_for_layers(OWN_ARM64)
+    await until(lambda: begun and begun[0] in ended)
+    await settle(demands.store)
+    assert (demands.pending, demands.completing) == ([], sorted(set(FOUR) - set(names(begun[:1]))))
+
+
+@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm64"])
+@on_reactor
+async def test_so_does_one_while_it_is_decided(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    """The other image is one of the platform that is wanted, or it is not."""
+    other = image_of(b"another config", b"another layer")
+    complete, begun, ended = demands.completion.complete, list[Digest](), list[Digest]()
+
+    async def complete_slowly(digest: Digest, repository: Repository, *, hit: bool = True) -> None:
+        begun.append(digest)
+        if len(begun) == 1:
+            demands.ask_for_layers(b"another layer" if digest == AMD64.digest else OWN_AMD64)
+            await until(lambda: demands.store.wishes)
+        await complete(digest, repository, hit=hit)
+        ended.append(digest)
+
+    await demands.get(index_of((AMD64, "linux/amd64"), (other, platform)), tag="1")
+    await demands.get(AMD64, other)
+    monkeypatch.setattr(demands.completion, "complete", complete_slowly)
+    await demands.wait()
+    await until(lambda: begun and begun[0] in ended)
+    await settle(demands.store)
+    assert (set(demands.store.wishes), demands.pending) == ({AMD64.digest, other.digest}, [])
+    assert len(begun) == 2
 
 
 @on_reactor
