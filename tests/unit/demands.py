@@ -30,6 +30,7 @@ PLATFORMS = (
     (ATTESTATION, NO_PLATFORM),
 )
 INDEX = index_of(*PLATFORMS)
+COMPLETED = CompletionPolicy()
 APP = "reg.example/team/app"
 
 
@@ -62,7 +63,7 @@ class Demands:
         store: Store,
         clock: Clock,
         machine: Platform = MACHINE,
-        policy: CompletionPolicy = CompletionPolicy(),
+        policy: CompletionPolicy = COMPLETED,
     ) -> None:
         self.root = root
         self.store = store

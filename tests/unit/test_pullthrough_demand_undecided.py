@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.chain import NOBODY, Chain
 from ociregistry.manifests import Manifest
@@ -20,8 +18,8 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
-from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
-from tests.unit.doubles import REACTOR, image, on_reactor, texts, until
+from tests.unit.demands import AMD64, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
+from tests.unit.doubles import REACTOR, on_reactor, until
 from tests.unit.loads import image_of, index_of, settle
 from tests.unit.registries import MemoryRegistries
 from tests.unit.test_web_v2 import ask
