@@ -14,7 +14,6 @@ from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.threads import Threads
 
-
 _TICK = 2_000_000_000
 """Nanoseconds within which the time of a folder may not tell a second change from the first."""
 
