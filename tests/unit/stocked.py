@@ -95,13 +95,14 @@ class Stock:
         created: datetime | None = None,
         confirmed: datetime | None = None,
         pulled: datetime | None = None,
+        wanted: bool | None = None,
     ) -> Manifest:
-        """The record of `manifest` says that these names mean it (too), and when it was pulled last."""
+        """The record says that these names mean `manifest` (too), when it was pulled last, and if it is wanted."""
         path = self.path(manifest)
         record = read_record(path) if path.exists() else Record(manifest, {})
         dates = Dates(created or confirmed or day(0), confirmed or created or day(0))
         images = {**record.images, **{url_of(short, manifest): dates for short in shorts}}
-        path.write_bytes(Record(manifest, images).render())
+        path.write_bytes(Record(manifest, images, record.wanted if wanted is None else wanted).render())
         at = (pulled or day(0)).timestamp()
         os.utime(path, (at, at))
         return manifest
