@@ -179,7 +179,7 @@ class PullThrough:
             return FoundManifest(stored, hit=True, stale=True)
         return FoundManifest(manifest, hit=manifest.digest == stored.digest)
 
-    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool | None) -> Manifest:
+    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool) -> Manifest:
         digest = await self._registries.get(image.repository.upstream, chain).manifest_digest(image)
         if digest == stored.digest:
             return stored

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
@@ -112,10 +113,10 @@ class Stock:
         for blob in blobs:
             self.blob(blob).write_bytes(blob)
 
-    def image(self, blobs: Collection[bytes], *shorts: str, **dates: datetime) -> Manifest:
-        """An image with all its blobs."""
+    def image(self, blobs: Collection[bytes], *shorts: str, **how: Any) -> Manifest:
+        """An image with all its blobs; `how` is what `put` takes."""
         self.blobs(*blobs)
-        return self.put(image_of(*blobs), *shorts, **dates)
+        return self.put(image_of(*blobs), *shorts, **how)
 
     def blob(self, data: bytes) -> Path:
         """Where a blob is kept."""

@@ -81,7 +81,7 @@ def blobs(root: Path) -> set[str]:
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
-def annotations(path: Path) -> Mapping[str, str]:
+def noted_of(path: Path) -> Mapping[str, str]:
     """What index.json notes of the index."""
     with_index = contents(path).images
     assert [str(one.image) for one in with_index] == [NAME]
@@ -106,14 +106,14 @@ def test_an_index_carries_the_manifests_and_configs_of_its_metadata(source: Path
     # That of s390x has no config: it is left out.
     manifests = {one.manifest.digest for one in (INDEX, AMD64, ARM64)}
     assert set(members(target)) == {"oci-layout", "index.json", *map(blob_name, expected | manifests)}
-    assert annotations(target)[METADATA] == ARM64.manifest.digest
+    assert noted_of(target)[METADATA] == ARM64.manifest.digest
 
 
 def test_without_metadata_nothing_is_noted(source: Path, tmp_path: Path) -> None:
     for image in (ARM64, S390X):
         (source / "img" / hex_of(image.manifest.digest)).unlink()
     export(source, tmp_path / "out.tar", NAME)
-    assert METADATA not in annotations(tmp_path / "out.tar")
+    assert METADATA not in noted_of(tmp_path / "out.tar")
 
 
 def test_an_index_with_metadata_alone_is_left_out(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.chain import NOBODY, Chain
@@ -16,6 +17,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
+from ociregistry.web.answers import Answer
 from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
 from tests.unit.demands import AMD64, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
@@ -247,20 +249,22 @@ class Api:
     ) -> None:
         """Manifests by their digests, or by `tag`."""
         for one in manifests:
-            count = len(self._upstreams)
-            path = f"/v2/team/app/manifests/{tag or one.digest}"
-            asked = ask(self._v2, path, method=method, chain=chain)
-            await until(lambda asked=asked, count=count: asked.called or len(self._upstreams) > count)
+            asked = await self._asked(f"manifests/{tag or one.digest}", method, chain)
             if not asked.called:
                 self._upstreams[-1].answer(one)
             assert (await asked).status == 200
         await settle(self._demands.store)
 
+    async def _asked(self, what: str, method: str, chain: Chain) -> Deferred[Answer]:
+        """The request, which is answered, or waits for the upstream."""
+        count = len(self._upstreams)
+        asked = ask(self._v2, f"/v2/team/app/{what}", method=method, chain=chain)
+        await until(lambda: asked.called or len(self._upstreams) > count)
+        return asked
+
     async def blob(self, data: bytes, method: str = "GET", chain: Chain = NOBODY) -> None:
         """A blob, whole."""
-        count = len(self._upstreams)
-        asked = ask(self._v2, f"/v2/team/app/blobs/{Digest.of(data)}", method=method, chain=chain)
-        await until(lambda: asked.called or len(self._upstreams) > count)
+        asked = await self._asked(f"blobs/{Digest.of(data)}", method, chain)
         if method == "HEAD":
             self._upstreams[-1].answer(len(data))
         elif not asked.called:
