@@ -73,6 +73,14 @@ async def test_so_is_one_of_an_index_that_has_a_tag_of_its_own(demands: Demands)
 
 
 @on_reactor
+async def test_also_where_it_was_here_as_metadata(demands: Demands, store: Store) -> None:
+    await demands.get(INDEX, tag="1")
+    await store.keep(ARM64, image(f"{APP}:1-arm64"), wanted=False)
+    await demands.get(ARM64, tag="1-arm64", hit=True)
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/arm64"], [], [True])
+
+
+@on_reactor
 async def test_what_a_list_of_referrers_names_is_wanted_at_once(demands: Demands) -> None:
     await demands.get(INDEX, tag=f"sha256-{AMD64.digest.hex}")
     await demands.get(ATTESTATION, AMD64)
@@ -140,6 +148,17 @@ async def test_this_machine_s_platform_is_found_by_its_variant(
     await demands.wait()
     assert demands.completing == ([images[wanted].digest] if wanted else [])
     assert demands.pending == []
+
+
+@on_reactor
+async def test_of_several_variants_those_count_that_were_asked_for(demands_on: Callable[[str], Demands]) -> None:
+    demands = demands_on("linux/arm")
+    v6 = image_of(b"config of v6", b"layer of v6")
+    v7 = image_of(b"config of v7", b"layer of v7")
+    await demands.get(index_of((v7, "linux/arm/v7"), (v6, "linux/arm/v6"), (S390X, "linux/s390x")), tag="1")
+    await demands.get(v6, S390X)
+    await demands.wait()
+    assert demands.completing == [v6.digest]
 
 
 @on_reactor
