@@ -96,8 +96,13 @@ class Daemon(Service):
             self._store,
             self._cache.fetch,
             reactor,
-            Metadata(self._store, self._cache, reactor),
-            CompletionPolicy(completes, settings.complete_metadata, settings.complete_platforms),
+            Metadata(self._store, self._cache, reactor) if completes else None,
+            CompletionPolicy(
+                images=settings.complete_images,
+                fetches=not settings.air_gapped,
+                metadata=settings.complete_metadata,
+                platforms=settings.complete_platforms,
+            ),
         )
         machine = Platform(settings.os, settings.arch)
         self._demand = Demand(self._store, self._completion, machine, reactor)
@@ -196,14 +201,19 @@ class Daemon(Service):
 
     def _listen_beside(self) -> None:
         """Commands on the same store pull through this process: nothing is fetched twice."""
-        door = self._store.door()
+        try:
+            door = self._store.door()
+        except OSError as error:
+            self._cannot_listen_beside(error)
+            return
         try:
             self._beside = door, self._reactor.listenUNIX(door.path, self._site, mode=0o600)
         except CannotListenError as error:
             door.close()
-            self.log.error(
-                "commands on the same store cannot pull through this process: {why}", why=error.socketError
-            )
+            self._cannot_listen_beside(error.socketError)
+
+    def _cannot_listen_beside(self, why: Exception) -> None:
+        self.log.error("commands on the same store cannot pull through this process: {why}", why=why)
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:

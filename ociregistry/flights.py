@@ -46,6 +46,10 @@ class Flights(Generic[K, T]):
     def __init__(self) -> None:
         self._waiting: dict[K, list[Deferred[T]]] = {}
 
+    def __contains__(self, key: K) -> bool:
+        """Whether work for `key` is in flight."""
+        return key in self._waiting
+
     def join(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> Deferred[T]:
         """Fires with what the work for `key` gives, or fails as it does; `start` begins it if none is in flight."""
         waiting = self._waiting.get(key)

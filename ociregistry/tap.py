@@ -17,6 +17,7 @@ from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions
 from ociregistry.commands.prune import Prune
+from ociregistry.commands.running import count_steadily
 from ociregistry.commands.verify import Verify
 from ociregistry.commands.version import Version
 from ociregistry.config.nodes import ConfigInvalid
@@ -147,5 +148,7 @@ def makeService(options: Options, reactor: Any = None) -> Service:
     """The daemon that `options` describe."""
     if reactor is None:
         from twisted.internet import reactor
+
+        count_steadily(reactor)
     assert options.parent is not None
     return Daemon(options.settings, options.load, reactor, options.parent)

@@ -1,4 +1,4 @@
-"""Disks that fail: one that is too small, and system calls that fail or hang as strace tells them."""
+"""Disks that fail: ones that are too small, and system calls that fail or hang as strace tells them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.images import MIB
 from tests.processes import run, wait_until
 
+BLOCK = 4096
+"""Bytes of a block of `Ext4`."""
+
 _PATIENCE = 30
-_PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace"}
+_PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace", "mkfs.ext4": "e2fsprogs"}
 
 
 def need(*programs: str) -> None:
@@ -58,6 +62,71 @@ def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
         yield disk
     finally:
         disk.close()
+
+
+@dataclass(frozen=True)
+class Ext4:
+    """A file system as machines have it, mounted at `path`, with files of our own to fill it up."""
+
+    path: Path
+
+    def fill_blocks(self) -> None:
+        """Takes every free block."""
+        # A daemon that runs may give a block back meanwhile.
+        for number in range(10):
+            if self.free_blocks == 0:
+                break
+            for size in (MIB, BLOCK):
+                with (self.path / f"filler-{number}-{size}").open("wb", buffering=0) as filler, suppress(OSError):
+                    while True:
+                        filler.write(bytes(size))
+                        os.fsync(filler.fileno())
+        assert self.free_blocks == 0
+        with pytest.raises(OSError, match="No space left"):
+            (self.path / "folder").mkdir()
+
+    def fill_inodes(self) -> None:
+        """Takes every free inode."""
+        os.sync()
+        folder = self.path / "fillers"
+        folder.mkdir(exist_ok=True)
+        with suppress(OSError):
+            for number in range(100_000):
+                (folder / str(number)).touch()
+        assert os.statvfs(self.path).f_ffree == 0
+
+    def make_room(self) -> None:
+        """Gives back what was taken."""
+        for path in (*self.path.glob("filler-*"), *self.path.glob("fillers/*")):
+            path.unlink()
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that no file has, when what was removed is on disk."""
+        os.sync()
+        return os.statvfs(self.path).f_bavail
+
+    @property
+    def free_inodes(self) -> int:
+        """Inodes that no file has, when what was removed is on disk."""
+        os.sync()
+        return os.statvfs(self.path).f_ffree
+
+
+@contextmanager
+def ext4_disk(path: Path, size: int, inodes: int) -> Iterator[Ext4]:
+    """A disk of `size` bytes with so many inodes, or a few more, at `path`, until the block ends."""
+    need("mount", "umount", "mkfs.ext4")
+    image = path.with_suffix(".img")
+    with image.open("wb") as file:
+        file.truncate(size)
+    run(["mkfs.ext4", "-q", "-m", "0", "-b", str(BLOCK), "-N", str(inodes), str(image)])
+    path.mkdir()
+    run(["mount", "-o", "loop", str(image), str(path)])
+    try:
+        yield Ext4(path)
+    finally:
+        run(["umount", str(path)])
 
 
 @dataclass(frozen=True)

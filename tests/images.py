@@ -18,6 +18,8 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 OCI_EMPTY = "application/vnd.oci.empty.v1+json"
+IN_TOTO = "application/vnd.in-toto+json"
+UNKNOWN_PLATFORM = "unknown/unknown"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
@@ -119,13 +121,32 @@ def make_index(
     layer_size: int = 1000,
 ) -> Index:
     """An OCI index, or a Docker manifest list, with an image of its own for each platform."""
-    images = tuple(
+    images = [
         make_image(f"{seed}/{name}", docker=docker, layers=layers, layer_size=layer_size, platform=name)
         for name in platforms
-    )
+    ]
+    return index_of(images, docker=docker)
+
+
+def index_of(
+    images: Sequence[Image], attestations: Mapping[str, Image] | None = None, *, docker: bool = False
+) -> Index:
+    """An index over these images, and after them over the attestations, each by the digest that it is about."""
     entries = [{**_descriptor(image.manifest), "platform": _platform(image.platform)} for image in images]
+    for digest, attestation in (attestations or {}).items():
+        annotations = {"vnd.docker.reference.digest": digest, "vnd.docker.reference.type": "attestation-manifest"}
+        platform = _platform(attestation.platform)
+        entries.append({**_descriptor(attestation.manifest), "platform": platform, "annotations": annotations})
     media_type = DOCKER_LIST if docker else OCI_INDEX
-    return Index(_manifest({"manifests": entries}, media_type), images)
+    return Index(_manifest({"manifests": entries}, media_type), (*images, *(attestations or {}).values()))
+
+
+def make_attestation(seed: object, *, size: int = 3000) -> Image:
+    """An attestation as BuildKit attaches one to an image of an index: one layer of about `size` bytes of JSON."""
+    statement = {"_type": "https://in-toto.io/Statement/v0.1", "predicate": {"seed": str(seed), "pad": "x" * size}}
+    layer = _blob(_json(statement), IN_TOTO)
+    config = {**_platform(UNKNOWN_PLATFORM), "config": {}, "rootfs": {"type": "layers", "diff_ids": [layer.digest]}}
+    return _image(_blob(_json(config), OCI_CONFIG), (layer,), UNKNOWN_PLATFORM, docker=False)
 
 
 def make_artifact(seed: object, subject: Manifest, *, artifact_type: str = "application/vnd.example.sbom") -> Image:

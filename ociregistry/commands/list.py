@@ -54,7 +54,7 @@ class List(Command):
         inventory = Inventory.read(settings.image_path)
         for path, why in inventory.unreadable.items():
             complain(f"warning: left out, it is not a record of this program: {path}: {why}")
-        listed = inventory.all_rows if self["long"] or self["json"] else inventory.rows
+        listed = inventory.all_rows if self["long"] else inventory.rows
         rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
         pending = pending_images(settings.image_path)
         lines = [Line(row, inventory, pending) for row in rows]
@@ -161,7 +161,6 @@ class Line:
             "size": self.size,
             "platforms": self.platforms,
             "images": len(self._images),
-            "wanted": not self.is_metadata,
             "missing": self.missing,
         }
 

@@ -16,7 +16,6 @@ from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
 from ociregistry.store.pruning import Plan, planned, prune
-from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.selection import Selection
 
 _USUAL_AGE = timedelta(days=1)
@@ -74,11 +73,7 @@ class Prune(Command):
         )
         if self["dry-run"]:
             return planned(root, selection)
-        pulls = PullsFolder(root, Files(), adopts=False)
-        try:
-            return prune(root, selection, pulls, Files())
-        finally:
-            pulls.close()
+        return prune(root, selection, Files())
 
     def _orphans(self, root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
         if self["dry-run"]:

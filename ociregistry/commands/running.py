@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TextIO, TypeVar, cast
 
@@ -30,6 +31,14 @@ def take_all_file_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def count_steadily(reactor: Any) -> None:
+    """Make the reactor's time that of the monotonic clock, so that setting the machine's clock moves no timer.
+
+    Twisted counts by the wall clock: when that is put back, timers wait until it has come so far again.
+    """
+    reactor.seconds = time.monotonic
+
+
 def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
     """What `work`, which is given the reactor, gives; what is logged from `log_level` on goes to stderr.
 
@@ -38,6 +47,7 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
+    count_steadily(reactor)
     # twistd makes a log of sys.stderr.
     observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)

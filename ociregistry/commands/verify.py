@@ -55,6 +55,8 @@ class Verify(Command):
 
 async def _tell(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
+    if not damaged.kept:
+        print_lines([f"removed, as there is no space to put it aside: {damaged.path}"])
 
 
 class _Repairs:

@@ -9,6 +9,7 @@ _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _LONGEST = 36_500 * _SECONDS["d"]
 _SIZE = re.compile(r"(?P<number>[0-9]{1,12}(?:\.[0-9]{1,6})?) ?(?P<unit>[kKMGT]?)(?P<binary>i?)B?")
+_SHARE = re.compile(r"(?P<percent>[0-9]{1,3}) ?%")
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -31,6 +32,20 @@ def parse_size(text: str) -> int:
     if not size:
         raise ValueError("a size such as 50GB, 500MB or 20MiB is expected")
     return size
+
+
+def parse_share(text: str) -> int:
+    """Parse a share such as `50%`.
+
+    Returns: per cent, from 1 to 100.
+
+    Raises: `ValueError`.
+    """
+    match = _SHARE.fullmatch(text)
+    percent = int(match["percent"]) if match else 0
+    if not 1 <= percent <= 100:
+        raise ValueError("a share from 1% to 100% is expected")
+    return percent
 
 
 def parse_local_time(text: str) -> datetime:

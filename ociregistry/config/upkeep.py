@@ -9,9 +9,11 @@ from typing import TypeVar
 
 from ociregistry.config.nodes import Node
 from ociregistry.config.patterns import Patterns
-from ociregistry.config.quantities import parse_duration, parse_size
+from ociregistry.config.quantities import parse_duration, parse_share, parse_size
 
 T = TypeVar("T")
+
+_USUAL_SHARE = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class PruneSettings:
     keep: Patterns
     """Image URLs that never go."""
     every: timedelta
+    max_share: int
+    """Per cent of the images that may go at once because nobody pulled them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ class VerifySettings:
 
 def read_prune(node: Node) -> PruneSettings:
     """The section `prune`; raises `ConfigInvalid`."""
-    nodes = node.mapping("unused_for", "max_size", "keep", "every", below="prune.")
+    nodes = node.mapping("unused_for", "max_size", "keep", "every", "max_share", below="prune.")
     if "unused_for" not in nodes and "max_size" not in nodes:
         raise node.error("says neither unused_for nor max_size: nothing would ever go")
     return PruneSettings(
@@ -46,6 +50,7 @@ def read_prune(node: Node) -> PruneSettings:
         max_size=_parsed(nodes["max_size"], parse_size) if "max_size" in nodes else None,
         keep=Patterns(tuple(one for item in _items(nodes.get("keep")) for one in _pattern(item).expressions)),
         every=_parsed(nodes["every"], parse_duration) if "every" in nodes else timedelta(hours=1),
+        max_share=_parsed(nodes["max_share"], parse_share) if "max_share" in nodes else _USUAL_SHARE,
     )
 
 

@@ -22,7 +22,7 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.connections import Connections
 from ociregistry.pullthrough.content import Content
 from ociregistry.pullthrough.download import Download
-from ociregistry.pullthrough.patience import in_time
+from ociregistry.pullthrough.patience import NotYet, in_time
 from ociregistry.pullthrough.precedence import Precedence
 from ociregistry.pullthrough.promises import BrokenPromises
 from ociregistry.store.store import Store
@@ -94,6 +94,8 @@ class PullThrough:
         self._registries = registries
         self._clock = clock
         self._manifests: Flights[ImageReference, Manifest] = Flights()
+        self._in_background: set[ImageReference] = set()
+        """Manifests in flight that no client had asked for when their fetch began."""
         self._checks: Flights[ImageReference, Manifest] = Flights()
         self._sizes: Flights[tuple[Repository, Digest], int | None] = Flights()
         self._downloads: dict[Digest, Download] = {}
@@ -128,18 +130,34 @@ class PullThrough:
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
-        fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain, wanted))
-        return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
+        while True:
+            in_background = image in self._in_background
+            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain, wanted))
+            try:
+                return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
+            except Unavailable as error:
+                # What was refused for its low priority is not refused to a client.
+                if not in_background or isinstance(error, NotYet):
+                    raise
 
-    async def fetch_manifest(self, image: ImageReference) -> Manifest:
-        """Fetch a manifest into the store after everything else, as one whose layers are not wanted.
+    async def fetch_manifest(self, image: ImageReference) -> None:
+        """Bring the manifest that a digest means into the store after everything else, as one that is not wanted.
 
         Raises `ManifestUnknown` or `Unavailable`.
         """
         while self._precedence.yields:
             await self._precedence.change()
-        fetching = Deferred.fromCoroutine(self._fetch_manifest(image, image, NOBODY, False, Manner(last=True)))
-        return await in_time(fetching, self._clock, image)
+        if isinstance(image.reference, Digest) and self._store.entry(image.reference) is not None:
+            return
+        if image not in self._manifests:
+            self._in_background.add(image)
+        try:
+            await in_time(self._manifests.join(image, lambda: self._fetch_last(image)), self._clock, image)
+        finally:
+            self._in_background.discard(image)
+
+    async def _fetch_last(self, image: ImageReference) -> Manifest:
+        return await self._fetch_manifest(image, image, NOBODY, wanted=False, manner=Manner(last=True))
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """Bring a config into the store after what clients wait for; raises `RegistryError`."""

@@ -57,7 +57,9 @@ class CompletionPolicy:
     """What is completed without being asked for."""
 
     images: bool = True
-    """Whether images that are wanted get their missing blobs."""
+    """Whether images that are wanted are to have all their blobs."""
+    fetches: bool = True
+    """Whether what is missing can be fetched; else it is only told."""
     metadata: bool = True
     """Whether indexes get the manifests and configs of all platforms."""
     platforms: tuple[Platform, ...] = ()
@@ -77,7 +79,7 @@ class Completion:
         metadata: Metadata | None = None,
         policy: CompletionPolicy = CompletionPolicy(),
     ) -> None:
-        """Fetch missing blobs by `fetch`, and missing manifests and configs of other platforms by `metadata`."""
+        """Fetch missing blobs by `fetch`; `metadata` fetches manifests and configs of other platforms, None none."""
         self._store = store
         self._fetch = fetch
         self._clock = clock
@@ -119,7 +121,7 @@ class Completion:
         self._store.watch(self._look_at)
         self._look_at(set(self._store.digests))
         self._rechecking.start(_AGAIN, now=False)
-        if self._policy.images:
+        if self._policy.images and self._policy.fetches:
             for upstream in {repository.upstream for repository in self._store.wishes.values()}:
                 self._work_on(upstream)
 
@@ -165,7 +167,7 @@ class Completion:
             entry = self._store.entry(digest)
             if entry is not None and entry.is_list:
                 await self._check_index(digest)
-            elif entry is None or not lacking.get(digest):
+            elif entry is None or not lacking.get(digest) or not self._completes(digest):
                 self._is_complete(digest)
             else:
                 await self._is_incomplete(digest, lacking[digest])
@@ -183,13 +185,13 @@ class Completion:
         if refused is not None and self._clock.seconds() - refused < _REFUSED_FOR:
             return
         repositories = self._store.repositories(digest)
-        if repositories and self._completes(digest):
+        if repositories and self._policy.fetches:
             await self._request(digest, min(repositories))
 
     async def _check_index(self, index: Digest) -> None:
         """Have the manifests and configs fetched that are missing of an index, and want its configured platforms."""
         entry = self._store.entry(index)
-        if entry is None or entry.is_referrers or self._metadata is None or not self._policy.images:
+        if entry is None or entry.is_referrers or self._metadata is None:
             return
         always: Set[Digest] = set()
         if self._policy.platforms:
@@ -241,9 +243,10 @@ class Completion:
             missing = await self._missing_now(digest, hit=hit)
         finally:
             self._looked_at.discard(digest)
-        if missing:
+        completes = self._completes(digest)
+        if missing and completes:
             self._missing[digest] = sum(missing.values())
-        if missing and self._completes(digest):
+        if missing and completes and self._policy.fetches:
             await self._request(digest, repository)
         elif digest in self._store.undecided:
             await self.drop(digest)

@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
-from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest
+from ociregistry.manifests import MEDIA_TYPES, Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.store.store import Store
 from ociregistry.upstream.links import LinkDown
@@ -38,8 +38,8 @@ _LONGEST_WAIT = 300.0
 class MetadataFetcher(Protocol):
     """Brings manifests and configs into the store, after everything else. All methods raise `RegistryError`."""
 
-    def fetch_manifest(self, image: ImageReference) -> Coroutine[Deferred[Any], Any, Manifest]:
-        """Return the manifest, which is in the store then, as one whose layers are not wanted."""
+    def fetch_manifest(self, image: ImageReference) -> Coroutine[Deferred[Any], Any, None]:
+        """Return when the manifest is in the store, as one whose layers are not wanted."""
 
     def fetch_config(self, repository: Repository, config: Descriptor) -> Coroutine[Deferred[Any], Any, None]:
         """Return when the config is in the store."""
@@ -134,9 +134,10 @@ class Metadata:
 
     async def _fetch(self, image: ImageReference) -> None:
         assert isinstance(image.reference, Digest)
+        if self._store.entry(image.reference) is None:
+            await self._fetcher.fetch_manifest(image)
         entry = self._store.entry(image.reference)
-        described = await self._fetcher.fetch_manifest(image) if entry is None else entry
-        config = described.config
+        config = entry.config if entry is not None else None
         if config is not None and config.size <= _LARGEST_CONFIG:
             await self._fetcher.fetch_config(image.repository, config)
 

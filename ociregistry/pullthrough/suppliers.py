@@ -134,12 +134,11 @@ class SupplierMetadata:
         self._store = store
         self._supplier = supplier
 
-    async def fetch_manifest(self, image: ImageReference) -> Manifest:
+    async def fetch_manifest(self, image: ImageReference) -> None:
         """As `MetadataFetcher.fetch_manifest`."""
         found = await self._supplier.manifest(image)
-        if not found.hit and not found.manifest.is_list:
+        if not found.manifest.is_list:
             await self._store.want(found.manifest.digest, wanted=False)
-        return found.manifest
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """As `MetadataFetcher.fetch_config`."""

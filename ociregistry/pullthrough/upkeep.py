@@ -16,12 +16,17 @@ from ociregistry.config.upkeep import PruneSettings, VerifySettings
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.repairing import Repairer
+from ociregistry.store.pruning import Spared
 from ociregistry.store.selection import Surplus
 from ociregistry.store.store import Store
 from ociregistry.store.verifying import Damaged
 
 _BEING_PULLED = timedelta(minutes=10)
 """Since its manifest was asked for: a client may still be asking for the blobs of such an image."""
+
+_FOR_EVER = datetime.max.replace(tzinfo=UTC)
+_STEADY = timedelta(minutes=1)
+"""How far the clock may be from the time that has passed since it was looked at last."""
 
 Work = Coroutine[Deferred[Any], Any, None]
 
@@ -44,6 +49,9 @@ class Upkeep:
         self._repairer = repairer
         self._clock = clock
         self._now = now
+        self._looked_at_clock = clock.seconds(), now()
+        self._spared: Spared | None = None
+        """What was told last of images that were not pruned by age."""
         self._prune_settings: PruneSettings | None = None
         self._verify_settings: VerifySettings | None = None
         self._pruning: Deferred[None] = succeed(None)
@@ -87,15 +95,26 @@ class Upkeep:
                 self.log.failure("a defect in pruning the store")
 
     async def _prune(self, settings: PruneSettings) -> None:
+        jumped = self._clock_jumped()
+        steady = abs(jumped) <= _STEADY
         now = self._now()
+        if settings.unused_for is not None and not steady:
+            self.log.warn(
+                "nothing is pruned by age this time: the clock has jumped by {seconds:.0f} s",
+                seconds=jumped.total_seconds(),
+            )
         surplus = Surplus(
-            pulled_before=now - settings.unused_for if settings.unused_for is not None else None,
+            pulled_before=now - settings.unused_for if settings.unused_for is not None and steady else None,
             max_size=settings.max_size,
             keeps=settings.keep.match,
             busy=self._busy(),
             rests_before=now - _BEING_PULLED,
+            # When the clock was just put back, what is dated later may be being pulled.
+            believed_until=now + _STEADY if steady else _FOR_EVER,
+            max_share=settings.max_share,
         )
         plan = await self._store.prune(surplus)
+        self._tell_spared(plan.spared)
         for row in plan.rows:
             self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.kept.pulled.isoformat())
         if plan.records:
@@ -106,6 +125,24 @@ class Upkeep:
                 bytes=plan.bytes,
             )
 
+    def _clock_jumped(self) -> timedelta:
+        """Tell how far the clock has moved since it was looked at last, beyond the time that has passed."""
+        before, then = self._looked_at_clock
+        self._looked_at_clock = passed, now = self._clock.seconds(), self._now()
+        return now - then - timedelta(seconds=passed - before)
+
+    def _tell_spared(self, spared: Spared | None) -> None:
+        """Log that images were not pruned by age, once for as long as nothing changes."""
+        if spared is not None and spared != self._spared:
+            self.log.warn(
+                "nothing is pruned by age: {unused} of {images} images would go, {why}: if the clock is right, "
+                "prune --unused-for removes them",
+                unused=spared.unused,
+                images=spared.images,
+                why=spared.why,
+            )
+        self._spared = spared
+
     def _busy(self) -> frozenset[Digest]:
         flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
         return frozenset(flying | self._store.wishes.keys() | self._store.undecided.keys())
@@ -114,7 +151,9 @@ class Upkeep:
         while True:
             try:
                 due = await self._store.last_verified(self._now()) + settings.every
-                await deferLater(self._clock, max(0.0, (due - self._now()).total_seconds()))
+                # No longer than that: the clock may have been wrong when it was noted.
+                wait = min(due - self._now(), settings.every)
+                await deferLater(self._clock, max(0.0, wait.total_seconds()))
                 await self._verify(settings)
             except CancelledError:
                 raise
@@ -135,7 +174,12 @@ class Upkeep:
         )
 
     async def _repair(self, damaged: Damaged) -> None:
-        self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+        if damaged.kept:
+            self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+        else:
+            self.log.error(
+                "removed, as there is no space to put it aside: {path}: {why}", path=damaged.path, why=damaged.why
+            )
         why = await self._repairer.repair(damaged)
         if why:
             self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)

@@ -6,6 +6,7 @@ not synced, or to fail.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -14,6 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def is_full(error: OSError) -> bool:
+    """Tell whether `error` says that the disk, or the user's quota on it, has no free block or inode."""
+    return error.errno in _NO_SPACE
 
 
 class SharedFile:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
-from ociregistry.store.files import Files, locked
+from ociregistry.store.files import Files, is_full
 from ociregistry.store.inventory import Inventory
-from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders
+from ociregistry.store.pulls import NOTE_SUFFIX, pulls_folders, store_locked
 from ociregistry.store.wishes import WISH_SUFFIX
 
 
@@ -29,8 +29,7 @@ def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
 def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
     """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
     found = {}
-    (root / "pulls").mkdir(exist_ok=True)
-    with locked(root / "pulls" / "lock"):
+    with store_locked(root):
         for path, size in _orphans(root, unchanged_since, removes=True):
             files.unlink(path)
             files.unlink(path.with_name(path.name + NOTE_SUFFIX))
@@ -66,7 +65,7 @@ def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
 def _partials(root: Path, wished: Set[str], *, removes: bool) -> Iterator[Path]:
     for folder in pulls_folders(root):
         if removes:
-            (folder / "lock").touch()
+            _make_lock(folder)
         with _free(folder) as is_free:
             for path in sorted(folder.iterdir()):
                 digest = Digest.from_hex(path.name)
@@ -75,6 +74,15 @@ def _partials(root: Path, wished: Set[str], *, removes: bool) -> Iterator[Path]:
                 # Of what a living process has, only what another one has finished in the meantime.
                 if _is_whole(root, digest, path) or (is_free and path.name not in wished):
                     yield path
+
+
+def _make_lock(folder: Path) -> None:
+    """Make the lock's file, so that no process can take the folder meanwhile; without space for it none can."""
+    try:
+        (folder / "lock").touch()
+    except OSError as error:
+        if not is_full(error):
+            raise
 
 
 @contextmanager

@@ -6,7 +6,6 @@ many of them are surely on disk, since which boot of the machine, and what they 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import read_at
-from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.files import Files, SharedFile, is_full
 from ociregistry.store.pulls import NOTE_SUFFIX
 from ociregistry.store.threads import Threads
 
@@ -144,7 +143,7 @@ class Partial:
             self._files.write(self._file, data, self.length)
         except OSError as error:
             # When the disk is full, what was written before is good.
-            self.sound = self.sound and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self.sound = self.sound and is_full(error)
             raise
         if self._hashed == self.length:
             self._hasher.update(data)

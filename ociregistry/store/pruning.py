@@ -7,15 +7,15 @@ rewritten: no record that comes meanwhile loses a blob.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.files import Files, locked
+from ociregistry.store.files import Files, is_full
 from ociregistry.store.inventory import Inventory, Kept, Row
-from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.pulls import store_locked
 from ociregistry.store.records import Dates, Record
 
 _AT_ONCE = 200
@@ -23,6 +23,17 @@ _AT_ONCE = 200
 
 Choose = Callable[[Inventory], "Doomed"]
 """What is to go of an inventory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spared:
+    """Images that are old enough to go by age, and stay, as their number suggests that the clock is wrong."""
+
+    unused: int
+    """How many they are."""
+    images: int
+    """How many images there are in all; a list counts as one, with the images that it has."""
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +47,16 @@ class Plan:
     """With their sizes in bytes."""
     bytes_of: Mapping[Digest, int]
     """Record -> what its own blobs take, each counted once: with the first of those that go and name it."""
+    metadata: tuple[Kept, ...] = ()
+    """The records of images that are only here since an index names them, and go with it without a word."""
+    metadata_blobs: Mapping[Digest, int] = field(default_factory=dict)
+    spared: Spared | None = None
 
     @property
     def bytes(self) -> int:
         """What becomes free by it."""
-        return sum(self.blobs.values()) + sum(kept.size for kept in self.records)
+        blobs = sum(self.blobs.values()) + sum(self.metadata_blobs.values())
+        return blobs + sum(kept.size for kept in (*self.records, *self.metadata))
 
 
 class Doomed:
@@ -56,6 +72,7 @@ class Doomed:
         """Record -> what it shall note, where that changes."""
         self.gone: dict[Digest, Kept] = {}
         """The records that are to note nothing, in the order in which they came to that."""
+        self.spared: Spared | None = None
 
     def take(self, row: Row) -> None:
         """This image URL goes."""
@@ -116,16 +133,23 @@ class Doomed:
             if digest not in self.gone
             for blob in kept.manifest.blobs
         }
-        blobs: dict[Digest, int] = {}
-        bytes_of: dict[Digest, int] = {}
+        records: list[Kept] = []
+        metadata: list[Kept] = []
         for digest, kept in self.gone.items():
-            own = self._sizes(kept.manifest, stay)
-            stay.update(own)
-            blobs |= own
-            bytes_of[digest] = sum(own.values())
-        # What is here as metadata alone goes without a word, with its index.
-        rows = (row for row in self._inventory.rows if self._takes(row))
-        return Plan(tuple(rows), tuple(self.gone.values()), blobs, bytes_of)
+            (metadata if self._inventory.is_metadata(digest) else records).append(kept)
+        own: dict[Digest, dict[Digest, int]] = {}
+        for kept in (*records, *metadata):
+            own[kept.manifest.digest] = self._sizes(kept.manifest, stay)
+            stay.update(own[kept.manifest.digest])
+        return Plan(
+            rows=tuple(row for row in self._inventory.rows if self._takes(row)),
+            records=tuple(records),
+            blobs=_all_of(own, records),
+            bytes_of={kept.manifest.digest: sum(own[kept.manifest.digest].values()) for kept in records},
+            metadata=tuple(metadata),
+            metadata_blobs=_all_of(own, metadata),
+            spared=self.spared,
+        )
 
     def _takes(self, row: Row) -> bool:
         digest = row.kept.manifest.digest
@@ -159,6 +183,33 @@ class Doomed:
             if images and images != kept.record.images:
                 yield kept, replace(kept.record, images=images)
 
+    def before_rewriting(self) -> Iterator[list[Kept]]:
+        """Yield records that can go although nothing has been rewritten yet, in batches to be removed one by one.
+
+        No tag comes to mean by it what it meant before, no list loses an image, and no list goes that has an image
+        which is to be rewritten when the list has gone.
+        """
+        left = set(self._inventory.records)
+        changing = {kept.manifest.digest for kept, _ in self.rewritten()}
+        able = {digest for digest in self.gone if not self._inventory.below(digest) & changing}
+        while batch := [digest for digest in able & left if self._goes(digest, left)]:
+            yield [self.gone[digest] for digest in batch]
+            left.difference_update(batch)
+
+    def _goes(self, digest: Digest, left: Set[Digest]) -> bool:
+        """Tell whether a record may be the next to go while the records `left` are there."""
+        if self._inventory.above(digest) & self.gone.keys() & left:
+            return False
+        for noted in self._inventory.records[digest].record.images:
+            claims = [(dates, one) for one, dates in self._inventory.claims(noted).items() if one in left]
+            if len(claims) > 1 and max(claims)[1] == digest:
+                return False
+        return True
+
+
+def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[Kept]) -> Mapping[Digest, int]:
+    return {blob: size for kept in records for blob, size in own[kept.manifest.digest].items()}
+
 
 def _repository(noted: str) -> Repository:
     return ImageReference.parse_whole(noted).repository
@@ -173,38 +224,72 @@ def planned(root: Path, choose: Choose) -> Plan:
     return choose(Inventory.read(root)).plan
 
 
-def prune(root: Path, choose: Choose, pulls: PullsFolder, files: Files) -> Plan:
-    """Takes away what `choose` says, and gives what that was. Blocks; raises `OSError`.
+def prune(root: Path, choose: Choose, files: Files) -> Plan:
+    """Remove what `choose` says from the store at `root`. Blocks.
 
     Killed at any instant it leaves no record without what it had, and no tag with a meaning of before: tags first,
     then lists, what they list, and blobs when no record on the disk names them any more.
+    On a disk without space to rewrite a record, what can go before that goes first, with its blobs.
+
+    Returns: what was removed.
+
+    Raises: `OSError`, also when there is still no space; what went until then is free.
     """
     before = Inventory.read(root)
-    with locked(root / "pulls" / "lock"):
+    with store_locked(root):
         inventory = Inventory.read(root, before)
         doomed = choose(inventory)
         plan = doomed.plan
-        for kept, record in [*doomed.renamed(), *doomed.rewritten()]:
-            files.put(kept.path, record.render(), pulls.path / f"{kept.path.name}.record")
-            os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
-        from_the_top = sorted(plan.records, key=lambda kept: len(inventory.above(kept.manifest.digest)))
+        rewriting = [*doomed.renamed(), *doomed.rewritten()]
+        blobs = [*plan.blobs, *plan.metadata_blobs]
+        try:
+            _rewrite(root, rewriting, files)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            gone: set[Path] = set()
+            for batch in doomed.before_rewriting():
+                _remove_records(batch, files)
+                gone |= {kept.path for kept in batch}
+            _remove_unnamed(root, blobs, Inventory.read(root, inventory), files)
+            files.sync_folder(root / "blobs")
+            _rewrite(root, [(kept, record) for kept, record in rewriting if kept.path not in gone], files)
+        going = (*plan.records, *plan.metadata)
+        from_the_top = sorted(going, key=lambda kept: len(inventory.above(kept.manifest.digest)))
         for lists in (True, False):
-            going = [kept for kept in from_the_top if kept.manifest.is_list is lists]
-            for kept in going:
-                files.unlink(kept.path)
-            for folder in {kept.path.parent for kept in going}:
-                files.sync_folder(folder)
-    _remove_blobs(root, list(plan.blobs), inventory, files)
+            _remove_records([kept for kept in from_the_top if kept.manifest.is_list is lists], files)
+    _remove_blobs(root, blobs, inventory, files)
     return plan
+
+
+def _rewrite(root: Path, records: Iterable[tuple[Kept, Record]], files: Files) -> None:
+    """Replace the files of records, under the store's lock; when they were pulled last stays."""
+    temporary = root / "pulls" / "record.new"
+    for kept, record in records:
+        temporary.parent.mkdir(exist_ok=True)
+        files.put(kept.path, record.render(), temporary)
+        os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
+
+
+def _remove_records(records: Collection[Kept], files: Files) -> None:
+    for kept in records:
+        files.unlink(kept.path)
+    for folder in {kept.path.parent for kept in records}:
+        files.sync_folder(folder)
 
 
 def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Files) -> None:
     """A few at a time: who writes a record meanwhile waits for the lock, and may need one of them again."""
     while blobs:
         some, blobs = blobs[:_AT_ONCE], blobs[_AT_ONCE:]
-        with locked(root / "pulls" / "lock"):
+        with store_locked(root):
             before = Inventory.read(root, before)
-            for digest in some:
-                if digest not in before.named and digest.hex not in before.mentioned:
-                    files.unlink(root / "blobs" / digest.hex)
+            _remove_unnamed(root, some, before, files)
     files.sync_folder(root / "blobs")
+
+
+def _remove_unnamed(root: Path, blobs: Iterable[Digest], inventory: Inventory, files: Files) -> None:
+    """Remove those of `blobs` that no record of the `inventory` names."""
+    for digest in blobs:
+        if digest not in inventory.named and digest.hex not in inventory.mentioned:
+            files.unlink(root / "blobs" / digest.hex)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ociregistry.names import Digest
-from ociregistry.store.files import Files, lock
+from ociregistry.store.files import Files, is_full, lock, locked
 from ociregistry.store.wishes import WISH_SUFFIX, WishFiles
 
 NOTE_SUFFIX = ".note"
@@ -31,53 +36,138 @@ def pending_images(root: Path) -> frozenset[Digest]:
     return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
 
+@contextmanager
+def store_locked(root: Path) -> Iterator[None]:
+    """Hold the exclusive lock of the store at `root`: a flock on pulls/lock. Blocks.
+
+    On a disk without space for that file the folder `root` is locked instead. That excludes everybody, as the file is
+    only ever made under the folder's lock.
+
+    Raises: `OSError`.
+    """
+    path = root / "pulls" / "lock"
+    if not path.exists():
+        with _folder_locked(root):
+            if not _made(path):
+                yield
+                return
+    with locked(path):
+        yield
+
+
+def _made(path: Path) -> bool:
+    """Make an empty file, and the folder that it is in; tell whether there was space for them."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def _folder_locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            # NFS locks only what is open for writing, which a folder never is.
+            if error.errno != errno.EBADF:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class PullsFolder:
     """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
 
-    Partials and wishes of processes that have ended, in this and other folders, become ours.
+    It is taken when it is first used, so that a process that writes nothing there needs no space for it.
     """
 
     def __init__(self, root: Path, files: Files, *, adopts: bool = True) -> None:
-        """Takes the first folder of the store at `root` that no process holds. Blocks; raises `OSError`.
+        """Use the store at `root`.
 
-        Who `adopts` nothing takes none in which something was left.
+        Whoever `adopts` takes over the partials and wishes of processes that have ended, in this and other folders;
+        else no folder is taken in which something was left.
         """
-        pulls = root / "pulls"
+        self._root = root
         self._files = files
+        self._adopts = adopts
+        self._taking = threading.Lock()
+        self._taken: tuple[Path, int] | None = None
+        """The folder, and the descriptor of its lock."""
+
+    @property
+    def path(self) -> Path:
+        """The folder: the first that no process held when it was taken. Blocks.
+
+        Raises: `OSError`, also when there is no space for a new folder; the next call tries again.
+        """
+        with self._taking:
+            if self._taken is None:
+                self._taken = self._take()
+            return self._taken[0]
+
+    def _take(self) -> tuple[Path, int]:
+        self._root.mkdir(parents=True, exist_ok=True)
+        store_lock = self._root / "pulls" / "lock"
+        if not store_lock.exists():
+            # Made while there is space, for whoever needs it when there is none.
+            with _folder_locked(self._root):
+                _made(store_lock)
         number = 0
         while True:
-            self.path = pulls / str(number)
-            self.path.mkdir(parents=True, exist_ok=True)
-            held = lock(self.path / "lock", wait=False)
-            if held is not None and (adopts or not any(_is_kept(path, self.path) for path in self.path.iterdir())):
+            folder = self._root / "pulls" / str(number)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                held = lock(folder / "lock", wait=False)
+            except OSError:
+                # It must not take the inode that its lock lacks.
+                with suppress(OSError):
+                    folder.rmdir()
+                raise
+            if held is not None and (self._adopts or not any(_is_kept(path, folder) for path in folder.iterdir())):
                 break
             if held is not None:
                 os.close(held)
             number += 1
-        self._held = held
-        for folder in pulls_folders(root):
-            if adopts and folder != self.path:
-                self._adopt(folder)
-        self._tidy()
-        files.sync_folder(self.path)
-        files.sync_folder(pulls)
+        try:
+            self._fill(folder)
+        except BaseException:
+            os.close(held)
+            raise
+        return folder, held
 
-    def _tidy(self) -> None:
-        for path in self.path.iterdir():
-            if path.is_file() and path.name != "lock" and not _is_kept(path, self.path):
+    def _fill(self, folder: Path) -> None:
+        for other in pulls_folders(self._root):
+            if self._adopts and other != folder:
+                self._adopt(other, folder)
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "lock" and not _is_kept(path, folder):
                 self._files.unlink(path)
+        self._files.sync_folder(folder)
+        self._files.sync_folder(folder.parent)
 
-    def _adopt(self, folder: Path) -> None:
-        held = lock(folder / "lock", wait=False)
+    def _adopt(self, folder: Path, ours: Path) -> None:
+        try:
+            held = lock(folder / "lock", wait=False)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return
         if held is None:
             return
         try:
             # Whoever adopted before us may have been killed between a partial and its note.
-            left = [path for path in folder.iterdir() if _is_kept(path, folder, self.path)]
+            left = [path for path in folder.iterdir() if _is_kept(path, folder, ours)]
             # A note without its partial is nothing; a partial without its note would be taken for a leftover.
             for path in sorted(left, reverse=True):
-                if not (self.path / path.name).exists():
-                    self._files.rename(path, self.path / path.name)
+                if not (ours / path.name).exists():
+                    self._files.rename(path, ours / path.name)
             for path in folder.iterdir():
                 if path.is_file() and path.name != "lock":
                     self._files.unlink(path)
@@ -91,9 +181,26 @@ class PullsFolder:
         path.mkdir(exist_ok=True)
         return path
 
+    def put_aside(self, path: Path) -> bool:
+        """Move the damaged file `path` into bad/, or remove it where there is no space for that. Blocks.
+
+        Returns: whether it is in bad/ now.
+
+        Raises: `OSError`.
+        """
+        try:
+            self._files.rename(path, self.bad / path.name)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self._files.unlink(path)
+            return False
+        return True
+
     def close(self) -> None:
-        """Lets another process take the folder."""
-        os.close(self._held)
+        """Let another process take the folder."""
+        if self._taken is not None:
+            os.close(self._taken[1])
 
 
 def _is_kept(path: Path, *folders: Path) -> bool:

@@ -18,8 +18,8 @@ from ociregistry.manifests import LARGEST_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import BlobFolder, missing_blobs, size_of_blob
 from ociregistry.store.catalogue import Entry
-from ociregistry.store.files import Files, locked
-from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.files import Files
+from ociregistry.store.pulls import PullsFolder, store_locked
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 
 LISTS_FOLDER = "fat"
@@ -90,7 +90,6 @@ class RecordFiles:
 
     def __init__(self, root: Path, pulls: PullsFolder, files: Files) -> None:
         self._root = root
-        self._lock = root / "pulls" / "lock"
         self._pulls = pulls
         self._files = files
         self._blobs = BlobFolder(root / "blobs")
@@ -114,10 +113,10 @@ class RecordFiles:
 
         Returns None, and writes nothing, where it is to be `whole` and lacks a blob, or `known` and has no record; no
         prune comes between the look and the writing. What another process wrote in between is kept. A file there that
-        is no record of ours is moved aside into bad/ of the pulls folder.
+        is no record of ours is moved aside into bad/ of the pulls folder, if there is space for that.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
-        with locked(self._lock):
+        with store_locked(self._root):
             if whole and missing_blobs(self._root / "blobs", manifest.blob_sizes):
                 return None
             existing = self._existing(path)
@@ -134,7 +133,7 @@ class RecordFiles:
         What it says is changed from False to True alone. Returns the record, None if there is none.
         """
         path = self.path(digest, is_list=False)
-        with locked(self._lock):
+        with store_locked(self._root):
             record = self._existing(path)
             if record is not None and not record.wanted and record.wanted is not wanted:
                 record = replace(record, wanted=wanted)
@@ -149,7 +148,7 @@ class RecordFiles:
         `wanted` is what the lost record said. Returns the record as it is on disk then.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
-        with locked(self._lock):
+        with store_locked(self._root):
             existing = self._existing(path) or Record(manifest, {})
             others = {url: dates for url, dates in existing.images.items() if url != fetched}
             record = Record(manifest, {**others, **images}, existing.wanted or wanted)
@@ -165,7 +164,7 @@ class RecordFiles:
         except FileNotFoundError:
             return None
         except RecordInvalid:
-            self._files.rename(path, self._pulls.bad / path.name)
+            self._pulls.put_aside(path)
             return None
 
     def read_for_pull(self, path: Path, now: float) -> tuple[Record, bool]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 
 from ociregistry.names import Digest
 from ociregistry.store.inventory import Inventory, Row
-from ociregistry.store.pruning import Doomed
+from ociregistry.store.pruning import Doomed, Spared
 
 _ENOUGH = 0.9
 """Of the largest size: what is pruned down to when it is exceeded, so that it is not done at every pull."""
+_A_FEW = 3
+"""Images that may always go by age, whatever share of a small store they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,11 @@ class Selection:
 @dataclass(frozen=True, slots=True)
 class Surplus:
     """Whole images, those first that were pulled least recently: what nobody has pulled since `pulled_before`, and
-    what is more than `max_size` bytes of a store."""
+    what is more than `max_size` bytes of a store.
+
+    A clock that is wrong makes everything look old. So nothing goes by age when more than `max_share` per cent of the
+    images would, unless they are just a few, or when no image at all was pulled since `pulled_before`.
+    """
 
     pulled_before: datetime | None
     max_size: int | None
@@ -53,6 +59,9 @@ class Surplus:
     """Manifests that are being pulled."""
     rests_before: datetime
     """What was pulled later than this is being pulled, perhaps."""
+    believed_until: datetime
+    """A pull that is dated later than this says nothing: the clock was wrong then."""
+    max_share: int
 
     def __call__(self, inventory: Inventory) -> Doomed:
         """The image URLs of `inventory` that go. Blocks, looking at the blobs."""
@@ -60,11 +69,30 @@ class Surplus:
         freed = _Freed(inventory, doomed)
         size = size_of(inventory) if self.max_size is not None else 0
         excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
-        for digest in sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one)):
-            unused = self.pulled_before is not None and inventory.pulled(digest) < self.pulled_before
-            if unused or freed.bytes() < excess:
+        candidates = sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one))
+        unused = self._unused(candidates, inventory)
+        doomed.spared = self._spared(unused, inventory)
+        for digest in candidates:
+            if (digest in unused and doomed.spared is None) or freed.bytes() < excess:
                 doomed.take_record(digest)
         return doomed
+
+    def _unused(self, candidates: Collection[Digest], inventory: Inventory) -> Set[Digest]:
+        if self.pulled_before is None:
+            return frozenset()
+        return {digest for digest in candidates if inventory.pulled(digest) < self.pulled_before}
+
+    def _spared(self, unused: Collection[Digest], inventory: Inventory) -> Spared | None:
+        """Tell why the `unused` ones stay; None if they go."""
+        if self.pulled_before is None or not unused or self.max_share == 100:
+            return None
+        images = sum(digest not in inventory.lists_of for digest in inventory.records)
+        if len(unused) > max(_A_FEW, images * self.max_share // 100):
+            return Spared(len(unused), images, "which is more than max_share")
+        pulls = (kept.pulled for kept in inventory.records.values())
+        if not any(self.pulled_before <= pulled <= self.believed_until for pulled in pulls):
+            return Spared(len(unused), images, "and none at all was pulled since")
+        return None
 
     def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
         """The images that may go: those that no list has, each with all that it lists."""
@@ -73,7 +101,9 @@ class Surplus:
             if digest in inventory.lists_of or digest.hex in inventory.mentioned:
                 continue
             whole = {digest} | inventory.below(digest)
-            if whole & kept or whole & self.busy or inventory.pulled(digest) >= self.rests_before:
+            if whole & kept or whole & self.busy:
+                continue
+            if self.rests_before <= inventory.pulled(digest) <= self.believed_until:
                 continue
             yield digest
 

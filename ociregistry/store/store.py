@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,14 +16,14 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
 from ociregistry.store.catalogue import Entry
 from ociregistry.store.door import Door
-from ociregistry.store.files import Files
+from ociregistry.store.files import Files, is_full
 from ociregistry.store.partials import Partial
 from ociregistry.store.pruning import Choose, Plan, prune
 from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
 from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.threads import Threads
-from ociregistry.store.verifying import Findings, Found, Verifier
+from ociregistry.store.verifying import Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.view import View
 from ociregistry.store.wishes import Pending, WishFiles
 
@@ -52,7 +51,6 @@ class Store:
     ) -> None:
         self._root = root
         self._blobs = root / "blobs"
-        self._verified = root / "pulls" / "verified"
         self._now = now
         self._files = files or Files()
         self._threads = Threads(reactor)
@@ -65,24 +63,43 @@ class Store:
         """The images of an index that were asked for, and may not be wanted."""
 
     def start(self, *, adopts: bool = True) -> None:
-        """Makes the folders, takes a pulls/<n>/ and reads all records, then keeps looking every second.
+        """Makes the folders and reads all records, then keeps looking every second.
 
-        Who `adopts` nothing leaves what ended processes left to the next one. Blocks until the records are read, so
-        that whoever finds the port open finds the whole cache. Raises `OSError`.
+        Who `adopts` takes a pulls/<n>/ at once, with what ended processes left; on a disk without space for a new one
+        it goes on without. Blocks until the records are read, so that whoever finds the port open finds the whole
+        cache. Raises `OSError`.
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
         self._pulls = PullsFolder(self._root, self._files, adopts=adopts)
-        self._files.sync_folder(self._root)
         self._records = RecordFiles(self._root, self._pulls, self._files)
-        self._wishes = WishFiles(self._pulls.path, self._files)
-        for pending in self._wishes.read():
-            (self.undecided if pending.undecided else self.wishes)[pending.image] = pending.repository
+        if adopts:
+            self._adopt()
+        self._files.sync_folder(self._root)
         self._view = View(self._records, self._threads, self._clock)
         self._catalogue = self._view.catalogue
         self._view.read()
         self._threads.start()
         self._view.start()
+
+    def _adopt(self) -> None:
+        try:
+            wishes = self._wish_files()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            self.log.warn(
+                "only what is in the store can be served until there is space for a folder in {pulls}: {why}",
+                pulls=self._root / "pulls",
+                why=error.strerror,
+            )
+        else:
+            for pending in wishes.read():
+                (self.undecided if pending.undecided else self.wishes)[pending.image] = pending.repository
+
+    def _wish_files(self) -> WishFiles:
+        """Blocks, as it may have to take the folder. Raises `OSError`."""
+        return WishFiles(self._pulls.path, self._files)
 
     def stop(self) -> None:
         """Ends the threads, after what they are at."""
@@ -255,13 +272,14 @@ class Store:
             return
         self.undecided.pop(manifest, None)
         pending[manifest] = repository
-        await self._threads.write_in_turn(self._wishes.write, Pending(manifest, repository, undecided))
+        noted = Pending(manifest, repository, undecided)
+        await self._threads.write_in_turn(lambda: self._wish_files().write(noted))
 
     async def unwish(self, manifest: Digest) -> None:
         """Notes that they are not, or are there. Raises `OSError`."""
         for pending in (self.undecided, self.wishes):
             pending.pop(manifest, None)
-        await self._threads.write_in_turn(self._wishes.remove, manifest)
+        await self._threads.write_in_turn(lambda: self._wish_files().remove(manifest))
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
         """The blobs that the image `manifest` lacks, and their sizes in bytes; None if it has no record."""
@@ -310,18 +328,18 @@ class Store:
 
     async def prune(self, choose: Choose) -> Plan:
         """Takes away what `choose` says, and gives what that was. Raises `OSError`."""
-        return await self._threads.write(prune, self._root, choose, self._pulls, self._files)
+        return await self._threads.write(prune, self._root, choose, self._files)
 
     async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
         """As `Verifier` has it. Raises `OSError`."""
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
         findings = await verifier.verify(max_rate, came)
-        await self._threads.write(self._verified.touch)
+        await self._threads.write(note_verified, self._root, self._now())
         return findings
 
     async def last_verified(self, now: datetime) -> datetime:
         """When that ended last; if it never did, `now` counts as that from now on. Raises `OSError`."""
-        return await self._threads.write(_stamp, self._verified, now)
+        return await self._threads.write(last_verified, self._root, now)
 
     # Partials
 
@@ -332,13 +350,15 @@ class Store:
 
         A `staged` one lies beside a download of the same blob, which may be taken up again.
         """
-        path = self._pulls.path / (f"{digest.hex}.staged" if staged else digest.hex)
-        return await self._threads.write(Partial.create, digest, path, size, str(source), self._files, self._threads)
+        name = f"{digest.hex}.staged" if staged else digest.hex
+        return await self._threads.write(
+            lambda: Partial.create(digest, self._pulls.path / name, size, str(source), self._files, self._threads)
+        )
 
     async def old_partial(self, digest: Digest) -> Partial | None:
         """What an earlier download left of the blob `digest`, or None. Raises `OSError`."""
         return await self._threads.write(
-            Partial.resume, digest, self._pulls.path / digest.hex, self._files, self._threads
+            lambda: Partial.resume(digest, self._pulls.path / digest.hex, self._files, self._threads)
         )
 
     async def commit(self, partial: Partial) -> None:
@@ -352,11 +372,3 @@ def _lacking_images(
 ) -> Mapping[Digest, Mapping[Digest, int]]:
     found = {digest: missing_blobs(folder, blobs) for digest, blobs in images.items()}
     return {digest: missing for digest, missing in found.items() if missing}
-
-
-def _stamp(path: Path, now: datetime) -> datetime:
-    """When the file changed last; it is made as of `now`, if it is not there."""
-    if not path.exists():
-        path.touch()
-        os.utime(path, (now.timestamp(), now.timestamp()))
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)

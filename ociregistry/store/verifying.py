@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from twisted.internet.task import deferLater
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
-from ociregistry.store.files import Files, SharedFile, locked
-from ociregistry.store.pulls import PullsFolder
+from ociregistry.store.files import Files, SharedFile, is_full
+from ociregistry.store.pulls import PullsFolder, store_locked
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, digest_of, is_wanted, read_record, signatures
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from ociregistry.store.threads import Threads
@@ -49,6 +50,8 @@ class Damaged:
     """Of a record: the image URLs that still stand in it."""
     wanted: bool | None = None
     """Of a record: what still stands in it of whether the layers of the image are wanted."""
+    kept: bool = True
+    """Whether it was put aside; else it was removed, as there was no space to put it aside."""
 
     @property
     def is_blob(self) -> bool:
@@ -129,7 +132,7 @@ class Verifier:
         return record
 
     def _put_record_aside(self, path: Path, why: str) -> Damaged | None:
-        with locked(self._root / "pulls" / "lock"):
+        with store_locked(self._root):
             try:
                 # Another process may have written it anew.
                 read_record(path)
@@ -140,8 +143,8 @@ class Verifier:
                 if isinstance(error, OSError) and error.errno not in _BAD_DISK:
                     raise
                 noted = _still_noted(path)
-                self._put_aside(path)
-        return Damaged(path, digest_of(path), why, *noted)
+                kept = self._put_aside(path)
+        return Damaged(path, digest_of(path), why, *noted, kept)
 
     async def _verify_blob(
         self, path: Path, findings: Findings, max_rate: float | None, came: Callable[[], object]
@@ -161,24 +164,24 @@ class Verifier:
                     await deferLater(self._clock, max(0.0, due - self._clock.seconds()))
             findings.blobs += 1
             if checked.why:
-                was_there = await self._threads.write(self._put_blob_aside, checked)
-                if was_there:
-                    damaged = Damaged(path, digest_of(path), checked.why)
+                damaged = await self._threads.write(self._put_blob_aside, checked)
+                if damaged is not None:
                     findings.damaged.append(damaged)
                     await self._found(damaged)
         finally:
             file.release()
 
-    def _put_blob_aside(self, checked: _Checked) -> bool:
-        """Whether it was there still: another process may have brought it anew, or be copying it."""
+    def _put_blob_aside(self, checked: _Checked) -> Damaged | None:
+        """None if it is not there any more: another process may have brought it anew, or be copying it."""
         if not checked.is_unchanged():
-            return False
-        self._put_aside(checked.path)
-        return True
+            return None
+        kept = self._put_aside(checked.path)
+        return Damaged(checked.path, digest_of(checked.path), checked.why, kept=kept)
 
-    def _put_aside(self, path: Path) -> None:
-        self._files.rename(path, self._pulls.bad / path.name)
+    def _put_aside(self, path: Path) -> bool:
+        kept = self._pulls.put_aside(path)
         self._files.sync_folder(path.parent)
+        return kept
 
 
 class _Checked:
@@ -260,3 +263,37 @@ def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], 
             found.append((ImageReference.parse_whole(noted["url"]), dates))
     wanted = _NOTED_WANTED.search(text)
     return tuple(found), wanted["wanted"] == "true" if wanted else None
+
+
+def last_verified(root: Path, now: datetime) -> datetime:
+    """Give when the store at `root` was verified last; if it never was, `now` counts as that from now on. Blocks.
+
+    Raises: `OSError`.
+    """
+    path = _stamp(root)
+    if not path.exists() and not note_verified(root, now):
+        return now
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+
+
+def note_verified(root: Path, now: datetime) -> bool:
+    """Note that the store at `root` was verified at `now`, unless there is no space for a note. Blocks.
+
+    Returns: whether there was space.
+
+    Raises: `OSError`.
+    """
+    path = _stamp(root)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return False
+    os.utime(path, (now.timestamp(), now.timestamp()))
+    return True
+
+
+def _stamp(root: Path) -> Path:
+    return root / "pulls" / "verified"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,15 @@ from tests.upstream import ScriptedRegistry
 
 
 @contextmanager
-def completing_in(folder: Path, *options: str) -> Iterator[Cache]:
-    """A daemon that completes images, as it does by default, and its scripted upstream, until the block ends."""
-    with ScriptedRegistry() as upstream, Daemon(folder, {upstream.host: "http"}, *options) as daemon:
+def completing_in(folder: Path, *options: str, settings: Mapping[str, object] | None = None) -> Iterator[Cache]:
+    """A daemon that completes images, as it does by default, and its scripted upstream, until the block ends.
+
+    `settings` are further keys of its configuration file.
+    """
+    with (
+        ScriptedRegistry() as upstream,
+        Daemon(folder, {upstream.host: "http"}, *options, settings=settings) as daemon,
+    ):
         yield Cache(daemon, upstream)
         assert daemon.running, daemon.log
     assert "Traceback (most recent call last)" not in daemon.log

@@ -37,7 +37,7 @@ class Fetcher:
         """Upstreams have these."""
         self._manifests |= {one.digest: one for one in manifests}
 
-    async def fetch_manifest(self, image: ImageReference) -> Manifest:
+    async def fetch_manifest(self, image: ImageReference) -> None:
         """As `MetadataFetcher` has it."""
         assert isinstance(image.reference, Digest)
         self.asked.append(NAMES.get(image.reference, image.reference))
@@ -47,7 +47,6 @@ class Fetcher:
             raise ManifestUnknown(f"{image}: the upstream answered 404")
         manifest = self._manifests[image.reference]
         await self._store.keep(manifest, image, wanted=None if manifest.is_list else False)
-        return manifest
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """As `MetadataFetcher` has it; upstreams are not asked for one that is here."""

@@ -16,7 +16,6 @@ from ociregistry.names import Digest, ImageReference, Repository, Upstream, pars
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.inventory import Inventory, Kept
 from ociregistry.store.pruning import Choose, Plan, planned, prune
-from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.recordfiles import read_record, record_path
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.selection import Selection
@@ -146,12 +145,7 @@ class Stock:
 
     def prune_only(self, choose: Choose, files: Files | None = None) -> Plan:
         """Prunes, as a process of its own."""
-        files = files or Unsynced()
-        pulls = PullsFolder(self.root, files, adopts=False)
-        try:
-            return prune(self.root, choose, pulls, files)
-        finally:
-            pulls.close()
+        return prune(self.root, choose, files or Unsynced())
 
     def names(self, manifest: Manifest) -> set[str] | None:
         """The names that stand in its record, as they were given; None if there is no record."""
@@ -180,7 +174,7 @@ def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) ->
     """An inventory of manifests with names and when they were pulled, without files."""
     kept = (
         Kept(
-            Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}),
+            Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
             record_path(root, manifest.digest, is_list=manifest.is_list),
             pulled,
             1000,

@@ -135,7 +135,6 @@ def test_json_has_all_of_it(stock: Stock, listed: Listed) -> None:
         "platforms": [],
         "images": 1,
         "missing": 7,
-        "wanted": True,
     }
     assert (documents[0]["kind"], documents[0]["digest"], documents[0]["missing"]) == ("list", above.digest, 7)
 

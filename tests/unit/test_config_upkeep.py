@@ -32,8 +32,10 @@ def expressions(settings: PruneSettings) -> list[str]:
 
 
 def test_all_of_it_is_read(path: Path) -> None:
-    text = "\n  unused_for: 30d\n  max_size: 50GB\n  keep:\n    - ^docker\\.io/\n    - 'a, b{1,2}'\n  every: 2h\n"
+    text = "\n  unused_for: 30d\n  max_size: 50GB\n  keep:\n    - ^docker\\.io/\n    - 'a, b{1,2}'\n"
+    text += "  every: 2h\n  max_share: 20%\n"
     prune = pruning(path, text)
+    assert prune.max_share == 20
     assert (prune.unused_for, prune.max_size, prune.every) == (timedelta(days=30), 50 * 10**9, timedelta(hours=2))
     assert expressions(prune) == [r"^docker\.io/", "a, b{1,2}"]
     assert prune.keep.match(NGINX)
@@ -46,6 +48,7 @@ def test_one_of_the_two_is_enough(path: Path) -> None:
     large = pruning(path, "{max_size: 20MiB}")
     assert (large.unused_for, large.max_size, large.every) == (None, 20 * 1024 * 1024, timedelta(hours=1))
     for prune in (unused, large):
+        assert prune.max_share == 50
         assert expressions(prune) == []
         assert not prune.keep.match(NGINX)
 
@@ -81,6 +84,7 @@ def test_how_often_is_verified_must_be_said(path: Path, text: str) -> None:
 
 
 TIME = "a time such as 30d, 12h, 90m or 45s is expected"
+SHARE = "a share from 1% to 100% is expected"
 SIZE = "a size such as 50GB, 500MB or 20MiB is expected"
 
 
@@ -95,6 +99,9 @@ SIZE = "a size such as 50GB, 500MB or 20MiB is expected"
         ("prune: {max_size: 0}", 1, f"prune.max_size: '0': {SIZE}"),
         ("prune: {max_size: 90%}", 1, f"prune.max_size: '90%': {SIZE}"),
         ("prune: {max_size: 1kB, every: hourly}", 1, f"prune.every: 'hourly': {TIME}"),
+        ("prune: {max_size: 1kB, max_share: 50}", 1, f"prune.max_share: '50': {SHARE}"),
+        ("prune:\n  max_size: 1kB\n  max_share: 0%\n", 3, f"prune.max_share: '0%': {SHARE}"),
+        ("prune: {max_size: 1kB, max_share: 101%}", 1, f"prune.max_share: '101%': {SHARE}"),
         ("prune: {max_size: 1kB, keep: nginx}", 1, "prune.keep: a list is expected"),
         ("prune: {max_size: 1kB, keep: [[nginx]]}", 1, "prune.keep: a single value is expected"),
         ("prune: {max_size: 1kB, keep: ['']}", 1, "prune.keep: printable characters are expected, at least one"),

@@ -21,6 +21,7 @@ from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Inc
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
+from ociregistry.store.wishes import WishFiles
 from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
 from tests.unit.completions import APP, CONFIG, DATA, ELSEWHERE, IMAGE, LARGE, OTHER, SMALL, Fetching, pulled, wishes
@@ -89,13 +90,13 @@ async def test_an_image_whose_record_has_gone_is_dropped(
     completion.stop()
 
 
-def failing(function: str, monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
+def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is full when that is done with a wish."""
 
     def fail(*arguments: object) -> NoReturn:
         raise FULL
 
-    monkeypatch.setattr(store._wishes, function, fail)
+    monkeypatch.setattr(WishFiles, function, fail)
 
 
 @on_reactor
@@ -107,7 +108,7 @@ async def test_a_wish_that_cannot_be_written_is_one_line_and_fulfilled(
     events: list[LogEvent],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    failing("write", monkeypatch, store)
+    failing("write", monkeypatch)
     await pulled(completion, store)
     assert texts(events, LogLevel.error) == [
         f"cannot note that {IMAGE.digest} is incomplete: No space left on device"
@@ -125,7 +126,7 @@ async def test_one_that_cannot_be_removed_is_one_line(
     events: list[LogEvent],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    failing("remove", monkeypatch, store)
+    failing("remove", monkeypatch)
     fetching.put(CONFIG)
     fetching.put(LARGE)
     await pulled(completion, store)

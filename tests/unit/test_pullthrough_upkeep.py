@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.pruning import Plan
 from ociregistry.store.store import Store
-from tests.images import make_image, make_index
+from tests.images import Image, make_image, make_index
 from tests.unit.doubles import image, on_reactor, texts, until
 from tests.unit.loads import Shelf, settle
 from tests.unit.registries import MemoryRegistries, landed
@@ -253,3 +254,121 @@ async def test_a_defect_is_logged(
     keeping.upkeep.use(pruning(every=60), None)
     await keeping.passes(60)
     assert texts(events, LogLevel.critical)[0].startswith("a defect in pruning the store")
+
+
+# A clock that is wrong
+
+
+AHEAD = timedelta(days=3650)
+JUMPED = "nothing is pruned by age this time: the clock has jumped by "
+
+
+async def filled(keeping: Keeping) -> list[Image]:
+    """Ten images, of which one is old, and goes at the first run that believes the clock."""
+    images = [make_image(f"of ten/{number}") for number in range(10)]
+    for number, built in enumerate(images):
+        await keeping.add(f"reg.example/app:{number}", built, ago=31 * DAY if number == 0 else number * DAY)
+    return images
+
+
+@on_reactor
+async def test_a_clock_that_jumps_ahead_and_back_prunes_nothing_by_age(
+    keeping: Keeping, events: list[LogEvent]
+) -> None:
+    """Nor does the run after it was put back: only the next one believes it."""
+    images = await filled(keeping)
+    keeping.upkeep.use(pruning(every=60), None)
+    keeping.wrong = AHEAD
+    await keeping.passes(60)
+    assert texts(events, LogLevel.warn) == [f"{JUMPED}{AHEAD.total_seconds():.0f} s"]
+    keeping.wrong = timedelta(0)
+    await keeping.passes(60)
+    assert texts(events, LogLevel.warn)[1:] == [f"{JUMPED}-{AHEAD.total_seconds():.0f} s"]
+    assert keeping.here(*images) == [True] * 10
+    await keeping.passes(60)
+    await until(lambda: keeping.here(*images) == [False] + [True] * 9)
+    keeping.upkeep.stop()
+
+
+@on_reactor
+async def test_a_clock_that_was_ahead_between_two_runs_is_believed(keeping: Keeping, events: list[LogEvent]) -> None:
+    images = await filled(keeping)
+    keeping.upkeep.use(pruning(every=60), None)
+    await keeping.passes(30)
+    keeping.wrong = AHEAD
+    await keeping.passes(20)
+    keeping.wrong = timedelta(0)
+    await keeping.passes(10)
+    await until(lambda: keeping.here(*images) == [False] + [True] * 9)
+    keeping.upkeep.stop()
+
+
+@pytest.mark.parametrize("seconds", [59, 61, -59, -61])
+@on_reactor
+async def test_a_clock_that_is_put_right_by_a_little_is_believed(
+    keeping: Keeping, events: list[LogEvent], seconds: int
+) -> None:
+    images = await filled(keeping)
+    keeping.upkeep.use(pruning(every=3600), None)
+    keeping.wrong = timedelta(seconds=seconds)
+    await keeping.passes(3600)
+    believed = abs(seconds) < 60
+    await until(lambda: keeping.here(*images) == [not believed] + [True] * 9)
+    assert any(JUMPED in text for text in texts(events)) is not believed
+    keeping.upkeep.stop()
+
+
+@on_reactor
+async def test_a_jump_is_seen_although_the_settings_change_after_it(keeping: Keeping, events: list[LogEvent]) -> None:
+    images = await filled(keeping)
+    keeping.wrong = AHEAD
+    keeping.upkeep.use(pruning(every=60), None)
+    await keeping.passes(30)
+    keeping.upkeep.use(pruning(every=50), None)
+    await keeping.passes(50)
+    assert len(texts(events, LogLevel.warn)) == 1
+    assert keeping.here(*images) == [True] * 10
+    keeping.upkeep.stop()
+
+
+@on_reactor
+async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
+    keeping: Keeping, events: list[LogEvent]
+) -> None:
+    """It is told once for as long as nothing changes; and the same when images are pulled at that time."""
+    images = await filled(keeping)
+    keeping.wrong = AHEAD
+    upkeep = keeping.restart()
+    upkeep.use(pruning(every=60, max_share=50), None)
+    for _ in range(3):
+        await keeping.passes(60)
+    (line,) = texts(events, LogLevel.warn)
+    assert line.startswith("nothing is pruned by age: 10 of 10 images would go, which is more than max_share: ")
+    for number, built in enumerate(images[6:]):
+        await keeping.add(f"reg.example/app:{6 + number}", built)
+    await keeping.passes(60)
+    (_, line) = texts(events, LogLevel.warn)
+    assert line.startswith("nothing is pruned by age: 6 of 10 images would go, which is more than max_share: ")
+    assert keeping.here(*images) == [True] * 10
+    # When the clock is put right it is believed again; what is dated in the future is not old.
+    keeping.wrong = timedelta(0)
+    await keeping.passes(60)
+    assert JUMPED in texts(events, LogLevel.warn)[-1]
+    await keeping.passes(60)
+    await until(lambda: keeping.here(*images) == [False] + [True] * 9)
+    upkeep.stop()
+
+
+@on_reactor
+async def test_what_is_too_much_goes_although_the_clock_has_jumped(keeping: Keeping) -> None:
+    """But not what was pulled just before it was put back."""
+    await keeping.add("reg.example/old:1", OLD, ago=2 * DAY)
+    await keeping.add("reg.example/new:1", NEW, ago=60)
+    keeping.upkeep.use(pruning(every=60, max_size=1), None)
+    keeping.wrong = timedelta(days=-1)
+    await keeping.passes(60)
+    await until(lambda: keeping.here(OLD, NEW) == [False, True])
+    # Later the date from the future says nothing.
+    await keeping.passes(60)
+    await until(lambda: keeping.here(NEW) == [False])
+    keeping.upkeep.stop()

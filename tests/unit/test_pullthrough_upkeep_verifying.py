@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.store.files import Files
 from ociregistry.store.store import Store
 from ociregistry.store.verifying import Findings
 from tests.images import make_image
@@ -97,6 +99,20 @@ async def test_it_is_due_across_restarts(keeping: Keeping, ago: float, due: floa
     await keeping.passes(2)
     await until(lambda: texts(events, LogLevel.info))
     assert texts(events, LogLevel.info) == ["verified 1 records and 3 blobs: 0 are damaged"]
+    keeping.upkeep.stop()
+
+
+@on_reactor
+async def test_a_date_in_the_future_puts_it_off_by_no_more_than_that(
+    keeping: Keeping, events: list[LogEvent]
+) -> None:
+    """The clock was wrong when it was noted."""
+    keeping.verified(-3650 * DAY)
+    keeping.upkeep.use(None, verifying(every=7 * DAY))
+    await keeping.passes(7 * DAY - 1)
+    assert texts(events, LogLevel.info) == []
+    await keeping.passes(1)
+    await until(lambda: texts(events, LogLevel.info))
     keeping.upkeep.stop()
 
 
@@ -255,4 +271,30 @@ async def test_a_large_store_is_read_no_faster_than_it_may(keeping: Keeping, eve
     for _ in range(10):
         await keeping.passes(8)
     await until(lambda: texts(events, LogLevel.info))
+    keeping.upkeep.stop()
+
+
+@on_reactor
+async def test_what_cannot_be_put_aside_on_a_full_disk_is_removed(
+    keeping: Keeping, root: Path, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told, and fetched anew."""
+    rename = Files.rename
+
+    def full(self: Files, path: Path, target: Path) -> None:
+        if target.parent.name == "bad":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(self, path, target)
+
+    monkeypatch.setattr(Files, "rename", full)
+    await keeping.add(URL, APP)
+    blob = damage(root, "blobs", APP.layers[0].digest)
+    record = damage(root, "img", APP.manifest.digest)
+    keeping.upkeep.use(None, verifying(every=DAY))
+    await keeping.passes(DAY)
+    await until(lambda: len(texts(events, LogLevel.error)) == 2)
+    await until(lambda: blob.exists() and blob.read_bytes() == APP.layers[0].data)
+    for line, path in zip(texts(events, LogLevel.error), (record, blob), strict=True):
+        assert line.startswith(f"removed, as there is no space to put it aside: {path}: ")
+    assert list((root / "pulls").glob("*/bad/*")) == []
     keeping.upkeep.stop()

@@ -11,9 +11,10 @@ import pytest
 
 import ociregistry.store.pruning
 from ociregistry.names import Digest
-from ociregistry.store.files import lock, locked
+from ociregistry.store.files import lock
 from ociregistry.store.inventory import Inventory
 from ociregistry.store.pruning import Doomed, planned
+from ociregistry.store.pulls import store_locked
 from ociregistry.store.selection import Selection
 from tests.unit.stocked import Stock, by_name, calls_of, day, image_of, in_memory, list_of, url_of
 
@@ -79,7 +80,7 @@ def test_last_pulled_and_the_dates_survive_a_rewrite(stock: Stock) -> None:
 def test_a_rewrite_leaves_nothing_behind(stock: Stock) -> None:
     stock.image(ONE, "a:1", "b:1")
     stock.prune(by_name("a"))
-    assert [path.name for path in (stock.root / "pulls").rglob("*") if path.is_file()] == ["lock", "lock"]
+    assert [path.name for path in (stock.root / "pulls").rglob("*") if path.is_file()] == ["lock"]
 
 
 # Blobs
@@ -231,12 +232,12 @@ def test_what_comes_until_it_has_the_lock_counts(stock: Stock, monkeypatch: pyte
         return by_name("a")(inventory)
 
     @contextmanager
-    def locked_late(path: Path) -> Iterator[None]:
+    def locked_late(root: Path) -> Iterator[None]:
         stock.image(TWO, "b:1")
-        with locked(path):
+        with store_locked(root):
             yield
 
-    monkeypatch.setattr(ociregistry.store.pruning, "locked", locked_late)
+    monkeypatch.setattr(ociregistry.store.pruning, "store_locked", locked_late)
     stock.prune_only(choose)
     assert [len(inventory.records) for inventory in chosen] == [2]
     assert stock.has(OWN, SHARED) == [False, True]

@@ -7,6 +7,7 @@ tag means what it meant or nothing, what was not to go is as it was, and pruning
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,10 +20,12 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
+from ociregistry.store.inventory import Inventory
 from ociregistry.store.orphans import remove_orphans
+from ociregistry.store.pruning import Doomed
 from ociregistry.store.selection import Selection
 from tests.lossy import Disk, LossyFiles, PowerCut
-from tests.unit.stocked import Stock, Unsynced, by_name, day, list_of
+from tests.unit.stocked import Stock, Unsynced, by_name, day, list_of, named
 
 LAYER = b"a layer of several"
 
@@ -93,6 +96,13 @@ def lists_of_lists(scene: Scene) -> None:
     scene.choose = by_name("a", "b")
 
 
+def a_list_of_what_another_has(scene: Scene) -> None:
+    """The image is noted with the list that goes alone: it must not go with it when pruning is done once more."""
+    image = scene.stock.image((b"config", LAYER), "a@")
+    scene.stock.put(list_of(image), "a:1")
+    scene.stays.append((scene.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
+
+
 SCENES = {scene.__name__: scene for scene in (an_image, a_list, a_name_of_several, a_list_that_moved_away)}
 
 
@@ -129,11 +139,16 @@ def all_of(stock: Stock) -> tuple[dict[Digest, set[str]], list[str]]:
     return records, sorted(path.name for path in (stock.root / "blobs").iterdir())
 
 
-def cut_everywhere(root: Path, scenery: Callable[[Scene], None], look: Callable[[LossyFiles, Scene], None]) -> None:
+def cut_everywhere(
+    root: Path,
+    scenery: Callable[[Scene], None],
+    look: Callable[[LossyFiles, Scene], None],
+    disk: type[LossyFiles] = LossyFiles,
+) -> None:
     """A process ends in place of its first operation, of the second, and so on; `look` sees what it has done."""
     for number in count():
         scene = begin(root, scenery)
-        files = LossyFiles(scene.stock.root, "now", number)
+        files = disk(scene.stock.root, "now", number)
         with suppress(PowerCut):
             scene.stock.prune_only(scene.choose, files)
         try:
@@ -141,7 +156,7 @@ def cut_everywhere(root: Path, scenery: Callable[[Scene], None], look: Callable[
         except AssertionError as error:
             raise AssertionError(f"after {files.operations}: {error}") from error
         if not files.off:
-            assert len(files.operations) > 5
+            assert len(files.operations) > 3
             return
 
 
@@ -192,20 +207,17 @@ def test_what_was_killed_is_brought_to_its_end_by_starting_it_again(
     cut_everywhere(tmp_path / "store", scenery, look)
 
 
-class FailedError(OSError):
-    """The disk says so."""
-
-
 class Failing(Unsynced):
-    """A disk of which the operation with this number fails, and all that follow."""
+    """A disk of which the operation with this number fails with this errno, and all that follow."""
 
-    def __init__(self, fails_at: int) -> None:
+    def __init__(self, fails_at: int, error: int) -> None:
         self.left = fails_at
+        self._error = error
 
     def _do(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise FailedError(errno.EIO, "Input/output error")
+            raise OSError(self._error, os.strerror(self._error))
 
     def create(self, path: Path) -> SharedFile:
         self._do()
@@ -232,19 +244,119 @@ class Failing(Unsynced):
         super().unlink(path)
 
 
-@pytest.mark.parametrize("scenery", SCENES.values())
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("scenery", [*SCENES.values(), tags_that_moved, lists_of_lists])
 def test_a_disk_that_fails_leaves_nothing_that_lacks_something(
-    tmp_path: Path, scenery: Callable[[Scene], None]
+    tmp_path: Path, scenery: Callable[[Scene], None], error: int
 ) -> None:
     """It is an error, too, and the lock is free again."""
     before = begin(tmp_path / "before", scenery)
     for number in count():
         scene = begin(tmp_path / "store", scenery)
-        failing = Failing(number)
-        with suppress(FailedError):
+        failing = Failing(number, error)
+        with suppress(OSError):
             scene.stock.prune_only(scene.choose, failing)
+            assert failing.left >= 0
         check(scene.stock, before.stock, scene)
         scene.stock.prune_only(scene.choose)
         if failing.left >= 0:
-            assert number > 5
+            assert number > 3
             return
+
+
+# A disk without a free inode
+
+
+class FullFiles(LossyFiles):
+    """A disk on which a file can be made when another one was removed; the process ends as `LossyFiles` has it."""
+
+    free = 0
+
+    def create(self, path: Path) -> SharedFile:
+        """Raises `OSError` when no inode is free."""
+        self.unlink(path)
+        if not self.free:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.free -= 1
+        return super().create(path)
+
+    def rename(self, path: Path, target: Path) -> None:
+        """Frees the inode of what had that name."""
+        self.free += target.exists()
+        super().rename(path, target)
+
+    def unlink(self, path: Path) -> None:
+        """Frees its inode."""
+        there = path.exists()
+        super().unlink(path)
+        self.free += there
+
+
+def with_another(scenery: Callable[[Scene], None]) -> Callable[[Scene], None]:
+    """The scene, and an image that goes and has nothing to do with the rest."""
+
+    def beside(scene: Scene) -> None:
+        scenery(scene)
+        chosen, another = scene.choose.matches, named("another")
+        assert chosen is not None
+        scene.stock.image((b"another",), "another:1")
+        scene.choose = Selection(matches=lambda url: chosen(url) or another(url))
+
+    return beside
+
+
+ALL_SCENES = [*SCENES.values(), a_list_of_what_another_has, tags_that_moved, a_tag_that_moved, lists_of_lists]
+
+
+@pytest.mark.parametrize("scenery", ALL_SCENES)
+def test_without_a_free_inode_it_comes_to_the_same_end(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+    scenery = with_another(scenery)
+    whole, scene = begin(tmp_path / "whole", scenery), begin(tmp_path / "store", scenery)
+    scene.stock.prune(scene.choose, FullFiles(scene.stock.root, "now"))
+    whole.stock.prune(whole.choose)
+    assert all_of(scene.stock) == all_of(whole.stock)
+
+
+@pytest.mark.parametrize("scenery", ALL_SCENES)
+def test_a_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+    scenery = with_another(scenery)
+    before = begin(tmp_path / "before", scenery)
+
+    def look(files: LossyFiles, scene: Scene) -> None:
+        check(scene.stock, before.stock, scene)
+        scene.stock.prune_only(scene.choose)
+        check(scene.stock, before.stock, scene)
+
+    cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
+
+
+@pytest.mark.parametrize("scenery", [*SCENES.values(), a_tag_that_moved])
+def test_a_power_cut_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+    scenery = with_another(scenery)
+    before = begin(tmp_path / "before", scenery)
+
+    def look(files: LossyFiles, scene: Scene) -> None:
+        for disk in files.left_by_power_cut():
+            check(written(disk, tmp_path / "left"), before.stock, scene, lists=False)
+
+    cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
+
+
+def test_what_must_be_rewritten_first_stays_where_nothing_else_can_go(tmp_path: Path) -> None:
+    """The tag would mean the image of before again. Where something else goes, it goes too."""
+    stock = Stock(tmp_path / "store")
+    old = stock.image((b"old",), "a:1", confirmed=day(1))
+    new = stock.image((b"new",), "a:1", confirmed=day(2))
+
+    def choose(inventory: Inventory) -> Doomed:
+        doomed = Doomed(inventory)
+        for digest in inventory.records.keys() - {old.digest}:
+            doomed.take_record(digest)
+        return doomed
+
+    with pytest.raises(OSError, match="No space left"):
+        stock.prune_only(choose, FullFiles(stock.root, "now"))
+    assert (stock.meaning("a:1"), stock.names(old)) == (new.digest, {"a:1"})
+    another = stock.image((b"another",), "b:1")
+    stock.prune_only(choose, FullFiles(stock.root, "now"))
+    assert (stock.names(new), stock.names(another), stock.names(old)) == (None, None, {"a@"})

@@ -45,7 +45,8 @@ def test_who_adopts_nothing_leaves_other_folders_alone(root: Path) -> None:
     with closing(PullsFolder(root, Unsynced(), adopts=False)) as pulls:
         assert pulls.path == root / "pulls" / "0"
         assert found(root) == before
-    with closing(PullsFolder(root, Unsynced())):
+    with closing(PullsFolder(root, Unsynced())) as pulls:
+        assert pulls.path == root / "pulls" / "0"
         assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
 
 

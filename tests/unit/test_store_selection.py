@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from ociregistry.names import Digest
 from ociregistry.store.inventory import Inventory
-from ociregistry.store.pruning import Doomed, Plan
+from ociregistry.store.pruning import Doomed, Plan, Spared
 from ociregistry.store.selection import Selection, Surplus, size_of
 from tests.unit.stocked import Stock, calls_of, day, image_of, in_memory, list_of, named, url_of
 
@@ -41,9 +42,10 @@ def surplus(
     pulled_before: datetime | None = None,
     busy: Set[Digest] = frozenset(),
     rests_before: datetime = NOW,
+    max_share: int = 100,
 ) -> Surplus:
     """What goes by itself."""
-    return Surplus(pulled_before, max_size, named(*keep), busy, rests_before)
+    return Surplus(pulled_before, max_size, named(*keep), busy, rests_before, NOW, max_share)
 
 
 # What an operator names
@@ -148,6 +150,68 @@ def test_what_nobody_has_pulled_for_long_goes_however_small_the_store_is(stock: 
     assert stock.has(*blobs) == [False] * 5 + [True] * 5
 
 
+# A clock that is wrong
+
+
+@pytest.mark.parametrize(("max_share", "most"), [(50, 5), (30, 3), (79, 7), (1, 3), (99, 9), (100, 10)])
+def test_when_more_than_a_share_of_the_images_would_go_by_age_none_goes(
+    stock: Stock, max_share: int, most: int
+) -> None:
+    """A few may go always."""
+    blobs = fill(stock)
+    if most < 10:
+        plan = stock.prune(surplus(pulled_before=day(most + 0.5), max_share=max_share))
+        assert plan.spared == Spared(most + 1, 10, "which is more than max_share")
+        assert stock.has(*blobs) == [True] * 10
+    plan = stock.prune(surplus(pulled_before=day(most - 0.5), max_share=max_share))
+    assert (len(plan.records), plan.spared) == (most, None)
+
+
+def test_a_list_is_one_image_with_all_that_it_has(stock: Stock) -> None:
+    """Else a few lists would be many."""
+    lists = []
+    for number in range(8):
+        images = [stock.image((blob((number, part)),), f"a{number}@", pulled=day(number)) for part in range(5)]
+        lists.append(stock.put(list_of(*images), f"a{number}:1", pulled=day(number)))
+    plan = stock.prune(surplus(pulled_before=day(5), max_share=50))
+    assert plan.spared == Spared(5, 8, "which is more than max_share")
+    plan = stock.prune(surplus(pulled_before=day(4), max_share=50))
+    assert ([stock.names(one) is None for one in lists], plan.spared) == ([True] * 4 + [False] * 4, None)
+
+
+def test_when_nobody_has_pulled_anything_since_none_goes_by_age(stock: Stock) -> None:
+    """Not a few either. What is dated in the future does not count: the clock was wrong then."""
+    blobs = fill(stock, 2)
+    stock.image((b"future",), "b:1", pulled=day(4000))
+    stock.image((b"kept",), "c:1", pulled=day(1))
+    choose = surplus(None, "c", pulled_before=day(50), max_share=50)
+    assert stock.prune(choose).spared == Spared(2, 4, "and none at all was pulled since")
+    assert stock.has(*blobs) == [True, True]
+    stock.image((b"kept",), "c:1", pulled=day(99))
+    plan = stock.prune(choose)
+    assert (stock.has(*blobs), plan.spared) == ([False, False], None)
+
+
+def test_what_is_too_much_goes_whatever_the_share(stock: Stock) -> None:
+    blobs = fill(stock)
+    plan = stock.prune(surplus(5 * SIZE, pulled_before=NOW, max_share=50))
+    assert plan.spared is not None
+    assert stock.has(*blobs) == [False] * 6 + [True] * 4
+
+
+def test_what_is_dated_in_the_future_is_not_being_pulled(stock: Stock) -> None:
+    """It goes last of what is too much."""
+    stock.image((blob("future"),), "b:1", pulled=day(4000))
+    blobs = fill(stock, 3)
+    stock.prune(surplus(int(1.5 * SIZE), rests_before=day(99)))
+    assert stock.has(*blobs, blob("future")) == [False] * 3 + [True]
+    stock.prune(surplus(SIZE // 2, rests_before=day(99)))
+    assert stock.has(blob("future")) == [False]
+
+
+# Which images stay
+
+
 def test_what_it_keeps_stays_with_its_images_and_blobs(stock: Stock) -> None:
     image = stock.image((blob(1), blob(2)), "a@", pulled=day(1))
     many = stock.put(list_of(image), "a:1", pulled=day(1))
@@ -168,7 +232,7 @@ def test_a_list_stays_with_an_image_that_is_kept(stock: Stock) -> None:
 def test_an_image_is_kept_by_the_url_that_is_listed(stock: Stock) -> None:
     old = stock.image((blob(1),), "a:1", confirmed=day(1))
     stock.image((blob(2),), "a:1", confirmed=day(2))
-    stock.prune(Surplus(None, 0, lambda url: url == url_of("a@", old), frozenset(), NOW))
+    stock.prune(replace(surplus(0), keeps=lambda url: url == url_of("a@", old)))
     assert stock.names(old) is not None
 
 

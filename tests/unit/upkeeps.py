@@ -23,7 +23,12 @@ DAY = 86_400.0
 
 
 def pruning(
-    *, every: float = 3600, unused_for: float | None = 30 * DAY, max_size: int | None = None, keep: str = ""
+    *,
+    every: float = 3600,
+    unused_for: float | None = 30 * DAY,
+    max_size: int | None = None,
+    keep: str = "",
+    max_share: int = 100,
 ) -> PruneSettings:
     """Settings, in seconds and bytes."""
     return PruneSettings(
@@ -31,6 +36,7 @@ def pruning(
         max_size,
         Patterns.parse(keep) if keep else Patterns(()),
         timedelta(seconds=every),
+        max_share,
     )
 
 
@@ -47,12 +53,14 @@ class Keeping:
         self.root = root
         self._began = datetime.now(UTC) - timedelta(seconds=clock.seconds())
         self._clock = clock
+        self.wrong = timedelta(0)
+        """How far the clock of the machine is ahead."""
         self._parts = (store, cache, Repairer(store, shelf), clock, self.now)
         self.upkeep = Upkeep(*self._parts)
 
     def now(self) -> datetime:
-        """The time."""
-        return self._began + timedelta(seconds=self._clock.seconds())
+        """The time, as far as the clock of the machine is right."""
+        return self._began + timedelta(seconds=self._clock.seconds()) + self.wrong
 
     def restart(self) -> Upkeep:
         """The process ends, and another one begins."""

@@ -1,0 +1,52 @@
+"""A machine whose clock is set while the daemon runs: to a day ten years ahead, and back."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from tests.clocks import FakeClock
+from tests.processes import wait_until
+from tests.real.operating import contents, served
+from tests.real.scripted import SOON, Cache, daemon_in, look_twice, plain_image, pull, record
+from tests.upstream import ScriptedRegistry
+
+DAY = 86_400.0
+TEN_YEARS = timedelta(days=3650)
+JUMPED = "nothing is pruned by age this time: the clock has jumped by "
+
+
+def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_it_is_right(tmp_path: Path) -> None:
+    clock = FakeClock(tmp_path)
+    images = [plain_image(f"clock/{number}", 10_000) for number in range(8)]
+    settings = {"prune": {"unused_for": "30d", "every": "1s"}}
+    with (
+        ScriptedRegistry() as upstream,
+        daemon_in(tmp_path, upstream, settings=settings, environment=clock.environment) as daemon,
+    ):
+        cache = Cache(daemon, upstream)
+        for number, image in enumerate(images):
+            upstream.add(f"team/{number}", image, "1")
+            pull(cache, f"team/{number}", image)
+
+        clock.set(TEN_YEARS)
+        wait_until(lambda: daemon.log.count(JUMPED) == 1, SOON, "the jump is seen")
+        # The clock is steady now, and wrong; it cannot be told by the last pull that it is.
+        pull(cache, "team/0", images[0])
+        told = "nothing is pruned by age: 7 of 8 images would go, which is more than max_share"
+        wait_until(lambda: told in daemon.log, SOON, "most of them are spared")
+        assert record(cache, images[0].manifest).stat().st_mtime > time.time() + 3600 * DAY
+
+        clock.set(timedelta(0))
+        wait_until(lambda: daemon.log.count(JUMPED) == 2, SOON, "the jump back is seen")
+        # What was to be done again and again in those years is done now.
+        look_twice(cache)
+        assert len(contents(daemon.image_path)) == len(images)
+        for number, image in enumerate(images):
+            served(daemon, upstream.host, f"team/{number}", "1", image)
+        then = time.time() - 31 * DAY
+        os.utime(record(cache, images[1].manifest), (then, then))
+        wait_until(lambda: not record(cache, images[1].manifest).exists(), SOON, "it goes by age")
+        assert len(contents(daemon.image_path)) == len(images) - 1

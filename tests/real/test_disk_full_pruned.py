@@ -1,0 +1,222 @@
+"""A disk without a free block, or without a free inode: what makes room on it needs none, whoever does it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from tests.disk_faults import BLOCK, Ext4, ext4_disk
+from tests.images import MIB, Image, Index, digest_of, make_index, random_bytes
+from tests.processes import Daemon, wait_until
+from tests.real.operating import command, contents, hex_of, served
+from tests.real.scripted import SOON, Cache, blob_file, open_answer, plain_image, pull, record
+from tests.upstream import ScriptedRegistry
+
+LAYER = 200_000
+OLD, MOVED, STAYS = "team/old", "team/moved", "team/stays"
+AN_HOUR = 3600.0
+
+pytestmark = pytest.mark.parametrize("lacking", ["blocks", "inodes"])
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Ext4]:
+    """An empty disk."""
+    with ext4_disk(tmp_path / "disk", 16 * MIB, 128) as disk:
+        yield disk
+
+
+@pytest.fixture(scope="module")
+def old() -> Image:
+    """An image that nobody needs any more."""
+    return plain_image("old", LAYER)
+
+
+@pytest.fixture(scope="module")
+def stays() -> Image:
+    """An image that stays, and has a second name, so that its record is rewritten when that goes."""
+    return plain_image("stays", LAYER)
+
+
+def fill(disk: Ext4, lacking: str) -> None:
+    """Leaves not one free."""
+    (disk.fill_blocks if lacking == "blocks" else disk.fill_inodes)()
+
+
+def free(disk: Ext4, lacking: str) -> int:
+    """How many are free."""
+    return disk.free_blocks if lacking == "blocks" else disk.free_inodes
+
+
+@contextmanager
+def filled(
+    tmp_path: Path,
+    disk: Ext4,
+    lacking: str,
+    old: Image,
+    stays: Image,
+    *,
+    running: bool,
+    settings: Mapping[str, object] = MappingProxyType({}),
+    before: Sequence[tuple[Image | Index, str]] = (),
+) -> Iterator[Cache]:
+    """A store with both images on the full disk; its daemon runs on and holds pulls/0, or has ended."""
+    with ScriptedRegistry() as upstream:
+        daemon = Daemon(
+            tmp_path,
+            {upstream.host: "http"},
+            "--no-complete-images",
+            image_path=disk.path / "images",
+            settings=settings,
+        )
+        with daemon:
+            cache = Cache(daemon, upstream)
+            for what, repository in (*before, (old, OLD), (stays, STAYS), (stays, MOVED)):
+                upstream.add(repository, what, "1" if isinstance(what, Image) else "list")
+                pull(cache, repository, what)
+            wait_until(
+                lambda: len(contents(daemon.image_path)[hex_of(stays.manifest.digest)].images) > 1, SOON, "both"
+            )
+            if not running:
+                daemon.terminate()
+            fill(disk, lacking)
+            yield cache
+            if running:
+                assert daemon.running, daemon.log
+                served(daemon, upstream.host, STAYS, "1", stays)
+        assert "Traceback" not in daemon.log
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
+def test_prune(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+    """A record is to be rewritten, too."""
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+        done = command(cache.daemon, "prune", "--pattern", "team/old,team/moved")
+        assert f"pruned {cache.upstream.host}/{OLD}:1" in done.stdout
+        assert contents(cache.daemon.image_path).keys() == {hex_of(stays.manifest.digest)}
+        (kept,) = contents(cache.daemon.image_path).values()
+        assert not any(MOVED in url for url in kept.images)
+        # What the daemon keeps open is not free.
+        least = LAYER // BLOCK if lacking == "blocks" else 3
+        assert free(disk, lacking) >= least
+        if running:
+            assert removed_but_open(cache.daemon) == []
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
+def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+    orphan = b"".join(random_bytes("orphan", LAYER))
+    path = disk.path / "images" / "blobs" / hex_of(digest_of(orphan))
+    path.parent.mkdir(parents=True)
+    path.write_bytes(orphan)
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+        wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "it is old enough")
+        if not running:
+            # A replica has no pulls/, and so no file to lock.
+            without_pulls(disk, lacking)
+        done = command(cache.daemon, "prune", "--orphans", "--older-than", "1s")
+        assert f"reclaimed blobs/{path.name}" in done.stdout
+        assert not path.exists()
+        if lacking == "blocks":
+            assert disk.free_blocks >= LAYER // BLOCK
+
+
+def without_pulls(disk: Ext4, lacking: str) -> None:
+    """Makes the store a replica, on a disk that is as full as it was."""
+    disk.make_room()
+    shutil.rmtree(disk.path / "images" / "pulls")
+    fill(disk, lacking)
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
+def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+    """What is damaged is removed where it cannot be put aside: it is never served again."""
+    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+        done = command(cache.daemon, "verify")
+        assert "0 damaged" in done.stdout
+        damaged = blob_file(cache.daemon, old.layers[0].digest)
+        with damaged.open("r+b") as file:
+            file.write(b"damaged")
+        spoiled = record(cache, old.manifest)
+        with spoiled.open("r+b") as file:
+            file.write(b'{"')
+        done = command(cache.daemon, "verify", status=1)
+        for path in (damaged, spoiled):
+            assert f"damaged: {path}: " in done.stdout
+            assert not path.exists()
+        # What is removed first makes room for a folder, in which the second can be put aside.
+        kept = {path.name for path in (disk.path / "images" / "pulls").glob("*/bad/*")}
+        for path in (damaged, spoiled):
+            removed = f"removed, as there is no space to put it aside: {path}" in done.stdout
+            assert removed == (path.name not in kept)
+        assert not running or len(kept) < 2
+        assert "0 damaged" in command(cache.daemon, "verify").stdout
+
+
+def test_the_daemon_by_itself(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str) -> None:
+    """What has a name beside that of its list gets a new record when the list has gone."""
+    settings = {"prune": {"unused_for": "30m", "every": "1s"}}
+    index = make_index("both", layer_size=LAYER)
+    before = ((index, "team/both"), (index.images[0], "team/own"))
+    with filled(tmp_path, disk, lacking, old, stays, running=True, settings=settings, before=before) as cache:
+        when = time.time() - AN_HOUR
+        for manifest in (old.manifest, *index.manifests):
+            os.utime(record(cache, manifest), (when, when))
+        for image in (old, *index.images):
+            wait_until(lambda image=image: not cache.stored(image.layers[0].digest), SOON, "it is pruned")  # type: ignore[misc]  # a default binds it
+        wait_until(lambda: f"pruned {cache.upstream.host}/{OLD}:1" in cache.daemon.log, SOON, "the log tells")
+        assert free(disk, lacking) >= (LAYER // BLOCK if lacking == "blocks" else 3)
+        assert removed_but_open(cache.daemon) == []
+        assert "cannot prune" not in cache.daemon.log
+
+
+def removed_but_open(daemon: Daemon) -> list[str]:
+    """The files that the daemon has open although they are gone from the disk."""
+    folder = Path(f"/proc/{daemon.process.pid}/fd")
+    links = [os.readlink(path) for path in folder.iterdir() if path.is_symlink()]
+    return [link for link in links if link.endswith(" (deleted)") and str(daemon.image_path) in link]
+
+
+def test_who_reads_what_is_pruned_may_finish(
+    tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str
+) -> None:
+    """And then it is free."""
+    large = plain_image("large", 6 * MIB)
+    with filled(tmp_path, disk, lacking, large, stays, running=True) as cache:
+        layer = large.layers[0]
+        with open_answer(cache.url(f"{OLD}/blobs/{layer.digest}")) as answer:
+            got = answer.read(1)
+            command(cache.daemon, "prune", "--pattern", OLD)
+            assert not cache.stored(layer.digest)
+            got += answer.read()
+        assert got == layer.data
+        wait_until(lambda: removed_but_open(cache.daemon) == [], SOON, "it is closed")
+        assert free(disk, lacking) >= (len(layer.data) // BLOCK if lacking == "blocks" else 3)
+
+
+@pytest.mark.parametrize("pulls", ["there", "missing"])
+def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str) -> None:
+    """On a replica without pulls/, too; what is not in the store comes when there is space."""
+    with filled(tmp_path, disk, lacking, old, stays, running=False) as cache:
+        if pulls == "missing":
+            without_pulls(disk, lacking)
+        cache.daemon.start()
+        served(cache.daemon, cache.upstream.host, OLD, "1", old)
+        command(cache.daemon, "prune", "--pattern", OLD)
+        command(cache.daemon, "prune", "--orphans")
+        if pulls == "missing":
+            assert re.search("only what is in the store can be served until there is space", cache.daemon.log)
+        new = plain_image("new", LAYER)
+        cache.upstream.add("team/new", new, "1")
+        disk.make_room()
+        pull(cache, "team/new", new)
+        served(cache.daemon, cache.upstream.host, STAYS, "1", stays)
+        cache.daemon.terminate()

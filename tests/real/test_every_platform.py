@@ -1,0 +1,214 @@
+"""One platform of an index was pulled or loaded: the link carries no other, and clients that read the metadata of
+every platform still get all that they ask for when the upstream is gone.
+
+`ctr images pull` of containerd 2.x is such a client; `tests/real/every_platform.py` tells what was recorded of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import Index
+from tests.processes import Daemon, wait_until
+from tests.real.commanding import blobs_in, records_in
+from tests.real.completing import completing_in
+from tests.real.every_platform import (
+    AMD64,
+    ARCHITECTURE,
+    ARM,
+    ARM64,
+    REPOSITORY,
+    S390X,
+    TAG,
+    ctr_pull,
+    fetched_once,
+    four_platforms,
+    health,
+    image_for,
+    kubelet_pull,
+    link_bytes,
+    metadata_size,
+    store_of_before,
+    wait_holds,
+)
+from tests.real.operating import command, image_list
+from tests.real.scripted import SOON, Cache, error_lines
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold, Reply
+
+
+@pytest.fixture(scope="module")
+def index() -> Index:
+    """What the tag of the repository means."""
+    return four_platforms("every platform")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, index: Index) -> Iterator[Cache]:
+    """A daemon that completes images, and an upstream that has the index."""
+    with completing_in(tmp_path, *ARCHITECTURE) as cache:
+        cache.upstream.add(REPOSITORY, index, TAG)
+        yield cache
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> Iterator[Cache]:
+    """The same, but the daemon is yet to be started."""
+    upstream.add(REPOSITORY, index, TAG)
+    daemon = Daemon(tmp_path, {upstream.host: "http"}, *ARCHITECTURE)
+    try:
+        yield Cache(daemon, upstream)
+        assert error_lines(daemon, 0) == []
+    finally:
+        if daemon.running:
+            daemon.kill()
+
+
+def listed(cache: Cache, folder: Path) -> str:
+    """A file that lists the index, for `load`; gives its path."""
+    return image_list(folder / "list", [f"{cache.upstream.host}/{REPOSITORY}:{TAG}"])
+
+
+def assert_one_platform_came(cache: Cache, index: Index, platform: str) -> None:
+    """The upstream must have sent the bytes of this platform and the metadata of all, and nothing twice."""
+    one = sum(len(blob.data) for blob in image_for(index, platform).blobs)
+    assert link_bytes(cache) <= 1.05 * one + metadata_size(index)
+    fetched_once(cache)
+
+
+@pytest.mark.parametrize("platform", [AMD64, ARM64])
+def test_a_client_that_reads_all_metadata_brings_one_platform(cache: Cache, index: Index, platform: str) -> None:
+    """The platform is the one whose layers it asks for, whether it is this machine's or not."""
+    ctr_pull(cache, index, platform)
+    wait_holds(cache.daemon, index, platform)
+    assert_one_platform_came(cache, index, platform)
+    cache.upstream.close()
+    ctr_pull(cache, index, platform)
+
+
+def test_a_client_that_reads_the_metadata_of_one_platform(cache: Cache, index: Index) -> None:
+    """The metadata of the others comes by itself; nothing is to be waited for, so it takes no half a minute."""
+    kubelet_pull(cache, index)
+    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    assert_one_platform_came(cache, index, AMD64)
+    cache.upstream.close()
+    kubelet_pull(cache, index)
+    ctr_pull(cache, index)
+
+
+def test_what_load_brings(stopped: Cache, index: Index, tmp_path: Path) -> None:
+    arguments = ("load", "--arch=amd64", "--os=linux", listed(stopped, tmp_path))
+    assert "1 loaded, 0 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
+    assert_one_platform_came(stopped, index, AMD64)
+    stopped.upstream.close()
+    assert "0 loaded, 1 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
+    stopped.daemon.start()
+    ctr_pull(stopped, index)
+    wait_holds(stopped.daemon, index, AMD64)
+
+
+def test_what_is_preloaded(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> None:
+    upstream.add(REPOSITORY, index, TAG)
+    path = image_list(tmp_path / "list", [f"{upstream.host}/{REPOSITORY}:{TAG}"])
+    with Daemon(tmp_path, {upstream.host: "http"}, *ARCHITECTURE, "--preload-images", path) as daemon:
+        wait_holds(daemon, index, AMD64, timeout=SOON)
+        cache = Cache(daemon, upstream)
+        assert_one_platform_came(cache, index, AMD64)
+        upstream.close()
+        ctr_pull(cache, index)
+        assert error_lines(daemon, 0) == []
+
+
+@pytest.mark.parametrize("platform", [AMD64, ARM64])
+def test_a_store_of_an_older_version_gets_the_metadata(stopped: Cache, index: Index, platform: str) -> None:
+    """Once the upstream can be reached, without a client; the platform that is there is the wanted one."""
+    store_of_before(stopped.daemon, stopped.upstream.host, index, platform)
+    stopped.daemon.start()
+    wait_holds(stopped.daemon, index, platform)
+    image = image_for(index, platform)
+    here_already = len(index.manifest.data) + len(image.manifest.data) + len(image.config.data)
+    assert link_bytes(stopped) <= metadata_size(index) - here_already
+    fetched_once(stopped)
+    stopped.upstream.close()
+    ctr_pull(stopped, index, platform)
+
+
+def test_load_adds_the_metadata_to_a_store_of_an_older_version(stopped: Cache, index: Index, tmp_path: Path) -> None:
+    store_of_before(stopped.daemon, stopped.upstream.host, index, AMD64)
+    command(stopped.daemon, "load", "--arch=amd64", "--os=linux", listed(stopped, tmp_path))
+    assert records_in(stopped.daemon.image_path) == {manifest.digest for manifest in index.manifests}
+    stopped.upstream.close()
+    stopped.daemon.start()
+    ctr_pull(stopped, index)
+
+
+def test_a_registry_that_lacks_some_of_the_children(cache: Cache, index: Index) -> None:
+    """As after a copy of one platform alone: the rest of the metadata comes, and nothing stays to be fetched."""
+    lacking = {image_for(index, S390X), index.images[-1]}
+    for image in lacking:
+        cache.upstream.script(f"*/manifests/{image.manifest.digest}", Reply(404))
+    kubelet_pull(cache, index)
+    there = [image for image in index.images if image not in lacking]
+    manifests = {index.manifest.digest, *(image.manifest.digest for image in there)}
+    wait_until(lambda: manifests <= records_in(cache.daemon.image_path), SOON, "the other manifests")
+    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")
+    blobs = {blob.digest for blob in image_for(index, AMD64).blobs} | {image.config.digest for image in there}
+    assert records_in(cache.daemon.image_path) == manifests
+    assert blobs_in(cache.daemon.image_path) == blobs
+    assert error_lines(cache.daemon, 0) == []
+    cache.upstream.close()
+    kubelet_pull(cache, index)
+
+
+def test_a_registry_that_wants_to_be_asked_later(cache: Cache, index: Index) -> None:
+    """The client's pull does not suffer from it, what is lacking comes later, and nothing comes twice."""
+    path = f"{REPOSITORY}/manifests/{image_for(index, ARM).manifest.digest}"
+    with cache.scripted(f"/v2/{path}", Reply(429, headers=(("Retry-After", "1"),))):
+        kubelet_pull(cache, index)
+        wait_until(lambda: cache.sent(path), SOON, "it is asked for")
+        assert health(cache.daemon)["incomplete_indexes"] == 1
+    wait_holds(cache.daemon, index, AMD64)
+    fetched_once(cache)
+    assert error_lines(cache.daemon, 0) == []
+
+
+def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, index: Index) -> None:
+    """The image is served, and the metadata comes when the upstream is back; a restart forgets neither."""
+    hold = Hold()
+    with cache.scripted(f"*/manifests/{image_for(index, S390X).manifest.digest}", hold):
+        kubelet_pull(cache, index)
+        assert hold.reached.wait(SOON), cache.daemon.log
+        cache.upstream.close()
+    assert health(cache.daemon)["incomplete_indexes"] == 1
+    cache.daemon.kill()
+    cache.daemon.start()
+    assert health(cache.daemon)["incomplete_indexes"] == 1
+    kubelet_pull(cache, index)
+    cache.upstream.open()
+    wait_holds(cache.daemon, index, AMD64)
+
+
+def test_list_and_prune(cache: Cache, index: Index) -> None:
+    """They name what was pulled, and the metadata of the rest where all is asked for; it goes with the index."""
+    kubelet_pull(cache, index)
+    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    name = f"{cache.upstream.host}/{REPOSITORY}"
+    pulled = {f"{name}:{TAG}", f"{name}@{image_for(index, AMD64).manifest.digest}"}
+    everything = {f"{name}:{TAG}", *(f"{name}@{image.manifest.digest}" for image in index.images)}
+
+    def urls(*arguments: str) -> list[str]:
+        return [line.split(" ")[0] for line in command(cache.daemon, *arguments).stdout.splitlines()]
+
+    assert sorted(urls("list")) == sorted(pulled)
+    assert sorted(urls("list", "--long")) == sorted(everything)
+    pattern = ("prune", "--pattern", f"{REPOSITORY}:{TAG}$")
+    would = [line.split(" ")[2] for line in command(cache.daemon, *pattern, "--dry-run").stdout.splitlines()[:-1]]
+    assert sorted(would) == sorted(pulled)
+    assert records_in(cache.daemon.image_path) == {manifest.digest for manifest in index.manifests}
+    command(cache.daemon, *pattern)
+    assert records_in(cache.daemon.image_path) == set()
+    assert blobs_in(cache.daemon.image_path) == set()
+    assert urls("list", "--long") == []

@@ -1,0 +1,155 @@
+"""Which images of an index are completed with their layers, after a client that asked for several or for none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import Blob, Index
+from tests.processes import wait_until
+from tests.real.commanding import blobs_in, records_in
+from tests.real.completing import completing_in
+from tests.real.every_platform import (
+    AMD64,
+    ARCHITECTURE,
+    ARM,
+    ARM64,
+    REPOSITORY,
+    S390X,
+    TAG,
+    ctr_pull,
+    fetched_once,
+    four_platforms,
+    get,
+    health,
+    image_for,
+    kubelet_pull,
+    own_layer,
+    shared_layer,
+    wait_holds,
+    wanted_in,
+)
+from tests.real.scripted import SOON, Cache, look_twice
+
+
+@pytest.fixture(scope="module")
+def index() -> Index:
+    """What the tag of the repository means."""
+    return four_platforms("platforms asked for")
+
+
+@pytest.fixture
+def settings() -> dict[str, object]:
+    """Further keys of the daemon's configuration; tests have others by a parameter of this name."""
+    return {}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, index: Index, settings: dict[str, object]) -> Iterator[Cache]:
+    """A daemon that completes images, and an upstream that has the index."""
+    with completing_in(tmp_path, *ARCHITECTURE, settings=settings) as cache:
+        cache.upstream.add(REPOSITORY, index, TAG)
+        yield cache
+
+
+def asked_for(cache: Cache, *blobs: Blob) -> int:
+    """How many requests for these the upstream got."""
+    return sum(cache.sent(f"{REPOSITORY}/blobs/{blob.digest}") for blob in blobs)
+
+
+def layers_of(index: Index, *platforms: str) -> list[Blob]:
+    """The layers of these platforms."""
+    return [layer for platform in platforms for layer in image_for(index, platform).layers]
+
+
+def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
+    """It must not be decided yet which platforms are wanted, and these layers must not have been asked for."""
+    asked = asked_for(cache, *never_asked_for)
+    told = health(cache.daemon)
+    assert told["pending_images"] > 0
+    assert told["incomplete_images"] >= told["pending_images"]
+    assert asked == 0
+
+
+@pytest.mark.parametrize("ranged", [False, True], ids=["whole", "ranged"])
+def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index, ranged: bool) -> None:
+    """One that two platforms share brings neither; one that is arm/v7's alone brings the rest of that at once."""
+    ctr_pull(cache, index, layers=False, ranged=ranged)
+    assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
+    get(cache, shared_layer(index), ranged=ranged)
+    look_twice(cache)
+    others = own_layer(index, AMD64), own_layer(index, ARM64), *layers_of(index, S390X)
+    assert_undecided(cache, *others, *layers_of(index, ARM))
+    lower, upper = image_for(index, ARM).layers
+    get(cache, upper, ranged=ranged)
+    cache.wait_stored(lower.digest)
+    wait_until(lambda: wanted_in(cache.daemon) == {image_for(index, ARM).manifest.digest}, SOON, "arm/v7 is wanted")
+    look_twice(cache)
+    assert asked_for(cache, *others) == 0
+    # A second client, of another platform.
+    get(cache, own_layer(index, ARM64), *layers_of(index, S390X)[:1], ranged=ranged)
+    cache.wait_stored(layers_of(index, S390X)[1].digest)
+    assert asked_for(cache, own_layer(index, AMD64)) == 0
+    fetched_once(cache)
+
+
+def test_a_platform_that_is_asked_for_later(cache: Cache, index: Index) -> None:
+    """Its manifest and config are hits by then, since they came as the metadata of another platform's pull."""
+    kubelet_pull(cache, index, AMD64)
+    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    kubelet_pull(cache, index, ARM, layers=False)
+    get(cache, own_layer(index, ARM))
+    wait_holds(cache.daemon, index, AMD64, ARM, timeout=SOON)
+    fetched_once(cache)
+    cache.upstream.close()
+    kubelet_pull(cache, index, ARM)
+    ctr_pull(cache, index)
+
+
+def test_the_only_platform_asked_for(cache: Cache, index: Index) -> None:
+    """A client that has the layers already asks for none: after some silence they come by themselves."""
+    kubelet_pull(cache, index, ARM64, layers=False)
+    assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
+    wait_holds(cache.daemon, index, ARM64)
+    cache.upstream.close()
+    ctr_pull(cache, index, ARM64)
+
+
+def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache, index: Index) -> None:
+    """Also when the daemon is killed before that is decided: nobody asks again, and it is decided all the same."""
+    ctr_pull(cache, index, layers=False)
+    assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
+    cache.daemon.kill()
+    cache.upstream.disconnect()
+    cache.daemon.start()
+    assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
+    wait_holds(cache.daemon, index, AMD64)
+    fetched_once(cache)
+    cache.upstream.close()
+    ctr_pull(cache, index)
+
+
+@pytest.mark.parametrize("settings", [{"complete_platforms": [ARM64]}], ids=["arm64"])
+def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cache, index: Index) -> None:
+    """What clients ask for decides nothing, and what is never to be fetched does not count as missing."""
+    ctr_pull(cache, index, layers=False)
+    wait_holds(cache.daemon, index, ARM64, timeout=SOON)
+    lower, upper = image_for(index, ARM).layers
+    get(cache, upper)
+    look_twice(cache)
+    assert not any(health(cache.daemon).values())
+    assert asked_for(cache, lower) == 0
+
+
+@pytest.mark.parametrize("settings", [{"complete_metadata": False}], ids=["without"])
+def test_without_the_metadata_of_other_platforms(cache: Cache, index: Index) -> None:
+    """What was pulled is complete, and no other manifest was asked for."""
+    kubelet_pull(cache, index)
+    image = image_for(index, AMD64)
+    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")
+    look_twice(cache)
+    assert records_in(cache.daemon.image_path) == {index.manifest.digest, image.manifest.digest}
+    assert blobs_in(cache.daemon.image_path) == {blob.digest for blob in image.blobs}
+    assert cache.sent(f"{REPOSITORY}/manifests/") == 2
