@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -88,18 +88,13 @@ def test_metadata_has_no_line_but_in_the_long_list(commands: Commands) -> None:
     }
 
 
-def test_json_says_what_is_wanted(commands: Commands) -> None:
+def test_nor_in_json(commands: Commands) -> None:
     documents = {one["url"]: one for one in json.loads("\n".join(commands("list", "--json")))}
-    facts = {
-        url: (one["wanted"], one["images"], one["missing"], one["size"], one["platforms"])
-        for url, one in documents.items()
-    }
+    facts = {url: (one["images"], one["missing"], one["size"], one["platforms"]) for url, one in documents.items()}
     size = sum(map(len, AMD64))
     assert facts == {
-        "app:1": (True, 1, 0, size, ["linux/amd64"]),
-        name(PULLED): (True, 1, 0, size, ["linux/amd64"]),
-        name(METADATA): (False, 0, 0, 0, ["linux/arm64"]),
-        name(STATEMENT): (False, 0, 0, 0, [NO_PLATFORM]),
+        "app:1": (1, 0, size, ["linux/amd64"]),
+        name(PULLED): (1, 0, size, ["linux/amd64"]),
     }
 
 
@@ -173,8 +168,8 @@ def test_metadata_goes_with_its_index_without_a_word(stock: Stock, commands: Com
     did = commands("prune", by, value)
     assert would[:-1] == [f"would prune {line}" for line in told]
     assert did[:-1] == [f"pruned {line}" for line in told]
-    assert would[-1].startswith("2 image URLs, 4 records and 4 blobs would go, ")
-    assert did[-1].startswith(f"2 image URLs, 4 records and 4 blobs went, {size} bytes ")
+    assert would[-1].startswith("2 image URLs, 2 records and 2 blobs would go, ")
+    assert did[-1].startswith(f"2 image URLs, 2 records and 2 blobs went, {size} bytes ")
     assert stock.sizes() == {}
 
 
@@ -214,9 +209,9 @@ def test_a_record_that_prune_rewrites_says_what_it_said(stock: Stock) -> None:
 
 def test_a_full_store_gives_up_metadata_with_its_index(stock: Stock) -> None:
     now = datetime.now(UTC)
-    keep_nothing = Surplus(now - timedelta(days=1), None, lambda url: False, frozenset(), now)
-    plan = stock.prune(keep_nothing)
-    assert ({row.kept.manifest for row in plan.rows}, len(plan.records)) == ({INDEX, PULLED}, 4)
+    plan = stock.prune(Surplus(None, 1, lambda url: False, frozenset(), now, now, 100))
+    assert {row.kept.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
+    assert {kept.manifest for kept in plan.metadata} == {METADATA, STATEMENT}
     assert stock.sizes() == {}
 
 

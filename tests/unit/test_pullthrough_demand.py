@@ -16,6 +16,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository
 from ociregistry.platforms import Platform
 from ociregistry.store.store import Store
+from ociregistry.store.wishes import WishFiles
 from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
 from tests.unit.doubles import image, on_reactor, texts, until
 from tests.unit.loads import image_of, index_of, settle
@@ -393,7 +394,7 @@ async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
 
     await demands.get(INDEX, tag="1")
     with monkeypatch.context() as patch:
-        patch.setattr(store._wishes, "write", fail)
+        patch.setattr(WishFiles, "write", fail)
         await demands.get(ARM64)
     assert texts(events, LogLevel.error) == [
         f"cannot note that {ARM64.digest} is pending: No space left on device",

@@ -335,9 +335,12 @@ async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> 
 # Policies
 
 
+@pytest.mark.parametrize("policy", [CompletionPolicy(images=False), CompletionPolicy(fetches=False)])
 @on_reactor
-async def test_without_completion_nothing_is_completed(root: Path, store: Store, clock: Clock) -> None:
-    demands = Demands(root, store, clock, MACHINE, CompletionPolicy(images=False))
+async def test_without_completion_nothing_is_completed(
+    root: Path, store: Store, clock: Clock, policy: CompletionPolicy
+) -> None:
+    demands = Demands(root, store, clock, MACHINE, policy)
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.get_layers(OWN_ARM64)

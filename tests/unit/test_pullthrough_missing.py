@@ -160,7 +160,7 @@ async def test_an_image_that_is_pruned_is_missing_nothing(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    completion = complete(images=False)
+    completion = complete(fetches=False)
     await settle(store)
     assert completion.incomplete == Incomplete(1, SIZE)
     record(root, IMAGE.digest).unlink()
@@ -332,12 +332,11 @@ async def test_a_list_of_referrers_has_no_metadata(
     assert fetcher.asked == []
 
 
-@pytest.mark.parametrize("policy", [{"metadata": False}, {"images": False}])
 @on_reactor
 async def test_none_is_fetched_where_it_is_turned_off(
-    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock, policy: dict[str, bool]
+    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
 ) -> None:
-    completion = complete(**policy)
+    completion = complete(metadata=False)
     await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
     await look(store, clock)
     assert (fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
@@ -347,11 +346,11 @@ async def test_none_is_fetched_where_it_is_turned_off(
 
 
 @on_reactor
-async def test_without_completion_what_is_missing_is_told_and_not_fetched(
+async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    completion = complete(images=False)
+    completion = complete(fetches=False)
     await completion.wish(IMAGE, APP.repository)
     await look(store, clock, 30)
     assert (fetching.asked, wishes(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
@@ -359,6 +358,17 @@ async def test_without_completion_what_is_missing_is_told_and_not_fetched(
         (root / "blobs" / blob.hex).write_bytes(DATA[blob])
     await look(store, clock, 30)
     assert completion.incomplete == Incomplete(0, 0)
+
+
+@on_reactor
+async def test_without_completion_nothing_is_missing(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    completion = complete(images=False, metadata=False)
+    await completion.wish(IMAGE, APP.repository)
+    await look(store, clock, 30)
+    assert (fetching.asked, wishes(root), completion.incomplete) == ([], [], Incomplete(0, 0))
 
 
 @pytest.mark.parametrize("metadata", [True, False])
