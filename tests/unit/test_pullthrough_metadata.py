@@ -14,9 +14,9 @@ from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 from ociregistry.upstream.links import LinkDown
-from tests.unit.doubles import image, on_reactor, texts
-from tests.unit.fetchers import CONFIGS, NAMES, A, B, C, D, Fetcher
-from tests.unit.loads import image_of, index_of
+from tests.unit.doubles import image, on_reactor, record, texts
+from tests.unit.fetchers import CONFIGS, NAMES, A, B, C, D, Fetcher, platform
+from tests.unit.loads import image_of, index_of, settle
 
 HOST, OTHER = Upstream("reg.example"), Upstream("else.example")
 APP, NEXT, ELSEWHERE = (
@@ -274,3 +274,39 @@ async def test_one_whose_manifests_have_come_meanwhile_is_forgotten(
     (root / "blobs" / Digest.of(b"config of A").hex).write_bytes(b"config of A")
     await look_at(metadata, of(A))
     assert (metadata.incomplete, await fetch_all(metadata), fetcher.asked) == (0, None, [])
+
+
+@on_reactor
+async def test_a_failure_while_its_index_is_looked_at_anew_is_not_tried_twice(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = platform("absent")
+    index = index_of((A, "linux/a"), (absent, "linux/absent"))
+
+    async def look_and_fail(image: ImageReference) -> None:
+        await look_at(metadata, index)
+        raise Unavailable("down")
+
+    await look_at(metadata, index, first={absent.digest})
+    with monkeypatch.context() as patch:
+        patch.setattr(fetcher, "fetch_manifest", look_and_fail)
+        assert await metadata.fetch_next(HOST) == 30
+    clock.advance(30)
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked.count(absent.digest) == 1
+
+
+@on_reactor
+async def test_failures_before_a_success_are_forgotten(
+    metadata: Metadata, fetcher: Fetcher, store: Store, root: Path, clock: Clock
+) -> None:
+    for _ in range(2):
+        fetcher.errors[A.digest] = [Unavailable("down")] * 9
+        await look_at(metadata, of(A))
+        while (wait := await fetch_all(metadata)) is not None:
+            clock.advance(wait)
+        assert store.entry(A.digest) is not None
+        record(root, A.digest).unlink()
+        clock.advance(1)
+        await settle(store)
+        assert store.entry(A.digest) is None
