@@ -112,6 +112,16 @@ async def test_the_only_platform_is_wanted_after_half_a_minute(demands: Demands)
 
 
 @on_reactor
+async def test_one_that_lacks_nothing_is_pending_no_more(demands: Demands, root: Path) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    for blob in ARM64.blobs:
+        (root / "blobs" / blob.digest.hex).write_bytes(b"x" * blob.size)
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == ([], [], [True])
+
+
+@on_reactor
 async def test_of_several_that_of_this_machine_is(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
@@ -288,6 +289,38 @@ async def test_layers_go_before_the_next_manifest(
     await fetching.bring(LARGE)
     await until(lambda: len(fetcher.asked) == 7)
     assert sorted(fetcher.asked[3:]) == ["B", "C", "b", "c"]
+
+
+@on_reactor
+async def test_what_is_missing_meanwhile_goes_before_the_next_manifest(
+    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, held = fetcher.fetch_manifest, Deferred[None]()
+
+    async def fetch_when_told(image: ImageReference) -> None:
+        await held
+        await fetch(image)
+
+    monkeypatch.setattr(fetcher, "fetch_manifest", fetch_when_told)
+    await store.keep(index_of((A, "linux/a"), (B, "linux/b")), image("reg.example/index:1"))
+    complete()
+    await settle(store)
+    await store.keep(IMAGE, APP, wanted=True)
+    await settle(store)
+    assert (fetching.asked, fetcher.asked) == ([], [])
+    held.callback(None)
+    for blob in BLOBS:
+        await fetching.bring(blob)
+        assert fetcher.asked == ["A", "a"]
+    await until(lambda: fetcher.asked == ["A", "a", "B", "b"])
+
+
+@on_reactor
+async def test_the_platforms_that_are_told_come_first(complete: Complete, store: Store, fetcher: Fetcher) -> None:
+    complete(platforms=(Platform("linux", "s390x"),))
+    await store.keep(INDEX, image("reg.example/team/app:1"))
+    await until(lambda: fetcher.asked)
+    assert fetcher.asked[0] == S390X.digest
 
 
 @on_reactor
