@@ -86,6 +86,15 @@ async def test_what_is_here_is_not_asked_for(loader: Loader, shelf: Shelf) -> No
 
 
 @on_reactor
+async def test_nor_is_a_config_that_is_here_without_its_manifest(loader: Loader, shelf: Shelf, root: Path) -> None:
+    config = FIRST.images[1].config
+    await loader.load([image(APP)])
+    (root / "blobs" / config.digest.removeprefix("sha256:")).write_bytes(config.data)
+    await loader.load_metadata()
+    assert f"blob reg.example/app@{config.digest}" not in shelf.asked
+
+
+@on_reactor
 async def test_what_is_loaded_for_several_platforms_is_wanted_of_all_these(
     store: Store, shelf: Shelf, root: Path
 ) -> None:
