@@ -31,13 +31,21 @@ def is_image_folder(archive: Archive) -> bool:
 def read_image_folder(archive: Archive) -> Contents:
     """What the image folder `archive` holds. Blocks; raises `ArchiveInvalid`."""
     found = [_read(archive, member, digest) for member, digest in _files(archive, _MANIFESTS)]
+    children = {child.digest for one in found if one.manifest for child in one.manifest.children}
+    metadata = {one.manifest.digest for one in found if one.manifest and not one.wanted} & children
     return gather(
         archive,
-        named=(image for one in found for image in one.images),
+        # An image of which an index has the metadata alone is not loaded by its digest.
+        named=(
+            image
+            for one in found
+            for image in one.images
+            if image.manifest not in metadata or not isinstance(image.image.reference, Digest)
+        ),
         manifests={one.manifest.digest: one.manifest for one in found if one.manifest},
         blobs={digest: member for member, digest in _files(archive, {"blobs"})},
         failed=(failure for one in found for failure in one.failed),
-        metadata=(one.manifest.digest for one in found if one.manifest and one.is_metadata),
+        metadata=metadata,
     )
 
 
@@ -48,8 +56,8 @@ class _Found:
     manifest: Manifest | None = None
     images: tuple[NamedImage, ...] = ()
     failed: tuple[Outcome, ...] = ()
-    is_metadata: bool = False
-    """Whether it is an image that is only here since an index names it."""
+    wanted: bool = True
+    """False where a record says that the layers of the image are not wanted."""
 
 
 def _files(archive: Archive, folders: Collection[str]) -> list[tuple[Member, Digest]]:
@@ -81,10 +89,8 @@ def _read_record(data: bytes, digest: Digest, member: Member) -> _Found:
         record = Record.parse(data, digest)
     except RecordInvalid as error:
         raise member.invalid(str(error)) from None
-    if record.wanted is False:
-        return _Found(record.manifest, is_metadata=True)
     images = (NamedImage(ImageReference.parse_whole(url), digest, dates) for url, dates in record.images.items())
-    return _Found(record.manifest, tuple(images))
+    return _Found(record.manifest, tuple(images), wanted=record.wanted is not False)
 
 
 def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: Member) -> _Found:

@@ -70,17 +70,22 @@ class Demand:
                 self._indexes[manifest.digest].timer.reset(_DECIDED_AFTER)
             return
         indexes = self._store.indexes(manifest.digest) if isinstance(image.reference, Digest) else ()
-        policy = self._completion.policy
-        if not indexes or not policy.images or not policy.fetches:
+        if not indexes:
             self._begin(self._completion.wish(manifest, image.repository, hit=hit))
-        elif not policy.platforms:
+        elif not self._completion.policy.platforms:
             self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
-        """Note that a client asked for a blob."""
-        for image in list(self._store.naming(digest)):
-            entry = self._store.entry(image)
-            if entry is None or digest not in entry.layers or (entry.wanted and not self._indexes):
+        """Note that a client asked for a blob.
+
+        Where several images have it, such as a layer of a base image, it is for those that were asked for of late.
+        """
+        naming = {image: self._store.entry(image) for image in self._store.naming(digest)}
+        entries = {image: entry for image, entry in naming.items() if entry is not None and digest in entry.layers}
+        for image, entry in entries.items():
+            if entry.wanted and not self._indexes:
+                continue
+            if len(entries) > 1 and not any(image in requests.images for requests in self._indexes.values()):
                 continue
             indexes = self._store.indexes(image)
             if not self._is_shared(digest, image, indexes):
@@ -122,12 +127,14 @@ class Demand:
         entry = self._store.entry(image)
         if entry is not None and not entry.wanted:
             await self._completion.complete(image, repository)
-        for other in (others & self._store.undecided.keys()) - {image}:
-            await self._completion.drop(other)
+        for other in others - {image}:
+            # A layer of its own may have been asked for meanwhile.
+            if other in self._store.undecided:
+                await self._completion.drop(other)
 
     async def _resume(self, image: Digest, repository: Repository) -> None:
         indexes = self._store.indexes(image)
-        if self._store.entry(image) is None:
+        if self._store.entry(image) is None or (indexes and self._completion.policy.platforms):
             await self._completion.drop(image)
         elif not indexes:
             await self._completion.complete(image, repository)
@@ -153,9 +160,13 @@ class Demand:
     async def _decided(self, requests: _Requests) -> None:
         """Want one of the undecided images that were asked for, and drop the others."""
         wanted = set[Digest]() if requests.by_layer else self._wanted(requests.images)
-        for image in requests.images & self._store.undecided.keys():
+        for image in requests.images:
+            # A layer of its own may have been asked for meanwhile.
+            repository = self._store.undecided.get(image)
+            if repository is None:
+                continue
             if image in wanted:
-                await self._completion.complete(image, self._store.undecided[image])
+                await self._completion.complete(image, repository)
             elif not any(image in others.images for others in self._indexes.values()):
                 await self._completion.drop(image)
 

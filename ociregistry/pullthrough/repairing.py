@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
@@ -27,10 +27,16 @@ class Repairer:
         except OSError as error:
             return f"cannot be stored: {error.strerror or error}"
 
-    async def complete(self, missing: Iterable[Digest]) -> str:
-        """Fetch blobs that images lack; return why some could not be fetched, the empty string if all are here."""
+    async def complete(self, missing: Mapping[Digest, int]) -> str:
+        """Fetch blobs, of these sizes in bytes, that an image lacks.
+
+        Returns why some could not be fetched, the empty string if all are here.
+        """
         failed = ""
-        for blob in missing:
+        for blob, size in missing.items():
+            if await self._store.holds(blob, size):
+                # Another image lacked it too.
+                continue
             try:
                 why = await self._blob(blob)
             except OSError as error:

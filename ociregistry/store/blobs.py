@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from twisted.internet.defer import Deferred, succeed
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.threads import Threads
+
+_TICK = 2_000_000_000
+"""Nanoseconds within which the time of a folder may not tell a second change from the first."""
 
 
 class StoredBlob:
@@ -74,9 +78,11 @@ class BlobFolder:
         changed = self._folder.stat().st_mtime_ns
         if changed == self._changed:
             return frozenset()
+        # After a change of just now, another one may leave the folder's time as it is: it is read once more.
+        self._changed = changed if time.time_ns() - changed > _TICK else 0
         with os.scandir(self._folder) as entries:
             names = frozenset(entry.name for entry in entries)
-        before, self._names, self._changed = self._names, names, changed
+        before, self._names = self._names, names
         return frozenset(digest for name in before - names if (digest := Digest.from_hex(name)) is not None)
 
 

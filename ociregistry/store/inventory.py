@@ -60,6 +60,11 @@ class Row:
         """The image URL by which it can be pulled."""
         return str(self.image)
 
+    @property
+    def has_tag(self) -> bool:
+        """Whether it can be pulled by a tag."""
+        return not isinstance(self.image.reference, Digest)
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -101,8 +106,8 @@ class Inventory:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Every image URL, sorted, without those of metadata alone. Blocks."""
-        return tuple(row for row in self.all_rows if not self.is_metadata(row.kept.manifest.digest))
+        """Every image URL, sorted, without those by digest of what is here as metadata alone. Blocks."""
+        return tuple(row for row in self.all_rows if row.has_tag or not self.is_metadata(row.kept.manifest.digest))
 
     @cached_property
     def all_rows(self) -> tuple[Row, ...]:

@@ -68,7 +68,9 @@ class View:
         """Take `record` as it was read from its file."""
         digest = record.manifest.digest
         before = self.catalogue.get(digest)
-        self._put(digest, Entry.of(record, wanted=before.wanted if before else True))
+        # Where the record does not say, the next look sees whether a layer is here.
+        wanted = before.wanted if before else record.has_tag or not record.manifest.layers
+        self._put(digest, Entry.of(record, wanted=wanted))
 
     def _put(self, digest: Digest, entry: Entry) -> None:
         before = self.catalogue.get(digest)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
@@ -94,13 +95,14 @@ class Stock:
         created: datetime | None = None,
         confirmed: datetime | None = None,
         pulled: datetime | None = None,
+        wanted: bool | None = None,
     ) -> Manifest:
-        """The record of `manifest` says that these names mean it (too), and when it was pulled last."""
+        """The record says that these names mean `manifest` (too), when it was pulled last, and if it is wanted."""
         path = self.path(manifest)
         record = read_record(path) if path.exists() else Record(manifest, {})
         dates = Dates(created or confirmed or day(0), confirmed or created or day(0))
         images = {**record.images, **{url_of(short, manifest): dates for short in shorts}}
-        path.write_bytes(Record(manifest, images).render())
+        path.write_bytes(Record(manifest, images, record.wanted if wanted is None else wanted).render())
         at = (pulled or day(0)).timestamp()
         os.utime(path, (at, at))
         return manifest
@@ -110,10 +112,10 @@ class Stock:
         for blob in blobs:
             self.blob(blob).write_bytes(blob)
 
-    def image(self, blobs: Collection[bytes], *shorts: str, **dates: datetime) -> Manifest:
-        """An image with all its blobs."""
+    def image(self, blobs: Collection[bytes], *shorts: str, **how: Any) -> Manifest:
+        """An image with all its blobs; `how` is what `put` takes."""
         self.blobs(*blobs)
-        return self.put(image_of(*blobs), *shorts, **dates)
+        return self.put(image_of(*blobs), *shorts, **how)
 
     def blob(self, data: bytes) -> Path:
         """Where a blob is kept."""

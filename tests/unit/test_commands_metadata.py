@@ -1,0 +1,228 @@
+"""`list` and `prune` where an index has images that are here as metadata alone, or are pending, or lack something."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Repository
+from ociregistry.platforms import NO_PLATFORM
+from ociregistry.store.files import Files
+from ociregistry.store.selection import Surplus
+from ociregistry.store.wishes import Pending, WishFiles
+from tests.unit.command_lines import run, snapshot
+from tests.unit.loads import index_of
+from tests.unit.stocked import HOST, Stock, by_name, day, image_of, url_of
+
+AMD64, ARM64 = (b"config amd64", b"layer amd64"), (b"config arm64", b"layer arm64")
+ATTESTATION = (b"config attestation", b"in-toto")
+PULLED, METADATA, STATEMENT = image_of(*AMD64), image_of(*ARM64), image_of(*ATTESTATION)
+INDEX = index_of((PULLED, "linux/amd64"), (METADATA, "linux/arm64"), (STATEMENT, NO_PLATFORM))
+
+
+@pytest.fixture
+def stock(root: Path) -> Stock:
+    """An index of which one platform was pulled; of the others manifests and configs are here."""
+    stock = Stock(root)
+    stock.put(INDEX, "app:1", created=day(1))
+    stock.put(PULLED, "app@", created=day(1), wanted=True)
+    stock.blobs(*AMD64)
+    for one, blobs in ((METADATA, ARM64), (STATEMENT, ATTESTATION)):
+        stock.put(one, "app@", created=day(1), wanted=False)
+        stock.blobs(blobs[0])
+    return stock
+
+
+class Commands:
+    """Runs commands on a store that must succeed."""
+
+    def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+        self._stock = stock
+        self._capfd = capfd
+
+    def __call__(self, *argv: str) -> list[str]:
+        """What a command prints; the host of image URLs is left out."""
+        said = run(self._capfd, "--image-path", self._stock.root, *argv)
+        assert (said.status, said.err) == (0, "")
+        return [line.replace(f"{HOST}/", "") for line in said.lines]
+
+    def states(self, *argv: str) -> dict[str, list[str]]:
+        """Of each image URL in the long list its size, platforms and state."""
+        return {line.split()[0]: line.split()[4:] for line in self("list", "--long", *argv)}
+
+
+@pytest.fixture
+def commands(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Commands:
+    """Runs them."""
+    return Commands(stock, capfd)
+
+
+def name(of: Manifest) -> str:
+    """The image URL by digest, without the host."""
+    return url_of("app@", of).removeprefix(f"{HOST}/")
+
+
+def pend(stock: Stock, image: Manifest) -> None:
+    """A daemon has not decided yet whether the image is wanted."""
+    (stock.root / "pulls" / "0").mkdir(exist_ok=True)
+    pending = Pending(image.digest, Repository(HOST, "app"), undecided=True)
+    WishFiles(stock.root / "pulls" / "0", Files()).write(pending)
+
+
+# list
+
+
+def test_metadata_has_no_line_but_in_the_long_list(commands: Commands) -> None:
+    assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED)]
+    assert all(len(line.split()) == 3 for line in commands("list"))
+    size = str(sum(map(len, AMD64)))
+    assert commands.states() == {
+        "app:1": [size, "linux/amd64", "complete"],
+        name(PULLED): [size, "linux/amd64", "complete"],
+        name(METADATA): ["0", "linux/arm64", "metadata"],
+        name(STATEMENT): ["0", NO_PLATFORM, "metadata"],
+    }
+
+
+def test_nor_in_json(commands: Commands) -> None:
+    documents = {one["url"]: one for one in json.loads("\n".join(commands("list", "--json")))}
+    facts = {url: (one["images"], one["missing"], one["size"], one["platforms"]) for url, one in documents.items()}
+    size = sum(map(len, AMD64))
+    assert facts == {
+        "app:1": (1, 0, size, ["linux/amd64"]),
+        name(PULLED): (1, 0, size, ["linux/amd64"]),
+    }
+
+
+def test_what_metadata_lacks_is_not_missing_but_what_the_pulled_one_lacks_is(
+    stock: Stock, commands: Commands
+) -> None:
+    stock.blob(ARM64[0]).unlink()
+    stock.blob(AMD64[1]).unlink()
+    lack = f"{len(AMD64[1])}-missing"
+    assert {url: state for url, (*_, state) in commands.states().items()} == {
+        "app:1": lack,
+        name(PULLED): lack,
+        name(METADATA): "metadata",
+        name(STATEMENT): "metadata",
+    }
+
+
+def test_a_pending_image_and_its_index_are_pending(stock: Stock, commands: Commands) -> None:
+    pend(stock, METADATA)
+    assert {url: state for url, (*_, state) in commands.states().items()} == {
+        "app:1": "pending",
+        name(PULLED): "complete",
+        name(METADATA): "pending",
+        name(STATEMENT): "metadata",
+    }
+    assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED)]
+
+
+def test_an_index_with_nothing_but_metadata_has_no_image(stock: Stock, commands: Commands) -> None:
+    stock.path(PULLED).unlink()
+    assert commands.states()["app:1"] == ["0", "-", "no-image"]
+
+
+def test_a_record_that_does_not_say_is_an_image_when_a_layer_of_it_is_here(stock: Stock, commands: Commands) -> None:
+    for one in (PULLED, METADATA):
+        stock.path(one).unlink()
+        stock.put(one, "app@", created=day(1))
+    assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED)]
+    stock.blobs(ARM64[1])
+    assert [line.split()[0] for line in commands("list")] == sorted(["app:1", name(PULLED), name(METADATA)])
+
+
+def test_an_image_that_no_index_names_is_no_metadata(stock: Stock, commands: Commands) -> None:
+    stock.path(INDEX).unlink()
+    assert [line.split()[0] for line in commands("list")] == sorted(map(name, (PULLED, METADATA, STATEMENT)))
+
+
+def test_a_tag_is_listed_and_pruned_whatever_it_means(stock: Stock, commands: Commands) -> None:
+    """As of what another cache pulled by its tag, which is wanted there."""
+    stock.put(METADATA, "app:1-arm64", created=day(1))
+    assert [line.split()[0] for line in commands("list")] == ["app:1", "app:1-arm64", name(PULLED)]
+    lines = commands("prune", "--pattern", "arm64")
+    assert lines[0] == "pruned app:1-arm64 image 0 bytes of blobs"
+    assert stock.names(METADATA) == {"app@"}
+
+
+# prune
+
+
+@pytest.mark.parametrize("by", ["--pattern", "--before", "--unused-for"])
+def test_metadata_goes_with_its_index_without_a_word(stock: Stock, commands: Commands, by: str) -> None:
+    value = {"--pattern": "app:1", "--before": "2026-02-01T00:00:00", "--unused-for": "1h"}[by]
+    told = [
+        "app:1 list 0 bytes of blobs",
+        f"{name(PULLED)} image {sum(map(len, AMD64))} bytes of blobs",
+    ]
+    size = sum(stock.sizes().values())
+    before = snapshot(stock.root)
+    would = commands("prune", by, value, "--dry-run")
+    assert snapshot(stock.root) == before
+    did = commands("prune", by, value)
+    assert would[:-1] == [f"would prune {line}" for line in told]
+    assert did[:-1] == [f"pruned {line}" for line in told]
+    assert would[-1].startswith("2 image URLs, 2 records and 2 blobs would go, ")
+    assert did[-1].startswith(f"2 image URLs, 2 records and 2 blobs went, {size} bytes ")
+    assert stock.sizes() == {}
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_pattern_names_no_metadata(stock: Stock, commands: Commands, options: list[str]) -> None:
+    lines = commands("prune", "--pattern", METADATA.digest.hex, *options)
+    assert len(lines) == 1
+    assert lines[0].startswith("0 image URLs, 0 records and 0 blobs ")
+    assert stock.path(METADATA).exists()
+
+
+def test_the_index_takes_it_also_when_the_pulled_image_stays(stock: Stock, commands: Commands) -> None:
+    stock.put(PULLED, "app:amd64", created=day(1))
+    commands("prune", "--pattern", "app:1$")
+    assert [line.split()[0] for line in commands("list", "--long")] == ["app:amd64"]
+    assert stock.has(*AMD64, ARM64[0], ATTESTATION[0]) == [True, True, False, False]
+
+
+def test_what_another_index_names_stays_as_metadata(stock: Stock, commands: Commands) -> None:
+    stock.put(index_of((METADATA, "linux/arm64"), (PULLED, "linux/amd64")), "app:2", created=day(2))
+    commands("prune", "--pattern", "app:1$")
+    assert {url: state for url, (*_, state) in commands.states().items()} == {
+        "app:2": "complete",
+        name(PULLED): "complete",
+        name(METADATA): "metadata",
+    }
+
+
+def test_a_record_that_prune_rewrites_says_what_it_said(stock: Stock) -> None:
+    stock.put(METADATA, "other@", created=day(1))
+    stock.put(INDEX, "other:1", created=day(1))
+    stock.prune(by_name("other"))
+    records = stock.inventory().records
+    assert [records[one.digest].record.wanted for one in (PULLED, METADATA)] == [True, False]
+    assert stock.names(METADATA) == {"app@"}
+
+
+def test_a_full_store_gives_up_metadata_with_its_index(stock: Stock) -> None:
+    now = datetime.now(UTC)
+    plan = stock.prune(Surplus(None, 1, lambda url: False, frozenset(), now, now, 100))
+    assert {row.kept.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
+    assert {kept.manifest for kept in plan.metadata} == {METADATA, STATEMENT}
+    assert stock.sizes() == {}
+
+
+# The inventory
+
+
+def test_rows_are_without_metadata(stock: Stock) -> None:
+    inventory = stock.inventory()
+    urls = {row.url for row in inventory.rows}
+    assert urls == {url_of("app:1"), url_of("app@", PULLED)}
+    assert {row.url for row in inventory.all_rows} == urls | {url_of("app@", METADATA), url_of("app@", STATEMENT)}
+    assert [row.url for row in inventory.all_rows] == sorted(row.url for row in inventory.all_rows)
+    assert [inventory.is_metadata(one.digest) for one in (INDEX, PULLED, METADATA)] == [False, False, True]
+    assert [inventory.is_wanted(one.digest) for one in (PULLED, METADATA)] == [True, False]

@@ -1,0 +1,215 @@
+"""`verify --repair` fetches what images lack, whatever made them lack it, and the status tells what is left."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+import ociregistry.commands.verify
+from ociregistry.commands.verify import Verify
+from ociregistry.errors import Unavailable
+from ociregistry.names import Digest
+from ociregistry.settings import Settings, load_settings
+from ociregistry.store.store import Store
+from tests.images import Blob, make_image, make_index
+from tests.unit.doubles import REACTOR, manifest, on_reactor
+from tests.unit.loads import Shelf
+from tests.unit.stocked import HOST, Stock
+
+INDEX = make_index("verified", platforms=("linux/amd64", "linux/arm64"))
+AMD64, ARM64 = INDEX.images
+OVER = make_image("over", base=AMD64, layers=1)
+APP = f"{HOST}/app:1"
+LAYER, CONFIG = AMD64.layers[0], ARM64.config
+REPOSITORY = f"{HOST}/app"
+
+
+@pytest.fixture
+def stock(root: Path) -> Stock:
+    """An index of which one platform was pulled; the other is here as metadata."""
+    stock = Stock(root)
+    stock.put(manifest(INDEX), "app:1")
+    stock.put(manifest(AMD64), "app@", wanted=True)
+    stock.blobs(*(blob.data for blob in AMD64.blobs), CONFIG.data)
+    stock.put(manifest(ARM64), "app@", wanted=False)
+    return stock
+
+
+class Verifying:
+    """Runs `verify` with an upstream that has everything, unless it is to fail."""
+
+    def __init__(self, stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._root = stock.root
+        self._capfd = capfd
+        self.asked: list[str] = []
+        self.errors: dict[str, Exception] = {}
+        monkeypatch.setattr(ociregistry.commands.verify, "supplier_for", self._supplier_for)
+
+    @asynccontextmanager
+    async def _supplier_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
+        shelf = Shelf(store, self._root)
+        shelf.add(APP, INDEX)
+        shelf.errors = self.errors
+        shelf.asked = self.asked
+        yield shelf
+
+    async def __call__(self, *, repair: bool = False, **changed: Any) -> tuple[bool, list[str]]:
+        """Whether the store is whole in the end, and what was printed."""
+        self.asked.clear()
+        command = Verify()
+        command["repair"] = repair
+        settings = replace(load_settings({"image_path": str(self._root)}, (), None), **changed)
+        verified: Coroutine[Deferred[Any], Any, bool] = command._verify(settings, REACTOR)
+        whole = await Deferred.fromCoroutine(verified)
+        said = self._capfd.readouterr()
+        assert said.err == ""
+        return whole, said.out.splitlines()
+
+
+@pytest.fixture
+def verify(stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verifying:
+    """Runs it."""
+    return Verifying(stock, monkeypatch, capfd)
+
+
+def spoil(stock: Stock, data: bytes) -> None:
+    """Other bytes of the same size are there."""
+    stock.blob(data).write_bytes(bytes(len(data)))
+
+
+def delete(stock: Stock, data: bytes) -> None:
+    """It is not there."""
+    stock.blob(data).unlink()
+
+
+def asked(*blobs: Blob) -> list[str]:
+    """What the upstream was asked for."""
+    return [f"blob {REPOSITORY}@{blob.digest}" for blob in blobs]
+
+
+@on_reactor
+async def test_a_whole_store_is_whole(verify: Verifying) -> None:
+    for repair in (False, True):
+        whole, lines = await verify(repair=repair)
+        assert (whole, len(lines), verify.asked) == (True, 1, [])
+        assert lines[0].endswith(" 0 damaged")
+
+
+@pytest.mark.parametrize("lose", [spoil, delete])
+@pytest.mark.parametrize("blob", [LAYER, AMD64.config, CONFIG])
+@on_reactor
+async def test_what_is_missing_fails_and_a_later_repair_brings_it(
+    stock: Stock, verify: Verifying, lose: Callable[[Stock, bytes], None], blob: Blob
+) -> None:
+    lose(stock, blob.data)
+    # The first one puts a damaged blob aside.
+    for damaged in ("1 damaged" if lose is spoil else "0 damaged", "0 damaged"):
+        whole, lines = await verify()
+        assert not whole
+        assert lines[-2] == f"1 images are not complete: {len(blob.data)} bytes are missing"
+        assert lines[-1].endswith(damaged)
+        assert verify.asked == []
+    image = ARM64 if blob is CONFIG else AMD64
+    whole, lines = await verify(repair=True)
+    assert (whole, verify.asked) == (True, asked(blob))
+    assert lines[-1] == f"completed: the image {image.manifest.digest} lacked 1 blobs, {len(blob.data)} bytes"
+    assert stock.blob(blob.data).read_bytes() == blob.data
+    whole, lines = await verify(repair=True)
+    assert (whole, verify.asked, len(lines)) == (True, [], 1)
+
+
+@on_reactor
+async def test_what_is_damaged_is_repaired_at_once(stock: Stock, verify: Verifying) -> None:
+    spoil(stock, LAYER.data)
+    whole, lines = await verify(repair=True)
+    assert (whole, verify.asked) == (True, asked(LAYER))
+    assert lines[1] == f"repaired: {stock.blob(LAYER.data)}"
+    assert lines[-1].endswith("1 damaged")
+
+
+@on_reactor
+async def test_what_is_not_to_be_had_stays_and_the_status_says_so(stock: Stock, verify: Verifying) -> None:
+    delete(stock, LAYER.data)
+    delete(stock, CONFIG.data)
+    verify.errors[asked(LAYER)[0]] = Unavailable("down")
+    whole, lines = await verify(repair=True)
+    assert not whole
+    assert sorted(line.split(":")[0] for line in lines) == sorted(
+        ["2 images are not complete", lines[1].split(":")[0], "completed", "not completed"]
+    )
+    lack = f"the image {AMD64.manifest.digest} lacked 1 blobs, {len(LAYER.data)} bytes"
+    assert f"not completed: {lack}: down" in lines
+    assert stock.blob(CONFIG.data).exists()
+    # What came is not asked for again; in the end all is there.
+    verify.errors.clear()
+    whole, _ = await verify(repair=True)
+    assert (whole, verify.asked) == (True, asked(LAYER))
+
+
+@on_reactor
+async def test_a_blob_that_another_image_brings_is_asked_for_once(stock: Stock, verify: Verifying) -> None:
+    delete(stock, LAYER.data)
+    stock.put(manifest(OVER), "other:1", wanted=True)
+    shared = {Digest(blob.digest) for blob in AMD64.blobs}
+    stock.blobs(*(blob.data for blob in OVER.blobs if blob.digest not in shared))
+    whole, lines = await verify(repair=True)
+    assert whole
+    assert len(verify.asked) == len(set(verify.asked)) == 1
+    assert sum(line.startswith("completed: ") for line in lines) == 2
+
+
+@on_reactor
+async def test_a_damaged_blob_that_no_image_needs_is_no_failure_once_it_is_aside(
+    stock: Stock, verify: Verifying
+) -> None:
+    unused = b"no image has it"
+    stock.blobs(unused)
+    spoil(stock, unused)
+    whole, lines = await verify(repair=True)
+    assert (whole, verify.asked) == (True, [])
+    assert lines[1] == f"not repaired: {stock.blob(unused)}: no image needs it"
+
+
+@on_reactor
+async def test_a_damaged_record_comes_back_and_says_what_it_said(stock: Stock, verify: Verifying) -> None:
+    for image, wanted in ((AMD64, True), (ARM64, False)):
+        path = stock.path(manifest(image))
+        spoiled = path.read_bytes().replace(image.layers[0].digest.encode(), b"sha256:" + b"0" * 64)
+        path.write_bytes(spoiled)
+        whole, _ = await verify(repair=True)
+        assert whole
+        assert stock.inventory().records[manifest(image).digest].record.wanted is wanted
+    assert [row.url for row in stock.inventory().rows] == [APP, f"{REPOSITORY}@{AMD64.manifest.digest}"]
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@on_reactor
+async def test_where_metadata_is_turned_off_none_of_it_is_missing(
+    stock: Stock, verify: Verifying, repair: bool
+) -> None:
+    delete(stock, CONFIG.data)
+    whole, lines = await verify(repair=repair, complete_metadata=False)
+    assert (whole, len(lines), verify.asked) == (True, 1, [])
+
+
+@on_reactor
+async def test_layers_of_metadata_are_not_missing_but_of_an_old_record_they_are(
+    stock: Stock, verify: Verifying
+) -> None:
+    assert (await verify())[0]
+    # One of the version before, of which a layer is here.
+    path = stock.path(manifest(ARM64))
+    path.unlink()
+    stock.put(manifest(ARM64), "app@")
+    assert (await verify())[0]
+    stock.blobs(ARM64.layers[0].data)
+    whole, _ = await verify()
+    assert not whole
+    whole, _ = await verify(repair=True)
+    assert (whole, verify.asked) == (True, asked(ARM64.layers[1]))

@@ -1,0 +1,423 @@
+"""Which images of an index are wanted: that of the layer that is asked for, the only one, or this machine's."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, Repository
+from ociregistry.platforms import Platform
+from ociregistry.store.store import Store
+from ociregistry.store.wishes import WishFiles
+from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
+from tests.unit.doubles import image, on_reactor, texts, until
+from tests.unit.loads import image_of, index_of, settle
+
+OWN_AMD64, OWN_ARM64, OWN_S390X, IN_TOTO = b"layer of amd64", b"layer of arm64", b"layer of s390x", b"in-toto"
+OWN = {OWN_AMD64: AMD64, OWN_ARM64: ARM64, OWN_S390X: S390X, IN_TOTO: ATTESTATION}
+ALL = (AMD64, ARM64, S390X, ATTESTATION)
+FOUR = ["linux/amd64", "linux/arm64", "linux/s390x", "unknown/unknown"]
+
+
+@pytest.fixture
+def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
+    """On a machine of linux/amd64."""
+    demands = Demands(root, store, clock)
+    yield demands
+    demands.stop()
+
+
+@pytest.fixture
+def demands_on(root: Path, store: Store, clock: Clock) -> Iterator[Callable[[str], Demands]]:
+    """Makes it for a machine of that platform."""
+    made: list[Demands] = []
+
+    def make(machine: str) -> Demands:
+        made.append(Demands(root, store, clock, Platform.parse(machine)))
+        return made[-1]
+
+    yield make
+    for demands in made:
+        demands.stop()
+
+
+# An image that no index names
+
+
+@on_reactor
+async def test_an_image_that_is_asked_for_by_tag_is_wanted_at_once(demands: Demands) -> None:
+    await demands.get(AMD64, tag="1")
+    assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
+
+
+@on_reactor
+async def test_so_is_one_that_no_index_names_by_digest(demands: Demands) -> None:
+    await demands.get(AMD64)
+    assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
+
+
+@on_reactor
+async def test_so_is_one_of_an_index_that_has_a_tag_of_its_own(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(AMD64, ARM64)
+    await demands.get(ARM64, tag="1-arm64")
+    assert (demands.completing, demands.pending) == (["linux/arm64"], ["linux/amd64"])
+    assert demands.wanted(ARM64) == [True]
+
+
+@on_reactor
+async def test_also_where_it_was_here_as_metadata(demands: Demands, store: Store) -> None:
+    await demands.get(INDEX, tag="1")
+    await store.keep(ARM64, image(f"{APP}:1-arm64"), wanted=False)
+    await demands.get(ARM64, tag="1-arm64", hit=True)
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/arm64"], [], [True])
+
+
+@on_reactor
+async def test_what_a_list_of_referrers_names_is_wanted_at_once(demands: Demands) -> None:
+    await demands.get(INDEX, tag=f"sha256-{AMD64.digest.hex}")
+    await demands.get(ATTESTATION, AMD64)
+    assert (demands.completing, demands.pending) == (["linux/amd64", "unknown/unknown"], [])
+
+
+@on_reactor
+async def test_an_index_alone_means_nothing(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.wait()
+    assert (demands.completing, demands.pending) == ([], [])
+
+
+# No layer is asked for
+
+
+@on_reactor
+async def test_the_only_platform_is_wanted_after_half_a_minute(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == ([], ["linux/arm64"], [False])
+    assert demands.completion.incomplete.pending == demands.completion.incomplete.images == 1
+    await demands.wait(29.875)
+    assert (demands.completing, demands.pending) == ([], ["linux/arm64"])
+    await demands.wait(0.125)
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/arm64"], [], [True])
+    assert demands.completion.incomplete.pending == 0
+
+
+@on_reactor
+async def test_one_that_lacks_nothing_is_pending_no_more(demands: Demands, root: Path) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    for blob in ARM64.blobs:
+        (root / "blobs" / blob.digest.hex).write_bytes(b"x" * blob.size)
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == ([], [], [True])
+
+
+@on_reactor
+async def test_of_several_that_of_this_machine_is(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    assert (demands.completing, demands.pending) == ([], FOUR)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (["linux/amd64"], [])
+    assert demands.wanted(*ALL) == [True, False, False, False]
+
+
+@on_reactor
+async def test_or_none_where_this_machine_s_was_not_asked_for(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64, S390X)
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(ARM64, S390X)) == ([], [], [False, False])
+
+
+@pytest.mark.parametrize(
+    ("machine", "platforms", "wanted"),
+    [
+        ("linux/arm64", ["linux/arm64/v8", "linux/amd64"], "linux/arm64/v8"),
+        ("linux/arm", ["linux/arm/v6", "linux/arm/v7"], "linux/arm/v7"),
+        ("linux/arm/v6", ["linux/arm/v7", "linux/arm/v6"], "linux/arm/v6"),
+        ("linux/amd64", ["windows/amd64", "linux/arm64"], ""),
+    ],
+)
+@on_reactor
+async def test_this_machine_s_platform_is_found_by_its_variant(
+    demands_on: Callable[[str], Demands], machine: str, platforms: list[str], wanted: str
+) -> None:
+    demands = demands_on(machine)
+    images = {platform: image_of(platform.encode(), platform.encode() * 2) for platform in platforms}
+    await demands.get(index_of(*((one, platform) for platform, one in images.items())), tag="1")
+    await demands.get(*images.values())
+    await demands.wait()
+    assert demands.completing == ([images[wanted].digest] if wanted else [])
+    assert demands.pending == []
+
+
+@on_reactor
+async def test_of_several_variants_those_count_that_were_asked_for(demands_on: Callable[[str], Demands]) -> None:
+    demands = demands_on("linux/arm")
+    v6 = image_of(b"config of v6", b"layer of v6")
+    v7 = image_of(b"config of v7", b"layer of v7")
+    await demands.get(index_of((v7, "linux/arm/v7"), (v6, "linux/arm/v6"), (S390X, "linux/s390x")), tag="1")
+    await demands.get(v6, S390X)
+    await demands.wait()
+    assert demands.completing == [v6.digest]
+
+
+@on_reactor
+async def test_one_platform_in_two_images_is_one(demands: Demands) -> None:
+    other = image_of(b"another config of arm64", b"another layer of arm64")
+    await demands.get(index_of((ARM64, "linux/arm64"), (other, "linux/arm64"), (AMD64, "linux/amd64")), tag="1")
+    await demands.get(ARM64, other)
+    await demands.wait()
+    assert demands.completing == sorted([other.digest, "linux/arm64"])
+
+
+@pytest.mark.parametrize(("asked", "wanted"), [([ARM64], ["linux/arm64"]), ([ARM64, AMD64], [])])
+@on_reactor
+async def test_images_of_which_the_index_tells_no_platform_are_one_each(
+    demands: Demands, asked: list[Manifest], wanted: list[str]
+) -> None:
+    await demands.get(index_of((AMD64, ""), (ARM64, "")), tag="1")
+    await demands.get(*asked)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (wanted, [])
+
+
+@on_reactor
+async def test_an_attestation_is_no_platform(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64, ATTESTATION)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+    await demands.get(ATTESTATION)
+    assert demands.pending == ["unknown/unknown"]
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+
+
+@on_reactor
+async def test_every_request_for_the_index_or_its_images_starts_the_time_anew(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(AMD64)
+    for again in (INDEX, ARM64, AMD64, INDEX):
+        await demands.wait(20)
+        assert demands.completing == []
+        await demands.get(again, tag="1" if again is INDEX else "", hit=True)
+    await demands.wait(29.875)
+    assert (demands.completing, demands.pending) == ([], ["linux/amd64", "linux/arm64"])
+    await demands.wait(0.125)
+    assert (demands.completing, demands.pending) == (["linux/amd64"], [])
+
+
+@on_reactor
+async def test_a_wanted_image_that_was_asked_for_too_counts_as_a_platform(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(S390X)
+    await demands.wait()
+    assert demands.completing == ["linux/s390x"]
+    await demands.get(S390X, ARM64)
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/s390x"], [], [False])
+    # Alone it is the only one.
+    await demands.get(ARM64)
+    await demands.wait()
+    assert demands.completing == ["linux/arm64", "linux/s390x"]
+
+
+@on_reactor
+async def test_a_hit_is_a_request_as_well(demands: Demands, store: Store) -> None:
+    for one in (INDEX, AMD64, ARM64):
+        await store.keep(one, image(f"{APP}@{one.digest}"), wanted=None if one.is_list else False)
+    await demands.get(INDEX, ARM64, hit=True)
+    assert demands.pending == ["linux/arm64"]
+    await demands.wait()
+    assert demands.completing == ["linux/arm64"]
+
+
+@on_reactor
+async def test_of_a_wanted_image_that_is_asked_for_again_the_missing_blobs_are_looked_for(
+    demands: Demands, store: Store
+) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    await demands.get_layers(OWN_ARM64)
+    await demands.completion.drop(ARM64.digest)
+    await demands.get(ARM64, hit=True)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+
+
+# A layer is asked for
+
+
+@on_reactor
+async def test_a_layer_of_one_image_alone_decides_at_once(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.get_layers(OWN_ARM64)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+    assert demands.wanted(*ALL) == [False, True, False, False]
+    await demands.wait()
+    assert demands.completing == ["linux/arm64"]
+    assert demands.wanted(*ALL) == [False, True, False, False]
+
+
+@on_reactor
+async def test_a_shared_layer_decides_nothing(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.get_layers(SHARED)
+    assert (demands.completing, demands.pending) == ([], FOUR)
+    await demands.wait()
+    assert demands.completing == ["linux/amd64"]
+
+
+@on_reactor
+async def test_a_config_decides_nothing(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.get_layers(b"config of arm64", b"config of s390x")
+    assert (demands.completing, demands.pending) == ([], FOUR)
+
+
+@on_reactor
+async def test_a_layer_may_come_before_the_other_manifests(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    await demands.get_layers(OWN_ARM64)
+    await demands.get(AMD64, S390X, ATTESTATION)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+    await demands.wait()
+    assert (demands.completing, demands.wanted(AMD64, S390X)) == (["linux/arm64"], [False, False])
+
+
+@on_reactor
+async def test_every_image_whose_layer_is_asked_for_is_wanted(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    # At once: while one is noted, the others are on their way.
+    await demands.get_layers(OWN_S390X, OWN_ARM64, SHARED, OWN_AMD64, IN_TOTO)
+    assert (demands.completing, demands.pending, demands.wanted(*ALL)) == (FOUR, [], [True] * 4)
+
+
+@on_reactor
+async def test_a_layer_that_is_asked_for_while_another_image_is_dropped_counts(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, begun, ended = demands.completion.drop, list[Digest](), list[Digest]()
+
+    async def drop_slowly(digest: Digest) -> None:
+        begun.append(digest)
+        if len(begun) == 1:
+            others = {one.digest: layer for layer, one in OWN.items() if one.digest != digest}
+            demands.ask_for_layers(*others.values())
+            await until(lambda: set(demands.store.wishes) == others.keys())
+        await drop(digest)
+        ended.append(digest)
+
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    monkeypatch.setattr(demands.completion, "drop", drop_slowly)
+    demands.ask_for_layers(OWN_ARM64)
+    await until(lambda: begun and begun[0] in ended)
+    await settle(demands.store)
+    assert (demands.pending, demands.completing) == ([], sorted(set(FOUR) - set(names(begun[:1]))))
+
+
+@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm64"])
+@on_reactor
+async def test_so_does_one_while_it_is_decided(
+    demands: Demands, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    """The other image is one of the platform that is wanted, or it is not."""
+    other = image_of(b"another config", b"another layer")
+    complete, begun, ended = demands.completion.complete, list[Digest](), list[Digest]()
+
+    async def complete_slowly(digest: Digest, repository: Repository, *, hit: bool = True) -> None:
+        begun.append(digest)
+        if len(begun) == 1:
+            demands.ask_for_layers(b"another layer" if digest == AMD64.digest else OWN_AMD64)
+            await until(lambda: demands.store.wishes)
+        await complete(digest, repository, hit=hit)
+        ended.append(digest)
+
+    await demands.get(index_of((AMD64, "linux/amd64"), (other, platform)), tag="1")
+    await demands.get(AMD64, other)
+    monkeypatch.setattr(demands.completion, "complete", complete_slowly)
+    await demands.wait()
+    await until(lambda: begun and begun[0] in ended)
+    await settle(demands.store)
+    assert (set(demands.store.wishes), demands.pending) == ({AMD64.digest, other.digest}, [])
+    assert len(begun) == 2
+
+
+@on_reactor
+async def test_an_attestation_is_wanted_for_its_layer_and_decides_nothing_else(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.get_layers(IN_TOTO)
+    assert (demands.completing, demands.pending) == (["unknown/unknown"], FOUR[:3])
+    await demands.wait()
+    assert demands.completing == ["linux/amd64", "unknown/unknown"]
+
+
+@on_reactor
+async def test_a_layer_that_is_asked_for_later_makes_its_image_wanted(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.wait()
+    assert demands.completing == ["linux/amd64"]
+    await demands.get_layers(OWN_S390X)
+    assert demands.completing == ["linux/amd64", "linux/s390x"]
+
+
+@on_reactor
+async def test_a_layer_of_a_wanted_image_ends_the_wait_of_the_others(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(ARM64)
+    await demands.wait()
+    await demands.get(*ALL)
+    assert demands.pending == ["linux/amd64", "linux/s390x", "unknown/unknown"]
+    await demands.get_layers(OWN_ARM64)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+    await demands.wait()
+    assert demands.completing == ["linux/arm64"]
+
+
+# A full disk
+
+
+@on_reactor
+async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
+    demands: Demands, store: Store, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    await demands.get(INDEX, tag="1")
+    with monkeypatch.context() as patch:
+        patch.setattr(WishFiles, "write", fail)
+        await demands.get(ARM64)
+    assert texts(events, LogLevel.error) == [
+        f"cannot note that {ARM64.digest} is pending: No space left on device",
+    ]
+    assert set(store.undecided) == {ARM64.digest}
+    await demands.wait()
+    assert demands.completing == ["linux/arm64"]
+
+
+@on_reactor
+async def test_a_blob_that_no_image_has_says_nothing(demands: Demands, store: Store) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get_layers(b"unknown")
+    demands.demand.blob_requested(image(f"{APP}:1").repository, Digest.of(b"unknown too"))
+    await settle(store)
+    assert (demands.completing, demands.pending) == ([], [])

@@ -1,0 +1,380 @@
+"""Images that are not decided yet: over restarts and stops, in several indexes, through the API, by every policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.chain import NOBODY, Chain
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, Upstream
+from ociregistry.platforms import Platform
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import CompletionPolicy
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.store import Store
+from ociregistry.web.answers import Answer
+from ociregistry.web.v2 import V2
+from tests.unit.asking import INSTANCE
+from tests.unit.demands import AMD64, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
+from tests.unit.doubles import REACTOR, on_reactor, until
+from tests.unit.loads import image_of, index_of, settle
+from tests.unit.registries import MemoryRegistries
+from tests.unit.test_web_v2 import ask
+
+ALL = (AMD64, ARM64, S390X, ATTESTATION)
+OWN_ARM64, OWN_S390X = b"layer of arm64", b"layer of s390x"
+CACHE = Chain((f"ociregistry-{'f' * 16}",))
+
+
+@pytest.fixture
+def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
+    """On a machine of linux/amd64."""
+    demands = Demands(root, store, clock)
+    yield demands
+    demands.stop()
+
+
+# Several indexes
+
+
+@on_reactor
+async def test_in_an_index_of_indexes_the_images_are_those_of_both(demands: Demands) -> None:
+    inner = index_of((AMD64, "linux/amd64"), (ARM64, "linux/arm64"))
+    outer = index_of((inner, ""), (S390X, "linux/s390x"))
+    await demands.get(outer, tag="1")
+    await demands.get(inner)
+    await demands.get(AMD64, ARM64, S390X)
+    assert demands.pending == ["linux/amd64", "linux/arm64", "linux/s390x"]
+    await demands.wait(20)
+    # The inner one is decided before the outer one, but not without it.
+    await demands.get(outer, tag="1", hit=True)
+    await demands.wait(20)
+    assert demands.completing == ["linux/amd64"]
+    await demands.wait(10)
+    assert (demands.completing, demands.pending) == (["linux/amd64"], [])
+
+
+@on_reactor
+async def test_a_layer_decides_for_the_index_above_too(demands: Demands) -> None:
+    inner = index_of((AMD64, "linux/amd64"), (ARM64, "linux/arm64"))
+    await demands.get(index_of((inner, ""), (S390X, "linux/s390x")), tag="1")
+    await demands.get(inner)
+    await demands.get(AMD64, ARM64, S390X)
+    await demands.get_layers(OWN_ARM64)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+
+
+@on_reactor
+async def test_an_image_of_two_indexes_is_wanted_when_it_is_in_one_of_them(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(index_of((ARM64, "linux/arm64")), tag="only-arm64")
+    await demands.get(AMD64, S390X)
+    await demands.get(ARM64)
+    await demands.wait()
+    # In one it is one of several, in the other the only one.
+    assert (demands.completing, demands.pending) == (["linux/amd64", "linux/arm64"], [])
+
+
+@on_reactor
+async def test_it_waits_as_long_as_one_of_them_does(demands: Demands) -> None:
+    other = index_of((S390X, "linux/s390x"), (ARM64, "linux/arm64"))
+    await demands.get(INDEX, tag="1")
+    await demands.get(other, tag="2")
+    await demands.get(ARM64, S390X)
+    await demands.wait(20)
+    await demands.get(other, tag="2", hit=True)
+    await demands.wait(10)
+    assert (demands.completing, demands.pending) == ([], ["linux/arm64", "linux/s390x"])
+    await demands.wait(20)
+    assert (demands.completing, demands.pending) == ([], [])
+
+
+@on_reactor
+async def test_a_layer_that_another_image_of_the_index_shares_is_shared_in_all(demands: Demands) -> None:
+    await demands.get(INDEX, tag="1")
+    await demands.get(index_of((ARM64, "linux/arm64")), tag="only-arm64")
+    await demands.get(ARM64, AMD64)
+    await demands.get_layers(SHARED)
+    assert demands.completing == []
+
+
+@on_reactor
+async def test_a_layer_that_images_of_other_indexes_have_decides_for_those_that_were_asked_for(
+    demands: Demands,
+) -> None:
+    """As the layers of a base image: who pulls one image on it does not pull the others."""
+    base = b"layer of the base"
+    older, newer = image_of(b"config 1", base, b"layer 1"), image_of(b"config 2", base, b"layer 2")
+    await demands.get(index_of((AMD64, "linux/amd64"), (older, "linux/arm64")), tag="1")
+    await demands.get(index_of((S390X, "linux/amd64"), (newer, "linux/arm64")), tag="2")
+    # The metadata of the older one is here; nobody has asked for it of late.
+    await demands.get(older)
+    await demands.get(AMD64)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (["linux/amd64"], [])
+    await demands.get(newer, S390X)
+    await demands.get_layers(base)
+    assert demands.completing == sorted([newer.digest, "linux/amd64"])
+    # A layer that is its alone decides without that.
+    await demands.get_layers(b"layer 1")
+    assert demands.completing == sorted([newer.digest, older.digest, "linux/amd64"])
+
+
+# Restarts and stops
+
+
+async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest, ...] = ()) -> None:
+    """A process was asked for manifests, and has ended before it was decided."""
+    clock = Clock()
+    store = Store(root, clock, REACTOR)
+    store.start()
+    demands = Demands(root, store, clock)
+    await demands.get(INDEX, tag="1")
+    for one in wanted:
+        await demands.get(one)
+        await demands.wait()
+    await demands.get(*manifests)
+    demands.stop()
+    await settle(store)
+    store.stop()
+
+
+@on_reactor
+async def test_after_a_restart_it_is_decided_half_a_minute_later(
+    root: Path, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    await asked_before(root, ARM64)
+    store = open_store()
+    assert set(store.undecided) == {ARM64.digest}
+    demands = Demands(root, store, clock)
+    await settle(store)
+    assert demands.pending == ["linux/arm64"]
+    await demands.wait(29.875)
+    assert (demands.completing, demands.pending) == ([], ["linux/arm64"])
+    await demands.wait(0.125)
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/arm64"], [], [True])
+    demands.stop()
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted", "completing"),
+    [
+        (ALL, (), ["linux/amd64"]),
+        ((ARM64, S390X), (), []),
+        ((ARM64,), (S390X,), ["linux/s390x"]),
+    ],
+)
+@on_reactor
+async def test_as_it_would_have_been_without_one(
+    root: Path,
+    open_store: Callable[[], Store],
+    clock: Clock,
+    asked: tuple[Manifest, ...],
+    wanted: tuple[Manifest, ...],
+    completing: list[str],
+) -> None:
+    await asked_before(root, *asked, wanted=wanted)
+    store = open_store()
+    demands = Demands(root, store, clock)
+    await settle(store)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == (completing, [])
+    demands.stop()
+
+
+@on_reactor
+async def test_an_image_that_has_gone_since_is_dropped(
+    root: Path, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    await asked_before(root, ARM64)
+    (root / "img" / ARM64.digest.hex).unlink()
+    demands = Demands(root, open_store(), clock)
+    await until(lambda: not demands.store.undecided)
+    await settle(demands.store)
+    assert (demands.completing, demands.pending) == ([], [])
+    demands.stop()
+
+
+@on_reactor
+async def test_one_whose_index_has_gone_is_wanted(root: Path, open_store: Callable[[], Store], clock: Clock) -> None:
+    await asked_before(root, ARM64)
+    (root / "fat" / INDEX.digest.hex).unlink()
+    demands = Demands(root, open_store(), clock)
+    await settle(demands.store)
+    assert (demands.completing, demands.pending) == (["linux/arm64"], [])
+    demands.stop()
+
+
+@on_reactor
+async def test_a_stop_leaves_the_files_and_no_delayed_call(root: Path, store: Store, clock: Clock) -> None:
+    before = list(clock.getDelayedCalls())
+    demands = Demands(root, store, clock)
+    await demands.get(INDEX, tag="1")
+    await demands.get(AMD64, ARM64)
+    assert len(clock.getDelayedCalls()) > len(before) + 1
+    demands.stop()
+    assert clock.getDelayedCalls() == before
+    assert demands.pending == ["linux/amd64", "linux/arm64"]
+    # Nor does a request that is answered afterwards.
+    await demands.get(S390X)
+    await demands.get_layers(OWN_ARM64)
+    assert clock.getDelayedCalls() == before
+    assert (demands.completing, demands.pending) == ([], ["linux/amd64", "linux/arm64"])
+
+
+# Through the API
+
+
+@pytest.fixture
+def v2(demands: Demands, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> V2:
+    """The API."""
+    return V2(cache, Listings(demands.store, upstreams, clock), demands.demand, Upstream("docker.io"), INSTANCE)
+
+
+class Api:
+    """Asks over the API, and has the upstream answer."""
+
+    def __init__(self, v2: V2, demands: Demands, upstreams: MemoryRegistries) -> None:
+        self._v2 = v2
+        self._demands = demands
+        self._upstreams = upstreams
+
+    async def manifests(
+        self, *manifests: Manifest, method: str = "GET", chain: Chain = NOBODY, tag: str = ""
+    ) -> None:
+        """Manifests by their digests, or by `tag`."""
+        for one in manifests:
+            asked = await self._asked(f"manifests/{tag or one.digest}", method, chain)
+            if not asked.called:
+                self._upstreams[-1].answer(one)
+            assert (await asked).status == 200
+        await settle(self._demands.store)
+
+    async def _asked(self, what: str, method: str, chain: Chain) -> Deferred[Answer]:
+        """The request, which is answered, or waits for the upstream."""
+        count = len(self._upstreams)
+        asked = ask(self._v2, f"/v2/team/app/{what}", method=method, chain=chain)
+        await until(lambda: asked.called or len(self._upstreams) > count)
+        return asked
+
+    async def blob(self, data: bytes, method: str = "GET", chain: Chain = NOBODY) -> None:
+        """A blob, whole."""
+        asked = await self._asked(f"blobs/{Digest.of(data)}", method, chain)
+        if method == "HEAD":
+            self._upstreams[-1].answer(len(data))
+        elif not asked.called:
+            self._upstreams[-1].stream(len(data)).send(data).end()
+        (await asked).content.close()
+        await settle(self._demands.store)
+
+
+@pytest.fixture
+def api(v2: V2, demands: Demands, upstreams: MemoryRegistries) -> Api:
+    """A client."""
+    return Api(v2, demands, upstreams)
+
+
+@on_reactor
+async def test_the_api_tells_of_manifests_and_blobs(api: Api, demands: Demands) -> None:
+    await api.manifests(INDEX, tag="1")
+    await api.manifests(*ALL)
+    assert demands.pending == ["linux/amd64", "linux/arm64", "linux/s390x", "unknown/unknown"]
+    assert demands.wanted(*ALL) == [False] * 4
+    await api.blob(OWN_S390X)
+    assert demands.wanted(*ALL) == [False, False, True, False]
+    assert demands.pending == []
+
+
+@on_reactor
+async def test_a_head_says_nothing(api: Api, demands: Demands) -> None:
+    await api.manifests(INDEX, tag="1")
+    await api.manifests(AMD64, ARM64, method="HEAD")
+    await api.blob(OWN_ARM64, method="HEAD")
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(AMD64, ARM64)) == ([], [], [False, False])
+
+
+@on_reactor
+async def test_a_head_of_the_index_does_not_start_the_time_anew(api: Api, demands: Demands) -> None:
+    await api.manifests(INDEX, tag="1")
+    await api.manifests(ARM64)
+    await demands.wait(20)
+    await api.manifests(INDEX, tag="1", method="HEAD")
+    await demands.wait(10)
+    assert demands.completing == ["linux/arm64"]
+
+
+@on_reactor
+async def test_what_another_cache_asks_for_is_not_wanted(api: Api, demands: Demands) -> None:
+    """It asks for its clients, and completes its images by itself."""
+    await api.manifests(INDEX, tag="1", chain=CACHE)
+    await api.manifests(*ALL, chain=CACHE)
+    await demands.wait(1)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == ([], [])
+    assert [demands.store.entry(one.digest).wanted for one in ALL] == [False] * 4  # type: ignore[union-attr]  # they are there
+
+
+@on_reactor
+async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> None:
+    await api.manifests(INDEX, tag="1")
+    await api.manifests(*ALL, chain=CACHE)
+    await api.blob(OWN_ARM64, chain=CACHE)
+    assert (demands.pending, demands.completing) == ([], [])
+    # A layer is here: the image counts as one of before.
+    await demands.wait(1)
+    await until(lambda: ARM64.digest in demands.store.wishes)
+    assert demands.completing == ["linux/arm64"]
+
+
+# Policies
+
+
+@pytest.mark.parametrize("policy", [CompletionPolicy(images=False), CompletionPolicy(fetches=False)])
+@on_reactor
+async def test_without_completion_nothing_is_completed(
+    root: Path, store: Store, clock: Clock, policy: CompletionPolicy
+) -> None:
+    demands = Demands(root, store, clock, MACHINE, policy)
+    await demands.get(INDEX, tag="1")
+    await demands.get(*ALL)
+    await demands.get_layers(OWN_ARM64)
+    await demands.wait()
+    assert (demands.completing, demands.pending) == ([], [])
+    # What the client did not pull is metadata: a `verify` misses nothing of it.
+    assert demands.wanted(*ALL) == [False, True, False, False]
+    demands.stop()
+
+
+@on_reactor
+async def test_with_platforms_told_nothing_waits(root: Path, store: Store, clock: Clock) -> None:
+    policy = CompletionPolicy(platforms=(Platform("linux", "s390x"),))
+    demands = Demands(root, store, clock, MACHINE, policy)
+    await demands.get(INDEX, tag="1")
+    await demands.get(AMD64, ARM64)
+    assert (demands.completing, demands.pending) == ([], [])
+    await demands.wait()
+    assert (demands.completing, demands.wanted(AMD64, ARM64)) == ([], [False, False])
+    # An image that no index names is completed all the same.
+    single = image_of(b"config of a single image", b"its layer")
+    await demands.get(single, tag="single")
+    assert demands.completing == [single.digest]
+    demands.stop()
+
+
+@on_reactor
+async def test_what_was_undecided_before_the_platforms_were_told_is_dropped(
+    root: Path, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    await asked_before(root, ARM64)
+    policy = CompletionPolicy(platforms=(Platform("linux", "amd64"),))
+    demands = Demands(root, open_store(), clock, MACHINE, policy)
+    await settle(demands.store)
+    await demands.wait()
+    assert (demands.completing, demands.pending, demands.wanted(ARM64)) == ([], [], [False])
+    demands.stop()

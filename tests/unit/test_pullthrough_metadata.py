@@ -1,0 +1,312 @@
+"""Metadata of indexes: the manifests and configs of all platforms, in turns, with patience for upstreams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository, Upstream
+from ociregistry.pullthrough.metadata import Metadata
+from ociregistry.store.store import Store
+from ociregistry.upstream.links import LinkDown
+from tests.unit.doubles import image, on_reactor, record, texts
+from tests.unit.fetchers import CONFIGS, NAMES, A, B, C, D, Fetcher, platform
+from tests.unit.loads import image_of, index_of, settle
+
+HOST, OTHER = Upstream("reg.example"), Upstream("else.example")
+APP, NEXT, ELSEWHERE = (
+    image(f"{at}:1").repository for at in ("reg.example/app", "reg.example/next", "else.example/a")
+)
+
+
+@pytest.fixture
+def fetcher(store: Store, root: Path) -> Fetcher:
+    """Upstreams have all platforms."""
+    fetcher = Fetcher(store, root)
+    fetcher.add(A, B, C, D)
+    return fetcher
+
+
+@pytest.fixture
+def metadata(store: Store, fetcher: Fetcher, clock: Clock) -> Metadata:
+    """Knows of no index."""
+    return Metadata(store, fetcher, clock)
+
+
+def of(*platforms: Manifest) -> Manifest:
+    """An index of images."""
+    return index_of(*((one, f"linux/{NAMES.get(one.digest, 'x').lower()}") for one in platforms))
+
+
+async def look_at(metadata: Metadata, index: Manifest, repository: Repository = APP, **how: object) -> None:
+    """An index is looked at."""
+    await metadata.look_at(index.digest, repository, index.children, **how)  # type: ignore[arg-type]  # `first`
+
+
+async def fetch_all(metadata: Metadata, upstream: Upstream = HOST) -> float | None:
+    """Fetch until something stands against it, and return the seconds to wait."""
+    while (wait := await metadata.fetch_next(upstream)) == 0:
+        pass
+    return wait
+
+
+@on_reactor
+async def test_manifests_and_configs_of_all_platforms_are_fetched_one_after_the_other(
+    metadata: Metadata, fetcher: Fetcher, store: Store
+) -> None:
+    index = of(A, B)
+    await look_at(metadata, index)
+    assert (metadata.incomplete, metadata.upstreams) == (1, [HOST])
+    assert await metadata.fetch_next(HOST) == 0
+    assert (fetcher.asked, metadata.incomplete) == (["A", "a"], 1)
+    assert await fetch_all(metadata) is None
+    assert (fetcher.asked, metadata.incomplete, metadata.upstreams) == (["A", "a", "B", "b"], 0, [])
+    assert [store.entry(one.digest).wanted for one in (A, B)] == [False, False]  # type: ignore[union-attr]  # there
+    # All is here: nothing is missing when it is looked at again.
+    await look_at(metadata, index)
+    assert (metadata.incomplete, await metadata.fetch_next(HOST)) == (0, None)
+
+
+@on_reactor
+async def test_two_indexes_of_an_upstream_come_in_turns(metadata: Metadata, fetcher: Fetcher) -> None:
+    await look_at(metadata, of(A, B))
+    await look_at(metadata, of(C, D), NEXT)
+    assert metadata.incomplete == 2
+    await fetch_all(metadata)
+    assert fetcher.asked == ["A", "a", "C", "c", "B", "b", "D", "d"]
+
+
+@on_reactor
+async def test_what_is_to_come_first_does(metadata: Metadata, fetcher: Fetcher) -> None:
+    await look_at(metadata, of(A, B, C), first={C.digest})
+    await fetch_all(metadata)
+    assert fetcher.asked == ["C", "c", "A", "a", "B", "b"]
+
+
+@on_reactor
+async def test_a_config_that_is_missing_alone_is_fetched_alone(
+    metadata: Metadata, fetcher: Fetcher, store: Store, root: Path
+) -> None:
+    await store.keep(A, ImageReference(APP, A.digest), wanted=False)
+    await store.keep(B, ImageReference(APP, B.digest), wanted=False)
+    (root / "blobs" / Digest.of(b"config of B").hex).write_bytes(b"config of B")
+    await look_at(metadata, of(A, B))
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked == ["a"]
+
+
+@on_reactor
+async def test_layers_are_not_fetched_nor_configs_that_are_too_large(metadata: Metadata, fetcher: Fetcher) -> None:
+    document = A.data.replace(b'"size": 11', b'"size": 9000000', 1)
+    large = Manifest.parse(document, A.media_type)
+    assert large.config is not None
+    assert large.config.size == 9_000_000
+    fetcher.add(large)
+    await look_at(metadata, index_of((large, "linux/large")))
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked == [large.digest]
+
+
+@on_reactor
+async def test_an_index_in_an_index_is_fetched_as_it_is(metadata: Metadata, fetcher: Fetcher, store: Store) -> None:
+    inner = of(A)
+    fetcher.add(inner)
+    await look_at(metadata, index_of((inner, "")))
+    assert await fetch_all(metadata) is None
+    assert (fetcher.asked, store.counts.lists) == ([inner.digest], 1)
+
+
+@on_reactor
+async def test_what_is_no_manifest_is_left_out(metadata: Metadata, fetcher: Fetcher) -> None:
+    data = of(A, B).data.replace(A.media_type.encode(), b"application/vnd.example.other", 2)
+    index = Manifest.parse(data.replace(b"application/vnd.example.other", A.media_type.encode(), 1), of(A).media_type)
+    assert len({child.media_type for child in index.children}) == 2
+    await look_at(metadata, index)
+    await fetch_all(metadata)
+    assert len(fetcher.asked) == 2
+
+
+@on_reactor
+async def test_of_a_huge_index_the_first_200_are_fetched(metadata: Metadata, fetcher: Fetcher) -> None:
+    many = [image_of(b"config %d" % number, b"layer %d" % number) for number in range(230)]
+    fetcher.add(*many)
+    await look_at(metadata, index_of(*((one, f"linux/p{number}") for number, one in enumerate(many))))
+    assert await fetch_all(metadata) is None
+    assert [digest for digest in fetcher.asked if digest not in CONFIGS][::2] == [one.digest for one in many[:200]]
+
+
+# What is not to be had
+
+
+@pytest.mark.parametrize("error", [ManifestUnknown("404"), Denied("not allowed")])
+@on_reactor
+async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock, events: list[LogEvent], error: RegistryError
+) -> None:
+    index = of(A, B, C)
+    fetcher.errors[B.digest] = [error]
+    await look_at(metadata, index)
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked == ["A", "a", "B", "C", "c"]
+    assert (metadata.incomplete, texts(events, LogLevel.warn), texts(events, LogLevel.error)) == (0, [], [])
+    # It is asked for again after an hour.
+    fetcher.asked.clear()
+    clock.advance(3599)
+    await look_at(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, [])
+    clock.advance(1)
+    await look_at(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, ["B", "b"])
+
+
+@on_reactor
+async def test_so_is_a_config(metadata: Metadata, fetcher: Fetcher) -> None:
+    index = of(A, B)
+    fetcher.errors[Digest.of(b"config of A")] = [BlobUnknown("404")]
+    await look_at(metadata, index)
+    assert await fetch_all(metadata) is None
+    await look_at(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "a", "B", "b"])
+
+
+# Failures
+
+
+@on_reactor
+async def test_a_limit_pauses_this_upstream_alone_for_as_long_as_it_says(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
+    fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=600)]
+    await look_at(metadata, of(A, B, C))
+    await look_at(metadata, of(D), ELSEWHERE)
+    assert await fetch_all(metadata) == 600
+    assert (fetcher.asked, metadata.error(HOST), metadata.error(OTHER)) == (
+        ["A", "a", "B"],
+        "reg.example answered 429",
+        "",
+    )
+    assert await fetch_all(metadata, OTHER) is None
+    assert fetcher.asked[3:] == ["D", "d"]
+    clock.advance(599)
+    assert await fetch_all(metadata) == 1
+    assert len(fetcher.asked) == 5
+    clock.advance(1)
+    assert await fetch_all(metadata) is None
+    # What failed comes last.
+    assert fetcher.asked[5:] == ["C", "c", "B", "b"]
+    assert metadata.error(HOST) == ""
+
+
+@on_reactor
+async def test_the_waits_double_up_to_five_minutes_and_begin_anew_after_a_success(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
+    fetcher.errors[A.digest] = [Unavailable("reg.example answered 500")] * 6
+    await look_at(metadata, of(A))
+    waits = []
+    while (wait := await fetch_all(metadata)) is not None:
+        waits.append(wait)
+        clock.advance(wait)
+    assert waits == [30, 60, 120, 240, 300, 300]
+    fetcher.errors[B.digest] = [Unavailable("reg.example answered 500")]
+    await look_at(metadata, of(B))
+    assert await fetch_all(metadata) == 30
+
+
+@on_reactor
+async def test_a_manifest_that_fails_ten_times_is_left_for_an_hour(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
+    index = of(A, B)
+    fetcher.errors[A.digest] = [Unavailable("reg.example answered 500")] * 100
+    await look_at(metadata, index)
+    while (wait := await fetch_all(metadata)) is not None:
+        clock.advance(wait)
+    assert (fetcher.asked.count("A"), fetcher.asked.count("b"), metadata.incomplete) == (10, 1, 0)
+    await look_at(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked.count("A")) == (None, 10)
+    clock.advance(3600)
+    await look_at(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked.count("A")) == (300, 11)
+
+
+@on_reactor
+async def test_on_a_link_that_is_down_none_is_given_up(metadata: Metadata, fetcher: Fetcher, clock: Clock) -> None:
+    fetcher.errors[A.digest] = [LinkDown("no route to reg.example", 5)] * 30
+    await look_at(metadata, of(A, B))
+    waits = []
+    while (wait := await fetch_all(metadata)) is not None:
+        assert metadata.incomplete == 1
+        waits.append(wait)
+        clock.advance(wait)
+    assert len(waits) == 30
+    assert fetcher.asked[-2:] == ["A", "a"]
+
+
+@on_reactor
+async def test_an_index_that_is_looked_at_anew_is_not_there_twice(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
+    index = of(A, B)
+    for _ in range(3):
+        await look_at(metadata, index)
+    assert metadata.incomplete == 1
+    fetcher.errors[A.digest] = [Unavailable("down")]
+    assert await metadata.fetch_next(HOST) == 30
+    await look_at(metadata, index)
+    assert metadata.incomplete == 1
+    clock.advance(30)
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked == ["A", "A", "a", "B", "b"]
+
+
+@on_reactor
+async def test_one_whose_manifests_have_come_meanwhile_is_forgotten(
+    metadata: Metadata, fetcher: Fetcher, store: Store, root: Path
+) -> None:
+    await look_at(metadata, of(A))
+    await store.keep(A, ImageReference(APP, A.digest))
+    (root / "blobs" / Digest.of(b"config of A").hex).write_bytes(b"config of A")
+    await look_at(metadata, of(A))
+    assert (metadata.incomplete, await fetch_all(metadata), fetcher.asked) == (0, None, [])
+
+
+@on_reactor
+async def test_a_failure_while_its_index_is_looked_at_anew_is_not_tried_twice(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = platform("absent")
+    index = index_of((A, "linux/a"), (absent, "linux/absent"))
+
+    async def look_and_fail(image: ImageReference) -> None:
+        await look_at(metadata, index)
+        raise Unavailable("down")
+
+    await look_at(metadata, index, first={absent.digest})
+    with monkeypatch.context() as patch:
+        patch.setattr(fetcher, "fetch_manifest", look_and_fail)
+        assert await metadata.fetch_next(HOST) == 30
+    clock.advance(30)
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked.count(absent.digest) == 1
+
+
+@on_reactor
+async def test_failures_before_a_success_are_forgotten(
+    metadata: Metadata, fetcher: Fetcher, store: Store, root: Path, clock: Clock
+) -> None:
+    for _ in range(2):
+        fetcher.errors[A.digest] = [Unavailable("down")] * 9
+        await look_at(metadata, of(A))
+        while (wait := await fetch_all(metadata)) is not None:
+            clock.advance(wait)
+        assert store.entry(A.digest) is not None
+        record(root, A.digest).unlink()
+        clock.advance(1)
+        await settle(store)
+        assert store.entry(A.digest) is None
