@@ -83,6 +83,10 @@ class Index:
         """The blobs of all images, each once."""
         return tuple({blob.digest: blob for image in self.images for blob in image.blobs}.values())
 
+    def without(self, *platforms: str) -> tuple[Image, ...]:
+        """The images of the other platforms; where these are loaded, the store has a manifest and a config of each."""
+        return tuple(image for image in self.images if image.platform not in platforms)
+
 
 def make_image(
     seed: object,
