@@ -84,7 +84,7 @@ class Index:
         return tuple({blob.digest: blob for image in self.images for blob in image.blobs}.values())
 
     def without(self, *platforms: str) -> tuple[Image, ...]:
-        """The images of the other platforms; where these are loaded, the store has a manifest and a config of each."""
+        """The images of the other platforms. Of these a store keeps the manifests and configs."""
         return tuple(image for image in self.images if image.platform not in platforms)
 
 
