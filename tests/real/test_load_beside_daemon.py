@@ -209,6 +209,26 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
         served(cache.daemon, cache.upstream.host, REPOSITORY, tag, what)
 
 
+def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Cache, tmp_path: Path) -> None:
+    """What is left of it to fetch then is not fetched, since no image needs it."""
+    image = plain_image("pruned", 1000)
+    command(cache.daemon, "load", image_list(tmp_path / "list", publish(cache, v1=image)))
+    for blob in image.blobs:
+        blob_file(cache.daemon, blob.digest).unlink()
+    held = Hold()
+    strange = cache.daemon.image_path / "img" / ("0" * 64)
+    with begun(command_line(cache.daemon, "--log-level=warn", "verify", "--repair"), tmp_path) as repair:
+        with cache.scripted(f"*/{image.config.digest}", held):
+            assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
+            record(cache, image.manifest).unlink()
+            # The command has looked at the store since then when it complains of this.
+            strange.touch()
+            wait_until(lambda: str(strange) in (tmp_path / "stderr").read_text(), SOON, "the command looks")
+        assert repair.wait(SOON * 3) == 0, (tmp_path / "stdout").read_text()
+    assert (tmp_path / "stdout").read_text().endswith(": no image needs it\n")
+    assert not cache.stored(image.layers[0].digest)
+
+
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
 def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Path, running: bool) -> None:
     """So that whoever prunes its tag is rid of it, as before."""
