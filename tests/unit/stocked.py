@@ -178,7 +178,7 @@ def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) ->
     """An inventory of manifests with names and when they were pulled, without files."""
     kept = (
         Kept(
-            Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}),
+            Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
             record_path(root, manifest.digest, is_list=manifest.is_list),
             pulled,
             1000,
