@@ -85,6 +85,10 @@ class Index:
         """The blobs of all images, each once."""
         return tuple({blob.digest: blob for image in self.images for blob in image.blobs}.values())
 
+    def without(self, *platforms: str) -> tuple[Image, ...]:
+        """The images of the other platforms. Of these a store keeps the manifests and configs."""
+        return tuple(image for image in self.images if image.platform not in platforms)
+
 
 def make_image(
     seed: object,

@@ -74,12 +74,12 @@ class V2:
 
     async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
         # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
-        by_client = chain == NOBODY
-        found = await self._cache.manifest(request.image, chain, wanted=by_client)
+        pulls = method == "GET" and chain == NOBODY
+        found = await self._cache.manifest(request.image, chain, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'
-        if method == "GET" and by_client:
+        if pulls:
             self._demand.manifest_requested(found.manifest, request.image, hit=found.hit)
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 

@@ -105,6 +105,12 @@ def parts_of(what: Image | Index, platform: str = "linux/amd64") -> set[str]:
     return {what.manifest.digest, image.manifest.digest, *blobs_of(image)}
 
 
+def with_metadata(what: Index, platform: str = "linux/amd64") -> set[str]:
+    """The digests of what `load` brings for this platform: also the manifests and configs of the others."""
+    others = what.without(platform)
+    return parts_of(what, platform) | {part.digest for one in others for part in (one.manifest, one.config)}
+
+
 def blobs_of(what: Image | Index) -> set[str]:
     """The digests of its configs and layers."""
     return {blob.digest for blob in what.blobs}

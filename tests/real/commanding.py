@@ -119,6 +119,12 @@ def digests(*blobs_of: Image | Index) -> set[str]:
     return {blob.digest for what in blobs_of for blob in what.blobs}
 
 
+def metadata(images: Iterable[Image | Index], *platforms: str) -> tuple[set[str], set[str]]:
+    """The digests of the manifests and of the configs that a store has of an index's other platforms."""
+    others = [one for what in images if isinstance(what, Index) for one in what.without(*platforms)]
+    return {one.manifest.digest for one in others}, {one.config.digest for one in others}
+
+
 def need_root() -> None:
     """Fail where a test cannot become another user: one that did not run shows nothing."""
     if os.geteuid() != 0:

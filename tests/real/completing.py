@@ -30,10 +30,16 @@ def completing_in(folder: Path, *options: str, settings: Mapping[str, object] | 
     assert "unhandled error" not in daemon.log.lower()
 
 
+def health(daemon: Daemon) -> dict[str, int]:
+    """What GET /health counts."""
+    document: dict[str, int] = json.loads(fetch(f"{daemon.url}/health").body)
+    return document
+
+
 def incomplete(daemon: Daemon) -> tuple[int, int]:
     """How many images are incomplete, and how many bytes they lack, as GET /health tells."""
-    health = json.loads(fetch(f"{daemon.url}/health").body)
-    return health["incomplete_images"], health["missing_bytes"]
+    document = health(daemon)
+    return document["incomplete_images"], document["missing_bytes"]
 
 
 def wish_file(daemon: Daemon, manifest: Manifest, number: int = 0) -> Path:
@@ -41,10 +47,16 @@ def wish_file(daemon: Daemon, manifest: Manifest, number: int = 0) -> Path:
     return daemon.image_path / "pulls" / str(number) / f"{manifest.digest.partition(':')[2]}.wish"
 
 
-def wait_complete(daemon: Daemon, blobs: Iterable[Blob], timeout: float = SOON) -> None:
-    """Return when all is there, and nothing is wished for any more."""
+def wait_complete(
+    daemon: Daemon, blobs: Iterable[Blob], timeout: float = SOON, refused: tuple[int, int] = (0, 0)
+) -> None:
+    """Return when all is there, metadata too, and nothing is to be fetched any more.
+
+    `refused` are the images that stay incomplete, and the bytes that these lack.
+    """
     wait_until(lambda: all(blob_file(daemon, blob.digest).exists() for blob in blobs), timeout, "all blobs")
-    wait_until(lambda: incomplete(daemon) == (0, 0), timeout, "nothing is incomplete")
+    wait_until(lambda: incomplete(daemon) == refused, timeout, "nothing else is incomplete")
+    wait_until(lambda: health(daemon)["incomplete_indexes"] == 0, timeout, "all metadata")
     wait_until(lambda: not list(daemon.image_path.glob("pulls/*/*.wish")), timeout, "no wish is left")
 
 

@@ -23,7 +23,7 @@ from tests.client import fetch
 from tests.images import Image, Index
 from tests.namespaces import Namespace
 from tests.peers import DockerRegistry
-from tests.processes import ROOT, answers, wait_until
+from tests.processes import ROOT, answers
 from tests.secure_peers import SecureRegistry, ServerTls
 
 URL = "http://localhost:8080"
@@ -211,7 +211,3 @@ class Machine:
         document = yaml.safe_load(self._namespace.call(lambda: fetch(f"{URL}/health").body))
         assert isinstance(document, dict)
         return document
-
-    def whole(self) -> None:
-        """Wait until the daemon has all of the images that were pulled."""
-        wait_until(lambda: self.health()["incomplete_images"] == 0, _PATIENCE, "whole images")

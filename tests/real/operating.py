@@ -35,6 +35,13 @@ def command(
     return done
 
 
+def verified(daemon: Daemon) -> None:
+    """Run `verify`, which must find nothing damaged, and end with 1 where it finds something missing."""
+    done = command(daemon, "verify", status=None)
+    assert ", 0 damaged" in done.stdout
+    assert done.returncode == (1 if " images are not complete: " in done.stdout else 0), done
+
+
 @contextmanager
 def begun(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A command that goes on until the block ends; what it says is in `folder`, in stdout and stderr."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.client import Response, connect
-from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, Index, make_index
+from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Blob, Index, make_index
 from tests.peers import DockerRegistry
 from tests.processes import Daemon
+from tests.real.completing import wait_complete
 
 # What a Docker engine accepts, each on a line of its own.
 _ACCEPT = (
@@ -49,7 +50,7 @@ def test_skopeo_names_the_upstream_in_the_path(
     skopeo(ref, f"dir:{tmp_path}/first", "--all")
     _assert_copied(tmp_path / "first", index)
     assert f"pulling manifest from upstream: {registry.host}/team/app:v1" in daemon.log
-    _assert_came_once(registry, "team/app", *index.images)
+    _assert_came_once(registry, "team/app", *index.blobs)
     registry.kill()
     skopeo(ref, f"dir:{tmp_path}/again", "--all")
     _assert_copied(tmp_path / "again", index)
@@ -63,7 +64,7 @@ def test_skopeo_leaves_the_upstream_to_default_ns(
     daemon = start_daemon({registry.host: "http"}, "--default-ns", registry.host)
     skopeo(f"{daemon.host}/team/app:v1", f"dir:{tmp_path}/first", "--all")
     _assert_copied(tmp_path / "first", index)
-    _assert_came_once(registry, "team/app", *index.images)
+    _assert_came_once(registry, "team/app", *index.blobs)
     registry.kill()
     skopeo(f"{daemon.host}/team/app:v1", f"dir:{tmp_path}/again", "--all")
     _assert_copied(tmp_path / "again", index)
@@ -80,11 +81,11 @@ def _assert_copied(folder: Path, index: Index) -> None:
     }
 
 
-def _assert_came_once(registry: DockerRegistry, repository: str, *images: Image) -> None:
-    """The registry sent each blob of these images once, and no other."""
-    blobs = f"/v2/{repository}/blobs/"
-    sent = [line.path for line in registry.requests if line.method == "GET" and line.path.startswith(blobs)]
-    assert sorted(sent) == sorted(f"{blobs}{blob.digest}" for image in images for blob in image.blobs)
+def _assert_came_once(registry: DockerRegistry, repository: str, *blobs: Blob) -> None:
+    """The registry sent each of these blobs once, and no other."""
+    paths = f"/v2/{repository}/blobs/"
+    sent = [line.path for line in registry.requests if line.method == "GET" and line.path.startswith(paths)]
+    assert sorted(sent) == sorted(f"{paths}{blob.digest}" for blob in blobs)
 
 
 def test_a_client_that_tries_tls_first_is_told_at_once(start_daemon: StartDaemon) -> None:
@@ -108,11 +109,16 @@ def _hello() -> bytes:
 def test_a_docker_engine_with_registry_mirrors(
     registry: DockerRegistry, start_daemon: StartDaemon, index: Index
 ) -> None:
-    """What it asks a mirror for gets what it insists on, and again when the registry is gone."""
+    """What it asks a mirror for gets what it insists on, and again when the registry is gone.
+
+    Of the other platform come the manifest and the config.
+    """
     registry.push("library/app", index, "v1")
     daemon = start_daemon({registry.host: "http"}, "--default-ns", registry.host)
     _pull_as_docker_does(daemon, index)
-    _assert_came_once(registry, "library/app", index.images[0])
+    image, other = index.images
+    wait_complete(daemon, [*image.blobs, other.config])
+    _assert_came_once(registry, "library/app", *image.blobs, other.config)
     registry.kill()
     _pull_as_docker_does(daemon, index)
 

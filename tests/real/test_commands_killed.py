@@ -31,6 +31,7 @@ from tests.real.operating import (
     is_whole,
     lost_blobs,
     nothing_wrong_is_in,
+    verified,
 )
 from tests.real.scripted import SOON
 from tests.upstream import ScriptedRegistry
@@ -115,7 +116,7 @@ def seconds_of(argv: list[str], folder: Path) -> float:
 
 def assert_sound(scene: Scene, before: Contents) -> None:
     """After a kill: what was not to go has all that it had, and nothing is wrong in the store."""
-    assert "0 damaged" in command(scene.daemon, "verify").stdout
+    verified(scene.daemon)
     after = contents(scene.root)
     assert not lost_blobs(before, after)
     for tag, what in scene.published.items():

@@ -76,7 +76,7 @@ def test_twenty_clients_of_a_cold_tag(upstream: ScriptedRegistry, start_daemon: 
     assert [answer.headers["Docker-Content-Digest"] for answer in answers] == [index.manifest.digest] * _CLIENTS
     assert bodies == [index.manifest.data] * _CLIENTS
     assert upstream.count(path=path) == 1
-    assert daemon.log.count("pulling manifest from upstream: ") == 1
+    assert daemon.log.count(f"pulling manifest from upstream: {upstream.host}/team/app:v1") == 1
     assert _outcomes(daemon, path) == ["miss"] * _CLIENTS
 
 

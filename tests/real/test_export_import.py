@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
-from tests.real.carrying import Place, blobs_of, in_archive, parts_of, pull_offline
+from tests.real.carrying import Place, blobs_of, in_archive, parts_of, pull_offline, with_metadata
 
 INDEX = make_index("carried/index")
 DOCKER = make_index("carried/docker", docker=True)
@@ -103,14 +103,14 @@ def test_what_a_list_has_keeps_its_own_dates(
 def test_what_a_pattern_takes_of_a_list_is_all_that_the_store_has_of_it(
     registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """Its images come along though the pattern does not match them by themselves; other images do not."""
+    """Its images and metadata come along though the pattern does not match them; other images do not."""
     registry.push("team/index", INDEX, "v1")
     registry.push("team/other", OTHER, "v1")
     here.bring(f"{registry.host}/team/index:v1", f"{registry.host}/team/other:v1")
     registry.kill()
     archive = tmp_path / "some.tar"
     here.done("export", "--pattern", "index:v1$", "-o", str(archive))
-    assert in_archive(archive) == parts_of(INDEX)
+    assert in_archive(archive) == with_metadata(INDEX)
     there.done("load", str(archive))
     with there.daemon() as daemon:
         assert pull_offline(daemon, containerd, f"{registry.host}/team/index:v1") == parts_of(INDEX)

@@ -41,11 +41,11 @@ def test_first_pull(
         return re.sub(r"\b[0-9a-f]{64}\b", "<hex>", done.stdout.replace(registry.host, _UPSTREAM))
 
     assert run(commands) == shown
-    assert "hit" not in _outcomes(daemon)
+    assert _outcomes(daemon, "v1.29.1") == ["miss"]
     run(commands.splitlines()[0] + "\n" + again)
-    wait_until(lambda: _outcomes(daemon)[-1] == "hit", 10, "the second request is a hit")
-    assert _outcomes(daemon)[:-1] == ["miss", "miss"]
+    wait_until(lambda: len(_outcomes(daemon, "v1.29.1")) == 2, 10, "the second request")
+    assert _outcomes(daemon, "v1.29.1") == ["miss", "hit"]
 
 
-def _outcomes(daemon: Daemon) -> list[str]:
-    return re.findall(r"GET /v2/\S+ ns=\S+ 200 .* (hit|miss)$", daemon.log, re.MULTILINE)
+def _outcomes(daemon: Daemon, reference: str) -> list[str]:
+    return re.findall(rf"GET /v2/\S+/{re.escape(reference)} ns=\S+ 200 .* (hit|miss)$", daemon.log, re.MULTILINE)

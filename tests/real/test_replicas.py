@@ -65,7 +65,8 @@ def test_a_tag_that_moved_on_one_wins_on_both_and_the_other_takes_over(
         wait_until(lambda: tag_means(two, registry, "team/app") == V2.manifest.digest, 30, "the second one asks anew")
         assert containerd.pull(other, hosts).returncode == 0
         for image in V2.images:
-            fetch(f"{two.url}/v2/team/app/manifests/{image.manifest.digest}?ns={registry.host}")
+            for path in (f"manifests/{image.manifest.digest}", f"blobs/{image.layers[0].digest}"):
+                fetch(f"{two.url}/v2/team/app/{path}?ns={registry.host}")
         wait_until(lambda: '"incomplete_images": 0' in fetch(f"{two.url}/health").body.decode(), 30, "whole images")
         assert tag_means(one, registry, "team/app") == V1.manifest.digest
 

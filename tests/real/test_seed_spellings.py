@@ -22,6 +22,7 @@ from tests.real.commanding import (
     blobs_in,
     contents,
     digests,
+    metadata,
     records_in,
     shell_in,
     succeeded,
@@ -69,6 +70,13 @@ def platform_of(url: str, platform: str = "linux/amd64") -> Image:
     """The image of a platform."""
     what = IMAGES[url]
     return what if isinstance(what, Image) else next(one for one in what.images if one.platform == platform)
+
+
+def stored(*urls: str) -> tuple[set[str], set[str]]:
+    """The digests of the records and of the blobs that a store has, which was loaded for one platform."""
+    records, configs = metadata((IMAGES[url] for url in urls), "linux/amd64")
+    records |= {what.manifest.digest for url in urls for what in (IMAGES[url], platform_of(url))}
+    return records, configs | digests(*map(platform_of, urls))
 
 
 def rows_of(*urls: str) -> dict[str, str]:
@@ -122,16 +130,13 @@ def shell(loaded: Loaded, tmp_path: Path) -> Shell:
 
 
 def test_load_images_brings_the_lists_and_the_images_of_the_platform(loaded: Loaded) -> None:
+    """Of the other platforms it brings the manifests and the configs, which `list` does not show."""
     assert loaded.done.returncode == 0, loaded.done
     lines = loaded.done.stdout.splitlines()
     assert lines[-1] == "6 loaded, 0 already there, 0 failed"
     assert {line.split(": ")[1] for line in lines[:-1]} == set(IMAGES)
     assert all(line.startswith("loaded: ") for line in lines[:-1])
-    wanted = [platform_of(url) for url in IMAGES]
-    assert blobs_in(loaded.shell.store) == digests(*wanted)
-    assert records_in(loaded.shell.store) == {
-        manifest.digest for url, what in IMAGES.items() for manifest in (what.manifest, platform_of(url).manifest)
-    }
+    assert (records_in(loaded.shell.store), blobs_in(loaded.shell.store)) == stored(*IMAGES)
     assert {url: kind for url, (kind, _) in loaded.shell.listed().items()} == rows_of(*IMAGES)
 
 
@@ -150,9 +155,10 @@ def test_load_images_of_another_architecture_adds_just_that(loaded: Loaded, shel
     done = shell.piped("--load-images $PWD/arms --arch arm64 --os linux")
     assert succeeded(done).splitlines()[-1] == "2 loaded, 0 already there, 0 failed"
     arms = [platform_of(url, "linux/arm64") for url in (TYPHA, DASHBOARD)]
-    assert blobs_in(shell.store) == digests(*map(platform_of, IMAGES), *arms)
-    # The lists were there.
-    assert len(loaded.registry.requests) == asked + sum(1 + len(arm.blobs) for arm in arms)
+    records, blobs = stored(*IMAGES)
+    assert (records_in(shell.store), blobs_in(shell.store)) == (records, blobs | digests(*arms))
+    # The lists were there, and the manifests and configs of all that they list.
+    assert len(loaded.registry.requests) == asked + sum(len(arm.layers) for arm in arms)
 
 
 def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, shell: Shell) -> None:
@@ -224,7 +230,7 @@ def test_prune_takes_what_the_dry_run_says(shell: Shell, spelled: str, gone: tup
     assert did == would
     stay = [url for url in IMAGES if url not in gone]
     assert {url: kind for url, (kind, _) in shell.listed().items()} == rows_of(*stay)
-    assert blobs_in(shell.store) == digests(*map(platform_of, stay))
+    assert (records_in(shell.store), blobs_in(shell.store)) == stored(*stay)
     freed = sum(len(data) for _, _, data in before.values()) - sum(
         len(data) for _, _, data in contents(shell.store).values()
     )

@@ -10,7 +10,7 @@ import pytest
 from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, wait_until
-from tests.real.completing import completing_in, incomplete, lines, wait_complete, wish_file
+from tests.real.completing import completing_in, health, incomplete, lines, wait_complete, wish_file
 from tests.real.scripted import (
     SOON,
     Cache,
@@ -21,6 +21,8 @@ from tests.real.scripted import (
 )
 from tests.upstream_rules import Drip, Hold, Reply
 
+DECIDED = 120.0
+"""Seconds in which it is decided which platform of an index is completed; it takes 30 after the last request."""
 STANDS = 5.0
 """Seconds after which a download stands still that is told to: what is in the kernel's hands has come."""
 
@@ -44,12 +46,12 @@ def asked_for(cache: Cache, repository: str, what: Image | Index) -> int:
     return sum(cache.sent(path) for path in blob_paths(repository, what))
 
 
-def completed_another(cache: Cache, repository: str) -> None:
+def completed_another(cache: Cache, repository: str, refused: tuple[int, int] = (0, 0)) -> None:
     """Let the daemon complete one more image: whatever it wanted before, it has begun with by then."""
     another = plain_image(f"{repository}, after it", 100)
     cache.upstream.add(f"{repository}/after", another, "1")
     assert cache.ask(f"{repository}/after/manifests/1").status == 200
-    wait_complete(cache.daemon, another.blobs)
+    wait_complete(cache.daemon, another.blobs, refused=refused)
 
 
 def test_what_containerd_has_already_comes_too(
@@ -78,30 +80,53 @@ def test_what_containerd_has_already_comes_too(
     assert {blob.digest for blob in image.blobs} <= containerd.content
 
 
-def test_two_requests_bring_the_image_of_a_platform(cache: Cache, repository: str, index: Index) -> None:
-    """The list and one of its manifests: the blobs of that one, the smallest first, and each once."""
+def test_a_layer_brings_the_image_of_a_platform(cache: Cache, repository: str, index: Index) -> None:
+    """The blobs of that one, the smallest first, and each once; of the other its manifest and its config."""
     wanted, other = index.images
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
     path = f"{repository}/manifests/{wanted.manifest.digest}"
     assert cache.ask(path).body == wanted.manifest.data
-    wait_complete(cache.daemon, wanted.blobs)
-    assert asked_for(cache, repository, other) == 0
+    (asked, *_) = wanted.layers
+    assert cache.ask(f"{repository}/blobs/{asked.digest}").body == asked.data
+    wait_complete(cache.daemon, [*wanted.blobs, other.config])
     gets = [request.path for request in cache.upstream.requests if f"/v2/{repository}/blobs/" in request.path]
-    by_size = sorted(wanted.blobs, key=lambda blob: len(blob.data))
-    assert len(gets) == len(by_size)
-    assert gets[0].endswith(by_size[0].digest)
+    got = [path.rpartition("/")[2] for path in gets]
+    assert sorted(got) == sorted([*(blob.digest for blob in wanted.blobs), other.config.digest])
+    by_size = sorted({*wanted.blobs} - {asked}, key=lambda blob: len(blob.data))
+    assert [digest for digest in got if digest not in (asked.digest, other.config.digest)] == [
+        blob.digest for blob in by_size
+    ]
+    assert cache.sent(f"{repository}/manifests/{other.manifest.digest}") == 1
     # Nobody asks for the image again once it is whole.
     assert cache.ask(path).body == wanted.manifest.data
     completed_another(cache, repository)
-    assert asked_for(cache, repository, index) == len(by_size)
+    assert asked_for(cache, repository, index) == len(got)
 
 
-def test_neither_a_list_nor_a_head_brings_a_blob(cache: Cache, repository: str, image: Image, index: Index) -> None:
+def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, repository: str, index: Index) -> None:
+    """After 30 s, where no layer was; until then the image is pending, and that is noted on disk."""
+    _, wanted = index.images
+    other = index.images[0]
+    assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
+    assert cache.ask(f"{repository}/manifests/{wanted.manifest.digest}").body == wanted.manifest.data
+    wait_until(wish_file(cache.daemon, wanted.manifest).exists, SOON, "it is noted")
+    document = health(cache.daemon)
+    assert (document["incomplete_images"], document["pending_images"]) == (1, 1)
+    wait_complete(cache.daemon, [*wanted.blobs, other.config], DECIDED)
+    assert health(cache.daemon)["pending_images"] == 0
+    assert asked_for(cache, repository, other) == 1
+
+
+def test_neither_a_list_nor_a_head_brings_a_layer(cache: Cache, repository: str, image: Image, index: Index) -> None:
+    """Of a list come the manifests and configs of all platforms."""
     assert cache.ask(f"{repository}/manifests/list").status == 200
     assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
     assert cache.ask(f"{repository}/manifests/{index.images[0].manifest.digest}", "HEAD").status == 200
     completed_another(cache, repository)
-    assert asked_for(cache, repository, image) + asked_for(cache, repository, index) == 0
+    assert asked_for(cache, repository, image) == 0
+    gets = [request.path for request in cache.upstream.requests if f"/v2/{repository}/blobs/" in request.path]
+    assert sorted(gets) == sorted(f"/v2/{repository}/blobs/{one.config.digest}" for one in index.images)
+    assert health(cache.daemon)["pending_images"] == 0
 
 
 def test_a_hit_completes_an_image_too(cache: Cache, repository: str, image: Image) -> None:
@@ -131,6 +156,7 @@ def test_blobs_with_urls_of_their_own_are_not_fetched(cache: Cache, repository: 
 
 
 def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
+    """What is missing is told all the same, also by the next process."""
     image = plain_image("incomplete", 5000)
     with completing_in(tmp_path, "--no-complete-images") as cache:
         cache.upstream.add("team/app", image, "1")
@@ -140,19 +166,26 @@ def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
         look_twice(cache)
         assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
         assert not wish_file(cache.daemon, image.manifest).exists()
-        assert incomplete(cache.daemon) == (0, 0)
+        assert incomplete(cache.daemon)[0] == 1
+        cache.daemon.terminate()
+        cache.daemon.start()
+        wait_until(lambda: incomplete(cache.daemon) == (1, len(image.config.data)), SOON, "it is told")
+        look_twice(cache)
+        assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
     assert lines(cache.daemon, "info", "completing") == []
 
 
-def test_an_upstream_that_lacks_a_blob(cache: Cache, repository: str, image: Image) -> None:
-    """The image is given up with one warning, and the upstream is not asked again and again."""
-    since = cache.log_size
+def test_an_upstream_that_lacks_a_blob(own_cache: Cache, repository: str) -> None:
+    """The image stays incomplete, with one warning, and the upstream is not asked again and again."""
+    cache, image = own_cache, plain_image("lacking", 5000)
+    cache.upstream.add(repository, image, "1")
     cache.upstream.script(f"*/{image.config.digest}", Reply(404))
     assert cache.ask(f"{repository}/manifests/1").status == 200
-    wait_until(lambda: lines(cache.daemon, "warn", "stays incomplete", since=since), SOON, "a warning")
-    wait_complete(cache.daemon, [])
-    completed_another(cache, repository)
-    (warning,) = lines(cache.daemon, "warn", since=since)
+    wait_until(lambda: lines(cache.daemon, "warn", "stays incomplete"), SOON, "a warning")
+    refused = 1, len(image.config.data)
+    wait_complete(cache.daemon, image.layers, refused=refused)
+    completed_another(cache, repository, refused)
+    (warning,) = lines(cache.daemon, "warn")
     assert f"{cache.upstream.host}/{repository}@{image.manifest.digest}" in warning
     assert image.config.digest in warning
     assert cache.sent(f"{repository}/blobs/{image.config.digest}") == 1
