@@ -87,12 +87,13 @@ async def test_what_we_write_during_a_look_is_not_lost(
 
     with monkeypatch.context() as patch:
         patch.setattr(RecordFiles, "look", look_slowly)
+        due = len(clock.getDelayedCalls())
         clock.advance(1)
         await until(has_read.is_set)
         await store.keep(IMAGE, NGINX)
         await store.keep(OTHER, NGINX)
         go_on.set()
-        await until(clock.getDelayedCalls)
+        await until(lambda: len(clock.getDelayedCalls()) == due)
     for _ in range(2):
         assert await store.manifest(NGINX) == OTHER
         assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
