@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
+from hypothesis import HealthCheck, settings
 from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from zope.interface import implementer
@@ -27,6 +28,11 @@ from tests.unit.doubles import REACTOR
 from tests.unit.registries import MemoryRegistries
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
+
+
+# A busy machine is no failure.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_collection_finish() -> None:
