@@ -337,8 +337,8 @@ class Store:
         """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
         return self._catalogue.uses(blob)
 
-    def naming(self, blob: Digest) -> Collection[Digest]:
-        """The manifests that name this blob."""
+    def naming(self, blob: Digest) -> Mapping[Digest, int]:
+        """Return the manifests that name this blob, and the size in bytes that they give it."""
         return self._catalogue.naming(blob)
 
     # Upkeep
