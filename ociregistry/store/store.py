@@ -78,7 +78,7 @@ class Store:
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
         self._pulls = PullsFolder(self._root, self._files, adopts=adopts)
-        self._records = RecordFiles(self._root, self._pulls, self._files)
+        self._records = RecordFiles(self._root, self._pulls, self._files, self._space.spend)
         if adopts:
             self._adopt()
         self._files.sync_folder(self._root)
