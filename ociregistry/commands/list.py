@@ -93,8 +93,8 @@ class Line:
 
     @property
     def is_metadata(self) -> bool:
-        """Whether it is an image that is only here since an index names it."""
-        return self._inventory.is_metadata(self._manifest.digest)
+        """Whether it is an image whose layers do not belong into the store."""
+        return not self._manifest.is_list and not self._inventory.is_wanted(self._manifest.digest)
 
     @cached_property
     def _images(self) -> list[Manifest]:

@@ -175,10 +175,8 @@ class PullThrough:
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
         manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked, manner)
         is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
-        # What other caches pull counts as wanted when a layer has come.
-        unsaid = manifest.is_list or (is_child and chain != NOBODY)
         try:
-            await self._store.keep(manifest, image, wanted=None if unsaid else wanted and not is_child)
+            await self._store.keep(manifest, image, wanted=None if manifest.is_list else wanted and not is_child)
         except OSError as error:
             raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
         return manifest

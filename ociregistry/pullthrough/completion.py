@@ -169,6 +169,9 @@ class Completion:
                 await self._check_index(digest)
             elif entry is None or not lacking.get(digest) or not self._completes(digest):
                 self._is_complete(digest)
+                if entry is None and self._metadata is not None:
+                    # It may have been an index, which went while its metadata was being fetched.
+                    self._metadata.forget(digest)
             else:
                 await self._is_incomplete(digest, lacking[digest])
 

@@ -80,21 +80,25 @@ class Demand:
 
         Where several images have it, such as a layer of a base image, it is for those that were asked for of late.
         """
-        naming = {image: self._store.entry(image) for image in self._store.naming(digest)}
-        entries = {image: entry for image, entry in naming.items() if entry is not None and digest in entry.layers}
-        for image, entry in entries.items():
-            if entry.wanted and not self._indexes:
-                continue
-            if len(entries) > 1 and not any(image in requests.images for requests in self._indexes.values()):
+        naming = self._store.naming(digest)
+        # A layer may be in thousands of images, and this is done at each hit: only those of late are looked at.
+        images = naming if len(naming) == 1 else self._asked_for_of_late & naming.keys()
+        for image in images:
+            entry = self._store.entry(image)
+            if entry is None or digest not in entry.layers or (entry.wanted and not self._indexes):
                 continue
             indexes = self._store.indexes(image)
             if not self._is_shared(digest, image, indexes):
                 self._begin(self._layer_requested(image, repository, indexes))
 
+    @property
+    def _asked_for_of_late(self) -> set[Digest]:
+        return {image for requests in self._indexes.values() for image in requests.images}
+
     def _is_shared(self, layer: Digest, image: Digest, indexes: Iterable[Digest]) -> bool:
         """Tell whether another image of the same indexes has the layer too: then it decides nothing."""
         siblings = {child.digest for child in self._children(indexes)} - {image}
-        entries = [self._store.entry(sibling) for sibling in siblings & set(self._store.naming(layer))]
+        entries = [self._store.entry(sibling) for sibling in siblings & self._store.naming(layer).keys()]
         return any(entry is not None and layer in entry.layers for entry in entries)
 
     async def _child_requested(

@@ -87,12 +87,13 @@ class Metadata:
         now = self._clock.seconds()
         digests = [child.digest for child in candidates if self._unknown.get(child.digest, now) <= now]
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
-        self._forget(index)
+        self.forget(index)
         if missing:
             missing = sorted(missing, key=lambda child: child not in first)
             self._queues.setdefault(repository.upstream, deque()).append(_Index(index, repository, deque(missing)))
 
-    def _forget(self, index: Digest) -> None:
+    def forget(self, index: Digest) -> None:
+        """Fetch nothing more of an index."""
         for upstream, queue in list(self._queues.items()):
             kept = deque(one for one in queue if one.digest != index)
             if kept:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -88,7 +88,11 @@ def read_record(path: Path) -> Record:
 class RecordFiles:
     """The folders fat/ and img/ below `root`; `pulls` is this process's own folder, for temporary files."""
 
-    def __init__(self, root: Path, pulls: PullsFolder, files: Files) -> None:
+    def __init__(
+        self, root: Path, pulls: PullsFolder, files: Files, spend: Callable[[int], object] = lambda count: None
+    ) -> None:
+        """`spend` is called with the bytes of a new record, and raises `OSError` where there is no room for it."""
+        self._spend = spend
         self._root = root
         self._pulls = pulls
         self._files = files
@@ -124,7 +128,7 @@ class RecordFiles:
                 return None
             before = existing or Record(manifest, {}, wanted)
             record = before.confirm(image, confirmed, created, wanted=wanted)
-            self._put(path, record)
+            self._put(path, record, new=existing is None)
         return record
 
     def want(self, digest: Digest, wanted: bool) -> Record | None:
@@ -155,8 +159,11 @@ class RecordFiles:
             self._put(path, record)
         return record
 
-    def _put(self, path: Path, record: Record) -> None:
-        self._files.put(path, record.render(), self._pulls.path / f"{path.name}.record")
+    def _put(self, path: Path, record: Record, *, new: bool = False) -> None:
+        data = record.render()
+        if new:
+            self._spend(len(data))
+        self._files.put(path, data, self._pulls.path / f"{path.name}.record")
 
     def _existing(self, path: Path) -> Record | None:
         try:
@@ -209,12 +216,16 @@ class RecordFiles:
 def is_wanted(record: Record, blobs: Path) -> bool:
     """Tell whether the layers of the image belong into the store, whose blobs are in the folder `blobs`.
 
-    One whose record does not say is wanted when it is known by a tag, or when a layer of it is here. Blocks.
+    One whose record does not say is wanted when it is known by a tag, or when a layer of it is here; one that is not
+    wanted counts as wanted when all its layers are here, as other caches have pulled it through this one. Blocks.
     """
-    if record.wanted is not None:
-        return record.wanted
+    if record.wanted:
+        return True
     layers = record.manifest.layers
-    return record.has_tag or not layers or any(size_of_blob(blobs / layer.hex) is not None for layer in layers)
+    here = (size_of_blob(blobs / layer.hex) is not None for layer in layers)
+    if record.wanted is None:
+        return record.has_tag or not layers or any(here)
+    return bool(layers) and all(here)
 
 
 def signatures(folder: Path) -> list[tuple[Path, Signature]]:

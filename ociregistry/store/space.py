@@ -107,6 +107,15 @@ class Space:
             self._free -= count
             claim.left = max(0, claim.left - count)
 
+    def spend(self, count: int) -> None:
+        """Note that `count` bytes are about to be written at once, without a claim.
+
+        Blocks. Raises: `OSError` (ENOSPC) when that would leave less than the reserve.
+        """
+        with self._lock:
+            self._ensure(count, 0)
+            self._free -= count
+
     def release(self, claim: Claim) -> None:
         """End the claim. Does not block: it takes no lock."""
         self._claims.discard(claim)

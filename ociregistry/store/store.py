@@ -78,7 +78,7 @@ class Store:
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
         self._pulls = PullsFolder(self._root, self._files, adopts=adopts)
-        self._records = RecordFiles(self._root, self._pulls, self._files)
+        self._records = RecordFiles(self._root, self._pulls, self._files, self._space.spend)
         if adopts:
             self._adopt()
         self._files.sync_folder(self._root)
@@ -337,8 +337,8 @@ class Store:
         """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
         return self._catalogue.uses(blob)
 
-    def naming(self, blob: Digest) -> Collection[Digest]:
-        """The manifests that name this blob."""
+    def naming(self, blob: Digest) -> Mapping[Digest, int]:
+        """Return the manifests that name this blob, and the size in bytes that they give it."""
         return self._catalogue.naming(blob)
 
     # Upkeep

@@ -106,10 +106,13 @@ class Verifier:
         total = sum(sizes.values())
         for path in sizes:
             await self._verify_blob(path, findings, max_rate, lambda: came(findings.bytes, total))
+        children = {child.digest for record in images.values() for child in record.manifest.children}
         for digest, record in images.items():
             wanted, lacking = await self._threads.read(_lacking, self._root / "blobs", record)
-            if lacking:
-                (findings.missing if wanted else findings.missing_metadata)[digest] = lacking
+            if lacking and wanted:
+                findings.missing[digest] = lacking
+            elif lacking and digest in children:
+                findings.missing_metadata[digest] = lacking
         return findings
 
     async def _verify_record(self, path: Path, findings: Findings) -> Record | None:

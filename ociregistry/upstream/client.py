@@ -108,7 +108,7 @@ class Client:
             if Origin.of(response.url) == asked.own:
                 self._rate_limit.note(response)
             if response.status == 429:
-                self._rest(response)
+                self._rest(response, manner)
             if response.status != 401:
                 return response
             scope = Origin.of(response.url), repository
@@ -121,7 +121,10 @@ class Client:
                 return response
             await response.discard()
 
-    def _rest(self, response: Response) -> None:
+    def _rest(self, response: Response, manner: Manner) -> None:
+        # Whoever asks with the lowest priority waits by itself; for that alone, nobody else is turned away.
+        if manner.last:
+            return
         self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
 
     async def _send(self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner) -> _Asked:
@@ -204,7 +207,7 @@ class Client:
         if response.status == 200:
             return await response.collect(LARGEST_TOKEN)
         if response.status == 429:
-            self._rest(response)
+            self._rest(response, manner)
         await response.discard()
         kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
         raise kind(f"{self._name}: its token service answered {response.status}", response.retry_after)

@@ -142,6 +142,14 @@ def test_an_image_that_no_index_names_is_no_metadata(stock: Stock, commands: Com
     assert [line.split()[0] for line in commands("list")] == sorted(map(name, (PULLED, METADATA, STATEMENT)))
 
 
+def test_an_image_that_was_only_asked_for_by_head_is_listed_and_lacks_nothing(
+    stock: Stock, commands: Commands
+) -> None:
+    stock.put(image_of(b"config of head", b"layer of head"), "head:1", created=day(1), wanted=False)
+    assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED), "head:1"]
+    assert commands.states()["head:1"][1:] == ["-", "metadata"]
+
+
 def test_a_tag_is_listed_and_pruned_whatever_it_means(stock: Stock, commands: Commands) -> None:
     """As of what another cache pulled by its tag, which is wanted there."""
     stock.put(METADATA, "app:1-arm64", created=day(1))

@@ -213,3 +213,14 @@ async def test_layers_of_metadata_are_not_missing_but_of_an_old_record_they_are(
     assert not whole
     whole, _ = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(ARM64.layers[1]))
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@on_reactor
+async def test_an_image_that_was_only_asked_for_by_head_lacks_nothing(
+    stock: Stock, verify: Verifying, repair: bool
+) -> None:
+    """Its layers are not wanted, and no index has it: neither the daemon nor a repair has anything to fetch."""
+    stock.put(manifest(OVER), "other:1", wanted=False)
+    whole, lines = await verify(repair=repair)
+    assert (whole, len(lines), verify.asked) == (True, 1, [])

@@ -421,3 +421,27 @@ async def test_a_blob_that_no_image_has_says_nothing(demands: Demands, store: St
     demands.demand.blob_requested(image(f"{APP}:1").repository, Digest.of(b"unknown too"))
     await settle(store)
     assert (demands.completing, demands.pending) == ([], [])
+
+
+@on_reactor
+async def test_a_layer_of_very_many_images_costs_no_more_than_those_that_were_asked_for(
+    demands: Demands, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every build on the same base has its layers, and a hit must not look at all of them."""
+    await demands.get(INDEX, tag="1")
+    await demands.get(AMD64)
+    for number in range(200):
+        await store.keep(image_of(b"%d" % number, OWN_AMD64), image(f"{APP}/{number}:1"), wanted=False)
+    await settle(store)
+    looked_at = list[Digest]()
+    entry = store.entry
+
+    def looking_up(digest: Digest) -> object:
+        looked_at.append(digest)
+        return entry(digest)
+
+    monkeypatch.setattr(store, "entry", looking_up)
+    demands.ask_for_layers(OWN_AMD64)
+    assert len(looked_at) < 50
+    await settle(store)
+    assert demands.completing == ["linux/amd64"]

@@ -16,12 +16,13 @@ from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.inventory import Inventory
 from ociregistry.store.store import Store
 from ociregistry.web.answers import Answer
 from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
-from tests.unit.demands import AMD64, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
-from tests.unit.doubles import REACTOR, on_reactor, until
+from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
+from tests.unit.doubles import REACTOR, image, on_reactor, until
 from tests.unit.loads import image_of, index_of, settle
 from tests.unit.registries import MemoryRegistries
 from tests.unit.test_web_v2 import ask
@@ -324,12 +325,34 @@ async def test_what_another_cache_asks_for_is_not_wanted(api: Api, demands: Dema
 async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
     await api.manifests(*ALL, chain=CACHE)
+    for layer in (SHARED, OWN_ARM64):
+        await api.blob(layer, chain=CACHE)
+        # Of no other platform that has the shared layer, either.
+        await demands.wait(1)
+        await demands.wait()
+        assert (demands.pending, demands.completing) == ([], [])
+
+
+@pytest.mark.parametrize("as_metadata", [False, True])
+@on_reactor
+async def test_what_another_cache_has_pulled_counts_as_pulled_when_all_its_layers_are_here(
+    api: Api, demands: Demands, as_metadata: bool
+) -> None:
+    """Whether the manifest came for that cache or, a moment before, as metadata of the index."""
+    await api.manifests(INDEX, tag="1", chain=CACHE)
+    if as_metadata:
+        for one in ALL:
+            await demands.store.keep(one, image(f"{APP}@{one.digest}"), wanted=False)
+    await api.manifests(*ALL, chain=CACHE)
+    await api.blob(SHARED, chain=CACHE)
+    assert listed(demands) == []
     await api.blob(OWN_ARM64, chain=CACHE)
-    assert (demands.pending, demands.completing) == ([], [])
-    # A layer is here: the image counts as one of before.
-    await demands.wait(1)
-    await until(lambda: ARM64.digest in demands.store.wishes)
-    assert demands.completing == ["linux/arm64"]
+    assert listed(demands) == [ARM64.digest]
+
+
+def listed(demands: Demands) -> list[Digest]:
+    """The images that `list` prints, and `prune` and `export` name."""
+    return [row.kept.manifest.digest for row in Inventory.read(demands.root).rows if not row.has_tag]
 
 
 # Policies

@@ -18,7 +18,8 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Store
-from tests.unit.doubles import manifest, on_reactor, until
+from tests.images import make_image
+from tests.unit.doubles import image, manifest, on_reactor, record, until
 from tests.unit.registries import MemoryRegistries, landed
 from tests.unit.test_pullthrough_download import (
     APP,
@@ -78,18 +79,13 @@ async def test_a_blob_that_has_no_room_frees_its_connection(
     assert sending.connection.closed
 
 
-@pytest.fixture
-def full(open_store: Callable[..., Store]) -> Store:
-    """A store whose disk is kept in reserve, all of it."""
-    return open_store(reserve=Reserve(1.0))
-
-
 @on_reactor
 async def test_a_size_that_a_manifest_tells_and_that_does_not_fit_is_refused_before_anybody_is_asked(
-    full: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
+    store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    await full.keep(manifest(BUILT), APP)
-    cache = PullThrough(full, upstreams, clock)
+    await store.keep(manifest(BUILT), APP)
+    store.use(Reserve(1.0))
+    cache = PullThrough(store, upstreams, clock)
     with pytest.raises(Unavailable, match=f"{WHERE}: cannot be stored: the disk of .*: {SIZE} bytes are needed"):
         await get(cache)
     assert (upstreams.asked, partials(root)) == ([], [])
@@ -146,3 +142,24 @@ async def test_two_that_fit_one_by_one_do_not_fit_together(
     (await again).content.close()
     sending.end()
     await landed(cache)
+
+
+@on_reactor
+async def test_a_manifest_that_has_no_room_is_not_kept_and_what_is_known_may_be_noted_anew(
+    store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    """Manifests have up to 8 MiB, and a client may ask for any number of them: they leave the reserve, too."""
+    cache = PullThrough(store, upstreams, clock)
+    await store.keep(manifest(BUILT), APP)
+    store.use(Reserve(1.0))
+    clock.advance(1)
+    new = make_image("new")
+    asked = Deferred.fromCoroutine(cache.manifest(image("reg.example/team/app:2")))
+    await until(lambda: upstreams.calls)
+    upstreams[0].answer(manifest(new))
+    with pytest.raises(Unavailable, match=r"cannot be stored: the disk of .* are kept in reserve"):
+        await asked
+    assert not record(root, manifest(new).digest).exists()
+    # What the store holds already goes on, under other names too.
+    assert await store.keep(manifest(BUILT), image("reg.example/team/app:3"))
+    assert b"team/app:3" in record(root, manifest(BUILT).digest).read_bytes()

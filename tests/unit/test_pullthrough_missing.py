@@ -17,6 +17,7 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
 from ociregistry.pullthrough.metadata import Metadata
+from ociregistry.store.recordfiles import record_path
 from ociregistry.store.store import Store
 from tests.unit.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, Fetching, wishes
 from tests.unit.demands import AMD64, ARM64, INDEX, S390X
@@ -431,3 +432,22 @@ async def test_platforms_that_are_told_are_completed_and_no_others(
     await until(lambda: not store.wishes)
     await settle(store)
     assert (S390X.digest in fetcher.asked) == metadata
+
+
+@on_reactor
+async def test_of_an_index_that_has_gone_nothing_more_is_fetched(
+    complete: Complete, fetcher: Fetcher, store: Store, root: Path, clock: Clock
+) -> None:
+    """It was pruned while the upstream was waited for; what it named would come back without it."""
+    index = index_of((A, "linux/a"), (B, "linux/b"))
+    fetcher.errors[A.digest] = [Unavailable("down")]
+    completion = complete()
+    await store.keep(index, image("reg.example/index:1"))
+    await settle(store)
+    assert (fetcher.asked, completion.incomplete) == (["A"], Incomplete(0, 0, indexes=1))
+    record_path(root, index.digest, is_list=True).unlink()
+    await look(store, clock)
+    assert completion.incomplete == Incomplete(0, 0)
+    for _ in range(10):
+        await look(store, clock, 60)
+    assert fetcher.asked == ["A"]

@@ -135,7 +135,8 @@ def test_a_record_that_is_restored_says_what_the_lost_one_said(
     ("says", "url", "here", "wanted"),
     [
         (True, BY_DIGEST, (), True),
-        (False, TAG, (1, 2), False),
+        (False, TAG, (0, 1), False),
+        (False, BY_DIGEST, (1, 2), True),
         (None, TAG, (), True),
         (None, BY_DIGEST, (), False),
         (None, BY_DIGEST, (0,), False),

@@ -14,7 +14,7 @@ from ociregistry.upstream.manner import NORMALLY, Manner
 from ociregistry.upstream.registry import Registry
 from tests.unit.asking import registry_over
 from tests.unit.doubles import failed, fired
-from tests.unit.test_upstream_client import CDN, REG, TOKEN, Asking, challenge, redirect, token
+from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, challenge, redirect, token
 from tests.unit.test_upstream_mirrors import Mirrored
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
 
@@ -205,3 +205,22 @@ def test_a_manifest_is_asked_for_in_that_manner() -> None:
     assert [sent.manner for sent in asking.exchanges.sent] == [LAST]
     failed(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST)), Unavailable)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
+
+
+@pytest.mark.parametrize("where", [REG, TOKEN, CDN])
+def test_a_429_for_the_lowest_priority_turns_nobody_else_away(where: str) -> None:
+    """A client in the middle of a pull would wait as long as the registry says, for what nobody waits for."""
+    throttled = {"status": 429, "headers": {"Retry-After": "3600"}}
+    answers = {
+        REG: {REG: [throttled, OK]},
+        TOKEN: {REG: [challenge(), challenge(), OK], TOKEN: [throttled, token("t")]},
+        CDN: {REG: [HOP, HOP], CDN: [throttled, OK]},
+    }
+    asking = Asking(answers[where])
+    asked = ask(asking)
+    if where == TOKEN:
+        assert failed(asked, Unavailable).retry_after == 3600
+    else:
+        response = fired(asked)
+        assert (response.status, response.retry_after) == (429, 3600)
+    assert fired(ask(asking, NORMALLY)).status == 200
