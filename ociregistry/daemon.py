@@ -98,8 +98,7 @@ class Daemon(Service):
             reactor,
             Metadata(self._store, self._cache, reactor) if completes else None,
             CompletionPolicy(
-                images=settings.complete_images,
-                fetches=not settings.air_gapped,
+                images=completes,
                 metadata=settings.complete_metadata,
                 platforms=settings.complete_platforms,
             ),

@@ -27,6 +27,8 @@ MEDIA_TYPES = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST)
 
 LARGEST_MANIFEST = 8 * 1024 * 1024
 """Bytes; the largest manifest that is read from an upstream or from the store."""
+LARGEST_CONFIG = 8 * 1024 * 1024
+"""Bytes; the largest config that is kept as metadata of an index."""
 
 
 class ManifestInvalid(ValueError):

@@ -128,13 +128,8 @@ class Importer:
         self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
     ) -> None:
         """Adds the blob to `staged`, proven to be what its digest says."""
-        claim = self._store.claim()
-        try:
-            await claim.need(size)
-            partial = await self._store.new_partial(digest, size, image.repository, claim, staged=True)
-        except BaseException:
-            claim.release()
-            raise
+        await self._store.check_room(size)
+        partial = await self._store.new_partial(digest, size, image.repository, staged=True)
         staged.append(partial)
         pieces = member.pieces()
         while piece := await self._in_thread(_next, pieces):

@@ -57,9 +57,7 @@ class CompletionPolicy:
     """What is completed without being asked for."""
 
     images: bool = True
-    """Whether images that are wanted are to have all their blobs."""
-    fetches: bool = True
-    """Whether what is missing can be fetched; else it is only told."""
+    """Whether images that are wanted get the blobs that they lack; else it is only told."""
     metadata: bool = True
     """Whether indexes get the manifests and configs of all platforms."""
     platforms: tuple[Platform, ...] = ()
@@ -121,7 +119,7 @@ class Completion:
         self._store.watch(self._look_at)
         self._look_at(set(self._store.digests))
         self._rechecking.start(_AGAIN, now=False)
-        if self._policy.images and self._policy.fetches:
+        if self._policy.images:
             for upstream in {repository.upstream for repository in self._store.wishes.values()}:
                 self._work_on(upstream)
 
@@ -167,7 +165,7 @@ class Completion:
             entry = self._store.entry(digest)
             if entry is not None and entry.is_list:
                 await self._check_index(digest)
-            elif entry is None or not lacking.get(digest) or not self._completes(digest):
+            elif entry is None or not lacking.get(digest):
                 self._is_complete(digest)
                 if entry is None and self._metadata is not None:
                     # It may have been an index, which went while its metadata was being fetched.
@@ -188,7 +186,7 @@ class Completion:
         if refused is not None and self._clock.seconds() - refused < _REFUSED_FOR:
             return
         repositories = self._store.repositories(digest)
-        if repositories and self._policy.fetches:
+        if repositories and self._completes(digest):
             await self._request(digest, min(repositories))
 
     async def _check_index(self, index: Digest) -> None:
@@ -246,10 +244,9 @@ class Completion:
             missing = await self._missing_now(digest, hit=hit)
         finally:
             self._looked_at.discard(digest)
-        completes = self._completes(digest)
-        if missing and completes:
+        if missing:
             self._missing[digest] = sum(missing.values())
-        if missing and completes and self._policy.fetches:
+        if missing and self._completes(digest):
             await self._request(digest, repository)
         elif digest in self._store.undecided:
             await self.drop(digest)

@@ -10,7 +10,6 @@ from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.connections import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
-from ociregistry.store.space import Claim
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import BlobStream, OtherBlob
 
@@ -150,22 +149,21 @@ class Download:
 
     async def _fetch(self) -> None:
         partial = stream = None
-        claim = self._store.claim()
         try:
-            partial = await self._left_behind(claim)
+            partial = await self._left_behind()
             start = partial.length if partial is not None else 0
             known = self.expected if self.expected is not None or partial is None else partial.size
             if partial is None or start != known:
                 # What has no room is refused before anybody is asked.
-                await self._need(claim, known, start)
+                await self._check_room(known, start)
                 # The first answer decides whether there is such a blob; clients are told nothing before it.
                 stream = await self._first(start, known)
                 self._check(stream, known)
             size = known if stream is None or stream.size is None else stream.size
             if size != known:
-                await self._need(claim, size, start)
+                await self._check_room(size, start)
             if partial is None:
-                partial = await self._store.new_partial(self.digest, size, self.repository, claim)
+                partial = await self._store.new_partial(self.digest, size, self.repository)
             self._partial, self.size = partial, size
             self._open_early(partial)
             self._changed.ring()
@@ -182,10 +180,9 @@ class Download:
                 stream.body.abort()
             if partial is not None:
                 partial.close()
-            claim.release()
 
-    async def _need(self, claim: Claim, size: int | None, start: int) -> None:
-        await claim.need(None if size is None else max(0, size - start))
+    async def _check_room(self, size: int | None, start: int) -> None:
+        await self._store.check_room(None if size is None else max(0, size - start))
 
     def _open_early(self, partial: Partial) -> None:
         for reader in self._early:
@@ -205,8 +202,8 @@ class Download:
             # A client has its headers, and waits for bytes: that they are late is no reason to end its answer.
             return await self._connections.reopen(start, known, error)
 
-    async def _left_behind(self, claim: Claim) -> Partial | None:
-        partial = await self._store.old_partial(self.digest, claim)
+    async def _left_behind(self) -> Partial | None:
+        partial = await self._store.old_partial(self.digest)
         if partial is None or partial.size is None or self.expected in (None, partial.size):
             return partial
         await partial.discard()

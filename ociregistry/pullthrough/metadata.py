@@ -16,15 +16,13 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
-from ociregistry.manifests import MEDIA_TYPES, Descriptor
+from ociregistry.manifests import LARGEST_CONFIG, MEDIA_TYPES, Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.store.store import Store
 from ociregistry.upstream.links import LinkDown
 
 _MOST_CHILDREN = 200
 """Of one index; the largest in the field have about 40."""
-_LARGEST_CONFIG = 8 * 1024 * 1024
-"""Bytes."""
 _MOST_FAILURES = 10
 """Failures after which a manifest counts as one that cannot be had."""
 _UNKNOWN_FOR = 3600.0
@@ -83,13 +81,13 @@ class Metadata:
         first: Container[Digest] = (),
     ) -> None:
         """Have those `children` of an index fetched that are missing, with their configs; the `first` ones first."""
-        candidates = [child for child in children[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
+        ordered = sorted(children, key=lambda child: child.digest not in first)
+        candidates = [child for child in ordered[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
         now = self._clock.seconds()
         digests = [child.digest for child in candidates if self._unknown.get(child.digest, now) <= now]
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
-            missing = sorted(missing, key=lambda child: child not in first)
             self._queues.setdefault(repository.upstream, deque()).append(_Index(index, repository, deque(missing)))
 
     def forget(self, index: Digest) -> None:
@@ -139,7 +137,7 @@ class Metadata:
             await self._fetcher.fetch_manifest(image)
         entry = self._store.entry(image.reference)
         config = entry.config if entry is not None else None
-        if config is not None and config.size <= _LARGEST_CONFIG:
+        if config is not None and config.size <= LARGEST_CONFIG:
             await self._fetcher.fetch_config(image.repository, config)
 
     def _again(self, upstream: Upstream, index: _Index, child: Digest) -> None:
@@ -155,6 +153,8 @@ class Metadata:
         """Count a failure; tell whether there were too many, on a link that was up."""
         if isinstance(error, LinkDown):
             return False
+        if len(self._failures) >= _MOST_UNKNOWN:
+            self._failures.clear()
         self._failures[child] = self._failures.get(child, 0) + 1
         if self._failures[child] < _MOST_FAILURES:
             return False

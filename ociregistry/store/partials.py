@@ -19,7 +19,7 @@ from ociregistry.names import Digest
 from ociregistry.store.blobs import read_at
 from ociregistry.store.files import Files, SharedFile, hold, is_full
 from ociregistry.store.partialfiles import Note, create_held, note_path, open_usable, write_note
-from ociregistry.store.space import Claim
+from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
 
 P = ParamSpec("P")
@@ -52,11 +52,11 @@ class Partial:
         note: Note,
         file: SharedFile,
         held: SharedFile,
-        claim: Claim,
+        space: Space,
         files: Files,
         threads: Threads,
     ) -> None:
-        """`held` is the flock on the file, `claim` the room on the disk that it may take; `close` releases both."""
+        """`held` is the flock on the file, `space` the room on the disk."""
         self.digest = digest
         self.length = file.size()
         """Bytes that can be read."""
@@ -68,7 +68,7 @@ class Partial:
         self._note = note
         self._file = file
         self._held = held
-        self._claim = claim
+        self._space = space
         self._files = files
         self._threads = threads
         self._hasher = digest.hasher()
@@ -79,7 +79,7 @@ class Partial:
 
     @classmethod
     def create(
-        cls, digest: Digest, path: Path, size: int | None, source: str, claim: Claim, files: Files, threads: Threads
+        cls, digest: Digest, path: Path, size: int | None, source: str, space: Space, files: Files, threads: Threads
     ) -> Partial:
         """An empty partial at `path`. Blocks; raises `OSError`."""
         note = Note(0, files.boot(), size, source)
@@ -96,10 +96,10 @@ class Partial:
             file.release()
             held.release()
             raise
-        return cls(digest, path, note, file, held, claim, files, threads)
+        return cls(digest, path, note, file, held, space, files, threads)
 
     @classmethod
-    def resume(cls, digest: Digest, path: Path, claim: Claim, files: Files, threads: Threads) -> Partial | None:
+    def resume(cls, digest: Digest, path: Path, space: Space, files: Files, threads: Threads) -> Partial | None:
         """What an earlier process left at `path`, or None. Blocks; raises `OSError`.
 
         After another boot of the machine, what was not surely on disk is cut off: the file may have grown there
@@ -117,7 +117,7 @@ class Partial:
             held.release()
             return None
         note, file = opened
-        return cls(digest, path, note, file, held, claim, files, threads)
+        return cls(digest, path, note, file, held, space, files, threads)
 
     @property
     def size(self) -> int | None:
@@ -131,7 +131,7 @@ class Partial:
     def _append(self, data: bytes) -> int:
         if self._broken is not None:
             raise self._broken
-        self._claim.take(len(data))
+        self._space.spend(len(data))
         try:
             self._files.write(self._file, data, self.length)
         except OSError as error:
@@ -230,7 +230,6 @@ class Partial:
         """The writer's end; readers may go on, and another process may resume."""
         self._file.release()
         self._held.release()
-        self._claim.release()
 
     def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         leases = self._file.lease(), self._held.lease()

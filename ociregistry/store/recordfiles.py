@@ -222,7 +222,7 @@ def is_wanted(record: Record, blobs: Path) -> bool:
     if record.wanted:
         return True
     layers = record.manifest.layers
-    here = (size_of_blob(blobs / layer.hex) is not None for layer in layers)
+    here = (size_of_blob(f"{blobs}/{layer.hex}") is not None for layer in layers)
     if record.wanted is None:
         return record.has_tag or not layers or any(here)
     return bool(layers) and all(here)

@@ -1,4 +1,4 @@
-"""The room on the store's disk: how much is free, how much of it stays free, and how much downloads still need."""
+"""The room on the store's disk: how much is free, and how much of it stays free."""
 
 from __future__ import annotations
 
@@ -58,7 +58,6 @@ class Space:
         self._threads = threads
         self._clock = clock
         self._lock = threading.Lock()
-        self._claims: set[Claim] = set()
         self._free = 0
         self._kept = 0
         self._read_at = 0.0
@@ -78,63 +77,38 @@ class Space:
         """Stops reading."""
         self._looking.stop()
 
-    def claim(self) -> Claim:
-        """Return a new claim, which is for no bytes yet. Whoever gets it releases it."""
-        return Claim(self)
+    def check(self, count: int | None) -> Deferred[None]:
+        """Look, in a thread, whether `count` bytes fit beside the reserve; None: whether any do.
 
-    def grant(self, claim: Claim, count: int | None) -> Deferred[None]:
-        """Promise `claim` another `count` bytes, in place of what it had; None: some, nobody knows how many.
-
-        The Deferred fails with `OSError` (ENOSPC) when they do not fit beside the reserve and the other claims.
+        What other downloads still need does not count: a slow one must not keep room from all others. Those that do
+        not fit together stop at the reserve. The Deferred fails with `OSError` (ENOSPC) when they do not fit.
         """
-        return self._threads.write(self._grant, claim, count)
+        return self._threads.write(self._check, 1 if count is None else count)
 
-    def _grant(self, claim: Claim, count: int | None) -> None:
+    def _check(self, count: int) -> None:
         with self._lock:
-            claim.sized, claim.left = count is not None, 0
-            self._ensure(1 if count is None else count, self._claimed(), fresh=True)
-            claim.left = count or 0
-            self._claims.add(claim)
-
-    def take(self, claim: Claim, count: int) -> None:
-        """Note that `count` bytes are about to be written for `claim`.
-
-        Blocks. Raises: `OSError` (ENOSPC) when that would leave less than the reserve or, for a claim of unknown
-        size, less than what the other claims still need.
-        """
-        with self._lock:
-            self._ensure(count, 0 if claim.sized else self._claimed())
-            self._free -= count
-            claim.left = max(0, claim.left - count)
+            self._ensure(count, fresh=True)
 
     def spend(self, count: int) -> None:
-        """Note that `count` bytes are about to be written at once, without a claim.
+        """Note that `count` bytes are about to be written.
 
         Blocks. Raises: `OSError` (ENOSPC) when that would leave less than the reserve.
         """
         with self._lock:
-            self._ensure(count, 0)
+            self._ensure(count)
             self._free -= count
 
-    def release(self, claim: Claim) -> None:
-        """End the claim. Does not block: it takes no lock."""
-        self._claims.discard(claim)
-
-    def _claimed(self) -> int:
-        return sum(claim.left for claim in tuple(self._claims))
-
-    def _ensure(self, count: int, claimed: int, *, fresh: bool = False) -> None:
-        if fresh or self._clock.seconds() - self._read_at >= _LOOK_EVERY or self._missing(count + claimed) > 0:
+    def _ensure(self, count: int, *, fresh: bool = False) -> None:
+        if fresh or self._clock.seconds() - self._read_at >= _LOOK_EVERY or self._missing(count) > 0:
             self._read()
-        if (missing := self._missing(count + claimed)) > 0:
+        if (missing := self._missing(count)) > 0:
             self._make_room(missing)
             self._read()
-        if self._missing(count + claimed) > 0:
-            others = f" and {claimed} for other downloads" if claimed else ""
+        if self._missing(count) > 0:
             raise OSError(
                 errno.ENOSPC,
                 f"the disk of {self._folder} has no room: {count} bytes are needed and {self._free} are free, "
-                f"of which {self._kept} are kept in reserve{others}",
+                f"of which {self._kept} are kept in reserve",
             )
 
     def _missing(self, needed: int) -> int:
@@ -177,26 +151,3 @@ class Space:
                 folder=self._folder,
                 free=free,
             )
-
-
-class Claim:
-    """What one blob that is being written still needs of the disk."""
-
-    def __init__(self, space: Space) -> None:
-        self.left = 0
-        """Bytes that are promised and not written yet."""
-        self.sized = False
-        """Whether the size of the blob is known."""
-        self._space = space
-
-    def need(self, count: int | None) -> Deferred[None]:
-        """As `Space.grant`."""
-        return self._space.grant(self, count)
-
-    def take(self, count: int) -> None:
-        """As `Space.take`."""
-        self._space.take(self, count)
-
-    def release(self) -> None:
-        """As `Space.release`."""
-        self._space.release(self)

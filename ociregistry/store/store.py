@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.config.quantities import USUAL_RESERVE, Reserve
-from ociregistry.manifests import Manifest
+from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
 from ociregistry.store.catalogue import Entry
@@ -24,7 +24,7 @@ from ociregistry.store.pruning import Choose, Plan, prune
 from ociregistry.store.pulls import STAGED_SUFFIX, PullsFolder
 from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
 from ociregistry.store.records import Dates, Record, RecordInvalid
-from ociregistry.store.space import Claim, Room, Space
+from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Threads
 from ociregistry.store.verifying import Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.view import View
@@ -323,7 +323,7 @@ class Store:
         configs = {
             digest: {entry.config.digest: entry.config.size}
             for digest, entry in entries.items()
-            if entry is not None and entry.config is not None
+            if entry is not None and entry.config is not None and entry.config.size <= LARGEST_CONFIG
         }
         lacking = await self._threads.read(_lacking_images, self._blobs, configs)
         return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
@@ -361,7 +361,7 @@ class Store:
     # Partials
 
     async def new_partial(
-        self, digest: Digest, size: int | None, source: Repository, claim: Claim, *, staged: bool = False
+        self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False
     ) -> Partial:
         """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`.
 
@@ -370,19 +370,19 @@ class Store:
         name = f"{digest.hex}{STAGED_SUFFIX}" if staged else digest.hex
         return await self._threads.write(
             lambda: Partial.create(
-                digest, self._pulls.path / name, size, str(source), claim, self._files, self._threads
+                digest, self._pulls.path / name, size, str(source), self._space, self._files, self._threads
             )
         )
 
-    async def old_partial(self, digest: Digest, claim: Claim) -> Partial | None:
+    async def old_partial(self, digest: Digest) -> Partial | None:
         """What an earlier download left of the blob `digest`, or None. Raises `OSError`."""
         return await self._threads.write(
-            lambda: Partial.resume(digest, self._pulls.path / digest.hex, claim, self._files, self._threads)
+            lambda: Partial.resume(digest, self._pulls.path / digest.hex, self._space, self._files, self._threads)
         )
 
-    def claim(self) -> Claim:
-        """Return a claim on room for a blob, which is for no bytes yet; it is released with its partial."""
-        return self._space.claim()
+    async def check_room(self, size: int | None) -> None:
+        """Raise `OSError` (ENOSPC) when `size` bytes, or any if that is None, do not fit beside the reserve."""
+        await self._space.check(size)
 
     def _remove_partials(self, missing: int) -> None:
         remove_partials(self._root, wanted_blobs(self._root, self._blobs_of), missing, self._files)

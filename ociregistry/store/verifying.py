@@ -17,6 +17,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
 from ociregistry.errors import RegistryError
+from ociregistry.manifests import LARGEST_CONFIG
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import Files, SharedFile, is_full
@@ -249,8 +250,10 @@ def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
     manifest = record.manifest
     if is_wanted(record, blobs):
         return True, missing_blobs(blobs, manifest.blob_sizes)
-    config = {manifest.config.digest: manifest.config.size} if manifest.config else {}
-    return False, missing_blobs(blobs, config)
+    config = manifest.config
+    if config is None or config.size > LARGEST_CONFIG:
+        return False, {}
+    return False, missing_blobs(blobs, {config.digest: config.size})
 
 
 def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool | None]:

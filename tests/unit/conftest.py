@@ -29,7 +29,6 @@ from tests.unit.registries import MemoryRegistries
 from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 
-
 # A busy machine is no failure.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")

@@ -130,7 +130,7 @@ class Machine:
 
     def begin(self) -> Partial:
         """A new partial."""
-        partial = result(self.store.new_partial(DIGEST, len(BLOB), REPOSITORY, self.store.claim()))
+        partial = result(self.store.new_partial(DIGEST, len(BLOB), REPOSITORY))
         # One that was thrown away before may come back: its name was removed, and nobody had to wait for that.
         self.expected.durable.add(0)
         self.expected.written = {0}
@@ -138,7 +138,7 @@ class Machine:
 
     def resume(self) -> Partial:
         """The partial that was left."""
-        partial = result(self.store.old_partial(DIGEST, self.store.claim()))
+        partial = result(self.store.old_partial(DIGEST))
         assert partial is not None
         self.expected.written = {partial.length}
         return partial
@@ -272,9 +272,7 @@ def _disk_with_an_image() -> Disk:
         store = Store(Path(folder), Clock(), REACTOR, now=later)
         store.start()
         result(store.keep(IMAGE, tagged("v1")))
-        with closing(
-            result(store.new_partial(Digest.of(EARLIER), len(EARLIER), REPOSITORY, store.claim()))
-        ) as partial:
+        with closing(result(store.new_partial(Digest.of(EARLIER), len(EARLIER), REPOSITORY))) as partial:
             result(partial.append(EARLIER))
             result(partial.verify())
             result(store.commit(partial))

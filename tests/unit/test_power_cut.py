@@ -110,7 +110,7 @@ def check_blobs(store: Store, root: Path, expected: Expected, lengths: set[int])
     found = read_blob(store, BLOB)
     assert found in (None, BLOB)
     with ExitStack() as stack:
-        partial = result(store.old_partial(DIGEST, store.claim()))
+        partial = result(store.old_partial(DIGEST))
         if partial is not None:
             stack.callback(partial.close)
         if found is None:
@@ -149,7 +149,7 @@ def complete(store: Store, partial: Partial | None, expected: Expected, stack: E
             result(partial.discard())
             partial = None
     if partial is None:
-        partial = result(store.new_partial(DIGEST, len(BLOB), REPOSITORY, store.claim()))
+        partial = result(store.new_partial(DIGEST, len(BLOB), REPOSITORY))
         stack.callback(partial.close)
     assert partial.size == len(BLOB)
     result(partial.append(BLOB[partial.length :]))

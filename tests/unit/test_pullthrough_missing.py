@@ -162,7 +162,7 @@ async def test_an_image_that_is_pruned_is_missing_nothing(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    completion = complete(fetches=False)
+    completion = complete(images=False)
     await settle(store)
     assert completion.incomplete == Incomplete(1, SIZE)
     record(root, IMAGE.digest).unlink()
@@ -384,7 +384,7 @@ async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    completion = complete(fetches=False)
+    completion = complete(images=False)
     await completion.wish(IMAGE, APP.repository)
     await look(store, clock, 30)
     assert (fetching.asked, wishes(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
@@ -392,17 +392,6 @@ async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
         (root / "blobs" / blob.hex).write_bytes(DATA[blob])
     await look(store, clock, 30)
     assert completion.incomplete == Incomplete(0, 0)
-
-
-@on_reactor
-async def test_without_completion_nothing_is_missing(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
-) -> None:
-    await store.keep(IMAGE, APP, wanted=True)
-    completion = complete(images=False, metadata=False)
-    await completion.wish(IMAGE, APP.repository)
-    await look(store, clock, 30)
-    assert (fetching.asked, wishes(root), completion.incomplete) == ([], [], Incomplete(0, 0))
 
 
 @pytest.mark.parametrize("metadata", [True, False])

@@ -183,7 +183,7 @@ async def test_an_answer_that_goes_on_with_another_size_is_another_blob(
 
 async def leave(store: Store, data: bytes, size: int | None = SIZE) -> None:
     """What a process leaves that is killed after it has received `data`."""
-    partial = await store.new_partial(DIGEST, size, APP.repository, store.claim())
+    partial = await store.new_partial(DIGEST, size, APP.repository)
     await partial.append(data)
     await partial.sync()
     partial.close()

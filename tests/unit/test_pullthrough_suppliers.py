@@ -191,7 +191,7 @@ async def test_what_an_earlier_one_left_is_told_of_too(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
-    first = await store.new_partial(LAYER, len(DATA), APP.repository, store.claim())
+    first = await store.new_partial(LAYER, len(DATA), APP.repository)
     await first.append(DATA[:70_000])
     await first.sync()
     first.close()

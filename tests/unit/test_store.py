@@ -162,7 +162,7 @@ async def test_a_half_copied_blob_is_a_miss(store: Store, root: Path, size: int)
 @on_reactor
 async def test_a_blob_that_we_committed_counts_without_a_manifest(store: Store, root: Path) -> None:
     digest = Digest(LAYER.digest)
-    partial = await store.new_partial(digest, None, NGINX.repository, store.claim())
+    partial = await store.new_partial(digest, None, NGINX.repository)
     await partial.append(LAYER.data)
     await partial.verify()
     await store.commit(partial)

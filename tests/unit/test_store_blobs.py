@@ -121,7 +121,7 @@ def test_what_was_moved_aside_stays(tmp_path: Path) -> None:
 
 @on_reactor
 async def test_a_partial_can_be_read_while_it_grows(store: Store, root: Path) -> None:
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     reader = partial.reader()
     assert partial.length == 0
     await partial.append(DATA[:1000])
@@ -141,7 +141,7 @@ async def test_a_partial_can_be_read_while_it_grows(store: Store, root: Path) ->
 
 @on_reactor
 async def test_a_partial_is_no_blob(store: Store, root: Path) -> None:
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     await partial.append(DATA)
     assert await store.blob(DIGEST) is None
     assert list((root / "blobs").iterdir()) == []
@@ -157,7 +157,7 @@ async def test_a_partial_is_no_blob(store: Store, root: Path) -> None:
 @pytest.mark.parametrize("received", [b"", DATA[:-1], DATA[:-1] + b"\0", DATA + b"\0"])
 @on_reactor
 async def test_other_bytes_do_not_verify(store: Store, received: bytes) -> None:
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     await partial.append(received)
     with pytest.raises(DigestMismatch, match=DIGEST):
         await partial.verify()
@@ -169,7 +169,7 @@ async def test_other_bytes_do_not_verify(store: Store, received: bytes) -> None:
 @on_reactor
 async def test_every_algorithm_is_verified(store: Store, algorithm: str) -> None:
     digest = Digest.of(DATA, algorithm)
-    partial = await store.new_partial(digest, None, SOURCE, store.claim())
+    partial = await store.new_partial(digest, None, SOURCE)
     await partial.append(DATA)
     await partial.verify()
     await store.commit(partial)
@@ -181,7 +181,7 @@ async def test_every_algorithm_is_verified(store: Store, algorithm: str) -> None
 
 @on_reactor
 async def test_what_is_discarded_is_gone_for_all_but_its_readers(store: Store, root: Path) -> None:
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     reader = partial.reader()
     await partial.append(DATA)
     await partial.discard()
@@ -195,7 +195,7 @@ async def test_what_is_discarded_is_gone_for_all_but_its_readers(store: Store, r
 async def test_no_descriptor_is_left_open(store: Store) -> None:
     await store.blob(DIGEST)  # so that the threads are there
     before = len(os.listdir("/proc/self/fd"))
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     readers = [partial.reader() for _ in range(5)]
     await partial.append(DATA)
     await partial.verify()
@@ -227,7 +227,7 @@ class Full(Files):
 async def test_an_append_that_fails_does_not_grow(open_store: Callable[..., Store]) -> None:
     disk = Full()
     store = open_store(files=disk)
-    partial = await store.new_partial(DIGEST, None, SOURCE, store.claim())
+    partial = await store.new_partial(DIGEST, None, SOURCE)
     disk.full = True
     await partial.append(DATA[:10])
     with pytest.raises(OSError, match="No space"):

@@ -81,7 +81,7 @@ def create(digest: Digest, path: Path) -> Partial:
     """A partial that this process begins to write at `path`."""
     threads = Threads(REACTOR)
     space = Space(path.parent, USUAL_RESERVE, lambda missing: None, threads, Clock())
-    return Partial.create(digest, path, None, str(APP), space.claim(), Unsynced(), threads)
+    return Partial.create(digest, path, None, str(APP), space, Unsynced(), threads)
 
 
 def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
@@ -91,7 +91,7 @@ def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
         return create(digest, folder / digest.hex)
     threads = Threads(REACTOR)
     space = Space(folder, USUAL_RESERVE, lambda missing: None, threads, Clock())
-    return Partial.resume(digest, folder / digest.hex, space.claim(), Unsynced(), threads)
+    return Partial.resume(digest, folder / digest.hex, space, Unsynced(), threads)
 
 
 @contextmanager

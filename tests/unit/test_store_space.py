@@ -15,7 +15,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.quantities import Reserve
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.space import Claim, Room, Space
+from ociregistry.store.space import Room, Space
 from ociregistry.store.store import Store
 from ociregistry.store.threads import Threads
 from tests.images import MIB
@@ -69,24 +69,17 @@ def space(disk: Disk, tmp_path: Path, clock: Clock) -> Iterator[Space]:
     threads.stop()
 
 
-async def granted(space: Space, count: int | None) -> Claim:
-    """A claim on so many bytes."""
-    claim = space.claim()
-    await claim.need(count)
-    return claim
-
-
 async def refused(space: Space, count: int | None) -> str:
-    """Why such a claim is not granted."""
+    """Why so many bytes are refused."""
     with pytest.raises(OSError, match="has no room") as refused:
-        await space.claim().need(count)
+        await space.check(count)
     assert refused.value.errno == errno.ENOSPC
     return refused.value.strerror or ""
 
 
 @on_reactor
 async def test_what_fits_above_the_reserve_is_granted_and_no_byte_more(space: Space, tmp_path: Path) -> None:
-    (await granted(space, 90 * MIB)).release()
+    await space.check(90 * MIB)
     assert await refused(space, 90 * MIB + 1) == (
         f"the disk of {tmp_path} has no room: {90 * MIB + 1} bytes are needed and {100 * MIB} are free, "
         f"of which {RESERVE} are kept in reserve"
@@ -94,58 +87,36 @@ async def test_what_fits_above_the_reserve_is_granted_and_no_byte_more(space: Sp
 
 
 @on_reactor
-async def test_what_others_still_need_counts_and_what_they_have_written_does_not(space: Space, disk: Disk) -> None:
-    first = await granted(space, 50 * MIB)
-    assert f"and {50 * MIB} for other downloads" in await refused(space, 40 * MIB + 1)
-    first.take(20 * MIB)
-    disk.free -= 20 * MIB
-    second = await granted(space, 40 * MIB)
-    await refused(space, 1)
-    first.release()
-    third = await granted(space, 30 * MIB)
-    await refused(space, None)
-    second.release()
-    third.release()
-    await granted(space, None)
-
-
-@on_reactor
-async def test_a_claim_that_changes_counts_once(space: Space) -> None:
-    claim = await granted(space, 80 * MIB)
-    await claim.need(90 * MIB)
-    await claim.need(10 * MIB)
-    await granted(space, 80 * MIB)
-
-
-@on_reactor
-async def test_what_has_no_size_leaves_the_reserve_and_what_others_need(space: Space, disk: Disk) -> None:
-    await granted(space, 50 * MIB)
-    endless = await granted(space, None)
-    for _ in range(40):
-        endless.take(MIB)
+async def test_what_others_still_need_does_not_count(space: Space, disk: Disk) -> None:
+    """One that is slow, or whose manifest tells a size that it never sends, keeps no room from the others."""
+    await space.check(90 * MIB)
+    await space.check(90 * MIB)
+    for _ in range(90):
+        space.spend(MIB)
         disk.free -= MIB
+    await refused(space, 1)
     with pytest.raises(OSError, match="has no room"):
-        endless.take(1)
+        space.spend(1)
 
 
 @on_reactor
 async def test_what_was_granted_may_be_written_down_to_the_reserve(space: Space, disk: Disk, clock: Clock) -> None:
-    claim = await granted(space, 20 * MIB)
+    await space.check(20 * MIB)
     disk.free = RESERVE + 2 * MIB
     # The free space as it was a second ago is not believed.
     clock.advance(1)
-    claim.take(2 * MIB)
+    space.spend(2 * MIB)
     disk.free = RESERVE
     with pytest.raises(OSError, match="has no room"):
-        claim.take(1)
+        space.spend(1)
 
 
 @on_reactor
 async def test_the_disk_is_not_asked_for_each_piece(space: Space, disk: Disk) -> None:
-    claim = await granted(space, 80 * MIB)
+    await space.check(80 * MIB)
     looks = disk.looks
     for _ in range(80):
-        claim.take(MIB)
+        space.spend(MIB)
     assert disk.looks == looks
 
 
@@ -153,7 +124,7 @@ async def test_the_disk_is_not_asked_for_each_piece(space: Space, disk: Disk) ->
 @on_reactor
 async def test_before_it_refuses_it_makes_room(space: Space, disk: Disk, count: int | None) -> None:
     disk.free, disk.removable = RESERVE, 60 * MIB
-    await granted(space, count)
+    await space.check(count)
     assert disk.asked == [count or 1]
     disk.free, disk.removable = RESERVE, 60 * MIB - 1
     await refused(space, 60 * MIB)
@@ -161,17 +132,17 @@ async def test_before_it_refuses_it_makes_room(space: Space, disk: Disk, count: 
 
 @on_reactor
 async def test_it_makes_room_for_what_is_being_written_too(space: Space, disk: Disk, clock: Clock) -> None:
-    claim = await granted(space, None)
+    await space.check(None)
     disk.free, disk.removable = RESERVE, MIB
     clock.advance(1)
-    claim.take(MIB)
+    space.spend(MIB)
     assert disk.asked == [MIB]
 
 
 @on_reactor
 async def test_another_reserve_holds_at_once(space: Space) -> None:
     space.use(Reserve(0.02))
-    await granted(space, 80 * MIB)
+    await space.check(80 * MIB)
     space.use(Reserve(0.5))
     await refused(space, 1)
 
@@ -216,26 +187,13 @@ SOURCE = Repository(Upstream("reg.example"), "team/app")
 
 
 @on_reactor
-async def test_a_partial_gives_back_what_it_did_not_need(disk: Disk, open_store: Callable[..., Store]) -> None:
-    store = open_store(reserve=Reserve(1.0, RESERVE))
-    claim = store.claim()
-    await claim.need(90 * MIB)
-    partial = await store.new_partial(Digest.of(b"x"), 90 * MIB, SOURCE, claim)
-    with pytest.raises(OSError, match="has no room"):
-        await store.claim().need(1)
-    partial.close()
-    await store.claim().need(90 * MIB)
-
-
-@on_reactor
 async def test_a_piece_that_has_no_room_is_not_written_and_what_came_before_is_good(
     disk: Disk, open_store: Callable[..., Store], root: Path
 ) -> None:
     store = open_store(reserve=Reserve(1.0, RESERVE))
     disk.free = RESERVE + 512
-    claim = store.claim()
-    await claim.need(None)
-    partial = await store.new_partial(Digest.of(b"x"), None, SOURCE, claim)
+    await store.check_room(None)
+    partial = await store.new_partial(Digest.of(b"x"), None, SOURCE)
     await partial.append(bytes(512))
     disk.free = RESERVE
     with pytest.raises(OSError, match="has no room"):
