@@ -24,34 +24,28 @@ from twisted.python.failure import Failure
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
-from ociregistry.chain import new_instance
 from ociregistry.commands.options import complain
 from ociregistry.commands.running import take_all_file_descriptors
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.logs import ALWAYS, AtLeast
+from ociregistry.log import ALWAYS, AtLeast
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
-from ociregistry.pullthrough.imagelist import read_image_list
+from ociregistry.pullthrough.fetchers import InBackground
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.loading import Loader
+from ociregistry.pullthrough.loader import Loader, Preloading, Untold, read_image_list
+from ociregistry.pullthrough.maintenance import Repairer, Upkeep
 from ociregistry.pullthrough.metadata import Metadata
-from ociregistry.pullthrough.outcomes import Untold
-from ociregistry.pullthrough.preloading import Preloading
-from ociregistry.pullthrough.repairing import Repairer
-from ociregistry.pullthrough.suppliers import InBackground
-from ociregistry.pullthrough.upkeep import Upkeep
 from ociregistry.settings import Settings
-from ociregistry.store.door import Door
 from ociregistry.store.store import Store
+from ociregistry.store.workdir import Door
 from ociregistry.systemd import Systemd
-from ociregistry.upstream.network import Network
-from ociregistry.upstream.registries import Registries
-from ociregistry.web.health import health
+from ociregistry.upstream.network import Network, Registries
+from ociregistry.via import new_instance
+from ociregistry.web.api import V2, health
+from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.site import RegistrySite
-from ociregistry.web.tls import ServerPolicy
-from ociregistry.web.v2 import V2
 
 _DRAIN = 30.0
 """Seconds that requests in flight get when the daemon is told to stop."""

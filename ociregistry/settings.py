@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ociregistry.config.bandwidth import Window, parse_rate
-from ociregistry.config.file import Config, read_config
+from ociregistry.config.file import Config, PruneSettings, VerifySettings, Window, parse_rate, read_config
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.config.quantities import Reserve, parse_reserve
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
-from ociregistry.config.upkeep import PruneSettings, VerifySettings
+from ociregistry.config.values import Reserve, parse_reserve
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.platforms import Platform, machine_architecture, machine_os, parse_platforms

@@ -9,7 +9,7 @@ from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.records import Dates
 
 

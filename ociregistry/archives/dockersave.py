@@ -17,11 +17,10 @@ from functools import partial
 from typing import Any
 
 from ociregistry.archives.contents import Contents, NamedImage, gather, parse_name
-from ociregistry.archives.failures import reading
-from ociregistry.archives.members import PIECE, Archive, Member, parse_json
+from ociregistry.archives.members import PIECE, Archive, Member, parse_json, reading
 from ociregistry.manifests import OCI_MANIFEST, Descriptor, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 
 DOCKER_INDEX = "manifest.json"
 

@@ -16,15 +16,13 @@ from datetime import UTC
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ociregistry.archives.failures import ArchiveInvalid, ExportFailed
 from ociregistry.archives.layout import CONFIRMED, CREATED, IMAGE_NAME, INDEX, MARK, METADATA, REF_NAME, blob_name
-from ociregistry.archives.members import PIECE
-from ociregistry.archives.opening import open_archive
-from ociregistry.archives.recognition import read_contents
+from ociregistry.archives.members import PIECE, ArchiveInvalid, ExportFailed
+from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.inventory import Inventory, Kept, Row
+from ociregistry.store.index import Inventory, Kept, Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,10 @@ from datetime import datetime
 from typing import Any
 
 from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_whole_name
-from ociregistry.archives.failures import one_line
-from ociregistry.archives.members import Archive, Member, parse_json
+from ociregistry.archives.members import Archive, Member, one_line, parse_json
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
 _MANIFESTS = frozenset({"fat", "img", "lts"})

@@ -10,12 +10,11 @@ from typing import ParamSpec, Protocol, TypeVar
 from twisted.internet.defer import Deferred
 
 from ociregistry.archives.contents import Contents, NamedImage
-from ociregistry.archives.failures import LoadFailed
-from ociregistry.archives.members import Archive, Member
-from ociregistry.archives.recognition import read_contents
+from ociregistry.archives.members import Archive, LoadFailed, Member
+from ociregistry.archives.opening import read_contents
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
+from ociregistry.pullthrough.loader import Ended, Outcome, Progress
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store

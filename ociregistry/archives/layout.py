@@ -15,7 +15,7 @@ from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import DigestInvalid
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.records import Dates
 
 MARK = "oci-layout"

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ociregistry.archives.failures import ArchiveInvalid, reading
-from ociregistry.archives.members import MOST_MEMBERS, Member
+from ociregistry.archives.members import MOST_MEMBERS, ArchiveInvalid, Member, reading
 
 _COMPRESSIONS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
     b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),

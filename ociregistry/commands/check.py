@@ -9,8 +9,7 @@ from ociregistry.config.registries import Helper, IdentityToken, Password, Regis
 from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
 from ociregistry.names import Upstream
 from ociregistry.settings import Settings
-from ociregistry.upstream.network import api_host
-from ociregistry.upstream.registries import is_allowed
+from ociregistry.upstream.network import api_host, is_allowed
 
 _SYSTEM = "the operating system's trust store"
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from twisted.python import usage
 
 from ociregistry.archives.exporting import Exported, export_images
-from ociregistry.archives.failures import ArchiveFailure
+from ociregistry.archives.members import ArchiveFailure
 from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import heeded_signals
-from ociregistry.config.patterns import Patterns
-from ociregistry.config.quantities import size_text
+from ociregistry.config.values import Patterns, size_text
 from ociregistry.settings import Settings
-from ociregistry.store.inventory import Inventory, Row
+from ociregistry.store.index import Inventory, Row
 
 
 class Export(Command):

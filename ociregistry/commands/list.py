@@ -11,13 +11,12 @@ from typing import Any
 from twisted.python import usage
 
 from ociregistry.commands.options import Command, complain, print_lines
-from ociregistry.config.patterns import Patterns
-from ociregistry.config.quantities import local_time
+from ociregistry.config.values import Patterns, local_time
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.settings import Settings
-from ociregistry.store.inventory import Inventory, Row
-from ociregistry.store.wishes import pending_images
+from ociregistry.store.index import Inventory, Row
+from ociregistry.store.workdir import pending_images
 
 
 class List(Command):

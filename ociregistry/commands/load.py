@@ -12,19 +12,15 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 from twisted.python import usage
 
-from ociregistry.archives.failures import ArchiveFailure
 from ociregistry.archives.importing import Importer
-from ociregistry.archives.members import Archive
+from ociregistry.archives.members import Archive, ArchiveFailure
 from ociregistry.archives.opening import open_archive
 from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
-from ociregistry.commands.owner import become_owner
 from ociregistry.commands.progress import shown
-from ociregistry.commands.running import run_to_end
+from ociregistry.commands.running import become_owner, run_to_end
 from ociregistry.commands.supplying import daemon_runs, opened_store, supplier_for
 from ociregistry.names import ImageReference
-from ociregistry.pullthrough.imagelist import read_image_list
-from ociregistry.pullthrough.loading import Loader
-from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress, summary
+from ociregistry.pullthrough.loader import Ended, Loader, Outcome, Progress, read_image_list, summary
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
 

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ociregistry.commands.options import print_lines
-from ociregistry.pullthrough.outcomes import Outcome
+from ociregistry.pullthrough.loader import Outcome
 
 
 class Lines:

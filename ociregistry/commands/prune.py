@@ -9,14 +9,12 @@ from pathlib import Path
 from twisted.python import usage
 
 from ociregistry.commands.options import Command, print_lines
-from ociregistry.commands.owner import become_owner
-from ociregistry.config.patterns import Patterns
-from ociregistry.config.quantities import parse_duration, parse_local_time, size_text
+from ociregistry.commands.running import become_owner
+from ociregistry.config.values import Patterns, parse_duration, parse_local_time, size_text
 from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
-from ociregistry.store.pruning import Plan, planned, prune
-from ociregistry.store.selection import Selection
+from ociregistry.store.prune import Plan, Selection, planned, prune
 
 _USUAL_AGE = timedelta(days=1)
 

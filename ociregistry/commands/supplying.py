@@ -7,18 +7,17 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from ociregistry.chain import new_instance
 from ociregistry.errors import Denied
 from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import Policy, PullThrough
+from ociregistry.pullthrough.fetchers import Pulling, Supplier, ThroughDaemon
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.suppliers import Pulling, Supplier, ThroughDaemon
 from ociregistry.settings import Settings
-from ociregistry.store.door import find_daemon
 from ociregistry.store.store import Store
-from ociregistry.upstream.beside import DaemonBeside
-from ociregistry.upstream.network import Network
-from ociregistry.upstream.registries import Registries, check_allowed
+from ociregistry.store.workdir import find_daemon
+from ociregistry.upstream.daemon_client import DaemonBeside
+from ociregistry.upstream.network import Network, Registries, check_allowed
+from ociregistry.via import new_instance
 
 
 @asynccontextmanager

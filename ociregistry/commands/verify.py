@@ -7,15 +7,14 @@ from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from ociregistry.commands.options import Command, complain, print_lines
-from ociregistry.commands.owner import become_owner
 from ociregistry.commands.progress import bar, on_terminal
-from ociregistry.commands.running import run_to_end
+from ociregistry.commands.running import become_owner, run_to_end
 from ociregistry.commands.supplying import opened_store, supplier_for
-from ociregistry.config.quantities import size_text
+from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from ociregistry.pullthrough.repairing import NOT_NEEDED, Repairer
+from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
-from ociregistry.store.verifying import Damaged, Findings
+from ociregistry.store.verify import Damaged, Findings
 
 Came = Callable[[int, int], object]
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, gatherResults
@@ -14,22 +14,83 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from ociregistry.chain import NOBODY, Chain
+from ociregistry.concurrency import Flights
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
-from ociregistry.flights import Flights
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.pullthrough.connections import Abandoned, Connections
-from ociregistry.pullthrough.content import Content
 from ociregistry.pullthrough.download import Download
-from ociregistry.pullthrough.patience import NotYet, in_time
-from ociregistry.pullthrough.precedence import Precedence
-from ociregistry.pullthrough.promises import BrokenPromises
+from ociregistry.pullthrough.transfer import Abandoned, Connections, Precedence
 from ociregistry.store.store import Store
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.http import NORMALLY, Manner
+from ociregistry.upstream.network import Registries
+from ociregistry.via import NOBODY, Chain
 
 T = TypeVar("T")
+
+
+class Content(Protocol):
+    """A manifest or blob, open for reading by one client, who closes it. Printed, it says what it is, for the log."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, when all are there."""
+
+    def more_than(self, offset: int) -> Deferred[int]:
+        """Fires with how many bytes can be read, as soon as that is more than `offset`.
+
+        Fails with a `RegistryError` when no more will come. The last byte comes only when the digest holds.
+        """
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Fires with at most `count` and at least one of the bytes at `offset`."""
+
+    def close(self) -> None:
+        """Gives back what is held for reading."""
+
+
+ANSWER_WITHIN = 25.0
+"""Seconds, below the 30 after which containerd gives up on a server that sends no headers."""
+
+
+class NotYet(Unavailable):
+    """The upstream has not answered yet; whoever asks again waits for the same answer."""
+
+
+async def in_time(waiting: Deferred[T], clock: IReactorTime, what: object) -> T:
+    """What `waiting` gives, which may be cancelled; raises `NotYet` when that takes too long."""
+    waiting.addTimeout(ANSWER_WITHIN, clock)
+    try:
+        return await waiting
+    except defer.TimeoutError:
+        raise NotYet(f"{what}: the upstream gave no answer within {ANSWER_WITHIN:.0f} s") from None
+
+
+_KEPT = 60.0
+_MOST_KEPT = 1000
+
+
+class BrokenPromises:
+    """Remembers them for a minute, so that the client's next request is told at once what the first could not be."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._kept: dict[tuple[Repository, Digest], tuple[BlobUnknown, float]] = {}
+
+    def remember(self, repository: Repository, digest: Digest, error: BlobUnknown) -> None:
+        """The upstream does not have the blob."""
+        if len(self._kept) >= _MOST_KEPT:
+            self._kept.clear()
+        self._kept[repository, digest] = error, self._clock.seconds() + _KEPT
+
+    def check(self, repository: Repository, digest: Digest) -> None:
+        """Raises what the upstream said of the blob less than a minute ago."""
+        error, until = self._kept.get((repository, digest), (None, 0.0))
+        if error is None:
+            return
+        if self._clock.seconds() < until:
+            raise BlobUnknown(error.message)
+        del self._kept[repository, digest]
+
 
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0

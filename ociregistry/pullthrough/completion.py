@@ -17,8 +17,8 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ociregistry.concurrency import Bell
 from ociregistry.errors import BlobUnknown, Denied, RegistryError
-from ociregistry.flights import Bell
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.platforms import Platform, chosen

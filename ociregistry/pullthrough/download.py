@@ -5,10 +5,10 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.logger import Logger
 
+from ociregistry.concurrency import Bell
 from ociregistry.errors import RegistryError, Unavailable
-from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
-from ociregistry.pullthrough.connections import Connections
+from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import BlobStream, OtherBlob

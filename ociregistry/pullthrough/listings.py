@@ -9,14 +9,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import ManifestUnknown, NameUnknown, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.pullthrough.patience import in_time
+from ociregistry.pullthrough.cache import in_time
 from ociregistry.store.store import Store
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import TagPage
+from ociregistry.via import NOBODY, Chain
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryErr
 from ociregistry.manifests import LARGEST_CONFIG, MEDIA_TYPES, Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.store.store import Store
-from ociregistry.upstream.links import LinkDown
+from ociregistry.upstream.breaker import LinkDown
 
 _MOST_CHILDREN = 200
 """Of one index; the largest in the field have about 40."""

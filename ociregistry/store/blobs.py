@@ -11,8 +11,7 @@ from pathlib import Path
 from twisted.internet.defer import Deferred, succeed
 
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile
-from ociregistry.store.threads import Threads
+from ociregistry.store.files import SharedFile, Threads
 
 _TICK = 2_000_000_000
 """Nanoseconds within which the time of a folder may not tell a second change from the first."""

@@ -12,9 +12,8 @@ from pathlib import Path
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files, SharedFile, hold
-from ociregistry.store.inventory import Inventory
-from ociregistry.store.pulls import NOTE_SUFFIX, STAGED_SUFFIX, pulls_folders, store_locked
-from ociregistry.store.wishes import wanted_blobs
+from ociregistry.store.index import Inventory
+from ociregistry.store.workdir import NOTE_SUFFIX, STAGED_SUFFIX, pulls_folders, store_locked, wanted_blobs
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:

@@ -14,8 +14,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from ociregistry.config.quantities import Reserve
-from ociregistry.store.threads import Threads
+from ociregistry.config.values import Reserve
+from ociregistry.store.files import Threads
 
 _LOOK_EVERY = 1.0
 """Seconds; other processes write to the disk too."""

@@ -11,24 +11,19 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.config.quantities import USUAL_RESERVE, Reserve
+from ociregistry.config.values import USUAL_RESERVE, Reserve
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
-from ociregistry.store.catalogue import Entry
-from ociregistry.store.door import Door
-from ociregistry.store.files import Files, is_full
+from ociregistry.store.files import Files, Threads, is_full
+from ociregistry.store.index import View
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
-from ociregistry.store.pruning import Choose, Plan, prune
-from ociregistry.store.pulls import STAGED_SUFFIX, PullsFolder
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, RecordFiles
-from ociregistry.store.records import Dates, Record, RecordInvalid
+from ociregistry.store.prune import Choose, Plan, prune
+from ociregistry.store.records import IMAGES_FOLDER, LISTS_FOLDER, Dates, Entry, Record, RecordFiles, RecordInvalid
 from ociregistry.store.space import Room, Space
-from ociregistry.store.threads import Threads
-from ociregistry.store.verifying import Findings, Found, Verifier, last_verified, note_verified
-from ociregistry.store.view import View
-from ociregistry.store.wishes import Pending, WishFiles, wanted_blobs
+from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
+from ociregistry.store.workdir import STAGED_SUFFIX, Door, Pending, PullsFolder, WishFiles, wanted_blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +86,7 @@ class Store:
 
     def _adopt(self) -> None:
         try:
-            wishes = self._wish_files()
+            files = self._wish_files()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -101,7 +96,7 @@ class Store:
                 why=error.strerror,
             )
         else:
-            for pending in wishes.read():
+            for pending in files.read():
                 (self.undecided if pending.undecided else self.wishes)[pending.image] = pending.repository
 
     def _wish_files(self) -> WishFiles:

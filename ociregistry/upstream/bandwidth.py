@@ -7,7 +7,7 @@ from datetime import datetime, time
 
 from twisted.internet.interfaces import IReactorTime
 
-from ociregistry.config.bandwidth import Window
+from ociregistry.config.file import Window
 
 _OF_A_PACKET = 1448 / 1500
 """The part of a packet on the link that is ours: the rest is headers, which the limit is for as well."""

@@ -12,14 +12,12 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
-from ociregistry.upstream.authorization import Authorization, Proof, Scope
+from ociregistry.upstream.auth import LARGEST_TOKEN, AccessRefused, Authorization, Proof, Scope, TokenRequest, Tokens
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.credentials import Credentials
-from ociregistry.upstream.exchange import Exchanges, NoTls, Response
-from ociregistry.upstream.links import LinkDown
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.origins import Origin, redirected
+from ociregistry.upstream.http import NORMALLY, Exchanges, Manner, NoTls, Response
+from ociregistry.upstream.origin import Origin, redirected
 from ociregistry.upstream.ratelimit import RateLimit
-from ociregistry.upstream.tokens import LARGEST_TOKEN, AccessRefused, TokenRequest, Tokens
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10

@@ -3,14 +3,97 @@
 from __future__ import annotations
 
 import base64
+import errno
+import json
+import os
+import shutil
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet import defer
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ProcessDone, ProcessExitedAlready
+from twisted.internet.interfaces import IProcessTransport, IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
 
+from ociregistry.concurrency import Flights
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
-from ociregistry.flights import Flights
+from ociregistry.errors import Unavailable
+from ociregistry.names import DOCKER_HUB, Upstream
+
+_WITHIN = 30.0
+_MOST_BYTES = 64 * 1024
+_DOCKER_HUB_SERVER = "https://index.docker.io/v1/"
+"""Docker's own name for its registry, by which helpers know it."""
+_IS_TOKEN = "<token>"
+"""The user in whose place a helper gives an identity token."""
+
+
+async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Password | IdentityToken:
+    """What the helper says of `upstream`; raises `Unavailable`."""
+    server = _DOCKER_HUB_SERVER if upstream.name == DOCKER_HUB else upstream.name
+    protocol = _Asked(server.encode("ascii"))
+    what = f"{upstream}: {helper.program}"
+    if shutil.which(helper.program) is None:
+        # Where a process is forked first, only the child would know.
+        raise Unavailable(f"{what} cannot be run: {os.strerror(errno.ENOENT)}")
+    try:
+        reactor.spawnProcess(protocol, helper.program, [helper.program, "get"], env=os.environ)
+        output, done = await protocol.ended.addTimeout(_WITHIN, reactor)
+    except defer.TimeoutError:
+        raise Unavailable(f"{what} gave no answer within {_WITHIN:g} s") from None
+    except OSError as error:
+        raise Unavailable(f"{what} cannot be run: {error.strerror}") from None
+    if not done:
+        # What it says then is why it has none, unless it broke off in the middle of the secret.
+        told = "" if b'"Secret"' in output else output[:200].decode("utf-8", "replace").strip()
+        raise Unavailable(f"{what} has no credentials: {told!r}")
+    try:
+        document = json.loads(output)
+        user, secret = document["Username"], document["Secret"]
+        sound = all(isinstance(text, str) and text and text.isprintable() for text in (user, secret))
+        if not sound or ":" in user:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise Unavailable(f"{what} gave no Username and Secret that can be used") from None
+    return IdentityToken(secret) if user == _IS_TOKEN else Password(user, secret)
+
+
+class _Asked(ProcessProtocol):
+    def __init__(self, server: bytes) -> None:
+        self._server = server
+        self._output = bytearray()
+        self.ended: Deferred[tuple[bytes, bool]] = Deferred(self._cancel)
+        """Fires with what it wrote, and whether it says that it succeeded."""
+
+    def connectionMade(self) -> None:
+        self._process.write(self._server)
+        self._process.closeStdin()
+
+    def outReceived(self, data: bytes) -> None:
+        self._output += data
+        if len(self._output) > _MOST_BYTES:
+            self._kill()
+
+    def processEnded(self, reason: Failure) -> None:
+        if not self.ended.called:
+            self.ended.callback((bytes(self._output), reason.check(ProcessDone) is not None))
+
+    @property
+    def _process(self) -> IProcessTransport:
+        return cast(IProcessTransport, self.transport)
+
+    def _cancel(self, ended: Deferred[tuple[bytes, bool]]) -> None:
+        self._kill()
+        ended.errback(CancelledError())
+
+    def _kill(self) -> None:
+        try:
+            self._process.signalProcess("KILL")
+        except ProcessExitedAlready:
+            return
+
 
 _HELPER_KEPT = 300.0
 """Seconds for which a helper is not asked again: it may ask a cloud, which gives passwords that last for hours."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.interfaces import IReactorTime
 
-from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.http import Response
 
 _LOW_COUNT = 25
 """So few remaining requests are low where the limit is not told; else a quarter of it."""

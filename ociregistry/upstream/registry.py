@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from urllib.parse import urlencode, urlsplit
 
-from ociregistry.chain import NOBODY, Chain
+from twisted.internet.defer import DeferredSemaphore
+from twisted.logger import Logger
+
 from ociregistry.errors import (
     BlobUnknown,
     Circle,
+    Denied,
     DigestInvalid,
     ManifestUnknown,
     NameUnknown,
@@ -20,12 +24,113 @@ from ociregistry.errors import (
 )
 from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.exchange import Response
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.slots import Slots
-from ociregistry.upstream.sources import AirGap, Sources
-from ociregistry.upstream.tokens import AccessRefused
+from ociregistry.upstream.client import Client, Headers
+from ociregistry.upstream.http import NORMALLY, Manner, Response
+from ociregistry.via import NOBODY, Chain
+
+KEPT_FOR_SMALL = 2
+
+
+class Slots:
+    """So many for blobs, and two more that blobs do not get: nobody waits behind layers for a manifest."""
+
+    def __init__(self, most: int) -> None:
+        self._blobs = DeferredSemaphore(most)
+        self._all = DeferredSemaphore(most + KEPT_FOR_SMALL)
+
+    async def for_blob(self, *, small: bool) -> None:
+        """Waits for one for a blob, which may be as `small` as a manifest; `blob_done` gives it back."""
+        if not small:
+            await self._blobs.acquire()
+        try:
+            await self._all.acquire()
+        except BaseException:
+            if not small:
+                self._blobs.release()
+            raise
+
+    def blob_done(self, *, small: bool) -> None:
+        """One that was for a blob is free."""
+        self._all.release()
+        if not small:
+            self._blobs.release()
+
+    @asynccontextmanager
+    async def for_small(self) -> AsyncIterator[None]:
+        """One for what is small, with its token, while the block runs."""
+        await self._all.acquire()
+        try:
+            yield
+        finally:
+            self._all.release()
+
+
+_WITHIN = 15.0
+"""Seconds that a mirror has for its headers; the registry itself must still have its chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorClient:
+    """Asks the mirror `name`."""
+
+    name: str
+    client: Client
+
+
+class Sources:
+    """Asks the mirrors first; the registry itself has the last word, whatever it says."""
+
+    log = Logger(namespace="ociregistry.upstream")
+
+    def __init__(self, mirrors: Sequence[MirrorClient], own: Client) -> None:
+        self._mirrors = mirrors
+        self._own = own
+
+    async def request(
+        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+    ) -> Response:
+        """The first good answer, or the registry's own. Raises as `Client.request` does."""
+        missed: list[str] = []
+        quick = replace(manner, within=min(manner.within, _WITHIN))
+        for mirror in self._mirrors:
+            try:
+                response = await mirror.client.request(method, repository, path, headers, quick)
+            except (Unavailable, Denied) as error:
+                missed.append(error.message)
+            else:
+                if _is_good(method, response):
+                    return response
+                await response.discard()
+                missed.append(f"{mirror.name}: it answered {response.status}")
+            self.log.debug("passed over the mirror {missed}", missed=missed[-1])
+        try:
+            return await self._own.request(method, repository, path, headers, manner)
+        except AccessRefused:
+            raise
+        except Unavailable as error:
+            if not missed:
+                raise
+            raise Unavailable(f"{error.message} ({'; '.join(missed)})", error.retry_after) from None
+
+
+def _is_good(method: str, response: Response) -> bool:
+    if "text/html" in response.header("content-type"):
+        # What stands between us and the mirror, and wants to be logged in to.
+        return False
+    return 200 <= response.status < 300 or response.refuses_head(method)
+
+
+class AirGap:
+    """In the place of `Sources` where nobody is to be asked."""
+
+    async def request(
+        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+    ) -> Response:
+        """Raises `AccessRefused`."""
+        raise AccessRefused("it is not in the cache, and this server is air-gapped")
+
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})

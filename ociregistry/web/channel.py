@@ -7,15 +7,60 @@ from typing import cast
 
 from OpenSSL import SSL
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.interfaces import IDelayedCall, IReactorTime, ITCPTransport
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IDelayedCall, IOpenSSLServerConnectionCreator, IReactorTime, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
+from zope.interface import implementer
 
-from ociregistry.config.tls import openssl_reason
-from ociregistry.web.traffic import Traffic
+from ociregistry.concurrency import Bell
+from ociregistry.config.tls import ServerTls, openssl_context, openssl_reason
+
+
+class Traffic:
+    """The requests that are being answered, and the connections whose first one is awaited."""
+
+    def __init__(self) -> None:
+        self._requests = 0
+        self._changed = Bell()
+
+    def began(self) -> None:
+        """One more."""
+        self._requests += 1
+
+    def ended(self) -> None:
+        """One less."""
+        self._requests -= 1
+        self._changed.ring()
+
+    def idle(self) -> Deferred[None]:
+        """Fires when there is none."""
+        return succeed(None) if self._requests == 0 else Deferred.fromCoroutine(self._idle())
+
+    async def _idle(self) -> None:
+        while self._requests:
+            await self._changed.wait()
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class ServerPolicy:
+    """Makes the TLS side of each connection that a client opens."""
+
+    def __init__(self, settings: ServerTls) -> None:
+        self.use(settings)
+
+    def use(self, settings: ServerTls) -> None:
+        """Connections that are opened from now on are made by these: certificates are renewed under a daemon."""
+        self._context = openssl_context(settings.identity, settings.client_ca)
+
+    def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
+        """A new connection."""
+        return SSL.Connection(self._context, None)
+
 
 _REQUEST_WITHIN = 30.0
 """Seconds from the first byte of a request to its last."""

@@ -9,14 +9,12 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
-from ociregistry.chain import Chain
 from ociregistry.errors import NotFound
-from ociregistry.web.answers import Answer
-from ociregistry.web.channel import Channel
+from ociregistry.via import Chain
+from ociregistry.web.api import V2
+from ociregistry.web.channel import Channel, Traffic
 from ociregistry.web.requests import Query
-from ociregistry.web.serving import Handler, Served
-from ociregistry.web.traffic import Traffic
-from ociregistry.web.v2 import V2
+from ociregistry.web.resource import Answer, Handler, Served
 
 _IDLE_CONNECTION = 150.0
 """Seconds; clients keep connections for 90 to 120 s, and one that we close under them fails a request."""

@@ -18,7 +18,7 @@ import yaml
 from tests.images import Image, Index
 from tests.processes import ROOT, twistd
 
-NOBODY = 65534
+NOBODYS_ID = 65534
 """The user and the group without rights that every Debian has."""
 
 _PATIENCE = 120
@@ -133,7 +133,7 @@ def need_root() -> None:
 
 def as_nobody(argv: Sequence[str]) -> list[str]:
     """The command line that runs `argv` as a user without rights."""
-    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *argv]
+    return ["setpriv", f"--reuid={NOBODYS_ID}", f"--regid={NOBODYS_ID}", "--clear-groups", *argv]
 
 
 @contextmanager

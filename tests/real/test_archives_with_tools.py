@@ -13,8 +13,8 @@ from twisted.internet.task import Clock
 
 from ociregistry.archives.exporting import export_images
 from ociregistry.names import Digest
-from ociregistry.pullthrough.outcomes import Ended
-from ociregistry.store.inventory import Inventory
+from ociregistry.pullthrough.loader import Ended
+from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index

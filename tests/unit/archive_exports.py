@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ociregistry.archives.exporting import Exported, export_images
-from ociregistry.store.inventory import Inventory
+from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
 from tests.images import Image, Index, make_image, make_index
 from tests.unit.archive_files import (

@@ -19,12 +19,10 @@ import pytest
 from twisted.internet.threads import deferToThreadPool
 
 from ociregistry.archives.contents import Contents
-from ociregistry.archives.failures import ArchiveInvalid
 from ociregistry.archives.importing import Importer
-from ociregistry.archives.members import Archive
-from ociregistry.archives.opening import open_archive
-from ociregistry.archives.recognition import read_contents
-from ociregistry.pullthrough.outcomes import Outcome, Progress, Untold
+from ociregistry.archives.members import Archive, ArchiveInvalid
+from ociregistry.archives.opening import open_archive, read_contents
+from ociregistry.pullthrough.loader import Outcome, Progress, Untold
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
 from tests.images import Image, Index, Manifest

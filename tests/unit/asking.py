@@ -12,15 +12,13 @@ from twisted.web.iweb import IAgent
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.names import Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import Links
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.credentials import Ask, Credentials
-from ociregistry.upstream.exchange import Exchanges
-from ociregistry.upstream.links import Links
+from ociregistry.upstream.http import Exchanges
 from ociregistry.upstream.network import api_host
-from ociregistry.upstream.origins import Origin
-from ociregistry.upstream.registry import Registry
-from ociregistry.upstream.slots import Slots
-from ociregistry.upstream.sources import Sources
+from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.registry import Registry, Slots, Sources
 
 INSTANCE = "ociregistry-0123456789abcdef"
 """What the process calls itself."""

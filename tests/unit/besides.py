@@ -11,10 +11,10 @@ from twisted.internet.task import Clock
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.pullthrough.cache import FoundManifest
-from ociregistry.pullthrough.suppliers import ThroughDaemon
+from ociregistry.pullthrough.fetchers import ThroughDaemon
 from ociregistry.store.store import Store
-from ociregistry.upstream.beside import DaemonBeside
 from ociregistry.upstream.body import Body
+from ociregistry.upstream.daemon_client import DaemonBeside
 from tests.images import make_image
 from tests.unit.bodies import Connection, connected
 from tests.unit.doubles import image, manifest, until

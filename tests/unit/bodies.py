@@ -13,8 +13,7 @@ from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.exchange import Exchanges, Response
-from ociregistry.upstream.manner import NORMALLY, Manner
+from ociregistry.upstream.http import NORMALLY, Exchanges, Manner, Response
 
 UPSTREAM = "reg.example"
 

@@ -14,7 +14,7 @@ from zope.interface import directlyProvides, providedBy
 
 from ociregistry.daemon import Daemon
 from ociregistry.tap import Options, makeService
-from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.http import Response
 from tests.unit.doubles import REACTOR, turn, until
 from tests.unit.wire import Network
 

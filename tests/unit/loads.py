@@ -14,9 +14,8 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import FoundManifest
-from ociregistry.pullthrough.loading import Loader
-from ociregistry.pullthrough.outcomes import Outcome
-from ociregistry.pullthrough.suppliers import Came, Supplier
+from ociregistry.pullthrough.fetchers import Came, Supplier
+from ociregistry.pullthrough.loader import Loader, Outcome
 from ociregistry.store.store import Store
 from tests.images import Image, Index
 from tests.unit.doubles import REACTOR, image, manifest, turn

@@ -8,14 +8,14 @@ from typing import Any, cast
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.http import NORMALLY, Manner
+from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import BlobStream, Registry, TagPage
+from ociregistry.via import NOBODY, Chain
 from tests.unit.bodies import Connection, connected, end
 from tests.unit.doubles import until
 

@@ -14,11 +14,9 @@ from typing import Any
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.inventory import Inventory, Kept
-from ociregistry.store.pruning import Choose, Plan, planned, prune
-from ociregistry.store.recordfiles import read_record, record_path
-from ociregistry.store.records import Dates, Record
-from ociregistry.store.selection import Selection
+from ociregistry.store.index import Inventory, Kept
+from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
+from ociregistry.store.records import Dates, Record, read_record, record_path
 
 HOST = Upstream("reg.example")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from ociregistry.archives.failures import ArchiveInvalid, LoadFailed
-from ociregistry.config.quantities import Reserve
+from ociregistry.archives.members import ArchiveInvalid, LoadFailed
+from ociregistry.config.values import Reserve
 from ociregistry.names import Digest
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.records import Dates

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from twisted.internet.defer import Deferred
 
-from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.archive_files import (

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from ociregistry.archives.exporting import Exported, export_images
-from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.manifests import OCI_MANIFEST, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.outcomes import Ended
-from ociregistry.store.inventory import Inventory
+from ociregistry.pullthrough.loader import Ended
+from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
 from tests.unit.archive_exports import (
     APP,

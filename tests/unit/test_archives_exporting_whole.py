@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ociregistry.archives.exporting import Exported
-from ociregistry.archives.failures import ArchiveFailure, ExportFailed
+from ociregistry.archives.members import ArchiveFailure, ExportFailed
 from ociregistry.store.files import Files, SharedFile
 from tests.unit.archive_exports import (
     BLOBS,

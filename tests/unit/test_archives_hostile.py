@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.archives import folders, tars
+from ociregistry.archives import opening as folders
+from ociregistry.archives import tars
 from tests.unit.archive_files import add_file, everything, opened, refused, write_folder, write_tar
 
 FILES = {"index.json": b"{}", "blobs/sha256/bb": b"", "blobs/sha256/cc": b"small"}

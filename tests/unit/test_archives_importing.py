@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index

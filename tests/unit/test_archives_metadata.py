@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ociregistry.archives.exporting import Exported, LeftOut
-from ociregistry.pullthrough.outcomes import Ended
-from ociregistry.store.inventory import Inventory
+from ociregistry.pullthrough.loader import Ended
+from ociregistry.store.index import Inventory
 from ociregistry.store.records import Record
 from ociregistry.store.store import Store
 from tests.images import Image, make_index

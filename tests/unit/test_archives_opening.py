@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.archives.failures import ArchiveInvalid
+from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.archives.opening import open_archive
 from tests.images import random_bytes
 from tests.unit.archive_files import everything, opened, refused, write_folder, write_tar

@@ -12,8 +12,8 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Repository
 from ociregistry.platforms import NO_PLATFORM
 from ociregistry.store.files import Files
-from ociregistry.store.selection import Surplus
-from ociregistry.store.wishes import Pending, WishFiles
+from ociregistry.store.prune import Surplus
+from ociregistry.store.workdir import Pending, WishFiles
 from tests.unit.command_lines import run, snapshot
 from tests.unit.loads import index_of
 from tests.unit.stocked import HOST, Stock, by_name, day, image_of, url_of

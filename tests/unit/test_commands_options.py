@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -62,7 +62,7 @@ EXPECTED = (("soup", "fish"), "salt", "table", 1, "5", ["tcp:1", "tcp:2"])
 
 @pytest.mark.parametrize("place", range(len(GIVEN) + 1))
 def test_options_may_stand_before_between_and_behind_arguments(place: int) -> None:
-    before, behind = chain.from_iterable(GIVEN[:place]), list(chain.from_iterable(GIVEN[place:]))
+    before, behind = itertools.chain.from_iterable(GIVEN[:place]), list(itertools.chain.from_iterable(GIVEN[place:]))
     words = [*before, "soup"]
     assert told(*words, *behind, "fish") == told(*words, "fish", *behind) == EXPECTED
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ociregistry.commands.options import CommandFailed
-from ociregistry.commands.owner import become_owner
+from ociregistry.commands.running import become_owner
 
 
 class Owned(type(Path())):  # type: ignore[misc]  # what Path() is differs from machine to machine

@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from ociregistry.commands.progress import Bars, Lines, bar, on_terminal, shown
-from ociregistry.pullthrough.outcomes import Ended, Outcome
+from ociregistry.pullthrough.loader import Ended, Outcome
 
 NGINX, REDIS = "docker.io/library/nginx:1.25", "docker.io/library/redis:7"
 LOADED = Outcome(NGINX, Ended.LOADED, blobs=2, bytes=1000)

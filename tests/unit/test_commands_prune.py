@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.commands import prune as prune_command
-from ociregistry.config.quantities import size_text
+from ociregistry.config.values import size_text
 from ociregistry.names import Digest
 from tests.unit.command_lines import mistake, run, snapshot
 from tests.unit.stocked import Stock, day, list_of

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ociregistry.config.file import Config, read_config
+from ociregistry.config.file import Config, VerifySettings, read_config
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
-from ociregistry.config.upkeep import VerifySettings
 from ociregistry.names import Upstream
 from tests.unit.config_files import OPTIONS, read, refusal
 

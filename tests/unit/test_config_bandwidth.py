@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.config.bandwidth import Window, parse_rate
+from ociregistry.config.file import Window, parse_rate
 from tests.unit.config_files import read, refusal
 
 

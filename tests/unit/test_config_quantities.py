@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ociregistry.config.quantities import (
+from ociregistry.config.values import (
     USUAL_RESERVE,
     local_time,
     parse_duration,

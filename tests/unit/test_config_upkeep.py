@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.config.upkeep import PruneSettings, VerifySettings
+from ociregistry.config.file import PruneSettings, VerifySettings
 from tests.unit.config_files import read, refusal
 
 NGINX = "docker.io/library/nginx:1.25"

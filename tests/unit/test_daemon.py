@@ -16,7 +16,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
 from ociregistry.errors import Unavailable
-from ociregistry.logs import ALWAYS
+from ociregistry.log import ALWAYS
 from ociregistry.tap import Options, makeService
 from tests.images import make_image
 from tests.unit.daemons import Daemons, addresses, get, make

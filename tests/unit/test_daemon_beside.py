@@ -15,11 +15,11 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Denied, ManifestUnknown
 from ociregistry.names import Digest
-from ociregistry.pullthrough.outcomes import Ended
-from ociregistry.pullthrough.suppliers import ThroughDaemon
-from ociregistry.store.door import Door, find_daemon
+from ociregistry.pullthrough.fetchers import ThroughDaemon
+from ociregistry.pullthrough.loader import Ended
 from ociregistry.store.store import Store
-from ociregistry.upstream.beside import DaemonBeside
+from ociregistry.store.workdir import Door, find_daemon
+from ociregistry.upstream.daemon_client import DaemonBeside
 from tests.unit.asking import INSTANCE
 from tests.unit.daemons import Daemons, get
 from tests.unit.daemons_upstream import BUILT, LAYER, app, counts, here, start

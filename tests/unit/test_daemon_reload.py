@@ -15,7 +15,7 @@ from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, PredicateRe
 from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry.daemon import Daemon
-from ociregistry.logs import AtLeast
+from ociregistry.log import AtLeast
 from ociregistry.settings import LOG_LEVELS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.certificates import Authority

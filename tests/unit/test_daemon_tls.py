@@ -14,7 +14,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry import __version__
 from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority
 from tests.images import make_image

@@ -8,8 +8,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 from twisted.python.failure import Failure
 
+from ociregistry.concurrency import Bell, Flights
 from ociregistry.errors import Unavailable
-from ociregistry.flights import Bell, Flights
 from tests.unit.doubles import failed, fired, texts
 
 

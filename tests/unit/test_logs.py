@@ -15,7 +15,7 @@ from twisted.logger import (
     textFileLogObserver,
 )
 
-from ociregistry.logs import ALWAYS, AtLeast
+from ociregistry.log import ALWAYS, AtLeast
 from ociregistry.settings import LOG_LEVELS
 
 ORDER = (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error, LogLevel.critical)

@@ -9,12 +9,12 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Circle
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
+from ociregistry.via import NOBODY, Chain
 from tests.images import make_image
 from tests.unit.doubles import image, manifest, on_reactor, until
 from tests.unit.registries import MemoryRegistries, landed

@@ -21,8 +21,8 @@ from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Inc
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
-from ociregistry.store.wishes import WishFiles
-from ociregistry.web.v2 import V2
+from ociregistry.store.workdir import WishFiles
+from ociregistry.web.api import V2
 from tests.unit.asking import INSTANCE
 from tests.unit.completions import APP, CONFIG, DATA, ELSEWHERE, IMAGE, LARGE, OTHER, SMALL, Fetching, pulled, wishes
 from tests.unit.doubles import on_reactor, record, texts, turn, until

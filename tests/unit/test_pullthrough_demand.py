@@ -16,7 +16,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository
 from ociregistry.platforms import Platform
 from ociregistry.store.store import Store
-from ociregistry.store.wishes import WishFiles
+from ociregistry.store.workdir import WishFiles
 from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
 from tests.unit.doubles import image, on_reactor, texts, until
 from tests.unit.loads import image_of, index_of, settle

@@ -9,17 +9,17 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Upstream
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.store.inventory import Inventory
+from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
-from ociregistry.web.answers import Answer
-from ociregistry.web.v2 import V2
+from ociregistry.via import NOBODY, Chain
+from ociregistry.web.api import V2
+from ociregistry.web.resource import Answer
 from tests.unit.asking import INSTANCE
 from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
 from tests.unit.doubles import REACTOR, image, on_reactor, until

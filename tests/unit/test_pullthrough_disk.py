@@ -12,7 +12,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.config.quantities import Reserve
+from ociregistry.config.values import Reserve
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough

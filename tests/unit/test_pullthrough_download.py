@@ -11,8 +11,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
-from ociregistry.pullthrough.cache import FoundBlob, PullThrough
-from ociregistry.pullthrough.content import Content
+from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.doubles import image, manifest, on_reactor, texts, until

@@ -12,8 +12,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
-from ociregistry.pullthrough.cache import FoundBlob, PullThrough
-from ociregistry.pullthrough.content import Content
+from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.unit.doubles import manifest, on_reactor, texts, turn, until
 from tests.unit.registries import MemoryRegistries, landed

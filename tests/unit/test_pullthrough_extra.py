@@ -9,8 +9,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
-from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.patience import ANSWER_WITHIN, NotYet, in_time
+from ociregistry.pullthrough.cache import ANSWER_WITHIN, NotYet, PullThrough, in_time
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.doubles import image, manifest, on_reactor, turn, until

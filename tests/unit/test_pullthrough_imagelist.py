@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.imagelist import ImageList, parse_image, read_image_list
+from ociregistry.pullthrough.loader import ImageList, parse_image, read_image_list
 
 HEX = "ab" * 32
 SHA512 = "cd" * 64

@@ -16,7 +16,7 @@ from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import FoundManifest, Policy, PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
-from ociregistry.web.v2 import V2
+from ociregistry.web.api import V2
 from tests.images import make_image, make_index
 from tests.unit.asking import INSTANCE
 from tests.unit.demands import NoDemand

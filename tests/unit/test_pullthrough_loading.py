@@ -11,7 +11,7 @@ from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryErr
 from ociregistry.manifests import DOCKER_LIST, Manifest
 from ociregistry.names import Digest
 from ociregistry.platforms import ALL, Platform
-from ociregistry.pullthrough.outcomes import Ended, Outcome, Untold, summary
+from ociregistry.pullthrough.loader import Ended, Outcome, Untold, summary
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
 from tests.unit.doubles import manifest, on_reactor

@@ -14,10 +14,9 @@ from twisted.internet.defer import Deferred
 import ociregistry.commands.load
 from ociregistry.commands.load import _load
 from ociregistry.errors import ManifestUnknown, Unavailable
-from ociregistry.pullthrough.loading import Loader
-from ociregistry.pullthrough.outcomes import Ended
+from ociregistry.pullthrough.loader import Ended, Loader
 from ociregistry.settings import Settings, load_settings
-from ociregistry.store.inventory import Inventory
+from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor

@@ -12,9 +12,9 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.fetchers import Pulling
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.outcomes import Ended, Outcome
-from ociregistry.pullthrough.suppliers import Pulling
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
 from tests.unit.doubles import REACTOR, manifest, on_reactor, turn, until

@@ -13,7 +13,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
-from ociregistry.upstream.links import LinkDown
+from ociregistry.upstream.breaker import LinkDown
 from tests.unit.doubles import image, on_reactor, record, texts
 from tests.unit.fetchers import CONFIGS, NAMES, A, B, C, D, Fetcher, platform
 from tests.unit.loads import image_of, index_of, settle

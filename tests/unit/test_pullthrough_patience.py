@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
-from ociregistry.pullthrough.patience import ANSWER_WITHIN, in_time
+from ociregistry.pullthrough.cache import ANSWER_WITHIN, in_time
 from tests.unit.doubles import failed, fired
 
 

@@ -11,9 +11,8 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
-from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.content import Content
-from ociregistry.pullthrough.precedence import Precedence
+from ociregistry.pullthrough.cache import Content, PullThrough
+from ociregistry.pullthrough.transfer import Precedence
 from tests.images import Blob, make_image
 from tests.unit.doubles import image, on_reactor, turn, until
 from tests.unit.registries import MemoryRegistries, Sending, landed

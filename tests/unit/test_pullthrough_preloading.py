@@ -10,8 +10,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
-from ociregistry.pullthrough.imagelist import ImageList, read_image_list
-from ociregistry.pullthrough.preloading import Preloaded, Preloading
+from ociregistry.pullthrough.loader import ImageList, Preloaded, Preloading, read_image_list
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.doubles import image, on_reactor, texts, turn, until

@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown
 from ociregistry.names import Digest
-from ociregistry.pullthrough.promises import BrokenPromises
+from ociregistry.pullthrough.cache import BrokenPromises
 from tests.unit.doubles import image
 
 APP, ELSEWHERE = image("reg.example/team/app:1").repository, image("else.example/team/app:1").repository

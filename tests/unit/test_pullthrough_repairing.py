@@ -10,10 +10,10 @@ import pytest
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.repairing import Repairer
+from ociregistry.pullthrough.maintenance import Repairer
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Damaged
+from ociregistry.store.verify import Damaged
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest, on_reactor
 from tests.unit.loads import Shelf

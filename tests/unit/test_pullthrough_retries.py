@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from ociregistry.pullthrough.retries import Retries
+from ociregistry.pullthrough.transfer import Retries
 
 
 def waits(retries: Retries, count: int, *, watched: bool, failing_after: float = 0.0) -> list[float]:

@@ -12,9 +12,9 @@ from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.fetchers import Pulling
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.outcomes import Ended, Outcome
-from ociregistry.pullthrough.suppliers import Pulling
+from ociregistry.pullthrough.loader import Ended, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_artifact, make_image, make_index
 from tests.unit.doubles import image, manifest, on_reactor, until

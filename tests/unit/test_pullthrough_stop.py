@@ -13,10 +13,9 @@ from zope.interface import implementer
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Upstream
-from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.content import Content
+from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.store.store import Store
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import Registry
 from tests.unit.asking import client_over, exchanges_over, registry_over
 from tests.unit.doubles import on_reactor, turn, until

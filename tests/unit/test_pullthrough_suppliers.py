@@ -12,8 +12,8 @@ from ociregistry.errors import BlobUnknown, ManifestUnknown, RegistryError, Unav
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.fetchers import InBackground, Patience, Pulling
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.suppliers import InBackground, Patience, Pulling
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.doubles import image, manifest, on_reactor, turn, until

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundManifest
-from ociregistry.pullthrough.outcomes import Ended
+from ociregistry.pullthrough.loader import Ended
 from ociregistry.store.store import Store
 from tests.unit.besides import APP, BUILT, DATA, IMAGE, LAYER, Scene
 from tests.unit.bodies import connected, end

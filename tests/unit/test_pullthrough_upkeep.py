@@ -12,7 +12,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.store.pruning import Plan
+from ociregistry.store.prune import Plan
 from ociregistry.store.store import Store
 from tests.images import Image, make_image, make_index
 from tests.unit.doubles import image, on_reactor, texts, until

@@ -16,7 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.files import Files
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Findings
+from ociregistry.store.verify import Findings
 from tests.images import make_image
 from tests.unit.doubles import on_reactor, texts, until
 from tests.unit.loads import Shelf, settle

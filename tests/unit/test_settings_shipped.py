@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.config.quantities import Reserve
-from ociregistry.config.upkeep import VerifySettings
+from ociregistry.config.file import VerifySettings
+from ociregistry.config.values import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 from ociregistry.settings import Settings, load_settings

@@ -12,8 +12,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
+from ociregistry.store.prune import Selection
 from ociregistry.store.records import Dates, Record
-from ociregistry.store.selection import Selection
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest, on_reactor, record, texts, until

@@ -13,11 +13,10 @@ from twisted.internet.defer import gatherResults
 
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.blobs import open_blob, read_at
-from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.files import Files, SharedFile, Threads
 from ociregistry.store.partials import DigestMismatch
-from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.store import Store
-from ociregistry.store.threads import Threads
+from ociregistry.store.workdir import PullsFolder
 from tests.unit.doubles import REACTOR, fired, on_reactor, until
 
 DATA = bytes(range(256)) * 100

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.catalogue import Catalogue, Entry
-from ociregistry.store.records import Record
+from ociregistry.store.index import Catalogue
+from ociregistry.store.records import Entry, Record
 from tests.images import make_image, make_index
 from tests.unit.doubles import HUB, image, manifest
 

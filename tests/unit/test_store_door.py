@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from twisted.internet.protocol import Factory, Protocol
 
-from ociregistry.store.door import Door, find_daemon
 from ociregistry.store.store import Store
+from ociregistry.store.workdir import Door, find_daemon
 from tests.unit.doubles import REACTOR, on_reactor
 
 

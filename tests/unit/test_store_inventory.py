@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import ociregistry.store.inventory
+import ociregistry.store.index
 from ociregistry.names import Digest
-from ociregistry.store.inventory import Inventory
-from ociregistry.store.recordfiles import read_record
-from ociregistry.store.records import Record
+from ociregistry.store.index import Inventory
+from ociregistry.store.records import Record, read_record
 from tests.images import make_image
 from tests.unit.doubles import manifest
 from tests.unit.stocked import HOST, Stock, calls_of, day, image_of, in_memory, list_of, url_of
@@ -39,7 +38,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         paths.append(path)
         return read_record(path)
 
-    monkeypatch.setattr(ociregistry.store.inventory, "read_record", read)
+    monkeypatch.setattr(ociregistry.store.index, "read_record", read)
     return paths
 
 
@@ -203,7 +202,7 @@ def test_a_record_that_goes_while_it_is_read_is_gone(stock: Stock, monkeypatch: 
         path.unlink()
         return read_record(path)
 
-    monkeypatch.setattr(ociregistry.store.inventory, "read_record", gone)
+    monkeypatch.setattr(ociregistry.store.index, "read_record", gone)
     assert stock.inventory().records == {}
 
 
@@ -214,7 +213,7 @@ def test_one_that_cannot_be_read_is_an_error(stock: Stock, monkeypatch: pytest.M
     def fails(path: Path) -> Record:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(ociregistry.store.inventory, "read_record", fails)
+    monkeypatch.setattr(ociregistry.store.index, "read_record", fails)
     with pytest.raises(OSError, match="Input/output"):
         stock.inventory()
 

@@ -13,9 +13,8 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.store import recordfiles
-from ociregistry.store.recordfiles import Changes, RecordFiles, Signature
-from ociregistry.store.records import Record
+from ociregistry.store import records as recordfiles
+from ociregistry.store.records import Changes, Record, RecordFiles, Signature
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
 from tests.unit.doubles import image, manifest, on_reactor, record, texts, until

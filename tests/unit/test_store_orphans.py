@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 from twisted.internet.task import Clock
 
-from ociregistry.config.quantities import USUAL_RESERVE
+from ociregistry.config.values import USUAL_RESERVE
 from ociregistry.names import Digest
-from ociregistry.store.files import lock
+from ociregistry.store.files import Threads, lock
 from ociregistry.store.orphans import find_orphans, remove_orphans, remove_partials
 from ociregistry.store.partials import Partial
-from ociregistry.store.pulls import PullsFolder
 from ociregistry.store.space import Space
-from ociregistry.store.threads import Threads
-from ociregistry.store.wishes import Pending, WishFiles
+from ociregistry.store.workdir import Pending, PullsFolder, WishFiles
 from tests.processes import wait_until
 from tests.unit.doubles import REACTOR, image
 from tests.unit.stocked import Stock, Unsynced, image_of, list_of

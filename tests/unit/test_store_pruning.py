@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-import ociregistry.store.pruning
+import ociregistry.store.prune
 from ociregistry.names import Digest
 from ociregistry.store.files import lock
-from ociregistry.store.inventory import Inventory
-from ociregistry.store.pruning import Doomed, planned
-from ociregistry.store.pulls import store_locked
-from ociregistry.store.selection import Selection
+from ociregistry.store.index import Inventory
+from ociregistry.store.prune import Doomed, Selection, planned
+from ociregistry.store.workdir import store_locked
 from tests.unit.stocked import Stock, by_name, calls_of, day, image_of, in_memory, list_of, url_of
 
 ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")
@@ -237,7 +236,7 @@ def test_what_comes_until_it_has_the_lock_counts(stock: Stock, monkeypatch: pyte
         with store_locked(root):
             yield
 
-    monkeypatch.setattr(ociregistry.store.pruning, "store_locked", locked_late)
+    monkeypatch.setattr(ociregistry.store.prune, "store_locked", locked_late)
     stock.prune_only(choose)
     assert [len(inventory.records) for inventory in chosen] == [2]
     assert stock.has(OWN, SHARED) == [False, True]

@@ -20,10 +20,9 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
-from ociregistry.store.inventory import Inventory
+from ociregistry.store.index import Inventory
 from ociregistry.store.orphans import remove_orphans
-from ociregistry.store.pruning import Doomed
-from ociregistry.store.selection import Selection
+from ociregistry.store.prune import Doomed, Selection
 from tests.lossy import Disk, LossyFiles, PowerCut
 from tests.unit.stocked import Stock, Unsynced, by_name, day, list_of, named
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.store.selection import Selection
+from ociregistry.store.prune import Selection
 from tests.unit.stocked import Stock, by_name, day, list_of, url_of
 
 ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")

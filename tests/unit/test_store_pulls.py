@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.store.door import Door
-from ociregistry.store.pulls import PullsFolder, pulls_folders
+from ociregistry.store.workdir import Door, PullsFolder, pulls_folders
 from tests.unit.stocked import Unsynced
 
 LEFT, WISH = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"

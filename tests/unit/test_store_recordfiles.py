@@ -17,9 +17,8 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import Changes, RecordFiles, read_record
-from ociregistry.store.records import Dates, Record, RecordInvalid
+from ociregistry.store.records import Changes, Dates, Record, RecordFiles, RecordInvalid, read_record
+from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.doubles import image, manifest
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.store.inventory import Inventory
-from ociregistry.store.pruning import Doomed, Plan, Spared
-from ociregistry.store.selection import Selection, Surplus, size_of
+from ociregistry.store.index import Inventory
+from ociregistry.store.prune import Doomed, Plan, Selection, Spared, Surplus, size_of
 from tests.unit.stocked import Stock, calls_of, day, image_of, in_memory, list_of, named, url_of
 
 SIZE = 100_000

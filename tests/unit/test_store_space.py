@@ -13,11 +13,11 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.config.quantities import Reserve
+from ociregistry.config.values import Reserve
 from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.store.files import Threads
 from ociregistry.store.space import Room, Space
 from ociregistry.store.store import Store
-from ociregistry.store.threads import Threads
 from tests.images import MIB
 from tests.unit.doubles import REACTOR, on_reactor, texts, until
 

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Findings
+from ociregistry.store.verify import Findings
 from tests.unit.doubles import REACTOR, fired, on_reactor
 from tests.unit.power_cuts import result
 from tests.unit.stocked import Stock, Unsynced, image_of

@@ -11,9 +11,8 @@ import pytest
 from twisted.internet.task import Clock
 
 import ociregistry.store.store
-import ociregistry.store.verifying
-from ociregistry.store.recordfiles import read_record
-from ociregistry.store.records import Record
+import ociregistry.store.verify
+from ociregistry.store.records import Record, read_record
 from ociregistry.store.store import Store
 from tests.unit.doubles import image
 from tests.unit.power_cuts import result
@@ -142,7 +141,7 @@ def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | 
         finally:
             path.write_bytes(data)
 
-    monkeypatch.setattr(ociregistry.store.verifying, "read_record", read)
+    monkeypatch.setattr(ociregistry.store.verify, "read_record", read)
 
 
 def test_a_record_on_a_broken_disk_is_put_aside(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

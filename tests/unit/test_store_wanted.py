@@ -13,13 +13,11 @@ from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import BlobFolder
-from ociregistry.store.catalogue import Catalogue, Entry
 from ociregistry.store.files import Files
-from ociregistry.store.pulls import PullsFolder
-from ociregistry.store.recordfiles import RecordFiles, is_wanted, read_record
-from ociregistry.store.records import Dates, Record
+from ociregistry.store.index import Catalogue
+from ociregistry.store.records import Dates, Entry, Record, RecordFiles, is_wanted, read_record
 from ociregistry.store.store import Store
-from ociregistry.store.wishes import Pending, WishFiles, pending_images
+from ociregistry.store.workdir import Pending, PullsFolder, WishFiles, pending_images
 from tests.images import make_image
 from tests.unit.demands import AMD64, ARM64, ATTESTATION, INDEX, S390X
 from tests.unit.doubles import image, manifest, on_reactor, record

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files
 from ociregistry.store.store import Store
-from ociregistry.store.wishes import Pending, WishFiles
+from ociregistry.store.workdir import Pending, WishFiles
 from tests.lossy import LossyFiles, PowerCut
 from tests.unit.doubles import REACTOR, image, on_reactor
 

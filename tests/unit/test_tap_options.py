@@ -15,7 +15,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.config.quantities import Reserve
+from ociregistry.config.values import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 from ociregistry.settings import OPTIONS, Settings, load_settings

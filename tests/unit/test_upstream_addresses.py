@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ociregistry.upstream.addresses import forbidden, is_private
+from ociregistry.upstream.connect import forbidden, is_private
 
 # The kind of each, the edges of its network included.
 IPV4 = [

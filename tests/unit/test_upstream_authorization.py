@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.authorization import Proof
+from ociregistry.upstream.auth import Proof
 from ociregistry.upstream.credentials import basic
 from tests.unit.bodies import Told
 from tests.unit.doubles import failed, fired

@@ -9,7 +9,7 @@ from datetime import time
 import pytest
 from twisted.internet.task import Clock
 
-from ociregistry.config.bandwidth import Window
+from ociregistry.config.file import Window
 from ociregistry.upstream import bandwidth as module
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 

@@ -17,8 +17,8 @@ from ociregistry import __version__
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, OCI_INDEX
 from ociregistry.names import Digest
-from ociregistry.store.door import Door
-from ociregistry.upstream.beside import DaemonBeside
+from ociregistry.store.workdir import Door
+from ociregistry.upstream.daemon_client import DaemonBeside
 from tests.images import make_image
 from tests.unit.asking import INSTANCE
 from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until

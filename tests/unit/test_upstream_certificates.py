@@ -16,8 +16,8 @@ from OpenSSL import crypto
 
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.exchange import NoTls
 from ociregistry.upstream.failures import CertificateRefused, explain, speaks_no_tls
+from ociregistry.upstream.http import NoTls
 from ociregistry.upstream.tls import _verify
 from tests.certificates import Authority
 from tests.unit.doubles import on_reactor

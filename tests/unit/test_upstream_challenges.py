@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ociregistry.upstream.challenges import (
+from ociregistry.upstream.auth import (
     BasicChallenge,
     BearerChallenge,
     Challenge,

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
-from ociregistry.chain import Chain
 from ociregistry.errors import BlobUnknown, Circle, ManifestUnknown, NameUnknown, RegistryError, Unavailable
 from ociregistry.upstream.registry import Registry
+from ociregistry.via import Chain
 from tests.unit.asking import INSTANCE, client_over, registry_over
 from tests.unit.bodies import ScriptedExchanges
 from tests.unit.doubles import failed, fired

@@ -13,7 +13,7 @@ from ociregistry.config.registries import Login
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.credentials import Ask
-from ociregistry.upstream.exchange import NoTls, Response
+from ociregistry.upstream.http import NoTls, Response
 from tests.unit.asking import client_over, no_helper
 from tests.unit.bodies import ScriptedExchanges, Told
 from tests.unit.doubles import failed, fired

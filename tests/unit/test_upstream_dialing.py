@@ -18,9 +18,8 @@ from twisted.web.client import URI, Agent
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.dialing import Dialer
-from ociregistry.upstream.exchange import Response
-from ociregistry.upstream.resolver import Resolver
+from ociregistry.upstream.connect import Dialer, Resolver
+from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.unit.asking import exchanges_over
 from tests.unit.doubles import failed

@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 
 from ociregistry import __version__
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.exchange import NoTls, Response
+from ociregistry.upstream.http import NoTls, Response
 from tests.certificates import Authority
 from tests.unit.doubles import on_reactor, until
 from tests.unit.wire import Network

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 from ociregistry.config.registries import Helper, IdentityToken, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import Upstream
-from ociregistry.upstream.helpers import ask_helper
+from ociregistry.upstream.credentials import ask_helper
 from tests.unit.doubles import REACTOR, on_reactor, until
 
 HELPER = Helper("fake")

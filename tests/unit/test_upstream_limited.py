@@ -13,12 +13,11 @@ from twisted.internet.task import Clock
 from twisted.web.client import URI, Agent
 
 import ociregistry.upstream.bandwidth
-from ociregistry.config.bandwidth import Window
+from ociregistry.config.file import Window
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.dialing import Dialer
-from ociregistry.upstream.exchange import Exchanges
-from ociregistry.upstream.links import Links
-from ociregistry.upstream.resolver import Resolver
+from ociregistry.upstream.breaker import Links
+from ociregistry.upstream.connect import Dialer, Resolver
+from ociregistry.upstream.http import Exchanges
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.unit.doubles import REACTOR, on_reactor, until
 from tests.unit.wire import trusting

@@ -9,8 +9,8 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.upstream.links import Attempt, Link, LinkDown, Links
-from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.breaker import Attempt, Link, LinkDown, Links
+from ociregistry.upstream.origin import Origin
 from tests.unit.doubles import texts
 
 NAME = "reg.example:443"

@@ -10,8 +10,8 @@ from twisted.logger import LogEvent
 
 from ociregistry.config.registries import IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
+from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.credentials import basic
-from ociregistry.upstream.tokens import AccessRefused
 from tests.unit.doubles import failed
 from tests.unit.test_upstream_authorization import WANTS_BASIC, wants
 from tests.unit.test_upstream_client import CDN, OK, REG, TOKEN, Asking, redirect, token

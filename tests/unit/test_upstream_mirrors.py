@@ -12,15 +12,12 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.config.registries import Login, Password
 from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Repository, Upstream
+from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.credentials import Credentials
-from ociregistry.upstream.exchange import NoTls, Response
-from ociregistry.upstream.manner import Manner
-from ociregistry.upstream.origins import Origin
-from ociregistry.upstream.registry import Registry
-from ociregistry.upstream.slots import Slots
-from ociregistry.upstream.sources import MirrorClient, Sources
-from ociregistry.upstream.tokens import AccessRefused
+from ociregistry.upstream.http import Manner, NoTls, Response
+from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.registry import MirrorClient, Registry, Slots, Sources
 from tests.unit.asking import INSTANCE, client_over, no_helper
 from tests.unit.bodies import ScriptedExchanges, Told
 from tests.unit.doubles import failed, fired, texts

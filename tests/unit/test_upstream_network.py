@@ -17,7 +17,7 @@ from ociregistry.names import Upstream
 from ociregistry.settings import Settings, load_settings
 from ociregistry.upstream.client import Base
 from ociregistry.upstream.network import Network, _trusted_with, api_host, named_by
-from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.origin import Origin
 from tests.unit.asking import INSTANCE
 from tests.unit.doubles import fired
 from tests.unit.test_upstream_dialing import Names, Told

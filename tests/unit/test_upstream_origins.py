@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ociregistry.upstream.origins import Origin, redirected, without_query
+from ociregistry.upstream.origin import Origin, redirected, without_query
 
 
 @pytest.mark.parametrize(

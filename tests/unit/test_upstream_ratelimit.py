@@ -9,8 +9,7 @@ from twisted.internet.defer import Deferred
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
-from ociregistry.upstream.exchange import Response
-from ociregistry.upstream.manner import NORMALLY, Manner
+from ociregistry.upstream.http import NORMALLY, Manner, Response
 from ociregistry.upstream.registry import Registry
 from tests.unit.asking import registry_over
 from tests.unit.doubles import failed, fired

@@ -19,11 +19,10 @@ from zope.interface import implementer
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.exchange import Encoded, Exchanges, Response
+from ociregistry.upstream.breaker import LinkDown, Links
 from ociregistry.upstream.failures import CertificateRefused
-from ociregistry.upstream.links import LinkDown, Links
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.http import NORMALLY, Encoded, Exchanges, Manner, Response
+from ociregistry.upstream.origin import Origin
 from tests.unit.asking import client_over
 from tests.unit.doubles import failed, on_reactor, texts, until
 from tests.unit.test_upstream_client import OK, Asking, redirect

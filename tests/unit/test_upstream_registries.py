@@ -6,11 +6,11 @@ from typing import cast
 
 import pytest
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Denied
 from ociregistry.names import Upstream
-from ociregistry.upstream.registries import Registries
+from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import Registry
+from ociregistry.via import NOBODY, Chain
 
 
 class Made:

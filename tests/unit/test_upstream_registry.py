@@ -14,7 +14,7 @@ from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.client import Client
-from ociregistry.upstream.exchange import Response
+from ociregistry.upstream.http import Response
 from ociregistry.upstream.registry import BlobStream, Registry
 from tests.images import make_image
 from tests.unit.asking import client_over, registry_over

@@ -12,7 +12,7 @@ from twisted.internet.defer import gatherResults
 from twisted.internet.error import DNSLookupError
 from twisted.internet.task import deferLater
 
-from ociregistry.upstream.resolver import Resolver
+from ociregistry.upstream.connect import Resolver
 from tests.unit.doubles import REACTOR, on_reactor, until
 
 THREADS = 64

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import BlobUnknown, Unavailable
-from ociregistry.upstream.manner import NORMALLY, Manner
+from ociregistry.upstream.http import NORMALLY, Manner
 from ociregistry.upstream.registry import BlobStream, OtherBlob
 from tests.unit.asking import client_over, registry_over
 from tests.unit.bodies import ScriptedExchanges, Told

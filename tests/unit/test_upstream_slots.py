@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
-from ociregistry.upstream.slots import Slots
+from ociregistry.upstream.registry import Slots
 from tests.unit.doubles import failed, fired
 
 
@@ -24,12 +24,12 @@ class Busy:
         begun: Deferred[None] = Deferred()
         over: Deferred[None] = Deferred()
 
-        async def use() -> None:
+        async def occupy() -> None:
             async with self.slots.for_small():
                 begun.callback(None)
                 await over
 
-        self.last = Deferred.fromCoroutine(use())
+        self.last = Deferred.fromCoroutine(occupy())
         return begun, over
 
     def free(self) -> int:

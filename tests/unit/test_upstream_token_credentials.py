@@ -12,10 +12,9 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.challenges import BearerChallenge
+from ociregistry.upstream.auth import AccessRefused, BearerChallenge, TokenRequest, Tokens
 from ociregistry.upstream.credentials import Credentials, basic
-from ociregistry.upstream.manner import Manner
-from ociregistry.upstream.tokens import AccessRefused, TokenRequest, Tokens
+from ociregistry.upstream.http import Manner
 from tests.unit.doubles import failed, fired, texts
 from tests.unit.test_upstream_credentials import Helpful
 from tests.unit.test_upstream_tokens import TokenService

@@ -11,10 +11,9 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.challenges import BearerChallenge
+from ociregistry.upstream.auth import BearerChallenge, TokenRequest, Tokens
 from ociregistry.upstream.credentials import Credentials
-from ociregistry.upstream.manner import Manner
-from ociregistry.upstream.tokens import TokenRequest, Tokens
+from ociregistry.upstream.http import Manner
 from tests.unit.asking import no_helper
 from tests.unit.doubles import failed, fired
 

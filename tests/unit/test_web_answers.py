@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ociregistry.errors import BlobUnknown, MethodUnsupported, RegistryError, Unavailable
-from ociregistry.web.answers import Answer, InMemory, SizeOnly, error_answer, json_answer
+from ociregistry.web.resource import Answer, InMemory, SizeOnly, error_answer, json_answer
 from tests.unit.doubles import fired
 
 

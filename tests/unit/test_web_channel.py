@@ -11,10 +11,9 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from ociregistry.names import DOCKER_HUB, Upstream
-from ociregistry.web.channel import MOST_CONNECTIONS, Channel
+from ociregistry.web.api import V2
+from ociregistry.web.channel import MOST_CONNECTIONS, Channel, Traffic
 from ociregistry.web.site import RegistrySite
-from ociregistry.web.traffic import Traffic
-from ociregistry.web.v2 import V2
 from tests.unit.asking import INSTANCE
 from tests.unit.demands import NoDemand
 from tests.unit.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData

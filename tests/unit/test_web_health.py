@@ -11,14 +11,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry import __version__
-from ociregistry.chain import NOBODY
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
-from ociregistry.pullthrough.preloading import Preloaded
+from ociregistry.pullthrough.loader import Preloaded
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts, Store
-from ociregistry.web.health import health
-from ociregistry.web.serving import Handler
+from ociregistry.via import NOBODY
+from ociregistry.web.api import health
+from ociregistry.web.resource import Handler
 from tests.images import make_image
 from tests.unit.completions import Fetching
 from tests.unit.doubles import fired, image, manifest, on_reactor

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ociregistry.errors import RangeUnsatisfiable
-from ociregistry.web.ranges import Range, parse_range
+from ociregistry.web.requests import Range, parse_range
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Unavailable
-from ociregistry.web.answers import Answer
+from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.doubles import texts
 from tests.unit.visitors import Growing, Handler, Visitor, site

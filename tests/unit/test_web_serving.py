@@ -8,9 +8,9 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
-from ociregistry.web.answers import Answer, InMemory, SizeOnly
+from ociregistry.via import NOBODY, Chain
+from ociregistry.web.resource import Answer, InMemory, SizeOnly
 from ociregistry.web.site import RegistrySite
 from tests.unit.doubles import texts
 from tests.unit.visitors import Growing, Handler, Visitor, site

@@ -10,7 +10,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
 from ociregistry.web import channel
-from ociregistry.web.answers import Answer, InMemory
+from ociregistry.web.resource import Answer, InMemory
 from ociregistry.web.site import RegistrySite
 from tests.unit.doubles import texts
 from tests.unit.visitors import Growing, Handler, Visitor, site

@@ -12,7 +12,7 @@ from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 
 from ociregistry.config.tls import Certificates, KeyPair, ServerTls
-from ociregistry.web.tls import ServerPolicy
+from ociregistry.web.channel import ServerPolicy
 from tests.certificates import Authority
 
 NAME = "cache.example"

@@ -10,7 +10,6 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
-from ociregistry.chain import NOBODY, Chain
 from ociregistry.errors import Circle, NameInvalid, NotFound, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Tag, Upstream
@@ -18,9 +17,10 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import TagPage
-from ociregistry.web.answers import Answer
+from ociregistry.via import NOBODY, Chain
+from ociregistry.web.api import V2
 from ociregistry.web.requests import Query
-from ociregistry.web.v2 import V2
+from ociregistry.web.resource import Answer
 from tests.images import make_image
 from tests.unit.asking import INSTANCE
 from tests.unit.demands import NoDemand

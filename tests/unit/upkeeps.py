@@ -8,12 +8,11 @@ from pathlib import Path
 
 from twisted.internet.task import Clock
 
-from ociregistry.config.patterns import Patterns
-from ociregistry.config.upkeep import PruneSettings, VerifySettings
+from ociregistry.config.file import PruneSettings, VerifySettings
+from ociregistry.config.values import Patterns
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.repairing import Repairer
-from ociregistry.pullthrough.upkeep import Upkeep
+from ociregistry.pullthrough.maintenance import Repairer, Upkeep
 from ociregistry.store.store import Store
 from tests.images import Image, Index
 from tests.unit.doubles import image, manifest

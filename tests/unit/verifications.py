@@ -10,10 +10,10 @@ import pytest
 from twisted.internet.task import Clock
 
 import ociregistry.store.store
-import ociregistry.store.verifying
+import ociregistry.store.verify
 from ociregistry.manifests import Manifest
 from ociregistry.store.store import Store
-from ociregistry.store.verifying import Damaged, Findings
+from ociregistry.store.verify import Damaged, Findings
 from tests.unit.doubles import REACTOR
 from tests.unit.power_cuts import AtOnce, result
 from tests.unit.stocked import Stock, Unsynced, day, image_of, list_of
@@ -34,7 +34,7 @@ def stocked(root: Path) -> Stock:
 @contextmanager
 def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """It is started, and no thread delays it."""
-    monkeypatch.setattr(ociregistry.store.verifying, "_SLICE", SLICE)
+    monkeypatch.setattr(ociregistry.store.verify, "_SLICE", SLICE)
     monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
     store = Store(stock.root, clock, REACTOR, Unsynced())
     store.start()

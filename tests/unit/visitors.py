@@ -15,16 +15,15 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 
-from ociregistry.chain import NOBODY, Chain
-from ociregistry.flights import Bell
+from ociregistry.concurrency import Bell
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.web.answers import Answer, InMemory
-from ociregistry.web.health import health
+from ociregistry.via import NOBODY, Chain
+from ociregistry.web.api import V2, health
 from ociregistry.web.requests import Query
+from ociregistry.web.resource import Answer, InMemory
 from ociregistry.web.site import RegistrySite
-from ociregistry.web.v2 import V2
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)
 ROOM = Room(free=10, reserve=7, full=False)

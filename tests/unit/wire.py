@@ -10,9 +10,9 @@ from twisted.web.client import Agent, HTTPConnectionPool
 
 from ociregistry.config.tls import SYSTEM_TRUST, Certificates, UpstreamTls
 from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import Links
 from ociregistry.upstream.client import Client
-from ociregistry.upstream.exchange import Exchanges
-from ociregistry.upstream.links import Links
+from ociregistry.upstream.http import Exchanges
 from ociregistry.upstream.registry import Registry
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.unit.asking import client_over, registry_over

@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.origin import Origin
 
 _FIRST = 1.0
 _LONGEST = 30.0
@@ -98,7 +98,7 @@ class Link:
             seconds = self._clock.seconds() - self._down_since
             self._down_since = self._probe = None
             self._changed = self._clock.seconds()
-            self.log.warn("{link} can be reached again, after {seconds:.0f} s", link=self._name, seconds=seconds)
+            self.log.warn("{host} can be reached again, after {seconds:.0f} s", host=self._name, seconds=seconds)
 
     def failed(self, began: float, why: str, *, refused: bool = False) -> None:
         """What `began` then found that it cannot be reached."""
@@ -108,7 +108,7 @@ class Link:
             return
         if self._down_since is None:
             self._down_since, self._distance = now, _FIRST
-            self.log.warn("{link} cannot be reached: {why}", link=self._name, why=why)
+            self.log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
         else:
             self._distance = min(_LONGEST, self._distance * 2)
         self._changed = now

@@ -1,18 +1,104 @@
-"""pulls/<n>/: the folder in which one process keeps what is not complete, and takes over what others left."""
+"""The socket in pulls/<n>/ by which other processes on the same store reach the daemon."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from ociregistry.names import Digest
+from ociregistry.errors import RegistryError
+from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files, is_full, lock, locked
+
+
+def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
+    """Return the blobs that are to be fetched for images of the store at `root`, by whichever process.
+
+    `blobs_of` gives the blobs that the record of a manifest names, none where there is no record. Blocks. Raises:
+    `OSError`.
+    """
+    paths = (path for folder in pulls_folders(root) for path in folder.glob(f"*{WISH_SUFFIX}"))
+    manifests = (Digest.from_hex(path.stem) for path in paths)
+    return frozenset(blob for manifest in manifests if manifest is not None for blob in blobs_of(manifest))
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An image whose blobs are to be fetched from `repository`.
+
+    It is `undecided` while it may turn out not to be wanted.
+    """
+
+    image: Digest
+    repository: Repository
+    undecided: bool = False
+
+
+class WishFiles:
+    """The wishes of this process, `<hex of the manifest>.wish` in its folder. All of it blocks; raises `OSError`."""
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self._folder = folder
+        self._files = files
+
+    def write(self, pending: Pending) -> None:
+        """Write the file of one pending image."""
+        repository = pending.repository
+        document: dict[str, object] = {"upstream": repository.upstream.name, "repository": repository.path}
+        document |= {"undecided": True} if pending.undecided else {}
+        path = self._path(pending.image)
+        self._files.put(path, json.dumps(document).encode() + b"\n", path.with_name(f"{path.name}.new"))
+
+    def remove(self, manifest: Digest) -> None:
+        """Wishes no more."""
+        self._files.unlink(self._path(manifest))
+
+    def read(self) -> Iterator[Pending]:
+        """All that is wished for; what is no wish is removed."""
+        for path in sorted(path for path in self._folder.glob(f"*{WISH_SUFFIX}") if path.is_file()):
+            pending = _read(path)
+            if pending is None:
+                self._files.unlink(path)
+            else:
+                yield pending
+
+    def look(self) -> Iterator[Pending]:
+        """Yield the pending images of a folder that may be another process's."""
+        for path in self._folder.glob(f"*{WISH_SUFFIX}"):
+            pending = _read(path)
+            if pending is not None:
+                yield pending
+
+    def _path(self, manifest: Digest) -> Path:
+        return self._folder / f"{manifest.hex}{WISH_SUFFIX}"
+
+
+def pending_images(root: Path) -> frozenset[Digest]:
+    """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
+    files = (WishFiles(folder, Files()) for folder in pulls_folders(root))
+    return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
+
+
+def _read(path: Path) -> Pending | None:
+    manifest = Digest.from_hex(path.stem)
+    if manifest is None:
+        return None
+    try:
+        # Only a file: a pipe would be waited for.
+        document = json.loads(path.read_bytes() if path.is_file() else b"")
+        repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
+        return Pending(manifest, repository, document.get("undecided") is True)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
+        return None
+
 
 NOTE_SUFFIX = ".note"
 STAGED_SUFFIX = ".staged"
@@ -211,3 +297,47 @@ def _belongs_to_partial(path: Path, *folders: Path) -> bool:
     if Digest.from_hex(name) is None:
         return False
     return all(any((folder / half).is_file() for folder in folders) for half in (name, name + NOTE_SUFFIX))
+
+
+_NAME = "socket"
+
+
+class Door:
+    """The socket in a folder, by a path that is short enough for the kernel, wherever the store is."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises `OSError`."""
+        self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.path = f"/proc/self/fd/{self._folder}/{_NAME}"
+
+    def clear(self) -> None:
+        """Removes what a process left that was killed."""
+        Path(self.path).unlink(missing_ok=True)
+
+    def is_open(self) -> bool:
+        """Whether a process listens behind it."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            try:
+                asking.connect(self.path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+            return True
+
+    def close(self) -> None:
+        """The path leads nowhere any more."""
+        os.close(self._folder)
+
+
+def find_daemon(root: Path) -> Door | None:
+    """The door of the daemon that runs on the store at `root`, or None if none does. Raises `OSError`."""
+    for folder in pulls_folders(root):
+        door = Door(folder)
+        try:
+            found = door.is_open()
+        except OSError:
+            door.close()
+            raise
+        if found:
+            return door
+        door.close()
+    return None

@@ -12,15 +12,14 @@ from twisted.web.client import URI, Agent, HTTPConnectionPool
 from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
-from ociregistry.chain import Chain
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.exchange import Exchanges, Response
-from ociregistry.upstream.links import Links
-from ociregistry.upstream.manner import Manner
+from ociregistry.upstream.breaker import Links
+from ociregistry.upstream.http import Exchanges, Manner, Response
+from ociregistry.via import Chain
 
 _LARGEST_ERROR = 64 * 1024
 _MANNER = Manner(insist=True)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
 from typing import assert_never
 from urllib.parse import urlencode
 
 from twisted.logger import Logger
 
-from ociregistry.chain import NOBODY, Chain
+from ociregistry import __version__
 from ociregistry.errors import Circle
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.web.answers import Answer, InMemory, SizeOnly, json_answer
+from ociregistry.pullthrough.loader import Preloaded
+from ociregistry.store.space import Room
+from ociregistry.store.store import Counts
+from ociregistry.via import NOBODY, Chain
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -25,6 +32,38 @@ from ociregistry.web.requests import (
     namespace,
     parse_request,
 )
+from ociregistry.web.resource import Answer, Handler, InMemory, SizeOnly, json_answer
+
+
+def health(
+    counts: Callable[[], Counts],
+    incomplete: Callable[[], Incomplete],
+    preloaded: Callable[[], Preloaded | None],
+    room: Callable[[], Room],
+    started: datetime,
+) -> Handler:
+    """What answers such requests; all but `started` are asked each time."""
+
+    async def answer(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
+        held, lacking, preloading = counts(), incomplete(), preloaded()
+        return json_answer(
+            200,
+            {
+                "status": "ok",
+                "version": __version__,
+                "started": started.isoformat(timespec="seconds"),
+                "lists": held.lists,
+                "images": held.images,
+                "incomplete_images": lacking.images,
+                "missing_bytes": lacking.bytes,
+                "pending_images": lacking.pending,
+                "incomplete_indexes": lacking.indexes,
+                "disk": asdict(room()),
+                **({"preload": asdict(preloading)} if preloading else {}),
+            },
+        )
+
+    return answer
 
 
 class V2:

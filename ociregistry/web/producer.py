@@ -10,9 +10,9 @@ from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.web.http import Request
 from zope.interface import implementer
 
+from ociregistry.concurrency import Bell
 from ociregistry.errors import Unavailable
-from ociregistry.flights import Bell
-from ociregistry.pullthrough.content import Content
+from ociregistry.pullthrough.cache import Content
 
 _PIECE = 256 * 1024
 """Bytes: large enough that the work per piece does not count, small enough for many clients at once."""

@@ -20,11 +20,20 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_CONFIG
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
-from ociregistry.store.files import Files, SharedFile, is_full
-from ociregistry.store.pulls import PullsFolder, store_locked
-from ociregistry.store.recordfiles import IMAGES_FOLDER, LISTS_FOLDER, digest_of, is_wanted, read_record, signatures
-from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
-from ociregistry.store.threads import Threads
+from ociregistry.store.files import Files, SharedFile, Threads, is_full
+from ociregistry.store.records import (
+    IMAGES_FOLDER,
+    LISTS_FOLDER,
+    Dates,
+    ForeignRecord,
+    Record,
+    RecordInvalid,
+    digest_of,
+    is_wanted,
+    read_record,
+    signatures,
+)
+from ociregistry.store.workdir import PullsFolder, store_locked
 
 Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
 

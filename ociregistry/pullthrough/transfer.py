@@ -2,21 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from twisted.internet import defer
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.concurrency import Bell
 from ociregistry.errors import Unavailable
-from ociregistry.flights import Bell
 from ociregistry.names import Digest, Repository
-from ociregistry.pullthrough.precedence import Precedence
-from ociregistry.pullthrough.retries import Retries
 from ociregistry.store.partials import Partial
-from ociregistry.upstream.manner import Manner
+from ociregistry.upstream.http import Manner
 from ociregistry.upstream.registry import BlobStream, OtherBlob, Registry
+
+
+class Precedence:
+    """Knows which downloads that clients wait for are flowing; the others stand still meanwhile."""
+
+    def __init__(self) -> None:
+        self._flowing: set[Hashable] = set()
+        self._changed = Bell()
+
+    @property
+    def yields(self) -> bool:
+        """Whether what nobody waits for must stand still."""
+        return bool(self._flowing)
+
+    def flows(self, download: Hashable, *, waited_for: bool) -> None:
+        """Bytes come for `download`, and a client waits for them, or not."""
+        if waited_for:
+            self._flowing.add(download)
+        else:
+            self._flowing.discard(download)
+        self._changed.ring()
+
+    def ended(self, download: Hashable) -> None:
+        """No more bytes come for it."""
+        self.flows(download, waited_for=False)
+
+    def change(self) -> Deferred[None]:
+        """Fires when something has changed."""
+        return self._changed.wait()
+
+
+_FIRST = 0.5
+_WATCHED = 5.0
+"""Seconds, at most, from one try to the next while somebody waits."""
+_UNWATCHED = 30.0
+_GIVE_UP = 300.0
+"""Seconds without a byte, and without anybody who waits, after which the download ends; its partial stays."""
+
+
+class Retries:
+    """Counts the tries since the last progress. All times are in seconds; `jitter` gives numbers from 0 to 1."""
+
+    def __init__(self, now: float, jitter: Callable[[], float]) -> None:
+        self._jitter = jitter
+        self.progress(now)
+
+    def progress(self, now: float) -> None:
+        """Bytes came."""
+        self._progress = now
+        self._tried = now
+        self._tries = 0
+
+    def exhausted(self, now: float, *, watched: bool) -> bool:
+        """Whether it is time to give up."""
+        return not watched and now - self._progress >= _GIVE_UP
+
+    def wait(self, now: float, *, watched: bool) -> float:
+        """How long from `now` to the next try, which counts as made then.
+
+        The first comes at once; the distance of the others doubles. It is measured from try to try: one that
+        took long to fail is followed at once.
+        """
+        longest = _WATCHED if watched else _UNWATCHED
+        distance = min(longest, _FIRST * 2 ** (self._tries - 1)) if self._tries else 0.0
+        wait = max(0.0, self._tried + distance * (0.5 + self._jitter() / 2) - now)
+        self._tries += 1
+        self._tried = now + wait
+        return wait
+
 
 _SMALL = 64 * 1024
 """Bytes of a blob that goes before larger ones: a config."""

@@ -13,13 +13,13 @@ from twisted.internet.task import deferLater
 from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
-from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.cache import FoundManifest, NotYet, PullThrough
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.patience import NotYet
 from ociregistry.store.store import Store
-from ociregistry.upstream.beside import DaemonBeside
+from ociregistry.upstream.daemon_client import DaemonBeside
 
 T = TypeVar("T")
+
 
 _SLOW = 8.0
 """Seconds after which an answer failed because the upstream is slow; one that fails sooner will fail again."""

@@ -1,24 +1,154 @@
-"""Loading: images brought into the store before anybody pulls them, so many at once."""
+"""Preloading: the images of a file, loaded by the daemon while it serves, again and again until all are there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-from twisted.internet.defer import Deferred, DeferredList, DeferredSemaphore, FirstError, gatherResults
+from twisted.internet.defer import (
+    CancelledError,
+    Deferred,
+    DeferredList,
+    DeferredSemaphore,
+    FirstError,
+    gatherResults,
+    succeed,
+)
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
-from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
+from ociregistry.pullthrough.fetchers import Supplier, SupplierMetadata
 from ociregistry.pullthrough.metadata import Metadata
-from ociregistry.pullthrough.outcomes import Ended, Outcome, Progress
-from ociregistry.pullthrough.suppliers import Supplier, SupplierMetadata
 from ociregistry.store.store import Store
+
+
+class Ended(Enum):
+    """How the loading of an image ended."""
+
+    LOADED = "loaded"
+    THERE = "already there"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the loading of the image `name` ended, and what was brought for it."""
+
+    name: str
+    ended: Ended
+    why: str = ""
+    """The reason of a failure."""
+    notes: tuple[str, ...] = ()
+    """What the operator should know of it."""
+    blobs: int = 0
+    bytes: int = 0
+    again: bool = False
+    """Whether what failed may succeed later."""
+
+    def __str__(self) -> str:
+        """One line."""
+        said = [f"{self.blobs} blobs, {self.bytes} bytes"] if self.blobs else []
+        said += [*self.notes, *([self.why.removeprefix(f"{self.name}: ")] if self.why else [])]
+        return f"{self.ended.value}: {self.name}" + (f": {'; '.join(said)}" if said else "")
+
+
+class Progress(Protocol):
+    """Is told how the loading goes on."""
+
+    def expect(self, name: str, size: int) -> None:
+        """So many bytes more are to come for the image `name`."""
+
+    def came(self, name: str, count: int) -> None:
+        """So many of them came."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """The image has ended."""
+
+
+class Untold:
+    """Progress that nobody looks at."""
+
+    def expect(self, name: str, size: int) -> None:
+        """Not told."""
+
+    def came(self, name: str, count: int) -> None:
+        """Not told."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """Not told."""
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """How many ended how, in one line."""
+    return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in Ended)
+
+
+_USUAL_TAG = "latest"
+_LARGEST = 16 * 1024 * 1024
+"""Bytes of a list; what is larger is something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageList:
+    """What a file names, each image once, and a line for each error in it."""
+
+    images: tuple[ImageReference, ...]
+    errors: tuple[str, ...]
+
+
+def read_image_list(path: Path) -> ImageList:
+    """The images in the file at `path`; `#` begins a comment. Blocks; raises `OSError`."""
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    try:
+        if len(data) > _LARGEST:
+            raise ValueError
+        text = data.decode("utf-8-sig")
+    except ValueError:
+        return ImageList((), (f"{path}: is neither a text nor an archive of images",))
+    images: dict[ImageReference, None] = {}
+    errors: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        word = line.partition("#")[0].strip()
+        if not word:
+            continue
+        try:
+            images[parse_image(word)] = None
+        except RegistryError as error:
+            errors.append(f"{path}:{number}: {_shown(word)} is no image reference: {error.message}")
+    if not images and not errors:
+        errors.append(f"{path}: names no image")
+    return ImageList(tuple(images), tuple(errors))
+
+
+def parse_image(text: str) -> ImageReference:
+    """The image that `text` names, as Docker has it: without a registry it is at docker.io, without a tag `latest`.
+
+    Of a tag and a digest the digest counts. Raises a `RegistryError`.
+    """
+    name, at, digest = text.partition("@")
+    last = name.rpartition("/")[2]
+    if ":" in last:
+        Tag.parse(last.partition(":")[2])
+        if at:
+            name = name.rpartition(":")[0]
+    elif not at:
+        name = f"{name}:{_USUAL_TAG}"
+    return ImageReference.parse(name + at + digest, Upstream(DOCKER_HUB))
+
+
+def _shown(text: str) -> str:
+    return repr(text[:100])
+
 
 _DEEPEST = 4
 """Lists in lists."""
@@ -220,3 +350,84 @@ class Loader:
 
 def _failed(brought: _Brought, why: str, *, again: bool) -> Outcome:
     return Outcome(brought.name, Ended.FAILED, why, (), brought.blobs, brought.bytes, again)
+
+
+_AGAIN = 30.0
+"""Seconds until an image is tried again that could not be loaded for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preloaded:
+    """How far it is."""
+
+    images: int
+    """Those of the file."""
+    loaded: int
+    failed: int
+    """Those that will not be tried again."""
+
+
+class Preloading:
+    """Loads images in the background. Whatever goes wrong is logged."""
+
+    log = Logger(namespace="ociregistry.pullthrough")
+
+    def __init__(self, read: Callable[[], Deferred[ImageList]], loader: Loader, clock: IReactorTime) -> None:
+        """`read` gives what is to be loaded; it fails with `OSError`."""
+        self._read = read
+        self._loader = loader
+        self._clock = clock
+        self._ended: dict[ImageReference, Ended] = {}
+        self._images: Sequence[ImageReference] = ()
+        self._running: Deferred[None] = succeed(None)
+
+    @property
+    def progress(self) -> Preloaded:
+        """How far it is."""
+        failed = sum(ended is Ended.FAILED for ended in self._ended.values())
+        return Preloaded(len(self._images), len(self._ended) - failed, failed)
+
+    def start(self) -> None:
+        """Begins."""
+        self._running = Deferred.fromCoroutine(self._preload()).addErrback(self._failed)
+
+    def stop(self) -> None:
+        """Leaves the rest to the next start."""
+        self._running.cancel()
+
+    def _failed(self, failure: Failure) -> None:
+        if failure.check(OSError):
+            self.log.error("nothing is preloaded: {why}", why=failure.value)
+        elif not failure.check(CancelledError):
+            self.log.failure("a defect in preloading", failure)
+
+    async def _preload(self) -> None:
+        listed = await self._read()
+        for error in listed.errors:
+            self.log.error("not preloaded: {error}", error=error)
+        self._images = listed.images
+        # The last ones first: who is cancelled gives its turn to the next, which has to be cancelled by then.
+        loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
+        await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first)
+        done = self.progress
+        self.log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
+
+    async def _preload_one(self, image: ImageReference) -> None:
+        told = False
+        while True:
+            (outcome,) = await self._loader.load([image])
+            if outcome.ended is not Ended.FAILED:
+                self.log.info("preloading: {outcome}", outcome=outcome)
+            elif not told or not outcome.again:
+                self.log.error("preloading: {outcome}", outcome=outcome)
+            if not outcome.again:
+                self._ended[image] = outcome.ended
+                return
+            told = True
+            await deferLater(self._clock, _AGAIN)
+
+
+def _raise_first(results: list[tuple[bool, Any]]) -> None:
+    for succeeded, result in results:
+        if not succeeded:
+            result.raiseException()

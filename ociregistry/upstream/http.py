@@ -24,10 +24,27 @@ from ociregistry import __version__
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
+from ociregistry.upstream.breaker import Attempt, Link, Links
 from ociregistry.upstream.failures import explain, is_unreachable, speaks_no_tls, was_cancelled
-from ociregistry.upstream.links import Attempt, Link, Links
-from ociregistry.upstream.manner import NORMALLY, Manner
-from ociregistry.upstream.origins import Origin
+from ociregistry.upstream.origin import Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a request is made, with all that it takes: redirects, tokens."""
+
+    within: float = 30.0
+    """Seconds for the headers of each answer."""
+    insist: bool = False
+    """Whether it is made even if the host could not be reached a moment ago: somebody waits for it."""
+    small: bool = False
+    """Whether it is for a small object, which does not wait for a connection behind large ones."""
+    last: bool = False
+    """For the lowest priority: refused while the registry's rate limit is nearly used up."""
+
+
+NORMALLY = Manner()
+
 
 _USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600

@@ -5,7 +5,9 @@ This is the one place where errors are rendered, and where a failure becomes a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from twisted.internet.defer import CancelledError, Deferred, succeed
@@ -16,14 +18,82 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from ociregistry import __version__
-from ociregistry.chain import Chain
 from ociregistry.errors import MethodUnsupported, RegistryError
-from ociregistry.web.answers import Answer, error_answer
-from ociregistry.web.channel import Channel
-from ociregistry.web.ranges import Range, parse_range
-from ociregistry.web.requests import Query
-from ociregistry.web.sending import SLOWEST, Sender, SlowClient
-from ociregistry.web.traffic import Traffic
+from ociregistry.pullthrough.cache import Content
+from ociregistry.via import Chain
+from ociregistry.web.channel import Channel, Traffic
+from ociregistry.web.producer import SLOWEST, Sender, SlowClient
+from ociregistry.web.requests import Query, Range, parse_range
+
+
+class InMemory:
+    """Content that is already here."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self._data)
+
+    def more_than(self, offset: int) -> Deferred[int]:
+        """Fires with the size."""
+        return succeed(self.size)
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Fires with the bytes at `offset`."""
+        return succeed(self._data[offset : offset + count])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SizeOnly(InMemory):
+    """Content of which only the size is known: the answer to a HEAD."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(b"")
+        self._size = size
+
+    @property
+    def size(self) -> int:
+        """Bytes of what a GET would give."""
+        return self._size
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status with headers and content.
+
+    `ranged` content may be asked for in part. `hit` is None where there is nothing to find in a cache.
+    """
+
+    status: int
+    content: Content
+    headers: Mapping[str, str] = field(default_factory=dict)
+    ranged: bool = False
+    hit: bool | None = None
+
+
+def json_answer(
+    status: int,
+    document: object,
+    headers: Mapping[str, str] | None = None,
+    *,
+    media_type: str = "application/json",
+    hit: bool | None = None,
+) -> Answer:
+    """An answer with `document` as JSON."""
+    body = json.dumps(document).encode()
+    return Answer(status, InMemory(body), {"Content-Type": media_type, **(headers or {})}, hit=hit)
+
+
+def error_answer(error: RegistryError) -> Answer:
+    """The answer that tells a client of `error`, with the body of the specification's "Error Codes"."""
+    document = {"errors": [{"code": error.code, "message": error.message, "detail": None}]}
+    return json_answer(error.status, document, error.headers())
+
 
 Handler = Callable[[str, bytes, Query, Chain], Coroutine[Deferred[Any], Any, Answer]]
 """Gives the answer to a method, a path (still percent-encoded) and a query that came through a chain of caches;
@@ -104,8 +174,8 @@ class _Exchange:
         try:
             if self._method not in ("GET", "HEAD"):
                 raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
-            via = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
-            chain = Chain.parse(via.decode("latin-1"))
+            header = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
+            chain = Chain.parse(header.decode("latin-1"))
             return await self._handler(self._method, request.path, request.args, chain)
         except RegistryError as error:
             return self._failed(error)

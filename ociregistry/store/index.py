@@ -3,25 +3,247 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.recordfiles import (
+from ociregistry.store.files import Threads
+from ociregistry.store.records import (
     IMAGES_FOLDER,
     LISTS_FOLDER,
+    UNREAD,
+    Changes,
+    Dates,
+    Entry,
+    Record,
+    RecordFiles,
+    RecordInvalid,
     Signature,
     digest_of,
+    is_referrers_tag,
     is_wanted,
     read_record,
     signatures,
 )
-from ociregistry.store.records import Dates, Record, RecordInvalid
+
+
+class Catalogue:
+    """All entries, with the ways to find them."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Digest, Entry] = {}
+        self._claims: dict[str, dict[Digest, datetime]] = {}
+        self._naming: dict[Digest, dict[Digest, int]] = {}
+        self._indexes: dict[Digest, set[Digest]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, digest: Digest, entry: Entry) -> None:
+        """Takes `entry` for the record `digest`, in place of the one it had."""
+        self.drop(digest)
+        self._entries[digest] = entry
+        for url, confirmed in entry.images.items():
+            self._claims.setdefault(url, {})[digest] = confirmed
+        for blob, size in entry.blobs.items():
+            self._naming.setdefault(blob, {})[digest] = size
+        for child in entry.children:
+            self._indexes.setdefault(child.digest, set()).add(digest)
+
+    def drop(self, digest: Digest) -> None:
+        """Forgets the record `digest`."""
+        entry = self._entries.pop(digest, None)
+        if entry is None:
+            return
+        for url in entry.images:
+            claims = self._claims[url]
+            del claims[digest]
+            if not claims:
+                del self._claims[url]
+        for blob in entry.blobs:
+            naming = self._naming[blob]
+            del naming[digest]
+            if not naming:
+                del self._naming[blob]
+        for child in {child.digest for child in entry.children}:
+            self._indexes[child].discard(digest)
+            if not self._indexes[child]:
+                del self._indexes[child]
+
+    def get(self, digest: Digest) -> Entry | None:
+        """The entry of the record `digest`."""
+        return self._entries.get(digest)
+
+    def resolve(self, image: ImageReference) -> Digest | None:
+        """The digest that `image` means: of several records that claim a tag, the last confirmed."""
+        if isinstance(image.reference, Digest):
+            return image.reference if image.reference in self._entries else None
+        claims = self._claims.get(str(image))
+        return max(claims, key=lambda digest: (claims[digest], digest)) if claims else None
+
+    def tags(self, repository: Repository) -> list[Tag]:
+        """The tags of `repository`, sorted."""
+        prefix = f"{repository}:"
+        tags = (Tag(url.removeprefix(prefix)) for url in self._claims if url.startswith(prefix))
+        return sorted(tag for tag in tags if not is_referrers_tag(tag))
+
+    def sizes(self, blob: Digest, repository: Repository | None = None) -> set[int]:
+        """The sizes in bytes that manifests (of `repository`, if given) give `blob`."""
+        return {
+            size
+            for manifest, size in self.naming(blob).items()
+            if repository is None or self._entries[manifest].known_in(repository)
+        }
+
+    def uses(self, blob: Digest) -> Mapping[Repository, int]:
+        """The repositories with a manifest that names `blob`, and the size in bytes that it gives it."""
+        naming = self.naming(blob)
+        return {at: size for manifest, size in naming.items() for at in self._entries[manifest].repositories}
+
+    def naming(self, blob: Digest) -> Mapping[Digest, int]:
+        """The manifests that name `blob`, and the size in bytes that they give it."""
+        return self._naming.get(blob, {})
+
+    def digests(self) -> list[Digest]:
+        """All records."""
+        return list(self._entries)
+
+    def indexes(self, child: Digest) -> list[Digest]:
+        """The indexes that name the manifest `child`, and those that name these, without lists of referrers."""
+        found: dict[Digest, None] = {}
+        ahead = [child]
+        while ahead:
+            for index in self._indexes.get(ahead.pop(), ()):
+                if index not in found and not self._entries[index].is_referrers:
+                    found[index] = None
+                    ahead.append(index)
+        return list(found)
+
+    def counts(self) -> tuple[int, int]:
+        """How many manifest lists and how many image manifests there are."""
+        lists = sum(entry.is_list for entry in self._entries.values())
+        return lists, len(self._entries) - lists
+
+
+_LOOK_EVERY = 1.0
+_LOOK_AT_BLOBS_EVERY = 10.0
+"""Seconds: every download that ends changes their folder, which may hold many."""
+
+
+class View:
+    """Looks at the files every second, and puts what it finds into its `catalogue`."""
+
+    log = Logger(namespace="ociregistry.store")
+
+    def __init__(self, records: RecordFiles, threads: Threads, clock: IReactorTime) -> None:
+        self.catalogue = Catalogue()
+        self._records = records
+        self._threads = threads
+        self._known: dict[Path, Signature] = {}
+        self._written: set[Path] = set()
+        """Records that this process wrote since the look that is under way began: newer than what it found."""
+        self._complaints: Mapping[Path, str] = {}
+        """What was logged of files that are no records, so that it is logged once."""
+        self._changed: set[Digest] = set()
+        self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
+        """Called with the records that were written, changed, lost, or lost a blob."""
+        self._clock = clock
+        self._blobs_looked_at = float("-inf")
+        self._looking = LoopingCall(self._look)
+        self._looking.clock = clock
+
+    def read(self) -> None:
+        """Reads all records. Blocks; raises `OSError`."""
+        self._take(self._records.look({}))
+
+    def start(self) -> None:
+        """Looks again and again."""
+        self._looking.start(_LOOK_EVERY, now=False)
+
+    def stop(self) -> None:
+        """Looks no more."""
+        self._looking.stop()
+
+    def wrote(self, record: Record) -> None:
+        """This process wrote `record`."""
+        digest = record.manifest.digest
+        path = self._records.path(digest, is_list=record.manifest.is_list)
+        self._written.add(path)
+        self._known[path] = UNREAD
+        self.update(record)
+        self._tell()
+
+    def update(self, record: Record) -> None:
+        """Take `record` as it was read from its file."""
+        digest = record.manifest.digest
+        before = self.catalogue.get(digest)
+        # Where the record does not say, the next look sees whether a layer is here.
+        wanted = before.wanted if before else record.has_tag or not record.manifest.layers
+        self._put(digest, Entry.of(record, wanted=wanted))
+
+    def _put(self, digest: Digest, entry: Entry) -> None:
+        before = self.catalogue.get(digest)
+        # Its digest says what it names: nothing else about it can change what it lacks.
+        if before is None or before.wanted != entry.wanted:
+            self._changed.add(digest)
+        self.catalogue.put(digest, entry)
+
+    def _tell(self) -> None:
+        changed, self._changed = self._changed, set()
+        if changed:
+            self.on_change(changed)
+
+    def lost(self, path: Path) -> None:
+        """The record could not be read."""
+        self._forget(path)
+        self._known.pop(path, None)
+
+    def _look(self) -> Deferred[None]:
+        self._written.clear()
+        now = self._clock.seconds()
+        blobs = now - self._blobs_looked_at >= _LOOK_AT_BLOBS_EVERY
+        self._blobs_looked_at = now if blobs else self._blobs_looked_at
+        looked = self._threads.read(self._records.look, dict(self._known), blobs=blobs).addCallback(self._take)
+        return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
+
+    def _take(self, changes: Changes) -> None:
+        # A record that we wrote meanwhile is read again at the next look.
+        for path in changes.gone - self._written:
+            self._forget(path)
+        for path, why in changes.damaged.items():
+            if path not in self._written:
+                self._forget(path)
+            if self._complaints.get(path) != why:
+                self.log.warn("left alone, it is not a record that can be served: {path}: {why}", path=path, why=why)
+        self._complaints = {
+            **{path: why for path, why in self._complaints.items() if path not in changes.gone | changes.read.keys()},
+            **changes.damaged,
+        }
+        for path, entry in changes.read.items():
+            if path not in self._written:
+                self._put(digest_of(path), entry)
+        self._known = {**changes.seen, **dict.fromkeys(self._written, UNREAD)}
+        for blob in changes.blobs_gone:
+            self._changed.update(self.catalogue.naming(blob))
+        self._tell()
+
+    def _forget(self, path: Path) -> None:
+        digest = digest_of(path)
+        entry = self.catalogue.get(digest)
+        if entry is not None and self._records.path(digest, is_list=entry.is_list) == path:
+            self._changed.add(digest)
+            self.catalogue.drop(digest)
+
 
 _HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _MOST_SEARCHED = 256 * 1024 * 1024

@@ -1,0 +1,317 @@
+"""Which proof of who we are goes with which request: to whom it is due, and to nobody else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+from urllib.parse import urlencode
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
+
+from ociregistry.concurrency import Flights
+from ociregistry.config.registries import IdentityToken, Password
+from ociregistry.errors import Unavailable
+from ociregistry.names import Repository
+from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.http import NORMALLY, Manner
+from ociregistry.upstream.origin import Origin, without_query
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# A header may hold several challenges, and a challenge several parameters, with commas between all of them alike
+# (RFC 9110, section 11.6.1): a part that begins with two words begins a challenge.
+# A quote without its end goes to the end of the header, so that no part is tried twice.
+_PART = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.?)*(?:"|\Z))+', re.DOTALL)
+_MOST = 8
+_LONGEST = 4096
+_BEGINNING = re.compile(rf"\s*(?P<scheme>{_TOKEN})(?:\s+(?!\s|=)(?P<rest>.*)|\s*)", re.DOTALL)
+_PARAMETER = re.compile(rf'\s*(?P<name>{_TOKEN})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s",]+))\s*')
+
+
+@dataclass(frozen=True, slots=True)
+class BasicChallenge:
+    """A user and a password are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class BearerChallenge:
+    """Where to fetch a token (`realm`, a URL), for which `service` and `scope`."""
+
+    realm: str
+    service: str = ""
+    scope: str = ""
+
+    @classmethod
+    def parse(cls, header: str) -> BearerChallenge | None:
+        """The Bearer challenge in a `WWW-Authenticate` header, or None if it is another one or malformed."""
+        return next((found for found in _challenges([header]) if isinstance(found, BearerChallenge)), None)
+
+    def with_default_scope(self, default: str) -> BearerChallenge:
+        """Return the same challenge, with the scope `default` where it tells none or an empty one."""
+        return self if self.scope.strip() else replace(self, scope=default)
+
+    def widened(self, other: BearerChallenge) -> BearerChallenge:
+        """The same for the scopes of `other` too."""
+        scopes = dict.fromkeys([*self.scope.split(), *other.scope.split()])
+        return replace(other, scope=" ".join(scopes))
+
+
+Challenge = BasicChallenge | BearerChallenge
+
+
+def best_challenge(headers: Iterable[str]) -> Challenge | None:
+    """The challenge in these `WWW-Authenticate` headers that is answered: a Bearer one before a Basic one."""
+    found = list(_challenges(headers))
+    return next((one for one in found if isinstance(one, BearerChallenge)), next(iter(found), None))
+
+
+def lacks_scope(headers: Iterable[str]) -> bool:
+    """Whether a token was refused because it is for too little (RFC 6750, section 3.1)."""
+    return ("bearer", "insufficient_scope") in ((scheme, told.get("error")) for scheme, told in _parsed(headers))
+
+
+def _challenges(headers: Iterable[str]) -> Iterator[Challenge]:
+    for scheme, told in _parsed(headers):
+        if scheme == "basic":
+            yield BasicChallenge()
+        elif scheme == "bearer" and told.get("realm"):
+            yield BearerChallenge(told["realm"], told.get("service", ""), told.get("scope", ""))
+
+
+def _parsed(headers: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """Each challenge: its scheme, and its parameters by their names, all in lower case."""
+    challenges: list[tuple[str, dict[str, str]]] = []
+    for header in islice(headers, _MOST):
+        told: dict[str, str] = {}
+        for part in _PART.findall(header[:_LONGEST]):
+            beginning = _BEGINNING.fullmatch(part)
+            if beginning is not None:
+                told = {}
+                challenges.append((beginning["scheme"].lower(), told))
+            parameter = _PARAMETER.fullmatch((beginning["rest"] or "") if beginning else part)
+            if parameter is not None:
+                quoted = parameter["quoted"]
+                value = parameter["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+                told[parameter["name"].lower()] = value
+    return challenges
+
+
+LARGEST_TOKEN = 1024 * 1024
+"""Bytes."""
+
+_DEFAULT_LIFE = 60.0
+_USED_LIFE = 0.9
+"""The part of a token's life after which it is fetched anew."""
+_MOST_KEPT = 1000
+_CLIENT = "ociregistry"
+
+
+class AccessRefused(Unavailable):
+    """A token service does not let us in."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """A request to a token service; with a `form` it is a POST."""
+
+    url: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    form: bytes | None = field(default=None, repr=False)
+
+
+Fetch = Callable[[TokenRequest, Manner], Coroutine[Deferred[Any], Any, bytes]]
+"""Gives the body of the answer, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`, `AccessRefused` too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    value: str = field(repr=False)
+    expires: float
+
+
+class Tokens:
+    """The tokens of one upstream: some for `credentials`, if the token service is `trusted` with them."""
+
+    log = Logger(namespace="ociregistry.upstream")
+
+    def __init__(
+        self,
+        upstream: str,
+        fetch: Fetch,
+        credentials: Credentials,
+        trusted: Callable[[Origin], bool],
+        clock: IReactorTime,
+    ) -> None:
+        self._upstream = upstream
+        self._fetch = fetch
+        self._credentials = credentials
+        self._trusted = trusted
+        self._clock = clock
+        self._kept: dict[tuple[BearerChallenge, bool], _Token] = {}
+        self._flights: Flights[tuple[BearerChallenge, bool], str] = Flights()
+
+    async def token(self, challenge: BearerChallenge, manner: Manner = NORMALLY, *, anonymous: bool = False) -> str:
+        """A token that answers `challenge`; an `anonymous` one may be shown to anybody. Raises `Unavailable`."""
+        if self.holds(challenge, anonymous=anonymous):
+            return self._kept[challenge, anonymous].value
+        return await self._flights.join(
+            (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, manner)
+        )
+
+    def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
+        """Whether there is a token from an earlier request."""
+        kept = self._kept.get((challenge, anonymous))
+        return kept is not None and self._clock.seconds() < kept.expires
+
+    def forget(self, challenge: BearerChallenge, token: str, *, anonymous: bool = False) -> None:
+        """To be called when the registry refused the `token`; a newer one is kept."""
+        kept = self._kept.get((challenge, anonymous))
+        if kept is not None and kept.value == token:
+            del self._kept[challenge, anonymous]
+
+    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, manner: Manner) -> str:
+        request = await self._request(challenge, anonymous)
+        received = self._clock.seconds()
+        try:
+            body = await self._fetch(request, manner)
+        except AccessRefused:
+            if request.headers or request.form:
+                self._credentials.forget()
+            raise
+        try:
+            document = json.loads(body)
+            value = document.get("token") or document["access_token"]
+            life = float(document.get("expires_in") or _DEFAULT_LIFE)
+            if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
+                raise ValueError("the token is not a string of printable characters")
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
+        if len(self._kept) >= _MOST_KEPT:
+            self._kept.clear()
+        self._kept[challenge, anonymous] = _Token(value, received + life * _USED_LIFE)
+        return value
+
+    async def _request(self, challenge: BearerChallenge, anonymous: bool) -> TokenRequest:
+        realm = challenge.realm
+        try:
+            origin = Origin.of(realm)
+        except ValueError:
+            raise Unavailable(f"{self._upstream}: the token realm {without_query(realm)!r} is not a URL") from None
+        query = [("service", challenge.service)] if challenge.service else []
+        credentials = None if anonymous else await self._credentials.get()
+        if credentials is not None and not self._trusted(origin):
+            self.log.warn(
+                "{upstream}: its token service {realm} gets no credentials: it is reached by plain http, or its host "
+                "is neither the upstream's own nor named by realm in the upstream's auth",
+                upstream=self._upstream,
+                realm=without_query(realm),
+            )
+            credentials = None
+        if isinstance(credentials, IdentityToken):
+            # OAuth 2.0 as distribution has it: "Requesting a Token", by POST.
+            form = {"grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": credentials.token}
+            scope = {"scope": challenge.scope} if challenge.scope else {}
+            return TokenRequest(realm, form=urlencode([*query, *(form | scope).items()]).encode("ascii"))
+        query += [("scope", scope) for scope in challenge.scope.split()]
+        separator = "&" if "?" in realm else "?"
+        url = realm + (separator + urlencode(query) if query else "")
+        return TokenRequest(url, {"Authorization": basic(credentials)} if credentials is not None else {})
+
+
+_MOST_CHALLENGES = 1000
+_MOST_REFUSALS = 3
+
+Scope = tuple[Origin, Repository]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """An `Authorization` header; whether it is an `old` one, from an earlier request, which may be out of date."""
+
+    header: str = field(repr=False)
+    old: bool
+
+
+class Authorization:
+    """What one upstream's requests carry. Credentials are for its own origin; a host that it redirects to gets at
+    most an anonymous token, if it asks for one."""
+
+    def __init__(self, credentials: Credentials, tokens: Tokens) -> None:
+        self._credentials = credentials
+        self._tokens = tokens
+        self._challenges: dict[Scope, BearerChallenge] = {}
+        self._wants_basic: Origin | None = None
+
+    async def proof(self, scope: Scope, own: Origin, manner: Manner = NORMALLY) -> Proof | None:
+        """What a request to `scope` carries, as far as is known; raises `Unavailable`."""
+        challenge = self._challenges.get(scope)
+        anonymous = scope[0] != own
+        if challenge is not None:
+            old = self._tokens.holds(challenge, anonymous=anonymous)
+            try:
+                return Proof(f"Bearer {await self._tokens.token(challenge, manner, anonymous=anonymous)}", old)
+            except Unavailable:
+                # The token service may have moved: what is asked next is asked without, and told the new place.
+                self._challenges.pop(scope, None)
+                raise
+        if anonymous or self._wants_basic != own:
+            return None
+        old = self._credentials.from_helper
+        credentials = await self._credentials.get()
+        return Proof(basic(credentials), old) if isinstance(credentials, Password) else None
+
+    def refused(
+        self,
+        scope: Scope,
+        own: Origin,
+        proofs: Sequence[Proof | None],
+        challenges: Sequence[str],
+        default_scope: str,
+    ) -> bool:
+        """Whether to ask `scope` again after a 401 with these `WWW-Authenticate` headers.
+
+        `default_scope` is what a token is fetched for when the challenge does not tell, in the form
+        `repository:NAME:pull`.
+        `proofs` are those that it has refused during one request, the last one last: None is followed by one, an
+        old one by a new one, a new one only by one of another kind or one that is for more.
+        """
+        proof = proofs[-1]
+        known = self._challenges.get(scope)
+        challenge = best_challenge(challenges)
+        if isinstance(challenge, BearerChallenge):
+            challenge = challenge.with_default_scope(default_scope)
+        if proof is not None:
+            self._forget(known, proof, scope, own)
+        if len(proofs) > _MOST_REFUSALS or (proof is None and len(proofs) > 1):
+            return False
+        bearer = isinstance(challenge, BearerChallenge)
+        if proof is not None and not proof.old and bearer == (known is not None):
+            if known is None or not isinstance(challenge, BearerChallenge):
+                return False
+            challenge = known.widened(challenge)
+            if not lacks_scope(challenges) or challenge.scope == known.scope:
+                return False
+        return self._take(challenge, scope, own)
+
+    def _forget(self, known: BearerChallenge | None, proof: Proof, scope: Scope, own: Origin) -> None:
+        if known is not None:
+            self._tokens.forget(known, proof.header.removeprefix("Bearer "), anonymous=scope[0] != own)
+        else:
+            self._credentials.forget()
+
+    def _take(self, challenge: Challenge | None, scope: Scope, own: Origin) -> bool:
+        if challenge is None:
+            return False
+        if isinstance(challenge, BasicChallenge):
+            self._challenges.pop(scope, None)
+            self._wants_basic = own if scope[0] == own else self._wants_basic
+            return scope[0] == own and self._credentials.any
+        if len(self._challenges) >= _MOST_CHALLENGES:
+            self._challenges.clear()
+        self._challenges[scope] = challenge
+        return True
