@@ -19,7 +19,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-class Bell:
+class Event:
     """Rung when something has changed; who waits looks at what it is, and waits again if it is not enough."""
 
     def __init__(self) -> None:
@@ -31,14 +31,14 @@ class Bell:
         self._waiting.append(waiter)
         return waiter
 
-    def ring(self) -> None:
+    def fire(self) -> None:
         """Wakes all who wait now."""
         waiting, self._waiting = self._waiting, []
         while waiting:
             waiting.pop().callback(None)
 
 
-class Flights(Generic[K, T]):
+class SingleFlight(Generic[K, T]):
     """One piece of work in flight for each key, whoever asks for it."""
 
     log = Logger(namespace="ociregistry")
@@ -59,10 +59,10 @@ class Flights(Generic[K, T]):
         waiter: Deferred[T] = Deferred(waiting.remove)
         waiting.append(waiter)
         if begin:
-            Deferred.fromCoroutine(start()).addBoth(self._land, key)
+            Deferred.fromCoroutine(start()).addBoth(self._finish, key)
         return waiter
 
-    def _land(self, result: T | Failure, key: K) -> None:
+    def _finish(self, result: T | Failure, key: K) -> None:
         waiting = self._waiting.pop(key)
         if isinstance(result, Failure) and not waiting:
             if result.check(RegistryError):

@@ -32,14 +32,14 @@ from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
-from ociregistry.pullthrough.fetchers import InBackground
+from ociregistry.pullthrough.fetchers import BackgroundFetcher
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.loader import Loader, Preloading, Untold, read_image_list
-from ociregistry.pullthrough.maintenance import Repairer, Upkeep
+from ociregistry.pullthrough.loader import Loader, NullProgress, Preloader, read_image_list
+from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
-from ociregistry.store.workdir import Door
+from ociregistry.store.workdir import ControlSocket
 from ociregistry.systemd import Systemd
 from ociregistry.upstream.network import Network, Registries
 from ociregistry.via import new_instance
@@ -73,7 +73,7 @@ class Daemon(Service):
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
         self._ports: list[IListeningPort] = []
-        self._beside: tuple[Door, IListeningPort] | None = None
+        self._control: tuple[ControlSocket, IListeningPort] | None = None
         """Where commands on the same store come in."""
         self._reloading = DeferredLock()
         self._systemd = Systemd(reactor)
@@ -101,19 +101,19 @@ class Daemon(Service):
         self._demand = Demand(self._store, self._completion, machine, reactor)
         listings = Listings(self._store, self._registries, reactor, air_gapped=settings.air_gapped)
         self._v2 = V2(self._cache, listings, self._demand, settings.default_ns, instance)
-        background = InBackground(self._cache, listings, settings.pull_timeout, reactor)
-        self._upkeep = Upkeep(self._store, self._cache, Repairer(self._store, background), reactor)
-        self._preloading = self._preload(settings, background)
+        background = BackgroundFetcher(self._cache, listings, settings.pull_timeout, reactor)
+        self._maintenance = Maintenance(self._store, self._cache, Repairer(self._store, background), reactor)
+        self._preloader = self._preload(settings, background)
         answers = health(
             lambda: self._store.counts,
             lambda: self._completion.incomplete,
-            lambda: self._preloading.progress if self._preloading else None,
+            lambda: self._preloader.progress if self._preloader else None,
             lambda: self._store.room,
             self._started,
         )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
 
-    def _preload(self, settings: Settings, background: InBackground) -> Preloading | None:
+    def _preload(self, settings: Settings, background: BackgroundFetcher) -> Preloader | None:
         path = settings.preload_images
         if path is None:
             return None
@@ -125,13 +125,11 @@ class Daemon(Service):
             concurrent=settings.concurrent,
             # No more than images: what clients wait for finds connections free.
             connections=settings.concurrent,
-            progress=Untold(),
+            progress=NullProgress(),
             clock=self._reactor,
         )
         pool = self._reactor.getThreadPool()
-        return Preloading(
-            lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor
-        )
+        return Preloader(lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor)
 
     def setServiceParent(self, parent: IService) -> None:
         """Also sets the observer that twistd will log with: its own, behind `--log-level`."""
@@ -168,13 +166,13 @@ class Daemon(Service):
         take_all_file_descriptors()
         try:
             self._store.start()
-            self._listen_beside()
+            self._listen_on_control_socket()
         except OSError as error:
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
         self._network.start()
-        self._upkeep.use(self._settings.prune, self._settings.verify)
-        if self._preloading is not None:
-            self._preloading.start()
+        self._maintenance.reconfigure(self._settings.prune, self._settings.verify)
+        if self._preloader is not None:
+            self._preloader.start()
         self._completion.start()
         self._demand.start()
         signal.signal(signal.SIGHUP, self._hung_up)
@@ -193,20 +191,20 @@ class Daemon(Service):
         self._warn(self._settings)
         self._systemd.ready()
 
-    def _listen_beside(self) -> None:
+    def _listen_on_control_socket(self) -> None:
         """Commands on the same store pull through this process: nothing is fetched twice."""
         try:
-            door = self._store.door()
+            control_socket = self._store.control_socket()
         except OSError as error:
-            self._cannot_listen_beside(error)
+            self._cannot_listen_on_control_socket(error)
             return
         try:
-            self._beside = door, self._reactor.listenUNIX(door.path, self._site, mode=0o600)
+            self._control = control_socket, self._reactor.listenUNIX(control_socket.path, self._site, mode=0o600)
         except CannotListenError as error:
-            door.close()
-            self._cannot_listen_beside(error.socketError)
+            control_socket.close()
+            self._cannot_listen_on_control_socket(error.socketError)
 
-    def _cannot_listen_beside(self, why: Exception) -> None:
+    def _cannot_listen_on_control_socket(self, why: Exception) -> None:
         self.log.error("commands on the same store cannot pull through this process: {why}", why=why)
 
     def _warn(self, settings: Settings) -> None:
@@ -229,17 +227,17 @@ class Daemon(Service):
         except ConfigInvalid as error:
             self.log.error("the settings stay as they were: {why}", why=error)
             return
-        self._use(settings)
+        self._reconfigure(settings)
 
-    def _use(self, settings: Settings) -> None:
+    def _reconfigure(self, settings: Settings) -> None:
         if self._tls is not None and settings.tls is not None:
-            self._tls.use(settings.tls)
-        self._level.use(settings.log_level)
-        self._network.use(settings)
-        self._store.use(settings.reserve)
-        self._registries.use(settings.allow_upstreams)
-        self._v2.use(settings.default_ns)
-        self._upkeep.use(settings.prune, settings.verify)
+            self._tls.reconfigure(settings.tls)
+        self._level.reconfigure(settings.log_level)
+        self._network.reconfigure(settings)
+        self._store.reconfigure(settings.reserve)
+        self._registries.reconfigure(settings.allow_upstreams)
+        self._v2.reconfigure(settings.default_ns)
+        self._maintenance.reconfigure(settings.prune, settings.verify)
         self.log.info(
             "the settings were read again: {upstreams} upstreams are configured",
             upstreams=len(settings.registries),
@@ -270,17 +268,17 @@ class Daemon(Service):
     async def _stop(self) -> None:
         for port in self._ports:
             port.stopListening()
-        if self._beside is not None:
-            door, port = self._beside
+        if self._control is not None:
+            control_socket, port = self._control
             await defer.maybeDeferred(port.stopListening)
-            door.close()
+            control_socket.close()
         try:
             await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
-        self._upkeep.stop()
-        if self._preloading is not None:
-            self._preloading.stop()
+        self._maintenance.stop()
+        if self._preloader is not None:
+            self._preloader.stop()
         self._demand.stop()
         self._completion.stop()
         await self._cache.stop()

@@ -79,7 +79,7 @@ class Denied(RegistryError):
     code = "DENIED"
 
 
-class Circle(Denied):
+class LoopDetected(Denied):
     """A request that came back to a cache that had asked for it; `via` names those that it came through."""
 
     def __init__(self, message: str, via: str) -> None:

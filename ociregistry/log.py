@@ -26,9 +26,9 @@ class AtLeast:
     """Lets events of one level and above pass; what Twisted says for its own debugging only at `trace`."""
 
     def __init__(self, level: str) -> None:
-        self.use(level)
+        self.reconfigure(level)
 
-    def use(self, level: str) -> None:
+    def reconfigure(self, level: str) -> None:
         """From now on it is this level."""
         self._least = _LEAST[level]
         self._everything = level == "trace"

@@ -17,17 +17,17 @@ def new_instance() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class Via:
     """The instances of this program that stand between a request and its client, the client's side first."""
 
     instances: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, via: str) -> Chain:
+    def parse(cls, via: str) -> Via:
         """The chain in a `Via` header (RFC 9110, section 7.6.3); what is not ours in it is left out."""
         return cls(tuple(_INSTANCE.findall(via)))
 
-    def leads_back_to(self, instance: str) -> bool:
+    def loops_through(self, instance: str) -> bool:
         """Whether the request has been at `instance` before."""
         return instance in self.instances or len(self.instances) > _LONGEST
 
@@ -36,5 +36,5 @@ class Chain:
         return ", ".join(f"1.1 {name}" for name in (*self.instances, instance))
 
 
-NOBODY = Chain()
+NO_VIA = Via()
 """The client itself asks."""

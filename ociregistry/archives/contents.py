@@ -9,7 +9,7 @@ from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
 
@@ -108,7 +108,7 @@ def gather(
     for name, claims in meanings.items():
         wrong = _contradiction(claims)
         if wrong:
-            failures.append(Outcome(name, Ended.FAILED, wrong))
+            failures.append(Outcome(name, LoadStatus.FAILED, wrong))
             continue
         first, *others = sorted(claims.values(), key=_last_confirmed, reverse=True)
         images[name] = first

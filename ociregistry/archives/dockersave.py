@@ -20,7 +20,7 @@ from ociregistry.archives.contents import Contents, NamedImage, gather, parse_na
 from ociregistry.archives.members import PIECE, Archive, Member, parse_json, reading
 from ociregistry.manifests import OCI_MANIFEST, Descriptor, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 
 DOCKER_INDEX = "manifest.json"
 
@@ -91,7 +91,7 @@ def read_docker_archive(archive: Archive) -> Contents:
         images = [image for tag in one.tags if (image := parse_name(tag)) is not None]
         named += [NamedImage(image, manifest.digest, notes=(_NOTE,)) for image in images]
         if not images:
-            failed.append(Outcome(f"{archive.path}: {digest}", Ended.FAILED, _NAMELESS))
+            failed.append(Outcome(f"{archive.path}: {digest}", LoadStatus.FAILED, _NAMELESS))
     return gather(archive, named, manifests, blobs, failed)
 
 

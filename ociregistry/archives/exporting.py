@@ -22,7 +22,7 @@ from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.index import Inventory, Kept, Row
+from ociregistry.store.index import Inventory, Row, StoredRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def export_images(
     target: Path,
     *,
     since: Path | None = None,
-    came: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda count: None,
     files: Files | None = None,
 ) -> Exported:
     """Writes the images of these rows of `inventory` to the file `target`, which is whole or not there.
@@ -74,7 +74,7 @@ def export_images(
         selected, left_out = _select(inventory, rows, had)
         if selected.rows:
             with _whole(target, files or Files()) as stream:
-                _Writer(target, stream, inventory.root, came).write(selected)
+                _Writer(target, stream, inventory.root, advance).write(selected)
     except OSError as error:
         raise ExportFailed(f"{target}: {error.strerror or error}") from error
     return Exported(
@@ -156,7 +156,7 @@ def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
     return found
 
 
-def _comes_along(child: Kept, inventory: Inventory) -> bool:
+def _comes_along(child: StoredRecord, inventory: Inventory) -> bool:
     """Tell whether a child of an index is exported with it: what is here as metadata, only with its config."""
     config = child.manifest.config
     if config is None or not inventory.is_metadata(child.manifest.digest):
@@ -183,11 +183,11 @@ def _whole(target: Path, files: Files) -> Iterator[BinaryIO]:
 class _Writer:
     """Writes a layout: the same images give the same bytes."""
 
-    def __init__(self, target: Path, stream: BinaryIO, root: Path, came: Callable[[int], None]) -> None:
+    def __init__(self, target: Path, stream: BinaryIO, root: Path, advance: Callable[[int], None]) -> None:
         self._target = target
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, copybufsize=PIECE)
         self._blobs = root / "blobs"
-        self._came = came
+        self._advance = advance
 
     def write(self, selected: _Selected) -> None:
         """Writes all of it; raises `ExportFailed` for a blob that is damaged, and `OSError`."""
@@ -209,7 +209,7 @@ class _Writer:
         except OSError as error:
             raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
         with file:
-            hashed = _Hashed(file, digest, self._came)
+            hashed = _Hashed(file, digest, self._advance)
             self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
         if not hashed.holds:
             raise ExportFailed(f"{what} is damaged")
@@ -218,11 +218,11 @@ class _Writer:
 class _Hashed:
     """A file that is hashed as it is read."""
 
-    def __init__(self, file: BinaryIO, digest: Digest, came: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest, advance: Callable[[int], None]) -> None:
         self._file = file
         self._digest = digest
         self._hasher = digest.hasher()
-        self._came = came
+        self._advance = advance
 
     @property
     def holds(self) -> bool:
@@ -233,7 +233,7 @@ class _Hashed:
         """At most `count` bytes."""
         data = self._file.read(count)
         self._hasher.update(data)
-        self._came(len(data))
+        self._advance(len(data))
         return data
 
 

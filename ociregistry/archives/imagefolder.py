@@ -16,7 +16,7 @@ from ociregistry.archives.contents import Contents, NamedImage, gather, parse_ma
 from ociregistry.archives.members import Archive, Member, one_line, parse_json
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
 _MANIFESTS = frozenset({"fat", "img", "lts"})
@@ -112,7 +112,7 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
 
 
 def _failed(url: str, why: str) -> _Found:
-    return _Found(failed=(Outcome(one_line(url), Ended.FAILED, why),))
+    return _Found(failed=(Outcome(one_line(url), LoadStatus.FAILED, why),))
 
 
 def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:

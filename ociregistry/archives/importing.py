@@ -14,7 +14,7 @@ from ociregistry.archives.members import Archive, LoadFailed, Member
 from ociregistry.archives.opening import read_contents
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.loader import Ended, Outcome, Progress
+from ociregistry.pullthrough.loader import LoadStatus, Outcome, Progress
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
@@ -91,7 +91,9 @@ class Importer:
                 staged.pop().close()
         dates = {load.named.image: load.named.dates for load in loads}
         for load, was_there in zip(loads, were_there, strict=True):
-            outcome = await self._keep(load, dates, contents.blobs, Ended.THERE if was_there else Ended.LOADED)
+            outcome = await self._keep(
+                load, dates, contents.blobs, LoadStatus.PRESENT if was_there else LoadStatus.LOADED
+            )
             outcomes.append(outcome)
             self._progress.ended(outcome)
         return outcomes
@@ -109,7 +111,7 @@ class Importer:
             missing = [blob for blob in blobs.values() if not await self._store.holds(blob.digest, blob.size)]
             why = _lacks(manifests, missing, contents.blobs)
             if why:
-                failed.append(Outcome(str(named.image), Ended.FAILED, why))
+                failed.append(Outcome(str(named.image), LoadStatus.FAILED, why))
                 continue
             to_bring = [blob for blob in missing if blob.digest not in taken]
             taken.update(blob.digest for blob in to_bring)
@@ -133,7 +135,7 @@ class Importer:
         pieces = member.pieces()
         while piece := await self._in_thread(_next, pieces):
             await partial.append(piece)
-            self._progress.came(str(image), len(piece))
+            self._progress.advance(str(image), len(piece))
         try:
             await partial.verify()
         except DigestMismatch:
@@ -154,7 +156,7 @@ class Importer:
         load: _Load,
         dates: Mapping[ImageReference, Dates | None],
         blobs: Mapping[Digest, Member],
-        ended: Ended,
+        ended: LoadStatus,
     ) -> Outcome:
         """Writes the records, the one with the image's name last: it never has a meaning without content.
 
@@ -168,7 +170,7 @@ class Importer:
         for manifest, name in [*named, (root, image)]:
             if not await self._keep_whole(manifest, name, dates.get(name, load.named.dates), blobs):
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
-                return Outcome(load.name, Ended.FAILED, why)
+                return Outcome(load.name, LoadStatus.FAILED, why)
         meant = await self._store.manifest(image)
         if meant is not None and meant.digest != root.digest:
             notes += (f"the name still means {meant.digest}, which was confirmed later",)

@@ -15,7 +15,7 @@ from ociregistry.archives.members import Archive, Member
 from ociregistry.errors import DigestInvalid
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
 MARK = "oci-layout"
@@ -51,7 +51,7 @@ def read_layout(archive: Archive) -> Contents:
         images = _images(entry, root, manifests, saved) if root else []
         if not images:
             why = _how_to_name(archive) if root else _why_not(entry.descriptor)
-            failed.append(Outcome(f"{archive.path}: {entry.descriptor.digest}", Ended.FAILED, why))
+            failed.append(Outcome(f"{archive.path}: {entry.descriptor.digest}", LoadStatus.FAILED, why))
             continue
         dates = _dates(entry.annotations, index)
         named += [NamedImage(image, entry.descriptor.digest, dates) for image in images]

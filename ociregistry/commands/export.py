@@ -65,7 +65,7 @@ class Export(Command):
         if not on_terminal():
             return export_images(inventory, rows, self.target, since=self.since)
         with bar("exporting") as shown:
-            return export_images(inventory, rows, self.target, since=self.since, came=shown.update)
+            return export_images(inventory, rows, self.target, since=self.since, advance=shown.update)
 
 
 def _told(exported: Exported, target: Path) -> str:

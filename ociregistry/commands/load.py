@@ -15,12 +15,12 @@ from twisted.python import usage
 from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive, ArchiveFailure
 from ociregistry.archives.opening import open_archive
+from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_store
 from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_to_end
-from ociregistry.commands.supplying import daemon_runs, opened_store, supplier_for
 from ociregistry.names import ImageReference
-from ociregistry.pullthrough.loader import Ended, Loader, Outcome, Progress, read_image_list, summary
+from ociregistry.pullthrough.loader import Loader, LoadStatus, Outcome, Progress, read_image_list, summary
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
 
@@ -58,7 +58,7 @@ class Load(Command):
             complain(refused)
         if outcomes:
             print_lines([summary(outcomes)])
-        failed = sum(outcome.ended is Ended.FAILED for outcome in outcomes)
+        failed = sum(outcome.ended is LoadStatus.FAILED for outcome in outcomes)
         if failed:
             complain(f"{failed} of {len(outcomes)} images could not be loaded")
         return 1 if failed or self.refused else 0
@@ -117,10 +117,10 @@ async def _load(
 async def _pull(
     images: Sequence[ImageReference], store: Store, settings: Settings, progress: Progress, reactor: Any
 ) -> list[Outcome]:
-    async with supplier_for(store, settings, reactor) as supplier:
+    async with open_fetcher(store, settings, reactor) as fetcher:
         loader = Loader(
             store,
-            supplier,
+            fetcher,
             settings.platform,
             signatures=settings.with_signatures,
             concurrent=settings.concurrent,

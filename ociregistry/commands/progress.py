@@ -19,7 +19,7 @@ class Lines:
     def expect(self, name: str, size: int) -> None:
         """As `Progress.expect`: not told."""
 
-    def came(self, name: str, count: int) -> None:
+    def advance(self, name: str, count: int) -> None:
         """As `Progress.came`: not told."""
 
     def ended(self, outcome: Outcome) -> None:
@@ -44,7 +44,7 @@ class Bars(Lines):
             one.total += size
             one.refresh()
 
-    def came(self, name: str, count: int) -> None:
+    def advance(self, name: str, count: int) -> None:
         """As `Progress.came`."""
         for one in (self._images.get(name), self._total):
             if one is not None:

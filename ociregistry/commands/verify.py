@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
+from ociregistry.commands.fetching import open_fetcher, opened_store
 from ociregistry.commands.options import Command, complain, print_lines
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import become_owner, run_to_end
-from ociregistry.commands.supplying import opened_store, supplier_for
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
 from ociregistry.store.verify import Damaged, Findings
 
-Came = Callable[[int, int], object]
+Advance = Callable[[int, int], object]
 
 
 class Verify(Command):
@@ -38,10 +38,10 @@ class Verify(Command):
         async with opened_store(settings, reactor, adopts=False) as store, AsyncExitStack() as opened:
             repairs = None
             if self["repair"]:
-                supplier = await opened.enter_async_context(supplier_for(store, settings, reactor))
-                repairs = _Repairs(Repairer(store, supplier))
-            with _progress() as came:
-                findings = await store.verify(None, came, repairs.repair if repairs else _tell)
+                fetcher = await opened.enter_async_context(open_fetcher(store, settings, reactor))
+                repairs = _Repairs(Repairer(store, fetcher))
+            with _progress() as advance:
+                findings = await store.verify(None, advance, repairs.repair if repairs else _tell)
             missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
             print_lines(_report(findings, missing))
             for path, why in findings.foreign.items():
@@ -83,17 +83,17 @@ class _Repairs:
 
 
 @contextmanager
-def _progress() -> Iterator[Came]:
+def _progress() -> Iterator[Advance]:
     if not on_terminal():
         yield lambda done, total: None
         return
     with bar("verifying") as shown:
 
-        def came(done: int, total: int) -> None:
+        def advance(done: int, total: int) -> None:
             shown.total = total
             shown.update(done - shown.n)
 
-        yield came
+        yield advance
 
 
 def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]]) -> Iterator[str]:

@@ -14,16 +14,16 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from ociregistry.concurrency import Flights
+from ociregistry.concurrency import SingleFlight
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
-from ociregistry.pullthrough.transfer import Abandoned, Connections, Precedence
+from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
 from ociregistry.store.store import Store
-from ociregistry.upstream.http import NORMALLY, Manner
+from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.network import Registries
-from ociregistry.via import NOBODY, Chain
+from ociregistry.via import NO_VIA, Via
 
 T = TypeVar("T")
 
@@ -48,28 +48,28 @@ class Content(Protocol):
         """Gives back what is held for reading."""
 
 
-ANSWER_WITHIN = 25.0
+ANSWER_DEADLINE = 25.0
 """Seconds, below the 30 after which containerd gives up on a server that sends no headers."""
 
 
-class NotYet(Unavailable):
+class DeadlineExceeded(Unavailable):
     """The upstream has not answered yet; whoever asks again waits for the same answer."""
 
 
-async def in_time(waiting: Deferred[T], clock: IReactorTime, what: object) -> T:
+async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: object) -> T:
     """What `waiting` gives, which may be cancelled; raises `NotYet` when that takes too long."""
-    waiting.addTimeout(ANSWER_WITHIN, clock)
+    waiting.addTimeout(ANSWER_DEADLINE, clock)
     try:
         return await waiting
     except defer.TimeoutError:
-        raise NotYet(f"{what}: the upstream gave no answer within {ANSWER_WITHIN:.0f} s") from None
+        raise DeadlineExceeded(f"{what}: the upstream gave no answer within {ANSWER_DEADLINE:.0f} s") from None
 
 
 _KEPT = 60.0
 _MOST_KEPT = 1000
 
 
-class BrokenPromises:
+class NegativeCache:
     """Remembers them for a minute, so that the client's next request is told at once what the first could not be."""
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -154,14 +154,14 @@ class PullThrough:
         self._jitter = jitter
         self._registries = registries
         self._clock = clock
-        self._manifests: Flights[ImageReference, Manifest] = Flights()
+        self._manifests: SingleFlight[ImageReference, Manifest] = SingleFlight()
         self._in_background: set[ImageReference] = set()
         """Manifests in flight that no client had asked for when their fetch began."""
-        self._checks: Flights[ImageReference, Manifest] = Flights()
-        self._sizes: Flights[tuple[Repository, Digest], int | None] = Flights()
+        self._checks: SingleFlight[ImageReference, Manifest] = SingleFlight()
+        self._sizes: SingleFlight[tuple[Repository, Digest], int | None] = SingleFlight()
         self._downloads: dict[Digest, Download] = {}
-        self._precedence = Precedence()
-        self._broken_promises = BrokenPromises(clock)
+        self._scheduler = PriorityScheduler()
+        self._negative = NegativeCache(clock)
         self._stopping = False
         self._ended = 0
         """Counts the downloads that have ended."""
@@ -178,7 +178,7 @@ class PullThrough:
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
-    async def manifest(self, image: ImageReference, chain: Chain = NOBODY, *, wanted: bool = False) -> FoundManifest:
+    async def manifest(self, image: ImageReference, via: Via = NO_VIA, *, wanted: bool = False) -> FoundManifest:
         """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`.
 
         `wanted` is what a new record says of an image. One that an index names is never wanted at first, and what
@@ -187,18 +187,18 @@ class PullThrough:
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
         if stored is not None and self._must_be_latest(image):
-            return await self._latest(image, stored, chain, wanted)
+            return await self._latest(image, stored, via, wanted)
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
         while True:
             in_background = image in self._in_background
-            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, chain, wanted))
+            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, via, wanted))
             try:
-                return FoundManifest(await in_time(fetched, self._clock, image), hit=False)
+                return FoundManifest(await within_deadline(fetched, self._clock, image), hit=False)
             except Unavailable as error:
                 # What was refused for its low priority is not refused to a client.
-                if not in_background or isinstance(error, NotYet):
+                if not in_background or isinstance(error, DeadlineExceeded):
                     raise
 
     async def fetch_manifest(self, image: ImageReference) -> None:
@@ -206,19 +206,19 @@ class PullThrough:
 
         Raises `ManifestUnknown` or `Unavailable`.
         """
-        while self._precedence.yields:
-            await self._precedence.change()
+        while self._scheduler.yields:
+            await self._scheduler.change()
         if isinstance(image.reference, Digest) and self._store.entry(image.reference) is not None:
             return
         if image not in self._manifests:
             self._in_background.add(image)
         try:
-            await in_time(self._manifests.join(image, lambda: self._fetch_last(image)), self._clock, image)
+            await within_deadline(self._manifests.join(image, lambda: self._fetch_last(image)), self._clock, image)
         finally:
             self._in_background.discard(image)
 
     async def _fetch_last(self, image: ImageReference) -> Manifest:
-        return await self._fetch_manifest(image, image, NOBODY, wanted=False, manner=Manner(last=True))
+        return await self._fetch_manifest(image, image, NO_VIA, wanted=False, options=RequestOptions(last=True))
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """Bring a config into the store after what clients wait for; raises `RegistryError`."""
@@ -228,13 +228,13 @@ class PullThrough:
         self,
         asked: ImageReference,
         image: ImageReference,
-        chain: Chain,
+        via: Via,
         wanted: bool,
-        manner: Manner = NORMALLY,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Manifest:
         """The manifest `asked` for, kept as what `image` means."""
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
-        manifest = await self._registries.get(asked.repository.upstream, chain).manifest(asked, manner)
+        manifest = await self._registries.get(asked.repository.upstream, via).manifest(asked, options)
         is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
         try:
             await self._store.keep(manifest, image, wanted=None if manifest.is_list else wanted and not is_child)
@@ -245,9 +245,9 @@ class PullThrough:
     def _must_be_latest(self, image: ImageReference) -> bool:
         return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
 
-    async def _latest(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool) -> FoundManifest:
+    async def _latest(self, image: ImageReference, stored: Manifest, via: Via, wanted: bool) -> FoundManifest:
         """What the upstream says that `image` means now; what the store says when the upstream gives no manifest."""
-        checked = self._checks.join(image, lambda: self._check(image, stored, chain, wanted))
+        checked = self._checks.join(image, lambda: self._check(image, stored, via, wanted))
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
@@ -256,14 +256,14 @@ class PullThrough:
             return FoundManifest(stored, hit=True, stale=True)
         return FoundManifest(manifest, hit=manifest.digest == stored.digest)
 
-    async def _check(self, image: ImageReference, stored: Manifest, chain: Chain, wanted: bool) -> Manifest:
-        digest = await self._registries.get(image.repository.upstream, chain).manifest_digest(image)
+    async def _check(self, image: ImageReference, stored: Manifest, via: Via, wanted: bool) -> Manifest:
+        digest = await self._registries.get(image.repository.upstream, via).manifest_digest(image)
         if digest == stored.digest:
             return stored
         # By digest: a HEAD does not count against the limits that registries set, a GET of the tag does.
-        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, chain, wanted)
+        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, via, wanted)
 
-    async def blob(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundBlob:
+    async def blob(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundBlob:
         """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`.
 
         Where a manifest tells the size, that is after 10 s at the latest; what the upstream then says may be that it
@@ -279,11 +279,11 @@ class PullThrough:
             # A download that ended while we looked may have brought it.
             if ended == self._ended:
                 break
-        self._broken_promises.check(repository, digest)
+        self._negative.check(repository, digest)
         expected = self._store.size_in(repository, digest)
         use = partial(self._reader, expected)
-        followed = Deferred.fromCoroutine(self._with_download(repository, digest, chain, use))
-        return FoundBlob(await in_time(followed, self._clock, f"{repository}@{digest}"), hit=False)
+        followed = Deferred.fromCoroutine(self._with_download(repository, digest, via, use))
+        return FoundBlob(await within_deadline(followed, self._clock, f"{repository}@{digest}"), hit=False)
 
     async def _reader(self, expected: int | None, download: Download) -> Content:
         if expected is None:
@@ -307,13 +307,13 @@ class PullThrough:
                 return
             if ended == self._ended:
                 break
-        await self._with_download(repository, digest, NOBODY, lambda download: download.finished(), extra=extra)
+        await self._with_download(repository, digest, NO_VIA, lambda download: download.finished(), extra=extra)
 
     async def _with_download(
         self,
         repository: Repository,
         digest: Digest,
-        chain: Chain,
+        via: Via,
         use: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
         *,
         extra: bool = True,
@@ -321,7 +321,7 @@ class PullThrough:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
-                download = self._start(repository, digest, chain, extra=extra)
+                download = self._start(repository, digest, via, extra=extra)
             try:
                 return await use(download)
             except Abandoned:
@@ -334,35 +334,35 @@ class PullThrough:
                     raise
 
     def _start(
-        self, repository: Repository, digest: Digest, chain: Chain, *, again: bool = True, extra: bool = True
+        self, repository: Repository, digest: Digest, via: Via, *, again: bool = True, extra: bool = True
     ) -> Download:
         """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
-        registry = partial(self._registries.get, repository.upstream, chain)
+        registry = partial(self._registries.get, repository.upstream, via)
         expected = self._store.size_in(repository, digest)
         connections = Connections(
-            registry, repository, digest, expected, self._precedence, self._clock, self._jitter, extra=extra
+            registry, repository, digest, expected, self._scheduler, self._clock, self._jitter, extra=extra
         )
         download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
-        download.start().addCallback(self._land, download, again)
+        download.start().addCallback(self._finish, download, again)
         return download
 
-    def _land(self, _: None, download: Download, again: bool) -> None:
+    def _finish(self, _: None, download: Download, again: bool) -> None:
         self._ended += 1
         if download.promised and isinstance(download.error, BlobUnknown):
-            self._broken_promises.remember(download.repository, download.digest, download.error)
+            self._negative.remember(download.repository, download.digest, download.error)
         if self._downloads.get(download.digest) is not download:
             return
         del self._downloads[download.digest]
         if download.spoiled and again and not self._stopping:
-            self._start(download.repository, download.digest, NOBODY, again=False)
+            self._start(download.repository, download.digest, NO_VIA, again=False)
 
     @property
     def in_flight(self) -> frozenset[Digest]:
         """The blobs that are being downloaded."""
         return frozenset(self._downloads)
 
-    async def blob_size(self, repository: Repository, digest: Digest, chain: Chain = NOBODY) -> FoundSize:
+    async def blob_size(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundSize:
         """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""
         self._registries.check(repository.upstream)
         stored = await self._store.blob(digest)
@@ -372,9 +372,9 @@ class PullThrough:
         download = self._downloads.get(digest)
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
-        registry = self._registries.get(repository.upstream, chain)
+        registry = self._registries.get(repository.upstream, via)
         asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest))
-        told = await in_time(asked, self._clock, f"{repository}@{digest}")
+        told = await within_deadline(asked, self._clock, f"{repository}@{digest}")
         known = self._store.size_in(repository, digest)
         size = told if known is None else known
         if size is None or told not in (None, size):

@@ -17,7 +17,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ociregistry.concurrency import Bell
+from ociregistry.concurrency import Event
 from ociregistry.errors import BlobUnknown, Denied, RegistryError
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
@@ -96,7 +96,7 @@ class Completion:
         """When all blobs of an image were found to be there."""
         self._work: dict[Upstream, Deferred[None]] = {}
         self._stopped = False
-        self._wished = Bell()
+        self._work_added = Event()
         self._fresh: set[Upstream] = set()
         """Upstreams for which something was wished since the round that is under way began."""
         self._rechecking = LoopingCall(self._recheck)
@@ -110,7 +110,7 @@ class Completion:
     @property
     def incomplete(self) -> Incomplete:
         """What is still missing, as far as it is known."""
-        known = self._store.wishes.keys() | self._looked_at | self._store.undecided.keys() | self._missing.keys()
+        known = self._store.pending.keys() | self._looked_at | self._store.undecided.keys() | self._missing.keys()
         indexes = self._metadata.incomplete if self._metadata else 0
         return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
 
@@ -120,7 +120,7 @@ class Completion:
         self._look_at(set(self._store.digests))
         self._rechecking.start(_AGAIN, now=False)
         if self._policy.images:
-            for upstream in {repository.upstream for repository in self._store.wishes.values()}:
+            for upstream in {repository.upstream for repository in self._store.pending.values()}:
                 self._work_on(upstream)
 
     def stop(self) -> None:
@@ -145,7 +145,7 @@ class Completion:
 
     def _recheck(self) -> None:
         """Look again at the images that lack something, and at which nobody works."""
-        self._look_at(self._missing.keys() - self._store.wishes.keys())
+        self._look_at(self._missing.keys() - self._store.pending.keys())
 
     async def _check_all(self) -> None:
         try:
@@ -174,12 +174,12 @@ class Completion:
                 await self._is_incomplete(digest, lacking[digest])
 
     def _is_complete(self, digest: Digest) -> None:
-        if digest not in self._store.wishes:
+        if digest not in self._store.pending:
             self._missing.pop(digest, None)
         self._refused.pop(digest, None)
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
-        if digest in self._store.wishes or digest in self._looked_at:
+        if digest in self._store.pending or digest in self._looked_at:
             return
         self._missing[digest] = sum(missing.values())
         refused = self._refused.get(digest)
@@ -229,14 +229,14 @@ class Completion:
 
     # What is asked for
 
-    async def wish(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
+    async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
         """A client has been given `manifest`, which was a `hit`: all its blobs shall be there too."""
         if not manifest.is_list:
             await self.complete(manifest.digest, repository, hit=hit)
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
         """Note that the image `digest` is wanted, and have its blobs fetched that are missing."""
-        if digest in self._store.wishes or digest in self._looked_at:
+        if digest in self._store.pending or digest in self._looked_at:
             return
         self._looked_at.add(digest)
         try:
@@ -265,7 +265,7 @@ class Completion:
 
     async def _request(self, digest: Digest, repository: Repository) -> None:
         try:
-            await self._store.wish(digest, repository)
+            await self._store.add_pending(digest, repository)
         except OSError as error:
             self.log.error("cannot note that {image} is incomplete: {why}", image=digest, why=error.strerror)
         self._fresh.add(repository.upstream)
@@ -277,7 +277,7 @@ class Completion:
         if self._stopped:
             return
         if upstream in self._work:
-            self._wished.ring()
+            self._work_added.fire()
             return
         work = self._work[upstream] = Deferred.fromCoroutine(self._complete_all(upstream))
         work.addBoth(self._end, upstream)
@@ -294,7 +294,7 @@ class Completion:
     async def _complete_all(self, upstream: Upstream) -> None:
         while True:
             self._fresh.discard(upstream)
-            for digest, repository in self._wishes_of(upstream):
+            for digest, repository in self._pending_of(upstream):
                 try:
                     await self._complete_one(digest, repository)
                 except CancelledError:
@@ -304,14 +304,14 @@ class Completion:
             wait = await self._fetch_metadata(upstream)
             if upstream in self._fresh:
                 continue
-            waits = [_AGAIN] if any(self._wishes_of(upstream)) else []
+            waits = [_AGAIN] if any(self._pending_of(upstream)) else []
             waits += [wait] if wait is not None else []
             if not waits:
                 return
             await self._pause(min(waits))
 
-    def _wishes_of(self, upstream: Upstream) -> Sequence[tuple[Digest, Repository]]:
-        return [(digest, at) for digest, at in self._store.wishes.items() if at.upstream == upstream]
+    def _pending_of(self, upstream: Upstream) -> Sequence[tuple[Digest, Repository]]:
+        return [(digest, at) for digest, at in self._store.pending.items() if at.upstream == upstream]
 
     async def _fetch_metadata(self, upstream: Upstream) -> float | None:
         """Fetch metadata until there is something else to do; return the seconds to wait, None when all is there."""
@@ -324,7 +324,7 @@ class Completion:
 
     async def _pause(self, seconds: float) -> None:
         try:
-            await self._wished.wait().addTimeout(seconds, self._clock)
+            await self._work_added.wait().addTimeout(seconds, self._clock)
         except defer.TimeoutError:
             return
 
@@ -379,6 +379,6 @@ class Completion:
     async def drop(self, digest: Digest) -> None:
         """Note that no blobs of the image are to be fetched any more."""
         try:
-            await self._store.unwish(digest)
+            await self._store.remove_pending(digest)
         except OSError as error:
             self.log.error("cannot remove the wish for {image}: {why}", image=digest, why=error.strerror)

@@ -71,7 +71,7 @@ class Demand:
             return
         indexes = self._store.indexes(manifest.digest) if isinstance(image.reference, Digest) else ()
         if not indexes:
-            self._begin(self._completion.wish(manifest, image.repository, hit=hit))
+            self._begin(self._completion.add_pending(manifest, image.repository, hit=hit))
         elif not self._completion.policy.platforms:
             self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
 
@@ -116,7 +116,7 @@ class Demand:
 
     async def _wait(self, image: Digest, repository: Repository) -> None:
         try:
-            await self._store.wish(image, repository, undecided=True)
+            await self._store.add_pending(image, repository, undecided=True)
         except OSError as error:
             self.log.error("cannot note that {image} is pending: {why}", image=image, why=error.strerror)
 

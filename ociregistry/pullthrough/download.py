@@ -5,13 +5,13 @@ from __future__ import annotations
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.logger import Logger
 
-from ociregistry.concurrency import Bell
+from ociregistry.concurrency import Event
 from ociregistry.errors import RegistryError, Unavailable
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
 from ociregistry.store.store import Store
-from ociregistry.upstream.registry import BlobStream, OtherBlob
+from ociregistry.upstream.registry import BlobMismatch, BlobStream
 
 
 class Download:
@@ -43,7 +43,7 @@ class Download:
         self._done = False
         self._partial: Partial | None = None
         self._verified = False
-        self._changed = Bell()
+        self._changed = Event()
         self._stopping = False
         self._running: Deferred[None] = succeed(None)
 
@@ -140,7 +140,7 @@ class Download:
         # Whoever watches tells of it, unless all bytes have been given out already.
         told = self._connections.awaited and not self._verified
         self._done = self.error is None
-        self._changed.ring()
+        self._changed.fire()
         if self.error is not None and not told and not self._stopping:
             if self._connections.abandoned:
                 self.log.warn("{why}", why=self.error)
@@ -166,9 +166,9 @@ class Download:
                 partial = await self._store.new_partial(self.digest, size, self.repository)
             self._partial, self.size = partial, size
             self._open_early(partial)
-            self._changed.ring()
+            self._changed.fire()
             if stream is not None:
-                await self._connections.pour(stream, partial, size, self._changed.ring)
+                await self._connections.pour(stream, partial, size, self._changed.fire)
             await self._verify(partial)
             await self._store.commit(partial)
         except Exception as error:
@@ -187,14 +187,14 @@ class Download:
     def _open_early(self, partial: Partial) -> None:
         for reader in self._early:
             if self.size not in (None, reader.size):
-                raise OtherBlob(f"{self}: it has {self.size} bytes, {reader.size} were promised")
+                raise BlobMismatch(f"{self}: it has {self.size} bytes, {reader.size} were promised")
             reader.open(partial.reader())
         self._early.clear()
 
     async def _first(self, start: int, known: int | None) -> BlobStream:
         try:
             return await self._connections.open(start)
-        except OtherBlob:
+        except BlobMismatch:
             raise
         except Unavailable as error:
             if not self.promised:
@@ -213,24 +213,24 @@ class Download:
     def _check(self, stream: BlobStream, known: int | None) -> None:
         told = stream.size
         if told is not None and known is not None and told != known:
-            raise OtherBlob(f"{self}: the upstream has {told} bytes, {known} are expected")
+            raise BlobMismatch(f"{self}: the upstream has {told} bytes, {known} are expected")
 
     async def _verify(self, partial: Partial) -> None:
         try:
             await partial.verify()
         except DigestMismatch as mismatch:
-            raise OtherBlob(f"{self}: {mismatch}") from None
+            raise BlobMismatch(f"{self}: {mismatch}") from None
         self.size = partial.length
         self._verified = True
-        self._changed.ring()
+        self._changed.fire()
 
     async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
         """Keeps for the next download what can be continued."""
-        if isinstance(error, OtherBlob):
+        if isinstance(error, BlobMismatch):
             self.spoiled = partial.resumed or self._connections.count > 1
         elif partial.sound:
             await partial.sync()
-        if isinstance(error, OtherBlob) or not partial.sound:
+        if isinstance(error, BlobMismatch) or not partial.sound:
             await partial.discard()
 
     def __str__(self) -> str:

@@ -13,10 +13,10 @@ from twisted.internet.task import deferLater
 from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
-from ociregistry.pullthrough.cache import FoundManifest, NotYet, PullThrough
+from ociregistry.pullthrough.cache import DeadlineExceeded, FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
-from ociregistry.upstream.daemon_client import DaemonBeside
+from ociregistry.upstream.daemon_client import DaemonClient
 
 T = TypeVar("T")
 
@@ -26,11 +26,11 @@ _SLOW = 8.0
 _LOOK_AGAIN = 0.05
 """Seconds from one look at the store to the next."""
 
-Came = Callable[[int], object]
+Advance = Callable[[int], object]
 """Is called with numbers of bytes that came."""
 
 
-class Supplier(Protocol):
+class Fetcher(Protocol):
     """Brings what is asked for into the store. All methods raise `RegistryError`."""
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
@@ -39,11 +39,11 @@ class Supplier(Protocol):
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """The index of what refers to the manifest `digest`; None where the upstream does not offer it."""
 
-    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+    async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """Returns when the blob of `size` bytes is in the store."""
 
 
-class Patience:
+class IdleTimeout:
     """Measures how long nothing came."""
 
     def __init__(self, seconds: float, clock: IReactorTime) -> None:
@@ -66,7 +66,7 @@ class Patience:
         return self._clock.seconds() >= self._until
 
 
-class Pulling:
+class CacheFetcher:
     """This process pulls, as for a client that waits `patience` seconds without progress."""
 
     def __init__(self, cache: PullThrough, listings: Listings, patience: float, clock: IReactorTime) -> None:
@@ -77,21 +77,21 @@ class Pulling:
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
         """As `Supplier.manifest`."""
-        return await self._patiently(image, lambda: self._cache.manifest(image))
+        return await self._retry_while_slow(image, lambda: self._cache.manifest(image))
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """As `Supplier.referrers`."""
         what = f"{repository}@{digest}"
         try:
-            found = await self._patiently(what, lambda: self._listings.referrers(repository, digest, ""))
+            found = await self._retry_while_slow(what, lambda: self._listings.referrers(repository, digest, ""))
         except ManifestUnknown:
             return None
         return Manifest.parse(found.data, OCI_INDEX)
 
-    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+    async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """As `Supplier.blob`."""
         what = f"{repository}@{digest}"
-        found = await self._patiently(what, lambda: self._cache.blob(repository, digest))
+        found = await self._retry_while_slow(what, lambda: self._cache.blob(repository, digest))
         try:
             at = 0
             while at < size:
@@ -100,59 +100,59 @@ class Pulling:
                     upto = await coming
                 except defer.TimeoutError:
                     raise Unavailable(f"{what}: no byte came for {self._seconds:g} s") from None
-                came(upto - at)
+                advance(upto - at)
                 at = upto
         finally:
             found.content.close()
         await self._cache.fetch(repository, digest)
 
-    async def _patiently(self, what: object, ask: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
+    async def _retry_while_slow(self, what: object, ask: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
         """What `ask` gives; it is asked again as long as the upstream is only slow."""
-        patience = Patience(self._seconds, self._clock)
+        patience = IdleTimeout(self._seconds, self._clock)
         while True:
             try:
                 return await Deferred.fromCoroutine(ask()).addTimeout(patience.left, self._clock)
-            except NotYet:
+            except DeadlineExceeded:
                 continue
             except defer.TimeoutError:
                 raise Unavailable(f"{what}: the upstream gave no answer within {self._seconds:g} s") from None
 
 
-class InBackground(Pulling):
+class BackgroundFetcher(CacheFetcher):
     """This process pulls, after what clients wait for."""
 
-    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+    async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """As `Supplier.blob`."""
         await self._cache.fetch(repository, digest, extra=False)
-        came(size)
+        advance(size)
 
 
-class SupplierMetadata:
+class FetcherMetadata:
     """Brings manifests and configs by a supplier, as `MetadataFetcher` has it."""
 
-    def __init__(self, store: Store, supplier: Supplier) -> None:
+    def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
-        self._supplier = supplier
+        self._fetcher = fetcher
 
     async def fetch_manifest(self, image: ImageReference) -> None:
         """As `MetadataFetcher.fetch_manifest`."""
-        found = await self._supplier.manifest(image)
+        found = await self._fetcher.manifest(image)
         if not found.manifest.is_list:
             await self._store.want(found.manifest.digest, wanted=False)
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """As `MetadataFetcher.fetch_config`."""
         if not await self._store.holds(config.digest, config.size):
-            await self._supplier.blob(repository, config.digest, config.size, lambda count: None)
+            await self._fetcher.blob(repository, config.digest, config.size, lambda count: None)
 
 
-class ThroughDaemon:
+class DaemonFetcher:
     """The daemon pulls; what is in the store already, it is not asked for."""
 
     def __init__(
         self,
         store: Store,
-        daemon: DaemonBeside,
+        daemon: DaemonClient,
         patience: float,
         clock: IReactorTime,
         check: Callable[[Upstream], None] = lambda upstream: None,
@@ -170,7 +170,7 @@ class ThroughDaemon:
         if stored is not None:
             return FoundManifest(stored, hit=True)
         self._check(image.repository.upstream)
-        patience = Patience(self._seconds, self._clock)
+        patience = IdleTimeout(self._seconds, self._clock)
         while True:
             began = self._clock.seconds()
             try:
@@ -187,10 +187,10 @@ class ThroughDaemon:
         except ManifestUnknown:
             return None
 
-    async def blob(self, repository: Repository, digest: Digest, size: int, came: Came) -> None:
+    async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """As `Supplier.blob`."""
         self._check(repository.upstream)
-        patience = Patience(self._seconds, self._clock)
+        patience = IdleTimeout(self._seconds, self._clock)
         at, done = 0, False
         while not done:
             began, before = self._clock.seconds(), at
@@ -198,7 +198,7 @@ class ThroughDaemon:
             try:
                 while data := await body.read():
                     at += len(data)
-                    came(len(data))
+                    advance(len(data))
                     patience.progress()
                 done = True
             except Unavailable:

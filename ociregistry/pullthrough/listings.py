@@ -12,11 +12,11 @@ from twisted.logger import Logger
 from ociregistry.errors import ManifestUnknown, NameUnknown, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.pullthrough.cache import in_time
+from ociregistry.pullthrough.cache import within_deadline
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import TagPage
-from ociregistry.via import NOBODY, Chain
+from ociregistry.via import NO_VIA, Via
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class Listings:
         self._registries = registries
         self._clock = clock
 
-    async def tags(self, repository: Repository, count: int | None, last: str, chain: Chain = NOBODY) -> FoundTags:
+    async def tags(self, repository: Repository, count: int | None, last: str, via: Via = NO_VIA) -> FoundTags:
         """At most `count` tags of `repository` after the tag `last`."""
-        registry = self._registries.get(repository.upstream, chain)
+        registry = self._registries.get(repository.upstream, via)
         if count == 0:
             return FoundTags(TagPage((), more=False), hit=False)
         asked = Deferred.fromCoroutine(registry.tags(repository, count, last))
         try:
-            return FoundTags(await in_time(asked, self._clock, repository), hit=False)
+            return FoundTags(await within_deadline(asked, self._clock, repository), hit=False)
         except (Unavailable, *self._unasked) as error:
             known = self._store.tags(repository)
             if not known:
@@ -66,18 +66,18 @@ class Listings:
             return FoundTags(TagPage(tuple(page), more=len(page) < len(following)), hit=True)
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str, chain: Chain = NOBODY
+        self, repository: Repository, digest: Digest, artifact_type: str, via: Via = NO_VIA
     ) -> FoundReferrers:
         """The index of what refers to the manifest `digest`, only that of `artifact_type` if it is given.
 
         What the upstream lists is kept under the tag that the specification sets aside for registries without
         this API ("Referrers Tag Schema").
         """
-        registry = self._registries.get(repository.upstream, chain)
+        registry = self._registries.get(repository.upstream, via)
         tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
         asked = Deferred.fromCoroutine(registry.referrers(repository, digest))
         try:
-            manifest = await in_time(asked, self._clock, repository)
+            manifest = await within_deadline(asked, self._clock, repository)
         except (Unavailable, *self._unasked) as error:
             kept = await self._store.manifest(tagged)
             if kept is None or not kept.is_list:

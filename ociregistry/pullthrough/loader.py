@@ -26,16 +26,16 @@ from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
-from ociregistry.pullthrough.fetchers import Supplier, SupplierMetadata
+from ociregistry.pullthrough.fetchers import Fetcher, FetcherMetadata
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
 
-class Ended(Enum):
+class LoadStatus(Enum):
     """How the loading of an image ended."""
 
     LOADED = "loaded"
-    THERE = "already there"
+    PRESENT = "already there"
     FAILED = "failed"
 
 
@@ -44,7 +44,7 @@ class Outcome:
     """How the loading of the image `name` ended, and what was brought for it."""
 
     name: str
-    ended: Ended
+    ended: LoadStatus
     why: str = ""
     """The reason of a failure."""
     notes: tuple[str, ...] = ()
@@ -67,20 +67,20 @@ class Progress(Protocol):
     def expect(self, name: str, size: int) -> None:
         """So many bytes more are to come for the image `name`."""
 
-    def came(self, name: str, count: int) -> None:
+    def advance(self, name: str, count: int) -> None:
         """So many of them came."""
 
     def ended(self, outcome: Outcome) -> None:
         """The image has ended."""
 
 
-class Untold:
+class NullProgress:
     """Progress that nobody looks at."""
 
     def expect(self, name: str, size: int) -> None:
         """Not told."""
 
-    def came(self, name: str, count: int) -> None:
+    def advance(self, name: str, count: int) -> None:
         """Not told."""
 
     def ended(self, outcome: Outcome) -> None:
@@ -89,7 +89,7 @@ class Untold:
 
 def summary(outcomes: Sequence[Outcome]) -> str:
     """How many ended how, in one line."""
-    return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in Ended)
+    return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in LoadStatus)
 
 
 _USUAL_TAG = "latest"
@@ -158,7 +158,7 @@ _TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs 
 
 
 @dataclass(slots=True)
-class _Brought:
+class _LoadState:
     """What was brought for one image."""
 
     image: ImageReference
@@ -170,7 +170,7 @@ class _Brought:
     """Platforms that lists have."""
     found: set[Platform] = field(default_factory=set)
     """Those of them that are wanted."""
-    untold: bool = False
+    unspecified: bool = False
     """Whether there are images that tell no platform."""
 
     @property
@@ -182,11 +182,11 @@ class _Brought:
         tag_unknown = [_TAG_UNKNOWN] if isinstance(self.image.reference, Digest) else []
         notes = (*tag_unknown, *dict.fromkeys(self.notes))
         missing = [str(platform) for platform in wanted if platform not in self.found]
-        if missing and self.offered and not self.untold:
+        if missing and self.offered and not self.unspecified:
             others = ", ".join(sorted(self.offered - {NO_PLATFORM})) or "no platform at all"
             why = f"there is none for {', '.join(missing)}, but for {others}"
-            return Outcome(self.name, Ended.FAILED, why, notes, self.blobs, self.bytes)
-        ended = Ended.LOADED if self.manifests or self.blobs else Ended.THERE
+            return Outcome(self.name, LoadStatus.FAILED, why, notes, self.blobs, self.bytes)
+        ended = LoadStatus.LOADED if self.manifests or self.blobs else LoadStatus.PRESENT
         return Outcome(self.name, ended, "", notes, self.blobs, self.bytes)
 
 
@@ -196,7 +196,7 @@ class Loader:
     def __init__(
         self,
         store: Store,
-        supplier: Supplier,
+        fetcher: Fetcher,
         wanted: Sequence[Platform],
         *,
         signatures: bool,
@@ -207,7 +207,7 @@ class Loader:
     ) -> None:
         """So many images are loaded at once, and so many blobs; `signatures` asks for what refers to them, too."""
         self._store = store
-        self._supplier = supplier
+        self._fetcher = fetcher
         self._wanted = wanted
         self._signatures = signatures
         self._images = DeferredSemaphore(concurrent)
@@ -223,7 +223,7 @@ class Loader:
         Returns a line for each upstream that did not give all of them for now. One that it does not have is none.
         Raises `OSError`.
         """
-        metadata = Metadata(self._store, SupplierMetadata(self._store, self._supplier), self._clock)
+        metadata = Metadata(self._store, FetcherMetadata(self._store, self._fetcher), self._clock)
         for index, (repository, children) in self._indexes.items():
             await metadata.look_at(index, repository, children)
         failed = []
@@ -262,52 +262,52 @@ class Loader:
         await deferLater(self._clock, 0)
 
     async def _load(self, image: ImageReference) -> Outcome:
-        brought = _Brought(image)
+        state = _LoadState(image)
         try:
-            await self._bring(image, brought)
+            await self._bring(image, state)
         except RegistryError as error:
-            return _failed(brought, error.message, again=isinstance(error, Unavailable))
+            return _failed(state, error.message, again=isinstance(error, Unavailable))
         except OSError as error:
-            return _failed(brought, f"cannot be stored: {error.strerror or error}", again=True)
-        return brought.outcome(self._wanted)
+            return _failed(state, f"cannot be stored: {error.strerror or error}", again=True)
+        return state.outcome(self._wanted)
 
-    async def _bring(self, image: ImageReference, brought: _Brought, deepest: int = _DEEPEST) -> None:
+    async def _bring(self, image: ImageReference, state: _LoadState, deepest: int = _DEEPEST) -> None:
         """The manifest of `image` with its blobs, and what it lists as far as that is wanted."""
-        manifest = await self._manifest(image, brought)
-        await self._bring_blobs(image.repository, manifest, brought)
+        manifest = await self._manifest(image, state)
+        await self._bring_blobs(image.repository, manifest, state)
         if manifest.is_list:
             self._indexes[manifest.digest] = image.repository, manifest.children
         if self._signatures:
             try:
-                await self._bring_signatures(image.repository, manifest.digest, brought)
+                await self._bring_signatures(image.repository, manifest.digest, state)
             except Unavailable as error:
-                if brought.manifests or brought.blobs:
+                if state.manifests or state.blobs:
                     raise
-                brought.notes.append(f"whether there are other signatures could not be asked: {error.message}")
+                state.notes.append(f"whether there are other signatures could not be asked: {error.message}")
         children, found = chosen(manifest.children, self._wanted)
-        brought.found |= found
-        brought.offered |= {child.platform for child in manifest.children if child.platform}
-        brought.untold |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
+        state.found |= found
+        state.offered |= {child.platform for child in manifest.children if child.platform}
+        state.unspecified |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
         failed: list[RegistryError] = []
         for child in children:
             if deepest and child.media_type in MEDIA_TYPES:
                 try:
-                    await self._bring(ImageReference(image.repository, child.digest), brought, deepest - 1)
+                    await self._bring(ImageReference(image.repository, child.digest), state, deepest - 1)
                 except RegistryError as error:
                     failed.append(error)
         if failed:
             raise failed[0]
 
-    async def _manifest(self, image: ImageReference, brought: _Brought) -> Manifest:
-        found = await self._supplier.manifest(image)
-        brought.manifests += not found.hit
+    async def _manifest(self, image: ImageReference, state: _LoadState) -> Manifest:
+        found = await self._fetcher.manifest(image)
+        state.manifests += not found.hit
         return found.manifest
 
-    async def _bring_blobs(self, repository: Repository, manifest: Manifest, brought: _Brought) -> None:
+    async def _bring_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
         lacking = await self._store.lacking(manifest)
-        self._progress.expect(brought.name, sum(lacking.values()))
+        self._progress.expect(state.name, sum(lacking.values()))
         fetching = [
-            Deferred.fromCoroutine(self._bring_blob(repository, digest, size, brought))
+            Deferred.fromCoroutine(self._bring_blob(repository, digest, size, state))
             for digest, size in lacking.items()
         ]
         # All of them, also when one fails: what was begun is brought to its end.
@@ -318,38 +318,38 @@ class Loader:
             # Not before: a daemon on the same store completes what is wanted, beside what is loaded here.
             await self._store.want(manifest.digest)
 
-    async def _bring_blob(self, repository: Repository, digest: Digest, size: int, brought: _Brought) -> None:
+    async def _bring_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
         await self._blobs.acquire()
         try:
             await self._unwound()
-            await self._supplier.blob(
-                repository, digest, size, lambda count: self._progress.came(brought.name, count)
+            await self._fetcher.blob(
+                repository, digest, size, lambda count: self._progress.advance(state.name, count)
             )
         finally:
             self._blobs.release()
-        brought.blobs += 1
-        brought.bytes += size
+        state.blobs += 1
+        state.bytes += size
 
-    async def _bring_signatures(self, repository: Repository, digest: Digest, brought: _Brought) -> None:
+    async def _bring_signatures(self, repository: Repository, digest: Digest, state: _LoadState) -> None:
         """What cosign says of the manifest `digest` under tags, and what refers to it."""
         if digest.algorithm == "sha256":
             for ending in _SIGNATURES:
-                await self._bring_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), brought)
-        referrers = await self._supplier.referrers(repository, digest)
+                await self._bring_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), state)
+        referrers = await self._fetcher.referrers(repository, digest)
         for child in referrers.children if referrers else ():
             if child.media_type in MEDIA_TYPES:
-                await self._bring_signature(ImageReference(repository, child.digest), brought)
+                await self._bring_signature(ImageReference(repository, child.digest), state)
 
-    async def _bring_signature(self, image: ImageReference, brought: _Brought) -> None:
+    async def _bring_signature(self, image: ImageReference, state: _LoadState) -> None:
         try:
-            manifest = await self._manifest(image, brought)
+            manifest = await self._manifest(image, state)
         except ManifestUnknown:
             return
-        await self._bring_blobs(image.repository, manifest, brought)
+        await self._bring_blobs(image.repository, manifest, state)
 
 
-def _failed(brought: _Brought, why: str, *, again: bool) -> Outcome:
-    return Outcome(brought.name, Ended.FAILED, why, (), brought.blobs, brought.bytes, again)
+def _failed(state: _LoadState, why: str, *, again: bool) -> Outcome:
+    return Outcome(state.name, LoadStatus.FAILED, why, (), state.blobs, state.bytes, again)
 
 
 _AGAIN = 30.0
@@ -357,7 +357,7 @@ _AGAIN = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Preloaded:
+class PreloadProgress:
     """How far it is."""
 
     images: int
@@ -367,7 +367,7 @@ class Preloaded:
     """Those that will not be tried again."""
 
 
-class Preloading:
+class Preloader:
     """Loads images in the background. Whatever goes wrong is logged."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -377,15 +377,15 @@ class Preloading:
         self._read = read
         self._loader = loader
         self._clock = clock
-        self._ended: dict[ImageReference, Ended] = {}
+        self._ended: dict[ImageReference, LoadStatus] = {}
         self._images: Sequence[ImageReference] = ()
         self._running: Deferred[None] = succeed(None)
 
     @property
-    def progress(self) -> Preloaded:
+    def progress(self) -> PreloadProgress:
         """How far it is."""
-        failed = sum(ended is Ended.FAILED for ended in self._ended.values())
-        return Preloaded(len(self._images), len(self._ended) - failed, failed)
+        failed = sum(ended is LoadStatus.FAILED for ended in self._ended.values())
+        return PreloadProgress(len(self._images), len(self._ended) - failed, failed)
 
     def start(self) -> None:
         """Begins."""
@@ -416,7 +416,7 @@ class Preloading:
         told = False
         while True:
             (outcome,) = await self._loader.load([image])
-            if outcome.ended is not Ended.FAILED:
+            if outcome.ended is not LoadStatus.FAILED:
                 self.log.info("preloading: {outcome}", outcome=outcome)
             elif not told or not outcome.again:
                 self.log.error("preloading: {outcome}", outcome=outcome)

@@ -16,8 +16,8 @@ from ociregistry.config.file import PruneSettings, VerifySettings
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.cache import PullThrough
-from ociregistry.pullthrough.fetchers import Supplier
-from ociregistry.store.prune import Spared, Surplus
+from ociregistry.pullthrough.fetchers import Fetcher
+from ociregistry.store.prune import EvictionPolicy, Withheld
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
 
@@ -27,9 +27,9 @@ NOT_NEEDED = "no image needs it"
 class Repairer:
     """Fetches from `supplier` what `store` has lost."""
 
-    def __init__(self, store: Store, supplier: Supplier) -> None:
+    def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
-        self._supplier = supplier
+        self._fetcher = fetcher
 
     async def repair(self, damaged: Damaged) -> str:
         """Why it could not be fetched anew; the empty string if it was."""
@@ -59,7 +59,7 @@ class Repairer:
         why = NOT_NEEDED
         for repository, size in self._store.uses(digest).items():
             try:
-                await self._supplier.blob(repository, digest, size, lambda count: None)
+                await self._fetcher.blob(repository, digest, size, lambda count: None)
             except RegistryError as error:
                 why = error.message
             else:
@@ -71,7 +71,7 @@ class Repairer:
         for repository in dict.fromkeys(image.repository for image, _ in damaged.images):
             fetched = ImageReference(repository, damaged.digest)
             try:
-                found = await self._supplier.manifest(fetched)
+                found = await self._fetcher.manifest(fetched)
             except RegistryError as error:
                 why = error.message
                 continue
@@ -91,7 +91,7 @@ _STEADY = timedelta(minutes=1)
 Work = Coroutine[Deferred[Any], Any, None]
 
 
-class Upkeep:
+class Maintenance:
     """Prunes and verifies as it is told, until it is told otherwise."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -110,14 +110,14 @@ class Upkeep:
         self._clock = clock
         self._now = now
         self._looked_at_clock = clock.seconds(), now()
-        self._spared: Spared | None = None
+        self._withheld: Withheld | None = None
         """What was told last of images that were not pruned by age."""
         self._prune_settings: PruneSettings | None = None
         self._verify_settings: VerifySettings | None = None
         self._pruning: Deferred[None] = succeed(None)
         self._verifying: Deferred[None] = succeed(None)
 
-    def use(self, prune: PruneSettings | None, verify: VerifySettings | None) -> None:
+    def reconfigure(self, prune: PruneSettings | None, verify: VerifySettings | None) -> None:
         """From now on it is done like this; what stays as it was goes on."""
         if prune != self._prune_settings:
             self._pruning.cancel()
@@ -163,7 +163,7 @@ class Upkeep:
                 "nothing is pruned by age this time: the clock has jumped by {seconds:.0f} s",
                 seconds=jumped.total_seconds(),
             )
-        surplus = Surplus(
+        policy = EvictionPolicy(
             pulled_before=now - settings.unused_for if settings.unused_for is not None and steady else None,
             max_size=settings.max_size,
             keeps=settings.keep.match,
@@ -173,8 +173,8 @@ class Upkeep:
             believed_until=now + _STEADY if steady else _FOR_EVER,
             max_share=settings.max_share,
         )
-        plan = await self._store.prune(surplus)
-        self._tell_spared(plan.spared)
+        plan = await self._store.prune(policy)
+        self._tell_withheld(plan.withheld)
         for row in plan.rows:
             self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.kept.pulled.isoformat())
         if plan.records:
@@ -191,21 +191,21 @@ class Upkeep:
         self._looked_at_clock = passed, now = self._clock.seconds(), self._now()
         return now - then - timedelta(seconds=passed - before)
 
-    def _tell_spared(self, spared: Spared | None) -> None:
+    def _tell_withheld(self, withheld: Withheld | None) -> None:
         """Log that images were not pruned by age, once for as long as nothing changes."""
-        if spared is not None and spared != self._spared:
+        if withheld is not None and withheld != self._withheld:
             self.log.warn(
                 "nothing is pruned by age: {unused} of {images} images would go, {why}: if the clock is right, "
                 "prune --unused-for removes them",
-                unused=spared.unused,
-                images=spared.images,
-                why=spared.why,
+                unused=withheld.unused,
+                images=withheld.images,
+                why=withheld.why,
             )
-        self._spared = spared
+        self._withheld = withheld
 
     def _busy(self) -> frozenset[Digest]:
         flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
-        return frozenset(flying | self._store.wishes.keys() | self._store.undecided.keys())
+        return frozenset(flying | self._store.pending.keys() | self._store.undecided.keys())
 
     async def _verify_regularly(self, settings: VerifySettings) -> None:
         while True:

@@ -10,20 +10,20 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.concurrency import Bell
+from ociregistry.concurrency import Event
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
 from ociregistry.store.partials import Partial
-from ociregistry.upstream.http import Manner
-from ociregistry.upstream.registry import BlobStream, OtherBlob, Registry
+from ociregistry.upstream.http import RequestOptions
+from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
 
 
-class Precedence:
+class PriorityScheduler:
     """Knows which downloads that clients wait for are flowing; the others stand still meanwhile."""
 
     def __init__(self) -> None:
         self._flowing: set[Hashable] = set()
-        self._changed = Bell()
+        self._changed = Event()
 
     @property
     def yields(self) -> bool:
@@ -36,7 +36,7 @@ class Precedence:
             self._flowing.add(download)
         else:
             self._flowing.discard(download)
-        self._changed.ring()
+        self._changed.fire()
 
     def ended(self, download: Hashable) -> None:
         """No more bytes come for it."""
@@ -114,7 +114,7 @@ class Connections:
         repository: Repository,
         digest: Digest,
         expected: int | None,
-        precedence: Precedence,
+        scheduler: PriorityScheduler,
         clock: IReactorTime,
         jitter: Callable[[], float],
         *,
@@ -129,11 +129,11 @@ class Connections:
         self._digest = digest
         self._clock = clock
         self._retries = Retries(clock.seconds(), jitter)
-        self._manner = Manner(small=expected is not None and expected <= _SMALL)
-        self._precedence = precedence
+        self._options = RequestOptions(small=expected is not None and expected <= _SMALL)
+        self._scheduler = scheduler
         self._flowing = False
         self._watchers = 0
-        self._wanted = Bell()
+        self._wanted = Event()
         self._waiting = 0
         self._left_at = clock.seconds()
         self._ends_alone = expected is None
@@ -163,30 +163,30 @@ class Connections:
         """Somebody waits for this blob."""
         self.join()
         self._watchers += 1
-        self._precedence.flows(self, waited_for=self._flowing)
-        self._wanted.ring()
+        self._scheduler.flows(self, waited_for=self._flowing)
+        self._wanted.fire()
 
     def unwatch(self) -> None:
         """One who waited has gone."""
         self.leave()
         self._watchers -= 1
-        self._precedence.flows(self, waited_for=self._flowing and self.watched)
+        self._scheduler.flows(self, waited_for=self._flowing and self.watched)
 
     async def open(self, start: int) -> BlobStream:
         """The blob from the byte `start`, or from an earlier one; raises what the upstream answers."""
         await self._turn()
-        return await self._open(start, self._manner)
+        return await self._open(start, self._options)
 
-    async def _open(self, start: int, manner: Manner) -> BlobStream:
+    async def _open(self, start: int, options: RequestOptions) -> BlobStream:
         self.count += 1
         extra = self._extra and not self.watched
-        manner = replace(manner, small=manner.small or extra)
-        return await self._registry().blob(self._repository, self._digest, start, manner)
+        options = replace(options, small=options.small or extra)
+        return await self._registry().blob(self._repository, self._digest, start, options)
 
     async def _turn(self) -> None:
         """Waits while others go first."""
-        while self._precedence.yields and not self.watched:
-            await self._precedence.change()
+        while self._scheduler.yields and not self.watched:
+            await self._scheduler.change()
             self._check_awaited()
             # That no byte comes meanwhile is no reason to give up.
             self._retries.progress(self._clock.seconds())
@@ -211,9 +211,9 @@ class Connections:
                 if size is None or partial.length == size:
                     return
                 if ended_at == stream.start and stream.size is not None:
-                    raise OtherBlob(f"{self}: the upstream has {partial.length} of {size} bytes")
+                    raise BlobMismatch(f"{self}: the upstream has {partial.length} of {size} bytes")
                 why = Unavailable(f"{self}: the upstream ended the answer early")
-            except (OtherBlob, Abandoned):
+            except (BlobMismatch, Abandoned):
                 raise
             except Unavailable as error:
                 why = error
@@ -233,12 +233,12 @@ class Connections:
     ) -> int:
         at = stream.start
         self._flowing = True
-        self._precedence.flows(self, waited_for=self.watched)
+        self._scheduler.flows(self, waited_for=self.watched)
         try:
             return await self._read_all(stream, at, partial, size, changed)
         finally:
             self._flowing = False
-            self._precedence.ended(self)
+            self._scheduler.ended(self)
 
     async def _read_all(
         self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
@@ -250,13 +250,13 @@ class Connections:
             if known >= len(data):
                 continue
             if at > most:
-                raise OtherBlob(f"{self}: the upstream sent more than {most} bytes")
+                raise BlobMismatch(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())
             await partial.append(data[known:] if known else data)
             partial.checkpoint(self._clock)
             changed()
             self._check_awaited()
-            if self._precedence.yields and not self.watched:
+            if self._scheduler.yields and not self.watched:
                 stream.body.hold()
                 await self._turn()
         return at
@@ -268,8 +268,8 @@ class Connections:
             self._check_awaited()
             await self._turn()
             try:
-                stream = await self._open(start, replace(self._manner, within=_HEADERS_WITHIN, insist=self.watched))
-            except OtherBlob:
+                stream = await self._open(start, replace(self._options, within=_HEADERS_WITHIN, insist=self.watched))
+            except BlobMismatch:
                 raise
             except Unavailable as error:
                 self.log.debug("{blob}: not yet: {why}", blob=self, why=error)
@@ -277,7 +277,7 @@ class Connections:
                 continue
             if None not in (size, stream.size) and stream.size != size:
                 stream.body.abort()
-                raise OtherBlob(f"{self}: the upstream now has {stream.size} bytes in place of {size}")
+                raise BlobMismatch(f"{self}: the upstream now has {stream.size} bytes in place of {size}")
             return stream
         raise why
 

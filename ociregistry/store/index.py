@@ -251,7 +251,7 @@ _MOST_SEARCHED = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredRecord:
     """A record, where it is kept, and when it was pulled last."""
 
     record: Record
@@ -275,7 +275,7 @@ class Row:
     notes: tuple[str, ...]
     """What the record notes, and this stands for."""
     dates: Dates
-    kept: Kept
+    kept: StoredRecord
 
     @property
     def url(self) -> str:
@@ -293,7 +293,7 @@ class Inventory:
     """All records. Files that are no records of ours are only known to be there."""
 
     root: Path
-    records: Mapping[Digest, Kept]
+    records: Mapping[Digest, StoredRecord]
     unreadable: Mapping[Path, str] = field(default_factory=dict)
     """Path -> what is wrong with the file."""
     mentioned: frozenset[str] = frozenset()
@@ -306,7 +306,7 @@ class Inventory:
 
         Blocks; raises `OSError` when a record, or a folder, cannot be read.
         """
-        records: dict[Digest, Kept] = {}
+        records: dict[Digest, StoredRecord] = {}
         unreadable: dict[Path, str] = {}
         mentioned: set[str] = set()
         seen: dict[Path, Signature] = {}
@@ -323,7 +323,7 @@ class Inventory:
                     mentioned |= _mentioned(path)
                     continue
                 pulled = datetime.fromtimestamp(signature[2] / 1e9, UTC)
-                records[digest_of(path)] = Kept(record, path, pulled, signature[1])
+                records[digest_of(path)] = StoredRecord(record, path, pulled, signature[1])
         return cls(root, records, unreadable, frozenset(mentioned), seen)
 
     @cached_property
@@ -396,7 +396,7 @@ class Inventory:
                 found.setdefault(child.digest, set()).add(digest)
         return {child: frozenset(lists) for child, lists in found.items()}
 
-    def children(self, digest: Digest) -> Iterator[Kept]:
+    def children(self, digest: Digest) -> Iterator[StoredRecord]:
         """The records of what the list `digest` names, as far as they are there."""
         for child in self.records[digest].manifest.children:
             if child.digest in self.records:

@@ -13,19 +13,19 @@ from pathlib import Path
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.files import Files, is_full
-from ociregistry.store.index import Inventory, Kept, Row
+from ociregistry.store.index import Inventory, Row, StoredRecord
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.workdir import store_locked
 
 _AT_ONCE = 200
 """Blobs that are removed under one lock."""
 
-Choose = Callable[[Inventory], "Doomed"]
+Choose = Callable[[Inventory], "PruneSet"]
 """What is to go of an inventory."""
 
 
 @dataclass(frozen=True, slots=True)
-class Spared:
+class Withheld:
     """Images that are old enough to go by age, and stay, as their number suggests that the clock is wrong."""
 
     unused: int
@@ -41,15 +41,15 @@ class Plan:
 
     rows: tuple[Row, ...]
     """The image URLs."""
-    records: tuple[Kept, ...]
+    records: tuple[StoredRecord, ...]
     blobs: Mapping[Digest, int]
     """With their sizes in bytes."""
     bytes_of: Mapping[Digest, int]
     """Record -> what its own blobs take, each counted once: with the first of those that go and name it."""
-    metadata: tuple[Kept, ...] = ()
+    metadata: tuple[StoredRecord, ...] = ()
     """The records of images that are only here since an index names them, and go with it without a word."""
     metadata_blobs: Mapping[Digest, int] = field(default_factory=dict)
-    spared: Spared | None = None
+    withheld: Withheld | None = None
 
     @property
     def bytes(self) -> int:
@@ -58,7 +58,7 @@ class Plan:
         return blobs + sum(kept.size for kept in (*self.records, *self.metadata))
 
 
-class Doomed:
+class PruneSet:
     """The image URLs that are to go, with what they take with them.
 
     A record that stays may get another URL in place of one that goes: by its digest for a tag that has meant
@@ -69,9 +69,9 @@ class Doomed:
         self._inventory = inventory
         self._images: dict[Digest, dict[str, Dates]] = {}
         """Record -> what it shall note, where that changes."""
-        self.gone: dict[Digest, Kept] = {}
+        self.gone: dict[Digest, StoredRecord] = {}
         """The records that are to note nothing, in the order in which they came to that."""
-        self.spared: Spared | None = None
+        self.withheld: Withheld | None = None
 
     def take(self, row: Row) -> None:
         """This image URL goes."""
@@ -132,8 +132,8 @@ class Doomed:
             if digest not in self.gone
             for blob in kept.manifest.blobs
         }
-        records: list[Kept] = []
-        metadata: list[Kept] = []
+        records: list[StoredRecord] = []
+        metadata: list[StoredRecord] = []
         for digest, kept in self.gone.items():
             (metadata if self._inventory.is_metadata(digest) else records).append(kept)
         own: dict[Digest, dict[Digest, int]] = {}
@@ -147,7 +147,7 @@ class Doomed:
             bytes_of={kept.manifest.digest: sum(own[kept.manifest.digest].values()) for kept in records},
             metadata=tuple(metadata),
             metadata_blobs=_all_of(own, metadata),
-            spared=self.spared,
+            withheld=self.withheld,
         )
 
     def _takes(self, row: Row) -> bool:
@@ -163,7 +163,7 @@ class Doomed:
         }
         return {digest: size for digest, size in found.items() if size is not None}
 
-    def renamed(self) -> Iterator[tuple[Kept, Record]]:
+    def renamed(self) -> Iterator[tuple[StoredRecord, Record]]:
         """The records with tags that would mean them again, those that go included, and how they are to be first."""
         for digest in list(self._images):
             kept = self._inventory.records[digest]
@@ -175,14 +175,14 @@ class Doomed:
             if images.keys() != kept.record.images.keys():
                 yield kept, replace(kept.record, images=images)
 
-    def rewritten(self) -> Iterator[tuple[Kept, Record]]:
+    def rewritten(self) -> Iterator[tuple[StoredRecord, Record]]:
         """The records that stay and change, and how they are to be in the end."""
         for digest, images in self._images.items():
             kept = self._inventory.records[digest]
             if images and images != kept.record.images:
                 yield kept, replace(kept.record, images=images)
 
-    def before_rewriting(self) -> Iterator[list[Kept]]:
+    def before_rewriting(self) -> Iterator[list[StoredRecord]]:
         """Yield records that can go although nothing has been rewritten yet, in batches to be removed one by one.
 
         No tag comes to mean by it what it meant before, no list loses an image, and no list goes that has an image
@@ -206,7 +206,7 @@ class Doomed:
         return True
 
 
-def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[Kept]) -> Mapping[Digest, int]:
+def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[StoredRecord]) -> Mapping[Digest, int]:
     return {blob: size for kept in records for blob, size in own[kept.manifest.digest].items()}
 
 
@@ -237,9 +237,9 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
     before = Inventory.read(root)
     with store_locked(root):
         inventory = Inventory.read(root, before)
-        doomed = choose(inventory)
-        plan = doomed.plan
-        rewriting = [*doomed.renamed(), *doomed.rewritten()]
+        prune_set = choose(inventory)
+        plan = prune_set.plan
+        rewriting = [*prune_set.renamed(), *prune_set.rewritten()]
         blobs = [*plan.blobs, *plan.metadata_blobs]
         try:
             _rewrite(root, rewriting, files)
@@ -247,7 +247,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
             if not is_full(error):
                 raise
             gone: set[Path] = set()
-            for batch in doomed.before_rewriting():
+            for batch in prune_set.before_rewriting():
                 _remove_records(batch, files)
                 gone |= {kept.path for kept in batch}
             _remove_unnamed(root, blobs, Inventory.read(root, inventory), files)
@@ -261,7 +261,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
     return plan
 
 
-def _rewrite(root: Path, records: Iterable[tuple[Kept, Record]], files: Files) -> None:
+def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: Files) -> None:
     """Replace the files of records, under the store's lock; when they were pulled last stays."""
     temporary = root / "pulls" / "record.new"
     for kept, record in records:
@@ -270,7 +270,7 @@ def _rewrite(root: Path, records: Iterable[tuple[Kept, Record]], files: Files) -
         os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
 
 
-def _remove_records(records: Collection[Kept], files: Files) -> None:
+def _remove_records(records: Collection[StoredRecord], files: Files) -> None:
     for kept in records:
         files.unlink(kept.path)
     for folder in {kept.path.parent for kept in records}:
@@ -308,13 +308,13 @@ class Selection:
     created_before: datetime | None = None
     pulled_before: datetime | None = None
 
-    def __call__(self, inventory: Inventory) -> Doomed:
+    def __call__(self, inventory: Inventory) -> PruneSet:
         """The image URLs of `inventory` that go."""
-        doomed = Doomed(inventory)
+        prune_set = PruneSet(inventory)
         for row in inventory.rows:
             if self._takes(row, inventory):
-                doomed.take(row)
-        return doomed
+                prune_set.take(row)
+        return prune_set
 
     def _takes(self, row: Row, inventory: Inventory) -> bool:
         if self.matches is not None and not any(map(self.matches, {row.url, *row.notes})):
@@ -325,7 +325,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class Surplus:
+class EvictionPolicy:
     """Whole images, those first that were pulled least recently: what nobody has pulled since `pulled_before`, and
     what is more than `max_size` bytes of a store.
 
@@ -345,35 +345,35 @@ class Surplus:
     """A pull that is dated later than this says nothing: the clock was wrong then."""
     max_share: int
 
-    def __call__(self, inventory: Inventory) -> Doomed:
+    def __call__(self, inventory: Inventory) -> PruneSet:
         """The image URLs of `inventory` that go. Blocks, looking at the blobs."""
-        doomed = Doomed(inventory)
-        freed = _Freed(inventory, doomed)
+        prune_set = PruneSet(inventory)
+        freed = _Freed(inventory, prune_set)
         size = size_of(inventory) if self.max_size is not None else 0
         excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
         candidates = sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one))
         unused = self._unused(candidates, inventory)
-        doomed.spared = self._spared(unused, inventory)
+        prune_set.withheld = self._withheld(unused, inventory)
         for digest in candidates:
-            if (digest in unused and doomed.spared is None) or freed.bytes() < excess:
-                doomed.take_record(digest)
-        return doomed
+            if (digest in unused and prune_set.withheld is None) or freed.bytes() < excess:
+                prune_set.take_record(digest)
+        return prune_set
 
     def _unused(self, candidates: Collection[Digest], inventory: Inventory) -> Set[Digest]:
         if self.pulled_before is None:
             return frozenset()
         return {digest for digest in candidates if inventory.pulled(digest) < self.pulled_before}
 
-    def _spared(self, unused: Collection[Digest], inventory: Inventory) -> Spared | None:
+    def _withheld(self, unused: Collection[Digest], inventory: Inventory) -> Withheld | None:
         """Tell why the `unused` ones stay; None if they go."""
         if self.pulled_before is None or not unused or self.max_share == 100:
             return None
         images = sum(digest not in inventory.lists_of for digest in inventory.records)
         if len(unused) > max(_A_FEW, images * self.max_share // 100):
-            return Spared(len(unused), images, "which is more than max_share")
+            return Withheld(len(unused), images, "which is more than max_share")
         pulls = (kept.pulled for kept in inventory.records.values())
         if not any(self.pulled_before <= pulled <= self.believed_until for pulled in pulls):
-            return Spared(len(unused), images, "and none at all was pulled since")
+            return Withheld(len(unused), images, "and none at all was pulled since")
         return None
 
     def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
@@ -393,16 +393,16 @@ class Surplus:
 class _Freed:
     """Counts what becomes free, as more and more goes."""
 
-    def __init__(self, inventory: Inventory, doomed: Doomed) -> None:
+    def __init__(self, inventory: Inventory, prune_set: PruneSet) -> None:
         self._naming = Counter(blob for kept in inventory.records.values() for blob in kept.manifest.blob_sizes)
         self._inventory = inventory
-        self._doomed = doomed
+        self._prune_set = prune_set
         self._counted = 0
         self._bytes = 0
 
     def bytes(self) -> int:
         """Of all that goes by now."""
-        gone = list(islice(self._doomed.gone.values(), self._counted, None))
+        gone = list(islice(self._prune_set.gone.values(), self._counted, None))
         self._counted += len(gone)
         for kept in gone:
             self._bytes += kept.size

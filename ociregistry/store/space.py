@@ -64,7 +64,7 @@ class Space:
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
 
-    def use(self, reserve: Reserve) -> None:
+    def reconfigure(self, reserve: Reserve) -> None:
         """Keeps this much free from the next reading on."""
         self._reserve = reserve
 

@@ -23,7 +23,14 @@ from ociregistry.store.prune import Choose, Plan, prune
 from ociregistry.store.records import IMAGES_FOLDER, LISTS_FOLDER, Dates, Entry, Record, RecordFiles, RecordInvalid
 from ociregistry.store.space import Room, Space
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
-from ociregistry.store.workdir import STAGED_SUFFIX, Door, Pending, PullsFolder, WishFiles, wanted_blobs
+from ociregistry.store.workdir import (
+    STAGED_SUFFIX,
+    ControlSocket,
+    PendingFiles,
+    PendingImage,
+    PullsFolder,
+    wanted_blobs,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class Store:
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blobs that this process committed, for those that no record names (yet)."""
-        self.wishes: dict[Digest, Repository] = {}
+        self.pending: dict[Digest, Repository] = {}
         """The images that are to be completed, each with the repository that it comes from."""
         self.undecided: dict[Digest, Repository] = {}
         """The images of an index that were asked for, and may not be wanted."""
@@ -86,7 +93,7 @@ class Store:
 
     def _adopt(self) -> None:
         try:
-            files = self._wish_files()
+            files = self._pending_files()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -97,11 +104,11 @@ class Store:
             )
         else:
             for pending in files.read():
-                (self.undecided if pending.undecided else self.wishes)[pending.image] = pending.repository
+                (self.undecided if pending.undecided else self.pending)[pending.image] = pending.repository
 
-    def _wish_files(self) -> WishFiles:
+    def _pending_files(self) -> PendingFiles:
         """Blocks, as it may have to take the folder. Raises `OSError`."""
-        return WishFiles(self._pulls.path, self._files)
+        return PendingFiles(self._pulls.path, self._files)
 
     def stop(self) -> None:
         """Ends the threads, after what they are at."""
@@ -110,11 +117,11 @@ class Store:
         self._threads.stop()
         self._pulls.close()
 
-    def door(self) -> Door:
+    def control_socket(self) -> ControlSocket:
         """Where this process may listen for others on the same store; whoever gets it closes it. Raises `OSError`."""
-        door = Door(self._pulls.path)
-        door.clear()
-        return door
+        control_socket = ControlSocket(self._pulls.path)
+        control_socket.clear()
+        return control_socket
 
     @property
     def counts(self) -> Counts:
@@ -126,9 +133,9 @@ class Store:
         """What is free on the disk."""
         return self._space.room
 
-    def use(self, reserve: Reserve) -> None:
+    def reconfigure(self, reserve: Reserve) -> None:
         """Leaves this much free from now on."""
-        self._space.use(reserve)
+        self._space.reconfigure(reserve)
 
     # Manifests
 
@@ -277,21 +284,21 @@ class Store:
 
     # Images
 
-    async def wish(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
+    async def add_pending(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
         """Notes that all blobs of the image `manifest` are, or perhaps are, to be fetched. Raises `OSError`."""
-        pending = self.undecided if undecided else self.wishes
-        if manifest in pending or (undecided and manifest in self.wishes):
+        pending = self.undecided if undecided else self.pending
+        if manifest in pending or (undecided and manifest in self.pending):
             return
         self.undecided.pop(manifest, None)
         pending[manifest] = repository
-        noted = Pending(manifest, repository, undecided)
-        await self._threads.write_in_turn(lambda: self._wish_files().write(noted))
+        noted = PendingImage(manifest, repository, undecided)
+        await self._threads.write_in_turn(lambda: self._pending_files().write(noted))
 
-    async def unwish(self, manifest: Digest) -> None:
+    async def remove_pending(self, manifest: Digest) -> None:
         """Notes that they are not, or are there. Raises `OSError`."""
-        for pending in (self.undecided, self.wishes):
+        for pending in (self.undecided, self.pending):
             pending.pop(manifest, None)
-        await self._threads.write_in_turn(lambda: self._wish_files().remove(manifest))
+        await self._threads.write_in_turn(lambda: self._pending_files().remove(manifest))
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
         """The blobs that the image `manifest` lacks, and their sizes in bytes; None if it has no record."""
@@ -342,10 +349,10 @@ class Store:
         """Takes away what `choose` says, and gives what that was. Raises `OSError`."""
         return await self._threads.write(prune, self._root, choose, self._files)
 
-    async def verify(self, max_rate: float | None, came: Callable[[int, int], object], found: Found) -> Findings:
+    async def verify(self, max_rate: float | None, advance: Callable[[int, int], object], found: Found) -> Findings:
         """As `Verifier` has it. Raises `OSError`."""
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
-        findings = await verifier.verify(max_rate, came)
+        findings = await verifier.verify(max_rate, advance)
         await self._threads.write(note_verified, self._root, self._now())
         return findings
 

@@ -100,7 +100,7 @@ class Verifier:
         self._clock = clock
         self._found = found
 
-    async def verify(self, max_rate: float | None, came: Callable[[int, int], object]) -> Findings:
+    async def verify(self, max_rate: float | None, advance: Callable[[int, int], object]) -> Findings:
         """What is damaged, which is put aside; `max_rate` is in bytes a second.
 
         `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
@@ -115,7 +115,7 @@ class Verifier:
         sizes = await self._threads.read(_sizes, self._root / "blobs")
         total = sum(sizes.values())
         for path in sizes:
-            await self._verify_blob(path, findings, max_rate, lambda: came(findings.bytes, total))
+            await self._verify_blob(path, findings, max_rate, lambda: advance(findings.bytes, total))
         children = {child.digest for record in images.values() for child in record.manifest.children}
         for digest, record in images.items():
             wanted, lacking = await self._threads.read(_lacking, self._root / "blobs", record)
@@ -160,7 +160,7 @@ class Verifier:
         return Damaged(path, digest_of(path), why, *noted, kept)
 
     async def _verify_blob(
-        self, path: Path, findings: Findings, max_rate: float | None, came: Callable[[], object]
+        self, path: Path, findings: Findings, max_rate: float | None, advance: Callable[[], object]
     ) -> None:
         began, at_first = self._clock.seconds(), findings.bytes
         try:
@@ -171,7 +171,7 @@ class Verifier:
             checked = _Checked(path, file)
             while count := await self._threads.read(_and_release, file.lease(), checked.hash_more):
                 findings.bytes += count
-                came()
+                advance()
                 if max_rate is not None:
                     due = began + (findings.bytes - at_first) / max_rate
                     await deferLater(self._clock, max(0.0, due - self._clock.seconds()))

@@ -25,13 +25,13 @@ def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> 
     `blobs_of` gives the blobs that the record of a manifest names, none where there is no record. Blocks. Raises:
     `OSError`.
     """
-    paths = (path for folder in pulls_folders(root) for path in folder.glob(f"*{WISH_SUFFIX}"))
+    paths = (path for folder in pulls_folders(root) for path in folder.glob(f"*{PENDING_SUFFIX}"))
     manifests = (Digest.from_hex(path.stem) for path in paths)
     return frozenset(blob for manifest in manifests if manifest is not None for blob in blobs_of(manifest))
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class PendingImage:
     """An image whose blobs are to be fetched from `repository`.
 
     It is `undecided` while it may turn out not to be wanted.
@@ -42,14 +42,14 @@ class Pending:
     undecided: bool = False
 
 
-class WishFiles:
+class PendingFiles:
     """The wishes of this process, `<hex of the manifest>.wish` in its folder. All of it blocks; raises `OSError`."""
 
     def __init__(self, folder: Path, files: Files) -> None:
         self._folder = folder
         self._files = files
 
-    def write(self, pending: Pending) -> None:
+    def write(self, pending: PendingImage) -> None:
         """Write the file of one pending image."""
         repository = pending.repository
         document: dict[str, object] = {"upstream": repository.upstream.name, "repository": repository.path}
@@ -61,33 +61,33 @@ class WishFiles:
         """Wishes no more."""
         self._files.unlink(self._path(manifest))
 
-    def read(self) -> Iterator[Pending]:
+    def read(self) -> Iterator[PendingImage]:
         """All that is wished for; what is no wish is removed."""
-        for path in sorted(path for path in self._folder.glob(f"*{WISH_SUFFIX}") if path.is_file()):
+        for path in sorted(path for path in self._folder.glob(f"*{PENDING_SUFFIX}") if path.is_file()):
             pending = _read(path)
             if pending is None:
                 self._files.unlink(path)
             else:
                 yield pending
 
-    def look(self) -> Iterator[Pending]:
+    def look(self) -> Iterator[PendingImage]:
         """Yield the pending images of a folder that may be another process's."""
-        for path in self._folder.glob(f"*{WISH_SUFFIX}"):
+        for path in self._folder.glob(f"*{PENDING_SUFFIX}"):
             pending = _read(path)
             if pending is not None:
                 yield pending
 
     def _path(self, manifest: Digest) -> Path:
-        return self._folder / f"{manifest.hex}{WISH_SUFFIX}"
+        return self._folder / f"{manifest.hex}{PENDING_SUFFIX}"
 
 
 def pending_images(root: Path) -> frozenset[Digest]:
     """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
-    files = (WishFiles(folder, Files()) for folder in pulls_folders(root))
+    files = (PendingFiles(folder, Files()) for folder in pulls_folders(root))
     return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
 
-def _read(path: Path) -> Pending | None:
+def _read(path: Path) -> PendingImage | None:
     manifest = Digest.from_hex(path.stem)
     if manifest is None:
         return None
@@ -95,14 +95,14 @@ def _read(path: Path) -> Pending | None:
         # Only a file: a pipe would be waited for.
         document = json.loads(path.read_bytes() if path.is_file() else b"")
         repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
-        return Pending(manifest, repository, document.get("undecided") is True)
+        return PendingImage(manifest, repository, document.get("undecided") is True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
         return None
 
 
 NOTE_SUFFIX = ".note"
 STAGED_SUFFIX = ".staged"
-WISH_SUFFIX = ".wish"
+PENDING_SUFFIX = ".wish"
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 _BAD = "bad"
@@ -288,7 +288,7 @@ class PullsFolder:
 
 def _is_kept(path: Path, *folders: Path) -> bool:
     """Whether `path` is a wish, or belongs to a partial in one of the `folders`."""
-    return path.suffix == WISH_SUFFIX or _belongs_to_partial(path, *folders)
+    return path.suffix == PENDING_SUFFIX or _belongs_to_partial(path, *folders)
 
 
 def _belongs_to_partial(path: Path, *folders: Path) -> bool:
@@ -302,7 +302,7 @@ def _belongs_to_partial(path: Path, *folders: Path) -> bool:
 _NAME = "socket"
 
 
-class Door:
+class ControlSocket:
     """The socket in a folder, by a path that is short enough for the kernel, wherever the store is."""
 
     def __init__(self, folder: Path) -> None:
@@ -328,16 +328,16 @@ class Door:
         os.close(self._folder)
 
 
-def find_daemon(root: Path) -> Door | None:
+def find_daemon(root: Path) -> ControlSocket | None:
     """The door of the daemon that runs on the store at `root`, or None if none does. Raises `OSError`."""
     for folder in pulls_folders(root):
-        door = Door(folder)
+        control_socket = ControlSocket(folder)
         try:
-            found = door.is_open()
+            found = control_socket.is_open()
         except OSError:
-            door.close()
+            control_socket.close()
             raise
         if found:
-            return door
-        door.close()
+            return control_socket
+        control_socket.close()
     return None

@@ -14,12 +14,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.concurrency import Flights
+from ociregistry.concurrency import SingleFlight
 from ociregistry.config.registries import IdentityToken, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
 from ociregistry.upstream.credentials import Credentials, basic
-from ociregistry.upstream.http import NORMALLY, Manner
+from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.origin import Origin, without_query
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -124,7 +124,7 @@ class TokenRequest:
     form: bytes | None = field(default=None, repr=False)
 
 
-Fetch = Callable[[TokenRequest, Manner], Coroutine[Deferred[Any], Any, bytes]]
+Fetch = Callable[[TokenRequest, RequestOptions], Coroutine[Deferred[Any], Any, bytes]]
 """Gives the body of the answer, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`, `AccessRefused` too."""
 
 
@@ -153,14 +153,16 @@ class Tokens:
         self._trusted = trusted
         self._clock = clock
         self._kept: dict[tuple[BearerChallenge, bool], _Token] = {}
-        self._flights: Flights[tuple[BearerChallenge, bool], str] = Flights()
+        self._single_flight: SingleFlight[tuple[BearerChallenge, bool], str] = SingleFlight()
 
-    async def token(self, challenge: BearerChallenge, manner: Manner = NORMALLY, *, anonymous: bool = False) -> str:
+    async def token(
+        self, challenge: BearerChallenge, options: RequestOptions = DEFAULT_OPTIONS, *, anonymous: bool = False
+    ) -> str:
         """A token that answers `challenge`; an `anonymous` one may be shown to anybody. Raises `Unavailable`."""
         if self.holds(challenge, anonymous=anonymous):
             return self._kept[challenge, anonymous].value
-        return await self._flights.join(
-            (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, manner)
+        return await self._single_flight.join(
+            (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, options)
         )
 
     def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
@@ -174,11 +176,11 @@ class Tokens:
         if kept is not None and kept.value == token:
             del self._kept[challenge, anonymous]
 
-    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, manner: Manner) -> str:
+    async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, options: RequestOptions) -> str:
         request = await self._request(challenge, anonymous)
         received = self._clock.seconds()
         try:
-            body = await self._fetch(request, manner)
+            body = await self._fetch(request, options)
         except AccessRefused:
             if request.headers or request.form:
                 self._credentials.forget()
@@ -230,14 +232,14 @@ Scope = tuple[Origin, Repository]
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class Authorization:
     """An `Authorization` header; whether it is an `old` one, from an earlier request, which may be out of date."""
 
     header: str = field(repr=False)
     old: bool
 
 
-class Authorization:
+class Authenticator:
     """What one upstream's requests carry. Credentials are for its own origin; a host that it redirects to gets at
     most an anonymous token, if it asks for one."""
 
@@ -247,14 +249,18 @@ class Authorization:
         self._challenges: dict[Scope, BearerChallenge] = {}
         self._wants_basic: Origin | None = None
 
-    async def proof(self, scope: Scope, own: Origin, manner: Manner = NORMALLY) -> Proof | None:
+    async def authorization(
+        self, scope: Scope, own: Origin, options: RequestOptions = DEFAULT_OPTIONS
+    ) -> Authorization | None:
         """What a request to `scope` carries, as far as is known; raises `Unavailable`."""
         challenge = self._challenges.get(scope)
         anonymous = scope[0] != own
         if challenge is not None:
             old = self._tokens.holds(challenge, anonymous=anonymous)
             try:
-                return Proof(f"Bearer {await self._tokens.token(challenge, manner, anonymous=anonymous)}", old)
+                return Authorization(
+                    f"Bearer {await self._tokens.token(challenge, options, anonymous=anonymous)}", old
+                )
             except Unavailable:
                 # The token service may have moved: what is asked next is asked without, and told the new place.
                 self._challenges.pop(scope, None)
@@ -263,13 +269,13 @@ class Authorization:
             return None
         old = self._credentials.from_helper
         credentials = await self._credentials.get()
-        return Proof(basic(credentials), old) if isinstance(credentials, Password) else None
+        return Authorization(basic(credentials), old) if isinstance(credentials, Password) else None
 
     def refused(
         self,
         scope: Scope,
         own: Origin,
-        proofs: Sequence[Proof | None],
+        authorizations: Sequence[Authorization | None],
         challenges: Sequence[str],
         default_scope: str,
     ) -> bool:
@@ -280,17 +286,17 @@ class Authorization:
         `proofs` are those that it has refused during one request, the last one last: None is followed by one, an
         old one by a new one, a new one only by one of another kind or one that is for more.
         """
-        proof = proofs[-1]
+        authorization = authorizations[-1]
         known = self._challenges.get(scope)
         challenge = best_challenge(challenges)
         if isinstance(challenge, BearerChallenge):
             challenge = challenge.with_default_scope(default_scope)
-        if proof is not None:
-            self._forget(known, proof, scope, own)
-        if len(proofs) > _MOST_REFUSALS or (proof is None and len(proofs) > 1):
+        if authorization is not None:
+            self._forget(known, authorization, scope, own)
+        if len(authorizations) > _MOST_REFUSALS or (authorization is None and len(authorizations) > 1):
             return False
         bearer = isinstance(challenge, BearerChallenge)
-        if proof is not None and not proof.old and bearer == (known is not None):
+        if authorization is not None and not authorization.old and bearer == (known is not None):
             if known is None or not isinstance(challenge, BearerChallenge):
                 return False
             challenge = known.widened(challenge)
@@ -298,9 +304,9 @@ class Authorization:
                 return False
         return self._take(challenge, scope, own)
 
-    def _forget(self, known: BearerChallenge | None, proof: Proof, scope: Scope, own: Origin) -> None:
+    def _forget(self, known: BearerChallenge | None, authorization: Authorization, scope: Scope, own: Origin) -> None:
         if known is not None:
-            self._tokens.forget(known, proof.header.removeprefix("Bearer "), anonymous=scope[0] != own)
+            self._tokens.forget(known, authorization.header.removeprefix("Bearer "), anonymous=scope[0] != own)
         else:
             self._credentials.forget()
 

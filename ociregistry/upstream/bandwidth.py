@@ -37,14 +37,14 @@ class Bandwidth:
         now: Callable[[], time] = _local_time,
     ) -> None:
         """`limit` is in bytes a second, None for none; the first of the `windows` that holds is in its place."""
-        self.use(limit, windows)
+        self.reconfigure(limit, windows)
         self._clock = clock
         self._now = now
         self._left = 0.0
         self._counted = clock.seconds()
         self._shares: set[Share] = set()
 
-    def use(self, limit: float | None, windows: tuple[Window, ...]) -> None:
+    def reconfigure(self, limit: float | None, windows: tuple[Window, ...]) -> None:
         """From now on it is these."""
         self._limit = limit
         self._windows = windows
@@ -124,9 +124,9 @@ class Share:
     def draw(self, count: int) -> float:
         """Pays for what came; `count` bytes of it were read. Gives for how many seconds no more should be."""
         self._read += count
-        came = self._read + self._buffer
-        came = came if self._length is None else min(came, self._length)
-        due = max(0, came - self._paid)
+        advance = self._read + self._buffer
+        advance = advance if self._length is None else min(advance, self._length)
+        due = max(0, advance - self._paid)
         self._paid += due
         return self._bandwidth.draw(due)
 

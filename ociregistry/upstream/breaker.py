@@ -33,26 +33,26 @@ class LinkDown(Unavailable):
 class Attempt:
     """One request on a link; it tells how it went, once."""
 
-    def __init__(self, link: Link, began: float) -> None:
-        self._link = link
+    def __init__(self, breaker: CircuitBreaker, began: float) -> None:
+        self._breaker = breaker
         self._began = began
 
     def answered(self) -> None:
         """An answer came, whatever it says."""
-        self._link.ended(self)
-        self._link.answered()
+        self._breaker.ended(self)
+        self._breaker.answered()
 
     def failed(self, why: str, *, refused: bool = False) -> None:
         """The look-up, the connection or the handshake failed, or no byte came in time."""
-        self._link.ended(self)
-        self._link.failed(self._began, why, refused=refused)
+        self._breaker.ended(self)
+        self._breaker.failed(self._began, why, refused=refused)
 
     def abandoned(self) -> None:
         """Nothing is known."""
-        self._link.ended(self)
+        self._breaker.ended(self)
 
 
-class Link:
+class CircuitBreaker:
     """The way to one origin. What is tried on it tells how it went; each change is one warn line.
 
     While it is down, one request at a time passes, as a probe: the first after 1 s, then at distances that double
@@ -116,17 +116,17 @@ class Link:
         self._down_until = now + self._distance * (0.5 + self._jitter() / 2)
 
 
-class Links:
+class CircuitBreakers:
     """The links to all origins."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._kept: OrderedDict[Origin, Link] = OrderedDict()
+        self._kept: OrderedDict[Origin, CircuitBreaker] = OrderedDict()
 
-    def to(self, origin: Origin) -> Link:
+    def to(self, origin: Origin) -> CircuitBreaker:
         """The link to `origin`; those used last are kept."""
-        link = self._kept.pop(origin, None) or Link(f"{origin.host}:{origin.port}", self._clock)
-        self._kept[origin] = link
+        breaker = self._kept.pop(origin, None) or CircuitBreaker(f"{origin.host}:{origin.port}", self._clock)
+        self._kept[origin] = breaker
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return link
+        return breaker

@@ -12,10 +12,18 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
-from ociregistry.upstream.auth import LARGEST_TOKEN, AccessRefused, Authorization, Proof, Scope, TokenRequest, Tokens
+from ociregistry.upstream.auth import (
+    LARGEST_TOKEN,
+    AccessRefused,
+    Authenticator,
+    Authorization,
+    Scope,
+    TokenRequest,
+    Tokens,
+)
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.credentials import Credentials
-from ociregistry.upstream.http import NORMALLY, Exchanges, Manner, NoTls, Response
+from ociregistry.upstream.http import DEFAULT_OPTIONS, HttpClient, NoTls, RequestOptions, Response
 from ociregistry.upstream.origin import Origin, redirected
 from ociregistry.upstream.ratelimit import RateLimit
 
@@ -61,7 +69,7 @@ class Client:
         self,
         name: str,
         base: Base,
-        exchanges: Exchanges,
+        http: HttpClient,
         credentials: Credentials,
         trusted: Callable[[Origin], bool],
         plain_allowed: Callable[[], Awaitable[bool]],
@@ -72,12 +80,12 @@ class Client:
         self._name = name
         self._base = base
         self._learned: tuple[str, float] | None = None
-        self._exchanges = exchanges
+        self._http = http
         self._plain_allowed = plain_allowed
         self._clock = clock
         self._rests_until = 0.0
         self._rate_limit = RateLimit(clock)
-        self._authorization = Authorization(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
+        self._authenticator = Authenticator(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
     async def request(
         self,
@@ -85,7 +93,7 @@ class Client:
         repository: Repository,
         path: str,
         headers: Headers | None = None,
-        manner: Manner = NORMALLY,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
         """The answer to a request for `path` below `repository`, whatever its status.
 
@@ -95,47 +103,51 @@ class Client:
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
-        hold = self._rate_limit.hold() if manner.last else 0.0
+        hold = self._rate_limit.hold() if options.last else 0.0
         if hold > 0:
             why = f"its rate limit is nearly used up: nothing of the lowest priority is sent for {hold:.0f} s more"
             raise Unavailable(f"{self._name}: {why}", ceil(hold))
-        refused: dict[Scope, list[Proof | None]] = {}
+        refused: dict[Scope, list[Authorization | None]] = {}
         while True:
-            asked = await self._send(method, repository, path, headers or {}, manner)
+            asked = await self._send(method, repository, path, headers or {}, options)
             response = asked.response
             if Origin.of(response.url) == asked.own:
                 self._rate_limit.note(response)
             if response.status == 429:
-                self._rest(response, manner)
+                self._rest(response, options)
             if response.status != 401:
                 return response
             scope = Origin.of(response.url), repository
-            refused.setdefault(scope, []).append(asked.proof)
+            refused.setdefault(scope, []).append(asked.authorization)
             if sum(map(len, refused.values())) > _MOST_REFUSALS:
                 return response
             challenges = response.headers("www-authenticate")
             default = _pull_scope(response, repository)
-            if not self._authorization.refused(scope, asked.own, refused[scope], challenges, default):
+            if not self._authenticator.refused(scope, asked.own, refused[scope], challenges, default):
                 return response
             await response.discard()
 
-    def _rest(self, response: Response, manner: Manner) -> None:
+    def _rest(self, response: Response, options: RequestOptions) -> None:
         # Whoever asks with the lowest priority waits by itself; for that alone, nobody else is turned away.
-        if manner.last:
+        if options.last:
             return
         self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
 
-    async def _send(self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner) -> _Asked:
+    async def _send(
+        self, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
+    ) -> _Asked:
         scheme = self._known_scheme()
         if scheme is not None:
-            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository, manner)
+            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository, options)
         try:
-            asked = await self._follow(method, self._base.url("https", repository, path), headers, repository, manner)
+            asked = await self._follow(
+                method, self._base.url("https", repository, path), headers, repository, options
+            )
             scheme = "https"
         except (NoTls, LinkDown) as error:
             if (isinstance(error, LinkDown) and not error.refused) or not await self._plain_allowed():
                 raise
-            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository, manner)
+            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository, options)
             scheme = "http"
         self._learned = (scheme, self._clock.seconds() + _SCHEME_KEPT)
         return asked
@@ -146,14 +158,14 @@ class Client:
         return self._base.scheme
 
     async def _follow(
-        self, method: str, url: str, headers: Headers, repository: Repository, manner: Manner
+        self, method: str, url: str, headers: Headers, repository: Repository, options: RequestOptions
     ) -> _Asked:
         own = Origin.of(url)
 
-        async def proof(origin: Origin) -> Proof | None:
-            return await self._authorization.proof((origin, repository), own, manner)
+        async def authorization(origin: Origin) -> Authorization | None:
+            return await self._authenticator.authorization((origin, repository), own, options)
 
-        response, last = await self._hop(method, url, headers, proof, manner)
+        response, last = await self._hop(method, url, headers, authorization, options)
         return _Asked(response, last, own)
 
     async def _hop(
@@ -161,16 +173,16 @@ class Client:
         method: str,
         url: str,
         headers: Headers,
-        prove: Callable[[Origin], Awaitable[Proof | None]],
-        manner: Manner,
-    ) -> tuple[Response, Proof | None]:
+        authorize: Callable[[Origin], Awaitable[Authorization | None]],
+        options: RequestOptions,
+    ) -> tuple[Response, Authorization | None]:
         own = Origin.of(url)
         for hops in range(_MOST_HOPS + 1):
             origin = Origin.of(url)
-            proof = await prove(origin)
+            authorization = await authorize(origin)
             try:
-                authorized = headers if proof is None else {**headers, "Authorization": proof.header}
-                response = await self._exchanges.send(method, url, authorized, manner=manner)
+                authorized = headers if authorization is None else {**headers, "Authorization": authorization.header}
+                response = await self._http.send(method, url, authorized, options=options)
             except (NoTls, LinkDown) as error:
                 if origin == own:
                     raise
@@ -178,7 +190,7 @@ class Client:
                 raise Unavailable(error.message, error.retry_after) from None
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
-                return replace(response, redirected=hops > 0), proof
+                return replace(response, redirected=hops > 0), authorization
             await response.discard()
             try:
                 url = redirected(url, location)
@@ -186,26 +198,26 @@ class Client:
                 raise Unavailable(f"{self._name}: {error}") from None
         raise Unavailable(f"{self._name}: more than {_MOST_HOPS} redirects")
 
-    async def _fetch_token(self, request: TokenRequest, manner: Manner) -> bytes:
+    async def _fetch_token(self, request: TokenRequest, options: RequestOptions) -> bytes:
         # Its Authorization is for the token service alone, wherever that redirects to.
         realm = Origin.of(request.url)
         header = request.headers.get("Authorization")
-        own = Proof(header, old=False) if header else None
+        own = Authorization(header, old=False) if header else None
 
-        async def proof(origin: Origin) -> Proof | None:
+        async def authorization(origin: Origin) -> Authorization | None:
             return own if origin == realm else None
 
         try:
             if request.form is not None:
-                response = await self._exchanges.send("POST", request.url, _FORM, request.form, manner)
+                response = await self._http.send("POST", request.url, _FORM, request.form, options)
             else:
-                response, _ = await self._hop("GET", request.url, {}, proof, manner)
+                response, _ = await self._hop("GET", request.url, {}, authorization, options)
         except (NoTls, LinkDown) as error:
             raise Unavailable(error.message, error.retry_after) from None
         if response.status == 200:
             return await response.collect(LARGEST_TOKEN)
         if response.status == 429:
-            self._rest(response, manner)
+            self._rest(response, options)
         await response.discard()
         kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
         raise kind(f"{self._name}: its token service answered {response.status}", response.retry_after)
@@ -216,7 +228,7 @@ class _Asked:
     """An answer, what the request that it answers carried, and where the first of the redirects was."""
 
     response: Response
-    proof: Proof | None
+    authorization: Authorization | None
     own: Origin
 
 

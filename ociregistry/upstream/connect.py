@@ -28,7 +28,7 @@ from twisted.web.client import URI
 from twisted.web.iweb import IAgentEndpointFactory, IPolicyForHTTPS
 from zope.interface import implementer
 
-from ociregistry.concurrency import Flights
+from ociregistry.concurrency import SingleFlight
 from ociregistry.errors import Denied
 from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth
 
@@ -109,7 +109,7 @@ class Resolver:
         self._reactor = reactor
         self._getaddrinfo = getaddrinfo
         self._threads = ThreadPool(0, _THREADS, "resolver")
-        self._flights: Flights[str, tuple[str, ...] | DNSLookupError] = Flights()
+        self._single_flight: SingleFlight[str, tuple[str, ...] | DNSLookupError] = SingleFlight()
 
     def start(self) -> None:
         """Must be called after the process has daemonized: threads do not survive a fork."""
@@ -121,7 +121,7 @@ class Resolver:
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
         """Fires with the IP addresses of `host`, at least one, best first; fails with `DNSLookupError`."""
-        return self._flights.join(host, lambda: self._look_up(host)).addCallback(_found)
+        return self._single_flight.join(host, lambda: self._look_up(host)).addCallback(_found)
 
     async def _look_up(self, host: str) -> tuple[str, ...] | DNSLookupError:
         # A failure is a value: it may come when nobody waits any more, and is none of the log's then.

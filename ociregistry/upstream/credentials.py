@@ -17,7 +17,7 @@ from twisted.internet.interfaces import IProcessTransport, IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from ociregistry.concurrency import Flights
+from ociregistry.concurrency import SingleFlight
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import DOCKER_HUB, Upstream
@@ -110,7 +110,7 @@ class Credentials:
         self._ask = ask
         self._clock = clock
         self._kept: tuple[Password | IdentityToken, float] | None = None
-        self._flights: Flights[None, Password | IdentityToken] = Flights()
+        self._single_flight: SingleFlight[None, Password | IdentityToken] = SingleFlight()
 
     @property
     def any(self) -> bool:
@@ -129,7 +129,7 @@ class Credentials:
             return helper
         if self._kept is not None and self.from_helper:
             return self._kept[0]
-        told = await self._flights.join(None, lambda: self._ask(helper))
+        told = await self._single_flight.join(None, lambda: self._ask(helper))
         self._kept = told, self._clock.seconds() + _HELPER_KEPT
         return told
 

@@ -17,12 +17,12 @@ from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.breaker import Links
-from ociregistry.upstream.http import Exchanges, Manner, Response
-from ociregistry.via import Chain
+from ociregistry.upstream.breaker import CircuitBreakers
+from ociregistry.upstream.http import HttpClient, RequestOptions, Response
+from ociregistry.via import Via
 
 _LARGEST_ERROR = 64 * 1024
-_MANNER = Manner(insist=True)
+_OPTIONS = RequestOptions(insist=True)
 
 
 @implementer(IAgentEndpointFactory)
@@ -35,18 +35,18 @@ class _Socket:
         return UNIXClientEndpoint(self._reactor, self._path)
 
 
-class DaemonBeside:
+class DaemonClient:
     """What the daemon gives. All methods raise `Unavailable` and `Denied` with its own words."""
 
     def __init__(self, socket: str, instance: str, reactor: Any) -> None:
         """`socket` is the path of its socket; `instance` is what this process calls itself."""
         # As for another cache, it completes nothing by itself of what is asked for here.
-        self._via = Chain().through(instance)
+        self._via = Via().through(instance)
         pool = HTTPConnectionPool(reactor)
         agent = Agent.usingEndpointFactory(reactor, _Socket(socket, reactor), pool)
         unlimited = Bandwidth(None, (), reactor)
         self._pool = pool
-        self._exchanges = Exchanges("the daemon", agent, Links(reactor), unlimited, lambda: None, reactor)
+        self._http = HttpClient("the daemon", agent, CircuitBreakers(reactor), unlimited, lambda: None, reactor)
 
     async def stop(self) -> None:
         """Closes the connections."""
@@ -74,7 +74,7 @@ class DaemonBeside:
         query = urlencode({"ns": repository.upstream.name})
         url = f"http://localhost/v2/{repository.path}/{path}?{query}"
         headers = {**(headers or {}), "Via": self._via}
-        response = await self._exchanges.send("GET", url, headers, manner=_MANNER)
+        response = await self._http.send("GET", url, headers, options=_OPTIONS)
         if response.status in (200, 206):
             return response
         why = _message(await response.collect(_LARGEST_ERROR)) or f"the daemon answered {response.status}"

@@ -24,13 +24,13 @@ from ociregistry import __version__
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.breaker import Attempt, Link, Links
+from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers
 from ociregistry.upstream.failures import explain, is_unreachable, speaks_no_tls, was_cancelled
 from ociregistry.upstream.origin import Origin
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class RequestOptions:
     """How a request is made, with all that it takes: redirects, tokens."""
 
     within: float = 30.0
@@ -43,7 +43,7 @@ class Manner:
     """For the lowest priority: refused while the registry's rate limit is nearly used up."""
 
 
-NORMALLY = Manner()
+DEFAULT_OPTIONS = RequestOptions()
 
 
 _USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
@@ -168,21 +168,21 @@ class Response:
             return
 
 
-class Exchanges:
+class HttpClient:
     """Sends single requests for `upstream`, without following anything."""
 
     def __init__(
         self,
         upstream: str,
         agent: IAgent,
-        links: Links,
+        breakers: CircuitBreakers,
         bandwidth: Bandwidth,
         drop_idle: Callable[[], object],
         clock: IReactorTime,
     ) -> None:
         """`drop_idle` closes the connections that wait for another request."""
         self._bandwidth = bandwidth
-        self._links = links
+        self._breakers = breakers
         self._upstream = upstream
         self._drop_idle = drop_idle
         # No registry needs cookies, and what one host sets another must not see.
@@ -196,22 +196,22 @@ class Exchanges:
         url: str,
         headers: Mapping[str, str],
         body: bytes | None = None,
-        manner: Manner = NORMALLY,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
         """The response to one request.
 
         Raises `Unavailable` with the reason when there is none, `NoTls` and `LinkDown` too, and `Denied` when its
         address is not allowed.
         """
-        link = self._links.to(Origin.of(url))
-        attempt = link.enter(self._upstream, insist=manner.insist)
+        breaker = self._breakers.to(Origin.of(url))
+        attempt = breaker.enter(self._upstream, insist=options.insist)
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:
             requested = self._client.request(
                 method, _Url.from_text(url), headers=raw, data=body, unbuffered=True, allow_redirects=False
             )
-            deadline = self._clock.callLater(manner.within, requested.cancel)
+            deadline = self._clock.callLater(options.within, requested.cancel)
             response = await requested
         except Denied:
             attempt.abandoned()
@@ -227,11 +227,11 @@ class Exchanges:
                 deadline.cancel()
         attempt.answered()
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
-        received = self._body(response, length, link)
+        received = self._body(response, length, breaker)
         return Response(self._upstream, response.code, url, length, received, response.headers)
 
-    def _body(self, response: IResponse, length: int | None, link: Link) -> Body:
-        stalled = partial(self._stalled, link)
+    def _body(self, response: IResponse, length: int | None, breaker: CircuitBreaker) -> Body:
+        stalled = partial(self._stalled, breaker)
         if self._bandwidth.is_small(length):
             body = Body(self._upstream, self._clock, stalled, self._draw_small)
             response.deliverBody(body)
@@ -258,9 +258,9 @@ class Exchanges:
         kind = NoTls if url.startswith("https:") and refused else Unavailable
         return kind(f"{self._upstream}: {why}")
 
-    def _stalled(self, link: Link, why: str, silent: float) -> None:
+    def _stalled(self, breaker: CircuitBreaker, why: str, silent: float) -> None:
         """A body has been silent for so many seconds."""
         # What waits for another request on the same path will not move either: after an outage an old TCP
         # connection can take minutes to, a new one moves at once.
         self._drop_idle()
-        link.failed(self._clock.seconds() - silent, why)
+        breaker.failed(self._clock.seconds() - silent, why)

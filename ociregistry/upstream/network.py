@@ -15,15 +15,22 @@ from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.breaker import Links
+from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.client import Base, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
-from ociregistry.upstream.http import Exchanges
+from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.origin import Origin
-from ociregistry.upstream.registry import KEPT_FOR_SMALL, AirGap, MirrorClient, Registry, Slots, Sources
+from ociregistry.upstream.registry import (
+    RESERVED_CONNECTIONS,
+    AirGap,
+    ConnectionLimit,
+    MirrorClient,
+    Registry,
+    Sources,
+)
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
-from ociregistry.via import NOBODY, Chain
+from ociregistry.via import NO_VIA, Via
 
 _MOST_KEPT = 500
 
@@ -41,19 +48,19 @@ class Registries:
         """Raises `Denied` when the operator does not allow `upstream`."""
         check_allowed(upstream, self._allowed)
 
-    def use(self, allowed: tuple[str, ...]) -> None:
+    def reconfigure(self, allowed: tuple[str, ...]) -> None:
         """From now on these are allowed, and all registries are made anew."""
         self._allowed = allowed
         self._kept.clear()
 
-    def get(self, upstream: Upstream, chain: Chain = NOBODY) -> Registry:
+    def get(self, upstream: Upstream, via: Via = NO_VIA) -> Registry:
         """The Registry for `upstream`, to be asked for who stands in `chain`; raises `Denied`."""
         self.check(upstream)
         registry = self._kept.pop(upstream, None) or self._make(upstream)
         self._kept[upstream] = registry
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return registry.asked_through(chain) if chain != NOBODY else registry
+        return registry.with_via(via) if via != NO_VIA else registry
 
 
 def check_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> None:
@@ -81,7 +88,7 @@ class Network:
         self._reactor = reactor
         self._resolver = Resolver(reactor)
         self._contexts = Contexts()
-        self._links = Links(reactor)
+        self._breakers = CircuitBreakers(reactor)
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
     def start(self) -> None:
@@ -92,16 +99,16 @@ class Network:
         """No name is looked up any more."""
         self._resolver.stop()
 
-    def use(self, settings: Settings) -> None:
+    def reconfigure(self, settings: Settings) -> None:
         """What is made from now on is made by these settings."""
         self._settings = settings
         self._contexts.clear()
-        self._bandwidth.use(settings.max_bandwidth, settings.bandwidth)
+        self._bandwidth.reconfigure(settings.max_bandwidth, settings.bandwidth)
 
     def registry(self, upstream: Upstream) -> Registry:
         """The Registry of `upstream`, with its mirrors before it."""
         if self._settings.air_gapped:
-            return Registry(upstream, AirGap(), Slots(1), self._instance)
+            return Registry(upstream, AirGap(), ConnectionLimit(1), self._instance)
         entry = self._settings.entry(upstream)
         mirrors = [
             MirrorClient(
@@ -114,27 +121,27 @@ class Network:
             for mirror in entry.mirrors
         ]
         own = self._client(entry, Base(entry.scheme, api_host(upstream)))
-        slots = Slots(self._settings.max_connections)
-        return Registry(upstream, Sources(mirrors, own), slots, self._instance)
+        limit = ConnectionLimit(self._settings.max_connections)
+        return Registry(upstream, Sources(mirrors, own), limit, self._instance)
 
     def _client(self, entry: RegistrySettings, base: Base) -> Client:
         reactor = self._reactor
         name = str(entry.upstream)
         own = base.origin(base.scheme or "https")
         pool = HTTPConnectionPool(reactor)
-        pool.maxPersistentPerHost = self._settings.max_connections + KEPT_FOR_SMALL
+        pool.maxPersistentPerHost = self._settings.max_connections + RESERVED_CONNECTIONS
         policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
         dialer = Dialer(name, self._resolver, named_by(self._settings), policy, self._bandwidth, reactor)
         agent = Agent.usingEndpointFactory(reactor, dialer, pool)
         drop_idle = pool.closeCachedConnections
-        exchanges = Exchanges(name, agent, self._links, self._bandwidth, drop_idle, reactor)
+        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor)
 
         async def ask(helper: Helper) -> Password | IdentityToken:
             return await ask_helper(helper, entry.upstream, reactor)
 
         credentials = Credentials(entry.login, ask, reactor)
         trusted = _trusted_with(entry, base, own)
-        return Client(name, base, exchanges, credentials, trusted, self._plain_allowed(entry), reactor)
+        return Client(name, base, http, credentials, trusted, self._plain_allowed(entry), reactor)
 
     def _plain_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
         """Whether http may be tried: without anything to be seen or pretended, by port or by private addresses."""

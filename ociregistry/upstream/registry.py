@@ -14,9 +14,9 @@ from twisted.logger import Logger
 
 from ociregistry.errors import (
     BlobUnknown,
-    Circle,
     Denied,
     DigestInvalid,
+    LoopDetected,
     ManifestUnknown,
     NameUnknown,
     RegistryError,
@@ -27,18 +27,18 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.client import Client, Headers
-from ociregistry.upstream.http import NORMALLY, Manner, Response
-from ociregistry.via import NOBODY, Chain
+from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
+from ociregistry.via import NO_VIA, Via
 
-KEPT_FOR_SMALL = 2
+RESERVED_CONNECTIONS = 2
 
 
-class Slots:
+class ConnectionLimit:
     """So many for blobs, and two more that blobs do not get: nobody waits behind layers for a manifest."""
 
     def __init__(self, most: int) -> None:
         self._blobs = DeferredSemaphore(most)
-        self._all = DeferredSemaphore(most + KEPT_FOR_SMALL)
+        self._all = DeferredSemaphore(most + RESERVED_CONNECTIONS)
 
     async def for_blob(self, *, small: bool) -> None:
         """Waits for one for a blob, which may be as `small` as a manifest; `blob_done` gives it back."""
@@ -89,11 +89,16 @@ class Sources:
         self._own = own
 
     async def request(
-        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Headers,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
         """The first good answer, or the registry's own. Raises as `Client.request` does."""
         missed: list[str] = []
-        quick = replace(manner, within=min(manner.within, _WITHIN))
+        quick = replace(options, within=min(options.within, _WITHIN))
         for mirror in self._mirrors:
             try:
                 response = await mirror.client.request(method, repository, path, headers, quick)
@@ -106,7 +111,7 @@ class Sources:
                 missed.append(f"{mirror.name}: it answered {response.status}")
             self.log.debug("passed over the mirror {missed}", missed=missed[-1])
         try:
-            return await self._own.request(method, repository, path, headers, manner)
+            return await self._own.request(method, repository, path, headers, options)
         except AccessRefused:
             raise
         except Unavailable as error:
@@ -126,7 +131,12 @@ class AirGap:
     """In the place of `Sources` where nobody is to be asked."""
 
     async def request(
-        self, method: str, repository: Repository, path: str, headers: Headers, manner: Manner = NORMALLY
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Headers,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
         """Raises `AccessRefused`."""
         raise AccessRefused("it is not in the cache, and this server is air-gapped")
@@ -152,7 +162,7 @@ class BlobStream:
     body: Body
 
 
-class OtherBlob(Unavailable):
+class BlobMismatch(Unavailable):
     """The upstream has other bytes than those that were expected."""
 
 
@@ -172,31 +182,31 @@ class Registry:
         self,
         upstream: Upstream,
         sources: Sources | AirGap,
-        slots: Slots,
+        limit: ConnectionLimit,
         instance: str,
-        chain: Chain = NOBODY,
+        via: Via = NO_VIA,
     ) -> None:
         """`instance` is this process, which asks for who stands in `chain`."""
         self.upstream = upstream
         self._sources = sources
-        self._slots = slots
+        self._limit = limit
         self._instance = instance
-        self._chain = chain
+        self._via = via
 
-    def asked_through(self, chain: Chain) -> Registry:
+    def with_via(self, via: Via) -> Registry:
         """The same registry, to be asked for who stands in `chain`."""
-        return Registry(self.upstream, self._sources, self._slots, self._instance, chain)
+        return Registry(self.upstream, self._sources, self._limit, self._instance, via)
 
-    async def manifest(self, image: ImageReference, manner: Manner = NORMALLY) -> Manifest:
+    async def manifest(self, image: ImageReference, options: RequestOptions = DEFAULT_OPTIONS) -> Manifest:
         """The manifest that `image` means there; raises `ManifestUnknown`."""
 
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{image}: {why}")
 
         path = f"manifests/{image.reference}"
-        async with self._slots.for_small():
+        async with self._limit.for_small():
             headers = {"Accept": _ACCEPT}
-            response = await self._ask("GET", image.repository, path, headers, unknown, manner=manner)
+            response = await self._ask("GET", image.repository, path, headers, unknown, options=options)
             data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
@@ -210,53 +220,55 @@ class Registry:
             return ManifestUnknown(f"{image}: {why}")
 
         path = f"manifests/{image.reference}"
-        async with self._slots.for_small():
+        async with self._limit.for_small():
             response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown)
             await response.discard()
         return _expected_digest(image, response)
 
     async def blob(
-        self, repository: Repository, digest: Digest, start: int = 0, manner: Manner = NORMALLY
+        self, repository: Repository, digest: Digest, start: int = 0, options: RequestOptions = DEFAULT_OPTIONS
     ) -> BlobStream:
         """The blob from the byte `start`, or from its first byte where the upstream knows no ranges.
 
         Its connection counts as one of the upstream's until the body has ended or was aborted. Raises
         `BlobUnknown`, and `OtherBlob` if the upstream's blob ends before `start`.
         """
-        await self._slots.for_blob(small=manner.small)
+        await self._limit.for_blob(small=options.small)
         try:
-            stream = await self._stream(repository, digest, start, manner)
+            stream = await self._stream(repository, digest, start, options)
         except BaseException:
-            self._slots.blob_done(small=manner.small)
+            self._limit.blob_done(small=options.small)
             raise
-        stream.body.ended.addCallback(lambda _: self._slots.blob_done(small=manner.small))
+        stream.body.ended.addCallback(lambda _: self._limit.blob_done(small=options.small))
         return stream
 
-    async def _stream(self, repository: Repository, digest: Digest, start: int, manner: Manner) -> BlobStream:
-        response = await self._blob(repository, digest, start, manner)
+    async def _stream(
+        self, repository: Repository, digest: Digest, start: int, options: RequestOptions
+    ) -> BlobStream:
+        response = await self._blob(repository, digest, start, options)
         stream = _stream(response, start)
         if stream is None:
             response.body.abort()
-            response = await self._blob(repository, digest, 0, manner)
+            response = await self._blob(repository, digest, 0, options)
             stream = BlobStream(response.length, 0, response.body)
         return stream
 
-    async def _blob(self, repository: Repository, digest: Digest, start: int, manner: Manner) -> Response:
+    async def _blob(self, repository: Repository, digest: Digest, start: int, options: RequestOptions) -> Response:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
         accepted = frozenset({200, 206, 416}) if start else _OK
         response = await self._ask(
-            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted, manner
+            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted, options
         )
         if response.status == 416:
             await response.discard()
-            raise OtherBlob(f"{what}: the upstream has no more than {start} bytes of it")
+            raise BlobMismatch(f"{what}: the upstream has no more than {start} bytes of it")
         return response
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
         """The size of the blob in bytes, asked by HEAD, if the upstream tells it; raises `BlobUnknown`."""
         unknown = _unknown_blob(f"{repository}@{digest}")
-        async with self._slots.for_small():
+        async with self._limit.for_small():
             response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown)
             await response.discard()
             if response.status == 200:
@@ -276,7 +288,7 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return NameUnknown(f"{repository}: {why} for its tags")
 
-        async with self._slots.for_small():
+        async with self._limit.for_small():
             response = await self._ask("GET", repository, path, {}, unknown)
             data = await response.collect(_LARGEST_LISTING)
         return TagPage(_tags(repository, data), _next_page(response) is not None)
@@ -293,7 +305,7 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{what}: the upstream offers no referrers of it: {why}")
 
-        async with self._slots.for_small():
+        async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
                 response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown)
                 pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
@@ -314,20 +326,20 @@ class Registry:
         headers: Mapping[str, str],
         unknown: Callable[[str], RegistryError],
         accepted: frozenset[int] = _OK,
-        manner: Manner = NORMALLY,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
         """An answer with an `accepted` status; raises what `unknown` makes of why the upstream does not have it."""
-        headers = {**headers, "Via": self._chain.through(self._instance)}
+        headers = {**headers, "Via": self._via.through(self._instance)}
         try:
-            response = await self._sources.request(method, repository, path, headers, manner)
+            response = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:
             raise unknown(refused.message) from None
         if response.status in accepted or response.refuses_head(method):
             return response
         await response.discard()
-        via = Chain.parse(response.header("via"))
-        if response.status == 403 and via.leads_back_to(self._instance):
-            raise Circle(f"{self.upstream}: it leads back to this server", via.through(self._instance))
+        via = Via.parse(response.header("via"))
+        if response.status == 403 and via.loops_through(self._instance):
+            raise LoopDetected(f"{self.upstream}: it leads back to this server", via.through(self._instance))
         if response.status in _UNKNOWN:
             raise unknown(f"the upstream answered {response.status}")
         raise Unavailable(f"{self.upstream}: it answered {response.status}", response.retry_after)

@@ -11,17 +11,17 @@ from urllib.parse import urlencode
 from twisted.logger import Logger
 
 from ociregistry import __version__
-from ociregistry.errors import Circle
+from ociregistry.errors import LoopDetected
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.loader import Preloaded
+from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.via import NOBODY, Chain
+from ociregistry.via import NO_VIA, Via
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -38,14 +38,14 @@ from ociregistry.web.resource import Answer, Handler, InMemory, SizeOnly, json_a
 def health(
     counts: Callable[[], Counts],
     incomplete: Callable[[], Incomplete],
-    preloaded: Callable[[], Preloaded | None],
+    preloaded: Callable[[], PreloadProgress | None],
     room: Callable[[], Room],
     started: datetime,
 ) -> Handler:
     """What answers such requests; all but `started` are asked each time."""
 
-    async def answer(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
-        held, lacking, preloading = counts(), incomplete(), preloaded()
+    async def answer(method: str, path: bytes, query: Query, via: Via) -> Answer:
+        held, lacking, preloader = counts(), incomplete(), preloaded()
         return json_answer(
             200,
             {
@@ -59,7 +59,7 @@ def health(
                 "pending_images": lacking.pending,
                 "incomplete_indexes": lacking.indexes,
                 "disk": asdict(room()),
-                **({"preload": asdict(preloading)} if preloading else {}),
+                **({"preload": asdict(preloader)} if preloader else {}),
             },
         )
 
@@ -87,34 +87,34 @@ class V2:
         self._default = default
         self._instance = instance
 
-    def use(self, default: Upstream) -> None:
+    def reconfigure(self, default: Upstream) -> None:
         """From now on this is the upstream that requests need not name."""
         self._default = default
 
-    async def answer(self, method: str, path: bytes, query: Query, chain: Chain = NOBODY) -> Answer:
+    async def answer(self, method: str, path: bytes, query: Query, via: Via = NO_VIA) -> Answer:
         """The answer; whoever gets it closes its content. Raises `RegistryError`."""
         request = parse_request(path, query, self._default)
-        if chain.leads_back_to(self._instance):
+        if via.loops_through(self._instance):
             which = namespace(query) or self._default
-            raise Circle(f"{which}: this server is its own upstream", chain.through(self._instance))
+            raise LoopDetected(f"{which}: this server is its own upstream", via.through(self._instance))
         scope = {"OCI-Namespace": namespace(query)} if namespace(query) else {}
         match request:
             case VersionCheck():
                 return json_answer(200, {}, scope)
             case ManifestRequest():
-                return await self._manifest(method, request, scope, chain)
+                return await self._manifest(method, request, scope, via)
             case BlobRequest():
-                return await self._blob(method, request, scope, chain)
+                return await self._blob(method, request, scope, via)
             case TagsRequest():
-                return await self._tags(request, scope, chain)
+                return await self._tags(request, scope, via)
             case ReferrersRequest():
-                return await self._referrers(request, scope, chain)
+                return await self._referrers(request, scope, via)
         assert_never(request)
 
-    async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], chain: Chain) -> Answer:
+    async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], via: Via) -> Answer:
         # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
-        pulls = method == "GET" and chain == NOBODY
-        found = await self._cache.manifest(request.image, chain, wanted=pulls)
+        pulls = method == "GET" and via == NO_VIA
+        found = await self._cache.manifest(request.image, via, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'
@@ -122,18 +122,18 @@ class V2:
             self._demand.manifest_requested(found.manifest, request.image, hit=found.hit)
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 
-    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], chain: Chain) -> Answer:
+    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], via: Via) -> Answer:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
-            size = await self._cache.blob_size(request.repository, request.digest, chain)
+            size = await self._cache.blob_size(request.repository, request.digest, via)
             return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
-        if chain == NOBODY:
+        if via == NO_VIA:
             self._demand.blob_requested(request.repository, request.digest)
-        found = await self._cache.blob(request.repository, request.digest, chain)
+        found = await self._cache.blob(request.repository, request.digest, via)
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 
-    async def _tags(self, request: TagsRequest, scope: dict[str, str], chain: Chain) -> Answer:
-        found = await self._listings.tags(request.repository, request.count, request.last, chain)
+    async def _tags(self, request: TagsRequest, scope: dict[str, str], via: Via) -> Answer:
+        found = await self._listings.tags(request.repository, request.count, request.last, via)
         # The name as the client spelled it: with ns it is the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
@@ -144,8 +144,8 @@ class V2:
             headers["Link"] = f'</v2/{name}/tags/list?{urlencode(query)}>; rel="next"'
         return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
 
-    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], chain: Chain) -> Answer:
-        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, chain)
+    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], via: Via) -> Answer:
+        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, via)
         headers = {"Content-Type": OCI_INDEX, **scope}
         if request.artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"

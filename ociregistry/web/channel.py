@@ -17,7 +17,7 @@ from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
 from zope.interface import implementer
 
-from ociregistry.concurrency import Bell
+from ociregistry.concurrency import Event
 from ociregistry.config.tls import ServerTls, openssl_context, openssl_reason
 
 
@@ -26,7 +26,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self._requests = 0
-        self._changed = Bell()
+        self._changed = Event()
 
     def began(self) -> None:
         """One more."""
@@ -35,7 +35,7 @@ class Traffic:
     def ended(self) -> None:
         """One less."""
         self._requests -= 1
-        self._changed.ring()
+        self._changed.fire()
 
     def idle(self) -> Deferred[None]:
         """Fires when there is none."""
@@ -51,9 +51,9 @@ class ServerPolicy:
     """Makes the TLS side of each connection that a client opens."""
 
     def __init__(self, settings: ServerTls) -> None:
-        self.use(settings)
+        self.reconfigure(settings)
 
-    def use(self, settings: ServerTls) -> None:
+    def reconfigure(self, settings: ServerTls) -> None:
         """Connections that are opened from now on are made by these: certificates are renewed under a daemon."""
         self._context = openssl_context(settings.identity, settings.client_ca)
 

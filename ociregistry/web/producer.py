@@ -10,7 +10,7 @@ from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.web.http import Request
 from zope.interface import implementer
 
-from ociregistry.concurrency import Bell
+from ociregistry.concurrency import Event
 from ociregistry.errors import Unavailable
 from ociregistry.pullthrough.cache import Content
 
@@ -27,7 +27,7 @@ class SlowClient(Exception):
 
 
 @implementer(IPushProducer)
-class Sender:
+class ContentProducer:
     """Writes a part of `content` to `request`.
 
     A client waits at most `patience` seconds for bytes that the upstream holds back.
@@ -39,7 +39,7 @@ class Sender:
         self._patience = patience
         self._clock = clock
         self._paused = False
-        self._resumed = Bell()
+        self._resumed = Event()
 
     async def send(self, start: int, stop: int) -> None:
         """Returns when the bytes from `start` up to `stop` have been written; raises `Unavailable` if they cannot."""
@@ -79,7 +79,7 @@ class Sender:
 
     def resumeProducing(self) -> None:
         self._paused = False
-        self._resumed.ring()
+        self._resumed.fire()
 
     def stopProducing(self) -> None:
         """The connection is gone: the request is told so by `notifyFinish`, and who sends is cancelled."""

@@ -20,9 +20,9 @@ from twisted.web.server import NOT_DONE_YET, Request
 from ociregistry import __version__
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.pullthrough.cache import Content
-from ociregistry.via import Chain
+from ociregistry.via import Via
 from ociregistry.web.channel import Channel, Traffic
-from ociregistry.web.producer import SLOWEST, Sender, SlowClient
+from ociregistry.web.producer import SLOWEST, ContentProducer, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
 
 
@@ -95,7 +95,7 @@ def error_answer(error: RegistryError) -> Answer:
     return json_answer(error.status, document, error.headers())
 
 
-Handler = Callable[[str, bytes, Query, Chain], Coroutine[Deferred[Any], Any, Answer]]
+Handler = Callable[[str, bytes, Query, Via], Coroutine[Deferred[Any], Any, Answer]]
 """Gives the answer to a method, a path (still percent-encoded) and a query that came through a chain of caches;
 raises `RegistryError`."""
 
@@ -175,8 +175,8 @@ class _Exchange:
             if self._method not in ("GET", "HEAD"):
                 raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
             header = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
-            chain = Chain.parse(header.decode("latin-1"))
-            return await self._handler(self._method, request.path, request.args, chain)
+            via = Via.parse(header.decode("latin-1"))
+            return await self._handler(self._method, request.path, request.args, via)
         except RegistryError as error:
             return self._failed(error)
         except Exception:
@@ -226,8 +226,8 @@ class _Exchange:
             return self._failed(error), None
 
     async def _send_content(self, answer: Answer, part: Range) -> None:
-        sender = Sender(self._request, answer.content, self._patience, self._clock)
-        self._sending = Deferred.fromCoroutine(sender.send(part.start, part.stop))
+        producer = ContentProducer(self._request, answer.content, self._patience, self._clock)
+        self._sending = Deferred.fromCoroutine(producer.send(part.start, part.stop))
         try:
             await self._sending
         except CancelledError:

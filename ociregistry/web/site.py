@@ -10,7 +10,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
 from ociregistry.errors import NotFound
-from ociregistry.via import Chain
+from ociregistry.via import Via
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, Traffic
 from ociregistry.web.requests import Query
@@ -78,5 +78,5 @@ class RegistrySite(Site):
         """Writes nothing."""
 
 
-async def _nothing(method: str, path: bytes, query: Query, chain: Chain) -> Answer:
+async def _nothing(method: str, path: bytes, query: Query, via: Via) -> Answer:
     raise NotFound(f"there is nothing at {path[:300]!r}; the API is at /v2/")

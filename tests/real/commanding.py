@@ -23,7 +23,7 @@ NOBODYS_ID = 65534
 
 _PATIENCE = 120
 
-Ended = subprocess.CompletedProcess[str]
+LoadStatus = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Shell:
         common = ["--image-path", str(self.store), "--config-path", str(self.config)]
         return twistd(*common, *arguments, options=options)
 
-    def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
+    def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> LoadStatus:
         """What becomes of `twistd -n ociregistry` with these arguments."""
         return ended(self.argv(*arguments), self.folder, environment)
 
-    def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> Ended:
+    def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> LoadStatus:
         """What becomes of it in a shell that reads the arguments, and sends what comes out into `pipe`."""
         script = f'set -o pipefail; ociregistry() {{ "${{command[@]}}" "$@"; }}; ociregistry {arguments} {pipe}'
         return ended(["bash", "-c", f'command=("$@"); {script}', "bash", *self.argv()], self.folder, environment)
@@ -61,7 +61,7 @@ def shell_in(folder: Path, registries: Iterable[Mapping[str, object]] = (), **se
     return Shell(folder, folder / "images", config)
 
 
-def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
+def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> LoadStatus:
     """What becomes of a process that is started in `folder`."""
     return subprocess.run(
         argv,
@@ -75,13 +75,13 @@ def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | No
     )
 
 
-def succeeded(done: Ended) -> str:
+def succeeded(done: LoadStatus) -> str:
     """What a command printed, which must have had nothing to complain about."""
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
-def assert_one_line(done: Ended, status: int, *words: str) -> None:
+def assert_one_line(done: LoadStatus, status: int, *words: str) -> None:
     """It must have ended with this status and one line that tells why, with these words in it."""
     assert done.returncode == status, done
     assert re.fullmatch("ociregistry: [^\n]+\n", done.stderr), done

@@ -42,7 +42,7 @@ def incomplete(daemon: Daemon) -> tuple[int, int]:
     return document["incomplete_images"], document["missing_bytes"]
 
 
-def wish_file(daemon: Daemon, manifest: Manifest, number: int = 0) -> Path:
+def pending_file(daemon: Daemon, manifest: Manifest, number: int = 0) -> Path:
     """Where the process with this pulls/<n>/ notes that an image is to be completed."""
     return daemon.image_path / "pulls" / str(number) / f"{manifest.digest.partition(':')[2]}.wish"
 

@@ -62,7 +62,7 @@ def image_list(path: Path, images: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredRecord:
     """A record."""
 
     images: Mapping[str, str]
@@ -72,18 +72,18 @@ class Kept:
     there: frozenset[str]
     """Those of them that are whole, by their size."""
 
-    def is_still(self, after: Kept) -> bool:
+    def is_still(self, after: StoredRecord) -> bool:
         """Whether it was there all the time in between: one that went and came again has new dates."""
         return any(after.images.get(url) == created for url, created in self.images.items())
 
 
-Contents = Mapping[str, Kept]
+Contents = Mapping[str, StoredRecord]
 """By the digest of the manifest, in hexadecimal."""
 
 
 def contents(root: Path) -> Contents:
     """The records of the store at `root`, also while it changes."""
-    found: dict[str, Kept] = {}
+    found: dict[str, StoredRecord] = {}
     for path in (*(root / "fat").iterdir(), *(root / "img").iterdir()):
         with suppress(FileNotFoundError):
             record = json.loads(path.read_text())
@@ -92,7 +92,7 @@ def contents(root: Path) -> Contents:
             sizes = {entry["digest"]: entry["size"] for entry in entries}
             there = frozenset(digest for digest, size in sizes.items() if _size(root, digest) == size)
             images = {url: dates["created"] for url, dates in record["images"].items()}
-            found[path.name] = Kept(images, frozenset(sizes), there)
+            found[path.name] = StoredRecord(images, frozenset(sizes), there)
     return found
 
 

@@ -13,15 +13,15 @@ from twisted.internet.task import Clock
 
 from ociregistry.archives.exporting import export_images
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import Ended
+from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
 from tests.processes import run
-from tests.unit.archive_files import NAME, image_blobs, load, write_folder
-from tests.unit.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.archives import NAME, image_blobs, load, write_folder
+from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 Copy = Callable[..., None]
@@ -74,7 +74,7 @@ async def test_skopeos_layouts(
 ) -> None:
     skopeo(pushed, f"{kind}:{tmp_path}/archive:nginx:1.25", "--all")
     (outcome,) = await load(store, tmp_path / "archive")
-    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, Ended.LOADED, 6)
+    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, LoadStatus.LOADED, 6)
     found = await store.manifest(image(NAME))
     assert found is not None
     assert len(found.children) == 2
@@ -106,7 +106,7 @@ async def test_skopeos_docker_archives(
 ) -> None:
     skopeo(pushed, f"docker-archive:{tmp_path}/a.tar:nginx:1.25")
     (outcome,) = await load(store, tmp_path / "a.tar")
-    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, Ended.LOADED, 3)
+    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, LoadStatus.LOADED, 3)
     assert "not the registry's" in outcome.notes[0]
     found = await store.manifest(image(NAME))
     assert found is not None
@@ -114,7 +114,7 @@ async def test_skopeos_docker_archives(
     assert all_right(root)
     skopeo(pushed, f"docker-archive:{tmp_path}/nameless.tar")
     (outcome,) = await load(store, tmp_path / "nameless.tar")
-    assert outcome.ended is Ended.FAILED
+    assert outcome.ended is LoadStatus.FAILED
 
 
 @on_reactor
@@ -128,11 +128,11 @@ async def test_containerds_exports(
         assert exported.returncode == 0, exported.stderr
     containerd.remove(pushed)
     (loaded,) = await load(store, tmp_path / "0.tar")
-    assert (loaded.name, loaded.ended, loaded.blobs) == (pushed, Ended.LOADED, 3)
+    assert (loaded.name, loaded.ended, loaded.blobs) == (pushed, LoadStatus.LOADED, 3)
     assert await store.manifest(image(pushed)) == manifest(index)
     assert sum([await is_whole(store, one) for one in index.images]) == 1
     (there,) = await load(store, tmp_path / "1.tar")
-    assert there.ended is Ended.THERE
+    assert there.ended is LoadStatus.PRESENT
     assert all_right(root)
 
 

@@ -91,7 +91,7 @@ def test_a_daemon_that_is_its_own_upstream(start_daemon: StartDaemon) -> None:
     assert all("is its own upstream" in line or "leads back" in line for line in error_lines(daemon, 0))
 
 
-def test_a_circle_of_three(start_daemon: StartDaemon) -> None:
+def test_a_loop_of_three(start_daemon: StartDaemon) -> None:
     """Each has the next as the only way to an upstream; who was asked first says so."""
     ports = [free_port() for _ in range(3)]
     hosts = [f"127.0.0.1:{port}" for port in ports]

@@ -147,7 +147,7 @@ def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
     assert len(cache.upstream.requests) == asked
 
 
-def in_time(asked: Future[tuple[Response, float]]) -> None:
+def within_deadline(asked: Future[tuple[Response, float]]) -> None:
     """The answer is that there is none yet, before the client gives up."""
     answer, seconds = asked.result()
     assert_error(answer, 503, "UNAVAILABLE")
@@ -157,7 +157,7 @@ def in_time(asked: Future[tuple[Response, float]]) -> None:
 @pytest.mark.parametrize("name", ["unknown", "manifest"])
 def test_what_nothing_is_known_of_is_answered_by_503(silence: Silence, name: str) -> None:
     """The fetch goes on meanwhile: when the client comes again it is here, and the upstream was asked once."""
-    in_time(silence.answered[name])
+    within_deadline(silence.answered[name])
     path = silence.path(name) if name == "unknown" else "manifest/manifests/1"
     data = silence.layer(name).data if name == "unknown" else silence.images[name].manifest.data
     silence.holds[name].release.set()

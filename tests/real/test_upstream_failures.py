@@ -132,7 +132,7 @@ def test_an_upstream_in_trouble(
         assert cache.ask(manifests[0]).status == 200  # the cached tag
 
 
-def test_an_upstream_that_redirects_in_a_circle(
+def test_an_upstream_that_redirects_in_a_loop(
     cache: Cache, repository: str, blob: str, manifests: tuple[str, str]
 ) -> None:
     with cache.scripted(f"/v2/{repository}/*", Redirect(cache.upstream.url)):

@@ -10,7 +10,7 @@ import pytest
 from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, wait_until
-from tests.real.completing import completing_in, health, incomplete, lines, wait_complete, wish_file
+from tests.real.completing import completing_in, health, incomplete, lines, pending_file, wait_complete
 from tests.real.scripted import (
     SOON,
     Cache,
@@ -109,7 +109,7 @@ def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, rep
     other = index.images[0]
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
     assert cache.ask(f"{repository}/manifests/{wanted.manifest.digest}").body == wanted.manifest.data
-    wait_until(wish_file(cache.daemon, wanted.manifest).exists, SOON, "it is noted")
+    wait_until(pending_file(cache.daemon, wanted.manifest).exists, SOON, "it is noted")
     document = health(cache.daemon)
     assert (document["incomplete_images"], document["pending_images"]) == (1, 1)
     wait_complete(cache.daemon, [*wanted.blobs, other.config], DECIDED)
@@ -165,7 +165,7 @@ def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
         cache.wait_stored(image.layers[0].digest)
         look_twice(cache)
         assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
-        assert not wish_file(cache.daemon, image.manifest).exists()
+        assert not pending_file(cache.daemon, image.manifest).exists()
         assert incomplete(cache.daemon)[0] == 1
         cache.daemon.terminate()
         cache.daemon.start()

@@ -9,7 +9,7 @@ import pytest
 
 from tests.images import Image
 from tests.processes import wait_until
-from tests.real.completing import completing_in, incomplete, lines, wait_complete, wish_file
+from tests.real.completing import completing_in, incomplete, lines, pending_file, wait_complete
 from tests.real.scripted import SOON, Cache, look_twice, plain_image, record
 from tests.upstream_rules import Hold, Reply
 
@@ -57,11 +57,11 @@ def test_it_outlives_the_process(cache: Cache, image: Image, number: int) -> Non
         begin(cache, image, hold)
         cache.daemon.kill()
         cache.upstream.disconnect()
-    assert wish_file(cache.daemon, image.manifest).is_file()
+    assert pending_file(cache.daemon, image.manifest).is_file()
     if number:
         pulls = cache.daemon.image_path / "pulls"
         (pulls / "0").rename(pulls / str(number))
-        assert wish_file(cache.daemon, image.manifest, number).is_file()
+        assert pending_file(cache.daemon, image.manifest, number).is_file()
     cache.daemon.start()
     wait_complete(cache.daemon, image.blobs)
     assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * LAYER
@@ -116,13 +116,13 @@ def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> No
         assert cache.ask("team/wish/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
         cache.daemon.terminate()
-        assert wish_file(cache.daemon, image.manifest).is_file()
+        assert pending_file(cache.daemon, image.manifest).is_file()
     cache.daemon.start()
     wait_complete(cache.daemon, image.blobs)
     assert lines(cache.daemon, "warn", "stays incomplete") == []
 
 
-def test_what_is_no_wish_is_thrown_away(cache: Cache, image: Image) -> None:
+def test_what_is_no_pending_is_thrown_away(cache: Cache, image: Image) -> None:
     """Damaged ones and those of other names do no harm."""
     cache.daemon.kill()
     folder = cache.daemon.image_path / "pulls" / "0"
@@ -134,7 +134,7 @@ def test_what_is_no_wish_is_thrown_away(cache: Cache, image: Image) -> None:
     wait_complete(cache.daemon, image.blobs)
 
 
-def test_a_client_that_pulls_it_all_leaves_no_wish(cache: Cache, image: Image) -> None:
+def test_a_client_that_pulls_it_all_leaves_no_pending(cache: Cache, image: Image) -> None:
     """Both fetch each blob together, once."""
     assert cache.ask("team/wish/manifests/1").status == 200
     for blob in image.blobs:

@@ -22,11 +22,11 @@ from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.certificates import Authority
-from tests.unit.completions import Fetching
-from tests.unit.daemons import Daemons
-from tests.unit.doubles import REACTOR
-from tests.unit.registries import MemoryRegistries
-from tests.unit.wire import Network
+from tests.unit.support.completions import Fetching
+from tests.unit.support.daemons import Daemons
+from tests.unit.support.doubles import REACTOR
+from tests.unit.support.registries import MemoryRegistries
+from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 
 # A busy machine is no failure.

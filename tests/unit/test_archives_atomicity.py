@@ -19,7 +19,7 @@ from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Manifest, digest_of, make_image, make_index
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
     Told,
@@ -36,7 +36,7 @@ from tests.unit.archive_files import (
     write_folder,
     write_tar,
 )
-from tests.unit.doubles import image, on_reactor, until
+from tests.unit.support.doubles import image, on_reactor, until
 
 IMAGE = make_image("image", layer_size=300_000)
 OTHER = make_image("other", layer_size=2_500_000)
@@ -109,7 +109,7 @@ async def test_a_tar_that_shrinks_meanwhile_changes_nothing(store: Store, root: 
     before = files_below(root)
 
     class Cutting(Told):
-        def came(self, name: str, count: int) -> None:
+        def advance(self, name: str, count: int) -> None:
             os.truncate(path, 10_000)
 
     with pytest.raises(ArchiveInvalid, match="it ends too early"):
@@ -124,7 +124,7 @@ async def test_nothing_is_left_when_it_is_cancelled(store: Store, root: Path, tm
 
     told = Told()
     loading = Deferred.fromCoroutine(load(store, path, told))
-    await until(lambda: told.brought)
+    await until(lambda: told.state)
     assert files_below(root) != before
     loading.cancel()
     with pytest.raises(CancelledError):

@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
     blob_name,
@@ -22,7 +22,7 @@ from tests.unit.archive_files import (
     opened,
     write_tar,
 )
-from tests.unit.doubles import on_reactor, turn
+from tests.unit.support.doubles import on_reactor, turn
 
 IMAGE = make_image("image", layer_size=300_000)
 OTHER = make_image("other", layer_size=2_500_000)

@@ -13,7 +13,7 @@ import pytest
 
 from ociregistry.manifests import OCI_MANIFEST
 from tests.images import Image, digest_of, make_image
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     NAME,
     Files,
     contents,

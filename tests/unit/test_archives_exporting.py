@@ -13,10 +13,21 @@ from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.manifests import OCI_MANIFEST, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import Ended
+from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
-from tests.unit.archive_exports import (
+from tests.unit.support.archives import (
+    NAME,
+    blob_name,
+    docker_saved,
+    hex_of,
+    load,
+    to_json,
+    write_folder,
+    write_tar,
+)
+from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.exports import (
     APP,
     DATES,
     DOCKER,
@@ -31,17 +42,6 @@ from tests.unit.archive_exports import (
     rows,
     store_with,
 )
-from tests.unit.archive_files import (
-    NAME,
-    blob_name,
-    docker_saved,
-    hex_of,
-    load,
-    to_json,
-    write_folder,
-    write_tar,
-)
-from tests.unit.doubles import image, manifest, on_reactor
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def test_there_and_back(store: Store, root: Path, source: Path, tmp_path: 
         target = tmp_path / "packed"
         target.write_bytes(gzip.compress((tmp_path / "out.tar").read_bytes()))
     outcomes = await load(store, target)
-    assert [outcome.ended for outcome in outcomes] == [Ended.LOADED] * 6
+    assert [outcome.ended for outcome in outcomes] == [LoadStatus.LOADED] * 6
     assert sum(outcome.blobs for outcome in outcomes) == exported.blobs
     assert sum(outcome.bytes for outcome in outcomes) == exported.bytes
     assert rows(root) == rows(source)
@@ -139,7 +139,7 @@ async def test_longer_digests(store: Store, root: Path, tmp_path: Path) -> None:
     assert {f"blobs/sha512/{layer.hex}", f"blobs/sha512/{made.digest.hex}"} < set(members(target))
     (root / "blobs" / layer.hex).unlink()
     (outcome,) = await load(store, target)
-    assert (outcome.ended, outcome.blobs) == (Ended.LOADED, 1)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
 
 
 @on_reactor
@@ -154,10 +154,10 @@ async def test_an_old_name_goes_by_its_digest(store: Store, root: Path, tmp_path
 
 
 def test_progress(source: Path, tmp_path: Path) -> None:
-    came: list[int] = []
-    exported = export(source, tmp_path / "out.tar", came=came.append)
-    assert sum(came) == exported.bytes
-    assert max(came) == 1024 * 1024
+    advance: list[int] = []
+    exported = export(source, tmp_path / "out.tar", advance=advance.append)
+    assert sum(advance) == exported.bytes
+    assert max(advance) == 1024 * 1024
 
 
 # Only what is new
@@ -176,10 +176,10 @@ async def test_a_delta_and_its_delta(store: Store, root: Path, source: Path, tmp
     assert members(third) == ["oci-layout", "index.json", blob_name(UPPER.manifest.digest)]
     for path in (second, third):
         (failed,) = await load(store, path)
-        assert (failed.name, failed.ended) == (UP, Ended.FAILED)
+        assert (failed.name, failed.ended) == (UP, LoadStatus.FAILED)
     for path in (first, second, third):
         for outcome in await load(store, path):
-            assert outcome.ended is (Ended.THERE if path is third else Ended.LOADED)
+            assert outcome.ended is (LoadStatus.PRESENT if path is third else LoadStatus.LOADED)
     assert rows(root) == {url: row for url, row in rows(source).items() if url in (APP, UP)}
 
 

@@ -13,7 +13,12 @@ import pytest
 from ociregistry.archives.exporting import Exported
 from ociregistry.archives.members import ArchiveFailure, ExportFailed
 from ociregistry.store.files import Files, SharedFile
-from tests.unit.archive_exports import (
+from tests.unit.support.archives import (
+    NAME,
+    blob_name,
+    hex_of,
+)
+from tests.unit.support.exports import (
     BLOBS,
     INDEX,
     UP,
@@ -21,11 +26,6 @@ from tests.unit.archive_exports import (
     export,
     make_source,
     members,
-)
-from tests.unit.archive_files import (
-    NAME,
-    blob_name,
-    hex_of,
 )
 
 
@@ -109,20 +109,20 @@ def damaged(source: Path) -> None:
 def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
     """Blobs go while others are written."""
 
-    def came(count: int) -> None:
+    def advance(count: int) -> None:
         for blob in (source / "blobs").iterdir():
             blob.unlink()
 
-    return {"came": came}
+    return {"advance": advance}
 
 
 def full(source: Path) -> Mapping[str, Callable[[int], None]]:
     """The disk gets full."""
 
-    def came(count: int) -> None:
+    def advance(count: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    return {"came": came}
+    return {"advance": advance}
 
 
 @pytest.mark.parametrize(

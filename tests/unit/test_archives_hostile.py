@@ -14,7 +14,7 @@ import pytest
 
 from ociregistry.archives import opening as folders
 from ociregistry.archives import tars
-from tests.unit.archive_files import add_file, everything, opened, refused, write_folder, write_tar
+from tests.unit.support.archives import add_file, everything, opened, refused, write_folder, write_tar
 
 FILES = {"index.json": b"{}", "blobs/sha256/bb": b"", "blobs/sha256/cc": b"small"}
 

@@ -14,7 +14,7 @@ import pytest
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from ociregistry.store.records import Dates
 from tests.images import Manifest, digest_of, make_image, make_index
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     NAME,
     Files,
     contents,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
     Told,
@@ -31,7 +31,7 @@ from tests.unit.archive_files import (
     write_folder,
     write_tar,
 )
-from tests.unit.doubles import image, manifest, on_reactor, record, until
+from tests.unit.support.doubles import image, manifest, on_reactor, record, until
 
 IMAGE = make_image("image", layer_size=300_000)
 UPPER = make_image("upper", layers=1, base=IMAGE)
@@ -68,10 +68,10 @@ async def test_an_image_is_loaded_and_then_there(
     path = write_tar(tmp_path / "a.tar", named(what), compression)
     size = sum(len(blob.data) for blob in what.blobs)
     descriptors = len(os.listdir("/proc/self/fd"))
-    assert await load(store, path) == [Outcome(NAME, Ended.LOADED, blobs=len(what.blobs), bytes=size)]
+    assert await load(store, path) == [Outcome(NAME, LoadStatus.LOADED, blobs=len(what.blobs), bytes=size)]
     assert await store.manifest(image(NAME)) == manifest(what)
     assert await holds(store, what)
-    assert await load(store, path) == [Outcome(NAME, Ended.THERE)]
+    assert await load(store, path) == [Outcome(NAME, LoadStatus.PRESENT)]
     await until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
 
 
@@ -89,7 +89,7 @@ async def test_every_format(store: Store, tmp_path: Path) -> None:
     }  # fmt: skip
     for files in (ours, gos, docker_saved(OTHER, "saved:1"), named(UPPER, "upper:1")):
         for outcome in await load(store, write_folder(tmp_path / str(len(files)), files)):
-            assert outcome.ended is Ended.LOADED, outcome
+            assert outcome.ended is LoadStatus.LOADED, outcome
     assert await holds(store, IMAGE, INDEX, UPPER)
     assert await store.manifest(image(NAME)) == manifest(IMAGE)
     assert await store.manifest(image(APP)) == manifest(INDEX)
@@ -116,8 +116,8 @@ async def test_what_the_store_holds_is_not_brought_again(store: Store, root: Pat
     before = {name: (root / name).stat().st_ino for name in files_below(root) if name.startswith("blobs/")}
     outcomes = await load(store, write_tar(tmp_path / "b.tar", files), told)
     size = len(UPPER.config.data) + len(UPPER.layers[-1].data)
-    assert outcomes == [Outcome(APP, Ended.LOADED, blobs=2, bytes=size), Outcome(NAME, Ended.THERE)]
-    assert (told.expected, told.brought, told.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
+    assert outcomes == [Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=size), Outcome(NAME, LoadStatus.PRESENT)]
+    assert (told.expected, told.state, told.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
     assert {name: (root / name).stat().st_ino for name in before} == before
 
 
@@ -126,9 +126,9 @@ async def test_a_blob_of_two_images_is_brought_once(store: Store, tmp_path: Path
     told = Told()
     files = layout((IMAGE, {IMAGE_NAME: NAME}), (UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: "x:2"}))
     await load(store, write_tar(tmp_path / "a.tar", files), told)
-    assert told.brought == dict(told.expected[:2])
+    assert told.state == dict(told.expected[:2])
     assert [outcome.blobs for outcome in told.outcomes] == [3, 2, 0]
-    assert [outcome.ended for outcome in told.outcomes] == [Ended.LOADED] * 3
+    assert [outcome.ended for outcome in told.outcomes] == [LoadStatus.LOADED] * 3
     assert await holds(store, IMAGE, UPPER)
 
 
@@ -136,10 +136,10 @@ async def test_a_blob_of_two_images_is_brought_once(store: Store, tmp_path: Path
 async def test_a_tag_moves(store: Store, tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
     (outcome,) = await load(store, write_tar(tmp_path / "b.tar", named(IMAGE)))
-    assert outcome.ended is Ended.LOADED
+    assert outcome.ended is LoadStatus.LOADED
     assert await store.manifest(image(NAME)) == manifest(IMAGE)
     (outcome,) = await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
-    assert outcome == Outcome(NAME, Ended.LOADED)
+    assert outcome == Outcome(NAME, LoadStatus.LOADED)
     assert await store.manifest(image(NAME)) == manifest(OTHER)
 
 
@@ -149,7 +149,7 @@ async def test_an_old_export_does_not_roll_a_tag_back(store: Store, tmp_path: Pa
     annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
                    "ociregistry.confirmed": "2026-01-03T00:00:00Z"}  # fmt: skip
     (outcome,) = await load(store, write_tar(tmp_path / "a.tar", layout((IMAGE, annotations))))
-    assert outcome.ended is Ended.LOADED
+    assert outcome.ended is LoadStatus.LOADED
     assert outcome.notes == (f"the name still means {OTHER.manifest.digest}, which was confirmed later",)
     assert await store.manifest(image(NAME)) == manifest(OTHER)
     assert await holds(store, IMAGE)
@@ -185,10 +185,10 @@ async def test_what_lacks_blobs_fails_and_the_rest_is_loaded(store: Store, tmp_p
         tmp_path / "a.tar", layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}), sparse=sparse)
     )
     failed, loaded = await load(store, path, told)
-    assert (failed.name, failed.ended) == (APP, Ended.FAILED)
+    assert (failed.name, failed.ended) == (APP, LoadStatus.FAILED)
     assert failed.why.startswith(f"1 blobs, {len(UPPER.layers[-1].data)} bytes, are neither in the archive nor in")
     assert "--since" in failed.why
-    assert loaded == Outcome(NAME, Ended.LOADED, blobs=3, bytes=SIZE)
+    assert loaded == Outcome(NAME, LoadStatus.LOADED, blobs=3, bytes=SIZE)
     assert told.outcomes == [failed, loaded]
     assert await store.manifest(image(APP)) is None
     assert not await store.holds(Digest(UPPER.config.digest), len(UPPER.config.data))
@@ -199,7 +199,7 @@ async def test_a_list_of_which_an_image_lacks_blobs_fails(store: Store, root: Pa
     before = files_below(root)
     sparse = [INDEX.images[1].layers[0].digest]
     (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
-    assert failed.ended is Ended.FAILED
+    assert failed.ended is LoadStatus.FAILED
     assert files_below(root) == before
 
 
@@ -208,7 +208,7 @@ async def test_a_list_of_which_nothing_is_there_fails(store: Store, root: Path, 
     before = files_below(root)
     sparse = [one.manifest.digest for one in INDEX.images]
     (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
-    assert failed == Outcome(NAME, Ended.FAILED, "the archive has none of the images that it lists")
+    assert failed == Outcome(NAME, LoadStatus.FAILED, "the archive has none of the images that it lists")
     assert files_below(root) == before
 
 
@@ -218,10 +218,10 @@ async def test_a_list_with_one_platform_is_loaded(store: Store, tmp_path: Path) 
     sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]
     path = write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse))
     (loaded,) = await load(store, path)
-    assert loaded.ended is Ended.LOADED
+    assert loaded.ended is LoadStatus.LOADED
     assert await store.manifest(image(NAME)) == manifest(INDEX)
     assert await holds(store, one)
-    assert await load(store, path) == [Outcome(NAME, Ended.THERE)]
+    assert await load(store, path) == [Outcome(NAME, LoadStatus.PRESENT)]
 
 
 @on_reactor
@@ -231,16 +231,16 @@ async def test_a_list_is_not_there_without_its_images(
     path = write_tar(tmp_path / "a.tar", named(INDEX))
     await load(store, path)
     record(root, manifest(INDEX.images[0]).digest).unlink()
-    assert await load(open_store(), path) == [Outcome(NAME, Ended.LOADED)]
-    assert await load(open_store(), path) == [Outcome(NAME, Ended.THERE)]
+    assert await load(open_store(), path) == [Outcome(NAME, LoadStatus.LOADED)]
+    assert await load(open_store(), path) == [Outcome(NAME, LoadStatus.PRESENT)]
 
 
 @on_reactor
 async def test_a_known_image_under_another_name_is_loaded(store: Store, tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
     path = write_tar(tmp_path / "b.tar", named(IMAGE, APP))
-    assert await load(store, path) == [Outcome(APP, Ended.LOADED)]
-    assert await load(store, path) == [Outcome(APP, Ended.THERE)]
+    assert await load(store, path) == [Outcome(APP, LoadStatus.LOADED)]
+    assert await load(store, path) == [Outcome(APP, LoadStatus.PRESENT)]
 
 
 @on_reactor
@@ -249,4 +249,4 @@ async def test_what_another_image_of_the_archive_brings_was_not_there(store: Sto
         await store.keep(manifest(IMAGE), image(name))
     files = layout((IMAGE, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))
     outcomes = await load(store, write_tar(tmp_path / "a.tar", files))
-    assert [outcome.ended for outcome in outcomes] == [Ended.LOADED, Ended.LOADED]
+    assert [outcome.ended for outcome in outcomes] == [LoadStatus.LOADED, LoadStatus.LOADED]

@@ -11,7 +11,7 @@ import pytest
 from ociregistry.archives import members
 from ociregistry.store.records import Dates
 from tests.images import OCI_INDEX, Image, Index, Manifest, digest_of, make_image, make_index
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
     REF_NAME,

@@ -11,7 +11,7 @@ import pytest
 
 from ociregistry.archives import members
 from tests.images import Image, Manifest, digest_of, make_image, make_index
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     NAME,
     REF_NAME,
     Files,

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from ociregistry.archives.exporting import Exported, LeftOut
-from ociregistry.pullthrough.loader import Ended
+from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.index import Inventory
 from ociregistry.store.records import Record
 from ociregistry.store.store import Store
 from tests.images import Image, make_index
-from tests.unit.archive_exports import DATES, export, members
-from tests.unit.archive_files import (
+from tests.unit.support.archives import (
     NAME,
     blob_name,
     contents,
@@ -29,7 +28,8 @@ from tests.unit.archive_files import (
     write_folder,
     write_tar,
 )
-from tests.unit.doubles import manifest, on_reactor
+from tests.unit.support.doubles import manifest, on_reactor
+from tests.unit.support.exports import DATES, export, members
 
 INDEX = make_index("metadata", platforms=("linux/amd64", "linux/arm64", "linux/s390x"))
 AMD64, ARM64, S390X = INDEX.images
@@ -127,7 +127,7 @@ def test_an_index_with_metadata_alone_is_left_out(source: Path, tmp_path: Path) 
 async def test_an_import_keeps_it_as_metadata(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out.tar", NAME)
     (outcome,) = await load(store, tmp_path / "out.tar")
-    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, Ended.LOADED, 4)
+    assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, LoadStatus.LOADED, 4)
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": False}
     assert blobs(root) == digests(AMD64) | {ARM64.config.digest}
     assert [row.url for row in Inventory.read(root).rows] == [NAME, f"{REPOSITORY}@{AMD64.manifest.digest}"]
@@ -136,7 +136,7 @@ async def test_an_import_keeps_it_as_metadata(store: Store, root: Path, source: 
     assert again.images == 1
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "out.tar").read_bytes()
     (outcome,) = await load(store, tmp_path / "out.tar")
-    assert outcome.ended is Ended.THERE
+    assert outcome.ended is LoadStatus.PRESENT
 
 
 @on_reactor
@@ -161,7 +161,7 @@ async def test_a_later_export_carries_the_layers_of_what_became_wanted(
     assert {blob_name(layer) for layer in layers} <= set(members(tmp_path / "later.tar"))
     await load(store, tmp_path / "first.tar")
     (outcome,) = await load(store, tmp_path / "later.tar")
-    assert outcome.ended is Ended.LOADED
+    assert outcome.ended is LoadStatus.LOADED
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": True}
     assert blobs(root) == digests(AMD64, ARM64)
 
@@ -191,7 +191,7 @@ async def test_what_an_archive_notes_of_other_images_changes_nothing(
     lacking = [blob_name(layer.digest) for layer in S390X.layers] if S390X.manifest.digest in noted else []
     path = write_tar(tmp_path / "a.tar", {name: data for name, data in files.items() if name not in lacking})
     (outcome,) = await load(store, path)
-    assert outcome.ended is Ended.LOADED
+    assert outcome.ended is LoadStatus.LOADED
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": True, "linux/s390x": not lacking}
 
 
@@ -202,8 +202,8 @@ async def test_what_an_archive_notes_of_other_images_changes_nothing(
 async def test_the_folder_of_a_store_is_imported_as_it_is(store: Store, root: Path, source: Path) -> None:
     outcomes = await load(store, source)
     assert {(outcome.name, outcome.ended) for outcome in outcomes} == {
-        (NAME, Ended.LOADED),
-        (f"{REPOSITORY}@{AMD64.manifest.digest}", Ended.LOADED),
+        (NAME, LoadStatus.LOADED),
+        (f"{REPOSITORY}@{AMD64.manifest.digest}", LoadStatus.LOADED),
     }
     # That of s390x has no config: it is left out.
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": False}
@@ -217,7 +217,7 @@ async def test_an_image_that_is_not_wanted_there_is_imported_where_no_index_name
 ) -> None:
     """As all that other caches pull through a cache: it is wanted there."""
     path = write_folder(tmp_path / "cache", {**record_of(AMD64, False, name), **image_blobs(AMD64)})
-    assert [(outcome.name, outcome.ended) for outcome in await load(store, path)] == [(name, Ended.LOADED)]
+    assert [(outcome.name, outcome.ended) for outcome in await load(store, path)] == [(name, LoadStatus.LOADED)]
     assert wanted(root) == {"linux/amd64": True}
     assert blobs(root) == digests(AMD64)
 

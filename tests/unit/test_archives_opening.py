@@ -11,7 +11,7 @@ import pytest
 from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.archives.opening import open_archive
 from tests.images import random_bytes
-from tests.unit.archive_files import everything, opened, refused, write_folder, write_tar
+from tests.unit.support.archives import everything, opened, refused, write_folder, write_tar
 
 LARGE = b"".join(random_bytes("large", 2_500_000))
 FILES = {"index.json": b"{}", "blobs/sha256/aa": LARGE, "blobs/sha256/bb": b"", "blobs/sha256/cc": b"small"}

@@ -11,8 +11,8 @@ from twisted.internet.task import Clock
 
 from tests.badlink import Counts, amount
 from tests.badlink_wire import BUFFER
-from tests.unit.badlink_scene import SMALL, Peer, Scene, advance, pattern, quiet
-from tests.unit.doubles import on_reactor, until
+from tests.unit.support.badlinks import SMALL, Peer, Scene, advance, pattern, quiet
+from tests.unit.support.doubles import on_reactor, until
 
 
 @pytest_twisted.async_yield_fixture

@@ -12,8 +12,8 @@ from twisted.internet.task import Clock
 
 from tests.badlink import Counts
 from tests.badlink_wire import BUFFER
-from tests.unit.badlink_scene import Scene, advance, pattern, quiet
-from tests.unit.doubles import on_reactor, until
+from tests.unit.support.badlinks import Scene, advance, pattern, quiet
+from tests.unit.support.doubles import on_reactor, until
 
 
 @pytest_twisted.async_yield_fixture
@@ -120,11 +120,11 @@ async def test_what_an_outage_held_back_goes_on_afterwards(scene: Scene) -> None
     during = await scene.client(link, 100_000, 0)
     await quiet(peer, during)
     assert (len(peer.received), during.received, peer.ended, during.ended) == (100_000, b"", None, None)
-    assert [sender.ended for sender in scene.senders] == [None, None]
+    assert [producer.ended for producer in scene.senders] == [None, None]
     link.set_down(False)
     await until(lambda: during.ended and len(peer.received) == 200_000)
     assert (during.received, peer.received) == (pattern(0, 100_000), pattern(0, 200_000))
-    await until(lambda: any(sender.ended for sender in scene.senders[:2]))
+    await until(lambda: any(producer.ended for producer in scene.senders[:2]))
 
 
 @on_reactor

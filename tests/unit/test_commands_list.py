@@ -11,9 +11,9 @@ import pytest
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from tests.images import make_index
-from tests.unit.command_lines import mistake, run, snapshot
-from tests.unit.doubles import manifest
-from tests.unit.stocked import Stock, day, image_of, list_of
+from tests.unit.support.command_lines import mistake, run, snapshot
+from tests.unit.support.doubles import manifest
+from tests.unit.support.stores import Stock, day, image_of, list_of
 
 SMALL, LARGE = (b"config a", b"layer a"), (b"config b", b"layer" * 100)
 

@@ -12,11 +12,11 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Repository
 from ociregistry.platforms import NO_PLATFORM
 from ociregistry.store.files import Files
-from ociregistry.store.prune import Surplus
-from ociregistry.store.workdir import Pending, WishFiles
-from tests.unit.command_lines import run, snapshot
-from tests.unit.loads import index_of
-from tests.unit.stocked import HOST, Stock, by_name, day, image_of, url_of
+from ociregistry.store.prune import EvictionPolicy
+from ociregistry.store.workdir import PendingFiles, PendingImage
+from tests.unit.support.command_lines import run, snapshot
+from tests.unit.support.loads import index_of
+from tests.unit.support.stores import HOST, Stock, by_name, day, image_of, url_of
 
 AMD64, ARM64 = (b"config amd64", b"layer amd64"), (b"config arm64", b"layer arm64")
 ATTESTATION = (b"config attestation", b"in-toto")
@@ -69,8 +69,8 @@ def name(of: Manifest) -> str:
 def pend(stock: Stock, image: Manifest) -> None:
     """A daemon has not decided yet whether the image is wanted."""
     (stock.root / "pulls" / "0").mkdir(exist_ok=True)
-    pending = Pending(image.digest, Repository(HOST, "app"), undecided=True)
-    WishFiles(stock.root / "pulls" / "0", Files()).write(pending)
+    pending = PendingImage(image.digest, Repository(HOST, "app"), undecided=True)
+    PendingFiles(stock.root / "pulls" / "0", Files()).write(pending)
 
 
 # list
@@ -217,7 +217,7 @@ def test_a_record_that_prune_rewrites_says_what_it_said(stock: Stock) -> None:
 
 def test_a_full_store_gives_up_metadata_with_its_index(stock: Stock) -> None:
     now = datetime.now(UTC)
-    plan = stock.prune(Surplus(None, 1, lambda url: False, frozenset(), now, now, 100))
+    plan = stock.prune(EvictionPolicy(None, 1, lambda url: False, frozenset(), now, now, 100))
     assert {row.kept.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
     assert {kept.manifest for kept in plan.metadata} == {METADATA, STATEMENT}
     assert stock.sizes() == {}

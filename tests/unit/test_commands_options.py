@@ -18,7 +18,7 @@ from twisted.python import usage
 from ociregistry.commands.list import List
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions, complain, print_lines
 from ociregistry.settings import OPTIONS
-from tests.unit.command_lines import Said, run
+from tests.unit.support.command_lines import Said, run
 
 ROOT = Path(__file__).resolve().parents[2]
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

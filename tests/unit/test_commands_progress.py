@@ -10,10 +10,10 @@ import pytest
 from tqdm import tqdm
 
 from ociregistry.commands.progress import Bars, Lines, bar, on_terminal, shown
-from ociregistry.pullthrough.loader import Ended, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 
 NGINX, REDIS = "docker.io/library/nginx:1.25", "docker.io/library/redis:7"
-LOADED = Outcome(NGINX, Ended.LOADED, blobs=2, bytes=1000)
+LOADED = Outcome(NGINX, LoadStatus.LOADED, blobs=2, bytes=1000)
 
 
 class Terminal(io.StringIO):
@@ -46,9 +46,9 @@ def test_in_a_pipe_there_is_a_line_for_each_image(
         with shown() as progress:
             assert type(progress) is Lines
             progress.expect(NGINX, 1000)
-            progress.came(NGINX, 1000)
+            progress.advance(NGINX, 1000)
             progress.ended(LOADED)
-            progress.ended(Outcome(REDIS, Ended.FAILED, f"{REDIS}: it is not there"))
+            progress.ended(Outcome(REDIS, LoadStatus.FAILED, f"{REDIS}: it is not there"))
         assert capfd.readouterr().out.splitlines() == [
             f"loaded: {NGINX}: 2 blobs, 1000 bytes",
             f"failed: {REDIS}: it is not there",
@@ -63,14 +63,14 @@ def test_on_a_terminal_there_are_bars_too(terminal: Terminal, capfd: pytest.Capt
         progress.expect(NGINX, 600)
         progress.expect(NGINX, 400)
         progress.expect(REDIS, 3000)
-        progress.came(NGINX, 1000)
+        progress.advance(NGINX, 1000)
         screen = terminal.getvalue()
         assert drawn() == 3
         for text in (NGINX, REDIS, "in total", "1.00k", "4.00k"):
             assert text in screen
         progress.ended(LOADED)
         assert drawn() == 2
-        progress.came(REDIS, 10)
+        progress.advance(REDIS, 10)
     assert capfd.readouterr().out.splitlines() == [f"loaded: {NGINX}: 2 blobs, 1000 bytes"]
     assert drawn() == 0
 
@@ -78,8 +78,8 @@ def test_on_a_terminal_there_are_bars_too(terminal: Terminal, capfd: pytest.Capt
 def test_what_costs_nothing_has_no_bar(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
     with shown() as progress:
         progress.expect(NGINX, 0)
-        progress.came(REDIS, 0)
-        progress.ended(Outcome(NGINX, Ended.THERE))
+        progress.advance(REDIS, 0)
+        progress.ended(Outcome(NGINX, LoadStatus.PRESENT))
     assert NGINX not in terminal.getvalue()
     assert capfd.readouterr().out.splitlines() == [f"already there: {NGINX}"]
 

@@ -12,8 +12,8 @@ import pytest
 from ociregistry.commands import prune as prune_command
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from tests.unit.command_lines import mistake, run, snapshot
-from tests.unit.stocked import Stock, day, list_of
+from tests.unit.support.command_lines import mistake, run, snapshot
+from tests.unit.support.stores import Stock, day, list_of
 
 NOW = datetime.now(UTC)
 SHARED, ONE, TWO, THREE = b"shared config", b"layer of one", b"layer of the second", b"the third layer"

@@ -18,9 +18,9 @@ from ociregistry.names import Digest
 from ociregistry.settings import Settings, load_settings
 from ociregistry.store.store import Store
 from tests.images import Blob, make_image, make_index
-from tests.unit.doubles import REACTOR, manifest, on_reactor
-from tests.unit.loads import Shelf
-from tests.unit.stocked import HOST, Stock
+from tests.unit.support.doubles import REACTOR, manifest, on_reactor
+from tests.unit.support.loads import Shelf
+from tests.unit.support.stores import HOST, Stock
 
 INDEX = make_index("verified", platforms=("linux/amd64", "linux/arm64"))
 AMD64, ARM64 = INDEX.images
@@ -49,10 +49,10 @@ class Verifying:
         self._capfd = capfd
         self.asked: list[str] = []
         self.errors: dict[str, Exception] = {}
-        monkeypatch.setattr(ociregistry.commands.verify, "supplier_for", self._supplier_for)
+        monkeypatch.setattr(ociregistry.commands.verify, "open_fetcher", self._fetcher_for)
 
     @asynccontextmanager
-    async def _supplier_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
+    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
         shelf = Shelf(store, self._root)
         shelf.add(APP, INDEX)
         shelf.errors = self.errors

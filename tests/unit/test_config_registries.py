@@ -15,7 +15,7 @@ from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import Helper, IdentityToken, Login, Mirror, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.names import Upstream
-from tests.unit.config_files import read, refusal
+from tests.unit.support.config_files import read, refusal
 
 REG = Upstream("reg.example")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.names import Upstream
-from tests.unit.config_files import read, refusal
+from tests.unit.support.config_files import read, refusal
 
 SECRET = "Xy7-s3cr3t"
 

@@ -15,7 +15,7 @@ from OpenSSL import crypto
 from ociregistry.config.tls import SYSTEM_TRUST, Certificates, KeyPair, ServerTls, UpstreamTls
 from ociregistry.names import Upstream
 from tests.certificates import Authority
-from tests.unit.config_files import read, refusal
+from tests.unit.support.config_files import read, refusal
 
 REG = Upstream("reg.example")
 PEM, DER = serialization.Encoding.PEM, serialization.Encoding.DER

@@ -20,9 +20,9 @@ from ociregistry.settings import LOG_LEVELS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.daemons import Daemons, get, make
-from tests.unit.doubles import REACTOR, on_reactor, texts, until
-from tests.unit.wire import Network
+from tests.unit.support.daemons import Daemons, get, make
+from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 
 BUILT = make_image("reload")

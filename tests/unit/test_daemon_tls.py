@@ -18,9 +18,9 @@ from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.daemons import Daemons, addresses, get
-from tests.unit.doubles import REACTOR, on_reactor, texts, until
-from tests.unit.wire import Network
+from tests.unit.support.daemons import Daemons, addresses, get
+from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
@@ -49,11 +49,11 @@ class Client:
         self._address = addresses(events)[0]
         host, _, port = self._address.rpartition(":")
         policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)), Contexts())
-        self._exchanges = network.exchanges("daemon", policy=policy)
+        self._http = network.http("daemon", policy=policy)
 
     async def get(self, path: str) -> Response:
         """Asks for something."""
-        return await self._exchanges.send("GET", f"https://{self._address}{path}", {})
+        return await self._http.send("GET", f"https://{self._address}{path}", {})
 
 
 @on_reactor
@@ -89,8 +89,8 @@ async def test_every_port_speaks_it(
     daemons.start("--config-path", str(path), "--listen", f"tcp:0:interface={HOST}")
     assert len(addresses(events)) == 2
     for address in addresses(events):
-        exchanges = network.exchanges("daemon", trust=authority.ca)
-        assert (await exchanges.send("GET", f"https://{address}/health", {})).status == 200
+        http = network.http("daemon", trust=authority.ca)
+        assert (await http.send("GET", f"https://{address}/health", {})).status == 200
 
 
 @on_reactor

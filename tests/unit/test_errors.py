@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ociregistry import errors
-from ociregistry.errors import Circle, RangeUnsatisfiable, RegistryError, Unavailable
+from ociregistry.errors import LoopDetected, RangeUnsatisfiable, RegistryError, Unavailable
 
 STATUSES = {
     "NameInvalid": (400, "NAME_INVALID"),
@@ -44,5 +44,5 @@ def test_headers_say_what_a_client_may_do_instead() -> None:
     assert RangeUnsatisfiable("outside", 2048).headers() == {"Content-Range": "bytes */2048"}
     assert Unavailable("down").headers() == {"Retry-After": "5"}
     assert Unavailable("down", 120).headers() == {"Retry-After": "120"}
-    assert Circle("again", "1.1 a, 1.1 b").headers() == {"Via": "1.1 a, 1.1 b"}
+    assert LoopDetected("again", "1.1 a, 1.1 b").headers() == {"Via": "1.1 a, 1.1 b"}
     assert errors.NameInvalid("no").headers() == {}

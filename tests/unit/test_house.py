@@ -25,7 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
-    frozenset({"flights", "logs", "chain", "systemd"}),
+    frozenset({"concurrency", "log", "via", "systemd"}),
     # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
     frozenset({"errors", "__init__"}),
 )
@@ -166,8 +166,8 @@ FORBIDDEN = [
     ("config.file", "from ociregistry.settings import OPTIONS", "config must not import settings"),
     ("config.tls", "import ociregistry.upstream.tls", "config must not import upstream"),
     ("names", "from ociregistry.config import nodes", "names must not import config"),
-    ("chain", "from ociregistry.names import Upstream", "chain must not import names"),
-    ("chain", "from . import logs", "chain must not import logs"),
+    ("via", "from ociregistry.names import Upstream", "via must not import names"),
+    ("via", "from . import log", "via must not import log"),
     ("store.blobs", "import ociregistry.upstream.auth", "store must not import upstream"),
     ("store.blobs", "import ociregistry.pullthrough", "store must not import pullthrough"),
     ("upstream.__init__", "from ..store import blobs", "upstream must not import store"),

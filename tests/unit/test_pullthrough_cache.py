@@ -17,8 +17,8 @@ from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, P
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
-from tests.unit.doubles import image, manifest, on_reactor, texts, until
-from tests.unit.registries import MemoryRegistries, landed
+from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
+from tests.unit.support.registries import MemoryRegistries, landed
 
 BUILT = make_image("cache")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))

@@ -16,7 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.store.store import Store
 from tests.images import make_index
-from tests.unit.completions import (
+from tests.unit.support.completions import (
     APP,
     CONFIG,
     ELSEWHERE,
@@ -27,10 +27,10 @@ from tests.unit.completions import (
     SIZES,
     SMALL,
     Fetching,
+    pending,
     pulled,
-    wishes,
 )
-from tests.unit.doubles import manifest, on_reactor, texts, turn, until
+from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
 
 
 @on_reactor
@@ -39,7 +39,7 @@ async def test_all_that_is_missing_is_fetched_the_small_first(
 ) -> None:
     assert completion.incomplete == Incomplete(0, 0)
     await pulled(completion, store)
-    assert wishes(root) == [IMAGE.digest.hex]
+    assert pending(root) == [IMAGE.digest.hex]
     total = sum(SIZES[blob] for blob in (CONFIG, LARGE, SMALL))
     await until(lambda: fetching.asked)
     for blob in (CONFIG, SMALL, LARGE):
@@ -49,9 +49,9 @@ async def test_all_that_is_missing_is_fetched_the_small_first(
         assert fetching.digests[-1] == blob
         await fetching.bring(blob)
         total -= SIZES[blob]
-    await until(lambda: not wishes(root))
+    await until(lambda: not pending(root))
     assert fetching.asked == [(APP.repository, blob) for blob in (CONFIG, SMALL, LARGE)]
-    assert (completion.incomplete, store.wishes) == (Incomplete(0, 0), {})
+    assert (completion.incomplete, store.pending) == (Incomplete(0, 0), {})
     assert completion._missing == {}
     await until(lambda: len(texts(events, LogLevel.info)) == 2)
     assert texts(events, LogLevel.info) == [
@@ -68,7 +68,7 @@ async def test_what_is_here_is_left_alone(completion: Completion, store: Store, 
     await until(lambda: fetching.asked)
     assert completion.incomplete == Incomplete(1, SIZES[SMALL])
     await fetching.bring(SMALL)
-    await until(lambda: not store.wishes)
+    await until(lambda: not store.pending)
     assert fetching.digests == [SMALL]
 
 
@@ -95,10 +95,10 @@ async def test_of_some_images_nothing_is_missing(
             fetching.put(blob)
         await pulled(completion, store)
     else:
-        await completion.wish(IMAGE, APP.repository)
+        await completion.add_pending(IMAGE, APP.repository)
     clock.advance(30)
     await turn()
-    assert (wishes(root), store.wishes, fetching.asked) == ([], {}, [])
+    assert (pending(root), store.pending, fetching.asked) == ([], {}, [])
     assert completion.incomplete == Incomplete(0, 0)
 
 
@@ -111,12 +111,12 @@ async def test_what_clients_fetch_from_elsewhere_does_not_count(
     await pulled(completion, store, Manifest.parse(json.dumps(document).encode(), IMAGE.media_type))
     for blob in (CONFIG, SMALL):
         await fetching.bring(blob)
-    await until(lambda: not store.wishes)
+    await until(lambda: not store.pending)
     assert fetching.digests == [CONFIG, SMALL]
 
 
 @on_reactor
-async def test_an_image_that_is_pulled_again_is_wished_for_once(
+async def test_an_image_that_is_pulled_again_is_pending_for_once(
     completion: Completion, store: Store, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[Digest] = []
@@ -134,7 +134,7 @@ async def test_an_image_that_is_pulled_again_is_wished_for_once(
     assert looked == [IMAGE.digest] * 2
     for blob in (CONFIG, SMALL, LARGE):
         await fetching.bring(blob)
-    await until(lambda: not store.wishes)
+    await until(lambda: not store.pending)
     looked.clear()
     for _ in range(3):
         await pulled(completion, store)
@@ -168,7 +168,7 @@ async def test_what_is_not_to_be_had_is_given_up_with_a_line(
     await fetching.refuse(error, 1)
     for blob in (SMALL, LARGE):
         await fetching.bring(blob)
-    await until(lambda: not wishes(root))
+    await until(lambda: not pending(root))
     assert texts(events, LogLevel.warn) == [f"{NAME} stays incomplete: {error.message}"]
     # It is still missing, and told so.
     assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(1, SIZES[CONFIG]))
@@ -190,7 +190,7 @@ async def test_an_upstream_that_is_down_is_asked_again_after_half_a_minute(
         clock.advance(0.125)
         await fetching.refuse(Unavailable("down still"), count)
     assert fetching.digests == [CONFIG, SMALL, SMALL, SMALL]
-    assert wishes(root) == [IMAGE.digest.hex]
+    assert pending(root) == [IMAGE.digest.hex]
     assert texts(events, LogLevel.warn) == texts(events, LogLevel.error) == []
 
 
@@ -207,7 +207,7 @@ async def test_it_keeps_no_other_upstream_waiting(completion: Completion, store:
 
 
 @on_reactor
-async def test_what_is_wished_for_meanwhile_is_counted(
+async def test_what_is_pending_for_meanwhile_is_counted(
     completion: Completion, store: Store, fetching: Fetching
 ) -> None:
     await pulled(completion, store)
@@ -217,7 +217,7 @@ async def test_what_is_wished_for_meanwhile_is_counted(
 
 
 @on_reactor
-async def test_one_that_is_wished_for_meanwhile_does_not_wait_for_one_that_is_down(
+async def test_one_that_is_pending_for_meanwhile_does_not_wait_for_one_that_is_down(
     completion: Completion, store: Store, fetching: Fetching
 ) -> None:
     await pulled(completion, store)

@@ -16,10 +16,10 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository
 from ociregistry.platforms import Platform
 from ociregistry.store.store import Store
-from ociregistry.store.workdir import WishFiles
-from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
-from tests.unit.doubles import image, on_reactor, texts, until
-from tests.unit.loads import image_of, index_of, settle
+from ociregistry.store.workdir import PendingFiles
+from tests.unit.support.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
+from tests.unit.support.doubles import image, on_reactor, texts, until
+from tests.unit.support.loads import image_of, index_of, settle
 
 OWN_AMD64, OWN_ARM64, OWN_S390X, IN_TOTO = b"layer of amd64", b"layer of arm64", b"layer of s390x", b"in-toto"
 OWN = {OWN_AMD64: AMD64, OWN_ARM64: ARM64, OWN_S390X: S390X, IN_TOTO: ATTESTATION}
@@ -319,7 +319,7 @@ async def test_a_layer_that_is_asked_for_while_another_image_is_dropped_counts(
         if len(begun) == 1:
             others = {one.digest: layer for layer, one in OWN.items() if one.digest != digest}
             demands.ask_for_layers(*others.values())
-            await until(lambda: set(demands.store.wishes) == others.keys())
+            await until(lambda: set(demands.store.pending) == others.keys())
         await drop(digest)
         ended.append(digest)
 
@@ -345,7 +345,7 @@ async def test_so_does_one_while_it_is_decided(
         begun.append(digest)
         if len(begun) == 1:
             demands.ask_for_layers(b"another layer" if digest == AMD64.digest else OWN_AMD64)
-            await until(lambda: demands.store.wishes)
+            await until(lambda: demands.store.pending)
         await complete(digest, repository, hit=hit)
         ended.append(digest)
 
@@ -355,7 +355,7 @@ async def test_so_does_one_while_it_is_decided(
     await demands.wait()
     await until(lambda: begun and begun[0] in ended)
     await settle(demands.store)
-    assert (set(demands.store.wishes), demands.pending) == ({AMD64.digest, other.digest}, [])
+    assert (set(demands.store.pending), demands.pending) == ({AMD64.digest, other.digest}, [])
     assert len(begun) == 2
 
 
@@ -404,7 +404,7 @@ async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
 
     await demands.get(INDEX, tag="1")
     with monkeypatch.context() as patch:
-        patch.setattr(WishFiles, "write", fail)
+        patch.setattr(PendingFiles, "write", fail)
         await demands.get(ARM64)
     assert texts(events, LogLevel.error) == [
         f"cannot note that {ARM64.digest} is pending: No space left on device",

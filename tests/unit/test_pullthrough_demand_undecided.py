@@ -17,19 +17,19 @@ from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
-from ociregistry.via import NOBODY, Chain
+from ociregistry.via import NO_VIA, Via
 from ociregistry.web.api import V2
 from ociregistry.web.resource import Answer
-from tests.unit.asking import INSTANCE
-from tests.unit.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
-from tests.unit.doubles import REACTOR, image, on_reactor, until
-from tests.unit.loads import image_of, index_of, settle
-from tests.unit.registries import MemoryRegistries
-from tests.unit.test_web_v2 import ask
+from tests.unit.support.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
+from tests.unit.support.doubles import REACTOR, image, on_reactor, until
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.loads import image_of, index_of, settle
+from tests.unit.support.registries import MemoryRegistries
+from tests.unit.test_web_api import ask
 
 ALL = (AMD64, ARM64, S390X, ATTESTATION)
 OWN_ARM64, OWN_S390X = b"layer of arm64", b"layer of s390x"
-CACHE = Chain((f"ociregistry-{'f' * 16}",))
+CACHE = Via((f"ociregistry-{'f' * 16}",))
 
 
 @pytest.fixture
@@ -245,27 +245,25 @@ class Api:
         self._demands = demands
         self._upstreams = upstreams
 
-    async def manifests(
-        self, *manifests: Manifest, method: str = "GET", chain: Chain = NOBODY, tag: str = ""
-    ) -> None:
+    async def manifests(self, *manifests: Manifest, method: str = "GET", via: Via = NO_VIA, tag: str = "") -> None:
         """Manifests by their digests, or by `tag`."""
         for one in manifests:
-            asked = await self._asked(f"manifests/{tag or one.digest}", method, chain)
+            asked = await self._asked(f"manifests/{tag or one.digest}", method, via)
             if not asked.called:
                 self._upstreams[-1].answer(one)
             assert (await asked).status == 200
         await settle(self._demands.store)
 
-    async def _asked(self, what: str, method: str, chain: Chain) -> Deferred[Answer]:
+    async def _asked(self, what: str, method: str, via: Via) -> Deferred[Answer]:
         """The request, which is answered, or waits for the upstream."""
         count = len(self._upstreams)
-        asked = ask(self._v2, f"/v2/team/app/{what}", method=method, chain=chain)
+        asked = ask(self._v2, f"/v2/team/app/{what}", method=method, via=via)
         await until(lambda: asked.called or len(self._upstreams) > count)
         return asked
 
-    async def blob(self, data: bytes, method: str = "GET", chain: Chain = NOBODY) -> None:
+    async def blob(self, data: bytes, method: str = "GET", via: Via = NO_VIA) -> None:
         """A blob, whole."""
-        asked = await self._asked(f"blobs/{Digest.of(data)}", method, chain)
+        asked = await self._asked(f"blobs/{Digest.of(data)}", method, via)
         if method == "HEAD":
             self._upstreams[-1].answer(len(data))
         elif not asked.called:
@@ -313,8 +311,8 @@ async def test_a_head_of_the_index_does_not_start_the_time_anew(api: Api, demand
 @on_reactor
 async def test_what_another_cache_asks_for_is_not_wanted(api: Api, demands: Demands) -> None:
     """It asks for its clients, and completes its images by itself."""
-    await api.manifests(INDEX, tag="1", chain=CACHE)
-    await api.manifests(*ALL, chain=CACHE)
+    await api.manifests(INDEX, tag="1", via=CACHE)
+    await api.manifests(*ALL, via=CACHE)
     await demands.wait(1)
     await demands.wait()
     assert (demands.completing, demands.pending) == ([], [])
@@ -324,9 +322,9 @@ async def test_what_another_cache_asks_for_is_not_wanted(api: Api, demands: Dema
 @on_reactor
 async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
-    await api.manifests(*ALL, chain=CACHE)
+    await api.manifests(*ALL, via=CACHE)
     for layer in (SHARED, OWN_ARM64):
-        await api.blob(layer, chain=CACHE)
+        await api.blob(layer, via=CACHE)
         # Of no other platform that has the shared layer, either.
         await demands.wait(1)
         await demands.wait()
@@ -339,14 +337,14 @@ async def test_what_another_cache_has_pulled_counts_as_pulled_when_all_its_layer
     api: Api, demands: Demands, as_metadata: bool
 ) -> None:
     """Whether the manifest came for that cache or, a moment before, as metadata of the index."""
-    await api.manifests(INDEX, tag="1", chain=CACHE)
+    await api.manifests(INDEX, tag="1", via=CACHE)
     if as_metadata:
         for one in ALL:
             await demands.store.keep(one, image(f"{APP}@{one.digest}"), wanted=False)
-    await api.manifests(*ALL, chain=CACHE)
-    await api.blob(SHARED, chain=CACHE)
+    await api.manifests(*ALL, via=CACHE)
+    await api.blob(SHARED, via=CACHE)
     assert listed(demands) == []
-    await api.blob(OWN_ARM64, chain=CACHE)
+    await api.blob(OWN_ARM64, via=CACHE)
     assert listed(demands) == [ARM64.digest]
 
 

@@ -14,8 +14,8 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.doubles import image, manifest, on_reactor, texts, until
-from tests.unit.registries import MemoryRegistries, Sending, landed
+from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
+from tests.unit.support.registries import MemoryRegistries, Sending, landed
 
 BUILT = make_image("download", layer_size=100_000)
 DATA = BUILT.layers[0].data

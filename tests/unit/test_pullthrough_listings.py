@@ -16,8 +16,8 @@ from ociregistry.pullthrough.listings import FoundReferrers, FoundTags, Listings
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import TagPage
 from tests.images import make_artifact, make_image
-from tests.unit.doubles import failed, fired, image, manifest, on_reactor, texts
-from tests.unit.registries import MemoryRegistries
+from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, texts
+from tests.unit.support.registries import MemoryRegistries
 
 BUILT = make_image("listings")
 IMAGE = manifest(BUILT)

@@ -66,7 +66,7 @@ def test_the_defaults() -> None:
 
 
 def test_every_field_can_be_set() -> None:
-    beside = {
+    daemon_client = {
         "listen",
         "registries",
         "bandwidth",
@@ -77,7 +77,7 @@ def test_every_field_can_be_set() -> None:
         "tls",
         "warnings",
     }
-    assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - beside
+    assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - daemon_client
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:
         assert option.help.endswith((".", ")."))

@@ -16,7 +16,7 @@ from ociregistry.store.prune import Selection
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
-from tests.unit.doubles import image, manifest, on_reactor, record, texts, until
+from tests.unit.support.doubles import image, manifest, on_reactor, record, texts, until
 
 BUILT = make_image("store")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))

@@ -20,10 +20,10 @@ from ociregistry.store.files import Threads, lock
 from ociregistry.store.orphans import find_orphans, remove_orphans, remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.space import Space
-from ociregistry.store.workdir import Pending, PullsFolder, WishFiles
+from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder
 from tests.processes import wait_until
-from tests.unit.doubles import REACTOR, image
-from tests.unit.stocked import Stock, Unsynced, image_of, list_of
+from tests.unit.support.doubles import REACTOR, image
+from tests.unit.support.stores import Stock, Unsynced, image_of, list_of
 
 ONE = (b"config", b"layer")
 APP = image("reg.example/a:1").repository
@@ -48,11 +48,11 @@ def later() -> datetime:
     return datetime.now(UTC) + timedelta(hours=1)
 
 
-def partial(folder: Path, blob: bytes, came: int, size: int | None = -1) -> Path:
+def partial(folder: Path, blob: bytes, advance: int, size: int | None = -1) -> Path:
     """What is left of a download: its first bytes, and its note."""
     folder.mkdir(exist_ok=True)
     path = folder / Digest.of(blob).hex
-    path.write_bytes(blob[:came])
+    path.write_bytes(blob[:advance])
     note = {"durable": 0, "boot": "x", "size": len(blob) if size == -1 else size, "source": str(APP)}
     path.with_name(f"{path.name}.note").write_text(json.dumps(note))
     return path
@@ -192,7 +192,7 @@ def test_what_was_staged_out_of_an_archive_is_one_unless_it_is_being_staged(stoc
 
 def test_one_whose_blob_is_whole_is_one_whoever_wants_it(stock: Stock, living: Path) -> None:
     wanted = stock.put(image_of(b"whole", b"half"), "a:1")
-    WishFiles(living, Unsynced()).write(Pending(wanted.digest, APP))
+    PendingFiles(living, Unsynced()).write(PendingImage(wanted.digest, APP))
     stock.blobs(b"whole")
     stock.blob(b"half").write_bytes(b"ha")
     whole = partial(living, b"whole", 3)
@@ -205,29 +205,29 @@ def test_one_whose_blob_is_whole_is_one_whoever_wants_it(stock: Stock, living: P
 @pytest.mark.parametrize("note", ["", "{", "[]", "5", "null", "{}", '{"size": null}', '{"size": "5"}', "\udcff"])
 def test_a_note_that_tells_nothing_does_not_make_it_one(stock: Stock, living: Path, note: str) -> None:
     wanted = stock.put(image_of(b"whole"), "a:1")
-    WishFiles(living, Unsynced()).write(Pending(wanted.digest, APP))
+    PendingFiles(living, Unsynced()).write(PendingImage(wanted.digest, APP))
     stock.blobs(b"whole")
     path = partial(living, b"whole", 3)
     path.with_name(f"{path.name}.note").write_bytes(note.encode("utf-8", "surrogateescape"))
     assert found(stock) == {}
 
 
-def test_one_that_is_wished_for_is_none(stock: Stock) -> None:
+def test_one_that_is_pending_for_is_none(stock: Stock) -> None:
     """Wherever the wish is, and the partial."""
     wanted = stock.put(image_of(b"config", b"layer"), "a:1")
     (stock.root / "pulls" / "4").mkdir()
-    WishFiles(stock.root / "pulls" / "4", Unsynced()).write(Pending(wanted.digest, APP))
+    PendingFiles(stock.root / "pulls" / "4", Unsynced()).write(PendingImage(wanted.digest, APP))
     partial(stock.root / "pulls" / "2", b"layer", 3)
     other = partial(stock.root / "pulls" / "2", b"another's", 3)
     assert found(stock) == {f"pulls/2/{other.name}": 3}
-    WishFiles(stock.root / "pulls" / "4", Unsynced()).remove(wanted.digest)
+    PendingFiles(stock.root / "pulls" / "4", Unsynced()).remove(wanted.digest)
     assert found(stock) == {f"pulls/2/{Digest.of(b'layer').hex}": 3}
 
 
-def test_a_wish_for_what_has_no_record_wishes_for_nothing(stock: Stock) -> None:
+def test_a_pending_for_what_has_no_record_pending_for_nothing(stock: Stock) -> None:
     wanted = image_of(b"config", b"layer")
     path = partial(stock.root / "pulls" / "2", b"layer", 3)
-    WishFiles(path.parent, Unsynced()).write(Pending(wanted.digest, APP))
+    PendingFiles(path.parent, Unsynced()).write(PendingImage(wanted.digest, APP))
     (path.parent / "nonsense.wish").write_text("{}")
     assert found(stock) == {f"pulls/2/{path.name}": 3}
 

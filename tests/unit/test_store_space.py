@@ -19,7 +19,7 @@ from ociregistry.store.files import Threads
 from ociregistry.store.space import Room, Space
 from ociregistry.store.store import Store
 from tests.images import MIB
-from tests.unit.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
 
 RESERVE = 10 * MIB
 
@@ -141,9 +141,9 @@ async def test_it_makes_room_for_what_is_being_written_too(space: Space, disk: D
 
 @on_reactor
 async def test_another_reserve_holds_at_once(space: Space) -> None:
-    space.use(Reserve(0.02))
+    space.reconfigure(Reserve(0.02))
     await space.check(80 * MIB)
-    space.use(Reserve(0.5))
+    space.reconfigure(Reserve(0.5))
     await refused(space, 1)
 
 

@@ -16,7 +16,7 @@ from ociregistry.commands.prune import Prune
 from ociregistry.commands.verify import Verify
 from ociregistry.platforms import ALL, Platform
 from ociregistry.settings import load_settings
-from tests.unit.command_lines import Ran, Said, mistake, nothing_runs, run
+from tests.unit.support.command_lines import Ran, Said, mistake, nothing_runs, run
 
 PATTERNS = ("--prune", "curl,^quay")
 BEFORE = ("--prune-before", "2024-03-01T22:17:30")

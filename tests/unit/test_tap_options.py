@@ -20,7 +20,7 @@ from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 from ociregistry.settings import OPTIONS, Settings, load_settings
 from ociregistry.tap import Options, makeService
-from tests.unit.command_lines import Ran, Said, mistake, nothing_runs, run
+from tests.unit.support.command_lines import Ran, Said, mistake, nothing_runs, run
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A machine that has much else to do is no defect."""

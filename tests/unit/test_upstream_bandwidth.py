@@ -98,17 +98,17 @@ def test_what_is_not_used_is_kept_for_a_tenth_of_a_second(clock: Clock, idle: fl
 class Arriving:
     """A body that always has more to come, in pieces of `size` bytes; it stops while it is told to."""
 
-    def __init__(self, bandwidth: Bandwidth, size: int, clock: Clock, came: list[tuple[float, int]]) -> None:
+    def __init__(self, bandwidth: Bandwidth, size: int, clock: Clock, advance: list[tuple[float, int]]) -> None:
         self._bandwidth = bandwidth
         self._size = size
         self._clock = clock
-        self._came = came
+        self._advance = advance
         self.reads = 0
         clock.callLater(0, self._read)
 
     def _read(self) -> None:
         self.reads += 1
-        self._came.append((self._clock.seconds(), self._size))
+        self._advance.append((self._clock.seconds(), self._size))
         # Sooner than that no reactor calls again.
         self._clock.callLater(max(0.0001, self._bandwidth.draw(self._size)), self._read)
 
@@ -118,16 +118,16 @@ class Arriving:
 @pytest.mark.parametrize("sizes", [(1460,), (16 * KIB,), (1460, 1460, 4096), (2048, 16 * KIB, 8192, 500, 16 * KIB)])
 def test_in_any_ten_seconds_it_is_what_is_allowed(clock: Clock, rate: int, sizes: tuple[int, ...]) -> None:
     bandwidth = Bandwidth(float(rate), (), clock)
-    came: list[tuple[float, int]] = []
+    advance: list[tuple[float, int]] = []
     # What is read at once grows with the link.
-    bodies = [Arriving(bandwidth, size * max(1, rate // 250_000), clock, came) for size in sizes]
+    bodies = [Arriving(bandwidth, size * max(1, rate // 250_000), clock, advance) for size in sizes]
     # Not from the beginning, when nothing has come yet.
     clock.advance(100)
     first = clock.seconds()
     while clock.seconds() < first + 40:
         clock.advance(0.002)
     for start in range(int(first), int(first) + 30):
-        total = sum(size for when, size in came if start < when <= start + 10)
+        total = sum(size for when, size in advance if start < when <= start + 10)
         assert total == pytest.approx(10 * rate, rel=0.05)
     assert all(body.reads > 10 for body in bodies)
 
@@ -146,16 +146,16 @@ def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
 def test_another_limit_holds_at_once(clock: Clock) -> None:
     bandwidth = Bandwidth(None, (), clock, at(12))
     assert bandwidth.draw(MIB) == 0.0
-    bandwidth.use(1000.0, ())
+    bandwidth.reconfigure(1000.0, ())
     # What came without a limit is not to be paid for.
     assert bandwidth.draw(1000) == 1.0
-    bandwidth.use(500.0, ())
+    bandwidth.reconfigure(500.0, ())
     assert (bandwidth.rate, bandwidth.draw(0)) == (500.0, 2.0)
-    bandwidth.use(500.0, (DAY,))
+    bandwidth.reconfigure(500.0, (DAY,))
     assert (bandwidth.rate, bandwidth.draw(0)) == (1000.0, 1.0)
-    bandwidth.use(None, ())
+    bandwidth.reconfigure(None, ())
     assert (bandwidth.rate, bandwidth.draw(MIB)) == (None, 0.0)
-    bandwidth.use(1000.0, ())
+    bandwidth.reconfigure(1000.0, ())
     assert bandwidth.draw(1000) == 1.0
 
 

@@ -14,9 +14,9 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.credentials import Ask
 from ociregistry.upstream.http import NoTls, Response
-from tests.unit.asking import client_over, no_helper
-from tests.unit.bodies import ScriptedExchanges, Told
-from tests.unit.doubles import failed, fired
+from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import client_over, no_helper
 
 REG = "https://reg.example/"
 CDN = "https://cdn.example/"
@@ -62,11 +62,11 @@ class Asking:
     ) -> None:
         """`trusts` is the host of the token service that gets the credentials."""
         self.clock = Clock()
-        self.exchanges = ScriptedExchanges(script)
+        self.http = ScriptedExchanges(script)
         self.plain_thought_of = 0
         self._plain = plain
         self.client = client_over(
-            self.exchanges,
+            self.http,
             self.clock,
             name=name,
             scheme=scheme,
@@ -92,14 +92,14 @@ class Asking:
     @property
     def asked(self) -> list[tuple[str, str | None]]:
         """The URLs asked for, each with its authorisation."""
-        return [(sent.url, sent.authorization) for sent in self.exchanges.sent]
+        return [(sent.url, sent.authorization) for sent in self.http.sent]
 
 
 def test_a_request_is_one_to_the_upstreams_api() -> None:
     asking = Asking({REG: [OK]})
     response = fired(asking.ask("HEAD"))
     assert (response.status, response.url) == (200, f"{REG}v2/team/app/blobs/x")
-    (sent,) = asking.exchanges.sent
+    (sent,) = asking.http.sent
     assert (sent.method, sent.url, sent.headers) == ("HEAD", f"{REG}v2/team/app/blobs/x", {"Accept": "a"})
 
 
@@ -129,7 +129,7 @@ def test_every_other_status_is_the_callers_business(status: int) -> None:
 def test_redirects_are_followed_with_the_same_method(status: int) -> None:
     asking = Asking({REG: [redirect("/elsewhere?a=%2F", status), OK]})
     assert asking.status(method="HEAD") == 200
-    assert [(sent.method, sent.url) for sent in asking.exchanges.sent] == [
+    assert [(sent.method, sent.url) for sent in asking.http.sent] == [
         ("HEAD", f"{REG}v2/team/app/blobs/x"),
         ("HEAD", f"{REG}elsewhere?a=%2F"),
     ]

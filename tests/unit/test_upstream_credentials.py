@@ -11,8 +11,8 @@ from twisted.internet.task import Clock
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.credentials import Credentials, basic
-from tests.unit.asking import no_helper
-from tests.unit.doubles import failed, fired
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import no_helper
 
 Known = Password | IdentityToken
 

@@ -18,9 +18,9 @@ from ociregistry.settings import Settings, load_settings
 from ociregistry.upstream.client import Base
 from ociregistry.upstream.network import Network, _trusted_with, api_host, named_by
 from ociregistry.upstream.origin import Origin
-from tests.unit.asking import INSTANCE
-from tests.unit.doubles import fired
-from tests.unit.test_upstream_dialing import Names, Told
+from tests.unit.support.doubles import fired
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.test_upstream_connect import Names, Told
 
 
 def entry(name: str, **configured: Any) -> RegistrySettings:

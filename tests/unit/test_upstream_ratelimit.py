@@ -9,15 +9,15 @@ from twisted.internet.defer import Deferred
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
-from ociregistry.upstream.http import NORMALLY, Manner, Response
+from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.upstream.registry import Registry
-from tests.unit.asking import registry_over
-from tests.unit.doubles import failed, fired
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import registry_over
 from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, challenge, redirect, token
-from tests.unit.test_upstream_mirrors import Mirrored
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
+from tests.unit.test_upstream_registry_mirrors import Mirrored
 
-LAST = Manner(last=True)
+LAST = RequestOptions(last=True)
 APP = Repository(Upstream("reg.example"), "team/app")
 
 
@@ -32,9 +32,9 @@ ENOUGH = limited("26;w=21600", "100;w=21600")
 SILENT: dict[str, Any] = {}
 
 
-def ask(asking: Asking, manner: Manner = LAST) -> Deferred[Response]:
+def ask(asking: Asking, options: RequestOptions = LAST) -> Deferred[Response]:
     """Ask for a manifest in this manner."""
-    return Deferred.fromCoroutine(asking.client.request("GET", APP, "manifests/1", {}, manner))
+    return Deferred.fromCoroutine(asking.client.request("GET", APP, "manifests/1", {}, options))
 
 
 def held(asking: Asking) -> int:
@@ -50,7 +50,7 @@ def held(asking: Asking) -> int:
 def after(told: dict[str, Any]) -> int:
     """Return for how long one is held back after a response that told this."""
     asking = Asking({REG: [told, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     return held(asking)
 
 
@@ -82,8 +82,8 @@ def test_what_is_malformed_is_ignored(remaining: str) -> None:
     assert after(limited(remaining, "100;w=21600")) == 0
     # And changes nothing of what was told before.
     asking = Asking({REG: [LOW, limited(remaining, "100;w=21600"), SILENT]})
-    fired(ask(asking, NORMALLY))
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) > 0
 
 
@@ -107,7 +107,7 @@ def test_what_is_malformed_is_ignored(remaining: str) -> None:
 )
 def test_how_long_it_is_held_back(told: dict[str, Any], seconds: int) -> None:
     asking = Asking({REG: [told, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == seconds
     asking.clock.advance(seconds - 1)
     assert held(asking) == 1
@@ -117,7 +117,7 @@ def test_how_long_it_is_held_back(told: dict[str, Any], seconds: int) -> None:
 
 def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
     asking = Asking({REG: [LOW, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(100)
     refused = failed(ask(asking), Unavailable)
     assert refused.message == (
@@ -127,11 +127,11 @@ def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
     assert len(asking.asked) == 1
 
 
-@pytest.mark.parametrize("manner", [NORMALLY, Manner(small=True), Manner(insist=True)])
-def test_nobody_else_is_held_back(manner: Manner) -> None:
+@pytest.mark.parametrize("options", [DEFAULT_OPTIONS, RequestOptions(small=True), RequestOptions(insist=True)])
+def test_nobody_else_is_held_back(options: RequestOptions) -> None:
     asking = Asking({REG: [limited("0;w=21600", "100;w=21600")]})
     for _ in range(3):
-        assert fired(ask(asking, manner)).status == 200
+        assert fired(ask(asking, options)).status == 200
     assert held(asking) > 0
 
 
@@ -142,16 +142,16 @@ def test_nothing_is_held_back_before_it_tells_anything() -> None:
 
 def test_what_it_tells_last_counts() -> None:
     asking = Asking({REG: [LOW, ENOUGH, SILENT, LOW, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) > 0
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert [held(asking), held(asking)] == [0, 0]
     assert held(asking) > 0
 
 
 def test_after_a_while_one_request_is_sent_and_the_others_wait_for_what_it_finds() -> None:
     asking = Asking({REG: [LOW, None]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(3600)
     assert not ask(asking).called
     assert held(asking) == 3600
@@ -163,45 +163,45 @@ def test_after_a_while_one_request_is_sent_and_the_others_wait_for_what_it_finds
 )
 def test_the_headers_of_that_one_decide_again(told: dict[str, Any], then: int) -> None:
     asking = Asking({REG: [LOW, told, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(3600)
     assert [held(asking), held(asking)] == [0, then]
 
 
 def test_the_limit_of_who_a_registry_redirects_to_is_not_its_own() -> None:
     asking = Asking({REG: [redirect(f"{CDN}x")], CDN: [LOW]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == 0
 
 
 def test_nor_is_that_of_its_token_service() -> None:
     asking = Asking({REG: [challenge(), SILENT], TOKEN: [token("t") | LOW]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == 0
 
 
 @pytest.mark.parametrize("status", [401, 404, 500])
 def test_a_refusal_tells_it_as_well(status: int) -> None:
     asking = Asking({REG: [LOW | {"status": status}, SILENT]})
-    fired(ask(asking, NORMALLY))
+    fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) > 0
 
 
 def test_every_registry_has_its_own_limit() -> None:
     """A mirror whose limit is nearly used up is passed over."""
     mirrored = Mirrored(LOW, {"status": 404}, SILENT)
-    for manner in (NORMALLY, LAST, LAST):
-        asked = mirrored.sources.request("GET", APP, "manifests/1", {}, manner)
+    for options in (DEFAULT_OPTIONS, LAST, LAST):
+        asked = mirrored.sources.request("GET", APP, "manifests/1", {}, options)
         assert fired(Deferred.fromCoroutine(asked)).status == 200
     assert mirrored.asked == ["one", "two", "reg", "two", "reg"]
 
 
-def test_a_manifest_is_asked_for_in_that_manner() -> None:
+def test_a_manifest_is_asked_for_in_that_options() -> None:
     headers = {**GOOD["headers"], **LOW["headers"]}
     asking = Asking({REG: [{**GOOD, "headers": headers}]})
     registry: Registry = registry_over(asking.client)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST))) == IMAGE
-    assert [sent.manner for sent in asking.exchanges.sent] == [LAST]
+    assert [sent.options for sent in asking.http.sent] == [LAST]
     failed(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST)), Unavailable)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
 
@@ -222,4 +222,4 @@ def test_a_429_for_the_lowest_priority_turns_nobody_else_away(where: str) -> Non
     else:
         response = fired(asked)
         assert (response.status, response.retry_after) == (429, 3600)
-    assert fired(ask(asking, NORMALLY)).status == 200
+    assert fired(ask(asking, DEFAULT_OPTIONS)).status == 200

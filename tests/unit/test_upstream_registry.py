@@ -17,9 +17,9 @@ from ociregistry.upstream.client import Client
 from ociregistry.upstream.http import Response
 from ociregistry.upstream.registry import BlobStream, Registry
 from tests.images import make_image
-from tests.unit.asking import client_over, registry_over
-from tests.unit.bodies import ScriptedExchanges, connected, end
-from tests.unit.doubles import failed, fired, image, manifest
+from tests.unit.support.bodies import ScriptedExchanges, connected, end
+from tests.unit.support.doubles import failed, fired, image, manifest
+from tests.unit.support.http_agents import client_over, registry_over
 
 REG = Upstream("reg.example")
 APP = image("reg.example/team/app:1").repository
@@ -36,8 +36,8 @@ GOOD: dict[str, Any] = {
 
 def registry(*answers: Mapping[str, Any] | Exception, most: int = 2) -> tuple[Registry, ScriptedExchanges]:
     """A registry that gives these answers, one after the other."""
-    exchanges = ScriptedExchanges({"https://reg.example/": answers})
-    return registry_over(client_over(exchanges), most), exchanges
+    http = ScriptedExchanges({"https://reg.example/": answers})
+    return registry_over(client_over(http), most), http
 
 
 def with_headers(**headers: str) -> dict[str, Any]:
@@ -50,9 +50,9 @@ def with_headers(**headers: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("asked", [TAGGED, BY_DIGEST])
 def test_a_manifest_by_tag_and_by_digest(asked: Any) -> None:
-    source, exchanges = registry(GOOD)
+    source, http = registry(GOOD)
     assert fired(Deferred.fromCoroutine(source.manifest(asked))) == IMAGE
-    (sent,) = exchanges.sent
+    (sent,) = http.sent
     assert (sent.method, sent.url) == ("GET", f"https://reg.example/v2/team/app/manifests/{asked.reference}")
     assert sent.headers["Accept"].split(", ") == list(MEDIA_TYPES)
 
@@ -153,11 +153,11 @@ def test_digits_of_other_alphabets_are_no_number_of_seconds() -> None:
 
 
 def test_a_blob_is_a_stream_of_a_size() -> None:
-    source, exchanges = registry({"data": b"content"})
+    source, http = registry({"data": b"content"})
     stream = fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
     assert stream.size == 7
     assert fired(stream.body.read()) == b"content"
-    assert exchanges.urls == [f"https://reg.example/v2/team/app/blobs/{LAYER}"]
+    assert http.urls == [f"https://reg.example/v2/team/app/blobs/{LAYER}"]
 
 
 class Growing(Client):
@@ -220,9 +220,9 @@ def test_manifests_do_not_wait_behind_blobs() -> None:
 
 
 def test_the_size_of_a_blob_is_asked_by_head() -> None:
-    source, exchanges = registry({"headers": {"Content-Length": "12345"}})
+    source, http = registry({"headers": {"Content-Length": "12345"}})
     assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) == 12345
-    assert exchanges.sent[0].method == "HEAD"
+    assert http.sent[0].method == "HEAD"
 
 
 @pytest.mark.parametrize("told", ["", "-5", "many", "5.0", "٣"])

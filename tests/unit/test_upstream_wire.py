@@ -16,10 +16,10 @@ from ociregistry.upstream.network import Network as DaemonsNetwork
 from ociregistry.upstream.registry import Registry
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.asking import INSTANCE, client_over
-from tests.unit.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.support.http_agents import INSTANCE, client_over
+from tests.unit.support.wire import Network
 from tests.unit.test_upstream_network import configured, entry
-from tests.unit.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_rules import Header, Hold, Redirect, Reply, Resize
@@ -183,7 +183,7 @@ async def test_a_mirror_understands_whose_content_is_wanted(
 ) -> None:
     upstream.script("*", Reply(404))
     base = Base("http", upstream.host, "/proxy", ns)
-    client = client_over(network.exchanges(upstream.host), REACTOR, base=base)
+    client = client_over(network.http(upstream.host), REACTOR, base=base)
     where = Repository(Upstream.parse(ns), "team/app")
     await (await client.request("GET", where, "tags/list" + (f"?{query}" if query else ""))).discard()
     (request,) = upstream.requests

@@ -14,9 +14,9 @@ from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.web.api import V2
 from ociregistry.web.channel import MOST_CONNECTIONS, Channel, Traffic
 from ociregistry.web.site import RegistrySite
-from tests.unit.asking import INSTANCE
-from tests.unit.demands import NoDemand
-from tests.unit.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData
+from tests.unit.support.demands import NoDemand
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.web_clients import BLOB, DATA, QUICK, SLOW, Cache, Client, SizedData
 
 WHOLE_REQUEST = 30
 FIRST_REQUEST = 5

@@ -12,8 +12,8 @@ from ociregistry import __version__
 from ociregistry.web import channel
 from ociregistry.web.resource import Answer, InMemory
 from ociregistry.web.site import RegistrySite
-from tests.unit.doubles import texts
-from tests.unit.visitors import Growing, Handler, Visitor, site
+from tests.unit.support.doubles import texts
+from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
 
 
 @pytest.fixture

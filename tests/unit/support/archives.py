@@ -1,0 +1,247 @@
+"""Archives for the tests: the files of each format in memory, and the tars and folders that hold them."""
+
+from __future__ import annotations
+
+import base64
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.threads import deferToThreadPool
+
+from ociregistry.archives.contents import Contents
+from ociregistry.archives.importing import Importer
+from ociregistry.archives.members import Archive, ArchiveInvalid
+from ociregistry.archives.opening import open_archive, read_contents
+from ociregistry.pullthrough.loader import NullProgress, Outcome, Progress
+from ociregistry.store.records import Dates, Record
+from ociregistry.store.store import Store
+from tests.images import Image, Index, Manifest
+from tests.unit.support.doubles import REACTOR, manifest
+
+NAME = "docker.io/library/nginx:1.25"
+IMAGE_NAME = "io.containerd.image.name"
+REF_NAME = "org.opencontainers.image.ref.name"
+
+Files = Mapping[str, bytes]
+"""The files of an archive, by their names, in order."""
+
+_COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    "gz": lambda data: gzip.compress(data, mtime=0),
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+}
+
+
+def to_json(value: object) -> bytes:
+    """As most tools write it."""
+    return json.dumps(value).encode()
+
+
+# Formats
+
+
+def blob_name(digest: str) -> str:
+    """Where an OCI layout has it."""
+    return f"blobs/{digest.replace(':', '/')}"
+
+
+def layout(*images: tuple[Image | Index, Mapping[str, str] | None], sparse: Sequence[str] = ()) -> dict[str, bytes]:
+    """An OCI layout of the images with these annotations; what is `sparse` is left out, by its digest."""
+    blobs: dict[str, bytes] = {}
+    descriptors = []
+    for image, noted in images:
+        blobs |= parts(image)
+        descriptors.append({**descriptor(image.manifest), **({"annotations": noted} if noted else {})})
+    return {
+        "oci-layout": to_json({"imageLayoutVersion": "1.0.0"}),
+        "index.json": to_json({"schemaVersion": 2, "manifests": descriptors}),
+        **{blob_name(digest): data for digest, data in sorted(blobs.items()) if digest not in sparse},
+    }
+
+
+def parts(image: Image | Index) -> dict[str, bytes]:
+    """All manifests and blobs, by their digests."""
+    manifests = {one.digest: one.data for one in image.manifests}
+    return manifests | {blob.digest: blob.data for blob in image.blobs}
+
+
+def descriptor(of: Manifest) -> dict[str, object]:
+    """What index.json has of a manifest."""
+    return {"mediaType": of.media_type, "digest": of.digest, "size": len(of.data)}
+
+
+def named(image: Image | Index, name: str = NAME) -> dict[str, bytes]:
+    """An OCI layout of one image with a name."""
+    return layout((image, {IMAGE_NAME: name}))
+
+
+def docker_saved(image: Image, *tags: str, packed: bool = False) -> dict[str, bytes]:
+    """What `docker save` of an older docker writes; with `packed` the layers stay compressed."""
+    config = f"{image.config.digest.removeprefix('sha256:')}.json"
+    layers = {
+        f"{number:064x}/layer.tar": layer.data if packed else gzip.decompress(layer.data)
+        for number, layer in enumerate(image.layers)
+    }
+    index = [{"Config": config, "RepoTags": list(tags) or None, "Layers": list(layers)}]
+    return {config: image.config.data, **layers, "manifest.json": to_json(index)}
+
+
+def holder(of: Manifest, url: str, **changes: object) -> bytes:
+    """What the Go server keeps of a manifest; `changes` to None take a key away."""
+    empty: dict[str, object] = {"schemaVersion": 0, "mediaType": "", "layers": None}
+    document: dict[str, Any] = {
+        "type": 3,
+        "digest": of.digest.removeprefix("sha256:"),
+        "imageUrl": url,
+        "bytes": base64.b64encode(of.data).decode(),
+        "v1.oci.index": empty,
+        "v1.oci.manifest": empty,
+        "v2.docker.manifestList": empty,
+        "v2.docker.manifest": empty,
+        "created": "2024-03-01T22:17:30",
+        "pulled": "",
+        **changes,
+    }
+    return to_json({key: value for key, value in document.items() if value is not None})
+
+
+def hex_of(digest: str) -> str:
+    """How image folders call the file with this digest."""
+    return digest.partition(":")[2]
+
+
+def image_blobs(*images: Image | Index) -> dict[str, bytes]:
+    """The blobs of the images in an image folder."""
+    return {f"blobs/{hex_of(blob.digest)}": blob.data for image in images for blob in image.blobs}
+
+
+def kept(image: Image | Index, urls: Mapping[str, Dates]) -> bytes:
+    """A record of our own."""
+    return Record(manifest(image), urls).render()
+
+
+# Files
+
+
+def write_tar(path: Path, files: Files, compression: str = "", links: Mapping[str, tuple[bytes, str]] = {}) -> Path:
+    """A tar of the files and of `links`: name -> (type, target); `compression` is gz, bz2 or xz."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for name, (kind, target) in links.items():
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, target
+            tar.addfile(entry)
+        for name, data in files.items():
+            add_file(tar, name, data)
+    path.write_bytes(_COMPRESS[compression](made.getvalue()))
+    return path
+
+
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """One more member."""
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+def write_folder(path: Path, files: Files) -> Path:
+    """A folder of the files."""
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def opened(path: Path) -> Archive:
+    """The archive; it must be one."""
+    archive = open_archive(path)
+    assert archive is not None
+    return archive
+
+
+def contents(path: Path) -> Contents:
+    """What the archive holds."""
+    with opened(path) as archive:
+        return read_contents(archive)
+
+
+async def load(store: Store, path: Path, progress: Progress | None = None) -> list[Outcome]:
+    """Brings the archive into the store."""
+    in_thread = partial(deferToThreadPool, REACTOR, REACTOR.getThreadPool())
+    with opened(path) as archive:
+        return await Importer(store, in_thread, progress or NullProgress()).bring(archive)
+
+
+def files_below(root: Path) -> dict[str, str]:
+    """Every file below `root`, with a digest of what it holds."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def everything(archive: Archive) -> dict[str, bytes]:
+    """All that is in it, read as it is to be read."""
+    in_order = sorted(archive.members.items(), key=lambda item: item[1].order)
+    return {name: b"".join(member.pieces()) for name, member in in_order}
+
+
+def refused(path: Path) -> str:
+    """Why the archive cannot be opened or read."""
+    with pytest.raises(ArchiveInvalid) as caught, opened(path) as archive:
+        everything(archive)
+    told = str(caught.value)
+    assert told.startswith(f"{path}: ")
+    assert "\n" not in told
+    return told.removeprefix(f"{path}: ")
+
+
+def meanings(path: Path) -> dict[str, str]:
+    """What each image name means."""
+    return {str(one.image): one.manifest for one in contents(path).images}
+
+
+def failures(path: Path) -> dict[str, str]:
+    """Why what cannot be loaded cannot be."""
+    return {failure.name: failure.why for failure in contents(path).failed}
+
+
+def invalid(path: Path) -> str:
+    """Why the archive is refused."""
+    with pytest.raises(ArchiveInvalid) as caught:
+        contents(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
+class Told:
+    """Progress that is kept."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[str, int]] = []
+        self.state: dict[str, int] = {}
+        self.outcomes: list[Outcome] = []
+
+    def expect(self, name: str, size: int) -> None:
+        """So many bytes."""
+        self.expected.append((name, size))
+
+    def advance(self, name: str, count: int) -> None:
+        """So many more."""
+        self.state[name] = self.state.get(name, 0) + count
+
+    def ended(self, outcome: Outcome) -> None:
+        """So it ended."""
+        self.outcomes.append(outcome)

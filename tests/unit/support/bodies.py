@@ -1,0 +1,136 @@
+"""An upstream's answers without a network: the test is the connection that they come over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime, ITransport
+from twisted.internet.task import Clock
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers
+
+from ociregistry.upstream.body import Body
+from ociregistry.upstream.http import DEFAULT_OPTIONS, HttpClient, RequestOptions, Response
+
+UPSTREAM = "reg.example"
+
+
+class Connection:
+    """What a body sees of its connection."""
+
+    def __init__(self) -> None:
+        self.paused = False
+        self.pauses = 0
+        self.closed = False
+        self.stalls: list[tuple[str, float]] = []
+
+    def pauseProducing(self) -> None:
+        """The body has enough."""
+        assert not self.paused
+        self.paused = True
+        self.pauses += 1
+
+    def resumeProducing(self) -> None:
+        """The body takes more."""
+        assert self.paused
+        self.paused = False
+
+    def loseConnection(self) -> None:
+        """The body wants no more."""
+        self.closed = True
+
+    abortConnection = loseConnection
+    stopProducing = loseConnection
+
+    def stalled(self, why: str, silent: float) -> None:
+        """No byte came for a while."""
+        self.stalls.append((why, silent))
+
+
+def connected(clock: IReactorTime | None = None) -> tuple[Body, Connection]:
+    """A body whose first byte is still to come."""
+    connection = Connection()
+    body = Body(UPSTREAM, clock or Clock(), connection.stalled)
+    body.makeConnection(cast(ITransport, connection))
+    return body, connection
+
+
+def end(body: Body, why: BaseException | None = None) -> None:
+    """Ends a body, as it should when no other reason is given."""
+    body.connectionLost(Failure(why or ResponseDone("")))
+
+
+def answer(
+    status: int = 200,
+    data: bytes = b"",
+    headers: Mapping[str, str | Sequence[str]] | None = None,
+    url: str = f"https://{UPSTREAM}/v2/",
+    length: int | None = None,
+) -> Response:
+    """An answer that came whole."""
+    body, _ = connected()
+    if data:
+        body.dataReceived(data)
+    end(body)
+    raw = {name: [value] if isinstance(value, str) else list(value) for name, value in (headers or {}).items()}
+    return Response(UPSTREAM, status, url, len(data) if length is None else length, body, Headers(raw))
+
+
+class Sent:
+    """One request that the client sent."""
+
+    def __init__(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, options: RequestOptions
+    ) -> None:
+        self.options = options
+        self.method = method
+        self.url = url
+        self.headers = dict(headers)
+        self.body = body
+
+    @property
+    def authorization(self) -> str | None:
+        """The Authorization header."""
+        return self.headers.get("Authorization")
+
+
+Told = Mapping[str, Any] | Exception | None
+
+
+class ScriptedExchanges(HttpClient):
+    """Answers as the test tells it: by the first beginning of a URL that fits, in order, the last answer for good.
+
+    An answer is the keyword arguments of `answer`, or an error to raise, or None: there is none.
+    """
+
+    def __init__(self, script: Mapping[str, Sequence[Told]]) -> None:
+        self.sent: list[Sent] = []
+        self._script = {url: list(answers) for url, answers in script.items()}
+
+    @property
+    def urls(self) -> list[str]:
+        """What was asked for, in that order."""
+        return [sent.url for sent in self.sent]
+
+    async def send(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        options: RequestOptions = DEFAULT_OPTIONS,
+    ) -> Response:
+        self.sent.append(Sent(method, url, headers, body, options))
+        for prefix, answers in self._script.items():
+            if url.startswith(prefix):
+                told = answers.pop(0) if len(answers) > 1 else answers[0]
+                if told is None:
+                    silence: Deferred[Mapping[str, Any]] = Deferred()
+                    told = await silence
+                if isinstance(told, Exception):
+                    raise told
+                return answer(**{"url": url, **told})
+        raise AssertionError(f"{url} is not in the script")

@@ -1,0 +1,73 @@
+"""An image of which blobs are missing, and what is fetched of it when the test says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twisted.internet.defer import CancelledError, Deferred
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, Repository
+from ociregistry.pullthrough.completion import Completion
+from ociregistry.store.store import Store
+from tests.images import make_image
+from tests.unit.support.doubles import image, manifest, until
+
+# In its manifest the large layer stands before the small one.
+BUILT = make_image("image", layers=1, base=make_image("base", layers=1, layer_size=50_000))
+IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
+CONFIG, LARGE, SMALL = (Digest(blob.digest) for blob in BUILT.blobs)
+SIZES = {blob.digest: blob.size for blob in (*IMAGE.blobs, *OTHER.blobs)}
+APP, ELSEWHERE = image("reg.example/team/app:1"), image("else.example/other:1")
+NAME = f"{APP.repository}@{IMAGE.digest}"
+DATA = {Digest(blob.digest): blob.data for built in (BUILT, make_image("other")) for blob in built.blobs}
+
+
+class Fetching:
+    """Fetches blobs when the test says so."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs"
+        self.asked: list[tuple[Repository, Digest]] = []
+        self.results: list[Deferred[None]] = []
+        self.cancelled = 0
+
+    async def __call__(self, repository: Repository, digest: Digest) -> None:
+        self.asked.append((repository, digest))
+        self.results.append(Deferred())
+        try:
+            await self.results[-1]
+        except CancelledError:
+            self.cancelled += 1
+            raise
+
+    @property
+    def digests(self) -> list[Digest]:
+        """What was asked for."""
+        return [digest for _, digest in self.asked]
+
+    async def bring(self, digest: Digest) -> None:
+        """The last one asked for, which must be this, comes."""
+        await until(lambda: self.asked and self.asked[-1][1] == digest and not self.results[-1].called)
+        self.put(digest)
+        self.results[-1].callback(None)
+
+    async def refuse(self, error: Exception, count: int) -> None:
+        """The last of so many does not."""
+        await until(lambda: len(self.asked) == count)
+        self.results[-1].errback(error)
+
+    def put(self, digest: Digest) -> None:
+        """It is there."""
+        (self._blobs / digest.hex).write_bytes(DATA[digest])
+
+
+async def pulled(completion: Completion, store: Store, what: Manifest = IMAGE, where: str = str(APP)) -> None:
+    """A client has been given the manifest."""
+    await store.keep(what, image(where))
+    await completion.add_pending(what, image(where).repository)
+
+
+def pending(root: Path) -> list[str]:
+    """The files of wishes."""
+    return [path.stem for path in (root / "pulls").rglob("*.wish")]

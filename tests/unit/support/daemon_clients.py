@@ -1,0 +1,106 @@
+"""A daemon beside that answers when the test says so, and what is pulled through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.pullthrough.cache import FoundManifest
+from ociregistry.pullthrough.fetchers import DaemonFetcher
+from ociregistry.store.store import Store
+from ociregistry.upstream.body import Body
+from ociregistry.upstream.daemon_client import DaemonClient
+from tests.images import make_image
+from tests.unit.support.bodies import Connection, connected
+from tests.unit.support.doubles import image, manifest, until
+from tests.unit.support.loads import settle
+from tests.unit.support.registries import Call
+
+BUILT = make_image("beside", layers=1, layer_size=5000)
+IMAGE = manifest(BUILT)
+APP = image("reg.example/app:1")
+LAYER = Digest(BUILT.layers[0].digest)
+DATA = BUILT.layers[0].data
+
+
+class Beside(DaemonClient):
+    """A daemon that answers when the test says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def _ask(self, kind: str, *what: object) -> Deferred[Any]:
+        self.calls.append(Call(kind, *what))
+        return self.calls[-1].result
+
+    async def manifest(self, image: ImageReference) -> Manifest:
+        return cast(Manifest, await self._ask("manifest", image))
+
+    async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
+        return cast(Manifest, await self._ask("referrers", repository, digest))
+
+    async def blob(self, repository: Repository, digest: Digest, start: int) -> Body:
+        return cast(Body, await self._ask("blob", repository, digest, start))
+
+
+class Scene:
+    """A supplier beside a daemon."""
+
+    def __init__(self, store: Store, root: Path, clock: Clock) -> None:
+        self._root = root
+        self._store = store
+        self.clock = clock
+        self.daemon = Beside()
+        self.fetcher = DaemonFetcher(store, self.daemon, 60.0, clock)
+        self.advance: list[int] = []
+
+    @property
+    def asked(self) -> list[str]:
+        """All that the daemon was asked for."""
+        return [f"{call.kind} {call.what}" for call in self.daemon.calls]
+
+    async def call(self, count: int) -> Call:
+        """The last of so many requests."""
+        await until(lambda: len(self.daemon.calls) == count)
+        return self.daemon.calls[-1]
+
+    async def sends(self, count: int, data: bytes) -> tuple[Body, Connection]:
+        """The answer to the last of so many requests begins with these bytes."""
+        body, connection = connected()
+        (await self.call(count)).answer(body)
+        if data:
+            advance = sum(self.advance)
+            body.dataReceived(data)
+            await until(lambda: sum(self.advance) == advance + len(data))
+        return body, connection
+
+    def stores(self, digest: Digest = LAYER, data: bytes = DATA) -> None:
+        """The daemon has brought the blob."""
+        (self._root / "blobs" / digest.hex).write_bytes(data)
+
+    def manifest(self) -> Deferred[FoundManifest]:
+        """Asks for the manifest."""
+        return Deferred.fromCoroutine(self.fetcher.manifest(APP))
+
+    def blob(self, digest: Digest = LAYER, size: int = len(DATA)) -> Deferred[None]:
+        """Asks for the layer."""
+        return Deferred.fromCoroutine(self.fetcher.blob(APP.repository, digest, size, self.advance.append))
+
+    async def looks(self, waiting: Deferred[None]) -> None:
+        """Time goes by, a look at the store after the other, until the blob is there, or is waited for no more."""
+        while not waiting.called:
+            await settle(self._store)
+            self.clock.advance(0.5)
+
+    async def looks_on(self, waiting: Deferred[None]) -> None:
+        """A few looks, none of which finds it."""
+        for _ in range(5):
+            await settle(self._store)
+            self.clock.advance(0.5)
+        await settle(self._store)
+        assert not waiting.called

@@ -1,0 +1,62 @@
+"""Clients and registries put together as the daemon does it, over exchanges that the test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
+from twisted.web.iweb import IAgent
+
+from ociregistry.config.registries import Helper, IdentityToken, Login, Password
+from ociregistry.names import Upstream
+from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import CircuitBreakers
+from ociregistry.upstream.client import Base, Client
+from ociregistry.upstream.credentials import Ask, Credentials
+from ociregistry.upstream.http import HttpClient
+from ociregistry.upstream.network import api_host
+from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.registry import ConnectionLimit, Registry, Sources
+
+INSTANCE = "ociregistry-0123456789abcdef"
+"""What the process calls itself."""
+
+
+async def no_helper(helper: Helper) -> Password | IdentityToken:
+    """No helper is there."""
+    raise AssertionError(helper)
+
+
+def client_over(
+    http: HttpClient,
+    clock: Any = None,
+    *,
+    name: str = "reg.example",
+    scheme: str | None = "https",
+    base: Base | None = None,
+    login: Login | None = None,
+    ask: Ask = no_helper,
+    trusts: str = "",
+    plain_allowed: Callable[[], Deferred[bool]] = lambda: succeed(False),
+) -> Client:
+    """Asks the upstream `name`, which may be a mirror's `base`; `trusts` is the host of a token service that gets
+    the credentials."""
+    clock = clock or Clock()
+
+    def trusted(realm: Origin) -> bool:
+        return realm.host == trusts
+
+    base = base or Base(scheme, api_host(Upstream.parse(name)))
+    return Client(name, base, http, Credentials(login, ask, clock), trusted, plain_allowed, clock)
+
+
+def exchanges_over(agent: IAgent, clock: Any, upstream: str = "reg.example") -> HttpClient:
+    """Sends requests by `agent`, over links that are up, as much as comes."""
+    return HttpClient(upstream, agent, CircuitBreakers(clock), Bandwidth(None, (), clock), lambda: None, clock)
+
+
+def registry_over(client: Client, most: int = 1, name: str = "reg.example") -> Registry:
+    """An upstream without mirrors, with so many connections for blobs."""
+    return Registry(Upstream.parse(name), Sources([], client), ConnectionLimit(most), INSTANCE)

@@ -1,0 +1,223 @@
+"""What is loaded in the tests: upstreams that have it and count who asks, and what is told on the way."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from twisted.internet.defer import CancelledError, Deferred
+
+from ociregistry.errors import BlobUnknown, ManifestUnknown
+from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.platforms import Platform
+from ociregistry.pullthrough.cache import FoundManifest
+from ociregistry.pullthrough.fetchers import Advance, Fetcher
+from ociregistry.pullthrough.loader import Loader, Outcome
+from ociregistry.store.store import Store
+from tests.images import Image, Index
+from tests.unit.support.doubles import REACTOR, image, manifest, turn
+
+AMD64 = Platform("linux", "amd64")
+ARM64 = Platform("linux", "arm64")
+
+
+def index_of(*entries: tuple[Manifest, str], media_type: str = OCI_INDEX) -> Manifest:
+    """An index of manifests, each for a platform such as `linux/arm/v7`, or for none."""
+    listed = [
+        {
+            "mediaType": one.media_type,
+            "digest": one.digest,
+            "size": one.size,
+            **(
+                {"platform": dict(zip(("os", "architecture", "variant"), where.split("/"), strict=False))}
+                if where
+                else {}
+            ),
+        }
+        for one, where in entries
+    ]
+    document = {"schemaVersion": 2, "mediaType": media_type, "manifests": listed}
+    return Manifest.parse(json.dumps(document).encode(), media_type)
+
+
+def image_of(*blobs: bytes) -> Manifest:
+    """An image manifest over these blobs, the first of which is the config."""
+    config, *layers = (
+        {"mediaType": "application/octet-stream", "digest": Digest.of(blob), "size": len(blob)} for blob in blobs
+    )
+    media_type = "application/vnd.oci.image.manifest.v1+json"
+    document = {"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers}
+    return Manifest.parse(json.dumps(document).encode(), media_type)
+
+
+async def settle(store: Store) -> None:
+    """What looks at the disk has come back, and nothing goes on by itself any more."""
+    calm = 0
+    pools = (store._threads._reading, store._threads._writing, store._threads._in_turn)
+    while calm < 5:
+        await turn()
+        found = [pool._team.statistics() for pool in pools]
+        calm = 0 if any(one.busyWorkerCount or one.backloggedWorkCount for one in found) else calm + 1
+
+
+class Shelf:
+    """A supplier that has what was put on it, and gives it at once, or when the test says so.
+
+    What it gives is in the store afterwards; what is there, it is not asked for: as `Pulling` has it.
+    """
+
+    def __init__(self, store: Store, root: Path) -> None:
+        self._store = store
+        self._blob_files = root / "blobs"
+        self._manifests: dict[str, Manifest] = {}
+        self._blobs: dict[Digest, bytes] = {}
+        self._referrers: dict[Digest, Manifest] = {}
+        self.errors: dict[str, Exception] = {}
+        """What is asked for -> what it fails with, until it is taken out."""
+        self.held: set[str] = set()
+        """What is asked for -> waits: `manifest`, `blob`, or the whole of what is asked for."""
+        self.waiting: dict[str, Deferred[None]] = {}
+        self.asked: list[str] = []
+        self.running: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        """How many requests of a kind there were at once."""
+        self.cancelled = 0
+        self.pieces = 1
+        """How often it is told that something of a blob came."""
+
+    def add(self, url: str, what: Image | Index) -> None:
+        """An image or an index with its images is at this URL."""
+        built = what.images if isinstance(what, Index) else (what,)
+        for one in built:
+            self._blobs |= {Digest(blob.digest): blob.data for blob in one.blobs}
+        self.put(url, manifest(what), *map(manifest, built))
+
+    def put(self, url: str, what: Manifest, *others: Manifest, blobs: Sequence[bytes] = ()) -> None:
+        """A manifest is at this URL, and it and others by their digests."""
+        at = image(url)
+        self._manifests[str(at)] = what
+        for one in (what, *others):
+            self._manifests[f"{at.repository}@{one.digest}"] = one
+        self._blobs |= {Digest.of(blob): blob for blob in blobs}
+
+    def refer(self, subject: Digest, index: Manifest) -> None:
+        """The index of what refers to a manifest."""
+        self._referrers[subject] = index
+
+    def release(self, kind: str = "") -> None:
+        """What waits, whose words begin like this, waits no more."""
+        for words in [words for words in self.waiting if words.startswith(kind)]:
+            self.waiting.pop(words).callback(None)
+
+    async def _ask(self, kind: str, what: object) -> None:
+        words = f"{kind} {what}"
+        self.asked.append(words)
+        self.running[kind] += 1
+        self.most[kind] = max(self.most[kind], self.running[kind])
+        try:
+            if kind in self.held or words in self.held:
+                self.waiting[words] = Deferred()
+                await self.waiting[words]
+            if words in self.errors:
+                raise self.errors[words]
+        except CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running[kind] -= 1
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """As `Supplier.manifest`."""
+        stored = await self._store.manifest(image)
+        if stored is not None:
+            return FoundManifest(stored, hit=True)
+        await self._ask("manifest", image)
+        found = self._manifests.get(str(image))
+        if found is None:
+            raise ManifestUnknown(f"{image}: the upstream answered 404")
+        await self._store.keep(found, image)
+        return FoundManifest(found, hit=False)
+
+    async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
+        """As `Supplier.referrers`."""
+        await self._ask("referrers", f"{repository}@{digest}")
+        return self._referrers.get(digest)
+
+    async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
+        """As `Supplier.blob`."""
+        await self._ask("blob", f"{repository}@{digest}")
+        if digest not in self._blobs:
+            raise BlobUnknown(f"{repository}@{digest}: the upstream answered 404")
+        for count in _split(size, self.pieces):
+            advance(count)
+        (self._blob_files / digest.hex).write_bytes(self._blobs[digest])
+
+
+def _split(size: int, pieces: int) -> Iterator[int]:
+    for number in range(pieces):
+        yield size * (number + 1) // pieces - size * number // pieces
+
+
+class Told:
+    """Keeps what is told of the loading."""
+
+    def __init__(self) -> None:
+        self.expected: Counter[str] = Counter()
+        self.came_of: Counter[str] = Counter()
+        self.outcomes: list[Outcome] = []
+
+    def expect(self, name: str, size: int) -> None:
+        """As `Progress.expect`."""
+        self.expected[name] += size
+
+    def advance(self, name: str, count: int) -> None:
+        """As `Progress.came`."""
+        self.came_of[name] += count
+        assert self.came_of[name] <= self.expected[name]
+
+    def ended(self, outcome: Outcome) -> None:
+        """As `Progress.ended`."""
+        self.outcomes.append(outcome)
+
+
+class Loads:
+    """Loads images over a supplier, and keeps what is told."""
+
+    def __init__(self, store: Store, fetcher: Fetcher) -> None:
+        self._store = store
+        self._fetcher = fetcher
+        self.told = Told()
+
+    def loader(
+        self,
+        *wanted: Platform,
+        signatures: bool = False,
+        concurrent: int = 1,
+        connections: int = 4,
+    ) -> Loader:
+        """A loader of these platforms, or of all."""
+        return Loader(
+            self._store,
+            self._fetcher,
+            wanted,
+            signatures=signatures,
+            concurrent=concurrent,
+            connections=connections,
+            progress=self.told,
+            clock=REACTOR,
+        )
+
+    def load(
+        self,
+        *urls: str,
+        wanted: Sequence[Platform] = (AMD64,),
+        signatures: bool = False,
+        concurrent: int = 1,
+        connections: int = 4,
+    ) -> Deferred[list[Outcome]]:
+        """Fires with how each of the images ended."""
+        loader = self.loader(*wanted, signatures=signatures, concurrent=concurrent, connections=connections)
+        return Deferred.fromCoroutine(loader.load([image(url) for url in urls]))

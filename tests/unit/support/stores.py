@@ -1,0 +1,199 @@
+"""Stores that are full before the test begins: records and blobs are put there as other processes put them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
+from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
+from ociregistry.store.files import Files, SharedFile
+from ociregistry.store.index import Inventory, StoredRecord
+from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
+from ociregistry.store.records import Dates, Record, read_record, record_path
+
+HOST = Upstream("reg.example")
+
+
+def day(number: float) -> datetime:
+    """A day of the year in which the tests take place."""
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=number)
+
+
+def image_of(*blobs: bytes) -> Manifest:
+    """An image: its config, and its layers."""
+    described = [{"mediaType": "x", "digest": Digest.of(blob), "size": len(blob)} for blob in blobs]
+    document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described[0], "layers": described[1:]}
+    return Manifest.parse(json.dumps(document).encode(), OCI_MANIFEST)
+
+
+def list_of(*children: Manifest, seed: str = "") -> Manifest:
+    """A list of images, or of lists; another `seed` makes another list of the same."""
+    described = [{"mediaType": one.media_type, "digest": one.digest, "size": one.size} for one in children]
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": described, "annotations": {"seed": seed}}
+    return Manifest.parse(json.dumps(document).encode(), OCI_INDEX)
+
+
+def url_of(short: str, manifest: Manifest | None = None) -> str:
+    """The image URL for `a:1`; for `a@` that of `manifest` by digest."""
+    name, at, _ = short.partition("@")
+    if at:
+        assert manifest is not None
+        reference = manifest.digest
+        return str(ImageReference(Repository(HOST, name), reference))
+    name, _, tag = short.partition(":")
+    return str(ImageReference(Repository(HOST, name), parse_reference(tag)))
+
+
+def named(*shorts: str) -> Callable[[str], bool]:
+    """Whether an image URL is one of these, or of one of these repositories."""
+    wanted = [f"{HOST}/{short}" for short in shorts]
+    return lambda url: any(url == one or url.startswith((f"{one}:", f"{one}@")) for one in wanted)
+
+
+def by_name(*shorts: str) -> Selection:
+    """What prunes the image URLs, or repositories, of these names."""
+    return Selection(matches=named(*shorts))
+
+
+class Unsynced(Files):
+    """Does not wait for the disk."""
+
+    def sync_data(self, file: SharedFile) -> None:
+        """At once."""
+
+    def sync(self, file: SharedFile) -> None:
+        """At once."""
+
+    def sync_folder(self, folder: Path) -> None:
+        """At once, if it is there."""
+        assert folder.is_dir()
+
+
+@dataclass(frozen=True)
+class Stock:
+    """The files of a store."""
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        for folder in ("blobs", "fat", "img", "pulls"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+
+    def put(
+        self,
+        manifest: Manifest,
+        *shorts: str,
+        created: datetime | None = None,
+        confirmed: datetime | None = None,
+        pulled: datetime | None = None,
+        wanted: bool | None = None,
+    ) -> Manifest:
+        """The record says that these names mean `manifest` (too), when it was pulled last, and if it is wanted."""
+        path = self.path(manifest)
+        record = read_record(path) if path.exists() else Record(manifest, {})
+        dates = Dates(created or confirmed or day(0), confirmed or created or day(0))
+        images = {**record.images, **{url_of(short, manifest): dates for short in shorts}}
+        path.write_bytes(Record(manifest, images, record.wanted if wanted is None else wanted).render())
+        at = (pulled or day(0)).timestamp()
+        os.utime(path, (at, at))
+        return manifest
+
+    def blobs(self, *blobs: bytes) -> None:
+        """These are there, whole."""
+        for blob in blobs:
+            self.blob(blob).write_bytes(blob)
+
+    def image(self, blobs: Collection[bytes], *shorts: str, **how: Any) -> Manifest:
+        """An image with all its blobs; `how` is what `put` takes."""
+        self.blobs(*blobs)
+        return self.put(image_of(*blobs), *shorts, **how)
+
+    def blob(self, data: bytes) -> Path:
+        """Where a blob is kept."""
+        return self.root / "blobs" / Digest.of(data).hex
+
+    def path(self, manifest: Manifest) -> Path:
+        """Where a record is kept."""
+        return record_path(self.root, manifest.digest, is_list=manifest.is_list)
+
+    def inventory(self) -> Inventory:
+        """What is there."""
+        return Inventory.read(self.root)
+
+    def prune(self, choose: Choose, files: Files | None = None) -> Plan:
+        """Prunes, as a process of its own; a dry run told the same before, and the bytes that it told are free."""
+        told, before = planned(self.root, choose), self.sizes()
+        plan = self.prune_only(choose, files)
+        assert plan == told
+        after = self.sizes()
+        assert sum(size for path, size in before.items() if path not in after) == plan.bytes
+        return plan
+
+    def sizes(self) -> dict[Path, int]:
+        """The files of records and blobs, and their sizes in bytes."""
+        paths = (path for folder in ("blobs", "fat", "img") for path in (self.root / folder).iterdir())
+        return {path: path.stat().st_size for path in paths}
+
+    def prune_only(self, choose: Choose, files: Files | None = None) -> Plan:
+        """Prunes, as a process of its own."""
+        return prune(self.root, choose, files or Unsynced())
+
+    def names(self, manifest: Manifest) -> set[str] | None:
+        """The names that stand in its record, as they were given; None if there is no record."""
+        path = self.path(manifest)
+        if not path.exists():
+            return None
+        urls = read_record(path).images
+        return {url.removeprefix(f"{HOST}/").replace(f"@{manifest.digest}", "@") for url in urls}
+
+    def has(self, *blobs: bytes) -> list[bool]:
+        """Which of these blobs are there."""
+        return [self.blob(blob).exists() for blob in blobs]
+
+    def meaning(self, short: str) -> Digest | None:
+        """What a tag means: what was confirmed last."""
+        url = url_of(short)
+        claims = [
+            (kept.record.images[url].confirmed, digest)
+            for digest, kept in self.inventory().records.items()
+            if url in kept.record.images
+        ]
+        return max(claims)[1] if claims else None
+
+
+def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) -> Inventory:
+    """An inventory of manifests with names and when they were pulled, without files."""
+    kept = (
+        StoredRecord(
+            Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
+            record_path(root, manifest.digest, is_list=manifest.is_list),
+            pulled,
+            1000,
+        )
+        for manifest, shorts, pulled in records
+    )
+    return Inventory(root, {one.manifest.digest: one for one in kept})
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions `work` calls: unlike the time that it takes, the same on a slow machine."""
+    count = 0
+
+    def called(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count

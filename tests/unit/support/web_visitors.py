@@ -1,0 +1,183 @@
+"""Clients of the HTTP server without a network: what they send, and what they get, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from twisted.internet.address import IPv4Address
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.web.http import HTTPChannel
+
+from ociregistry.concurrency import Event
+from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.store.space import Room
+from ociregistry.store.store import Counts
+from ociregistry.via import NO_VIA, Via
+from ociregistry.web.api import V2, health
+from ociregistry.web.requests import Query
+from ociregistry.web.resource import Answer, InMemory
+from ociregistry.web.site import RegistrySite
+
+STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)
+ROOM = Room(free=10, reserve=7, full=False)
+
+
+class Growing:
+    """Content that comes when the test says so."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.data = b""
+        self.closed = 0
+        self.error: Exception | None = None
+        self._changed = Event()
+
+    def grow(self, data: bytes) -> None:
+        """Some more is here."""
+        self.data += data
+        self._changed.fire()
+
+    def fail(self, error: Exception) -> None:
+        """No more will come."""
+        self.error = error
+        self._changed.fire()
+
+    def more_than(self, offset: int) -> Deferred[int]:
+        """Fires when there is more."""
+        return Deferred.fromCoroutine(self._more_than(offset))
+
+    async def _more_than(self, offset: int) -> int:
+        while len(self.data) <= offset:
+            if self.error is not None:
+                raise self.error
+            await self._changed.wait()
+        return len(self.data)
+
+    def read(self, offset: int, count: int) -> Deferred[bytes]:
+        """Fires with what is here."""
+        return InMemory(self.data).read(offset, count)
+
+    def close(self) -> None:
+        """It has been given back, once."""
+        self.closed += 1
+
+
+class Handler(V2):
+    """Gives the answers of the test in place of those of the API."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, bytes]] = []
+        self.vias: list[Via] = []
+        self.give: Callable[[], Answer | Deferred[Answer] | Exception] = lambda: Answer(200, InMemory(b"hello"))
+
+    async def answer(self, method: str, path: bytes, query: Query, via: Via = NO_VIA) -> Answer:
+        self.asked.append((method, path))
+        self.vias.append(via)
+        given = self.give()
+        if isinstance(given, Exception):
+            raise given
+        return await given if isinstance(given, Deferred) else given
+
+
+def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
+    """The server."""
+    told = health(
+        lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, lambda: ROOM, STARTED
+    )
+    return RegistrySite(handler, told, patience, clock)
+
+
+class Got:
+    """One answer, as a client got it."""
+
+    def __init__(self, head: bytes, body: bytes) -> None:
+        first, *lines = head.decode("latin-1").split("\r\n")
+        self.version, status, _ = first.split(" ", 2)
+        self.status = int(status)
+        self.headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        self.body = body
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it came."""
+        return len(self.body) == int(self.headers["content-length"])
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """The one error in the body."""
+        assert self.headers["content-type"] == "application/json"
+        (error,) = json.loads(self.body)["errors"]
+        assert set(error) == {"code", "message", "detail"}
+        return cast(Mapping[str, Any], error)
+
+
+class Visitor:
+    """A client with one connection."""
+
+    def __init__(self, server: RegistrySite) -> None:
+        address = IPv4Address("TCP", "192.0.2.1", 40_000)
+        self.transport = StringTransport(peerAddress=address)
+        protocol = server.buildProtocol(address)
+        assert protocol is not None
+        self.channel = cast(HTTPChannel, protocol)
+        self.channel.makeConnection(self.transport)
+
+    def send(self, data: bytes) -> Visitor:
+        """Sends bytes."""
+        self.channel.dataReceived(data)
+        return self
+
+    def ask(self, path: str, method: str = "GET", **headers: str) -> Visitor:
+        """Sends a request."""
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            "Host: cache",
+            *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
+        ]
+        return self.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
+
+    @property
+    def received(self) -> bytes:
+        """All that came."""
+        return bytes(self.transport.value())
+
+    def got(self, method: str = "GET") -> Got:
+        """The one answer that came, so far."""
+        (answer,) = self.all_got(method)
+        return answer
+
+    def all_got(self, *methods: str) -> list[Got]:
+        """The answers that came to requests of these methods, the last one perhaps in part."""
+        answers = []
+        rest = self.received
+        for method in methods:
+            head, _, rest = rest.partition(b"\r\n\r\n")
+            length = 0 if method == "HEAD" else int(Got(head, b"").headers["content-length"])
+            answers.append(Got(head, rest[:length]))
+            rest = rest[length:]
+        assert not rest, rest
+        return answers
+
+    def pause(self) -> None:
+        """Takes nothing for now."""
+        cast(IPushProducer, self.transport.producer).pauseProducing()
+
+    def resume(self) -> None:
+        """Takes what is sent."""
+        cast(IPushProducer, self.transport.producer).resumeProducing()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server has ended the connection."""
+        return self.transport.disconnecting
+
+    def leave(self) -> None:
+        """Closes the connection."""
+        self.channel.connectionLost(Failure(ConnectionDone()))

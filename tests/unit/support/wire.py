@@ -1,0 +1,60 @@
+"""Real connections to scripted registries, as the daemon makes them but for where they may lead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import succeed
+from twisted.web.client import Agent, HTTPConnectionPool
+
+from ociregistry.config.tls import SYSTEM_TRUST, Certificates, UpstreamTls
+from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import CircuitBreakers
+from ociregistry.upstream.client import Client
+from ociregistry.upstream.http import HttpClient
+from ociregistry.upstream.registry import Registry
+from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from tests.unit.support.doubles import REACTOR
+from tests.unit.support.http_agents import client_over, registry_over
+
+
+def trusting(authority: Path | None) -> UpstreamTls:
+    """Trust in one authority alone, or in those of the system."""
+    return UpstreamTls(Certificates(authority, (authority.read_bytes(),))) if authority else SYSTEM_TRUST
+
+
+class Network:
+    """Makes what talks to upstreams; `close` ends its connections."""
+
+    def __init__(self) -> None:
+        self._pools: list[HTTPConnectionPool] = []
+
+    def http(
+        self, upstream: str, *, trust: Path | None = None, clock: Any = REACTOR, policy: UpstreamPolicy | None = None
+    ) -> HttpClient:
+        """Sends requests; with `trust` to registries of that authority, else to those of the system's."""
+        pool = HTTPConnectionPool(REACTOR)
+        self._pools.append(pool)
+        policy = policy or UpstreamPolicy(trusting(trust), ("", 0), Contexts())
+        agent = Agent(REACTOR, policy, connectTimeout=10, pool=pool)
+        return HttpClient(
+            upstream, agent, CircuitBreakers(clock), Bandwidth(None, (), clock), pool.closeCachedConnections, clock
+        )
+
+    def client(self, upstream: str, *, scheme: str | None = None, trust: Path | None = None) -> Client:
+        """Asks an upstream, which may be asked by http too."""
+
+        http = self.http(upstream, trust=trust)
+        return client_over(http, REACTOR, name=upstream, scheme=scheme, plain_allowed=lambda: succeed(True))
+
+    def registry(
+        self, upstream: str, *, scheme: str | None = None, trust: Path | None = None, connections: int = 2
+    ) -> Registry:
+        """An upstream with a few connections."""
+        return registry_over(self.client(upstream, scheme=scheme, trust=trust), connections, upstream)
+
+    async def close(self) -> None:
+        """Closes idle connections."""
+        for pool in self._pools:
+            await pool.closeCachedConnections()

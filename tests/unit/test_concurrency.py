@@ -1,0 +1,220 @@
+"""Bells and flights: many wait for one thing, and none of them can spoil it for the others."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred, fail, succeed
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+from twisted.python.failure import Failure
+
+from ociregistry.concurrency import Event, SingleFlight
+from ociregistry.errors import Unavailable
+from tests.unit.support.doubles import failed, fired, texts
+
+
+class Work:
+    """Work that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.result: Deferred[str] = Deferred()
+
+    async def __call__(self) -> str:
+        self.begun += 1
+        return await self.result
+
+
+def test_a_event_wakes_all_who_wait_now() -> None:
+    bell = Event()
+    first, second = bell.wait(), bell.wait()
+    assert not first.called
+    bell.fire()
+    assert first.called
+    assert second.called
+    later = bell.wait()
+    assert not later.called
+    bell.fire()
+    assert later.called
+    bell.fire()
+
+
+def test_who_cancels_wakes_nobody() -> None:
+    bell = Event()
+    first, second = bell.wait(), bell.wait()
+    first.cancel()
+    failed(first, CancelledError)
+    assert not second.called
+    bell.fire()
+    assert second.called
+
+
+def test_who_waits_again_when_it_rings_waits_for_the_next_ring() -> None:
+    bell = Event()
+    again: list[Deferred[None]] = []
+    bell.wait().addCallback(lambda _: again.append(bell.wait()))
+    bell.fire()
+    assert not again[0].called
+    bell.fire()
+    assert again[0].called
+
+
+def test_who_is_woken_may_cancel_another() -> None:
+    bell = Event()
+    waiting = [bell.wait() for _ in range(3)]
+
+    def woken(_: None) -> None:
+        for other in waiting:
+            other.cancel()
+
+    for mine in waiting:
+        mine.addCallback(woken)
+        mine.addErrback(lambda failure: failure.trap(CancelledError))
+    bell.fire()
+    assert all(mine.called for mine in waiting)
+
+
+def test_the_work_is_done_once_for_all_who_wait() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    waiting = [flights.join("key", work) for _ in range(3)]
+    assert work.begun == 1
+    assert len(set(map(id, waiting))) == 3
+    work.result.callback("done")
+    assert [fired(mine) for mine in waiting] == ["done"] * 3
+
+
+def test_every_key_has_its_own_work() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    one, other = Work(), Work()
+    first, second = flights.join("one", one), flights.join("other", other)
+    other.result.callback("other")
+    assert fired(second) == "other"
+    assert not first.called
+    one.result.callback("one")
+    assert fired(first) == "one"
+
+
+def test_what_has_ended_is_begun_anew() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    first = flights.join("key", work)
+    work.result.callback("first")
+    work.result = succeed("second")
+    assert fired(flights.join("key", work)) == "second"
+    assert fired(first) == "first"
+    assert work.begun == 2
+
+
+def test_who_cancels_leaves_the_work_and_the_others() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    first, second = flights.join("key", work), flights.join("key", work)
+    first.cancel()
+    failed(first, CancelledError)
+    assert not second.called
+    work.result.callback("done")
+    assert fired(second) == "done"
+
+
+def test_who_runs_out_of_time_leaves_the_work(clock: Clock) -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    hasty = flights.join("key", work).addTimeout(25, clock)
+    clock.advance(25)
+    assert hasty.called
+    hasty.addErrback(lambda _: None)
+    patient = flights.join("key", work)
+    assert work.begun == 1
+    work.result.callback("done")
+    assert fired(patient) == "done"
+
+
+def test_a_failure_reaches_all() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    waiting = [flights.join("key", work) for _ in range(3)]
+    work.result.errback(Unavailable("down"))
+    assert [failed(mine, Unavailable).message for mine in waiting] == ["down"] * 3
+
+
+def test_work_that_fails_at_once_has_failed() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    work.result = fail(Unavailable("down"))
+    failed(flights.join("key", work), Unavailable)
+    work.result = succeed("up")
+    assert fired(flights.join("key", work)) == "up"
+
+
+def test_an_upstreams_failure_that_nobody_waits_for_is_one_line(events: list[LogEvent]) -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    failed(cancelled(flights.join("key", work)), CancelledError)
+    work.result.errback(Unavailable("docker.io: the connection was refused"))
+    assert texts(events, LogLevel.error) == ["docker.io: the connection was refused"]
+    assert len(events) == 1
+
+
+@pytest.mark.expect_logged_failures
+def test_a_defect_that_nobody_waits_for_is_logged_with_its_traceback(events: list[LogEvent]) -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    failed(cancelled(flights.join("key", work)), CancelledError)
+    work.result.errback(ZeroDivisionError("a defect"))
+    assert [event["log_failure"].type for event in events] == [ZeroDivisionError]
+
+
+def test_what_somebody_waits_for_is_not_logged(events: list[LogEvent]) -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    mine = flights.join("key", work)
+    work.result.errback(Unavailable("down"))
+    failed(mine, Unavailable)
+    assert events == []
+
+
+def test_who_is_served_may_join_again_and_cancel_another() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work, next_work = Work(), Work()
+    first, second, third = (flights.join("key", work) for _ in range(3))
+    joined: list[Deferred[str]] = []
+
+    def served(result: str) -> str:
+        second.cancel()
+        joined.append(flights.join("key", next_work))
+        return result
+
+    first.addCallback(served)
+    work.result.callback("done")
+    assert fired(first) == fired(third) == "done"
+    failed(second, CancelledError)
+    assert (next_work.begun, joined[0].called) == (1, False)
+    next_work.result.callback("next")
+    assert fired(joined[0]) == "next"
+
+
+def test_one_waiters_trouble_is_its_own() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    first, second = flights.join("key", work), flights.join("key", work)
+    first.addCallback(lambda _: 1 / 0)
+    work.result.callback("done")
+    assert fired(second) == "done"
+    failed(first, ZeroDivisionError)
+
+
+def test_what_one_waiter_makes_of_a_failure_is_its_own() -> None:
+    flights: SingleFlight[str, str] = SingleFlight()
+    work = Work()
+    first, second = flights.join("key", work), flights.join("key", work)
+    first.addErrback(lambda failure: isinstance(failure, Failure))
+    work.result.errback(Unavailable("down"))
+    assert fired(first)
+    failed(second, Unavailable)
+
+
+def cancelled(waiting: Deferred[str]) -> Deferred[str]:
+    """The same, cancelled."""
+    waiting.cancel()
+    return waiting

@@ -1,0 +1,89 @@
+"""--log-level, over our own lines and Twisted's."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from twisted.logger import (
+    FilteringLogObserver,
+    LogEvent,
+    Logger,
+    LogLevel,
+    PredicateResult,
+    textFileLogObserver,
+)
+
+from ociregistry.log import ALWAYS, AtLeast
+from ociregistry.settings import LOG_LEVELS
+
+ORDER = (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error, LogLevel.critical)
+LEAST = {"trace": 0, "debug": 0, "info": 1, "warn": 2, "error": 3}
+
+
+def passes(level: str, **event: Any) -> bool:
+    """Whether an event passes at a level; the answer is always clear."""
+    result = AtLeast(level)(event)
+    assert result in (PredicateResult.yes, PredicateResult.no)
+    return result is PredicateResult.yes
+
+
+def test_the_levels_are_those_of_the_settings() -> None:
+    assert set(LEAST) == set(LOG_LEVELS)
+
+
+@pytest.mark.parametrize("level", LOG_LEVELS)
+@pytest.mark.parametrize("namespace", ["ociregistry", "ociregistry.store"])
+def test_our_lines_pass_from_their_level_on(level: str, namespace: str) -> None:
+    passed = [passes(level, log_level=event_level, log_namespace=namespace) for event_level in ORDER]
+    assert passed == [False] * LEAST[level] + [True] * (5 - LEAST[level])
+
+
+@pytest.mark.parametrize("level", LOG_LEVELS)
+def test_the_banner_always_passes(level: str) -> None:
+    for event_level in ORDER:
+        assert passes(level, log_level=event_level, log_namespace="ociregistry", **ALWAYS)
+
+
+def test_the_debugging_of_twisted_is_for_trace_alone() -> None:
+    for namespace in ("twisted.internet", "treq", ""):
+        event: LogEvent = {"log_level": LogLevel.debug, "log_namespace": namespace}
+        assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace"]
+
+
+def test_every_connection_to_an_upstream_is_for_trace_alone() -> None:
+    event: LogEvent = {"log_level": LogLevel.info, "log_namespace": "twisted.web.client._HTTP11ClientFactory"}
+    assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace"]
+    assert passes("error", **{**event, "log_level": LogLevel.error})
+
+
+def test_the_rest_of_what_twisted_says_has_our_levels() -> None:
+    event: LogEvent = {"log_level": LogLevel.info, "log_namespace": "twisted.scripts._twistd_unix.UnixAppLogger"}
+    assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace", "debug", "info"]
+
+
+def test_an_event_without_level_or_namespace_is_an_info() -> None:
+    assert [level for level in LOG_LEVELS if passes(level)] == ["trace", "debug", "info"]
+
+
+@pytest.mark.parametrize("level", LOG_LEVELS)
+@pytest.mark.parametrize("before", LOG_LEVELS)
+def test_another_level_may_be_used_from_now_on(before: str, level: str) -> None:
+    changed, at_once = AtLeast(before), AtLeast(level)
+    changed.reconfigure(level)
+    for event_level in ORDER:
+        for namespace in ("ociregistry.web", "twisted.internet", "twisted.web.client"):
+            event: LogEvent = {"log_level": event_level, "log_namespace": namespace}
+            assert changed(event) is at_once(event)
+
+
+def test_it_stands_in_front_of_an_observer() -> None:
+    out = io.StringIO()
+    observer = FilteringLogObserver(textFileLogObserver(out), [AtLeast("warn")])
+    log = Logger(namespace="ociregistry", observer=observer)
+    log.info("requests")
+    log.info("the banner", **ALWAYS)
+    log.warn("links")
+    log.error("failures")
+    assert [line.partition("] ")[2] for line in out.getvalue().splitlines()] == ["the banner", "links", "failures"]

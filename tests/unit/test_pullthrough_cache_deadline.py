@@ -1,0 +1,45 @@
+"""How long a client waits for the first word of an answer."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.errors import Unavailable
+from ociregistry.pullthrough.cache import ANSWER_DEADLINE, within_deadline
+from tests.unit.support.doubles import failed, fired
+
+
+def waiting(clock: Clock) -> tuple[Deferred[str], Deferred[str]]:
+    """What is waited for, and who waits."""
+    work: Deferred[str] = Deferred()
+    return work, Deferred.fromCoroutine(within_deadline(work, clock, "docker.io/library/nginx:1"))
+
+
+def test_an_answer_comes_before_containerd_gives_up() -> None:
+    assert 20 <= ANSWER_DEADLINE < 30
+
+
+def test_what_comes_in_time_is_given_on(clock: Clock) -> None:
+    work, waits = waiting(clock)
+    clock.advance(ANSWER_DEADLINE - 0.1)
+    work.callback("here")
+    assert fired(waits) == "here"
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("error", [Unavailable("down"), ZeroDivisionError("a defect")])
+def test_a_failure_is_given_on(clock: Clock, error: Exception) -> None:
+    work, waits = waiting(clock)
+    work.errback(error)
+    assert failed(waits, type(error)) is error
+    assert clock.getDelayedCalls() == []
+
+
+def test_what_takes_too_long_is_unavailable(clock: Clock) -> None:
+    work, waits = waiting(clock)
+    clock.advance(ANSWER_DEADLINE)
+    message = failed(waits, Unavailable).message
+    assert message == "docker.io/library/nginx:1: the upstream gave no answer within 25 s"
+    assert work.called

@@ -1,0 +1,46 @@
+"""What is fetched into the store, as loads and completions do it, crosses the link once, whoever else brings it."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.store.blobs import StoredBlob
+from ociregistry.store.store import Store
+from tests.images import make_image
+from tests.unit.support.doubles import image, on_reactor, until
+from tests.unit.support.registries import MemoryRegistries, landed
+
+BUILT = make_image("fetch")
+DATA = BUILT.layers[0].data
+DIGEST = Digest(BUILT.layers[0].digest)
+REPOSITORY = image("reg.example/team/app:1").repository
+
+
+@on_reactor
+async def test_a_download_that_ended_while_it_looked_is_not_made_again(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load follows a blob to its last byte, and then waits for it to be in the store: it comes there meanwhile."""
+    first = Deferred.fromCoroutine(cache.blob(REPOSITORY, DIGEST))
+    await until(lambda: len(upstreams) == 1)
+    looked: Deferred[None] = Deferred()
+    really_look = store.blob
+
+    async def look_slowly(digest: Digest) -> StoredBlob | None:
+        found = await really_look(digest)
+        monkeypatch.undo()
+        await looked
+        return found
+
+    monkeypatch.setattr(store, "blob", look_slowly)
+    fetching = Deferred.fromCoroutine(cache.fetch(REPOSITORY, DIGEST))
+    upstreams[0].stream(len(DATA)).send(DATA).end()
+    (await first).content.close()
+    await landed(cache)
+    looked.callback(None)
+    await until(lambda: fetching.called or len(upstreams) > 1)
+    assert len(upstreams) == 1
+    await fetching

@@ -1,0 +1,264 @@
+"""`--always-pull-latest`: the upstream is asked what `latest` means, and the cache knows it when nobody else does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NoReturn
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.names import Upstream
+from ociregistry.pullthrough.cache import FoundManifest, Policy, PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.store import Store
+from ociregistry.web.api import V2
+from tests.images import make_image, make_index
+from tests.unit.support.demands import NoDemand
+from tests.unit.support.doubles import image, manifest, on_reactor, texts, turn, until
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.registries import MemoryRegistries
+from tests.unit.test_pullthrough_cache import asked, manifest_of
+from tests.unit.test_web_api import ask
+
+LATEST = image("reg.example/team/app:latest")
+IMAGE, OTHER = manifest(make_image("latest")), manifest(make_index("latest"))
+HEAD = f"manifest_digest {LATEST}"
+ERRORS = [
+    Unavailable("reg.example: it answered 503"),
+    ManifestUnknown("reg.example: it answered 404"),
+    Denied("reg.example: it has a forbidden address"),
+]
+
+
+@pytest.fixture
+def cache(store: Store, upstreams: MemoryRegistries, clock: Clock) -> PullThrough:
+    """A cache that checks `latest`."""
+    return PullThrough(store, upstreams, clock, Policy(always_pull_latest=True))
+
+
+def pull(cache: PullThrough) -> Deferred[FoundManifest]:
+    """A client asks for it."""
+    return manifest_of(cache, str(LATEST))
+
+
+def stale(why: str) -> str:
+    """The line of the log."""
+    return f"serving {LATEST} from the cache, unchecked: {why}"
+
+
+@on_reactor
+async def test_what_has_not_changed_is_not_fetched(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, events: list[LogEvent]
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    for count in (1, 2):
+        pulling = pull(cache)
+        await asked(upstreams, count)
+        upstreams[-1].answer(IMAGE.digest)
+        assert await pulling == FoundManifest(IMAGE, hit=True)
+    assert upstreams.asked == [HEAD] * 2
+    assert texts(events, LogLevel.warn) == []
+
+
+@on_reactor
+async def test_what_has_moved_is_fetched_by_its_digest_and_kept(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    pulling = pull(cache)
+    await asked(upstreams)
+    upstreams[0].answer(OTHER.digest)
+    await asked(upstreams, 2)
+    assert upstreams.asked == [HEAD, f"manifest {LATEST.repository}@{OTHER.digest}"]
+    upstreams[1].answer(OTHER)
+    assert await pulling == FoundManifest(OTHER, hit=False)
+    assert await store.manifest(LATEST) == OTHER
+    # And the next one finds it here.
+    pulling = pull(cache)
+    await asked(upstreams, 3)
+    upstreams[2].answer(OTHER.digest)
+    assert await pulling == FoundManifest(OTHER, hit=True)
+
+
+@on_reactor
+async def test_an_upstream_that_tells_no_digest_is_asked_by_the_tag(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    pulling = pull(cache)
+    await asked(upstreams)
+    upstreams[0].answer(None)
+    await asked(upstreams, 2)
+    assert upstreams.asked == [HEAD, f"manifest {LATEST}"]
+    upstreams[1].answer(OTHER)
+    assert (await pulling).manifest == OTHER
+    assert await store.manifest(LATEST) == OTHER
+
+
+@on_reactor
+async def test_what_is_not_here_is_fetched_as_ever(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    pulling = pull(cache)
+    await asked(upstreams)
+    assert upstreams.asked == [f"manifest {LATEST}"]
+    # There is nothing that could be given in its place.
+    clock.advance(24)
+    assert not pulling.called
+    upstreams[0].answer(IMAGE)
+    assert await pulling == FoundManifest(IMAGE, hit=False)
+
+
+@on_reactor
+async def test_an_upstream_has_five_seconds_for_all_of_it(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, events: list[LogEvent]
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    pulling = pull(cache)
+    await asked(upstreams)
+    clock.advance(3)
+    upstreams[0].answer(OTHER.digest)
+    await asked(upstreams, 2)
+    clock.advance(1.875)
+    await turn()
+    assert not pulling.called
+    clock.advance(0.125)
+    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+    assert texts(events, LogLevel.warn) == [stale("no answer within 5 s")]
+    # What comes later is for who asks then.
+    upstreams[1].answer(OTHER)
+    await until(lambda: store.counts.lists == 1)
+    assert await store.manifest(LATEST) == OTHER
+
+
+@pytest.mark.parametrize("at", ["HEAD", "GET"])
+@pytest.mark.parametrize("error", ERRORS)
+@on_reactor
+async def test_an_upstream_that_gives_no_manifest_changes_nothing(
+    cache: PullThrough,
+    upstreams: MemoryRegistries,
+    store: Store,
+    events: list[LogEvent],
+    error: RegistryError,
+    at: str,
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    pulling = pull(cache)
+    await asked(upstreams)
+    if at == "GET":
+        upstreams[0].answer(OTHER.digest)
+        await asked(upstreams, 2)
+    upstreams[-1].refuse(error)
+    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+    assert texts(events, LogLevel.warn) == [stale(error.message)]
+    assert texts(events, LogLevel.error) == []
+    assert await store.manifest(LATEST) == IMAGE
+
+
+@on_reactor
+async def test_nor_does_a_disk_that_is_full(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.keep(IMAGE, LATEST)
+
+    async def keep(*what: object, **said: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "keep", keep)
+    pulling = pull(cache)
+    await asked(upstreams)
+    upstreams[0].answer(OTHER.digest)
+    await asked(upstreams, 2)
+    upstreams[1].answer(OTHER)
+    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+
+
+async def pull_at_once(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> list[Deferred[FoundManifest]]:
+    """Three clients ask for it, and one request goes out."""
+    await store.keep(IMAGE, LATEST)
+    pulling = [pull(cache) for _ in range(3)]
+    await asked(upstreams)
+    await until(lambda: sum(map(len, cache._checks._waiting.values())) == 3)
+    assert upstreams.asked == [HEAD]
+    return pulling
+
+
+@on_reactor
+async def test_clients_that_ask_at_once_share_what_comes(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, events: list[LogEvent]
+) -> None:
+    pulling = await pull_at_once(cache, upstreams, store)
+    upstreams[0].answer(OTHER.digest)
+    await asked(upstreams, 2)
+    upstreams[1].answer(OTHER)
+    assert [await one for one in pulling] == [FoundManifest(OTHER, hit=False)] * 3
+    assert len(upstreams) == 2
+    pulling = [pull(cache) for _ in range(2)]
+    await asked(upstreams, 3)
+    await until(lambda: sum(map(len, cache._checks._waiting.values())) == 2)
+    upstreams[2].refuse(ERRORS[0])
+    assert [await one for one in pulling] == [FoundManifest(OTHER, hit=True, stale=True)] * 2
+
+
+@on_reactor
+async def test_and_it_was_here_for_all_of_them(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
+    pulling = await pull_at_once(cache, upstreams, store)
+    upstreams[0].answer(IMAGE.digest)
+    assert [await one for one in pulling] == [FoundManifest(IMAGE, hit=True)] * 3
+
+
+@pytest.mark.parametrize("url", ["reg.example/team/app:1", "reg.example/team/app:latest-1", "@"])
+@on_reactor
+async def test_nothing_else_is_checked(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, url: str
+) -> None:
+    url = f"{LATEST.repository}@{IMAGE.digest}" if url == "@" else url
+    await store.keep(IMAGE, image(url))
+    assert await manifest_of(cache, url) == FoundManifest(IMAGE, hit=True)
+    assert len(upstreams) == 0
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(air_gapped=True), Policy(True, True)])
+@on_reactor
+async def test_without_it_or_without_a_link_nobody_is_asked(
+    store: Store, upstreams: MemoryRegistries, clock: Clock, policy: Policy
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    cache = PullThrough(store, upstreams, clock, policy)
+    assert await pull(cache) == FoundManifest(IMAGE, hit=True)
+    assert len(upstreams) == 0
+
+
+@on_reactor
+async def test_an_upstream_that_is_not_allowed_is_denied(store: Store, clock: Clock) -> None:
+    await store.keep(IMAGE, LATEST)
+    upstreams = MemoryRegistries("else.example")
+    with pytest.raises(Denied):
+        await pull(PullThrough(store, upstreams, clock, Policy(always_pull_latest=True)))
+    assert len(upstreams) == 0
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@on_reactor
+async def test_a_client_is_warned_of_what_was_not_checked(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, method: str
+) -> None:
+    await store.keep(IMAGE, LATEST)
+    v2 = V2(cache, Listings(store, upstreams, clock), NoDemand(), Upstream("docker.io"), INSTANCE)
+    for count, error in enumerate((None, *ERRORS), 1):
+        asking = ask(v2, "/v2/team/app/manifests/latest", method=method)
+        await asked(upstreams, count)
+        if error is None:
+            upstreams[-1].answer(IMAGE.digest)
+        else:
+            upstreams[-1].refuse(error)
+        answer = await asking
+        assert (answer.status, answer.headers["Docker-Content-Digest"]) == (200, IMAGE.digest)
+        assert answer.headers.get("Warning") == ('110 - "Response is Stale"' if error else None)

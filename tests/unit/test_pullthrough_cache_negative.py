@@ -1,0 +1,61 @@
+"""Promises that could not be kept are remembered for a minute, so that the next client is told at once."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.task import Clock
+
+from ociregistry.errors import BlobUnknown
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import NegativeCache
+from tests.unit.support.doubles import image
+
+APP, ELSEWHERE = image("reg.example/team/app:1").repository, image("else.example/team/app:1").repository
+BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
+GONE = BlobUnknown("reg.example: it answered 404")
+
+
+def test_it_is_told_for_a_minute(clock: Clock) -> None:
+    clock.advance(1000)
+    broken = NegativeCache(clock)
+    broken.check(APP, BLOB)
+    broken.remember(APP, BLOB, GONE)
+    for _ in range(2):
+        with pytest.raises(BlobUnknown) as told:
+            broken.check(APP, BLOB)
+        # An error of its own for each: a traceback that grows with every client would be a leak.
+        assert told.value is not GONE
+        assert told.value.message == GONE.message
+        clock.advance(59.875 / 2)
+    with pytest.raises(BlobUnknown):
+        broken.check(APP, BLOB)
+    clock.advance(0.125)
+    for _ in range(2):
+        broken.check(APP, BLOB)
+    assert broken._kept == {}
+
+
+def test_it_says_nothing_of_others(clock: Clock) -> None:
+    broken = NegativeCache(clock)
+    broken.remember(APP, BLOB, GONE)
+    broken.check(APP, OTHER)
+    broken.check(ELSEWHERE, BLOB)
+
+
+def test_it_is_renewed(clock: Clock) -> None:
+    broken = NegativeCache(clock)
+    broken.remember(APP, BLOB, GONE)
+    clock.advance(45)
+    broken.remember(APP, BLOB, BlobUnknown("another"))
+    clock.advance(45)
+    with pytest.raises(BlobUnknown, match="another"):
+        broken.check(APP, BLOB)
+
+
+def test_memory_is_bounded(clock: Clock) -> None:
+    broken = NegativeCache(clock)
+    for number in range(5000):
+        broken.remember(APP, Digest.of(str(number).encode()), GONE)
+        assert len(broken._kept) <= 1000
+    with pytest.raises(BlobUnknown):
+        broken.check(APP, Digest.of(b"4999"))

@@ -1,0 +1,138 @@
+"""The end: what is in flight ends, its clients are told why, and nothing begins anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from ociregistry.errors import Unavailable
+from ociregistry.names import Digest, Upstream
+from ociregistry.pullthrough.cache import Content, PullThrough
+from ociregistry.store.store import Store
+from ociregistry.upstream.network import Registries
+from ociregistry.upstream.registry import Registry
+from tests.unit.support.doubles import on_reactor, turn, until
+from tests.unit.support.http_agents import client_over, exchanges_over, registry_over
+from tests.unit.support.registries import MemoryRegistries, Sending
+from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of
+
+
+async def stop(cache: PullThrough, clock: Clock) -> None:
+    """Stops it, and waits until it has; no time passes."""
+    stopped = cache.stop()
+    await turn()
+
+    def has_stopped() -> bool:
+        clock.advance(0)
+        return stopped.called
+
+    await until(has_stopped)
+
+
+@on_reactor
+async def test_a_cache_without_downloads_stops_at_once(cache: PullThrough, clock: Clock) -> None:
+    await stop(cache, clock)
+
+
+async def begin(cache: PullThrough, upstreams: MemoryRegistries) -> tuple[Content, Sending]:
+    """The blob as a client gets it, and as the upstream sends it."""
+    asked = blob_of(cache)
+    await until(lambda: upstreams.calls)
+    sending = upstreams[0].stream(len(DATA))
+    return (await asked).content, sending
+
+
+@pytest.mark.parametrize("received", [0, 1000, len(DATA)])
+@on_reactor
+async def test_a_blob_in_flight_ends(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, received: int
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    if received:
+        sending.send(DATA[:received])
+        await content.more_than(0)
+    waiting = content.more_than(received)
+    await turn()
+    await stop(cache, clock)
+    with pytest.raises(Unavailable, match="stopping"):
+        await waiting
+    content.close()
+    assert sending.connection.closed
+    assert list((root / "blobs").iterdir()) == []
+    # What has come is kept for the next time.
+    assert (root / "pulls" / "0" / DIGEST.hex).read_bytes() == DATA[:received]
+
+
+@on_reactor
+async def test_it_ends_too_when_its_last_client_sets_off_the_stop(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    """The drain is over when the last request is: that may be in the middle of what the download does just then."""
+    content, sending = await begin(cache, upstreams)
+    content.close()
+    await stop(cache, clock)
+    assert sending.connection.closed
+
+
+@on_reactor
+async def test_a_blob_that_the_upstream_has_not_answered_for_ends(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    asked = blob_of(cache)
+    await until(lambda: upstreams.calls)
+    await stop(cache, clock)
+    with pytest.raises(Unavailable, match="stopping"):
+        await asked
+
+
+@implementer(IAgent)
+class NeverAnswers:
+    """Is asked, and says nothing; who cancels is told as a real Agent tells it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
+    ) -> Deferred[IResponse]:
+        """Waits."""
+        self.asked += 1
+        return Deferred()
+
+
+@on_reactor
+async def test_and_the_reason_is_ours_not_the_upstreams(store: Store, clock: Clock) -> None:
+    agent = NeverAnswers()
+
+    def registry(upstream: Upstream) -> Registry:
+        http = exchanges_over(agent, clock, str(upstream))
+        return registry_over(client_over(http, clock), 1)
+
+    cache = PullThrough(store, Registries((), registry), clock)
+    asked = blob_of(cache)
+    await until(lambda: agent.asked)
+    await stop(cache, clock)
+    with pytest.raises(Unavailable, match="stopping"):
+        await asked
+
+
+@on_reactor
+async def test_nothing_begins_anew_for_who_followed_another_repositorys_download(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, looks: list[Digest]
+) -> None:
+    waiting = [blob_of(cache)]
+    await until(lambda: upstreams.calls)
+    waiting.append(blob_of(cache, str(ELSEWHERE)))
+    await until(lambda: len(looks) == 2)
+    await stop(cache, clock)
+    for one in waiting:
+        assert one.called
+        with pytest.raises(Unavailable, match="stopping"):
+            await one
+    assert len(upstreams) == 1

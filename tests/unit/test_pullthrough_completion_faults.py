@@ -1,0 +1,291 @@
+"""Whole images in bad times: restarts, records that go, disks that fail, and defects."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, Repository, Upstream
+from ociregistry.platforms import Platform
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
+from ociregistry.pullthrough.demand import Demand
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.store import Store
+from ociregistry.store.workdir import PendingFiles
+from ociregistry.web.api import V2
+from tests.unit.support.completions import (
+    APP,
+    CONFIG,
+    DATA,
+    ELSEWHERE,
+    IMAGE,
+    LARGE,
+    OTHER,
+    SMALL,
+    Fetching,
+    pending,
+    pulled,
+)
+from tests.unit.support.doubles import on_reactor, record, texts, turn, until
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.test_web_api import ask
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@on_reactor
+async def test_a_start_goes_on_with_what_was_pending_for(
+    store: Store, fetching: Fetching, clock: Clock, root: Path
+) -> None:
+    await store.keep(IMAGE, APP)
+    await store.add_pending(IMAGE.digest, APP.repository)
+    completion = Completion(store, fetching, clock)
+    assert completion.incomplete.images == 1
+    completion.start()
+    for blob in (CONFIG, SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: not pending(root))
+    completion.stop()
+
+
+@on_reactor
+async def test_a_stop_in_the_middle_leaves_the_rest_to_the_next_start(
+    completion: Completion, store: Store, fetching: Fetching, clock: Clock, root: Path
+) -> None:
+    await pulled(completion, store)
+    await fetching.bring(CONFIG)
+    await until(lambda: len(fetching.asked) == 2)
+    completion.stop()
+    assert fetching.cancelled == 1
+    assert pending(root) == [IMAGE.digest.hex]
+    again = Completion(store, fetching, clock)
+    again.start()
+    for blob in (SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: not pending(root))
+    again.stop()
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_a_stop_at_rest_leaves_nothing(store: Store, fetching: Fetching, clock: Clock, started: bool) -> None:
+    looking = list(clock.getDelayedCalls())
+    completion = Completion(store, fetching, clock)
+    if started:
+        completion.start()
+    completion.stop()
+    assert clock.getDelayedCalls() == looking
+
+
+@on_reactor
+async def test_an_image_whose_record_has_gone_is_dropped(
+    store: Store, fetching: Fetching, clock: Clock, root: Path
+) -> None:
+    await store.keep(IMAGE, APP)
+    await store.add_pending(IMAGE.digest, APP.repository)
+    record(root, IMAGE.digest).unlink()
+    assert await store.manifest(APP) is None
+    completion = Completion(store, fetching, clock)
+    completion.start()
+    await until(lambda: not pending(root))
+    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+    completion.stop()
+
+
+def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when that is done with a wish."""
+
+    def fail(*arguments: object) -> NoReturn:
+        raise FULL
+
+    monkeypatch.setattr(PendingFiles, function, fail)
+
+
+@on_reactor
+async def test_a_pending_that_cannot_be_written_is_one_line_and_fulfilled(
+    completion: Completion,
+    store: Store,
+    fetching: Fetching,
+    root: Path,
+    events: list[LogEvent],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing("write", monkeypatch)
+    await pulled(completion, store)
+    assert texts(events, LogLevel.error) == [
+        f"cannot note that {IMAGE.digest} is incomplete: No space left on device"
+    ]
+    for blob in (CONFIG, SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: not store.pending)
+
+
+@on_reactor
+async def test_one_that_cannot_be_removed_is_one_line(
+    completion: Completion,
+    store: Store,
+    fetching: Fetching,
+    events: list[LogEvent],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing("remove", monkeypatch)
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    await pulled(completion, store)
+    await fetching.bring(SMALL)
+    await until(lambda: texts(events, LogLevel.error))
+    assert texts(events, LogLevel.error) == [f"cannot remove the wish for {IMAGE.digest}: No space left on device"]
+    await pulled(completion, store, OTHER, str(ELSEWHERE))
+    await until(lambda: len(fetching.asked) == 2)
+
+
+DEFECTS = [ZeroDivisionError(), PermissionError(errno.EACCES, os.strerror(errno.EACCES))]
+NEXT = f"{APP.repository.upstream}/next:1"
+"""Of the same upstream."""
+
+
+@pytest.mark.expect_logged_failures
+@pytest.mark.parametrize("error", DEFECTS)
+@on_reactor
+async def test_a_defect_ends_nothing(
+    completion: Completion, store: Store, fetching: Fetching, events: list[LogEvent], error: Exception
+) -> None:
+    await pulled(completion, store)
+    await fetching.refuse(error, 1)
+    await turn()
+    assert len([event for event in events if event["log_level"] >= LogLevel.error]) == 1
+    await pulled(completion, store, OTHER, NEXT)
+    await until(lambda: len(fetching.asked) > 1)
+
+
+@pytest.mark.expect_logged_failures
+@pytest.mark.parametrize("error", DEFECTS)
+@on_reactor
+async def test_nor_does_it_leave_the_image_incomplete(
+    completion: Completion, store: Store, fetching: Fetching, clock: Clock, error: Exception
+) -> None:
+    await pulled(completion, store)
+    await fetching.refuse(error, 1)
+    await turn()
+    clock.advance(30)
+    await pulled(completion, store)
+    await until(lambda: len(fetching.asked) > 1)
+
+
+@on_reactor
+async def test_a_pending_of_the_meantime_is_next(
+    completion: Completion, store: Store, fetching: Fetching, root: Path
+) -> None:
+    await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    await pulled(completion, store, OTHER, NEXT)
+    for blob in (CONFIG, SMALL, LARGE):
+        await fetching.bring(blob)
+    await until(lambda: pending(root) == [OTHER.digest.hex])
+    # Without any time passing.
+    await until(lambda: len(fetching.asked) == 4)
+
+
+@on_reactor
+async def test_upstreams_do_not_wait_for_each_other(completion: Completion, store: Store, fetching: Fetching) -> None:
+    await pulled(completion, store)
+    await until(lambda: fetching.asked)
+    await pulled(completion, store, OTHER, str(ELSEWHERE))
+    await until(lambda: len(fetching.asked) == 2)
+
+
+# With the cache
+
+
+@on_reactor
+async def test_a_client_and_the_completion_share_what_comes(
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    completion = Completion(store, cache.fetch, clock)
+    completion.start()
+    await pulled(completion, store)
+    await until(lambda: len(upstreams) == 1)
+    assert upstreams.asked == [f"blob {APP.repository} {CONFIG}"]
+    # The client asks for the large one, which then goes first.
+    asked = Deferred.fromCoroutine(cache.blob(APP.repository, LARGE))
+    await until(lambda: len(upstreams) == 2)
+    large = upstreams[1].stream(len(DATA[LARGE]))
+    content = (await asked).content
+    upstreams[0].stream(len(DATA[CONFIG])).send(DATA[CONFIG]).end()
+    await until(lambda: cache._scheduler._changed._waiting)
+    assert len(upstreams) == 2
+    large.send(DATA[LARGE]).end()
+    await content.more_than(content.size - 1)
+    content.close()
+    await until(lambda: len(upstreams) == 3)
+    upstreams[2].stream(len(DATA[SMALL])).send(DATA[SMALL]).end()
+    await until(lambda: not pending(root))
+    assert upstreams.asked[2] == f"blob {APP.repository} {SMALL}"
+    await landed(cache)
+    completion.stop()
+
+
+@on_reactor
+async def test_what_is_here_is_not_fetched(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path
+) -> None:
+    await store.keep(IMAGE, APP)
+    (root / "blobs" / SMALL.hex).write_bytes(DATA[SMALL])
+    await cache.fetch(APP.repository, SMALL)
+    assert len(upstreams) == 0
+
+
+@on_reactor
+async def test_a_failure_is_told_to_who_fetches_alone(
+    cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
+) -> None:
+    fetched = Deferred.fromCoroutine(cache.fetch(APP.repository, SMALL))
+    await until(lambda: upstreams.calls)
+    upstreams[0].refuse(Unavailable("down"))
+    with pytest.raises(Unavailable, match="down"):
+        await fetched
+    assert texts(events, LogLevel.error) == []
+
+
+class PendingImages(Completion):
+    """Keeps what is wished for."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Digest, Repository]] = []
+        self.error: Exception | None = None
+        self._policy = CompletionPolicy()
+
+    async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
+        """Does nothing."""
+        self.pending.append((manifest.digest, repository))
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.expect_logged_failures
+@on_reactor
+async def test_who_gets_a_manifest_pending_for_its_image(
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    wishing = PendingImages()
+    demand = Demand(store, wishing, Platform("linux", "amd64"), clock)
+    v2 = V2(cache, Listings(store, upstreams, clock), demand, Upstream("docker.io"), INSTANCE)
+
+    await store.keep(IMAGE, APP)
+    path = "/v2/team/app/manifests/1"
+    assert (await ask(v2, path, method="HEAD")).status == 200
+    assert wishing.pending == []
+    # It is none of the client's business when that fails.
+    wishing.error = ZeroDivisionError()
+    assert (await ask(v2, path)).status == 200
+    assert wishing.pending == [(IMAGE.digest, APP.repository)]

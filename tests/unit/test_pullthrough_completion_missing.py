@@ -1,0 +1,442 @@
+"""What images of the store lack is found without being asked for: at the start, and whenever something changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import BlobUnknown, Denied, RegistryError, Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.platforms import Platform
+from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
+from ociregistry.pullthrough.metadata import Metadata
+from ociregistry.store.records import record_path
+from ociregistry.store.store import Store
+from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, Fetching, pending
+from tests.unit.support.demands import AMD64, ARM64, INDEX, S390X
+from tests.unit.support.doubles import REACTOR, image, on_reactor, record, texts, until
+from tests.unit.support.fetchers import A, B, C, Fetcher
+from tests.unit.support.loads import index_of, settle
+
+BLOBS = (CONFIG, SMALL, LARGE)
+SIZE = sum(SIZES[blob] for blob in BLOBS)
+AGAIN = image("reg.example/team/copy:1")
+LINUX_AMD64 = Platform("linux", "amd64")
+
+Complete = Callable[..., Completion]
+
+
+@pytest.fixture
+def complete(store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock) -> Iterator[Complete]:
+    """Starts a completion by a policy."""
+    started: list[Completion] = []
+
+    def start(**policy: object) -> Completion:
+        metadata = Metadata(store, fetcher, clock)
+        started.append(Completion(store, fetching, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # its fields
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for completion in started:
+        completion.stop()
+
+
+@pytest.fixture
+def fetcher(store: Store, root: Path) -> Fetcher:
+    """Upstreams have the metadata."""
+    fetcher = Fetcher(store, root)
+    fetcher.add(A, B, C, AMD64, ARM64, S390X)
+    return fetcher
+
+
+def by_digest(of: Manifest) -> ImageReference:
+    """A child of an index."""
+    return ImageReference(APP.repository, of.digest)
+
+
+async def look(store: Store, clock: Clock, seconds: float = 1) -> None:
+    """The store looks at its files."""
+    clock.advance(seconds)
+    await settle(store)
+
+
+# When it is found
+
+
+@on_reactor
+async def test_at_the_start_the_missing_blobs_of_wanted_images_are_found(
+    complete: Complete, store: Store, fetching: Fetching, root: Path
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    fetching.put(LARGE)
+    completion = complete()
+    for blob in (CONFIG, SMALL):
+        await fetching.bring(blob)
+    await until(lambda: not pending(root))
+    await settle(store)
+    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL], Incomplete(0, 0))
+
+
+@on_reactor
+async def test_of_an_image_that_is_not_wanted_nothing_is_missing(
+    complete: Complete, store: Store, fetching: Fetching
+) -> None:
+    await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
+    completion = complete()
+    await settle(store)
+    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+
+
+@pytest.mark.parametrize("layers", [[], [SMALL], [LARGE, SMALL]])
+@on_reactor
+async def test_an_old_record_is_completed_when_a_layer_of_it_is_here(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, layers: list[Digest]
+) -> None:
+    await store.keep(IMAGE, by_digest(IMAGE))
+    assert b"wanted" not in record(root, IMAGE.digest).read_bytes()
+    for layer in layers:
+        fetching.put(layer)
+    await look(store, clock)
+    complete()
+    await settle(store)
+    assert fetching.digests == ([CONFIG] if layers else [])
+
+
+@on_reactor
+async def test_a_record_that_another_process_wrote_is_completed(
+    complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    completion = complete()
+    await open_store().keep(IMAGE, APP, wanted=True)
+    await settle(store)
+    assert fetching.asked == []
+    await look(store, clock)
+    assert (fetching.digests, completion.incomplete) == ([CONFIG], Incomplete(1, SIZE))
+
+
+@on_reactor
+async def test_an_image_that_becomes_wanted_is_completed(
+    complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
+    complete()
+    await settle(store)
+    # As another process notes it, such as `load`.
+    await open_store().want(IMAGE.digest)
+    await look(store, clock)
+    assert fetching.digests == [CONFIG]
+
+
+@on_reactor
+async def test_a_blob_that_was_deleted_is_fetched_again(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    for blob in BLOBS:
+        fetching.put(blob)
+    completion = complete()
+    await look(store, clock, 10)
+    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+    (root / "blobs" / SMALL.hex).unlink()
+    await look(store, clock, 10)
+    assert (fetching.digests, completion.incomplete) == ([SMALL], Incomplete(1, SIZES[SMALL]))
+    await fetching.bring(SMALL)
+    await until(lambda: not pending(root))
+    await look(store, clock, 10)
+    # Every time.
+    (root / "blobs" / SMALL.hex).unlink()
+    await look(store, clock, 10)
+    assert fetching.digests == [SMALL, SMALL]
+
+
+@on_reactor
+async def test_an_image_that_is_pruned_is_missing_nothing(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    completion = complete(images=False)
+    await settle(store)
+    assert completion.incomplete == Incomplete(1, SIZE)
+    record(root, IMAGE.digest).unlink()
+    await look(store, clock)
+    assert completion.incomplete == Incomplete(0, 0)
+
+
+# What is not to be had
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("404"), Denied("not allowed")])
+@on_reactor
+async def test_what_was_given_up_is_told_of_and_tried_again_after_an_hour(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, error: RegistryError
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    completion = complete()
+    await fetching.refuse(error, 1)
+    await until(lambda: not pending(root))
+    await settle(store)
+    for _ in range(119):
+        await look(store, clock, 30)
+        assert (len(fetching.asked), completion.incomplete) == (1, Incomplete(1, SIZES[SMALL]))
+    await look(store, clock, 30)
+    assert fetching.digests == [SMALL, SMALL]
+    await fetching.bring(SMALL)
+    await until(lambda: not pending(root))
+    assert completion.incomplete == Incomplete(0, 0)
+
+
+@on_reactor
+async def test_a_client_that_pulls_it_does_not_wait_for_that_hour(
+    complete: Complete, store: Store, fetching: Fetching, root: Path
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    completion = complete()
+    await fetching.refuse(BlobUnknown("404"), 1)
+    await until(lambda: not pending(root))
+    await completion.add_pending(IMAGE, APP.repository)
+    await until(lambda: len(fetching.asked) == 2)
+
+
+@on_reactor
+async def test_a_blob_that_one_repository_lacks_comes_from_another_of_the_same_upstream(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
+) -> None:
+    for where in (APP, AGAIN, image("else.example/other:1")):
+        await store.keep(IMAGE, where, wanted=True)
+    fetching.put(CONFIG)
+    fetching.put(LARGE)
+    await store.add_pending(IMAGE.digest, APP.repository)
+    complete()
+    await fetching.refuse(BlobUnknown("404"), 1)
+    await fetching.bring(SMALL)
+    await until(lambda: not pending(root))
+    assert fetching.asked == [(APP.repository, SMALL), (AGAIN.repository, SMALL)]
+    assert texts(events, LogLevel.warn) == []
+
+
+# Files of the version before
+
+
+@on_reactor
+async def test_a_pending_image_of_the_version_before_is_completed(
+    root: Path, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    first = Store(root, clock, REACTOR)
+    first.start()
+    await first.keep(IMAGE, APP)
+    first.stop()
+    noted = {"upstream": "reg.example", "repository": "team/app"}
+    (root / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_text(json.dumps(noted))
+    fetching = Fetching(root)
+    completion = Completion(open_store(), fetching, clock)
+    completion.start()
+    for blob in BLOBS:
+        await fetching.bring(blob)
+    await until(lambda: not pending(root))
+    assert {path.name for path in (root / "blobs").iterdir()} == {blob.hex for blob in BLOBS}
+    completion.stop()
+
+
+# Metadata
+
+
+@on_reactor
+async def test_metadata_comes_after_layers(
+    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher
+) -> None:
+    await store.keep(index_of((A, "linux/a"), (B, "linux/b")), image("reg.example/index:1"))
+    await store.keep(IMAGE, APP, wanted=True)
+    completion = complete()
+    await settle(store)
+    # The first round may have begun with the index.
+    begun = list(fetcher.asked)
+    for blob in BLOBS:
+        assert fetcher.asked == begun
+        await fetching.bring(blob)
+    await until(lambda: len(fetcher.asked) == 4)
+    await settle(store)
+    assert (fetcher.asked, completion.incomplete) == (["A", "a", "B", "b"], Incomplete(0, 0))
+
+
+@on_reactor
+async def test_layers_go_before_the_next_manifest(
+    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock
+) -> None:
+    fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=60)]
+    await store.keep(index_of((A, "linux/a"), (B, "linux/b"), (C, "linux/c")), image("reg.example/index:1"))
+    completion = complete()
+    await until(lambda: fetcher.asked == ["A", "a", "B"])
+    await settle(store)
+    assert completion.incomplete == Incomplete(0, 0, indexes=1)
+    # The pause is of metadata alone.
+    await store.keep(IMAGE, APP, wanted=True)
+    await fetching.bring(CONFIG)
+    clock.advance(60)
+    await fetching.bring(SMALL)
+    await settle(store)
+    assert fetcher.asked == ["A", "a", "B"]
+    await fetching.bring(LARGE)
+    await until(lambda: len(fetcher.asked) == 7)
+    assert sorted(fetcher.asked[3:]) == ["B", "C", "b", "c"]
+
+
+@on_reactor
+async def test_what_is_missing_meanwhile_goes_before_the_next_manifest(
+    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, held = fetcher.fetch_manifest, Deferred[None]()
+
+    async def fetch_when_told(image: ImageReference) -> None:
+        await held
+        await fetch(image)
+
+    monkeypatch.setattr(fetcher, "fetch_manifest", fetch_when_told)
+    await store.keep(index_of((A, "linux/a"), (B, "linux/b")), image("reg.example/index:1"))
+    complete()
+    await settle(store)
+    await store.keep(IMAGE, APP, wanted=True)
+    await settle(store)
+    assert (fetching.asked, fetcher.asked) == ([], [])
+    held.callback(None)
+    for blob in BLOBS:
+        await fetching.bring(blob)
+        assert fetcher.asked == ["A", "a"]
+    await until(lambda: fetcher.asked == ["A", "a", "B", "b"])
+
+
+@on_reactor
+async def test_the_platforms_that_are_told_come_first(complete: Complete, store: Store, fetcher: Fetcher) -> None:
+    complete(platforms=(Platform("linux", "s390x"),))
+    await store.keep(INDEX, image("reg.example/team/app:1"))
+    await until(lambda: fetcher.asked)
+    assert fetcher.asked[0] == S390X.digest
+
+
+@on_reactor
+async def test_it_goes_on_after_a_pause_by_itself(
+    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
+) -> None:
+    fetcher.errors[A.digest] = [Unavailable("reg.example answered 429", retry_after=600)]
+    await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
+    completion = complete()
+    await settle(store)
+    await look(store, clock, 599)
+    assert (fetcher.asked, completion.incomplete) == (["A"], Incomplete(0, 0, indexes=1))
+    await look(store, clock)
+    assert (fetcher.asked, completion.incomplete) == (["A", "A", "a"], Incomplete(0, 0))
+
+
+@on_reactor
+async def test_an_index_that_comes_later_is_looked_at_and_metadata_that_goes(
+    complete: Complete, store: Store, fetcher: Fetcher, root: Path, clock: Clock
+) -> None:
+    complete()
+    await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
+    await until(lambda: fetcher.asked == ["A", "a"])
+    await look(store, clock, 10)
+    config = next(iter(A.blob_sizes))
+    (root / "blobs" / config.hex).unlink()
+    await look(store, clock, 10)
+    await until(lambda: fetcher.asked == ["A", "a", "a"])
+    await settle(store)
+    record(root, A.digest).unlink()
+    await look(store, clock)
+    await until(lambda: fetcher.asked == ["A", "a", "a", "A"])
+
+
+@on_reactor
+async def test_a_list_of_referrers_has_no_metadata(
+    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
+) -> None:
+    complete()
+    await store.keep(index_of((A, "")), image(f"reg.example/index:sha256-{B.digest.hex}"))
+    await look(store, clock)
+    assert fetcher.asked == []
+
+
+@on_reactor
+async def test_none_is_fetched_where_it_is_turned_off(
+    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
+) -> None:
+    completion = complete(metadata=False)
+    await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
+    await look(store, clock)
+    assert (fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
+
+
+# Policies
+
+
+@on_reactor
+async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
+    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+) -> None:
+    await store.keep(IMAGE, APP, wanted=True)
+    completion = complete(images=False)
+    await completion.add_pending(IMAGE, APP.repository)
+    await look(store, clock, 30)
+    assert (fetching.asked, pending(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
+    for blob in BLOBS:
+        (root / "blobs" / blob.hex).write_bytes(DATA[blob])
+    await look(store, clock, 30)
+    assert completion.incomplete == Incomplete(0, 0)
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+@on_reactor
+async def test_platforms_that_are_told_are_completed_and_no_others(
+    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock, metadata: bool
+) -> None:
+    fetcher.add(INDEX)
+    complete(platforms=(LINUX_AMD64,), metadata=metadata)
+    await store.keep(INDEX, image("reg.example/team/app:1"))
+    await until(lambda: fetching.asked)
+    await settle(store)
+    assert set(store.pending) == {AMD64.digest}
+    # Its manifest first, the others only with the metadata.
+    assert fetcher.asked[0] == AMD64.digest
+    # Of an image that is wanted for another reason nothing is fetched.
+    await store.keep(ARM64, by_digest(ARM64), wanted=True)
+    await look(store, clock, 30)
+    assert set(store.pending) == {AMD64.digest}
+    for _ in range(2):
+        await until(lambda: not fetching.results[-1].called)
+        repository, digest = fetching.asked[-1]
+        assert repository == Repository.at(APP.repository.upstream, "team/app")
+        (store._blobs / digest.hex).write_bytes(b"x" * AMD64.blob_sizes[digest])
+        fetching.results[-1].callback(None)
+        await settle(store)
+    await until(lambda: not store.pending)
+    await settle(store)
+    assert (S390X.digest in fetcher.asked) == metadata
+
+
+@on_reactor
+async def test_of_an_index_that_has_gone_nothing_more_is_fetched(
+    complete: Complete, fetcher: Fetcher, store: Store, root: Path, clock: Clock
+) -> None:
+    """It was pruned while the upstream was waited for; what it named would come back without it."""
+    index = index_of((A, "linux/a"), (B, "linux/b"))
+    fetcher.errors[A.digest] = [Unavailable("down")]
+    completion = complete()
+    await store.keep(index, image("reg.example/index:1"))
+    await settle(store)
+    assert (fetcher.asked, completion.incomplete) == (["A"], Incomplete(0, 0, indexes=1))
+    record_path(root, index.digest, is_list=True).unlink()
+    await look(store, clock)
+    assert completion.incomplete == Incomplete(0, 0)
+    for _ in range(10):
+        await look(store, clock, 60)
+    assert fetcher.asked == ["A"]

@@ -1,0 +1,176 @@
+"""Blobs that nobody waits for: over which connections they come, and how it is seen that they do."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
+from twisted.internet.task import Clock
+
+from ociregistry.errors import BlobUnknown, Unavailable
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import ANSWER_DEADLINE, DeadlineExceeded, PullThrough, within_deadline
+from ociregistry.store.store import Store
+from tests.images import make_image
+from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
+from tests.unit.support.loads import settle
+from tests.unit.support.registries import MemoryRegistries, landed
+
+BUILT = make_image("extra", layers=3, layer_size=100_000)
+APP = image("reg.example/app:1")
+LAYERS = {Digest(one.digest): one.data for one in BUILT.layers}
+ONE, TWO, THREE = LAYERS
+CONFIG = Digest(BUILT.config.digest)
+
+
+def fetch(cache: PullThrough, digest: Digest = ONE, *, extra: bool = True) -> Deferred[None]:
+    """Fetches a blob in the background."""
+    return Deferred.fromCoroutine(cache.fetch(APP.repository, digest, extra=extra))
+
+
+async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
+    """A blob that was asked for comes."""
+    call = upstreams.calls[number]
+    data = next(blob.data for blob in BUILT.blobs if blob.digest in call.what)
+    call.stream(len(data)).send(data).end()
+
+
+@pytest.mark.parametrize("extra", [True, False])
+@on_reactor
+async def test_an_extra_one_takes_no_connection_for_blobs(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, extra: bool
+) -> None:
+    await store.keep(manifest(BUILT), APP)
+    fetching = fetch(cache, extra=extra)
+    await until(lambda: len(upstreams) == 1)
+    assert upstreams[0].options.small is extra
+    await bring(upstreams)
+    await fetching
+    assert await store.holds(ONE, len(LAYERS[ONE]))
+
+
+@on_reactor
+async def test_without_a_word_it_is_an_extra_one(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, ONE))
+    await until(lambda: len(upstreams) == 1)
+    assert upstreams[0].options.small
+    await bring(upstreams)
+    await fetching
+
+
+@pytest.mark.parametrize("extra", [True, False])
+@on_reactor
+async def test_what_is_small_takes_none_in_any_case(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, extra: bool
+) -> None:
+    await store.keep(manifest(BUILT), APP)
+    fetching = fetch(cache, CONFIG, extra=extra)
+    await until(lambda: len(upstreams) == 1)
+    assert upstreams[0].options.small
+    await bring(upstreams)
+    await fetching
+
+
+async def broken(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, extra: bool) -> bool:
+    """Whether a blob that broke off is taken up by the way of what is small."""
+    await store.keep(manifest(BUILT), APP)
+    fetching = fetch(cache, extra=extra)
+    await until(lambda: len(upstreams) == 1)
+    upstreams[0].stream(len(LAYERS[ONE])).send(LAYERS[ONE][:1000]).end(ConnectionLost())
+    for _ in range(100):
+        await settle(store)
+        if len(upstreams) > 1:
+            break
+        clock.advance(1)
+    assert upstreams[1].what.endswith(" from 1000")
+    upstreams[1].stream(len(LAYERS[ONE]), 1000).send(LAYERS[ONE][1000:]).end()
+    await fetching
+    return upstreams[1].options.small
+
+
+@on_reactor
+async def test_one_that_is_not_extra_has_a_connection_for_blobs_also_after_it_broke_off(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    assert not await broken(cache, store, upstreams, clock, extra=False)
+
+
+@on_reactor
+async def test_an_extra_one_takes_none_after_it_broke_off_either(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    assert await broken(cache, store, upstreams, clock, extra=True)
+
+
+@on_reactor
+async def test_several_may_come_at_once(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
+    await store.keep(manifest(BUILT), APP)
+    assert cache.in_flight == frozenset()
+    fetching = [fetch(cache, digest, extra=False) for digest in LAYERS]
+    await until(lambda: len(upstreams) == 3)
+    assert cache.in_flight == LAYERS.keys()
+    # Who asks for one of them too, gets the same.
+    fetching.append(fetch(cache, TWO))
+    await settle(store)
+    for number in range(3):
+        await bring(upstreams, number)
+    for one in fetching:
+        await one
+    await landed(cache)
+    assert (cache.in_flight, len(upstreams)) == (frozenset(), 3)
+
+
+@on_reactor
+async def test_one_that_fails_is_in_flight_no_more(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries
+) -> None:
+    await store.keep(manifest(BUILT), APP)
+    fetching = fetch(cache, extra=False)
+    await until(lambda: len(upstreams) == 1)
+    upstreams[0].refuse(BlobUnknown("not there"))
+    with pytest.raises(BlobUnknown):
+        await fetching
+    await landed(cache)
+    assert cache.in_flight == frozenset()
+
+
+@on_reactor
+async def test_what_is_here_takes_nothing(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
+    await store.keep(manifest(BUILT), APP)
+    fetching = fetch(cache, extra=False)
+    await until(lambda: len(upstreams) == 1)
+    await bring(upstreams)
+    await fetching
+    await landed(cache)
+    for extra in (True, False):
+        await fetch(cache, extra=extra)
+    assert (cache.in_flight, len(upstreams)) == (frozenset(), 1)
+
+
+@on_reactor
+async def test_that_there_is_no_answer_yet_is_told_from_other_failures(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    waiting = Deferred.fromCoroutine(cache.manifest(APP))
+    await until(lambda: len(upstreams) == 1)
+    clock.advance(ANSWER_DEADLINE)
+    with pytest.raises(DeadlineExceeded) as late:
+        await waiting
+    assert (late.value.status, late.value.code) == (503, "UNAVAILABLE")
+    waiting = Deferred.fromCoroutine(cache.manifest(APP))
+    await turn()
+    upstreams[0].refuse(Unavailable("down"))
+    with pytest.raises(Unavailable) as failed:
+        await waiting
+    assert type(failed.value) is Unavailable
+    assert len(upstreams) == 1
+
+
+def test_in_time_is_a_moment_before_a_client_gives_up(clock: Clock) -> None:
+    waiting: Deferred[str] = Deferred()
+    answered = Deferred.fromCoroutine(within_deadline(waiting, clock, APP))
+    clock.advance(ANSWER_DEADLINE - 0.1)
+    assert not answered.called
+    waiting.callback("answer")
+    assert answered.result == "answer"
+    assert clock.getDelayedCalls() == []

@@ -1,0 +1,298 @@
+"""Headers in time: a blob whose size a manifest tells is promised after ten seconds, whatever its upstream says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
+from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
+from ociregistry.store.store import Store
+from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
+from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.test_pullthrough_cache_stop import stop
+from tests.unit.test_pullthrough_download import (
+    APP,
+    BUILT,
+    DATA,
+    DIGEST,
+    SIZE,
+    blobs,
+    failure,
+    get,
+    partials,
+    read_all,
+)
+from tests.unit.test_pullthrough_download_resume import ASKED, again, leave
+
+GONE = BlobUnknown("reg.example: it answered 404")
+ELSEWHERE = "else.example/team/app"
+
+
+def descriptors() -> int:
+    """How many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def asking(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> Deferred[FoundBlob]:
+    """A client asks for the blob, of which a manifest has told, and so do we."""
+    if store.size_in(APP.repository, DIGEST) is None:
+        await store.keep(manifest(BUILT), APP)
+    before = len(upstreams)
+    asked = get(cache)
+    await until(lambda: len(upstreams) > before)
+    return asked
+
+
+async def promised(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> Content:
+    """The blob as a client gets it that was promised it."""
+    asked = await asking(cache, store, upstreams)
+    clock.advance(9.875)
+    await turn()
+    assert not asked.called
+    clock.advance(0.125)
+    assert asked.called
+    found = await asked
+    assert (found.hit, found.content.size) == (False, SIZE)
+    return found.content
+
+
+@on_reactor
+async def test_a_blob_is_promised_after_ten_seconds_and_flows_when_it_comes(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    waiting = content.more_than(0)
+    clock.advance(1000)
+    assert not waiting.called
+    sending = upstreams[0].stream(SIZE).send(DATA[:1000])
+    assert await waiting == 1000
+    assert await content.read(0, 1000) == DATA[:1000]
+    sending.send(DATA[1000:]).end()
+    assert await read_all(content) == DATA
+    content.close()
+    await landed(cache)
+    assert (blobs(root), partials(root), upstreams.asked) == ([DATA], [], [ASKED])
+
+
+@on_reactor
+async def test_a_blob_of_unknown_size_waits_as_ever(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    asked = get(cache)
+    await until(lambda: upstreams.calls)
+    clock.advance(24.875)
+    await turn()
+    assert not asked.called
+    clock.advance(0.125)
+    with pytest.raises(Unavailable, match="no answer within 25 s"):
+        await asked
+
+
+@on_reactor
+async def test_everybody_has_ten_seconds(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    first = await asking(cache, store, upstreams)
+    clock.advance(5)
+    second = get(cache)
+    await until(lambda: len(upstreams) == 1 and next(iter(cache._downloads.values()))._connections._watchers == 2)
+    clock.advance(5)
+    assert (first.called, second.called) == (True, False)
+    clock.advance(5)
+    upstreams[0].stream(SIZE).send(DATA).end()
+    for one in (first, second):
+        content = (await one).content
+        assert await read_all(content) == DATA
+        content.close()
+    await landed(cache)
+
+
+@on_reactor
+async def test_what_the_upstream_does_not_have_ends_it_and_is_remembered_for_a_minute(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    waiting = content.more_than(0)
+    upstreams[0].refuse(GONE)
+    with pytest.raises(BlobUnknown, match="it answered 404"):
+        await waiting
+    content.close()
+    # Whoever sends to the client tells of it.
+    assert texts(events, LogLevel.error) == []
+    clock.advance(59.875)
+    with pytest.raises(BlobUnknown, match="it answered 404"):
+        await get(cache)
+    assert len(upstreams) == 1
+    elsewhere = get(cache, ELSEWHERE)
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].refuse(GONE)
+    with pytest.raises(BlobUnknown):
+        await elsewhere
+    clock.advance(0.125)
+    asked = get(cache)
+    await again(upstreams, clock, 3)
+    upstreams[2].stream(SIZE).send(DATA).end()
+    content = (await asked).content
+    assert await read_all(content) == DATA
+    content.close()
+    await landed(cache)
+
+
+@pytest.mark.parametrize("error", [GONE, Unavailable("down")])
+@on_reactor
+async def test_what_was_not_promised_is_not_remembered(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, error: RegistryError
+) -> None:
+    for count in (1, 2):
+        asked = await asking(cache, store, upstreams)
+        upstreams[-1].refuse(error)
+        with pytest.raises(type(error)):
+            await asked
+        assert len(upstreams) == count
+
+
+@on_reactor
+async def test_an_upstream_that_cannot_be_reached_is_tried_again_for_who_was_promised_it(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    waiting = content.more_than(0)
+    for count in range(1, 10):
+        upstreams[-1].refuse(Unavailable("down"))
+        clock.advance(5)
+        await again(upstreams, clock, count + 1)
+        assert upstreams[-1].options.insist
+        assert upstreams[-1].options.within == 10
+    assert not waiting.called
+    upstreams[-1].stream(SIZE).send(DATA).end()
+    assert await read_all(content) == DATA
+    content.close()
+    await landed(cache)
+
+
+@on_reactor
+async def test_it_is_given_up_when_he_has_gone(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    content.close()
+    clock.advance(300)
+    upstreams[0].refuse(Unavailable("reg.example: down"))
+    await landed(cache)
+    assert texts(events, LogLevel.error) == ["reg.example: down"]
+    assert len(upstreams) == 1
+    # That says nothing of the blob.
+    asked = await asking(cache, store, upstreams)
+    upstreams[1].refuse(Unavailable("still"))
+    with pytest.raises(Unavailable, match="still"):
+        await asked
+
+
+@on_reactor
+async def test_a_404_of_a_later_try_ends_it_too(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    upstreams[0].refuse(Unavailable("down"))
+    await again(upstreams, clock, 2)
+    upstreams[1].refuse(GONE)
+    for waiting in (content.more_than(0), get(cache)):
+        with pytest.raises(BlobUnknown):
+            await waiting
+    content.close()
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+@on_reactor
+async def test_another_size_than_was_promised_ends_it(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, tries: int
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    if tries == 2:
+        upstreams[0].refuse(Unavailable("down"))
+        await again(upstreams, clock, 2)
+    other = upstreams[-1].stream(SIZE + 1)
+    assert f"{SIZE + 1} bytes" in (await failure(content, 0)).message
+    assert other.connection.closed
+    content.close()
+    assert blobs(root) == []
+
+
+@on_reactor
+async def test_wrong_bytes_are_never_whole(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    upstreams[0].stream(SIZE).send(DATA[:-1] + b"\xff").end()
+    assert "digest" in (await failure(content, SIZE - 1)).message
+    content.close()
+
+
+@on_reactor
+async def test_what_has_all_come_before_it_is_read_is_all_there(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    before = descriptors()
+    content = await promised(cache, store, upstreams, clock)
+    upstreams[0].stream(SIZE).send(DATA).end()
+    await landed(cache)
+    assert await content.more_than(SIZE - 1) == SIZE
+    assert await read_all(content) == DATA
+    content.close()
+    await until(lambda: descriptors() == before)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@on_reactor
+async def test_who_leaves_holds_no_file(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, late: bool
+) -> None:
+    before = descriptors()
+    content = await promised(cache, store, upstreams, clock)
+    if not late:
+        content.close()
+    sending = upstreams[0].stream(SIZE).send(DATA[:1000])
+    if late:
+        await content.more_than(0)
+        content.close()
+    sending.send(DATA[1000:]).end()
+    await landed(cache)
+    assert blobs(root) == [DATA]
+    await until(lambda: descriptors() == before)
+
+
+@on_reactor
+async def test_what_an_earlier_process_left_is_part_of_it(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    await leave(store, DATA[:5000])
+    content = await promised(cache, store, upstreams, clock)
+    assert upstreams.asked == [f"{ASKED} from 5000"]
+    upstreams[0].refuse(Unavailable("down"))
+    await again(upstreams, clock, 2)
+    assert upstreams.asked[1] == f"{ASKED} from 5000"
+    sending = upstreams[1].stream(SIZE, 5000)
+    assert await content.more_than(0) == 5000
+    sending.send(DATA[5000:7000]).end(ConnectionLost())
+    await again(upstreams, clock, 3)
+    upstreams[2].stream(SIZE, 7000).send(DATA[7000:]).end()
+    assert await read_all(content) == DATA
+    content.close()
+    await landed(cache)
+
+
+@on_reactor
+async def test_a_stop_ends_it(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> None:
+    content = await promised(cache, store, upstreams, clock)
+    waiting = content.more_than(0)
+    await stop(cache, clock)
+    with pytest.raises(Unavailable, match="stopping"):
+        await waiting
+    content.close()

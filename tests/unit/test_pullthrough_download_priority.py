@@ -1,0 +1,298 @@
+"""Order on a thin link: what clients wait for flows, and the rest stands still for it, but never for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
+from twisted.internet.task import Clock
+
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import Content, PullThrough
+from ociregistry.pullthrough.transfer import PriorityScheduler
+from tests.images import Blob, make_image
+from tests.unit.support.doubles import image, on_reactor, turn, until
+from tests.unit.support.registries import MemoryRegistries, Sending, landed
+from tests.unit.test_pullthrough_download import read_all
+from tests.unit.test_pullthrough_download_resume import again
+
+FIRST, SECOND = make_image("precedence", layer_size=50_000).layers
+REPOSITORY = image("reg.example/team/app:1").repository
+SIZE = len(FIRST.data)
+assert len(SECOND.data) == SIZE
+
+
+def asked_for(blob: Blob, start: int = 0) -> str:
+    """The request for it."""
+    return f"blob {REPOSITORY} {blob.digest}" + (f" from {start}" if start else "")
+
+
+class CircuitBreaker:
+    """The cache, the link that it has, and the store."""
+
+    def __init__(self, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> None:
+        self.cache = cache
+        self.upstreams = upstreams
+        self.clock = clock
+        self.root = root
+
+    async def answer(self, count: int, size: int = SIZE, start: int = 0) -> Sending:
+        """Answers the last of so many requests."""
+        await again(self.upstreams, self.clock, count)
+        return self.upstreams[-1].stream(size, start)
+
+    def ask(self, blob: Blob) -> Deferred[Content]:
+        """A client asks for the blob."""
+        asked = Deferred.fromCoroutine(self.cache.blob(REPOSITORY, Digest(blob.digest)))
+        return asked.addCallback(lambda found: found.content)
+
+    def fetch(self, blob: Blob) -> Deferred[None]:
+        """Nobody waits for the blob."""
+        return Deferred.fromCoroutine(self.cache.fetch(REPOSITORY, Digest(blob.digest)))
+
+    async def client(self, blob: Blob) -> tuple[Content, Sending]:
+        """A client gets the first bytes of the blob, in a new request."""
+        asked = self.ask(blob)
+        sending = await self.answer(len(self.upstreams) + 1)
+        content = await asked
+        sending.send(blob.data[:1000])
+        await content.more_than(0)
+        return content, sending
+
+    async def background(self, blob: Blob) -> tuple[Deferred[None], Sending]:
+        """The first bytes of the blob have come, though nobody waits for them."""
+        fetched = self.fetch(blob)
+        sending = await self.answer(len(self.upstreams) + 1)
+        sending.send(blob.data[:1000])
+        await until(lambda: self.received(blob) == 1000)
+        return fetched, sending
+
+    async def standing(self) -> tuple[Deferred[None], Sending, Content, Sending]:
+        """The first blob, of which 2000 bytes have come, stands still, as a client waits for the second."""
+        fetched, one = await self.background(FIRST)
+        content, two = await self.client(SECOND)
+        one.send(FIRST.data[1000:2000])
+        await until(lambda: one.connection.paused)
+        assert self.received(FIRST) == 2000
+        return fetched, one, content, two
+
+    async def waits(self) -> None:
+        """Something waits for its turn."""
+
+        def waiting() -> bool:
+            self.clock.advance(0.1)
+            return bool(self.cache._scheduler._changed._waiting)
+
+        await until(waiting)
+
+    def received(self, blob: Blob) -> int:
+        """How many bytes of it have come."""
+        return sum(path.stat().st_size for path in (self.root / "pulls").rglob(Digest(blob.digest).hex))
+
+    async def finish(self, blob: Blob, sending: Sending, start: int) -> None:
+        """The rest of the blob comes."""
+        await until(lambda: not sending.connection.paused)
+        sending.send(blob.data[start:]).end()
+        await until((self.root / "blobs" / Digest(blob.digest).hex).exists)
+
+
+@pytest.fixture
+def link(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> CircuitBreaker:
+    """Nothing flows."""
+    return CircuitBreaker(cache, upstreams, clock, root)
+
+
+@on_reactor
+async def test_what_nobody_waits_for_stands_still_and_goes_on_afterwards(link: CircuitBreaker) -> None:
+    fetched, one, content, two = await link.standing()
+    assert not two.connection.paused
+    two.send(SECOND.data[1000:2000])
+    await content.more_than(1000)
+    assert one.connection.paused
+    two.send(SECOND.data[2000:]).end()
+    assert await read_all(content) == SECOND.data
+    await link.finish(FIRST, one, 2000)
+    await fetched
+    content.close()
+    await landed(link.cache)
+    assert link.upstreams.asked == [asked_for(FIRST), asked_for(SECOND)]
+
+
+@on_reactor
+async def test_it_goes_on_while_the_other_has_no_connection(link: CircuitBreaker) -> None:
+    fetched, one, content, two = await link.standing()
+    two.end(ConnectionLost())
+    await until(lambda: not one.connection.paused)
+    one.send(FIRST.data[2000:3000])
+    await until(lambda: link.received(FIRST) == 3000)
+    # And stands again when the other has one.
+    two = await link.answer(3, SIZE, 1000)
+    assert link.upstreams.asked[2] == asked_for(SECOND, 1000)
+    one.send(FIRST.data[3000:4000])
+    await until(lambda: one.connection.paused)
+    two.send(SECOND.data[1000:]).end()
+    await link.finish(FIRST, one, 4000)
+    await fetched
+    content.close()
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_somebody_who_wants_it_makes_it_flow_at_once(link: CircuitBreaker) -> None:
+    fetched, one, content, two = await link.standing()
+    followed = await link.ask(FIRST)
+    await until(lambda: not one.connection.paused)
+    # Now both flow.
+    for start in range(2000, 5000, 1000):
+        one.send(FIRST.data[start : start + 1000])
+        two.send(SECOND.data[start - 1000 : start])
+        await until(lambda start=start: link.received(FIRST) == start + 1000)  # type: ignore[misc]  # of this turn
+        assert not one.connection.paused
+        assert not two.connection.paused
+    # And when he has gone it stands still again, while the other does not.
+    followed.close()
+    one.send(FIRST.data[5000:6000])
+    await until(lambda: one.connection.paused)
+    await link.finish(SECOND, two, 4000)
+    content.close()
+    await link.finish(FIRST, one, 6000)
+    await fetched
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_it_goes_on_when_the_others_client_has_gone(link: CircuitBreaker) -> None:
+    fetched, one, content, two = await link.standing()
+    second = await link.ask(SECOND)
+    content.close()
+    await turn()
+    assert one.connection.paused
+    second.close()
+    await until(lambda: not one.connection.paused)
+    # Nobody waits for either now.
+    await link.finish(FIRST, one, 2000)
+    await link.finish(SECOND, two, 1000)
+    await fetched
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_two_that_were_waited_for_do_not_wait_for_each_other(link: CircuitBreaker) -> None:
+    content, one = await link.client(FIRST)
+    other, two = await link.client(SECOND)
+    content.close()
+    one.send(FIRST.data[1000:2000])
+    await until(lambda: one.connection.paused)
+    other.close()
+    await link.finish(FIRST, one, 2000)
+    await link.finish(SECOND, two, 1000)
+    await landed(link.cache)
+
+
+@pytest.mark.parametrize("why", [ConnectionLost(), None], ids=["broke", "ended"])
+@on_reactor
+async def test_both_end(link: CircuitBreaker, why: Exception | None) -> None:
+    """The connection that stood still, and the one that it stood still for."""
+    fetched, one, content, two = await link.standing()
+    one.end(why)
+    two.send(SECOND.data[1000:]).end()
+    await until((link.root / "blobs" / Digest(SECOND.digest).hex).exists)
+    content.close()
+    one = await link.answer(3, SIZE, 2000)
+    await link.finish(FIRST, one, 2000)
+    await fetched
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_no_connection_is_opened_for_what_nobody_waits_for(link: CircuitBreaker) -> None:
+    content, two = await link.client(SECOND)
+    fetched = link.fetch(FIRST)
+    await link.waits()
+    link.clock.advance(1000)
+    assert link.upstreams.asked == [asked_for(SECOND)]
+    await link.finish(SECOND, two, 1000)
+    content.close()
+    one = await link.answer(2)
+    await link.finish(FIRST, one, 0)
+    await fetched
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_unless_somebody_wants_it_then(link: CircuitBreaker) -> None:
+    content, two = await link.client(SECOND)
+    fetched = link.fetch(FIRST)
+    await link.waits()
+    asked = link.ask(FIRST)
+    one = await link.answer(2)
+    followed = await asked
+    await link.finish(FIRST, one, 0)
+    await link.finish(SECOND, two, 1000)
+    await fetched
+    followed.close()
+    content.close()
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_nor_one_that_takes_up_what_broke_off(link: CircuitBreaker) -> None:
+    fetched, one = await link.background(FIRST)
+    content, two = await link.client(SECOND)
+    one.end(ConnectionLost())
+    await link.waits()
+    assert len(link.upstreams) == 2
+    await link.finish(SECOND, two, 1000)
+    content.close()
+    one = await link.answer(3, SIZE, 1000)
+    await link.finish(FIRST, one, 1000)
+    await fetched
+    await landed(link.cache)
+
+
+@on_reactor
+async def test_however_long_it_stands_it_goes_on_with_a_new_connection(link: CircuitBreaker) -> None:
+    """Servers close connections on which nothing is read."""
+    fetched, one, content, two = await link.standing()
+    link.clock.advance(301)
+    one.end(ConnectionLost())
+    await link.finish(SECOND, two, 1000)
+    content.close()
+    one = await link.answer(3, SIZE, 2000)
+    await link.finish(FIRST, one, 2000)
+    await fetched
+    await landed(link.cache)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+@on_reactor
+async def test_who_waits_is_tried_for_also_while_the_link_is_down(link: CircuitBreaker, watched: bool) -> None:
+    asked, sending = await (link.client(FIRST) if watched else link.background(FIRST))
+    assert not link.upstreams[0].options.insist
+    sending.end(ConnectionLost())
+    await again(link.upstreams, link.clock, 2)
+    assert (link.upstreams[1].options.within, link.upstreams[1].options.insist) == (10.0, watched)
+    await link.finish(FIRST, link.upstreams[1].stream(SIZE, 1000), 1000)
+    if isinstance(asked, Deferred):
+        await asked
+    else:
+        asked.close()
+    await landed(link.cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "yields"),
+    [
+        (lambda scheduler: scheduler.flows(1, waited_for=True), True),
+        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.flows(2, waited_for=False)), True),
+        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.flows(1, waited_for=False)), False),
+        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.ended(1)), False),
+    ],
+)
+def test_who_goes_first(change: Callable[[PriorityScheduler], object], yields: bool) -> None:
+    scheduler = PriorityScheduler()
+    change(scheduler)
+    assert scheduler.yields is yields

@@ -1,0 +1,195 @@
+"""A blob whose size no manifest tells: it may never end, so it ends when nobody waits for it, or is too much."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+import ociregistry.pullthrough.transfer
+from ociregistry.errors import Unavailable
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.store.partials import Partial
+from ociregistry.store.store import Store
+from tests.unit.support.doubles import manifest, on_reactor, texts, until
+from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.test_pullthrough_download import (
+    APP,
+    BUILT,
+    DATA,
+    DIGEST,
+    SIZE,
+    WHERE,
+    begin,
+    blobs,
+    get,
+    partial_sizes,
+    read_all,
+)
+
+ENDS = f"{WHERE}: it ends, as nobody waits for it and no manifest tells its size"
+
+
+@on_reactor
+async def test_it_ends_when_nobody_waits_and_is_kept_to_be_resumed(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, events: list[LogEvent]
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:1000])
+    clock.advance(3600)
+    await content.more_than(999)
+    content.close()
+    clock.advance(29)
+    sending.send(DATA[1000:2000])
+    await until(lambda: partial_sizes(root) == [2000])
+    assert not sending.connection.closed
+    clock.advance(1)
+    sending.send(DATA[2000:3000])
+    await landed(cache)
+    assert sending.connection.closed
+    assert texts(events, LogLevel.warn) == [ENDS]
+    assert texts(events, LogLevel.error) == []
+    assert partial_sizes(root) == [3000]
+    asked = get(cache)
+    await until(lambda: len(upstreams) == 2)
+    assert upstreams.asked[1] == f"blob {APP.repository} {DIGEST} from 3000"
+    upstreams[1].stream(SIZE, 3000).send(DATA[3000:]).end()
+    content = (await asked).content
+    assert await read_all(content) == DATA
+    content.close()
+    await landed(cache)
+    assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_who_comes_back_soon_keeps_it_going(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:1000])
+    content.close()
+    clock.advance(20)
+    content = (await get(cache)).content
+    clock.advance(20)
+    sending.send(DATA[1000:]).end()
+    assert await read_all(content) == DATA
+    content.close()
+    assert len(upstreams) == 1
+
+
+@on_reactor
+async def test_it_goes_on_while_something_else_than_a_client_waits_for_it(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await until(lambda: upstreams.calls)
+    sending = upstreams[0].stream(SIZE).send(DATA[:1000])
+    await until(lambda: partial_sizes(root) == [1000])
+    clock.advance(3600)
+    sending.send(DATA[1000:]).end()
+    await fetching
+    assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_where_a_manifest_tells_the_size_it_goes_on_alone(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, root: Path
+) -> None:
+    await store.keep(manifest(BUILT), APP)
+    content, sending = await begin(cache, upstreams)
+    content.close()
+    clock.advance(3600)
+    sending.send(DATA[:1000])
+    await until(lambda: partial_sizes(root) == [1000])
+    clock.advance(3600)
+    sending.send(DATA[1000:]).end()
+    await landed(cache)
+    assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_one_that_broke_off_is_not_taken_up_again(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    sending.send(DATA[:1000])
+    await content.more_than(999)
+    content.close()
+    clock.advance(30)
+    sending.end(ConnectionError())
+    await landed(cache)
+    assert len(upstreams) == 1
+    assert partial_sizes(root) == [1000]
+
+
+@on_reactor
+async def test_one_that_others_hold_up_ends_too(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
+) -> None:
+    content, sending = await begin(cache, upstreams)
+    content.close()
+    first = Deferred.fromCoroutine(cache.blob(APP.repository, Digest.of(b"other")))
+    await until(lambda: len(upstreams) == 2)
+    other = upstreams[1].stream(5).send(b"o")
+    followed = (await first).content
+    sending.send(DATA[:1000])
+    await until(lambda: partial_sizes(root) == [1000])
+    clock.advance(30)
+    other.send(b"ther").end()
+    await followed.more_than(4)
+    followed.close()
+    await landed(cache)
+    assert sending.connection.closed
+    assert partial_sizes(root) == [1000]
+
+
+@on_reactor
+async def test_who_comes_at_the_moment_when_it_ends_gets_it_from_a_new_connection(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has is being synced then; the client must not be promised what does not come."""
+    content, sending = await begin(cache, upstreams)
+    content.close()
+    synced: Deferred[None] = Deferred()
+    syncing: list[Partial] = []
+
+    def sync(partial: Partial) -> Deferred[None]:
+        syncing.append(partial)
+        monkeypatch.undo()
+        return synced
+
+    monkeypatch.setattr(Partial, "sync", sync)
+    clock.advance(31)
+    sending.send(DATA[:1000])
+    await until(lambda: syncing)
+    asked = get(cache)
+    waiting = [asked, get(cache)]
+    synced.callback(None)
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].stream(SIZE, 1000).send(DATA[1000:]).end()
+    for one in waiting:
+        content = (await one).content
+        assert await read_all(content) == DATA
+        content.close()
+    assert len(upstreams) == 2
+
+
+@on_reactor
+async def test_one_whose_size_nobody_tells_has_an_end(
+    cache: PullThrough, upstreams: MemoryRegistries, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ociregistry.pullthrough.transfer, "_LARGEST_UNTOLD", 50_000)
+    asked = get(cache)
+    await until(lambda: upstreams.calls)
+    sending = upstreams[0].stream(None).send(DATA[:50_000])
+    await until(lambda: partial_sizes(root) == [50_000])
+    sending.send(b"x")
+    with pytest.raises(Unavailable, match="sent more than 50000 bytes"):
+        await asked
+    await landed(cache)
+    assert sending.connection.closed
+    assert partial_sizes(root) == []

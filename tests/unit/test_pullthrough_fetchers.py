@@ -1,0 +1,294 @@
+"""Where images come from: this process pulls, with patience, and tells what comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.errors import BlobUnknown, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest
+from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.fetchers import BackgroundFetcher, CacheFetcher, IdleTimeout
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.store import Store
+from tests.images import make_image
+from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
+from tests.unit.support.loads import image_of, index_of
+from tests.unit.support.registries import MemoryRegistries, landed
+
+BUILT = make_image("supplied", layers=1, layer_size=200_000)
+IMAGE = manifest(BUILT)
+APP = image("reg.example/app:1")
+LAYER = Digest(BUILT.layers[0].digest)
+DATA = BUILT.layers[0].data
+
+
+class Scene:
+    """A supplier, and what it is asked for."""
+
+    def __init__(self, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
+        self._how = (cache, Listings(store, upstreams, clock), 60.0, clock)
+        self.advance: list[int] = []
+        self.pulling, self.background = CacheFetcher(*self._how), BackgroundFetcher(*self._how)
+
+    def manifest(self, fetcher: CacheFetcher | None = None) -> Deferred[FoundManifest]:
+        """Asks for the manifest."""
+        return Deferred.fromCoroutine((fetcher or self.pulling).manifest(APP))
+
+    def referrers(self) -> Deferred[Manifest | None]:
+        """Asks for what refers to it."""
+        return Deferred.fromCoroutine(self.pulling.referrers(APP.repository, IMAGE.digest))
+
+    def blob(
+        self, fetcher: CacheFetcher | None = None, digest: Digest = LAYER, size: int = len(DATA)
+    ) -> Deferred[None]:
+        """Asks for the layer."""
+        fetcher = fetcher or self.pulling
+        return Deferred.fromCoroutine(fetcher.blob(APP.repository, digest, size, self.advance.append))
+
+
+@pytest.fixture
+def scene(store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> Scene:
+    """Suppliers over the cache."""
+    return Scene(store, cache, upstreams, clock)
+
+
+async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
+    """So many requests have gone out."""
+    await until(lambda: len(upstreams) == count)
+
+
+async def advance(scene: Scene, count: int) -> None:
+    """So many bytes have come."""
+    await until(lambda: sum(scene.advance) >= count)
+
+
+async def passes(clock: Clock, seconds: float) -> None:
+    """Time goes by, and what waits for it goes on."""
+    clock.advance(seconds)
+    await turn()
+
+
+def test_patience_is_for_as_long_as_nothing_comes(clock: Clock) -> None:
+    patience = IdleTimeout(60, clock)
+    assert (patience.left, patience.exhausted) == (60, False)
+    clock.advance(59)
+    assert (patience.left, patience.exhausted) == (1, False)
+    patience.progress()
+    assert patience.left == 60
+    clock.advance(60)
+    assert patience.exhausted
+    clock.advance(1000)
+    # Never no time at all: it is waited for.
+    assert 0 < patience.left < 0.01
+
+
+@on_reactor
+async def test_a_manifest_that_is_here_is_a_hit(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+    await store.keep(IMAGE, APP)
+    assert await scene.manifest() == FoundManifest(IMAGE, hit=True)
+    assert len(upstreams) == 0
+
+
+@on_reactor
+async def test_an_upstream_that_is_slow_to_answer_is_waited_for(
+    scene: Scene, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    waiting = scene.manifest()
+    await asked(upstreams)
+    for _ in range(2):
+        await passes(clock, 25)
+        assert not waiting.called
+    upstreams[0].answer(IMAGE)
+    # It is the answer to the one request that there was.
+    assert await waiting == FoundManifest(IMAGE, hit=False)
+    assert len(upstreams) == 1
+
+
+@on_reactor
+async def test_but_not_for_ever(scene: Scene, upstreams: MemoryRegistries, clock: Clock) -> None:
+    waiting = scene.manifest()
+    await asked(upstreams)
+    for _ in range(2):
+        await passes(clock, 25)
+        assert not waiting.called
+    await passes(clock, 10)
+    with pytest.raises(Unavailable, match="no answer within 60 s"):
+        await waiting
+    assert len(upstreams) == 1
+    upstreams[0].answer(IMAGE)
+
+
+@pytest.mark.parametrize("error", [Unavailable("down"), ManifestUnknown("not there")])
+@on_reactor
+async def test_what_the_upstream_says_is_not_asked_for_twice(
+    scene: Scene, upstreams: MemoryRegistries, error: RegistryError
+) -> None:
+    waiting = scene.manifest()
+    await asked(upstreams)
+    upstreams[0].refuse(error)
+    with pytest.raises(type(error)) as failed:
+        await waiting
+    assert failed.value is error
+    assert len(upstreams) == 1
+
+
+@on_reactor
+async def test_referrers(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+    index = index_of((image_of(b"{}"), ""))
+    waiting = scene.referrers()
+    upstreams[0].answer(index)
+    assert await waiting == index
+    # Kept for when the upstream cannot be reached.
+    waiting = scene.referrers()
+    upstreams[1].refuse(Unavailable("down"))
+    assert await waiting == index
+    assert store.counts.lists == 1
+
+
+@on_reactor
+async def test_an_upstream_that_has_no_referrers(scene: Scene, upstreams: MemoryRegistries) -> None:
+    for number, error in enumerate((ManifestUnknown("it answered 404"), Unavailable("down"))):
+        waiting = scene.referrers()
+        upstreams[number].refuse(error)
+        if isinstance(error, ManifestUnknown):
+            assert await waiting is None
+            continue
+        with pytest.raises(Unavailable):
+            await waiting
+
+
+@on_reactor
+async def test_a_blob_is_told_of_as_it_comes_and_is_here_in_the_end(
+    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    await store.keep(IMAGE, APP)
+    waiting = scene.blob()
+    await asked(upstreams)
+    # Somebody waits for it: it has a connection of its own.
+    assert not upstreams[0].options.small
+    sending = upstreams[0].stream(len(DATA))
+    for start in range(0, len(DATA), 50_000):
+        sending.send(DATA[start : start + 50_000])
+        await advance(scene, min(start + 50_000, len(DATA) - 1))
+        assert not waiting.called
+    sending.end()
+    await waiting
+    assert sum(scene.advance) == len(DATA)
+    assert len(scene.advance) >= 4
+    assert await store.holds(LAYER, len(DATA))
+    await landed(cache)
+    # What is here is told of all at once.
+    await scene.blob()
+    assert scene.advance[-1] == len(DATA)
+    assert len(upstreams) == 1
+
+
+@on_reactor
+async def test_what_an_earlier_one_left_is_told_of_too(
+    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    await store.keep(IMAGE, APP)
+    first = await store.new_partial(LAYER, len(DATA), APP.repository)
+    await first.append(DATA[:70_000])
+    await first.sync()
+    first.close()
+    waiting = scene.blob()
+    await asked(upstreams)
+    assert upstreams.asked == [f"blob {APP.repository} {LAYER} from 70000"]
+    upstreams[0].stream(len(DATA), 70_000).send(DATA[70_000:]).end()
+    await waiting
+    assert sum(scene.advance) == len(DATA)
+
+
+@on_reactor
+async def test_an_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+    empty = image_of(b"{}", b"")
+    await store.keep(empty, APP)
+    waiting = scene.blob(digest=Digest.of(b""), size=0)
+    await asked(upstreams)
+    upstreams[0].stream(0).end()
+    await waiting
+    assert await store.holds(Digest.of(b""), 0)
+
+
+@on_reactor
+async def test_a_blob_of_which_nothing_comes_any_more_is_given_up_and_goes_on(
+    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    await store.keep(IMAGE, APP)
+    waiting = scene.blob()
+    await asked(upstreams)
+    sending = upstreams[0].stream(len(DATA)).send(DATA[:1000])
+    await until(lambda: scene.advance)
+    await passes(clock, 59)
+    sending.send(DATA[1000:2000])
+    await until(lambda: sum(scene.advance) == 2000)
+    await passes(clock, 59)
+    assert not waiting.called
+    await passes(clock, 1)
+    with pytest.raises(Unavailable, match=f"^{APP.repository}@{LAYER}: no byte came for 60 s$"):
+        await waiting
+    assert cache.in_flight == {LAYER}
+    # Nobody waits for it any more: clients go first.
+    assert not cache._downloads[LAYER]._connections.watched
+    sending.send(DATA[2000:]).end()
+    await landed(cache)
+    assert cache.in_flight == frozenset()
+
+
+@on_reactor
+async def test_a_blob_that_the_upstream_does_not_have(
+    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    await store.keep(IMAGE, APP)
+    for number, fetcher in enumerate((scene.pulling, scene.background)):
+        waiting = scene.blob(fetcher)
+        await asked(upstreams, number + 1)
+        upstreams[number].refuse(BlobUnknown("not there"))
+        with pytest.raises(BlobUnknown):
+            await waiting
+    assert scene.advance == []
+    await landed(cache)
+
+
+@on_reactor
+async def test_an_upstream_that_is_slow_to_send_a_blob_is_waited_for(
+    scene: Scene, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    # No manifest of the repository tells its size: so it is with the blobs of signatures that two manifests name.
+    waiting = scene.blob()
+    await asked(upstreams)
+    await passes(clock, 25)
+    given_up = waiting.called
+    waiting.addErrback(lambda _: None)
+    upstreams[0].stream(len(DATA)).send(DATA).end()
+    await waiting
+    await landed(cache)
+    assert not given_up
+
+
+@on_reactor
+async def test_in_the_background_a_blob_comes_after_what_clients_wait_for(
+    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, root: Path
+) -> None:
+    await store.keep(IMAGE, APP)
+    waiting = scene.blob(scene.background)
+    await asked(upstreams)
+    # It takes one of the connections for blobs: more than one may come at once.
+    assert not upstreams[0].options.small
+    sending = upstreams[0].stream(len(DATA))
+    await turn()
+    client = (await cache.blob(APP.repository, LAYER)).content
+    sending.send(DATA).end()
+    await waiting
+    assert scene.advance == [len(DATA)]
+    assert (root / "blobs" / LAYER.hex).read_bytes() == DATA
+    client.close()
+    # What is here costs nothing.
+    await scene.blob(scene.background)
+    assert len(upstreams) == 1

@@ -1,0 +1,303 @@
+"""Loading: a list, the manifests of its platforms and their blobs, whatever becomes of the other images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.manifests import DOCKER_LIST, Manifest
+from ociregistry.names import Digest
+from ociregistry.platforms import ALL, Platform
+from ociregistry.pullthrough.loader import LoadStatus, NullProgress, Outcome, summary
+from ociregistry.store.store import Counts, Store
+from tests.images import make_image, make_index
+from tests.unit.support.doubles import manifest, on_reactor
+from tests.unit.support.loads import ARM64, Loads, Shelf, image_of, index_of
+
+SINGLE = make_image("single")
+MULTI = make_index("multi", platforms=("linux/amd64", "linux/arm64", "linux/arm/v6", "linux/arm/v7"))
+APP, NEXT, LAST = "reg.example/app:1", "reg.example/next:1", "reg.example/last:1"
+DIGESTS = [blob.digest for blob in SINGLE.blobs]
+
+
+@pytest.fixture
+def shelf(store: Store, root: Path) -> Shelf:
+    """What upstreams have: nothing."""
+    return Shelf(store, root)
+
+
+@pytest.fixture
+def loads(store: Store, shelf: Shelf) -> Loads:
+    """Loads from there."""
+    return Loads(store, shelf)
+
+
+def size(*images: object) -> int:
+    """Bytes of the blobs of images."""
+    blobs = {blob.digest: len(blob.data) for one in images for blob in one.blobs}  # type: ignore[attr-defined]  # an Image or an Index
+    return sum(blobs.values())
+
+
+def here(root: Path) -> set[str]:
+    """The blobs that are in the store."""
+    return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
+
+
+def told(outcomes: Sequence[Outcome]) -> list[str]:
+    """How they ended."""
+    return [str(outcome) for outcome in outcomes]
+
+
+@on_reactor
+async def test_of_a_list_the_image_of_the_platform_with_its_blobs(
+    loads: Loads, shelf: Shelf, store: Store, root: Path
+) -> None:
+    shelf.add(APP, MULTI)
+    (outcome,) = await loads.load(APP)
+    amd64 = MULTI.images[0]
+    assert outcome == Outcome(APP, LoadStatus.LOADED, "", (), 3, size(amd64))
+    assert shelf.asked[:2] == [f"manifest {APP}", f"manifest reg.example/app@{amd64.manifest.digest}"]
+    assert sorted(shelf.asked[2:]) == sorted(f"blob reg.example/app@{blob.digest}" for blob in amd64.blobs)
+    assert here(root) == {blob.digest for blob in amd64.blobs}
+    assert store.counts == Counts(lists=1, images=1)
+
+
+@on_reactor
+async def test_what_is_here_is_not_asked_for(loads: Loads, shelf: Shelf, root: Path) -> None:
+    shelf.add(APP, MULTI)
+    shelf.add(NEXT, SINGLE)
+    await loads.load(APP, NEXT)
+    asked = len(shelf.asked)
+    outcomes = await loads.load(APP, NEXT, f"reg.example/next@{SINGLE.manifest.digest}")
+    assert [outcome.ended for outcome in outcomes] == [LoadStatus.PRESENT] * 3
+    assert [(outcome.blobs, outcome.bytes) for outcome in outcomes] == [(0, 0)] * 3
+    assert len(shelf.asked) == asked
+    # What is lacking is brought, and only that.
+    (root / "blobs" / Digest(DIGESTS[1]).hex).unlink()
+    (root / "blobs" / Digest(DIGESTS[2]).hex).write_bytes(b"half")
+    (outcome,) = await loads.load(NEXT)
+    lacked = SINGLE.blobs[1:]
+    assert (outcome.ended, outcome.blobs, outcome.bytes) == (
+        LoadStatus.LOADED,
+        2,
+        sum(len(one.data) for one in lacked),
+    )
+    assert shelf.asked[asked:] == [f"blob reg.example/next@{one.digest}" for one in lacked]
+
+
+@on_reactor
+async def test_what_images_share_is_brought_once(loads: Loads, shelf: Shelf) -> None:
+    shelf.add(APP, SINGLE)
+    shelf.add(NEXT, make_image("on top", base=SINGLE, layers=1))
+    first, second = await loads.load(APP, NEXT)
+    assert (first.blobs, second.blobs) == (3, 2)
+    assert len(shelf.asked) == len(set(shelf.asked)) == 2 + 5
+
+
+@on_reactor
+async def test_an_image_that_is_no_list_is_loaded_whatever_its_platform(loads: Loads, shelf: Shelf) -> None:
+    shelf.add(APP, make_image("arm", platform="linux/arm64"))
+    (outcome,) = await loads.load(APP)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ("linux/arm", ["linux/arm/v7"]),
+        ("linux/arm/v7", ["linux/arm/v7"]),
+        ("linux/arm/v6", ["linux/arm/v6"]),
+        ("linux/arm64", ["linux/arm64"]),
+        ("linux/arm64/v8", ["linux/arm64"]),
+        ("linux/amd64,linux/arm64", ["linux/amd64", "linux/arm64"]),
+        ("linux/arm64/v8,linux/arm64", ["linux/arm64"]),
+        ("", ["linux/amd64", "linux/arm64", "linux/arm/v6", "linux/arm/v7"]),
+    ],
+)
+@pytest.mark.parametrize("docker", [False, True])
+@on_reactor
+async def test_the_platforms_that_are_wanted(
+    loads: Loads, shelf: Shelf, root: Path, wanted: str, found: list[str], docker: bool
+) -> None:
+    multi = make_index("platforms", platforms=[one.platform for one in MULTI.images], docker=docker)
+    shelf.add(APP, multi)
+    platforms = tuple(map(Platform.parse, wanted.split(","))) if wanted else ALL
+    (outcome,) = await loads.load(APP, wanted=platforms)
+    assert outcome.ended is LoadStatus.LOADED
+    chosen = [one for one in multi.images if one.platform in found]
+    assert here(root) == {blob.digest for one in chosen for blob in one.blobs}
+
+
+@on_reactor
+async def test_arm64_v8_is_found_under_either_name(loads: Loads, shelf: Shelf) -> None:
+    shelf.add(APP, make_index("v8", platforms=("linux/arm64/v8",)))
+    shelf.add(NEXT, make_index("none", platforms=("linux/arm64",)))
+    for platform in (ARM64, Platform("linux", "arm64", "v8")):
+        outcomes = await loads.load(APP, NEXT, wanted=[platform])
+        assert [outcome.why for outcome in outcomes] == ["", ""]
+
+
+@on_reactor
+async def test_a_platform_that_is_missing_names_those_there_are_and_the_others_are_loaded(
+    loads: Loads, shelf: Shelf, root: Path
+) -> None:
+    shelf.add(APP, MULTI)
+    wanted = [Platform("linux", "s390x"), ARM64, Platform("linux", "riscv64")]
+    (outcome,) = await loads.load(APP, wanted=wanted)
+    why = "there is none for linux/s390x, linux/riscv64, but for linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64"
+    arm64 = MULTI.images[1]
+    assert outcome == Outcome(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
+    assert here(root) == {blob.digest for blob in arm64.blobs}
+    # It is so tomorrow, too.
+    assert not outcome.again
+
+
+@on_reactor
+async def test_an_empty_list_has_no_platform(loads: Loads, shelf: Shelf) -> None:
+    shelf.put(APP, index_of())
+    (outcome,) = await loads.load(APP)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 0)
+
+
+def attested(where: str = "linux/amd64") -> tuple[Manifest, Manifest, Manifest, list[bytes]]:
+    """An index as BuildKit makes it: an image, and what attests how it was built."""
+    blobs = [b"{}", b"layer", b"attestation"]
+    app, attestation = image_of(*blobs[:2]), image_of(b"{}", blobs[2])
+    return index_of((app, where), (attestation, "unknown/unknown")), app, attestation, blobs
+
+
+@on_reactor
+async def test_attestations_are_no_platform_that_is_wanted(loads: Loads, shelf: Shelf, root: Path) -> None:
+    index, app, attestation, blobs = attested()
+    shelf.put(APP, index, app, attestation, blobs=blobs)
+    (outcome,) = await loads.load(APP)
+    assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
+    # With all of the list they are brought, too.
+    (outcome,) = await loads.load(APP, wanted=ALL)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
+    assert len(here(root)) == 3
+
+
+@on_reactor
+async def test_attestations_are_not_among_the_platforms_there_are(loads: Loads, shelf: Shelf) -> None:
+    index, app, attestation, blobs = attested()
+    shelf.put(APP, index, app, attestation, blobs=blobs)
+    (outcome,) = await loads.load(APP, wanted=[ARM64])
+    assert outcome.why == "there is none for linux/arm64, but for linux/amd64"
+
+
+@on_reactor
+async def test_lists_in_lists(loads: Loads, shelf: Shelf, root: Path) -> None:
+    blobs = [b"config", b"layer"]
+    app, other = image_of(*blobs), image_of(b"other")
+    inner = index_of((app, "linux/amd64"), (other, "linux/arm64"), media_type=DOCKER_LIST)
+    outer = index_of((inner, ""))
+    shelf.put(APP, outer, inner, app, other, blobs=blobs)
+    (outcome,) = await loads.load(APP)
+    assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
+    (outcome,) = await loads.load(APP, wanted=[Platform("linux", "s390x")])
+    assert outcome.why == "there is none for linux/s390x, but for linux/amd64, linux/arm64"
+
+
+@on_reactor
+async def test_lists_in_lists_have_an_end(loads: Loads, shelf: Shelf) -> None:
+    nested = [image_of(b"config")]
+    for _ in range(8):
+        nested.append(index_of((nested[-1], "")))
+    shelf.put(APP, nested[-1], *nested, blobs=[b"config"])
+    (outcome,) = await loads.load(APP)
+    assert outcome.ended is LoadStatus.LOADED
+    assert len(shelf.asked) == 5
+
+
+@on_reactor
+async def test_what_a_list_has_beside_manifests_is_left_alone(loads: Loads, shelf: Shelf) -> None:
+    child = manifest(SINGLE)
+    other = Manifest(Digest.of(b"wasm"), "application/wasm", b"wasm", (), ())
+    shelf.add(APP, SINGLE)
+    shelf.put(APP, index_of((child, ""), (other, "")), child)
+    (outcome,) = await loads.load(APP, wanted=ALL)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ManifestUnknown(f"{APP}: the upstream answered 404"), False),
+        (Denied("reg.example: not allowed"), False),
+        (Unavailable("reg.example: down"), True),
+        (OSError(28, "No space left on device"), True),
+    ],
+)
+@pytest.mark.parametrize("concurrent", [1, 3])
+@on_reactor
+async def test_one_that_fails_stops_no_other(
+    loads: Loads, shelf: Shelf, error: Exception, again: bool, concurrent: int
+) -> None:
+    for url in (APP, NEXT, LAST):
+        shelf.add(url, make_image(url))
+    shelf.errors[f"manifest {APP}"] = error
+    outcomes = await loads.load(APP, NEXT, LAST, concurrent=concurrent)
+    why = error.message if isinstance(error, RegistryError) else "cannot be stored: No space left on device"
+    assert outcomes[0] == Outcome(APP, LoadStatus.FAILED, why, again=again)
+    assert [outcome.ended for outcome in outcomes[1:]] == [LoadStatus.LOADED] * 2
+    assert summary(outcomes) == "2 loaded, 0 already there, 1 failed"
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down"), OSError(28, "No space left")])
+@on_reactor
+async def test_a_blob_that_fails_stops_no_other_of_its_image(
+    loads: Loads, shelf: Shelf, root: Path, error: Exception
+) -> None:
+    shelf.add(APP, SINGLE)
+    shelf.errors[f"blob reg.example/app@{DIGESTS[0]}"] = error
+    (outcome,) = await loads.load(APP, connections=1)
+    assert (outcome.ended, outcome.blobs, outcome.again) == (LoadStatus.FAILED, 2, not isinstance(error, BlobUnknown))
+    assert outcome.bytes == sum(len(blob.data) for blob in SINGLE.blobs[1:])
+    assert here(root) == set(DIGESTS[1:])
+    # It goes on where it was.
+    shelf.errors.clear()
+    (outcome,) = await loads.load(APP)
+    assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
+
+
+@on_reactor
+async def test_a_store_that_cannot_be_looked_at_is_a_failure_of_the_image(
+    loads: Loads, shelf: Shelf, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lacking(what: Manifest) -> dict[Digest, int]:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store, "lacking", lacking)
+    shelf.add(APP, SINGLE)
+    assert told(await loads.load(APP)) == [f"failed: {APP}: cannot be stored: Input/output error"]
+
+
+@on_reactor
+async def test_an_image_by_digest_alone_is_noted_as_such(loads: Loads, shelf: Shelf) -> None:
+    shelf.add(APP, SINGLE)
+    url = f"reg.example/app@{SINGLE.manifest.digest}"
+    note = "known by its digest alone: a client that asks for its tag needs the upstream"
+    assert told(await loads.load(url)) == [f"loaded: {url}: 3 blobs, {size(SINGLE)} bytes; {note}"]
+    assert told(await loads.load(url)) == [f"already there: {url}: {note}"]
+    (outcome,) = await loads.load(APP)
+    assert outcome.notes == ()
+
+
+def test_what_is_told_of_an_outcome() -> None:
+    assert str(Outcome(APP, LoadStatus.PRESENT)) == f"already there: {APP}"
+    assert str(Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
+    # The reason often begins with the name itself.
+    assert str(Outcome(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
+    assert str(Outcome(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blobs, 5 bytes; down"
+    assert summary([]) == "0 loaded, 0 already there, 0 failed"
+
+
+def test_progress_that_nobody_looks_at() -> None:
+    unspecified = NullProgress()
+    unspecified.expect(APP, 1)
+    unspecified.advance(APP, 1)
+    unspecified.ended(Outcome(APP, LoadStatus.LOADED))

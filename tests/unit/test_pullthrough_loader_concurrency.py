@@ -1,0 +1,259 @@
+"""Loading many images: so many at once, in which order they end, what is told, and an end in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.errors import Unavailable
+from ociregistry.names import ImageReference
+from ociregistry.platforms import ALL
+from ociregistry.pullthrough.cache import FoundManifest, PullThrough
+from ociregistry.pullthrough.fetchers import CacheFetcher
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.store.store import Store
+from tests.images import make_image, make_index
+from tests.unit.support.doubles import REACTOR, manifest, on_reactor, turn, until
+from tests.unit.support.loads import Loads, Shelf, settle
+from tests.unit.support.registries import MemoryRegistries
+
+URLS = [f"reg.example/app{number}:1" for number in range(7)]
+IMAGES = [make_image(url, layers=3) for url in URLS]
+
+
+@pytest.fixture
+def shelf(store: Store, root: Path) -> Shelf:
+    """What upstreams have."""
+    shelf = Shelf(store, root)
+    for url, built in zip(URLS, IMAGES, strict=True):
+        shelf.add(url, built)
+    return shelf
+
+
+@pytest.fixture
+def loads(store: Store, shelf: Shelf) -> Loads:
+    """Loads from there."""
+    return Loads(store, shelf)
+
+
+async def waits(shelf: Shelf, count: int) -> None:
+    """So many requests wait."""
+    await until(lambda: len(shelf.waiting) == count)
+
+
+async def until_told(loads: Loads, count: int) -> None:
+    """So many images have ended."""
+    await until(lambda: len(loads.told.outcomes) == count)
+
+
+@pytest.mark.parametrize("concurrent", [1, 2, 5, 50])
+@on_reactor
+async def test_so_many_images_at_once(loads: Loads, shelf: Shelf, store: Store, concurrent: int) -> None:
+    shelf.held.add("manifest")
+    loading = loads.load(*URLS, concurrent=concurrent, connections=50)
+    for begun in range(len(URLS)):
+        most = min(concurrent, len(URLS) - begun)
+        await waits(shelf, most)
+        await settle(store)
+        assert list(shelf.waiting) == [f"manifest {url}" for url in URLS[begun : begun + most]]
+        # An image has its turn until its blobs are here, not only its manifest.
+        shelf.release(f"manifest {URLS[begun]}")
+    assert [outcome.ended for outcome in await loading] == [LoadStatus.LOADED] * 7
+    assert shelf.most["manifest"] == min(concurrent, 7)
+
+
+@on_reactor
+async def test_an_image_has_its_turn_until_its_blobs_are_here(loads: Loads, shelf: Shelf, store: Store) -> None:
+    shelf.held.add("blob")
+    loading = loads.load(*URLS[:2], concurrent=1)
+    await until(lambda: len(shelf.waiting) == 4)
+    await settle(store)
+    assert f"manifest {URLS[1]}" not in shelf.asked
+    shelf.held.clear()
+    shelf.release()
+    assert len(await loading) == 2
+
+
+@pytest.mark.parametrize("connections", [1, 3, 100])
+@on_reactor
+async def test_so_many_blobs_at_once_of_all_images_together(
+    loads: Loads, shelf: Shelf, store: Store, connections: int
+) -> None:
+    shelf.held.add("blob")
+    loading = loads.load(*URLS, concurrent=7, connections=connections)
+    most = min(connections, 7 * 4)
+    await until(lambda: len(shelf.waiting) == most)
+    while not loading.called:
+        await settle(store)
+        assert len(shelf.waiting) <= connections
+        shelf.release()
+        await turn()
+    assert [outcome.blobs for outcome in await loading] == [4] * 7
+    assert shelf.most["blob"] == most
+
+
+@on_reactor
+async def test_one_that_fails_gives_its_turn_back(loads: Loads, shelf: Shelf) -> None:
+    for url in URLS[:3]:
+        shelf.errors[f"manifest {url}"] = Unavailable("down")
+    for blob in IMAGES[3].blobs:
+        shelf.errors[f"blob reg.example/app3@{blob.digest}"] = Unavailable("down")
+    outcomes = await loads.load(*URLS, concurrent=1, connections=1)
+    assert [outcome.ended for outcome in outcomes] == [LoadStatus.FAILED] * 4 + [LoadStatus.LOADED] * 3
+
+
+@on_reactor
+async def test_they_are_told_as_they_end_and_given_as_they_were_asked_for(loads: Loads, shelf: Shelf) -> None:
+    shelf.held.add("manifest")
+    loading = loads.load(*URLS[:4], concurrent=4)
+    await until(lambda: len(shelf.waiting) == 4)
+    for ended, number in enumerate((2, 0, 3, 1), 1):
+        shelf.release(f"manifest {URLS[number]}")
+        await until_told(loads, ended)
+    outcomes = await loading
+    assert [outcome.name for outcome in outcomes] == URLS[:4]
+    assert [outcome.name for outcome in loads.told.outcomes] == [URLS[2], URLS[0], URLS[3], URLS[1]]
+    assert sorted(loads.told.outcomes, key=lambda one: one.name) == outcomes
+
+
+@on_reactor
+async def test_no_image_at_all(loads: Loads) -> None:
+    assert await loads.load() == []
+    assert loads.told.outcomes == []
+
+
+@pytest.mark.parametrize("pieces", [1, 7])
+@on_reactor
+async def test_what_is_expected_comes(loads: Loads, shelf: Shelf, root: Path, pieces: int) -> None:
+    shelf.pieces = pieces
+    multi = make_index("progress")
+    shelf.add("reg.example/multi:1", multi)
+    urls = [*URLS, "reg.example/multi:1"]
+    present = IMAGES[0].layers[0]
+    (root / "blobs" / present.digest.removeprefix("sha256:")).write_bytes(present.data)
+    outcomes = await loads.load(*urls, wanted=ALL, concurrent=3)
+    sizes = {url: sum(len(blob.data) for blob in one.blobs) for url, one in zip(URLS, IMAGES, strict=True)}
+    sizes["reg.example/multi:1"] = sum(len(blob.data) for blob in multi.blobs)
+    sizes[URLS[0]] -= len(present.data)
+    assert loads.told.expected == loads.told.came_of == sizes
+    assert {outcome.name: outcome.bytes for outcome in outcomes} == sizes
+
+
+@on_reactor
+async def test_of_what_is_here_nothing_is_expected(loads: Loads) -> None:
+    await loads.load(URLS[0])
+    expected = loads.told.expected.copy()
+    await loads.load(URLS[0])
+    assert loads.told.expected == expected
+    assert [outcome.ended for outcome in loads.told.outcomes] == [LoadStatus.LOADED, LoadStatus.PRESENT]
+
+
+async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
+    """What it fails with when it is ended."""
+    loading.cancel()
+    with pytest.raises(Exception) as ended:  # noqa: PT011  # the caller looks at its kind
+        await loading
+    return ended.value
+
+
+@pytest.mark.parametrize("kind", ["manifest", "blob", "referrers"])
+@pytest.mark.parametrize(("concurrent", "connections"), [(1, 1), (3, 2), (7, 50)])
+@on_reactor
+async def test_an_end_in_the_middle_ends_all_that_is_under_way(
+    loads: Loads, shelf: Shelf, store: Store, kind: str, concurrent: int, connections: int
+) -> None:
+    shelf.held.add(kind)
+    loading = loads.load(*URLS, signatures=True, concurrent=concurrent, connections=connections)
+    await until(lambda: shelf.waiting)
+    await settle(store)
+    under_way = len(shelf.waiting)
+    error = await interrupted(loading)
+    assert isinstance(error, CancelledError), repr(error)
+    await settle(store)
+    # That nothing is logged of it, is looked at after each test.
+    assert shelf.cancelled >= under_way
+    assert shelf.running.total() == 0
+    assert loads.told.outcomes == []
+
+
+@pytest.mark.parametrize("kind", ["manifest", "blob"])
+@on_reactor
+async def test_an_end_in_the_middle_begins_nothing(loads: Loads, shelf: Shelf, store: Store, kind: str) -> None:
+    shelf.held.add(kind)
+    loading = loads.load(*URLS, concurrent=1, connections=1)
+    await until(lambda: shelf.waiting)
+    await settle(store)
+    asked = list(shelf.asked)
+    await interrupted(loading)
+    await settle(store)
+    assert shelf.asked == asked
+
+
+@on_reactor
+async def test_after_an_end_in_the_middle_it_goes_on_where_it_was(loads: Loads, shelf: Shelf, store: Store) -> None:
+    held = {f"manifest {URLS[3]}", f"blob reg.example/app2@{IMAGES[2].blobs[1].digest}"}
+    shelf.held |= held
+    loading = loads.load(*URLS, concurrent=2)
+    await until(lambda: shelf.waiting.keys() == held)
+    await settle(store)
+    await interrupted(loading)
+    shelf.held.clear()
+    shelf.waiting.clear()
+    asked = len(shelf.asked)
+    outcomes = await loads.load(*URLS, concurrent=2)
+    assert [outcome.blobs for outcome in outcomes] == [0, 0, 1, 4, 4, 4, 4]
+    assert f"manifest {URLS[2]}" not in shelf.asked[asked:]
+
+
+@on_reactor
+async def test_an_end_in_the_middle_leaves_no_requests_for_the_rest(
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    pulling = CacheFetcher(cache, Listings(store, upstreams, clock), 60.0, clock)
+    loading = Loads(store, pulling).load(*URLS, concurrent=7)
+    await until(lambda: len(upstreams) == 7)
+    loading.cancel()
+    with pytest.raises(CancelledError):
+        await loading
+    for call in upstreams:
+        call.answer(manifest(IMAGES[0]))
+    await until(lambda: store.counts.images == 1)
+    assert len(upstreams) == 7
+
+
+@on_reactor
+async def test_an_end_in_the_middle_asks_no_upstream_for_what_waits(
+    store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    pulling = CacheFetcher(cache, Listings(store, upstreams, clock), 60.0, clock)
+    loading = Loads(store, pulling).load(*URLS, concurrent=1)
+    await until(lambda: len(upstreams) == 1)
+    loading.cancel()
+    with pytest.raises(CancelledError):
+        await loading
+    await turn()
+    assert upstreams.asked == [f"manifest {URLS[0]}"]
+
+
+class Refusing(Shelf):
+    """Nothing can be had; once that is known, it is known at once."""
+
+    async def manifest(self, image: ImageReference) -> FoundManifest:
+        """As a link that goes down answers."""
+        if not self.asked:
+            self.asked.append(str(image))
+            await turn()
+        raise Unavailable(f"{image}: the link is down")
+
+
+@on_reactor
+async def test_a_thousand_that_fail_at_once_all_end(store: Store, root: Path) -> None:
+    """Each gives its turn to the next: were that done on one stack, it would overflow."""
+    urls = [f"reg.example/none:{number}" for number in range(1000)]
+    outcomes = await Loads(store, Refusing(store, root)).load(*urls).addTimeout(60, REACTOR)
+    assert [outcome.name for outcome in outcomes] == urls
+    assert {outcome.ended for outcome in outcomes} == {LoadStatus.FAILED}

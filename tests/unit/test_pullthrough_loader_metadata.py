@@ -1,0 +1,212 @@
+"""`load` keeps the metadata of the indexes that it loads: after all images, and never as a failure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+import ociregistry.commands.load
+from ociregistry.commands.load import _load
+from ociregistry.errors import ManifestUnknown, Unavailable
+from ociregistry.pullthrough.loader import Loader, LoadStatus
+from ociregistry.settings import Settings, load_settings
+from ociregistry.store.index import Inventory
+from ociregistry.store.store import Store
+from tests.images import Image, Index, make_image, make_index
+from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.loads import AMD64, Loads, Shelf, index_of
+
+PLATFORMS = ("linux/amd64", "linux/arm64", "linux/s390x")
+FIRST, SECOND = make_index("first", platforms=PLATFORMS), make_index("second", platforms=PLATFORMS)
+SINGLE = make_image("single")
+APP, NEXT, ALONE = "reg.example/app:1", "reg.example/next:1", "reg.example/alone:1"
+ELSEWHERE = "else.example/app:1"
+
+
+@pytest.fixture
+def shelf(store: Store, root: Path) -> Shelf:
+    """Upstreams have two indexes and an image."""
+    shelf = Shelf(store, root)
+    shelf.add(APP, FIRST)
+    shelf.add(NEXT, SECOND)
+    shelf.add(ELSEWHERE, SECOND)
+    shelf.add(ALONE, SINGLE)
+    return shelf
+
+
+@pytest.fixture
+def loader(store: Store, shelf: Shelf) -> Loader:
+    """Loads linux/amd64 from there."""
+    return Loads(store, shelf).loader(AMD64)
+
+
+def metadata_of(index: Index, repository: str) -> set[str]:
+    """What is asked for to have the metadata of its other platforms."""
+    others = index.images[1:]
+    manifests = {f"manifest {repository}@{one.manifest.digest}" for one in others}
+    return manifests | {f"blob {repository}@{one.config.digest}" for one in others}
+
+
+def wanted(root: Path, *images: Image) -> list[bool | None]:
+    """What their records say."""
+    records = Inventory.read(root).records
+    return [records[manifest(one).digest].record.wanted for one in images]
+
+
+@on_reactor
+async def test_manifests_and_configs_of_the_other_platforms_come_after_all_images(
+    loader: Loader, shelf: Shelf, root: Path
+) -> None:
+    outcomes = await loader.load([image(url) for url in (APP, ALONE, NEXT)])
+    assert [outcome.ended for outcome in outcomes] == [LoadStatus.LOADED] * 3
+    expected = metadata_of(FIRST, "reg.example/app") | metadata_of(SECOND, "reg.example/next")
+    assert not expected & set(shelf.asked)
+    before = len(shelf.asked)
+    assert await loader.load_metadata() == []
+    assert set(shelf.asked[before:]) == expected
+    assert len(shelf.asked[before:]) == len(expected) == 8
+    assert wanted(root, *FIRST.images, *SECOND.images) == [True, False, False] * 2
+    assert {row.url for row in Inventory.read(root).rows if "@" not in row.url} == {APP, ALONE, NEXT}
+    assert len(Inventory.read(root).rows) == 5
+
+
+@on_reactor
+async def test_what_is_here_is_not_asked_for(loader: Loader, shelf: Shelf) -> None:
+    for _ in range(2):
+        await loader.load([image(APP)])
+        await loader.load_metadata()
+    assert len(shelf.asked) == len(set(shelf.asked))
+
+
+@on_reactor
+async def test_nor_is_a_config_that_is_here_without_its_manifest(loader: Loader, shelf: Shelf, root: Path) -> None:
+    config = FIRST.images[1].config
+    await loader.load([image(APP)])
+    (root / "blobs" / config.digest.removeprefix("sha256:")).write_bytes(config.data)
+    await loader.load_metadata()
+    assert f"blob reg.example/app@{config.digest}" not in shelf.asked
+
+
+@on_reactor
+async def test_what_is_loaded_for_several_platforms_is_wanted_of_all_these(
+    store: Store, shelf: Shelf, root: Path
+) -> None:
+    loader = Loads(store, shelf).loader()
+    await loader.load([image(APP)])
+    before = list(shelf.asked)
+    assert await loader.load_metadata() == []
+    assert (shelf.asked, wanted(root, *FIRST.images)) == (before, [True] * 3)
+
+
+@on_reactor
+async def test_a_metadata_image_that_is_loaded_later_is_wanted(
+    store: Store, loader: Loader, shelf: Shelf, root: Path
+) -> None:
+    await loader.load([image(APP)])
+    await loader.load_metadata()
+    arm64 = FIRST.images[1]
+    (outcome,) = await Loads(store, shelf).load(f"reg.example/app@{arm64.manifest.digest}")
+    assert outcome.ended is LoadStatus.LOADED
+    assert wanted(root, *FIRST.images) == [True, True, False]
+
+
+@on_reactor
+async def test_a_platform_that_the_upstream_does_not_have_is_left_out(
+    loader: Loader, shelf: Shelf, root: Path
+) -> None:
+    missing = f"reg.example/app@{FIRST.images[1].manifest.digest}"
+    shelf.errors[f"manifest {missing}"] = ManifestUnknown("404")
+    await loader.load([image(APP)])
+    assert await loader.load_metadata() == []
+    assert wanted(root, FIRST.images[0], FIRST.images[2]) == [True, False]
+
+
+@on_reactor
+async def test_a_failure_is_a_line_for_its_upstream_and_holds_no_other_up(
+    loader: Loader, shelf: Shelf, root: Path
+) -> None:
+    for one in FIRST.images[1:]:
+        shelf.errors[f"manifest reg.example/app@{one.manifest.digest}"] = Unavailable("it answered 429", 60)
+    await loader.load([image(APP), image(ELSEWHERE)])
+    assert await loader.load_metadata() == ["reg.example: it answered 429"]
+    # It is not asked a second time; who answers gives all.
+    assert sum("manifest reg.example/app@" in words for words in shelf.asked) == 2
+    assert wanted(root, *SECOND.images) == [True, False, False]
+
+
+@on_reactor
+async def test_an_index_in_an_index_is_one_of_those_that_are_loaded(
+    store: Store, loader: Loader, shelf: Shelf, root: Path
+) -> None:
+    inner = index_of(*((manifest(one), one.platform) for one in FIRST.images))
+    outer = index_of((inner, ""))
+    shelf.put("reg.example/nested:1", outer, inner, *map(manifest, FIRST.images))
+    shelf.put(APP, manifest(FIRST), *map(manifest, FIRST.images), blobs=[blob.data for blob in FIRST.blobs])
+    await loader.load([image("reg.example/nested:1")])
+    assert await loader.load_metadata() == []
+    assert wanted(root, *FIRST.images) == [True, False, False]
+
+
+# The command
+
+
+class Loading:
+    """Runs `load` over the upstreams of a test."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self._root = root
+        self._capfd = capfd
+        self.errors: dict[str, Exception] = {}
+        self.asked: list[str] = []
+        monkeypatch.setattr(ociregistry.commands.load, "open_fetcher", self._fetcher_for)
+
+    @asynccontextmanager
+    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
+        shelf = Shelf(store, self._root)
+        shelf.add(APP, FIRST)
+        shelf.errors, shelf.asked = self.errors, self.asked
+        yield shelf
+
+    async def __call__(self, **changed: Any) -> list[str]:
+        """What goes to stderr; the images are loaded and nothing fails the command."""
+        settings = replace(load_settings({"image_path": str(self._root)}, (), None), platform=(AMD64,), **changed)
+        refused: list[str] = []
+        loading = _load([], [image(APP)], refused, settings, REACTOR)
+        (outcome,) = await Deferred.fromCoroutine(loading)
+        assert (outcome.ended, refused) == (LoadStatus.LOADED, [])
+        return self._capfd.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def loading(root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Loading:
+    """Runs it."""
+    return Loading(root, monkeypatch, capfd)
+
+
+@on_reactor
+async def test_the_command_keeps_metadata(loading: Loading, root: Path) -> None:
+    assert await loading() == []
+    assert wanted(root, *FIRST.images) == [True, False, False]
+
+
+@on_reactor
+async def test_a_limit_is_a_warning_of_the_command(loading: Loading) -> None:
+    for one in FIRST.images[1:]:
+        words = f"manifest reg.example/app@{one.manifest.digest}"
+        loading.errors[words] = Unavailable("reg.example answered 429", 60)
+    (line,) = await loading()
+    assert line.startswith("ociregistry: warning: manifests of other platforms are missing for now: ")
+    assert line.endswith(" reg.example: reg.example answered 429")
+
+
+@on_reactor
+async def test_it_keeps_none_where_that_is_turned_off(loading: Loading, root: Path) -> None:
+    assert await loading(complete_metadata=False) == []
+    assert not metadata_of(FIRST, "reg.example/app") & set(loading.asked)
+    assert len(Inventory.read(root).records) == 2

@@ -1,0 +1,188 @@
+"""Repairing: what was damaged is fetched anew from where it is used, and no tag comes back that had moved on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference
+from ociregistry.pullthrough.maintenance import Repairer
+from ociregistry.store.records import Dates, Record
+from ociregistry.store.store import Store
+from ociregistry.store.verify import Damaged
+from tests.images import make_image, make_index
+from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.loads import Shelf
+
+BUILT, NEWER, MULTI = make_image("repaired"), make_image("newer"), make_index("repaired list")
+IMAGE = manifest(BUILT)
+LAYER = Digest(BUILT.layers[0].digest)
+APP, ELSEWHERE, THIRD = "reg.example/app:1", "else.example/app:1", "third.example/app:1"
+BEFORE = Dates(created=datetime(2026, 1, 1, tzinfo=UTC), confirmed=datetime(2026, 2, 1, tzinfo=UTC))
+
+
+@pytest.fixture
+def shelf(store: Store, root: Path) -> Shelf:
+    """What upstreams have: nothing."""
+    return Shelf(store, root)
+
+
+@pytest.fixture
+def repairer(store: Store, shelf: Shelf) -> Repairer:
+    """Fetches from there."""
+    return Repairer(store, shelf)
+
+
+def blob(root: Path, digest: Digest = LAYER) -> Damaged:
+    """A blob that was put aside."""
+    return Damaged(root / "blobs" / digest.hex, digest, "its bytes do not have the digest")
+
+
+def record(root: Path, *urls: str, digest: Digest = IMAGE.digest, dates: Dates = BEFORE) -> Damaged:
+    """A record that was put aside, in which these image URLs could still be read."""
+    images = tuple((image(url), dates) for url in urls)
+    return Damaged(root / "img" / digest.hex, digest, "is not JSON", images)
+
+
+def kept(root: Path, what: Manifest = IMAGE) -> Record:
+    """The record, as it is on disk now."""
+    folder = "fat" if what.is_list else "img"
+    return Record.parse((root / folder / what.digest.hex).read_bytes(), what.digest)
+
+
+@on_reactor
+async def test_a_blob_comes_from_the_repository_that_uses_it(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    shelf.add(APP, BUILT)
+    await store.keep(IMAGE, image(APP))
+    assert await repairer.repair(blob(root)) == ""
+    assert shelf.asked == [f"blob reg.example/app@{LAYER}"]
+    assert await store.holds(LAYER, len(BUILT.layers[0].data))
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("gone"), Denied("not allowed"), Unavailable("down")])
+@on_reactor
+async def test_or_from_another_one(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path, error: RegistryError
+) -> None:
+    for url in (APP, ELSEWHERE, THIRD):
+        shelf.add(url, BUILT)
+        await store.keep(IMAGE, image(url))
+    first, second, _ = store.uses(LAYER)
+    shelf.errors[f"blob {first}@{LAYER}"] = error
+    assert await repairer.repair(blob(root)) == ""
+    assert shelf.asked == [f"blob {first}@{LAYER}", f"blob {second}@{LAYER}"]
+
+
+@on_reactor
+async def test_the_last_reason_is_told_when_none_has_it(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    for number, url in enumerate((APP, ELSEWHERE)):
+        await store.keep(IMAGE, image(url))
+        shelf.errors[f"blob {image(url).repository}@{LAYER}"] = Unavailable(f"down {number}")
+    last = list(store.uses(LAYER))[-1]
+    error = shelf.errors[f"blob {last}@{LAYER}"]
+    assert isinstance(error, RegistryError)
+    assert await repairer.repair(blob(root)) == error.message
+    assert len(shelf.asked) == 2
+
+
+@on_reactor
+async def test_a_blob_that_no_image_needs(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+    assert await repairer.repair(blob(root)) == "no image needs it"
+    assert shelf.asked == []
+
+
+@on_reactor
+async def test_a_full_disk_is_a_reason(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+    await store.keep(IMAGE, image(APP))
+    shelf.errors[f"blob reg.example/app@{LAYER}"] = OSError(28, "No space left on device")
+    assert await repairer.repair(blob(root)) == "cannot be stored: No space left on device"
+
+
+@on_reactor
+async def test_a_record_comes_with_the_dates_that_it_had(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    shelf.add(APP, BUILT)
+    assert await repairer.repair(record(root, APP, "reg.example/app:stable")) == ""
+    # By its digest: the tag may mean another one upstream.
+    assert shelf.asked == [f"manifest reg.example/app@{IMAGE.digest}"]
+    found = kept(root)
+    assert found.manifest == IMAGE
+    assert found.images[APP] == found.images["reg.example/app:stable"] == BEFORE
+    assert await store.manifest(image(APP)) == IMAGE
+
+
+@on_reactor
+async def test_a_tag_that_moved_on_stays_where_it_is(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    shelf.add(APP, BUILT)
+    await store.keep(manifest(NEWER), image(APP))
+    assert await repairer.repair(record(root, APP)) == ""
+    assert await store.manifest(image(APP)) == manifest(NEWER)
+    assert await store.manifest(image(f"reg.example/app@{IMAGE.digest}")) == IMAGE
+
+
+@on_reactor
+async def test_a_list_is_repaired_as_well(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+    shelf.add(APP, MULTI)
+    what = manifest(MULTI)
+    damaged = Damaged(root / "fat" / what.digest.hex, what.digest, "is not JSON", ((image(APP), BEFORE),))
+    assert await repairer.repair(damaged) == ""
+    assert kept(root, what).images[APP] == BEFORE
+
+
+@on_reactor
+async def test_a_record_of_several_repositories_comes_from_the_one_that_has_it(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    shelf.add(ELSEWHERE, BUILT)
+    shelf.errors[f"manifest third.example/app@{IMAGE.digest}"] = Unavailable("down")
+    assert await repairer.repair(record(root, APP, "reg.example/app:2", THIRD, ELSEWHERE)) == ""
+    # Each once.
+    assert shelf.asked == [
+        f"manifest {ImageReference(image(url).repository, IMAGE.digest)}" for url in (APP, THIRD, ELSEWHERE)
+    ]
+    images = kept(root).images
+    for url in (APP, "reg.example/app:2", THIRD, ELSEWHERE):
+        assert images[url] == BEFORE
+
+
+@on_reactor
+async def test_a_record_that_no_upstream_has(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+    shelf.errors[f"manifest else.example/app@{IMAGE.digest}"] = ManifestUnknown("the upstream answered 404")
+    assert await repairer.repair(record(root, APP, ELSEWHERE)) == "the upstream answered 404"
+    assert not (root / "img" / IMAGE.digest.hex).exists()
+
+
+@on_reactor
+async def test_a_record_of_which_nothing_can_be_read(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+    assert await repairer.repair(record(root)) == "of which image it was cannot be made out any more"
+    assert shelf.asked == []
+
+
+@on_reactor
+async def test_a_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+    shelf.add(APP, BUILT)
+    (root / "img").rmdir()
+    why = await repairer.repair(record(root, APP))
+    assert why == "cannot be stored: No such file or directory"
+    (root / "img").mkdir()
+
+
+@on_reactor
+async def test_what_another_process_brought_meanwhile_is_given_its_names(
+    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+) -> None:
+    await store.keep(IMAGE, image(ELSEWHERE))
+    assert await repairer.repair(record(root, APP)) == ""
+    assert shelf.asked == []
+    assert kept(root).images[APP] == BEFORE

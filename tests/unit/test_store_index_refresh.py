@@ -1,0 +1,132 @@
+"""The look: every second the store takes over what other processes did to its records."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.store import records as recordfiles
+from ociregistry.store.records import Changes, Record, RecordFiles, Signature
+from ociregistry.store.store import Counts, Store
+from tests.images import make_image
+from tests.unit.support.doubles import image, manifest, on_reactor, record, texts, until
+
+IMAGE, OTHER = manifest(make_image("store")), manifest(make_image("other"))
+NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
+
+
+async def look(clock: Clock) -> None:
+    """Lets a second pass, and waits until the look has ended: then it has said when the next one is due.
+
+    So has what looks at the free space.
+    """
+    due = len(clock.getDelayedCalls())
+    clock.advance(1)
+    await until(lambda: len(clock.getDelayedCalls()) == due)
+
+
+@on_reactor
+async def test_a_look_takes_what_other_processes_did(
+    store: Store, root: Path, clock: Clock, open_store: Callable[[], Store]
+) -> None:
+    other = open_store()
+    await store.keep(IMAGE, NGINX)
+    await other.keep(OTHER, APP)
+    assert await store.manifest(APP) is None
+    await look(clock)
+    assert await store.manifest(APP) == OTHER
+    await other.keep(OTHER, NGINX)
+    await look(clock)
+    assert await store.manifest(NGINX) == OTHER
+    record(root, OTHER.digest).unlink()
+    await look(clock)
+    assert store.tags(APP.repository) == []
+    assert await store.manifest(NGINX) == IMAGE
+
+
+@on_reactor
+async def test_a_damaged_record_hides_nothing_and_is_told_of_once(
+    store: Store, root: Path, clock: Clock, events: list[LogEvent]
+) -> None:
+    await store.keep(IMAGE, NGINX)
+    await store.keep(OTHER, APP)
+    whole = record(root, IMAGE.digest).read_bytes()
+    record(root, IMAGE.digest).write_bytes(whole[:50])
+    for _ in range(3):
+        await look(clock)
+    assert len(texts(events, LogLevel.warn)) == 1
+    assert store.counts == Counts(lists=0, images=1)
+    record(root, IMAGE.digest).write_bytes(whole)
+    await look(clock)
+    assert await store.manifest(NGINX) == IMAGE
+
+
+@on_reactor
+async def test_what_we_write_during_a_look_is_not_lost(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look has read the folders before the write, and is taken after it."""
+    await store.keep(OTHER, APP)
+    has_read, go_on = threading.Event(), threading.Event()
+    really_look = RecordFiles.look
+
+    def look_slowly(records: RecordFiles, known: Mapping[Path, Signature], *, blobs: bool) -> Changes:
+        found = really_look(records, known, blobs=blobs)
+        has_read.set()
+        go_on.wait(10)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordFiles, "look", look_slowly)
+        due = len(clock.getDelayedCalls())
+        clock.advance(1)
+        await until(has_read.is_set)
+        await store.keep(IMAGE, NGINX)
+        await store.keep(OTHER, NGINX)
+        go_on.set()
+        await until(lambda: len(clock.getDelayedCalls()) == due)
+    for _ in range(2):
+        assert await store.manifest(NGINX) == OTHER
+        assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
+        assert store.counts == Counts(lists=0, images=2)
+        await look(clock)
+
+
+@on_reactor
+async def test_a_look_that_fails_is_told_of_and_the_next_one_comes(
+    store: Store, root: Path, clock: Clock, events: list[LogEvent], open_store: Callable[[], Store]
+) -> None:
+    other = open_store()
+    shutil.rmtree(root / "fat")
+    await look(clock)
+    assert "cannot look at the store" in texts(events, LogLevel.error)[0]
+    (root / "fat").mkdir()
+    await other.keep(IMAGE, NGINX)
+    await look(clock)
+    assert await store.manifest(NGINX) == IMAGE
+
+
+@on_reactor
+async def test_a_record_that_could_not_be_read_for_a_moment_is_a_hit_again(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files: nothing on disk has changed, and nothing will."""
+    await store.keep(IMAGE, NGINX)
+    await look(clock)
+
+    def fail(*args: object) -> Record:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recordfiles, "read_record", fail)
+        assert await store.manifest(NGINX) is None
+    await look(clock)
+    assert await store.manifest(NGINX) == IMAGE

@@ -1,0 +1,254 @@
+"""Pruning: what matches goes with what only it needs, and what something else needs stays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import ociregistry.store.prune
+from ociregistry.names import Digest
+from ociregistry.store.files import lock
+from ociregistry.store.index import Inventory
+from ociregistry.store.prune import PruneSet, Selection, planned
+from ociregistry.store.workdir import store_locked
+from tests.unit.support.stores import Stock, by_name, calls_of, day, image_of, in_memory, list_of, url_of
+
+ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")
+SHARED, OWN = b"layer", b"config"
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Stock:
+    """An empty store."""
+    return Stock(tmp_path / "store")
+
+
+def tree(root: Path) -> dict[str, tuple[bytes, int]]:
+    """All files but the locks: what is in them, and when they were changed."""
+    paths = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
+
+
+# Records
+
+
+def test_what_matches_loses_that_url_and_a_record_goes_with_its_last(stock: Stock) -> None:
+    image = stock.image(ONE, "a:1", "a:2", "b:1")
+    plan = stock.prune(by_name("a:1"))
+    assert ([row.url for row in plan.rows], plan.records, dict(plan.blobs)) == ([url_of("a:1")], (), {})
+    assert stock.names(image) == {"a:2", "b:1"}
+    stock.prune(by_name("b"))
+    assert (stock.names(image), stock.has(*ONE)) == ({"a:2"}, [True, True])
+    plan = stock.prune(by_name("a:2"))
+    assert [kept.manifest for kept in plan.records] == [image]
+    assert plan.blobs == {Digest.of(blob): len(blob) for blob in ONE}
+    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+
+
+def test_what_does_not_match_stays_as_it_is(stock: Stock) -> None:
+    stock.image(ONE, "a:1", "b:1")
+    stock.put(list_of(image_of(*ONE)), "b:2")
+    before = tree(stock.root)
+    plan = stock.prune(by_name("c"))
+    assert (plan.rows, plan.records, plan.blobs, plan.bytes, plan.bytes_of) == ((), (), {}, 0, {})
+    assert tree(stock.root) == before
+
+
+def test_a_dry_run_changes_nothing(stock: Stock) -> None:
+    stock.put(list_of(stock.image(ONE, "a@")), "a:1", "b:1")
+    stock.image(TWO, "c:1", "a:2")
+    before = tree(stock.root)
+    told = planned(stock.root, by_name("a"))
+    assert (tree(stock.root), len(told.rows)) == (before, 3)
+
+
+def test_last_pulled_and_the_dates_survive_a_rewrite(stock: Stock) -> None:
+    image = stock.image(ONE, "a:1", "b:1", created=day(1), confirmed=day(2), pulled=day(3))
+    path = stock.path(image)
+    os.utime(path, ns=(0, 1_767_225_600_123_456_789))
+    stock.prune(by_name("a"))
+    assert abs(path.stat().st_mtime_ns - 1_767_225_600_123_456_789) < 10_000
+    (row,) = stock.inventory().rows
+    assert (row.dates.created, row.dates.confirmed) == (day(1), day(2))
+
+
+def test_a_rewrite_leaves_nothing_behind(stock: Stock) -> None:
+    stock.image(ONE, "a:1", "b:1")
+    stock.prune(by_name("a"))
+    assert [path.name for path in (stock.root / "pulls").rglob("*") if path.is_file()] == ["lock"]
+
+
+# Blobs
+
+
+def test_a_blob_that_another_record_names_stays(stock: Stock) -> None:
+    stock.image(ONE, "a:1")
+    stock.image(TWO, "b:1")
+    plan = stock.prune(by_name("a"))
+    assert (dict(plan.blobs), stock.has(OWN, SHARED)) == ({Digest.of(OWN): len(OWN)}, [False, True])
+    stock.prune(by_name("b"))
+    assert stock.has(*ONE, *TWO) == [False] * 4
+
+
+def test_blobs_of_several_that_go_are_counted_once(stock: Stock) -> None:
+    first, second = stock.image(ONE, "a:1"), stock.image(TWO, "a:2")
+    plan = stock.prune(by_name("a"))
+    assert plan.blobs.keys() == {Digest.of(blob) for blob in (*ONE, *TWO)}
+    assert plan.bytes_of == {first.digest: len(OWN) + len(SHARED), second.digest: len(TWO[0])}
+    assert plan.bytes == sum(plan.bytes_of.values()) + sum(kept.size for kept in plan.records)
+
+
+def test_a_blob_that_is_not_there_or_half_there_counts_with_what_it_takes(stock: Stock) -> None:
+    stock.put(image_of(b"nothing", b"half"), "a:1")
+    stock.blob(b"half").write_bytes(b"ha")
+    plan = stock.prune(by_name("a"))
+    assert dict(plan.blobs) == {Digest.of(b"half"): 2}
+    assert stock.has(b"half") == [False]
+
+
+@pytest.mark.parametrize("folder", ["fat", "img"])
+@pytest.mark.parametrize(
+    "text", ['{"type": 3, "layers": "sha256:%s"}', "not JSON at all %s\0", '{"digest": "sha256:%s"']
+)
+def test_a_blob_that_an_unreadable_or_foreign_record_mentions_stays(stock: Stock, folder: str, text: str) -> None:
+    stock.image(ONE, "a:1")
+    theirs = stock.root / folder / Digest.of(b"theirs").hex
+    theirs.write_text(text % Digest.of(SHARED).hex)
+    plan = stock.prune(by_name("a"))
+    assert (stock.has(*ONE), set(plan.blobs)) == ([False, True], {Digest.of(OWN)})
+    assert theirs.read_text() == text % Digest.of(SHARED).hex
+
+
+def test_an_image_that_a_half_copied_list_names_stays(stock: Stock) -> None:
+    """rsync without temporary files, or a disk with an error: the list may be whole in a moment."""
+    image = stock.image(ONE, "a@")
+    stock.put(list_of(image), "a:1")
+    other = stock.put(list_of(image, seed="other"), "a:2")
+    stock.path(other).write_bytes(stock.path(other).read_bytes()[:-20])
+    stock.prune(by_name("a:1"))
+    assert (stock.names(image), stock.has(*ONE)) == ({"a@"}, [True, True])
+
+
+# Lists
+
+
+def test_a_list_takes_its_images_along(stock: Stock) -> None:
+    left, right = stock.image(ONE, "a@"), stock.image(TWO, "a@")
+    many = stock.put(list_of(left, right), "a:1")
+    plan = stock.prune(by_name("a:1"))
+    assert [row.url for row in plan.rows] == [url_of("a:1"), *sorted(url_of("a@", one) for one in (left, right))]
+    assert [stock.names(one) for one in (many, left, right)] == [None] * 3
+    assert stock.has(*ONE, *TWO) == [False] * 4
+
+
+def test_an_image_of_a_list_that_keeps_a_name_stays(stock: Stock) -> None:
+    image = stock.image(ONE, "a@")
+    many = stock.put(list_of(image), "a:1", "b:1")
+    stock.prune(by_name("a:1"))
+    assert (stock.names(many), stock.names(image)) == ({"b:1"}, {"b@"})
+
+
+def test_an_image_that_has_a_name_of_its_own_stays(stock: Stock) -> None:
+    tagged, elsewhere = stock.image(ONE, "a@", "a:amd64"), stock.image(TWO, "a@", "b@")
+    stock.put(list_of(tagged, elsewhere), "a:1")
+    plan = stock.prune(by_name("a:1"))
+    assert (stock.names(tagged), stock.names(elsewhere)) == ({"a:amd64"}, {"b@"})
+    assert stock.has(*ONE, *TWO) == [True] * 4
+    assert (len(plan.rows), len(plan.records)) == (3, 1)
+
+
+def test_an_image_of_two_lists_goes_with_the_second(stock: Stock) -> None:
+    image = stock.image(ONE, "a@")
+    stock.put(list_of(image), "a:1")
+    stock.put(list_of(image, seed="other"), "a:2")
+    stock.prune(by_name("a:1"))
+    assert (stock.names(image), stock.has(*ONE)) == ({"a@"}, [True, True])
+    stock.prune(by_name("a:2"))
+    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+
+
+def test_an_image_of_lists_in_two_repositories_goes_with_both(stock: Stock) -> None:
+    image = stock.image(ONE, "a@", "b@")
+    stock.put(list_of(image), "a:1")
+    stock.put(list_of(image, seed="other"), "b:1")
+    stock.prune(by_name("a:1", "b:1"))
+    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+
+
+@pytest.mark.parametrize("shorts", [("a:1", "b:1"), ("b:1", "a:1")])
+@pytest.mark.parametrize("same", [True, False], ids=["one list", "two lists"])
+def test_an_image_of_lists_in_two_repositories_goes_with_the_second(
+    stock: Stock, shorts: tuple[str, str], same: bool
+) -> None:
+    image = stock.image(ONE, "a@", "b@")
+    stock.put(list_of(image), "a:1")
+    stock.put(list_of(image, seed="" if same else "other"), "b:1")
+    stock.prune(by_name(shorts[0]))
+    assert stock.has(*ONE) == [True, True]
+    stock.prune(by_name(shorts[1]))
+    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+
+
+def test_lists_of_lists_take_all_of_it_along(stock: Stock) -> None:
+    image, other = stock.image(ONE, "a@"), stock.image(TWO, "a@")
+    inner, daemon_client = stock.put(list_of(image), "a@"), stock.put(list_of(other), "a@", "c:1")
+    outer = stock.put(list_of(inner, daemon_client, other), "a:1")
+    stock.prune(by_name("a:1"))
+    assert [stock.names(one) for one in (outer, inner, image)] == [None] * 3
+    assert (stock.names(daemon_client), stock.names(other)) == ({"c:1"}, {"c@"})
+    assert stock.has(*ONE, *TWO) == [False, True, True, True]
+    stock.prune(by_name("c:1"))
+
+
+def test_an_image_that_is_named_goes_though_its_list_stays(stock: Stock) -> None:
+    image = stock.image(ONE, "a@")
+    many = stock.put(list_of(image), "a:1")
+    stock.prune(Selection(matches=lambda url: url == url_of("a@", image)))
+    assert (stock.names(image), stock.names(many), stock.has(*ONE)) == (None, {"a:1"}, [False, False])
+
+
+def test_a_list_of_what_is_not_there_goes_alone(stock: Stock) -> None:
+    many = stock.put(list_of(image_of(*ONE)), "a:1")
+    assert stock.prune(by_name("a")).bytes_of == {many.digest: 0}
+    assert stock.names(many) is None
+
+
+# Beside others
+
+
+def test_what_comes_until_it_has_the_lock_counts(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads ahead, and again what changed, under the lock."""
+    stock.image(ONE, "a:1")
+    chosen: list[Inventory] = []
+
+    def choose(inventory: Inventory) -> PruneSet:
+        chosen.append(inventory)
+        assert lock(stock.root / "pulls" / "lock", wait=False) is None
+        return by_name("a")(inventory)
+
+    @contextmanager
+    def locked_late(root: Path) -> Iterator[None]:
+        stock.image(TWO, "b:1")
+        with store_locked(root):
+            yield
+
+    monkeypatch.setattr(ociregistry.store.prune, "store_locked", locked_late)
+    stock.prune_only(choose)
+    assert [len(inventory.records) for inventory in chosen] == [2]
+    assert stock.has(OWN, SHARED) == [False, True]
+
+
+def test_ten_times_as_many_records_take_ten_times_as_much(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+
+    def look(count: int) -> int:
+        images = [(image_of(b"%d" % number, SHARED), [f"a{number}@"], day(1)) for number in range(count)]
+        lists = [(list_of(one[0]), [f"a{number}:1", "b:1"], day(1)) for number, one in enumerate(images)]
+        inventory = in_memory(tmp_path, *images, *lists)
+        return calls_of(lambda: Selection(matches=lambda url: url.endswith(":1"))(inventory).plan)
+
+    assert look(2000) < 12 * look(200)

@@ -1,0 +1,331 @@
+"""Whether an image is wanted: what its record says, what is taken for it, and which indexes name it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+
+from ociregistry.names import Digest
+from ociregistry.store.blobs import BlobFolder
+from ociregistry.store.files import Files
+from ociregistry.store.index import Catalogue
+from ociregistry.store.records import Dates, Entry, Record, RecordFiles, is_wanted, read_record
+from ociregistry.store.store import Store
+from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, pending_images
+from tests.images import make_image
+from tests.unit.support.demands import AMD64, ARM64, ATTESTATION, INDEX, S390X
+from tests.unit.support.doubles import image, manifest, on_reactor, record
+from tests.unit.support.loads import image_of, index_of, settle
+
+IMAGE = manifest(make_image("wanted"))
+TAG, BY_DIGEST = image("reg.example/app:1"), image(f"reg.example/app@{IMAGE.digest}")
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+DATES = Dates(NOW, NOW + timedelta(hours=1))
+SAYS = [True, False, None]
+
+
+@pytest.fixture
+def records(root: Path) -> Iterator[RecordFiles]:
+    """The records of an empty store."""
+    for folder in ("fat", "img", "blobs"):
+        (root / folder).mkdir(parents=True)
+    pulls = PullsFolder(root, Files())
+    yield RecordFiles(root, pulls, Files())
+    pulls.close()
+
+
+def on_disk(root: Path) -> bool | None:
+    """What the record says."""
+    return read_record(record(root, IMAGE.digest)).wanted
+
+
+# The file
+
+
+@pytest.mark.parametrize("wanted", SAYS)
+def test_a_record_says_it_or_does_not(wanted: bool | None) -> None:
+    rendered = Record(IMAGE, {str(TAG): DATES}, wanted).render()
+    assert json.loads(rendered).get("wanted", "nothing") == ("nothing" if wanted is None else wanted)
+    assert Record.parse(rendered, IMAGE.digest).wanted is wanted
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", "", [], {}, None, 1.5])
+def test_a_value_that_is_neither_says_nothing(value: object) -> None:
+    document = json.loads(Record(IMAGE, {str(TAG): DATES}, True).render())
+    parsed = Record.parse(json.dumps({**document, "wanted": value}).encode(), IMAGE.digest)
+    assert (parsed.wanted, parsed.images) == (None, {str(TAG): DATES})
+
+
+@pytest.mark.parametrize(
+    ("before", "told", "after"),
+    [
+        (None, None, None),
+        (None, False, None),
+        (None, True, True),
+        (False, None, False),
+        (False, False, False),
+        (False, True, True),
+        (True, None, True),
+        (True, False, True),
+        (True, True, True),
+    ],
+)
+def test_a_confirmation_changes_it_to_true_alone(
+    root: Path, records: RecordFiles, before: bool | None, told: bool | None, after: bool | None
+) -> None:
+    records.confirm(IMAGE, TAG, NOW, wanted=before)
+    assert on_disk(root) is before
+    confirmed = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=told)
+    assert confirmed is not None
+    assert confirmed.wanted is on_disk(root) is after
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted", "after"),
+    [
+        (None, False, False),
+        (None, True, True),
+        (False, False, False),
+        (False, True, True),
+        (True, False, True),
+        (True, True, True),
+    ],
+)
+def test_it_is_noted_of_a_record_that_is_there(
+    root: Path, records: RecordFiles, before: bool | None, wanted: bool, after: bool
+) -> None:
+    records.confirm(IMAGE, TAG, NOW, wanted=before)
+    inode = record(root, IMAGE.digest).stat().st_ino
+    noted = records.want(IMAGE.digest, wanted)
+    assert noted is not None
+    assert noted.wanted is on_disk(root) is after
+    assert noted.images == {str(TAG): Dates(NOW, NOW)}
+    # It is not rewritten for nothing.
+    assert (record(root, IMAGE.digest).stat().st_ino == inode) == (before is after)
+
+
+def test_and_of_no_other(root: Path, records: RecordFiles) -> None:
+    assert records.want(IMAGE.digest, True) is None
+    assert list((root / "img").iterdir()) == []
+
+
+@pytest.mark.parametrize("lost", SAYS)
+@pytest.mark.parametrize("fetched", SAYS)
+def test_a_record_that_is_restored_says_what_the_lost_one_said(
+    root: Path, records: RecordFiles, lost: bool | None, fetched: bool | None
+) -> None:
+    records.confirm(IMAGE, BY_DIGEST, NOW, wanted=fetched)
+    records.restore(IMAGE, {str(TAG): DATES}, str(BY_DIGEST), lost)
+    assert on_disk(root) is (True if fetched else lost)
+    assert read_record(record(root, IMAGE.digest)).images == {str(TAG): DATES}
+
+
+# What is taken for it
+
+
+@pytest.mark.parametrize(
+    ("says", "url", "here", "wanted"),
+    [
+        (True, BY_DIGEST, (), True),
+        (False, TAG, (0, 1), False),
+        (False, BY_DIGEST, (1, 2), True),
+        (None, TAG, (), True),
+        (None, BY_DIGEST, (), False),
+        (None, BY_DIGEST, (0,), False),
+        (None, BY_DIGEST, (2,), True),
+        (None, BY_DIGEST, (0, 1, 2), True),
+    ],
+)
+def test_a_record_that_does_not_say_is_wanted_for_a_tag_or_a_layer_that_is_here(
+    tmp_path: Path, says: bool | None, url: object, here: tuple[int, ...], wanted: bool
+) -> None:
+    for number in here:
+        (tmp_path / IMAGE.blobs[number].digest.hex).touch()
+    assert is_wanted(Record(IMAGE, {str(url): DATES}, says), tmp_path) is wanted
+
+
+def test_an_image_without_layers_is_wanted(tmp_path: Path) -> None:
+    empty = image_of(b"config alone")
+    assert is_wanted(Record(empty, {f"reg.example/app@{empty.digest}": DATES}), tmp_path)
+    # A layer that is the config is none.
+    same = image_of(b"config alone", b"config alone")
+    assert same.layers == frozenset()
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@on_reactor
+async def test_memory_says_the_same_as_the_files(
+    root: Path, store: Store, open_store: Callable[[], Store], clock: Clock, layer: bool
+) -> None:
+    if layer:
+        (root / "blobs" / IMAGE.blobs[1].digest.hex).touch()
+    await store.keep(IMAGE, BY_DIGEST)
+    clock.advance(1)
+    await settle(store)
+    for one in (store, open_store()):
+        entry = one.entry(IMAGE.digest)
+        assert entry is not None
+        assert entry.wanted is layer
+
+
+@on_reactor
+async def test_memory_does_not_take_a_new_record_that_does_not_say_for_wanted(store: Store) -> None:
+    """Before the next look it would be completed."""
+    tagged, empty = manifest(make_image("tagged")), image_of(b"config alone")
+    await store.keep(IMAGE, BY_DIGEST)
+    await store.keep(tagged, TAG)
+    await store.keep(empty, image(f"reg.example/app@{empty.digest}"))
+    entries = [store.entry(one.digest) for one in (IMAGE, tagged, empty)]
+    assert [entry.wanted for entry in entries if entry is not None] == [False, True, True]
+
+
+# What changes
+
+
+@on_reactor
+async def test_who_watches_is_told_what_may_lack_something_now(
+    root: Path, store: Store, open_store: Callable[[], Store], clock: Clock
+) -> None:
+    told: list[set[Digest]] = []
+    store.watch(lambda changed: told.append(set(changed)))
+    other = open_store()
+
+    async def changes(seconds: float = 10) -> set[Digest]:
+        clock.advance(seconds)
+        await settle(store)
+        seen, told[:] = set().union(*told), []
+        return seen
+
+    await store.keep(IMAGE, BY_DIGEST, wanted=False)
+    assert await changes() == {IMAGE.digest}
+    # One more name changes nothing that it lacks.
+    await store.keep(IMAGE, TAG)
+    await other.keep(AMD64, TAG, wanted=True)
+    assert await changes() == {AMD64.digest}
+    await store.want(IMAGE.digest)
+    assert await changes() == {IMAGE.digest}
+    blob = root / "blobs" / AMD64.blobs[1].digest.hex
+    blob.touch()
+    assert await changes() == set()
+    blob.unlink()
+    assert await changes() == {AMD64.digest}
+    record(root, IMAGE.digest).unlink()
+    assert await changes() == {IMAGE.digest}
+    assert await changes() == set()
+
+
+def test_which_blobs_have_gone_from_the_folder_is_noticed(tmp_path: Path) -> None:
+    one, two = Digest.of(b"one"), Digest.of(b"two")
+    for name in (one.hex, two.hex, ".syncthing.tmp"):
+        (tmp_path / name).touch()
+    folder = BlobFolder(tmp_path)
+    assert folder.gone() == folder.gone() == frozenset()
+    (tmp_path / one.hex).unlink()
+    (tmp_path / ".syncthing.tmp").unlink()
+    assert folder.gone() == {one}
+    assert folder.gone() == frozenset()
+    (tmp_path / one.hex).touch()
+    assert folder.gone() == frozenset()
+    (tmp_path / one.hex).unlink()
+    (tmp_path / two.hex).unlink()
+    assert folder.gone() == {one, two}
+
+
+def test_also_when_the_folder_s_time_does_not_tell(tmp_path: Path) -> None:
+    """Its time is that of the kernel's last tick, some milliseconds ago."""
+    blob = tmp_path / Digest.of(b"one").hex
+    blob.touch()
+    folder = BlobFolder(tmp_path)
+    assert folder.gone() == frozenset()
+    status = tmp_path.stat()
+    blob.unlink()
+    os.utime(tmp_path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert folder.gone() == {Digest.of(b"one")}
+
+
+# Indexes
+
+
+def put(catalogue: Catalogue, *manifests: object, tag: str = "1") -> None:
+    """They are in the catalogue."""
+    for one in manifests:
+        catalogue.put(one.digest, Entry.of(Record(one, {f"reg.example/app:{tag}": DATES})))  # type: ignore[attr-defined,arg-type]  # manifests
+
+
+def test_the_indexes_of_an_image_are_those_that_name_it_and_those_that_name_these() -> None:
+    inner = index_of((AMD64, "linux/amd64"), (AMD64, "linux/amd64/v2"))
+    outer = index_of((inner, ""), (ARM64, "linux/arm64"))
+    catalogue = Catalogue()
+    put(catalogue, AMD64)
+    assert catalogue.indexes(AMD64.digest) == []
+    put(catalogue, INDEX, inner, outer)
+    assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest, inner.digest, outer.digest}
+    assert set(catalogue.indexes(ARM64.digest)) == {INDEX.digest, outer.digest}
+    assert set(catalogue.indexes(inner.digest)) == {outer.digest}
+    # Whether the image is there does not matter.
+    assert set(catalogue.indexes(S390X.digest)) == {INDEX.digest}
+    # Each is forgotten with its record, also when that was taken anew.
+    put(catalogue, inner)
+    catalogue.drop(inner.digest)
+    assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest}
+    catalogue.drop(INDEX.digest)
+    catalogue.drop(outer.digest)
+    assert catalogue.indexes(AMD64.digest) == catalogue.indexes(ARM64.digest) == []
+    assert catalogue._indexes == {}
+
+
+def test_a_list_of_referrers_is_none_of_them() -> None:
+    catalogue = Catalogue()
+    put(catalogue, INDEX, tag=f"sha256-{AMD64.digest.hex}")
+    assert catalogue.indexes(AMD64.digest) == []
+    # One that is known by another name too is an index.
+    images = {f"reg.example/app:{tag}": DATES for tag in ("1", f"sha256-{AMD64.digest.hex}")}
+    catalogue.put(INDEX.digest, Entry.of(Record(INDEX, images)))
+    assert catalogue.indexes(AMD64.digest) == [INDEX.digest]
+    # Nor is it when nobody knows what it is.
+    catalogue.put(INDEX.digest, Entry.of(Record(INDEX, {})))
+    assert catalogue.indexes(ATTESTATION.digest) == [INDEX.digest]
+
+
+# Pending images
+
+
+@on_reactor
+async def test_a_pending_image_is_undecided_until_it_is_pending_for(root: Path, store: Store) -> None:
+    repository = TAG.repository
+    await store.add_pending(IMAGE.digest, repository, undecided=True)
+    assert (store.undecided, store.pending) == ({IMAGE.digest: repository}, {})
+    assert pending_images(root) == {IMAGE.digest}
+    await store.add_pending(IMAGE.digest, repository)
+    assert (store.undecided, store.pending) == ({}, {IMAGE.digest: repository})
+    assert pending_images(root) == frozenset()
+    # It does not become undecided again.
+    await store.add_pending(IMAGE.digest, repository, undecided=True)
+    assert (store.undecided, store.pending) == ({}, {IMAGE.digest: repository})
+    await store.remove_pending(IMAGE.digest)
+    assert (store.undecided, store.pending, list(root.glob("pulls/*/*.wish"))) == ({}, {}, [])
+
+
+@pytest.mark.parametrize("value", [True, False, None, "true", 1])
+def test_a_file_is_undecided_when_it_says_so(tmp_path: Path, value: object) -> None:
+    document = {"upstream": "reg.example", "repository": "app", "undecided": value}
+    (tmp_path / f"{IMAGE.digest.hex}.wish").write_text(json.dumps(document))
+    assert list(PendingFiles(tmp_path, Files()).read()) == [PendingImage(IMAGE.digest, TAG.repository, value is True)]
+
+
+def test_pending_images_are_those_of_all_processes(tmp_path: Path) -> None:
+    for number, one in enumerate((AMD64, ARM64, S390X)):
+        folder = tmp_path / "pulls" / str(number)
+        folder.mkdir(parents=True)
+        PendingFiles(folder, Files()).write(PendingImage(one.digest, TAG.repository, one is not S390X))
+    (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_bytes(b"{")
+    (tmp_path / "pulls" / "other").mkdir()
+    assert pending_images(tmp_path) == {AMD64.digest, ARM64.digest}
+    # It only reads.
+    assert (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").exists()

@@ -1,0 +1,209 @@
+"""Verifying blobs: what is damaged is put aside, what another process changes is not, and it takes its time."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.names import Digest
+from ociregistry.store.store import Store
+from ociregistry.store.verify import Findings
+from tests.unit.support.doubles import REACTOR, fired, on_reactor
+from tests.unit.support.power_cuts import result
+from tests.unit.support.stores import Stock, Unsynced, image_of
+from tests.unit.support.verifications import LAYER, ONE, SLICE, bad, opened, stocked, unspecified, verified
+
+
+@pytest.fixture
+def stock(root: Path) -> Stock:
+    """A store with an image and a list."""
+    return stocked(root)
+
+
+@pytest.fixture
+def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """It is started, and no thread delays it."""
+    with opened(stock, clock, monkeypatch) as store:
+        yield store
+
+
+# Sound
+
+
+def test_a_sound_store_is_left_as_it_is(stock: Stock, store: Store) -> None:
+    stock.blobs(b"nobody's")
+    wide = stock.root / "blobs" / Digest.of(b"wide", "sha512").hex
+    wide.write_bytes(b"wide")
+    before = {path: path.stat().st_mtime_ns for path in stock.root.rglob("*") if path.name != "pulls"}
+    progress: list[tuple[int, int]] = []
+    size = sum(map(len, (*ONE, b"nobody's", b"wide")))
+    findings = verified(store, lambda done, total: progress.append((done, total)))
+    assert findings == Findings(records=2, blobs=4, bytes=size)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+    assert (progress[-1], {total for _, total in progress}, len(progress) > 4) == ((size, size), {size}, True)
+
+
+def test_files_with_other_names_are_not_looked_at(stock: Stock, store: Store) -> None:
+    for folder in ("blobs", "fat", "img"):
+        (stock.root / folder / ".syncthing.x.tmp").write_bytes(b"{")
+    assert verified(store).damaged == []
+
+
+def test_an_image_that_lacks_blobs_is_no_damage(stock: Stock, store: Store) -> None:
+    stock.blob(LAYER).unlink()
+    findings = verified(store)
+    assert (findings.damaged, findings.missing) == ([], {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}})
+
+
+# Blobs
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda data, at=at: data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in (0, 9, 10, 25, 34)),
+        *(lambda data, size=size: data[:size] for size in (0, 1, SLICE, 2 * SLICE, len(LAYER) - 1)),
+        lambda data: data + b"\0",
+        lambda data: data + data,
+        lambda data: bytes(len(data)),
+    ],
+)
+def test_a_blob_that_is_not_what_its_name_says_is_put_aside(
+    stock: Stock, store: Store, damage: Callable[[bytes], bytes]
+) -> None:
+    stock.blob(LAYER).write_bytes(damage(LAYER))
+    findings = verified(store)
+    (damaged,) = findings.damaged
+    digest = Digest.of(LAYER)
+    assert (damaged.path, damaged.digest, damaged.is_blob, damaged.images) == (stock.blob(LAYER), digest, True, ())
+    assert f"its {len(damage(LAYER))} bytes do not have the digest {digest}" in damaged.why
+    assert stock.has(*ONE) == [True, False]
+    assert (stock.root / "pulls" / "0" / "bad" / digest.hex).read_bytes() == damage(LAYER)
+    assert findings.missing == {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}}
+    assert result(store.blob(digest)) is None
+    assert verified(store).damaged == []
+
+
+@pytest.mark.parametrize("at", [0, 2 * SLICE])
+def test_a_blob_that_cannot_be_read_is_put_aside(
+    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    pread = os.pread
+    inode = stock.blob(LAYER).stat().st_ino
+
+    def reads(file: int, count: int, offset: int) -> bytes:
+        if os.fstat(file).st_ino == inode and offset == at:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(file, count, offset)
+
+    monkeypatch.setattr(os, "pread", reads)
+    findings = verified(store)
+    assert [one.why for one in findings.damaged] == [f"cannot be read at byte {at}: Input/output error"]
+    assert bad(stock) == {Digest.of(LAYER).hex}
+    assert (findings.blobs, stock.has(*ONE)) == (2, [True, False])
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "grown", "rewritten"])
+def test_a_blob_that_changes_while_it_is_hashed_is_left_alone(stock: Stock, store: Store, how: str) -> None:
+    """Another process has brought it anew, or removed it, or is copying it."""
+    path = stock.blob(LAYER)
+    path.write_bytes(LAYER[:30])
+    done = False
+
+    def advance(count: int, total: int) -> None:
+        nonlocal done
+        if done or count <= len(ONE[0]) * (Digest.of(ONE[0]).hex < path.name):
+            return
+        done = True
+        if how in ("replaced", "removed"):
+            path.unlink()
+        if how == "grown":
+            with path.open("ab") as file:
+                file.write(LAYER[30:33])
+        elif how != "removed":
+            path.write_bytes(LAYER)
+            os.utime(path, (1, 1))
+
+    findings = verified(store, advance)
+    assert done
+    assert (findings.damaged, bad(stock)) == ([], set())
+    assert path.exists() == (how != "removed")
+
+
+def test_a_blob_that_is_gone_before_its_turn_is_no_damage(stock: Stock, store: Store) -> None:
+    first, second = sorted(ONE, key=lambda blob: Digest.of(blob).hex)
+    findings = verified(store, lambda done, total: stock.blob(second).unlink(missing_ok=True))
+    assert (findings.damaged, findings.blobs, findings.bytes) == ([], 1, len(first))
+
+
+def test_no_file_stays_open(stock: Stock, store: Store) -> None:
+    stock.blob(LAYER).write_bytes(b"")
+    before = len(os.listdir("/proc/self/fd"))
+    verified(store)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# Its pace
+
+
+def test_it_reads_no_faster_than_it_may(stock: Stock, store: Store, clock: Clock) -> None:
+    done: list[tuple[float, int]] = []
+    verifying = Deferred.fromCoroutine(
+        store.verify(2.0, lambda count, total: done.append((clock.seconds(), count)), unspecified)
+    )
+    total = sum(map(len, ONE))
+    for _ in range(100 * total):
+        if verifying.called:
+            break
+        clock.advance(0.25)
+    assert fired(verifying).bytes == total
+    assert clock.seconds() >= total / 2
+    assert clock.seconds() < total / 2 + 1
+    assert all(count <= 2 * moment + SLICE for moment, count in done)
+
+
+def test_it_can_be_cancelled_between_two_slices(stock: Stock, store: Store, clock: Clock) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    verifying = Deferred.fromCoroutine(store.verify(1.0, lambda count, total: None, unspecified))
+    clock.advance(5)
+    verifying.addErrback(lambda failure: None)
+    verifying.cancel()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert result(store.last_verified(LONG_AGO)) == LONG_AGO
+
+
+# When it was done
+
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+def test_when_it_ended_last_outlives_the_process(stock: Stock, store: Store, clock: Clock) -> None:
+    assert result(store.last_verified(LONG_AGO)) == LONG_AGO
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    verified(store)
+    last = result(store.last_verified(LONG_AGO))
+    assert before < last < datetime.now(UTC) + timedelta(seconds=1)
+    again = Store(stock.root, clock, REACTOR, Unsynced())
+    assert result(again.last_verified(LONG_AGO)) == last
+
+
+def test_one_that_failed_does_not_count(stock: Stock, store: Store) -> None:
+    (stock.root / "blobs").rename(stock.root / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        verified(store)
+    assert result(store.last_verified(LONG_AGO)) == LONG_AGO
+
+
+@on_reactor
+async def test_with_real_threads_it_does_the_same(stock: Stock, open_store: Callable[..., Store]) -> None:
+    stock.blob(LAYER).write_bytes(b"x")
+    findings = await open_store().verify(None, lambda done, total: None, unspecified)
+    assert [one.digest for one in findings.damaged] == [Digest.of(LAYER)]

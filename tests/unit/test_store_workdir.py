@@ -1,0 +1,91 @@
+"""pulls/<n>/: which folders are there, and who takes over what from whom."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ociregistry.names import Digest
+from ociregistry.store.workdir import ControlSocket, PullsFolder, pulls_folders
+from tests.unit.support.stores import Unsynced
+
+LEFT, WISH = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"
+
+
+def leave(folder: Path, *names: str) -> None:
+    """What a process leaves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text(f"{folder.name}/{name}")
+
+
+def found(root: Path) -> set[str]:
+    """The files below pulls/ that are no locks."""
+    pulls = root / "pulls"
+    return {str(path.relative_to(pulls)) for path in pulls.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_the_folders_are_those_that_have_a_number_in_its_order(root: Path) -> None:
+    assert pulls_folders(root) == []
+    for name in ("0", "1", "2", "10", "999999", "01", "x", "-1", "1000000", "1 "):
+        leave(root / "pulls" / name)
+    (root / "pulls" / "3").touch()
+    assert [path.name for path in pulls_folders(root)] == ["0", "1", "2", "10", "999999"]
+
+
+def test_who_adopts_nothing_leaves_other_folders_alone(root: Path) -> None:
+    names = (LEFT, f"{LEFT}.note", WISH, f"{LEFT}.record", "socket")
+    leave(root / "pulls" / "3", *names)
+    before = found(root)
+    with closing(PullsFolder(root, Unsynced(), adopts=False)) as pulls:
+        assert pulls.path == root / "pulls" / "0"
+        assert found(root) == before
+    with closing(PullsFolder(root, Unsynced())) as pulls:
+        assert pulls.path == root / "pulls" / "0"
+        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
+
+
+def test_who_adopts_nothing_takes_no_folder_in_which_something_was_left(root: Path) -> None:
+    """A daemon that starts meanwhile finds it."""
+    leave(root / "pulls" / "0", LEFT, f"{LEFT}.note")
+    leave(root / "pulls" / "1", WISH)
+    leave(root / "pulls" / "2" / "bad", LEFT)
+    leave(root / "pulls" / "2", f"{LEFT}.record", f"{LEFT}.new")
+    with closing(PullsFolder(root, Unsynced(), adopts=False)) as pulls:
+        assert pulls.path == root / "pulls" / "2"
+        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"1/{WISH}", f"2/bad/{LEFT}"}
+
+
+@pytest.mark.parametrize("adopts", [False, True])
+def test_beside_a_living_process_the_next_folder_is_taken(root: Path, adopts: bool) -> None:
+    with closing(PullsFolder(root, Unsynced())) as living:
+        leave(living.path, LEFT, f"{LEFT}.note", WISH)
+        with closing(PullsFolder(root, Unsynced(), adopts=adopts)) as pulls:
+            assert pulls.path == root / "pulls" / "1"
+            assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
+
+
+def test_the_socket_of_one_that_was_killed_stays_until_the_control_socket_is_cleared(root: Path) -> None:
+    killed = PullsFolder(root, Unsynced())
+    with (
+        closing(killed),
+        closing(ControlSocket(killed.path)) as control_socket,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        listener.bind(control_socket.path)
+    with closing(PullsFolder(root, Unsynced())) as pulls, closing(ControlSocket(pulls.path)) as control_socket:
+        assert not control_socket.is_open()
+        control_socket.clear()
+        assert [path.name for path in pulls.path.iterdir()] == ["lock"]
+
+
+def test_bad_is_made_when_it_is_asked_for_and_stays(root: Path) -> None:
+    with closing(PullsFolder(root, Unsynced())) as pulls:
+        assert os.listdir(pulls.path) == ["lock"]
+        leave(pulls.bad, LEFT)
+    with closing(PullsFolder(root, Unsynced())) as again:
+        assert (again.bad / LEFT).exists()

@@ -1,0 +1,228 @@
+"""Tokens: fetched once for all who wait, kept for nine tenths of their life."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.task import Clock
+
+from ociregistry.errors import Unavailable
+from ociregistry.upstream.auth import BearerChallenge, TokenRequest, Tokens
+from ociregistry.upstream.credentials import Credentials
+from ociregistry.upstream.http import RequestOptions
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import no_helper
+
+REALM = "https://auth.example/token"
+CHALLENGE = BearerChallenge(REALM, "registry", "repository:a/b:pull")
+OTHER = BearerChallenge(REALM, "registry", "repository:c/d:pull")
+
+
+class TokenService:
+    """Gives a new token for each request, at once unless it is told to hold back."""
+
+    def __init__(self) -> None:
+        self.urls: list[str] = []
+        self.requests: list[TokenRequest] = []
+        self.held: list[Deferred[bytes]] = []
+        self.hold = False
+        self.body: Callable[[int], bytes] = lambda number: json.dumps({"token": f"t{number}"}).encode()
+
+    async def __call__(self, request: TokenRequest, options: RequestOptions) -> bytes:
+        self.requests.append(request)
+        self.urls.append(request.url)
+        number = len(self.urls)
+        if self.hold:
+            self.held.append(Deferred())
+            return await self.held[-1]
+        return await succeed(self.body(number))
+
+    def gives(self, **document: object) -> None:
+        """Answers with this document from now on."""
+        self.body = lambda number: json.dumps(document).encode()
+
+
+@pytest.fixture
+def service() -> TokenService:
+    """A token service."""
+    return TokenService()
+
+
+@pytest.fixture
+def tokens(service: TokenService, clock: Clock) -> Tokens:
+    """The tokens that it gives."""
+    return Tokens("reg.example", service, Credentials(None, no_helper, clock), lambda origin: False, clock)
+
+
+def ask(tokens: Tokens, challenge: BearerChallenge = CHALLENGE) -> Deferred[str]:
+    """Asks for a token."""
+    return Deferred.fromCoroutine(tokens.token(challenge))
+
+
+def test_the_service_is_asked_for_what_the_challenge_wants(service: TokenService, tokens: Tokens) -> None:
+    scopes = BearerChallenge("https://a/t", "s&x", "repository:a:pull repository:b:pull,push")
+    assert fired(ask(tokens, scopes)) == "t1"
+    (url,) = service.urls
+    assert url.startswith("https://a/t?")
+    assert parse_qsl(urlsplit(url).query) == [
+        ("service", "s&x"),
+        ("scope", "repository:a:pull"),
+        ("scope", "repository:b:pull,push"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("challenge", "url"),
+    [
+        (BearerChallenge("https://a/t"), "https://a/t"),
+        (BearerChallenge("http://a/t?x=1", "s"), "http://a/t?x=1&service=s"),
+    ],
+)
+def test_the_realm_may_have_a_query_and_nothing_else_is_needed(
+    service: TokenService, tokens: Tokens, challenge: BearerChallenge, url: str
+) -> None:
+    fired(ask(tokens, challenge))
+    assert service.urls == [url]
+
+
+@pytest.mark.parametrize("realm", ["auth.example/token", "ftp://auth.example", "file:///etc/passwd", "://", "token"])
+def test_a_realm_that_is_no_url_is_not_asked(service: TokenService, tokens: Tokens, realm: str) -> None:
+    error = failed(ask(tokens, BearerChallenge(realm)), Unavailable)
+    assert "realm" in error.message
+    assert service.urls == []
+
+
+@pytest.mark.parametrize("realm", ["https://[bad/token", "https://a]/token"])
+def test_a_realm_that_cannot_be_read_is_no_defect_of_ours(tokens: Tokens, realm: str) -> None:
+    failed(ask(tokens, BearerChallenge(realm)), Unavailable)
+
+
+def test_one_fetch_serves_all_who_wait(service: TokenService, tokens: Tokens) -> None:
+    service.hold = True
+    waiting = [ask(tokens) for _ in range(3)]
+    other = ask(tokens, OTHER)
+    assert len(service.urls) == 2
+    waiting[0].cancel()
+    waiting[0].addErrback(lambda _: None)
+    service.held[0].callback(b'{"token": "mine"}')
+    assert [fired(mine) for mine in waiting[1:]] == ["mine", "mine"]
+    assert not other.called
+    service.held[1].callback(b'{"token": "other"}')
+    assert fired(other) == "other"
+
+
+def test_a_failed_fetch_fails_for_all_and_is_not_remembered(service: TokenService, tokens: Tokens) -> None:
+    service.hold = True
+    waiting = [ask(tokens) for _ in range(2)]
+    service.held[0].errback(Unavailable("down"))
+    for mine in waiting:
+        assert failed(mine, Unavailable).message == "down"
+    service.hold = False
+    assert fired(ask(tokens)) == "t2"
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"expires_in": 300}, 270),
+        ({}, 54),
+        ({"expires_in": 0}, 54),
+        ({"expires_in": None}, 54),
+        ({"expires_in": "100"}, 90),
+    ],
+)
+def test_a_token_is_kept_for_nine_tenths_of_its_life(
+    service: TokenService, tokens: Tokens, clock: Clock, told: dict[str, object], kept: float
+) -> None:
+    service.gives(token="good", **told)
+    assert fired(ask(tokens)) == "good"
+    clock.advance(kept - 0.01)
+    fired(ask(tokens))
+    assert len(service.urls) == 1
+    clock.advance(0.01)
+    fired(ask(tokens))
+    assert len(service.urls) == 2
+
+
+def test_every_challenge_has_its_own_token(service: TokenService, tokens: Tokens) -> None:
+    assert [fired(ask(tokens)), fired(ask(tokens, OTHER)), fired(ask(tokens))] == ["t1", "t2", "t1"]
+
+
+def test_a_token_that_was_refused_is_forgotten(service: TokenService, tokens: Tokens) -> None:
+    fired(ask(tokens))
+    fired(ask(tokens, OTHER))
+    tokens.forget(CHALLENGE, "t1")
+    tokens.forget(CHALLENGE, "t1")
+    assert fired(ask(tokens)) == "t3"
+    assert fired(ask(tokens, OTHER)) == "t2"
+    # Who is late with the old one does not throw away the new one.
+    tokens.forget(CHALLENGE, "t1")
+    assert fired(ask(tokens)) == "t3"
+
+
+@pytest.mark.parametrize(
+    ("document", "token"),
+    [
+        ({"access_token": "a"}, "a"),
+        ({"token": "t", "access_token": "a"}, "t"),
+        ({"token": "", "access_token": "a"}, "a"),
+        ({"token": None, "access_token": "a"}, "a"),
+    ],
+)
+def test_the_token_may_have_either_name(
+    service: TokenService, tokens: Tokens, document: dict[str, object], token: str
+) -> None:
+    service.gives(**document)
+    assert fired(ask(tokens)) == token
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"null",
+        b"[]",
+        b'"token"',
+        b"{}",
+        b'{"token": ""}',
+        b'{"access_token": ""}',
+        b'{"token": null}',
+        b'{"token": 5}',
+        b'{"token": ["a"]}',
+        b'{"token": "a\\r\\nX-Injected: 1"}',
+        b'{"token": "a\\u0000"}',
+        '{"token": "ü"}'.encode(),
+        b'{"token": "\\ud800"}',
+        b'{"token": "a", "expires_in": "soon"}',
+        b'{"token": "a", "expires_in": [1]}',
+        b'{"token": "a", "expires_in": 1%s}' % (b"0" * 400),
+        b'{"token": "a", "expires_in": 1%s}' % (b"0" * 5000),
+        b'{"token": \xff}',
+        b"[" * 100_000,
+    ],
+)
+def test_garbage_is_the_upstreams_failure(service: TokenService, tokens: Tokens, body: bytes) -> None:
+    service.body = lambda number: body
+    error = failed(ask(tokens), Unavailable)
+    assert error.message.startswith("reg.example: ")
+    assert len(error.message) < 1000
+    service.gives(token="good")
+    assert fired(ask(tokens)) == "good"
+
+
+@pytest.mark.parametrize("life", [b"-5", b"NaN", b"-Infinity"])
+def test_a_token_without_a_future_is_used_once(service: TokenService, tokens: Tokens, life: bytes) -> None:
+    service.body = lambda number: b'{"token": "t%d", "expires_in": %b}' % (number, life)
+    assert fired(ask(tokens)) == "t1"
+    assert fired(ask(tokens)) == "t2"
+
+
+def test_a_thousand_tokens_are_enough(service: TokenService, tokens: Tokens) -> None:
+    for number in range(1500):
+        fired(ask(tokens, BearerChallenge(REALM, "", f"repository:{number}:pull")))
+    assert len(tokens._kept) <= 1000

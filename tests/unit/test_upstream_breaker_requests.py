@@ -1,0 +1,280 @@
+"""Requests and links: what says that a host cannot be reached, what does not, and what goes out all the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from OpenSSL import SSL
+from twisted.internet import error
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseNeverReceived
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from ociregistry.errors import Denied, Unavailable
+from ociregistry.names import Repository, Upstream
+from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import CircuitBreakers, LinkDown
+from ociregistry.upstream.failures import CertificateRefused
+from ociregistry.upstream.http import DEFAULT_OPTIONS, Encoded, HttpClient, RequestOptions, Response
+from ociregistry.upstream.origin import Origin
+from tests.unit.support.doubles import failed, on_reactor, texts, until
+from tests.unit.support.http_agents import client_over
+from tests.unit.support.wire import Network
+from tests.unit.test_upstream_client import OK, Asking, redirect
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold, Reply
+
+URL = "https://reg.example/v2/"
+
+
+@implementer(IAgent)
+class Waiting:
+    """An agent whose requests wait for what the test says of them."""
+
+    def __init__(self) -> None:
+        self.uris: list[bytes] = []
+        self.asked: list[Deferred[IResponse]] = []
+
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
+    ) -> Deferred[IResponse]:
+        """Waits."""
+        self.uris.append(uri)
+        self.asked.append(Deferred())
+        return self.asked[-1]
+
+
+class Sending:
+    """Sends requests over one link."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.agent = Waiting()
+        self.dropped = 0
+        self.http = HttpClient(
+            "reg.example", self.agent, CircuitBreakers(clock), Bandwidth(None, (), clock), self._drop, clock
+        )
+
+    def _drop(self) -> None:
+        self.dropped += 1
+
+    def send(self, options: RequestOptions = DEFAULT_OPTIONS, url: str = URL) -> Deferred[Response]:
+        """A request."""
+        return Deferred.fromCoroutine(self.http.send("GET", url, {}, options=options))
+
+    def fails(self, why: Exception) -> Deferred[Response]:
+        """A request that does."""
+        sent = self.send()
+        self.agent.asked[-1].errback(why)
+        return sent
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the next request is not sent."""
+        before = len(self.agent.asked)
+        sent = self.send()
+        if sent.called:
+            failed(sent, LinkDown)
+            assert len(self.agent.asked) == before
+            return True
+        sent.cancel()
+        failed(sent, CancelledError)
+        return False
+
+
+@pytest.fixture
+def sending(clock: Clock) -> Sending:
+    """Over a link that is up."""
+    return Sending(clock)
+
+
+def never_received(why: Exception) -> ResponseNeverReceived:
+    """How an Agent tells it."""
+    return ResponseNeverReceived([Failure(why)])
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        error.DNSLookupError(),
+        error.ConnectionRefusedError(),
+        error.NoRouteError(),
+        error.TimeoutError(),
+        error.TCPTimedOutError(),
+        error.ConnectError(),
+        never_received(error.TimeoutError()),
+        never_received(SSL.Error()),
+    ],
+    ids=repr,
+)
+def test_what_says_that_a_host_cannot_be_reached(sending: Sending, events: list[LogEvent], why: Exception) -> None:
+    failed(sending.fails(why), Unavailable)
+    assert sending.is_down
+    (line,) = texts(events, LogLevel.warn)
+    assert line.startswith("reg.example:443 cannot be reached: ")
+    assert sending.dropped == 0
+
+
+@pytest.mark.parametrize(
+    ("why", "kind"),
+    [
+        (never_received(CertificateRefused("CN=x", "its issuer is not trusted")), Unavailable),
+        (never_received(SSL.Error([("", "", "wrong version number")])), Unavailable),
+        (never_received(error.ConnectionLost()), Unavailable),
+        (never_received(error.ConnectionDone()), Unavailable),
+        (Encoded("it sent gzip"), Unavailable),
+        (ValueError("no HTTP"), Unavailable),
+        (Denied("not that address"), Denied),
+    ],
+    ids=repr,
+)
+def test_what_does_not(sending: Sending, events: list[LogEvent], why: Exception, kind: type[Exception]) -> None:
+    failed(sending.fails(why), kind)
+    assert not sending.is_down
+    assert texts(events, LogLevel.warn) == []
+
+
+@pytest.mark.parametrize("why", [Denied("no"), never_received(error.ConnectionLost())], ids=repr)
+def test_after_it_the_next_one_is_the_probe(sending: Sending, why: Exception) -> None:
+    failed(sending.fails(error.NoRouteError()), Unavailable)
+    sending.clock.advance(1)
+    failed(sending.fails(why), Exception)
+    assert not sending.is_down
+
+
+def test_who_insists_is_sent(sending: Sending) -> None:
+    failed(sending.fails(error.NoRouteError()), Unavailable)
+    assert sending.is_down
+    insisting = sending.send(RequestOptions(insist=True))
+    assert len(sending.agent.asked) == 2
+    insisting.cancel()
+    failed(insisting, CancelledError)
+
+
+@pytest.mark.parametrize("within", [8.0, 10.0, 30.0])
+def test_the_headers_have_so_much_time_and_then_it_counts_as_down(sending: Sending, within: float) -> None:
+    sent = sending.send(RequestOptions(within))
+    sending.clock.advance(within - 0.125)
+    assert not sent.called
+    sending.clock.advance(0.125)
+    assert failed(sent, Unavailable).message == "reg.example: it gave no answer in time"
+    # What waits for another request on the same path will not move either.
+    assert sending.dropped == 1
+    assert sending.is_down
+    assert sending.clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize("told", [None, error.ConnectingCancelledError("here"), never_received(CancelledError())])
+def test_a_client_that_gives_up_says_nothing_of_the_host(sending: Sending, told: Exception | None) -> None:
+    sent = sending.send()
+    if told is None:
+        sent.cancel()
+    else:
+        sending.agent.asked[0].errback(told)
+    failed(sent, CancelledError)
+    assert sending.dropped == 0
+    assert not sending.is_down
+    assert sending.clock.getDelayedCalls() == []
+
+
+def test_a_probe_that_is_cancelled_lets_the_next_one_through(sending: Sending) -> None:
+    failed(sending.fails(error.NoRouteError()), Unavailable)
+    sending.clock.advance(1)
+    probe = sending.send()
+    assert sending.is_down
+    probe.cancel()
+    failed(probe, CancelledError)
+    assert not sending.is_down
+
+
+@pytest.mark.parametrize("status", [200, 404, 401, 429, 500, 503])
+@on_reactor
+async def test_any_answer_says_that_it_can_be_reached(
+    network: Network, upstream: ScriptedRegistry, clock: Clock, events: list[LogEvent], status: int
+) -> None:
+    upstream.script("*", Reply(status))
+    http = network.http("reg.example", clock=clock)
+    http._breakers.to(Origin.of(upstream.url)).enter("reg.example").failed("no route")
+    with pytest.raises(LinkDown):
+        await http.send("GET", upstream.url, {})
+    for options in (RequestOptions(insist=True), DEFAULT_OPTIONS):
+        response = await http.send("GET", upstream.url, {}, options=options)
+        assert response.status == status
+        await response.discard()
+    assert [line.partition(" can")[2] for line in texts(events, LogLevel.warn)] == [
+        "not be reached: no route",
+        " be reached again, after 0 s",
+    ]
+
+
+@on_reactor
+async def test_a_body_that_says_nothing_takes_it_down(
+    network: Network, upstream: ScriptedRegistry, clock: Clock
+) -> None:
+    upstream.script("*", Reply(200, bytes(100_000)))
+    hold = Hold(1000)
+    upstream.script("*", hold)
+    http = network.http("reg.example", clock=clock)
+    response = await http.send("GET", upstream.url, {})
+    await until(lambda: response.body._buffered)
+    clock.advance(10)
+    with pytest.raises(Unavailable):
+        await response.collect(100_000)
+    with pytest.raises(LinkDown):
+        await http.send("GET", upstream.url, {})
+    hold.release.set()
+    assert clock.getDelayedCalls() == []
+
+
+@on_reactor
+async def test_a_silence_from_before_it_came_up_does_not(
+    network: Network, upstream: ScriptedRegistry, clock: Clock
+) -> None:
+    upstream.script("/slow", Reply(200, bytes(100_000)))
+    hold = Hold(1000)
+    upstream.script("/slow", hold)
+    upstream.script("/", Reply(200))
+    http = network.http("reg.example", clock=clock)
+    response = await http.send("GET", f"{upstream.url}/slow", {})
+    await until(lambda: response.body._buffered)
+    clock.advance(5)
+    breaker = http._breakers.to(Origin.of(upstream.url))
+    breaker.enter("reg.example").failed("no route")
+    breaker.answered()
+    clock.advance(5)
+    with pytest.raises(Unavailable):
+        await response.collect(100_000)
+    await (await http.send("GET", f"{upstream.url}/", {})).discard()
+    hold.release.set()
+
+
+def test_a_host_that_refuses_https_is_asked_by_http_by_all(sending: Sending) -> None:
+    client = client_over(sending.http, sending.clock, scheme=None, plain_allowed=lambda: succeed(True))
+    where = Repository(Upstream("reg.example"), "team/app")
+    first = Deferred.fromCoroutine(client.request("GET", where, "manifests/1"))
+    sending.agent.asked[0].errback(error.ConnectionRefusedError())
+    second = Deferred.fromCoroutine(client.request("GET", where, "manifests/2"))
+    http = [uri for uri in sending.agent.uris if uri.startswith(b"http:")]
+    assert http
+    for asked in (first, second):
+        asked.addErrback(lambda failure: None)
+        asked.cancel()
+    assert len(http) == 2
+
+
+def test_that_another_host_refuses_it_says_nothing_of_the_upstream() -> None:
+    cdn = "https://cdn.example/"
+    script: dict[str, list[Any]] = {
+        cdn: [LinkDown("down", 1, refused=True)],
+        "https://reg.example/": [redirect(cdn)],
+        "http:": [OK],
+    }
+    asking = Asking(script, scheme=None)
+    failed(asking.ask(), Unavailable)
+    assert asking.plain_thought_of == 0

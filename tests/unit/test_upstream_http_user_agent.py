@@ -1,0 +1,124 @@
+"""The User-Agent header: every request that leaves the process carries it, as some registries demand."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+
+import pytest
+import pytest_twisted
+
+from ociregistry import __version__
+from ociregistry.config.registries import IdentityToken, Login, Mirror, Password
+from ociregistry.names import Digest, Upstream
+from ociregistry.upstream.network import Network
+from ociregistry.upstream.registry import Registry
+from tests.images import make_image
+from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.test_upstream_network import configured, entry
+from tests.upstream import ScriptedRegistry
+from tests.upstream_auth import Tokens
+from tests.upstream_rules import NeedUserAgent, Redirect, Reply
+
+BUILT = make_image("user agent", layers=1)
+IMAGE = manifest(BUILT)
+LAYER = BUILT.layers[0]
+USER = Password("user", "s3cret")
+
+
+class Fronts:
+    """A registry with a mirror, a storage and a token service: each refuses requests without a User-Agent."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.own, self.mirror, self.storage, self.service = (
+            stack.enter_context(ScriptedRegistry()) for _ in range(4)
+        )
+
+    def guard(self) -> None:
+        """Add the front to each; call it last, so that it stands before all other rules."""
+        for registry in self.all:
+            registry.script("*", NeedUserAgent())
+
+    @property
+    def all(self) -> tuple[ScriptedRegistry, ...]:
+        """All four."""
+        return self.own, self.mirror, self.storage, self.service
+
+    @property
+    def sent(self) -> set[tuple[str, ...]]:
+        """The User-Agent headers of all requests, each with all its values."""
+        return {request.values("User-Agent") for registry in self.all for request in registry.requests}
+
+
+@pytest.fixture
+def fronts() -> Iterator[Fronts]:
+    """They serve."""
+    with ExitStack() as stack:
+        yield Fronts(stack)
+
+
+@pytest_twisted.async_yield_fixture
+async def started() -> AsyncIterator[list[Network]]:
+    """The networks to stop at the end."""
+    networks: list[Network] = []
+    yield networks
+    for network in networks:
+        network.stop()
+
+
+async def pull(registry: Registry, name: str) -> None:
+    """Pull the image by tag and by digest, by GET and by HEAD, and a layer of it."""
+    tagged = image(f"{name}/team/app:1")
+    assert await registry.manifest(tagged) == IMAGE
+    assert await registry.manifest(image(f"{name}/team/app@{IMAGE.digest}")) == IMAGE
+    assert await registry.manifest_digest(tagged) == IMAGE.digest
+    digest = Digest(LAYER.digest)
+    assert await registry.blob_size(tagged.repository, digest) == len(LAYER.data)
+    stream = await registry.blob(tagged.repository, digest)
+    data = bytearray()
+    while piece := await stream.body.read():
+        data += piece
+    assert bytes(data) == LAYER.data
+
+
+@pytest.mark.parametrize("login", [None, USER, IdentityToken("s3cret")], ids=["anonymous", "password", "token"])
+@on_reactor
+async def test_a_registry_that_refuses_requests_without_one_is_pulled_from(
+    fronts: Fronts, started: list[Network], login: Login | None
+) -> None:
+    tokens = Tokens(f"{fronts.service.url}/token", users={} if login is None else {"user": "s3cret"})
+    fronts.own.add("team/app", BUILT, "1")
+    fronts.storage.add("team/app", BUILT)
+    fronts.own.script("*/blobs/*", Redirect(fronts.storage.url))
+    fronts.own.script("*", tokens)
+    fronts.mirror.script("*", Reply(404))
+    fronts.service.script("*", tokens)
+    fronts.guard()
+    mirrors = (Mirror("http", Upstream(fronts.mirror.host)),)
+    service = Upstream(fronts.service.host)
+    own = entry(fronts.own.host, scheme="http", mirrors=mirrors, realm=service, login=login)
+    network = Network(configured(own, entry(fronts.storage.host)), INSTANCE, REACTOR)
+    network.start()
+    started.append(network)
+    await pull(network.registry(Upstream(fronts.own.host)), fronts.own.host)
+    asked = {(request.method, request.path.split("/")[-2]) for request in fronts.own.requests}
+    assert asked == {(method, kind) for method in ("GET", "HEAD") for kind in ("manifests", "blobs")}
+    assert [request.method for request in fronts.storage.requests] == ["HEAD", "GET"]
+    assert {request.method for request in fronts.service.requests} == {
+        "POST" if isinstance(login, IdentityToken) else "GET"
+    }
+    assert fronts.mirror.requests
+    assert fronts.sent == {(f"ociregistry/{__version__}",)}
+
+
+@on_reactor
+async def test_so_is_a_mirror(fronts: Fronts, started: list[Network]) -> None:
+    fronts.mirror.add("team/app", BUILT, "1")
+    fronts.guard()
+    own = entry("far.example", mirrors=(Mirror("http", Upstream(fronts.mirror.host)),))
+    network = Network(configured(own), INSTANCE, REACTOR)
+    network.start()
+    started.append(network)
+    await pull(network.registry(Upstream("far.example")), "far.example")
+    assert fronts.sent == {(f"ociregistry/{__version__}",)}

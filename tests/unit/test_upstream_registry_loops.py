@@ -1,0 +1,94 @@
+"""Caches that ask each other: each says who asks, and one that is led back to itself says so and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+
+from ociregistry.errors import BlobUnknown, LoopDetected, ManifestUnknown, NameUnknown, RegistryError, Unavailable
+from ociregistry.upstream.registry import Registry
+from ociregistry.via import Via
+from tests.unit.support.bodies import ScriptedExchanges
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import INSTANCE, client_over, registry_over
+from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, challenge, token
+from tests.unit.test_upstream_registry import APP, BY_DIGEST, IMAGE, LAYER, TAGGED, registry
+
+OTHER = "ociregistry-fedcba9876543210"
+THIRD = "ociregistry-00000000deadbeef"
+
+Ask = Callable[[Registry], Coroutine[Deferred[Any], Any, object]]
+
+REQUESTS: dict[str, tuple[Ask, type[RegistryError]]] = {
+    "manifest": (lambda registry: registry.manifest(TAGGED), ManifestUnknown),
+    "digest": (lambda registry: registry.manifest(BY_DIGEST), ManifestUnknown),
+    "blob": (lambda registry: registry.blob(APP, LAYER, 5), BlobUnknown),
+    "size": (lambda registry: registry.blob_size(APP, LAYER), BlobUnknown),
+    "tags": (lambda registry: registry.tags(APP, None, ""), NameUnknown),
+    "referrers": (lambda registry: registry.referrers(APP, IMAGE.digest), ManifestUnknown),
+}
+every_request = pytest.mark.parametrize(("ask", "unknown"), REQUESTS.values(), ids=REQUESTS.keys())
+
+
+def refused(via: str = "") -> dict[str, Any]:
+    """A 403, of one of us when it has a Via."""
+    return {"status": 403, "data": b"{}", "headers": {"Via": via} if via else {}}
+
+
+@every_request
+def test_every_request_says_who_asks(ask: Ask, unknown: type[RegistryError]) -> None:
+    source, http = registry({"status": 404})
+    failed(Deferred.fromCoroutine(ask(source)), unknown)
+    assert [sent.headers["Via"] for sent in http.sent] == [f"1.1 {INSTANCE}"]
+
+
+@every_request
+def test_and_for_whom(ask: Ask, unknown: type[RegistryError]) -> None:
+    source, http = registry({"status": 404})
+    failed(Deferred.fromCoroutine(ask(source.with_via(Via((OTHER, THIRD))))), unknown)
+    # The registry itself asks for nobody else because of that.
+    failed(Deferred.fromCoroutine(ask(source)), unknown)
+    assert [sent.headers["Via"] for sent in http.sent] == [
+        f"1.1 {OTHER}, 1.1 {THIRD}, 1.1 {INSTANCE}",
+        f"1.1 {INSTANCE}",
+    ]
+
+
+def test_where_a_registry_redirects_to_may_be_a_cache_as_well() -> None:
+    http = ScriptedExchanges({REG: [challenge(), HOP], CDN: [OK], TOKEN: [token("t")]})
+    fired(Deferred.fromCoroutine(registry_over(client_over(http)).blob(APP, LAYER)))
+    via = f"1.1 {INSTANCE}"
+    assert [sent.headers.get("Via") for sent in http.sent] == [via, None, via, via]
+
+
+@every_request
+def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: Ask, unknown: type[RegistryError]) -> None:
+    source, _ = registry(refused(f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"))
+    loop = failed(Deferred.fromCoroutine(ask(source)), LoopDetected)
+    assert (loop.status, loop.message) == (403, "reg.example: it leads back to this server")
+    # Who asked us is to know it as well.
+    assert loop.headers() == {"Via": f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}, 1.1 {INSTANCE}"}
+
+
+@every_request
+@pytest.mark.parametrize(
+    "via", ["", "1.1 varnish", f"1.1 {OTHER}", f"1.1 {OTHER}, 1.1 {THIRD}", f"1.1 {INSTANCE[:-1]}"]
+)
+def test_any_other_403_means_that_it_is_not_shown(ask: Ask, unknown: type[RegistryError], via: str) -> None:
+    source, _ = registry(refused(via))
+    error = failed(Deferred.fromCoroutine(ask(source)), unknown)
+    assert type(error) is unknown
+
+
+@pytest.mark.parametrize(("status", "kind"), [(404, ManifestUnknown), (401, ManifestUnknown), (503, Unavailable)])
+def test_nor_does_our_name_make_a_loop_of_another_status(status: int, kind: type[RegistryError]) -> None:
+    source, _ = registry({"status": status, "headers": {"Via": f"1.1 {INSTANCE}"}})
+    assert type(failed(Deferred.fromCoroutine(source.manifest(TAGGED)), kind)) is kind
+
+
+def test_a_chain_without_end_is_a_loop_that_somebody_disguises() -> None:
+    source, _ = registry(refused(", ".join(f"1.1 ociregistry-{number:016x}" for number in range(17))))
+    failed(Deferred.fromCoroutine(source.manifest(TAGGED)), LoopDetected)

@@ -1,0 +1,230 @@
+"""Mirrors: asked first and in their order, for so long, by ns; the registry itself has the last word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.config.registries import Login, Password
+from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.names import Repository, Upstream
+from ociregistry.upstream.auth import AccessRefused
+from ociregistry.upstream.client import Base, Client
+from ociregistry.upstream.credentials import Credentials
+from ociregistry.upstream.http import NoTls, RequestOptions, Response
+from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.registry import ConnectionLimit, MirrorClient, Registry, Sources
+from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.doubles import failed, fired, texts
+from tests.unit.support.http_agents import INSTANCE, client_over, no_helper
+from tests.unit.test_upstream_client import OK, TOKEN, challenge
+from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
+
+ONE, TWO, OWN = "https://one.example", "http://two.example:8080/docker", "https://reg.example"
+APP = Repository(Upstream("reg.example"), "team/app")
+DOWN = Unavailable("the connection was refused")
+
+
+def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Login | None = None) -> MirrorClient:
+    """The mirror at a URL."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    base = Base(scheme, host, f"/{path}" if path else "", ns)
+
+    def trusted(realm: Origin) -> bool:
+        return realm.host == host
+
+    async def plain_allowed() -> bool:
+        raise AssertionError("its scheme is known")
+
+    client = Client(host, base, http, Credentials(login, no_helper, clock), trusted, plain_allowed, clock)
+    return MirrorClient(url, client)
+
+
+class Mirrored:
+    """The registry reg.example behind two mirrors, each with its answers."""
+
+    def __init__(
+        self, one: Told, two: Told, own: Told, *more: Told, ns: str = "reg.example", login: Login | None = None
+    ) -> None:
+        """`more` is what the first mirror answers later."""
+        self.clock = Clock()
+        self.http = ScriptedExchanges({ONE: [one, *more], TWO: [two], OWN: [own], TOKEN: [{"status": 403}]})
+        mirrors = [
+            mirror(ONE, self.http, self.clock, ns, login),
+            mirror(TWO, self.http, self.clock, ns),
+        ]
+        self.sources = Sources(mirrors, client_over(self.http, self.clock))
+
+    def ask(self, path: str = "blobs/x") -> Deferred[Response]:
+        """Asks for something."""
+        return Deferred.fromCoroutine(self.sources.request("GET", APP, path, {"Accept": "a"}))
+
+    @property
+    def asked(self) -> list[str]:
+        """The hosts that were asked, in that order."""
+        return [url.split("/")[2].split(".")[0] for url in self.http.urls]
+
+
+def test_the_first_mirror_that_has_it_is_the_only_one_asked() -> None:
+    mirrored = Mirrored(OK, OK, OK)
+    response = fired(mirrored.ask())
+    assert (response.status, response.upstream) == (200, "reg.example")
+    assert mirrored.http.urls == [f"{ONE}/v2/team/app/blobs/x?ns=reg.example"]
+    assert mirrored.http.sent[0].headers == {"Accept": "a"}
+
+
+@pytest.mark.parametrize("status", [200, 206])
+def test_a_part_is_a_good_answer_too(status: int) -> None:
+    assert fired(Mirrored({"status": status}, OK, OK).ask()).status == status
+
+
+@pytest.mark.parametrize("path", ["tags/list?n=5&last=a%2Fb", "tags/list"])
+@pytest.mark.parametrize("ns", ["reg.example", "reg.example:5000", "docker.io"])
+def test_a_mirror_is_told_whose_content_is_wanted_beside_any_other_query(path: str, ns: str) -> None:
+    mirrored = Mirrored({"status": 404}, {"status": 404}, OK, ns=ns)
+    assert fired(mirrored.ask(path)).status == 200
+    separator = "&" if "?" in path else "?"
+    assert mirrored.http.urls == [
+        f"{ONE}/v2/team/app/{path}{separator}ns={ns}",
+        f"{TWO}/v2/team/app/{path}{separator}ns={ns}",
+        # The registry itself knows what it is.
+        f"{OWN}/v2/team/app/{path}",
+    ]
+
+
+@pytest.mark.parametrize("status", [300, 304, 400, 401, 403, 404, 405, 416, 429, 500, 502, 503, 504])
+def test_a_mirror_that_does_not_have_it_is_followed_by_the_next(status: int, events: list[LogEvent]) -> None:
+    mirrored = Mirrored({"status": status}, OK, OK)
+    assert fired(mirrored.ask()).status == 200
+    assert mirrored.asked == ["one", "two"]
+    assert texts(events, LogLevel.debug) == [f"passed over the mirror {ONE}: it answered {status}"]
+
+
+@pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])
+def test_so_is_one_that_cannot_be_asked(error: RegistryError) -> None:
+    mirrored = Mirrored(error, OK, OK)
+    assert fired(mirrored.ask()).status == 200
+    assert mirrored.asked == ["one", "two"]
+
+
+@pytest.mark.parametrize(("given", "mirrors"), [(30.0, 15.0), (10.0, 10.0), (5.0, 5.0)])
+@pytest.mark.parametrize("insist", [True, False])
+def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, insist: bool) -> None:
+    """The registry itself has no such limit; who insists does so everywhere."""
+    mirrored = Mirrored(DOWN, DOWN, OK)
+    asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, insist))
+    assert fired(Deferred.fromCoroutine(asked)).status == 200
+    manners = [RequestOptions(within, insist) for within in (mirrors, mirrors, given)]
+    assert [sent.options for sent in mirrored.http.sent] == manners
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404, 500])
+def test_the_last_word_is_the_registrys_own(status: int) -> None:
+    mirrored = Mirrored({"status": 404}, DOWN, {"status": status})
+    response = fired(mirrored.ask())
+    assert (response.status, response.url) == (status, f"{OWN}/v2/team/app/blobs/x")
+    assert mirrored.asked == ["one", "two", "reg"]
+
+
+@pytest.mark.parametrize("told", [{"status": 404}, {"status": 503}, Denied("not allowed")])
+def test_one_that_answered_is_asked_again_at_once(told: Told, events: list[LogEvent]) -> None:
+    mirrored = Mirrored(told, OK, OK)
+    for _ in range(2):
+        fired(mirrored.ask())
+    assert mirrored.asked == ["one", "two"] * 2
+    assert texts(events, LogLevel.warn) == []
+
+
+def test_so_is_one_whose_token_service_refuses_us(events: list[LogEvent]) -> None:
+    """It may do so for one repository alone, as ghcr.io does."""
+    mirrored = Mirrored(challenge(), OK, OK)
+    for _ in range(2):
+        assert fired(mirrored.ask()).status == 200
+    assert mirrored.asked == ["one", "auth", "two", "one", "auth", "two"]
+    assert texts(events, LogLevel.warn) == []
+
+
+def test_a_mirror_may_want_a_token_without_telling_for_what() -> None:
+    """It is asked for the repository by the name that it has at the registry, below whatever path it is."""
+    mirrored = Mirrored(DOWN, challenge(""), DOWN)
+    failed(mirrored.ask(), Unavailable)
+    assert mirrored.http.urls[1:3] == [
+        f"{TWO}/v2/team/app/blobs/x?ns=reg.example",
+        f"{TOKEN}?service=s&scope=repository%3Ateam%2Fapp%3Apull",
+    ]
+
+
+def test_one_that_wants_to_be_left_alone_is() -> None:
+    mirrored = Mirrored({"status": 429, "headers": {"Retry-After": "20"}}, OK, OK, OK)
+    for _ in range(2):
+        fired(mirrored.ask())
+    assert mirrored.asked == ["one", "two", "two"]
+    mirrored.clock.advance(31)
+    fired(mirrored.ask())
+    assert mirrored.asked == ["one", "two", "two", "one"]
+
+
+def test_an_error_of_the_registry_tells_of_its_mirrors() -> None:
+    mirrored = Mirrored(Unavailable(f"{ONE}: down"), {"status": 502}, Unavailable("reg.example: down", 42))
+    error = failed(mirrored.ask(), Unavailable)
+    assert error.message == "reg.example: down (https://one.example: down; " + f"{TWO}: it answered 502)"
+    assert error.retry_after == 42
+
+
+def test_it_tells_of_those_that_are_not_allowed_as_well() -> None:
+    mirrored = Mirrored(Denied("one.example: it has a loopback address"), {"status": 404}, DOWN)
+    message = failed(mirrored.ask(), Unavailable).message
+    assert message == f"{DOWN.message} (one.example: it has a loopback address; {TWO}: it answered 404)"
+
+
+def test_an_error_of_a_registry_without_mirrors_is_its_own() -> None:
+    client = client_over(ScriptedExchanges({OWN: [DOWN]}))
+    asked = Deferred.fromCoroutine(Sources([], client).request("GET", APP, "blobs/x", {}))
+    assert failed(asked, Unavailable) is DOWN
+
+
+def test_that_the_registry_shows_it_to_nobody_is_told_as_it_is() -> None:
+    mirrored = Mirrored({"status": 404}, {"status": 404}, challenge())
+    error = failed(mirrored.ask(), AccessRefused)
+    assert error.message == "reg.example: its token service answered 403"
+    denied = Denied("reg.example has the loopback address 127.0.0.1")
+    assert failed(Mirrored({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
+
+
+def test_who_gives_up_takes_no_mirror_out_of_service() -> None:
+    mirrored = Mirrored(None, OK, OK, OK)
+    asked = mirrored.ask()
+    asked.cancel()
+    asked.addErrback(lambda _: None)
+    assert mirrored.clock.getDelayedCalls() == []
+    fired(mirrored.ask())
+    assert mirrored.asked == ["one", "one"]
+
+
+def test_a_mirrors_credentials_are_its_own() -> None:
+    wants: dict[str, Any] = {"status": 401, "headers": {"WWW-Authenticate": "Basic"}}
+    mirrored = Mirrored(wants, wants, wants, login=Password("u", "p"))
+    assert fired(mirrored.ask()).status == 401
+    shown = [bool(sent.authorization) for sent in mirrored.http.sent]
+    assert list(zip(mirrored.asked, shown, strict=True)) == [
+        ("one", False),
+        ("one", True),
+        ("two", False),
+        ("reg", False),
+    ]
+
+
+def test_a_registry_reads_from_its_mirrors() -> None:
+    mirrored = Mirrored(GOOD, OK, {"status": 404}, {"status": 404})
+    registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
+    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
+    mirrored = Mirrored({"status": 404}, {"status": 403}, challenge())
+    registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
+    # A token service that lets nobody in means the same as a 403.
+    unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)
+    assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"

@@ -1,0 +1,99 @@
+"""A blob from some byte on: what an upstream that is asked for a range may answer, and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.errors import BlobUnknown, Unavailable
+from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
+from ociregistry.upstream.registry import BlobMismatch, BlobStream
+from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.doubles import failed, fired
+from tests.unit.support.http_agents import client_over, registry_over
+from tests.unit.test_upstream_client import REG, TOKEN
+from tests.unit.test_upstream_registry import APP, LAYER
+
+WHOLE: Mapping[str, Any] = {"data": b"0123456789"}
+UPSTREAM = APP.upstream
+
+
+def part(content_range: str, data: bytes = b"6789") -> dict[str, Any]:
+    """A 206."""
+    return {"status": 206, "data": data, "headers": {"Content-Range": content_range} if content_range else {}}
+
+
+class Asked:
+    """A registry with these answers, what it was asked, and its time."""
+
+    def __init__(self, *answers: Told, token: Told = None) -> None:
+        self.clock = Clock()
+        self.http = ScriptedExchanges({REG: answers, TOKEN: [token]})
+        self._registry = registry_over(client_over(self.http, self.clock), 1)
+
+    def blob(self, start: int, options: RequestOptions = DEFAULT_OPTIONS) -> Deferred[BlobStream]:
+        """Asks for the blob."""
+        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, start, options))
+
+    @property
+    def ranges(self) -> list[str | None]:
+        """The ranges that were asked for."""
+        return [sent.headers.get("Range") for sent in self.http.sent]
+
+
+@pytest.mark.parametrize(("told", "size"), [("bytes 6-9/10", 10), ("bytes 6-9/*", None)])
+def test_the_part_that_was_asked_for(told: str, size: int | None) -> None:
+    asked = Asked(part(told))
+    stream = fired(asked.blob(6))
+    assert (stream.start, stream.size, fired(stream.body.read())) == (6, size, b"6789")
+    assert asked.ranges == ["bytes=6-"]
+
+
+def test_an_upstream_that_knows_no_ranges_sends_it_from_its_first_byte() -> None:
+    asked = Asked(WHOLE)
+    stream = fired(asked.blob(6))
+    assert (stream.start, stream.size, fired(stream.body.read())) == (0, 10, b"0123456789")
+    assert asked.ranges == ["bytes=6-"]
+
+
+def test_no_range_is_asked_for_from_the_first_byte() -> None:
+    asked = Asked(WHOLE)
+    assert fired(asked.blob(0)).start == 0
+    assert asked.ranges == [None]
+
+
+@pytest.mark.parametrize(
+    "told", ["", "bytes 0-9/10", "bytes 7-9/10", "bytes */10", "items 6-9/10", "bytes 6-9", "bytes 6-9/" + "9" * 5000]
+)
+def test_another_part_is_not_taken_and_the_whole_asked_for(told: str) -> None:
+    asked = Asked(part(told), WHOLE)
+    stream = fired(asked.blob(6))
+    assert (stream.start, fired(stream.body.read())) == (0, b"0123456789")
+    assert asked.ranges == ["bytes=6-", None]
+
+
+def test_a_part_that_nobody_asked_for_is_the_upstreams_failure() -> None:
+    failed(Asked(part("bytes 0-9/10", b"0123456789")).blob(0), Unavailable)
+
+
+def test_an_upstream_whose_blob_ends_before_has_another_one() -> None:
+    asked = Asked({"status": 416}, WHOLE)
+    failed(asked.blob(10), BlobMismatch)
+    # The only connection is free again.
+    assert fired(asked.blob(0)).size == 10
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_blob_that_is_gone_is_unknown(status: int) -> None:
+    failed(Asked({"status": status}).blob(6), BlobUnknown)
+
+
+def test_the_options_is_that_of_every_request_that_it_takes() -> None:
+    options = RequestOptions(10.0, insist=True)
+    asked = Asked(part("bytes 0-3/10"), WHOLE)
+    fired(asked.blob(6, options))
+    assert [sent.options for sent in asked.http.sent] == [options] * 2

@@ -1,0 +1,252 @@
+"""The API: requests to answers, through the cache, with the headers that clients go by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.errors import LoopDetected, NameInvalid, NotFound, Unavailable
+from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.names import Tag, Upstream
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.store import Store
+from ociregistry.upstream.registry import TagPage
+from ociregistry.via import NO_VIA, Via
+from ociregistry.web.api import V2
+from ociregistry.web.requests import Query
+from ociregistry.web.resource import Answer
+from tests.images import make_image
+from tests.unit.support.demands import NoDemand
+from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, until
+from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.registries import MemoryRegistries
+from tests.unit.support.web_visitors import Visitor, site
+
+BUILT = make_image("v2")
+IMAGE = manifest(BUILT)
+LAYER = BUILT.layers[0]
+MANIFEST = f"/v2/team/app/manifests/{IMAGE.digest}"
+BLOB = f"/v2/team/app/blobs/{LAYER.digest}"
+NS: Query = {b"ns": [b"reg.example"]}
+EVERYTHING = [
+    ("GET", MANIFEST),
+    ("HEAD", MANIFEST),
+    ("GET", BLOB),
+    ("HEAD", BLOB),
+    ("GET", "/v2/team/app/tags/list"),
+    ("GET", MANIFEST.replace("manifests", "referrers")),
+]
+OTHER = f"ociregistry-{'f' * 16}"
+
+
+@pytest.fixture
+def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> V2:
+    """The API over the empty store."""
+    return V2(cache, Listings(store, upstreams, clock), NoDemand(), Upstream("docker.io"), INSTANCE)
+
+
+def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", via: Via = NO_VIA) -> Deferred[Answer]:
+    """Asks for something."""
+    return Deferred.fromCoroutine(v2.answer(method, path.encode(), query, via))
+
+
+async def body(answer: Answer) -> bytes:
+    """All of it."""
+    data = await answer.content.read(0, answer.content.size)
+    answer.content.close()
+    return data
+
+
+async def cached(store: Store, root: Path) -> None:
+    """The image is in the cache."""
+    await store.keep(IMAGE, image("reg.example/team/app:1"))
+    for blob in BUILT.blobs:
+        (root / "blobs" / blob.digest.removeprefix("sha256:")).write_bytes(blob.data)
+
+
+@pytest.mark.parametrize("path", ["/v2", "/v2/"])
+def test_it_is_a_registry(v2: V2, path: str) -> None:
+    answer = fired(ask(v2, path, {}))
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+    assert fired(answer.content.read(0, 10)) == b"{}"
+    assert "OCI-Namespace" not in answer.headers
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("reference", ["1", IMAGE.digest])
+@on_reactor
+async def test_a_manifest(v2: V2, store: Store, root: Path, method: str, reference: str) -> None:
+    await cached(store, root)
+    answer = await ask(v2, f"/v2/team/app/manifests/{reference}", NS, method)
+    assert (answer.status, answer.hit, answer.ranged, answer.content.size) == (200, True, True, IMAGE.size)
+    assert answer.headers == {
+        "Docker-Content-Digest": IMAGE.digest,
+        "Content-Type": IMAGE.media_type,
+        "ETag": f'"{IMAGE.digest}"',
+        "OCI-Namespace": "reg.example",
+    }
+    assert await body(answer) == IMAGE.data
+
+
+@on_reactor
+async def test_a_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistries) -> None:
+    await cached(store, root)
+    answer = await ask(v2, BLOB)
+    assert (answer.status, answer.hit, answer.ranged) == (200, True, True)
+    assert answer.headers == {
+        "Docker-Content-Digest": LAYER.digest,
+        "Content-Type": "application/octet-stream",
+        "ETag": f'"{LAYER.digest}"',
+        "OCI-Namespace": "reg.example",
+    }
+    head = await ask(v2, BLOB, NS, "HEAD")
+    assert (head.headers, head.hit, head.content.size) == (answer.headers, True, answer.content.size)
+    assert await body(answer) == LAYER.data
+    assert len(upstreams) == 0
+
+
+@on_reactor
+async def test_the_size_of_a_blob_is_asked_for_without_the_blob(v2: V2, upstreams: MemoryRegistries) -> None:
+    asked = ask(v2, BLOB, NS, "HEAD")
+    await until(lambda: upstreams.calls)
+    upstreams[0].answer(4711)
+    answer = await asked
+    assert (answer.content.size, answer.hit) == (4711, False)
+    assert upstreams.asked == [f"blob_size reg.example/team/app {LAYER.digest}"]
+
+
+@on_reactor
+async def test_without_ns_the_name_says_it_all(v2: V2, store: Store, root: Path) -> None:
+    await cached(store, root)
+    answer = await ask(v2, "/v2/reg.example/team/app/manifests/1", {})
+    assert await body(answer) == IMAGE.data
+    assert "OCI-Namespace" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/v2/", MANIFEST, BLOB, "/v2/team/app/tags/list"])
+@pytest.mark.parametrize("ns", [b"a\r\nX-Injected: 1", b"http://reg.example", b"\xff", b"../..", b"a b"])
+def test_an_ns_that_is_no_registry_is_never_echoed(v2: V2, path: str, ns: bytes) -> None:
+    failed(ask(v2, path, {b"ns": [ns]}), NameInvalid)
+
+
+def page(*names: str, more: bool = False) -> TagPage:
+    """A page of tags."""
+    return TagPage(tuple(map(Tag, names)), more)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "name", "link"),
+    [
+        ("/v2/team/app/tags/list", NS, "team/app", "last=b&ns=reg.example"),
+        ("/v2/team/app/tags/list", {b"ns": [b"[::1]:5000"]}, "team/app", "last=b&ns=%5B%3A%3A1%5D%3A5000"),
+        ("/v2/team/app/tags/list", {**NS, b"n": [b"2"]}, "team/app", "last=b&n=2&ns=reg.example"),
+        ("/v2/reg.example/team/app/tags/list", {b"n": [b"2"]}, "reg.example/team/app", "last=b&n=2"),
+    ],
+)
+def test_a_page_of_tags_links_to_the_next_one_here(
+    v2: V2, upstreams: MemoryRegistries, path: str, query: Query, name: str, link: str
+) -> None:
+    asked = ask(v2, path, query)
+    upstreams[0].answer(page("a", "b", more=True))
+    answer = fired(asked)
+    assert json.loads(fired(answer.content.read(0, 1000))) == {"name": name, "tags": ["a", "b"]}
+    assert answer.headers["Link"] == f'</v2/{name}/tags/list?{link}>; rel="next"'
+
+
+def test_the_last_page_links_to_none(v2: V2, upstreams: MemoryRegistries) -> None:
+    asked = ask(v2, "/v2/team/app/tags/list")
+    upstreams[0].answer(page("a"))
+    answer = fired(asked)
+    assert "Link" not in answer.headers
+    assert answer.headers["OCI-Namespace"] == "reg.example"
+
+
+def test_an_empty_page_before_others_is_no_defect(v2: V2, upstreams: MemoryRegistries) -> None:
+    """Registries that filter their tags send such pages."""
+    asked = ask(v2, "/v2/team/app/tags/list")
+    upstreams[0].answer(page(more=True))
+    assert fired(asked).status == 200
+
+
+def index(*kinds: str) -> Manifest:
+    """An index of artifacts."""
+    entries = [
+        {"mediaType": IMAGE.media_type, "digest": IMAGE.digest, "size": number, "artifactType": kind}
+        for number, kind in enumerate(kinds)
+    ]
+    return Manifest.parse(json.dumps({"schemaVersion": 2, "manifests": entries}).encode(), OCI_INDEX)
+
+
+@on_reactor
+async def test_referrers(v2: V2, upstreams: MemoryRegistries) -> None:
+    path = MANIFEST.replace("manifests", "referrers")
+    asked = ask(v2, path)
+    upstreams[0].answer(index("a/b", "c/d"))
+    answer = await asked
+    assert answer.headers == {"Content-Type": OCI_INDEX, "OCI-Namespace": "reg.example"}
+    assert len(json.loads(await body(answer))["manifests"]) == 2
+    asked = ask(v2, path, {**NS, b"artifactType": [b"a/b"]})
+    upstreams[1].answer(index("a/b", "c/d"))
+    answer = await asked
+    assert answer.headers["OCI-Filters-Applied"] == "artifactType"
+    assert len(json.loads(await body(answer))["manifests"]) == 1
+
+
+def test_what_is_not_offered_or_cannot_be_had_is_raised(v2: V2, upstreams: MemoryRegistries) -> None:
+    failed(ask(v2, "/v2/team/app"), NotFound)
+    asked = ask(v2, "/v2/team/app/tags/list")
+    upstreams[0].refuse(Unavailable("down"))
+    failed(asked, Unavailable)
+
+
+class Asked:
+    """A cache and its listings, which have nothing, and keep for whom they were asked."""
+
+    def __init__(self) -> None:
+        self.vias: list[Via] = []
+
+    async def _nothing(self, *arguments: object, **options: object) -> NoReturn:
+        via = arguments[-1]
+        assert isinstance(via, Via)
+        self.vias.append(via)
+        raise Unavailable("there is nothing")
+
+    manifest = blob = blob_size = tags = referrers = _nothing
+
+
+@pytest.mark.parametrize(("method", "path"), EVERYTHING)
+def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> None:
+    asked: Any = Asked()
+    v2 = V2(asked, asked, NoDemand(), Upstream("docker.io"), INSTANCE)
+    for via in (NO_VIA, Via((OTHER,))):
+        failed(ask(v2, path, NS, method, via), Unavailable)
+        assert asked.vias.pop() == via
+    assert asked.vias == []
+
+
+@pytest.mark.parametrize(("method", "path"), [*EVERYTHING, ("GET", "/v2/")])
+@on_reactor
+async def test_who_asks_itself_in_a_loop_is_told_so(
+    v2: V2, store: Store, root: Path, upstreams: MemoryRegistries, method: str, path: str
+) -> None:
+    """Also for what is here: whoever comes by this way has it misconfigured."""
+    await cached(store, root)
+    loop = failed(ask(v2, path, NS, method, Via((INSTANCE, OTHER))), LoopDetected)
+    assert loop.message == "reg.example: this server is its own upstream"
+    assert loop.via == f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"
+    assert "docker.io: " in failed(ask(v2, path, {}, method, Via((INSTANCE,))), LoopDetected).message
+    failed(ask(v2, path, NS, method, Via((OTHER,) * 17)), LoopDetected)
+    assert len(upstreams) == 0
+
+
+def test_a_loop_on_the_wire(v2: V2, clock: Clock) -> None:
+    got = Visitor(site(v2, clock)).ask(f"{MANIFEST}?ns=reg.example", Via=f"1.1 varnish, 1.1 {INSTANCE}").got()
+    assert (got.status, got.error["code"]) == (403, "DENIED")
+    assert got.headers["via"] == f"1.1 {INSTANCE}, 1.1 {INSTANCE}"
+    failed(ask(v2, "/v2/team/app", via=Via((INSTANCE,))), NotFound)

@@ -1,0 +1,83 @@
+"""GET /health: what is here, and what is missing, at the time of the request."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry import __version__
+from ociregistry.names import Digest
+from ociregistry.pullthrough.completion import Completion, Incomplete
+from ociregistry.pullthrough.loader import PreloadProgress
+from ociregistry.store.space import Room
+from ociregistry.store.store import Counts, Store
+from ociregistry.via import NO_VIA
+from ociregistry.web.api import health
+from ociregistry.web.resource import Handler
+from tests.images import make_image
+from tests.unit.support.completions import Fetching
+from tests.unit.support.doubles import fired, image, manifest, on_reactor
+
+STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
+BUILT = make_image("health")
+ROOM = Room(free=10, reserve=7, full=False)
+
+
+def told(handler: Handler, method: str = "GET") -> Any:
+    """What it says."""
+    answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, NO_VIA)))
+    assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
+    return json.loads(fired(answer.content.read(0, answer.content.size)))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_it_tells_how_the_daemon_is(method: str) -> None:
+    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, STARTED)
+    assert told(handler, method) == {
+        "status": "ok",
+        "version": __version__,
+        "started": "2026-03-01T22:17:30+00:00",
+        "lists": 2,
+        "images": 3,
+        "incomplete_images": 1,
+        "missing_bytes": 5,
+        "pending_images": 0,
+        "incomplete_indexes": 0,
+        "disk": {"free": 10, "reserve": 7, "full": False},
+    }
+
+
+@on_reactor
+async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> None:
+    completion = Completion(store, Fetching(tmp_path), clock)
+    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, STARTED)
+
+    def figures() -> list[int]:
+        return [told(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
+
+    assert figures() == [0, 0, 0, 0]
+    app, what = image("reg.example/team/app:1"), manifest(BUILT)
+    await store.keep(what, app)
+    assert figures() == [0, 1, 0, 0]
+    await completion.add_pending(what, app.repository)
+    assert figures() == [0, 1, 1, sum(len(blob.data) for blob in BUILT.blobs)]
+    assert store.pending == {Digest(BUILT.manifest.digest): app.repository}
+
+
+def test_it_tells_how_far_preloading_is_at_the_time_of_the_request() -> None:
+    progress = [PreloadProgress(images=7, loaded=0, failed=0)]
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, STARTED)
+    # Also while there is nothing to tell yet.
+    assert told(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
+    progress[0] = PreloadProgress(images=7, loaded=5, failed=2)
+    assert told(handler)["preload"] == {"images": 7, "loaded": 5, "failed": 2}
+
+
+def test_without_preloading_it_tells_nothing_of_it() -> None:
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, STARTED)
+    assert "preload" not in told(handler)

@@ -1,0 +1,174 @@
+"""TLS towards clients: whose certificate they see, and which of theirs is good enough."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from OpenSSL import SSL
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+
+from ociregistry.config.tls import Certificates, KeyPair, ServerTls
+from ociregistry.web.channel import ServerPolicy
+from tests.certificates import Authority
+
+NAME = "cache.example"
+END = b"-----END CERTIFICATE-----\n"
+
+
+def certificates(path: Path) -> Certificates:
+    """Those in a file."""
+    *pems, rest = path.read_bytes().split(END)
+    assert not rest
+    return Certificates(path, tuple(pem + END for pem in pems))
+
+
+def server_tls(issuer: Authority, *clients: Authority) -> ServerTls:
+    """A new certificate of this issuer, for clients with one of those authorities, or for all."""
+    certificate, key = issuer.issue(NAME)
+    identity = KeyPair(certificates(certificate), key.read_bytes())
+    if not clients:
+        return ServerTls(identity)
+    return ServerTls(identity, Certificates(Path(), tuple(client.ca.read_bytes() for client in clients)))
+
+
+def client(trust: Authority, identity: tuple[Path, Path] | None = None) -> ssl.SSLContext:
+    """A client that trusts one authority, perhaps with a certificate of its own."""
+    context = trust.client_context()
+    if identity is not None:
+        context.load_cert_chain(*identity)
+    return context
+
+
+class Connection:
+    """A client's connection to a server, in memory."""
+
+    def __init__(self, policy: ServerPolicy, context: ssl.SSLContext) -> None:
+        nobody: Any = None
+        self.server = policy.serverConnectionForTLS(nobody)
+        self.server.set_accept_state()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = context.wrap_bio(self._incoming, self._outgoing, server_hostname=NAME)
+        for _ in range(10):
+            if all([self._step(self.client.do_handshake), self._step(self.server.do_handshake)]):
+                break
+        assert self.ask(b"hello") == b"hello"
+
+    def _step(self, handshake: Any) -> bool:
+        """Whether one side has come to its end. What it says goes to the other, be it why it gives up."""
+        try:
+            handshake()
+        except (ssl.SSLWantReadError, SSL.WantReadError):
+            return False
+        finally:
+            self._carry()
+        return True
+
+    def _carry(self) -> None:
+        if data := self._outgoing.read():
+            self.server.bio_write(data)
+        try:
+            self._incoming.write(self.server.bio_read(65536))
+        except SSL.WantReadError:
+            return
+
+    def ask(self, data: bytes) -> bytes:
+        """What the client says and the server repeats."""
+        self.client.write(data)
+        self._carry()
+        self.server.send(self.server.recv(100))
+        self._carry()
+        return self.client.read(100)
+
+    @property
+    def serial_number(self) -> int:
+        """Which certificate the client was shown."""
+        shown = self.client.getpeercert(binary_form=True)
+        assert shown is not None
+        return x509.load_der_x509_certificate(shown).serial_number
+
+
+def serial_number(settings: ServerTls) -> int:
+    """Which certificate it is."""
+    return x509.load_pem_x509_certificate(settings.identity.certificates.pems[0]).serial_number
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Authority:
+    """Another authority."""
+    return Authority(tmp_path / "stranger", "stranger")
+
+
+def test_it_is_what_twisted_wants(authority: Authority) -> None:
+    assert IOpenSSLServerConnectionCreator.providedBy(ServerPolicy(server_tls(authority)))
+
+
+def test_without_a_client_ca_everybody_is_served(authority: Authority, stranger: Authority) -> None:
+    settings = server_tls(authority)
+    policy = ServerPolicy(settings)
+    for identity in (None, authority.issue("client"), stranger.issue("client")):
+        connection = Connection(policy, client(authority, identity))
+        assert connection.serial_number == serial_number(settings)
+        # It is not asked for one.
+        assert connection.server.get_peer_certificate() is None
+
+
+def test_the_certificates_between_it_and_the_root_are_shown(authority: Authority, tmp_path: Path) -> None:
+    settings = server_tls(Authority(tmp_path / "between", "between", authority))
+    assert len(settings.identity.certificates.pems) == 2
+    Connection(ServerPolicy(settings), client(authority))
+
+
+def test_a_client_that_trusts_somebody_else_leaves(authority: Authority, stranger: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority))
+    with pytest.raises(ssl.SSLCertVerificationError):
+        Connection(policy, client(stranger))
+
+
+def test_with_a_client_ca_only_its_certificates_are_served(authority: Authority, stranger: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority, stranger))
+    served = Connection(policy, client(authority, stranger.issue("client"))).server.get_peer_certificate()
+    assert served is not None
+    assert served.to_cryptography().subject.rfc4514_string() == "CN=client"
+    for identity in (authority.issue("client"), Authority.self_signed(stranger.ca.parent, "client")):
+        with pytest.raises(SSL.Error, match="certificate verify failed"):
+            Connection(policy, client(authority, identity))
+    with pytest.raises(SSL.Error, match="peer did not return a certificate"):
+        Connection(policy, client(authority))
+
+
+def test_nor_is_one_that_has_expired(authority: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority, authority))
+    with pytest.raises(SSL.Error, match="certificate verify failed"):
+        Connection(policy, client(authority, authority.issue("client", expired=True)))
+
+
+def test_a_client_ca_may_be_several_certificates(authority: Authority, stranger: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority, stranger, authority))
+    for issuer in (authority, stranger):
+        Connection(policy, client(authority, issuer.issue("client")))
+
+
+def test_a_client_may_show_those_that_lead_to_the_root(authority: Authority, tmp_path: Path) -> None:
+    between = Authority(tmp_path / "between", "between", authority)
+    policy = ServerPolicy(server_tls(authority, authority))
+    Connection(policy, client(authority, between.issue("client")))
+
+
+def test_new_connections_are_made_by_new_settings(authority: Authority, stranger: Authority) -> None:
+    old, new = server_tls(authority), server_tls(authority, stranger)
+    assert serial_number(old) != serial_number(new)
+    policy = ServerPolicy(old)
+    before = Connection(policy, client(authority))
+    policy.reconfigure(new)
+    after = Connection(policy, client(authority, stranger.issue("client")))
+    assert [before.serial_number, after.serial_number] == [serial_number(old), serial_number(new)]
+    with pytest.raises(SSL.Error, match="peer did not return a certificate"):
+        Connection(policy, client(authority))
+    # Who was connected stays so.
+    assert before.ask(b"still there") == b"still there"
+    policy.reconfigure(old)
+    assert Connection(policy, client(authority)).serial_number == serial_number(old)

@@ -1,0 +1,165 @@
+"""Sending: at the speed of the client and of the upstream, and never longer than either is let."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry.errors import Unavailable
+from ociregistry.web.resource import Answer
+from ociregistry.web.site import RegistrySite
+from tests.unit.support.doubles import texts
+from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
+
+PIECE = 256 * 1024
+PATIENCE = 45.0
+
+
+@pytest.fixture
+def content() -> Growing:
+    """What is sent: ten pieces."""
+    return Growing(10 * PIECE)
+
+
+@pytest.fixture
+def server(content: Growing, clock: Clock) -> RegistrySite:
+    """A server that sends it."""
+    handler = Handler()
+    handler.give = lambda: Answer(200, content, ranged=True)
+    return site(handler, clock, PATIENCE)
+
+
+@pytest.fixture
+def visitor(server: RegistrySite) -> Visitor:
+    """A client that has asked for it."""
+    return Visitor(server).ask("/v2/x")
+
+
+def test_what_is_here_is_sent_at_once(content: Growing, visitor: Visitor) -> None:
+    content.grow(bytes(10 * PIECE))
+    assert visitor.got().whole
+    assert not visitor.ended
+
+
+def test_a_client_that_takes_nothing_is_sent_nothing(content: Growing, visitor: Visitor) -> None:
+    visitor.pause()
+    content.grow(bytes(3 * PIECE))
+    # What was on its way when it stopped is one piece.
+    assert len(visitor.got().body) == PIECE
+    content.grow(bytes(7 * PIECE))
+    assert len(visitor.got().body) == PIECE
+    visitor.resume()
+    assert visitor.got().whole
+
+
+def test_it_may_pause_as_often_as_it_likes(content: Growing, visitor: Visitor) -> None:
+    content.grow(bytes(range(256)) * 2)
+    for count in range(10):
+        visitor.pause()
+        visitor.resume()
+        content.grow(bytes(100))
+        assert len(visitor.got().body) == 512 + 100 * (count + 1)
+    assert visitor.got().body[:512] == bytes(range(256)) * 2
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_client_that_leaves_leaves_nothing_behind(
+    content: Growing, visitor: Visitor, server: RegistrySite, clock: Clock, paused: bool
+) -> None:
+    content.grow(bytes(100))
+    if paused:
+        visitor.pause()
+        content.grow(bytes(3 * PIECE))
+    visitor.leave()
+    assert content.closed == 1
+    assert server.traffic.idle().called
+    assert clock.getDelayedCalls() == []
+
+
+def test_an_upstream_that_holds_back_ends_the_answer_short(
+    content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
+) -> None:
+    content.grow(bytes(100))
+    clock.advance(PATIENCE - 1)
+    content.grow(bytes(100))
+    clock.advance(PATIENCE - 1)
+    assert not visitor.ended
+    clock.advance(1)
+    assert visitor.ended
+    assert len(visitor.got().body) == 200
+    assert content.closed == 1
+    (line,) = texts(events, LogLevel.error)
+    assert line.startswith("/v2/x: the answer ends short: ")
+    assert "no byte came from the upstream for 45 s" in line
+
+
+def test_a_client_that_takes_nothing_for_a_minute_is_dropped(
+    content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
+) -> None:
+    visitor.pause()
+    content.grow(bytes(3 * PIECE))
+    clock.advance(59)
+    assert not visitor.ended
+    clock.advance(1)
+    assert visitor.ended
+    visitor.leave()
+    assert content.closed == 1
+    # It is no failure of ours.
+    assert texts(events, LogLevel.error) == []
+    assert len(texts(events, LogLevel.warn)) == 1
+
+
+def test_a_failure_ends_the_answer_short_and_appends_nothing(
+    content: Growing, visitor: Visitor, events: list[LogEvent]
+) -> None:
+    content.grow(bytes(100))
+    content.fail(Unavailable("the connection broke"))
+    assert visitor.ended
+    assert visitor.got().body == bytes(100)
+    assert texts(events, LogLevel.error) == ["/v2/x: the answer ends short: the connection broke"]
+    assert content.closed == 1
+
+
+def test_a_file_that_ends_early_ends_the_answer_short(content: Growing, visitor: Visitor) -> None:
+    """The blob was cut under us: what `more_than` said is not there."""
+    content.read = lambda offset, count: Growing(0).read(0, 0)  # type: ignore[method-assign]  # gives nothing
+    content.grow(bytes(100))
+    assert visitor.ended
+    assert visitor.got().body == b""
+
+
+def test_a_broken_disk_ends_the_answer_short(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
+    content.fail(OSError(5, "Input/output error"))
+    assert visitor.ended
+    assert "Input/output error" in texts(events, LogLevel.error)[0]
+
+
+@pytest.mark.expect_logged_failures
+def test_a_defect_ends_the_answer_short_with_a_traceback(
+    content: Growing, visitor: Visitor, events: list[LogEvent]
+) -> None:
+    content.fail(ZeroDivisionError("a secret"))
+    assert visitor.ended
+    assert b"secret" not in visitor.received
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+
+
+def test_a_part_is_read_from_where_it_begins(content: Growing, server: RegistrySite) -> None:
+    visitor = Visitor(server).ask("/v2/x", Range=f"bytes={PIECE}-{PIECE + 9}")
+    content.grow(bytes(PIECE) + b"0123")
+    assert visitor.got().body == b"0123"
+    content.grow(b"456789abcdef")
+    assert visitor.got().body == b"0123456789"
+    assert visitor.got().whole
+
+
+def test_two_clients_follow_at_their_own_speed(content: Growing, server: RegistrySite) -> None:
+    fast, slow = Visitor(server).ask("/v2/x"), Visitor(server).ask("/v2/x")
+    slow.pause()
+    content.grow(bytes(10 * PIECE))
+    assert fast.got().whole
+    assert len(slow.got().body) == PIECE
+    slow.resume()
+    assert slow.got().whole
+    assert content.closed == 2

@@ -1,0 +1,266 @@
+"""Serving: one answer to each request, whatever becomes of the handler or of the client."""
+
+from __future__ import annotations
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry import __version__
+from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
+from ociregistry.via import NO_VIA, Via
+from ociregistry.web.resource import Answer, InMemory, SizeOnly
+from ociregistry.web.site import RegistrySite
+from tests.unit.support.doubles import texts
+from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
+
+DATA = bytes(range(256)) * 8
+TAGGED = {"Content-Type": "text/x", "ETag": '"sha256:abc"'}
+A, B = f"ociregistry-{'a' * 16}", f"ociregistry-{'b' * 16}"
+
+
+@pytest.fixture
+def handler() -> Handler:
+    """What answers."""
+    return Handler()
+
+
+@pytest.fixture
+def server(handler: Handler, clock: Clock) -> RegistrySite:
+    """The server."""
+    return site(handler, clock)
+
+
+def test_an_answer_has_its_status_headers_and_body(handler: Handler, server: RegistrySite) -> None:
+    handler.give = lambda: Answer(200, InMemory(DATA), TAGGED)
+    got = Visitor(server).ask("/v2/x%3Ay?ns=a%2Fb").got()
+    assert handler.asked == [("GET", b"/v2/x%3Ay")]
+    assert (got.version, got.status, got.body) == ("HTTP/1.1", 200, DATA)
+    assert got.headers.pop("date")
+    assert got.headers == {
+        "content-type": "text/x",
+        "etag": '"sha256:abc"',
+        "content-length": "2048",
+        "docker-distribution-api-version": "registry/2.0",
+        "server": f"ociregistry/{__version__}",
+        "x-content-type-options": "nosniff",
+    }
+
+
+def test_a_head_has_the_headers_of_a_get_and_no_body(handler: Handler, server: RegistrySite) -> None:
+    content = Growing(2048)
+    handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
+    visitor = Visitor(server).ask("/v2/x", "HEAD", Range="bytes=0-9")
+    got = visitor.got("HEAD")
+    assert (got.status, got.headers["content-length"], got.headers["accept-ranges"]) == (200, "2048", "bytes")
+    assert content.closed == 1
+    # Nothing of a body is left over to be taken for the next answer.
+    handler.give = lambda: Answer(200, SizeOnly(77))
+    visitor.ask("/v2/y", "HEAD")
+    handler.give = lambda: Answer(200, InMemory(b"z"))
+    visitor.ask("/v2/z")
+    answers = visitor.all_got("HEAD", "HEAD", "GET")
+    assert [answer.headers["content-length"] for answer in answers] == ["2048", "77", "1"]
+    assert answers[2].body == b"z"
+
+
+def test_an_error_of_a_head_has_no_body_either(handler: Handler, server: RegistrySite) -> None:
+    handler.give = lambda: BlobUnknown("not there")
+    got = Visitor(server).ask("/v2/x", "HEAD").got("HEAD")
+    assert got.status == 404
+    assert int(got.headers["content-length"]) > 0
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH", "DELETE", "OPTIONS", "NONSENSE"])
+def test_other_methods_are_not_supported(handler: Handler, server: RegistrySite, method: str) -> None:
+    for path in ("/v2/x", "/health", "/nowhere"):
+        got = Visitor(server).ask(path, method).got(method)
+        assert (got.status, got.headers["allow"], got.error["code"]) == (405, "GET, HEAD", "UNSUPPORTED")
+    assert handler.asked == []
+
+
+def test_an_error_is_an_answer_and_one_line(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
+    handler.give = lambda: Unavailable("docker.io: the connection was refused", 7)
+    got = Visitor(server).ask("/v2/a/manifests/1?ns=docker.io").got()
+    assert (got.status, got.headers["retry-after"]) == (503, "7")
+    assert got.error == {"code": "UNAVAILABLE", "message": "docker.io: the connection was refused", "detail": None}
+    assert texts(events, LogLevel.error) == [
+        "GET /v2/a/manifests/1?ns=docker.io: 503 UNAVAILABLE: docker.io: the connection was refused"
+    ]
+
+
+@pytest.mark.expect_logged_failures
+def test_a_defect_is_a_500_that_tells_nothing_and_one_traceback(
+    handler: Handler, server: RegistrySite, events: list[LogEvent]
+) -> None:
+    handler.give = lambda: ZeroDivisionError("a secret")
+    visitor = Visitor(server).ask("/v2/x")
+    got = visitor.got()
+    assert (got.status, got.error["code"]) == (500, "UNKNOWN")
+    assert b"secret" not in visitor.received
+    assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    # The connection is as good as before.
+    handler.give = lambda: Answer(200, InMemory(b"hello"))
+    assert visitor.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("asked", "where", "body"),
+    [
+        ("bytes=500-1499", "bytes 500-1499/2048", DATA[500:1500]),
+        ("bytes=500-", "bytes 500-2047/2048", DATA[500:]),
+        ("bytes=-500", "bytes 1548-2047/2048", DATA[-500:]),
+        ("bytes=0-", "bytes 0-2047/2048", DATA),
+    ],
+)
+def test_a_part(handler: Handler, server: RegistrySite, asked: str, where: str, body: bytes) -> None:
+    handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
+    got = Visitor(server).ask("/v2/x", Range=asked).got()
+    assert (got.status, got.headers["content-range"], got.body) == (206, where, body)
+    assert got.headers["content-length"] == str(len(body))
+    assert got.headers["etag"] == TAGGED["ETag"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Range": "bytes=0-1,5-6"},
+        {"Range": "nonsense"},
+        {"Range": "bytes=0-1", "If_Range": '"another"'},
+        {"Range": "bytes=0-1", "If_Range": "Sun, 01 Mar 2026 22:17:30 GMT"},
+    ],
+)
+def test_everything(handler: Handler, server: RegistrySite, headers: dict[str, str]) -> None:
+    handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
+    got = Visitor(server).ask("/v2/x", **headers).got()
+    assert (got.status, got.body, got.headers["accept-ranges"]) == (200, DATA, "bytes")
+    assert "content-range" not in got.headers
+
+
+def test_a_part_of_what_has_not_changed(handler: Handler, server: RegistrySite) -> None:
+    handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
+    assert Visitor(server).ask("/v2/x", Range="bytes=0-1", If_Range=TAGGED["ETag"]).got().status == 206
+
+
+def test_what_has_no_parts_is_sent_whole(handler: Handler, server: RegistrySite) -> None:
+    handler.give = lambda: Answer(200, InMemory(DATA))
+    got = Visitor(server).ask("/v2/x", Range="bytes=0-1").got()
+    assert (got.status, got.body) == (200, DATA)
+    assert "accept-ranges" not in got.headers
+
+
+def test_a_part_that_is_not_there(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
+    content = Growing(2048)
+    handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
+    got = Visitor(server).ask("/v2/x", Range="bytes=5000-").got()
+    assert (got.status, got.headers["content-range"]) == (416, "bytes */2048")
+    assert got.error["code"] == RangeUnsatisfiable.code
+    assert content.closed == 1
+    assert len(texts(events, LogLevel.error)) == 1
+
+
+def test_the_headers_go_out_before_the_first_byte_is_there(handler: Handler, server: RegistrySite) -> None:
+    content = Growing(10)
+    handler.give = lambda: Answer(200, content)
+    visitor = Visitor(server).ask("/v2/x")
+    assert (visitor.got().status, visitor.got().body) == (200, b"")
+    content.grow(b"01234")
+    assert visitor.got().body == b"01234"
+    content.grow(b"56789")
+    assert visitor.got().whole
+    assert content.closed == 1
+
+
+def test_a_client_that_leaves_while_the_handler_is_at_it(
+    handler: Handler, server: RegistrySite, events: list[LogEvent]
+) -> None:
+    asked: Deferred[Answer] = Deferred()
+    handler.give = lambda: asked
+    visitor = Visitor(server).ask("/v2/x")
+    visitor.leave()
+    assert not asked.called
+    content = Growing(10)
+    asked.callback(Answer(200, content))
+    assert content.closed == 1
+    assert visitor.received == b""
+    assert server.traffic.idle().called
+    assert texts(events, LogLevel.error) == []
+
+
+def test_a_client_that_leaves_while_it_is_sent_to(
+    handler: Handler, server: RegistrySite, events: list[LogEvent]
+) -> None:
+    content = Growing(10)
+    handler.give = lambda: Answer(200, content)
+    visitor = Visitor(server).ask("/v2/x")
+    content.grow(b"01")
+    visitor.leave()
+    assert content.closed == 1
+    assert server.traffic.idle().called
+    content.grow(b"23")
+    assert texts(events, LogLevel.error) == []
+
+
+def test_traffic_is_what_is_being_answered(handler: Handler, server: RegistrySite) -> None:
+    contents = [Growing(1), Growing(1)]
+    answers = iter(contents)
+    handler.give = lambda: Answer(200, next(answers))
+    assert server.traffic.idle().called
+    visitors = [Visitor(server).ask("/v2/x") for _ in contents]
+    idle = server.traffic.idle()
+    contents[0].grow(b"x")
+    assert not idle.called
+    visitors[1].leave()
+    assert idle.called
+
+
+def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]) -> None:
+    asked: Deferred[Answer] = Deferred()
+    handler.give = lambda: asked
+    visitor = Visitor(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
+    clock.advance(1.5)
+    asked.callback(Answer(200, InMemory(DATA), hit=False))
+    (line,) = texts(events, LogLevel.info)
+    size = len(visitor.received.partition(b"\r\n\r\n")[2])
+    assert line == f"GET /v2/a/blobs/x ns=docker.io 200 {size} bytes 1500 ms 192.0.2.1:40000 miss"
+    for hit, word in ((True, "hit"), (None, "-")):
+        handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this turn
+        visitor.ask("/v2/")
+        assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
+
+
+@pytest.mark.parametrize(
+    ("headers", "chain"),
+    [
+        ([], NO_VIA),
+        (["Via: 1.1 varnish"], NO_VIA),
+        ([f"Via: 1.1 {A}"], Via((A,))),
+        ([f"Via: 1.1 {A}, 1.1 {B}"], Via((A, B))),
+        ([f"Via: 1.1 {B}", "Accept: */*", f"via: 1.1 varnish, 1.1 {A}"], Via((B, A))),
+        # Lines are joined by a comma: half a name is not made whole by the next.
+        (["Via: 1.1 ociregistry-", f"Via: {A[-16:]}"], NO_VIA),
+        ([f"Via: 1.1 \xff\xfe, 1.1 {A}"], Via((A,))),
+    ],
+)
+def test_the_handler_is_told_for_whom_it_is_asked(
+    handler: Handler, server: RegistrySite, headers: list[str], via: Via
+) -> None:
+    request = "\r\n".join(["GET /v2/ HTTP/1.1", "Host: cache", *headers, "", ""])
+    assert Visitor(server).send(request.encode("latin-1")).got().status == 200
+    assert handler.vias == [via]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/a?ns=%0A2026%20[fake]", "/v2/a?ns=%1B[31m", "/v2/%0A?ns=%FF", "/v2/\\n?ns=%C2%85"]
+)
+def test_a_line_of_the_log_is_one_line_whatever_a_client_sends(
+    handler: Handler, server: RegistrySite, events: list[LogEvent], path: str
+) -> None:
+    for give in (lambda: Answer(200, InMemory(b"")), lambda: BlobUnknown("not there")):
+        handler.give = give
+        Visitor(server).ask(path)
+    lines = texts(events)
+    assert len(lines) == 3
+    assert all(line.isprintable() and line.isascii() for line in lines)
