@@ -1,7 +1,7 @@
-"""Work that several wait for: it is observed by each of them, and awaited by none.
+"""Work that several wait for: each observes it, none of them awaits it.
 
-A Deferred can be awaited once, and cancelling it ends the work; so every waiter here gets a Deferred of its
-own, which it may cancel or let time out while the work and the other waiters go on.
+A Deferred can be awaited once, and cancelling it ends the work; so every waiter gets a Deferred of its own, which it
+may cancel or let time out while the work and the other waiters go on.
 """
 
 from __future__ import annotations

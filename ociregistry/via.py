@@ -1,4 +1,4 @@
-"""The caches that a request came through: caches can be chained, and must not ask each other in a circle."""
+"""The Via header (RFC 9110, section 7.6.3): caches can be chained, and must not ask each other in a loop."""
 
 from __future__ import annotations
 

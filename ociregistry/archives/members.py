@@ -1,4 +1,4 @@
-"""The files that an archive holds, be it a tar or a folder."""
+"""The files in an archive of images, and what can be wrong with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens an archive, whatever it is, by what it holds: its name says nothing."""
+"""Opens an archive or a folder of images, and tells its format by what is in it, not by its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who fetches what a command needs: the daemon on the same store, while one runs, or this process."""
+"""Opens the store for a command, and what fetches for it: the daemon on the same store, or this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs the reactor for a command: until its work is done, or somebody interrupts it."""
+"""Runs a command: as the owner of the store, on the reactor until its work is done or interrupted."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Patterns for image URLs: regular expressions of Python, in which none that Go reads differently is let through.
-
-The server of the same name that is written in Go takes the same options; an expression that came from there must not
-quietly select other images.
-"""
+"""Values as people write them: durations, sizes, shares, dates, and patterns."""
 
 from __future__ import annotations
 

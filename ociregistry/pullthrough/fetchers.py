@@ -1,4 +1,4 @@
-"""Where the images that are loaded come from: this process pulls them, or the daemon that runs on the same store."""
+"""Where images that are loaded come from: this process pulls them, or the daemon on the same store does."""
 
 from __future__ import annotations
 

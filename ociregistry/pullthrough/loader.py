@@ -1,4 +1,4 @@
-"""Preloading: the images of a file, loaded by the daemon while it serves, again and again until all are there."""
+"""Loading images before anybody pulls them: image lists, the loader, and preloading by the daemon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the daemon does by itself, from time to time: it prunes what is too much, and verifies what it has."""
+"""What the daemon does by itself: prunes what is too much, verifies what it has, repairs what is damaged."""
 
 from __future__ import annotations
 

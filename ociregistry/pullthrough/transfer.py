@@ -1,4 +1,7 @@
-"""The connections over which one blob comes, one after the other: where one breaks, the next goes on."""
+"""The connections over which one blob comes: retries, resuming, and priority.
+
+Where one connection breaks, the next goes on. What clients wait for goes before what nobody has asked for.
+"""
 
 from __future__ import annotations
 

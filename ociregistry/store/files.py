@@ -1,7 +1,7 @@
-"""The one seam to the file system: every write, sync and rename of the store goes through a `Files`.
+"""The seam to the file system: the store's threads, and every write, sync, rename and lock.
 
-All of it blocks, so it runs in the store's threads. A test puts another `Files` in its place to lose what was
-not synced, or to fail.
+All of it blocks but for `Threads`, which runs it. A test puts another `Files` in its place, to lose what was not
+synced or to fail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What is in the store, read from its files: for listing, exporting and pruning, whether a daemon runs or not."""
+"""What the records say: in memory, kept up with the files (the daemon), and read from the files (the commands).
+
+Memory is never more than the files: what is found here is still opened, and no file means a miss.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,8 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import missing_blobs, size_of_blob
 from ociregistry.store.files import Threads
+from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blob_path, blobs_folder, digest_of
 from ociregistry.store.records import (
-    IMAGES_FOLDER,
-    LISTS_FOLDER,
     UNREAD,
     Changes,
     Dates,
@@ -29,7 +31,6 @@ from ociregistry.store.records import (
     RecordFiles,
     RecordInvalid,
     Signature,
-    digest_of,
     is_referrers_tag,
     is_wanted,
     read_record,
@@ -343,7 +344,7 @@ class Inventory:
     def is_wanted(self, digest: Digest) -> bool:
         """Tell whether the layers of an image belong into the store. Blocks."""
         if digest not in self._wanted:
-            self._wanted[digest] = is_wanted(self.records[digest].record, self.root / "blobs")
+            self._wanted[digest] = is_wanted(self.records[digest].record, blobs_folder(self.root))
         return self._wanted[digest]
 
     @cached_property
@@ -421,11 +422,11 @@ class Inventory:
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
         """The blobs that the image `digest` lacks, and their sizes in bytes. Blocks."""
-        return missing_blobs(self.root / "blobs", self.records[digest].manifest.blob_sizes)
+        return missing_blobs(blobs_folder(self.root), self.records[digest].manifest.blob_sizes)
 
     def blob_size(self, digest: Digest) -> int | None:
         """The size in bytes of a blob, or None if there is none. Blocks."""
-        return size_of_blob(self.root / "blobs" / digest.hex)
+        return size_of_blob(blob_path(self.root, digest))
 
     @cached_property
     def named(self) -> frozenset[Digest]:

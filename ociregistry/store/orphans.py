@@ -13,7 +13,8 @@ from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files, SharedFile, hold
 from ociregistry.store.index import Inventory
-from ociregistry.store.workdir import NOTE_SUFFIX, STAGED_SUFFIX, pulls_folders, store_locked, wanted_blobs
+from ociregistry.store.paths import NOTE_SUFFIX, STAGED_SUFFIX, blob_path, blobs_folder, pulls_folders
+from ociregistry.store.workdir import store_locked, wanted_blobs
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
@@ -86,7 +87,7 @@ def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]
 
 def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
     with suppress(FileNotFoundError):
-        for path in sorted((root / "blobs").iterdir()):
+        for path in sorted((blobs_folder(root)).iterdir()):
             if Digest.from_hex(path.name) is not None and path.name not in named:
                 yield path
 
@@ -117,7 +118,7 @@ def _unwritten(path: Path) -> Iterator[SharedFile | None]:
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
     with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
         size = json.loads(partial.with_name(partial.name + NOTE_SUFFIX).read_bytes())["size"]
-        return size is not None and size_of_blob(root / "blobs" / digest.hex) == size
+        return size is not None and size_of_blob(blob_path(root, digest)) == size
     return False
 
 

@@ -1,7 +1,8 @@
 """Partials: blobs that are not complete yet, and survive the end of the process and of the machine's power.
 
-A partial is two files in pulls/<n>/: `<hex>`, the bytes so far, and `<hex>.note`, a JSON object that says how
-many of them are surely on disk, since which boot of the machine, and what they are a part of.
+A partial is two files in pulls/<n>/: its bytes so far, and a note, a JSON object that says how many of them are
+surely on disk, since which boot of the machine, and what they are a part of. A flock protects it while it is
+written.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from twisted.internet.interfaces import IReactorTime
 from ociregistry.names import Digest
 from ociregistry.store.blobs import read_at
 from ociregistry.store.files import Files, SharedFile, Threads, hold, is_full
+from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
-from ociregistry.store.workdir import NOTE_SUFFIX
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,11 +53,6 @@ class Note:
     def render(self) -> bytes:
         """The bytes of the file."""
         return json.dumps(asdict(self)).encode() + b"\n"
-
-
-def note_path(path: Path) -> Path:
-    """Return where the note of the partial at `path` is."""
-    return path.with_name(path.name + NOTE_SUFFIX)
 
 
 def create_held(path: Path, files: Files) -> tuple[SharedFile, SharedFile]:
@@ -108,7 +104,7 @@ def _cut_to_durable(path: Path, note: Note, file: SharedFile, files: Files) -> N
 
 def write_note(path: Path, note: Note, files: Files) -> None:
     """Write the note of the partial at `path`, synced. Blocks. Raises: `OSError`."""
-    files.put(note_path(path), note.render(), path.with_name(path.name + ".new"))
+    files.put(note_path(path), note.render(), temporary(path))
 
 
 _SYNC_BYTES = 64 * 1024 * 1024

@@ -1,4 +1,8 @@
-"""What is to be pruned: what an operator names, and what goes by itself."""
+"""Pruning: which image URLs, records and blobs go, by an operator's word or by the eviction policy, and how.
+
+It is decided on what the files say, and carried out, under the lock under which records are rewritten: no record that
+comes meanwhile loses a blob.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.files import Files, is_full
 from ociregistry.store.index import Inventory, Row, StoredRecord
+from ociregistry.store.paths import blob_path, blobs_folder, rewritten_record
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.workdir import store_locked
 
@@ -251,7 +256,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
                 _remove_records(batch, files)
                 gone |= {kept.path for kept in batch}
             _remove_unnamed(root, blobs, Inventory.read(root, inventory), files)
-            files.sync_folder(root / "blobs")
+            files.sync_folder(blobs_folder(root))
             _rewrite(root, [(kept, record) for kept, record in rewriting if kept.path not in gone], files)
         going = (*plan.records, *plan.metadata)
         from_the_top = sorted(going, key=lambda kept: len(inventory.above(kept.manifest.digest)))
@@ -263,7 +268,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
 
 def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: Files) -> None:
     """Replace the files of records, under the store's lock; when they were pulled last stays."""
-    temporary = root / "pulls" / "record.new"
+    temporary = rewritten_record(root)
     for kept, record in records:
         temporary.parent.mkdir(exist_ok=True)
         files.put(kept.path, record.render(), temporary)
@@ -284,14 +289,14 @@ def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Fil
         with store_locked(root):
             before = Inventory.read(root, before)
             _remove_unnamed(root, some, before, files)
-    files.sync_folder(root / "blobs")
+    files.sync_folder(blobs_folder(root))
 
 
 def _remove_unnamed(root: Path, blobs: Iterable[Digest], inventory: Inventory, files: Files) -> None:
     """Remove those of `blobs` that no record of the `inventory` names."""
     for digest in blobs:
         if digest not in inventory.named and digest.hex not in inventory.mentioned:
-            files.unlink(root / "blobs" / digest.hex)
+            files.unlink(blob_path(root, digest))
 
 
 _ENOUGH = 0.9

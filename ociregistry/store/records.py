@@ -1,9 +1,11 @@
-"""A record: a manifest as stored, one JSON file made for `grep`, `cat` and `jq`.
+"""Records: manifests as stored, one JSON file each, made for `grep`, `cat` and `jq`.
 
 {"digest": …, "mediaType": …,
  "images": {"docker.io/library/nginx:1.25": {"created": "2026-03-01T22:17:30.000000Z", "confirmed": …}},
  "wanted": true,
  "manifest": "the exact bytes that the digest names, as a JSON string"}
+
+`RecordFiles` reads and rewrites them, and finds what other processes changed. Everything in it blocks.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ from ociregistry.manifests import LARGEST_MANIFEST, Descriptor, Manifest, Manife
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.blobs import BlobFolder, missing_blobs, size_of_blob
 from ociregistry.store.files import Files
+from ociregistry.store.paths import (
+    IMAGES_FOLDER,
+    LISTS_FOLDER,
+    blobs_folder,
+    record_path,
+    record_temporary,
+)
 from ociregistry.store.workdir import PullsFolder, store_locked
 
 _KEYS = {"digest", "mediaType", "images", "manifest"}
@@ -196,9 +205,6 @@ class Entry:
         return any(url.startswith((f"{prefix}:", f"{prefix}@")) for url in self.images)
 
 
-LISTS_FOLDER = "fat"
-IMAGES_FOLDER = "img"
-
 _LARGEST_RECORD = 8 * LARGEST_MANIFEST
 """Bytes; JSON spells one byte of a manifest with at most six, and the image URLs come on top."""
 
@@ -222,18 +228,6 @@ class Changes:
     """Path -> reason: new or changed files that are no records of ours."""
     gone: frozenset[Path] = frozenset()
     blobs_gone: frozenset[Digest] = frozenset()
-
-
-def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
-    """Where the record of `digest` is kept in the store at `root`."""
-    return root / (LISTS_FOLDER if is_list else IMAGES_FOLDER) / digest.hex
-
-
-def digest_of(path: Path) -> Digest:
-    """The digest that a file of the store is called by."""
-    digest = Digest.from_hex(path.name)
-    assert digest is not None
-    return digest
 
 
 def read_record(path: Path) -> Record:
@@ -270,7 +264,7 @@ class RecordFiles:
         self._root = root
         self._pulls = pulls
         self._files = files
-        self._blobs = BlobFolder(root / "blobs")
+        self._blobs = BlobFolder(blobs_folder(root))
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
         """Where the record of `digest` is kept."""
@@ -295,7 +289,7 @@ class RecordFiles:
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with store_locked(self._root):
-            if whole and missing_blobs(self._root / "blobs", manifest.blob_sizes):
+            if whole and missing_blobs(blobs_folder(self._root), manifest.blob_sizes):
                 return None
             existing = self._existing(path)
             if known and existing is None:
@@ -337,7 +331,7 @@ class RecordFiles:
         data = record.render()
         if new:
             self._spend(len(data))
-        self._files.put(path, data, self._pulls.path / f"{path.name}.record")
+        self._files.put(path, data, record_temporary(self._pulls.path, path))
 
     def _existing(self, path: Path) -> Record | None:
         try:
@@ -383,7 +377,7 @@ class RecordFiles:
         return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()), blobs_gone)
 
     def _entry(self, record: Record) -> Entry:
-        wanted = is_wanted(record, self._root / "blobs")
+        wanted = is_wanted(record, blobs_folder(self._root))
         return Entry.of(record, wanted=wanted)
 
 

@@ -19,18 +19,12 @@ from ociregistry.store.files import Files, Threads, is_full
 from ociregistry.store.index import View
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
+from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, STAGED_SUFFIX, blobs_folder, pulls_folder
 from ociregistry.store.prune import Choose, Plan, prune
-from ociregistry.store.records import IMAGES_FOLDER, LISTS_FOLDER, Dates, Entry, Record, RecordFiles, RecordInvalid
+from ociregistry.store.records import Dates, Entry, Record, RecordFiles, RecordInvalid
 from ociregistry.store.space import Room, Space
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
-from ociregistry.store.workdir import (
-    STAGED_SUFFIX,
-    ControlSocket,
-    PendingFiles,
-    PendingImage,
-    PullsFolder,
-    wanted_blobs,
-)
+from ociregistry.store.workdir import ControlSocket, PendingFiles, PendingImage, PullsFolder, wanted_blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class Store:
     ) -> None:
         """`reserve` is the room on the disk that is left free whatever is being written."""
         self._root = root
-        self._blobs = root / "blobs"
+        self._blobs = blobs_folder(root)
         self._now = now
         self._files = files or Files()
         self._threads = Threads(reactor)
@@ -99,7 +93,7 @@ class Store:
                 raise
             self.log.warn(
                 "only what is in the store can be served until there is space for a folder in {pulls}: {why}",
-                pulls=self._root / "pulls",
+                pulls=pulls_folder(self._root),
                 why=error.strerror,
             )
         else:

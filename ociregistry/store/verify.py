@@ -1,4 +1,4 @@
-"""Verifying: every record and blob is read and hashed again, and what is damaged is put aside."""
+"""Verifying: every record and blob is read and hashed again; damaged ones are quarantined."""
 
 from __future__ import annotations
 
@@ -21,18 +21,8 @@ from ociregistry.manifests import LARGEST_CONFIG
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import Files, SharedFile, Threads, is_full
-from ociregistry.store.records import (
-    IMAGES_FOLDER,
-    LISTS_FOLDER,
-    Dates,
-    ForeignRecord,
-    Record,
-    RecordInvalid,
-    digest_of,
-    is_wanted,
-    read_record,
-    signatures,
-)
+from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, is_blob_path, verified_stamp
+from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid, is_wanted, read_record, signatures
 from ociregistry.store.workdir import PullsFolder, store_locked
 
 Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
@@ -66,7 +56,7 @@ class Damaged:
     @property
     def is_blob(self) -> bool:
         """Whether it is a blob, not a record."""
-        return self.path.parent.name == "blobs"
+        return is_blob_path(self.path)
 
 
 @dataclass(slots=True)
@@ -112,13 +102,13 @@ class Verifier:
                 record = await self._verify_record(path, findings)
                 if record is not None:
                     images[record.manifest.digest] = record
-        sizes = await self._threads.read(_sizes, self._root / "blobs")
+        sizes = await self._threads.read(_sizes, blobs_folder(self._root))
         total = sum(sizes.values())
         for path in sizes:
             await self._verify_blob(path, findings, max_rate, lambda: advance(findings.bytes, total))
         children = {child.digest for record in images.values() for child in record.manifest.children}
         for digest, record in images.items():
-            wanted, lacking = await self._threads.read(_lacking, self._root / "blobs", record)
+            wanted, lacking = await self._threads.read(_lacking, blobs_folder(self._root), record)
             if lacking and wanted:
                 findings.missing[digest] = lacking
             elif lacking and digest in children:
@@ -311,4 +301,4 @@ def note_verified(root: Path, now: datetime) -> bool:
 
 
 def _stamp(root: Path) -> Path:
-    return root / "pulls" / "verified"
+    return verified_stamp(root)

@@ -1,4 +1,7 @@
-"""The socket in pulls/<n>/ by which other processes on the same store reach the daemon."""
+"""pulls/<n>/: work in progress of one process, with its lock, pending images and control socket.
+
+What a process that ended has left there, another one adopts.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +19,18 @@ from pathlib import Path
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.store.files import Files, is_full, lock, locked
+from ociregistry.store.paths import (
+    LOCK_NAME,
+    NOTE_SUFFIX,
+    PENDING_SUFFIX,
+    SOCKET_NAME,
+    bad_folder,
+    pending_path,
+    pulls_folder,
+    pulls_folders,
+    store_lock,
+    temporary,
+)
 
 
 def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
@@ -55,7 +69,7 @@ class PendingFiles:
         document: dict[str, object] = {"upstream": repository.upstream.name, "repository": repository.path}
         document |= {"undecided": True} if pending.undecided else {}
         path = self._path(pending.image)
-        self._files.put(path, json.dumps(document).encode() + b"\n", path.with_name(f"{path.name}.new"))
+        self._files.put(path, json.dumps(document).encode() + b"\n", temporary(path))
 
     def remove(self, manifest: Digest) -> None:
         """Wishes no more."""
@@ -78,7 +92,7 @@ class PendingFiles:
                 yield pending
 
     def _path(self, manifest: Digest) -> Path:
-        return self._folder / f"{manifest.hex}{PENDING_SUFFIX}"
+        return pending_path(self._folder, manifest)
 
 
 def pending_images(root: Path) -> frozenset[Digest]:
@@ -100,23 +114,6 @@ def _read(path: Path) -> PendingImage | None:
         return None
 
 
-NOTE_SUFFIX = ".note"
-STAGED_SUFFIX = ".staged"
-PENDING_SUFFIX = ".wish"
-
-_NUMBER = re.compile("0|[1-9][0-9]{0,5}")
-_BAD = "bad"
-
-
-def pulls_folders(root: Path) -> list[Path]:
-    """All pulls/<n>/ of the store at `root`. Blocks; raises `OSError`."""
-    try:
-        folders = [path for path in (root / "pulls").iterdir() if _NUMBER.fullmatch(path.name) and path.is_dir()]
-    except FileNotFoundError:
-        return []
-    return sorted(folders, key=lambda path: int(path.name))
-
-
 @contextmanager
 def store_locked(root: Path) -> Iterator[None]:
     """Hold the exclusive lock of the store at `root`: a flock on pulls/lock. Blocks.
@@ -126,7 +123,7 @@ def store_locked(root: Path) -> Iterator[None]:
 
     Raises: `OSError`.
     """
-    path = root / "pulls" / "lock"
+    path = store_lock(root)
     if not path.exists():
         with _folder_locked(root):
             if not _made(path):
@@ -195,17 +192,17 @@ class PullsFolder:
 
     def _take(self) -> tuple[Path, int]:
         self._root.mkdir(parents=True, exist_ok=True)
-        store_lock = self._root / "pulls" / "lock"
-        if not store_lock.exists():
+        shared = store_lock(self._root)
+        if not shared.exists():
             # Made while there is space, for whoever needs it when there is none.
             with _folder_locked(self._root):
-                _made(store_lock)
+                _made(shared)
         number = 0
         while True:
-            folder = self._root / "pulls" / str(number)
+            folder = pulls_folder(self._root) / str(number)
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                held = lock(folder / "lock", wait=False)
+                held = lock(folder / LOCK_NAME, wait=False)
             except OSError:
                 # It must not take the inode that its lock lacks.
                 with suppress(OSError):
@@ -228,14 +225,14 @@ class PullsFolder:
             if self._adopts and other != folder:
                 self._adopt(other, folder)
         for path in folder.iterdir():
-            if path.is_file() and path.name != "lock" and not _is_kept(path, folder):
+            if path.is_file() and path.name != LOCK_NAME and not _is_kept(path, folder):
                 self._files.unlink(path)
         self._files.sync_folder(folder)
         self._files.sync_folder(folder.parent)
 
     def _adopt(self, folder: Path, ours: Path) -> None:
         try:
-            held = lock(folder / "lock", wait=False)
+            held = lock(folder / LOCK_NAME, wait=False)
         except OSError as error:
             if not is_full(error):
                 raise
@@ -252,7 +249,7 @@ class PullsFolder:
                     with suppress(FileNotFoundError):
                         self._files.rename(path, ours / path.name)
             for path in folder.iterdir():
-                if path.is_file() and path.name != "lock":
+                if path.is_file() and path.name != LOCK_NAME:
                     self._files.unlink(path)
         finally:
             os.close(held)
@@ -260,7 +257,7 @@ class PullsFolder:
     @property
     def bad(self) -> Path:
         """The folder for files that are not what they should be; it is made when it is asked for."""
-        path = self.path / _BAD
+        path = bad_folder(self.path)
         path.mkdir(exist_ok=True)
         return path
 
@@ -299,16 +296,13 @@ def _belongs_to_partial(path: Path, *folders: Path) -> bool:
     return all(any((folder / half).is_file() for folder in folders) for half in (name, name + NOTE_SUFFIX))
 
 
-_NAME = "socket"
-
-
 class ControlSocket:
     """The socket in a folder, by a path that is short enough for the kernel, wherever the store is."""
 
     def __init__(self, folder: Path) -> None:
         """Raises `OSError`."""
         self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self.path = f"/proc/self/fd/{self._folder}/{_NAME}"
+        self.path = f"/proc/self/fd/{self._folder}/{SOCKET_NAME}"
 
     def clear(self) -> None:
         """Removes what a process left that was killed."""

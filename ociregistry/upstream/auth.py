@@ -1,4 +1,8 @@
-"""Which proof of who we are goes with which request: to whom it is due, and to nobody else."""
+"""Authentication at registries: challenges, Bearer tokens, and which Authorization goes with which request.
+
+RFC 7617 (Basic), RFC 6750 (Bearer), and the token authentication of distribution. Tokens are fetched once for all who
+wait, and credentials are sent to the upstream's own origin alone.
+"""
 
 from __future__ import annotations
 

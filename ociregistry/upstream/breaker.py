@@ -1,4 +1,4 @@
-"""Whether a host can be reached: asked again and again while it cannot, it would only keep clients waiting."""
+"""Circuit breakers: a host that cannot be reached is not asked again and again, but probed."""
 
 from __future__ import annotations
 

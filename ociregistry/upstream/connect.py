@@ -1,4 +1,8 @@
-"""Connections to the hosts that an upstream's requests lead to: each address is looked at before it is dialled."""
+"""Connects to upstreams: resolves names in threads of its own, and looks at each address as it is dialled.
+
+Addresses that a client must not reach through the daemon (loopback, link-local, metadata services) are refused unless
+the operator named the host.
+"""
 
 from __future__ import annotations
 

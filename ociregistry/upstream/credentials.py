@@ -1,4 +1,8 @@
-"""Who we are to one upstream."""
+"""The credentials for one upstream: from the configuration, or from a credential helper as Docker's client asks it.
+
+`docker-credential-NAME get` reads the registry's name from its stdin and writes a JSON object with `Username` and
+`Secret` to its stdout; when it cannot, it writes why, and exits with another status than 0.
+"""
 
 from __future__ import annotations
 

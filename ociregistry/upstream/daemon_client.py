@@ -1,4 +1,4 @@
-"""The daemon that runs on the same store, asked over the socket that it has there: it downloads for all."""
+"""Asks the daemon that runs on the same store, over its control socket: it downloads for all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One HTTP request to a host of an upstream and its response: common headers, foreign failures translated."""
+"""One HTTP request to a host of an upstream and its response: identity encoding, foreign failures translated."""
 
 from __future__ import annotations
 

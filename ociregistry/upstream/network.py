@@ -1,4 +1,4 @@
-"""The way to all upstreams, put together as the settings say."""
+"""Puts the way to each upstream together as the settings say, and keeps a Registry for each."""
 
 from __future__ import annotations
 

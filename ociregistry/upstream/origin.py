@@ -1,4 +1,4 @@
-"""Origins: scheme, host and port of a URL, by which it is decided who gets to see what."""
+"""Origins of URLs (RFC 6454), redirects from one to another, and URLs without what may be secret in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One upstream registry, in the terms of the distribution specification: manifests, blobs, tags, referrers."""
+"""One upstream registry in the terms of the distribution specification: manifests, blobs, tags, referrers.
+
+Its mirrors are asked before it, and no more requests run at once than its connection limit allows.
+"""
 
 from __future__ import annotations
 

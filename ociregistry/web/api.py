@@ -1,4 +1,4 @@
-"""The API under /v2/: parsed requests to answers."""
+"""The API: parsed requests under /v2/ to answers, and GET /health."""
 
 from __future__ import annotations
 

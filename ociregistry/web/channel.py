@@ -1,4 +1,4 @@
-"""One client's connection: who takes too long, opens too many, or speaks TLS to a plain port, is sent away."""
+"""One client's connection: limits, TLS towards clients, and the count of requests that a stop waits for."""
 
 from __future__ import annotations
 

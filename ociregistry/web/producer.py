@@ -1,4 +1,4 @@
-"""Sends content to a client at the speed at which it comes and the client takes it.
+"""Sends content to a client as fast as it comes and the client takes it.
 
 One push producer for plain and TLS connections, for finished and for growing blobs alike.
 """

@@ -1,7 +1,7 @@
-"""From the path and query of a request under /v2/ to one frozen value; nothing behind it sees a URL again.
+"""From the path, query and Range of a request to frozen values; nothing behind them sees a URL again.
 
-The paths are those of the OCI Distribution specification v1.1.1; `ns` is how containerd tells a mirror which
-registry it asks for.
+The paths are those of the OCI Distribution specification v1.1.1; `ns` is how containerd tells a mirror which registry
+it asks for. Ranges are those of RFC 9110, section 14, one at a time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Serves requests: calls the handler, puts its answer or its error on the wire, and writes the log lines.
+"""Renders answers: calls the handler, puts its answer or its error on the wire, and writes the log lines.
 
 This is the one place where errors are rendered, and where a failure becomes a log line.
 """

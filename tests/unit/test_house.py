@@ -114,6 +114,105 @@ def test_the_house_stands() -> None:
     assert faults(sources) == []
 
 
+def cycles(sources: Sources) -> list[str]:
+    """Each module that is imported again by what it imports, with the way there."""
+    graph = {
+        module: sorted({target for name in imported(module, source) if (target := _module(name, sources))})
+        for module, source in sources.items()
+    }
+    found: list[str] = []
+    done: set[str] = set()
+
+    def follow(module: str, way: tuple[str, ...]) -> None:
+        if module in way:
+            found.append(" -> ".join((*way[way.index(module) :], module)))
+        elif module not in done:
+            for target in graph[module]:
+                follow(target, (*way, module))
+            done.add(module)
+
+    for module in graph:
+        follow(module, ())
+    return found
+
+
+def _module(name: str, sources: Sources) -> str | None:
+    """The module of ours that an imported name is in, other than a package."""
+    return next(
+        (one for one in (name, name.rpartition(".")[0]) if one in sources and not one.endswith(".__init__")), None
+    )
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert cycles(sources_of(ROOT)) == []
+
+
+def test_a_cycle_is_found() -> None:
+    sources = {"ociregistry.a": "from ociregistry.b import x", "ociregistry.b": "import ociregistry.c"}
+    assert cycles({**sources, "ociregistry.c": "x = 1"}) == []
+    assert cycles({**sources, "ociregistry.c": "from ociregistry.a import y"}) == [
+        "ociregistry.a -> ociregistry.b -> ociregistry.c -> ociregistry.a"
+    ]
+
+
+STORE_NAMES = frozenset(
+    {"blobs", "fat", "img", "pulls", "lock", "bad", "socket", "verified", ".staged", ".note", ".wish"}
+)
+"""Of folders and files of the store, which its module `paths` alone spells."""
+
+
+def test_only_paths_spells_the_names_of_the_store() -> None:
+    for path in sorted((ROOT / OURS / "store").glob("*.py")):
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert (STORE_NAMES & constants == frozenset()) == (path.name != "paths.py"), path.name
+
+
+OLD_NAMES = frozenset(
+    [
+        "Flights",
+        "Bell",
+        "BrokenPromises",
+        "Manner",
+        "Slots",
+        "Precedence",
+        "Door",
+        "DaemonBeside",
+        "Supplier",
+        "Untold",
+        "Doomed",
+        "Surplus",
+        "Proof",
+        "Chain",
+        "Circle",
+        "OtherBlob",
+        "Upkeep",
+        "wish",
+        "unwish",
+        "wishes",
+        "wished",
+        "door",
+        "manner",
+        "supplier",
+        "doomed",
+        "surplus",
+        "proof",
+        "circle",
+        "came",
+        "untold",
+        "precedence",
+    ]
+)
+"""What was called so before; another word has its place."""
+
+
+def test_no_identifier_has_an_old_name() -> None:
+    for folder in (OURS, "tests", "bench", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(), str(path))):
+                names = {getattr(node, key, None) for key in ("id", "attr", "name", "arg")}
+                assert not OLD_NAMES & {name for name in names if isinstance(name, str)}, (path, node)
+
+
 def test_the_plugin_folder_stays_twisteds() -> None:
     assert list((ROOT / "twisted").rglob("__init__.py")) == []
 

@@ -17,7 +17,7 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
 from ociregistry.pullthrough.metadata import Metadata
-from ociregistry.store.records import record_path
+from ociregistry.store.paths import record_path
 from ociregistry.store.store import Store
 from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, Fetching, pending
 from tests.unit.support.demands import AMD64, ARM64, INDEX, S390X

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.store.workdir import ControlSocket, PullsFolder, pulls_folders
+from ociregistry.store.paths import pulls_folders
+from ociregistry.store.workdir import ControlSocket, PullsFolder
 from tests.unit.support.stores import Unsynced
 
 LEFT, WISH = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"

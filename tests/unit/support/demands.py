@@ -11,7 +11,8 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import NO_PLATFORM, Platform
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
-from ociregistry.store.records import read_record, record_path
+from ociregistry.store.paths import record_path
+from ociregistry.store.records import read_record
 from ociregistry.store.store import Store
 from tests.unit.support.completions import Fetching
 from tests.unit.support.doubles import image

@@ -15,8 +15,9 @@ from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.index import Inventory, StoredRecord
+from ociregistry.store.paths import record_path
 from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
-from ociregistry.store.records import Dates, Record, read_record, record_path
+from ociregistry.store.records import Dates, Record, read_record
 
 HOST = Upstream("reg.example")
 
