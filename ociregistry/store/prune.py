@@ -122,6 +122,7 @@ class PruneSet:
         """Remove the image URL by digest of a child from `repository`, if no index with it is left there.
 
         If this is the child's only image URL, and an index with it is in another repository, the URL is moved there.
+        A child that an unreadable file mentions keeps its URLs.
         """
         images, part = self._noted(digest), str(ImageReference(repository, digest))
         if part not in images or digest.hex in self._inventory.mentioned:
@@ -322,7 +323,7 @@ def _remove_unnamed(root: Path, blobs: Iterable[Digest], inventory: Inventory, f
 _ENOUGH = 0.9
 """Fraction of the maximum size to which an exceeded store is pruned, so that not every pull leads to a prune."""
 _A_FEW = 3
-"""Number of images that may always be pruned by age, whatever share of a small store they are."""
+"""Number of images that may always be pruned by age, even if they are a large share of a small store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +429,7 @@ class _Freed:
         self._bytes = 0
 
     def bytes(self) -> int:
-        """Return the bytes that the records pruned so far free."""
+        """Return the number of bytes that become free with the records pruned so far."""
         gone = list(islice(self._prune_set.gone.values(), self._counted, None))
         self._counted += len(gone)
         for kept in gone:

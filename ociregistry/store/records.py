@@ -388,7 +388,7 @@ class RecordFiles:
         return read_record(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
 
     def note_pull(self, path: Path, now: float) -> None:
-        """Set the mtime of the file, to the minute, to the time `now` at which the manifest was pulled."""
+        """Set the mtime of the file to `now`, the time of a pull, unless it is less than a minute old."""
         # A read-only store still serves hits.
         with suppress(OSError):
             if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:

@@ -51,7 +51,7 @@ class Store:
     ) -> None:
         """Set up the store in the folder `root`; `start` begins the work.
 
-        `reserve` is how much of the disk stays free, whatever is being written.
+        `reserve` is how much of the disk is always kept free.
         """
         self._root = root
         self._blobs = blobs_folder(root)
@@ -126,7 +126,7 @@ class Store:
         """Return where this process may listen for other processes on the same store. The caller closes it.
 
         Raises:
-            OSError: there is no pulls/<n>/ folder for it.
+            OSError: the pulls/<n>/ folder cannot be taken or opened.
         """
         control_socket = ControlSocket(self._pulls.path)
         control_socket.clear()
@@ -191,7 +191,7 @@ class Store:
             self._view.lost(path)
             return None
         if to_note:
-            # In a thread for writing: it may wait for the disk, and a hit must not.
+            # In a thread for writing: this may wait for the disk, which must not delay a hit.
             self._threads.write(self._records.note_pull, path, now)
         return record
 
