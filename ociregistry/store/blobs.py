@@ -14,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile, Threads
 
 _TICK = 2_000_000_000
-"""Nanoseconds within which the time of a folder may not tell a second change from the first."""
+"""Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
 
 
 class StoredBlob:
@@ -27,15 +27,15 @@ class StoredBlob:
         self.size = size
 
     def more_than(self, offset: int) -> Deferred[int]:
-        """Fires with how many bytes can be read: all of them."""
+        """Return the number of bytes that can be read: all of them."""
         return succeed(self.size)
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with at most `count` and at least one of the bytes at `offset`."""
+        """Read at most `count`, but at least one, of the bytes at `offset`."""
         return read_at(self._file, offset, count, self._threads)
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Release the file."""
         self._file.release()
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class StoredBlob:
 
 
 def open_blob(path: Path) -> tuple[SharedFile, int] | None:
-    """The file at `path` and its size in bytes, or None if there is none. Blocks."""
+    """Open the file at `path` and return it with its size in bytes, or None if there is none. Blocks."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def open_blob(path: Path) -> tuple[SharedFile, int] | None:
 
 
 def size_of_blob(path: Path | str) -> int | None:
-    """The size of the file at `path` in bytes, or None if there is none. Blocks."""
+    """Return the size of the file at `path` in bytes, or None if there is none. Blocks."""
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
@@ -60,13 +60,13 @@ def size_of_blob(path: Path | str) -> int | None:
 
 
 def missing_blobs(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:
-    """Those of `blobs` that are not in `folder`, or not with these sizes in bytes. Blocks."""
-    # By text: a store has tens of thousands of blobs, and a Path for each takes longer than to look at it.
+    """Return those of `blobs` that are not in `folder`, or not with these sizes in bytes. Blocks."""
+    # Paths as text: with tens of thousands of blobs, making a Path for each takes longer than the stat.
     return {blob: size for blob, size in blobs.items() if size_of_blob(f"{folder}/{blob.hex}") != size}
 
 
 class BlobFolder:
-    """Notices which blobs go from a folder. All of it blocks."""
+    """Detects which blobs are removed from a folder. All methods block."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -74,11 +74,15 @@ class BlobFolder:
         self._names: frozenset[str] = frozenset()
 
     def gone(self) -> frozenset[Digest]:
-        """Return the blobs that have gone since the last call. Raises `OSError`."""
+        """Return the blobs that were removed since the last call.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         changed = self._folder.stat().st_mtime_ns
         if changed == self._changed:
             return frozenset()
-        # After a change of just now, another one may leave the folder's time as it is: it is read once more.
+        # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
         self._changed = changed if time.time_ns() - changed > _TICK else 0
         with os.scandir(self._folder) as entries:
             names = frozenset(entry.name for entry in entries)
@@ -87,12 +91,15 @@ class BlobFolder:
 
 
 def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:
-    """Fires with bytes of `file`: at once when the kernel has them in memory, else by way of a thread."""
+    """Read at most `count` of the bytes of `file` at `offset`.
+
+    If the kernel has them in memory the Deferred has fired already; otherwise a thread reads them.
+    """
     buffer = bytearray(count)
     try:
         got = os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT)
     except OSError as error:
-        # EAGAIN: it would have to wait for the disk. EOPNOTSUPP: this file system cannot tell.
+        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
             raise
         got = 0

@@ -1,7 +1,6 @@
-"""The seam to the file system: the store's threads, and every write, sync, rename and lock.
+"""The interface to the file system: the store's threads, and every write, sync, rename and lock.
 
-All of it blocks but for `Threads`, which runs it. A test puts another `Files` in its place, to lose what was not
-synced or to fail.
+Everything blocks except `Threads`, which runs it. Tests substitute a `Files` that fails or loses unsynced data.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ T = TypeVar("T")
 
 
 class Threads:
-    """A pool for reading and one for writing, so that a hanging fsync never keeps a hit waiting; and one thread
-    for what waits for the store's lock, so that this never keeps a blob waiting."""
+    """A thread pool each for reads and writes, and one thread for jobs that wait for the store's lock.
+
+    So a hanging fsync delays no hit, and a held lock delays no blob.
+    """
 
     def __init__(self, reactor: IReactorFromThreads, readers: int = 8, writers: int = 16) -> None:
         self._reactor = reactor
@@ -35,27 +36,27 @@ class Threads:
         self._in_turn = ThreadPool(0, 1, "store-in-turn")
 
     def start(self) -> None:
-        """Must be called after the process has daemonized: threads do not survive a fork."""
+        """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
         self._reading.start()
         self._writing.start()
         self._in_turn.start()
 
     def stop(self) -> None:
-        """Blocks until what runs has ended."""
+        """End the threads. Blocks until the running jobs have ended."""
         self._reading.stop()
         self._writing.stop()
         self._in_turn.stop()
 
     def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Runs `function`, which reads, in a thread."""
+        """Run `function`, which reads, in a thread."""
         return deferToThreadPool(self._reactor, self._reading, function, *args, **kwargs)
 
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Runs `function`, which writes or syncs, in a thread."""
+        """Run `function`, which writes or syncs, in a thread."""
         return deferToThreadPool(self._reactor, self._writing, function, *args, **kwargs)
 
     def write_in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """As `write`, one after the other."""
+        """Run `function`, which writes or syncs, in a thread, one job after the other."""
         return deferToThreadPool(self._reactor, self._in_turn, function, *args, **kwargs)
 
 
@@ -69,10 +70,10 @@ def is_full(error: OSError) -> bool:
 
 
 class SharedFile:
-    """An open file that several readers and threads use, closed when the last lease is given back.
+    """An open file that several readers and threads use; it is closed when the last lease is released.
 
-    A read may still run in a thread when its client has gone; closing the descriptor under it would let the
-    thread read whatever file gets the number next.
+    A read may still run in a thread after its client has disconnected. If the descriptor were closed meanwhile, the
+    thread would read from whichever file gets its number next.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -81,7 +82,11 @@ class SharedFile:
         self._lock = threading.Lock()
 
     def lease(self) -> SharedFile:
-        """One more user of this file, who calls `release` once."""
+        """Add a user of this file, which must call `release` once.
+
+        Raises:
+            ValueError: the file is closed.
+        """
         with self._lock:
             if self._leases == 0:
                 raise ValueError("the file is closed already")
@@ -89,7 +94,7 @@ class SharedFile:
         return self
 
     def release(self) -> None:
-        """Gives a lease back."""
+        """Release a lease."""
         with self._lock:
             self._leases -= 1
             last = self._leases == 0
@@ -97,51 +102,55 @@ class SharedFile:
             os.close(self._descriptor)
 
     def fileno(self) -> int:
-        """The descriptor, valid while a lease is held."""
+        """Return the descriptor, which is valid while a lease is held."""
         return self._descriptor
 
     def size(self) -> int:
-        """Bytes."""
+        """Return the size in bytes."""
         return os.fstat(self._descriptor).st_size
 
 
 class Files:
-    """The real file system."""
+    """The real file system. Methods raise `OSError` where a call fails."""
 
     def create(self, path: Path) -> SharedFile:
-        """A new empty file, open for reading and writing; what was there under that name is unlinked first."""
+        """Create an empty file, open for reading and writing, after unlinking an earlier file of that name."""
         path.unlink(missing_ok=True)
         return SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
 
     def open(self, path: Path) -> SharedFile:
-        """The file at `path`, open for reading and writing. Raises `FileNotFoundError`."""
+        """Open the file at `path` for reading and writing.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
         return SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def write(self, file: SharedFile, data: bytes, offset: int) -> None:
-        """Writes all of `data` at `offset`."""
+        """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
             written = os.pwrite(file.fileno(), view, offset)
             view, offset = view[written:], offset + written
 
     def truncate(self, file: SharedFile, size: int) -> None:
-        """Cuts the file to `size` bytes."""
+        """Cut the file to `size` bytes."""
         os.ftruncate(file.fileno(), size)
 
     def sync_data(self, file: SharedFile) -> None:
-        """Returns when the bytes that were written are on disk, and the size that they need."""
+        """Sync the bytes that were written, and the size that is needed to read them."""
         os.fdatasync(file.fileno())
 
     def sync(self, file: SharedFile) -> None:
-        """Returns when what was written is on disk."""
+        """Sync the file: return once everything that was written is on disk."""
         os.fsync(file.fileno())
 
     def rename(self, path: Path, target: Path) -> None:
-        """Renames within the store, over what is there."""
+        """Rename a file within the store, replacing the file at `target`."""
         path.rename(target)
 
     def sync_folder(self, folder: Path) -> None:
-        """Returns when the names in `folder` are on disk."""
+        """Sync the names in `folder`."""
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -149,21 +158,21 @@ class Files:
             os.close(descriptor)
 
     def unlink(self, path: Path) -> None:
-        """Removes a file, if it is there."""
+        """Remove a file, if it is there."""
         path.unlink(missing_ok=True)
 
     def boot(self) -> str:
-        """What tells this run of the machine from the one before."""
+        """Return an identifier of the current boot of the machine."""
         return _BOOT_ID.read_text("ascii").strip()
 
     def commit(self, file: SharedFile, path: Path, target: Path) -> None:
-        """Makes the finished `file` at `path` appear as `target`, whole and on disk, or not at all."""
+        """Make the finished `file` at `path` appear at `target`, either whole and on disk or not at all."""
         self.sync(file)
         self.rename(path, target)
         self.sync_folder(target.parent)
 
     def put(self, target: Path, data: bytes, temporary: Path) -> None:
-        """Makes `data` the content of `target`, whole and on disk, or not at all, by way of `temporary`."""
+        """Make `data` the content of `target`, whole and on disk or not at all, through the file `temporary`."""
         file = self.create(temporary)
         try:
             self.write(file, data, 0)
@@ -176,9 +185,15 @@ class Files:
 
 
 def lock(path: Path, *, wait: bool = True) -> int | None:
-    """An exclusive flock on `path`, held until the returned descriptor is closed or the process ends.
+    """Take an exclusive flock on `path`, held until the returned descriptor is closed or the process ends. Blocks.
 
-    Without `wait`, None when another process holds it.
+    The file is created if it is missing.
+
+    Returns:
+        The descriptor; with wait=False, None when another process holds the lock.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -193,11 +208,16 @@ def lock(path: Path, *, wait: bool = True) -> int | None:
 
 
 def hold(path: Path, *, writes: bool) -> SharedFile | None:
-    """Take a flock on the file at `path` itself, which lasts until the returned lease is released.
+    """Take a flock on the existing file at `path`, held until the returned lease is released. Blocks.
 
-    A process that `writes` the file takes an exclusive one and waits for it. One that may remove the file takes a
-    shared one, and gets None at once while somebody writes it. None too when there is no such file, or another one
-    has its name by the time the lock is there. Blocks. Raises: `OSError`.
+    A process that writes the file (`writes`) waits for an exclusive lock. A process that may remove the file takes a
+    shared lock, and gets None at once while another process writes it.
+
+    Returns:
+        None also when there is no such file, or when its name has gone to another file by the time the lock is taken.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
     """
     try:
         descriptor = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC)
@@ -218,7 +238,11 @@ def hold(path: Path, *, writes: bool) -> SharedFile | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive flock on `path`."""
+    """Hold an exclusive flock on `path`. Blocks.
+
+    Raises:
+        OSError: the file cannot be opened or locked.
+    """
     descriptor = lock(path)
     assert descriptor is not None
     try:

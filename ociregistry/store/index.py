@@ -1,6 +1,6 @@
-"""What the records say: in memory, kept up with the files (the daemon), and read from the files (the commands).
+"""The records in memory: kept fresh from the files for the daemon, and read once from the files for the commands.
 
-Memory is never more than the files: what is found here is still opened, and no file means a miss.
+Memory only says where to look: the file is still opened, and a request whose file is gone is a miss.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ociregistry.store.records import (
 
 
 class Catalogue:
-    """All entries, with the ways to find them."""
+    """The entries of all records, with the lookups by tag, repository, blob and child."""
 
     def __init__(self) -> None:
         self._entries: dict[Digest, Entry] = {}
@@ -51,7 +51,7 @@ class Catalogue:
         return len(self._entries)
 
     def put(self, digest: Digest, entry: Entry) -> None:
-        """Takes `entry` for the record `digest`, in place of the one it had."""
+        """Set the entry of the record `digest`, replacing an earlier one."""
         self.drop(digest)
         self._entries[digest] = entry
         for url, confirmed in entry.images.items():
@@ -62,7 +62,7 @@ class Catalogue:
             self._indexes.setdefault(child.digest, set()).add(digest)
 
     def drop(self, digest: Digest) -> None:
-        """Forgets the record `digest`."""
+        """Remove the record `digest`, if it is there."""
         entry = self._entries.pop(digest, None)
         if entry is None:
             return
@@ -82,24 +82,24 @@ class Catalogue:
                 del self._indexes[child]
 
     def get(self, digest: Digest) -> Entry | None:
-        """The entry of the record `digest`."""
+        """Return the entry of the record `digest`, or None."""
         return self._entries.get(digest)
 
     def resolve(self, image: ImageReference) -> Digest | None:
-        """The digest that `image` means: of several records that claim a tag, the last confirmed."""
+        """Return the digest that `image` means, or None. Of several records with a tag, the last confirmed counts."""
         if isinstance(image.reference, Digest):
             return image.reference if image.reference in self._entries else None
         claims = self._claims.get(str(image))
         return max(claims, key=lambda digest: (claims[digest], digest)) if claims else None
 
     def tags(self, repository: Repository) -> list[Tag]:
-        """The tags of `repository`, sorted."""
+        """Return the tags of `repository`, sorted, without referrers tags."""
         prefix = f"{repository}:"
         tags = (Tag(url.removeprefix(prefix)) for url in self._claims if url.startswith(prefix))
         return sorted(tag for tag in tags if not is_referrers_tag(tag))
 
     def sizes(self, blob: Digest, repository: Repository | None = None) -> set[int]:
-        """The sizes in bytes that manifests (of `repository`, if given) give `blob`."""
+        """Return the sizes in bytes that manifests (of `repository`, if given) give `blob`."""
         return {
             size
             for manifest, size in self.naming(blob).items()
@@ -107,20 +107,20 @@ class Catalogue:
         }
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
-        """The repositories with a manifest that names `blob`, and the size in bytes that it gives it."""
+        """Return the repositories with a manifest that names `blob`, and the size in bytes that it gives the blob."""
         naming = self.naming(blob)
         return {at: size for manifest, size in naming.items() for at in self._entries[manifest].repositories}
 
     def naming(self, blob: Digest) -> Mapping[Digest, int]:
-        """The manifests that name `blob`, and the size in bytes that they give it."""
+        """Return the manifests that name `blob`, and the size in bytes that each gives it."""
         return self._naming.get(blob, {})
 
     def digests(self) -> list[Digest]:
-        """All records."""
+        """Return the digests of all records."""
         return list(self._entries)
 
     def indexes(self, child: Digest) -> list[Digest]:
-        """The indexes that name the manifest `child`, and those that name these, without lists of referrers."""
+        """Return the indexes that name the manifest `child`, directly or not, without lists of referrers."""
         found: dict[Digest, None] = {}
         ahead = [child]
         while ahead:
@@ -131,18 +131,18 @@ class Catalogue:
         return list(found)
 
     def counts(self) -> tuple[int, int]:
-        """How many manifest lists and how many image manifests there are."""
+        """Return the number of indexes and the number of image manifests."""
         lists = sum(entry.is_list for entry in self._entries.values())
         return lists, len(self._entries) - lists
 
 
 _LOOK_EVERY = 1.0
 _LOOK_AT_BLOBS_EVERY = 10.0
-"""Seconds: every download that ends changes their folder, which may hold many."""
+"""Seconds. Each finished download changes the folder of blobs, which may be large, so it is scanned less often."""
 
 
 class View:
-    """Looks at the files every second, and puts what it finds into its `catalogue`."""
+    """Scans the files every second and updates its `catalogue`."""
 
     log = Logger(namespace="ociregistry.store")
 
@@ -152,31 +152,35 @@ class View:
         self._threads = threads
         self._known: dict[Path, Signature] = {}
         self._written: set[Path] = set()
-        """Records that this process wrote since the look that is under way began: newer than what it found."""
+        """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
         self._complaints: Mapping[Path, str] = {}
-        """What was logged of files that are no records, so that it is logged once."""
+        """File that is not a record -> the reason that was logged, so that it is logged only once."""
         self._changed: set[Digest] = set()
         self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
-        """Called with the records that were written, changed, lost, or lost a blob."""
+        """Called with the digests of the records that were written, changed or lost, or lost a blob."""
         self._clock = clock
         self._blobs_looked_at = float("-inf")
         self._looking = LoopingCall(self._look)
         self._looking.clock = clock
 
     def read(self) -> None:
-        """Reads all records. Blocks; raises `OSError`."""
+        """Read all records. Blocks.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
         self._take(self._records.look({}))
 
     def start(self) -> None:
-        """Looks again and again."""
+        """Start the repeated scans."""
         self._looking.start(_LOOK_EVERY, now=False)
 
     def stop(self) -> None:
-        """Looks no more."""
+        """Stop the repeated scans."""
         self._looking.stop()
 
     def wrote(self, record: Record) -> None:
-        """This process wrote `record`."""
+        """Take over `record`, which this process has just written."""
         digest = record.manifest.digest
         path = self._records.path(digest, is_list=record.manifest.is_list)
         self._written.add(path)
@@ -185,16 +189,16 @@ class View:
         self._tell()
 
     def update(self, record: Record) -> None:
-        """Take `record` as it was read from its file."""
+        """Take over `record` as it was read from its file."""
         digest = record.manifest.digest
         before = self.catalogue.get(digest)
-        # Where the record does not say, the next look sees whether a layer is here.
+        # Where the record does not say, the next scan checks whether a layer is in the store.
         wanted = before.wanted if before else record.has_tag or not record.manifest.layers
         self._put(digest, Entry.of(record, wanted=wanted))
 
     def _put(self, digest: Digest, entry: Entry) -> None:
         before = self.catalogue.get(digest)
-        # Its digest says what it names: nothing else about it can change what it lacks.
+        # The blobs of a manifest never change, so only a new record or a new `wanted` changes what is missing.
         if before is None or before.wanted != entry.wanted:
             self._changed.add(digest)
         self.catalogue.put(digest, entry)
@@ -205,7 +209,7 @@ class View:
             self.on_change(changed)
 
     def lost(self, path: Path) -> None:
-        """The record could not be read."""
+        """Drop the record at `path`, which could not be read; the next scan looks at the file again."""
         self._forget(path)
         self._known.pop(path, None)
 
@@ -218,7 +222,7 @@ class View:
         return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
 
     def _take(self, changes: Changes) -> None:
-        # A record that we wrote meanwhile is read again at the next look.
+        # A record that this process wrote meanwhile is read again at the next scan.
         for path in changes.gone - self._written:
             self._forget(path)
         for path, why in changes.damaged.items():
@@ -248,33 +252,33 @@ class View:
 
 _HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _MOST_SEARCHED = 256 * 1024 * 1024
-"""Bytes of a file that is no record, which are searched for digests."""
+"""Bytes at the start of a file that is not a record, in which digests are searched for."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """A record, where it is kept, and when it was pulled last."""
+    """A record with its file and the time of its last pull."""
 
     record: Record
     path: Path
     pulled: datetime
     size: int
-    """Of its file, in bytes."""
+    """Size of the file in bytes."""
 
     @property
     def manifest(self) -> Manifest:
-        """Its manifest."""
+        """The manifest of the record."""
         return self.record.manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image URL of a record."""
+    """An image URL of a record."""
 
     image: ImageReference
-    """As it can be pulled: by digest where a tag that is noted means another manifest by now."""
+    """The reference by which it can be pulled: by digest where a noted tag means another manifest by now."""
     notes: tuple[str, ...]
-    """What the record notes, and this stands for."""
+    """The image URLs as the record notes them, which this row stands for."""
     dates: Dates
     kept: StoredRecord
 
@@ -291,21 +295,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All records. Files that are no records of ours are only known to be there."""
+    """All records of a store, read from its files.
+
+    Of files that are not records, only their paths and the digests in them are known.
+    """
 
     root: Path
     records: Mapping[Digest, StoredRecord]
     unreadable: Mapping[Path, str] = field(default_factory=dict)
     """Path -> what is wrong with the file."""
     mentioned: frozenset[str] = frozenset()
-    """The digests, in hexadecimal, that stand in the unreadable files: their blobs may belong to them."""
+    """The digests, in hexadecimal, that occur in the unreadable files: these files may need the blobs."""
     seen: Mapping[Path, Signature] = field(default_factory=dict)
 
     @classmethod
     def read(cls, root: Path, before: Inventory | None = None) -> Inventory:
-        """The records of the store at `root`; those that have not changed are taken from the one `before`.
+        """Read the records of the store at `root`. Blocks.
 
-        Blocks; raises `OSError` when a record, or a folder, cannot be read.
+        Records whose files have not changed are taken from the inventory `before`.
+
+        Raises:
+            OSError: a record or a folder cannot be read.
         """
         records: dict[Digest, StoredRecord] = {}
         unreadable: dict[Path, str] = {}
@@ -329,7 +339,7 @@ class Inventory:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """Every image URL, sorted, without those by digest of what is here as metadata alone. Blocks."""
+        """Every image URL, sorted, without the URLs by digest of images that are kept as metadata alone. Blocks."""
         return tuple(row for row in self.all_rows if row.has_tag or not self.is_metadata(row.kept.manifest.digest))
 
     @cached_property
@@ -338,11 +348,11 @@ class Inventory:
         return tuple(sorted(self._rows(), key=lambda row: row.url))
 
     def is_metadata(self, digest: Digest) -> bool:
-        """Tell whether an image is only here since an index names it: its layers are not wanted. Blocks."""
+        """Tell whether an image is here only because an index names it: its layers are not wanted. Blocks."""
         return digest in self.lists_of and not self.records[digest].manifest.is_list and not self.is_wanted(digest)
 
     def is_wanted(self, digest: Digest) -> bool:
-        """Tell whether the layers of an image belong into the store. Blocks."""
+        """Tell whether the layers of an image belong in the store. Blocks."""
         if digest not in self._wanted:
             self._wanted[digest] = is_wanted(self.records[digest].record, blobs_folder(self.root))
         return self._wanted[digest]
@@ -374,7 +384,7 @@ class Inventory:
         return found
 
     def claims(self, noted: str) -> Mapping[Digest, datetime]:
-        """The records that note this image URL, and when each was confirmed."""
+        """Return the records that note this image URL, and when each was last confirmed."""
         return self._claims.get(noted, {})
 
     @cached_property
@@ -385,12 +395,12 @@ class Inventory:
         }
 
     def holder(self, noted: str) -> Digest:
-        """The record that a noted image URL means: the last confirmed."""
+        """Return the record that a noted image URL means: the last confirmed."""
         return self._holders[noted]
 
     @cached_property
     def lists_of(self) -> Mapping[Digest, frozenset[Digest]]:
-        """Manifest -> the lists that have it."""
+        """Manifest -> the indexes that name it."""
         found: dict[Digest, set[Digest]] = {}
         for digest, kept in self.records.items():
             for child in kept.manifest.children:
@@ -398,34 +408,34 @@ class Inventory:
         return {child: frozenset(lists) for child, lists in found.items()}
 
     def children(self, digest: Digest) -> Iterator[StoredRecord]:
-        """The records of what the list `digest` names, as far as they are there."""
+        """Return the records of the manifests that the index `digest` names, without those that are missing."""
         for child in self.records[digest].manifest.children:
             if child.digest in self.records:
                 yield self.records[child.digest]
 
     def above(self, digest: Digest) -> frozenset[Digest]:
-        """The lists that have the manifest `digest`, and those that have these."""
+        """Return the indexes that name the manifest `digest`, directly or through other indexes."""
         return _reached(digest, lambda one: self.lists_of.get(one, ()))
 
     def below(self, digest: Digest) -> frozenset[Digest]:
-        """What the manifest `digest` names, and what that names, as far as it is there."""
+        """Return the manifests with records that the manifest `digest` names, directly or through other indexes."""
         return _reached(digest, lambda one: (child.manifest.digest for child in self.children(one)))
 
     def pulled(self, digest: Digest) -> datetime:
-        """When the image `digest` was pulled last: itself, a list that has it, or what it lists."""
+        """Return the last pull of the image `digest`, of an index that names it, or of a manifest that it names."""
         return max(self.records[one].pulled for one in {digest} | self.above(digest) | self.below(digest))
 
     def since(self, row: Row) -> datetime:
-        """Since when the image URL is there: a part of a list not before the list."""
+        """Return the creation time of the image URL; for the child of an index, no earlier than its index's."""
         lists = (self.records[above].record for above in self.above(row.kept.manifest.digest))
         return max([row.dates.created, *(dates.created for record in lists for dates in record.images.values())])
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
-        """The blobs that the image `digest` lacks, and their sizes in bytes. Blocks."""
+        """Return the blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""
         return missing_blobs(blobs_folder(self.root), self.records[digest].manifest.blob_sizes)
 
     def blob_size(self, digest: Digest) -> int | None:
-        """The size in bytes of a blob, or None if there is none. Blocks."""
+        """Return the size of a blob in bytes, or None if it is missing. Blocks."""
         return size_of_blob(blob_path(self.root, digest))
 
     @cached_property
@@ -455,6 +465,6 @@ def _signatures(root: Path, folder: str) -> list[tuple[Path, Signature]]:
     try:
         return signatures(root / folder)
     except FileNotFoundError:
-        # A store that is new, or one of which only half was copied yet.
+        # The store is new, or is still being copied.
         root.stat()
         return []

@@ -1,4 +1,4 @@
-"""Orphans: blobs that no record names, and partials that no process is writing and no image is to be completed by."""
+"""Orphans: blobs that no record names, and partials that no process writes and no pending image needs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from ociregistry.store.workdir import store_locked, wanted_blobs
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
-    """The orphans of the store at `root` that have not changed since, and their sizes in bytes.
+    """Return the orphans of the store at `root` that are unchanged since then, with their sizes in bytes. Blocks.
 
-    Blocks; raises `OSError`.
+    Raises:
+        OSError: the store cannot be read.
     """
     return dict(_orphans(root, unchanged_since))
 
 
 def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mapping[Path, int]:
-    """Removes what `find_orphans` finds, under the store's lock, and gives it. Blocks; raises `OSError`."""
+    """Remove the orphans that `find_orphans` finds, under the store's lock; return what was removed. Blocks.
+
+    Raises:
+        OSError: the store cannot be read, or a file cannot be removed.
+    """
     found = {}
     with store_locked(root):
         for path, size in _orphans(root, unchanged_since):
@@ -36,10 +41,12 @@ def remove_orphans(root: Path, unchanged_since: datetime, files: Files) -> Mappi
 
 
 def remove_partials(root: Path, wanted: Set[Digest], missing: int, files: Files) -> None:
-    """Remove partials that are neither `wanted` nor being written until `missing` bytes are free, if they suffice.
+    """Remove partials that are neither `wanted` nor being written, until `missing` bytes are free. Blocks.
 
-    Those written least recently go first. When all of them together are less than `missing` bytes, none goes.
-    Blocks. Raises: `OSError`.
+    Those written least recently go first. When all of them together have fewer than `missing` bytes, none is removed.
+
+    Raises:
+        OSError: the store cannot be read, or a file cannot be removed.
     """
     unwanted = []
     for path, digest in _partials(root):
@@ -64,7 +71,10 @@ def _remove(path: Path, files: Files) -> None:
 
 
 def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]]:
-    """Each as it is found; a partial is locked until the next one is asked for, so that no process resumes it."""
+    """Yield each orphan, with its size in bytes, as it is found.
+
+    A partial stays locked until the next orphan is asked for, so that no process resumes it.
+    """
     inventory = Inventory.read(root)
 
     def blobs_of(manifest: Digest) -> Iterator[Digest]:
@@ -93,9 +103,9 @@ def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
 
 
 def _partials(root: Path) -> Iterator[tuple[Path, Digest | None]]:
-    """All partials of all processes, those that have ended too, each with the blob that it can be resumed for.
+    """Yield the partials of all processes, including ended ones, each with the blob that it can be resumed for.
 
-    That is None for what was staged out of an archive.
+    That is None for a partial that was filled from an archive.
     """
     for folder in pulls_folders(root):
         for path in sorted(folder.iterdir()):
@@ -106,7 +116,7 @@ def _partials(root: Path) -> Iterator[tuple[Path, Digest | None]]:
 
 @contextmanager
 def _unwritten(path: Path) -> Iterator[SharedFile | None]:
-    """The partial at `path`, None if a process is writing it; none begins to while the block runs."""
+    """Hold the partial at `path` so that no process begins to write it; yield None if a process is writing it."""
     held = hold(path, writes=False)
     try:
         yield held
@@ -127,5 +137,5 @@ def _old_size(path: Path, unchanged_since: datetime) -> int | None:
         status = path.stat()
     except FileNotFoundError:
         return None
-    # Not the mtime: whoever copies a store may carry over one from long ago.
+    # Not the mtime: a copy of a store may keep mtimes from long ago.
     return status.st_size if status.st_ctime <= unchanged_since.timestamp() else None

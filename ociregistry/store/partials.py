@@ -1,8 +1,8 @@
-"""Partials: blobs that are not complete yet, and survive the end of the process and of the machine's power.
+"""Partials: blobs that are not complete yet, and survive the end of the process and a power failure.
 
-A partial is two files in pulls/<n>/: its bytes so far, and a note, a JSON object that says how many of them are
-surely on disk, since which boot of the machine, and what they are a part of. A flock protects it while it is
-written.
+A partial is two files in pulls/<n>/: its bytes so far, and a note. The note is a JSON object that says how many of
+the bytes are surely on disk, since which boot of the machine, how large the whole blob is, and which repository it
+comes from. A flock protects the partial while it is written.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is known of a partial beside its bytes."""
+    """The facts about a partial that are stored beside its bytes."""
 
     durable: int
-    """How many of its bytes were on disk when the note was written."""
+    """Number of bytes that were on disk when the note was written."""
     boot: str
     size: int | None
-    """Of the whole blob, in bytes."""
+    """Size of the whole blob in bytes, if it is known."""
     source: str
-    """The repository that it comes from."""
+    """The repository that the blob comes from."""
 
     @classmethod
     def parse(cls, data: bytes) -> Note | None:
-        """The note in `data`, or None if that is none."""
+        """Parse the content of a note; return None if it is not valid."""
         try:
             document = json.loads(data)
             durable, boot, size, source = (document[key] for key in ("durable", "boot", "size", "source"))
@@ -51,14 +51,18 @@ class Note:
         return cls(durable, boot, size, source) if sizes_hold and isinstance(boot, str) else None
 
     def render(self) -> bytes:
-        """The bytes of the file."""
+        """Return the content of the file."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
 def create_held(path: Path, files: Files) -> tuple[SharedFile, SharedFile]:
-    """Create an empty file at `path` and return it with the flock on it. Blocks. Raises: `OSError`."""
+    """Create an empty file at `path` and return it together with the flock on it. Blocks.
+
+    Raises:
+        OSError: it cannot be created or locked.
+    """
     while True:
-        # A file that is there already may be about to be removed by its name, which must not hit the new one.
+        # Another process may be about to remove an existing file by its name, which must not hit the new file.
         before = hold(path, writes=True)
         try:
             file = files.create(path)
@@ -68,12 +72,19 @@ def create_held(path: Path, files: Files) -> tuple[SharedFile, SharedFile]:
         held = hold(path, writes=True)
         if held is not None:
             return file, held
-        # It was removed before it was locked.
+        # The file was removed before it was locked.
         file.release()
 
 
 def open_usable(path: Path, files: Files) -> tuple[Note, SharedFile] | None:
-    """Return the note and the open file of the partial at `path`, or None if it cannot be gone on with."""
+    """Open the partial at `path`, cutting off the bytes that may not be on disk. Blocks.
+
+    Returns:
+        The note and the open file, or None if the partial cannot be resumed.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
     try:
         note = Note.parse(note_path(path).read_bytes())
         file = files.open(path)
@@ -103,28 +114,32 @@ def _cut_to_durable(path: Path, note: Note, file: SharedFile, files: Files) -> N
 
 
 def write_note(path: Path, note: Note, files: Files) -> None:
-    """Write the note of the partial at `path`, synced. Blocks. Raises: `OSError`."""
+    """Write the note of the partial at `path`, synced. Blocks.
+
+    Raises:
+        OSError: the note cannot be written.
+    """
     files.put(note_path(path), note.render(), temporary(path))
 
 
 _SYNC_BYTES = 64 * 1024 * 1024
 _SYNC_SECONDS = 30.0
 _SLICE = 8 * 1024 * 1024
-"""Bytes that are re-hashed in one go of a thread."""
+"""Bytes that a thread hashes again in one job."""
 
 
 class DigestMismatch(Exception):
-    """The bytes that were written are not those that the digest names."""
+    """The bytes that were written do not have the digest."""
 
 
 class Partial:
     """A blob that grows: one writer appends, any number of readers follow.
 
-    It is hashed as it is written, in the same thread job, and becomes a blob only when the digest holds. What
-    an earlier process wrote is hashed again, piece by piece, as it goes on.
+    Each piece is hashed in the same thread job that writes it. The partial becomes a blob only when the digest
+    matches. Bytes of an earlier process are hashed again piece by piece, along with the writes.
 
     A flock on the file tells other processes that it is being written and must not be removed. It is held on a
-    descriptor of its own, so that it ends with the writer and its last thread job, whoever goes on reading.
+    descriptor of its own, so that it ends with the writer and its last thread job, even while readers go on.
     """
 
     def __init__(
@@ -138,14 +153,14 @@ class Partial:
         files: Files,
         threads: Threads,
     ) -> None:
-        """`held` is the flock on the file, `space` the room on the disk."""
+        """Take over the open `file` and `held`, the flock on it; `space` accounts for the bytes that are written."""
         self.digest = digest
         self.length = file.size()
-        """Bytes that can be read."""
+        """Number of bytes that can be read."""
         self.resumed = self.length > 0
-        """Whether it holds bytes that an earlier process wrote."""
+        """Whether the partial holds bytes that an earlier process wrote."""
         self.sound = True
-        """Whether all that was written can be trusted to be in the file."""
+        """Whether everything that was written can be trusted to be in the file."""
         self._path = path
         self._note = note
         self._file = file
@@ -163,11 +178,15 @@ class Partial:
     def create(
         cls, digest: Digest, path: Path, size: int | None, source: str, space: Space, files: Files, threads: Threads
     ) -> Partial:
-        """An empty partial at `path`. Blocks; raises `OSError`."""
+        """Create an empty partial at `path`. Blocks.
+
+        Raises:
+            OSError: the files cannot be made.
+        """
         note = Note(0, files.boot(), size, source)
         file, held = create_held(path, files)
         try:
-            # Not synced, as there is nothing yet that it could lose, and a client may be waiting.
+            # Not synced: there are no bytes yet that could be lost, and a client may be waiting.
             note_file = files.create(note_path(path))
             try:
                 files.write(note_file, note.render(), 0)
@@ -182,10 +201,13 @@ class Partial:
 
     @classmethod
     def resume(cls, digest: Digest, path: Path, space: Space, files: Files, threads: Threads) -> Partial | None:
-        """What an earlier process left at `path`, or None. Blocks; raises `OSError`.
+        """Open what an earlier process left at `path`, or return None if there is nothing to resume. Blocks.
 
-        After another boot of the machine, what was not surely on disk is cut off: the file may have grown there
-        without getting its bytes.
+        After another boot of the machine, the bytes that were not surely on disk are cut off: the file may have grown
+        without getting its content.
+
+        Raises:
+            OSError: the files cannot be opened.
         """
         held = hold(path, writes=True)
         if held is None:
@@ -203,11 +225,16 @@ class Partial:
 
     @property
     def size(self) -> int | None:
-        """Of the whole blob in bytes, as it was known when the partial was made."""
+        """Size of the whole blob in bytes, if it was known when the partial was made."""
         return self._note.size
 
     def append(self, data: bytes) -> Deferred[None]:
-        """Writes `data` at the end; when it fires `length` has grown. Fails with `OSError`."""
+        """Write `data` at the end; `length` has grown when the Deferred fires.
+
+        Raises:
+            OSError: through the Deferred: there is no room, or a write or an earlier sync failed.
+            DigestMismatch: through the Deferred: bytes of an earlier process are missing from the file.
+        """
         return self._in_thread(self._append, data).addCallback(self._grown)
 
     def _append(self, data: bytes) -> int:
@@ -217,7 +244,7 @@ class Partial:
         try:
             self._files.write(self._file, data, self.length)
         except OSError as error:
-            # When the disk is full, what was written before is good.
+            # A full disk leaves the bytes that were written before intact.
             self.sound = self.sound and is_full(error)
             raise
         if self._hashed == self.length:
@@ -238,9 +265,9 @@ class Partial:
         self._hashed += len(data)
 
     def checkpoint(self, clock: IReactorTime) -> None:
-        """Begins to sync what is there, and to note it, when enough has come since the last time.
+        """Begin to sync and note what is there, once enough bytes or seconds have passed since the last time.
 
-        The bytes that come meanwhile are not delayed. A sync that fails makes every later call fail.
+        The bytes that arrive meanwhile are not delayed. A sync that fails makes every later call fail.
         """
         now = clock.seconds()
         if self._synced_at is None:
@@ -251,7 +278,10 @@ class Partial:
             self._syncing = self.sync()
 
     def sync(self) -> Deferred[None]:
-        """Syncs what is there and notes its length; never fails, but then every later call does."""
+        """Sync what is there and note its length.
+
+        The Deferred never fails; after a failure, every later call fails instead.
+        """
         return self._in_thread(self._sync, self.length).addErrback(self._break)
 
     def _sync(self, length: int) -> None:
@@ -265,14 +295,23 @@ class Partial:
         self._broken = error if isinstance(error, OSError) else OSError(str(error))
 
     async def verify(self) -> None:
-        """Returns when the digest is proven to hold; raises `DigestMismatch`, or `OSError` from reading."""
+        """Return once the digest is proven to match.
+
+        Raises:
+            DigestMismatch: it does not match.
+            OSError: the file cannot be read.
+        """
         while self._hashed < self.length:
             await self._in_thread(self._hash_more)
         if self._hasher.hexdigest() != self.digest.hex:
             raise DigestMismatch(f"the {self.length} bytes received do not have the digest {self.digest}")
 
     async def commit(self, target: Path) -> None:
-        """Makes it the blob `target`, synced. To be called after `verify`. Raises `OSError`."""
+        """Make the verified partial the blob `target`, synced. Call `verify` first.
+
+        Raises:
+            OSError: the blob cannot be synced or renamed, or an earlier sync failed.
+        """
         await self._settled()
         if self._broken is not None:
             raise self._broken
@@ -286,12 +325,12 @@ class Partial:
         try:
             syncing()
         except OSError:
-            # The kernel tells of bytes that it could not write once; the next sync would prove nothing.
+            # The kernel reports lost bytes only once; a later sync that succeeds would prove nothing.
             self.sound = False
             raise
 
     async def discard(self) -> None:
-        """Removes what was written."""
+        """Remove the partial and its note."""
         await self._settled()
         await self._in_thread(self._discard)
 
@@ -305,11 +344,11 @@ class Partial:
         await settled
 
     def reader(self) -> PartialReader:
-        """A reader, which keeps its file when the partial becomes a blob or is removed."""
+        """Return a reader, which keeps its file when the partial becomes a blob or is removed."""
         return PartialReader(self._file.lease(), self._threads)
 
     def close(self) -> None:
-        """The writer's end; readers may go on, and another process may resume."""
+        """End writing; readers may go on, and another process may resume the partial."""
         self._file.release()
         self._held.release()
 
@@ -334,9 +373,9 @@ class PartialReader:
         self._threads = threads
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
+        """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
         return read_at(self._file, offset, count, self._threads)
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Release the file."""
         self._file.release()

@@ -1,6 +1,6 @@
-"""The names of all that lies in a store's folder: nothing else spells them.
+"""The names of everything in a store's folder; no other module spells them.
 
-<root>/blobs/<hex>, fat/<hex>, img/<hex>, and in pulls/<n>/ the work in progress of one process.
+<root>/blobs/<hex>, fat/<hex> and img/<hex>, and in pulls/<n>/ the work in progress of one process.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ LISTS_FOLDER = "fat"
 IMAGES_FOLDER = "img"
 """Records of images."""
 NOTE_SUFFIX = ".note"
-"""What is known of a partial, beside it."""
+"""The note of a partial, beside it."""
 STAGED_SUFFIX = ".staged"
 """A partial that is filled from an archive."""
 PENDING_SUFFIX = ".wish"
-"""An image that is to be completed."""
+"""A pending image."""
 LOCK_NAME = "lock"
 SOCKET_NAME = "socket"
 
@@ -50,19 +50,23 @@ def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
 
 
 def digest_of(path: Path) -> Digest:
-    """Return the digest that a blob's or record's file is called by."""
+    """Return the digest after which the file of a blob or record is named."""
     digest = Digest.from_hex(path.name)
     assert digest is not None
     return digest
 
 
 def pulls_folder(root: Path) -> Path:
-    """Return the folder that holds the folders of the processes."""
+    """Return the folder that contains the pulls/<n>/ of all processes."""
     return root / _PULLS
 
 
 def pulls_folders(root: Path) -> list[Path]:
-    """Return all pulls/<n>/, by their numbers. Blocks. Raises: `OSError`."""
+    """Return all pulls/<n>/, sorted by number. Blocks.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     try:
         folders = [path for path in pulls_folder(root).iterdir() if _NUMBER.fullmatch(path.name) and path.is_dir()]
     except FileNotFoundError:
@@ -76,7 +80,7 @@ def store_lock(root: Path) -> Path:
 
 
 def verified_stamp(root: Path) -> Path:
-    """Return the file whose time tells when the store was verified last."""
+    """Return the file whose mtime says when the store was verified last."""
     return root / _PULLS / "verified"
 
 
@@ -86,25 +90,25 @@ def rewritten_record(root: Path) -> Path:
 
 
 def bad_folder(folder: Path) -> Path:
-    """Return where the process of a pulls/<n>/ puts damaged files aside."""
+    """Return the quarantine folder in a pulls/<n>/."""
     return folder / _BAD
 
 
 def record_temporary(folder: Path, path: Path) -> Path:
-    """Return the temporary file, in a pulls/<n>/, of the record that is to be at `path`."""
+    """Return the temporary file, in the pulls/<n>/ `folder`, for the record at `path`."""
     return folder / f"{path.name}.record"
 
 
 def temporary(path: Path) -> Path:
-    """Return the temporary file of a note or a pending image, beside it."""
+    """Return the temporary file for a note or pending image, beside it."""
     return path.with_name(f"{path.name}.new")
 
 
 def note_path(partial: Path) -> Path:
-    """Return where the note of a partial is."""
+    """Return the path of the note of a partial."""
     return partial.with_name(partial.name + NOTE_SUFFIX)
 
 
 def pending_path(folder: Path, image: Digest) -> Path:
-    """Return where a process notes that an image is to be completed."""
+    """Return the file of a pending image in the pulls/<n>/ `folder`."""
     return folder / f"{image.hex}{PENDING_SUFFIX}"

@@ -1,7 +1,7 @@
-"""Pruning: which image URLs, records and blobs go, by an operator's word or by the eviction policy, and how.
+"""Pruning: which image URLs, records and blobs are removed, by command or by the eviction policy, and how.
 
-It is decided on what the files say, and carried out, under the lock under which records are rewritten: no record that
-comes meanwhile loses a blob.
+The decision is made from the files and carried out under the same lock as every rewriting of records, so that a
+record that is written meanwhile loses no blob.
 """
 
 from __future__ import annotations
@@ -23,68 +23,71 @@ from ociregistry.store.records import Dates, Record
 from ociregistry.store.workdir import store_locked
 
 _AT_ONCE = 200
-"""Blobs that are removed under one lock."""
+"""Number of blobs that are removed while the lock is held once."""
 
 Choose = Callable[[Inventory], "PruneSet"]
-"""What is to go of an inventory."""
+"""Selects what is to be removed from an inventory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Withheld:
-    """Images that are old enough to go by age, and stay, as their number suggests that the clock is wrong."""
+    """Images that are old enough to be pruned but stay, because their number suggests that the clock is wrong."""
 
     unused: int
-    """How many they are."""
+    """Number of such images."""
     images: int
-    """How many images there are in all; a list counts as one, with the images that it has."""
+    """Number of all images; an index counts as one together with its images."""
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What goes."""
+    """What is pruned."""
 
     rows: tuple[Row, ...]
     """The image URLs."""
     records: tuple[StoredRecord, ...]
     blobs: Mapping[Digest, int]
-    """With their sizes in bytes."""
+    """Blob -> its size in bytes."""
     bytes_of: Mapping[Digest, int]
-    """Record -> what its own blobs take, each counted once: with the first of those that go and name it."""
+    """Record -> bytes of its own blobs. A blob of several pruned records counts for the first of them."""
     metadata: tuple[StoredRecord, ...] = ()
-    """The records of images that are only here since an index names them, and go with it without a word."""
+    """Records of images that are here only because an index names them; they go with the index and are not listed."""
     metadata_blobs: Mapping[Digest, int] = field(default_factory=dict)
     withheld: Withheld | None = None
 
     @property
     def bytes(self) -> int:
-        """What becomes free by it."""
+        """The bytes that become free."""
         blobs = sum(self.blobs.values()) + sum(self.metadata_blobs.values())
         return blobs + sum(kept.size for kept in (*self.records, *self.metadata))
 
 
 class PruneSet:
-    """The image URLs that are to go, with what they take with them.
+    """The image URLs that are to be pruned, and the records that go with them.
 
-    A record that stays may get another URL in place of one that goes: by its digest for a tag that has meant
-    something else since, and would mean this again; of another repository for what is the part of a list there.
+    A record that stays may have an image URL replaced:
+    - When a tag is pruned, an older record that notes the same tag would become its meaning again. That record notes
+      its own digest instead of the tag.
+    - When an index leaves a repository, so do its children, where they are noted by digest. A child without another
+      image URL is noted in another repository that has an index with it, if there is one.
     """
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
         self._images: dict[Digest, dict[str, Dates]] = {}
-        """Record -> what it shall note, where that changes."""
+        """Record -> the image URLs that it is to note, for records that change."""
         self.gone: dict[Digest, StoredRecord] = {}
-        """The records that are to note nothing, in the order in which they came to that."""
+        """The records that are left without an image URL, in the order in which they lost the last one."""
         self.withheld: Withheld | None = None
 
     def take(self, row: Row) -> None:
-        """This image URL goes."""
+        """Prune this image URL."""
         for noted in {*row.notes, row.url}:
             self._drop(row.kept.manifest.digest, noted)
 
     def take_record(self, digest: Digest) -> None:
-        """All image URLs of a record go."""
+        """Prune all image URLs of a record."""
         for noted in list(self._noted(digest)):
             self._drop(digest, noted)
 
@@ -116,7 +119,11 @@ class PruneSet:
             images[url] = Dates(min(known.created, dates.created), max(known.confirmed, dates.confirmed))
 
     def _part(self, digest: Digest, repository: Repository) -> None:
-        """A list has left `repository`: what it names goes from there too, if it is known only as a part of lists."""
+        """Remove the image URL by digest of a child from `repository`, if no index with it is left there.
+
+        If this is the child's only image URL, and an index with it is in another repository, the URL is moved there.
+        A child that an unreadable file mentions keeps its URLs.
+        """
         images, part = self._noted(digest), str(ImageReference(repository, digest))
         if part not in images or digest.hex in self._inventory.mentioned:
             return
@@ -130,7 +137,11 @@ class PruneSet:
 
     @property
     def plan(self) -> Plan:
-        """What all this comes to. Blocks, looking at the blobs; raises `OSError`."""
+        """The plan for everything taken so far. Blocks, as it looks at the blobs.
+
+        Raises:
+            OSError: a blob cannot be looked at.
+        """
         stay = {
             blob.digest
             for digest, kept in self._inventory.records.items()
@@ -160,7 +171,7 @@ class PruneSet:
         return digest in self._images and not self._images[digest].keys() & {*row.notes, row.url}
 
     def _sizes(self, manifest: Manifest, stay: set[Digest]) -> dict[Digest, int]:
-        """The blobs of `manifest` that are there, without those that `stay`."""
+        """Return the blobs of `manifest` in the store that are not in `stay`, with their sizes in bytes."""
         found = {
             blob.digest: self._inventory.blob_size(blob.digest)
             for blob in manifest.blobs
@@ -169,7 +180,10 @@ class PruneSet:
         return {digest: size for digest, size in found.items() if size is not None}
 
     def renamed(self) -> Iterator[tuple[StoredRecord, Record]]:
-        """The records with tags that would mean them again, those that go included, and how they are to be first."""
+        """Yield each record with a tag that would mean it again, and the record with its digest instead of the tag.
+
+        These are to be written before anything is removed. Records that are to be removed are included.
+        """
         for digest in list(self._images):
             kept = self._inventory.records[digest]
             images: dict[str, Dates] = {}
@@ -181,17 +195,17 @@ class PruneSet:
                 yield kept, replace(kept.record, images=images)
 
     def rewritten(self) -> Iterator[tuple[StoredRecord, Record]]:
-        """The records that stay and change, and how they are to be in the end."""
+        """Yield the records that stay and change, and their final contents."""
         for digest, images in self._images.items():
             kept = self._inventory.records[digest]
             if images and images != kept.record.images:
                 yield kept, replace(kept.record, images=images)
 
     def before_rewriting(self) -> Iterator[list[StoredRecord]]:
-        """Yield records that can go although nothing has been rewritten yet, in batches to be removed one by one.
+        """Yield records that can be removed before anything is rewritten, in batches to be removed record by record.
 
-        No tag comes to mean by it what it meant before, no list loses an image, and no list goes that has an image
-        which is to be rewritten when the list has gone.
+        Their removal makes no tag mean again what it meant before, and takes no image away from an index that is
+        there. Indexes with an image that is to be rewritten after the index has gone are not among them.
         """
         left = set(self._inventory.records)
         changing = {kept.manifest.digest for kept, _ in self.rewritten()}
@@ -201,7 +215,7 @@ class PruneSet:
             left.difference_update(batch)
 
     def _goes(self, digest: Digest, left: Set[Digest]) -> bool:
-        """Tell whether a record may be the next to go while the records `left` are there."""
+        """Tell whether a record may be removed next while the records `left` are there."""
         if self._inventory.above(digest) & self.gone.keys() & left:
             return False
         for noted in self._inventory.records[digest].record.images:
@@ -224,20 +238,24 @@ def _by_digest(noted: str, digest: Digest) -> str:
 
 
 def planned(root: Path, choose: Choose) -> Plan:
-    """What would go of the store at `root`; nothing is changed. Blocks; raises `OSError`."""
+    """Return what would be pruned from the store at `root`, without changing anything. Blocks.
+
+    Raises:
+        OSError: the store cannot be read.
+    """
     return choose(Inventory.read(root)).plan
 
 
 def prune(root: Path, choose: Choose, files: Files) -> Plan:
-    """Remove what `choose` says from the store at `root`. Blocks.
+    """Prune what `choose` selects from the store at `root`; return the plan that was carried out. Blocks.
 
-    Killed at any instant it leaves no record without what it had, and no tag with a meaning of before: tags first,
-    then lists, what they list, and blobs when no record on the disk names them any more.
-    On a disk without space to rewrite a record, what can go before that goes first, with its blobs.
+    Killing it at any time leaves no record without its blobs, and no tag with an earlier meaning. The order is: tags,
+    indexes, the images that they name, and then the blobs that no record on the disk names any more.
+    On a disk without space to rewrite a record, what can be removed before that is removed first, with its blobs.
 
-    Returns: what was removed.
-
-    Raises: `OSError`, also when there is still no space; what went until then is free.
+    Raises:
+        OSError: a file cannot be read, written or removed, also when there is still no space. What was removed until
+            then stays removed.
     """
     before = Inventory.read(root)
     with store_locked(root):
@@ -267,7 +285,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
 
 
 def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: Files) -> None:
-    """Replace the files of records, under the store's lock; when they were pulled last stays."""
+    """Replace the files of records, under the store's lock, keeping the times of their last pulls."""
     temporary = rewritten_record(root)
     for kept, record in records:
         temporary.parent.mkdir(exist_ok=True)
@@ -283,7 +301,10 @@ def _remove_records(records: Collection[StoredRecord], files: Files) -> None:
 
 
 def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Files) -> None:
-    """A few at a time: who writes a record meanwhile waits for the lock, and may need one of them again."""
+    """Remove blobs in batches, so that a process that writes a record meanwhile does not wait long for the lock.
+
+    The records are read again for each batch, as such a record may name one of the remaining blobs.
+    """
     while blobs:
         some, blobs = blobs[:_AT_ONCE], blobs[_AT_ONCE:]
         with store_locked(root):
@@ -300,21 +321,21 @@ def _remove_unnamed(root: Path, blobs: Iterable[Digest], inventory: Inventory, f
 
 
 _ENOUGH = 0.9
-"""Of the largest size: what is pruned down to when it is exceeded, so that it is not done at every pull."""
+"""Fraction of the maximum size to which an exceeded store is pruned, so that not every pull leads to a prune."""
 _A_FEW = 3
-"""Images that may always go by age, whatever share of a small store they are."""
+"""Number of images that may always be pruned by age, even if they are a large share of a small store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Image URLs to which everything applies that is given."""
+    """Selects the image URLs that meet all of the given conditions."""
 
     matches: Callable[[str], bool] | None = None
     created_before: datetime | None = None
     pulled_before: datetime | None = None
 
     def __call__(self, inventory: Inventory) -> PruneSet:
-        """The image URLs of `inventory` that go."""
+        """Return what is to be pruned from `inventory`."""
         prune_set = PruneSet(inventory)
         for row in inventory.rows:
             if self._takes(row, inventory):
@@ -331,11 +352,13 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class EvictionPolicy:
-    """Whole images, those first that were pulled least recently: what nobody has pulled since `pulled_before`, and
-    what is more than `max_size` bytes of a store.
+    """Selects whole images, those pulled least recently first.
 
-    A clock that is wrong makes everything look old. So nothing goes by age when more than `max_share` per cent of the
-    images would, unless they are just a few, or when no image at all was pulled since `pulled_before`.
+    These are the images that were not pulled since `pulled_before`, and as many more as needed to bring a store of
+    more than `max_size` bytes below it.
+
+    A wrong clock makes everything look old. So nothing is pruned by age when more than `max_share` per cent of the
+    images would be, unless they are just a few, or when no image at all was pulled since `pulled_before`.
     """
 
     pulled_before: datetime | None
@@ -345,13 +368,13 @@ class EvictionPolicy:
     busy: Set[Digest]
     """Manifests that are being pulled."""
     rests_before: datetime
-    """What was pulled later than this is being pulled, perhaps."""
+    """Images that were pulled at this time or later may still be in the middle of a pull, and stay."""
     believed_until: datetime
-    """A pull that is dated later than this says nothing: the clock was wrong then."""
+    """Pulls with a later time than this are ignored: the clock was wrong when they were noted."""
     max_share: int
 
     def __call__(self, inventory: Inventory) -> PruneSet:
-        """The image URLs of `inventory` that go. Blocks, looking at the blobs."""
+        """Return what is to be pruned from `inventory`. Blocks, as it looks at the blobs."""
         prune_set = PruneSet(inventory)
         freed = _Freed(inventory, prune_set)
         size = size_of(inventory) if self.max_size is not None else 0
@@ -370,7 +393,7 @@ class EvictionPolicy:
         return {digest for digest in candidates if inventory.pulled(digest) < self.pulled_before}
 
     def _withheld(self, unused: Collection[Digest], inventory: Inventory) -> Withheld | None:
-        """Tell why the `unused` ones stay; None if they go."""
+        """Return why the `unused` images stay, or None if they may be pruned."""
         if self.pulled_before is None or not unused or self.max_share == 100:
             return None
         images = sum(digest not in inventory.lists_of for digest in inventory.records)
@@ -382,7 +405,7 @@ class EvictionPolicy:
         return None
 
     def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
-        """The images that may go: those that no list has, each with all that it lists."""
+        """Yield the images that may be pruned: those that no index names, each standing for all that it names."""
         kept = {row.kept.manifest.digest for row in inventory.rows if any(map(self.keeps, {row.url, *row.notes}))}
         for digest in inventory.records:
             if digest in inventory.lists_of or digest.hex in inventory.mentioned:
@@ -396,7 +419,7 @@ class EvictionPolicy:
 
 
 class _Freed:
-    """Counts what becomes free, as more and more goes."""
+    """Counts the bytes that become free while a PruneSet grows."""
 
     def __init__(self, inventory: Inventory, prune_set: PruneSet) -> None:
         self._naming = Counter(blob for kept in inventory.records.values() for blob in kept.manifest.blob_sizes)
@@ -406,7 +429,7 @@ class _Freed:
         self._bytes = 0
 
     def bytes(self) -> int:
-        """Of all that goes by now."""
+        """Return the number of bytes that become free with the records pruned so far."""
         gone = list(islice(self._prune_set.gone.values(), self._counted, None))
         self._counted += len(gone)
         for kept in gone:
@@ -419,6 +442,6 @@ class _Freed:
 
 
 def size_of(inventory: Inventory) -> int:
-    """Bytes that the records and their blobs take. What no record names is not theirs to make room for."""
+    """Return the bytes that the records and their blobs take. Blobs that no record names do not count."""
     records = sum(kept.size for kept in inventory.records.values())
     return records + sum(inventory.blob_size(blob) or 0 for blob in inventory.named)

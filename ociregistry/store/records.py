@@ -1,11 +1,11 @@
-"""Records: manifests as stored, one JSON file each, made for `grep`, `cat` and `jq`.
+"""Records: manifests as stored, one JSON file each, readable with `grep`, `cat` and `jq`.
 
 {"digest": …, "mediaType": …,
  "images": {"docker.io/library/nginx:1.25": {"created": "2026-03-01T22:17:30.000000Z", "confirmed": …}},
  "wanted": true,
  "manifest": "the exact bytes that the digest names, as a JSON string"}
 
-`RecordFiles` reads and rewrites them, and finds what other processes changed. Everything in it blocks.
+`RecordFiles` reads and rewrites them, and finds what other processes changed. All of its methods block.
 """
 
 from __future__ import annotations
@@ -37,40 +37,44 @@ from ociregistry.store.workdir import PullsFolder, store_locked
 
 _KEYS = {"digest", "mediaType", "images", "manifest"}
 _SLIP = 1
-"""Keys that one of ours may lack for being damaged; a foreign one lacks more."""
+"""Number of keys that a damaged record of ours may lack; a file that lacks more of them is foreign."""
 
 
 class RecordInvalid(ValueError):
-    """The file is damaged or in a foreign format; the message says what is wrong with it."""
+    """A file that is damaged or in a foreign format; the message says what is wrong with it."""
 
 
 class ForeignRecord(RecordInvalid):
-    """The file is in a foreign format: it is whole, perhaps, but not ours."""
+    """A file in a foreign format: it may be intact, but it is not a record of this program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dates:
-    """When an image URL was first and last seen to mean this manifest."""
+    """The times at which an image URL was first and last seen to mean a manifest."""
 
     created: datetime
     confirmed: datetime
 
     @classmethod
     def parse(cls, created: str, confirmed: str) -> Dates:
-        """The dates as a record spells them; raises `ValueError`."""
+        """Parse the dates as a record spells them.
+
+        Raises:
+            ValueError: a date is not in ISO 8601 form, or has no time zone.
+        """
         return cls(_time(created), _time(confirmed))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A manifest and the image URLs that it is known by."""
+    """A manifest and the image URLs by which it is known."""
 
     manifest: Manifest
     images: Mapping[str, Dates]
     wanted: bool | None = None
-    """Whether the layers of the image belong into the store; False for one that is kept as metadata alone.
+    """Whether the layers of the image belong in the store; False for an image that is kept as metadata alone.
 
-    None where the record does not say, as in those of earlier versions.
+    None where the record does not say, as in records of earlier versions.
     """
 
     def confirm(
@@ -81,25 +85,25 @@ class Record:
         *,
         wanted: bool | None = None,
     ) -> Record:
-        """This record, where `image` was known to mean this manifest at `confirmed`, and since `created`.
+        """Return this record with `image` noted as meaning this manifest at `confirmed`, and since `created`.
 
-        Of what is noted already, the first creation and the last confirmation stay; an image stays `wanted`.
+        The earliest creation and the latest confirmation are kept. An image that is wanted stays wanted.
         """
         known = self.images.get(str(image), Dates(created or confirmed, confirmed))
         merged = Dates(min(known.created, created or confirmed), max(known.confirmed, confirmed))
         return replace(self, images={**self.images, str(image): merged}, wanted=wanted or self.wanted)
 
     def means(self, image: ImageReference) -> bool:
-        """Whether `image` is this manifest: a digest whatever the repository, a tag where it is noted."""
+        """Tell whether `image` is this manifest: a digest in any repository, a tag only where it is noted."""
         return image.reference == self.manifest.digest or str(image) in self.images
 
     @property
     def has_tag(self) -> bool:
-        """Whether some tag means this manifest."""
+        """Whether a tag means this manifest."""
         return any("@" not in url for url in self.images)
 
     def render(self) -> bytes:
-        """The bytes of the file."""
+        """Return the content of the file."""
         document = {
             "digest": self.manifest.digest,
             "mediaType": self.manifest.media_type,
@@ -114,7 +118,12 @@ class Record:
 
     @classmethod
     def parse(cls, data: bytes, digest: Digest) -> Record:
-        """The record in a file named after `digest`; raises `RecordInvalid`."""
+        """Parse the content of the file that is named after `digest`.
+
+        Raises:
+            RecordInvalid: it is damaged, or the record of another digest.
+            ForeignRecord: it is not a record of this program.
+        """
         try:
             document = json.loads(data)
             lacking = _KEYS - document.keys() if isinstance(document, dict) else _KEYS
@@ -154,30 +163,30 @@ _FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
 
 
 def is_referrers_tag(tag: str) -> bool:
-    """Tell whether the specification sets this tag aside for a list of referrers; nobody pushed it."""
+    """Tell whether a tag is one of the referrers tag schema (OCI distribution-spec), so not the tag of an image."""
     return _FOR_REFERRERS.fullmatch(tag) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What memory keeps of a record."""
+    """The part of a record that is kept in memory."""
 
     is_list: bool
     images: Mapping[str, datetime]
     """Image URL -> last confirmed."""
     blobs: Mapping[Digest, int]
-    """What the manifest names, and its size in bytes."""
+    """Blob that the manifest names -> its size in bytes."""
     config: Descriptor | None = None
     layers: frozenset[Digest] = frozenset()
     """The layers of an image."""
     children: tuple[Descriptor, ...] = ()
     """The manifests that an index names."""
     wanted: bool = True
-    """Whether the layers of the image belong into the store."""
+    """Whether the layers of the image belong in the store."""
 
     @classmethod
     def of(cls, record: Record, *, wanted: bool = True) -> Entry:
-        """Make the entry for `record`; `wanted` holds where the record does not say."""
+        """Make the entry for `record`; `wanted` applies where the record does not say."""
         manifest = record.manifest
         return cls(
             is_list=manifest.is_list,
@@ -191,47 +200,52 @@ class Entry:
 
     @property
     def is_referrers(self) -> bool:
-        """Whether it is known only as a list of referrers: its children are artifacts, not platforms."""
+        """Whether it is known only by referrers tags: its children are artifacts, not platforms."""
         return bool(self.images) and all(is_referrers_tag(url.rpartition(":")[2]) for url in self.images)
 
     @property
     def repositories(self) -> set[Repository]:
-        """Where it is known."""
+        """The repositories in which the manifest is known."""
         return {ImageReference.parse_whole(url).repository for url in self.images}
 
     def known_in(self, repository: Repository) -> bool:
-        """Whether some image URL of `repository` means this manifest."""
+        """Tell whether an image URL of `repository` means this manifest."""
         prefix = str(repository)
         return any(url.startswith((f"{prefix}:", f"{prefix}@")) for url in self.images)
 
 
 _LARGEST_RECORD = 8 * LARGEST_MANIFEST
-"""Bytes; JSON spells one byte of a manifest with at most six, and the image URLs come on top."""
+"""Bytes. JSON takes at most six bytes for one byte of a manifest; the image URLs need the rest."""
 
 _NOTE_PULLS_EVERY = 60.0
 """Seconds."""
 
 Signature = tuple[int, int, int, int]
-"""Of a file: it changes when the file does."""
+"""Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""
 
 UNREAD: Signature = (0, 0, 0, 0)
-"""Of a file that is known to be there, and is to be read at the next look."""
+"""The signature of a file that exists and has to be read at the next scan."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What a look at the folders found to differ from what was known."""
+    """The differences that a scan of the folders found from what was known."""
 
     seen: Mapping[Path, Signature]
     read: Mapping[Path, Entry] = field(default_factory=dict)
     damaged: Mapping[Path, str] = field(default_factory=dict)
-    """Path -> reason: new or changed files that are no records of ours."""
+    """Path -> reason, for new or changed files that are not records of this program."""
     gone: frozenset[Path] = frozenset()
     blobs_gone: frozenset[Digest] = frozenset()
 
 
 def read_record(path: Path) -> Record:
-    """The record at `path`; raises `RecordInvalid`, and `OSError` when it cannot be read. Blocks."""
+    """Read the record at `path`. Blocks.
+
+    Raises:
+        RecordInvalid: it is damaged, foreign, or in the wrong folder.
+        OSError: it cannot be read.
+    """
     digest = Digest.from_hex(path.name)
     if digest is None:
         raise RecordInvalid("its name is not that of a record")
@@ -254,12 +268,18 @@ def read_record(path: Path) -> Record:
 
 
 class RecordFiles:
-    """The folders fat/ and img/ below `root`; `pulls` is this process's own folder, for temporary files."""
+    """The folders fat/ and img/ below `root`.
+
+    `pulls` is this process's own folder, for temporary files and for quarantine.
+    """
 
     def __init__(
         self, root: Path, pulls: PullsFolder, files: Files, spend: Callable[[int], object] = lambda count: None
     ) -> None:
-        """`spend` is called with the bytes of a new record, and raises `OSError` where there is no room for it."""
+        """Set up the folders; `spend` is called with the size in bytes of each new record, before it is written.
+
+        `spend` raises `OSError` when there is no room for the record.
+        """
         self._spend = spend
         self._root = root
         self._pulls = pulls
@@ -267,7 +287,7 @@ class RecordFiles:
         self._blobs = BlobFolder(blobs_folder(root))
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
-        """Where the record of `digest` is kept."""
+        """Return where the record of `digest` is kept."""
         return record_path(self._root, digest, is_list=is_list)
 
     def confirm(
@@ -281,11 +301,19 @@ class RecordFiles:
         whole: bool = False,
         known: bool = False,
     ) -> Record | None:
-        """Writes that `image` means `manifest` as `Record.confirm` has it; returns the record as it is on disk then.
+        """Write that `image` means `manifest`, as `Record.confirm` does, and return the record as it is then on disk.
 
-        Returns None, and writes nothing, where it is to be `whole` and lacks a blob, or `known` and has no record; no
-        prune comes between the look and the writing. What another process wrote in between is kept. A file there that
-        is no record of ours is moved aside into bad/ of the pulls folder, if there is space for that.
+        What another process wrote meanwhile is kept. A file in that place that is not a record of this program is
+        quarantined in bad/ of the pulls folder, or removed if there is no space for that.
+
+        The conditions are checked under the store's lock, so that no prune comes between the check and the write.
+
+        Returns:
+            None when nothing was written: with `whole`, because a blob is missing; with `known`, because there is no
+            record.
+
+        Raises:
+            OSError: the record cannot be read or written.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with store_locked(self._root):
@@ -300,9 +328,15 @@ class RecordFiles:
         return record
 
     def want(self, digest: Digest, wanted: bool) -> Record | None:
-        """Note that the layers of the image `digest` belong into the store, or do not, where its record does not say.
+        """Note whether the layers of the image `digest` belong in the store, where its record does not say it yet.
 
-        What it says is changed from False to True alone. Returns the record, None if there is none.
+        A record that says False can be changed to True, but one that says True is never changed.
+
+        Returns:
+            The record as it is then on disk, or None if there is none.
+
+        Raises:
+            OSError: the record cannot be read or written.
         """
         path = self.path(digest, is_list=False)
         with store_locked(self._root):
@@ -315,9 +349,16 @@ class RecordFiles:
     def restore(
         self, manifest: Manifest, images: Mapping[str, Dates], fetched: str, wanted: bool | None = None
     ) -> Record:
-        """Writes that `images` mean `manifest`, as a lost record had it; it was `fetched` anew by another image URL.
+        """Write that `images` mean `manifest`, as a lost record did.
 
-        `wanted` is what the lost record said. Returns the record as it is on disk then.
+        `fetched` is the image URL by which the manifest was fetched since then; it is noted only if `images` has it.
+        `wanted` is what the lost record said.
+
+        Returns:
+            The record as it is then on disk.
+
+        Raises:
+            OSError: the record cannot be read or written.
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with store_locked(self._root):
@@ -343,18 +384,22 @@ class RecordFiles:
             return None
 
     def read_for_pull(self, path: Path, now: float) -> tuple[Record, bool]:
-        """The record, as `read_record` gives it, and whether `note_pull` has something to note at `now`."""
+        """Read the record as `read_record` does, and tell whether `note_pull` has anything to note at time `now`."""
         return read_record(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
 
     def note_pull(self, path: Path, now: float) -> None:
-        """Lets the file's mtime tell, to the minute, that the manifest was pulled at `now`."""
-        # A store that can only be read still serves.
+        """Set the mtime of the file to `now`, the time of a pull, unless it is less than a minute old."""
+        # A read-only store still serves hits.
         with suppress(OSError):
             if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
                 os.utime(path, (now, now))
 
     def look(self, known: Mapping[Path, Signature], *, blobs: bool = False) -> Changes:
-        """Compares the folders with what is `known` and reads what is new or changed; looks at `blobs` too."""
+        """Compare the folders with what is `known` and read new and changed files; with `blobs`, find removed blobs.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
         seen: dict[Path, Signature] = {}
         read: dict[Path, Entry] = {}
         damaged: dict[Path, str] = {}
@@ -370,7 +415,7 @@ class RecordFiles:
                 except RecordInvalid as error:
                     damaged[path] = str(error)
                 except OSError as error:
-                    # Nothing that will show on the file may end this: it is tried again at the next look.
+                    # The cause may end without a change to the file, so the file is read again at the next scan.
                     damaged[path] = error.strerror or str(error)
                     seen[path] = UNREAD
         blobs_gone = self._blobs.gone() if blobs else frozenset()
@@ -382,10 +427,11 @@ class RecordFiles:
 
 
 def is_wanted(record: Record, blobs: Path) -> bool:
-    """Tell whether the layers of the image belong into the store, whose blobs are in the folder `blobs`.
+    """Tell whether the layers of an image belong in the store, whose blobs are in the folder `blobs`. Blocks.
 
-    One whose record does not say is wanted when it is known by a tag, or when a layer of it is here; one that is not
-    wanted counts as wanted when all its layers are here, as other caches have pulled it through this one. Blocks.
+    If the record does not say, the image is wanted when it is known by a tag, has no layers, or has a layer in the
+    store. If the record says that it is not wanted, it counts as wanted once all its layers are in the store: other
+    caches have pulled it through this one.
     """
     if record.wanted:
         return True
@@ -397,7 +443,11 @@ def is_wanted(record: Record, blobs: Path) -> bool:
 
 
 def signatures(folder: Path) -> list[tuple[Path, Signature]]:
-    """The files in `folder` that have a record's name. Blocks; raises `OSError`."""
+    """Return the files in `folder` that are named like a record, with their signatures. Blocks.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:

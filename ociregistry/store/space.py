@@ -1,4 +1,4 @@
-"""The room on the store's disk: how much is free, and how much of it stays free."""
+"""The free space on the store's disk, and the reserve that is kept of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ociregistry.config.values import Reserve
 from ociregistry.store.files import Threads
 
 _LOOK_EVERY = 1.0
-"""Seconds; other processes write to the disk too."""
+"""Seconds. Other processes write to the disk too."""
 _FULL = 2 * 1024 * 1024
 """Bytes above the reserve, more than a download writes at once: with less, every download stops."""
 
@@ -34,10 +34,10 @@ class Room:
 
 
 class Space:
-    """Refuses what would take the disk below the reserve, and reports when it is full.
+    """Refuses writes that would take the disk below the reserve, and logs when the disk is full.
 
-    Free space is read by statvfs, in threads, every second and before anything is refused. Between two readings
-    the bytes that this process writes are subtracted.
+    Free space is read by statvfs, in threads, every second and before a write is refused. Between two readings, the
+    bytes that this process writes are subtracted.
     """
 
     log = Logger(namespace="ociregistry.store")
@@ -50,7 +50,10 @@ class Space:
         threads: Threads,
         clock: IReactorTime,
     ) -> None:
-        """`make_room` is called in a thread with the number of bytes that are missing, and may remove files."""
+        """Account for the disk of `folder`.
+
+        `make_room` is called in a thread with the number of bytes that are missing, and may remove files.
+        """
         self.room = Room(0, 0, full=False)
         self._folder = folder
         self._reserve = reserve
@@ -65,23 +68,30 @@ class Space:
         self._looking.clock = clock
 
     def reconfigure(self, reserve: Reserve) -> None:
-        """Keeps this much free from the next reading on."""
+        """Apply a new `reserve` from the next reading on."""
         self._reserve = reserve
 
     def start(self) -> None:
-        """Reads the free space now, and then every second. Blocks for the first reading; raises `OSError`."""
+        """Read the free space now, and then every second. Blocks for the first reading.
+
+        Raises:
+            OSError: it cannot be read.
+        """
         self._tell(self._read_for_room())
         self._looking.start(_LOOK_EVERY, now=False)
 
     def stop(self) -> None:
-        """Stops reading."""
+        """Stop reading."""
         self._looking.stop()
 
     def check(self, count: int | None) -> Deferred[None]:
-        """Look, in a thread, whether `count` bytes fit beside the reserve; None: whether any do.
+        """Check in a thread that `count` bytes fit beside the reserve; with None, that any byte does.
 
-        What other downloads still need does not count: a slow one must not keep room from all others. Those that do
-        not fit together stop at the reserve. The Deferred fails with `OSError` (ENOSPC) when they do not fit.
+        What other downloads still need does not count, so that a slow one cannot keep room from all others. Downloads
+        that do not fit together stop at the reserve.
+
+        Raises:
+            OSError: through the Deferred: ENOSPC, they do not fit.
         """
         return self._threads.write(self._check, 1 if count is None else count)
 
@@ -90,9 +100,10 @@ class Space:
             self._ensure(count, fresh=True)
 
     def spend(self, count: int) -> None:
-        """Note that `count` bytes are about to be written.
+        """Note that `count` bytes are about to be written. Blocks.
 
-        Blocks. Raises: `OSError` (ENOSPC) when that would leave less than the reserve.
+        Raises:
+            OSError: ENOSPC, that would leave less than the reserve.
         """
         with self._lock:
             self._ensure(count)
@@ -134,7 +145,7 @@ class Space:
     def _tell(self, read: tuple[int, int]) -> None:
         free, reserve = read
         was_full = self.room.full
-        # A little more is needed to leave this state than to enter it, so that it is not logged again and again.
+        # Leaving this state takes more free space than entering it, so that it is not logged repeatedly.
         full = free - reserve < (2 * _FULL if was_full else _FULL)
         self.room = Room(free, reserve, full)
         if full and not was_full:

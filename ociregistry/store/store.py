@@ -1,4 +1,4 @@
-"""The store: the only door to the disk. It knows files and digests, and nothing of networks or clients."""
+"""The store: the only access to the disk. It handles files and digests, not networks or clients."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ociregistry.store.workdir import ControlSocket, PendingFiles, PendingImage,
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much the store holds."""
+    """The numbers of records in the store: indexes (`lists`) and image manifests (`images`)."""
 
     lists: int
     images: int
 
 
 class Store:
-    """Records, blobs and partials below one folder, and the view of them in memory."""
+    """Records, blobs and partials below one folder, and the view of the records in memory."""
 
     log = Logger(namespace="ociregistry.store")
 
@@ -49,7 +49,10 @@ class Store:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         reserve: Reserve = USUAL_RESERVE,
     ) -> None:
-        """`reserve` is the room on the disk that is left free whatever is being written."""
+        """Set up the store in the folder `root`; `start` begins the work.
+
+        `reserve` is how much of the disk is always kept free.
+        """
         self._root = root
         self._blobs = blobs_folder(root)
         self._now = now
@@ -58,18 +61,22 @@ class Store:
         self._clock = clock
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
         self._committed: dict[Digest, int] = {}
-        """Blobs that this process committed, for those that no record names (yet)."""
+        """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
         self.pending: dict[Digest, Repository] = {}
-        """The images that are to be completed, each with the repository that it comes from."""
+        """Image that is to be completed -> the repository to fetch it from."""
         self.undecided: dict[Digest, Repository] = {}
-        """The images of an index that were asked for, and may not be wanted."""
+        """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
 
     def start(self, *, adopts: bool = True) -> None:
-        """Makes the folders and reads all records, then keeps looking every second.
+        """Make the folders, read all records, and then look for changes every second.
 
-        Who `adopts` takes a pulls/<n>/ at once, with what ended processes left; on a disk without space for a new one
-        it goes on without. Blocks until the records are read, so that whoever finds the port open finds the whole
-        cache. Raises `OSError`.
+        Blocks until the records are read, so that a client that finds the port open finds the whole cache.
+
+        With `adopts`, take a pulls/<n>/ folder at once, together with what ended processes left. On a disk without
+        space for a new folder the store starts without one.
+
+        Raises:
+            OSError: a folder cannot be made or read.
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
@@ -101,42 +108,51 @@ class Store:
                 (self.undecided if pending.undecided else self.pending)[pending.image] = pending.repository
 
     def _pending_files(self) -> PendingFiles:
-        """Blocks, as it may have to take the folder. Raises `OSError`."""
+        """Return the files of this process's pending images. Blocks, as it may have to take the pulls/<n>/ folder.
+
+        Raises:
+            OSError: the folder cannot be taken.
+        """
         return PendingFiles(self._pulls.path, self._files)
 
     def stop(self) -> None:
-        """Ends the threads, after what they are at."""
+        """End the threads after their current work, and release the pulls/<n>/ folder."""
         self._view.stop()
         self._space.stop()
         self._threads.stop()
         self._pulls.close()
 
     def control_socket(self) -> ControlSocket:
-        """Where this process may listen for others on the same store; whoever gets it closes it. Raises `OSError`."""
+        """Return where this process may listen for other processes on the same store. The caller closes it.
+
+        Raises:
+            OSError: the pulls/<n>/ folder cannot be taken or opened.
+        """
         control_socket = ControlSocket(self._pulls.path)
         control_socket.clear()
         return control_socket
 
     @property
     def counts(self) -> Counts:
-        """How many records there are."""
+        """The numbers of records."""
         return Counts(*self._catalogue.counts())
 
     @property
     def room(self) -> Room:
-        """What is free on the disk."""
+        """How much of the disk is free."""
         return self._space.room
 
     def reconfigure(self, reserve: Reserve) -> None:
-        """Leaves this much free from now on."""
+        """Apply a new `reserve`."""
         self._space.reconfigure(reserve)
 
     # Manifests
 
     async def manifest(self, image: ImageReference) -> Manifest | None:
-        """The manifest that `image` means, read from its record; None is a miss.
+        """Return the manifest that `image` means, read from its record, or None on a miss.
 
-        A digest is found whichever repository it came from, and is then known by this one too.
+        A digest is found whichever repository it came from, and is then noted as known in the requested repository
+        too.
         """
         while True:
             digest = self._catalogue.resolve(image)
@@ -158,7 +174,11 @@ class Store:
         return record.manifest
 
     async def _read(self, digest: Digest) -> Record | None:
-        """The record as it is on disk now; None, and forgotten, when there is none."""
+        """Read the record `digest` from the disk as it is now.
+
+        Returns:
+            None when the record cannot be read; it is then dropped from memory.
+        """
         entry = self._catalogue.get(digest)
         assert entry is not None
         path = self._records.path(digest, is_list=entry.is_list)
@@ -171,7 +191,7 @@ class Store:
             self._view.lost(path)
             return None
         if to_note:
-            # Not where hits are read: it may wait for the disk.
+            # In a thread for writing: this may wait for the disk, which must not delay a hit.
             self._threads.write(self._records.note_pull, path, now)
         return record
 
@@ -185,10 +205,17 @@ class Store:
         whole: bool = False,
         known: bool = False,
     ) -> bool:
-        """Writes that `image` means `manifest`, as of now or of these `dates`; whether it did. Raises `OSError`.
+        """Write a record that says that `image` means `manifest`, as of now or of the given `dates`.
 
-        `wanted` says whether the layers of the image belong into the store; a record that says so already keeps it.
-        It does not where the image is to be `whole` and lacks a blob, or is to be `known` and has no record any more.
+        `wanted` says whether the layers of the image belong in the store; a record that says so already keeps saying
+        so. With `whole`, nothing is written when a blob is missing; with `known`, nothing is written when there is no
+        record.
+
+        Returns:
+            Whether the record was written.
+
+        Raises:
+            OSError: the record cannot be written.
         """
         confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
         args = manifest, image, confirmed, created
@@ -206,18 +233,23 @@ class Store:
         fetched: ImageReference,
         wanted: bool | None = None,
     ) -> None:
-        """Writes that `images` mean `manifest`, as a lost record had it; `fetched` is by what it was asked for since.
+        """Write a record that says that `images` mean `manifest`, as a lost record did.
 
-        `wanted` is what the lost record said. Raises `OSError`.
+        `fetched` is the reference by which the manifest was fetched since then; `wanted` is what the lost record
+        said.
+
+        Raises:
+            OSError: the record cannot be written.
         """
         noted = {str(image): dates for image, dates in images.items()}
         record = await self._threads.write_in_turn(self._records.restore, manifest, noted, str(fetched), wanted)
         self._view.wrote(record)
 
     async def want(self, image: Digest, *, wanted: bool = True) -> None:
-        """Note in its record that the layers of `image` belong into the store, or do not.
+        """Note in the record of `image` whether its layers belong in the store; an image that is wanted stays wanted.
 
-        An image that is wanted stays so. Raises `OSError`.
+        Raises:
+            OSError: the record cannot be written.
         """
         entry = self._catalogue.get(image)
         if entry is not None and entry.wanted:
@@ -227,37 +259,42 @@ class Store:
             self._view.wrote(record)
 
     def entry(self, digest: Digest) -> Entry | None:
-        """Return what memory keeps of the record `digest`."""
+        """Return what memory keeps of the record `digest`, or None if there is no record."""
         return self._catalogue.get(digest)
 
     def indexes(self, child: Digest) -> Collection[Digest]:
-        """Return the indexes that name the manifest `child`, directly or through others."""
+        """Return the indexes that name the manifest `child`, directly or through other indexes."""
         return self._catalogue.indexes(child)
 
     @property
     def digests(self) -> Collection[Digest]:
-        """All records."""
+        """The digests of all records."""
         return self._catalogue.digests()
 
     def watch(self, changed: Callable[[Set[Digest]], object]) -> None:
-        """Have `changed` called with the records that were written, changed, lost, or lost a blob."""
+        """Call `changed` with the digests of records each time they were written, changed or lost, or lost a blob."""
         self._view.on_change = changed
 
     def tags(self, repository: Repository) -> list[Tag]:
-        """The tags of `repository` that the cache knows, sorted."""
+        """Return the tags of `repository` that the cache knows, sorted."""
         return self._catalogue.tags(repository)
 
     # Blobs
 
     def size_in(self, repository: Repository, digest: Digest) -> int | None:
-        """The size in bytes that the manifests of `repository` give the blob, or None if none (or two) do."""
+        """Return the size in bytes that the manifests of `repository` give the blob.
+
+        Returns:
+            None when no manifest names the blob, or when manifests give it different sizes.
+        """
         sizes = self._catalogue.sizes(digest, repository)
         return sizes.pop() if len(sizes) == 1 else None
 
     async def blob(self, digest: Digest) -> StoredBlob | None:
-        """The whole blob, open for reading; None is a miss.
+        """Open a whole blob for reading, or return None on a miss.
 
-        It counts as there when its size is one that a manifest gives it: a half-copied one is a miss.
+        A file counts as the blob when it has a size that a manifest gives the blob, or that this process committed it
+        with. So a half-copied file is a miss.
         """
         opened = await self._threads.read(open_blob, self._blobs / digest.hex)
         if opened is None:
@@ -269,17 +306,21 @@ class Store:
         return StoredBlob(digest, file, size, self._threads)
 
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
-        """The blobs that `manifest` names and that are not there, and their sizes in bytes, record or not."""
+        """Return the missing blobs of `manifest`, which needs no record, with their sizes in bytes."""
         return await self._threads.read(missing_blobs, self._blobs, manifest.blob_sizes)
 
     async def holds(self, digest: Digest, size: int) -> bool:
-        """Whether a blob is there, and has this size in bytes."""
+        """Tell whether a blob is in the store with this size in bytes."""
         return await self._threads.read(size_of_blob, self._blobs / digest.hex) == size
 
     # Images
 
     async def add_pending(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
-        """Notes that all blobs of the image `manifest` are, or perhaps are, to be fetched. Raises `OSError`."""
+        """Note that all blobs of the image `manifest` are to be fetched, or with `undecided`, that they perhaps are.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
         pending = self.undecided if undecided else self.pending
         if manifest in pending or (undecided and manifest in self.pending):
             return
@@ -289,31 +330,39 @@ class Store:
         await self._threads.write_in_turn(lambda: self._pending_files().write(noted))
 
     async def remove_pending(self, manifest: Digest) -> None:
-        """Notes that they are not, or are there. Raises `OSError`."""
+        """Note that the blobs of an image need not be fetched, because they are there or not wanted.
+
+        Raises:
+            OSError: the note cannot be removed.
+        """
         for pending in (self.undecided, self.pending):
             pending.pop(manifest, None)
         await self._threads.write_in_turn(lambda: self._pending_files().remove(manifest))
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
-        """The blobs that the image `manifest` lacks, and their sizes in bytes; None if it has no record."""
+        """Return the missing blobs of the image `manifest` with their sizes in bytes, or None if it has no record."""
         entry = self._catalogue.get(manifest)
         if entry is None:
             return None
         return await self._threads.read(missing_blobs, self._blobs, entry.blobs)
 
     async def lacking_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
-        """Return the wanted images among `digests` that lack blobs, each with these and their sizes in bytes.
+        """Return the wanted images among `digests` that lack blobs, each with these blobs and their sizes in bytes.
 
-        Raises `OSError`.
+        Raises:
+            OSError: the folder of blobs cannot be read.
         """
         entries = ((digest, self._catalogue.get(digest)) for digest in digests)
         images = {digest: entry.blobs for digest, entry in entries if entry is not None and entry.wanted}
         return await self._threads.read(_lacking_images, self._blobs, images)
 
     async def lacking_metadata(self, digests: Collection[Digest]) -> list[Digest]:
-        """Return those of the manifests `digests` that have no record, or of which the config is missing.
+        """Return those of the manifests `digests` that have no record, or whose config is missing.
 
-        Raises `OSError`.
+        Configs larger than `LARGEST_CONFIG` bytes are not metadata and do not count.
+
+        Raises:
+            OSError: the folder of blobs cannot be read.
         """
         entries = {digest: self._catalogue.get(digest) for digest in digests}
         configs = {
@@ -325,33 +374,45 @@ class Store:
         return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
 
     def repositories(self, manifest: Digest) -> Set[Repository]:
-        """Return the repositories that a manifest is known by."""
+        """Return the repositories in which a manifest is known."""
         entry = self._catalogue.get(manifest)
         return entry.repositories if entry is not None else set()
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
-        """The repositories that have an image with this blob, and the size in bytes that its manifest gives it."""
+        """Return the repositories with an image that has this blob, and the size in bytes that it gives the blob."""
         return self._catalogue.uses(blob)
 
     def naming(self, blob: Digest) -> Mapping[Digest, int]:
-        """Return the manifests that name this blob, and the size in bytes that they give it."""
+        """Return the manifests that name this blob, and the size in bytes that each gives it."""
         return self._catalogue.naming(blob)
 
-    # Upkeep
+    # Maintenance
 
     async def prune(self, choose: Choose) -> Plan:
-        """Takes away what `choose` says, and gives what that was. Raises `OSError`."""
+        """Prune what `choose` selects; return the plan that was carried out.
+
+        Raises:
+            OSError: the store cannot be read or changed.
+        """
         return await self._threads.write(prune, self._root, choose, self._files)
 
     async def verify(self, max_rate: float | None, advance: Callable[[int, int], object], found: Found) -> Findings:
-        """As `Verifier` has it. Raises `OSError`."""
+        """Verify the whole store as `Verifier.verify` does, and note when it was verified.
+
+        Raises:
+            OSError: the store cannot be read, or damaged files cannot be moved.
+        """
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
         findings = await verifier.verify(max_rate, advance)
         await self._threads.write(note_verified, self._root, self._now())
         return findings
 
     async def last_verified(self, now: datetime) -> datetime:
-        """When that ended last; if it never did, `now` counts as that from now on. Raises `OSError`."""
+        """Return when the store was verified last. If it never was, `now` counts as that time from now on.
+
+        Raises:
+            OSError: the time cannot be read or noted.
+        """
         return await self._threads.write(last_verified, self._root, now)
 
     # Partials
@@ -359,9 +420,12 @@ class Store:
     async def new_partial(
         self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False
     ) -> Partial:
-        """An empty partial that is to become the blob `digest` of `size` bytes. Raises `OSError`.
+        """Create an empty partial that is to become the blob `digest` of `size` bytes.
 
-        A `staged` one lies beside a download of the same blob, which may be taken up again.
+        A `staged` partial has a file name of its own, beside a download of the same blob that may still be resumed.
+
+        Raises:
+            OSError: the files cannot be made.
         """
         name = f"{digest.hex}{STAGED_SUFFIX}" if staged else digest.hex
         return await self._threads.write(
@@ -371,13 +435,21 @@ class Store:
         )
 
     async def old_partial(self, digest: Digest) -> Partial | None:
-        """What an earlier download left of the blob `digest`, or None. Raises `OSError`."""
+        """Return the partial of the blob `digest` that an earlier download left, or None.
+
+        Raises:
+            OSError: the partial cannot be opened.
+        """
         return await self._threads.write(
             lambda: Partial.resume(digest, self._pulls.path / digest.hex, self._space, self._files, self._threads)
         )
 
     async def check_room(self, size: int | None) -> None:
-        """Raise `OSError` (ENOSPC) when `size` bytes, or any if that is None, do not fit beside the reserve."""
+        """Check that `size` bytes fit beside the reserve; with None, that any byte does.
+
+        Raises:
+            OSError: ENOSPC, they do not fit.
+        """
         await self._space.check(size)
 
     def _remove_partials(self, missing: int) -> None:
@@ -388,7 +460,11 @@ class Store:
         return entry.blobs if entry is not None else ()
 
     async def commit(self, partial: Partial) -> None:
-        """Makes the verified `partial` a blob that counts as there. Raises `OSError`."""
+        """Make the verified `partial` a blob, which counts as present from then on.
+
+        Raises:
+            OSError: the blob cannot be written.
+        """
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
 

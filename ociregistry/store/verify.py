@@ -1,4 +1,4 @@
-"""Verifying: every record and blob is read and hashed again; damaged ones are quarantined."""
+"""Verification: every record and blob is read and hashed again; damaged files are quarantined."""
 
 from __future__ import annotations
 
@@ -28,61 +28,61 @@ from ociregistry.store.workdir import PullsFolder, store_locked
 Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
 
 _SLICE = 4 * 1024 * 1024
-"""Bytes that are read and hashed in one go of a thread."""
+"""Bytes that a thread reads and hashes in one job."""
 _BAD_DISK = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
-"""Errors of a file that are of the file alone, whoever reads it and when."""
+"""Errors that belong to the file itself, whichever process reads it and at any time."""
 _NOTED = re.compile(
     r'"(?P<url>[^"\\\s]{3,600})":\s*\{\s*"created":\s*"(?P<created>[^"]{1,40})",'
     r'\s*"confirmed":\s*"(?P<confirmed>[^"]{1,40})"\s*\}'
 )
-"""An image URL in a record, also in what is left of one."""
+"""An image URL in a record, also in the remains of a damaged one."""
 _NOTED_WANTED = re.compile(r'^  "wanted": (?P<wanted>true|false),$', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A file that is not what its name says."""
+    """A file whose content is not what its name says."""
 
     path: Path
     digest: Digest
     why: str
     images: tuple[tuple[ImageReference, Dates], ...] = ()
-    """Of a record: the image URLs that still stand in it."""
+    """For a record: the image URLs that can still be read from it."""
     wanted: bool | None = None
-    """Of a record: what still stands in it of whether the layers of the image are wanted."""
+    """For a record: whether the layers of the image are wanted, if that can still be read from it."""
     kept: bool = True
-    """Whether it was put aside; else it was removed, as there was no space to put it aside."""
+    """Whether the file was quarantined; otherwise it was removed, as there was no space for that."""
 
     @property
     def is_blob(self) -> bool:
-        """Whether it is a blob, not a record."""
+        """Whether the file is a blob, not a record."""
         return is_blob_path(self.path)
 
 
 @dataclass(slots=True)
 class Findings:
-    """What was found so far."""
+    """The result of a verification so far."""
 
     records: int = 0
     blobs: int = 0
     bytes: int = 0
-    """Of blobs, hashed."""
+    """Bytes of blobs that were hashed."""
     damaged: list[Damaged] = field(default_factory=list)
     foreign: dict[Path, str] = field(default_factory=dict)
-    """Files among the records that are not of this program, and why."""
+    """File among the records that is not a record of this program -> reason."""
     missing: dict[Digest, Mapping[Digest, int]] = field(default_factory=dict)
-    """Wanted images that lack blobs, each with these and their sizes in bytes."""
+    """Wanted image that lacks blobs -> the missing blobs and their sizes in bytes."""
     missing_metadata: dict[Digest, Mapping[Digest, int]] = field(default_factory=dict)
-    """Images that are kept as metadata of an index and lack their config, in the same form."""
+    """Image that is kept as metadata of an index and lacks its config -> the config and its size in bytes."""
 
 
 class Verifier:
-    """Goes through the store at `root`, slice by slice, in threads."""
+    """Verifies the store at `root`, slice by slice, in threads."""
 
     def __init__(
         self, root: Path, pulls: PullsFolder, files: Files, threads: Threads, clock: IReactorTime, found: Found
     ) -> None:
-        """`found` is awaited with what is damaged, as soon as it was put aside."""
+        """Set up the verification; `found` is awaited with each damaged file as soon as it is quarantined."""
         self._root = root
         self._pulls = pulls
         self._files = files
@@ -91,9 +91,15 @@ class Verifier:
         self._found = found
 
     async def verify(self, max_rate: float | None, advance: Callable[[int, int], object]) -> Findings:
-        """What is damaged, which is put aside; `max_rate` is in bytes a second.
+        """Verify everything and quarantine damaged files; `max_rate` is in bytes a second.
 
-        `came` is called with how many bytes of blobs were hashed, and how many there are in all. Raises `OSError`.
+        `advance` is called with the number of bytes of blobs hashed so far, and the number of bytes of all blobs.
+
+        Returns:
+            What was found. Missing blobs are determined at the end, after damaged ones were quarantined.
+
+        Raises:
+            OSError: a file cannot be read for another reason than damage, or cannot be quarantined or removed.
         """
         findings = Findings()
         images: dict[Digest, Record] = {}
@@ -137,7 +143,7 @@ class Verifier:
     def _put_record_aside(self, path: Path, why: str) -> Damaged | None:
         with store_locked(self._root):
             try:
-                # Another process may have written it anew.
+                # Another process may have replaced the record.
                 read_record(path)
                 return None
             except FileNotFoundError:
@@ -175,7 +181,7 @@ class Verifier:
             file.release()
 
     def _put_blob_aside(self, checked: _Checked) -> Damaged | None:
-        """None if it is not there any more: another process may have brought it anew, or be copying it."""
+        """Quarantine a damaged blob; return None if its file has changed: another process may have replaced it."""
         if not checked.is_unchanged():
             return None
         kept = self._put_aside(checked.path)
@@ -188,12 +194,12 @@ class Verifier:
 
 
 class _Checked:
-    """A blob that is read through once; everything blocks."""
+    """A blob that is read through once. All methods block."""
 
     def __init__(self, path: Path, file: SharedFile) -> None:
         self.path = path
         self.why = ""
-        """What is wrong with it."""
+        """What is wrong with the blob."""
         self._file = file
         self._digest = digest_of(path)
         self._hasher = self._digest.hasher()
@@ -201,7 +207,7 @@ class _Checked:
         self._at = 0
 
     def hash_more(self) -> int:
-        """How many bytes were read and hashed; none at the end."""
+        """Read and hash the next slice; return its size in bytes, 0 at the end or where the blob cannot be read."""
         try:
             data = os.pread(self._file.fileno(), _SLICE, self._at)
         except OSError as error:
@@ -216,7 +222,7 @@ class _Checked:
         return len(data)
 
     def is_unchanged(self) -> bool:
-        """Whether its name still leads to what was read."""
+        """Tell whether the path still leads to the file that was read, unchanged."""
         try:
             now = self.path.stat()
         except FileNotFoundError:
@@ -226,7 +232,7 @@ class _Checked:
 
 
 def _and_release(lease: SharedFile, work: Callable[[], int]) -> int:
-    """What `work` gives: who waits for it may have gone, and must not close the file under it."""
+    """Return the result of `work`, holding the lease: a cancelled caller must not close the file while it is read."""
     try:
         return work()
     finally:
@@ -242,9 +248,9 @@ def _sizes(folder: Path) -> dict[Path, int]:
 
 
 def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
-    """Tell whether an image is wanted, and which blobs the folder `blobs` lacks of it.
+    """Tell whether an image is wanted, and which of its blobs are missing from the folder `blobs`. Blocks.
 
-    Of one that is not wanted these are its config alone, which belongs to the metadata of an index. Blocks.
+    For an image that is not wanted only its config counts, which belongs to the metadata of an index.
     """
     manifest = record.manifest
     if is_wanted(record, blobs):
@@ -256,7 +262,7 @@ def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
 
 
 def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool | None]:
-    """Return the image URLs of a damaged record, and whether it is wanted, as far as they can be made out."""
+    """Return the image URLs of a damaged record, and whether it is wanted, as far as they can be read."""
     found = []
     try:
         text = path.read_bytes().decode("utf-8", "replace")
@@ -271,9 +277,10 @@ def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], 
 
 
 def last_verified(root: Path, now: datetime) -> datetime:
-    """Give when the store at `root` was verified last; if it never was, `now` counts as that from now on. Blocks.
+    """Return when the store at `root` was verified last. If it never was, note `now` as that time. Blocks.
 
-    Raises: `OSError`.
+    Raises:
+        OSError: the time cannot be read or noted.
     """
     path = _stamp(root)
     if not path.exists() and not note_verified(root, now):
@@ -284,9 +291,11 @@ def last_verified(root: Path, now: datetime) -> datetime:
 def note_verified(root: Path, now: datetime) -> bool:
     """Note that the store at `root` was verified at `now`, unless there is no space for a note. Blocks.
 
-    Returns: whether there was space.
+    Returns:
+        Whether there was space.
 
-    Raises: `OSError`.
+    Raises:
+        OSError: the time cannot be noted for another reason.
     """
     path = _stamp(root)
     try:

@@ -1,6 +1,6 @@
-"""pulls/<n>/: work in progress of one process, with its lock, pending images and control socket.
+"""pulls/<n>/: the work in progress of one process, with its lock, pending images and control socket.
 
-What a process that ended has left there, another one adopts.
+What a process that ended has left there is taken over by another process.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from ociregistry.store.paths import (
 
 
 def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
-    """Return the blobs that are to be fetched for images of the store at `root`, by whichever process.
+    """Return the blobs that any process is to fetch for pending images of the store at `root`. Blocks.
 
-    `blobs_of` gives the blobs that the record of a manifest names, none where there is no record. Blocks. Raises:
-    `OSError`.
+    `blobs_of` returns the blobs that the record of a manifest names, or none if there is no record.
+
+    Raises:
+        OSError: a folder cannot be read.
     """
     paths = (path for folder in pulls_folders(root) for path in folder.glob(f"*{PENDING_SUFFIX}"))
     manifests = (Digest.from_hex(path.stem) for path in paths)
@@ -57,7 +59,13 @@ class PendingImage:
 
 
 class PendingFiles:
-    """The wishes of this process, `<hex of the manifest>.wish` in its folder. All of it blocks; raises `OSError`."""
+    """The files of the pending images of one process, `<hex of the manifest>.wish` in its folder.
+
+    All methods block.
+
+    Raises:
+        OSError: a file cannot be read, written or removed.
+    """
 
     def __init__(self, folder: Path, files: Files) -> None:
         self._folder = folder
@@ -72,11 +80,11 @@ class PendingFiles:
         self._files.put(path, json.dumps(document).encode() + b"\n", temporary(path))
 
     def remove(self, manifest: Digest) -> None:
-        """Wishes no more."""
+        """Remove the file of a pending image, if it is there."""
         self._files.unlink(self._path(manifest))
 
     def read(self) -> Iterator[PendingImage]:
-        """All that is wished for; what is no wish is removed."""
+        """Yield the pending images, removing files that cannot be parsed."""
         for path in sorted(path for path in self._folder.glob(f"*{PENDING_SUFFIX}") if path.is_file()):
             pending = _read(path)
             if pending is None:
@@ -85,7 +93,7 @@ class PendingFiles:
                 yield pending
 
     def look(self) -> Iterator[PendingImage]:
-        """Yield the pending images of a folder that may be another process's."""
+        """Yield the pending images without removing anything; the folder may belong to another process."""
         for path in self._folder.glob(f"*{PENDING_SUFFIX}"):
             pending = _read(path)
             if pending is not None:
@@ -96,7 +104,7 @@ class PendingFiles:
 
 
 def pending_images(root: Path) -> frozenset[Digest]:
-    """Return the images, asked for in any process on the store at `root`, of which nothing is decided yet. Blocks."""
+    """Return the undecided pending images of all processes on the store at `root`. Blocks."""
     files = (PendingFiles(folder, Files()) for folder in pulls_folders(root))
     return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
 
@@ -106,7 +114,7 @@ def _read(path: Path) -> PendingImage | None:
     if manifest is None:
         return None
     try:
-        # Only a file: a pipe would be waited for.
+        # Only a regular file: reading a pipe would block.
         document = json.loads(path.read_bytes() if path.is_file() else b"")
         repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
         return PendingImage(manifest, repository, document.get("undecided") is True)
@@ -118,10 +126,11 @@ def _read(path: Path) -> PendingImage | None:
 def store_locked(root: Path) -> Iterator[None]:
     """Hold the exclusive lock of the store at `root`: a flock on pulls/lock. Blocks.
 
-    On a disk without space for that file the folder `root` is locked instead. That excludes everybody, as the file is
-    only ever made under the folder's lock.
+    On a disk without space for that file the folder `root` is locked instead. That excludes every other process, as
+    the file is only made under the folder's lock.
 
-    Raises: `OSError`.
+    Raises:
+        OSError: the lock cannot be opened or taken.
     """
     path = store_lock(root)
     if not path.exists():
@@ -134,7 +143,7 @@ def store_locked(root: Path) -> Iterator[None]:
 
 
 def _made(path: Path) -> bool:
-    """Make an empty file, and the folder that it is in; tell whether there was space for them."""
+    """Make an empty file and its folder; tell whether there was space for them."""
     try:
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -163,14 +172,14 @@ def _folder_locked(folder: Path) -> Iterator[None]:
 class PullsFolder:
     """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
 
-    It is taken when it is first used, so that a process that writes nothing there needs no space for it.
+    It is taken at its first use, so that a process that writes nothing there needs no space for it.
     """
 
     def __init__(self, root: Path, files: Files, *, adopts: bool = True) -> None:
         """Use the store at `root`.
 
-        Whoever `adopts` takes over the partials and wishes of processes that have ended, in this and other folders;
-        else no folder is taken in which something was left.
+        With `adopts`, take over the partials and pending images of processes that have ended, from this and other
+        folders. Without it, skip folders that hold leftovers.
         """
         self._root = root
         self._files = files
@@ -183,7 +192,8 @@ class PullsFolder:
     def path(self) -> Path:
         """The folder: the first that no process held when it was taken. Blocks.
 
-        Raises: `OSError`, also when there is no space for a new folder; the next call tries again.
+        Raises:
+            OSError: the folder cannot be taken, also when there is no space for a new one; the next call tries again.
         """
         with self._taking:
             if self._taken is None:
@@ -194,7 +204,7 @@ class PullsFolder:
         self._root.mkdir(parents=True, exist_ok=True)
         shared = store_lock(self._root)
         if not shared.exists():
-            # Made while there is space, for whoever needs it when there is none.
+            # Made while there is space, for processes that need the lock when there is none.
             with _folder_locked(self._root):
                 _made(shared)
         number = 0
@@ -204,7 +214,7 @@ class PullsFolder:
             try:
                 held = lock(folder / LOCK_NAME, wait=False)
             except OSError:
-                # It must not take the inode that its lock lacks.
+                # An empty folder must not use up the inode that its lock needs.
                 with suppress(OSError):
                     folder.rmdir()
                 raise
@@ -240,9 +250,9 @@ class PullsFolder:
         if held is None:
             return
         try:
-            # Whoever adopted before us may have been killed between a partial and its note.
+            # An earlier process may have been killed after it took over a note and before its partial.
             left = [path for path in folder.iterdir() if _is_kept(path, folder, ours)]
-            # A note without its partial is nothing; a partial without its note would be taken for a leftover.
+            # Notes first: a note without its partial does no harm, but a partial without its note would be removed.
             for path in sorted(left, reverse=True):
                 if not (ours / path.name).exists():
                     # Another process may have removed it as an orphan meanwhile.
@@ -256,17 +266,23 @@ class PullsFolder:
 
     @property
     def bad(self) -> Path:
-        """The folder for files that are not what they should be; it is made when it is asked for."""
+        """The quarantine folder, for files whose content is not what it should be. It is made at its first use.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         path = bad_folder(self.path)
         path.mkdir(exist_ok=True)
         return path
 
     def put_aside(self, path: Path) -> bool:
-        """Move the damaged file `path` into bad/, or remove it where there is no space for that. Blocks.
+        """Quarantine the damaged file `path` in bad/, or remove it where there is no space for that. Blocks.
 
-        Returns: whether it is in bad/ now.
+        Returns:
+            Whether it is in bad/ now.
 
-        Raises: `OSError`.
+        Raises:
+            OSError: it can be neither moved nor removed.
         """
         try:
             self._files.rename(path, self.bad / path.name)
@@ -278,18 +294,18 @@ class PullsFolder:
         return True
 
     def close(self) -> None:
-        """Let another process take the folder."""
+        """Release the folder, so that another process can take it."""
         if self._taken is not None:
             os.close(self._taken[1])
 
 
 def _is_kept(path: Path, *folders: Path) -> bool:
-    """Whether `path` is a wish, or belongs to a partial in one of the `folders`."""
+    """Tell whether `path` is a pending image, or belongs to a partial in one of the `folders`."""
     return path.suffix == PENDING_SUFFIX or _belongs_to_partial(path, *folders)
 
 
 def _belongs_to_partial(path: Path, *folders: Path) -> bool:
-    """Whether `path` is a partial or its note, and the other of the two is in one of the `folders`."""
+    """Tell whether `path` is a partial or its note, and the other of the two is in one of the `folders`."""
     name = path.name.removesuffix(NOTE_SUFFIX)
     if Digest.from_hex(name) is None:
         return False
@@ -297,19 +313,27 @@ def _belongs_to_partial(path: Path, *folders: Path) -> bool:
 
 
 class ControlSocket:
-    """The socket in a folder, by a path that is short enough for the kernel, wherever the store is."""
+    """The control socket in a folder, with a path that is short enough for the kernel wherever the store is."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises `OSError`."""
+        """Open the folder.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
         self._folder = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.path = f"/proc/self/fd/{self._folder}/{SOCKET_NAME}"
 
     def clear(self) -> None:
-        """Removes what a process left that was killed."""
+        """Remove the socket of a process that was killed, if it is there."""
         Path(self.path).unlink(missing_ok=True)
 
     def is_open(self) -> bool:
-        """Whether a process listens behind it."""
+        """Tell whether a process listens on the socket.
+
+        Raises:
+            OSError: the socket cannot be connected to, for another reason than that no process listens.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
             try:
                 asking.connect(self.path)
@@ -318,12 +342,16 @@ class ControlSocket:
             return True
 
     def close(self) -> None:
-        """The path leads nowhere any more."""
+        """Close the folder, which makes `path` unusable."""
         os.close(self._folder)
 
 
 def find_daemon(root: Path) -> ControlSocket | None:
-    """The door of the daemon that runs on the store at `root`, or None if none does. Raises `OSError`."""
+    """Return the control socket of the daemon that runs on the store at `root`, or None. The caller closes it.
+
+    Raises:
+        OSError: a folder or a socket cannot be opened.
+    """
     for folder in pulls_folders(root):
         control_socket = ControlSocket(folder)
         try:
