@@ -203,6 +203,11 @@ class View:
             self._changed.add(digest)
         self.catalogue.put(digest, entry)
 
+    def blob_arrived(self, blob: Digest) -> None:
+        """Report the records that name a blob which this process has stored."""
+        self._changed.update(self.catalogue.naming(blob))
+        self._tell()
+
     def _tell(self) -> None:
         changed, self._changed = self._changed, set()
         if changed:

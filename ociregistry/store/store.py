@@ -467,6 +467,7 @@ class Store:
         """
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
+        self._view.blob_arrived(partial.digest)
 
 
 def _lacking_images(
