@@ -46,7 +46,7 @@ class DaemonClient:
 
     def __init__(self, socket: str, instance: str, reactor: Any) -> None:
         """`socket` is the path of the control socket; `instance` names this process in Via headers."""
-        # With a Via header, the daemon does not complete images in the background: the client fetches what it needs.
+        # The daemon does not complete images by itself for requests with a Via header: the caller asks for all parts.
         self._via = Via().through(instance)
         pool = HTTPConnectionPool(reactor)
         agent = Agent.usingEndpointFactory(reactor, _Socket(socket, reactor), pool)

@@ -114,7 +114,7 @@ class Network:
     def reconfigure(self, settings: Settings) -> None:
         """Use new settings for each Registry made from now on, and apply the bandwidth limits at once.
 
-        Trust stores and client certificates are read again.
+        The operating system's trust store is read again.
         """
         self._settings = settings
         self._contexts.clear()
