@@ -71,7 +71,7 @@ Challenge = BasicChallenge | BearerChallenge
 
 
 def best_challenge(headers: Iterable[str]) -> Challenge | None:
-    """Return the challenge of these `WWW-Authenticate` headers to answer: Bearer if there is one, else Basic."""
+    """Return the challenge of `WWW-Authenticate` headers to answer: Bearer if there is one, else Basic, else None."""
     found = list(_challenges(headers))
     return next((one for one in found if isinstance(one, BearerChallenge)), next(iter(found), None))
 

@@ -30,7 +30,7 @@ from ociregistry.upstream.ratelimit import RateLimit
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
 _MOST_REFUSALS = 8
-"""The 401 responses to one request after which it is not retried, over all hosts that it is redirected to."""
+"""The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
 _SCHEME_KEPT = 600.0
 """Seconds for which a detected scheme is remembered."""
 _ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")

@@ -53,7 +53,7 @@ _CLOUD_METADATA = frozenset(
         ),
     )
 )
-# Networks of IPv6 addresses that embed an IPv4 address for translators: RFC 4291, 2765, 6052, 8215.
+# Networks in which translators and tunnels embed an IPv4 address in the last 32 bits: RFC 4291, 2765, 6052, 8215.
 _LAST_32_BITS = tuple(
     ipaddress.IPv6Network(net)
     for net in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
@@ -90,8 +90,8 @@ def _meanings(address: _Address) -> Iterator[_Address]:
         if any(address in network for network in _LAST_32_BITS):
             yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if address in _BEHIND_48_BITS:
-            # Bits 64 to 71 are reserved (RFC 6052, section 2.2). Where the bits around them are all zero, the IPv4
-            # address is in the last 32 bits, which are looked at above.
+            # The IPv4 address is around bits 64 to 71, which are reserved (RFC 6052, section 2.2). Where all of its
+            # bits are zero, the address is in the last 32 bits, which were yielded above.
             early = (int(address) >> 64 & 0xFFFF) << 16 | int(address) >> 40 & 0xFFFF
             if early:
                 yield ipaddress.IPv4Address(early)

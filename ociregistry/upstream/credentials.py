@@ -46,7 +46,7 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
     protocol = _Asked(server.encode("ascii"))
     what = f"{upstream}: {helper.program}"
     if shutil.which(helper.program) is None:
-        # spawnProcess forks first, so that only the child would notice a missing program.
+        # Where spawnProcess forks first, only the child would notice a missing program.
         raise Unavailable(f"{what} cannot be run: {os.strerror(errno.ENOENT)}")
     try:
         reactor.spawnProcess(protocol, helper.program, [helper.program, "get"], env=os.environ)

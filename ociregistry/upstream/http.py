@@ -55,7 +55,7 @@ _LARGEST_LEFTOVER = 64 * 1024
 
 
 class NoTls(Unavailable):
-    """The host refuses connections on its https port, or does not speak TLS."""
+    """The host refused the connection for an https URL, or does not speak TLS."""
 
 
 class Encoded(Exception):
