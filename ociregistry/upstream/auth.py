@@ -1,7 +1,7 @@
-"""Authentication at registries: challenges, Bearer tokens, and which Authorization goes with which request.
+"""Authentication at registries: challenges, Bearer tokens, and the Authorization of each request.
 
-RFC 7617 (Basic), RFC 6750 (Bearer), and the token authentication of distribution. Tokens are fetched once for all who
-wait, and credentials are sent to the upstream's own origin alone.
+RFC 7617 (Basic), RFC 6750 (Bearer), and the token authentication of distribution. Concurrent requests share one token
+request. Credentials are sent only to the upstream's own origin and to token services that are trusted with them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.origin import Origin, without_query
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-# A header may hold several challenges, and a challenge several parameters, with commas between all of them alike
-# (RFC 9110, section 11.6.1): a part that begins with two words begins a challenge.
-# A quote without its end goes to the end of the header, so that no part is tried twice.
+# Commas separate both challenges and their parameters (RFC 9110, section 11.6.1): a part that is a single word, or
+# begins with two words, begins a challenge.
+# An unterminated quote extends to the end of the header, so that no part of it is matched twice.
 _PART = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.?)*(?:"|\Z))+', re.DOTALL)
 _MOST = 8
+"""Headers of a response that are read."""
 _LONGEST = 4096
+"""Characters of a header that are read."""
 _BEGINNING = re.compile(rf"\s*(?P<scheme>{_TOKEN})(?:\s+(?!\s|=)(?P<rest>.*)|\s*)", re.DOTALL)
 _PARAMETER = re.compile(rf'\s*(?P<name>{_TOKEN})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s",]+))\s*')
 
 
 @dataclass(frozen=True, slots=True)
 class BasicChallenge:
-    """A user and a password are wanted."""
+    """A challenge that asks for a user and a password."""
 
 
 @dataclass(frozen=True, slots=True)
 class BearerChallenge:
-    """Where to fetch a token (`realm`, a URL), for which `service` and `scope`."""
+    """A challenge that asks for a token for `service` and `scope`, to be fetched at the URL `realm`."""
 
     realm: str
     service: str = ""
@@ -52,15 +54,15 @@ class BearerChallenge:
 
     @classmethod
     def parse(cls, header: str) -> BearerChallenge | None:
-        """The Bearer challenge in a `WWW-Authenticate` header, or None if it is another one or malformed."""
+        """Return the first Bearer challenge in a `WWW-Authenticate` header, or None where there is no valid one."""
         return next((found for found in _challenges([header]) if isinstance(found, BearerChallenge)), None)
 
     def with_default_scope(self, default: str) -> BearerChallenge:
-        """Return the same challenge, with the scope `default` where it tells none or an empty one."""
+        """Return the challenge, with the scope `default` where its own is missing or empty."""
         return self if self.scope.strip() else replace(self, scope=default)
 
     def widened(self, other: BearerChallenge) -> BearerChallenge:
-        """The same for the scopes of `other` too."""
+        """Return the challenge `other` for the scopes of both."""
         scopes = dict.fromkeys([*self.scope.split(), *other.scope.split()])
         return replace(other, scope=" ".join(scopes))
 
@@ -69,13 +71,13 @@ Challenge = BasicChallenge | BearerChallenge
 
 
 def best_challenge(headers: Iterable[str]) -> Challenge | None:
-    """The challenge in these `WWW-Authenticate` headers that is answered: a Bearer one before a Basic one."""
+    """Return the challenge of `WWW-Authenticate` headers to answer: Bearer if there is one, else Basic, else None."""
     found = list(_challenges(headers))
     return next((one for one in found if isinstance(one, BearerChallenge)), next(iter(found), None))
 
 
 def lacks_scope(headers: Iterable[str]) -> bool:
-    """Whether a token was refused because it is for too little (RFC 6750, section 3.1)."""
+    """Return whether a token was refused because its scope is insufficient (RFC 6750, section 3.1)."""
     return ("bearer", "insufficient_scope") in ((scheme, told.get("error")) for scheme, told in _parsed(headers))
 
 
@@ -88,7 +90,7 @@ def _challenges(headers: Iterable[str]) -> Iterator[Challenge]:
 
 
 def _parsed(headers: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """Each challenge: its scheme, and its parameters by their names, all in lower case."""
+    """Return the scheme of each challenge, and its parameters by name; schemes and names are in lower case."""
     challenges: list[tuple[str, dict[str, str]]] = []
     for header in islice(headers, _MOST):
         told: dict[str, str] = {}
@@ -106,22 +108,23 @@ def _parsed(headers: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
 
 
 LARGEST_TOKEN = 1024 * 1024
-"""Bytes."""
+"""Bytes of a token service's response."""
 
 _DEFAULT_LIFE = 60.0
+"""Seconds for which a token is valid where the token service does not tell."""
 _USED_LIFE = 0.9
-"""The part of a token's life after which it is fetched anew."""
+"""The fraction of its life for which a token is used."""
 _MOST_KEPT = 1000
 _CLIENT = "ociregistry"
 
 
 class AccessRefused(Unavailable):
-    """A token service does not let us in."""
+    """A token service refused access."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A request to a token service; with a `form` it is a POST."""
+    """A request to a token service: a POST where it has a `form`, else a GET."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -129,7 +132,12 @@ class TokenRequest:
 
 
 Fetch = Callable[[TokenRequest, RequestOptions], Coroutine[Deferred[Any], Any, bytes]]
-"""Gives the body of the answer, of at most `LARGEST_TOKEN` bytes; raises `Unavailable`, `AccessRefused` too."""
+"""Sends a token request and returns the body of the response, at most `LARGEST_TOKEN` bytes.
+
+Raises:
+    Unavailable: the token service cannot be asked.
+    AccessRefused: it refuses access.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,10 @@ class _Token:
 
 
 class Tokens:
-    """The tokens of one upstream: some for `credentials`, if the token service is `trusted` with them."""
+    """Fetches and caches the tokens of one upstream.
+
+    A token request carries the `credentials` only where `trusted` allows it for the origin of the token service.
+    """
 
     log = Logger(namespace="ociregistry.upstream")
 
@@ -162,7 +173,14 @@ class Tokens:
     async def token(
         self, challenge: BearerChallenge, options: RequestOptions = DEFAULT_OPTIONS, *, anonymous: bool = False
     ) -> str:
-        """A token that answers `challenge`; an `anonymous` one may be shown to anybody. Raises `Unavailable`."""
+        """Return a token that answers `challenge`, from the cache or from the token service.
+
+        An `anonymous` token is requested without credentials, so that any host may be sent it.
+
+        Raises:
+            Unavailable: the credential helper failed, or the token service cannot be asked or gave no token.
+            AccessRefused: the token service refuses access.
+        """
         if self.holds(challenge, anonymous=anonymous):
             return self._kept[challenge, anonymous].value
         return await self._single_flight.join(
@@ -170,12 +188,12 @@ class Tokens:
         )
 
     def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
-        """Whether there is a token from an earlier request."""
+        """Return whether the cache holds a token for `challenge` that has not expired."""
         kept = self._kept.get((challenge, anonymous))
         return kept is not None and self._clock.seconds() < kept.expires
 
     def forget(self, challenge: BearerChallenge, token: str, *, anonymous: bool = False) -> None:
-        """To be called when the registry refused the `token`; a newer one is kept."""
+        """Drop a `token` that the registry refused; a newer one for the same challenge is kept."""
         kept = self._kept.get((challenge, anonymous))
         if kept is not None and kept.value == token:
             del self._kept[challenge, anonymous]
@@ -219,7 +237,7 @@ class Tokens:
             )
             credentials = None
         if isinstance(credentials, IdentityToken):
-            # OAuth 2.0 as distribution has it: "Requesting a Token", by POST.
+            # Distribution's OAuth 2.0 token API, "Requesting a Token": an identity token is sent by POST.
             form = {"grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": credentials.token}
             scope = {"scope": challenge.scope} if challenge.scope else {}
             return TokenRequest(realm, form=urlencode([*query, *(form | scope).items()]).encode("ascii"))
@@ -237,15 +255,18 @@ Scope = tuple[Origin, Repository]
 
 @dataclass(frozen=True, slots=True)
 class Authorization:
-    """An `Authorization` header; whether it is an `old` one, from an earlier request, which may be out of date."""
+    """An `Authorization` header; `old` where it was cached before this request, and may be out of date."""
 
     header: str = field(repr=False)
     old: bool
 
 
 class Authenticator:
-    """What one upstream's requests carry. Credentials are for its own origin; a host that it redirects to gets at
-    most an anonymous token, if it asks for one."""
+    """Chooses the Authorization of each request to one upstream.
+
+    Credentials are for the upstream's own origin only. A host that it redirects to gets an anonymous token if it
+    asks for one, and nothing else.
+    """
 
     def __init__(self, credentials: Credentials, tokens: Tokens) -> None:
         self._credentials = credentials
@@ -256,7 +277,11 @@ class Authenticator:
     async def authorization(
         self, scope: Scope, own: Origin, options: RequestOptions = DEFAULT_OPTIONS
     ) -> Authorization | None:
-        """What a request to `scope` carries, as far as is known; raises `Unavailable`."""
+        """Return the Authorization for a request to `scope`, chosen by the challenges so far; None for no header.
+
+        Raises:
+            Unavailable: no token can be fetched, or the credential helper failed.
+        """
         challenge = self._challenges.get(scope)
         anonymous = scope[0] != own
         if challenge is not None:
@@ -266,7 +291,7 @@ class Authenticator:
                     f"Bearer {await self._tokens.token(challenge, options, anonymous=anonymous)}", old
                 )
             except Unavailable:
-                # The token service may have moved: what is asked next is asked without, and told the new place.
+                # The token service may have moved: the next request carries no token, and its challenge tells where.
                 self._challenges.pop(scope, None)
                 raise
         if anonymous or self._wants_basic != own:
@@ -283,12 +308,13 @@ class Authenticator:
         challenges: Sequence[str],
         default_scope: str,
     ) -> bool:
-        """Whether to ask `scope` again after a 401 with these `WWW-Authenticate` headers.
+        """Take in a 401 from `scope` with the `WWW-Authenticate` headers `challenges`; return whether to retry.
 
-        `default_scope` is what a token is fetched for when the challenge does not tell, in the form
-        `repository:NAME:pull`.
-        `proofs` are those that it has refused during one request, the last one last: None is followed by one, an
-        old one by a new one, a new one only by one of another kind or one that is for more.
+        Retry order: no Authorization, a cached one, a fresh one, then the other scheme or a token for a wider scope.
+        What was refused is dropped from the caches, and the challenge is remembered for the next requests.
+
+        `authorizations` are those that `scope` refused during this request, the latest last.
+        `default_scope` is used where the challenge tells no scope; its form is `repository:NAME:pull`.
         """
         authorization = authorizations[-1]
         known = self._challenges.get(scope)

@@ -1,4 +1,4 @@
-"""How much all upstreams together may bring: a budget that fills steadily, and that every body draws on."""
+"""The bandwidth limit of all upstreams together: a token bucket that every body draws on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from twisted.internet.interfaces import IReactorTime
 from ociregistry.config.file import Window
 
 _OF_A_PACKET = 1448 / 1500
-"""The part of a packet on the link that is ours: the rest is headers, which the limit is for as well."""
+"""The payload's fraction of a packet; the rest is headers, to which the limit applies as well."""
 _BURST = 0.1
-"""Seconds for which an unused budget is kept."""
+"""Seconds of the rate that the bucket holds at most."""
 _BUFFERED = 0.3
-"""Seconds of the budget that the kernel takes before we read it, for all connections together: what is under way on
-a link to the other side of the world."""
+"""Seconds of the rate that all receive buffers together hold: a round trip to the other side of the world."""
 SMALLEST_BUFFER = 16 * 1024
+"""Bytes of a connection's receive buffer, at least."""
 _LARGEST_BUFFER = 1024 * 1024
+"""Bytes of a connection's receive buffer, at most."""
 _SMALL = 64 * 1024
-"""Bytes of a body that does not wait behind larger ones."""
+"""Bytes up to which a body is small: it is not delayed."""
 
 
 def _local_time() -> time:
@@ -27,7 +28,10 @@ def _local_time() -> time:
 
 
 class Bandwidth:
-    """The budget. What is small is paid for, but does not wait: what is large waits for it afterwards."""
+    """The token bucket, and the large bodies that share its rate.
+
+    Small bodies draw on the bucket without delay; large bodies are delayed for them afterwards.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,11 @@ class Bandwidth:
         clock: IReactorTime,
         now: Callable[[], time] = _local_time,
     ) -> None:
-        """`limit` is in bytes a second, None for none; the first of the `windows` that holds is in its place."""
+        """Create the bucket.
+
+        `limit` is in bytes per second, None for no limit. The first of the `windows` that contains the local time
+        replaces it.
+        """
         self.reconfigure(limit, windows)
         self._clock = clock
         self._now = now
@@ -45,13 +53,13 @@ class Bandwidth:
         self._shares: set[Share] = set()
 
     def reconfigure(self, limit: float | None, windows: tuple[Window, ...]) -> None:
-        """From now on it is these."""
+        """Replace the limit and the windows, in the units of the constructor."""
         self._limit = limit
         self._windows = windows
 
     @property
     def rate(self) -> float | None:
-        """Bytes a second at this time; None for no limit."""
+        """The limit at this time in bytes per second; None for no limit."""
         if not self._windows:
             return self._limit
         now = self._now()
@@ -59,7 +67,7 @@ class Bandwidth:
 
     @property
     def buffer(self) -> int | None:
-        """How many bytes the kernel may receive for one connection before they are read; None for its own choice."""
+        """The bytes of the receive buffer for each large body; None for the kernel's own choice."""
         rate = self.rate
         if rate is None:
             return None
@@ -67,12 +75,12 @@ class Bandwidth:
         return int(min(max(each, SMALLEST_BUFFER), _LARGEST_BUFFER))
 
     def join(self, share: Share) -> None:
-        """A large body begins."""
+        """Add the share of a large body that begins, and divide the receive buffers anew."""
         self._shares.add(share)
         self._rebalance()
 
     def leave(self, share: Share) -> None:
-        """Its body has ended; the others get its part of the buffers."""
+        """Remove the share of a body that has ended, and divide the receive buffers among the others."""
         self._shares.discard(share)
         self._rebalance()
 
@@ -83,7 +91,7 @@ class Bandwidth:
                 share.resize(buffer)
 
     def draw(self, count: int) -> float:
-        """Pays for `count` bytes that came; gives for how many seconds no more should be read."""
+        """Take `count` received bytes from the bucket; return the seconds for which no more should be read."""
         now = self._clock.seconds()
         elapsed, self._counted = now - self._counted, now
         if self.rate is None:
@@ -95,15 +103,18 @@ class Bandwidth:
 
     @staticmethod
     def is_small(length: int | None) -> bool:
-        """Whether a body of so many bytes, if that is known, need not wait."""
+        """Return whether a body of `length` bytes is small, so that it is not delayed; None is an unknown length."""
         return length is not None and length <= _SMALL
 
 
 class Share:
-    """What one body draws: what was read, and what the kernel has received for it meanwhile."""
+    """The use of the bucket by one large body: the bytes that were read, and those in its receive buffer.
+
+    A full receive buffer is assumed, because its bytes have used the link already.
+    """
 
     def __init__(self, bandwidth: Bandwidth, length: int | None) -> None:
-        """`length` is that of the body, in bytes, if it is known."""
+        """`length` is the body's length in bytes, None if it is unknown."""
         self._bandwidth = bandwidth
         self._length = length
         self._resize: Callable[[int], object] = lambda buffer: None
@@ -112,17 +123,21 @@ class Share:
         self._paid = 0
 
     def begin(self, resize: Callable[[int], object]) -> None:
-        """The body has its connection; `resize` sets how many bytes the kernel may receive before they are read."""
+        """Join the bandwidth when the body has its connection; `resize` sets its receive buffer in bytes."""
         self._resize = resize
         self._bandwidth.join(self)
 
     def resize(self, buffer: int) -> None:
-        """The kernel may receive so many bytes before they are read."""
+        """Set the body's receive buffer to `buffer` bytes."""
         self._buffer = buffer
         self._resize(buffer)
 
     def draw(self, count: int) -> float:
-        """Pays for what came; `count` bytes of it were read. Gives for how many seconds no more should be."""
+        """Count `count` bytes as read, and take what was received meanwhile from the bucket.
+
+        Returns:
+            The seconds for which no more should be read.
+        """
         self._read += count
         advance = self._read + self._buffer
         advance = advance if self._length is None else min(advance, self._length)
@@ -131,5 +146,5 @@ class Share:
         return self._bandwidth.draw(due)
 
     def end(self) -> None:
-        """No more will come."""
+        """Leave the bandwidth when the body has ended."""
         self._bandwidth.leave(self)

@@ -1,4 +1,4 @@
-"""The body of an upstream's response: read piece by piece, with back-pressure and a stall timer."""
+"""The body of an upstream's response: read in pieces, with back-pressure and a stall timer."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.failures import explain
 
 _MOST_BUFFERED = 1024 * 1024
+"""Bytes."""
 
 
 class Body(Protocol):
-    """Reads a body at the speed of its reader: beyond 1 MiB unread, the upstream is paused.
+    """Receives a body at the speed of its reader: with 1 MiB or more unread, the upstream is paused.
 
-    `STALL` seconds without a byte break the connection.
+    The connection is aborted when no byte comes for `STALL` seconds while the upstream is not paused.
     """
 
     STALL = 10.0
@@ -34,8 +35,11 @@ class Body(Protocol):
         stalled: Callable[[str, float], object],
         draw: Callable[[int], float] = lambda count: 0.0,
     ) -> None:
-        """`stalled` is called with a reason, and with for how many seconds no byte came, before the end for it.
-        `draw` is called with every number of bytes that came; it gives for how many seconds no more are to be read.
+        """Create the protocol that receives a body from `upstream`, which is its name for messages.
+
+        `stalled` is called before the body ends because of a stall, with the reason and the seconds without a byte.
+        `draw` is called with the number of bytes of each piece received; it returns the seconds for which no more
+        must be read.
         """
         self._upstream = upstream
         self._clock = clock
@@ -50,12 +54,15 @@ class Body(Protocol):
         self._waiting: Deferred[bytes] | None = None
         self._timer: IDelayedCall | None = None
         self.ended: Deferred[None] = Deferred()
-        """Fires when the connection is free for others, or gone."""
+        """Fires when the body has ended, so that its connection can be used again or is closed."""
 
     def read(self) -> Deferred[bytes]:
-        """Fires with the bytes that came since the last call, at least one; with none at the end.
+        """Read the bytes that came since the last call, or wait for some; the Deferred fires with b"" at the end.
 
-        Fails with `Unavailable` when the connection broke before the end. One call at a time.
+        Must not be called while an earlier call waits.
+
+        Raises:
+            Unavailable: the connection broke before the end; the Deferred fails with it.
         """
         if self._received:
             data = b"".join(self._received)
@@ -73,7 +80,7 @@ class Body(Protocol):
         return waiting
 
     def hold(self) -> None:
-        """Lets no more come until the next call of `read`: others go first."""
+        """Pause the upstream until the next call of `read`, so that other downloads go first."""
         self._held = True
         self._regulate()
 
@@ -82,7 +89,7 @@ class Body(Protocol):
         self._regulate()
 
     def _regulate(self) -> None:
-        """Pauses the upstream while it is held, throttled or far ahead of its reader."""
+        """Pause the upstream while the body is held, throttled, or has 1 MiB or more unread; resume it otherwise."""
         throttled = self._throttle is not None and self._throttle.active()
         pause = self._held or throttled or self._buffered >= _MOST_BUFFERED
         if pause == self._paused or self._ended is not None:
@@ -95,16 +102,16 @@ class Body(Protocol):
             self._producer.resumeProducing()
 
     def set_receive_buffer(self, size: int) -> None:
-        """Lets the kernel receive about `size` bytes for this connection before they are read."""
+        """Set the size in bytes of the kernel's receive buffer for this connection."""
         transport = getattr(self.transport, "_producer", None)
         while transport is not None and not isinstance(handle := transport.getHandle(), socket.socket):
-            # What stands on top of the connection speaks TLS.
+            # TLS: the transport with the socket is below this one.
             transport = getattr(transport, "transport", None)
         if transport is not None:
             handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
 
     def abort(self) -> None:
-        """Closes the connection, unless the body has ended."""
+        """Abort the connection, unless the body has ended."""
         if self._ended is None:
             _abort(self.transport)
 
@@ -165,14 +172,14 @@ class Body(Protocol):
 
     @staticmethod
     def _whole(reason: Failure) -> bool:
-        # Without a length or chunks the end of the connection is the end of the body; whether it was the end of
-        # the content only its digest can tell.
+        # PotentialDataLoss: without a length or chunks, the end of the connection is the end of the body, and only
+        # the digest tells whether the content is complete.
         return reason.check(ResponseDone, PotentialDataLoss) is not None
 
 
 def _abort(producer: object) -> None:
-    # The proxy that a response gives only offers loseConnection(), which over TLS waits for the peer's answer: on a
-    # dead link for ever. The transport behind it can be aborted.
+    # A response's transport proxy only has loseConnection(), which over TLS waits for the peer's answer, for ever
+    # where the network is down. The transport behind the proxy can be aborted.
     transport = getattr(producer, "_producer", None)
     if ITCPTransport.providedBy(transport):
         transport.abortConnection()

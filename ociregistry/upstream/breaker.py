@@ -1,4 +1,4 @@
-"""Circuit breakers: a host that cannot be reached is not asked again and again, but probed."""
+"""Circuit breakers: while a host cannot be reached, only a few probes are sent to it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
 
 _FIRST = 1.0
+"""Seconds from the first failure to the first probe."""
 _LONGEST = 30.0
-"""Seconds from one probe of a link that is down to the next, at most."""
+"""Seconds from one probe to the next, at most."""
 _MOST_KEPT = 1000
 
 
 class LinkDown(Unavailable):
-    """A host was not asked, because it could not be reached a moment ago.
+    """A host was not asked, because its circuit breaker is open.
 
-    `refused` tells whether it then refused the connection, or did not speak TLS: http may do.
+    `refused` tells whether the host refused the last connection or did not speak TLS, so that http may work.
     """
 
     def __init__(self, message: str, retry_after: int, *, refused: bool = False) -> None:
@@ -31,38 +32,39 @@ class LinkDown(Unavailable):
 
 
 class Attempt:
-    """One request on a link; it tells how it went, once."""
+    """One request through a circuit breaker. Its outcome is reported once: by answered, failed or abandoned."""
 
     def __init__(self, breaker: CircuitBreaker, began: float) -> None:
         self._breaker = breaker
         self._began = began
 
     def answered(self) -> None:
-        """An answer came, whatever it says."""
+        """Report that a response came, of any status."""
         self._breaker.ended(self)
         self._breaker.answered()
 
     def failed(self, why: str, *, refused: bool = False) -> None:
-        """The look-up, the connection or the handshake failed, or no byte came in time."""
+        """Report that the name look-up, the connection or the handshake failed, or that no byte came in time."""
         self._breaker.ended(self)
         self._breaker.failed(self._began, why, refused=refused)
 
     def abandoned(self) -> None:
-        """Nothing is known."""
+        """Report that the request tells nothing about the host: it was cancelled, denied, or failed otherwise."""
         self._breaker.ended(self)
 
 
 class CircuitBreaker:
-    """The way to one origin. What is tried on it tells how it went; each change is one warn line.
+    """The circuit breaker of one origin: opens when the host cannot be reached, closes when it can again.
 
-    While it is down, one request at a time passes, as a probe: the first after 1 s, then at distances that double
-    up to 30 s. Whoever insists passes always, and is a probe if there is none.
+    Each change is logged as one line at level warn. While the breaker is open, one request at a time passes as a
+    probe: the first after 1 s, then after intervals that double up to 30 s, each shortened at random by up to half.
+    A request that insists always passes, and is the probe if there is none.
     """
 
     log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, name: str, clock: IReactorTime, jitter: Callable[[], float] = random.random) -> None:
-        """`jitter` gives numbers from 0 to 1."""
+        """`name` is the host for messages; `jitter` returns random numbers from 0 to 1."""
         self._name = name
         self._clock = clock
         self._jitter = jitter
@@ -75,7 +77,11 @@ class CircuitBreaker:
         self._changed = clock.seconds()
 
     def enter(self, who: str, *, insist: bool = False) -> Attempt:
-        """To be called before a request for the upstream `who`; raises `LinkDown`."""
+        """Register a request to be sent for the upstream `who`.
+
+        Raises:
+            LinkDown: the breaker is open, and the request neither insists nor is the next probe.
+        """
         now = self._clock.seconds()
         attempt = Attempt(self, now)
         if self._down_since is None:
@@ -88,12 +94,12 @@ class CircuitBreaker:
         return attempt
 
     def ended(self, attempt: Attempt) -> None:
-        """It is no probe any more, if it was one."""
+        """Make room for the next probe if `attempt` was the current one."""
         if attempt is self._probe:
             self._probe = None
 
     def answered(self) -> None:
-        """It can be reached."""
+        """Close the breaker: the host can be reached."""
         if self._down_since is not None:
             seconds = self._clock.seconds() - self._down_since
             self._down_since = self._probe = None
@@ -101,10 +107,10 @@ class CircuitBreaker:
             self.log.warn("{host} can be reached again, after {seconds:.0f} s", host=self._name, seconds=seconds)
 
     def failed(self, began: float, why: str, *, refused: bool = False) -> None:
-        """What `began` then found that it cannot be reached."""
+        """Open the breaker, or lengthen its interval: a request sent at the time `began` could not reach the host."""
         now = self._clock.seconds()
         if began < self._changed:
-            # It speaks of the time before, and so do all that were under way when the link broke.
+            # Sent before the last change of state: all requests in flight at an outage count as one failure.
             return
         if self._down_since is None:
             self._down_since, self._distance = now, _FIRST
@@ -117,14 +123,14 @@ class CircuitBreaker:
 
 
 class CircuitBreakers:
-    """The links to all origins."""
+    """The circuit breakers of all origins; the 1000 used last are kept."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._kept: OrderedDict[Origin, CircuitBreaker] = OrderedDict()
 
     def to(self, origin: Origin) -> CircuitBreaker:
-        """The link to `origin`; those used last are kept."""
+        """Return the circuit breaker of `origin`."""
         breaker = self._kept.pop(origin, None) or CircuitBreaker(f"{origin.host}:{origin.port}", self._clock)
         self._kept[origin] = breaker
         if len(self._kept) > _MOST_KEPT:

@@ -1,4 +1,4 @@
-"""Requests to one registry's API: scheme, authorisation and redirects, with a response that is the registry's own."""
+"""Requests to one registry's API: finds the scheme, answers challenges, follows redirects."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from ociregistry.upstream.ratelimit import RateLimit
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
 _MOST_REFUSALS = 8
-"""Of one request, by all hosts together that it is led to."""
+"""The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
 _SCHEME_KEPT = 600.0
-"""Seconds for which a scheme that was found out is remembered."""
+"""Seconds for which a detected scheme is remembered."""
 _ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
 """What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -42,9 +42,10 @@ Headers = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """Where the API of a registry is.
+    """The location of a registry's API.
 
-    `scheme` is None to find out; `ns` is the registry that a mirror is asked for, in its query.
+    With None as `scheme`, https is tried first. `ns` is the query parameter that tells a mirror which registry is
+    meant; it is empty for the registry itself.
     """
 
     scheme: str | None
@@ -53,17 +54,17 @@ class Base:
     ns: str = ""
 
     def origin(self, scheme: str) -> Origin:
-        """The origin of its URLs."""
+        """Return the origin of the API's URLs."""
         return Origin.of(f"{scheme}://{self.netloc}/")
 
     def url(self, scheme: str, repository: Repository, path: str) -> str:
-        """The URL of `path` below a repository."""
+        """Return the URL of `path` below a repository, such as `manifests/latest`."""
         url = f"{scheme}://{self.netloc}{self.path}/v2/{repository.path}/{path}"
         return url + (("&" if "?" in path else "?") + f"ns={self.ns}" if self.ns else "")
 
 
 class Client:
-    """Asks one registry, as distribution-spec clients do."""
+    """A client of one registry or mirror."""
 
     def __init__(
         self,
@@ -75,8 +76,11 @@ class Client:
         plain_allowed: Callable[[], Awaitable[bool]],
         clock: IReactorTime,
     ) -> None:
-        """`name` is for messages; `trusted` says which token services get the credentials; `plain_allowed`, whether a
-        registry whose scheme is to be found out may be asked by http."""
+        """Create a client.
+
+        `name` is used in messages. `trusted` says whether a token service gets the credentials. `plain_allowed` says
+        whether http may be tried where the scheme is not configured.
+        """
         self._name = name
         self._base = base
         self._learned: tuple[str, float] | None = None
@@ -95,10 +99,15 @@ class Client:
         headers: Headers | None = None,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
-        """The answer to a request for `path` below `repository`, whatever its status.
+        """Request `path` below `repository`: answer challenges, follow redirects.
 
-        Credentials and tokens that the registry wants are sent; redirects are followed. Raises `Unavailable`,
-        `AccessRefused` too, and `Denied` for an address that it must not lead us to.
+        Returns:
+            The last response, of any status.
+
+        Raises:
+            Unavailable: the registry or its token service cannot be asked, or is rate limited.
+            AccessRefused: the token service refuses access.
+            Denied: the registry, a redirect or the token service leads to an address that is not allowed.
         """
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
@@ -128,7 +137,7 @@ class Client:
             await response.discard()
 
     def _rest(self, response: Response, options: RequestOptions) -> None:
-        # Whoever asks with the lowest priority waits by itself; for that alone, nobody else is turned away.
+        # Callers of the lowest priority wait by themselves; a 429 to one of them must not block other requests.
         if options.last:
             return
         self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
@@ -186,7 +195,7 @@ class Client:
             except (NoTls, LinkDown) as error:
                 if origin == own:
                     raise
-                # Only of the upstream's own host does it say how that wants to be spoken to.
+                # These types make the caller try http, which a failure of another host is no reason for.
                 raise Unavailable(error.message, error.retry_after) from None
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
@@ -199,7 +208,7 @@ class Client:
         raise Unavailable(f"{self._name}: more than {_MOST_HOPS} redirects")
 
     async def _fetch_token(self, request: TokenRequest, options: RequestOptions) -> bytes:
-        # Its Authorization is for the token service alone, wherever that redirects to.
+        # Send the Authorization to the token service only, not to hosts that it redirects to.
         realm = Origin.of(request.url)
         header = request.headers.get("Authorization")
         own = Authorization(header, old=False) if header else None
@@ -225,7 +234,7 @@ class Client:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """An answer, what the request that it answers carried, and where the first of the redirects was."""
+    """A response, the Authorization of the request that it answers, and the origin that was asked first."""
 
     response: Response
     authorization: Authorization | None
@@ -233,10 +242,10 @@ class _Asked:
 
 
 def _pull_scope(response: Response, repository: Repository) -> str:
-    """Return the scope of a token for pulling what `response` refuses, in the form `repository:NAME:pull`.
+    """Return the scope of a token to pull what `response` refuses, in the form `repository:NAME:pull`.
 
-    NAME stands in the URL that was asked, which a redirect may have led to; where that is no URL of a registry's
-    API, it is the path of `repository`.
+    NAME comes from the response's URL, which may be a redirect's; where that is no URL of a registry's API, it is
+    the path of `repository`.
     """
     match = _ENDPOINT.fullmatch(urlsplit(response.url).path.partition("/v2/")[2])
     return f"repository:{match['name'] if match else repository.path}:pull"

@@ -1,4 +1,4 @@
-"""Connects to upstreams: resolves names in threads of its own, and looks at each address as it is dialled.
+"""Connects to upstreams: resolves names in threads of its own, and checks each address before connecting to it.
 
 Addresses that a client must not reach through the daemon (loopback, link-local, metadata services) are refused unless
 the operator named the host.
@@ -53,7 +53,7 @@ _CLOUD_METADATA = frozenset(
         ),
     )
 )
-# Translators and tunnels put the IPv4 address into an IPv6 one: RFC 4291, 2765, 6052, 8215.
+# Networks in which translators and tunnels embed an IPv4 address in the last 32 bits: RFC 4291, 2765, 6052, 8215.
 _LAST_32_BITS = tuple(
     ipaddress.IPv6Network(net)
     for net in ("::/96", "::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
@@ -70,7 +70,7 @@ _KINDS: tuple[tuple[str, Callable[[_Address], bool]], ...] = (
 
 
 def forbidden(host: str) -> str | None:
-    """What kind of address the IP address `host` is, if it is one that only the operator may lead to."""
+    """Return the kind of the IP address `host` if only hosts that the operator named may have it, else None."""
     for address in _meanings(ipaddress.ip_address(host.partition("%")[0])):
         for kind, holds in _KINDS:
             if holds(address):
@@ -79,18 +79,19 @@ def forbidden(host: str) -> str | None:
 
 
 def is_private(host: str) -> bool:
-    """Whether the IP address `host` is one that is not routed on the Internet."""
+    """Return whether the IP address `host` is private, that is, not routed on the Internet."""
     return ipaddress.ip_address(host.partition("%")[0]).is_private
 
 
 def _meanings(address: _Address) -> Iterator[_Address]:
-    """The address, and the IPv4 address that it stands for."""
+    """Yield the address, and each IPv4 address that it may embed."""
     yield address
     if isinstance(address, ipaddress.IPv6Address):
         if any(address in network for network in _LAST_32_BITS):
             yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if address in _BEHIND_48_BITS:
-            # The eight bits in the middle are nobody's. Without any of these bits it is one of the last 32.
+            # The IPv4 address is around bits 64 to 71, which are reserved (RFC 6052, section 2.2). Where all of its
+            # bits are zero, the address is in the last 32 bits, which were yielded above.
             early = (int(address) >> 64 & 0xFFFF) << 16 | int(address) >> 40 & 0xFFFF
             if early:
                 yield ipaddress.IPv4Address(early)
@@ -101,13 +102,13 @@ def _meanings(address: _Address) -> Iterator[_Address]:
 
 
 _THREADS = 64
-"""So many dead names can be waited for at once before they delay a live one."""
+"""Look-ups that can hang at the same time before they delay others."""
 
 GetAddrInfo = Callable[..., list[Any]]
 
 
 class Resolver:
-    """Asks the operating system, once for all who want the same name at the same time."""
+    """Resolves host names with the operating system; concurrent requests for one name share a look-up."""
 
     def __init__(self, reactor: IReactorFromThreads, getaddrinfo: GetAddrInfo = socket.getaddrinfo) -> None:
         self._reactor = reactor
@@ -116,19 +117,23 @@ class Resolver:
         self._single_flight: SingleFlight[str, tuple[str, ...] | DNSLookupError] = SingleFlight()
 
     def start(self) -> None:
-        """Must be called after the process has daemonized: threads do not survive a fork."""
+        """Start the threads; call it after the process has daemonized, because threads do not survive a fork."""
         self._threads.start()
 
     def stop(self) -> None:
-        """Ends the threads, those in which a look-up hangs when it is done: nobody waits for that."""
+        """Stop the threads without waiting for look-ups that hang; their threads end with them."""
         self._threads.adjustPoolsize(0, 0)
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
-        """Fires with the IP addresses of `host`, at least one, best first; fails with `DNSLookupError`."""
+        """Resolve `host`; the Deferred fires with its IP addresses, at least one, best first.
+
+        Raises:
+            DNSLookupError: it cannot be resolved; the Deferred fails with it.
+        """
         return self._single_flight.join(host, lambda: self._look_up(host)).addCallback(_found)
 
     async def _look_up(self, host: str) -> tuple[str, ...] | DNSLookupError:
-        # A failure is a value: it may come when nobody waits any more, and is none of the log's then.
+        # An error is returned as a value: raised when all callers have cancelled, it would be logged as unhandled.
         try:
             found = await deferToThreadPool(
                 self._reactor, self._threads, self._getaddrinfo, host, None, type=socket.SOCK_STREAM
@@ -146,15 +151,15 @@ def _found(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...]:
 
 
 _WITHIN = 10.0
-"""Seconds for a name to be resolved, and again for a connection to come about."""
+"""Seconds for a name to be resolved, and again for a connection to be made."""
 
 Named = Callable[[str, int], bool]
-"""Whether the operator named a host (an IPv6 address without brackets) and port."""
+"""Returns whether the operator named a host (an IPv6 address without brackets) and port."""
 
 
 @implementer(IAgentEndpointFactory)
 class Dialer:
-    """Gives an Agent its connections, those of one upstream."""
+    """Makes the connections of one upstream's Agent."""
 
     def __init__(
         self,
@@ -165,7 +170,7 @@ class Dialer:
         bandwidth: Bandwidth,
         reactor: Any,
     ) -> None:
-        """Hosts that are `named` may have any address."""
+        """Hosts for which `named` returns True may have any address."""
         self._upstream = upstream
         self._resolver = resolver
         self._named = named
@@ -174,14 +179,20 @@ class Dialer:
         self._reactor = reactor
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """Where a request for `uri` goes."""
+        """Return the endpoint for a request for `uri`."""
         endpoint = _Checked(uri.host.decode("ascii"), uri.port, self)
         if uri.scheme == b"https":
             return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
         return endpoint
 
     async def dial(self, host: str, port: int, factory: IProtocolFactory) -> IProtocol:
-        """A connection to `host`; raises `Denied` for an address that clients must not lead us to."""
+        """Connect to `host`.
+
+        Raises:
+            Denied: one of its addresses is one that clients must not reach through the daemon.
+            DNSLookupError: the name cannot be resolved, or not within 10 s.
+            ConnectError: no connection was made.
+        """
         try:
             addresses = await self._resolver.addresses(host).addTimeout(_WITHIN, self._reactor)
         except defer.TimeoutError:
@@ -191,8 +202,8 @@ class Dialer:
         resolved = _Resolved(addresses, self._reactor)
         connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_WITHIN).connect(factory)
         if self._bandwidth.rate is not None:
-            # What the kernel has taken has come over the link already, in whatever order. A body that turns out to
-            # be large has it enlarged.
+            # Bytes that the kernel received have used the link before the limit applies to them, so its buffer
+            # starts small; `Bandwidth` sets it anew for each large body.
             transport: Any = connection.transport  # type: ignore[attr-defined]  # every protocol has one
             transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
         return connection
@@ -215,13 +226,13 @@ class _Checked:
         self._dialer = dialer
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        """Fires with the connection."""
+        """Connect; the Deferred fires with the connection."""
         return Deferred.fromCoroutine(self._dialer.dial(self._host, self._port, protocolFactory))
 
 
 @implementer(IReactorPluggableNameResolver, IHostnameResolver)
 class _Resolved:
-    """The reactor, for a name whose addresses are known: what was looked at is what is dialled."""
+    """The reactor with a resolver that only knows the checked addresses, so that no others are connected to."""
 
     def __init__(self, addresses: tuple[str, ...], reactor: Any) -> None:
         self._addresses = addresses
@@ -232,7 +243,7 @@ class _Resolved:
         return getattr(self._reactor, name)
 
     def installNameResolver(self, resolver: IHostnameResolver) -> IHostnameResolver:
-        """Nobody does."""
+        """Not supported."""
         raise NotImplementedError
 
     def resolveHostName(
@@ -243,7 +254,7 @@ class _Resolved:
         addressTypes: Any = None,
         transportSemantics: str = "TCP",
     ) -> IHostResolution:
-        """Tells them at once."""
+        """Report the addresses at once."""
         resolution = _Resolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
         for address in self._addresses:
@@ -259,4 +270,4 @@ class _Resolution:
         self.name = name
 
     def cancel(self) -> None:
-        """It is over already."""
+        """Do nothing: the resolution is complete already."""

@@ -1,7 +1,7 @@
-"""The credentials for one upstream: from the configuration, or from a credential helper as Docker's client asks it.
+"""The credentials for one upstream: from the configuration, or from one of the credential helpers of Docker's client.
 
 `docker-credential-NAME get` reads the registry's name from its stdin and writes a JSON object with `Username` and
-`Secret` to its stdout; when it cannot, it writes why, and exits with another status than 0.
+`Secret` to its stdout. When it fails, it writes the reason and exits with a status other than 0.
 """
 
 from __future__ import annotations
@@ -27,20 +27,26 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import DOCKER_HUB, Upstream
 
 _WITHIN = 30.0
+"""Seconds for a helper to end."""
 _MOST_BYTES = 64 * 1024
+"""Bytes of a helper's output; a helper that writes more is killed."""
 _DOCKER_HUB_SERVER = "https://index.docker.io/v1/"
-"""Docker's own name for its registry, by which helpers know it."""
+"""The name under which Docker's client, and so the helpers, store the credentials of Docker Hub."""
 _IS_TOKEN = "<token>"
-"""The user in whose place a helper gives an identity token."""
+"""The `Username` that marks the `Secret` as an identity token."""
 
 
 async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Password | IdentityToken:
-    """What the helper says of `upstream`; raises `Unavailable`."""
+    """Run a credential helper and return its credentials for `upstream`.
+
+    Raises:
+        Unavailable: the helper cannot be run, takes too long, or gives no usable credentials.
+    """
     server = _DOCKER_HUB_SERVER if upstream.name == DOCKER_HUB else upstream.name
     protocol = _Asked(server.encode("ascii"))
     what = f"{upstream}: {helper.program}"
     if shutil.which(helper.program) is None:
-        # Where a process is forked first, only the child would know.
+        # Where spawnProcess forks first, only the child would notice a missing program.
         raise Unavailable(f"{what} cannot be run: {os.strerror(errno.ENOENT)}")
     try:
         reactor.spawnProcess(protocol, helper.program, [helper.program, "get"], env=os.environ)
@@ -50,7 +56,7 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
     except OSError as error:
         raise Unavailable(f"{what} cannot be run: {error.strerror}") from None
     if not done:
-        # What it says then is why it has none, unless it broke off in the middle of the secret.
+        # The output of a failed helper is its reason, unless it failed while it wrote the secret.
         told = "" if b'"Secret"' in output else output[:200].decode("utf-8", "replace").strip()
         raise Unavailable(f"{what} has no credentials: {told!r}")
     try:
@@ -69,7 +75,7 @@ class _Asked(ProcessProtocol):
         self._server = server
         self._output = bytearray()
         self.ended: Deferred[tuple[bytes, bool]] = Deferred(self._cancel)
-        """Fires with what it wrote, and whether it says that it succeeded."""
+        """Fires with the helper's output, and whether it exited with status 0."""
 
     def connectionMade(self) -> None:
         self._process.write(self._server)
@@ -100,14 +106,14 @@ class _Asked(ProcessProtocol):
 
 
 _HELPER_KEPT = 300.0
-"""Seconds for which a helper is not asked again: it may ask a cloud, which gives passwords that last for hours."""
+"""Seconds for which a helper's answer is cached: it may ask a cloud, whose passwords last for hours."""
 
 Ask = Callable[[Helper], Coroutine[Deferred[Any], Any, Password | IdentityToken]]
-"""Asks a helper; raises `Unavailable`."""
+"""Asks a helper; raises `Unavailable` when it gives no credentials."""
 
 
 class Credentials:
-    """What the operator configured, or what the configured helper says."""
+    """The configured credentials of one upstream, or those of its configured helper."""
 
     def __init__(self, login: Login | None, ask: Ask, clock: IReactorTime) -> None:
         self._login = login
@@ -118,16 +124,20 @@ class Credentials:
 
     @property
     def any(self) -> bool:
-        """Whether there are any."""
+        """Whether credentials or a helper are configured."""
         return self._login is not None
 
     @property
     def from_helper(self) -> bool:
-        """Whether a helper gave them earlier, so that after a refusal it may give new ones."""
+        """Whether `get` returns cached credentials of a helper, which may give new ones after a refusal."""
         return self._kept is not None and self._clock.seconds() < self._kept[1]
 
     async def get(self) -> Password | IdentityToken | None:
-        """The credentials, None for anonymous access; raises `Unavailable`."""
+        """Return the credentials, or None for anonymous access.
+
+        Raises:
+            Unavailable: the helper gives none.
+        """
         helper = self._login
         if not isinstance(helper, Helper):
             return helper
@@ -138,10 +148,10 @@ class Credentials:
         return told
 
     def forget(self) -> None:
-        """To be called when they were refused."""
+        """Drop cached credentials after they were refused, so that the helper is asked again."""
         self._kept = None
 
 
 def basic(password: Password) -> str:
-    """The `Authorization` header for a user and a password (RFC 7617)."""
+    """Return the `Authorization` header for a user and a password (RFC 7617)."""
     return "Basic " + base64.b64encode(f"{password.user}:{password.password}".encode()).decode("ascii")

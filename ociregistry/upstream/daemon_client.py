@@ -1,4 +1,4 @@
-"""Asks the daemon that runs on the same store, over its control socket: it downloads for all processes."""
+"""A client of the daemon that runs on the same store, which downloads for all processes, over its control socket."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ociregistry.upstream.http import HttpClient, RequestOptions, Response
 from ociregistry.via import Via
 
 _LARGEST_ERROR = 64 * 1024
+"""Bytes."""
 _OPTIONS = RequestOptions(insist=True)
 
 
@@ -36,11 +37,16 @@ class _Socket:
 
 
 class DaemonClient:
-    """What the daemon gives. All methods raise `Unavailable` and `Denied` with its own words."""
+    """Fetches manifests and blobs through the daemon.
+
+    Every method that sends a request also raises, with the daemon's own message:
+        Unavailable: the daemon or its upstream cannot be asked.
+        Denied: the daemon does not allow the request.
+    """
 
     def __init__(self, socket: str, instance: str, reactor: Any) -> None:
-        """`socket` is the path of its socket; `instance` is what this process calls itself."""
-        # As for another cache, it completes nothing by itself of what is asked for here.
+        """`socket` is the path of the control socket; `instance` names this process in Via headers."""
+        # The daemon does not complete images by itself for requests with a Via header: the caller asks for all parts.
         self._via = Via().through(instance)
         pool = HTTPConnectionPool(reactor)
         agent = Agent.usingEndpointFactory(reactor, _Socket(socket, reactor), pool)
@@ -49,21 +55,33 @@ class DaemonClient:
         self._http = HttpClient("the daemon", agent, CircuitBreakers(reactor), unlimited, lambda: None, reactor)
 
     async def stop(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._pool.closeCachedConnections()
 
     async def manifest(self, image: ImageReference) -> Manifest:
-        """The manifest that `image` means; raises `ManifestUnknown`."""
+        """Return the manifest of `image`.
+
+        Raises:
+            ManifestUnknown: the daemon cannot find it.
+        """
         response = await self._get(image.repository, f"manifests/{image.reference}", ManifestUnknown)
         return await _manifest(response, str(image))
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
-        """The index of what refers to the manifest `digest`; raises `ManifestUnknown` where there is none."""
+        """Return the index of the referrers of the manifest `digest`.
+
+        Raises:
+            ManifestUnknown: the daemon has no such index.
+        """
         response = await self._get(repository, f"referrers/{digest}", ManifestUnknown)
         return await _manifest(response, f"{repository}@{digest}")
 
     async def blob(self, repository: Repository, digest: Digest, start: int) -> Body:
-        """The blob from the byte `start`, as it comes; raises `BlobUnknown`."""
+        """Return the body of a blob from the byte `start` on, while the daemon may still be downloading it.
+
+        Raises:
+            BlobUnknown: the daemon cannot find the blob.
+        """
         headers = {"Range": f"bytes={start}-"} if start else {}
         response = await self._get(repository, f"blobs/{digest}", BlobUnknown, headers)
         return response.body
@@ -92,7 +110,7 @@ async def _manifest(response: Response, what: str) -> Manifest:
 
 
 def _message(body: bytes) -> str:
-    """What an error's body says (distribution-spec, "Error Codes")."""
+    """Return the message in the body of an error (distribution-spec, "Error Codes"), or the empty string."""
     try:
         return str(json.loads(body)["errors"][0]["message"])
     except (ValueError, LookupError, TypeError, RecursionError):

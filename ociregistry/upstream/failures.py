@@ -1,4 +1,4 @@
-"""Where foreign exceptions end: what Twisted, OpenSSL and the resolver raise becomes a sentence."""
+"""Explains and classifies the exceptions of Twisted, OpenSSL and the resolver."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ociregistry.config.tls import openssl_reason
 
 
 class CertificateRefused(SSL.Error):
-    """A host's certificate does not prove what it should; one of OpenSSL's errors, so that a handshake ends by it."""
+    """A host's certificate was refused. It is an SSL.Error, so that raising it ends the handshake."""
 
     def __init__(self, subject: str, why: str) -> None:
         self.message = f"the certificate of {subject} is refused: {why}"
-        # In the shape of OpenSSL's error queue, which Twisted looks into.
+        # The form of OpenSSL's error queue, which Twisted reads.
         super().__init__([("certificate", "", self.message)])
 
 
@@ -26,7 +26,7 @@ _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
     (error.TCPTimedOutError, "it cannot be connected to in time"),
     (error.ConnectingCancelledError, "it cannot be connected to in time"),
     (defer.TimeoutError, "it gave no answer in time"),
-    # How an Agent tells that a request was cancelled by its time-out.
+    # An Agent raises this when a deadline cancelled the request.
     (defer.CancelledError, "it gave no answer in time"),
     (error.ConnectionDone, "it closed the connection"),
     (error.ConnectionLost, "the connection broke"),
@@ -45,7 +45,7 @@ _OF_OUR_CERTIFICATE = (
 
 
 def causes(exception: BaseException) -> list[BaseException]:
-    """The exceptions at the bottom of what an Agent raises."""
+    """Return the exceptions that caused `exception`, which an Agent may have wrapped several times."""
     reasons = getattr(exception, "reasons", None)
     if not reasons:
         return [exception]
@@ -53,7 +53,7 @@ def causes(exception: BaseException) -> list[BaseException]:
 
 
 def explain(exception: BaseException | None) -> str:
-    """Why a request failed, in words for an operator."""
+    """Return the reason why a request failed, as text for an operator."""
     for cause in causes(exception) if exception else ():
         if isinstance(cause, SSL.Error):
             return f"TLS failed: {_tls_reason(cause)}"
@@ -65,19 +65,23 @@ def explain(exception: BaseException | None) -> str:
 
 def _tls_reason(cause: SSL.Error) -> str:
     told = openssl_reason(cause)
-    # An alert is what the other side says.
+    # The other side sends an alert, so these are about the certificate of this client.
     refused = any(alert in told for alert in _OF_OUR_CERTIFICATE)
     return f"{told}: it refuses our client certificate, or wants one" if refused else told
 
 
 def was_cancelled(exception: BaseException) -> bool:
-    """Whether the request failed because somebody cancelled it."""
+    """Return whether the request failed because it was cancelled, by its caller or by a deadline."""
     cancelled = (defer.CancelledError, error.ConnectingCancelledError)
     return any(isinstance(cause, cancelled) for cause in causes(exception))
 
 
 def is_unreachable(exception: BaseException) -> bool:
-    """Whether it was the way to the host that failed: the look-up of its name, the connection, or the time for it."""
+    """Return whether the host could not be reached.
+
+    That is so where the name look-up or the connection failed or took too long, where the connection broke during the
+    TLS handshake, and where the request was cancelled.
+    """
     kinds = (error.ConnectError, error.DNSLookupError, error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
     broken = "the connection broke"
     return was_cancelled(exception) or any(
@@ -87,9 +91,9 @@ def is_unreachable(exception: BaseException) -> bool:
 
 
 def speaks_no_tls(exception: BaseException) -> bool:
-    """Whether the host refused the connection, or answered the TLS hello in plain text.
+    """Return whether the host refused the connection, or answered the TLS hello in plain text.
 
-    A time-out or a failed verification says no such thing.
+    A time-out or a refused certificate does not count.
     """
     plain = (
         "wrong version number",
@@ -102,7 +106,7 @@ def speaks_no_tls(exception: BaseException) -> bool:
         isinstance(cause, error.ConnectionRefusedError)
         or (
             isinstance(cause, SSL.Error)
-            # Its words are the host's own.
+            # Its text contains the certificate's subject, in which a host may write anything.
             and not isinstance(cause, CertificateRefused)
             and any(hint in _tls_reason(cause) for hint in plain)
         )

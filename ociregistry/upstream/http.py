@@ -1,4 +1,4 @@
-"""One HTTP request to a host of an upstream and its response: identity encoding, foreign failures translated."""
+"""One HTTP request to a host of an upstream, and its response: identity encoding, errors of libraries translated."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from ociregistry.upstream.origin import Origin
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
-    """How a request is made, with all that it takes: redirects, tokens."""
+    """How to make a request, and the redirects and token requests that belong to it."""
 
     within: float = 30.0
-    """Seconds for the headers of each answer."""
+    """Seconds for the headers of each response."""
     insist: bool = False
-    """Whether it is made even if the host could not be reached a moment ago: somebody waits for it."""
+    """Whether to send it even while the circuit breaker is open, because a client waits for it."""
     small: bool = False
-    """Whether it is for a small object, which does not wait for a connection behind large ones."""
+    """Whether it is for a small object, which may use the connections that large blobs cannot use."""
     last: bool = False
-    """For the lowest priority: refused while the registry's rate limit is nearly used up."""
+    """Whether it has the lowest priority: it is refused while the registry's rate limit is nearly used up."""
 
 
 DEFAULT_OPTIONS = RequestOptions()
@@ -48,26 +48,27 @@ DEFAULT_OPTIONS = RequestOptions()
 
 _USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
+"""Seconds."""
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
 _LARGEST_LEFTOVER = 64 * 1024
-"""Bytes that are read, not cut off, so that the connection can serve the next request."""
+"""Bytes of an unwanted body that are read, so that the connection can be used again."""
 
 
 class NoTls(Unavailable):
-    """The host does not speak TLS at all."""
+    """The host refused the connection for an https URL, or does not speak TLS."""
 
 
 class Encoded(Exception):
-    """The upstream encoded a body that was to come as it is."""
+    """The upstream encoded a body although identity encoding was requested."""
 
 
 @implementer(IAgent)
 class IdentityAgent:
     """Sets the headers that every request carries, and refuses encoded responses.
 
-    Accept-Encoding is `identity`, because what is hashed, resumed and cached must not be encoded on the way.
+    Accept-Encoding is `identity`, because bodies are hashed, resumed and cached as the bytes that were sent.
     User-Agent names this program and its version, because some registries refuse requests without one.
-    It stands below treq, which asks for gzip and decodes it, so that no request goes out without these headers.
+    This agent is below treq, which would ask for gzip and decode it, so that every request has these headers.
     """
 
     def __init__(self, agent: IAgent) -> None:
@@ -88,10 +89,13 @@ class IdentityAgent:
 
 
 class _Url(EncodedURL):
-    """A URL as it goes onto the wire."""
+    """A URL that treq sends unchanged if it is ASCII."""
 
     def to_uri(self) -> EncodedURL:
-        """What is ASCII is encoded already, and hyperlink refuses some of it: IPv6 addresses, names with `_`."""
+        """Return the URL with an ASCII host.
+
+        An ASCII host is encoded already, and hyperlink refuses some of those: IPv6 addresses, names with `_`.
+        """
         return self if self.host.isascii() else super().to_uri()
 
 
@@ -111,34 +115,34 @@ def _as_it_is(response: IResponse) -> IResponse:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What an upstream answered: status, headers, and a body to be read, collected or discarded."""
+    """An upstream's response: status, headers, and a body that must be read, collected, discarded or aborted."""
 
     upstream: str
     status: int
     url: str
     length: int | None
-    """Of the body, in bytes, where the upstream told it."""
+    """Bytes of the body; None where the upstream does not tell."""
     body: Body
     _headers: Headers
     redirected: bool = False
-    """Whether it is the answer of another place than the one that was asked first."""
+    """Whether a redirect led to this response."""
 
     def header(self, name: str) -> str:
-        """The first header `name`, or the empty string."""
+        """Return the first header `name`, or the empty string."""
         return next(iter(self.headers(name)), "").strip()
 
     def headers(self, name: str) -> list[str]:
-        """All headers `name`."""
-        # Whatever bytes an upstream sends: Twisted would take them for UTF-8.
+        """Return all headers `name`."""
+        # An upstream may send any bytes, and Twisted's own decoding as UTF-8 would fail on some.
         return [value.decode("latin-1") for value in self._headers.getRawHeaders(name.encode("ascii"), [])]
 
     def refuses_head(self, method: str) -> bool:
-        """Whether storage behind a registry refuses this kind of request: its URL is signed for GET."""
+        """Return whether storage behind a registry refuses HEAD, because its URL is signed for GET only."""
         return method == "HEAD" and self.redirected and self.status in _HEAD_REFUSED
 
     @property
     def retry_after(self) -> int:
-        """For how many seconds it wants to be left alone; 5 where it does not say."""
+        """Seconds until a retry, from Retry-After (seconds or a date): at most 3600, and 5 where it is not told."""
         told = self.header("retry-after")
         if told.isascii() and told.isdigit():
             return min(int(told[:9]), _LONGEST_RETRY_AFTER)
@@ -149,7 +153,11 @@ class Response:
         return min(max(0, ceil(wait)), _LONGEST_RETRY_AFTER)
 
     async def collect(self, most: int) -> bytes:
-        """The whole body; raises `Unavailable` when it is longer than `most` bytes or breaks off."""
+        """Read the whole body.
+
+        Raises:
+            Unavailable: the body is longer than `most` bytes, or the connection broke.
+        """
         data = bytearray()
         try:
             while piece := await self.body.read():
@@ -161,7 +169,7 @@ class Response:
         return bytes(data)
 
     async def discard(self) -> None:
-        """Lets go of the body, and keeps the connection for others when the rest of it is short."""
+        """Discard the body; a body of at most 64 KiB is read, so that its connection can be used again."""
         try:
             await self.collect(_LARGEST_LEFTOVER)
         except Unavailable:
@@ -169,7 +177,7 @@ class Response:
 
 
 class HttpClient:
-    """Sends single requests for `upstream`, without following anything."""
+    """Sends single requests for `upstream`; follows no redirects and answers no challenges."""
 
     def __init__(
         self,
@@ -180,12 +188,12 @@ class HttpClient:
         drop_idle: Callable[[], object],
         clock: IReactorTime,
     ) -> None:
-        """`drop_idle` closes the connections that wait for another request."""
+        """`drop_idle` closes the idle connections of the pool."""
         self._bandwidth = bandwidth
         self._breakers = breakers
         self._upstream = upstream
         self._drop_idle = drop_idle
-        # No registry needs cookies, and what one host sets another must not see.
+        # No registry needs cookies, and a cookie of one host must not be sent to another.
         cookies: Any = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
         self._client = HTTPClient(IdentityAgent(agent), cookies)
         self._clock = clock
@@ -198,10 +206,14 @@ class HttpClient:
         body: bytes | None = None,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
-        """The response to one request.
+        """Send one request and return its response, of any status, when its headers have come.
 
-        Raises `Unavailable` with the reason when there is none, `NoTls` and `LinkDown` too, and `Denied` when its
-        address is not allowed.
+        Raises:
+            Unavailable: no response came; the message tells the reason.
+            NoTls: the host does not speak TLS, or refuses the connection, for an https URL.
+            LinkDown: the circuit breaker is open.
+            Denied: the host's address is not allowed.
+            CancelledError: the caller cancelled the request.
         """
         breaker = self._breakers.to(Origin.of(url))
         attempt = breaker.enter(self._upstream, insist=options.insist)
@@ -218,7 +230,7 @@ class HttpClient:
             raise
         except Exception as error:
             if was_cancelled(error) and deadline is not None and deadline.active():
-                # Not by us: whoever waits for this does so no longer.
+                # The deadline has not passed, so the caller cancelled.
                 attempt.abandoned()
                 raise CancelledError from error
             raise self._failure(url, error, attempt) from error
@@ -259,8 +271,8 @@ class HttpClient:
         return kind(f"{self._upstream}: {why}")
 
     def _stalled(self, breaker: CircuitBreaker, why: str, silent: float) -> None:
-        """A body has been silent for so many seconds."""
-        # What waits for another request on the same path will not move either: after an outage an old TCP
-        # connection can take minutes to, a new one moves at once.
+        """Report to the circuit breaker that no byte of a body came for `silent` seconds."""
+        # Idle connections to the same host have stalled too: after an outage an old TCP connection can take minutes
+        # to recover, while a new one works at once.
         self._drop_idle()
         breaker.failed(self._clock.seconds() - silent, why)

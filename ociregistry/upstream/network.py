@@ -1,4 +1,4 @@
-"""Puts the way to each upstream together as the settings say, and keeps a Registry for each."""
+"""Builds a Registry for each upstream from the settings, and caches it."""
 
 from __future__ import annotations
 
@@ -36,25 +36,33 @@ _MOST_KEPT = 500
 
 
 class Registries:
-    """Makes a Registry for each upstream that is asked for, and keeps those used last."""
+    """Makes a Registry for each requested upstream, and caches the 500 used last."""
 
     def __init__(self, allowed: tuple[str, ...], make: Callable[[Upstream], Registry]) -> None:
-        """`allowed` are globs; with none, every upstream is allowed."""
+        """`allowed` holds globs of upstream names; with none, every upstream is allowed."""
         self._allowed = allowed
         self._make = make
         self._kept: OrderedDict[Upstream, Registry] = OrderedDict()
 
     def check(self, upstream: Upstream) -> None:
-        """Raises `Denied` when the operator does not allow `upstream`."""
+        """Check that the operator allows `upstream`.
+
+        Raises:
+            Denied: the operator does not.
+        """
         check_allowed(upstream, self._allowed)
 
     def reconfigure(self, allowed: tuple[str, ...]) -> None:
-        """From now on these are allowed, and all registries are made anew."""
+        """Replace the globs of allowed upstreams, and drop every cached Registry."""
         self._allowed = allowed
         self._kept.clear()
 
     def get(self, upstream: Upstream, via: Via = NO_VIA) -> Registry:
-        """The Registry for `upstream`, to be asked for who stands in `chain`; raises `Denied`."""
+        """Return the Registry of `upstream` for requests that came through the caches in `via`.
+
+        Raises:
+            Denied: the operator does not allow `upstream`.
+        """
         self.check(upstream)
         registry = self._kept.pop(upstream, None) or self._make(upstream)
         self._kept[upstream] = registry
@@ -64,13 +72,17 @@ class Registries:
 
 
 def check_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> None:
-    """Raises `Denied` when `is_allowed` does not hold."""
+    """Check that the globs `allowed` allow `upstream`.
+
+    Raises:
+        Denied: they do not.
+    """
     if not is_allowed(upstream, allowed):
         raise Denied(f"{upstream}: the operator does not allow this upstream (--allow-upstreams)")
 
 
 def is_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> bool:
-    """Whether one of the globs is for `upstream`; without any, all are allowed."""
+    """Return whether one of the globs `allowed` matches the name of `upstream`; with none, all are allowed."""
     return not allowed or upstream.name in allowed or any(fnmatchcase(upstream.name, glob) for glob in allowed)
 
 
@@ -79,10 +91,10 @@ _DOCKER_HUB_REALM = "auth.docker.io"
 
 
 class Network:
-    """Makes the Registry of each upstream."""
+    """Makes the Registry of each upstream; holds what they share: resolver, TLS contexts, breakers, bandwidth."""
 
     def __init__(self, settings: Settings, instance: str, reactor: Any) -> None:
-        """`instance` is what this process calls itself towards other caches."""
+        """`instance` names this process in Via headers."""
         self._settings = settings
         self._instance = instance
         self._reactor = reactor
@@ -92,21 +104,24 @@ class Network:
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
     def start(self) -> None:
-        """Must be called after the process has daemonized."""
+        """Start the resolver's threads; call it after the process has daemonized."""
         self._resolver.start()
 
     def stop(self) -> None:
-        """No name is looked up any more."""
+        """Stop the resolver's threads."""
         self._resolver.stop()
 
     def reconfigure(self, settings: Settings) -> None:
-        """What is made from now on is made by these settings."""
+        """Use new settings for each Registry made from now on, and apply the bandwidth limits at once.
+
+        The operating system's trust store is read again.
+        """
         self._settings = settings
         self._contexts.clear()
         self._bandwidth.reconfigure(settings.max_bandwidth, settings.bandwidth)
 
     def registry(self, upstream: Upstream) -> Registry:
-        """The Registry of `upstream`, with its mirrors before it."""
+        """Make the Registry of `upstream`, with its mirrors; on an air-gapped server, one that sends no requests."""
         if self._settings.air_gapped:
             return Registry(upstream, AirGap(), ConnectionLimit(1), self._instance)
         entry = self._settings.entry(upstream)
@@ -144,7 +159,11 @@ class Network:
         return Client(name, base, http, credentials, trusted, self._plain_allowed(entry), reactor)
 
     def _plain_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
-        """Whether http may be tried: without anything to be seen or pretended, by port or by private addresses."""
+        """Return a function that tells whether plain http may be tried where https does not work.
+
+        Credentials and TLS settings rule it out. Otherwise the upstream's name must contain a port, or all its
+        addresses must be private.
+        """
 
         def allowed() -> Deferred[bool]:
             if entry.must_be_secure:
@@ -158,12 +177,16 @@ class Network:
 
 
 def api_host(upstream: Upstream) -> str:
-    """The host, and the port if its name has one, where an upstream has its API."""
+    """Return the host of an upstream's API, with the port if its name contains one."""
     return _DOCKER_HUB_API if upstream.name == DOCKER_HUB else upstream.name
 
 
 def _trusted_with(entry: RegistrySettings, base: Base, own: Origin) -> Callable[[Origin], bool]:
-    """Which token services get the credentials of this entry."""
+    """Return a function that tells whether a token service gets the credentials of this entry.
+
+    It must be reached by https, unless the registry's scheme is set to http, and its host must be the registry's own,
+    the configured realm, or Docker Hub's token service for Docker Hub.
+    """
 
     def trusted(realm: Origin) -> bool:
         if realm.scheme != "https" and base.scheme != "http":
@@ -176,7 +199,10 @@ def _trusted_with(entry: RegistrySettings, base: Base, own: Origin) -> Callable[
 
 
 def named_by(settings: Settings) -> Callable[[str, int], bool]:
-    """Whether the operator named a host and port: as an upstream, as a mirror, or as a token service."""
+    """Return a function that tells whether the settings name a host and port.
+
+    They may name it as an upstream, as the default upstream, as a mirror or as a token service.
+    """
     entries = settings.registries.values()
     registries = {*settings.registries, settings.default_ns, *(mirror.host for e in entries for mirror in e.mirrors)}
     exact = {Upstream(api_host(upstream)) for upstream in registries}
@@ -191,5 +217,5 @@ def named_by(settings: Settings) -> Callable[[str, int], bool]:
 
 
 def _is(realm: Upstream, host: str, port: int) -> bool:
-    """Whether a realm that the operator named, perhaps without a port, is this one."""
+    """Return whether the configured `realm` is this host; a realm without a port matches every port."""
     return realm.host.strip("[]") == host and realm.port in (None, port)

@@ -1,4 +1,4 @@
-"""Origins of URLs (RFC 6454), redirects from one to another, and URLs without what may be secret in them."""
+"""Origins of URLs (RFC 6454), targets of redirects, and URLs without their secrets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a URL leads (RFC 6454); `host` is lower-case, an IPv6 address without its brackets."""
+    """The origin of a URL (RFC 6454); `host` is in lower case, an IPv6 address without brackets."""
 
     scheme: str
     host: str
@@ -19,7 +19,11 @@ class Origin:
 
     @classmethod
     def of(cls, url: str) -> Origin:
-        """The origin of an http or https URL without a user; raises `ValueError` for any other."""
+        """Return the origin of `url`.
+
+        Raises:
+            ValueError: it is not an http or https URL with a host, or it contains a user or the port 0.
+        """
         parts = urlsplit(url)
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc or parts.port == 0:
             raise ValueError(f"{without_query(url)!r} is no URL of a web server")
@@ -27,7 +31,11 @@ class Origin:
 
 
 def redirected(url: str, location: str) -> str:
-    """Where a redirect at `url` leads; raises `ValueError` when it leads nowhere, or from https to http."""
+    """Return the target of a redirect from `url` with the header `Location: location`.
+
+    Raises:
+        ValueError: the target has no `Origin`, or the redirect leads from https to http.
+    """
     try:
         target = urljoin(url, location)
         scheme = Origin.of(target).scheme
@@ -39,5 +47,8 @@ def redirected(url: str, location: str) -> str:
 
 
 def without_query(url: str) -> str:
-    """For a message: the query may hold a signature, and what stands before the host a password."""
+    """Return at most 200 characters of a URL for a message, without the query and the user.
+
+    The query may contain a signature, and the user a password.
+    """
     return re.sub(r"//[^/]*@", "//", url.partition("?")[0])[:200]

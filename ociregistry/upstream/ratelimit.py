@@ -1,4 +1,4 @@
-"""How much of a registry's rate limit is left, as its responses tell."""
+"""The remaining rate limit of a registry, as its responses tell it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from twisted.internet.interfaces import IReactorTime
 from ociregistry.upstream.http import Response
 
 _LOW_COUNT = 25
-"""So few remaining requests are low where the limit is not told; else a quarter of it."""
+"""Remaining requests at which an unknown limit is low; a known one is low at a quarter of it."""
 _SHORTEST, _LONGEST = 60.0, 3600.0
+"""Bounds of the wait in seconds."""
 _UNTOLD = 900.0
-"""Seconds to wait where neither the window nor the time of the reset is told."""
+"""Seconds to wait where the headers tell neither the window nor the reset."""
 _MOST_DIGITS = 12
 
 
 class RateLimit:
-    """Tells when requests of the lowest priority must wait, so that those that somebody waits for still get through.
+    """Tells when requests of the lowest priority must wait, so that the rest of the limit is left to clients.
 
-    It reads `RateLimit-Limit` and `RateLimit-Remaining`, which are plain numbers or, as Docker Hub has them,
-    `100;w=21600` with the window in seconds, and `RateLimit-Reset`, the seconds until all is available again
+    Reads `RateLimit-Limit` and `RateLimit-Remaining`, which are plain numbers or, at Docker Hub, `100;w=21600` with
+    the window in seconds, and `RateLimit-Reset`, the seconds until the limit is available in full again
     (draft-ietf-httpapi-ratelimit-headers).
     """
 
@@ -26,10 +27,10 @@ class RateLimit:
         self._clock = clock
         self._low_until = 0.0
         self._period: float | None = None
-        """How many seconds it is low for; None while it is not."""
+        """Seconds for which requests wait while the limit is low; None while it is not."""
 
     def note(self, response: Response) -> None:
-        """Remember what `response` tells; headers that are missing or malformed change nothing."""
+        """Take in the rate limit headers of `response`; missing or malformed ones change nothing."""
         remaining, window = _parse(response.header("ratelimit-remaining"))
         if remaining is None:
             return
@@ -48,10 +49,10 @@ class RateLimit:
         self._low_until = self._clock.seconds() + self._period
 
     def hold(self) -> float:
-        """Return for how many seconds a request of the lowest priority must wait; 0 to send it now.
+        """Return the seconds for which a request of the lowest priority must wait; 0 to send it now.
 
-        When the limit was nearly used up a while ago, one such request may be sent, and the headers of its response
-        decide again; without any, the next one may be sent after the same time.
+        When the wait for a low limit is over, one request may be sent, and the headers of its response decide again.
+        Where it has none, the next request may be sent after another wait of the same length.
         """
         if self._period is None:
             return 0.0
@@ -63,7 +64,7 @@ class RateLimit:
 
 
 def _parse(value: str) -> tuple[int | None, int | None]:
-    """Return the number that a header begins with, and its parameter `w`; None for what is missing or malformed."""
+    """Return the number at the start of a header and its parameter `w`, each None where missing or malformed."""
     number, *parameters = value.partition(",")[0].split(";")
     told = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
     return _number(number), _number(told.get("w", ""))

@@ -1,6 +1,6 @@
-"""One upstream registry in the terms of the distribution specification: manifests, blobs, tags, referrers.
+"""One upstream registry as the distribution specification sees it: manifests, blobs, tags, referrers.
 
-Its mirrors are asked before it, and no more requests run at once than its connection limit allows.
+Mirrors are asked before the registry itself, and a connection limit bounds the concurrent requests.
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.via import NO_VIA, Via
 
 RESERVED_CONNECTIONS = 2
+"""Connections that large blobs cannot use."""
 
 
 class ConnectionLimit:
-    """So many for blobs, and two more that blobs do not get: nobody waits behind layers for a manifest."""
+    """Limits the concurrent requests to one upstream: `most` for blobs, and two more that large blobs cannot use.
+
+    The reserved connections keep manifests and small blobs from waiting behind layers.
+    """
 
     def __init__(self, most: int) -> None:
         self._blobs = DeferredSemaphore(most)
         self._all = DeferredSemaphore(most + RESERVED_CONNECTIONS)
 
     async def for_blob(self, *, small: bool) -> None:
-        """Waits for one for a blob, which may be as `small` as a manifest; `blob_done` gives it back."""
+        """Wait for a connection for a blob; `blob_done` releases it.
+
+        A `small` blob may use the reserved connections, as a manifest does.
+        """
         if not small:
             await self._blobs.acquire()
         try:
@@ -55,14 +62,14 @@ class ConnectionLimit:
             raise
 
     def blob_done(self, *, small: bool) -> None:
-        """One that was for a blob is free."""
+        """Release a connection that `for_blob` acquired with the same `small`."""
         self._all.release()
         if not small:
             self._blobs.release()
 
     @asynccontextmanager
     async def for_small(self) -> AsyncIterator[None]:
-        """One for what is small, with its token, while the block runs."""
+        """Hold a connection for a small response, and for its token request, while the block runs."""
         await self._all.acquire()
         try:
             yield
@@ -71,19 +78,19 @@ class ConnectionLimit:
 
 
 _WITHIN = 15.0
-"""Seconds that a mirror has for its headers; the registry itself must still have its chance."""
+"""Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class MirrorClient:
-    """Asks the mirror `name`."""
+    """A mirror: its name for messages, and the client that asks it."""
 
     name: str
     client: Client
 
 
 class Sources:
-    """Asks the mirrors first; the registry itself has the last word, whatever it says."""
+    """The mirrors of a registry in the order in which they are asked, and then the registry itself."""
 
     log = Logger(namespace="ociregistry.upstream")
 
@@ -99,7 +106,13 @@ class Sources:
         headers: Headers,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
-        """The first good answer, or the registry's own. Raises as `Client.request` does."""
+        """Return the first good response of a mirror, or else the registry's own, of any status.
+
+        Raises:
+            Unavailable: the registry itself cannot be asked; the message also says why each mirror was passed over.
+            AccessRefused: the registry's token service refuses access.
+            Denied: the registry, or a redirect of it, leads to an address that is not allowed.
+        """
         missed: list[str] = []
         quick = replace(options, within=min(options.within, _WITHIN))
         for mirror in self._mirrors:
@@ -125,13 +138,13 @@ class Sources:
 
 def _is_good(method: str, response: Response) -> bool:
     if "text/html" in response.header("content-type"):
-        # What stands between us and the mirror, and wants to be logged in to.
+        # The login page of a proxy or captive portal in front of the mirror.
         return False
     return 200 <= response.status < 300 or response.refuses_head(method)
 
 
 class AirGap:
-    """In the place of `Sources` where nobody is to be asked."""
+    """Stands in for `Sources` on an air-gapped server: refuses every request."""
 
     async def request(
         self,
@@ -141,16 +154,21 @@ class AirGap:
         headers: Headers,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
-        """Raises `AccessRefused`."""
+        """Refuse the request.
+
+        Raises:
+            AccessRefused: always.
+        """
         raise AccessRefused("it is not in the cache, and this server is air-gapped")
 
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
-"""What registries say of things that they do not have, or do not show."""
+"""Statuses with which registries answer for content that they do not have, or do not show to this client."""
 _OK = frozenset({200})
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
+"""Bytes of a page of tags."""
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
 _NO_RANGE = re.compile(r"bytes [*]/(?P<size>[0-9]{1,19})")
 _NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
@@ -158,7 +176,10 @@ _NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 
 @dataclass(frozen=True, slots=True)
 class BlobStream:
-    """A blob on its way: its whole `size` in bytes, if the upstream tells it, and the `body` from byte `start`."""
+    """A blob being downloaded: the size of the whole blob in bytes, and its `body` from byte `start` on.
+
+    `size` is None where the upstream does not tell it.
+    """
 
     size: int | None
     start: int
@@ -166,20 +187,25 @@ class BlobStream:
 
 
 class BlobMismatch(Unavailable):
-    """The upstream has other bytes than those that were expected."""
+    """The upstream's blob does not have the expected bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TagPage:
-    """A page of tags; `more` tells whether the upstream has others after the last."""
+    """A page of tags; `more` is True where the upstream has further tags after the last one."""
 
     tags: tuple[Tag, ...]
     more: bool
 
 
 class Registry:
-    """What one upstream has. All methods raise `Unavailable` when it cannot be asked, and `Denied` when its name, or
-    where it redirects to, leads to an address that is not allowed."""
+    """The content of one upstream.
+
+    Every method that sends a request also raises:
+        Unavailable: the upstream cannot be asked, or its response is not valid.
+        Denied: the upstream's name, or a redirect, leads to an address that is not allowed.
+        LoopDetected: the upstream is this server itself, perhaps through other caches.
+    """
 
     def __init__(
         self,
@@ -189,7 +215,7 @@ class Registry:
         instance: str,
         via: Via = NO_VIA,
     ) -> None:
-        """`instance` is this process, which asks for who stands in `chain`."""
+        """`instance` names this process in Via headers; `via` holds the caches that the request came through."""
         self.upstream = upstream
         self._sources = sources
         self._limit = limit
@@ -197,11 +223,15 @@ class Registry:
         self._via = via
 
     def with_via(self, via: Via) -> Registry:
-        """The same registry, to be asked for who stands in `chain`."""
+        """Return the same registry for requests that came through the caches in `via`."""
         return Registry(self.upstream, self._sources, self._limit, self._instance, via)
 
     async def manifest(self, image: ImageReference, options: RequestOptions = DEFAULT_OPTIONS) -> Manifest:
-        """The manifest that `image` means there; raises `ManifestUnknown`."""
+        """Return the manifest of `image`, verified against its digest where one is known.
+
+        Raises:
+            ManifestUnknown: the upstream does not have it, or does not show it.
+        """
 
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{image}: {why}")
@@ -214,9 +244,13 @@ class Registry:
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
     async def manifest_digest(self, image: ImageReference) -> Digest | None:
-        """The digest of the manifest that `image` means there, asked by HEAD; None if the upstream does not tell it.
+        """Ask by HEAD for the digest of the manifest of `image`.
 
-        Raises `ManifestUnknown`.
+        Returns:
+            The digest, or None where the upstream does not tell it.
+
+        Raises:
+            ManifestUnknown: the upstream does not have the manifest, or does not show it.
         """
 
         def unknown(why: str) -> RegistryError:
@@ -231,10 +265,13 @@ class Registry:
     async def blob(
         self, repository: Repository, digest: Digest, start: int = 0, options: RequestOptions = DEFAULT_OPTIONS
     ) -> BlobStream:
-        """The blob from the byte `start`, or from its first byte where the upstream knows no ranges.
+        """Start to download a blob from the byte `start`, or from byte 0 where the upstream supports no ranges.
 
-        Its connection counts as one of the upstream's until the body has ended or was aborted. Raises
-        `BlobUnknown`, and `OtherBlob` if the upstream's blob ends before `start`.
+        The download counts against the connection limit until its body ends or is aborted.
+
+        Raises:
+            BlobUnknown: the upstream does not have the blob, or does not show it.
+            BlobMismatch: the upstream's blob has no more than `start` bytes.
         """
         await self._limit.for_blob(small=options.small)
         try:
@@ -269,21 +306,34 @@ class Registry:
         return response
 
     async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
-        """The size of the blob in bytes, asked by HEAD, if the upstream tells it; raises `BlobUnknown`."""
+        """Ask by HEAD for the size of a blob.
+
+        Returns:
+            The size in bytes, or None where the upstream does not tell it.
+
+        Raises:
+            BlobUnknown: the upstream does not have the blob, or does not show it.
+        """
         unknown = _unknown_blob(f"{repository}@{digest}")
         async with self._limit.for_small():
             response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown)
             await response.discard()
             if response.status == 200:
                 return _length(response.header("content-length"))
-            # A URL that is signed for GET: one byte tells the size of the whole as well.
+            # The redirect's URL is signed for GET only; the response for one byte also tells the whole size.
             first = {"Range": "bytes=0-0"}
             response = await self._ask("GET", repository, f"blobs/{digest}", first, unknown, _OK | {206, 416})
             response.body.abort()
         return response.length if response.status == 200 else _size_of_whole(response)
 
     async def tags(self, repository: Repository, count: int | None, last: str) -> TagPage:
-        """At most `count` tags after the tag `last`; raises `NameUnknown`."""
+        """Return a page of the tags after the tag `last`, asking for at most `count` of them.
+
+        None as `count` leaves the number to the upstream; an empty `last` begins with the first tag.
+
+        Raises:
+            NameUnknown: the upstream does not have the repository, or does not show it.
+        """
         query = {"n": str(count)} if count is not None else {}
         query |= {"last": last} if last else {}
         path = "tags/list" + (f"?{urlencode(query)}" if query else "")
@@ -297,9 +347,10 @@ class Registry:
         return TagPage(_tags(repository, data), _next_page(response) is not None)
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
-        """The index of all that refers to the manifest `digest`; its pages are put together.
+        """Return the index of the referrers of the manifest `digest`, its pages joined into one.
 
-        Raises `ManifestUnknown` where the upstream offers no referrers.
+        Raises:
+            ManifestUnknown: the upstream has no referrers API, or does not show it.
         """
         what = f"{repository}@{digest}"
         pages: list[Manifest] = []
@@ -331,7 +382,13 @@ class Registry:
         accepted: frozenset[int] = _OK,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Response:
-        """An answer with an `accepted` status; raises what `unknown` makes of why the upstream does not have it."""
+        """Send a request; return a response with an `accepted` status, or a HEAD refused by signed storage.
+
+        Raises:
+            The error that `unknown` makes of the reason: the upstream does not have the content, or does not show it.
+            LoopDetected: the upstream is this server itself, perhaps through other caches.
+            Unavailable: the upstream cannot be asked, or answered with another status.
+        """
         headers = {**headers, "Via": self._via.through(self._instance)}
         try:
             response = await self._sources.request(method, repository, path, headers, options)
@@ -353,7 +410,7 @@ def _unknown_blob(what: str) -> Callable[[str], RegistryError]:
 
 
 def _size_of_whole(response: Response) -> int | None:
-    """What a 206, or a 416 for an empty blob, says of the size of it all."""
+    """Return the size of the whole blob in bytes, as a 206 tells it, or a 416 for an empty blob."""
     expected = _CONTENT_RANGE if response.status == 206 else _NO_RANGE
     match = expected.fullmatch(response.header("content-range"))
     return _length(match["size"]) if match else None
@@ -386,7 +443,7 @@ def _joined(pages: list[Manifest], what: str) -> Manifest:
 
 
 def _stream(response: Response, start: int) -> BlobStream | None:
-    """The stream in an answer to a request for the bytes from `start`; None when it is of other bytes."""
+    """Return the stream in a response to a request from byte `start`, or None where a 206 has another range."""
     if response.status != 206:
         return BlobStream(response.length, 0, response.body)
     match = _CONTENT_RANGE.fullmatch(response.header("content-range"))

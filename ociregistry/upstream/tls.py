@@ -1,4 +1,4 @@
-"""TLS with one upstream: whom we trust on every hop of its requests, and who we are towards its own host."""
+"""TLS with one upstream: trust for every host that its requests lead to, the client certificate for its own host."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ociregistry.config.tls import UpstreamTls, openssl_context
 from ociregistry.upstream.failures import CertificateRefused
 
 _NAMES = "2.5.29.17"
-"""The object identifier of subjectAltName."""
+"""The object identifier of the extension subjectAltName."""
 _NO_NAME = "none of its names can be used (subjectAltName)"
 
 _REASONS = {
@@ -33,17 +33,17 @@ _REASONS = {
     67: "the key of a certificate that it leads to is too weak",
     68: "it is signed by a hash that is too weak",
 }
-"""OpenSSL's verification results (X509_STORE_CTX_get_error) in words."""
+"""Reasons for OpenSSL's verification results (X509_STORE_CTX_get_error)."""
 
 
 class Contexts:
-    """OpenSSL's contexts: one for all upstreams that are spoken with alike, for each takes time and a megabyte."""
+    """Caches OpenSSL contexts, one for all upstreams with equal settings: each takes time to make, and a megabyte."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[UpstreamTls, bool], SSL.Context] = {}
 
     def get(self, settings: UpstreamTls, *, with_identity: bool) -> SSL.Context:
-        """The context for `settings`, by which the client certificate is shown or not."""
+        """Return the context for `settings`; it holds the client certificate only where `with_identity` is True."""
         key = settings, with_identity
         if key not in self._kept:
             system_trust = settings.verify and settings.ca is None
@@ -56,22 +56,22 @@ class Contexts:
         return self._kept[key]
 
     def clear(self) -> None:
-        """Trust stores are read again."""
+        """Drop the contexts, so that the operating system's trust store is read again."""
         self._kept.clear()
 
 
 @implementer(IPolicyForHTTPS)
 class UpstreamPolicy:
-    """The policy of one upstream. All hosts that its requests lead to are verified alike."""
+    """The TLS policy of one upstream, the same for all hosts that its requests lead to."""
 
     def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: Contexts) -> None:
-        """`own` is the host and port where the client certificate may be shown, and nowhere else."""
+        """`own` is the host and port of the upstream, the only one that gets the client certificate."""
         self._settings = settings
         self._own = own
         self._contexts = contexts
 
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
-        """What makes the TLS connections to `hostname`."""
+        """Return the creator of TLS connections to `hostname`."""
         host = hostname.decode("ascii")
         with_identity = self._settings.client is not None and (host, port) == self._own
         context = self._contexts.get(self._settings, with_identity=with_identity)
@@ -80,14 +80,14 @@ class UpstreamPolicy:
 
 @implementer(IOpenSSLClientConnectionCreator)
 class _Creator:
-    """Tells every host by which name it was asked for (SNI), also where its certificate is not verified."""
+    """Creates TLS connections to one host, with its name in SNI also where its certificate is not verified."""
 
     def __init__(self, host: str, context: SSL.Context) -> None:
         self._host = host
         self._context = context
 
     def clientConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        """A new connection for `tlsProtocol`."""
+        """Return a new connection for `tlsProtocol`."""
         connection = _Connection(self._context, self._host)
         if not _is_address(self._host):
             connection.set_tlsext_host_name(self._host.encode("ascii"))
@@ -95,7 +95,7 @@ class _Creator:
 
 
 class _Connection(SSL.Connection):
-    """A connection that knows where it leads: contexts are shared, and their callback is given the connection."""
+    """A connection with the name of its host, for `_verify`: the context's callback gets only the connection."""
 
     def __init__(self, context: SSL.Context, host: str) -> None:
         super().__init__(context, None)
@@ -103,9 +103,12 @@ class _Connection(SSL.Connection):
 
 
 def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, holds: int) -> bool:
-    """Called for each certificate of a chain, the server's own (depth 0) last; raises `CertificateRefused`.
+    """Verify one certificate of a chain; OpenSSL calls this for each of them, the server's own (depth 0) last.
 
-    OpenSSL's own error does not say why it refuses a certificate.
+    `error` and `holds` are OpenSSL's own verdict. Its exception would not tell why a certificate is refused.
+
+    Raises:
+        CertificateRefused: the certificate is not trusted, cannot be read, or is for another host.
     """
     subject = "?"
     try:
@@ -115,10 +118,10 @@ def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, de
         why = None if holds else _REASONS.get(error, f"OpenSSL's error {error}")
         if holds and depth == 0:
             has_names = any(extension.oid.dotted_string == _NAMES for extension in parsed.extensions)
-            # Without names some versions of the library would take the subject, which RFC 6125 leaves to the past.
+            # Without names, some versions of service_identity fall back to the subject, which RFC 6125 deprecates.
             why = _refusal(certificate, cast(_Connection, connection).host) if has_names else _NO_NAME
     except Exception:
-        # Whatever a library makes of a certificate that is nonsense.
+        # The libraries raise many kinds of exceptions for a malformed certificate.
         why = "it cannot be read"
     if why is not None:
         raise CertificateRefused(subject, why)
@@ -137,13 +140,16 @@ def _refusal(certificate: crypto.X509, host: str) -> str | None:
 
 
 class _Peer:
-    """A peer whose certificate is known before the handshake has ended, as service_identity asks for it."""
+    """Stands in for a connection in service_identity's checks, which ask it for the peer's certificate.
+
+    During the handshake the real connection does not have the certificate yet.
+    """
 
     def __init__(self, certificate: crypto.X509) -> None:
         self._certificate = certificate
 
     def get_peer_certificate(self) -> crypto.X509:
-        """The certificate."""
+        """Return the certificate."""
         return self._certificate
 
 
