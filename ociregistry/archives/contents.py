@@ -57,7 +57,7 @@ class Contents:
 
 
 def parse_name(text: object) -> ImageReference | None:
-    """Parse an image name as docker and containerd write it; None for a bare tag, an image ID or other texts."""
+    """Parse an image name as docker and containerd write it; None for a bare tag, an image ID or other text."""
     if not isinstance(text, str) or text.startswith(("sha256:", "sha512:")):
         return None
     name, at, digest = text.partition("@")

@@ -1,4 +1,4 @@
-"""Import the images of an archive into the store, each completely or not at all."""
+"""Import the images of an archive into the store, completely or not at all."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ociregistry.archives.members import MOST_MEMBERS, Archive, ArchiveInvalid, 
 from ociregistry.archives.tars import read_tar
 
 _NOT_OURS = frozenset({"lost+found"})
-"""Folders that are skipped: the root of a file system has one that only root can read."""
+"""Folders to skip: the root of a file system has one that only the user root can read."""
 
 
 def read_folder(path: Path) -> dict[str, Member]:

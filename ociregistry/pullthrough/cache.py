@@ -64,7 +64,7 @@ async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: objec
     """Return the result of `waiting`; cancel it after `ANSWER_DEADLINE`.
 
     Raises:
-        DeadlineExceeded: there was no result in time; `what` stands in the message.
+        DeadlineExceeded: there was no result in time; the message names `what`.
     """
     waiting.addTimeout(ANSWER_DEADLINE, clock)
     try:
@@ -81,7 +81,7 @@ _MOST_KEPT = 1000
 class NegativeCache:
     """Remembers for 60 s which blobs an upstream does not have.
 
-    A client that was sent headers before the upstream answered could not be told; its next request is, at once.
+    A client that got its headers before the upstream answered cannot get a 404 any more; its next request does, at once.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
@@ -184,7 +184,7 @@ class PullThrough:
         """Number of downloads that have ended."""
 
     def stop(self) -> Deferred[None]:
-        """Cancel all downloads; fire when they have ended."""
+        """End all downloads; fire when they have ended."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:

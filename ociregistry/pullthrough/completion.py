@@ -182,7 +182,7 @@ class Completion:
         self._refused.pop(digest, None)
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
-        """Note the missing blobs of an image, and request them unless the upstream refused them of late."""
+        """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
         if digest in self._store.pending or digest in self._looked_at:
             return
         self._missing[digest] = sum(missing.values())

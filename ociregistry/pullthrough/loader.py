@@ -405,7 +405,7 @@ class Preloader:
         self._running = Deferred.fromCoroutine(self._preload()).addErrback(self._failed)
 
     def stop(self) -> None:
-        """Stop; the next start continues."""
+        """Stop; the next start loads the rest."""
         self._running.cancel()
 
     def _failed(self, failure: Failure) -> None:
