@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 from ociregistry.manifests import LARGEST_MANIFEST
 
 _LONGEST_LINE = 1000
-"""Characters in an error message, at most."""
+"""Characters of a name or an error message, at most."""
 
 
 def one_line(text: str) -> str:

@@ -81,7 +81,8 @@ _MOST_KEPT = 1000
 class NegativeCache:
     """Remembers for 60 s which blobs an upstream does not have.
 
-    A client that got its headers before the upstream answered cannot get a 404 any more; its next request does, at once.
+    A client that got its headers before the upstream answered cannot get a 404 any more. Its next request gets it at
+    once.
     """
 
     def __init__(self, clock: IReactorTime) -> None:
