@@ -1,1 +1,1 @@
-"""Images in files: archives that docker, containerd, skopeo and we ourselves write, and image folders."""
+"""Images in files: archives that docker, containerd, skopeo and this program write, and image folders."""

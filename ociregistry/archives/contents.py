@@ -1,4 +1,4 @@
-"""What an archive holds, whatever its format: images by their names, manifests, and where the blobs are."""
+"""The contents of an archive, independent of its format: named images, manifests, and the members with blobs."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from ociregistry.store.records import Dates
 
 @dataclass(frozen=True, slots=True)
 class NamedImage:
-    """An image name of an archive, and the manifest that it means there."""
+    """An image name in an archive, and the manifest that it refers to there."""
 
     image: ImageReference
     manifest: Digest
     dates: Dates | None = None
-    """As the archive tells them; None: nothing is known."""
+    """The dates in the archive; None if it has none."""
     notes: tuple[str, ...] = ()
-    """What the operator should know of it."""
+    """Remarks for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """All that can be loaded from an archive, and in `failed` what cannot be, with the reasons."""
+    """Everything that can be loaded from an archive; `failed` has the images that cannot, with the reasons."""
 
     images: tuple[NamedImage, ...]
     manifests: Mapping[Digest, Manifest]
     blobs: Mapping[Digest, Member]
-    """Where each blob is; nobody has looked yet whether its bytes have that digest."""
+    """The member with each blob; the digests are not verified yet."""
     failed: tuple[Outcome, ...] = ()
     metadata: frozenset[Digest] = frozenset()
-    """The images of an index that come without their layers."""
+    """Images of an index that come as metadata, without their layers."""
 
     def needed(self, manifest: Manifest) -> Sequence[Descriptor]:
-        """Return the blobs that belong to a manifest here: of an image that comes as metadata, its config."""
+        """Return the blobs that are needed for a manifest; of an image that comes as metadata, only its config."""
         return manifest.blobs[:1] if manifest.digest in self.metadata else manifest.blobs
 
     def tree(self, root: Digest) -> tuple[Manifest, ...]:
-        """The manifest `root` and those that it leads to, as far as they are here; each comes after what it names."""
+        """Return the manifest `root` and its descendants in the archive; children come before their index."""
         found: dict[Digest, Manifest] = {}
         path = [root]
         while path:
@@ -57,12 +57,12 @@ class Contents:
 
 
 def parse_name(text: object) -> ImageReference | None:
-    """The image that docker and containerd call so; None when it is no whole name, but a tag or an image's id."""
+    """Parse an image name as docker and containerd write it; None for a bare tag, an image ID or other text."""
     if not isinstance(text, str) or text.startswith(("sha256:", "sha512:")):
         return None
     name, at, digest = text.partition("@")
     if at:
-        # Where a name has both a tag and a digest, the digest says what it means.
+        # If a name has both a tag and a digest, the digest counts.
         folder, slash, last = name.rpartition("/")
         name = f"{folder}{slash}{last.partition(':')[0]}"
     try:
@@ -72,7 +72,7 @@ def parse_name(text: object) -> ImageReference | None:
 
 
 def parse_whole_name(text: object) -> ImageReference | None:
-    """The image that we call so ourselves; None when it is no image URL."""
+    """Parse an image URL as this program writes it, with the upstream first; None if it is not one."""
     try:
         return ImageReference.parse_whole(str(text))
     except RegistryError:
@@ -80,7 +80,11 @@ def parse_whole_name(text: object) -> ImageReference | None:
 
 
 def parse_manifest(data: bytes, media_type: str, digest: Digest, member: Member) -> Manifest:
-    """The manifest in `data`, which is from `member`; raises `ArchiveInvalid`."""
+    """Parse the manifest in `data`, the content of `member`.
+
+    Raises:
+        ArchiveInvalid: it is not a valid manifest.
+    """
     try:
         return Manifest.parse(data, media_type, digest)
     except ManifestInvalid as error:
@@ -95,10 +99,13 @@ def gather(
     failed: Iterable[Outcome] = (),
     metadata: Iterable[Digest] = (),
 ) -> Contents:
-    """The contents of `archive`, after a look at what each name means there.
+    """Return the contents of `archive`, after resolving names that refer to several manifests.
 
-    Where a tag means two manifests, the one that was confirmed last has it and the other keeps its digest alone;
-    where no dates tell, the name has failed. Raises `ArchiveInvalid` when there is nothing at all.
+    Of several manifests for one tag, the one that was confirmed last gets it and the others are known only by
+    digest; without dates, the name fails.
+
+    Raises:
+        ArchiveInvalid: there is no image in the archive.
     """
     meanings: dict[str, dict[Digest, NamedImage]] = {}
     for one in named:
@@ -117,7 +124,7 @@ def gather(
             images.setdefault(str(by_digest.image), by_digest)
     if not images and not failures:
         raise archive.invalid("there is no image in it")
-    # What has a name of its own is more than a part of an index.
+    # An image with a name of its own is loaded with its layers.
     roots = {one.manifest for one in images.values()}
     return Contents(
         tuple(images.values()), manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots
@@ -125,7 +132,7 @@ def gather(
 
 
 def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:
-    """Why the name of these images cannot be used, if so."""
+    """Return why the name of these images cannot be used; the empty string if it can."""
     for digest, named in claims.items():
         reference = named.image.reference
         if isinstance(reference, Digest) and reference != digest:
@@ -138,4 +145,5 @@ def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:
 
 
 def _last_confirmed(named: NamedImage) -> tuple[float, Digest]:
+    """Return a sort key: the time of confirmation, and the digest to make the order definite."""
     return (named.dates.confirmed.timestamp() if named.dates else 0.0, named.manifest)

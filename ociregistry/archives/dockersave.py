@@ -1,7 +1,7 @@
-"""What `docker save` writes, and skopeo as docker-archive: images without their registry's manifests.
+"""Read archives of `docker save` and skopeo's docker-archive, which lack the manifests of the registry.
 
-manifest.json names each image's config and layers, which are tars, not compressed as in a registry. The manifest is
-made here, always the same for the same image.
+manifest.json names the config and the layers of each image; the layers are tars, not compressed as in a registry. A
+manifest is generated, always the same for the same image.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NOTE = "its digest is not the registry's, as docker save does not keep the regi
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer as it is in the archive, and the digest of the tar that it is or holds."""
+    """A layer in the archive; `diff_id` is the digest of its tar, uncompressed."""
 
     member: Member
     descriptor: Descriptor
@@ -42,7 +42,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class SavedImage:
-    """One entry of manifest.json: the names of members, and the image's own names."""
+    """One entry of manifest.json: the members of the config and the layers, and the names (tags) of the image."""
 
     config: str
     layers: tuple[str, ...]
@@ -50,12 +50,16 @@ class SavedImage:
 
     @property
     def config_hex(self) -> str:
-        """The hex of the config's digest, if its name is that."""
+        """The name of the config without folder and suffix; usually the hex of its digest."""
         return posixpath.basename(self.config).removesuffix(".json")
 
 
 def read_docker_index(archive: Archive) -> list[SavedImage]:
-    """What manifest.json says. Blocks; raises `ArchiveInvalid`."""
+    """Read manifest.json. Blocks.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, or is not valid.
+    """
     index = archive.members[DOCKER_INDEX]
     entries = archive.json(index)
     if not isinstance(entries, list):
@@ -72,7 +76,11 @@ def _saved(entry: object, index: Member) -> SavedImage:
 
 
 def read_docker_archive(archive: Archive) -> Contents:
-    """What the archive holds. Blocks, until all layers are read once; raises `ArchiveInvalid`."""
+    """Read the contents of the archive. Blocks; all layers are read once, for their digests.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, or is damaged.
+    """
     saved = read_docker_index(archive)
     layers = _layers({_member(archive, name) for one in saved for name in one.layers})
     named: list[NamedImage] = []
@@ -132,7 +140,11 @@ def _config_digest(saved: SavedImage, config: Member, data: bytes) -> Digest:
 
 
 def _check_layers(layers: Sequence[_Layer], config: Member, data: bytes) -> None:
-    """Raises `ArchiveInvalid` unless they are the layers that the config names."""
+    """Check that the layers are those that the config names.
+
+    Raises:
+        ArchiveInvalid: they are not.
+    """
     match parse_json(data, config):
         case {"rootfs": {"diff_ids": list(diff_ids)}}:
             if len(diff_ids) != len(layers):
@@ -159,7 +171,7 @@ def _render(descriptor: Descriptor) -> dict[str, object]:
 
 
 class _HashedFile(io.RawIOBase):
-    """A member as a file that is read once; `digest` is of what was read."""
+    """A member as a file that is read once and hashed meanwhile."""
 
     def __init__(self, member: Member) -> None:
         self._pieces = member.pieces()
@@ -168,15 +180,15 @@ class _HashedFile(io.RawIOBase):
 
     @property
     def digest(self) -> Digest:
-        """The sha256."""
+        """The sha256 digest of the bytes read so far."""
         return Digest(f"sha256:{self._hasher.hexdigest()}")
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """At least one byte, or none at the end."""
+        """Read at least one byte into `buffer`, none at the end; return the number of bytes."""
         if not self._rest:
             self._rest = memoryview(next(self._pieces, b""))
             self._hasher.update(self._rest)

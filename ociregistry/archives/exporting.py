@@ -1,6 +1,6 @@
-"""Writes images of the store into an OCI image layout, in a tar: what `load`, skopeo and containerd read.
+"""Export images of the store to an OCI image layout in a tar, which `load`, skopeo and containerd can read.
 
-Everything here blocks and runs in a thread.
+All functions block and run in a thread.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from ociregistry.store.index import Inventory, Row, StoredRecord
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An image that was not exported: the store lacks `missing` bytes of it."""
+    """An image that was not exported; `missing` is the number of bytes that the store lacks of it."""
 
     name: str
     why: str
     missing: int = 0
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line for the operator."""
         return f"left out: {self.name}: {self.why}"
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was exported: image names, blobs, and bytes of blobs."""
+    """The result of an export: the numbers of image names, blobs, and bytes of blobs."""
 
     images: int = 0
     blobs: int = 0
     bytes: int = 0
     had: int = 0
-    """Blobs that were not written because the earlier export tells of them, and below their bytes."""
+    """Blobs that were left out because the earlier export refers to them."""
     had_bytes: int = 0
+    """The bytes of those blobs."""
     left_out: tuple[LeftOut, ...] = ()
 
 
@@ -60,14 +61,16 @@ def export_images(
     advance: Callable[[int], None] = lambda count: None,
     files: Files | None = None,
 ) -> Exported:
-    """Writes the images of these rows of `inventory` to the file `target`, which is whole or not there.
+    """Write the images of these rows of `inventory` to the file `target`, completely or not at all.
 
-    Of a list, what the store has of it comes along. Blobs that a manifest in the earlier export `since` refers to
-    are left out; manifests never are, so that this export can be the next one's `since`. An image that is not
-    whole is left out with the lists that it is in; when nothing is left, nothing is written. `came` is told of
-    the bytes of blobs as they are written.
+    Of an index, the children in the store are exported with it. Blobs that a manifest in the earlier export `since`
+    refers to are left out; manifests are always written, so that this export can be the `since` of the next. An
+    incomplete image is left out, with the indexes that name it; if no image remains, no file is written. `advance`
+    is called with the number of bytes of blobs as they are written. Blocks.
 
-    Blocks. Raises `ArchiveInvalid` for a bad `since`, else `ExportFailed`, also for a blob that is damaged.
+    Raises:
+        ArchiveInvalid: `since` is not a valid archive.
+        ExportFailed: the file cannot be written, or a blob is missing or damaged.
     """
     had = _told_of(since) if since is not None else frozenset()
     try:
@@ -88,7 +91,11 @@ def export_images(
 
 
 def _told_of(since: Path) -> frozenset[Digest]:
-    """The blobs that the manifests in the archive `since` refer to, be they in it or not."""
+    """Return the blobs that the manifests in the archive `since` refer to, whether it has them or not.
+
+    Raises:
+        ArchiveInvalid: it is not a valid archive.
+    """
     archive = open_archive(since)
     if archive is None:
         raise ArchiveInvalid(since, "it is no archive")
@@ -99,16 +106,16 @@ def _told_of(since: Path) -> frozenset[Digest]:
 
 @dataclass(frozen=True, slots=True)
 class _Selected:
-    """What is to be written."""
+    """The images to write."""
 
     rows: list[Row] = field(default_factory=list)
     manifests: dict[Digest, Manifest] = field(default_factory=dict)
     blobs: dict[Digest, int] = field(default_factory=dict)
-    """Digest -> size in bytes."""
+    """The blobs to write: digest -> size in bytes."""
     had: dict[Digest, int] = field(default_factory=dict)
-    """Of those that need not be written."""
+    """The blobs that the earlier export refers to: digest -> size in bytes."""
     metadata: dict[str, list[Digest]] = field(default_factory=dict)
-    """Image URL of an index -> the images of it that come without their layers."""
+    """Image URL of an index -> its images that are exported as metadata, without their layers."""
 
 
 def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -> tuple[_Selected, list[LeftOut]]:
@@ -143,7 +150,7 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
 
 
 def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
-    """The manifest, and what the store has of those that it leads to."""
+    """Return the manifest and all its descendants in the store that are exported with it."""
     found: dict[Digest, Manifest] = {}
     wanted = [root]
     while wanted:
@@ -157,7 +164,7 @@ def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
 
 
 def _comes_along(child: StoredRecord, inventory: Inventory) -> bool:
-    """Tell whether a child of an index is exported with it: what is here as metadata, only with its config."""
+    """Tell whether a child of an index is exported with it; one stored as metadata only if its config is stored."""
     config = child.manifest.config
     if config is None or not inventory.is_metadata(child.manifest.digest):
         return True
@@ -166,7 +173,7 @@ def _comes_along(child: StoredRecord, inventory: Inventory) -> bool:
 
 @contextmanager
 def _whole(target: Path, files: Files) -> Iterator[BinaryIO]:
-    """A file that appears as `target` when all is written and on disk, or not at all."""
+    """Yield a file that becomes `target` once everything is written and on disk; remove it on an error."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     file = files.create(temporary)
     try:
@@ -181,7 +188,7 @@ def _whole(target: Path, files: Files) -> Iterator[BinaryIO]:
 
 
 class _Writer:
-    """Writes a layout: the same images give the same bytes."""
+    """Writes an image layout; the same images give the same bytes."""
 
     def __init__(self, target: Path, stream: BinaryIO, root: Path, advance: Callable[[int], None]) -> None:
         self._target = target
@@ -190,7 +197,12 @@ class _Writer:
         self._advance = advance
 
     def write(self, selected: _Selected) -> None:
-        """Writes all of it; raises `ExportFailed` for a blob that is damaged, and `OSError`."""
+        """Write the whole layout.
+
+        Raises:
+            ExportFailed: a blob is damaged or cannot be read.
+            OSError: the file cannot be written.
+        """
         self._add(MARK, _json({"imageLayoutVersion": "1.0.0"}))
         self._add(INDEX, _json(_index(selected)))
         for digest, manifest in sorted(selected.manifests.items()):
@@ -216,7 +228,7 @@ class _Writer:
 
 
 class _Hashed:
-    """A file that is hashed as it is read."""
+    """A file that is hashed while it is read."""
 
     def __init__(self, file: BinaryIO, digest: Digest, advance: Callable[[int], None]) -> None:
         self._file = file
@@ -226,11 +238,11 @@ class _Hashed:
 
     @property
     def holds(self) -> bool:
-        """Whether what was read has the digest."""
+        """Whether the bytes read so far have the digest."""
         return self._hasher.hexdigest() == self._digest.hex
 
     def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
+        """Read at most `count` bytes."""
         data = self._file.read(count)
         self._hasher.update(data)
         self._advance(len(data))
@@ -238,7 +250,7 @@ class _Hashed:
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    # Its dates and owners are those of nobody.
+    # Zero times and owners, so that archives are reproducible.
     header = tarfile.TarInfo(name)
     header.size = size
     return header

@@ -1,6 +1,6 @@
-"""Image folders: our own store's, and that of the server of the same name that is written in Go.
+"""Read image folders: the store of this program, and that of the Go server of the same name.
 
-Both have a JSON file for each manifest in fat/, img/ or lts/, and blobs/<hex>. A folder may hold files of both kinds.
+Both have a JSON file for each manifest in fat/, img/ or lts/, and blobs/<hex>. One folder may have files of both.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ _MANIFESTS = frozenset({"fat", "img", "lts"})
 
 
 def is_image_folder(archive: Archive) -> bool:
-    """Whether `archive` has manifests where an image folder has them."""
+    """Tell whether `archive` has manifests at the paths of an image folder."""
     return any(_digest(name, _MANIFESTS) for name in archive.members)
 
 
 def read_image_folder(archive: Archive) -> Contents:
-    """What the image folder `archive` holds. Blocks; raises `ArchiveInvalid`."""
+    """Read the contents of an image folder. Blocks.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, or is damaged.
+    """
     found = [_read(archive, member, digest) for member, digest in _files(archive, _MANIFESTS)]
     children = {child.digest for one in found if one.manifest for child in one.manifest.children}
     metadata = {one.manifest.digest for one in found if one.manifest and not one.wanted} & children
     return gather(
         archive,
-        # An image of which an index has the metadata alone is not loaded by its digest.
+        # A child of an index that comes as metadata is not an image to load by its digest.
         named=(
             image
             for one in found
@@ -50,17 +54,17 @@ def read_image_folder(archive: Archive) -> Contents:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What one file says."""
+    """The content of one file."""
 
     manifest: Manifest | None = None
     images: tuple[NamedImage, ...] = ()
     failed: tuple[Outcome, ...] = ()
     wanted: bool = True
-    """False where a record says that the layers of the image are not wanted."""
+    """False if the record says that the layers of the image are not wanted."""
 
 
 def _files(archive: Archive, folders: Collection[str]) -> list[tuple[Member, Digest]]:
-    """The members in these folders that have the hex of a digest as their name, in the order of the archive."""
+    """Return the members of these folders whose name is the hex of a digest, in the order of the archive."""
     files = [
         (member, digest) for name, member in archive.members.items() if (digest := _digest(name, folders)) is not None
     ]
@@ -93,7 +97,7 @@ def _read_record(data: bytes, digest: Digest, member: Member) -> _Found:
 
 
 def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: Member) -> _Found:
-    """What the Go server's file says."""
+    """Read the JSON file of a manifest that the Go server wrote."""
     encoded = document.get("bytes")
     if not isinstance(encoded, str) or not encoded:
         return _failed(url, "an old version of the Go server wrote it, which did not keep the manifest's bytes")
@@ -116,7 +120,10 @@ def _failed(url: str, why: str) -> _Found:
 
 
 def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:
-    """Of the manifest in `data`. The number that says it in the holder has not always meant the same."""
+    """Return the media type of the manifest in `data`.
+
+    The number for it in the Go server's file is not used, since its meaning has changed between versions.
+    """
     manifest = parse_json(data, member)
     if not isinstance(manifest, dict):
         raise member.invalid("its bytes are no manifest")
@@ -131,12 +138,12 @@ def _media_type(holder: Mapping[str, Any], data: bytes, member: Member) -> str:
 
 
 def _is_filled(value: object) -> bool:
-    """Whether it is more than the empty manifest that stands where there is none."""
+    """Tell whether `value` is a manifest, not the empty one that stands for none."""
     return isinstance(value, dict) and bool(value.get("schemaVersion"))
 
 
 def _dates(created: object) -> Dates | None:
-    """Both dates are that of creation, a local time: a pull was no word of the upstream."""
+    """Return the creation time, which is local, for both dates: a pull is no confirmation by the upstream."""
     try:
         time = datetime.fromisoformat(str(created)).astimezone()
     except (ValueError, OverflowError):

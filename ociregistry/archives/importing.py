@@ -1,4 +1,4 @@
-"""Brings what an archive holds into the store, whole or not at all."""
+"""Import the images of an archive into the store, completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,39 +24,42 @@ T = TypeVar("T")
 
 
 class InThread(Protocol):
-    """Runs what blocks in a thread."""
+    """Runs blocking functions in a thread."""
 
     def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Fires with what the function gives."""
+        """Call `function` in a thread; fire with its result."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """What is to be done for one image name."""
+    """The work for one image name."""
 
     named: NamedImage
     metadata: tuple[Manifest, ...]
-    """Images of an index whose layers are not brought."""
+    """Images of an index that come as metadata, without their layers."""
     manifests: tuple[Manifest, ...]
-    """The inner ones come first, the image's own is the last."""
+    """Children come before the index that names them; the manifest of the image itself is the last."""
     missing: tuple[Descriptor, ...]
-    """The blobs that the store does not hold."""
+    """The blobs that the store lacks."""
     to_bring: tuple[Descriptor, ...]
-    """Those of them that no image before it brings."""
+    """The missing blobs that no earlier image of the archive brings."""
 
     @property
     def name(self) -> str:
-        """The image's."""
+        """The name of the image."""
         return str(self.named.image)
 
     @property
     def size(self) -> int:
-        """Of what is to be brought, in bytes."""
+        """The bytes of `to_bring`."""
         return sum(blob.size for blob in self.to_bring)
 
 
 class Importer:
-    """Brings archives into `store`, in a process that downloads nothing meanwhile: a partial has one writer."""
+    """Imports archives into the store.
+
+    The process must not download at the same time, since a partial has one writer.
+    """
 
     def __init__(self, store: Store, in_thread: InThread, progress: Progress) -> None:
         self._store = store
@@ -64,10 +67,11 @@ class Importer:
         self._progress = progress
 
     async def bring(self, archive: Archive) -> list[Outcome]:
-        """Brings all images that `archive` has a name for; gives what became of each name.
+        """Import all named images of `archive`; return the result for each name.
 
-        Raises `ArchiveInvalid` when it is damaged or lies: then nothing in the store has changed. Raises
-        `LoadFailed` when the disk is full or fails: then no image name has got a meaning without its content.
+        Raises:
+            ArchiveInvalid: the archive is damaged or contradicts itself; the store is then unchanged.
+            LoadFailed: the disk is full or failed; no image name then refers to incomplete content.
         """
         contents = await self._in_thread(read_contents, archive)
         try:
@@ -99,7 +103,7 @@ class Importer:
         return outcomes
 
     async def _plan(self, contents: Contents) -> tuple[list[_Load], list[Outcome]]:
-        """What is to be done, and the images that lack something."""
+        """Return the work to do, and a failure for each image that lacks blobs."""
         loads: list[_Load] = []
         failed: list[Outcome] = []
         taken: set[Digest] = set()
@@ -119,7 +123,7 @@ class Importer:
         return loads, failed
 
     async def _has_metadata(self, image: Manifest, contents: Contents) -> bool:
-        """Tell whether an image comes as metadata, and its config is here."""
+        """Tell whether an image comes as metadata, and its config is in the archive or the store."""
         config = image.config
         if image.digest not in contents.metadata or config is None:
             return False
@@ -128,7 +132,12 @@ class Importer:
     async def _stage(
         self, digest: Digest, size: int, member: Member, image: ImageReference, staged: list[Partial]
     ) -> None:
-        """Adds the blob to `staged`, proven to be what its digest says."""
+        """Copy a blob into a partial that is added to `staged`, and verify its digest.
+
+        Raises:
+            ArchiveInvalid: the blob does not have the digest, or cannot be read.
+            OSError: the disk is full or failed.
+        """
         await self._store.check_room(size)
         partial = await self._store.new_partial(digest, size, image.repository, staged=True)
         staged.append(partial)
@@ -142,7 +151,7 @@ class Importer:
             raise member.invalid(f"it does not have the digest {digest}") from None
 
     async def _is_there(self, load: _Load) -> bool:
-        """Whether the store had all of it, under this name."""
+        """Tell whether the store has the complete image under this name."""
         *inner, root = load.manifests
         if load.missing:
             return False
@@ -158,9 +167,9 @@ class Importer:
         blobs: Mapping[Digest, Member],
         ended: LoadStatus,
     ) -> Outcome:
-        """Writes the records, the one with the image's name last: it never has a meaning without content.
+        """Write the records of an image; the one with its name last, so that the name never lacks content.
 
-        What a list names has the `dates` that the archive has for it, else the list's.
+        A child of an index gets the `dates` that the archive gives it, else those of the index.
         """
         image, notes = load.named.image, load.named.notes
         *inner, root = load.manifests
@@ -179,7 +188,10 @@ class Importer:
     async def _keep_whole(
         self, manifest: Manifest, image: ImageReference, dates: Dates | None, blobs: Mapping[Digest, Member]
     ) -> bool:
-        """Whether the record was written, with all that it names: a prune may have taken what was there before."""
+        """Write a record once all its blobs are stored; tell whether that succeeded.
+
+        Blobs that were pruned meanwhile are copied from the archive again.
+        """
         wanted = None if manifest.is_list else True
         while not await self._store.keep(manifest, image, dates, wanted=wanted, whole=True):
             lacking = await self._store.lacking(manifest)
@@ -195,7 +207,11 @@ class Importer:
 
 
 def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: Mapping[Digest, Member]) -> str:
-    """Why an image cannot be brought, if so. Raises `ArchiveInvalid` for a blob that has not its size."""
+    """Return why an image cannot be imported; the empty string if it can.
+
+    Raises:
+        ArchiveInvalid: a blob does not have the size that its manifest tells.
+    """
     if all(manifest.is_list for manifest in manifests):
         return "the archive has none of the images that it lists"
     lacking = []
@@ -214,7 +230,7 @@ def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: 
 
 
 def _in_order(loads: Sequence[_Load], blobs: Mapping[Digest, Member]) -> list[tuple[_Load, Descriptor]]:
-    """What is to be brought, in the order of the archive."""
+    """Return the blobs to bring in the order of the archive, which is the fastest to read."""
     pairs = [(load, blob) for load in loads for blob in load.to_bring]
     return sorted(pairs, key=lambda pair: blobs[pair[1].digest].order)
 
@@ -225,13 +241,13 @@ def _next(pieces: Iterator[bytes]) -> bytes:
 
 @asynccontextmanager
 async def _staging() -> AsyncIterator[list[Partial]]:
-    """A list of partials; those that are in it at the end are removed."""
+    """Yield a list for partials; discard those that are still in it at the end."""
     staged: list[Partial] = []
     try:
         yield staged
     finally:
         for partial in staged:
-            # What went wrong before is what is told.
+            # Report the original error.
             with suppress(OSError):
                 await partial.discard()
             partial.close()

@@ -1,4 +1,4 @@
-"""OCI image layouts, as skopeo, containerd, newer versions of docker and we ourselves write them.
+"""Read OCI image layouts, as skopeo, containerd, newer versions of docker and this program write them.
 
 Follows the OCI Image specification v1.1, "Image Layout". The names of the images are in annotations of index.json.
 """
@@ -26,7 +26,7 @@ REF_NAME = "org.opencontainers.image.ref.name"
 CREATED = "ociregistry.created"
 CONFIRMED = "ociregistry.confirmed"
 METADATA = "ociregistry.metadata"
-"""Of an index: the digests of the images that come without their layers, separated by blanks."""
+"""Annotation of an index: the digests of its images that come without their layers, separated by spaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,11 @@ class _Entry:
 
 
 def read_layout(archive: Archive) -> Contents:
-    """What the OCI layout `archive` holds. Blocks; raises `ArchiveInvalid`."""
+    """Read the contents of an OCI image layout. Blocks.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, or is damaged.
+    """
     index = archive.members[INDEX]
     entries = list(_entries(archive, index))
     blobs = {digest: member for name, member in archive.members.items() if (digest := _digest(name)) is not None}
@@ -60,11 +64,12 @@ def read_layout(archive: Archive) -> Contents:
 
 
 def blob_name(digest: Digest) -> str:
-    """How a layout calls the file with this digest."""
+    """Return the name of the file with this digest in a layout."""
     return f"blobs/{digest.algorithm}/{digest.hex}"
 
 
 def _digest(name: str) -> Digest | None:
+    """Return the digest in the name of a blob's file; None for other files."""
     match name.split("/"):
         case ["blobs", algorithm, text]:
             digest = Digest.from_hex(text)
@@ -89,7 +94,7 @@ def _entries(archive: Archive, index: Member) -> Iterator[_Entry]:
 def _manifests(
     archive: Archive, blobs: Mapping[Digest, Member], roots: Iterable[Descriptor]
 ) -> dict[Digest, Manifest]:
-    """The manifests of `roots` and those that they lead to, as far as they are in the archive."""
+    """Return the manifests of `roots` and their descendants that are in the archive."""
     found: dict[Digest, Manifest] = {}
     wanted = list(roots)
     while wanted:
@@ -114,8 +119,8 @@ def _images(
     manifests: Mapping[Digest, Manifest],
     saved: Sequence[SavedImage],
 ) -> list[ImageReference]:
-    """What the image is called: by its annotations, else by what docker's index says of its config."""
-    # Of those that we printed ourselves the first component is the upstream, even if it does not look like a host.
+    """Return the names of an image: from its annotations, else from the entries of manifest.json with its config."""
+    # In a name that this program wrote, the first component is the upstream even if it does not look like a host.
     parse = parse_whole_name if CREATED in entry.annotations else parse_name
     for key in (IMAGE_NAME, REF_NAME):
         image = parse(entry.annotations.get(key))

@@ -1,4 +1,4 @@
-"""The files in an archive of images, and what can be wrong with them."""
+"""The files in an archive of images, and the errors of archives."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from typing import Any, BinaryIO, Self
 from ociregistry.manifests import LARGEST_MANIFEST
 
 _LONGEST_LINE = 1000
+"""Characters of a name or an error message, at most."""
 
 
 def one_line(text: str) -> str:
-    """`text` for a terminal: what archives call things may have any characters, and be long."""
+    """Return `text` escaped and shortened for a terminal; names in archives may be long and have any characters."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text[:_LONGEST_LINE])
 
 
 class ArchiveFailure(Exception):
-    """An archive cannot be loaded or written; the message is one line that begins with the name of its file."""
+    """An archive cannot be loaded or written; the message is one line that begins with the path of the archive."""
 
 
 class ArchiveInvalid(ArchiveFailure):
-    """An archive cannot be read, is damaged or lies: nothing of it is to be used."""
+    """An archive cannot be read, is damaged or contradicts itself; none of it may be used."""
 
     def __init__(self, path: Path, why: str, member: str = "") -> None:
         super().__init__(one_line(f"{path}: {why}" + (f": {member}" if member else "")))
 
 
 class LoadFailed(ArchiveFailure):
-    """The store could not take what the archive holds."""
+    """The store could not take the content of the archive."""
 
 
 class ExportFailed(ArchiveFailure):
@@ -44,7 +45,11 @@ class ExportFailed(ArchiveFailure):
 
 @contextmanager
 def reading(path: Path, member: str = "") -> Iterator[None]:
-    """Turns what reading the archive `path` raises into `ArchiveInvalid`."""
+    """Convert errors of reading the archive `path` to `ArchiveInvalid`.
+
+    Raises:
+        ArchiveInvalid: the block raised an error of reading or of decompression.
+    """
     try:
         yield
     except gzip.BadGzipFile as error:
@@ -54,18 +59,18 @@ def reading(path: Path, member: str = "") -> Iterator[None]:
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ArchiveInvalid(path, f"it is cut off or damaged: {error}", member) from error
     except (ValueError, LookupError, RecursionError) as error:
-        # What the standard library's reader of tars makes of numbers and texts that are none.
+        # tarfile raises these for invalid numbers and texts.
         raise ArchiveInvalid(path, f"it is damaged: {error}", member) from error
 
 
 MOST_MEMBERS = 200_000
-"""More files are taken for a mistake, such as the root folder of the machine."""
+"""Files in one archive, at most; more are taken for a mistake, such as the root folder of the machine."""
 
 PIECE = 1024 * 1024
-"""Bytes that are read in one go."""
+"""Bytes that are read at once."""
 
 _MOST_METADATA = 512 * 1024 * 1024
-"""Bytes of one archive that are read as JSON: so much memory it may take."""
+"""Bytes of manifests and other JSON in one archive, at most, to bound the memory that they take."""
 
 Opener = Callable[[], AbstractContextManager[BinaryIO]]
 
@@ -74,8 +79,8 @@ Opener = Callable[[], AbstractContextManager[BinaryIO]]
 class Member:
     """One file in the archive `archive`, of `size` bytes.
 
-    `order` is where it comes in the archive: those of a compressed one are to be read in that order, as every
-    way back begins at its start.
+    `order` is its position in the archive. The members of a compressed archive should be read in that order, since
+    seeking back starts decompression from the beginning.
     """
 
     archive: Path
@@ -84,14 +89,18 @@ class Member:
     order: int
     opener: Opener = field(repr=False, compare=False)
     offset: int = 0
-    """Where it begins in the file that `opener` opens."""
+    """The offset in bytes of the member in the file that `opener` opens."""
 
     def pieces(self) -> Iterator[bytes]:
-        """Its `size` bytes, in pieces of at most 1 MiB. Blocks; raises `ArchiveInvalid` when there are fewer."""
+        """Yield its `size` bytes in pieces of at most 1 MiB. Blocks.
+
+        Raises:
+            ArchiveInvalid: the archive cannot be read, or has fewer bytes.
+        """
         with reading(self.archive, self.name), self.opener() as file:
             position, end = self.offset, self.offset + self.size
             while position < end:
-                # Every time, as others read from the same file.
+                # Seek for each piece, since other members are read from the same file.
                 file.seek(position)
                 piece = file.read(min(end - position, PIECE))
                 if not piece:
@@ -100,14 +109,14 @@ class Member:
                 position += len(piece)
 
     def invalid(self, why: str) -> ArchiveInvalid:
-        """What to raise when there is something wrong with it."""
+        """Return the error to raise for this member."""
         return ArchiveInvalid(self.archive, why, self.name)
 
 
 class Archive:
-    """The files in a tar or a folder, by their names; a context manager that closes it.
+    """The files in a tar or a folder, by name; a context manager that closes it.
 
-    Nothing is unpacked, and no name of a member ever becomes a path on our disk.
+    Nothing is unpacked: the name of a member never becomes a path on disk.
     """
 
     def __init__(self, path: Path, members: Mapping[str, Member], closing: ExitStack) -> None:
@@ -123,13 +132,14 @@ class Archive:
         self.close()
 
     def close(self) -> None:
-        """Its members cannot be read any more."""
+        """Close the archive; its members cannot be read any more."""
         self._closing.close()
 
     def read(self, member: Member) -> bytes:
-        """All bytes of a member that is to be small: a manifest, a config, an index.
+        """Read all bytes of a small member: a manifest, a config, an index. Blocks.
 
-        Blocks; raises `ArchiveInvalid`.
+        Raises:
+            ArchiveInvalid: it cannot be read, is too large, or the archive has too many such bytes.
         """
         if member.size > LARGEST_MANIFEST:
             raise member.invalid(f"it has {member.size} bytes, more than {LARGEST_MANIFEST}")
@@ -139,16 +149,24 @@ class Archive:
         return b"".join(member.pieces())
 
     def json(self, member: Member) -> Any:
-        """What a member says in JSON. Blocks; raises `ArchiveInvalid`."""
+        """Read a small member as JSON. Blocks.
+
+        Raises:
+            ArchiveInvalid: it cannot be read, or is not JSON.
+        """
         return parse_json(self.read(member), member)
 
     def invalid(self, why: str) -> ArchiveInvalid:
-        """What to raise when there is something wrong with it."""
+        """Return the error to raise for this archive."""
         return ArchiveInvalid(self.path, why)
 
 
 def parse_json(data: bytes, member: Member) -> Any:
-    """What `data` of `member` says in JSON; raises `ArchiveInvalid`."""
+    """Parse `data`, the content of `member`, as JSON.
+
+    Raises:
+        ArchiveInvalid: it is not JSON.
+    """
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

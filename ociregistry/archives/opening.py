@@ -1,4 +1,4 @@
-"""Opens an archive or a folder of images, and tells its format by what is in it, not by its name."""
+"""Open an archive or a folder of images; the format is recognized by the content, not by the name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from ociregistry.archives.members import MOST_MEMBERS, Archive, ArchiveInvalid, 
 from ociregistry.archives.tars import read_tar
 
 _NOT_OURS = frozenset({"lost+found"})
-"""Where an image path is a disk of its own, nobody but root may look into it."""
+"""Folders to skip: the root of a file system has one that only the user root can read."""
 
 
 def read_folder(path: Path) -> dict[str, Member]:
-    """The files in the folder `path` and below it. Blocks; raises `ArchiveInvalid`."""
+    """Return the files in the folder `path` and below it, by relative path. Blocks.
+
+    Raises:
+        ArchiveInvalid: the folder cannot be read, or has too many files.
+    """
     members: dict[str, Member] = {}
     with reading(path):
         root = path.resolve()
@@ -48,26 +52,30 @@ def _names(root: Path) -> Iterator[str]:
 
 
 def _complain(error: OSError) -> None:
-    # What others remove meanwhile was not there.
+    # A folder that was removed meanwhile is skipped.
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
 def _find(root: Path, name: str) -> tuple[Path, int] | None:
-    """The file of that name, to which a link may lead, and its size in bytes; None when there is none in `root`."""
+    """Return the file `name` and its size in bytes, following a link; None if there is no such file in `root`."""
     path = root / name
     try:
         if path.is_symlink():
             path = path.resolve(strict=True)
         status = path.stat()
     except (FileNotFoundError, RuntimeError):
-        # Gone meanwhile, or a link to nowhere or to itself.
+        # Removed meanwhile, or a dangling or circular link.
         return None
     return (path, status.st_size) if stat.S_ISREG(status.st_mode) and path.is_relative_to(root) else None
 
 
 def read_contents(archive: Archive) -> Contents:
-    """What `archive` holds. Blocks; raises `ArchiveInvalid`, also when it is no archive of images."""
+    """Read the contents of `archive` in any of the supported formats. Blocks.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, is damaged, or is not an archive of images.
+    """
     if archive.members.keys() >= {MARK, INDEX}:
         return read_layout(archive)
     if DOCKER_INDEX in archive.members:
@@ -81,18 +89,20 @@ def read_contents(archive: Archive) -> Contents:
 
 
 _PARTS = frozenset({"blobs", "fat", "img", "lts"})
-"""Folders that are part of an archive, even if nothing is beside them."""
+"""Folders that belong to an archive, and are not its enclosing folder even if nothing else is in it."""
 
 
 def open_archive(path: Path) -> Archive | None:
-    """The archive `path`, a folder or a tar (plain, or compressed by gzip, bzip2 or xz); None when it is neither.
+    """Open the archive `path`: a folder, or a tar (plain, or compressed by gzip, bzip2 or xz); None if it is neither.
 
-    Blocks, for a compressed tar until all of it is read once; raises `ArchiveInvalid`, also when there is nothing
-    that can be read.
+    Blocks; a compressed tar is read completely once.
+
+    Raises:
+        ArchiveInvalid: it does not exist, cannot be read, or is damaged.
     """
     with reading(path), ExitStack() as opening:
         if path.exists() and not path.is_dir() and not path.is_file():
-            # A pipe can be read but once, and not here.
+            # A pipe can be read only once, so it is left to the caller.
             return None
         members = read_folder(path) if path.is_dir() else read_tar(path, opening)
         if members is None:
@@ -101,7 +111,7 @@ def open_archive(path: Path) -> Archive | None:
 
 
 def _without_top(members: Mapping[str, Member]) -> Mapping[str, Member]:
-    """The members by their names in the folder that holds them all: a tar of a folder begins with its name."""
+    """Return the members by their names relative to their common folder: a tar of a folder has its name first."""
     folders = {posixpath.dirname(name) for name in members}
     top = posixpath.commonpath(folders) if folders else ""
     while posixpath.basename(top) in _PARTS:

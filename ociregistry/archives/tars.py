@@ -1,4 +1,4 @@
-"""Tars, plain or compressed, that may be damaged or made to harm."""
+"""Read tars, plain or compressed, that may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -24,19 +24,26 @@ _COMPRESSIONS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 _LARGEST_HEADER = 64 * 1024
+"""Bytes of one read of a header, at most."""
 _LONGEST_PADDING = 1024 * 1024
+"""Bytes that are read after the end of the tar, at most."""
 _LONGEST_CHAIN = 32
-"""Links that lead to links."""
+"""Links that are followed one after the other, at most."""
 
 _KEPT_EACH = 256 * 1024
+"""Bytes of one member of a compressed tar that is kept in memory, at most."""
 _KEPT_IN_ALL = 64 * 1024 * 1024
-"""Small members of a compressed tar stay in memory: most are manifests, and each would be a way from the start."""
+"""Bytes of all members kept in memory, at most.
+
+Most small members are manifests; reading one later would decompress the tar from its start.
+"""
 
 
 class _Headers:
-    """What the standard library's reader sees of a tar: it is to read headers, and those are small.
+    """The file that tarfile reads: only small reads, as of headers, are allowed.
 
-    It would take gigabytes into memory if a header said so, and all that is left for a negative size.
+    Without this bound, tarfile would read gigabytes into memory if a header said so, and the whole rest of the file
+    for a negative size.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -45,17 +52,23 @@ class _Headers:
         self.seek = file.seek
 
     def read(self, count: int) -> bytes:
-        """At most `count` bytes."""
+        """Read at most `count` bytes.
+
+        Raises:
+            tarfile.ReadError: `count` is negative or too large.
+        """
         if not 0 <= count <= _LARGEST_HEADER:
             raise tarfile.ReadError("a header is too large")
         return self._file.read(count)
 
 
 def read_tar(path: Path, closing: ExitStack) -> dict[str, Member] | None:
-    """The files in the tar `path`, which stays open until `closing` does; None when it is no tar.
+    """Return the files in the tar `path`, which stays open until `closing` is closed; None if it is not a tar.
 
-    Links are files where they lead to one in the same tar, else they are not there; nor is what is no file.
-    Blocks; raises `ArchiveInvalid`.
+    Links to a file in the same tar count as files; other links, and members that are not files, are left out. Blocks.
+
+    Raises:
+        ArchiveInvalid: it cannot be read, is damaged, or its format is not supported.
     """
     with reading(path):
         file: BinaryIO = closing.enter_context(path.open("rb"))
@@ -76,13 +89,13 @@ def _is_header(block: bytes) -> bool:
     try:
         tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.TarError:
-        # A tar that is damaged right there, or has nothing in it.
+        # A tar whose first header is damaged, or an empty tar.
         return block[257:262] == b"ustar" or block == bytes(tarfile.BLOCKSIZE)
     return True
 
 
 class _Scan:
-    """One way through all headers of a tar. `keep` is how many bytes of small members may stay in memory."""
+    """One pass over all headers of a tar; up to `keep` bytes of small members are kept in memory."""
 
     def __init__(self, path: Path, file: BinaryIO, keep: int) -> None:
         self._path = path
@@ -92,9 +105,13 @@ class _Scan:
         self._links: dict[str, str] = {}
 
     def members(self) -> dict[str, Member]:
-        """The files and the links to them."""
+        """Return the files, and the links to files, by name.
+
+        Raises:
+            ArchiveInvalid: the tar is damaged, malicious, or has too many members.
+        """
         self._file.seek(0)
-        # mypy: it needs no more of a file than that.
+        # For mypy: tarfile uses no more of a file than these methods.
         tar = tarfile.TarFile(fileobj=cast("BinaryIO", _Headers(self._file)), errors="surrogateescape")
         count = 0
         while (entry := tar.next()) is not None:
@@ -110,7 +127,7 @@ class _Scan:
         if entry.name.startswith("/") or ".." in entry.name.split("/"):
             raise ArchiveInvalid(self._path, "the path of a member leads out of it", entry.name)
         name = posixpath.normpath(entry.name)
-        # The reader would go round in circles.
+        # With a negative size, tarfile would read the same headers forever.
         if entry.size < 0:
             raise ArchiveInvalid(self._path, "it is damaged: a negative size", name)
         if name in self._files or name in self._links:
@@ -134,14 +151,15 @@ class _Scan:
         return Member(self._path, name, entry.size, entry.offset_data, partial(io.BytesIO, data))
 
     def _look_at_end(self, offset: int) -> None:
-        # The standard library's reader takes a header that is cut off or damaged for the end.
+        # tarfile takes a truncated or damaged header for the end of the tar.
         self._file.seek(offset)
         if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise ArchiveInvalid(self._path, "it is cut off or damaged: it does not end as a tar does")
-        # A compressed file has its checksum at the very end.
+        # Read on to the end of a compressed file, where its checksum is verified.
         self._file.read(_LONGEST_PADDING)
 
     def _follow(self, name: str) -> Member | None:
+        """Return the file that a link leads to; None if there is none."""
         for _ in range(_LONGEST_CHAIN):
             if name not in self._links:
                 break

@@ -1,1 +1,1 @@
-"""The join of store and upstream: a read-through cache with one download per blob in flight."""
+"""The read-through cache, which joins store and upstream, with one download in flight per blob."""

@@ -1,4 +1,4 @@
-"""The read-through cache: answers from the store, and from the upstream what the store does not have."""
+"""The read-through cache: serve from the store, and fetch from the upstream what the store lacks."""
 
 from __future__ import annotations
 
@@ -29,35 +29,43 @@ T = TypeVar("T")
 
 
 class Content(Protocol):
-    """A manifest or blob, open for reading by one client, who closes it. Printed, it says what it is, for the log."""
+    """A manifest or blob that is open for reading by one client; the client closes it.
+
+    `str()` gives the repository and digest, for the log.
+    """
 
     @property
     def size(self) -> int:
-        """Bytes, when all are there."""
+        """The size in bytes of the complete content."""
 
     def more_than(self, offset: int) -> Deferred[int]:
-        """Fires with how many bytes can be read, as soon as that is more than `offset`.
+        """Fire with the number of readable bytes as soon as it exceeds `offset`.
 
-        Fails with a `RegistryError` when no more will come. The last byte comes only when the digest holds.
+        Fails with a `RegistryError` when no more bytes will come. The last byte is readable only after the digest
+        has been verified.
         """
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with at most `count` and at least one of the bytes at `offset`."""
+        """Fire with the bytes at `offset`: at least one, at most `count`."""
 
     def close(self) -> None:
-        """Gives back what is held for reading."""
+        """Release what is held for reading, such as the open file."""
 
 
 ANSWER_DEADLINE = 25.0
-"""Seconds, below the 30 after which containerd gives up on a server that sends no headers."""
+"""Seconds until an answer must be given; containerd gives up on a server that sends no headers for 30 s."""
 
 
 class DeadlineExceeded(Unavailable):
-    """The upstream has not answered yet; whoever asks again waits for the same answer."""
+    """The upstream has not answered in time; a repeated request waits for the same answer."""
 
 
 async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: object) -> T:
-    """What `waiting` gives, which may be cancelled; raises `NotYet` when that takes too long."""
+    """Return the result of `waiting`; cancel it after `ANSWER_DEADLINE`.
+
+    Raises:
+        DeadlineExceeded: there was no result in time; the message names `what`.
+    """
     waiting.addTimeout(ANSWER_DEADLINE, clock)
     try:
         return await waiting
@@ -66,24 +74,33 @@ async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: objec
 
 
 _KEPT = 60.0
+"""Seconds for which an error is remembered."""
 _MOST_KEPT = 1000
 
 
 class NegativeCache:
-    """Remembers them for a minute, so that the client's next request is told at once what the first could not be."""
+    """Remembers for 60 s which blobs an upstream does not have.
+
+    A client that got its headers before the upstream answered cannot get a 404 any more. Its next request gets it at
+    once.
+    """
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._kept: dict[tuple[Repository, Digest], tuple[BlobUnknown, float]] = {}
 
     def remember(self, repository: Repository, digest: Digest, error: BlobUnknown) -> None:
-        """The upstream does not have the blob."""
+        """Remember that the upstream does not have the blob."""
         if len(self._kept) >= _MOST_KEPT:
             self._kept.clear()
         self._kept[repository, digest] = error, self._clock.seconds() + _KEPT
 
     def check(self, repository: Repository, digest: Digest) -> None:
-        """Raises what the upstream said of the blob less than a minute ago."""
+        """Check that the upstream was not found to lack the blob in the last 60 s.
+
+        Raises:
+            BlobUnknown: it was.
+        """
         error, until = self._kept.get((repository, digest), (None, 0.0))
         if error is None:
             return
@@ -94,14 +111,14 @@ class NegativeCache:
 
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0
-"""Seconds that an upstream has to say what `latest` means, where the cache knows what it meant."""
+"""Seconds to wait for the upstream's digest of the tag `latest` when the store has a manifest for it."""
 _HEADERS_WITHIN = 10.0
-"""Seconds after which a client is promised a blob of which only a manifest has told so far."""
+"""Seconds after which a client gets headers for a blob whose size only a manifest has told so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the operator decided of when upstreams are asked."""
+    """The settings that decide when upstreams are asked."""
 
     always_pull_latest: bool = False
     air_gapped: bool = False
@@ -109,17 +126,17 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class FoundManifest:
-    """A manifest, and whether the store had it."""
+    """A manifest, and whether it was a hit."""
 
     manifest: Manifest
     hit: bool
     stale: bool = False
-    """Whether the upstream was to be asked, and gave no manifest."""
+    """Whether the upstream should have confirmed the manifest, but did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundBlob:
-    """A blob, open for reading, and whether the store had it."""
+    """A blob that is open for reading, and whether it was a hit."""
 
     content: Content
     hit: bool
@@ -127,16 +144,17 @@ class FoundBlob:
 
 @dataclass(frozen=True, slots=True)
 class FoundSize:
-    """The size of a blob in bytes, and whether the store had it."""
+    """The size of a blob in bytes, and whether the store has the blob."""
 
     size: int
     hit: bool
 
 
 class PullThrough:
-    """The cache. Every answer comes within 25 s, or `Unavailable` does; the fetch then goes on for a later call.
+    """The read-through cache: manifests and blobs from the store, else from their upstream.
 
-    All methods raise `Denied` for an upstream that is not allowed. `chain` is who stands between us and the client.
+    Requests of clients return within 25 s or raise `Unavailable`; the fetch then continues for a later call. They
+    raise `Denied` for an upstream that is not allowed. `via` names the caches between this one and the client.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -156,7 +174,7 @@ class PullThrough:
         self._clock = clock
         self._manifests: SingleFlight[ImageReference, Manifest] = SingleFlight()
         self._in_background: set[ImageReference] = set()
-        """Manifests in flight that no client had asked for when their fetch began."""
+        """Manifests in flight whose fetch was started in the background, without a client's request."""
         self._checks: SingleFlight[ImageReference, Manifest] = SingleFlight()
         self._sizes: SingleFlight[tuple[Repository, Digest], int | None] = SingleFlight()
         self._downloads: dict[Digest, Download] = {}
@@ -164,25 +182,30 @@ class PullThrough:
         self._negative = NegativeCache(clock)
         self._stopping = False
         self._ended = 0
-        """Counts the downloads that have ended."""
+        """Number of downloads that have ended."""
 
     def stop(self) -> Deferred[None]:
-        """Ends what is in flight; fires when it has ended."""
+        """End all downloads; fire when they have ended."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
         self._stopping = True
         running = list(self._downloads.values())
         if running:
-            # Not at once: what leads here may be the very download that just told its last client of the last byte.
+            # Not in this turn of the reactor: the caller may be the download that has just served its last byte.
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
     async def manifest(self, image: ImageReference, via: Via = NO_VIA, *, wanted: bool = False) -> FoundManifest:
-        """The manifest that `image` means; raises `ManifestUnknown` or `Unavailable`.
+        """Return the manifest that `image` refers to.
 
-        `wanted` is what a new record says of an image. One that an index names is never wanted at first, and what
-        another cache asks for on behalf of its clients is wanted there.
+        `wanted` is stored in a new record of an image: whether all its layers are wanted. A child of an index is
+        never wanted at first; an image that another cache requests for its clients is wanted in that cache.
+
+        Raises:
+            ManifestUnknown: the upstream does not have it.
+            Unavailable: the upstream cannot be asked or did not answer in time, or the disk failed.
+            Denied: the upstream is not allowed.
         """
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
@@ -197,14 +220,17 @@ class PullThrough:
             try:
                 return FoundManifest(await within_deadline(fetched, self._clock, image), hit=False)
             except Unavailable as error:
-                # What was refused for its low priority is not refused to a client.
+                # A background fetch may be refused for its low priority; a client's request is then made anew.
                 if not in_background or isinstance(error, DeadlineExceeded):
                     raise
 
     async def fetch_manifest(self, image: ImageReference) -> None:
-        """Bring the manifest that a digest means into the store after everything else, as one that is not wanted.
+        """Fetch a manifest by digest into the store at the lowest priority, as not wanted.
 
-        Raises `ManifestUnknown` or `Unavailable`.
+        Raises:
+            ManifestUnknown: the upstream does not have it.
+            Unavailable: the upstream cannot be asked or did not answer in time, or the disk failed.
+            Denied: the upstream is not allowed.
         """
         while self._scheduler.yields:
             await self._scheduler.change()
@@ -221,7 +247,11 @@ class PullThrough:
         return await self._fetch_manifest(image, image, NO_VIA, wanted=False, options=RequestOptions(last=True))
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
-        """Bring a config into the store after what clients wait for; raises `RegistryError`."""
+        """Fetch a config into the store in the background.
+
+        Raises:
+            RegistryError: it could not be fetched.
+        """
         await self.fetch(repository, config.digest)
 
     async def _fetch_manifest(
@@ -232,7 +262,7 @@ class PullThrough:
         wanted: bool,
         options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Manifest:
-        """The manifest `asked` for, kept as what `image` means."""
+        """Fetch the manifest `asked` and store it under the name `image`."""
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
         manifest = await self._registries.get(asked.repository.upstream, via).manifest(asked, options)
         is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
@@ -246,7 +276,7 @@ class PullThrough:
         return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
 
     async def _latest(self, image: ImageReference, stored: Manifest, via: Via, wanted: bool) -> FoundManifest:
-        """What the upstream says that `image` means now; what the store says when the upstream gives no manifest."""
+        """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
         checked = self._checks.join(image, lambda: self._check(image, stored, via, wanted))
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
@@ -260,14 +290,19 @@ class PullThrough:
         digest = await self._registries.get(image.repository.upstream, via).manifest_digest(image)
         if digest == stored.digest:
             return stored
-        # By digest: a HEAD does not count against the limits that registries set, a GET of the tag does.
+        # HEAD first, then GET by digest only on a change: registries' rate limits count a GET, not a HEAD.
         return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, via, wanted)
 
     async def blob(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundBlob:
-        """The blob, as soon as its size is known and it can be followed; raises `BlobUnknown` or `Unavailable`.
+        """Open a blob for reading, from the store or while it is being downloaded.
 
-        Where a manifest tells the size, that is after 10 s at the latest; what the upstream then says may be that it
-        has no such blob, so that the answer ends short.
+        Returns as soon as the size is known. Where a manifest tells the size, that is after at most 10 s; if the
+        upstream then turns out not to have the blob, the content ends early.
+
+        Raises:
+            BlobUnknown: the upstream does not have it.
+            Unavailable: the upstream cannot be asked or did not answer in time, or the disk failed.
+            Denied: the upstream is not allowed.
         """
         self._registries.check(repository.upstream)
         while True:
@@ -276,7 +311,7 @@ class PullThrough:
             if stored is not None:
                 self.log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
                 return FoundBlob(stored, hit=True)
-            # A download that ended while we looked may have brought it.
+            # A download that ended during the lookup may have stored the blob: look again.
             if ended == self._ended:
                 break
         self._negative.check(repository, digest)
@@ -295,9 +330,13 @@ class PullThrough:
             return download.early_reader(expected)
 
     async def fetch(self, repository: Repository, digest: Digest, *, extra: bool = True) -> None:
-        """Brings the blob into the store, after what clients wait for; raises `RegistryError`.
+        """Fetch a blob into the store in the background.
 
-        An `extra` one takes none of the connections for blobs: there must be one such call at a time.
+        With extra=True, use the connections reserved for small objects; only one such call per upstream may run at
+        a time.
+
+        Raises:
+            RegistryError: it could not be fetched.
         """
         while digest not in self._downloads:
             ended = self._ended
@@ -325,18 +364,18 @@ class PullThrough:
             try:
                 return await use(download)
             except Abandoned:
-                # It ended just before somebody came to wait for it.
+                # The download was given up just before this request joined it: start another.
                 if self._stopping:
                     raise
             except RegistryError:
-                # What another repository lacks or refuses, this one may have; what was resumed, begins anew.
+                # Start another where the failed download was for another repository, or resumed wrong bytes.
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
     def _start(
         self, repository: Repository, digest: Digest, via: Via, *, again: bool = True, extra: bool = True
     ) -> Download:
-        """A new download; one whose bytes turn out wrong after a resume is made once `again`."""
+        """Start a download; with again=True, restart it once if its bytes are wrong after a resume."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = partial(self._registries.get, repository.upstream, via)
         expected = self._store.size_in(repository, digest)
@@ -359,11 +398,17 @@ class PullThrough:
 
     @property
     def in_flight(self) -> frozenset[Digest]:
-        """The blobs that are being downloaded."""
+        """The digests of the blobs that are being downloaded."""
         return frozenset(self._downloads)
 
     async def blob_size(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundSize:
-        """The size of the blob, without fetching it; raises `BlobUnknown` or `Unavailable`."""
+        """Return the size of a blob without fetching it.
+
+        Raises:
+            BlobUnknown: the upstream does not have it.
+            Unavailable: the upstream cannot be asked, did not answer in time, or contradicts the manifest.
+            Denied: the upstream is not allowed.
+        """
         self._registries.check(repository.upstream)
         stored = await self._store.blob(digest)
         if stored is not None:

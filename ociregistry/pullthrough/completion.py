@@ -1,6 +1,6 @@
-"""Whole images: the blobs of an image that a client pulled, and did not ask for, are fetched in the background.
+"""Completion: fetch in the background the blobs of a pulled image that its client did not request.
 
-A client asks only for the layers that it does not have; the next one may have none of them when the link is down.
+A client requests only the layers that it lacks; the next client may need all of them while the link is down.
 """
 
 from __future__ import annotations
@@ -26,46 +26,48 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
 _AGAIN = 30.0
-"""Seconds from one round to the next, while some image could not be completed."""
+"""Seconds from one round to the next while an image is still incomplete."""
 _BELIEVED = 30.0
-"""Seconds for which an image that was found to be complete is not looked at again."""
+"""Seconds for which an image that was found complete is not checked again."""
 _REFUSED_FOR = 3600.0
-"""Seconds until a blob that its upstream does not have is asked for again."""
+"""Seconds until a blob that its upstream does not have is requested again."""
 _MOST_COMPLETE = 10_000
+"""Images, at most, that are remembered as complete."""
 _AT_ONCE = 500
-"""Records that are looked at in one go of a thread."""
+"""Records that are checked in one call of a thread."""
 
 Fetch = Callable[[Repository, Digest], Coroutine[Deferred[Any], Any, None]]
-"""Brings a blob into the store, after what clients wait for; raises `RegistryError`."""
+"""Fetches a blob into the store in the background; raises `RegistryError`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Incomplete:
-    """How many images lack blobs, and how many bytes these have in all."""
+    """The numbers of incomplete images and indexes, and of the bytes that they lack."""
 
     images: int
-    """Those whose platform is not decided yet included."""
+    """Images that lack blobs, including those that are still undecided."""
     bytes: int
+    """The size of all known missing blobs."""
     pending: int = 0
-    """Images of which it is not decided yet whether they are wanted."""
+    """Undecided images: it is still open whether they are wanted."""
     indexes: int = 0
-    """Indexes of which manifests or configs of some platforms are missing."""
+    """Indexes that lack manifests or configs of some platforms."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionPolicy:
-    """What is completed without being asked for."""
+    """The settings that decide what is completed without a client's request."""
 
     images: bool = True
-    """Whether images that are wanted get the blobs that they lack; else it is only told."""
+    """Whether the missing blobs of wanted images are fetched; otherwise they are only reported."""
     metadata: bool = True
-    """Whether indexes get the manifests and configs of all platforms."""
+    """Whether the manifests and configs of all platforms of an index are fetched."""
     platforms: tuple[Platform, ...] = ()
-    """The platforms of an index that are always, and alone, completed; empty for those that clients ask for."""
+    """The only platforms of an index to complete, always; if empty, those that clients request."""
 
 
 class Completion:
-    """Completes images: for each upstream one after the other, in each the small blobs first, metadata last."""
+    """Completes images: per upstream one image at a time, its small blobs first; metadata of indexes last."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
@@ -77,45 +79,45 @@ class Completion:
         metadata: Metadata | None = None,
         policy: CompletionPolicy = CompletionPolicy(),
     ) -> None:
-        """Fetch missing blobs by `fetch`; `metadata` fetches manifests and configs of other platforms, None none."""
+        """Use `fetch` for missing blobs and `metadata` for the metadata of indexes; None leaves that out."""
         self._store = store
         self._fetch = fetch
         self._clock = clock
         self._metadata = metadata
         self._policy = policy
         self._missing: dict[Digest, int] = {}
-        """Wanted images, and the bytes that they lack."""
+        """Wanted images, and the number of bytes that each lacks."""
         self._refused: dict[Digest, float] = {}
-        """When an image was left incomplete, since its upstream does not have all of it."""
+        """Images left incomplete because their upstream does not have all blobs, with the time (clock seconds)."""
         self._changed: set[Digest] = set()
-        """Records that are still to be looked at."""
+        """Records that are still to be checked."""
         self._checking = False
         self._looked_at: set[Digest] = set()
-        """Images of which it is not known yet whether they lack blobs."""
+        """Images that are being checked for missing blobs."""
         self._complete: dict[Digest, float] = {}
-        """When all blobs of an image were found to be there."""
+        """Images that were found complete, with the time (clock seconds)."""
         self._work: dict[Upstream, Deferred[None]] = {}
         self._stopped = False
         self._work_added = Event()
         self._fresh: set[Upstream] = set()
-        """Upstreams for which something was wished since the round that is under way began."""
+        """Upstreams that got a new pending image since their current round began."""
         self._rechecking = LoopingCall(self._recheck)
         self._rechecking.clock = clock
 
     @property
     def policy(self) -> CompletionPolicy:
-        """What is completed without being asked for."""
+        """The settings that decide what is completed."""
         return self._policy
 
     @property
     def incomplete(self) -> Incomplete:
-        """What is still missing, as far as it is known."""
+        """What is known to be missing."""
         known = self._store.pending.keys() | self._looked_at | self._store.undecided.keys() | self._missing.keys()
         indexes = self._metadata.incomplete if self._metadata else 0
         return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
 
     def start(self) -> None:
-        """Look for what is missing in the whole store, and go on with what was begun before."""
+        """Check the whole store for missing blobs, and continue with the pending images of the last run."""
         self._store.watch(self._look_at)
         self._look_at(set(self._store.digests))
         self._rechecking.start(_AGAIN, now=False)
@@ -124,7 +126,7 @@ class Completion:
                 self._work_on(upstream)
 
     def stop(self) -> None:
-        """Leaves the rest to the next start."""
+        """Stop; the pending images stay recorded for the next start."""
         self._stopped = True
         self._store.watch(lambda changed: None)
         if self._rechecking.running:
@@ -132,10 +134,10 @@ class Completion:
         for work in list(self._work.values()):
             work.cancel()
 
-    # What is missing
+    # Checks
 
     def _look_at(self, changed: Set[Digest]) -> None:
-        """Find out, soon, what the records `changed` lack."""
+        """Schedule a check of the records `changed`, and of the indexes that name them."""
         self._changed |= changed
         for digest in changed:
             self._changed.update(self._store.indexes(digest))
@@ -144,7 +146,7 @@ class Completion:
             self._begin(self._check_all())
 
     def _recheck(self) -> None:
-        """Look again at the images that lack something, and at which nobody works."""
+        """Check again the incomplete images that are not pending."""
         self._look_at(self._missing.keys() - self._store.pending.keys())
 
     async def _check_all(self) -> None:
@@ -168,17 +170,19 @@ class Completion:
             elif entry is None or not lacking.get(digest):
                 self._is_complete(digest)
                 if entry is None and self._metadata is not None:
-                    # It may have been an index, which went while its metadata was being fetched.
+                    # It may be an index that was removed while its metadata was being fetched.
                     self._metadata.forget(digest)
             else:
                 await self._is_incomplete(digest, lacking[digest])
 
     def _is_complete(self, digest: Digest) -> None:
+        """Note that an image lacks nothing, or is not wanted."""
         if digest not in self._store.pending:
             self._missing.pop(digest, None)
         self._refused.pop(digest, None)
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
+        """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
         if digest in self._store.pending or digest in self._looked_at:
             return
         self._missing[digest] = sum(missing.values())
@@ -190,7 +194,7 @@ class Completion:
             await self._request(digest, min(repositories))
 
     async def _check_index(self, index: Digest) -> None:
-        """Have the manifests and configs fetched that are missing of an index, and want its configured platforms."""
+        """Queue the missing manifests and configs of an index, and mark its configured platforms as wanted."""
         entry = self._store.entry(index)
         if entry is None or entry.is_referrers or self._metadata is None:
             return
@@ -217,25 +221,26 @@ class Completion:
             self.log.error("cannot note that {image} is wanted: {why}", image=image, why=error.strerror)
 
     def _completes(self, image: Digest) -> bool:
-        """Tell whether an image that is wanted is to be completed."""
+        """Tell whether the policy completes this wanted image."""
         if not self._policy.images:
             return False
         return not self._policy.platforms or not self._store.indexes(image) or image in self._always(image)
 
     def _always(self, image: Digest) -> Collection[Digest]:
+        """Return the images for the configured platforms in all indexes that name `image`."""
         entries = [self._store.entry(index) for index in self._store.indexes(image)]
         children = [child for entry in entries if entry is not None for child in entry.children if child.platform]
         return [child.digest for child in chosen(children, self._policy.platforms)[0]]
 
-    # What is asked for
+    # Requests
 
     async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
-        """A client has been given `manifest`, which was a `hit`: all its blobs shall be there too."""
+        """Complete the image of `manifest`, which a client has pulled; `hit` tells whether the store had it."""
         if not manifest.is_list:
             await self.complete(manifest.digest, repository, hit=hit)
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
-        """Note that the image `digest` is wanted, and have its blobs fetched that are missing."""
+        """Mark the image `digest` as wanted and fetch its missing blobs."""
         if digest in self._store.pending or digest in self._looked_at:
             return
         self._looked_at.add(digest)
@@ -253,7 +258,7 @@ class Completion:
 
     async def _missing_now(self, digest: Digest, *, hit: bool) -> Mapping[Digest, int]:
         found = self._complete.get(digest)
-        # One that had to be fetched may have been pruned with its blobs since.
+        # After a miss, an earlier result does not hold: the image may have been pruned with its blobs since.
         if hit and found is not None and self._clock.seconds() - found < _BELIEVED:
             return {}
         missing = await self._store.missing(digest)
@@ -271,7 +276,7 @@ class Completion:
         self._fresh.add(repository.upstream)
         self._work_on(repository.upstream)
 
-    # The work
+    # Work
 
     def _work_on(self, upstream: Upstream) -> None:
         if self._stopped:
@@ -314,7 +319,7 @@ class Completion:
         return [(digest, at) for digest, at in self._store.pending.items() if at.upstream == upstream]
 
     async def _fetch_metadata(self, upstream: Upstream) -> float | None:
-        """Fetch metadata until there is something else to do; return the seconds to wait, None when all is there."""
+        """Fetch metadata until a pending image comes up; return the seconds to wait, None if nothing is missing."""
         wait: float | None = None
         while self._metadata is not None and upstream not in self._fresh:
             wait = await self._metadata.fetch_next(upstream)
@@ -323,6 +328,7 @@ class Completion:
         return wait
 
     async def _pause(self, seconds: float) -> None:
+        """Wait for `seconds`, or until work is added."""
         try:
             await self._work_added.wait().addTimeout(seconds, self._clock)
         except defer.TimeoutError:
@@ -365,7 +371,11 @@ class Completion:
         self.log.info("no blob of {image} is to be fetched any more", image=image)
 
     async def _fetch_from_any(self, repository: Repository, image: Digest, blob: Digest) -> None:
-        """Fetch a blob from `repository`, or from another one that has the image if it is not there."""
+        """Fetch a blob from `repository`, else from another repository of the upstream that has the image.
+
+        Raises:
+            RegistryError: no repository gave it; the error of the first one.
+        """
         try:
             await self._fetch(repository, blob)
         except (BlobUnknown, Denied):
@@ -377,7 +387,7 @@ class Completion:
             raise
 
     async def drop(self, digest: Digest) -> None:
-        """Note that no blobs of the image are to be fetched any more."""
+        """Remove an image from the pending and undecided ones: no more of its blobs are fetched."""
         try:
             await self._store.remove_pending(digest)
         except OSError as error:

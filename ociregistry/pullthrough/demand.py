@@ -1,9 +1,9 @@
-"""Decides, from what clients ask for, which images of an index are wanted with all their layers.
+"""Demand: decide from the requests of clients which images of an index are wanted with all their layers.
 
-Some clients read the manifests of all platforms and pull one of them. So an image of an index is wanted when a layer
-that is its alone is asked for. When no layer is, it is decided 30 s after the last request for the index or its
-children: the only platform that was asked for is wanted, and of several the one of this machine. An image that no
-index names is wanted as soon as it is asked for.
+Some clients read the manifests of all platforms and pull one of them. So an image of an index is wanted when a client
+requests a layer that no other image of the index has. Without such a request, the decision is made 30 s after the
+last request for the index or its children: if manifests of one platform were requested, it is wanted; if of several,
+the one of this machine. An image that no index names is wanted as soon as it is requested.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.store import Store
 
 _DECIDED_AFTER = 30.0
-"""Seconds without a request for an index or its children."""
+"""Seconds without a request for an index or its children after which its images are decided."""
 
 
 @dataclass(slots=True)
 class _Requests:
-    """What was asked for of one index of late."""
+    """The recent requests for the children of one index."""
 
     timer: IDelayedCall
     images: set[Digest] = field(default_factory=set)
-    """The images whose manifests were asked for."""
+    """The images whose manifests were requested."""
     by_layer: bool = False
-    """Whether a layer of one of them was asked for: the others then wait for theirs."""
+    """Whether a layer of one of them was requested; the others are then wanted only by a layer of their own."""
 
 
 class Demand:
-    """Is told of the requests of clients, and tells `completion` which images are wanted."""
+    """Receives the requests of clients, and tells `completion` which images are wanted."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, completion: Completion, machine: Platform, clock: IReactorTime) -> None:
-        """`machine` is the platform of this machine."""
+        """Prefer `machine`, the platform of this machine, where clients requested several."""
         self._store = store
         self._completion = completion
         self._machine = machine
@@ -52,19 +52,19 @@ class Demand:
         self._stopped = False
 
     def start(self) -> None:
-        """Go on with the images that were undecided when the last process ended."""
+        """Continue with the images that were undecided when the last process ended."""
         for image, repository in list(self._store.undecided.items()):
             self._begin(self._resume(image, repository))
 
     def stop(self) -> None:
-        """Leave what is undecided to the next start."""
+        """Stop; undecided images stay recorded for the next start."""
         self._stopped = True
         for requests in self._indexes.values():
             requests.timer.cancel()
         self._indexes.clear()
 
     def manifest_requested(self, manifest: Manifest, image: ImageReference, *, hit: bool) -> None:
-        """Note that a client asked for `image` and was given `manifest`, which the store had if it was a `hit`."""
+        """Note that a client requested `image` and got `manifest`; `hit` tells whether the store had it."""
         if manifest.is_list:
             if manifest.digest in self._indexes:
                 self._indexes[manifest.digest].timer.reset(_DECIDED_AFTER)
@@ -76,12 +76,13 @@ class Demand:
             self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
-        """Note that a client asked for a blob.
+        """Note that a client requested a blob.
 
-        Where several images have it, such as a layer of a base image, it is for those that were asked for of late.
+        Where several images have the blob, such as a layer of a base image, the request counts for those whose
+        manifests were requested recently.
         """
         naming = self._store.naming(digest)
-        # A layer may be in thousands of images, and this is done at each hit: only those of late are looked at.
+        # This runs for every hit, and a layer may be in thousands of images: consider only recently requested ones.
         images = naming if len(naming) == 1 else self._asked_for_of_late & naming.keys()
         for image in images:
             entry = self._store.entry(image)
@@ -96,7 +97,7 @@ class Demand:
         return {image for requests in self._indexes.values() for image in requests.images}
 
     def _is_shared(self, layer: Digest, image: Digest, indexes: Iterable[Digest]) -> bool:
-        """Tell whether another image of the same indexes has the layer too: then it decides nothing."""
+        """Tell whether another image of the same indexes has the layer too, so that it decides nothing."""
         siblings = {child.digest for child in self._children(indexes)} - {image}
         entries = [self._store.entry(sibling) for sibling in siblings & self._store.naming(layer).keys()]
         return any(entry is not None and layer in entry.layers for entry in entries)
@@ -115,6 +116,7 @@ class Demand:
             await self._wait(image, repository)
 
     async def _wait(self, image: Digest, repository: Repository) -> None:
+        """Record an image as undecided."""
         try:
             await self._store.add_pending(image, repository, undecided=True)
         except OSError as error:
@@ -132,11 +134,12 @@ class Demand:
         if entry is not None and not entry.wanted:
             await self._completion.complete(image, repository)
         for other in others - {image}:
-            # A layer of its own may have been asked for meanwhile.
+            # A layer of the other image may have been requested meanwhile.
             if other in self._store.undecided:
                 await self._completion.drop(other)
 
     async def _resume(self, image: Digest, repository: Repository) -> None:
+        """Continue with an image that was undecided when the last process ended."""
         indexes = self._store.indexes(image)
         if self._store.entry(image) is None or (indexes and self._completion.policy.platforms):
             await self._completion.drop(image)
@@ -144,7 +147,7 @@ class Demand:
             await self._completion.complete(image, repository)
         else:
             for index in indexes:
-                # Which others were asked for is not known any more: those that are wanted were, at some time.
+                # The requests of the last run are lost; the wanted images of the index were requested at some time.
                 self._requests(index).images.update(self._wanted_children(index))
             await self._child_requested(image, repository, indexes, hit=True)
 
@@ -162,10 +165,10 @@ class Demand:
         self._begin(self._decided(requests))
 
     async def _decided(self, requests: _Requests) -> None:
-        """Want one of the undecided images that were asked for, and drop the others."""
+        """Complete the requested images of the chosen platform, and drop the other undecided ones."""
         wanted = set[Digest]() if requests.by_layer else self._wanted(requests.images)
         for image in requests.images:
-            # A layer of its own may have been asked for meanwhile.
+            # A request for a layer may have decided the image meanwhile.
             repository = self._store.undecided.get(image)
             if repository is None:
                 continue
@@ -175,6 +178,7 @@ class Demand:
                 await self._completion.drop(image)
 
     def _wanted(self, images: Iterable[Digest]) -> set[Digest]:
+        """Return the images of the only requested platform, or of the best one for this machine."""
         platforms = {image: self._platform(image) for image in images}
         told = set(platforms.values()) - {NO_PLATFORM}
         if len(told) > 1:
@@ -190,7 +194,7 @@ class Demand:
         return [child for entry in entries if entry is not None for child in entry.children]
 
     def _platform(self, image: Digest) -> str:
-        """Return the platform that an index tells of the image; where none is told, the image is one of its own."""
+        """Return the platform that an index gives the image, else its digest: a platform of its own."""
         told = (child.platform for child in self._children_of([image]) if child.digest == image)
         return next(filter(None, told), image)
 

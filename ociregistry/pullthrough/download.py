@@ -1,4 +1,4 @@
-"""A download: one blob in flight from an upstream into the store, watched by any number of readers."""
+"""A download: one blob in flight from an upstream into the store, with any number of readers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ociregistry.upstream.registry import BlobMismatch, BlobStream
 
 
 class Download:
-    """Fetches a blob into a partial and makes it a blob of the store.
+    """Fetches a blob into a partial, verifies it and commits it to the store.
 
-    It belongs to no client: where a manifest tells its size it goes on when all have gone, and it takes up what an
-    earlier one left. `size` is None until it is known; what can be read, `available`, leaves out the last byte until
-    the digest holds.
+    A download belongs to no client: it continues after all clients have gone where a manifest tells the size. It
+    resumes the partial of an earlier download. `size` in bytes is None until it is known. `available` leaves out
+    the last byte until the digest has been verified.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -27,16 +27,16 @@ class Download:
     def __init__(
         self, connections: Connections, store: Store, repository: Repository, digest: Digest, expected: int | None
     ) -> None:
-        """`expected` is the size in bytes that a manifest of `repository` gives the blob, if one does."""
+        """Prepare a download; `expected` is the size in bytes that a manifest of `repository` tells, or None."""
         self.repository = repository
         self.digest = digest
         self.size: int | None = None
         self.error: RegistryError | None = None
         self.spoiled = False
-        """Whether it failed for bytes that came over several connections: with new ones it may succeed."""
+        """Whether wrong bytes came over several connections: a download from the first byte may succeed."""
         self.expected = expected
         self.promised = False
-        """Whether a client was given a reader before the upstream had answered."""
+        """Whether a client got a reader before the upstream had answered."""
         self._connections = connections
         self._store = store
         self._early: list[DownloadReader] = []
@@ -48,12 +48,15 @@ class Download:
         self._running: Deferred[None] = succeed(None)
 
     def start(self) -> Deferred[None]:
-        """Begins; fires, never fails, when the download has ended and its blob is in the store, or is not."""
+        """Start the download; fire when it has ended. Never fails: `error` tells whether the blob was stored."""
         self._running = Deferred.fromCoroutine(self._run())
         return self._running
 
     def cancel(self) -> Deferred[None]:
-        """Ends it, unless all is here already; readers are told that no more will come. Fires when it has ended."""
+        """Cancel the download, unless its bytes are already verified; fire when it has ended.
+
+        The readers of a cancelled download fail with `Unavailable`.
+        """
         ended: Deferred[None] = Deferred()
         self._running.addCallback(lambda _: ended.callback(None))
         if not self._verified:
@@ -63,7 +66,7 @@ class Download:
 
     @property
     def available(self) -> int:
-        """How many bytes can be read."""
+        """The number of bytes that can be read."""
         if self._partial is None:
             return 0
         if self._verified or self.size is None:
@@ -71,10 +74,14 @@ class Download:
         return max(0, min(self._partial.length, self.size - 1))
 
     async def reader(self) -> DownloadReader:
-        """A reader, as soon as the size is known and the file there. Raises what the download failed with."""
+        """Return a reader as soon as the size is known and the partial exists.
+
+        Raises:
+            RegistryError: the download failed.
+        """
         self._connections.watch()
         try:
-            # An empty blob has no last byte to hold back until the digest holds.
+            # An empty blob has no last byte to hold back until the digest is verified.
             while (
                 self._partial is None
                 or self.size is None
@@ -88,7 +95,11 @@ class Download:
             raise
 
     def early_reader(self, size: int) -> DownloadReader:
-        """A reader before the upstream has answered, for who knows the size. Raises what the download failed with."""
+        """Return a reader before the upstream has answered, for a blob whose `size` in bytes a manifest tells.
+
+        Raises:
+            RegistryError: the download failed.
+        """
         if self.error is not None:
             raise self.error
         self._connections.watch()
@@ -99,7 +110,11 @@ class Download:
         return reader
 
     async def finished(self) -> None:
-        """Returns when the blob is in the store. Raises what the download failed with."""
+        """Wait until the blob is in the store.
+
+        Raises:
+            RegistryError: the download failed.
+        """
         self._connections.join()
         try:
             while not self._done:
@@ -108,18 +123,23 @@ class Download:
             self._connections.leave()
 
     async def more_than(self, offset: int) -> int:
-        """`available`, as soon as it is more than `offset`. Raises what the download failed with."""
+        """Return `available` as soon as it exceeds `offset`.
+
+        Raises:
+            RegistryError: the download failed.
+        """
         while self.available <= offset:
             await self._change()
         return self.available
 
     async def _change(self) -> None:
+        """Wait for the next change; raise `error` if the download failed."""
         if self.error is not None:
             raise self.error
         await self._changed.wait()
 
     def left(self) -> None:
-        """A reader has gone."""
+        """Note that a reader was closed."""
         self._connections.unwatch()
 
     async def _run(self) -> None:
@@ -135,9 +155,9 @@ class Download:
             self.log.failure("the download of {download} failed", download=self)
             self.error = Unavailable(f"{self}: the download failed: {type(error).__name__}")
         if self._stopping:
-            # Whatever words those found for it whose work was cancelled.
+            # One message for every cancelled download, whatever error the cancellation led to.
             self.error = Unavailable(f"{self}: the server is stopping")
-        # Whoever watches tells of it, unless all bytes have been given out already.
+        # A waiting request logs the error itself, unless all bytes have been served already.
         told = self._connections.awaited and not self._verified
         self._done = self.error is None
         self._changed.fire()
@@ -154,9 +174,9 @@ class Download:
             start = partial.length if partial is not None else 0
             known = self.expected if self.expected is not None or partial is None else partial.size
             if partial is None or start != known:
-                # What has no room is refused before anybody is asked.
+                # A blob that does not fit is refused before the upstream is asked.
                 await self._check_room(known, start)
-                # The first answer decides whether there is such a blob; clients are told nothing before it.
+                # The first answer tells whether the blob exists; without a size from a manifest, clients wait for it.
                 stream = await self._first(start, known)
                 self._check(stream, known)
             size = known if stream is None or stream.size is None else stream.size
@@ -185,6 +205,7 @@ class Download:
         await self._store.check_room(None if size is None else max(0, size - start))
 
     def _open_early(self, partial: Partial) -> None:
+        """Give the early readers their file."""
         for reader in self._early:
             if self.size not in (None, reader.size):
                 raise BlobMismatch(f"{self}: it has {self.size} bytes, {reader.size} were promised")
@@ -192,6 +213,7 @@ class Download:
         self._early.clear()
 
     async def _first(self, start: int, known: int | None) -> BlobStream:
+        """Open the first connection of this download at byte `start`."""
         try:
             return await self._connections.open(start)
         except BlobMismatch:
@@ -199,10 +221,11 @@ class Download:
         except Unavailable as error:
             if not self.promised:
                 raise
-            # A client has its headers, and waits for bytes: that they are late is no reason to end its answer.
+            # A client has its headers already, so a late upstream is retried rather than the response ended.
             return await self._connections.reopen(start, known, error)
 
     async def _left_behind(self) -> Partial | None:
+        """Return the partial of an earlier download; discard one whose size contradicts the manifest."""
         partial = await self._store.old_partial(self.digest)
         if partial is None or partial.size is None or self.expected in (None, partial.size):
             return partial
@@ -225,7 +248,7 @@ class Download:
         self._changed.fire()
 
     async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
-        """Keeps for the next download what can be continued."""
+        """Keep the partial if a later download can resume it; discard it otherwise."""
         if isinstance(error, BlobMismatch):
             self.spoiled = partial.resumed or self._connections.count > 1
         elif partial.sound:
@@ -238,33 +261,33 @@ class Download:
 
 
 class DownloadReader:
-    """A client's view of a download; it never learns when the partial becomes a blob."""
+    """Reads a download for one client; the open file stays valid when the partial becomes a blob."""
 
     def __init__(self, download: Download, size: int, file: PartialReader | None) -> None:
-        """`file` is None as long as there is none; `open` brings it."""
+        """Read from `file`, the open partial; if it is None, `open` brings it later."""
         self._download = download
         self._file = file
         self._closed = False
         self.size = size
 
     def open(self, file: PartialReader) -> None:
-        """The file is there now."""
+        """Set the file, now that the partial exists."""
         if self._closed or self._file is not None:
             file.close()
         else:
             self._file = file
 
     def more_than(self, offset: int) -> Deferred[int]:
-        """Fires as soon as more than `offset` bytes can be read; fails when no more will come."""
+        """Fire with the number of readable bytes as soon as it exceeds `offset`; fail when no more will come."""
         return Deferred.fromCoroutine(self._download.more_than(offset))
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with some of the bytes at `offset`, which can be read."""
+        """Fire with at most `count` of the bytes at `offset`, which must be readable."""
         assert self._file is not None
         return self._file.read(offset, count)
 
     def close(self) -> None:
-        """Gives the file back."""
+        """Close the file and leave the download."""
         self._closed = True
         if self._file is not None:
             self._file.close()

@@ -1,4 +1,4 @@
-"""Where images that are loaded come from: this process pulls them, or the daemon on the same store does."""
+"""Fetchers: where loaded images come from, pulled by this process or by the daemon on the same store."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ T = TypeVar("T")
 
 
 _SLOW = 8.0
-"""Seconds after which an answer failed because the upstream is slow; one that fails sooner will fail again."""
+"""Seconds after which a failure means that the upstream is slow; after a faster failure, a retry is useless."""
 _LOOK_AGAIN = 0.05
-"""Seconds from one look at the store to the next."""
+"""Seconds from one check of the store to the next."""
 
 Advance = Callable[[int], object]
-"""Is called with numbers of bytes that came."""
+"""A callback that is called with the number of bytes received since its last call."""
 
 
 class Fetcher(Protocol):
-    """Brings what is asked for into the store. All methods raise `RegistryError`."""
+    """Fetches manifests and blobs into the store. All methods raise `RegistryError`."""
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
-        """The manifest that `image` means."""
+        """Fetch the manifest that `image` refers to."""
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
-        """The index of what refers to the manifest `digest`; None where the upstream does not offer it."""
+        """Return the index of the referrers of the manifest `digest`; None where the upstream does not offer one."""
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
-        """Returns when the blob of `size` bytes is in the store."""
+        """Fetch a blob of `size` bytes; return when it is in the store."""
 
 
 class IdleTimeout:
-    """Measures how long nothing came."""
+    """Measures the time since the last progress."""
 
     def __init__(self, seconds: float, clock: IReactorTime) -> None:
         self._seconds = seconds
@@ -52,22 +52,22 @@ class IdleTimeout:
         self.progress()
 
     def progress(self) -> None:
-        """Something came."""
+        """Start the time anew, as something came."""
         self._until = self._clock.seconds() + self._seconds
 
     @property
     def left(self) -> float:
-        """Seconds, at least a little."""
+        """The seconds left, at least 0.001."""
         return max(0.001, self._until - self._clock.seconds())
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing came for too long."""
+        """Whether there was no progress for too long."""
         return self._clock.seconds() >= self._until
 
 
 class CacheFetcher:
-    """This process pulls, as for a client that waits `patience` seconds without progress."""
+    """Fetches by this process' cache, as for a client that waits up to `patience` seconds without progress."""
 
     def __init__(self, cache: PullThrough, listings: Listings, patience: float, clock: IReactorTime) -> None:
         self._cache = cache
@@ -76,11 +76,11 @@ class CacheFetcher:
         self._clock = clock
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
-        """As `Supplier.manifest`."""
+        """See `Fetcher.manifest`."""
         return await self._retry_while_slow(image, lambda: self._cache.manifest(image))
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
-        """As `Supplier.referrers`."""
+        """See `Fetcher.referrers`."""
         what = f"{repository}@{digest}"
         try:
             found = await self._retry_while_slow(what, lambda: self._listings.referrers(repository, digest, ""))
@@ -89,7 +89,7 @@ class CacheFetcher:
         return Manifest.parse(found.data, OCI_INDEX)
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
-        """As `Supplier.blob`."""
+        """See `Fetcher.blob`."""
         what = f"{repository}@{digest}"
         found = await self._retry_while_slow(what, lambda: self._cache.blob(repository, digest))
         try:
@@ -107,7 +107,11 @@ class CacheFetcher:
         await self._cache.fetch(repository, digest)
 
     async def _retry_while_slow(self, what: object, ask: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> T:
-        """What `ask` gives; it is asked again as long as the upstream is only slow."""
+        """Return the result of `ask`; call it again while the upstream is only slow.
+
+        Raises:
+            RegistryError: it failed; `Unavailable` where there was no answer in time.
+        """
         patience = IdleTimeout(self._seconds, self._clock)
         while True:
             try:
@@ -119,35 +123,35 @@ class CacheFetcher:
 
 
 class BackgroundFetcher(CacheFetcher):
-    """This process pulls, after what clients wait for."""
+    """Fetches by this process' cache; blobs come in the background."""
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
-        """As `Supplier.blob`."""
+        """See `Fetcher.blob`."""
         await self._cache.fetch(repository, digest, extra=False)
         advance(size)
 
 
 class FetcherMetadata:
-    """Brings manifests and configs by a supplier, as `MetadataFetcher` has it."""
+    """A `MetadataFetcher` that uses a `Fetcher`."""
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
         self._fetcher = fetcher
 
     async def fetch_manifest(self, image: ImageReference) -> None:
-        """As `MetadataFetcher.fetch_manifest`."""
+        """See `MetadataFetcher.fetch_manifest`."""
         found = await self._fetcher.manifest(image)
         if not found.manifest.is_list:
             await self._store.want(found.manifest.digest, wanted=False)
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
-        """As `MetadataFetcher.fetch_config`."""
+        """See `MetadataFetcher.fetch_config`."""
         if not await self._store.holds(config.digest, config.size):
             await self._fetcher.blob(repository, config.digest, config.size, lambda count: None)
 
 
 class DaemonFetcher:
-    """The daemon pulls; what is in the store already, it is not asked for."""
+    """Fetches by the daemon on the same store; manifests that the store has are not requested."""
 
     def __init__(
         self,
@@ -157,7 +161,7 @@ class DaemonFetcher:
         clock: IReactorTime,
         check: Callable[[Upstream], None] = lambda upstream: None,
     ) -> None:
-        """`check` raises `Denied` for an upstream that the daemon is not to be asked for."""
+        """Call `check` before each request; it raises `Denied` for an upstream that is not allowed."""
         self._check = check
         self._store = store
         self._daemon = daemon
@@ -165,7 +169,7 @@ class DaemonFetcher:
         self._clock = clock
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
-        """As `Supplier.manifest`."""
+        """See `Fetcher.manifest`."""
         stored = await self._store.manifest(image)
         if stored is not None:
             return FoundManifest(stored, hit=True)
@@ -180,7 +184,7 @@ class DaemonFetcher:
                     raise
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
-        """As `Supplier.referrers`."""
+        """See `Fetcher.referrers`."""
         self._check(repository.upstream)
         try:
             return await self._daemon.referrers(repository, digest)
@@ -188,7 +192,7 @@ class DaemonFetcher:
             return None
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
-        """As `Supplier.blob`."""
+        """See `Fetcher.blob`."""
         self._check(repository.upstream)
         patience = IdleTimeout(self._seconds, self._clock)
         at, done = 0, False
@@ -202,12 +206,12 @@ class DaemonFetcher:
                     patience.progress()
                 done = True
             except Unavailable:
-                # It waits longer for a slow upstream than this connection does for it.
+                # The daemon may wait longer for a slow upstream than this connection waits for the daemon.
                 if patience.exhausted or (at == before and self._clock.seconds() - began < _SLOW):
                     raise
             finally:
                 body.abort()
-        # The last byte goes out when the digest holds; then the daemon has to sync and rename it.
+        # The daemon sends the last byte once the digest is verified; it syncs and renames the blob after that.
         while not await self._store.holds(digest, size):
             if patience.exhausted:
                 raise Unavailable(f"{repository}@{digest}: the daemon did not store it; its log says why")

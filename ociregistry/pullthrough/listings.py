@@ -1,4 +1,4 @@
-"""Tags and referrers: the upstream's word while it can be reached, else what the cache knows."""
+"""Lists of tags and referrers: from the upstream while it can be reached, else from the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ociregistry.via import NO_VIA, Via
 
 @dataclass(frozen=True, slots=True)
 class FoundTags:
-    """A page of tags, and whether it is the cache's for want of the upstream's."""
+    """A page of tags; `hit` tells whether it is from the store, as the upstream could not be asked."""
 
     page: TagPage
     hit: bool
@@ -29,14 +29,17 @@ class FoundTags:
 
 @dataclass(frozen=True, slots=True)
 class FoundReferrers:
-    """An index of referrers as JSON, and whether it is the cache's for want of the upstream's."""
+    """An index of referrers as JSON; `hit` tells whether it is from the store, as the upstream could not be asked."""
 
     data: bytes
     hit: bool
 
 
 class Listings:
-    """What an upstream lists. Raises as `PullThrough` does; never gives an empty list for want of an answer."""
+    """Lists tags and referrers of an upstream.
+
+    Without an answer of the upstream, an empty list is never returned; the methods raise like those of `PullThrough`.
+    """
 
     log = Logger(namespace="ociregistry.pullthrough")
 
@@ -49,7 +52,11 @@ class Listings:
         self._clock = clock
 
     async def tags(self, repository: Repository, count: int | None, last: str, via: Via = NO_VIA) -> FoundTags:
-        """At most `count` tags of `repository` after the tag `last`."""
+        """Return at most `count` tags (None: no limit) of `repository` after the tag `last`.
+
+        Raises:
+            RegistryError: the upstream refused, or cannot be asked and the store knows no tags.
+        """
         registry = self._registries.get(repository.upstream, via)
         if count == 0:
             return FoundTags(TagPage((), more=False), hit=False)
@@ -68,10 +75,13 @@ class Listings:
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str, via: Via = NO_VIA
     ) -> FoundReferrers:
-        """The index of what refers to the manifest `digest`, only that of `artifact_type` if it is given.
+        """Return the index of the referrers of the manifest `digest`; if given, only those of `artifact_type`.
 
-        What the upstream lists is kept under the tag that the specification sets aside for registries without
-        this API ("Referrers Tag Schema").
+        The answer of the upstream is stored under the tag that the specification reserves for registries without
+        this API (OCI Distribution specification, "Referrers Tag Schema").
+
+        Raises:
+            RegistryError: the upstream refused, or cannot be asked and the store has no index.
         """
         registry = self._registries.get(repository.upstream, via)
         tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))

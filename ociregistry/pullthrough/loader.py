@@ -1,4 +1,4 @@
-"""Loading images before anybody pulls them: image lists, the loader, and preloading by the daemon."""
+"""Loading images before clients pull them: image lists, the loader, and preloading by the daemon."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ociregistry.store.store import Store
 
 
 class LoadStatus(Enum):
-    """How the loading of an image ended."""
+    """The result of loading an image."""
 
     LOADED = "loaded"
     PRESENT = "already there"
@@ -41,72 +41,76 @@ class LoadStatus(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the loading of the image `name` ended, and what was brought for it."""
+    """The result of loading the image `name`, with the numbers of fetched blobs and their bytes."""
 
     name: str
     ended: LoadStatus
     why: str = ""
-    """The reason of a failure."""
+    """The reason for a failure."""
     notes: tuple[str, ...] = ()
-    """What the operator should know of it."""
+    """Remarks for the operator."""
     blobs: int = 0
     bytes: int = 0
     again: bool = False
-    """Whether what failed may succeed later."""
+    """Whether a failed image may succeed later."""
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line for the operator."""
         said = [f"{self.blobs} blobs, {self.bytes} bytes"] if self.blobs else []
         said += [*self.notes, *([self.why.removeprefix(f"{self.name}: ")] if self.why else [])]
         return f"{self.ended.value}: {self.name}" + (f": {'; '.join(said)}" if said else "")
 
 
 class Progress(Protocol):
-    """Is told how the loading goes on."""
+    """Receives the progress of loading."""
 
     def expect(self, name: str, size: int) -> None:
-        """So many bytes more are to come for the image `name`."""
+        """Add `size` bytes to the expected total of the image `name`."""
 
     def advance(self, name: str, count: int) -> None:
-        """So many of them came."""
+        """Add `count` bytes to those received for the image `name`."""
 
     def ended(self, outcome: Outcome) -> None:
-        """The image has ended."""
+        """Report the result of an image."""
 
 
 class NullProgress:
-    """Progress that nobody looks at."""
+    """Ignores all progress."""
 
     def expect(self, name: str, size: int) -> None:
-        """Not told."""
+        """Do nothing."""
 
     def advance(self, name: str, count: int) -> None:
-        """Not told."""
+        """Do nothing."""
 
     def ended(self, outcome: Outcome) -> None:
-        """Not told."""
+        """Do nothing."""
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """How many ended how, in one line."""
+    """Return one line with the number of images for each status."""
     return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in LoadStatus)
 
 
 _USUAL_TAG = "latest"
 _LARGEST = 16 * 1024 * 1024
-"""Bytes of a list; what is larger is something else."""
+"""Bytes of an image list, at most; a larger file is not an image list."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageList:
-    """What a file names, each image once, and a line for each error in it."""
+    """The images that a file names, each once, and one line for each error in the file."""
 
     images: tuple[ImageReference, ...]
     errors: tuple[str, ...]
 
 
 def read_image_list(path: Path) -> ImageList:
-    """The images in the file at `path`; `#` begins a comment. Blocks; raises `OSError`."""
+    """Read the image list at `path`: one image per line, `#` begins a comment. Blocks.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     with path.open("rb") as file:
         data = file.read(_LARGEST + 1)
     try:
@@ -131,9 +135,12 @@ def read_image_list(path: Path) -> ImageList:
 
 
 def parse_image(text: str) -> ImageReference:
-    """The image that `text` names, as Docker has it: without a registry it is at docker.io, without a tag `latest`.
+    """Parse an image reference as Docker does: the default registry is docker.io, the default tag `latest`.
 
-    Of a tag and a digest the digest counts. Raises a `RegistryError`.
+    If there are both a tag and a digest, the digest counts.
+
+    Raises:
+        RegistryError: `text` is not an image reference.
     """
     name, at, digest = text.partition("@")
     last = name.rpartition("/")[2]
@@ -151,15 +158,15 @@ def _shown(text: str) -> str:
 
 
 _DEEPEST = 4
-"""Lists in lists."""
+"""Levels of indexes within indexes that are followed."""
 _SIGNATURES = ("sig", "att", "sbom")
-"""Endings of the tags under which cosign keeps what it says of an image."""
+"""Suffixes of the tags under which cosign keeps signatures, attestations and SBOMs of an image."""
 _TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs the upstream"
 
 
 @dataclass(slots=True)
 class _LoadState:
-    """What was brought for one image."""
+    """What has been fetched for one image so far."""
 
     image: ImageReference
     manifests: int = 0
@@ -167,18 +174,18 @@ class _LoadState:
     bytes: int = 0
     notes: list[str] = field(default_factory=list)
     offered: set[str] = field(default_factory=set)
-    """Platforms that lists have."""
+    """The platforms that indexes offer."""
     found: set[Platform] = field(default_factory=set)
-    """Those of them that are wanted."""
+    """The wanted platforms that were found."""
     unspecified: bool = False
-    """Whether there are images that tell no platform."""
+    """Whether an index names images without a platform."""
 
     @property
     def name(self) -> str:
         return str(self.image)
 
     def outcome(self, wanted: Sequence[Platform]) -> Outcome:
-        """How it ended, where nothing failed."""
+        """Return the result where no request failed; failed if a wanted platform is missing."""
         tag_unknown = [_TAG_UNKNOWN] if isinstance(self.image.reference, Digest) else []
         notes = (*tag_unknown, *dict.fromkeys(self.notes))
         missing = [str(platform) for platform in wanted if platform not in self.found]
@@ -191,7 +198,7 @@ class _LoadState:
 
 
 class Loader:
-    """Loads images: of a manifest list what is `wanted` of it, and everything that they consist of."""
+    """Loads images with all their blobs; of an index, the images for the `wanted` platforms."""
 
     def __init__(
         self,
@@ -205,7 +212,7 @@ class Loader:
         progress: Progress,
         clock: IReactorTime,
     ) -> None:
-        """So many images are loaded at once, and so many blobs; `signatures` asks for what refers to them, too."""
+        """Load up to `concurrent` images and `connections` blobs at once; with `signatures`, their referrers too."""
         self._store = store
         self._fetcher = fetcher
         self._wanted = wanted
@@ -215,13 +222,16 @@ class Loader:
         self._progress = progress
         self._clock = clock
         self._indexes: dict[Digest, tuple[Repository, Sequence[Descriptor]]] = {}
-        """The indexes that were loaded, with what they name."""
+        """The loaded indexes: their repository and children."""
 
     async def load_metadata(self) -> list[str]:
-        """Fetch the manifests and configs of the other platforms of all indexes that were loaded, as far as they are.
+        """Fetch the manifests and configs of the other platforms of all loaded indexes.
 
-        Returns a line for each upstream that did not give all of them for now. One that it does not have is none.
-        Raises `OSError`.
+        Returns:
+            One line for each upstream that failed for now; manifests that it does not have are no failure.
+
+        Raises:
+            OSError: the store cannot be read or written.
         """
         metadata = Metadata(self._store, FetcherMetadata(self._store, self._fetcher), self._clock)
         for index, (repository, children) in self._indexes.items():
@@ -235,9 +245,9 @@ class Loader:
         return failed
 
     async def load(self, images: Sequence[ImageReference]) -> list[Outcome]:
-        """How each of the images ended, in their order."""
+        """Load the images; return their results in the same order."""
         running = [Deferred.fromCoroutine(self._load_in_turn(image)) for image in images]
-        # The last ones first: who is cancelled gives its turn to the next, which has to be cancelled by then.
+        # Cancel in reverse order: releasing the semaphore starts the next waiter.
         running.reverse()
         try:
             return list(await gatherResults(running, consumeErrors=True))[::-1]
@@ -258,7 +268,10 @@ class Loader:
         return outcome
 
     async def _unwound(self) -> None:
-        """Who gives its turn back calls the next one: a thousand that fail at once would fill the stack."""
+        """Continue in a new turn of the reactor.
+
+        Releasing a semaphore calls the next waiter: a thousand that fail at once would overflow the stack.
+        """
         await deferLater(self._clock, 0)
 
     async def _load(self, image: ImageReference) -> Outcome:
@@ -272,7 +285,7 @@ class Loader:
         return state.outcome(self._wanted)
 
     async def _bring(self, image: ImageReference, state: _LoadState, deepest: int = _DEEPEST) -> None:
-        """The manifest of `image` with its blobs, and what it lists as far as that is wanted."""
+        """Fetch the manifest of `image`, its blobs, and the wanted children of an index, `deepest` levels deep."""
         manifest = await self._manifest(image, state)
         await self._bring_blobs(image.repository, manifest, state)
         if manifest.is_list:
@@ -310,12 +323,12 @@ class Loader:
             Deferred.fromCoroutine(self._bring_blob(repository, digest, size, state))
             for digest, size in lacking.items()
         ]
-        # All of them, also when one fails: what was begun is brought to its end.
+        # Wait for all of them, also when one fails: a blob that was begun is completed.
         for succeeded, result in await DeferredList(fetching[::-1], consumeErrors=True):
             if not succeeded:
                 cast(Failure, result).raiseException()
         if not manifest.is_list:
-            # Not before: a daemon on the same store completes what is wanted, beside what is loaded here.
+            # Only now: a daemon on the same store would fetch the blobs of a wanted image at the same time.
             await self._store.want(manifest.digest)
 
     async def _bring_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
@@ -331,7 +344,7 @@ class Loader:
         state.bytes += size
 
     async def _bring_signatures(self, repository: Repository, digest: Digest, state: _LoadState) -> None:
-        """What cosign says of the manifest `digest` under tags, and what refers to it."""
+        """Fetch the cosign tags of the manifest `digest`, and its referrers."""
         if digest.algorithm == "sha256":
             for ending in _SIGNATURES:
                 await self._bring_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), state)
@@ -353,27 +366,27 @@ def _failed(state: _LoadState, why: str, *, again: bool) -> Outcome:
 
 
 _AGAIN = 30.0
-"""Seconds until an image is tried again that could not be loaded for now."""
+"""Seconds until an image that could not be loaded for now is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreloadProgress:
-    """How far it is."""
+    """The progress of preloading, as numbers of images."""
 
     images: int
-    """Those of the file."""
+    """Images in the file."""
     loaded: int
     failed: int
-    """Those that will not be tried again."""
+    """Images that will not be tried again."""
 
 
 class Preloader:
-    """Loads images in the background. Whatever goes wrong is logged."""
+    """Loads images in the background, and logs all errors."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, read: Callable[[], Deferred[ImageList]], loader: Loader, clock: IReactorTime) -> None:
-        """`read` gives what is to be loaded; it fails with `OSError`."""
+        """Load the images that `read` returns; it may fail with `OSError`."""
         self._read = read
         self._loader = loader
         self._clock = clock
@@ -383,16 +396,16 @@ class Preloader:
 
     @property
     def progress(self) -> PreloadProgress:
-        """How far it is."""
+        """The progress so far."""
         failed = sum(ended is LoadStatus.FAILED for ended in self._ended.values())
         return PreloadProgress(len(self._images), len(self._ended) - failed, failed)
 
     def start(self) -> None:
-        """Begins."""
+        """Start preloading."""
         self._running = Deferred.fromCoroutine(self._preload()).addErrback(self._failed)
 
     def stop(self) -> None:
-        """Leaves the rest to the next start."""
+        """Stop; the next start loads the rest."""
         self._running.cancel()
 
     def _failed(self, failure: Failure) -> None:
@@ -406,7 +419,7 @@ class Preloader:
         for error in listed.errors:
             self.log.error("not preloaded: {error}", error=error)
         self._images = listed.images
-        # The last ones first: who is cancelled gives its turn to the next, which has to be cancelled by then.
+        # Cancel in reverse order: releasing the semaphore starts the next waiter.
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
         await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first)
         done = self.progress

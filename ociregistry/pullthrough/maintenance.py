@@ -1,4 +1,4 @@
-"""What the daemon does by itself: prunes what is too much, verifies what it has, repairs what is damaged."""
+"""Maintenance of the store by the daemon: prune images, verify records and blobs, repair damage."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ NOT_NEEDED = "no image needs it"
 
 
 class Repairer:
-    """Fetches from `supplier` what `store` has lost."""
+    """Fetches anew, by `fetcher`, records and blobs that the store has lost."""
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
         self._fetcher = fetcher
 
     async def repair(self, damaged: Damaged) -> str:
-        """Why it could not be fetched anew; the empty string if it was."""
+        """Fetch a damaged file anew; return why it failed, or the empty string."""
         try:
             return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:
             return f"cannot be stored: {error.strerror or error}"
 
     async def complete(self, missing: Mapping[Digest, int]) -> str:
-        """Fetch blobs, of these sizes in bytes, that an image lacks.
+        """Fetch the missing blobs of an image, given with their sizes in bytes.
 
-        Returns why some could not be fetched, the empty string if all are here.
+        Returns:
+            The reason of the first failure; the empty string if all blobs are in the store.
         """
         failed = ""
         for blob, size in missing.items():
             if await self._store.holds(blob, size):
-                # Another image lacked it too.
+                # The blob may have been fetched for another image meanwhile.
                 continue
             try:
                 why = await self._blob(blob)
@@ -75,24 +76,24 @@ class Repairer:
             except RegistryError as error:
                 why = error.message
                 continue
-            # With the dates of before: a tag that means another manifest since then must not come back.
+            # With the old dates: a tag that has moved to another manifest since then must not come back.
             await self._store.restore(found.manifest, dict(damaged.images), fetched, damaged.wanted)
             return ""
         return why
 
 
 _BEING_PULLED = timedelta(minutes=10)
-"""Since its manifest was asked for: a client may still be asking for the blobs of such an image."""
+"""Time since its manifest was requested for which an image may still be being pulled by a client."""
 
 _FOR_EVER = datetime.max.replace(tzinfo=UTC)
 _STEADY = timedelta(minutes=1)
-"""How far the clock may be from the time that has passed since it was looked at last."""
+"""Difference, at most, between what the wall clock has advanced and the time that has passed."""
 
 Work = Coroutine[Deferred[Any], Any, None]
 
 
 class Maintenance:
-    """Prunes and verifies as it is told, until it is told otherwise."""
+    """Prunes and verifies the store on the configured schedules."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
@@ -111,14 +112,14 @@ class Maintenance:
         self._now = now
         self._looked_at_clock = clock.seconds(), now()
         self._withheld: Withheld | None = None
-        """What was told last of images that were not pruned by age."""
+        """What was last logged about images that were not pruned by age."""
         self._prune_settings: PruneSettings | None = None
         self._verify_settings: VerifySettings | None = None
         self._pruning: Deferred[None] = succeed(None)
         self._verifying: Deferred[None] = succeed(None)
 
     def reconfigure(self, prune: PruneSettings | None, verify: VerifySettings | None) -> None:
-        """From now on it is done like this; what stays as it was goes on."""
+        """Apply new settings; schedules that did not change keep running. None stops a schedule."""
         if prune != self._prune_settings:
             self._pruning.cancel()
             self._prune_settings = prune
@@ -131,7 +132,7 @@ class Maintenance:
                 self._verifying = self._begin(self._verify_regularly(verify))
 
     def stop(self) -> None:
-        """Does nothing any more."""
+        """Cancel all schedules."""
         self._pruning.cancel()
         self._verifying.cancel()
 
@@ -169,7 +170,7 @@ class Maintenance:
             keeps=settings.keep.match,
             busy=self._busy(),
             rests_before=now - _BEING_PULLED,
-            # When the clock was just put back, what is dated later may be being pulled.
+            # After the clock was set back, images with later dates may be being pulled right now.
             believed_until=now + _STEADY if steady else _FOR_EVER,
             max_share=settings.max_share,
         )
@@ -186,13 +187,13 @@ class Maintenance:
             )
 
     def _clock_jumped(self) -> timedelta:
-        """Tell how far the clock has moved since it was looked at last, beyond the time that has passed."""
+        """Return by how much the wall clock has jumped since the last call, beyond the time that has passed."""
         before, then = self._looked_at_clock
         self._looked_at_clock = passed, now = self._clock.seconds(), self._now()
         return now - then - timedelta(seconds=passed - before)
 
     def _tell_withheld(self, withheld: Withheld | None) -> None:
-        """Log that images were not pruned by age, once for as long as nothing changes."""
+        """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             self.log.warn(
                 "nothing is pruned by age: {unused} of {images} images would go, {why}: if the clock is right, "
@@ -204,6 +205,7 @@ class Maintenance:
         self._withheld = withheld
 
     def _busy(self) -> frozenset[Digest]:
+        """Return the manifests that are being pulled or completed."""
         flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
         return frozenset(flying | self._store.pending.keys() | self._store.undecided.keys())
 
@@ -211,7 +213,7 @@ class Maintenance:
         while True:
             try:
                 due = await self._store.last_verified(self._now()) + settings.every
-                # No longer than that: the clock may have been wrong when it was noted.
+                # At most `every`: the wall clock may have been wrong when the last time was noted.
                 wait = min(due - self._now(), settings.every)
                 await deferLater(self._clock, max(0.0, wait.total_seconds()))
                 await self._verify(settings)

@@ -1,7 +1,7 @@
 """The metadata of an index: the manifests and configs of all its platforms, a few kB each.
 
-Some clients read them all before they pull one platform (containerd's `ctr images pull` does): when the link is down,
-an image of which one manifest is missing cannot be pulled by them, though all its layers are here.
+Some clients read all of them before they pull one platform, such as containerd's `ctr images pull`. While the link is
+down, such clients cannot pull an image whose index lacks one manifest, even if all its layers are in the store.
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 
 _MOST_CHILDREN = 200
-"""Of one index; the largest in the field have about 40."""
+"""Children of one index that are considered, at most; the largest known indexes have about 40."""
 _MOST_FAILURES = 10
-"""Failures after which a manifest counts as one that cannot be had."""
+"""Failures after which a manifest counts as unavailable."""
 _UNKNOWN_FOR = 3600.0
-"""Seconds until a manifest that cannot be had is asked for again."""
+"""Seconds until an unavailable manifest is requested again."""
 _MOST_UNKNOWN = 10_000
+"""Manifests, at most, that are remembered as unavailable, or with their failures."""
 _FIRST_WAIT = 30.0
+"""Seconds to the next try after the first failure."""
 _LONGEST_WAIT = 300.0
-"""Seconds, at most, to the next try after failures, if the upstream does not ask for more."""
+"""Seconds, at most, to the next try after failures, unless the upstream's Retry-After is longer."""
 
 
 class MetadataFetcher(Protocol):
-    """Brings manifests and configs into the store, after everything else. All methods raise `RegistryError`."""
+    """Fetches manifests and configs into the store at the lowest priority. All methods raise `RegistryError`."""
 
     def fetch_manifest(self, image: ImageReference) -> Coroutine[Deferred[Any], Any, None]:
-        """Return when the manifest is in the store, as one whose layers are not wanted."""
+        """Fetch a manifest into the store, marked as one whose layers are not wanted."""
 
     def fetch_config(self, repository: Repository, config: Descriptor) -> Coroutine[Deferred[Any], Any, None]:
-        """Return when the config is in the store."""
+        """Fetch a config into the store."""
 
 
 class Metadata:
-    """Fetches what is missing of indexes: for each upstream one child of one index, then one of the next."""
+    """Fetches missing metadata of indexes: per upstream in turns, one child of each index."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
@@ -55,21 +57,22 @@ class Metadata:
         self._queues: dict[Upstream, deque[_Index]] = {}
         self._waits: dict[Upstream, _Wait] = {}
         self._unknown: dict[Digest, float] = {}
-        """Manifests that cannot be had, and until when they are not asked for."""
+        """Unavailable manifests, and the time (clock seconds) until which they are not requested."""
         self._failures: dict[Digest, int] = {}
+        """The number of failures of each manifest since its last success."""
 
     @property
     def incomplete(self) -> int:
-        """How many indexes lack something."""
+        """The number of indexes with missing metadata."""
         return sum(map(len, self._queues.values()))
 
     @property
     def upstreams(self) -> list[Upstream]:
-        """Those of which something is missing."""
+        """The upstreams with missing metadata."""
         return list(self._queues)
 
     def error(self, upstream: Upstream) -> str:
-        """Return why the last manifest of an upstream could not be fetched; the empty string if it could."""
+        """Return the error of the last fetch from an upstream; the empty string if it succeeded."""
         waiting = self._waits.get(upstream)
         return waiting.error if waiting is not None else ""
 
@@ -80,7 +83,11 @@ class Metadata:
         children: Sequence[Descriptor],
         first: Container[Digest] = (),
     ) -> None:
-        """Have those `children` of an index fetched that are missing, with their configs; the `first` ones first."""
+        """Queue the missing ones of the `children` of an index, with their configs; those in `first` come first.
+
+        Raises:
+            OSError: the store cannot be read.
+        """
         ordered = sorted(children, key=lambda child: child.digest not in first)
         candidates = [child for child in ordered[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
         now = self._clock.seconds()
@@ -91,7 +98,7 @@ class Metadata:
             self._queues.setdefault(repository.upstream, deque()).append(_Index(index, repository, deque(missing)))
 
     def forget(self, index: Digest) -> None:
-        """Fetch nothing more of an index."""
+        """Remove an index from the queue."""
         for upstream, queue in list(self._queues.items()):
             kept = deque(one for one in queue if one.digest != index)
             if kept:
@@ -102,7 +109,8 @@ class Metadata:
     async def fetch_next(self, upstream: Upstream) -> float | None:
         """Fetch one manifest with its config.
 
-        Returns the seconds after which to go on: 0 when nothing stands against it, None when nothing is missing.
+        Returns:
+            The seconds to wait before the next call; None when nothing is missing.
         """
         queue = self._queues.get(upstream)
         if not queue:
@@ -112,7 +120,7 @@ class Metadata:
             return waiting.until - self._clock.seconds()
         index = queue.popleft()
         child = index.missing.popleft()
-        # In turns: the next call is for another index.
+        # Back to the end of the queue: the indexes take turns.
         if index.missing:
             queue.append(index)
         elif not queue:
@@ -141,8 +149,9 @@ class Metadata:
             await self._fetcher.fetch_config(image.repository, config)
 
     def _again(self, upstream: Upstream, index: _Index, child: Digest) -> None:
+        """Put a child whose fetch failed back into the queue."""
         queue = self._queues.setdefault(upstream, deque())
-        # The index may have been looked at anew meanwhile.
+        # `look_at` may have queued the index anew meanwhile.
         known = next((one for one in queue if one.digest == index.digest), None)
         if known is None:
             queue.append(_Index(index.digest, index.repository, deque([child])))
@@ -150,7 +159,7 @@ class Metadata:
             known.missing.append(child)
 
     def _has_failed(self, child: Digest, error: RegistryError) -> bool:
-        """Count a failure; tell whether there were too many, on a link that was up."""
+        """Count a failure; tell whether there were too many. A link that is down does not count."""
         if isinstance(error, LinkDown):
             return False
         if len(self._failures) >= _MOST_UNKNOWN:
@@ -162,12 +171,14 @@ class Metadata:
         return True
 
     def _is_unknown(self, child: Digest) -> None:
+        """Note that a manifest is unavailable."""
         self._failures.pop(child, None)
         if len(self._unknown) >= _MOST_UNKNOWN:
             self._unknown.clear()
         self._unknown[child] = self._clock.seconds() + _UNKNOWN_FOR
 
     def _wait(self, upstream: Upstream, error: Unavailable) -> float:
+        """Return the seconds to wait after a failure, and note them."""
         before = self._waits.get(upstream)
         step = min(_LONGEST_WAIT, before.step * 2) if before is not None else _FIRST_WAIT
         wait = max(step, error.retry_after)
@@ -177,16 +188,17 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class _Wait:
-    """Why, and until when, an upstream is not asked."""
+    """The pause of an upstream after a failure."""
 
     until: float
+    """Clock seconds."""
     step: float
-    """Seconds; the next wait is twice as long."""
+    """Seconds; doubled for the next pause."""
     error: str
 
 
 class _Index:
-    """An index, and the manifests that it lacks."""
+    """An index, and the manifests that are still to be fetched for it."""
 
     def __init__(self, digest: Digest, repository: Repository, missing: deque[Digest]) -> None:
         self.digest = digest

@@ -1,6 +1,6 @@
-"""The connections over which one blob comes: retries, resuming, and priority.
+"""The connections over which one blob is transferred: retries, resuming, and priority.
 
-Where one connection breaks, the next goes on. What clients wait for goes before what nobody has asked for.
+Where one connection breaks, the next resumes. Downloads that clients wait for go before background downloads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
 
 
 class PriorityScheduler:
-    """Knows which downloads that clients wait for are flowing; the others stand still meanwhile."""
+    """Tracks the downloads that receive bytes for clients; background downloads pause meanwhile."""
 
     def __init__(self) -> None:
         self._flowing: set[Hashable] = set()
@@ -30,11 +30,11 @@ class PriorityScheduler:
 
     @property
     def yields(self) -> bool:
-        """Whether what nobody waits for must stand still."""
+        """Whether background downloads must pause."""
         return bool(self._flowing)
 
     def flows(self, download: Hashable, *, waited_for: bool) -> None:
-        """Bytes come for `download`, and a client waits for them, or not."""
+        """Note that `download` receives bytes; `waited_for` tells whether a client waits for them."""
         if waited_for:
             self._flowing.add(download)
         else:
@@ -42,44 +42,46 @@ class PriorityScheduler:
         self._changed.fire()
 
     def ended(self, download: Hashable) -> None:
-        """No more bytes come for it."""
+        """Note that `download` receives no more bytes."""
         self.flows(download, waited_for=False)
 
     def change(self) -> Deferred[None]:
-        """Fires when something has changed."""
+        """Fire when `yields` may have changed."""
         return self._changed.wait()
 
 
 _FIRST = 0.5
+"""Seconds from the first try to the second, after which the interval doubles."""
 _WATCHED = 5.0
-"""Seconds, at most, from one try to the next while somebody waits."""
+"""Seconds, at most, from one try to the next while a client waits."""
 _UNWATCHED = 30.0
+"""Seconds, at most, from one try to the next while no client waits."""
 _GIVE_UP = 300.0
-"""Seconds without a byte, and without anybody who waits, after which the download ends; its partial stays."""
+"""Seconds without a byte and without a client after which the download fails; its partial is kept."""
 
 
 class Retries:
-    """Counts the tries since the last progress. All times are in seconds; `jitter` gives numbers from 0 to 1."""
+    """Back-off since the last progress. All times are in seconds; `jitter` returns numbers from 0 to 1."""
 
     def __init__(self, now: float, jitter: Callable[[], float]) -> None:
         self._jitter = jitter
         self.progress(now)
 
     def progress(self, now: float) -> None:
-        """Bytes came."""
+        """Start again without back-off, as bytes came."""
         self._progress = now
         self._tried = now
         self._tries = 0
 
     def exhausted(self, now: float, *, watched: bool) -> bool:
-        """Whether it is time to give up."""
+        """Tell whether to give up; never while a client waits (`watched`)."""
         return not watched and now - self._progress >= _GIVE_UP
 
     def wait(self, now: float, *, watched: bool) -> float:
-        """How long from `now` to the next try, which counts as made then.
+        """Return the seconds from `now` to the next try, and count that try.
 
-        The first comes at once; the distance of the others doubles. It is measured from try to try: one that
-        took long to fail is followed at once.
+        The first try is immediate; the interval between the others doubles. It is measured between the starts of
+        two tries, so that a try that took long to fail is followed at once.
         """
         longest = _WATCHED if watched else _UNWATCHED
         distance = min(longest, _FIRST * 2 ** (self._tries - 1)) if self._tries else 0.0
@@ -90,23 +92,23 @@ class Retries:
 
 
 _SMALL = 64 * 1024
-"""Bytes of a blob that goes before larger ones: a config."""
+"""Bytes up to which a blob, such as a config, may use the connections reserved for small objects."""
 _LARGEST_UNTOLD = 10 * 1024**3
-"""Bytes of a blob whose size neither a manifest nor the upstream tells: there must be an end to it."""
+"""Bytes, at most, of a blob whose size neither a manifest nor the upstream tells; it might never end."""
 _ALONE = 30.0
-"""Seconds for which a blob whose size no manifest tells goes on while nobody waits for it."""
+"""Seconds for which a download whose size no manifest tells continues without a waiting request."""
 _HEADERS_WITHIN = 10.0
-"""Seconds that an upstream which has already begun to send a blob has for the headers of the next answer."""
+"""Seconds to wait for the headers of a retry; the upstream has usually begun to send the blob before."""
 
 
 class Abandoned(Unavailable):
-    """Nobody waits for a blob whose size no manifest tells, which may therefore never end."""
+    """Raised when no request waits for a blob whose size no manifest tells, and which may therefore never end."""
 
 
 class Connections:
-    """Asks for one blob as often as it takes, more often while somebody watches.
+    """Requests one blob until it is complete, with shorter retry intervals while a client waits.
 
-    `registry` gives whom to ask each time: the settings may change meanwhile.
+    `registry` is called for each request, since the settings may change meanwhile.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -123,10 +125,10 @@ class Connections:
         *,
         extra: bool = True,
     ) -> None:
-        """While nobody watches, an `extra` one takes none of the upstream's connections for blobs."""
+        """With extra=True and while no client waits, use the connections reserved for small objects."""
         self._extra = extra
         self.count = 0
-        """How many there were."""
+        """The number of connections opened so far."""
         self._registry = registry
         self._repository = repository
         self._digest = digest
@@ -141,42 +143,47 @@ class Connections:
         self._left_at = clock.seconds()
         self._ends_alone = expected is None
         self.abandoned = False
-        """Whether it ends, or has ended, because nobody waited for it."""
+        """Whether the download ends, or has ended, because no request waited for it."""
 
     @property
     def watched(self) -> bool:
-        """Whether somebody waits for this blob."""
+        """Whether a client waits for this blob."""
         return self._watchers > 0
 
     @property
     def awaited(self) -> bool:
-        """Whether anybody waits for this blob, a client or not."""
+        """Whether a client or a background task waits for this blob."""
         return self._waiting > 0
 
     def join(self) -> None:
-        """Count one more that waits for this blob to end, without giving it precedence."""
+        """Count one more waiter for the end of the download, without raising its priority."""
         self._waiting += 1
 
     def leave(self) -> None:
-        """Count one less."""
+        """Count one waiter less."""
         self._waiting -= 1
         self._left_at = self._clock.seconds()
 
     def watch(self) -> None:
-        """Somebody waits for this blob."""
+        """Count one more client that waits for this blob, and raise the priority."""
         self.join()
         self._watchers += 1
         self._scheduler.flows(self, waited_for=self._flowing)
         self._wanted.fire()
 
     def unwatch(self) -> None:
-        """One who waited has gone."""
+        """Count one waiting client less; lower the priority after the last one."""
         self.leave()
         self._watchers -= 1
         self._scheduler.flows(self, waited_for=self._flowing and self.watched)
 
     async def open(self, start: int) -> BlobStream:
-        """The blob from the byte `start`, or from an earlier one; raises what the upstream answers."""
+        """Open the blob at byte `start`, or at an earlier byte where the upstream supports no ranges.
+
+        Raises:
+            BlobUnknown: the upstream does not have it.
+            Unavailable: the upstream cannot be asked; `Abandoned` when no request waits any more.
+        """
         await self._turn()
         return await self._open(start, self._options)
 
@@ -187,15 +194,19 @@ class Connections:
         return await self._registry().blob(self._repository, self._digest, start, options)
 
     async def _turn(self) -> None:
-        """Waits while others go first."""
+        """Wait while downloads with a higher priority receive bytes."""
         while self._scheduler.yields and not self.watched:
             await self._scheduler.change()
             self._check_awaited()
-            # That no byte comes meanwhile is no reason to give up.
+            # Time spent paused does not count towards giving up.
             self._retries.progress(self._clock.seconds())
 
     def _check_awaited(self) -> None:
-        """Raises: `Abandoned` when its size is untold and nobody has waited for it for a while."""
+        """Check that a download whose size no manifest tells had a waiter in the last 30 s.
+
+        Raises:
+            Abandoned: it had none.
+        """
         if self._ends_alone and not self.awaited and self._clock.seconds() - self._left_at >= _ALONE:
             self.abandoned = True
             raise Abandoned(f"{self}: it ends, as nobody waits for it and no manifest tells its size")
@@ -203,10 +214,16 @@ class Connections:
     async def pour(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> None:
-        """Appends to `partial` until all `size` bytes are there, or all that the upstream has; calls `changed`.
+        """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
 
-        Raises `Unavailable` when it gives up, `Abandoned` when nobody waits, `BlobUnknown`, `OtherBlob` for more
-        bytes than there should be or for other ones, and `OSError` from the disk.
+        Calls `changed` after each append.
+
+        Raises:
+            Unavailable: no try succeeded for too long.
+            Abandoned: no request waits any more.
+            BlobUnknown: the upstream no longer has the blob.
+            BlobMismatch: the upstream has more or fewer bytes than `size`.
+            OSError: the disk failed.
         """
         while True:
             try:
@@ -248,7 +265,7 @@ class Connections:
     ) -> int:
         most = _LARGEST_UNTOLD if size is None else size
         while data := await stream.body.read():
-            # An upstream that knows no ranges begins anew: what is here already is passed over.
+            # An upstream without range support sends the blob from its start: skip the bytes that are stored already.
             known, at = partial.length - at, at + len(data)
             if known >= len(data):
                 continue
@@ -265,7 +282,15 @@ class Connections:
         return at
 
     async def reopen(self, start: int, size: int | None, why: Unavailable) -> BlobStream:
-        """As `open`, again and again as long as it is worth it; `why` is why the last one did not do."""
+        """Open the blob at byte `start` again, with retries and back-off.
+
+        `why` is the error of the previous try.
+
+        Raises:
+            Unavailable: no try succeeded for too long; the last error.
+            BlobMismatch: the upstream now has another size.
+            BlobUnknown: the upstream no longer has the blob.
+        """
         while not self._retries.exhausted(self._clock.seconds(), watched=self.watched):
             await self._pause(self._retries.wait(self._clock.seconds(), watched=self.watched))
             self._check_awaited()
@@ -285,7 +310,7 @@ class Connections:
         raise why
 
     async def _pause(self, seconds: float) -> None:
-        """Waits; one who comes to watch ends it."""
+        """Wait for `seconds`, or until a client joins."""
         try:
             await self._wanted.wait().addTimeout(seconds, self._clock)
         except defer.TimeoutError:
