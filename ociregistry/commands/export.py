@@ -52,7 +52,7 @@ class Export(Command):
             CommandFailed: no image matches, the earlier export is invalid, or the archive cannot be written.
             OSError: the store cannot be used.
         """
-        # Every signal raises KeyboardInterrupt, on which the unfinished archive is removed.
+        # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
         for number in heeded_signals():
             signal.signal(number, signal.default_int_handler)
         inventory = Inventory.read(settings.image_path)

@@ -66,7 +66,7 @@ class Bars(Lines):
 
 def bar(name: str, total: int = 0) -> Any:
     """Make a bar on stderr that counts bytes."""
-    # No monitor thread: it is not needed, as the bars are updated often, and threads do not survive a fork.
+    # No monitor thread: the bars are updated often enough without it, and a fork does not copy threads.
     tqdm.monitor_interval = 0
     return tqdm(
         total=total, desc=name, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, file=sys.__stderr__

@@ -91,7 +91,7 @@ def openssl_context(
         trustRoot=platformTrust() if system_trust else trusted,
     ).getContext()
     if ca is not None and (store := context.get_cert_store()) is not None:
-        # A certificate that the operator trusts need not be self-signed: it may be an intermediate.
+        # A certificate that the operator trusts need not be self-signed: it may be an intermediate or the peer's own.
         store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     return context
 

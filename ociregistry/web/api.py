@@ -124,8 +124,8 @@ class V2:
         assert_never(request)
 
     async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], via: Via) -> Answer:
-        # A downstream cache completes its images itself; completing them here too would request the same blobs
-        # from a process that waits for them.
+        # A downstream cache completes its images itself. Where the two are each other's mirrors, completing them here
+        # too would request blobs from the process that waits for them.
         pulls = method == "GET" and via == NO_VIA
         found = await self._cache.manifest(request.image, via, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope

@@ -135,7 +135,7 @@ def namespace(query: Query) -> str:
 
 
 def _decode(path: bytes) -> str:
-    # Decoding happens before the path is split, so an encoded slash would change where it is split.
+    # Decoded once, and before the path is split: an encoded slash would change where it is split.
     if b"%2f" in path.lower():
         raise NameInvalid("a path must not contain an encoded slash")
     try:
