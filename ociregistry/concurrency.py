@@ -1,7 +1,7 @@
-"""Work that several wait for: each observes it, none of them awaits it.
+"""Events and single flight: several waiters for one result.
 
-A Deferred can be awaited once, and cancelling it ends the work; so every waiter gets a Deferred of its own, which it
-may cancel or let time out while the work and the other waiters go on.
+A Deferred can be awaited only once, and cancelling it cancels the work. Here every waiter gets a Deferred of its own,
+which can be cancelled or time out without an effect on the work and on the other waiters.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ T = TypeVar("T")
 
 
 class Event:
-    """Rung when something has changed; who waits looks at what it is, and waits again if it is not enough."""
+    """Wakes waiters when some state changes; a waiter checks the state and may wait again."""
 
     def __init__(self) -> None:
         self._waiting: list[Deferred[None]] = []
 
     def wait(self) -> Deferred[None]:
-        """Fires at the next ring."""
+        """Return a Deferred that fires at the next `fire`."""
         waiter: Deferred[None] = Deferred(self._waiting.remove)
         self._waiting.append(waiter)
         return waiter
 
     def fire(self) -> None:
-        """Wakes all who wait now."""
+        """Wake all current waiters."""
         waiting, self._waiting = self._waiting, []
         while waiting:
             waiting.pop().callback(None)
 
 
 class SingleFlight(Generic[K, T]):
-    """One piece of work in flight for each key, whoever asks for it."""
+    """Runs at most one piece of work per key at a time, and gives its result to all waiters."""
 
     log = Logger(namespace="ociregistry")
 
@@ -47,11 +47,15 @@ class SingleFlight(Generic[K, T]):
         self._waiting: dict[K, list[Deferred[T]]] = {}
 
     def __contains__(self, key: K) -> bool:
-        """Whether work for `key` is in flight."""
+        """Tell whether work for `key` is in flight."""
         return key in self._waiting
 
     def join(self, key: K, start: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> Deferred[T]:
-        """Fires with what the work for `key` gives, or fails as it does; `start` begins it if none is in flight."""
+        """Wait for the work for `key`; `start` begins it if none is in flight.
+
+        Returns:
+            A Deferred with the result or the failure of the work.
+        """
         waiting = self._waiting.get(key)
         begin = waiting is None
         if waiting is None:

@@ -1,4 +1,4 @@
-"""The daemon: all that the settings ask for put together, started, told of new settings, and stopped."""
+"""The daemon: builds its parts from the settings, starts them, reloads their settings and stops them."""
 
 from __future__ import annotations
 
@@ -48,25 +48,29 @@ from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.site import RegistrySite
 
 _DRAIN = 30.0
-"""Seconds that requests in flight get when the daemon is told to stop."""
+"""Seconds that requests in flight get to end when the daemon stops."""
 
 _AT_NEXT_START = (
     *("image_path", "port", "listen", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
     *("preload_images", "concurrent", "platform", "with_signatures"),
 )
-"""What a reload cannot change."""
+"""Settings that a reload does not change; they take effect at the next start."""
 
 
 class Daemon(Service):
-    """Listens, serves, and stops without cutting off who is being served."""
+    """The service that listens for clients and, when stopped, lets requests in flight end first."""
 
     log = Logger(namespace="ociregistry")
 
     def __init__(
         self, settings: Settings, load: Callable[[], Settings], reactor: Any, twistd_options: usage.Options
     ) -> None:
-        """`load` reads the settings again; it raises `ConfigInvalid`."""
+        """Build the parts; nothing is opened or started yet.
+
+        `load` reads the settings again for a reload; it raises `ConfigInvalid`. `twistd_options` are the options
+        of twistd itself, such as the log file and the pid file.
+        """
         self._settings = settings
         self._load = load
         self._reactor = reactor
@@ -74,7 +78,7 @@ class Daemon(Service):
         self._started = datetime.now(UTC)
         self._ports: list[IListeningPort] = []
         self._control: tuple[ControlSocket, IListeningPort] | None = None
-        """Where commands on the same store come in."""
+        """The control socket, through which commands on the same store reach the daemon, and its port."""
         self._reloading = DeferredLock()
         self._systemd = Systemd(reactor)
         self._level = AtLeast(settings.log_level)
@@ -123,7 +127,7 @@ class Daemon(Service):
             settings.platform,
             signatures=settings.with_signatures,
             concurrent=settings.concurrent,
-            # No more than images: what clients wait for finds connections free.
+            # As few connections as images, so that connections stay free for clients.
             connections=settings.concurrent,
             progress=NullProgress(),
             clock=self._reactor,
@@ -132,7 +136,7 @@ class Daemon(Service):
         return Preloader(lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor)
 
     def setServiceParent(self, parent: IService) -> None:
-        """Also sets the observer that twistd will log with: its own, behind `--log-level`."""
+        """Attach to the application, and put the `--log-level` filter before the log observer of twistd."""
         super().setServiceParent(parent)
         if isinstance(parent, Componentized):
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
@@ -142,8 +146,8 @@ class Daemon(Service):
             parent.setComponent(ILogObserver, leveled)
 
     def privilegedStartService(self) -> None:
-        """Listens. A port that cannot be had ends the process with exit status 1."""
-        # A node that starts opens many connections at once; with Twisted's 50 in waiting some would wait a second.
+        """Listen on all endpoints; if one fails, end the process with exit status 1."""
+        # A starting node opens many connections at once. With Twisted's backlog of 50, some would be delayed 1 s.
         endpoints = self._settings.listen or (f"tcp:{self._settings.port}:backlog=1024",)
         factory: IProtocolFactory = self._site
         if self._tls is not None:
@@ -160,9 +164,9 @@ class Daemon(Service):
                 self._give_up(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}")
 
     def startService(self) -> None:
-        """Reads the store; then what has queued at the port is answered."""
+        """Read the store and start all parts; connections wait in the backlog until then."""
         super().startService()
-        # Each client takes one or two.
+        # Each client needs one or two.
         take_all_file_descriptors()
         try:
             self._store.start()
@@ -192,7 +196,7 @@ class Daemon(Service):
         self._systemd.ready()
 
     def _listen_on_control_socket(self) -> None:
-        """Commands on the same store pull through this process: nothing is fetched twice."""
+        """Let commands on the same store pull through this process, so that nothing is fetched twice."""
         try:
             control_socket = self._store.control_socket()
         except OSError as error:
@@ -215,7 +219,7 @@ class Daemon(Service):
         self._reactor.callFromThread(self.reload)
 
     def reload(self) -> Deferred[None]:
-        """Reads the settings again, in a thread, and uses them; those that are invalid change nothing."""
+        """Read the settings again, in a thread, and apply them; keep the old ones if they are invalid."""
         reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
         reloaded.addErrback(lambda failure: self.log.failure("the settings cannot be read again", failure))
         return reloaded.addCallback(lambda _: self._systemd.reloaded())
@@ -252,7 +256,7 @@ class Daemon(Service):
     def _give_up(self, message: str) -> NoReturn:
         self.log.error("{why}", why=message)
         if self._twistd_options.get("statusPipe") is not None:
-            # The process that was started, and waits for word from the daemon that it became.
+            # The parent process of the fork waits at this pipe; an exception makes twistd report there.
             raise RuntimeError(message)
         pid_file = self._twistd_options.get("pidfile")
         if pid_file:
@@ -260,7 +264,7 @@ class Daemon(Service):
         exit_with(message, 1)
 
     def stopService(self) -> Deferred[None]:
-        """Takes no new connection, lets requests in flight end, then stops the rest."""
+        """Stop listening, let requests in flight end for at most `_DRAIN` seconds, then stop the other parts."""
         super().stopService()
         self._systemd.stopping()
         return Deferred.fromCoroutine(self._stop())
@@ -288,7 +292,7 @@ class Daemon(Service):
 
 
 def exit_with(message: str, status: int) -> NoReturn:
-    """Ends the process with one line that says why."""
+    """Print `message` to stderr and exit with `status`."""
     complain(message)
     raise SystemExit(status)
 

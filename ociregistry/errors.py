@@ -1,15 +1,15 @@
-"""What can go wrong on the way of a request, in the words of the OCI Distribution specification.
+"""The errors of a request, with the codes of the OCI Distribution specification.
 
-Handlers raise a `RegistryError`; one place in `web` renders it as status, body and log line.
-The codes are those of the specification (v1.1.1, "Error Codes"), with `UNAVAILABLE` for an upstream
-that gives no answer, as registries in the field use it.
+Handlers raise a `RegistryError`; `web/resource.py` renders it as status, body and log line. The codes are those of
+the specification (v1.1.1, "Error Codes"), and `UNAVAILABLE`, which other registries use too, for an upstream that
+does not answer.
 """
 
 from __future__ import annotations
 
 
 class RegistryError(Exception):
-    """A failure with its HTTP `status`, its OCI `code` and a `message` that says where and why."""
+    """An error with its HTTP `status`, its OCI `code` and a `message` that says where and why."""
 
     status: int = 500
     code: str = "UNKNOWN"
@@ -19,7 +19,7 @@ class RegistryError(Exception):
         self.message = message
 
     def headers(self) -> dict[str, str]:
-        """Headers that the answer carries beside the body."""
+        """Return the headers to add to the response."""
         return {}
 
 
@@ -31,14 +31,14 @@ class NameInvalid(RegistryError):
 
 
 class DigestInvalid(RegistryError):
-    """A digest is malformed, or of an algorithm that is not supported."""
+    """A digest is malformed, or its algorithm is not supported."""
 
     status = 400
     code = "DIGEST_INVALID"
 
 
 class PageInvalid(RegistryError):
-    """The number of entries asked for is no number."""
+    """The requested number of entries (`n`) is not a number."""
 
     status = 400
     code = "PAGINATION_NUMBER_INVALID"
@@ -66,7 +66,7 @@ class BlobUnknown(RegistryError):
 
 
 class NotFound(RegistryError):
-    """There is nothing at that path."""
+    """The path is not one of the API."""
 
     status = 404
     code = "NOT_FOUND"
@@ -80,7 +80,7 @@ class Denied(RegistryError):
 
 
 class LoopDetected(Denied):
-    """A request that came back to a cache that had asked for it; `via` names those that it came through."""
+    """A request reached a cache that it had passed before; `via` is the `Via` header that shows the loop."""
 
     def __init__(self, message: str, via: str) -> None:
         super().__init__(message)
@@ -91,7 +91,7 @@ class LoopDetected(Denied):
 
 
 class Unsupported(RegistryError):
-    """An operation of the API that this server does not offer on purpose."""
+    """An operation of the API that this server deliberately does not offer."""
 
     status = 404
     code = "UNSUPPORTED"
@@ -107,7 +107,7 @@ class MethodUnsupported(Unsupported):
 
 
 class RangeUnsatisfiable(RegistryError):
-    """A range that lies outside the content, whose `size` in bytes the answer tells."""
+    """A range lies outside the content; the response tells the `size` of the content in bytes."""
 
     status = 416
     code = "SIZE_INVALID"
@@ -121,7 +121,7 @@ class RangeUnsatisfiable(RegistryError):
 
 
 class Unavailable(RegistryError):
-    """The upstream, or our disk, cannot give it now; the client may ask again after `retry_after` seconds."""
+    """The upstream or the local disk cannot serve the content now; retry after `retry_after` seconds."""
 
     status = 503
     code = "UNAVAILABLE"

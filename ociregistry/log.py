@@ -1,4 +1,4 @@
-"""What is logged: `--log-level` over our own lines and twistd's."""
+"""The log filter: applies `--log-level` to the events of this program and of Twisted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from twisted.logger import ILogFilterPredicate, LogEvent, LogLevel, PredicateRes
 from zope.interface import implementer
 
 ALWAYS = {"log_always": True}
-"""Fields of an event that is logged at every level: the banner."""
+"""Fields of an event that is logged at every level, such as the banner at the start."""
 
 _LEAST = {
     "trace": LogLevel.debug,
@@ -18,18 +18,18 @@ _LEAST = {
 
 
 _CHATTER = "twisted.web.client"
-"""It tells of every connection to an upstream that it is opened, and again that it is closed."""
+"""Namespace that logs every connection to an upstream twice at level info: opened and closed."""
 
 
 @implementer(ILogFilterPredicate)
 class AtLeast:
-    """Lets events of one level and above pass; what Twisted says for its own debugging only at `trace`."""
+    """Passes events of one level and above; passes debug events and connection events of Twisted only at `trace`."""
 
     def __init__(self, level: str) -> None:
         self.reconfigure(level)
 
     def reconfigure(self, level: str) -> None:
-        """From now on it is this level."""
+        """Change the level, one of `settings.LOG_LEVELS`."""
         self._least = _LEAST[level]
         self._everything = level == "trace"
 

@@ -1,7 +1,7 @@
-"""Manifests: from the bytes that a registry sends to a value that says what they name.
+"""Manifests: parses the bytes that a registry sends into the digests that they refer to.
 
-Follows the OCI Image specification v1.1 and Docker's schema 2. A manifest is kept and sent as the exact bytes
-that its digest names; what is parsed here serves to find the children and blobs.
+Follows the OCI Image specification v1.1 and Docker's schema 2. A manifest is stored and sent as the exact bytes that
+its digest is computed from; parsing only serves to find its children and blobs.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 LISTS = frozenset({OCI_INDEX, DOCKER_LIST})
 IMAGES = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 MEDIA_TYPES = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST)
-"""What an upstream is asked for, always whole: registries convert or hide what is not named in Accept."""
+"""Media types for the Accept header. All of them are always sent, because registries convert or hide manifests of
+other types."""
 
 LARGEST_MANIFEST = 8 * 1024 * 1024
-"""Bytes; the largest manifest that is read from an upstream or from the store."""
+"""Bytes. Larger manifests are not read, neither from an upstream nor from the store."""
 LARGEST_CONFIG = 8 * 1024 * 1024
-"""Bytes; the largest config that is kept as metadata of an index."""
+"""Bytes. Larger configs are not kept as metadata of an index."""
 
 
 class ManifestInvalid(ValueError):
-    """The bytes are not a manifest that can be served; the message says why."""
+    """The bytes are not a valid manifest; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """One thing that a manifest names."""
+    """A descriptor of the OCI Image specification: how a manifest refers to a blob or to another manifest.
+
+    `platform` is `os/architecture[/variant]`, or empty if not given; `foreign` says whether the content has `urls`.
+    """
 
     digest: Digest
     size: int
@@ -47,7 +51,11 @@ class Descriptor:
 
     @classmethod
     def parse(cls, value: object) -> Descriptor:
-        """The descriptor in a decoded JSON `value`; raises `ManifestInvalid`."""
+        """Parse a descriptor from a decoded JSON `value`.
+
+        Raises:
+            ManifestInvalid: it is malformed.
+        """
         if not isinstance(value, dict):
             raise ManifestInvalid(f"a descriptor is not an object: {_short(value)}")
         size = value.get("size")
@@ -68,10 +76,10 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest or manifest list: its exact bytes and what they name.
+    """An image manifest or an index: its exact bytes and what they refer to.
 
-    `children` are the manifests of a list, `blobs` the config and layers of an image (without those that
-    clients fetch from foreign URLs), the config first.
+    `children` are the manifests of an index. `blobs` are the config and the layers of an image, the config first,
+    without layers that clients fetch from foreign URLs.
     """
 
     digest: Digest
@@ -82,12 +90,12 @@ class Manifest:
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a manifest list (an index), not an image."""
+        """Whether this is an index (or Docker manifest list), not an image manifest."""
         return self.media_type in LISTS
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return len(self.data)
 
     @property
@@ -97,21 +105,24 @@ class Manifest:
 
     @property
     def layers(self) -> frozenset[Digest]:
-        """The layers of an image, without one that is the same blob as the config."""
+        """The layers of an image, without a layer that is the same blob as the config."""
         return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:
-        """Its blobs, each once, and their sizes in bytes."""
+        """The size in bytes of each distinct blob."""
         return {blob.digest: blob.size for blob in self.blobs}
 
     @classmethod
     def parse(cls, data: bytes, media_type: str, digest: Digest | None = None) -> Manifest:
-        """The manifest in `data`, which came with the Content-Type `media_type` (without parameters).
+        """Parse and check the manifest in `data`.
 
-        `digest` is what was asked for; without it the sha256 of `data` becomes its digest.
-        Raises `ManifestInvalid` when the digest does not hold, when it is no manifest of a known type, or when
-        it could be read as two things (CVE-2021-41190).
+        `media_type` is the Content-Type that it came with, without parameters. `digest` is the digest that was
+        requested; without one, the sha256 of `data` is used.
+
+        Raises:
+            ManifestInvalid: the digest does not match, the type is not supported, or the manifest could be read
+                both as an image and as an index (CVE-2021-41190).
         """
         if digest is None:
             digest = Digest.of(data)
@@ -135,7 +146,7 @@ class Manifest:
 
 
 def _short(value: object) -> str:
-    """What an upstream sent, for a line of the log."""
+    """Shorten a value from an upstream for an error message."""
     return repr(str(value)[:100])
 
 
@@ -163,5 +174,5 @@ def _platform(value: object) -> str:
     if not isinstance(value, dict):
         return ""
     parts = (value.get("os"), value.get("architecture"), value.get("variant"))
-    # Whoever made the list chose the words, and they are printed.
+    # These strings come from outside and are printed, so they must not contain control characters.
     return re.sub(r"[^!-~]", "?", "/".join(str(part)[:64] for part in parts if part))

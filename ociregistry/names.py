@@ -1,9 +1,8 @@
-"""What things are called: upstreams, repositories, tags, digests and image references.
+"""Names: upstreams, repositories, tags, digests and image references.
 
-Each value is parsed once, at the edge, and is then known to be well-formed, so it can be compared, printed
-and made part of a file name without another look. The grammars are those of the OCI Distribution
-specification v1.1.1 ("Pulling manifests") and, for hosts, of the reference grammar that Docker and
-containerd share.
+Each value is parsed once, where it enters the program, and is well-formed from then on: it can be compared, printed
+and used in a file name without further checks. The grammars are those of the OCI Distribution specification v1.1.1
+("Pulling manifests") and, for hosts, of the reference grammar that Docker and containerd share.
 """
 
 from __future__ import annotations
@@ -33,16 +32,18 @@ _DOCKER_HUB_ALIASES = frozenset({"index.docker.io", "registry-1.docker.io"})
 
 @dataclass(frozen=True, slots=True, order=True)
 class Upstream:
-    """A registry that we pull from, by the `name` that users type: `host` or `host:port`."""
+    """A registry to pull from; its `name` is what users type: `host` or `host:port`."""
 
     name: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The upstream that `text` names; other names of Docker Hub become `docker.io`, and IPv6
-        addresses get brackets.
+        """Parse the name of an upstream.
 
-        Raises `NameInvalid` for anything but a host with an optional port: no scheme, user or path.
+        Aliases of Docker Hub become `docker.io`; IPv6 addresses get brackets.
+
+        Raises:
+            NameInvalid: the text is not a host with an optional port; a scheme, user or path is not allowed.
         """
         name = text.lower()
         if name.count(":") > 1 and _is_host(f"[{name}]"):
@@ -55,12 +56,12 @@ class Upstream:
 
     @property
     def host(self) -> str:
-        """The host alone, an IPv6 address with its brackets."""
+        """The host without the port; an IPv6 address has brackets."""
         return self.name if self.port is None else self.name.rpartition(":")[0]
 
     @property
     def port(self) -> int | None:
-        """The port that the name carries, or None."""
+        """The port in the name, or None."""
         match = _UPSTREAM.fullmatch(self.name)
         return int(match["port"]) if match and match["port"] else None
 
@@ -79,25 +80,29 @@ def _is_host(host: str) -> bool:
 
 
 class Digest(str):
-    """A well-formed sha256 or sha512 digest, such as `sha256:9f86…`. A string, so that a million are cheap."""
+    """A well-formed sha256 or sha512 digest, such as `sha256:9f86…`; a subclass of str to save memory."""
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The digest that `text` spells; raises `DigestInvalid`."""
+        """Parse a digest.
+
+        Raises:
+            DigestInvalid: it is malformed, or its algorithm is not supported.
+        """
         if not _DIGEST.fullmatch(text):
             raise DigestInvalid(f"{text[:200]!r} is not a digest: sha256:<64 hex> or sha512:<128 hex> is expected")
         return cls(text)
 
     @classmethod
     def of(cls, data: bytes, algorithm: str = "sha256") -> Self:
-        """The digest of `data`."""
+        """Compute the digest of `data`."""
         return cls(f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
 
     @classmethod
     def from_hex(cls, text: str) -> Self | None:
-        """The digest whose `hex` is `text`, which is how the store names files; None if it is no such name."""
+        """Return the digest whose `hex` (the file name in the store) is `text`, or None if it is not one."""
         algorithm = {64: "sha256", 128: "sha512"}.get(len(text), "")
         spelled = f"{algorithm}:{text}"
         return cls(spelled) if _DIGEST.fullmatch(spelled) else None
@@ -109,15 +114,15 @@ class Digest(str):
 
     @property
     def hex(self) -> str:
-        """The hexadecimal part: a safe file name; its length tells the algorithm."""
+        """The hexadecimal part: a safe file name, whose length tells the algorithm."""
         return self.partition(":")[2]
 
     def hasher(self) -> _Hash:
-        """A new hash object of this digest's algorithm."""
+        """Make a hash object for the algorithm of this digest."""
         return hashlib.new(self.algorithm)
 
     def matches(self, data: bytes) -> bool:
-        """Whether `data` has this digest."""
+        """Tell whether `data` has this digest."""
         return hashlib.new(self.algorithm, data).hexdigest() == self.hex
 
 
@@ -128,9 +133,10 @@ class Tag(str):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The tag that `text` spells.
+        """Parse a tag.
 
-        Raises `ManifestUnknown`: the specification's conformance suite wants 404 for a malformed tag.
+        Raises:
+            ManifestUnknown: it is malformed; the specification's conformance suite expects a 404.
         """
         if not _TAG.fullmatch(text):
             raise ManifestUnknown(f"{text[:200]!r} is not a tag")
@@ -141,22 +147,28 @@ Reference = Tag | Digest
 
 
 def parse_reference(text: str) -> Reference:
-    """The tag or digest that `text` spells; raises `ManifestUnknown` or `DigestInvalid`."""
+    """Parse a tag or a digest.
+
+    Raises:
+        ManifestUnknown: the tag is malformed.
+        DigestInvalid: the digest is malformed, or its algorithm is not supported.
+    """
     return Digest.parse(text) if ":" in text else Tag.parse(text)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Repository:
-    """A repository at an upstream, such as `docker.io/library/nginx`."""
+    """A repository of an upstream, such as `docker.io/library/nginx`."""
 
     upstream: Upstream
     path: str
 
     @classmethod
     def at(cls, upstream: Upstream, path: str) -> Self:
-        """The repository `path` of `upstream`; a single component of docker.io gets `library/`.
+        """Make the repository `path` of `upstream`; `library/` is put before a single component of docker.io.
 
-        Raises `NameInvalid`.
+        Raises:
+            NameInvalid: the path is malformed.
         """
         if len(path) > _LONGEST_NAME or not _PATH.fullmatch(path):
             raise NameInvalid(f"{path[:300]!r} is not the name of a repository")
@@ -166,9 +178,12 @@ class Repository:
 
     @classmethod
     def parse(cls, name: str, default: Upstream) -> Self:
-        """The repository `name`, whose first component is the upstream if it looks like a host.
+        """Parse the name of a repository, whose first component is the upstream if it looks like a host.
 
-        A host has a `.` or a `:`, or is `localhost`; otherwise the upstream is `default`. Raises `NameInvalid`.
+        A component with a `.` or a `:`, and `localhost`, look like a host; otherwise the upstream is `default`.
+
+        Raises:
+            NameInvalid: the upstream or the path is malformed.
         """
         first, slash, rest = name.partition("/")
         if slash and (first == "localhost" or "." in first or ":" in first):
@@ -181,23 +196,32 @@ class Repository:
 
 @dataclass(frozen=True, slots=True)
 class ImageReference:
-    """A manifest in a repository, by tag or digest; printed, it is an image URL."""
+    """A manifest in a repository, by tag or digest; its `str` is the image URL."""
 
     repository: Repository
     reference: Reference
 
     @classmethod
     def parse(cls, url: str, default: Upstream) -> Self:
-        """The image that `url` (`repository:tag` or `repository@digest`) names; see `Repository.parse`.
+        """Parse `repository:tag` or `repository@digest`; see `Repository.parse`.
 
-        Raises `NameInvalid`, `DigestInvalid` or `ManifestUnknown`.
+        Raises:
+            NameInvalid: the repository is malformed.
+            ManifestUnknown: the tag is malformed.
+            DigestInvalid: the digest is malformed, or its algorithm is not supported.
         """
         name, reference = _split(url)
         return cls(Repository.parse(name, default), reference)
 
     @classmethod
     def parse_whole(cls, url: str) -> Self:
-        """The image that `url` names, which was printed by us: its first component is the upstream, dot or not."""
+        """Parse an image URL that this program wrote: its first component is always the upstream.
+
+        Raises:
+            NameInvalid: the upstream or the repository is malformed.
+            ManifestUnknown: the tag is malformed.
+            DigestInvalid: the digest is malformed, or its algorithm is not supported.
+        """
         name, reference = _split(url)
         upstream, _, path = name.partition("/")
         return cls(Repository.at(Upstream.parse(upstream), path), reference)

@@ -1,4 +1,4 @@
-"""Platforms: which images of a manifest list are wanted.
+"""Platforms: selects images of an index.
 
 The names are those of the OCI Image specification ("image index"), which are Go's GOOS and GOARCH.
 """
@@ -23,15 +23,15 @@ _MACHINES = {
     "armv6l": "arm",
     "loongarch64": "loong64",
 }
-"""What the kernel calls a machine, where that is not what Go calls it."""
+"""Names of machines: the kernel's to Go's, where they differ."""
 _ARM = ("v7", "v6", "v5")
 _USUAL_VARIANTS = {"arm": _ARM[1:] if platform.machine() == "armv6l" else _ARM, "arm64": ("v8",), "amd64": ("v1",)}
-"""The variants that are meant when none is named, the best first."""
+"""Variants of an architecture to use when none is given, the best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """One platform; without a `variant`, the usual one."""
+    """A platform; an empty `variant` stands for the usual ones of the architecture."""
 
     os: str
     architecture: str
@@ -39,18 +39,22 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """The platform that `linux/arm64` or `linux/arm/v7` names; raises `ValueError`."""
+        """Parse a platform such as `linux/arm64` or `linux/arm/v7`.
+
+        Raises:
+            ValueError: it is malformed.
+        """
         match = _PLATFORM.fullmatch(text)
         if match is None:
             raise ValueError("a platform such as linux/amd64 or linux/arm/v7 is expected")
         return cls(match["os"], match["architecture"], match["variant"] or "")
 
     def best(self, offered: Sequence[Descriptor]) -> Descriptor | None:
-        """The one of those `offered` that is for this platform, or None."""
+        """Return the descriptor that fits this platform best, or None if none fits."""
         usual = _USUAL_VARIANTS.get(self.architecture, ())
         variants = (self.variant,) if self.variant else ("", *usual)
         if (self.variant,) == usual:
-            # Lists often leave out the only one that there is.
+            # An index often leaves out the variant of an architecture that has only one.
             variants += ("",)
         by_platform = {one.platform: one for one in reversed(offered)}
         spelled = (str(Platform(self.os, self.architecture, variant)) for variant in variants)
@@ -61,22 +65,30 @@ class Platform:
 
 
 NO_PLATFORM = "unknown/unknown"
-"""What buildkit calls the platform of attestations."""
+"""The platform that BuildKit gives to attestations."""
 ALL: tuple[Platform, ...] = ()
-"""Whatever a list names."""
+"""All platforms of an index."""
 
 
 def parse_platforms(text: str) -> tuple[Platform, ...]:
-    """The platforms in `text`, separated by commas; `ALL` for `all`. Raises `ValueError`."""
+    """Parse platforms separated by commas; `all` gives `ALL`.
+
+    Raises:
+        ValueError: a platform is malformed.
+    """
     return ALL if text == "all" else tuple(Platform.parse(one.strip()) for one in text.split(","))
 
 
 def chosen(
     offered: Sequence[Descriptor], wanted: Sequence[Platform]
 ) -> tuple[tuple[Descriptor, ...], frozenset[Platform]]:
-    """Those of a list's children that are `wanted`, and the platforms that they are for.
+    """Select the children of an index for the `wanted` platforms.
 
-    A child that tells no platform, such as a list in a list, counts as wanted.
+    Children without a platform, such as a nested index, are always selected.
+
+    Returns:
+        The selected children, in the order of the index, and the platforms for which one was found. With `ALL`,
+        all children and no platforms.
     """
     if not wanted:
         return tuple(offered), frozenset()
@@ -86,11 +98,11 @@ def chosen(
 
 
 def machine_os() -> str:
-    """The operating system of this machine."""
+    """Return the operating system of this machine in the words of Go, such as `linux`."""
     return platform.system().lower()
 
 
 def machine_architecture() -> str:
-    """The architecture of this machine."""
+    """Return the architecture of this machine in the words of Go, such as `amd64`."""
     machine = platform.machine().lower()
     return _MACHINES.get(machine, machine)

@@ -1,4 +1,4 @@
-"""The console script `ociregistry`: the daemon in the foreground, or one of its commands, without typing twistd."""
+"""The console script `ociregistry`: runs the daemon in the foreground, or a command, through twistd."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from twisted.scripts import twistd
 
 CONFIG = Path("/etc/ociregistry/ociregistry.yaml")
-"""The configuration of a daemon that is installed on this machine; where it is, commands work on what it works on."""
+"""Configuration of the installed daemon; commands use it too, so that they work on the daemon's store."""
 
 
 def main() -> None:
-    """Does what `twistd --nodaemon --pidfile= ociregistry …` does, with `CONFIG` unless another file is given."""
-    # It may hold passwords: whoever may not read it works on a store of its own.
+    """Run `twistd --nodaemon --pidfile= ociregistry …`, with `CONFIG` unless another file is given."""
+    # The file may hold passwords and be unreadable for this user, who then uses a store of their own.
     config = ["--config-path", str(CONFIG)] if os.access(CONFIG, os.R_OK) else []
     sys.argv[1:1] = ["--nodaemon", "--pidfile=", "ociregistry", *config]
     twistd.run()

@@ -1,7 +1,7 @@
-"""Settings: from the command line and a YAML file to one frozen value, or a clear error.
+"""Settings: parses the command line and the YAML file into one frozen value.
 
-The command line wins over the file, and the file over the defaults. `OPTIONS` is the one table of what may be
-set; the command line's parser and the file's reader are both made from it.
+The command line overrides the file, and the file overrides the defaults. `OPTIONS` is the only table of options; the
+parser of the command line and the reader of the file are both built from it.
 """
 
 from __future__ import annotations
@@ -27,74 +27,75 @@ LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All that the daemon is told."""
+    """The settings of the daemon and of the commands."""
 
     image_path: Path
     port: int
     listen: tuple[str, ...]
-    """Endpoint descriptions, in place of `port`."""
+    """Twisted endpoint descriptions to listen on instead of `port`; empty to use `port`."""
     reserve: Reserve
-    """Room on the disk that downloads leave free."""
+    """Disk space that downloads leave free."""
     log_level: str
     pull_timeout: float
-    """Seconds that a client waits without progress."""
+    """Seconds that a request waits without progress."""
     concurrent: int
-    """Images that are loaded at once."""
+    """Number of images that are loaded at the same time."""
     max_connections: int
+    """Number of connections to one upstream."""
     arch: str
     os: str
     platform: tuple[Platform, ...]
-    """What is loaded of manifest lists; empty for everything."""
+    """Platforms to load of an index; empty for all."""
     with_signatures: bool
-    """Whether what refers to an image is loaded with it."""
+    """Whether to load the referrers of an image, such as signatures, too."""
     preload_images: Path | None
-    """A file of image references that the daemon loads."""
+    """File of image references that the daemon loads in the background."""
     allow_upstreams: tuple[str, ...]
-    """Globs; empty for all."""
+    """Globs of allowed upstreams; empty for all."""
     default_ns: Upstream
     registries: Mapping[Upstream, RegistrySettings]
     always_pull_latest: bool
     air_gapped: bool
     complete_images: bool
     complete_metadata: bool
-    """Whether the manifests and configs of all platforms of an index are kept."""
+    """Whether to fetch the manifests and configs of all platforms of an index."""
     complete_platforms: tuple[Platform, ...]
-    """The platforms that are always, and alone, completed; empty for those that clients ask for."""
+    """The only platforms to complete, whether or not clients request them; empty for those that clients request."""
     max_bandwidth: float | None
-    """Bytes a second that all upstreams together may bring; None for no limit."""
+    """Bytes per second of all upstreams together; None for no limit."""
     bandwidth: tuple[Window, ...]
-    """Times of the day at which another limit holds."""
+    """Times of the day with another limit than `max_bandwidth`."""
     prune: PruneSettings | None
-    """What goes by itself; None for nothing."""
+    """Settings of automatic pruning; None for none."""
     verify: VerifySettings | None
-    """When everything is hashed again; None for never."""
+    """Settings of automatic verification; None for none."""
     tls: ServerTls | None
-    """How clients are served over TLS; None for plain HTTP."""
+    """TLS towards clients; None for plain HTTP."""
     warnings: tuple[str, ...]
-    """What can be used, but is hardly what was meant."""
+    """Messages about settings that are valid but probably a mistake."""
 
     def entry(self, upstream: Upstream) -> RegistrySettings:
-        """What is configured for `upstream`, be it nothing."""
+        """Return the settings of `upstream`, or the default ones if it has no entry."""
         return self.registries.get(upstream, RegistrySettings(upstream))
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One thing that may be set: `name` on the command line, with `_` for `-` in the file."""
+    """An option: `--name` on the command line; in the file its `key`."""
 
     name: str
     default: str
     help: str
     parse: Callable[[str], object]
-    """From the text of a value; raises `ValueError` with what is expected."""
+    """Parses the text of a value; raises `ValueError` with a message that says what is expected."""
     is_flag: bool = False
-    """Whether it stands alone on the command line, and is true then."""
+    """Whether the option takes no value on the command line and means true."""
     is_path: bool = False
-    """Whether it is a path, which is relative to the file when it stands there."""
+    """Whether the value is a path; in the file, a relative path starts at the folder of the file."""
 
     @property
     def key(self) -> str:
-        """Its name in the file, and in `Settings`."""
+        """Name in the file and in `Settings`: `name` with `_` for `-`."""
         return self.name.replace("-", "_")
 
 
@@ -108,7 +109,7 @@ def _path(text: str) -> Path:
 
 
 def _optional(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """As `parse`, but None for the empty string."""
+    """Extend `parse` to return None for the empty string."""
     return lambda text: parse(text) if text else None
 
 
@@ -201,9 +202,12 @@ OPTIONS = (
 
 
 def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path: Path | None) -> Settings:
-    """The settings that the options `given` on the command line (by `Option.key`) and the file make.
+    """Build the settings from the command line, the configuration file and the defaults.
 
-    Raises `ConfigInvalid`, which names the option, or the file with line and key.
+    `given` maps `Option.key` to the text given on the command line; `listen` are the endpoints given there.
+
+    Raises:
+        ConfigInvalid: a value is invalid; the message names the option, or the file with line and key.
     """
     config = read_config(config_path, {option.key for option in OPTIONS}) if config_path else Config(Path())
     values: dict[str, object] = {}
@@ -237,7 +241,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
 
 
 def _parsed(option: Option, text: str, where: str, folder: Path | None = None) -> object:
-    """The value; a path in a file is relative to the file's `folder`."""
+    """Parse the value of an option; `folder` is where a relative path starts, None for the working directory."""
     relative = folder is not None and option.is_path and text and not text.startswith("~")
     try:
         return option.parse(str(folder / text) if folder and relative else text)

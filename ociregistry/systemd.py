@@ -1,6 +1,6 @@
-"""What systemd is told of the daemon, by its own protocol (sd_notify(3)): that it serves, reloads, stops, and lives.
+"""Notifies systemd of the daemon's state: ready, reloading, stopping, and alive (sd_notify(3)).
 
-Where systemd did not ask for it, nothing is sent.
+Sends nothing unless systemd set `$NOTIFY_SOCKET`.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from twisted.logger import Logger
 
 
 class Systemd:
-    """The other end of `$NOTIFY_SOCKET`."""
+    """Sends notifications to `$NOTIFY_SOCKET`."""
 
     log = Logger(namespace="ociregistry")
 
     def __init__(self, clock: IReactorTime, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
-        # By the reactor's clock: one that hangs misses it, and systemd starts the daemon anew.
+        # The reactor's clock drives the watchdog: if the reactor hangs, systemd restarts the daemon.
         self._watchdog = LoopingCall(self._tell, "WATCHDOG=1")
         self._watchdog.clock = clock
 
     def ready(self) -> None:
-        """It serves; from now on it also says that it lives, if systemd wants to know."""
+        """Notify that the daemon serves, and start the watchdog if systemd asks for it."""
         self._tell("READY=1")
         interval = self._interval()
         if interval:
             self._watchdog.start(interval)
 
     def reloading(self) -> None:
-        """It reads its settings again; `reloaded` follows."""
+        """Notify that the daemon reads its settings again; `reloaded` must follow."""
         self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def reloaded(self) -> None:
-        """It has its new settings, or keeps the old ones."""
+        """Notify that the reload has ended, with new settings or the old ones."""
         self._tell("READY=1")
 
     def stopping(self) -> None:
-        """It takes no new connection. While requests in flight end it still says that it lives."""
+        """Notify that the daemon stops; the watchdog goes on while requests in flight end."""
         self._tell("STOPPING=1")
 
     def stopped(self) -> None:
-        """It has nothing more to say."""
+        """Stop the watchdog."""
         if self._watchdog.running:
             self._watchdog.stop()
 
     def _interval(self) -> float:
-        """Seconds between two signs of life, half of what systemd waits; 0 for none."""
+        """Return the seconds between two watchdog messages, half of systemd's timeout; 0 for no watchdog."""
         ours = str(os.getpid())
         if self._environment.get("WATCHDOG_PID", ours) != ours:
             return 0
@@ -61,7 +61,7 @@ class Systemd:
         address = self._environment.get("NOTIFY_SOCKET", "")
         if not address:
             return
-        # An abstract socket's name begins with a NUL, which no variable of the environment can hold.
+        # The name of an abstract socket begins with a NUL byte; environment variables spell it "@".
         address = f"\0{address[1:]}" if address.startswith("@") else address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as datagrams:
             datagrams.setblocking(False)

@@ -1,4 +1,4 @@
-"""The command line: what twistd is told becomes the settings, and a daemon or a command that ends the process."""
+"""The command line: parses the options of `twistd ociregistry`, then makes the daemon or runs a command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ociregistry.settings import OPTIONS, Settings, load_settings
 
 
 class Serve(CommonOptions):
-    """The options of the daemon, with `serve` written out."""
+    """The options of the subcommand `serve`."""
 
     longdesc = "Runs the daemon."
 
@@ -36,7 +36,7 @@ class Options(CommonOptions):
 
     synopsis = "[options] [command [options]]"
     longdesc = "A pull-only, pull-through, caching OCI registry server."
-    # Other spellings of commands, which the server of the same name that is written in Go has.
+    # Aliases of commands, for compatibility with the Go server of the same name.
     optParameters = [
         ["load-images", None, None, "The same as: load FILE"],
         ["prune", None, None, "The same as: prune --pattern EXPR"],
@@ -60,24 +60,28 @@ class Options(CommonOptions):
 
     settings: Settings
     load: Callable[[], Settings]
-    """Makes the settings again, from the same options and the file as it is then; raises `ConfigInvalid`."""
+    """Builds the settings again from the same options and the current file; raises `ConfigInvalid`."""
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """As twistd calls it; a mistake ends the process with one line and exit status 2."""
+        """Parse the options; on a usage error, exit with one line and status 2."""
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
             exit_with(f"{error} (--help lists the options)", 2)
 
     def postOptions(self) -> None:
-        """Makes the settings, so that a mistake shows before anything starts, and runs a command."""
+        """Build the settings, so that an error shows before anything starts, then run the command, if any."""
         command = self._command()
         self._make_settings()
         if command is not None:
             self._run(command)
 
     def _command(self) -> Command | None:
-        """What is to be done in place of serving; raises `usage.UsageError`."""
+        """Return the command to run, or None to run the daemon.
+
+        Raises:
+            usage.UsageError: several commands are given, or an option does not fit the command.
+        """
         spelled = list(self._spelled())
         if self.subCommand and isinstance(self.subOptions, Command):
             spelled.append(self.subOptions)
@@ -91,7 +95,7 @@ class Options(CommonOptions):
         return command
 
     def _spelled(self) -> Iterator[Command]:
-        """The commands that are given as options."""
+        """Yield the commands that are given as options (the aliases)."""
         if self["load-images"] is not None:
             yield _parsed(Load(), ["--", self["load-images"]])
         if self["list-cache"]:
@@ -115,9 +119,9 @@ class Options(CommonOptions):
             values["complete_images"] = "false"
         listen = tuple(endpoint for options in given for endpoint in options.listen)
         config_paths = [options["config-path"] for options in given if options["config-path"] is not None]
-        # twistd may go to another folder.
         if "" in config_paths:
             exit_with("--config-path: the path of a file is expected", 2)
+        # Absolute, because twistd may change the working directory.
         config_path = Path(config_paths[-1]).absolute() if config_paths else None
         self.load = partial(load_settings, values, listen, config_path)
         try:
@@ -145,7 +149,7 @@ def _parsed(command: Command, words: Sequence[str]) -> Command:
 
 
 def makeService(options: Options, reactor: Any = None) -> Service:
-    """The daemon that `options` describe."""
+    """Make the daemon, as the twistd plugin requires; `reactor` is for tests, None for the installed one."""
     if reactor is None:
         from twisted.internet import reactor
 

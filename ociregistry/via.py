@@ -1,4 +1,4 @@
-"""The Via header (RFC 9110, section 7.6.3): caches can be chained, and must not ask each other in a loop."""
+"""The Via header (RFC 9110, section 7.6.3): detects loops in a chain of caches."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from dataclasses import dataclass
 
 _INSTANCE = re.compile(r"ociregistry-[0-9a-f]{16}")
 _LONGEST = 16
-"""Caches; a longer chain is a circle that somebody disguises."""
+"""Number of caches. A longer chain is taken for a loop whose instance names change."""
 
 
 def new_instance() -> str:
-    """A name for this process, unlike that of any other."""
+    """Make a random, unique name for this process."""
     return f"ociregistry-{secrets.token_hex(8)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Via:
-    """The instances of this program that stand between a request and its client, the client's side first."""
+    """The instances of this program that a request came through, the nearest to the client first."""
 
     instances: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, via: str) -> Via:
-        """The chain in a `Via` header (RFC 9110, section 7.6.3); what is not ours in it is left out."""
+        """Parse a `Via` header; entries of other programs are ignored."""
         return cls(tuple(_INSTANCE.findall(via)))
 
     def loops_through(self, instance: str) -> bool:
-        """Whether the request has been at `instance` before."""
+        """Tell whether the request came through `instance` before, or through too many instances."""
         return instance in self.instances or len(self.instances) > _LONGEST
 
     def through(self, instance: str) -> str:
-        """The `Via` header of a request that `instance` makes to answer this one."""
+        """Return the `Via` header of a request that `instance` sends upstream to answer this one."""
         return ", ".join(f"1.1 {name}" for name in (*self.instances, instance))
 
 
 NO_VIA = Via()
-"""The client itself asks."""
+"""The request comes from a client, not from another cache."""

@@ -1,1 +1,1 @@
-"""The subcommands: one thin file for each."""
+"""The subcommands of the command line, a module each, and what they share."""

@@ -1,4 +1,4 @@
-"""`check`: how each upstream will be reached, as the configuration has it; nothing is contacted."""
+"""`check`: prints how each upstream will be reached according to the configuration; makes no connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Check(Command):
     longdesc = "Prints each upstream of the configuration, and how it will be reached. Contacts nobody."
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Print the report to stdout and the warnings to stderr."""
         print_lines(report(settings))
         for warning in settings.warnings:
             complain(f"warning: {warning}")
@@ -28,7 +28,7 @@ class Check(Command):
 
 
 def report(settings: Settings) -> Iterator[str]:
-    """The lines to print. Passwords and tokens are not in them."""
+    """Yield the lines to print; they contain no password or token."""
     yield from _clients(settings)
     for entry in settings.registries.values():
         yield from _upstream(entry, settings)

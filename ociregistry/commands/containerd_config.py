@@ -1,4 +1,4 @@
-"""`containerd-config`: what containerd, and other clients, need to be told so that they ask the daemon."""
+"""`containerd-config`: prints or writes the configuration with which containerd and other clients use the daemon."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ _FOLDER = "/etc/containerd/certs.d"
 _URL = re.compile(r"(?P<scheme>https?)://(?P<host>[^/?#@]+)/?")
 _OURS = "# Written by ociregistry containerd-config, which may write it anew."
 _USUAL = ("docker.io", "quay.io", "registry.k8s.io", "ghcr.io", "gcr.io")
-"""Registries that are named to clients which must be told each of them."""
+"""Registries to configure for clients that need an entry for each upstream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A daemon, as clients reach it."""
+    """The address of a daemon as clients see it."""
 
     scheme: str
     host: str
 
     @classmethod
     def parse(cls, text: str) -> Mirror:
-        """The daemon at a URL; raises `ValueError`."""
+        """Parse a URL such as `http://localhost:8080`.
+
+        Raises:
+            ValueError: it is malformed, or has a path.
+        """
         match = _URL.fullmatch(text)
         if match is None:
             raise ValueError("a URL such as http://localhost:8080 is expected, without a path")
@@ -71,7 +75,11 @@ class ContainerdConfig(Command):
         self._urls.append(url)
 
     def postOptions(self) -> None:
-        """Raises `usage.UsageError`."""
+        """Parse the values of the options.
+
+        Raises:
+            usage.UsageError: a value is invalid, or --cert and --key are not given together.
+        """
         try:
             self.mirrors = [Mirror.parse(url) for url in self._urls]
             self.upstreams = [
@@ -87,7 +95,11 @@ class ContainerdConfig(Command):
                 raise usage.UsageError(f"--{option} {path!r}: an absolute path is expected, without quotes")
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Print the configuration of all clients, or write the hosts.toml files with --write.
+
+        Raises:
+            CommandFailed: a file cannot be written, or exists and was not written by this command.
+        """
         mirrors = self.mirrors or [Mirror("https" if settings.tls else "http", f"localhost:{settings.port}")]
         files = self._files(mirrors, settings)
         if self["write"]:

@@ -1,4 +1,4 @@
-"""`export`: images of the store are written into an archive, to be carried elsewhere."""
+"""`export`: writes images of the store into an archive."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ class Export(Command):
     ]
 
     def postOptions(self) -> None:
-        """Raises `usage.UsageError`."""
+        """Parse the values of the options.
+
+        Raises:
+            usage.UsageError: a value is invalid or missing, or -o and --since name the same file.
+        """
         patterns = self.value("pattern", Patterns.parse)
         if patterns is None or not self["output"]:
             raise usage.UsageError("export needs --pattern EXPR and -o FILE")
@@ -42,8 +46,13 @@ class Export(Command):
             raise usage.UsageError("-o and --since are the same file: the earlier export would be lost")
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
-        # As an interrupt does, they take away what is half-written.
+        """Export the images; the exit status is 1 if some were left out.
+
+        Raises:
+            CommandFailed: no image matches, the earlier export is invalid, or the archive cannot be written.
+            OSError: the store cannot be used.
+        """
+        # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
         for number in heeded_signals():
             signal.signal(number, signal.default_int_handler)
         inventory = Inventory.read(settings.image_path)

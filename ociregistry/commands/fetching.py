@@ -1,4 +1,4 @@
-"""Opens the store for a command, and what fetches for it: the daemon on the same store, or this process."""
+"""Opens the store and a fetcher for a command: the daemon on the same store fetches if it runs, else this process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ from ociregistry.via import new_instance
 
 @asynccontextmanager
 async def opened_store(settings: Settings, reactor: Any, *, adopts: bool) -> AsyncIterator[Store]:
-    """The store, while the block runs; who `adopts` goes on with downloads that broke off. Raises `OSError`."""
+    """Open the store while the block runs.
+
+    With `adopts`, resume the downloads that ended processes left behind.
+
+    Raises:
+        OSError: the store cannot be read or written.
+    """
     store = Store(settings.image_path, reactor, reactor, reserve=settings.reserve)
     store.start(adopts=adopts)
     try:
@@ -32,7 +38,11 @@ async def opened_store(settings: Settings, reactor: Any, *, adopts: bool) -> Asy
 
 
 def daemon_runs(settings: Settings) -> bool:
-    """Whether a daemon runs on the store. Raises `OSError`."""
+    """Tell whether a daemon runs on the store.
+
+    Raises:
+        OSError: the control sockets of the store cannot be examined.
+    """
     control_socket = find_daemon(settings.image_path)
     if control_socket is not None:
         control_socket.close()
@@ -40,7 +50,11 @@ def daemon_runs(settings: Settings) -> bool:
 
 
 def _check(settings: Settings, upstream: Upstream) -> None:
-    """What this command was told holds for it, whatever the daemon may do."""
+    """Apply this command's own settings to a fetch by the daemon, whose settings may allow more.
+
+    Raises:
+        Denied: this command is air-gapped, or its settings do not allow the upstream.
+    """
     if settings.air_gapped:
         raise Denied(f"{upstream}: it is not in the store, and this command is air-gapped")
     check_allowed(upstream, settings.allow_upstreams)
@@ -48,7 +62,13 @@ def _check(settings: Settings, upstream: Upstream) -> None:
 
 @asynccontextmanager
 async def open_fetcher(store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Fetcher]:
-    """Who brings images into `store` while the block runs; raises `OSError`."""
+    """Open a fetcher that brings images into `store` while the block runs.
+
+    It uses the daemon on the same store if one runs, else connections of this process.
+
+    Raises:
+        OSError: the control sockets of the store cannot be examined.
+    """
     control_socket = find_daemon(settings.image_path)
     if control_socket is not None:
         daemon = DaemonClient(control_socket.path, new_instance(), reactor)

@@ -1,4 +1,4 @@
-"""`list`: what is in the store, one line for each image URL."""
+"""`list`: prints the images in the store, one line for each image URL."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ class List(Command):
     ]
 
     def postOptions(self) -> None:
-        """Raises `usage.UsageError`."""
+        """Parse the values of the options.
+
+        Raises:
+            usage.UsageError: a value is invalid, or --long and --json are both given.
+        """
         self.patterns = self.value("pattern", Patterns.parse)
         if self["sort"] not in _ORDERS:
             raise usage.UsageError(f"--sort {self['sort']!r}: one of {', '.join(_ORDERS)} is expected")
@@ -49,7 +53,7 @@ class List(Command):
             raise usage.UsageError("--long and --json exclude each other: JSON has all of it")
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Print the images to stdout, and warnings about unreadable records to stderr."""
         inventory = Inventory.read(settings.image_path)
         for path, why in inventory.unreadable.items():
             complain(f"warning: left out, it is not a record of this program: {path}: {why}")
@@ -70,10 +74,10 @@ class List(Command):
 
 
 class Line:
-    """What is printed of one image URL."""
+    """The facts about one image URL that are printed."""
 
     def __init__(self, row: Row, inventory: Inventory, pending: Set[Digest]) -> None:
-        """`pending` are the images of which it is not decided yet whether they are wanted."""
+        """Describe `row`; `pending` are the images that may turn out to be wanted or not."""
         self._inventory = inventory
         self._pending = pending
         self._manifest = row.kept.manifest
@@ -81,7 +85,7 @@ class Line:
 
     @cached_property
     def pulled(self) -> datetime:
-        """When it was pulled last."""
+        """The time of the last pull."""
         return self._inventory.pulled(self._manifest.digest)
 
     @cached_property
@@ -92,32 +96,32 @@ class Line:
 
     @property
     def is_metadata(self) -> bool:
-        """Whether it is an image whose layers do not belong into the store."""
+        """Whether this is an image whose layers are not wanted in the store, such as other platforms of an index."""
         return not self._manifest.is_list and not self._inventory.is_wanted(self._manifest.digest)
 
     @cached_property
     def _images(self) -> list[Manifest]:
-        """The images that count: those that are wanted, or the one that is listed."""
+        """The images that count for size and completeness: wanted ones, and an image that no index refers to."""
         return [image for image in self._below if not self._inventory.is_metadata(image.digest)]
 
     @property
     def size(self) -> int:
-        """Bytes of its blobs, each counted once."""
+        """Size in bytes of the blobs, each counted once."""
         return sum({digest: size for image in self._images for digest, size in image.blob_sizes.items()}.values())
 
     @property
     def kind(self) -> str:
-        """`list` or `image`."""
+        """`list` for an index, or `image`."""
         return "list" if self._manifest.is_list else "image"
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those that are always printed."""
+        """The columns that are always printed."""
         return self.row.url, self.kind, local_time(self.row.dates.created)
 
     @property
     def more_columns(self) -> tuple[str, ...]:
-        """Those of the long form."""
+        """The columns that --long adds."""
         return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", self._completeness
 
     @property
@@ -132,13 +136,13 @@ class Line:
 
     @property
     def missing(self) -> int:
-        """How many bytes its images lack."""
+        """Bytes that the images lack."""
         missing = (self._inventory.missing(image.digest).items() for image in self._images)
         return sum({digest: size for found in missing for digest, size in found}.values())
 
     @property
     def platforms(self) -> list[str]:
-        """Those of its images that are here."""
+        """The platforms of the images that are stored, sorted."""
         found = set()
         for image in self._below if self.is_metadata else self._images:
             for above in self._inventory.lists_of.get(image.digest, ()):
@@ -148,7 +152,7 @@ class Line:
 
     @property
     def document(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """The JSON object for --json."""
         return {
             "url": self.row.url,
             "kind": self.kind,

@@ -1,4 +1,4 @@
-"""`load`: images are brought into the store, from upstreams as lists name them, or out of archives."""
+"""`load`: brings images into the store, from archives or, for image lists, from upstreams."""
 
 from __future__ import annotations
 
@@ -39,13 +39,22 @@ class Load(Command):
     )
 
     def parseArgs(self, *files: str) -> None:
-        """Raises `usage.UsageError`."""
+        """Keep the paths of the files.
+
+        Raises:
+            usage.UsageError: no file is given, or an empty path.
+        """
         if not files or "" in files:
             raise usage.UsageError("load needs a FILE: a list of images, or an archive")
         self.files = [Path(file).absolute() for file in files]
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Load all files; the exit status is 1 if an image or an archive failed.
+
+        Raises:
+            CommandFailed: a file cannot be read, an image list has invalid lines, or the command was interrupted.
+            OSError: the store cannot be used.
+        """
         self.refused: list[str] = []
         outcomes: list[Outcome] = []
         with ExitStack() as opened:
@@ -100,7 +109,10 @@ async def _load(
     settings: Settings,
     reactor: Any,
 ) -> list[Outcome]:
-    """How each image ended; archives that cannot be used at all are added to those `refused`."""
+    """Load archives, then images, and return the outcome of each image.
+
+    Errors of archives that cannot be used at all are appended to `refused`.
+    """
     outcomes: list[Outcome] = []
     with shown() as progress:
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:

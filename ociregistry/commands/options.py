@@ -1,4 +1,4 @@
-"""What the command line of the daemon and of every command has in common."""
+"""The options that the daemon and all commands share, and output to the terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class CommandFailed(Exception):
-    """A command could not do what it was told; the message is the one line that says why."""
+    """A command failed; the message is the line to print."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
-        """The exit status: 1 when something failed, 2 when what was asked for cannot be meant."""
+        """The exit status: 1 for a failure, 2 for invalid input."""
 
 
 def _help(option: Option) -> str:
@@ -30,7 +30,7 @@ def _help(option: Option) -> str:
 
 
 class CommonOptions(usage.Options):
-    """Options that are taken before and after the name of a command."""
+    """The options that are accepted both before and after the name of a command."""
 
     optParameters = [
         *([option.name, None, None, _help(option)] for option in OPTIONS if not option.is_flag),
@@ -60,10 +60,14 @@ class CommonOptions(usage.Options):
 
 
 class Command(CommonOptions):
-    """The options of a command; those that are wrong are a `usage.UsageError` while they are parsed."""
+    """A command with its options; invalid options raise `usage.UsageError` while they are parsed."""
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
-        """Also takes options that stand behind arguments."""
+        """Parse the options, also those after arguments.
+
+        Raises:
+            usage.UsageError: an option is unknown or lacks its value.
+        """
         try:
             given, arguments = getopt.gnu_getopt(list(options or ()), self.shortOpt, self.longOpt)
         except getopt.error as error:
@@ -73,12 +77,23 @@ class Command(CommonOptions):
         super().parseOptions([*words, "--", *arguments])
 
     def run(self, settings: Settings) -> int:
-        """Does it; gives the exit status: 0, or 1 when something failed. Raises `CommandFailed`, and `OSError` of
-        the store."""
+        """Run the command.
+
+        Returns:
+            The exit status: 0, or 1 if a part failed.
+
+        Raises:
+            CommandFailed: the command cannot be carried out.
+            OSError: the store cannot be used.
+        """
         raise NotImplementedError
 
     def value(self, name: str, parse: Callable[[str], T]) -> T | None:
-        """What the option `name` says, or None if it is not given; raises `usage.UsageError`."""
+        """Parse the value of the option `name`; return None if it is not given.
+
+        Raises:
+            usage.UsageError: `parse` refuses the value.
+        """
         text = self[name]
         if text is None:
             return None
@@ -89,7 +104,12 @@ class Command(CommonOptions):
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Prints to stdout, whatever its encoding; raises `CommandFailed` when nobody takes it."""
+    """Print to stdout; escape characters that its encoding lacks.
+
+    Raises:
+        CommandFailed: stdout is closed or cannot be written.
+        SystemExit: the reader closed the pipe.
+    """
     if sys.stdout is None:
         raise CommandFailed("cannot print: the standard output is closed")
     try:
@@ -97,7 +117,7 @@ def print_lines(lines: Iterable[str]) -> None:
             sys.stdout.buffer.write(f"{line}\n".encode(sys.stdout.encoding, "backslashreplace"))
         sys.stdout.flush()
     except OSError as error:
-        # Python would try again at the end of the process, and complain.
+        # Without this, Python flushes again when the process ends, and prints a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from None
@@ -105,7 +125,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def complain(line: str) -> None:
-    """Prints to stderr."""
-    # twistd makes a log of sys.stderr.
+    """Print a line to stderr, if there is one."""
+    # Not sys.stderr: twistd redirects that to its log.
     if sys.__stderr__ is not None:
         print(f"ociregistry: {line}", file=sys.__stderr__)

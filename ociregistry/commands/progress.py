@@ -1,4 +1,4 @@
-"""How a command tells how far it is: bars on a terminal, and a line for each image that has ended."""
+"""Progress of a command: bars on a terminal, and a line for each finished image."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from ociregistry.pullthrough.loader import Outcome
 
 
 class Lines:
-    """A line for each image, at its end."""
+    """Implements `Progress`: prints a line for each image when it has ended."""
 
     def expect(self, name: str, size: int) -> None:
-        """As `Progress.expect`: not told."""
+        """Do nothing: only ends are printed."""
 
     def advance(self, name: str, count: int) -> None:
-        """As `Progress.came`: not told."""
+        """Do nothing: only ends are printed."""
 
     def ended(self, outcome: Outcome) -> None:
-        """As `Progress.ended`."""
+        """Print how the image ended."""
         print_lines([str(outcome)])
 
 
 class Bars(Lines):
-    """Bytes, rate and time left, of each image and of all."""
+    """Implements `Progress` with bars: bytes, rate and remaining time, for each image and in total."""
 
     def __init__(self) -> None:
         self._total = bar("in total")
         self._images: dict[str, Any] = {}
 
     def expect(self, name: str, size: int) -> None:
-        """As `Progress.expect`."""
+        """Add `size` bytes to the total of the image's bar, which is created if missing."""
         if not size:
             return
         if name not in self._images:
@@ -45,13 +45,13 @@ class Bars(Lines):
             one.refresh()
 
     def advance(self, name: str, count: int) -> None:
-        """As `Progress.came`."""
+        """Move the bars forward by `count` bytes."""
         for one in (self._images.get(name), self._total):
             if one is not None:
                 one.update(count)
 
     def ended(self, outcome: Outcome) -> None:
-        """As `Progress.ended`."""
+        """Remove the image's bar, and print how the image ended."""
         finished = self._images.pop(outcome.name, None)
         if finished is not None:
             finished.close()
@@ -59,14 +59,14 @@ class Bars(Lines):
             super().ended(outcome)
 
     def close(self) -> None:
-        """Takes the bars off the screen."""
+        """Remove all bars from the screen."""
         for one in (*self._images.values(), self._total):
             one.close()
 
 
 def bar(name: str, total: int = 0) -> Any:
-    """A bar that counts bytes, on stderr."""
-    # Without a thread of its own: it would outlive a daemon's fork, and nothing here is slow to refresh.
+    """Make a bar on stderr that counts bytes."""
+    # No monitor thread: the bars are updated often enough without it, and a fork does not copy threads.
     tqdm.monitor_interval = 0
     return tqdm(
         total=total, desc=name, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, file=sys.__stderr__
@@ -75,7 +75,7 @@ def bar(name: str, total: int = 0) -> Any:
 
 @contextmanager
 def shown() -> Iterator[Lines]:
-    """Bars on a terminal, else lines alone, while the block runs."""
+    """Show progress while the block runs: bars and lines on a terminal, else lines only."""
     if not on_terminal():
         yield Lines()
         return
@@ -87,5 +87,5 @@ def shown() -> Iterator[Lines]:
 
 
 def on_terminal() -> bool:
-    """Whether somebody looks at stderr."""
+    """Tell whether stderr is a terminal."""
     return sys.__stderr__ is not None and sys.__stderr__.isatty()

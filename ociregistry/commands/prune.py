@@ -1,4 +1,4 @@
-"""`prune`: images, and what nobody needs, are taken out of the store."""
+"""`prune`: removes images, and files that no image needs, from the store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class Prune(Command):
     ]
 
     def postOptions(self) -> None:
-        """Raises `usage.UsageError`."""
+        """Parse the values of the options.
+
+        Raises:
+            usage.UsageError: a value is invalid, or nothing is selected.
+        """
         self.patterns = self.value("pattern", Patterns.parse)
         self.before = self.value("before", parse_local_time)
         self.unused_for = self.value("unused-for", parse_duration)
@@ -51,7 +55,12 @@ class Prune(Command):
             raise usage.UsageError("prune needs --pattern, --before, --unused-for or --orphans")
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Prune the selected images, then the orphans; with --dry-run only print them.
+
+        Raises:
+            CommandFailed: this process cannot become the owner of the store.
+            OSError: the store cannot be used.
+        """
         root, now = settings.image_path, datetime.now(UTC)
         root.stat()
         if not self["dry-run"]:

@@ -1,4 +1,4 @@
-"""Runs a command: as the owner of the store, on the reactor until its work is done or interrupted."""
+"""Runs a command: as the owner of the store, and on the reactor until it ends or is interrupted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ T = TypeVar("T")
 
 
 def become_owner(root: Path) -> None:
-    """If this process is root's and the store at `root` is another user's, it is that user's from now on.
+    """Switch from root to the user that owns the store at `root`, so that new files belong to that user.
 
-    Raises `CommandFailed`.
+    Does nothing if this process is not root's, or if the store is root's or missing.
+
+    Raises:
+        CommandFailed: the user cannot be changed.
     """
     try:
         status = root.stat()
@@ -48,35 +51,37 @@ def become_owner(root: Path) -> None:
 
 
 def heeded_signals() -> list[signal.Signals]:
-    """Those by which somebody ends a command. What is ignored stays so: nohup means it."""
+    """Return the signals that end a command, without those that are ignored, as SIGHUP is under nohup."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def take_all_file_descriptors() -> None:
-    """Raises the customary soft limit of 1024, which is for programs that use select()."""
+    """Raise the soft limit of file descriptors to the hard limit; the usual 1024 is meant for select()."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def count_steadily(reactor: Any) -> None:
-    """Make the reactor's time that of the monotonic clock, so that setting the machine's clock moves no timer.
+    """Make the reactor use the monotonic clock, so that a change of the system time does not move timers.
 
-    Twisted counts by the wall clock: when that is put back, timers wait until it has come so far again.
+    Twisted uses the wall clock: when it is set back, timers are late by the difference.
     """
     reactor.seconds = time.monotonic
 
 
 def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
-    """What `work`, which is given the reactor, gives; what is logged from `log_level` on goes to stderr.
+    """Run `work` on the reactor and return its result; log from `log_level` on to stderr.
 
-    Raises what it raises, and `CommandFailed` when it is interrupted.
+    Raises:
+        CommandFailed: a signal interrupted it.
+        Exception: any exception of `work`.
     """
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
     count_steadily(reactor)
-    # twistd makes a log of sys.stderr.
+    # Not sys.stderr: twistd redirects that to its log.
     observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     take_all_file_descriptors()
@@ -87,7 +92,7 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
         running = Deferred.fromCoroutine(work(reactor))
 
         def interrupt(*_: object) -> None:
-            # Once: what is tidied up then must come to its end.
+            # A second signal must not interrupt the clean-up.
             for number in heeded:
                 signal.signal(number, signal.SIG_IGN)
             reactor.callFromThread(running.cancel)

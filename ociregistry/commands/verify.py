@@ -1,4 +1,4 @@
-"""`verify`: everything in the store is hashed again."""
+"""`verify`: hashes every blob and record in the store again, and repairs them if asked to."""
 
 from __future__ import annotations
 
@@ -28,13 +28,22 @@ class Verify(Command):
     optFlags = [["repair", None, "Fetch anew what is damaged, and what images of the store lack."]]
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Verify the store.
+
+        Returns:
+            Exit status 1 if something is damaged or missing; with --repair, if content that is needed could not be
+            fetched.
+
+        Raises:
+            CommandFailed: the command was interrupted, or cannot become the owner of the store.
+            OSError: the store cannot be used.
+        """
         settings.image_path.stat()
         become_owner(settings.image_path)
         return 0 if run_to_end(lambda reactor: self._verify(settings, reactor), settings.log_level) else 1
 
     async def _verify(self, settings: Settings, reactor: Any) -> bool:
-        """Verify, and repair if that was asked for; tell whether the store is whole in the end."""
+        """Verify, and repair with --repair; return whether the store is intact in the end."""
         async with opened_store(settings, reactor, adopts=False) as store, AsyncExitStack() as opened:
             repairs = None
             if self["repair"]:
@@ -59,12 +68,12 @@ async def _tell(damaged: Damaged) -> None:
 
 
 class _Repairs:
-    """Repairs each thing as it is found, so that an interrupt loses nothing, and tells what it did."""
+    """Repairs each damaged file as it is found, so that an interrupt loses nothing, and prints the results."""
 
     def __init__(self, repairer: Repairer) -> None:
         self._repairer = repairer
         self.failed = False
-        """Whether something that is needed could not be fetched."""
+        """Whether some content that is needed could not be fetched."""
 
     async def repair(self, damaged: Damaged) -> None:
         """Fetch a damaged file anew."""

@@ -1,4 +1,4 @@
-"""`version`: which one this is."""
+"""`version`: prints the version."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Version(Command):
     longdesc = "Prints the version."
 
     def run(self, settings: Settings) -> int:
-        """As `Command.run`."""
+        """Print the version."""
         print_lines([f"ociregistry {__version__}"])
         return 0

@@ -1,1 +1,1 @@
-"""The configuration file: YAML to frozen values, or an error that says where it is."""
+"""The configuration file: parses YAML into frozen values; errors tell file, line and key."""

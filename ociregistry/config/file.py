@@ -1,4 +1,7 @@
-"""The configuration file as a whole: a list of upstreams, or a mapping of options and sections."""
+"""The configuration file as a whole: a list of upstreams, or a mapping of options and sections.
+
+Also the sections `bandwidth`, `prune` and `verify`.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +26,36 @@ _RATE = re.compile(r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,6})?) ?(?P<unit>[kMG]?)bi
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _TIME = re.compile(r"(?P<hour>[01]?[0-9]|2[0-4]):(?P<minute>[0-5][0-9])")
 _LEAST = 8000
-"""Bits a second: below it nothing would come in a client's time."""
+"""Bits per second; with less, downloads are too slow for the timeouts of clients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A time of every day, local, in which at most `rate` bytes a second may come; its end is not part of it."""
+    """A daily time window with a limit of `rate` bytes per second.
+
+    Times are local; `begin` is included, `end` is not.
+    """
 
     begin: time
     end: time
     rate: float
 
     def holds(self, now: time) -> bool:
-        """Whether it is that time; one that ends before it begins goes over midnight."""
+        """Tell whether `now` is in the window; one that ends before it begins spans midnight."""
         if self.begin < self.end:
             return self.begin <= now < self.end
         return now >= self.begin or now < self.end
 
 
 def parse_rate(text: str) -> float | None:
-    """Bytes a second, from `500kbit` or `2Mbit`; None for the empty string. Raises `ValueError`."""
+    """Parse a rate in bits per second, such as `500kbit` or `2Mbit`.
+
+    Returns:
+        Bytes per second, or None for the empty string.
+
+    Raises:
+        ValueError: it is malformed, or below `8kbit`.
+    """
     if not text:
         return None
     match = _RATE.fullmatch(text)
@@ -53,7 +66,11 @@ def parse_rate(text: str) -> float | None:
 
 
 def read_windows(node: Node) -> tuple[Window, ...]:
-    """The windows of a list of mappings; raises `ConfigInvalid`."""
+    """Read the section `bandwidth`, a list of mappings.
+
+    Raises:
+        ConfigInvalid: a key is missing or unknown, or a value is malformed.
+    """
     return tuple(map(_window, node.items()))
 
 
@@ -83,30 +100,36 @@ _USUAL_SHARE = 50
 
 @dataclass(frozen=True, slots=True)
 class PruneSettings:
-    """When images go by themselves."""
+    """Settings of automatic pruning (section `prune`)."""
 
     unused_for: timedelta | None
-    """Those that nobody pulled for so long; None for none."""
+    """Prune images that no client pulled for this long; None to keep them."""
     max_size: int | None
-    """Bytes that the store may take; None for as many as there are."""
+    """Bytes that the store may use; None for no limit."""
     keep: Patterns
-    """Image URLs that never go."""
+    """Image URLs that are never pruned."""
     every: timedelta
+    """Interval between two runs."""
     max_share: int
-    """Per cent of the images that may go at once because nobody pulled them."""
+    """Percentage of the images: if more of them are unused, none is pruned for it, as the clock may be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifySettings:
-    """When, and how fast, everything is hashed again."""
+    """Settings of automatic verification (section `verify`)."""
 
     every: timedelta
+    """Interval between two runs."""
     max_rate: int | None
-    """Bytes a second; None for as many as the disk gives."""
+    """Bytes to read per second; None for no limit."""
 
 
 def read_prune(node: Node) -> PruneSettings:
-    """The section `prune`; raises `ConfigInvalid`."""
+    """Read the section `prune`.
+
+    Raises:
+        ConfigInvalid: a key is missing or unknown, or a value is malformed.
+    """
     nodes = node.mapping("unused_for", "max_size", "keep", "every", "max_share", below="prune.")
     if "unused_for" not in nodes and "max_size" not in nodes:
         raise node.error("says neither unused_for nor max_size: nothing would ever go")
@@ -120,7 +143,11 @@ def read_prune(node: Node) -> PruneSettings:
 
 
 def read_verify(node: Node) -> VerifySettings:
-    """The section `verify`; raises `ConfigInvalid`."""
+    """Read the section `verify`.
+
+    Raises:
+        ConfigInvalid: a key is missing or unknown, or a value is malformed.
+    """
     nodes = node.mapping("every", "max_rate", below="verify.")
     if "every" not in nodes:
         raise node.missing("verify.every", "how often is to be said, such as 7d")
@@ -147,15 +174,16 @@ def _parsed(node: Node, parse: Callable[[str], T]) -> T:
 
 
 _SECTIONS = ("registries", "listen", "bandwidth", "complete_metadata", "complete_platforms", "prune", "verify", "tls")
-"""Keys that are no plain options."""
+"""Keys whose values are not those of a command-line option."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What a file sets: option key -> its text and where it stands; and the sections that are no plain options."""
+    """The contents of a configuration file."""
 
     path: Path
     values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Option key to its text and its place (file, line and key)."""
     listen: tuple[str, ...] = ()
     registries: Mapping[Upstream, RegistrySettings] = field(default_factory=dict)
     bandwidth: tuple[Window, ...] = ()
@@ -165,13 +193,17 @@ class Config:
     verify: VerifySettings | None = None
     tls: ServerTls | None = None
     tls_at: str = ""
-    """Where it stands."""
+    """Place of the section `tls` (file, line and key), for errors."""
     warnings: tuple[str, ...] = ()
-    """What can be used, but is hardly what was meant."""
+    """Messages about settings that are valid but probably a mistake."""
 
 
 def read_config(path: Path, options: Set[str]) -> Config:
-    """What the file at `path` says; `options` are the keys of plain options. Raises `ConfigInvalid`."""
+    """Read the configuration file at `path`; `options` are the keys of command-line options.
+
+    Raises:
+        ConfigInvalid: the file cannot be read, a key is unknown, or a value is invalid.
+    """
     root = Node.read(path)
     if root.is_list:
         registries, warnings = read_registries(root)

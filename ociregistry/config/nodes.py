@@ -1,4 +1,4 @@
-"""YAML with the place of every value, so that an error can say file, line and key."""
+"""YAML values that know their place, so that an error can tell file, line and key."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ import yaml
 
 
 class ConfigInvalid(Exception):
-    """A value that was set cannot be used; the message says where it was set and what is wrong with it."""
+    """A setting is invalid; the message says where it was set and what is wrong with it."""
 
 
 class Node:
-    """A value in the file `path`; `key` is how errors call it."""
+    """A value in the file `path`; errors call it `key`."""
 
     def __init__(self, path: Path, node: yaml.Node | None, key: str = "") -> None:
-        """`node` is None for a file without a value."""
+        """Wrap a YAML node, None for an empty file."""
         self._path = path
         self._node = node
         self._key = key
 
     @classmethod
     def read(cls, path: Path) -> Node:
-        """The value that the file holds; raises `ConfigInvalid`."""
+        """Read and parse a file.
+
+        Raises:
+            ConfigInvalid: it cannot be read, is not UTF-8, or is not YAML.
+        """
         try:
             return cls(path, yaml.compose(_read(path).decode("utf-8"), Loader=yaml.SafeLoader))
         except OSError as error:
@@ -42,7 +46,7 @@ class Node:
 
     @property
     def where(self) -> str:
-        """File, line and key."""
+        """The place of the value: file, line and key."""
         return self._line + (f": {self._key}" if self._key else "")
 
     @property
@@ -50,34 +54,37 @@ class Node:
         return f"{self._path}:{self._node.start_mark.line + 1 if self._node else 1}"
 
     def error(self, message: str) -> ConfigInvalid:
-        """To be raised for this value."""
+        """Make an error about this value, to be raised by the caller."""
         return ConfigInvalid(_printable(f"{self.where}: {message}"))
 
     def missing(self, key: str, why: str) -> ConfigInvalid:
-        """To be raised for a `key` that this mapping does not have."""
+        """Make an error about a `key` that this mapping lacks, to be raised by the caller."""
         return ConfigInvalid(_printable(f"{self._line}: {key}: is missing: {why}"))
 
     @property
     def is_absent(self) -> bool:
-        """Whether there is no value, which is as if its key were not there."""
+        """Whether there is no value (null or an empty file); its key is then treated as missing."""
         return self._node is None or (
             isinstance(self._node, yaml.ScalarNode) and self._node.tag == "tag:yaml.org,2002:null"
         )
 
     @property
     def is_empty(self) -> bool:
-        """Whether it is absent, `{}` or `[]`."""
+        """Whether the value is absent, `{}` or `[]`."""
         return self.is_absent or (isinstance(self._node, yaml.CollectionNode) and not self._node.value)
 
     @property
     def is_list(self) -> bool:
-        """Whether it is a list."""
+        """Whether the value is a list."""
         return isinstance(self._node, yaml.SequenceNode)
 
     def mapping(self, *known: str, below: str = "") -> Mapping[str, Node]:
-        """The values by their keys, without absent ones; raises `ConfigInvalid` for a key that is not `known`.
+        """Return the values of a mapping by key, without absent ones.
 
-        Errors call them by their keys, with `below` in front.
+        Errors about a value name its key, prefixed with `below`.
+
+        Raises:
+            ConfigInvalid: this is not a mapping, a key is not `known`, or a key occurs twice.
         """
         if self.is_absent:
             return {}
@@ -95,7 +102,11 @@ class Node:
         return {key: node for key, node in found.items() if not node.is_absent}
 
     def items(self) -> list[Node]:
-        """The values of a list."""
+        """Return the values of a list; an absent list is empty.
+
+        Raises:
+            ConfigInvalid: this is not a list.
+        """
         if self.is_absent:
             return []
         if not isinstance(self._node, yaml.SequenceNode):
@@ -103,34 +114,54 @@ class Node:
         return [Node(self._path, node, self._key) for node in self._node.value]
 
     def text(self) -> str:
-        """A single value, as it is written."""
+        """Return a scalar as written.
+
+        Raises:
+            ConfigInvalid: this is not a scalar.
+        """
         if not isinstance(self._node, yaml.ScalarNode):
             raise self.error("a single value is expected")
         return str(self._node.value)
 
     def word(self) -> str:
-        """A single value of printable characters, at least one."""
+        """Return a scalar of one or more printable characters.
+
+        Raises:
+            ConfigInvalid: this is not a scalar, is empty, or has other characters.
+        """
         text = self.text()
         if not text or not text.isprintable():
             raise self.error("printable characters are expected, at least one")
         return text
 
     def flag(self) -> bool:
-        """`true` or `false`."""
+        """Return the boolean `true` or `false`.
+
+        Raises:
+            ConfigInvalid: this is something else.
+        """
         text = self.text()
         if text.lower() not in ("true", "false"):
             raise self.error(f"{text!r}: true or false is expected")
         return text.lower() == "true"
 
     def path(self) -> Path:
-        """A path; a relative one starts at the file's folder."""
+        """Return a path; a relative one starts at the folder of the configuration file.
+
+        Raises:
+            ConfigInvalid: this is no path, or names an unknown user after `~`.
+        """
         try:
             return self._path.absolute().parent / Path(self.word()).expanduser()
         except RuntimeError:
             raise self.error("there is no such user") from None
 
     def contents(self) -> bytes:
-        """The contents of the file that is named."""
+        """Read the file whose path is this value.
+
+        Raises:
+            ConfigInvalid: this is no path, or the file cannot be read.
+        """
         path = self.path()
         try:
             return _read(path)
@@ -140,16 +171,16 @@ class Node:
 
 def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file() and not path.is_dir():
-        # A pipe would be waited for, at a reload for ever.
+        # Reading a pipe blocks until another process writes to it; at a reload that may be never.
         raise OSError(errno.EINVAL, "it is no file")
     return path.read_bytes()
 
 
 def _printable(text: str) -> str:
-    """One line that every log can take."""
+    """Escape characters that are not printable, so that the text is one line of a log."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def _without_content(problem: str | None) -> str:
-    """What the parser finds wrong, without what stands there: it may be a password."""
+    """Remove quoted text from a message of the YAML parser, because it may be a password."""
     return re.sub(r"'[^']{2,}'", "something", problem or "")

@@ -1,4 +1,4 @@
-"""The entries of `registries`: what is special about one upstream."""
+"""The section `registries`: an entry for each upstream with settings of its own."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _PASSWORDS = ("password", "password_file", "password_env")
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """A user and a password."""
+    """A login with a user and a password."""
 
     user: str
     password: str = field(repr=False)
     source: str = "password"
-    """The key that it was given by."""
+    """The key of the configuration that gave the password."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdentityToken:
-    """A token that stands for a user, for which the token service gives tokens of access."""
+    """A login with an identity token, for which the token service issues access tokens."""
 
     token: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Helper:
-    """A program `docker-credential-NAME` that knows the user and the password."""
+    """A login with a credential helper, a program `docker-credential-NAME` that prints user and password."""
 
     name: str
 
     @property
     def program(self) -> str:
-        """The program's name."""
+        """The name of the program."""
         return f"docker-credential-{self.name}"
 
 
@@ -53,7 +53,10 @@ Login = Password | IdentityToken | Helper
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A registry that is asked first, by `ns`; what it wants to see from us stands in its own entry."""
+    """A registry that is asked before the upstream, which is named to it by `ns`.
+
+    Its login and TLS settings are in its own entry of `registries`.
+    """
 
     scheme: str
     host: Upstream
@@ -65,26 +68,33 @@ class Mirror:
 
 @dataclass(frozen=True, slots=True)
 class RegistrySettings:
-    """What is configured for one upstream."""
+    """The settings of one upstream."""
 
     upstream: Upstream
     scheme: str | None = None
-    """`http` or `https`; None to find out."""
+    """`http` or `https`; None to detect it."""
     description: str = ""
     login: Login | None = None
     realm: Upstream | None = None
-    """The host of its token service, where that is not its own."""
+    """The host of the token service, if it differs from the upstream's."""
     tls: UpstreamTls = SYSTEM_TRUST
     mirrors: tuple[Mirror, ...] = ()
 
     @property
     def must_be_secure(self) -> bool:
-        """Whether it must not be asked by http, as long as nothing says so: there are secrets, or TLS is prepared."""
+        """Whether a login or TLS settings rule out the fallback to http; `scheme: http` overrides this."""
         return self.login is not None or self.tls != SYSTEM_TRUST
 
 
 def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple[str, ...]]:
-    """The entries by name, and warnings; raises `ConfigInvalid`."""
+    """Read the section `registries`.
+
+    Returns:
+        The entries by upstream, and warnings about settings that are probably a mistake.
+
+    Raises:
+        ConfigInvalid: an entry is invalid, occurs twice, or contradicts the entry of its mirror.
+    """
     registries: dict[Upstream, RegistrySettings] = {}
     mirrors: list[tuple[Mirror, Node]] = []
     warnings: list[str] = []
@@ -130,7 +140,7 @@ def _description(node: Node) -> str:
 def _without_user(node: Node) -> str:
     text = node.word()
     if "@" in text:
-        # A password may be in it, which nobody is to read.
+        # The message leaves the text out, because it may hold a password.
         raise node.error("a user does not belong here, but into auth of the entry of registries for that host")
     return text
 

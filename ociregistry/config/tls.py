@@ -1,4 +1,7 @@
-"""Certificates and keys of the configuration: read and proven when the file is, not at the first pull."""
+"""The `tls` sections: certificates and keys are read and checked with the configuration, not at the first pull.
+
+Also the OpenSSL contexts that are made from them.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """One or more certificates, each as PEM, and the file they were in."""
+    """One or more certificates, each as PEM, and the file that they were read from."""
 
     path: Path
     pems: tuple[bytes, ...]
@@ -25,46 +28,56 @@ class Certificates:
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """A certificate, followed by those that lead to its root, and its private key as PEM."""
+    """A certificate with its chain and its private key.
+
+    `certificates` begins with the certificate, followed by its intermediates; `key` is PEM.
+    """
 
     certificates: Certificates
     key: bytes = field(repr=False)
 
     @property
     def certificate(self) -> crypto.X509:
-        """The certificate itself."""
+        """The certificate, parsed."""
         return _loaded(self.certificates.pems[0])
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTls:
-    """How TLS is spoken with one upstream: whom we trust, and who we are."""
+    """TLS settings of one upstream."""
 
     ca: Certificates | None = None
-    """Who is trusted in place of the operating system's trust store."""
+    """Certificate authorities to trust instead of the operating system's trust store."""
     client: KeyPair | None = None
+    """Client certificate to present; None for none."""
     verify: bool = True
+    """Whether to verify the upstream's certificate."""
 
 
 SYSTEM_TRUST = UpstreamTls()
-"""Nothing configured: the operating system's trust store, and no client certificate."""
+"""The default: the operating system's trust store, and no client certificate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """How TLS is spoken with clients: who we are, and who must have signed their certificates."""
+    """TLS settings towards clients."""
 
     identity: KeyPair
+    """The server's certificate."""
     client_ca: Certificates | None = None
+    """Authorities that must have signed the clients' certificates; None to require no client certificate."""
 
 
 def openssl_context(
     identity: KeyPair | None, ca: Certificates | None = None, *, system_trust: bool = False
 ) -> SSL.Context:
-    """A context for connections by which we are known by `identity`, if there is one.
+    """Make an OpenSSL context for connections of a client or a server.
 
-    The other side is verified by `ca`, or by the operating system's trust store, or not at all. Raises `SSL.Error`
-    for what OpenSSL does not take.
+    `identity` is the certificate to present, None for none. The peer's certificate is verified with the operating
+    system's trust store if `system_trust`, else with `ca`, or not at all if `ca` is None.
+
+    Raises:
+        SSL.Error: OpenSSL refuses the certificate or the key.
     """
     key, certificate, rest = None, None, None
     if identity is not None:
@@ -78,7 +91,7 @@ def openssl_context(
         trustRoot=platformTrust() if system_trust else trusted,
     ).getContext()
     if ca is not None and (store := context.get_cert_store()) is not None:
-        # What the operator trusts need not be self-signed.
+        # A certificate that the operator trusts need not be self-signed: it may be an intermediate or the peer's own.
         store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     return context
 
@@ -88,7 +101,14 @@ def _loaded(pem: bytes) -> crypto.X509:
 
 
 def read_upstream_tls(node: Node) -> tuple[UpstreamTls, tuple[str, ...]]:
-    """The `tls` of an upstream, and warnings; raises `ConfigInvalid`."""
+    """Read the section `tls` of an upstream.
+
+    Returns:
+        The settings, and warnings about settings that are probably a mistake.
+
+    Raises:
+        ConfigInvalid: a key is unknown, a file cannot be read, or a certificate or key in it cannot be used.
+    """
     nodes = node.mapping("ca", "cert", "key", "insecure_skip_verify", below="tls.")
     verify = not ("insecure_skip_verify" in nodes and nodes["insecure_skip_verify"].flag())
     ca = _certificates(nodes["ca"]) if "ca" in nodes else None
@@ -100,7 +120,12 @@ def read_upstream_tls(node: Node) -> tuple[UpstreamTls, tuple[str, ...]]:
 
 
 def read_server_tls(node: Node) -> ServerTls:
-    """The `tls` of the daemon itself; raises `ConfigInvalid`."""
+    """Read the section `tls` of the daemon.
+
+    Raises:
+        ConfigInvalid: a key is missing or unknown, a file cannot be read, or a certificate or key in it cannot be
+            used.
+    """
     nodes = node.mapping("cert", "key", "client_ca", below="tls.")
     return ServerTls(
         _key_pair(node, nodes),
@@ -116,7 +141,7 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
     pem = nodes["key"].contents()
     path = nodes["key"].path()
     if b"ENCRYPTED" in pem:
-        # OpenSSL would ask for its passphrase on the terminal.
+        # For an encrypted key, OpenSSL asks for the passphrase on the terminal.
         raise nodes["key"].error(f"{path} is encrypted: nobody is there to type its passphrase, decrypt it first")
     try:
         key = crypto.load_privatekey(crypto.FILETYPE_PEM, pem)
@@ -135,7 +160,7 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
 
 
 def openssl_reason(error: BaseException | None, otherwise: str = "the connection broke") -> str:
-    """What OpenSSL's error queue says, or `otherwise` where it says nothing."""
+    """Return the text of OpenSSL's error queue in `error`, or `otherwise` if it is empty."""
     queue = error.args[0] if error and error.args and isinstance(error.args[0], list) else []
     return "; ".join(str(entry[-1]) for entry in queue) or otherwise
 

@@ -1,4 +1,4 @@
-"""Values as people write them: durations, sizes, shares, dates, and patterns."""
+"""Parsers and formatters of values: durations, sizes, shares, local times and patterns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _LOCAL_TIME = "%Y-%m-%dT%H:%M:%S"
 
 
 def parse_duration(text: str) -> timedelta:
-    """The time that `30d`, `12h`, `90m`, `45s` or `2w` is; raises `ValueError`."""
+    """Parse a duration such as `45s`, `90m`, `12h`, `30d` or `2w`.
+
+    Raises:
+        ValueError: it is malformed, zero, or longer than 100 years.
+    """
     match = _DURATION.fullmatch(text)
     seconds = int(match["number"]) * _SECONDS[match["unit"]] if match else 0
     if not seconds:
@@ -31,7 +35,14 @@ def parse_duration(text: str) -> timedelta:
 
 
 def parse_size(text: str) -> int:
-    """Bytes, from `50GB` or `20MiB`; raises `ValueError`."""
+    """Parse a size such as `50GB` (powers of 1000) or `20MiB` (powers of 1024).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: it is malformed or zero.
+    """
     match = _SIZE.fullmatch(text)
     size = int(float(match["number"]) * (1024 if match["binary"] else 1000) ** _POWERS[match["unit"]]) if match else 0
     if not size:
@@ -41,13 +52,13 @@ def parse_size(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Room to be left free on a disk: a `share` of it, from 0 to 1, but at most `most` bytes."""
+    """Disk space to leave free: a `share` of the disk, from 0 to 1, but at most `most` bytes."""
 
     share: float
     most: int = sys.maxsize
 
     def of(self, total: int) -> int:
-        """Return the bytes to be left free on a disk of `total` bytes."""
+        """Return the bytes to leave free on a disk of `total` bytes."""
         return min(int(total * self.share), self.most)
 
 
@@ -55,9 +66,10 @@ USUAL_RESERVE = Reserve(0.05, 2 * 10**9)
 
 
 def parse_reserve(text: str) -> Reserve:
-    """Return what `1GB` or `5%` asks for, or the usual reserve for the empty string.
+    """Parse a reserve such as `1GB` or `5%`; the empty string gives `USUAL_RESERVE`.
 
-    Raises: `ValueError`.
+    Raises:
+        ValueError: it is malformed.
     """
     if not text:
         return USUAL_RESERVE
@@ -73,9 +85,11 @@ def parse_reserve(text: str) -> Reserve:
 def parse_share(text: str) -> int:
     """Parse a share such as `50%`.
 
-    Returns: per cent, from 1 to 100.
+    Returns:
+        A percentage, from 1 to 100.
 
-    Raises: `ValueError`.
+    Raises:
+        ValueError: it is malformed or out of bounds.
     """
     match = _PERCENT.fullmatch(text)
     percent = int(match["percent"]) if match else 0
@@ -85,7 +99,11 @@ def parse_share(text: str) -> int:
 
 
 def parse_local_time(text: str) -> datetime:
-    """The time, local to this machine, that `2024-03-01T22:17:30` is; raises `ValueError`."""
+    """Parse a time in this machine's time zone, such as `2024-03-01T22:17:30`.
+
+    Raises:
+        ValueError: it is malformed, or does not exist.
+    """
     try:
         if not re.fullmatch(r"[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}:){2}[0-9]{2}", text):
             raise ValueError
@@ -95,12 +113,12 @@ def parse_local_time(text: str) -> datetime:
 
 
 def local_time(moment: datetime) -> str:
-    """`moment` as it is local to this machine, such as `2024-03-01T22:17:30`."""
+    """Format `moment` in this machine's time zone, such as `2024-03-01T22:17:30`."""
     return moment.astimezone().strftime(_LOCAL_TIME)
 
 
 def size_text(size: int) -> str:
-    """`size` bytes for people, such as `12.3 MB`."""
+    """Format `size` bytes for people, such as `12.3 MB`."""
     amount, units = float(size), ["B", "kB", "MB", "GB", "TB"]
     while amount >= 999.95 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
@@ -108,7 +126,7 @@ def size_text(size: int) -> str:
 
 
 _SEPARATOR = re.compile(r",(?![0-9]*\})")
-"""A comma, but not the one in `x{1,2}`."""
+"""A comma that separates patterns, unlike the one in `x{1,2}`."""
 
 _PIECE = re.compile(
     r"\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?[^)]?|\{,[0-9]+\}|.",
@@ -126,27 +144,35 @@ _FOREIGN = {
     r"\C": "a dot is one character",
     "(?U": "write *? or +? for a repetition that takes as little as it can",
 }
-"""What Go knows, and Python does not, or reads as something else."""
+"""Syntax of Go's expressions that Python lacks or reads differently, and what to write instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """Regular expressions, as they were written; an image URL is matched when one of them is found in it."""
+    """Regular expressions; an image URL matches if one of them is found anywhere in it."""
 
     expressions: tuple[re.Pattern[str], ...]
 
     def match(self, url: str) -> bool:
-        """Whether one of them is found in `url`."""
+        """Tell whether one of the expressions is found in `url`."""
         return any(expression.search(url) for expression in self.expressions)
 
     @classmethod
     def parse(cls, text: str) -> Patterns:
-        """The patterns in `text`, separated by commas; raises `ValueError` with what is wrong with which of them."""
+        """Parse expressions separated by commas.
+
+        Raises:
+            ValueError: an expression is invalid; the message names it and says why.
+        """
         return cls.of(piece.strip() for piece in _SEPARATOR.split(text))
 
     @classmethod
     def of(cls, expressions: Iterable[str]) -> Patterns:
-        """The patterns, one expression each; raises `ValueError` as `parse` does."""
+        """Compile `expressions`.
+
+        Raises:
+            ValueError: an expression is invalid; the message names it and says why.
+        """
         return cls(tuple(map(_compiled, expressions)))
 
 
@@ -157,7 +183,7 @@ def _compiled(expression: str) -> re.Pattern[str]:
         _refuse_foreign(expression, piece)
     try:
         with warnings.catch_warnings():
-            # Python warns of what it may read differently one day.
+            # Python warns about syntax whose meaning may change in a later version; refuse it.
             warnings.simplefilter("error", FutureWarning)
             return re.compile(expression, re.ASCII)
     except (re.error, FutureWarning, OverflowError, RecursionError) as error:

@@ -1,1 +1,1 @@
-"""Faces the clients: /v2 requests become answers, answers become bytes on the wire."""
+"""The HTTP server: turns client requests below /v2/ and /health into responses."""

@@ -1,4 +1,4 @@
-"""The API: parsed requests under /v2/ to answers, and GET /health."""
+"""The API: answers the requests below /v2/ (OCI Distribution specification) and GET /health."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def health(
     room: Callable[[], Room],
     started: datetime,
 ) -> Handler:
-    """What answers such requests; all but `started` are asked each time."""
+    """Make the handler of GET /health.
+
+    `started` is the start time of the daemon; the other arguments are called for each request.
+    """
 
     async def answer(method: str, path: bytes, query: Query, via: Via) -> Answer:
         held, lacking, preloader = counts(), incomplete(), preloaded()
@@ -67,7 +70,7 @@ def health(
 
 
 class V2:
-    """Answers GET and HEAD requests; an upstream that a request does not name is `default`."""
+    """Answers GET and HEAD requests below /v2/; `default` is the upstream of requests that name none."""
 
     log = Logger(namespace="ociregistry.web")
 
@@ -79,8 +82,11 @@ class V2:
         default: Upstream,
         instance: str,
     ) -> None:
-        """`demand` is told what clients ask for; `instance` is what this process calls itself when it asks
-        upstreams."""
+        """Wire the API to what answers it.
+
+        `demand` is told which manifests and blobs clients request; `instance` is the name of this process in the
+        `Via` header.
+        """
         self._demand = demand
         self._cache = cache
         self._listings = listings
@@ -88,11 +94,17 @@ class V2:
         self._instance = instance
 
     def reconfigure(self, default: Upstream) -> None:
-        """From now on this is the upstream that requests need not name."""
+        """Replace the upstream of requests that name none."""
         self._default = default
 
     async def answer(self, method: str, path: bytes, query: Query, via: Via = NO_VIA) -> Answer:
-        """The answer; whoever gets it closes its content. Raises `RegistryError`."""
+        """Answer a request; the caller must close the content of the answer.
+
+        `path` is still percent-encoded.
+
+        Raises:
+            RegistryError: the request is malformed, came here in a loop, or cannot be answered.
+        """
         request = parse_request(path, query, self._default)
         if via.loops_through(self._instance):
             which = namespace(query) or self._default
@@ -112,7 +124,8 @@ class V2:
         assert_never(request)
 
     async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], via: Via) -> Answer:
-        # A cache that asks us completes its images by itself; ours would ask it for what it is waiting for.
+        # A downstream cache completes its images itself. Where the two are each other's mirrors, completing them here
+        # too would request blobs from the process that waits for them.
         pulls = method == "GET" and via == NO_VIA
         found = await self._cache.manifest(request.image, via, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
@@ -134,7 +147,7 @@ class V2:
 
     async def _tags(self, request: TagsRequest, scope: dict[str, str], via: Via) -> Answer:
         found = await self._listings.tags(request.repository, request.count, request.last, via)
-        # The name as the client spelled it: with ns it is the path alone.
+        # The name as the client spelled it: with `ns` the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
         if found.page.more and found.page.tags:

@@ -1,4 +1,4 @@
-"""One client's connection: limits, TLS towards clients, and the count of requests that a stop waits for."""
+"""The connection of a client: its limits, TLS, and the count of requests in flight that a shutdown waits for."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from ociregistry.config.tls import ServerTls, openssl_context, openssl_reason
 
 
 class Traffic:
-    """The requests that are being answered, and the connections whose first one is awaited."""
+    """Counts requests in flight and new connections that have not sent their first request yet."""
 
     def __init__(self) -> None:
         self._requests = 0
         self._changed = Event()
 
     def began(self) -> None:
-        """One more."""
+        """Count one request or new connection more."""
         self._requests += 1
 
     def ended(self) -> None:
-        """One less."""
+        """Count one request or new connection less."""
         self._requests -= 1
         self._changed.fire()
 
     def idle(self) -> Deferred[None]:
-        """Fires when there is none."""
+        """Return a Deferred that fires as soon as nothing is in flight."""
         return succeed(None) if self._requests == 0 else Deferred.fromCoroutine(self._idle())
 
     async def _idle(self) -> None:
@@ -48,17 +48,17 @@ class Traffic:
 
 @implementer(IOpenSSLServerConnectionCreator)
 class ServerPolicy:
-    """Makes the TLS side of each connection that a client opens."""
+    """Makes the TLS side of each client connection."""
 
     def __init__(self, settings: ServerTls) -> None:
         self.reconfigure(settings)
 
     def reconfigure(self, settings: ServerTls) -> None:
-        """Connections that are opened from now on are made by these: certificates are renewed under a daemon."""
+        """Use other certificates for new connections, so that they can be renewed while the daemon runs."""
         self._context = openssl_context(settings.identity, settings.client_ca)
 
     def serverConnectionForTLS(self, tlsProtocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        """A new connection."""
+        """Make the TLS connection for `tlsProtocol`."""
         return SSL.Connection(self._context, None)
 
 
@@ -66,10 +66,10 @@ _REQUEST_WITHIN = 30.0
 """Seconds from the first byte of a request to its last."""
 
 _FIRST_REQUEST_WITHIN = 5.0
-"""Seconds that who has connected counts as one who is being served: a daemon that stops must not cut it off."""
+"""Seconds for which a new connection counts as in flight, so that a shutdown does not cut it off."""
 
 MOST_CONNECTIONS = 2000
-"""From one address. A node keeps a handful; but a whole cluster may stand behind one address."""
+"""Connections from one address. A node keeps a handful, but a whole cluster may share one address."""
 
 _TLS_HANDSHAKE = b"\x16"
 _NOT_TLS = (
@@ -79,9 +79,10 @@ _NOT_TLS = (
 
 
 class Channel(HTTPChannel):
-    """HTTPChannel with limits. `addresses` counts the connections of each address, over all channels.
+    """An HTTPChannel with limits on time and on connections per address.
 
-    A new one is part of the `traffic`, until its first request is.
+    `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
+    `traffic` until its first request does.
     """
 
     log = Logger(namespace="ociregistry.web")
@@ -98,11 +99,11 @@ class Channel(HTTPChannel):
         self._serving = False
 
     def connectionMade(self) -> None:
-        """Counts the connection, and refuses it when there are too many."""
+        """Count the connection, and abort it when its address has too many."""
         super().connectionMade()
         peer: object = self._tcp.getPeer()
         is_tcp = isinstance(peer, IPv4Address | IPv6Address)
-        # Small answers must not wait for an acknowledgement of earlier ones; transports in memory have none.
+        # Without TCP_NODELAY small responses wait for the ACK of earlier ones. Transports in memory lack the method.
         if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
@@ -113,7 +114,7 @@ class Channel(HTTPChannel):
             self.abort()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Counts it no more, and tells of a client that TLS did not let in."""
+        """Stop counting the connection, and log a failed TLS handshake."""
         if reason.check(SSL.Error) and self._fresh:
             self.log.warn("{client}: TLS failed: {why}", client=self._address, why=openssl_reason(reason.value))
         self._addresses[self._address] -= 1
@@ -124,9 +125,9 @@ class Channel(HTTPChannel):
         super().connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:
-        """Sets a deadline for the whole of a request that begins."""
+        """Set a deadline for a request that begins; tell a client that speaks TLS on a plain port."""
         if self._fresh and data.startswith(_TLS_HANDSHAKE):
-            # At once: a client that tries TLS first turns to plain HTTP on an answer, and waits 10 s for silence.
+            # A client that tries TLS first falls back to plain HTTP on any response, and waits 10 s without one.
             self._tcp.write(_NOT_TLS)
             self._tcp.loseConnection()
             return
@@ -136,19 +137,19 @@ class Channel(HTTPChannel):
         super().dataReceived(data)
 
     def allContentReceived(self) -> None:
-        """The request is here."""
+        """Cancel the deadline: the request is complete."""
         self._stop_deadline()
         self._serving = True
         super().allContentReceived()
         self._await_no_longer()
 
     def requestDone(self, request: Request) -> None:
-        """The answer has been sent; what came of the next request meanwhile is looked at now."""
+        """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
         super().requestDone(request)
 
     def abort(self) -> None:
-        """Ends the connection at once, whatever was not sent yet."""
+        """Close the connection at once and drop unsent bytes."""
         self._tcp.abortConnection()
 
     @property

@@ -1,6 +1,6 @@
-"""Sends content to a client as fast as it comes and the client takes it.
+"""Sends content to a client as fast as it arrives and the client reads it.
 
-One push producer for plain and TLS connections, for finished and for growing blobs alike.
+One push producer serves plain and TLS connections, stored blobs and blobs that are still being downloaded.
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ from ociregistry.errors import Unavailable
 from ociregistry.pullthrough.cache import Content
 
 _PIECE = 256 * 1024
-"""Bytes: large enough that the work per piece does not count, small enough for many clients at once."""
+"""Bytes per write: large enough to make the work per write negligible, small enough for many clients at once."""
 
 
 SLOWEST = 60.0
-"""Seconds that a client may take nothing of what is sent to it."""
+"""Seconds for which a client may read nothing."""
 
 
 class SlowClient(Exception):
-    """The client does not take what is sent to it."""
+    """The client does not read what is sent to it."""
 
 
 @implementer(IPushProducer)
 class ContentProducer:
-    """Writes a part of `content` to `request`.
-
-    A client waits at most `patience` seconds for bytes that the upstream holds back.
-    """
+    """Writes a part of `content` to `request`; waits at most `patience` seconds for the next bytes of the content."""
 
     def __init__(self, request: Request, content: Content, patience: float, clock: IReactorTime) -> None:
         self._request = request
@@ -42,7 +39,12 @@ class ContentProducer:
         self._resumed = Event()
 
     async def send(self, start: int, stop: int) -> None:
-        """Returns when the bytes from `start` up to `stop` have been written; raises `Unavailable` if they cannot."""
+        """Write the bytes from `start` up to, not including, `stop`.
+
+        Raises:
+            Unavailable: the upstream sent no byte within `patience`, or the content is shorter than its size.
+            SlowClient: the client read nothing for `SLOWEST` seconds.
+        """
         self._request.registerProducer(self, True)
         try:
             available = 0
@@ -57,7 +59,7 @@ class ContentProducer:
                 while self._paused:
                     await self._taken()
         finally:
-            # A request whose client has gone has no channel any more.
+            # A request whose client has disconnected has no channel.
             if self._request.channel is not None:
                 self._request.unregisterProducer()
 
@@ -82,4 +84,4 @@ class ContentProducer:
         self._resumed.fire()
 
     def stopProducing(self) -> None:
-        """The connection is gone: the request is told so by `notifyFinish`, and who sends is cancelled."""
+        """Do nothing: on a lost connection, `notifyFinish` of the request cancels `send`."""

@@ -1,7 +1,7 @@
-"""From the path, query and Range of a request to frozen values; nothing behind them sees a URL again.
+"""Parses the path, query and Range header of a request into frozen values; only this module reads URLs of clients.
 
-The paths are those of the OCI Distribution specification v1.1.1; `ns` is how containerd tells a mirror which registry
-it asks for. Ranges are those of RFC 9110, section 14, one at a time.
+The paths are those of the OCI Distribution specification v1.1.1. With the query parameter `ns`, containerd names the
+registry that it wants from a mirror. Ranges follow RFC 9110, section 14; a single range is supported.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ class Range:
 
 
 def parse_range(header: str, size: int) -> Range | None:
-    """What `header` asks of content of `size` bytes; None means all of it, as if there were no header.
+    """Parse a Range header for content of `size` bytes.
 
-    That holds for several ranges too: a client copes with a 200, not with a 206 that has only the first. Raises
-    `RangeUnsatisfiable`, also for a range that ends before it begins, as the conformance suite wants.
+    Returns:
+        The range, or None to send all of the content: for a header that cannot be parsed, and for several ranges,
+        because clients handle a 200 but not a 206 that has only the first range.
+
+    Raises:
+        RangeUnsatisfiable: the range lies outside the content, or ends before it begins (the conformance suite
+            expects that).
     """
     match = _SINGLE.fullmatch(header.strip())
     if match is None or not (match["first"] or match["last"]):
@@ -56,19 +61,19 @@ Query = Mapping[bytes, Sequence[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class VersionCheck:
-    """Whether this is a registry."""
+    """Asks whether this server is a registry ("end-1" of the specification)."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRequest:
-    """A manifest by tag or digest."""
+    """Asks for a manifest by tag or digest."""
 
     image: ImageReference
 
 
 @dataclass(frozen=True, slots=True)
 class BlobRequest:
-    """A blob of a repository."""
+    """Asks for a blob of a repository."""
 
     repository: Repository
     digest: Digest
@@ -76,7 +81,7 @@ class BlobRequest:
 
 @dataclass(frozen=True, slots=True)
 class TagsRequest:
-    """At most `count` tags after the tag `last`."""
+    """Asks for at most `count` tags (None for all) after the tag `last`."""
 
     repository: Repository
     count: int | None
@@ -85,7 +90,7 @@ class TagsRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReferrersRequest:
-    """What refers to a manifest, only that of `artifact_type` if it is not empty."""
+    """Asks for the referrers of a manifest, all or those of a non-empty `artifact_type`."""
 
     repository: Repository
     digest: Digest
@@ -96,9 +101,10 @@ Request = VersionCheck | ManifestRequest | BlobRequest | TagsRequest | Referrers
 
 
 def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
-    """The request for `path`, still percent-encoded; an upstream that it does not name is `default`.
+    """Parse a request from its percent-encoded `path` and its query; `default` is the upstream if it names none.
 
-    Raises a `RegistryError` for whatever is malformed or not offered.
+    Raises:
+        RegistryError: the request is malformed or asks for something that this server does not offer.
     """
     text = _decode(path)
     upstream = _upstream(query)
@@ -124,12 +130,12 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
 
 
 def namespace(query: Query) -> str:
-    """The `ns` of a request, as it came; the empty string without one."""
+    """Return the query parameter `ns` as sent, or the empty string."""
     return _one(query, b"ns")
 
 
 def _decode(path: bytes) -> str:
-    # Decoded once; a slash that was encoded would make another path of it.
+    # Decoded once, and before the path is split: an encoded slash would change where it is split.
     if b"%2f" in path.lower():
         raise NameInvalid("a path must not contain an encoded slash")
     try:

@@ -1,6 +1,6 @@
-"""Renders answers: calls the handler, puts its answer or its error on the wire, and writes the log lines.
+"""Serves requests: calls the handler, sends its answer or its error, and writes the access and error log lines.
 
-This is the one place where errors are rendered, and where a failure becomes a log line.
+This is the only place that renders errors and logs failed requests.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from ociregistry.web.requests import Query, Range, parse_range
 
 
 class InMemory:
-    """Content that is already here."""
+    """Content that is held in memory."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return len(self._data)
 
     def more_than(self, offset: int) -> Deferred[int]:
-        """Fires with the size."""
+        """Return a Deferred that has fired with the size: all bytes are available."""
         return succeed(self.size)
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with the bytes at `offset`."""
+        """Return a Deferred that has fired with at most `count` bytes from `offset` on."""
         return succeed(self._data[offset : offset + count])
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there is no file to close."""
 
 
 class SizeOnly(InMemory):
-    """Content of which only the size is known: the answer to a HEAD."""
+    """Content of which only the size is known, for the answer to a HEAD request."""
 
     def __init__(self, size: int) -> None:
         super().__init__(b"")
@@ -58,15 +58,16 @@ class SizeOnly(InMemory):
 
     @property
     def size(self) -> int:
-        """Bytes of what a GET would give."""
+        """Size in bytes of what a GET would return."""
         return self._size
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A status with headers and content.
+    """An HTTP response: status, headers and content.
 
-    `ranged` content may be asked for in part. `hit` is None where there is nothing to find in a cache.
+    `ranged` says whether Range requests apply. `hit` is True for a cache hit, False for a miss, and None where the
+    cache is not involved.
     """
 
     status: int
@@ -84,20 +85,20 @@ def json_answer(
     media_type: str = "application/json",
     hit: bool | None = None,
 ) -> Answer:
-    """An answer with `document` as JSON."""
+    """Make an answer whose body is `document` as JSON."""
     body = json.dumps(document).encode()
     return Answer(status, InMemory(body), {"Content-Type": media_type, **(headers or {})}, hit=hit)
 
 
 def error_answer(error: RegistryError) -> Answer:
-    """The answer that tells a client of `error`, with the body of the specification's "Error Codes"."""
+    """Make the answer for `error`; the body has the form of the specification's section "Error Codes"."""
     document = {"errors": [{"code": error.code, "message": error.message, "detail": None}]}
     return json_answer(error.status, document, error.headers())
 
 
 Handler = Callable[[str, bytes, Query, Via], Coroutine[Deferred[Any], Any, Answer]]
-"""Gives the answer to a method, a path (still percent-encoded) and a query that came through a chain of caches;
-raises `RegistryError`."""
+"""A coroutine function that answers a method, a percent-encoded path, a query and the parsed `Via` header; it raises
+`RegistryError` for a request that fails."""
 
 _COMMON_HEADERS = {
     "Docker-Distribution-API-Version": "registry/2.0",
@@ -107,16 +108,16 @@ _COMMON_HEADERS = {
 
 
 class InternalError(RegistryError):
-    """A defect of this program."""
+    """A bug in this program."""
 
 
 class Served(Resource):
-    """Answers all GET and HEAD requests at and below its place by one `handler`."""
+    """Answers all GET and HEAD requests at and below its path with one `handler`."""
 
     isLeaf = True
 
     def __init__(self, handler: Handler, traffic: Traffic, patience: float, clock: IReactorTime) -> None:
-        """`patience` is how many seconds a client waits for the next byte."""
+        """Create the resource; `patience` is the number of seconds to wait for the next byte of content."""
         super().__init__()
         self._handler = handler
         self._traffic = traffic
@@ -124,7 +125,7 @@ class Served(Resource):
         self._clock = clock
 
     def render(self, request: Request) -> int:
-        """Begins to answer `request`; it never fails."""
+        """Start to answer `request`. Never raises."""
         exchange = _Exchange(request, self._handler, self._patience, self._clock)
         self._traffic.began()
         served = Deferred.fromCoroutine(exchange.serve())
@@ -150,7 +151,7 @@ class _Exchange:
         request.notifyFinish().addErrback(self._disconnected)
 
     async def serve(self) -> None:
-        """Returns when the answer is sent, or cannot be."""
+        """Answer the request; return when the answer is sent or the client is gone."""
         answer = await self._answer()
         try:
             if not self._gone:
@@ -160,7 +161,7 @@ class _Exchange:
         self._log_access(answer)
 
     def fail(self, failure: Failure) -> None:
-        """A defect: whatever was sent, the client must not wait for more."""
+        """Log a bug and close the connection, so that the client does not wait for more bytes."""
         self.log.failure("a defect in answering {path}", failure, path=self._path)
         if not self._gone:
             self._request.channel.loseConnection()
@@ -208,7 +209,7 @@ class _Exchange:
         for name, value in headers.items():
             request.responseHeaders.setRawHeaders(name, [value])
         if self._method != "HEAD":
-            # The headers go out now: the first byte may be long in coming.
+            # Send the headers now: the first byte of the content may take long to arrive.
             request.write(b"")
             await self._send_content(answer, part or Range(0, size))
         elif not self._gone:
@@ -251,13 +252,13 @@ class _Exchange:
         if isinstance(error, SlowClient):
             channel.abort()
         else:
-            # Without finish(): the client must see fewer bytes than were announced, and a FIN, not an RST. What
-            # it does not take in time is dropped.
+            # No finish(): the client must receive fewer bytes than Content-Length, ended by a FIN, not an RST. The
+            # timeout drops bytes that the client does not read in time.
             channel.setTimeout(SLOWEST)
             channel.loseConnection()
 
     def _header(self, name: bytes) -> str | None:
-        # Whatever bytes a client sends: asked for by a text, Twisted would take them for UTF-8.
+        # With a str as the name, Twisted decodes the value as UTF-8, which fails for other bytes.
         value = self._request.getHeader(name)
         return None if value is None else value.decode("latin-1")
 
@@ -286,5 +287,5 @@ class _Exchange:
 
 
 def _printable(text: bytes) -> str:
-    """What came from a client, for a line of the log that stays one line."""
+    """Escape text from a client, so that a log line stays one line."""
     return text.decode("latin-1").encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""The resource tree and the HTTP server in front of it."""
+"""The resource tree and the HTTP server that serves it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer, Handler, Served
 
 _IDLE_CONNECTION = 150.0
-"""Seconds; clients keep connections for 90 to 120 s, and one that we close under them fails a request."""
+"""Seconds. Clients keep idle connections for 90 to 120 s; closing one earlier can make a client's request fail."""
 
 
 class _Nowhere(io.RawIOBase):
-    """Takes what nobody reads."""
+    """A file object that discards what is written to it."""
 
     def write(self, data: object) -> int:
         return len(data)  # type: ignore[arg-type]  # any buffer has a length
@@ -37,7 +37,7 @@ class _Nowhere(io.RawIOBase):
 
 
 class _PullOnlyRequest(Request):
-    """Takes no body into memory or onto disk: no request that is answered has one."""
+    """A request whose body is discarded, because no supported request has one."""
 
     def gotLength(self, length: int | None) -> None:
         self.content = _Nowhere()
@@ -57,10 +57,10 @@ class _Root(Resource):
 
 
 class RegistrySite(Site):
-    """The HTTP server; its access lines are written where requests are served."""
+    """The HTTP server; `web/resource.py` writes the access log."""
 
     def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
-        """`patience` is how many seconds a client waits for the next byte of an answer."""
+        """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
         self.traffic = Traffic()
 
         def served(handler: Handler) -> Served:
@@ -71,11 +71,11 @@ class RegistrySite(Site):
         root.putChild(b"health", served(health))
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         addresses: Counter[str] = Counter()
-        # Typed for the wrapper that could also speak HTTP/2.
+        # Site's `protocol` is typed for the wrapper that can also speak HTTP/2.
         self.protocol = lambda: Channel(clock, addresses, self.traffic)  # type: ignore[method-assign, assignment, return-value]
 
     def log(self, request: object) -> None:
-        """Writes nothing."""
+        """Do nothing: `web/resource.py` writes the access log."""
 
 
 async def _nothing(method: str, path: bytes, query: Query, via: Via) -> Answer:
