@@ -59,7 +59,7 @@ class Wire:
         self._timer: Any = None
         self._running = False
 
-    def reconfigure(self, rate: float | None, delay: float) -> None:
+    def use(self, rate: float | None, delay: float) -> None:
         """Be like this from now on; what is under way arrives when it would have."""
         self._rate, self._delay = rate, delay
         self._free_at = min(self._free_at, self._clock.seconds())
@@ -94,7 +94,7 @@ class Wire:
             return
         self._running = True
         try:
-            while not self._frozen and (self._finish() or self._launch()):
+            while not self._frozen and (self._land() or self._launch()):
                 pass
         finally:
             self._running = False
@@ -103,7 +103,7 @@ class Wire:
     def _due(self, when: float) -> bool:
         return bool(when <= self._clock.seconds() + _EPSILON)
 
-    def _finish(self) -> bool:
+    def _land(self) -> bool:
         if not self._flight or not self._due(self._flight[0][0]):
             return False
         _, flow, item = self._flight.popleft()

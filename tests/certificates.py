@@ -45,7 +45,7 @@ class Authority:
         issuer = above or self
         builder = issuer._builder(self._name, self._key, ca=True).add_extension(usage, critical=True)
         _write(self.ca, builder.sign(issuer._key, hashes.SHA256()))
-        self._via: bytes = self.ca.read_bytes() + above._via if above else b""
+        self._chain: bytes = self.ca.read_bytes() + above._chain if above else b""
 
     def issue(self, *names: str, expired: bool = False) -> tuple[Path, Path]:
         """A certificate for these DNS names and IP addresses, for servers and clients, and its key.
@@ -66,7 +66,7 @@ class Authority:
         builder = builder.add_extension(subject, critical=False)
         certificate_path = self._folder / f"{names[0]}.crt"
         key_path = certificate_path.with_suffix(".key")
-        _write(certificate_path, builder.sign(self._key, hashes.SHA256()), self._via)
+        _write(certificate_path, builder.sign(self._key, hashes.SHA256()), self._chain)
         form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         key_path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, plain))
         return certificate_path, key_path
@@ -114,5 +114,5 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
 
 
-def _write(path: Path, certificate: x509.Certificate, via: bytes = b"") -> None:
-    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + via)
+def _write(path: Path, certificate: x509.Certificate, chain: bytes = b"") -> None:
+    path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM) + chain)

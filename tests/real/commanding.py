@@ -18,12 +18,12 @@ import yaml
 from tests.images import Image, Index
 from tests.processes import ROOT, twistd
 
-NOBODYS_ID = 65534
+NOBODY_UID = 65534
 """The user and the group without rights that every Debian has."""
 
 _PATIENCE = 120
 
-LoadStatus = subprocess.CompletedProcess[str]
+Ended = subprocess.CompletedProcess[str]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Shell:
         common = ["--image-path", str(self.store), "--config-path", str(self.config)]
         return twistd(*common, *arguments, options=options)
 
-    def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> LoadStatus:
+    def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
         """What becomes of `twistd -n ociregistry` with these arguments."""
         return ended(self.argv(*arguments), self.folder, environment)
 
-    def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> LoadStatus:
+    def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> Ended:
         """What becomes of it in a shell that reads the arguments, and sends what comes out into `pipe`."""
         script = f'set -o pipefail; ociregistry() {{ "${{command[@]}}" "$@"; }}; ociregistry {arguments} {pipe}'
         return ended(["bash", "-c", f'command=("$@"); {script}', "bash", *self.argv()], self.folder, environment)
@@ -61,7 +61,7 @@ def shell_in(folder: Path, registries: Iterable[Mapping[str, object]] = (), **se
     return Shell(folder, folder / "images", config)
 
 
-def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> LoadStatus:
+def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
     """What becomes of a process that is started in `folder`."""
     return subprocess.run(
         argv,
@@ -75,13 +75,13 @@ def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | No
     )
 
 
-def succeeded(done: LoadStatus) -> str:
+def succeeded(done: Ended) -> str:
     """What a command printed, which must have had nothing to complain about."""
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
-def assert_one_line(done: LoadStatus, status: int, *words: str) -> None:
+def assert_one_line(done: Ended, status: int, *words: str) -> None:
     """It must have ended with this status and one line that tells why, with these words in it."""
     assert done.returncode == status, done
     assert re.fullmatch("ociregistry: [^\n]+\n", done.stderr), done
@@ -133,7 +133,7 @@ def need_root() -> None:
 
 def as_nobody(argv: Sequence[str]) -> list[str]:
     """The command line that runs `argv` as a user without rights."""
-    return ["setpriv", f"--reuid={NOBODYS_ID}", f"--regid={NOBODYS_ID}", "--clear-groups", *argv]
+    return ["setpriv", f"--reuid={NOBODY_UID}", f"--regid={NOBODY_UID}", "--clear-groups", *argv]
 
 
 @contextmanager

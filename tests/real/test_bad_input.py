@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import Image, Manifest, make_image
-from tests.real.commanding import LoadStatus, Shell, assert_one_line, contents, shell_in, succeeded
+from tests.real.commanding import Ended, Shell, assert_one_line, contents, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 
 KEPT = make_image("kept")
@@ -29,7 +29,7 @@ class Scene:
     shell: Shell
     upstream: ScriptedRegistry
 
-    def mistake(self, *arguments: str) -> LoadStatus:
+    def mistake(self, *arguments: str) -> Ended:
         """What becomes of a command that must neither ask the upstream nor change the store."""
         before, asked = contents(self.shell.store), len(self.upstream.requests)
         done = self.shell.run(*arguments)

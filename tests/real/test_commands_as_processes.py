@@ -14,7 +14,7 @@ import pytest
 from ociregistry import __version__
 from tests.images import make_index
 from tests.real.commanding import (
-    NOBODYS_ID,
+    NOBODY_UID,
     Shell,
     as_nobody,
     assert_one_line,
@@ -112,8 +112,8 @@ def test_without_n_it_prints_and_ends_where_it_may_not_write(
 ) -> None:
     """It leaves neither pid file nor log file, and needs neither; the store is the user's own."""
     need_root()
-    out_for(shell, NOBODYS_ID)
-    give(shell.store, NOBODYS_ID)
+    out_for(shell, NOBODY_UID)
+    give(shell.store, NOBODY_UID)
     done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
     assert printed in succeeded(done)
     assert list(place.iterdir()) == []
@@ -169,7 +169,7 @@ def test_load_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
 @pytest.mark.parametrize("command", [one for one in COMMANDS if "version" not in one and one != "check"])
 def test_a_store_that_may_not_be_read_is_told_in_one_line(shell: Shell, place: Path, command: str) -> None:
     need_root()
-    out_for(shell, NOBODYS_ID)
+    out_for(shell, NOBODY_UID)
     shell.store.chmod(0o700)
     before = contents(shell.store)
     done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
@@ -193,7 +193,7 @@ def test_a_store_that_may_be_read_but_not_written_is_told_in_one_line(
 @pytest.mark.parametrize("command", ["list", "prune --pattern team/ --dry-run", "export --pattern team/ -o TAR"])
 def test_what_only_reads_may_be_given_by_whoever_may_read(shell: Shell, place: Path, command: str) -> None:
     need_root()
-    out_for(shell, NOBODYS_ID)
+    out_for(shell, NOBODY_UID)
     before = contents(shell.store)
     succeeded(ended(as_nobody(shell.argv(*words(shell, command), options=())), place))
     assert contents(shell.store) == before
@@ -202,7 +202,7 @@ def test_what_only_reads_may_be_given_by_whoever_may_read(shell: Shell, place: P
 def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, registry: ScriptedRegistry) -> None:
     """After each of load, prune, verify and a repair; the user can go on with all of it."""
     need_root()
-    give(shell.store, NOBODYS_ID)
+    give(shell.store, NOBODY_UID)
     for tag in ("v2", "v3"):
         registry.add("team/app", make_index(tag), tag)
     # A list that nobody but root can read.
@@ -210,22 +210,22 @@ def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, reg
     secret.write_text(f"{registry.host}/team/app:v2\n{registry.host}/team/app:v3\n")
     secret.chmod(0o600)
     assert "2 loaded" in succeeded(shell.run("load", str(secret)))
-    assert owners(shell.store) == {NOBODYS_ID}
+    assert owners(shell.store) == {NOBODY_UID}
     # A record that is written anew, and others that go.
     registry.add("team/app", INDEX, "same")
     (shell.folder / "list").write_text(f"{registry.host}/team/app:same\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
     assert "1 image URLs, 0 records" in succeeded(shell.run("--prune", "team/app:v1$"))
     assert "2 image URLs, 2 records" in succeeded(shell.run("--prune", "team/app:v2$"))
-    assert owners(shell.store) == {NOBODYS_ID}
+    assert owners(shell.store) == {NOBODY_UID}
     succeeded(shell.run("verify"))
-    assert owners(shell.store) == {NOBODYS_ID}
+    assert owners(shell.store) == {NOBODY_UID}
     layer = INDEX.images[0].layers[0]
     file = shell.store / "blobs" / layer.digest.removeprefix("sha256:")
     file.write_bytes(bytes(len(layer.data)))
     assert f"\nrepaired: {file}\n" in succeeded(shell.run("verify", "--repair"))
     assert file.read_bytes() == layer.data
-    assert owners(shell.store) == {NOBODYS_ID}
+    assert owners(shell.store) == {NOBODY_UID}
     assert all(path.stat().st_mode & stat.S_IRUSR for path in shell.store.rglob("*"))
     ended(as_nobody(shell.argv("verify")), shell.folder)
 

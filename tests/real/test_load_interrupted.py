@@ -13,7 +13,7 @@ import pytest
 
 from tests.images import MIB, Image, make_image
 from tests.processes import ROOT, wait_until
-from tests.real.commanding import LoadStatus, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
+from tests.real.commanding import Ended, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
 from tests.real.scripted import scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip, Hold
@@ -64,11 +64,11 @@ def _printed(shell: Shell) -> Path:
     return shell.folder / "stdout"
 
 
-def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> LoadStatus:
+def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> Ended:
     """What becomes of it by this signal."""
     process.send_signal(number)
     _, errors = process.communicate(timeout=_SOON)
-    return LoadStatus(process.args, process.returncode, "", errors)
+    return Ended(process.args, process.returncode, "", errors)
 
 
 def partial(shell: Shell, layer: str) -> int:
@@ -77,7 +77,7 @@ def partial(shell: Shell, layer: str) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def state(upstream: ScriptedRegistry) -> int:
+def brought(upstream: ScriptedRegistry) -> int:
     """Bytes of blobs that the upstream sent."""
     return sum(request.sent for request in upstream.requests if "/blobs/" in request.path)
 
@@ -124,7 +124,7 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(upstream: ScriptedRegi
         assert interrupted(process).returncode == 1
     done = succeeded(shell.run("load", str(shell.folder / "list")))
     assert done.splitlines()[-1] == f"1 loaded, {len(SMALL)} already there, 0 failed"
-    assert state(upstream) <= _AGAIN * WHOLE
+    assert brought(upstream) <= _AGAIN * WHOLE
     (again,) = [request for request in upstream.requests if request.header("Range")]
     assert again.path.endswith(BIG.layers[1].digest)
     assert again.header("Range") == f"bytes={4 * MIB}-"
@@ -142,10 +142,10 @@ def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
     with scripted(upstream, "/v2/team/app/blobs/*", Drip(MIB)):
         for tenth in (1, 4, 7):
             with loading(shell, "--concurrent", "2") as process:
-                wait_until(lambda: state(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this very round
+                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this very round
                 assert interrupted(process).returncode == 1
     succeeded(shell.run("load", str(shell.folder / "list")))
-    assert WHOLE <= state(upstream) <= _AGAIN * WHOLE
+    assert WHOLE <= brought(upstream) <= _AGAIN * WHOLE
     in_store(shell, BIG, *SMALL)
 
 

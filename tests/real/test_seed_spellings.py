@@ -17,7 +17,7 @@ from ociregistry import __version__
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import DockerRegistry, missing_package
 from tests.real.commanding import (
-    LoadStatus,
+    Ended,
     Shell,
     blobs_in,
     contents,
@@ -63,7 +63,7 @@ class Loaded:
 
     shell: Shell
     registry: DockerRegistry
-    done: LoadStatus
+    done: Ended
 
 
 def platform_of(url: str, platform: str = "linux/amd64") -> Image:

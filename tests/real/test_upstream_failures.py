@@ -36,7 +36,7 @@ def gone() -> ScriptedRegistry:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, gone: ScriptedRegistry) -> Iterator[Cache]:
     """One for all tests here."""
-    with cache_in(tmp_path_factory.mktemp("failures"), gone, named=[NOBODYS_ID]) as cache:
+    with cache_in(tmp_path_factory.mktemp("failures"), gone, named=[NO_SERVER]) as cache:
         yield cache
 
 
@@ -52,7 +52,7 @@ def manifests(repository: str, image: Image) -> tuple[str, str]:
     return f"{repository}/manifests/1", f"{repository}/manifests/{image.manifest.digest}"
 
 
-NOBODYS_ID = "127.0.0.1:1"
+NO_SERVER = "127.0.0.1:1"
 """Named in the configuration, or it would be 403."""
 BASIC = ("WWW-Authenticate", 'Basic realm="not for clients"')
 BEARER = ("WWW-Authenticate", 'Bearer realm="http://127.0.0.1:1/token",service="s",scope="repository:x:pull"')

@@ -31,7 +31,7 @@ def storage(registry: DockerRegistry) -> Path:
 
 
 @dataclass(frozen=True)
-class CacheFetcher:
+class Pulling:
     """Pulls from a registry on 127.0.0.1 that shows a certificate, as `localhost`, or by its address."""
 
     storage: Path
@@ -64,9 +64,9 @@ class CacheFetcher:
 
 
 @pytest.fixture
-def pulling(storage: Path, start_daemon: StartDaemon, skopeo: Skopeo, tmp_path: Path) -> CacheFetcher:
+def pulling(storage: Path, start_daemon: StartDaemon, skopeo: Skopeo, tmp_path: Path) -> Pulling:
     """From a registry that has `IMAGE`."""
-    return CacheFetcher(storage, start_daemon, skopeo, tmp_path)
+    return Pulling(storage, start_daemon, skopeo, tmp_path)
 
 
 @pytest.fixture
@@ -79,32 +79,32 @@ def _entry(authority: Authority) -> dict[str, object]:
     return {"tls": {"ca": str(authority.ca)}}
 
 
-def test_a_host_name_is_proven_by_its_certificate(pulling: CacheFetcher, authority: Authority) -> None:
+def test_a_host_name_is_proven_by_its_certificate(pulling: Pulling, authority: Authority) -> None:
     """No scheme is configured: https is tried first."""
     pulling.succeeds(ServerTls(*authority.issue("registry.example", "localhost")), _entry(authority))
 
 
 @pytest.mark.parametrize(("host", "proven"), [("localhost", "127.0.0.1"), ("127.0.0.1", "localhost")])
 def test_a_name_is_no_address_and_an_address_no_name(
-    pulling: CacheFetcher, authority: Authority, host: str, proven: str
+    pulling: Pulling, authority: Authority, host: str, proven: str
 ) -> None:
     why = f"the certificate of CN={proven} is refused: it is for another host name"
     pulling.fails(ServerTls(*authority.issue(proven)), _entry(authority), why, host)
 
 
-def test_both_sides_show_the_way_to_the_root(pulling: CacheFetcher, authority: Authority) -> None:
+def test_both_sides_show_the_way_to_the_root(pulling: Pulling, authority: Authority) -> None:
     between = Authority(authority.ca.parent, "authority between", authority)
     certificate, key = map(str, between.issue("client"))
     entry = {"tls": {"ca": str(authority.ca), "cert": certificate, "key": key}}
     pulling.succeeds(ServerTls(*between.issue("localhost"), authority.ca), entry)
 
 
-def test_an_authority_that_is_no_root_can_be_trusted(pulling: CacheFetcher, authority: Authority) -> None:
+def test_an_authority_that_is_no_root_can_be_trusted(pulling: Pulling, authority: Authority) -> None:
     between = Authority(authority.ca.parent, "authority between", authority)
     pulling.succeeds(ServerTls(*between.issue("localhost")), _entry(between))
 
 
-def test_a_way_to_the_root_that_is_not_shown(pulling: CacheFetcher, authority: Authority) -> None:
+def test_a_way_to_the_root_that_is_not_shown(pulling: Pulling, authority: Authority) -> None:
     """A common mistake: the server has its own certificate alone."""
     between = Authority(authority.ca.parent, "authority between", authority)
     certificate, key = between.issue("localhost")
@@ -114,17 +114,17 @@ def test_a_way_to_the_root_that_is_not_shown(pulling: CacheFetcher, authority: A
     pulling.fails(ServerTls(certificate, key), _entry(authority), why)
 
 
-def test_the_operating_system_knows_no_private_authority(pulling: CacheFetcher, authority: Authority) -> None:
+def test_the_operating_system_knows_no_private_authority(pulling: Pulling, authority: Authority) -> None:
     why = "the certificate of CN=localhost is refused: its issuer is not trusted"
     pulling.fails(ServerTls(*authority.issue("localhost")), {"scheme": "https"}, why)
 
 
-def test_a_certificate_that_nobody_else_signed(pulling: CacheFetcher, tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_else_signed(pulling: Pulling, tmp_path: Path) -> None:
     """What appliances come with."""
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.fails(tls, {"scheme": "https"}, "the certificate of CN=localhost is refused: it is self-signed")
 
 
-def test_a_certificate_that_nobody_else_signed_can_be_trusted(pulling: CacheFetcher, tmp_path: Path) -> None:
+def test_a_certificate_that_nobody_else_signed_can_be_trusted(pulling: Pulling, tmp_path: Path) -> None:
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.succeeds(tls, {"tls": {"ca": str(tls.certificate)}})

@@ -61,8 +61,8 @@ def _assert_pulled(upstream: Upstream, skopeo: Skopeo, copy: Path) -> None:
     copied = {digest_of(file.read_bytes()) for file in copy.iterdir() if file.name != "version"}
     blobs = [blob.digest for blob in upstream.image.blobs]
     assert copied == {upstream.image.manifest.digest, *blobs}
-    advance = [line.path.rpartition("/")[2] for line in upstream.registry.requests if "/blobs/" in line.path]
-    assert sorted(advance) == sorted(blobs)
+    fetched = [line.path.rpartition("/")[2] for line in upstream.registry.requests if "/blobs/" in line.path]
+    assert sorted(fetched) == sorted(blobs)
     if upstream.tokens:
         assert upstream.tokens.offered == (f"{USER}:{PASSWORD}",)
 

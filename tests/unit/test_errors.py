@@ -16,7 +16,7 @@ STATUSES = {
     "BlobUnknown": (404, "BLOB_UNKNOWN"),
     "NotFound": (404, "NOT_FOUND"),
     "Denied": (403, "DENIED"),
-    "Circle": (403, "DENIED"),
+    "LoopDetected": (403, "DENIED"),
     "Unsupported": (404, "UNSUPPORTED"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeUnsatisfiable": (416, "SIZE_INVALID"),

@@ -214,8 +214,8 @@ def test_basic_credentials(registry: ScriptedRegistry) -> None:
     registry.script("/v2/*", Basic({"u": "p"}))
     refused = get(registry)
     assert (refused.status, refused.headers["WWW-Authenticate"]) == (401, 'Basic realm="scripted"')
-    assert get(registry, Authenticator=basic("u", "wrong")).status == 401
-    assert get(registry, Authenticator=basic("u", "p")).status == 200
+    assert get(registry, Authorization=basic("u", "wrong")).status == 401
+    assert get(registry, Authorization=basic("u", "p")).status == 200
 
 
 def basic(user: str, password: str) -> str:
@@ -233,15 +233,15 @@ def test_tokens_are_demanded_and_issued(registry: ScriptedRegistry) -> None:
 
     asked = f"/token?service=s&scope={scope}"
     assert get(registry, asked).status == 401
-    answer = json.loads(get(registry, asked, Authenticator=basic("u", "p")).body)
+    answer = json.loads(get(registry, asked, Authorization=basic("u", "p")).body)
     assert answer["expires_in"] == 60
     bearer = f"Bearer {answer['access_token']}"
-    assert get(registry, Authenticator=bearer).body == LAYER.data
-    other = get(registry, "/v2/other/manifests/1", Authenticator=bearer)
+    assert get(registry, Authorization=bearer).body == LAYER.data
+    other = get(registry, "/v2/other/manifests/1", Authorization=bearer)
     assert other.headers["WWW-Authenticate"].endswith('error="insufficient_scope"')
 
     tokens.revoke()
-    assert get(registry, Authenticator=bearer).status == 401
+    assert get(registry, Authorization=bearer).status == 401
 
 
 def test_tokens_end_and_scopes_are_denied(registry: ScriptedRegistry) -> None:
@@ -253,11 +253,11 @@ def test_tokens_end_and_scopes_are_denied(registry: ScriptedRegistry) -> None:
     answer = json.loads(get(registry, f"/token?service=scripted-registry&{scopes}").body)
     assert set(answer) == {"token"}
     bearer = f"Bearer {answer['token']}"
-    assert get(registry, "/v2/secret/manifests/1", Authenticator=bearer).status == 401
+    assert get(registry, "/v2/secret/manifests/1", Authorization=bearer).status == 401
     now[0] = 99
-    assert get(registry, Authenticator=bearer).status == 200
+    assert get(registry, Authorization=bearer).status == 200
     now[0] = 100
-    assert get(registry, Authenticator=bearer).status == 401
+    assert get(registry, Authorization=bearer).status == 401
 
 
 def test_a_mistake_in_a_rule_is_reported() -> None:

@@ -68,8 +68,8 @@ class TlsServer:
         """Notes whom it has spoken to."""
         peer = connection.get_peer_certificate()
         # Whether the client's own certificate is in its chain differs between versions of OpenSSL.
-        via = [peer, *(connection.get_peer_cert_chain() or ())] if peer else []
-        self.clients.append(list(dict.fromkeys(map(subject, via))))
+        chain = [peer, *(connection.get_peer_cert_chain() or ())] if peer else []
+        self.clients.append(list(dict.fromkeys(map(subject, chain))))
 
 
 def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
@@ -212,7 +212,7 @@ def test_our_certificate_is_shown_to_the_upstream_itself_and_nobody_else(
     shown = policy(UpstreamTls(certificates(authority.ca), client, verify), (HOST, 5000))
     for host, port in ((HOST, 5000), (HOST, 443), (HOST, 5001), ("cdn.example", 5000), ("127.0.0.1", 5000)):
         shake_hands(shown, server, host, port)
-    assert [bool(via) for via in server.clients] == [True, False, False, False, False]
+    assert [bool(chain) for chain in server.clients] == [True, False, False, False, False]
 
 
 def test_who_has_no_certificate_shows_none(good: TlsServer, authority: Authority) -> None:

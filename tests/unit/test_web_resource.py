@@ -232,7 +232,7 @@ def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, ev
 
 
 @pytest.mark.parametrize(
-    ("headers", "chain"),
+    ("headers", "via"),
     [
         ([], NO_VIA),
         (["Via: 1.1 varnish"], NO_VIA),
