@@ -24,11 +24,10 @@ from twisted.python.failure import Failure
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
-from ociregistry.commands.options import complain
-from ociregistry.commands.running import take_all_file_descriptors
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.log import ALWAYS, AtLeast
 from ociregistry.platforms import Platform
+from ociregistry.process import exit_with, take_all_file_descriptors
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
@@ -289,12 +288,6 @@ class Daemon(Service):
         self._network.stop()
         self._store.stop()
         self._systemd.stopped()
-
-
-def exit_with(message: str, status: int) -> NoReturn:
-    """Print `message` to stderr and exit with `status`."""
-    complain(message)
-    raise SystemExit(status)
 
 
 def _address(port: IListeningPort) -> str:

@@ -17,11 +17,11 @@ from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions
 from ociregistry.commands.prune import Prune
-from ociregistry.commands.running import count_steadily
 from ociregistry.commands.verify import Verify
 from ociregistry.commands.version import Version
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.daemon import Daemon, exit_with
+from ociregistry.daemon import Daemon
+from ociregistry.process import count_steadily, exit_with
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ociregistry.commands.options import Command, complain, print_lines
+from ociregistry.commands.options import Command, print_lines
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
-from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
+from ociregistry.config.tls import UpstreamTls
 from ociregistry.names import Upstream
+from ociregistry.openssl import Certificates, KeyPair
+from ociregistry.process import complain
 from ociregistry.settings import Settings
 from ociregistry.upstream.network import api_host, is_allowed
 

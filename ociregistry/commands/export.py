@@ -9,10 +9,11 @@ from twisted.python import usage
 
 from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveFailure
-from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
+from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import heeded_signals
 from ociregistry.config.values import Patterns, size_text
+from ociregistry.process import complain
 from ociregistry.settings import Settings
 from ociregistry.store.index import Inventory, Row
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, complain, print_lines
+from ociregistry.commands.options import Command, print_lines
 from ociregistry.config.values import Patterns, local_time
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
+from ociregistry.process import complain
 from ociregistry.settings import Settings
 from ociregistry.store.index import Inventory, Row
 from ociregistry.store.workdir import pending_images

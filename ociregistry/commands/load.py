@@ -16,10 +16,11 @@ from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive, ArchiveFailure
 from ociregistry.archives.opening import open_archive
 from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_store
-from ociregistry.commands.options import Command, CommandFailed, complain, print_lines
+from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_to_end
 from ociregistry.names import ImageReference
+from ociregistry.process import complain
 from ociregistry.pullthrough.loader import Loader, LoadStatus, Outcome, Progress, read_image_list, summary
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from twisted.python import usage
 
 from ociregistry import __version__
+from ociregistry.process import complain
 from ociregistry.settings import OPTIONS, Option, Settings
 
 T = TypeVar("T")
@@ -122,10 +123,3 @@ def print_lines(lines: Iterable[str]) -> None:
         if isinstance(error, BrokenPipeError):
             raise SystemExit(1) from None
         raise CommandFailed(f"cannot print: {error.strerror}") from None
-
-
-def complain(line: str) -> None:
-    """Print a line to stderr, if there is one."""
-    # Not sys.stderr: twistd redirects that to its log.
-    if sys.__stderr__ is not None:
-        print(f"ociregistry: {line}", file=sys.__stderr__)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import pwd
-import resource
 import signal
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -18,6 +16,7 @@ from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
 from ociregistry.log import AtLeast
+from ociregistry.process import count_steadily, take_all_file_descriptors
 
 T = TypeVar("T")
 
@@ -54,20 +53,6 @@ def heeded_signals() -> list[signal.Signals]:
     """Return the signals that end a command, without those that are ignored, as SIGHUP is under nohup."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
-
-
-def take_all_file_descriptors() -> None:
-    """Raise the soft limit of file descriptors to the hard limit; the usual 1024 is meant for select()."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def count_steadily(reactor: Any) -> None:
-    """Make the reactor use the monotonic clock, so that a change of the system time does not move timers.
-
-    Twisted uses the wall clock: when it is set back, timers are late by the difference.
-    """
-    reactor.seconds = time.monotonic
 
 
 def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:

@@ -7,11 +7,12 @@ from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from ociregistry.commands.fetching import open_fetcher, opened_store
-from ociregistry.commands.options import Command, complain, print_lines
+from ociregistry.commands.options import Command, print_lines
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import become_owner, run_to_end
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
+from ociregistry.process import complain
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
 from ociregistry.store.verify import Damaged, Findings

@@ -1,45 +1,17 @@
-"""The `tls` sections: certificates and keys are read and checked with the configuration, not at the first pull.
-
-Also the OpenSSL contexts that are made from them.
-"""
+"""The `tls` sections: certificates and keys are read and checked with the configuration, not at the first pull."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from OpenSSL import SSL, crypto
-from twisted.internet.ssl import Certificate, CertificateOptions, platformTrust, trustRootFromCertificates
 
 from ociregistry.config.nodes import Node
+from ociregistry.openssl import Certificates, KeyPair, openssl_context, openssl_reason
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----\s*", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """One or more certificates, each as PEM, and the file that they were read from."""
-
-    path: Path
-    pems: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KeyPair:
-    """A certificate with its chain and its private key.
-
-    `certificates` begins with the certificate, followed by its intermediates; `key` is PEM.
-    """
-
-    certificates: Certificates
-    key: bytes = field(repr=False)
-
-    @property
-    def certificate(self) -> crypto.X509:
-        """The certificate, parsed."""
-        return _loaded(self.certificates.pems[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +38,6 @@ class ServerTls:
     """The server's certificate."""
     client_ca: Certificates | None = None
     """Authorities that must have signed the clients' certificates; None to require no client certificate."""
-
-
-def openssl_context(
-    identity: KeyPair | None, ca: Certificates | None = None, *, system_trust: bool = False
-) -> SSL.Context:
-    """Make an OpenSSL context for connections of a client or a server.
-
-    `identity` is the certificate to present, None for none. The peer's certificate is verified with the operating
-    system's trust store if `system_trust`, else with `ca`, or not at all if `ca` is None.
-
-    Raises:
-        SSL.Error: OpenSSL refuses the certificate or the key.
-    """
-    key, certificate, rest = None, None, None
-    if identity is not None:
-        key = crypto.load_privatekey(crypto.FILETYPE_PEM, identity.key)
-        certificate, *rest = map(_loaded, identity.certificates.pems)
-    trusted = trustRootFromCertificates(list(map(Certificate.loadPEM, ca.pems))) if ca else None
-    context = CertificateOptions(
-        privateKey=key,
-        certificate=certificate,
-        extraCertChain=rest,
-        trustRoot=platformTrust() if system_trust else trusted,
-    ).getContext()
-    if ca is not None and (store := context.get_cert_store()) is not None:
-        # A certificate that the operator trusts need not be self-signed: it may be an intermediate or the peer's own.
-        store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
-    return context
-
-
-def _loaded(pem: bytes) -> crypto.X509:
-    return crypto.load_certificate(crypto.FILETYPE_PEM, pem)
 
 
 def read_upstream_tls(node: Node) -> tuple[UpstreamTls, tuple[str, ...]]:
@@ -157,12 +97,6 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
             f"{certificates.path} cannot be used: {openssl_reason(error, 'OpenSSL refuses it')}"
         ) from None
     return pair
-
-
-def openssl_reason(error: BaseException | None, otherwise: str = "the connection broke") -> str:
-    """Return the text of OpenSSL's error queue in `error`, or `otherwise` if it is empty."""
-    queue = error.args[0] if error and error.args and isinstance(error.args[0], list) else []
-    return "; ".join(str(entry[-1]) for entry in queue) or otherwise
 
 
 def _public(key: crypto.PKey) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from OpenSSL import SSL
 from twisted.internet import defer, error
 
-from ociregistry.config.tls import openssl_reason
+from ociregistry.openssl import openssl_reason
 
 
 class CertificateRefused(SSL.Error):

@@ -13,7 +13,8 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.web.iweb import IPolicyForHTTPS
 from zope.interface import implementer
 
-from ociregistry.config.tls import UpstreamTls, openssl_context
+from ociregistry.config.tls import UpstreamTls
+from ociregistry.openssl import openssl_context
 from ociregistry.upstream.failures import CertificateRefused
 
 _NAMES = "2.5.29.17"

@@ -18,7 +18,8 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from ociregistry.concurrency import Event
-from ociregistry.config.tls import ServerTls, openssl_context, openssl_reason
+from ociregistry.config.tls import ServerTls
+from ociregistry.openssl import openssl_context, openssl_reason
 
 
 class Traffic:

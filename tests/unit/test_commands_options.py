@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from twisted.python import usage
 
 from ociregistry.commands.list import List
-from ociregistry.commands.options import Command, CommandFailed, CommonOptions, complain, print_lines
+from ociregistry.commands.options import Command, CommandFailed, CommonOptions, print_lines
+from ociregistry.process import complain
 from ociregistry.settings import OPTIONS
 from tests.unit.support.command_lines import Said, run
 

@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from OpenSSL import crypto
 
-from ociregistry.config.tls import SYSTEM_TRUST, Certificates, KeyPair, ServerTls, UpstreamTls
+from ociregistry.config.tls import SYSTEM_TRUST, ServerTls, UpstreamTls
 from ociregistry.names import Upstream
+from ociregistry.openssl import Certificates, KeyPair
 from tests.certificates import Authority
 from tests.unit.support.config_files import read, refusal
 

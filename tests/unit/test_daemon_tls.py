@@ -12,8 +12,9 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
-from ociregistry.config.tls import Certificates, KeyPair, UpstreamTls
+from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import Unavailable
+from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority

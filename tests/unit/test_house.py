@@ -15,8 +15,7 @@ LONGEST = 550
 # Top first: a room may import itself and every room on a lower floor, never its neighbour on the same one.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tap", "script"}),
-    frozenset({"daemon"}),
-    frozenset({"commands"}),
+    frozenset({"daemon", "commands"}),
     frozenset({"web", "archives"}),
     frozenset({"pullthrough"}),
     frozenset({"upstream", "store"}),
@@ -25,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
-    frozenset({"concurrency", "log", "via", "systemd"}),
+    frozenset({"concurrency", "log", "openssl", "process", "via", "systemd"}),
     # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
     frozenset({"errors", "__init__"}),
 )
@@ -226,7 +225,7 @@ ALLOWED = [
     ("daemon", "from ociregistry.web.channel import ServerPolicy\nfrom ociregistry.settings import Settings"),
     ("daemon", "from ociregistry.store.store import Store\nfrom ociregistry.upstream.network import Network"),
     ("commands.check", "from ociregistry.upstream.network import is_allowed"),
-    ("web.v2", "from ociregistry.via import Chain"),
+    ("web.api", "from ociregistry.via import Via"),
     ("upstream.tls", "from ociregistry.config.tls import UpstreamTls"),
     ("config.file", "from ociregistry.config.nodes import Node\nfrom .tls import ServerTls"),
     ("config.registries", "from ociregistry.names import Upstream"),

@@ -11,9 +11,10 @@ import pytest
 from ociregistry.config.file import PruneSettings, VerifySettings
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
-from ociregistry.config.tls import Certificates, ServerTls
+from ociregistry.config.tls import ServerTls
 from ociregistry.config.values import USUAL_RESERVE
 from ociregistry.names import Upstream
+from ociregistry.openssl import Certificates
 from ociregistry.platforms import ALL, Platform, machine_architecture, machine_os
 from ociregistry.settings import LOG_LEVELS, OPTIONS, Settings, load_settings
 from tests.certificates import Authority

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from OpenSSL import SSL, crypto
 
-from ociregistry.config.tls import SYSTEM_TRUST, Certificates, KeyPair, UpstreamTls
+from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls
+from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.failures import CertificateRefused
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 from tests.certificates import Authority

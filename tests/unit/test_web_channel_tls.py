@@ -11,7 +11,8 @@ from cryptography import x509
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 
-from ociregistry.config.tls import Certificates, KeyPair, ServerTls
+from ociregistry.config.tls import ServerTls
+from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.web.channel import ServerPolicy
 from tests.certificates import Authority
 

@@ -8,7 +8,8 @@ from typing import Any
 from twisted.internet.defer import succeed
 from twisted.web.client import Agent, HTTPConnectionPool
 
-from ociregistry.config.tls import SYSTEM_TRUST, Certificates, UpstreamTls
+from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls
+from ociregistry.openssl import Certificates
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.client import Client
