@@ -72,6 +72,6 @@ class SingleFlight(Generic[K, T]):
             if result.check(RegistryError):
                 self.log.error("{why}", why=result.value)
             else:
-                self.log.failure("work that nobody waits for any more failed", result)
+                self.log.failure("a shared call without waiters failed", result)
         while waiting:
             waiting.pop(0).callback(result)

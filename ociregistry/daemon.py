@@ -208,7 +208,7 @@ class Daemon(Service):
             self._cannot_listen_on_control_socket(error.socketError)
 
     def _cannot_listen_on_control_socket(self, why: Exception) -> None:
-        self.log.error("commands on the same store cannot pull through this process: {why}", why=why)
+        self.log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
@@ -220,7 +220,7 @@ class Daemon(Service):
     def reload(self) -> Deferred[None]:
         """Read the settings again, in a thread, and apply them; keep the old ones if they are invalid."""
         reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
-        reloaded.addErrback(lambda failure: self.log.failure("the settings cannot be read again", failure))
+        reloaded.addErrback(lambda failure: self.log.failure("a defect in reloading the settings", failure))
         return reloaded.addCallback(lambda _: self._systemd.reloaded())
 
     async def _reload(self) -> None:
@@ -228,7 +228,7 @@ class Daemon(Service):
         try:
             settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigInvalid as error:
-            self.log.error("the settings stay as they were: {why}", why=error)
+            self.log.error("reload failed, settings unchanged: {why}", why=error)
             return
         self._reconfigure(settings)
 
@@ -242,7 +242,7 @@ class Daemon(Service):
         self._v2.reconfigure(settings.default_ns)
         self._maintenance.reconfigure(settings.prune, settings.verify)
         self.log.info(
-            "the settings were read again: {upstreams} upstreams are configured",
+            "settings reloaded: {upstreams} upstreams configured",
             upstreams=len(settings.registries),
             **ALWAYS,
         )
@@ -250,7 +250,7 @@ class Daemon(Service):
         late = [key for key in _AT_NEXT_START if getattr(settings, key) != getattr(self._settings, key)]
         late += ["tls"] if (settings.tls is None) != (self._tls is None) else []
         if late:
-            self.log.warn("{keys}: what was changed is used from the next start on", keys=", ".join(late), **ALWAYS)
+            self.log.warn("{keys}: changes take effect at the next start", keys=", ".join(late), **ALWAYS)
 
     def _give_up(self, message: str) -> NoReturn:
         self.log.error("{why}", why=message)

@@ -68,4 +68,4 @@ class Systemd:
             try:
                 datagrams.sendto(state.encode(), address)
             except OSError as error:
-                self.log.error("systemd cannot be told {state}: {why}", state=state.partition("\n")[0], why=error)
+                self.log.error("cannot notify systemd of {state}: {why}", state=state.partition("\n")[0], why=error)

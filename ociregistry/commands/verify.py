@@ -55,7 +55,7 @@ class Verify(Command):
             missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
             print_lines(_report(findings, missing))
             for path, why in findings.foreign.items():
-                complain(f"warning: left alone, it is not a record of this program: {path}: {why}")
+                complain(f"warning: ignored, not a record of this program: {path}: {why}")
             if repairs is None:
                 return not findings.damaged and not missing
             await repairs.complete(missing)
@@ -65,7 +65,7 @@ class Verify(Command):
 async def _tell(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
     if not damaged.kept:
-        print_lines([f"removed, as there is no space to put it aside: {damaged.path}"])
+        print_lines([f"removed, no space to quarantine it: {damaged.path}"])
 
 
 class _Repairs:

@@ -161,7 +161,7 @@ class Completion:
         try:
             lacking = await self._store.lacking_images(digests)
         except OSError as error:
-            self.log.error("cannot see what {image} lacks: {why}", image="the store", why=error.strerror)
+            self.log.error("cannot check what {image} lacks: {why}", image="the store", why=error.strerror)
             return
         for digest in digests:
             entry = self._store.entry(digest)
@@ -218,7 +218,7 @@ class Completion:
         try:
             await self._store.want(image)
         except OSError as error:
-            self.log.error("cannot note that {image} is wanted: {why}", image=image, why=error.strerror)
+            self.log.error("cannot record that {image} is wanted: {why}", image=image, why=error.strerror)
 
     def _completes(self, image: Digest) -> bool:
         """Tell whether the policy completes this wanted image."""
@@ -272,7 +272,7 @@ class Completion:
         try:
             await self._store.add_pending(digest, repository)
         except OSError as error:
-            self.log.error("cannot note that {image} is incomplete: {why}", image=digest, why=error.strerror)
+            self.log.error("cannot record that {image} is incomplete: {why}", image=digest, why=error.strerror)
         self._fresh.add(repository.upstream)
         self._work_on(repository.upstream)
 
@@ -339,7 +339,7 @@ class Completion:
         try:
             missing = dict(await self._store.missing(digest) or {})
         except OSError as error:
-            self.log.error("cannot see what {image} lacks: {why}", image=image, why=error.strerror)
+            self.log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
             return
         if missing:
             self.log.info(
@@ -368,7 +368,7 @@ class Completion:
         else:
             self._missing.pop(digest, None)
         await self.drop(digest)
-        self.log.info("no blob of {image} is to be fetched any more", image=image)
+        self.log.info("completion finished: {image}", image=image)
 
     async def _fetch_from_any(self, repository: Repository, image: Digest, blob: Digest) -> None:
         """Fetch a blob from `repository`, else from another repository of the upstream that has the image.
@@ -391,4 +391,4 @@ class Completion:
         try:
             await self._store.remove_pending(digest)
         except OSError as error:
-            self.log.error("cannot remove the wish for {image}: {why}", image=digest, why=error.strerror)
+            self.log.error("cannot remove the pending image {image}: {why}", image=digest, why=error.strerror)

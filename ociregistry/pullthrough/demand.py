@@ -120,7 +120,7 @@ class Demand:
         try:
             await self._store.add_pending(image, repository, undecided=True)
         except OSError as error:
-            self.log.error("cannot note that {image} is pending: {why}", image=image, why=error.strerror)
+            self.log.error("cannot record that {image} is pending: {why}", image=image, why=error.strerror)
 
     async def _layer_requested(self, image: Digest, repository: Repository, indexes: Iterable[Digest]) -> None:
         others: set[Digest] = set()

@@ -410,7 +410,7 @@ class Preloader:
 
     def _failed(self, failure: Failure) -> None:
         if failure.check(OSError):
-            self.log.error("nothing is preloaded: {why}", why=failure.value)
+            self.log.error("cannot preload: {why}", why=failure.value)
         elif not failure.check(CancelledError):
             self.log.failure("a defect in preloading", failure)
 

@@ -141,7 +141,7 @@ class Maintenance:
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
-            self.log.failure("a defect in the upkeep of the store", failure)
+            self.log.failure("a defect in the maintenance of the store", failure)
 
     async def _prune_regularly(self, settings: PruneSettings) -> None:
         while True:
@@ -161,7 +161,7 @@ class Maintenance:
         now = self._now()
         if settings.unused_for is not None and not steady:
             self.log.warn(
-                "nothing is pruned by age this time: the clock has jumped by {seconds:.0f} s",
+                "pruning by age skipped: the clock jumped by {seconds:.0f} s",
                 seconds=jumped.total_seconds(),
             )
         policy = EvictionPolicy(
@@ -196,8 +196,8 @@ class Maintenance:
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             self.log.warn(
-                "nothing is pruned by age: {unused} of {images} images would go, {why}: if the clock is right, "
-                "prune --unused-for removes them",
+                "pruning by age refused: {unused} of {images} images would go, {why}: if the clock is right, "
+                "run prune --unused-for",
                 unused=withheld.unused,
                 images=withheld.images,
                 why=withheld.why,
@@ -237,11 +237,9 @@ class Maintenance:
 
     async def _repair(self, damaged: Damaged) -> None:
         if damaged.kept:
-            self.log.error("put aside: {path}: {why}", path=damaged.path, why=damaged.why)
+            self.log.error("quarantined: {path}: {why}", path=damaged.path, why=damaged.why)
         else:
-            self.log.error(
-                "removed, as there is no space to put it aside: {path}: {why}", path=damaged.path, why=damaged.why
-            )
+            self.log.error("removed, no space to quarantine it: {path}: {why}", path=damaged.path, why=damaged.why)
         why = await self._repairer.repair(damaged)
         if why:
-            self.log.error("{digest} could not be fetched anew: {why}", digest=damaged.digest, why=why)
+            self.log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)

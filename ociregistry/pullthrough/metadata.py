@@ -128,10 +128,10 @@ class Metadata:
         try:
             await self._fetch(ImageReference(index.repository, child))
         except (ManifestUnknown, BlobUnknown, Denied) as error:
-            self.log.debug("{index}: a platform is left out: {why}", index=index.digest, why=error.message)
+            self.log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
             self._is_unknown(child)
         except Unavailable as error:
-            self.log.debug("{index}: a platform is still missing: {why}", index=index.digest, why=error.message)
+            self.log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
             if not self._has_failed(child, error):
                 self._again(upstream, index, child)
             return self._wait(upstream, error)

@@ -209,7 +209,7 @@ class Connections:
         """
         if self._ends_alone and not self.awaited and self._clock.seconds() - self._left_at >= _ALONE:
             self.abandoned = True
-            raise Abandoned(f"{self}: it ends, as nobody waits for it and no manifest tells its size")
+            raise Abandoned(f"{self}: download abandoned, no client is waiting and no manifest gives its size")
 
     async def pour(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
@@ -240,7 +240,7 @@ class Connections:
             finally:
                 stream.body.abort()
             self.log.warn(
-                "{blob}: broke off at byte {length} of {size}, to be taken up there: {why}",
+                "{blob}: connection lost at byte {length} of {size}, resuming: {why}",
                 blob=self,
                 length=partial.length,
                 size=size,
@@ -300,7 +300,7 @@ class Connections:
             except BlobMismatch:
                 raise
             except Unavailable as error:
-                self.log.debug("{blob}: not yet: {why}", blob=self, why=error)
+                self.log.debug("{blob}: retrying: {why}", blob=self, why=error)
                 why = error
                 continue
             if None not in (size, stream.size) and stream.size != size:

@@ -224,7 +224,7 @@ class View:
         blobs = now - self._blobs_looked_at >= _LOOK_AT_BLOBS_EVERY
         self._blobs_looked_at = now if blobs else self._blobs_looked_at
         looked = self._threads.read(self._records.look, dict(self._known), blobs=blobs).addCallback(self._take)
-        return looked.addErrback(lambda failure: self.log.error("cannot look at the store: {why}", why=failure.value))
+        return looked.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
 
     def _take(self, changes: Changes) -> None:
         # A record that this process wrote meanwhile is read again at the next scan.
@@ -234,7 +234,7 @@ class View:
             if path not in self._written:
                 self._forget(path)
             if self._complaints.get(path) != why:
-                self.log.warn("left alone, it is not a record that can be served: {path}: {why}", path=path, why=why)
+                self.log.warn("ignored, not a record that can be served: {path}: {why}", path=path, why=why)
         self._complaints = {
             **{path: why for path, why in self._complaints.items() if path not in changes.gone | changes.read.keys()},
             **changes.damaged,

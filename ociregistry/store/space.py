@@ -139,7 +139,7 @@ class Space:
     def _look(self) -> Deferred[None]:
         read = self._threads.read(self._read_for_room).addCallback(self._tell)
         return read.addErrback(
-            lambda failure: self.log.error("cannot read how much of the disk is free: {why}", why=failure.value)
+            lambda failure: self.log.error("cannot read the free disk space: {why}", why=failure.value)
         )
 
     def _tell(self, read: tuple[int, int]) -> None:
@@ -158,7 +158,7 @@ class Space:
             )
         elif was_full and not full:
             self.log.warn(
-                "the disk of {folder} has room again: {free} bytes are free, downloads go on",
+                "the disk of {folder} has room again: {free} bytes are free, downloads resume",
                 folder=self._folder,
                 free=free,
             )

@@ -99,7 +99,7 @@ class Store:
             if not is_full(error):
                 raise
             self.log.warn(
-                "only what is in the store can be served until there is space for a folder in {pulls}: {why}",
+                "downloads disabled until there is space for a folder in {pulls}: {why}",
                 pulls=pulls_folder(self._root),
                 why=error.strerror,
             )
@@ -168,7 +168,7 @@ class Store:
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
                 lambda failure: self.log.warn(
-                    "cannot note the pull of {image}: {why}", image=image, why=failure.value
+                    "cannot record the pull of {image}: {why}", image=image, why=failure.value
                 )
             )
         return record.manifest

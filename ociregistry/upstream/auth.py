@@ -230,7 +230,7 @@ class Tokens:
         credentials = None if anonymous else await self._credentials.get()
         if credentials is not None and not self._trusted(origin):
             self.log.warn(
-                "{upstream}: its token service {realm} gets no credentials: it is reached by plain http, or its host "
+                "{upstream}: credentials not sent to the token service {realm}: it uses plain http, or its host "
                 "is neither the upstream's own nor named by realm in the upstream's auth",
                 upstream=self._upstream,
                 realm=without_query(realm),

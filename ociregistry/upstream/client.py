@@ -111,10 +111,10 @@ class Client:
         """
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
-            raise Unavailable(f"{self._name}: it wants to be left alone for {wait:.0f} s more", ceil(wait))
+            raise Unavailable(f"{self._name}: rate limited (429), retry in {wait:.0f} s", ceil(wait))
         hold = self._rate_limit.hold() if options.last else 0.0
         if hold > 0:
-            why = f"its rate limit is nearly used up: nothing of the lowest priority is sent for {hold:.0f} s more"
+            why = f"rate limit nearly used up, lowest-priority requests paused for {hold:.0f} s"
             raise Unavailable(f"{self._name}: {why}", ceil(hold))
         refused: dict[Scope, list[Authorization | None]] = {}
         while True:

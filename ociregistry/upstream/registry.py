@@ -125,7 +125,7 @@ class Sources:
                     return response
                 await response.discard()
                 missed.append(f"{mirror.name}: it answered {response.status}")
-            self.log.debug("passed over the mirror {missed}", missed=missed[-1])
+            self.log.debug("mirror skipped: {missed}", missed=missed[-1])
         try:
             return await self._own.request(method, repository, path, headers, options)
         except AccessRefused:

@@ -74,7 +74,7 @@ class ContentProducer:
         try:
             await self._resumed.wait().addTimeout(SLOWEST, self._clock)
         except defer.TimeoutError:
-            raise SlowClient(f"it took nothing for {SLOWEST:.0f} s") from None
+            raise SlowClient(f"the client read nothing for {SLOWEST:.0f} s") from None
 
     def pauseProducing(self) -> None:
         self._paused = True

@@ -243,7 +243,7 @@ class _Exchange:
         if isinstance(error, SlowClient):
             self.log.warn("{path}: {client}: {why}", path=self._path, client=self._client, why=error)
         elif isinstance(error, RegistryError | OSError):
-            self.log.error("{path}: the answer ends short: {why}", path=self._path, why=error)
+            self.log.error("{path}: response truncated: {why}", path=self._path, why=error)
         else:
             self.log.failure("a defect in answering {path}", path=self._path)
         if self._gone:

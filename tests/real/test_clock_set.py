@@ -15,7 +15,7 @@ from tests.upstream import ScriptedRegistry
 
 DAY = 86_400.0
 TEN_YEARS = timedelta(days=3650)
-JUMPED = "nothing is pruned by age this time: the clock has jumped by "
+JUMPED = "pruning by age skipped: the clock jumped by "
 
 
 def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_it_is_right(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_
         wait_until(lambda: daemon.log.count(JUMPED) == 1, SOON, "the jump is seen")
         # The clock is steady now, and wrong; it cannot be told by the last pull that it is.
         pull(cache, "team/0", images[0])
-        told = "nothing is pruned by age: 7 of 8 images would go, which is more than max_share"
+        told = "pruning by age refused: 7 of 8 images would go, which is more than max_share"
         wait_until(lambda: told in daemon.log, SOON, "most of them are spared")
         assert record(cache, images[0].manifest).stat().st_mtime > time.time() + 3600 * DAY
 

@@ -155,7 +155,7 @@ def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: s
         # What is removed first makes room for a folder, in which the second can be put aside.
         kept = {path.name for path in (disk.path / "images" / "pulls").glob("*/bad/*")}
         for path in (damaged, spoiled):
-            removed = f"removed, as there is no space to put it aside: {path}" in done.stdout
+            removed = f"removed, no space to quarantine it: {path}" in done.stdout
             assert removed == (path.name not in kept)
         assert not running or len(kept) < 2
         assert "0 damaged" in command(cache.daemon, "verify").stdout
@@ -213,7 +213,7 @@ def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image,
         command(cache.daemon, "prune", "--pattern", OLD)
         command(cache.daemon, "prune", "--orphans")
         if pulls == "missing":
-            assert re.search("only what is in the store can be served until there is space", cache.daemon.log)
+            assert re.search("downloads disabled until there is space", cache.daemon.log)
         new = plain_image("new", LAYER)
         cache.upstream.add("team/new", new, "1")
         disk.make_room()

@@ -30,7 +30,7 @@ NEVER = digest_of(b"what the endless bytes are not")
 BLOB = f"{REPOSITORY}/blobs/{NEVER}"
 ZEROS = bytes(2 * DISK)
 FULL = "has no room"
-ENDS = "it ends, as nobody waits for it"
+ENDS = "download abandoned, no client is waiting"
 
 
 @dataclass(frozen=True)

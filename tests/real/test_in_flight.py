@@ -200,8 +200,8 @@ def test_an_upstream_that_sends_something_else(
         got = short_body(answer)
     assert got[:SIZE] == layer.data[: len(got)]
     # The new fetch of what was resumed in vain may have failed too by now, which is another line.
-    (line,) = [line for line in cache.errors(since) if "ends short: " in line]
-    assert cache.upstream.host in line.partition("ends short: ")[2]
+    (line,) = [line for line in cache.errors(since) if "response truncated: " in line]
+    assert cache.upstream.host in line.partition("response truncated: ")[2]
     nothing_is_left(cache, layer)
     assert cache.ask(blob).body == layer.data
 
@@ -271,7 +271,7 @@ def test_a_client_waits_no_longer_than_the_pull_timeout(cache: Cache, blob: str,
         impatient = Cache(daemon, cache.upstream)
         with cache.scripted(f"*{layer.digest}", Hold(MIB)), impatient.opened(blob) as answer:
             assert short_body(answer) == layer.data[:MIB]
-            assert cache.upstream.host in impatient.one_error(0).partition("ends short: ")[2]
+            assert cache.upstream.host in impatient.one_error(0).partition("response truncated: ")[2]
         impatient.wait_stored(layer.digest)
         assert impatient.ask(blob).body == layer.data
     assert cache.sent(blob) == 1

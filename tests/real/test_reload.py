@@ -53,11 +53,11 @@ def test_a_changed_entry_is_used(upstream: ScriptedRegistry, start_daemon: Start
     daemon = start_daemon({upstream.host: entry("wrong")}, "--log-level", "error")
     assert status(daemon, upstream) == 404
     registries = [{"name": upstream.host, **entry("right")}]
-    hang_up(daemon, {"registries": registries}, "the settings were read again: 1 upstreams")
+    hang_up(daemon, {"registries": registries}, "settings reloaded: 1 upstreams")
     assert status(daemon, upstream) == 200
     for blob in image.blobs:
         assert status(daemon, upstream, f"blobs/{blob.digest}") == 200
-    hang_up(daemon, {"registries": registries, "allow_upstreams": "quay.io"}, "were read again")
+    hang_up(daemon, {"registries": registries, "allow_upstreams": "quay.io"}, "settings reloaded")
     assert status(daemon, upstream) == 403
 
 
@@ -69,7 +69,7 @@ def test_an_invalid_file_changes_nothing(upstream: ScriptedRegistry, start_daemo
         ("- name: a.example\n  tls: {cert: missing.crt, key: missing.key}\n", ":2: tls.cert: "),
     ):
         since = len(daemon.log)
-        hang_up(daemon, text, "the settings stay as they were")
+        hang_up(daemon, text, "reload failed, settings unchanged")
         (line,) = error_lines(daemon, since)
         assert f"{daemon.config_path}{why}" in line
     daemon.config_path.unlink()
@@ -87,7 +87,7 @@ def test_an_answer_in_flight_is_not_disturbed(
     with scripted(upstream, "*/blobs/*", hold), ThreadPoolExecutor(1) as client:
         asked = client.submit(fetch, f"{daemon.url}/v2/team/app/blobs/{layer.digest}?ns={upstream.host}")
         assert hold.reached.wait(SOON)
-        hang_up(daemon, {"pull_timeout": 5000, "registries": []}, "used from the next start on")
+        hang_up(daemon, {"pull_timeout": 5000, "registries": []}, "take effect at the next start")
         hold.release.set()
         assert asked.result(SOON).body == layer.data
     # Its name is in the configuration no more.
@@ -100,5 +100,5 @@ def test_without_a_file_it_is_harmless(start_daemon: StartDaemon) -> None:
     daemon.terminate()
     daemon.start()
     os.kill(daemon.process.pid, signal.SIGHUP)
-    wait_until(lambda: "the settings were read again" in daemon.log, SOON, "the news")
+    wait_until(lambda: "settings reloaded" in daemon.log, SOON, "the news")
     assert fetch(f"{daemon.url}/health").status == 200

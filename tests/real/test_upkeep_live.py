@@ -96,7 +96,7 @@ def test_what_is_damaged_is_found_and_comes_anew(tmp_path: Path) -> None:
         spoiled = record(cache, image.manifest)
         spoiled.write_text(spoiled.read_text().replace(image.layers[0].digest, f"sha256:{'0' * 64}"))
         for path in (blob_file(cache.daemon, layer.digest), spoiled):
-            line = f"put aside: {path}: "
+            line = f"quarantined: {path}: "
             wait_until(lambda line=line: line in cache.daemon.log, SOON, line)  # type: ignore[misc]  # a default binds it
         root = cache.daemon.image_path
         wait_until(lambda: is_whole(root, index) and is_whole(root, image), SOON, "all of it is there again")

@@ -29,7 +29,7 @@ def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegist
             assert cache.ask("team/app/manifests/1").status == 200
             assert hold.reached.wait(SOON)
             upstream.close()
-        wait_until(lambda: "broke off" in daemon.log, SOON, "the upstream is gone")
+        wait_until(lambda: "connection lost at byte" in daemon.log, SOON, "the upstream is gone")
         assert Cache(daemon, other).ask("team/app/manifests/1").status == 200
         stored = [blob_file(daemon, blob.digest) for blob in image.blobs]
         wait_until(lambda: all(path.exists() for path in stored), SOON, "the image of the other")

@@ -87,7 +87,7 @@ def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> 
         assert hold.reached.wait(SOON)
         assert incomplete(cache.daemon) == (1, size)
     wait_complete(cache.daemon, image.blobs)
-    assert len(lines(cache.daemon, "info", "no blob of", image.manifest.digest)) == 1
+    assert len(lines(cache.daemon, "info", "completion finished", image.manifest.digest)) == 1
 
 
 @pytest.mark.parametrize("restarted", [False, True])

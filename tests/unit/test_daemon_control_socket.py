@@ -151,7 +151,7 @@ async def test_where_there_can_be_no_socket_it_serves_without_one(
     start(daemons, upstream)
     monkeypatch.undo()
     assert texts(events, LogLevel.error) == [
-        "commands on the same store cannot pull through this process: [Errno 95] Operation not supported"
+        "control socket unavailable, commands cannot download through this daemon: [Errno 95] Operation not supported"
     ]
     assert (await get(network, events, "/health")).status == 200
     assert find_daemon(root) is None

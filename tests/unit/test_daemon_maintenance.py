@@ -60,7 +60,7 @@ async def test_a_file_that_is_not_there_is_an_error_line(
     start(daemons, upstream, "--preload-images", str(tmp_path / "none.txt"))
     await until(lambda: texts(events, LogLevel.error))
     (line,) = texts(events, LogLevel.error)
-    assert line.startswith("nothing is preloaded: ")
+    assert line.startswith("cannot preload: ")
     assert str(tmp_path / "none.txt") in line
     assert await preloaded(network, events) == {"images": 0, "loaded": 0, "failed": 0}
 
@@ -193,5 +193,5 @@ async def test_it_verifies_what_is_due_and_fetches_anew_what_is_damaged(
 
     await until(repaired)
     (line,) = texts(events, LogLevel.error)
-    assert line.startswith(f"put aside: {damaged}: ")
+    assert line.startswith(f"quarantined: {damaged}: ")
     assert counts(upstream) == {f"/v2/team/app/blobs/{LAYER.digest}": 1}

@@ -45,7 +45,7 @@ def told(events: list[LogEvent]) -> list[str]:
 
 def read_again(events: list[LogEvent]) -> list[str]:
     """What is told of reloads that brought new settings."""
-    return [text for text in texts(events, LogLevel.info) if "were read again" in text]
+    return [text for text in texts(events, LogLevel.info) if "settings reloaded" in text]
 
 
 @on_reactor
@@ -60,7 +60,7 @@ async def test_a_changed_entry_is_used(
     assert (await get(network, events, MANIFEST)).status == 503
     await daemon.reload()
     assert (await get(network, events, MANIFEST)).status == 200
-    assert read_again(events) == ["the settings were read again: 2 upstreams are configured"]
+    assert read_again(events) == ["settings reloaded: 2 upstreams configured"]
 
 
 @on_reactor
@@ -129,7 +129,7 @@ async def test_what_is_invalid_changes_nothing_and_is_one_line(
         path.write_text(text)
     await daemon.reload()
     (line,) = told(events)
-    assert line.startswith(f"the settings stay as they were: {path}:")
+    assert line.startswith(f"reload failed, settings unchanged: {path}:")
     assert read_again(events) == []
     assert (await get(network, events, MANIFEST)).status == 200
     assert (await get(network, events, "/v2/quay.io/team/app/manifests/1")).status == 403
@@ -175,7 +175,7 @@ async def test_what_needs_a_new_start_is_told(
     daemon = unstarted(path, "log_level: warn\n")
     path.write_text(text)
     await daemon.reload()
-    assert told(events) == [f"{keys}: what was changed is used from the next start on"]
+    assert told(events) == [f"{keys}: changes take effect at the next start"]
     assert len(read_again(events)) == 1
 
 
@@ -215,7 +215,7 @@ async def test_the_command_line_still_wins(path: Path, events: list[LogEvent]) -
 async def test_without_a_file_it_is_harmless(root: Path, events: list[LogEvent]) -> None:
     await make(root).reload()
     assert told(events) == []
-    assert read_again(events) == ["the settings were read again: 0 upstreams are configured"]
+    assert read_again(events) == ["settings reloaded: 0 upstreams configured"]
 
 
 WARNED = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: true}\n"
@@ -243,11 +243,11 @@ async def test_sighup_is_a_reload(daemons: Daemons, path: Path, events: list[Log
     assert callable(signal.getsignal(signal.SIGHUP)), "it would end the tests"
     path.write_text("- name: quay.io\n")
     os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: read_again(events) == ["the settings were read again: 1 upstreams are configured"])
+    await until(lambda: read_again(events) == ["settings reloaded: 1 upstreams configured"])
     path.write_text("- name:\n")
     os.kill(os.getpid(), signal.SIGHUP)
     await until(lambda: told(events))
-    assert told(events)[0].startswith(f"the settings stay as they were: {path}:1: name: ")
+    assert told(events)[0].startswith(f"reload failed, settings unchanged: {path}:1: name: ")
 
 
 @on_reactor

@@ -149,7 +149,7 @@ async def test_an_answer_that_ends_short_does_so_too(
     while len(data) < 100_000:
         data += await response.body.read()
     clock.advance(1)
-    await until(lambda: any("the answer ends short" in text for text in texts(events, LogLevel.error)))
+    await until(lambda: any("response truncated" in text for text in texts(events, LogLevel.error)))
     with pytest.raises(Unavailable):
         await response.body.read()
     assert LAYER.data.startswith(data)
@@ -178,4 +178,4 @@ async def test_a_renewed_certificate_is_shown(
     path.write_text("")
     await daemon.reload()
     assert await shown(events) == new
-    assert texts(events, LogLevel.warn) == ["tls: what was changed is used from the next start on"]
+    assert texts(events, LogLevel.warn) == ["tls: changes take effect at the next start"]

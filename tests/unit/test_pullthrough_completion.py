@@ -56,7 +56,7 @@ async def test_all_that_is_missing_is_fetched_the_small_first(
     await until(lambda: len(texts(events, LogLevel.info)) == 2)
     assert texts(events, LogLevel.info) == [
         f"completing {NAME}: 3 blobs with {sum(SIZES[blob] for blob in (CONFIG, SMALL, LARGE))} bytes are missing",
-        f"no blob of {NAME} is to be fetched any more",
+        f"completion finished: {NAME}",
     ]
 
 

@@ -123,7 +123,7 @@ async def test_a_pending_that_cannot_be_written_is_one_line_and_fulfilled(
     failing("write", monkeypatch)
     await pulled(completion, store)
     assert texts(events, LogLevel.error) == [
-        f"cannot note that {IMAGE.digest} is incomplete: No space left on device"
+        f"cannot record that {IMAGE.digest} is incomplete: No space left on device"
     ]
     for blob in (CONFIG, SMALL, LARGE):
         await fetching.bring(blob)
@@ -144,7 +144,9 @@ async def test_one_that_cannot_be_removed_is_one_line(
     await pulled(completion, store)
     await fetching.bring(SMALL)
     await until(lambda: texts(events, LogLevel.error))
-    assert texts(events, LogLevel.error) == [f"cannot remove the wish for {IMAGE.digest}: No space left on device"]
+    assert texts(events, LogLevel.error) == [
+        f"cannot remove the pending image {IMAGE.digest}: No space left on device"
+    ]
     await pulled(completion, store, OTHER, str(ELSEWHERE))
     await until(lambda: len(fetching.asked) == 2)
 

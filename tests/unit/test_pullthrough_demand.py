@@ -407,7 +407,7 @@ async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
         patch.setattr(PendingFiles, "write", fail)
         await demands.get(ARM64)
     assert texts(events, LogLevel.error) == [
-        f"cannot note that {ARM64.digest} is pending: No space left on device",
+        f"cannot record that {ARM64.digest} is pending: No space left on device",
     ]
     assert set(store.undecided) == {ARM64.digest}
     await demands.wait()

@@ -31,7 +31,7 @@ from tests.unit.test_pullthrough_download import (
     read_all,
 )
 
-ENDS = f"{WHERE}: it ends, as nobody waits for it and no manifest tells its size"
+ENDS = f"{WHERE}: download abandoned, no client is waiting and no manifest gives its size"
 
 
 @on_reactor

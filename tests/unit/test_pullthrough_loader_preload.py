@@ -139,7 +139,7 @@ async def test_a_file_that_cannot_be_read_is_an_error_line_only(
     preloader = scene.start(given)
     await turn()
     (line,) = texts(events)
-    assert line.startswith("nothing is preloaded: ")
+    assert line.startswith("cannot preload: ")
     assert str(path) in line
     assert events[0]["log_level"] is LogLevel.error
     assert "log_failure" not in events[0]

@@ -260,7 +260,7 @@ async def test_a_defect_is_logged(
 
 
 AHEAD = timedelta(days=3650)
-JUMPED = "nothing is pruned by age this time: the clock has jumped by "
+JUMPED = "pruning by age skipped: the clock jumped by "
 
 
 async def filled(keeping: Keeping) -> list[Image]:
@@ -343,12 +343,12 @@ async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
     for _ in range(3):
         await keeping.passes(60)
     (line,) = texts(events, LogLevel.warn)
-    assert line.startswith("nothing is pruned by age: 10 of 10 images would go, which is more than max_share: ")
+    assert line.startswith("pruning by age refused: 10 of 10 images would go, which is more than max_share: ")
     for number, built in enumerate(images[6:]):
         await keeping.add(f"reg.example/app:{6 + number}", built)
     await keeping.passes(60)
     (_, line) = texts(events, LogLevel.warn)
-    assert line.startswith("nothing is pruned by age: 6 of 10 images would go, which is more than max_share: ")
+    assert line.startswith("pruning by age refused: 6 of 10 images would go, which is more than max_share: ")
     assert keeping.here(*images) == [True] * 10
     # When the clock is put right it is believed again; what is dated in the future is not old.
     keeping.wrong = timedelta(0)

@@ -198,8 +198,8 @@ async def test_what_is_damaged_is_put_aside_and_fetched_anew(
     await until(lambda: blob.exists() and blob.read_bytes() == APP.layers[0].data)
     first, second = texts(events, LogLevel.error)
     # The record first: it says where its blobs come from.
-    assert first.startswith(f"put aside: {record}: ")
-    assert second.startswith(f"put aside: {blob}: its {len(APP.layers[0].data)} bytes do not have the digest ")
+    assert first.startswith(f"quarantined: {record}: ")
+    assert second.startswith(f"quarantined: {blob}: its {len(APP.layers[0].data)} bytes do not have the digest ")
     assert f"blob reg.example/app@{APP.layers[0].digest}" in shelf.asked
     assert len(list((root / "pulls").glob("*/bad/*"))) == 2
     keeping.maintenance.stop()
@@ -218,7 +218,7 @@ async def test_what_cannot_be_fetched_anew_is_told_and_the_others_are(
     await keeping.passes(DAY)
     path = root / "blobs" / Digest(found.digest).hex
     await until(lambda: path.exists() and path.read_bytes() == found.data)
-    assert texts(events, LogLevel.error)[1] == f"{lost.digest} could not be fetched anew: reg.example: down"
+    assert texts(events, LogLevel.error)[1] == f"cannot fetch {lost.digest} again: reg.example: down"
     assert not (root / "blobs" / Digest(lost.digest).hex).exists()
     (line,) = texts(events, LogLevel.info)
     assert line == "verified 1 records and 3 blobs: 2 are damaged"
@@ -295,6 +295,6 @@ async def test_what_cannot_be_put_aside_on_a_full_disk_is_removed(
     await until(lambda: len(texts(events, LogLevel.error)) == 2)
     await until(lambda: blob.exists() and blob.read_bytes() == APP.layers[0].data)
     for line, path in zip(texts(events, LogLevel.error), (record, blob), strict=True):
-        assert line.startswith(f"removed, as there is no space to put it aside: {path}: ")
+        assert line.startswith(f"removed, no space to quarantine it: {path}: ")
     assert list((root / "pulls").glob("*/bad/*")) == []
     keeping.maintenance.stop()

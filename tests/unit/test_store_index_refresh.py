@@ -107,7 +107,7 @@ async def test_a_look_that_fails_is_told_of_and_the_next_one_comes(
     other = open_store()
     shutil.rmtree(root / "fat")
     await look(clock)
-    assert "cannot look at the store" in texts(events, LogLevel.error)[0]
+    assert "cannot scan the store" in texts(events, LogLevel.error)[0]
     (root / "fat").mkdir()
     await other.keep(IMAGE, NGINX)
     await look(clock)

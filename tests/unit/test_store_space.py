@@ -178,7 +178,7 @@ async def test_a_disk_that_cannot_be_read_is_told(
     monkeypatch.setattr(os, "statvfs", fail)
     clock.advance(1)
     await until(lambda: texts(events, LogLevel.error))
-    assert "cannot read how much of the disk is free" in texts(events, LogLevel.error)[0]
+    assert "cannot read the free disk space" in texts(events, LogLevel.error)[0]
 
 
 # In the store

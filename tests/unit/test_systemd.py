@@ -109,7 +109,7 @@ def test_a_socket_that_is_gone_is_one_line_and_no_failure(
 ) -> None:
     Systemd(clock, {"NOTIFY_SOCKET": str(tmp_path / "gone")}).reloading()
     (line,) = texts(events, LogLevel.error)
-    assert line.startswith("systemd cannot be told RELOADING=1: ")
+    assert line.startswith("cannot notify systemd of RELOADING=1: ")
     assert "No such file" in line
 
 

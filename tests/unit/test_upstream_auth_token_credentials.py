@@ -106,7 +106,7 @@ def test_no_other_token_service_gets_them(events: list[LogEvent], realm: str, lo
     # The operator gets to know why it may not suffice, once for each token.
     (told,) = texts(events, LogLevel.warn)
     assert told == (
-        f"reg.example: its token service {realm.partition('?')[0]} gets no credentials: it is reached by plain http, "
+        f"reg.example: credentials not sent to the token service {realm.partition('?')[0]}: it uses plain http, "
         "or its host is neither the upstream's own nor named by realm in the upstream's auth"
     )
 

@@ -37,7 +37,7 @@ def test_who_asks_meanwhile_is_told_how_long_it_takes() -> None:
     asking.status()
     asking.clock.advance(29.5)
     refused = failed(asking.ask(), Unavailable)
-    assert refused.message == "reg.example: it wants to be left alone for 70 s more"
+    assert refused.message == "reg.example: rate limited (429), retry in 70 s"
     assert (refused.retry_after, refused.headers()) == (71, {"Retry-After": "71"})
 
 

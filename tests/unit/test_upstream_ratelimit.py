@@ -120,9 +120,7 @@ def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
     fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(100)
     refused = failed(ask(asking), Unavailable)
-    assert refused.message == (
-        "reg.example: its rate limit is nearly used up: nothing of the lowest priority is sent for 3500 s more"
-    )
+    assert refused.message == "reg.example: rate limit nearly used up, lowest-priority requests paused for 3500 s"
     assert refused.retry_after == 3500
     assert len(asking.asked) == 1
 

@@ -102,7 +102,7 @@ def test_a_mirror_that_does_not_have_it_is_followed_by_the_next(status: int, eve
     mirrored = Mirrored({"status": status}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
-    assert texts(events, LogLevel.debug) == [f"passed over the mirror {ONE}: it answered {status}"]
+    assert texts(events, LogLevel.debug) == [f"mirror skipped: {ONE}: it answered {status}"]
 
 
 @pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])

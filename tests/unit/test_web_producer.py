@@ -90,7 +90,7 @@ def test_an_upstream_that_holds_back_ends_the_answer_short(
     assert len(visitor.got().body) == 200
     assert content.closed == 1
     (line,) = texts(events, LogLevel.error)
-    assert line.startswith("/v2/x: the answer ends short: ")
+    assert line.startswith("/v2/x: response truncated: ")
     assert "no byte came from the upstream for 45 s" in line
 
 
@@ -117,7 +117,7 @@ def test_a_failure_ends_the_answer_short_and_appends_nothing(
     content.fail(Unavailable("the connection broke"))
     assert visitor.ended
     assert visitor.got().body == bytes(100)
-    assert texts(events, LogLevel.error) == ["/v2/x: the answer ends short: the connection broke"]
+    assert texts(events, LogLevel.error) == ["/v2/x: response truncated: the connection broke"]
     assert content.closed == 1
 
 
