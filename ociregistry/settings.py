@@ -105,7 +105,7 @@ def _path(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        raise ValueError("there is no such user") from None
+        raise ValueError("unknown user") from None
 
 
 def _optional(parse: Callable[[str], object]) -> Callable[[str], object]:
@@ -225,7 +225,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
         values["platform"] = (Platform(str(values["os"]), str(values["arch"])),)
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
-        raise ConfigInvalid(f"{config.tls_at}: all that is listened on speaks TLS by it: tcp: in place of ssl:")
+        raise ConfigInvalid(f"{config.tls_at}: it enables TLS on every endpoint: use tcp: in place of ssl:")
     return Settings(
         **values,  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
         listen=listen,

@@ -136,9 +136,7 @@ def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:
     for digest, named in claims.items():
         reference = named.image.reference
         if isinstance(reference, Digest) and reference != digest:
-            return (
-                f"what has this name in the archive is {digest}: all platforms are to be copied, or a tag to be given"
-            )
+            return f"the archive has {digest} under this name: copy all platforms, or give a tag"
     if len(claims) > 1 and not all(named.dates for named in claims.values()):
         return f"the archive has {len(claims)} images of this name"
     return ""

@@ -98,7 +98,7 @@ def _told_of(since: Path) -> frozenset[Digest]:
     """
     archive = open_archive(since)
     if archive is None:
-        raise ArchiveInvalid(since, "it is no archive")
+        raise ArchiveInvalid(since, "not an archive")
     with archive:
         contents = read_contents(archive)
     return frozenset(blob.digest for manifest in contents.manifests.values() for blob in contents.needed(manifest))

@@ -84,7 +84,7 @@ def _read(archive: Archive, member: Member, digest: Digest) -> _Found:
             return _read_holder(document, url, digest, member)
         case {"images": dict(), "manifest": str()}:
             return _read_record(data, digest, member)
-    raise member.invalid("it is no manifest as an image folder has it")
+    raise member.invalid("not a manifest of an image folder")
 
 
 def _read_record(data: bytes, digest: Digest, member: Member) -> _Found:
@@ -100,14 +100,14 @@ def _read_holder(document: Mapping[str, Any], url: str, digest: Digest, member: 
     """Read the JSON file of a manifest that the Go server wrote."""
     encoded = document.get("bytes")
     if not isinstance(encoded, str) or not encoded:
-        return _failed(url, "an old version of the Go server wrote it, which did not keep the manifest's bytes")
+        return _failed(url, "written by an old version of the Go server, which did not keep the manifest's bytes")
     try:
         data = base64.b64decode(encoded)
     except binascii.Error as error:
         raise member.invalid(f"its bytes are not base64: {error}") from None
     declared = document.get("digest")
     if declared and declared not in (digest, digest.hex):
-        raise member.invalid(f"it holds {declared}, not what its name says")
+        raise member.invalid(f"its digest {declared} does not match the file name")
     manifest = parse_manifest(data, _media_type(document, data, member), digest, member)
     image = parse_whole_name(url)
     if image is None:

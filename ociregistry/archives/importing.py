@@ -77,7 +77,7 @@ class Importer:
         try:
             return await self._bring(contents)
         except OSError as error:
-            raise LoadFailed(f"{archive.path}: the store cannot take it: {error.strerror or error}") from error
+            raise LoadFailed(f"{archive.path}: cannot be stored: {error.strerror or error}") from error
 
     async def _bring(self, contents: Contents) -> list[Outcome]:
         loads, failed = await self._plan(contents)
@@ -225,7 +225,7 @@ def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: 
         return ""
     return (
         f"{len(lacking)} blobs, {sum(blob.size for blob in lacking)} bytes, are neither in the archive nor in the "
-        "store; where it was made with --since of an earlier export, that one is to be loaded first"
+        "store; if it was made with --since, load the earlier export first"
     )
 
 

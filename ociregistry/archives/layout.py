@@ -106,7 +106,7 @@ def _manifests(
         wanted = []
         for member, descriptor in sorted(there.values(), key=lambda one: one[0].order):
             if member.size != descriptor.size:
-                raise member.invalid(f"it has {member.size} bytes, not {descriptor.size} as it should")
+                raise member.invalid(f"it has {member.size} bytes, expected {descriptor.size}")
             manifest = parse_manifest(archive.read(member), descriptor.media_type, descriptor.digest, member)
             found[manifest.digest] = manifest
             wanted += manifest.children
@@ -139,7 +139,7 @@ def _dates(annotations: Mapping[str, object], index: Member) -> Dates | None:
     try:
         return Dates.parse(created, confirmed)
     except ValueError as error:
-        raise index.invalid(f"the dates of an image are none: {error}") from None
+        raise index.invalid(f"an image has invalid dates: {error}") from None
 
 
 def _metadata(entry: _Entry) -> Iterator[Digest]:
@@ -152,7 +152,7 @@ def _metadata(entry: _Entry) -> Iterator[Digest]:
 def _why_not(descriptor: Descriptor) -> str:
     if descriptor.media_type in MEDIA_TYPES:
         return "its manifest is not in the archive"
-    return f"it is no image, but {descriptor.media_type[:100]!r}"
+    return f"not an image but {descriptor.media_type[:100]!r}"
 
 
 def _how_to_name(archive: Archive) -> str:

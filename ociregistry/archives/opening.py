@@ -83,7 +83,7 @@ def read_contents(archive: Archive) -> Contents:
     if is_image_folder(archive):
         return read_image_folder(archive)
     raise archive.invalid(
-        "it is no archive of images: neither an OCI layout (oci-layout and index.json), nor what docker save writes "
+        "not an image archive: neither an OCI layout (oci-layout and index.json), nor what docker save writes "
         "(manifest.json), nor an image folder (fat/ and img/)"
     )
 

@@ -125,7 +125,7 @@ class _Scan:
 
     def _take(self, entry: tarfile.TarInfo) -> None:
         if entry.name.startswith("/") or ".." in entry.name.split("/"):
-            raise ArchiveInvalid(self._path, "the path of a member leads out of it", entry.name)
+            raise ArchiveInvalid(self._path, "the path of a member leads outside", entry.name)
         name = posixpath.normpath(entry.name)
         # With a negative size, tarfile would read the same headers forever.
         if entry.size < 0:

@@ -136,7 +136,7 @@ class ContainerdConfig(Command):
 def _write(path: Path, text: str) -> None:
     try:
         if path.exists() and not path.read_text(errors="replace").startswith(_OURS):
-            raise CommandFailed(f"{path}: is there already, and not written by this command: move it away first")
+            raise CommandFailed(f"{path}: exists, and was not written by this command: move it away first")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.new")
         temporary.write_text(text)

@@ -46,7 +46,9 @@ def become_owner(root: Path) -> None:
         os.setgid(group)
         os.setuid(status.st_uid)
     except OSError as error:
-        raise CommandFailed(f"{root}: cannot become its owner, the user {status.st_uid}: {error.strerror}") from None
+        raise CommandFailed(
+            f"{root}: cannot switch to its owner, the user {status.st_uid}: {error.strerror}"
+        ) from None
 
 
 def heeded_signals() -> list[signal.Signals]:
@@ -93,6 +95,6 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     if not isinstance(result, Failure):
         return result
     if result.check(CancelledError):
-        raise CommandFailed("interrupted; what is complete stays, and the next run goes on from there")
+        raise CommandFailed("interrupted; what is complete is kept, and the next run continues from there")
     result.raiseException()
     raise AssertionError("a failure that raises nothing")

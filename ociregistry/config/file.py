@@ -78,7 +78,7 @@ def _window(node: Node) -> Window:
     nodes = node.mapping("from", "to", "max", below="bandwidth.")
     for key in ("from", "to", "max"):
         if key not in nodes:
-            raise node.missing(f"bandwidth.{key}", "a window has from, to and max")
+            raise node.missing(f"bandwidth.{key}", "a window needs from, to and max")
     try:
         rate = parse_rate(nodes["max"].word())
     except ValueError as error:
@@ -132,7 +132,7 @@ def read_prune(node: Node) -> PruneSettings:
     """
     nodes = node.mapping("unused_for", "max_size", "keep", "every", "max_share", below="prune.")
     if "unused_for" not in nodes and "max_size" not in nodes:
-        raise node.error("says neither unused_for nor max_size: nothing would ever go")
+        raise node.error("has neither unused_for nor max_size: nothing would ever be pruned")
     return PruneSettings(
         unused_for=_parsed(nodes["unused_for"], parse_duration) if "unused_for" in nodes else None,
         max_size=_parsed(nodes["max_size"], parse_size) if "max_size" in nodes else None,
@@ -150,7 +150,7 @@ def read_verify(node: Node) -> VerifySettings:
     """
     nodes = node.mapping("every", "max_rate", below="verify.")
     if "every" not in nodes:
-        raise node.missing("verify.every", "how often is to be said, such as 7d")
+        raise node.missing("verify.every", "give an interval such as 7d")
     return VerifySettings(
         every=_parsed(nodes["every"], parse_duration),
         max_rate=_parsed(nodes["max_rate"], parse_size) if "max_rate" in nodes else None,

@@ -95,9 +95,9 @@ class Node:
             key = Node(self._path, key_node, "a key").text()
             at = Node(self._path, key_node, below + key)
             if key not in known:
-                raise at.error("there is no such key")
+                raise at.error("unknown key")
             if key in found:
-                raise at.error("stands here twice")
+                raise at.error("duplicate key")
             found[key] = Node(self._path, value, below + key)
         return {key: node for key, node in found.items() if not node.is_absent}
 
@@ -154,7 +154,7 @@ class Node:
         try:
             return self._path.absolute().parent / Path(self.word()).expanduser()
         except RuntimeError:
-            raise self.error("there is no such user") from None
+            raise self.error("unknown user") from None
 
     def contents(self) -> bytes:
         """Read the file whose path is this value.
@@ -172,7 +172,7 @@ class Node:
 def _read(path: Path) -> bytes:
     if path.exists() and not path.is_file() and not path.is_dir():
         # Reading a pipe blocks until another process writes to it; at a reload that may be never.
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes()
 
 

@@ -116,7 +116,7 @@ def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple
 
 def _registry(item: Node, nodes: Mapping[str, Node]) -> tuple[RegistrySettings, tuple[str, ...]]:
     if "name" not in nodes:
-        raise item.missing("name", "every entry of registries has one")
+        raise item.missing("name", "every entry of registries needs one")
     upstream = _upstream(nodes["name"], _without_user(nodes["name"]))
     scheme = nodes["scheme"].text() if "scheme" in nodes else None
     if scheme not in ("http", "https", None):
@@ -124,7 +124,7 @@ def _registry(item: Node, nodes: Mapping[str, Node]) -> tuple[RegistrySettings, 
     login, realm = _auth(nodes["auth"]) if "auth" in nodes else (None, None)
     tls, warnings = read_upstream_tls(nodes["tls"]) if "tls" in nodes else (SYSTEM_TRUST, ())
     if scheme == "http" and tls != SYSTEM_TRUST:
-        raise nodes["tls"].error("is of no use with scheme: http")
+        raise nodes["tls"].error("has no effect with scheme: http")
     mirrors = tuple(map(_mirror, nodes["mirrors"].items())) if "mirrors" in nodes else ()
     description = _description(nodes["description"]) if "description" in nodes else ""
     return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors), warnings
@@ -141,7 +141,7 @@ def _without_user(node: Node) -> str:
     text = node.word()
     if "@" in text:
         # The message leaves the text out, because it may hold a password.
-        raise node.error("a user does not belong here, but into auth of the entry of registries for that host")
+        raise node.error("credentials are not allowed here: put them into auth of the registries entry for that host")
     return text
 
 
@@ -158,11 +158,11 @@ def _auth(node: Node) -> tuple[Login | None, Upstream | None]:
     logins = [key for key in _LOGINS if key in nodes]
     passwords = [key for key in _PASSWORDS if key in nodes]
     if len(logins) > 1:
-        raise nodes[logins[1]].error(f"stands beside {logins[0]}: one of them is enough")
+        raise nodes[logins[1]].error(f"conflicts with {logins[0]}: give only one of them")
     if len(passwords) > 1:
-        raise nodes[passwords[1]].error(f"stands beside {passwords[0]}: one of them is enough")
+        raise nodes[passwords[1]].error(f"conflicts with {passwords[0]}: give only one of them")
     if passwords and logins != ["user"]:
-        raise nodes[passwords[0]].error("is of no use without user")
+        raise nodes[passwords[0]].error("has no effect without user")
     if "user" in nodes:
         if not passwords:
             raise nodes["user"].error(f"one of {', '.join(_PASSWORDS)} is missing beside it")
@@ -194,7 +194,7 @@ def _password(node: Node, source: str) -> str:
 def _helper(node: Node) -> Helper:
     helper = Helper(node.word())
     if not _HELPER.fullmatch(helper.name):
-        raise node.error(f"{helper.name!r} is no NAME of a program docker-credential-NAME")
+        raise node.error(f"{helper.name!r} is not the NAME of a docker-credential-NAME program")
     if shutil.which(helper.program) is None:
         raise node.error(f"there is no program {helper.program} in PATH")
     return helper

@@ -54,7 +54,7 @@ def read_upstream_tls(node: Node) -> tuple[UpstreamTls, tuple[str, ...]]:
     ca = _certificates(nodes["ca"]) if "ca" in nodes else None
     warnings: tuple[str, ...] = ()
     if ca is not None and not verify:
-        warnings = (f"{nodes['ca'].where}: is of no use beside insecure_skip_verify: true, which trusts everybody",)
+        warnings = (f"{nodes['ca'].where}: has no effect with insecure_skip_verify: true",)
     client = _key_pair(node, nodes) if "cert" in nodes or "key" in nodes else None
     return UpstreamTls(ca, client, verify), warnings
 
@@ -82,7 +82,7 @@ def _key_pair(node: Node, nodes: Mapping[str, Node]) -> KeyPair:
     path = nodes["key"].path()
     if b"ENCRYPTED" in pem:
         # For an encrypted key, OpenSSL asks for the passphrase on the terminal.
-        raise nodes["key"].error(f"{path} is encrypted: nobody is there to type its passphrase, decrypt it first")
+        raise nodes["key"].error(f"{path} is encrypted: no passphrase can be entered, decrypt it first")
     try:
         key = crypto.load_privatekey(crypto.FILETYPE_PEM, pem)
     except (crypto.Error, ValueError, TypeError):

@@ -178,7 +178,7 @@ class Patterns:
 
 def _compiled(expression: str) -> re.Pattern[str]:
     if not expression:
-        raise ValueError("an empty pattern would be found in every image URL")
+        raise ValueError("an empty pattern matches every image URL")
     for piece in _PIECE.findall(expression):
         _refuse_foreign(expression, piece)
     try:
@@ -201,6 +201,4 @@ def _refuse_foreign(expression: str, piece: str) -> None:
     else:
         hint = _FOREIGN.get(piece)
     if hint is not None:
-        raise ValueError(
-            f"the pattern {expression!r} has {piece!r}, which is Go's: expressions are Python's here: {hint}"
-        )
+        raise ValueError(f"the pattern {expression!r} has {piece!r}, which is Go syntax, not Python's: {hint}")

@@ -423,5 +423,7 @@ class PullThrough:
         known = self._store.size_in(repository, digest)
         size = told if known is None else known
         if size is None or told not in (None, size):
-            raise Unavailable(f"{repository}@{digest}: its size is {told} to the upstream, {known} to its manifest")
+            raise Unavailable(
+                f"{repository}@{digest}: size mismatch: {told} bytes by the upstream, {known} by the manifest"
+            )
         return FoundSize(size, hit=False)

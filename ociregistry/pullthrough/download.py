@@ -208,7 +208,7 @@ class Download:
         """Give the early readers their file."""
         for reader in self._early:
             if self.size not in (None, reader.size):
-                raise BlobMismatch(f"{self}: it has {self.size} bytes, {reader.size} were promised")
+                raise BlobMismatch(f"{self}: the blob has {self.size} bytes, expected {reader.size}")
             reader.open(partial.reader())
         self._early.clear()
 
@@ -236,7 +236,7 @@ class Download:
     def _check(self, stream: BlobStream, known: int | None) -> None:
         told = stream.size
         if told is not None and known is not None and told != known:
-            raise BlobMismatch(f"{self}: the upstream has {told} bytes, {known} are expected")
+            raise BlobMismatch(f"{self}: the upstream has {told} bytes, expected {known}")
 
     async def _verify(self, partial: Partial) -> None:
         try:

@@ -118,7 +118,7 @@ def read_image_list(path: Path) -> ImageList:
             raise ValueError
         text = data.decode("utf-8-sig")
     except ValueError:
-        return ImageList((), (f"{path}: is neither a text nor an archive of images",))
+        return ImageList((), (f"{path}: is neither a text file nor an image archive",))
     images: dict[ImageReference, None] = {}
     errors: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -128,7 +128,7 @@ def read_image_list(path: Path) -> ImageList:
         try:
             images[parse_image(word)] = None
         except RegistryError as error:
-            errors.append(f"{path}:{number}: {_shown(word)} is no image reference: {error.message}")
+            errors.append(f"{path}:{number}: {_shown(word)} is not an image reference: {error.message}")
     if not images and not errors:
         errors.append(f"{path}: names no image")
     return ImageList(tuple(images), tuple(errors))
@@ -190,8 +190,8 @@ class _LoadState:
         notes = (*tag_unknown, *dict.fromkeys(self.notes))
         missing = [str(platform) for platform in wanted if platform not in self.found]
         if missing and self.offered and not self.unspecified:
-            others = ", ".join(sorted(self.offered - {NO_PLATFORM})) or "no platform at all"
-            why = f"there is none for {', '.join(missing)}, but for {others}"
+            others = ", ".join(sorted(self.offered - {NO_PLATFORM})) or "none"
+            why = f"no image for {', '.join(missing)}; available: {others}"
             return Outcome(self.name, LoadStatus.FAILED, why, notes, self.blobs, self.bytes)
         ended = LoadStatus.LOADED if self.manifests or self.blobs else LoadStatus.PRESENT
         return Outcome(self.name, ended, "", notes, self.blobs, self.bytes)
@@ -296,7 +296,7 @@ class Loader:
             except Unavailable as error:
                 if state.manifests or state.blobs:
                     raise
-                state.notes.append(f"whether there are other signatures could not be asked: {error.message}")
+                state.notes.append(f"cannot check for other signatures: {error.message}")
         children, found = chosen(manifest.children, self._wanted)
         state.found |= found
         state.offered |= {child.platform for child in manifest.children if child.platform}

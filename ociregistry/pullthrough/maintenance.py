@@ -68,7 +68,7 @@ class Repairer:
         return why
 
     async def _record(self, damaged: Damaged) -> str:
-        why = "of which image it was cannot be made out any more"
+        why = "the image that it belonged to is unknown"
         for repository in dict.fromkeys(image.repository for image, _ in damaged.images):
             fetched = ImageReference(repository, damaged.digest)
             try:

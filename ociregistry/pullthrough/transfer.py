@@ -232,7 +232,7 @@ class Connections:
                     return
                 if ended_at == stream.start and stream.size is not None:
                     raise BlobMismatch(f"{self}: the upstream has {partial.length} of {size} bytes")
-                why = Unavailable(f"{self}: the upstream ended the answer early")
+                why = Unavailable(f"{self}: the upstream ended the response early")
             except (BlobMismatch, Abandoned):
                 raise
             except Unavailable as error:

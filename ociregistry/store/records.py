@@ -130,7 +130,7 @@ class Record:
             if len(lacking) > _SLIP:
                 raise ForeignRecord(f"not a record of this program: it has no {', '.join(sorted(lacking))}")
             if document["digest"] != digest:
-                raise RecordInvalid(f"it holds {document['digest']}, not what its name says")
+                raise RecordInvalid(f"its digest {document['digest']} does not match the file name")
             manifest = Manifest.parse(document["manifest"].encode("utf-8"), document["mediaType"], digest)
             images = {
                 str(ImageReference.parse_whole(url)): Dates.parse(dates["created"], dates["confirmed"])
@@ -254,7 +254,7 @@ def read_record(path: Path) -> Record:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise ForeignRecord("it is a link to itself") from None
+        raise ForeignRecord("symbolic link loop") from None
     if not stat.S_ISREG(status.st_mode):
         raise ForeignRecord("it is not a file")
     if status.st_size > _LARGEST_RECORD:
@@ -263,7 +263,7 @@ def read_record(path: Path) -> Record:
         data = file.read()
     record = Record.parse(data, digest)
     if (path.parent.name == LISTS_FOLDER) != record.manifest.is_list:
-        raise ForeignRecord(f"a {record.manifest.media_type} does not belong into {path.parent.name}/")
+        raise ForeignRecord(f"a {record.manifest.media_type} does not belong in {path.parent.name}/")
     return record
 
 

@@ -66,7 +66,7 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
         if not sound or ":" in user:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise Unavailable(f"{what} gave no Username and Secret that can be used") from None
+        raise Unavailable(f"{what} returned no usable Username and Secret") from None
     return IdentityToken(secret) if user == _IS_TOKEN else Password(user, secret)
 
 

@@ -19,15 +19,15 @@ class CertificateRefused(SSL.Error):
 
 _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
     (error.ConnectionRefusedError, "the connection was refused"),
-    (error.DNSLookupError, "its host name cannot be resolved"),
-    (UnicodeError, "its host name cannot be resolved"),
-    (error.NoRouteError, "there is no route to it"),
-    (error.TimeoutError, "it cannot be connected to in time"),
-    (error.TCPTimedOutError, "it cannot be connected to in time"),
-    (error.ConnectingCancelledError, "it cannot be connected to in time"),
-    (defer.TimeoutError, "it gave no answer in time"),
+    (error.DNSLookupError, "host name cannot be resolved"),
+    (UnicodeError, "host name cannot be resolved"),
+    (error.NoRouteError, "no route to host"),
+    (error.TimeoutError, "connection attempt timed out"),
+    (error.TCPTimedOutError, "connection attempt timed out"),
+    (error.ConnectingCancelledError, "connection attempt timed out"),
+    (defer.TimeoutError, "no response in time"),
     # An Agent raises this when a deadline cancelled the request.
-    (defer.CancelledError, "it gave no answer in time"),
+    (defer.CancelledError, "no response in time"),
     (error.ConnectionDone, "it closed the connection"),
     (error.ConnectionLost, "the connection broke"),
 )
@@ -67,7 +67,7 @@ def _tls_reason(cause: SSL.Error) -> str:
     told = openssl_reason(cause)
     # The other side sends an alert, so these are about the certificate of this client.
     refused = any(alert in told for alert in _OF_OUR_CERTIFICATE)
-    return f"{told}: it refuses our client certificate, or wants one" if refused else told
+    return f"{told}: client certificate rejected or required" if refused else told
 
 
 def was_cancelled(exception: BaseException) -> bool:

@@ -109,7 +109,7 @@ def _as_it_is(response: IResponse) -> IResponse:
     for encoding in response.headers.getRawHeaders(b"content-encoding", []):
         if encoding.strip().lower() != b"identity":
             response.deliverBody(_Dropped())
-            raise Encoded(f"it sent Content-Encoding {encoding[:40]!r}, though identity was asked for")
+            raise Encoded(f"it sent Content-Encoding {encoding[:40]!r}, although identity was requested")
     return response
 
 
@@ -163,7 +163,7 @@ class Response:
             while piece := await self.body.read():
                 data += piece
                 if len(data) > most:
-                    raise Unavailable(f"{self.upstream}: an answer is longer than {most} bytes")
+                    raise Unavailable(f"{self.upstream}: a response is longer than {most} bytes")
         finally:
             self.body.abort()
         return bytes(data)

@@ -26,7 +26,7 @@ class Origin:
         """
         parts = urlsplit(url)
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc or parts.port == 0:
-            raise ValueError(f"{without_query(url)!r} is no URL of a web server")
+            raise ValueError(f"{without_query(url)!r} is not an http or https URL")
         return cls(parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme])
 
 
@@ -40,7 +40,7 @@ def redirected(url: str, location: str) -> str:
         target = urljoin(url, location)
         scheme = Origin.of(target).scheme
     except ValueError:
-        raise ValueError(f"it redirects to {without_query(location)!r}, which is no URL of a web server") from None
+        raise ValueError(f"it redirects to {without_query(location)!r}, which is not an http or https URL") from None
     if Origin.of(url).scheme == "https" and scheme == "http":
         raise ValueError("it redirects from https to http")
     return target

@@ -369,7 +369,7 @@ class Registry:
                 try:
                     path = f"referrers/{digest}?{urlsplit(following).query}"
                 except ValueError:
-                    raise Unavailable(f"{what}: the upstream's next page is no URL") from None
+                    raise Unavailable(f"{what}: the link to the upstream's next page is not a URL") from None
         raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
 
     async def _ask(
@@ -439,7 +439,7 @@ def _joined(pages: list[Manifest], what: str) -> Manifest:
     try:
         return Manifest.parse(json.dumps({**documents[0], "manifests": entries}).encode(), OCI_INDEX)
     except ManifestInvalid as error:
-        raise Unavailable(f"{what}: the upstream's pages make no valid index: {error}") from None
+        raise Unavailable(f"{what}: the upstream's pages do not form a valid index: {error}") from None
 
 
 def _stream(response: Response, start: int) -> BlobStream | None:

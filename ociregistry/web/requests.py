@@ -112,12 +112,12 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
         return VersionCheck()
     rest = text.removeprefix("/v2/")
     if rest == "_catalog":
-        raise Unsupported("this server does not list what it has to clients")
+        raise Unsupported("listing repositories is not supported")
     if "/blobs/uploads" in rest:
         raise MethodUnsupported("this server is pull-only")
     match = _ENDPOINT.fullmatch(rest)
     if match is None:
-        raise NotFound(f"there is nothing at {text[:300]!r}")
+        raise NotFound(f"no such path: {text[:300]!r}")
     name = match["name"]
     repository = Repository.at(upstream, name) if upstream else Repository.parse(name, default)
     if match["reference"]:

@@ -79,4 +79,4 @@ class RegistrySite(Site):
 
 
 async def _nothing(method: str, path: bytes, query: Query, via: Via) -> Answer:
-    raise NotFound(f"there is nothing at {path[:300]!r}; the API is at /v2/")
+    raise NotFound(f"no such path: {path[:300]!r}; the API is at /v2/")

@@ -114,7 +114,7 @@ def test_each_line_that_is_no_reference_is_told(scene: Scene, tmp_path: Path) ->
 def test_a_list_that_is_no_text(scene: Scene, tmp_path: Path) -> None:
     path = tmp_path / "imagelist"
     path.write_bytes(b"\xff\xfe\x00team")
-    assert_one_line(scene.mistake("load", str(path)), 2, f"{path}: is neither a text nor an archive of images")
+    assert_one_line(scene.mistake("load", str(path)), 2, f"{path}: is neither a text file nor an image archive")
 
 
 def test_a_list_that_is_not_there(scene: Scene, tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
     "a way up": (tar({**layout(), "../x": b"out"}), "out of it: ../x"),
     "a way up, inside": (tar({**layout(), "blobs/../../x": b"out"}), "out of it: blobs/../../x"),
     "a way from the root": (tar({"/x": b"out", **layout()}), "out of it: /x"),
-    "something else": (tar({"README": b"text"}), "it is no archive of images"),
+    "something else": (tar({"README": b"text"}), "not an image archive"),
     "no tar, but compressed": (b"\x1f\x8b\x08" + bytes(100), ""),
-    "nothing in it": (tar({}), "it is no archive of images"),
+    "nothing in it": (tar({}), "not an image archive"),
 }
 
 

@@ -172,7 +172,7 @@ def test_an_update_without_what_it_updates_leaves_nothing(
     size = sum(len(blob.data) for blob in V2.blobs if blob.digest in lacking)
     why = (
         f"failed: {registry.host}/team/app:v2: {len(lacking)} blobs, {size} bytes, are neither in the archive nor in "
-        "the store; where it was made with --since of an earlier export, that one is to be loaded first"
+        "the store; if it was made with --since, load the earlier export first"
     )
     printed, complaints = there.failed("load", str(update))
     assert printed == [why, "0 loaded, 0 already there, 1 failed"]

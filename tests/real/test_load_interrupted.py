@@ -106,7 +106,7 @@ def test_a_load_that_is_interrupted_says_so_in_one_line(
 ) -> None:
     with held(upstream, shell) as process:
         done = interrupted(process, number)
-    assert_one_line(done, 1, "interrupted; what is complete stays, and the next run goes on from there")
+    assert_one_line(done, 1, "interrupted; what is complete is kept, and the next run continues from there")
     # The images that were loaded were told, and nothing else.
     assert [line.split()[0] for line in _printed(shell).read_text().splitlines()] == ["loaded:"] * len(SMALL)
 

@@ -135,7 +135,7 @@ def test_what_cannot_be_loaded_is_told_and_stops_nothing(
     failed = [line for line in errors if "preloading: failed: " in line]
     assert len(failed) == 2
     assert f"{upstream.host}/team/app:missing: " in failed[0]
-    assert f"{upstream.host}/team/arms:v1: there is none for linux/amd64, but for linux/arm64" in failed[1]
+    assert f"{upstream.host}/team/arms:v1: no image for linux/amd64; available: linux/arm64" in failed[1]
     assert fetch(f"{daemon.url}/v2/").status == 200
 
 

@@ -166,7 +166,7 @@ def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, 
     done = shell.piped("--load-images $PWD/one --arch s390x --os linux")
     assert done.returncode == 1
     for line in done.stdout.splitlines()[:-1]:
-        assert re.fullmatch(r"failed: \S+: there is none for linux/s390x, but for linux/amd64, linux/arm64", line)
+        assert re.fullmatch(r"failed: \S+: no image for linux/s390x; available: linux/amd64, linux/arm64", line)
     assert done.stderr == "ociregistry: 2 of 2 images could not be loaded\n"
 
 

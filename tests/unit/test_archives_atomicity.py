@@ -161,7 +161,7 @@ async def test_a_full_disk_changes_nothing(
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {IMAGE_NAME: NAME}), (OTHER, {IMAGE_NAME: APP})))
     with pytest.raises(LoadFailed) as caught:
         await load(store, path)
-    assert str(caught.value) == f"{path}: the store cannot take it: No space left on device"
+    assert str(caught.value) == f"{path}: cannot be stored: No space left on device"
     assert files_below(root) == before
 
 
@@ -172,7 +172,7 @@ async def test_what_does_not_fit_beside_the_reserve_is_refused_and_changes_nothi
     store = open_store(reserve=Reserve(1.0))
     before = files_below(root)
     path = write_tar(tmp_path / "a.tar", named(INDEX))
-    with pytest.raises(LoadFailed, match=r"the store cannot take it: the disk of .* has no room: [0-9]+ bytes"):
+    with pytest.raises(LoadFailed, match=r"cannot be stored: the disk of .* has no room: [0-9]+ bytes"):
         await load(store, path)
     assert files_below(root) == before
 

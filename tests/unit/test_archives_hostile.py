@@ -21,10 +21,12 @@ FILES = {"index.json": b"{}", "blobs/sha256/bb": b"", "blobs/sha256/cc": b"small
 
 @pytest.mark.parametrize("name", ["../x", "blobs/../../x", "/etc/passwd", "blobs/..", "./../x", "//x"])
 def test_a_path_that_leads_out(tmp_path: Path, name: str) -> None:
-    assert refused(write_tar(tmp_path / "a.tar", {**FILES, name: b"x"})).startswith("the path of a member leads out")
+    assert refused(write_tar(tmp_path / "a.tar", {**FILES, name: b"x"})).startswith(
+        "the path of a member leads outside"
+    )
     # Not even of what is ignored.
     links = {name: (tarfile.DIRTYPE, "")}
-    assert "leads out" in refused(write_tar(tmp_path / "b.tar", FILES, links=links))
+    assert "leads outside" in refused(write_tar(tmp_path / "b.tar", FILES, links=links))
 
 
 def test_links_lead_to_members(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
 def test_what_is_told_is_one_line_for_a_terminal(tmp_path: Path) -> None:
     name = "../\x1b[31m\nx\udcff" + "x" * 5000
     told = refused(write_tar(tmp_path / "a.tar", {name: b""}))
-    assert told.startswith(r"the path of a member leads out of it: ../\x1b[31m\nx\udcffxxx")
+    assert told.startswith(r"the path of a member leads outside: ../\x1b[31m\nx\udcffxxx")
     assert len(told) < 1100
 
 

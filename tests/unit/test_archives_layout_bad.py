@@ -48,7 +48,7 @@ def test_an_image_whose_manifest_is_not_there(tmp_path: Path) -> None:
 def test_what_is_no_image(tmp_path: Path) -> None:
     helm = Image(Manifest(OTHER.manifest.digest, OTHER.manifest.data, "application/x-other"), (), "")
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (helm, {REF_NAME: "other:1"})))
-    assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "it is no image, but 'application/x-other'"}
+    assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "not an image but 'application/x-other'"}
 
 
 @pytest.mark.parametrize("what", [INDEX.manifest, INDEX.images[1].manifest])
@@ -62,7 +62,7 @@ def test_a_manifest_of_another_size(tmp_path: Path) -> None:
     files = {**named(IMAGE), blob_name(IMAGE.manifest.digest): IMAGE.manifest.data + b" "}
     size = len(IMAGE.manifest.data)
     told = invalid(write_tar(tmp_path / "a.tar", files))
-    assert told == f"it has {size + 1} bytes, not {size} as it should: {blob_name(IMAGE.manifest.digest)}"
+    assert told == f"it has {size + 1} bytes, expected {size}: {blob_name(IMAGE.manifest.digest)}"
 
 
 def index_of(change: Callable[[Any], object]) -> Files:
@@ -120,7 +120,7 @@ def test_a_manifest_that_can_be_read_as_two_things(tmp_path: Path) -> None:
     ],
 )
 def test_what_holds_no_images(tmp_path: Path, files: Files) -> None:
-    assert invalid(write_tar(tmp_path / "a.tar", files)).startswith("it is no archive of images")
+    assert invalid(write_tar(tmp_path / "a.tar", files)).startswith("not an image archive")
 
 
 def test_a_layout_without_images(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_warnings_go_to_stderr(path: Path, authority: Authority, capfd: pytest.C
     status, out, err = run(capfd, "check", "--config-path", str(path))
     assert (status, out.splitlines()) == (0, told)
     (line,) = err.splitlines()
-    assert line.startswith(f"ociregistry: warning: {path}:2: tls.ca: is of no use beside insecure_skip_verify")
+    assert line.startswith(f"ociregistry: warning: {path}:2: tls.ca: has no effect with insecure_skip_verify")
 
 
 @pytest.mark.parametrize(

@@ -93,5 +93,5 @@ def test_what_it_may_not_become_is_one_line(process: Process, what: str) -> None
     process.may_not = what
     with pytest.raises(CommandFailed) as failed:
         become_owner(STORE)
-    why = "/srv/images: cannot become its owner, the user 4711: Operation not permitted"
+    why = "/srv/images: cannot switch to its owner, the user 4711: Operation not permitted"
     assert (str(failed.value), failed.value.status) == (why, 1)

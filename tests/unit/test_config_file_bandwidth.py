@@ -115,4 +115,4 @@ def test_an_error_says_what_is_expected(path: Path) -> None:
     refused = refusal(path, f"bandwidth:\n- {GOOD.replace('08:00', '8h')}")
     assert refused.endswith(": '8h': a time of the day such as 08:00 is expected")
     refused = refusal(path, "bandwidth:\n- {from: 08:00}")
-    assert refused.endswith(": is missing: a window has from, to and max")
+    assert refused.endswith(": is missing: a window needs from, to and max")

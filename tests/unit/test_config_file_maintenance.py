@@ -67,7 +67,7 @@ def test_what_is_empty_is_as_if_it_were_not_there(path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{every: 1h}", "{keep: [nginx]}", "{unused_for: , max_size: }"])
 def test_a_section_by_which_nothing_ever_goes_is_a_mistake(path: Path, text: str) -> None:
-    why = "prune: says neither unused_for nor max_size: nothing would ever go"
+    why = "prune: has neither unused_for nor max_size: nothing would ever be pruned"
     assert refusal(path, f"\nprune: {text}\n") == f"{path}:2: {why}"
 
 
@@ -80,7 +80,7 @@ def test_verifying_is_read(path: Path) -> None:
 @pytest.mark.parametrize("text", ["{max_rate: 20MB}", "{every: , max_rate: 20MB}", "\n  max_rate: 20MB\n"])
 def test_how_often_is_verified_must_be_said(path: Path, text: str) -> None:
     refused = refusal(path, f"verify: {text}\n")
-    assert refused.endswith(": verify.every: is missing: how often is to be said, such as 7d")
+    assert refused.endswith(": verify.every: is missing: give an interval such as 7d")
 
 
 TIME = "a time such as 30d, 12h, 90m or 45s is expected"
@@ -113,17 +113,17 @@ SIZE = "a size such as 50GB, 500MB or 20MiB is expected"
         (
             "prune: {max_size: 1kB, keep: ['x\\z']}",
             1,
-            r"prune.keep: 'x\\z': the pattern 'x\\z' has '\\z', which is Go's",
+            r"prune.keep: 'x\\z': the pattern 'x\\z' has '\\z', which is Go syntax",
         ),
         ("prune: {max_size: 1kB, keep: ['[[:alpha:]]']}", 1, "prune.keep: '[[:alpha:]]': the pattern "),
         ("prune: 30d", 1, "prune: a mapping is expected"),
         ("prune: [30d]", 1, "prune: a mapping is expected"),
-        ("prune: {max_size: 1kB, unused-for: 1d}", 1, "prune.unused-for: there is no such key"),
-        ("prune: {max_size: 1kB, max_size: 2kB}", 1, "prune.max_size: stands here twice"),
+        ("prune: {max_size: 1kB, unused-for: 1d}", 1, "prune.unused-for: unknown key"),
+        ("prune: {max_size: 1kB, max_size: 2kB}", 1, "prune.max_size: duplicate key"),
         ("verify: 7d", 1, "verify: a mapping is expected"),
         ("verify: {every: weekly}", 1, f"verify.every: 'weekly': {TIME}"),
         ("verify:\n  every: 7d\n  max_rate: fast\n", 3, f"verify.max_rate: 'fast': {SIZE}"),
-        ("verify: {every: 7d, repair: true}", 1, "verify.repair: there is no such key"),
+        ("verify: {every: 7d, repair: true}", 1, "verify.repair: unknown key"),
     ],
 )
 def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, why: str) -> None:

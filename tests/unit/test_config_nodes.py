@@ -95,7 +95,7 @@ def test_sections_may_be_empty(path: Path) -> None:
     ],
 )
 def test_a_key_that_there_is_not_is_refused(path: Path, text: str, line: int, key: str) -> None:
-    assert refusal(path, text) == f"{path}:{line}: {key}: there is no such key"
+    assert refusal(path, text) == f"{path}:{line}: {key}: unknown key"
 
 
 def test_every_section_is_read(path: Path) -> None:
@@ -187,7 +187,7 @@ def test_nothing_is_constructed(path: Path) -> None:
 
 
 def test_what_is_missing_is_said_with_the_line_where_it_should_stand(path: Path) -> None:
-    assert refusal(path, "\n- description: x\n") == f"{path}:2: name: is missing: every entry of registries has one"
+    assert refusal(path, "\n- description: x\n") == f"{path}:2: name: is missing: every entry of registries needs one"
 
 
 TEXTS = st.text("abmnrt:_-[]{}'\"\n #&*!|>%@,0.", max_size=40) | st.text(max_size=20)

@@ -132,7 +132,9 @@ def test_an_encrypted_key_is_refused_before_openssl_asks_for_its_passphrase(
 
     monkeypatch.setattr(crypto, "load_privatekey", asks)
     line = len(place.splitlines())
-    assert refusal(path, place).startswith(f"{path}:{line}: tls.key: {pair[1]} is encrypted: nobody is there to type")
+    assert refusal(path, place).startswith(
+        f"{path}:{line}: tls.key: {pair[1]} is encrypted: no passphrase can be entered"
+    )
 
 
 def damage(pem: Path) -> bytes:
@@ -161,8 +163,8 @@ ERRORS = [
     ("cert: client.crt, key: openssh.key", "key", "openssh.key holds no private key in PEM form"),
     ("cert: client.crt, key: other.key", "key", "other.key is not the key of the certificate in"),
     ("cert: client.crt, key: rsa.key", "key", "rsa.key is not the key of the certificate in"),
-    ("cert: client.crt, key: client.key, passphrase: x", "passphrase", "there is no such key"),
-    ("cert: client.crt, cert: client.crt", "cert", "stands here twice"),
+    ("cert: client.crt, key: client.key, passphrase: x", "passphrase", "unknown key"),
+    ("cert: client.crt, cert: client.crt", "cert", "duplicate key"),
 ]
 ERRORS_OF_UPSTREAMS = [
     ("ca: nowhere", "ca", "nowhere cannot be read: No such file or directory"),
@@ -171,14 +173,14 @@ ERRORS_OF_UPSTREAMS = [
     ("insecure_skip_verify: yes", "insecure_skip_verify", "'yes': true or false is expected"),
     ("insecure_skip_verify: 1", "insecure_skip_verify", "'1': true or false is expected"),
     ("insecure_skip_verify: ''", "insecure_skip_verify", "'': true or false is expected"),
-    ("client_ca: client.crt", "client_ca", "there is no such key"),
+    ("client_ca: client.crt", "client_ca", "unknown key"),
 ]
 ERRORS_OF_THE_SERVER = [
     ("client_ca: client.crt", "cert", "is missing: a certificate and its key go together"),
     ("cert: client.crt, key: client.key, client_ca: client.key", "client_ca", "holds no certificate in PEM form"),
     ("cert: client.crt, key: client.key, client_ca: nowhere", "client_ca", "cannot be read"),
-    ("cert: client.crt, key: client.key, ca: client.crt", "ca", "there is no such key"),
-    ("insecure_skip_verify: true", "insecure_skip_verify", "there is no such key"),
+    ("cert: client.crt, key: client.key, ca: client.crt", "ca", "unknown key"),
+    ("insecure_skip_verify: true", "insecure_skip_verify", "unknown key"),
 ]
 RSA = rsa.generate_private_key(65537, 2048)
 OF_UPSTREAMS, OF_THE_SERVER = "- name: reg.example\n\n  tls: {%s}\n", "port: 1\n\ntls: {%s}\n"
@@ -243,14 +245,14 @@ def test_what_is_missing_is_said_where_it_should_stand(path: Path, pair: tuple[P
 )
 def test_tls_is_of_no_use_where_http_is_spoken(path: Path, pair: tuple[Path, Path], text: str) -> None:
     plain = "- name: a.b\n  scheme: http\n  tls: {%s}\n"
-    assert refusal(path, plain % text) == f"{path}:3: tls: is of no use with scheme: http"
+    assert refusal(path, plain % text) == f"{path}:3: tls: has no effect with scheme: http"
     assert read(path, plain % "").warnings == ()
 
 
 def test_who_trusts_everybody_needs_no_ca_which_is_worth_a_warning(path: Path, authority: Authority) -> None:
     config = read(path, "- name: reg.example\n  tls:\n    ca: test-authority.crt\n    insecure_skip_verify: true\n")
     (warning,) = config.warnings
-    assert warning.startswith(f"{path}:3: tls.ca: is of no use beside insecure_skip_verify: true")
+    assert warning.startswith(f"{path}:3: tls.ca: has no effect with insecure_skip_verify: true")
     tls = config.registries[REG].tls
     assert not tls.verify
     assert tls.ca is not None

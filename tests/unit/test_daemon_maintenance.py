@@ -41,7 +41,7 @@ async def test_it_preloads_a_file(
         await until(lambda: any(text.startswith("preloaded ") for text in texts(events)))
         assert await preloaded(network, events) == {"images": 2, "loaded": 1, "failed": 1}
         first, second = sorted(texts(events, LogLevel.error))
-        assert first.startswith(f"not preloaded: {images}:3: 'No Reference' is no image reference")
+        assert first.startswith(f"not preloaded: {images}:3: 'No Reference' is not an image reference")
         assert second.startswith(f"preloading: failed: {app(upstream, 'none')}: ")
         daemons.stop()
         await until(daemons.stopped)

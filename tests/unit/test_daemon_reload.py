@@ -230,7 +230,7 @@ async def test_warnings_are_told_at_every_level_at_the_start_and_after_a_reload(
     (event,) = [event for event in events if event["log_level"] is LogLevel.warn]
     assert all(AtLeast(level)(event) is PredicateResult.yes for level in LOG_LEVELS)
     (warning,) = told(events)
-    assert warning.startswith(f"{path}:2: tls.ca: is of no use beside insecure_skip_verify")
+    assert warning.startswith(f"{path}:2: tls.ca: has no effect with insecure_skip_verify")
     path.write_text(f"\n{WARNED}")
     await daemon.reload()
     assert told(events) == [warning, warning.replace(":2:", ":3:")]

@@ -185,7 +185,7 @@ async def test_an_upstream_that_has_another_size_than_its_manifest_is_not_read(
     asked = get(cache)
     await until(lambda: upstreams.calls)
     sending = upstreams[0].stream(SIZE + 1)
-    with pytest.raises(Unavailable, match=f"has {SIZE + 1} bytes, {SIZE} are expected"):
+    with pytest.raises(Unavailable, match=f"has {SIZE + 1} bytes, expected {SIZE}"):
         await asked
     assert sending.connection.closed
 

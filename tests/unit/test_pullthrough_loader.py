@@ -147,7 +147,7 @@ async def test_a_platform_that_is_missing_names_those_there_are_and_the_others_a
     shelf.add(APP, MULTI)
     wanted = [Platform("linux", "s390x"), ARM64, Platform("linux", "riscv64")]
     (outcome,) = await loads.load(APP, wanted=wanted)
-    why = "there is none for linux/s390x, linux/riscv64, but for linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64"
+    why = "no image for linux/s390x, linux/riscv64; available: linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64"
     arm64 = MULTI.images[1]
     assert outcome == Outcome(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
     assert here(root) == {blob.digest for blob in arm64.blobs}
@@ -186,7 +186,7 @@ async def test_attestations_are_not_among_the_platforms_there_are(loads: Loads, 
     index, app, attestation, blobs = attested()
     shelf.put(APP, index, app, attestation, blobs=blobs)
     (outcome,) = await loads.load(APP, wanted=[ARM64])
-    assert outcome.why == "there is none for linux/arm64, but for linux/amd64"
+    assert outcome.why == "no image for linux/arm64; available: linux/amd64"
 
 
 @on_reactor
@@ -199,7 +199,7 @@ async def test_lists_in_lists(loads: Loads, shelf: Shelf, root: Path) -> None:
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
     (outcome,) = await loads.load(APP, wanted=[Platform("linux", "s390x")])
-    assert outcome.why == "there is none for linux/s390x, but for linux/amd64, linux/arm64"
+    assert outcome.why == "no image for linux/s390x; available: linux/amd64, linux/arm64"
 
 
 @on_reactor

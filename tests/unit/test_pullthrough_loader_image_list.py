@@ -124,7 +124,7 @@ BAD = {
 def test_a_line_that_is_no_reference(path: Path, text: str) -> None:
     listed = read(path, f"# first\nnginx:1\n\n{text}\nredis:7\n")
     (line,) = listed.errors
-    assert line.startswith(f"{path}:4: {text[:100]!r} is no image reference: ")
+    assert line.startswith(f"{path}:4: {text[:100]!r} is not an image reference: ")
     assert BAD[text] in line
     assert "\n" not in line
     assert "\0" not in line
@@ -133,7 +133,7 @@ def test_a_line_that_is_no_reference(path: Path, text: str) -> None:
 
 def test_every_bad_line_is_told_with_its_number(path: Path) -> None:
     listed = read(path, "\ufeffA\r\n# a comment\r\n\r\nB\r\nnginx:1\r\nC # c\r\n")
-    assert [line.partition(" is no ")[0] for line in listed.errors] == [
+    assert [line.partition(" is not an ")[0] for line in listed.errors] == [
         f"{path}:1: 'A'",
         f"{path}:4: 'B'",
         f"{path}:6: 'C'",
@@ -154,7 +154,7 @@ def test_a_list_that_names_no_image(path: Path, text: str) -> None:
     "data", [b"\x7fELF\xff\xfe", b"nginx:1\n\xff\n", "nginx:1\n".encode("utf-16"), b"\x1f\x8b\x08"]
 )
 def test_what_is_no_text(path: Path, data: bytes) -> None:
-    assert read(path, data) == ImageList((), (f"{path}: is neither a text nor an archive of images",))
+    assert read(path, data) == ImageList((), (f"{path}: is neither a text file nor an image archive",))
 
 
 def test_a_file_that_is_not_there(path: Path) -> None:

@@ -112,7 +112,7 @@ async def test_it_ends_when_all_are_there(scene: Scene, shelf: Shelf, clock: Clo
 
 @on_reactor
 async def test_bad_lines_are_error_lines_and_the_others_are_loaded(scene: Scene, events: list[LogEvent]) -> None:
-    errors = ("images.txt:1: 'A' is no image reference: so", "images.txt:7: 'B' is no image reference: so")
+    errors = ("images.txt:1: 'A' is not an image reference: so", "images.txt:7: 'B' is not an image reference: so")
     preloader = scene.start(listed(ONE, errors=errors))
     await until(lambda: preloader.progress == PreloadProgress(1, 1, 0))
     assert texts(events, LogLevel.error) == [f"not preloaded: {error}" for error in errors]

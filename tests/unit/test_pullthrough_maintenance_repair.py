@@ -165,7 +165,7 @@ async def test_a_record_that_no_upstream_has(repairer: Repairer, shelf: Shelf, s
 
 @on_reactor
 async def test_a_record_of_which_nothing_can_be_read(repairer: Repairer, shelf: Shelf, root: Path) -> None:
-    assert await repairer.repair(record(root)) == "of which image it was cannot be made out any more"
+    assert await repairer.repair(record(root)) == "the image that it belonged to is unknown"
     assert shelf.asked == []
 
 

@@ -168,7 +168,7 @@ def test_a_file_that_was_cut_off_is_no_record() -> None:
 
 
 def test_a_file_under_another_name_is_no_record() -> None:
-    with pytest.raises(RecordInvalid, match="not what its name says"):
+    with pytest.raises(RecordInvalid, match="does not match the file name"):
         Record.parse(Record(IMAGE, {}).render(), Digest.of(b"another"))
 
 

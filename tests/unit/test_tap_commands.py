@@ -212,9 +212,9 @@ def test_two_names_of_commands_are_a_mistake(capfd: pytest.CaptureFixture[str], 
     ("argv", "why"),
     [
         (("--prune", "["), "the pattern '[' is not a regular expression"),
-        (("--prune", ""), "an empty pattern would be found in every image URL"),
-        (("--prune", "curl,,quay"), "an empty pattern would be found in every image URL"),
-        (("--prune", "[[:alpha:]]"), "'[:alpha:]', which is Go's"),
+        (("--prune", ""), "an empty pattern matches every image URL"),
+        (("--prune", "curl,,quay"), "an empty pattern matches every image URL"),
+        (("--prune", "[[:alpha:]]"), "'[:alpha:]', which is Go syntax"),
         (("--prune", r"x\z"), "\\Z is the end of the text here"),
         (("--prune-before", "yesterday"), "a local date and time such as 2024-03-01T22:17:30 is expected"),
         (("--prune-before", "2024-02-30T00:00:00"), "a local date and time such as 2024-03-01T22:17:30 is expected"),
@@ -264,6 +264,6 @@ def test_settings_that_are_mistaken_end_a_command_before_it_begins(
     config = tmp_path / "it.yaml"
     config.write_text("prune: {every: 1h}\n")
     for argv in (("list",), ("--list-cache",), PATTERNS, ("load", "x")):
-        assert f"{config}:1: prune: says neither" in mistake(capfd, "--config-path", config, *argv)
+        assert f"{config}:1: prune: has neither" in mistake(capfd, "--config-path", config, *argv)
         assert "--concurrent: '0'" in mistake(capfd, "--concurrent=0", *argv)
     assert ran == []

@@ -319,7 +319,7 @@ def test_a_registry_that_wants_tokens_from_now_on() -> None:
     assert asking.status() == 200
 
 
-@pytest.mark.parametrize("gone", [{"status": 404}, {"status": 500}, Unavailable("its host name cannot be resolved")])
+@pytest.mark.parametrize("gone", [{"status": 404}, {"status": 500}, Unavailable("host name cannot be resolved")])
 def test_a_registry_whose_token_service_has_moved(gone: Told) -> None:
     new = "https://new.example/token"
     asking = Asking({TOKEN: [token("t"), gone], new: [token("new")], REG: [wants(), OK, wants(realm=new), OK]})

@@ -163,7 +163,7 @@ def test_the_headers_have_so_much_time_and_then_it_counts_as_down(sending: Sendi
     sending.clock.advance(within - 0.125)
     assert not sent.called
     sending.clock.advance(0.125)
-    assert failed(sent, Unavailable).message == "reg.example: it gave no answer in time"
+    assert failed(sent, Unavailable).message == "reg.example: no response in time"
     # What waits for another request on the same path will not move either.
     assert sending.dropped == 1
     assert sending.is_down

@@ -167,7 +167,7 @@ def test_a_redirect_leads_to_a_web_server(scheme: str, to: str) -> None:
     asking = Asking({f"{scheme}://reg.example/": [redirect(to)]}, scheme=scheme)
     message = failed(asking.ask(), Unavailable).message
     told = to.replace("u:p@", "")
-    assert message == f"reg.example: it redirects to {told!r}, which is no URL of a web server"
+    assert message == f"reg.example: it redirects to {told!r}, which is not an http or https URL"
     assert len(asking.asked) == 1
 
 
@@ -184,7 +184,7 @@ def test_a_redirect_to_nowhere_is_the_upstreams_failure(to: str) -> None:
     asking = Asking({REG: [redirect(f"{to}?X-Signature=secret")], "https": [OK]})
     message = failed(asking.ask(), Unavailable).message
     told = to.replace("u:p@", "")
-    assert message == f"reg.example: it redirects to {told!r}, which is no URL of a web server"
+    assert message == f"reg.example: it redirects to {told!r}, which is not an http or https URL"
 
 
 def test_a_token_is_fetched_when_one_is_wanted() -> None:

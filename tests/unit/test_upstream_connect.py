@@ -214,7 +214,7 @@ def test_a_name_without_an_address_is_called_one(told: Told) -> None:
     dialled = Dialled(told)
     sending = dialled.send()
     dialled.reactor.advance(10)
-    assert failed(sending, Unavailable).message == "reg.example: its host name cannot be resolved"
+    assert failed(sending, Unavailable).message == "reg.example: host name cannot be resolved"
     assert dialled.connected == []
 
 

@@ -199,9 +199,7 @@ async def test_garbage_is_no_answer_and_is_not_repeated(programs: Programs, said
     programs.says(said)
     with pytest.raises(Unavailable) as raised:
         await asking()
-    assert raised.value.message == (
-        "reg.example:5000: docker-credential-fake gave no Username and Secret that can be used"
-    )
+    assert raised.value.message == ("reg.example:5000: docker-credential-fake returned no usable Username and Secret")
 
 
 @on_reactor

@@ -219,7 +219,7 @@ async def test_a_failure_without_a_reason_is_told_with_its_status(daemon: Daemon
 @on_reactor
 async def test_a_reason_that_has_no_end(daemon: Daemon) -> None:
     daemon.give = (502, error("x" * 100_000), {})
-    with pytest.raises(Unavailable, match=r"^the daemon: an answer is longer than 65536 bytes$"):
+    with pytest.raises(Unavailable, match=r"^the daemon: a response is longer than 65536 bytes$"):
         await ask(daemon, "manifest")
 
 

@@ -24,13 +24,13 @@ def tls(*reasons: str) -> SSL.Error:
 
 SENTENCES = [
     (error.ConnectionRefusedError("111: refused"), "the connection was refused"),
-    (error.DNSLookupError("no results for hostname lookup: x"), "its host name cannot be resolved"),
-    (error.NoRouteError(), "there is no route to it"),
-    (error.TimeoutError(), "it cannot be connected to in time"),
-    (error.TCPTimedOutError(), "it cannot be connected to in time"),
-    (error.ConnectingCancelledError(HostnameAddress(b"reg.example", 443)), "it cannot be connected to in time"),
-    (defer.TimeoutError(), "it gave no answer in time"),
-    (defer.CancelledError(), "it gave no answer in time"),
+    (error.DNSLookupError("no results for hostname lookup: x"), "host name cannot be resolved"),
+    (error.NoRouteError(), "no route to host"),
+    (error.TimeoutError(), "connection attempt timed out"),
+    (error.TCPTimedOutError(), "connection attempt timed out"),
+    (error.ConnectingCancelledError(HostnameAddress(b"reg.example", 443)), "connection attempt timed out"),
+    (defer.TimeoutError(), "no response in time"),
+    (defer.CancelledError(), "no response in time"),
     (error.ConnectionDone(), "it closed the connection"),
     (error.ConnectionLost(), "the connection broke"),
     (tls("certificate verify failed"), "TLS failed: certificate verify failed"),
@@ -73,7 +73,7 @@ def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: s
 )
 def test_what_the_other_side_has_against_our_certificate(what: str) -> None:
     sentence = explain(wrapped(tls(f"tlsv1 alert {what}")))
-    assert sentence == f"TLS failed: tlsv1 alert {what}: it refuses our client certificate, or wants one"
+    assert sentence == f"TLS failed: tlsv1 alert {what}: client certificate rejected or required"
 
 
 def test_nothing_is_said_in_words_too() -> None:
