@@ -185,7 +185,7 @@ def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, inde
     assert health(cache.daemon)["incomplete_indexes"] == 1
     cache.daemon.kill()
     cache.daemon.start()
-    assert health(cache.daemon)["incomplete_indexes"] == 1
+    wait_until(lambda: health(cache.daemon)["incomplete_indexes"] == 1, SOON, "the daemon has read the index again")
     kubelet_pull(cache, index)
     cache.upstream.open()
     wait_holds(cache.daemon, index, AMD64)
