@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,16 @@ def _need(*programs: str) -> None:
     packages = sorted({package for package in map(missing_package, programs) if package})
     if packages:
         pytest.fail(f"a peer is missing: apt-get install {' '.join(packages)}", pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let the programs under test be interrupted.
+
+    A shell starts what runs in its background with SIGINT ignored, and a program passes that on to those it starts.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
