@@ -83,7 +83,7 @@ class Demand:
         """
         naming = self._store.naming(digest)
         # This runs for every hit, and a layer may be in thousands of images: consider only recently requested ones.
-        images = naming if len(naming) == 1 else self._asked_for_of_late & naming.keys()
+        images = naming if len(naming) == 1 else self._recently_requested & naming.keys()
         for image in images:
             entry = self._store.entry(image)
             if entry is None or digest not in entry.layers or (entry.wanted and not self._indexes):
@@ -93,7 +93,7 @@ class Demand:
                 self._begin(self._layer_requested(image, repository, indexes))
 
     @property
-    def _asked_for_of_late(self) -> set[Digest]:
+    def _recently_requested(self) -> set[Digest]:
         return {image for requests in self._indexes.values() for image in requests.images}
 
     def _is_shared(self, layer: Digest, image: Digest, indexes: Iterable[Digest]) -> bool:

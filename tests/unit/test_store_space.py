@@ -162,6 +162,7 @@ async def test_that_the_disk_is_full_and_that_this_is_over_is_told_once(
     ):
         disk.free, expected = free, Room(free, RESERVE, full)
         clock.advance(1)
+        # The default binds this round's value; mypy infers no type for it.
         await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]
     said = texts(events, LogLevel.warn)
     assert ["is full" in line for line in said] == [True, False]
