@@ -25,6 +25,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.context import new_instance
 from ociregistry.log import ALWAYS, AtLeast
 from ociregistry.platforms import Platform
 from ociregistry.process import exit_with, take_all_file_descriptors
@@ -41,7 +42,6 @@ from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket
 from ociregistry.systemd import Systemd
 from ociregistry.upstream.network import Network, Registries
-from ociregistry.via import new_instance
 from ociregistry.web.api import V2, health
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.site import RegistrySite
@@ -102,7 +102,7 @@ class Daemon(Service):
         )
         machine = Platform(settings.os, settings.arch)
         self._demand = Demand(self._store, self._completion, machine, reactor)
-        listings = Listings(self._store, self._registries, reactor, air_gapped=settings.air_gapped)
+        listings = Listings(self._store, self._registries, reactor)
         self._v2 = V2(self._cache, listings, self._demand, settings.default_ns, instance)
         background = BackgroundFetcher(self._cache, listings, settings.pull_timeout, reactor)
         self._maintenance = Maintenance(self._store, self._cache, Repairer(self._store, background), reactor)

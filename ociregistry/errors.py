@@ -90,6 +90,16 @@ class LoopDetected(Denied):
         return {"Via": self.via}
 
 
+class AirGapped(RegistryError):
+    """The content is not in the cache, and no upstream may be asked; `code` is the one for unknown content."""
+
+    status = 404
+
+    def __init__(self, message: str, code: str = RegistryError.code) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class Unsupported(RegistryError):
     """An operation of the API that this server deliberately does not offer."""
 

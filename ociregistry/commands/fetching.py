@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
-from ociregistry.errors import Denied
+from ociregistry.context import new_instance
+from ociregistry.errors import AirGapped
 from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.fetchers import CacheFetcher, DaemonFetcher, Fetcher
@@ -17,7 +18,6 @@ from ociregistry.store.store import Store
 from ociregistry.store.workdir import find_daemon
 from ociregistry.upstream.daemon_client import DaemonClient
 from ociregistry.upstream.network import Network, Registries, check_allowed
-from ociregistry.via import new_instance
 
 
 @asynccontextmanager
@@ -53,10 +53,11 @@ def _check(settings: Settings, upstream: Upstream) -> None:
     """Apply this command's own settings to a fetch by the daemon, whose settings may allow more.
 
     Raises:
-        Denied: this command is air-gapped, or its settings do not allow the upstream.
+        AirGapped: this command asks no upstream.
+        Denied: its settings do not allow the upstream.
     """
     if settings.air_gapped:
-        raise Denied(f"{upstream}: it is not in the store, and this command is air-gapped")
+        raise AirGapped(f"{upstream}: it is not in the store, and this command is air-gapped")
     check_allowed(upstream, settings.allow_upstreams)
 
 
@@ -81,7 +82,7 @@ async def open_fetcher(store: Store, settings: Settings, reactor: Any) -> AsyncI
     network = Network(settings, new_instance(), reactor)
     registries = Registries(settings.allow_upstreams, network.registry)
     cache = PullThrough(store, registries, reactor, Policy(air_gapped=settings.air_gapped))
-    listings = Listings(store, registries, reactor, air_gapped=settings.air_gapped)
+    listings = Listings(store, registries, reactor)
     network.start()
     try:
         yield CacheFetcher(cache, listings, settings.pull_timeout, reactor)

@@ -15,15 +15,14 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ociregistry.concurrency import SingleFlight
+from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
 from ociregistry.store.store import Store
-from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.network import Registries
-from ociregistry.via import NO_VIA, Via
 
 T = TypeVar("T")
 
@@ -109,6 +108,7 @@ class NegativeCache:
         del self._kept[repository, digest]
 
 
+_METADATA = Context(priority=Priority.METADATA)
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0
 """Seconds to wait for the upstream's digest of the tag `latest` when the store has a manifest for it."""
@@ -154,7 +154,7 @@ class PullThrough:
     """The read-through cache: manifests and blobs from the store, else from their upstream.
 
     Requests of clients return within 25 s or raise `Unavailable`; the fetch then continues for a later call. They
-    raise `Denied` for an upstream that is not allowed. `via` names the caches between this one and the client.
+    raise `Denied` for an upstream that is not allowed, and `AirGapped` where no upstream may be asked.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -196,7 +196,9 @@ class PullThrough:
             await deferLater(self._clock, 0)
             await gatherResults([download.cancel() for download in running])
 
-    async def manifest(self, image: ImageReference, via: Via = NO_VIA, *, wanted: bool = False) -> FoundManifest:
+    async def manifest(
+        self, image: ImageReference, context: Context = FROM_CLIENT, *, wanted: bool = False
+    ) -> FoundManifest:
         """Return the manifest that `image` refers to.
 
         `wanted` is stored in a new record of an image: whether all its layers are wanted. A child of an index is
@@ -210,13 +212,13 @@ class PullThrough:
         self._registries.check(image.repository.upstream)
         stored = await self._store.manifest(image)
         if stored is not None and self._must_be_latest(image):
-            return await self._latest(image, stored, via, wanted)
+            return await self._latest(image, stored, context, wanted)
         if stored is not None:
             self.log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
         while True:
             in_background = image in self._in_background
-            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, via, wanted))
+            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, context, wanted))
             try:
                 return FoundManifest(await within_deadline(fetched, self._clock, image), hit=False)
             except Unavailable as error:
@@ -232,7 +234,7 @@ class PullThrough:
             Unavailable: the upstream cannot be asked or did not answer in time, or the disk failed.
             Denied: the upstream is not allowed.
         """
-        while self._scheduler.yields:
+        while self._scheduler.pauses(_METADATA.priority):
             await self._scheduler.change()
         if isinstance(image.reference, Digest) and self._store.entry(image.reference) is not None:
             return
@@ -244,27 +246,26 @@ class PullThrough:
             self._in_background.discard(image)
 
     async def _fetch_last(self, image: ImageReference) -> Manifest:
-        return await self._fetch_manifest(image, image, NO_VIA, wanted=False, options=RequestOptions(last=True))
+        return await self._fetch_manifest(image, image, _METADATA, wanted=False)
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
-        """Fetch a config into the store in the background.
+        """Fetch a config into the store at the lowest priority.
 
         Raises:
             RegistryError: it could not be fetched.
         """
-        await self.fetch(repository, config.digest)
+        await self.fetch(repository, config.digest, _METADATA)
 
     async def _fetch_manifest(
         self,
         asked: ImageReference,
         image: ImageReference,
-        via: Via,
+        context: Context,
         wanted: bool,
-        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> Manifest:
         """Fetch the manifest `asked` and store it under the name `image`."""
         self.log.debug("pulling manifest from upstream: {image}", image=asked)
-        manifest = await self._registries.get(asked.repository.upstream, via).manifest(asked, options)
+        manifest = await self._registries.get(asked.repository.upstream).manifest(asked, context)
         is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
         try:
             await self._store.keep(manifest, image, wanted=None if manifest.is_list else wanted and not is_child)
@@ -275,9 +276,9 @@ class PullThrough:
     def _must_be_latest(self, image: ImageReference) -> bool:
         return self._policy.always_pull_latest and image.reference == _LATEST and not self._policy.air_gapped
 
-    async def _latest(self, image: ImageReference, stored: Manifest, via: Via, wanted: bool) -> FoundManifest:
+    async def _latest(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> FoundManifest:
         """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
-        checked = self._checks.join(image, lambda: self._check(image, stored, via, wanted))
+        checked = self._checks.join(image, lambda: self._check(image, stored, context, wanted))
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
@@ -286,14 +287,15 @@ class PullThrough:
             return FoundManifest(stored, hit=True, stale=True)
         return FoundManifest(manifest, hit=manifest.digest == stored.digest)
 
-    async def _check(self, image: ImageReference, stored: Manifest, via: Via, wanted: bool) -> Manifest:
-        digest = await self._registries.get(image.repository.upstream, via).manifest_digest(image)
+    async def _check(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> Manifest:
+        digest = await self._registries.get(image.repository.upstream).manifest_digest(image, context)
         if digest == stored.digest:
             return stored
         # HEAD first, then GET by digest only on a change: registries' rate limits count a GET, not a HEAD.
-        return await self._fetch_manifest(replace(image, reference=digest or image.reference), image, via, wanted)
+        asked = replace(image, reference=digest or image.reference)
+        return await self._fetch_manifest(asked, image, context, wanted)
 
-    async def blob(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundBlob:
+    async def blob(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> FoundBlob:
         """Open a blob for reading, from the store or while it is being downloaded.
 
         Returns as soon as the size is known. Where a manifest tells the size, that is after at most 10 s; if the
@@ -317,7 +319,7 @@ class PullThrough:
         self._negative.check(repository, digest)
         expected = self._store.size_in(repository, digest)
         use = partial(self._reader, expected)
-        followed = Deferred.fromCoroutine(self._with_download(repository, digest, via, use))
+        followed = Deferred.fromCoroutine(self._with_download(repository, digest, context, use))
         return FoundBlob(await within_deadline(followed, self._clock, f"{repository}@{digest}"), hit=False)
 
     async def _reader(self, expected: int | None, download: Download) -> Content:
@@ -329,11 +331,10 @@ class PullThrough:
         except defer.TimeoutError:
             return download.early_reader(expected)
 
-    async def fetch(self, repository: Repository, digest: Digest, *, extra: bool = True) -> None:
-        """Fetch a blob into the store in the background.
+    async def fetch(self, repository: Repository, digest: Digest, context: Context = IN_BACKGROUND) -> None:
+        """Fetch a blob into the store, unless `context` says otherwise in the background.
 
-        With extra=True, use the connections reserved for small objects; only one such call per upstream may run at
-        a time.
+        Where the priority uses the reserved connections, only one such call per upstream may run at a time.
 
         Raises:
             RegistryError: it could not be fetched.
@@ -346,21 +347,19 @@ class PullThrough:
                 return
             if ended == self._ended:
                 break
-        await self._with_download(repository, digest, NO_VIA, lambda download: download.finished(), extra=extra)
+        await self._with_download(repository, digest, context, lambda download: download.finished())
 
     async def _with_download(
         self,
         repository: Repository,
         digest: Digest,
-        via: Via,
+        context: Context,
         use: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
-        *,
-        extra: bool = True,
     ) -> T:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
-                download = self._start(repository, digest, via, extra=extra)
+                download = self._start(repository, digest, context)
             try:
                 return await use(download)
             except Abandoned:
@@ -372,15 +371,13 @@ class PullThrough:
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
-    def _start(
-        self, repository: Repository, digest: Digest, via: Via, *, again: bool = True, extra: bool = True
-    ) -> Download:
+    def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
         """Start a download; with again=True, restart it once if its bytes are wrong after a resume."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
-        registry = partial(self._registries.get, repository.upstream, via)
+        registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)
         connections = Connections(
-            registry, repository, digest, expected, self._scheduler, self._clock, self._jitter, extra=extra
+            registry, repository, digest, expected, self._scheduler, self._clock, self._jitter, context
         )
         download = self._downloads[digest] = Download(connections, self._store, repository, digest, expected)
         download.start().addCallback(self._finish, download, again)
@@ -388,20 +385,20 @@ class PullThrough:
 
     def _finish(self, _: None, download: Download, again: bool) -> None:
         self._ended += 1
-        if download.promised and isinstance(download.error, BlobUnknown):
+        if download.has_early_readers and isinstance(download.error, BlobUnknown):
             self._negative.remember(download.repository, download.digest, download.error)
         if self._downloads.get(download.digest) is not download:
             return
         del self._downloads[download.digest]
         if download.spoiled and again and not self._stopping:
-            self._start(download.repository, download.digest, NO_VIA, again=False)
+            self._start(download.repository, download.digest, IN_BACKGROUND, again=False)
 
     @property
     def in_flight(self) -> frozenset[Digest]:
         """The digests of the blobs that are being downloaded."""
         return frozenset(self._downloads)
 
-    async def blob_size(self, repository: Repository, digest: Digest, via: Via = NO_VIA) -> FoundSize:
+    async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> FoundSize:
         """Return the size of a blob without fetching it.
 
         Raises:
@@ -417,8 +414,8 @@ class PullThrough:
         download = self._downloads.get(digest)
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
-        registry = self._registries.get(repository.upstream, via)
-        asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest))
+        registry = self._registries.get(repository.upstream)
+        asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest, context))
         told = await within_deadline(asked, self._clock, f"{repository}@{digest}")
         known = self._store.size_in(repository, digest)
         size = told if known is None else known

@@ -35,7 +35,7 @@ class Download:
         self.spoiled = False
         """Whether wrong bytes came over several connections: a download from the first byte may succeed."""
         self.expected = expected
-        self.promised = False
+        self.has_early_readers = False
         """Whether a client got a reader before the upstream had answered."""
         self._connections = connections
         self._store = store
@@ -103,7 +103,7 @@ class Download:
         if self.error is not None:
             raise self.error
         self._connections.watch()
-        self.promised = True
+        self.has_early_readers = True
         reader = DownloadReader(self, size, self._partial.reader() if self._partial else None)
         if self._partial is None:
             self._early.append(reader)
@@ -219,7 +219,7 @@ class Download:
         except BlobMismatch:
             raise
         except Unavailable as error:
-            if not self.promised:
+            if not self.has_early_readers:
                 raise
             # A client has its headers already, so a late upstream is retried rather than the response ended.
             return await self._connections.reopen(start, known, error)

@@ -10,7 +10,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 
-from ociregistry.errors import ManifestUnknown, Unavailable
+from ociregistry.context import Context, Priority
+from ociregistry.errors import AirGapped, ManifestUnknown, Unavailable
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import DeadlineExceeded, FoundManifest, PullThrough
@@ -84,7 +85,7 @@ class CacheFetcher:
         what = f"{repository}@{digest}"
         try:
             found = await self._retry_while_slow(what, lambda: self._listings.referrers(repository, digest, ""))
-        except ManifestUnknown:
+        except (ManifestUnknown, AirGapped):
             return None
         return Manifest.parse(found.data, OCI_INDEX)
 
@@ -127,7 +128,7 @@ class BackgroundFetcher(CacheFetcher):
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """See `Fetcher.blob`."""
-        await self._cache.fetch(repository, digest, extra=False)
+        await self._cache.fetch(repository, digest, Context(priority=Priority.PRELOAD))
         advance(size)
 
 
@@ -161,7 +162,7 @@ class DaemonFetcher:
         clock: IReactorTime,
         check: Callable[[Upstream], None] = lambda upstream: None,
     ) -> None:
-        """Call `check` before each request; it raises `Denied` for an upstream that is not allowed."""
+        """Call `check` before each request; it raises `Denied` or `AirGapped` for upstreams not to be asked."""
         self._check = check
         self._store = store
         self._daemon = daemon
@@ -185,10 +186,10 @@ class DaemonFetcher:
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """See `Fetcher.referrers`."""
-        self._check(repository.upstream)
         try:
+            self._check(repository.upstream)
             return await self._daemon.referrers(repository, digest)
-        except ManifestUnknown:
+        except (ManifestUnknown, AirGapped):
             return None
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:

@@ -9,14 +9,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.errors import ManifestUnknown, NameUnknown, Unavailable
+from ociregistry.context import FROM_CLIENT, Context
+from ociregistry.errors import AirGapped, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.cache import within_deadline
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import TagPage
-from ociregistry.via import NO_VIA, Via
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +43,26 @@ class Listings:
 
     log = Logger(namespace="ociregistry.pullthrough")
 
-    def __init__(
-        self, store: Store, registries: Registries, clock: IReactorTime, *, air_gapped: bool = False
-    ) -> None:
-        self._unasked = (NameUnknown, ManifestUnknown) if air_gapped else ()
+    def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store
         self._registries = registries
         self._clock = clock
 
-    async def tags(self, repository: Repository, count: int | None, last: str, via: Via = NO_VIA) -> FoundTags:
+    async def tags(
+        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+    ) -> FoundTags:
         """Return at most `count` tags (None: no limit) of `repository` after the tag `last`.
 
         Raises:
             RegistryError: the upstream refused, or cannot be asked and the store knows no tags.
         """
-        registry = self._registries.get(repository.upstream, via)
+        registry = self._registries.get(repository.upstream)
         if count == 0:
             return FoundTags(TagPage((), more=False), hit=False)
-        asked = Deferred.fromCoroutine(registry.tags(repository, count, last))
+        asked = Deferred.fromCoroutine(registry.tags(repository, count, last, context))
         try:
             return FoundTags(await within_deadline(asked, self._clock, repository), hit=False)
-        except (Unavailable, *self._unasked) as error:
+        except (Unavailable, AirGapped) as error:
             known = self._store.tags(repository)
             if not known:
                 raise
@@ -73,7 +72,7 @@ class Listings:
             return FoundTags(TagPage(tuple(page), more=len(page) < len(following)), hit=True)
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str, via: Via = NO_VIA
+        self, repository: Repository, digest: Digest, artifact_type: str, context: Context = FROM_CLIENT
     ) -> FoundReferrers:
         """Return the index of the referrers of the manifest `digest`; if given, only those of `artifact_type`.
 
@@ -83,12 +82,12 @@ class Listings:
         Raises:
             RegistryError: the upstream refused, or cannot be asked and the store has no index.
         """
-        registry = self._registries.get(repository.upstream, via)
+        registry = self._registries.get(repository.upstream)
         tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
-        asked = Deferred.fromCoroutine(registry.referrers(repository, digest))
+        asked = Deferred.fromCoroutine(registry.referrers(repository, digest, context))
         try:
             manifest = await within_deadline(asked, self._clock, repository)
-        except (Unavailable, *self._unasked) as error:
+        except (Unavailable, AirGapped) as error:
             kept = await self._store.manifest(tagged)
             if kept is None or not kept.is_list:
                 raise

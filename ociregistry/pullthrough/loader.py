@@ -22,7 +22,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ociregistry.errors import ManifestUnknown, RegistryError, Unavailable
+from ociregistry.errors import AirGapped, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
@@ -356,7 +356,7 @@ class Loader:
     async def _bring_signature(self, image: ImageReference, state: _LoadState) -> None:
         try:
             manifest = await self._manifest(image, state)
-        except ManifestUnknown:
+        except (ManifestUnknown, AirGapped):
             return
         await self._bring_blobs(image.repository, manifest, state)
 

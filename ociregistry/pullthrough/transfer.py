@@ -14,10 +14,11 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Event
+from ociregistry.context import Context, Priority
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
 from ociregistry.store.partials import Partial
-from ociregistry.upstream.http import RequestOptions
+from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
 
 
@@ -28,33 +29,28 @@ class PriorityScheduler:
         self._flowing: set[Hashable] = set()
         self._changed = Event()
 
-    @property
-    def yields(self) -> bool:
-        """Whether background downloads must pause."""
-        return bool(self._flowing)
+    def pauses(self, priority: Priority) -> bool:
+        """Tell whether a download of this priority must pause."""
+        return priority.pauses and bool(self._flowing)
 
-    def flows(self, download: Hashable, *, waited_for: bool) -> None:
-        """Note that `download` receives bytes; `waited_for` tells whether a client waits for them."""
-        if waited_for:
-            self._flowing.add(download)
-        else:
+    def flows(self, download: Hashable, priority: Priority | None) -> None:
+        """Note the priority at which `download` receives bytes; None while it receives none."""
+        if priority is None or priority.pauses:
             self._flowing.discard(download)
+        else:
+            self._flowing.add(download)
         self._changed.fire()
 
-    def ended(self, download: Hashable) -> None:
-        """Note that `download` receives no more bytes."""
-        self.flows(download, waited_for=False)
-
     def change(self) -> Deferred[None]:
-        """Fire when `yields` may have changed."""
+        """Fire when the result of `pauses` may have changed."""
         return self._changed.wait()
 
 
 _FIRST = 0.5
 """Seconds from the first try to the second, after which the interval doubles."""
-_WATCHED = 5.0
+_LONGEST_FOR_CLIENT = 5.0
 """Seconds, at most, from one try to the next while a client waits."""
-_UNWATCHED = 30.0
+_LONGEST = 30.0
 """Seconds, at most, from one try to the next while no client waits."""
 _GIVE_UP = 300.0
 """Seconds without a byte and without a client after which the download fails; its partial is kept."""
@@ -73,17 +69,17 @@ class Retries:
         self._tried = now
         self._tries = 0
 
-    def exhausted(self, now: float, *, watched: bool) -> bool:
-        """Tell whether to give up; never while a client waits (`watched`)."""
-        return not watched and now - self._progress >= _GIVE_UP
+    def exhausted(self, now: float, priority: Priority) -> bool:
+        """Tell whether to give up; never while a client waits."""
+        return priority < Priority.CLIENT and now - self._progress >= _GIVE_UP
 
-    def wait(self, now: float, *, watched: bool) -> float:
+    def wait(self, now: float, priority: Priority) -> float:
         """Return the seconds from `now` to the next try, and count that try.
 
         The first try is immediate; the interval between the others doubles. It is measured between the starts of
         two tries, so that a try that took long to fail is followed at once.
         """
-        longest = _WATCHED if watched else _UNWATCHED
+        longest = _LONGEST if priority < Priority.CLIENT else _LONGEST_FOR_CLIENT
         distance = min(longest, _FIRST * 2 ** (self._tries - 1)) if self._tries else 0.0
         wait = max(0.0, self._tried + distance * (0.5 + self._jitter() / 2) - now)
         self._tries += 1
@@ -91,8 +87,6 @@ class Retries:
         return wait
 
 
-_SMALL = 64 * 1024
-"""Bytes up to which a blob, such as a config, may use the connections reserved for small objects."""
 _LARGEST_UNTOLD = 10 * 1024**3
 """Bytes, at most, of a blob whose size neither a manifest nor the upstream tells; it might never end."""
 _ALONE = 30.0
@@ -122,11 +116,10 @@ class Connections:
         scheduler: PriorityScheduler,
         clock: IReactorTime,
         jitter: Callable[[], float],
-        *,
-        extra: bool = True,
+        context: Context,
     ) -> None:
-        """With extra=True and while no client waits, use the connections reserved for small objects."""
-        self._extra = extra
+        """`context` is that of the request which needs the blob first."""
+        self._context = context
         self.count = 0
         """The number of connections opened so far."""
         self._registry = registry
@@ -134,7 +127,7 @@ class Connections:
         self._digest = digest
         self._clock = clock
         self._retries = Retries(clock.seconds(), jitter)
-        self._options = RequestOptions(small=expected is not None and expected <= _SMALL)
+        self._expected = expected
         self._scheduler = scheduler
         self._flowing = False
         self._watchers = 0
@@ -146,9 +139,9 @@ class Connections:
         """Whether the download ends, or has ended, because no request waited for it."""
 
     @property
-    def watched(self) -> bool:
-        """Whether a client waits for this blob."""
-        return self._watchers > 0
+    def priority(self) -> Priority:
+        """The priority at present: that of a client while one waits for this blob."""
+        return Priority.CLIENT if self._watchers else min(self._context.priority, Priority.BACKGROUND)
 
     @property
     def awaited(self) -> bool:
@@ -168,14 +161,17 @@ class Connections:
         """Count one more client that waits for this blob, and raise the priority."""
         self.join()
         self._watchers += 1
-        self._scheduler.flows(self, waited_for=self._flowing)
+        self._note_priority()
         self._wanted.fire()
 
     def unwatch(self) -> None:
         """Count one waiting client less; lower the priority after the last one."""
         self.leave()
         self._watchers -= 1
-        self._scheduler.flows(self, waited_for=self._flowing and self.watched)
+        self._note_priority()
+
+    def _note_priority(self) -> None:
+        self._scheduler.flows(self, self.priority if self._flowing else None)
 
     async def open(self, start: int) -> BlobStream:
         """Open the blob at byte `start`, or at an earlier byte where the upstream supports no ranges.
@@ -185,17 +181,18 @@ class Connections:
             Unavailable: the upstream cannot be asked; `Abandoned` when no request waits any more.
         """
         await self._turn()
-        return await self._open(start, self._options)
+        return await self._open(start, self.priority)
 
-    async def _open(self, start: int, options: RequestOptions) -> BlobStream:
+    async def _open(self, start: int, priority: Priority, within: float = DEFAULT_OPTIONS.within) -> BlobStream:
         self.count += 1
-        extra = self._extra and not self.watched
-        options = replace(options, small=options.small or extra)
-        return await self._registry().blob(self._repository, self._digest, start, options)
+        context = replace(self._context, priority=priority)
+        return await self._registry().blob(
+            self._repository, self._digest, context, start=start, size=self._expected, within=within
+        )
 
     async def _turn(self) -> None:
         """Wait while downloads with a higher priority receive bytes."""
-        while self._scheduler.yields and not self.watched:
+        while self._scheduler.pauses(self.priority):
             await self._scheduler.change()
             self._check_awaited()
             # Time spent paused does not count towards giving up.
@@ -253,12 +250,12 @@ class Connections:
     ) -> int:
         at = stream.start
         self._flowing = True
-        self._scheduler.flows(self, waited_for=self.watched)
+        self._note_priority()
         try:
             return await self._read_all(stream, at, partial, size, changed)
         finally:
             self._flowing = False
-            self._scheduler.ended(self)
+            self._note_priority()
 
     async def _read_all(
         self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
@@ -276,7 +273,7 @@ class Connections:
             partial.checkpoint(self._clock)
             changed()
             self._check_awaited()
-            if self._scheduler.yields and not self.watched:
+            if self._scheduler.pauses(self.priority):
                 stream.body.hold()
                 await self._turn()
         return at
@@ -291,12 +288,13 @@ class Connections:
             BlobMismatch: the upstream now has another size.
             BlobUnknown: the upstream no longer has the blob.
         """
-        while not self._retries.exhausted(self._clock.seconds(), watched=self.watched):
-            await self._pause(self._retries.wait(self._clock.seconds(), watched=self.watched))
+        while not self._retries.exhausted(self._clock.seconds(), self.priority):
+            await self._pause(self._retries.wait(self._clock.seconds(), self.priority))
             self._check_awaited()
             await self._turn()
             try:
-                stream = await self._open(start, replace(self._options, within=_HEADERS_WITHIN, insist=self.watched))
+                urgent = Priority.URGENT if self.priority is Priority.CLIENT else self.priority
+                stream = await self._open(start, urgent, _HEADERS_WITHIN)
             except BlobMismatch:
                 raise
             except Unavailable as error:

@@ -10,6 +10,7 @@ from math import ceil
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
 
@@ -58,7 +59,7 @@ class CircuitBreaker:
 
     Each change is logged as one line at level warn. While the breaker is open, one request at a time passes as a
     probe: the first after 1 s, then after intervals that double up to 30 s, each shortened at random by up to half.
-    A request that insists always passes, and is the probe if there is none.
+    An urgent request always passes, and is the probe if there is none.
     """
 
     log = Logger(namespace="ociregistry.upstream")
@@ -76,19 +77,19 @@ class CircuitBreaker:
         self._refused = False
         self._changed = clock.seconds()
 
-    def enter(self, who: str, *, insist: bool = False) -> Attempt:
-        """Register a request to be sent for the upstream `who`.
+    def enter(self, upstream: str, priority: Priority = Priority.CLIENT) -> Attempt:
+        """Register a request to be sent for `upstream`.
 
         Raises:
-            LinkDown: the breaker is open, and the request neither insists nor is the next probe.
+            LinkDown: the breaker is open, and the request is neither urgent nor the next probe.
         """
         now = self._clock.seconds()
         attempt = Attempt(self, now)
         if self._down_since is None:
             return attempt
-        if not insist and (self._probe is not None or now < self._down_until):
+        if priority < Priority.URGENT and (self._probe is not None or now < self._down_until):
             wait = max(1, ceil(self._down_until - now))
-            why = f"{who}: {self._name} could not be reached a moment ago: {self._why}"
+            why = f"{upstream}: {self._name} could not be reached a moment ago: {self._why}"
             raise LinkDown(why, wait, refused=self._refused)
         self._probe = self._probe or attempt
         return attempt

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from twisted.internet.interfaces import IReactorTime
 
+from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
 from ociregistry.upstream.auth import (
@@ -112,7 +113,7 @@ class Client:
         wait = self._rests_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: rate limited (429), retry in {wait:.0f} s", ceil(wait))
-        hold = self._rate_limit.hold() if options.last else 0.0
+        hold = self._rate_limit.hold() if options.priority is Priority.METADATA else 0.0
         if hold > 0:
             why = f"rate limit nearly used up, lowest-priority requests paused for {hold:.0f} s"
             raise Unavailable(f"{self._name}: {why}", ceil(hold))
@@ -138,7 +139,7 @@ class Client:
 
     def _rest(self, response: Response, options: RequestOptions) -> None:
         # Callers of the lowest priority wait by themselves; a 429 to one of them must not block other requests.
-        if options.last:
+        if options.priority is Priority.METADATA:
             return
         self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
 

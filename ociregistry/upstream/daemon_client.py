@@ -12,6 +12,7 @@ from twisted.web.client import URI, Agent, HTTPConnectionPool
 from twisted.web.iweb import IAgentEndpointFactory
 from zope.interface import implementer
 
+from ociregistry.context import Priority, Via
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository
@@ -19,11 +20,10 @@ from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.http import HttpClient, RequestOptions, Response
-from ociregistry.via import Via
 
 _LARGEST_ERROR = 64 * 1024
 """Bytes."""
-_OPTIONS = RequestOptions(insist=True)
+_OPTIONS = RequestOptions(priority=Priority.URGENT)
 
 
 @implementer(IAgentEndpointFactory)

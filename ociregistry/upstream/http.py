@@ -21,6 +21,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from ociregistry import __version__
+from ociregistry.context import Priority
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
@@ -35,12 +36,7 @@ class RequestOptions:
 
     within: float = 30.0
     """Seconds for the headers of each response."""
-    insist: bool = False
-    """Whether to send it even while the circuit breaker is open, because a client waits for it."""
-    small: bool = False
-    """Whether it is for a small object, which may use the connections that large blobs cannot use."""
-    last: bool = False
-    """Whether it has the lowest priority: it is refused while the registry's rate limit is nearly used up."""
+    priority: Priority = Priority.CLIENT
 
 
 DEFAULT_OPTIONS = RequestOptions()
@@ -216,7 +212,7 @@ class HttpClient:
             CancelledError: the caller cancelled the request.
         """
         breaker = self._breakers.to(Origin.of(url))
-        attempt = breaker.enter(self._upstream, insist=options.insist)
+        attempt = breaker.enter(self._upstream, options.priority)
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:

@@ -23,14 +23,12 @@ from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.registry import (
     RESERVED_CONNECTIONS,
-    AirGap,
     ConnectionLimit,
     MirrorClient,
     Registry,
     Sources,
 )
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
-from ociregistry.via import NO_VIA, Via
 
 _MOST_KEPT = 500
 
@@ -57,8 +55,8 @@ class Registries:
         self._allowed = allowed
         self._kept.clear()
 
-    def get(self, upstream: Upstream, via: Via = NO_VIA) -> Registry:
-        """Return the Registry of `upstream` for requests that came through the caches in `via`.
+    def get(self, upstream: Upstream) -> Registry:
+        """Return the Registry of `upstream`.
 
         Raises:
             Denied: the operator does not allow `upstream`.
@@ -68,7 +66,7 @@ class Registries:
         self._kept[upstream] = registry
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return registry.with_via(via) if via != NO_VIA else registry
+        return registry
 
 
 def check_allowed(upstream: Upstream, allowed: tuple[str, ...]) -> None:
@@ -123,7 +121,7 @@ class Network:
     def registry(self, upstream: Upstream) -> Registry:
         """Make the Registry of `upstream`, with its mirrors; on an air-gapped server, one that sends no requests."""
         if self._settings.air_gapped:
-            return Registry(upstream, AirGap(), ConnectionLimit(1), self._instance)
+            return Registry(upstream, None, ConnectionLimit(1), self._instance)
         entry = self._settings.entry(upstream)
         mirrors = [
             MirrorClient(

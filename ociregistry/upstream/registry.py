@@ -15,7 +15,9 @@ from urllib.parse import urlencode, urlsplit
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
 
+from ociregistry.context import FROM_CLIENT, Context, Priority, Via
 from ociregistry.errors import (
+    AirGapped,
     BlobUnknown,
     Denied,
     DigestInvalid,
@@ -31,14 +33,20 @@ from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
-from ociregistry.via import NO_VIA, Via
 
 RESERVED_CONNECTIONS = 2
-"""Connections that large blobs cannot use."""
+"""Connections that are kept for manifests, tokens and small blobs."""
+_SMALL = 64 * 1024
+"""Bytes up to which a blob, such as a config, may use the reserved connections."""
+
+
+def uses_reserved(priority: Priority, size: int | None) -> bool:
+    """Tell whether a blob of `size` bytes (None: unknown) may use the reserved connections."""
+    return priority.uses_reserved or (size is not None and size <= _SMALL)
 
 
 class ConnectionLimit:
-    """Limits the concurrent requests to one upstream: `most` for blobs, and two more that large blobs cannot use.
+    """Limits the concurrent requests to one upstream: `most` for blobs, and two reserved ones.
 
     The reserved connections keep manifests and small blobs from waiting behind layers.
     """
@@ -47,24 +55,21 @@ class ConnectionLimit:
         self._blobs = DeferredSemaphore(most)
         self._all = DeferredSemaphore(most + RESERVED_CONNECTIONS)
 
-    async def for_blob(self, *, small: bool) -> None:
-        """Wait for a connection for a blob; `blob_done` releases it.
-
-        A `small` blob may use the reserved connections, as a manifest does.
-        """
-        if not small:
+    async def acquire(self, *, reserved: bool) -> None:
+        """Wait for a connection for a blob; with `reserved`, also for one of the reserved connections."""
+        if not reserved:
             await self._blobs.acquire()
         try:
             await self._all.acquire()
         except BaseException:
-            if not small:
+            if not reserved:
                 self._blobs.release()
             raise
 
-    def blob_done(self, *, small: bool) -> None:
-        """Release a connection that `for_blob` acquired with the same `small`."""
+    def release(self, *, reserved: bool) -> None:
+        """Release a connection that `acquire` returned for the same `reserved`."""
         self._all.release()
-        if not small:
+        if not reserved:
             self._blobs.release()
 
     @asynccontextmanager
@@ -143,25 +148,6 @@ def _is_good(method: str, response: Response) -> bool:
     return 200 <= response.status < 300 or response.refuses_head(method)
 
 
-class AirGap:
-    """Stands in for `Sources` on an air-gapped server: refuses every request."""
-
-    async def request(
-        self,
-        method: str,
-        repository: Repository,
-        path: str,
-        headers: Headers,
-        options: RequestOptions = DEFAULT_OPTIONS,
-    ) -> Response:
-        """Refuse the request.
-
-        Raises:
-            AccessRefused: always.
-        """
-        raise AccessRefused("it is not in the cache, and this server is air-gapped")
-
-
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
 """Statuses with which registries answer for content that they do not have, or do not show to this client."""
@@ -205,28 +191,23 @@ class Registry:
         Unavailable: the upstream cannot be asked, or its response is not valid.
         Denied: the upstream's name, or a redirect, leads to an address that is not allowed.
         LoopDetected: the upstream is this server itself, perhaps through other caches.
+        AirGapped: no upstream may be asked.
     """
 
     def __init__(
         self,
         upstream: Upstream,
-        sources: Sources | AirGap,
+        sources: Sources | None,
         limit: ConnectionLimit,
         instance: str,
-        via: Via = NO_VIA,
     ) -> None:
-        """`instance` names this process in Via headers; `via` holds the caches that the request came through."""
+        """`sources` is None on an air-gapped server; `instance` names this process in Via headers."""
         self.upstream = upstream
         self._sources = sources
         self._limit = limit
         self._instance = instance
-        self._via = via
 
-    def with_via(self, via: Via) -> Registry:
-        """Return the same registry for requests that came through the caches in `via`."""
-        return Registry(self.upstream, self._sources, self._limit, self._instance, via)
-
-    async def manifest(self, image: ImageReference, options: RequestOptions = DEFAULT_OPTIONS) -> Manifest:
+    async def manifest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Manifest:
         """Return the manifest of `image`, verified against its digest where one is known.
 
         Raises:
@@ -239,11 +220,11 @@ class Registry:
         path = f"manifests/{image.reference}"
         async with self._limit.for_small():
             headers = {"Accept": _ACCEPT}
-            response = await self._ask("GET", image.repository, path, headers, unknown, options=options)
+            response = await self._ask("GET", image.repository, path, headers, unknown, context)
             data = await response.collect(LARGEST_MANIFEST)
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
-    async def manifest_digest(self, image: ImageReference) -> Digest | None:
+    async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
         """Ask by HEAD for the digest of the manifest of `image`.
 
         Returns:
@@ -258,54 +239,65 @@ class Registry:
 
         path = f"manifests/{image.reference}"
         async with self._limit.for_small():
-            response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown)
+            response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown, context)
             await response.discard()
         return _expected_digest(image, response)
 
     async def blob(
-        self, repository: Repository, digest: Digest, start: int = 0, options: RequestOptions = DEFAULT_OPTIONS
+        self,
+        repository: Repository,
+        digest: Digest,
+        context: Context = FROM_CLIENT,
+        *,
+        start: int = 0,
+        size: int | None = None,
+        within: float = DEFAULT_OPTIONS.within,
     ) -> BlobStream:
         """Start to download a blob from the byte `start`, or from byte 0 where the upstream supports no ranges.
 
-        The download counts against the connection limit until its body ends or is aborted.
+        The download counts against the connection limit until its body ends or is aborted. `size` is the number of
+        bytes of the whole blob, None where it is unknown; `within` is the number of seconds for the headers.
 
         Raises:
             BlobUnknown: the upstream does not have the blob, or does not show it.
             BlobMismatch: the upstream's blob has no more than `start` bytes.
         """
-        await self._limit.for_blob(small=options.small)
+        reserved = uses_reserved(context.priority, size)
+        await self._limit.acquire(reserved=reserved)
         try:
-            stream = await self._stream(repository, digest, start, options)
+            stream = await self._stream(repository, digest, context, start, within)
         except BaseException:
-            self._limit.blob_done(small=options.small)
+            self._limit.release(reserved=reserved)
             raise
-        stream.body.ended.addCallback(lambda _: self._limit.blob_done(small=options.small))
+        stream.body.ended.addCallback(lambda _: self._limit.release(reserved=reserved))
         return stream
 
     async def _stream(
-        self, repository: Repository, digest: Digest, start: int, options: RequestOptions
+        self, repository: Repository, digest: Digest, context: Context, start: int, within: float
     ) -> BlobStream:
-        response = await self._blob(repository, digest, start, options)
+        response = await self._blob(repository, digest, context, start, within)
         stream = _stream(response, start)
         if stream is None:
             response.body.abort()
-            response = await self._blob(repository, digest, 0, options)
+            response = await self._blob(repository, digest, context, 0, within)
             stream = BlobStream(response.length, 0, response.body)
         return stream
 
-    async def _blob(self, repository: Repository, digest: Digest, start: int, options: RequestOptions) -> Response:
+    async def _blob(
+        self, repository: Repository, digest: Digest, context: Context, start: int, within: float
+    ) -> Response:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
         accepted = frozenset({200, 206, 416}) if start else _OK
         response = await self._ask(
-            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), accepted, options
+            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), context, accepted, within
         )
         if response.status == 416:
             await response.discard()
             raise BlobMismatch(f"{what}: the upstream has no more than {start} bytes of it")
         return response
 
-    async def blob_size(self, repository: Repository, digest: Digest) -> int | None:
+    async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> int | None:
         """Ask by HEAD for the size of a blob.
 
         Returns:
@@ -316,17 +308,20 @@ class Registry:
         """
         unknown = _unknown_blob(f"{repository}@{digest}")
         async with self._limit.for_small():
-            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown)
+            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context)
             await response.discard()
             if response.status == 200:
                 return _length(response.header("content-length"))
             # The redirect's URL is signed for GET only; the response for one byte also tells the whole size.
             first = {"Range": "bytes=0-0"}
-            response = await self._ask("GET", repository, f"blobs/{digest}", first, unknown, _OK | {206, 416})
+            accepted = _OK | {206, 416}
+            response = await self._ask("GET", repository, f"blobs/{digest}", first, unknown, context, accepted)
             response.body.abort()
         return response.length if response.status == 200 else _size_of_whole(response)
 
-    async def tags(self, repository: Repository, count: int | None, last: str) -> TagPage:
+    async def tags(
+        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+    ) -> TagPage:
         """Return a page of the tags after the tag `last`, asking for at most `count` of them.
 
         None as `count` leaves the number to the upstream; an empty `last` begins with the first tag.
@@ -342,11 +337,11 @@ class Registry:
             return NameUnknown(f"{repository}: {why} for its tags")
 
         async with self._limit.for_small():
-            response = await self._ask("GET", repository, path, {}, unknown)
+            response = await self._ask("GET", repository, path, {}, unknown, context)
             data = await response.collect(_LARGEST_LISTING)
         return TagPage(_tags(repository, data), _next_page(response) is not None)
 
-    async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
+    async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
 
         Raises:
@@ -361,7 +356,7 @@ class Registry:
 
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
-                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown)
+                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
                 pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
                 following = _next_page(response)
                 if following is None:
@@ -379,17 +374,23 @@ class Registry:
         path: str,
         headers: Mapping[str, str],
         unknown: Callable[[str], RegistryError],
+        context: Context,
         accepted: frozenset[int] = _OK,
-        options: RequestOptions = DEFAULT_OPTIONS,
+        within: float = DEFAULT_OPTIONS.within,
     ) -> Response:
         """Send a request; return a response with an `accepted` status, or a HEAD refused by signed storage.
 
         Raises:
             The error that `unknown` makes of the reason: the upstream does not have the content, or does not show it.
             LoopDetected: the upstream is this server itself, perhaps through other caches.
+            AirGapped: no upstream may be asked.
             Unavailable: the upstream cannot be asked, or answered with another status.
         """
-        headers = {**headers, "Via": self._via.through(self._instance)}
+        if self._sources is None:
+            absent = unknown("it is not in the cache, and this server is air-gapped")
+            raise AirGapped(absent.message, absent.code)
+        headers = {**headers, "Via": context.via.through(self._instance)}
+        options = RequestOptions(within, context.priority)
         try:
             response = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from twisted.logger import Logger
 
 from ociregistry import __version__
+from ociregistry.context import FROM_CLIENT, NO_VIA, Context
 from ociregistry.errors import LoopDetected
 from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Upstream
@@ -21,7 +22,6 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.via import NO_VIA, Via
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -47,7 +47,7 @@ def health(
     `started` is the start time of the daemon; the other arguments are called for each request.
     """
 
-    async def answer(method: str, path: bytes, query: Query, via: Via) -> Answer:
+    async def answer(method: str, path: bytes, query: Query, context: Context) -> Answer:
         held, lacking, preloader = counts(), incomplete(), preloaded()
         return json_answer(
             200,
@@ -97,7 +97,7 @@ class V2:
         """Replace the upstream of requests that name none."""
         self._default = default
 
-    async def answer(self, method: str, path: bytes, query: Query, via: Via = NO_VIA) -> Answer:
+    async def answer(self, method: str, path: bytes, query: Query, context: Context = FROM_CLIENT) -> Answer:
         """Answer a request; the caller must close the content of the answer.
 
         `path` is still percent-encoded.
@@ -106,28 +106,30 @@ class V2:
             RegistryError: the request is malformed, came here in a loop, or cannot be answered.
         """
         request = parse_request(path, query, self._default)
-        if via.loops_through(self._instance):
+        if context.via.loops_through(self._instance):
             which = namespace(query) or self._default
-            raise LoopDetected(f"{which}: this server is its own upstream", via.through(self._instance))
+            raise LoopDetected(f"{which}: this server is its own upstream", context.via.through(self._instance))
         scope = {"OCI-Namespace": namespace(query)} if namespace(query) else {}
         match request:
             case VersionCheck():
                 return json_answer(200, {}, scope)
             case ManifestRequest():
-                return await self._manifest(method, request, scope, via)
+                return await self._manifest(method, request, scope, context)
             case BlobRequest():
-                return await self._blob(method, request, scope, via)
+                return await self._blob(method, request, scope, context)
             case TagsRequest():
-                return await self._tags(request, scope, via)
+                return await self._tags(request, scope, context)
             case ReferrersRequest():
-                return await self._referrers(request, scope, via)
+                return await self._referrers(request, scope, context)
         assert_never(request)
 
-    async def _manifest(self, method: str, request: ManifestRequest, scope: dict[str, str], via: Via) -> Answer:
+    async def _manifest(
+        self, method: str, request: ManifestRequest, scope: dict[str, str], context: Context
+    ) -> Answer:
         # A downstream cache completes its images itself. Where the two are each other's mirrors, completing them here
         # too would request blobs from the process that waits for them.
-        pulls = method == "GET" and via == NO_VIA
-        found = await self._cache.manifest(request.image, via, wanted=pulls)
+        pulls = method == "GET" and context.via == NO_VIA
+        found = await self._cache.manifest(request.image, context, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'
@@ -135,18 +137,18 @@ class V2:
             self._demand.manifest_requested(found.manifest, request.image, hit=found.hit)
         return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
 
-    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], via: Via) -> Answer:
+    async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], context: Context) -> Answer:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
-            size = await self._cache.blob_size(request.repository, request.digest, via)
+            size = await self._cache.blob_size(request.repository, request.digest, context)
             return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
-        if via == NO_VIA:
+        if context.via == NO_VIA:
             self._demand.blob_requested(request.repository, request.digest)
-        found = await self._cache.blob(request.repository, request.digest, via)
+        found = await self._cache.blob(request.repository, request.digest, context)
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 
-    async def _tags(self, request: TagsRequest, scope: dict[str, str], via: Via) -> Answer:
-        found = await self._listings.tags(request.repository, request.count, request.last, via)
+    async def _tags(self, request: TagsRequest, scope: dict[str, str], context: Context) -> Answer:
+        found = await self._listings.tags(request.repository, request.count, request.last, context)
         # The name as the client spelled it: with `ns` the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
@@ -157,8 +159,8 @@ class V2:
             headers["Link"] = f'</v2/{name}/tags/list?{urlencode(query)}>; rel="next"'
         return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
 
-    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], via: Via) -> Answer:
-        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, via)
+    async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], context: Context) -> Answer:
+        found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, context)
         headers = {"Content-Type": OCI_INDEX, **scope}
         if request.artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"

@@ -18,9 +18,9 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
 from ociregistry import __version__
+from ociregistry.context import Context, Via
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.pullthrough.cache import Content
-from ociregistry.via import Via
 from ociregistry.web.channel import Channel, Traffic
 from ociregistry.web.producer import SLOWEST, ContentProducer, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
@@ -96,8 +96,8 @@ def error_answer(error: RegistryError) -> Answer:
     return json_answer(error.status, document, error.headers())
 
 
-Handler = Callable[[str, bytes, Query, Via], Coroutine[Deferred[Any], Any, Answer]]
-"""A coroutine function that answers a method, a percent-encoded path, a query and the parsed `Via` header; it raises
+Handler = Callable[[str, bytes, Query, Context], Coroutine[Deferred[Any], Any, Answer]]
+"""A coroutine function that answers a method, a percent-encoded path, a query and the request's context; it raises
 `RegistryError` for a request that fails."""
 
 _COMMON_HEADERS = {
@@ -176,8 +176,8 @@ class _Exchange:
             if self._method not in ("GET", "HEAD"):
                 raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
             header = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
-            via = Via.parse(header.decode("latin-1"))
-            return await self._handler(self._method, request.path, request.args, via)
+            context = Context(Via.parse(header.decode("latin-1")))
+            return await self._handler(self._method, request.path, request.args, context)
         except RegistryError as error:
             return self._failed(error)
         except Exception:

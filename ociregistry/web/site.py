@@ -9,8 +9,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
+from ociregistry.context import Context
 from ociregistry.errors import NotFound
-from ociregistry.via import Via
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, Traffic
 from ociregistry.web.requests import Query
@@ -78,5 +78,5 @@ class RegistrySite(Site):
         """Do nothing: `web/resource.py` writes the access log."""
 
 
-async def _nothing(method: str, path: bytes, query: Query, via: Via) -> Answer:
+async def _nothing(method: str, path: bytes, query: Query, context: Context) -> Answer:
     raise NotFound(f"no such path: {path[:300]!r}; the API is at /v2/")

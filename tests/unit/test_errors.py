@@ -17,6 +17,7 @@ STATUSES = {
     "NotFound": (404, "NOT_FOUND"),
     "Denied": (403, "DENIED"),
     "LoopDetected": (403, "DENIED"),
+    "AirGapped": (404, "UNKNOWN"),
     "Unsupported": (404, "UNSUPPORTED"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeUnsatisfiable": (416, "SIZE_INVALID"),

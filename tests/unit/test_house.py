@@ -24,7 +24,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
-    frozenset({"concurrency", "log", "openssl", "process", "via", "systemd"}),
+    frozenset({"concurrency", "context", "log", "openssl", "process", "systemd"}),
     # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
     frozenset({"errors", "__init__"}),
 )
@@ -225,7 +225,7 @@ ALLOWED = [
     ("daemon", "from ociregistry.web.channel import ServerPolicy\nfrom ociregistry.settings import Settings"),
     ("daemon", "from ociregistry.store.store import Store\nfrom ociregistry.upstream.network import Network"),
     ("commands.check", "from ociregistry.upstream.network import is_allowed"),
-    ("web.api", "from ociregistry.via import Via"),
+    ("web.api", "from ociregistry.context import Via"),
     ("upstream.tls", "from ociregistry.config.tls import UpstreamTls"),
     ("config.file", "from ociregistry.config.nodes import Node\nfrom .tls import ServerTls"),
     ("config.registries", "from ociregistry.names import Upstream"),
@@ -264,8 +264,8 @@ FORBIDDEN = [
     ("config.file", "from ociregistry.settings import OPTIONS", "config must not import settings"),
     ("config.tls", "import ociregistry.upstream.tls", "config must not import upstream"),
     ("names", "from ociregistry.config import nodes", "names must not import config"),
-    ("via", "from ociregistry.names import Upstream", "via must not import names"),
-    ("via", "from . import log", "via must not import log"),
+    ("context", "from ociregistry.names import Upstream", "context must not import names"),
+    ("context", "from . import log", "context must not import log"),
     ("store.blobs", "import ociregistry.upstream.auth", "store must not import upstream"),
     ("store.blobs", "import ociregistry.pullthrough", "store must not import pullthrough"),
     ("upstream.__init__", "from ..store import blobs", "upstream must not import store"),

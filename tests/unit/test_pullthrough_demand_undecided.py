@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.context import NO_VIA, Via
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Upstream
 from ociregistry.platforms import Platform
@@ -17,7 +18,6 @@ from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
-from ociregistry.via import NO_VIA, Via
 from ociregistry.web.api import V2
 from ociregistry.web.resource import Answer
 from tests.unit.support.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands

@@ -7,6 +7,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 
+from ociregistry.context import Context, Priority
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import ANSWER_DEADLINE, DeadlineExceeded, PullThrough, within_deadline
@@ -21,11 +22,12 @@ APP = image("reg.example/app:1")
 LAYERS = {Digest(one.digest): one.data for one in BUILT.layers}
 ONE, TWO, THREE = LAYERS
 CONFIG = Digest(BUILT.config.digest)
+BACKGROUND, PRELOAD = Priority.BACKGROUND, Priority.PRELOAD
 
 
-def fetch(cache: PullThrough, digest: Digest = ONE, *, extra: bool = True) -> Deferred[None]:
+def fetch(cache: PullThrough, digest: Digest = ONE, *, priority: Priority = BACKGROUND) -> Deferred[None]:
     """Fetches a blob in the background."""
-    return Deferred.fromCoroutine(cache.fetch(APP.repository, digest, extra=extra))
+    return Deferred.fromCoroutine(cache.fetch(APP.repository, digest, Context(priority=priority)))
 
 
 async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
@@ -35,15 +37,15 @@ async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
     call.stream(len(data)).send(data).end()
 
 
-@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize("priority", [Priority.METADATA, BACKGROUND, PRELOAD])
 @on_reactor
 async def test_an_extra_one_takes_no_connection_for_blobs(
-    cache: PullThrough, store: Store, upstreams: MemoryRegistries, extra: bool
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, priority: Priority
 ) -> None:
     await store.keep(manifest(BUILT), APP)
-    fetching = fetch(cache, extra=extra)
+    fetching = fetch(cache, priority=priority)
     await until(lambda: len(upstreams) == 1)
-    assert upstreams[0].options.small is extra
+    assert upstreams[0].reserved is (priority is not PRELOAD)
     await bring(upstreams)
     await fetching
     assert await store.holds(ONE, len(LAYERS[ONE]))
@@ -53,28 +55,30 @@ async def test_an_extra_one_takes_no_connection_for_blobs(
 async def test_without_a_word_it_is_an_extra_one(cache: PullThrough, upstreams: MemoryRegistries) -> None:
     fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, ONE))
     await until(lambda: len(upstreams) == 1)
-    assert upstreams[0].options.small
+    assert upstreams[0].reserved
     await bring(upstreams)
     await fetching
 
 
-@pytest.mark.parametrize("extra", [True, False])
+@pytest.mark.parametrize("priority", [Priority.METADATA, BACKGROUND, PRELOAD])
 @on_reactor
 async def test_what_is_small_takes_none_in_any_case(
-    cache: PullThrough, store: Store, upstreams: MemoryRegistries, extra: bool
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, priority: Priority
 ) -> None:
     await store.keep(manifest(BUILT), APP)
-    fetching = fetch(cache, CONFIG, extra=extra)
+    fetching = fetch(cache, CONFIG, priority=priority)
     await until(lambda: len(upstreams) == 1)
-    assert upstreams[0].options.small
+    assert upstreams[0].reserved
     await bring(upstreams)
     await fetching
 
 
-async def broken(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, extra: bool) -> bool:
+async def broken(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, priority: Priority
+) -> bool:
     """Whether a blob that broke off is taken up by the way of what is small."""
     await store.keep(manifest(BUILT), APP)
-    fetching = fetch(cache, extra=extra)
+    fetching = fetch(cache, priority=priority)
     await until(lambda: len(upstreams) == 1)
     upstreams[0].stream(len(LAYERS[ONE])).send(LAYERS[ONE][:1000]).end(ConnectionLost())
     for _ in range(100):
@@ -85,28 +89,28 @@ async def broken(cache: PullThrough, store: Store, upstreams: MemoryRegistries, 
     assert upstreams[1].what.endswith(" from 1000")
     upstreams[1].stream(len(LAYERS[ONE]), 1000).send(LAYERS[ONE][1000:]).end()
     await fetching
-    return upstreams[1].options.small
+    return upstreams[1].reserved
 
 
 @on_reactor
 async def test_one_that_is_not_extra_has_a_connection_for_blobs_also_after_it_broke_off(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    assert not await broken(cache, store, upstreams, clock, extra=False)
+    assert not await broken(cache, store, upstreams, clock, priority=PRELOAD)
 
 
 @on_reactor
 async def test_an_extra_one_takes_none_after_it_broke_off_either(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    assert await broken(cache, store, upstreams, clock, extra=True)
+    assert await broken(cache, store, upstreams, clock, priority=BACKGROUND)
 
 
 @on_reactor
 async def test_several_may_come_at_once(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
     await store.keep(manifest(BUILT), APP)
     assert cache.in_flight == frozenset()
-    fetching = [fetch(cache, digest, extra=False) for digest in LAYERS]
+    fetching = [fetch(cache, digest, priority=PRELOAD) for digest in LAYERS]
     await until(lambda: len(upstreams) == 3)
     assert cache.in_flight == LAYERS.keys()
     # Who asks for one of them too, gets the same.
@@ -125,7 +129,7 @@ async def test_one_that_fails_is_in_flight_no_more(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(manifest(BUILT), APP)
-    fetching = fetch(cache, extra=False)
+    fetching = fetch(cache, priority=PRELOAD)
     await until(lambda: len(upstreams) == 1)
     upstreams[0].refuse(BlobUnknown("not there"))
     with pytest.raises(BlobUnknown):
@@ -137,13 +141,13 @@ async def test_one_that_fails_is_in_flight_no_more(
 @on_reactor
 async def test_what_is_here_takes_nothing(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
     await store.keep(manifest(BUILT), APP)
-    fetching = fetch(cache, extra=False)
+    fetching = fetch(cache, priority=PRELOAD)
     await until(lambda: len(upstreams) == 1)
     await bring(upstreams)
     await fetching
     await landed(cache)
-    for extra in (True, False):
-        await fetch(cache, extra=extra)
+    for priority in (BACKGROUND, PRELOAD):
+        await fetch(cache, priority=priority)
     assert (cache.in_flight, len(upstreams)) == (frozenset(), 1)
 
 

@@ -11,6 +11,7 @@ from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.context import Priority
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
@@ -168,8 +169,8 @@ async def test_an_upstream_that_cannot_be_reached_is_tried_again_for_who_was_pro
         upstreams[-1].refuse(Unavailable("down"))
         clock.advance(5)
         await again(upstreams, clock, count + 1)
-        assert upstreams[-1].options.insist
-        assert upstreams[-1].options.within == 10
+        assert upstreams[-1].context.priority is Priority.URGENT
+        assert upstreams[-1].within == 10
     assert not waiting.called
     upstreams[-1].stream(SIZE).send(DATA).end()
     assert await read_all(content) == DATA

@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.internet.task import Clock
 
+from ociregistry.context import Priority
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.pullthrough.transfer import PriorityScheduler
@@ -269,12 +270,14 @@ async def test_however_long_it_stands_it_goes_on_with_a_new_connection(link: Cir
 
 @pytest.mark.parametrize("watched", [True, False])
 @on_reactor
-async def test_who_waits_is_tried_for_also_while_the_link_is_down(link: CircuitBreaker, watched: bool) -> None:
+async def test_a_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, watched: bool) -> None:
     asked, sending = await (link.client(FIRST) if watched else link.background(FIRST))
-    assert not link.upstreams[0].options.insist
+    background = Priority.BACKGROUND
+    assert link.upstreams[0].context.priority is (Priority.CLIENT if watched else background)
     sending.end(ConnectionLost())
     await again(link.upstreams, link.clock, 2)
-    assert (link.upstreams[1].options.within, link.upstreams[1].options.insist) == (10.0, watched)
+    assert link.upstreams[1].within == 10.0
+    assert link.upstreams[1].context.priority is (Priority.URGENT if watched else background)
     await link.finish(FIRST, link.upstreams[1].stream(SIZE, 1000), 1000)
     if isinstance(asked, Deferred):
         await asked
@@ -284,15 +287,18 @@ async def test_who_waits_is_tried_for_also_while_the_link_is_down(link: CircuitB
 
 
 @pytest.mark.parametrize(
-    ("change", "yields"),
+    ("change", "pauses"),
     [
-        (lambda scheduler: scheduler.flows(1, waited_for=True), True),
-        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.flows(2, waited_for=False)), True),
-        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.flows(1, waited_for=False)), False),
-        (lambda scheduler: (scheduler.flows(1, waited_for=True), scheduler.ended(1)), False),
+        (lambda scheduler: scheduler.flows(1, Priority.CLIENT), True),
+        (lambda scheduler: (scheduler.flows(1, Priority.CLIENT), scheduler.flows(2, Priority.BACKGROUND)), True),
+        (lambda scheduler: (scheduler.flows(1, Priority.CLIENT), scheduler.flows(1, Priority.PRELOAD)), False),
+        (lambda scheduler: (scheduler.flows(1, Priority.CLIENT), scheduler.flows(1, None)), False),
     ],
 )
-def test_who_goes_first(change: Callable[[PriorityScheduler], object], yields: bool) -> None:
+def test_background_downloads_pause_while_a_clients_download_flows(
+    change: Callable[[PriorityScheduler], object], pauses: bool
+) -> None:
     scheduler = PriorityScheduler()
     change(scheduler)
-    assert scheduler.yields is yields
+    for priority in Priority:
+        assert scheduler.pauses(priority) is (pauses and priority < Priority.CLIENT)

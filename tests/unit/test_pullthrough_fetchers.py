@@ -8,6 +8,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.context import Priority
 from ociregistry.errors import BlobUnknown, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
@@ -170,7 +171,7 @@ async def test_a_blob_is_told_of_as_it_comes_and_is_here_in_the_end(
     waiting = scene.blob()
     await asked(upstreams)
     # Somebody waits for it: it has a connection of its own.
-    assert not upstreams[0].options.small
+    assert not upstreams[0].reserved
     sending = upstreams[0].stream(len(DATA))
     for start in range(0, len(DATA), 50_000):
         sending.send(DATA[start : start + 50_000])
@@ -235,7 +236,7 @@ async def test_a_blob_of_which_nothing_comes_any_more_is_given_up_and_goes_on(
         await waiting
     assert cache.in_flight == {LAYER}
     # Nobody waits for it any more: clients go first.
-    assert not cache._downloads[LAYER]._connections.watched
+    assert cache._downloads[LAYER]._connections.priority is not Priority.CLIENT
     sending.send(DATA[2000:]).end()
     await landed(cache)
     assert cache.in_flight == frozenset()
@@ -280,7 +281,7 @@ async def test_in_the_background_a_blob_comes_after_what_clients_wait_for(
     waiting = scene.blob(scene.background)
     await asked(upstreams)
     # It takes one of the connections for blobs: more than one may come at once.
-    assert not upstreams[0].options.small
+    assert not upstreams[0].reserved
     sending = upstreams[0].stream(len(DATA))
     await turn()
     client = (await cache.blob(APP.repository, LAYER)).content

@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.context import Priority
 from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers, LinkDown
 from ociregistry.upstream.origin import Origin
 from tests.unit.support.doubles import texts
@@ -41,7 +42,7 @@ def test_a_link_is_up_at_first(breaker: CircuitBreaker, events: list[LogEvent]) 
     attempts = [breaker.enter(WHO) for _ in range(3)]
     for attempt in attempts:
         attempt.answered()
-    breaker.enter(WHO, insist=True).abandoned()
+    breaker.enter(WHO, Priority.URGENT).abandoned()
     breaker.enter(WHO)
     assert texts(events, LogLevel.warn) == []
 
@@ -94,9 +95,9 @@ def test_one_request_passes_as_the_probe(breaker: CircuitBreaker, clock: Clock) 
     breaker.enter(WHO)
 
 
-def test_who_insists_always_passes_and_is_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+def test_an_urgent_request_always_passes_and_is_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
-    attempts = [breaker.enter(WHO, insist=True) for _ in range(3)]
+    attempts = [breaker.enter(WHO, Priority.URGENT) for _ in range(3)]
     clock.advance(1)
     refused(breaker)
     attempts[0].failed("no route still")
@@ -109,7 +110,7 @@ def test_who_insists_always_passes_and_is_a_probe(breaker: CircuitBreaker, clock
 
 def test_an_answer_brings_it_up_again(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
     take_down(breaker)
-    attempts = [breaker.enter(WHO, insist=True) for _ in range(2)]
+    attempts = [breaker.enter(WHO, Priority.URGENT) for _ in range(2)]
     clock.advance(7)
     for attempt in attempts:
         attempt.answered()
@@ -147,7 +148,7 @@ def test_a_failure_of_a_request_from_before_it_came_up_does_not_count(
     breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]
 ) -> None:
     take_down(breaker)
-    late, good = breaker.enter(WHO, insist=True), breaker.enter(WHO, insist=True)
+    late, good = breaker.enter(WHO, Priority.URGENT), breaker.enter(WHO, Priority.URGENT)
     clock.advance(5)
     good.answered()
     late.failed("too slow")
@@ -197,7 +198,7 @@ def test_nor_is_the_probe_of_an_outage_that_is_over(breaker: CircuitBreaker, clo
     take_down(breaker)
     clock.advance(1)
     breaker.enter(WHO)
-    breaker.enter(WHO, insist=True).answered()
+    breaker.enter(WHO, Priority.URGENT).answered()
     take_down(breaker)
     clock.advance(1)
     breaker.enter(WHO)

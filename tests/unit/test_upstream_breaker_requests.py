@@ -16,6 +16,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from ociregistry.context import Priority
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
@@ -148,13 +149,13 @@ def test_after_it_the_next_one_is_the_probe(sending: Sending, why: Exception) ->
     assert not sending.is_down
 
 
-def test_who_insists_is_sent(sending: Sending) -> None:
+def test_an_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     assert sending.is_down
-    insisting = sending.send(RequestOptions(insist=True))
+    urgent = sending.send(RequestOptions(priority=Priority.URGENT))
     assert len(sending.agent.asked) == 2
-    insisting.cancel()
-    failed(insisting, CancelledError)
+    urgent.cancel()
+    failed(urgent, CancelledError)
 
 
 @pytest.mark.parametrize("within", [8.0, 10.0, 30.0])
@@ -203,7 +204,7 @@ async def test_any_answer_says_that_it_can_be_reached(
     http._breakers.to(Origin.of(upstream.url)).enter("reg.example").failed("no route")
     with pytest.raises(LinkDown):
         await http.send("GET", upstream.url, {})
-    for options in (RequestOptions(insist=True), DEFAULT_OPTIONS):
+    for options in (RequestOptions(priority=Priority.URGENT), DEFAULT_OPTIONS):
         response = await http.send("GET", upstream.url, {}, options=options)
         assert response.status == status
         await response.discard()

@@ -76,7 +76,7 @@ async def test_nor_does_what_a_registry_says_instead_of_a_blob(
     registry = network.registry(upstream.host, scheme="http")
     where = Repository(registry.upstream, "team/app")
     with pytest.raises(RegistryError):
-        await registry.blob(where, Digest(BUILT.layers[0].digest), 5)
+        await registry.blob(where, Digest(BUILT.layers[0].digest), start=5)
     await until(lambda: upstream.requests[0].done)
     assert upstream.requests[0].sent < len(HUGE)
 
@@ -87,7 +87,7 @@ async def test_nor_does_another_part_than_was_asked_for(network: Network, upstre
     upstream.script("*", Reply(206, HUGE, (("Content-Range", "bytes 7-16777222/16777223"),)), times=1)
     registry = network.registry(upstream.host, scheme="http")
     where = Repository(registry.upstream, "team/app")
-    stream = await registry.blob(where, Digest(BUILT.layers[0].digest), 5)
+    stream = await registry.blob(where, Digest(BUILT.layers[0].digest), start=5)
     assert (stream.start, await stream.body.read()) == (0, b"all of it")
     await until(lambda: upstream.requests[0].done)
     assert upstream.requests[0].sent < len(HUGE)

@@ -10,7 +10,6 @@ from ociregistry.errors import Denied
 from ociregistry.names import Upstream
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import Registry
-from ociregistry.via import NO_VIA, Via
 
 
 class Made:
@@ -84,30 +83,6 @@ def test_those_used_last_are_kept() -> None:
     registries.get(Upstream("r0.example"))
     assert made.upstreams[2001:] == ["r0.example"]
     assert len(registries._kept) == 500
-
-
-class Through(Registry):
-    """A registry that may be asked for others."""
-
-    def __init__(self) -> None:
-        self.vias: list[Via] = []
-
-    def with_via(self, via: Via) -> Registry:
-        """Notes for whom."""
-        self.vias.append(via)
-        return Through()
-
-
-def test_an_upstream_is_asked_for_who_stands_behind_us() -> None:
-    registry = Through()
-    registries = Registries((), lambda upstream: registry)
-    via = Via(("ociregistry-0123456789abcdef",))
-    assert registries.get(Upstream("quay.io"), via) is not registry
-    assert registry.vias == [via]
-    # It is the same registry, with its connections and tokens.
-    assert registries.get(Upstream("quay.io")) is registry
-    assert registries.get(Upstream("quay.io"), NO_VIA) is registry
-    assert registry.vias == [via]
 
 
 def test_new_settings_are_for_all_registries() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
+from ociregistry.context import Context, Priority
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
@@ -17,7 +18,7 @@ from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, ch
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
 from tests.unit.test_upstream_registry_mirrors import Mirrored
 
-LAST = RequestOptions(last=True)
+LAST = RequestOptions(priority=Priority.METADATA)
 APP = Repository(Upstream("reg.example"), "team/app")
 
 
@@ -125,11 +126,11 @@ def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
     assert len(asking.asked) == 1
 
 
-@pytest.mark.parametrize("options", [DEFAULT_OPTIONS, RequestOptions(small=True), RequestOptions(insist=True)])
-def test_nobody_else_is_held_back(options: RequestOptions) -> None:
+@pytest.mark.parametrize("priority", sorted(set(Priority) - {Priority.METADATA}))
+def test_no_other_priority_is_held_back(priority: Priority) -> None:
     asking = Asking({REG: [limited("0;w=21600", "100;w=21600")]})
     for _ in range(3):
-        assert fired(ask(asking, options)).status == 200
+        assert fired(ask(asking, RequestOptions(priority=priority))).status == 200
     assert held(asking) > 0
 
 
@@ -194,13 +195,13 @@ def test_every_registry_has_its_own_limit() -> None:
     assert mirrored.asked == ["one", "two", "reg", "two", "reg"]
 
 
-def test_a_manifest_is_asked_for_in_that_options() -> None:
+def test_a_manifest_is_asked_for_with_the_priority_of_its_context() -> None:
     headers = {**GOOD["headers"], **LOW["headers"]}
     asking = Asking({REG: [{**GOOD, "headers": headers}]})
     registry: Registry = registry_over(asking.client)
-    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST))) == IMAGE
+    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED, Context(priority=Priority.METADATA)))) == IMAGE
     assert [sent.options for sent in asking.http.sent] == [LAST]
-    failed(Deferred.fromCoroutine(registry.manifest(TAGGED, LAST)), Unavailable)
+    failed(Deferred.fromCoroutine(registry.manifest(TAGGED, Context(priority=Priority.METADATA))), Unavailable)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
 
 

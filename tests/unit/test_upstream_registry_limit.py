@@ -17,7 +17,7 @@ class Busy:
 
     def blob(self) -> Deferred[None]:
         """Waits for a slot for a blob."""
-        return Deferred.fromCoroutine(self.limit.for_blob(small=False))
+        return Deferred.fromCoroutine(self.limit.acquire(reserved=False))
 
     def small(self) -> tuple[Deferred[None], Deferred[None]]:
         """Waits for a slot for something small; the first Deferred fires when it has it, the second ends it."""
@@ -41,7 +41,7 @@ class Busy:
         last.cancel()
         last.addErrback(lambda _: None)
         for _ in waiting:
-            self.limit.blob_done(small=False)
+            self.limit.release(reserved=False)
         return len(waiting)
 
 
@@ -55,7 +55,7 @@ def test_so_many_blobs_at_once_and_no_more(most: int) -> None:
     busy = Busy(most)
     blobs = [busy.blob() for _ in range(most + 2)]
     assert had(blobs) == [True] * most + [False] * 2
-    busy.limit.blob_done(small=False)
+    busy.limit.release(reserved=False)
     assert had(blobs) == [True] * (most + 1) + [False]
 
 
@@ -103,10 +103,10 @@ def test_who_waits_in_vain_leaves_no_slot_behind() -> None:
     for one in waiting[:9]:
         one.cancel()
         one.addErrback(lambda _: None)
-    busy.limit.blob_done(small=False)
+    busy.limit.release(reserved=False)
     assert waiting[9].called
-    busy.limit.blob_done(small=False)
-    busy.limit.blob_done(small=False)
+    busy.limit.release(reserved=False)
+    busy.limit.release(reserved=False)
     assert busy.free() == 2
 
 
@@ -137,14 +137,14 @@ def test_a_small_thing_that_waits_in_vain_leaves_none_behind() -> None:
 
 def test_a_small_blob_is_as_small_as_a_manifest() -> None:
     limit = ConnectionLimit(1)
-    fired(Deferred.fromCoroutine(limit.for_blob(small=False)))
-    waiting = Deferred.fromCoroutine(limit.for_blob(small=False))
+    fired(Deferred.fromCoroutine(limit.acquire(reserved=False)))
+    waiting = Deferred.fromCoroutine(limit.acquire(reserved=False))
     for _ in range(2):
-        fired(Deferred.fromCoroutine(limit.for_blob(small=True)))
-    third = Deferred.fromCoroutine(limit.for_blob(small=True))
+        fired(Deferred.fromCoroutine(limit.acquire(reserved=True)))
+    third = Deferred.fromCoroutine(limit.acquire(reserved=True))
     assert not waiting.called
     assert not third.called
-    limit.blob_done(small=True)
+    limit.release(reserved=True)
     assert third.called
-    limit.blob_done(small=False)
+    limit.release(reserved=False)
     assert waiting.called

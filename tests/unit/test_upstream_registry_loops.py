@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
+from ociregistry.context import FROM_CLIENT, Context, Via
 from ociregistry.errors import BlobUnknown, LoopDetected, ManifestUnknown, NameUnknown, RegistryError, Unavailable
 from ociregistry.upstream.registry import Registry
-from ociregistry.via import Via
 from tests.unit.support.bodies import ScriptedExchanges
 from tests.unit.support.doubles import failed, fired
 from tests.unit.support.http_agents import INSTANCE, client_over, registry_over
@@ -20,15 +20,15 @@ from tests.unit.test_upstream_registry import APP, BY_DIGEST, IMAGE, LAYER, TAGG
 OTHER = "ociregistry-fedcba9876543210"
 THIRD = "ociregistry-00000000deadbeef"
 
-Ask = Callable[[Registry], Coroutine[Deferred[Any], Any, object]]
+Ask = Callable[[Registry, Context], Coroutine[Deferred[Any], Any, object]]
 
 REQUESTS: dict[str, tuple[Ask, type[RegistryError]]] = {
-    "manifest": (lambda registry: registry.manifest(TAGGED), ManifestUnknown),
-    "digest": (lambda registry: registry.manifest(BY_DIGEST), ManifestUnknown),
-    "blob": (lambda registry: registry.blob(APP, LAYER, 5), BlobUnknown),
-    "size": (lambda registry: registry.blob_size(APP, LAYER), BlobUnknown),
-    "tags": (lambda registry: registry.tags(APP, None, ""), NameUnknown),
-    "referrers": (lambda registry: registry.referrers(APP, IMAGE.digest), ManifestUnknown),
+    "manifest": (lambda registry, context: registry.manifest(TAGGED, context), ManifestUnknown),
+    "digest": (lambda registry, context: registry.manifest(BY_DIGEST, context), ManifestUnknown),
+    "blob": (lambda registry, context: registry.blob(APP, LAYER, context, start=5), BlobUnknown),
+    "size": (lambda registry, context: registry.blob_size(APP, LAYER, context), BlobUnknown),
+    "tags": (lambda registry, context: registry.tags(APP, None, "", context), NameUnknown),
+    "referrers": (lambda registry, context: registry.referrers(APP, IMAGE.digest, context), ManifestUnknown),
 }
 every_request = pytest.mark.parametrize(("ask", "unknown"), REQUESTS.values(), ids=REQUESTS.keys())
 
@@ -41,16 +41,16 @@ def refused(via: str = "") -> dict[str, Any]:
 @every_request
 def test_every_request_says_who_asks(ask: Ask, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
-    failed(Deferred.fromCoroutine(ask(source)), unknown)
+    failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [f"1.1 {INSTANCE}"]
 
 
 @every_request
 def test_and_for_whom(ask: Ask, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
-    failed(Deferred.fromCoroutine(ask(source.with_via(Via((OTHER, THIRD))))), unknown)
+    failed(Deferred.fromCoroutine(ask(source, Context(Via((OTHER, THIRD))))), unknown)
     # The registry itself asks for nobody else because of that.
-    failed(Deferred.fromCoroutine(ask(source)), unknown)
+    failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [
         f"1.1 {OTHER}, 1.1 {THIRD}, 1.1 {INSTANCE}",
         f"1.1 {INSTANCE}",
@@ -67,7 +67,7 @@ def test_where_a_registry_redirects_to_may_be_a_cache_as_well() -> None:
 @every_request
 def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: Ask, unknown: type[RegistryError]) -> None:
     source, _ = registry(refused(f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"))
-    loop = failed(Deferred.fromCoroutine(ask(source)), LoopDetected)
+    loop = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), LoopDetected)
     assert (loop.status, loop.message) == (403, "reg.example: it leads back to this server")
     # Who asked us is to know it as well.
     assert loop.headers() == {"Via": f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}, 1.1 {INSTANCE}"}
@@ -79,7 +79,7 @@ def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: Ask, unknown: type[Reg
 )
 def test_any_other_403_means_that_it_is_not_shown(ask: Ask, unknown: type[RegistryError], via: str) -> None:
     source, _ = registry(refused(via))
-    error = failed(Deferred.fromCoroutine(ask(source)), unknown)
+    error = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert type(error) is unknown
 
 

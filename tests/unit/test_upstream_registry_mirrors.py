@@ -10,6 +10,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.registries import Login, Password
+from ociregistry.context import Priority
 from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.auth import AccessRefused
@@ -113,14 +114,14 @@ def test_so_is_one_that_cannot_be_asked(error: RegistryError) -> None:
 
 
 @pytest.mark.parametrize(("given", "mirrors"), [(30.0, 15.0), (10.0, 10.0), (5.0, 5.0)])
-@pytest.mark.parametrize("insist", [True, False])
-def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, insist: bool) -> None:
-    """The registry itself has no such limit; who insists does so everywhere."""
+@pytest.mark.parametrize("priority", [Priority.URGENT, Priority.CLIENT])
+def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, priority: Priority) -> None:
+    """The registry itself has no such limit; the priority is the same for all."""
     mirrored = Mirrored(DOWN, DOWN, OK)
-    asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, insist))
+    asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, priority))
     assert fired(Deferred.fromCoroutine(asked)).status == 200
-    manners = [RequestOptions(within, insist) for within in (mirrors, mirrors, given)]
-    assert [sent.options for sent in mirrored.http.sent] == manners
+    options = [RequestOptions(within, priority) for within in (mirrors, mirrors, given)]
+    assert [sent.options for sent in mirrored.http.sent] == options
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 500])

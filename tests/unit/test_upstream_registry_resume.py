@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.context import FROM_CLIENT, Context, Priority
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
@@ -35,9 +36,11 @@ class Asked:
         self.http = ScriptedExchanges({REG: answers, TOKEN: [token]})
         self._registry = registry_over(client_over(self.http, self.clock), 1)
 
-    def blob(self, start: int, options: RequestOptions = DEFAULT_OPTIONS) -> Deferred[BlobStream]:
+    def blob(
+        self, start: int, context: Context = FROM_CLIENT, within: float = DEFAULT_OPTIONS.within
+    ) -> Deferred[BlobStream]:
         """Asks for the blob."""
-        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, start, options))
+        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, context, start=start, within=within))
 
     @property
     def ranges(self) -> list[str | None]:
@@ -92,8 +95,8 @@ def test_a_blob_that_is_gone_is_unknown(status: int) -> None:
     failed(Asked({"status": status}).blob(6), BlobUnknown)
 
 
-def test_the_options_is_that_of_every_request_that_it_takes() -> None:
-    options = RequestOptions(10.0, insist=True)
+def test_every_request_of_a_download_has_its_priority_and_time_limit() -> None:
+    options = RequestOptions(10.0, Priority.URGENT)
     asked = Asked(part("bytes 0-3/10"), WHOLE)
-    fired(asked.blob(6, options))
+    fired(asked.blob(6, Context(priority=Priority.URGENT), 10.0))
     assert [sent.options for sent in asked.http.sent] == [options] * 2

@@ -10,6 +10,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.context import NO_VIA, Context, Via
 from ociregistry.errors import LoopDetected, NameInvalid, NotFound, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Tag, Upstream
@@ -17,7 +18,6 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.upstream.registry import TagPage
-from ociregistry.via import NO_VIA, Via
 from ociregistry.web.api import V2
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer
@@ -53,7 +53,7 @@ def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clo
 
 def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", via: Via = NO_VIA) -> Deferred[Answer]:
     """Asks for something."""
-    return Deferred.fromCoroutine(v2.answer(method, path.encode(), query, via))
+    return Deferred.fromCoroutine(v2.answer(method, path.encode(), query, Context(via)))
 
 
 async def body(answer: Answer) -> bytes:
@@ -209,12 +209,12 @@ class Asked:
     """A cache and its listings, which have nothing, and keep for whom they were asked."""
 
     def __init__(self) -> None:
-        self.vias: list[Via] = []
+        self.contexts: list[Context] = []
 
     async def _nothing(self, *arguments: object, **options: object) -> NoReturn:
-        via = arguments[-1]
-        assert isinstance(via, Via)
-        self.vias.append(via)
+        context = arguments[-1]
+        assert isinstance(context, Context)
+        self.contexts.append(context)
         raise Unavailable("there is nothing")
 
     manifest = blob = blob_size = tags = referrers = _nothing
@@ -226,8 +226,8 @@ def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> No
     v2 = V2(asked, asked, NoDemand(), Upstream("docker.io"), INSTANCE)
     for via in (NO_VIA, Via((OTHER,))):
         failed(ask(v2, path, NS, method, via), Unavailable)
-        assert asked.vias.pop() == via
-    assert asked.vias == []
+        assert asked.contexts.pop() == Context(via)
+    assert asked.contexts == []
 
 
 @pytest.mark.parametrize(("method", "path"), [*EVERYTHING, ("GET", "/v2/")])

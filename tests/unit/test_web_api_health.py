@@ -11,12 +11,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry import __version__
+from ociregistry.context import FROM_CLIENT
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts, Store
-from ociregistry.via import NO_VIA
 from ociregistry.web.api import health
 from ociregistry.web.resource import Handler
 from tests.images import make_image
@@ -30,7 +30,7 @@ ROOM = Room(free=10, reserve=7, full=False)
 
 def told(handler: Handler, method: str = "GET") -> Any:
     """What it says."""
-    answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, NO_VIA)))
+    answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, FROM_CLIENT)))
     assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
     return json.loads(fired(answer.content.read(0, answer.content.size)))
 

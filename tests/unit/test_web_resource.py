@@ -8,8 +8,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
+from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
-from ociregistry.via import NO_VIA, Via
 from ociregistry.web.resource import Answer, InMemory, SizeOnly
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.doubles import texts
@@ -249,7 +249,7 @@ def test_the_handler_is_told_for_whom_it_is_asked(
 ) -> None:
     request = "\r\n".join(["GET /v2/ HTTP/1.1", "Host: cache", *headers, "", ""])
     assert Visitor(server).send(request.encode("latin-1")).got().status == 200
-    assert handler.vias == [via]
+    assert handler.contexts == [Context(via, Priority.CLIENT)]
 
 
 @pytest.mark.parametrize(

@@ -8,27 +8,29 @@ from typing import Any, cast
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
+from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
+from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.network import Registries
-from ociregistry.upstream.registry import BlobStream, Registry, TagPage
-from ociregistry.via import NO_VIA, Via
+from ociregistry.upstream.registry import BlobStream, Registry, TagPage, uses_reserved
 from tests.unit.support.bodies import Connection, connected, end
 from tests.unit.support.doubles import until
 
 
 class Call:
-    """One request to an upstream, made for who stands in `chain`: `kind` is the method, and `result` what the test
-    fires it with."""
+    """One request to an upstream: `kind` is the method, and `result` what the test fires it with."""
 
-    options = DEFAULT_OPTIONS
+    size: int | None = None
+    """The number of bytes of the whole blob, as the caller knows it."""
+    within: float | None = None
+    """The number of seconds for the headers of a blob."""
 
-    def __init__(self, kind: str, *what: object, via: Via = NO_VIA) -> None:
+    def __init__(self, kind: str, *what: object, context: Context = FROM_CLIENT) -> None:
         self.kind = kind
-        self.via = via
+        self.context = context
         self.what = " ".join(map(str, what))
         self.result: Deferred[Any] = Deferred()
 
@@ -39,6 +41,11 @@ class Call:
     def refuse(self, error: Exception) -> None:
         """It fails."""
         self.result.errback(error)
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the blob may use the reserved connections."""
+        return uses_reserved(self.context.priority, self.size)
 
     def stream(self, size: int | None, start: int = 0) -> Sending:
         """It is a blob of so many bytes that the test sends, from the byte `start`."""
@@ -74,43 +81,45 @@ async def landed(cache: PullThrough) -> None:
 class MemoryRegistry(Registry):
     """An upstream that answers when the test says so."""
 
-    def __init__(self, upstream: Upstream, calls: list[Call], via: Via = NO_VIA) -> None:
+    def __init__(self, upstream: Upstream, calls: list[Call]) -> None:
         self.upstream = upstream
         self._calls = calls
-        self._via = via
 
-    def with_via(self, via: Via) -> Registry:
-        """It answers to all who stand behind us as well."""
-        return MemoryRegistry(self.upstream, self._calls, via)
-
-    def _call(self, kind: str, *what: object) -> Deferred[Any]:
-        self._calls.append(Call(kind, *what, via=self._via))
+    def _call(self, context: Context, kind: str, *what: object) -> Deferred[Any]:
+        self._calls.append(Call(kind, *what, context=context))
         return self._calls[-1].result
 
-    async def manifest(self, image: ImageReference, options: RequestOptions = DEFAULT_OPTIONS) -> Manifest:
-        asked = self._call("manifest", image)
-        self._calls[-1].options = options
-        return cast(Manifest, await asked)
+    async def manifest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Manifest:
+        return cast(Manifest, await self._call(context, "manifest", image))
 
     async def blob(
-        self, repository: Repository, digest: Digest, start: int = 0, options: RequestOptions = DEFAULT_OPTIONS
+        self,
+        repository: Repository,
+        digest: Digest,
+        context: Context = FROM_CLIENT,
+        *,
+        start: int = 0,
+        size: int | None = None,
+        within: float = DEFAULT_OPTIONS.within,
     ) -> BlobStream:
         where = (f"from {start}",) if start else ()
-        asked = self._call("blob", repository, digest, *where)
-        self._calls[-1].options = options
+        asked = self._call(context, "blob", repository, digest, *where)
+        self._calls[-1].size, self._calls[-1].within = size, within
         return cast(BlobStream, await asked)
 
-    async def manifest_digest(self, image: ImageReference) -> Digest | None:
-        return cast("Digest | None", await self._call("manifest_digest", image))
+    async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
+        return cast("Digest | None", await self._call(context, "manifest_digest", image))
 
-    async def blob_size(self, repository: Repository, digest: Digest) -> int:
-        return cast(int, await self._call("blob_size", repository, digest))
+    async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> int:
+        return cast(int, await self._call(context, "blob_size", repository, digest))
 
-    async def tags(self, repository: Repository, count: int | None, last: str) -> TagPage:
-        return cast(TagPage, await self._call("tags", repository, count, last))
+    async def tags(
+        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+    ) -> TagPage:
+        return cast(TagPage, await self._call(context, "tags", repository, count, last))
 
-    async def referrers(self, repository: Repository, digest: Digest) -> Manifest:
-        return cast(Manifest, await self._call("referrers", repository, digest))
+    async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
+        return cast(Manifest, await self._call(context, "referrers", repository, digest))
 
 
 class MemoryRegistries(Registries):

@@ -16,10 +16,10 @@ from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 
 from ociregistry.concurrency import Event
+from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.via import NO_VIA, Via
 from ociregistry.web.api import V2, health
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer, InMemory
@@ -74,12 +74,12 @@ class Handler(V2):
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes]] = []
-        self.vias: list[Via] = []
+        self.contexts: list[Context] = []
         self.give: Callable[[], Answer | Deferred[Answer] | Exception] = lambda: Answer(200, InMemory(b"hello"))
 
-    async def answer(self, method: str, path: bytes, query: Query, via: Via = NO_VIA) -> Answer:
+    async def answer(self, method: str, path: bytes, query: Query, context: Context = FROM_CLIENT) -> Answer:
         self.asked.append((method, path))
-        self.vias.append(via)
+        self.contexts.append(context)
         given = self.give()
         if isinstance(given, Exception):
             raise given

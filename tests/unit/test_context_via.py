@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ociregistry.via import NO_VIA, Via, new_instance
+from ociregistry.context import NO_VIA, Via, new_instance
 
 A, B, C = (f"ociregistry-{letter * 16}" for letter in "abc")
 INSTANCES = st.from_regex("ociregistry-[0-9a-f]{16}", fullmatch=True)
