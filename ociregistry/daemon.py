@@ -8,42 +8,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from twisted.application.service import IService, Service
+from twisted.application.service import IService, MultiService
 from twisted.internet import defer
-from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred, DeferredLock
-from twisted.internet.endpoints import serverFromString
-from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import FilteringLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
-from twisted.python.failure import Failure
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
+from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.context import new_instance
 from ociregistry.log import ALWAYS, AtLeast
 from ociregistry.platforms import Platform
 from ociregistry.process import exit_with, take_all_file_descriptors
-from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.fetchers import BackgroundFetcher
-from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import Loader, NullProgress, Preloader, read_image_list
 from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
-from ociregistry.store.store import Store
-from ociregistry.store.workdir import ControlSocket
 from ociregistry.systemd import Systemd
-from ociregistry.upstream.network import Network, Registries
 from ociregistry.web.api import V2, health
 from ociregistry.web.channel import ServerPolicy
+from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
 from ociregistry.web.site import RegistrySite
 
 _DRAIN = 30.0
@@ -57,7 +48,7 @@ _AT_NEXT_START = (
 """Settings that a reload does not change; they take effect at the next start."""
 
 
-class Daemon(Service):
+class Daemon(MultiService):
     """The service that listens for clients and, when stopped, lets requests in flight end first."""
 
     log = Logger(namespace="ociregistry")
@@ -70,42 +61,35 @@ class Daemon(Service):
         `load` reads the settings again for a reload; it raises `ConfigInvalid`. `twistd_options` are the options
         of twistd itself, such as the log file and the pid file.
         """
+        super().__init__()
         self._settings = settings
         self._load = load
         self._reactor = reactor
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
-        self._ports: list[IListeningPort] = []
-        self._control: tuple[ControlSocket, IListeningPort] | None = None
-        """The control socket, through which commands on the same store reach the daemon, and its port."""
         self._reloading = DeferredLock()
         self._systemd = Systemd(reactor)
         self._level = AtLeast(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
-        self._store = Store(settings.image_path, reactor, reactor, reserve=settings.reserve)
-        instance = new_instance()
-        self._network = Network(settings, instance, reactor)
-        self._registries = Registries(settings.allow_upstreams, self._network.registry)
-        policy = Policy(settings.always_pull_latest, settings.air_gapped)
-        self._cache = PullThrough(self._store, self._registries, reactor, policy)
+        self._store = make_store(settings, reactor)
+        parts = put_together(settings, self._store, reactor)
+        self._network, self._registries = parts.network, parts.registries
         completes = settings.complete_images and not settings.air_gapped
         self._completion = Completion(
             self._store,
-            self._cache.fetch,
+            parts.cache.fetch,
             reactor,
-            Metadata(self._store, self._cache, reactor) if completes else None,
+            Metadata(self._store, parts.cache, reactor) if completes else None,
             CompletionPolicy(
                 images=completes,
                 metadata=settings.complete_metadata,
                 platforms=settings.complete_platforms,
             ),
         )
-        machine = Platform(settings.os, settings.arch)
-        self._demand = Demand(self._store, self._completion, machine, reactor)
-        listings = Listings(self._store, self._registries, reactor)
-        self._v2 = V2(self._cache, listings, self._demand, settings.default_ns, instance)
-        background = BackgroundFetcher(self._cache, listings, settings.pull_timeout, reactor)
-        self._maintenance = Maintenance(self._store, self._cache, Repairer(self._store, background), reactor)
+        demand = Demand(self._store, self._completion, Platform(settings.os, settings.arch), reactor)
+        self._v2 = V2(parts.cache, parts.listings, demand, settings.default_ns, parts.instance)
+        background = BackgroundFetcher(parts.cache, parts.listings, settings.pull_timeout, reactor)
+        self._maintenance = Maintenance(self._store, parts.cache, Repairer(self._store, background), reactor)
         self._preloader = self._preload(settings, background)
         answers = health(
             lambda: self._store.counts,
@@ -115,6 +99,15 @@ class Daemon(Service):
             self._started,
         )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
+        factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
+        # A starting node opens many connections at once. With Twisted's backlog of 50, some would be delayed 1 s.
+        endpoints = settings.listen or (f"tcp:{settings.port}:backlog=1024",)
+        self._listeners = Listeners(endpoints, factory, reactor)
+        self._control = ControlListener(self._store, self._site, reactor)
+        preloading = [self._preloader] if self._preloader is not None else []
+        working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance]
+        for service in (self._listeners, self._store, self._control, *working):
+            service.setServiceParent(self)
 
     def _preload(self, settings: Settings, background: BackgroundFetcher) -> Preloader | None:
         path = settings.preload_images
@@ -138,6 +131,7 @@ class Daemon(Service):
         """Attach to the application, and put the `--log-level` filter before the log observer of twistd."""
         super().setServiceParent(parent)
         if isinstance(parent, Componentized):
+            # Twisted has no public way to get the observer that twistd's own options ask for.
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
             if not ILogObserver.providedBy(observer):
                 observer = LegacyLogObserverWrapper(observer)
@@ -146,38 +140,20 @@ class Daemon(Service):
 
     def privilegedStartService(self) -> None:
         """Listen on all endpoints; if one fails, end the process with exit status 1."""
-        # A starting node opens many connections at once. With Twisted's backlog of 50, some would be delayed 1 s.
-        endpoints = self._settings.listen or (f"tcp:{self._settings.port}:backlog=1024",)
-        factory: IProtocolFactory = self._site
-        if self._tls is not None:
-            factory = TLSMemoryBIOFactory(self._tls, False, self._site)
-        for endpoint in endpoints:
-            failures: list[Failure] = []
-            try:
-                listening = serverFromString(self._reactor, endpoint).listen(factory)
-                listening.addCallbacks(self._ports.append, failures.append)
-            except Exception:
-                failures.append(Failure())
-            for failure in failures:
-                error = failure.value
-                self._give_up(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}")
+        try:
+            super().privilegedStartService()
+        except ListenFailed as error:
+            self._give_up(str(error))
 
     def startService(self) -> None:
         """Read the store and start all parts; connections wait in the backlog until then."""
-        super().startService()
         # Each client needs one or two.
         take_all_file_descriptors()
         try:
-            self._store.start()
-            self._listen_on_control_socket()
+            super().startService()
         except OSError as error:
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
-        self._network.start()
         self._maintenance.reconfigure(self._settings.prune, self._settings.verify)
-        if self._preloader is not None:
-            self._preloader.start()
-        self._completion.start()
-        self._demand.start()
         signal.signal(signal.SIGHUP, self._hung_up)
         counts = self._store.counts
         self.log.info(
@@ -185,7 +161,7 @@ class Daemon(Service):
             "store {store} with {lists} lists and {images} images",
             version=__version__,
             started=self._started.isoformat(timespec="seconds"),
-            addresses=", ".join(_address(port) for port in self._ports),
+            addresses=", ".join(self._listeners.addresses),
             store=self._settings.image_path,
             lists=counts.lists,
             images=counts.images,
@@ -193,22 +169,6 @@ class Daemon(Service):
         )
         self._warn(self._settings)
         self._systemd.ready()
-
-    def _listen_on_control_socket(self) -> None:
-        """Let commands on the same store pull through this process, so that nothing is fetched twice."""
-        try:
-            control_socket = self._store.control_socket()
-        except OSError as error:
-            self._cannot_listen_on_control_socket(error)
-            return
-        try:
-            self._control = control_socket, self._reactor.listenUNIX(control_socket.path, self._site, mode=0o600)
-        except CannotListenError as error:
-            control_socket.close()
-            self._cannot_listen_on_control_socket(error.socketError)
-
-    def _cannot_listen_on_control_socket(self, why: Exception) -> None:
-        self.log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
@@ -264,32 +224,16 @@ class Daemon(Service):
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, let requests in flight end for at most `_DRAIN` seconds, then stop the other parts."""
-        super().stopService()
+        # Not the superclass's: it would stop all parts at the same time.
+        self.running = False
         self._systemd.stopping()
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        for port in self._ports:
-            port.stopListening()
-        if self._control is not None:
-            control_socket, port = self._control
-            await defer.maybeDeferred(port.stopListening)
-            control_socket.close()
+        await gatherResults([self._listeners.stopService(), self._control.stopService()])
         try:
             await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
-        self._maintenance.stop()
-        if self._preloader is not None:
-            self._preloader.stop()
-        self._demand.stop()
-        self._completion.stop()
-        await self._cache.stop()
-        self._network.stop()
-        self._store.stop()
+        await stop_in_turn([service for service in reversed(list(self)) if service.running])
         self._systemd.stopped()
-
-
-def _address(port: IListeningPort) -> str:
-    address = port.getHost()
-    return f"{address.host}:{address.port}" if isinstance(address, IPv4Address | IPv6Address) else str(address)

@@ -111,7 +111,7 @@ class BadLink:
         """Be different from now on; fires when it holds. A schedule that is given begins now."""
         self.badness = replace(self.badness, **changes)
         for wire in (self.up, self.down):
-            wire.use(self.badness.rate, self.badness.rtt / 2)
+            wire.reconfigure(self.badness.rate, self.badness.rtt / 2)
         if "schedule" in changes:
             self._turn(down=False)
         if not self.badness.refuse and self._listening is None:

@@ -59,7 +59,7 @@ class Wire:
         self._timer: Any = None
         self._running = False
 
-    def use(self, rate: float | None, delay: float) -> None:
+    def reconfigure(self, rate: float | None, delay: float) -> None:
         """Be like this from now on; what is under way arrives when it would have."""
         self._rate, self._delay = rate, delay
         self._free_at = min(self._free_at, self._clock.seconds())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.context import new_instance
 from ociregistry.errors import AirGapped
 from ociregistry.names import Upstream
-from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.pullthrough.fetchers import CacheFetcher, DaemonFetcher, Fetcher
-from ociregistry.pullthrough.listings import Listings
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import find_daemon
 from ociregistry.upstream.daemon_client import DaemonClient
-from ociregistry.upstream.network import Network, Registries, check_allowed
+from ociregistry.upstream.network import check_allowed
 
 
 @asynccontextmanager
@@ -29,12 +29,12 @@ async def opened_store(settings: Settings, reactor: Any, *, adopts: bool) -> Asy
     Raises:
         OSError: the store cannot be read or written.
     """
-    store = Store(settings.image_path, reactor, reactor, reserve=settings.reserve)
-    store.start(adopts=adopts)
+    store = make_store(settings, reactor, adopts=adopts)
+    store.startService()
     try:
         yield store
     finally:
-        store.stop()
+        store.stopService()
 
 
 def daemon_runs(settings: Settings) -> bool:
@@ -79,13 +79,10 @@ async def open_fetcher(store: Store, settings: Settings, reactor: Any) -> AsyncI
             await daemon.stop()
             control_socket.close()
         return
-    network = Network(settings, new_instance(), reactor)
-    registries = Registries(settings.allow_upstreams, network.registry)
-    cache = PullThrough(store, registries, reactor, Policy(air_gapped=settings.air_gapped))
-    listings = Listings(store, registries, reactor)
-    network.start()
+    # What the store has is not loaded again, as beside a daemon.
+    parts = put_together(replace(settings, always_pull_latest=False), store, reactor)
+    parts.network.startService()
     try:
-        yield CacheFetcher(cache, listings, settings.pull_timeout, reactor)
+        yield CacheFetcher(parts.cache, parts.listings, settings.pull_timeout, reactor)
     finally:
-        await cache.stop()
-        network.stop()
+        await stop_in_turn((parts.cache, parts.network))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from twisted.application.service import Service
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.interfaces import IReactorTime
@@ -150,7 +151,7 @@ class FoundSize:
     hit: bool
 
 
-class PullThrough:
+class PullThrough(Service):
     """The read-through cache: manifests and blobs from the store, else from their upstream.
 
     Requests of clients return within 25 s or raise `Unavailable`; the fetch then continues for a later call. They
@@ -184,8 +185,9 @@ class PullThrough:
         self._ended = 0
         """Number of downloads that have ended."""
 
-    def stop(self) -> Deferred[None]:
+    def stopService(self) -> Deferred[None]:
         """End all downloads; fire when they have ended."""
+        super().stopService()
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
@@ -318,8 +320,8 @@ class PullThrough:
                 break
         self._negative.check(repository, digest)
         expected = self._store.size_in(repository, digest)
-        use = partial(self._reader, expected)
-        followed = Deferred.fromCoroutine(self._with_download(repository, digest, context, use))
+        wait = partial(self._reader, expected)
+        followed = Deferred.fromCoroutine(self._with_download(repository, digest, context, wait))
         return FoundBlob(await within_deadline(followed, self._clock, f"{repository}@{digest}"), hit=False)
 
     async def _reader(self, expected: int | None, download: Download) -> Content:
@@ -354,14 +356,14 @@ class PullThrough:
         repository: Repository,
         digest: Digest,
         context: Context,
-        use: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
+        wait: Callable[[Download], Coroutine[Deferred[Any], Any, T]],
     ) -> T:
         while True:
             download = self._downloads.get(digest)
             if download is None or download.error is not None:
                 download = self._start(repository, digest, context)
             try:
-                return await use(download)
+                return await wait(download)
             except Abandoned:
                 # The download was given up just before this request joined it: start another.
                 if self._stopping:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from twisted.application.service import Service
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
@@ -27,13 +28,13 @@ from ociregistry.store.store import Store
 
 _AGAIN = 30.0
 """Seconds from one round to the next while an image is still incomplete."""
-_BELIEVED = 30.0
+_COMPLETE_FOR = 30.0
 """Seconds for which an image that was found complete is not checked again."""
 _REFUSED_FOR = 3600.0
 """Seconds until a blob that its upstream does not have is requested again."""
 _MOST_COMPLETE = 10_000
 """Images, at most, that are remembered as complete."""
-_AT_ONCE = 500
+_MOST_CHECKED = 500
 """Records that are checked in one call of a thread."""
 
 Fetch = Callable[[Repository, Digest], Coroutine[Deferred[Any], Any, None]]
@@ -66,7 +67,7 @@ class CompletionPolicy:
     """The only platforms of an index to complete, always; if empty, those that clients request."""
 
 
-class Completion:
+class Completion(Service):
     """Completes images: per upstream one image at a time, its small blobs first; metadata of indexes last."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -92,14 +93,14 @@ class Completion:
         self._changed: set[Digest] = set()
         """Records that are still to be checked."""
         self._checking = False
-        self._looked_at: set[Digest] = set()
+        self._being_checked: set[Digest] = set()
         """Images that are being checked for missing blobs."""
         self._complete: dict[Digest, float] = {}
         """Images that were found complete, with the time (clock seconds)."""
         self._work: dict[Upstream, Deferred[None]] = {}
         self._stopped = False
         self._work_added = Event()
-        self._fresh: set[Upstream] = set()
+        self._has_new_work: set[Upstream] = set()
         """Upstreams that got a new pending image since their current round began."""
         self._rechecking = LoopingCall(self._recheck)
         self._rechecking.clock = clock
@@ -112,21 +113,23 @@ class Completion:
     @property
     def incomplete(self) -> Incomplete:
         """What is known to be missing."""
-        known = self._store.pending.keys() | self._looked_at | self._store.undecided.keys() | self._missing.keys()
+        known = self._store.pending.keys() | self._being_checked | self._store.undecided.keys() | self._missing.keys()
         indexes = self._metadata.incomplete if self._metadata else 0
         return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
 
-    def start(self) -> None:
+    def startService(self) -> None:
         """Check the whole store for missing blobs, and continue with the pending images of the last run."""
-        self._store.watch(self._look_at)
-        self._look_at(set(self._store.digests))
+        super().startService()
+        self._store.watch(self._schedule_check)
+        self._schedule_check(set(self._store.digests))
         self._rechecking.start(_AGAIN, now=False)
         if self._policy.images:
             for upstream in {repository.upstream for repository in self._store.pending.values()}:
                 self._work_on(upstream)
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """Stop; the pending images stay recorded for the next start."""
+        super().stopService()
         self._stopped = True
         self._store.watch(lambda changed: None)
         if self._rechecking.running:
@@ -136,7 +139,7 @@ class Completion:
 
     # Checks
 
-    def _look_at(self, changed: Set[Digest]) -> None:
+    def _schedule_check(self, changed: Set[Digest]) -> None:
         """Schedule a check of the records `changed`, and of the indexes that name them."""
         self._changed |= changed
         for digest in changed:
@@ -147,12 +150,12 @@ class Completion:
 
     def _recheck(self) -> None:
         """Check again the incomplete images that are not pending."""
-        self._look_at(self._missing.keys() - self._store.pending.keys())
+        self._schedule_check(self._missing.keys() - self._store.pending.keys())
 
     async def _check_all(self) -> None:
         try:
             while self._changed and not self._stopped:
-                some = {self._changed.pop() for _ in range(min(_AT_ONCE, len(self._changed)))}
+                some = {self._changed.pop() for _ in range(min(_MOST_CHECKED, len(self._changed)))}
                 await self._check(some)
         finally:
             self._checking = False
@@ -183,7 +186,7 @@ class Completion:
 
     async def _is_incomplete(self, digest: Digest, missing: Mapping[Digest, int]) -> None:
         """Note the missing blobs of an image, and request them unless the upstream refused them recently."""
-        if digest in self._store.pending or digest in self._looked_at:
+        if digest in self._store.pending or digest in self._being_checked:
             return
         self._missing[digest] = sum(missing.values())
         refused = self._refused.get(digest)
@@ -210,7 +213,7 @@ class Completion:
         repositories = self._store.repositories(index)
         if repositories:
             repository = min(repositories)
-            await self._metadata.look_at(index, repository, children, first=always)
+            await self._metadata.queue_missing(index, repository, children, first=always)
             if repository.upstream not in self._work:
                 self._work_on(repository.upstream)
 
@@ -241,14 +244,14 @@ class Completion:
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
         """Mark the image `digest` as wanted and fetch its missing blobs."""
-        if digest in self._store.pending or digest in self._looked_at:
+        if digest in self._store.pending or digest in self._being_checked:
             return
-        self._looked_at.add(digest)
+        self._being_checked.add(digest)
         try:
             await self._want(digest)
             missing = await self._missing_now(digest, hit=hit)
         finally:
-            self._looked_at.discard(digest)
+            self._being_checked.discard(digest)
         if missing:
             self._missing[digest] = sum(missing.values())
         if missing and self._completes(digest):
@@ -259,7 +262,7 @@ class Completion:
     async def _missing_now(self, digest: Digest, *, hit: bool) -> Mapping[Digest, int]:
         found = self._complete.get(digest)
         # After a miss, an earlier result does not hold: the image may have been pruned with its blobs since.
-        if hit and found is not None and self._clock.seconds() - found < _BELIEVED:
+        if hit and found is not None and self._clock.seconds() - found < _COMPLETE_FOR:
             return {}
         missing = await self._store.missing(digest)
         if not missing:
@@ -273,7 +276,7 @@ class Completion:
             await self._store.add_pending(digest, repository)
         except OSError as error:
             self.log.error("cannot record that {image} is incomplete: {why}", image=digest, why=error.strerror)
-        self._fresh.add(repository.upstream)
+        self._has_new_work.add(repository.upstream)
         self._work_on(repository.upstream)
 
     # Work
@@ -298,7 +301,7 @@ class Completion:
 
     async def _complete_all(self, upstream: Upstream) -> None:
         while True:
-            self._fresh.discard(upstream)
+            self._has_new_work.discard(upstream)
             for digest, repository in self._pending_of(upstream):
                 try:
                     await self._complete_one(digest, repository)
@@ -307,7 +310,7 @@ class Completion:
                 except Exception:
                     self.log.failure("a defect in completing {image}", image=digest)
             wait = await self._fetch_metadata(upstream)
-            if upstream in self._fresh:
+            if upstream in self._has_new_work:
                 continue
             waits = [_AGAIN] if any(self._pending_of(upstream)) else []
             waits += [wait] if wait is not None else []
@@ -321,7 +324,7 @@ class Completion:
     async def _fetch_metadata(self, upstream: Upstream) -> float | None:
         """Fetch metadata until a pending image comes up; return the seconds to wait, None if nothing is missing."""
         wait: float | None = None
-        while self._metadata is not None and upstream not in self._fresh:
+        while self._metadata is not None and upstream not in self._has_new_work:
             wait = await self._metadata.fetch_next(upstream)
             if wait is None or wait > 0:
                 break

@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
@@ -37,7 +38,7 @@ class _Requests:
     """Whether a layer of one of them was requested; the others are then wanted only by a layer of their own."""
 
 
-class Demand:
+class Demand(Service):
     """Receives the requests of clients, and tells `completion` which images are wanted."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -51,13 +52,15 @@ class Demand:
         self._indexes: dict[Digest, _Requests] = {}
         self._stopped = False
 
-    def start(self) -> None:
+    def startService(self) -> None:
         """Continue with the images that were undecided when the last process ended."""
+        super().startService()
         for image, repository in list(self._store.undecided.items()):
             self._begin(self._resume(image, repository))
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """Stop; undecided images stay recorded for the next start."""
+        super().stopService()
         self._stopped = True
         for requests in self._indexes.values():
             requests.timer.cancel()

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from twisted.application.service import Service
 from twisted.internet.defer import (
     CancelledError,
     Deferred,
@@ -235,7 +236,7 @@ class Loader:
         """
         metadata = Metadata(self._store, FetcherMetadata(self._store, self._fetcher), self._clock)
         for index, (repository, children) in self._indexes.items():
-            await metadata.look_at(index, repository, children)
+            await metadata.queue_missing(index, repository, children)
         failed = []
         for upstream in metadata.upstreams:
             while (wait := await metadata.fetch_next(upstream)) == 0:
@@ -260,14 +261,14 @@ class Loader:
     async def _load_in_turn(self, image: ImageReference) -> Outcome:
         await self._images.acquire()
         try:
-            await self._unwound()
+            await self._next_turn()
             outcome = await self._load(image)
         finally:
             self._images.release()
         self._progress.ended(outcome)
         return outcome
 
-    async def _unwound(self) -> None:
+    async def _next_turn(self) -> None:
         """Continue in a new turn of the reactor.
 
         Releasing a semaphore calls the next waiter: a thousand that fail at once would overflow the stack.
@@ -277,22 +278,22 @@ class Loader:
     async def _load(self, image: ImageReference) -> Outcome:
         state = _LoadState(image)
         try:
-            await self._bring(image, state)
+            await self._load_manifest(image, state)
         except RegistryError as error:
             return _failed(state, error.message, again=isinstance(error, Unavailable))
         except OSError as error:
             return _failed(state, f"cannot be stored: {error.strerror or error}", again=True)
         return state.outcome(self._wanted)
 
-    async def _bring(self, image: ImageReference, state: _LoadState, deepest: int = _DEEPEST) -> None:
+    async def _load_manifest(self, image: ImageReference, state: _LoadState, deepest: int = _DEEPEST) -> None:
         """Fetch the manifest of `image`, its blobs, and the wanted children of an index, `deepest` levels deep."""
         manifest = await self._manifest(image, state)
-        await self._bring_blobs(image.repository, manifest, state)
+        await self._load_blobs(image.repository, manifest, state)
         if manifest.is_list:
             self._indexes[manifest.digest] = image.repository, manifest.children
         if self._signatures:
             try:
-                await self._bring_signatures(image.repository, manifest.digest, state)
+                await self._load_signatures(image.repository, manifest.digest, state)
             except Unavailable as error:
                 if state.manifests or state.blobs:
                     raise
@@ -305,7 +306,7 @@ class Loader:
         for child in children:
             if deepest and child.media_type in MEDIA_TYPES:
                 try:
-                    await self._bring(ImageReference(image.repository, child.digest), state, deepest - 1)
+                    await self._load_manifest(ImageReference(image.repository, child.digest), state, deepest - 1)
                 except RegistryError as error:
                     failed.append(error)
         if failed:
@@ -316,11 +317,11 @@ class Loader:
         state.manifests += not found.hit
         return found.manifest
 
-    async def _bring_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
+    async def _load_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
         lacking = await self._store.lacking(manifest)
         self._progress.expect(state.name, sum(lacking.values()))
         fetching = [
-            Deferred.fromCoroutine(self._bring_blob(repository, digest, size, state))
+            Deferred.fromCoroutine(self._load_blob(repository, digest, size, state))
             for digest, size in lacking.items()
         ]
         # Wait for all of them, also when one fails: a blob that was begun is completed.
@@ -331,10 +332,10 @@ class Loader:
             # Only now: a daemon on the same store would fetch the blobs of a wanted image at the same time.
             await self._store.want(manifest.digest)
 
-    async def _bring_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
+    async def _load_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
         await self._blobs.acquire()
         try:
-            await self._unwound()
+            await self._next_turn()
             await self._fetcher.blob(
                 repository, digest, size, lambda count: self._progress.advance(state.name, count)
             )
@@ -343,22 +344,22 @@ class Loader:
         state.blobs += 1
         state.bytes += size
 
-    async def _bring_signatures(self, repository: Repository, digest: Digest, state: _LoadState) -> None:
+    async def _load_signatures(self, repository: Repository, digest: Digest, state: _LoadState) -> None:
         """Fetch the cosign tags of the manifest `digest`, and its referrers."""
         if digest.algorithm == "sha256":
             for ending in _SIGNATURES:
-                await self._bring_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), state)
+                await self._load_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), state)
         referrers = await self._fetcher.referrers(repository, digest)
         for child in referrers.children if referrers else ():
             if child.media_type in MEDIA_TYPES:
-                await self._bring_signature(ImageReference(repository, child.digest), state)
+                await self._load_signature(ImageReference(repository, child.digest), state)
 
-    async def _bring_signature(self, image: ImageReference, state: _LoadState) -> None:
+    async def _load_signature(self, image: ImageReference, state: _LoadState) -> None:
         try:
             manifest = await self._manifest(image, state)
         except (ManifestUnknown, AirGapped):
             return
-        await self._bring_blobs(image.repository, manifest, state)
+        await self._load_blobs(image.repository, manifest, state)
 
 
 def _failed(state: _LoadState, why: str, *, again: bool) -> Outcome:
@@ -380,7 +381,7 @@ class PreloadProgress:
     """Images that will not be tried again."""
 
 
-class Preloader:
+class Preloader(Service):
     """Loads images in the background, and logs all errors."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -400,12 +401,14 @@ class Preloader:
         failed = sum(ended is LoadStatus.FAILED for ended in self._ended.values())
         return PreloadProgress(len(self._images), len(self._ended) - failed, failed)
 
-    def start(self) -> None:
+    def startService(self) -> None:
         """Start preloading."""
+        super().startService()
         self._running = Deferred.fromCoroutine(self._preload()).addErrback(self._failed)
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """Stop; the next start loads the rest."""
+        super().stopService()
         self._running.cancel()
 
     def _failed(self, failure: Failure) -> None:
@@ -421,7 +424,7 @@ class Preloader:
         self._images = listed.images
         # Cancel in reverse order: releasing the semaphore starts the next waiter.
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
-        await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first)
+        await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first_failure)
         done = self.progress
         self.log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
 
@@ -440,7 +443,7 @@ class Preloader:
             await deferLater(self._clock, _AGAIN)
 
 
-def _raise_first(results: list[tuple[bool, Any]]) -> None:
+def _raise_first_failure(results: list[tuple[bool, Any]]) -> None:
     for succeeded, result in results:
         if not succeeded:
             result.raiseException()

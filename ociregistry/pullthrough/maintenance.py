@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -92,7 +93,7 @@ _STEADY = timedelta(minutes=1)
 Work = Coroutine[Deferred[Any], Any, None]
 
 
-class Maintenance:
+class Maintenance(Service):
     """Prunes and verifies the store on the configured schedules."""
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -110,7 +111,7 @@ class Maintenance:
         self._repairer = repairer
         self._clock = clock
         self._now = now
-        self._looked_at_clock = clock.seconds(), now()
+        self._clocks_compared = clock.seconds(), now()
         self._withheld: Withheld | None = None
         """What was last logged about images that were not pruned by age."""
         self._prune_settings: PruneSettings | None = None
@@ -131,8 +132,9 @@ class Maintenance:
             if verify is not None:
                 self._verifying = self._begin(self._verify_regularly(verify))
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """Cancel all schedules."""
+        super().stopService()
         self._pruning.cancel()
         self._verifying.cancel()
 
@@ -175,7 +177,7 @@ class Maintenance:
             max_share=settings.max_share,
         )
         plan = await self._store.prune(policy)
-        self._tell_withheld(plan.withheld)
+        self._log_withheld(plan.withheld)
         for row in plan.rows:
             self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.kept.pulled.isoformat())
         if plan.records:
@@ -188,11 +190,11 @@ class Maintenance:
 
     def _clock_jumped(self) -> timedelta:
         """Return by how much the wall clock has jumped since the last call, beyond the time that has passed."""
-        before, then = self._looked_at_clock
-        self._looked_at_clock = passed, now = self._clock.seconds(), self._now()
+        before, then = self._clocks_compared
+        self._clocks_compared = passed, now = self._clock.seconds(), self._now()
         return now - then - timedelta(seconds=passed - before)
 
-    def _tell_withheld(self, withheld: Withheld | None) -> None:
+    def _log_withheld(self, withheld: Withheld | None) -> None:
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             self.log.warn(

@@ -76,7 +76,7 @@ class Metadata:
         waiting = self._waits.get(upstream)
         return waiting.error if waiting is not None else ""
 
-    async def look_at(
+    async def queue_missing(
         self,
         index: Digest,
         repository: Repository,
@@ -129,12 +129,12 @@ class Metadata:
             await self._fetch(ImageReference(index.repository, child))
         except (ManifestUnknown, BlobUnknown, Denied) as error:
             self.log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
-            self._is_unknown(child)
+            self._mark_unknown(child)
         except Unavailable as error:
             self.log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
-            if not self._has_failed(child, error):
-                self._again(upstream, index, child)
-            return self._wait(upstream, error)
+            if not self._count_failure(child, error):
+                self._requeue(upstream, index, child)
+            return self._back_off(upstream, error)
         self._waits.pop(upstream, None)
         self._failures.pop(child, None)
         return 0.0
@@ -148,17 +148,17 @@ class Metadata:
         if config is not None and config.size <= LARGEST_CONFIG:
             await self._fetcher.fetch_config(image.repository, config)
 
-    def _again(self, upstream: Upstream, index: _Index, child: Digest) -> None:
+    def _requeue(self, upstream: Upstream, index: _Index, child: Digest) -> None:
         """Put a child whose fetch failed back into the queue."""
         queue = self._queues.setdefault(upstream, deque())
-        # `look_at` may have queued the index anew meanwhile.
+        # `queue_missing` may have queued the index anew meanwhile.
         known = next((one for one in queue if one.digest == index.digest), None)
         if known is None:
             queue.append(_Index(index.digest, index.repository, deque([child])))
         elif child not in known.missing:
             known.missing.append(child)
 
-    def _has_failed(self, child: Digest, error: RegistryError) -> bool:
+    def _count_failure(self, child: Digest, error: RegistryError) -> bool:
         """Count a failure; tell whether there were too many. A link that is down does not count."""
         if isinstance(error, LinkDown):
             return False
@@ -167,17 +167,17 @@ class Metadata:
         self._failures[child] = self._failures.get(child, 0) + 1
         if self._failures[child] < _MOST_FAILURES:
             return False
-        self._is_unknown(child)
+        self._mark_unknown(child)
         return True
 
-    def _is_unknown(self, child: Digest) -> None:
+    def _mark_unknown(self, child: Digest) -> None:
         """Note that a manifest is unavailable."""
         self._failures.pop(child, None)
         if len(self._unknown) >= _MOST_UNKNOWN:
             self._unknown.clear()
         self._unknown[child] = self._clock.seconds() + _UNKNOWN_FOR
 
-    def _wait(self, upstream: Upstream, error: Unavailable) -> float:
+    def _back_off(self, upstream: Upstream, error: Unavailable) -> float:
         """Return the seconds to wait after a failure, and note them."""
         before = self._waits.get(upstream)
         step = min(_LONGEST_WAIT, before.step * 2) if before is not None else _FIRST_WAIT

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
@@ -35,7 +36,7 @@ class Counts:
     images: int
 
 
-class Store:
+class Store(Service):
     """Records, blobs and partials below one folder, and the view of the records in memory."""
 
     log = Logger(namespace="ociregistry.store")
@@ -48,11 +49,15 @@ class Store:
         files: Files | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         reserve: Reserve = USUAL_RESERVE,
+        *,
+        adopts: bool = True,
     ) -> None:
-        """Set up the store in the folder `root`; `start` begins the work.
+        """Set up the store in the folder `root`.
 
-        `reserve` is how much of the disk is always kept free.
+        `reserve` is how much of the disk is always kept free. With `adopts`, the start takes a pulls/<n>/ folder at
+        once, together with what ended processes left.
         """
+        self._adopts = adopts
         self._root = root
         self._blobs = blobs_folder(root)
         self._now = now
@@ -67,22 +72,21 @@ class Store:
         self.undecided: dict[Digest, Repository] = {}
         """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
 
-    def start(self, *, adopts: bool = True) -> None:
+    def startService(self) -> None:
         """Make the folders, read all records, and then look for changes every second.
 
         Blocks until the records are read, so that a client that finds the port open finds the whole cache.
 
-        With `adopts`, take a pulls/<n>/ folder at once, together with what ended processes left. On a disk without
-        space for a new folder the store starts without one.
+        On a disk without space for a new pulls/<n>/ folder the store starts without one.
 
         Raises:
             OSError: a folder cannot be made or read.
         """
         for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
             folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root, self._files, adopts=adopts)
+        self._pulls = PullsFolder(self._root, self._files, adopts=self._adopts)
         self._records = RecordFiles(self._root, self._pulls, self._files, self._space.spend)
-        if adopts:
+        if self._adopts:
             self._adopt()
         self._files.sync_folder(self._root)
         self._view = View(self._records, self._threads, self._clock)
@@ -91,6 +95,7 @@ class Store:
         self._threads.start()
         self._view.start()
         self._space.start()
+        super().startService()
 
     def _adopt(self) -> None:
         try:
@@ -115,8 +120,9 @@ class Store:
         """
         return PendingFiles(self._pulls.path, self._files)
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """End the threads after their current work, and release the pulls/<n>/ folder."""
+        super().stopService()
         self._view.stop()
         self._space.stop()
         self._threads.stop()

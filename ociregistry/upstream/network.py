@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 from twisted.web.client import Agent, HTTPConnectionPool
 
@@ -88,7 +89,7 @@ _DOCKER_HUB_API = "registry-1.docker.io"
 _DOCKER_HUB_REALM = "auth.docker.io"
 
 
-class Network:
+class Network(Service):
     """Makes the Registry of each upstream; holds what they share: resolver, TLS contexts, breakers, bandwidth."""
 
     def __init__(self, settings: Settings, instance: str, reactor: Any) -> None:
@@ -101,12 +102,14 @@ class Network:
         self._breakers = CircuitBreakers(reactor)
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
-    def start(self) -> None:
+    def startService(self) -> None:
         """Start the resolver's threads; call it after the process has daemonized."""
+        super().startService()
         self._resolver.start()
 
-    def stop(self) -> None:
+    def stopService(self) -> None:
         """Stop the resolver's threads."""
+        super().stopService()
         self._resolver.stop()
 
     def reconfigure(self, settings: Settings) -> None:

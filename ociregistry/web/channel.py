@@ -95,7 +95,7 @@ class Channel(HTTPChannel):
         self._addresses = addresses
         self._address = ""
         self._deadline: IDelayedCall | None = None
-        self._awaited: IDelayedCall | None = None
+        self._first_request_deadline: IDelayedCall | None = None
         self._fresh = True
         self._serving = False
 
@@ -110,7 +110,7 @@ class Channel(HTTPChannel):
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         self._traffic.began()
-        self._awaited = self._clock.callLater(_FIRST_REQUEST_WITHIN, self._await_no_longer)
+        self._first_request_deadline = self._clock.callLater(_FIRST_REQUEST_WITHIN, self._stop_waiting)
         if self._addresses[self._address] > MOST_CONNECTIONS:
             self.abort()
 
@@ -122,7 +122,7 @@ class Channel(HTTPChannel):
         if not self._addresses[self._address]:
             del self._addresses[self._address]
         self._stop_deadline()
-        self._await_no_longer()
+        self._stop_waiting()
         super().connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:
@@ -142,7 +142,7 @@ class Channel(HTTPChannel):
         self._stop_deadline()
         self._serving = True
         super().allContentReceived()
-        self._await_no_longer()
+        self._stop_waiting()
 
     def requestDone(self, request: Request) -> None:
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
@@ -166,9 +166,9 @@ class Channel(HTTPChannel):
             self._deadline.cancel()
             self._deadline = None
 
-    def _await_no_longer(self) -> None:
-        if self._awaited is not None:
-            if self._awaited.active():
-                self._awaited.cancel()
-            self._awaited = None
+    def _stop_waiting(self) -> None:
+        if self._first_request_deadline is not None:
+            if self._first_request_deadline.active():
+                self._first_request_deadline.cancel()
+            self._first_request_deadline = None
             self._traffic.ended()

@@ -111,7 +111,7 @@ class InternalError(RegistryError):
     """A bug in this program."""
 
 
-class Served(Resource):
+class HandlerResource(Resource):
     """Answers all GET and HEAD requests at and below its path with one `handler`."""
 
     isLeaf = True

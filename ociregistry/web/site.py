@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from typing import Any
 
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
@@ -14,13 +15,13 @@ from ociregistry.errors import NotFound
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, Traffic
 from ociregistry.web.requests import Query
-from ociregistry.web.resource import Answer, Handler, Served
+from ociregistry.web.resource import Answer, Handler, HandlerResource
 
 _IDLE_CONNECTION = 150.0
 """Seconds. Clients keep idle connections for 90 to 120 s; closing one earlier can make a client's request fail."""
 
 
-class _Nowhere(io.RawIOBase):
+class _NullFile(io.RawIOBase):
     """A file object that discards what is written to it."""
 
     def write(self, data: object) -> int:
@@ -40,20 +41,20 @@ class _PullOnlyRequest(Request):
     """A request whose body is discarded, because no supported request has one."""
 
     def gotLength(self, length: int | None) -> None:
-        self.content = _Nowhere()
+        self.content = _NullFile()
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         self.requestHeaders.removeHeader(b"content-type")
         super().requestReceived(command, path, version)
 
 
-class _Root(Resource):
-    def __init__(self, elsewhere: Resource) -> None:
+class _FallbackResource(Resource):
+    def __init__(self, fallback: Resource) -> None:
         super().__init__()
-        self._elsewhere = elsewhere
+        self._fallback = fallback
 
     def getChild(self, path: bytes, request: Request) -> Resource:
-        return self._elsewhere
+        return self._fallback
 
 
 class RegistrySite(Site):
@@ -63,20 +64,28 @@ class RegistrySite(Site):
         """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
         self.traffic = Traffic()
 
-        def served(handler: Handler) -> Served:
-            return Served(handler, self.traffic, patience, clock)
+        def resource(handler: Handler) -> HandlerResource:
+            return HandlerResource(handler, self.traffic, patience, clock)
 
-        root = _Root(served(_nothing))
-        root.putChild(b"v2", served(v2.answer))
-        root.putChild(b"health", served(health))
+        root = _FallbackResource(resource(_not_found))
+        root.putChild(b"v2", resource(v2.answer))
+        root.putChild(b"health", resource(health))
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
-        addresses: Counter[str] = Counter()
-        # Site's `protocol` is typed for the wrapper that can also speak HTTP/2.
-        self.protocol = lambda: Channel(clock, addresses, self.traffic)  # type: ignore[method-assign, assignment, return-value]
+        self._clock = clock
+        self._addresses: Counter[str] = Counter()
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Make the channel of a new connection, without the superclass's wrapper that can also speak HTTP/2."""
+        # Any, since Twisted's types allow only that wrapper, which is private.
+        channel: Any = Channel(self._clock, self._addresses, self.traffic)
+        channel.factory, channel.site = self, self
+        channel.requestFactory = self.requestFactory
+        channel.timeOut, channel.callLater = self.timeOut, self._clock.callLater
+        return channel
 
     def log(self, request: object) -> None:
         """Do nothing: `web/resource.py` writes the access log."""
 
 
-async def _nothing(method: str, path: bytes, query: Query, context: Context) -> Answer:
+async def _not_found(method: str, path: bytes, query: Query, context: Context) -> Answer:
     raise NotFound(f"no such path: {path[:300]!r}; the API is at /v2/")

@@ -37,9 +37,9 @@ def root(tmp_path: Path) -> Path:
 def store(root: Path) -> Iterator[Store]:
     """An empty store."""
     store = Store(root, Clock(), REACTOR)
-    store.start()
+    store.startService()
     yield store
-    store.stop()
+    store.stopService()
 
 
 @pytest.fixture(params=[False, True], ids=["oci", "docker"])

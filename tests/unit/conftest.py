@@ -95,9 +95,9 @@ def root(tmp_path: Path) -> Path:
 def store(root: Path, clock: Clock) -> Iterator[Store]:
     """An empty store that looks at its folders when `clock` advances."""
     store = Store(root, clock, REACTOR)
-    store.start()
+    store.startService()
     yield store
-    store.stop()
+    store.stopService()
 
 
 @pytest.fixture
@@ -107,12 +107,12 @@ def open_store(root: Path) -> Iterator[Callable[..., Store]]:
 
     def open_it(**how: Any) -> Store:
         opened.append(Store(root, Clock(), REACTOR, **how))
-        opened[-1].start()
+        opened[-1].startService()
         return opened[-1]
 
     yield open_it
     for store in opened:
-        store.stop()
+        store.stopService()
 
 
 @pytest_twisted.async_yield_fixture
@@ -181,6 +181,6 @@ def fetching(root: Path) -> Fetching:
 def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
     """It runs."""
     completion = Completion(store, fetching, clock)
-    completion.start()
+    completion.startService()
     yield completion
-    completion.stop()
+    completion.stopService()

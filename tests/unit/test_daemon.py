@@ -102,8 +102,7 @@ def test_a_taken_port_ends_it(root: Path, capfd: pytest.CaptureFixture[str], eve
         line = gives_up(capfd, daemon.privilegedStartService, events)
     assert f"cannot listen on {endpoint}: " in line
     assert "in use" in line
-    for port in daemon._ports:
-        port.stopListening()
+    daemon._listeners.stopService()
 
 
 # Twisted 22.4 leaves the socket that it could not bind to the garbage collector.

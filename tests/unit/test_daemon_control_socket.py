@@ -103,12 +103,12 @@ async def test_a_whole_image_is_loaded_through_it_and_the_upstream_sees_each_obj
     start(daemons, upstream)
     # As a command does it: a process of its own, with a view of its own.
     store = Store(root, REACTOR, REACTOR)
-    store.start()
+    store.startService()
     try:
         loads = Loads(store, DaemonFetcher(store, besides.find(root), 60.0, REACTOR))
         (outcome,) = await loads.load(str(app(upstream)))
     finally:
-        store.stop()
+        store.stopService()
     assert outcome.ended is LoadStatus.LOADED, outcome
     assert all(here(root, blob.digest).read_bytes() == blob.data for blob in BUILT.blobs)
     assert set(counts(upstream).values()) == {1}

@@ -108,9 +108,9 @@ async def test_an_air_gapped_one_preloads_nothing_and_says_so(
 async def fill(root: Path, url: str, ago: float) -> Path:
     """The image is in the store, pulled so long ago; where its record is."""
     store = Store(root, Clock(), REACTOR)
-    store.start()
+    store.startService()
     await store.keep(manifest(BUILT), image(url))
-    store.stop()
+    store.stopService()
     for blob in BUILT.blobs:
         here(root, blob.digest).write_bytes(blob.data)
     record = root / "img" / Digest(BUILT.manifest.digest).hex

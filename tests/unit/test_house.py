@@ -16,6 +16,7 @@ LONGEST = 550
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tap", "script"}),
     frozenset({"daemon", "commands"}),
+    frozenset({"composition"}),
     frozenset({"web", "archives"}),
     frozenset({"pullthrough"}),
     frozenset({"upstream", "store"}),
@@ -169,6 +170,8 @@ def test_only_paths_spells_the_names_of_the_store() -> None:
 OLD_NAMES = frozenset(
     [
         "Flights",
+        "Link",
+        "use",
         "Bell",
         "BrokenPromises",
         "Manner",
@@ -303,3 +306,16 @@ def test_the_folder_is_read(tmp_path: Path) -> None:
     (tmp_path / OURS / "store").mkdir(parents=True)
     (tmp_path / OURS / "store" / "__init__.py").write_text("from ..web import site\n")
     assert faults(sources_of(tmp_path)) == ["ociregistry.store.__init__: store must not import web"]
+
+
+PUT_TOGETHER = frozenset({"Store", "Network", "Registries", "PullThrough", "Listings"})
+
+
+def test_daemon_and_commands_are_put_together_by_one_function() -> None:
+    made = {
+        (node.func.id, path.name)
+        for path in sorted((ROOT / OURS).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(), str(path)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PUT_TOGETHER
+    }
+    assert made == {(name, "composition.py") for name in PUT_TOGETHER}

@@ -25,7 +25,7 @@ from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of
 
 async def stop(cache: PullThrough, clock: Clock) -> None:
     """Stops it, and waits until it has; no time passes."""
-    stopped = cache.stop()
+    stopped = cache.stopService()
     await turn()
 
     def has_stopped() -> bool:

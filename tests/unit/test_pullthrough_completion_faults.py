@@ -52,11 +52,11 @@ async def test_a_start_goes_on_with_what_was_pending_for(
     await store.add_pending(IMAGE.digest, APP.repository)
     completion = Completion(store, fetching, clock)
     assert completion.incomplete.images == 1
-    completion.start()
+    completion.startService()
     for blob in (CONFIG, SMALL, LARGE):
         await fetching.bring(blob)
     await until(lambda: not pending(root))
-    completion.stop()
+    completion.stopService()
 
 
 @on_reactor
@@ -66,15 +66,15 @@ async def test_a_stop_in_the_middle_leaves_the_rest_to_the_next_start(
     await pulled(completion, store)
     await fetching.bring(CONFIG)
     await until(lambda: len(fetching.asked) == 2)
-    completion.stop()
+    completion.stopService()
     assert fetching.cancelled == 1
     assert pending(root) == [IMAGE.digest.hex]
     again = Completion(store, fetching, clock)
-    again.start()
+    again.startService()
     for blob in (SMALL, LARGE):
         await fetching.bring(blob)
     await until(lambda: not pending(root))
-    again.stop()
+    again.stopService()
 
 
 @pytest.mark.parametrize("started", [True, False])
@@ -82,8 +82,8 @@ def test_a_stop_at_rest_leaves_nothing(store: Store, fetching: Fetching, clock: 
     looking = list(clock.getDelayedCalls())
     completion = Completion(store, fetching, clock)
     if started:
-        completion.start()
-    completion.stop()
+        completion.startService()
+    completion.stopService()
     assert clock.getDelayedCalls() == looking
 
 
@@ -96,10 +96,10 @@ async def test_an_image_whose_record_has_gone_is_dropped(
     record(root, IMAGE.digest).unlink()
     assert await store.manifest(APP) is None
     completion = Completion(store, fetching, clock)
-    completion.start()
+    completion.startService()
     await until(lambda: not pending(root))
     assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
-    completion.stop()
+    completion.stopService()
 
 
 def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ async def test_a_client_and_the_completion_share_what_comes(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     completion = Completion(store, cache.fetch, clock)
-    completion.start()
+    completion.startService()
     await pulled(completion, store)
     await until(lambda: len(upstreams) == 1)
     assert upstreams.asked == [f"blob {APP.repository} {CONFIG}"]
@@ -234,7 +234,7 @@ async def test_a_client_and_the_completion_share_what_comes(
     await until(lambda: not pending(root))
     assert upstreams.asked[2] == f"blob {APP.repository} {SMALL}"
     await landed(cache)
-    completion.stop()
+    completion.stopService()
 
 
 @on_reactor

@@ -41,12 +41,12 @@ def complete(store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock) -
     def start(**policy: object) -> Completion:
         metadata = Metadata(store, fetcher, clock)
         started.append(Completion(store, fetching, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # its fields
-        started[-1].start()
+        started[-1].startService()
         return started[-1]
 
     yield start
     for completion in started:
-        completion.stop()
+        completion.stopService()
 
 
 @pytest.fixture
@@ -234,19 +234,19 @@ async def test_a_pending_image_of_the_version_before_is_completed(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     first = Store(root, clock, REACTOR)
-    first.start()
+    first.startService()
     await first.keep(IMAGE, APP)
-    first.stop()
+    first.stopService()
     noted = {"upstream": "reg.example", "repository": "team/app"}
     (root / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_text(json.dumps(noted))
     fetching = Fetching(root)
     completion = Completion(open_store(), fetching, clock)
-    completion.start()
+    completion.startService()
     for blob in BLOBS:
         await fetching.bring(blob)
     await until(lambda: not pending(root))
     assert {path.name for path in (root / "blobs").iterdir()} == {blob.hex for blob in BLOBS}
-    completion.stop()
+    completion.stopService()
 
 
 # Metadata

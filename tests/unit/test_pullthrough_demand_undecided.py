@@ -133,7 +133,7 @@ async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest,
     """A process was asked for manifests, and has ended before it was decided."""
     clock = Clock()
     store = Store(root, clock, REACTOR)
-    store.start()
+    store.startService()
     demands = Demands(root, store, clock)
     await demands.get(INDEX, tag="1")
     for one in wanted:
@@ -142,7 +142,7 @@ async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest,
     await demands.get(*manifests)
     demands.stop()
     await settle(store)
-    store.stop()
+    store.stopService()
 
 
 @on_reactor

@@ -43,7 +43,7 @@ class Scene:
         given = succeed(listed) if isinstance(listed, ImageList) else listed
         loader = self._loads.loader(AMD64, concurrent=concurrent)
         self.preloader = Preloader(lambda: given, loader, self._clock)
-        self.preloader.start()
+        self.preloader.startService()
         return self.preloader
 
     async def passes(self, seconds: float) -> None:
@@ -144,7 +144,7 @@ async def test_a_file_that_cannot_be_read_is_an_error_line_only(
     assert events[0]["log_level"] is LogLevel.error
     assert "log_failure" not in events[0]
     assert preloader.progress == PreloadProgress(0, 0, 0)
-    preloader.stop()
+    preloader.stopService()
 
 
 @on_reactor
@@ -182,7 +182,7 @@ async def test_one_that_is_tried_again_keeps_no_other_waiting(scene: Scene, shel
     await scene.passes(30)
     await tried(shelf, ONE, 2)
     assert list(shelf.waiting) == [f"manifest {TWO}"]
-    preloader.stop()
+    preloader.stopService()
 
 
 @pytest.mark.parametrize("error", [ManifestUnknown("reg.example: it answered 404"), Denied("not allowed")])
@@ -231,19 +231,19 @@ async def test_a_stop_in_the_middle_is_no_failure(
         await until(lambda: len(shelf.waiting) == concurrent)
     elif when == "waiting":
         await until(lambda: len(texts(events, LogLevel.error)) == 3)
-    preloader.stop()
+    preloader.stopService()
     asked, told = len(shelf.asked), len(events)
     await scene.passes(100)
     assert (shelf.running.total(), len(shelf.asked), len(events)) == (0, asked, told)
     assert texts(events, LogLevel.critical) == []
     # Twice is once.
-    preloader.stop()
+    preloader.stopService()
 
 
 @on_reactor
 async def test_it_may_be_stopped_before_it_began(store: Store, shelf: Shelf, clock: Clock) -> None:
     preloader = Preloader(lambda: succeed(listed(ONE)), Loads(store, shelf).loader(AMD64), clock)
-    preloader.stop()
+    preloader.stopService()
     assert (preloader.progress, shelf.asked) == (PreloadProgress(0, 0, 0), [])
 
 

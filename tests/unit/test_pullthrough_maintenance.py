@@ -50,7 +50,7 @@ async def test_it_prunes_every_so_often(keeping: Keeping, prunes: list[object]) 
         assert len(prunes) == times
         await keeping.passes(1)
         assert len(prunes) == times + 1
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
     await keeping.passes(DAY)
     assert len(prunes) == 3
 
@@ -63,8 +63,8 @@ async def test_without_settings_it_does_nothing(
     keeping.maintenance.reconfigure(None, None)
     await keeping.passes(0)
     assert len(clock.getDelayedCalls()) == delayed
-    keeping.maintenance.stop()
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
+    keeping.maintenance.stopService()
     assert (prunes, texts(events)) == ([], [])
 
 
@@ -84,7 +84,7 @@ async def test_other_settings_replace_those_there_were(keeping: Keeping, prunes:
     keeping.maintenance.reconfigure(pruning(every=60), None)
     await keeping.passes(60)
     assert len(prunes) == 2
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -92,7 +92,7 @@ async def test_a_reload_that_changes_nothing_of_it_puts_nothing_off(keeping: Kee
     for _ in range(4):
         keeping.maintenance.reconfigure(pruning(every=3600), None)
         await keeping.passes(1800)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
     assert len(prunes) == 2
 
 
@@ -115,7 +115,7 @@ async def test_what_nobody_has_pulled_goes_with_its_blobs(
     # Nothing is said where nothing goes.
     await keeping.passes(60)
     assert len(texts(events, LogLevel.warn)) == 1
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -125,7 +125,7 @@ async def test_what_is_to_be_kept_stays(keeping: Keeping) -> None:
     keeping.maintenance.reconfigure(pruning(every=60, keep="/pinned/,^quay"), None)
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD, NEW) == [False, True])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -138,7 +138,7 @@ async def test_of_a_store_that_is_too_large_what_was_pulled_least_recently_goes(
     keeping.maintenance.reconfigure(pruning(every=60, unused_for=None, max_size=150_000), None)
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD, NEW) == [False, True])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -148,7 +148,7 @@ async def test_what_was_pulled_a_moment_ago_stays_however_large_it_is(keeping: K
     keeping.maintenance.reconfigure(pruning(every=60, unused_for=None, max_size=1), None)
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD, NEW) == [False, True])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -179,7 +179,7 @@ async def test_an_image_of_which_a_blob_is_coming_stays(
     assert cache.in_flight == frozenset()
     await keeping.passes(60)
     await until(lambda: keeping.here(MULTI, *MULTI.images, NEW) == [False] * 4)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -193,7 +193,7 @@ async def test_an_image_that_is_to_be_completed_stays(keeping: Keeping, store: S
     await store.remove_pending(Digest(NEW.manifest.digest))
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD, NEW) == [False, False])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -212,7 +212,7 @@ async def test_a_disk_that_fails_is_an_error_line_and_the_next_time_comes(
     (root / "elsewhere").rename(root / "fat")
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD) == [False])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 async def failed(events: list[LogEvent], times: int) -> None:
@@ -287,7 +287,7 @@ async def test_a_clock_that_jumps_ahead_and_back_prunes_nothing_by_age(
     assert keeping.here(*images) == [True] * 10
     await keeping.passes(60)
     await until(lambda: keeping.here(*images) == [False] + [True] * 9)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -300,7 +300,7 @@ async def test_a_clock_that_was_ahead_between_two_runs_is_believed(keeping: Keep
     keeping.wrong = timedelta(0)
     await keeping.passes(10)
     await until(lambda: keeping.here(*images) == [False] + [True] * 9)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @pytest.mark.parametrize("seconds", [59, 61, -59, -61])
@@ -315,7 +315,7 @@ async def test_a_clock_that_is_put_right_by_a_little_is_believed(
     believed = abs(seconds) < 60
     await until(lambda: keeping.here(*images) == [not believed] + [True] * 9)
     assert any(JUMPED in text for text in texts(events)) is not believed
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -328,7 +328,7 @@ async def test_a_jump_is_seen_although_the_settings_change_after_it(keeping: Kee
     await keeping.passes(50)
     assert len(texts(events, LogLevel.warn)) == 1
     assert keeping.here(*images) == [True] * 10
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -356,7 +356,7 @@ async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
     assert JUMPED in texts(events, LogLevel.warn)[-1]
     await keeping.passes(60)
     await until(lambda: keeping.here(*images) == [False] + [True] * 9)
-    maintenance.stop()
+    maintenance.stopService()
 
 
 @on_reactor
@@ -371,4 +371,4 @@ async def test_what_is_too_much_goes_although_the_clock_has_jumped(keeping: Keep
     # Later the date from the future says nothing.
     await keeping.passes(60)
     await until(lambda: keeping.here(NEW) == [False])
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()

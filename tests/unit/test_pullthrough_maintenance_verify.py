@@ -99,7 +99,7 @@ async def test_it_is_due_across_restarts(keeping: Keeping, ago: float, due: floa
     await keeping.passes(2)
     await until(lambda: texts(events, LogLevel.info))
     assert texts(events, LogLevel.info) == ["verified 1 records and 3 blobs: 0 are damaged"]
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -113,7 +113,7 @@ async def test_a_date_in_the_future_puts_it_off_by_no_more_than_that(
     assert texts(events, LogLevel.info) == []
     await keeping.passes(1)
     await until(lambda: texts(events, LogLevel.info))
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @pytest.mark.parametrize("ago", [7 * DAY, 400 * DAY])
@@ -129,7 +129,7 @@ async def test_what_is_overdue_is_done_at_once(keeping: Keeping, ago: float, eve
     keeping.restart().reconfigure(None, verifying())
     await keeping.passes(6 * DAY)
     assert len(texts(events, LogLevel.info)) == 1
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -138,7 +138,7 @@ async def test_the_first_time_is_due_across_restarts_too(keeping: Keeping, event
         keeping.restart().reconfigure(None, verifying(every=7 * DAY))
         await keeping.passes(4 * DAY)
         await settle(keeping.store)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
     assert texts(events, LogLevel.info)
 
 
@@ -152,7 +152,7 @@ async def test_other_settings_replace_those_there_were(keeping: Keeping, verifie
     keeping.maintenance.reconfigure(None, verifying(every=DAY))
     await keeping.passes(DAY)
     assert verified.rates == [5, None]
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @pytest.mark.parametrize("overdue", [False, True])
@@ -174,7 +174,7 @@ async def test_a_disk_that_fails_is_an_error_line_and_it_is_tried_again_later(
     assert len(verified.rates) == 2
     await keeping.passes(DAY)
     assert len(verified.rates) == 3
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 def damage(root: Path, folder: str, digest: str) -> Path:
@@ -202,7 +202,7 @@ async def test_what_is_damaged_is_put_aside_and_fetched_anew(
     assert second.startswith(f"quarantined: {blob}: its {len(APP.layers[0].data)} bytes do not have the digest ")
     assert f"blob reg.example/app@{APP.layers[0].digest}" in shelf.asked
     assert len(list((root / "pulls").glob("*/bad/*"))) == 2
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -222,7 +222,7 @@ async def test_what_cannot_be_fetched_anew_is_told_and_the_others_are(
     assert not (root / "blobs" / Digest(lost.digest).hex).exists()
     (line,) = texts(events, LogLevel.info)
     assert line == "verified 1 records and 3 blobs: 2 are damaged"
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -254,7 +254,7 @@ async def test_a_stop_while_it_reads_is_no_failure(
     monkeypatch.setattr(store, "verify", verify)
     keeping.maintenance.reconfigure(None, verifying(every=DAY))
     await keeping.passes(DAY)
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
     await settle(keeping.store)
     assert under_way[0].called
     assert texts(events) == []
@@ -271,7 +271,7 @@ async def test_a_large_store_is_read_no_faster_than_it_may(keeping: Keeping, eve
     for _ in range(10):
         await keeping.passes(8)
     await until(lambda: texts(events, LogLevel.info))
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()
 
 
 @on_reactor
@@ -297,4 +297,4 @@ async def test_what_cannot_be_put_aside_on_a_full_disk_is_removed(
     for line, path in zip(texts(events, LogLevel.error), (record, blob), strict=True):
         assert line.startswith(f"removed, no space to quarantine it: {path}: ")
     assert list((root / "pulls").glob("*/bad/*")) == []
-    keeping.maintenance.stop()
+    keeping.maintenance.stopService()

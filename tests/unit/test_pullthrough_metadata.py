@@ -43,9 +43,9 @@ def of(*platforms: Manifest) -> Manifest:
     return index_of(*((one, f"linux/{NAMES.get(one.digest, 'x').lower()}") for one in platforms))
 
 
-async def look_at(metadata: Metadata, index: Manifest, repository: Repository = APP, **how: object) -> None:
+async def queue_missing(metadata: Metadata, index: Manifest, repository: Repository = APP, **how: object) -> None:
     """An index is looked at."""
-    await metadata.look_at(index.digest, repository, index.children, **how)  # type: ignore[arg-type]  # `first`
+    await metadata.queue_missing(index.digest, repository, index.children, **how)  # type: ignore[arg-type]  # `first`
 
 
 async def fetch_all(metadata: Metadata, upstream: Upstream = HOST) -> float | None:
@@ -60,7 +60,7 @@ async def test_manifests_and_configs_of_all_platforms_are_fetched_one_after_the_
     metadata: Metadata, fetcher: Fetcher, store: Store
 ) -> None:
     index = of(A, B)
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (metadata.incomplete, metadata.upstreams) == (1, [HOST])
     assert await metadata.fetch_next(HOST) == 0
     assert (fetcher.asked, metadata.incomplete) == (["A", "a"], 1)
@@ -68,14 +68,14 @@ async def test_manifests_and_configs_of_all_platforms_are_fetched_one_after_the_
     assert (fetcher.asked, metadata.incomplete, metadata.upstreams) == (["A", "a", "B", "b"], 0, [])
     assert [store.entry(one.digest).wanted for one in (A, B)] == [False, False]  # type: ignore[union-attr]  # there
     # All is here: nothing is missing when it is looked at again.
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (metadata.incomplete, await metadata.fetch_next(HOST)) == (0, None)
 
 
 @on_reactor
 async def test_two_indexes_of_an_upstream_come_in_turns(metadata: Metadata, fetcher: Fetcher) -> None:
-    await look_at(metadata, of(A, B))
-    await look_at(metadata, of(C, D), NEXT)
+    await queue_missing(metadata, of(A, B))
+    await queue_missing(metadata, of(C, D), NEXT)
     assert metadata.incomplete == 2
     await fetch_all(metadata)
     assert fetcher.asked == ["A", "a", "C", "c", "B", "b", "D", "d"]
@@ -83,7 +83,7 @@ async def test_two_indexes_of_an_upstream_come_in_turns(metadata: Metadata, fetc
 
 @on_reactor
 async def test_what_is_to_come_first_does(metadata: Metadata, fetcher: Fetcher) -> None:
-    await look_at(metadata, of(A, B, C), first={C.digest})
+    await queue_missing(metadata, of(A, B, C), first={C.digest})
     await fetch_all(metadata)
     assert fetcher.asked == ["C", "c", "A", "a", "B", "b"]
 
@@ -95,7 +95,7 @@ async def test_a_config_that_is_missing_alone_is_fetched_alone(
     await store.keep(A, ImageReference(APP, A.digest), wanted=False)
     await store.keep(B, ImageReference(APP, B.digest), wanted=False)
     (root / "blobs" / Digest.of(b"config of B").hex).write_bytes(b"config of B")
-    await look_at(metadata, of(A, B))
+    await queue_missing(metadata, of(A, B))
     assert await fetch_all(metadata) is None
     assert fetcher.asked == ["a"]
 
@@ -107,7 +107,7 @@ async def test_layers_are_not_fetched_nor_configs_that_are_too_large(metadata: M
     assert large.config is not None
     assert large.config.size == 9_000_000
     fetcher.add(large)
-    await look_at(metadata, index_of((large, "linux/large")))
+    await queue_missing(metadata, index_of((large, "linux/large")))
     assert await fetch_all(metadata) is None
     assert fetcher.asked == [large.digest]
 
@@ -116,7 +116,7 @@ async def test_layers_are_not_fetched_nor_configs_that_are_too_large(metadata: M
 async def test_an_index_in_an_index_is_fetched_as_it_is(metadata: Metadata, fetcher: Fetcher, store: Store) -> None:
     inner = of(A)
     fetcher.add(inner)
-    await look_at(metadata, index_of((inner, "")))
+    await queue_missing(metadata, index_of((inner, "")))
     assert await fetch_all(metadata) is None
     assert (fetcher.asked, store.counts.lists) == ([inner.digest], 1)
 
@@ -126,7 +126,7 @@ async def test_what_is_no_manifest_is_left_out(metadata: Metadata, fetcher: Fetc
     data = of(A, B).data.replace(A.media_type.encode(), b"application/vnd.example.other", 2)
     index = Manifest.parse(data.replace(b"application/vnd.example.other", A.media_type.encode(), 1), of(A).media_type)
     assert len({child.media_type for child in index.children}) == 2
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     await fetch_all(metadata)
     assert len(fetcher.asked) == 2
 
@@ -135,7 +135,7 @@ async def test_what_is_no_manifest_is_left_out(metadata: Metadata, fetcher: Fetc
 async def test_of_a_huge_index_the_first_200_are_fetched(metadata: Metadata, fetcher: Fetcher) -> None:
     many = [image_of(b"config %d" % number, b"layer %d" % number) for number in range(230)]
     fetcher.add(*many)
-    await look_at(metadata, index_of(*((one, f"linux/p{number}") for number, one in enumerate(many))))
+    await queue_missing(metadata, index_of(*((one, f"linux/p{number}") for number, one in enumerate(many))))
     assert await fetch_all(metadata) is None
     assert [digest for digest in fetcher.asked if digest not in CONFIGS][::2] == [one.digest for one in many[:200]]
 
@@ -150,17 +150,17 @@ async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
 ) -> None:
     index = of(A, B, C)
     fetcher.errors[B.digest] = [error]
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert await fetch_all(metadata) is None
     assert fetcher.asked == ["A", "a", "B", "C", "c"]
     assert (metadata.incomplete, texts(events, LogLevel.warn), texts(events, LogLevel.error)) == (0, [], [])
     # It is asked for again after an hour.
     fetcher.asked.clear()
     clock.advance(3599)
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked) == (None, [])
     clock.advance(1)
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked) == (None, ["B", "b"])
 
 
@@ -168,9 +168,9 @@ async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
 async def test_so_is_a_config(metadata: Metadata, fetcher: Fetcher) -> None:
     index = of(A, B)
     fetcher.errors[Digest.of(b"config of A")] = [BlobUnknown("404")]
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert await fetch_all(metadata) is None
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "a", "B", "b"])
 
 
@@ -182,8 +182,8 @@ async def test_a_limit_pauses_this_upstream_alone_for_as_long_as_it_says(
     metadata: Metadata, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=600)]
-    await look_at(metadata, of(A, B, C))
-    await look_at(metadata, of(D), ELSEWHERE)
+    await queue_missing(metadata, of(A, B, C))
+    await queue_missing(metadata, of(D), ELSEWHERE)
     assert await fetch_all(metadata) == 600
     assert (fetcher.asked, metadata.error(HOST), metadata.error(OTHER)) == (
         ["A", "a", "B"],
@@ -207,14 +207,14 @@ async def test_the_waits_double_up_to_five_minutes_and_begin_anew_after_a_succes
     metadata: Metadata, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[A.digest] = [Unavailable("reg.example answered 500")] * 6
-    await look_at(metadata, of(A))
+    await queue_missing(metadata, of(A))
     waits = []
     while (wait := await fetch_all(metadata)) is not None:
         waits.append(wait)
         clock.advance(wait)
     assert waits == [30, 60, 120, 240, 300, 300]
     fetcher.errors[B.digest] = [Unavailable("reg.example answered 500")]
-    await look_at(metadata, of(B))
+    await queue_missing(metadata, of(B))
     assert await fetch_all(metadata) == 30
 
 
@@ -224,21 +224,21 @@ async def test_a_manifest_that_fails_ten_times_is_left_for_an_hour(
 ) -> None:
     index = of(A, B)
     fetcher.errors[A.digest] = [Unavailable("reg.example answered 500")] * 100
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     while (wait := await fetch_all(metadata)) is not None:
         clock.advance(wait)
     assert (fetcher.asked.count("A"), fetcher.asked.count("b"), metadata.incomplete) == (10, 1, 0)
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked.count("A")) == (None, 10)
     clock.advance(3600)
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked.count("A")) == (300, 11)
 
 
 @on_reactor
 async def test_on_a_link_that_is_down_none_is_given_up(metadata: Metadata, fetcher: Fetcher, clock: Clock) -> None:
     fetcher.errors[A.digest] = [LinkDown("no route to reg.example", 5)] * 30
-    await look_at(metadata, of(A, B))
+    await queue_missing(metadata, of(A, B))
     waits = []
     while (wait := await fetch_all(metadata)) is not None:
         assert metadata.incomplete == 1
@@ -254,11 +254,11 @@ async def test_an_index_that_is_looked_at_anew_is_not_there_twice(
 ) -> None:
     index = of(A, B)
     for _ in range(3):
-        await look_at(metadata, index)
+        await queue_missing(metadata, index)
     assert metadata.incomplete == 1
     fetcher.errors[A.digest] = [Unavailable("down")]
     assert await metadata.fetch_next(HOST) == 30
-    await look_at(metadata, index)
+    await queue_missing(metadata, index)
     assert metadata.incomplete == 1
     clock.advance(30)
     assert await fetch_all(metadata) is None
@@ -269,10 +269,10 @@ async def test_an_index_that_is_looked_at_anew_is_not_there_twice(
 async def test_one_whose_manifests_have_come_meanwhile_is_forgotten(
     metadata: Metadata, fetcher: Fetcher, store: Store, root: Path
 ) -> None:
-    await look_at(metadata, of(A))
+    await queue_missing(metadata, of(A))
     await store.keep(A, ImageReference(APP, A.digest))
     (root / "blobs" / Digest.of(b"config of A").hex).write_bytes(b"config of A")
-    await look_at(metadata, of(A))
+    await queue_missing(metadata, of(A))
     assert (metadata.incomplete, await fetch_all(metadata), fetcher.asked) == (0, None, [])
 
 
@@ -284,10 +284,10 @@ async def test_a_failure_while_its_index_is_looked_at_anew_is_not_tried_twice(
     index = index_of((A, "linux/a"), (absent, "linux/absent"))
 
     async def look_and_fail(image: ImageReference) -> None:
-        await look_at(metadata, index)
+        await queue_missing(metadata, index)
         raise Unavailable("down")
 
-    await look_at(metadata, index, first={absent.digest})
+    await queue_missing(metadata, index, first={absent.digest})
     with monkeypatch.context() as patch:
         patch.setattr(fetcher, "fetch_manifest", look_and_fail)
         assert await metadata.fetch_next(HOST) == 30
@@ -302,7 +302,7 @@ async def test_failures_before_a_success_are_forgotten(
 ) -> None:
     for _ in range(2):
         fetcher.errors[A.digest] = [Unavailable("down")] * 9
-        await look_at(metadata, of(A))
+        await queue_missing(metadata, of(A))
         while (wait := await fetch_all(metadata)) is not None:
             clock.advance(wait)
         assert store.entry(A.digest) is not None

@@ -77,10 +77,10 @@ def after(disk: Disk, boot: str, expected: Expected, lengths: set[int], folder: 
     disk.write(folder)
     store = Store(folder, Clock(), REACTOR, LossyFiles(folder, boot), later)
     try:
-        store.start()
+        store.startService()
         check_records(store, expected)
         check_blobs(store, folder, expected, lengths)
-        store.stop()
+        store.stopService()
     except Exception as error:
         raise AssertionError(f"cut in place of “{instead_of}”, on disk {disk}: {error}") from error
 

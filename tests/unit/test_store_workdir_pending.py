@@ -54,12 +54,12 @@ def test_pending_are_written_read_and_removed(tmp_path: Path) -> None:
 @on_reactor
 async def test_a_store_that_starts_has_the_pending_of_before(root: Path, open_store: Callable[[], Store]) -> None:
     before = Store(root, Clock(), REACTOR)
-    before.start()
+    before.startService()
     await before.add_pending(IMAGE, APP)
     await before.add_pending(OTHER, HUB)
     await before.remove_pending(OTHER)
     assert before.pending == {IMAGE: APP}
-    before.stop()
+    before.stopService()
     assert found(root) == {f"0/{IMAGE.hex}.wish"}
     store = open_store()
     assert store.pending == {IMAGE: APP}

@@ -39,12 +39,12 @@ def way() -> Iterator[Make]:
 
     def make(*entries: RegistrySettings) -> Network:
         made.append(Network(configured(*entries), INSTANCE, REACTOR))
-        made[-1].start()
+        made[-1].startService()
         return made[-1]
 
     yield make
     for network in made:
-        network.stop()
+        network.stopService()
 
 
 async def get(network: Network, host: str) -> Manifest:

@@ -31,9 +31,9 @@ HUGE = bytes(16 * 1024 * 1024)
 def daemons() -> Iterator[DaemonsNetwork]:
     """The daemon's own way to upstreams."""
     network = DaemonsNetwork(configured(), INSTANCE, REACTOR)
-    network.start()
+    network.startService()
     yield network
-    network.stop()
+    network.stopService()
 
 
 def wants_token(upstream: ScriptedRegistry) -> Reply:

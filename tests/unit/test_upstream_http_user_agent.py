@@ -64,7 +64,7 @@ async def started() -> AsyncIterator[list[Network]]:
     networks: list[Network] = []
     yield networks
     for network in networks:
-        network.stop()
+        network.stopService()
 
 
 async def pull(registry: Registry, name: str) -> None:
@@ -99,7 +99,7 @@ async def test_a_registry_that_refuses_requests_without_one_is_pulled_from(
     service = Upstream(fronts.service.host)
     own = entry(fronts.own.host, scheme="http", mirrors=mirrors, realm=service, login=login)
     network = Network(configured(own, entry(fronts.storage.host)), INSTANCE, REACTOR)
-    network.start()
+    network.startService()
     started.append(network)
     await pull(network.registry(Upstream(fronts.own.host)), fronts.own.host)
     asked = {(request.method, request.path.split("/")[-2]) for request in fronts.own.requests}
@@ -118,7 +118,7 @@ async def test_so_is_a_mirror(fronts: Fronts, started: list[Network]) -> None:
     fronts.guard()
     own = entry("far.example", mirrors=(Mirror("http", Upstream(fronts.mirror.host)),))
     network = Network(configured(own), INSTANCE, REACTOR)
-    network.start()
+    network.startService()
     started.append(network)
     await pull(network.registry(Upstream("far.example")), "far.example")
     assert fronts.sent == {(f"ociregistry/{__version__}",)}

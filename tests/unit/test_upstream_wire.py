@@ -155,9 +155,9 @@ async def test_and_as_the_daemon_dials_it(ipv6: str) -> None:
     with ScriptedRegistry(address=ipv6) as upstream:
         upstream.add("team/app", BUILT, "1")
         way = DaemonsNetwork(configured(entry(upstream.host)), INSTANCE, REACTOR)
-        way.start()
+        way.startService()
         await pull(way.registry(Upstream(upstream.host)))
-        way.stop()
+        way.stopService()
 
 
 @on_reactor

@@ -71,13 +71,13 @@ class Demands:
         self.clock = clock
         self.completion = Completion(store, Fetching(root), clock, None, policy)
         self.demand = Demand(store, self.completion, machine, clock)
-        self.completion.start()
-        self.demand.start()
+        self.completion.startService()
+        self.demand.startService()
 
     def stop(self) -> None:
         """Stop both."""
-        self.demand.stop()
-        self.completion.stop()
+        self.demand.stopService()
+        self.completion.stopService()
 
     async def get(self, *manifests: Manifest, tag: str = "", repository: str = APP, hit: bool = False) -> None:
         """Ask for manifests by their digests, or by `tag`, which are kept as the cache keeps them."""

@@ -63,7 +63,7 @@ class Keeping:
 
     def restart(self) -> Maintenance:
         """The process ends, and another one begins."""
-        self.maintenance.stop()
+        self.maintenance.stopService()
         self.maintenance = Maintenance(*self._parts)
         return self.maintenance
 

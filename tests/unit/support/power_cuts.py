@@ -258,11 +258,11 @@ class Scenario:
             expected.blobs.add(EARLIER)
         machine = Machine(folder, LossyFiles(folder, NOW, cut_at), expected)
         with suppress(PowerCut):
-            machine.store.start()
+            machine.store.startService()
             try:
                 self.act(machine)
             finally:
-                machine.store.stop()
+                machine.store.stopService()
         return machine
 
 
@@ -270,13 +270,13 @@ class Scenario:
 def _disk_with_an_image() -> Disk:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder), Clock(), REACTOR, now=later)
-        store.start()
+        store.startService()
         result(store.keep(IMAGE, tagged("v1")))
         with closing(result(store.new_partial(Digest.of(EARLIER), len(EARLIER), REPOSITORY))) as partial:
             result(partial.append(EARLIER))
             result(partial.verify())
             result(store.commit(partial))
-        store.stop()
+        store.stopService()
         # A disk knows no folders without files.
         return Disk.of(Path(folder)).having({"fat/.stfolder": b""})
 

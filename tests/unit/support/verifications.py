@@ -37,9 +37,9 @@ def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setattr(ociregistry.store.verify, "_SLICE", SLICE)
     monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
     store = Store(stock.root, clock, REACTOR, Unsynced())
-    store.start()
+    store.startService()
     yield store
-    store.stop()
+    store.stopService()
 
 
 def verified(store: Store, advance: Callable[[int, int], object] = lambda done, total: None) -> Findings:

@@ -1,0 +1,108 @@
+"""Where the daemon listens: its endpoints for clients, and the control socket for commands on the same store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from twisted.application.service import Service
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from ociregistry.store.store import Store
+from ociregistry.store.workdir import ControlSocket
+
+
+class ListenFailed(Exception):
+    """The daemon cannot listen on an endpoint."""
+
+
+class Listeners(Service):
+    """Listens for clients on `endpoints`, Twisted's descriptions of them such as `tcp:8080`."""
+
+    def __init__(self, endpoints: Sequence[str], factory: IProtocolFactory, reactor: Any) -> None:
+        self._endpoints = endpoints
+        self._factory = factory
+        self._reactor = reactor
+        self._ports: list[IListeningPort] = []
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses on which it listens, for messages."""
+        return [_address(port) for port in self._ports]
+
+    def privilegedStartService(self) -> None:
+        """Listen on all endpoints, while the process may still use privileged ports.
+
+        Raises:
+            ListenFailed: it cannot listen on one of them.
+        """
+        super().privilegedStartService()
+        for endpoint in self._endpoints:
+            failures: list[Failure] = []
+            try:
+                listening = serverFromString(self._reactor, endpoint).listen(self._factory)
+                listening.addCallbacks(self._ports.append, failures.append)
+            except Exception:
+                failures.append(Failure())
+            for failure in failures:
+                error = failure.value
+                raise ListenFailed(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}") from error
+
+    def stopService(self) -> Deferred[Any]:
+        """Accept no more connections; fire when the ports are closed."""
+        super().stopService()
+        return gatherResults([maybeDeferred(port.stopListening) for port in self._ports])
+
+
+class ControlListener(Service):
+    """Listens on the control socket, so that commands on the same store download through this process.
+
+    Where that is not possible the daemon works without it.
+    """
+
+    log = Logger(namespace="ociregistry")
+
+    def __init__(self, store: Store, factory: IProtocolFactory, reactor: Any) -> None:
+        self._store = store
+        self._factory = factory
+        self._reactor = reactor
+        self._open: tuple[ControlSocket, IListeningPort] | None = None
+
+    def startService(self) -> None:
+        """Listen, or log why that is not possible."""
+        super().startService()
+        try:
+            control_socket = self._store.control_socket()
+        except OSError as error:
+            self._failed(error)
+            return
+        try:
+            self._open = control_socket, self._reactor.listenUNIX(control_socket.path, self._factory, mode=0o600)
+        except CannotListenError as error:
+            control_socket.close()
+            self._failed(error.socketError)
+
+    def _failed(self, why: Exception) -> None:
+        self.log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
+
+    def stopService(self) -> Deferred[None]:
+        """Close and remove the socket."""
+        super().stopService()
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        if self._open is not None:
+            control_socket, port = self._open
+            await maybeDeferred(port.stopListening)
+            control_socket.close()
+
+
+def _address(port: IListeningPort) -> str:
+    address = port.getHost()
+    return f"{address.host}:{address.port}" if isinstance(address, IPv4Address | IPv6Address) else str(address)
