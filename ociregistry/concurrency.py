@@ -1,4 +1,4 @@
-"""Events and single flight: several waiters for one result.
+"""Events and single flight: several waiters for one result. Back-off: the intervals between tries.
 
 A Deferred can be awaited only once, and cancelling it cancels the work. Here every waiter gets a Deferred of its own,
 which can be cancelled or time out without an effect on the work and on the other waiters.
@@ -7,6 +7,7 @@ which can be cancelled or time out without an effect on the work and on the othe
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -17,6 +18,27 @@ from ociregistry.errors import RegistryError
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
+
+_MOST_DOUBLINGS = 60
+"""More than any back-off needs; 2.0 to the power of 1024 would overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Exponential back-off: intervals in seconds that double from `first` up to `longest`."""
+
+    first: float
+    longest: float
+
+    def interval(self, failures: int, jitter: float = 1.0) -> float:
+        """Return the seconds from one try to the next after `failures` failures in a row; 0 after none.
+
+        `jitter` is a random number: 1 leaves the interval as it is, and 0 halves it.
+        """
+        if not failures:
+            return 0.0
+        interval = min(self.longest, self.first * 2.0 ** min(failures - 1, _MOST_DOUBLINGS))
+        return interval * (0.5 + jitter / 2)
 
 
 class Event:

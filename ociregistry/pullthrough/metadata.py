@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.concurrency import Backoff
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_CONFIG, MEDIA_TYPES, Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
@@ -29,10 +30,8 @@ _UNKNOWN_FOR = 3600.0
 """Seconds until an unavailable manifest is requested again."""
 _MOST_UNKNOWN = 10_000
 """Manifests, at most, that are remembered as unavailable, or with their failures."""
-_FIRST_WAIT = 30.0
-"""Seconds to the next try after the first failure."""
-_LONGEST_WAIT = 300.0
-"""Seconds, at most, to the next try after failures, unless the upstream's Retry-After is longer."""
+_BACKOFF = Backoff(first=30.0, longest=300.0)
+"""To the next try after failures, unless the upstream's Retry-After is longer."""
 
 
 class MetadataFetcher(Protocol):
@@ -180,9 +179,9 @@ class Metadata:
     def _back_off(self, upstream: Upstream, error: Unavailable) -> float:
         """Return the seconds to wait after a failure, and note them."""
         before = self._waits.get(upstream)
-        step = min(_LONGEST_WAIT, before.step * 2) if before is not None else _FIRST_WAIT
-        wait = max(step, error.retry_after)
-        self._waits[upstream] = _Wait(self._clock.seconds() + wait, step, error.message)
+        failures = before.failures + 1 if before is not None else 1
+        wait = max(_BACKOFF.interval(failures), error.retry_after)
+        self._waits[upstream] = _Wait(self._clock.seconds() + wait, failures, error.message)
         return wait
 
 
@@ -192,8 +191,8 @@ class _Wait:
 
     until: float
     """Clock seconds."""
-    step: float
-    """Seconds; doubled for the next pause."""
+    failures: int
+    """The number of failures in a row."""
     error: str
 
 

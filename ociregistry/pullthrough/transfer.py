@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.concurrency import Event
+from ociregistry.concurrency import Backoff, Event
 from ociregistry.context import Context, Priority
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
@@ -46,12 +46,10 @@ class PriorityScheduler:
         return self._changed.wait()
 
 
-_FIRST = 0.5
-"""Seconds from the first try to the second, after which the interval doubles."""
-_LONGEST_FOR_CLIENT = 5.0
-"""Seconds, at most, from one try to the next while a client waits."""
-_LONGEST = 30.0
-"""Seconds, at most, from one try to the next while no client waits."""
+_BACKOFF_FOR_CLIENT = Backoff(first=0.5, longest=5.0)
+"""From one try to the next while a client waits."""
+_BACKOFF = Backoff(first=0.5, longest=30.0)
+"""From one try to the next while no client waits."""
 _GIVE_UP = 300.0
 """Seconds without a byte and without a client after which the download fails; its partial is kept."""
 
@@ -79,9 +77,8 @@ class Retries:
         The first try is immediate; the interval between the others doubles. It is measured between the starts of
         two tries, so that a try that took long to fail is followed at once.
         """
-        longest = _LONGEST if priority < Priority.CLIENT else _LONGEST_FOR_CLIENT
-        distance = min(longest, _FIRST * 2 ** (self._tries - 1)) if self._tries else 0.0
-        wait = max(0.0, self._tried + distance * (0.5 + self._jitter() / 2) - now)
+        backoff = _BACKOFF if priority < Priority.CLIENT else _BACKOFF_FOR_CLIENT
+        wait = max(0.0, self._tried + backoff.interval(self._tries, self._jitter()) - now)
         self._tries += 1
         self._tried = now + wait
         return wait

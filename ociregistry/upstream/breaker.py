@@ -10,14 +10,13 @@ from math import ceil
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from ociregistry.concurrency import Backoff
 from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
 
-_FIRST = 1.0
-"""Seconds from the first failure to the first probe."""
-_LONGEST = 30.0
-"""Seconds from one probe to the next, at most."""
+_BACKOFF = Backoff(first=1.0, longest=30.0)
+"""From a failure to the next probe."""
 _MOST_KEPT = 1000
 
 
@@ -71,7 +70,7 @@ class CircuitBreaker:
         self._jitter = jitter
         self._down_since: float | None = None
         self._down_until = 0.0
-        self._distance = 0.0
+        self._failures = 0
         self._probe: Attempt | None = None
         self._why = ""
         self._refused = False
@@ -114,13 +113,12 @@ class CircuitBreaker:
             # Sent before the last change of state: all requests in flight at an outage count as one failure.
             return
         if self._down_since is None:
-            self._down_since, self._distance = now, _FIRST
+            self._down_since, self._failures = now, 0
             self.log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
-        else:
-            self._distance = min(_LONGEST, self._distance * 2)
+        self._failures += 1
         self._changed = now
         self._why, self._refused = why, refused
-        self._down_until = now + self._distance * (0.5 + self._jitter() / 2)
+        self._down_until = now + _BACKOFF.interval(self._failures, self._jitter())
 
 
 class CircuitBreakers:

@@ -1,4 +1,4 @@
-"""Bells and flights: many wait for one thing, and none of them can spoil it for the others."""
+"""Events and single flight: many wait for one thing, and none of them can spoil it for the others. Back-off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 from twisted.python.failure import Failure
 
-from ociregistry.concurrency import Event, SingleFlight
+from ociregistry.concurrency import Backoff, Event, SingleFlight
 from ociregistry.errors import Unavailable
 from tests.unit.support.doubles import failed, fired, texts
 
@@ -218,3 +218,18 @@ def cancelled(waiting: Deferred[str]) -> Deferred[str]:
     """The same, cancelled."""
     waiting.cancel()
     return waiting
+
+
+def test_back_off_doubles_from_the_first_interval_to_the_longest() -> None:
+    backoff = Backoff(first=0.5, longest=5.0)
+    assert [backoff.interval(failures) for failures in range(8)] == [0, 0.5, 1, 2, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(("jitter", "share"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
+def test_jitter_shortens_an_interval_by_up_to_half(jitter: float, share: float) -> None:
+    backoff = Backoff(first=30.0, longest=300.0)
+    assert [backoff.interval(failures, jitter) for failures in (0, 1, 9)] == [0, 30 * share, 300 * share]
+
+
+def test_back_off_goes_on_after_any_number_of_failures() -> None:
+    assert Backoff(first=0.5, longest=5.0).interval(1_000_000) == 5

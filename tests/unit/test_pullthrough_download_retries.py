@@ -38,6 +38,11 @@ def test_a_try_that_took_long_is_followed_at_once() -> None:
     assert waits(Retries(0.0, lambda: 1.0), 7, Priority.CLIENT, failing_after=10.0) == [0] * 7
 
 
+def test_after_hours_of_failures_tries_go_on() -> None:
+    """Two to the power of their number is more than a float can hold after 85 minutes."""
+    assert waits(Retries(0.0, lambda: 1.0), 1100, Priority.CLIENT)[-1] == 5
+
+
 def test_progress_begins_anew() -> None:
     """After bytes came the next break is taken up at once."""
     retries = Retries(0.0, lambda: 1.0)
