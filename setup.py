@@ -33,6 +33,7 @@ setup(
         "treq>=22.2",
         "pyopenssl>=23.0",
         "service-identity",
+        "cachetools>=5.2",
         "pyyaml",
         "tqdm",
     ],

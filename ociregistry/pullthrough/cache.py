@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from cachetools import TTLCache
 from twisted.application.service import Service
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, gatherResults
@@ -73,9 +74,9 @@ async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: objec
         raise DeadlineExceeded(f"{what}: the upstream gave no answer within {ANSWER_DEADLINE:.0f} s") from None
 
 
-_KEPT = 60.0
+_ERROR_KEPT = 60.0
 """Seconds for which an error is remembered."""
-_MOST_KEPT = 1000
+_MOST_ERRORS = 1000
 
 
 class NegativeCache:
@@ -86,14 +87,13 @@ class NegativeCache:
     """
 
     def __init__(self, clock: IReactorTime) -> None:
-        self._clock = clock
-        self._kept: dict[tuple[Repository, Digest], tuple[BlobUnknown, float]] = {}
+        self._errors: TTLCache[tuple[Repository, Digest], BlobUnknown, float] = TTLCache(
+            _MOST_ERRORS, ttl=_ERROR_KEPT, timer=clock.seconds
+        )
 
     def remember(self, repository: Repository, digest: Digest, error: BlobUnknown) -> None:
         """Remember that the upstream does not have the blob."""
-        if len(self._kept) >= _MOST_KEPT:
-            self._kept.clear()
-        self._kept[repository, digest] = error, self._clock.seconds() + _KEPT
+        self._errors[repository, digest] = error
 
     def check(self, repository: Repository, digest: Digest) -> None:
         """Check that the upstream was not found to lack the blob in the last 60 s.
@@ -101,12 +101,10 @@ class NegativeCache:
         Raises:
             BlobUnknown: it was.
         """
-        error, until = self._kept.get((repository, digest), (None, 0.0))
-        if error is None:
-            return
-        if self._clock.seconds() < until:
+        error = self._errors.get((repository, digest))
+        if error is not None:
+            # A new one: the traceback of a kept exception would grow with each time that it is raised.
             raise BlobUnknown(error.message)
-        del self._kept[repository, digest]
 
 
 _METADATA = Context(priority=Priority.METADATA)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import TTLCache
 from twisted.application.service import Service
 from twisted.internet import defer
 from twisted.internet.defer import CancelledError, Deferred
@@ -95,8 +96,10 @@ class Completion(Service):
         self._checking = False
         self._being_checked: set[Digest] = set()
         """Images that are being checked for missing blobs."""
-        self._complete: dict[Digest, float] = {}
-        """Images that were found complete, with the time (clock seconds)."""
+        self._complete: TTLCache[Digest, None, float] = TTLCache(
+            _MOST_COMPLETE, ttl=_COMPLETE_FOR, timer=clock.seconds
+        )
+        """Images that were found complete in the last 30 s."""
         self._work: dict[Upstream, Deferred[None]] = {}
         self._stopped = False
         self._work_added = Event()
@@ -260,15 +263,12 @@ class Completion(Service):
             await self.drop(digest)
 
     async def _missing_now(self, digest: Digest, *, hit: bool) -> Mapping[Digest, int]:
-        found = self._complete.get(digest)
         # After a miss, an earlier result does not hold: the image may have been pruned with its blobs since.
-        if hit and found is not None and self._clock.seconds() - found < _COMPLETE_FOR:
+        if hit and digest in self._complete:
             return {}
         missing = await self._store.missing(digest)
         if not missing:
-            if len(self._complete) >= _MOST_COMPLETE:
-                self._complete.clear()
-            self._complete[digest] = self._clock.seconds()
+            self._complete[digest] = None
         return missing or {}
 
     async def _request(self, digest: Digest, repository: Repository) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Container, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cachetools import LRUCache, TTLCache
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -55,9 +56,9 @@ class Metadata:
         self._clock = clock
         self._queues: dict[Upstream, deque[_Index]] = {}
         self._waits: dict[Upstream, _Wait] = {}
-        self._unknown: dict[Digest, float] = {}
-        """Unavailable manifests, and the time (clock seconds) until which they are not requested."""
-        self._failures: dict[Digest, int] = {}
+        self._unknown: TTLCache[Digest, None, float] = TTLCache(_MOST_UNKNOWN, ttl=_UNKNOWN_FOR, timer=clock.seconds)
+        """Unavailable manifests, which are not requested for an hour."""
+        self._failures: LRUCache[Digest, int] = LRUCache(_MOST_UNKNOWN)
         """The number of failures of each manifest since its last success."""
 
     @property
@@ -89,8 +90,7 @@ class Metadata:
         """
         ordered = sorted(children, key=lambda child: child.digest not in first)
         candidates = [child for child in ordered[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
-        now = self._clock.seconds()
-        digests = [child.digest for child in candidates if self._unknown.get(child.digest, now) <= now]
+        digests = [child.digest for child in candidates if child.digest not in self._unknown]
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
@@ -161,8 +161,6 @@ class Metadata:
         """Count a failure; tell whether there were too many. A link that is down does not count."""
         if isinstance(error, LinkDown):
             return False
-        if len(self._failures) >= _MOST_UNKNOWN:
-            self._failures.clear()
         self._failures[child] = self._failures.get(child, 0) + 1
         if self._failures[child] < _MOST_FAILURES:
             return False
@@ -172,9 +170,7 @@ class Metadata:
     def _mark_unknown(self, child: Digest) -> None:
         """Note that a manifest is unavailable."""
         self._failures.pop(child, None)
-        if len(self._unknown) >= _MOST_UNKNOWN:
-            self._unknown.clear()
-        self._unknown[child] = self._clock.seconds() + _UNKNOWN_FOR
+        self._unknown[child] = None
 
     def _back_off(self, upstream: Upstream, error: Unavailable) -> float:
         """Return the seconds to wait after a failure, and note them."""

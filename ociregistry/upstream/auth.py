@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 from urllib.parse import urlencode
 
+from cachetools import LRUCache, TLRUCache
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -167,7 +168,9 @@ class Tokens:
         self._credentials = credentials
         self._trusted = trusted
         self._clock = clock
-        self._kept: dict[tuple[BearerChallenge, bool], _Token] = {}
+        self._cache: TLRUCache[tuple[BearerChallenge, bool], _Token, float] = TLRUCache(
+            _MOST_KEPT, ttu=lambda key, token, now: token.expires, timer=clock.seconds
+        )
         self._single_flight: SingleFlight[tuple[BearerChallenge, bool], str] = SingleFlight()
 
     async def token(
@@ -181,22 +184,22 @@ class Tokens:
             Unavailable: the credential helper failed, or the token service cannot be asked or gave no token.
             AccessRefused: the token service refuses access.
         """
-        if self.holds(challenge, anonymous=anonymous):
-            return self._kept[challenge, anonymous].value
+        cached = self._cache.get((challenge, anonymous))
+        if cached is not None:
+            return cached.value
         return await self._single_flight.join(
             (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, options)
         )
 
     def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
         """Return whether the cache holds a token for `challenge` that has not expired."""
-        kept = self._kept.get((challenge, anonymous))
-        return kept is not None and self._clock.seconds() < kept.expires
+        return (challenge, anonymous) in self._cache
 
     def forget(self, challenge: BearerChallenge, token: str, *, anonymous: bool = False) -> None:
         """Drop a `token` that the registry refused; a newer one for the same challenge is kept."""
-        kept = self._kept.get((challenge, anonymous))
-        if kept is not None and kept.value == token:
-            del self._kept[challenge, anonymous]
+        cached = self._cache.get((challenge, anonymous))
+        if cached is not None and cached.value == token:
+            self._cache.pop((challenge, anonymous), None)
 
     async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, options: RequestOptions) -> str:
         request = await self._request(challenge, anonymous)
@@ -215,9 +218,7 @@ class Tokens:
                 raise ValueError("the token is not a string of printable characters")
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
-        if len(self._kept) >= _MOST_KEPT:
-            self._kept.clear()
-        self._kept[challenge, anonymous] = _Token(value, received + life * _USED_LIFE)
+        self._cache[challenge, anonymous] = _Token(value, received + life * _USED_LIFE)
         return value
 
     async def _request(self, challenge: BearerChallenge, anonymous: bool) -> TokenRequest:
@@ -271,7 +272,7 @@ class Authenticator:
     def __init__(self, credentials: Credentials, tokens: Tokens) -> None:
         self._credentials = credentials
         self._tokens = tokens
-        self._challenges: dict[Scope, BearerChallenge] = {}
+        self._challenges: LRUCache[Scope, BearerChallenge] = LRUCache(_MOST_CHALLENGES)
         self._wants_basic: Origin | None = None
 
     async def authorization(
@@ -347,7 +348,5 @@ class Authenticator:
             self._challenges.pop(scope, None)
             self._wants_basic = own if scope[0] == own else self._wants_basic
             return scope[0] == own and self._credentials.any
-        if len(self._challenges) >= _MOST_CHALLENGES:
-            self._challenges.clear()
         self._challenges[scope] = challenge
         return True

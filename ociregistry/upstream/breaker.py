@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable
 from math import ceil
 
+from cachetools import LRUCache
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -17,7 +17,7 @@ from ociregistry.upstream.origin import Origin
 
 _BACKOFF = Backoff(first=1.0, longest=30.0)
 """From a failure to the next probe."""
-_MOST_KEPT = 1000
+_MOST_BREAKERS = 1000
 
 
 class LinkDown(Unavailable):
@@ -126,12 +126,11 @@ class CircuitBreakers:
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._kept: OrderedDict[Origin, CircuitBreaker] = OrderedDict()
+        self._breakers: LRUCache[Origin, CircuitBreaker] = LRUCache(_MOST_BREAKERS)
 
     def to(self, origin: Origin) -> CircuitBreaker:
         """Return the circuit breaker of `origin`."""
-        breaker = self._kept.pop(origin, None) or CircuitBreaker(f"{origin.host}:{origin.port}", self._clock)
-        self._kept[origin] = breaker
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
+        breaker = self._breakers.get(origin)
+        if breaker is None:
+            breaker = self._breakers[origin] = CircuitBreaker(f"{origin.host}:{origin.port}", self._clock)
         return breaker

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from cachetools import LRUCache
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 from twisted.web.client import Agent, HTTPConnectionPool
@@ -31,7 +31,7 @@ from ociregistry.upstream.registry import (
 )
 from ociregistry.upstream.tls import Contexts, UpstreamPolicy
 
-_MOST_KEPT = 500
+_MOST_REGISTRIES = 500
 
 
 class Registries:
@@ -41,7 +41,7 @@ class Registries:
         """`allowed` holds globs of upstream names; with none, every upstream is allowed."""
         self._allowed = allowed
         self._make = make
-        self._kept: OrderedDict[Upstream, Registry] = OrderedDict()
+        self._registries: LRUCache[Upstream, Registry] = LRUCache(_MOST_REGISTRIES)
 
     def check(self, upstream: Upstream) -> None:
         """Check that the operator allows `upstream`.
@@ -54,7 +54,7 @@ class Registries:
     def reconfigure(self, allowed: tuple[str, ...]) -> None:
         """Replace the globs of allowed upstreams, and drop every cached Registry."""
         self._allowed = allowed
-        self._kept.clear()
+        self._registries.clear()
 
     def get(self, upstream: Upstream) -> Registry:
         """Return the Registry of `upstream`.
@@ -63,10 +63,9 @@ class Registries:
             Denied: the operator does not allow `upstream`.
         """
         self.check(upstream)
-        registry = self._kept.pop(upstream, None) or self._make(upstream)
-        self._kept[upstream] = registry
-        if len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
+        registry = self._registries.get(upstream)
+        if registry is None:
+            registry = self._registries[upstream] = self._make(upstream)
         return registry
 
 

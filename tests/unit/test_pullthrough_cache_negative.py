@@ -32,7 +32,7 @@ def test_it_is_told_for_a_minute(clock: Clock) -> None:
     clock.advance(0.125)
     for _ in range(2):
         broken.check(APP, BLOB)
-    assert broken._kept == {}
+    assert len(broken._errors) == 0
 
 
 def test_it_says_nothing_of_others(clock: Clock) -> None:
@@ -56,6 +56,20 @@ def test_memory_is_bounded(clock: Clock) -> None:
     broken = NegativeCache(clock)
     for number in range(5000):
         broken.remember(APP, Digest.of(str(number).encode()), GONE)
-        assert len(broken._kept) <= 1000
+        assert len(broken._errors) <= 1000
     with pytest.raises(BlobUnknown):
         broken.check(APP, Digest.of(b"4999"))
+
+
+def test_a_full_cache_drops_the_error_that_was_used_least_recently(clock: Clock) -> None:
+    negative = NegativeCache(clock)
+    blobs = [Digest.of(str(number).encode()) for number in range(1001)]
+    for blob in blobs[:1000]:
+        negative.remember(APP, blob, GONE)
+    with pytest.raises(BlobUnknown):
+        negative.check(APP, blobs[0])
+    negative.remember(APP, blobs[1000], GONE)
+    negative.check(APP, blobs[1])
+    for blob in (blobs[0], blobs[2], blobs[1000]):
+        with pytest.raises(BlobUnknown):
+            negative.check(APP, blob)

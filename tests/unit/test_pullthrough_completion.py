@@ -15,7 +15,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.store.store import Store
-from tests.images import make_index
+from tests.images import make_image, make_index
 from tests.unit.support.completions import (
     APP,
     CONFIG,
@@ -139,6 +139,30 @@ async def test_an_image_that_is_pulled_again_is_pending_for_once(
     for _ in range(3):
         await pulled(completion, store)
     assert looked == [IMAGE.digest]
+
+
+@on_reactor
+async def test_when_too_many_images_are_complete_the_oldest_is_checked_again(
+    store: Store, fetching: Fetching, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ociregistry.pullthrough.completion._MOST_COMPLETE", 2)
+    completion = Completion(store, fetching, clock)
+    images = [make_image(name) for name in ("one", "two", "three")]
+    for built in images:
+        for blob in built.blobs:
+            (root / "blobs" / Digest(blob.digest).hex).write_bytes(blob.data)
+        await pulled(completion, store, manifest(built))
+    checked: list[Digest] = []
+    missing = store.missing
+
+    async def check(digest: Digest) -> Mapping[Digest, int] | None:
+        checked.append(digest)
+        return await missing(digest)
+
+    monkeypatch.setattr(store, "missing", check)
+    for built in reversed(images):
+        await pulled(completion, store, manifest(built))
+    assert checked == [manifest(images[0]).digest]
 
 
 @on_reactor

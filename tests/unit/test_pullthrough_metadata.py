@@ -310,3 +310,40 @@ async def test_failures_before_a_success_are_forgotten(
         clock.advance(1)
         await settle(store)
         assert store.entry(A.digest) is None
+
+
+# Bounds
+
+
+@on_reactor
+async def test_when_too_many_manifests_are_unavailable_the_oldest_is_requested_again(
+    store: Store, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 2)
+    metadata = Metadata(store, fetcher, clock)
+    index = of(A, B, C)
+    for child in (A, B, C):
+        fetcher.errors[child.digest] = [ManifestUnknown("404")]
+    await queue_missing(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "B", "C"])
+    fetcher.asked.clear()
+    await queue_missing(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "a"])
+
+
+@on_reactor
+async def test_when_too_many_manifests_fail_the_failures_of_the_oldest_are_forgotten(
+    store: Store, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 2)
+    monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_FAILURES", 3)
+    metadata = Metadata(store, fetcher, clock)
+    third = image("third.example/app:1").repository
+    for child, repository in ((A, APP), (B, ELSEWHERE), (C, third)):
+        fetcher.errors[child.digest] = [Unavailable("500")] * 10
+        await queue_missing(metadata, of(child), repository)
+    for upstream in (HOST, OTHER, HOST, third.upstream, HOST):
+        await metadata.fetch_next(upstream)
+        clock.advance(300)
+    # A has failed three times and is left alone.
+    assert set(metadata.upstreams) == {OTHER, third.upstream}

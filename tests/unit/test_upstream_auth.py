@@ -345,5 +345,14 @@ def test_what_a_thousand_repositories_wanted_is_enough_to_know() -> None:
     assert len(asking.client._authenticator._challenges) <= 1000
 
 
+def test_of_a_thousand_repositories_the_challenge_used_least_recently_is_forgotten() -> None:
+    asking = Convinced(*([wants(), OK] * 1000), OK, wants(), OK, OK, OK, wants(), OK)
+    for number in (*range(1000), 0, 1000, 0, 2, 1):
+        assert asking.status(path=f"team/r{number}") == 200
+    # Of 1000 and 1 the challenge is not known, so their first requests carry no token.
+    token = "Bearer t1"
+    assert asking.shown[2000:] == [token, None, token, token, token, None, token]
+
+
 def test_a_authorization_is_not_printed() -> None:
     assert "s3cret" not in repr(Authorization("Bearer s3cret", old=False))

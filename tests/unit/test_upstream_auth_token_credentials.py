@@ -203,5 +203,5 @@ def test_secrets_are_not_printed(login: Login, events: list[LogEvent]) -> None:
     asked = Asked(login)
     asked.service.gives(token="secret-token")
     assert asked.token() == "secret-token"
-    printed = [*map(repr, asked.requests), repr(asked.tokens._kept), *map(str, events)]
+    printed = [*map(repr, asked.requests), repr(asked.tokens._cache), *map(str, events)]
     assert not [text for text in printed if "s3cret" in text or "secret-token" in text or basic(USER) in text]

@@ -225,4 +225,29 @@ def test_a_token_without_a_future_is_used_once(service: TokenService, tokens: To
 def test_a_thousand_tokens_are_enough(service: TokenService, tokens: Tokens) -> None:
     for number in range(1500):
         fired(ask(tokens, BearerChallenge(REALM, "", f"repository:{number}:pull")))
-    assert len(tokens._kept) <= 1000
+    assert len(tokens._cache) <= 1000
+
+
+def challenges(count: int) -> list[BearerChallenge]:
+    """Challenges for tokens of as many repositories."""
+    return [BearerChallenge(REALM, "", f"repository:{number}:pull") for number in range(count)]
+
+
+def test_a_full_cache_drops_the_token_that_was_used_least_recently(service: TokenService, tokens: Tokens) -> None:
+    known = challenges(1000)
+    for challenge in (*known, known[0], OTHER):
+        fired(ask(tokens, challenge))
+    assert len(service.urls) == 1001
+    assert [tokens.holds(challenge) for challenge in (*known[:3], OTHER)] == [True, False, True, True]
+
+
+def test_in_a_full_cache_an_expired_token_makes_room(service: TokenService, tokens: Tokens, clock: Clock) -> None:
+    known = challenges(1000)
+    service.gives(token="long", expires_in=1000)
+    for challenge in known[:-1]:
+        fired(ask(tokens, challenge))
+    service.gives(token="short", expires_in=100)
+    for challenge in (known[-1], OTHER):
+        clock.advance(90)
+        fired(ask(tokens, challenge))
+    assert [tokens.holds(challenge) for challenge in (*known, OTHER)] == [True] * 999 + [False, True]

@@ -222,7 +222,7 @@ def test_those_that_were_used_last_are_kept(clock: Clock) -> None:
     for number in range(5000):
         breakers.to(Origin("https", f"{number}.example", 443))
         refused(breakers.to(first))
-    assert len(breakers._kept) == 1000
+    assert len(breakers._breakers) == 1000
     for number in range(1000):
         breakers.to(Origin("https", f"again.{number}.example", 443))
     breakers.to(first).enter(WHO)

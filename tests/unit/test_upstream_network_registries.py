@@ -82,7 +82,7 @@ def test_those_used_last_are_kept() -> None:
     registries.get(Upstream("r1999.example"))
     registries.get(Upstream("r0.example"))
     assert made.upstreams[2001:] == ["r0.example"]
-    assert len(registries._kept) == 500
+    assert len(registries._registries) == 500
 
 
 def test_new_settings_are_for_all_registries() -> None:
