@@ -12,7 +12,7 @@ from twisted.application.service import IService, MultiService
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
-from twisted.logger import FilteringLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.logger import ILogObserver, LegacyLogObserverWrapper, Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
@@ -21,7 +21,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.log import ALWAYS, AtLeast
+from ociregistry.log import ALWAYS, LevelFilter
 from ociregistry.platforms import Platform
 from ociregistry.process import exit_with, take_all_file_descriptors
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
@@ -69,7 +69,7 @@ class Daemon(MultiService):
         self._started = datetime.now(UTC)
         self._reloading = DeferredLock()
         self._systemd = Systemd(reactor)
-        self._level = AtLeast(settings.log_level)
+        self._level = LevelFilter(settings.log_level)
         self._tls = ServerPolicy(settings.tls) if settings.tls else None
         self._store = make_store(settings, reactor)
         parts = put_together(settings, self._store, reactor)
@@ -135,8 +135,7 @@ class Daemon(MultiService):
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
             if not ILogObserver.providedBy(observer):
                 observer = LegacyLogObserverWrapper(observer)
-            leveled = FilteringLogObserver(observer, [self._level])
-            parent.setComponent(ILogObserver, leveled)
+            parent.setComponent(ILogObserver, self._level.before(observer))
 
     def privilegedStartService(self) -> None:
         """Listen on all endpoints; if one fails, end the process with exit status 1."""

@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from twisted.logger import ILogFilterPredicate, LogEvent, LogLevel, PredicateResult
+from twisted.logger import (
+    FilteringLogObserver,
+    ILogFilterPredicate,
+    ILogObserver,
+    LogEvent,
+    LogLevel,
+    LogLevelFilterPredicate,
+    PredicateResult,
+)
 from zope.interface import implementer
 
 ALWAYS = {"log_always": True}
 """Fields of an event that is logged at every level, such as the banner at the start."""
 
-_LEAST = {
-    "trace": LogLevel.debug,
-    "debug": LogLevel.debug,
-    "info": LogLevel.info,
-    "warn": LogLevel.warn,
-    "error": LogLevel.error,
+_NAMESPACES = ("", "ociregistry", "twisted.web.client")
+"""All; this program; the client of Twisted, which logs each opened and closed connection at level info."""
+_LEVELS = {
+    "trace": (LogLevel.debug, LogLevel.debug, LogLevel.debug),
+    "debug": (LogLevel.info, LogLevel.debug, LogLevel.warn),
+    "info": (LogLevel.info, LogLevel.info, LogLevel.warn),
+    "warn": (LogLevel.warn, LogLevel.warn, LogLevel.warn),
+    "error": (LogLevel.error, LogLevel.error, LogLevel.error),
 }
+"""For each `--log-level`, the lowest level that is logged of each namespace."""
 
 
-_CHATTER = "twisted.web.client"
-"""Namespace that logs every connection to an upstream twice at level info: opened and closed."""
-
-
-@implementer(ILogFilterPredicate)
-class AtLeast:
-    """Passes events of one level and above; passes debug events and connection events of Twisted only at `trace`."""
+class LevelFilter:
+    """Passes events from a level on, and those with `ALWAYS` at every level."""
 
     def __init__(self, level: str) -> None:
+        self._levels = LogLevelFilterPredicate()
         self.reconfigure(level)
 
     def reconfigure(self, level: str) -> None:
         """Change the level, one of `settings.LOG_LEVELS`."""
-        self._least = _LEAST[level]
-        self._everything = level == "trace"
+        for namespace, lowest in zip(_NAMESPACES, _LEVELS[level], strict=True):
+            self._levels.setLogLevelForNamespace(namespace, lowest)
 
-    def __call__(self, event: LogEvent) -> object:
-        level = event.get("log_level", LogLevel.info)
-        passes = level >= self._least and (self._everything or not _is_chatter(level, event))
-        return PredicateResult.yes if passes or event.get("log_always") else PredicateResult.no
+    def before(self, observer: ILogObserver) -> FilteringLogObserver:
+        """Return an observer that hands on to `observer` what passes."""
+        return FilteringLogObserver(observer, [_passes_always, self._levels])
 
 
-def _is_chatter(level: object, event: LogEvent) -> bool:
-    namespace: str = event.get("log_namespace", "")
-    if level == LogLevel.debug:
-        return not namespace.startswith("ociregistry")
-    return level == LogLevel.info and namespace.startswith(_CHATTER)
+@implementer(ILogFilterPredicate)
+def _passes_always(event: LogEvent) -> object:
+    return PredicateResult.yes if event.get("log_always") else PredicateResult.maybe

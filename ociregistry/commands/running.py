@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.logger import FilteringLogObserver, globalLogBeginner, textFileLogObserver
+from twisted.logger import globalLogBeginner, textFileLogObserver
 from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
-from ociregistry.log import AtLeast
+from ociregistry.log import LevelFilter
 from ociregistry.process import count_steadily, take_all_file_descriptors
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     reactor: Any = installed
     count_steadily(reactor)
     # Not sys.stderr: twistd redirects that to its log.
-    observer = FilteringLogObserver(textFileLogObserver(cast(TextIO, sys.__stderr__)), [AtLeast(log_level)])
+    observer = LevelFilter(log_level).before(textFileLogObserver(cast(TextIO, sys.__stderr__)))
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     take_all_file_descriptors()
     heeded = heeded_signals()

@@ -13,8 +13,7 @@ import pytest
 import pytest_twisted
 from hypothesis import HealthCheck, settings
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
-from zope.interface import implementer
+from twisted.logger import LogEvent, globalLogPublisher
 
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
@@ -24,7 +23,7 @@ from ociregistry.store.store import Store
 from tests.certificates import Authority
 from tests.unit.support.completions import Fetching
 from tests.unit.support.daemons import Daemons
-from tests.unit.support.doubles import REACTOR
+from tests.unit.support.doubles import REACTOR, RecordingObserver
 from tests.unit.support.registries import MemoryRegistries
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
@@ -55,23 +54,12 @@ def clock() -> Clock:
     return Clock()
 
 
-@implementer(ILogObserver)
-class _Events:
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        self.kept: list[LogEvent] = []
-
-    def __call__(self, event: LogEvent) -> None:
-        self.kept.append(event)
-
-
 @pytest.fixture
 def events() -> Iterator[list[LogEvent]]:
     """What is logged during the test."""
-    observer = _Events()
+    observer = RecordingObserver()
     globalLogPublisher.addObserver(observer)
-    yield observer.kept
+    yield observer.events
     globalLogPublisher.removeObserver(observer)
 
 

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from twisted.application import service
 from twisted.internet.defer import gatherResults
-from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, PredicateResult
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel
 from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry.daemon import Daemon
-from ociregistry.log import AtLeast
+from ociregistry.log import LevelFilter
 from ociregistry.settings import LOG_LEVELS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.certificates import Authority
 from tests.images import make_image
 from tests.unit.support.daemons import Daemons, get, make
-from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.support.doubles import REACTOR, RecordingObserver, on_reactor, texts, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 
@@ -37,10 +37,18 @@ def path(tmp_path: Path) -> Path:
 
 def told(events: list[LogEvent]) -> list[str]:
     """The warnings and errors; they must be seen at every level."""
-    seen = AtLeast("error")
     found = [event for event in events if event["log_level"] in (LogLevel.warn, LogLevel.error)]
-    assert all(seen(event) is PredicateResult.yes for event in found)
+    assert logged("error", found) == found
     return texts(found)
+
+
+def logged(level: str, events: list[LogEvent]) -> list[LogEvent]:
+    """Those of the events that are logged at a level."""
+    observer = RecordingObserver()
+    passes = LevelFilter(level).before(observer)
+    for event in events:
+        passes(event)
+    return observer.events
 
 
 def read_again(events: list[LogEvent]) -> list[str]:
@@ -228,7 +236,7 @@ async def test_warnings_are_told_at_every_level_at_the_start_and_after_a_reload(
     path.write_text(WARNED)
     daemon = daemons.start("--config-path", str(path))
     (event,) = [event for event in events if event["log_level"] is LogLevel.warn]
-    assert all(AtLeast(level)(event) is PredicateResult.yes for level in LOG_LEVELS)
+    assert all(logged(level, [event]) == [event] for level in LOG_LEVELS)
     (warning,) = told(events)
     assert warning.startswith(f"{path}:2: tls.ca: has no effect with insecure_skip_verify")
     path.write_text(f"\n{WARNED}")

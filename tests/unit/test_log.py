@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from twisted.logger import (
-    FilteringLogObserver,
-    LogEvent,
-    Logger,
-    LogLevel,
-    PredicateResult,
-    textFileLogObserver,
-)
+from twisted.logger import LogEvent, Logger, LogLevel, LogPublisher, textFileLogObserver
+from twisted.python.log import LogPublisher as LegacyPublisher
 
-from ociregistry.log import ALWAYS, AtLeast
+from ociregistry.log import ALWAYS, LevelFilter
 from ociregistry.settings import LOG_LEVELS
+from tests.unit.support.doubles import RecordingObserver
 
 ORDER = (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error, LogLevel.critical)
 LEAST = {"trace": 0, "debug": 0, "info": 1, "warn": 2, "error": 3}
 
 
 def passes(level: str, **event: Any) -> bool:
-    """Whether an event passes at a level; the answer is always clear."""
-    result = AtLeast(level)(event)
-    assert result in (PredicateResult.yes, PredicateResult.no)
-    return result is PredicateResult.yes
+    """Whether an event passes at a level."""
+    return passes_now(LevelFilter(level), event)
+
+
+def passes_now(levels: LevelFilter, event: LogEvent) -> bool:
+    """Whether an event passes a filter."""
+    observer = RecordingObserver()
+    levels.before(observer)(event)
+    return observer.events == [event]
 
 
 def test_the_levels_are_those_of_the_settings() -> None:
@@ -47,7 +48,7 @@ def test_the_banner_always_passes(level: str) -> None:
 
 
 def test_the_debugging_of_twisted_is_for_trace_alone() -> None:
-    for namespace in ("twisted.internet", "treq", ""):
+    for namespace in ("twisted.internet", "treq", "log_legacy"):
         event: LogEvent = {"log_level": LogLevel.debug, "log_namespace": namespace}
         assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace"]
 
@@ -63,24 +64,36 @@ def test_the_rest_of_what_twisted_says_has_our_levels() -> None:
     assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace", "debug", "info"]
 
 
-def test_an_event_without_level_or_namespace_is_an_info() -> None:
-    assert [level for level in LOG_LEVELS if passes(level)] == ["trace", "debug", "info"]
+def legacy_passes(level: str, log: Callable[[LegacyPublisher], None]) -> bool:
+    """Whether an event of twisted.python.log passes at a level."""
+    observer = RecordingObserver()
+    log(LegacyPublisher(publishPublisher=LogPublisher(LevelFilter(level).before(observer))))
+    return bool(observer.events)
+
+
+def test_an_event_of_the_legacy_log_is_an_info_and_a_failure_an_error() -> None:
+    assert [level for level in LOG_LEVELS if legacy_passes(level, lambda log: log.msg("text"))] == [
+        "trace",
+        "debug",
+        "info",
+    ]
+    assert all(legacy_passes(level, lambda log: log.msg("failed", isError=1)) for level in LOG_LEVELS)
 
 
 @pytest.mark.parametrize("level", LOG_LEVELS)
 @pytest.mark.parametrize("before", LOG_LEVELS)
 def test_another_level_may_be_used_from_now_on(before: str, level: str) -> None:
-    changed, at_once = AtLeast(before), AtLeast(level)
+    changed, at_once = LevelFilter(before), LevelFilter(level)
     changed.reconfigure(level)
     for event_level in ORDER:
         for namespace in ("ociregistry.web", "twisted.internet", "twisted.web.client"):
             event: LogEvent = {"log_level": event_level, "log_namespace": namespace}
-            assert changed(event) is at_once(event)
+            assert passes_now(changed, event) is passes_now(at_once, event)
 
 
 def test_it_stands_in_front_of_an_observer() -> None:
     out = io.StringIO()
-    observer = FilteringLogObserver(textFileLogObserver(out), [AtLeast("warn")])
+    observer = LevelFilter("warn").before(textFileLogObserver(out))
     log = Logger(namespace="ociregistry", observer=observer)
     log.info("requests")
     log.info("the banner", **ALWAYS)

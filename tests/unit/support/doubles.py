@@ -11,8 +11,9 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
-from twisted.logger import LogEvent, LogLevel, formatEvent
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Upstream
@@ -23,6 +24,17 @@ E = TypeVar("E", bound=BaseException)
 
 REACTOR: Any = reactor
 """The real one; its type is not known to mypy."""
+
+
+@implementer(ILogObserver)
+class RecordingObserver:
+    """Records the events that are logged."""
+
+    def __init__(self) -> None:
+        self.events: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        self.events.append(event)
 
 
 def fired(deferred: Deferred[T]) -> T:
