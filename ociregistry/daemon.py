@@ -231,7 +231,7 @@ class Daemon(MultiService):
     async def _stop(self) -> None:
         await gatherResults([self._listeners.stopService(), self._control.stopService()])
         try:
-            await self._site.traffic.idle().addTimeout(_DRAIN, self._reactor)
+            await self._site.in_flight.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
         await stop_in_turn([service for service in reversed(list(self)) if service.running])

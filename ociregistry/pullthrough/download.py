@@ -188,7 +188,7 @@ class Download:
             self._open_early(partial)
             self._changed.fire()
             if stream is not None:
-                await self._connections.pour(stream, partial, size, self._changed.fire)
+                await self._connections.receive(stream, partial, size, self._changed.fire)
             await self._verify(partial)
             await self._store.commit(partial)
         except Exception as error:

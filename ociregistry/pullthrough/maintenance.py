@@ -171,9 +171,9 @@ class Maintenance(Service):
             max_size=settings.max_size,
             keeps=settings.keep.match,
             busy=self._busy(),
-            rests_before=now - _BEING_PULLED,
+            keep_pulled_since=now - _BEING_PULLED,
             # After the clock was set back, images with later dates may be being pulled right now.
-            believed_until=now + _STEADY if steady else _FOR_EVER,
+            ignore_pulled_after=now + _STEADY if steady else _FOR_EVER,
             max_share=settings.max_share,
         )
         plan = await self._store.prune(policy)

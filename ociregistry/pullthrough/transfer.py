@@ -84,11 +84,11 @@ class Retries:
         return wait
 
 
-_LARGEST_UNTOLD = 10 * 1024**3
+_LARGEST_UNKNOWN = 10 * 1024**3
 """Bytes, at most, of a blob whose size neither a manifest nor the upstream tells; it might never end."""
-_ALONE = 30.0
+_ABANDONED_AFTER = 30.0
 """Seconds for which a download whose size no manifest tells continues without a waiting request."""
-_HEADERS_WITHIN = 10.0
+_HEADERS_TIMEOUT = 10.0
 """Seconds to wait for the headers of a retry; the upstream has usually begun to send the blob before."""
 
 
@@ -131,7 +131,7 @@ class Connections:
         self._wanted = Event()
         self._waiting = 0
         self._left_at = clock.seconds()
-        self._ends_alone = expected is None
+        self._may_be_abandoned = expected is None
         self.abandoned = False
         """Whether the download ends, or has ended, because no request waited for it."""
 
@@ -177,17 +177,17 @@ class Connections:
             BlobUnknown: the upstream does not have it.
             Unavailable: the upstream cannot be asked; `Abandoned` when no request waits any more.
         """
-        await self._turn()
+        await self._wait_for_turn()
         return await self._open(start, self.priority)
 
-    async def _open(self, start: int, priority: Priority, within: float = DEFAULT_OPTIONS.within) -> BlobStream:
+    async def _open(self, start: int, priority: Priority, timeout: float = DEFAULT_OPTIONS.timeout) -> BlobStream:
         self.count += 1
         context = replace(self._context, priority=priority)
         return await self._registry().blob(
-            self._repository, self._digest, context, start=start, size=self._expected, within=within
+            self._repository, self._digest, context, start=start, size=self._expected, timeout=timeout
         )
 
-    async def _turn(self) -> None:
+    async def _wait_for_turn(self) -> None:
         """Wait while downloads with a higher priority receive bytes."""
         while self._scheduler.pauses(self.priority):
             await self._scheduler.change()
@@ -201,11 +201,11 @@ class Connections:
         Raises:
             Abandoned: it had none.
         """
-        if self._ends_alone and not self.awaited and self._clock.seconds() - self._left_at >= _ALONE:
+        if self._may_be_abandoned and not self.awaited and self._clock.seconds() - self._left_at >= _ABANDONED_AFTER:
             self.abandoned = True
             raise Abandoned(f"{self}: download abandoned, no client is waiting and no manifest gives its size")
 
-    async def pour(
+    async def receive(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> None:
         """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
@@ -221,7 +221,7 @@ class Connections:
         """
         while True:
             try:
-                ended_at = await self._pour_one(stream, partial, size, changed)
+                ended_at = await self._receive_once(stream, partial, size, changed)
                 if size is None or partial.length == size:
                     return
                 if ended_at == stream.start and stream.size is not None:
@@ -242,7 +242,7 @@ class Connections:
             )
             stream = await self.reopen(partial.length, size, why)
 
-    async def _pour_one(
+    async def _receive_once(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
         at = stream.start
@@ -257,7 +257,7 @@ class Connections:
     async def _read_all(
         self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
-        most = _LARGEST_UNTOLD if size is None else size
+        most = _LARGEST_UNKNOWN if size is None else size
         while data := await stream.body.read():
             # An upstream without range support sends the blob from its start: skip the bytes that are stored already.
             known, at = partial.length - at, at + len(data)
@@ -271,8 +271,8 @@ class Connections:
             changed()
             self._check_awaited()
             if self._scheduler.pauses(self.priority):
-                stream.body.hold()
-                await self._turn()
+                stream.body.pause()
+                await self._wait_for_turn()
         return at
 
     async def reopen(self, start: int, size: int | None, why: Unavailable) -> BlobStream:
@@ -288,10 +288,10 @@ class Connections:
         while not self._retries.exhausted(self._clock.seconds(), self.priority):
             await self._pause(self._retries.wait(self._clock.seconds(), self.priority))
             self._check_awaited()
-            await self._turn()
+            await self._wait_for_turn()
             try:
                 urgent = Priority.URGENT if self.priority is Priority.CLIENT else self.priority
-                stream = await self._open(start, urgent, _HEADERS_WITHIN)
+                stream = await self._open(start, urgent, _HEADERS_TIMEOUT)
             except BlobMismatch:
                 raise
             except Unavailable as error:

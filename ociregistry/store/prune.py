@@ -367,9 +367,9 @@ class EvictionPolicy:
     """Whether an image URL must stay."""
     busy: Set[Digest]
     """Manifests that are being pulled."""
-    rests_before: datetime
+    keep_pulled_since: datetime
     """Images that were pulled at this time or later may still be in the middle of a pull, and stay."""
-    believed_until: datetime
+    ignore_pulled_after: datetime
     """Pulls with a later time than this are ignored: the clock was wrong when they were noted."""
     max_share: int
 
@@ -400,7 +400,7 @@ class EvictionPolicy:
         if len(unused) > max(_A_FEW, images * self.max_share // 100):
             return Withheld(len(unused), images, "which is more than max_share")
         pulls = (kept.pulled for kept in inventory.records.values())
-        if not any(self.pulled_before <= pulled <= self.believed_until for pulled in pulls):
+        if not any(self.pulled_before <= pulled <= self.ignore_pulled_after for pulled in pulls):
             return Withheld(len(unused), images, "and none at all was pulled since")
         return None
 
@@ -413,7 +413,7 @@ class EvictionPolicy:
             whole = {digest} | inventory.below(digest)
             if whole & kept or whole & self.busy:
                 continue
-            if self.rests_before <= inventory.pulled(digest) <= self.believed_until:
+            if self.keep_pulled_since <= inventory.pulled(digest) <= self.ignore_pulled_after:
                 continue
             yield digest
 

@@ -32,9 +32,9 @@ _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # begins with two words, begins a challenge.
 # An unterminated quote extends to the end of the header, so that no part of it is matched twice.
 _PART = re.compile(r'(?:[^",]|"(?:[^"\\]|\\.?)*(?:"|\Z))+', re.DOTALL)
-_MOST = 8
+_MOST_HEADERS = 8
 """Headers of a response that are read."""
-_LONGEST = 4096
+_LONGEST_HEADER = 4096
 """Characters of a header that are read."""
 _BEGINNING = re.compile(rf"\s*(?P<scheme>{_TOKEN})(?:\s+(?!\s|=)(?P<rest>.*)|\s*)", re.DOTALL)
 _PARAMETER = re.compile(rf'\s*(?P<name>{_TOKEN})\s*=\s*(?:"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<plain>[^\s",]+))\s*')
@@ -79,43 +79,45 @@ def best_challenge(headers: Iterable[str]) -> Challenge | None:
 
 def lacks_scope(headers: Iterable[str]) -> bool:
     """Return whether a token was refused because its scope is insufficient (RFC 6750, section 3.1)."""
-    return ("bearer", "insufficient_scope") in ((scheme, told.get("error")) for scheme, told in _parsed(headers))
+    return ("bearer", "insufficient_scope") in (
+        (scheme, parameters.get("error")) for scheme, parameters in _parsed(headers)
+    )
 
 
 def _challenges(headers: Iterable[str]) -> Iterator[Challenge]:
-    for scheme, told in _parsed(headers):
+    for scheme, parameters in _parsed(headers):
         if scheme == "basic":
             yield BasicChallenge()
-        elif scheme == "bearer" and told.get("realm"):
-            yield BearerChallenge(told["realm"], told.get("service", ""), told.get("scope", ""))
+        elif scheme == "bearer" and parameters.get("realm"):
+            yield BearerChallenge(parameters["realm"], parameters.get("service", ""), parameters.get("scope", ""))
 
 
 def _parsed(headers: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
     """Return the scheme of each challenge, and its parameters by name; schemes and names are in lower case."""
     challenges: list[tuple[str, dict[str, str]]] = []
-    for header in islice(headers, _MOST):
-        told: dict[str, str] = {}
-        for part in _PART.findall(header[:_LONGEST]):
+    for header in islice(headers, _MOST_HEADERS):
+        parameters: dict[str, str] = {}
+        for part in _PART.findall(header[:_LONGEST_HEADER]):
             beginning = _BEGINNING.fullmatch(part)
             if beginning is not None:
-                told = {}
-                challenges.append((beginning["scheme"].lower(), told))
+                parameters = {}
+                challenges.append((beginning["scheme"].lower(), parameters))
             parameter = _PARAMETER.fullmatch((beginning["rest"] or "") if beginning else part)
             if parameter is not None:
                 quoted = parameter["quoted"]
                 value = parameter["plain"] if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
-                told[parameter["name"].lower()] = value
+                parameters[parameter["name"].lower()] = value
     return challenges
 
 
 LARGEST_TOKEN = 1024 * 1024
 """Bytes of a token service's response."""
 
-_DEFAULT_LIFE = 60.0
+_DEFAULT_LIFETIME = 60.0
 """Seconds for which a token is valid where the token service does not tell."""
-_USED_LIFE = 0.9
+_USED_FRACTION = 0.9
 """The fraction of its life for which a token is used."""
-_MOST_KEPT = 1000
+_MOST_TOKENS = 1000
 _CLIENT = "ociregistry"
 
 
@@ -169,7 +171,7 @@ class Tokens:
         self._trusted = trusted
         self._clock = clock
         self._cache: TLRUCache[tuple[BearerChallenge, bool], _Token, float] = TLRUCache(
-            _MOST_KEPT, ttu=lambda key, token, now: token.expires, timer=clock.seconds
+            _MOST_TOKENS, ttu=lambda key, token, now: token.expires, timer=clock.seconds
         )
         self._single_flight: SingleFlight[tuple[BearerChallenge, bool], str] = SingleFlight()
 
@@ -213,12 +215,12 @@ class Tokens:
         try:
             document = json.loads(body)
             value = document.get("token") or document["access_token"]
-            life = float(document.get("expires_in") or _DEFAULT_LIFE)
+            lifetime = float(document.get("expires_in") or _DEFAULT_LIFETIME)
             if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
                 raise ValueError("the token is not a string of printable characters")
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
-        self._cache[challenge, anonymous] = _Token(value, received + life * _USED_LIFE)
+        self._cache[challenge, anonymous] = _Token(value, received + lifetime * _USED_FRACTION)
         return value
 
     async def _request(self, challenge: BearerChallenge, anonymous: bool) -> TokenRequest:
@@ -256,10 +258,10 @@ Scope = tuple[Origin, Repository]
 
 @dataclass(frozen=True, slots=True)
 class Authorization:
-    """An `Authorization` header; `old` where it was cached before this request, and may be out of date."""
+    """An `Authorization` header; `cached` where it was cached before this request, and may be out of date."""
 
     header: str = field(repr=False)
-    old: bool
+    cached: bool
 
 
 class Authenticator:
@@ -273,7 +275,7 @@ class Authenticator:
         self._credentials = credentials
         self._tokens = tokens
         self._challenges: LRUCache[Scope, BearerChallenge] = LRUCache(_MOST_CHALLENGES)
-        self._wants_basic: Origin | None = None
+        self._basic_origin: Origin | None = None
 
     async def authorization(
         self, scope: Scope, own: Origin, options: RequestOptions = DEFAULT_OPTIONS
@@ -286,22 +288,22 @@ class Authenticator:
         challenge = self._challenges.get(scope)
         anonymous = scope[0] != own
         if challenge is not None:
-            old = self._tokens.holds(challenge, anonymous=anonymous)
+            cached = self._tokens.holds(challenge, anonymous=anonymous)
             try:
                 return Authorization(
-                    f"Bearer {await self._tokens.token(challenge, options, anonymous=anonymous)}", old
+                    f"Bearer {await self._tokens.token(challenge, options, anonymous=anonymous)}", cached
                 )
             except Unavailable:
                 # The token service may have moved: the next request carries no token, and its challenge tells where.
                 self._challenges.pop(scope, None)
                 raise
-        if anonymous or self._wants_basic != own:
+        if anonymous or self._basic_origin != own:
             return None
-        old = self._credentials.from_helper
+        cached = self._credentials.from_helper
         credentials = await self._credentials.get()
-        return Authorization(basic(credentials), old) if isinstance(credentials, Password) else None
+        return Authorization(basic(credentials), cached) if isinstance(credentials, Password) else None
 
-    def refused(
+    def handle_unauthorized(
         self,
         scope: Scope,
         own: Origin,
@@ -327,13 +329,13 @@ class Authenticator:
         if len(authorizations) > _MOST_REFUSALS or (authorization is None and len(authorizations) > 1):
             return False
         bearer = isinstance(challenge, BearerChallenge)
-        if authorization is not None and not authorization.old and bearer == (known is not None):
+        if authorization is not None and not authorization.cached and bearer == (known is not None):
             if known is None or not isinstance(challenge, BearerChallenge):
                 return False
             challenge = known.widened(challenge)
             if not lacks_scope(challenges) or challenge.scope == known.scope:
                 return False
-        return self._take(challenge, scope, own)
+        return self._remember(challenge, scope, own)
 
     def _forget(self, known: BearerChallenge | None, authorization: Authorization, scope: Scope, own: Origin) -> None:
         if known is not None:
@@ -341,12 +343,12 @@ class Authenticator:
         else:
             self._credentials.forget()
 
-    def _take(self, challenge: Challenge | None, scope: Scope, own: Origin) -> bool:
+    def _remember(self, challenge: Challenge | None, scope: Scope, own: Origin) -> bool:
         if challenge is None:
             return False
         if isinstance(challenge, BasicChallenge):
             self._challenges.pop(scope, None)
-            self._wants_basic = own if scope[0] == own else self._wants_basic
-            return scope[0] == own and self._credentials.any
+            self._basic_origin = own if scope[0] == own else self._basic_origin
+            return scope[0] == own and self._credentials.configured
         self._challenges[scope] = challenge
         return True

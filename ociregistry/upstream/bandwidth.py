@@ -9,17 +9,17 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.config.file import Window
 
-_OF_A_PACKET = 1448 / 1500
+_PAYLOAD_FRACTION = 1448 / 1500
 """The payload's fraction of a packet; the rest is headers, to which the limit applies as well."""
-_BURST = 0.1
+_BURST_SECONDS = 0.1
 """Seconds of the rate that the bucket holds at most."""
-_BUFFERED = 0.3
+_BUFFER_SECONDS = 0.3
 """Seconds of the rate that all receive buffers together hold: a round trip to the other side of the world."""
 SMALLEST_BUFFER = 16 * 1024
 """Bytes of a connection's receive buffer, at least."""
 _LARGEST_BUFFER = 1024 * 1024
 """Bytes of a connection's receive buffer, at most."""
-_SMALL = 64 * 1024
+_LARGEST_SMALL = 64 * 1024
 """Bytes up to which a body is small: it is not delayed."""
 
 
@@ -48,8 +48,8 @@ class Bandwidth:
         self.reconfigure(limit, windows)
         self._clock = clock
         self._now = now
-        self._left = 0.0
-        self._counted = clock.seconds()
+        self._tokens = 0.0
+        self._refilled_at = clock.seconds()
         self._shares: set[Share] = set()
 
     def reconfigure(self, limit: float | None, windows: tuple[Window, ...]) -> None:
@@ -71,7 +71,7 @@ class Bandwidth:
         rate = self.rate
         if rate is None:
             return None
-        each = rate * _BUFFERED / max(1, len(self._shares))
+        each = rate * _BUFFER_SECONDS / max(1, len(self._shares))
         return int(min(max(each, SMALLEST_BUFFER), _LARGEST_BUFFER))
 
     def join(self, share: Share) -> None:
@@ -90,21 +90,21 @@ class Bandwidth:
             for share in self._shares:
                 share.resize(buffer)
 
-    def draw(self, count: int) -> float:
+    def consume(self, count: int) -> float:
         """Take `count` received bytes from the bucket; return the seconds for which no more should be read."""
         now = self._clock.seconds()
-        elapsed, self._counted = now - self._counted, now
+        elapsed, self._refilled_at = now - self._refilled_at, now
         if self.rate is None:
-            self._left = 0.0
+            self._tokens = 0.0
             return 0.0
-        rate = self.rate * _OF_A_PACKET
-        self._left = min(self._left + elapsed * rate, rate * _BURST) - count
-        return max(0.0, -self._left / rate)
+        rate = self.rate * _PAYLOAD_FRACTION
+        self._tokens = min(self._tokens + elapsed * rate, rate * _BURST_SECONDS) - count
+        return max(0.0, -self._tokens / rate)
 
     @staticmethod
     def is_small(length: int | None) -> bool:
         """Return whether a body of `length` bytes is small, so that it is not delayed; None is an unknown length."""
-        return length is not None and length <= _SMALL
+        return length is not None and length <= _LARGEST_SMALL
 
 
 class Share:
@@ -120,7 +120,7 @@ class Share:
         self._resize: Callable[[int], object] = lambda buffer: None
         self._buffer = 0
         self._read = 0
-        self._paid = 0
+        self._charged = 0
 
     def begin(self, resize: Callable[[int], object]) -> None:
         """Join the bandwidth when the body has its connection; `resize` sets its receive buffer in bytes."""
@@ -132,18 +132,18 @@ class Share:
         self._buffer = buffer
         self._resize(buffer)
 
-    def draw(self, count: int) -> float:
+    def consume(self, count: int) -> float:
         """Count `count` bytes as read, and take what was received meanwhile from the bucket.
 
         Returns:
             The seconds for which no more should be read.
         """
         self._read += count
-        advance = self._read + self._buffer
-        advance = advance if self._length is None else min(advance, self._length)
-        due = max(0, advance - self._paid)
-        self._paid += due
-        return self._bandwidth.draw(due)
+        received = self._read + self._buffer
+        received = received if self._length is None else min(received, self._length)
+        due = max(0, received - self._charged)
+        self._charged += due
+        return self._bandwidth.consume(due)
 
     def end(self) -> None:
         """Leave the bandwidth when the body has ended."""

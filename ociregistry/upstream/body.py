@@ -33,19 +33,19 @@ class Body(Protocol):
         upstream: str,
         clock: IReactorTime,
         stalled: Callable[[str, float], object],
-        draw: Callable[[int], float] = lambda count: 0.0,
+        consume: Callable[[int], float] = lambda count: 0.0,
     ) -> None:
         """Create the protocol that receives a body from `upstream`, which is its name for messages.
 
         `stalled` is called before the body ends because of a stall, with the reason and the seconds without a byte.
-        `draw` is called with the number of bytes of each piece received; it returns the seconds for which no more
+        `consume` is called with the number of bytes of each piece received; it returns the seconds for which no more
         must be read.
         """
         self._upstream = upstream
         self._clock = clock
-        self._tell_stalled = stalled
-        self._draw = draw
-        self._held = False
+        self._on_stall = stalled
+        self._consume = consume
+        self._paused_by_reader = False
         self._throttle: IDelayedCall | None = None
         self._received: list[bytes] = []
         self._buffered = 0
@@ -68,30 +68,30 @@ class Body(Protocol):
             data = b"".join(self._received)
             self._received.clear()
             self._buffered = 0
-            self._let_go()
+            self._resume()
             return succeed(data)
         if self._ended is not None:
-            if self._whole(self._ended):
+            if self._is_complete(self._ended):
                 return succeed(b"")
             return fail(Unavailable(f"{self._upstream}: {explain(self._ended.value)}"))
         waiting: Deferred[bytes] = Deferred(lambda _: setattr(self, "_waiting", None))
         self._waiting = waiting
-        self._let_go()
+        self._resume()
         return waiting
 
-    def hold(self) -> None:
+    def pause(self) -> None:
         """Pause the upstream until the next call of `read`, so that other downloads go first."""
-        self._held = True
+        self._paused_by_reader = True
         self._regulate()
 
-    def _let_go(self) -> None:
-        self._held = False
+    def _resume(self) -> None:
+        self._paused_by_reader = False
         self._regulate()
 
     def _regulate(self) -> None:
         """Pause the upstream while the body is held, throttled, or has 1 MiB or more unread; resume it otherwise."""
         throttled = self._throttle is not None and self._throttle.active()
-        pause = self._held or throttled or self._buffered >= _MOST_BUFFERED
+        pause = self._paused_by_reader or throttled or self._buffered >= _MOST_BUFFERED
         if pause == self._paused or self._ended is not None:
             return
         self._paused = pause
@@ -125,7 +125,7 @@ class Body(Protocol):
     def dataReceived(self, data: bytes) -> None:
         self._received.append(data)
         self._buffered += len(data)
-        wait = self._draw(len(data))
+        wait = self._consume(len(data))
         if wait > 0:
             self._end_throttle()
             self._throttle = self._clock.callLater(wait, self._regulate)
@@ -166,12 +166,12 @@ class Body(Protocol):
     def _stalled(self) -> None:
         producer = self.transport
         why = f"no byte came for {self.STALL:.0f} s"
-        self._tell_stalled(why, self.STALL)
+        self._on_stall(why, self.STALL)
         self._end(Failure(TimeoutError(why)))
         _abort(producer)
 
     @staticmethod
-    def _whole(reason: Failure) -> bool:
+    def _is_complete(reason: Failure) -> bool:
         # PotentialDataLoss: without a length or chunks, the end of the connection is the end of the body, and only
         # the digest tells whether the content is complete.
         return reason.check(ResponseDone, PotentialDataLoss) is not None

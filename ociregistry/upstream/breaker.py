@@ -74,7 +74,7 @@ class CircuitBreaker:
         self._probe: Attempt | None = None
         self._why = ""
         self._refused = False
-        self._changed = clock.seconds()
+        self._changed_at = clock.seconds()
 
     def enter(self, upstream: str, priority: Priority = Priority.CLIENT) -> Attempt:
         """Register a request to be sent for `upstream`.
@@ -103,20 +103,20 @@ class CircuitBreaker:
         if self._down_since is not None:
             seconds = self._clock.seconds() - self._down_since
             self._down_since = self._probe = None
-            self._changed = self._clock.seconds()
+            self._changed_at = self._clock.seconds()
             self.log.warn("{host} can be reached again, after {seconds:.0f} s", host=self._name, seconds=seconds)
 
     def failed(self, began: float, why: str, *, refused: bool = False) -> None:
         """Open the breaker, or lengthen its interval: a request sent at the time `began` could not reach the host."""
         now = self._clock.seconds()
-        if began < self._changed:
+        if began < self._changed_at:
             # Sent before the last change of state: all requests in flight at an outage count as one failure.
             return
         if self._down_since is None:
             self._down_since, self._failures = now, 0
             self.log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
         self._failures += 1
-        self._changed = now
+        self._changed_at = now
         self._why, self._refused = why, refused
         self._down_until = now + _BACKOFF.interval(self._failures, self._jitter())
 
@@ -128,7 +128,7 @@ class CircuitBreakers:
         self._clock = clock
         self._breakers: LRUCache[Origin, CircuitBreaker] = LRUCache(_MOST_BREAKERS)
 
-    def to(self, origin: Origin) -> CircuitBreaker:
+    def get(self, origin: Origin) -> CircuitBreaker:
         """Return the circuit breaker of `origin`."""
         breaker = self._breakers.get(origin)
         if breaker is None:

@@ -32,7 +32,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
 _MOST_REFUSALS = 8
 """The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
-_SCHEME_KEPT = 600.0
+_SCHEME_TTL = 600.0
 """Seconds for which a detected scheme is remembered."""
 _ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
 """What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
@@ -42,7 +42,7 @@ Headers = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseUrl:
     """The location of a registry's API.
 
     With None as `scheme`, https is tried first. `ns` is the query parameter that tells a mirror which registry is
@@ -70,25 +70,25 @@ class Client:
     def __init__(
         self,
         name: str,
-        base: Base,
+        base: BaseUrl,
         http: HttpClient,
         credentials: Credentials,
         trusted: Callable[[Origin], bool],
-        plain_allowed: Callable[[], Awaitable[bool]],
+        http_allowed: Callable[[], Awaitable[bool]],
         clock: IReactorTime,
     ) -> None:
         """Create a client.
 
-        `name` is used in messages. `trusted` says whether a token service gets the credentials. `plain_allowed` says
+        `name` is used in messages. `trusted` says whether a token service gets the credentials. `http_allowed` says
         whether http may be tried where the scheme is not configured.
         """
         self._name = name
         self._base = base
-        self._learned: tuple[str, float] | None = None
+        self._detected_scheme: tuple[str, float] | None = None
         self._http = http
-        self._plain_allowed = plain_allowed
+        self._http_allowed = http_allowed
         self._clock = clock
-        self._rests_until = 0.0
+        self._rate_limited_until = 0.0
         self._rate_limit = RateLimit(clock)
         self._authenticator = Authenticator(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
@@ -110,75 +110,81 @@ class Client:
             AccessRefused: the token service refuses access.
             Denied: the registry, a redirect or the token service leads to an address that is not allowed.
         """
-        wait = self._rests_until - self._clock.seconds()
+        wait = self._rate_limited_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: rate limited (429), retry in {wait:.0f} s", ceil(wait))
-        hold = self._rate_limit.hold() if options.priority is Priority.METADATA else 0.0
-        if hold > 0:
-            why = f"rate limit nearly used up, lowest-priority requests paused for {hold:.0f} s"
-            raise Unavailable(f"{self._name}: {why}", ceil(hold))
+        delay = self._rate_limit.delay() if options.priority is Priority.METADATA else 0.0
+        if delay > 0:
+            why = f"rate limit nearly used up, lowest-priority requests paused for {delay:.0f} s"
+            raise Unavailable(f"{self._name}: {why}", ceil(delay))
         refused: dict[Scope, list[Authorization | None]] = {}
         while True:
-            asked = await self._send(method, repository, path, headers or {}, options)
-            response = asked.response
-            if Origin.of(response.url) == asked.own:
-                self._rate_limit.note(response)
+            exchange = await self._send(method, repository, path, headers or {}, options)
+            response = exchange.response
+            if Origin.of(response.url) == exchange.origin:
+                self._rate_limit.update(response)
             if response.status == 429:
-                self._rest(response, options)
+                self._note_rate_limit(response, options)
             if response.status != 401:
                 return response
             scope = Origin.of(response.url), repository
-            refused.setdefault(scope, []).append(asked.authorization)
+            refused.setdefault(scope, []).append(exchange.authorization)
             if sum(map(len, refused.values())) > _MOST_REFUSALS:
                 return response
             challenges = response.headers("www-authenticate")
             default = _pull_scope(response, repository)
-            if not self._authenticator.refused(scope, asked.own, refused[scope], challenges, default):
+            if not self._authenticator.handle_unauthorized(
+                scope, exchange.origin, refused[scope], challenges, default
+            ):
                 return response
             await response.discard()
 
-    def _rest(self, response: Response, options: RequestOptions) -> None:
+    def _note_rate_limit(self, response: Response, options: RequestOptions) -> None:
         # Callers of the lowest priority wait by themselves; a 429 to one of them must not block other requests.
         if options.priority is Priority.METADATA:
             return
-        self._rests_until = max(self._rests_until, self._clock.seconds() + response.retry_after)
+        self._rate_limited_until = max(self._rate_limited_until, self._clock.seconds() + response.retry_after)
 
     async def _send(
         self, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
-    ) -> _Asked:
+    ) -> _Exchange:
         scheme = self._known_scheme()
         if scheme is not None:
-            return await self._follow(method, self._base.url(scheme, repository, path), headers, repository, options)
+            return await self._exchange(scheme, method, repository, path, headers, options)
         try:
-            asked = await self._follow(
-                method, self._base.url("https", repository, path), headers, repository, options
-            )
+            exchange = await self._exchange("https", method, repository, path, headers, options)
             scheme = "https"
         except (NoTls, LinkDown) as error:
-            if (isinstance(error, LinkDown) and not error.refused) or not await self._plain_allowed():
+            if (isinstance(error, LinkDown) and not error.refused) or not await self._http_allowed():
                 raise
-            asked = await self._follow(method, self._base.url("http", repository, path), headers, repository, options)
+            exchange = await self._exchange("http", method, repository, path, headers, options)
             scheme = "http"
-        self._learned = (scheme, self._clock.seconds() + _SCHEME_KEPT)
-        return asked
+        self._detected_scheme = (scheme, self._clock.seconds() + _SCHEME_TTL)
+        return exchange
 
     def _known_scheme(self) -> str | None:
-        if self._base.scheme is None and self._learned is not None and self._clock.seconds() < self._learned[1]:
-            return self._learned[0]
-        return self._base.scheme
+        detected, until = self._detected_scheme or (None, 0.0)
+        return detected if self._base.scheme is None and self._clock.seconds() < until else self._base.scheme
 
-    async def _follow(
-        self, method: str, url: str, headers: Headers, repository: Repository, options: RequestOptions
-    ) -> _Asked:
+    async def _exchange(
+        self,
+        scheme: str,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Headers,
+        options: RequestOptions,
+    ) -> _Exchange:
+        url = self._base.url(scheme, repository, path)
         own = Origin.of(url)
 
         async def authorization(origin: Origin) -> Authorization | None:
             return await self._authenticator.authorization((origin, repository), own, options)
 
-        response, last = await self._hop(method, url, headers, authorization, options)
-        return _Asked(response, last, own)
+        response, last = await self._follow_redirects(method, url, headers, authorization, options)
+        return _Exchange(response, last, own)
 
-    async def _hop(
+    async def _follow_redirects(
         self,
         method: str,
         url: str,
@@ -212,7 +218,7 @@ class Client:
         # Send the Authorization to the token service only, not to hosts that it redirects to.
         realm = Origin.of(request.url)
         header = request.headers.get("Authorization")
-        own = Authorization(header, old=False) if header else None
+        own = Authorization(header, cached=False) if header else None
 
         async def authorization(origin: Origin) -> Authorization | None:
             return own if origin == realm else None
@@ -221,25 +227,25 @@ class Client:
             if request.form is not None:
                 response = await self._http.send("POST", request.url, _FORM, request.form, options)
             else:
-                response, _ = await self._hop("GET", request.url, {}, authorization, options)
+                response, _ = await self._follow_redirects("GET", request.url, {}, authorization, options)
         except (NoTls, LinkDown) as error:
             raise Unavailable(error.message, error.retry_after) from None
         if response.status == 200:
             return await response.collect(LARGEST_TOKEN)
         if response.status == 429:
-            self._rest(response, options)
+            self._note_rate_limit(response, options)
         await response.discard()
         kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
         raise kind(f"{self._name}: its token service answered {response.status}", response.retry_after)
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Exchange:
     """A response, the Authorization of the request that it answers, and the origin that was asked first."""
 
     response: Response
     authorization: Authorization | None
-    own: Origin
+    origin: Origin
 
 
 def _pull_scope(response: Response, repository: Repository) -> str:

@@ -60,7 +60,7 @@ _LAST_32_BITS = tuple(
 )
 _BEHIND_48_BITS = ipaddress.IPv6Network("64:ff9b:1::/48")
 _THIS_NETWORK = ipaddress.ip_network("0.0.0.0/8")
-_KINDS: tuple[tuple[str, Callable[[_Address], bool]], ...] = (
+_FORBIDDEN_KINDS: tuple[tuple[str, Callable[[_Address], bool]], ...] = (
     ("cloud metadata", _CLOUD_METADATA.__contains__),
     ("loopback", lambda address: address.is_loopback),
     ("link-local", lambda address: address.is_link_local),
@@ -71,8 +71,8 @@ _KINDS: tuple[tuple[str, Callable[[_Address], bool]], ...] = (
 
 def forbidden(host: str) -> str | None:
     """Return the kind of the IP address `host` if only hosts that the operator named may have it, else None."""
-    for address in _meanings(ipaddress.ip_address(host.partition("%")[0])):
-        for kind, holds in _KINDS:
+    for address in _with_embedded_ipv4(ipaddress.ip_address(host.partition("%")[0])):
+        for kind, holds in _FORBIDDEN_KINDS:
             if holds(address):
                 return kind
     return None
@@ -83,7 +83,7 @@ def is_private(host: str) -> bool:
     return ipaddress.ip_address(host.partition("%")[0]).is_private
 
 
-def _meanings(address: _Address) -> Iterator[_Address]:
+def _with_embedded_ipv4(address: _Address) -> Iterator[_Address]:
     """Yield the address, and each IPv4 address that it may embed."""
     yield address
     if isinstance(address, ipaddress.IPv6Address):
@@ -130,7 +130,7 @@ class Resolver:
         Raises:
             DNSLookupError: it cannot be resolved; the Deferred fails with it.
         """
-        return self._single_flight.join(host, lambda: self._look_up(host)).addCallback(_found)
+        return self._single_flight.join(host, lambda: self._look_up(host)).addCallback(_result_or_error)
 
     async def _look_up(self, host: str) -> tuple[str, ...] | DNSLookupError:
         # An error is returned as a value: raised when all callers have cancelled, it would be logged as unhandled.
@@ -144,16 +144,16 @@ class Resolver:
         return addresses or DNSLookupError("it has no address")
 
 
-def _found(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...]:
+def _result_or_error(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...]:
     if isinstance(result, DNSLookupError):
         raise result
     return result
 
 
-_WITHIN = 10.0
+_TIMEOUT = 10.0
 """Seconds for a name to be resolved, and again for a connection to be made."""
 
-Named = Callable[[str, int], bool]
+IsConfigured = Callable[[str, int], bool]
 """Returns whether the operator named a host (an IPv6 address without brackets) and port."""
 
 
@@ -165,22 +165,22 @@ class Dialer:
         self,
         upstream: str,
         resolver: Resolver,
-        named: Named,
+        is_configured: IsConfigured,
         policy: IPolicyForHTTPS,
         bandwidth: Bandwidth,
         reactor: Any,
     ) -> None:
-        """Hosts for which `named` returns True may have any address."""
+        """Hosts for which `is_configured` returns True may have any address."""
         self._upstream = upstream
         self._resolver = resolver
-        self._named = named
+        self._is_configured = is_configured
         self._policy = policy
         self._bandwidth = bandwidth
         self._reactor = reactor
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Return the endpoint for a request for `uri`."""
-        endpoint = _Checked(uri.host.decode("ascii"), uri.port, self)
+        endpoint = _CheckedEndpoint(uri.host.decode("ascii"), uri.port, self)
         if uri.scheme == b"https":
             return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
         return endpoint
@@ -194,13 +194,13 @@ class Dialer:
             ConnectError: no connection was made.
         """
         try:
-            addresses = await self._resolver.addresses(host).addTimeout(_WITHIN, self._reactor)
+            addresses = await self._resolver.addresses(host).addTimeout(_TIMEOUT, self._reactor)
         except defer.TimeoutError:
-            raise DNSLookupError(f"no answer within {_WITHIN:g} s") from None
-        if not self._named(host, port):
+            raise DNSLookupError(f"no answer within {_TIMEOUT:g} s") from None
+        if not self._is_configured(host, port):
             self._check(host, addresses)
-        resolved = _Resolved(addresses, self._reactor)
-        connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_WITHIN).connect(factory)
+        resolved = _FixedResolver(addresses, self._reactor)
+        connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_TIMEOUT).connect(factory)
         if self._bandwidth.rate is not None:
             # Bytes that the kernel received have used the link before the limit applies to them, so its buffer
             # starts small; `Bandwidth` sets it anew for each large body.
@@ -219,7 +219,7 @@ class Dialer:
 
 
 @implementer(IStreamClientEndpoint)
-class _Checked:
+class _CheckedEndpoint:
     def __init__(self, host: str, port: int, dialer: Dialer) -> None:
         self._host = host
         self._port = port
@@ -231,7 +231,7 @@ class _Checked:
 
 
 @implementer(IReactorPluggableNameResolver, IHostnameResolver)
-class _Resolved:
+class _FixedResolver:
     """The reactor with a resolver that only knows the checked addresses, so that no others are connected to."""
 
     def __init__(self, addresses: tuple[str, ...], reactor: Any) -> None:
@@ -255,7 +255,7 @@ class _Resolved:
         transportSemantics: str = "TCP",
     ) -> IHostResolution:
         """Report the addresses at once."""
-        resolution = _Resolution(hostName)
+        resolution = _HostResolution(hostName)
         resolutionReceiver.resolutionBegan(resolution)
         for address in self._addresses:
             kind = IPv6Address if ":" in address else IPv4Address
@@ -265,7 +265,7 @@ class _Resolved:
 
 
 @implementer(IHostResolution)
-class _Resolution:
+class _HostResolution:
     def __init__(self, name: str) -> None:
         self.name = name
 

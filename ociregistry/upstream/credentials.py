@@ -26,13 +26,13 @@ from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import DOCKER_HUB, Upstream
 
-_WITHIN = 30.0
+_TIMEOUT = 30.0
 """Seconds for a helper to end."""
 _MOST_BYTES = 64 * 1024
 """Bytes of a helper's output; a helper that writes more is killed."""
 _DOCKER_HUB_SERVER = "https://index.docker.io/v1/"
 """The name under which Docker's client, and so the helpers, store the credentials of Docker Hub."""
-_IS_TOKEN = "<token>"
+_TOKEN_USERNAME = "<token>"
 """The `Username` that marks the `Secret` as an identity token."""
 
 
@@ -43,16 +43,16 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
         Unavailable: the helper cannot be run, takes too long, or gives no usable credentials.
     """
     server = _DOCKER_HUB_SERVER if upstream.name == DOCKER_HUB else upstream.name
-    protocol = _Asked(server.encode("ascii"))
+    protocol = _HelperProtocol(server.encode("ascii"))
     what = f"{upstream}: {helper.program}"
     if shutil.which(helper.program) is None:
         # Where spawnProcess forks first, only the child would notice a missing program.
         raise Unavailable(f"{what} cannot be run: {os.strerror(errno.ENOENT)}")
     try:
         reactor.spawnProcess(protocol, helper.program, [helper.program, "get"], env=os.environ)
-        output, done = await protocol.ended.addTimeout(_WITHIN, reactor)
+        output, done = await protocol.ended.addTimeout(_TIMEOUT, reactor)
     except defer.TimeoutError:
-        raise Unavailable(f"{what} gave no answer within {_WITHIN:g} s") from None
+        raise Unavailable(f"{what} gave no answer within {_TIMEOUT:g} s") from None
     except OSError as error:
         raise Unavailable(f"{what} cannot be run: {error.strerror}") from None
     if not done:
@@ -67,10 +67,10 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Unavailable(f"{what} returned no usable Username and Secret") from None
-    return IdentityToken(secret) if user == _IS_TOKEN else Password(user, secret)
+    return IdentityToken(secret) if user == _TOKEN_USERNAME else Password(user, secret)
 
 
-class _Asked(ProcessProtocol):
+class _HelperProtocol(ProcessProtocol):
     def __init__(self, server: bytes) -> None:
         self._server = server
         self._output = bytearray()
@@ -105,32 +105,32 @@ class _Asked(ProcessProtocol):
             return
 
 
-_HELPER_KEPT = 300.0
+_HELPER_TTL = 300.0
 """Seconds for which a helper's answer is cached: it may ask a cloud, whose passwords last for hours."""
 
-Ask = Callable[[Helper], Coroutine[Deferred[Any], Any, Password | IdentityToken]]
+AskHelper = Callable[[Helper], Coroutine[Deferred[Any], Any, Password | IdentityToken]]
 """Asks a helper; raises `Unavailable` when it gives no credentials."""
 
 
 class Credentials:
     """The configured credentials of one upstream, or those of its configured helper."""
 
-    def __init__(self, login: Login | None, ask: Ask, clock: IReactorTime) -> None:
+    def __init__(self, login: Login | None, ask: AskHelper, clock: IReactorTime) -> None:
         self._login = login
         self._ask = ask
         self._clock = clock
-        self._kept: tuple[Password | IdentityToken, float] | None = None
+        self._cached: tuple[Password | IdentityToken, float] | None = None
         self._single_flight: SingleFlight[None, Password | IdentityToken] = SingleFlight()
 
     @property
-    def any(self) -> bool:
+    def configured(self) -> bool:
         """Whether credentials or a helper are configured."""
         return self._login is not None
 
     @property
     def from_helper(self) -> bool:
         """Whether `get` returns cached credentials of a helper, which may give new ones after a refusal."""
-        return self._kept is not None and self._clock.seconds() < self._kept[1]
+        return self._cached is not None and self._clock.seconds() < self._cached[1]
 
     async def get(self) -> Password | IdentityToken | None:
         """Return the credentials, or None for anonymous access.
@@ -141,15 +141,15 @@ class Credentials:
         helper = self._login
         if not isinstance(helper, Helper):
             return helper
-        if self._kept is not None and self.from_helper:
-            return self._kept[0]
+        if self._cached is not None and self.from_helper:
+            return self._cached[0]
         told = await self._single_flight.join(None, lambda: self._ask(helper))
-        self._kept = told, self._clock.seconds() + _HELPER_KEPT
+        self._cached = told, self._clock.seconds() + _HELPER_TTL
         return told
 
     def forget(self) -> None:
         """Drop cached credentials after they were refused, so that the helper is asked again."""
-        self._kept = None
+        self._cached = None
 
 
 def basic(password: Password) -> str:

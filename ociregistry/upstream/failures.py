@@ -17,7 +17,7 @@ class CertificateRefused(SSL.Error):
         super().__init__([("certificate", "", self.message)])
 
 
-_SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
+_EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
     (error.ConnectionRefusedError, "the connection was refused"),
     (error.DNSLookupError, "host name cannot be resolved"),
     (UnicodeError, "host name cannot be resolved"),
@@ -33,7 +33,7 @@ _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
-_OF_OUR_CERTIFICATE = (
+_CLIENT_CERTIFICATE_ALERTS = (
     "alert bad certificate",
     "alert certificate expired",
     "alert certificate required",
@@ -57,7 +57,7 @@ def explain(exception: BaseException | None) -> str:
     for cause in causes(exception) if exception else ():
         if isinstance(cause, SSL.Error):
             return f"TLS failed: {_tls_reason(cause)}"
-        for kind, sentence in _SENTENCES:
+        for kind, sentence in _EXPLANATIONS:
             if isinstance(cause, kind):
                 return sentence
     return str(exception) or type(exception).__name__
@@ -66,7 +66,7 @@ def explain(exception: BaseException | None) -> str:
 def _tls_reason(cause: SSL.Error) -> str:
     told = openssl_reason(cause)
     # The other side sends an alert, so these are about the certificate of this client.
-    refused = any(alert in told for alert in _OF_OUR_CERTIFICATE)
+    refused = any(alert in told for alert in _CLIENT_CERTIFICATE_ALERTS)
     return f"{told}: client certificate rejected or required" if refused else told
 
 

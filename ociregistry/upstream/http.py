@@ -34,7 +34,7 @@ from ociregistry.upstream.origin import Origin
 class RequestOptions:
     """How to make a request, and the redirects and token requests that belong to it."""
 
-    within: float = 30.0
+    timeout: float = 30.0
     """Seconds for the headers of each response."""
     priority: Priority = Priority.CLIENT
 
@@ -46,7 +46,7 @@ _USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 """Seconds."""
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
-_LARGEST_LEFTOVER = 64 * 1024
+_LARGEST_DISCARDED = 64 * 1024
 """Bytes of an unwanted body that are read, so that the connection can be used again."""
 
 
@@ -54,7 +54,7 @@ class NoTls(Unavailable):
     """The host refused the connection for an https URL, or does not speak TLS."""
 
 
-class Encoded(Exception):
+class EncodedBody(Exception):
     """The upstream encoded a body although identity encoding was requested."""
 
 
@@ -81,7 +81,7 @@ class IdentityAgent:
         headers.setRawHeaders(b"accept-encoding", [b"identity"])
         headers.setRawHeaders(b"user-agent", [_USER_AGENT])
         requested: Deferred[IResponse] = self._agent.request(method, uri, headers, bodyProducer)
-        return requested.addCallback(_as_it_is)
+        return requested.addCallback(_check_identity)
 
 
 class _Url(EncodedURL):
@@ -95,17 +95,17 @@ class _Url(EncodedURL):
         return self if self.host.isascii() else super().to_uri()
 
 
-class _Dropped(Protocol):
+class _DroppedBody(Protocol):
     def connectionMade(self) -> None:
         assert self.transport is not None
         self.transport.loseConnection()
 
 
-def _as_it_is(response: IResponse) -> IResponse:
+def _check_identity(response: IResponse) -> IResponse:
     for encoding in response.headers.getRawHeaders(b"content-encoding", []):
         if encoding.strip().lower() != b"identity":
-            response.deliverBody(_Dropped())
-            raise Encoded(f"it sent Content-Encoding {encoding[:40]!r}, although identity was requested")
+            response.deliverBody(_DroppedBody())
+            raise EncodedBody(f"it sent Content-Encoding {encoding[:40]!r}, although identity was requested")
     return response
 
 
@@ -167,7 +167,7 @@ class Response:
     async def discard(self) -> None:
         """Discard the body; a body of at most 64 KiB is read, so that its connection can be used again."""
         try:
-            await self.collect(_LARGEST_LEFTOVER)
+            await self.collect(_LARGEST_DISCARDED)
         except Unavailable:
             return
 
@@ -211,7 +211,7 @@ class HttpClient:
             Denied: the host's address is not allowed.
             CancelledError: the caller cancelled the request.
         """
-        breaker = self._breakers.to(Origin.of(url))
+        breaker = self._breakers.get(Origin.of(url))
         attempt = breaker.enter(self._upstream, options.priority)
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
@@ -219,7 +219,7 @@ class HttpClient:
             requested = self._client.request(
                 method, _Url.from_text(url), headers=raw, data=body, unbuffered=True, allow_redirects=False
             )
-            deadline = self._clock.callLater(options.within, requested.cancel)
+            deadline = self._clock.callLater(options.timeout, requested.cancel)
             response = await requested
         except Denied:
             attempt.abandoned()
@@ -241,18 +241,18 @@ class HttpClient:
     def _body(self, response: IResponse, length: int | None, breaker: CircuitBreaker) -> Body:
         stalled = partial(self._stalled, breaker)
         if self._bandwidth.is_small(length):
-            body = Body(self._upstream, self._clock, stalled, self._draw_small)
+            body = Body(self._upstream, self._clock, stalled, self._consume_small)
             response.deliverBody(body)
             return body
         share = Share(self._bandwidth, length)
-        body = Body(self._upstream, self._clock, stalled, share.draw)
+        body = Body(self._upstream, self._clock, stalled, share.consume)
         response.deliverBody(body)
         share.begin(body.set_receive_buffer)
         body.ended.addCallback(lambda _: share.end())
         return body
 
-    def _draw_small(self, count: int) -> float:
-        self._bandwidth.draw(count)
+    def _consume_small(self, count: int) -> float:
+        self._bandwidth.consume(count)
         return 0.0
 
     def _failure(self, url: str, error: Exception, attempt: Attempt) -> Unavailable:

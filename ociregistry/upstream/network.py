@@ -17,7 +17,7 @@ from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.breaker import CircuitBreakers
-from ociregistry.upstream.client import Base, Client
+from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
 from ociregistry.upstream.http import HttpClient
@@ -29,7 +29,7 @@ from ociregistry.upstream.registry import (
     Registry,
     Sources,
 )
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 
 _MOST_REGISTRIES = 500
 
@@ -97,7 +97,7 @@ class Network(Service):
         self._instance = instance
         self._reactor = reactor
         self._resolver = Resolver(reactor)
-        self._contexts = Contexts()
+        self._contexts = ContextCache()
         self._breakers = CircuitBreakers(reactor)
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
@@ -130,23 +130,23 @@ class Network(Service):
                 str(mirror),
                 self._client(
                     self._settings.entry(mirror.host),
-                    Base(mirror.scheme, api_host(mirror.host), mirror.path, upstream.name),
+                    BaseUrl(mirror.scheme, api_host(mirror.host), mirror.path, upstream.name),
                 ),
             )
             for mirror in entry.mirrors
         ]
-        own = self._client(entry, Base(entry.scheme, api_host(upstream)))
+        own = self._client(entry, BaseUrl(entry.scheme, api_host(upstream)))
         limit = ConnectionLimit(self._settings.max_connections)
         return Registry(upstream, Sources(mirrors, own), limit, self._instance)
 
-    def _client(self, entry: RegistrySettings, base: Base) -> Client:
+    def _client(self, entry: RegistrySettings, base: BaseUrl) -> Client:
         reactor = self._reactor
         name = str(entry.upstream)
         own = base.origin(base.scheme or "https")
         pool = HTTPConnectionPool(reactor)
         pool.maxPersistentPerHost = self._settings.max_connections + RESERVED_CONNECTIONS
         policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
-        dialer = Dialer(name, self._resolver, named_by(self._settings), policy, self._bandwidth, reactor)
+        dialer = Dialer(name, self._resolver, configured_hosts(self._settings), policy, self._bandwidth, reactor)
         agent = Agent.usingEndpointFactory(reactor, dialer, pool)
         drop_idle = pool.closeCachedConnections
         http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor)
@@ -156,9 +156,9 @@ class Network(Service):
 
         credentials = Credentials(entry.login, ask, reactor)
         trusted = _trusted_with(entry, base, own)
-        return Client(name, base, http, credentials, trusted, self._plain_allowed(entry), reactor)
+        return Client(name, base, http, credentials, trusted, self._http_allowed(entry), reactor)
 
-    def _plain_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
+    def _http_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
         """Return a function that tells whether plain http may be tried where https does not work.
 
         Credentials and TLS settings rule it out. Otherwise the upstream's name must contain a port, or all its
@@ -181,7 +181,7 @@ def api_host(upstream: Upstream) -> str:
     return _DOCKER_HUB_API if upstream.name == DOCKER_HUB else upstream.name
 
 
-def _trusted_with(entry: RegistrySettings, base: Base, own: Origin) -> Callable[[Origin], bool]:
+def _trusted_with(entry: RegistrySettings, base: BaseUrl, own: Origin) -> Callable[[Origin], bool]:
     """Return a function that tells whether a token service gets the credentials of this entry.
 
     It must be reached by https, unless the registry's scheme is set to http, and its host must be the registry's own,
@@ -191,14 +191,14 @@ def _trusted_with(entry: RegistrySettings, base: Base, own: Origin) -> Callable[
     def trusted(realm: Origin) -> bool:
         if realm.scheme != "https" and base.scheme != "http":
             return False
-        if entry.realm is not None and _is(entry.realm, realm.host, realm.port):
+        if entry.realm is not None and _matches(entry.realm, realm.host, realm.port):
             return True
         return realm.host == own.host or (entry.upstream.name, realm.host) == (DOCKER_HUB, _DOCKER_HUB_REALM)
 
     return trusted
 
 
-def named_by(settings: Settings) -> Callable[[str, int], bool]:
+def configured_hosts(settings: Settings) -> Callable[[str, int], bool]:
     """Return a function that tells whether the settings name a host and port.
 
     They may name it as an upstream, as the default upstream, as a mirror or as a token service.
@@ -216,6 +216,6 @@ def named_by(settings: Settings) -> Callable[[str, int], bool]:
     return named
 
 
-def _is(realm: Upstream, host: str, port: int) -> bool:
+def _matches(realm: Upstream, host: str, port: int) -> bool:
     """Return whether the configured `realm` is this host; a realm without a port matches every port."""
     return realm.host.strip("[]") == host and realm.port in (None, port)

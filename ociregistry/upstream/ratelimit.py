@@ -10,7 +10,7 @@ _LOW_COUNT = 25
 """Remaining requests at which an unknown limit is low; a known one is low at a quarter of it."""
 _SHORTEST, _LONGEST = 60.0, 3600.0
 """Bounds of the wait in seconds."""
-_UNTOLD = 900.0
+_DEFAULT_PERIOD = 900.0
 """Seconds to wait where the headers tell neither the window nor the reset."""
 _MOST_DIGITS = 12
 
@@ -29,7 +29,7 @@ class RateLimit:
         self._period: float | None = None
         """Seconds for which requests wait while the limit is low; None while it is not."""
 
-    def note(self, response: Response) -> None:
+    def update(self, response: Response) -> None:
         """Take in the rate limit headers of `response`; missing or malformed ones change nothing."""
         remaining, window = _parse(response.header("ratelimit-remaining"))
         if remaining is None:
@@ -38,7 +38,7 @@ class RateLimit:
         if remaining > (_LOW_COUNT if limit is None else limit / 4):
             self._period = None
             return
-        self._period = _UNTOLD
+        self._period = _DEFAULT_PERIOD
         reset, _ = _parse(response.header("ratelimit-reset"))
         window = limit_window if window is None else window
         if reset is not None:
@@ -48,7 +48,7 @@ class RateLimit:
         self._period = min(max(_SHORTEST, self._period), _LONGEST)
         self._low_until = self._clock.seconds() + self._period
 
-    def hold(self) -> float:
+    def delay(self) -> float:
         """Return the seconds for which a request of the lowest priority must wait; 0 to send it now.
 
         When the wait for a low limit is over, one request may be sent, and the headers of its response decide again.
@@ -65,9 +65,9 @@ class RateLimit:
 
 def _parse(value: str) -> tuple[int | None, int | None]:
     """Return the number at the start of a header and its parameter `w`, each None where missing or malformed."""
-    number, *parameters = value.partition(",")[0].split(";")
-    told = dict(parameter.strip().partition("=")[::2] for parameter in parameters)
-    return _number(number), _number(told.get("w", ""))
+    number, *rest = value.partition(",")[0].split(";")
+    parameters = dict(parameter.strip().partition("=")[::2] for parameter in rest)
+    return _number(number), _number(parameters.get("w", ""))
 
 
 def _number(text: str) -> int | None:

@@ -82,7 +82,7 @@ class ConnectionLimit:
             self._all.release()
 
 
-_WITHIN = 15.0
+_MIRROR_TIMEOUT = 15.0
 """Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
 
 
@@ -119,7 +119,7 @@ class Sources:
             Denied: the registry, or a redirect of it, leads to an address that is not allowed.
         """
         missed: list[str] = []
-        quick = replace(options, within=min(options.within, _WITHIN))
+        quick = replace(options, timeout=min(options.timeout, _MIRROR_TIMEOUT))
         for mirror in self._mirrors:
             try:
                 response = await mirror.client.request(method, repository, path, headers, quick)
@@ -251,12 +251,12 @@ class Registry:
         *,
         start: int = 0,
         size: int | None = None,
-        within: float = DEFAULT_OPTIONS.within,
+        timeout: float = DEFAULT_OPTIONS.timeout,
     ) -> BlobStream:
         """Start to download a blob from the byte `start`, or from byte 0 where the upstream supports no ranges.
 
         The download counts against the connection limit until its body ends or is aborted. `size` is the number of
-        bytes of the whole blob, None where it is unknown; `within` is the number of seconds for the headers.
+        bytes of the whole blob, None where it is unknown; `timeout` is the number of seconds for the headers.
 
         Raises:
             BlobUnknown: the upstream does not have the blob, or does not show it.
@@ -265,7 +265,7 @@ class Registry:
         reserved = uses_reserved(context.priority, size)
         await self._limit.acquire(reserved=reserved)
         try:
-            stream = await self._stream(repository, digest, context, start, within)
+            stream = await self._stream(repository, digest, context, start, timeout)
         except BaseException:
             self._limit.release(reserved=reserved)
             raise
@@ -273,24 +273,24 @@ class Registry:
         return stream
 
     async def _stream(
-        self, repository: Repository, digest: Digest, context: Context, start: int, within: float
+        self, repository: Repository, digest: Digest, context: Context, start: int, timeout: float
     ) -> BlobStream:
-        response = await self._blob(repository, digest, context, start, within)
+        response = await self._blob(repository, digest, context, start, timeout)
         stream = _stream(response, start)
         if stream is None:
             response.body.abort()
-            response = await self._blob(repository, digest, context, 0, within)
+            response = await self._blob(repository, digest, context, 0, timeout)
             stream = BlobStream(response.length, 0, response.body)
         return stream
 
     async def _blob(
-        self, repository: Repository, digest: Digest, context: Context, start: int, within: float
+        self, repository: Repository, digest: Digest, context: Context, start: int, timeout: float
     ) -> Response:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
         accepted = frozenset({200, 206, 416}) if start else _OK
         response = await self._ask(
-            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), context, accepted, within
+            "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), context, accepted, timeout
         )
         if response.status == 416:
             await response.discard()
@@ -376,7 +376,7 @@ class Registry:
         unknown: Callable[[str], RegistryError],
         context: Context,
         accepted: frozenset[int] = _OK,
-        within: float = DEFAULT_OPTIONS.within,
+        timeout: float = DEFAULT_OPTIONS.timeout,
     ) -> Response:
         """Send a request; return a response with an `accepted` status, or a HEAD refused by signed storage.
 
@@ -390,7 +390,7 @@ class Registry:
             absent = unknown("it is not in the cache, and this server is air-gapped")
             raise AirGapped(absent.message, absent.code)
         headers = {**headers, "Via": context.via.through(self._instance)}
-        options = RequestOptions(within, context.priority)
+        options = RequestOptions(timeout, context.priority)
         try:
             response = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:

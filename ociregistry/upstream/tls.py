@@ -17,7 +17,7 @@ from ociregistry.config.tls import UpstreamTls
 from ociregistry.openssl import openssl_context
 from ociregistry.upstream.failures import CertificateRefused
 
-_NAMES = "2.5.29.17"
+_SUBJECT_ALT_NAME = "2.5.29.17"
 """The object identifier of the extension subjectAltName."""
 _NO_NAME = "none of its names can be used (subjectAltName)"
 
@@ -37,35 +37,35 @@ _REASONS = {
 """Reasons for OpenSSL's verification results (X509_STORE_CTX_get_error)."""
 
 
-class Contexts:
+class ContextCache:
     """Caches OpenSSL contexts, one for all upstreams with equal settings: each takes time to make, and a megabyte."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[UpstreamTls, bool], SSL.Context] = {}
+        self._contexts: dict[tuple[UpstreamTls, bool], SSL.Context] = {}
 
     def get(self, settings: UpstreamTls, *, with_identity: bool) -> SSL.Context:
         """Return the context for `settings`; it holds the client certificate only where `with_identity` is True."""
         key = settings, with_identity
-        if key not in self._kept:
+        if key not in self._contexts:
             system_trust = settings.verify and settings.ca is None
             identity = settings.client if with_identity else None
             ca = settings.ca if settings.verify else None
             context = openssl_context(identity, ca, system_trust=system_trust)
             if settings.verify:
                 context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)
-            self._kept[key] = context
-        return self._kept[key]
+            self._contexts[key] = context
+        return self._contexts[key]
 
     def clear(self) -> None:
         """Drop the contexts, so that the operating system's trust store is read again."""
-        self._kept.clear()
+        self._contexts.clear()
 
 
 @implementer(IPolicyForHTTPS)
 class UpstreamPolicy:
     """The TLS policy of one upstream, the same for all hosts that its requests lead to."""
 
-    def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: Contexts) -> None:
+    def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: ContextCache) -> None:
         """`own` is the host and port of the upstream, the only one that gets the client certificate."""
         self._settings = settings
         self._own = own
@@ -76,11 +76,11 @@ class UpstreamPolicy:
         host = hostname.decode("ascii")
         with_identity = self._settings.client is not None and (host, port) == self._own
         context = self._contexts.get(self._settings, with_identity=with_identity)
-        return _Creator(host, context)
+        return _ConnectionCreator(host, context)
 
 
 @implementer(IOpenSSLClientConnectionCreator)
-class _Creator:
+class _ConnectionCreator:
     """Creates TLS connections to one host, with its name in SNI also where its certificate is not verified."""
 
     def __init__(self, host: str, context: SSL.Context) -> None:
@@ -118,7 +118,7 @@ def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, de
         subject = "".join(one if one.isprintable() else "?" for one in told)
         why = None if holds else _REASONS.get(error, f"OpenSSL's error {error}")
         if holds and depth == 0:
-            has_names = any(extension.oid.dotted_string == _NAMES for extension in parsed.extensions)
+            has_names = any(extension.oid.dotted_string == _SUBJECT_ALT_NAME for extension in parsed.extensions)
             # Without names, some versions of service_identity fall back to the subject, which RFC 6125 deprecates.
             why = _refusal(certificate, cast(_Connection, connection).host) if has_names else _NO_NAME
     except Exception:
@@ -132,7 +132,7 @@ def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, de
 def _refusal(certificate: crypto.X509, host: str) -> str | None:
     verify = verify_ip_address if _is_address(host) else verify_hostname
     try:
-        verify(cast(SSL.Connection, _Peer(certificate)), host)
+        verify(cast(SSL.Connection, _PeerCertificate(certificate)), host)
     except CertificateError:
         return _NO_NAME
     except VerificationError:
@@ -140,7 +140,7 @@ def _refusal(certificate: crypto.X509, host: str) -> str | None:
     return None
 
 
-class _Peer:
+class _PeerCertificate:
     """Stands in for a connection in service_identity's checks, which ask it for the peer's certificate.
 
     During the handshake the real connection does not have the certificate yet.

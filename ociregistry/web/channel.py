@@ -22,7 +22,7 @@ from ociregistry.config.tls import ServerTls
 from ociregistry.openssl import openssl_context, openssl_reason
 
 
-class Traffic:
+class InFlight:
     """Counts requests in flight and new connections that have not sent their first request yet."""
 
     def __init__(self) -> None:
@@ -83,15 +83,15 @@ class Channel(HTTPChannel):
     """An HTTPChannel with limits on time and on connections per address.
 
     `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
-    `traffic` until its first request does.
+    `in_flight` until its first request does.
     """
 
     log = Logger(namespace="ociregistry.web")
 
-    def __init__(self, clock: IReactorTime, addresses: Counter[str], traffic: Traffic) -> None:
+    def __init__(self, clock: IReactorTime, addresses: Counter[str], in_flight: InFlight) -> None:
         super().__init__()
         self._clock = clock
-        self._traffic = traffic
+        self._in_flight = in_flight
         self._addresses = addresses
         self._address = ""
         self._deadline: IDelayedCall | None = None
@@ -109,7 +109,7 @@ class Channel(HTTPChannel):
             self._tcp.setTcpNoDelay(True)
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
-        self._traffic.began()
+        self._in_flight.began()
         self._first_request_deadline = self._clock.callLater(_FIRST_REQUEST_WITHIN, self._stop_waiting)
         if self._addresses[self._address] > MOST_CONNECTIONS:
             self.abort()
@@ -171,4 +171,4 @@ class Channel(HTTPChannel):
             if self._first_request_deadline.active():
                 self._first_request_deadline.cancel()
             self._first_request_deadline = None
-            self._traffic.ended()
+            self._in_flight.ended()

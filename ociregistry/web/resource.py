@@ -21,7 +21,7 @@ from ociregistry import __version__
 from ociregistry.context import Context, Via
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.pullthrough.cache import Content
-from ociregistry.web.channel import Channel, Traffic
+from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.producer import SLOWEST, ContentProducer, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
 
@@ -116,21 +116,21 @@ class HandlerResource(Resource):
 
     isLeaf = True
 
-    def __init__(self, handler: Handler, traffic: Traffic, patience: float, clock: IReactorTime) -> None:
+    def __init__(self, handler: Handler, in_flight: InFlight, patience: float, clock: IReactorTime) -> None:
         """Create the resource; `patience` is the number of seconds to wait for the next byte of content."""
         super().__init__()
         self._handler = handler
-        self._traffic = traffic
+        self._in_flight = in_flight
         self._patience = patience
         self._clock = clock
 
     def render(self, request: Request) -> int:
         """Start to answer `request`. Never raises."""
         exchange = _Exchange(request, self._handler, self._patience, self._clock)
-        self._traffic.began()
+        self._in_flight.began()
         served = Deferred.fromCoroutine(exchange.serve())
         served.addErrback(exchange.fail)
-        served.addBoth(lambda _: self._traffic.ended())
+        served.addBoth(lambda _: self._in_flight.ended())
         return NOT_DONE_YET
 
 

@@ -13,7 +13,7 @@ from twisted.web.server import Request, Site
 from ociregistry.context import Context
 from ociregistry.errors import NotFound
 from ociregistry.web.api import V2
-from ociregistry.web.channel import Channel, Traffic
+from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer, Handler, HandlerResource
 
@@ -62,10 +62,10 @@ class RegistrySite(Site):
 
     def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
         """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
-        self.traffic = Traffic()
+        self.in_flight = InFlight()
 
         def resource(handler: Handler) -> HandlerResource:
-            return HandlerResource(handler, self.traffic, patience, clock)
+            return HandlerResource(handler, self.in_flight, patience, clock)
 
         root = _FallbackResource(resource(_not_found))
         root.putChild(b"v2", resource(v2.answer))
@@ -77,7 +77,7 @@ class RegistrySite(Site):
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Make the channel of a new connection, without the superclass's wrapper that can also speak HTTP/2."""
         # Any, since Twisted's types allow only that wrapper, which is private.
-        channel: Any = Channel(self._clock, self._addresses, self.traffic)
+        channel: Any = Channel(self._clock, self._addresses, self.in_flight)
         channel.factory, channel.site = self, self
         channel.requestFactory = self.requestFactory
         channel.timeOut, channel.callLater = self.timeOut, self._clock.callLater

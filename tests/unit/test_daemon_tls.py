@@ -16,7 +16,7 @@ from ociregistry.config.tls import UpstreamTls
 from ociregistry.errors import Unavailable
 from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.http import Response
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.certificates import Authority
 from tests.images import make_image
 from tests.unit.support.daemons import Daemons, addresses, get
@@ -49,7 +49,7 @@ class Client:
         identity = KeyPair(Certificates(own[0], (own[0].read_bytes(),)), own[1].read_bytes()) if own else None
         self._address = addresses(events)[0]
         host, _, port = self._address.rpartition(":")
-        policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)), Contexts())
+        policy = UpstreamPolicy(UpstreamTls(ca, identity), (host, int(port)), ContextCache())
         self._http = network.http("daemon", policy=policy)
 
     async def get(self, path: str) -> Response:

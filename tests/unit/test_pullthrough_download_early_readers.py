@@ -170,7 +170,7 @@ async def test_an_upstream_that_cannot_be_reached_is_tried_again_for_who_was_pro
         clock.advance(5)
         await again(upstreams, clock, count + 1)
         assert upstreams[-1].context.priority is Priority.URGENT
-        assert upstreams[-1].within == 10
+        assert upstreams[-1].timeout == 10
     assert not waiting.called
     upstreams[-1].stream(SIZE).send(DATA).end()
     assert await read_all(content) == DATA

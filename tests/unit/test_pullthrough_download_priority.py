@@ -276,7 +276,7 @@ async def test_a_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, wat
     assert link.upstreams[0].context.priority is (Priority.CLIENT if watched else background)
     sending.end(ConnectionLost())
     await again(link.upstreams, link.clock, 2)
-    assert link.upstreams[1].within == 10.0
+    assert link.upstreams[1].timeout == 10.0
     assert link.upstreams[1].context.priority is (Priority.URGENT if watched else background)
     await link.finish(FIRST, link.upstreams[1].stream(SIZE, 1000), 1000)
     if isinstance(asked, Deferred):

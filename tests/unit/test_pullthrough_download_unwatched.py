@@ -182,7 +182,7 @@ async def test_who_comes_at_the_moment_when_it_ends_gets_it_from_a_new_connectio
 async def test_one_whose_size_nobody_tells_has_an_end(
     cache: PullThrough, upstreams: MemoryRegistries, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ociregistry.pullthrough.transfer, "_LARGEST_UNTOLD", 50_000)
+    monkeypatch.setattr(ociregistry.pullthrough.transfer, "_LARGEST_UNKNOWN", 50_000)
     asked = get(cache)
     await until(lambda: upstreams.calls)
     sending = upstreams[0].stream(None).send(DATA[:50_000])

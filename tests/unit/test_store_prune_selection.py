@@ -40,11 +40,11 @@ def policy(
     *keep: str,
     pulled_before: datetime | None = None,
     busy: Set[Digest] = frozenset(),
-    rests_before: datetime = NOW,
+    keep_pulled_since: datetime = NOW,
     max_share: int = 100,
 ) -> EvictionPolicy:
     """What goes by itself."""
-    return EvictionPolicy(pulled_before, max_size, named(*keep), busy, rests_before, NOW, max_share)
+    return EvictionPolicy(pulled_before, max_size, named(*keep), busy, keep_pulled_since, NOW, max_share)
 
 
 # What an operator names
@@ -202,9 +202,9 @@ def test_what_is_dated_in_the_future_is_not_being_pulled(stock: Stock) -> None:
     """It goes last of what is too much."""
     stock.image((blob("future"),), "b:1", pulled=day(4000))
     blobs = fill(stock, 3)
-    stock.prune(policy(int(1.5 * SIZE), rests_before=day(99)))
+    stock.prune(policy(int(1.5 * SIZE), keep_pulled_since=day(99)))
     assert stock.has(*blobs, blob("future")) == [False] * 3 + [True]
-    stock.prune(policy(SIZE // 2, rests_before=day(99)))
+    stock.prune(policy(SIZE // 2, keep_pulled_since=day(99)))
     assert stock.has(blob("future")) == [False]
 
 
@@ -251,7 +251,7 @@ def test_what_was_pulled_just_now_stays(stock: Stock, just_now: str) -> None:
     image = stock.image((blob(1),), "a@", pulled=when["image"])
     both = stock.put(list_of(image), "a:1", pulled=when["both"])
     other = stock.image((blob(2),), "b:1", pulled=day(49))
-    stock.prune(policy(0, pulled_before=NOW, rests_before=day(50)))
+    stock.prune(policy(0, pulled_before=NOW, keep_pulled_since=day(50)))
     assert [stock.names(one) is not None for one in (image, both, other)] == [True, True, False]
 
 
@@ -260,7 +260,7 @@ def test_of_lists_of_lists_all_stays(stock: Stock, why: str) -> None:
     image = stock.image((blob(1),), "a@", pulled=day(50 if why == "just now" else 1))
     inner = stock.put(list_of(image), "a@", pulled=day(1))
     outer = stock.put(list_of(inner), "a:1", pulled=day(1))
-    stock.prune(policy(0, busy={image.digest} if why == "busy" else frozenset(), rests_before=day(50)))
+    stock.prune(policy(0, busy={image.digest} if why == "busy" else frozenset(), keep_pulled_since=day(50)))
     assert [stock.names(one) is not None for one in (image, inner, outer)] == [True] * 3
 
 
@@ -290,9 +290,9 @@ def test_blobs_that_are_shared_are_free_with_the_last_that_has_them(stock: Stock
     alone = blob("alone", 2 * SIZE)
     stock.image((alone,), "b:1", pulled=day(6))
     size = size_of(stock.inventory())
-    stock.prune(policy(size - SIZE, rests_before=day(7)))
+    stock.prune(policy(size - SIZE, keep_pulled_since=day(7)))
     assert stock.has(*map(blob, range(5)), shared, alone) == [False, False, False, True, True, True, True]
-    stock.prune(policy(3 * SIZE, rests_before=day(7)))
+    stock.prune(policy(3 * SIZE, keep_pulled_since=day(7)))
     assert stock.has(*map(blob, range(5)), shared, alone) == [False] * 6 + [True]
 
 

@@ -355,4 +355,4 @@ def test_of_a_thousand_repositories_the_challenge_used_least_recently_is_forgott
 
 
 def test_a_authorization_is_not_printed() -> None:
-    assert "s3cret" not in repr(Authorization("Bearer s3cret", old=False))
+    assert "s3cret" not in repr(Authorization("Bearer s3cret", cached=False))

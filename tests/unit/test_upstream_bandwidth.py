@@ -22,7 +22,7 @@ NIGHT = Window(time(22), time(6), 2000.0)
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packets have no headers, so that figures are round."""
-    monkeypatch.setattr(module, "_OF_A_PACKET", 1.0)
+    monkeypatch.setattr(module, "_PAYLOAD_FRACTION", 1.0)
 
 
 def at(hour: int, minute: int = 0, second: int = 0) -> Callable[[], time]:
@@ -64,27 +64,27 @@ def test_the_time_is_that_of_this_place(clock: Clock) -> None:
 @pytest.mark.parametrize("windows", [(), (DAY,)])
 def test_without_a_limit_nobody_waits(clock: Clock, windows: tuple[Window, ...]) -> None:
     bandwidth = Bandwidth(None, windows, clock, at(20))
-    assert [bandwidth.draw(100 * MIB) for _ in range(100)] == [0.0] * 100
+    assert [bandwidth.consume(100 * MIB) for _ in range(100)] == [0.0] * 100
     assert bandwidth.buffer is None
 
 
 def test_the_headers_of_packets_are_part_of_the_limit(clock: Clock) -> None:
     bandwidth = Bandwidth(15_000.0, (), clock)
-    assert bandwidth.draw(14_480) == pytest.approx(1.0)
+    assert bandwidth.consume(14_480) == pytest.approx(1.0)
     clock.advance(1)
-    assert bandwidth.draw(0) == pytest.approx(0.0)
+    assert bandwidth.consume(0) == pytest.approx(0.0)
 
 
 @pytest.mark.usefixtures("exact")
 def test_what_came_is_waited_for(clock: Clock) -> None:
     bandwidth = Bandwidth(1000.0, (), clock)
-    assert bandwidth.draw(500) == 0.5
+    assert bandwidth.consume(500) == 0.5
     # Whoever draws next waits for both.
-    assert bandwidth.draw(250) == 0.75
+    assert bandwidth.consume(250) == 0.75
     clock.advance(0.5)
-    assert bandwidth.draw(0) == 0.25
+    assert bandwidth.consume(0) == 0.25
     clock.advance(0.25)
-    assert bandwidth.draw(0) == 0.0
+    assert bandwidth.consume(0) == 0.0
 
 
 @pytest.mark.usefixtures("exact")
@@ -92,7 +92,7 @@ def test_what_came_is_waited_for(clock: Clock) -> None:
 def test_what_is_not_used_is_kept_for_a_tenth_of_a_second(clock: Clock, idle: float) -> None:
     bandwidth = Bandwidth(1000.0, (), clock)
     clock.advance(idle)
-    assert bandwidth.draw(1000) == pytest.approx(1 - min(idle, 0.1))
+    assert bandwidth.consume(1000) == pytest.approx(1 - min(idle, 0.1))
 
 
 class Arriving:
@@ -110,7 +110,7 @@ class Arriving:
         self.reads += 1
         self._advance.append((self._clock.seconds(), self._size))
         # Sooner than that no reactor calls again.
-        self._clock.callLater(max(0.0001, self._bandwidth.draw(self._size)), self._read)
+        self._clock.callLater(max(0.0001, self._bandwidth.consume(self._size)), self._read)
 
 
 @pytest.mark.usefixtures("exact")
@@ -137,7 +137,7 @@ def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
     bandwidth = Bandwidth(100_000.0, (), clock)
     clock.advance(3600)
     at_once = 0
-    while bandwidth.draw(1000) == 0.0:
+    while bandwidth.consume(1000) == 0.0:
         at_once += 1000
     assert at_once == 10_000
 
@@ -145,27 +145,27 @@ def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
 @pytest.mark.usefixtures("exact")
 def test_another_limit_holds_at_once(clock: Clock) -> None:
     bandwidth = Bandwidth(None, (), clock, at(12))
-    assert bandwidth.draw(MIB) == 0.0
+    assert bandwidth.consume(MIB) == 0.0
     bandwidth.reconfigure(1000.0, ())
     # What came without a limit is not to be paid for.
-    assert bandwidth.draw(1000) == 1.0
+    assert bandwidth.consume(1000) == 1.0
     bandwidth.reconfigure(500.0, ())
-    assert (bandwidth.rate, bandwidth.draw(0)) == (500.0, 2.0)
+    assert (bandwidth.rate, bandwidth.consume(0)) == (500.0, 2.0)
     bandwidth.reconfigure(500.0, (DAY,))
-    assert (bandwidth.rate, bandwidth.draw(0)) == (1000.0, 1.0)
+    assert (bandwidth.rate, bandwidth.consume(0)) == (1000.0, 1.0)
     bandwidth.reconfigure(None, ())
-    assert (bandwidth.rate, bandwidth.draw(MIB)) == (None, 0.0)
+    assert (bandwidth.rate, bandwidth.consume(MIB)) == (None, 0.0)
     bandwidth.reconfigure(1000.0, ())
-    assert bandwidth.draw(1000) == 1.0
+    assert bandwidth.consume(1000) == 1.0
 
 
 @pytest.mark.usefixtures("exact")
 def test_a_window_begins_for_what_is_under_way(clock: Clock) -> None:
     hour = 7
     bandwidth = Bandwidth(None, (DAY,), clock, lambda: time(hour))
-    assert bandwidth.draw(1000) == 0.0
+    assert bandwidth.consume(1000) == 0.0
     hour = 8
-    assert bandwidth.draw(1000) == 1.0
+    assert bandwidth.consume(1000) == 1.0
 
 
 class Body:
@@ -215,24 +215,24 @@ def test_what_ends_leaves_its_part_to_the_others(clock: Clock) -> None:
 def test_what_the_kernel_has_received_has_come(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
     share = Body(bandwidth, 200_000).share
-    assert share.draw(25_000) == 0.4
-    assert share.draw(25_000) == 0.5
+    assert share.consume(25_000) == 0.4
+    assert share.consume(25_000) == 0.5
     # No more will come than there is.
-    assert share.draw(100_000) == 0.8
-    assert share.draw(50_000) == 0.8
+    assert share.consume(100_000) == 0.8
+    assert share.consume(50_000) == 0.8
     share.end()
-    assert Body(bandwidth).share.draw(25_000) == pytest.approx(1.2)
+    assert Body(bandwidth).share.consume(25_000) == pytest.approx(1.2)
 
 
 @pytest.mark.usefixtures("exact")
 def test_what_was_paid_is_not_paid_again(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
     share = Body(bandwidth).share
-    assert share.draw(1000) == 76_000 / 250_000
+    assert share.consume(1000) == 76_000 / 250_000
     Body(bandwidth)
     # What was paid in advance is still to be read.
-    assert share.draw(30_000) == share.draw(7_500) == 76_000 / 250_000
-    assert share.draw(1000) == 77_000 / 250_000
+    assert share.consume(30_000) == share.consume(7_500) == 76_000 / 250_000
+    assert share.consume(1000) == 77_000 / 250_000
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Thin:
         self.clock = clock
         self.bandwidth = Bandwidth(float(RATE), (), clock)
         self.connection = Connection()
-        self.body = Body(UPSTREAM, clock, self.connection.stalled, self.bandwidth.draw)
+        self.body = Body(UPSTREAM, clock, self.connection.stalled, self.bandwidth.consume)
         self.body.makeConnection(cast(ITransport, self.connection))
 
     def comes(self, seconds: float) -> None:
@@ -44,7 +44,7 @@ class Thin:
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packets have no headers, so that figures are round."""
-    monkeypatch.setattr(ociregistry.upstream.bandwidth, "_OF_A_PACKET", 1.0)
+    monkeypatch.setattr(ociregistry.upstream.bandwidth, "_PAYLOAD_FRACTION", 1.0)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_full_buffer_that_is_read_in_time_waits_for_its_time(thin: Thin) -> No
 
 
 def test_a_body_that_is_held_lets_nothing_come_until_it_is_read(thin: Thin) -> None:
-    thin.body.hold()
+    thin.body.pause()
     assert thin.paused
     thin.clock.advance(10_000)
     assert thin.paused
@@ -153,8 +153,8 @@ def test_a_body_that_is_held_lets_nothing_come_until_it_is_read(thin: Thin) -> N
 
 def test_held_or_throttled_it_is_paused_once(thin: Thin) -> None:
     thin.comes(1)
-    thin.body.hold()
-    thin.body.hold()
+    thin.body.pause()
+    thin.body.pause()
     fired(thin.body.read())
     assert thin.paused
     thin.clock.advance(1)
@@ -165,13 +165,13 @@ def test_held_or_throttled_it_is_paused_once(thin: Thin) -> None:
 def test_a_body_that_is_held_is_not_resumed_by_the_end_of_its_time(thin: Thin) -> None:
     thin.comes(1)
     fired(thin.body.read())
-    thin.body.hold()
+    thin.body.pause()
     thin.clock.advance(1)
     assert thin.paused
 
 
 def test_nor_by_what_was_in_the_pipe(thin: Thin) -> None:
-    thin.body.hold()
+    thin.body.pause()
     thin.comes(1)
     thin.clock.advance(1)
     assert thin.paused
@@ -179,7 +179,7 @@ def test_nor_by_what_was_in_the_pipe(thin: Thin) -> None:
 
 def test_held_throttled_and_full_it_goes_on_when_it_is_read(thin: Thin) -> None:
     thin.comes(16)
-    thin.body.hold()
+    thin.body.pause()
     thin.clock.advance(100)
     assert thin.paused
     fired(thin.body.read())
@@ -192,7 +192,7 @@ def test_a_body_that_has_ended_is_not_held(thin: Thin) -> None:
     thin.comes(0.0625)
     thin.clock.advance(0.0625)
     end(thin.body)
-    thin.body.hold()
+    thin.body.pause()
     assert not thin.paused
     assert len(fired(thin.body.read())) == RATE // 16
     assert fired(thin.body.read()) == b""

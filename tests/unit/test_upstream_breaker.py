@@ -208,21 +208,21 @@ def test_nor_is_the_probe_of_an_outage_that_is_over(breaker: CircuitBreaker, clo
 def test_every_origin_has_its_own(clock: Clock) -> None:
     breakers = CircuitBreakers(clock)
     https, http = Origin("https", "reg.example", 443), Origin("http", "reg.example", 80)
-    take_down(breakers.to(https))
-    assert refused(breakers.to(https)).message.startswith(f"{WHO}: reg.example:443 ")
+    take_down(breakers.get(https))
+    assert refused(breakers.get(https)).message.startswith(f"{WHO}: reg.example:443 ")
     for other in (http, Origin("https", "reg.example", 5000), Origin("https", "else.example", 443)):
-        breakers.to(other).enter(WHO)
+        breakers.get(other).enter(WHO)
 
 
 def test_those_that_were_used_last_are_kept(clock: Clock) -> None:
     """Redirects may lead to any number of hosts."""
     breakers = CircuitBreakers(clock)
     first = Origin("https", "reg.example", 443)
-    take_down(breakers.to(first))
+    take_down(breakers.get(first))
     for number in range(5000):
-        breakers.to(Origin("https", f"{number}.example", 443))
-        refused(breakers.to(first))
+        breakers.get(Origin("https", f"{number}.example", 443))
+        refused(breakers.get(first))
     assert len(breakers._breakers) == 1000
     for number in range(1000):
-        breakers.to(Origin("https", f"again.{number}.example", 443))
-    breakers.to(first).enter(WHO)
+        breakers.get(Origin("https", f"again.{number}.example", 443))
+    breakers.get(first).enter(WHO)

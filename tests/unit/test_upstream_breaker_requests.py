@@ -22,7 +22,7 @@ from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.breaker import CircuitBreakers, LinkDown
 from ociregistry.upstream.failures import CertificateRefused
-from ociregistry.upstream.http import DEFAULT_OPTIONS, Encoded, HttpClient, RequestOptions, Response
+from ociregistry.upstream.http import DEFAULT_OPTIONS, EncodedBody, HttpClient, RequestOptions, Response
 from ociregistry.upstream.origin import Origin
 from tests.unit.support.doubles import failed, on_reactor, texts, until
 from tests.unit.support.http_agents import client_over
@@ -129,7 +129,7 @@ def test_what_says_that_a_host_cannot_be_reached(sending: Sending, events: list[
         (never_received(SSL.Error([("", "", "wrong version number")])), Unavailable),
         (never_received(error.ConnectionLost()), Unavailable),
         (never_received(error.ConnectionDone()), Unavailable),
-        (Encoded("it sent gzip"), Unavailable),
+        (EncodedBody("it sent gzip"), Unavailable),
         (ValueError("no HTTP"), Unavailable),
         (Denied("not that address"), Denied),
     ],
@@ -158,10 +158,10 @@ def test_an_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -
     failed(urgent, CancelledError)
 
 
-@pytest.mark.parametrize("within", [8.0, 10.0, 30.0])
-def test_the_headers_have_so_much_time_and_then_it_counts_as_down(sending: Sending, within: float) -> None:
-    sent = sending.send(RequestOptions(within))
-    sending.clock.advance(within - 0.125)
+@pytest.mark.parametrize("timeout", [8.0, 10.0, 30.0])
+def test_the_headers_have_so_much_time_and_then_it_counts_as_down(sending: Sending, timeout: float) -> None:
+    sent = sending.send(RequestOptions(timeout))
+    sending.clock.advance(timeout - 0.125)
     assert not sent.called
     sending.clock.advance(0.125)
     assert failed(sent, Unavailable).message == "reg.example: no response in time"
@@ -201,7 +201,7 @@ async def test_any_answer_says_that_it_can_be_reached(
 ) -> None:
     upstream.script("*", Reply(status))
     http = network.http("reg.example", clock=clock)
-    http._breakers.to(Origin.of(upstream.url)).enter("reg.example").failed("no route")
+    http._breakers.get(Origin.of(upstream.url)).enter("reg.example").failed("no route")
     with pytest.raises(LinkDown):
         await http.send("GET", upstream.url, {})
     for options in (RequestOptions(priority=Priority.URGENT), DEFAULT_OPTIONS):
@@ -245,7 +245,7 @@ async def test_a_silence_from_before_it_came_up_does_not(
     response = await http.send("GET", f"{upstream.url}/slow", {})
     await until(lambda: response.body._buffered)
     clock.advance(5)
-    breaker = http._breakers.to(Origin.of(upstream.url))
+    breaker = http._breakers.get(Origin.of(upstream.url))
     breaker.enter("reg.example").failed("no route")
     breaker.answered()
     clock.advance(5)
@@ -256,7 +256,7 @@ async def test_a_silence_from_before_it_came_up_does_not(
 
 
 def test_a_host_that_refuses_https_is_asked_by_http_by_all(sending: Sending) -> None:
-    client = client_over(sending.http, sending.clock, scheme=None, plain_allowed=lambda: succeed(True))
+    client = client_over(sending.http, sending.clock, scheme=None, http_allowed=lambda: succeed(True))
     where = Repository(Upstream("reg.example"), "team/app")
     first = Deferred.fromCoroutine(client.request("GET", where, "manifests/1"))
     sending.agent.asked[0].errback(error.ConnectionRefusedError())
@@ -278,4 +278,4 @@ def test_that_another_host_refuses_it_says_nothing_of_the_upstream() -> None:
     }
     asking = Asking(script, scheme=None)
     failed(asking.ask(), Unavailable)
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0

@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from ociregistry.config.registries import Login
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
-from ociregistry.upstream.credentials import Ask
+from ociregistry.upstream.credentials import AskHelper
 from ociregistry.upstream.http import NoTls, Response
 from tests.unit.support.bodies import ScriptedExchanges, Told
 from tests.unit.support.doubles import failed, fired
@@ -57,13 +57,13 @@ class Asking:
         plain: bool = True,
         name: str = "reg.example",
         login: Login | None = None,
-        ask: Ask = no_helper,
+        ask: AskHelper = no_helper,
         trusts: str = "",
     ) -> None:
         """`trusts` is the host of the token service that gets the credentials."""
         self.clock = Clock()
         self.http = ScriptedExchanges(script)
-        self.plain_thought_of = 0
+        self.http_considered = 0
         self._plain = plain
         self.client = client_over(
             self.http,
@@ -73,11 +73,11 @@ class Asking:
             login=login,
             ask=ask,
             trusts=trusts,
-            plain_allowed=self._plain_allowed,
+            http_allowed=self._http_allowed,
         )
 
-    def _plain_allowed(self) -> Deferred[bool]:
-        self.plain_thought_of += 1
+    def _http_allowed(self) -> Deferred[bool]:
+        self.http_considered += 1
         return succeed(self._plain)
 
     def ask(self, method: str = "GET", path: str = "team/app", what: str = "blobs/x") -> Deferred[Response]:
@@ -115,7 +115,7 @@ def test_a_request_is_one_to_the_upstreams_api() -> None:
 def test_where_the_api_of_an_upstream_is(name: str, scheme: str, url: str) -> None:
     asking = Asking({url: [OK]}, scheme=scheme, name=name)
     assert asking.status() == 200
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 429, 500, 304])

@@ -18,7 +18,7 @@ from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.connect import Dialer, Resolver
 from ociregistry.upstream.http import HttpClient
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.doubles import REACTOR, on_reactor, until
 from tests.unit.support.wire import trusting
 from tests.upstream import ScriptedRegistry
@@ -32,7 +32,7 @@ RATE = 64 * KIB
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packets have no headers, so that figures are round."""
-    monkeypatch.setattr(ociregistry.upstream.bandwidth, "_OF_A_PACKET", 1.0)
+    monkeypatch.setattr(ociregistry.upstream.bandwidth, "_PAYLOAD_FRACTION", 1.0)
 
 
 class Counted(Bandwidth):
@@ -43,9 +43,9 @@ class Counted(Bandwidth):
         self.drawn = 0
         self.waits: list[float] = []
 
-    def draw(self, count: int) -> float:
+    def consume(self, count: int) -> float:
         self.drawn += count
-        self.waits.append(super().draw(count))
+        self.waits.append(super().consume(count))
         return self.waits[-1]
 
 
@@ -61,11 +61,11 @@ async def test_what_is_small_does_not_wait_and_is_paid_for(
 ) -> None:
     upstream.script("*", Reply(200, bytes(size)))
     bandwidth = Counted()
-    bandwidth.draw(100 * RATE)
+    bandwidth.consume(100 * RATE)
     response = await sending(bandwidth, clock).send("GET", upstream.url, {})
     assert await response.collect(size) == bytes(size)
     assert bandwidth.drawn == 100 * RATE + size
-    assert bandwidth.draw(0) >= 100 + size / RATE
+    assert bandwidth.consume(0) >= 100 + size / RATE
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -105,7 +105,7 @@ async def test_a_connection_begins_small_where_there_is_a_limit(
 ) -> None:
     resolver = Resolver(REACTOR)
     resolver.start()
-    policy = UpstreamPolicy(trusting(None), ("", 0), Contexts())
+    policy = UpstreamPolicy(trusting(None), ("", 0), ContextCache())
     bandwidth = Bandwidth(rate, (), REACTOR)
     dialer = Dialer("reg.example", resolver, lambda host, port: True, policy, bandwidth, REACTOR)
     endpoint = dialer.endpointForURI(URI.fromBytes(upstream.url.encode()))

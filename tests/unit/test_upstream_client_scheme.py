@@ -14,7 +14,7 @@ HTTP = "http://reg.example/"
 def test_https_is_tried_first() -> None:
     asking = Asking({REG: [OK]}, scheme=None)
     assert asking.status() == 200
-    assert (asking.http.urls, asking.plain_thought_of) == ([f"{REG}v2/team/app/blobs/x"], 0)
+    assert (asking.http.urls, asking.http_considered) == ([f"{REG}v2/team/app/blobs/x"], 0)
 
 
 def test_a_host_that_does_not_speak_tls_is_asked_by_http() -> None:
@@ -26,21 +26,21 @@ def test_a_host_that_does_not_speak_tls_is_asked_by_http() -> None:
 def test_but_only_if_that_is_allowed() -> None:
     asking = Asking({REG: [PLAIN]}, scheme=None, plain=False)
     assert failed(asking.ask(), Unavailable) is PLAIN
-    assert len(asking.http.urls) == asking.plain_thought_of == 1
+    assert len(asking.http.urls) == asking.http_considered == 1
 
 
 @pytest.mark.parametrize("why", ["connection attempt timed out", "TLS failed: certificate verify failed"])
 def test_any_other_failure_is_none_of_the_scheme(why: str) -> None:
     asking = Asking({REG: [Unavailable(why)]}, scheme=None)
     assert failed(asking.ask(), Unavailable).message == why
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_configured_scheme_is_the_only_one(scheme: str) -> None:
     asking = Asking({f"{scheme}://reg.example/": [PLAIN]}, scheme=scheme)
     assert failed(asking.ask(), Unavailable) is PLAIN
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0
 
 
 def test_what_was_found_out_is_known_for_ten_minutes() -> None:
@@ -58,7 +58,7 @@ def test_a_host_that_has_spoken_tls_is_not_asked_by_http_when_it_is_down() -> No
     asking = Asking({REG: [OK, PLAIN]}, scheme=None)
     asking.status()
     assert failed(asking.ask(), Unavailable) is PLAIN
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0
 
 
 def test_a_failure_teaches_nothing() -> None:
@@ -73,7 +73,7 @@ def test_only_the_upstreams_own_host_says_whether_it_speaks_tls() -> None:
     asking = Asking({REG: [HOP], CDN: [PLAIN], HTTP: [OK]}, scheme=None)
     failed(asking.ask(), Unavailable)
     assert not [url for url in asking.http.urls if url.startswith("http:")]
-    assert asking.plain_thought_of == 0
+    assert asking.http_considered == 0
 
 
 @pytest.mark.parametrize("later", [0, 3600])

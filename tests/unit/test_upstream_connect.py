@@ -20,7 +20,7 @@ from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.connect import Dialer, Resolver
 from ociregistry.upstream.http import Response
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.doubles import failed
 from tests.unit.support.http_agents import exchanges_over
 
@@ -54,7 +54,7 @@ class Dialled:
             "reg.example",
             self.names,
             lambda host, port: (host, port) in named,
-            UpstreamPolicy(UpstreamTls(verify=False), ("", 0), Contexts()),
+            UpstreamPolicy(UpstreamTls(verify=False), ("", 0), ContextCache()),
             Bandwidth(None, (), self.reactor),
             self.reactor,
         )

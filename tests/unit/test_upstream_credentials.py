@@ -58,14 +58,14 @@ def test_what_is_configured_is_what_is_given(login: Login | None, clock: Clock) 
     credentials = Credentials(login, no_helper, clock)
     for _ in range(2):
         assert fired(Deferred.fromCoroutine(credentials.get())) == login
-        assert credentials.any is (login is not None)
+        assert credentials.configured is (login is not None)
         assert not credentials.from_helper
         credentials.forget()
 
 
 def test_a_helper_is_asked_when_its_word_is_wanted() -> None:
     asked = Asked()
-    assert asked.credentials.any
+    assert asked.credentials.configured
     assert not asked.credentials.from_helper
     assert asked.helper.asked == []
     assert fired(asked.get()) == Password("user", "secret1")

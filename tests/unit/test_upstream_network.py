@@ -15,8 +15,8 @@ from ociregistry.config.registries import Helper, IdentityToken, Login, Mirror, 
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.names import Upstream
 from ociregistry.settings import Settings, load_settings
-from ociregistry.upstream.client import Base
-from ociregistry.upstream.network import Network, _trusted_with, api_host, named_by
+from ociregistry.upstream.client import BaseUrl
+from ociregistry.upstream.network import Network, _trusted_with, api_host, configured_hosts
 from ociregistry.upstream.origin import Origin
 from tests.unit.support.doubles import fired
 from tests.unit.support.http_agents import INSTANCE
@@ -84,18 +84,18 @@ SETTINGS = configured(
     ],
 )
 def test_what_the_operator_named(host: str, ports: set[int]) -> None:
-    named = named_by(SETTINGS)
+    named = configured_hosts(SETTINGS)
     asked = (80, 81, 443, 444, 5000, 5001, 8080)
     assert {port for port in asked if named(host, port)} == ports
 
 
 def test_a_token_service_that_was_named_without_a_port_is_there_on_that_of_https() -> None:
-    assert named_by(SETTINGS)("anywhere.example", 443)
+    assert configured_hosts(SETTINGS)("anywhere.example", 443)
 
 
 def test_the_default_upstream_is_named_by_nobody_having_chosen_another() -> None:
-    assert named_by(configured())("registry-1.docker.io", 443)
-    assert not named_by(configured(default_ns="reg.example"))("registry-1.docker.io", 443)
+    assert configured_hosts(configured())("registry-1.docker.io", 443)
+    assert not configured_hosts(configured(default_ns="reg.example"))("registry-1.docker.io", 443)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_where_an_upstream_has_its_api(name: str, host: str) -> None:
 
 def trusts(one: RegistrySettings, realm: str, path: str = "/token") -> bool:
     """Whether a token service gets the credentials of an entry."""
-    base = Base(one.scheme, api_host(one.upstream))
+    base = BaseUrl(one.scheme, api_host(one.upstream))
     return _trusted_with(one, base, base.origin(one.scheme or "https"))(Origin.of(f"{realm}{path}"))
 
 
@@ -197,7 +197,7 @@ class PlainAllowed:
         return fired(Deferred.fromCoroutine(self._asked(one)))
 
     async def _asked(self, one: RegistrySettings) -> bool:
-        return await self._network._plain_allowed(one)()
+        return await self._network._http_allowed(one)()
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from tests.unit.test_upstream_registry import APP, BY_DIGEST, IMAGE, LAYER, TAGG
 OTHER = "ociregistry-fedcba9876543210"
 THIRD = "ociregistry-00000000deadbeef"
 
-Ask = Callable[[Registry, Context], Coroutine[Deferred[Any], Any, object]]
+AskHelper = Callable[[Registry, Context], Coroutine[Deferred[Any], Any, object]]
 
-REQUESTS: dict[str, tuple[Ask, type[RegistryError]]] = {
+REQUESTS: dict[str, tuple[AskHelper, type[RegistryError]]] = {
     "manifest": (lambda registry, context: registry.manifest(TAGGED, context), ManifestUnknown),
     "digest": (lambda registry, context: registry.manifest(BY_DIGEST, context), ManifestUnknown),
     "blob": (lambda registry, context: registry.blob(APP, LAYER, context, start=5), BlobUnknown),
@@ -39,14 +39,14 @@ def refused(via: str = "") -> dict[str, Any]:
 
 
 @every_request
-def test_every_request_says_who_asks(ask: Ask, unknown: type[RegistryError]) -> None:
+def test_every_request_says_who_asks(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
     failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [f"1.1 {INSTANCE}"]
 
 
 @every_request
-def test_and_for_whom(ask: Ask, unknown: type[RegistryError]) -> None:
+def test_and_for_whom(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
     failed(Deferred.fromCoroutine(ask(source, Context(Via((OTHER, THIRD))))), unknown)
     # The registry itself asks for nobody else because of that.
@@ -65,7 +65,7 @@ def test_where_a_registry_redirects_to_may_be_a_cache_as_well() -> None:
 
 
 @every_request
-def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: Ask, unknown: type[RegistryError]) -> None:
+def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, _ = registry(refused(f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"))
     loop = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), LoopDetected)
     assert (loop.status, loop.message) == (403, "reg.example: it leads back to this server")
@@ -77,7 +77,7 @@ def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: Ask, unknown: type[Reg
 @pytest.mark.parametrize(
     "via", ["", "1.1 varnish", f"1.1 {OTHER}", f"1.1 {OTHER}, 1.1 {THIRD}", f"1.1 {INSTANCE[:-1]}"]
 )
-def test_any_other_403_means_that_it_is_not_shown(ask: Ask, unknown: type[RegistryError], via: str) -> None:
+def test_any_other_403_means_that_it_is_not_shown(ask: AskHelper, unknown: type[RegistryError], via: str) -> None:
     source, _ = registry(refused(via))
     error = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert type(error) is unknown

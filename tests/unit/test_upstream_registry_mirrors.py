@@ -14,7 +14,7 @@ from ociregistry.context import Priority
 from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.auth import AccessRefused
-from ociregistry.upstream.client import Base, Client
+from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.http import NoTls, RequestOptions, Response
 from ociregistry.upstream.origin import Origin
@@ -34,15 +34,15 @@ def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Logi
     """The mirror at a URL."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
-    base = Base(scheme, host, f"/{path}" if path else "", ns)
+    base = BaseUrl(scheme, host, f"/{path}" if path else "", ns)
 
     def trusted(realm: Origin) -> bool:
         return realm.host == host
 
-    async def plain_allowed() -> bool:
+    async def http_allowed() -> bool:
         raise AssertionError("its scheme is known")
 
-    client = Client(host, base, http, Credentials(login, no_helper, clock), trusted, plain_allowed, clock)
+    client = Client(host, base, http, Credentials(login, no_helper, clock), trusted, http_allowed, clock)
     return MirrorClient(url, client)
 
 
@@ -120,7 +120,7 @@ def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, 
     mirrored = Mirrored(DOWN, DOWN, OK)
     asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, priority))
     assert fired(Deferred.fromCoroutine(asked)).status == 200
-    options = [RequestOptions(within, priority) for within in (mirrors, mirrors, given)]
+    options = [RequestOptions(timeout, priority) for timeout in (mirrors, mirrors, given)]
     assert [sent.options for sent in mirrored.http.sent] == options
 
 

@@ -37,10 +37,10 @@ class Asked:
         self._registry = registry_over(client_over(self.http, self.clock), 1)
 
     def blob(
-        self, start: int, context: Context = FROM_CLIENT, within: float = DEFAULT_OPTIONS.within
+        self, start: int, context: Context = FROM_CLIENT, timeout: float = DEFAULT_OPTIONS.timeout
     ) -> Deferred[BlobStream]:
         """Asks for the blob."""
-        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, context, start=start, within=within))
+        return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, context, start=start, timeout=timeout))
 
     @property
     def ranges(self) -> list[str | None]:

@@ -12,7 +12,7 @@ from OpenSSL import SSL, crypto
 from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls
 from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.upstream.failures import CertificateRefused
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.certificates import Authority
 
 HOST = "reg.example"
@@ -104,7 +104,7 @@ def shake_hands(policy: UpstreamPolicy, server: TlsServer, host: str = HOST, por
 
 def policy(settings: UpstreamTls = SYSTEM_TRUST, own: tuple[str, int] = (HOST, 443)) -> UpstreamPolicy:
     """The policy of an upstream."""
-    return UpstreamPolicy(settings, own, Contexts())
+    return UpstreamPolicy(settings, own, ContextCache())
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_every_host_is_verified_by_its_own_name(authority: Authority) -> None:
 
 def test_upstreams_that_are_spoken_with_alike_share_a_context(authority: Authority) -> None:
     """Whatever names clients think of: a trust store is read once."""
-    contexts = Contexts()
+    contexts = ContextCache()
     skipping = UpstreamTls(verify=False)
     made: list[Any] = [
         UpstreamPolicy(settings, (f"r{number}.example", 443), contexts).creatorForNetloc(

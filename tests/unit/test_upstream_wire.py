@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 
 from ociregistry.errors import ManifestUnknown, NameInvalid, Unavailable
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.upstream.client import Base
+from ociregistry.upstream.client import BaseUrl
 from ociregistry.upstream.network import Network as DaemonsNetwork
 from ociregistry.upstream.registry import Registry
 from tests.certificates import Authority
@@ -182,7 +182,7 @@ async def test_a_mirror_understands_whose_content_is_wanted(
     network: Network, upstream: ScriptedRegistry, ns: str, query: str
 ) -> None:
     upstream.script("*", Reply(404))
-    base = Base("http", upstream.host, "/proxy", ns)
+    base = BaseUrl("http", upstream.host, "/proxy", ns)
     client = client_over(network.http(upstream.host), REACTOR, base=base)
     where = Repository(Upstream.parse(ns), "team/app")
     await (await client.request("GET", where, "tags/list" + (f"?{query}" if query else ""))).discard()

@@ -12,7 +12,7 @@ from twisted.internet.testing import StringTransport
 
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.web.api import V2
-from ociregistry.web.channel import MOST_CONNECTIONS, Channel, Traffic
+from ociregistry.web.channel import MOST_CONNECTIONS, Channel, InFlight
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.demands import NoDemand
 from tests.unit.support.http_agents import INSTANCE
@@ -232,7 +232,7 @@ def test_connections_of_one_address_are_limited(site: RegistrySite) -> None:
 
 def test_an_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
     addresses: Counter[str] = Counter()
-    channels = [Channel(clock, addresses, Traffic()) for _ in range(3)]
+    channels = [Channel(clock, addresses, InFlight()) for _ in range(3)]
     for channel in channels:
         channel.callLater = clock.callLater  # type: ignore[method-assign, assignment]  # as the site does
         channel.makeConnection(StringTransport(peerAddress=IPv4Address("TCP", "10.0.0.7", 40000)))
@@ -246,7 +246,7 @@ def test_who_has_connected_is_not_cut_off_before_the_first_answer(
     site: RegistrySite, cache: Cache, client: Client, clock: Clock
 ) -> None:
     """A daemon that stops waits for it, as for a request in flight."""
-    idle = site.traffic.idle()
+    idle = site.in_flight.idle()
     clock.advance(FIRST_REQUEST - 1)
     client.send(SLOW)
     clock.advance(FIRST_REQUEST)
@@ -259,13 +259,13 @@ def test_who_has_connected_is_not_cut_off_before_the_first_answer(
 def test_who_has_been_answered_may_be_cut_off(site: RegistrySite, client: Client) -> None:
     client.send(QUICK)
     assert client.statuses == [b"200"]
-    assert site.traffic.idle().called
+    assert site.in_flight.idle().called
 
 
 def test_who_connects_and_says_nothing_is_not_waited_for_long(
     site: RegistrySite, client: Client, clock: Clock
 ) -> None:
-    idle = site.traffic.idle()
+    idle = site.in_flight.idle()
     clock.advance(FIRST_REQUEST - 1)
     assert not idle.called
     clock.advance(1)
@@ -276,5 +276,5 @@ def test_who_connects_and_says_nothing_is_not_waited_for_long(
 
 def test_who_has_gone_is_not_waited_for(site: RegistrySite, client: Client, clock: Clock) -> None:
     client.channel.connectionLost()
-    assert site.traffic.idle().called
+    assert site.in_flight.idle().called
     assert clock.getDelayedCalls() == []

@@ -73,7 +73,7 @@ def test_a_client_that_leaves_leaves_nothing_behind(
         content.grow(bytes(3 * PIECE))
     visitor.leave()
     assert content.closed == 1
-    assert server.traffic.idle().called
+    assert server.in_flight.idle().called
     assert clock.getDelayedCalls() == []
 
 

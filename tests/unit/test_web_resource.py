@@ -185,7 +185,7 @@ def test_a_client_that_leaves_while_the_handler_is_at_it(
     asked.callback(Answer(200, content))
     assert content.closed == 1
     assert visitor.received == b""
-    assert server.traffic.idle().called
+    assert server.in_flight.idle().called
     assert texts(events, LogLevel.error) == []
 
 
@@ -198,7 +198,7 @@ def test_a_client_that_leaves_while_it_is_sent_to(
     content.grow(b"01")
     visitor.leave()
     assert content.closed == 1
-    assert server.traffic.idle().called
+    assert server.in_flight.idle().called
     content.grow(b"23")
     assert texts(events, LogLevel.error) == []
 
@@ -207,9 +207,9 @@ def test_traffic_is_what_is_being_answered(handler: Handler, server: RegistrySit
     contents = [Growing(1), Growing(1)]
     answers = iter(contents)
     handler.give = lambda: Answer(200, next(answers))
-    assert server.traffic.idle().called
+    assert server.in_flight.idle().called
     visitors = [Visitor(server).ask("/v2/x") for _ in contents]
-    idle = server.traffic.idle()
+    idle = server.in_flight.idle()
     contents[0].grow(b"x")
     assert not idle.called
     visitors[1].leave()

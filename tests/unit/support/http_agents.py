@@ -13,8 +13,8 @@ from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.names import Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.breaker import CircuitBreakers
-from ociregistry.upstream.client import Base, Client
-from ociregistry.upstream.credentials import Ask, Credentials
+from ociregistry.upstream.client import BaseUrl, Client
+from ociregistry.upstream.credentials import AskHelper, Credentials
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.network import api_host
 from ociregistry.upstream.origin import Origin
@@ -35,11 +35,11 @@ def client_over(
     *,
     name: str = "reg.example",
     scheme: str | None = "https",
-    base: Base | None = None,
+    base: BaseUrl | None = None,
     login: Login | None = None,
-    ask: Ask = no_helper,
+    ask: AskHelper = no_helper,
     trusts: str = "",
-    plain_allowed: Callable[[], Deferred[bool]] = lambda: succeed(False),
+    http_allowed: Callable[[], Deferred[bool]] = lambda: succeed(False),
 ) -> Client:
     """Asks the upstream `name`, which may be a mirror's `base`; `trusts` is the host of a token service that gets
     the credentials."""
@@ -48,8 +48,8 @@ def client_over(
     def trusted(realm: Origin) -> bool:
         return realm.host == trusts
 
-    base = base or Base(scheme, api_host(Upstream.parse(name)))
-    return Client(name, base, http, Credentials(login, ask, clock), trusted, plain_allowed, clock)
+    base = base or BaseUrl(scheme, api_host(Upstream.parse(name)))
+    return Client(name, base, http, Credentials(login, ask, clock), trusted, http_allowed, clock)
 
 
 def exchanges_over(agent: IAgent, clock: Any, upstream: str = "reg.example") -> HttpClient:

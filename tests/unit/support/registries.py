@@ -25,7 +25,7 @@ class Call:
 
     size: int | None = None
     """The number of bytes of the whole blob, as the caller knows it."""
-    within: float | None = None
+    timeout: float | None = None
     """The number of seconds for the headers of a blob."""
 
     def __init__(self, kind: str, *what: object, context: Context = FROM_CLIENT) -> None:
@@ -100,11 +100,11 @@ class MemoryRegistry(Registry):
         *,
         start: int = 0,
         size: int | None = None,
-        within: float = DEFAULT_OPTIONS.within,
+        timeout: float = DEFAULT_OPTIONS.timeout,
     ) -> BlobStream:
         where = (f"from {start}",) if start else ()
         asked = self._call(context, "blob", repository, digest, *where)
-        self._calls[-1].size, self._calls[-1].within = size, within
+        self._calls[-1].size, self._calls[-1].timeout = size, timeout
         return cast(BlobStream, await asked)
 
     async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:

@@ -15,7 +15,7 @@ from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.client import Client
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.registry import Registry
-from ociregistry.upstream.tls import Contexts, UpstreamPolicy
+from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.doubles import REACTOR
 from tests.unit.support.http_agents import client_over, registry_over
 
@@ -37,7 +37,7 @@ class Network:
         """Sends requests; with `trust` to registries of that authority, else to those of the system's."""
         pool = HTTPConnectionPool(REACTOR)
         self._pools.append(pool)
-        policy = policy or UpstreamPolicy(trusting(trust), ("", 0), Contexts())
+        policy = policy or UpstreamPolicy(trusting(trust), ("", 0), ContextCache())
         agent = Agent(REACTOR, policy, connectTimeout=10, pool=pool)
         return HttpClient(
             upstream, agent, CircuitBreakers(clock), Bandwidth(None, (), clock), pool.closeCachedConnections, clock
@@ -47,7 +47,7 @@ class Network:
         """Asks an upstream, which may be asked by http too."""
 
         http = self.http(upstream, trust=trust)
-        return client_over(http, REACTOR, name=upstream, scheme=scheme, plain_allowed=lambda: succeed(True))
+        return client_over(http, REACTOR, name=upstream, scheme=scheme, http_allowed=lambda: succeed(True))
 
     def registry(
         self, upstream: str, *, scheme: str | None = None, trust: Path | None = None, connections: int = 2
