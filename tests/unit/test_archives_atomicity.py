@@ -1,4 +1,4 @@
-"""What an archive holds comes into the store whole, or nothing has changed."""
+"""An import is atomic: a damaged archive or a full disk leaves the store unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DATES = Dates(DAY, DAY + timedelta(days=1))
 
 
 def lying() -> dict[str, dict[str, bytes]]:
-    """Archives with one thing that is wrong, behind much that is right."""
+    """Return archives with one error each, behind much valid content."""
     files = layout((OTHER, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))
     last = max(blob_name(blob.digest) for blob in (*OTHER.blobs, *IMAGE.blobs))
     wrong = bytes([files[last][0] ^ 1]) + files[last][1:]
@@ -75,7 +75,7 @@ def lying() -> dict[str, dict[str, bytes]]:
 @pytest.mark.parametrize("write", [write_tar, write_folder])
 @pytest.mark.parametrize("what", list(lying()))
 @on_reactor
-async def test_an_archive_that_lies_changes_nothing(
+async def test_invalid_archive_leaves_store_unchanged(
     store: Store, root: Path, tmp_path: Path, what: str, write: Callable[..., Path]
 ) -> None:
     await load(store, write_tar(tmp_path / "first.tar", named(INDEX)))
@@ -90,7 +90,7 @@ async def test_an_archive_that_lies_changes_nothing(
 
 @pytest.mark.parametrize("compression", ["", "gz"])
 @on_reactor
-async def test_a_tar_that_is_cut_off_changes_nothing(
+async def test_truncated_tar_leaves_store_unchanged(
     store: Store, root: Path, tmp_path: Path, compression: str
 ) -> None:
     path = write_tar(tmp_path / "a.tar", named(IMAGE), compression)
@@ -104,7 +104,7 @@ async def test_a_tar_that_is_cut_off_changes_nothing(
 
 
 @on_reactor
-async def test_a_tar_that_shrinks_meanwhile_changes_nothing(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_tar_truncated_during_import_leaves_store_unchanged(store: Store, root: Path, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named(OTHER))
     before = files_below(root)
 
@@ -118,7 +118,7 @@ async def test_a_tar_that_shrinks_meanwhile_changes_nothing(store: Store, root: 
 
 
 @on_reactor
-async def test_nothing_is_left_when_it_is_cancelled(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_cancelled_import_leaves_no_files(store: Store, root: Path, tmp_path: Path) -> None:
     before = files_below(root)
     path = write_tar(tmp_path / "a.tar", named(OTHER))
 
@@ -133,7 +133,7 @@ async def test_nothing_is_left_when_it_is_cancelled(store: Store, root: Path, tm
 
 
 class FullDisk(Files):
-    """Has room for so many bytes of partials, and fails for what else is forbidden."""
+    """Fail writes of partials beyond `free` bytes, and the operations that the test forbids."""
 
     def __init__(self, room: int = 10**9, *, renames: int = 10**9) -> None:
         self.room, self.renames = room, renames
@@ -153,7 +153,7 @@ class FullDisk(Files):
 
 @pytest.mark.parametrize("room", [200, 1000, 200_000, 700_000])
 @on_reactor
-async def test_a_full_disk_changes_nothing(
+async def test_full_disk_leaves_store_unchanged(
     open_store: Callable[..., Store], root: Path, tmp_path: Path, room: int
 ) -> None:
     store = open_store(files=FullDisk(room))
@@ -166,7 +166,7 @@ async def test_a_full_disk_changes_nothing(
 
 
 @on_reactor
-async def test_what_does_not_fit_beside_the_reserve_is_refused_and_changes_nothing(
+async def test_import_exceeding_reserve_is_refused(
     open_store: Callable[..., Store], root: Path, tmp_path: Path
 ) -> None:
     store = open_store(reserve=Reserve(1.0))
@@ -179,7 +179,7 @@ async def test_what_does_not_fit_beside_the_reserve_is_refused_and_changes_nothi
 
 @pytest.mark.parametrize("renames", range(9))
 @on_reactor
-async def test_a_name_never_means_what_is_not_there(
+async def test_failed_import_leaves_no_name_without_content(
     open_store: Callable[..., Store], root: Path, tmp_path: Path, renames: int
 ) -> None:
     store = open_store(files=FullDisk(renames=renames))

@@ -1,4 +1,4 @@
-"""How an archive is read: not again and again, not in the reactor's thread, and it is closed."""
+"""Reading an archive: a single pass over compressed tars, off the reactor thread, file closed at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OTHER = make_image("other", layer_size=2_500_000)
 
 
 def bytes_read() -> int:
-    """What this process has read so far."""
+    """Return the number of bytes that this process has read so far."""
     with Path("/proc/self/io").open() as file:
         return int(file.readline().removeprefix("rchar: "))
 
@@ -37,9 +37,7 @@ def bytes_read() -> int:
 @pytest.mark.parametrize("kind", ["layout", "docker save"])
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
 @on_reactor
-async def test_a_compressed_tar_is_not_read_from_its_start_for_every_member(
-    store: Store, tmp_path: Path, compression: str, kind: str
-) -> None:
+async def test_compressed_tar_is_read_in_one_pass(store: Store, tmp_path: Path, compression: str, kind: str) -> None:
     many = make_image("many", layers=12, layer_size=300_000)
     backwards = {blob_name(blob.digest): blob.data for blob in reversed(many.blobs)}
     files = {
@@ -54,7 +52,7 @@ async def test_a_compressed_tar_is_not_read_from_its_start_for_every_member(
 
 
 @on_reactor
-async def test_the_reactor_turns_meanwhile(store: Store, tmp_path: Path) -> None:
+async def test_import_does_not_block_reactor(store: Store, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named(OTHER), "gz")
     loading = Deferred.fromCoroutine(load(store, path))
     turns = 0
@@ -65,7 +63,7 @@ async def test_the_reactor_turns_meanwhile(store: Store, tmp_path: Path) -> None
     await loading
 
 
-def test_the_archive_is_closed(tmp_path: Path) -> None:
+def test_archive_is_closed(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", named(IMAGE), "gz")
     before = len(os.listdir("/proc/self/fd"))
     with opened(path):

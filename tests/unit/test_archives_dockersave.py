@@ -1,4 +1,4 @@
-"""What docker save writes: a manifest is made for each image, and its parts are verified."""
+"""`docker save` archives: a manifest is generated for each image, and config and layers are verified."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = f"{hex_of(IMAGE.config.digest)}.json"
 
 
 def made(path: Path) -> dict[str, Any]:
-    """The one manifest that was made."""
+    """Return the only manifest that was generated."""
     (manifest,) = contents(path).manifests.values()
     assert manifest.media_type == OCI_MANIFEST
     document: dict[str, Any] = json.loads(manifest.data)
@@ -40,7 +40,7 @@ def made(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("write", [write_tar, write_folder])
-def test_the_manifest_that_is_made(tmp_path: Path, packed: bool, write: Callable[[Path, Files], Path]) -> None:
+def test_generated_manifest(tmp_path: Path, packed: bool, write: Callable[[Path, Files], Path]) -> None:
     path = write(tmp_path / "archive", docker_saved(IMAGE, "nginx:1.25", packed=packed))
     layers = [layer.data if packed else gzip.decompress(layer.data) for layer in IMAGE.layers]
     suffix = "+gzip" if packed else ""
@@ -74,14 +74,14 @@ def test_the_manifest_that_is_made(tmp_path: Path, packed: bool, write: Callable
     }
 
 
-def test_it_is_always_the_same(tmp_path: Path) -> None:
+def test_generated_manifest_is_deterministic(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, "nginx:1.25")
     one = contents(write_tar(tmp_path / "a.tar", files))
     other = contents(write_tar(tmp_path / "b.tar", dict(reversed(files.items())), "gz"))
     assert one.manifests == other.manifests
 
 
-def test_several_names_and_images(tmp_path: Path) -> None:
+def test_several_tags_and_images(tmp_path: Path) -> None:
     one, other = (docker_saved(image, *tags) for image, tags in ((IMAGE, ["a:1", "quay.io/b:2"]), (BASE, ["base:1"])))
     index = json.loads(one["manifest.json"]) + json.loads(other["manifest.json"])
     found = contents(write_tar(tmp_path / "a.tar", {**other, **one, "manifest.json": to_json(index)}))
@@ -90,7 +90,7 @@ def test_several_names_and_images(tmp_path: Path) -> None:
     assert len({image.manifest for image in found.images}) == 2
 
 
-def test_repeated_layers_are_links(tmp_path: Path) -> None:
+def test_repeated_layers_as_links(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, "nginx:1.25")
     first, second, *_ = (name for name in files if name.endswith("layer.tar"))
     kept = {name: data for name, data in files.items() if name != second}
@@ -103,7 +103,7 @@ def test_repeated_layers_are_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["../../x/layer.tar", "/x/layer.tar", "layer.tar"])
-def test_a_link_that_leads_out(tmp_path: Path, target: str) -> None:
+def test_link_outside_archive_is_refused(tmp_path: Path, target: str) -> None:
     files = docker_saved(IMAGE, "nginx:1.25")
     layer = next(name for name in files if name.endswith("layer.tar"))
     kept = {name: data for name, data in files.items() if name != layer}
@@ -112,26 +112,26 @@ def test_a_link_that_leads_out(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize("missing", [CONFIG, f"{0:064x}/layer.tar"])
-def test_what_is_missing(tmp_path: Path, missing: str) -> None:
+def test_missing_member_is_refused(tmp_path: Path, missing: str) -> None:
     files = {name: data for name, data in docker_saved(IMAGE, NAME).items() if name != missing}
     assert invalid(write_tar(tmp_path / "a.tar", files)) == f"it names {missing!r}, which is not there: manifest.json"
 
 
-def test_no_name(tmp_path: Path) -> None:
+def test_image_without_tags(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", docker_saved(IMAGE))
     (failure,) = contents(path).failed
     assert failure.name == f"{path}: {IMAGE.config.digest}"
     assert "docker save" in failure.why
 
 
-def test_a_config_that_has_not_its_digest(tmp_path: Path) -> None:
+def test_config_digest_mismatch_is_refused(tmp_path: Path) -> None:
     files = {**docker_saved(IMAGE, NAME), CONFIG: IMAGE.config.data + b" "}
     assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(
         f"it does not have the digest {IMAGE.config.digest}: {CONFIG}"
     )
 
 
-def test_a_config_of_any_name(tmp_path: Path) -> None:
+def test_config_file_name_is_arbitrary(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, NAME)
     index = json.loads(files["manifest.json"])
     index[0]["Config"] = "config.json"
@@ -140,7 +140,7 @@ def test_a_config_of_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_layer_that_is_not_the_configs(tmp_path: Path, packed: bool) -> None:
+def test_layer_diff_id_mismatch_is_refused(tmp_path: Path, packed: bool) -> None:
     files = docker_saved(IMAGE, NAME, packed=packed)
     name = f"{2:064x}/layer.tar"
     changed = gzip.compress(gzip.decompress(files[name]) + b"x") if packed else files[name] + b"x"
@@ -148,7 +148,7 @@ def test_a_layer_that_is_not_the_configs(tmp_path: Path, packed: bool) -> None:
     assert told == f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][2]}: {name}"
 
 
-def test_a_layer_that_is_cut_off(tmp_path: Path) -> None:
+def test_truncated_layer_is_refused(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, NAME, packed=True)
     name = f"{2:064x}/layer.tar"
     told = invalid(write_tar(tmp_path / "a.tar", {**files, name: files[name][:-100]}))
@@ -156,7 +156,7 @@ def test_a_layer_that_is_cut_off(tmp_path: Path) -> None:
     assert told.endswith(name)
 
 
-def test_a_layer_of_several_gzip_members(tmp_path: Path) -> None:
+def test_layer_of_several_gzip_members(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, NAME, packed=True)
     name = f"{2:064x}/layer.tar"
     tar = gzip.decompress(files[name])
@@ -165,7 +165,7 @@ def test_a_layer_of_several_gzip_members(tmp_path: Path) -> None:
 
 
 def changed(image: Image, **changes: object) -> Files:
-    """The archive, with its index changed."""
+    """Return the files of a `docker save` archive with fields of manifest.json replaced."""
     files = docker_saved(image, NAME)
     (entry,) = json.loads(files["manifest.json"])
     return {**files, "manifest.json": to_json([{**entry, **changes}])}
@@ -189,17 +189,17 @@ def changed(image: Image, **changes: object) -> Files:
         changed(IMAGE, Layers=["/etc/passwd"]),
     ],
 )
-def test_an_index_that_is_none(tmp_path: Path, files: Files) -> None:
+def test_malformed_manifest_json_is_refused(tmp_path: Path, files: Files) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": manifest.json")
 
 
 @pytest.mark.parametrize("layers", [[], [f"{0:064x}/layer.tar"]])
-def test_another_number_of_layers(tmp_path: Path, layers: list[str]) -> None:
+def test_layer_count_mismatch_is_refused(tmp_path: Path, layers: list[str]) -> None:
     told = invalid(write_tar(tmp_path / "a.tar", changed(IMAGE, Layers=layers)))
     assert told == f"it names 4 layers, but there are {len(layers)}: {CONFIG}"
 
 
 @pytest.mark.parametrize("config", [b"{}", b"[]", b"{", b'{"rootfs": {"diff_ids": "x"}}'])
-def test_a_config_that_is_none(tmp_path: Path, config: bytes) -> None:
+def test_malformed_config_is_refused(tmp_path: Path, config: bytes) -> None:
     files = {**changed(IMAGE, Config="config.json"), "config.json": config}
     assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": config.json")

@@ -1,4 +1,4 @@
-"""Exports: OCI layouts that bring the same images elsewhere, whole or not at all."""
+"""Exports: OCI layouts that reproduce the images in another store."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from tests.unit.support.exports import (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The folder of the store that is exported."""
+    """Return the folder of the store that is exported."""
     return make_source(tmp_path / "source")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @on_reactor
-async def test_there_and_back(store: Store, root: Path, source: Path, tmp_path: Path, packed: bool) -> None:
+async def test_export_import_round_trip(store: Store, root: Path, source: Path, tmp_path: Path, packed: bool) -> None:
     target = tmp_path / "out.tar"
     exported = export(source, target)
     assert exported.images == len(rows(source)) == 6
@@ -73,7 +73,7 @@ async def test_there_and_back(store: Store, root: Path, source: Path, tmp_path: 
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "out.tar").read_bytes()
 
 
-def test_what_is_in_it(source: Path, tmp_path: Path) -> None:
+def test_export_layout(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.tar"
     exported = export(source, target, "nginx:")
     child = INDEX.images[0]
@@ -109,12 +109,12 @@ def test_what_is_in_it(source: Path, tmp_path: Path) -> None:
         }
 
 
-def test_it_can_be_read_by_others(source: Path, tmp_path: Path) -> None:
+def test_export_is_world_readable(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out.tar")
     assert (tmp_path / "out.tar").stat().st_mode & 0o777 == 0o644
 
 
-def test_the_same_images_give_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_export_is_deterministic(source: Path, tmp_path: Path) -> None:
     inventory = Inventory.read(source)
     export_images(inventory, inventory.rows, tmp_path / "one.tar")
     export_images(inventory, reversed(inventory.rows), tmp_path / "other.tar")
@@ -125,7 +125,7 @@ def test_the_same_images_give_the_same_bytes(source: Path, tmp_path: Path) -> No
 
 
 @on_reactor
-async def test_longer_digests(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_sha512_digests(store: Store, root: Path, tmp_path: Path) -> None:
     data = b"a layer"
     layer = Digest.of(data, "sha512")
     config = Digest.of(b"{}")
@@ -143,7 +143,7 @@ async def test_longer_digests(store: Store, root: Path, tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_an_old_name_goes_by_its_digest(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_superseded_tag_is_exported_by_digest(store: Store, root: Path, tmp_path: Path) -> None:
     source = store_with(tmp_path / "source", {NAME: DATES}, IMAGE)
     store_with(source, {NAME: LATER}, DOCKER)
     export(source, tmp_path / "out.tar")
@@ -153,18 +153,18 @@ async def test_an_old_name_goes_by_its_digest(store: Store, root: Path, tmp_path
     assert f"docker.io/library/nginx@{IMAGE.manifest.digest}" in rows(root)
 
 
-def test_progress(source: Path, tmp_path: Path) -> None:
+def test_export_progress(source: Path, tmp_path: Path) -> None:
     advance: list[int] = []
     exported = export(source, tmp_path / "out.tar", advance=advance.append)
     assert sum(advance) == exported.bytes
     assert max(advance) == 1024 * 1024
 
 
-# Only what is new
+# Delta exports
 
 
 @on_reactor
-async def test_a_delta_and_its_delta(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
+async def test_delta_export_and_delta_of_delta(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"{number}.tar" for number in range(3))
     export(source, first, "team/app")
     delta = export(source, second, "/up:", since=first)
@@ -183,13 +183,13 @@ async def test_a_delta_and_its_delta(store: Store, root: Path, source: Path, tmp
     assert rows(root) == {url: row for url, row in rows(source).items() if url in (APP, UP)}
 
 
-def test_what_the_earlier_one_had_need_not_be_there(source: Path, tmp_path: Path) -> None:
+def test_delta_needs_no_blobs_of_earlier_export(source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "first.tar", "team/app")
     (source / "blobs" / hex_of(IMAGE.layers[0].digest)).unlink()
     assert export(source, tmp_path / "delta.tar", "/up:", since=tmp_path / "first.tar").images == 1
 
 
-def test_a_bad_earlier_one(source: Path, tmp_path: Path) -> None:
+def test_invalid_earlier_export_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{NAME}\n")
     for since in (tmp_path / "list.txt", tmp_path / "nothing"):
         with pytest.raises(ArchiveInvalid, match=f"^{since}: "):
@@ -197,6 +197,6 @@ def test_a_bad_earlier_one(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.tar").exists()
 
 
-def test_another_kind_of_earlier_one(source: Path, tmp_path: Path) -> None:
+def test_docker_save_archive_as_earlier_export(source: Path, tmp_path: Path) -> None:
     saved = write_tar(tmp_path / "saved.tar", docker_saved(IMAGE, APP, packed=True))
     assert export(source, tmp_path / "out.tar", "team/app", since=saved).blobs == 0

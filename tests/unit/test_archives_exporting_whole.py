@@ -1,4 +1,4 @@
-"""What is not whole is left out of an export, which itself is whole or not there."""
+"""Incomplete images are left out of an export; the export itself is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from tests.unit.support.exports import (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The folder of the store that is exported."""
+    """Return the folder of the store that is exported."""
     return make_source(tmp_path / "source")
 
 
-def test_an_image_that_is_not_whole_is_left_out(source: Path, tmp_path: Path) -> None:
+def test_incomplete_image_is_left_out(source: Path, tmp_path: Path) -> None:
     (source / "blobs" / hex_of(UPPER.layers[-1].digest)).write_bytes(b"half")
     (source / "blobs" / hex_of(UPPER.config.digest)).unlink()
     exported = export(source, tmp_path / "out.tar")
@@ -47,7 +47,7 @@ def test_an_image_that_is_not_whole_is_left_out(source: Path, tmp_path: Path) ->
     assert blob_name(UPPER.manifest.digest) not in members(tmp_path / "out.tar")
 
 
-def test_the_lists_with_it_are_left_out_too(source: Path, tmp_path: Path) -> None:
+def test_index_of_incomplete_image_is_left_out(source: Path, tmp_path: Path) -> None:
     child = INDEX.images[0]
     (source / "blobs" / hex_of(child.layers[0].digest)).unlink()
     exported = export(source, tmp_path / "out.tar")
@@ -56,7 +56,7 @@ def test_the_lists_with_it_are_left_out_too(source: Path, tmp_path: Path) -> Non
     assert {one.name: one.missing for one in exported.left_out} == {NAME: size, by_digest: size}
 
 
-def test_a_list_of_which_nothing_is_there_is_left_out(source: Path, tmp_path: Path) -> None:
+def test_index_without_images_is_left_out(source: Path, tmp_path: Path) -> None:
     (source / "img" / hex_of(INDEX.images[0].manifest.digest)).unlink()
     exported = export(source, tmp_path / "out.tar", "nginx")
     assert [str(one) for one in exported.left_out] == [
@@ -64,7 +64,7 @@ def test_a_list_of_which_nothing_is_there_is_left_out(source: Path, tmp_path: Pa
     ]
 
 
-def test_when_nothing_is_left_nothing_is_written(source: Path, tmp_path: Path) -> None:
+def test_nothing_to_export_writes_no_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out.tar").write_bytes(b"an earlier one")
     (source / "blobs" / hex_of(UPPER.config.digest)).unlink()
     assert export(source, tmp_path / "out.tar", "/up:").images == 0
@@ -72,11 +72,11 @@ def test_when_nothing_is_left_nothing_is_written(source: Path, tmp_path: Path) -
     assert (tmp_path / "out.tar").read_bytes() == b"an earlier one"
 
 
-# Whole or not there
+# Failures while writing
 
 
 class Failing(Files):
-    """Fails at one of these."""
+    """Fail at the given file operation."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -99,7 +99,7 @@ class Failing(Files):
 
 
 def damaged(source: Path) -> None:
-    """One byte is another."""
+    """Flip one byte of a blob."""
     path = source / "blobs" / hex_of(UPPER.layers[-1].digest)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -107,7 +107,7 @@ def damaged(source: Path) -> None:
 
 
 def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
-    """Blobs go while others are written."""
+    """Remove blobs while the export is written."""
 
     def advance(count: int) -> None:
         for blob in (source / "blobs").iterdir():
@@ -117,7 +117,7 @@ def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
 
 
 def full(source: Path) -> Mapping[str, Callable[[int], None]]:
-    """The disk gets full."""
+    """Fill the disk while the export is written."""
 
     def advance(count: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -137,7 +137,7 @@ def full(source: Path) -> Mapping[str, Callable[[int], None]]:
     ],
 )
 @pytest.mark.parametrize("earlier", [None, b"an earlier one"])
-def test_it_is_whole_or_not_there(
+def test_failed_export_leaves_no_partial_file(
     source: Path, tmp_path: Path, prepare: Callable[[Path], Any], why: str, earlier: bytes | None
 ) -> None:
     target = tmp_path / "target" / "out.tar"
@@ -153,6 +153,6 @@ def test_it_is_whole_or_not_there(
     assert left == ({} if earlier is None else {"out.tar": earlier})
 
 
-def test_no_such_folder(source: Path, tmp_path: Path) -> None:
+def test_missing_target_folder_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportFailed, match=r"out\.tar: No such file or directory$"):
         export(source, tmp_path / "nowhere" / "out.tar")

@@ -1,4 +1,4 @@
-"""Archives that are made to harm, or look so, bring no harm."""
+"""Hostile archives: path traversal, links, huge headers and sparse files are refused or harmless."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FILES = {"index.json": b"{}", "blobs/sha256/bb": b"", "blobs/sha256/cc": b"small
 
 
 @pytest.mark.parametrize("name", ["../x", "blobs/../../x", "/etc/passwd", "blobs/..", "./../x", "//x"])
-def test_a_path_that_leads_out(tmp_path: Path, name: str) -> None:
+def test_path_outside_archive_is_refused(tmp_path: Path, name: str) -> None:
     assert refused(write_tar(tmp_path / "a.tar", {**FILES, name: b"x"})).startswith(
         "the path of a member leads outside"
     )
-    # Not even of what is ignored.
+    # Applies to ignored members as well.
     links = {name: (tarfile.DIRTYPE, "")}
     assert "leads outside" in refused(write_tar(tmp_path / "b.tar", FILES, links=links))
 
 
-def test_links_lead_to_members(tmp_path: Path) -> None:
+def test_links_to_members_are_followed(tmp_path: Path) -> None:
     links = {
         "a/symlink": (tarfile.SYMTYPE, "../index.json"),
         "a/to-symlink": (tarfile.SYMTYPE, "symlink"),
@@ -52,7 +52,7 @@ def test_links_lead_to_members(tmp_path: Path) -> None:
     assert linked == dict.fromkeys(["a/symlink", "a/to-symlink", "a/to-that", "a/hard"], b"{}")
 
 
-def test_links_of_a_folder_lead_nowhere_out_of_it(tmp_path: Path) -> None:
+def test_links_in_folder_never_lead_outside(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", FILES)
     write_folder(tmp_path / "beside", {"secret": b"secret"})
     links = {
@@ -71,7 +71,7 @@ def test_links_of_a_folder_lead_nowhere_out_of_it(tmp_path: Path) -> None:
         assert everything(archive) == {**FILES, "inside": b"small"}
 
 
-def test_a_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
+def test_folder_given_as_symlink_is_read(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", FILES)
     (tmp_path / "folder/inside").symlink_to("index.json")
     (tmp_path / "link").symlink_to("folder")
@@ -79,7 +79,7 @@ def test_a_folder_that_is_a_link_is_read(tmp_path: Path) -> None:
         assert everything(archive) == {**FILES, "inside": b"{}"}
 
 
-def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "folder", FILES)
     scan = os.scandir
 
@@ -92,13 +92,13 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert refused(folder) == "Permission denied"
 
 
-def test_the_lost_and_found_of_a_disk_is_not_ours(tmp_path: Path) -> None:
+def test_lost_and_found_is_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", {**FILES, "lost+found/x": b"x"})
     with opened(folder) as archive:
         assert everything(archive) == FILES
 
 
-def test_two_members_of_one_name(tmp_path: Path) -> None:
+def test_duplicate_member_names_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
         add_file(tar, "index.json", b"{}")
@@ -108,7 +108,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     assert refused(write_tar(tmp_path / "b.tar", FILES, links=links)) == "two members have the same name: index.json"
 
 
-def test_what_is_told_is_one_line_for_a_terminal(tmp_path: Path) -> None:
+def test_error_is_one_printable_line(tmp_path: Path) -> None:
     name = "../\x1b[31m\nx\udcff" + "x" * 5000
     told = refused(write_tar(tmp_path / "a.tar", {name: b""}))
     assert told.startswith(r"the path of a member leads outside: ../\x1b[31m\nx\udcffxxx")
@@ -116,7 +116,7 @@ def test_what_is_told_is_one_line_for_a_terminal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("path_of", "limited"), [(write_tar, tars), (write_folder, folders)])
-def test_too_many_members(
+def test_too_many_members_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path_of: Callable[..., Path], limited: object
 ) -> None:
     monkeypatch.setattr(limited, "MOST_MEMBERS", 2)
@@ -124,7 +124,7 @@ def test_too_many_members(
 
 
 def header(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """The header of a member that says it has this size, 12 bytes."""
+    """Return a tar header that claims the size given in 12 bytes."""
     entry = tarfile.TarInfo("index.json")
     entry.type = kind
     block = bytearray(entry.tobuf(tarfile.USTAR_FORMAT))
@@ -138,19 +138,19 @@ def header(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
 @pytest.mark.parametrize(
     "size", [b"\xff" * 12, b"\xff" * 10 + b"\xfe\x00", b"77777777777\0", b"\x80" + b"\x7f" * 11, b"not a size.."]
 )
-def test_a_header_that_lies_about_a_size(tmp_path: Path, size: bytes, kind: bytes) -> None:
+def test_false_size_in_header_is_refused(tmp_path: Path, size: bytes, kind: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(header(size, kind) + bytes(1024))
     assert refused(tmp_path / "a.tar")
     (tmp_path / "b.tar").write_bytes(gzip.compress(header(size, kind) + bytes(1024)))
     assert refused(tmp_path / "b.tar")
 
 
-def test_headers_of_headers_without_end(tmp_path: Path) -> None:
+def test_endless_long_name_headers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(header(b"00000000000\0", tarfile.GNUTYPE_LONGNAME) * 5000 + bytes(1024))
     assert "damaged" in refused(tmp_path / "a.tar")
 
 
-def test_a_header_is_not_read_whatever_its_size(tmp_path: Path) -> None:
+def test_oversized_pax_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         entry = tarfile.TarInfo("index.json")
@@ -159,14 +159,14 @@ def test_a_header_is_not_read_whatever_its_size(tmp_path: Path) -> None:
     assert "a header is too large" in refused(path)
 
 
-def test_a_header_of_negative_size_is_not_read() -> None:
-    # To a file that means all that is left.
+def test_negative_header_size_is_refused() -> None:
+    # -1 would mean the rest of the file.
     with pytest.raises(tarfile.ReadError):
         tars._Headers(io.BytesIO(b"x")).read(-1)
 
 
 @pytest.mark.parametrize(("each", "in_all", "kept"), [(3, 100, "c"), (100, 8, "ac"), (100, 100, "abc"), (0, 0, "")])
-def test_little_of_a_compressed_tar_stays_in_memory(
+def test_memory_for_small_members_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: int, in_all: int, kept: str
 ) -> None:
     monkeypatch.setattr(tars, "_KEPT_EACH", each)
@@ -177,7 +177,7 @@ def test_little_of_a_compressed_tar_stays_in_memory(
         assert everything(archive) == files
 
 
-def test_holes(tmp_path: Path) -> None:
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(header(b"00000000000\0", tarfile.GNUTYPE_SPARSE) + bytes(1024))
     assert "holes" in refused(tmp_path / "a.tar")
     more = bytearray(header(b"00000000000\0", tarfile.GNUTYPE_SPARSE))

@@ -1,4 +1,4 @@
-"""Image folders: our own store's and the Go server's, as folders and as tars."""
+"""Image folders: stores of this program and of the Go server, as folders and as tars."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RECORD = f"img/{hex_of(IMAGE.manifest.digest)}"
 
 @pytest.fixture
 def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """It is an hour later there."""
+    """Set the time zone to Berlin, UTC+1 in winter."""
     monkeypatch.setenv("TZ", "CET-1")
     time.tzset()
     yield
@@ -48,26 +48,26 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def meanings(path: Path) -> dict[str, tuple[str, Dates | None]]:
-    """What each image name means, and since when."""
+    """Return the digest and the dates of each image name."""
     return {str(one.image): (one.manifest, one.dates) for one in contents(path).images}
 
 
 def one_holder(of: Manifest, url: str = TYPHA, folder: str = "img", **changes: Any) -> dict[str, bytes]:
-    """An image folder with one file of the Go server's."""
+    """Return an image folder with one metadata file of the Go server."""
     return {f"{folder}/{hex_of(of.digest)}": holder(of, url, **changes)}
 
 
 def without_media_type(of: Manifest) -> Manifest:
-    """The same manifest, that does not say what it is."""
+    """Return the manifest without its mediaType field."""
     data = to_json({key: value for key, value in json.loads(of.data).items() if key != "mediaType"})
     return Manifest(digest_of(data), data, of.media_type)
 
 
-# Our own
+# Our own format
 
 
 @pytest.mark.parametrize("write", [write_tar, write_folder])
-def test_our_own_store(tmp_path: Path, write: Callable[[Path, Files], Path]) -> None:
+def test_own_store(tmp_path: Path, write: Callable[[Path, Files], Path]) -> None:
     child = INDEX.images[0]
     files = {
         f"fat/{hex_of(INDEX.manifest.digest)}": kept(INDEX, {NAME: DATES}),
@@ -91,7 +91,7 @@ def test_our_own_store(tmp_path: Path, write: Callable[[Path, Files], Path]) -> 
     assert set(found.blobs) == {blob.digest for blob in (*child.blobs, *IMAGE.blobs)}
 
 
-def test_of_two_records_of_one_tag_the_newer_has_it(tmp_path: Path) -> None:
+def test_newer_of_two_records_keeps_the_tag(tmp_path: Path) -> None:
     files = {
         RECORD: kept(IMAGE, {NAME: DATES}),
         f"img/{hex_of(OTHER.manifest.digest)}": kept(OTHER, {NAME: LATER}),
@@ -119,17 +119,17 @@ def test_of_two_records_of_one_tag_the_newer_has_it(tmp_path: Path) -> None:
         b" " * (8 * 1024 * 1024 + 1),
     ],
 )
-def test_what_is_no_record(tmp_path: Path, data: bytes) -> None:
+def test_malformed_record_is_refused(tmp_path: Path, data: bytes) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", {RECORD: data})).endswith(f": {RECORD}")
 
 
-# The Go server's
+# The Go server's format
 
 
 @pytest.mark.parametrize("write", [write_tar, write_folder])
 @pytest.mark.parametrize(("lists", "images"), [("fat", "img"), ("img", "lts"), ("lts", "img")])
 @pytest.mark.usefixtures("berlin")
-def test_the_go_servers_folder(tmp_path: Path, write: Callable[[Path, Files], Path], lists: str, images: str) -> None:
+def test_go_server_folder(tmp_path: Path, write: Callable[[Path, Files], Path], lists: str, images: str) -> None:
     child = INDEX.images[0]
     by_digest = f"docker.io/calico/typha@{child.manifest.digest}"
     files = {
@@ -149,7 +149,7 @@ def test_the_go_servers_folder(tmp_path: Path, write: Callable[[Path, Files], Pa
 
 @pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", "0001-01-01T00:00:00+14:00", 5])
 @pytest.mark.usefixtures("berlin")
-def test_no_date(tmp_path: Path, created: object) -> None:
+def test_missing_or_invalid_date(tmp_path: Path, created: object) -> None:
     path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, created=created))
     (dates,) = (dates for _, dates in meanings(path).values())
     assert dates is None
@@ -174,7 +174,7 @@ FILLED = {"schemaVersion": 2, "mediaType": ""}
         (without_media_type(make_image(1).manifest), {"v1.oci.manifest": FILLED}, OCI_MANIFEST),
     ],
 )
-def test_the_media_type_is_not_what_the_number_says(
+def test_media_type_is_taken_from_the_manifest(
     tmp_path: Path, of: Manifest, changes: dict[str, Any], media_type: str
 ) -> None:
     (manifest,) = contents(write_tar(tmp_path / "a.tar", one_holder(of, **changes))).manifests.values()
@@ -182,7 +182,7 @@ def test_the_media_type_is_not_what_the_number_says(
 
 
 @pytest.mark.parametrize("without", [None, "", 5])
-def test_an_old_version_kept_no_bytes(tmp_path: Path, without: object) -> None:
+def test_old_go_version_without_bytes_is_a_failure(tmp_path: Path, without: object) -> None:
     files = {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, bytes=without)}
     path = write_tar(tmp_path / "a.tar", files)
     assert set(meanings(path)) == {NAME}
@@ -191,19 +191,19 @@ def test_an_old_version_kept_no_bytes(tmp_path: Path, without: object) -> None:
     assert "old version" in failure.why
 
 
-def test_a_name_is_told_in_one_line(tmp_path: Path) -> None:
+def test_invalid_name_is_printed_on_one_line(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, "docker.io/x\n\x1b:1"))
     assert [failure.name for failure in contents(path).failed] == [r"docker.io/x\n\x1b:1"]
 
 
 @pytest.mark.parametrize("url", ["docker.io/calico/typha", "", "docker.io/../x:1"])
-def test_a_name_that_is_none(tmp_path: Path, url: str) -> None:
+def test_invalid_image_url_is_a_failure(tmp_path: Path, url: str) -> None:
     path = write_tar(tmp_path / "a.tar", {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, url)})
     assert set(meanings(path)) == {NAME}
     assert [failure.name for failure in contents(path).failed] == [url]
 
 
-def test_a_tag_of_two_images_without_dates(tmp_path: Path) -> None:
+def test_tag_of_two_undated_images_is_a_failure(tmp_path: Path) -> None:
     files = {**one_holder(OTHER.manifest, created=""), **one_holder(IMAGE.manifest)}
     assert [failure.name for failure in contents(write_tar(tmp_path / "a.tar", files)).failed] == [TYPHA]
 
@@ -220,17 +220,17 @@ def test_a_tag_of_two_images_without_dates(tmp_path: Path) -> None:
         {"digest": 5},
     ],
 )
-def test_a_file_that_lies(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_inconsistent_file_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, **changes))).endswith(f": {RECORD}")
 
 
-def test_the_bytes_of_another_manifest(tmp_path: Path) -> None:
+def test_bytes_of_another_manifest_are_refused(tmp_path: Path) -> None:
     told = invalid(write_tar(tmp_path / "a.tar", {RECORD: holder(OTHER.manifest, TYPHA, digest="")}))
     assert (
         told == f"no manifest that can be served: the bytes do not have the digest {IMAGE.manifest.digest}: {RECORD}"
     )
 
 
-def test_both_kinds_in_one_folder(tmp_path: Path) -> None:
+def test_both_formats_in_one_folder(tmp_path: Path) -> None:
     files = {RECORD: kept(IMAGE, {NAME: DATES}), **one_holder(OTHER.manifest)}
     assert set(meanings(write_tar(tmp_path / "a.tar", files))) == {NAME, TYPHA}

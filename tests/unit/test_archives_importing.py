@@ -1,4 +1,4 @@
-"""What an archive holds comes into the store, with its names and dates."""
+"""Imports: images enter the store with their names and dates."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SIZE = sum(len(blob.data) for blob in IMAGE.blobs)
 
 
 async def holds(store: Store, *images: Image | Index) -> bool:
-    """Whether the store has all manifests and all blobs."""
+    """Return whether the store has all manifests and blobs of the images."""
     for one in images:
         for blob in one.blobs:
             if not await store.holds(Digest(blob.digest), len(blob.data)):
@@ -62,7 +62,7 @@ async def holds(store: Store, *images: Image | Index) -> bool:
 @pytest.mark.parametrize("compression", ["", "gz", "xz"])
 @pytest.mark.parametrize("what", [IMAGE, INDEX, make_image("docker", docker=True)])
 @on_reactor
-async def test_an_image_is_loaded_and_then_there(
+async def test_second_import_reports_present(
     store: Store, tmp_path: Path, what: Image | Index, compression: str
 ) -> None:
     path = write_tar(tmp_path / "a.tar", named(what), compression)
@@ -76,7 +76,7 @@ async def test_an_image_is_loaded_and_then_there(
 
 
 @on_reactor
-async def test_every_format(store: Store, tmp_path: Path) -> None:
+async def test_every_archive_format(store: Store, tmp_path: Path) -> None:
     ours = {
         f"img/{hex_of(IMAGE.manifest.digest)}": kept(IMAGE, {NAME: DATES}),
         **image_blobs(IMAGE),
@@ -100,7 +100,7 @@ async def test_every_format(store: Store, tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_a_restart_finds_it(store: Store, open_store: Callable[[], Store], tmp_path: Path) -> None:
+async def test_import_survives_restart(store: Store, open_store: Callable[[], Store], tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(INDEX)))
     again = open_store()
     assert await again.manifest(image(NAME)) == manifest(INDEX)
@@ -109,7 +109,7 @@ async def test_a_restart_finds_it(store: Store, open_store: Callable[[], Store],
 
 
 @on_reactor
-async def test_what_the_store_holds_is_not_brought_again(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_present_blobs_are_not_imported_again(store: Store, root: Path, tmp_path: Path) -> None:
     told = Told()
     files = layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}))
     await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
@@ -122,7 +122,7 @@ async def test_what_the_store_holds_is_not_brought_again(store: Store, root: Pat
 
 
 @on_reactor
-async def test_a_blob_of_two_images_is_brought_once(store: Store, tmp_path: Path) -> None:
+async def test_shared_blob_is_imported_once(store: Store, tmp_path: Path) -> None:
     told = Told()
     files = layout((IMAGE, {IMAGE_NAME: NAME}), (UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: "x:2"}))
     await load(store, write_tar(tmp_path / "a.tar", files), told)
@@ -133,7 +133,7 @@ async def test_a_blob_of_two_images_is_brought_once(store: Store, tmp_path: Path
 
 
 @on_reactor
-async def test_a_tag_moves(store: Store, tmp_path: Path) -> None:
+async def test_import_moves_tag(store: Store, tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
     (outcome,) = await load(store, write_tar(tmp_path / "b.tar", named(IMAGE)))
     assert outcome.ended is LoadStatus.LOADED
@@ -144,7 +144,7 @@ async def test_a_tag_moves(store: Store, tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_an_old_export_does_not_roll_a_tag_back(store: Store, tmp_path: Path) -> None:
+async def test_old_export_does_not_move_tag_back(store: Store, tmp_path: Path) -> None:
     await store.keep(manifest(OTHER), image(NAME), Dates(DAY, DAY + timedelta(days=5)))
     annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
                    "ociregistry.confirmed": "2026-01-03T00:00:00Z"}  # fmt: skip
@@ -156,7 +156,7 @@ async def test_an_old_export_does_not_roll_a_tag_back(store: Store, tmp_path: Pa
 
 
 @on_reactor
-async def test_the_dates_are_merged(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_dates_are_merged(store: Store, root: Path, tmp_path: Path) -> None:
     await store.keep(manifest(IMAGE), image(NAME), DATES)
     annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
                    "ociregistry.confirmed": "2026-01-03T00:00:00Z"}  # fmt: skip
@@ -167,7 +167,7 @@ async def test_the_dates_are_merged(store: Store, root: Path, tmp_path: Path) ->
 
 
 @on_reactor
-async def test_the_inner_images_have_the_dates_of_their_list(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_images_take_dates_of_their_index(store: Store, root: Path, tmp_path: Path) -> None:
     annotations = {IMAGE_NAME: NAME, "ociregistry.created": "2025-01-01T00:00:00Z",
                    "ociregistry.confirmed": "2025-01-03T00:00:00Z"}  # fmt: skip
     await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, annotations))))
@@ -178,7 +178,7 @@ async def test_the_inner_images_have_the_dates_of_their_list(store: Store, root:
 
 
 @on_reactor
-async def test_what_lacks_blobs_fails_and_the_rest_is_loaded(store: Store, tmp_path: Path) -> None:
+async def test_incomplete_image_fails_others_are_imported(store: Store, tmp_path: Path) -> None:
     told = Told()
     sparse = [UPPER.layers[-1].digest]
     path = write_tar(
@@ -195,7 +195,7 @@ async def test_what_lacks_blobs_fails_and_the_rest_is_loaded(store: Store, tmp_p
 
 
 @on_reactor
-async def test_a_list_of_which_an_image_lacks_blobs_fails(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_index_with_incomplete_image_fails(store: Store, root: Path, tmp_path: Path) -> None:
     before = files_below(root)
     sparse = [INDEX.images[1].layers[0].digest]
     (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
@@ -204,7 +204,7 @@ async def test_a_list_of_which_an_image_lacks_blobs_fails(store: Store, root: Pa
 
 
 @on_reactor
-async def test_a_list_of_which_nothing_is_there_fails(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_index_without_any_image_fails(store: Store, root: Path, tmp_path: Path) -> None:
     before = files_below(root)
     sparse = [one.manifest.digest for one in INDEX.images]
     (failed,) = await load(store, write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse)))
@@ -213,7 +213,7 @@ async def test_a_list_of_which_nothing_is_there_fails(store: Store, root: Path, 
 
 
 @on_reactor
-async def test_a_list_with_one_platform_is_loaded(store: Store, tmp_path: Path) -> None:
+async def test_index_with_one_platform_is_imported(store: Store, tmp_path: Path) -> None:
     one, other = INDEX.images
     sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]
     path = write_tar(tmp_path / "a.tar", layout((INDEX, {IMAGE_NAME: NAME}), sparse=sparse))
@@ -225,7 +225,7 @@ async def test_a_list_with_one_platform_is_loaded(store: Store, tmp_path: Path) 
 
 
 @on_reactor
-async def test_a_list_is_not_there_without_its_images(
+async def test_index_whose_image_record_is_gone_is_loaded_again(
     store: Store, open_store: Callable[[], Store], root: Path, tmp_path: Path
 ) -> None:
     path = write_tar(tmp_path / "a.tar", named(INDEX))
@@ -236,7 +236,7 @@ async def test_a_list_is_not_there_without_its_images(
 
 
 @on_reactor
-async def test_a_known_image_under_another_name_is_loaded(store: Store, tmp_path: Path) -> None:
+async def test_known_image_under_new_name_is_loaded(store: Store, tmp_path: Path) -> None:
     await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
     path = write_tar(tmp_path / "b.tar", named(IMAGE, APP))
     assert await load(store, path) == [Outcome(APP, LoadStatus.LOADED)]
@@ -244,7 +244,7 @@ async def test_a_known_image_under_another_name_is_loaded(store: Store, tmp_path
 
 
 @on_reactor
-async def test_what_another_image_of_the_archive_brings_was_not_there(store: Store, tmp_path: Path) -> None:
+async def test_records_without_blobs_are_loaded_not_present(store: Store, tmp_path: Path) -> None:
     for name in (NAME, APP):
         await store.keep(manifest(IMAGE), image(name))
     files = layout((IMAGE, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))

@@ -1,4 +1,4 @@
-"""OCI layouts: what the images are called, and which manifests and blobs there are."""
+"""OCI layouts: image names, manifests and blobs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ DATES = {"ociregistry.created": "2026-01-01T00:00:00Z", "ociregistry.confirmed":
 
 @pytest.mark.parametrize("write", [write_tar, write_folder])
 @pytest.mark.parametrize("what", [IMAGE, INDEX, DOCKER, make_image("docker", docker=True)])
-def test_all_of_it(tmp_path: Path, what: Image | Index, write: Callable[[Path, Files], Path]) -> None:
+def test_all_manifests_and_blobs_are_found(
+    tmp_path: Path, what: Image | Index, write: Callable[[Path, Files], Path]
+) -> None:
     path = write(tmp_path / "archive", named(what))
     found = contents(path)
     assert meanings(path) == {NAME: what.manifest.digest}
@@ -69,7 +71,7 @@ def test_all_of_it(tmp_path: Path, what: Image | Index, write: Callable[[Path, F
         ({IMAGE_NAME: f"reg:5000/nginx:1@{IMAGE.manifest.digest}"}, f"reg:5000/nginx@{IMAGE.manifest.digest}"),
     ],
 )
-def test_what_an_image_is_called(tmp_path: Path, annotations: Mapping[str, str], name: str) -> None:
+def test_name_from_annotations(tmp_path: Path, annotations: Mapping[str, str], name: str) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, annotations)))
     assert meanings(path) == {name: IMAGE.manifest.digest}
     assert failures(path) == {}
@@ -87,9 +89,7 @@ def test_what_an_image_is_called(tmp_path: Path, annotations: Mapping[str, str],
         {IMAGE_NAME: f"sha256:{'a' * 64}"},
     ],
 )
-def test_an_image_without_a_name_fails_and_says_how_to_give_one(
-    tmp_path: Path, annotations: Mapping[str, str] | None
-) -> None:
+def test_unnamed_image_fails_with_hint(tmp_path: Path, annotations: Mapping[str, str] | None) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, annotations), (OTHER, {REF_NAME: NAME})))
     assert meanings(path) == {NAME: OTHER.manifest.digest}
     (told,) = failures(path).items()
@@ -98,7 +98,7 @@ def test_an_image_without_a_name_fails_and_says_how_to_give_one(
 
 
 @pytest.mark.parametrize("what", [IMAGE, Index(INDEX.manifest, (INDEX.images[0],))])
-def test_dockers_own_index_gives_the_names(tmp_path: Path, what: Image | Index) -> None:
+def test_names_from_docker_manifest_json(tmp_path: Path, what: Image | Index) -> None:
     image = what if isinstance(what, Image) else what.images[0]
     saved = {
         "Config": blob_name(image.config.digest),
@@ -111,12 +111,12 @@ def test_dockers_own_index_gives_the_names(tmp_path: Path, what: Image | Index) 
     assert meanings(path) == dict.fromkeys([NAME, "quay.io/app:1"], what.manifest.digest)
 
 
-def test_the_oci_index_comes_before_dockers(tmp_path: Path) -> None:
+def test_index_json_takes_precedence_over_manifest_json(tmp_path: Path) -> None:
     files = {**docker_saved(OTHER, "other:1"), **named(IMAGE)}
     assert meanings(write_tar(tmp_path / "a.tar", files)) == {NAME: IMAGE.manifest.digest}
 
 
-def test_an_index_may_have_one_platform_alone(tmp_path: Path) -> None:
+def test_index_with_one_platform_only(tmp_path: Path) -> None:
     image, other = INDEX.images
     sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]
     found = contents(write_tar(tmp_path / "a.tar", layout((INDEX, {REF_NAME: NAME}), sparse=sparse)))
@@ -124,16 +124,16 @@ def test_an_index_may_have_one_platform_alone(tmp_path: Path) -> None:
 
 
 def nested(*inner: Image | Index) -> Index:
-    """An index of indexes."""
+    """Return a layout with an index of indexes."""
     data = to_json({"schemaVersion": 2, "manifests": [descriptor(one.manifest) for one in inner]})
     return Index(Manifest(digest_of(data), data, OCI_INDEX), ())
 
 
-def test_an_index_of_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_of_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = nested(INDEX, IMAGE)
     outer = nested(inner, INDEX, IMAGE)
     files = layout((outer, {REF_NAME: NAME}), (inner, None), (INDEX, None), (IMAGE, None))
-    # Each is read once.
+    # Each manifest is read once.
     read = [manifest.data for one in (outer, inner, INDEX, IMAGE) for manifest in one.manifests]
     monkeypatch.setattr(members, "_MOST_METADATA", sum(map(len, [*read, files["index.json"]])))
     found = contents(write_tar(tmp_path / "a.tar", files))
@@ -145,7 +145,7 @@ def test_an_index_of_indexes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert place(INDEX.manifest.digest) > max(place(image.manifest.digest) for image in INDEX.images)
 
 
-def test_an_endless_row_of_indexes(tmp_path: Path) -> None:
+def test_nesting_depth_of_indexes_is_limited(tmp_path: Path) -> None:
     row: list[Image | Index] = [IMAGE]
     for _ in range(2000):
         row.append(nested(row[-1]))
@@ -155,7 +155,7 @@ def test_an_endless_row_of_indexes(tmp_path: Path) -> None:
     assert len(found.tree(found.images[0].manifest)) == 2001
 
 
-def test_the_dates_of_our_own_exports(tmp_path: Path) -> None:
+def test_dates_of_own_exports(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME, **DATES}), (OTHER, {REF_NAME: "other:1"})))
     dates = {str(one.image): one.dates for one in contents(path).images}
     assert dates == {
@@ -165,24 +165,24 @@ def test_the_dates_of_our_own_exports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("created", ["yesterday", "2026-01-01T00:00:00"])
-def test_dates_that_are_none(tmp_path: Path, created: str) -> None:
+def test_malformed_dates_are_refused(tmp_path: Path, created: str) -> None:
     annotations = {REF_NAME: NAME, **DATES, "ociregistry.created": created}
     assert invalid(write_tar(tmp_path / "a.tar", layout((IMAGE, annotations)))).endswith(": index.json")
 
 
-def test_one_name_for_two_images(tmp_path: Path) -> None:
+def test_one_name_for_two_images_is_refused(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (OTHER, {IMAGE_NAME: NAME})))
     assert meanings(path) == {}
     assert failures(path) == {NAME: "the archive has 2 images of this name"}
 
 
-def test_one_name_twice_for_one_image(tmp_path: Path) -> None:
+def test_repeated_name_of_one_image(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (IMAGE, {IMAGE_NAME: NAME})))
     assert meanings(path) == {NAME: IMAGE.manifest.digest}
     assert failures(path) == {}
 
 
-def test_of_two_with_dates_the_newer_has_the_name(tmp_path: Path) -> None:
+def test_newer_of_two_dated_images_keeps_the_name(tmp_path: Path) -> None:
     newer = {**DATES, "ociregistry.confirmed": (CREATED + timedelta(days=99)).isoformat()}
     path = write_tar(
         tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME, **newer}), (OTHER, {REF_NAME: NAME, **DATES}))
@@ -191,7 +191,7 @@ def test_of_two_with_dates_the_newer_has_the_name(tmp_path: Path) -> None:
     assert meanings(path) == {NAME: IMAGE.manifest.digest, by_digest: OTHER.manifest.digest}
 
 
-def test_a_name_by_another_digest(tmp_path: Path) -> None:
+def test_name_with_mismatching_digest_is_a_failure(tmp_path: Path) -> None:
     name = f"docker.io/library/nginx@{INDEX.manifest.digest}"
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: name})))
     assert meanings(path) == {}

@@ -1,4 +1,4 @@
-"""OCI layouts that lie, or are none."""
+"""Invalid OCI layouts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGE, OTHER = make_image("layout"), make_image("other")
 INDEX = make_index("layout")
 
 
-def test_what_is_no_blob(tmp_path: Path) -> None:
+def test_files_with_other_names_are_no_blobs(tmp_path: Path) -> None:
     name = blob_name(IMAGE.config.digest)
     others = [name.replace("256", "512"), name[:-1], name.replace("blobs/", ""), f"x/{name}", f"{name}/x"]
     path = write_tar(tmp_path / "a.tar", {**named(IMAGE), **dict.fromkeys(others, b"")})
@@ -39,26 +39,26 @@ def test_what_is_no_blob(tmp_path: Path) -> None:
     }
 
 
-def test_an_image_whose_manifest_is_not_there(tmp_path: Path) -> None:
+def test_missing_manifest_is_a_failure(tmp_path: Path) -> None:
     files = layout((IMAGE, {REF_NAME: NAME}), (OTHER, {REF_NAME: "other:1"}), sparse=[OTHER.manifest.digest])
     path = write_tar(tmp_path / "a.tar", files)
     assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "its manifest is not in the archive"}
 
 
-def test_what_is_no_image(tmp_path: Path) -> None:
+def test_unknown_media_type_is_a_failure(tmp_path: Path) -> None:
     helm = Image(Manifest(OTHER.manifest.digest, OTHER.manifest.data, "application/x-other"), (), "")
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, {REF_NAME: NAME}), (helm, {REF_NAME: "other:1"})))
     assert failures(path) == {f"{path}: {OTHER.manifest.digest}": "not an image but 'application/x-other'"}
 
 
 @pytest.mark.parametrize("what", [INDEX.manifest, INDEX.images[1].manifest])
-def test_a_manifest_that_has_not_its_digest(tmp_path: Path, what: Manifest) -> None:
+def test_manifest_digest_mismatch_is_refused(tmp_path: Path, what: Manifest) -> None:
     files = {**named(INDEX), blob_name(what.digest): what.data.replace(b"2", b"3", 1)}
     told = invalid(write_tar(tmp_path / "a.tar", files))
     assert told.endswith(f"the bytes do not have the digest {what.digest}: {blob_name(what.digest)}")
 
 
-def test_a_manifest_of_another_size(tmp_path: Path) -> None:
+def test_manifest_size_mismatch_is_refused(tmp_path: Path) -> None:
     files = {**named(IMAGE), blob_name(IMAGE.manifest.digest): IMAGE.manifest.data + b" "}
     size = len(IMAGE.manifest.data)
     told = invalid(write_tar(tmp_path / "a.tar", files))
@@ -66,7 +66,7 @@ def test_a_manifest_of_another_size(tmp_path: Path) -> None:
 
 
 def index_of(change: Callable[[Any], object]) -> Files:
-    """The layout, with index.json changed."""
+    """Return the layout with fields of index.json replaced."""
     files = named(IMAGE)
     index = json.loads(files["index.json"])
     change(index)
@@ -88,22 +88,22 @@ def index_of(change: Callable[[Any], object]) -> Files:
         index_of(lambda index: index["manifests"][0].update(size=-1)),
     ],
 )
-def test_an_index_that_is_none(tmp_path: Path, files: Files) -> None:
+def test_malformed_index_json_is_refused(tmp_path: Path, files: Files) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": index.json")
 
 
 @pytest.mark.parametrize("compression", ["", "gz"])
-def test_json_without_end_is_not_read(tmp_path: Path, compression: str) -> None:
+def test_oversized_json_is_not_read(tmp_path: Path, compression: str) -> None:
     files = {**named(IMAGE), "index.json": b" " * (8 * 1024 * 1024 + 1)}
     assert "more than 8388608: index.json" in invalid(write_tar(tmp_path / "a.tar", files, compression))
 
 
-def test_manifests_without_end_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_manifests_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(members, "_MOST_METADATA", 2000)
     assert "more than 2000 bytes of manifests" in invalid(write_tar(tmp_path / "a.tar", named(INDEX)))
 
 
-def test_a_manifest_that_can_be_read_as_two_things(tmp_path: Path) -> None:
+def test_ambiguous_manifest_is_refused(tmp_path: Path) -> None:
     data = to_json({**json.loads(IMAGE.manifest.data), "manifests": []})
     image = Image(Manifest(digest_of(data), data, IMAGE.manifest.media_type), IMAGE.blobs, IMAGE.platform)
     assert "must not have manifests" in invalid(write_tar(tmp_path / "a.tar", named(image)))
@@ -119,9 +119,9 @@ def test_a_manifest_that_can_be_read_as_two_things(tmp_path: Path) -> None:
         {"fat/README": b"", "blobs/aa": b""},
     ],
 )
-def test_what_holds_no_images(tmp_path: Path, files: Files) -> None:
+def test_archive_of_something_else_is_refused(tmp_path: Path, files: Files) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", files)).startswith("not an image archive")
 
 
-def test_a_layout_without_images(tmp_path: Path) -> None:
+def test_layout_without_images(tmp_path: Path) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", layout())) == "there is no image in it"

@@ -1,4 +1,4 @@
-"""Exports and imports of an index of which some images are here as metadata alone."""
+"""Exports and imports of an index of which some images are present as metadata only."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ METADATA = "ociregistry.metadata"
 
 
 def record_of(image: Image, wanted: bool | None, *names: str) -> dict[str, bytes]:
-    """The file of its record."""
+    """Return the path of the manifest's record."""
     urls = dict.fromkeys(names or (f"{REPOSITORY}@{image.manifest.digest}",), DATES)
     return {f"img/{hex_of(image.manifest.digest)}": Record(manifest(image), urls, wanted).render()}
 
 
 def config_of(image: Image) -> dict[str, bytes]:
-    """The file of its config."""
+    """Return the path of the manifest's config blob."""
     return {f"blobs/{hex_of(image.config.digest)}": image.config.data}
 
 
 def store_files() -> dict[str, bytes]:
-    """A store in which amd64 was pulled, arm64 is metadata, and of s390x the config is missing too."""
+    """Return a store with amd64 pulled, arm64 as metadata, and s390x as metadata without config."""
     return {
         f"fat/{hex_of(INDEX.manifest.digest)}": kept(INDEX, {NAME: DATES}),
         **record_of(AMD64, True),
@@ -62,12 +62,12 @@ def store_files() -> dict[str, bytes]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The folder of that store."""
+    """Return the folder of that store."""
     return write_folder(tmp_path / "source", store_files())
 
 
 def wanted(root: Path) -> dict[str, bool | None]:
-    """What the records of images say, by their platforms."""
+    """Return `wanted` of the records, by platform."""
     records = Inventory.read(root).records
     return {
         one.platform: records[manifest(one).digest].record.wanted
@@ -77,12 +77,12 @@ def wanted(root: Path) -> dict[str, bool | None]:
 
 
 def blobs(root: Path) -> set[str]:
-    """The blobs in a store."""
+    """Return the digests of the blobs in a store."""
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
 def noted_of(path: Path) -> Mapping[str, str]:
-    """What index.json notes of the index."""
+    """Return the annotations of the index in index.json."""
     with_index = contents(path).images
     assert [str(one.image) for one in with_index] == [NAME]
     with tarfile.open(path) as tar:
@@ -93,30 +93,30 @@ def noted_of(path: Path) -> Mapping[str, str]:
 
 
 def digests(*images: Image) -> set[str]:
-    """Of their blobs."""
+    """Return the digests of the blobs of images."""
     return {blob.digest for image in images for blob in image.blobs}
 
 
-def test_an_index_carries_the_manifests_and_configs_of_its_metadata(source: Path, tmp_path: Path) -> None:
+def test_export_includes_metadata_of_index(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out.tar"
     exported = export(source, target, NAME)
     expected = digests(AMD64) | {ARM64.config.digest}
     size = sum(len(blob.data) for blob in (*AMD64.blobs, ARM64.config))
     assert exported == Exported(images=1, blobs=4, bytes=size)
-    # That of s390x has no config: it is left out.
+    # s390x lacks its config, so it is left out.
     manifests = {one.manifest.digest for one in (INDEX, AMD64, ARM64)}
     assert set(members(target)) == {"oci-layout", "index.json", *map(blob_name, expected | manifests)}
     assert noted_of(target)[METADATA] == ARM64.manifest.digest
 
 
-def test_without_metadata_nothing_is_noted(source: Path, tmp_path: Path) -> None:
+def test_index_without_metadata_has_no_annotation(source: Path, tmp_path: Path) -> None:
     for image in (ARM64, S390X):
         (source / "img" / hex_of(image.manifest.digest)).unlink()
     export(source, tmp_path / "out.tar", NAME)
     assert METADATA not in noted_of(tmp_path / "out.tar")
 
 
-def test_an_index_with_metadata_alone_is_left_out(source: Path, tmp_path: Path) -> None:
+def test_index_with_metadata_only_is_left_out(source: Path, tmp_path: Path) -> None:
     (source / "img" / hex_of(AMD64.manifest.digest)).unlink()
     exported = export(source, tmp_path / "out.tar", NAME)
     assert exported.left_out == (LeftOut(NAME, "the store has none of the images that it lists"),)
@@ -124,14 +124,14 @@ def test_an_index_with_metadata_alone_is_left_out(source: Path, tmp_path: Path) 
 
 
 @on_reactor
-async def test_an_import_keeps_it_as_metadata(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
+async def test_import_keeps_metadata_as_metadata(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out.tar", NAME)
     (outcome,) = await load(store, tmp_path / "out.tar")
     assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, LoadStatus.LOADED, 4)
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": False}
     assert blobs(root) == digests(AMD64) | {ARM64.config.digest}
     assert [row.url for row in Inventory.read(root).rows] == [NAME, f"{REPOSITORY}@{AMD64.manifest.digest}"]
-    # It goes on like this.
+    # A second export and import yields the same.
     again = export(root, tmp_path / "again.tar", NAME)
     assert again.images == 1
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "out.tar").read_bytes()
@@ -140,9 +140,7 @@ async def test_an_import_keeps_it_as_metadata(store: Store, root: Path, source: 
 
 
 @on_reactor
-async def test_an_import_does_not_make_a_wanted_image_metadata(
-    store: Store, root: Path, source: Path, tmp_path: Path
-) -> None:
+async def test_import_does_not_demote_wanted_image(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
     export(source, tmp_path / "out.tar", NAME)
     await load(store, write_folder(tmp_path / "arm64", {**record_of(ARM64, True), **image_blobs(ARM64)}))
     await load(store, tmp_path / "out.tar")
@@ -150,7 +148,7 @@ async def test_an_import_does_not_make_a_wanted_image_metadata(
 
 
 @on_reactor
-async def test_a_later_export_carries_the_layers_of_what_became_wanted(
+async def test_later_export_includes_layers_of_newly_wanted_image(
     store: Store, root: Path, source: Path, tmp_path: Path
 ) -> None:
     export(source, tmp_path / "first.tar", NAME)
@@ -167,7 +165,7 @@ async def test_a_later_export_carries_the_layers_of_what_became_wanted(
 
 
 @on_reactor
-async def test_an_export_since_one_without_metadata_carries_it(
+async def test_delta_since_export_without_metadata_includes_metadata(
     store: Store, root: Path, source: Path, tmp_path: Path
 ) -> None:
     record = source / "img" / hex_of(ARM64.manifest.digest)
@@ -184,7 +182,7 @@ async def test_an_export_since_one_without_metadata_carries_it(
 
 @pytest.mark.parametrize("noted", ["", "nonsense", f"{S390X.manifest.digest} x", "sha256:12"])
 @on_reactor
-async def test_what_an_archive_notes_of_other_images_changes_nothing(
+async def test_annotation_naming_other_images_is_ignored(
     store: Store, root: Path, tmp_path: Path, noted: str
 ) -> None:
     files = layout((INDEX, {"io.containerd.image.name": NAME, METADATA: noted}))
@@ -199,23 +197,21 @@ async def test_what_an_archive_notes_of_other_images_changes_nothing(
 
 
 @on_reactor
-async def test_the_folder_of_a_store_is_imported_as_it_is(store: Store, root: Path, source: Path) -> None:
+async def test_store_folder_import_keeps_wanted_state(store: Store, root: Path, source: Path) -> None:
     outcomes = await load(store, source)
     assert {(outcome.name, outcome.ended) for outcome in outcomes} == {
         (NAME, LoadStatus.LOADED),
         (f"{REPOSITORY}@{AMD64.manifest.digest}", LoadStatus.LOADED),
     }
-    # That of s390x has no config: it is left out.
+    # s390x lacks its config, so it is left out.
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": False}
     assert blobs(root) == digests(AMD64) | {ARM64.config.digest}
 
 
 @pytest.mark.parametrize("name", [f"{REPOSITORY}@{AMD64.manifest.digest}", "docker.io/library/nginx:single"])
 @on_reactor
-async def test_an_image_that_is_not_wanted_there_is_imported_where_no_index_names_it(
-    store: Store, root: Path, tmp_path: Path, name: str
-) -> None:
-    """As all that other caches pull through a cache: it is wanted there."""
+async def test_unwanted_image_without_index_is_imported(store: Store, root: Path, tmp_path: Path, name: str) -> None:
+    """Applies to images that other caches pull through this one, where the client cache wants them."""
     path = write_folder(tmp_path / "cache", {**record_of(AMD64, False, name), **image_blobs(AMD64)})
     assert [(outcome.name, outcome.ended) for outcome in await load(store, path)] == [(name, LoadStatus.LOADED)]
     assert wanted(root) == {"linux/amd64": True}
@@ -223,13 +219,13 @@ async def test_an_image_that_is_not_wanted_there_is_imported_where_no_index_name
 
 
 @on_reactor
-async def test_or_where_it_has_a_tag(store: Store, root: Path, tmp_path: Path) -> None:
+async def test_unwanted_image_with_tag_is_imported(store: Store, root: Path, tmp_path: Path) -> None:
     files = {**store_files(), **record_of(ARM64, False, f"{REPOSITORY}:arm64"), **image_blobs(ARM64)}
     await load(store, write_folder(tmp_path / "cache", files))
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": True}
 
 
-def test_a_folder_with_metadata_alone_has_no_image(tmp_path: Path) -> None:
+def test_folder_with_metadata_only_has_no_image(tmp_path: Path) -> None:
     index = {f"fat/{hex_of(INDEX.manifest.digest)}": kept(INDEX, {})}
     path = write_folder(tmp_path / "cache", {**index, **record_of(ARM64, False), **config_of(ARM64)})
     assert invalid(path) == "there is no image in it"

@@ -1,4 +1,4 @@
-"""Archives are recognised by what they hold, and those that are damaged are refused."""
+"""Archives are recognised by content; damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = {"index.json": b"{}", "blobs/sha256/aa": LARGE, "blobs/sha256/bb": b"", 
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
-def test_a_tar_is_known_by_its_bytes(tmp_path: Path, compression: str) -> None:
+def test_tar_is_recognised_by_content(tmp_path: Path, compression: str) -> None:
     with opened(write_tar(tmp_path / "images.txt", FILES, compression)) as archive:
         assert everything(archive) == FILES
         assert everything(archive) == FILES
@@ -27,19 +27,19 @@ def test_a_tar_is_known_by_its_bytes(tmp_path: Path, compression: str) -> None:
         }
 
 
-def test_a_large_member_comes_in_pieces(tmp_path: Path) -> None:
+def test_large_member_is_read_in_pieces(tmp_path: Path) -> None:
     with opened(write_tar(tmp_path / "a.tar", FILES)) as archive:
         assert [len(piece) for piece in archive.members["blobs/sha256/aa"].pieces()] == [1048576, 1048576, 402848]
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_folder(tmp_path: Path) -> None:
     with opened(write_folder(tmp_path / "a.tar", FILES)) as archive:
         assert everything(archive) == FILES
 
 
 @pytest.mark.parametrize("top", ["./", "images/", "./var/lib/ociregistry/"])
 @pytest.mark.parametrize("files", [FILES, {"img/aa": b"1", "img/bb": b"2"}, {"blobs/aa": b"1"}])
-def test_the_way_to_a_folder_is_left_out(tmp_path: Path, top: str, files: dict[str, bytes]) -> None:
+def test_leading_folders_are_stripped(tmp_path: Path, top: str, files: dict[str, bytes]) -> None:
     with opened(write_tar(tmp_path / "a.tar", {top + name: data for name, data in files.items()})) as archive:
         assert everything(archive) == files
     with opened(write_folder(tmp_path / "folder", {top + name: data for name, data in files.items()})) as archive:
@@ -49,22 +49,22 @@ def test_the_way_to_a_folder_is_left_out(tmp_path: Path, top: str, files: dict[s
 @pytest.mark.parametrize(
     "data", [b"", b"docker.io/library/nginx:1.25\n", b"docker.io/library/nginx:1.25\n" * 100, b"\x1f", b"BZ"]
 )
-def test_what_is_no_tar_is_somebody_elses(tmp_path: Path, data: bytes) -> None:
+def test_other_file_is_no_archive(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "list.tar").write_bytes(data)
     assert open_archive(tmp_path / "list.tar") is None
 
 
-def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+def test_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert open_archive(tmp_path / "pipe") is None
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     assert refused(tmp_path / "nothing.tar") == "No such file or directory"
 
 
 @pytest.mark.parametrize("data", [bytes(1024), bytes(10240)])
-def test_an_empty_tar(tmp_path: Path, data: bytes) -> None:
+def test_empty_tar(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with opened(tmp_path / "a.tar") as archive:
         assert archive.members == {}
@@ -74,10 +74,10 @@ def test_an_empty_tar(tmp_path: Path, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
-def test_a_tar_that_is_cut_off(tmp_path: Path, compression: str) -> None:
+def test_truncated_tar_is_refused(tmp_path: Path, compression: str) -> None:
     path = write_tar(tmp_path / "a.tar", {**FILES, "blobs/sha256/aa": LARGE[:5000]}, compression)
     data = path.read_bytes()
-    # What is behind the first of the zero blocks that end a tar is padding.
+    # What follows the first of the zero blocks that end a tar is padding.
     needed = len(data) if compression else data.rstrip(b"\0").__len__() // 512 * 512 + 512 + 512
     for length in {*range(512, needed, 97), needed - 1, needed - 512, needed - 513}:
         path.write_bytes(data[:length])
@@ -85,7 +85,7 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, compression: str) -> None:
 
 
 @pytest.mark.parametrize("compression", ["gz", "xz", "bz2"])
-def test_a_compressed_tar_with_a_wrong_byte(tmp_path: Path, compression: str) -> None:
+def test_damaged_compressed_tar_is_refused(tmp_path: Path, compression: str) -> None:
     path = write_tar(tmp_path / "a.tar", {**FILES, "blobs/sha256/aa": LARGE[:5000]}, compression)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -93,13 +93,13 @@ def test_a_compressed_tar_with_a_wrong_byte(tmp_path: Path, compression: str) ->
     assert refused(path)
 
 
-def test_what_was_never_compressed_so(tmp_path: Path) -> None:
+def test_invalid_compressed_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(gzip.compress(bytes(1024))[:10] + b"\xff" * 100)
     assert "cut off or damaged" in refused(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("where", [0, 512 + 512])
-def test_a_header_with_a_wrong_byte(tmp_path: Path, where: int) -> None:
+def test_damaged_header_is_refused(tmp_path: Path, where: int) -> None:
     path = write_tar(tmp_path / "a.tar", FILES)
     data = bytearray(path.read_bytes())
     data[where] ^= 1
@@ -107,24 +107,24 @@ def test_a_header_with_a_wrong_byte(tmp_path: Path, where: int) -> None:
     assert "damaged" in refused(path)
 
 
-def test_compressed_but_no_tar(tmp_path: Path) -> None:
+def test_compressed_file_that_is_no_tar(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(gzip.compress(b"docker.io/library/nginx:1.25\n"))
     assert refused(tmp_path / "a.tar") == "it is compressed, but it is not a tar"
 
 
-def test_zstandard(tmp_path: Path) -> None:
+def test_zstandard_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(1000))
     assert "zstd" in refused(tmp_path / "a.tar")
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+def test_file_truncated_while_reading(tmp_path: Path) -> None:
     with opened(write_folder(tmp_path / "folder", FILES)) as archive:
         (tmp_path / "folder/blobs/sha256/cc").write_bytes(b"s")
         with pytest.raises(ArchiveInvalid, match="it ends too early: blobs/sha256/cc"):
             everything(archive)
 
 
-def test_a_file_that_goes_while_it_is_read(tmp_path: Path) -> None:
+def test_file_removed_while_reading(tmp_path: Path) -> None:
     with opened(write_folder(tmp_path / "folder", FILES)) as archive:
         (tmp_path / "folder/blobs/sha256/cc").unlink()
         with pytest.raises(ArchiveInvalid, match="No such file or directory: blobs/sha256/cc"):
