@@ -1,4 +1,4 @@
-"""What holds for the unit tests."""
+"""Fixtures and hooks for the unit tests."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.unit.support.registries import MemoryRegistries
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 
-# A busy machine is no failure.
+# A slow machine must not fail a test by a hypothesis deadline.
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays out of the garbage collection that follows every test: 50 ms each."""
+    """Exclude imported modules from the garbage collection after every test, which would take 50 ms each."""
     gc.collect()
     gc.freeze()
 
@@ -43,20 +43,20 @@ _TESTS = itertools.count(1)
 
 
 def pytest_runtest_logfinish() -> None:
-    """So does what piles up: reports and caches. Not after every test: what it left may be garbage a little later."""
+    """Exclude reports and caches too; every 50 tests only, as recent objects may become garbage."""
     if next(_TESTS) % 50 == 0:
         gc.freeze()
 
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock that stands still."""
+    """Return a clock that advances only when the test advances it."""
     return Clock()
 
 
 @pytest.fixture
 def events() -> Iterator[list[LogEvent]]:
-    """What is logged during the test."""
+    """Return the list of events logged during the test."""
     observer = RecordingObserver()
     globalLogPublisher.addObserver(observer)
     yield observer.events
@@ -65,7 +65,7 @@ def events() -> Iterator[list[LogEvent]]:
 
 @pytest.fixture
 def an_hour_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine is an hour ahead of UTC."""
+    """Set the local time zone to UTC+1."""
     monkeypatch.setenv("TZ", "XYZ-1")
     time.tzset()
     yield
@@ -75,13 +75,13 @@ def an_hour_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Where the store is."""
+    """Return the folder of the store."""
     return tmp_path / "store"
 
 
 @pytest.fixture
 def store(root: Path, clock: Clock) -> Iterator[Store]:
-    """An empty store that looks at its folders when `clock` advances."""
+    """Return an empty store that scans its folders when `clock` advances."""
     store = Store(root, clock, REACTOR)
     store.startService()
     yield store
@@ -90,7 +90,7 @@ def store(root: Path, clock: Clock) -> Iterator[Store]:
 
 @pytest.fixture
 def open_store(root: Path) -> Iterator[Callable[..., Store]]:
-    """Opens the same folder as another process does, perhaps with other `files`; only its first look is taken."""
+    """Return a function that opens a second store on the folder; its clock stands still, so it scans only once."""
     opened: list[Store] = []
 
     def open_it(**how: Any) -> Store:
@@ -105,7 +105,7 @@ def open_store(root: Path) -> Iterator[Callable[..., Store]]:
 
 @pytest_twisted.async_yield_fixture
 async def network() -> AsyncIterator[Network]:
-    """Real connections."""
+    """Return a factory of clients on real connections."""
     network = Network()
     yield network
     await network.close()
@@ -113,32 +113,32 @@ async def network() -> AsyncIterator[Network]:
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """Issues certificates that nobody else trusts."""
+    """Return a certificate authority that is in no trust store."""
     return Authority(tmp_path)
 
 
 @pytest.fixture
 def secure(authority: Authority) -> Iterator[ScriptedRegistry]:
-    """An upstream that speaks TLS and has a certificate of `authority`."""
+    """Return an upstream that speaks TLS with a certificate of `authority`."""
     with ScriptedRegistry(tls=authority.server_context("127.0.0.1")) as upstream:
         yield upstream
 
 
 @pytest.fixture
 def upstreams() -> MemoryRegistries:
-    """What all upstreams are asked."""
+    """Return in-memory upstreams that record all requests."""
     return MemoryRegistries()
 
 
 @pytest.fixture
 def cache(store: Store, upstreams: MemoryRegistries, clock: Clock) -> PullThrough:
-    """A cache over the empty store."""
+    """Return a cache over the empty store."""
     return PullThrough(store, upstreams, clock, jitter=lambda: 1.0)
 
 
 @pytest.fixture
 def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
-    """The blobs that have been looked for in the store."""
+    """Return the digests of the blobs looked up in the store."""
     looked: list[Digest] = []
     look = store.blob
 
@@ -153,7 +153,7 @@ def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
 
 @pytest_twisted.async_yield_fixture
 async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
-    """Starts daemons."""
+    """Return a factory of daemons; stops them at the end."""
     daemons = Daemons(root, clock)
     yield daemons
     await daemons.stop_all()
@@ -161,13 +161,13 @@ async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
 
 @pytest.fixture
 def fetching(root: Path) -> Fetching:
-    """What images are completed by."""
+    """Return a blob fetcher whose results the test decides."""
     return Fetching(root)
 
 
 @pytest.fixture
 def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
-    """It runs."""
+    """Return a running completion service."""
     completion = Completion(store, fetching, clock)
     completion.startService()
     yield completion

@@ -1,4 +1,4 @@
-"""A bad link is slow and far away as it is told, and otherwise passes everything."""
+"""The bad-link proxy: limited rate and added delay, otherwise transparent."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.unit.support.doubles import on_reactor, until
 
 @pytest_twisted.async_yield_fixture
 async def scene() -> AsyncIterator[Scene]:
-    """A server, and no link yet."""
+    """Return a server and a factory of links to it."""
     scene = Scene()
     yield scene
     await scene.end()
 
 
 @on_reactor
-async def test_a_good_link_passes_all_both_ways(scene: Scene) -> None:
+async def test_unlimited_link_passes_both_directions(scene: Scene) -> None:
     link = scene.link()
     peer = await scene.client(link, 1_000_000, 0)
     await until(lambda: peer.ended)
@@ -35,7 +35,7 @@ async def test_a_good_link_passes_all_both_ways(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_the_rate_is_that_of_all_connections_together(scene: Scene) -> None:
+async def test_rate_is_shared_by_all_connections(scene: Scene) -> None:
     clock = Clock()
     link = scene.link(clock, rate=100_000)
     peers = [await scene.client(link, 200_000) for _ in range(4)]
@@ -49,7 +49,7 @@ async def test_the_rate_is_that_of_all_connections_together(scene: Scene) -> Non
 
 
 @on_reactor
-async def test_an_idle_link_saves_nothing_up(scene: Scene) -> None:
+async def test_idle_link_accumulates_no_credit(scene: Scene) -> None:
     clock = Clock()
     link = scene.link(clock, rate=10_000)
     clock.advance(60)
@@ -59,8 +59,8 @@ async def test_an_idle_link_saves_nothing_up(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_half_of_the_round_trip_is_each_way(scene: Scene) -> None:
-    """A handshake, then the request there, then the answer back."""
+async def test_each_direction_takes_half_the_round_trip_time(scene: Scene) -> None:
+    """The handshake, the request and the response each take one way."""
     clock = Clock()
     link = scene.link(clock, rtt=10)
     peer = await scene.client(link, 1000)
@@ -78,8 +78,8 @@ async def test_half_of_the_round_trip_is_each_way(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_long_wire_is_filled(scene: Scene) -> None:
-    """More than a buffer is under way where rate and distance are great."""
+async def test_long_fat_link_is_filled(scene: Scene) -> None:
+    """With high rate and delay, more than one buffer is in flight."""
     clock = Clock()
     link = scene.link(clock, rate=1_000_000, rtt=1)
     peer = await scene.client(link, 5_000_000)
@@ -88,7 +88,7 @@ async def test_a_long_wire_is_filled(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_little_is_held_for_a_client_that_does_not_read(scene: Scene) -> None:
+async def test_buffering_for_stalled_client_is_bounded(scene: Scene) -> None:
     link = scene.link()
     peer = await scene.client(link, 5_000_000)
     await until(lambda: peer.received)
@@ -97,14 +97,14 @@ async def test_little_is_held_for_a_client_that_does_not_read(scene: Scene) -> N
     while scene.senders[0].given != seen:
         seen = scene.senders[0].given
         await quiet(peer)
-    # A buffer of ours, and those of the kernel for four sockets.
+    # One buffer of the proxy, and those of the kernel for four sockets.
     assert seen - len(peer.received) <= BUFFER + 4 * 2 * SMALL + 4 * BUFFER
     peer.transport.resumeProducing()
     await until(lambda: len(peer.received) == 5_000_000)
 
 
 @on_reactor
-async def test_one_that_does_not_read_holds_up_nobody(scene: Scene) -> None:
+async def test_stalled_client_does_not_block_others(scene: Scene) -> None:
     link = scene.link(rate=5_000_000)
     lazy = await scene.client(link, 5_000_000)
     await until(lambda: lazy.received)
@@ -117,7 +117,7 @@ async def test_one_that_does_not_read_holds_up_nobody(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_half_a_connection_may_end(scene: Scene) -> None:
+async def test_half_closed_connection_is_passed_on(scene: Scene) -> None:
     link = scene.link()
     peer = await scene.client(link, 500_000)
     peer.transport.loseWriteConnection()
@@ -126,7 +126,7 @@ async def test_half_a_connection_may_end(scene: Scene) -> None:
 
 @pytest.mark.parametrize("server", ["is not there", "resets", "is reset"])
 @on_reactor
-async def test_a_reset_gets_to_the_other_end(scene: Scene, server: str) -> None:
+async def test_reset_is_passed_on(scene: Scene, server: str) -> None:
     link = scene.link(rtt=0.01)
     if server == "is not there":
         await scene.close()
@@ -144,7 +144,7 @@ async def test_a_reset_gets_to_the_other_end(scene: Scene, server: str) -> None:
 
 
 @on_reactor
-async def test_a_link_that_is_stopped_leaves_nothing(scene: Scene) -> None:
+async def test_stopped_link_leaves_no_connections(scene: Scene) -> None:
     link = scene.link(rate=1000)
     peers = [await scene.client(link, 100_000) for _ in range(3)]
     await until(lambda: len(scene.senders) == 3)
@@ -154,7 +154,7 @@ async def test_a_link_that_is_stopped_leaves_nothing(scene: Scene) -> None:
     await link.stop()
 
 
-def test_amounts() -> None:
+def test_parse_amounts() -> None:
     texts = {"10Mbit": 1_250_000, "500 kbit": 62_500, "5MB": 5_000_000, "64KiB": 65_536, "1.5kB": 1500, "7": 7}
     assert {text: amount(text) for text in texts} == texts
     for wrong in ("", "Mbit", "10mbit", "10 Mbit/s", "-1", "1e3"):

@@ -1,4 +1,4 @@
-"""A bad link cuts, falls silent, refuses, and comes and goes as it is told."""
+"""The bad-link proxy: cuts, silence, refused connections and scheduled outages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.support.doubles import on_reactor, until
 
 @pytest_twisted.async_yield_fixture
 async def scene() -> AsyncIterator[Scene]:
-    """A server, and no link yet."""
+    """Return a server and a factory of links to it."""
     scene = Scene()
     yield scene
     await scene.end()
@@ -26,7 +26,7 @@ async def scene() -> AsyncIterator[Scene]:
 
 @pytest.mark.parametrize(("by", "ended"), [("fin", ConnectionDone), ("rst", ConnectionLost)])
 @on_reactor
-async def test_a_connection_is_cut_after_exactly_so_many_bytes(scene: Scene, by: str, ended: type) -> None:
+async def test_connection_is_cut_after_exact_byte_count(scene: Scene, by: str, ended: type) -> None:
     link = scene.link(cut_bytes=100_001, cut_by=by)
     peers = [await scene.client(link, 60_000, 60_000) for _ in range(2)]
     await until(lambda: link.counts.cut == 2 and link.counts.open == 0)
@@ -37,7 +37,7 @@ async def test_a_connection_is_cut_after_exactly_so_many_bytes(scene: Scene, by:
 
 
 @on_reactor
-async def test_a_connection_may_fall_silent_in_place_of_a_cut(scene: Scene) -> None:
+async def test_connection_falls_silent_instead_of_cut(scene: Scene) -> None:
     link = scene.link(cut_bytes=100_000, cut_by="silence")
     peer = await scene.client(link, 200_000)
     await until(lambda: len(peer.received) == 100_000)
@@ -49,7 +49,7 @@ async def test_a_connection_may_fall_silent_in_place_of_a_cut(scene: Scene) -> N
 
 
 @on_reactor
-async def test_a_connection_is_cut_after_a_time(scene: Scene) -> None:
+async def test_connection_is_cut_after_a_time(scene: Scene) -> None:
     clock = Clock()
     link = scene.link(clock, cut_seconds=30)
     peer = await scene.client(link, 1000)
@@ -62,7 +62,7 @@ async def test_a_connection_is_cut_after_a_time(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_hole_accepts_and_says_nothing(scene: Scene) -> None:
+async def test_black_hole_accepts_and_never_answers(scene: Scene) -> None:
     link = scene.link(hole=True)
     peer = await scene.client(link, 1000)
     await until(lambda: link.counts.lost)
@@ -87,7 +87,7 @@ async def test_established_connections_fall_silent(scene: Scene) -> None:
     other = await scene.client(link, 1000)
     await until(lambda: len(other.received) == 1000)
     assert (peer.ended, len(peer.received)) == (None, 1000)
-    # Not even the end of one is heard of at the other end.
+    # The close is not passed on either.
     peer.transport.loseConnection()
     await until(lambda: peer.ended)
     await quiet(peer)
@@ -95,7 +95,7 @@ async def test_established_connections_fall_silent(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_link_refuses_and_listens_again_at_the_same_port(scene: Scene) -> None:
+async def test_link_refuses_then_listens_on_same_port(scene: Scene) -> None:
     link = scene.link()
     before = await scene.client(link, 1000)
     await until(lambda: len(before.received) == 1000)
@@ -110,7 +110,7 @@ async def test_a_link_refuses_and_listens_again_at_the_same_port(scene: Scene) -
 
 
 @on_reactor
-async def test_what_an_outage_held_back_goes_on_afterwards(scene: Scene) -> None:
+async def test_data_held_during_outage_is_delivered_afterwards(scene: Scene) -> None:
     link = scene.link()
     peer, leaving = await scene.client(link, 100_000), await scene.client(link, 100_000)
     await until(lambda: len(peer.received) == len(leaving.received) == 100_000)
@@ -128,7 +128,7 @@ async def test_what_an_outage_held_back_goes_on_afterwards(scene: Scene) -> None
 
 
 @on_reactor
-async def test_an_outage_in_the_middle_loses_no_byte(scene: Scene) -> None:
+async def test_outage_mid_transfer_loses_no_byte(scene: Scene) -> None:
     clock = Clock()
     link = scene.link(clock, rate=1_000_000, rtt=0.2)
     peer = await scene.client(link, 1_000_000, 0)
@@ -146,7 +146,7 @@ async def test_an_outage_in_the_middle_loses_no_byte(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_an_outage_may_cut_what_it_met(scene: Scene) -> None:
+async def test_outage_may_cut_open_connections(scene: Scene) -> None:
     link = scene.link(outage="cut", cut_by="rst")
     peer = await scene.client(link, 1000)
     await until(lambda: len(peer.received) == 1000)
@@ -162,7 +162,7 @@ async def test_an_outage_may_cut_what_it_met(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_link_goes_up_and_down_by_a_schedule(scene: Scene) -> None:
+async def test_scheduled_outages(scene: Scene) -> None:
     clock = Clock()
     link = scene.link(clock, schedule=(20, 10))
     seen: list[bool] = []

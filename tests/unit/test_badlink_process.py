@@ -1,4 +1,4 @@
-"""The bad link as a program: what a person and a test that blocks tell it."""
+"""The bad-link proxy as a program, controlled by a person or by a blocking test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.processes import ROOT
 
 
 def served(connection: socket.socket) -> bytes:
-    """All that somebody sends on a connection before he closes it."""
+    """Return all that a client sends on one connection before it closes."""
     with connection:
         data = b""
         while piece := connection.recv(65536):
@@ -24,7 +24,7 @@ def served(connection: socket.socket) -> bytes:
     return data
 
 
-def test_a_process_obeys_and_counts() -> None:
+def test_process_accepts_commands_and_counts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         target = f"127.0.0.1:{server.getsockname()[1]}"
         with LinkProcess(target, "--cut-bytes", "3kB") as link:
@@ -52,7 +52,7 @@ def test_a_process_obeys_and_counts() -> None:
         assert link.counts == Counts(up=5, down=3000, accepted=1, dialled=1, cut=1, open=link.counts.open)
 
 
-def test_a_person_ends_it_with_sigterm_and_reads_the_counts() -> None:
+def test_sigterm_ends_it_and_prints_counts() -> None:
     argv = [sys.executable, "-m", "tests.badlink", "--hole", "--up", "20", "--down", "10", "127.0.0.1:1"]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdin is not None
@@ -71,7 +71,7 @@ def test_a_person_ends_it_with_sigterm_and_reads_the_counts() -> None:
 
 
 @pytest.mark.parametrize("wrong", [["--up", "3"], ["--rate", "fast"], ["--cut-by", "knife"], []])
-def test_a_wrong_option_is_told(wrong: list[str]) -> None:
+def test_invalid_option_is_an_error(wrong: list[str]) -> None:
     target = ["127.0.0.1:1"] if wrong else ["nowhere"]
     argv = [sys.executable, "-m", "tests.badlink", *wrong, *target]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False, stdin=subprocess.DEVNULL)

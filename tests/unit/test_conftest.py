@@ -1,4 +1,4 @@
-"""A failure that only reaches the log fails the test."""
+"""A failure that is only logged fails the test."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_expected():
 def test_logged_failures_and_unhandled_deferreds_fail_a_test(tmp_path: Path) -> None:
     (tmp_path / "test_log.py").write_text(TESTS)
     (tmp_path / "conftest.py").write_text("from tests.conftest import no_logged_failures\n")
-    # Plugins that it does not need and that take long to import.
+    # Plugins that are not needed and slow to import.
     without = [f"-pno:{plugin}" for plugin in ("cacheprovider", "hypothesispytest", "twisted")]
     options = ["-c", f"{ROOT}/pyproject.toml", *without]
     done = run([sys.executable, "-m", "pytest", *options, str(tmp_path)], check=False)

@@ -1,4 +1,4 @@
-"""Every rule of the scripted registry does what its name says."""
+"""The rules of the scripted registry."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ PATH = f"/v2/team/app/blobs/{LAYER.digest}"
 
 @pytest.fixture
 def registry(upstream: ScriptedRegistry) -> ScriptedRegistry:
-    """A registry with one image."""
+    """Return a registry with one image."""
     upstream.add("team/app", IMAGE)
     return upstream
 
 
 def get(registry: ScriptedRegistry, path: str = PATH, method: str = "GET", **headers: str) -> Response:
-    """Ask the registry for the layer, or for another path."""
+    """Request the layer, or another path."""
     return fetch(registry.url + path, method=method, headers=headers, timeout=10)
 
 
 @pytest.mark.parametrize("after", [None, 0, 5000])
-def test_an_answer_is_held_back_until_it_is_released(registry: ScriptedRegistry, after: int | None) -> None:
+def test_hold_waits_for_release(registry: ScriptedRegistry, after: int | None) -> None:
     hold = Hold(after)
     registry.script(PATH, hold)
     with ThreadPoolExecutor() as pool:
@@ -62,7 +62,7 @@ def test_an_answer_is_held_back_until_it_is_released(registry: ScriptedRegistry,
         assert answer.result(10).body == LAYER.data
 
 
-def test_closing_ends_what_is_held_back_or_drips() -> None:
+def test_close_ends_held_and_dripping_responses() -> None:
     with ThreadPoolExecutor() as pool, ScriptedRegistry() as registry:
         registry.add("team/app", IMAGE)
         hold = Hold(5000)
@@ -81,7 +81,7 @@ def test_closing_ends_what_is_held_back_or_drips() -> None:
 
 @pytest.mark.parametrize("after", [0, 5000, 70_000])
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_comes_after_exactly_so_many_bytes(registry: ScriptedRegistry, after: int, reset: bool) -> None:
+def test_cut_after_exact_byte_count(registry: ScriptedRegistry, after: int, reset: bool) -> None:
     registry.script(PATH, Cut(after, reset=reset), times=1)
     received = bytearray()
     with closing(connect(registry.url)) as connection:
@@ -96,21 +96,25 @@ def test_a_cut_comes_after_exactly_so_many_bytes(registry: ScriptedRegistry, aft
 
 
 def read_all(answer: http.client.HTTPResponse, received: bytearray) -> None:
-    """Read into `received` as it comes; raises EOFError at the end."""
+    """Read the response into `received` as it arrives.
+
+    Raises:
+        EOFError: at the end.
+    """
     while piece := answer.read1(1000):
         received += piece
     raise EOFError
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_cut_before_the_headers(registry: ScriptedRegistry, reset: bool) -> None:
+def test_cut_before_headers(registry: ScriptedRegistry, reset: bool) -> None:
     registry.script("*", Cut(None, reset=reset))
     for method in ("GET", "HEAD"):
         with pytest.raises(ConnectionResetError if reset else http.client.RemoteDisconnected):
             get(registry, method=method)
 
 
-def test_rules_about_bodies_are_not_spent_on_head(registry: ScriptedRegistry) -> None:
+def test_head_does_not_consume_a_body_rule(registry: ScriptedRegistry) -> None:
     registry.script(PATH, Cut(10), times=1)
     assert get(registry, method="HEAD").status == 200
     with pytest.raises(http.client.IncompleteRead):
@@ -118,7 +122,7 @@ def test_rules_about_bodies_are_not_spent_on_head(registry: ScriptedRegistry) ->
     assert get(registry).status == 200
 
 
-def test_a_rule_is_taken_away(registry: ScriptedRegistry) -> None:
+def test_rule_can_be_removed(registry: ScriptedRegistry) -> None:
     remove = registry.script("/v2/team/*", Reply(503, b"later", (("Retry-After", "7"),)))
     answer = get(registry)
     assert (answer.status, answer.body, answer.headers["Retry-After"]) == (503, b"later", "7")
@@ -127,7 +131,7 @@ def test_a_rule_is_taken_away(registry: ScriptedRegistry) -> None:
     assert get(registry).status == 200
 
 
-def test_a_flipped_byte_shows_in_the_ranges_that_carry_it(registry: ScriptedRegistry) -> None:
+def test_flipped_byte_appears_in_ranges_that_include_it(registry: ScriptedRegistry) -> None:
     registry.script(PATH, Flip(5000))
     right, wrong = LAYER.data, get(registry).body
     assert [place for place in range(len(right)) if right[place] != wrong[place]] == [5000]
@@ -135,7 +139,7 @@ def test_a_flipped_byte_shows_in_the_ranges_that_carry_it(registry: ScriptedRegi
     assert get(registry, Range="bytes=5001-").body == right[5001:]
 
 
-def test_a_registry_without_ranges(registry: ScriptedRegistry) -> None:
+def test_registry_without_range_support(registry: ScriptedRegistry) -> None:
     registry.script(PATH, IgnoreRange())
     answer = get(registry, Range="bytes=10-")
     assert (answer.status, answer.body) == (200, LAYER.data)
@@ -143,7 +147,7 @@ def test_a_registry_without_ranges(registry: ScriptedRegistry) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "bytes 0-9/10"])
-def test_a_wrong_content_range(registry: ScriptedRegistry, value: str | None) -> None:
+def test_wrong_content_range(registry: ScriptedRegistry, value: str | None) -> None:
     registry.script(PATH, ContentRange(value))
     answer = get(registry, Range="bytes=10-")
     assert (answer.status, answer.headers["Content-Range"]) == (206, value)
@@ -151,14 +155,14 @@ def test_a_wrong_content_range(registry: ScriptedRegistry, value: str | None) ->
 
 
 @pytest.mark.parametrize("by", [-10, 10])
-def test_a_body_of_another_size(registry: ScriptedRegistry, by: int) -> None:
+def test_body_of_another_size(registry: ScriptedRegistry, by: int) -> None:
     registry.script(PATH, Resize(by))
     body = get(registry).body
     assert len(body) == len(LAYER.data) + by
     assert body[:1000] == LAYER.data[:1000]
 
 
-def test_a_false_content_length(registry: ScriptedRegistry) -> None:
+def test_false_content_length(registry: ScriptedRegistry) -> None:
     remove = registry.script(PATH, Declare(10))
     with pytest.raises(http.client.IncompleteRead):
         get(registry)
@@ -169,7 +173,7 @@ def test_a_false_content_length(registry: ScriptedRegistry) -> None:
 
 
 @pytest.mark.parametrize("rule", [NoLength("chunked"), NoLength("close")])
-def test_a_body_without_a_length(registry: ScriptedRegistry, rule: NoLength) -> None:
+def test_body_without_content_length(registry: ScriptedRegistry, rule: NoLength) -> None:
     registry.script(PATH, rule)
     for method in ("HEAD", "GET"):
         answer = get(registry, method=method)
@@ -178,21 +182,21 @@ def test_a_body_without_a_length(registry: ScriptedRegistry, rule: NoLength) -> 
     assert registry.bytes_sent(LAYER.digest) == len(LAYER.data)
 
 
-def test_a_chunked_body_can_be_cut(registry: ScriptedRegistry) -> None:
+def test_chunked_body_can_be_cut(registry: ScriptedRegistry) -> None:
     registry.script(PATH, NoLength("chunked"))
     registry.script(PATH, Cut(5000))
     with pytest.raises(http.client.IncompleteRead):
         get(registry)
 
 
-def test_a_body_drips(registry: ScriptedRegistry) -> None:
+def test_body_drips(registry: ScriptedRegistry) -> None:
     registry.script(PATH, Drip(200_000))
     begin = time.monotonic()
     assert get(registry).body == LAYER.data
     assert 0.4 < time.monotonic() - begin < 5
 
 
-def test_a_header_is_changed(registry: ScriptedRegistry) -> None:
+def test_header_is_changed(registry: ScriptedRegistry) -> None:
     registry.script(PATH, Header("Docker-Content-Digest", None))
     registry.script(PATH, Header("Content-Type", "text/plain"))
     headers = get(registry).headers
@@ -219,11 +223,11 @@ def test_basic_credentials(registry: ScriptedRegistry) -> None:
 
 
 def basic(user: str, password: str) -> str:
-    """The value of an Authorization header."""
+    """Return the value of an Authorization header."""
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def test_tokens_are_demanded_and_issued(registry: ScriptedRegistry) -> None:
+def test_token_challenge_and_issue(registry: ScriptedRegistry) -> None:
     tokens = Tokens(f"{registry.url}/token", service="s", key="access_token", users={"u": "p"}, expires_in=60)
     registry.script("*", tokens)
     scope = "repository:team/app:pull"
@@ -244,7 +248,7 @@ def test_tokens_are_demanded_and_issued(registry: ScriptedRegistry) -> None:
     assert get(registry, Authorization=bearer).status == 401
 
 
-def test_tokens_end_and_scopes_are_denied(registry: ScriptedRegistry) -> None:
+def test_tokens_expire_and_scopes_are_denied(registry: ScriptedRegistry) -> None:
     now = [0.0]
     denied = "repository:secret:pull"
     tokens = Tokens("unused", lifetime=100, expires_in=None, denied=(denied,), clock=lambda: now[0])
@@ -260,7 +264,7 @@ def test_tokens_end_and_scopes_are_denied(registry: ScriptedRegistry) -> None:
     assert get(registry, Authorization=bearer).status == 401
 
 
-def test_a_mistake_in_a_rule_is_reported() -> None:
+def test_defect_in_a_rule_is_reported() -> None:
     class Mistake(Rule):
         def __call__(self, request: Request, handler: Handler) -> Answer:
             raise ValueError("oops")

@@ -1,4 +1,4 @@
-"""The images are whole, and the scripted registry is a correct registry."""
+"""The generated images are valid, and the scripted registry conforms to the specification."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ PATH = f"/v2/team/app/blobs/{LAYER.digest}"
 
 @pytest.fixture
 def registry(upstream: ScriptedRegistry) -> ScriptedRegistry:
-    """A registry with one image and two tags."""
+    """Return a registry with one image and two tags."""
     upstream.add("team/app", IMAGE, "1", "latest")
     return upstream
 
 
 def get(registry: ScriptedRegistry, path: str = PATH, method: str = "GET", **headers: str) -> Response:
-    """Ask the registry for the layer, or for another path."""
+    """Request the layer, or another path."""
     return fetch(registry.url + path, method=method, headers=headers, timeout=10)
 
 
-def test_an_image_is_the_same_for_the_same_seed_and_its_config_names_the_unpacked_layers() -> None:
+def test_image_is_deterministic_and_config_lists_diff_ids() -> None:
     again = make_image("fixtures", layer_size=100_000)
     assert again == IMAGE
     assert make_image("other").layers[0] != make_image("fixtures").layers[0]
@@ -50,13 +50,13 @@ def test_an_image_is_the_same_for_the_same_seed_and_its_config_names_the_unpacke
         assert [member.size for member in archive] == [100_000]
 
 
-def test_images_share_the_layers_of_their_base() -> None:
+def test_images_share_layers_of_their_base() -> None:
     upper = make_image("upper", base=IMAGE, layers=1)
     assert upper.layers[:2] == IMAGE.layers
     assert len(json.loads(upper.config.data)["rootfs"]["diff_ids"]) == len(upper.layers) == 3
 
 
-def test_an_index_names_its_images_by_platform() -> None:
+def test_index_lists_its_images_by_platform() -> None:
     index = make_index("index", docker=True, platforms=("linux/amd64", "linux/arm/v7"))
     body = json.loads(index.manifest.data)
     assert body["mediaType"] == index.manifest.media_type == DOCKER_LIST
@@ -78,7 +78,7 @@ def test_manifests_by_tag_and_by_digest(registry: ScriptedRegistry, reference: s
         assert answer.headers["Docker-Content-Digest"] == IMAGE.manifest.digest
 
 
-def test_a_tag_moves(registry: ScriptedRegistry) -> None:
+def test_tag_moves(registry: ScriptedRegistry) -> None:
     other = make_image("other")
     registry.move("team/app", "latest", other.manifest)
     assert get(registry, "/v2/team/app/manifests/latest").body == other.manifest.data
@@ -100,7 +100,7 @@ def test_blobs_belong_to_a_repository(registry: ScriptedRegistry) -> None:
     ("asked", "first", "last"),
     [("0-", 0, -1), ("10-19", 10, 19), ("99-", 99, -1), ("-7", -7, -1), ("5-999999999", 5, -1)],
 )
-def test_a_range_is_answered_by_206(registry: ScriptedRegistry, asked: str, first: int, last: int) -> None:
+def test_range_is_answered_with_206(registry: ScriptedRegistry, asked: str, first: int, last: int) -> None:
     size = len(LAYER.data)
     answer = get(registry, Range=f"bytes={asked}")
     assert answer.status == 206
@@ -108,13 +108,13 @@ def test_a_range_is_answered_by_206(registry: ScriptedRegistry, asked: str, firs
     assert answer.body == LAYER.data[first % size : last % size + 1]
 
 
-def test_other_ranges(registry: ScriptedRegistry) -> None:
+def test_unsatisfiable_and_multiple_ranges(registry: ScriptedRegistry) -> None:
     beyond = get(registry, Range="bytes=999999999-")
     assert (beyond.status, beyond.headers["Content-Range"]) == (416, f"bytes */{len(LAYER.data)}")
     assert get(registry, Range="bytes=0-1,5-6").status == 200
 
 
-def test_tags_come_in_pages(registry: ScriptedRegistry) -> None:
+def test_tag_list_is_paged(registry: ScriptedRegistry) -> None:
     registry.add("team/app", IMAGE, "b", "a")
     first = get(registry, "/v2/team/app/tags/list?n=3")
     assert json.loads(first.body) == {"name": "team/app", "tags": ["1", "a", "b"]}
@@ -154,7 +154,7 @@ def test_every_request_is_recorded(registry: ScriptedRegistry) -> None:
     assert registry.count("HEAD") == 0
 
 
-def test_it_opens_again_on_the_same_port(registry: ScriptedRegistry) -> None:
+def test_reopens_on_the_same_port(registry: ScriptedRegistry) -> None:
     assert get(registry).status == 200
     registry.close()
     with pytest.raises(ConnectionRefusedError):
@@ -180,11 +180,11 @@ def test_tls(tmp_path: Path) -> None:
         assert fetch(registry.url + PATH, tls=client).body == LAYER.data
 
 
-def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
+def test_tls_with_client_certificate(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     with ScriptedRegistry(tls=authority.server_context("127.0.0.1", demand_client=True)) as registry:
         client = authority.client_context()
-        # With TLS 1.3 a client learns of it late: by the alert, or by the end of the connection.
+        # With TLS 1.3 the client learns of the refusal late: by an alert, or by the end of the connection.
         with pytest.raises(OSError, match=r"(?i)certificate required|reset|broken pipe|EOF"):
             fetch(f"{registry.url}/v2/", tls=client)
         assert registry.requests == ()
@@ -192,13 +192,13 @@ def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
         assert fetch(f"{registry.url}/v2/", tls=client).status == 200
 
 
-def test_plain_http_refuses_tls_at_once(registry: ScriptedRegistry) -> None:
+def test_plain_http_server_rejects_tls_immediately(registry: ScriptedRegistry) -> None:
     with pytest.raises(ssl.SSLError, match=r"(?i)wrong.version.number"):
         fetch(registry.url.replace("http:", "https:") + "/v2/", timeout=5)
     assert registry.requests == ()
 
 
-def test_many_at_once_all_get_the_right_bytes(registry: ScriptedRegistry) -> None:
+def test_concurrent_requests_get_correct_bytes(registry: ScriptedRegistry) -> None:
     with ThreadPoolExecutor(32) as pool:
         bodies = list(pool.map(lambda _: get(registry).body, range(100)))
     assert set(bodies) == {LAYER.data}

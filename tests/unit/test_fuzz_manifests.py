@@ -1,4 +1,4 @@
-"""Whatever an upstream sends as a manifest is parsed, or refused with the one exception that says so."""
+"""Any bytes sent as a manifest are parsed, or refused with ManifestInvalid."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def cases(number: int) -> Decorator:
-    """So many cases, the same at every run."""
+    """Run the test with `number` examples, the same at every run."""
     return settings(
         max_examples=number,
         deadline=None,
         derandomize=True,
         database=None,
-        # Documents within documents take a while to make up on a slow machine.
+        # Generating nested documents is slow on a slow machine.
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 
 
 def check(data: bytes, media_type: str) -> Manifest | None:
-    """The manifest, which must be what it claims to be; None if it was refused."""
+    """Parse a manifest and check its properties; return None if it was refused."""
     problem = ""
     manifest = None
     try:
@@ -53,7 +53,7 @@ def check(data: bytes, media_type: str) -> Manifest | None:
     except ManifestInvalid as error:
         problem = str(error)
     if manifest is None:
-        # It goes into a line of the log and to the client.
+        # The text goes into a log line and to the client.
         assert 0 < len(problem) < 2000
         return None
     assert manifest.data == data
@@ -71,7 +71,7 @@ def check(data: bytes, media_type: str) -> Manifest | None:
 
 
 def check_descriptor(named: Descriptor) -> None:
-    """What is used as a file name and as a number of bytes is fit for it."""
+    """Check that digest, size and media type are safe to use as file name, byte count and text."""
     assert Digest.parse(str(named.digest)) == named.digest
     assert type(named.size) is int
     assert named.size >= 0
@@ -103,12 +103,12 @@ values = st.recursive(
 
 
 def paths(value: Any) -> list[tuple[Any, ...]]:
-    """The way to every place in a JSON document."""
+    """Return the path to every value in a JSON document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [(), *((key, *path) for key, child in inner for path in paths(child))]
 
 
-def test_real_manifests_are_understood() -> None:
+def test_real_manifests_are_parsed() -> None:
     for data, media_type in REAL:
         manifest = check(data, media_type)
         assert manifest is not None
@@ -122,7 +122,7 @@ spoiling = st.tuples(
 
 
 def spoil(document: Any, edits: list[tuple[int, str, str, Any]]) -> Any:
-    """The document in which some values are others, are missing, or have company."""
+    """Return the document with some values replaced, removed or added."""
     for number, how, name, value in edits:
         everywhere = paths(document)
         path = everywhere[number % len(everywhere)]
@@ -142,7 +142,7 @@ def spoil(document: Any, edits: list[tuple[int, str, str, Any]]) -> Any:
 
 @cases(600)
 @given(st.sampled_from(REAL), st.lists(spoiling, min_size=1, max_size=3))
-def test_places_spoiled(original: tuple[bytes, str], edits: list[tuple[int, str, str, Any]]) -> None:
+def test_mutated_values(original: tuple[bytes, str], edits: list[tuple[int, str, str, Any]]) -> None:
     data, media_type = original
     document = spoil(json.loads(data), edits)
     check(json.dumps(document).encode(), media_type)
@@ -151,7 +151,7 @@ def test_places_spoiled(original: tuple[bytes, str], edits: list[tuple[int, str,
 
 @cases(600)
 @given(st.sampled_from(REAL), st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 8), st.binary(max_size=4))))
-def test_bytes_spoiled(original: tuple[bytes, str], edits: list[tuple[int, int, bytes]]) -> None:
+def test_mutated_bytes(original: tuple[bytes, str], edits: list[tuple[int, int, bytes]]) -> None:
     data, media_type = original
     for at, removed, added in edits:
         data = data[:at] + added + data[at + removed :]
@@ -167,7 +167,7 @@ def test_any_json(document: Any, media_type: str) -> None:
 
 @cases(300)
 @given(st.dictionaries(st.sampled_from(KEYS), values), st.sampled_from(MEDIA_TYPES))
-def test_any_object_of_the_second_version(document: dict[str, Any], media_type: str) -> None:
+def test_any_object_with_schema_version_2(document: dict[str, Any], media_type: str) -> None:
     document |= {"schemaVersion": 2, "mediaType": media_type}
     check(json.dumps(document).encode(), media_type)
 
@@ -195,8 +195,8 @@ def test_any_bytes(data: bytes, media_type: str) -> None:
     ],
 )
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_nested_as_deep_as_python_goes_and_deeper(template: str, opening: str, closing: str) -> None:
-    """What json can just read, a message about it may not be able to print."""
+def test_nesting_around_the_recursion_limit(template: str, opening: str, closing: str) -> None:
+    """A document that json can just parse may be too deep to print in an error."""
     for depth in (*range(100, 1100, 7), 10_000, 1_000_000):
         value = opening * depth + ("1" if closing == "}" else "") + closing * depth
         check((template % value).encode(), MEDIA_TYPES[0])
@@ -218,15 +218,14 @@ LONG = "x" * 100_000
     ],
     ids=["version", "type", "list", "entry", "size", "digest", "digest_in_a_list"],
 )
-def test_what_is_said_of_it_stays_short(document: object) -> None:
-    """However long it is."""
+def test_error_is_short_for_long_documents(document: object) -> None:
     assert check(json.dumps(document).encode(), MEDIA_TYPES[0]) is None
 
 
 @cases(600)
 @given(st.sampled_from(REAL), st.lists(spoiling, min_size=1, max_size=2))
-def test_records_spoiled(original: tuple[bytes, str], edits: list[tuple[int, str, str, Any]]) -> None:
-    """What stands in the store may come from anywhere, too."""
+def test_mutated_records(original: tuple[bytes, str], edits: list[tuple[int, str, str, Any]]) -> None:
+    """Files in the store may come from other programs."""
     data, media_type = original
     digest = Digest.of(data)
     image = {"docker.io/library/nginx:1.25": {"created": "2026-03-01T22:17:30Z", "confirmed": "2026-03-02T22:17:30Z"}}
