@@ -1,4 +1,4 @@
-"""`check`: it says how each upstream will be reached, tells no secret, asks nobody, and ends the process."""
+"""`check`: reports how each upstream is reached, without secrets and without network access."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ OR_HTTP = "or http if it does not speak TLS"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 def lines(path: Path, text: str, *listen: str, **given: str) -> list[str]:
-    """What is reported of a file with this text, and these options."""
+    """Return the report for a file with this text and these options."""
     path.write_text(text)
     return list(report(load_settings(given, listen, path)))
 
 
 def upstreams(path: Path, text: str, **given: str) -> list[str]:
-    """What is reported of the upstreams of a file."""
+    """Return the report about upstreams for a file with this text."""
     told = lines(path, text, **given)
     assert told[:2] == ["clients, at port 8080", "  http"]
     first = [line.startswith("every other upstream") for line in told].index(True)
     return told[2:first]
 
 
-def test_without_a_configuration() -> None:
+def test_without_configuration() -> None:
     assert list(report(load_settings({}, (), None))) == ["clients, at port 8080", "  http", *OTHERS]
 
 
@@ -65,11 +65,11 @@ def test_without_a_configuration() -> None:
         ("tls: {insecure_skip_verify: true}", ["https://reg.example, certificate NOT VERIFIED", "anonymous"]),
     ],
 )
-def test_an_upstream(path: Path, entry: str, told: list[str]) -> None:
+def test_upstream_settings_are_reported(path: Path, entry: str, told: list[str]) -> None:
     assert upstreams(path, f"- name: reg.example\n  {entry}\n") == ["reg.example", *(f"  {line}" for line in told)]
 
 
-def test_every_way_to_log_in_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path.parent / "secret").write_text(SECRET)
     monkeypatch.setenv("REG_PASSWORD", SECRET)
     program = path.parent / "docker-credential-x"
@@ -89,7 +89,7 @@ def test_every_way_to_log_in_is_named(path: Path, monkeypatch: pytest.MonkeyPatc
         assert not any(SECRET in line for line in reported)
 
 
-def test_mirrors_stand_first_and_are_reached_as_their_own_entries_say(path: Path, authority: Authority) -> None:
+def test_mirrors_are_listed_first_with_their_own_settings(path: Path, authority: Authority) -> None:
     authority.issue("client")
     text = f"""\
 - name: reg.example
@@ -119,19 +119,19 @@ def test_mirrors_stand_first_and_are_reached_as_their_own_entries_say(path: Path
     ]
 
 
-def test_a_certificate_that_has_expired_shows_it(path: Path, authority: Authority) -> None:
+def test_expired_certificate_is_marked(path: Path, authority: Authority) -> None:
     authority.issue("client", expired=True)
     told = upstreams(path, "- name: reg.example\n  tls: {cert: client.crt, key: client.key}\n")
     assert told[1] == f"  https://reg.example, {SYSTEM}, our certificate CN=client until 2020-12-31"
 
 
-def test_docker_hub_is_reached_where_it_has_its_api(path: Path) -> None:
+def test_docker_hub_is_shown_at_its_api_host(path: Path) -> None:
     told = upstreams(path, "- name: index.docker.io\n  scheme: https\n- name: a.b\n  mirrors: [https://docker.io]\n")
     assert told[:2] == ["docker.io", f"  https://registry-1.docker.io, {SYSTEM}"]
     assert told[4] == f"  first https://docker.io, {SYSTEM}, anonymous"
 
 
-def test_what_is_not_allowed_is_marked(path: Path) -> None:
+def test_disallowed_upstream_is_marked(path: Path) -> None:
     text = "- name: quay.io\n  description: theirs\n- name: a.example\n- name: docker.io\n"
     told = lines(path, text, allow_upstreams="*.example,docker.io")
     headings = [line for line in told if not line.startswith(" ")]
@@ -145,7 +145,7 @@ def test_what_is_not_allowed_is_marked(path: Path) -> None:
     assert not any("NOT ALLOWED" in line for line in lines(path, text))
 
 
-def test_how_clients_are_served(path: Path, authority: Authority) -> None:
+def test_listeners_are_reported(path: Path, authority: Authority) -> None:
     assert lines(path, "port: 5000")[:2] == ["clients, at port 5000", "  http"]
     assert lines(path, "", "tcp:1", "systemd:domain=INET:index=0")[:2] == [
         "clients, at tcp:1, systemd:domain=INET:index=0",
@@ -164,19 +164,19 @@ def test_how_clients_are_served(path: Path, authority: Authority) -> None:
 
 
 @pytest.mark.parametrize("description", ["|\n    free\n    text", '"a\\nb"'])
-def test_a_description_stays_on_its_line(path: Path, description: str) -> None:
+def test_description_is_printed_on_one_line(path: Path, description: str) -> None:
     for line in lines(path, f"- name: reg.example\n  description: {description}\n"):
         assert line.isprintable()
 
 
 def run(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str, str]:
-    """With what status a command line ends, and what it prints."""
+    """Run a command line; return its exit status and its output."""
     with pytest.raises(SystemExit) as ended:
         Options().parseOptions(argv)
     return (ended.value.code, *capfd.readouterr())
 
 
-def test_the_file_may_stand_before_and_after_the_word(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_config_path_before_or_after_command(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     told = "".join(f"{line}\n" for line in lines(path, "port: 5\nregistries:\n- name: quay.io\n"))
     assert "quay.io" in told
     for argv in (("check", "--config-path", str(path)), ("--config-path", str(path), "check")):
@@ -203,7 +203,9 @@ def test_warnings_go_to_stderr(path: Path, authority: Authority, capfd: pytest.C
         ("- name: [\n", ":2: is not YAML: "),
     ],
 )
-def test_an_invalid_file_is_one_line(path: Path, capfd: pytest.CaptureFixture[str], text: str, why: str) -> None:
+def test_invalid_file_is_reported_in_one_line(
+    path: Path, capfd: pytest.CaptureFixture[str], text: str, why: str
+) -> None:
     path.write_text(text)
     for argv in (("check", "--config-path", str(path)), ("--config-path", str(path), "check")):
         status, out, err = run(capfd, *argv)
@@ -215,13 +217,13 @@ def test_an_invalid_file_is_one_line(path: Path, capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     "argv", [["check", "--nonsense"], ["check", "serve"], ["check", "--config-path", "/nowhere"]]
 )
-def test_a_mistake_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
+def test_usage_error_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str]) -> None:
     status, out, err = run(capfd, *argv)
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
 
 
-def test_twistd_becomes_no_daemon_and_leaves_nothing_behind(path: Path, authority: Authority) -> None:
+def test_check_does_not_daemonize_or_leave_files(path: Path, authority: Authority) -> None:
     certificate, key = authority.issue("client")
     auth, tls = f"{{user: u, password: {SECRET}}}", "{cert: client.crt, key: client.key}"
     told = lines(path, f"- name: quay.io\n  auth: {auth}\n  tls: {tls}\n")

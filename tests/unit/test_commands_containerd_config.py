@@ -1,4 +1,4 @@
-"""What containerd-config prints and writes can be read by those that it is for."""
+"""`containerd-config`: output and files are valid configurations of the clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str, settings: Settings = SE
 
 
 def section(printed: str, heading: str) -> str:
-    """What stands below the comment line that has `heading` in it, up to the next comment that begins a section."""
+    """Return the text below the comment line that contains `heading`, up to the next heading."""
     after = printed[printed.index(heading) :].partition("\n")[2]
     return re.split(r"\n\n# (?!Written)", after)[0]
 
@@ -36,17 +36,17 @@ def hosts(path: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text())
 
 
-def test_one_file_for_all_registries_leads_to_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_hosts_toml_points_to_localhost(capsys: pytest.CaptureFixture[str]) -> None:
     document = tomllib.loads(section(run(capsys), "/etc/containerd/certs.d/_default/hosts.toml"))
     assert document == {"host": {"http://localhost:8080": {"capabilities": ["pull", "resolve"]}}}
 
 
-def test_the_port_is_that_of_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_comes_from_settings(capsys: pytest.CaptureFixture[str]) -> None:
     settings = load_settings({"port": "5001"}, (), None)
     assert '[host."http://localhost:5001"]' in run(capsys, settings=settings)
 
 
-def test_several_daemons_are_asked_in_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_daemons_keep_their_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     urls = ["--url", "http://10.0.0.2:8080", "--url", "http://10.0.0.1:8080/"]
     run(capsys, *urls, "--dir", str(tmp_path), "--write")
     assert list(hosts(tmp_path / "_default" / "hosts.toml")["host"]) == [
@@ -55,7 +55,7 @@ def test_several_daemons_are_asked_in_their_order(tmp_path: Path, capsys: pytest
     ]
 
 
-def test_each_file_names_the_registry_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hosts_toml_per_registry_names_its_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("- name: plain.internal:5000\n  scheme: http\n")
     settings = load_settings({}, (), config)
@@ -69,7 +69,7 @@ def test_each_file_names_the_registry_itself(tmp_path: Path, capsys: pytest.Capt
     }
 
 
-def test_certificates_are_named_where_tls_is_spoken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ca_is_named_with_https(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tls = ["--ca", "/etc/ca.crt", "--cert", "/etc/node.crt", "--key", "/etc/node.key"]
     run(capsys, "--url", "https://cache.internal", *tls, "--dir", str(tmp_path), "--write")
     host = hosts(tmp_path / "_default" / "hosts.toml")["host"]["https://cache.internal"]
@@ -77,7 +77,7 @@ def test_certificates_are_named_where_tls_is_spoken(tmp_path: Path, capsys: pyte
     assert host["client"] == [["/etc/node.crt", "/etc/node.key"]]
 
 
-def test_both_generations_of_config_toml_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_versions_of_config_toml_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(capsys, "--dir", "/srv/certs.d")
     old = tomllib.loads(section(printed, "up to version 1.7"))
     new = tomllib.loads(section(printed, "from version 2.0 on"))
@@ -85,7 +85,7 @@ def test_both_generations_of_config_toml_are_told(capsys: pytest.CaptureFixture[
     assert new["plugins"]["io.containerd.cri.v1.images"]["registry"] == {"config_path": "/srv/certs.d"}
 
 
-def test_other_clients_are_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_clients_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(capsys, "--url", "http://a:8080", "--url", "https://b", "--upstreams", "quay.io,reg:5000")
     (registry,) = tomllib.loads(section(printed, "registries.conf.d"))["registry"]
     assert registry["prefix"] == "quay.io"
@@ -98,14 +98,14 @@ def test_other_clients_are_told_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(section(printed, "daemon.json")) == {"registry-mirrors": ["http://a:8080", "https://b"]}
 
 
-def test_what_was_written_is_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_files_are_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "--url", "http://a", "--dir", str(tmp_path), "--write")
     run(capsys, "--url", "http://b", "--dir", str(tmp_path), "--write")
     assert list(hosts(tmp_path / "_default" / "hosts.toml")["host"]) == ["http://b"]
     assert [path.name for path in (tmp_path / "_default").iterdir()] == ["hosts.toml"]
 
 
-def test_what_somebody_else_wrote_stays(tmp_path: Path) -> None:
+def test_foreign_files_are_kept(tmp_path: Path) -> None:
     theirs = tmp_path / "_default" / "hosts.toml"
     theirs.parent.mkdir()
     theirs.write_text('server = "https://mine"\n')
@@ -116,7 +116,7 @@ def test_what_somebody_else_wrote_stays(tmp_path: Path) -> None:
     assert theirs.read_text() == 'server = "https://mine"\n'
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     command = ContainerdConfig()
     command.parseOptions(["--dir", str(tmp_path / "file"), "--write"])
@@ -139,6 +139,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         ["--cert", "/only.crt"],
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: list[str]) -> None:
+def test_invalid_options_are_refused(words: list[str]) -> None:
     with pytest.raises(usage.UsageError):
         ContainerdConfig().parseOptions(words)

@@ -1,4 +1,4 @@
-"""`list`: three columns for people and pipes, more when it is asked for, and nothing of the store is changed."""
+"""`list`: three columns, more with --long or --json; the store is never changed."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ pytestmark = pytest.mark.usefixtures("an_hour_ahead")
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """A store without images."""
+    """Return an empty store."""
     return Stock(root)
 
 
 @pytest.fixture
 def listed(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Listed:
-    """Lists the store."""
+    """Return a function that lists the store."""
     return Listed(stock, capfd)
 
 
 class Listed:
-    """What `list` prints of a store, to stdout alone, and without changing anything."""
+    """Run `list`; check that it writes to stdout only and changes nothing."""
 
     def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
         self._stock = stock
         self._capfd = capfd
 
     def __call__(self, *options: str) -> list[str]:
-        """The lines."""
+        """Return the lines of the output."""
         before = snapshot(self._stock.root)
         said = run(self._capfd, "--image-path", self._stock.root, "list", *options)
         assert (said.status, said.err) == (0, "")
@@ -49,16 +49,16 @@ class Listed:
         return said.lines
 
     def urls(self, *options: str) -> list[str]:
-        """The first column, without the host."""
+        """Return the first column, without the host."""
         return [line.split()[0].removeprefix("reg.example/") for line in self(*options)]
 
 
-def test_a_store_without_images_has_no_lines(listed: Listed) -> None:
+def test_empty_store(listed: Listed) -> None:
     assert listed() == listed("--long") == []
     assert listed("--json") == ["[]"]
 
 
-def test_three_columns_tell_what_it_is_and_since_when(stock: Stock, listed: Listed) -> None:
+def test_columns_are_url_kind_and_created(stock: Stock, listed: Listed) -> None:
     image = stock.image(SMALL, "b:2", created=day(59), confirmed=day(90), pulled=day(91))
     stock.put(list_of(image), "a/b:1", created=day(1.5))
     assert listed() == [
@@ -67,14 +67,14 @@ def test_three_columns_tell_what_it_is_and_since_when(stock: Stock, listed: List
     ]
 
 
-def test_every_image_url_has_a_line(stock: Stock, listed: Listed) -> None:
+def test_one_line_per_image_url(stock: Stock, listed: Listed) -> None:
     image = stock.image(SMALL, "b:2", "a:1", "c@")
     assert listed() == [
         f"reg.example/{name} image 2026-01-01T01:00:00" for name in ("a:1", "b:2", f"c@{image.digest}")
     ]
 
 
-def test_only_what_a_pattern_is_found_in_is_listed(stock: Stock, listed: Listed) -> None:
+def test_pattern_filters_image_urls(stock: Stock, listed: Listed) -> None:
     stock.image(SMALL, "team/app:1.25", "team/app:1.26", "other/app:1")
     stock.image(LARGE, "base:9")
     assert listed.urls("--pattern", "team") == ["team/app:1.25", "team/app:1.26"]
@@ -83,7 +83,7 @@ def test_only_what_a_pattern_is_found_in_is_listed(stock: Stock, listed: Listed)
     assert listed("--pattern", "^app", "--json") == ["[]"]
 
 
-def test_the_long_form_tells_pulled_size_platform_and_what_is_missing(stock: Stock, listed: Listed) -> None:
+def test_long_form_columns(stock: Stock, listed: Listed) -> None:
     stock.image(SMALL, "whole:1", pulled=day(2))
     stock.image(LARGE, "lacking:1", pulled=day(3))
     stock.blob(LARGE[1]).unlink()
@@ -91,12 +91,12 @@ def test_the_long_form_tells_pulled_size_platform_and_what_is_missing(stock: Sto
         "reg.example/lacking:1 image 2026-01-01T01:00:00 2026-01-04T01:00:00 508 - 500-missing",
         "reg.example/whole:1 image 2026-01-01T01:00:00 2026-01-03T01:00:00 15 - complete",
     ]
-    # A blob that was copied by half is none.
+    # A partly copied blob counts as missing.
     stock.blob(SMALL[1]).write_bytes(b"la")
     assert listed("--long", "--pattern", "whole")[0].endswith(" 15 - 7-missing")
 
 
-def test_of_a_list_it_tells_about_its_images_that_are_here(stock: Stock, listed: Listed) -> None:
+def test_index_shows_its_present_images(stock: Stock, listed: Listed) -> None:
     index = make_index("list", platforms=("linux/amd64", "linux/arm/v7", "linux/s390x"))
     stock.put(manifest(index), "app:1", pulled=day(1))
     assert listed("--long") == ["reg.example/app:1 list 2026-01-01T01:00:00 2026-01-02T01:00:00 0 - no-image"]
@@ -117,7 +117,7 @@ def test_of_a_list_it_tells_about_its_images_that_are_here(stock: Stock, listed:
     }
 
 
-def test_json_has_all_of_it(stock: Stock, listed: Listed) -> None:
+def test_json_has_all_columns(stock: Stock, listed: Listed) -> None:
     image = stock.image(SMALL, "app:1", created=day(1), confirmed=day(2), pulled=day(3))
     above = stock.put(list_of(image), "app:2", created=day(0))
     stock.blob(SMALL[1]).unlink()
@@ -139,7 +139,7 @@ def test_json_has_all_of_it(stock: Stock, listed: Listed) -> None:
     assert (documents[0]["kind"], documents[0]["digest"], documents[0]["missing"]) == ("list", above.digest, 7)
 
 
-def test_it_is_sorted_as_one_likes(stock: Stock, listed: Listed) -> None:
+def test_sort_orders(stock: Stock, listed: Listed) -> None:
     stock.image(SMALL, "b:1", created=day(3), pulled=day(4))
     stock.image(LARGE, "c:1", created=day(1), pulled=day(9))
     stock.image([b"config d"], "a:1", created=day(2), pulled=day(8))
@@ -149,15 +149,13 @@ def test_it_is_sorted_as_one_likes(stock: Stock, listed: Listed) -> None:
     assert listed.urls("--sort=size", "--long") == ["c:1", "b:1", "a:1"]
 
 
-def test_what_is_equal_is_sorted_by_url(stock: Stock, listed: Listed) -> None:
+def test_ties_are_sorted_by_url(stock: Stock, listed: Listed) -> None:
     stock.image(SMALL, "b:1", "a:1", "c:1")
     for order in ("url", "created", "pulled", "size"):
         assert listed.urls("--sort", order) == ["a:1", "b:1", "c:1"]
 
 
-def test_a_tag_that_has_moved_is_that_of_the_newer_one_and_the_older_one_has_its_digest(
-    stock: Stock, listed: Listed
-) -> None:
+def test_moved_tag_belongs_to_newer_image_older_is_listed_by_digest(stock: Stock, listed: Listed) -> None:
     old = stock.image(SMALL, "app:latest", created=day(1), confirmed=day(5))
     stock.image(LARGE, "app:latest", created=day(4), confirmed=day(6))
     stock.put(old, "app:1", created=day(2))
@@ -166,12 +164,12 @@ def test_a_tag_that_has_moved_is_that_of_the_newer_one_and_the_older_one_has_its
         "reg.example/app:latest image 2026-01-05T01:00:00",
         f"reg.example/app@{old.digest} image 2026-01-02T01:00:00",
     ]
-    # Confirmed again it moves back.
+    # A newer confirmation moves the tag back.
     stock.put(old, "app:latest", created=day(1), confirmed=day(7))
     assert "reg.example/app:latest image 2026-01-02T01:00:00" in listed()
 
 
-def test_a_record_that_cannot_be_read_is_a_warning(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_record_is_a_warning(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
     stock.image(SMALL, "a:1")
     cut = stock.path(stock.image(LARGE, "b:1"))
     cut.write_bytes(cut.read_bytes()[:100])
@@ -190,7 +188,7 @@ def test_a_record_that_cannot_be_read_is_a_warning(stock: Stock, capfd: pytest.C
     assert snapshot(stock.root) == before
 
 
-def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_store_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     for path, why in ((tmp_path / "none", "No such file or directory"), (tmp_path / "file", "Not a directory")):
         said = run(capfd, "--image-path", path, "--list-cache")
@@ -200,7 +198,7 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path, capfd: pytest.Cap
         assert not (tmp_path / "none").exists()
 
 
-def test_a_store_of_which_only_a_part_was_copied_is_one(stock: Stock, listed: Listed) -> None:
+def test_partly_copied_store_is_listed(stock: Stock, listed: Listed) -> None:
     stock.image(SMALL, "a:1")
     for folder in ("blobs", "pulls", "fat"):
         for path in (stock.root / folder).iterdir():
@@ -224,12 +222,12 @@ def test_a_store_of_which_only_a_part_was_copied_is_one(stock: Stock, listed: Li
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_a_mistake_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
+def test_usage_error_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
     assert why in mistake(capfd, "list", *argv)
 
 
 @pytest.mark.parametrize("os", ["linux\nreg.example/forged:1 image", "linux \x1b[2J", "two words"])
-def test_what_an_upstream_calls_a_platform_does_not_break_the_line(stock: Stock, listed: Listed, os: str) -> None:
+def test_control_characters_in_platform_are_escaped(stock: Stock, listed: Listed, os: str) -> None:
     image = stock.image(SMALL, "app@", pulled=day(0) + timedelta(days=1))
     entry = {"mediaType": image.media_type, "digest": image.digest, "size": image.size}
     document = {"schemaVersion": 2, "manifests": [{**entry, "platform": {"os": os, "architecture": "amd64"}}]}
@@ -239,6 +237,6 @@ def test_what_an_upstream_calls_a_platform_does_not_break_the_line(stock: Stock,
     assert all(line.isprintable() for line in lines)
 
 
-def test_a_record_without_image_urls_has_no_line(stock: Stock, listed: Listed) -> None:
+def test_record_without_image_urls_has_no_line(stock: Stock, listed: Listed) -> None:
     stock.put(image_of(*SMALL))
     assert listed() == []

@@ -1,4 +1,4 @@
-"""`list` and `prune` where an index has images that are here as metadata alone, or are pending, or lack something."""
+"""`list` and `prune` with indexes whose images are metadata, pending or incomplete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEX = index_of((PULLED, "linux/amd64"), (METADATA, "linux/arm64"), (STATEMENT,
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """An index of which one platform was pulled; of the others manifests and configs are here."""
+    """Return a store with an index: one platform pulled, manifests and configs of the others."""
     stock = Stock(root)
     stock.put(INDEX, "app:1", created=day(1))
     stock.put(PULLED, "app@", created=day(1), wanted=True)
@@ -38,36 +38,36 @@ def stock(root: Path) -> Stock:
 
 
 class Commands:
-    """Runs commands on a store that must succeed."""
+    """Run commands that must succeed."""
 
     def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
         self._stock = stock
         self._capfd = capfd
 
     def __call__(self, *argv: str) -> list[str]:
-        """What a command prints; the host of image URLs is left out."""
+        """Return the output of a command, without the host of image URLs."""
         said = run(self._capfd, "--image-path", self._stock.root, *argv)
         assert (said.status, said.err) == (0, "")
         return [line.replace(f"{HOST}/", "") for line in said.lines]
 
     def states(self, *argv: str) -> dict[str, list[str]]:
-        """Of each image URL in the long list its size, platforms and state."""
+        """Return size, platforms and state of each image URL in the long list."""
         return {line.split()[0]: line.split()[4:] for line in self("list", "--long", *argv)}
 
 
 @pytest.fixture
 def commands(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Commands:
-    """Runs them."""
+    """Return a runner of commands on the store."""
     return Commands(stock, capfd)
 
 
 def name(of: Manifest) -> str:
-    """The image URL by digest, without the host."""
+    """Return the image URL by digest, without the host."""
     return url_of("app@", of).removeprefix(f"{HOST}/")
 
 
 def pend(stock: Stock, image: Manifest) -> None:
-    """A daemon has not decided yet whether the image is wanted."""
+    """Mark the image as undecided: a daemon has yet to decide whether it is wanted."""
     (stock.root / "pulls" / "0").mkdir(exist_ok=True)
     pending = PendingImage(image.digest, Repository(HOST, "app"), undecided=True)
     PendingFiles(stock.root / "pulls" / "0", Files()).write(pending)
@@ -76,7 +76,7 @@ def pend(stock: Stock, image: Manifest) -> None:
 # list
 
 
-def test_metadata_has_no_line_but_in_the_long_list(commands: Commands) -> None:
+def test_metadata_is_listed_only_in_long_form(commands: Commands) -> None:
     assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED)]
     assert all(len(line.split()) == 3 for line in commands("list"))
     size = str(sum(map(len, AMD64)))
@@ -88,7 +88,7 @@ def test_metadata_has_no_line_but_in_the_long_list(commands: Commands) -> None:
     }
 
 
-def test_nor_in_json(commands: Commands) -> None:
+def test_metadata_is_not_in_json(commands: Commands) -> None:
     documents = {one["url"]: one for one in json.loads("\n".join(commands("list", "--json")))}
     facts = {url: (one["images"], one["missing"], one["size"], one["platforms"]) for url, one in documents.items()}
     size = sum(map(len, AMD64))
@@ -98,9 +98,7 @@ def test_nor_in_json(commands: Commands) -> None:
     }
 
 
-def test_what_metadata_lacks_is_not_missing_but_what_the_pulled_one_lacks_is(
-    stock: Stock, commands: Commands
-) -> None:
+def test_missing_counts_pulled_images_not_metadata(stock: Stock, commands: Commands) -> None:
     stock.blob(ARM64[0]).unlink()
     stock.blob(AMD64[1]).unlink()
     lack = f"{len(AMD64[1])}-missing"
@@ -112,7 +110,7 @@ def test_what_metadata_lacks_is_not_missing_but_what_the_pulled_one_lacks_is(
     }
 
 
-def test_a_pending_image_and_its_index_are_pending(stock: Stock, commands: Commands) -> None:
+def test_pending_image_and_its_index_are_pending(stock: Stock, commands: Commands) -> None:
     pend(stock, METADATA)
     assert {url: state for url, (*_, state) in commands.states().items()} == {
         "app:1": "pending",
@@ -123,12 +121,12 @@ def test_a_pending_image_and_its_index_are_pending(stock: Stock, commands: Comma
     assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED)]
 
 
-def test_an_index_with_nothing_but_metadata_has_no_image(stock: Stock, commands: Commands) -> None:
+def test_index_with_metadata_only_has_no_images(stock: Stock, commands: Commands) -> None:
     stock.path(PULLED).unlink()
     assert commands.states()["app:1"] == ["0", "-", "no-image"]
 
 
-def test_a_record_that_does_not_say_is_an_image_when_a_layer_of_it_is_here(stock: Stock, commands: Commands) -> None:
+def test_record_without_wanted_is_an_image_once_a_layer_is_present(stock: Stock, commands: Commands) -> None:
     for one in (PULLED, METADATA):
         stock.path(one).unlink()
         stock.put(one, "app@", created=day(1))
@@ -137,21 +135,19 @@ def test_a_record_that_does_not_say_is_an_image_when_a_layer_of_it_is_here(stock
     assert [line.split()[0] for line in commands("list")] == sorted(["app:1", name(PULLED), name(METADATA)])
 
 
-def test_an_image_that_no_index_names_is_no_metadata(stock: Stock, commands: Commands) -> None:
+def test_image_without_index_is_listed(stock: Stock, commands: Commands) -> None:
     stock.path(INDEX).unlink()
     assert [line.split()[0] for line in commands("list")] == sorted(map(name, (PULLED, METADATA, STATEMENT)))
 
 
-def test_an_image_that_was_only_asked_for_by_head_is_listed_and_lacks_nothing(
-    stock: Stock, commands: Commands
-) -> None:
+def test_image_requested_by_head_is_listed_as_complete(stock: Stock, commands: Commands) -> None:
     stock.put(image_of(b"config of head", b"layer of head"), "head:1", created=day(1), wanted=False)
     assert [line.split()[0] for line in commands("list")] == ["app:1", name(PULLED), "head:1"]
     assert commands.states()["head:1"][1:] == ["-", "metadata"]
 
 
-def test_a_tag_is_listed_and_pruned_whatever_it_means(stock: Stock, commands: Commands) -> None:
-    """As of what another cache pulled by its tag, which is wanted there."""
+def test_tagged_metadata_is_listed_and_pruned(stock: Stock, commands: Commands) -> None:
+    """Applies to an image that another cache pulled by tag, where it is wanted."""
     stock.put(METADATA, "app:1-arm64", created=day(1))
     assert [line.split()[0] for line in commands("list")] == ["app:1", "app:1-arm64", name(PULLED)]
     lines = commands("prune", "--pattern", "arm64")
@@ -163,7 +159,7 @@ def test_a_tag_is_listed_and_pruned_whatever_it_means(stock: Stock, commands: Co
 
 
 @pytest.mark.parametrize("by", ["--pattern", "--before", "--unused-for"])
-def test_metadata_goes_with_its_index_without_a_word(stock: Stock, commands: Commands, by: str) -> None:
+def test_metadata_is_pruned_silently_with_its_index(stock: Stock, commands: Commands, by: str) -> None:
     value = {"--pattern": "app:1", "--before": "2026-02-01T00:00:00", "--unused-for": "1h"}[by]
     told = [
         "app:1 list 0 bytes of blobs",
@@ -182,21 +178,21 @@ def test_metadata_goes_with_its_index_without_a_word(stock: Stock, commands: Com
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_pattern_names_no_metadata(stock: Stock, commands: Commands, options: list[str]) -> None:
+def test_pattern_does_not_match_metadata(stock: Stock, commands: Commands, options: list[str]) -> None:
     lines = commands("prune", "--pattern", METADATA.digest.hex, *options)
     assert len(lines) == 1
     assert lines[0].startswith("0 image URLs, 0 records and 0 blobs ")
     assert stock.path(METADATA).exists()
 
 
-def test_the_index_takes_it_also_when_the_pulled_image_stays(stock: Stock, commands: Commands) -> None:
+def test_metadata_is_pruned_with_index_while_pulled_image_stays(stock: Stock, commands: Commands) -> None:
     stock.put(PULLED, "app:amd64", created=day(1))
     commands("prune", "--pattern", "app:1$")
     assert [line.split()[0] for line in commands("list", "--long")] == ["app:amd64"]
     assert stock.has(*AMD64, ARM64[0], ATTESTATION[0]) == [True, True, False, False]
 
 
-def test_what_another_index_names_stays_as_metadata(stock: Stock, commands: Commands) -> None:
+def test_metadata_of_a_remaining_index_stays(stock: Stock, commands: Commands) -> None:
     stock.put(index_of((METADATA, "linux/arm64"), (PULLED, "linux/amd64")), "app:2", created=day(2))
     commands("prune", "--pattern", "app:1$")
     assert {url: state for url, (*_, state) in commands.states().items()} == {
@@ -206,7 +202,7 @@ def test_what_another_index_names_stays_as_metadata(stock: Stock, commands: Comm
     }
 
 
-def test_a_record_that_prune_rewrites_says_what_it_said(stock: Stock) -> None:
+def test_rewritten_record_keeps_wanted(stock: Stock) -> None:
     stock.put(METADATA, "other@", created=day(1))
     stock.put(INDEX, "other:1", created=day(1))
     stock.prune(by_name("other"))
@@ -215,7 +211,7 @@ def test_a_record_that_prune_rewrites_says_what_it_said(stock: Stock) -> None:
     assert stock.names(METADATA) == {"app@"}
 
 
-def test_a_full_store_gives_up_metadata_with_its_index(stock: Stock) -> None:
+def test_eviction_removes_metadata_with_its_index(stock: Stock) -> None:
     now = datetime.now(UTC)
     plan = stock.prune(EvictionPolicy(None, 1, lambda url: False, frozenset(), now, now, 100))
     assert {row.kept.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
@@ -223,10 +219,10 @@ def test_a_full_store_gives_up_metadata_with_its_index(stock: Stock) -> None:
     assert stock.sizes() == {}
 
 
-# The inventory
+# Inventory
 
 
-def test_rows_are_without_metadata(stock: Stock) -> None:
+def test_inventory_rows_exclude_metadata(stock: Stock) -> None:
     inventory = stock.inventory()
     urls = {row.url for row in inventory.rows}
     assert urls == {url_of("app:1"), url_of("app@", PULLED)}

@@ -1,4 +1,4 @@
-"""What all commands have in common: options behind arguments, values, and how they say what, and end."""
+"""Options common to all commands: position, values, output, errors and exit status."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from tests.unit.support.command_lines import Said, run
 
 ROOT = Path(__file__).resolve().parents[2]
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""A machine that has much else to do is no defect."""
+"""A busy machine must not fail the test by a deadline."""
 
 
 class Cook(Command):
-    """A command with an option, a flag, a short option, and arguments."""
+    """A command with an option, a flag, a short option and arguments."""
 
     optParameters = [["spice", None, None, "What with."], ["output", "o", None, "Where to."]]
     optFlags = [["hot", None, "Whether it is hot."]]
 
     def parseArgs(self, *dishes: str) -> None:
-        """Any number."""
+        """Accept any number of arguments."""
         self.dishes = dishes
 
 
 def cooked(*argv: str) -> Cook:
-    """The command that a command line makes."""
+    """Return the command made from a command line."""
     command = Cook()
     command.parseOptions(argv)
     return command
 
 
 def told(*argv: str) -> tuple[object, ...]:
-    """All that it was told."""
+    """Return all values of the command."""
     command = cooked(*argv)
     return command.dishes, command["spice"], command["output"], command["hot"], command["port"], command.listen
 
@@ -62,20 +62,20 @@ EXPECTED = (("soup", "fish"), "salt", "table", 1, "5", ["tcp:1", "tcp:2"])
 
 
 @pytest.mark.parametrize("place", range(len(GIVEN) + 1))
-def test_options_may_stand_before_between_and_behind_arguments(place: int) -> None:
+def test_options_before_between_and_after_arguments(place: int) -> None:
     before, behind = itertools.chain.from_iterable(GIVEN[:place]), list(itertools.chain.from_iterable(GIVEN[place:]))
     words = [*before, "soup"]
     assert told(*words, *behind, "fish") == told(*words, "fish", *behind) == EXPECTED
 
 
-def test_what_stands_behind_two_dashes_is_an_argument() -> None:
+def test_double_dash_ends_options() -> None:
     assert cooked("soup", "--", "--hot", "-o").dishes == ("soup", "--hot", "-o")
     assert cooked("--", "--hot")["hot"] == 0
     assert cooked("-", "soup").dishes == ("-", "soup")
     assert cooked("--", "--").dishes == ("--",)
 
 
-def test_a_value_may_look_like_an_option() -> None:
+def test_value_may_look_like_an_option() -> None:
     assert cooked("soup", "--spice", "--hot")["spice"] == "--hot"
     assert cooked("soup", "--spice", "--hot")["hot"] == 0
     assert cooked("--spice", "--")["spice"] == "--"
@@ -88,7 +88,7 @@ def test_a_value_may_look_like_an_option() -> None:
     "argv",
     [["--nonsense"], ["soup", "--nonsense"], ["soup", "--spice"], ["--hot=yes"], ["soup", "-x"], ["soup", "-o"]],
 )
-def test_what_is_no_option_is_a_mistake_wherever_it_stands(argv: list[str]) -> None:
+def test_unknown_option_is_a_usage_error(argv: list[str]) -> None:
     with pytest.raises(usage.UsageError, match=argv[-1].partition("=")[0].lstrip("-")):
         cooked(*argv)
 
@@ -99,7 +99,7 @@ def test_what_is_no_option_is_a_mistake_wherever_it_stands(argv: list[str]) -> N
         st.text("-=ophst", max_size=7) | st.sampled_from(["--hot", "--spice", "-o", "--", "--listen"]), max_size=5
     )
 )
-def test_whatever_is_given_is_read_or_is_a_mistake(argv: list[str]) -> None:
+def test_any_arguments_are_parsed_or_a_usage_error(argv: list[str]) -> None:
     try:
         command = cooked(*argv)
     except (usage.UsageError, SystemExit):
@@ -108,20 +108,20 @@ def test_whatever_is_given_is_read_or_is_a_mistake(argv: list[str]) -> None:
     assert set(command.dishes) <= set(argv)
 
 
-def test_every_common_option_is_one_of_every_command() -> None:
+def test_common_options_belong_to_every_command() -> None:
     for options in (CommonOptions(), Cook()):
         for option in OPTIONS:
             assert options[option.name] in (None, 0), f"{option.name}: it must show whether it was given"
 
 
 def number(text: str) -> int:
-    """A small number."""
+    """Parse a number below 10."""
     if text != "1":
         raise ValueError("1 is expected")
     return 1
 
 
-def test_a_value_that_is_wrong_is_a_mistake_that_names_the_option() -> None:
+def test_invalid_value_names_its_option() -> None:
     assert cooked("--spice", "1").value("spice", number) == 1
     assert cooked().value("spice", number) is None
     for text in ("2", "", "a'b"):
@@ -137,7 +137,7 @@ def test_lines_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("one\ntwo ü\n\n", "ociregistry: three\n")
 
 
-def test_what_the_terminal_cannot_show_is_spelled_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unprintable_characters_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     print_lines(["ü \udcff"])
@@ -157,7 +157,7 @@ print("all of it was taken", file=sys.stderr)
 
 
 def printing(out: int, redirection: str = "") -> tuple[int, str]:
-    """With what status a process ends that prints much to `out`, and what it says to stderr."""
+    """Run a process that prints much to `out`; return its exit status and its stderr."""
     ran = subprocess.run(
         ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", PRINTS],
         stdout=out,
@@ -172,36 +172,34 @@ def printing(out: int, redirection: str = "") -> tuple[int, str]:
 
 @pytest.fixture
 def closed_pipe() -> Iterator[int]:
-    """A pipe from which nobody reads, such as that to a `head` which has ended."""
+    """Return a pipe without reader, like one to a `head` that has exited."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
     os.close(writing)
 
 
-def test_a_pipe_that_nobody_reads_ends_it_without_a_word(closed_pipe: int) -> None:
+def test_closed_pipe_ends_it_silently(closed_pipe: int) -> None:
     assert printing(closed_pipe) == (1, "")
 
 
-def test_a_disk_that_is_full_is_told() -> None:
+def test_full_disk_is_reported() -> None:
     with Path("/dev/full").open("wb") as full:
         assert printing(full.fileno()) == (7, "cannot print: No space left on device\n")
 
 
-def test_a_stdout_that_is_closed_is_told() -> None:
+def test_closed_stdout_is_reported() -> None:
     status, told = printing(subprocess.DEVNULL, ">&-")
     assert (status, len(told.splitlines())) == (7, 1)
 
 
-def test_where_stderr_is_closed_nothing_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "__stderr__", None)
     complain("something")
     assert capsys.readouterr().out == ""
 
 
-def test_a_failure_of_a_command_has_a_status() -> None:
+def test_command_failed_has_a_status() -> None:
     assert (CommandFailed("x").status, CommandFailed("x", 2).status, str(CommandFailed("x"))) == (1, 2, "x")
 
 
@@ -221,7 +219,7 @@ def test_a_failure_of_a_command_has_a_status() -> None:
         (OSError("something"), Said(1, "", "ociregistry: cannot use the store /srv: something\n")),
     ],
 )
-def test_what_a_command_cannot_do_is_one_line(
+def test_command_failure_is_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: Exception, said: Said
 ) -> None:
     def fail(command: Command, settings: object) -> int:
@@ -232,7 +230,7 @@ def test_what_a_command_cannot_do_is_one_line(
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_its_status_is_that_of_the_process(
+def test_exit_status_of_command(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(List, "run", lambda command, settings: status)

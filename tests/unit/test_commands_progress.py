@@ -1,4 +1,4 @@
-"""How far a command is: bars on a terminal, and wherever it is a line for each image that has ended."""
+"""Progress of commands: bars on a terminal, otherwise one line per finished image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOADED = Outcome(NGINX, LoadStatus.LOADED, blobs=2, bytes=1000)
 
 
 class Terminal(io.StringIO):
-    """Somebody looks at it."""
+    """An output that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -25,21 +25,19 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """What is drawn."""
+    """Return what is drawn on the terminal."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "__stderr__", terminal)
     return terminal
 
 
 def drawn() -> int:
-    """How many bars are on the screen."""
+    """Return the number of bars on the screen."""
     bars: Any = tqdm
     return len(bars._instances)
 
 
-def test_in_a_pipe_there_is_a_line_for_each_image(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_pipe_gets_one_line_per_image(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     for stderr in (io.StringIO(), None):
         monkeypatch.setattr(sys, "__stderr__", stderr)
         assert not on_terminal()
@@ -56,7 +54,7 @@ def test_in_a_pipe_there_is_a_line_for_each_image(
         assert not isinstance(stderr, io.StringIO) or stderr.getvalue() == ""
 
 
-def test_on_a_terminal_there_are_bars_too(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
+def test_terminal_shows_bars(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
     assert on_terminal()
     with shown() as progress:
         assert isinstance(progress, Bars)
@@ -75,7 +73,7 @@ def test_on_a_terminal_there_are_bars_too(terminal: Terminal, capfd: pytest.Capt
     assert drawn() == 0
 
 
-def test_what_costs_nothing_has_no_bar(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
+def test_present_image_has_no_bar(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
     with shown() as progress:
         progress.expect(NGINX, 0)
         progress.advance(REDIS, 0)
@@ -84,7 +82,7 @@ def test_what_costs_nothing_has_no_bar(terminal: Terminal, capfd: pytest.Capture
     assert capfd.readouterr().out.splitlines() == [f"already there: {NGINX}"]
 
 
-def test_bars_go_when_it_fails(terminal: Terminal) -> None:
+def test_bars_are_removed_on_failure(terminal: Terminal) -> None:
     def fail() -> None:
         with shown() as progress:
             progress.expect(NGINX, 5)
@@ -95,6 +93,6 @@ def test_bars_go_when_it_fails(terminal: Terminal) -> None:
     assert drawn() == 0
 
 
-def test_a_bar_has_no_thread_of_its_own(terminal: Terminal) -> None:
+def test_bar_starts_no_thread(terminal: Terminal) -> None:
     with bar("verifying", 10):
         assert tqdm.monitor is None

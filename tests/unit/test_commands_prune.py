@@ -1,4 +1,4 @@
-"""`prune`: what it is told to take it tells and takes, and a dry run tells the same and takes nothing."""
+"""`prune`: reports and removes what was selected; a dry run reports the same and removes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("an_hour_ahead")
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """A store with three images, of which two share a blob and all have their own."""
+    """Return a store with three images, of which two share a blob and all have one of their own."""
     stock = Stock(root)
     stock.image([SHARED, ONE], "one:1", created=day(1), pulled=NOW - timedelta(days=40))
     stock.image([SHARED, TWO], "two:2", created=day(2), pulled=NOW - timedelta(days=20))
@@ -34,7 +34,7 @@ def stock(root: Path) -> Stock:
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two days have passed since the files were written."""
+    """Set the time to two days after the files were written."""
 
     class Later(datetime):
         @classmethod
@@ -46,14 +46,14 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Pruned:
-    """What `prune` says of a store; before it a dry run has said the same, and has left every byte where it was."""
+    """Run `prune` after a dry run; check that both report the same and that the dry run changes nothing."""
 
     def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
         self._stock = stock
         self._capfd = capfd
 
     def __call__(self, *options: str) -> list[str]:
-        """The lines."""
+        """Return the lines of the output."""
         before = snapshot(self._stock.root)
         would = self._lines(*options, "--dry-run")
         assert snapshot(self._stock.root) == before
@@ -80,12 +80,12 @@ def _done(line: str) -> str:
 
 @pytest.fixture
 def pruned(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Pruned:
-    """Prunes the store."""
+    """Return a function that prunes the store."""
     return Pruned(stock, capfd)
 
 
 def gone(lines: list[str]) -> list[str]:
-    """The image URLs that went, without the host."""
+    """Return the image URLs that were pruned, without the host."""
     return [
         match[1]
         for line in lines
@@ -94,11 +94,11 @@ def gone(lines: list[str]) -> list[str]:
 
 
 def left(stock: Stock) -> list[str]:
-    """The image URLs that are left."""
+    """Return the image URLs that are left."""
     return [row.url.removeprefix("reg.example/") for row in stock.inventory().rows]
 
 
-def test_what_goes_is_told_with_its_bytes(stock: Stock, pruned: Pruned) -> None:
+def test_output_lists_pruned_urls_and_bytes(stock: Stock, pruned: Pruned) -> None:
     size = stock.inventory().rows[0].kept.size + len(ONE)
     assert pruned("--pattern", "one") == [
         f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
@@ -108,7 +108,7 @@ def test_what_goes_is_told_with_its_bytes(stock: Stock, pruned: Pruned) -> None:
     assert stock.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
 
 
-def test_a_dry_run_tells_what_would_go(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_output(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
     said = run(capfd, "prune", "--image-path", stock.root, "--pattern", "one,three", "--dry-run")
     assert said.lines[:2] == [
         f"would prune reg.example/one:1 image {len(ONE)} bytes of blobs",
@@ -123,7 +123,7 @@ def test_a_dry_run_tells_what_would_go(stock: Stock, capfd: pytest.CaptureFixtur
     assert left(stock) == ["one:1", "three:3", "two:2"]
 
 
-def test_the_older_spellings_do_the_same(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_older_spellings(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
     for old, new in (
         (["--prune", "one,three"], ["prune", "--pattern", "one,three"]),
         (["--prune-before", "2026-01-03T00:00:00"], ["prune", "--before", "2026-01-03T00:00:00"]),
@@ -149,7 +149,7 @@ def test_the_older_spellings_do_the_same(stock: Stock, capfd: pytest.CaptureFixt
         (["--pattern", "(one|two):[0-9]{1,3}"], ["one:1", "two:2"]),
         (["--pattern", "."], ["one:1", "three:3", "two:2"]),
         (["--pattern", "four"], []),
-        # A local time; created at that very moment is not before it.
+        # A local time; an image created at that very moment is not before it.
         (["--before", "2026-01-02T01:00:00"], []),
         (["--before", "2026-01-02T01:00:01"], ["one:1"]),
         (["--before", "2026-01-03T01:00:01"], ["one:1", "two:2"]),
@@ -161,7 +161,7 @@ def test_the_older_spellings_do_the_same(stock: Stock, capfd: pytest.CaptureFixt
         (["--before", "2026-01-03T01:00:01", "--unused-for", "30d", "--pattern", "e"], ["one:1"]),
     ],
 )
-def test_all_conditions_apply_together(stock: Stock, pruned: Pruned, options: list[str], names: list[str]) -> None:
+def test_all_conditions_must_match(stock: Stock, pruned: Pruned, options: list[str], names: list[str]) -> None:
     there = left(stock)
     lines = pruned(*options)
     assert gone(lines) == names
@@ -171,7 +171,7 @@ def test_all_conditions_apply_together(stock: Stock, pruned: Pruned, options: li
         assert lines == ["0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again"]
 
 
-def test_an_image_loses_the_url_that_matches_and_stays_by_the_others(stock: Stock, pruned: Pruned) -> None:
+def test_matching_url_is_removed_image_stays_by_others(stock: Stock, pruned: Pruned) -> None:
     stock.image([SHARED, ONE], "other:1")
     assert pruned("--pattern", "one") == [
         "pruned reg.example/one:1 image 0 bytes of blobs",
@@ -181,7 +181,7 @@ def test_an_image_loses_the_url_that_matches_and_stays_by_the_others(stock: Stoc
     assert stock.has(SHARED, ONE) == [True, True]
 
 
-def test_bytes_that_two_share_are_counted_once(stock: Stock, pruned: Pruned) -> None:
+def test_shared_bytes_are_counted_once(stock: Stock, pruned: Pruned) -> None:
     stock.image([THREE], "three:4")
     *lines, total = pruned("--pattern", "one,two,three")
     told = [int(match[1]) for line in lines if (match := re.search(r"(\d+) bytes of blobs$", line))]
@@ -190,7 +190,7 @@ def test_bytes_that_two_share_are_counted_once(stock: Stock, pruned: Pruned) -> 
     assert (stock.has(SHARED, ONE, TWO, THREE), left(stock)) == ([False] * 4, [])
 
 
-def test_a_list_takes_with_it_what_it_lists(stock: Stock, pruned: Pruned) -> None:
+def test_index_is_pruned_with_its_images(stock: Stock, pruned: Pruned) -> None:
     first = stock.image([b"first"], "app@")
     second = stock.image([b"second"], "app@", "app:second")
     stock.put(list_of(first, second), "app:1")
@@ -201,14 +201,14 @@ def test_a_list_takes_with_it_what_it_lists(stock: Stock, pruned: Pruned) -> Non
     assert stock.has(b"first", b"second") == [False, True]
 
 
-def test_what_is_pulled_stays_pulled_when_it_loses_a_url(stock: Stock, pruned: Pruned) -> None:
+def test_last_pulled_survives_removal_of_a_url(stock: Stock, pruned: Pruned) -> None:
     manifest = stock.image([b"x"], "a:1", "b:1", pulled=day(7))
     pruned("--pattern", "/a:1")
     assert datetime.fromtimestamp(stock.path(manifest).stat().st_mtime, UTC) == day(7)
 
 
 def orphans(stock: Stock) -> dict[str, bytes]:
-    """Puts a blob that nobody names there, and a download of a process that has ended; gives what can go."""
+    """Create an orphaned blob and an abandoned partial; return path and data of each."""
     name = Digest.of(b"half").hex
     folder = stock.root / "pulls" / "7"
     folder.mkdir()
@@ -219,7 +219,7 @@ def orphans(stock: Stock) -> dict[str, bytes]:
     return {f"blobs/{Digest.of(b'unnamed').hex}": b"unnamed", f"pulls/7/{name}": b"ha"}
 
 
-def test_orphans_that_are_a_day_old_are_reclaimed(stock: Stock, pruned: Pruned, later: None) -> None:
+def test_orphans_older_than_a_day_are_removed(stock: Stock, pruned: Pruned, later: None) -> None:
     found = orphans(stock)
     assert pruned("--orphans") == [
         *(f"reclaimed {path} {len(data)} bytes" for path, data in found.items()),
@@ -230,34 +230,32 @@ def test_orphans_that_are_a_day_old_are_reclaimed(stock: Stock, pruned: Pruned, 
     assert stock.has(SHARED, ONE, TWO, THREE) == [True] * 4
 
 
-def test_younger_ones_are_not(stock: Stock, pruned: Pruned) -> None:
+def test_younger_orphans_stay(stock: Stock, pruned: Pruned) -> None:
     found = orphans(stock)
     assert pruned("--orphans") == ["0 orphans went, 0 bytes (0 B) are free again"]
     assert all((stock.root / path).exists() for path in found)
 
 
-def test_how_old_they_must_be_can_be_said(stock: Stock, pruned: Pruned, later: None) -> None:
+def test_orphan_age_option(stock: Stock, pruned: Pruned, later: None) -> None:
     orphans(stock)
     assert pruned("--orphans", "--older-than", "3d") == ["0 orphans went, 0 bytes (0 B) are free again"]
     assert pruned("--orphans", "--older-than", "47h")[-1] == "2 orphans went, 9 bytes (9 B) are free again"
 
 
-def test_images_and_orphans_can_go_together(stock: Stock, pruned: Pruned, later: None) -> None:
+def test_images_and_orphans_together(stock: Stock, pruned: Pruned, later: None) -> None:
     orphans(stock)
     lines = pruned("--orphans", "--pattern", "one")
     assert gone(lines) == ["one:1"]
     assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans went"]
 
 
-def test_a_dry_run_writes_nothing_where_a_lock_is_missing(stock: Stock, pruned: Pruned, later: None) -> None:
+def test_dry_run_creates_no_lock_file(stock: Stock, pruned: Pruned, later: None) -> None:
     orphans(stock)
     (stock.root / "pulls" / "7" / "lock").unlink()
     pruned("--orphans")
 
 
-def test_a_store_that_is_not_there_is_one_line_and_is_not_made(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for options in (["--pattern", "x"], ["--orphans"], ["--pattern", "x", "--dry-run"]):
         said = run(capfd, "--image-path", tmp_path / "none", "prune", *options)
         assert (said.status, said.out) == (1, "")
@@ -282,7 +280,7 @@ def test_a_store_that_is_not_there_is_one_line_and_is_not_made(
         (["--pattern"], "--pattern requires argument"),
     ],
 )
-def test_a_mistake_is_one_line_and_changes_nothing(
+def test_usage_error_changes_nothing(
     stock: Stock, capfd: pytest.CaptureFixture[str], argv: list[str], why: str
 ) -> None:
     before = snapshot(stock.root)

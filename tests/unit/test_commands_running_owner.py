@@ -1,4 +1,4 @@
-"""Root's commands become the owner of the store, with the owner's groups, and nobody else becomes anybody."""
+"""Commands run by root switch to the owner of the store with its groups; other users stay as they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ociregistry.commands.options import CommandFailed
 from ociregistry.commands.running import become_owner
 
 
-class Owned(type(Path())):  # type: ignore[misc]  # what Path() is differs from machine to machine
-    """A store of the user 4711 and the group 4712."""
+class Owned(type(Path())):  # type: ignore[misc]  # the base class of Path() differs between platforms
+    """A store owned by user 4711 and group 4712."""
 
     def stat(self, **how: Any) -> Any:
         return SimpleNamespace(st_uid=4711, st_gid=4712)
@@ -27,14 +27,14 @@ STORE = Owned("/srv/images")
 
 @dataclass
 class Process:
-    """What this process has become, in order; it may not if it is told so."""
+    """Records changes of user and groups, in order; fails those that the test forbids."""
 
     uid: int = 0
     may_not: str = ""
     became: list[tuple[str, object]] = field(default_factory=list)
 
     def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From now on it is this process that is asked, and changed."""
+        """Replace the functions of `os` that query and change the user."""
         monkeypatch.setattr(os, "geteuid", lambda: self.uid)
         for name in ("setgroups", "setgid", "setuid"):
             monkeypatch.setattr(os, name, lambda value, name=name: self._become(name, value))
@@ -47,7 +47,7 @@ class Process:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
-    """Root's; the users and groups of the machine are unknown to it."""
+    """Return a process of root on a machine that knows no users or groups."""
     process = Process()
     process.put_in_place(monkeypatch)
 
@@ -58,27 +58,27 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     return process
 
 
-def test_root_becomes_the_user_with_all_groups(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this order: who is no longer root may not change groups."""
+def test_root_becomes_owner_with_all_groups(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are set before the user: without root they cannot be changed any more."""
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name=f"user{uid}", pw_gid=4713))
     monkeypatch.setattr(os, "getgrouplist", lambda name, group: [group, 5000] if name == "user4711" else [])
     become_owner(STORE)
     assert process.became == [("setgroups", [4713, 5000]), ("setgid", 4713), ("setuid", 4711)]
 
 
-def test_of_a_user_without_a_name_it_has_the_group_of_the_folder(process: Process) -> None:
+def test_unnamed_user_gets_group_of_folder(process: Process) -> None:
     become_owner(STORE)
     assert process.became == [("setgroups", [4712]), ("setgid", 4712), ("setuid", 4711)]
 
 
 @pytest.mark.parametrize("uid", [1, 4711])
-def test_who_is_not_root_stays_what_he_is(process: Process, uid: int) -> None:
+def test_other_user_stays(process: Process, uid: int) -> None:
     process.uid = uid
     become_owner(STORE)
     assert process.became == []
 
 
-def test_roots_own_store_and_one_that_is_not_there_leave_it_root(
+def test_root_stays_for_own_or_missing_store(
     process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     become_owner(tmp_path / "none")
@@ -88,8 +88,8 @@ def test_roots_own_store_and_one_that_is_not_there_leave_it_root(
 
 
 @pytest.mark.parametrize("what", ["setgroups", "setgid", "setuid"])
-def test_what_it_may_not_become_is_one_line(process: Process, what: str) -> None:
-    """Such as in a container without the capability."""
+def test_denied_switch_is_one_line(process: Process, what: str) -> None:
+    """Happens in a container without the capability."""
     process.may_not = what
     with pytest.raises(CommandFailed) as failed:
         become_owner(STORE)

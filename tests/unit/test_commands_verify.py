@@ -1,4 +1,4 @@
-"""`verify --repair` fetches what images lack, whatever made them lack it, and the status tells what is left."""
+"""`verify`: reports and with --repair fetches what images lack; the exit status says whether the store is sound."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REPOSITORY = f"{HOST}/app"
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """An index of which one platform was pulled; the other is here as metadata."""
+    """Return a store with an index: one platform pulled, the other as metadata."""
     stock = Stock(root)
     stock.put(manifest(INDEX), "app:1")
     stock.put(manifest(AMD64), "app@", wanted=True)
@@ -42,7 +42,7 @@ def stock(root: Path) -> Stock:
 
 
 class Verifying:
-    """Runs `verify` with an upstream that has everything, unless it is to fail."""
+    """Run `verify` with an upstream that has everything, except for configured errors."""
 
     def __init__(self, stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._root = stock.root
@@ -60,7 +60,7 @@ class Verifying:
         yield shelf
 
     async def __call__(self, *, repair: bool = False, **changed: Any) -> tuple[bool, list[str]]:
-        """Whether the store is whole in the end, and what was printed."""
+        """Run `verify`; return whether the store is sound, and the output."""
         self.asked.clear()
         command = Verify()
         command["repair"] = repair
@@ -74,27 +74,27 @@ class Verifying:
 
 @pytest.fixture
 def verify(stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verifying:
-    """Runs it."""
+    """Return a runner of `verify`."""
     return Verifying(stock, monkeypatch, capfd)
 
 
 def spoil(stock: Stock, data: bytes) -> None:
-    """Other bytes of the same size are there."""
+    """Overwrite a blob with other bytes of the same size."""
     stock.blob(data).write_bytes(bytes(len(data)))
 
 
 def delete(stock: Stock, data: bytes) -> None:
-    """It is not there."""
+    """Remove a blob."""
     stock.blob(data).unlink()
 
 
 def asked(*blobs: Blob) -> list[str]:
-    """What the upstream was asked for."""
+    """Return the expected requests for blobs."""
     return [f"blob {REPOSITORY}@{blob.digest}" for blob in blobs]
 
 
 @on_reactor
-async def test_a_whole_store_is_whole(verify: Verifying) -> None:
+async def test_sound_store(verify: Verifying) -> None:
     for repair in (False, True):
         whole, lines = await verify(repair=repair)
         assert (whole, len(lines), verify.asked) == (True, 1, [])
@@ -104,11 +104,11 @@ async def test_a_whole_store_is_whole(verify: Verifying) -> None:
 @pytest.mark.parametrize("lose", [spoil, delete])
 @pytest.mark.parametrize("blob", [LAYER, AMD64.config, CONFIG])
 @on_reactor
-async def test_what_is_missing_fails_and_a_later_repair_brings_it(
+async def test_missing_blob_fails_until_repaired(
     stock: Stock, verify: Verifying, lose: Callable[[Stock, bytes], None], blob: Blob
 ) -> None:
     lose(stock, blob.data)
-    # The first one puts a damaged blob aside.
+    # The first run quarantines a damaged blob.
     for damaged in ("1 damaged" if lose is spoil else "0 damaged", "0 damaged"):
         whole, lines = await verify()
         assert not whole
@@ -125,7 +125,7 @@ async def test_what_is_missing_fails_and_a_later_repair_brings_it(
 
 
 @on_reactor
-async def test_what_is_damaged_is_repaired_at_once(stock: Stock, verify: Verifying) -> None:
+async def test_damaged_blob_is_repaired_in_one_run(stock: Stock, verify: Verifying) -> None:
     spoil(stock, LAYER.data)
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(LAYER))
@@ -134,7 +134,7 @@ async def test_what_is_damaged_is_repaired_at_once(stock: Stock, verify: Verifyi
 
 
 @on_reactor
-async def test_what_is_not_to_be_had_stays_and_the_status_says_so(stock: Stock, verify: Verifying) -> None:
+async def test_unavailable_blob_fails_the_repair(stock: Stock, verify: Verifying) -> None:
     delete(stock, LAYER.data)
     delete(stock, CONFIG.data)
     verify.errors[asked(LAYER)[0]] = Unavailable("down")
@@ -146,14 +146,14 @@ async def test_what_is_not_to_be_had_stays_and_the_status_says_so(stock: Stock, 
     lack = f"the image {AMD64.manifest.digest} lacked 1 blobs, {len(LAYER.data)} bytes"
     assert f"not completed: {lack}: down" in lines
     assert stock.blob(CONFIG.data).exists()
-    # What came is not asked for again; in the end all is there.
+    # Repaired blobs are not requested again; the second run completes the store.
     verify.errors.clear()
     whole, _ = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(LAYER))
 
 
 @on_reactor
-async def test_a_blob_that_another_image_brings_is_asked_for_once(stock: Stock, verify: Verifying) -> None:
+async def test_shared_missing_blob_is_requested_once(stock: Stock, verify: Verifying) -> None:
     delete(stock, LAYER.data)
     stock.put(manifest(OVER), "other:1", wanted=True)
     shared = {Digest(blob.digest) for blob in AMD64.blobs}
@@ -165,9 +165,7 @@ async def test_a_blob_that_another_image_brings_is_asked_for_once(stock: Stock, 
 
 
 @on_reactor
-async def test_a_damaged_blob_that_no_image_needs_is_no_failure_once_it_is_aside(
-    stock: Stock, verify: Verifying
-) -> None:
+async def test_quarantined_orphan_blob_is_no_failure(stock: Stock, verify: Verifying) -> None:
     unused = b"no image has it"
     stock.blobs(unused)
     spoil(stock, unused)
@@ -177,7 +175,7 @@ async def test_a_damaged_blob_that_no_image_needs_is_no_failure_once_it_is_aside
 
 
 @on_reactor
-async def test_a_damaged_record_comes_back_and_says_what_it_said(stock: Stock, verify: Verifying) -> None:
+async def test_damaged_record_is_restored(stock: Stock, verify: Verifying) -> None:
     for image, wanted in ((AMD64, True), (ARM64, False)):
         path = stock.path(manifest(image))
         spoiled = path.read_bytes().replace(image.layers[0].digest.encode(), b"sha256:" + b"0" * 64)
@@ -190,20 +188,16 @@ async def test_a_damaged_record_comes_back_and_says_what_it_said(stock: Stock, v
 
 @pytest.mark.parametrize("repair", [False, True])
 @on_reactor
-async def test_where_metadata_is_turned_off_none_of_it_is_missing(
-    stock: Stock, verify: Verifying, repair: bool
-) -> None:
+async def test_metadata_is_not_missing_when_turned_off(stock: Stock, verify: Verifying, repair: bool) -> None:
     delete(stock, CONFIG.data)
     whole, lines = await verify(repair=repair, complete_metadata=False)
     assert (whole, len(lines), verify.asked) == (True, 1, [])
 
 
 @on_reactor
-async def test_layers_of_metadata_are_not_missing_but_of_an_old_record_they_are(
-    stock: Stock, verify: Verifying
-) -> None:
+async def test_layers_of_metadata_are_not_missing_those_of_old_records_are(stock: Stock, verify: Verifying) -> None:
     assert (await verify())[0]
-    # One of the version before, of which a layer is here.
+    # A record of version 0.1.0, without `wanted`, of which a layer is present.
     path = stock.path(manifest(ARM64))
     path.unlink()
     stock.put(manifest(ARM64), "app@")
@@ -217,10 +211,8 @@ async def test_layers_of_metadata_are_not_missing_but_of_an_old_record_they_are(
 
 @pytest.mark.parametrize("repair", [False, True])
 @on_reactor
-async def test_an_image_that_was_only_asked_for_by_head_lacks_nothing(
-    stock: Stock, verify: Verifying, repair: bool
-) -> None:
-    """Its layers are not wanted, and no index has it: neither the daemon nor a repair has anything to fetch."""
+async def test_image_requested_by_head_is_complete(stock: Stock, verify: Verifying, repair: bool) -> None:
+    """Its layers are not wanted and no index names it, so neither daemon nor repair fetches anything."""
     stock.put(manifest(OVER), "other:1", wanted=False)
     whole, lines = await verify(repair=repair)
     assert (whole, len(lines), verify.asked) == (True, 1, [])

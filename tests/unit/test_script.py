@@ -12,7 +12,7 @@ from ociregistry import script
 
 
 def ran(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
-    """What twistd is told."""
+    """Return the arguments passed to twistd."""
     told: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["ociregistry", *arguments])
     monkeypatch.setattr(twistd, "run", lambda: told.append(sys.argv))
@@ -21,16 +21,14 @@ def ran(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--port", "5000"], ["check", "--config-path", "x.yaml"]])
-def test_it_is_twistd_in_the_foreground_without_a_pid_file(
+def test_script_runs_twistd_in_foreground_without_pid_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
 ) -> None:
     monkeypatch.setattr(script, "CONFIG", tmp_path / "none.yaml")
     assert ran(monkeypatch, *arguments) == ["ociregistry", "--nodaemon", "--pidfile=", "ociregistry", *arguments]
 
 
-def test_where_a_daemon_is_installed_its_configuration_is_meant(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_installed_configuration_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "ociregistry.yaml"
     config.touch()
     monkeypatch.setattr(script, "CONFIG", config)

@@ -1,4 +1,4 @@
-"""Commands, by their names and in their older spellings: which one a command line makes, and with what."""
+"""Command names and older spellings: which command a command line makes, with which arguments."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ BEFORE = ("--prune-before", "2024-03-01T22:17:30")
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
-    """The commands that would have run."""
+    """Return the commands that would have run."""
     return nothing_runs(monkeypatch)
 
 
 def made(capfd: pytest.CaptureFixture[str], ran: list[Ran], *argv: str) -> Ran:
-    """The one command that a command line makes; nothing is said."""
+    """Return the only command of a command line; nothing must be printed."""
     assert run(capfd, *argv) == Said(0, "", "")
     return ran.pop()
 
 
 def expressions(command: Command) -> list[str]:
-    """The patterns that were given."""
+    """Return the patterns of the command."""
     assert isinstance(command, Prune | List | Export)
     assert command.patterns is not None
     return [one.pattern for one in command.patterns.expressions]
 
 
 def spellings(*words: str) -> Iterator[tuple[str, ...]]:
-    """The options of a command in both ways in which values are given."""
+    """Return the options of a command in both forms of giving values."""
     yield words
     yield tuple(f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True))
 
 
 @pytest.mark.parametrize("argv", [("--load-images", "images"), ("load", "images"), ("--load-images=./images",)])
-def test_load_has_the_file_wherever_we_are(
+def test_load_path_is_absolute(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
 ) -> None:
     monkeypatch.chdir("/usr")
@@ -58,7 +58,7 @@ def test_load_has_the_file_wherever_we_are(
     assert settings == load_settings({}, (), None)
 
 
-def test_a_file_may_be_called_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_file_named_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv in (("load", "--", "/-x"), ("load", "--", "-x"), ("--load-images", "/-x"), ("--load-images=-x",)):
         load = made(capfd, ran, *argv).command
         assert isinstance(load, Load)
@@ -78,7 +78,7 @@ ABOUT_LOADING = ("--arch", "amd64", "--os", "linux", "--pull-timeout", "20000", 
         (*ABOUT_LOADING, "--image-path", "/srv", "load", "--", "/images"),
     ],
 )
-def test_load_has_the_options_that_were_given_before_and_behind_it(
+def test_load_takes_global_options_before_and_after(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]
 ) -> None:
     one = made(capfd, ran, *argv)
@@ -99,14 +99,14 @@ def test_load_takes_several_files_and_platforms(capfd: pytest.CaptureFixture[str
     assert one.settings.platform == (Platform("linux", "arm", "v7"),)
 
 
-def test_list_is_a_list_of_everything(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_list_cache_lists_everything(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv in (("--list-cache",), ("list",), ("--image-path", "/srv", "--list-cache"), ("list", "--sort=url")):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, List)
         assert (command.patterns, command["sort"], command["long"], command["json"]) == (None, "url", 0, 0)
 
 
-def test_prune_has_the_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv in (*spellings(*PATTERNS), *(("prune", *words) for words in spellings("--pattern", PATTERNS[1]))):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Prune)
@@ -114,7 +114,7 @@ def test_prune_has_the_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran
         assert (command.before, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
 
 
-def test_prune_has_the_time(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_before(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv in (*spellings(*BEFORE), *(("prune", *words) for words in spellings("--before", BEFORE[1]))):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Prune)
@@ -122,7 +122,7 @@ def test_prune_has_the_time(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -
         assert (command.patterns, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
 
 
-def test_prune_has_both(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_patterns_and_before(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv in (
         (*PATTERNS, *BEFORE),
         (*BEFORE, *PATTERNS),
@@ -147,15 +147,13 @@ def test_prune_has_both(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> No
         ("--dry-run", "prune", "--orphans"),
     ],
 )
-def test_a_dry_run_is_one_wherever_it_is_said(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]
-) -> None:
+def test_dry_run_at_any_position(capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]) -> None:
     command = made(capfd, ran, *argv).command
     assert isinstance(command, Prune)
     assert command["dry-run"]
 
 
-def test_a_dry_run_of_nothing_is_a_mistake(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_dry_run_alone_is_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     loads = (("--load-images", "x"), ("load", "x"))
     for argv in ((), ("serve",), ("--list-cache",), ("list",), ("check",), ("verify",), ("version",), *loads):
         assert "--dry-run goes with prune" in mistake(capfd, "--dry-run", *argv)
@@ -183,7 +181,7 @@ ACTIONS = [
 
 @pytest.mark.parametrize("second", ACTIONS, ids=" ".join)
 @pytest.mark.parametrize("first", ACTIONS[:4], ids=" ".join)
-def test_two_actions_at_once_are_a_mistake(
+def test_two_actions_are_a_usage_error(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], first: tuple[str, ...], second: tuple[str, ...]
 ) -> None:
     if first == second or {first, second} == {PATTERNS, BEFORE}:
@@ -193,7 +191,7 @@ def test_two_actions_at_once_are_a_mistake(
         assert ran == []
 
 
-def test_two_names_of_commands_are_a_mistake(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for first in (
         "list",
         "verify",
@@ -226,15 +224,15 @@ def test_two_names_of_commands_are_a_mistake(capfd: pytest.CaptureFixture[str], 
     ],
 )
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-def test_a_mistake_in_an_older_spelling_is_one_line(
+def test_usage_error_of_older_spelling_is_one_line(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...], why: str, dry: tuple[str, ...]
 ) -> None:
-    # The option of which something is missing comes last.
+    # An option without its argument comes last.
     assert why in mistake(capfd, *dry, *argv).replace("option --", "--")
     assert ran == []
 
 
-def test_export_has_its_files_wherever_we_are(
+def test_export_paths_are_absolute(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/usr")
@@ -245,20 +243,20 @@ def test_export_has_its_files_wherever_we_are(
         assert expressions(command) == ["curl", "^quay"]
 
 
-def test_verify_repairs_when_it_is_told_to(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_verify_repair_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     for argv, repairs in ((("verify",), False), (("verify", "--repair"), True)):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Verify)
         assert bool(command["repair"]) is repairs
 
 
-def test_the_unit_of_unused_for_is_read(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_durations_have_units(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
     command = made(capfd, ran, "prune", "--unused-for", "30d", "--orphans", "--older-than", "12h").command
     assert isinstance(command, Prune)
     assert (command.unused_for, command.age) == (timedelta(days=30), timedelta(hours=12))
 
 
-def test_settings_that_are_mistaken_end_a_command_before_it_begins(
+def test_invalid_settings_end_the_command_line(
     capfd: pytest.CaptureFixture[str], ran: list[Ran], tmp_path: Path
 ) -> None:
     config = tmp_path / "it.yaml"

@@ -1,4 +1,4 @@
-"""The command line: read while it is parsed, so that a mistake ends the process before anything starts."""
+"""Command-line options: parsed before anything starts, so that a usage error ends the process."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ociregistry.tap import Options, makeService
 from tests.unit.support.command_lines import Ran, Said, mistake, nothing_runs, run
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""A machine that has much else to do is no defect."""
+"""A busy machine must not fail the test by a deadline."""
 
 COMMANDS = ("load", "list", "prune", "verify", "export", "check", "version", "containerd-config")
 
 
 @pytest.fixture(autouse=True)
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
-    """The commands that would have run."""
+    """Return the commands that would have run."""
     return nothing_runs(monkeypatch)
 
 
 def parse(*argv: str) -> Settings:
-    """The settings that a command line makes."""
+    """Return the settings of a command line."""
     options = Options()
     options.parseOptions(argv)
     return options.settings
 
 
-def test_without_options_it_is_the_defaults() -> None:
+def test_defaults() -> None:
     assert parse() == parse("serve") == load_settings({}, (), None)
 
 
@@ -55,7 +55,7 @@ ALL = (
 
 
 @pytest.mark.parametrize("argv", [ALL, ("serve", *ALL), (*ALL[:6], "serve", *ALL[6:])])
-def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) -> None:
+def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
     settings = parse(*argv)
     assert settings == Settings(
         image_path=Path("/srv/images"),
@@ -88,7 +88,7 @@ def test_every_option_may_stand_before_and_after_serve(argv: tuple[str, ...]) ->
     )
 
 
-def test_an_option_that_is_given_twice_has_its_last_value() -> None:
+def test_last_value_of_a_repeated_option_wins() -> None:
     assert parse("--port", "1", "--port", "2").port == 2
     assert parse("--port", "1", "serve", "--port", "2").port == 2
     assert parse("--port=1", "serve").port == 1
@@ -96,7 +96,7 @@ def test_an_option_that_is_given_twice_has_its_last_value() -> None:
 
 
 @pytest.mark.parametrize("flag", ["always_pull_latest", "air_gapped", "with_signatures"])
-def test_a_flag_stands_alone_and_is_written_out_in_the_file(tmp_path: Path, flag: str) -> None:
+def test_flags(tmp_path: Path, flag: str) -> None:
     option = f"--{flag.replace('_', '-')}"
     assert not getattr(parse(), flag)
     for argv in ((option,), ("serve", option), (option, "serve", option)):
@@ -108,7 +108,7 @@ def test_a_flag_stands_alone_and_is_written_out_in_the_file(tmp_path: Path, flag
         assert getattr(parse("--config-path", str(config), option), flag)
 
 
-def test_images_are_completed_unless_told_otherwise(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_images_are_completed_by_default(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert parse().complete_images
     assert not parse("--no-complete-images").complete_images
     assert not parse("serve", "--no-complete-images").complete_images
@@ -120,7 +120,7 @@ def test_images_are_completed_unless_told_otherwise(tmp_path: Path, capfd: pytes
     assert "--complete-images and --no-complete-images exclude each other" in line
 
 
-def test_the_file_is_read(tmp_path: Path) -> None:
+def test_config_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("port: 1\nlog_level: info\n")
     (tmp_path / "two.yaml").write_text("port: 2\n")
     one, two = str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")
@@ -129,9 +129,7 @@ def test_the_file_is_read(tmp_path: Path) -> None:
     assert parse("--config-path", one, "serve", "--config-path", two).port == 2
 
 
-def test_the_settings_can_be_made_again_wherever_twistd_has_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reload_works_after_chdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("it.yaml").write_text("port: 1\nlog_level: info\n")
     options = Options()
@@ -147,7 +145,7 @@ def test_the_settings_can_be_made_again_wherever_twistd_has_gone(
         options.load()
 
 
-def test_without_a_file_they_can_be_made_again_too() -> None:
+def test_reload_without_a_file() -> None:
     options = Options()
     options.parseOptions(["--port", "2"])
     assert options.load() == options.settings == load_settings({"port": "2"}, (), None)
@@ -175,12 +173,12 @@ def test_without_a_file_they_can_be_made_again_too() -> None:
         (["--platform", "arm64"], "--platform: 'arm64': a platform such as linux/amd64 or linux/arm/v7 is expected"),
     ],
 )
-def test_a_mistake_ends_it_with_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
+def test_usage_error_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
     assert why in mistake(capfd, *argv)
 
 
 @pytest.mark.parametrize("word", [*COMMANDS, "serve"])
-def test_a_value_is_no_command(word: str) -> None:
+def test_option_value_is_no_command(word: str) -> None:
     assert parse("--image-path", f"/{word}").image_path == Path(f"/{word}")
     assert parse("--image-path", word).image_path.name == word
     assert parse("--default-ns", word).default_ns.name == word
@@ -188,16 +186,14 @@ def test_a_value_is_no_command(word: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["", "serve", *COMMANDS])
-def test_the_version_is_ours(capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str) -> None:
+def test_version(capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str) -> None:
     assert run(capfd, *filter(None, [word]), "--version") == Said(0, f"ociregistry {__version__}\n", "")
     assert run(capfd, "version") == Said(0, f"ociregistry {__version__}\n", "")
     assert ran == []
 
 
 @pytest.mark.parametrize("word", ["", "serve", *COMMANDS])
-def test_help_tells_every_option_with_its_default(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str
-) -> None:
+def test_help_lists_options_with_defaults(capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str) -> None:
     said = run(capfd, *filter(None, [word]), "--help")
     assert not said.status
     for option in OPTIONS:
@@ -209,7 +205,7 @@ def test_help_tells_every_option_with_its_default(
     assert ran == []
 
 
-def test_help_tells_every_command(capfd: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_commands(capfd: pytest.CaptureFixture[str]) -> None:
     told = run(capfd, "--help").out
     for command in (*COMMANDS, "serve"):
         assert re.search(rf"^ +{command} ", told, re.MULTILINE)
@@ -226,7 +222,7 @@ def test_help_tells_every_command(capfd: pytest.CaptureFixture[str]) -> None:
         max_size=5,
     )
 )
-def test_whatever_is_typed_makes_settings_or_ends_with_a_status(argv: list[str]) -> None:
+def test_any_arguments_make_settings_or_exit(argv: list[str]) -> None:
     try:
         settings = parse(*argv)
     except SystemExit as ended:
@@ -237,16 +233,16 @@ def test_whatever_is_typed_makes_settings_or_ends_with_a_status(argv: list[str])
     assert status in (0, 2, None)
 
 
-def test_a_service_is_made(tmp_path: Path) -> None:
+def test_make_service(tmp_path: Path) -> None:
     options = Options()
     options.parent = ServerOptions()
     options.parseOptions(["--image-path", str(tmp_path / "images")])
     assert IService.providedBy(makeService(options))
-    # Nothing has been touched so far: the process may not have become the daemon yet.
+    # Nothing has been opened yet: the process may still have to daemonize.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plugin_is_one_of_twistds() -> None:
+def test_twistd_plugin() -> None:
     plugin = namedAny("twisted.plugins.ociregistry_plugin.ociregistry")
     assert IPlugin.providedBy(plugin)
     assert IServiceMaker.providedBy(plugin)

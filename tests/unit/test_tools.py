@@ -1,4 +1,4 @@
-"""What the package is made of: manual pages and completion have what the code has, whatever is added to it."""
+"""Generated files of the package: manual pages and shell completion match the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plain(roff: str) -> str:
     return roff.replace("\\-", "-").replace("\\fB", "").replace("\\fR", "")
 
 
-def test_every_option_and_command_is_there() -> None:
+def test_every_option_and_command_is_in_the_manual() -> None:
     files = generated()
     names = [option.name for option in OPTIONS]
     assert len(names) > 5
@@ -46,8 +46,8 @@ def test_every_option_and_command_is_there() -> None:
         assert f"'*--{name}" in files["_ociregistry"]
 
 
-def test_options_are_told_where_they_are_taken() -> None:
-    """`--dry-run` is prune's own, and also goes with the other spelling of prune."""
+def test_options_are_listed_with_their_commands() -> None:
+    """`--dry-run` belongs to prune and also to its older spelling."""
     takes = {command.name: {option.name for option in command.options} for command in commands()}
     assert {name for name, options in takes.items() if "dry-run" in options} == {"prune"}
     assert {option.name for option in former()} == {"dry-run", "list-cache", "load-images", "prune", "prune-before"}
@@ -60,13 +60,13 @@ def test_options_are_told_where_they_are_taken() -> None:
     assert "--list-cache" not in files["ociregistry.bash"] + files["_ociregistry"]
 
 
-def test_every_key_of_the_configuration_is_there() -> None:
+def test_every_configuration_key_is_in_the_manual() -> None:
     page = plain(generated()["ociregistry.yaml.5"])
     found = {key for heading in re.findall(r"^\.B (.*)$", page, re.MULTILINE) for key in heading.split(", ")}
     assert {*(option.key for option in OPTIONS), "listen", "tls", "registries", "bandwidth"} <= found
 
 
-def test_nothing_is_left_to_fill_in() -> None:
+def test_no_placeholder_remains() -> None:
     for name in ("ociregistry.8", "ociregistry.yaml.5"):
         page = generated()[name]
         assert re.search("@[A-Z]+@", page) is None
@@ -78,12 +78,12 @@ def test_files_are_written(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in (tmp_path / "new" / "folder").iterdir()} == generated()
 
 
-def test_the_package_has_the_same_version() -> None:
+def test_package_version() -> None:
     changelog = (ROOT / "debian" / "changelog").read_text()
     assert changelog.startswith(f"ociregistry ({__version__}) ")
 
 
-def test_an_option_in_the_manual() -> None:
+def test_option_in_the_manual() -> None:
     text = manual.options_text([PORT, QUIET, KEEP])
     assert text == (
         ".TP\n\\fB\\-\\-port\\fR \\fIvalue\\fR\nTCP port [0\\-65535]: it's the clients'. Default: 8080.\n"
@@ -101,7 +101,7 @@ def test_an_option_in_the_manual() -> None:
         ("All of [a-z]\n   there are.", None, "All of [a-z] there are.", ""),
     ],
 )
-def test_a_default_is_found_where_it_stands(doc: str, default: str | None, text: str, shown: str) -> None:
+def test_defaults_are_found(doc: str, default: str | None, text: str, shown: str) -> None:
     class Table(usage.Options):
         optParameters = [["older-than", "o", default, doc]]
 
@@ -109,7 +109,7 @@ def test_a_default_is_found_where_it_stands(doc: str, default: str | None, text:
     assert found == Option("older-than", True, text, shown, "o")
 
 
-def test_a_command_in_the_manual() -> None:
+def test_command_in_the_manual() -> None:
     text = manual.commands_text([LIST, PRUNE])
     assert text.startswith(
         ".TP\n\\fBlist\\fR [options]\nPrints what there is.\n.TP\n\\fBprune\\fR [options] PATTERN\n"
@@ -147,7 +147,7 @@ def test_settings_in_the_manual() -> None:
         (["--log-level", "="], {"trace", "debug", "info", "warn", "error"}),
     ],
 )
-def test_bash_offers_what_fits(tmp_path: Path, typed: list[str], offered: set[str]) -> None:
+def test_bash_completion(tmp_path: Path, typed: list[str], offered: set[str]) -> None:
     script = tmp_path / "completion"
     level = Option("log-level", True, "How much to log.", "error")
     script.write_text(completion.bash([PORT, QUIET, level], [LIST, PRUNE]))
@@ -158,7 +158,7 @@ def test_bash_offers_what_fits(tmp_path: Path, typed: list[str], offered: set[st
     assert set(said.stdout.split()) == offered
 
 
-def test_zsh_is_told_what_is_special_to_it() -> None:
+def test_zsh_completion_of_special_arguments() -> None:
     text = completion.zsh([PORT, QUIET, KEEP], [PRUNE])
     assert "'*--port=[TCP port \\[0-65535\\]\\: it'\\''s the clients'\\''.]:port:_files'\n" in text
     assert "'*--quiet[Say nothing.]'\n        '*-q[Say nothing.]'\n" in text
