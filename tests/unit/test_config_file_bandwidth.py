@@ -1,4 +1,4 @@
-"""Rates and times of the day: what they mean, and where one stands that means nothing."""
+"""Rates and time windows of the `bandwidth` section, and their errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.support.config_files import read, refusal
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
         ("", None),
     ],
 )
-def test_a_rate(text: str, rate: float | None) -> None:
+def test_rate_is_parsed(text: str, rate: float | None) -> None:
     assert parse_rate(text) == rate
 
 
@@ -44,12 +44,12 @@ def test_a_rate(text: str, rate: float | None) -> None:
         *("2Mbit\n", "٢Mbit", "1234567890bit", "0.0000001Gbit", "kbit", "all", "none"),
     ],
 )
-def test_what_is_no_rate(text: str) -> None:
+def test_malformed_rate_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a rate such as 500kbit or 2Mbit is expected, 8kbit at least$"):
         parse_rate(text)
 
 
-def test_windows_stand_in_their_order(path: Path) -> None:
+def test_windows_keep_their_order(path: Path) -> None:
     text = 'bandwidth:\n- {from: "08:00", to: "18:00", max: 500kbit}\n- from: 22:30\n  to: 6:05\n  max: 2Mbit\n'
     assert read(path, text).bandwidth == (
         Window(time(8), time(18), 62_500.0),
@@ -58,7 +58,7 @@ def test_windows_stand_in_their_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["bandwidth:\n", "bandwidth: []\n", "port: 1\n"])
-def test_there_may_be_none(path: Path, text: str) -> None:
+def test_empty_section_has_no_windows(path: Path, text: str) -> None:
     assert read(path, text).bandwidth == ()
 
 
@@ -73,7 +73,7 @@ def test_there_may_be_none(path: Path, text: str) -> None:
         ("09:00", "09:00", ["08:59", "09:00"], []),
     ],
 )
-def test_when_a_window_holds(path: Path, begin: str, end: str, within: list[str], outside: list[str]) -> None:
+def test_window_contains_time_of_day(path: Path, begin: str, end: str, within: list[str], outside: list[str]) -> None:
     (window,) = read(path, f"bandwidth: [{{from: '{begin}', to: '{end}', max: 8kbit}}]").bandwidth
     for texts, holds in ((within, True), (outside, False)):
         for text in texts:
@@ -105,11 +105,11 @@ GOOD = "from: 08:00\n  to: 18:00\n  max: 500kbit\n"
         ),
     ],
 )
-def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
+def test_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
     assert refusal(path, text).startswith(f"{path}:{line}: {key}: ")
 
 
-def test_an_error_says_what_is_expected(path: Path) -> None:
+def test_error_names_expected_value(path: Path) -> None:
     refused = refusal(path, f"bandwidth:\n- {GOOD.replace('500kbit', '5')}")
     assert refused.endswith(": '5': a rate such as 500kbit or 2Mbit is expected, 8kbit at least")
     refused = refusal(path, f"bandwidth:\n- {GOOD.replace('08:00', '8h')}")

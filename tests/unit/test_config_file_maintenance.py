@@ -1,4 +1,4 @@
-"""The sections `prune` and `verify`: what the daemon does by itself, and nothing that was not said."""
+"""The sections `prune` and `verify`, and their errors."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ NGINX = "docker.io/library/nginx:1.25"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 def pruning(path: Path, text: str) -> PruneSettings:
-    """What a section says."""
+    """Return the prune settings of a section."""
     prune = read(path, f"prune: {text}\n").prune
     assert prune is not None
     return prune
 
 
 def expressions(settings: PruneSettings) -> list[str]:
-    """What is kept."""
+    """Return the expressions of `keep`."""
     return [one.pattern for one in settings.keep.expressions]
 
 
-def test_all_of_it_is_read(path: Path) -> None:
+def test_all_prune_keys(path: Path) -> None:
     text = "\n  unused_for: 30d\n  max_size: 50GB\n  keep:\n    - ^docker\\.io/\n    - 'a, b{1,2}'\n"
     text += "  every: 2h\n  max_share: 20%\n"
     prune = pruning(path, text)
@@ -42,7 +42,7 @@ def test_all_of_it_is_read(path: Path) -> None:
     assert not prune.keep.match("quay.io/nginx:1")
 
 
-def test_one_of_the_two_is_enough(path: Path) -> None:
+def test_unused_for_or_max_size_is_enough(path: Path) -> None:
     unused = pruning(path, "{unused_for: 90m}")
     assert (unused.unused_for, unused.max_size, unused.every) == (timedelta(minutes=90), None, timedelta(hours=1))
     large = pruning(path, "{max_size: 20MiB}")
@@ -53,32 +53,32 @@ def test_one_of_the_two_is_enough(path: Path) -> None:
         assert not prune.keep.match(NGINX)
 
 
-def test_without_a_section_nothing_goes_and_nothing_is_verified(path: Path) -> None:
+def test_without_sections_maintenance_is_off(path: Path) -> None:
     for text in ("", "prune:\nverify:\n", "prune: {}\nverify: {}\n", "prune: ~\nverify: null\n"):
         config = read(path, text)
         assert (config.prune, config.verify) == (None, None)
 
 
-def test_what_is_empty_is_as_if_it_were_not_there(path: Path) -> None:
+def test_empty_values_are_ignored(path: Path) -> None:
     prune = pruning(path, "{unused_for: ~, max_size: 1kB, keep: , every: }")
     assert (prune.unused_for, prune.max_size, prune.every) == (None, 1000, timedelta(hours=1))
     assert expressions(pruning(path, "{max_size: 1kB, keep: []}")) == []
 
 
 @pytest.mark.parametrize("text", ["{every: 1h}", "{keep: [nginx]}", "{unused_for: , max_size: }"])
-def test_a_section_by_which_nothing_ever_goes_is_a_mistake(path: Path, text: str) -> None:
+def test_section_that_never_prunes_is_refused(path: Path, text: str) -> None:
     why = "prune: has neither unused_for nor max_size: nothing would ever be pruned"
     assert refusal(path, f"\nprune: {text}\n") == f"{path}:2: {why}"
 
 
-def test_verifying_is_read(path: Path) -> None:
+def test_verify_keys(path: Path) -> None:
     assert read(path, "verify: {every: 7d, max_rate: 20MB}").verify == VerifySettings(timedelta(days=7), 20 * 10**6)
     assert read(path, "verify: {every: 12h}").verify == VerifySettings(timedelta(hours=12), None)
     assert read(path, "verify: {every: 12h, max_rate: }").verify == VerifySettings(timedelta(hours=12), None)
 
 
 @pytest.mark.parametrize("text", ["{max_rate: 20MB}", "{every: , max_rate: 20MB}", "\n  max_rate: 20MB\n"])
-def test_how_often_is_verified_must_be_said(path: Path, text: str) -> None:
+def test_verify_interval_is_required(path: Path, text: str) -> None:
     refused = refusal(path, f"verify: {text}\n")
     assert refused.endswith(": verify.every: is missing: give an interval such as 7d")
 
@@ -126,5 +126,5 @@ SIZE = "a size such as 50GB, 500MB or 20MiB is expected"
         ("verify: {every: 7d, repair: true}", 1, "verify.repair: unknown key"),
     ],
 )
-def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, why: str) -> None:
+def test_error_names_file_line_and_key(path: Path, text: str, line: int, why: str) -> None:
     assert refusal(path, text).startswith(f"{path}:{line}: {why}")

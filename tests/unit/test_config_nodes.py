@@ -1,4 +1,4 @@
-"""The configuration file: what it may say, and that an error says where it is."""
+"""The configuration file: accepted forms, and errors with file, line and key."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.unit.support.config_files import OPTIONS, read, refusal
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 @pytest.mark.parametrize(
     "text", ["", "\n", "# only\n# comments\n", "---\n", "null", "~", "--- # nothing\n...\n", "{}", "[]"]
 )
-def test_an_empty_file_sets_nothing(path: Path, text: str) -> None:
+def test_empty_file_sets_nothing(path: Path, text: str) -> None:
     assert read(path, text) == Config(path)
 
 
-def test_a_mapping_sets_options(path: Path) -> None:
+def test_mapping_sets_options(path: Path) -> None:
     config = read(path, "port: 5000\n# a comment\nlog_level: 'debug'\n\nimage_path: images\n")
     assert dict(config.values) == {
         "port": ("5000", f"{path}:1: port"),
@@ -41,7 +41,7 @@ def test_a_mapping_sets_options(path: Path) -> None:
     assert config.registries == {}
 
 
-def test_a_key_without_a_value_sets_nothing(path: Path) -> None:
+def test_key_without_value_sets_nothing(path: Path) -> None:
     assert read(path, "port:\nlog_level: null\nlisten: ~\nregistries:\n") == Config(path)
 
 
@@ -66,7 +66,7 @@ EXPECTED = {
 }
 
 
-def test_registries_by_themselves_or_in_a_mapping(path: Path) -> None:
+def test_registries_as_top_level_list_or_under_key(path: Path) -> None:
     assert read(path, REGISTRIES) == Config(path, registries=EXPECTED)
     indented = "".join(f"  {line}\n" for line in REGISTRIES.splitlines())
     assert read(path, f"registries:\n{indented}").registries == EXPECTED
@@ -74,7 +74,7 @@ def test_registries_by_themselves_or_in_a_mapping(path: Path) -> None:
 
 
 @pytest.mark.parametrize("empty", ["", "null", "~"])
-def test_a_key_of_an_entry_without_a_value_is_as_if_it_were_not_there(path: Path, empty: str) -> None:
+def test_empty_key_of_an_entry_is_ignored(path: Path, empty: str) -> None:
     keys = "".join(f"  {key}: {empty}\n" for key in ("description", "scheme", "auth", "tls", "mirrors"))
     assert read(path, f"- name: quay.io\n{keys}").registries == {QUAY: RegistrySettings(QUAY)}
 
@@ -94,11 +94,11 @@ def test_sections_may_be_empty(path: Path) -> None:
         ("verify:\n  every: 1d\n  repair: true\n", 3, "verify.repair"),
     ],
 )
-def test_a_key_that_there_is_not_is_refused(path: Path, text: str, line: int, key: str) -> None:
+def test_unknown_key_is_refused(path: Path, text: str, line: int, key: str) -> None:
     assert refusal(path, text) == f"{path}:{line}: {key}: unknown key"
 
 
-def test_every_section_is_read(path: Path) -> None:
+def test_maintenance_sections_are_read(path: Path) -> None:
     config = read(path, "verify: {every: 1d}\nprune: {unused_for: 1d}\nbandwidth: []\n")
     assert config.prune is not None
     assert config.prune.unused_for == timedelta(days=1)
@@ -142,7 +142,7 @@ def test_every_section_is_read(path: Path) -> None:
         ("- name: quay.io\n  mirrors: http://a\n", 2, "mirrors"),
     ],
 )
-def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
+def test_error_names_file_line_and_key(path: Path, text: str, line: int, key: str) -> None:
     assert refusal(path, text).startswith(f"{path}:{line}: {key}: ")
 
 
@@ -163,30 +163,30 @@ def test_an_error_names_file_line_and_key(path: Path, text: str, line: int, key:
         ("port: 'unfinished\n", 2),
     ],
 )
-def test_what_is_no_configuration_is_refused_with_its_line(path: Path, text: str, line: int) -> None:
+def test_invalid_yaml_is_refused_with_its_line(path: Path, text: str, line: int) -> None:
     assert refusal(path, text).startswith(f"{path}:{line}: ")
 
 
-def test_a_file_that_cannot_be_read_is_named(path: Path) -> None:
+def test_unreadable_file_is_named(path: Path) -> None:
     with pytest.raises(ConfigInvalid, match=f"^{path}: cannot be read: No such file"):
         read_config(path, OPTIONS)
     with pytest.raises(ConfigInvalid, match=f"^{path.parent}: cannot be read: Is a directory"):
         read_config(path.parent, OPTIONS)
 
 
-def test_a_file_of_other_bytes_is_refused(path: Path) -> None:
+def test_undecodable_file_is_refused(path: Path) -> None:
     path.write_bytes(b"port: \xff\n")
     with pytest.raises(ConfigInvalid, match="is not UTF-8"):
         read_config(path, OPTIONS)
     assert "is not YAML" in refusal(path, "port: \x00\n")
 
 
-def test_nothing_is_constructed(path: Path) -> None:
+def test_yaml_tags_and_aliases_are_not_evaluated(path: Path) -> None:
     assert refusal(path, "port: &a [*a]\n").startswith(f"{path}:1: port: ")
     assert dict(read(path, "port: !!python/object/apply:os.getcwd ''\n").values) == {"port": ("", f"{path}:1: port")}
 
 
-def test_what_is_missing_is_said_with_the_line_where_it_should_stand(path: Path) -> None:
+def test_missing_key_is_reported_at_its_entry(path: Path) -> None:
     assert refusal(path, "\n- description: x\n") == f"{path}:2: name: is missing: every entry of registries needs one"
 
 
@@ -205,7 +205,7 @@ PLACES = (
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(PLACES), TEXTS, st.sampled_from(["", "}", "]", "\n"]))
-def test_whatever_stands_in_it_is_read_or_refused(path: Path, place: str, text: str, end: str) -> None:
+def test_any_text_is_read_or_refused(path: Path, place: str, text: str, end: str) -> None:
     path.write_text(place + text + end, "utf-8", errors="replace")
     try:
         config = read_config(path, OPTIONS)

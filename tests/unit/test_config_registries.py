@@ -1,4 +1,4 @@
-"""The entries of `registries`: logins, realms and mirrors, in every form that they may have."""
+"""The entries of `registries`: logins, realms and mirrors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ REG = Upstream("reg.example")
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 @pytest.fixture
 def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The program of the credential helper `pass-word.1`, the only one in PATH."""
+    """Return the program of the credential helper `pass-word.1`, the only one in PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
     program = programs / "docker-credential-pass-word.1"
@@ -39,32 +39,32 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def entry(*lines: str) -> str:
-    """The text of a file in which these lines stand in the entry of `REG`, from the second line on."""
+    """Return a file with these lines in the entry of `REG`, from the second line on."""
     return "\n  ".join([f"- name: {REG}", *lines]) + "\n"
 
 
 def configured(path: Path, *lines: str) -> RegistrySettings:
-    """What is configured for `REG` by these lines."""
+    """Return the settings of `REG` made from these lines."""
     return read(path, entry(*lines)).registries[REG]
 
 
 def login(path: Path, *lines: str) -> Login | None:
-    """How we log in, by these lines of `auth`."""
+    """Return the login made from these lines of `auth`."""
     return configured(path, "auth:", *(f"  {line}" for line in lines)).login
 
 
 @pytest.mark.parametrize("password", ["p", "tr0ub4dor: &3", " a b ", "0123", "no", "~", "ünïcode", "'", "#"])
-def test_a_password_is_taken_as_it_is_written(path: Path, password: str) -> None:
+def test_password_is_taken_literally(path: Path, password: str) -> None:
     quoted = password.replace("'", "''")
     assert login(path, "user: operator", f"password: '{quoted}'") == Password("operator", password, "password")
 
 
-def test_what_looks_like_a_number_is_no_number(path: Path) -> None:
+def test_numeric_password_stays_text(path: Path) -> None:
     assert login(path, "user: 007", "password: 1.50") == Password("007", "1.50")
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
-def test_a_password_in_a_file_beside_this_one(path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_file_is_relative_to_the_config(path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (path.parent / "secrets").mkdir()
     (path.parent / "secrets" / "reg").write_bytes(f" a pass wörd {end}".encode())
     monkeypatch.chdir("/")
@@ -72,22 +72,22 @@ def test_a_password_in_a_file_beside_this_one(path: Path, end: str, monkeypatch:
         assert login(path, "user: u", f"password_file: {where}") == Password("u", " a pass wörd ", "password_file")
 
 
-def test_a_password_in_the_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_from_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REG_PASSWORD", "from: there")
     assert login(path, "user: u", "password_env: REG_PASSWORD") == Password("u", "from: there", "password_env")
 
 
-def test_an_identity_token(path: Path) -> None:
+def test_identity_token(path: Path) -> None:
     assert login(path, "identity_token: eyJ.abc=") == IdentityToken("eyJ.abc=")
 
 
-def test_a_credential_helper(path: Path, helper: Path) -> None:
+def test_credential_helper(path: Path, helper: Path) -> None:
     found = login(path, "credential_helper: pass-word.1")
     assert found == Helper("pass-word.1")
     assert found.program == helper.name
 
 
-def test_a_helper_that_cannot_be_run_is_none(path: Path, helper: Path) -> None:
+def test_helper_that_is_not_executable_is_refused(path: Path, helper: Path) -> None:
     helper.chmod(0o644)
     assert "there is no program docker-credential-pass-word.1 in PATH" in refusal(
         path, entry("auth: {credential_helper: pass-word.1}")
@@ -107,7 +107,7 @@ def test_a_helper_that_cannot_be_run_is_none(path: Path, helper: Path) -> None:
         ("::1", "[::1]"),
     ],
 )
-def test_a_realm_is_a_host_or_a_url(path: Path, realm: str, host: str) -> None:
+def test_realm_is_host_or_url(path: Path, realm: str, host: str) -> None:
     found = configured(path, "auth:", "  user: u", "  password: p", f"  realm: {realm}")
     assert (found.realm, found.login) == (Upstream(host), Password("u", "p"))
     alone = configured(path, "auth:", f"  realm: {realm}")
@@ -115,7 +115,7 @@ def test_a_realm_is_a_host_or_a_url(path: Path, realm: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("auth", ["user: u, password: p", "identity_token: t", "credential_helper: pass-word.1"])
-def test_every_login_may_have_a_realm(path: Path, helper: Path, auth: str) -> None:
+def test_realm_with_every_login(path: Path, helper: Path, auth: str) -> None:
     found = configured(path, f"auth: {{{auth}, realm: auth.example}}")
     assert found.login is not None
     assert found.realm == Upstream("auth.example")
@@ -132,7 +132,7 @@ def test_every_login_may_have_a_realm(path: Path, helper: Path, auth: str) -> No
         ("https://[::1]:5000", Mirror("https", Upstream("[::1]:5000"))),
     ],
 )
-def test_a_mirror_is_a_url(path: Path, url: str, mirror: Mirror) -> None:
+def test_mirror_is_a_url(path: Path, url: str, mirror: Mirror) -> None:
     assert configured(path, f"mirrors: ['{url}']").mirrors == (mirror,)
     assert configured(path, f"mirrors: ['{mirror}']").mirrors == (mirror,)
 
@@ -142,7 +142,7 @@ def test_mirrors_keep_their_order(path: Path) -> None:
     assert [str(mirror) for mirror in found] == ["http://b", "https://a/x", "http://c:1"]
 
 
-def test_what_must_be_kept_secret_must_not_be_asked_by_http() -> None:
+def test_login_or_tls_requires_https() -> None:
     assert not RegistrySettings(REG, realm=REG, mirrors=(Mirror("http", REG),)).must_be_secure
     for known in (Password("u", "p"), IdentityToken("t"), Helper("h")):
         assert RegistrySettings(REG, login=known).must_be_secure
@@ -218,7 +218,7 @@ def test_what_must_be_kept_secret_must_not_be_asked_by_http() -> None:
         (["mirrors: [[http://a]]"], 2, "mirrors", "a single value"),
     ],
 )
-def test_an_error_names_file_line_and_key(
+def test_error_names_file_line_and_key(
     path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], line: int, key: str, why: str
 ) -> None:
     monkeypatch.delenv("UNSET", raising=False)
@@ -232,7 +232,7 @@ def test_an_error_names_file_line_and_key(
 
 
 @pytest.mark.parametrize("password", ["two\nlines", "p\udcff"])
-def test_a_password_in_the_environment_that_cannot_be_sent(
+def test_unprintable_password_in_environment_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, password: str
 ) -> None:
     monkeypatch.setenv("REG_PASSWORD", password)
@@ -243,7 +243,7 @@ def test_a_password_in_the_environment_that_cannot_be_sent(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["http", "https", "ftp"]), st.text("ab1:/[].%-~\\@?#", max_size=12) | st.text(max_size=8))
-def test_a_mirror_that_is_let_in_leads_where_it_says(path: Path, scheme: str, rest: str) -> None:
+def test_accepted_mirror_url_is_used_unchanged(path: Path, scheme: str, rest: str) -> None:
     path.write_text(yaml.safe_dump([{"name": "a.b", "mirrors": [f"{scheme}://{rest}"]}]))
     try:
         (mirror,) = read(path, path.read_text()).registries[Upstream("a.b")].mirrors
@@ -262,7 +262,7 @@ def test_a_mirror_that_is_let_in_leads_where_it_says(path: Path, scheme: str, re
         ("scheme: https", "is for https"),
     ],
 )
-def test_what_was_to_be_secure_is_not_sent_to_a_mirror_by_http(path: Path, behind: str, why: str) -> None:
+def test_http_mirror_of_secured_upstream_is_refused(path: Path, behind: str, why: str) -> None:
     text = "- name: reg.example\n  mirrors: ['http://mirror:5000']\n- name: mirror:5000\n"
     path.write_text(f"{text}  {behind}\n")
     with pytest.raises(ConfigInvalid, match=f"^{path}:2: mirrors: http://mirror:5000: .*{why}"):

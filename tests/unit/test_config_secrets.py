@@ -1,4 +1,4 @@
-"""Passwords and tokens of the configuration: neither an error nor what is printed of it gives them away."""
+"""Errors and printed configurations contain no passwords or tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = "Xy7-s3cr3t"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
@@ -38,17 +38,17 @@ def path(tmp_path: Path) -> Path:
         pytest.param([f"auth: {{realm: 'https://u:{SECRET}@auth.example'}}"]),
     ],
 )
-def test_an_error_tells_no_secret(path: Path, lines: list[str]) -> None:
+def test_error_contains_no_secret(path: Path, lines: list[str]) -> None:
     assert SECRET not in refusal(path, "\n  ".join(["- name: a.b", *lines]))
 
 
 @pytest.mark.parametrize("text", ["lines\n" + SECRET, SECRET + "\0"])
-def test_nor_one_out_of_a_file(path: Path, text: str) -> None:
+def test_error_about_a_file_contains_no_secret(path: Path, text: str) -> None:
     (path.parent / "secret").write_text(text)
     assert SECRET not in refusal(path, "- name: a.b\n  auth: {user: u, password_file: secret}")
 
 
-def test_what_is_printed_of_an_entry_tells_no_secret(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_entry_contains_no_secret(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REG_PASSWORD", SECRET)
     (path.parent / "secret").write_text(SECRET)
     for auth in (
@@ -71,7 +71,7 @@ AUTH = st.dictionaries(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(AUTH, st.sampled_from(["password", "identity_token"]), VALUES, st.lists(VALUES, max_size=3))
-def test_no_entry_gives_a_secret_away(
+def test_any_entry_contains_no_secret(
     path: Path, auth: dict[str, object], key: str, around: str, mirrors: list[str]
 ) -> None:
     given = {"name": "a.b", "auth": {**auth, key: f"{around}{SECRET}{around}"}, "mirrors": mirrors}

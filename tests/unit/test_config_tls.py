@@ -1,4 +1,4 @@
-"""`tls` of an upstream and of the daemon: certificates and keys are proven when the file is read."""
+"""`tls` of an upstream and of the daemon: certificates and keys are checked when the file is read."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ PLAIN, ENCRYPTED = serialization.NoEncryption(), serialization.BestAvailableEncr
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 @pytest.fixture
 def pair(authority: Authority) -> tuple[Path, Path]:
-    """The certificate client.crt and its key client.key, beside the file."""
+    """Return the certificate client.crt and its key client.key, beside the configuration file."""
     return authority.issue("client")
 
 
 def upstream_tls(path: Path, text: str) -> UpstreamTls:
-    """How TLS is spoken with `REG` by this `tls`, which stands on line 2; nothing is worth a warning."""
+    """Return the TLS settings for `REG` made from this `tls` on line 2; there must be no warnings."""
     config = read(path, f"- name: {REG}\n  tls: {{{text}}}\n")
     assert config.warnings == ()
     return config.registries[REG].tls
 
 
 def server_tls(path: Path, text: str) -> ServerTls:
-    """How TLS is spoken with clients by this `tls`."""
+    """Return the TLS settings for clients made from this `tls`."""
     tls = read(path, f"tls: {{{text}}}\n").tls
     assert tls is not None
     return tls
 
 
 def subjects(pair: KeyPair) -> list[str]:
-    """Whose certificates are loaded; the key must be that of the first."""
+    """Return the subjects of the certificate chain; the key must belong to the first."""
     key = crypto.load_privatekey(crypto.FILETYPE_PEM, pair.key)
     assert len({crypto.dump_publickey(crypto.FILETYPE_PEM, one) for one in (key, pair.certificate.get_pubkey())}) == 1
     all_of_them = [crypto.load_certificate(crypto.FILETYPE_PEM, pem) for pem in pair.certificates.pems]
@@ -59,7 +59,7 @@ def subjects(pair: KeyPair) -> list[str]:
 
 
 @pytest.mark.parametrize("text", ["", "insecure_skip_verify: false", "insecure_skip_verify: False", "ca: ~, cert:"])
-def test_what_says_nothing_is_the_trust_of_the_system(path: Path, text: str) -> None:
+def test_empty_tls_means_system_trust(path: Path, text: str) -> None:
     assert upstream_tls(path, text) == SYSTEM_TRUST == UpstreamTls(None, None, verify=True)
 
 
@@ -68,7 +68,7 @@ def test_verification_can_be_switched_off(path: Path, text: str) -> None:
     assert upstream_tls(path, f"insecure_skip_verify: {text}") == UpstreamTls(verify=False)
 
 
-def test_a_ca_may_be_several_certificates(path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ca_file_with_several_certificates(path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Authority(path.parent, "another authority")
     bundle = path.parent / "bundle.pem"
     bundle.write_bytes(b"# one\n" + authority.ca.read_bytes() + b"# two\n\n" + other.ca.read_bytes() + b"# end\n")
@@ -80,7 +80,7 @@ def test_a_ca_may_be_several_certificates(path: Path, authority: Authority, monk
         assert [pem.strip() for pem in ca.pems] == [one.ca.read_bytes().strip() for one in (authority, other)]
 
 
-def test_a_certificate_and_its_key(path: Path, authority: Authority, pair: tuple[Path, Path]) -> None:
+def test_certificate_and_key(path: Path, authority: Authority, pair: tuple[Path, Path]) -> None:
     certificate, key = pair
     client = KeyPair(Certificates(certificate, (certificate.read_bytes(),)), key.read_bytes())
     ca = Certificates(authority.ca, (authority.ca.read_bytes(),))
@@ -93,20 +93,20 @@ def test_a_certificate_and_its_key(path: Path, authority: Authority, pair: tuple
     assert subjects(client) == ["CN=client"]
 
 
-def test_a_certificate_brings_those_that_lead_to_its_root(path: Path, authority: Authority) -> None:
+def test_certificate_with_intermediates(path: Path, authority: Authority) -> None:
     Authority(path.parent, "intermediate", authority).issue("client")
     client = upstream_tls(path, "cert: client.crt, key: client.key").client
     assert client is not None
     assert subjects(client) == ["CN=client", "CN=intermediate"]
 
 
-def test_a_certificate_and_its_key_may_be_in_one_file(path: Path, pair: tuple[Path, Path]) -> None:
+def test_certificate_and_key_in_one_file(path: Path, pair: tuple[Path, Path]) -> None:
     (path.parent / "both.pem").write_bytes(pair[1].read_bytes() + pair[0].read_bytes())
     assert subjects(server_tls(path, "cert: both.pem, key: both.pem").identity) == ["CN=client"]
 
 
 @pytest.mark.parametrize("form", [PKCS8, TRADITIONAL])
-def test_a_key_of_any_form(path: Path, pair: tuple[Path, Path], form: serialization.PrivateFormat) -> None:
+def test_every_key_format(path: Path, pair: tuple[Path, Path], form: serialization.PrivateFormat) -> None:
     key = serialization.load_pem_private_key(pair[1].read_bytes(), None)
     pair[1].write_bytes(key.private_bytes(PEM, form, PLAIN))
     assert subjects(server_tls(path, "cert: client.crt, key: client.key").identity) == ["CN=client"]
@@ -117,7 +117,7 @@ KEY = "cert: client.crt\n    key: client.key\n"
 
 @pytest.mark.parametrize("form", [PKCS8, TRADITIONAL])
 @pytest.mark.parametrize("place", [f"tls:\n    {KEY}", f"- name: a.b\n  tls:\n    {KEY}"])
-def test_an_encrypted_key_is_refused_before_openssl_asks_for_its_passphrase(
+def test_encrypted_key_is_refused_without_passphrase_prompt(
     path: Path,
     pair: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +138,7 @@ def test_an_encrypted_key_is_refused_before_openssl_asks_for_its_passphrase(
 
 
 def damage(pem: Path) -> bytes:
-    """What is in a file, but for a few letters in the middle."""
+    """Return the file's text with a few characters in the middle replaced."""
     data = pem.read_bytes()
     middle = len(data) // 2
     return data[:middle] + b"!!!!" + data[middle + 4 :]
@@ -194,7 +194,7 @@ OF_UPSTREAMS, OF_THE_SERVER = "- name: reg.example\n\n  tls: {%s}\n", "port: 1\n
         *((OF_THE_SERVER, *error) for error in ERRORS_OF_THE_SERVER),
     ],
 )
-def test_an_error_names_file_line_and_key(
+def test_error_names_file_line_and_key(
     path: Path, authority: Authority, pair: tuple[Path, Path], place: str, text: str, key: str, why: str
 ) -> None:
     certificate, own = pair
@@ -221,7 +221,7 @@ def test_an_error_names_file_line_and_key(
 
 
 def weak(folder: Path) -> None:
-    """Writes a certificate and a key that are shorter than OpenSSL lets anybody use."""
+    """Write a certificate with a key shorter than OpenSSL accepts."""
     key = rsa.generate_private_key(65537, 1024)
     name = x509.Name([])
     now = datetime.now(UTC)
@@ -231,25 +231,25 @@ def weak(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [OF_UPSTREAMS, OF_THE_SERVER])
-def test_a_key_that_openssl_finds_too_weak(path: Path, place: str) -> None:
+def test_weak_key_is_refused(path: Path, place: str) -> None:
     weak(path.parent)
     assert refusal(path, place % "cert: client.crt, key: client.key").startswith(f"{path}:3: tls.cert: ")
 
 
-def test_what_is_missing_is_said_where_it_should_stand(path: Path, pair: tuple[Path, Path]) -> None:
+def test_missing_part_is_reported_at_its_place(path: Path, pair: tuple[Path, Path]) -> None:
     assert refusal(path, "- name: a.b\n  tls:\n    cert: client.crt\n").startswith(f"{path}:3: tls.key: is missing")
 
 
 @pytest.mark.parametrize(
     "text", ["ca: test-authority.crt", "cert: client.crt, key: client.key", "insecure_skip_verify: true"]
 )
-def test_tls_is_of_no_use_where_http_is_spoken(path: Path, pair: tuple[Path, Path], text: str) -> None:
+def test_tls_with_http_is_refused(path: Path, pair: tuple[Path, Path], text: str) -> None:
     plain = "- name: a.b\n  scheme: http\n  tls: {%s}\n"
     assert refusal(path, plain % text) == f"{path}:3: tls: has no effect with scheme: http"
     assert read(path, plain % "").warnings == ()
 
 
-def test_who_trusts_everybody_needs_no_ca_which_is_worth_a_warning(path: Path, authority: Authority) -> None:
+def test_ca_without_verification_is_a_warning(path: Path, authority: Authority) -> None:
     config = read(path, "- name: reg.example\n  tls:\n    ca: test-authority.crt\n    insecure_skip_verify: true\n")
     (warning,) = config.warnings
     assert warning.startswith(f"{path}:3: tls.ca: has no effect with insecure_skip_verify: true")
@@ -263,7 +263,7 @@ def test_who_trusts_everybody_needs_no_ca_which_is_worth_a_warning(path: Path, a
     ]
 
 
-def test_what_is_printed_tells_no_key(path: Path, pair: tuple[Path, Path]) -> None:
+def test_printed_settings_contain_no_key(path: Path, pair: tuple[Path, Path]) -> None:
     text = "cert: client.crt, key: client.key"
     config = read(path, f"tls: {{{text}}}\nregistries:\n- name: a.b\n  tls: {{{text}}}\n")
     secrets = pair[1].read_text().splitlines()[1:-1]

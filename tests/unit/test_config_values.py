@@ -1,4 +1,4 @@
-"""Amounts of time and of bytes: what people write is read, and what is told can be read again."""
+"""Durations, sizes and local times: parsing, errors, and round trips."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ociregistry.config.values import (
 )
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""A machine that has much else to do is no defect."""
+"""A busy machine must not fail the test by a deadline."""
 
 ANYTHING = st.text(max_size=12) | st.text("0123456789 .-:+TkKMGiBsmhdwe_", max_size=20)
 
 
 @pytest.fixture
 def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine is in Berlin; there was no 02:30 on 31 March 2024, and two of them on 27 October."""
-    # Written out: not every machine has the zones by their names.
+    """Set the time zone to Berlin; 02:30 did not exist on 31 March 2024 and existed twice on 27 October."""
+    # Written out, because some machines lack the zone database.
     monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
     time.tzset()
     yield
@@ -50,7 +50,7 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("007d", timedelta(days=7)),
     ],
 )
-def test_a_time_is_read(text: str, read: timedelta) -> None:
+def test_duration_is_parsed(text: str, read: timedelta) -> None:
     assert parse_duration(text) == read
 
 
@@ -61,7 +61,7 @@ def test_a_time_is_read(text: str, read: timedelta) -> None:
         *("1d12h", "30 days", "1y", "٣d", "10000000s"),
     ],
 )
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_malformed_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a time such as 30d, 12h, 90m or 45s is expected$"):
         parse_duration(text)
 
@@ -84,7 +84,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         ("0.001kB", 1),
     ],
 )
-def test_a_size_is_read(text: str, read: int) -> None:
+def test_size_is_parsed(text: str, read: int) -> None:
     assert parse_size(text) == read
 
 
@@ -95,16 +95,16 @@ def test_a_size_is_read(text: str, read: int) -> None:
         *("1gb", "1PB", "1 G B", "1GB ", "٣GB"),
     ],
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a size such as 50GB, 500MB or 20MiB is expected$"):
         parse_size(text)
 
 
-def test_a_local_time_is_the_one_of_this_machine(berlin: None) -> None:
+def test_local_time_is_in_the_machines_zone(berlin: None) -> None:
     assert parse_local_time("2024-03-01T22:17:30") == datetime(2024, 3, 1, 21, 17, 30, tzinfo=UTC)
     assert parse_local_time("2024-07-01T22:17:30") == datetime(2024, 7, 1, 20, 17, 30, tzinfo=UTC)
     assert local_time(datetime(2024, 3, 1, 21, 17, 30, tzinfo=UTC)) == "2024-03-01T22:17:30"
-    # Of two the first, so that nothing is pruned that came later.
+    # Of two possible times the first, so that nothing newer is pruned.
     assert parse_local_time("2024-10-27T02:30:00") == datetime(2024, 10, 27, 0, 30, tzinfo=UTC)
     assert parse_local_time("2024-03-31T02:30:00").tzinfo is not None
 
@@ -119,15 +119,15 @@ def test_a_local_time_is_the_one_of_this_machine(berlin: None) -> None:
         *(" 2024-03-01T22:17:30", "2024-03-01T22:17:30\n", "٢٠٢٤-03-01T22:17:30", "0000-01-01T00:00:00", "30d"),
     ],
 )
-def test_what_is_no_local_time_is_refused(text: str) -> None:
+def test_malformed_local_time_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a local date and time such as 2024-03-01T22:17:30 is expected$"):
         parse_local_time(text)
 
 
 @UNHURRIED
 @given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001  # local times are what is told
-def test_a_time_that_is_told_is_read_as_the_same_moment(moment: datetime) -> None:
-    """But for an hour of every autumn, which there is twice."""
+def test_local_time_round_trip(moment: datetime) -> None:
+    """Except for the repeated hour in autumn."""
     told = local_time(moment.replace(tzinfo=UTC))
     again = parse_local_time(told)
     assert local_time(again) == told
@@ -135,7 +135,7 @@ def test_a_time_that_is_told_is_read_as_the_same_moment(moment: datetime) -> Non
 
 
 def refusal(parse: Callable[[str], object], text: str) -> str:
-    """What is said of a text; nothing if it can be read."""
+    """Return the error for a text, empty if it is accepted."""
     try:
         parse(text)
     except ValueError as refused:
@@ -145,21 +145,21 @@ def refusal(parse: Callable[[str], object], text: str) -> str:
 
 @UNHURRIED
 @given(ANYTHING)
-def test_whatever_is_written_is_read_or_refused_with_what_is_expected(text: str) -> None:
+def test_any_text_is_parsed_or_refused_with_expectation(text: str) -> None:
     for parse in (parse_duration, parse_size, parse_local_time):
         assert re.fullmatch("|a .* is expected", refusal(parse, text))
 
 
 @UNHURRIED
 @given(st.from_regex(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}", fullmatch=True))
-def test_whatever_looks_like_a_local_time_can_be_compared_or_is_refused(text: str) -> None:
+def test_any_accepted_local_time_is_comparable(text: str) -> None:
     if not refusal(parse_local_time, text):
         now = datetime.now(UTC)
         assert (parse_local_time(text) < now) is not (parse_local_time(text) >= now)
 
 
 @pytest.mark.parametrize("text", ["999999d", "999999w", "110000w"])
-def test_a_time_that_lasts_longer_than_the_calendar_is_refused(text: str) -> None:
+def test_duration_beyond_the_calendar_is_refused(text: str) -> None:
     assert refusal(parse_duration, text).endswith(" is expected")
 
 
@@ -179,13 +179,13 @@ def test_a_time_that_lasts_longer_than_the_calendar_is_refused(text: str) -> Non
         (12_345 * 10**12, "12345.0 TB"),
     ],
 )
-def test_a_size_is_told(size: int, told: str) -> None:
+def test_size_is_formatted(size: int, told: str) -> None:
     assert size_text(size) == told
 
 
 @UNHURRIED
 @given(st.integers(1, 10**16))
-def test_a_size_that_is_told_is_about_the_same_when_it_is_read(size: int) -> None:
+def test_size_round_trip_is_approximate(size: int) -> None:
     assert abs(parse_size(size_text(size)) - size) <= size * 0.05
 
 
@@ -200,13 +200,13 @@ def test_a_size_that_is_told_is_about_the_same_when_it_is_read(size: int) -> Non
         ("20GB", 10 * 10**9, 20 * 10**9),
     ],
 )
-def test_a_reserve_is_a_size_or_a_share_of_the_disk(text: str, of_10_gb: int, of_1_tb: int) -> None:
+def test_reserve_is_a_size_or_a_percentage(text: str, of_10_gb: int, of_1_tb: int) -> None:
     reserve = parse_reserve(text)
     assert (reserve.of(10 * 10**9), reserve.of(10**12)) == (of_10_gb, of_1_tb)
     assert (reserve == USUAL_RESERVE) == (not text)
 
 
 @pytest.mark.parametrize("text", ["100%", "-5%", "%", "5 percent", "0GB", "5%,2GB", " 5%", "1e1%"])
-def test_what_is_no_reserve_is_an_error(text: str) -> None:
+def test_malformed_reserve_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a size such as 1GB or a share of the disk such as 5% is expected"):
         parse_reserve(text)

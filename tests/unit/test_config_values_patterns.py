@@ -1,4 +1,4 @@
-r"""Patterns: Python's regular expressions, and none that Go reads as something else."""
+"""Patterns: Python regular expressions, except those that Go would read differently."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from ociregistry.config.values import Patterns
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""A machine that has much else to do is no defect."""
+"""A busy machine must not fail the test by a deadline."""
 
 NGINX = "docker.io/library/nginx:1.25"
 
 
 def written(text: str) -> list[str]:
-    """The expressions that a text is taken for."""
+    """Return the expressions parsed from a text."""
     return [one.pattern for one in Patterns.parse(text).expressions]
 
 
 def refusal(text: str) -> str:
-    """What is said of a text that is refused."""
+    """Return the error for a text."""
     with pytest.raises(ValueError, match=r"^(the|an empty) pattern ") as refused:
         Patterns.parse(text)
     assert "\n" not in str(refused.value)
@@ -49,7 +49,7 @@ def refusal(text: str) -> str:
         (".", True),
     ],
 )
-def test_one_of_them_is_found_in_an_image_url(text: str, found: bool) -> None:
+def test_match_anywhere_in_image_url(text: str, found: bool) -> None:
     assert Patterns.parse(text).match(NGINX) is found
 
 
@@ -68,14 +68,14 @@ def test_one_of_them_is_found_in_an_image_url(text: str, found: bool) -> None:
         ("[0-9]{1,3},[a-z]", ["[0-9]{1,3}", "[a-z]"]),
     ],
 )
-def test_commas_are_between_expressions_but_not_in_a_repetition(text: str, expressions: list[str] | None) -> None:
+def test_commas_separate_expressions_but_not_inside_repetitions(text: str, expressions: list[str] | None) -> None:
     if expressions is None:
         assert "multiple repeat" in refusal(text)
     else:
         assert written(text) == expressions
 
 
-def test_in_a_list_of_expressions_a_comma_is_a_comma() -> None:
+def test_comma_in_a_list_of_expressions_is_literal() -> None:
     patterns = Patterns.of(["a,b", "[,;]", r"\d"])
     assert [one.pattern for one in patterns.expressions] == ["a,b", "[,;]", r"\d"]
     assert patterns.match("x,y")
@@ -84,7 +84,7 @@ def test_in_a_list_of_expressions_a_comma_is_a_comma() -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", ",", "a,", ",a", "a,,b", "a, ,b", "x{1,2},"])
-def test_an_empty_one_would_be_found_everywhere_and_is_refused(text: str) -> None:
+def test_empty_pattern_is_refused(text: str) -> None:
     assert refusal(text) == "an empty pattern matches every image URL"
 
 
@@ -109,9 +109,9 @@ TEXTS = {
 
 
 @pytest.mark.parametrize(("piece", "hint", "text"), [(p, hint, text) for p, hint in OUTSIDE for text in TEXTS[p]])
-def test_what_go_reads_otherwise_is_refused_with_a_hint(piece: str, hint: str, text: str) -> None:
+def test_go_syntax_is_refused_with_hint(piece: str, hint: str, text: str) -> None:
     assert refusal(text) == (f"the pattern {text!r} has {piece!r}, which is Go syntax, not Python's: {hint}")
-    # Which of several is told.
+    # With several, the first one is reported.
     assert f"the pattern {text!r} " in refusal(f"nginx,{text}")
 
 
@@ -137,7 +137,7 @@ def test_what_go_reads_otherwise_is_refused_with_a_hint(piece: str, hint: str, t
         (r"[\]\pN]", r"\p"),
     ],
 )
-def test_so_it_is_in_a_class(text: str, piece: str) -> None:
+def test_posix_class_is_refused_with_hint(text: str, piece: str) -> None:
     hint = "name the characters, such as [a-z0-9]"
     assert refusal(text) == (f"the pattern {text!r} has {piece!r}, which is Go syntax, not Python's: {hint}")
 
@@ -162,16 +162,16 @@ def test_so_it_is_in_a_class(text: str, piece: str) -> None:
         ("a{,b", "a{,b"),
     ],
 )
-def test_what_looks_like_it_and_is_not_is_let_through(text: str, found: str) -> None:
+def test_similar_but_valid_syntax_is_accepted(text: str, found: str) -> None:
     assert Patterns.of([text]).match(found)
 
 
 @pytest.mark.parametrize("text", [r"[\\z]", r"[\\p]", r"[a\\Q]"])
-def test_an_escaped_backslash_in_a_class_is_a_backslash(text: str) -> None:
+def test_escaped_backslash_in_class(text: str) -> None:
     assert Patterns.of([text]).match("\\")
 
 
-def test_a_repetition_without_a_least_number_is_none_in_go_and_is_refused() -> None:
+def test_repetition_without_minimum_is_refused() -> None:
     assert "Go" in refusal("nginx{,3}")
 
 
@@ -195,21 +195,21 @@ def test_a_repetition_without_a_least_number_is_none_in_go_and_is_refused() -> N
         "(?-U)x",
     ],
 )
-def test_what_is_no_regular_expression_is_refused(text: str) -> None:
+def test_invalid_regular_expression_is_refused(text: str) -> None:
     assert refusal(f"nginx,{text}").startswith(f"the pattern {text!r} is not a regular expression: ")
 
 
 @pytest.mark.parametrize("text", ["[[a]", "[a--b]", "[a||b]", "[a&&b]", "[a~~b]"])
-def test_what_python_may_read_differently_one_day_is_refused(text: str) -> None:
+def test_syntax_deprecated_in_python_is_refused(text: str) -> None:
     assert "is not a regular expression: Possible " in refusal(text)
 
 
 @pytest.mark.parametrize("text", ["(" * 50_000, f"{'(?:' * 3000}a{')' * 3000}", "x{99999999999999999999}"])
-def test_what_is_too_much_is_refused(text: str) -> None:
+def test_oversized_pattern_is_refused(text: str) -> None:
     assert "is not a regular expression: " in refusal(text)
 
 
-def test_letters_and_digits_are_those_of_go() -> None:
+def test_character_classes_are_ascii_as_in_go() -> None:
     for text in (r"^\w$", r"^\d$", r"^\W$"):
         assert Patterns.of([text]).match("٣") is (text == r"^\W$")
 
@@ -224,7 +224,7 @@ ALPHABET = st.sampled_from(
 
 @UNHURRIED
 @given(st.lists(ALPHABET, max_size=12).map("".join) | st.text(max_size=20))
-def test_whatever_is_given_can_be_searched_for_or_is_refused(text: str) -> None:
+def test_any_text_is_searchable_or_refused(text: str) -> None:
     try:
         patterns = Patterns.parse(text)
     except ValueError as refused:
@@ -239,6 +239,6 @@ def test_whatever_is_given_can_be_searched_for_or_is_refused(text: str) -> None:
 
 @UNHURRIED
 @given(st.lists(st.text("abc./:-_@0", min_size=1), min_size=1, max_size=4), st.text("abc./:-_@0"))
-def test_expressions_of_plain_characters_are_found_where_they_stand(words: list[str], url: str) -> None:
+def test_escaped_words_are_found_literally(words: list[str], url: str) -> None:
     patterns = Patterns.parse(",".join(map(re.escape, words)))
     assert patterns.match(url) is any(word in url for word in words)

@@ -1,4 +1,4 @@
-"""Every failure has its status, its code of the specification and its headers."""
+"""Every error has an HTTP status, an error code of the specification, and headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATUSES = {
 }
 
 
-def test_every_error_has_its_status_and_code() -> None:
+def test_status_and_code() -> None:
     found = {
         name: (kind.status, kind.code)
         for name, kind in vars(errors).items()
@@ -35,12 +35,12 @@ def test_every_error_has_its_status_and_code() -> None:
 
 
 @pytest.mark.parametrize("kind", [errors.NameInvalid, errors.BlobUnknown, errors.Denied, errors.MethodUnsupported])
-def test_the_message_is_what_the_error_prints(kind: type[RegistryError]) -> None:
+def test_message_is_the_text_of_the_error(kind: type[RegistryError]) -> None:
     error = kind("docker.io: why")
     assert error.message == str(error) == "docker.io: why"
 
 
-def test_headers_say_what_a_client_may_do_instead() -> None:
+def test_error_headers() -> None:
     assert errors.MethodUnsupported("PUT").headers() == {"Allow": "GET, HEAD"}
     assert RangeUnsatisfiable("outside", 2048).headers() == {"Content-Range": "bytes */2048"}
     assert Unavailable("down").headers() == {"Retry-After": "5"}

@@ -1,4 +1,4 @@
-"""--log-level, over our own lines and Twisted's."""
+"""--log-level, applied to our own events and Twisted's."""
 
 from __future__ import annotations
 
@@ -19,59 +19,59 @@ LEAST = {"trace": 0, "debug": 0, "info": 1, "warn": 2, "error": 3}
 
 
 def passes(level: str, **event: Any) -> bool:
-    """Whether an event passes at a level."""
+    """Return whether an event passes at a level."""
     return passes_now(LevelFilter(level), event)
 
 
 def passes_now(levels: LevelFilter, event: LogEvent) -> bool:
-    """Whether an event passes a filter."""
+    """Return whether an event passes a filter."""
     observer = RecordingObserver()
     levels.before(observer)(event)
     return observer.events == [event]
 
 
-def test_the_levels_are_those_of_the_settings() -> None:
+def test_levels_match_the_settings() -> None:
     assert set(LEAST) == set(LOG_LEVELS)
 
 
 @pytest.mark.parametrize("level", LOG_LEVELS)
 @pytest.mark.parametrize("namespace", ["ociregistry", "ociregistry.store"])
-def test_our_lines_pass_from_their_level_on(level: str, namespace: str) -> None:
+def test_own_events_pass_from_their_level_on(level: str, namespace: str) -> None:
     passed = [passes(level, log_level=event_level, log_namespace=namespace) for event_level in ORDER]
     assert passed == [False] * LEAST[level] + [True] * (5 - LEAST[level])
 
 
 @pytest.mark.parametrize("level", LOG_LEVELS)
-def test_the_banner_always_passes(level: str) -> None:
+def test_banner_always_passes(level: str) -> None:
     for event_level in ORDER:
         assert passes(level, log_level=event_level, log_namespace="ociregistry", **ALWAYS)
 
 
-def test_the_debugging_of_twisted_is_for_trace_alone() -> None:
+def test_twisted_debug_events_need_trace() -> None:
     for namespace in ("twisted.internet", "treq", "log_legacy"):
         event: LogEvent = {"log_level": LogLevel.debug, "log_namespace": namespace}
         assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace"]
 
 
-def test_every_connection_to_an_upstream_is_for_trace_alone() -> None:
+def test_upstream_connection_events_need_trace() -> None:
     event: LogEvent = {"log_level": LogLevel.info, "log_namespace": "twisted.web.client._HTTP11ClientFactory"}
     assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace"]
     assert passes("error", **{**event, "log_level": LogLevel.error})
 
 
-def test_the_rest_of_what_twisted_says_has_our_levels() -> None:
+def test_other_twisted_events_use_our_levels() -> None:
     event: LogEvent = {"log_level": LogLevel.info, "log_namespace": "twisted.scripts._twistd_unix.UnixAppLogger"}
     assert [level for level in LOG_LEVELS if passes(level, **event)] == ["trace", "debug", "info"]
 
 
 def legacy_passes(level: str, log: Callable[[LegacyPublisher], None]) -> bool:
-    """Whether an event of twisted.python.log passes at a level."""
+    """Return whether an event of twisted.python.log passes at a level."""
     observer = RecordingObserver()
     log(LegacyPublisher(publishPublisher=LogPublisher(LevelFilter(level).before(observer))))
     return bool(observer.events)
 
 
-def test_an_event_of_the_legacy_log_is_an_info_and_a_failure_an_error() -> None:
+def test_legacy_event_is_info_and_legacy_failure_is_error() -> None:
     assert [level for level in LOG_LEVELS if legacy_passes(level, lambda log: log.msg("text"))] == [
         "trace",
         "debug",
@@ -82,7 +82,7 @@ def test_an_event_of_the_legacy_log_is_an_info_and_a_failure_an_error() -> None:
 
 @pytest.mark.parametrize("level", LOG_LEVELS)
 @pytest.mark.parametrize("before", LOG_LEVELS)
-def test_another_level_may_be_used_from_now_on(before: str, level: str) -> None:
+def test_level_can_be_changed_later(before: str, level: str) -> None:
     changed, at_once = LevelFilter(before), LevelFilter(level)
     changed.reconfigure(level)
     for event_level in ORDER:
@@ -91,7 +91,7 @@ def test_another_level_may_be_used_from_now_on(before: str, level: str) -> None:
             assert passes_now(changed, event) is passes_now(at_once, event)
 
 
-def test_it_stands_in_front_of_an_observer() -> None:
+def test_filter_wraps_an_observer() -> None:
     out = io.StringIO()
     observer = LevelFilter("warn").before(textFileLogObserver(out))
     log = Logger(namespace="ociregistry", observer=observer)

@@ -1,4 +1,4 @@
-"""Manifests: what they name, and what is refused, which is told by ManifestInvalid alone."""
+"""Manifest parsing: children, blobs, and refusal with ManifestInvalid."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ LAYER = {"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": D
 CONFIG = {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": Digest.of(b"config"), "size": 6}
 IMAGE: dict[str, Any] = {"schemaVersion": 2, "config": CONFIG, "layers": [LAYER]}
 INDEX: dict[str, Any] = {"schemaVersion": 2, "manifests": [{**LAYER, "mediaType": OCI_MANIFEST}]}
-# Stands in for "the key is not there".
+# Stands for an absent key.
 MISSING = object()
 
 
 def parse(document: object, media_type: str = OCI_MANIFEST) -> Manifest:
-    """What is made of a document."""
+    """Parse a JSON document as a manifest."""
     return Manifest.parse(json.dumps(document).encode(), media_type)
 
 
 def changed(document: dict[str, Any], **keys: object) -> dict[str, Any]:
-    """The document with other keys."""
+    """Return the document with other values, or without those that are MISSING."""
     return {key: value for key, value in {**document, **keys}.items() if value is not MISSING}
 
 
 @pytest.mark.parametrize("docker", [False, True])
-def test_an_image_manifest_names_its_config_and_layers(docker: bool) -> None:
+def test_image_manifest_names_config_and_layers(docker: bool) -> None:
     image = make_image("manifests", docker=docker, layers=3)
     manifest = Manifest.parse(image.manifest.data, image.manifest.media_type)
     assert manifest.digest == image.manifest.digest
@@ -60,7 +60,7 @@ def test_an_image_manifest_names_its_config_and_layers(docker: bool) -> None:
 
 
 @pytest.mark.parametrize("docker", [False, True])
-def test_an_index_names_its_images_by_platform(docker: bool) -> None:
+def test_index_names_images_by_platform(docker: bool) -> None:
     index = make_index("manifests", docker=docker, platforms=("linux/amd64", "linux/arm/v7"))
     manifest = Manifest.parse(index.manifest.data, index.manifest.media_type)
     assert manifest.media_type == (DOCKER_LIST if docker else OCI_INDEX)
@@ -70,31 +70,31 @@ def test_an_index_names_its_images_by_platform(docker: bool) -> None:
     assert manifest.is_list
 
 
-def test_an_artifact_is_an_image_manifest() -> None:
+def test_artifact_is_an_image_manifest() -> None:
     artifact = make_artifact("signature", make_image("manifests").manifest)
     manifest = Manifest.parse(artifact.manifest.data, OCI_MANIFEST)
     assert [blob.digest for blob in manifest.blobs] == [blob.digest for blob in artifact.blobs]
 
 
-def test_an_empty_index_is_one() -> None:
+def test_empty_index() -> None:
     assert parse({"schemaVersion": 2, "manifests": []}, OCI_INDEX).children == ()
 
 
-def test_all_media_types_are_asked_for() -> None:
+def test_accept_header_has_all_media_types() -> None:
     assert set(MEDIA_TYPES) == LISTS | IMAGES
     assert not LISTS & IMAGES
 
 
-def test_foreign_layers_are_not_ours_to_fetch() -> None:
+def test_foreign_layers_are_not_fetched() -> None:
     foreign = {**LAYER, "digest": Digest.of(b"foreign"), "urls": ["https://microsoft.example/layer"]}
     manifest = parse(changed(IMAGE, layers=[LAYER, foreign]))
     assert [blob.digest for blob in manifest.blobs] == [CONFIG["digest"], DIGEST]
-    # An empty list of URLs says that it comes from the registry.
+    # With an empty list of URLs the layer comes from the registry.
     assert len(parse(changed(IMAGE, layers=[{**LAYER, "urls": []}])).blobs) == 2
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
-def test_the_digest_that_was_asked_for_must_hold(algorithm: str) -> None:
+def test_expected_digest_is_verified(algorithm: str) -> None:
     data = json.dumps(IMAGE).encode()
     digest = Digest.of(data, algorithm)
     assert Manifest.parse(data, OCI_MANIFEST, digest).digest == digest
@@ -102,7 +102,7 @@ def test_the_digest_that_was_asked_for_must_hold(algorithm: str) -> None:
         Manifest.parse(data + b" ", OCI_MANIFEST, digest)
 
 
-def test_without_a_digest_it_is_the_sha256_of_the_bytes() -> None:
+def test_default_digest_is_sha256() -> None:
     data = json.dumps(IMAGE, indent=7).encode() + b"\n"
     manifest = Manifest.parse(data, OCI_MANIFEST)
     assert manifest.digest == Digest.of(data)
@@ -122,7 +122,7 @@ def test_without_a_digest_it_is_the_sha256_of_the_bytes() -> None:
         (IMAGE, "application/vnd.docker.distribution.manifest.v1+prettyjws"),
     ],
 )
-def test_the_content_type_and_the_media_type_agree(document: object, media_type: str) -> None:
+def test_media_type_mismatch_is_refused(document: object, media_type: str) -> None:
     with pytest.raises(ManifestInvalid):
         parse(document, media_type)
 
@@ -141,20 +141,20 @@ def test_the_content_type_and_the_media_type_agree(document: object, media_type:
         (INDEX, OCI_MANIFEST),
     ],
 )
-def test_what_could_be_read_as_two_things_is_refused(document: object, media_type: str) -> None:
-    """CVE-2021-41190."""
+def test_ambiguous_manifest_is_refused(document: object, media_type: str) -> None:
+    """See CVE-2021-41190."""
     with pytest.raises(ManifestInvalid):
         parse(document, media_type)
 
 
 @pytest.mark.parametrize("version", [1, 3, "2", True, None, [2], MISSING])
-def test_only_schema_2_is_served(version: object) -> None:
+def test_schema_version_must_be_2(version: object) -> None:
     with pytest.raises(ManifestInvalid, match="schemaVersion"):
         parse(changed(IMAGE, schemaVersion=version))
 
 
 @pytest.mark.parametrize("size", [-1, 5.0, "5", True, None, [], MISSING])
-def test_a_size_is_a_number_of_bytes(size: object) -> None:
+def test_malformed_size_is_refused(size: object) -> None:
     with pytest.raises(ManifestInvalid, match="size"):
         parse(changed(IMAGE, layers=[changed(LAYER, size=size)]))
     with pytest.raises(ManifestInvalid, match="size"):
@@ -162,18 +162,18 @@ def test_a_size_is_a_number_of_bytes(size: object) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 2**63])
-def test_sizes_are_kept_as_they_are(size: int) -> None:
+def test_any_valid_size_is_kept(size: int) -> None:
     assert parse(changed(IMAGE, layers=[changed(LAYER, size=size)])).blobs[1].size == size
 
 
 @pytest.mark.parametrize("digest", ["", "sha256:0", "md5:" + "0" * 32, "sha256:../../etc/passwd", 5, None, MISSING])
-def test_a_descriptor_has_a_digest(digest: object) -> None:
+def test_malformed_digest_is_refused(digest: object) -> None:
     with pytest.raises(ManifestInvalid, match="digest"):
         parse(changed(IMAGE, config=changed(CONFIG, digest=digest)))
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "text", 5, [None], [5], ["text"], [[]], MISSING])
-def test_layers_and_manifests_are_lists_of_descriptors(value: object) -> None:
+def test_layers_and_manifests_must_be_lists_of_descriptors(value: object) -> None:
     if value != []:
         with pytest.raises(ManifestInvalid):
             parse(changed(IMAGE, layers=value))
@@ -194,7 +194,7 @@ def test_layers_and_manifests_are_lists_of_descriptors(value: object) -> None:
         ("linux/amd64", ""),
     ],
 )
-def test_a_platform(platform: object, expected: str) -> None:
+def test_platform(platform: object, expected: str) -> None:
     assert Descriptor.parse({**LAYER, "platform": platform}).platform == expected
 
 
@@ -214,15 +214,15 @@ def test_a_platform(platform: object, expected: str) -> None:
         b'{"a":' * 50_000,
     ],
 )
-def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+def test_other_json_is_refused(data: bytes) -> None:
     for media_type in MEDIA_TYPES:
         with pytest.raises(ManifestInvalid):
             Manifest.parse(data, media_type)
 
 
 @pytest.mark.parametrize("depth", [1, 100, 400, 900, 940, 960, 980, 990, 1000, 10_000])
-def test_deep_nesting_is_no_way_to_break_it(depth: int) -> None:
-    """Also where the JSON is just not too deep to be read, but is to be printed."""
+def test_deep_nesting_is_refused(depth: int) -> None:
+    """Also JSON that can just be parsed, but not printed."""
     nested = b"[" * depth + b"]" * depth
     for where in (
         b'{"schemaVersion":2,"layers":[%b]}',
@@ -233,13 +233,13 @@ def test_deep_nesting_is_no_way_to_break_it(depth: int) -> None:
             Manifest.parse(where % nested, OCI_MANIFEST)
 
 
-def test_numbers_of_any_length_are_no_way_to_break_it() -> None:
+def test_very_long_number_is_refused() -> None:
     document = b'{"schemaVersion":2,"layers":[],"config":{"size":%b}}' % (b"9" * 5000)
     with pytest.raises(ManifestInvalid):
         Manifest.parse(document, OCI_MANIFEST)
 
 
-def test_the_largest_manifest() -> None:
+def test_size_limit() -> None:
     bare = json.dumps(IMAGE).encode()
     data = bare.ljust(LARGEST_MANIFEST)
     assert LARGEST_MANIFEST == 8 * 1024 * 1024
@@ -258,7 +258,7 @@ def test_the_largest_manifest() -> None:
         changed(IMAGE, schemaVersion="x" * 100_000),
     ],
 )
-def test_an_upstream_cannot_fill_the_log_with_what_it_sends(document: object) -> None:
+def test_error_text_is_bounded(document: object) -> None:
     with pytest.raises(ManifestInvalid) as refused:
         parse(document)
     assert len(str(refused.value)) < 1000
@@ -281,7 +281,7 @@ JSON = st.recursive(
     st.sampled_from(MEDIA_TYPES),
     st.booleans(),
 )
-def test_a_document_is_a_manifest_or_invalid(document: dict[str, object], media_type: str, good: bool) -> None:
+def test_any_document_is_parsed_or_refused(document: dict[str, object], media_type: str, good: bool) -> None:
     try:
         manifest = parse({**document, "schemaVersion": 2} if good else document, media_type)
     except ManifestInvalid:
@@ -293,6 +293,6 @@ def test_a_document_is_a_manifest_or_invalid(document: dict[str, object], media_
 
 
 @given(st.binary(), st.text())
-def test_bytes_are_a_manifest_or_invalid(data: bytes, media_type: str) -> None:
+def test_any_bytes_are_parsed_or_refused(data: bytes, media_type: str) -> None:
     with pytest.raises(ManifestInvalid):
         Manifest.parse(data, media_type)

@@ -1,4 +1,4 @@
-"""Upstreams, repositories, tags, digests and image URLs: what is let in, and what it then is."""
+"""Parsing of upstreams, repositories, tags, digests and image URLs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DIGESTS = st.from_regex(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}", fullmatch=T
 DOMAINS = st.lists(WORDS, min_size=2, max_size=4).map(".".join) | st.sampled_from(["localhost", "[::1]", "docker.io"])
 HOSTS = DOMAINS | st.builds("{}:{}".format, DOMAINS, st.integers(1, 65535))
 
-# What an attacker, or a mistake, puts where a name is expected.
+# Hostile or mistaken input in place of a name.
 HOSTILE = [
     "",
     ".",
@@ -70,13 +70,13 @@ HOSTILE = [
         ("10.0.0.1:65535", "10.0.0.1:65535", "10.0.0.1", 65535),
         ("[::1]:5000", "[::1]:5000", "[::1]", 5000),
         ("[FE80::1]", "[fe80::1]", "[fe80::1]", None),
-        # As it is typed where nothing could be taken for a port.
+        # Written with brackets, so that no part can be taken for a port.
         ("::1", "[::1]", "[::1]", None),
         ("FE80::1:5000", "[fe80::1:5000]", "[fe80::1:5000]", None),
         ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]", "[::ffff:127.0.0.1]", None),
     ],
 )
-def test_an_upstream_is_a_host_with_an_optional_port(text: str, name: str, host: str, port: int | None) -> None:
+def test_upstream_is_host_with_optional_port(text: str, name: str, host: str, port: int | None) -> None:
     upstream = Upstream.parse(text)
     assert (upstream.name, upstream.host, upstream.port) == (name, host, port)
     assert str(upstream) == name
@@ -99,23 +99,23 @@ def test_an_upstream_is_a_host_with_an_optional_port(text: str, name: str, host:
         ".a",
     ],
 )
-def test_anything_else_is_no_upstream(text: str) -> None:
+def test_malformed_upstream_is_refused(text: str) -> None:
     with pytest.raises(NameInvalid):
         Upstream.parse(text)
 
 
-# `[.]` may look like an address to an expression; urllib and OpenSSL raise ValueError for these.
+# A naive pattern accepts `[.]` as an address; urllib and OpenSSL raise ValueError for these.
 @pytest.mark.parametrize(
     "text",
     ["[.]", "[]", "[:]", "[::::]", "[1.2.3.4]", "[::1", "::1]", "::g", "::1%eth0", "[::1]x", "[::1]:", "[g::1]"],
 )
-def test_brackets_hold_an_ipv6_address(text: str) -> None:
+def test_brackets_must_hold_an_ipv6_address(text: str) -> None:
     with pytest.raises(NameInvalid):
         Upstream.parse(text)
 
 
 @given(st.text() | st.text("[]:.-%0az", max_size=12))
-def test_what_is_let_in_as_an_upstream_can_be_put_into_a_url(text: str) -> None:
+def test_accepted_upstream_is_valid_in_a_url(text: str) -> None:
     with suppress(NameInvalid):
         upstream = Upstream.parse(text)
         assert re.fullmatch(r"[a-z0-9.:\[\]-]+", upstream.name)
@@ -124,7 +124,7 @@ def test_what_is_let_in_as_an_upstream_can_be_put_into_a_url(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [SHA256, SHA512])
-def test_a_digest(text: str) -> None:
+def test_digest(text: str) -> None:
     digest = Digest.parse(text)
     assert digest == text
     assert f"{digest.algorithm}:{digest.hex}" == text
@@ -147,20 +147,20 @@ def test_a_digest(text: str) -> None:
         "sha256:totallywrong",
     ],
 )
-def test_anything_else_is_no_digest(text: str) -> None:
+def test_malformed_digest_is_refused(text: str) -> None:
     with pytest.raises(DigestInvalid):
         Digest.parse(text)
     assert Digest.from_hex(text.rpartition(":")[2]) is None
 
 
 @pytest.mark.parametrize("text", [HEX, f"sha512:{HEX}", f"sha256:{HEX * 2}"])
-def test_the_length_must_be_that_of_the_algorithm(text: str) -> None:
+def test_digest_length_must_match_algorithm(text: str) -> None:
     with pytest.raises(DigestInvalid):
         Digest.parse(text)
 
 
 @given(st.binary(), st.sampled_from(["sha256", "sha512"]))
-def test_the_digest_of_bytes(data: bytes, algorithm: str) -> None:
+def test_digest_of_bytes(data: bytes, algorithm: str) -> None:
     digest = Digest.of(data, algorithm)
     assert digest == f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}" == Digest.parse(digest)
     assert digest.matches(data)
@@ -171,17 +171,17 @@ def test_the_digest_of_bytes(data: bytes, algorithm: str) -> None:
 
 
 @given(TAGS)
-def test_a_tag(text: str) -> None:
+def test_tag(text: str) -> None:
     assert Tag.parse(text) == parse_reference(text) == text
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, ".INVALID_MANIFEST_NAME", "-", "a:b", "v1\n", "a" * 129])
-def test_anything_else_is_no_tag(text: str) -> None:
+def test_malformed_tag_is_refused(text: str) -> None:
     with pytest.raises(ManifestUnknown):
         Tag.parse(text)
 
 
-def test_a_reference_with_a_colon_is_a_digest() -> None:
+def test_reference_with_colon_is_a_digest() -> None:
     assert isinstance(parse_reference(SHA256), Digest)
     assert isinstance(parse_reference("sha256-abc"), Tag)
     with pytest.raises(DigestInvalid):
@@ -189,7 +189,7 @@ def test_a_reference_with_a_colon_is_a_digest() -> None:
 
 
 @given(HOSTS, PATHS)
-def test_the_path_of_a_repository_is_kept(host: str, path: str) -> None:
+def test_repository_path_is_kept(host: str, path: str) -> None:
     upstream = Upstream.parse(host)
     repository = Repository.at(upstream, path)
     official = upstream == HUB and "/" not in path
@@ -197,7 +197,7 @@ def test_the_path_of_a_repository_is_kept(host: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*HOSTILE, "a-", "_a", "Upper", "a.", "a..b", "a___b", "a/-b", "a:b", "a@b"])
-def test_anything_else_is_no_repository(path: str) -> None:
+def test_malformed_repository_is_refused(path: str) -> None:
     for upstream in (HUB, Upstream("quay.io")):
         with pytest.raises(NameInvalid):
             Repository.at(upstream, path)
@@ -224,19 +224,19 @@ def test_anything_else_is_no_repository(path: str) -> None:
         ("localhost", "docker.io/library/localhost"),
     ],
 )
-def test_the_first_component_may_be_the_upstream(name: str, expected: str) -> None:
+def test_first_component_may_be_the_upstream(name: str, expected: str) -> None:
     repository = Repository.parse(name, HUB)
     assert str(repository) == expected
     assert Repository.parse(str(repository), Upstream("quay.io")) == repository
 
 
-def test_the_default_upstream_is_used_as_it_is() -> None:
+def test_default_upstream_may_be_changed() -> None:
     assert str(Repository.parse("nginx", Upstream("quay.io"))) == "quay.io/nginx"
     assert str(Repository.at(Upstream("quay.io"), "docker.io/nginx")) == "quay.io/docker.io/nginx"
 
 
 @pytest.mark.parametrize("name", ["../a", "user:password@host/a", "host:0/a", "[::1/a", "a.b/", "a.b//c", "./a"])
-def test_a_malformed_host_in_the_path_is_refused(name: str) -> None:
+def test_malformed_host_in_path_is_refused(name: str) -> None:
     with pytest.raises(NameInvalid):
         Repository.parse(name, HUB)
 
@@ -250,7 +250,7 @@ def test_image_urls_round_trip(host: str, path: str, text: str) -> None:
     assert str(again) == str(image)
 
 
-def test_an_image_url_says_what_it_means() -> None:
+def test_image_url_is_normalized() -> None:
     assert str(ImageReference.parse("nginx:1.25", HUB)) == "docker.io/library/nginx:1.25"
     assert str(ImageReference.parse(f"quay.io/a@{SHA512}", HUB)) == f"quay.io/a@{SHA512}"
 
@@ -258,13 +258,13 @@ def test_an_image_url_says_what_it_means() -> None:
 @pytest.mark.parametrize(
     "url", ["nginx", "quay.io:5000/a", f"a:1@{SHA256}", "a@sha256:0", "a:", "@", ":", "a@", "a:1:2"]
 )
-def test_an_image_url_without_a_good_reference_is_refused(url: str) -> None:
+def test_image_url_without_valid_reference_is_refused(url: str) -> None:
     with pytest.raises(RegistryError):
         ImageReference.parse(url, HUB)
 
 
 @given(st.text() | st.text("a.:/@%[]0\n", max_size=20))
-def test_whatever_a_client_sends_is_a_value_or_a_registry_error(text: str) -> None:
+def test_any_text_is_parsed_or_a_registry_error(text: str) -> None:
     for parse in (Upstream.parse, Digest.parse, Tag.parse, parse_reference):
         with suppress(RegistryError):
             assert "\n" not in str(parse(text))

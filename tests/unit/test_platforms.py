@@ -1,4 +1,4 @@
-"""Platforms: what of a list is wanted, whichever way lists and people spell it."""
+"""Platforms: parsing, and selection from an index."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ociregistry.platforms import ALL, Platform, chosen, machine_architecture, m
 from tests.images import make_index
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""A machine that has much else to do is no defect."""
+"""A busy machine must not fail the test by a deadline."""
 
 WORDS = st.from_regex(r"[a-z0-9][a-z0-9_.-]{0,6}", fullmatch=True)
 PLATFORMS = st.builds(Platform, WORDS, WORDS, WORDS | st.just(""))
 
 
 def offered(*platforms: str) -> tuple[Descriptor, ...]:
-    """The children of a list for these platforms; for `` one that tells none."""
+    """Return children of an index with these platforms; `` stands for a child without one."""
     return tuple(
         Descriptor(Digest.of(str(number).encode()), 500, OCI_MANIFEST, platform)
         for number, platform in enumerate(platforms)
@@ -30,13 +30,13 @@ def offered(*platforms: str) -> tuple[Descriptor, ...]:
 
 
 def best(wanted: str, *there: str) -> str | None:
-    """The platform of what is taken."""
+    """Return the platform of the selected child."""
     found = Platform.parse(wanted).best(offered(*there))
     return found.platform if found else None
 
 
 def choice(wanted: str, *there: str) -> tuple[list[str], list[str]]:
-    """The platforms of what is taken, and those for which there is nothing."""
+    """Return the platforms of the selected children, and the wanted ones that are missing."""
     platforms = parse_platforms(wanted)
     children, found = chosen(offered(*there), platforms)
     return [child.platform for child in children], [str(one) for one in platforms if one not in found]
@@ -51,7 +51,7 @@ def choice(wanted: str, *there: str) -> tuple[list[str], list[str]]:
         ("wasip1/wasm", Platform("wasip1", "wasm")),
     ],
 )
-def test_a_platform_is_read(text: str, read: Platform) -> None:
+def test_platform_is_parsed(text: str, read: Platform) -> None:
     assert Platform.parse(text) == read
     assert str(read) == text
 
@@ -63,18 +63,18 @@ def test_a_platform_is_read(text: str, read: Platform) -> None:
         *("Linux/amd64", "linux/amd 64", " linux/amd64", "linux/amd64\n", "-linux/amd64", f"linux/{'a' * 65}"),
     ],
 )
-def test_what_is_no_platform_is_refused(text: str) -> None:
+def test_malformed_platform_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a platform such as linux/amd64 or linux/arm/v7 is expected$"):
         Platform.parse(text)
 
 
 @UNHURRIED
 @given(PLATFORMS)
-def test_a_platform_is_spelled_as_it_is_read(one: Platform) -> None:
+def test_platform_round_trip(one: Platform) -> None:
     assert Platform.parse(str(one)) == one
 
 
-def test_several_are_read() -> None:
+def test_list_of_platforms() -> None:
     assert parse_platforms("linux/amd64, linux/arm/v7") == (
         Platform("linux", "amd64"),
         Platform("linux", "arm", "v7"),
@@ -111,13 +111,13 @@ def test_several_are_read() -> None:
         ("linux/s390x", ["linux/s390x"], "linux/s390x"),
     ],
 )
-def test_the_best_one_is_taken(wanted: str, there: Sequence[str], taken: str | None) -> None:
+def test_best_match(wanted: str, there: Sequence[str], taken: str | None) -> None:
     assert best(wanted, *there) == taken
     assert best(wanted, *reversed(there)) == taken
 
 
-def test_of_two_for_the_same_platform_it_is_the_first() -> None:
-    """As containerd has it."""
+def test_first_of_equal_matches_is_selected() -> None:
+    """As in containerd."""
     children = offered("windows/amd64", "linux/amd64", "windows/amd64")
     assert Platform("windows", "amd64").best(children) is children[0]
 
@@ -131,22 +131,20 @@ def test_of_two_for_the_same_platform_it_is_the_first() -> None:
         ("linux/s390x,windows/amd64", ["linux/amd64"], [], ["linux/s390x", "windows/amd64"]),
         ("linux/amd64,linux/amd64/v1", ["linux/amd64"], ["linux/amd64"], []),
         ("all", ["linux/amd64", "unknown/unknown", ""], ["linux/amd64", "unknown/unknown", ""], []),
-        # What tells no platform may be a list that has the one that is wanted.
+        # A child without platform may be an index that contains the wanted one.
         ("linux/amd64", [""], [""], ["linux/amd64"]),
         ("linux/amd64", ["linux/arm64", ""], [""], ["linux/amd64"]),
         ("linux/amd64", ["", "linux/amd64"], ["", "linux/amd64"], []),
         ("linux/amd64", [], [], ["linux/amd64"]),
     ],
 )
-def test_what_is_wanted_of_a_list_is_chosen(
-    wanted: str, there: Sequence[str], taken: list[str], lacking: list[str]
-) -> None:
+def test_selection_from_an_index(wanted: str, there: Sequence[str], taken: list[str], lacking: list[str]) -> None:
     assert choice(wanted, *there) == (taken, lacking)
 
 
 @UNHURRIED
 @given(st.lists(PLATFORMS, max_size=4), st.lists(PLATFORMS, max_size=4))
-def test_what_is_chosen_is_offered_and_in_its_order(wanted: list[Platform], there: list[Platform]) -> None:
+def test_selection_keeps_order(wanted: list[Platform], there: list[Platform]) -> None:
     children = offered(*map(str, there))
     taken, found = chosen(children, wanted)
     assert len(taken) == len(children) or wanted
@@ -171,13 +169,13 @@ def test_what_is_chosen_is_offered_and_in_its_order(wanted: list[Platform], ther
         *((same, same) for same in ("riscv64", "ppc64le", "s390x")),
     ],
 )
-def test_the_machine_is_called_as_images_call_it(monkeypatch: pytest.MonkeyPatch, kernel: str, name: str) -> None:
+def test_machine_architecture_uses_go_names(monkeypatch: pytest.MonkeyPatch, kernel: str, name: str) -> None:
     monkeypatch.setattr(machine, "machine", lambda: kernel)
     assert machine_architecture() == name
     assert Platform.parse(f"{machine_os()}/{machine_architecture()}") == Platform("linux", name)
 
 
-def test_the_names_are_those_of_manifests() -> None:
+def test_platform_of_a_parsed_index() -> None:
     listed = make_index("platforms", platforms=["linux/arm/v7"])
     (child,) = Manifest.parse(listed.manifest.data, listed.manifest.media_type).children
     assert (child.platform, child.media_type) == (str(Platform("linux", "arm", "v7")), OCI_MANIFEST)

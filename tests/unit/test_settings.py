@@ -1,4 +1,4 @@
-"""Settings: the command line before the file, the file before the defaults, and clear errors."""
+"""Settings: precedence of command line, file and defaults, and error texts."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ DEFAULTS = Settings(
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is; it is not there yet."""
+    """Return the path of a configuration file that does not exist yet."""
     return tmp_path / "ociregistry.yaml"
 
 
 def load(path: Path, text: str, *listen: str, **given: str) -> Settings:
-    """The settings that a file with this text and the given options make."""
+    """Return the settings made from a file with this text and the given options."""
     path.write_text(text)
     return load_settings(given, listen, path)
 
 
-def test_the_defaults() -> None:
+def test_defaults() -> None:
     assert load_settings({}, (), None) == DEFAULTS
 
 
-def test_every_field_can_be_set() -> None:
+def test_every_field_has_an_option() -> None:
     daemon_client = {
         "listen",
         "registries",
@@ -82,14 +82,14 @@ def test_every_field_can_be_set() -> None:
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)
     for option in OPTIONS:
         assert option.help.endswith((".", ")."))
-        # Two follow from others when they are not given.
+        # The defaults of these two depend on other options.
         if option.key in ("max_connections", "platform"):
             assert option.parse(option.default) is None
         else:
             assert option.parse(option.default) == getattr(DEFAULTS, option.key)
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(path: Path) -> None:
+def test_precedence_of_command_line_file_and_defaults(path: Path) -> None:
     text = "port: 1\nlog_level: info\nmax_connections: 3\n"
     settings = load(path, text, port="2", pull_timeout="1500")
     assert (settings.port, settings.log_level, settings.max_connections) == (2, "info", 3)
@@ -106,15 +106,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(path
         ({"concurrent": "50", "max_connections": "3"}, 3),
     ],
 )
-def test_there_are_twice_as_many_connections_as_images_that_are_loaded_at_once(
-    path: Path, given: dict[str, str], connections: int
-) -> None:
+def test_default_max_connections_is_twice_concurrent(path: Path, given: dict[str, str], connections: int) -> None:
     assert load_settings(given, (), None).max_connections == connections
     assert load(path, "".join(f"{key}: {value}\n" for key, value in given.items())).max_connections == connections
     assert load(path, "max_connections: 3\n", concurrent="50").max_connections == 3
 
 
-def test_the_platform_is_the_one_of_arch_and_os_unless_platforms_are_given(path: Path) -> None:
+def test_platform_from_arch_and_os_unless_platforms_is_set(path: Path) -> None:
     here = Platform(machine_os(), machine_architecture())
     assert load_settings({"arch": "s390x"}, (), None).platform == (replace(here, architecture="s390x"),)
     assert load_settings({"os": "plan9"}, (), None).platform == (replace(here, os="plan9"),)
@@ -124,38 +122,38 @@ def test_the_platform_is_the_one_of_arch_and_os_unless_platforms_are_given(path:
     assert load(path, "arch: s390x\n", arch="arm64").platform == (replace(here, architecture="arm64"),)
 
 
-def test_arch_on_the_command_line_wins_over_platforms_in_the_file(path: Path) -> None:
+def test_arch_option_overrides_platforms_in_file(path: Path) -> None:
     assert load(path, "platform: linux/s390x\n", arch="arm64", os="linux").platform == (Platform("linux", "arm64"),)
 
 
-def test_pruning_and_verifying_are_those_of_the_file(path: Path) -> None:
+def test_maintenance_settings_come_from_the_file(path: Path) -> None:
     settings = load(path, "prune: {max_size: 1kB}\nverify: {every: 1d}\n")
     assert isinstance(settings.prune, PruneSettings)
     assert settings.prune.max_size == 1000
     assert settings.verify == VerifySettings(timedelta(days=1), None)
 
 
-def test_listening_on_the_command_line_wins_too(path: Path) -> None:
+def test_listen_option_overrides_the_file(path: Path) -> None:
     text = "listen: ['tcp:1']\nport: 5\n"
     assert load(path, text).listen == ("tcp:1",)
     assert load(path, text, "tcp:2", "tcp:3").listen == ("tcp:2", "tcp:3")
     assert load_settings({}, ("tcp:4",), None).listen == ("tcp:4",)
 
 
-def test_a_list_alone_sets_registries(path: Path) -> None:
+def test_top_level_list_sets_registries(path: Path) -> None:
     settings = load(path, "- name: my-upstream:5000\n  scheme: http\n", port="1")
     upstream = Upstream("my-upstream:5000")
     assert settings.registries == {upstream: RegistrySettings(upstream, "http")}
     assert settings.port == 1
 
 
-def test_what_is_not_configured_has_an_entry_that_says_nothing(path: Path) -> None:
+def test_unconfigured_upstream_has_default_entry(path: Path) -> None:
     settings = load(path, "- name: my-upstream:5000\n  scheme: http\n")
     assert settings.entry(Upstream("my-upstream:5000")).scheme == "http"
     assert settings.entry(Upstream("quay.io")) == RegistrySettings(Upstream("quay.io"))
 
 
-def test_tls_is_that_of_the_file(path: Path, authority: Authority) -> None:
+def test_tls_settings_come_from_the_file(path: Path, authority: Authority) -> None:
     certificate, key = authority.issue("server")
     settings = load(
         path, "tls: {cert: server.crt, key: server.key}\nlisten: ['tcp:1', 'systemd:domain=INET:index=0']\n"
@@ -165,7 +163,7 @@ def test_tls_is_that_of_the_file(path: Path, authority: Authority) -> None:
     assert settings.tls.identity.key == key.read_bytes()
 
 
-def test_tls_twice_on_one_connection_is_refused(path: Path, authority: Authority) -> None:
+def test_tls_with_tls_endpoint_is_refused(path: Path, authority: Authority) -> None:
     authority.issue("server")
     tls = "tls: {cert: server.crt, key: server.key}\n"
     for text, listen in (
@@ -179,13 +177,13 @@ def test_tls_twice_on_one_connection_is_refused(path: Path, authority: Authority
     assert load(path, "listen: ['ssl:2']\n").listen == ("ssl:2",)
 
 
-def test_warnings_are_those_of_the_file(path: Path, authority: Authority) -> None:
+def test_warnings_come_from_the_file(path: Path, authority: Authority) -> None:
     text = f"- name: a.b\n  tls: {{ca: {authority.ca}, insecure_skip_verify: true}}\n"
     (warning,) = load(path, text).warnings
     assert warning.startswith(f"{path}:2: tls.ca: ")
 
 
-def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_file_are_relative_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load(path, "image_path: images").image_path == path.parent / "images"
     assert load(path, "image_path: /images").image_path == Path("/images")
@@ -198,7 +196,7 @@ def test_paths_in_the_file_are_relative_to_it(path: Path, monkeypatch: pytest.Mo
     assert load_settings({}, (), Path("etc/it.yaml")).image_path == path.parent / "etc/images"
 
 
-def test_paths_on_the_command_line_are_relative_to_where_we_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_on_command_line_are_relative_to_working_directory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/usr")
     monkeypatch.setenv("HOME", "/home/somebody")
     assert load(path, "", image_path="images").image_path == Path("/usr/images")
@@ -207,7 +205,7 @@ def test_paths_on_the_command_line_are_relative_to_where_we_are(path: Path, monk
 
 
 @pytest.mark.parametrize("value", ["", "~nobody-has-this-name/images"])
-def test_what_is_no_path_is_refused_wherever_it_is_set(path: Path, value: str) -> None:
+def test_invalid_path_is_refused(path: Path, value: str) -> None:
     with pytest.raises(ConfigInvalid, match=r"^--image-path: "):
         load_settings({"image_path": value}, (), None)
     with pytest.raises(ConfigInvalid, match=f"^{path}:1: image_path: "):
@@ -239,7 +237,7 @@ def test_what_is_no_path_is_refused_wherever_it_is_set(path: Path, value: str) -
         ("default_ns", "registry:5000", Upstream("registry:5000")),
     ],
 )
-def test_a_value_is_read(path: Path, name: str, good: str, value: object) -> None:
+def test_value_is_parsed(path: Path, name: str, good: str, value: object) -> None:
     assert getattr(load_settings({name: good}, (), None), name) == value
     assert getattr(load(path, f"{name}: '{good}'"), name) == value
 
@@ -289,7 +287,7 @@ def test_a_value_is_read(path: Path, name: str, good: str, value: object) -> Non
         ("default_ns", "docker.io/library"),
     ],
 )
-def test_a_bad_value_is_refused_with_the_place_where_it_stands(path: Path, name: str, bad: str) -> None:
+def test_invalid_value_error_names_its_place(path: Path, name: str, bad: str) -> None:
     option = name.replace("_", "-")
     with pytest.raises(ConfigInvalid) as refused:
         load_settings({name: bad}, (), None)
@@ -300,15 +298,15 @@ def test_a_bad_value_is_refused_with_the_place_where_it_stands(path: Path, name:
     assert str(refused.value).startswith(f"{path}:2: {name}: ")
 
 
-def test_a_bad_value_in_the_file_counts_only_where_it_is_used(path: Path) -> None:
+def test_overridden_invalid_value_is_ignored(path: Path) -> None:
     assert load(path, "port: http", port="80").port == 80
 
 
-def test_a_missing_file_is_an_error(path: Path) -> None:
+def test_missing_file_is_an_error(path: Path) -> None:
     with pytest.raises(ConfigInvalid, match="cannot be read"):
         load_settings({"port": "1"}, (), path)
 
 
 @pytest.mark.parametrize("level", LOG_LEVELS)
-def test_all_levels_are_levels(level: str) -> None:
+def test_log_levels(level: str) -> None:
     assert load_settings({"log_level": level}, (), None).log_level == level

@@ -1,4 +1,4 @@
-"""The configuration file that is shipped: it shows every key, and sets none."""
+"""The shipped configuration file shows every key and sets none."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.certificates import Authority
 SHIPPED = Path(__file__).resolve().parents[2] / "etc" / "ociregistry.yaml"
 
 
-def test_the_shipped_file_sets_nothing() -> None:
+def test_shipped_file_sets_nothing() -> None:
     assert load_settings({}, (), SHIPPED) == load_settings({}, (), None)
 
 
 def uncommented() -> str:
-    """The shipped file with the one # in front of every key taken away; a comment has a space behind it."""
+    """Return the shipped file with the `#` in front of every key removed; comments have a space after it."""
     return re.sub(r"^#(?! [^ ])", "", SHIPPED.read_text(), flags=re.MULTILINE)
 
 
 @pytest.fixture
 def example(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The shipped file with every key, and what it names is there."""
+    """Write the shipped file with every key, and the files that it names."""
     certificate, key = authority.issue("example")
     secret = key.with_name("secret")
     secret.write_text("password\n")
@@ -52,7 +52,7 @@ def example(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> str:
     return text
 
 
-def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, example: str) -> None:
+def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     path = tmp_path / "ociregistry.yaml"
     path.write_text(example)
     settings, defaults = load_settings({}, (), path), load_settings({}, (), None)
@@ -68,7 +68,7 @@ def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, examp
     assert not settings.prune.keep.match("quay.io/library/nginx:1.25")
     assert settings.prune.every == timedelta(hours=1)
     assert settings.verify == VerifySettings(timedelta(days=7), 20 * 10**6)
-    # Some keys have no default that could be written out: `*` allows what nothing allows, the others are examples.
+    # Some keys have no default to show: `*` differs from no value, the others are examples.
     assert settings.allow_upstreams == ("*",)
     examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images", "reserve"}
     examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify"}
@@ -77,6 +77,6 @@ def test_the_shipped_file_shows_every_key_with_its_default(tmp_path: Path, examp
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name
 
 
-def test_the_shipped_file_leaves_out_no_key() -> None:
+def test_shipped_file_shows_every_key() -> None:
     shown = re.findall(r"^([a-z_]+):", uncommented(), re.MULTILINE)
     assert sorted(shown) == sorted({field.name for field in fields(Settings)} - {"warnings"})
