@@ -1,4 +1,4 @@
-"""Events and single flight: many wait for one thing, and none of them can spoil it for the others. Back-off."""
+"""Event, SingleFlight and BackOff: waiters share one result and cannot affect each other; intervals grow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.unit.support.doubles import failed, fired, texts
 
 
 class Work:
-    """Work that ends when the test says so."""
+    """Work whose result the test decides."""
 
     def __init__(self) -> None:
         self.begun = 0
@@ -25,7 +25,7 @@ class Work:
         return await self.result
 
 
-def test_a_event_wakes_all_who_wait_now() -> None:
+def test_event_wakes_current_waiters() -> None:
     bell = Event()
     first, second = bell.wait(), bell.wait()
     assert not first.called
@@ -39,7 +39,7 @@ def test_a_event_wakes_all_who_wait_now() -> None:
     bell.fire()
 
 
-def test_who_cancels_wakes_nobody() -> None:
+def test_cancelled_waiter_wakes_no_other() -> None:
     bell = Event()
     first, second = bell.wait(), bell.wait()
     first.cancel()
@@ -49,7 +49,7 @@ def test_who_cancels_wakes_nobody() -> None:
     assert second.called
 
 
-def test_who_waits_again_when_it_rings_waits_for_the_next_ring() -> None:
+def test_waiting_again_in_callback_waits_for_next_fire() -> None:
     bell = Event()
     again: list[Deferred[None]] = []
     bell.wait().addCallback(lambda _: again.append(bell.wait()))
@@ -59,7 +59,7 @@ def test_who_waits_again_when_it_rings_waits_for_the_next_ring() -> None:
     assert again[0].called
 
 
-def test_who_is_woken_may_cancel_another() -> None:
+def test_woken_waiter_may_cancel_others() -> None:
     bell = Event()
     waiting = [bell.wait() for _ in range(3)]
 
@@ -74,7 +74,7 @@ def test_who_is_woken_may_cancel_another() -> None:
     assert all(mine.called for mine in waiting)
 
 
-def test_the_work_is_done_once_for_all_who_wait() -> None:
+def test_work_runs_once_for_all_waiters() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     waiting = [flights.join("key", work) for _ in range(3)]
@@ -84,7 +84,7 @@ def test_the_work_is_done_once_for_all_who_wait() -> None:
     assert [fired(mine) for mine in waiting] == ["done"] * 3
 
 
-def test_every_key_has_its_own_work() -> None:
+def test_each_key_has_its_own_work() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     one, other = Work(), Work()
     first, second = flights.join("one", one), flights.join("other", other)
@@ -95,7 +95,7 @@ def test_every_key_has_its_own_work() -> None:
     assert fired(first) == "one"
 
 
-def test_what_has_ended_is_begun_anew() -> None:
+def test_finished_work_is_started_anew() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     first = flights.join("key", work)
@@ -106,7 +106,7 @@ def test_what_has_ended_is_begun_anew() -> None:
     assert work.begun == 2
 
 
-def test_who_cancels_leaves_the_work_and_the_others() -> None:
+def test_cancelled_waiter_leaves_work_running() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     first, second = flights.join("key", work), flights.join("key", work)
@@ -117,7 +117,7 @@ def test_who_cancels_leaves_the_work_and_the_others() -> None:
     assert fired(second) == "done"
 
 
-def test_who_runs_out_of_time_leaves_the_work(clock: Clock) -> None:
+def test_timed_out_waiter_leaves_work_running(clock: Clock) -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     hasty = flights.join("key", work).addTimeout(25, clock)
@@ -130,7 +130,7 @@ def test_who_runs_out_of_time_leaves_the_work(clock: Clock) -> None:
     assert fired(patient) == "done"
 
 
-def test_a_failure_reaches_all() -> None:
+def test_failure_reaches_all_waiters() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     waiting = [flights.join("key", work) for _ in range(3)]
@@ -138,7 +138,7 @@ def test_a_failure_reaches_all() -> None:
     assert [failed(mine, Unavailable).message for mine in waiting] == ["down"] * 3
 
 
-def test_work_that_fails_at_once_has_failed() -> None:
+def test_immediate_failure() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     work.result = fail(Unavailable("down"))
@@ -147,7 +147,7 @@ def test_work_that_fails_at_once_has_failed() -> None:
     assert fired(flights.join("key", work)) == "up"
 
 
-def test_an_upstreams_failure_that_nobody_waits_for_is_one_line(events: list[LogEvent]) -> None:
+def test_unawaited_upstream_failure_is_one_log_line(events: list[LogEvent]) -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     failed(cancelled(flights.join("key", work)), CancelledError)
@@ -157,7 +157,7 @@ def test_an_upstreams_failure_that_nobody_waits_for_is_one_line(events: list[Log
 
 
 @pytest.mark.expect_logged_failures
-def test_a_defect_that_nobody_waits_for_is_logged_with_its_traceback(events: list[LogEvent]) -> None:
+def test_unawaited_defect_is_logged_with_traceback(events: list[LogEvent]) -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     failed(cancelled(flights.join("key", work)), CancelledError)
@@ -165,7 +165,7 @@ def test_a_defect_that_nobody_waits_for_is_logged_with_its_traceback(events: lis
     assert [event["log_failure"].type for event in events] == [ZeroDivisionError]
 
 
-def test_what_somebody_waits_for_is_not_logged(events: list[LogEvent]) -> None:
+def test_awaited_failure_is_not_logged(events: list[LogEvent]) -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     mine = flights.join("key", work)
@@ -174,7 +174,7 @@ def test_what_somebody_waits_for_is_not_logged(events: list[LogEvent]) -> None:
     assert events == []
 
 
-def test_who_is_served_may_join_again_and_cancel_another() -> None:
+def test_callback_may_join_again_and_cancel_another() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work, next_work = Work(), Work()
     first, second, third = (flights.join("key", work) for _ in range(3))
@@ -194,7 +194,7 @@ def test_who_is_served_may_join_again_and_cancel_another() -> None:
     assert fired(joined[0]) == "next"
 
 
-def test_one_waiters_trouble_is_its_own() -> None:
+def test_callback_error_does_not_reach_other_waiters() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     first, second = flights.join("key", work), flights.join("key", work)
@@ -204,7 +204,7 @@ def test_one_waiters_trouble_is_its_own() -> None:
     failed(first, ZeroDivisionError)
 
 
-def test_what_one_waiter_makes_of_a_failure_is_its_own() -> None:
+def test_handled_failure_still_reaches_other_waiters() -> None:
     flights: SingleFlight[str, str] = SingleFlight()
     work = Work()
     first, second = flights.join("key", work), flights.join("key", work)
@@ -215,21 +215,21 @@ def test_what_one_waiter_makes_of_a_failure_is_its_own() -> None:
 
 
 def cancelled(waiting: Deferred[str]) -> Deferred[str]:
-    """The same, cancelled."""
+    """Return a Deferred that has been cancelled."""
     waiting.cancel()
     return waiting
 
 
-def test_back_off_doubles_from_the_first_interval_to_the_longest() -> None:
+def test_back_off_doubles_up_to_the_maximum() -> None:
     backoff = Backoff(first=0.5, longest=5.0)
     assert [backoff.interval(failures) for failures in range(8)] == [0, 0.5, 1, 2, 4, 5, 5, 5]
 
 
 @pytest.mark.parametrize(("jitter", "share"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
-def test_jitter_shortens_an_interval_by_up_to_half(jitter: float, share: float) -> None:
+def test_jitter_shortens_interval_by_up_to_half(jitter: float, share: float) -> None:
     backoff = Backoff(first=30.0, longest=300.0)
     assert [backoff.interval(failures, jitter) for failures in (0, 1, 9)] == [0, 30 * share, 300 * share]
 
 
-def test_back_off_goes_on_after_any_number_of_failures() -> None:
+def test_back_off_survives_many_failures() -> None:
     assert Backoff(first=0.5, longest=5.0).interval(1_000_000) == 5

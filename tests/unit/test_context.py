@@ -15,7 +15,7 @@ def test_priorities_are_ordered() -> None:
     assert [priority.name for priority in sorted(Priority)] == names
 
 
-def test_everything_below_a_client_pauses() -> None:
+def test_priorities_below_client_pause() -> None:
     assert [priority for priority in Priority if priority.pauses] == [
         Priority.METADATA,
         Priority.PRELOAD,
@@ -23,20 +23,18 @@ def test_everything_below_a_client_pauses() -> None:
     ]
 
 
-def test_a_request_is_a_clients_unless_told_otherwise() -> None:
+def test_default_context_is_a_client_request() -> None:
     assert Context() == FROM_CLIENT == Context(NO_VIA, Priority.CLIENT)
     assert Context(NO_VIA, Priority.BACKGROUND) == IN_BACKGROUND
 
 
 @pytest.mark.parametrize("size", [LAYER, None])
 @pytest.mark.parametrize("priority", Priority)
-def test_a_large_blob_uses_reserved_connections_only_where_one_comes_at_a_time(
-    priority: Priority, size: int | None
-) -> None:
+def test_large_blob_uses_reserved_connections_by_priority(priority: Priority, size: int | None) -> None:
     assert uses_reserved(priority, size) is (priority in (Priority.METADATA, Priority.BACKGROUND))
 
 
 @pytest.mark.parametrize("size", [0, CONFIG])
 @pytest.mark.parametrize("priority", Priority)
-def test_a_small_blob_uses_reserved_connections(priority: Priority, size: int) -> None:
+def test_small_blob_uses_reserved_connections(priority: Priority, size: int) -> None:
     assert uses_reserved(priority, size)

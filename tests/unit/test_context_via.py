@@ -1,4 +1,4 @@
-"""The chain of caches that a request came through, as it stands in `Via`."""
+"""Parsing and rendering of the Via header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTANCES = st.from_regex("ociregistry-[0-9a-f]{16}", fullmatch=True)
 VISIBLE = st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=30)
 
 
-def test_a_process_has_a_name_of_its_own() -> None:
+def test_instance_name_is_unique_per_process() -> None:
     names = {new_instance() for _ in range(100)}
     assert len(names) == 100
     for name in names:
@@ -38,17 +38,17 @@ def test_a_process_has_a_name_of_its_own() -> None:
         ("1.1 \xff, ,,", ()),
     ],
 )
-def test_of_all_that_a_request_came_through_ours_are_kept(via: str, instances: tuple[str, ...]) -> None:
+def test_own_entries_of_via_are_kept(via: str, instances: tuple[str, ...]) -> None:
     assert Via.parse(via) == Via(instances)
 
 
-def test_who_asks_for_somebody_tells_for_whom() -> None:
+def test_via_for_the_next_request() -> None:
     assert NO_VIA == Via() == Via.parse("")
     assert NO_VIA.through(A) == f"1.1 {A}"
     assert Via((A, B)).through(C) == f"1.1 {A}, 1.1 {B}, 1.1 {C}"
 
 
-def test_a_request_leads_back_to_whom_it_has_been_at() -> None:
+def test_via_loops_through_earlier_instances() -> None:
     via = Via((A, B))
     assert via.loops_through(A)
     assert via.loops_through(B)
@@ -56,25 +56,25 @@ def test_a_request_leads_back_to_whom_it_has_been_at() -> None:
     assert not NO_VIA.loops_through(A)
 
 
-def test_more_than_sixteen_are_a_loop_that_somebody_disguises() -> None:
+def test_more_than_sixteen_entries_are_a_loop() -> None:
     assert not Via((A,) * 16).loops_through(B)
     assert Via((A,) * 17).loops_through(B)
-    # Foreign ones do not count: what stands before us is not ours to judge.
+    # Foreign entries do not count: proxies before us are out of our scope.
     assert not Via.parse(f"{'1.1 varnish, ' * 100}1.1 {A}").loops_through(B)
 
 
 @given(st.lists(INSTANCES, max_size=20), INSTANCES)
-def test_what_is_sent_is_what_is_read(instances: list[str], instance: str) -> None:
+def test_via_round_trip(instances: list[str], instance: str) -> None:
     via = Via.parse(Via(tuple(instances)).through(instance))
     assert via == Via((*instances, instance))
     assert via.loops_through(instance)
 
 
 @given(VISIBLE)
-def test_nothing_that_a_client_sends_goes_further_but_names_of_ours(via: str) -> None:
+def test_only_own_entries_are_passed_on(via: str) -> None:
     assert re.fullmatch(r"(1\.1 ociregistry-[0-9a-f]{16}(, )?)+", Via.parse(via).through(A))
 
 
 @given(st.lists(INSTANCES | VISIBLE.filter(lambda text: "ociregistry-" not in text), max_size=6))
-def test_whatever_stands_between_them(words: list[str]) -> None:
+def test_any_text_between_entries(words: list[str]) -> None:
     assert Via.parse(", ".join(words)).instances == tuple(word for word in words if word.startswith("ociregistry-"))

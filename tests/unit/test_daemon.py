@@ -1,4 +1,4 @@
-"""The daemon: it listens, says so, serves, and stops without cutting off who is being served."""
+"""The daemon: startup, banner, serving, and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ LAYER = BUILT.layers[0]
 
 
 @on_reactor
-async def test_it_tells_where_it_is_and_what_it_has(daemons: Daemons, root: Path, events: list[LogEvent]) -> None:
+async def test_banner_lists_version_store_counts_and_addresses(
+    daemons: Daemons, root: Path, events: list[LogEvent]
+) -> None:
     daemons.start("--listen", "tcp:0:interface=127.0.0.1")
     (banner,) = [event for event in events if event.get("log_always")]
     (text,) = texts([banner])
@@ -40,7 +42,7 @@ async def test_it_tells_where_it_is_and_what_it_has(daemons: Daemons, root: Path
 
 
 @on_reactor
-async def test_it_serves(
+async def test_pull_through_the_daemon(
     root: Path, daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -52,7 +54,7 @@ async def test_it_serves(
         assert await manifest.collect(10_000) == BUILT.manifest.data
         blob = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
         assert await blob.collect(1_000_000) == LAYER.data
-        # Its last byte goes out before it is in the store.
+        # The last byte is sent before the blob is committed.
         await until((root / "blobs" / LAYER.digest.removeprefix("sha256:")).exists)
     assert [request.path for request in upstream.requests] == [
         "/v2/team/app/manifests/1",
@@ -68,13 +70,13 @@ async def test_it_serves(
 
 
 @on_reactor
-async def test_an_upstream_that_is_not_allowed(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+async def test_disallowed_upstream_is_denied(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
     daemons.start("--allow-upstreams", "quay.io")
     assert (await get(network, events, "/v2/team/app/manifests/1")).status == 403
 
 
 @on_reactor
-async def test_the_scheme_that_is_configured_is_used(
+async def test_configured_scheme_is_used(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, tmp_path: Path
 ) -> None:
     (tmp_path / "it.yaml").write_text(f"- name: {upstream.host}\n  scheme: https\n")
@@ -84,7 +86,7 @@ async def test_the_scheme_that_is_configured_is_used(
 
 
 def gives_up(capfd: pytest.CaptureFixture[str], begin: Callable[[], object], events: list[LogEvent]) -> str:
-    """What is said by a daemon that cannot start: one line, and exit status 1."""
+    """Return the single log line of a daemon that fails to start with exit status 1."""
     with pytest.raises(SystemExit) as ended:
         begin()
     assert ended.value.code == 1
@@ -93,9 +95,9 @@ def gives_up(capfd: pytest.CaptureFixture[str], begin: Callable[[], object], eve
     return line
 
 
-# Twisted 22.4 leaves the socket that it could not bind to the garbage collector.
+# Twisted 22.4 leaves the unbound socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
-def test_a_taken_port_ends_it(root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent]) -> None:
+def test_port_in_use_ends_startup(root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
         daemon = make(root, "--listen", endpoint)
@@ -105,12 +107,12 @@ def test_a_taken_port_ends_it(root: Path, capfd: pytest.CaptureFixture[str], eve
     daemon._listeners.stopService()
 
 
-# Twisted 22.4 leaves the socket that it could not bind to the garbage collector.
+# Twisted 22.4 leaves the unbound socket to the garbage collector.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "endpoint", ["nonsense:1", "tcp:http", "tcp", "", "unix:/nowhere/at/all", "tcp:1:interface=8.8.8.8"]
 )
-def test_what_is_no_endpoint_ends_it(
+def test_malformed_endpoint_ends_startup(
     root: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent], endpoint: str
 ) -> None:
     options = Options()
@@ -120,7 +122,7 @@ def test_what_is_no_endpoint_ends_it(
     assert f"cannot listen on {endpoint}: " in gives_up(capfd, daemon.privilegedStartService, events)
 
 
-def test_a_store_that_cannot_be_used_ends_it(
+def test_unusable_store_ends_startup(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], events: list[LogEvent]
 ) -> None:
     (tmp_path / "file").touch()
@@ -129,7 +131,7 @@ def test_a_store_that_cannot_be_used_ends_it(
 
 
 @pytest.mark.parametrize("level", ["error", "info"])
-def test_its_log_is_twistds_behind_our_level(root: Path, capsys: pytest.CaptureFixture[str], level: str) -> None:
+def test_log_level_filters_twistd_log(root: Path, capsys: pytest.CaptureFixture[str], level: str) -> None:
     application = service.Application("ociregistry")
     make(root, "--log-level", level).setServiceParent(application)
     log = Logger(namespace="ociregistry", observer=ILogObserver(application))
@@ -141,7 +143,7 @@ def test_its_log_is_twistds_behind_our_level(root: Path, capsys: pytest.CaptureF
 
 
 @on_reactor
-async def test_a_request_in_flight_is_answered_before_the_end(
+async def test_request_in_flight_is_answered_before_shutdown(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -161,7 +163,7 @@ async def test_a_request_in_flight_is_answered_before_the_end(
 
 
 @on_reactor
-async def test_but_not_for_longer_than_half_a_minute(
+async def test_shutdown_waits_at_most_30_seconds(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -170,7 +172,7 @@ async def test_but_not_for_longer_than_half_a_minute(
     response = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
     assert await response.body.read()
     stopped = daemons.stop()
-    # The half minute begins when commands on the same store find the door closed.
+    # The 30 s begin once commands on the same store find the control socket closed.
     await turn()
     for _ in range(29):
         clock.advance(1)

@@ -1,4 +1,4 @@
-"""The daemon beside commands, and what it does by itself: its socket, preloading, pruning and verifying."""
+"""The daemon's control socket: commands on the same store pull through it."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from tests.upstream_rules import Hold
 
 
 class Besides:
-    """Talks to daemons by their sockets."""
+    """Opens clients of daemons' control sockets."""
 
     def __init__(self) -> None:
         self._open: list[tuple[DaemonClient, ControlSocket]] = []
 
     def find(self, root: Path) -> DaemonClient:
-        """The daemon on the store."""
+        """Return a client of the daemon on the store."""
         control_socket = find_daemon(root)
         assert control_socket is not None
         self._open.append((DaemonClient(control_socket.path, INSTANCE, REACTOR), control_socket))
         return self._open[-1][0]
 
     async def close(self) -> None:
-        """All connections are closed."""
+        """Close all connections."""
         while self._open:
             daemon_client, control_socket = self._open.pop()
             await daemon_client.stop()
@@ -53,21 +53,21 @@ class Besides:
 
 @pytest_twisted.async_yield_fixture
 async def besides() -> AsyncIterator[Besides]:
-    """What commands have."""
+    """Return a factory of control socket clients."""
     besides = Besides()
     yield besides
     await besides.close()
 
 
 @on_reactor
-async def test_commands_pull_through_its_socket(
+async def test_commands_pull_through_control_socket(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides, events: list[LogEvent]
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     start(daemons, upstream, "--no-complete-images")
     found = root / "pulls" / "0" / "socket"
     assert stat.S_ISSOCK(found.stat().st_mode)
-    # It is for who may read the store's credentials and files, and nobody else.
+    # Only those with access to the store's credentials and files may use it.
     assert stat.S_IMODE(found.stat().st_mode) == 0o600
     daemon_client = besides.find(root)
     assert await daemon_client.manifest(app(upstream)) == manifest(BUILT)
@@ -79,12 +79,12 @@ async def test_commands_pull_through_its_socket(
         assert data == LAYER.data[start_at:]
         await until(here(root, LAYER.digest).exists)
     assert counts(upstream) == {"/v2/team/app/manifests/1": 1, f"/v2/team/app/blobs/{LAYER.digest}": 1}
-    # They are told of like those of other clients.
+    # Their requests are logged like those of other clients.
     assert len([line for line in texts(events, LogLevel.info) if "/v2/team/app/" in line]) == 3
 
 
 @on_reactor
-async def test_what_it_says_of_a_failure_reaches_them(
+async def test_failures_are_passed_on_to_commands(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
 ) -> None:
     start(daemons, upstream, "--allow-upstreams", upstream.host)
@@ -96,12 +96,12 @@ async def test_what_it_says_of_a_failure_reaches_them(
 
 
 @on_reactor
-async def test_a_whole_image_is_loaded_through_it_and_the_upstream_sees_each_object_once(
+async def test_image_is_loaded_with_one_request_per_object(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     start(daemons, upstream)
-    # As a command does it: a process of its own, with a view of its own.
+    # Like a command: a separate process with its own view of the store.
     store = Store(root, REACTOR, REACTOR)
     store.startService()
     try:
@@ -116,7 +116,9 @@ async def test_a_whole_image_is_loaded_through_it_and_the_upstream_sees_each_obj
 
 
 @on_reactor
-async def test_its_socket_goes_with_it(daemons: Daemons, root: Path, upstream: ScriptedRegistry) -> None:
+async def test_control_socket_is_removed_at_shutdown(
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry
+) -> None:
     start(daemons, upstream)
     daemons.stop()
     await until(daemons.stopped)
@@ -125,7 +127,7 @@ async def test_its_socket_goes_with_it(daemons: Daemons, root: Path, upstream: S
 
 
 @on_reactor
-async def test_a_socket_that_one_left_who_was_killed_is_replaced(
+async def test_socket_of_a_killed_daemon_is_replaced(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -136,7 +138,7 @@ async def test_a_socket_that_one_left_who_was_killed_is_replaced(
 
 
 @on_reactor
-async def test_where_there_can_be_no_socket_it_serves_without_one(
+async def test_daemon_serves_without_control_socket(
     daemons: Daemons,
     root: Path,
     network: Network,
@@ -158,7 +160,7 @@ async def test_where_there_can_be_no_socket_it_serves_without_one(
 
 
 @on_reactor
-async def test_who_pulls_through_its_socket_is_served_to_the_end(
+async def test_request_over_control_socket_is_answered_before_shutdown(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
 ) -> None:
     upstream.add("team/app", BUILT, "1")

@@ -1,4 +1,4 @@
-"""What the daemon does by itself: it preloads, prunes and verifies, as its settings say."""
+"""The daemon preloads, prunes and verifies according to its settings."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DAY = 86_400
 
 
 async def preloaded(network: Network, events: list[LogEvent]) -> Any:
-    """What /health tells of it."""
+    """Return the preload status in /health."""
     response = await get(network, events, "/health")
     return json.loads(await response.collect(10_000)).get("preload")
 
 
 @on_reactor
-async def test_it_preloads_a_file(
+async def test_image_list_is_preloaded(
     daemons: Daemons, root: Path, network: Network, upstream: ScriptedRegistry, events: list[LogEvent], tmp_path: Path
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -48,13 +48,13 @@ async def test_it_preloads_a_file(
         events.clear()
 
     assert all(here(root, blob.digest).read_bytes() == blob.data for blob in BUILT.blobs)
-    # What is here cost nothing the second time.
+    # Present images cause no requests the second time.
     assert counts(upstream).pop("/v2/team/app/manifests/none") == 2
     assert [count for path, count in counts(upstream).items() if not path.endswith("/none")] == [1] * 4
 
 
 @on_reactor
-async def test_a_file_that_is_not_there_is_an_error_line(
+async def test_missing_image_list_is_an_error_line(
     daemons: Daemons, network: Network, upstream: ScriptedRegistry, events: list[LogEvent], tmp_path: Path
 ) -> None:
     start(daemons, upstream, "--preload-images", str(tmp_path / "none.txt"))
@@ -66,7 +66,7 @@ async def test_a_file_that_is_not_there_is_an_error_line(
 
 
 @on_reactor
-async def test_without_a_file_nothing_is_told_of_it(
+async def test_without_image_list_health_has_no_preload_status(
     daemons: Daemons, network: Network, upstream: ScriptedRegistry, events: list[LogEvent]
 ) -> None:
     start(daemons, upstream)
@@ -74,7 +74,7 @@ async def test_without_a_file_nothing_is_told_of_it(
 
 
 async def stopped_in_the_middle(daemons: Daemons, upstream: ScriptedRegistry, folder: Path) -> None:
-    """A daemon is stopped while the first of three images is preloaded."""
+    """Stop a daemon while the first of three images is being preloaded."""
     upstream.add("team/app", BUILT, "1", "2", "3")
     hold = Hold(1000)
     upstream.script("/v2/*/blobs/*", hold)
@@ -86,7 +86,7 @@ async def stopped_in_the_middle(daemons: Daemons, upstream: ScriptedRegistry, fo
 
 
 @on_reactor
-async def test_it_stops_in_the_middle_of_preloading(
+async def test_shutdown_during_preloading(
     daemons: Daemons, upstream: ScriptedRegistry, events: list[LogEvent], tmp_path: Path
 ) -> None:
     await stopped_in_the_middle(daemons, upstream, tmp_path)
@@ -95,7 +95,7 @@ async def test_it_stops_in_the_middle_of_preloading(
 
 
 @on_reactor
-async def test_an_air_gapped_one_preloads_nothing_and_says_so(
+async def test_air_gapped_daemon_preloads_nothing_with_warning(
     daemons: Daemons, upstream: ScriptedRegistry, events: list[LogEvent], tmp_path: Path
 ) -> None:
     (tmp_path / "images.txt").write_text(f"{app(upstream)}\n")
@@ -106,7 +106,7 @@ async def test_an_air_gapped_one_preloads_nothing_and_says_so(
 
 
 async def fill(root: Path, url: str, ago: float) -> Path:
-    """The image is in the store, pulled so long ago; where its record is."""
+    """Put an image last pulled `ago` seconds ago into the store; return the path of its record."""
     store = Store(root, Clock(), REACTOR)
     store.startService()
     await store.keep(manifest(BUILT), image(url))
@@ -119,7 +119,7 @@ async def fill(root: Path, url: str, ago: float) -> Path:
 
 
 @on_reactor
-async def test_it_prunes_as_the_file_says_also_after_a_reload(
+async def test_prune_settings_apply_at_start_and_after_reload(
     daemons: Daemons, root: Path, upstream: ScriptedRegistry, tmp_path: Path, clock: Clock
 ) -> None:
     record = await fill(root, str(app(upstream)), 3 * DAY)
@@ -140,7 +140,7 @@ async def test_it_prunes_as_the_file_says_also_after_a_reload(
         pruned.append(plan)
         return plan
 
-    daemon._store.prune = prune  # type: ignore[method-assign]  # to see what it is told
+    daemon._store.prune = prune  # type: ignore[method-assign]  # records the plans
     await a_minute()
     assert record.exists()
     path.write_text("prune: {unused_for: none}\n")
@@ -157,7 +157,7 @@ async def test_it_prunes_as_the_file_says_also_after_a_reload(
     assert len(pruned) == 3
     path.write_text("prune: {unused_for: 2d, every: 1m, max_share: 100%}\n")
     await daemon.reload()
-    # For this hour the machine's clock stood still: the first run does not believe it.
+    # The system clock did not move during this hour, so the first run does not trust it.
     await a_minute()
     assert record.exists()
     await a_minute()
@@ -166,7 +166,7 @@ async def test_it_prunes_as_the_file_says_also_after_a_reload(
 
 
 @on_reactor
-async def test_it_verifies_what_is_due_and_fetches_anew_what_is_damaged(
+async def test_due_verification_repairs_damaged_blob(
     daemons: Daemons,
     root: Path,
     upstream: ScriptedRegistry,

@@ -1,4 +1,4 @@
-"""A reload: the file is read again, what is new in it is used, and what is wrong with it changes nothing."""
+"""Reload: a changed file takes effect, an invalid one changes nothing."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MANIFEST = "/v2/team/app/manifests/1"
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file is."""
+    """Return the path of the configuration file."""
     return tmp_path / "ociregistry.yaml"
 
 
 def told(events: list[LogEvent]) -> list[str]:
-    """The warnings and errors; they must be seen at every level."""
+    """Return the warnings and errors, which must pass the filter at every level."""
     found = [event for event in events if event["log_level"] in (LogLevel.warn, LogLevel.error)]
     assert logged("error", found) == found
     return texts(found)
@@ -52,12 +52,12 @@ def logged(level: str, events: list[LogEvent]) -> list[LogEvent]:
 
 
 def read_again(events: list[LogEvent]) -> list[str]:
-    """What is told of reloads that brought new settings."""
+    """Return the log lines of successful reloads."""
     return [text for text in texts(events, LogLevel.info) if "settings reloaded" in text]
 
 
 @on_reactor
-async def test_a_changed_entry_is_used(
+async def test_changed_registry_entry_takes_effect(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -72,7 +72,7 @@ async def test_a_changed_entry_is_used(
 
 
 @on_reactor
-async def test_another_reserve_is_left_free(
+async def test_changed_reserve_takes_effect(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -85,7 +85,7 @@ async def test_another_reserve_is_left_free(
 
 
 @on_reactor
-async def test_other_upstreams_are_allowed(
+async def test_changed_allow_upstreams_takes_effect(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -99,7 +99,7 @@ async def test_other_upstreams_are_allowed(
 
 
 @on_reactor
-async def test_another_level_is_logged_at(root: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_changed_log_level_takes_effect(root: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     application = service.Application("ociregistry")
     path.write_text("log_level: warn\n")
     daemon = make(root, "--config-path", str(path))
@@ -120,7 +120,7 @@ async def test_another_level_is_logged_at(root: Path, path: Path, capsys: pytest
 
 @pytest.mark.parametrize("text", ["port: http\n", "- name: [\n", "tls: {cert: nowhere, key: nowhere}\n", None])
 @on_reactor
-async def test_what_is_invalid_changes_nothing_and_is_one_line(
+async def test_invalid_file_changes_nothing_and_is_one_line(
     daemons: Daemons,
     network: Network,
     events: list[LogEvent],
@@ -141,14 +141,14 @@ async def test_what_is_invalid_changes_nothing_and_is_one_line(
     assert read_again(events) == []
     assert (await get(network, events, MANIFEST)).status == 200
     assert (await get(network, events, "/v2/quay.io/team/app/manifests/1")).status == 403
-    # The next one may be good again.
+    # A later valid file is accepted again.
     path.write_text("allow_upstreams: quay.io\n")
     await daemon.reload()
     assert (await get(network, events, MANIFEST)).status == 403
 
 
 def unstarted(path: Path, text: str, *argv: str) -> Daemon:
-    """A daemon of a file with this text."""
+    """Return a daemon with this configuration file that was not started."""
     path.write_text(text)
     options = Options()
     options.parent = ServerOptions()
@@ -176,7 +176,7 @@ def unstarted(path: Path, text: str, *argv: str) -> Daemon:
     ],
 )
 @on_reactor
-async def test_what_needs_a_new_start_is_told(
+async def test_setting_that_needs_restart_is_a_warning(
     path: Path, authority: Authority, events: list[LogEvent], text: str, keys: str
 ) -> None:
     authority.issue("a")
@@ -188,10 +188,10 @@ async def test_what_needs_a_new_start_is_told(
 
 
 @on_reactor
-async def test_another_default_upstream_is_used(
+async def test_changed_default_upstream_takes_effect(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, path: Path
 ) -> None:
-    """It may be a private one, which only its name in the settings makes reachable."""
+    """It may be a private one, which is reachable only because the settings name it."""
     upstream.add("team/app", BUILT, "1")
     path.write_text("default_ns: quay.io\nallow_upstreams: '127.*'\n")
     daemon = daemons.start("--config-path", str(path))
@@ -202,7 +202,7 @@ async def test_another_default_upstream_is_used(
 
 
 @on_reactor
-async def test_what_has_not_changed_is_not_told(path: Path, authority: Authority, events: list[LogEvent]) -> None:
+async def test_unchanged_settings_cause_no_warning(path: Path, authority: Authority, events: list[LogEvent]) -> None:
     authority.issue("a")
     daemon = unstarted(path, "port: 5000\nlog_level: info\ntls: {cert: a.crt, key: a.key}\n")
     authority.issue("a")
@@ -212,7 +212,7 @@ async def test_what_has_not_changed_is_not_told(path: Path, authority: Authority
 
 
 @on_reactor
-async def test_the_command_line_still_wins(path: Path, events: list[LogEvent]) -> None:
+async def test_command_line_still_takes_precedence(path: Path, events: list[LogEvent]) -> None:
     daemon = unstarted(path, "port: 5000\n", "--port", "5001")
     path.write_text("port: 5002\n")
     await daemon.reload()
@@ -220,7 +220,7 @@ async def test_the_command_line_still_wins(path: Path, events: list[LogEvent]) -
 
 
 @on_reactor
-async def test_without_a_file_it_is_harmless(root: Path, events: list[LogEvent]) -> None:
+async def test_reload_without_a_file(root: Path, events: list[LogEvent]) -> None:
     await make(root).reload()
     assert told(events) == []
     assert read_again(events) == ["settings reloaded: 0 upstreams configured"]
@@ -230,7 +230,7 @@ WARNED = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: tru
 
 
 @on_reactor
-async def test_warnings_are_told_at_every_level_at_the_start_and_after_a_reload(
+async def test_configuration_warnings_pass_every_log_level(
     daemons: Daemons, path: Path, authority: Authority, events: list[LogEvent]
 ) -> None:
     path.write_text(WARNED)
@@ -245,7 +245,7 @@ async def test_warnings_are_told_at_every_level_at_the_start_and_after_a_reload(
 
 
 @on_reactor
-async def test_sighup_is_a_reload(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
+async def test_sighup_reloads(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
     path.write_text("")
     daemons.start("--config-path", str(path))
     assert callable(signal.getsignal(signal.SIGHUP)), "it would end the tests"
@@ -259,8 +259,8 @@ async def test_sighup_is_a_reload(daemons: Daemons, path: Path, events: list[Log
 
 
 @on_reactor
-async def test_of_two_at_once_the_later_one_counts(events: list[LogEvent]) -> None:
-    """Each reads the file in a thread of its own, and the earlier one may take longer."""
+async def test_later_of_two_concurrent_reloads_wins(events: list[LogEvent]) -> None:
+    """Each reads the file in its own thread, and the earlier one may take longer."""
     first, second = (load_settings({"port": port}, (), None) for port in ("1", "2"))
     later = threading.Event()
     loads = iter([first, second])
@@ -280,7 +280,7 @@ async def test_of_two_at_once_the_later_one_counts(events: list[LogEvent]) -> No
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_a_defect_in_one_is_logged_and_does_not_hold_up_the_next(events: list[LogEvent]) -> None:
+async def test_defect_in_a_reload_is_logged_and_does_not_block_the_next(events: list[LogEvent]) -> None:
     settings = load_settings({}, (), None)
     loads = iter([1, 0])
 
@@ -298,7 +298,7 @@ async def test_a_defect_in_one_is_logged_and_does_not_hold_up_the_next(events: l
 
 
 @on_reactor
-async def test_one_that_comes_too_late_is_harmless(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
+async def test_reload_after_shutdown_is_ignored(daemons: Daemons, path: Path, events: list[LogEvent]) -> None:
     path.write_text("")
     daemon = daemons.start("--config-path", str(path))
     daemons.stop()

@@ -1,4 +1,4 @@
-"""The daemon over TLS: what it serves is the same, and whom it does not know it does not serve."""
+"""The daemon over TLS: same content, optional client certificates, reloaded certificates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 
 @pytest.fixture
 def path(tmp_path: Path, authority: Authority) -> Path:
-    """A file that asks for TLS."""
+    """Return the path of a configuration file with TLS."""
     authority.issue(HOST)
     path = tmp_path / "ociregistry.yaml"
     path.write_text(f"tls: {{cert: {HOST}.crt, key: {HOST}.key}}\n")
@@ -40,7 +40,7 @@ def path(tmp_path: Path, authority: Authority) -> Path:
 
 
 class Client:
-    """Asks the daemon over TLS, perhaps with a certificate of its own."""
+    """A TLS client of the daemon, with an optional certificate of its own."""
 
     def __init__(
         self, network: Network, events: list[LogEvent], trust: Authority, own: tuple[Path, Path] | None = None
@@ -53,12 +53,12 @@ class Client:
         self._http = network.http("daemon", policy=policy)
 
     async def get(self, path: str) -> Response:
-        """Asks for something."""
+        """Send a GET request."""
         return await self._http.send("GET", f"https://{self._address}{path}", {})
 
 
 @on_reactor
-async def test_it_serves(
+async def test_pull_over_tls(
     root: Path,
     daemons: Daemons,
     network: Network,
@@ -77,14 +77,14 @@ async def test_it_serves(
         assert await manifest.collect(10_000) == BUILT.manifest.data
         blob = await client.get(f"/v2/team/app/blobs/{LAYER.digest}")
         assert await blob.collect(10_000_000) == LAYER.data
-        # Its last byte goes out before it is in the store.
+        # The last byte is sent before the blob is committed.
         await until((root / "blobs" / LAYER.digest.removeprefix("sha256:")).exists)
     outcomes = [text.rpartition(" ")[2] for text in texts(events, LogLevel.info) if text.startswith("GET /v2/")]
     assert outcomes == ["miss", "miss", "hit", "hit"]
 
 
 @on_reactor
-async def test_every_port_speaks_it(
+async def test_every_listener_speaks_tls(
     daemons: Daemons, network: Network, events: list[LogEvent], path: Path, authority: Authority
 ) -> None:
     daemons.start("--config-path", str(path), "--listen", f"tcp:0:interface={HOST}")
@@ -95,9 +95,7 @@ async def test_every_port_speaks_it(
 
 
 @on_reactor
-async def test_plain_http_is_not_served_then(
-    daemons: Daemons, network: Network, events: list[LogEvent], path: Path
-) -> None:
+async def test_plain_http_is_refused(daemons: Daemons, network: Network, events: list[LogEvent], path: Path) -> None:
     daemons.start("--config-path", str(path))
     with pytest.raises(Unavailable):
         await get(network, events, "/health")
@@ -105,7 +103,7 @@ async def test_plain_http_is_not_served_then(
 
 
 @on_reactor
-async def test_whoever_does_not_trust_us_leaves_without_a_line(
+async def test_client_that_rejects_our_certificate_causes_no_log_line(
     daemons: Daemons, network: Network, events: list[LogEvent], path: Path, tmp_path: Path
 ) -> None:
     daemons.start("--config-path", str(path))
@@ -115,7 +113,7 @@ async def test_whoever_does_not_trust_us_leaves_without_a_line(
 
 
 @on_reactor
-async def test_only_certificates_of_the_client_ca_are_served(
+async def test_client_certificate_is_required_with_client_ca(
     daemons: Daemons, network: Network, events: list[LogEvent], path: Path, authority: Authority, tmp_path: Path
 ) -> None:
     clients, strangers = (Authority(tmp_path / name, name) for name in ("clients", "strangers"))
@@ -131,7 +129,7 @@ async def test_only_certificates_of_the_client_ca_are_served(
 
 
 @on_reactor
-async def test_an_answer_that_ends_short_does_so_too(
+async def test_truncated_response_over_tls(
     daemons: Daemons,
     network: Network,
     events: list[LogEvent],
@@ -156,14 +154,14 @@ async def test_an_answer_that_ends_short_does_so_too(
 
 
 async def shown(events: list[LogEvent]) -> str:
-    """The certificate that a new client is shown."""
+    """Return the certificate shown to a new client."""
     host, _, port = addresses(events)[0].rpartition(":")
     asked = deferToThreadPool(REACTOR, REACTOR.getThreadPool(), ssl.get_server_certificate, (host, int(port)))
     return str(await asked)
 
 
 @on_reactor
-async def test_a_renewed_certificate_is_shown(
+async def test_renewed_certificate_is_used_after_reload(
     daemons: Daemons, events: list[LogEvent], path: Path, authority: Authority
 ) -> None:
     old = path.with_name(f"{HOST}.crt").read_text()
@@ -174,7 +172,7 @@ async def test_a_renewed_certificate_is_shown(
     await daemon.reload()
     assert await shown(events) == new
     assert texts(events, LogLevel.warn) == []
-    # What cannot be changed before the next start is told, and TLS it stays.
+    # A change that needs a restart is a warning; TLS stays on.
     path.write_text("")
     await daemon.reload()
     assert await shown(events) == new

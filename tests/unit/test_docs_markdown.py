@@ -1,4 +1,4 @@
-"""The pages are such that a site can be made of them, their links lead somewhere, and their examples can be read."""
+"""The documentation's Markdown builds into a site, its links resolve, and its examples parse."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def of(language: str, *pages: str) -> list[Block]:
-    """The blocks in a language, of these pages or of all."""
+    """Return the code blocks in a language, of the given pages or of all."""
     return [block for block in BLOCKS if block.language == language and (not pages or block.page.name in pages)]
 
 
 def prose(page: Path) -> list[str]:
-    """The lines of a page with an empty one for each line of its blocks."""
+    """Return the lines of a page with code blocks blanked out."""
     text = page.read_text(encoding="utf-8")
     blank = re.sub(r"^```.*?^```$", lambda found: "\n" * found[0].count("\n"), text, flags=re.MULTILINE | re.DOTALL)
     return blank.splitlines()
 
 
-def test_every_block_says_its_language() -> None:
+def test_code_blocks_have_a_language() -> None:
     assert {block.language for block in BLOCKS} <= _LANGUAGES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_markdown_is_such_that_mkdocs_reads_it_as_everybody_does(page: Path) -> None:
-    """It knows no block inside of a list, and no list right below a paragraph."""
+def test_markdown_is_portable_to_mkdocs(page: Path) -> None:
+    """Python-Markdown supports no code block in a list item and no list directly after a paragraph."""
     lines = prose(page)
     wrong = [number for number, line in enumerate(lines, 1) if "```" in line]
     for number, (above, line) in enumerate(pairwise(lines), 2):
@@ -51,22 +51,22 @@ def test_markdown_is_such_that_mkdocs_reads_it_as_everybody_does(page: Path) -> 
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
-    """MkDocs looks at those of the site, and at the headings; the README is not of it."""
+def test_relative_links_resolve(page: Path) -> None:
+    """MkDocs checks links and headings of the site, which does not include the README."""
     links = _LINK.findall("\n".join(prose(page)))
     files = [link.partition("#")[0] for link in links if not re.match(r"https?://|#", link)]
     assert [file for file in files if not (page.parent / file).is_file()] == []
 
 
-def test_the_readme_leads_to_every_page() -> None:
+def test_readme_links_to_every_page() -> None:
     links = {(ROOT / link).resolve() for link in _LINK.findall(README.read_text(encoding="utf-8"))}
     assert [page.name for page in PAGES if page not in {README, *links}] == []
 
 
 @pytest.mark.parametrize("block", of("yaml", "pruning.md", "bad-links.md", "kubernetes.md"), ids=str)
-def test_examples_of_configuration_change_something(block: Block, tmp_path: Path) -> None:
+def test_configuration_examples_have_an_effect(block: Block, tmp_path: Path) -> None:
     if "apiVersion" in yaml.safe_load(block.text):
-        return  # the next test's
+        return  # covered by the next test
     path = tmp_path / "ociregistry.yaml"
     path.write_text(block.text)
     settings = load_settings({}, (), path)
@@ -75,7 +75,7 @@ def test_examples_of_configuration_change_something(block: Block, tmp_path: Path
     assert settings != load_settings({}, (), path)
 
 
-def test_the_workload_fits_together() -> None:
+def test_kubernetes_example_is_consistent() -> None:
     (document,) = (one for block in of("yaml") if "apiVersion" in (one := yaml.safe_load(block.text)))
     assert (document["apiVersion"], document["kind"]) == ("apps/v1", "DaemonSet")
     spec, template = document["spec"], document["spec"]["template"]
@@ -89,7 +89,7 @@ def test_the_workload_fits_together() -> None:
     assert (mount["name"], mount["mountPath"]) == (volume["name"], str(defaults.image_path))
 
 
-def test_the_files_of_containerd_are_those_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_containerd_examples_match_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = of("toml")
     assert {block.page.name for block in shown} == {"containerd.md"}
     command = ContainerdConfig()
@@ -101,5 +101,5 @@ def test_the_files_of_containerd_are_those_that_the_command_prints(capsys: pytes
         assert block.text in printed, block
 
 
-def test_examples_of_json_can_be_read() -> None:
+def test_json_examples_parse() -> None:
     assert [json.loads(block.text) for block in of("json")]

@@ -1,4 +1,4 @@
-"""docs/upstreams.md: every example in it is a configuration."""
+"""docs/upstreams.md: every example is a valid configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"^```yaml\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTAL
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority) -> Path:
-    """What the examples name is there: files, a helper, an environment variable."""
+    """Create the files, the helper and the environment variable that the examples name."""
     for name in ("client", "server"):
         certificate, key = authority.issue(f"{name}.internal")
         certificate.rename(tmp_path / f"{name}.crt")
@@ -34,21 +34,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, authority: Authority
 
 
 def load(folder: Path, text: str) -> Settings:
-    """What an example makes."""
+    """Return the settings made from an example."""
     path = folder / "ociregistry.yaml"
     path.write_text(text)
     return load_settings({}, (), path)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_every_example_is_a_configuration_that_changes_something(folder: Path, example: str) -> None:
+def test_every_example_has_an_effect(folder: Path, example: str) -> None:
     settings = load(folder, example)
     assert settings != load(folder, "")
     assert settings.warnings == ()
     assert not any("secret" in line for line in report(settings))
 
 
-def test_every_key_of_an_upstream_has_an_example() -> None:
+def test_every_registry_key_has_an_example() -> None:
     keys = {match[1] for example in EXAMPLES for match in re.finditer(r"^[ -]*(\w+):", example, re.MULTILINE)}
     assert keys >= {"name", "description", "scheme", "auth", "tls", "mirrors"}
     assert keys >= {

@@ -1,4 +1,4 @@
-"""The house: arrows only point down, the network and the disk do not meet, no room grows too big."""
+"""Module structure: imports point downward, network and disk code are separate, files stay below the size cap."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = "ociregistry"
 LONGEST = 550
 
-# Top first: a room may import itself and every room on a lower floor, never its neighbour on the same one.
+# Top floor first: a package may import itself and any package on a lower floor, but not its neighbours.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"tap", "script"}),
     frozenset({"daemon", "commands"}),
@@ -26,25 +26,25 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"manifests"}),
     frozenset({"names"}),
     frozenset({"concurrency", "context", "log", "openssl", "process", "systemd"}),
-    # __init__ is the package itself, with its __version__. Neither of the two imports anything of ours.
+    # __init__ is the package itself, with its __version__. Neither of these imports another module of ours.
     frozenset({"errors", "__init__"}),
 )
 HEIGHT = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# What only some rooms may import. The reactor is global state: everybody else is given a clock and an agent.
+# Modules that only some packages may import. The reactor is global state: all others receive a clock and an agent.
 ONLY: dict[str, frozenset[str]] = {
     "twisted.internet.reactor": frozenset({"tap", "commands"}),
     "twisted.web": frozenset({"web", "upstream"}),
     "treq": frozenset({"upstream"}),
 }
-# Calls that import by name; where the name is not written out nobody can tell what they bring.
+# Calls that import by name; a name that is not a literal cannot be checked.
 IMPORTERS = frozenset({"__import__", "import_module", "namedAny", "namedModule", "namedObject"})
 
 Sources = Mapping[str, str]
 
 
 def room(module: str) -> str:
-    """The room that a module of ours is in: `web` for ociregistry.web.blobs."""
+    """Return the package or top-level module of a module: `web` for ociregistry.web.blobs."""
     return f"{module}.__init__".split(".")[1]
 
 
@@ -53,7 +53,7 @@ def within(module: str, package: str) -> bool:
 
 
 def imported(module: str, source: str) -> Iterator[str]:
-    """Every name that `module` imports, wherever in its source; `from a.b import c` counts as `a.b.c`.
+    """Return every name that `module` imports, anywhere in its source; `from a.b import c` counts as `a.b.c`.
 
     A package's own module is called `package.__init__`, so that relative imports start from the same place.
     """
@@ -73,7 +73,7 @@ def imported(module: str, source: str) -> Iterator[str]:
 
 
 def faults(sources: Sources) -> list[str]:
-    """What is wrong with the house, a line for each fault; `sources` is {module name: its text}."""
+    """Return one line for each violation; `sources` is {module name: source text}."""
     return sorted({fault for module, source in sources.items() for fault in _faults(module, source)})
 
 
@@ -90,7 +90,7 @@ def _faults(module: str, source: str) -> Iterator[str]:
         if within(target, OURS):
             there = room(target)
             if there not in HEIGHT:
-                # `from ociregistry import __version__` is a name in the package, not a module.
+                # `from ociregistry import __version__` imports a name of the package, not a module.
                 there = "__init__"
             if there != here and HEIGHT[there] >= HEIGHT[here]:
                 yield f"{module}: {here} must not import {there}"
@@ -108,14 +108,14 @@ def sources_of(root: Path) -> dict[str, str]:
     }
 
 
-def test_the_house_stands() -> None:
+def test_package_structure() -> None:
     sources = sources_of(ROOT)
     assert "ociregistry.__init__" in sources, "nothing was read"
     assert faults(sources) == []
 
 
 def cycles(sources: Sources) -> list[str]:
-    """Each module that is imported again by what it imports, with the way there."""
+    """Return each module that is part of an import cycle, with the cycle."""
     graph = {
         module: sorted({target for name in imported(module, source) if (target := _module(name, sources))})
         for module, source in sources.items()
@@ -137,17 +137,17 @@ def cycles(sources: Sources) -> list[str]:
 
 
 def _module(name: str, sources: Sources) -> str | None:
-    """The module of ours that an imported name is in, other than a package."""
+    """Return our module that an imported name is in; packages do not count."""
     return next(
         (one for one in (name, name.rpartition(".")[0]) if one in sources and not one.endswith(".__init__")), None
     )
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_no_import_cycles() -> None:
     assert cycles(sources_of(ROOT)) == []
 
 
-def test_a_cycle_is_found() -> None:
+def test_import_cycle_is_detected() -> None:
     sources = {"ociregistry.a": "from ociregistry.b import x", "ociregistry.b": "import ociregistry.c"}
     assert cycles({**sources, "ociregistry.c": "x = 1"}) == []
     assert cycles({**sources, "ociregistry.c": "from ociregistry.a import y"}) == [
@@ -158,7 +158,7 @@ def test_a_cycle_is_found() -> None:
 STORE_NAMES = frozenset(
     {"blobs", "fat", "img", "pulls", "lock", "bad", "socket", "verified", ".staged", ".note", ".wish"}
 )
-"""Of folders and files of the store, which its module `paths` alone spells."""
+"""Names of folders and files in the store, which only the module `paths` spells."""
 
 
 def test_only_paths_spells_the_names_of_the_store() -> None:
@@ -204,7 +204,7 @@ OLD_NAMES = frozenset(
         "precedence",
     ]
 )
-"""What was called so before; another word has its place."""
+"""Former names, each replaced by another word."""
 
 
 def test_no_identifier_has_an_old_name() -> None:
@@ -215,11 +215,11 @@ def test_no_identifier_has_an_old_name() -> None:
                 assert not OLD_NAMES & {name for name in names if isinstance(name, str)}, (path, node)
 
 
-def test_the_plugin_folder_stays_twisteds() -> None:
+def test_plugin_folder_is_no_package() -> None:
     assert list((ROOT / "twisted").rglob("__init__.py")) == []
 
 
-# The module of the first column is short of its `ociregistry.`, here and below.
+# The modules in the first column, here and below, lack the prefix `ociregistry.`.
 ALLOWED = [
     ("tap", "from twisted.internet import reactor"),
     ("tap", "import ociregistry.commands.load, ociregistry.web.site"),
@@ -247,7 +247,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("module", "source"), ALLOWED)
-def test_down_is_allowed(module: str, source: str) -> None:
+def test_downward_import_is_allowed(module: str, source: str) -> None:
     assert faults({f"{OURS}.{module}": source}) == []
 
 
@@ -298,11 +298,11 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize(("module", "source", "fault"), FORBIDDEN)
-def test_a_breach_is_found(module: str, source: str, fault: str) -> None:
+def test_violation_is_detected(module: str, source: str, fault: str) -> None:
     assert faults({f"{OURS}.{module}": source}) == [f"{OURS}.{module}: {fault}"]
 
 
-def test_the_folder_is_read(tmp_path: Path) -> None:
+def test_sources_are_read_from_folder(tmp_path: Path) -> None:
     (tmp_path / OURS / "store").mkdir(parents=True)
     (tmp_path / OURS / "store" / "__init__.py").write_text("from ..web import site\n")
     assert faults(sources_of(tmp_path)) == ["ociregistry.store.__init__: store must not import web"]

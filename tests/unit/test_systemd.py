@@ -1,4 +1,4 @@
-"""What systemd is told, on a real socket, by a clock that the test advances."""
+"""systemd notifications, on a real socket with a clock of the test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.support.doubles import on_reactor, texts, until
 
 
 class Manager:
-    """systemd's end of the socket; `address` is how it would name it to the daemon."""
+    """systemd's end of the socket; `address` is its value in NOTIFY_SOCKET."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -27,7 +27,7 @@ class Manager:
         self._socket.bind(address.replace("@", "\0", 1))
 
     def told(self) -> list[str]:
-        """What has come since it was last asked, each without what follows its first line."""
+        """Return the messages since the last call, each reduced to its first line."""
         found = []
         try:
             while True:
@@ -36,23 +36,23 @@ class Manager:
             return found
 
     def raw(self) -> str:
-        """The next datagram as it came."""
+        """Return the next datagram."""
         return self._socket.recv(1000).decode()
 
     def close(self) -> None:
-        """Listens no longer."""
+        """Close the socket."""
         self._socket.close()
 
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
-    """It listens at a path of the file system, or at an abstract name."""
+    """Return a manager at a path or at an abstract name."""
     manager = Manager(str(tmp_path / "notify") if request.param == "path" else f"@{secrets.token_hex(8)}")
     yield manager
     manager.close()
 
 
-def test_ready_reload_and_stop_are_told(manager: Manager, clock: Clock) -> None:
+def test_ready_reloading_and_stopping_are_sent(manager: Manager, clock: Clock) -> None:
     systemd = Systemd(clock, {"NOTIFY_SOCKET": manager.address})
     for tell in (systemd.ready, systemd.reloading, systemd.reloaded, systemd.stopping, systemd.stopped):
         tell()
@@ -60,8 +60,8 @@ def test_ready_reload_and_stop_are_told(manager: Manager, clock: Clock) -> None:
     assert manager.told() == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
 
 
-def test_a_reload_says_since_when(manager: Manager, clock: Clock) -> None:
-    """What Type=notify-reload needs to tell it from an older one."""
+def test_reloading_has_a_timestamp(manager: Manager, clock: Clock) -> None:
+    """Type=notify-reload needs it to tell it from an older one."""
     Systemd(clock, {"NOTIFY_SOCKET": manager.address}).reloading()
     first, second = manager.raw().splitlines()
     key, _, since = second.partition("=")
@@ -69,7 +69,7 @@ def test_a_reload_says_since_when(manager: Manager, clock: Clock) -> None:
     assert int(since) > 0
 
 
-def test_it_says_that_it_lives_twice_as_often_as_it_must(manager: Manager, clock: Clock) -> None:
+def test_watchdog_is_sent_at_half_the_interval(manager: Manager, clock: Clock) -> None:
     systemd = Systemd(clock, {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000000"})
     assert manager.told() == []
     systemd.ready()
@@ -89,8 +89,8 @@ def test_it_says_that_it_lives_twice_as_often_as_it_must(manager: Manager, clock
 @pytest.mark.parametrize(
     ("pid", "signs"), [(os.getpid(), ["WATCHDOG=1"]), (os.getpid() + 1, [])], ids=["ours", "of another"]
 )
-def test_who_is_not_watched_says_nothing(manager: Manager, clock: Clock, pid: int, signs: list[str]) -> None:
-    """The variables may have come from a parent that is."""
+def test_no_watchdog_for_another_pid(manager: Manager, clock: Clock, pid: int, signs: list[str]) -> None:
+    """The variables may be inherited from a watched parent."""
     environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(pid)}
     Systemd(clock, environment).ready()
     assert manager.told() == ["READY=1", *signs]
@@ -104,9 +104,7 @@ def test_without_systemd_nothing_happens(clock: Clock, events: list[LogEvent]) -
     assert clock.getDelayedCalls() == []
 
 
-def test_a_socket_that_is_gone_is_one_line_and_no_failure(
-    tmp_path: Path, clock: Clock, events: list[LogEvent]
-) -> None:
+def test_missing_socket_is_one_log_line(tmp_path: Path, clock: Clock, events: list[LogEvent]) -> None:
     Systemd(clock, {"NOTIFY_SOCKET": str(tmp_path / "gone")}).reloading()
     (line,) = texts(events, LogLevel.error)
     assert line.startswith("cannot notify systemd of RELOADING=1: ")
@@ -114,7 +112,7 @@ def test_a_socket_that_is_gone_is_one_line_and_no_failure(
 
 
 @on_reactor
-async def test_the_daemon_tells_it(
+async def test_daemon_sends_notifications(
     manager: Manager, clock: Clock, daemons: Daemons, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
