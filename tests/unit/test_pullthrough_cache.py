@@ -1,4 +1,4 @@
-"""The read-through cache: hits without a packet, one fetch for all who miss, and nobody waits for ever."""
+"""The pull-through cache: hits need no network, concurrent misses share one fetch, waits are bounded."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ APP, ELSEWHERE = image("reg.example/team/app:1"), image("else.example/team/app:1
 
 
 def manifest_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundManifest]:
-    """A client asks for a manifest."""
+    """Request a manifest."""
     return Deferred.fromCoroutine(cache.manifest(image(url)))
 
 
 def blob_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundBlob]:
-    """A client asks for the blob."""
+    """Request the blob."""
     return Deferred.fromCoroutine(cache.blob(image(url).repository, DIGEST))
 
 
 def size_of(cache: PullThrough, url: str = str(APP)) -> Deferred[FoundSize]:
-    """A client asks for the size of the blob."""
+    """Request the size of the blob."""
     return Deferred.fromCoroutine(cache.blob_size(image(url).repository, DIGEST))
 
 
@@ -46,18 +46,18 @@ ASKS: tuple[Callable[[PullThrough], Deferred[Any]], ...] = (manifest_of, blob_of
 
 
 async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
-    """So many requests have gone out."""
+    """Wait until `count` requests have been sent."""
     await until(lambda: len(upstreams) >= count)
     assert len(upstreams) == count
 
 
 def put_blob(root: Path) -> None:
-    """The blob is there."""
+    """Write the blob into the store."""
     (root / "blobs" / DIGEST.hex).write_bytes(DATA)
 
 
 @on_reactor
-async def test_a_manifest_is_fetched_once_and_kept(
+async def test_manifest_is_fetched_once_and_stored(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     waiting = [manifest_of(cache) for _ in range(3)]
@@ -75,7 +75,7 @@ async def test_a_manifest_is_fetched_once_and_kept(
 
 
 @on_reactor
-async def test_a_cached_tag_keeps_its_meaning(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
+async def test_cached_tag_is_not_checked(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
     await store.keep(IMAGE, APP)
     for _ in range(2):
         assert (await manifest_of(cache)).manifest == IMAGE
@@ -84,7 +84,7 @@ async def test_a_cached_tag_keeps_its_meaning(cache: PullThrough, upstreams: Mem
 
 @pytest.mark.parametrize("error", [ManifestUnknown("not there"), Unavailable("down", 77)])
 @on_reactor
-async def test_what_the_upstream_says_reaches_all_who_wait(
+async def test_failed_manifest_fetch_reaches_all_waiters(
     cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError
 ) -> None:
     waiting = [manifest_of(cache) for _ in range(2)]
@@ -94,7 +94,7 @@ async def test_what_the_upstream_says_reaches_all_who_wait(
         with pytest.raises(type(error)) as failed:
             await one
         assert failed.value is error
-    # And is not remembered.
+    # The failure is not cached.
     again = manifest_of(cache)
     await asked(upstreams, 2)
     upstreams[1].answer(IMAGE)
@@ -102,7 +102,7 @@ async def test_what_the_upstream_says_reaches_all_who_wait(
 
 
 @on_reactor
-async def test_a_manifest_that_cannot_be_stored_is_not_given_out(
+async def test_manifest_that_cannot_be_stored_is_not_served(
     cache: PullThrough, upstreams: MemoryRegistries, root: Path
 ) -> None:
     waiting = manifest_of(cache)
@@ -115,7 +115,7 @@ async def test_a_manifest_that_cannot_be_stored_is_not_given_out(
 
 
 @on_reactor
-async def test_a_blob_is_fetched_once_whoever_asks(
+async def test_blob_is_fetched_once_for_all_repositories(
     cache: PullThrough, upstreams: MemoryRegistries, looks: list[Digest]
 ) -> None:
     waiting = [blob_of(cache), blob_of(cache), blob_of(cache, str(ELSEWHERE))]
@@ -136,7 +136,7 @@ async def test_a_blob_is_fetched_once_whoever_asks(
 
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down")])
 @on_reactor
-async def test_what_one_repository_lacks_another_may_have(
+async def test_blob_missing_in_one_repository_is_fetched_from_another(
     cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError, looks: list[Digest]
 ) -> None:
     first = blob_of(cache)
@@ -156,7 +156,7 @@ async def test_what_one_repository_lacks_another_may_have(
 
 
 @on_reactor
-async def test_a_download_that_ended_while_we_looked_is_a_hit(
+async def test_download_finished_during_lookup_is_a_hit(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = blob_of(cache)
@@ -182,13 +182,13 @@ async def test_a_download_that_ended_while_we_looked_is_a_hit(
 
 
 @on_reactor
-async def test_the_size_of_a_blob(cache: PullThrough, upstreams: MemoryRegistries, looks: list[Digest]) -> None:
+async def test_blob_size(cache: PullThrough, upstreams: MemoryRegistries, looks: list[Digest]) -> None:
     waiting = [size_of(cache), size_of(cache)]
     await until(lambda: len(looks) == 2)
     await asked(upstreams)
     upstreams[0].answer(4711)
     assert [await one for one in waiting] == [FoundSize(4711, hit=False)] * 2
-    # Of a blob in flight it is known, so nobody needs to be asked.
+    # The size of a blob in flight is known without a request.
     followed = blob_of(cache)
     await asked(upstreams, 2)
     sending = upstreams[1].stream(len(DATA))
@@ -203,9 +203,7 @@ async def test_the_size_of_a_blob(cache: PullThrough, upstreams: MemoryRegistrie
 
 
 @on_reactor
-async def test_an_upstream_that_is_not_allowed_is_denied_even_what_is_here(
-    store: Store, clock: Clock, root: Path
-) -> None:
+async def test_disallowed_upstream_is_denied_even_for_cached_content(store: Store, clock: Clock, root: Path) -> None:
     await store.keep(IMAGE, APP)
     put_blob(root)
     upstreams = MemoryRegistries("else.example")
@@ -219,7 +217,7 @@ async def test_an_upstream_that_is_not_allowed_is_denied_even_what_is_here(
 
 
 @on_reactor
-async def test_a_client_waits_25_seconds_and_the_fetch_goes_on(
+async def test_client_times_out_after_25_seconds_and_fetch_continues(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     waiting: list[Deferred[Any]] = []
@@ -245,7 +243,7 @@ async def test_a_client_waits_25_seconds_and_the_fetch_goes_on(
 
 
 @on_reactor
-async def test_a_late_client_has_its_own_25_seconds(
+async def test_each_client_has_its_own_deadline(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     early = manifest_of(cache)
@@ -263,7 +261,7 @@ async def test_a_late_client_has_its_own_25_seconds(
 
 
 @on_reactor
-async def test_a_late_failure_that_nobody_waits_for_any_more_is_one_line(
+async def test_unawaited_late_failure_is_one_log_line(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
 ) -> None:
     for number, ask in enumerate(ASKS, 1):

@@ -1,4 +1,4 @@
-"""How long a client waits for the first word of an answer."""
+"""The deadline for the start of a response."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from tests.unit.support.doubles import failed, fired
 
 
 def waiting(clock: Clock) -> tuple[Deferred[str], Deferred[str]]:
-    """What is waited for, and who waits."""
+    """Return the awaited work and the Deferred that waits for it."""
     work: Deferred[str] = Deferred()
     return work, Deferred.fromCoroutine(within_deadline(work, clock, "docker.io/library/nginx:1"))
 
 
-def test_an_answer_comes_before_containerd_gives_up() -> None:
+def test_deadline_is_before_containerd_times_out() -> None:
     assert 20 <= ANSWER_DEADLINE < 30
 
 
-def test_what_comes_in_time_is_given_on(clock: Clock) -> None:
+def test_result_in_time_is_returned(clock: Clock) -> None:
     work, waits = waiting(clock)
     clock.advance(ANSWER_DEADLINE - 0.1)
     work.callback("here")
@@ -30,14 +30,14 @@ def test_what_comes_in_time_is_given_on(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("error", [Unavailable("down"), ZeroDivisionError("a defect")])
-def test_a_failure_is_given_on(clock: Clock, error: Exception) -> None:
+def test_failure_is_passed_on(clock: Clock, error: Exception) -> None:
     work, waits = waiting(clock)
     work.errback(error)
     assert failed(waits, type(error)) is error
     assert clock.getDelayedCalls() == []
 
 
-def test_what_takes_too_long_is_unavailable(clock: Clock) -> None:
+def test_timeout_is_unavailable(clock: Clock) -> None:
     work, waits = waiting(clock)
     clock.advance(ANSWER_DEADLINE)
     message = failed(waits, Unavailable).message

@@ -1,4 +1,4 @@
-"""What is fetched into the store, as loads and completions do it, crosses the link once, whoever else brings it."""
+"""Blobs fetched by loads and completions are shared with concurrent downloads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ REPOSITORY = image("reg.example/team/app:1").repository
 
 
 @on_reactor
-async def test_a_download_that_ended_while_it_looked_is_not_made_again(
+async def test_download_finished_during_lookup_is_not_repeated(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A load follows a blob to its last byte, and then waits for it to be in the store: it comes there meanwhile."""
+    """A load follows a blob to its last byte, then waits for the commit, which may happen during its lookup."""
     first = Deferred.fromCoroutine(cache.blob(REPOSITORY, DIGEST))
     await until(lambda: len(upstreams) == 1)
     looked: Deferred[None] = Deferred()

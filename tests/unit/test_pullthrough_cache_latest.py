@@ -1,4 +1,4 @@
-"""`--always-pull-latest`: the upstream is asked what `latest` means, and the cache knows it when nobody else does."""
+"""`--always-pull-latest`: the tag `latest` is checked upstream; the cached image is served if that fails."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ ERRORS = [
 
 @pytest.fixture
 def cache(store: Store, upstreams: MemoryRegistries, clock: Clock) -> PullThrough:
-    """A cache that checks `latest`."""
+    """Return a cache that checks `latest`."""
     return PullThrough(store, upstreams, clock, Policy(always_pull_latest=True))
 
 
 def pull(cache: PullThrough) -> Deferred[FoundManifest]:
-    """A client asks for it."""
+    """Pull the image by the tag."""
     return manifest_of(cache, str(LATEST))
 
 
 def stale(why: str) -> str:
-    """The line of the log."""
+    """Return the expected log line."""
     return f"serving {LATEST} from the cache, unchecked: {why}"
 
 
 @on_reactor
-async def test_what_has_not_changed_is_not_fetched(
+async def test_unchanged_tag_is_not_fetched(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, events: list[LogEvent]
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -66,7 +66,7 @@ async def test_what_has_not_changed_is_not_fetched(
 
 
 @on_reactor
-async def test_what_has_moved_is_fetched_by_its_digest_and_kept(
+async def test_moved_tag_is_fetched_by_digest_and_stored(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -78,7 +78,7 @@ async def test_what_has_moved_is_fetched_by_its_digest_and_kept(
     upstreams[1].answer(OTHER)
     assert await pulling == FoundManifest(OTHER, hit=False)
     assert await store.manifest(LATEST) == OTHER
-    # And the next one finds it here.
+    # The next request is a check against the new digest.
     pulling = pull(cache)
     await asked(upstreams, 3)
     upstreams[2].answer(OTHER.digest)
@@ -86,7 +86,7 @@ async def test_what_has_moved_is_fetched_by_its_digest_and_kept(
 
 
 @on_reactor
-async def test_an_upstream_that_tells_no_digest_is_asked_by_the_tag(
+async def test_upstream_without_digest_header_is_asked_by_tag(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -101,13 +101,11 @@ async def test_an_upstream_that_tells_no_digest_is_asked_by_the_tag(
 
 
 @on_reactor
-async def test_what_is_not_here_is_fetched_as_ever(
-    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
-) -> None:
+async def test_missing_tag_is_fetched_as_usual(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
     pulling = pull(cache)
     await asked(upstreams)
     assert upstreams.asked == [f"manifest {LATEST}"]
-    # There is nothing that could be given in its place.
+    # There is no cached image to fall back to.
     clock.advance(24)
     assert not pulling.called
     upstreams[0].answer(IMAGE)
@@ -115,7 +113,7 @@ async def test_what_is_not_here_is_fetched_as_ever(
 
 
 @on_reactor
-async def test_an_upstream_has_five_seconds_for_all_of_it(
+async def test_check_is_limited_to_five_seconds(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, events: list[LogEvent]
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -130,7 +128,7 @@ async def test_an_upstream_has_five_seconds_for_all_of_it(
     clock.advance(0.125)
     assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
     assert texts(events, LogLevel.warn) == [stale("no answer within 5 s")]
-    # What comes later is for who asks then.
+    # A later answer is stored for the next request.
     upstreams[1].answer(OTHER)
     await until(lambda: store.counts.lists == 1)
     assert await store.manifest(LATEST) == OTHER
@@ -139,7 +137,7 @@ async def test_an_upstream_has_five_seconds_for_all_of_it(
 @pytest.mark.parametrize("at", ["HEAD", "GET"])
 @pytest.mark.parametrize("error", ERRORS)
 @on_reactor
-async def test_an_upstream_that_gives_no_manifest_changes_nothing(
+async def test_failed_check_serves_cached_image(
     cache: PullThrough,
     upstreams: MemoryRegistries,
     store: Store,
@@ -161,7 +159,7 @@ async def test_an_upstream_that_gives_no_manifest_changes_nothing(
 
 
 @on_reactor
-async def test_nor_does_a_disk_that_is_full(
+async def test_full_disk_serves_cached_image(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -181,7 +179,7 @@ async def test_nor_does_a_disk_that_is_full(
 async def pull_at_once(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> list[Deferred[FoundManifest]]:
-    """Three clients ask for it, and one request goes out."""
+    """Start three pulls, which share one request."""
     await store.keep(IMAGE, LATEST)
     pulling = [pull(cache) for _ in range(3)]
     await asked(upstreams)
@@ -191,7 +189,7 @@ async def pull_at_once(
 
 
 @on_reactor
-async def test_clients_that_ask_at_once_share_what_comes(
+async def test_concurrent_pulls_share_a_new_manifest(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, events: list[LogEvent]
 ) -> None:
     pulling = await pull_at_once(cache, upstreams, store)
@@ -208,7 +206,9 @@ async def test_clients_that_ask_at_once_share_what_comes(
 
 
 @on_reactor
-async def test_and_it_was_here_for_all_of_them(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
+async def test_concurrent_pulls_share_an_unchanged_manifest(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> None:
     pulling = await pull_at_once(cache, upstreams, store)
     upstreams[0].answer(IMAGE.digest)
     assert [await one for one in pulling] == [FoundManifest(IMAGE, hit=True)] * 3
@@ -216,7 +216,7 @@ async def test_and_it_was_here_for_all_of_them(cache: PullThrough, upstreams: Me
 
 @pytest.mark.parametrize("url", ["reg.example/team/app:1", "reg.example/team/app:latest-1", "@"])
 @on_reactor
-async def test_nothing_else_is_checked(
+async def test_other_references_are_not_checked(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, url: str
 ) -> None:
     url = f"{LATEST.repository}@{IMAGE.digest}" if url == "@" else url
@@ -227,7 +227,7 @@ async def test_nothing_else_is_checked(
 
 @pytest.mark.parametrize("policy", [Policy(), Policy(air_gapped=True), Policy(True, True)])
 @on_reactor
-async def test_without_it_or_without_a_link_nobody_is_asked(
+async def test_no_check_without_option_or_when_air_gapped(
     store: Store, upstreams: MemoryRegistries, clock: Clock, policy: Policy
 ) -> None:
     await store.keep(IMAGE, LATEST)
@@ -237,7 +237,7 @@ async def test_without_it_or_without_a_link_nobody_is_asked(
 
 
 @on_reactor
-async def test_an_upstream_that_is_not_allowed_is_denied(store: Store, clock: Clock) -> None:
+async def test_disallowed_upstream_is_denied(store: Store, clock: Clock) -> None:
     await store.keep(IMAGE, LATEST)
     upstreams = MemoryRegistries("else.example")
     with pytest.raises(Denied):
@@ -247,7 +247,7 @@ async def test_an_upstream_that_is_not_allowed_is_denied(store: Store, clock: Cl
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @on_reactor
-async def test_a_client_is_warned_of_what_was_not_checked(
+async def test_unchecked_response_has_a_warning_header(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, method: str
 ) -> None:
     await store.keep(IMAGE, LATEST)

@@ -1,4 +1,4 @@
-"""Promises that could not be kept are remembered for a minute, so that the next client is told at once."""
+"""The negative cache: unavailable blobs are remembered for a minute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOB, OTHER = Digest.of(b"blob"), Digest.of(b"other")
 GONE = BlobUnknown("reg.example: it answered 404")
 
 
-def test_it_is_told_for_a_minute(clock: Clock) -> None:
+def test_error_is_remembered_for_a_minute(clock: Clock) -> None:
     clock.advance(1000)
     broken = NegativeCache(clock)
     broken.check(APP, BLOB)
@@ -23,7 +23,7 @@ def test_it_is_told_for_a_minute(clock: Clock) -> None:
     for _ in range(2):
         with pytest.raises(BlobUnknown) as told:
             broken.check(APP, BLOB)
-        # An error of its own for each: a traceback that grows with every client would be a leak.
+        # A new error for each caller: the traceback of a shared one would grow with every client.
         assert told.value is not GONE
         assert told.value.message == GONE.message
         clock.advance(59.875 / 2)
@@ -35,14 +35,14 @@ def test_it_is_told_for_a_minute(clock: Clock) -> None:
     assert len(broken._errors) == 0
 
 
-def test_it_says_nothing_of_others(clock: Clock) -> None:
+def test_other_blobs_and_repositories_are_unaffected(clock: Clock) -> None:
     broken = NegativeCache(clock)
     broken.remember(APP, BLOB, GONE)
     broken.check(APP, OTHER)
     broken.check(ELSEWHERE, BLOB)
 
 
-def test_it_is_renewed(clock: Clock) -> None:
+def test_new_error_restarts_the_minute(clock: Clock) -> None:
     broken = NegativeCache(clock)
     broken.remember(APP, BLOB, GONE)
     clock.advance(45)
@@ -61,7 +61,7 @@ def test_memory_is_bounded(clock: Clock) -> None:
         broken.check(APP, Digest.of(b"4999"))
 
 
-def test_a_full_cache_drops_the_error_that_was_used_least_recently(clock: Clock) -> None:
+def test_least_recently_used_error_is_dropped_when_full(clock: Clock) -> None:
     negative = NegativeCache(clock)
     blobs = [Digest.of(str(number).encode()) for number in range(1001)]
     for blob in blobs[:1000]:

@@ -1,4 +1,4 @@
-"""The end: what is in flight ends, its clients are told why, and nothing begins anew."""
+"""Stopping the cache: downloads end, their clients get an error, and none is started anew."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of
 
 
 async def stop(cache: PullThrough, clock: Clock) -> None:
-    """Stops it, and waits until it has; no time passes."""
+    """Stop the cache and wait for it without advancing the clock."""
     stopped = cache.stopService()
     await turn()
 
@@ -36,12 +36,12 @@ async def stop(cache: PullThrough, clock: Clock) -> None:
 
 
 @on_reactor
-async def test_a_cache_without_downloads_stops_at_once(cache: PullThrough, clock: Clock) -> None:
+async def test_idle_cache_stops_immediately(cache: PullThrough, clock: Clock) -> None:
     await stop(cache, clock)
 
 
 async def begin(cache: PullThrough, upstreams: MemoryRegistries) -> tuple[Content, Sending]:
-    """The blob as a client gets it, and as the upstream sends it."""
+    """Return the content that a client gets and the upstream's side of it."""
     asked = blob_of(cache)
     await until(lambda: upstreams.calls)
     sending = upstreams[0].stream(len(DATA))
@@ -50,7 +50,7 @@ async def begin(cache: PullThrough, upstreams: MemoryRegistries) -> tuple[Conten
 
 @pytest.mark.parametrize("received", [0, 1000, len(DATA)])
 @on_reactor
-async def test_a_blob_in_flight_ends(
+async def test_blob_in_flight_is_aborted(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, received: int
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -65,15 +65,15 @@ async def test_a_blob_in_flight_ends(
     content.close()
     assert sending.connection.closed
     assert list((root / "blobs").iterdir()) == []
-    # What has come is kept for the next time.
+    # The partial is kept for the next start.
     assert (root / "pulls" / "0" / DIGEST.hex).read_bytes() == DATA[:received]
 
 
 @on_reactor
-async def test_it_ends_too_when_its_last_client_sets_off_the_stop(
+async def test_stop_triggered_by_the_last_client(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    """The drain is over when the last request is: that may be in the middle of what the download does just then."""
+    """The drain ends with the last request, possibly while the download is advancing."""
     content, sending = await begin(cache, upstreams)
     content.close()
     await stop(cache, clock)
@@ -81,7 +81,7 @@ async def test_it_ends_too_when_its_last_client_sets_off_the_stop(
 
 
 @on_reactor
-async def test_a_blob_that_the_upstream_has_not_answered_for_ends(
+async def test_unanswered_blob_request_is_aborted(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     asked = blob_of(cache)
@@ -93,7 +93,7 @@ async def test_a_blob_that_the_upstream_has_not_answered_for_ends(
 
 @implementer(IAgent)
 class NeverAnswers:
-    """Is asked, and says nothing; who cancels is told as a real Agent tells it."""
+    """Agent that never answers; cancelling fails the request as a real Agent does."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -101,13 +101,12 @@ class NeverAnswers:
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
     ) -> Deferred[IResponse]:
-        """Waits."""
         self.asked += 1
         return Deferred()
 
 
 @on_reactor
-async def test_and_the_reason_is_ours_not_the_upstreams(store: Store, clock: Clock) -> None:
+async def test_error_names_the_stop_not_the_upstream(store: Store, clock: Clock) -> None:
     agent = NeverAnswers()
 
     def registry(upstream: Upstream) -> Registry:
@@ -123,7 +122,7 @@ async def test_and_the_reason_is_ours_not_the_upstreams(store: Store, clock: Clo
 
 
 @on_reactor
-async def test_nothing_begins_anew_for_who_followed_another_repositorys_download(
+async def test_no_retry_in_another_repository_after_stop(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, looks: list[Digest]
 ) -> None:
     waiting = [blob_of(cache)]

@@ -1,4 +1,4 @@
-"""Caches that are chained: who stands between us and the client is told to every upstream, and a circle ends."""
+"""Chained caches: the Via of a request is passed on upstream, and a loop is reported to the client."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REQUESTS: dict[str, Ask] = {
 @pytest.mark.parametrize("via", [NO_VIA, CHAIN])
 @pytest.mark.parametrize("kind", REQUESTS)
 @on_reactor
-async def test_an_upstream_is_asked_for_who_asked_us_and_a_loop_is_an_answer(
+async def test_via_is_passed_on_and_loop_error_is_returned(
     store: Store, upstreams: MemoryRegistries, cache: PullThrough, clock: Clock, kind: str, via: Via
 ) -> None:
     listings = Listings(store, upstreams, clock)

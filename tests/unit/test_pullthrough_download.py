@@ -1,4 +1,4 @@
-"""A blob in flight: followed by many as it comes, and whole for nobody before its digest holds."""
+"""Downloads: many clients read a blob while it arrives, and it is complete only after digest verification."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WHERE = f"{APP.repository}@{DIGEST}"
 
 
 def get(cache: PullThrough, repository: str = "reg.example/team/app") -> Deferred[FoundBlob]:
-    """A client asks for the blob."""
+    """Request the blob."""
     return Deferred.fromCoroutine(cache.blob(image(f"{repository}:1").repository, DIGEST))
 
 
 async def begin(cache: PullThrough, upstreams: MemoryRegistries, size: int | None = SIZE) -> tuple[Content, Sending]:
-    """The blob as a client gets it, and as the upstream sends it."""
+    """Return the content that a client gets and the upstream's side of it."""
     before = len(upstreams)
     asked = get(cache)
     await until(lambda: len(upstreams) > before)
@@ -40,7 +40,7 @@ async def begin(cache: PullThrough, upstreams: MemoryRegistries, size: int | Non
 
 
 async def read_all(content: Content) -> bytes:
-    """What a client gets in the end."""
+    """Return all bytes that a client gets."""
     received = bytearray()
     while len(received) < content.size:
         await content.more_than(len(received))
@@ -49,29 +49,31 @@ async def read_all(content: Content) -> bytes:
 
 
 async def failure(content: Content, offset: int) -> Unavailable:
-    """Why no more will come after an offset."""
+    """Return the error raised after an offset."""
     with pytest.raises(Unavailable) as failed:
         await content.more_than(offset)
     return failed.value
 
 
 def blobs(root: Path) -> list[bytes]:
-    """The blobs of the store."""
+    """Return the contents of the blobs in the store."""
     return [path.read_bytes() for path in (root / "blobs").iterdir()]
 
 
 def partials(root: Path) -> list[Path]:
-    """What is left of downloads."""
+    """Return the contents of the partials."""
     return list((root / "pulls").rglob(f"{DIGEST.hex}*"))
 
 
 def partial_sizes(root: Path) -> list[int]:
-    """How much has come of what is in flight."""
+    """Return the sizes of the partials."""
     return [path.stat().st_size for path in (root / "pulls").rglob(DIGEST.hex)]
 
 
 @on_reactor
-async def test_bytes_can_be_read_as_they_come(cache: PullThrough, upstreams: MemoryRegistries, root: Path) -> None:
+async def test_bytes_are_readable_while_they_arrive(
+    cache: PullThrough, upstreams: MemoryRegistries, root: Path
+) -> None:
     content, sending = await begin(cache, upstreams)
     assert upstreams.asked == [f"blob {APP.repository} {DIGEST}"]
     assert content.size == SIZE
@@ -92,7 +94,9 @@ async def test_bytes_can_be_read_as_they_come(cache: PullThrough, upstreams: Mem
 
 
 @on_reactor
-async def test_the_last_byte_waits_for_the_digest(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+async def test_last_byte_is_withheld_until_digest_is_verified(
+    cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
     content, sending = await begin(cache, upstreams)
     sending.send(DATA)
     assert await content.more_than(SIZE - 2) == SIZE - 1
@@ -112,7 +116,7 @@ async def test_the_last_byte_waits_for_the_digest(cache: PullThrough, upstreams:
     ],
 )
 @on_reactor
-async def test_wrong_bytes_are_never_whole(
+async def test_wrong_bytes_are_never_complete(
     cache: PullThrough, upstreams: MemoryRegistries, root: Path, spoil: Callable[[bytes], bytes], why: str
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -122,7 +126,7 @@ async def test_wrong_bytes_are_never_whole(
     assert why in error.message
     content.close()
     assert blobs(root) == []
-    # The next client gets what a healthy upstream sends.
+    # The next client gets the blob from a working upstream.
     content, sending = await begin(cache, upstreams)
     assert upstreams.asked == [f"blob {APP.repository} {DIGEST}"] * 2
     sending.send(DATA).end()
@@ -133,7 +137,7 @@ async def test_wrong_bytes_are_never_whole(
 
 
 @on_reactor
-async def test_a_client_that_goes_away_stops_nothing(
+async def test_disconnected_client_does_not_stop_the_download(
     cache: PullThrough, upstreams: MemoryRegistries, root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -150,9 +154,7 @@ async def test_a_client_that_goes_away_stops_nothing(
 
 
 @on_reactor
-async def test_a_size_that_only_the_manifest_tells(
-    cache: PullThrough, upstreams: MemoryRegistries, store: Store
-) -> None:
+async def test_size_from_the_manifest_only(cache: PullThrough, upstreams: MemoryRegistries, store: Store) -> None:
     await store.keep(manifest(BUILT), APP)
     content, sending = await begin(cache, upstreams, None)
     assert content.size == SIZE
@@ -162,9 +164,7 @@ async def test_a_size_that_only_the_manifest_tells(
 
 
 @on_reactor
-async def test_a_size_that_nobody_tells_is_known_in_the_end(
-    cache: PullThrough, upstreams: MemoryRegistries, root: Path
-) -> None:
+async def test_unknown_size_is_known_at_the_end(cache: PullThrough, upstreams: MemoryRegistries, root: Path) -> None:
     asked = get(cache)
     await until(lambda: upstreams.calls)
     sending = upstreams[0].stream(None)
@@ -178,7 +178,7 @@ async def test_a_size_that_nobody_tells_is_known_in_the_end(
 
 
 @on_reactor
-async def test_an_upstream_that_has_another_size_than_its_manifest_is_not_read(
+async def test_size_mismatch_with_manifest_is_refused_before_reading(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -192,7 +192,7 @@ async def test_an_upstream_that_has_another_size_than_its_manifest_is_not_read(
 
 @pytest.mark.parametrize("told", [0, None])
 @on_reactor
-async def test_an_empty_blob(cache: PullThrough, upstreams: MemoryRegistries, root: Path, told: int | None) -> None:
+async def test_empty_blob(cache: PullThrough, upstreams: MemoryRegistries, root: Path, told: int | None) -> None:
     empty = Digest.of(b"")
     for _ in range(2):
         asked = Deferred.fromCoroutine(cache.blob(APP.repository, empty))
@@ -208,7 +208,7 @@ async def test_an_empty_blob(cache: PullThrough, upstreams: MemoryRegistries, ro
 
 
 @on_reactor
-async def test_an_empty_body_is_not_the_empty_blob(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+async def test_empty_body_for_nonempty_blob_is_an_error(cache: PullThrough, upstreams: MemoryRegistries) -> None:
     asked = get(cache)
     await until(lambda: upstreams.calls)
     upstreams[0].stream(0).end()
@@ -217,7 +217,7 @@ async def test_an_empty_body_is_not_the_empty_blob(cache: PullThrough, upstreams
 
 
 @on_reactor
-async def test_a_failure_that_nobody_follows_is_one_line(
+async def test_failure_without_readers_is_one_log_line(
     cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -229,7 +229,7 @@ async def test_a_failure_that_nobody_follows_is_one_line(
 
 
 @on_reactor
-async def test_a_failure_that_somebody_waits_for_is_his_to_tell(
+async def test_failure_with_readers_is_raised_and_not_logged(
     cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     asked = get(cache)
@@ -242,7 +242,7 @@ async def test_a_failure_that_somebody_waits_for_is_his_to_tell(
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_a_defect_is_told_and_hidden_from_clients(
+async def test_defect_is_logged_and_hidden_from_clients(
     cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     asked = get(cache)

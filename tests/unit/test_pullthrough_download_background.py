@@ -1,4 +1,4 @@
-"""Blobs that nobody waits for: over which connections they come, and how it is seen that they do."""
+"""Background downloads: which connections they use, and the downloads in flight."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BACKGROUND, PRELOAD = Priority.BACKGROUND, Priority.PRELOAD
 
 
 def fetch(cache: PullThrough, digest: Digest = ONE, *, priority: Priority = BACKGROUND) -> Deferred[None]:
-    """Fetches a blob in the background."""
+    """Fetch a blob without a client."""
     return Deferred.fromCoroutine(cache.fetch(APP.repository, digest, Context(priority=priority)))
 
 
 async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
-    """A blob that was asked for comes."""
+    """Answer the request with the blob."""
     call = upstreams.calls[number]
     data = next(blob.data for blob in BUILT.blobs if blob.digest in call.what)
     call.stream(len(data)).send(data).end()
@@ -39,7 +39,7 @@ async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
 
 @pytest.mark.parametrize("priority", [Priority.METADATA, BACKGROUND, PRELOAD])
 @on_reactor
-async def test_an_extra_one_takes_no_connection_for_blobs(
+async def test_priority_selects_reserved_or_blob_connections(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, priority: Priority
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -52,7 +52,7 @@ async def test_an_extra_one_takes_no_connection_for_blobs(
 
 
 @on_reactor
-async def test_without_a_word_it_is_an_extra_one(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+async def test_default_priority_uses_reserved_connections(cache: PullThrough, upstreams: MemoryRegistries) -> None:
     fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, ONE))
     await until(lambda: len(upstreams) == 1)
     assert upstreams[0].reserved
@@ -62,7 +62,7 @@ async def test_without_a_word_it_is_an_extra_one(cache: PullThrough, upstreams: 
 
 @pytest.mark.parametrize("priority", [Priority.METADATA, BACKGROUND, PRELOAD])
 @on_reactor
-async def test_what_is_small_takes_none_in_any_case(
+async def test_config_uses_reserved_connections(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, priority: Priority
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -76,7 +76,7 @@ async def test_what_is_small_takes_none_in_any_case(
 async def broken(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, priority: Priority
 ) -> bool:
-    """Whether a blob that broke off is taken up by the way of what is small."""
+    """Return whether a broken download is resumed over the reserved connections."""
     await store.keep(manifest(BUILT), APP)
     fetching = fetch(cache, priority=priority)
     await until(lambda: len(upstreams) == 1)
@@ -93,27 +93,29 @@ async def broken(
 
 
 @on_reactor
-async def test_one_that_is_not_extra_has_a_connection_for_blobs_also_after_it_broke_off(
+async def test_resumed_download_keeps_blob_connection(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     assert not await broken(cache, store, upstreams, clock, priority=PRELOAD)
 
 
 @on_reactor
-async def test_an_extra_one_takes_none_after_it_broke_off_either(
+async def test_resumed_background_download_keeps_reserved_connection(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     assert await broken(cache, store, upstreams, clock, priority=BACKGROUND)
 
 
 @on_reactor
-async def test_several_may_come_at_once(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_concurrent_fetches_are_in_flight(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries
+) -> None:
     await store.keep(manifest(BUILT), APP)
     assert cache.in_flight == frozenset()
     fetching = [fetch(cache, digest, priority=PRELOAD) for digest in LAYERS]
     await until(lambda: len(upstreams) == 3)
     assert cache.in_flight == LAYERS.keys()
-    # Who asks for one of them too, gets the same.
+    # A second fetch of one of them shares the download.
     fetching.append(fetch(cache, TWO))
     await settle(store)
     for number in range(3):
@@ -125,7 +127,7 @@ async def test_several_may_come_at_once(cache: PullThrough, store: Store, upstre
 
 
 @on_reactor
-async def test_one_that_fails_is_in_flight_no_more(
+async def test_failed_fetch_is_no_longer_in_flight(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -139,7 +141,9 @@ async def test_one_that_fails_is_in_flight_no_more(
 
 
 @on_reactor
-async def test_what_is_here_takes_nothing(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_present_blob_needs_no_connection(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries
+) -> None:
     await store.keep(manifest(BUILT), APP)
     fetching = fetch(cache, priority=PRELOAD)
     await until(lambda: len(upstreams) == 1)
@@ -152,7 +156,7 @@ async def test_what_is_here_takes_nothing(cache: PullThrough, store: Store, upst
 
 
 @on_reactor
-async def test_that_there_is_no_answer_yet_is_told_from_other_failures(
+async def test_deadline_exceeded_differs_from_other_failures(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     waiting = Deferred.fromCoroutine(cache.manifest(APP))
@@ -170,7 +174,7 @@ async def test_that_there_is_no_answer_yet_is_told_from_other_failures(
     assert len(upstreams) == 1
 
 
-def test_in_time_is_a_moment_before_a_client_gives_up(clock: Clock) -> None:
+def test_answer_just_before_the_deadline(clock: Clock) -> None:
     waiting: Deferred[str] = Deferred()
     answered = Deferred.fromCoroutine(within_deadline(waiting, clock, APP))
     clock.advance(ANSWER_DEADLINE - 0.1)

@@ -1,4 +1,4 @@
-"""A blob for which the disk has no room: it ends as an upstream that is down does, and holds nothing up."""
+"""Downloads on a full disk fail as if the upstream were unavailable and hold no resources."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.unit.test_pullthrough_download import (
 
 
 class Full(Files):
-    """A disk that takes the first thousand bytes of a file."""
+    """A disk that accepts the first thousand bytes of a file."""
 
     def write(self, file: SharedFile, data: bytes, offset: int) -> None:
         if offset + len(data) > 1000:
@@ -46,7 +46,7 @@ class Full(Files):
 
 
 @on_reactor
-async def test_a_full_disk_ends_it(
+async def test_full_disk_ends_the_download(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content, sending = await begin(PullThrough(open_store(files=Full()), upstreams, clock), upstreams)
@@ -59,7 +59,7 @@ async def test_a_full_disk_ends_it(
 
 
 class NoRoom(Files):
-    """A disk on which no file can be made in pulls/."""
+    """A disk on which no file can be created in pulls/."""
 
     def create(self, path: Path) -> SharedFile:
         if path.parent.parent.name == "pulls":
@@ -68,7 +68,7 @@ class NoRoom(Files):
 
 
 @on_reactor
-async def test_a_blob_that_has_no_room_frees_its_connection(
+async def test_full_disk_releases_the_connection(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     asked = get(PullThrough(open_store(files=NoRoom()), upstreams, clock))
@@ -80,7 +80,7 @@ async def test_a_blob_that_has_no_room_frees_its_connection(
 
 
 @on_reactor
-async def test_a_size_that_a_manifest_tells_and_that_does_not_fit_is_refused_before_anybody_is_asked(
+async def test_size_in_manifest_exceeding_free_space_is_refused_without_request(
     store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -93,7 +93,7 @@ async def test_a_size_that_a_manifest_tells_and_that_does_not_fit_is_refused_bef
 
 @pytest.mark.parametrize("size", [SIZE, None])
 @on_reactor
-async def test_what_is_left_of_a_blob_that_does_not_fit_is_kept(
+async def test_partial_of_a_refused_blob_is_kept(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path, size: int | None
 ) -> None:
     store = open_store()
@@ -108,7 +108,7 @@ async def test_what_is_left_of_a_blob_that_does_not_fit_is_kept(
 
 
 @on_reactor
-async def test_a_size_that_only_the_upstream_tells_and_that_does_not_fit_is_refused_before_the_headers(
+async def test_content_length_exceeding_free_space_is_refused(
     store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     asked = get(PullThrough(store, upstreams, clock))
@@ -121,10 +121,10 @@ async def test_a_size_that_only_the_upstream_tells_and_that_does_not_fit_is_refu
 
 
 @on_reactor
-async def test_what_one_download_still_needs_refuses_no_other(
+async def test_unreceived_bytes_are_not_reserved(
     open_store: Callable[..., Store], upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    """Else a manifest that tells a large size, of an upstream that hardly sends, would keep the room from all."""
+    """Otherwise a large declared size from a slow upstream would block all other downloads."""
     half = shutil.disk_usage(root.parent).free * 2 // 3
     cache = PullThrough(open_store(reserve=Reserve(0.0)), upstreams, clock)
     content, sending = await begin(cache, upstreams, half)
@@ -140,10 +140,10 @@ async def test_what_one_download_still_needs_refuses_no_other(
 
 
 @on_reactor
-async def test_a_manifest_that_has_no_room_is_not_kept_and_what_is_known_may_be_noted_anew(
+async def test_manifest_exceeding_reserve_is_not_stored_but_known_one_gets_new_names(
     store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    """Manifests have up to 8 MiB, and a client may ask for any number of them: they leave the reserve, too."""
+    """Manifests are up to 8 MiB and clients may request any number, so they respect the reserve too."""
     cache = PullThrough(store, upstreams, clock)
     await store.keep(manifest(BUILT), APP)
     store.reconfigure(Reserve(1.0))
@@ -155,6 +155,6 @@ async def test_a_manifest_that_has_no_room_is_not_kept_and_what_is_known_may_be_
     with pytest.raises(Unavailable, match=r"cannot be stored: the disk of .* are kept in reserve"):
         await asked
     assert not record(root, manifest(new).digest).exists()
-    # What the store holds already goes on, under other names too.
+    # Manifests that the store already holds are accepted, also under new names.
     assert await store.keep(manifest(BUILT), image("reg.example/team/app:3"))
     assert b"team/app:3" in record(root, manifest(BUILT).digest).read_bytes()

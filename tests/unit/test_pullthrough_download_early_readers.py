@@ -1,4 +1,4 @@
-"""Headers in time: a blob whose size a manifest tells is promised after ten seconds, whatever its upstream says."""
+"""Early responses: a blob of known size is opened after ten seconds, even while the upstream does not answer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ ELSEWHERE = "else.example/team/app"
 
 
 def descriptors() -> int:
-    """How many files this process has open."""
+    """Return the number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
 async def asking(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> Deferred[FoundBlob]:
-    """A client asks for the blob, of which a manifest has told, and so do we."""
+    """Request the blob, whose size is known from a manifest, and wait for the upstream request."""
     if store.size_in(APP.repository, DIGEST) is None:
         await store.keep(manifest(BUILT), APP)
     before = len(upstreams)
@@ -52,7 +52,7 @@ async def asking(cache: PullThrough, store: Store, upstreams: MemoryRegistries) 
 
 
 async def promised(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> Content:
-    """The blob as a client gets it that was promised it."""
+    """Return the content opened before the upstream answered."""
     asked = await asking(cache, store, upstreams)
     clock.advance(9.875)
     await turn()
@@ -65,7 +65,7 @@ async def promised(cache: PullThrough, store: Store, upstreams: MemoryRegistries
 
 
 @on_reactor
-async def test_a_blob_is_promised_after_ten_seconds_and_flows_when_it_comes(
+async def test_blob_is_opened_after_ten_seconds_and_streamed_later(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -83,7 +83,7 @@ async def test_a_blob_is_promised_after_ten_seconds_and_flows_when_it_comes(
 
 
 @on_reactor
-async def test_a_blob_of_unknown_size_waits_as_ever(
+async def test_blob_of_unknown_size_waits_for_the_deadline(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     asked = get(cache)
@@ -97,7 +97,7 @@ async def test_a_blob_of_unknown_size_waits_as_ever(
 
 
 @on_reactor
-async def test_everybody_has_ten_seconds(
+async def test_each_client_waits_ten_seconds(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     first = await asking(cache, store, upstreams)
@@ -116,7 +116,7 @@ async def test_everybody_has_ten_seconds(
 
 
 @on_reactor
-async def test_what_the_upstream_does_not_have_ends_it_and_is_remembered_for_a_minute(
+async def test_404_ends_early_reader_and_is_cached_for_a_minute(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -125,7 +125,7 @@ async def test_what_the_upstream_does_not_have_ends_it_and_is_remembered_for_a_m
     with pytest.raises(BlobUnknown, match="it answered 404"):
         await waiting
     content.close()
-    # Whoever sends to the client tells of it.
+    # The code that sends to the client logs it.
     assert texts(events, LogLevel.error) == []
     clock.advance(59.875)
     with pytest.raises(BlobUnknown, match="it answered 404"):
@@ -148,7 +148,7 @@ async def test_what_the_upstream_does_not_have_ends_it_and_is_remembered_for_a_m
 
 @pytest.mark.parametrize("error", [GONE, Unavailable("down")])
 @on_reactor
-async def test_what_was_not_promised_is_not_remembered(
+async def test_404_without_early_reader_is_not_cached(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, error: RegistryError
 ) -> None:
     for count in (1, 2):
@@ -160,7 +160,7 @@ async def test_what_was_not_promised_is_not_remembered(
 
 
 @on_reactor
-async def test_an_upstream_that_cannot_be_reached_is_tried_again_for_who_was_promised_it(
+async def test_unreachable_upstream_is_retried_for_early_readers(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -179,7 +179,7 @@ async def test_an_upstream_that_cannot_be_reached_is_tried_again_for_who_was_pro
 
 
 @on_reactor
-async def test_it_is_given_up_when_he_has_gone(
+async def test_retries_end_when_the_early_reader_leaves(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -189,7 +189,7 @@ async def test_it_is_given_up_when_he_has_gone(
     await landed(cache)
     assert texts(events, LogLevel.error) == ["reg.example: down"]
     assert len(upstreams) == 1
-    # That says nothing of the blob.
+    # The failure is not cached for the blob.
     asked = await asking(cache, store, upstreams)
     upstreams[1].refuse(Unavailable("still"))
     with pytest.raises(Unavailable, match="still"):
@@ -197,7 +197,7 @@ async def test_it_is_given_up_when_he_has_gone(
 
 
 @on_reactor
-async def test_a_404_of_a_later_try_ends_it_too(
+async def test_404_on_retry_ends_early_reader(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -212,7 +212,7 @@ async def test_a_404_of_a_later_try_ends_it_too(
 
 @pytest.mark.parametrize("tries", [1, 2])
 @on_reactor
-async def test_another_size_than_was_promised_ends_it(
+async def test_size_mismatch_ends_early_reader(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, tries: int
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -227,7 +227,7 @@ async def test_another_size_than_was_promised_ends_it(
 
 
 @on_reactor
-async def test_wrong_bytes_are_never_whole(
+async def test_wrong_bytes_are_never_complete(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content = await promised(cache, store, upstreams, clock)
@@ -237,7 +237,7 @@ async def test_wrong_bytes_are_never_whole(
 
 
 @on_reactor
-async def test_what_has_all_come_before_it_is_read_is_all_there(
+async def test_blob_finished_before_first_read(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     before = descriptors()
@@ -252,7 +252,7 @@ async def test_what_has_all_come_before_it_is_read_is_all_there(
 
 @pytest.mark.parametrize("late", [False, True])
 @on_reactor
-async def test_who_leaves_holds_no_file(
+async def test_disconnected_early_reader_holds_no_file(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, late: bool
 ) -> None:
     before = descriptors()
@@ -270,7 +270,7 @@ async def test_who_leaves_holds_no_file(
 
 
 @on_reactor
-async def test_what_an_earlier_process_left_is_part_of_it(
+async def test_early_reader_resumes_partial_of_earlier_process(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     await leave(store, DATA[:5000])
@@ -290,7 +290,9 @@ async def test_what_an_earlier_process_left_is_part_of_it(
 
 
 @on_reactor
-async def test_a_stop_ends_it(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> None:
+async def test_stop_ends_early_reader(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
     content = await promised(cache, store, upstreams, clock)
     waiting = content.more_than(0)
     await stop(cache, clock)

@@ -1,4 +1,4 @@
-"""Order on a thin link: what clients wait for flows, and the rest stands still for it, but never for nothing."""
+"""Download priority: background downloads pause while a client waits for data, and only while data flows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ assert len(SECOND.data) == SIZE
 
 
 def asked_for(blob: Blob, start: int = 0) -> str:
-    """The request for it."""
+    """Return the expected request for it."""
     return f"blob {REPOSITORY} {blob.digest}" + (f" from {start}" if start else "")
 
 
 class CircuitBreaker:
-    """The cache, the link that it has, and the store."""
+    """A cache whose upstream's answers the test sends."""
 
     def __init__(self, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> None:
         self.cache = cache
@@ -41,21 +41,21 @@ class CircuitBreaker:
         self.root = root
 
     async def answer(self, count: int, size: int = SIZE, start: int = 0) -> Sending:
-        """Answers the last of so many requests."""
+        """Answer request number `count`."""
         await again(self.upstreams, self.clock, count)
         return self.upstreams[-1].stream(size, start)
 
     def ask(self, blob: Blob) -> Deferred[Content]:
-        """A client asks for the blob."""
+        """Request the blob as a client."""
         asked = Deferred.fromCoroutine(self.cache.blob(REPOSITORY, Digest(blob.digest)))
         return asked.addCallback(lambda found: found.content)
 
     def fetch(self, blob: Blob) -> Deferred[None]:
-        """Nobody waits for the blob."""
+        """Fetch the blob in the background."""
         return Deferred.fromCoroutine(self.cache.fetch(REPOSITORY, Digest(blob.digest)))
 
     async def client(self, blob: Blob) -> tuple[Content, Sending]:
-        """A client gets the first bytes of the blob, in a new request."""
+        """Request the blob as a client and send its first bytes."""
         asked = self.ask(blob)
         sending = await self.answer(len(self.upstreams) + 1)
         content = await asked
@@ -64,7 +64,7 @@ class CircuitBreaker:
         return content, sending
 
     async def background(self, blob: Blob) -> tuple[Deferred[None], Sending]:
-        """The first bytes of the blob have come, though nobody waits for them."""
+        """Fetch the blob in the background and send its first bytes."""
         fetched = self.fetch(blob)
         sending = await self.answer(len(self.upstreams) + 1)
         sending.send(blob.data[:1000])
@@ -72,7 +72,7 @@ class CircuitBreaker:
         return fetched, sending
 
     async def standing(self) -> tuple[Deferred[None], Sending, Content, Sending]:
-        """The first blob, of which 2000 bytes have come, stands still, as a client waits for the second."""
+        """Return a background download paused after 2000 bytes, and the client's download that paused it."""
         fetched, one = await self.background(FIRST)
         content, two = await self.client(SECOND)
         one.send(FIRST.data[1000:2000])
@@ -81,7 +81,7 @@ class CircuitBreaker:
         return fetched, one, content, two
 
     async def waits(self) -> None:
-        """Something waits for its turn."""
+        """Wait until a download waits for its turn."""
 
         def waiting() -> bool:
             self.clock.advance(0.1)
@@ -90,11 +90,11 @@ class CircuitBreaker:
         await until(waiting)
 
     def received(self, blob: Blob) -> int:
-        """How many bytes of it have come."""
+        """Return the size of the blob's partial."""
         return sum(path.stat().st_size for path in (self.root / "pulls").rglob(Digest(blob.digest).hex))
 
     async def finish(self, blob: Blob, sending: Sending, start: int) -> None:
-        """The rest of the blob comes."""
+        """Send the rest of the blob."""
         await until(lambda: not sending.connection.paused)
         sending.send(blob.data[start:]).end()
         await until((self.root / "blobs" / Digest(blob.digest).hex).exists)
@@ -102,12 +102,12 @@ class CircuitBreaker:
 
 @pytest.fixture
 def link(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> CircuitBreaker:
-    """Nothing flows."""
+    """Return a harness without downloads."""
     return CircuitBreaker(cache, upstreams, clock, root)
 
 
 @on_reactor
-async def test_what_nobody_waits_for_stands_still_and_goes_on_afterwards(link: CircuitBreaker) -> None:
+async def test_background_download_pauses_for_a_client_and_continues_afterwards(link: CircuitBreaker) -> None:
     fetched, one, content, two = await link.standing()
     assert not two.connection.paused
     two.send(SECOND.data[1000:2000])
@@ -123,13 +123,13 @@ async def test_what_nobody_waits_for_stands_still_and_goes_on_afterwards(link: C
 
 
 @on_reactor
-async def test_it_goes_on_while_the_other_has_no_connection(link: CircuitBreaker) -> None:
+async def test_background_download_continues_while_the_other_has_no_connection(link: CircuitBreaker) -> None:
     fetched, one, content, two = await link.standing()
     two.end(ConnectionLost())
     await until(lambda: not one.connection.paused)
     one.send(FIRST.data[2000:3000])
     await until(lambda: link.received(FIRST) == 3000)
-    # And stands again when the other has one.
+    # It pauses again once the other has one.
     two = await link.answer(3, SIZE, 1000)
     assert link.upstreams.asked[2] == asked_for(SECOND, 1000)
     one.send(FIRST.data[3000:4000])
@@ -142,18 +142,18 @@ async def test_it_goes_on_while_the_other_has_no_connection(link: CircuitBreaker
 
 
 @on_reactor
-async def test_somebody_who_wants_it_makes_it_flow_at_once(link: CircuitBreaker) -> None:
+async def test_background_download_continues_when_a_client_requests_it(link: CircuitBreaker) -> None:
     fetched, one, content, two = await link.standing()
     followed = await link.ask(FIRST)
     await until(lambda: not one.connection.paused)
-    # Now both flow.
+    # Both are active now.
     for start in range(2000, 5000, 1000):
         one.send(FIRST.data[start : start + 1000])
         two.send(SECOND.data[start - 1000 : start])
-        await until(lambda start=start: link.received(FIRST) == start + 1000)  # type: ignore[misc]  # of this turn
+        await until(lambda start=start: link.received(FIRST) == start + 1000)  # type: ignore[misc]  # the value of this iteration
         assert not one.connection.paused
         assert not two.connection.paused
-    # And when he has gone it stands still again, while the other does not.
+    # When that client leaves, this one pauses again and the other does not.
     followed.close()
     one.send(FIRST.data[5000:6000])
     await until(lambda: one.connection.paused)
@@ -165,7 +165,7 @@ async def test_somebody_who_wants_it_makes_it_flow_at_once(link: CircuitBreaker)
 
 
 @on_reactor
-async def test_it_goes_on_when_the_others_client_has_gone(link: CircuitBreaker) -> None:
+async def test_background_download_continues_when_the_other_client_leaves(link: CircuitBreaker) -> None:
     fetched, one, content, two = await link.standing()
     second = await link.ask(SECOND)
     content.close()
@@ -173,7 +173,7 @@ async def test_it_goes_on_when_the_others_client_has_gone(link: CircuitBreaker) 
     assert one.connection.paused
     second.close()
     await until(lambda: not one.connection.paused)
-    # Nobody waits for either now.
+    # Now neither has a client.
     await link.finish(FIRST, one, 2000)
     await link.finish(SECOND, two, 1000)
     await fetched
@@ -181,7 +181,7 @@ async def test_it_goes_on_when_the_others_client_has_gone(link: CircuitBreaker) 
 
 
 @on_reactor
-async def test_two_that_were_waited_for_do_not_wait_for_each_other(link: CircuitBreaker) -> None:
+async def test_two_downloads_without_clients_do_not_wait_for_each_other(link: CircuitBreaker) -> None:
     content, one = await link.client(FIRST)
     other, two = await link.client(SECOND)
     content.close()
@@ -195,8 +195,7 @@ async def test_two_that_were_waited_for_do_not_wait_for_each_other(link: Circuit
 
 @pytest.mark.parametrize("why", [ConnectionLost(), None], ids=["broke", "ended"])
 @on_reactor
-async def test_both_end(link: CircuitBreaker, why: Exception | None) -> None:
-    """The connection that stood still, and the one that it stood still for."""
+async def test_paused_connection_ends(link: CircuitBreaker, why: Exception | None) -> None:
     fetched, one, content, two = await link.standing()
     one.end(why)
     two.send(SECOND.data[1000:]).end()
@@ -209,7 +208,7 @@ async def test_both_end(link: CircuitBreaker, why: Exception | None) -> None:
 
 
 @on_reactor
-async def test_no_connection_is_opened_for_what_nobody_waits_for(link: CircuitBreaker) -> None:
+async def test_background_download_opens_no_connection_meanwhile(link: CircuitBreaker) -> None:
     content, two = await link.client(SECOND)
     fetched = link.fetch(FIRST)
     await link.waits()
@@ -224,7 +223,7 @@ async def test_no_connection_is_opened_for_what_nobody_waits_for(link: CircuitBr
 
 
 @on_reactor
-async def test_unless_somebody_wants_it_then(link: CircuitBreaker) -> None:
+async def test_client_request_opens_the_connection_immediately(link: CircuitBreaker) -> None:
     content, two = await link.client(SECOND)
     fetched = link.fetch(FIRST)
     await link.waits()
@@ -240,7 +239,7 @@ async def test_unless_somebody_wants_it_then(link: CircuitBreaker) -> None:
 
 
 @on_reactor
-async def test_nor_one_that_takes_up_what_broke_off(link: CircuitBreaker) -> None:
+async def test_broken_background_download_is_not_resumed_meanwhile(link: CircuitBreaker) -> None:
     fetched, one = await link.background(FIRST)
     content, two = await link.client(SECOND)
     one.end(ConnectionLost())
@@ -255,8 +254,8 @@ async def test_nor_one_that_takes_up_what_broke_off(link: CircuitBreaker) -> Non
 
 
 @on_reactor
-async def test_however_long_it_stands_it_goes_on_with_a_new_connection(link: CircuitBreaker) -> None:
-    """Servers close connections on which nothing is read."""
+async def test_long_paused_download_resumes_on_a_new_connection(link: CircuitBreaker) -> None:
+    """Servers close connections from which nothing is read."""
     fetched, one, content, two = await link.standing()
     link.clock.advance(301)
     one.end(ConnectionLost())
@@ -270,7 +269,7 @@ async def test_however_long_it_stands_it_goes_on_with_a_new_connection(link: Cir
 
 @pytest.mark.parametrize("watched", [True, False])
 @on_reactor
-async def test_a_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, watched: bool) -> None:
+async def test_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, watched: bool) -> None:
     asked, sending = await (link.client(FIRST) if watched else link.background(FIRST))
     background = Priority.BACKGROUND
     assert link.upstreams[0].context.priority is (Priority.CLIENT if watched else background)
@@ -295,7 +294,7 @@ async def test_a_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, wat
         (lambda scheduler: (scheduler.flows(1, Priority.CLIENT), scheduler.flows(1, None)), False),
     ],
 )
-def test_background_downloads_pause_while_a_clients_download_flows(
+def test_background_downloads_pause_while_a_client_download_flows(
     change: Callable[[PriorityScheduler], object], pauses: bool
 ) -> None:
     scheduler = PriorityScheduler()

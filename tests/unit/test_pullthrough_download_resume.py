@@ -1,4 +1,4 @@
-"""A blob whose connection breaks: what is here already does not cross the link again."""
+"""Interrupted downloads resume at the byte where they broke."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ASKED = f"blob {APP.repository} {DIGEST}"
 
 
 async def again(upstreams: MemoryRegistries, clock: Clock, count: int) -> None:
-    """So many requests have gone out by now, without any time passing."""
+    """Wait until `count` requests have been sent, without advancing the clock."""
 
     def gone_out() -> bool:
         clock.advance(0)
@@ -45,7 +45,7 @@ async def again(upstreams: MemoryRegistries, clock: Clock, count: int) -> None:
 
 @pytest.mark.parametrize("why", [ConnectionLost(), None])
 @on_reactor
-async def test_a_broken_answer_is_taken_up_where_it_broke(
+async def test_broken_download_is_resumed_with_range(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, why: Exception | None
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -62,7 +62,7 @@ async def test_a_broken_answer_is_taken_up_where_it_broke(
 
 
 @on_reactor
-async def test_an_upstream_that_knows_no_ranges_is_skipped_forward(
+async def test_upstream_without_ranges_is_read_from_the_start(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -83,7 +83,7 @@ async def test_an_upstream_that_knows_no_ranges_is_skipped_forward(
 
 
 @on_reactor
-async def test_tries_are_at_most_five_seconds_apart_while_somebody_waits(
+async def test_watched_retries_are_at_most_five_seconds_apart(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -101,7 +101,7 @@ async def test_tries_are_at_most_five_seconds_apart_while_somebody_waits(
 
 
 @on_reactor
-async def test_when_nobody_waits_it_ends_after_five_minutes_and_what_came_is_kept(
+async def test_unwatched_download_ends_after_five_minutes_and_keeps_partial(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent], root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -127,9 +127,7 @@ async def test_when_nobody_waits_it_ends_after_five_minutes_and_what_came_is_kep
 
 
 @on_reactor
-async def test_a_blob_that_is_gone_by_then_is_unknown(
-    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
-) -> None:
+async def test_404_on_resume_is_unknown_blob(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
     content, sending = await begin(cache, upstreams)
     sending.end(ConnectionLost())
     waiting = content.more_than(0)
@@ -141,7 +139,7 @@ async def test_a_blob_that_is_gone_by_then_is_unknown(
 
 
 @on_reactor
-async def test_a_mismatch_of_pieces_gets_one_new_fetch_into_a_new_file(
+async def test_digest_mismatch_after_resume_restarts_once(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -150,7 +148,7 @@ async def test_a_mismatch_of_pieces_gets_one_new_fetch_into_a_new_file(
     sending.end(ConnectionLost())
     await again(upstreams, clock, 2)
     upstreams[1].stream(SIZE, 1000).send(DATA[1000:]).end()
-    # Its reader had wrong bytes; it never gets the last one.
+    # Its reader received wrong bytes, but never gets the last one.
     assert "digest" in (await failure(content, SIZE - 1)).message
     assert await content.read(0, 1) == b"\0"
     content.close()
@@ -163,7 +161,7 @@ async def test_a_mismatch_of_pieces_gets_one_new_fetch_into_a_new_file(
 
 
 @on_reactor
-async def test_an_answer_that_goes_on_with_another_size_is_another_blob(
+async def test_size_change_on_resume_restarts(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -182,7 +180,7 @@ async def test_an_answer_that_goes_on_with_another_size_is_another_blob(
 
 
 async def leave(store: Store, data: bytes, size: int | None = SIZE) -> None:
-    """What a process leaves that is killed after it has received `data`."""
+    """Leave the partial of a process that was killed after it received `data`."""
     partial = await store.new_partial(DIGEST, size, APP.repository)
     await partial.append(data)
     await partial.sync()
@@ -190,7 +188,7 @@ async def leave(store: Store, data: bytes, size: int | None = SIZE) -> None:
 
 
 @on_reactor
-async def test_what_an_earlier_process_left_is_continued(
+async def test_partial_of_earlier_process_is_resumed(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock
 ) -> None:
     await leave(store, DATA[:5000])
@@ -209,10 +207,10 @@ async def test_what_an_earlier_process_left_is_continued(
 
 @pytest.mark.parametrize("told", [False, True])
 @on_reactor
-async def test_what_an_earlier_process_had_whole_needs_no_upstream(
+async def test_complete_partial_needs_no_upstream(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path, told: bool
 ) -> None:
-    """Killed before the commit. Its size is in the note, and perhaps in a manifest too."""
+    """The process was killed before the commit. The size is in the note, and perhaps in a manifest too."""
     if told:
         await store.keep(manifest(BUILT), APP)
     await leave(store, DATA)
@@ -227,7 +225,7 @@ async def test_what_an_earlier_process_had_whole_needs_no_upstream(
 
 
 @on_reactor
-async def test_what_was_left_of_another_size_is_thrown_away(
+async def test_partial_of_another_size_is_discarded(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock
 ) -> None:
     await store.keep(manifest(BUILT), APP)

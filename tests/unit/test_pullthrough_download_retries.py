@@ -1,4 +1,4 @@
-"""When a broken download tries again."""
+"""Retry schedule of interrupted downloads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ociregistry.pullthrough.transfer import Retries
 
 
 def waits(retries: Retries, count: int, priority: Priority, failing_after: float = 0.0) -> list[float]:
-    """How long it waits before each of `count` tries, each of which takes so long to fail."""
+    """Return the delays in seconds before `count` attempts that each take `failing_after` seconds to fail."""
     now, found = 0.0, []
     for _ in range(count):
         found.append(retries.wait(now, priority))
@@ -17,42 +17,41 @@ def waits(retries: Retries, count: int, priority: Priority, failing_after: float
     return found
 
 
-def test_the_first_try_comes_at_once_and_the_others_at_most_5_s_apart() -> None:
-    """While somebody waits; the longest waits, without jitter to shorten them."""
+def test_first_retry_is_immediate_then_at_most_5_s_apart() -> None:
+    """While a client waits; with the longest delays, not shortened by jitter."""
     assert waits(Retries(0.0, lambda: 1.0), 7, Priority.CLIENT) == [0, 0.5, 1, 2, 4, 5, 5]
 
 
-def test_at_most_30_s_apart_when_nobody_waits() -> None:
-    """The link is left in peace."""
+def test_unwatched_retries_are_at_most_30_s_apart() -> None:
     assert waits(Retries(0.0, lambda: 1.0), 10, Priority.BACKGROUND)[-3:] == [30, 30, 30]
 
 
-def test_jitter_takes_away_up_to_half() -> None:
-    """So that many downloads do not try in step."""
+def test_jitter_shortens_delays_by_up_to_half() -> None:
+    """It keeps many downloads from retrying at the same time."""
     numbers = itertools.cycle([0.0, 0.5, 1.0])
     assert waits(Retries(0.0, lambda: next(numbers)), 7, Priority.CLIENT)[-3:] == [3.0, 5.0, 2.5]
 
 
-def test_a_try_that_took_long_is_followed_at_once() -> None:
-    """The distance is from try to try: a dial that hangs for 10 s has waited enough."""
+def test_no_delay_after_a_slow_attempt() -> None:
+    """The interval is from attempt to attempt: a connection attempt of 10 s has waited long enough."""
     assert waits(Retries(0.0, lambda: 1.0), 7, Priority.CLIENT, failing_after=10.0) == [0] * 7
 
 
-def test_after_hours_of_failures_tries_go_on() -> None:
-    """Two to the power of their number is more than a float can hold after 85 minutes."""
+def test_retries_continue_after_hours_of_failures() -> None:
+    """After 85 minutes, two to the power of the number of failures exceeds a float."""
     assert waits(Retries(0.0, lambda: 1.0), 1100, Priority.CLIENT)[-1] == 5
 
 
-def test_progress_begins_anew() -> None:
-    """After bytes came the next break is taken up at once."""
+def test_progress_resets_the_schedule() -> None:
+    """After bytes arrived, the next interruption is retried immediately."""
     retries = Retries(0.0, lambda: 1.0)
     waits(retries, 6, Priority.CLIENT)
     retries.progress(100.0)
     assert retries.wait(100.0, Priority.CLIENT) == 0
 
 
-def test_it_never_gives_up_while_somebody_waits() -> None:
-    """And after five minutes without a byte when nobody does."""
+def test_watched_download_is_never_given_up() -> None:
+    """An unwatched one is given up after five minutes without a byte."""
     retries = Retries(0.0, lambda: 1.0)
     assert not retries.exhausted(1e9, Priority.CLIENT)
     assert not retries.exhausted(299.0, Priority.BACKGROUND)

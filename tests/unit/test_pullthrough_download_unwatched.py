@@ -1,4 +1,4 @@
-"""A blob whose size no manifest tells: it may never end, so it ends when nobody waits for it, or is too much."""
+"""Unwatched downloads of unknown size end, because the body may be endless."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENDS = f"{WHERE}: download abandoned, no client is waiting and no manifest gives
 
 
 @on_reactor
-async def test_it_ends_when_nobody_waits_and_is_kept_to_be_resumed(
+async def test_unwatched_download_ends_and_partial_is_kept(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, events: list[LogEvent]
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -66,9 +66,7 @@ async def test_it_ends_when_nobody_waits_and_is_kept_to_be_resumed(
 
 
 @on_reactor
-async def test_who_comes_back_soon_keeps_it_going(
-    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
-) -> None:
+async def test_returning_client_keeps_it_alive(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
     content, sending = await begin(cache, upstreams)
     sending.send(DATA[:1000])
     content.close()
@@ -82,7 +80,7 @@ async def test_who_comes_back_soon_keeps_it_going(
 
 
 @on_reactor
-async def test_it_goes_on_while_something_else_than_a_client_waits_for_it(
+async def test_background_fetch_keeps_it_alive(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
@@ -96,7 +94,7 @@ async def test_it_goes_on_while_something_else_than_a_client_waits_for_it(
 
 
 @on_reactor
-async def test_where_a_manifest_tells_the_size_it_goes_on_alone(
+async def test_known_size_keeps_it_alive(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, root: Path
 ) -> None:
     await store.keep(manifest(BUILT), APP)
@@ -112,7 +110,7 @@ async def test_where_a_manifest_tells_the_size_it_goes_on_alone(
 
 
 @on_reactor
-async def test_one_that_broke_off_is_not_taken_up_again(
+async def test_broken_unwatched_download_is_not_resumed(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -127,7 +125,7 @@ async def test_one_that_broke_off_is_not_taken_up_again(
 
 
 @on_reactor
-async def test_one_that_others_hold_up_ends_too(
+async def test_paused_unwatched_download_ends(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     content, sending = await begin(cache, upstreams)
@@ -148,10 +146,10 @@ async def test_one_that_others_hold_up_ends_too(
 
 
 @on_reactor
-async def test_who_comes_at_the_moment_when_it_ends_gets_it_from_a_new_connection(
+async def test_client_joining_while_it_ends_gets_a_new_connection(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it has is being synced then; the client must not be promised what does not come."""
+    """The partial is being synced then; the client must not wait for bytes that never arrive."""
     content, sending = await begin(cache, upstreams)
     content.close()
     synced: Deferred[None] = Deferred()
@@ -179,7 +177,7 @@ async def test_who_comes_at_the_moment_when_it_ends_gets_it_from_a_new_connectio
 
 
 @on_reactor
-async def test_one_whose_size_nobody_tells_has_an_end(
+async def test_size_of_unsized_download_is_limited(
     cache: PullThrough, upstreams: MemoryRegistries, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ociregistry.pullthrough.transfer, "_LARGEST_UNKNOWN", 50_000)
