@@ -1,4 +1,4 @@
-"""Whole images: what nobody asked for is fetched too, in its order, across failures and restarts."""
+"""Completion of images: missing blobs are fetched, in order and across failures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
 
 
 @on_reactor
-async def test_all_that_is_missing_is_fetched_the_small_first(
+async def test_missing_blobs_are_fetched_smallest_first(
     completion: Completion, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
 ) -> None:
     assert completion.incomplete == Incomplete(0, 0)
@@ -44,7 +44,7 @@ async def test_all_that_is_missing_is_fetched_the_small_first(
     await until(lambda: fetching.asked)
     for blob in (CONFIG, SMALL, LARGE):
         assert completion.incomplete == Incomplete(1, total)
-        # One after the other.
+        # One at a time.
         await turn()
         assert fetching.digests[-1] == blob
         await fetching.bring(blob)
@@ -61,7 +61,7 @@ async def test_all_that_is_missing_is_fetched_the_small_first(
 
 
 @on_reactor
-async def test_what_is_here_is_left_alone(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_present_blobs_are_not_fetched(completion: Completion, store: Store, fetching: Fetching) -> None:
     fetching.put(CONFIG)
     fetching.put(LARGE)
     await pulled(completion, store)
@@ -73,7 +73,7 @@ async def test_what_is_here_is_left_alone(completion: Completion, store: Store, 
 
 
 @on_reactor
-async def test_a_half_copied_blob_is_missing(
+async def test_partly_copied_blob_is_fetched(
     completion: Completion, store: Store, fetching: Fetching, root: Path
 ) -> None:
     for blob in (CONFIG, SMALL, LARGE):
@@ -85,7 +85,7 @@ async def test_a_half_copied_blob_is_missing(
 
 @pytest.mark.parametrize("why", ["index", "complete", "no record"])
 @on_reactor
-async def test_of_some_images_nothing_is_missing(
+async def test_complete_images_cause_no_fetch(
     completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, why: str
 ) -> None:
     if why == "index":
@@ -103,9 +103,7 @@ async def test_of_some_images_nothing_is_missing(
 
 
 @on_reactor
-async def test_what_clients_fetch_from_elsewhere_does_not_count(
-    completion: Completion, store: Store, fetching: Fetching
-) -> None:
+async def test_foreign_layers_are_not_fetched(completion: Completion, store: Store, fetching: Fetching) -> None:
     document = json.loads(IMAGE.data)
     document["layers"][0]["urls"] = ["https://foreign.example/layer"]
     await pulled(completion, store, Manifest.parse(json.dumps(document).encode(), IMAGE.media_type))
@@ -116,7 +114,7 @@ async def test_what_clients_fetch_from_elsewhere_does_not_count(
 
 
 @on_reactor
-async def test_an_image_that_is_pulled_again_is_pending_for_once(
+async def test_repeated_pull_adds_the_image_once(
     completion: Completion, store: Store, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[Digest] = []
@@ -130,7 +128,7 @@ async def test_an_image_that_is_pulled_again_is_pending_for_once(
     for _ in range(3):
         await pulled(completion, store)
     await until(lambda: fetching.asked)
-    # Once for the wish, once for the work.
+    # Once when it is added, once when it is worked on.
     assert looked == [IMAGE.digest] * 2
     for blob in (CONFIG, SMALL, LARGE):
         await fetching.bring(blob)
@@ -142,7 +140,7 @@ async def test_an_image_that_is_pulled_again_is_pending_for_once(
 
 
 @on_reactor
-async def test_when_too_many_images_are_complete_the_oldest_is_checked_again(
+async def test_oldest_of_too_many_complete_images_is_checked_again(
     store: Store, fetching: Fetching, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ociregistry.pullthrough.completion._MOST_COMPLETE", 2)
@@ -166,7 +164,7 @@ async def test_when_too_many_images_are_complete_the_oldest_is_checked_again(
 
 
 @on_reactor
-async def test_what_is_removed_later_is_missing_again(
+async def test_removed_blob_is_fetched_at_next_pull(
     completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     for blob in (CONFIG, SMALL, LARGE):
@@ -180,7 +178,7 @@ async def test_what_is_removed_later_is_missing_again(
 
 @pytest.mark.parametrize("error", [BlobUnknown("reg.example: it answered 404"), Denied("not allowed")])
 @on_reactor
-async def test_what_is_not_to_be_had_is_given_up_with_a_line(
+async def test_unknown_blob_is_given_up_with_a_log_line(
     completion: Completion,
     store: Store,
     fetching: Fetching,
@@ -194,12 +192,12 @@ async def test_what_is_not_to_be_had_is_given_up_with_a_line(
         await fetching.bring(blob)
     await until(lambda: not pending(root))
     assert texts(events, LogLevel.warn) == [f"{NAME} stays incomplete: {error.message}"]
-    # It is still missing, and told so.
+    # It stays missing and is counted.
     assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(1, SIZES[CONFIG]))
 
 
 @on_reactor
-async def test_an_upstream_that_is_down_is_asked_again_after_half_a_minute(
+async def test_unavailable_upstream_is_retried_after_30_seconds(
     completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, events: list[LogEvent]
 ) -> None:
     await pulled(completion, store)
@@ -219,21 +217,20 @@ async def test_an_upstream_that_is_down_is_asked_again_after_half_a_minute(
 
 
 @on_reactor
-async def test_it_keeps_no_other_upstream_waiting(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_unavailable_upstream_does_not_block_others(
+    completion: Completion, store: Store, fetching: Fetching
+) -> None:
     await pulled(completion, store)
     await fetching.refuse(Unavailable("down"), 1)
     await turn()
     await pulled(completion, store, OTHER, str(ELSEWHERE))
-    # One that is down keeps no other waiting.
     await until(lambda: len(fetching.asked) == 2)
     assert fetching.asked[1:] == [(ELSEWHERE.repository, OTHER.blobs[0].digest)]
     assert completion.incomplete.images == 2
 
 
 @on_reactor
-async def test_what_is_pending_for_meanwhile_is_counted(
-    completion: Completion, store: Store, fetching: Fetching
-) -> None:
+async def test_image_added_during_work_is_counted(completion: Completion, store: Store, fetching: Fetching) -> None:
     await pulled(completion, store)
     await until(lambda: fetching.asked)
     await pulled(completion, store, OTHER, str(ELSEWHERE))
@@ -241,7 +238,7 @@ async def test_what_is_pending_for_meanwhile_is_counted(
 
 
 @on_reactor
-async def test_one_that_is_pending_for_meanwhile_does_not_wait_for_one_that_is_down(
+async def test_image_added_during_work_is_tried_before_retry(
     completion: Completion, store: Store, fetching: Fetching
 ) -> None:
     await pulled(completion, store)
@@ -253,9 +250,7 @@ async def test_one_that_is_pending_for_meanwhile_does_not_wait_for_one_that_is_d
 
 
 @on_reactor
-async def test_there_may_be_a_next_one_when_all_is_done(
-    completion: Completion, store: Store, fetching: Fetching
-) -> None:
+async def test_new_image_after_idle(completion: Completion, store: Store, fetching: Fetching) -> None:
     fetching.put(CONFIG)
     fetching.put(LARGE)
     await pulled(completion, store)

@@ -1,4 +1,4 @@
-"""Whole images in bad times: restarts, records that go, disks that fail, and defects."""
+"""Completion across restarts, removed records, disk failures and defects."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @on_reactor
-async def test_a_start_goes_on_with_what_was_pending_for(
+async def test_pending_images_are_resumed_at_start(
     store: Store, fetching: Fetching, clock: Clock, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -60,7 +60,7 @@ async def test_a_start_goes_on_with_what_was_pending_for(
 
 
 @on_reactor
-async def test_a_stop_in_the_middle_leaves_the_rest_to_the_next_start(
+async def test_stop_keeps_the_rest_for_the_next_start(
     completion: Completion, store: Store, fetching: Fetching, clock: Clock, root: Path
 ) -> None:
     await pulled(completion, store)
@@ -78,7 +78,7 @@ async def test_a_stop_in_the_middle_leaves_the_rest_to_the_next_start(
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_a_stop_at_rest_leaves_nothing(store: Store, fetching: Fetching, clock: Clock, started: bool) -> None:
+def test_stop_when_idle_leaves_no_delayed_call(store: Store, fetching: Fetching, clock: Clock, started: bool) -> None:
     looking = list(clock.getDelayedCalls())
     completion = Completion(store, fetching, clock)
     if started:
@@ -88,7 +88,7 @@ def test_a_stop_at_rest_leaves_nothing(store: Store, fetching: Fetching, clock: 
 
 
 @on_reactor
-async def test_an_image_whose_record_has_gone_is_dropped(
+async def test_pending_image_without_record_is_dropped(
     store: Store, fetching: Fetching, clock: Clock, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -103,7 +103,7 @@ async def test_an_image_whose_record_has_gone_is_dropped(
 
 
 def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full when that is done with a wish."""
+    """Make this operation on pending files fail with a full disk."""
 
     def fail(*arguments: object) -> NoReturn:
         raise FULL
@@ -112,7 +112,7 @@ def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_reactor
-async def test_a_pending_that_cannot_be_written_is_one_line_and_fulfilled(
+async def test_unwritable_pending_file_is_one_log_line_and_image_is_completed(
     completion: Completion,
     store: Store,
     fetching: Fetching,
@@ -131,7 +131,7 @@ async def test_a_pending_that_cannot_be_written_is_one_line_and_fulfilled(
 
 
 @on_reactor
-async def test_one_that_cannot_be_removed_is_one_line(
+async def test_unremovable_pending_file_is_one_log_line(
     completion: Completion,
     store: Store,
     fetching: Fetching,
@@ -159,7 +159,7 @@ NEXT = f"{APP.repository.upstream}/next:1"
 @pytest.mark.expect_logged_failures
 @pytest.mark.parametrize("error", DEFECTS)
 @on_reactor
-async def test_a_defect_ends_nothing(
+async def test_defect_does_not_stop_completion(
     completion: Completion, store: Store, fetching: Fetching, events: list[LogEvent], error: Exception
 ) -> None:
     await pulled(completion, store)
@@ -173,7 +173,7 @@ async def test_a_defect_ends_nothing(
 @pytest.mark.expect_logged_failures
 @pytest.mark.parametrize("error", DEFECTS)
 @on_reactor
-async def test_nor_does_it_leave_the_image_incomplete(
+async def test_image_is_retried_after_a_defect(
     completion: Completion, store: Store, fetching: Fetching, clock: Clock, error: Exception
 ) -> None:
     await pulled(completion, store)
@@ -185,7 +185,7 @@ async def test_nor_does_it_leave_the_image_incomplete(
 
 
 @on_reactor
-async def test_a_pending_of_the_meantime_is_next(
+async def test_image_added_meanwhile_is_next(
     completion: Completion, store: Store, fetching: Fetching, root: Path
 ) -> None:
     await pulled(completion, store)
@@ -194,12 +194,12 @@ async def test_a_pending_of_the_meantime_is_next(
     for blob in (CONFIG, SMALL, LARGE):
         await fetching.bring(blob)
     await until(lambda: pending(root) == [OTHER.digest.hex])
-    # Without any time passing.
+    # No time passes.
     await until(lambda: len(fetching.asked) == 4)
 
 
 @on_reactor
-async def test_upstreams_do_not_wait_for_each_other(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_upstreams_are_completed_in_parallel(completion: Completion, store: Store, fetching: Fetching) -> None:
     await pulled(completion, store)
     await until(lambda: fetching.asked)
     await pulled(completion, store, OTHER, str(ELSEWHERE))
@@ -210,7 +210,7 @@ async def test_upstreams_do_not_wait_for_each_other(completion: Completion, stor
 
 
 @on_reactor
-async def test_a_client_and_the_completion_share_what_comes(
+async def test_client_and_completion_share_a_download(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
     completion = Completion(store, cache.fetch, clock)
@@ -218,7 +218,7 @@ async def test_a_client_and_the_completion_share_what_comes(
     await pulled(completion, store)
     await until(lambda: len(upstreams) == 1)
     assert upstreams.asked == [f"blob {APP.repository} {CONFIG}"]
-    # The client asks for the large one, which then goes first.
+    # The client requests the large blob, which then goes first.
     asked = Deferred.fromCoroutine(cache.blob(APP.repository, LARGE))
     await until(lambda: len(upstreams) == 2)
     large = upstreams[1].stream(len(DATA[LARGE]))
@@ -238,7 +238,7 @@ async def test_a_client_and_the_completion_share_what_comes(
 
 
 @on_reactor
-async def test_what_is_here_is_not_fetched(
+async def test_present_blob_is_not_fetched(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -248,7 +248,7 @@ async def test_what_is_here_is_not_fetched(
 
 
 @on_reactor
-async def test_a_failure_is_told_to_who_fetches_alone(
+async def test_fetch_failure_is_raised_and_not_logged(
     cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
 ) -> None:
     fetched = Deferred.fromCoroutine(cache.fetch(APP.repository, SMALL))
@@ -260,7 +260,7 @@ async def test_a_failure_is_told_to_who_fetches_alone(
 
 
 class PendingImages(Completion):
-    """Keeps what is wished for."""
+    """Keep the images that are added, and optionally fail."""
 
     def __init__(self) -> None:
         self.pending: list[tuple[Digest, Repository]] = []
@@ -268,7 +268,7 @@ class PendingImages(Completion):
         self._policy = CompletionPolicy()
 
     async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
-        """Does nothing."""
+        """Record the call and fail if `error` is set."""
         self.pending.append((manifest.digest, repository))
         if self.error is not None:
             raise self.error
@@ -276,7 +276,7 @@ class PendingImages(Completion):
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_who_gets_a_manifest_pending_for_its_image(
+async def test_manifest_request_adds_the_image(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     wishing = PendingImages()
@@ -287,7 +287,7 @@ async def test_who_gets_a_manifest_pending_for_its_image(
     path = "/v2/team/app/manifests/1"
     assert (await ask(v2, path, method="HEAD")).status == 200
     assert wishing.pending == []
-    # It is none of the client's business when that fails.
+    # A failure of it does not affect the client.
     wishing.error = ZeroDivisionError()
     assert (await ask(v2, path)).status == 200
     assert wishing.pending == [(IMAGE.digest, APP.repository)]

@@ -1,4 +1,4 @@
-"""What images of the store lack is found without being asked for: at the start, and whenever something changes."""
+"""Completion finds what stored images lack, at startup and when the store changes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Complete = Callable[..., Completion]
 
 @pytest.fixture
 def complete(store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock) -> Iterator[Complete]:
-    """Starts a completion by a policy."""
+    """Return a function that starts a completion with a policy."""
     started: list[Completion] = []
 
     def start(**policy: object) -> Completion:
         metadata = Metadata(store, fetcher, clock)
-        started.append(Completion(store, fetching, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # its fields
+        started.append(Completion(store, fetching, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # fields of CompletionPolicy
         started[-1].startService()
         return started[-1]
 
@@ -51,28 +51,28 @@ def complete(store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock) -
 
 @pytest.fixture
 def fetcher(store: Store, root: Path) -> Fetcher:
-    """Upstreams have the metadata."""
+    """Return upstreams that have the metadata."""
     fetcher = Fetcher(store, root)
     fetcher.add(A, B, C, AMD64, ARM64, S390X)
     return fetcher
 
 
 def by_digest(of: Manifest) -> ImageReference:
-    """A child of an index."""
+    """Return the reference of a manifest by digest."""
     return ImageReference(APP.repository, of.digest)
 
 
 async def look(store: Store, clock: Clock, seconds: float = 1) -> None:
-    """The store looks at its files."""
+    """Advance the clock so that the store scans its files."""
     clock.advance(seconds)
     await settle(store)
 
 
-# When it is found
+# Detection
 
 
 @on_reactor
-async def test_at_the_start_the_missing_blobs_of_wanted_images_are_found(
+async def test_missing_blobs_of_wanted_images_are_found_at_start(
     complete: Complete, store: Store, fetching: Fetching, root: Path
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -86,9 +86,7 @@ async def test_at_the_start_the_missing_blobs_of_wanted_images_are_found(
 
 
 @on_reactor
-async def test_of_an_image_that_is_not_wanted_nothing_is_missing(
-    complete: Complete, store: Store, fetching: Fetching
-) -> None:
+async def test_unwanted_image_is_not_completed(complete: Complete, store: Store, fetching: Fetching) -> None:
     await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
     completion = complete()
     await settle(store)
@@ -97,7 +95,7 @@ async def test_of_an_image_that_is_not_wanted_nothing_is_missing(
 
 @pytest.mark.parametrize("layers", [[], [SMALL], [LARGE, SMALL]])
 @on_reactor
-async def test_an_old_record_is_completed_when_a_layer_of_it_is_here(
+async def test_record_without_wanted_is_completed_once_a_layer_is_present(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, layers: list[Digest]
 ) -> None:
     await store.keep(IMAGE, by_digest(IMAGE))
@@ -111,7 +109,7 @@ async def test_an_old_record_is_completed_when_a_layer_of_it_is_here(
 
 
 @on_reactor
-async def test_a_record_that_another_process_wrote_is_completed(
+async def test_record_written_by_another_process_is_completed(
     complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     completion = complete()
@@ -123,20 +121,20 @@ async def test_a_record_that_another_process_wrote_is_completed(
 
 
 @on_reactor
-async def test_an_image_that_becomes_wanted_is_completed(
+async def test_image_that_becomes_wanted_is_completed(
     complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
     complete()
     await settle(store)
-    # As another process notes it, such as `load`.
+    # As another process such as `load` records it.
     await open_store().want(IMAGE.digest)
     await look(store, clock)
     assert fetching.digests == [CONFIG]
 
 
 @on_reactor
-async def test_a_blob_that_was_deleted_is_fetched_again(
+async def test_deleted_blob_is_fetched_again(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -151,14 +149,14 @@ async def test_a_blob_that_was_deleted_is_fetched_again(
     await fetching.bring(SMALL)
     await until(lambda: not pending(root))
     await look(store, clock, 10)
-    # Every time.
+    # Also the second time.
     (root / "blobs" / SMALL.hex).unlink()
     await look(store, clock, 10)
     assert fetching.digests == [SMALL, SMALL]
 
 
 @on_reactor
-async def test_an_image_that_is_pruned_is_missing_nothing(
+async def test_pruned_image_is_not_missing(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -170,12 +168,12 @@ async def test_an_image_that_is_pruned_is_missing_nothing(
     assert completion.incomplete == Incomplete(0, 0)
 
 
-# What is not to be had
+# Unavailable blobs
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("404"), Denied("not allowed")])
 @on_reactor
-async def test_what_was_given_up_is_told_of_and_tried_again_after_an_hour(
+async def test_given_up_image_is_logged_and_retried_after_an_hour(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, error: RegistryError
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -196,7 +194,7 @@ async def test_what_was_given_up_is_told_of_and_tried_again_after_an_hour(
 
 
 @on_reactor
-async def test_a_client_that_pulls_it_does_not_wait_for_that_hour(
+async def test_client_pull_retries_a_given_up_image_immediately(
     complete: Complete, store: Store, fetching: Fetching, root: Path
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -210,7 +208,7 @@ async def test_a_client_that_pulls_it_does_not_wait_for_that_hour(
 
 
 @on_reactor
-async def test_a_blob_that_one_repository_lacks_comes_from_another_of_the_same_upstream(
+async def test_blob_missing_in_one_repository_comes_from_another(
     complete: Complete, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
 ) -> None:
     for where in (APP, AGAIN, image("else.example/other:1")):
@@ -226,11 +224,11 @@ async def test_a_blob_that_one_repository_lacks_comes_from_another_of_the_same_u
     assert texts(events, LogLevel.warn) == []
 
 
-# Files of the version before
+# Files of version 0.1.0
 
 
 @on_reactor
-async def test_a_pending_image_of_the_version_before_is_completed(
+async def test_pending_file_of_old_version_is_completed(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     first = Store(root, clock, REACTOR)
@@ -253,14 +251,14 @@ async def test_a_pending_image_of_the_version_before_is_completed(
 
 
 @on_reactor
-async def test_metadata_comes_after_layers(
+async def test_metadata_is_fetched_after_layers(
     complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher
 ) -> None:
     await store.keep(index_of((A, "linux/a"), (B, "linux/b")), image("reg.example/index:1"))
     await store.keep(IMAGE, APP, wanted=True)
     completion = complete()
     await settle(store)
-    # The first round may have begun with the index.
+    # The first round may have started with the index.
     begun = list(fetcher.asked)
     for blob in BLOBS:
         assert fetcher.asked == begun
@@ -271,7 +269,7 @@ async def test_metadata_comes_after_layers(
 
 
 @on_reactor
-async def test_layers_go_before_the_next_manifest(
+async def test_layers_are_fetched_before_next_metadata_manifest(
     complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=60)]
@@ -280,7 +278,7 @@ async def test_layers_go_before_the_next_manifest(
     await until(lambda: fetcher.asked == ["A", "a", "B"])
     await settle(store)
     assert completion.incomplete == Incomplete(0, 0, indexes=1)
-    # The pause is of metadata alone.
+    # Only metadata is paused.
     await store.keep(IMAGE, APP, wanted=True)
     await fetching.bring(CONFIG)
     clock.advance(60)
@@ -293,7 +291,7 @@ async def test_layers_go_before_the_next_manifest(
 
 
 @on_reactor
-async def test_what_is_missing_meanwhile_goes_before_the_next_manifest(
+async def test_newly_missing_layers_precede_next_metadata_manifest(
     complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch, held = fetcher.fetch_manifest, Deferred[None]()
@@ -317,7 +315,7 @@ async def test_what_is_missing_meanwhile_goes_before_the_next_manifest(
 
 
 @on_reactor
-async def test_the_platforms_that_are_told_come_first(complete: Complete, store: Store, fetcher: Fetcher) -> None:
+async def test_configured_platforms_come_first(complete: Complete, store: Store, fetcher: Fetcher) -> None:
     complete(platforms=(Platform("linux", "s390x"),))
     await store.keep(INDEX, image("reg.example/team/app:1"))
     await until(lambda: fetcher.asked)
@@ -325,7 +323,7 @@ async def test_the_platforms_that_are_told_come_first(complete: Complete, store:
 
 
 @on_reactor
-async def test_it_goes_on_after_a_pause_by_itself(
+async def test_metadata_resumes_after_a_pause(
     complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[A.digest] = [Unavailable("reg.example answered 429", retry_after=600)]
@@ -339,7 +337,7 @@ async def test_it_goes_on_after_a_pause_by_itself(
 
 
 @on_reactor
-async def test_an_index_that_comes_later_is_looked_at_and_metadata_that_goes(
+async def test_later_index_and_removed_metadata_are_noticed(
     complete: Complete, store: Store, fetcher: Fetcher, root: Path, clock: Clock
 ) -> None:
     complete()
@@ -357,7 +355,7 @@ async def test_an_index_that_comes_later_is_looked_at_and_metadata_that_goes(
 
 
 @on_reactor
-async def test_a_list_of_referrers_has_no_metadata(
+async def test_referrers_list_has_no_metadata(
     complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
 ) -> None:
     complete()
@@ -367,9 +365,7 @@ async def test_a_list_of_referrers_has_no_metadata(
 
 
 @on_reactor
-async def test_none_is_fetched_where_it_is_turned_off(
-    complete: Complete, store: Store, fetcher: Fetcher, clock: Clock
-) -> None:
+async def test_no_metadata_when_turned_off(complete: Complete, store: Store, fetcher: Fetcher, clock: Clock) -> None:
     completion = complete(metadata=False)
     await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
     await look(store, clock)
@@ -380,7 +376,7 @@ async def test_none_is_fetched_where_it_is_turned_off(
 
 
 @on_reactor
-async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
+async def test_without_completion_missing_bytes_are_still_counted(
     complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
@@ -396,7 +392,7 @@ async def test_where_nothing_can_be_fetched_what_is_missing_is_told(
 
 @pytest.mark.parametrize("metadata", [True, False])
 @on_reactor
-async def test_platforms_that_are_told_are_completed_and_no_others(
+async def test_only_configured_platforms_are_completed(
     complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock, metadata: bool
 ) -> None:
     fetcher.add(INDEX)
@@ -405,9 +401,9 @@ async def test_platforms_that_are_told_are_completed_and_no_others(
     await until(lambda: fetching.asked)
     await settle(store)
     assert set(store.pending) == {AMD64.digest}
-    # Its manifest first, the others only with the metadata.
+    # Its manifest comes first, the others only as metadata.
     assert fetcher.asked[0] == AMD64.digest
-    # Of an image that is wanted for another reason nothing is fetched.
+    # Images that are wanted for another reason are not completed.
     await store.keep(ARM64, by_digest(ARM64), wanted=True)
     await look(store, clock, 30)
     assert set(store.pending) == {AMD64.digest}
@@ -424,10 +420,10 @@ async def test_platforms_that_are_told_are_completed_and_no_others(
 
 
 @on_reactor
-async def test_of_an_index_that_has_gone_nothing_more_is_fetched(
+async def test_pruned_index_stops_its_metadata(
     complete: Complete, fetcher: Fetcher, store: Store, root: Path, clock: Clock
 ) -> None:
-    """It was pruned while the upstream was waited for; what it named would come back without it."""
+    """Without this, metadata of an index pruned during the wait would be stored again."""
     index = index_of((A, "linux/a"), (B, "linux/b"))
     fetcher.errors[A.digest] = [Unavailable("down")]
     completion = complete()

@@ -1,4 +1,4 @@
-"""Which images of an index are wanted: that of the layer that is asked for, the only one, or this machine's."""
+"""Which images of an index are wanted: by a requested layer, as the only platform, or for this machine's platform."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOUR = ["linux/amd64", "linux/arm64", "linux/s390x", "unknown/unknown"]
 
 @pytest.fixture
 def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
-    """On a machine of linux/amd64."""
+    """Return a demand on a linux/amd64 machine."""
     demands = Demands(root, store, clock)
     yield demands
     demands.stop()
@@ -37,7 +37,7 @@ def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
 
 @pytest.fixture
 def demands_on(root: Path, store: Store, clock: Clock) -> Iterator[Callable[[str], Demands]]:
-    """Makes it for a machine of that platform."""
+    """Return a factory of demands on machines of a given platform."""
     made: list[Demands] = []
 
     def make(machine: str) -> Demands:
@@ -49,23 +49,23 @@ def demands_on(root: Path, store: Store, clock: Clock) -> Iterator[Callable[[str
         demands.stop()
 
 
-# An image that no index names
+# Images without an index
 
 
 @on_reactor
-async def test_an_image_that_is_asked_for_by_tag_is_wanted_at_once(demands: Demands) -> None:
+async def test_image_requested_by_tag_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(AMD64, tag="1")
     assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
 
 
 @on_reactor
-async def test_so_is_one_that_no_index_names_by_digest(demands: Demands) -> None:
+async def test_image_without_index_requested_by_digest_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(AMD64)
     assert (demands.completing, demands.pending, demands.wanted(AMD64)) == (["linux/amd64"], [], [True])
 
 
 @on_reactor
-async def test_so_is_one_of_an_index_that_has_a_tag_of_its_own(demands: Demands) -> None:
+async def test_image_of_index_with_its_own_tag_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(AMD64, ARM64)
     await demands.get(ARM64, tag="1-arm64")
@@ -74,7 +74,7 @@ async def test_so_is_one_of_an_index_that_has_a_tag_of_its_own(demands: Demands)
 
 
 @on_reactor
-async def test_also_where_it_was_here_as_metadata(demands: Demands, store: Store) -> None:
+async def test_metadata_image_requested_by_tag_is_wanted_immediately(demands: Demands, store: Store) -> None:
     await demands.get(INDEX, tag="1")
     await store.keep(ARM64, image(f"{APP}:1-arm64"), wanted=False)
     await demands.get(ARM64, tag="1-arm64", hit=True)
@@ -82,24 +82,24 @@ async def test_also_where_it_was_here_as_metadata(demands: Demands, store: Store
 
 
 @on_reactor
-async def test_what_a_list_of_referrers_names_is_wanted_at_once(demands: Demands) -> None:
+async def test_image_of_referrers_list_is_wanted_immediately(demands: Demands) -> None:
     await demands.get(INDEX, tag=f"sha256-{AMD64.digest.hex}")
     await demands.get(ATTESTATION, AMD64)
     assert (demands.completing, demands.pending) == (["linux/amd64", "unknown/unknown"], [])
 
 
 @on_reactor
-async def test_an_index_alone_means_nothing(demands: Demands) -> None:
+async def test_index_alone_makes_nothing_wanted(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.wait()
     assert (demands.completing, demands.pending) == ([], [])
 
 
-# No layer is asked for
+# Without a requested layer
 
 
 @on_reactor
-async def test_the_only_platform_is_wanted_after_half_a_minute(demands: Demands) -> None:
+async def test_only_requested_platform_is_wanted_after_30_seconds(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64)
     assert (demands.completing, demands.pending, demands.wanted(ARM64)) == ([], ["linux/arm64"], [False])
@@ -112,7 +112,7 @@ async def test_the_only_platform_is_wanted_after_half_a_minute(demands: Demands)
 
 
 @on_reactor
-async def test_one_that_lacks_nothing_is_pending_no_more(demands: Demands, root: Path) -> None:
+async def test_complete_image_is_no_longer_pending(demands: Demands, root: Path) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64)
     for blob in ARM64.blobs:
@@ -122,7 +122,7 @@ async def test_one_that_lacks_nothing_is_pending_no_more(demands: Demands, root:
 
 
 @on_reactor
-async def test_of_several_that_of_this_machine_is(demands: Demands) -> None:
+async def test_machine_platform_is_wanted_of_several_requested(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     assert (demands.completing, demands.pending) == ([], FOUR)
@@ -132,7 +132,7 @@ async def test_of_several_that_of_this_machine_is(demands: Demands) -> None:
 
 
 @on_reactor
-async def test_or_none_where_this_machine_s_was_not_asked_for(demands: Demands) -> None:
+async def test_none_is_wanted_without_the_machine_platform(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64, S390X)
     await demands.wait()
@@ -149,7 +149,7 @@ async def test_or_none_where_this_machine_s_was_not_asked_for(demands: Demands) 
     ],
 )
 @on_reactor
-async def test_this_machine_s_platform_is_found_by_its_variant(
+async def test_machine_platform_is_matched_by_variant(
     demands_on: Callable[[str], Demands], machine: str, platforms: list[str], wanted: str
 ) -> None:
     demands = demands_on(machine)
@@ -162,7 +162,7 @@ async def test_this_machine_s_platform_is_found_by_its_variant(
 
 
 @on_reactor
-async def test_of_several_variants_those_count_that_were_asked_for(demands_on: Callable[[str], Demands]) -> None:
+async def test_best_requested_variant_is_wanted(demands_on: Callable[[str], Demands]) -> None:
     demands = demands_on("linux/arm")
     v6 = image_of(b"config of v6", b"layer of v6")
     v7 = image_of(b"config of v7", b"layer of v7")
@@ -173,7 +173,7 @@ async def test_of_several_variants_those_count_that_were_asked_for(demands_on: C
 
 
 @on_reactor
-async def test_one_platform_in_two_images_is_one(demands: Demands) -> None:
+async def test_two_images_of_one_platform_count_as_one_platform(demands: Demands) -> None:
     other = image_of(b"another config of arm64", b"another layer of arm64")
     await demands.get(index_of((ARM64, "linux/arm64"), (other, "linux/arm64"), (AMD64, "linux/amd64")), tag="1")
     await demands.get(ARM64, other)
@@ -183,7 +183,7 @@ async def test_one_platform_in_two_images_is_one(demands: Demands) -> None:
 
 @pytest.mark.parametrize(("asked", "wanted"), [([ARM64], ["linux/arm64"]), ([ARM64, AMD64], [])])
 @on_reactor
-async def test_images_of_which_the_index_tells_no_platform_are_one_each(
+async def test_images_without_platform_count_separately(
     demands: Demands, asked: list[Manifest], wanted: list[str]
 ) -> None:
     await demands.get(index_of((AMD64, ""), (ARM64, "")), tag="1")
@@ -193,7 +193,7 @@ async def test_images_of_which_the_index_tells_no_platform_are_one_each(
 
 
 @on_reactor
-async def test_an_attestation_is_no_platform(demands: Demands) -> None:
+async def test_attestation_counts_as_no_platform(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64, ATTESTATION)
     await demands.wait()
@@ -205,7 +205,7 @@ async def test_an_attestation_is_no_platform(demands: Demands) -> None:
 
 
 @on_reactor
-async def test_every_request_for_the_index_or_its_images_starts_the_time_anew(demands: Demands) -> None:
+async def test_each_request_for_index_or_image_restarts_the_timer(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(AMD64)
     for again in (INDEX, ARM64, AMD64, INDEX):
@@ -219,7 +219,7 @@ async def test_every_request_for_the_index_or_its_images_starts_the_time_anew(de
 
 
 @on_reactor
-async def test_a_wanted_image_that_was_asked_for_too_counts_as_a_platform(demands: Demands) -> None:
+async def test_wanted_image_counts_as_requested_platform(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(S390X)
     await demands.wait()
@@ -227,14 +227,14 @@ async def test_a_wanted_image_that_was_asked_for_too_counts_as_a_platform(demand
     await demands.get(S390X, ARM64)
     await demands.wait()
     assert (demands.completing, demands.pending, demands.wanted(ARM64)) == (["linux/s390x"], [], [False])
-    # Alone it is the only one.
+    # Requested alone, it is the only platform.
     await demands.get(ARM64)
     await demands.wait()
     assert demands.completing == ["linux/arm64", "linux/s390x"]
 
 
 @on_reactor
-async def test_a_hit_is_a_request_as_well(demands: Demands, store: Store) -> None:
+async def test_cache_hit_counts_as_request(demands: Demands, store: Store) -> None:
     for one in (INDEX, AMD64, ARM64):
         await store.keep(one, image(f"{APP}@{one.digest}"), wanted=None if one.is_list else False)
     await demands.get(INDEX, ARM64, hit=True)
@@ -244,9 +244,7 @@ async def test_a_hit_is_a_request_as_well(demands: Demands, store: Store) -> Non
 
 
 @on_reactor
-async def test_of_a_wanted_image_that_is_asked_for_again_the_missing_blobs_are_looked_for(
-    demands: Demands, store: Store
-) -> None:
+async def test_wanted_image_requested_again_is_checked_for_missing_blobs(demands: Demands, store: Store) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64)
     await demands.get_layers(OWN_ARM64)
@@ -255,11 +253,11 @@ async def test_of_a_wanted_image_that_is_asked_for_again_the_missing_blobs_are_l
     assert (demands.completing, demands.pending) == (["linux/arm64"], [])
 
 
-# A layer is asked for
+# With a requested layer
 
 
 @on_reactor
-async def test_a_layer_of_one_image_alone_decides_at_once(demands: Demands) -> None:
+async def test_layer_unique_to_an_image_decides_immediately(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.get_layers(OWN_ARM64)
@@ -271,7 +269,7 @@ async def test_a_layer_of_one_image_alone_decides_at_once(demands: Demands) -> N
 
 
 @on_reactor
-async def test_a_shared_layer_decides_nothing(demands: Demands) -> None:
+async def test_shared_layer_does_not_decide(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.get_layers(SHARED)
@@ -281,7 +279,7 @@ async def test_a_shared_layer_decides_nothing(demands: Demands) -> None:
 
 
 @on_reactor
-async def test_a_config_decides_nothing(demands: Demands) -> None:
+async def test_config_does_not_decide(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.get_layers(b"config of arm64", b"config of s390x")
@@ -289,7 +287,7 @@ async def test_a_config_decides_nothing(demands: Demands) -> None:
 
 
 @on_reactor
-async def test_a_layer_may_come_before_the_other_manifests(demands: Demands) -> None:
+async def test_layer_requested_before_other_manifests(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64)
     await demands.get_layers(OWN_ARM64)
@@ -300,16 +298,16 @@ async def test_a_layer_may_come_before_the_other_manifests(demands: Demands) -> 
 
 
 @on_reactor
-async def test_every_image_whose_layer_is_asked_for_is_wanted(demands: Demands) -> None:
+async def test_every_image_with_a_requested_layer_is_wanted(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
-    # At once: while one is noted, the others are on their way.
+    # All layers are requested at once, while the first image is still being recorded.
     await demands.get_layers(OWN_S390X, OWN_ARM64, SHARED, OWN_AMD64, IN_TOTO)
     assert (demands.completing, demands.pending, demands.wanted(*ALL)) == (FOUR, [], [True] * 4)
 
 
 @on_reactor
-async def test_a_layer_that_is_asked_for_while_another_image_is_dropped_counts(
+async def test_layer_requested_while_another_image_is_dropped(
     demands: Demands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop, begun, ended = demands.completion.drop, list[Digest](), list[Digest]()
@@ -334,10 +332,10 @@ async def test_a_layer_that_is_asked_for_while_another_image_is_dropped_counts(
 
 @pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm64"])
 @on_reactor
-async def test_so_does_one_while_it_is_decided(
+async def test_layer_requested_while_images_are_decided(
     demands: Demands, monkeypatch: pytest.MonkeyPatch, platform: str
 ) -> None:
-    """The other image is one of the platform that is wanted, or it is not."""
+    """The other image may or may not have the wanted platform."""
     other = image_of(b"another config", b"another layer")
     complete, begun, ended = demands.completion.complete, list[Digest](), list[Digest]()
 
@@ -360,7 +358,7 @@ async def test_so_does_one_while_it_is_decided(
 
 
 @on_reactor
-async def test_an_attestation_is_wanted_for_its_layer_and_decides_nothing_else(demands: Demands) -> None:
+async def test_layer_of_attestation_makes_only_it_wanted(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.get_layers(IN_TOTO)
@@ -370,7 +368,7 @@ async def test_an_attestation_is_wanted_for_its_layer_and_decides_nothing_else(d
 
 
 @on_reactor
-async def test_a_layer_that_is_asked_for_later_makes_its_image_wanted(demands: Demands) -> None:
+async def test_later_requested_layer_makes_its_image_wanted(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(*ALL)
     await demands.wait()
@@ -380,7 +378,7 @@ async def test_a_layer_that_is_asked_for_later_makes_its_image_wanted(demands: D
 
 
 @on_reactor
-async def test_a_layer_of_a_wanted_image_ends_the_wait_of_the_others(demands: Demands) -> None:
+async def test_layer_of_wanted_image_drops_pending_others(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(ARM64)
     await demands.wait()
@@ -392,11 +390,11 @@ async def test_a_layer_of_a_wanted_image_ends_the_wait_of_the_others(demands: De
     assert demands.completing == ["linux/arm64"]
 
 
-# A full disk
+# Full disk
 
 
 @on_reactor
-async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
+async def test_full_disk_is_one_log_line_and_decision_is_made(
     demands: Demands, store: Store, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> NoReturn:
@@ -415,7 +413,7 @@ async def test_a_full_disk_is_one_line_and_it_is_decided_all_the_same(
 
 
 @on_reactor
-async def test_a_blob_that_no_image_has_says_nothing(demands: Demands, store: Store) -> None:
+async def test_blob_of_no_image_is_ignored(demands: Demands, store: Store) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get_layers(b"unknown")
     demands.demand.blob_requested(image(f"{APP}:1").repository, Digest.of(b"unknown too"))
@@ -424,10 +422,10 @@ async def test_a_blob_that_no_image_has_says_nothing(demands: Demands, store: St
 
 
 @on_reactor
-async def test_a_layer_of_very_many_images_costs_no_more_than_those_that_were_asked_for(
+async def test_layer_shared_by_many_images_needs_few_lookups(
     demands: Demands, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every build on the same base has its layers, and a hit must not look at all of them."""
+    """A hit on a base layer must not look at every image built on that base."""
     await demands.get(INDEX, tag="1")
     await demands.get(AMD64)
     for number in range(200):

@@ -1,4 +1,4 @@
-"""Images that are not decided yet: over restarts and stops, in several indexes, through the API, by every policy."""
+"""Undecided images: several indexes, restarts, requests through the API, and completion policies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CACHE = Via((f"ociregistry-{'f' * 16}",))
 
 @pytest.fixture
 def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
-    """On a machine of linux/amd64."""
+    """Return a demand on a linux/amd64 machine."""
     demands = Demands(root, store, clock)
     yield demands
     demands.stop()
@@ -44,7 +44,7 @@ def demands(root: Path, store: Store, clock: Clock) -> Iterator[Demands]:
 
 
 @on_reactor
-async def test_in_an_index_of_indexes_the_images_are_those_of_both(demands: Demands) -> None:
+async def test_nested_index_images_are_decided_together(demands: Demands) -> None:
     inner = index_of((AMD64, "linux/amd64"), (ARM64, "linux/arm64"))
     outer = index_of((inner, ""), (S390X, "linux/s390x"))
     await demands.get(outer, tag="1")
@@ -52,7 +52,7 @@ async def test_in_an_index_of_indexes_the_images_are_those_of_both(demands: Dema
     await demands.get(AMD64, ARM64, S390X)
     assert demands.pending == ["linux/amd64", "linux/arm64", "linux/s390x"]
     await demands.wait(20)
-    # The inner one is decided before the outer one, but not without it.
+    # The inner index's timer ends first, but waits for the outer one.
     await demands.get(outer, tag="1", hit=True)
     await demands.wait(20)
     assert demands.completing == ["linux/amd64"]
@@ -61,7 +61,7 @@ async def test_in_an_index_of_indexes_the_images_are_those_of_both(demands: Dema
 
 
 @on_reactor
-async def test_a_layer_decides_for_the_index_above_too(demands: Demands) -> None:
+async def test_layer_decides_for_the_outer_index(demands: Demands) -> None:
     inner = index_of((AMD64, "linux/amd64"), (ARM64, "linux/arm64"))
     await demands.get(index_of((inner, ""), (S390X, "linux/s390x")), tag="1")
     await demands.get(inner)
@@ -71,18 +71,18 @@ async def test_a_layer_decides_for_the_index_above_too(demands: Demands) -> None
 
 
 @on_reactor
-async def test_an_image_of_two_indexes_is_wanted_when_it_is_in_one_of_them(demands: Demands) -> None:
+async def test_image_of_two_indexes_is_wanted_if_wanted_in_one(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(index_of((ARM64, "linux/arm64")), tag="only-arm64")
     await demands.get(AMD64, S390X)
     await demands.get(ARM64)
     await demands.wait()
-    # In one it is one of several, in the other the only one.
+    # In one it is one of several images, in the other the only one.
     assert (demands.completing, demands.pending) == (["linux/amd64", "linux/arm64"], [])
 
 
 @on_reactor
-async def test_it_waits_as_long_as_one_of_them_does(demands: Demands) -> None:
+async def test_image_of_two_indexes_waits_for_the_later_timer(demands: Demands) -> None:
     other = index_of((S390X, "linux/s390x"), (ARM64, "linux/arm64"))
     await demands.get(INDEX, tag="1")
     await demands.get(other, tag="2")
@@ -96,7 +96,7 @@ async def test_it_waits_as_long_as_one_of_them_does(demands: Demands) -> None:
 
 
 @on_reactor
-async def test_a_layer_that_another_image_of_the_index_shares_is_shared_in_all(demands: Demands) -> None:
+async def test_layer_shared_in_one_index_does_not_decide_in_another(demands: Demands) -> None:
     await demands.get(INDEX, tag="1")
     await demands.get(index_of((ARM64, "linux/arm64")), tag="only-arm64")
     await demands.get(ARM64, AMD64)
@@ -105,15 +105,15 @@ async def test_a_layer_that_another_image_of_the_index_shares_is_shared_in_all(d
 
 
 @on_reactor
-async def test_a_layer_that_images_of_other_indexes_have_decides_for_those_that_were_asked_for(
+async def test_base_layer_decides_only_among_requested_images(
     demands: Demands,
 ) -> None:
-    """As the layers of a base image: who pulls one image on it does not pull the others."""
+    """Pulling one image of a common base does not pull the others."""
     base = b"layer of the base"
     older, newer = image_of(b"config 1", base, b"layer 1"), image_of(b"config 2", base, b"layer 2")
     await demands.get(index_of((AMD64, "linux/amd64"), (older, "linux/arm64")), tag="1")
     await demands.get(index_of((S390X, "linux/amd64"), (newer, "linux/arm64")), tag="2")
-    # The metadata of the older one is here; nobody has asked for it of late.
+    # The older image is present as metadata, requested some time ago.
     await demands.get(older)
     await demands.get(AMD64)
     await demands.wait()
@@ -121,7 +121,7 @@ async def test_a_layer_that_images_of_other_indexes_have_decides_for_those_that_
     await demands.get(newer, S390X)
     await demands.get_layers(base)
     assert demands.completing == sorted([newer.digest, "linux/amd64"])
-    # A layer that is its alone decides without that.
+    # A layer unique to it decides at any time.
     await demands.get_layers(b"layer 1")
     assert demands.completing == sorted([newer.digest, older.digest, "linux/amd64"])
 
@@ -130,7 +130,7 @@ async def test_a_layer_that_images_of_other_indexes_have_decides_for_those_that_
 
 
 async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest, ...] = ()) -> None:
-    """A process was asked for manifests, and has ended before it was decided."""
+    """Request manifests in a process that ends before the decision."""
     clock = Clock()
     store = Store(root, clock, REACTOR)
     store.startService()
@@ -146,7 +146,7 @@ async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest,
 
 
 @on_reactor
-async def test_after_a_restart_it_is_decided_half_a_minute_later(
+async def test_decision_is_made_30_seconds_after_a_restart(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     await asked_before(root, ARM64)
@@ -171,7 +171,7 @@ async def test_after_a_restart_it_is_decided_half_a_minute_later(
     ],
 )
 @on_reactor
-async def test_as_it_would_have_been_without_one(
+async def test_decision_after_restart_is_the_same(
     root: Path,
     open_store: Callable[[], Store],
     clock: Clock,
@@ -189,7 +189,7 @@ async def test_as_it_would_have_been_without_one(
 
 
 @on_reactor
-async def test_an_image_that_has_gone_since_is_dropped(
+async def test_undecided_image_without_record_is_dropped(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     await asked_before(root, ARM64)
@@ -202,7 +202,9 @@ async def test_an_image_that_has_gone_since_is_dropped(
 
 
 @on_reactor
-async def test_one_whose_index_has_gone_is_wanted(root: Path, open_store: Callable[[], Store], clock: Clock) -> None:
+async def test_undecided_image_without_index_is_wanted(
+    root: Path, open_store: Callable[[], Store], clock: Clock
+) -> None:
     await asked_before(root, ARM64)
     (root / "fat" / INDEX.digest.hex).unlink()
     demands = Demands(root, open_store(), clock)
@@ -212,7 +214,7 @@ async def test_one_whose_index_has_gone_is_wanted(root: Path, open_store: Callab
 
 
 @on_reactor
-async def test_a_stop_leaves_the_files_and_no_delayed_call(root: Path, store: Store, clock: Clock) -> None:
+async def test_stop_keeps_files_and_leaves_no_delayed_call(root: Path, store: Store, clock: Clock) -> None:
     before = list(clock.getDelayedCalls())
     demands = Demands(root, store, clock)
     await demands.get(INDEX, tag="1")
@@ -221,7 +223,7 @@ async def test_a_stop_leaves_the_files_and_no_delayed_call(root: Path, store: St
     demands.stop()
     assert clock.getDelayedCalls() == before
     assert demands.pending == ["linux/amd64", "linux/arm64"]
-    # Nor does a request that is answered afterwards.
+    # Also not after a request that is answered later.
     await demands.get(S390X)
     await demands.get_layers(OWN_ARM64)
     assert clock.getDelayedCalls() == before
@@ -233,12 +235,12 @@ async def test_a_stop_leaves_the_files_and_no_delayed_call(root: Path, store: St
 
 @pytest.fixture
 def v2(demands: Demands, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> V2:
-    """The API."""
+    """Return the API."""
     return V2(cache, Listings(demands.store, upstreams, clock), demands.demand, Upstream("docker.io"), INSTANCE)
 
 
 class Api:
-    """Asks over the API, and has the upstream answer."""
+    """Send requests to the API and answer those to the upstream."""
 
     def __init__(self, v2: V2, demands: Demands, upstreams: MemoryRegistries) -> None:
         self._v2 = v2
@@ -246,7 +248,7 @@ class Api:
         self._upstreams = upstreams
 
     async def manifests(self, *manifests: Manifest, method: str = "GET", via: Via = NO_VIA, tag: str = "") -> None:
-        """Manifests by their digests, or by `tag`."""
+        """Request manifests by digest, or by `tag`."""
         for one in manifests:
             asked = await self._asked(f"manifests/{tag or one.digest}", method, via)
             if not asked.called:
@@ -255,14 +257,14 @@ class Api:
         await settle(self._demands.store)
 
     async def _asked(self, what: str, method: str, via: Via) -> Deferred[Answer]:
-        """The request, which is answered, or waits for the upstream."""
+        """Send a request; answer the upstream's request if there is one."""
         count = len(self._upstreams)
         asked = ask(self._v2, f"/v2/team/app/{what}", method=method, via=via)
         await until(lambda: asked.called or len(self._upstreams) > count)
         return asked
 
     async def blob(self, data: bytes, method: str = "GET", via: Via = NO_VIA) -> None:
-        """A blob, whole."""
+        """Request a blob and read it."""
         asked = await self._asked(f"blobs/{Digest.of(data)}", method, via)
         if method == "HEAD":
             self._upstreams[-1].answer(len(data))
@@ -274,12 +276,12 @@ class Api:
 
 @pytest.fixture
 def api(v2: V2, demands: Demands, upstreams: MemoryRegistries) -> Api:
-    """A client."""
+    """Return a client."""
     return Api(v2, demands, upstreams)
 
 
 @on_reactor
-async def test_the_api_tells_of_manifests_and_blobs(api: Api, demands: Demands) -> None:
+async def test_api_requests_reach_the_demand(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
     await api.manifests(*ALL)
     assert demands.pending == ["linux/amd64", "linux/arm64", "linux/s390x", "unknown/unknown"]
@@ -290,7 +292,7 @@ async def test_the_api_tells_of_manifests_and_blobs(api: Api, demands: Demands) 
 
 
 @on_reactor
-async def test_a_head_says_nothing(api: Api, demands: Demands) -> None:
+async def test_head_request_is_ignored(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
     await api.manifests(AMD64, ARM64, method="HEAD")
     await api.blob(OWN_ARM64, method="HEAD")
@@ -299,7 +301,7 @@ async def test_a_head_says_nothing(api: Api, demands: Demands) -> None:
 
 
 @on_reactor
-async def test_a_head_of_the_index_does_not_start_the_time_anew(api: Api, demands: Demands) -> None:
+async def test_head_of_index_does_not_restart_the_timer(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
     await api.manifests(ARM64)
     await demands.wait(20)
@@ -309,23 +311,23 @@ async def test_a_head_of_the_index_does_not_start_the_time_anew(api: Api, demand
 
 
 @on_reactor
-async def test_what_another_cache_asks_for_is_not_wanted(api: Api, demands: Demands) -> None:
-    """It asks for its clients, and completes its images by itself."""
+async def test_manifests_requested_by_another_cache_are_not_wanted(api: Api, demands: Demands) -> None:
+    """Another cache requests them for its clients and completes its own images."""
     await api.manifests(INDEX, tag="1", via=CACHE)
     await api.manifests(*ALL, via=CACHE)
     await demands.wait(1)
     await demands.wait()
     assert (demands.completing, demands.pending) == ([], [])
-    assert [demands.store.entry(one.digest).wanted for one in ALL] == [False] * 4  # type: ignore[union-attr]  # they are there
+    assert [demands.store.entry(one.digest).wanted for one in ALL] == [False] * 4  # type: ignore[union-attr]  # entries exist
 
 
 @on_reactor
-async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> None:
+async def test_layers_requested_by_another_cache_are_ignored(api: Api, demands: Demands) -> None:
     await api.manifests(INDEX, tag="1")
     await api.manifests(*ALL, via=CACHE)
     for layer in (SHARED, OWN_ARM64):
         await api.blob(layer, via=CACHE)
-        # Of no other platform that has the shared layer, either.
+        # This includes images of other platforms with the shared layer.
         await demands.wait(1)
         await demands.wait()
         assert (demands.pending, demands.completing) == ([], [])
@@ -333,10 +335,10 @@ async def test_nor_is_it_when_it_asks_for_layers(api: Api, demands: Demands) -> 
 
 @pytest.mark.parametrize("as_metadata", [False, True])
 @on_reactor
-async def test_what_another_cache_has_pulled_counts_as_pulled_when_all_its_layers_are_here(
+async def test_image_pulled_by_another_cache_is_listed_once_complete(
     api: Api, demands: Demands, as_metadata: bool
 ) -> None:
-    """Whether the manifest came for that cache or, a moment before, as metadata of the index."""
+    """Holds also if the manifest was stored as metadata of the index before."""
     await api.manifests(INDEX, tag="1", via=CACHE)
     if as_metadata:
         for one in ALL:
@@ -349,7 +351,7 @@ async def test_what_another_cache_has_pulled_counts_as_pulled_when_all_its_layer
 
 
 def listed(demands: Demands) -> list[Digest]:
-    """The images that `list` prints, and `prune` and `export` name."""
+    """Return the images that `list`, `prune` and `export` name by digest."""
     return [row.kept.manifest.digest for row in Inventory.read(demands.root).rows if not row.has_tag]
 
 
@@ -364,13 +366,13 @@ async def test_without_completion_nothing_is_completed(root: Path, store: Store,
     await demands.get_layers(OWN_ARM64)
     await demands.wait()
     assert (demands.completing, demands.pending) == ([], [])
-    # What the client did not pull is metadata: a `verify` misses nothing of it.
+    # Images that the client did not pull are metadata, which `verify` does not miss.
     assert demands.wanted(*ALL) == [False, True, False, False]
     demands.stop()
 
 
 @on_reactor
-async def test_with_platforms_told_nothing_waits(root: Path, store: Store, clock: Clock) -> None:
+async def test_with_configured_platforms_nothing_is_pending(root: Path, store: Store, clock: Clock) -> None:
     policy = CompletionPolicy(platforms=(Platform("linux", "s390x"),))
     demands = Demands(root, store, clock, MACHINE, policy)
     await demands.get(INDEX, tag="1")
@@ -378,7 +380,7 @@ async def test_with_platforms_told_nothing_waits(root: Path, store: Store, clock
     assert (demands.completing, demands.pending) == ([], [])
     await demands.wait()
     assert (demands.completing, demands.wanted(AMD64, ARM64)) == ([], [False, False])
-    # An image that no index names is completed all the same.
+    # An image without an index is completed nevertheless.
     single = image_of(b"config of a single image", b"its layer")
     await demands.get(single, tag="single")
     assert demands.completing == [single.digest]
@@ -386,7 +388,7 @@ async def test_with_platforms_told_nothing_waits(root: Path, store: Store, clock
 
 
 @on_reactor
-async def test_what_was_undecided_before_the_platforms_were_told_is_dropped(
+async def test_undecided_images_are_dropped_once_platforms_are_configured(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     await asked_before(root, ARM64)

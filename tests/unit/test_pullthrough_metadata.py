@@ -1,4 +1,4 @@
-"""Metadata of indexes: the manifests and configs of all platforms, in turns, with patience for upstreams."""
+"""Fetching metadata of indexes: order, pauses and retries by upstream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ APP, NEXT, ELSEWHERE = (
 
 @pytest.fixture
 def fetcher(store: Store, root: Path) -> Fetcher:
-    """Upstreams have all platforms."""
+    """Return upstreams that have all platforms."""
     fetcher = Fetcher(store, root)
     fetcher.add(A, B, C, D)
     return fetcher
@@ -34,29 +34,29 @@ def fetcher(store: Store, root: Path) -> Fetcher:
 
 @pytest.fixture
 def metadata(store: Store, fetcher: Fetcher, clock: Clock) -> Metadata:
-    """Knows of no index."""
+    """Return a metadata service without indexes."""
     return Metadata(store, fetcher, clock)
 
 
 def of(*platforms: Manifest) -> Manifest:
-    """An index of images."""
+    """Return an index of images."""
     return index_of(*((one, f"linux/{NAMES.get(one.digest, 'x').lower()}") for one in platforms))
 
 
 async def queue_missing(metadata: Metadata, index: Manifest, repository: Repository = APP, **how: object) -> None:
-    """An index is looked at."""
+    """Queue the missing metadata of an index."""
     await metadata.queue_missing(index.digest, repository, index.children, **how)  # type: ignore[arg-type]  # `first`
 
 
 async def fetch_all(metadata: Metadata, upstream: Upstream = HOST) -> float | None:
-    """Fetch until something stands against it, and return the seconds to wait."""
+    """Fetch until an error or the end; return the seconds to wait, or None at the end."""
     while (wait := await metadata.fetch_next(upstream)) == 0:
         pass
     return wait
 
 
 @on_reactor
-async def test_manifests_and_configs_of_all_platforms_are_fetched_one_after_the_other(
+async def test_manifests_and_configs_are_fetched_one_at_a_time(
     metadata: Metadata, fetcher: Fetcher, store: Store
 ) -> None:
     index = of(A, B)
@@ -66,14 +66,14 @@ async def test_manifests_and_configs_of_all_platforms_are_fetched_one_after_the_
     assert (fetcher.asked, metadata.incomplete) == (["A", "a"], 1)
     assert await fetch_all(metadata) is None
     assert (fetcher.asked, metadata.incomplete, metadata.upstreams) == (["A", "a", "B", "b"], 0, [])
-    assert [store.entry(one.digest).wanted for one in (A, B)] == [False, False]  # type: ignore[union-attr]  # there
-    # All is here: nothing is missing when it is looked at again.
+    assert [store.entry(one.digest).wanted for one in (A, B)] == [False, False]  # type: ignore[union-attr]  # exists
+    # Everything is present now, so registering it again adds nothing.
     await queue_missing(metadata, index)
     assert (metadata.incomplete, await metadata.fetch_next(HOST)) == (0, None)
 
 
 @on_reactor
-async def test_two_indexes_of_an_upstream_come_in_turns(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_indexes_of_one_upstream_alternate(metadata: Metadata, fetcher: Fetcher) -> None:
     await queue_missing(metadata, of(A, B))
     await queue_missing(metadata, of(C, D), NEXT)
     assert metadata.incomplete == 2
@@ -82,14 +82,14 @@ async def test_two_indexes_of_an_upstream_come_in_turns(metadata: Metadata, fetc
 
 
 @on_reactor
-async def test_what_is_to_come_first_does(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_preferred_manifests_come_first(metadata: Metadata, fetcher: Fetcher) -> None:
     await queue_missing(metadata, of(A, B, C), first={C.digest})
     await fetch_all(metadata)
     assert fetcher.asked == ["C", "c", "A", "a", "B", "b"]
 
 
 @on_reactor
-async def test_a_config_that_is_missing_alone_is_fetched_alone(
+async def test_missing_config_alone_is_fetched(
     metadata: Metadata, fetcher: Fetcher, store: Store, root: Path
 ) -> None:
     await store.keep(A, ImageReference(APP, A.digest), wanted=False)
@@ -101,7 +101,7 @@ async def test_a_config_that_is_missing_alone_is_fetched_alone(
 
 
 @on_reactor
-async def test_layers_are_not_fetched_nor_configs_that_are_too_large(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_layers_and_oversized_configs_are_not_fetched(metadata: Metadata, fetcher: Fetcher) -> None:
     document = A.data.replace(b'"size": 11', b'"size": 9000000', 1)
     large = Manifest.parse(document, A.media_type)
     assert large.config is not None
@@ -113,7 +113,9 @@ async def test_layers_are_not_fetched_nor_configs_that_are_too_large(metadata: M
 
 
 @on_reactor
-async def test_an_index_in_an_index_is_fetched_as_it_is(metadata: Metadata, fetcher: Fetcher, store: Store) -> None:
+async def test_nested_index_is_fetched_without_its_children(
+    metadata: Metadata, fetcher: Fetcher, store: Store
+) -> None:
     inner = of(A)
     fetcher.add(inner)
     await queue_missing(metadata, index_of((inner, "")))
@@ -122,7 +124,7 @@ async def test_an_index_in_an_index_is_fetched_as_it_is(metadata: Metadata, fetc
 
 
 @on_reactor
-async def test_what_is_no_manifest_is_left_out(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_unknown_media_types_are_skipped(metadata: Metadata, fetcher: Fetcher) -> None:
     data = of(A, B).data.replace(A.media_type.encode(), b"application/vnd.example.other", 2)
     index = Manifest.parse(data.replace(b"application/vnd.example.other", A.media_type.encode(), 1), of(A).media_type)
     assert len({child.media_type for child in index.children}) == 2
@@ -132,7 +134,7 @@ async def test_what_is_no_manifest_is_left_out(metadata: Metadata, fetcher: Fetc
 
 
 @on_reactor
-async def test_of_a_huge_index_the_first_200_are_fetched(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_only_first_200_manifests_of_a_huge_index_are_fetched(metadata: Metadata, fetcher: Fetcher) -> None:
     many = [image_of(b"config %d" % number, b"layer %d" % number) for number in range(230)]
     fetcher.add(*many)
     await queue_missing(metadata, index_of(*((one, f"linux/p{number}") for number, one in enumerate(many))))
@@ -140,12 +142,12 @@ async def test_of_a_huge_index_the_first_200_are_fetched(metadata: Metadata, fet
     assert [digest for digest in fetcher.asked if digest not in CONFIGS][::2] == [one.digest for one in many[:200]]
 
 
-# What is not to be had
+# Unavailable metadata
 
 
 @pytest.mark.parametrize("error", [ManifestUnknown("404"), Denied("not allowed")])
 @on_reactor
-async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
+async def test_unknown_manifest_is_no_failure(
     metadata: Metadata, fetcher: Fetcher, clock: Clock, events: list[LogEvent], error: RegistryError
 ) -> None:
     index = of(A, B, C)
@@ -154,7 +156,7 @@ async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
     assert await fetch_all(metadata) is None
     assert fetcher.asked == ["A", "a", "B", "C", "c"]
     assert (metadata.incomplete, texts(events, LogLevel.warn), texts(events, LogLevel.error)) == (0, [], [])
-    # It is asked for again after an hour.
+    # It is requested again after an hour.
     fetcher.asked.clear()
     clock.advance(3599)
     await queue_missing(metadata, index)
@@ -165,7 +167,7 @@ async def test_a_manifest_that_the_upstream_does_not_have_is_no_failure(
 
 
 @on_reactor
-async def test_so_is_a_config(metadata: Metadata, fetcher: Fetcher) -> None:
+async def test_unknown_config_is_no_failure(metadata: Metadata, fetcher: Fetcher) -> None:
     index = of(A, B)
     fetcher.errors[Digest.of(b"config of A")] = [BlobUnknown("404")]
     await queue_missing(metadata, index)
@@ -178,9 +180,7 @@ async def test_so_is_a_config(metadata: Metadata, fetcher: Fetcher) -> None:
 
 
 @on_reactor
-async def test_a_limit_pauses_this_upstream_alone_for_as_long_as_it_says(
-    metadata: Metadata, fetcher: Fetcher, clock: Clock
-) -> None:
+async def test_rate_limit_pauses_only_this_upstream(metadata: Metadata, fetcher: Fetcher, clock: Clock) -> None:
     fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=600)]
     await queue_missing(metadata, of(A, B, C))
     await queue_missing(metadata, of(D), ELSEWHERE)
@@ -197,13 +197,13 @@ async def test_a_limit_pauses_this_upstream_alone_for_as_long_as_it_says(
     assert len(fetcher.asked) == 5
     clock.advance(1)
     assert await fetch_all(metadata) is None
-    # What failed comes last.
+    # The failed one comes last.
     assert fetcher.asked[5:] == ["C", "c", "B", "b"]
     assert metadata.error(HOST) == ""
 
 
 @on_reactor
-async def test_the_waits_double_up_to_five_minutes_and_begin_anew_after_a_success(
+async def test_waits_double_up_to_five_minutes_and_reset_on_success(
     metadata: Metadata, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[A.digest] = [Unavailable("reg.example answered 500")] * 6
@@ -219,7 +219,7 @@ async def test_the_waits_double_up_to_five_minutes_and_begin_anew_after_a_succes
 
 
 @on_reactor
-async def test_a_manifest_that_fails_ten_times_is_left_for_an_hour(
+async def test_manifest_failing_ten_times_is_skipped_for_an_hour(
     metadata: Metadata, fetcher: Fetcher, clock: Clock
 ) -> None:
     index = of(A, B)
@@ -236,7 +236,9 @@ async def test_a_manifest_that_fails_ten_times_is_left_for_an_hour(
 
 
 @on_reactor
-async def test_on_a_link_that_is_down_none_is_given_up(metadata: Metadata, fetcher: Fetcher, clock: Clock) -> None:
+async def test_nothing_is_given_up_while_the_circuit_breaker_is_open(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
     fetcher.errors[A.digest] = [LinkDown("no route to reg.example", 5)] * 30
     await queue_missing(metadata, of(A, B))
     waits = []
@@ -249,9 +251,7 @@ async def test_on_a_link_that_is_down_none_is_given_up(metadata: Metadata, fetch
 
 
 @on_reactor
-async def test_an_index_that_is_looked_at_anew_is_not_there_twice(
-    metadata: Metadata, fetcher: Fetcher, clock: Clock
-) -> None:
+async def test_index_registered_again_is_kept_once(metadata: Metadata, fetcher: Fetcher, clock: Clock) -> None:
     index = of(A, B)
     for _ in range(3):
         await queue_missing(metadata, index)
@@ -266,7 +266,7 @@ async def test_an_index_that_is_looked_at_anew_is_not_there_twice(
 
 
 @on_reactor
-async def test_one_whose_manifests_have_come_meanwhile_is_forgotten(
+async def test_index_completed_meanwhile_is_dropped(
     metadata: Metadata, fetcher: Fetcher, store: Store, root: Path
 ) -> None:
     await queue_missing(metadata, of(A))
@@ -277,7 +277,7 @@ async def test_one_whose_manifests_have_come_meanwhile_is_forgotten(
 
 
 @on_reactor
-async def test_a_failure_while_its_index_is_looked_at_anew_is_not_tried_twice(
+async def test_failure_during_registration_is_not_retried_twice(
     metadata: Metadata, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absent = platform("absent")
@@ -297,7 +297,7 @@ async def test_a_failure_while_its_index_is_looked_at_anew_is_not_tried_twice(
 
 
 @on_reactor
-async def test_failures_before_a_success_are_forgotten(
+async def test_success_resets_the_failure_count(
     metadata: Metadata, fetcher: Fetcher, store: Store, root: Path, clock: Clock
 ) -> None:
     for _ in range(2):
@@ -316,7 +316,7 @@ async def test_failures_before_a_success_are_forgotten(
 
 
 @on_reactor
-async def test_when_too_many_manifests_are_unavailable_the_oldest_is_requested_again(
+async def test_oldest_of_too_many_unavailable_manifests_is_requested_again(
     store: Store, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 2)
@@ -332,7 +332,7 @@ async def test_when_too_many_manifests_are_unavailable_the_oldest_is_requested_a
 
 
 @on_reactor
-async def test_when_too_many_manifests_fail_the_failures_of_the_oldest_are_forgotten(
+async def test_failures_of_the_oldest_of_too_many_manifests_are_forgotten(
     store: Store, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 2)
@@ -345,5 +345,5 @@ async def test_when_too_many_manifests_fail_the_failures_of_the_oldest_are_forgo
     for upstream in (HOST, OTHER, HOST, third.upstream, HOST):
         await metadata.fetch_next(upstream)
         clock.advance(300)
-    # A has failed three times and is left alone.
+    # A has failed three times and is skipped.
     assert set(metadata.upstreams) == {OTHER, third.upstream}
