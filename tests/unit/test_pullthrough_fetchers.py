@@ -1,4 +1,4 @@
-"""Where images come from: this process pulls, with patience, and tells what comes."""
+"""Fetchers without a daemon: this process pulls, with an idle timeout, and reports progress."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = BUILT.layers[0].data
 
 
 class Scene:
-    """A supplier, and what it is asked for."""
+    """A fetcher over the cache, and the progress that it reports."""
 
     def __init__(self, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
         self._how = (cache, Listings(store, upstreams, clock), 60.0, clock)
@@ -37,44 +37,44 @@ class Scene:
         self.pulling, self.background = CacheFetcher(*self._how), BackgroundFetcher(*self._how)
 
     def manifest(self, fetcher: CacheFetcher | None = None) -> Deferred[FoundManifest]:
-        """Asks for the manifest."""
+        """Fetch the manifest."""
         return Deferred.fromCoroutine((fetcher or self.pulling).manifest(APP))
 
     def referrers(self) -> Deferred[Manifest | None]:
-        """Asks for what refers to it."""
+        """Fetch the referrers."""
         return Deferred.fromCoroutine(self.pulling.referrers(APP.repository, IMAGE.digest))
 
     def blob(
         self, fetcher: CacheFetcher | None = None, digest: Digest = LAYER, size: int = len(DATA)
     ) -> Deferred[None]:
-        """Asks for the layer."""
+        """Fetch the layer."""
         fetcher = fetcher or self.pulling
         return Deferred.fromCoroutine(fetcher.blob(APP.repository, digest, size, self.advance.append))
 
 
 @pytest.fixture
 def scene(store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> Scene:
-    """Suppliers over the cache."""
+    """Return a fetcher over the cache."""
     return Scene(store, cache, upstreams, clock)
 
 
 async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
-    """So many requests have gone out."""
+    """Wait until `count` requests have been sent."""
     await until(lambda: len(upstreams) == count)
 
 
 async def advance(scene: Scene, count: int) -> None:
-    """So many bytes have come."""
+    """Wait until `count` bytes have been reported."""
     await until(lambda: sum(scene.advance) >= count)
 
 
 async def passes(clock: Clock, seconds: float) -> None:
-    """Time goes by, and what waits for it goes on."""
+    """Advance the clock and let waiting code continue."""
     clock.advance(seconds)
     await turn()
 
 
-def test_patience_is_for_as_long_as_nothing_comes(clock: Clock) -> None:
+def test_idle_timeout_restarts_on_progress(clock: Clock) -> None:
     patience = IdleTimeout(60, clock)
     assert (patience.left, patience.exhausted) == (60, False)
     clock.advance(59)
@@ -84,19 +84,19 @@ def test_patience_is_for_as_long_as_nothing_comes(clock: Clock) -> None:
     clock.advance(60)
     assert patience.exhausted
     clock.advance(1000)
-    # Never no time at all: it is waited for.
+    # Never 0, which would mean no wait at all.
     assert 0 < patience.left < 0.01
 
 
 @on_reactor
-async def test_a_manifest_that_is_here_is_a_hit(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_stored_manifest_is_a_hit(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
     await store.keep(IMAGE, APP)
     assert await scene.manifest() == FoundManifest(IMAGE, hit=True)
     assert len(upstreams) == 0
 
 
 @on_reactor
-async def test_an_upstream_that_is_slow_to_answer_is_waited_for(
+async def test_slow_manifest_is_awaited_beyond_the_deadline(
     scene: Scene, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     waiting = scene.manifest()
@@ -105,13 +105,15 @@ async def test_an_upstream_that_is_slow_to_answer_is_waited_for(
         await passes(clock, 25)
         assert not waiting.called
     upstreams[0].answer(IMAGE)
-    # It is the answer to the one request that there was.
+    # The first request is answered; there is no second one.
     assert await waiting == FoundManifest(IMAGE, hit=False)
     assert len(upstreams) == 1
 
 
 @on_reactor
-async def test_but_not_for_ever(scene: Scene, upstreams: MemoryRegistries, clock: Clock) -> None:
+async def test_manifest_wait_ends_with_the_idle_timeout(
+    scene: Scene, upstreams: MemoryRegistries, clock: Clock
+) -> None:
     waiting = scene.manifest()
     await asked(upstreams)
     for _ in range(2):
@@ -126,9 +128,7 @@ async def test_but_not_for_ever(scene: Scene, upstreams: MemoryRegistries, clock
 
 @pytest.mark.parametrize("error", [Unavailable("down"), ManifestUnknown("not there")])
 @on_reactor
-async def test_what_the_upstream_says_is_not_asked_for_twice(
-    scene: Scene, upstreams: MemoryRegistries, error: RegistryError
-) -> None:
+async def test_upstream_error_is_final(scene: Scene, upstreams: MemoryRegistries, error: RegistryError) -> None:
     waiting = scene.manifest()
     await asked(upstreams)
     upstreams[0].refuse(error)
@@ -144,7 +144,7 @@ async def test_referrers(scene: Scene, store: Store, upstreams: MemoryRegistries
     waiting = scene.referrers()
     upstreams[0].answer(index)
     assert await waiting == index
-    # Kept for when the upstream cannot be reached.
+    # They are stored for when the upstream cannot be reached.
     waiting = scene.referrers()
     upstreams[1].refuse(Unavailable("down"))
     assert await waiting == index
@@ -152,7 +152,7 @@ async def test_referrers(scene: Scene, store: Store, upstreams: MemoryRegistries
 
 
 @on_reactor
-async def test_an_upstream_that_has_no_referrers(scene: Scene, upstreams: MemoryRegistries) -> None:
+async def test_upstream_without_referrers(scene: Scene, upstreams: MemoryRegistries) -> None:
     for number, error in enumerate((ManifestUnknown("it answered 404"), Unavailable("down"))):
         waiting = scene.referrers()
         upstreams[number].refuse(error)
@@ -164,13 +164,13 @@ async def test_an_upstream_that_has_no_referrers(scene: Scene, upstreams: Memory
 
 
 @on_reactor
-async def test_a_blob_is_told_of_as_it_comes_and_is_here_in_the_end(
+async def test_blob_progress_is_reported(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
     waiting = scene.blob()
     await asked(upstreams)
-    # Somebody waits for it: it has a connection of its own.
+    # A client waits for it, so it uses a connection for blobs.
     assert not upstreams[0].reserved
     sending = upstreams[0].stream(len(DATA))
     for start in range(0, len(DATA), 50_000):
@@ -183,14 +183,14 @@ async def test_a_blob_is_told_of_as_it_comes_and_is_here_in_the_end(
     assert len(scene.advance) >= 4
     assert await store.holds(LAYER, len(DATA))
     await landed(cache)
-    # What is here is told of all at once.
+    # For a present blob, all progress is reported at once.
     await scene.blob()
     assert scene.advance[-1] == len(DATA)
     assert len(upstreams) == 1
 
 
 @on_reactor
-async def test_what_an_earlier_one_left_is_told_of_too(
+async def test_progress_includes_partial_of_earlier_process(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -207,7 +207,7 @@ async def test_what_an_earlier_one_left_is_told_of_too(
 
 
 @on_reactor
-async def test_an_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
     empty = image_of(b"{}", b"")
     await store.keep(empty, APP)
     waiting = scene.blob(digest=Digest.of(b""), size=0)
@@ -218,7 +218,7 @@ async def test_an_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegist
 
 
 @on_reactor
-async def test_a_blob_of_which_nothing_comes_any_more_is_given_up_and_goes_on(
+async def test_stalled_blob_fails_while_the_download_continues(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -235,7 +235,7 @@ async def test_a_blob_of_which_nothing_comes_any_more_is_given_up_and_goes_on(
     with pytest.raises(Unavailable, match=f"^{APP.repository}@{LAYER}: no byte came for 60 s$"):
         await waiting
     assert cache.in_flight == {LAYER}
-    # Nobody waits for it any more: clients go first.
+    # Without a waiter it has background priority.
     assert cache._downloads[LAYER]._connections.priority is not Priority.CLIENT
     sending.send(DATA[2000:]).end()
     await landed(cache)
@@ -243,7 +243,7 @@ async def test_a_blob_of_which_nothing_comes_any_more_is_given_up_and_goes_on(
 
 
 @on_reactor
-async def test_a_blob_that_the_upstream_does_not_have(
+async def test_blob_unknown_upstream(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
@@ -258,10 +258,10 @@ async def test_a_blob_that_the_upstream_does_not_have(
 
 
 @on_reactor
-async def test_an_upstream_that_is_slow_to_send_a_blob_is_waited_for(
+async def test_slow_blob_is_awaited_beyond_the_deadline(
     scene: Scene, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    # No manifest of the repository tells its size: so it is with the blobs of signatures that two manifests name.
+    # No manifest of the repository tells its size, as with signature blobs that two manifests name.
     waiting = scene.blob()
     await asked(upstreams)
     await passes(clock, 25)
@@ -274,13 +274,13 @@ async def test_an_upstream_that_is_slow_to_send_a_blob_is_waited_for(
 
 
 @on_reactor
-async def test_in_the_background_a_blob_comes_after_what_clients_wait_for(
+async def test_background_fetch_yields_to_clients(
     scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
     waiting = scene.blob(scene.background)
     await asked(upstreams)
-    # It takes one of the connections for blobs: more than one may come at once.
+    # It uses a connection for blobs, so that several may be fetched at once.
     assert not upstreams[0].reserved
     sending = upstreams[0].stream(len(DATA))
     await turn()
@@ -290,6 +290,6 @@ async def test_in_the_background_a_blob_comes_after_what_clients_wait_for(
     assert scene.advance == [len(DATA)]
     assert (root / "blobs" / LAYER.hex).read_bytes() == DATA
     client.close()
-    # What is here costs nothing.
+    # A present blob needs no request.
     await scene.blob(scene.background)
     assert len(upstreams) == 1

@@ -1,4 +1,4 @@
-"""Where images come from while a daemon runs on the store: it pulls, and what is here already it is not asked for."""
+"""Fetchers while a daemon runs on the store: the daemon pulls, stored content is not requested."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.unit.support.loads import Loads, image_of, index_of, settle
 
 @pytest.fixture
 def scene(store: Store, root: Path, clock: Clock) -> Scene:
-    """A daemon runs on the store."""
+    """Return a fetcher with a daemon on the store."""
     return Scene(store, root, clock)
 
 
 @on_reactor
-async def test_a_manifest_that_is_here_is_not_asked_for(scene: Scene, store: Store) -> None:
+async def test_stored_manifest_is_not_requested(scene: Scene, store: Store) -> None:
     await store.keep(IMAGE, APP)
     assert await scene.manifest() == FoundManifest(IMAGE, hit=True)
     assert scene.asked == []
 
 
 @on_reactor
-async def test_a_manifest_that_the_daemon_brings(scene: Scene) -> None:
+async def test_manifest_through_the_daemon(scene: Scene) -> None:
     waiting = scene.manifest()
     (await scene.call(1)).answer(IMAGE)
     assert await waiting == FoundManifest(IMAGE, hit=False)
@@ -44,7 +44,7 @@ async def test_a_manifest_that_the_daemon_brings(scene: Scene) -> None:
 
 @pytest.mark.parametrize("error", [ManifestUnknown("not there"), Denied("not allowed"), Unavailable("down")])
 @on_reactor
-async def test_what_the_daemon_says_is_passed_on(scene: Scene, error: RegistryError) -> None:
+async def test_daemon_error_is_passed_on(scene: Scene, error: RegistryError) -> None:
     waiting: list[Deferred[Any]] = [scene.manifest(), scene.blob()]
     for call in (await scene.call(2), scene.daemon.calls[0]):
         call.refuse(error)
@@ -56,7 +56,7 @@ async def test_what_the_daemon_says_is_passed_on(scene: Scene, error: RegistryEr
 
 
 @on_reactor
-async def test_a_manifest_that_takes_long_is_asked_for_again_but_not_for_ever(scene: Scene, clock: Clock) -> None:
+async def test_slow_manifest_is_requested_again_until_the_timeout(scene: Scene, clock: Clock) -> None:
     waiting = scene.manifest()
     for count in (1, 2, 3):
         call = await scene.call(count)
@@ -88,7 +88,7 @@ async def test_referrers(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_blob_is_told_of_as_it_comes_and_is_waited_for_until_it_is_stored(scene: Scene) -> None:
+async def test_blob_progress_then_wait_until_stored(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA[:1000])
     body.dataReceived(DATA[1000:])
@@ -103,7 +103,7 @@ async def test_a_blob_is_told_of_as_it_comes_and_is_waited_for_until_it_is_store
 
 
 @on_reactor
-async def test_a_half_stored_blob_is_waited_for(scene: Scene) -> None:
+async def test_partly_stored_blob_is_awaited(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA)
     end(body)
@@ -115,7 +115,7 @@ async def test_a_half_stored_blob_is_waited_for(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_blob_that_the_daemon_does_not_store_in_time(scene: Scene) -> None:
+async def test_blob_not_stored_in_time(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA)
     end(body)
@@ -128,7 +128,7 @@ async def test_a_blob_that_the_daemon_does_not_store_in_time(scene: Scene) -> No
 
 
 @on_reactor
-async def test_an_empty_blob_is_asked_for_too(scene: Scene) -> None:
+async def test_empty_blob_is_requested(scene: Scene) -> None:
     empty = Digest.of(b"")
     waiting = scene.blob(empty, 0)
     body, _ = await scene.sends(1, b"")
@@ -140,10 +140,10 @@ async def test_an_empty_blob_is_asked_for_too(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_after_a_stall_it_goes_on_where_it_was(scene: Scene) -> None:
+async def test_stalled_blob_is_resumed(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA[:1000])
-    # The upstream of the daemon is slow: after ten seconds this connection is given up, not the daemon.
+    # A slow upstream of the daemon: after ten seconds the connection ends, but the daemon is asked again.
     scene.clock.advance(10)
     end(body, ConnectionLost())
     body, _ = await scene.sends(2, b"")
@@ -159,7 +159,7 @@ async def test_after_a_stall_it_goes_on_where_it_was(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_what_comes_gives_patience_again(scene: Scene) -> None:
+async def test_progress_restarts_the_idle_timeout(scene: Scene) -> None:
     waiting = scene.blob()
     for count in range(1, 8):
         body, _ = await scene.sends(count, DATA[count : count + 1])
@@ -177,7 +177,7 @@ async def test_what_comes_gives_patience_again(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_a_blob_of_which_nothing_comes_fails_at_once_when_the_daemon_ends_it_at_once(scene: Scene) -> None:
+async def test_blob_without_progress_fails_after_the_timeout(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA[:1000])
     end(body, ConnectionLost())
@@ -190,7 +190,7 @@ async def test_a_blob_of_which_nothing_comes_fails_at_once_when_the_daemon_ends_
 
 
 @on_reactor
-async def test_a_blob_that_the_daemon_finds_no_more_in_the_middle(scene: Scene) -> None:
+async def test_blob_unknown_on_resume(scene: Scene) -> None:
     waiting = scene.blob()
     body, _ = await scene.sends(1, DATA[:1000])
     end(body, ConnectionLost())
@@ -200,7 +200,7 @@ async def test_a_blob_that_the_daemon_finds_no_more_in_the_middle(scene: Scene) 
 
 
 @on_reactor
-async def test_an_end_in_the_middle_closes_the_connection(scene: Scene) -> None:
+async def test_cancelling_closes_the_connection(scene: Scene) -> None:
     waiting = scene.blob()
     _, connection = await scene.sends(1, DATA[:1000])
     waiting.cancel()
@@ -210,10 +210,10 @@ async def test_an_end_in_the_middle_closes_the_connection(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_an_image_comes_whole_through_the_daemon(scene: Scene, store: Store) -> None:
+async def test_image_is_loaded_through_the_daemon(scene: Scene, store: Store) -> None:
     loads = Loads(store, scene.fetcher)
     config = BUILT.blobs[0]
-    # Another process wrote it a moment ago, and no record that is known here names it.
+    # Another process has just written the blob; no record known to this process names it.
     scene.stores(Digest(config.digest), config.data)
     loading = loads.load(str(APP))
     (await scene.call(1)).answer(IMAGE)

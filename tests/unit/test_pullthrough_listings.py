@@ -1,4 +1,4 @@
-"""Tags and referrers: the upstream's word while it can be had, else the cache's, and never a false empty one."""
+"""Tags and referrers: from the upstream if it answers, else from the cache, and never a false empty list."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ SUBJECT = IMAGE.digest
 
 @pytest.fixture
 def listings(store: Store, upstreams: MemoryRegistries, clock: Clock) -> Listings:
-    """Listings over the empty store."""
+    """Return listings over the empty store."""
     return Listings(store, upstreams, clock)
 
 
 def tags(listings: Listings, count: int | None = None, last: str = "") -> Deferred[FoundTags]:
-    """A client asks for tags."""
+    """Request tags."""
     return Deferred.fromCoroutine(listings.tags(APP, count, last))
 
 
 def referrers(listings: Listings, artifact_type: str = "") -> Deferred[FoundReferrers]:
-    """A client asks for what refers to the image."""
+    """Request the referrers of the image."""
     return Deferred.fromCoroutine(listings.referrers(APP, SUBJECT, artifact_type))
 
 
 def page(*names: str, more: bool = False) -> TagPage:
-    """A page of tags."""
+    """Return a page of tags."""
     return TagPage(tuple(map(Tag, names)), more)
 
 
 def index(*kinds: str) -> Manifest:
-    """An index of artifacts of these kinds."""
+    """Return an index of artifacts of these types."""
     entries = []
     for kind in kinds:
         made = make_artifact(kind, BUILT.manifest, artifact_type=kind).manifest
@@ -59,17 +59,17 @@ def index(*kinds: str) -> Manifest:
 
 
 def kinds(found: FoundReferrers) -> list[str]:
-    """What kinds of artifacts were found."""
+    """Return the artifact types that were found."""
     return [entry["artifactType"] for entry in json.loads(found.data)["manifests"]]
 
 
 async def cached(store: Store, *names: str) -> None:
-    """The image has these tags in the cache."""
+    """Store the image under these tags."""
     for name in names:
         await store.keep(IMAGE, ImageReference(APP, Tag(name)))
 
 
-def test_the_upstreams_tags(listings: Listings, upstreams: MemoryRegistries) -> None:
+def test_tags_from_upstream(listings: Listings, upstreams: MemoryRegistries) -> None:
     asked = tags(listings, 2, "a")
     upstreams[0].answer(page("b", "c", more=True))
     assert fired(asked) == FoundTags(page("b", "c", more=True), hit=False)
@@ -77,7 +77,7 @@ def test_the_upstreams_tags(listings: Listings, upstreams: MemoryRegistries) -> 
 
 
 @on_reactor
-async def test_the_upstreams_word_counts_even_if_it_has_less(
+async def test_upstream_tags_replace_cached_ones(
     listings: Listings, upstreams: MemoryRegistries, store: Store
 ) -> None:
     await cached(store, "1", "2")
@@ -99,7 +99,7 @@ async def test_the_upstreams_word_counts_even_if_it_has_less(
     ],
 )
 @on_reactor
-async def test_the_tags_in_the_cache_when_the_upstream_is_down(
+async def test_cached_tags_when_upstream_is_unavailable(
     listings: Listings,
     upstreams: MemoryRegistries,
     store: Store,
@@ -115,7 +115,7 @@ async def test_the_tags_in_the_cache_when_the_upstream_is_down(
     assert texts(events, LogLevel.warn) == ["listing the tags in the cache: down"]
 
 
-def test_no_empty_list_for_want_of_an_answer(listings: Listings, upstreams: MemoryRegistries) -> None:
+def test_error_instead_of_empty_list_when_nothing_is_cached(listings: Listings, upstreams: MemoryRegistries) -> None:
     listed, referring = tags(listings), referrers(listings)
     for call in upstreams:
         call.refuse(Unavailable("down"))
@@ -124,7 +124,7 @@ def test_no_empty_list_for_want_of_an_answer(listings: Listings, upstreams: Memo
 
 @pytest.mark.parametrize("error", [NameUnknown("not there"), ManifestUnknown("not there")])
 @on_reactor
-async def test_what_the_upstream_does_not_have_is_unknown_whatever_is_cached(
+async def test_unknown_upstream_repository_is_unknown_even_if_cached(
     listings: Listings, upstreams: MemoryRegistries, store: Store, error: RegistryError
 ) -> None:
     await cached(store, "1")
@@ -134,13 +134,13 @@ async def test_what_the_upstream_does_not_have_is_unknown_whatever_is_cached(
         await asked
 
 
-def test_no_tags_are_no_question(listings: Listings, upstreams: MemoryRegistries) -> None:
+def test_page_of_zero_tags_needs_no_request(listings: Listings, upstreams: MemoryRegistries) -> None:
     assert fired(tags(listings, 0)) == FoundTags(page(), hit=False)
     assert len(upstreams) == 0
 
 
 @on_reactor
-async def test_the_upstream_has_25_seconds(
+async def test_listing_times_out_after_25_seconds(
     listings: Listings, upstreams: MemoryRegistries, store: Store, clock: Clock
 ) -> None:
     await cached(store, "1")
@@ -150,7 +150,7 @@ async def test_the_upstream_has_25_seconds(
 
 
 @on_reactor
-async def test_who_is_not_allowed_gets_no_list(store: Store, clock: Clock) -> None:
+async def test_disallowed_upstream_is_denied(store: Store, clock: Clock) -> None:
     await cached(store, "1")
     listings = Listings(store, MemoryRegistries("else.example"), clock)
     for count in (None, 0):
@@ -161,9 +161,7 @@ async def test_who_is_not_allowed_gets_no_list(store: Store, clock: Clock) -> No
 
 
 @on_reactor
-async def test_the_upstreams_referrers_are_sent_as_they_are_and_kept(
-    listings: Listings, upstreams: MemoryRegistries
-) -> None:
+async def test_upstream_referrers_are_passed_on_and_stored(listings: Listings, upstreams: MemoryRegistries) -> None:
     sent = index("application/sbom", "application/signature")
     asked = referrers(listings)
     upstreams[0].answer(sent)
@@ -180,12 +178,12 @@ async def test_the_upstreams_referrers_are_sent_as_they_are_and_kept(
 
 
 @on_reactor
-async def test_referrers_of_one_kind(listings: Listings, upstreams: MemoryRegistries) -> None:
+async def test_referrers_filtered_by_artifact_type(listings: Listings, upstreams: MemoryRegistries) -> None:
     asked = referrers(listings, "application/signature")
     upstreams[0].answer(index("application/sbom", "application/signature"))
     found = await asked
     assert kinds(found) == ["application/signature"]
-    # The whole is asked for and kept, whatever part of it is wanted.
+    # The unfiltered list is requested and stored.
     assert upstreams.asked == [f"referrers {APP} {SUBJECT}"]
     asked = referrers(listings)
     upstreams[1].refuse(Unavailable("down"))
@@ -193,7 +191,7 @@ async def test_referrers_of_one_kind(listings: Listings, upstreams: MemoryRegist
 
 
 @on_reactor
-async def test_an_empty_list_is_the_upstreams_word_but_not_worth_keeping(
+async def test_empty_referrers_list_is_returned_but_not_stored(
     listings: Listings, upstreams: MemoryRegistries, store: Store
 ) -> None:
     asked = referrers(listings)
@@ -204,10 +202,10 @@ async def test_an_empty_list_is_the_upstreams_word_but_not_worth_keeping(
 
 
 @on_reactor
-async def test_what_is_kept_of_referrers_is_no_tag_of_the_upstreams(
+async def test_stored_referrers_are_not_listed_as_a_tag(
     listings: Listings, upstreams: MemoryRegistries, store: Store
 ) -> None:
-    """It is kept under a tag that the upstream does not have."""
+    """They are stored under a tag that the upstream does not have."""
     await cached(store, "1")
     asked = referrers(listings)
     upstreams[0].answer(index("application/sbom"))

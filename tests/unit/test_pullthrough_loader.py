@@ -1,4 +1,4 @@
-"""Loading: a list, the manifests of its platforms and their blobs, whatever becomes of the other images."""
+"""The loader: indexes, manifests of the selected platforms and their blobs; images fail independently."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ DIGESTS = [blob.digest for blob in SINGLE.blobs]
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have: nothing."""
+    """Return a fetcher without content."""
     return Shelf(store, root)
 
 
 @pytest.fixture
 def loads(store: Store, shelf: Shelf) -> Loads:
-    """Loads from there."""
+    """Return a loader over it."""
     return Loads(store, shelf)
 
 
 def size(*images: object) -> int:
-    """Bytes of the blobs of images."""
-    blobs = {blob.digest: len(blob.data) for one in images for blob in one.blobs}  # type: ignore[attr-defined]  # an Image or an Index
+    """Return the number of bytes in the blobs of images."""
+    blobs = {blob.digest: len(blob.data) for one in images for blob in one.blobs}  # type: ignore[attr-defined]  # an Image or Index
     return sum(blobs.values())
 
 
 def here(root: Path) -> set[str]:
-    """The blobs that are in the store."""
+    """Return the digests of the blobs in the store."""
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
 def told(outcomes: Sequence[Outcome]) -> list[str]:
-    """How they ended."""
+    """Return the texts of the outcomes."""
     return [str(outcome) for outcome in outcomes]
 
 
 @on_reactor
-async def test_of_a_list_the_image_of_the_platform_with_its_blobs(
+async def test_image_of_the_platform_is_loaded_from_an_index(
     loads: Loads, shelf: Shelf, store: Store, root: Path
 ) -> None:
     shelf.add(APP, MULTI)
@@ -66,7 +66,7 @@ async def test_of_a_list_the_image_of_the_platform_with_its_blobs(
 
 
 @on_reactor
-async def test_what_is_here_is_not_asked_for(loads: Loads, shelf: Shelf, root: Path) -> None:
+async def test_present_content_is_not_requested(loads: Loads, shelf: Shelf, root: Path) -> None:
     shelf.add(APP, MULTI)
     shelf.add(NEXT, SINGLE)
     await loads.load(APP, NEXT)
@@ -75,7 +75,7 @@ async def test_what_is_here_is_not_asked_for(loads: Loads, shelf: Shelf, root: P
     assert [outcome.ended for outcome in outcomes] == [LoadStatus.PRESENT] * 3
     assert [(outcome.blobs, outcome.bytes) for outcome in outcomes] == [(0, 0)] * 3
     assert len(shelf.asked) == asked
-    # What is lacking is brought, and only that.
+    # Only missing blobs are fetched.
     (root / "blobs" / Digest(DIGESTS[1]).hex).unlink()
     (root / "blobs" / Digest(DIGESTS[2]).hex).write_bytes(b"half")
     (outcome,) = await loads.load(NEXT)
@@ -89,7 +89,7 @@ async def test_what_is_here_is_not_asked_for(loads: Loads, shelf: Shelf, root: P
 
 
 @on_reactor
-async def test_what_images_share_is_brought_once(loads: Loads, shelf: Shelf) -> None:
+async def test_shared_blob_is_fetched_once(loads: Loads, shelf: Shelf) -> None:
     shelf.add(APP, SINGLE)
     shelf.add(NEXT, make_image("on top", base=SINGLE, layers=1))
     first, second = await loads.load(APP, NEXT)
@@ -98,7 +98,7 @@ async def test_what_images_share_is_brought_once(loads: Loads, shelf: Shelf) -> 
 
 
 @on_reactor
-async def test_an_image_that_is_no_list_is_loaded_whatever_its_platform(loads: Loads, shelf: Shelf) -> None:
+async def test_single_image_is_loaded_regardless_of_platform(loads: Loads, shelf: Shelf) -> None:
     shelf.add(APP, make_image("arm", platform="linux/arm64"))
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3)
@@ -119,7 +119,7 @@ async def test_an_image_that_is_no_list_is_loaded_whatever_its_platform(loads: L
 )
 @pytest.mark.parametrize("docker", [False, True])
 @on_reactor
-async def test_the_platforms_that_are_wanted(
+async def test_selected_platforms(
     loads: Loads, shelf: Shelf, root: Path, wanted: str, found: list[str], docker: bool
 ) -> None:
     multi = make_index("platforms", platforms=[one.platform for one in MULTI.images], docker=docker)
@@ -132,7 +132,7 @@ async def test_the_platforms_that_are_wanted(
 
 
 @on_reactor
-async def test_arm64_v8_is_found_under_either_name(loads: Loads, shelf: Shelf) -> None:
+async def test_arm64_matches_arm64_v8(loads: Loads, shelf: Shelf) -> None:
     shelf.add(APP, make_index("v8", platforms=("linux/arm64/v8",)))
     shelf.add(NEXT, make_index("none", platforms=("linux/arm64",)))
     for platform in (ARM64, Platform("linux", "arm64", "v8")):
@@ -141,9 +141,7 @@ async def test_arm64_v8_is_found_under_either_name(loads: Loads, shelf: Shelf) -
 
 
 @on_reactor
-async def test_a_platform_that_is_missing_names_those_there_are_and_the_others_are_loaded(
-    loads: Loads, shelf: Shelf, root: Path
-) -> None:
+async def test_missing_platform_error_lists_available_ones(loads: Loads, shelf: Shelf, root: Path) -> None:
     shelf.add(APP, MULTI)
     wanted = [Platform("linux", "s390x"), ARM64, Platform("linux", "riscv64")]
     (outcome,) = await loads.load(APP, wanted=wanted)
@@ -151,38 +149,38 @@ async def test_a_platform_that_is_missing_names_those_there_are_and_the_others_a
     arm64 = MULTI.images[1]
     assert outcome == Outcome(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
     assert here(root) == {blob.digest for blob in arm64.blobs}
-    # It is so tomorrow, too.
+    # The error is permanent.
     assert not outcome.again
 
 
 @on_reactor
-async def test_an_empty_list_has_no_platform(loads: Loads, shelf: Shelf) -> None:
+async def test_empty_index_is_loaded(loads: Loads, shelf: Shelf) -> None:
     shelf.put(APP, index_of())
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 0)
 
 
 def attested(where: str = "linux/amd64") -> tuple[Manifest, Manifest, Manifest, list[bytes]]:
-    """An index as BuildKit makes it: an image, and what attests how it was built."""
+    """Return an index as BuildKit makes it: an image and its provenance attestation."""
     blobs = [b"{}", b"layer", b"attestation"]
     app, attestation = image_of(*blobs[:2]), image_of(b"{}", blobs[2])
     return index_of((app, where), (attestation, "unknown/unknown")), app, attestation, blobs
 
 
 @on_reactor
-async def test_attestations_are_no_platform_that_is_wanted(loads: Loads, shelf: Shelf, root: Path) -> None:
+async def test_attestations_match_no_platform(loads: Loads, shelf: Shelf, root: Path) -> None:
     index, app, attestation, blobs = attested()
     shelf.put(APP, index, app, attestation, blobs=blobs)
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
-    # With all of the list they are brought, too.
+    # With all platforms they are loaded as well.
     (outcome,) = await loads.load(APP, wanted=ALL)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
     assert len(here(root)) == 3
 
 
 @on_reactor
-async def test_attestations_are_not_among_the_platforms_there_are(loads: Loads, shelf: Shelf) -> None:
+async def test_attestations_are_not_listed_as_available(loads: Loads, shelf: Shelf) -> None:
     index, app, attestation, blobs = attested()
     shelf.put(APP, index, app, attestation, blobs=blobs)
     (outcome,) = await loads.load(APP, wanted=[ARM64])
@@ -190,7 +188,7 @@ async def test_attestations_are_not_among_the_platforms_there_are(loads: Loads, 
 
 
 @on_reactor
-async def test_lists_in_lists(loads: Loads, shelf: Shelf, root: Path) -> None:
+async def test_nested_indexes(loads: Loads, shelf: Shelf, root: Path) -> None:
     blobs = [b"config", b"layer"]
     app, other = image_of(*blobs), image_of(b"other")
     inner = index_of((app, "linux/amd64"), (other, "linux/arm64"), media_type=DOCKER_LIST)
@@ -203,7 +201,7 @@ async def test_lists_in_lists(loads: Loads, shelf: Shelf, root: Path) -> None:
 
 
 @on_reactor
-async def test_lists_in_lists_have_an_end(loads: Loads, shelf: Shelf) -> None:
+async def test_index_nesting_is_limited(loads: Loads, shelf: Shelf) -> None:
     nested = [image_of(b"config")]
     for _ in range(8):
         nested.append(index_of((nested[-1], "")))
@@ -214,7 +212,7 @@ async def test_lists_in_lists_have_an_end(loads: Loads, shelf: Shelf) -> None:
 
 
 @on_reactor
-async def test_what_a_list_has_beside_manifests_is_left_alone(loads: Loads, shelf: Shelf) -> None:
+async def test_unknown_media_types_in_an_index_are_skipped(loads: Loads, shelf: Shelf) -> None:
     child = manifest(SINGLE)
     other = Manifest(Digest.of(b"wasm"), "application/wasm", b"wasm", (), ())
     shelf.add(APP, SINGLE)
@@ -234,7 +232,7 @@ async def test_what_a_list_has_beside_manifests_is_left_alone(loads: Loads, shel
 )
 @pytest.mark.parametrize("concurrent", [1, 3])
 @on_reactor
-async def test_one_that_fails_stops_no_other(
+async def test_failed_image_does_not_stop_others(
     loads: Loads, shelf: Shelf, error: Exception, again: bool, concurrent: int
 ) -> None:
     for url in (APP, NEXT, LAST):
@@ -249,7 +247,7 @@ async def test_one_that_fails_stops_no_other(
 
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down"), OSError(28, "No space left")])
 @on_reactor
-async def test_a_blob_that_fails_stops_no_other_of_its_image(
+async def test_failed_blob_does_not_stop_others_of_its_image(
     loads: Loads, shelf: Shelf, root: Path, error: Exception
 ) -> None:
     shelf.add(APP, SINGLE)
@@ -258,14 +256,14 @@ async def test_a_blob_that_fails_stops_no_other_of_its_image(
     assert (outcome.ended, outcome.blobs, outcome.again) == (LoadStatus.FAILED, 2, not isinstance(error, BlobUnknown))
     assert outcome.bytes == sum(len(blob.data) for blob in SINGLE.blobs[1:])
     assert here(root) == set(DIGESTS[1:])
-    # It goes on where it was.
+    # Loading resumes where it failed.
     shelf.errors.clear()
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
 
 
 @on_reactor
-async def test_a_store_that_cannot_be_looked_at_is_a_failure_of_the_image(
+async def test_unreadable_store_fails_the_image(
     loads: Loads, shelf: Shelf, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def lacking(what: Manifest) -> dict[Digest, int]:
@@ -277,7 +275,7 @@ async def test_a_store_that_cannot_be_looked_at_is_a_failure_of_the_image(
 
 
 @on_reactor
-async def test_an_image_by_digest_alone_is_noted_as_such(loads: Loads, shelf: Shelf) -> None:
+async def test_image_by_digest_has_a_note(loads: Loads, shelf: Shelf) -> None:
     shelf.add(APP, SINGLE)
     url = f"reg.example/app@{SINGLE.manifest.digest}"
     note = "known by its digest alone: a client that asks for its tag needs the upstream"
@@ -287,16 +285,16 @@ async def test_an_image_by_digest_alone_is_noted_as_such(loads: Loads, shelf: Sh
     assert outcome.notes == ()
 
 
-def test_what_is_told_of_an_outcome() -> None:
+def test_outcome_text() -> None:
     assert str(Outcome(APP, LoadStatus.PRESENT)) == f"already there: {APP}"
     assert str(Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
-    # The reason often begins with the name itself.
+    # The reason often starts with the image name.
     assert str(Outcome(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
     assert str(Outcome(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blobs, 5 bytes; down"
     assert summary([]) == "0 loaded, 0 already there, 0 failed"
 
 
-def test_progress_that_nobody_looks_at() -> None:
+def test_null_progress() -> None:
     unspecified = NullProgress()
     unspecified.expect(APP, 1)
     unspecified.advance(APP, 1)

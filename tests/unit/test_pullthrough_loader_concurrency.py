@@ -1,4 +1,4 @@
-"""Loading many images: so many at once, in which order they end, what is told, and an end in the middle."""
+"""Loading many images: concurrency limits, order, progress and cancellation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES = [make_image(url, layers=3) for url in URLS]
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have."""
+    """Return a fetcher with the images."""
     shelf = Shelf(store, root)
     for url, built in zip(URLS, IMAGES, strict=True):
         shelf.add(url, built)
@@ -36,23 +36,23 @@ def shelf(store: Store, root: Path) -> Shelf:
 
 @pytest.fixture
 def loads(store: Store, shelf: Shelf) -> Loads:
-    """Loads from there."""
+    """Return a loader over it."""
     return Loads(store, shelf)
 
 
 async def waits(shelf: Shelf, count: int) -> None:
-    """So many requests wait."""
+    """Wait until `count` requests wait."""
     await until(lambda: len(shelf.waiting) == count)
 
 
 async def until_told(loads: Loads, count: int) -> None:
-    """So many images have ended."""
+    """Wait until `count` images have ended."""
     await until(lambda: len(loads.told.outcomes) == count)
 
 
 @pytest.mark.parametrize("concurrent", [1, 2, 5, 50])
 @on_reactor
-async def test_so_many_images_at_once(loads: Loads, shelf: Shelf, store: Store, concurrent: int) -> None:
+async def test_number_of_concurrent_images(loads: Loads, shelf: Shelf, store: Store, concurrent: int) -> None:
     shelf.held.add("manifest")
     loading = loads.load(*URLS, concurrent=concurrent, connections=50)
     for begun in range(len(URLS)):
@@ -60,14 +60,14 @@ async def test_so_many_images_at_once(loads: Loads, shelf: Shelf, store: Store, 
         await waits(shelf, most)
         await settle(store)
         assert list(shelf.waiting) == [f"manifest {url}" for url in URLS[begun : begun + most]]
-        # An image has its turn until its blobs are here, not only its manifest.
+        # An image occupies its slot until its blobs are loaded, not only its manifest.
         shelf.release(f"manifest {URLS[begun]}")
     assert [outcome.ended for outcome in await loading] == [LoadStatus.LOADED] * 7
     assert shelf.most["manifest"] == min(concurrent, 7)
 
 
 @on_reactor
-async def test_an_image_has_its_turn_until_its_blobs_are_here(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_image_occupies_its_slot_until_blobs_are_loaded(loads: Loads, shelf: Shelf, store: Store) -> None:
     shelf.held.add("blob")
     loading = loads.load(*URLS[:2], concurrent=1)
     await until(lambda: len(shelf.waiting) == 4)
@@ -80,7 +80,7 @@ async def test_an_image_has_its_turn_until_its_blobs_are_here(loads: Loads, shel
 
 @pytest.mark.parametrize("connections", [1, 3, 100])
 @on_reactor
-async def test_so_many_blobs_at_once_of_all_images_together(
+async def test_number_of_concurrent_blobs_of_all_images(
     loads: Loads, shelf: Shelf, store: Store, connections: int
 ) -> None:
     shelf.held.add("blob")
@@ -97,7 +97,7 @@ async def test_so_many_blobs_at_once_of_all_images_together(
 
 
 @on_reactor
-async def test_one_that_fails_gives_its_turn_back(loads: Loads, shelf: Shelf) -> None:
+async def test_failed_image_frees_its_slot(loads: Loads, shelf: Shelf) -> None:
     for url in URLS[:3]:
         shelf.errors[f"manifest {url}"] = Unavailable("down")
     for blob in IMAGES[3].blobs:
@@ -107,7 +107,7 @@ async def test_one_that_fails_gives_its_turn_back(loads: Loads, shelf: Shelf) ->
 
 
 @on_reactor
-async def test_they_are_told_as_they_end_and_given_as_they_were_asked_for(loads: Loads, shelf: Shelf) -> None:
+async def test_progress_order_is_completion_result_order_is_request(loads: Loads, shelf: Shelf) -> None:
     shelf.held.add("manifest")
     loading = loads.load(*URLS[:4], concurrent=4)
     await until(lambda: len(shelf.waiting) == 4)
@@ -121,14 +121,14 @@ async def test_they_are_told_as_they_end_and_given_as_they_were_asked_for(loads:
 
 
 @on_reactor
-async def test_no_image_at_all(loads: Loads) -> None:
+async def test_no_images(loads: Loads) -> None:
     assert await loads.load() == []
     assert loads.told.outcomes == []
 
 
 @pytest.mark.parametrize("pieces", [1, 7])
 @on_reactor
-async def test_what_is_expected_comes(loads: Loads, shelf: Shelf, root: Path, pieces: int) -> None:
+async def test_expected_bytes_equal_received_bytes(loads: Loads, shelf: Shelf, root: Path, pieces: int) -> None:
     shelf.pieces = pieces
     multi = make_index("progress")
     shelf.add("reg.example/multi:1", multi)
@@ -144,7 +144,7 @@ async def test_what_is_expected_comes(loads: Loads, shelf: Shelf, root: Path, pi
 
 
 @on_reactor
-async def test_of_what_is_here_nothing_is_expected(loads: Loads) -> None:
+async def test_nothing_is_expected_of_present_images(loads: Loads) -> None:
     await loads.load(URLS[0])
     expected = loads.told.expected.copy()
     await loads.load(URLS[0])
@@ -153,9 +153,9 @@ async def test_of_what_is_here_nothing_is_expected(loads: Loads) -> None:
 
 
 async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
-    """What it fails with when it is ended."""
+    """Cancel loading and return the error."""
     loading.cancel()
-    with pytest.raises(Exception) as ended:  # noqa: PT011  # the caller looks at its kind
+    with pytest.raises(Exception) as ended:  # noqa: PT011  # the caller checks the type
         await loading
     return ended.value
 
@@ -163,7 +163,7 @@ async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
 @pytest.mark.parametrize("kind", ["manifest", "blob", "referrers"])
 @pytest.mark.parametrize(("concurrent", "connections"), [(1, 1), (3, 2), (7, 50)])
 @on_reactor
-async def test_an_end_in_the_middle_ends_all_that_is_under_way(
+async def test_cancelling_stops_all_requests(
     loads: Loads, shelf: Shelf, store: Store, kind: str, concurrent: int, connections: int
 ) -> None:
     shelf.held.add(kind)
@@ -174,7 +174,7 @@ async def test_an_end_in_the_middle_ends_all_that_is_under_way(
     error = await interrupted(loading)
     assert isinstance(error, CancelledError), repr(error)
     await settle(store)
-    # That nothing is logged of it, is looked at after each test.
+    # The log is checked after each test.
     assert shelf.cancelled >= under_way
     assert shelf.running.total() == 0
     assert loads.told.outcomes == []
@@ -182,7 +182,7 @@ async def test_an_end_in_the_middle_ends_all_that_is_under_way(
 
 @pytest.mark.parametrize("kind", ["manifest", "blob"])
 @on_reactor
-async def test_an_end_in_the_middle_begins_nothing(loads: Loads, shelf: Shelf, store: Store, kind: str) -> None:
+async def test_cancelling_starts_no_new_requests(loads: Loads, shelf: Shelf, store: Store, kind: str) -> None:
     shelf.held.add(kind)
     loading = loads.load(*URLS, concurrent=1, connections=1)
     await until(lambda: shelf.waiting)
@@ -194,7 +194,7 @@ async def test_an_end_in_the_middle_begins_nothing(loads: Loads, shelf: Shelf, s
 
 
 @on_reactor
-async def test_after_an_end_in_the_middle_it_goes_on_where_it_was(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_loading_resumes_after_cancelling(loads: Loads, shelf: Shelf, store: Store) -> None:
     held = {f"manifest {URLS[3]}", f"blob reg.example/app2@{IMAGES[2].blobs[1].digest}"}
     shelf.held |= held
     loading = loads.load(*URLS, concurrent=2)
@@ -210,7 +210,7 @@ async def test_after_an_end_in_the_middle_it_goes_on_where_it_was(loads: Loads, 
 
 
 @on_reactor
-async def test_an_end_in_the_middle_leaves_no_requests_for_the_rest(
+async def test_cancelling_sends_no_further_requests_upstream(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     pulling = CacheFetcher(cache, Listings(store, upstreams, clock), 60.0, clock)
@@ -226,7 +226,7 @@ async def test_an_end_in_the_middle_leaves_no_requests_for_the_rest(
 
 
 @on_reactor
-async def test_an_end_in_the_middle_asks_no_upstream_for_what_waits(
+async def test_cancelling_drops_queued_images(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     pulling = CacheFetcher(cache, Listings(store, upstreams, clock), 60.0, clock)
@@ -240,10 +240,10 @@ async def test_an_end_in_the_middle_asks_no_upstream_for_what_waits(
 
 
 class Refusing(Shelf):
-    """Nothing can be had; once that is known, it is known at once."""
+    """Fetcher whose requests fail immediately."""
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
-        """As a link that goes down answers."""
+        """Fail as with an open circuit breaker."""
         if not self.asked:
             self.asked.append(str(image))
             await turn()
@@ -251,8 +251,8 @@ class Refusing(Shelf):
 
 
 @on_reactor
-async def test_a_thousand_that_fail_at_once_all_end(store: Store, root: Path) -> None:
-    """Each gives its turn to the next: were that done on one stack, it would overflow."""
+async def test_thousand_immediate_failures_do_not_overflow_the_stack(store: Store, root: Path) -> None:
+    """Each failure starts the next image; nested calls would exceed the recursion limit."""
     urls = [f"reg.example/none:{number}" for number in range(1000)]
     outcomes = await Loads(store, Refusing(store, root)).load(*urls).addTimeout(60, REACTOR)
     assert [outcome.name for outcome in outcomes] == urls

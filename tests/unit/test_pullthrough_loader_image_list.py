@@ -1,4 +1,4 @@
-"""Lists of images: what people write in them, and what is said of each line that names no image."""
+"""Image lists: accepted references, and errors with line numbers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SHA512 = "cd" * 64
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the list is."""
+    """Return the path of the list."""
     return tmp_path / "images.txt"
 
 
 def read(path: Path, text: str | bytes) -> ImageList:
-    """What a file says."""
+    """Return the parsed list."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_image_list(path)
 
 
 def names(listed: ImageList) -> list[str]:
-    """The images in it; there must be no errors."""
+    """Return the images of a list without errors."""
     assert listed.errors == ()
     return [str(one) for one in listed.images]
 
@@ -50,7 +50,7 @@ def names(listed: ImageList) -> list[str]:
         ("localhost:5000/app", "localhost:5000/app:latest"),
         ("127.0.0.1:5000/a/b/c/d:v1", "127.0.0.1:5000/a/b/c/d:v1"),
         ("[::1]:5000/app:v1", "[::1]:5000/app:v1"),
-        # One component is a repository, whatever it looks like.
+        # A single component is a repository, even if it looks like a host.
         ("localhost:5000", "docker.io/library/localhost:5000"),
         (f"nginx@sha256:{HEX}", f"docker.io/library/nginx@sha256:{HEX}"),
         (f"nginx:1.25@sha256:{HEX}", f"docker.io/library/nginx@sha256:{HEX}"),
@@ -59,7 +59,7 @@ def names(listed: ImageList) -> list[str]:
         (f"reg.example/app@sha512:{SHA512}", f"reg.example/app@sha512:{SHA512}"),
     ],
 )
-def test_what_a_reference_means(path: Path, text: str, url: str) -> None:
+def test_references(path: Path, text: str, url: str) -> None:
     assert str(parse_image(text)) == url
     assert names(read(path, f"{text}\n")) == [url]
 
@@ -73,11 +73,11 @@ def test_what_a_reference_means(path: Path, text: str, url: str) -> None:
         "a:1\rb:2\rc:3",
         "\ufeffa:1\nb:2\nc:3\n",
         "# a list\n\n  a:1  \n\t\nb:2 # the second\n#b:4\nc:3# the third\n   # the end\n",
-        # Each once, also when it is spelled differently, where it stood first.
+        # Duplicates are dropped, also when spelled differently; the first position counts.
         "a:1\nb:2\na:1\nlibrary/b:2\ndocker.io/library/c:3\nc:3\nindex.docker.io/a:1\n",
     ],
 )
-def test_how_people_write_them(path: Path, text: str) -> None:
+def test_comments_blank_lines_and_duplicates(path: Path, text: str) -> None:
     assert names(read(path, text)) == [
         "docker.io/library/a:1",
         "docker.io/library/b:2",
@@ -121,7 +121,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_a_line_that_is_no_reference(path: Path, text: str) -> None:
+def test_malformed_reference_is_an_error(path: Path, text: str) -> None:
     listed = read(path, f"# first\nnginx:1\n\n{text}\nredis:7\n")
     (line,) = listed.errors
     assert line.startswith(f"{path}:4: {text[:100]!r} is not an image reference: ")
@@ -131,7 +131,7 @@ def test_a_line_that_is_no_reference(path: Path, text: str) -> None:
     assert [str(one) for one in listed.images] == ["docker.io/library/nginx:1", "docker.io/library/redis:7"]
 
 
-def test_every_bad_line_is_told_with_its_number(path: Path) -> None:
+def test_errors_have_line_numbers(path: Path) -> None:
     listed = read(path, "\ufeffA\r\n# a comment\r\n\r\nB\r\nnginx:1\r\nC # c\r\n")
     assert [line.partition(" is not an ")[0] for line in listed.errors] == [
         f"{path}:1: 'A'",
@@ -140,24 +140,24 @@ def test_every_bad_line_is_told_with_its_number(path: Path) -> None:
     ]
 
 
-def test_a_long_bad_line_is_told_of_in_a_short_one(path: Path) -> None:
+def test_long_line_is_shortened_in_error(path: Path) -> None:
     (line,) = read(path, "X" * 1_000_000).errors
     assert len(line) < len(str(path)) + 600
 
 
 @pytest.mark.parametrize("text", ["", "\n", "\ufeff", "# nginx:1\n\n", " \t \r\n"])
-def test_a_list_that_names_no_image(path: Path, text: str) -> None:
+def test_list_without_images(path: Path, text: str) -> None:
     assert read(path, text) == ImageList((), (f"{path}: names no image",))
 
 
 @pytest.mark.parametrize(
     "data", [b"\x7fELF\xff\xfe", b"nginx:1\n\xff\n", "nginx:1\n".encode("utf-16"), b"\x1f\x8b\x08"]
 )
-def test_what_is_no_text(path: Path, data: bytes) -> None:
+def test_undecodable_file_is_an_error(path: Path, data: bytes) -> None:
     assert read(path, data) == ImageList((), (f"{path}: is neither a text file nor an image archive",))
 
 
-def test_a_file_that_is_not_there(path: Path) -> None:
+def test_missing_file(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_image_list(path)
 
@@ -177,7 +177,7 @@ WORDS = st.lists(st.sampled_from(_PIECES), max_size=8).map("".join)
 
 @given(st.lists(WORDS | st.text(), max_size=8), st.sampled_from(["\n", "\r\n"]))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_stands_in_it_is_an_image_or_an_error(tmp_path: Path, lines: list[str], ending: str) -> None:
+def test_each_line_is_an_image_or_an_error(tmp_path: Path, lines: list[str], ending: str) -> None:
     path = tmp_path / "any.txt"
     text = ending.join(lines)
     listed = read(path, text.encode("utf-8", "surrogatepass"))
@@ -187,13 +187,13 @@ def test_whatever_stands_in_it_is_an_image_or_an_error(tmp_path: Path, lines: li
         assert line.startswith(f"{path}:")
         assert len(line.splitlines()) == 1
     for one in listed.images:
-        # What is printed means the same again.
+        # The printed image URL parses to the same image.
         assert parse_image(str(one)) == one
 
 
 @given(WORDS | st.text())
 @settings(deadline=None)
-def test_what_is_read_is_well_formed(text: str) -> None:
+def test_parsed_images_are_well_formed(text: str) -> None:
     try:
         parsed = parse_image(text)
     except RegistryError:

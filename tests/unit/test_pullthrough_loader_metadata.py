@@ -1,4 +1,4 @@
-"""`load` keeps the metadata of the indexes that it loads: after all images, and never as a failure."""
+"""`load` fetches metadata of the loaded indexes after all images; metadata failures are only warnings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ELSEWHERE = "else.example/app:1"
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """Upstreams have two indexes and an image."""
+    """Return a fetcher with two indexes and an image."""
     shelf = Shelf(store, root)
     shelf.add(APP, FIRST)
     shelf.add(NEXT, SECOND)
@@ -42,25 +42,25 @@ def shelf(store: Store, root: Path) -> Shelf:
 
 @pytest.fixture
 def loader(store: Store, shelf: Shelf) -> Loader:
-    """Loads linux/amd64 from there."""
+    """Return a linux/amd64 loader over it."""
     return Loads(store, shelf).loader(AMD64)
 
 
 def metadata_of(index: Index, repository: str) -> set[str]:
-    """What is asked for to have the metadata of its other platforms."""
+    """Return the expected requests for metadata of the other platforms."""
     others = index.images[1:]
     manifests = {f"manifest {repository}@{one.manifest.digest}" for one in others}
     return manifests | {f"blob {repository}@{one.config.digest}" for one in others}
 
 
 def wanted(root: Path, *images: Image) -> list[bool | None]:
-    """What their records say."""
+    """Return `wanted` of the records."""
     records = Inventory.read(root).records
     return [records[manifest(one).digest].record.wanted for one in images]
 
 
 @on_reactor
-async def test_manifests_and_configs_of_the_other_platforms_come_after_all_images(
+async def test_metadata_of_other_platforms_is_fetched_after_all_images(
     loader: Loader, shelf: Shelf, root: Path
 ) -> None:
     outcomes = await loader.load([image(url) for url in (APP, ALONE, NEXT)])
@@ -77,7 +77,7 @@ async def test_manifests_and_configs_of_the_other_platforms_come_after_all_image
 
 
 @on_reactor
-async def test_what_is_here_is_not_asked_for(loader: Loader, shelf: Shelf) -> None:
+async def test_present_metadata_is_not_requested(loader: Loader, shelf: Shelf) -> None:
     for _ in range(2):
         await loader.load([image(APP)])
         await loader.load_metadata()
@@ -85,7 +85,7 @@ async def test_what_is_here_is_not_asked_for(loader: Loader, shelf: Shelf) -> No
 
 
 @on_reactor
-async def test_nor_is_a_config_that_is_here_without_its_manifest(loader: Loader, shelf: Shelf, root: Path) -> None:
+async def test_present_config_without_manifest_is_not_requested(loader: Loader, shelf: Shelf, root: Path) -> None:
     config = FIRST.images[1].config
     await loader.load([image(APP)])
     (root / "blobs" / config.digest.removeprefix("sha256:")).write_bytes(config.data)
@@ -94,9 +94,7 @@ async def test_nor_is_a_config_that_is_here_without_its_manifest(loader: Loader,
 
 
 @on_reactor
-async def test_what_is_loaded_for_several_platforms_is_wanted_of_all_these(
-    store: Store, shelf: Shelf, root: Path
-) -> None:
+async def test_all_loaded_platforms_are_wanted(store: Store, shelf: Shelf, root: Path) -> None:
     loader = Loads(store, shelf).loader()
     await loader.load([image(APP)])
     before = list(shelf.asked)
@@ -105,7 +103,7 @@ async def test_what_is_loaded_for_several_platforms_is_wanted_of_all_these(
 
 
 @on_reactor
-async def test_a_metadata_image_that_is_loaded_later_is_wanted(
+async def test_metadata_image_loaded_later_becomes_wanted(
     store: Store, loader: Loader, shelf: Shelf, root: Path
 ) -> None:
     await loader.load([image(APP)])
@@ -117,9 +115,7 @@ async def test_a_metadata_image_that_is_loaded_later_is_wanted(
 
 
 @on_reactor
-async def test_a_platform_that_the_upstream_does_not_have_is_left_out(
-    loader: Loader, shelf: Shelf, root: Path
-) -> None:
+async def test_platform_unknown_upstream_is_skipped(loader: Loader, shelf: Shelf, root: Path) -> None:
     missing = f"reg.example/app@{FIRST.images[1].manifest.digest}"
     shelf.errors[f"manifest {missing}"] = ManifestUnknown("404")
     await loader.load([image(APP)])
@@ -128,22 +124,18 @@ async def test_a_platform_that_the_upstream_does_not_have_is_left_out(
 
 
 @on_reactor
-async def test_a_failure_is_a_line_for_its_upstream_and_holds_no_other_up(
-    loader: Loader, shelf: Shelf, root: Path
-) -> None:
+async def test_metadata_failure_is_one_line_per_upstream(loader: Loader, shelf: Shelf, root: Path) -> None:
     for one in FIRST.images[1:]:
         shelf.errors[f"manifest reg.example/app@{one.manifest.digest}"] = Unavailable("it answered 429", 60)
     await loader.load([image(APP), image(ELSEWHERE)])
     assert await loader.load_metadata() == ["reg.example: it answered 429"]
-    # It is not asked a second time; who answers gives all.
+    # The failed upstream is not asked again; the other one returns everything.
     assert sum("manifest reg.example/app@" in words for words in shelf.asked) == 2
     assert wanted(root, *SECOND.images) == [True, False, False]
 
 
 @on_reactor
-async def test_an_index_in_an_index_is_one_of_those_that_are_loaded(
-    store: Store, loader: Loader, shelf: Shelf, root: Path
-) -> None:
+async def test_metadata_of_nested_index(store: Store, loader: Loader, shelf: Shelf, root: Path) -> None:
     inner = index_of(*((manifest(one), one.platform) for one in FIRST.images))
     outer = index_of((inner, ""))
     shelf.put("reg.example/nested:1", outer, inner, *map(manifest, FIRST.images))
@@ -157,7 +149,7 @@ async def test_an_index_in_an_index_is_one_of_those_that_are_loaded(
 
 
 class Loading:
-    """Runs `load` over the upstreams of a test."""
+    """Run `load` with upstreams of the test."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
         self._root = root
@@ -174,7 +166,7 @@ class Loading:
         yield shelf
 
     async def __call__(self, **changed: Any) -> list[str]:
-        """What goes to stderr; the images are loaded and nothing fails the command."""
+        """Return stderr of a successful run."""
         settings = replace(load_settings({"image_path": str(self._root)}, (), None), platform=(AMD64,), **changed)
         refused: list[str] = []
         loading = _load([], [image(APP)], refused, settings, REACTOR)
@@ -185,18 +177,18 @@ class Loading:
 
 @pytest.fixture
 def loading(root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Loading:
-    """Runs it."""
+    """Return a runner of `load`."""
     return Loading(root, monkeypatch, capfd)
 
 
 @on_reactor
-async def test_the_command_keeps_metadata(loading: Loading, root: Path) -> None:
+async def test_command_fetches_metadata(loading: Loading, root: Path) -> None:
     assert await loading() == []
     assert wanted(root, *FIRST.images) == [True, False, False]
 
 
 @on_reactor
-async def test_a_limit_is_a_warning_of_the_command(loading: Loading) -> None:
+async def test_rate_limit_is_a_warning(loading: Loading) -> None:
     for one in FIRST.images[1:]:
         words = f"manifest reg.example/app@{one.manifest.digest}"
         loading.errors[words] = Unavailable("reg.example answered 429", 60)
@@ -206,7 +198,7 @@ async def test_a_limit_is_a_warning_of_the_command(loading: Loading) -> None:
 
 
 @on_reactor
-async def test_it_keeps_none_where_that_is_turned_off(loading: Loading, root: Path) -> None:
+async def test_no_metadata_when_turned_off(loading: Loading, root: Path) -> None:
     assert await loading(complete_metadata=False) == []
     assert not metadata_of(FIRST, "reg.example/app") & set(loading.asked)
     assert len(Inventory.read(root).records) == 2

@@ -1,4 +1,4 @@
-"""Preloading: the images of a file in the background, again and again, and nothing of it is fatal."""
+"""Preloading images in the background, with retries; no failure is fatal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ONE, TWO, THREE = URLS
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have."""
+    """Return a fetcher with the images."""
     shelf = Shelf(store, root)
     for url in URLS:
         shelf.add(url, make_image(url))
@@ -30,7 +30,7 @@ def shelf(store: Store, root: Path) -> Shelf:
 
 
 class Scene:
-    """Preloads what the test says."""
+    """Preload lists of the test."""
 
     def __init__(self, store: Store, shelf: Shelf, clock: Clock) -> None:
         self._loads = Loads(store, shelf)
@@ -39,7 +39,7 @@ class Scene:
         self.preloader: Preloader
 
     def start(self, listed: ImageList | Deferred[ImageList], concurrent: int = 1) -> Preloader:
-        """Begins with these images."""
+        """Start preloading these images."""
         given = succeed(listed) if isinstance(listed, ImageList) else listed
         loader = self._loads.loader(AMD64, concurrent=concurrent)
         self.preloader = Preloader(lambda: given, loader, self._clock)
@@ -47,7 +47,7 @@ class Scene:
         return self.preloader
 
     async def passes(self, seconds: float) -> None:
-        """Time goes by."""
+        """Advance the clock."""
         await settle(self._store)
         self._clock.advance(seconds)
         await settle(self._store)
@@ -55,28 +55,28 @@ class Scene:
 
 @pytest.fixture
 def scene(store: Store, shelf: Shelf, clock: Clock) -> Scene:
-    """Preloads from there."""
+    """Return a preloader over the fetcher."""
     return Scene(store, shelf, clock)
 
 
 def listed(*urls: str, errors: tuple[str, ...] = ()) -> ImageList:
-    """A list of these images."""
+    """Return a list of these images."""
     return ImageList(tuple(map(image, urls)), errors)
 
 
 def has_ended(events: list[LogEvent]) -> bool:
-    """Whether the last that is told is that it has ended."""
+    """Return whether the last log line says that preloading has ended."""
     lines = texts(events, LogLevel.info)
     return bool(lines) and lines[-1].startswith("preloaded")
 
 
 async def tried(shelf: Shelf, url: str, times: int) -> None:
-    """The image was asked for so often."""
+    """Wait until the image has been requested `times` times."""
     await until(lambda: shelf.asked.count(f"manifest {url}") == times)
 
 
 @on_reactor
-async def test_all_images_of_the_list_are_loaded_and_told_of(scene: Scene, events: list[LogEvent]) -> None:
+async def test_all_images_are_loaded_and_logged(scene: Scene, events: list[LogEvent]) -> None:
     preloader = scene.start(listed(*URLS))
     assert preloader.progress == PreloadProgress(3, 0, 0)
     await until(lambda: preloader.progress == PreloadProgress(3, 3, 0))
@@ -88,7 +88,7 @@ async def test_all_images_of_the_list_are_loaded_and_told_of(scene: Scene, event
 
 
 @on_reactor
-async def test_what_is_here_costs_nothing(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
+async def test_present_images_need_no_request(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
     first = scene.start(listed(*URLS))
     await until(lambda: first.progress.loaded == 3)
     shelf.asked.clear()
@@ -101,7 +101,7 @@ async def test_what_is_here_costs_nothing(scene: Scene, shelf: Shelf, events: li
 
 
 @on_reactor
-async def test_it_ends_when_all_are_there(scene: Scene, shelf: Shelf, clock: Clock) -> None:
+async def test_preloading_ends_once_all_are_present(scene: Scene, shelf: Shelf, clock: Clock) -> None:
     preloader = scene.start(listed(ONE))
     await until(lambda: preloader.progress.loaded == 1)
     asked = len(shelf.asked)
@@ -111,7 +111,7 @@ async def test_it_ends_when_all_are_there(scene: Scene, shelf: Shelf, clock: Clo
 
 
 @on_reactor
-async def test_bad_lines_are_error_lines_and_the_others_are_loaded(scene: Scene, events: list[LogEvent]) -> None:
+async def test_malformed_lines_are_logged_others_are_loaded(scene: Scene, events: list[LogEvent]) -> None:
     errors = ("images.txt:1: 'A' is not an image reference: so", "images.txt:7: 'B' is not an image reference: so")
     preloader = scene.start(listed(ONE, errors=errors))
     await until(lambda: preloader.progress == PreloadProgress(1, 1, 0))
@@ -119,7 +119,7 @@ async def test_bad_lines_are_error_lines_and_the_others_are_loaded(scene: Scene,
 
 
 @on_reactor
-async def test_a_list_without_images(scene: Scene, events: list[LogEvent]) -> None:
+async def test_empty_list(scene: Scene, events: list[LogEvent]) -> None:
     preloader = scene.start(listed(errors=("images.txt: names no image",)))
     await turn()
     assert preloader.progress == PreloadProgress(0, 0, 0)
@@ -128,7 +128,7 @@ async def test_a_list_without_images(scene: Scene, events: list[LogEvent]) -> No
 
 @pytest.mark.parametrize("name", ["missing.txt", "."])
 @on_reactor
-async def test_a_file_that_cannot_be_read_is_an_error_line_only(
+async def test_unreadable_list_is_only_logged(
     scene: Scene, tmp_path: Path, events: list[LogEvent], name: str
 ) -> None:
     path = tmp_path / name
@@ -148,7 +148,7 @@ async def test_a_file_that_cannot_be_read_is_an_error_line_only(
 
 
 @on_reactor
-async def test_what_fails_for_now_is_tried_again_every_half_minute_and_told_once(
+async def test_temporary_failure_is_retried_every_30_seconds_and_logged_once(
     scene: Scene, shelf: Shelf, events: list[LogEvent]
 ) -> None:
     shelf.errors[f"manifest {TWO}"] = Unavailable("reg.example: down")
@@ -161,7 +161,7 @@ async def test_what_fails_for_now_is_tried_again_every_half_minute_and_told_once
         await scene.passes(0.1)
     assert texts(events, LogLevel.error) == [f"preloading: failed: {TWO}: reg.example: down"]
     assert preloader.progress == PreloadProgress(3, 2, 0)
-    # Those that are there are left alone.
+    # Loaded images are not requested again.
     assert (shelf.asked.count(f"manifest {ONE}"), shelf.asked.count(f"manifest {THREE}")) == (1, 1)
     shelf.errors.clear()
     await scene.passes(30)
@@ -173,12 +173,12 @@ async def test_what_fails_for_now_is_tried_again_every_half_minute_and_told_once
 
 
 @on_reactor
-async def test_one_that_is_tried_again_keeps_no_other_waiting(scene: Scene, shelf: Shelf) -> None:
+async def test_retry_does_not_wait_for_other_images(scene: Scene, shelf: Shelf) -> None:
     shelf.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
     shelf.held.add(f"manifest {TWO}")
     preloader = scene.start(listed(*URLS), concurrent=2)
     await until(lambda: preloader.progress == PreloadProgress(3, 1, 0))
-    # While another image takes as long as it likes.
+    # While another image is still being loaded.
     await scene.passes(30)
     await tried(shelf, ONE, 2)
     assert list(shelf.waiting) == [f"manifest {TWO}"]
@@ -187,7 +187,7 @@ async def test_one_that_is_tried_again_keeps_no_other_waiting(scene: Scene, shel
 
 @pytest.mark.parametrize("error", [ManifestUnknown("reg.example: it answered 404"), Denied("not allowed")])
 @on_reactor
-async def test_what_will_fail_again_is_given_up(
+async def test_permanent_failure_is_given_up(
     scene: Scene, shelf: Shelf, events: list[LogEvent], error: RegistryError
 ) -> None:
     shelf.errors[f"manifest {TWO}"] = error
@@ -200,9 +200,7 @@ async def test_what_will_fail_again_is_given_up(
 
 
 @on_reactor
-async def test_the_reason_for_which_it_is_given_up_is_told(
-    scene: Scene, shelf: Shelf, events: list[LogEvent]
-) -> None:
+async def test_error_of_giving_up_is_logged(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
     shelf.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
     preloader = scene.start(listed(ONE))
     await until(lambda: shelf.asked)
@@ -218,7 +216,7 @@ async def test_the_reason_for_which_it_is_given_up_is_told(
 @pytest.mark.parametrize("when", ["reading", "loading", "waiting"])
 @pytest.mark.parametrize("concurrent", [1, 3])
 @on_reactor
-async def test_a_stop_in_the_middle_is_no_failure(
+async def test_stop_during_preloading_is_no_failure(
     scene: Scene, shelf: Shelf, events: list[LogEvent], when: str, concurrent: int
 ) -> None:
     if when == "waiting":
@@ -236,12 +234,12 @@ async def test_a_stop_in_the_middle_is_no_failure(
     await scene.passes(100)
     assert (shelf.running.total(), len(shelf.asked), len(events)) == (0, asked, told)
     assert texts(events, LogLevel.critical) == []
-    # Twice is once.
+    # A second stop has no effect.
     preloader.stopService()
 
 
 @on_reactor
-async def test_it_may_be_stopped_before_it_began(store: Store, shelf: Shelf, clock: Clock) -> None:
+async def test_stop_before_start(store: Store, shelf: Shelf, clock: Clock) -> None:
     preloader = Preloader(lambda: succeed(listed(ONE)), Loads(store, shelf).loader(AMD64), clock)
     preloader.stopService()
     assert (preloader.progress, shelf.asked) == (PreloadProgress(0, 0, 0), [])
@@ -249,7 +247,7 @@ async def test_it_may_be_stopped_before_it_began(store: Store, shelf: Shelf, clo
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_a_defect_is_logged_and_ends_it(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
+async def test_defect_is_logged_and_ends_preloading(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
     shelf.errors[f"manifest {ONE}"] = ZeroDivisionError("a defect")
     scene.start(listed(ONE))
     await until(lambda: texts(events, LogLevel.critical))

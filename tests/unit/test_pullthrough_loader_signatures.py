@@ -1,4 +1,4 @@
-"""Loading with signatures: what tags and referrers say of an image is brought, too, and need not be there."""
+"""Loading with signatures: cosign tags and referrers of an image are loaded if they exist."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DIGEST = Digest(BUILT.manifest.digest)
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have: the image."""
+    """Return a fetcher with the image."""
     shelf = Shelf(store, root)
     shelf.add(APP, BUILT)
     return shelf
@@ -36,30 +36,30 @@ def shelf(store: Store, root: Path) -> Shelf:
 
 @pytest.fixture
 def loads(store: Store, shelf: Shelf) -> Loads:
-    """Loads from there."""
+    """Return a loader over it."""
     return Loads(store, shelf)
 
 
 def tag(ending: str, digest: Digest = DIGEST) -> str:
-    """Where cosign keeps what it says of a manifest."""
+    """Return the reference of a cosign tag of the manifest."""
     return f"reg.example/app:sha256-{digest.hex}.{ending}"
 
 
 async def state(loads: Loads) -> Outcome:
-    """How the image is loaded with its signatures."""
+    """Load the image with signatures and return the outcome."""
     (outcome,) = await loads.load(APP, signatures=True)
     return outcome
 
 
 @on_reactor
-async def test_without_being_told_to_nobody_asks_for_them(loads: Loads, shelf: Shelf) -> None:
+async def test_no_signatures_without_option(loads: Loads, shelf: Shelf) -> None:
     shelf.add(tag("sig"), make_image("signature"))
     (outcome,) = await loads.load(APP)
     assert (outcome.blobs, len(shelf.asked)) == (3, 4)
 
 
 @on_reactor
-async def test_that_there_are_none_is_fine(loads: Loads, shelf: Shelf) -> None:
+async def test_image_without_signatures(loads: Loads, shelf: Shelf) -> None:
     assert (await state(loads)).ended is LoadStatus.LOADED
     asked = [f"manifest {tag(ending)}" for ending in ("sig", "att", "sbom")]
     assert shelf.asked[4:] == [*asked, f"referrers reg.example/app@{DIGEST}"]
@@ -67,12 +67,12 @@ async def test_that_there_are_none_is_fine(loads: Loads, shelf: Shelf) -> None:
 
 
 @on_reactor
-async def test_what_stands_under_tags_is_brought_with_its_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_cosign_tags_are_loaded_with_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
     for ending in ("sig", "att", "sbom"):
         data = [b"{}", ending.encode()]
         shelf.put(tag(ending), image_of(*data), blobs=data)
     outcome = await state(loads)
-    # The config is the same of all.
+    # All have the same config.
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3 + 4)
     for ending in ("sig", "att", "sbom"):
         signature = await store.manifest(image(tag(ending)))
@@ -82,7 +82,7 @@ async def test_what_stands_under_tags_is_brought_with_its_blobs(loads: Loads, sh
 
 
 @on_reactor
-async def test_what_refers_to_it_is_brought_with_its_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_referrers_are_loaded_with_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
     artifact = make_artifact("sbom", BUILT.manifest)
     shelf.add(f"reg.example/app@{artifact.manifest.digest}", artifact)
     shelf.refer(DIGEST, index_of((manifest(artifact), "")))
@@ -94,13 +94,13 @@ async def test_what_refers_to_it_is_brought_with_its_blobs(loads: Loads, shelf: 
 
 
 @on_reactor
-async def test_a_referrer_that_has_gone_meanwhile_is_fine(loads: Loads, shelf: Shelf) -> None:
+async def test_referrer_that_disappeared_is_skipped(loads: Loads, shelf: Shelf) -> None:
     shelf.refer(DIGEST, index_of((manifest(make_artifact("gone", BUILT.manifest)), "")))
     assert (await state(loads)).ended is LoadStatus.LOADED
 
 
 @on_reactor
-async def test_a_referrer_of_another_kind_is_left_alone(loads: Loads, shelf: Shelf) -> None:
+async def test_referrer_of_unknown_media_type_is_skipped(loads: Loads, shelf: Shelf) -> None:
     other = Manifest(Digest.of(b"other"), "application/vnd.other", b"other", (), ())
     shelf.refer(DIGEST, index_of((other, "")))
     assert (await state(loads)).ended is LoadStatus.LOADED
@@ -108,7 +108,7 @@ async def test_a_referrer_of_another_kind_is_left_alone(loads: Loads, shelf: She
 
 
 @on_reactor
-async def test_those_of_a_list_and_of_its_image_are_asked_for(loads: Loads, shelf: Shelf) -> None:
+async def test_signatures_of_index_and_its_image_are_requested(loads: Loads, shelf: Shelf) -> None:
     multi = make_index("signed list")
     shelf.add(APP, multi)
     await state(loads)
@@ -121,7 +121,7 @@ async def test_those_of_a_list_and_of_its_image_are_asked_for(loads: Loads, shel
 
 
 @on_reactor
-async def test_no_tag_is_made_of_another_algorithm(loads: Loads, shelf: Shelf) -> None:
+async def test_no_cosign_tag_for_sha512(loads: Loads, shelf: Shelf) -> None:
     data = BUILT.manifest.data
     digest = Digest.of(data, "sha512")
     url = f"reg.example/app@{digest}"
@@ -135,16 +135,16 @@ async def test_no_tag_is_made_of_another_algorithm(loads: Loads, shelf: Shelf) -
 
 
 @on_reactor
-async def test_an_upstream_that_does_not_say_whether_there_are_any_is_a_failure(loads: Loads, shelf: Shelf) -> None:
+async def test_unavailable_upstream_fails_the_image(loads: Loads, shelf: Shelf) -> None:
     shelf.errors[f"manifest {tag('att')}"] = Unavailable("reg.example: down")
     outcome = await state(loads)
     assert (outcome.ended, outcome.why, outcome.again) == (LoadStatus.FAILED, "reg.example: down", True)
-    # Its own blobs are here, at least.
+    # Its own blobs are loaded nevertheless.
     assert outcome.blobs == 3
 
 
 class Offline:
-    """An upstream that answers nothing any more, asked by this process."""
+    """An upstream that is unavailable, requested by this process."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.upstreams = MemoryRegistries()
@@ -152,7 +152,7 @@ class Offline:
         self.loads = Loads(store, CacheFetcher(cache, Listings(store, self.upstreams, clock), 60.0, clock))
 
     async def load(self, error: Exception) -> tuple[Outcome, list[str]]:
-        """How the image ends, and what the upstream was asked for."""
+        """Return the outcome of the image and the requests to the upstream."""
         loading = Deferred.fromCoroutine(state(self.loads))
         for _ in range(20):
             await until(lambda: loading.called or any(not call.result.called for call in self.upstreams))
@@ -163,7 +163,7 @@ class Offline:
 
 
 @on_reactor
-async def test_with_all_in_the_cache_an_upstream_that_cannot_be_reached_is_fine(
+async def test_cached_signatures_suffice_when_upstream_is_unavailable(
     loads: Loads, shelf: Shelf, store: Store, clock: Clock
 ) -> None:
     for ending in ("sig", "att", "sbom"):
@@ -173,7 +173,7 @@ async def test_with_all_in_the_cache_an_upstream_that_cannot_be_reached_is_fine(
     index = index_of((manifest(artifact), ""))
     shelf.refer(DIGEST, index)
     await state(loads)
-    # As the daemon keeps it, and `Pulling`.
+    # As stored by the daemon and by `CacheFetcher`.
     await store.keep(index, image(f"reg.example/app:sha256-{DIGEST.hex}"))
     outcome, asked = await Offline(store, clock).load(Unavailable("reg.example: down"))
     assert (outcome.ended, outcome.why) == (LoadStatus.PRESENT, "")
@@ -181,7 +181,7 @@ async def test_with_all_in_the_cache_an_upstream_that_cannot_be_reached_is_fine(
 
 
 @on_reactor
-async def test_an_upstream_without_referrers_is_fine(loads: Loads, shelf: Shelf, store: Store, clock: Clock) -> None:
+async def test_upstream_without_referrers_api(loads: Loads, shelf: Shelf, store: Store, clock: Clock) -> None:
     await loads.load(APP)
     outcome, asked = await Offline(store, clock).load(ManifestUnknown("it answered 404"))
     assert (outcome.ended, len(asked)) == (LoadStatus.PRESENT, 4)

@@ -1,4 +1,4 @@
-"""What the daemon prunes by itself: every so often, what is too much, and never what is being pulled."""
+"""Scheduled pruning: intervals, eviction by age and size, images in use, and system clock errors."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OLD, NEW, MULTI = make_image("old", layer_size=50_000), make_image("new", layer_
 
 @pytest.fixture
 def keeping(store: Store, cache: PullThrough, root: Path, clock: Clock) -> Keeping:
-    """The upkeep of an empty store."""
+    """Return maintenance of an empty store."""
     return Keeping(store, cache, Shelf(store, root), root, clock)
 
 
 @pytest.fixture
 def prunes(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What would be pruned: it is not."""
+    """Return the selections passed to a stub of `Store.prune`."""
     asked: list[object] = []
 
     async def prune(choose: object) -> Plan:
@@ -43,7 +43,7 @@ def prunes(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @on_reactor
-async def test_it_prunes_every_so_often(keeping: Keeping, prunes: list[object]) -> None:
+async def test_prunes_at_each_interval(keeping: Keeping, prunes: list[object]) -> None:
     keeping.maintenance.reconfigure(pruning(every=3600), None)
     for times in range(3):
         await keeping.passes(3599)
@@ -56,7 +56,7 @@ async def test_it_prunes_every_so_often(keeping: Keeping, prunes: list[object]) 
 
 
 @on_reactor
-async def test_without_settings_it_does_nothing(
+async def test_without_settings_nothing_is_pruned(
     keeping: Keeping, prunes: list[object], clock: Clock, events: list[LogEvent]
 ) -> None:
     delayed = len(clock.getDelayedCalls())
@@ -69,7 +69,7 @@ async def test_without_settings_it_does_nothing(
 
 
 @on_reactor
-async def test_other_settings_replace_those_there_were(keeping: Keeping, prunes: list[object]) -> None:
+async def test_new_settings_replace_old_ones(keeping: Keeping, prunes: list[object]) -> None:
     keeping.maintenance.reconfigure(pruning(every=3600), None)
     await keeping.passes(1800)
     keeping.maintenance.reconfigure(pruning(every=60), None)
@@ -88,7 +88,7 @@ async def test_other_settings_replace_those_there_were(keeping: Keeping, prunes:
 
 
 @on_reactor
-async def test_a_reload_that_changes_nothing_of_it_puts_nothing_off(keeping: Keeping, prunes: list[object]) -> None:
+async def test_unchanged_reload_does_not_postpone_pruning(keeping: Keeping, prunes: list[object]) -> None:
     for _ in range(4):
         keeping.maintenance.reconfigure(pruning(every=3600), None)
         await keeping.passes(1800)
@@ -97,9 +97,7 @@ async def test_a_reload_that_changes_nothing_of_it_puts_nothing_off(keeping: Kee
 
 
 @on_reactor
-async def test_what_nobody_has_pulled_goes_with_its_blobs(
-    keeping: Keeping, root: Path, events: list[LogEvent]
-) -> None:
+async def test_unused_image_is_pruned_with_its_blobs(keeping: Keeping, root: Path, events: list[LogEvent]) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=31 * DAY)
     await keeping.add("reg.example/new:1", NEW, ago=29 * DAY)
     keeping.maintenance.reconfigure(pruning(every=60), None)
@@ -112,14 +110,14 @@ async def test_what_nobody_has_pulled_goes_with_its_blobs(
     (line,) = texts(events, LogLevel.warn)
     assert line.startswith("pruned 1 image URLs with 3 blobs: ")
     assert int(line.split()[7]) > sum(len(blob.data) for blob in OLD.blobs)
-    # Nothing is said where nothing goes.
+    # Nothing is logged when nothing is pruned.
     await keeping.passes(60)
     assert len(texts(events, LogLevel.warn)) == 1
     keeping.maintenance.stopService()
 
 
 @on_reactor
-async def test_what_is_to_be_kept_stays(keeping: Keeping) -> None:
+async def test_images_matching_keep_stay(keeping: Keeping) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=99 * DAY)
     await keeping.add("reg.example/pinned/new:1", NEW, ago=99 * DAY)
     keeping.maintenance.reconfigure(pruning(every=60, keep="/pinned/,^quay"), None)
@@ -129,7 +127,7 @@ async def test_what_is_to_be_kept_stays(keeping: Keeping) -> None:
 
 
 @on_reactor
-async def test_of_a_store_that_is_too_large_what_was_pulled_least_recently_goes(keeping: Keeping) -> None:
+async def test_least_recently_pulled_images_are_evicted(keeping: Keeping) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=2 * DAY)
     await keeping.add("reg.example/new:1", NEW, ago=DAY)
     keeping.maintenance.reconfigure(pruning(every=60, unused_for=None, max_size=250_000), None)
@@ -142,7 +140,7 @@ async def test_of_a_store_that_is_too_large_what_was_pulled_least_recently_goes(
 
 
 @on_reactor
-async def test_what_was_pulled_a_moment_ago_stays_however_large_it_is(keeping: Keeping) -> None:
+async def test_recently_pulled_image_stays_regardless_of_size(keeping: Keeping) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=11 * 60)
     await keeping.add("reg.example/new:1", NEW, ago=8 * 60)
     keeping.maintenance.reconfigure(pruning(every=60, unused_for=None, max_size=1), None)
@@ -152,7 +150,7 @@ async def test_what_was_pulled_a_moment_ago_stays_however_large_it_is(keeping: K
 
 
 @on_reactor
-async def test_an_image_of_which_a_blob_is_coming_stays(
+async def test_image_with_a_blob_in_flight_stays(
     keeping: Keeping, cache: PullThrough, upstreams: MemoryRegistries, root: Path
 ) -> None:
     await keeping.add("reg.example/multi:1", MULTI, ago=99 * DAY)
@@ -168,7 +166,7 @@ async def test_an_image_of_which_a_blob_is_coming_stays(
     keeping.maintenance.reconfigure(pruning(every=60), None)
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD) == [False])
-    # A list goes with all its images, or not at all.
+    # An index is pruned with all its images or not at all.
     assert keeping.here(MULTI, *MULTI.images, NEW) == [True, True, True, True]
     for call in upstreams:
         data = next(one.data for one in (*MULTI.blobs, *NEW.blobs) if call.what.endswith(one.digest))
@@ -183,7 +181,7 @@ async def test_an_image_of_which_a_blob_is_coming_stays(
 
 
 @on_reactor
-async def test_an_image_that_is_to_be_completed_stays(keeping: Keeping, store: Store) -> None:
+async def test_image_pending_completion_stays(keeping: Keeping, store: Store) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=99 * DAY)
     await keeping.add("reg.example/new:1", NEW, ago=99 * DAY)
     await store.add_pending(Digest(NEW.manifest.digest), image("reg.example/new:1").repository)
@@ -197,7 +195,7 @@ async def test_an_image_that_is_to_be_completed_stays(keeping: Keeping, store: S
 
 
 @on_reactor
-async def test_a_disk_that_fails_is_an_error_line_and_the_next_time_comes(
+async def test_disk_error_is_logged_and_next_run_succeeds(
     keeping: Keeping, root: Path, events: list[LogEvent]
 ) -> None:
     await keeping.add("reg.example/old:1", OLD, ago=99 * DAY)
@@ -216,13 +214,13 @@ async def test_a_disk_that_fails_is_an_error_line_and_the_next_time_comes(
 
 
 async def failed(events: list[LogEvent], times: int) -> None:
-    """So often it is told that pruning failed."""
-    # That it cannot be looked at, the store tells too.
+    """Wait until `times` failures of pruning have been logged."""
+    # The store logs failed scans, too.
     await until(lambda: sum(text.startswith("cannot prune the store: ") for text in texts(events)) == times)
 
 
 @on_reactor
-async def test_a_stop_in_the_middle_is_no_failure(
+async def test_stop_during_pruning_is_no_failure(
     keeping: Keeping, store: Store, monkeypatch: pytest.MonkeyPatch, events: list[LogEvent]
 ) -> None:
     under_way: list[Deferred[Plan]] = []
@@ -244,7 +242,7 @@ async def test_a_stop_in_the_middle_is_no_failure(
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_a_defect_is_logged(
+async def test_defect_is_logged(
     keeping: Keeping, store: Store, monkeypatch: pytest.MonkeyPatch, events: list[LogEvent]
 ) -> None:
     async def prune(choose: object) -> Plan:
@@ -256,7 +254,7 @@ async def test_a_defect_is_logged(
     assert texts(events, LogLevel.critical)[0].startswith("a defect in pruning the store")
 
 
-# A clock that is wrong
+# System clock errors
 
 
 AHEAD = timedelta(days=3650)
@@ -264,7 +262,7 @@ JUMPED = "pruning by age skipped: the clock jumped by "
 
 
 async def filled(keeping: Keeping) -> list[Image]:
-    """Ten images, of which one is old, and goes at the first run that believes the clock."""
+    """Return ten images, one of them old, which is pruned at the first run with a trusted clock."""
     images = [make_image(f"of ten/{number}") for number in range(10)]
     for number, built in enumerate(images):
         await keeping.add(f"reg.example/app:{number}", built, ago=31 * DAY if number == 0 else number * DAY)
@@ -272,10 +270,8 @@ async def filled(keeping: Keeping) -> list[Image]:
 
 
 @on_reactor
-async def test_a_clock_that_jumps_ahead_and_back_prunes_nothing_by_age(
-    keeping: Keeping, events: list[LogEvent]
-) -> None:
-    """Nor does the run after it was put back: only the next one believes it."""
+async def test_clock_jump_ahead_and_back_prunes_nothing_by_age(keeping: Keeping, events: list[LogEvent]) -> None:
+    """The run after the correction does not trust the clock either, only the next one."""
     images = await filled(keeping)
     keeping.maintenance.reconfigure(pruning(every=60), None)
     keeping.wrong = AHEAD
@@ -291,7 +287,7 @@ async def test_a_clock_that_jumps_ahead_and_back_prunes_nothing_by_age(
 
 
 @on_reactor
-async def test_a_clock_that_was_ahead_between_two_runs_is_believed(keeping: Keeping, events: list[LogEvent]) -> None:
+async def test_clock_error_between_runs_is_not_noticed(keeping: Keeping, events: list[LogEvent]) -> None:
     images = await filled(keeping)
     keeping.maintenance.reconfigure(pruning(every=60), None)
     await keeping.passes(30)
@@ -305,9 +301,7 @@ async def test_a_clock_that_was_ahead_between_two_runs_is_believed(keeping: Keep
 
 @pytest.mark.parametrize("seconds", [59, 61, -59, -61])
 @on_reactor
-async def test_a_clock_that_is_put_right_by_a_little_is_believed(
-    keeping: Keeping, events: list[LogEvent], seconds: int
-) -> None:
+async def test_small_clock_adjustment_is_trusted(keeping: Keeping, events: list[LogEvent], seconds: int) -> None:
     images = await filled(keeping)
     keeping.maintenance.reconfigure(pruning(every=3600), None)
     keeping.wrong = timedelta(seconds=seconds)
@@ -319,7 +313,7 @@ async def test_a_clock_that_is_put_right_by_a_little_is_believed(
 
 
 @on_reactor
-async def test_a_jump_is_seen_although_the_settings_change_after_it(keeping: Keeping, events: list[LogEvent]) -> None:
+async def test_clock_jump_is_noticed_after_settings_change(keeping: Keeping, events: list[LogEvent]) -> None:
     images = await filled(keeping)
     keeping.wrong = AHEAD
     keeping.maintenance.reconfigure(pruning(every=60), None)
@@ -332,10 +326,8 @@ async def test_a_jump_is_seen_although_the_settings_change_after_it(keeping: Kee
 
 
 @on_reactor
-async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
-    keeping: Keeping, events: list[LogEvent]
-) -> None:
-    """It is told once for as long as nothing changes; and the same when images are pulled at that time."""
+async def test_clock_wrong_from_the_start_prunes_nothing_by_age(keeping: Keeping, events: list[LogEvent]) -> None:
+    """The refusal is logged once per state, also when images are pulled meanwhile."""
     images = await filled(keeping)
     keeping.wrong = AHEAD
     maintenance = keeping.restart()
@@ -350,7 +342,7 @@ async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
     (_, line) = texts(events, LogLevel.warn)
     assert line.startswith("pruning by age refused: 6 of 10 images would go, which is more than max_share: ")
     assert keeping.here(*images) == [True] * 10
-    # When the clock is put right it is believed again; what is dated in the future is not old.
+    # After the correction the clock is trusted; dates in the future do not count as old.
     keeping.wrong = timedelta(0)
     await keeping.passes(60)
     assert JUMPED in texts(events, LogLevel.warn)[-1]
@@ -360,15 +352,15 @@ async def test_a_clock_that_is_wrong_from_the_start_prunes_nothing_by_age(
 
 
 @on_reactor
-async def test_what_is_too_much_goes_although_the_clock_has_jumped(keeping: Keeping) -> None:
-    """But not what was pulled just before it was put back."""
+async def test_eviction_by_size_happens_despite_clock_jump(keeping: Keeping) -> None:
+    """Except for images pulled just before the correction."""
     await keeping.add("reg.example/old:1", OLD, ago=2 * DAY)
     await keeping.add("reg.example/new:1", NEW, ago=60)
     keeping.maintenance.reconfigure(pruning(every=60, max_size=1), None)
     keeping.wrong = timedelta(days=-1)
     await keeping.passes(60)
     await until(lambda: keeping.here(OLD, NEW) == [False, True])
-    # Later the date from the future says nothing.
+    # Later, the date in the future protects it no more.
     await keeping.passes(60)
     await until(lambda: keeping.here(NEW) == [False])
     keeping.maintenance.stopService()

@@ -1,4 +1,4 @@
-"""Repairing: what was damaged is fetched anew from where it is used, and no tag comes back that had moved on."""
+"""Repair: damaged content is fetched again from repositories that use it, and moved tags stay moved."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ BEFORE = Dates(created=datetime(2026, 1, 1, tzinfo=UTC), confirmed=datetime(2026
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have: nothing."""
+    """Return a fetcher without content."""
     return Shelf(store, root)
 
 
 @pytest.fixture
 def repairer(store: Store, shelf: Shelf) -> Repairer:
-    """Fetches from there."""
+    """Return a repairer over it."""
     return Repairer(store, shelf)
 
 
 def blob(root: Path, digest: Digest = LAYER) -> Damaged:
-    """A blob that was put aside."""
+    """Return a finding about a quarantined blob."""
     return Damaged(root / "blobs" / digest.hex, digest, "its bytes do not have the digest")
 
 
 def record(root: Path, *urls: str, digest: Digest = IMAGE.digest, dates: Dates = BEFORE) -> Damaged:
-    """A record that was put aside, in which these image URLs could still be read."""
+    """Return a finding about a quarantined record with these legible image URLs."""
     images = tuple((image(url), dates) for url in urls)
     return Damaged(root / "img" / digest.hex, digest, "is not JSON", images)
 
 
 def kept(root: Path, what: Manifest = IMAGE) -> Record:
-    """The record, as it is on disk now."""
+    """Return the record on disk."""
     folder = "fat" if what.is_list else "img"
     return Record.parse((root / folder / what.digest.hex).read_bytes(), what.digest)
 
 
 @on_reactor
-async def test_a_blob_comes_from_the_repository_that_uses_it(
+async def test_blob_is_fetched_from_a_repository_that_uses_it(
     repairer: Repairer, shelf: Shelf, store: Store, root: Path
 ) -> None:
     shelf.add(APP, BUILT)
@@ -67,7 +67,7 @@ async def test_a_blob_comes_from_the_repository_that_uses_it(
 
 @pytest.mark.parametrize("error", [BlobUnknown("gone"), Denied("not allowed"), Unavailable("down")])
 @on_reactor
-async def test_or_from_another_one(
+async def test_blob_is_fetched_from_another_repository(
     repairer: Repairer, shelf: Shelf, store: Store, root: Path, error: RegistryError
 ) -> None:
     for url in (APP, ELSEWHERE, THIRD):
@@ -80,7 +80,7 @@ async def test_or_from_another_one(
 
 
 @on_reactor
-async def test_the_last_reason_is_told_when_none_has_it(
+async def test_last_error_is_returned_when_all_repositories_fail(
     repairer: Repairer, shelf: Shelf, store: Store, root: Path
 ) -> None:
     for number, url in enumerate((APP, ELSEWHERE)):
@@ -94,25 +94,23 @@ async def test_the_last_reason_is_told_when_none_has_it(
 
 
 @on_reactor
-async def test_a_blob_that_no_image_needs(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+async def test_blob_without_image_is_not_repaired(repairer: Repairer, shelf: Shelf, root: Path) -> None:
     assert await repairer.repair(blob(root)) == "no image needs it"
     assert shelf.asked == []
 
 
 @on_reactor
-async def test_a_full_disk_is_a_reason(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+async def test_full_disk_is_an_error(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
     await store.keep(IMAGE, image(APP))
     shelf.errors[f"blob reg.example/app@{LAYER}"] = OSError(28, "No space left on device")
     assert await repairer.repair(blob(root)) == "cannot be stored: No space left on device"
 
 
 @on_reactor
-async def test_a_record_comes_with_the_dates_that_it_had(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
-) -> None:
+async def test_record_is_restored_with_its_dates(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
     shelf.add(APP, BUILT)
     assert await repairer.repair(record(root, APP, "reg.example/app:stable")) == ""
-    # By its digest: the tag may mean another one upstream.
+    # Requested by digest, because the tag may have moved upstream.
     assert shelf.asked == [f"manifest reg.example/app@{IMAGE.digest}"]
     found = kept(root)
     assert found.manifest == IMAGE
@@ -121,9 +119,7 @@ async def test_a_record_comes_with_the_dates_that_it_had(
 
 
 @on_reactor
-async def test_a_tag_that_moved_on_stays_where_it_is(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
-) -> None:
+async def test_moved_tag_stays(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
     shelf.add(APP, BUILT)
     await store.keep(manifest(NEWER), image(APP))
     assert await repairer.repair(record(root, APP)) == ""
@@ -132,7 +128,7 @@ async def test_a_tag_that_moved_on_stays_where_it_is(
 
 
 @on_reactor
-async def test_a_list_is_repaired_as_well(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+async def test_index_is_repaired(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
     shelf.add(APP, MULTI)
     what = manifest(MULTI)
     damaged = Damaged(root / "fat" / what.digest.hex, what.digest, "is not JSON", ((image(APP), BEFORE),))
@@ -141,13 +137,13 @@ async def test_a_list_is_repaired_as_well(repairer: Repairer, shelf: Shelf, stor
 
 
 @on_reactor
-async def test_a_record_of_several_repositories_comes_from_the_one_that_has_it(
+async def test_record_of_several_repositories_is_fetched_from_any(
     repairer: Repairer, shelf: Shelf, store: Store, root: Path
 ) -> None:
     shelf.add(ELSEWHERE, BUILT)
     shelf.errors[f"manifest third.example/app@{IMAGE.digest}"] = Unavailable("down")
     assert await repairer.repair(record(root, APP, "reg.example/app:2", THIRD, ELSEWHERE)) == ""
-    # Each once.
+    # Each repository is asked once.
     assert shelf.asked == [
         f"manifest {ImageReference(image(url).repository, IMAGE.digest)}" for url in (APP, THIRD, ELSEWHERE)
     ]
@@ -157,20 +153,20 @@ async def test_a_record_of_several_repositories_comes_from_the_one_that_has_it(
 
 
 @on_reactor
-async def test_a_record_that_no_upstream_has(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+async def test_record_unknown_to_all_upstreams(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
     shelf.errors[f"manifest else.example/app@{IMAGE.digest}"] = ManifestUnknown("the upstream answered 404")
     assert await repairer.repair(record(root, APP, ELSEWHERE)) == "the upstream answered 404"
     assert not (root / "img" / IMAGE.digest.hex).exists()
 
 
 @on_reactor
-async def test_a_record_of_which_nothing_can_be_read(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+async def test_illegible_record(repairer: Repairer, shelf: Shelf, root: Path) -> None:
     assert await repairer.repair(record(root)) == "the image that it belonged to is unknown"
     assert shelf.asked == []
 
 
 @on_reactor
-async def test_a_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+async def test_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf, root: Path) -> None:
     shelf.add(APP, BUILT)
     (root / "img").rmdir()
     why = await repairer.repair(record(root, APP))
@@ -179,7 +175,7 @@ async def test_a_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf,
 
 
 @on_reactor
-async def test_what_another_process_brought_meanwhile_is_given_its_names(
+async def test_record_written_meanwhile_gets_the_lost_names(
     repairer: Repairer, shelf: Shelf, store: Store, root: Path
 ) -> None:
     await store.keep(IMAGE, image(ELSEWHERE))

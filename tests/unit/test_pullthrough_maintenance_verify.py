@@ -1,4 +1,4 @@
-"""What the daemon verifies by itself: when it is due, also across restarts, and what is damaged is fetched anew."""
+"""Scheduled verification: due dates across restarts, quarantine and repair of damaged content."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ URL = "reg.example/app:1"
 
 @pytest.fixture
 def shelf(store: Store, root: Path) -> Shelf:
-    """What upstreams have."""
+    """Return a fetcher with the images."""
     shelf = Shelf(store, root)
     shelf.add(URL, APP)
     return shelf
@@ -36,12 +36,12 @@ def shelf(store: Store, root: Path) -> Shelf:
 
 @pytest.fixture
 def keeping(store: Store, cache: PullThrough, shelf: Shelf, root: Path, clock: Clock) -> Keeping:
-    """The upkeep of an empty store."""
+    """Return maintenance of an empty store."""
     return Keeping(store, cache, shelf, root, clock)
 
 
 class Verified:
-    """Every verification, at the time of the test."""
+    """Stub of verification that records the read rates."""
 
     def __init__(self, keeping: Keeping) -> None:
         self._keeping = keeping
@@ -50,7 +50,7 @@ class Verified:
         self.last: datetime | None = None
 
     async def verify(self, max_rate: float | None, advance: object, found: object) -> Findings:
-        """As `Store.verify`."""
+        """Replaces `Store.verify`."""
         self.rates.append(max_rate)
         assert len(self.rates) < 20, "over and over again"
         if self.error is not None:
@@ -59,14 +59,14 @@ class Verified:
         return Findings()
 
     async def last_verified(self, now: datetime) -> datetime:
-        """As `Store.last_verified`."""
+        """Replaces `Store.last_verified`."""
         self.last = self.last or now
         return self.last
 
 
 @pytest.fixture
 def verified(keeping: Keeping, store: Store, monkeypatch: pytest.MonkeyPatch) -> Verified:
-    """Nothing is really verified."""
+    """Replace verification by the stub."""
     verified = Verified(keeping)
     monkeypatch.setattr(store, "verify", verified.verify)
     monkeypatch.setattr(store, "last_verified", verified.last_verified)
@@ -74,7 +74,7 @@ def verified(keeping: Keeping, store: Store, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @on_reactor
-async def test_it_verifies_every_so_often_and_not_faster_than_it_may(keeping: Keeping, verified: Verified) -> None:
+async def test_verifies_at_each_interval_with_max_rate(keeping: Keeping, verified: Verified) -> None:
     keeping.maintenance.reconfigure(None, verifying(every=7 * DAY, max_rate=20_000_000))
     for times in range(3):
         await keeping.passes(7 * DAY - 1)
@@ -89,7 +89,7 @@ async def test_it_verifies_every_so_often_and_not_faster_than_it_may(keeping: Ke
 
 @pytest.mark.parametrize(("ago", "due"), [(6 * DAY, DAY), (3600, 7 * DAY - 3600), (-DAY, 8 * DAY)])
 @on_reactor
-async def test_it_is_due_across_restarts(keeping: Keeping, ago: float, due: float, events: list[LogEvent]) -> None:
+async def test_due_date_survives_restarts(keeping: Keeping, ago: float, due: float, events: list[LogEvent]) -> None:
     await keeping.add(URL, APP)
     keeping.verified(ago)
     for _ in range(2):
@@ -103,10 +103,8 @@ async def test_it_is_due_across_restarts(keeping: Keeping, ago: float, due: floa
 
 
 @on_reactor
-async def test_a_date_in_the_future_puts_it_off_by_no_more_than_that(
-    keeping: Keeping, events: list[LogEvent]
-) -> None:
-    """The clock was wrong when it was noted."""
+async def test_future_date_postpones_by_at_most_one_interval(keeping: Keeping, events: list[LogEvent]) -> None:
+    """The clock was wrong when the date was noted."""
     keeping.verified(-3650 * DAY)
     keeping.maintenance.reconfigure(None, verifying(every=7 * DAY))
     await keeping.passes(7 * DAY - 1)
@@ -118,12 +116,12 @@ async def test_a_date_in_the_future_puts_it_off_by_no_more_than_that(
 
 @pytest.mark.parametrize("ago", [7 * DAY, 400 * DAY])
 @on_reactor
-async def test_what_is_overdue_is_done_at_once(keeping: Keeping, ago: float, events: list[LogEvent]) -> None:
+async def test_overdue_verification_runs_at_once(keeping: Keeping, ago: float, events: list[LogEvent]) -> None:
     keeping.verified(ago)
     keeping.maintenance.reconfigure(None, verifying())
     await keeping.passes(0)
     await until(lambda: texts(events, LogLevel.info))
-    # It is noted in the store, so that the next one is due in a week.
+    # The date is noted in the store, so that the next run is due in a week.
     found = await keeping.store.last_verified(keeping.now())
     assert abs((found - keeping.now()).total_seconds()) < 60
     keeping.restart().reconfigure(None, verifying())
@@ -133,7 +131,7 @@ async def test_what_is_overdue_is_done_at_once(keeping: Keeping, ago: float, eve
 
 
 @on_reactor
-async def test_the_first_time_is_due_across_restarts_too(keeping: Keeping, events: list[LogEvent]) -> None:
+async def test_first_due_date_survives_restarts(keeping: Keeping, events: list[LogEvent]) -> None:
     for _ in range(5):
         keeping.restart().reconfigure(None, verifying(every=7 * DAY))
         await keeping.passes(4 * DAY)
@@ -143,7 +141,7 @@ async def test_the_first_time_is_due_across_restarts_too(keeping: Keeping, event
 
 
 @on_reactor
-async def test_other_settings_replace_those_there_were(keeping: Keeping, verified: Verified) -> None:
+async def test_new_settings_replace_old_ones(keeping: Keeping, verified: Verified) -> None:
     keeping.maintenance.reconfigure(None, verifying(every=7 * DAY))
     await keeping.passes(DAY)
     keeping.maintenance.reconfigure(pruning(every=99 * DAY), verifying(every=2 * DAY, max_rate=5))
@@ -157,7 +155,7 @@ async def test_other_settings_replace_those_there_were(keeping: Keeping, verifie
 
 @pytest.mark.parametrize("overdue", [False, True])
 @on_reactor
-async def test_a_disk_that_fails_is_an_error_line_and_it_is_tried_again_later(
+async def test_disk_error_is_logged_and_retried(
     keeping: Keeping, verified: Verified, events: list[LogEvent], overdue: bool
 ) -> None:
     verified.last = keeping.now() - timedelta(days=99) if overdue else keeping.now()
@@ -178,7 +176,7 @@ async def test_a_disk_that_fails_is_an_error_line_and_it_is_tried_again_later(
 
 
 def damage(root: Path, folder: str, digest: str) -> Path:
-    """A file in the store is not what it was."""
+    """Overwrite a file in the store."""
     path = root / folder / Digest(digest).hex
     data = path.read_bytes()
     path.write_bytes(data[:-20] + b"x" * 20)
@@ -186,7 +184,7 @@ def damage(root: Path, folder: str, digest: str) -> Path:
 
 
 @on_reactor
-async def test_what_is_damaged_is_put_aside_and_fetched_anew(
+async def test_damaged_content_is_quarantined_and_fetched_again(
     keeping: Keeping, shelf: Shelf, root: Path, events: list[LogEvent]
 ) -> None:
     await keeping.add(URL, APP)
@@ -197,7 +195,7 @@ async def test_what_is_damaged_is_put_aside_and_fetched_anew(
     await until(lambda: len(texts(events, LogLevel.error)) == 2)
     await until(lambda: blob.exists() and blob.read_bytes() == APP.layers[0].data)
     first, second = texts(events, LogLevel.error)
-    # The record first: it says where its blobs come from.
+    # The record first, because it names the source of its blobs.
     assert first.startswith(f"quarantined: {record}: ")
     assert second.startswith(f"quarantined: {blob}: its {len(APP.layers[0].data)} bytes do not have the digest ")
     assert f"blob reg.example/app@{APP.layers[0].digest}" in shelf.asked
@@ -206,7 +204,7 @@ async def test_what_is_damaged_is_put_aside_and_fetched_anew(
 
 
 @on_reactor
-async def test_what_cannot_be_fetched_anew_is_told_and_the_others_are(
+async def test_failed_repair_is_logged_and_others_continue(
     keeping: Keeping, shelf: Shelf, root: Path, events: list[LogEvent]
 ) -> None:
     await keeping.add(URL, APP)
@@ -226,7 +224,7 @@ async def test_what_cannot_be_fetched_anew_is_told_and_the_others_are(
 
 
 @on_reactor
-async def test_a_stop_in_the_middle_is_no_failure(
+async def test_stop_during_repair_is_no_failure(
     keeping: Keeping, shelf: Shelf, root: Path, events: list[LogEvent]
 ) -> None:
     await keeping.add(URL, APP)
@@ -242,7 +240,7 @@ async def test_a_stop_in_the_middle_is_no_failure(
 
 
 @on_reactor
-async def test_a_stop_while_it_reads_is_no_failure(
+async def test_stop_during_verification_is_no_failure(
     keeping: Keeping, store: Store, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_way: list[Deferred[Findings]] = []
@@ -261,7 +259,7 @@ async def test_a_stop_while_it_reads_is_no_failure(
 
 
 @on_reactor
-async def test_a_large_store_is_read_no_faster_than_it_may(keeping: Keeping, events: list[LogEvent]) -> None:
+async def test_max_rate_limits_reading(keeping: Keeping, events: list[LogEvent]) -> None:
     await keeping.add(URL, make_image("large", layers=1, layer_size=90_000))
     keeping.maintenance.reconfigure(None, verifying(every=DAY, max_rate=1000))
     await keeping.passes(DAY)
@@ -275,10 +273,10 @@ async def test_a_large_store_is_read_no_faster_than_it_may(keeping: Keeping, eve
 
 
 @on_reactor
-async def test_what_cannot_be_put_aside_on_a_full_disk_is_removed(
+async def test_damaged_file_is_removed_when_quarantine_fails(
     keeping: Keeping, root: Path, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told, and fetched anew."""
+    """The removal is logged and the file is fetched again."""
     rename = Files.rename
 
     def full(self: Files, path: Path, target: Path) -> None:
