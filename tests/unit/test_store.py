@@ -1,4 +1,4 @@
-"""The store: hits and misses by what is on disk, whoever put it there or took it away."""
+"""The store: hits and misses follow the files on disk, including changes by other processes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def put_blob(root: Path, digest: str, data: bytes) -> None:
-    """As another process does."""
+    """Write a blob as another process does."""
     (root / "blobs" / Digest(digest).hex).write_bytes(data)
 
 
-def test_it_makes_its_folders(root: Path, store: Store) -> None:
+def test_folders_are_created(root: Path, store: Store) -> None:
     assert {path.name for path in root.iterdir()} == {"blobs", "fat", "img", "pulls"}
     assert store.counts == Counts(lists=0, images=0)
 
 
 @on_reactor
-async def test_what_is_kept_is_a_hit(store: Store) -> None:
+async def test_kept_manifest_is_a_hit(store: Store) -> None:
     assert await store.manifest(NGINX) is None
     await store.keep(IMAGE, NGINX)
     await store.keep(INDEX, APP)
@@ -49,7 +49,7 @@ async def test_what_is_kept_is_a_hit(store: Store) -> None:
 
 
 @on_reactor
-async def test_a_store_that_starts_has_all_that_was_kept(store: Store, open_store: Callable[[], Store]) -> None:
+async def test_kept_manifests_survive_a_restart(store: Store, open_store: Callable[[], Store]) -> None:
     await store.keep(IMAGE, NGINX)
     await store.keep(INDEX, APP)
     again = open_store()
@@ -59,7 +59,7 @@ async def test_a_store_that_starts_has_all_that_was_kept(store: Store, open_stor
 
 
 @on_reactor
-async def test_a_digest_of_another_repository_is_a_hit_and_known_by_both_then(store: Store, root: Path) -> None:
+async def test_digest_is_a_hit_from_another_repository_and_then_recorded_for_both(store: Store, root: Path) -> None:
     await store.keep(IMAGE, NGINX)
     elsewhere = image(f"quay.io/app@{IMAGE.digest}")
     assert await store.manifest(elsewhere) == IMAGE
@@ -69,16 +69,16 @@ async def test_a_digest_of_another_repository_is_a_hit_and_known_by_both_then(st
 
 
 @on_reactor
-async def test_a_digest_that_the_repository_has_under_a_tag_is_not_noted_again(store: Store, root: Path) -> None:
+async def test_digest_hit_in_same_repository_does_not_rewrite_the_record(store: Store, root: Path) -> None:
     await store.keep(IMAGE, NGINX)
     before = record(root, IMAGE.digest).stat().st_ino
     assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
-    await store.keep(OTHER, APP)  # a write that was under way would be done by now
+    await store.keep(OTHER, APP)  # any pending write is done after this one
     assert record(root, IMAGE.digest).stat().st_ino == before
 
 
 @on_reactor
-async def test_a_tag_moves_with_the_newest_word(store: Store) -> None:
+async def test_tag_follows_the_latest_confirmation(store: Store) -> None:
     await store.keep(IMAGE, NGINX)
     await store.keep(OTHER, NGINX)
     assert await store.manifest(NGINX) == OTHER
@@ -88,7 +88,7 @@ async def test_a_tag_moves_with_the_newest_word(store: Store) -> None:
 
 
 @on_reactor
-async def test_a_record_that_was_removed_is_a_miss_at_once(store: Store, root: Path) -> None:
+async def test_removed_record_is_a_miss_immediately(store: Store, root: Path) -> None:
     await store.keep(IMAGE, NGINX)
     record(root, IMAGE.digest).unlink()
     assert await store.manifest(NGINX) is None
@@ -96,7 +96,7 @@ async def test_a_record_that_was_removed_is_a_miss_at_once(store: Store, root: P
 
 
 @on_reactor
-async def test_the_older_record_of_a_tag_is_left_when_the_newer_is_removed(store: Store, root: Path) -> None:
+async def test_removing_the_newer_record_restores_the_older_tag(store: Store, root: Path) -> None:
     await store.keep(OTHER, NGINX)
     await store.keep(IMAGE, NGINX)
     record(root, IMAGE.digest).unlink()
@@ -104,7 +104,7 @@ async def test_the_older_record_of_a_tag_is_left_when_the_newer_is_removed(store
 
 
 @on_reactor
-async def test_a_tag_that_another_process_took_away_is_a_miss_at_once(store: Store, root: Path) -> None:
+async def test_tag_removed_by_another_process_is_a_miss(store: Store, root: Path) -> None:
     await store.keep(IMAGE, NGINX)
     record(root, IMAGE.digest).write_bytes(Record(IMAGE, {}).confirm(APP, NOW).render())
     assert await store.manifest(NGINX) is None
@@ -112,7 +112,7 @@ async def test_a_tag_that_another_process_took_away_is_a_miss_at_once(store: Sto
 
 
 @on_reactor
-async def test_a_damaged_record_is_a_miss_with_a_line(store: Store, root: Path, events: list[LogEvent]) -> None:
+async def test_damaged_record_is_a_miss_and_logged(store: Store, root: Path, events: list[LogEvent]) -> None:
     await store.keep(IMAGE, NGINX)
     await store.keep(OTHER, APP)
     record(root, IMAGE.digest).write_bytes(b"{}")
@@ -124,7 +124,7 @@ async def test_a_damaged_record_is_a_miss_with_a_line(store: Store, root: Path, 
 
 
 @on_reactor
-async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, open_store: Callable[..., Store]) -> None:
+async def test_pull_updates_mtime_of_the_record(root: Path, open_store: Callable[..., Store]) -> None:
     moment = [NOW]
     store = open_store(now=lambda: moment[0])
     await store.keep(IMAGE, NGINX)
@@ -133,11 +133,11 @@ async def test_a_pull_is_noted_in_the_time_of_the_record(root: Path, open_store:
         moment[0] = NOW + timedelta(minutes=minutes)
         assert await store.manifest(NGINX) == IMAGE
         pulled = moment[0].timestamp()
-        await until(lambda pulled=pulled: record(root, IMAGE.digest).stat().st_mtime == pulled)  # type: ignore[misc]  # of this turn
+        await until(lambda pulled=pulled: record(root, IMAGE.digest).stat().st_mtime == pulled)  # type: ignore[misc]  # value of this iteration
 
 
 @on_reactor
-async def test_a_blob_counts_when_a_manifest_gives_it_its_size(store: Store, root: Path) -> None:
+async def test_blob_is_a_hit_once_a_manifest_gives_its_size(store: Store, root: Path) -> None:
     digest = Digest(LAYER.digest)
     assert await store.blob(digest) is None
     put_blob(root, digest, LAYER.data)
@@ -151,7 +151,7 @@ async def test_a_blob_counts_when_a_manifest_gives_it_its_size(store: Store, roo
 
 @pytest.mark.parametrize("size", [0, 1, len(LAYER.data) - 1, len(LAYER.data) + 1])
 @on_reactor
-async def test_a_half_copied_blob_is_a_miss(store: Store, root: Path, size: int) -> None:
+async def test_partly_copied_blob_is_a_miss(store: Store, root: Path, size: int) -> None:
     await store.keep(IMAGE, NGINX)
     put_blob(root, LAYER.digest, LAYER.data.ljust(size)[:size])
     before = len(os.listdir("/proc/self/fd"))
@@ -160,7 +160,7 @@ async def test_a_half_copied_blob_is_a_miss(store: Store, root: Path, size: int)
 
 
 @on_reactor
-async def test_a_blob_that_we_committed_counts_without_a_manifest(store: Store, root: Path) -> None:
+async def test_committed_blob_is_a_hit_without_a_manifest(store: Store, root: Path) -> None:
     digest = Digest(LAYER.digest)
     partial = await store.new_partial(digest, None, NGINX.repository)
     await partial.append(LAYER.data)
@@ -177,7 +177,7 @@ async def test_a_blob_that_we_committed_counts_without_a_manifest(store: Store, 
 
 
 @on_reactor
-async def test_the_size_that_a_repository_gives(store: Store) -> None:
+async def test_size_in_repository(store: Store) -> None:
     digest = Digest(LAYER.digest)
     assert store.size_in(NGINX.repository, digest) is None
     await store.keep(IMAGE, NGINX)
@@ -187,7 +187,7 @@ async def test_the_size_that_a_repository_gives(store: Store) -> None:
 
 
 @on_reactor
-async def test_what_is_kept_with_dates_has_those(store: Store, root: Path) -> None:
+async def test_keep_with_dates(store: Store, root: Path) -> None:
     early, late = NOW - timedelta(days=2), NOW - timedelta(days=1)
     await store.keep(IMAGE, NGINX, Dates(early, late))
     kept = Record.parse(record(root, IMAGE.digest).read_bytes(), IMAGE.digest)
@@ -195,7 +195,7 @@ async def test_what_is_kept_with_dates_has_those(store: Store, root: Path) -> No
 
 
 @on_reactor
-async def test_what_is_kept_with_old_dates_does_not_move_a_tag_back(store: Store) -> None:
+async def test_keep_with_old_dates_does_not_move_a_tag_back(store: Store) -> None:
     await store.keep(IMAGE, NGINX)
     await store.keep(OTHER, NGINX, Dates(NOW - timedelta(days=9), NOW - timedelta(days=1)))
     assert await store.manifest(NGINX) == IMAGE
@@ -203,7 +203,7 @@ async def test_what_is_kept_with_old_dates_does_not_move_a_tag_back(store: Store
 
 
 @on_reactor
-async def test_what_a_manifest_lacks_whether_there_is_a_record_or_not(store: Store, root: Path) -> None:
+async def test_missing_blobs_with_and_without_a_record(store: Store, root: Path) -> None:
     sizes = {Digest(blob.digest): len(blob.data) for blob in BUILT.blobs}
     assert await store.missing(IMAGE.digest) is None
     assert await store.lacking(IMAGE) == sizes
@@ -216,7 +216,7 @@ async def test_what_a_manifest_lacks_whether_there_is_a_record_or_not(store: Sto
 
 
 @on_reactor
-async def test_a_blob_is_held_when_it_has_its_size(store: Store, root: Path) -> None:
+async def test_holds_compares_the_size(store: Store, root: Path) -> None:
     digest, size = Digest(LAYER.digest), len(LAYER.data)
     assert not await store.holds(digest, size)
     put_blob(root, digest, LAYER.data)
@@ -225,7 +225,7 @@ async def test_a_blob_is_held_when_it_has_its_size(store: Store, root: Path) -> 
 
 
 @on_reactor
-async def test_what_a_blob_is_used_and_named_by(store: Store) -> None:
+async def test_repositories_that_use_a_blob(store: Store) -> None:
     digest = Digest(LAYER.digest)
     assert (dict(store.uses(digest)), list(store.naming(digest))) == ({}, [])
     await store.keep(IMAGE, NGINX)
@@ -236,9 +236,7 @@ async def test_what_a_blob_is_used_and_named_by(store: Store) -> None:
 
 
 @on_reactor
-async def test_what_is_pruned_is_a_miss_at_once_and_forgotten_at_the_next_look(
-    store: Store, root: Path, clock: Clock
-) -> None:
+async def test_pruned_image_is_a_miss_and_forgotten_at_next_scan(store: Store, root: Path, clock: Clock) -> None:
     await store.keep(IMAGE, NGINX)
     await store.keep(IMAGE, APP)
     await store.keep(INDEX, APP)

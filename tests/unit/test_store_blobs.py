@@ -1,4 +1,4 @@
-"""Blobs and partials: what is written can be read at once, and becomes a blob only when the digest holds."""
+"""Blobs and partials: readable while written, and committed only after digest verification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCE = Repository(Upstream("reg.example"), "team/app")
 
 @pytest.fixture
 def threads() -> Iterator[Threads]:
-    """Threads of a store."""
+    """Return the threads of a store."""
     threads = Threads(REACTOR)
     threads.start()
     yield threads
@@ -35,7 +35,7 @@ def threads() -> Iterator[Threads]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> SharedFile:
-    """A file with DATA in it; who uses it releases it."""
+    """Return a file that contains DATA; the test releases it."""
     (tmp_path / "file").write_bytes(DATA)
     opened = open_blob(tmp_path / "file")
     assert opened is not None
@@ -43,12 +43,12 @@ def file(tmp_path: Path) -> SharedFile:
     return opened[0]
 
 
-def test_a_blob_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_blob(tmp_path: Path) -> None:
     assert open_blob(tmp_path / "file") is None
 
 
 @on_reactor
-async def test_bytes_at_an_offset(file: SharedFile, threads: Threads) -> None:
+async def test_read_at_offset(file: SharedFile, threads: Threads) -> None:
     assert await read_at(file, 0, 10, threads) == DATA[:10]
     assert await read_at(file, 300, 5, threads) == DATA[300:305]
     assert await read_at(file, len(DATA) - 3, 100, threads) == DATA[-3:]
@@ -58,7 +58,7 @@ async def test_bytes_at_an_offset(file: SharedFile, threads: Threads) -> None:
 
 @pytest.mark.parametrize("why", [errno.EAGAIN, errno.EOPNOTSUPP])
 @on_reactor
-async def test_what_the_kernel_does_not_have_at_hand_is_read_in_a_thread(
+async def test_uncached_read_runs_in_a_thread(
     file: SharedFile, threads: Threads, why: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> int:
@@ -67,7 +67,7 @@ async def test_what_the_kernel_does_not_have_at_hand_is_read_in_a_thread(
     monkeypatch.setattr(os, "preadv", fail)
     reading = read_at(file, 300, 5, threads)
     assert not reading.called
-    # The client has gone: the descriptor stays valid until the thread has read.
+    # After release by the client, the descriptor stays valid until the thread has read.
     descriptor = file.fileno()
     file.release()
     assert await reading == DATA[300:305]
@@ -75,9 +75,7 @@ async def test_what_the_kernel_does_not_have_at_hand_is_read_in_a_thread(
         os.fstat(descriptor)
 
 
-def test_what_the_kernel_has_at_hand_is_there_at_once(
-    file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_read_is_immediate(file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(descriptor: int, buffers: list[Any], offset: int, flags: int) -> int:
         assert (descriptor, flags) == (file.fileno(), os.RWF_NOWAIT)
         buffers[0][:3] = b"abc"
@@ -88,7 +86,7 @@ def test_what_the_kernel_has_at_hand_is_there_at_once(
     file.release()
 
 
-def test_a_broken_disk_is_an_error(file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error_is_raised(file: SharedFile, threads: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -98,7 +96,7 @@ def test_a_broken_disk_is_an_error(file: SharedFile, threads: Threads, monkeypat
     file.release()
 
 
-def test_every_process_has_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_each_process_has_its_own_pulls_folder(tmp_path: Path) -> None:
     first, second = PullsFolder(tmp_path, Files()), PullsFolder(tmp_path, Files())
     assert (first.path, second.path) == (tmp_path / "pulls" / "0", tmp_path / "pulls" / "1")
     first.close()
@@ -108,7 +106,7 @@ def test_every_process_has_a_folder_of_its_own(tmp_path: Path) -> None:
     second.close()
 
 
-def test_what_was_moved_aside_stays(tmp_path: Path) -> None:
+def test_quarantined_files_stay(tmp_path: Path) -> None:
     first = PullsFolder(tmp_path, Files())
     (first.path / "bad").mkdir()
     (first.path / "bad" / DIGEST.hex).touch()
@@ -119,7 +117,7 @@ def test_what_was_moved_aside_stays(tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_a_partial_can_be_read_while_it_grows(store: Store, root: Path) -> None:
+async def test_partial_is_readable_while_it_grows(store: Store, root: Path) -> None:
     partial = await store.new_partial(DIGEST, None, SOURCE)
     reader = partial.reader()
     assert partial.length == 0
@@ -132,14 +130,14 @@ async def test_a_partial_can_be_read_while_it_grows(store: Store, root: Path) ->
     await partial.verify()
     await store.commit(partial)
     partial.close()
-    # Who reads the partial reads on in the blob.
+    # A reader of the partial continues in the blob.
     assert await reader.read(0, len(DATA)) == DATA
     reader.close()
     assert (root / "blobs" / DIGEST.hex).read_bytes() == DATA
 
 
 @on_reactor
-async def test_a_partial_is_no_blob(store: Store, root: Path) -> None:
+async def test_partial_is_no_blob(store: Store, root: Path) -> None:
     partial = await store.new_partial(DIGEST, None, SOURCE)
     await partial.append(DATA)
     assert await store.blob(DIGEST) is None
@@ -155,7 +153,7 @@ async def test_a_partial_is_no_blob(store: Store, root: Path) -> None:
 
 @pytest.mark.parametrize("received", [b"", DATA[:-1], DATA[:-1] + b"\0", DATA + b"\0"])
 @on_reactor
-async def test_other_bytes_do_not_verify(store: Store, received: bytes) -> None:
+async def test_wrong_bytes_fail_verification(store: Store, received: bytes) -> None:
     partial = await store.new_partial(DIGEST, None, SOURCE)
     await partial.append(received)
     with pytest.raises(DigestMismatch, match=DIGEST):
@@ -166,7 +164,7 @@ async def test_other_bytes_do_not_verify(store: Store, received: bytes) -> None:
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 @on_reactor
-async def test_every_algorithm_is_verified(store: Store, algorithm: str) -> None:
+async def test_every_digest_algorithm_is_verified(store: Store, algorithm: str) -> None:
     digest = Digest.of(DATA, algorithm)
     partial = await store.new_partial(digest, None, SOURCE)
     await partial.append(DATA)
@@ -179,7 +177,7 @@ async def test_every_algorithm_is_verified(store: Store, algorithm: str) -> None
 
 
 @on_reactor
-async def test_what_is_discarded_is_gone_for_all_but_its_readers(store: Store, root: Path) -> None:
+async def test_discarded_partial_is_readable_only_by_open_readers(store: Store, root: Path) -> None:
     partial = await store.new_partial(DIGEST, None, SOURCE)
     reader = partial.reader()
     await partial.append(DATA)
@@ -192,7 +190,7 @@ async def test_what_is_discarded_is_gone_for_all_but_its_readers(store: Store, r
 
 @on_reactor
 async def test_no_descriptor_is_left_open(store: Store) -> None:
-    await store.blob(DIGEST)  # so that the threads are there
+    await store.blob(DIGEST)  # starts the threads
     before = len(os.listdir("/proc/self/fd"))
     partial = await store.new_partial(DIGEST, None, SOURCE)
     readers = [partial.reader() for _ in range(5)]
@@ -207,12 +205,12 @@ async def test_no_descriptor_is_left_open(store: Store) -> None:
     blob = await store.blob(DIGEST)
     assert blob is not None
     blob.close()
-    # A thread gives its lease back just after it has told its result.
+    # A thread releases its lease just after it returned its result.
     await until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 class Full(Files):
-    """A disk that takes ten bytes of a file, once it is `full`."""
+    """A disk that accepts ten bytes of a file once it is `full`."""
 
     full = False
 
@@ -223,7 +221,7 @@ class Full(Files):
 
 
 @on_reactor
-async def test_an_append_that_fails_does_not_grow(open_store: Callable[..., Store]) -> None:
+async def test_failed_append_does_not_grow_the_partial(open_store: Callable[..., Store]) -> None:
     disk = Full()
     store = open_store(files=disk)
     partial = await store.new_partial(DIGEST, None, SOURCE)

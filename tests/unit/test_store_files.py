@@ -1,4 +1,4 @@
-"""Files: leases keep a descriptor open, a commit appears whole or not at all, a lock is one's own."""
+"""Files: leases keep descriptors open, commits are atomic, locks are exclusive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ociregistry.store.files import Files, SharedFile, lock, locked
 
 
 def is_open(descriptor: int) -> bool:
-    """Whether a descriptor is one."""
+    """Return whether a descriptor is open."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -20,7 +20,7 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-def test_a_file_is_closed_with_its_last_lease(tmp_path: Path) -> None:
+def test_file_is_closed_with_its_last_lease(tmp_path: Path) -> None:
     file = Files().create(tmp_path / "file")
     descriptor = file.fileno()
     assert file.lease() is file
@@ -32,15 +32,15 @@ def test_a_file_is_closed_with_its_last_lease(tmp_path: Path) -> None:
     assert not is_open(descriptor)
 
 
-def test_a_closed_file_cannot_be_leased(tmp_path: Path) -> None:
-    """Its number may be another file's by now."""
+def test_closed_file_cannot_be_leased(tmp_path: Path) -> None:
+    """Its descriptor number may belong to another file by now."""
     file = Files().create(tmp_path / "file")
     file.release()
     with pytest.raises(ValueError, match="closed"):
         file.lease()
 
 
-def test_a_new_file_is_empty_and_leaves_alone_who_reads_the_old_one(tmp_path: Path) -> None:
+def test_create_replaces_the_file_and_keeps_old_readers(tmp_path: Path) -> None:
     path = tmp_path / "file"
     files = Files()
     old = files.create(path)
@@ -60,8 +60,8 @@ def _umask() -> int:
     return mask
 
 
-def test_a_write_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may take less than it was given."""
+def test_write_continues_after_a_short_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may accept less than it was given."""
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
     files = Files()
@@ -74,7 +74,7 @@ def test_a_write_writes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Recorded(Files):
-    """Notes what is done, in its order."""
+    """Records the operations in their order."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
@@ -92,7 +92,7 @@ class Recorded(Files):
         super().sync_folder(folder)
 
 
-def test_a_commit_is_on_disk_before_it_has_its_name(tmp_path: Path) -> None:
+def test_commit_syncs_before_rename(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     files = Recorded()
     file = files.create(tmp_path / "partial")
@@ -104,14 +104,14 @@ def test_a_commit_is_on_disk_before_it_has_its_name(tmp_path: Path) -> None:
     assert not (tmp_path / "partial").exists()
 
 
-def test_to_unlink_what_is_gone_is_no_error(tmp_path: Path) -> None:
+def test_unlink_of_missing_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     Files().unlink(tmp_path / "file")
     Files().unlink(tmp_path / "file")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_held_by_one_alone(tmp_path: Path) -> None:
+def test_lock_is_exclusive(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first = lock(path)
     assert first is not None
@@ -122,7 +122,7 @@ def test_a_lock_is_held_by_one_alone(tmp_path: Path) -> None:
     os.close(second)
 
 
-def test_a_lock_is_given_back_whatever_happens(tmp_path: Path) -> None:
+def test_lock_is_released_on_error(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with suppress(ZeroDivisionError), locked(path):
         assert lock(path, wait=False) is None
@@ -132,7 +132,7 @@ def test_a_lock_is_given_back_whatever_happens(tmp_path: Path) -> None:
     os.close(again)
 
 
-def test_who_does_not_get_a_lock_leaves_no_descriptor_behind(tmp_path: Path) -> None:
+def test_failed_lock_leaves_no_open_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     before = len(os.listdir("/proc/self/fd"))
     with locked(path):

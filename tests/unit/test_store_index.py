@@ -1,4 +1,4 @@
-"""The catalogue: what memory says of the records, always that of the last word put in."""
+"""The index in memory: names, tags and blob sizes follow the latest records."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ LAYER, OTHER = Digest.of(b"layer"), Digest.of(b"other")
 
 
 def repository(name: str) -> Repository:
-    """The repository that a name means."""
+    """Return the repository of a name."""
     return Repository.parse(name, HUB)
 
 
 def entry(images: Mapping[str, int], blobs: Mapping[Digest, int] | None = None, *, is_list: bool = False) -> Entry:
-    """An entry whose image URLs were confirmed so many seconds after the start."""
+    """Return an entry whose image URLs were confirmed this many seconds after the start."""
     return Entry(is_list, {url: START + timedelta(seconds=at) for url, at in images.items()}, blobs or {})
 
 
-def test_an_entry_is_what_memory_keeps_of_a_record() -> None:
+def test_entry_of_a_record() -> None:
     built = make_image("catalogue")
     url = "quay.io/app:1"
     record = Record(manifest(built), {}).confirm(image(url), START)
@@ -41,7 +41,7 @@ def test_an_entry_is_what_memory_keeps_of_a_record() -> None:
     assert Entry.of(Record(index, {})) == Entry(True, {}, {}, children=index.children)
 
 
-def test_an_entry_knows_its_repositories() -> None:
+def test_entry_repositories() -> None:
     made = entry({"quay.io/team/app:1": 0, f"docker.io/library/nginx@{A}": 0})
     assert made.known_in(repository("quay.io/team/app"))
     assert made.known_in(repository("nginx"))
@@ -49,7 +49,7 @@ def test_an_entry_knows_its_repositories() -> None:
         assert not made.known_in(repository(name))
 
 
-def test_a_tag_means_the_record_that_was_confirmed_last() -> None:
+def test_tag_resolves_to_latest_confirmation() -> None:
     catalogue = Catalogue()
     tag = image("quay.io/app:latest")
     assert catalogue.resolve(tag) is None
@@ -64,7 +64,7 @@ def test_a_tag_means_the_record_that_was_confirmed_last() -> None:
     assert catalogue.resolve(tag) == A
 
 
-def test_two_replicas_agree_on_a_tag_that_was_confirmed_twice_at_once() -> None:
+def test_tie_of_confirmations_is_independent_of_order() -> None:
     tag = image("quay.io/app:latest")
     meant = set()
     for order in ((A, B, C), (C, B, A), (B, C, A)):
@@ -75,14 +75,14 @@ def test_two_replicas_agree_on_a_tag_that_was_confirmed_twice_at_once() -> None:
     assert len(meant) == 1
 
 
-def test_a_digest_is_found_whichever_repository_it_came_from() -> None:
+def test_digest_resolves_in_any_repository() -> None:
     catalogue = Catalogue()
     catalogue.put(A, entry({"quay.io/app:1": 0}))
     assert catalogue.resolve(image(f"docker.io/team/other@{A}")) == A
     assert catalogue.resolve(image(f"quay.io/app@{B}")) is None
 
 
-def test_a_record_that_is_put_again_leaves_nothing_of_what_it_was() -> None:
+def test_replaced_record_leaves_no_trace() -> None:
     catalogue = Catalogue()
     catalogue.put(A, entry({"quay.io/app:1": 1, "quay.io/app:2": 1}, {LAYER: 5}))
     catalogue.put(A, entry({"quay.io/app:2": 2}, {OTHER: 7}))
@@ -94,7 +94,7 @@ def test_a_record_that_is_put_again_leaves_nothing_of_what_it_was() -> None:
     assert catalogue.get(A) == entry({"quay.io/app:2": 2}, {OTHER: 7})
 
 
-def test_what_is_dropped_is_gone() -> None:
+def test_dropped_record_is_gone() -> None:
     catalogue = Catalogue()
     catalogue.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
     catalogue.drop(A)
@@ -105,7 +105,7 @@ def test_what_is_dropped_is_gone() -> None:
     assert catalogue.sizes(LAYER) == set()
 
 
-def test_the_sizes_that_manifests_give_a_blob() -> None:
+def test_blob_sizes_from_manifests() -> None:
     catalogue = Catalogue()
     app, other = repository("quay.io/app"), repository("quay.io/other")
     catalogue.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
@@ -119,7 +119,7 @@ def test_the_sizes_that_manifests_give_a_blob() -> None:
     assert catalogue.sizes(A) == set()
 
 
-def test_the_tags_of_a_repository_are_sorted_and_its_own() -> None:
+def test_tags_of_a_repository_are_sorted() -> None:
     catalogue = Catalogue()
     catalogue.put(A, entry({"quay.io/app:b": 1, f"quay.io/app@{A}": 1, "quay.io/app/sub:x": 1}))
     catalogue.put(B, entry({"quay.io/app:a": 1, "quay.io/app:B": 1, "quay.io/apps:y": 1}))
@@ -128,7 +128,7 @@ def test_the_tags_of_a_repository_are_sorted_and_its_own() -> None:
     assert catalogue.tags(repository("nginx")) == []
 
 
-def test_lists_and_images_are_counted() -> None:
+def test_counts_of_indexes_and_images() -> None:
     catalogue = Catalogue()
     catalogue.put(A, entry({}, is_list=True))
     catalogue.put(B, entry({}))
@@ -146,7 +146,7 @@ ENTRIES = st.builds(
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.none() | ENTRIES), max_size=12))
-def test_it_says_what_a_catalogue_says_that_was_made_anew(changes: list[tuple[Digest, Entry | None]]) -> None:
+def test_changed_index_equals_a_fresh_one(changes: list[tuple[Digest, Entry | None]]) -> None:
     catalogue, left = Catalogue(), dict[Digest, Entry]()
     for digest, changed in changes:
         left.pop(digest, None)

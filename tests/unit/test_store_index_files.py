@@ -1,4 +1,4 @@
-"""The inventory: every image URL of the store, by which name it can be pulled, and what belongs to it."""
+"""The inventory: every image URL of the store, the name to pull it by, and its blobs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Stock:
-    """An empty store."""
+    """Return an empty store."""
     return Stock(tmp_path / "store")
 
 
 def shown(inventory: Inventory) -> list[str]:
-    """The image URLs, without the host."""
+    """Return the image URLs, without the host."""
     return [row.url.removeprefix(f"{HOST}/") for row in inventory.rows]
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The records that are read from now on."""
+    """Return the records read from now on."""
     paths: list[Path] = []
 
     def read(path: Path) -> Record:
@@ -42,7 +42,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def test_every_image_url_is_a_row_and_they_are_sorted(stock: Stock) -> None:
+def test_rows_are_sorted_image_urls(stock: Stock) -> None:
     one = stock.image(ONE, "b:1", "a:2", "a@", created=day(3), confirmed=day(5), pulled=day(4))
     many = stock.put(list_of(one), "a:1", pulled=day(6))
     inventory = stock.inventory()
@@ -54,7 +54,7 @@ def test_every_image_url_is_a_row_and_they_are_sorted(stock: Stock) -> None:
     assert row.kept.size == stock.path(one).stat().st_size
 
 
-def test_a_tag_that_moved_is_the_old_image_s_no_more(stock: Stock) -> None:
+def test_moved_tag_is_not_listed_for_the_old_image(stock: Stock) -> None:
     old = stock.image(ONE, "a:1", created=day(1), confirmed=day(2))
     new = stock.image(TWO, "a:1", created=day(1), confirmed=day(3))
     rows = {row.url: (row.kept.manifest, row.notes) for row in stock.inventory().rows}
@@ -64,17 +64,15 @@ def test_a_tag_that_moved_is_the_old_image_s_no_more(stock: Stock) -> None:
 
 
 @pytest.mark.parametrize("first", [ONE, TWO])
-def test_which_of_two_confirmed_at_once_is_meant_is_what_the_daemon_says(
-    stock: Stock, first: tuple[bytes, bytes]
-) -> None:
-    """Of the same moment, the greater digest: as in the daemon's view."""
+def test_tie_of_confirmations_is_resolved_as_in_the_daemon(stock: Stock, first: tuple[bytes, bytes]) -> None:
+    """For equal times the greater digest wins, as in the daemon's index."""
     stock.image(first, "a:1")
     stock.image(ONE if first is TWO else TWO, "a:1")
     greater = max(image_of(*ONE).digest, image_of(*TWO).digest)
     assert [row.kept.manifest.digest for row in stock.inventory().rows if row.url == url_of("a:1")] == [greater]
 
 
-def test_an_old_image_with_several_names_that_moved_is_one_row(stock: Stock) -> None:
+def test_old_image_with_several_moved_tags_is_one_row(stock: Stock) -> None:
     old = stock.image(ONE, "a:1", "a:2", "a@", "b:1", confirmed=day(1))
     stock.image(TWO, "a:1", "a:2", confirmed=day(2))
     rows = [row for row in stock.inventory().rows if row.kept.manifest == old]
@@ -82,7 +80,7 @@ def test_an_old_image_with_several_names_that_moved_is_one_row(stock: Stock) -> 
     assert set(rows[0].notes) == {url_of("a:1"), url_of("a:2"), url_of("a@", old)}
 
 
-def test_an_image_counts_as_pulled_when_its_list_or_another_part_of_it_was(stock: Stock) -> None:
+def test_pulled_date_includes_indexes_and_siblings(stock: Stock) -> None:
     left, right = stock.image(ONE, pulled=day(1)), stock.image(TWO, "a:1", pulled=day(2))
     both, one = stock.put(list_of(left, right), "a:2", pulled=day(1)), stock.put(list_of(left), "a:3", pulled=day(3))
     inventory = stock.inventory()
@@ -93,7 +91,7 @@ def test_an_image_counts_as_pulled_when_its_list_or_another_part_of_it_was(stock
     assert inventory.lists_of == {left.digest: {both.digest, one.digest}, right.digest: {both.digest}}
 
 
-def test_what_a_list_names_is_given_as_far_as_it_is_there(stock: Stock) -> None:
+def test_children_are_those_present(stock: Stock) -> None:
     here, gone = stock.image(ONE), image_of(*TWO)
     both = stock.put(list_of(here, gone), "a:1")
     inventory = stock.inventory()
@@ -101,7 +99,7 @@ def test_what_a_list_names_is_given_as_far_as_it_is_there(stock: Stock) -> None:
     assert list(inventory.children(here.digest)) == []
 
 
-def test_blobs_that_are_not_there_or_not_whole_are_missing(stock: Stock) -> None:
+def test_missing_and_partly_copied_blobs(stock: Stock) -> None:
     image = stock.put(image_of(b"whole", b"half", b"nothing"), "a:1")
     stock.blobs(b"whole", b"half")
     assert stock.inventory().missing(image.digest) == {Digest.of(b"nothing"): 7}
@@ -115,7 +113,7 @@ FOREIGN = b'{"type": 3, "digest": "%s", "v1.oci.manifest": {"layers": [{"digest"
 
 @pytest.mark.parametrize("folder", ["fat", "img"])
 @pytest.mark.parametrize("blob", [Digest.of(b"layer"), Digest.of(b"layer", "sha512")])
-def test_a_file_that_is_no_record_is_known_with_what_it_mentions(stock: Stock, folder: str, blob: Digest) -> None:
+def test_unreadable_record_is_reported_with_mentioned_digests(stock: Stock, folder: str, blob: Digest) -> None:
     image = stock.image(ONE, "a:1")
     name = Digest.of(b"theirs").hex
     path = stock.root / folder / name
@@ -126,13 +124,13 @@ def test_a_file_that_is_no_record_is_known_with_what_it_mentions(stock: Stock, f
     assert inventory.mentioned == {name, blob.hex}
 
 
-def test_longer_and_shorter_numbers_are_no_digests(stock: Stock) -> None:
+def test_hex_strings_of_other_lengths_are_no_digests(stock: Stock) -> None:
     half, other = "ab" * 16, "cd" * 40
     (stock.root / "img" / Digest.of(b"theirs").hex).write_text(f'{{"{half}": "{other}", "{"ef" * 32}0"')
     assert stock.inventory().mentioned == frozenset()
 
 
-def test_a_record_that_was_cut_off_mentions_what_is_left_of_it(stock: Stock) -> None:
+def test_truncated_record_mentions_its_legible_digests(stock: Stock) -> None:
     image = stock.image(ONE, "a:1")
     path = stock.path(image)
     data = path.read_bytes()
@@ -142,7 +140,7 @@ def test_a_record_that_was_cut_off_mentions_what_is_left_of_it(stock: Stock) -> 
     assert inventory.mentioned == {image.digest.hex, Digest.of(b"config").hex}
 
 
-def test_what_is_no_file_is_left_alone(stock: Stock) -> None:
+def test_other_file_types_are_ignored(stock: Stock) -> None:
     (stock.root / "img" / Digest.of(b"folder").hex).mkdir()
     (stock.root / "img" / Digest.of(b"link").hex).symlink_to("nowhere")
     (stock.root / "img" / ".syncthing.x.tmp").write_bytes(b"{")
@@ -150,7 +148,7 @@ def test_what_is_no_file_is_left_alone(stock: Stock) -> None:
     assert (inventory.records, inventory.mentioned, len(inventory.unreadable)) == ({}, frozenset(), 1)
 
 
-def test_only_what_changed_is_read_again(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_records_are_read_again(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     same, changed = stock.image(ONE, "a:1", pulled=day(1)), stock.image(TWO, "b:1", pulled=day(1))
     bad = stock.root / "img" / Digest.of(b"bad").hex
     bad.write_bytes(b"{" + Digest.of(b"layer").hex.encode())
@@ -159,7 +157,7 @@ def test_only_what_changed_is_read_again(stock: Stock, monkeypatch: pytest.Monke
     stock.put(changed, "b:2", pulled=day(2))
     os.utime(stock.path(same), (day(3).timestamp(), day(3).timestamp()))
     again = Inventory.read(stock.root, before)
-    assert stock.path(same) in read  # the mtime is a part of what tells a change
+    assert stock.path(same) in read  # Changes are detected by mtime, among others.
     read.clear()
     third = Inventory.read(stock.root, again)
     assert set(read) == {bad}
@@ -170,7 +168,7 @@ def test_only_what_changed_is_read_again(stock: Stock, monkeypatch: pytest.Monke
     assert shown(Inventory.read(stock.root, third)) == ["b:1", "b:2"]
 
 
-def test_a_record_in_the_wrong_folder_is_not_taken_for_the_right_one(stock: Stock) -> None:
+def test_record_in_wrong_folder_does_not_hide_the_right_one(stock: Stock) -> None:
     many = stock.put(list_of(), "a:1")
     wrong = stock.root / "img" / many.digest.hex
     shutil.copy(stock.path(many), wrong)
@@ -181,7 +179,7 @@ def test_a_record_in_the_wrong_folder_is_not_taken_for_the_right_one(stock: Stoc
         assert list(inventory.unreadable) == [wrong]
 
 
-def test_a_store_of_which_a_folder_is_missing_has_no_records_there(tmp_path: Path) -> None:
+def test_missing_folder_has_no_records(tmp_path: Path) -> None:
     stock = Stock(tmp_path / "store")
     stock.image(ONE, "a:1")
     (stock.root / "fat").rmdir()
@@ -190,12 +188,12 @@ def test_a_store_of_which_a_folder_is_missing_has_no_records_there(tmp_path: Pat
     assert stock.inventory().rows == ()
 
 
-def test_a_store_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_missing_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Inventory.read(tmp_path / "store")
 
 
-def test_a_record_that_goes_while_it_is_read_is_gone(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_removed_while_reading_is_skipped(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
     stock.image(ONE, "a:1")
 
     def gone(path: Path) -> Record:
@@ -206,8 +204,8 @@ def test_a_record_that_goes_while_it_is_read_is_gone(stock: Stock, monkeypatch: 
     assert stock.inventory().records == {}
 
 
-def test_one_that_cannot_be_read_is_an_error(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who decides what nobody needs must know all that is there."""
+def test_unreadable_file_is_an_error(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deciding what may be pruned requires all records."""
     stock.image(ONE, "a:1")
 
     def fails(path: Path) -> Record:
@@ -218,7 +216,7 @@ def test_one_that_cannot_be_read_is_an_error(stock: Stock, monkeypatch: pytest.M
         stock.inventory()
 
 
-def test_ten_times_as_many_records_take_ten_times_as_much(tmp_path: Path) -> None:
+def test_inventory_is_linear_in_records(tmp_path: Path) -> None:
     image = manifest(make_image("many"))
 
     def look(count: int) -> int:

@@ -1,4 +1,4 @@
-"""The look: every second the store takes over what other processes did to its records."""
+"""Scans: every second the store takes over changes of its records by other processes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
 
 
 async def look(clock: Clock) -> None:
-    """Lets a second pass, and waits until the look has ended: then it has said when the next one is due.
-
-    So has what looks at the free space.
-    """
+    """Advance the clock by a second and wait until scan and free-space check have scheduled their next run."""
     due = len(clock.getDelayedCalls())
     clock.advance(1)
     await until(lambda: len(clock.getDelayedCalls()) == due)
 
 
 @on_reactor
-async def test_a_look_takes_what_other_processes_did(
+async def test_scan_takes_over_changes_of_other_processes(
     store: Store, root: Path, clock: Clock, open_store: Callable[[], Store]
 ) -> None:
     other = open_store()
@@ -53,7 +50,7 @@ async def test_a_look_takes_what_other_processes_did(
 
 
 @on_reactor
-async def test_a_damaged_record_hides_nothing_and_is_told_of_once(
+async def test_damaged_record_hides_no_other_and_is_logged_once(
     store: Store, root: Path, clock: Clock, events: list[LogEvent]
 ) -> None:
     await store.keep(IMAGE, NGINX)
@@ -70,10 +67,8 @@ async def test_a_damaged_record_hides_nothing_and_is_told_of_once(
 
 
 @on_reactor
-async def test_what_we_write_during_a_look_is_not_lost(
-    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look has read the folders before the write, and is taken after it."""
+async def test_write_during_a_scan_is_not_lost(store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scan reads the folders before the write and applies its result after it."""
     await store.keep(OTHER, APP)
     has_read, go_on = threading.Event(), threading.Event()
     really_look = RecordFiles.look
@@ -101,7 +96,7 @@ async def test_what_we_write_during_a_look_is_not_lost(
 
 
 @on_reactor
-async def test_a_look_that_fails_is_told_of_and_the_next_one_comes(
+async def test_failed_scan_is_logged_and_the_next_one_runs(
     store: Store, root: Path, clock: Clock, events: list[LogEvent], open_store: Callable[[], Store]
 ) -> None:
     other = open_store()
@@ -115,10 +110,10 @@ async def test_a_look_that_fails_is_told_of_and_the_next_one_comes(
 
 
 @on_reactor
-async def test_a_record_that_could_not_be_read_for_a_moment_is_a_hit_again(
+async def test_temporarily_unreadable_record_is_a_hit_again(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many open files: nothing on disk has changed, and nothing will."""
+    """With too many open files, nothing on disk changes that a scan could notice."""
     await store.keep(IMAGE, NGINX)
     await look(clock)
 

@@ -1,6 +1,6 @@
-"""A store as version 0.1.0 first wrote it is served, and what is written into it can be read by that version.
+"""A store written by version 0.1.0 is served, and new files in it are readable by that version.
 
-The files are spelled out here, byte for byte, so that no change of the code changes them too.
+The files are spelled out here byte for byte, independent of the code.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ REPOSITORY = image(BY_TAG).repository
 
 
 def described(data: bytes, media_type: str) -> dict[str, object]:
-    """A descriptor."""
+    """Return a descriptor."""
     return {"mediaType": media_type, "digest": Digest.of(data), "size": len(data)}
 
 
 def parsed(document: dict[str, object], media_type: str) -> Manifest:
-    """A manifest with these contents."""
+    """Return a manifest with these contents."""
     return Manifest.parse(json.dumps({"schemaVersion": 2, **document}).encode(), media_type)
 
 
@@ -40,7 +40,7 @@ INDEX = parsed({"manifests": CHILDREN}, OCI_INDEX)
 
 
 def record(manifest: Manifest, url: str) -> str:
-    """The text of a record."""
+    """Return the text of a record."""
     return (
         "{\n"
         f'  "digest": "{manifest.digest}",\n'
@@ -58,7 +58,7 @@ def record(manifest: Manifest, url: str) -> str:
 
 @pytest.fixture
 def old(root: Path) -> Path:
-    """A store of an index with three images: one was pulled, one was not, and of one the layer is half here."""
+    """Return a store with an index of three images: one pulled, one not, and one with some of its layers."""
     half = Digest.of(COMING).hex
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     note = {"durable": 0, "boot": boot, "size": len(COMING), "source": APP}
@@ -82,7 +82,7 @@ def old(root: Path) -> Path:
 
 
 @on_reactor
-async def test_what_an_old_store_holds_is_served(old: Path, open_store: Callable[..., Store]) -> None:
+async def test_old_store_is_served(old: Path, open_store: Callable[..., Store]) -> None:
     store = open_store()
     assert await store.manifest(image(BY_TAG)) == INDEX
     assert store.tags(REPOSITORY) == ["1"]
@@ -92,7 +92,7 @@ async def test_what_an_old_store_holds_is_served(old: Path, open_store: Callable
     assert blob is not None
     assert await blob.read(0, 100) == LAYER
     blob.close()
-    # Its records do not say whether they are wanted: a layer says so.
+    # Its records lack `wanted`; a present layer implies it.
     wanted = {one: entry.wanted for one in (IMAGE, UNPULLED) if (entry := store.entry(one.digest)) is not None}
     assert wanted == {IMAGE: True, UNPULLED: False}
     assert store.pending == {PENDING.digest: REPOSITORY}
@@ -107,8 +107,8 @@ async def test_what_an_old_store_holds_is_served(old: Path, open_store: Callable
 
 
 @on_reactor
-async def test_what_is_written_into_it_has_the_old_form(old: Path, open_store: Callable[..., Store]) -> None:
-    """A record has one key more, which older versions pass over, as they do every key that they do not know."""
+async def test_new_files_have_the_old_form(old: Path, open_store: Callable[..., Store]) -> None:
+    """A record has one additional key, which older versions ignore like any unknown key."""
     store = open_store()
     path = old / "img" / UNPULLED.digest.hex
     await store.want(UNPULLED.digest)

@@ -1,4 +1,4 @@
-"""Orphans: blobs that no record names, and partials that nobody goes on with; only what has not changed for long."""
+"""Orphans: blobs without record and abandoned partials, once they have not changed for long."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ APP = image("reg.example/a:1").repository
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Stock:
-    """An empty store."""
+    """Return an empty store."""
     return Stock(tmp_path / "store")
 
 
 @pytest.fixture
 def living(stock: Stock) -> Iterator[Path]:
-    """The folder of a process that lives, pulls/0/."""
+    """Return pulls/0/, the folder of a running process."""
     pulls = PullsFolder(stock.root, Unsynced())
     yield pulls.path
     pulls.close()
 
 
 def later() -> datetime:
-    """A moment after all that was written so far; the clock of file systems is a few milliseconds late."""
+    """Return a time after all writes so far; file system clocks lag by a few milliseconds."""
     return datetime.now(UTC) + timedelta(hours=1)
 
 
 def partial(folder: Path, blob: bytes, advance: int, size: int | None = -1) -> Path:
-    """What is left of a download: its first bytes, and its note."""
+    """Write a partial: the first bytes and the note of a download."""
     folder.mkdir(exist_ok=True)
     path = folder / Digest.of(blob).hex
     path.write_bytes(blob[:advance])
@@ -59,7 +59,7 @@ def partial(folder: Path, blob: bytes, advance: int, size: int | None = -1) -> P
 
 
 def found(stock: Stock, since: datetime | None = None) -> dict[str, int]:
-    """The orphans, by their paths in the store; that they are removed, and nothing else, is looked at too."""
+    """Return path and size of the orphans; check that removing them removes nothing else."""
     since = since or later()
     orphans = find_orphans(stock.root, since)
     before = files(stock)
@@ -70,20 +70,20 @@ def found(stock: Stock, since: datetime | None = None) -> dict[str, int]:
 
 
 def files(stock: Stock) -> Mapping[Path, bytes]:
-    """All that is there."""
+    """Return all files."""
     paths = (path for path in stock.root.rglob("*") if path.is_file() and path.name != "lock")
     return {path: path.read_bytes() for path in paths}
 
 
 def create(digest: Digest, path: Path) -> Partial:
-    """A partial that this process begins to write at `path`."""
+    """Create a partial at `path`, as this process does for a download."""
     threads = Threads(REACTOR)
     space = Space(path.parent, USUAL_RESERVE, lambda missing: None, threads, Clock())
     return Partial.create(digest, path, None, str(APP), space, Unsynced(), threads)
 
 
 def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
-    """The partial of `blob` as a process that writes it has it; None where there is nothing to resume."""
+    """Return the partial of `blob` as a writing process opens it; None if there is nothing to resume."""
     digest = Digest.of(blob)
     if not resumes:
         return create(digest, folder / digest.hex)
@@ -94,7 +94,7 @@ def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
 
 @contextmanager
 def writing(folder: Path, blob: bytes, *, resumes: bool = True) -> Iterator[Partial]:
-    """The partial of `blob` is being written until the block ends."""
+    """Keep the partial of `blob` open for writing during the block."""
     partial = write(folder, blob, resumes=resumes)
     assert partial is not None
     with closing(partial):
@@ -102,7 +102,7 @@ def writing(folder: Path, blob: bytes, *, resumes: bool = True) -> Iterator[Part
 
 
 def wait_for_lock(thread: threading.Thread) -> None:
-    """Returns when the thread waits for a file lock."""
+    """Wait until the thread blocks on a file lock."""
     blocked = Path(f"/proc/self/task/{thread.native_id}/syscall")
     flock = {"x86_64": "73", "aarch64": "32"}[os.uname().machine]
     wait_until(lambda: blocked.read_text().split()[0] == flock, 10, "it waits for the lock")
@@ -111,7 +111,7 @@ def wait_for_lock(thread: threading.Thread) -> None:
 # Blobs
 
 
-def test_a_blob_that_no_record_names_is_one(stock: Stock) -> None:
+def test_blob_without_record_is_an_orphan(stock: Stock) -> None:
     stock.put(list_of(stock.image(ONE, "a@")), "a:1")
     stock.blobs(b"nobody's", b"")
     hexes = sorted((Digest.of(b"nobody's").hex, Digest.of(b"").hex))
@@ -120,13 +120,13 @@ def test_a_blob_that_no_record_names_is_one(stock: Stock) -> None:
     assert found(stock) == {}
 
 
-def test_what_is_no_blob_is_left_alone(stock: Stock) -> None:
+def test_other_file_names_are_ignored(stock: Stock) -> None:
     for name in (".syncthing.x.tmp", f".{'ab' * 32}.Xy7Z", "ab" * 31, ("ab" * 32).upper()):
         (stock.root / "blobs" / name).write_bytes(b"x")
     assert found(stock) == {}
 
 
-def test_a_blob_that_an_unreadable_record_mentions_is_none(stock: Stock) -> None:
+def test_blob_mentioned_by_unreadable_record_is_no_orphan(stock: Stock) -> None:
     record = stock.path(stock.image(ONE, "a:1"))
     record.write_bytes(record.read_bytes()[:-9])
     theirs = stock.root / "fat" / Digest.of(b"theirs").hex
@@ -135,7 +135,7 @@ def test_a_blob_that_an_unreadable_record_mentions_is_none(stock: Stock) -> None
     assert list(found(stock)) == ["blobs/" + Digest.of(b"nobody's").hex]
 
 
-def test_only_what_has_not_changed_since_is_one(stock: Stock) -> None:
+def test_recently_changed_blob_is_no_orphan(stock: Stock) -> None:
     stock.blobs(b"nobody's")
     path = partial(stock.root / "pulls" / "3", b"left", 2)
     changed = datetime.fromtimestamp(path.stat().st_ctime, UTC)
@@ -143,8 +143,8 @@ def test_only_what_has_not_changed_since_is_one(stock: Stock) -> None:
     assert len(found(stock)) == 2
 
 
-def test_the_age_is_not_that_which_a_copy_carries_over(stock: Stock) -> None:
-    """rsync and tar set the mtime to that of the original; the ctime tells when it came here."""
+def test_age_is_the_ctime(stock: Stock) -> None:
+    """rsync and tar preserve the mtime of the original; the ctime is the time of the copy."""
     stock.blobs(b"nobody's")
     long_ago = time.time() - 10**7
     os.utime(stock.blob(b"nobody's"), (long_ago, long_ago))
@@ -157,15 +157,15 @@ def test_the_age_is_not_that_which_a_copy_carries_over(stock: Stock) -> None:
 # Partials
 
 
-def test_a_partial_that_no_process_owns_is_one_with_its_note(stock: Stock) -> None:
+def test_abandoned_partial_is_an_orphan_with_its_note(stock: Stock) -> None:
     partial(stock.root / "pulls" / "0", b"left", 2)
     path = partial(stock.root / "pulls" / "12", b"without a size", 3, None)
     path.with_name(f"{path.name}.note").unlink()
     assert found(stock) == {f"pulls/0/{Digest.of(b'left').hex}": 2, f"pulls/12/{path.name}": 3}
 
 
-def test_one_that_is_being_written_is_none(stock: Stock, living: Path) -> None:
-    """Whether it was begun or resumed, and whatever its process has beside it."""
+def test_partial_being_written_is_no_orphan(stock: Stock, living: Path) -> None:
+    """Whether new or resumed, and with any other file beside it."""
     left = partial(living, b"left", 2)
     partial(living, b"under way", 2)
     partial(living, b"of unknown size", 2, None)
@@ -174,7 +174,7 @@ def test_one_that_is_being_written_is_none(stock: Stock, living: Path) -> None:
     assert len(found(stock)) == 3
 
 
-def test_who_only_reads_one_does_not_keep_it(stock: Stock, living: Path) -> None:
+def test_reader_does_not_protect_a_partial(stock: Stock, living: Path) -> None:
     partial(living, b"left", 2)
     with writing(living, b"left") as written:
         reader = written.reader()
@@ -182,7 +182,7 @@ def test_who_only_reads_one_does_not_keep_it(stock: Stock, living: Path) -> None
     reader.close()
 
 
-def test_what_was_staged_out_of_an_archive_is_one_unless_it_is_being_staged(stock: Stock, living: Path) -> None:
+def test_abandoned_staged_blob_is_an_orphan(stock: Stock, living: Path) -> None:
     digest = Digest.of(b"staged")
     path = living / f"{digest.hex}.staged"
     with closing(create(digest, path)):
@@ -190,7 +190,7 @@ def test_what_was_staged_out_of_an_archive_is_one_unless_it_is_being_staged(stoc
     assert found(stock) == {f"pulls/0/{path.name}": 0}
 
 
-def test_one_whose_blob_is_whole_is_one_whoever_wants_it(stock: Stock, living: Path) -> None:
+def test_partial_of_a_complete_blob_is_an_orphan(stock: Stock, living: Path) -> None:
     wanted = stock.put(image_of(b"whole", b"half"), "a:1")
     PendingFiles(living, Unsynced()).write(PendingImage(wanted.digest, APP))
     stock.blobs(b"whole")
@@ -203,7 +203,7 @@ def test_one_whose_blob_is_whole_is_one_whoever_wants_it(stock: Stock, living: P
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", "5", "null", "{}", '{"size": null}', '{"size": "5"}', "\udcff"])
-def test_a_note_that_tells_nothing_does_not_make_it_one(stock: Stock, living: Path, note: str) -> None:
+def test_malformed_note_protects_the_partial(stock: Stock, living: Path, note: str) -> None:
     wanted = stock.put(image_of(b"whole"), "a:1")
     PendingFiles(living, Unsynced()).write(PendingImage(wanted.digest, APP))
     stock.blobs(b"whole")
@@ -212,8 +212,8 @@ def test_a_note_that_tells_nothing_does_not_make_it_one(stock: Stock, living: Pa
     assert found(stock) == {}
 
 
-def test_one_that_is_pending_for_is_none(stock: Stock) -> None:
-    """Wherever the wish is, and the partial."""
+def test_partial_of_a_pending_image_is_no_orphan(stock: Stock) -> None:
+    """The pending file may be in another folder than the partial."""
     wanted = stock.put(image_of(b"config", b"layer"), "a:1")
     (stock.root / "pulls" / "4").mkdir()
     PendingFiles(stock.root / "pulls" / "4", Unsynced()).write(PendingImage(wanted.digest, APP))
@@ -224,7 +224,7 @@ def test_one_that_is_pending_for_is_none(stock: Stock) -> None:
     assert found(stock) == {f"pulls/2/{Digest.of(b'layer').hex}": 3}
 
 
-def test_a_pending_for_what_has_no_record_pending_for_nothing(stock: Stock) -> None:
+def test_pending_image_without_record_protects_nothing(stock: Stock) -> None:
     wanted = image_of(b"config", b"layer")
     path = partial(stock.root / "pulls" / "2", b"layer", 3)
     PendingFiles(path.parent, Unsynced()).write(PendingImage(wanted.digest, APP))
@@ -232,7 +232,7 @@ def test_a_pending_for_what_has_no_record_pending_for_nothing(stock: Stock) -> N
     assert found(stock) == {f"pulls/2/{path.name}": 3}
 
 
-def test_what_else_is_in_pulls_is_left_alone(stock: Stock) -> None:
+def test_other_files_in_pulls_are_ignored(stock: Stock) -> None:
     folder = stock.root / "pulls" / "2"
     (folder / "bad" / Digest.of(b"folder").hex).mkdir(parents=True)
     (folder / Digest.of(b"folder").hex).mkdir()
@@ -244,10 +244,10 @@ def test_what_else_is_in_pulls_is_left_alone(stock: Stock) -> None:
     assert found(stock) == {}
 
 
-# Beside others
+# Concurrency
 
 
-def test_it_is_done_under_the_lock(stock: Stock) -> None:
+def test_removal_holds_the_lock(stock: Stock) -> None:
     stock.blobs(b"nobody's")
     held = []
 
@@ -265,8 +265,8 @@ def test_it_is_done_under_the_lock(stock: Stock) -> None:
 
 
 @pytest.mark.parametrize("begins", [True, False], ids=["create", "resume"])
-def test_a_process_that_wants_a_partial_while_it_is_being_removed_begins_anew(stock: Stock, begins: bool) -> None:
-    """It waits for the lock, and must not take the file whose name is going, nor lose the name of its own."""
+def test_partial_opened_during_removal_is_created_anew(stock: Stock, begins: bool) -> None:
+    """The process waits for the lock; it must neither resume the file being removed nor lose its new one."""
     folder = stock.root / "pulls" / "0"
     path = partial(folder, b"left", 2)
     got: list[Partial | None] = []
@@ -290,8 +290,8 @@ def test_a_process_that_wants_a_partial_while_it_is_being_removed_begins_anew(st
         taken.close()
 
 
-def test_a_process_that_takes_over_a_folder_meanwhile_survives_it(stock: Stock) -> None:
-    """What it found there has gone when it renames it."""
+def test_adopting_a_folder_during_removal(stock: Stock) -> None:
+    """Files that it found there are gone when it renames them."""
     path = partial(stock.root / "pulls" / "3", b"left", 2)
 
     class Meanwhile(Unsynced):
@@ -304,10 +304,10 @@ def test_a_process_that_takes_over_a_folder_meanwhile_survives_it(stock: Stock) 
         assert [file.name for file in pulls.path.iterdir()] == ["lock"]
 
 
-# For room
+# Making room
 
 
-def test_partials_go_for_room_the_one_written_least_recently_first(stock: Stock, living: Path) -> None:
+def test_making_room_removes_least_recently_written_partials_first(stock: Stock, living: Path) -> None:
     blobs = (b"third", b"first", b"second")
     paths = {blob: partial(living, blob, 3) for blob in blobs}
     for hours, blob in enumerate((b"third", b"second", b"first")):
@@ -318,7 +318,7 @@ def test_partials_go_for_room_the_one_written_least_recently_first(stock: Stock,
     assert not paths[b"first"].with_name(f"{paths[b'first'].name}.note").exists()
 
 
-def test_none_goes_where_all_of_them_are_not_enough(stock: Stock, living: Path) -> None:
+def test_nothing_is_removed_if_all_partials_are_not_enough(stock: Stock, living: Path) -> None:
     path, wanted = partial(living, b"left", 3), partial(living, b"wanted", 3)
     partial(living, b"written", 3)
     with writing(living, b"written"):
@@ -328,25 +328,25 @@ def test_none_goes_where_all_of_them_are_not_enough(stock: Stock, living: Path) 
     assert (path.exists(), wanted.exists()) == (False, True)
 
 
-def test_a_replica_without_a_pulls_folder_has_orphans_too(stock: Stock) -> None:
+def test_store_copy_without_pulls_folder_has_orphans(stock: Stock) -> None:
     stock.blobs(b"nobody's")
     (stock.root / "pulls").rmdir()
     assert len(find_orphans(stock.root, later())) == 1
     assert len(remove_orphans(stock.root, later(), Unsynced())) == 1
 
 
-def test_a_look_changes_nothing(stock: Stock) -> None:
+def test_finding_orphans_changes_nothing(stock: Stock) -> None:
     partial(stock.root / "pulls" / "5", b"left", 2)
     before = sorted(stock.root.rglob("*"))
     assert len(find_orphans(stock.root, later())) == 1
     assert sorted(stock.root.rglob("*")) == before
 
 
-def test_a_store_without_blobs_has_none(tmp_path: Path) -> None:
+def test_store_without_blobs(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     assert find_orphans(tmp_path / "store", later()) == {}
 
 
-def test_a_store_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_missing_store_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         find_orphans(tmp_path / "store", later())
