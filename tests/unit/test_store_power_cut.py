@@ -1,8 +1,8 @@
-"""The power goes at every single operation of the protocols by which blobs and records become lasting.
+"""Power cuts and kills at every file operation of writing blobs and records.
 
-Each scenario runs once for each of its file operations, and ends there. On everything that the machine may then find
-on its disk a store starts, under another boot id: nothing that it serves is wrong, nothing that was committed is
-lost, and the download goes on from what was durable. The same for a kill, after which nothing written is lost.
+Each scenario runs once for each of its file operations and ends there. On every state that the disk may then have, a
+store is started under another boot id: it serves nothing wrong, has lost nothing that was committed, and resumes the
+download from what was durable. After a kill, no written byte is lost.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ AFTER = "after"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A blob of a thousand bytes goes the way of one of gigabytes, and no thread delays it."""
+    """Use blobs of a thousand bytes instead of gigabytes, and run thread functions inline."""
     monkeypatch.setattr(ociregistry.store.partials, "_SYNC_BYTES", CHECKPOINT)
     monkeypatch.setattr(ociregistry.store.partials, "_SLICE", SLICE)
     monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
@@ -64,7 +64,7 @@ def test_power_cut_at_every_operation(name: str, tmp_path: Path) -> None:
         cases.append((killed, NOW, expected.written))
         assert (killed, AFTER, expected.durable) in cases
         for disk, boot, lengths in cases:
-            # What was found and had to hold before need not be looked at again.
+            # States that were checked before are skipped.
             case = disk, f"{boot} {sorted(lengths)} {expected.spoiled} {expected.blobs} {expected.tags}"
             if case not in checked:
                 after(disk, boot, expected, lengths, emptied(tmp_path), operation)
@@ -73,7 +73,7 @@ def test_power_cut_at_every_operation(name: str, tmp_path: Path) -> None:
 
 
 def after(disk: Disk, boot: str, expected: Expected, lengths: set[int], folder: Path, instead_of: str) -> None:
-    """Starts a store on `disk` and checks all that is `expected` of it; `lengths` are those of the partial."""
+    """Start a store on `disk` and check `expected`; `lengths` are the possible lengths of the partial."""
     disk.write(folder)
     store = Store(folder, Clock(), REACTOR, LossyFiles(folder, boot), later)
     try:
@@ -86,14 +86,14 @@ def after(disk: Disk, boot: str, expected: Expected, lengths: set[int], folder: 
 
 
 def emptied(folder: Path) -> Path:
-    """The one folder for all: thousands of them would take long to be removed in the end."""
+    """Return an emptied folder; removing thousands of them would take long."""
     shutil.rmtree(folder)
     folder.mkdir()
     return folder
 
 
 def check_records(store: Store, expected: Expected) -> None:
-    """Every tag means what it may mean, and every manifest is right."""
+    """Check that every tag has one of its possible meanings and every manifest is right."""
     for image, allowed in expected.tags.items():
         found = result(store.manifest(image))
         digest = found.digest if found is not None else None
@@ -105,7 +105,7 @@ def check_records(store: Store, expected: Expected) -> None:
 
 
 def check_blobs(store: Store, root: Path, expected: Expected, lengths: set[int]) -> None:
-    """The blobs are right, and the one that is not there can be completed from what is."""
+    """Check that the blobs are right and that the missing one can be completed from what is there."""
     assert all(read_blob(store, blob) == blob for blob in expected.blobs)
     found = read_blob(store, BLOB)
     assert found in (None, BLOB)
@@ -127,7 +127,7 @@ def check_blobs(store: Store, root: Path, expected: Expected, lengths: set[int])
 
 
 def read_blob(store: Store, blob: bytes) -> bytes | None:
-    """What the store serves as this blob."""
+    """Return the bytes that the store serves as this blob."""
     opened = result(store.blob(Digest.of(blob)))
     if opened is None:
         return None
@@ -136,7 +136,7 @@ def read_blob(store: Store, blob: bytes) -> bytes | None:
 
 
 def complete(store: Store, partial: Partial | None, expected: Expected, stack: ExitStack) -> None:
-    """Downloads what is missing; where wrong bytes are expected, all once more."""
+    """Download the missing part; if wrong bytes are expected, restart once."""
     if partial is not None and partial.length:
         with closing(partial.reader()) as reader:
             here = result(reader.read(0, partial.length + 1))

@@ -1,4 +1,4 @@
-"""Pruning: what matches goes with what only it needs, and what something else needs stays."""
+"""Pruning removes what matches with everything that only it needs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHARED, OWN = b"layer", b"config"
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Stock:
-    """An empty store."""
+    """Return an empty store."""
     return Stock(tmp_path / "store")
 
 
 def tree(root: Path) -> dict[str, tuple[bytes, int]]:
-    """All files but the locks: what is in them, and when they were changed."""
+    """Return content and mtime of all files except locks."""
     paths = (path for path in root.rglob("*") if path.is_file() and path.name != "lock")
     return {str(path.relative_to(root)): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
@@ -36,7 +36,7 @@ def tree(root: Path) -> dict[str, tuple[bytes, int]]:
 # Records
 
 
-def test_what_matches_loses_that_url_and_a_record_goes_with_its_last(stock: Stock) -> None:
+def test_matching_url_is_removed_and_record_goes_with_its_last_url(stock: Stock) -> None:
     image = stock.image(ONE, "a:1", "a:2", "b:1")
     plan = stock.prune(by_name("a:1"))
     assert ([row.url for row in plan.rows], plan.records, dict(plan.blobs)) == ([url_of("a:1")], (), {})
@@ -49,7 +49,7 @@ def test_what_matches_loses_that_url_and_a_record_goes_with_its_last(stock: Stoc
     assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
 
 
-def test_what_does_not_match_stays_as_it_is(stock: Stock) -> None:
+def test_other_images_stay_unchanged(stock: Stock) -> None:
     stock.image(ONE, "a:1", "b:1")
     stock.put(list_of(image_of(*ONE)), "b:2")
     before = tree(stock.root)
@@ -58,7 +58,7 @@ def test_what_does_not_match_stays_as_it_is(stock: Stock) -> None:
     assert tree(stock.root) == before
 
 
-def test_a_dry_run_changes_nothing(stock: Stock) -> None:
+def test_dry_run_changes_nothing(stock: Stock) -> None:
     stock.put(list_of(stock.image(ONE, "a@")), "a:1", "b:1")
     stock.image(TWO, "c:1", "a:2")
     before = tree(stock.root)
@@ -66,7 +66,7 @@ def test_a_dry_run_changes_nothing(stock: Stock) -> None:
     assert (tree(stock.root), len(told.rows)) == (before, 3)
 
 
-def test_last_pulled_and_the_dates_survive_a_rewrite(stock: Stock) -> None:
+def test_dates_and_last_pull_survive_a_rewrite(stock: Stock) -> None:
     image = stock.image(ONE, "a:1", "b:1", created=day(1), confirmed=day(2), pulled=day(3))
     path = stock.path(image)
     os.utime(path, ns=(0, 1_767_225_600_123_456_789))
@@ -76,7 +76,7 @@ def test_last_pulled_and_the_dates_survive_a_rewrite(stock: Stock) -> None:
     assert (row.dates.created, row.dates.confirmed) == (day(1), day(2))
 
 
-def test_a_rewrite_leaves_nothing_behind(stock: Stock) -> None:
+def test_rewrite_leaves_no_temporary_files(stock: Stock) -> None:
     stock.image(ONE, "a:1", "b:1")
     stock.prune(by_name("a"))
     assert [path.name for path in (stock.root / "pulls").rglob("*") if path.is_file()] == ["lock"]
@@ -85,7 +85,7 @@ def test_a_rewrite_leaves_nothing_behind(stock: Stock) -> None:
 # Blobs
 
 
-def test_a_blob_that_another_record_names_stays(stock: Stock) -> None:
+def test_shared_blob_stays(stock: Stock) -> None:
     stock.image(ONE, "a:1")
     stock.image(TWO, "b:1")
     plan = stock.prune(by_name("a"))
@@ -94,7 +94,7 @@ def test_a_blob_that_another_record_names_stays(stock: Stock) -> None:
     assert stock.has(*ONE, *TWO) == [False] * 4
 
 
-def test_blobs_of_several_that_go_are_counted_once(stock: Stock) -> None:
+def test_blobs_of_several_images_are_counted_once(stock: Stock) -> None:
     first, second = stock.image(ONE, "a:1"), stock.image(TWO, "a:2")
     plan = stock.prune(by_name("a"))
     assert plan.blobs.keys() == {Digest.of(blob) for blob in (*ONE, *TWO)}
@@ -102,7 +102,7 @@ def test_blobs_of_several_that_go_are_counted_once(stock: Stock) -> None:
     assert plan.bytes == sum(plan.bytes_of.values()) + sum(kept.size for kept in plan.records)
 
 
-def test_a_blob_that_is_not_there_or_half_there_counts_with_what_it_takes(stock: Stock) -> None:
+def test_partly_copied_blob_is_counted_by_its_size_on_disk(stock: Stock) -> None:
     stock.put(image_of(b"nothing", b"half"), "a:1")
     stock.blob(b"half").write_bytes(b"ha")
     plan = stock.prune(by_name("a"))
@@ -114,7 +114,7 @@ def test_a_blob_that_is_not_there_or_half_there_counts_with_what_it_takes(stock:
 @pytest.mark.parametrize(
     "text", ['{"type": 3, "layers": "sha256:%s"}', "not JSON at all %s\0", '{"digest": "sha256:%s"']
 )
-def test_a_blob_that_an_unreadable_or_foreign_record_mentions_stays(stock: Stock, folder: str, text: str) -> None:
+def test_blob_mentioned_by_unreadable_record_stays(stock: Stock, folder: str, text: str) -> None:
     stock.image(ONE, "a:1")
     theirs = stock.root / folder / Digest.of(b"theirs").hex
     theirs.write_text(text % Digest.of(SHARED).hex)
@@ -123,8 +123,8 @@ def test_a_blob_that_an_unreadable_or_foreign_record_mentions_stays(stock: Stock
     assert theirs.read_text() == text % Digest.of(SHARED).hex
 
 
-def test_an_image_that_a_half_copied_list_names_stays(stock: Stock) -> None:
-    """rsync without temporary files, or a disk with an error: the list may be whole in a moment."""
+def test_image_of_a_partly_copied_index_stays(stock: Stock) -> None:
+    """rsync --inplace or a disk error: the index may be complete soon."""
     image = stock.image(ONE, "a@")
     stock.put(list_of(image), "a:1")
     other = stock.put(list_of(image, seed="other"), "a:2")
@@ -133,10 +133,10 @@ def test_an_image_that_a_half_copied_list_names_stays(stock: Stock) -> None:
     assert (stock.names(image), stock.has(*ONE)) == ({"a@"}, [True, True])
 
 
-# Lists
+# Indexes
 
 
-def test_a_list_takes_its_images_along(stock: Stock) -> None:
+def test_index_is_pruned_with_its_images(stock: Stock) -> None:
     left, right = stock.image(ONE, "a@"), stock.image(TWO, "a@")
     many = stock.put(list_of(left, right), "a:1")
     plan = stock.prune(by_name("a:1"))
@@ -145,14 +145,14 @@ def test_a_list_takes_its_images_along(stock: Stock) -> None:
     assert stock.has(*ONE, *TWO) == [False] * 4
 
 
-def test_an_image_of_a_list_that_keeps_a_name_stays(stock: Stock) -> None:
+def test_index_with_another_name_keeps_its_images(stock: Stock) -> None:
     image = stock.image(ONE, "a@")
     many = stock.put(list_of(image), "a:1", "b:1")
     stock.prune(by_name("a:1"))
     assert (stock.names(many), stock.names(image)) == ({"b:1"}, {"b@"})
 
 
-def test_an_image_that_has_a_name_of_its_own_stays(stock: Stock) -> None:
+def test_image_with_its_own_tag_stays(stock: Stock) -> None:
     tagged, elsewhere = stock.image(ONE, "a@", "a:amd64"), stock.image(TWO, "a@", "b@")
     stock.put(list_of(tagged, elsewhere), "a:1")
     plan = stock.prune(by_name("a:1"))
@@ -161,7 +161,7 @@ def test_an_image_that_has_a_name_of_its_own_stays(stock: Stock) -> None:
     assert (len(plan.rows), len(plan.records)) == (3, 1)
 
 
-def test_an_image_of_two_lists_goes_with_the_second(stock: Stock) -> None:
+def test_image_of_two_indexes_goes_with_the_last(stock: Stock) -> None:
     image = stock.image(ONE, "a@")
     stock.put(list_of(image), "a:1")
     stock.put(list_of(image, seed="other"), "a:2")
@@ -171,7 +171,7 @@ def test_an_image_of_two_lists_goes_with_the_second(stock: Stock) -> None:
     assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
 
 
-def test_an_image_of_lists_in_two_repositories_goes_with_both(stock: Stock) -> None:
+def test_image_of_indexes_in_two_repositories_goes_with_both(stock: Stock) -> None:
     image = stock.image(ONE, "a@", "b@")
     stock.put(list_of(image), "a:1")
     stock.put(list_of(image, seed="other"), "b:1")
@@ -181,7 +181,7 @@ def test_an_image_of_lists_in_two_repositories_goes_with_both(stock: Stock) -> N
 
 @pytest.mark.parametrize("shorts", [("a:1", "b:1"), ("b:1", "a:1")])
 @pytest.mark.parametrize("same", [True, False], ids=["one list", "two lists"])
-def test_an_image_of_lists_in_two_repositories_goes_with_the_second(
+def test_image_of_indexes_in_two_repositories_goes_with_the_last(
     stock: Stock, shorts: tuple[str, str], same: bool
 ) -> None:
     image = stock.image(ONE, "a@", "b@")
@@ -193,7 +193,7 @@ def test_an_image_of_lists_in_two_repositories_goes_with_the_second(
     assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
 
 
-def test_lists_of_lists_take_all_of_it_along(stock: Stock) -> None:
+def test_nested_indexes_are_pruned_together(stock: Stock) -> None:
     image, other = stock.image(ONE, "a@"), stock.image(TWO, "a@")
     inner, daemon_client = stock.put(list_of(image), "a@"), stock.put(list_of(other), "a@", "c:1")
     outer = stock.put(list_of(inner, daemon_client, other), "a:1")
@@ -204,24 +204,24 @@ def test_lists_of_lists_take_all_of_it_along(stock: Stock) -> None:
     stock.prune(by_name("c:1"))
 
 
-def test_an_image_that_is_named_goes_though_its_list_stays(stock: Stock) -> None:
+def test_image_by_digest_is_pruned_although_its_index_stays(stock: Stock) -> None:
     image = stock.image(ONE, "a@")
     many = stock.put(list_of(image), "a:1")
     stock.prune(Selection(matches=lambda url: url == url_of("a@", image)))
     assert (stock.names(image), stock.names(many), stock.has(*ONE)) == (None, {"a:1"}, [False, False])
 
 
-def test_a_list_of_what_is_not_there_goes_alone(stock: Stock) -> None:
+def test_index_without_present_images_is_pruned(stock: Stock) -> None:
     many = stock.put(list_of(image_of(*ONE)), "a:1")
     assert stock.prune(by_name("a")).bytes_of == {many.digest: 0}
     assert stock.names(many) is None
 
 
-# Beside others
+# Concurrency
 
 
-def test_what_comes_until_it_has_the_lock_counts(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads ahead, and again what changed, under the lock."""
+def test_changes_before_the_lock_are_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are read before taking the lock; changed ones are read again under it."""
     stock.image(ONE, "a:1")
     chosen: list[Inventory] = []
 
@@ -242,7 +242,7 @@ def test_what_comes_until_it_has_the_lock_counts(stock: Stock, monkeypatch: pyte
     assert stock.has(OWN, SHARED) == [False, True]
 
 
-def test_ten_times_as_many_records_take_ten_times_as_much(tmp_path: Path) -> None:
+def test_pruning_is_linear_in_records(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
 
     def look(count: int) -> int:

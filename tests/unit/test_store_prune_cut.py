@@ -1,7 +1,7 @@
-"""Pruning is killed, or the power goes, at every single file operation of it.
+"""Pruning is killed, or the power is cut, at every single file operation.
 
-Whatever is found then: every record is whole and has the blobs that it had, a list that is there has its images, a
-tag means what it meant or nothing, what was not to go is as it was, and pruning once more comes to the same end.
+Afterwards every record is complete and has its former blobs, an index has its images, a tag has its former meaning or
+none, everything outside the selection is unchanged, and pruning again reaches the same end.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ LAYER = b"a layer of several"
 
 @dataclass
 class Scene:
-    """A store, what is pruned of it, and what stays as it is."""
+    """A store, the selection to prune, and what must stay unchanged."""
 
     stock: Stock
     choose: Selection = field(default_factory=lambda: by_name("a"))
     stays: list[tuple[Manifest, set[str]]] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
-    """Which must not come to mean something else."""
+    """Tags whose meaning must not change."""
 
 
 def an_image(scene: Scene) -> None:
-    """It shares a blob with one that stays."""
+    """Prune an image that shares a blob with one that stays."""
     scene.stock.image((b"config", LAYER), "a:1")
     scene.stays.append((scene.stock.image((b"other", LAYER), "b:1", "b@"), {"b:1", "b@"}))
 
 
 def a_list(scene: Scene) -> None:
-    """One of its images stays with another list, one with a tag of its own."""
+    """Prune an index; one of its images stays with another index, one with its own tag."""
     own, shared = scene.stock.image((b"own", LAYER), "a@"), scene.stock.image((b"shared", LAYER), "a@", "b@")
     tagged = scene.stock.image((b"tagged",), "a@", "b:2")
     scene.stock.put(list_of(own, shared, tagged), "a:1")
@@ -57,14 +57,14 @@ def a_list(scene: Scene) -> None:
 
 
 def a_name_of_several(scene: Scene) -> None:
-    """The record is rewritten."""
+    """Prune one of several names: the record is rewritten."""
     image = scene.stock.image((b"config", LAYER), "a:1", "b:1", pulled=day(3))
     scene.stock.put(list_of(image), "a:2", "b:2")
     scene.tags += ["b:1", "b:2"]
 
 
 def a_list_that_moved_away(scene: Scene) -> None:
-    """What the tag meant before has another name."""
+    """Prune an index whose tag moved there from an image that has another name."""
     scene.stock.image((b"old", LAYER), "a:1", "b:1", confirmed=day(1))
     new = scene.stock.image((b"new", LAYER), "a@")
     scene.stock.put(list_of(new), "a:1", confirmed=day(2))
@@ -72,7 +72,7 @@ def a_list_that_moved_away(scene: Scene) -> None:
 
 
 def tags_that_moved(scene: Scene) -> None:
-    """From image to image, and from an image to a list of it."""
+    """Prune tags that moved between images, and from an image to its index."""
     for number in range(4):
         scene.stock.image((b"%d" % number, LAYER), "a:1", confirmed=day(number))
     image = scene.stock.image((b"an image",), "a:2", confirmed=day(1))
@@ -81,14 +81,14 @@ def tags_that_moved(scene: Scene) -> None:
 
 
 def a_tag_that_moved(scene: Scene) -> None:
-    """From image to image."""
+    """Prune a tag that moved between images."""
     scene.stock.image((b"old",), "a:1", confirmed=day(1))
     scene.stock.image((b"new",), "a:1", confirmed=day(2))
     scene.tags.append("a:1")
 
 
 def lists_of_lists(scene: Scene) -> None:
-    """The inner one comes first where they are sorted by name."""
+    """Prune nested indexes, the inner one first by name."""
     image = scene.stock.image((b"config", LAYER), "a@")
     inner = scene.stock.put(list_of(image), "a:inner")
     scene.stock.put(list_of(inner), "b:outer")
@@ -96,7 +96,7 @@ def lists_of_lists(scene: Scene) -> None:
 
 
 def a_list_of_what_another_has(scene: Scene) -> None:
-    """The image is noted with the list that goes alone: it must not go with it when pruning is done once more."""
+    """Prune an index whose image has names by both indexes; pruning again must not remove the image."""
     image = scene.stock.image((b"config", LAYER), "a@")
     scene.stock.put(list_of(image), "a:1")
     scene.stays.append((scene.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
@@ -106,7 +106,7 @@ SCENES = {scene.__name__: scene for scene in (an_image, a_list, a_name_of_severa
 
 
 def begin(root: Path, scenery: Callable[[Scene], None]) -> Scene:
-    """The scene, in an empty folder."""
+    """Build the case in an empty folder."""
     shutil.rmtree(root, ignore_errors=True)
     scene = Scene(Stock(root))
     scenery(scene)
@@ -115,7 +115,7 @@ def begin(root: Path, scenery: Callable[[Scene], None]) -> Scene:
 
 
 def check(left: Stock, before: Stock, scene: Scene, *, lists: bool = True) -> None:
-    """What must hold of what is `left`; of `lists`, too, that they have their images."""
+    """Check what must hold of `left`; with `lists`, also that indexes have their images."""
     records, had = left.inventory(), before.inventory()
     assert not records.unreadable
     assert records.records.keys() <= had.records.keys()
@@ -133,7 +133,7 @@ def check(left: Stock, before: Stock, scene: Scene, *, lists: bool = True) -> No
 
 
 def all_of(stock: Stock) -> tuple[dict[Digest, set[str]], list[str]]:
-    """The records with their names, and the blobs."""
+    """Return records with names, and blobs."""
     records = {digest: set(kept.record.images) for digest, kept in stock.inventory().records.items()}
     return records, sorted(path.name for path in (stock.root / "blobs").iterdir())
 
@@ -144,7 +144,7 @@ def cut_everywhere(
     look: Callable[[LossyFiles, Scene], None],
     disk: type[LossyFiles] = LossyFiles,
 ) -> None:
-    """A process ends in place of its first operation, of the second, and so on; `look` sees what it has done."""
+    """Cut at the first operation, at the second, and so on; `look` checks each result."""
     for number in count():
         scene = begin(root, scenery)
         files = disk(scene.stock.root, "now", number)
@@ -160,7 +160,7 @@ def cut_everywhere(
 
 
 def written(disk: Disk, root: Path) -> Stock:
-    """A store on that disk."""
+    """Return the store on that disk."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     disk.write(root)
@@ -168,7 +168,7 @@ def written(disk: Disk, root: Path) -> Stock:
 
 
 @pytest.mark.parametrize("scenery", [*SCENES.values(), tags_that_moved, lists_of_lists])
-def test_a_kill_leaves_nothing_that_lacks_something(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+def test_kill_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
     before = begin(tmp_path / "before", scenery)
 
     def look(files: LossyFiles, scene: Scene) -> None:
@@ -178,8 +178,8 @@ def test_a_kill_leaves_nothing_that_lacks_something(tmp_path: Path, scenery: Cal
 
 
 @pytest.mark.parametrize("scenery", [*SCENES.values(), a_tag_that_moved])
-def test_a_power_cut_leaves_nothing_that_lacks_something(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
-    """A record's removal is on disk before one of its blobs is removed: it cannot come back without it."""
+def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+    """Removal of a record is durable before its blobs are removed."""
     before = begin(tmp_path / "before", scenery)
 
     def look(files: LossyFiles, scene: Scene) -> None:
@@ -190,10 +190,8 @@ def test_a_power_cut_leaves_nothing_that_lacks_something(tmp_path: Path, scenery
 
 
 @pytest.mark.parametrize("scenery", [an_image, a_name_of_several, a_list_that_moved_away, tags_that_moved])
-def test_what_was_killed_is_brought_to_its_end_by_starting_it_again(
-    tmp_path: Path, scenery: Callable[[Scene], None]
-) -> None:
-    """But for blobs, which nobody needs then."""
+def test_pruning_again_after_a_kill_completes_it(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+    """Except for blobs, which are orphans then."""
     before, whole = begin(tmp_path / "before", scenery), begin(tmp_path / "whole", scenery)
     whole.stock.prune(whole.choose)
     assert all_of(whole.stock) != all_of(before.stock)
@@ -207,7 +205,7 @@ def test_what_was_killed_is_brought_to_its_end_by_starting_it_again(
 
 
 class Failing(Unsynced):
-    """A disk of which the operation with this number fails with this errno, and all that follow."""
+    """A disk on which operations from number `fails_at` on fail with this errno."""
 
     def __init__(self, fails_at: int, error: int) -> None:
         self.left = fails_at
@@ -245,10 +243,8 @@ class Failing(Unsynced):
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("scenery", [*SCENES.values(), tags_that_moved, lists_of_lists])
-def test_a_disk_that_fails_leaves_nothing_that_lacks_something(
-    tmp_path: Path, scenery: Callable[[Scene], None], error: int
-) -> None:
-    """It is an error, too, and the lock is free again."""
+def test_disk_error_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None], error: int) -> None:
+    """The error is raised and the lock released."""
     before = begin(tmp_path / "before", scenery)
     for number in count():
         scene = begin(tmp_path / "store", scenery)
@@ -263,16 +259,20 @@ def test_a_disk_that_fails_leaves_nothing_that_lacks_something(
             return
 
 
-# A disk without a free inode
+# Without a free inode
 
 
 class FullFiles(LossyFiles):
-    """A disk on which a file can be made when another one was removed; the process ends as `LossyFiles` has it."""
+    """A disk that can create a file only after removing another; the process ends as in `LossyFiles`."""
 
     free = 0
 
     def create(self, path: Path) -> SharedFile:
-        """Raises `OSError` when no inode is free."""
+        """Create the file.
+
+        Raises:
+            OSError: no inode is free.
+        """
         self.unlink(path)
         if not self.free:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -280,19 +280,19 @@ class FullFiles(LossyFiles):
         return super().create(path)
 
     def rename(self, path: Path, target: Path) -> None:
-        """Frees the inode of what had that name."""
+        """Free the inode of a replaced file."""
         self.free += target.exists()
         super().rename(path, target)
 
     def unlink(self, path: Path) -> None:
-        """Frees its inode."""
+        """Free the inode of the file."""
         there = path.exists()
         super().unlink(path)
         self.free += there
 
 
 def with_another(scenery: Callable[[Scene], None]) -> Callable[[Scene], None]:
-    """The scene, and an image that goes and has nothing to do with the rest."""
+    """Return the case with an additional unrelated image that is pruned."""
 
     def daemon_client(scene: Scene) -> None:
         scenery(scene)
@@ -308,7 +308,7 @@ ALL_SCENES = [*SCENES.values(), a_list_of_what_another_has, tags_that_moved, a_t
 
 
 @pytest.mark.parametrize("scenery", ALL_SCENES)
-def test_without_a_free_inode_it_comes_to_the_same_end(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+def test_pruning_without_a_free_inode_succeeds(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
     scenery = with_another(scenery)
     whole, scene = begin(tmp_path / "whole", scenery), begin(tmp_path / "store", scenery)
     scene.stock.prune(scene.choose, FullFiles(scene.stock.root, "now"))
@@ -317,7 +317,7 @@ def test_without_a_free_inode_it_comes_to_the_same_end(tmp_path: Path, scenery: 
 
 
 @pytest.mark.parametrize("scenery", ALL_SCENES)
-def test_a_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+def test_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
     scenery = with_another(scenery)
     before = begin(tmp_path / "before", scenery)
 
@@ -330,7 +330,7 @@ def test_a_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], 
 
 
 @pytest.mark.parametrize("scenery", [*SCENES.values(), a_tag_that_moved])
-def test_a_power_cut_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+def test_power_cut_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
     scenery = with_another(scenery)
     before = begin(tmp_path / "before", scenery)
 
@@ -341,8 +341,8 @@ def test_a_power_cut_without_a_free_inode(tmp_path: Path, scenery: Callable[[Sce
     cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
 
 
-def test_what_must_be_rewritten_first_stays_where_nothing_else_can_go(tmp_path: Path) -> None:
-    """The tag would mean the image of before again. Where something else goes, it goes too."""
+def test_record_to_rewrite_first_stays_if_no_inode_can_be_freed(tmp_path: Path) -> None:
+    """Otherwise the tag would get its former meaning again. If another record goes, this one goes too."""
     stock = Stock(tmp_path / "store")
     old = stock.image((b"old",), "a:1", confirmed=day(1))
     new = stock.image((b"new",), "a:1", confirmed=day(2))

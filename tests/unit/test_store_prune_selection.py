@@ -1,4 +1,4 @@
-"""What is selected: by an operator's conditions, and by what is too much; least recently pulled first."""
+"""Selection for pruning: an operator's conditions, and eviction of the least recently pulled images."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from ociregistry.store.prune import EvictionPolicy, Plan, PruneSet, Selection, W
 from tests.unit.support.stores import Stock, calls_of, day, image_of, in_memory, list_of, named, url_of
 
 SIZE = 100_000
-"""Bytes of a blob: so many that those of the records hardly matter."""
+"""Bytes per blob, large enough that records hardly matter."""
 NOW = day(100)
 
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Stock:
-    """An empty store."""
+    """Return an empty store."""
     return Stock(tmp_path / "store")
 
 
 def blob(seed: object, size: int = SIZE) -> bytes:
-    """A large blob."""
+    """Return a large blob."""
     return f"{seed} ".encode().ljust(size, b".")
 
 
 def taken(inventory: Inventory, choose: Selection) -> list[str]:
-    """The image URLs that go, without the host."""
+    """Return the pruned image URLs, without the host."""
     return [row.url.removeprefix("reg.example/") for row in choose(inventory).plan.rows]
 
 
@@ -43,14 +43,14 @@ def policy(
     keep_pulled_since: datetime = NOW,
     max_share: int = 100,
 ) -> EvictionPolicy:
-    """What goes by itself."""
+    """Return an eviction policy."""
     return EvictionPolicy(pulled_before, max_size, named(*keep), busy, keep_pulled_since, NOW, max_share)
 
 
-# What an operator names
+# An operator's conditions
 
 
-def test_all_conditions_must_apply(stock: Stock) -> None:
+def test_all_conditions_must_match(stock: Stock) -> None:
     stock.image((b"1",), "a:old", "b:old", created=day(1), pulled=day(5))
     stock.image((b"2",), "a:new", created=day(9), pulled=day(5))
     stock.image((b"3",), "a:used", created=day(1), pulled=day(9))
@@ -65,7 +65,7 @@ def test_all_conditions_must_apply(stock: Stock) -> None:
     assert taken(inventory, Selection()) == ["a:new", "a:old", "a:used", "b:old"]
 
 
-def test_before_is_before(stock: Stock) -> None:
+def test_before_is_exclusive(stock: Stock) -> None:
     stock.image((b"1",), "a:1", created=day(5), pulled=day(6))
     assert taken(stock.inventory(), Selection(created_before=day(5))) == []
     assert taken(stock.inventory(), Selection(created_before=day(5.001))) == ["a:1"]
@@ -81,8 +81,8 @@ def test_each_url_has_its_own_date(stock: Stock) -> None:
 
 
 @pytest.mark.parametrize("used", ["left", "both"])
-def test_unused_for_looks_at_lists_and_their_images_together(stock: Stock, used: str) -> None:
-    """A list is asked for where its images are there already, and an image by its digest without its list."""
+def test_unused_for_considers_indexes_with_their_images(stock: Stock, used: str) -> None:
+    """An index may be requested without its images, and an image by digest without its index."""
     when = {name: day(9 if name == used else 1) for name in ("left", "right", "both")}
     left, right = (stock.image((name.encode(),), "a@", pulled=when[name]) for name in ("left", "right"))
     both = stock.put(list_of(left, right), "a:1", pulled=when["both"])
@@ -95,7 +95,7 @@ def test_unused_for_looks_at_lists_and_their_images_together(stock: Stock, used:
 
 
 @pytest.mark.parametrize("used", ["outer", "image"])
-def test_so_with_lists_of_lists(stock: Stock, used: str) -> None:
+def test_unused_for_considers_nested_indexes(stock: Stock, used: str) -> None:
     image = stock.image((b"image",), "a@", pulled=day(9 if used == "image" else 1))
     inner = stock.put(list_of(image), "a@", pulled=day(1))
     outer = stock.put(list_of(inner), "a:1", pulled=day(9 if used == "outer" else 1))
@@ -103,8 +103,8 @@ def test_so_with_lists_of_lists(stock: Stock, used: str) -> None:
     assert [stock.names(one) for one in (outer, inner, image)] == [{"a:1"}, {"a@"}, {"a@"}]
 
 
-def test_a_list_that_is_newer_than_its_image_keeps_it(stock: Stock) -> None:
-    """Of most lists that a tag moves to, some images are those of the list before."""
+def test_newer_index_protects_its_older_image(stock: Stock) -> None:
+    """When a tag moves to a new index, some images usually belong to the old index too."""
     image = stock.image((b"1",), "a@", created=day(1))
     stock.put(list_of(image), "a:1", created=day(1), confirmed=day(1))
     new = stock.put(list_of(image, seed="new"), "a:1", created=day(9), confirmed=day(9))
@@ -112,18 +112,18 @@ def test_a_list_that_is_newer_than_its_image_keeps_it(stock: Stock) -> None:
     assert (stock.names(new), stock.names(image), stock.has(b"1")) == ({"a:1"}, {"a@"}, [True])
 
 
-# What is too much
+# Eviction
 
 
 def fill(stock: Stock, count: int = 10) -> list[bytes]:
-    """Images a0:1 to a9:1, each with a blob of its own, pulled one after the other."""
+    """Create images a0:1 to a9:1 with one blob each, pulled one after the other."""
     blobs = [blob(number) for number in range(count)]
     for number, one in enumerate(blobs):
         stock.image((one,), f"a{number}:1", pulled=day(number))
     return blobs
 
 
-def test_what_was_pulled_least_recently_goes_until_nine_tenths_are_left(stock: Stock) -> None:
+def test_least_recently_pulled_goes_until_nine_tenths_remain(stock: Stock) -> None:
     blobs = fill(stock)
     size = size_of(stock.inventory())
     assert stock.prune(policy(size)).rows == ()
@@ -134,13 +134,13 @@ def test_what_was_pulled_least_recently_goes_until_nine_tenths_are_left(stock: S
     assert stock.prune(policy(size - 1)).rows == ()
 
 
-def test_all_that_may_go_goes_when_it_is_not_enough(stock: Stock) -> None:
+def test_everything_evictable_goes_if_not_enough(stock: Stock) -> None:
     blobs = fill(stock)
     stock.prune(policy(0, "a3"))
     assert stock.has(*blobs) == [number == 3 for number in range(10)]
 
 
-def test_what_nobody_has_pulled_for_long_goes_however_small_the_store_is(stock: Stock) -> None:
+def test_unused_images_go_regardless_of_size(stock: Stock) -> None:
     blobs = fill(stock)
     assert stock.prune(policy()).rows == ()
     stock.prune(policy(pulled_before=day(4)))
@@ -149,14 +149,12 @@ def test_what_nobody_has_pulled_for_long_goes_however_small_the_store_is(stock: 
     assert stock.has(*blobs) == [False] * 5 + [True] * 5
 
 
-# A clock that is wrong
+# System clock errors
 
 
 @pytest.mark.parametrize(("max_share", "most"), [(50, 5), (30, 3), (79, 7), (1, 3), (99, 9), (100, 10)])
-def test_when_more_than_a_share_of_the_images_would_go_by_age_none_goes(
-    stock: Stock, max_share: int, most: int
-) -> None:
-    """A few may go always."""
+def test_nothing_is_pruned_by_age_beyond_max_share(stock: Stock, max_share: int, most: int) -> None:
+    """A few images may always be pruned."""
     blobs = fill(stock)
     if most < 10:
         plan = stock.prune(policy(pulled_before=day(most + 0.5), max_share=max_share))
@@ -166,8 +164,8 @@ def test_when_more_than_a_share_of_the_images_would_go_by_age_none_goes(
     assert (len(plan.records), plan.withheld) == (most, None)
 
 
-def test_a_list_is_one_image_with_all_that_it_has(stock: Stock) -> None:
-    """Else a few lists would be many."""
+def test_index_counts_as_one_image_for_max_share(stock: Stock) -> None:
+    """Otherwise a few indexes would count as many images."""
     lists = []
     for number in range(8):
         images = [stock.image((blob((number, part)),), f"a{number}@", pulled=day(number)) for part in range(5)]
@@ -178,8 +176,8 @@ def test_a_list_is_one_image_with_all_that_it_has(stock: Stock) -> None:
     assert ([stock.names(one) is None for one in lists], plan.withheld) == ([True] * 4 + [False] * 4, None)
 
 
-def test_when_nobody_has_pulled_anything_since_none_goes_by_age(stock: Stock) -> None:
-    """Not a few either. What is dated in the future does not count: the clock was wrong then."""
+def test_nothing_is_pruned_by_age_without_recent_pulls(stock: Stock) -> None:
+    """Not even a few. Dates in the future come from a wrong clock and do not count."""
     blobs = fill(stock, 2)
     stock.image((b"future",), "b:1", pulled=day(4000))
     stock.image((b"kept",), "c:1", pulled=day(1))
@@ -191,15 +189,15 @@ def test_when_nobody_has_pulled_anything_since_none_goes_by_age(stock: Stock) ->
     assert (stock.has(*blobs), plan.withheld) == ([False, False], None)
 
 
-def test_what_is_too_much_goes_whatever_the_share(stock: Stock) -> None:
+def test_eviction_by_size_ignores_max_share(stock: Stock) -> None:
     blobs = fill(stock)
     plan = stock.prune(policy(5 * SIZE, pulled_before=NOW, max_share=50))
     assert plan.withheld is not None
     assert stock.has(*blobs) == [False] * 6 + [True] * 4
 
 
-def test_what_is_dated_in_the_future_is_not_being_pulled(stock: Stock) -> None:
-    """It goes last of what is too much."""
+def test_image_dated_in_the_future_is_not_protected(stock: Stock) -> None:
+    """It is evicted last."""
     stock.image((blob("future"),), "b:1", pulled=day(4000))
     blobs = fill(stock, 3)
     stock.prune(policy(int(1.5 * SIZE), keep_pulled_since=day(99)))
@@ -208,10 +206,10 @@ def test_what_is_dated_in_the_future_is_not_being_pulled(stock: Stock) -> None:
     assert stock.has(blob("future")) == [False]
 
 
-# Which images stay
+# Protected images
 
 
-def test_what_it_keeps_stays_with_its_images_and_blobs(stock: Stock) -> None:
+def test_kept_image_stays_with_children_and_blobs(stock: Stock) -> None:
     image = stock.image((blob(1), blob(2)), "a@", pulled=day(1))
     many = stock.put(list_of(image), "a:1", pulled=day(1))
     other = stock.image((blob(1), blob(3)), "b@", pulled=day(1))
@@ -221,14 +219,14 @@ def test_what_it_keeps_stays_with_its_images_and_blobs(stock: Stock) -> None:
     assert stock.has(blob(1), blob(2), blob(3)) == [True, True, False]
 
 
-def test_a_list_stays_with_an_image_that_is_kept(stock: Stock) -> None:
+def test_index_of_a_kept_image_stays(stock: Stock) -> None:
     image, daemon_client = stock.image((blob(1),), "a@", "a:amd64"), stock.image((blob(2),), "a@")
     many = stock.put(list_of(image, daemon_client), "a:1")
     stock.prune(policy(0, "a:amd64"))
     assert [stock.names(one) for one in (image, daemon_client, many)] == [{"a@", "a:amd64"}, {"a@"}, {"a:1"}]
 
 
-def test_an_image_is_kept_by_the_url_that_is_listed(stock: Stock) -> None:
+def test_kept_by_the_listed_image_url(stock: Stock) -> None:
     old = stock.image((blob(1),), "a:1", confirmed=day(1))
     stock.image((blob(2),), "a:1", confirmed=day(2))
     stock.prune(replace(policy(0), keeps=lambda url: url == url_of("a@", old)))
@@ -236,7 +234,7 @@ def test_an_image_is_kept_by_the_url_that_is_listed(stock: Stock) -> None:
 
 
 @pytest.mark.parametrize("busy", ["image", "both", "tagged"])
-def test_what_is_busy_stays(stock: Stock, busy: str) -> None:
+def test_busy_image_stays_with_its_indexes(stock: Stock, busy: str) -> None:
     image, tagged = stock.image((blob(1),), "a@"), stock.image((blob(2),), "b:1")
     both = stock.put(list_of(image), "a:1")
     digest = {"image": image, "both": both, "tagged": tagged}[busy].digest
@@ -246,7 +244,7 @@ def test_what_is_busy_stays(stock: Stock, busy: str) -> None:
 
 
 @pytest.mark.parametrize("just_now", ["image", "both"])
-def test_what_was_pulled_just_now_stays(stock: Stock, just_now: str) -> None:
+def test_recently_pulled_image_stays(stock: Stock, just_now: str) -> None:
     when = {name: day(50 if name == just_now else 1) for name in ("image", "both")}
     image = stock.image((blob(1),), "a@", pulled=when["image"])
     both = stock.put(list_of(image), "a:1", pulled=when["both"])
@@ -256,7 +254,7 @@ def test_what_was_pulled_just_now_stays(stock: Stock, just_now: str) -> None:
 
 
 @pytest.mark.parametrize("why", ["busy", "just now"])
-def test_of_lists_of_lists_all_stays(stock: Stock, why: str) -> None:
+def test_nested_indexes_stay_together(stock: Stock, why: str) -> None:
     image = stock.image((blob(1),), "a@", pulled=day(50 if why == "just now" else 1))
     inner = stock.put(list_of(image), "a@", pulled=day(1))
     outer = stock.put(list_of(inner), "a:1", pulled=day(1))
@@ -264,8 +262,8 @@ def test_of_lists_of_lists_all_stays(stock: Stock, why: str) -> None:
     assert [stock.names(one) is not None for one in (image, inner, outer)] == [True] * 3
 
 
-def test_a_tag_that_moved_does_not_come_back_to_what_it_meant(stock: Stock) -> None:
-    """The image of before is pulled by its digest, by those who pinned it."""
+def test_moved_tag_does_not_return_to_the_old_image(stock: Stock) -> None:
+    """Clients that pinned the digest pull the old image by it."""
     stock.image((blob(1),), "a:1", confirmed=day(1), pulled=day(9))
     new = stock.image((blob(2),), "a:1", confirmed=day(2), pulled=day(2))
     stock.prune(policy(pulled_before=day(5)))
@@ -273,7 +271,7 @@ def test_a_tag_that_moved_does_not_come_back_to_what_it_meant(stock: Stock) -> N
     assert stock.meaning("a:1") is None
 
 
-def test_an_image_with_a_name_of_its_own_goes_at_the_next_time(stock: Stock) -> None:
+def test_image_with_its_own_tag_goes_at_the_next_run(stock: Stock) -> None:
     image = stock.image((blob(1),), "a@", "b:1")
     many = stock.put(list_of(image), "a:1")
     stock.prune(policy(0))
@@ -282,8 +280,8 @@ def test_an_image_with_a_name_of_its_own_goes_at_the_next_time(stock: Stock) -> 
     assert (stock.names(image), stock.has(blob(1))) == (None, [False])
 
 
-def test_blobs_that_are_shared_are_free_with_the_last_that_has_them(stock: Stock) -> None:
-    """So no more goes than must."""
+def test_shared_blobs_are_freed_with_their_last_image(stock: Stock) -> None:
+    """So no more images are pruned than necessary."""
     shared = blob("shared", 10 * SIZE)
     for number in range(5):
         stock.image((blob(number), shared), f"a{number}:1", pulled=day(number))
@@ -296,15 +294,15 @@ def test_blobs_that_are_shared_are_free_with_the_last_that_has_them(stock: Stock
     assert stock.has(*map(blob, range(5)), shared, alone) == [False] * 6 + [True]
 
 
-def test_blobs_that_stay_for_a_foreign_record_are_not_counted(stock: Stock) -> None:
+def test_blobs_mentioned_by_foreign_records_are_not_counted(stock: Stock) -> None:
     blobs = fill(stock)
     (stock.root / "img" / Digest.of(b"theirs").hex).write_text(f'{{"x": "{Digest.of(blobs[0]).hex}"}}')
     stock.prune(policy(8 * SIZE))
     assert size_of(stock.inventory()) <= 0.9 * 8 * SIZE
 
 
-def test_the_size_is_that_of_records_and_their_blobs(stock: Stock) -> None:
-    """What nobody's blobs take, no pruning of images would free."""
+def test_size_counts_records_and_their_blobs(stock: Stock) -> None:
+    """Pruning images would not free orphaned blobs."""
     stock.image((b"12345",), "a:1")
     stock.put(list_of(), "a:2")
     stock.blobs(b"nobody's")
@@ -312,7 +310,7 @@ def test_the_size_is_that_of_records_and_their_blobs(stock: Stock) -> None:
     assert size_of(stock.inventory()) == 5 + records
 
 
-def test_ten_times_as_many_records_take_ten_times_as_much(tmp_path: Path) -> None:
+def test_selection_is_linear_in_records(tmp_path: Path) -> None:
     stock = Stock(tmp_path)
     with stock.blob(b"large").open("wb") as file:
         file.truncate(1 << 40)

@@ -1,4 +1,4 @@
-"""Pruning tags that moved: they go, and what they meant before does not come back."""
+"""Pruning moved tags: a tag never returns to a former meaning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")
 
 @pytest.fixture
 def stock(tmp_path: Path) -> Stock:
-    """An empty store."""
+    """Return an empty store."""
     return Stock(tmp_path / "store")
 
 
-def test_a_tag_that_is_taken_does_not_come_back_to_what_it_meant_before(stock: Stock) -> None:
+def test_pruned_tag_does_not_return_to_its_former_image(stock: Stock) -> None:
     oldest = stock.image(ONE, "a:1", "b:1", confirmed=day(1))
     old = stock.image(TWO, "a:1", confirmed=day(2))
     new = stock.put(list_of(), "a:1", confirmed=day(3))
@@ -29,8 +29,8 @@ def test_a_tag_that_is_taken_does_not_come_back_to_what_it_meant_before(stock: S
 
 
 @pytest.mark.parametrize("choose", [by_name("a:1"), Selection(created_before=day(2))], ids=["pattern", "before"])
-def test_nor_where_what_it_meant_before_is_not_selected(stock: Stock, choose: Selection) -> None:
-    """The image that the tag moved to was here before, and another tag moved as well."""
+def test_pruned_tag_does_not_return_to_an_unselected_former_image(stock: Stock, choose: Selection) -> None:
+    """The newer image existed earlier, and another tag moved as well."""
     old = stock.image(ONE, "a:1", "a:2", created=day(3), confirmed=day(3))
     new = stock.image(TWO, "a:1", created=day(1), confirmed=day(4))
     other = stock.image((b"other",), "a:2", created=day(3), confirmed=day(4))
@@ -39,7 +39,7 @@ def test_nor_where_what_it_meant_before_is_not_selected(stock: Stock, choose: Se
     assert "a:1" not in (stock.names(old) or ())
 
 
-def test_what_a_tag_meant_before_can_go_alone(stock: Stock) -> None:
+def test_former_image_can_be_pruned_alone(stock: Stock) -> None:
     old = stock.image(ONE, "a:1", confirmed=day(1))
     new = stock.image(TWO, "a:1", confirmed=day(2))
     plan = stock.prune(Selection(matches=lambda url: url == url_of("a@", old)))
@@ -48,16 +48,16 @@ def test_what_a_tag_meant_before_can_go_alone(stock: Stock) -> None:
 
 
 @pytest.mark.parametrize("names", [("a:1", "a:2"), ("a:1", "a@")])
-def test_an_image_from_which_several_tags_moved_goes_at_once(stock: Stock, names: tuple[str, ...]) -> None:
-    """It is listed as one image URL; what is said to be pruned is."""
+def test_image_with_several_moved_tags_is_pruned_at_once(stock: Stock, names: tuple[str, ...]) -> None:
+    """It is listed as one image URL, which is the one pruned."""
     old = stock.image(ONE, *names, confirmed=day(1))
     stock.image(TWO, "a:1", "a:2", confirmed=day(2))
     stock.prune(Selection(matches=lambda url: url == url_of("a@", old)))
     assert url_of("a@", old) not in [row.url for row in stock.inventory().rows]
 
 
-def test_what_a_tag_meant_before_stays_when_the_conditions_do_not_apply_to_it(stock: Stock) -> None:
-    """A cluster that pins the digest pulls it every day; its record knows it by the tag that it came by."""
+def test_former_image_stays_if_conditions_do_not_match(stock: Stock) -> None:
+    """A cluster that pins the digest pulls it daily; its record still has the tag that it came by."""
     pinned = stock.image(ONE, "a:1", confirmed=day(1), pulled=day(99))
     moved = stock.image(TWO, "a:1", confirmed=day(2), pulled=day(2))
     stock.prune(Selection(pulled_before=day(50)))

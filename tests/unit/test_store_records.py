@@ -1,4 +1,4 @@
-"""Records: written so that they can be read, by us, by grep and by jq, and never taken for what they are not."""
+"""Records: format, round trip, confirmation, and detection of damaged and foreign files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ URLS = st.builds(
     st.sampled_from(["nginx", "team/app", "a/b/c"]),
     st.sampled_from(["latest", "V1.2_x-y"]),
 )
-# What a clock may say; whole milliseconds are as likely as others.
+# Possible times of a clock, with whole milliseconds as likely as others.
 MOMENTS = st.builds(
     lambda seconds, micro, hours: datetime.fromtimestamp(seconds, timezone(timedelta(hours=hours))).replace(
         microsecond=micro
@@ -40,19 +40,19 @@ MOMENTS = st.builds(
 
 
 def document(record: Record) -> dict[str, Any]:
-    """What stands in the file."""
+    """Return the JSON document of the record."""
     rendered: dict[str, Any] = json.loads(record.render())
     return rendered
 
 
 def damaged(change: Callable[[dict[str, Any]], object]) -> bytes:
-    """The file of a good record, after a change."""
+    """Return the file of a valid record after a change."""
     rendered = document(Record(IMAGE, {}).confirm(NGINX, EARLY))
     change(rendered)
     return json.dumps(rendered).encode()
 
 
-def test_a_record_is_a_file_for_grep_and_jq() -> None:
+def test_format_is_readable_by_grep_and_jq() -> None:
     rendered = Record(IMAGE, {}).confirm(NGINX, EARLY).confirm(NGINX, LATE).render()
     assert json.loads(rendered) == {
         "digest": IMAGE.digest,
@@ -70,15 +70,15 @@ def test_a_record_is_a_file_for_grep_and_jq() -> None:
     assert any(b'"docker.io/library/nginx:1.25"' in line for line in rendered.splitlines())
 
 
-def test_confirming_keeps_when_it_was_created_and_the_other_images() -> None:
+def test_confirm_keeps_created_and_other_images() -> None:
     other = image(f"quay.io/app@{IMAGE.digest}")
     record = Record(IMAGE, {}).confirm(NGINX, EARLY).confirm(other, EARLY).confirm(NGINX, LATE)
     assert record.images == {str(NGINX): Dates(EARLY, LATE), str(other): Dates(EARLY, EARLY)}
     assert record.manifest is IMAGE
 
 
-def test_confirming_with_a_creation_keeps_the_first_creation_and_the_last_confirmation() -> None:
-    """What is imported brings its dates along; it neither moves a tag back nor makes it younger."""
+def test_confirm_with_created_keeps_earliest_created_and_latest_confirmed() -> None:
+    """Imports have dates of their own, which neither move a tag back nor make it younger."""
     middle = EARLY + timedelta(days=1)
     assert Record(IMAGE, {}).confirm(NGINX, LATE, EARLY).images == {str(NGINX): Dates(EARLY, LATE)}
     known = Record(IMAGE, {}).confirm(NGINX, middle)
@@ -88,13 +88,13 @@ def test_confirming_with_a_creation_keeps_the_first_creation_and_the_last_confir
     assert known.confirm(NGINX, EARLY).images == {str(NGINX): Dates(EARLY, middle)}
 
 
-def test_confirming_leaves_the_record_as_it_was() -> None:
+def test_confirm_does_not_change_the_record() -> None:
     record = Record(IMAGE, {})
     record.confirm(NGINX, EARLY)
     assert record.images == {}
 
 
-def test_what_a_record_means() -> None:
+def test_meaning_of_a_record() -> None:
     record = Record(IMAGE, {}).confirm(NGINX, EARLY)
     assert record.means(NGINX)
     assert not record.means(image("docker.io/library/nginx:1.26"))
@@ -114,8 +114,8 @@ def test_records_round_trip(images: dict[str, Dates], is_list: bool) -> None:
 
 
 @given(st.text(max_size=40), st.sampled_from(["sha256", "sha512"]))
-def test_the_bytes_of_a_manifest_are_kept_exactly(text: str, algorithm: str) -> None:
-    """Whatever is UTF-8; what JSON would spell otherwise is no reason to spell it otherwise."""
+def test_manifest_bytes_are_kept_exactly(text: str, algorithm: str) -> None:
+    """For all UTF-8; characters that JSON may escape are kept as they are."""
     try:
         data = json.dumps({"schemaVersion": 2, "manifests": [], "x": text}, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -125,14 +125,14 @@ def test_the_bytes_of_a_manifest_are_kept_exactly(text: str, algorithm: str) -> 
 
 
 @pytest.mark.parametrize("host", ["registry", "localhost", "my-upstream"])
-def test_an_upstream_without_dot_or_port_stays_what_it_is(host: str) -> None:
-    """`?ns=registry` and `--default-ns registry` name one; docker.io/registry/… is somebody else's."""
+def test_single_label_host_is_kept(host: str) -> None:
+    """`?ns=registry` and `--default-ns registry` name one; docker.io/registry/… is another repository."""
     held = ImageReference(Repository.at(Upstream.parse(host), "team/app"), Tag("1"))
     record = Record(IMAGE, {}).confirm(held, EARLY)
     assert list(Record.parse(record.render(), IMAGE.digest).images) == [f"{host}/team/app:1"]
 
 
-def test_a_time_of_another_zone_is_the_same_moment() -> None:
+def test_times_of_other_zones_are_converted() -> None:
     def change(rendered: dict[str, Any]) -> None:
         rendered["images"][str(NGINX)]["confirmed"] = "2026-03-02T00:17:30+02:00"
 
@@ -141,8 +141,8 @@ def test_a_time_of_another_zone_is_the_same_moment() -> None:
     assert b'"confirmed": "2026-03-01T22:17:30.000000Z"' in record.render()
 
 
-def test_a_very_early_time_survives_a_rewrite() -> None:
-    """Go's zero time, which other programs write where they mean `never`."""
+def test_year_1_survives_a_rewrite() -> None:
+    """Go's zero time, which other programs write for `never`."""
 
     def change(rendered: dict[str, Any]) -> None:
         rendered["images"][str(NGINX)]["created"] = "0001-01-01T00:00:00Z"
@@ -154,12 +154,12 @@ def test_a_very_early_time_survives_a_rewrite() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"null", b"[]", b"5", b'"text"', b"{}", b"\xff\xfe\x00", b"[" * 100_000, b"9" * 5000]
 )
-def test_what_is_no_record_is_refused(data: bytes) -> None:
+def test_malformed_record_is_refused(data: bytes) -> None:
     with pytest.raises(RecordInvalid):
         Record.parse(data, IMAGE.digest)
 
 
-def test_a_file_that_was_cut_off_is_no_record() -> None:
+def test_truncated_record_is_refused() -> None:
     rendered = Record(IMAGE, {}).confirm(NGINX, EARLY).render()
     assert Record.parse(rendered.rstrip(), IMAGE.digest).images
     for length in range(0, len(rendered) - 2, 7):
@@ -167,7 +167,7 @@ def test_a_file_that_was_cut_off_is_no_record() -> None:
             Record.parse(rendered[:length], IMAGE.digest)
 
 
-def test_a_file_under_another_name_is_no_record() -> None:
+def test_record_under_another_name_is_refused() -> None:
     with pytest.raises(RecordInvalid, match="does not match the file name"):
         Record.parse(Record(IMAGE, {}).render(), Digest.of(b"another"))
 
@@ -176,7 +176,7 @@ VALUES = [None, 5, True, [], ["a"], {}, "", "text", {"a": None}, "\ud800"]
 
 
 @pytest.mark.parametrize("key", ["digest", "mediaType", "images", "manifest"])
-def test_every_key_is_looked_at(key: str) -> None:
+def test_every_key_is_validated(key: str) -> None:
     rendered = document(Record(IMAGE, {}).confirm(NGINX, EARLY))
     good = rendered.pop(key)
     foreign = [rendered, *({**rendered, key: value} for value in VALUES if (key, value) != ("images", {}))]
@@ -187,7 +187,7 @@ def test_every_key_is_looked_at(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["created", "confirmed"])
-def test_every_date_is_looked_at(key: str) -> None:
+def test_every_date_is_validated(key: str) -> None:
     rendered = document(Record(IMAGE, {}).confirm(NGINX, EARLY))
     for value in [*VALUES, "2026-03-01T22:17:30", "2026-13-01T22:17:30Z", "yesterday", 1772403450]:
         rendered["images"][str(NGINX)][key] = value
@@ -198,13 +198,13 @@ def test_every_date_is_looked_at(key: str) -> None:
 @pytest.mark.parametrize(
     "url", ["", "nginx", "docker.io/nginx", "../../etc/passwd:1", "docker.io/a@sha256:0", "a b:1"]
 )
-def test_every_image_url_is_looked_at(url: str) -> None:
+def test_every_image_url_is_validated(url: str) -> None:
     dates = {"created": "2026-03-01T22:17:30Z", "confirmed": "2026-03-01T22:17:30Z"}
     with pytest.raises(RecordInvalid):
         Record.parse(damaged(lambda rendered: rendered["images"].update({url: dates})), IMAGE.digest)
 
 
-def test_a_manifest_whose_digest_does_not_hold_is_refused() -> None:
+def test_manifest_digest_mismatch_is_refused() -> None:
     def change(rendered: dict[str, Any]) -> None:
         rendered["manifest"] += " "
 
@@ -212,7 +212,7 @@ def test_a_manifest_whose_digest_does_not_hold_is_refused() -> None:
         Record.parse(damaged(change), IMAGE.digest)
 
 
-def test_keys_of_a_later_version_are_no_damage() -> None:
+def test_unknown_keys_are_ignored() -> None:
     data = damaged(lambda rendered: rendered.update({"platform": "linux/amd64"}))
     assert Record.parse(data, IMAGE.digest).manifest == IMAGE
 
@@ -222,19 +222,19 @@ def test_keys_of_a_later_version_are_no_damage() -> None:
         st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
     )
 )
-def test_a_foreign_document_is_refused_and_nothing_else_happens(foreign: object) -> None:
+def test_foreign_document_is_refused_without_side_effects(foreign: object) -> None:
     with pytest.raises(RecordInvalid):
         Record.parse(json.dumps(foreign).encode(), IMAGE.digest)
 
 
 @pytest.mark.parametrize("key", ["digest", "mediaType", "images", "manifest"])
-def test_what_lacks_one_key_is_one_of_ours_and_damaged(key: str) -> None:
+def test_record_lacking_one_key_is_damaged(key: str) -> None:
     with pytest.raises(RecordInvalid, match=key) as raised:
         Record.parse(damaged(lambda rendered: rendered.pop(key)), IMAGE.digest)
     assert raised.type is RecordInvalid
 
 
-def test_what_lacks_more_of_them_is_foreign_and_not_damaged() -> None:
+def test_record_lacking_several_keys_is_foreign() -> None:
     with pytest.raises(ForeignRecord, match="it has no images, manifest"):
         Record.parse(damaged(lambda rendered: (rendered.pop("images"), rendered.pop("manifest"))), IMAGE.digest)
 
@@ -245,7 +245,7 @@ def test_other_json_is_foreign(data: bytes) -> None:
         Record.parse(data, IMAGE.digest)
 
 
-def test_what_is_ours_and_does_not_hold_is_damaged() -> None:
+def test_own_but_inconsistent_record_is_damaged() -> None:
     rendered = Record(IMAGE, {}).confirm(NGINX, EARLY).render()
     changed = rendered.replace(b"schemaVersion", b"schemaversion")
     other = rendered.replace(f'"{IMAGE.digest}"'.encode(), f'"{Digest.of(b"another")}"'.encode())
@@ -256,7 +256,7 @@ def test_what_is_ours_and_does_not_hold_is_damaged() -> None:
         assert not isinstance(raised.value, ForeignRecord)
 
 
-def test_dates_are_read_as_a_record_spells_them() -> None:
+def test_dates_are_parsed_as_rendered() -> None:
     read = Dates.parse("2026-03-01T22:17:30.000000Z", "2026-03-04T23:17:30.000001+01:00")
     assert read == Dates(EARLY, LATE)
     for bad in ("", "yesterday", "2026-03-01T22:17:30", "2026-02-30T00:00:00Z", "2026-03-01"):

@@ -1,4 +1,4 @@
-"""The records' files: rewritten without a loss, and every change of another process is found."""
+"""Record files: concurrent rewrites lose nothing, and scans find changes by other processes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LATER = NOW + timedelta(hours=1)
 
 
 class Open(Protocol):
-    """Opens the records below a folder for a process of its own; gives its scratch folder too."""
+    """Open the records below a folder for a separate process; also return its scratch folder."""
 
     def __call__(self, root: Path, files: Files | None = None) -> tuple[RecordFiles, Path]: ...
 
 
 @pytest.fixture
 def open_records() -> Iterator[Open]:
-    """Opens records; a lock is on an open file, so that two of them are as good as two processes."""
+    """Return a function that opens records; locks belong to open files, so two of them act like two processes."""
     taken: list[PullsFolder] = []
 
     def open_them(root: Path, files: Files | None = None) -> tuple[RecordFiles, Path]:
@@ -52,7 +52,7 @@ def open_records() -> Iterator[Open]:
 
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
-    """The record that was written."""
+    """Confirm a manifest and return the record, which must have been written."""
     record = records.confirm(manifest, image, moment)
     assert record is not None
     return record
@@ -60,11 +60,11 @@ def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, m
 
 @pytest.fixture
 def records(tmp_path: Path, open_records: Open) -> RecordFiles:
-    """The records of this process, none so far."""
+    """Return the records of this process, initially none."""
     return open_records(tmp_path)[0]
 
 
-def test_lists_and_images_have_their_own_folders(tmp_path: Path, records: RecordFiles) -> None:
+def test_indexes_and_images_have_their_own_folders(tmp_path: Path, records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     confirmed(records, INDEX, NGINX, NOW)
     assert records.path(IMAGE.digest, is_list=False) == tmp_path / "img" / IMAGE.digest.hex
@@ -73,13 +73,13 @@ def test_lists_and_images_have_their_own_folders(tmp_path: Path, records: Record
     assert [path.name for path in (tmp_path / "fat").iterdir()] == [INDEX.digest.hex]
 
 
-def test_what_is_confirmed_can_be_read(records: RecordFiles) -> None:
+def test_confirmed_record_is_readable(records: RecordFiles) -> None:
     written = confirmed(records, IMAGE, NGINX, NOW)
     assert written.images == {str(NGINX): Dates(NOW, NOW)}
     assert read_record(records.path(IMAGE.digest, is_list=False)) == written
 
 
-def test_what_another_process_wrote_is_kept(tmp_path: Path, records: RecordFiles, open_records: Open) -> None:
+def test_images_written_by_another_process_are_kept(tmp_path: Path, records: RecordFiles, open_records: Open) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     other, _ = open_records(tmp_path)
     confirmed(other, IMAGE, APP, NOW)
@@ -88,7 +88,7 @@ def test_what_another_process_wrote_is_kept(tmp_path: Path, records: RecordFiles
     assert read_record(other.path(IMAGE.digest, is_list=False)) == written
 
 
-def test_a_foreign_file_is_moved_aside(tmp_path: Path, open_records: Open) -> None:
+def test_foreign_file_is_quarantined(tmp_path: Path, open_records: Open) -> None:
     records, scratch = open_records(tmp_path)
     path = records.path(IMAGE.digest, is_list=False)
     for content in (b"{}", b"another one"):
@@ -101,7 +101,7 @@ def test_a_foreign_file_is_moved_aside(tmp_path: Path, open_records: Open) -> No
 
 
 @pytest.mark.parametrize("step", ["write", "sync", "rename", "sync_folder"])
-def test_a_full_disk_costs_no_record(
+def test_full_disk_loses_no_record(
     tmp_path: Path, open_records: Open, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = Files()
@@ -117,12 +117,12 @@ def test_a_full_disk_costs_no_record(
             confirmed(records, IMAGE, APP, LATER)
     assert [path.name for path in scratch.iterdir()] == ["lock"]
     on_disk = read_record(records.path(IMAGE.digest, is_list=False))
-    # After the rename it is there, though not yet for sure.
+    # After the rename it exists, though not yet durably.
     assert on_disk == (before.confirm(APP, LATER) if step == "sync_folder" else before)
     assert confirmed(records, IMAGE, APP, LATER).images.keys() == {str(NGINX), str(APP)}
 
 
-def test_a_record_is_synced_before_it_has_its_name(tmp_path: Path, open_records: Open) -> None:
+def test_record_is_synced_before_rename(tmp_path: Path, open_records: Open) -> None:
     done: list[str] = []
 
     class Recorded(Files):
@@ -136,7 +136,7 @@ def test_a_record_is_synced_before_it_has_its_name(tmp_path: Path, open_records:
     assert done == [f"pulls/0/{IMAGE.digest.hex}.record img/{IMAGE.digest.hex}"]
 
 
-def test_a_record_in_the_wrong_folder_is_refused(tmp_path: Path, records: RecordFiles) -> None:
+def test_record_in_wrong_folder_is_refused(tmp_path: Path, records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     moved = tmp_path / "fat" / IMAGE.digest.hex
     records.path(IMAGE.digest, is_list=False).rename(moved)
@@ -144,7 +144,7 @@ def test_a_record_in_the_wrong_folder_is_refused(tmp_path: Path, records: Record
         read_record(moved)
 
 
-def test_a_pull_is_noted_by_the_minute(records: RecordFiles) -> None:
+def test_pull_time_is_updated_once_a_minute(records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     os.utime(path, (1000, 1000))
@@ -153,7 +153,7 @@ def test_a_pull_is_noted_by_the_minute(records: RecordFiles) -> None:
         assert path.stat().st_mtime == noted
 
 
-def test_a_store_that_can_only_be_read_still_serves(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_store_is_no_error(records: RecordFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
 
     def fail(*args: object) -> None:
@@ -164,15 +164,15 @@ def test_a_store_that_can_only_be_read_still_serves(records: RecordFiles, monkey
 
 
 def look(records: RecordFiles, known: Changes | None = None) -> Changes:
-    """What is new since the last look."""
+    """Return the changes since the last scan."""
     return records.look(known.seen if known else {})
 
 
-def test_an_empty_store_has_no_records(records: RecordFiles) -> None:
+def test_empty_store(records: RecordFiles) -> None:
     assert look(records) == Changes({})
 
 
-def test_a_look_reads_what_is_new_and_nothing_twice(records: RecordFiles) -> None:
+def test_scan_reads_new_records_once(records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     confirmed(records, INDEX, APP, NOW)
     first = look(records)
@@ -185,12 +185,12 @@ def test_a_look_reads_what_is_new_and_nothing_twice(records: RecordFiles) -> Non
 
 
 def rewritten(path: Path, content: bytes) -> None:
-    """Written in place."""
+    """Overwrite the file in place."""
     path.write_bytes(content)
 
 
 def renamed(path: Path, content: bytes) -> None:
-    """Written beside it and renamed, with the old times, as rsync does."""
+    """Write a new file and rename it, with the old times, as rsync does."""
     times = path.stat()
     temporary = path.with_name("temporary")
     temporary.write_bytes(content)
@@ -199,18 +199,18 @@ def renamed(path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("write", [rewritten, renamed])
-def test_a_look_finds_what_has_changed(records: RecordFiles, write: Callable[[Path, bytes], None]) -> None:
+def test_scan_finds_changed_records(records: RecordFiles, write: Callable[[Path, bytes], None]) -> None:
     record = confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     known = look(records)
-    # As long as before: a tag of one letter is another tag of one letter.
+    # The length stays the same: one single-letter tag is replaced by another.
     write(path, Record(IMAGE, {"docker.io/library/nginx:2": record.images[str(NGINX)]}).render())
     changed = look(records, known)
     assert changed.read[path].images == {"docker.io/library/nginx:2": NOW}
     assert look(records, changed).read == {}
 
 
-def test_a_look_finds_what_is_gone(records: RecordFiles) -> None:
+def test_scan_finds_removed_records(records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
     known = look(records)
@@ -220,7 +220,7 @@ def test_a_look_finds_what_is_gone(records: RecordFiles) -> None:
     assert look(records, gone) == Changes({})
 
 
-def test_a_damaged_record_is_told_of_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
+def test_damaged_record_is_reported_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
     records.confirm(OTHER, APP, NOW)
     path = records.path(IMAGE.digest, is_list=False)
@@ -236,10 +236,10 @@ def test_a_damaged_record_is_told_of_once_and_hides_no_other(tmp_path: Path, rec
     assert look(records, damaged).read.keys() == {path}
 
 
-def test_a_record_that_cannot_be_read_for_now_is_read_at_the_next_look(
+def test_temporarily_unreadable_record_is_read_by_the_next_scan(
     records: RecordFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Too many open files, a network file system that hangs: its bytes are good, and will not change."""
+    """For example, too many open files or a stalled network file system: the file itself is good."""
     confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
 
@@ -253,13 +253,13 @@ def test_a_record_that_cannot_be_read_for_now_is_read_at_the_next_look(
     assert look(records, first).read.keys() == {path}
 
 
-def test_files_with_other_names_are_ignored(tmp_path: Path, records: RecordFiles) -> None:
+def test_other_file_names_are_ignored(tmp_path: Path, records: RecordFiles) -> None:
     for name in (".syncthing.x.tmp", f".{IMAGE.digest.hex}.Ab12", f"{IMAGE.digest.hex}.record", "README", "0" * 63):
         (tmp_path / "img" / name).write_text("{}")
     assert look(records) == Changes({})
 
 
-def test_what_is_no_file_is_damaged(tmp_path: Path, records: RecordFiles) -> None:
+def test_other_file_types_are_damaged_records(tmp_path: Path, records: RecordFiles) -> None:
     (tmp_path / "img" / IMAGE.digest.hex).mkdir()
     (tmp_path / "img" / OTHER.digest.hex).symlink_to("/nowhere")
     confirmed(records, INDEX, NGINX, NOW)
@@ -268,7 +268,7 @@ def test_what_is_no_file_is_damaged(tmp_path: Path, records: RecordFiles) -> Non
     assert (tmp_path / "img" / IMAGE.digest.hex) in found.damaged
 
 
-def test_a_huge_file_is_not_read(tmp_path: Path, records: RecordFiles) -> None:
+def test_huge_file_is_not_read(tmp_path: Path, records: RecordFiles) -> None:
     path = tmp_path / "img" / IMAGE.digest.hex
     with path.open("wb") as file:
         file.truncate(10**12)
@@ -285,7 +285,7 @@ def test_records_copied_from_another_store_are_found(
     assert look(records, known).read.keys() == {records.path(IMAGE.digest, is_list=False)}
 
 
-def test_many_processes_write_one_record_and_nothing_is_lost(tmp_path: Path, open_records: Open) -> None:
+def test_concurrent_writers_lose_nothing(tmp_path: Path, open_records: Open) -> None:
     urls = [image(f"quay.io/app:{number}") for number in range(24)]
     processes = [open_records(tmp_path)[0] for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""Whether an image is wanted: what its record says, what is taken for it, and which indexes name it."""
+"""`wanted` of records: stored value, default, changes, and the indexes that name an image."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SAYS = [True, False, None]
 
 @pytest.fixture
 def records(root: Path) -> Iterator[RecordFiles]:
-    """The records of an empty store."""
+    """Return the records of an empty store."""
     for folder in ("fat", "img", "blobs"):
         (root / folder).mkdir(parents=True)
     pulls = PullsFolder(root, Files())
@@ -41,7 +41,7 @@ def records(root: Path) -> Iterator[RecordFiles]:
 
 
 def on_disk(root: Path) -> bool | None:
-    """What the record says."""
+    """Return `wanted` of the record on disk."""
     return read_record(record(root, IMAGE.digest)).wanted
 
 
@@ -49,14 +49,14 @@ def on_disk(root: Path) -> bool | None:
 
 
 @pytest.mark.parametrize("wanted", SAYS)
-def test_a_record_says_it_or_does_not(wanted: bool | None) -> None:
+def test_wanted_round_trip(wanted: bool | None) -> None:
     rendered = Record(IMAGE, {str(TAG): DATES}, wanted).render()
     assert json.loads(rendered).get("wanted", "nothing") == ("nothing" if wanted is None else wanted)
     assert Record.parse(rendered, IMAGE.digest).wanted is wanted
 
 
 @pytest.mark.parametrize("value", [0, 1, "true", "", [], {}, None, 1.5])
-def test_a_value_that_is_neither_says_nothing(value: object) -> None:
+def test_malformed_wanted_is_ignored(value: object) -> None:
     document = json.loads(Record(IMAGE, {str(TAG): DATES}, True).render())
     parsed = Record.parse(json.dumps({**document, "wanted": value}).encode(), IMAGE.digest)
     assert (parsed.wanted, parsed.images) == (None, {str(TAG): DATES})
@@ -76,7 +76,7 @@ def test_a_value_that_is_neither_says_nothing(value: object) -> None:
         (True, True, True),
     ],
 )
-def test_a_confirmation_changes_it_to_true_alone(
+def test_confirm_changes_wanted_only_to_true(
     root: Path, records: RecordFiles, before: bool | None, told: bool | None, after: bool | None
 ) -> None:
     records.confirm(IMAGE, TAG, NOW, wanted=before)
@@ -97,7 +97,7 @@ def test_a_confirmation_changes_it_to_true_alone(
         (True, True, True),
     ],
 )
-def test_it_is_noted_of_a_record_that_is_there(
+def test_want_updates_an_existing_record(
     root: Path, records: RecordFiles, before: bool | None, wanted: bool, after: bool
 ) -> None:
     records.confirm(IMAGE, TAG, NOW, wanted=before)
@@ -106,18 +106,18 @@ def test_it_is_noted_of_a_record_that_is_there(
     assert noted is not None
     assert noted.wanted is on_disk(root) is after
     assert noted.images == {str(TAG): Dates(NOW, NOW)}
-    # It is not rewritten for nothing.
+    # An unchanged record is not rewritten.
     assert (record(root, IMAGE.digest).stat().st_ino == inode) == (before is after)
 
 
-def test_and_of_no_other(root: Path, records: RecordFiles) -> None:
+def test_want_without_record_does_nothing(root: Path, records: RecordFiles) -> None:
     assert records.want(IMAGE.digest, True) is None
     assert list((root / "img").iterdir()) == []
 
 
 @pytest.mark.parametrize("lost", SAYS)
 @pytest.mark.parametrize("fetched", SAYS)
-def test_a_record_that_is_restored_says_what_the_lost_one_said(
+def test_restored_record_keeps_wanted(
     root: Path, records: RecordFiles, lost: bool | None, fetched: bool | None
 ) -> None:
     records.confirm(IMAGE, BY_DIGEST, NOW, wanted=fetched)
@@ -126,7 +126,7 @@ def test_a_record_that_is_restored_says_what_the_lost_one_said(
     assert read_record(record(root, IMAGE.digest)).images == {str(TAG): DATES}
 
 
-# What is taken for it
+# The default
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_record_that_is_restored_says_what_the_lost_one_said(
         (None, BY_DIGEST, (0, 1, 2), True),
     ],
 )
-def test_a_record_that_does_not_say_is_wanted_for_a_tag_or_a_layer_that_is_here(
+def test_record_without_wanted_is_wanted_with_a_tag_or_a_present_layer(
     tmp_path: Path, says: bool | None, url: object, here: tuple[int, ...], wanted: bool
 ) -> None:
     for number in here:
@@ -150,17 +150,17 @@ def test_a_record_that_does_not_say_is_wanted_for_a_tag_or_a_layer_that_is_here(
     assert is_wanted(Record(IMAGE, {str(url): DATES}, says), tmp_path) is wanted
 
 
-def test_an_image_without_layers_is_wanted(tmp_path: Path) -> None:
+def test_image_without_layers_is_wanted(tmp_path: Path) -> None:
     empty = image_of(b"config alone")
     assert is_wanted(Record(empty, {f"reg.example/app@{empty.digest}": DATES}), tmp_path)
-    # A layer that is the config is none.
+    # A layer identical to the config does not count.
     same = image_of(b"config alone", b"config alone")
     assert same.layers == frozenset()
 
 
 @pytest.mark.parametrize("layer", [False, True])
 @on_reactor
-async def test_memory_says_the_same_as_the_files(
+async def test_memory_agrees_with_files(
     root: Path, store: Store, open_store: Callable[[], Store], clock: Clock, layer: bool
 ) -> None:
     if layer:
@@ -175,8 +175,8 @@ async def test_memory_says_the_same_as_the_files(
 
 
 @on_reactor
-async def test_memory_does_not_take_a_new_record_that_does_not_say_for_wanted(store: Store) -> None:
-    """Before the next look it would be completed."""
+async def test_new_record_without_wanted_is_not_wanted_in_memory(store: Store) -> None:
+    """Otherwise it would be completed before the next scan."""
     tagged, empty = manifest(make_image("tagged")), image_of(b"config alone")
     await store.keep(IMAGE, BY_DIGEST)
     await store.keep(tagged, TAG)
@@ -185,11 +185,11 @@ async def test_memory_does_not_take_a_new_record_that_does_not_say_for_wanted(st
     assert [entry.wanted for entry in entries if entry is not None] == [False, True, True]
 
 
-# What changes
+# Changes
 
 
 @on_reactor
-async def test_who_watches_is_told_what_may_lack_something_now(
+async def test_watchers_get_images_that_may_be_incomplete(
     root: Path, store: Store, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     told: list[set[Digest]] = []
@@ -204,7 +204,7 @@ async def test_who_watches_is_told_what_may_lack_something_now(
 
     await store.keep(IMAGE, BY_DIGEST, wanted=False)
     assert await changes() == {IMAGE.digest}
-    # One more name changes nothing that it lacks.
+    # Another name does not change what is missing.
     await store.keep(IMAGE, TAG)
     await other.keep(AMD64, TAG, wanted=True)
     assert await changes() == {AMD64.digest}
@@ -220,7 +220,7 @@ async def test_who_watches_is_told_what_may_lack_something_now(
     assert await changes() == set()
 
 
-def test_which_blobs_have_gone_from_the_folder_is_noticed(tmp_path: Path) -> None:
+def test_removed_blobs_are_noticed(tmp_path: Path) -> None:
     one, two = Digest.of(b"one"), Digest.of(b"two")
     for name in (one.hex, two.hex, ".syncthing.tmp"):
         (tmp_path / name).touch()
@@ -237,8 +237,8 @@ def test_which_blobs_have_gone_from_the_folder_is_noticed(tmp_path: Path) -> Non
     assert folder.gone() == {one, two}
 
 
-def test_also_when_the_folder_s_time_does_not_tell(tmp_path: Path) -> None:
-    """Its time is that of the kernel's last tick, some milliseconds ago."""
+def test_removed_blob_is_noticed_with_unchanged_folder_mtime(tmp_path: Path) -> None:
+    """The mtime has the resolution of the kernel's timer tick, some milliseconds."""
     blob = tmp_path / Digest.of(b"one").hex
     blob.touch()
     folder = BlobFolder(tmp_path)
@@ -253,12 +253,12 @@ def test_also_when_the_folder_s_time_does_not_tell(tmp_path: Path) -> None:
 
 
 def put(catalogue: Catalogue, *manifests: object, tag: str = "1") -> None:
-    """They are in the catalogue."""
+    """Add manifests to the index."""
     for one in manifests:
-        catalogue.put(one.digest, Entry.of(Record(one, {f"reg.example/app:{tag}": DATES})))  # type: ignore[attr-defined,arg-type]  # manifests
+        catalogue.put(one.digest, Entry.of(Record(one, {f"reg.example/app:{tag}": DATES})))  # type: ignore[attr-defined,arg-type]  # Manifests
 
 
-def test_the_indexes_of_an_image_are_those_that_name_it_and_those_that_name_these() -> None:
+def test_indexes_of_an_image_include_outer_indexes() -> None:
     inner = index_of((AMD64, "linux/amd64"), (AMD64, "linux/amd64/v2"))
     outer = index_of((inner, ""), (ARM64, "linux/arm64"))
     catalogue = Catalogue()
@@ -268,9 +268,9 @@ def test_the_indexes_of_an_image_are_those_that_name_it_and_those_that_name_thes
     assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest, inner.digest, outer.digest}
     assert set(catalogue.indexes(ARM64.digest)) == {INDEX.digest, outer.digest}
     assert set(catalogue.indexes(inner.digest)) == {outer.digest}
-    # Whether the image is there does not matter.
+    # The image itself need not be present.
     assert set(catalogue.indexes(S390X.digest)) == {INDEX.digest}
-    # Each is forgotten with its record, also when that was taken anew.
+    # An index is forgotten with its record, also after the record was replaced.
     put(catalogue, inner)
     catalogue.drop(inner.digest)
     assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest}
@@ -280,15 +280,15 @@ def test_the_indexes_of_an_image_are_those_that_name_it_and_those_that_name_thes
     assert catalogue._indexes == {}
 
 
-def test_a_list_of_referrers_is_none_of_them() -> None:
+def test_referrers_list_is_no_index() -> None:
     catalogue = Catalogue()
     put(catalogue, INDEX, tag=f"sha256-{AMD64.digest.hex}")
     assert catalogue.indexes(AMD64.digest) == []
-    # One that is known by another name too is an index.
+    # With another name as well, it is an index.
     images = {f"reg.example/app:{tag}": DATES for tag in ("1", f"sha256-{AMD64.digest.hex}")}
     catalogue.put(INDEX.digest, Entry.of(Record(INDEX, images)))
     assert catalogue.indexes(AMD64.digest) == [INDEX.digest]
-    # Nor is it when nobody knows what it is.
+    # Without any name it counts as an index.
     catalogue.put(INDEX.digest, Entry.of(Record(INDEX, {})))
     assert catalogue.indexes(ATTESTATION.digest) == [INDEX.digest]
 
@@ -297,7 +297,7 @@ def test_a_list_of_referrers_is_none_of_them() -> None:
 
 
 @on_reactor
-async def test_a_pending_image_is_undecided_until_it_is_pending_for(root: Path, store: Store) -> None:
+async def test_undecided_image_until_it_is_pending(root: Path, store: Store) -> None:
     repository = TAG.repository
     await store.add_pending(IMAGE.digest, repository, undecided=True)
     assert (store.undecided, store.pending) == ({IMAGE.digest: repository}, {})
@@ -313,13 +313,13 @@ async def test_a_pending_image_is_undecided_until_it_is_pending_for(root: Path, 
 
 
 @pytest.mark.parametrize("value", [True, False, None, "true", 1])
-def test_a_file_is_undecided_when_it_says_so(tmp_path: Path, value: object) -> None:
+def test_undecided_flag_of_a_file(tmp_path: Path, value: object) -> None:
     document = {"upstream": "reg.example", "repository": "app", "undecided": value}
     (tmp_path / f"{IMAGE.digest.hex}.wish").write_text(json.dumps(document))
     assert list(PendingFiles(tmp_path, Files()).read()) == [PendingImage(IMAGE.digest, TAG.repository, value is True)]
 
 
-def test_pending_images_are_those_of_all_processes(tmp_path: Path) -> None:
+def test_undecided_images_of_all_processes(tmp_path: Path) -> None:
     for number, one in enumerate((AMD64, ARM64, S390X)):
         folder = tmp_path / "pulls" / str(number)
         folder.mkdir(parents=True)
@@ -327,5 +327,5 @@ def test_pending_images_are_those_of_all_processes(tmp_path: Path) -> None:
     (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_bytes(b"{")
     (tmp_path / "pulls" / "other").mkdir()
     assert pending_images(tmp_path) == {AMD64.digest, ARM64.digest}
-    # It only reads.
+    # Reading removes no file.
     assert (tmp_path / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").exists()

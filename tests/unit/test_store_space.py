@@ -1,4 +1,4 @@
-"""The room on the disk: what downloads may take of it, what stays free, and who is told when there is no more."""
+"""Free space: granted to downloads above the reserve, re-checked, and logged when it runs out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESERVE = 10 * MIB
 
 @dataclass
 class Disk:
-    """What statvfs says, and how often it was asked; when room is asked for, `removable` bytes become free."""
+    """Stub of statvfs that counts calls; `make_room` frees `removable` bytes."""
 
     free: int = 100 * MIB
     total: int = 1000 * MIB
@@ -35,7 +35,7 @@ class Disk:
     asked: list[int] = field(default_factory=list)
 
     def statvfs(self, path: Path) -> SimpleNamespace:
-        """Blocks of 512 bytes, of which root may use more than others."""
+        """Return 512-byte blocks, some reserved for root."""
         self.looks += 1
         blocks = self.free // 512
         return SimpleNamespace(
@@ -43,7 +43,7 @@ class Disk:
         )
 
     def make_room(self, missing: int) -> None:
-        """Frees all that it can."""
+        """Free the removable bytes."""
         self.asked.append(missing)
         self.free += self.removable
         self.removable = 0
@@ -51,7 +51,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    """The disk."""
+    """Return the disk."""
     disk = Disk()
     monkeypatch.setattr(os, "statvfs", disk.statvfs)
     return disk
@@ -59,7 +59,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 @pytest.fixture
 def space(disk: Disk, tmp_path: Path, clock: Clock) -> Iterator[Space]:
-    """Its room."""
+    """Return the space on the disk."""
     threads = Threads(REACTOR)
     threads.start()
     space = Space(tmp_path, Reserve(1.0, RESERVE), disk.make_room, threads, clock)
@@ -70,7 +70,7 @@ def space(disk: Disk, tmp_path: Path, clock: Clock) -> Iterator[Space]:
 
 
 async def refused(space: Space, count: int | None) -> str:
-    """Why so many bytes are refused."""
+    """Return the error that refuses `size` bytes."""
     with pytest.raises(OSError, match="has no room") as refused:
         await space.check(count)
     assert refused.value.errno == errno.ENOSPC
@@ -78,7 +78,7 @@ async def refused(space: Space, count: int | None) -> str:
 
 
 @on_reactor
-async def test_what_fits_above_the_reserve_is_granted_and_no_byte_more(space: Space, tmp_path: Path) -> None:
+async def test_space_above_the_reserve_is_granted(space: Space, tmp_path: Path) -> None:
     await space.check(90 * MIB)
     assert await refused(space, 90 * MIB + 1) == (
         f"the disk of {tmp_path} has no room: {90 * MIB + 1} bytes are needed and {100 * MIB} are free, "
@@ -87,8 +87,8 @@ async def test_what_fits_above_the_reserve_is_granted_and_no_byte_more(space: Sp
 
 
 @on_reactor
-async def test_what_others_still_need_does_not_count(space: Space, disk: Disk) -> None:
-    """One that is slow, or whose manifest tells a size that it never sends, keeps no room from the others."""
+async def test_space_needed_by_others_is_not_reserved(space: Space, disk: Disk) -> None:
+    """A slow download, or one with a false declared size, does not block others."""
     await space.check(90 * MIB)
     await space.check(90 * MIB)
     for _ in range(90):
@@ -100,10 +100,10 @@ async def test_what_others_still_need_does_not_count(space: Space, disk: Disk) -
 
 
 @on_reactor
-async def test_what_was_granted_may_be_written_down_to_the_reserve(space: Space, disk: Disk, clock: Clock) -> None:
+async def test_granted_space_is_checked_again_while_writing(space: Space, disk: Disk, clock: Clock) -> None:
     await space.check(20 * MIB)
     disk.free = RESERVE + 2 * MIB
-    # The free space as it was a second ago is not believed.
+    # A free space measured a second ago is not trusted.
     clock.advance(1)
     space.spend(2 * MIB)
     disk.free = RESERVE
@@ -112,7 +112,7 @@ async def test_what_was_granted_may_be_written_down_to_the_reserve(space: Space,
 
 
 @on_reactor
-async def test_the_disk_is_not_asked_for_each_piece(space: Space, disk: Disk) -> None:
+async def test_disk_is_not_queried_for_each_piece(space: Space, disk: Disk) -> None:
     await space.check(80 * MIB)
     looks = disk.looks
     for _ in range(80):
@@ -122,7 +122,7 @@ async def test_the_disk_is_not_asked_for_each_piece(space: Space, disk: Disk) ->
 
 @pytest.mark.parametrize("count", [60 * MIB, None])
 @on_reactor
-async def test_before_it_refuses_it_makes_room(space: Space, disk: Disk, count: int | None) -> None:
+async def test_room_is_made_before_refusing(space: Space, disk: Disk, count: int | None) -> None:
     disk.free, disk.removable = RESERVE, 60 * MIB
     await space.check(count)
     assert disk.asked == [count or 1]
@@ -131,7 +131,7 @@ async def test_before_it_refuses_it_makes_room(space: Space, disk: Disk, count: 
 
 
 @on_reactor
-async def test_it_makes_room_for_what_is_being_written_too(space: Space, disk: Disk, clock: Clock) -> None:
+async def test_room_is_made_while_writing(space: Space, disk: Disk, clock: Clock) -> None:
     await space.check(None)
     disk.free, disk.removable = RESERVE, MIB
     clock.advance(1)
@@ -140,7 +140,7 @@ async def test_it_makes_room_for_what_is_being_written_too(space: Space, disk: D
 
 
 @on_reactor
-async def test_another_reserve_holds_at_once(space: Space) -> None:
+async def test_new_reserve_applies_immediately(space: Space) -> None:
     space.reconfigure(Reserve(0.02))
     await space.check(80 * MIB)
     space.reconfigure(Reserve(0.5))
@@ -148,7 +148,7 @@ async def test_another_reserve_holds_at_once(space: Space) -> None:
 
 
 @on_reactor
-async def test_that_the_disk_is_full_and_that_this_is_over_is_told_once(
+async def test_full_disk_and_its_end_are_logged_once(
     space: Space, disk: Disk, clock: Clock, events: list[LogEvent]
 ) -> None:
     assert space.room == Room(100 * MIB, RESERVE, full=False)
@@ -162,7 +162,7 @@ async def test_that_the_disk_is_full_and_that_this_is_over_is_told_once(
     ):
         disk.free, expected = free, Room(free, RESERVE, full)
         clock.advance(1)
-        # The default binds this round's value; mypy infers no type for it.
+        # The default argument binds the value of this iteration; mypy infers no type for it.
         await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]
     said = texts(events, LogLevel.warn)
     assert ["is full" in line for line in said] == [True, False]
@@ -170,7 +170,7 @@ async def test_that_the_disk_is_full_and_that_this_is_over_is_told_once(
 
 
 @on_reactor
-async def test_a_disk_that_cannot_be_read_is_told(
+async def test_unreadable_disk_is_logged(
     space: Space, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path) -> None:
@@ -188,7 +188,7 @@ SOURCE = Repository(Upstream("reg.example"), "team/app")
 
 
 @on_reactor
-async def test_a_piece_that_has_no_room_is_not_written_and_what_came_before_is_good(
+async def test_refused_piece_leaves_earlier_pieces_intact(
     disk: Disk, open_store: Callable[..., Store], root: Path
 ) -> None:
     store = open_store(reserve=Reserve(1.0, RESERVE))

@@ -1,4 +1,4 @@
-"""Verifying blobs: what is damaged is put aside, what another process changes is not, and it takes its time."""
+"""Verifying blobs: quarantine of damaged ones, concurrent changes, rate and cancellation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.unit.support.verifications import LAYER, ONE, SLICE, bad, opened, sto
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """A store with an image and a list."""
+    """Return a store with an image and an index."""
     return stocked(root)
 
 
 @pytest.fixture
 def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """It is started, and no thread delays it."""
+    """Return the store started, with thread functions run inline."""
     with opened(stock, clock, monkeypatch) as store:
         yield store
 
@@ -37,7 +37,7 @@ def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterat
 # Sound
 
 
-def test_a_sound_store_is_left_as_it_is(stock: Stock, store: Store) -> None:
+def test_sound_store_is_unchanged(stock: Stock, store: Store) -> None:
     stock.blobs(b"nobody's")
     wide = stock.root / "blobs" / Digest.of(b"wide", "sha512").hex
     wide.write_bytes(b"wide")
@@ -51,13 +51,13 @@ def test_a_sound_store_is_left_as_it_is(stock: Stock, store: Store) -> None:
     assert (progress[-1], {total for _, total in progress}, len(progress) > 4) == ((size, size), {size}, True)
 
 
-def test_files_with_other_names_are_not_looked_at(stock: Stock, store: Store) -> None:
+def test_other_file_names_are_ignored(stock: Stock, store: Store) -> None:
     for folder in ("blobs", "fat", "img"):
         (stock.root / folder / ".syncthing.x.tmp").write_bytes(b"{")
     assert verified(store).damaged == []
 
 
-def test_an_image_that_lacks_blobs_is_no_damage(stock: Stock, store: Store) -> None:
+def test_missing_blob_is_no_damage(stock: Stock, store: Store) -> None:
     stock.blob(LAYER).unlink()
     findings = verified(store)
     assert (findings.damaged, findings.missing) == ([], {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}})
@@ -76,9 +76,7 @@ def test_an_image_that_lacks_blobs_is_no_damage(stock: Stock, store: Store) -> N
         lambda data: bytes(len(data)),
     ],
 )
-def test_a_blob_that_is_not_what_its_name_says_is_put_aside(
-    stock: Stock, store: Store, damage: Callable[[bytes], bytes]
-) -> None:
+def test_damaged_blob_is_quarantined(stock: Stock, store: Store, damage: Callable[[bytes], bytes]) -> None:
     stock.blob(LAYER).write_bytes(damage(LAYER))
     findings = verified(store)
     (damaged,) = findings.damaged
@@ -93,9 +91,7 @@ def test_a_blob_that_is_not_what_its_name_says_is_put_aside(
 
 
 @pytest.mark.parametrize("at", [0, 2 * SLICE])
-def test_a_blob_that_cannot_be_read_is_put_aside(
-    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, at: int
-) -> None:
+def test_unreadable_blob_is_quarantined(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     pread = os.pread
     inode = stock.blob(LAYER).stat().st_ino
 
@@ -112,8 +108,8 @@ def test_a_blob_that_cannot_be_read_is_put_aside(
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "grown", "rewritten"])
-def test_a_blob_that_changes_while_it_is_hashed_is_left_alone(stock: Stock, store: Store, how: str) -> None:
-    """Another process has brought it anew, or removed it, or is copying it."""
+def test_blob_changed_while_hashing_is_ignored(stock: Stock, store: Store, how: str) -> None:
+    """Another process replaced, removed or is copying it."""
     path = stock.blob(LAYER)
     path.write_bytes(LAYER[:30])
     done = False
@@ -138,7 +134,7 @@ def test_a_blob_that_changes_while_it_is_hashed_is_left_alone(stock: Stock, stor
     assert path.exists() == (how != "removed")
 
 
-def test_a_blob_that_is_gone_before_its_turn_is_no_damage(stock: Stock, store: Store) -> None:
+def test_blob_removed_before_its_turn_is_no_damage(stock: Stock, store: Store) -> None:
     first, second = sorted(ONE, key=lambda blob: Digest.of(blob).hex)
     findings = verified(store, lambda done, total: stock.blob(second).unlink(missing_ok=True))
     assert (findings.damaged, findings.blobs, findings.bytes) == ([], 1, len(first))
@@ -151,10 +147,10 @@ def test_no_file_stays_open(stock: Stock, store: Store) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# Its pace
+# Rate
 
 
-def test_it_reads_no_faster_than_it_may(stock: Stock, store: Store, clock: Clock) -> None:
+def test_max_rate(stock: Stock, store: Store, clock: Clock) -> None:
     done: list[tuple[float, int]] = []
     verifying = Deferred.fromCoroutine(
         store.verify(2.0, lambda count, total: done.append((clock.seconds(), count)), unspecified)
@@ -170,7 +166,7 @@ def test_it_reads_no_faster_than_it_may(stock: Stock, store: Store, clock: Clock
     assert all(count <= 2 * moment + SLICE for moment, count in done)
 
 
-def test_it_can_be_cancelled_between_two_slices(stock: Stock, store: Store, clock: Clock) -> None:
+def test_cancel_between_slices(stock: Stock, store: Store, clock: Clock) -> None:
     before = len(os.listdir("/proc/self/fd"))
     verifying = Deferred.fromCoroutine(store.verify(1.0, lambda count, total: None, unspecified))
     clock.advance(5)
@@ -180,12 +176,12 @@ def test_it_can_be_cancelled_between_two_slices(stock: Stock, store: Store, cloc
     assert result(store.last_verified(LONG_AGO)) == LONG_AGO
 
 
-# When it was done
+# Time of the last run
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-def test_when_it_ended_last_outlives_the_process(stock: Stock, store: Store, clock: Clock) -> None:
+def test_last_verified_survives_a_restart(stock: Stock, store: Store, clock: Clock) -> None:
     assert result(store.last_verified(LONG_AGO)) == LONG_AGO
     before = datetime.now(UTC) - timedelta(seconds=1)
     verified(store)
@@ -195,7 +191,7 @@ def test_when_it_ended_last_outlives_the_process(stock: Stock, store: Store, clo
     assert result(again.last_verified(LONG_AGO)) == last
 
 
-def test_one_that_failed_does_not_count(stock: Stock, store: Store) -> None:
+def test_failed_run_does_not_count(stock: Stock, store: Store) -> None:
     (stock.root / "blobs").rename(stock.root / "elsewhere")
     with pytest.raises(FileNotFoundError):
         verified(store)
@@ -203,7 +199,7 @@ def test_one_that_failed_does_not_count(stock: Stock, store: Store) -> None:
 
 
 @on_reactor
-async def test_with_real_threads_it_does_the_same(stock: Stock, open_store: Callable[..., Store]) -> None:
+async def test_with_real_threads(stock: Stock, open_store: Callable[..., Store]) -> None:
     stock.blob(LAYER).write_bytes(b"x")
     findings = await open_store().verify(None, lambda done, total: None, unspecified)
     assert [one.digest for one in findings.damaged] == [Digest.of(LAYER)]

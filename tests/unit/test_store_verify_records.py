@@ -1,4 +1,4 @@
-"""Verifying records: a damaged one is put aside with what still stands in it, a foreign one is left alone."""
+"""Verifying records: damaged ones are quarantined and their image URLs recovered, foreign ones are ignored."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.unit.support.verifications import NAMES, bad, opened, stocked, the_im
 
 @pytest.fixture
 def stock(root: Path) -> Stock:
-    """A store with an image and a list."""
+    """Return a store with an image and an index."""
     return stocked(root)
 
 
 @pytest.fixture
 def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """It is started, and no thread delays it."""
+    """Return the store started, with thread functions run inline."""
     with opened(stock, clock, monkeypatch) as store:
         yield store
 
 
-def test_a_record_that_is_cut_off_anywhere_is_put_aside(stock: Stock, store: Store) -> None:
-    """With the image URLs that still stand in it."""
+def test_record_truncated_anywhere_is_quarantined(stock: Stock, store: Store) -> None:
+    """With the image URLs that are still legible."""
     kept, path = the_image(stock)
     data = path.read_bytes()
     noted: list[int] = []
@@ -51,12 +51,12 @@ def test_a_record_that_is_cut_off_anywhere_is_put_aside(stock: Stock, store: Sto
         assert stock.names(kept) is None
     assert noted == sorted(noted)
     assert (noted[0], noted[-1]) == (0, 3)
-    path.write_bytes(data[:-1])  # the newline is no part of it
+    path.write_bytes(data[:-1])  # the newline is optional
     assert verified(store).damaged == []
 
 
-def test_a_record_with_a_flipped_bit_never_gives_a_wrong_manifest(stock: Stock, store: Store) -> None:
-    """Where the bit is in a key, it is left alone as foreign; in an image URL or a date it is not seen."""
+def test_flipped_bit_never_yields_a_wrong_manifest(stock: Stock, store: Store) -> None:
+    """A flip in a key makes the record foreign; one in an image URL or a date goes unnoticed."""
     kept, path = the_image(stock)
     data = path.read_bytes()
     put_aside = 0
@@ -71,7 +71,7 @@ def test_a_record_with_a_flipped_bit_never_gives_a_wrong_manifest(stock: Stock, 
     assert put_aside > len(data) // 17 / 2
 
 
-def test_the_images_of_a_put_aside_record_are_missed_at_once(stock: Stock, store: Store) -> None:
+def test_images_of_a_quarantined_record_are_misses_immediately(stock: Stock, store: Store) -> None:
     kept, path = the_image(stock)
     assert result(store.manifest(image(url_of("a:1")))) == kept
     path.write_bytes(path.read_bytes()[:-9])
@@ -79,7 +79,7 @@ def test_the_images_of_a_put_aside_record_are_missed_at_once(stock: Stock, store
     assert result(store.manifest(image(url_of("a:1")))) is None
 
 
-def test_what_stands_in_a_damaged_record_is_looked_at(stock: Stock, store: Store) -> None:
+def test_recovered_image_urls_are_validated(stock: Stock, store: Store) -> None:
     _, path = the_image(stock)
     good = '"{}": {{"created": "{}", "confirmed": "{}"}}'
     when = "2026-01-01T00:00:00Z"
@@ -109,7 +109,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 @pytest.mark.parametrize("folder", ["fat", "img"])
-def test_a_foreign_record_is_left_alone(stock: Stock, store: Store, what: str, folder: str) -> None:
+def test_foreign_record_is_ignored(stock: Stock, store: Store, what: str, folder: str) -> None:
     path = stock.root / folder / ("ab" * 32)
     path.write_text(FOREIGN[what])
     findings = verified(store)
@@ -118,7 +118,7 @@ def test_a_foreign_record_is_left_alone(stock: Stock, store: Store, what: str, f
     assert (path.read_text(), bad(stock)) == (FOREIGN[what], set())
 
 
-def test_what_is_no_file_or_in_the_wrong_folder_is_left_alone(stock: Stock, store: Store) -> None:
+def test_other_file_types_and_wrong_folder_are_ignored(stock: Stock, store: Store) -> None:
     kept, path = the_image(stock)
     (stock.root / "fat" / path.name).write_bytes(path.read_bytes())
     (stock.root / "img" / ("ab" * 32)).mkdir()
@@ -128,7 +128,7 @@ def test_what_is_no_file_or_in_the_wrong_folder_is_left_alone(stock: Stock, stor
 
 
 def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | None) -> None:
-    """The record cannot be read; without an `error`, it is another process that writes it anew after a look."""
+    """Make reading the record fail; without `error`, another process rewrites it after the read."""
     data = path.read_bytes()
 
     def read(one: Path) -> Record:
@@ -144,7 +144,9 @@ def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | 
     monkeypatch.setattr(ociregistry.store.verify, "read_record", read)
 
 
-def test_a_record_on_a_broken_disk_is_put_aside(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_record_on_broken_disk_is_quarantined(
+    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept, path = the_image(stock)
     fails_to_read(monkeypatch, path, OSError(errno.EIO, "Input/output error"))
     (damaged,) = verified(store).damaged
@@ -154,10 +156,10 @@ def test_a_record_on_a_broken_disk_is_put_aside(stock: Stock, store: Store, monk
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
-def test_a_record_that_this_process_cannot_read_is_an_error(
+def test_unreadable_record_for_other_reasons_is_an_error(
     stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Of no descriptors, no memory or no right it is not the record's fault."""
+    """Too many open files, no memory or no permission are no fault of the record."""
     _, path = the_image(stock)
     fails_to_read(monkeypatch, path, OSError(number, "not now"))
     with pytest.raises(OSError, match="not now"):
@@ -165,9 +167,7 @@ def test_a_record_that_this_process_cannot_read_is_an_error(
     assert path.exists()
 
 
-def test_a_record_that_another_process_wrote_anew_meanwhile_stays(
-    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_record_rewritten_meanwhile_stays(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, path = the_image(stock)
     fails_to_read(monkeypatch, path, None)
     path.write_bytes(b"{")

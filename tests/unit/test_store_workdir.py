@@ -1,4 +1,4 @@
-"""pulls/<n>/: which folders are there, and who takes over what from whom."""
+"""pulls/<n>/: numbering, locking and adoption of leftovers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LEFT, WISH = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"
 
 
 def leave(folder: Path, *names: str) -> None:
-    """What a process leaves."""
+    """Create files as left by a process."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).write_text(f"{folder.name}/{name}")
 
 
 def found(root: Path) -> set[str]:
-    """The files below pulls/ that are no locks."""
+    """Return the files below pulls/ except locks."""
     pulls = root / "pulls"
     return {str(path.relative_to(pulls)) for path in pulls.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def test_the_folders_are_those_that_have_a_number_in_its_order(root: Path) -> None:
+def test_folders_are_ordered_by_number(root: Path) -> None:
     assert pulls_folders(root) == []
     for name in ("0", "1", "2", "10", "999999", "01", "x", "-1", "1000000", "1 "):
         leave(root / "pulls" / name)
@@ -38,7 +38,7 @@ def test_the_folders_are_those_that_have_a_number_in_its_order(root: Path) -> No
     assert [path.name for path in pulls_folders(root)] == ["0", "1", "2", "10", "999999"]
 
 
-def test_who_adopts_nothing_leaves_other_folders_alone(root: Path) -> None:
+def test_without_adopting_other_folders_are_unchanged(root: Path) -> None:
     names = (LEFT, f"{LEFT}.note", WISH, f"{LEFT}.record", "socket")
     leave(root / "pulls" / "3", *names)
     before = found(root)
@@ -50,8 +50,8 @@ def test_who_adopts_nothing_leaves_other_folders_alone(root: Path) -> None:
         assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
 
 
-def test_who_adopts_nothing_takes_no_folder_in_which_something_was_left(root: Path) -> None:
-    """A daemon that starts meanwhile finds it."""
+def test_without_adopting_folders_with_leftovers_are_skipped(root: Path) -> None:
+    """A daemon that starts later adopts them."""
     leave(root / "pulls" / "0", LEFT, f"{LEFT}.note")
     leave(root / "pulls" / "1", WISH)
     leave(root / "pulls" / "2" / "bad", LEFT)
@@ -62,7 +62,7 @@ def test_who_adopts_nothing_takes_no_folder_in_which_something_was_left(root: Pa
 
 
 @pytest.mark.parametrize("adopts", [False, True])
-def test_beside_a_living_process_the_next_folder_is_taken(root: Path, adopts: bool) -> None:
+def test_next_folder_beside_a_running_process(root: Path, adopts: bool) -> None:
     with closing(PullsFolder(root, Unsynced())) as living:
         leave(living.path, LEFT, f"{LEFT}.note", WISH)
         with closing(PullsFolder(root, Unsynced(), adopts=adopts)) as pulls:
@@ -70,7 +70,7 @@ def test_beside_a_living_process_the_next_folder_is_taken(root: Path, adopts: bo
             assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
 
 
-def test_the_socket_of_one_that_was_killed_stays_until_the_control_socket_is_cleared(root: Path) -> None:
+def test_stale_socket_stays_until_cleared(root: Path) -> None:
     killed = PullsFolder(root, Unsynced())
     with (
         closing(killed),
@@ -84,7 +84,7 @@ def test_the_socket_of_one_that_was_killed_stays_until_the_control_socket_is_cle
         assert [path.name for path in pulls.path.iterdir()] == ["lock"]
 
 
-def test_bad_is_made_when_it_is_asked_for_and_stays(root: Path) -> None:
+def test_bad_folder_is_created_on_demand_and_stays(root: Path) -> None:
     with closing(PullsFolder(root, Unsynced())) as pulls:
         assert os.listdir(pulls.path) == ["lock"]
         leave(pulls.bad, LEFT)

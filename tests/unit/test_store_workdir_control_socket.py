@@ -1,4 +1,4 @@
-"""The door: how a command finds the daemon on the same store, and what it finds where none runs any more."""
+"""The control socket in the store: commands find the daemon, and stale sockets are recognised."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.unit.support.doubles import REACTOR, on_reactor
 
 @pytest.fixture
 def pulls(root: Path) -> Path:
-    """The folder of a process."""
+    """Return the pulls folder of a process."""
     path = root / "pulls" / "0"
     path.mkdir(parents=True)
     return path
 
 
 def listening(folder: Path) -> socket.socket:
-    """What a daemon does."""
+    """Return a socket listening like a daemon's."""
     with closing(ControlSocket(folder)) as control_socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(control_socket.path)
@@ -33,12 +33,12 @@ def listening(folder: Path) -> socket.socket:
 
 
 def open_files() -> int:
-    """How many descriptors this process has."""
+    """Return the number of open descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def daemon_at(root: Path) -> Path | None:
-    """The folder behind the door of the daemon that is found."""
+    """Return the pulls folder of the daemon that is found."""
     control_socket = find_daemon(root)
     if control_socket is None:
         return None
@@ -47,19 +47,19 @@ def daemon_at(root: Path) -> Path | None:
         return Path(os.path.realpath(control_socket.path)).parent
 
 
-def test_no_daemon_runs_on_a_store_that_is_new(root: Path, pulls: Path) -> None:
+def test_no_daemon_on_a_new_store(root: Path, pulls: Path) -> None:
     assert daemon_at(root / "nowhere") is None
     assert daemon_at(root) is None
 
 
-def test_a_daemon_that_listens_is_found(root: Path, pulls: Path) -> None:
+def test_listening_daemon_is_found(root: Path, pulls: Path) -> None:
     with listening(pulls):
         assert daemon_at(root) == pulls
     assert daemon_at(root) is None
 
 
-def test_it_is_found_behind_what_others_left(root: Path, pulls: Path) -> None:
-    """Processes that were killed, commands that have no door, and files that are no sockets."""
+def test_daemon_is_found_among_leftovers(root: Path, pulls: Path) -> None:
+    """Leftovers: stale sockets, folders without socket, and files that are no sockets."""
     listening(pulls).close()
     for number in (1, 2, 10):
         (root / "pulls" / str(number)).mkdir()
@@ -71,15 +71,15 @@ def test_it_is_found_behind_what_others_left(root: Path, pulls: Path) -> None:
     assert daemon_at(root) is None
 
 
-def test_a_folder_that_is_no_process_s_has_no_control_socket(root: Path, pulls: Path) -> None:
+def test_folders_without_a_number_are_ignored(root: Path, pulls: Path) -> None:
     for name in ("x", "01", "-1", "1234567"):
         (root / "pulls" / name).mkdir()
         with listening(root / "pulls" / name):
             assert daemon_at(root) is None
 
 
-def test_a_store_may_be_deep(tmp_path: Path) -> None:
-    """A socket's address holds a hundred bytes."""
+def test_deep_store_path(tmp_path: Path) -> None:
+    """A socket address is limited to about a hundred bytes."""
     root = tmp_path / ("a" * 100) / ("b" * 100) / "store"
     folder = root / "pulls" / "0"
     folder.mkdir(parents=True)
@@ -89,13 +89,13 @@ def test_a_store_may_be_deep(tmp_path: Path) -> None:
         direct.connect(str(folder / "socket"))
 
 
-def test_a_control_socket_leads_to_the_folder_wherever_it_is_moved_to(root: Path, pulls: Path) -> None:
+def test_control_socket_path_follows_a_moved_folder(root: Path, pulls: Path) -> None:
     with closing(ControlSocket(pulls)) as control_socket, listening(pulls):
         root.rename(root.with_name("moved"))
         assert control_socket.is_open()
 
 
-def test_what_a_killed_process_left_is_cleared(pulls: Path) -> None:
+def test_stale_socket_is_cleared(pulls: Path) -> None:
     listening(pulls).close()
     with closing(ControlSocket(pulls)) as control_socket:
         assert (pulls / "socket").exists()
@@ -106,7 +106,7 @@ def test_what_a_killed_process_left_is_cleared(pulls: Path) -> None:
         assert control_socket.is_open()
 
 
-def test_who_looks_often_loses_no_descriptor(root: Path, pulls: Path) -> None:
+def test_repeated_lookups_leak_no_descriptor(root: Path, pulls: Path) -> None:
     listening(pulls).close()
     (root / "pulls" / "1").mkdir()
     with listening(root / "pulls" / "1"):
@@ -116,29 +116,29 @@ def test_who_looks_often_loses_no_descriptor(root: Path, pulls: Path) -> None:
         assert open_files() == before
 
 
-def test_no_folder_no_control_socket(root: Path) -> None:
+def test_missing_folder_is_an_error(root: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ControlSocket(root / "pulls" / "0")
 
 
 class Refusing(socket.socket):
-    """The kernel says no."""
+    """A socket that the kernel refuses to connect."""
 
     def connect(self, address: object) -> None:
         raise PermissionError(13, "Permission denied")
 
 
-def test_a_control_socket_that_must_not_be_used_is_an_error(
-    root: Path, pulls: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A daemon runs there: to go on without it would be a second process that downloads."""
+def test_forbidden_control_socket_is_an_error(root: Path, pulls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon runs there; without it, a second process would download."""
     with listening(pulls), monkeypatch.context() as patched:
         patched.setattr(socket, "socket", Refusing)
         with pytest.raises(PermissionError):
             find_daemon(root)
 
 
-def test_nor_does_it_lose_a_descriptor(root: Path, pulls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forbidden_control_socket_leaks_no_descriptor(
+    root: Path, pulls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with listening(pulls), monkeypatch.context() as patched:
         patched.setattr(socket, "socket", Refusing)
         before = open_files()
@@ -147,7 +147,7 @@ def test_nor_does_it_lose_a_descriptor(root: Path, pulls: Path, monkeypatch: pyt
         assert open_files() == before
 
 
-def test_the_control_socket_of_a_store_is_in_its_own_folder(root: Path, store: Store) -> None:
+def test_control_socket_is_in_the_stores_own_folder(root: Path, store: Store) -> None:
     folder = root / "pulls" / "0"
     listening(folder).close()
     control_socket = store.control_socket()
@@ -159,7 +159,7 @@ def test_the_control_socket_of_a_store_is_in_its_own_folder(root: Path, store: S
 
 
 @on_reactor
-async def test_twisted_listens_there(root: Path, store: Store) -> None:
+async def test_twisted_listens_on_the_control_socket(root: Path, store: Store) -> None:
     control_socket = store.control_socket()
     port = REACTOR.listenUNIX(control_socket.path, Factory.forProtocol(Protocol), mode=0o600)
     assert daemon_at(root) == root / "pulls" / "0"

@@ -1,4 +1,4 @@
-"""Wishes: small files that outlive the process that wished, and its machine's power."""
+"""Pending images: small files that survive restarts and power cuts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GOOD = {"upstream": "reg.example:5000", "repository": "team/app"}
 
 
 def put(root: Path, number: int, name: str, data: bytes = json.dumps(GOOD).encode()) -> Path:
-    """What a process leaves in its folder."""
+    """Write a file into the folder of a process."""
     path = root / "pulls" / str(number) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -32,12 +32,12 @@ def put(root: Path, number: int, name: str, data: bytes = json.dumps(GOOD).encod
 
 
 def found(root: Path) -> set[str]:
-    """The files below pulls/ that are no locks."""
+    """Return the files below pulls/ except locks."""
     pulls = root / "pulls"
     return {str(path.relative_to(pulls)) for path in pulls.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def test_pending_are_written_read_and_removed(tmp_path: Path) -> None:
+def test_pending_images_are_written_read_and_removed(tmp_path: Path) -> None:
     pending = PendingFiles(tmp_path, Files())
     assert list(pending.read()) == []
     pending.write(PendingImage(IMAGE, APP))
@@ -52,7 +52,7 @@ def test_pending_are_written_read_and_removed(tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_a_store_that_starts_has_the_pending_of_before(root: Path, open_store: Callable[[], Store]) -> None:
+async def test_pending_images_survive_a_restart(root: Path, open_store: Callable[[], Store]) -> None:
     before = Store(root, Clock(), REACTOR)
     before.startService()
     await before.add_pending(IMAGE, APP)
@@ -68,7 +68,7 @@ async def test_a_store_that_starts_has_the_pending_of_before(root: Path, open_st
 
 
 @on_reactor
-async def test_what_is_pending_for_already_is_not_written_again(store: Store, root: Path) -> None:
+async def test_pending_image_is_written_once(store: Store, root: Path) -> None:
     await store.add_pending(IMAGE, APP)
     path = root / "pulls" / "0" / f"{IMAGE.hex}.wish"
     before = path.stat().st_ino
@@ -77,13 +77,15 @@ async def test_what_is_pending_for_already_is_not_written_again(store: Store, ro
 
 
 @on_reactor
-async def test_the_pending_of_a_process_that_lives_are_its_own(store: Store, open_store: Callable[[], Store]) -> None:
+async def test_pending_images_of_a_running_process_are_not_adopted(
+    store: Store, open_store: Callable[[], Store]
+) -> None:
     await store.add_pending(IMAGE, APP)
     assert open_store().pending == {}
     assert store.pending == {IMAGE: APP}
 
 
-def test_those_of_one_that_has_ended_are_adopted(root: Path, open_store: Callable[[], Store]) -> None:
+def test_pending_images_of_a_stopped_process_are_adopted(root: Path, open_store: Callable[[], Store]) -> None:
     put(root, 0, f"{OTHER.hex}.wish", b'{"upstream": "docker.io", "repository": "library/nginx"}')
     put(root, 3, f"{IMAGE.hex}.wish")
     put(root, 7, f"{IMAGE.hex}.wish")
@@ -103,7 +105,7 @@ def test_those_of_one_that_has_ended_are_adopted(root: Path, open_store: Callabl
         json.dumps({**GOOD, "upstream": "http://reg.example"}).encode(),
     ],
 )
-def test_a_damaged_one_is_removed(root: Path, open_store: Callable[[], Store], data: bytes) -> None:
+def test_damaged_file_is_removed(root: Path, open_store: Callable[[], Store], data: bytes) -> None:
     put(root, 0, f"{IMAGE.hex}.wish", data)
     put(root, 5, f"{OTHER.hex}.wish")
     assert open_store().pending == {OTHER: APP}
@@ -114,20 +116,20 @@ def test_a_damaged_one_is_removed(root: Path, open_store: Callable[[], Store], d
     "name", ["x.wish", ".wish", f"{IMAGE.hex}.wish.wish", f"{IMAGE.hex[1:]}.wish", f"{IMAGE.hex.upper()}.wish"]
 )
 @pytest.mark.parametrize("number", [0, 5])
-def test_a_foreign_one_is_removed(root: Path, open_store: Callable[[], Store], name: str, number: int) -> None:
+def test_foreign_file_is_removed(root: Path, open_store: Callable[[], Store], name: str, number: int) -> None:
     put(root, number, name)
     assert open_store().pending == {}
     assert found(root) == set()
 
 
 @pytest.mark.parametrize("number", [0, 5])
-def test_one_that_was_not_finished_is_removed(root: Path, open_store: Callable[[], Store], number: int) -> None:
+def test_unfinished_file_is_removed(root: Path, open_store: Callable[[], Store], number: int) -> None:
     put(root, number, f"{IMAGE.hex}.new")
     assert open_store().pending == {}
     assert found(root) == set()
 
 
-def test_one_that_cannot_be_read_harms_no_other(tmp_path: Path) -> None:
+def test_unreadable_file_does_not_hide_others(tmp_path: Path) -> None:
     pending = PendingFiles(tmp_path, Files())
     pending.write(PendingImage(IMAGE, APP))
     (tmp_path / f"{OTHER.hex}.wish").mkdir()
@@ -135,8 +137,8 @@ def test_one_that_cannot_be_read_harms_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [None, HUB])
-def test_the_power_may_go_at_any_time(tmp_path: Path, before: Repository | None) -> None:
-    """What was there stays until the new one is there, whole; when it has been written it is there."""
+def test_power_cut_at_every_operation(tmp_path: Path, before: Repository | None) -> None:
+    """The old file remains until the new one is complete; after the write the new one is durable."""
     number, done = 0, False
     while not done:
         shutil.rmtree(tmp_path)
@@ -158,7 +160,7 @@ def test_the_power_may_go_at_any_time(tmp_path: Path, before: Repository | None)
     assert number > 4
 
 
-def test_a_pending_names_a_repository_whatever_its_host(tmp_path: Path) -> None:
+def test_repository_on_any_host_round_trips(tmp_path: Path) -> None:
     pending = PendingFiles(tmp_path, Files())
     for host in ("docker.io", "localhost", "10.0.0.1:5000", "[::1]:5000"):
         repository = Repository.at(Upstream.parse(host), "a/b/c")
