@@ -1,4 +1,4 @@
-"""Challenges as registries write them, and as nobody should."""
+"""Parsing of WWW-Authenticate challenges."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ociregistry.upstream.auth import (
         ('  Bearer realm="https://a/t"  ', BearerChallenge("https://a/t")),
     ],
 )
-def test_a_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
+def test_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
     assert BearerChallenge.parse(header) == challenge
 
 
@@ -52,7 +52,7 @@ def test_a_bearer_challenge(header: str, challenge: BearerChallenge) -> None:
         "Negotiate",
     ],
 )
-def test_what_is_another_challenge_or_none(header: str) -> None:
+def test_other_or_malformed_challenge(header: str) -> None:
     assert BearerChallenge.parse(header) is None
 
 
@@ -60,19 +60,19 @@ VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=20
 
 
 def quoted(value: str) -> str:
-    """A value between quotes."""
+    """Return a value as a quoted string."""
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 @given(VALUES.filter(bool), VALUES, VALUES, st.permutations(["realm", "service", "scope"]))
-def test_every_value_comes_through_its_quotes(realm: str, service: str, scope: str, order: list[str]) -> None:
+def test_quoted_values_round_trip(realm: str, service: str, scope: str, order: list[str]) -> None:
     values = {"realm": realm, "service": service, "scope": scope}
     header = "Bearer " + ",".join(f"{name}={quoted(values[name])}" for name in order)
     assert BearerChallenge.parse(header) == BearerChallenge(realm, service, scope)
 
 
 @given(st.text() | st.text('Bearr realm=",\\ ', max_size=40).map("Bearer ".__add__))
-def test_whatever_comes_is_a_challenge_or_none(header: str) -> None:
+def test_any_header_is_a_challenge_or_none(header: str) -> None:
     challenge = BearerChallenge.parse(header)
     assert challenge is None or challenge.realm
 
@@ -96,15 +96,15 @@ BEARER = 'Bearer realm="https://a/t",service="s"'
         ([], None),
         ([""], None),
         (["Negotiate", "Basicly realm=reg", 'Bearer service="s"'], None),
-        # Several in one header: RFC 9110, section 11.6.1.
+        # Several challenges in one header: RFC 9110, section 11.6.1.
         pytest.param(['Basic realm="reg", ' + BEARER], BearerChallenge("https://a/t", "s")),
         pytest.param([BEARER + ', Basic realm="reg"'], BearerChallenge("https://a/t", "s")),
         pytest.param(["Negotiate, Basic realm=reg"], BasicChallenge()),
-        # Whatever stands between quotes is no challenge.
+        # Text inside quotes is no challenge.
         (['Digest realm="Basic, Bearer realm=x"'], None),
     ],
 )
-def test_a_token_is_answered_with_before_a_password(headers: list[str], best: Challenge | None) -> None:
+def test_bearer_is_preferred_to_basic(headers: list[str], best: Challenge | None) -> None:
     assert best_challenge(headers) == best
     assert best_challenge(iter(headers)) == best
 
@@ -121,7 +121,7 @@ def test_a_token_is_answered_with_before_a_password(headers: list[str], best: Ch
         ([], False),
     ],
 )
-def test_whether_a_token_was_for_too_little(headers: list[str], lacks: bool) -> None:
+def test_insufficient_scope(headers: list[str], lacks: bool) -> None:
     assert lacks_scope(headers) is lacks
 
 
@@ -136,12 +136,12 @@ def test_whether_a_token_was_for_too_little(headers: list[str], lacks: bool) -> 
         ("", "", ""),
     ],
 )
-def test_a_challenge_for_more(known: str, wanted: str, both: str) -> None:
+def test_widened_scope(known: str, wanted: str, both: str) -> None:
     wide = BearerChallenge("https://old/t", "old", known).widened(BearerChallenge("https://new/t", "new", wanted))
     assert wide == BearerChallenge("https://new/t", "new", both)
 
 
 @pytest.mark.parametrize(("told", "scope"), [("", "a"), (" ", "a"), ("b", "b"), ("b c", "b c")])
-def test_a_challenge_without_a_scope_gets_one(told: str, scope: str) -> None:
+def test_default_scope(told: str, scope: str) -> None:
     challenge = BearerChallenge("https://a/t", "s", told)
     assert challenge.with_default_scope("a") == BearerChallenge("https://a/t", "s", scope)

@@ -1,4 +1,4 @@
-"""Requests with credentials: they go to the registry that they are for, and on no detour to anybody else."""
+"""Requests with credentials: they are sent to the registry only, not to redirect targets."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ AUTH = "https://auth.example/"
 
 
 def logged_in(script: Mapping[str, Any], *, scheme: str = "https", login: Login = USER) -> Asking:
-    """A client with credentials, which auth.example may see as well."""
+    """Return a client with credentials that auth.example may see as well."""
     return Asking(script, scheme=scheme, login=login, trusts="auth.example")
 
 
 def shown_to(asking: Asking, url: str) -> list[str | None]:
-    """What the requests for URLs that begin so have carried."""
+    """Return the Authorization headers of requests whose URL starts with this."""
     return [how for where, how in asking.asked if where.startswith(url)]
 
 
 @pytest.mark.parametrize("to", [PORTED, CDN, "https://evil.reg.example/", "https://reg.example.evil.example/"])
 @pytest.mark.parametrize("first", [WANTS_BASIC, OK])
-def test_a_password_does_not_go_where_the_registry_redirects_to(to: str, first: dict[str, Any]) -> None:
-    """Neither at once nor when it is wanted there."""
+def test_password_is_not_sent_to_redirect_target(to: str, first: dict[str, Any]) -> None:
+    """Neither at once nor after a challenge."""
     asking = logged_in({REG: [WANTS_BASIC, redirect(f"{to}blob")], to: [first]})
     assert asking.status() == first.get("status", 200)
     assert shown_to(asking, REG) == [None, BASIC]
     assert shown_to(asking, to) == [None]
 
 
-def test_nor_to_another_scheme_of_its_host() -> None:
+def test_password_is_not_sent_to_another_scheme() -> None:
     asking = logged_in({HTTP: [WANTS_BASIC, redirect(f"{REG}x")], REG: [WANTS_BASIC]}, scheme="http")
     assert asking.status() == 401
     assert (shown_to(asking, HTTP), shown_to(asking, REG)) == ([None, BASIC], [None])
 
 
-def test_it_goes_to_its_own_host_after_a_detour() -> None:
+def test_password_is_sent_to_own_host_after_a_redirect() -> None:
     asking = logged_in({f"{REG}v2/": [WANTS_BASIC, redirect(f"{CDN}x")], CDN: [redirect(f"{REG}y")], REG: [OK]})
     assert asking.status() == 200
     assert [how for _, how in asking.asked] == [None, BASIC, None, BASIC]
 
 
-def test_another_origin_that_wants_a_password_does_not_make_us_show_one() -> None:
+def test_challenge_of_another_origin_triggers_no_login() -> None:
     asking = logged_in({REG: [redirect(f"{CDN}x"), OK], CDN: [WANTS_BASIC]})
     assert (asking.status(), asking.status()) == (401, 200)
     assert shown_to(asking, REG) == [None, None]
 
 
-def test_a_host_that_is_redirected_to_gets_an_anonymous_token_at_most() -> None:
-    """Though it challenges with the upstream's own token service, which is trusted with the credentials."""
+def test_redirect_target_gets_only_an_anonymous_token() -> None:
+    """Even if its challenge names the upstream's token service, which may see the credentials."""
     asking = logged_in(
         {REG: [wants(), redirect(f"{CDN}x"), redirect(f"{CDN}x")], CDN: [wants(), OK]}
         | {TOKEN: [token("ours"), token("anonymous")]}
@@ -73,8 +73,8 @@ def test_a_host_that_is_redirected_to_gets_an_anonymous_token_at_most() -> None:
     assert shown_to(asking, TOKEN) == [BASIC, None]
 
 
-def test_and_ours_is_not_the_anonymous_one() -> None:
-    """Of two hosts that want a token of the same service for the same scope, who came first does not matter."""
+def test_anonymous_token_is_not_used_for_the_registry() -> None:
+    """For the same service and scope, regardless of which host asked first."""
     asking = logged_in(
         {REG: [redirect(f"{CDN}x"), redirect(f"{CDN}x"), wants(), OK], CDN: [wants(), OK]}
         | {TOKEN: [token("anonymous"), token("ours")]}
@@ -85,20 +85,20 @@ def test_and_ours_is_not_the_anonymous_one() -> None:
 
 
 @pytest.mark.parametrize("to", ["https://auth.example:444/token", f"{CDN}token", f"{REG}token"])
-def test_where_a_token_service_redirects_to_gets_no_password(to: str) -> None:
+def test_redirect_target_of_token_service_gets_no_password(to: str) -> None:
     asking = logged_in({f"{REG}v2/": [wants(), OK], TOKEN: [redirect(to)], to: [token("t")]})
     assert asking.status() == 200
     assert shown_to(asking, TOKEN) == [BASIC]
     assert shown_to(asking, to) == [None]
 
 
-def test_but_another_path_of_its_own_does() -> None:
+def test_password_follows_redirect_within_the_token_service() -> None:
     asking = logged_in({REG: [wants(), OK], TOKEN: [redirect("/elsewhere")], AUTH: [token("t")]})
     assert asking.status() == 200
     assert shown_to(asking, AUTH) == [BASIC, BASIC]
 
 
-def test_an_identity_token_is_posted_as_a_form() -> None:
+def test_identity_token_is_posted_as_a_form() -> None:
     asking = logged_in({REG: [wants("a b"), OK], TOKEN: [token("t")]}, login=IdentityToken("s3cret"))
     assert asking.status() == 200
     posted = asking.http.sent[1]
@@ -111,7 +111,7 @@ def test_an_identity_token_is_posted_as_a_form() -> None:
 
 @pytest.mark.parametrize("to", ["/elsewhere", f"{CDN}token"])
 @pytest.mark.parametrize("status", [302, 307, 308])
-def test_what_is_posted_follows_no_redirect(to: str, status: int) -> None:
+def test_post_follows_no_redirect(to: str, status: int) -> None:
     asking = logged_in({REG: [wants()], TOKEN: [redirect(to, status)]}, login=IdentityToken("s3cret"))
     message = failed(asking.ask(), Unavailable).message
     assert message == f"reg.example: its token service answered {status}"
@@ -120,7 +120,7 @@ def test_what_is_posted_follows_no_redirect(to: str, status: int) -> None:
 
 @pytest.mark.parametrize("login", [USER, IdentityToken("s3cret")])
 @pytest.mark.parametrize(("status", "refused"), [(400, True), (401, True), (403, True), (404, True), (500, False)])
-def test_a_token_service_that_refuses_us(status: int, refused: bool, login: Login) -> None:
+def test_refusal_by_the_token_service(status: int, refused: bool, login: Login) -> None:
     asking = logged_in({REG: [wants()], TOKEN: [{"status": status}]}, login=login)
     assert isinstance(failed(asking.ask(), Unavailable), AccessRefused) is refused
     assert shown_to(asking, REG) == [None]
@@ -138,7 +138,7 @@ def test_a_token_service_that_refuses_us(status: int, refused: bool, login: Logi
         {REG: [WANTS_BASIC]},
     ],
 )
-def test_no_secret_is_logged_or_told(script: Mapping[str, Any], login: Login, events: list[LogEvent]) -> None:
+def test_no_secret_in_logs_or_errors(script: Mapping[str, Any], login: Login, events: list[LogEvent]) -> None:
     asking = logged_in(script, login=login)
     told: list[object] = []
     asking.ask().addBoth(lambda result: told.append(getattr(result, "value", result)))

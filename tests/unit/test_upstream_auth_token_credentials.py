@@ -1,4 +1,4 @@
-"""Tokens for who we are: which token service gets to see credentials, in which form, and what never mixes."""
+"""Token requests with credentials: which token service receives them and in which form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHALLENGE = BearerChallenge(REALM, "registry", "repository:a/b:pull")
 
 
 class Asked:
-    """Tokens for a login, which auth.example is trusted with."""
+    """Tokens for a login; auth.example may see the credentials."""
 
     def __init__(self, login: Login | None, trusted: Sequence[str] = ("auth.example",)) -> None:
         self.service = TokenService()
@@ -38,20 +38,20 @@ class Asked:
         )
 
     def token(self, challenge: BearerChallenge = CHALLENGE, *, anonymous: bool = False) -> str:
-        """A token."""
+        """Return a token."""
         return fired(self.asked(challenge, anonymous=anonymous))
 
     def asked(self, challenge: BearerChallenge = CHALLENGE, *, anonymous: bool = False) -> Deferred[str]:
-        """A token that may not come."""
+        """Return a Deferred that fires with a token."""
         return Deferred.fromCoroutine(self.tokens.token(challenge, anonymous=anonymous))
 
     @property
     def requests(self) -> list[TokenRequest]:
-        """What the token service was asked."""
+        """Return the requests to the token service."""
         return self.service.requests
 
 
-def test_a_password_goes_along_to_a_token_service_that_is_trusted() -> None:
+def test_password_is_sent_to_a_trusted_token_service() -> None:
     asked = Asked(USER)
     assert asked.token() == "t1"
     (request,) = asked.requests
@@ -60,11 +60,11 @@ def test_a_password_goes_along_to_a_token_service_that_is_trusted() -> None:
     assert request.form is None
 
 
-def test_an_identity_token_is_posted() -> None:
+def test_identity_token_is_posted() -> None:
     asked = Asked(IDENTITY)
     assert asked.token(BearerChallenge(f"{REALM}?x=1", "reg&istry", "repository:a:pull repository:b:pull")) == "t1"
     (request,) = asked.requests
-    # Not a word of it in the URL, which others may log.
+    # The URL, which others may log, contains nothing of it.
     assert (request.url, dict(request.headers)) == (f"{REALM}?x=1", {})
     assert request.form is not None
     assert sorted(parse_qsl(request.form.decode("ascii"))) == [
@@ -76,7 +76,7 @@ def test_an_identity_token_is_posted() -> None:
     ]
 
 
-def test_a_challenge_for_nothing_in_particular_is_posted_without_it() -> None:
+def test_post_without_service_and_scope() -> None:
     asked = Asked(IDENTITY)
     asked.token(BearerChallenge(REALM))
     form = asked.requests[0].form or b""
@@ -88,7 +88,7 @@ def test_a_challenge_for_nothing_in_particular_is_posted_without_it() -> None:
 
 
 @pytest.mark.parametrize("secret", ["a+b/c==", "a b&scope=all", "ü"])
-def test_an_identity_token_comes_through_whole(secret: str) -> None:
+def test_identity_token_is_encoded(secret: str) -> None:
     asked = Asked(IdentityToken(secret))
     asked.token()
     form = asked.requests[0].form or b""
@@ -97,13 +97,13 @@ def test_an_identity_token_comes_through_whole(secret: str) -> None:
 
 @pytest.mark.parametrize("login", [USER, IDENTITY, Helper("fake")])
 @pytest.mark.parametrize("realm", ["https://evil.example/token?sig=hidden", "https://auth.example.evil.example/"])
-def test_no_other_token_service_gets_them(events: list[LogEvent], realm: str, login: Login) -> None:
+def test_other_token_services_get_no_credentials(events: list[LogEvent], realm: str, login: Login) -> None:
     asked = Asked(login)
     assert asked.token(BearerChallenge(realm, "s")) == "t1"
     (request,) = asked.requests
     assert (dict(request.headers), request.form) == ({}, None)
     assert request.url.startswith(realm)
-    # The operator gets to know why it may not suffice, once for each token.
+    # The operator is warned, once for each token.
     (told,) = texts(events, LogLevel.warn)
     assert told == (
         f"reg.example: credentials not sent to the token service {realm.partition('?')[0]}: it uses plain http, "
@@ -112,26 +112,26 @@ def test_no_other_token_service_gets_them(events: list[LogEvent], realm: str, lo
 
 
 @pytest.mark.parametrize(("login", "realm"), [(None, "https://evil.example/token"), (USER, REALM)])
-def test_nothing_is_said_where_all_is_well(events: list[LogEvent], login: Login | None, realm: str) -> None:
+def test_no_warning_without_need(events: list[LogEvent], login: Login | None, realm: str) -> None:
     Asked(login).token(BearerChallenge(realm))
     assert texts(events, LogLevel.warn) == []
 
 
-def test_an_anonymous_token_is_got_without_credentials(events: list[LogEvent]) -> None:
+def test_anonymous_token_request_has_no_credentials(events: list[LogEvent]) -> None:
     asked = Asked(USER)
     assert asked.token(anonymous=True) == "t1"
     assert dict(asked.requests[0].headers) == {}
     assert texts(events, LogLevel.warn) == []
 
 
-def test_a_helper_is_not_asked_for_an_anonymous_token() -> None:
+def test_anonymous_token_does_not_run_the_helper() -> None:
     asked = Asked(Helper("fake"))
     asked.token(anonymous=True)
     assert asked.helper.asked == []
 
 
-def test_an_anonymous_token_and_ours_are_never_the_same() -> None:
-    """Though both answer the same challenge."""
+def test_anonymous_and_own_tokens_are_separate() -> None:
+    """Even for the same challenge."""
     asked = Asked(USER)
     assert [asked.token(), asked.token(anonymous=True)] == ["t1", "t2"]
     assert [asked.token(), asked.token(anonymous=True)] == ["t1", "t2"]
@@ -143,7 +143,7 @@ def test_an_anonymous_token_and_ours_are_never_the_same() -> None:
     assert [asked.token(), asked.token(anonymous=True)] == ["t4", "t3"]
 
 
-def test_nor_are_they_while_both_are_on_their_way() -> None:
+def test_anonymous_and_own_requests_in_flight_are_separate() -> None:
     asked = Asked(USER)
     asked.service.hold = True
     ours, anonymous = asked.asked(), asked.asked(anonymous=True)
@@ -156,7 +156,7 @@ def test_nor_are_they_while_both_are_on_their_way() -> None:
 
 
 class Refusing(Tokens):
-    """Tokens of a service that fails."""
+    """Tokens whose service fails."""
 
     def __init__(self, credentials: Credentials, error: Exception) -> None:
         async def fetch(request: TokenRequest, options: RequestOptions) -> bytes:
@@ -166,13 +166,13 @@ class Refusing(Tokens):
 
 
 @pytest.mark.parametrize(("error", "kept"), [(AccessRefused("no"), False), (Unavailable("down"), True)])
-def test_credentials_that_a_token_service_refuses_are_asked_for_anew(error: Exception, kept: bool) -> None:
+def test_helper_credentials_are_dropped_when_refused(error: Exception, kept: bool) -> None:
     credentials = Credentials(Helper("fake"), Helpful(), Clock())
     failed(Deferred.fromCoroutine(Refusing(credentials, error).token(CHALLENGE)), type(error))
     assert credentials.from_helper is kept
 
 
-def test_so_is_an_identity_token() -> None:
+def test_identity_token_is_dropped_when_refused() -> None:
     async def ask(helper: Helper) -> IdentityToken:
         return IDENTITY
 
@@ -181,7 +181,7 @@ def test_so_is_an_identity_token() -> None:
     assert not credentials.from_helper
 
 
-def test_but_not_those_that_it_was_never_shown() -> None:
+def test_unsent_credentials_are_kept() -> None:
     credentials = Credentials(Helper("fake"), Helpful(), Clock())
     fired(Deferred.fromCoroutine(credentials.get()))
     asked = Refusing(credentials, AccessRefused("no")).token(CHALLENGE, anonymous=True)
@@ -189,7 +189,7 @@ def test_but_not_those_that_it_was_never_shown() -> None:
     assert credentials.from_helper
 
 
-def test_without_credentials_there_is_no_token_request() -> None:
+def test_failing_helper_sends_no_token_request() -> None:
     asked = Asked(Helper("fake"))
     asked.helper.hold = True
     waiting = asked.asked()

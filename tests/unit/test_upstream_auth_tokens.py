@@ -1,4 +1,4 @@
-"""Tokens: fetched once for all who wait, kept for nine tenths of their life."""
+"""Tokens: requests are shared, and tokens are cached for nine tenths of their lifetime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER = BearerChallenge(REALM, "registry", "repository:c/d:pull")
 
 
 class TokenService:
-    """Gives a new token for each request, at once unless it is told to hold back."""
+    """Token service with a new token for each request, at once or when the test says so."""
 
     def __init__(self) -> None:
         self.urls: list[str] = []
@@ -42,28 +42,28 @@ class TokenService:
         return await succeed(self.body(number))
 
     def gives(self, **document: object) -> None:
-        """Answers with this document from now on."""
+        """Set the document of the next answers."""
         self.body = lambda number: json.dumps(document).encode()
 
 
 @pytest.fixture
 def service() -> TokenService:
-    """A token service."""
+    """Return a token service."""
     return TokenService()
 
 
 @pytest.fixture
 def tokens(service: TokenService, clock: Clock) -> Tokens:
-    """The tokens that it gives."""
+    """Return the token cache over it."""
     return Tokens("reg.example", service, Credentials(None, no_helper, clock), lambda origin: False, clock)
 
 
 def ask(tokens: Tokens, challenge: BearerChallenge = CHALLENGE) -> Deferred[str]:
-    """Asks for a token."""
+    """Request a token."""
     return Deferred.fromCoroutine(tokens.token(challenge))
 
 
-def test_the_service_is_asked_for_what_the_challenge_wants(service: TokenService, tokens: Tokens) -> None:
+def test_request_has_service_and_scopes(service: TokenService, tokens: Tokens) -> None:
     scopes = BearerChallenge("https://a/t", "s&x", "repository:a:pull repository:b:pull,push")
     assert fired(ask(tokens, scopes)) == "t1"
     (url,) = service.urls
@@ -82,26 +82,24 @@ def test_the_service_is_asked_for_what_the_challenge_wants(service: TokenService
         (BearerChallenge("http://a/t?x=1", "s"), "http://a/t?x=1&service=s"),
     ],
 )
-def test_the_realm_may_have_a_query_and_nothing_else_is_needed(
-    service: TokenService, tokens: Tokens, challenge: BearerChallenge, url: str
-) -> None:
+def test_realm_with_query(service: TokenService, tokens: Tokens, challenge: BearerChallenge, url: str) -> None:
     fired(ask(tokens, challenge))
     assert service.urls == [url]
 
 
 @pytest.mark.parametrize("realm", ["auth.example/token", "ftp://auth.example", "file:///etc/passwd", "://", "token"])
-def test_a_realm_that_is_no_url_is_not_asked(service: TokenService, tokens: Tokens, realm: str) -> None:
+def test_realm_that_is_no_url_is_not_requested(service: TokenService, tokens: Tokens, realm: str) -> None:
     error = failed(ask(tokens, BearerChallenge(realm)), Unavailable)
     assert "realm" in error.message
     assert service.urls == []
 
 
 @pytest.mark.parametrize("realm", ["https://[bad/token", "https://a]/token"])
-def test_a_realm_that_cannot_be_read_is_no_defect_of_ours(tokens: Tokens, realm: str) -> None:
+def test_malformed_realm_is_an_upstream_error(tokens: Tokens, realm: str) -> None:
     failed(ask(tokens, BearerChallenge(realm)), Unavailable)
 
 
-def test_one_fetch_serves_all_who_wait(service: TokenService, tokens: Tokens) -> None:
+def test_concurrent_requests_share_one_fetch(service: TokenService, tokens: Tokens) -> None:
     service.hold = True
     waiting = [ask(tokens) for _ in range(3)]
     other = ask(tokens, OTHER)
@@ -115,7 +113,7 @@ def test_one_fetch_serves_all_who_wait(service: TokenService, tokens: Tokens) ->
     assert fired(other) == "other"
 
 
-def test_a_failed_fetch_fails_for_all_and_is_not_remembered(service: TokenService, tokens: Tokens) -> None:
+def test_failure_reaches_all_and_is_not_cached(service: TokenService, tokens: Tokens) -> None:
     service.hold = True
     waiting = [ask(tokens) for _ in range(2)]
     service.held[0].errback(Unavailable("down"))
@@ -135,7 +133,7 @@ def test_a_failed_fetch_fails_for_all_and_is_not_remembered(service: TokenServic
         ({"expires_in": "100"}, 90),
     ],
 )
-def test_a_token_is_kept_for_nine_tenths_of_its_life(
+def test_token_is_cached_for_nine_tenths_of_its_lifetime(
     service: TokenService, tokens: Tokens, clock: Clock, told: dict[str, object], kept: float
 ) -> None:
     service.gives(token="good", **told)
@@ -148,18 +146,18 @@ def test_a_token_is_kept_for_nine_tenths_of_its_life(
     assert len(service.urls) == 2
 
 
-def test_every_challenge_has_its_own_token(service: TokenService, tokens: Tokens) -> None:
+def test_each_challenge_has_its_own_token(service: TokenService, tokens: Tokens) -> None:
     assert [fired(ask(tokens)), fired(ask(tokens, OTHER)), fired(ask(tokens))] == ["t1", "t2", "t1"]
 
 
-def test_a_token_that_was_refused_is_forgotten(service: TokenService, tokens: Tokens) -> None:
+def test_refused_token_is_dropped(service: TokenService, tokens: Tokens) -> None:
     fired(ask(tokens))
     fired(ask(tokens, OTHER))
     tokens.forget(CHALLENGE, "t1")
     tokens.forget(CHALLENGE, "t1")
     assert fired(ask(tokens)) == "t3"
     assert fired(ask(tokens, OTHER)) == "t2"
-    # Who is late with the old one does not throw away the new one.
+    # Forgetting the old token late does not drop the new one.
     tokens.forget(CHALLENGE, "t1")
     assert fired(ask(tokens)) == "t3"
 
@@ -173,7 +171,7 @@ def test_a_token_that_was_refused_is_forgotten(service: TokenService, tokens: To
         ({"token": None, "access_token": "a"}, "a"),
     ],
 )
-def test_the_token_may_have_either_name(
+def test_token_under_either_key(
     service: TokenService, tokens: Tokens, document: dict[str, object], token: str
 ) -> None:
     service.gives(**document)
@@ -206,7 +204,7 @@ def test_the_token_may_have_either_name(
         b"[" * 100_000,
     ],
 )
-def test_garbage_is_the_upstreams_failure(service: TokenService, tokens: Tokens, body: bytes) -> None:
+def test_malformed_answer_is_an_upstream_error(service: TokenService, tokens: Tokens, body: bytes) -> None:
     service.body = lambda number: body
     error = failed(ask(tokens), Unavailable)
     assert error.message.startswith("reg.example: ")
@@ -216,24 +214,24 @@ def test_garbage_is_the_upstreams_failure(service: TokenService, tokens: Tokens,
 
 
 @pytest.mark.parametrize("life", [b"-5", b"NaN", b"-Infinity"])
-def test_a_token_without_a_future_is_used_once(service: TokenService, tokens: Tokens, life: bytes) -> None:
+def test_token_without_lifetime_is_used_once(service: TokenService, tokens: Tokens, life: bytes) -> None:
     service.body = lambda number: b'{"token": "t%d", "expires_in": %b}' % (number, life)
     assert fired(ask(tokens)) == "t1"
     assert fired(ask(tokens)) == "t2"
 
 
-def test_a_thousand_tokens_are_enough(service: TokenService, tokens: Tokens) -> None:
+def test_cached_tokens_are_limited(service: TokenService, tokens: Tokens) -> None:
     for number in range(1500):
         fired(ask(tokens, BearerChallenge(REALM, "", f"repository:{number}:pull")))
     assert len(tokens._cache) <= 1000
 
 
 def challenges(count: int) -> list[BearerChallenge]:
-    """Challenges for tokens of as many repositories."""
+    """Return `count` challenges for different repositories."""
     return [BearerChallenge(REALM, "", f"repository:{number}:pull") for number in range(count)]
 
 
-def test_a_full_cache_drops_the_token_that_was_used_least_recently(service: TokenService, tokens: Tokens) -> None:
+def test_least_recently_used_token_is_dropped_when_full(service: TokenService, tokens: Tokens) -> None:
     known = challenges(1000)
     for challenge in (*known, known[0], OTHER):
         fired(ask(tokens, challenge))
@@ -241,7 +239,7 @@ def test_a_full_cache_drops_the_token_that_was_used_least_recently(service: Toke
     assert [tokens.holds(challenge) for challenge in (*known[:3], OTHER)] == [True, False, True, True]
 
 
-def test_in_a_full_cache_an_expired_token_makes_room(service: TokenService, tokens: Tokens, clock: Clock) -> None:
+def test_expired_token_is_dropped_first_when_full(service: TokenService, tokens: Tokens, clock: Clock) -> None:
     known = challenges(1000)
     service.gives(token="long", expires_in=1000)
     for challenge in known[:-1]:

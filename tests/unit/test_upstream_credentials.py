@@ -1,4 +1,4 @@
-"""Who we are to an upstream: what is configured, or what a helper says, which is asked seldom."""
+"""Credentials of an upstream: configured, or from a helper whose answer is cached."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Known = Password | IdentityToken
 
 
 class Helpful:
-    """Gives a new password every time, at once unless it is told to hold back."""
+    """A helper that returns a new password each time, at once or when the test says so."""
 
     def __init__(self) -> None:
         self.asked: list[Helper] = []
@@ -34,7 +34,7 @@ class Helpful:
 
 
 class Asked:
-    """Credentials that a helper is asked for."""
+    """Credentials from a helper."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -42,19 +42,19 @@ class Asked:
         self.credentials = Credentials(Helper("ecr-login"), self.helper, self.clock)
 
     def get(self) -> Deferred[Known | None]:
-        """Asks for them."""
+        """Request the credentials."""
         return Deferred.fromCoroutine(self.credentials.get())
 
     @property
     def secret(self) -> str:
-        """The password that is given now."""
+        """Return the password returned now."""
         known = fired(self.get())
         assert isinstance(known, Password)
         return known.password
 
 
 @pytest.mark.parametrize("login", [None, Password("u", "p"), IdentityToken("t")])
-def test_what_is_configured_is_what_is_given(login: Login | None, clock: Clock) -> None:
+def test_configured_credentials(login: Login | None, clock: Clock) -> None:
     credentials = Credentials(login, no_helper, clock)
     for _ in range(2):
         assert fired(Deferred.fromCoroutine(credentials.get())) == login
@@ -63,7 +63,7 @@ def test_what_is_configured_is_what_is_given(login: Login | None, clock: Clock) 
         credentials.forget()
 
 
-def test_a_helper_is_asked_when_its_word_is_wanted() -> None:
+def test_helper_runs_on_demand() -> None:
     asked = Asked()
     assert asked.credentials.configured
     assert not asked.credentials.from_helper
@@ -73,7 +73,7 @@ def test_a_helper_is_asked_when_its_word_is_wanted() -> None:
     assert asked.credentials.from_helper
 
 
-def test_it_is_asked_once_for_all_who_wait() -> None:
+def test_concurrent_requests_run_the_helper_once() -> None:
     asked = Asked()
     asked.helper.hold = True
     waiting = [asked.get() for _ in range(4)]
@@ -84,7 +84,7 @@ def test_it_is_asked_once_for_all_who_wait() -> None:
     assert len(asked.helper.asked) == 1
 
 
-def test_what_it_said_is_kept_for_five_minutes() -> None:
+def test_helper_answer_is_cached_for_five_minutes() -> None:
     asked = Asked()
     assert asked.secret == "secret1"
     asked.clock.advance(299.9)
@@ -94,7 +94,7 @@ def test_what_it_said_is_kept_for_five_minutes() -> None:
     assert asked.secret == "secret2"
 
 
-def test_or_until_it_is_refused() -> None:
+def test_forget_drops_the_cached_answer() -> None:
     asked = Asked()
     assert asked.secret == "secret1"
     asked.credentials.forget()
@@ -102,7 +102,7 @@ def test_or_until_it_is_refused() -> None:
     assert asked.secret == "secret2"
 
 
-def test_that_it_has_nothing_to_say_is_not_kept() -> None:
+def test_helper_failure_is_not_cached() -> None:
     asked = Asked()
     asked.helper.hold = True
     waiting = [asked.get() for _ in range(2)]
@@ -116,14 +116,14 @@ def test_that_it_has_nothing_to_say_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("user", "password"), [("u", "p"), ("AWS", "a:b:c"), ("u", "pass word"), ("ü", "pässwört€"), ("u", "x" * 5000)]
 )
-def test_a_user_and_a_password_as_a_header(user: str, password: str) -> None:
+def test_basic_authorization_header(user: str, password: str) -> None:
     kind, _, encoded = basic(Password(user, password)).partition(" ")
     assert kind == "Basic"
-    # RFC 7617: a user without a colon; UTF-8 is what everybody takes.
+    # RFC 7617: no colon in the user, UTF-8 by convention.
     assert base64.b64decode(encoded, validate=True).decode("utf-8").split(":", 1) == [user, password]
     assert "\n" not in encoded
 
 
 @pytest.mark.parametrize("login", [Password("user", "s3cret"), IdentityToken("s3cret")])
-def test_a_secret_is_not_printed(login: Login) -> None:
+def test_secret_is_not_printed(login: Login) -> None:
     assert "s3cret" not in repr(login) + str(login)

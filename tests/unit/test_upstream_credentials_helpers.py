@@ -1,4 +1,4 @@
-"""Credential helpers: real programs, good ones, bad ones and dead ones."""
+"""Credential helpers as real programs: valid answers, errors, garbage and hangs."""
 
 from __future__ import annotations
 
@@ -23,61 +23,61 @@ GOOD = {"ServerURL": "reg.example:5000", "Username": "user", "Secret": "s3cret"}
 
 
 class Machine:
-    """Programs run on the real one, the time is the test's."""
+    """Reactor that runs real programs, with delayed calls on a clock."""
 
     def __init__(self) -> None:
         self.clock = Clock()
 
     def spawnProcess(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs it."""
+        """Run the program."""
         return REACTOR.spawnProcess(*args, **kwargs)
 
     def callLater(self, *args: Any) -> Any:
-        """Calls it when the test says so."""
+        """Schedule on the clock."""
         return self.clock.callLater(*args)
 
 
 class Programs:
-    """A folder in PATH, and what its program was told."""
+    """A folder in PATH, and what its program received."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, script: str) -> None:
-        """The helper is this shell script. It keeps its arguments; its stdin is the script's."""
+        """Write the helper as this shell script; its arguments are saved, its stdin is the script's."""
         program = self._folder / HELPER.program
         program.write_text(f'#!/bin/sh\ncd "{self._folder}"\nprintf "%s\\n" "$@" > arguments\n{script}\n')
         program.chmod(0o755)
 
     def says(self, what: object, status: int = 0) -> None:
-        """The helper says this, and keeps what it was told."""
+        """Write a helper that prints this and saves its input."""
         (self._folder / "answer").write_text(what if isinstance(what, str) else json.dumps(what))
         self.write(f"cat > stdin; cat answer; exit {status}")
 
     def kept(self, name: str) -> str:
-        """What the helper wrote into a file."""
+        """Return the content of a file that the helper wrote."""
         return (self._folder / name).read_text()
 
     async def running(self) -> int:
-        """The process that has written its number into a file."""
+        """Return the process id that the program wrote into a file."""
         await until(lambda: (self._folder / "pid").exists() and self.kept("pid").endswith("\n"))
         return int(self.kept("pid"))
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
-    """No program yet."""
+    """Return a folder without a program."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return Programs(tmp_path)
 
 
 def asking(machine: Any = REACTOR, upstream: Upstream = REG) -> Deferred[Password | IdentityToken]:
-    """Asks the helper."""
+    """Run the helper."""
     return Deferred.fromCoroutine(ask_helper(HELPER, upstream, machine))
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, be it as a zombie."""
+    """Return whether a process exists, possibly as a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -86,16 +86,16 @@ def alive(pid: int) -> bool:
 
 
 @on_reactor
-async def test_a_user_and_a_password(programs: Programs) -> None:
+async def test_user_and_password(programs: Programs) -> None:
     programs.says(GOOD)
     assert await asking() == Password("user", "s3cret")
-    # What it is asked for goes by its stdin: a command line can be read by everybody.
+    # The server name is sent on stdin, because command lines are public.
     assert programs.kept("arguments") == "get\n"
     assert programs.kept("stdin") == "reg.example:5000"
 
 
 @on_reactor
-async def test_a_token_in_place_of_them(programs: Programs) -> None:
+async def test_identity_token(programs: Programs) -> None:
     programs.says({**GOOD, "Username": "<token>"})
     assert await asking() == IdentityToken("s3cret")
 
@@ -110,34 +110,34 @@ async def test_a_token_in_place_of_them(programs: Programs) -> None:
     ],
 )
 @on_reactor
-async def test_helpers_know_docker_hub_by_another_name(programs: Programs, name: str, server: str) -> None:
+async def test_docker_hub_has_its_legacy_server_name(programs: Programs, name: str, server: str) -> None:
     programs.says(GOOD)
     await asking(upstream=Upstream.parse(name))
     assert programs.kept("stdin") == server
 
 
 @on_reactor
-async def test_it_has_our_environment(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Helpers of clouds need it: a region, a profile, a home."""
+async def test_environment_is_inherited(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cloud helpers need it: region, profile, home."""
     monkeypatch.setenv("AWS_PROFILE", "registry")
     programs.write('printf \'{"Username": "%s", "Secret": "s"}\' "$AWS_PROFILE"')
     assert await asking() == Password("registry", "s")
 
 
 @on_reactor
-async def test_one_that_does_not_care_what_it_is_asked(programs: Programs) -> None:
+async def test_helper_that_closes_stdin(programs: Programs) -> None:
     programs.write('exec < /dev/null; printf \'{"Username": "u", "Secret": "s"}\'')
     assert await asking() == Password("u", "s")
 
 
 @on_reactor
-async def test_what_it_says_beside_is_no_answer(programs: Programs) -> None:
+async def test_stderr_is_ignored_on_success(programs: Programs) -> None:
     programs.write('echo deprecated >&2; printf \'{"Username": "u", "Secret": "s"}\'; echo later >&2')
     assert await asking() == Password("u", "s")
 
 
 @on_reactor
-async def test_a_helper_that_has_none_says_why(programs: Programs) -> None:
+async def test_helper_error_is_reported(programs: Programs) -> None:
     programs.says("credentials not found in native keychain\n", status=1)
     with pytest.raises(Unavailable) as raised:
         await asking()
@@ -147,7 +147,7 @@ async def test_a_helper_that_has_none_says_why(programs: Programs) -> None:
 
 
 @on_reactor
-async def test_what_it_says_then_is_not_taken_at_its_word(programs: Programs) -> None:
+async def test_helper_error_text_is_sanitized(programs: Programs) -> None:
     programs.says("\x1b[31m\n2026-01-01 forged\r\n" + "x" * 10_000, status=1)
     with pytest.raises(Unavailable) as raised:
         await asking()
@@ -156,7 +156,7 @@ async def test_what_it_says_then_is_not_taken_at_its_word(programs: Programs) ->
 
 
 @on_reactor
-async def test_one_that_was_killed_is_not_believed(programs: Programs) -> None:
+async def test_killed_helper_is_an_error(programs: Programs) -> None:
     programs.write("printf half; kill -9 $$")
     with pytest.raises(Unavailable, match="has no credentials: 'half'"):
         await asking()
@@ -164,7 +164,7 @@ async def test_one_that_was_killed_is_not_believed(programs: Programs) -> None:
 
 @pytest.mark.parametrize("end", ["exit 1", "kill -9 $$", "exec yes"])
 @on_reactor
-async def test_a_secret_that_it_gives_before_it_fails_is_told_to_nobody(programs: Programs, end: str) -> None:
+async def test_secret_of_failed_helper_is_not_reported(programs: Programs, end: str) -> None:
     programs.write(f'printf \'{{"Username": "user", "Secret": "s3cret"}}\'; {end}')
     with pytest.raises(Unavailable) as raised:
         await asking()
@@ -195,7 +195,7 @@ async def test_a_secret_that_it_gives_before_it_fails_is_told_to_nobody(programs
     ],
 )
 @on_reactor
-async def test_garbage_is_no_answer_and_is_not_repeated(programs: Programs, said: object) -> None:
+async def test_malformed_answer_is_an_error_without_its_text(programs: Programs, said: object) -> None:
     programs.says(said)
     with pytest.raises(Unavailable) as raised:
         await asking()
@@ -203,7 +203,7 @@ async def test_garbage_is_no_answer_and_is_not_repeated(programs: Programs, said
 
 
 @on_reactor
-async def test_one_that_talks_without_end_is_killed(programs: Programs) -> None:
+async def test_endless_output_is_killed(programs: Programs) -> None:
     programs.write("echo $$ > pid; exec yes")
     with pytest.raises(Unavailable, match="docker-credential-fake"):
         await asking()
@@ -212,13 +212,13 @@ async def test_one_that_talks_without_end_is_killed(programs: Programs) -> None:
 
 
 @on_reactor
-async def test_sixty_four_kibibytes_may_be_said(programs: Programs) -> None:
+async def test_output_of_64_kib_is_accepted(programs: Programs) -> None:
     programs.says(json.dumps(GOOD).ljust(64 * 1024))
     assert await asking() == Password("user", "s3cret")
 
 
 @on_reactor
-async def test_one_that_hangs_is_killed_after_half_a_minute(programs: Programs) -> None:
+async def test_hanging_helper_is_killed_after_30_seconds(programs: Programs) -> None:
     programs.write("echo $$ > pid; exec sleep 1000")
     machine = Machine()
     waiting = asking(machine)
@@ -234,7 +234,7 @@ async def test_one_that_hangs_is_killed_after_half_a_minute(programs: Programs) 
 
 
 @on_reactor
-async def test_so_is_one_whose_children_hold_its_output(programs: Programs) -> None:
+async def test_child_holding_the_output_is_a_timeout(programs: Programs) -> None:
     programs.write("sleep 1000 & echo $! > pid; exit 0")
     machine = Machine()
     waiting = asking(machine)
@@ -246,7 +246,7 @@ async def test_so_is_one_whose_children_hold_its_output(programs: Programs) -> N
 
 
 @on_reactor
-async def test_a_program_that_is_gone(programs: Programs) -> None:
+async def test_missing_program(programs: Programs) -> None:
     with pytest.raises(Unavailable) as raised:
         await asking()
     assert raised.value.message == (
@@ -255,7 +255,7 @@ async def test_a_program_that_is_gone(programs: Programs) -> None:
 
 
 @on_reactor
-async def test_a_program_that_cannot_be_started(programs: Programs) -> None:
+async def test_program_that_cannot_be_started(programs: Programs) -> None:
     programs.write("exit 0")
 
     class Full:

@@ -1,4 +1,4 @@
-"""TLS with an upstream: whom we trust, what a server gets to know of us, in handshakes without a network."""
+"""TLS with upstreams: trust and client certificates, in handshakes without a network."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from tests.certificates import Authority
 
 HOST = "reg.example"
 Files = tuple[Path, Path]
-"""A certificate, followed by those that lead to its root, and its key."""
+"""A certificate, followed by its issuers, and its key."""
 
 
 def certificates(path: Path) -> Certificates:
-    """Those of a file."""
+    """Return the certificates in a file."""
     end = b"-----END CERTIFICATE-----\n"
     return Certificates(path, tuple(part + end for part in path.read_bytes().split(end)[:-1]))
 
 
 def trusting(path: Path) -> UpstreamTls:
-    """Trust in the certificates of a file alone."""
+    """Return settings that trust only the certificates in a file."""
     return UpstreamTls(certificates(path))
 
 
 def key_pair(files: Files) -> KeyPair:
-    """Who we are."""
+    """Return our certificate and key."""
     certificate, key = files
     return KeyPair(certificates(certificate), key.read_bytes())
 
 
 def subject(certificate: crypto.X509) -> str:
-    """Whose it is."""
+    """Return the subject of a certificate."""
     (name,) = certificate.to_cryptography().subject
     return str(name.value)
 
 
 @dataclass
 class TlsServer:
-    """A server with a certificate, and what it gets to know of its clients."""
+    """A server with a certificate that records what clients send."""
 
     files: Files
     names: list[bytes | None] = field(default_factory=list)
     clients: list[list[str]] = field(default_factory=list)
-    """The subjects of the certificates that each client sent, its own first."""
+    """Subjects of the certificates that each client sent, its own first."""
 
     def connection(self) -> SSL.Connection:
-        """A new connection, in memory; it asks for a client certificate, and takes any."""
+        """Return a new connection in memory that requests any client certificate."""
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
-        # Whatever this server has is for the client to judge.
+        # The server offers all protocols; the client decides.
         context.set_cipher_list(b"DEFAULT:@SECLEVEL=0")
         context.use_certificate_chain_file(str(self.files[0]))
         context.use_privatekey_file(str(self.files[1]))
@@ -66,15 +66,15 @@ class TlsServer:
         return connection
 
     def learn(self, connection: SSL.Connection) -> None:
-        """Notes whom it has spoken to."""
+        """Record server name and client certificates of a connection."""
         peer = connection.get_peer_certificate()
-        # Whether the client's own certificate is in its chain differs between versions of OpenSSL.
+        # OpenSSL versions differ in whether the chain includes the client's own certificate.
         chain = [peer, *(connection.get_peer_cert_chain() or ())] if peer else []
         self.clients.append(list(dict.fromkeys(map(subject, chain))))
 
 
 def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
-    """Carries over what one side has to say."""
+    """Transfer pending data from one side to the other."""
     while True:
         try:
             sink.bio_write(source.bio_read(2**16))
@@ -83,7 +83,7 @@ def pump(source: SSL.Connection, sink: SSL.Connection) -> None:
 
 
 def shake_hands(policy: UpstreamPolicy, server: TlsServer, host: str = HOST, port: int = 443) -> None:
-    """A handshake; raises what the client has against it."""
+    """Perform a handshake; raise the client's error."""
     creator: Any = policy.creatorForNetloc(host.encode(), port)
     client = creator.clientConnectionForTLS(None)
     client.set_connect_state()
@@ -103,19 +103,19 @@ def shake_hands(policy: UpstreamPolicy, server: TlsServer, host: str = HOST, por
 
 
 def policy(settings: UpstreamTls = SYSTEM_TRUST, own: tuple[str, int] = (HOST, 443)) -> UpstreamPolicy:
-    """The policy of an upstream."""
+    """Return the policy of an upstream."""
     return UpstreamPolicy(settings, own, ContextCache())
 
 
 @pytest.fixture
 def good(authority: Authority) -> TlsServer:
-    """A server for reg.example, certified by `authority`."""
+    """Return a server for reg.example with a certificate of `authority`."""
     return TlsServer(authority.issue(HOST))
 
 
 @pytest.fixture
 def system_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The operating system's trust store: a file without a certificate yet."""
+    """Replace the system's trust store by an empty file."""
     store = tmp_path / "system.pem"
     store.touch()
     monkeypatch.setenv("SSL_CERT_FILE", str(store))
@@ -123,7 +123,7 @@ def system_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return store
 
 
-def test_whom_the_system_trusts_is_trusted(good: TlsServer, authority: Authority, system_trust: Path) -> None:
+def test_system_trust(good: TlsServer, authority: Authority, system_trust: Path) -> None:
     with pytest.raises(CertificateRefused):
         shake_hands(policy(), good)
     system_trust.write_bytes(authority.ca.read_bytes())
@@ -131,7 +131,7 @@ def test_whom_the_system_trusts_is_trusted(good: TlsServer, authority: Authority
     assert good.names == [b"reg.example"] * 2
 
 
-def test_with_an_authority_that_is_the_only_one(
+def test_configured_authority_replaces_system_trust(
     good: TlsServer, authority: Authority, system_trust: Path, tmp_path: Path
 ) -> None:
     shake_hands(policy(trusting(authority.ca)), good)
@@ -141,7 +141,7 @@ def test_with_an_authority_that_is_the_only_one(
         shake_hands(policy(trusting(other.ca)), good)
 
 
-def test_each_of_several_authorities_is_one(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
+def test_several_authorities(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other", "other authority")
     both = tmp_path / "both.crt"
     both.write_bytes(other.ca.read_bytes() + authority.ca.read_bytes())
@@ -149,14 +149,14 @@ def test_each_of_several_authorities_is_one(good: TlsServer, authority: Authorit
     shake_hands(policy(trusting(both)), TlsServer(other.issue(HOST)))
 
 
-def test_trust_in_one_that_another_certified_is_trust_in_it(authority: Authority, tmp_path: Path) -> None:
+def test_intermediate_authority_as_trust_anchor(authority: Authority, tmp_path: Path) -> None:
     below = Authority(tmp_path / "below", "intermediate authority", authority)
     server = TlsServer(below.issue(HOST))
     shake_hands(policy(trusting(below.ca)), server)
     shake_hands(policy(trusting(authority.ca)), server)
 
 
-def test_so_is_trust_in_a_server_itself(good: TlsServer, tmp_path: Path) -> None:
+def test_server_certificate_as_trust_anchor(good: TlsServer, tmp_path: Path) -> None:
     shake_hands(policy(trusting(good.files[0])), good)
     alone = TlsServer(Authority.self_signed(tmp_path / "alone", HOST))
     shake_hands(policy(trusting(alone.files[0])), alone)
@@ -164,8 +164,10 @@ def test_so_is_trust_in_a_server_itself(good: TlsServer, tmp_path: Path) -> None
         shake_hands(policy(trusting(alone.files[0])), good)
 
 
-def test_and_none_in_it_for_another_host(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
-    """Whatever a chain ends with, the name is looked at."""
+def test_server_certificate_is_not_trusted_for_another_host(
+    good: TlsServer, authority: Authority, tmp_path: Path
+) -> None:
+    """The name is checked regardless of the trust anchor."""
     below = Authority(tmp_path / "below", "intermediate authority", authority)
     alone = TlsServer(Authority.self_signed(tmp_path / "alone", HOST))
     intermediate = TlsServer(below.issue(HOST))
@@ -175,16 +177,16 @@ def test_and_none_in_it_for_another_host(good: TlsServer, authority: Authority, 
 
 
 @pytest.mark.parametrize("name", [HOST, "elsewhere.example", "127.0.0.1"])
-def test_who_is_not_verified_may_be_anybody(tmp_path: Path, name: str) -> None:
+def test_unverified_server_may_have_any_name(tmp_path: Path, name: str) -> None:
     server = TlsServer(Authority.self_signed(tmp_path, name))
     shake_hands(policy(UpstreamTls(verify=False)), server)
-    # One server may be many hosts, and has to know which of them was asked.
+    # SNI is still sent for servers with several hosts.
     assert server.names == [b"reg.example"]
 
 
 @pytest.mark.parametrize("settings", [UpstreamTls(verify=False), None])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "fd00::1"])
-def test_an_address_is_not_told_as_a_name(authority: Authority, settings: UpstreamTls | None, host: str) -> None:
+def test_address_is_not_sent_as_server_name(authority: Authority, settings: UpstreamTls | None, host: str) -> None:
     """RFC 6066, section 3; servers refuse it."""
     server = TlsServer(authority.issue(host))
     shake_hands(policy(settings or trusting(authority.ca)), server, host)
@@ -193,12 +195,12 @@ def test_an_address_is_not_told_as_a_name(authority: Authority, settings: Upstre
 
 @pytest.fixture
 def client(tmp_path: Path) -> KeyPair:
-    """Our certificate, with that of the intermediate authority that issued it."""
+    """Return our certificate with its intermediate authority."""
     root = Authority(tmp_path / "root", "our root")
     return key_pair(Authority(tmp_path / "below", "our authority", root).issue("our daemon"))
 
 
-def test_our_certificate_is_shown_with_those_that_lead_to_its_root(
+def test_client_certificate_is_sent_with_intermediates(
     good: TlsServer, authority: Authority, client: KeyPair
 ) -> None:
     shake_hands(policy(UpstreamTls(certificates(authority.ca), client)), good)
@@ -206,9 +208,7 @@ def test_our_certificate_is_shown_with_those_that_lead_to_its_root(
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_our_certificate_is_shown_to_the_upstream_itself_and_nobody_else(
-    authority: Authority, client: KeyPair, verify: bool
-) -> None:
+def test_client_certificate_is_sent_to_the_upstream_only(authority: Authority, client: KeyPair, verify: bool) -> None:
     server = TlsServer(authority.issue(HOST, "cdn.example", "127.0.0.1"))
     shown = policy(UpstreamTls(certificates(authority.ca), client, verify), (HOST, 5000))
     for host, port in ((HOST, 5000), (HOST, 443), (HOST, 5001), ("cdn.example", 5000), ("127.0.0.1", 5000)):
@@ -216,13 +216,13 @@ def test_our_certificate_is_shown_to_the_upstream_itself_and_nobody_else(
     assert [bool(chain) for chain in server.clients] == [True, False, False, False, False]
 
 
-def test_who_has_no_certificate_shows_none(good: TlsServer, authority: Authority) -> None:
+def test_no_client_certificate(good: TlsServer, authority: Authority) -> None:
     shake_hands(policy(trusting(authority.ca)), good)
     assert good.clients == [[]]
 
 
-def test_every_host_is_verified_by_its_own_name(authority: Authority) -> None:
-    """Also those that a registry redirects to, over the one policy."""
+def test_each_host_is_verified_by_its_own_name(authority: Authority) -> None:
+    """Also redirect targets, which use the same policy."""
     server = TlsServer(authority.issue(HOST))
     shared = policy(trusting(authority.ca))
     shake_hands(shared, server)
@@ -232,8 +232,8 @@ def test_every_host_is_verified_by_its_own_name(authority: Authority) -> None:
     shake_hands(shared, server)
 
 
-def test_upstreams_that_are_spoken_with_alike_share_a_context(authority: Authority) -> None:
-    """Whatever names clients think of: a trust store is read once."""
+def test_equal_policies_share_a_context(authority: Authority) -> None:
+    """The trust store is read once, regardless of how many names clients use."""
     contexts = ContextCache()
     skipping = UpstreamTls(verify=False)
     made: list[Any] = [

@@ -1,4 +1,4 @@
-"""Certificates that do not hold: each is refused, and the operator told whose it was and why."""
+"""Invalid certificates are refused, with the certificate and the reason in the error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLIENTS = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
 
 
 def names(*hosts: str) -> x509.SubjectAlternativeName:
-    """The names of a certificate."""
+    """Return the subjectAltName of a certificate."""
 
     def name(host: str) -> x509.GeneralName:
         try:
@@ -44,12 +44,12 @@ def names(*hosts: str) -> x509.SubjectAlternativeName:
 
 
 def damaged(content: bytes) -> x509.UnrecognizedExtension:
-    """Names that are none."""
+    """Return a malformed subjectAltName."""
     return x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, content)
 
 
 class Odd:
-    """Makes certificates as `authority` would never issue them."""
+    """Creates certificates that `authority` would not issue."""
 
     def __init__(self, authority: Authority, folder: Path) -> None:
         self._authority = authority
@@ -63,7 +63,7 @@ class Odd:
         end: datetime = NOW + DAY,
         bits: int = 0,
     ) -> Files:
-        """A certificate with a key of so many bits (RSA), and its file with the key."""
+        """Return files of a certificate and its RSA key of `bits` bits."""
         key: Any = rsa.generate_private_key(65537, bits) if bits else ec.generate_private_key(ec.SECP256R1())
         builder = (
             x509.CertificateBuilder()
@@ -86,61 +86,61 @@ class Odd:
 
 @pytest.fixture
 def odd(authority: Authority, tmp_path: Path) -> Odd:
-    """An authority that we trust, and that may do as it likes."""
+    """Return a trusted authority without restrictions."""
     return Odd(authority, tmp_path)
 
 
 def refused(files: Files, trust: UpstreamTls, host: str = HOST) -> CertificateRefused:
-    """What is said against a certificate."""
+    """Return the error for a certificate."""
     with pytest.raises(CertificateRefused) as raised:
         shake_hands(policy(trust), TlsServer(files), host)
     assert explain(raised.value) == f"TLS failed: {raised.value.message}"
     assert not speaks_no_tls(raised.value)
-    # One whom nobody verifies may have it.
+    # Without verification it is accepted.
     shake_hands(policy(UpstreamTls(verify=False)), TlsServer(files), host)
     return raised.value
 
 
 def because(why: str, subject: str = HOST) -> str:
-    """What is said."""
+    """Return the expected error text."""
     return f"the certificate of CN={subject} is refused: {why}"
 
 
-def test_of_an_authority_that_is_not_trusted(authority: Authority, tmp_path: Path) -> None:
+def test_untrusted_issuer(authority: Authority, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other", "other authority")
     why = refused(authority.issue(HOST), trusting(other.ca))
     assert why.message == because("its issuer is not trusted")
 
 
-def test_of_one_that_is_called_the_same(authority: Authority, tmp_path: Path) -> None:
+def test_issuer_with_a_trusted_name(authority: Authority, tmp_path: Path) -> None:
     impostor = Authority(tmp_path / "impostor")
     assert "is refused: " in refused(impostor.issue(HOST), trusting(authority.ca)).message
 
 
-def test_of_one_that_nobody_but_itself_vouches_for(authority: Authority, tmp_path: Path) -> None:
+def test_self_signed(authority: Authority, tmp_path: Path) -> None:
     files = Authority.self_signed(tmp_path / "alone", HOST)
     assert refused(files, trusting(authority.ca)).message == because("it is self-signed, and not trusted")
 
 
-def test_of_one_whose_root_is_not_trusted(authority: Authority, tmp_path: Path) -> None:
+def test_untrusted_root(authority: Authority, tmp_path: Path) -> None:
     root = Authority(tmp_path / "root", "their root")
     files = Authority(tmp_path / "below", "their authority", root).issue(HOST)
     why = refused(files, trusting(authority.ca))
     assert why.message == because("its issuer is not trusted", "their authority")
-    # Some send that of the root as well.
+    # Some servers send the root as well.
     files[0].write_bytes(files[0].read_bytes() + root.ca.read_bytes())
     why = refused(files, trusting(authority.ca))
     assert why.message == because("it leads to a self-signed certificate that is not trusted", "their root")
 
 
-def test_one_that_has_expired(authority: Authority, odd: Odd) -> None:
+def test_expired(authority: Authority, odd: Odd) -> None:
     trust = trusting(authority.ca)
     assert refused(authority.issue(HOST, expired=True), trust).message == because("it has expired")
     files = odd.issue(names(HOST), begin=NOW - 2 * DAY, end=NOW - timedelta(minutes=1))
     assert refused(files, trust).message == because("it has expired")
 
 
-def test_one_that_is_not_valid_yet(authority: Authority, odd: Odd) -> None:
+def test_not_yet_valid(authority: Authority, odd: Odd) -> None:
     files = odd.issue(names(HOST), begin=NOW + timedelta(minutes=10))
     assert refused(files, trusting(authority.ca)).message == because("it is not valid yet")
 
@@ -162,26 +162,26 @@ OTHER_NAME = "it is for another host name"
         ("::1", ["127.0.0.1"]),
     ],
 )
-def test_one_for_another_host(authority: Authority, odd: Odd, host: str, named: list[str]) -> None:
+def test_other_host(authority: Authority, odd: Odd, host: str, named: list[str]) -> None:
     files = odd.issue(names(*named), subject=named[0])
     assert refused(files, trusting(authority.ca), host).message == because(OTHER_NAME, named[0])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", HOST, "some.wild.example"])
-def test_one_for_the_host_is_taken(authority: Authority, odd: Odd, host: str) -> None:
+def test_matching_host_is_accepted(authority: Authority, odd: Odd, host: str) -> None:
     files = odd.issue(names("127.0.0.1", "::1", HOST, "*.wild.example"), SERVERS, subject="anything")
     shake_hands(policy(trusting(authority.ca)), TlsServer(files), host)
 
 
-def test_a_name_that_is_not_taken_is_told_as_one(authority: Authority, odd: Odd) -> None:
-    """service_identity takes no wildcard for a whole top-level domain, such as those of many a local network."""
+def test_refused_wildcard_is_reported_as_name_mismatch(authority: Authority, odd: Odd) -> None:
+    """service_identity accepts no wildcard for a top-level domain, which many local networks use."""
     files = odd.issue(names("reg.lan", "*.lan"))
     assert "it names no host" not in refused(files, trusting(authority.ca), "reg.lan").message
 
 
 @pytest.mark.filterwarnings("ignore:Certificate with CN")
 @pytest.mark.parametrize("host", [HOST, "elsewhere.example", "127.0.0.1"])
-def test_its_subject_is_no_name_of_a_host(authority: Authority, odd: Odd, host: str) -> None:
+def test_subject_is_no_host_name(authority: Authority, odd: Odd, host: str) -> None:
     why = refused(odd.issue(), trusting(authority.ca), host)
     assert why.message == because("none of its names can be used (subjectAltName)")
 
@@ -200,15 +200,15 @@ def test_its_subject_is_no_name_of_a_host(authority: Authority, odd: Odd, host: 
         b"\x30\x03\x86\x01:",
     ],
 )
-def test_names_that_make_no_sense_are_those_of_another_host(authority: Authority, odd: Odd, content: bytes) -> None:
+def test_malformed_names_match_no_host(authority: Authority, odd: Odd, content: bytes) -> None:
     why = refused(odd.issue(damaged(content), subject="odd"), trusting(authority.ca))
     assert why.message.startswith("the certificate of CN=odd is refused: ")
 
 
 @pytest.mark.filterwarnings("ignore:Certificate with CN")
 @pytest.mark.parametrize("content", [b"", b"\x30", b"\x30\x03\x82\x7fa", b"\xff" * 20, b"\x30\x80", b"\x05\x00"])
-def test_nor_do_names_that_cannot_be_read(odd: Odd, content: bytes) -> None:
-    """No OpenSSL lets a server show them, so that what is asked about it is asked here."""
+def test_undecodable_names_match_no_host(odd: Odd, content: bytes) -> None:
+    """OpenSSL servers cannot send such certificates, so the function is called directly."""
     certificate = crypto.load_certificate(crypto.FILETYPE_PEM, odd.issue(damaged(content))[0].read_bytes())
     connection: Any = None
     for holds, error, why in ((1, 0, ""), (0, 9999, "OpenSSL's error 9999"), (0, 20, "its issuer is not trusted")):
@@ -218,12 +218,12 @@ def test_nor_do_names_that_cannot_be_read(odd: Odd, content: bytes) -> None:
         assert raised.value.message.endswith((f" is refused: {why}", "it cannot be read"))
 
 
-def test_one_with_a_key_that_can_be_found_out(authority: Authority, odd: Odd) -> None:
+def test_weak_key(authority: Authority, odd: Odd) -> None:
     files = odd.issue(names(HOST), bits=1024)
     assert refused(files, trusting(authority.ca)).message == because("its key is too weak")
 
 
-def test_one_that_is_not_for_servers(authority: Authority, odd: Odd) -> None:
+def test_not_for_servers(authority: Authority, odd: Odd) -> None:
     files = odd.issue(names(HOST), CLIENTS)
     assert refused(files, trusting(authority.ca)).message == because("it is not meant for servers")
 
@@ -232,10 +232,10 @@ def test_one_that_is_not_for_servers(authority: Authority, odd: Odd) -> None:
     "subject", ["wrong version number", "http request", "packet length too long; unknown protocol"]
 )
 @on_reactor
-async def test_what_a_subject_says_is_no_reason_for_http(
+async def test_subject_text_causes_no_http_fallback(
     network: Network, authority: Authority, odd: Odd, subject: str
 ) -> None:
-    """It has spoken TLS, or nobody would know its subject."""
+    """A host with a certificate has spoken TLS."""
     files = odd.issue(names("elsewhere.example"), subject=subject)
     assert refused(files, trusting(authority.ca)).message == because(OTHER_NAME, subject.replace(";", "\\;"))
     context = authority.server_context("elsewhere.example")
@@ -247,6 +247,6 @@ async def test_what_a_subject_says_is_no_reason_for_http(
 
 
 @pytest.mark.parametrize("subject", ["a\nforged line", "\x1b[31mred", "ü" * 30])
-def test_a_subject_is_told_in_one_line(authority: Authority, odd: Odd, subject: str) -> None:
+def test_subject_is_printed_on_one_line(authority: Authority, odd: Odd, subject: str) -> None:
     why = refused(odd.issue(names("elsewhere.example"), subject=subject), trusting(authority.ca))
     assert len(why.message) < 500
