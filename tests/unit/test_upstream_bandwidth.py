@@ -1,4 +1,4 @@
-"""The budget of all upstreams: what it lets through in any ten seconds, who waits for it, and when another holds."""
+"""The bandwidth limit of all upstreams: rate, time windows and receive buffers."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NIGHT = Window(time(22), time(6), 2000.0)
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets have no headers, so that figures are round."""
+    """Count no packet headers, so that figures are round."""
     monkeypatch.setattr(module, "_PAYLOAD_FRACTION", 1.0)
 
 
 def at(hour: int, minute: int = 0, second: int = 0) -> Callable[[], time]:
-    """It is that time."""
+    """Return a time-of-day function."""
     return lambda: time(hour, minute, second)
 
 
@@ -44,31 +44,31 @@ def at(hour: int, minute: int = 0, second: int = 0) -> Callable[[], time]:
         (at(6), 50.0),
     ],
 )
-def test_the_time_of_the_day_tells_the_rate(clock: Clock, now: Callable[[], time], rate: float) -> None:
+def test_time_of_day_selects_the_rate(clock: Clock, now: Callable[[], time], rate: float) -> None:
     assert Bandwidth(50.0, (DAY, NIGHT), clock, now).rate == rate
     assert Bandwidth(None, (DAY, NIGHT), clock, now).rate == (None if rate == 50.0 else rate)
 
 
-def test_the_first_window_that_holds_is_the_one(clock: Clock) -> None:
+def test_first_matching_window_wins(clock: Clock) -> None:
     always = Window(time(0), time(0), 3000.0)
     assert Bandwidth(None, (DAY, always), clock, at(12)).rate == 1000.0
     assert Bandwidth(None, (always, DAY), clock, at(12)).rate == 3000.0
     assert Bandwidth(None, (DAY, always), clock, at(20)).rate == 3000.0
 
 
-def test_the_time_is_that_of_this_place(clock: Clock) -> None:
+def test_time_of_day_is_local(clock: Clock) -> None:
     assert Bandwidth(None, (Window(time(0), time(0), 5.0),), clock).rate == 5.0
     assert Bandwidth(7.0, (), clock).rate == 7.0
 
 
 @pytest.mark.parametrize("windows", [(), (DAY,)])
-def test_without_a_limit_nobody_waits(clock: Clock, windows: tuple[Window, ...]) -> None:
+def test_no_limit_no_delay(clock: Clock, windows: tuple[Window, ...]) -> None:
     bandwidth = Bandwidth(None, windows, clock, at(20))
     assert [bandwidth.consume(100 * MIB) for _ in range(100)] == [0.0] * 100
     assert bandwidth.buffer is None
 
 
-def test_the_headers_of_packets_are_part_of_the_limit(clock: Clock) -> None:
+def test_packet_headers_count(clock: Clock) -> None:
     bandwidth = Bandwidth(15_000.0, (), clock)
     assert bandwidth.consume(14_480) == pytest.approx(1.0)
     clock.advance(1)
@@ -76,10 +76,10 @@ def test_the_headers_of_packets_are_part_of_the_limit(clock: Clock) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_what_came_is_waited_for(clock: Clock) -> None:
+def test_delay_follows_received_bytes(clock: Clock) -> None:
     bandwidth = Bandwidth(1000.0, (), clock)
     assert bandwidth.consume(500) == 0.5
-    # Whoever draws next waits for both.
+    # The next caller waits for both.
     assert bandwidth.consume(250) == 0.75
     clock.advance(0.5)
     assert bandwidth.consume(0) == 0.25
@@ -89,14 +89,14 @@ def test_what_came_is_waited_for(clock: Clock) -> None:
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("idle", [0.0, 0.0625, 0.125, 1.0, 100_000.0])
-def test_what_is_not_used_is_kept_for_a_tenth_of_a_second(clock: Clock, idle: float) -> None:
+def test_unused_rate_accumulates_for_a_tenth_of_a_second(clock: Clock, idle: float) -> None:
     bandwidth = Bandwidth(1000.0, (), clock)
     clock.advance(idle)
     assert bandwidth.consume(1000) == pytest.approx(1 - min(idle, 0.1))
 
 
 class Arriving:
-    """A body that always has more to come, in pieces of `size` bytes; it stops while it is told to."""
+    """An endless body in pieces of `size` bytes that obeys the returned delays."""
 
     def __init__(self, bandwidth: Bandwidth, size: int, clock: Clock, advance: list[tuple[float, int]]) -> None:
         self._bandwidth = bandwidth
@@ -109,19 +109,19 @@ class Arriving:
     def _read(self) -> None:
         self.reads += 1
         self._advance.append((self._clock.seconds(), self._size))
-        # Sooner than that no reactor calls again.
+        # No reactor calls earlier than that.
         self._clock.callLater(max(0.0001, self._bandwidth.consume(self._size)), self._read)
 
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("rate", [62_500, 250_000, 12_500_000])
 @pytest.mark.parametrize("sizes", [(1460,), (16 * KIB,), (1460, 1460, 4096), (2048, 16 * KIB, 8192, 500, 16 * KIB)])
-def test_in_any_ten_seconds_it_is_what_is_allowed(clock: Clock, rate: int, sizes: tuple[int, ...]) -> None:
+def test_rate_over_any_ten_seconds(clock: Clock, rate: int, sizes: tuple[int, ...]) -> None:
     bandwidth = Bandwidth(float(rate), (), clock)
     advance: list[tuple[float, int]] = []
-    # What is read at once grows with the link.
+    # Larger reads on a faster connection.
     bodies = [Arriving(bandwidth, size * max(1, rate // 250_000), clock, advance) for size in sizes]
-    # Not from the beginning, when nothing has come yet.
+    # Without the start, when nothing had arrived yet.
     clock.advance(100)
     first = clock.seconds()
     while clock.seconds() < first + 40:
@@ -133,7 +133,7 @@ def test_in_any_ten_seconds_it_is_what_is_allowed(clock: Clock, rate: int, sizes
 
 
 @pytest.mark.usefixtures("exact")
-def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
+def test_burst_after_a_pause_is_limited(clock: Clock) -> None:
     bandwidth = Bandwidth(100_000.0, (), clock)
     clock.advance(3600)
     at_once = 0
@@ -143,11 +143,11 @@ def test_after_a_pause_no_more_than_a_burst_comes_at_once(clock: Clock) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_another_limit_holds_at_once(clock: Clock) -> None:
+def test_new_limit_applies_immediately(clock: Clock) -> None:
     bandwidth = Bandwidth(None, (), clock, at(12))
     assert bandwidth.consume(MIB) == 0.0
     bandwidth.reconfigure(1000.0, ())
-    # What came without a limit is not to be paid for.
+    # Bytes received without a limit cause no delay.
     assert bandwidth.consume(1000) == 1.0
     bandwidth.reconfigure(500.0, ())
     assert (bandwidth.rate, bandwidth.consume(0)) == (500.0, 2.0)
@@ -160,7 +160,7 @@ def test_another_limit_holds_at_once(clock: Clock) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_a_window_begins_for_what_is_under_way(clock: Clock) -> None:
+def test_starting_window_applies_to_downloads_in_progress(clock: Clock) -> None:
     hour = 7
     bandwidth = Bandwidth(None, (DAY,), clock, lambda: time(hour))
     assert bandwidth.consume(1000) == 0.0
@@ -169,7 +169,7 @@ def test_a_window_begins_for_what_is_under_way(clock: Clock) -> None:
 
 
 class Body:
-    """A large body: what it draws, and how much the kernel may receive for it."""
+    """A large body: its draws and its receive buffer sizes."""
 
     def __init__(self, bandwidth: Bandwidth, length: int | None = None) -> None:
         self.share = Share(bandwidth, length)
@@ -188,7 +188,7 @@ class Body:
         (4.0 * MIB, 4, int(0.3 * MIB)),
     ],
 )
-def test_the_kernel_takes_a_third_of_a_second_for_all_together(
+def test_receive_buffers_hold_a_third_of_a_second_in_total(
     clock: Clock, rate: float, count: int, buffer: int
 ) -> None:
     for bandwidth in (
@@ -200,7 +200,7 @@ def test_the_kernel_takes_a_third_of_a_second_for_all_together(
         assert [body.buffers[-1] for body in bodies] == [buffer] * count
 
 
-def test_what_ends_leaves_its_part_to_the_others(clock: Clock) -> None:
+def test_ended_body_leaves_its_share_to_others(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
     first, second = Body(bandwidth), Body(bandwidth)
     assert first.buffers == [75_000, 37_500]
@@ -212,12 +212,12 @@ def test_what_ends_leaves_its_part_to_the_others(clock: Clock) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_what_the_kernel_has_received_has_come(clock: Clock) -> None:
+def test_receive_buffer_counts_as_received(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
     share = Body(bandwidth, 200_000).share
     assert share.consume(25_000) == 0.4
     assert share.consume(25_000) == 0.5
-    # No more will come than there is.
+    # No more than the body's length.
     assert share.consume(100_000) == 0.8
     assert share.consume(50_000) == 0.8
     share.end()
@@ -225,12 +225,12 @@ def test_what_the_kernel_has_received_has_come(clock: Clock) -> None:
 
 
 @pytest.mark.usefixtures("exact")
-def test_what_was_paid_is_not_paid_again(clock: Clock) -> None:
+def test_prepaid_bytes_are_not_charged_again(clock: Clock) -> None:
     bandwidth = Bandwidth(250_000.0, (), clock)
     share = Body(bandwidth).share
     assert share.consume(1000) == 76_000 / 250_000
     Body(bandwidth)
-    # What was paid in advance is still to be read.
+    # Bytes charged in advance are still to be read.
     assert share.consume(30_000) == share.consume(7_500) == 76_000 / 250_000
     assert share.consume(1000) == 77_000 / 250_000
 
@@ -238,5 +238,5 @@ def test_what_was_paid_is_not_paid_again(clock: Clock) -> None:
 @pytest.mark.parametrize(
     ("length", "small"), [(0, True), (64 * KIB, True), (64 * KIB + 1, False), (math.inf, False), (None, False)]
 )
-def test_what_is_small(length: int | None, small: bool) -> None:
+def test_is_small(length: int | None, small: bool) -> None:
     assert Bandwidth.is_small(length) is small

@@ -1,4 +1,4 @@
-"""A body under a limit: it is paused for its time, not for longer, and that is no silence of the upstream."""
+"""Bodies under a bandwidth limit: pauses, and their effect on the silence timeout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATE = 64 * KIB
 
 
 class Thin:
-    """A body that has a second for every 64 KiB, and its connection."""
+    """A body on a limit of 64 KiB per second, and its connection."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -32,28 +32,28 @@ class Thin:
         self.body.makeConnection(cast(ITransport, self.connection))
 
     def comes(self, seconds: float) -> None:
-        """As much comes as may in so many seconds."""
+        """Deliver the bytes of this many seconds."""
         self.body.dataReceived(bytes(int(seconds * RATE)))
 
     @property
     def paused(self) -> bool:
-        """Whether the upstream is."""
+        """Return whether the transport is paused."""
         return self.connection.paused
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets have no headers, so that figures are round."""
+    """Count no packet headers, so that figures are round."""
     monkeypatch.setattr(ociregistry.upstream.bandwidth, "_PAYLOAD_FRACTION", 1.0)
 
 
 @pytest.fixture
 def thin(clock: Clock) -> Thin:
-    """One that has begun."""
+    """Return a body that has begun."""
     return Thin(clock)
 
 
-def test_it_is_paused_for_its_time(thin: Thin) -> None:
+def test_body_is_paused_for_its_delay(thin: Thin) -> None:
     reading = thin.body.read()
     thin.comes(2)
     assert len(fired(reading)) == 2 * RATE
@@ -66,7 +66,7 @@ def test_it_is_paused_for_its_time(thin: Thin) -> None:
     assert thin.connection.pauses == 2
 
 
-def test_who_reads_meanwhile_does_not_resume_it(thin: Thin) -> None:
+def test_reading_does_not_end_the_delay(thin: Thin) -> None:
     thin.comes(2)
     assert len(fired(thin.body.read())) == 2 * RATE
     reading = thin.body.read()
@@ -77,7 +77,7 @@ def test_who_reads_meanwhile_does_not_resume_it(thin: Thin) -> None:
     assert len(fired(reading)) == RATE // 2
 
 
-def test_what_was_in_the_pipe_takes_its_time_too(thin: Thin) -> None:
+def test_bytes_received_while_paused_extend_the_delay(thin: Thin) -> None:
     thin.comes(1)
     thin.clock.advance(0.5)
     thin.comes(1)
@@ -88,7 +88,7 @@ def test_what_was_in_the_pipe_takes_its_time_too(thin: Thin) -> None:
     assert thin.connection.pauses == 1
 
 
-def test_the_time_while_it_is_paused_is_no_silence(thin: Thin) -> None:
+def test_delay_does_not_count_as_silence(thin: Thin) -> None:
     thin.comes(1000)
     thin.body.read()
     thin.clock.advance(999)
@@ -97,7 +97,7 @@ def test_the_time_while_it_is_paused_is_no_silence(thin: Thin) -> None:
     reading = thin.body.read()
     thin.clock.advance(9.875)
     assert not reading.called
-    # From there on it is.
+    # Afterwards silence counts.
     thin.clock.advance(0.125)
     failed(reading, Unavailable)
     assert thin.connection.stalls == [("no byte came for 10 s", 10.0)]
@@ -105,14 +105,14 @@ def test_the_time_while_it_is_paused_is_no_silence(thin: Thin) -> None:
 
 
 @pytest.mark.parametrize("why", [None, ConnectionLost()])
-def test_nothing_is_left_of_it_at_the_end(thin: Thin, why: Exception | None) -> None:
+def test_no_delayed_call_is_left_at_the_end(thin: Thin, why: Exception | None) -> None:
     thin.comes(5)
     end(thin.body, why)
     assert thin.clock.getDelayedCalls() == []
     assert len(fired(thin.body.read())) == 5 * RATE
 
 
-def test_no_time_is_left_for_a_limit_that_is_gone(thin: Thin) -> None:
+def test_no_delay_after_the_limit_is_removed(thin: Thin) -> None:
     thin.bandwidth.reconfigure(None, ())
     thin.comes(1)
     assert not thin.paused
@@ -120,7 +120,7 @@ def test_no_time_is_left_for_a_limit_that_is_gone(thin: Thin) -> None:
     assert stall.getTime() == 10
 
 
-def test_a_full_buffer_stays_paused_until_it_is_read(thin: Thin) -> None:
+def test_full_buffer_stays_paused_until_read(thin: Thin) -> None:
     thin.comes(16)
     thin.clock.advance(16)
     assert thin.paused
@@ -128,7 +128,7 @@ def test_a_full_buffer_stays_paused_until_it_is_read(thin: Thin) -> None:
     assert not thin.paused
 
 
-def test_a_full_buffer_that_is_read_in_time_waits_for_its_time(thin: Thin) -> None:
+def test_full_buffer_read_early_stays_paused_for_its_delay(thin: Thin) -> None:
     thin.comes(16)
     thin.clock.advance(8)
     assert len(fired(thin.body.read())) == MIB
@@ -137,10 +137,10 @@ def test_a_full_buffer_that_is_read_in_time_waits_for_its_time(thin: Thin) -> No
     assert not thin.paused
 
 
-# Others go first
+# Yielding to clients
 
 
-def test_a_body_that_is_held_lets_nothing_come_until_it_is_read(thin: Thin) -> None:
+def test_held_body_is_paused_until_read(thin: Thin) -> None:
     thin.body.pause()
     assert thin.paused
     thin.clock.advance(10_000)
@@ -151,7 +151,7 @@ def test_a_body_that_is_held_lets_nothing_come_until_it_is_read(thin: Thin) -> N
     assert thin.connection.pauses == 1
 
 
-def test_held_or_throttled_it_is_paused_once(thin: Thin) -> None:
+def test_hold_and_throttle_pause_only_once(thin: Thin) -> None:
     thin.comes(1)
     thin.body.pause()
     thin.body.pause()
@@ -162,7 +162,7 @@ def test_held_or_throttled_it_is_paused_once(thin: Thin) -> None:
     assert thin.connection.pauses == 1
 
 
-def test_a_body_that_is_held_is_not_resumed_by_the_end_of_its_time(thin: Thin) -> None:
+def test_end_of_delay_does_not_resume_a_held_body(thin: Thin) -> None:
     thin.comes(1)
     fired(thin.body.read())
     thin.body.pause()
@@ -170,14 +170,14 @@ def test_a_body_that_is_held_is_not_resumed_by_the_end_of_its_time(thin: Thin) -
     assert thin.paused
 
 
-def test_nor_by_what_was_in_the_pipe(thin: Thin) -> None:
+def test_received_bytes_do_not_resume_a_held_body(thin: Thin) -> None:
     thin.body.pause()
     thin.comes(1)
     thin.clock.advance(1)
     assert thin.paused
 
 
-def test_held_throttled_and_full_it_goes_on_when_it_is_read(thin: Thin) -> None:
+def test_held_throttled_and_full_body_resumes_on_read(thin: Thin) -> None:
     thin.comes(16)
     thin.body.pause()
     thin.clock.advance(100)
@@ -188,7 +188,7 @@ def test_held_throttled_and_full_it_goes_on_when_it_is_read(thin: Thin) -> None:
     assert thin.clock.getDelayedCalls() == []
 
 
-def test_a_body_that_has_ended_is_not_held(thin: Thin) -> None:
+def test_ended_body_is_not_held(thin: Thin) -> None:
     thin.comes(0.0625)
     thin.clock.advance(0.0625)
     end(thin.body)

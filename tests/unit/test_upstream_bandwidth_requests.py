@@ -1,4 +1,4 @@
-"""A registry that says 429 is left alone for as long as it likes, and its clients are told until when."""
+"""Rate limits (429): the registry is not asked again before Retry-After, and clients get it too."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, ch
 
 
 def throttled(retry_after: str | None) -> dict[str, Any]:
-    """A 429."""
+    """Return a 429."""
     return {"status": 429, "headers": {} if retry_after is None else {"Retry-After": retry_after}}
 
 
 @pytest.mark.parametrize(("told", "seconds"), [("7", 7), ("3600", 3600), ("86400", 3600), (None, 5), ("soon", 5)])
-def test_it_is_not_asked_until_then(told: str | None, seconds: int) -> None:
+def test_no_request_before_retry_after(told: str | None, seconds: int) -> None:
     asking = Asking({REG: [throttled(told), OK]})
     assert asking.status() == 429
     asking.clock.advance(seconds - 0.5)
-    # Whatever of it is wanted.
+    # For any path.
     for path in ("team/app", "team/other"):
         refused = failed(asking.ask(path=path, what="manifests/1"), Unavailable)
         assert refused.retry_after == 1
@@ -32,7 +32,7 @@ def test_it_is_not_asked_until_then(told: str | None, seconds: int) -> None:
     assert asking.status() == 200
 
 
-def test_who_asks_meanwhile_is_told_how_long_it_takes() -> None:
+def test_error_meanwhile_has_remaining_retry_after() -> None:
     asking = Asking({REG: [throttled("100"), OK]})
     asking.status()
     asking.clock.advance(29.5)
@@ -41,33 +41,33 @@ def test_who_asks_meanwhile_is_told_how_long_it_takes() -> None:
     assert (refused.retry_after, refused.headers()) == (71, {"Retry-After": "71"})
 
 
-def test_it_may_tell_a_date() -> None:
+def test_retry_after_date() -> None:
     asking = Asking({REG: [throttled(format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)), OK]})
     asking.status()
-    # The date has no fractions of a second, and this test takes a moment.
+    # The date has no fractions of a second, and the test takes some time.
     assert 90 <= failed(asking.ask(), Unavailable).retry_after <= 100
     asking.clock.advance(100)
     assert asking.status() == 200
 
 
 @pytest.mark.parametrize("told", ["0", "Fri, 31 Dec 1999 23:59:59 GMT"])
-def test_it_may_tell_that_all_is_over(told: str) -> None:
+def test_retry_after_in_the_past(told: str) -> None:
     asking = Asking({REG: [throttled(told), OK]})
     assert (asking.status(), asking.status()) == (429, 200)
 
 
-def test_every_registry_has_its_own_rest() -> None:
+def test_registries_are_limited_separately() -> None:
     one, other = Asking({REG: [throttled("60")]}), Asking({REG: [OK]})
     assert (one.status(), other.status()) == (429, 200)
 
 
 @pytest.mark.parametrize("status", [403, 500, 503])
-def test_another_status_is_no_pending_to_be_left_alone(status: int) -> None:
+def test_retry_after_of_other_statuses_is_ignored(status: int) -> None:
     asking = Asking({REG: [{"status": status, "headers": {"Retry-After": "60"}}, OK]})
     assert (asking.status(), asking.status()) == (status, 200)
 
 
-def test_its_token_service_may_want_it_too() -> None:
+def test_429_of_the_token_service() -> None:
     asking = Asking({REG: [challenge(), OK], TOKEN: [throttled("60"), token("t")]})
     refused = failed(asking.ask(), Unavailable)
     assert refused.message == "reg.example: its token service answered 429"
@@ -79,7 +79,7 @@ def test_its_token_service_may_want_it_too() -> None:
     assert asking.status() == 200
 
 
-def test_so_may_the_storage_behind_it() -> None:
+def test_429_of_a_redirect_target() -> None:
     asking = Asking({REG: [HOP, OK], CDN: [throttled("60")]})
     assert asking.status() == 429
     failed(asking.ask(), Unavailable)

@@ -1,4 +1,4 @@
-"""A body: read at the speed of its reader, and given up when the upstream says nothing any more."""
+"""Response bodies: flow control and the silence timeout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.support.doubles import failed, fired
 MIB = 1024 * 1024
 
 
-def test_bytes_come_as_they_came_and_then_none() -> None:
+def test_bytes_are_read_as_received_then_empty() -> None:
     body, _ = connected()
     reading = body.read()
     assert not reading.called
@@ -33,7 +33,7 @@ def test_bytes_come_as_they_came_and_then_none() -> None:
     assert fired(body.read()) == b""
 
 
-def test_what_came_before_the_end_is_read_before_it() -> None:
+def test_buffered_bytes_are_read_before_the_end() -> None:
     body, _ = connected()
     body.dataReceived(b"all")
     end(body)
@@ -50,7 +50,7 @@ def test_what_came_before_the_end_is_read_before_it() -> None:
         (ResponseFailed([Failure(ConnectionDone())]), "it closed the connection"),
     ],
 )
-def test_a_connection_that_breaks_is_no_end(why: Exception, words: str) -> None:
+def test_lost_connection_is_an_error(why: Exception, words: str) -> None:
     body, _ = connected()
     body.dataReceived(b"half")
     end(body, why)
@@ -60,14 +60,14 @@ def test_a_connection_that_breaks_is_no_end(why: Exception, words: str) -> None:
     assert failed(body.read(), Unavailable).message == error.message
 
 
-def test_who_waits_is_told_that_it_broke() -> None:
+def test_waiting_reader_gets_the_error() -> None:
     body, _ = connected()
     reading = body.read()
     end(body, ConnectionLost())
     failed(reading, Unavailable)
 
 
-def test_an_end_that_only_the_digest_can_judge_is_an_end() -> None:
+def test_end_without_content_length_is_an_end() -> None:
     body, _ = connected()
     body.dataReceived(b"all")
     end(body, PotentialDataLoss())
@@ -75,20 +75,20 @@ def test_an_end_that_only_the_digest_can_judge_is_an_end() -> None:
     assert fired(body.read()) == b""
 
 
-def test_an_upstream_that_is_faster_than_the_reader_is_paused() -> None:
+def test_body_pauses_when_its_buffer_is_full() -> None:
     body, connection = connected()
     body.dataReceived(b"x" * (MIB - 1))
     assert not connection.paused
     body.dataReceived(b"x")
     assert connection.paused
-    body.dataReceived(b"y")  # what was in the pipe already
+    body.dataReceived(b"y")  # bytes already in transit
     assert len(fired(body.read())) == MIB + 1
     assert not connection.paused
     body.dataReceived(b"x" * MIB)
     assert connection.pauses == 2
 
 
-def test_a_paused_body_that_has_ended_is_read_to_its_end() -> None:
+def test_paused_body_that_has_ended_is_read_completely() -> None:
     body, connection = connected()
     body.dataReceived(b"x" * MIB)
     end(body)
@@ -97,7 +97,7 @@ def test_a_paused_body_that_has_ended_is_read_to_its_end() -> None:
     assert connection.pauses == 1
 
 
-def test_ten_seconds_without_a_byte_break_it(clock: Clock) -> None:
+def test_ten_seconds_of_silence_abort(clock: Clock) -> None:
     body, connection = connected(clock)
     body.dataReceived(b"first")
     assert fired(body.read()) == b"first"
@@ -110,7 +110,7 @@ def test_ten_seconds_without_a_byte_break_it(clock: Clock) -> None:
     clock.advance(1)
     assert "no byte came for 10 s" in failed(reading, Unavailable).message
     assert connection.closed
-    # What waits for another request on the same path will not move either.
+    # The stall is reported, because other requests on the same path are affected too.
     assert connection.stalls == [("no byte came for 10 s", 10.0)]
     assert fired(body.ended) is None
     # The connection is lost a little later.
@@ -118,14 +118,14 @@ def test_ten_seconds_without_a_byte_break_it(clock: Clock) -> None:
     failed(body.read(), Unavailable)
 
 
-def test_the_first_byte_may_not_be_longer_in_coming(clock: Clock) -> None:
+def test_silence_before_the_first_byte_counts(clock: Clock) -> None:
     body, connection = connected(clock)
     clock.advance(10)
     failed(body.read(), Unavailable)
     assert connection.closed
 
 
-def test_the_time_while_we_pause_the_upstream_does_not_count(clock: Clock) -> None:
+def test_paused_time_does_not_count_as_silence(clock: Clock) -> None:
     body, connection = connected(clock)
     body.dataReceived(b"x" * MIB)
     clock.advance(10_000)
@@ -138,7 +138,7 @@ def test_the_time_while_we_pause_the_upstream_does_not_count(clock: Clock) -> No
 
 
 @pytest.mark.parametrize("why", [None, ConnectionLost()])
-def test_nothing_is_left_behind_at_the_end(clock: Clock, why: Exception | None) -> None:
+def test_no_delayed_call_is_left_at_the_end(clock: Clock, why: Exception | None) -> None:
     body, _ = connected(clock)
     body.dataReceived(b"x" * MIB)
     fired(body.read())
@@ -148,7 +148,7 @@ def test_nothing_is_left_behind_at_the_end(clock: Clock, why: Exception | None) 
     assert clock.getDelayedCalls() == []
 
 
-def test_who_wants_no_more_closes_the_connection(clock: Clock) -> None:
+def test_abort_closes_the_connection(clock: Clock) -> None:
     body, connection = connected(clock)
     body.dataReceived(b"some")
     body.abort()
@@ -158,18 +158,18 @@ def test_who_wants_no_more_closes_the_connection(clock: Clock) -> None:
     assert clock.getDelayedCalls() == []
 
 
-def test_a_body_that_has_ended_leaves_its_connection_to_others() -> None:
+def test_abort_after_the_end_keeps_the_connection() -> None:
     body, connection = connected()
     end(body)
     body.abort()
     assert not connection.closed
 
 
-def test_a_body_that_never_began_can_be_aborted(clock: Clock) -> None:
+def test_abort_before_the_beginning(clock: Clock) -> None:
     Body("reg.example", clock, lambda why, silent: None).abort()
 
 
-def test_who_stops_waiting_may_read_again() -> None:
+def test_cancelled_read_can_be_repeated() -> None:
     body, _ = connected()
     reading = body.read()
     reading.cancel()

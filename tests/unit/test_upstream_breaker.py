@@ -1,4 +1,4 @@
-"""Links: a host that cannot be reached is asked seldom, by one request at a time, and each change is one line."""
+"""Circuit breakers: an unreachable host is probed by one request at a time, with one log line per change."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ DISTANCES = [1, 2, 4, 8, 16, 30, 30, 30]
 
 @pytest.fixture
 def breaker(clock: Clock) -> CircuitBreaker:
-    """A link whose distances are as long as they may be."""
+    """Return a circuit breaker with the longest intervals."""
     clock.advance(1000)
     return CircuitBreaker(NAME, clock, lambda: 1.0)
 
 
 def refused(breaker: CircuitBreaker) -> LinkDown:
-    """How a request is refused."""
+    """Return the error of a refused request."""
     with pytest.raises(LinkDown) as down:
         breaker.enter(WHO)
     return down.value
 
 
 def take_down(breaker: CircuitBreaker) -> None:
-    """A request fails."""
+    """Open the breaker by a failed request."""
     breaker.enter(WHO).failed("no route")
 
 
-def test_a_link_is_up_at_first(breaker: CircuitBreaker, events: list[LogEvent]) -> None:
+def test_breaker_is_closed_initially(breaker: CircuitBreaker, events: list[LogEvent]) -> None:
     attempts = [breaker.enter(WHO) for _ in range(3)]
     for attempt in attempts:
         attempt.answered()
@@ -47,7 +47,7 @@ def test_a_link_is_up_at_first(breaker: CircuitBreaker, events: list[LogEvent]) 
     assert texts(events, LogLevel.warn) == []
 
 
-def test_a_failure_takes_it_down(breaker: CircuitBreaker, events: list[LogEvent]) -> None:
+def test_failure_opens_the_breaker(breaker: CircuitBreaker, events: list[LogEvent]) -> None:
     take_down(breaker)
     down = refused(breaker)
     assert down.message == f"{WHO}: {NAME} could not be reached a moment ago: no route"
@@ -57,7 +57,7 @@ def test_a_failure_takes_it_down(breaker: CircuitBreaker, events: list[LogEvent]
 
 
 @pytest.mark.parametrize(("jitter", "share"), [(0.0, 0.5), (0.5, 0.75), (1.0, 1.0)])
-def test_the_distance_of_probes_doubles_up_to_half_a_minute(
+def test_probe_interval_doubles_up_to_30_seconds(
     clock: Clock, events: list[LogEvent], jitter: float, share: float
 ) -> None:
     breaker = CircuitBreaker(NAME, clock, lambda: jitter)
@@ -72,7 +72,7 @@ def test_the_distance_of_probes_doubles_up_to_half_a_minute(
     assert len(texts(events, LogLevel.warn)) == 1
 
 
-def test_jitter_is_random_where_nobody_says_otherwise(clock: Clock) -> None:
+def test_default_jitter_is_random(clock: Clock) -> None:
     ends = set()
     for _ in range(10):
         breaker = CircuitBreaker(NAME, clock)
@@ -82,11 +82,11 @@ def test_jitter_is_random_where_nobody_says_otherwise(clock: Clock) -> None:
     assert all(0.5 <= end <= 1 for end in ends)
 
 
-def test_one_request_passes_as_the_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+def test_one_request_passes_as_probe(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
     clock.advance(1)
     probe = breaker.enter(WHO)
-    # However long it takes.
+    # Regardless of its duration.
     for _ in range(5):
         assert refused(breaker).retry_after == 1
         clock.advance(100)
@@ -95,20 +95,20 @@ def test_one_request_passes_as_the_probe(breaker: CircuitBreaker, clock: Clock) 
     breaker.enter(WHO)
 
 
-def test_an_urgent_request_always_passes_and_is_a_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+def test_urgent_request_always_passes_as_probe(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
     attempts = [breaker.enter(WHO, Priority.URGENT) for _ in range(3)]
     clock.advance(1)
     refused(breaker)
     attempts[0].failed("no route still")
-    # The next after twice the time.
+    # The interval is doubled.
     clock.advance(1.875)
     assert "no route still" in refused(breaker).message
     clock.advance(0.125)
     breaker.enter(WHO)
 
 
-def test_an_answer_brings_it_up_again(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
+def test_response_closes_the_breaker(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
     take_down(breaker)
     attempts = [breaker.enter(WHO, Priority.URGENT) for _ in range(2)]
     clock.advance(7)
@@ -117,7 +117,7 @@ def test_an_answer_brings_it_up_again(breaker: CircuitBreaker, clock: Clock, eve
     assert texts(events, LogLevel.warn)[1:] == [f"{NAME} can be reached again, after 7 s"]
     breaker.enter(WHO).answered()
     assert len(texts(events, LogLevel.warn)) == 2
-    # Next time it begins with a second again.
+    # The next outage starts with one second again.
     clock.advance(1)
     take_down(breaker)
     clock.advance(1)
@@ -125,7 +125,7 @@ def test_an_answer_brings_it_up_again(breaker: CircuitBreaker, clock: Clock, eve
     assert len(texts(events, LogLevel.warn)) == 3
 
 
-def test_what_failed_at_once_is_one_failure(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
+def test_simultaneous_failures_count_once(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
     attempts = [breaker.enter(WHO) for _ in range(20)]
     clock.advance(10)
     for attempt in attempts:
@@ -133,7 +133,7 @@ def test_what_failed_at_once_is_one_failure(breaker: CircuitBreaker, clock: Cloc
         attempt.failed("too slow")
     assert len(texts(events, LogLevel.warn)) == 1
     clock.advance(0.375)
-    # A second after the first of them.
+    # One second after the first failure.
     refused(breaker)
     clock.advance(0.03125)
     probe = breaker.enter(WHO)
@@ -144,7 +144,7 @@ def test_what_failed_at_once_is_one_failure(breaker: CircuitBreaker, clock: Cloc
     breaker.enter(WHO)
 
 
-def test_a_failure_of_a_request_from_before_it_came_up_does_not_count(
+def test_failure_of_an_older_request_is_ignored(
     breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]
 ) -> None:
     take_down(breaker)
@@ -158,7 +158,7 @@ def test_a_failure_of_a_request_from_before_it_came_up_does_not_count(
 
 
 @pytest.mark.parametrize("end", [Attempt.abandoned, lambda attempt: attempt.failed("no")])
-def test_a_probe_that_ends_lets_the_next_one_through(
+def test_ended_probe_lets_the_next_one_pass(
     breaker: CircuitBreaker, clock: Clock, end: Callable[[Attempt], None]
 ) -> None:
     take_down(breaker)
@@ -169,9 +169,7 @@ def test_a_probe_that_ends_lets_the_next_one_through(
     refused(breaker)
 
 
-def test_a_probe_that_tells_nothing_changes_nothing(
-    breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]
-) -> None:
+def test_abandoned_probe_changes_nothing(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
     take_down(breaker)
     clock.advance(1)
     breaker.enter(WHO).abandoned()
@@ -182,9 +180,7 @@ def test_a_probe_that_tells_nothing_changes_nothing(
 
 
 @pytest.mark.parametrize("end", [Attempt.abandoned, lambda attempt: attempt.failed("no")])
-def test_a_request_from_before_is_no_probe_that_ends(
-    breaker: CircuitBreaker, clock: Clock, end: Callable[[Attempt], None]
-) -> None:
+def test_older_request_is_no_probe(breaker: CircuitBreaker, clock: Clock, end: Callable[[Attempt], None]) -> None:
     earlier = breaker.enter(WHO)
     clock.advance(10)
     breaker.failed(clock.seconds() - 10, "no")
@@ -194,7 +190,7 @@ def test_a_request_from_before_is_no_probe_that_ends(
     refused(breaker)
 
 
-def test_nor_is_the_probe_of_an_outage_that_is_over(breaker: CircuitBreaker, clock: Clock) -> None:
+def test_probe_of_an_earlier_outage_is_ignored(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
     clock.advance(1)
     breaker.enter(WHO)
@@ -205,7 +201,7 @@ def test_nor_is_the_probe_of_an_outage_that_is_over(breaker: CircuitBreaker, clo
     refused(breaker)
 
 
-def test_every_origin_has_its_own(clock: Clock) -> None:
+def test_each_origin_has_its_own_breaker(clock: Clock) -> None:
     breakers = CircuitBreakers(clock)
     https, http = Origin("https", "reg.example", 443), Origin("http", "reg.example", 80)
     take_down(breakers.get(https))
@@ -214,7 +210,7 @@ def test_every_origin_has_its_own(clock: Clock) -> None:
         breakers.get(other).enter(WHO)
 
 
-def test_those_that_were_used_last_are_kept(clock: Clock) -> None:
+def test_most_recently_used_breakers_are_kept(clock: Clock) -> None:
     """Redirects may lead to any number of hosts."""
     breakers = CircuitBreakers(clock)
     first = Origin("https", "reg.example", 443)

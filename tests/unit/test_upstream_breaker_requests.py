@@ -1,4 +1,4 @@
-"""Requests and links: what says that a host cannot be reached, what does not, and what goes out all the same."""
+"""Requests and circuit breakers: which outcomes open or close them, and which requests bypass them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ URL = "https://reg.example/v2/"
 
 @implementer(IAgent)
 class Waiting:
-    """An agent whose requests wait for what the test says of them."""
+    """An agent whose requests are finished by the test."""
 
     def __init__(self) -> None:
         self.uris: list[bytes] = []
@@ -45,14 +45,14 @@ class Waiting:
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
     ) -> Deferred[IResponse]:
-        """Waits."""
+        """Record the request."""
         self.uris.append(uri)
         self.asked.append(Deferred())
         return self.asked[-1]
 
 
 class Sending:
-    """Sends requests over one link."""
+    """Send requests through one circuit breaker."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -66,18 +66,18 @@ class Sending:
         self.dropped += 1
 
     def send(self, options: RequestOptions = DEFAULT_OPTIONS, url: str = URL) -> Deferred[Response]:
-        """A request."""
+        """Send a request."""
         return Deferred.fromCoroutine(self.http.send("GET", url, {}, options=options))
 
     def fails(self, why: Exception) -> Deferred[Response]:
-        """A request that does."""
+        """Send a request that fails."""
         sent = self.send()
         self.agent.asked[-1].errback(why)
         return sent
 
     @property
     def is_down(self) -> bool:
-        """Whether the next request is not sent."""
+        """Return whether the next request is refused."""
         before = len(self.agent.asked)
         sent = self.send()
         if sent.called:
@@ -91,12 +91,12 @@ class Sending:
 
 @pytest.fixture
 def sending(clock: Clock) -> Sending:
-    """Over a link that is up."""
+    """Return a sender with a closed breaker."""
     return Sending(clock)
 
 
 def never_received(why: Exception) -> ResponseNeverReceived:
-    """How an Agent tells it."""
+    """Return the exception as an Agent raises it."""
     return ResponseNeverReceived([Failure(why)])
 
 
@@ -114,7 +114,7 @@ def never_received(why: Exception) -> ResponseNeverReceived:
     ],
     ids=repr,
 )
-def test_what_says_that_a_host_cannot_be_reached(sending: Sending, events: list[LogEvent], why: Exception) -> None:
+def test_failures_that_open_the_breaker(sending: Sending, events: list[LogEvent], why: Exception) -> None:
     failed(sending.fails(why), Unavailable)
     assert sending.is_down
     (line,) = texts(events, LogLevel.warn)
@@ -135,21 +135,23 @@ def test_what_says_that_a_host_cannot_be_reached(sending: Sending, events: list[
     ],
     ids=repr,
 )
-def test_what_does_not(sending: Sending, events: list[LogEvent], why: Exception, kind: type[Exception]) -> None:
+def test_failures_that_do_not(
+    sending: Sending, events: list[LogEvent], why: Exception, kind: type[Exception]
+) -> None:
     failed(sending.fails(why), kind)
     assert not sending.is_down
     assert texts(events, LogLevel.warn) == []
 
 
 @pytest.mark.parametrize("why", [Denied("no"), never_received(error.ConnectionLost())], ids=repr)
-def test_after_it_the_next_one_is_the_probe(sending: Sending, why: Exception) -> None:
+def test_next_request_after_the_interval_is_the_probe(sending: Sending, why: Exception) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     sending.clock.advance(1)
     failed(sending.fails(why), Exception)
     assert not sending.is_down
 
 
-def test_an_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -> None:
+def test_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     assert sending.is_down
     urgent = sending.send(RequestOptions(priority=Priority.URGENT))
@@ -159,20 +161,20 @@ def test_an_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -
 
 
 @pytest.mark.parametrize("timeout", [8.0, 10.0, 30.0])
-def test_the_headers_have_so_much_time_and_then_it_counts_as_down(sending: Sending, timeout: float) -> None:
+def test_header_timeout_opens_the_breaker(sending: Sending, timeout: float) -> None:
     sent = sending.send(RequestOptions(timeout))
     sending.clock.advance(timeout - 0.125)
     assert not sent.called
     sending.clock.advance(0.125)
     assert failed(sent, Unavailable).message == "reg.example: no response in time"
-    # What waits for another request on the same path will not move either.
+    # Idle connections are dropped, because other requests on the same path are affected too.
     assert sending.dropped == 1
     assert sending.is_down
     assert sending.clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize("told", [None, error.ConnectingCancelledError("here"), never_received(CancelledError())])
-def test_a_client_that_gives_up_says_nothing_of_the_host(sending: Sending, told: Exception | None) -> None:
+def test_cancelled_request_does_not_count(sending: Sending, told: Exception | None) -> None:
     sent = sending.send()
     if told is None:
         sent.cancel()
@@ -184,7 +186,7 @@ def test_a_client_that_gives_up_says_nothing_of_the_host(sending: Sending, told:
     assert sending.clock.getDelayedCalls() == []
 
 
-def test_a_probe_that_is_cancelled_lets_the_next_one_through(sending: Sending) -> None:
+def test_cancelled_probe_lets_the_next_one_pass(sending: Sending) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     sending.clock.advance(1)
     probe = sending.send()
@@ -196,7 +198,7 @@ def test_a_probe_that_is_cancelled_lets_the_next_one_through(sending: Sending) -
 
 @pytest.mark.parametrize("status", [200, 404, 401, 429, 500, 503])
 @on_reactor
-async def test_any_answer_says_that_it_can_be_reached(
+async def test_any_response_closes_the_breaker(
     network: Network, upstream: ScriptedRegistry, clock: Clock, events: list[LogEvent], status: int
 ) -> None:
     upstream.script("*", Reply(status))
@@ -215,9 +217,7 @@ async def test_any_answer_says_that_it_can_be_reached(
 
 
 @on_reactor
-async def test_a_body_that_says_nothing_takes_it_down(
-    network: Network, upstream: ScriptedRegistry, clock: Clock
-) -> None:
+async def test_silent_body_opens_the_breaker(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
     upstream.script("*", Reply(200, bytes(100_000)))
     hold = Hold(1000)
     upstream.script("*", hold)
@@ -234,7 +234,7 @@ async def test_a_body_that_says_nothing_takes_it_down(
 
 
 @on_reactor
-async def test_a_silence_from_before_it_came_up_does_not(
+async def test_silence_of_an_older_body_is_ignored(
     network: Network, upstream: ScriptedRegistry, clock: Clock
 ) -> None:
     upstream.script("/slow", Reply(200, bytes(100_000)))
@@ -255,7 +255,7 @@ async def test_a_silence_from_before_it_came_up_does_not(
     hold.release.set()
 
 
-def test_a_host_that_refuses_https_is_asked_by_http_by_all(sending: Sending) -> None:
+def test_refused_https_falls_back_to_http_with_open_breaker(sending: Sending) -> None:
     client = client_over(sending.http, sending.clock, scheme=None, http_allowed=lambda: succeed(True))
     where = Repository(Upstream("reg.example"), "team/app")
     first = Deferred.fromCoroutine(client.request("GET", where, "manifests/1"))
@@ -269,7 +269,7 @@ def test_a_host_that_refuses_https_is_asked_by_http_by_all(sending: Sending) -> 
     assert len(http) == 2
 
 
-def test_that_another_host_refuses_it_says_nothing_of_the_upstream() -> None:
+def test_refusal_by_another_host_causes_no_http_fallback() -> None:
     cdn = "https://cdn.example/"
     script: dict[str, list[Any]] = {
         cdn: [LinkDown("down", 1, refused=True)],

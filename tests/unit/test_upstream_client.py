@@ -1,4 +1,4 @@
-"""The client of one upstream: scheme, redirects and tokens, on answers without a network."""
+"""The client of one upstream: scheme, redirects and tokens, with scripted answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Script = Mapping[str, Sequence[Told]]
 
 
 def challenge(scope: str = "repository:team/app:pull", realm: str = TOKEN) -> dict[str, Any]:
-    """A 401 that wants a token."""
+    """Return a 401 that demands a token."""
     return {
         "status": 401,
         "headers": {"WWW-Authenticate": ["Basic realm=x", f'Bearer realm="{realm}",service="s",scope="{scope}"']},
@@ -37,17 +37,17 @@ def challenge(scope: str = "repository:team/app:pull", realm: str = TOKEN) -> di
 
 
 def redirect(to: str, status: int = 307) -> dict[str, Any]:
-    """An answer that sends elsewhere."""
+    """Return a redirect."""
     return {"status": status, "headers": {"Location": to}}
 
 
 def token(value: str) -> dict[str, Any]:
-    """The answer of a token service."""
+    """Return an answer of the token service."""
     return {"data": b'{"token": "%b"}' % value.encode()}
 
 
 class Asking:
-    """A client, what it sent, and whether plain http was thought of."""
+    """A client, its requests, and the number of times that http was considered."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Asking:
         ask: AskHelper = no_helper,
         trusts: str = "",
     ) -> None:
-        """`trusts` is the host of the token service that gets the credentials."""
+        """Create the client; `trusts` is the host of the token service that may see the credentials."""
         self.clock = Clock()
         self.http = ScriptedExchanges(script)
         self.http_considered = 0
@@ -81,21 +81,21 @@ class Asking:
         return succeed(self._plain)
 
     def ask(self, method: str = "GET", path: str = "team/app", what: str = "blobs/x") -> Deferred[Response]:
-        """Asks for something of a repository."""
+        """Request something of a repository."""
         repository = Repository(Upstream("reg.example"), path)
         return Deferred.fromCoroutine(self.client.request(method, repository, what, {"Accept": "a"}))
 
     def status(self, **request: str) -> int:
-        """The status of the answer."""
+        """Return the status of the response."""
         return fired(self.ask(**request)).status
 
     @property
     def asked(self) -> list[tuple[str, str | None]]:
-        """The URLs asked for, each with its authorisation."""
+        """Return URL and Authorization header of each request."""
         return [(sent.url, sent.authorization) for sent in self.http.sent]
 
 
-def test_a_request_is_one_to_the_upstreams_api() -> None:
+def test_request_url_and_headers() -> None:
     asking = Asking({REG: [OK]})
     response = fired(asking.ask("HEAD"))
     assert (response.status, response.url) == (200, f"{REG}v2/team/app/blobs/x")
@@ -112,21 +112,21 @@ def test_a_request_is_one_to_the_upstreams_api() -> None:
         ("[::1]:5000", "https", "https://[::1]:5000/v2/"),
     ],
 )
-def test_where_the_api_of_an_upstream_is(name: str, scheme: str, url: str) -> None:
+def test_api_base_url(name: str, scheme: str, url: str) -> None:
     asking = Asking({url: [OK]}, scheme=scheme, name=name)
     assert asking.status() == 200
     assert asking.http_considered == 0
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 429, 500, 304])
-def test_every_other_status_is_the_callers_business(status: int) -> None:
+def test_other_statuses_are_returned(status: int) -> None:
     asking = Asking({REG: [{"status": status}]})
     assert asking.status() == status
     assert len(asking.asked) == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects_are_followed_with_the_same_method(status: int) -> None:
+def test_redirects_keep_the_method(status: int) -> None:
     asking = Asking({REG: [redirect("/elsewhere?a=%2F", status), OK]})
     assert asking.status(method="HEAD") == 200
     assert [(sent.method, sent.url) for sent in asking.http.sent] == [
@@ -135,18 +135,18 @@ def test_redirects_are_followed_with_the_same_method(status: int) -> None:
     ]
 
 
-def test_a_redirect_without_a_place_is_an_answer() -> None:
+def test_redirect_without_location_is_returned() -> None:
     assert Asking({REG: [{"status": 307}]}).status() == 307
 
 
 @pytest.mark.parametrize("status", [200, 201, 300, 304, 404])
-def test_nor_is_a_place_without_a_redirect_one_to_go_to(status: int) -> None:
+def test_location_without_redirect_status_is_ignored(status: int) -> None:
     asking = Asking({REG: [redirect("/elsewhere", status)]})
     assert asking.status() == status
     assert len(asking.asked) == 1
 
 
-def test_ten_hops_are_followed_and_no_more() -> None:
+def test_redirect_limit() -> None:
     hops = [redirect(f"/{number}") for number in range(10)]
     assert Asking({REG: [*hops, OK]}).status() == 200
     asking = Asking({REG: [*hops, redirect("/10"), OK]})
@@ -155,7 +155,7 @@ def test_ten_hops_are_followed_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("to", ["http://reg.example/x", "HTTP://cdn.example/x"])
-def test_a_redirect_from_https_leads_to_https(to: str) -> None:
+def test_redirect_from_https_must_be_https(to: str) -> None:
     asking = Asking({REG: [redirect(to)]})
     assert failed(asking.ask(), Unavailable).message == "reg.example: it redirects from https to http"
     assert len(asking.asked) == 1
@@ -163,7 +163,7 @@ def test_a_redirect_from_https_leads_to_https(to: str) -> None:
 
 @pytest.mark.parametrize("to", ["ftp://cdn.example/x", "file:///etc/passwd", "https://u:p@cdn.example/x"])
 @pytest.mark.parametrize("scheme", ["https", "http"])
-def test_a_redirect_leads_to_a_web_server(scheme: str, to: str) -> None:
+def test_redirect_scheme_must_be_http_or_https(scheme: str, to: str) -> None:
     asking = Asking({f"{scheme}://reg.example/": [redirect(to)]}, scheme=scheme)
     message = failed(asking.ask(), Unavailable).message
     told = to.replace("u:p@", "")
@@ -171,7 +171,7 @@ def test_a_redirect_leads_to_a_web_server(scheme: str, to: str) -> None:
     assert len(asking.asked) == 1
 
 
-def test_a_redirect_from_https_is_held_to_it_at_every_hop() -> None:
+def test_redirect_after_https_hop_must_be_https() -> None:
     asking = Asking({"http://reg.example/": [HOP], CDN: [redirect("http://cdn.example/x")]}, scheme="http")
     failed(asking.ask(), Unavailable)
     assert len(asking.asked) == 2
@@ -180,14 +180,14 @@ def test_a_redirect_from_https_is_held_to_it_at_every_hop() -> None:
 @pytest.mark.parametrize(
     "to", ["https://[bad/x", "https://cdn.example:99999/x", "https://cdn.example:port/x", "https://a]b/"]
 )
-def test_a_redirect_to_nowhere_is_the_upstreams_failure(to: str) -> None:
+def test_malformed_location_is_an_upstream_error(to: str) -> None:
     asking = Asking({REG: [redirect(f"{to}?X-Signature=secret")], "https": [OK]})
     message = failed(asking.ask(), Unavailable).message
     told = to.replace("u:p@", "")
     assert message == f"reg.example: it redirects to {told!r}, which is not an http or https URL"
 
 
-def test_a_token_is_fetched_when_one_is_wanted() -> None:
+def test_token_is_fetched_after_a_challenge() -> None:
     asking = Asking({REG: [challenge(), OK, OK], TOKEN: [token("t")]})
     assert asking.status() == 200
     assert asking.asked == [
@@ -195,12 +195,12 @@ def test_a_token_is_fetched_when_one_is_wanted() -> None:
         (f"{TOKEN}?service=s&scope=repository%3Ateam%2Fapp%3Apull", None),
         (f"{REG}v2/team/app/blobs/x", "Bearer t"),
     ]
-    # The next request needs no challenge.
+    # The next request sends it without a challenge.
     asking.status(what="manifests/latest")
     assert asking.asked[3:] == [(f"{REG}v2/team/app/manifests/latest", "Bearer t")]
 
 
-def test_every_repository_has_its_own_token() -> None:
+def test_each_repository_has_its_own_token() -> None:
     asking = Asking({REG: [challenge("a"), OK, challenge("b"), OK], TOKEN: [token("ta"), token("tb"), token("no")]})
     asking.status(path="team/a")
     asking.status(path="team/b")
@@ -209,13 +209,13 @@ def test_every_repository_has_its_own_token() -> None:
     assert with_token == [("a", "Bearer ta"), ("b", "Bearer tb"), ("a", "Bearer ta")]
 
 
-def test_a_token_goes_only_to_who_asked_for_it() -> None:
+def test_token_is_not_sent_to_redirect_target() -> None:
     asking = Asking({REG: [challenge(), HOP], CDN: [OK], TOKEN: [token("t")]})
     asking.status()
     assert asking.asked[2:] == [(f"{REG}v2/team/app/blobs/x", "Bearer t"), (f"{CDN}blob", None)]
 
 
-def test_another_port_or_scheme_is_another_origin() -> None:
+def test_token_is_not_sent_to_another_port_or_scheme() -> None:
     asking = Asking(
         {
             "http://reg.example/": [challenge(), redirect("https://reg.example/x")],
@@ -228,7 +228,7 @@ def test_another_port_or_scheme_is_another_origin() -> None:
     assert [how for url, how in asking.asked if url.startswith("https://reg")] == [None, None]
 
 
-def test_a_registry_that_is_redirected_to_may_want_a_token_of_its_own() -> None:
+def test_redirect_target_may_demand_its_own_token() -> None:
     asking = Asking(
         {REG: [redirect(f"{CDN}v2/team/app/blobs/x")], CDN: [challenge(realm=f"{CDN}token"), token("c"), OK]}
     )
@@ -237,7 +237,7 @@ def test_a_registry_that_is_redirected_to_may_want_a_token_of_its_own() -> None:
     assert asking.asked[-1] == (f"{CDN}v2/team/app/blobs/x", "Bearer c")
 
 
-def test_it_is_asked_once_more_when_the_token_is_refused() -> None:
+def test_refused_cached_token_is_renewed_once() -> None:
     asking = Asking({REG: [challenge(), OK, challenge(), OK], TOKEN: [token("old"), token("new")]})
     asking.status()
     assert asking.status() == 200
@@ -249,14 +249,14 @@ def test_it_is_asked_once_more_when_the_token_is_refused() -> None:
     ]
 
 
-def test_it_is_not_asked_for_ever() -> None:
+def test_retries_are_limited() -> None:
     asking = Asking({REG: [challenge()], TOKEN: [token("a"), token("b")]})
     assert asking.status() == 401
     assert len([url for url, _ in asking.asked if url.startswith(REG)]) == 2
 
 
-def test_a_token_that_one_repository_found_refused_is_not_tried_for_the_next() -> None:
-    """Their challenges are the same, as those of registries are that give one token for everything."""
+def test_token_refused_for_one_repository_is_not_used_for_another() -> None:
+    """Registries with one token for everything send the same challenge for both."""
     asking = Asking(
         {f"{REG}v2/team/a/": [challenge("all"), OK], f"{REG}v2/team/b/": [challenge("all"), challenge("all"), OK]}
         | {TOKEN: [token("revoked"), token("new")]}
@@ -267,20 +267,20 @@ def test_a_token_that_one_repository_found_refused_is_not_tried_for_the_next() -
 
 
 @pytest.mark.parametrize("header", ["Basic realm=x", "Bearer", "", "Bearer service=s"])
-def test_a_401_without_a_bearer_challenge_is_an_answer(header: str) -> None:
+def test_401_without_bearer_challenge_is_returned(header: str) -> None:
     asking = Asking({REG: [{"status": 401, "headers": {"WWW-Authenticate": header}}]})
     assert asking.status() == 401
     assert len(asking.asked) == 1
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 500])
-def test_a_token_service_that_gives_none_is_named(status: int) -> None:
+def test_failed_token_service_is_named(status: int) -> None:
     asking = Asking({REG: [challenge()], TOKEN: [{"status": status}]})
     error = failed(asking.ask(), Unavailable)
     assert error.message == f"reg.example: its token service answered {status}"
 
 
-def test_the_token_service_may_redirect_but_not_to_http() -> None:
+def test_token_service_may_redirect_to_https_only() -> None:
     asking = Asking({REG: [challenge(), OK], TOKEN: [redirect(f"{CDN}token")], CDN: [token("t")]})
     assert asking.status() == 200
     failed(Asking({REG: [challenge()], TOKEN: [redirect("http://cdn.example/")]}).ask(), Unavailable)

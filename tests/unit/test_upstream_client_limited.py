@@ -1,4 +1,4 @@
-"""A limit on real connections: what is small passes, what is large waits, and the kernel receives its part."""
+"""Bandwidth limits on real connections: small bodies pass, large ones are delayed, receive buffers are set."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ RATE = 64 * KIB
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packets have no headers, so that figures are round."""
+    """Count no packet headers, so that figures are round."""
     monkeypatch.setattr(ociregistry.upstream.bandwidth, "_PAYLOAD_FRACTION", 1.0)
 
 
 class Counted(Bandwidth):
-    """A budget that never refills: a second for every 64 KiB."""
+    """A budget that never refills: one second for every 64 KiB."""
 
     def __init__(self) -> None:
         super().__init__(float(RATE), (), Clock())
@@ -50,15 +50,13 @@ class Counted(Bandwidth):
 
 
 def sending(bandwidth: Bandwidth, clock: Clock) -> HttpClient:
-    """Sends requests under a limit."""
+    """Return an HTTP client with a limit."""
     return HttpClient("reg.example", Agent(REACTOR), CircuitBreakers(clock), bandwidth, lambda: None, clock)
 
 
 @pytest.mark.parametrize("size", [1, 64 * KIB])
 @on_reactor
-async def test_what_is_small_does_not_wait_and_is_paid_for(
-    upstream: ScriptedRegistry, clock: Clock, size: int
-) -> None:
+async def test_small_body_is_charged_but_not_delayed(upstream: ScriptedRegistry, clock: Clock, size: int) -> None:
     upstream.script("*", Reply(200, bytes(size)))
     bandwidth = Counted()
     bandwidth.consume(100 * RATE)
@@ -70,9 +68,7 @@ async def test_what_is_small_does_not_wait_and_is_paid_for(
 
 @pytest.mark.parametrize("told", [True, False])
 @on_reactor
-async def test_what_is_large_or_of_an_unknown_size_waits(
-    upstream: ScriptedRegistry, clock: Clock, told: bool
-) -> None:
+async def test_large_or_unsized_body_is_delayed(upstream: ScriptedRegistry, clock: Clock, told: bool) -> None:
     data = bytes(64 * KIB + 1)
     upstream.script("*", Reply(200, data))
     if not told:
@@ -85,24 +81,22 @@ async def test_what_is_large_or_of_an_unknown_size_waits(
     while not collected.called:
         drawn = bandwidth.drawn
         clock.advance(max(0.0, bandwidth.waits[-1]))
-        await until(lambda drawn=drawn: bandwidth.drawn > drawn or collected.called)  # type: ignore[misc]  # of this turn
+        await until(lambda drawn=drawn: bandwidth.drawn > drawn or collected.called)  # type: ignore[misc]  # of this iteration
     assert await collected == data
-    # Of unknown size: what the kernel may have received beyond it.
+    # For an unknown size, plus what the receive buffer may hold.
     assert bandwidth.drawn == len(data) if told else bandwidth.drawn >= len(data)
     assert bandwidth._shares == set()
     assert clock.getDelayedCalls() == []
 
 
 def received(connection: Any) -> int:
-    """How many bytes the kernel receives before they are read; Linux keeps as much again for itself."""
+    """Return the receive buffer size in bytes; Linux doubles it for its own use."""
     return int(connection.getHandle().getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)) // 2
 
 
 @pytest.mark.parametrize("rate", [None, 1000.0, 1e9])
 @on_reactor
-async def test_a_connection_begins_small_where_there_is_a_limit(
-    upstream: ScriptedRegistry, rate: float | None
-) -> None:
+async def test_receive_buffer_is_small_under_a_limit(upstream: ScriptedRegistry, rate: float | None) -> None:
     resolver = Resolver(REACTOR)
     resolver.start()
     policy = UpstreamPolicy(trusting(None), ("", 0), ContextCache())
@@ -117,7 +111,7 @@ async def test_a_connection_begins_small_where_there_is_a_limit(
 
 
 @on_reactor
-async def test_what_turns_out_to_be_large_gets_its_part(upstream: ScriptedRegistry, clock: Clock) -> None:
+async def test_large_body_gets_its_share_of_receive_buffers(upstream: ScriptedRegistry, clock: Clock) -> None:
     upstream.script("*", Reply(200, bytes(MIB)))
     http = sending(Bandwidth(250_000.0, (), clock), clock)
     bodies = []
@@ -134,9 +128,7 @@ async def test_what_turns_out_to_be_large_gets_its_part(upstream: ScriptedRegist
 
 @pytest.mark.parametrize("how", ["use", "window"])
 @on_reactor
-async def test_a_limit_that_begins_holds_for_what_is_under_way(
-    upstream: ScriptedRegistry, clock: Clock, how: str
-) -> None:
+async def test_new_limit_applies_to_bodies_in_progress(upstream: ScriptedRegistry, clock: Clock, how: str) -> None:
     upstream.script("*", Reply(200, bytes(MIB)))
     hold = Hold(1000)
     upstream.script("*", hold)

@@ -1,4 +1,4 @@
-"""The daemon's own way to upstreams, over real connections: put together by the settings, and no further."""
+"""Upstream access assembled from the settings, over real connections."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Make = Callable[..., Network]
 
 @pytest.fixture
 def way() -> Iterator[Make]:
-    """Makes networks by the entries that it is given."""
+    """Return a function that creates networks from configuration entries."""
     made: list[Network] = []
 
     def make(*entries: RegistrySettings) -> Network:
@@ -48,17 +48,17 @@ def way() -> Iterator[Make]:
 
 
 async def get(network: Network, host: str) -> Manifest:
-    """Gets the manifest of an image."""
+    """Request the manifest of an image."""
     return await network.registry(Upstream.parse(host)).manifest(image(f"{host}/team/app:1"))
 
 
 def named(upstream: ScriptedRegistry, **how: Any) -> RegistrySettings:
-    """An entry for a registry."""
+    """Return a configuration entry for a registry."""
     return entry(upstream.host, **how)
 
 
 @on_reactor
-async def test_what_was_named_may_be_on_this_machine(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_configured_upstream_may_be_local(way: Make, upstream: ScriptedRegistry) -> None:
     upstream.add("team/app", BUILT, "1")
     assert await get(way(named(upstream)), upstream.host) == IMAGE
     assert upstream.requests[0].header("Via") == f"1.1 {INSTANCE}"
@@ -66,14 +66,14 @@ async def test_what_was_named_may_be_on_this_machine(way: Make, upstream: Script
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "0x7f000001", "2130706433"])
 @on_reactor
-async def test_what_was_not_named_may_not(way: Make, upstream: ScriptedRegistry, host: str) -> None:
+async def test_unconfigured_upstream_must_not_be_local(way: Make, upstream: ScriptedRegistry, host: str) -> None:
     with pytest.raises(Denied, match=f"{host} has the loopback address .*1, and only what is named"):
         await get(way(), f"{host}:{upstream.port}")
     assert upstream.connections == 0
 
 
 @on_reactor
-async def test_nor_does_what_was_named_lead_there(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_redirect_to_unconfigured_local_address_is_refused(way: Make, upstream: ScriptedRegistry) -> None:
     with ScriptedRegistry() as other:
         upstream.script("*", Redirect(other.url))
         with pytest.raises(Denied, match="loopback"):
@@ -84,7 +84,7 @@ async def test_nor_does_what_was_named_lead_there(way: Make, upstream: ScriptedR
 
 
 @on_reactor
-async def test_nor_its_token_service(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_unconfigured_local_token_service_is_refused(way: Make, upstream: ScriptedRegistry) -> None:
     with ScriptedRegistry() as service:
         tokens = Tokens(f"{service.url}/token")
         upstream.add("team/app", BUILT, "1")
@@ -97,7 +97,7 @@ async def test_nor_its_token_service(way: Make, upstream: ScriptedRegistry) -> N
 
 
 @on_reactor
-async def test_a_mirror_is_asked_as_its_own_entry_says(way: Make) -> None:
+async def test_mirror_uses_its_own_entry(way: Make) -> None:
     with ScriptedRegistry() as mirror:
         mirror.add("team/app", BUILT, "1")
         mirror.script("*", Basic({"user": "s3cret"}))
@@ -110,7 +110,7 @@ async def test_a_mirror_is_asked_as_its_own_entry_says(way: Make) -> None:
 
 
 @on_reactor
-async def test_what_a_mirror_says_instead_of_it_holds_no_connection(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_error_body_of_mirror_frees_the_connection(way: Make, upstream: ScriptedRegistry) -> None:
     upstream.add("team/app", BUILT, "1")
     with ScriptedRegistry() as mirror:
         mirror.script("*", Reply(404, b"not here" * 1000))
@@ -122,14 +122,14 @@ async def test_what_a_mirror_says_instead_of_it_holds_no_connection(way: Make, u
 
 
 @on_reactor
-async def test_a_mirror_need_not_have_an_entry(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_mirror_without_an_entry(way: Make, upstream: ScriptedRegistry) -> None:
     upstream.add("team/app", BUILT, "1")
     mirrors = (Mirror("http", Upstream(upstream.host)),)
     assert await get(way(entry("far.example", mirrors=mirrors)), "far.example") == IMAGE
 
 
 @on_reactor
-async def test_a_password_and_a_helper(
+async def test_password_and_helper(
     way: Make, upstream: ScriptedRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "docker-credential-way"
@@ -145,14 +145,14 @@ async def test_a_password_and_a_helper(
 
 
 @on_reactor
-async def test_credentials_are_not_risked_on_plain_http(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_credentials_are_not_sent_over_plain_http(way: Make, upstream: ScriptedRegistry) -> None:
     with pytest.raises(Unavailable, match="TLS failed"):
         await get(way(named(upstream, login=Password("user", "s3cret"))), upstream.host)
     assert upstream.requests == ()
 
 
 @on_reactor
-async def test_a_token_service_of_its_own_host_gets_them(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_token_service_on_own_host_gets_credentials(way: Make, upstream: ScriptedRegistry) -> None:
     upstream.add("team/app", BUILT, "1")
     upstream.script("*", Tokens(f"{upstream.url}/token", users={"user": "s3cret"}))
     network = way(named(upstream, scheme="http", login=Password("user", "s3cret")))
@@ -160,7 +160,7 @@ async def test_a_token_service_of_its_own_host_gets_them(way: Make, upstream: Sc
 
 
 @on_reactor
-async def test_our_certificate_is_for_the_upstream(way: Make, authority: Authority) -> None:
+async def test_client_certificate_is_sent_to_the_upstream(way: Make, authority: Authority) -> None:
     context = authority.server_context("127.0.0.1", demand_client=True)
     client = key_pair(authority.issue("client"))
     trust = UpstreamTls(certificates(authority.ca))
@@ -172,7 +172,7 @@ async def test_our_certificate_is_for_the_upstream(way: Make, authority: Authori
 
 
 @on_reactor
-async def test_new_settings_are_for_what_is_made_from_then_on(way: Make, upstream: ScriptedRegistry) -> None:
+async def test_new_settings_apply_to_new_registries(way: Make, upstream: ScriptedRegistry) -> None:
     network = way()
     old = network.registry(Upstream(upstream.host))
     network.reconfigure(configured(named(upstream)))

@@ -1,4 +1,4 @@
-"""Which scheme an upstream is asked by: https, and http only when its host does not speak TLS at all."""
+"""The scheme of an upstream: https, and http only if its host does not speak TLS."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ def test_https_is_tried_first() -> None:
     assert (asking.http.urls, asking.http_considered) == ([f"{REG}v2/team/app/blobs/x"], 0)
 
 
-def test_a_host_that_does_not_speak_tls_is_asked_by_http() -> None:
+def test_http_if_host_does_not_speak_tls() -> None:
     asking = Asking({REG: [PLAIN], HTTP: [OK]}, scheme=None)
     assert asking.status() == 200
     assert asking.http.urls == [f"{REG}v2/team/app/blobs/x", f"{HTTP}v2/team/app/blobs/x"]
 
 
-def test_but_only_if_that_is_allowed() -> None:
+def test_http_only_if_allowed() -> None:
     asking = Asking({REG: [PLAIN]}, scheme=None, plain=False)
     assert failed(asking.ask(), Unavailable) is PLAIN
     assert len(asking.http.urls) == asking.http_considered == 1
 
 
 @pytest.mark.parametrize("why", ["connection attempt timed out", "TLS failed: certificate verify failed"])
-def test_any_other_failure_is_none_of_the_scheme(why: str) -> None:
+def test_other_failures_cause_no_fallback(why: str) -> None:
     asking = Asking({REG: [Unavailable(why)]}, scheme=None)
     assert failed(asking.ask(), Unavailable).message == why
     assert asking.http_considered == 0
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_configured_scheme_is_the_only_one(scheme: str) -> None:
+def test_configured_scheme_is_the_only_one(scheme: str) -> None:
     asking = Asking({f"{scheme}://reg.example/": [PLAIN]}, scheme=scheme)
     assert failed(asking.ask(), Unavailable) is PLAIN
     assert asking.http_considered == 0
 
 
-def test_what_was_found_out_is_known_for_ten_minutes() -> None:
+def test_detected_scheme_is_cached_for_ten_minutes() -> None:
     asking = Asking({REG: [PLAIN], HTTP: [OK]}, scheme=None)
     asking.status()
     asking.clock.advance(599)
@@ -54,22 +54,22 @@ def test_what_was_found_out_is_known_for_ten_minutes() -> None:
     assert [url.startswith(REG) for url in asking.http.urls] == [True, False, False, True, False]
 
 
-def test_a_host_that_has_spoken_tls_is_not_asked_by_http_when_it_is_down() -> None:
+def test_host_with_known_tls_is_not_asked_by_http() -> None:
     asking = Asking({REG: [OK, PLAIN]}, scheme=None)
     asking.status()
     assert failed(asking.ask(), Unavailable) is PLAIN
     assert asking.http_considered == 0
 
 
-def test_a_failure_teaches_nothing() -> None:
+def test_failure_is_not_cached() -> None:
     asking = Asking({REG: [PLAIN, PLAIN, OK], HTTP: [Unavailable("down")]}, scheme=None)
     failed(asking.ask(), Unavailable)
     failed(asking.ask(), Unavailable)
     assert asking.status() == 200
 
 
-def test_only_the_upstreams_own_host_says_whether_it_speaks_tls() -> None:
-    """It does, or it could not have redirected; who refuses to be connected to is the storage behind it."""
+def test_refusal_by_redirect_target_causes_no_fallback() -> None:
+    """The upstream has spoken TLS to redirect; the storage behind it refuses connections."""
     asking = Asking({REG: [HOP], CDN: [PLAIN], HTTP: [OK]}, scheme=None)
     failed(asking.ask(), Unavailable)
     assert not [url for url in asking.http.urls if url.startswith("http:")]
@@ -77,10 +77,10 @@ def test_only_the_upstreams_own_host_says_whether_it_speaks_tls() -> None:
 
 
 @pytest.mark.parametrize("later", [0, 3600])
-def test_nor_does_its_token_service(later: float) -> None:
+def test_refusal_by_token_service_causes_no_fallback(later: float) -> None:
     asking = Asking({REG: [challenge(), OK, challenge()], TOKEN: [token("t"), PLAIN], HTTP: [OK]}, scheme=None)
     assert asking.status() == 200
-    # Later both have to be found out anew: the scheme, and a token.
+    # Later, both scheme and token have expired.
     asking.clock.advance(later)
     failed(asking.ask(), Unavailable)
     assert not [url for url in asking.http.urls if url.startswith("http:")]

@@ -1,4 +1,4 @@
-"""Dialling: what may be connected to, and that what was looked at is what is connected to."""
+"""Connecting: forbidden addresses are refused, and the checked address is the one connected to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Told = tuple[str, ...] | Exception | None
 
 
 class Names(Resolver):
-    """Tells what the test says, in that order, the last for good: addresses, an error, or nothing at all (None)."""
+    """Return scripted addresses in order, the last for good: addresses, an error, or no answer (None)."""
 
     def __init__(self, *told: Told) -> None:
         self._told = list(told)
@@ -36,7 +36,7 @@ class Names(Resolver):
         self.silence: Deferred[tuple[str, ...]] = Deferred()
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
-        """Whatever the host is."""
+        """Return the next result, for any host."""
         self.asked.append(host)
         told = self._told.pop(0) if len(self._told) > 1 else self._told[0]
         if told is None:
@@ -45,7 +45,7 @@ class Names(Resolver):
 
 
 class Dialled:
-    """A dialer for reg.example, and what it connects to."""
+    """A dialer for reg.example, and its connections."""
 
     def __init__(self, *told: Told, named: tuple[tuple[str, int], ...] = ()) -> None:
         self.names = Names(*told)
@@ -60,29 +60,29 @@ class Dialled:
         )
 
     def connect(self, url: str = "http://cdn.example/") -> Deferred[IProtocol]:
-        """Connects to where a URL leads."""
+        """Connect to the host of a URL."""
         endpoint = self.dialer.endpointForURI(URI.fromBytes(url.encode()))
         return endpoint.connect(Factory.forProtocol(Protocol))
 
     def send(self, url: str = "http://cdn.example/") -> Deferred[Response]:
-        """Sends a request, as the daemon does it."""
+        """Send a request like the daemon."""
         agent = Agent.usingEndpointFactory(self.reactor, self.dialer)
         http = exchanges_over(agent, self.reactor)
         return Deferred.fromCoroutine(http.send("GET", url, {}))
 
     @property
     def clients(self) -> list[Any]:
-        """The arguments of every call of connectTCP."""
+        """Return the arguments of all calls of connectTCP."""
         return list(self.reactor.tcpClients)
 
     @property
     def connected(self) -> list[tuple[str, int]]:
-        """The addresses and ports that were connected to."""
+        """Return the addresses and ports connected to."""
         return [(client[0], client[1]) for client in self.clients]
 
 
 def only_named(host: str, kind: str, address: str) -> str:
-    """What is said of an address that is forbidden."""
+    """Return the error text for a forbidden address."""
     return (
         f"reg.example: {host} has the {kind} address {address}, and only what is named in the configuration may "
         "have such an address"
@@ -100,7 +100,7 @@ def only_named(host: str, kind: str, address: str) -> str:
     ],
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_nothing_is_connected_to_at_a_forbidden_address(address: str, kind: str, scheme: str) -> None:
+def test_forbidden_address_is_refused(address: str, kind: str, scheme: str) -> None:
     dialled = Dialled((address,))
     denied = failed(dialled.connect(f"{scheme}://cdn.example:8443/"), Denied)
     assert denied.message == only_named("cdn.example", kind, address)
@@ -110,15 +110,15 @@ def test_nothing_is_connected_to_at_a_forbidden_address(address: str, kind: str,
 @pytest.mark.parametrize(
     "addresses", [("127.0.0.1", "8.8.8.8"), ("8.8.8.8", "127.0.0.1"), ("2606::1", "1.1.1.1", "::")]
 )
-def test_nor_at_any_other_of_a_host_that_has_one(addresses: tuple[str, ...]) -> None:
+def test_host_with_one_forbidden_address_is_refused(addresses: tuple[str, ...]) -> None:
     dialled = Dialled(addresses)
     failed(dialled.connect(), Denied)
     dialled.reactor.advance(60)
     assert dialled.connected == []
 
 
-def test_that_it_is_forbidden_is_what_a_request_ends_with() -> None:
-    """A failure to connect would be tried again, and be no answer to the client that chose the name."""
+def test_request_to_forbidden_address_is_denied() -> None:
+    """A connection error would be retried and not reach the client that chose the name."""
     dialled = Dialled(("127.0.0.1",))
     assert failed(dialled.send(), Denied).message == only_named("cdn.example", "loopback", "127.0.0.1")
     assert dialled.reactor.getDelayedCalls() == []
@@ -135,17 +135,17 @@ def test_that_it_is_forbidden_is_what_a_request_ends_with() -> None:
         ("http://192.168.0.1/", "192.168.0.1", 80),
     ],
 )
-def test_where_the_name_leads_is_connected_to(url: str, address: str, port: int) -> None:
+def test_resolved_address_is_connected_to(url: str, address: str, port: int) -> None:
     dialled = Dialled((address,))
     dialled.connect(url)
     assert dialled.connected == [(address, port)]
-    # The host as a resolver takes it, without brackets.
+    # Resolvers take the host without brackets.
     assert dialled.names.asked == [url.partition("//")[2].rstrip("/").removesuffix(f":{port}").strip("[]")]
     (client,) = dialled.clients
     assert client[3] == 10
 
 
-def test_tls_is_spoken_over_what_was_connected_to() -> None:
+def test_tls_over_the_checked_connection() -> None:
     dialled = Dialled(("8.8.8.8",))
     dialled.connect("https://cdn.example/")
     assert isinstance(inner_factory(dialled), TLSMemoryBIOFactory)
@@ -155,12 +155,12 @@ def test_tls_is_spoken_over_what_was_connected_to() -> None:
 
 
 def inner_factory(dialled: Dialled) -> Any:
-    """What will speak over the connection: an endpoint wraps it once."""
+    """Return the protocol factory inside the single endpoint wrapper."""
     return dialled.clients[0][2]._wrappedFactory
 
 
-def test_what_was_looked_at_is_what_is_connected_to() -> None:
-    """A name server that tells something else the second time (DNS rebinding) is not asked a second time."""
+def test_checked_address_is_connected_to() -> None:
+    """The name is not resolved a second time, which prevents DNS rebinding."""
     dialled = Dialled(("8.8.8.8", "8.8.4.4"), ("127.0.0.1",))
     dialled.connect()
     dialled.clients[0][2].clientConnectionFailed(None, Failure(error.ConnectionRefusedError()))
@@ -169,7 +169,7 @@ def test_what_was_looked_at_is_what_is_connected_to() -> None:
     assert dialled.names.asked == ["cdn.example"]
 
 
-def test_but_for_the_next_connection_it_is_looked_at_anew() -> None:
+def test_each_connection_is_checked() -> None:
     dialled = Dialled(("8.8.8.8",), ("127.0.0.1",))
     dialled.connect()
     failed(dialled.connect(), Denied)
@@ -184,21 +184,21 @@ def test_but_for_the_next_connection_it_is_looked_at_anew() -> None:
         ("http://[::1]:5000/", ("::1", 5000), "::1"),
     ],
 )
-def test_what_the_operator_named_may_have_any_address(url: str, named: tuple[str, int], address: str) -> None:
+def test_configured_host_may_have_any_address(url: str, named: tuple[str, int], address: str) -> None:
     dialled = Dialled((address,), named=(named,))
     dialled.connect(url)
     assert dialled.connected == [(address, named[1])]
 
 
 @pytest.mark.parametrize("url", ["http://localhost/", "http://localhost:5001/", "http://127.0.0.1:5000/"])
-def test_but_not_what_stands_beside_it(url: str) -> None:
+def test_configured_host_allows_no_other_port_or_name(url: str) -> None:
     dialled = Dialled(("127.0.0.1",), named=(("localhost", 5000),))
     failed(dialled.connect(url), Denied)
     assert dialled.connected == []
 
 
 @pytest.mark.parametrize("named", [(), (("cdn.example", 80),)])
-def test_a_name_is_waited_for_ten_seconds(named: tuple[tuple[str, int], ...]) -> None:
+def test_name_lookup_times_out_after_ten_seconds(named: tuple[tuple[str, int], ...]) -> None:
     dialled = Dialled(None, named=named)
     connecting = dialled.connect()
     dialled.reactor.advance(9.9)
@@ -210,7 +210,7 @@ def test_a_name_is_waited_for_ten_seconds(named: tuple[tuple[str, int], ...]) ->
 
 
 @pytest.mark.parametrize("told", [None, DNSLookupError("it has no address")])
-def test_a_name_without_an_address_is_called_one(told: Told) -> None:
+def test_name_without_address(told: Told) -> None:
     dialled = Dialled(told)
     sending = dialled.send()
     dialled.reactor.advance(10)
@@ -218,7 +218,7 @@ def test_a_name_without_an_address_is_called_one(told: Told) -> None:
     assert dialled.connected == []
 
 
-def test_a_dial_that_is_cancelled_connects_to_nothing_any_more() -> None:
+def test_cancelled_connect_opens_nothing() -> None:
     dialled = Dialled(None)
     connecting = dialled.connect()
     connecting.cancel()

@@ -1,4 +1,4 @@
-"""Addresses that a client's choice of names must not lead to, in each way of writing them, and the others."""
+"""Addresses that clients must not reach by choosing names, in all notations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ociregistry.upstream.connect import forbidden, is_private
 
-# The kind of each, the edges of its network included.
+# Kind of each address, including the edges of its network.
 IPV4 = [
     ("127.0.0.0", "loopback"),
     ("127.0.0.1", "loopback"),
@@ -51,7 +51,7 @@ FINE_IPV6 = ["fd00::1", "fd12:3456::1", "2606:4700:4700::1111", "fec0::1", "fe7f
 
 
 def last_32_bits(prefix: str) -> Callable[[IPv4Address], IPv6Address]:
-    """How an IPv4 address is written at the end of an IPv6 one."""
+    """Write an IPv4 address at the end of an IPv6 address."""
     return lambda address: IPv6Address(int(IPv6Address(prefix)) | int(address))
 
 
@@ -68,48 +68,48 @@ WRITTEN: dict[str, Callable[[IPv4Address], IPv6Address]] = {
 
 
 def ways(address: str) -> Iterator[str]:
-    """The IPv6 addresses that an IPv4 address may stand in."""
+    """Return the IPv6 addresses that embed an IPv4 address."""
     for write in WRITTEN.values():
         yield str(write(IPv4Address(address)))
 
 
 @pytest.mark.parametrize(("address", "kind"), [*IPV4, *IPV6])
-def test_the_kind_of_an_address_that_is_forbidden(address: str, kind: str) -> None:
+def test_kind_of_forbidden_address(address: str, kind: str) -> None:
     assert forbidden(address) == kind
 
 
 @pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN.keys())
 @pytest.mark.parametrize(("address", "kind"), IPV4)
-def test_it_is_forbidden_in_every_way_of_writing_it(
+def test_forbidden_in_every_ipv6_notation(
     address: str, kind: str, write: Callable[[IPv4Address], IPv6Address]
 ) -> None:
     written = str(write(IPv4Address(address)))
-    # ::1 is one thing, and 0.0.0.1 another.
+    # ::1 is loopback, although 0.0.0.1 is not.
     assert forbidden(written) == ("loopback" if written == "::1" else kind)
 
 
 @pytest.mark.parametrize("address", ["fe80::1%eth0", "::1%1", "::ffff:127.0.0.1%lo", "fd00:ec2::254%1", "ff02::1%2"])
-def test_a_scope_makes_no_other_address_of_it(address: str) -> None:
+def test_scope_id_is_ignored(address: str) -> None:
     assert forbidden(address) == forbidden(address.partition("%")[0]) is not None
 
 
 @pytest.mark.parametrize("address", [*FINE, *FINE_IPV6, "fd00::1%eth0"])
-def test_every_other_address_is_fine(address: str) -> None:
+def test_other_addresses_are_allowed(address: str) -> None:
     assert forbidden(address) is None
 
 
 @pytest.mark.parametrize("address", FINE)
-def test_and_so_it_is_in_every_way_of_writing_it(address: str) -> None:
+def test_allowed_in_every_ipv6_notation(address: str) -> None:
     assert [forbidden(written) for written in ways(address)] == [None] * len(WRITTEN)
 
 
 @given(st.ip_addresses(v=4))
-def test_an_ipv4_address_is_forbidden_if_and_only_if_its_mapped_form_is(address: IPv4Address) -> None:
+def test_ipv4_mapped_address_has_the_same_kind(address: IPv4Address) -> None:
     assert forbidden(str(WRITTEN["mapped"](address))) == forbidden(str(address))
 
 
 @given(st.ip_addresses(v=4, network="169.254.0.0/16") | st.ip_addresses(v=4, network="126.0.0.0/7"))
-def test_and_so_it_is_near_the_edges_and_in_every_other_form(address: IPv4Address) -> None:
+def test_network_edges_in_every_ipv6_notation(address: IPv4Address) -> None:
     assert {forbidden(written) is None for written in ways(str(address))} == {forbidden(str(address)) is None}
 
 
@@ -134,5 +134,5 @@ def test_and_so_it_is_near_the_edges_and_in_every_other_form(address: IPv4Addres
         ("64:ff9b::8.8.8.8", False),
     ],
 )
-def test_which_addresses_are_not_routed_on_the_internet(address: str, private: bool) -> None:
+def test_private_networks(address: str, private: bool) -> None:
     assert is_private(address) is private

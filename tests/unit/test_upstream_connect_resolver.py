@@ -1,4 +1,4 @@
-"""Looking up names: once for all who ask at the same time, and no name that hangs delays another."""
+"""Name resolution: shared lookups, and hanging names that delay no others."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ THREADS = 64
 
 
 def found(*addresses: str) -> list[Any]:
-    """As the operating system tells of addresses."""
+    """Return addresses in the form of getaddrinfo."""
     return [
         (socket.AF_INET6 if ":" in one else socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, 0)) for one in addresses
     ]
 
 
 class Names:
-    """In the place of getaddrinfo. Names that hang do so until `release`."""
+    """Replaces getaddrinfo; lookups of hanging names wait for `release`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.threads: list[threading.Thread] = []
         self.release = threading.Event()
 
-    def __call__(self, host: str, port: None, *, type: int) -> list[Any]:  # noqa: A002
-        """Called in threads."""
+    def __call__(self, host: str, port: None, *, type: int) -> list[Any]:  # noqa: A002  # getaddrinfo calls this parameter `type`
+        """Record and answer a lookup; called in threads."""
         assert type == socket.SOCK_STREAM
         self.threads.append(threading.current_thread())
         self.asked.append(host)
@@ -45,7 +45,7 @@ class Names:
 
 @pytest.fixture
 def names() -> Iterator[Names]:
-    """Released at the end, whatever comes."""
+    """Return names whose lookups are released at the end of the test."""
     names = Names()
     yield names
     names.release.set()
@@ -53,7 +53,7 @@ def names() -> Iterator[Names]:
 
 @pytest.fixture
 def resolver(names: Names) -> Iterator[Resolver]:
-    """It looks names up there."""
+    """Return a resolver over them."""
     resolver = Resolver(REACTOR, names)
     resolver.start()
     yield resolver
@@ -64,14 +64,14 @@ Raised = Callable[[], list[Any]]
 
 
 def resolver_of(looked_up: Raised) -> Resolver:
-    """One for which every look-up gives this."""
+    """Return a resolver whose lookups all give this."""
     resolver = Resolver(REACTOR, lambda *_, **__: looked_up())
     resolver.start()
     return resolver
 
 
 def raising(error: Exception) -> Raised:
-    """A look-up that fails."""
+    """Return a lookup function that fails."""
 
     def look_up() -> list[Any]:
         raise error
@@ -80,13 +80,13 @@ def raising(error: Exception) -> Raised:
 
 
 @on_reactor
-async def test_the_addresses_of_a_name(resolver: Resolver, names: Names) -> None:
+async def test_addresses_of_a_name(resolver: Resolver, names: Names) -> None:
     assert await resolver.addresses("reg.example") == ("10.0.0.11",)
     assert names.asked == ["reg.example"]
 
 
 @on_reactor
-async def test_each_address_once_and_the_best_first() -> None:
+async def test_duplicates_are_dropped_and_order_is_kept() -> None:
     resolver = resolver_of(lambda: found("fd00::2", "10.0.0.9", "fd00::2", "10.0.0.1", "10.0.0.9"))
     assert await resolver.addresses("reg.example") == ("fd00::2", "10.0.0.9", "10.0.0.1")
     resolver.stop()
@@ -94,7 +94,7 @@ async def test_each_address_once_and_the_best_first() -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "8.8.8.8"])
 @on_reactor
-async def test_an_address_is_its_own(address: str) -> None:
+async def test_literal_address(address: str) -> None:
     resolver = Resolver(REACTOR)
     resolver.start()
     assert await resolver.addresses(address) == (address,)
@@ -102,11 +102,11 @@ async def test_an_address_is_its_own(address: str) -> None:
 
 
 @on_reactor
-async def test_one_look_up_serves_all_who_wait_for_a_name(resolver: Resolver, names: Names) -> None:
+async def test_concurrent_requests_share_one_lookup(resolver: Resolver, names: Names) -> None:
     waiting = [resolver.addresses("hanging.example") for _ in range(3)]
     await until(lambda: names.asked)
     waiting.append(resolver.addresses("hanging.example"))
-    # Who gives up takes it from nobody else.
+    # A cancelled waiter does not affect the others.
     waiting[0].cancel()
     waiting.pop(0).addErrback(lambda _: None)
     names.release.set()
@@ -115,14 +115,14 @@ async def test_one_look_up_serves_all_who_wait_for_a_name(resolver: Resolver, na
 
 
 @on_reactor
-async def test_a_name_is_looked_up_anew_for_who_asks_later(resolver: Resolver, names: Names) -> None:
+async def test_later_request_is_looked_up_again(resolver: Resolver, names: Names) -> None:
     for _ in range(2):
         await resolver.addresses("reg.example")
     assert names.asked == ["reg.example"] * 2
 
 
 @on_reactor
-async def test_names_that_hang_delay_no_other(resolver: Resolver, names: Names) -> None:
+async def test_hanging_name_does_not_delay_others(resolver: Resolver, names: Names) -> None:
     hanging = [resolver.addresses(f"hanging{number}.example") for number in range(THREADS - 1)]
     assert await resolver.addresses("reg.example") == ("10.0.0.11",)
     assert not any(one.called for one in hanging)
@@ -131,7 +131,7 @@ async def test_names_that_hang_delay_no_other(resolver: Resolver, names: Names) 
 
 
 @on_reactor
-async def test_but_there_is_an_end_to_the_threads(resolver: Resolver, names: Names) -> None:
+async def test_number_of_threads_is_limited(resolver: Resolver, names: Names) -> None:
     hanging = [resolver.addresses(f"hanging{number}.example") for number in range(THREADS + 10)]
     await until(lambda: len(names.asked) >= THREADS)
     await deferLater(REACTOR, 0.02)
@@ -142,7 +142,7 @@ async def test_but_there_is_an_end_to_the_threads(resolver: Resolver, names: Nam
 
 
 @on_reactor
-async def test_a_name_that_hangs_does_not_hold_up_the_end(names: Names) -> None:
+async def test_hanging_name_does_not_block_shutdown(names: Names) -> None:
     resolver = Resolver(REACTOR, names)
     resolver.start()
     hanging = resolver.addresses("hanging.example")
@@ -168,7 +168,7 @@ async def test_a_name_that_hangs_does_not_hold_up_the_end(names: Names) -> None:
     ],
 )
 @on_reactor
-async def test_a_name_without_an_address(looked_up: Raised, message: str) -> None:
+async def test_name_without_address(looked_up: Raised, message: str) -> None:
     resolver = resolver_of(looked_up)
     for _ in range(2):
         with pytest.raises(DNSLookupError, match=message):
@@ -178,7 +178,7 @@ async def test_a_name_without_an_address(looked_up: Raised, message: str) -> Non
 
 @pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example"])
 @on_reactor
-async def test_a_name_that_cannot_have_one(name: str) -> None:
+async def test_invalid_host_name(name: str) -> None:
     resolver = Resolver(REACTOR)
     resolver.start()
     with pytest.raises(DNSLookupError):

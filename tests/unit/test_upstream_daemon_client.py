@@ -1,4 +1,4 @@
-"""The daemon beside: what is asked of it over its socket, and what becomes of its answers."""
+"""The client of a running daemon: requests over its control socket, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BLOB = Digest.of(b"0123456789")
 
 
 class _Answering:
-    """What a site serves: the answers of the test, in their order."""
+    """Resource with the scripted answers in order."""
 
     isLeaf = True
 
@@ -76,7 +76,7 @@ class _Site(Site):
 
 
 class Daemon:
-    """Listens on a socket, and gives what the test says."""
+    """Listens on a socket and gives the answers of the test."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -89,7 +89,7 @@ class Daemon:
         self.daemon_client = DaemonClient(self.control_socket.path, INSTANCE, REACTOR)
 
     async def stop(self) -> None:
-        """Closes all."""
+        """Stop listening and close all connections."""
         await self.daemon_client.stop()
         await self._port.stopListening()
         self.control_socket.close()
@@ -97,19 +97,19 @@ class Daemon:
 
 @pytest_twisted.async_yield_fixture
 async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
-    """It listens at a path that is longer than the kernel takes one."""
+    """Return a daemon at a path longer than a socket address."""
     daemon = Daemon(tmp_path / ("long" * 30) / "pulls" / "0")
     yield daemon
     await daemon.stop()
 
 
 def error(message: object) -> bytes:
-    """The body of an error."""
+    """Return the body of an error response."""
     return json.dumps({"errors": [{"code": "ANY", "message": message, "detail": {}}]}).encode()
 
 
 @on_reactor
-async def test_a_manifest(daemon: Daemon) -> None:
+async def test_manifest(daemon: Daemon) -> None:
     for url, reference in ((str(APP), "1"), (f"{APP.repository}@{IMAGE.digest}", IMAGE.digest)):
         daemon.give = (200, IMAGE.data, {"Content-Type": IMAGE.media_type})
         assert await daemon.daemon_client.manifest(image(url)) == IMAGE
@@ -119,7 +119,7 @@ async def test_a_manifest(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize("name", ["docker.io/library/nginx:1", "[::1]:5000/app:1", "singleword:80/app:1"])
 @on_reactor
-async def test_whichever_the_upstream(daemon: Daemon, name: str) -> None:
+async def test_manifest_of_any_upstream(daemon: Daemon, name: str) -> None:
     daemon.give = (200, IMAGE.data, {"Content-Type": IMAGE.media_type})
     assert await daemon.daemon_client.manifest(image(name)) == IMAGE
     upstream = image(name).repository.upstream.name
@@ -129,7 +129,7 @@ async def test_whichever_the_upstream(daemon: Daemon, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["manifest", "referrers", "blob"])
 @on_reactor
-async def test_it_is_told_who_asks(daemon: Daemon, kind: str) -> None:
+async def test_user_agent(daemon: Daemon, kind: str) -> None:
     daemon.give = (503, b"", {})
     with pytest.raises(Unavailable):
         await ask(daemon, kind)
@@ -146,7 +146,7 @@ async def test_referrers(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(("start", "asked"), [(0, None), (4, "bytes=4-")])
 @on_reactor
-async def test_a_blob_from_where_it_is_asked_for(daemon: Daemon, start: int, asked: str | None) -> None:
+async def test_blob_from_offset(daemon: Daemon, start: int, asked: str | None) -> None:
     daemon.give = (206 if start else 200, b"0123456789"[start:], {})
     body = await daemon.daemon_client.blob(APP.repository, BLOB, start)
     data = b""
@@ -157,13 +157,13 @@ async def test_a_blob_from_where_it_is_asked_for(daemon: Daemon, start: int, ask
 
 
 @on_reactor
-async def test_a_blob_that_is_empty(daemon: Daemon) -> None:
+async def test_empty_blob(daemon: Daemon) -> None:
     body = await daemon.daemon_client.blob(APP.repository, Digest.of(b""), 0)
     assert await body.read() == b""
 
 
 def ask(daemon: Daemon, kind: str) -> Deferred[Any]:
-    """A request of a kind."""
+    """Send a request of this kind."""
     daemon_client = daemon.daemon_client
     asks: dict[str, Any] = {
         "manifest": lambda: daemon_client.manifest(APP),
@@ -179,7 +179,7 @@ KINDS = ("manifest", "referrers", "blob")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("status", [404, 403, 503, 500, 405, 416, 302])
 @on_reactor
-async def test_what_the_daemon_says_of_a_failure_is_what_is_said(daemon: Daemon, kind: str, status: int) -> None:
+async def test_daemon_error_is_passed_on(daemon: Daemon, kind: str, status: int) -> None:
     unknown = BlobUnknown if kind == "blob" else ManifestUnknown
     kinds: dict[int, type[RegistryError]] = {404: unknown, 403: Denied}
     daemon.give = (status, error("reg.example:5000: the reason, in its own w\u00f6rds"), {"Location": "/elsewhere"})
@@ -209,7 +209,7 @@ async def test_what_the_daemon_says_of_a_failure_is_what_is_said(daemon: Daemon,
     ],
 )
 @on_reactor
-async def test_a_failure_without_a_reason_is_told_with_its_status(daemon: Daemon, body: bytes) -> None:
+async def test_error_without_message_names_the_status(daemon: Daemon, body: bytes) -> None:
     daemon.give = (502, body, {})
     with pytest.raises(Unavailable) as failed:
         await ask(daemon, "manifest")
@@ -217,7 +217,7 @@ async def test_a_failure_without_a_reason_is_told_with_its_status(daemon: Daemon
 
 
 @on_reactor
-async def test_a_reason_that_has_no_end(daemon: Daemon) -> None:
+async def test_endless_error_body(daemon: Daemon) -> None:
     daemon.give = (502, error("x" * 100_000), {})
     with pytest.raises(Unavailable, match=r"^the daemon: a response is longer than 65536 bytes$"):
         await ask(daemon, "manifest")
@@ -235,14 +235,14 @@ async def test_a_reason_that_has_no_end(daemon: Daemon) -> None:
     ],
 )
 @on_reactor
-async def test_what_is_no_manifest(daemon: Daemon, kind: str, data: bytes, media_type: str, why: str) -> None:
+async def test_malformed_manifest(daemon: Daemon, kind: str, data: bytes, media_type: str, why: str) -> None:
     daemon.give = (200, data, {"Content-Type": media_type})
     with pytest.raises(Unavailable, match=why):
         await ask(daemon, kind)
 
 
 @on_reactor
-async def test_an_answer_that_breaks_off(daemon: Daemon) -> None:
+async def test_truncated_response(daemon: Daemon) -> None:
     daemon.give = None
     asked = ask(daemon, "blob")
     await until(lambda: daemon.open)
@@ -257,7 +257,7 @@ async def test_an_answer_that_breaks_off(daemon: Daemon) -> None:
 
 
 @on_reactor
-async def test_a_daemon_that_has_gone(tmp_path: Path) -> None:
+async def test_stopped_daemon(tmp_path: Path) -> None:
     (tmp_path / "pulls").mkdir()
     control_socket = ControlSocket(tmp_path / "pulls")
     daemon_client = DaemonClient(control_socket.path, INSTANCE, REACTOR)
@@ -269,7 +269,7 @@ async def test_a_daemon_that_has_gone(tmp_path: Path) -> None:
 
 
 @on_reactor
-async def test_one_connection_serves_one_request_after_the_other_until_the_end(daemon: Daemon) -> None:
+async def test_connection_is_reused_until_stop(daemon: Daemon) -> None:
     daemon.give = (200, IMAGE.data, {"Content-Type": IMAGE.media_type})
     for _ in range(3):
         await daemon.daemon_client.manifest(APP)
@@ -279,7 +279,7 @@ async def test_one_connection_serves_one_request_after_the_other_until_the_end(d
 
 
 @on_reactor
-async def test_many_requests_at_once_have_a_connection_each(daemon: Daemon) -> None:
+async def test_concurrent_requests_use_separate_connections(daemon: Daemon) -> None:
     daemon.give = None
     asked = [ask(daemon, "manifest") for _ in range(20)]
     await until(lambda: len(daemon.open) == 20)

@@ -1,4 +1,4 @@
-"""Foreign exceptions in words for an operator, and which of them say that a host speaks no TLS."""
+"""Texts for foreign exceptions, and which of them mean that a host does not speak TLS."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ociregistry.upstream.failures import CertificateRefused, causes, explain, s
 
 
 def wrapped(*inner: BaseException, kind: type[Exception] = ResponseNeverReceived) -> Exception:
-    """As an Agent raises what went wrong below it."""
+    """Return the exception as an Agent wraps it."""
     return kind([Failure(one) for one in inner])
 
 
 def tls(*reasons: str) -> SSL.Error:
-    """As pyOpenSSL tells of them."""
+    """Return the exception as pyOpenSSL raises it."""
     return SSL.Error([("SSL routines", "", reason) for reason in reasons])
 
 
@@ -48,13 +48,13 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize(("exception", "sentence"), SENTENCES)
-def test_an_exception_in_words(exception: Exception, sentence: str) -> None:
+def test_explain_exception(exception: Exception, sentence: str) -> None:
     assert explain(exception) == sentence
 
 
 @pytest.mark.parametrize(("exception", "sentence"), SENTENCES[:-2])
 @pytest.mark.parametrize("kind", [ResponseNeverReceived, ResponseFailed, RequestTransmissionFailed])
-def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: str, kind: type[Exception]) -> None:
+def test_explain_wrapped_exception(exception: Exception, sentence: str, kind: type[Exception]) -> None:
     assert explain(wrapped(exception, kind=kind)) == sentence
     assert explain(wrapped(wrapped(exception), kind=kind)) == sentence
 
@@ -71,16 +71,16 @@ def test_an_exception_below_an_agents_in_words(exception: Exception, sentence: s
         "unsupported certificate",
     ],
 )
-def test_what_the_other_side_has_against_our_certificate(what: str) -> None:
+def test_explain_refused_client_certificate(what: str) -> None:
     sentence = explain(wrapped(tls(f"tlsv1 alert {what}")))
     assert sentence == f"TLS failed: tlsv1 alert {what}: client certificate rejected or required"
 
 
-def test_nothing_is_said_in_words_too() -> None:
+def test_explain_none() -> None:
     assert explain(None)
 
 
-def test_the_causes_at_the_bottom() -> None:
+def test_innermost_causes() -> None:
     one, two, three = ValueError(1), ValueError(2), ValueError(3)
     assert causes(one) == [one]
     assert causes(wrapped(one, wrapped(two, three))) == [one, two, three]
@@ -98,7 +98,7 @@ def test_the_causes_at_the_bottom() -> None:
         tls("record layer failure"),
     ],
 )
-def test_who_refuses_or_answers_in_plain_text_speaks_no_tls(exception: Exception) -> None:
+def test_refused_connection_or_plain_text_means_no_tls(exception: Exception) -> None:
     assert speaks_no_tls(exception)
     assert speaks_no_tls(wrapped(exception))
 
@@ -112,7 +112,7 @@ def test_who_refuses_or_answers_in_plain_text_speaks_no_tls(exception: Exception
         tls("unsupported protocol"),
         SSL.Error(),
         SSL.SysCallError(-1, "Unexpected EOF"),
-        # Whatever the host has written into it.
+        # Regardless of the text from the host.
         CertificateRefused("CN=wrong version number", "http request"),
         error.TimeoutError(),
         error.TCPTimedOutError(),
@@ -124,6 +124,6 @@ def test_who_refuses_or_answers_in_plain_text_speaks_no_tls(exception: Exception
         ValueError("wrong version number"),
     ],
 )
-def test_a_failed_verification_or_a_time_out_says_no_such_thing(exception: Exception) -> None:
+def test_failed_verification_or_timeout_does_not_mean_no_tls(exception: Exception) -> None:
     assert not speaks_no_tls(exception)
     assert not speaks_no_tls(wrapped(exception))

@@ -1,4 +1,4 @@
-"""Single requests over real connections: what is sent, what is refused, and what a failure is called."""
+"""Single requests over real connections: headers sent, responses refused, error texts and timeouts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ BODY = bytes(range(256)) * 400
 
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
-    """A host that the test accepts connections of, and then says nothing."""
+    """Return a listening socket that never answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         listening.setblocking(False)
         yield listening
 
 
 async def accept(listening: socket.socket) -> socket.socket:
-    """A connection on which the client has said something."""
+    """Return a connection after the client has sent something."""
     connections: list[socket.socket] = []
 
     def said() -> bool:
@@ -48,15 +48,13 @@ async def accept(listening: socket.socket) -> socket.socket:
 
 
 async def get(network: Network, url: str, method: str = "GET") -> Response:
-    """One request."""
+    """Send a request."""
     return await network.http("reg.example").send(method, url, {"X-Ours": "1"})
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @on_reactor
-async def test_a_request_asks_for_bytes_as_they_are(
-    network: Network, upstream: ScriptedRegistry, method: str
-) -> None:
+async def test_request_headers(network: Network, upstream: ScriptedRegistry, method: str) -> None:
     upstream.script("*", Reply(200, BODY, (("X-Theirs", " a "), ("X-Theirs", "b"))))
     response = await get(network, f"{upstream.url}/some/path?q=1", method)
     (request,) = upstream.requests
@@ -74,9 +72,9 @@ async def test_a_request_asks_for_bytes_as_they_are(
 
 @pytest.mark.parametrize("framing", ["chunked", "close"])
 @on_reactor
-async def test_a_length_that_is_not_told_is_none(network: Network, upstream: ScriptedRegistry, framing: str) -> None:
+async def test_unknown_length_is_none(network: Network, upstream: ScriptedRegistry, framing: str) -> None:
     upstream.script("*", Reply(200, BODY))
-    upstream.script("*", NoLength(framing))  # type: ignore[arg-type]  # it is one of the two
+    upstream.script("*", NoLength(framing))  # type: ignore[arg-type]  # one of the two
     response = await get(network, upstream.url)
     assert response.length is None
     assert await response.collect(len(BODY)) == BODY
@@ -85,7 +83,7 @@ async def test_a_length_that_is_not_told_is_none(network: Network, upstream: Scr
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip"])
 @on_reactor
-async def test_an_encoded_body_is_refused(
+async def test_encoded_body_is_refused(
     network: Network, upstream: ScriptedRegistry, method: str, encoding: str
 ) -> None:
     upstream.script("*", Reply(200, gzip.compress(BODY), (("Content-Encoding", encoding),)))
@@ -94,13 +92,13 @@ async def test_an_encoded_body_is_refused(
 
 
 @on_reactor
-async def test_identity_is_no_encoding(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_identity_encoding_is_accepted(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, BODY, (("Content-Encoding", "Identity"),)))
     assert await (await get(network, upstream.url)).collect(len(BODY)) == BODY
 
 
 @on_reactor
-async def test_nothing_is_followed(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_redirect_is_not_followed(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(307, b"", (("Location", "/elsewhere"),)))
     assert (await get(network, upstream.url)).header("location") == "/elsewhere"
     assert len(upstream.requests) == 1
@@ -108,7 +106,7 @@ async def test_nothing_is_followed(network: Network, upstream: ScriptedRegistry)
 
 @on_reactor
 async def test_no_cookie_is_sent_back(network: Network, upstream: ScriptedRegistry) -> None:
-    """Neither to who set it nor to anybody else: what a balancer means by it is none of a registry's business."""
+    """To neither the same nor another host; a load balancer's cookies have no meaning for a registry client."""
     cookies = [f"one=1; Path=/; Domain={domain}" for domain in ("127.0.0.1", "localhost", ".local")]
     upstream.script("*", Reply(200, b"", tuple(("Set-Cookie", cookie) for cookie in ("sid=secret", *cookies))))
     http = network.http("reg.example")
@@ -117,13 +115,13 @@ async def test_no_cookie_is_sent_back(network: Network, upstream: ScriptedRegist
     assert [request.values("Cookie") for request in upstream.requests] == [()] * 3
 
 
-# Signatures are made over these very characters.
+# Signatures cover these exact characters.
 @pytest.mark.parametrize(
     "query",
     ["a=%2F&b=%2B+%20", "X-Amz-Signature=0af%2F~-_.!*'()", "sig=a%2Bb%2fc%3D%3D&se=2026%3A01", "a=b=c&d&e=", "%7E"],
 )
 @on_reactor
-async def test_a_url_arrives_as_it_was_given(network: Network, upstream: ScriptedRegistry, query: str) -> None:
+async def test_url_is_sent_unchanged(network: Network, upstream: ScriptedRegistry, query: str) -> None:
     upstream.script("*", Reply(200))
     await (await get(network, f"{upstream.url}/a?{query}")).discard()
     assert upstream.requests[0].query == query
@@ -132,7 +130,7 @@ async def test_a_url_arrives_as_it_was_given(network: Network, upstream: Scripte
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("after", [0, 1000, len(BODY) - 1])
 @on_reactor
-async def test_a_body_that_breaks_off_is_a_failure(
+async def test_lost_connection_in_body_is_an_error(
     network: Network, upstream: ScriptedRegistry, after: int, reset: bool
 ) -> None:
     upstream.script("*", Reply(200, BODY))
@@ -143,7 +141,7 @@ async def test_a_body_that_breaks_off_is_a_failure(
 
 
 @on_reactor
-async def test_chunks_that_break_off_are_a_failure(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_truncated_chunked_body_is_an_error(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, BODY))
     upstream.script("*", NoLength("chunked"))
     upstream.script("*", Cut(70_000))
@@ -152,7 +150,7 @@ async def test_chunks_that_break_off_are_a_failure(network: Network, upstream: S
 
 
 @on_reactor
-async def test_a_body_that_is_shorter_than_told_is_a_failure(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_body_shorter_than_content_length_is_an_error(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, BODY))
     upstream.script("*", Declare(+5))
     with pytest.raises(Unavailable):
@@ -161,7 +159,7 @@ async def test_a_body_that_is_shorter_than_told_is_a_failure(network: Network, u
 
 @pytest.mark.parametrize("reset", [False, True])
 @on_reactor
-async def test_a_connection_that_ends_without_an_answer_is_a_failure(
+async def test_connection_closed_without_response_is_an_error(
     network: Network, upstream: ScriptedRegistry, reset: bool
 ) -> None:
     upstream.script("*", Cut(None, reset=reset))
@@ -170,7 +168,7 @@ async def test_a_connection_that_ends_without_an_answer_is_a_failure(
 
 
 @on_reactor
-async def test_headers_have_half_a_minute(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
+async def test_headers_time_out_after_30_seconds(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
     upstream.script("*", Hold())
     sending = Deferred.fromCoroutine(network.http("reg.example", clock=clock).send("GET", upstream.url, {}))
     await until(lambda: upstream.requests)
@@ -183,7 +181,7 @@ async def test_headers_have_half_a_minute(network: Network, upstream: ScriptedRe
 
 
 @on_reactor
-async def test_the_body_has_its_own_time(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
+async def test_body_has_its_own_timeout(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
     upstream.script("*", Reply(200, BODY))
     hold = Hold(1000)
     upstream.script("*", hold)
@@ -195,7 +193,7 @@ async def test_the_body_has_its_own_time(network: Network, upstream: ScriptedReg
 
 @pytest.mark.parametrize(("scheme", "kind"), [("https", NoTls), ("http", Unavailable)])
 @on_reactor
-async def test_a_refused_connection(network: Network, upstream: ScriptedRegistry, scheme: str, kind: type) -> None:
+async def test_refused_connection(network: Network, upstream: ScriptedRegistry, scheme: str, kind: type) -> None:
     upstream.close()
     with pytest.raises(Unavailable, match=r"^reg.example: the connection was refused$") as refused:
         await get(network, f"{scheme}://{upstream.host}/")
@@ -203,14 +201,14 @@ async def test_a_refused_connection(network: Network, upstream: ScriptedRegistry
 
 
 @on_reactor
-async def test_a_plain_answer_to_the_tls_hello(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_plain_text_answer_to_tls_hello(network: Network, upstream: ScriptedRegistry) -> None:
     with pytest.raises(NoTls, match=r"^reg.example: TLS failed: "):
         await get(network, f"https://{upstream.host}/")
     assert upstream.requests == ()
 
 
 @on_reactor
-async def test_a_certificate_that_nobody_vouches_for(network: Network, secure: ScriptedRegistry) -> None:
+async def test_untrusted_certificate(network: Network, secure: ScriptedRegistry) -> None:
     with pytest.raises(Unavailable) as refused:
         await get(network, secure.url)
     assert refused.value.message == (
@@ -221,7 +219,7 @@ async def test_a_certificate_that_nobody_vouches_for(network: Network, secure: S
 
 
 @on_reactor
-async def test_a_certificate_for_another_host(network: Network, authority: Authority) -> None:
+async def test_certificate_for_another_host(network: Network, authority: Authority) -> None:
     with ScriptedRegistry(tls=authority.server_context("elsewhere.example")) as upstream:
         with pytest.raises(Unavailable) as refused:
             await network.http("reg.example", trust=authority.ca).send("GET", upstream.url, {})
@@ -233,9 +231,7 @@ async def test_a_certificate_for_another_host(network: Network, authority: Autho
 
 
 @on_reactor
-async def test_a_host_that_says_nothing_to_the_tls_hello(
-    network: Network, silent: socket.socket, clock: Clock
-) -> None:
+async def test_no_answer_to_tls_hello(network: Network, silent: socket.socket, clock: Clock) -> None:
     http = network.http("reg.example", clock=clock)
     url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
     sending = Deferred.fromCoroutine(http.send("GET", url, {}))
@@ -248,7 +244,7 @@ async def test_a_host_that_says_nothing_to_the_tls_hello(
 
 
 @on_reactor
-async def test_an_answer_that_is_no_http(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_response_that_is_not_http(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, b"", (("Content-Length", "many"),)))
     upstream.script("*", Header("X", "y"))
     with pytest.raises(Unavailable, match=r"^reg.example: "):
@@ -256,9 +252,7 @@ async def test_an_answer_that_is_no_http(network: Network, upstream: ScriptedReg
 
 
 @on_reactor
-async def test_a_short_body_is_let_pass_and_the_connection_used_again(
-    network: Network, upstream: ScriptedRegistry
-) -> None:
+async def test_discarding_a_short_body_keeps_the_connection(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(404, b"x" * 60_000))
     http = network.http("reg.example")
     for _ in range(3):
@@ -267,7 +261,7 @@ async def test_a_short_body_is_let_pass_and_the_connection_used_again(
 
 
 @on_reactor
-async def test_a_long_body_that_nobody_wants_is_cut_off(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_discarding_a_long_body_closes_the_connection(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(404, bytes(64 * 1024 * 1024)))
     response = await get(network, upstream.url)
     await response.discard()
@@ -276,7 +270,7 @@ async def test_a_long_body_that_nobody_wants_is_cut_off(network: Network, upstre
 
 
 @on_reactor
-async def test_a_body_is_collected_up_to_its_limit(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_collect_has_a_limit(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, BODY))
     assert await (await get(network, upstream.url)).collect(len(BODY)) == BODY
     with pytest.raises(Unavailable, match=f"longer than {len(BODY) - 1} bytes"):

@@ -1,4 +1,4 @@
-"""Connections: what nobody wants any more is let go of, what is wanted again is kept."""
+"""Connections: unneeded responses release them, idle ones are reused."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.upstream_rules import Header, Hold, Reply
 BUILT = make_image("connections")
 IMAGE = manifest(BUILT)
 HUGE = bytes(16 * 1024 * 1024)
-"""More than what sockets hold."""
+"""More than socket buffers hold."""
 
 
 @pytest.fixture
 def daemons() -> Iterator[DaemonsNetwork]:
-    """The daemon's own way to upstreams."""
+    """Return upstream access assembled as in the daemon."""
     network = DaemonsNetwork(configured(), INSTANCE, REACTOR)
     network.startService()
     yield network
@@ -37,13 +37,13 @@ def daemons() -> Iterator[DaemonsNetwork]:
 
 
 def wants_token(upstream: ScriptedRegistry) -> Reply:
-    """A 401 that talks too much."""
+    """Return a 401 with a long body."""
     return Reply(401, HUGE, (("WWW-Authenticate", f'Bearer realm="{upstream.url}/token"'),))
 
 
 @pytest.mark.parametrize("what", ["challenge", "redirect", "token service", "refusal", "last redirect"])
 @on_reactor
-async def test_an_answer_that_is_passed_by_holds_no_connection(
+async def test_unneeded_response_releases_the_connection(
     network: Network, upstream: ScriptedRegistry, what: str
 ) -> None:
     upstream.script("*", Reply(404))
@@ -69,7 +69,7 @@ async def test_an_answer_that_is_passed_by_holds_no_connection(
 
 @pytest.mark.parametrize("status", [404, 416, 500])
 @on_reactor
-async def test_nor_does_what_a_registry_says_instead_of_a_blob(
+async def test_refused_blob_response_releases_the_connection(
     network: Network, upstream: ScriptedRegistry, status: int
 ) -> None:
     upstream.script("*", Reply(status, HUGE))
@@ -82,7 +82,7 @@ async def test_nor_does_what_a_registry_says_instead_of_a_blob(
 
 
 @on_reactor
-async def test_nor_does_another_part_than_was_asked_for(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_wrong_range_releases_the_connection(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, b"all of it"))
     upstream.script("*", Reply(206, HUGE, (("Content-Range", "bytes 7-16777222/16777223"),)), times=1)
     registry = network.registry(upstream.host, scheme="http")
@@ -94,7 +94,7 @@ async def test_nor_does_another_part_than_was_asked_for(network: Network, upstre
 
 
 @on_reactor
-async def test_nor_does_one_that_is_encoded(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_encoded_body_releases_the_connection(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, HUGE))
     upstream.script("*", Header("Content-Encoding", "gzip"))
     with pytest.raises(Unavailable, match="Content-Encoding"):
@@ -104,7 +104,7 @@ async def test_nor_does_one_that_is_encoded(network: Network, upstream: Scripted
 
 
 @on_reactor
-async def test_nor_a_mirrors_that_does_not_have_it(daemons: DaemonsNetwork, upstream: ScriptedRegistry) -> None:
+async def test_error_of_a_mirror_releases_the_connection(daemons: DaemonsNetwork, upstream: ScriptedRegistry) -> None:
     with ScriptedRegistry() as mirror:
         mirror.script("*", Reply(404, HUGE))
         upstream.add("team/app", BUILT, "1")
@@ -117,7 +117,7 @@ async def test_nor_a_mirrors_that_does_not_have_it(daemons: DaemonsNetwork, upst
 
 
 @on_reactor
-async def test_who_gives_up_is_told_so_and_lets_go(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_cancelled_request_closes_the_connection(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Hold())
     sending = Deferred.fromCoroutine(network.http("reg.example").send("GET", upstream.url, {}))
     await until(lambda: upstream.requests)
@@ -127,12 +127,12 @@ async def test_who_gives_up_is_told_so_and_lets_go(network: Network, upstream: S
 
 
 def advance(upstream: ScriptedRegistry, count: int) -> bool:
-    """Whether so many requests have come."""
+    """Wait until `count` requests have arrived."""
     return len(upstream.requests) == count
 
 
 @on_reactor
-async def test_as_many_as_may_be_open_are_kept_for_the_next(
+async def test_idle_connections_are_reused_up_to_the_limit(
     daemons: DaemonsNetwork, upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")

@@ -1,4 +1,4 @@
-"""The User-Agent header: every request that leaves the process carries it, as some registries demand."""
+"""The User-Agent header: every request carries it, as some registries demand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ USER = Password("user", "s3cret")
 
 
 class Fronts:
-    """A registry with a mirror, a storage and a token service: each refuses requests without a User-Agent."""
+    """A registry with mirror, storage and token service, all refusing requests without User-Agent."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.own, self.mirror, self.storage, self.service = (
@@ -36,31 +36,31 @@ class Fronts:
         )
 
     def guard(self) -> None:
-        """Add the front to each; call it last, so that it stands before all other rules."""
+        """Add the check to each; call last, so that it precedes all other rules."""
         for registry in self.all:
             registry.script("*", NeedUserAgent())
 
     @property
     def all(self) -> tuple[ScriptedRegistry, ...]:
-        """All four."""
+        """Return all four registries."""
         return self.own, self.mirror, self.storage, self.service
 
     @property
     def sent(self) -> set[tuple[str, ...]]:
-        """The User-Agent headers of all requests, each with all its values."""
+        """Return the User-Agent values of all requests."""
         return {request.values("User-Agent") for registry in self.all for request in registry.requests}
 
 
 @pytest.fixture
 def fronts() -> Iterator[Fronts]:
-    """They serve."""
+    """Return the running registries."""
     with ExitStack() as stack:
         yield Fronts(stack)
 
 
 @pytest_twisted.async_yield_fixture
 async def started() -> AsyncIterator[list[Network]]:
-    """The networks to stop at the end."""
+    """Return the list of networks to stop at the end."""
     networks: list[Network] = []
     yield networks
     for network in networks:
@@ -68,7 +68,7 @@ async def started() -> AsyncIterator[list[Network]]:
 
 
 async def pull(registry: Registry, name: str) -> None:
-    """Pull the image by tag and by digest, by GET and by HEAD, and a layer of it."""
+    """Request the image by tag and digest, by GET and HEAD, and one of its layers."""
     tagged = image(f"{name}/team/app:1")
     assert await registry.manifest(tagged) == IMAGE
     assert await registry.manifest(image(f"{name}/team/app@{IMAGE.digest}")) == IMAGE
@@ -84,9 +84,7 @@ async def pull(registry: Registry, name: str) -> None:
 
 @pytest.mark.parametrize("login", [None, USER, IdentityToken("s3cret")], ids=["anonymous", "password", "token"])
 @on_reactor
-async def test_a_registry_that_refuses_requests_without_one_is_pulled_from(
-    fronts: Fronts, started: list[Network], login: Login | None
-) -> None:
+async def test_user_agent_on_every_request(fronts: Fronts, started: list[Network], login: Login | None) -> None:
     tokens = Tokens(f"{fronts.service.url}/token", users={} if login is None else {"user": "s3cret"})
     fronts.own.add("team/app", BUILT, "1")
     fronts.storage.add("team/app", BUILT)
@@ -113,7 +111,7 @@ async def test_a_registry_that_refuses_requests_without_one_is_pulled_from(
 
 
 @on_reactor
-async def test_so_is_a_mirror(fronts: Fronts, started: list[Network]) -> None:
+async def test_user_agent_on_requests_to_mirrors(fronts: Fronts, started: list[Network]) -> None:
     fronts.mirror.add("team/app", BUILT, "1")
     fronts.guard()
     own = entry("far.example", mirrors=(Mirror("http", Upstream(fronts.mirror.host)),))
