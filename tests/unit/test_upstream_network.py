@@ -1,4 +1,4 @@
-"""The way to upstreams as the settings say: what the operator named, and who is trusted with credentials."""
+"""Upstream access from the settings: configured names, trusted token services, and plain http."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.unit.test_upstream_connect import Names, Told
 
 
 def entry(name: str, **configured: Any) -> RegistrySettings:
-    """An entry of `registries`."""
+    """Return an entry of `registries`."""
     return RegistrySettings(Upstream.parse(name), **configured)
 
 
 def configured(*entries: RegistrySettings, default_ns: str = "docker.io") -> Settings:
-    """The defaults with these entries."""
+    """Return the default settings with these entries."""
     registries = {one.upstream: one for one in entries}
     return replace(load_settings({}, (), None), registries=registries, default_ns=Upstream(default_ns))
 
@@ -72,7 +72,7 @@ SETTINGS = configured(
         ("registry-1.docker.io", {80, 443}),
         ("realm.example", {5001}),
         ("::3", {5001}),
-        # Nobody can be led to these.
+        # No redirect can lead to these.
         ("docker.io", set()),
         ("auth.docker.io", set()),
         ("evil.example", set()),
@@ -83,17 +83,17 @@ SETTINGS = configured(
         ("[::1]", set()),
     ],
 )
-def test_what_the_operator_named(host: str, ports: set[int]) -> None:
+def test_configured_names(host: str, ports: set[int]) -> None:
     named = configured_hosts(SETTINGS)
     asked = (80, 81, 443, 444, 5000, 5001, 8080)
     assert {port for port in asked if named(host, port)} == ports
 
 
-def test_a_token_service_that_was_named_without_a_port_is_there_on_that_of_https() -> None:
+def test_token_service_without_port_is_on_443() -> None:
     assert configured_hosts(SETTINGS)("anywhere.example", 443)
 
 
-def test_the_default_upstream_is_named_by_nobody_having_chosen_another() -> None:
+def test_only_a_changed_default_upstream_counts_as_configured() -> None:
     assert configured_hosts(configured())("registry-1.docker.io", 443)
     assert not configured_hosts(configured(default_ns="reg.example"))("registry-1.docker.io", 443)
 
@@ -109,12 +109,12 @@ def test_the_default_upstream_is_named_by_nobody_having_chosen_another() -> None
         ("[::1]:5000", "[::1]:5000"),
     ],
 )
-def test_where_an_upstream_has_its_api(name: str, host: str) -> None:
+def test_api_host(name: str, host: str) -> None:
     assert api_host(Upstream.parse(name)) == host
 
 
 def trusts(one: RegistrySettings, realm: str, path: str = "/token") -> bool:
-    """Whether a token service gets the credentials of an entry."""
+    """Return whether a token service gets the credentials of an entry."""
     base = BaseUrl(one.scheme, api_host(one.upstream))
     return _trusted_with(one, base, base.origin(one.scheme or "https"))(Origin.of(f"{realm}{path}"))
 
@@ -145,7 +145,7 @@ def trusts(one: RegistrySettings, realm: str, path: str = "/token") -> bool:
         ("docker.io", "https://evil.docker.io", False),
     ],
 )
-def test_which_token_services_are_trusted_with_credentials(name: str, realm: str, trusted: bool) -> None:
+def test_trusted_token_services(name: str, realm: str, trusted: bool) -> None:
     for scheme in ("https", None):
         assert trusts(entry(name, scheme=scheme), realm) is trusted
 
@@ -160,7 +160,7 @@ def test_which_token_services_are_trusted_with_credentials(name: str, realm: str
         ("https://evil.example", False),
     ],
 )
-def test_credentials_go_over_plain_http_only_where_the_operator_wrote_http(realm: str, trusted: bool) -> None:
+def test_credentials_over_http_need_scheme_http(realm: str, trusted: bool) -> None:
     assert trusts(entry("reg.example:5000", scheme="http"), realm) is trusted
 
 
@@ -180,12 +180,12 @@ def test_credentials_go_over_plain_http_only_where_the_operator_wrote_http(realm
         ("auth.example", "https://reg.example", True),
     ],
 )
-def test_a_token_service_that_the_operator_named_is_trusted(named: str, realm: str, trusted: bool) -> None:
+def test_configured_realm_is_trusted(named: str, realm: str, trusted: bool) -> None:
     assert trusts(entry("reg.example", realm=Upstream(named)), realm) is trusted
 
 
 class PlainAllowed:
-    """Whether an upstream may be asked by http, where its name leads to such addresses."""
+    """Whether plain http is allowed for an upstream with such addresses."""
 
     def __init__(self, told: Told, reactor: IReactorTime) -> None:
         self.names = Names(told)
@@ -193,7 +193,7 @@ class PlainAllowed:
         self._network._resolver = self.names
 
     def __call__(self, one: RegistrySettings) -> bool:
-        """What is said of it."""
+        """Return the answer."""
         return fired(Deferred.fromCoroutine(self._asked(one)))
 
     async def _asked(self, one: RegistrySettings) -> bool:
@@ -211,20 +211,20 @@ class PlainAllowed:
         (DNSLookupError("no such name"), False),
     ],
 )
-def test_http_may_be_tried_where_all_addresses_are_private(told: Told, allowed: bool, clock: Clock) -> None:
+def test_http_is_allowed_if_all_addresses_are_private(told: Told, allowed: bool, clock: Clock) -> None:
     ask = PlainAllowed(told, clock)
     assert ask(entry("reg.example")) is allowed
     assert ask.names.asked == ["reg.example"]
 
 
-def test_the_address_in_a_name_is_looked_at_without_its_brackets(clock: Clock) -> None:
+def test_literal_ipv6_address_is_checked(clock: Clock) -> None:
     ask = PlainAllowed(("fd00::1",), clock)
     assert ask(entry("[fd00::1]"))
     assert ask.names.asked == ["fd00::1"]
 
 
 @pytest.mark.parametrize("name", ["reg.example:5000", "reg.example:443", "[::1]:5000"])
-def test_or_where_the_name_has_a_port(name: str, clock: Clock) -> None:
+def test_http_is_allowed_if_the_name_has_a_port(name: str, clock: Clock) -> None:
     ask = PlainAllowed(DNSLookupError("never asked"), clock)
     assert ask(entry(name))
     assert ask.names.asked == []
@@ -232,10 +232,10 @@ def test_or_where_the_name_has_a_port(name: str, clock: Clock) -> None:
 
 @pytest.mark.parametrize("login", [Password("u", "p"), IdentityToken("t"), Helper("h")])
 @pytest.mark.parametrize("name", ["reg.example", "reg.example:5000"])
-def test_but_never_with_credentials(name: str, login: Login, clock: Clock) -> None:
+def test_http_is_never_allowed_with_credentials(name: str, login: Login, clock: Clock) -> None:
     assert not PlainAllowed(("10.0.0.1",), clock)(entry(name, login=login))
 
 
 @pytest.mark.parametrize("name", ["reg.example", "reg.example:5000"])
-def test_nor_where_tls_is_configured(name: str, clock: Clock) -> None:
+def test_http_is_not_allowed_with_tls_settings(name: str, clock: Clock) -> None:
     assert not PlainAllowed(("10.0.0.1",), clock)(entry(name, tls=UpstreamTls(verify=False)))

@@ -1,4 +1,4 @@
-"""Which upstreams are allowed, and that each of them is one Registry for as long as it is used."""
+"""Allowed upstreams, and the cache of Registry objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ociregistry.upstream.registry import Registry
 
 
 class Made:
-    """Makes registries that are nothing but themselves."""
+    """Creates registries without behaviour."""
 
     def __init__(self) -> None:
         self.upstreams: list[str] = []
@@ -41,7 +41,7 @@ class Made:
         (("reg[12].example",), "reg3.example", False),
     ],
 )
-def test_globs_say_which_upstreams_are_allowed(globs: tuple[str, ...], name: str, allowed: bool) -> None:
+def test_allow_upstreams_globs(globs: tuple[str, ...], name: str, allowed: bool) -> None:
     made = Made()
     registries = Registries(globs, made)
     if allowed:
@@ -55,12 +55,12 @@ def test_globs_say_which_upstreams_are_allowed(globs: tuple[str, ...], name: str
     assert made.upstreams == [name] * allowed
 
 
-def test_an_ipv6_address_can_be_allowed() -> None:
-    """Its brackets are those of a glob too."""
+def test_ipv6_address_in_allow_upstreams() -> None:
+    """Its brackets also are glob syntax."""
     Registries(("[::1]:5000",), Made()).check(Upstream("[::1]:5000"))
 
 
-def test_an_upstream_is_one_registry() -> None:
+def test_one_registry_per_upstream() -> None:
     made = Made()
     registries = Registries((), made)
     one, other = Upstream("quay.io"), Upstream("docker.io")
@@ -71,7 +71,7 @@ def test_an_upstream_is_one_registry() -> None:
     assert made.upstreams == ["quay.io", "docker.io"]
 
 
-def test_those_used_last_are_kept() -> None:
+def test_most_recently_used_registries_are_kept() -> None:
     made = Made()
     registries = Registries((), made)
     often = registries.get(Upstream("often.example"))
@@ -85,7 +85,7 @@ def test_those_used_last_are_kept() -> None:
     assert len(registries._registries) == 500
 
 
-def test_new_settings_are_for_all_registries() -> None:
+def test_new_settings_apply_to_all_registries() -> None:
     made = Made()
     registries = Registries(("quay.io",), made)
     old = registries.get(Upstream("quay.io"))

@@ -1,4 +1,4 @@
-"""Origins: what of a URL decides who gets to see what, and where a redirect may lead."""
+"""Origins, and where redirects may lead."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ociregistry.upstream.origin import Origin, redirected, without_query
         ("https://reg.example#@evil.example", Origin("https", "reg.example", 443)),
     ],
 )
-def test_the_origin_of_a_url(url: str, origin: Origin) -> None:
+def test_origin_of_a_url(url: str, origin: Origin) -> None:
     assert Origin.of(url) == origin
 
 
@@ -53,12 +53,12 @@ def test_the_origin_of_a_url(url: str, origin: Origin) -> None:
         ),
     ],
 )
-def test_what_is_no_url_of_a_web_server(url: str) -> None:
+def test_url_of_no_web_server_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match=r"is not an http or https URL$|URL|[Pp]ort|address"):
         Origin.of(url)
 
 
-def test_a_secret_in_a_query_is_not_told() -> None:
+def test_query_is_not_in_the_error() -> None:
     assert without_query("https://cdn.example/x?X-Signature=secret?y") == "https://cdn.example/x"
     assert len(without_query("https://cdn.example/" + "x" * 10_000)) == 200
     with pytest.raises(ValueError, match=r"^'ftp://cdn.example/x' is not an http or https URL$"):
@@ -77,23 +77,23 @@ def test_a_secret_in_a_query_is_not_told() -> None:
         ("http://a/b", "http://cdn/b", "http://cdn/b"),
     ],
 )
-def test_where_a_redirect_leads(url: str, location: str, target: str) -> None:
+def test_redirect_target(url: str, location: str, target: str) -> None:
     assert redirected(url, location) == target
 
 
 @pytest.mark.parametrize("location", ["http://a/b", "HTTP://a/b", "http:b", "http://a:443/"])
-def test_no_redirect_leads_from_https_to_http(location: str) -> None:
+def test_redirect_from_https_to_http_is_refused(location: str) -> None:
     with pytest.raises(ValueError, match=r"redirects from https to http$|is not an http or https URL$"):
         redirected("https://a/b", location)
 
 
-def test_a_redirect_to_nowhere_tells_no_secret() -> None:
+def test_malformed_redirect_error_has_no_query() -> None:
     with pytest.raises(ValueError, match=r"^it redirects to 'ftp://cdn/x', which is not an http or https URL$"):
         redirected("https://a/b", "ftp://cdn/x?secret")
 
 
 @given(st.text() | st.text("htps:/@[]#?\\.%0 a").map("https:".__add__))
-def test_whatever_it_redirects_to_is_a_web_server_or_refused(location: str) -> None:
+def test_any_location_is_a_url_or_refused(location: str) -> None:
     with suppress(ValueError):
         target = redirected("https://reg.example/v2/", location)
         assert Origin.of(target).scheme == "https"

@@ -1,4 +1,4 @@
-"""Rate limits: the lowest priority waits while a registry's limit is nearly used up, and nobody else does."""
+"""Rate limit headers: requests of the lowest priority wait while a registry's limit is nearly used up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ APP = Repository(Upstream("reg.example"), "team/app")
 
 
 def limited(remaining: str, limit: str = "", reset: str = "", **more: Any) -> dict[str, Any]:
-    """A response with these headers; those that are empty are left out."""
+    """Return a response with these headers; empty ones are left out."""
     told = {"RateLimit-Limit": limit, "ratelimit-remaining": remaining, "RateLimit-Reset": reset}
     return {"headers": {name: value for name, value in told.items() if value}, **more}
 
@@ -34,7 +34,7 @@ SILENT: dict[str, Any] = {}
 
 
 def ask(asking: Asking, options: RequestOptions = LAST) -> Deferred[Response]:
-    """Ask for a manifest in this manner."""
+    """Send a request for a manifest with these options."""
     return Deferred.fromCoroutine(asking.client.request("GET", APP, "manifests/1", {}, options))
 
 
@@ -49,7 +49,7 @@ def held(asking: Asking) -> int:
 
 
 def after(told: dict[str, Any]) -> int:
-    """Return for how long one is held back after a response that told this."""
+    """Return for how many seconds a request is held back after this response."""
     asking = Asking({REG: [told, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     return held(asking)
@@ -67,7 +67,7 @@ def after(told: dict[str, Any]) -> int:
         ("26", "1000", True),
         ("250", "1000", True),
         ("251", "1000", False),
-        # The limit is not told.
+        # The limit itself is not sent.
         ("25", "", True),
         ("26", "", False),
         ("25", "many", True),
@@ -79,9 +79,9 @@ def test_a_quarter_of_the_limit_is_kept(remaining: str, limit: str, low: bool) -
 
 
 @pytest.mark.parametrize("remaining", ["", "few", "-1", "1.5", "0x10", ";w=60", "²", "1" * 13, "1" * 10_000, "w=1"])
-def test_what_is_malformed_is_ignored(remaining: str) -> None:
+def test_malformed_headers_are_ignored(remaining: str) -> None:
     assert after(limited(remaining, "100;w=21600")) == 0
-    # And changes nothing of what was told before.
+    # Earlier values stay valid.
     asking = Asking({REG: [LOW, limited(remaining, "100;w=21600"), SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     fired(ask(asking, DEFAULT_OPTIONS))
@@ -97,7 +97,7 @@ def test_what_is_malformed_is_ignored(remaining: str) -> None:
         (limited("0;w=21600", "100;w=21600"), 3600),
         (limited("0;w=100", "100;w=100"), 60),
         (limited("0", "100", "700"), 700),
-        # The time of the reset is the better word.
+        # The reset time takes precedence.
         (limited("0;w=8000", "100;w=8000", "700"), 700),
         (limited("0", "100", "10"), 60),
         (limited("0", "100", "1609844400"), 3600),
@@ -106,7 +106,7 @@ def test_what_is_malformed_is_ignored(remaining: str) -> None:
         (limited("0;x=1;w=8000", "100"), 2000),
     ],
 )
-def test_how_long_it_is_held_back(told: dict[str, Any], seconds: int) -> None:
+def test_hold_time(told: dict[str, Any], seconds: int) -> None:
     asking = Asking({REG: [told, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == seconds
@@ -116,7 +116,7 @@ def test_how_long_it_is_held_back(told: dict[str, Any], seconds: int) -> None:
     assert held(asking) == 0
 
 
-def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
+def test_held_request_is_refused_with_reason() -> None:
     asking = Asking({REG: [LOW, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(100)
@@ -127,19 +127,19 @@ def test_whoever_is_held_back_is_told_why_and_nothing_is_sent() -> None:
 
 
 @pytest.mark.parametrize("priority", sorted(set(Priority) - {Priority.METADATA}))
-def test_no_other_priority_is_held_back(priority: Priority) -> None:
+def test_other_priorities_are_not_held(priority: Priority) -> None:
     asking = Asking({REG: [limited("0;w=21600", "100;w=21600")]})
     for _ in range(3):
         assert fired(ask(asking, RequestOptions(priority=priority))).status == 200
     assert held(asking) > 0
 
 
-def test_nothing_is_held_back_before_it_tells_anything() -> None:
+def test_nothing_is_held_before_the_first_headers() -> None:
     asking = Asking({REG: [SILENT]})
     assert [held(asking) for _ in range(3)] == [0, 0, 0]
 
 
-def test_what_it_tells_last_counts() -> None:
+def test_latest_headers_count() -> None:
     asking = Asking({REG: [LOW, ENOUGH, SILENT, LOW, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) > 0
@@ -148,7 +148,7 @@ def test_what_it_tells_last_counts() -> None:
     assert held(asking) > 0
 
 
-def test_after_a_while_one_request_is_sent_and_the_others_wait_for_what_it_finds() -> None:
+def test_one_probe_is_sent_after_the_hold_time() -> None:
     asking = Asking({REG: [LOW, None]})
     fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(3600)
@@ -160,34 +160,34 @@ def test_after_a_while_one_request_is_sent_and_the_others_wait_for_what_it_finds
 @pytest.mark.parametrize(
     ("told", "then"), [(LOW, 3600), (SILENT, 3600), (limited("0", "100", "70"), 70), (ENOUGH, 0)]
 )
-def test_the_headers_of_that_one_decide_again(told: dict[str, Any], then: int) -> None:
+def test_headers_of_the_probe_decide(told: dict[str, Any], then: int) -> None:
     asking = Asking({REG: [LOW, told, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(3600)
     assert [held(asking), held(asking)] == [0, then]
 
 
-def test_the_limit_of_who_a_registry_redirects_to_is_not_its_own() -> None:
+def test_limit_of_a_redirect_target_is_separate() -> None:
     asking = Asking({REG: [redirect(f"{CDN}x")], CDN: [LOW]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == 0
 
 
-def test_nor_is_that_of_its_token_service() -> None:
+def test_limit_of_the_token_service_is_separate() -> None:
     asking = Asking({REG: [challenge(), SILENT], TOKEN: [token("t") | LOW]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == 0
 
 
 @pytest.mark.parametrize("status", [401, 404, 500])
-def test_a_refusal_tells_it_as_well(status: int) -> None:
+def test_headers_of_an_error_response_count(status: int) -> None:
     asking = Asking({REG: [LOW | {"status": status}, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) > 0
 
 
-def test_every_registry_has_its_own_limit() -> None:
-    """A mirror whose limit is nearly used up is passed over."""
+def test_each_registry_has_its_own_limit() -> None:
+    """A mirror whose limit is nearly used up is skipped."""
     mirrored = Mirrored(LOW, {"status": 404}, SILENT)
     for options in (DEFAULT_OPTIONS, LAST, LAST):
         asked = mirrored.sources.request("GET", APP, "manifests/1", {}, options)
@@ -195,7 +195,7 @@ def test_every_registry_has_its_own_limit() -> None:
     assert mirrored.asked == ["one", "two", "reg", "two", "reg"]
 
 
-def test_a_manifest_is_asked_for_with_the_priority_of_its_context() -> None:
+def test_manifest_request_has_the_priority_of_its_context() -> None:
     headers = {**GOOD["headers"], **LOW["headers"]}
     asking = Asking({REG: [{**GOOD, "headers": headers}]})
     registry: Registry = registry_over(asking.client)
@@ -206,8 +206,8 @@ def test_a_manifest_is_asked_for_with_the_priority_of_its_context() -> None:
 
 
 @pytest.mark.parametrize("where", [REG, TOKEN, CDN])
-def test_a_429_for_the_lowest_priority_turns_nobody_else_away(where: str) -> None:
-    """A client in the middle of a pull would wait as long as the registry says, for what nobody waits for."""
+def test_429_for_lowest_priority_does_not_block_others(where: str) -> None:
+    """Otherwise a client in the middle of a pull would wait because of a background request."""
     throttled = {"status": 429, "headers": {"Retry-After": "3600"}}
     answers = {
         REG: {REG: [throttled, OK]},

@@ -1,4 +1,4 @@
-"""A registry's manifests, blobs, tags and referrers: what is believed of an upstream, and what is not."""
+"""A registry's manifests, blobs, tags and referrers: validation of responses and errors."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ GOOD: dict[str, Any] = {
 
 
 def registry(*answers: Mapping[str, Any] | Exception, most: int = 2) -> tuple[Registry, ScriptedExchanges]:
-    """A registry that gives these answers, one after the other."""
+    """Return a registry with these answers in order."""
     http = ScriptedExchanges({"https://reg.example/": answers})
     return registry_over(client_over(http), most), http
 
 
 def with_headers(**headers: str) -> dict[str, Any]:
-    """A good answer for a manifest, but with these headers."""
+    """Return a valid manifest response with these headers."""
     return {
         **GOOD,
         "headers": {**GOOD["headers"], **{name.replace("_", "-"): value for name, value in headers.items()}},
@@ -49,7 +49,7 @@ def with_headers(**headers: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("asked", [TAGGED, BY_DIGEST])
-def test_a_manifest_by_tag_and_by_digest(asked: Any) -> None:
+def test_manifest_by_tag_and_by_digest(asked: Any) -> None:
     source, http = registry(GOOD)
     assert fired(Deferred.fromCoroutine(source.manifest(asked))) == IMAGE
     (sent,) = http.sent
@@ -57,12 +57,12 @@ def test_a_manifest_by_tag_and_by_digest(asked: Any) -> None:
     assert sent.headers["Accept"].split(", ") == list(MEDIA_TYPES)
 
 
-def test_a_manifest_without_a_digest_header_has_the_digest_of_its_bytes() -> None:
+def test_manifest_without_digest_header() -> None:
     answer = {"data": IMAGE.data, "headers": {"Content-Type": f"{IMAGE.media_type}; charset=utf-8"}}
     assert fired(Deferred.fromCoroutine(registry(answer)[0].manifest(TAGGED))) == IMAGE
 
 
-def test_a_manifest_by_sha512() -> None:
+def test_manifest_by_sha512() -> None:
     digest = Digest.of(IMAGE.data, "sha512")
     for answer, asked in (
         (GOOD, image(f"reg.example/team/app@{digest}")),
@@ -71,7 +71,7 @@ def test_a_manifest_by_sha512() -> None:
         assert fired(Deferred.fromCoroutine(registry(answer)[0].manifest(asked))).digest == digest
 
 
-def test_other_bytes_than_the_digest_that_was_asked_for_are_refused() -> None:
+def test_manifest_digest_mismatch_is_refused() -> None:
     for wrong in (make_image("another").manifest.data, IMAGE.data[:-1], IMAGE.data + b" ", b""):
         error = failed(Deferred.fromCoroutine(registry({**GOOD, "data": wrong})[0].manifest(BY_DIGEST)), Unavailable)
         assert error.message.startswith(f"{BY_DIGEST}: ")
@@ -80,25 +80,25 @@ def test_other_bytes_than_the_digest_that_was_asked_for_are_refused() -> None:
 @pytest.mark.parametrize(
     "told", [Digest.of(b"another"), "sha256:0", "md5:" + "0" * 32, "x" * 100_000, IMAGE.digest.upper()]
 )
-def test_a_digest_header_that_does_not_hold_is_refused(told: str) -> None:
+def test_wrong_digest_header_is_refused(told: str) -> None:
     source, _ = registry(with_headers(Docker_Content_Digest=told))
     error = failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable)
     assert len(error.message) < 1000
 
 
 @pytest.mark.parametrize("media_type", ["", "application/json", OCI_INDEX, "text/html"])
-def test_a_content_type_that_is_not_the_manifests_is_refused(media_type: str) -> None:
+def test_content_type_mismatch_is_refused(media_type: str) -> None:
     source, _ = registry(with_headers(Content_Type=media_type))
     failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable)
 
 
-def test_a_manifest_that_is_too_large_is_not_read_to_its_end() -> None:
+def test_oversized_manifest_is_not_read() -> None:
     source, _ = registry({**GOOD, "data": IMAGE.data.ljust(LARGEST_MANIFEST + 1)})
     assert "longer than" in failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).message
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_what_a_registry_does_not_have_or_show_is_unknown(status: int) -> None:
+def test_unknown_or_forbidden_content(status: int) -> None:
     def ask(method: str, *args: Any) -> Deferred[object]:
         source, _ = registry({"status": status, "data": b"{}"})
         return Deferred.fromCoroutine(getattr(source, method)(*args))
@@ -116,7 +116,7 @@ def test_what_a_registry_does_not_have_or_show_is_unknown(status: int) -> None:
 
 
 @pytest.mark.parametrize("status", [200 + 4, 206, 300, 400, 405, 416, 429, 500, 502, 503, 504])
-def test_every_other_status_is_a_failure_of_the_upstream(status: int) -> None:
+def test_other_statuses_are_upstream_errors(status: int) -> None:
     for method, args in (("manifest", (TAGGED,)), ("blob", (APP, LAYER)), ("tags", (APP, None, ""))):
         source, _ = registry({"status": status})
         error = failed(Deferred.fromCoroutine(getattr(source, method)(*args)), Unavailable)
@@ -142,17 +142,17 @@ def test_every_other_status_is_a_failure_of_the_upstream(status: int) -> None:
         pytest.param("Fri, 31 Dec 2026 23:59:59 +99999999999999999999", 5),
     ],
 )
-def test_when_to_ask_again_is_passed_on(told: str, seconds: int) -> None:
+def test_retry_after_is_passed_on(told: str, seconds: int) -> None:
     source, _ = registry({"status": 429, "headers": {"Retry-After": told}})
     assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == seconds
 
 
-def test_digits_of_other_alphabets_are_no_number_of_seconds() -> None:
+def test_non_ascii_digits_in_retry_after_are_ignored() -> None:
     source, _ = registry({"status": 429, "headers": {"Retry-After": ["\xb2".encode("latin-1")]}})
     assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == 5
 
 
-def test_a_blob_is_a_stream_of_a_size() -> None:
+def test_blob_stream_and_size() -> None:
     source, http = registry({"data": b"content"})
     stream = fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
     assert stream.size == 7
@@ -161,7 +161,7 @@ def test_a_blob_is_a_stream_of_a_size() -> None:
 
 
 class Growing(Client):
-    """Gives answers whose bodies the test ends."""
+    """Client whose response bodies end when the test says so."""
 
     def __init__(self) -> None:
         self.bodies: list[Body] = []
@@ -175,21 +175,21 @@ class Growing(Client):
         return Response("reg.example", self.status, "https://reg.example/", None, body, Headers())
 
 
-def test_a_blob_without_a_length_has_no_size() -> None:
+def test_blob_without_content_length() -> None:
     client = Growing()
     stream = fired(Deferred.fromCoroutine(registry_over(client, 1).blob(APP, LAYER)))
     assert stream.size is None
     end(client.bodies[0])
 
 
-def test_a_connection_counts_until_its_body_has_ended() -> None:
+def test_connection_slot_is_held_until_the_body_ends() -> None:
     client = Growing()
     source = registry_over(client, 2)
     asked: list[Deferred[BlobStream]] = [Deferred.fromCoroutine(source.blob(APP, LAYER)) for _ in range(4)]
     assert [one.called for one in asked] == [True, True, False, False]
     end(client.bodies[1])
     assert [one.called for one in asked] == [True, True, True, False]
-    # Who waited for a slot and has gone leaves it to the next.
+    # A cancelled waiter leaves its slot to the next.
     asked[3].cancel()
     asked[3].addErrback(lambda _: None)
     asked.append(Deferred.fromCoroutine(source.blob(APP, LAYER)))
@@ -199,7 +199,7 @@ def test_a_connection_counts_until_its_body_has_ended() -> None:
         end(body)
 
 
-def test_a_refused_blob_gives_its_slot_back() -> None:
+def test_refused_blob_frees_its_slot() -> None:
     client = Growing()
     source = registry_over(client, 1)
     client.status = 404
@@ -210,7 +210,7 @@ def test_a_refused_blob_gives_its_slot_back() -> None:
     end(client.bodies[-1])
 
 
-def test_manifests_do_not_wait_behind_blobs() -> None:
+def test_manifests_do_not_wait_for_blobs() -> None:
     client = Growing()
     source = registry_over(client, 1)
     fired(Deferred.fromCoroutine(source.blob(APP, LAYER)))
@@ -219,13 +219,13 @@ def test_manifests_do_not_wait_behind_blobs() -> None:
     end(client.bodies[0])
 
 
-def test_the_size_of_a_blob_is_asked_by_head() -> None:
+def test_blob_size_by_head() -> None:
     source, http = registry({"headers": {"Content-Length": "12345"}})
     assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) == 12345
     assert http.sent[0].method == "HEAD"
 
 
 @pytest.mark.parametrize("told", ["", "-5", "many", "5.0", "٣"])
-def test_a_size_that_is_none_is_no_size(told: str) -> None:
+def test_malformed_content_length_is_no_size(told: str) -> None:
     source, _ = registry({"headers": {"Content-Length": told}})
     assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) is None

@@ -1,4 +1,4 @@
-"""How many requests an upstream gets at once: so many for blobs, and two that blobs do not get."""
+"""The connection limit of an upstream: slots for blobs, and two reserved ones."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tests.unit.support.doubles import failed, fired
 
 
 class Busy:
-    """The slots of an upstream, and who has them."""
+    """A connection limit and its users."""
 
     def __init__(self, most: int) -> None:
         self.limit = ConnectionLimit(most)
 
     def blob(self) -> Deferred[None]:
-        """Waits for a slot for a blob."""
+        """Request a slot for a blob."""
         return Deferred.fromCoroutine(self.limit.acquire(reserved=False))
 
     def small(self) -> tuple[Deferred[None], Deferred[None]]:
-        """Waits for a slot for something small; the first Deferred fires when it has it, the second ends it."""
+        """Request a slot for a small request; return Deferreds that fire with the slot and that end the request."""
         begun: Deferred[None] = Deferred()
         over: Deferred[None] = Deferred()
 
@@ -33,7 +33,7 @@ class Busy:
         return begun, over
 
     def free(self) -> int:
-        """How many blobs could begin now, and as many are given back."""
+        """Return how many blobs could start now; their slots are freed again."""
         waiting: list[Deferred[None]] = []
         while not waiting or waiting[-1].called:
             waiting.append(self.blob())
@@ -46,12 +46,12 @@ class Busy:
 
 
 def had(waiting: list[Deferred[None]]) -> list[bool]:
-    """Who of them has a slot."""
+    """Return for each waiter whether it has a slot."""
     return [one.called for one in waiting]
 
 
 @pytest.mark.parametrize("most", [1, 2, 16])
-def test_so_many_blobs_at_once_and_no_more(most: int) -> None:
+def test_blob_slots_are_limited(most: int) -> None:
     busy = Busy(most)
     blobs = [busy.blob() for _ in range(most + 2)]
     assert had(blobs) == [True] * most + [False] * 2
@@ -60,7 +60,7 @@ def test_so_many_blobs_at_once_and_no_more(most: int) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 16])
-def test_two_more_for_what_is_small(most: int) -> None:
+def test_two_slots_are_reserved_for_small_requests(most: int) -> None:
     busy = Busy(most)
     for _ in range(most + 5):
         busy.blob()
@@ -70,7 +70,7 @@ def test_two_more_for_what_is_small(most: int) -> None:
     assert small[2][0].called
 
 
-def test_all_may_be_small() -> None:
+def test_small_requests_may_use_all_slots() -> None:
     busy = Busy(2)
     small = [busy.small() for _ in range(5)]
     assert had([begun for begun, _ in small]) == [True] * 4 + [False]
@@ -78,11 +78,11 @@ def test_all_may_be_small() -> None:
     assert not blob.called
     for _, over in small[:2]:
         over.callback(None)
-    # In the order in which they came.
+    # In order of arrival.
     assert (small[4][0].called, blob.called) == (True, True)
 
 
-def test_what_is_small_gives_its_slot_back_however_it_ends() -> None:
+def test_small_request_frees_its_slot_on_any_end() -> None:
     busy = Busy(1)
     for _ in range(5):
         _, over = busy.small()
@@ -95,7 +95,7 @@ def test_what_is_small_gives_its_slot_back_however_it_ends() -> None:
     assert had(begun) == [True] * 3
 
 
-def test_who_waits_in_vain_leaves_no_slot_behind() -> None:
+def test_cancelled_blob_waiter_frees_its_slot() -> None:
     busy = Busy(2)
     fired(busy.blob())
     fired(busy.blob())
@@ -110,8 +110,8 @@ def test_who_waits_in_vain_leaves_no_slot_behind() -> None:
     assert busy.free() == 2
 
 
-def test_nor_does_who_waits_behind_what_is_small() -> None:
-    """A blob has one of the blobs' slots by then, and waits for one of all."""
+def test_blob_waiter_behind_small_requests_frees_its_slot() -> None:
+    """It has a blob slot by then and waits for one of all slots."""
     busy = Busy(1)
     small = [busy.small() for _ in range(3)]
     waiting = busy.blob()
@@ -123,7 +123,7 @@ def test_nor_does_who_waits_behind_what_is_small() -> None:
     assert busy.free() == 1
 
 
-def test_a_small_thing_that_waits_in_vain_leaves_none_behind() -> None:
+def test_cancelled_small_waiter_frees_its_slot() -> None:
     busy = Busy(1)
     small = [busy.small() for _ in range(3)]
     waiting = [busy.small() for _ in range(3)]
@@ -135,7 +135,7 @@ def test_a_small_thing_that_waits_in_vain_leaves_none_behind() -> None:
     assert had([busy.small()[0] for _ in range(3)]) == [True] * 3
 
 
-def test_a_small_blob_is_as_small_as_a_manifest() -> None:
+def test_small_blob_uses_slots_like_a_manifest() -> None:
     limit = ConnectionLimit(1)
     fired(Deferred.fromCoroutine(limit.acquire(reserved=False)))
     waiting = Deferred.fromCoroutine(limit.acquire(reserved=False))

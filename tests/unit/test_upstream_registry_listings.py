@@ -20,12 +20,12 @@ SUBJECT = IMAGE.digest
 
 
 def tags(source: Registry, count: int | None = None, last: str = "") -> Deferred[TagPage]:
-    """Asks for tags."""
+    """Request tags."""
     return Deferred.fromCoroutine(source.tags(APP, count, last))
 
 
 def page(*names: object) -> dict[str, Any]:
-    """A page of tags."""
+    """Return a page of tags."""
     return {"data": json.dumps({"name": "team/app", "tags": names}).encode()}
 
 
@@ -33,7 +33,7 @@ def page(*names: object) -> dict[str, Any]:
     ("count", "last", "query"),
     [(None, "", ""), (5, "", "?n=5"), (None, "v1", "?last=v1"), (5, "a&b", "?n=5&last=a%26b")],
 )
-def test_a_page_of_tags_is_asked_for(count: int | None, last: str, query: str) -> None:
+def test_page_of_tags_request(count: int | None, last: str, query: str) -> None:
     source, http = registry(page("a", "b"))
     assert fired(tags(source, count, last)) == TagPage((Tag("a"), Tag("b")), more=False)
     assert http.urls == [f"https://reg.example/v2/team/app/tags/list{query}"]
@@ -48,13 +48,13 @@ def test_a_page_of_tags_is_asked_for(count: int | None, last: str, query: str) -
         ("", False),
     ],
 )
-def test_a_link_tells_that_there_is_more(link: str, more: bool) -> None:
+def test_link_header_means_more_pages(link: str, more: bool) -> None:
     source, _ = registry({**page("a", "b"), "headers": {"Link": link}})
     assert fired(tags(source, 2)).more is more
 
 
 @pytest.mark.parametrize("data", [b'{"tags": null}', b'{"tags": []}'])
-def test_a_repository_may_have_no_tags(data: bytes) -> None:
+def test_repository_without_tags(data: bytes) -> None:
     assert fired(tags(registry({"data": data})[0])) == TagPage((), more=False)
 
 
@@ -73,28 +73,28 @@ def test_a_repository_may_have_no_tags(data: bytes) -> None:
         b"\xff",
     ],
 )
-def test_what_is_no_list_of_tags_is_a_failure(data: bytes) -> None:
+def test_malformed_tag_list_is_an_error(data: bytes) -> None:
     failed(tags(registry({"data": data})[0]), Unavailable)
 
 
-def test_a_list_without_end_is_not_read_to_its_end() -> None:
+def test_oversized_tag_list_is_not_read() -> None:
     assert "longer than" in failed(tags(registry({"data": b" " * 9_000_000})[0]), Unavailable).message
 
 
 def referrers(source: Registry) -> Deferred[Manifest]:
-    """Asks for the referrers of the image."""
+    """Request the referrers of the image."""
     return Deferred.fromCoroutine(source.referrers(APP, SUBJECT))
 
 
 def index(*entries: dict[str, Any], link: str = "", **keys: object) -> dict[str, Any]:
-    """A page of referrers."""
+    """Return a page of referrers."""
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries, **keys}
     headers = {"Content-Type": OCI_INDEX} | ({"Link": link} if link else {})
     return {"data": json.dumps(document).encode(), "headers": headers}
 
 
 def entry(number: int) -> dict[str, Any]:
-    """What an index says of a signature."""
+    """Return the descriptor of a signature."""
     made = make_artifact(number, make_image("registry").manifest).manifest
     return {
         "mediaType": made.media_type,
@@ -104,7 +104,7 @@ def entry(number: int) -> dict[str, Any]:
     }
 
 
-def test_referrers_in_one_page_are_what_the_upstream_sent() -> None:
+def test_single_page_of_referrers_is_unchanged() -> None:
     sent = index(entry(1), entry(2))
     source, http = registry(sent)
     found = fired(referrers(source))
@@ -113,7 +113,7 @@ def test_referrers_in_one_page_are_what_the_upstream_sent() -> None:
     assert http.sent[0].headers["Accept"] == OCI_INDEX
 
 
-def test_referrers_in_pages_are_put_together() -> None:
+def test_pages_of_referrers_are_merged() -> None:
     source, http = registry(
         index(entry(1), link=f'</v2/team/app/referrers/{SUBJECT}?page=2>; rel="next"', annotations={"a": "b"}),
         index(entry(2), link='<https://elsewhere.example/x?page=3&y=1>; rel="next"'),
@@ -124,18 +124,18 @@ def test_referrers_in_pages_are_put_together() -> None:
     assert document["manifests"] == [entry(1), entry(2), entry(3)]
     assert (document["annotations"], document["mediaType"]) == ({"a": "b"}, OCI_INDEX)
     assert [child.digest for child in found.children] == [entry(number)["digest"] for number in (1, 2, 3)]
-    # The pages come from the same place, whatever the link says of it.
+    # All pages are requested from the same host, regardless of the link.
     base = f"https://reg.example/v2/team/app/referrers/{SUBJECT}"
     assert http.urls == [base, f"{base}?page=2", f"{base}?page=3&y=1"]
 
 
-def test_pages_without_end_are_not_followed_for_ever() -> None:
+def test_number_of_pages_is_limited() -> None:
     source, http = registry(index(entry(1), link='</x?page=1>; rel="next"'))
     assert "pages" in failed(referrers(source), Unavailable).message
     assert len(http.sent) == 100
 
 
-def test_pages_that_are_too_large_together_are_the_upstreams_failure() -> None:
+def test_total_size_of_pages_is_limited() -> None:
     half = "x" * (LARGEST_MANIFEST // 2)
     pages = [
         index({**entry(number), "annotations": {"a": half}}, link='</x?page=2>; rel="next"') for number in (1, 2)
@@ -143,11 +143,11 @@ def test_pages_that_are_too_large_together_are_the_upstreams_failure() -> None:
     failed(referrers(registry(*pages, index())[0]), Unavailable)
 
 
-def test_a_link_that_cannot_be_read_is_the_upstreams_failure() -> None:
+def test_malformed_link_is_an_upstream_error() -> None:
     source, _ = registry(index(entry(1), link='<https://[bad?page=2>; rel="next"'), index())
     failed(referrers(source), Unavailable)
 
 
 @pytest.mark.parametrize("headers", [{"Content-Type": "application/json"}, {}])
-def test_referrers_are_an_index(headers: dict[str, str]) -> None:
+def test_referrers_must_be_an_index(headers: dict[str, str]) -> None:
     failed(referrers(registry({**index(entry(1)), "headers": headers})[0]), Unavailable)

@@ -1,4 +1,4 @@
-"""Caches that ask each other: each says who asks, and one that is led back to itself says so and nothing else."""
+"""Loop detection between caches by the Via header."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ every_request = pytest.mark.parametrize(("ask", "unknown"), REQUESTS.values(), i
 
 
 def refused(via: str = "") -> dict[str, Any]:
-    """A 403, of one of us when it has a Via."""
+    """Return a 403, which comes from one of us if it has a Via."""
     return {"status": 403, "data": b"{}", "headers": {"Via": via} if via else {}}
 
 
 @every_request
-def test_every_request_says_who_asks(ask: AskHelper, unknown: type[RegistryError]) -> None:
+def test_every_request_has_a_via(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
     failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [f"1.1 {INSTANCE}"]
 
 
 @every_request
-def test_and_for_whom(ask: AskHelper, unknown: type[RegistryError]) -> None:
+def test_via_includes_earlier_caches(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, http = registry({"status": 404})
     failed(Deferred.fromCoroutine(ask(source, Context(Via((OTHER, THIRD))))), unknown)
-    # The registry itself asks for nobody else because of that.
+    # The original registry is unaffected.
     failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [
         f"1.1 {OTHER}, 1.1 {THIRD}, 1.1 {INSTANCE}",
@@ -57,7 +57,7 @@ def test_and_for_whom(ask: AskHelper, unknown: type[RegistryError]) -> None:
     ]
 
 
-def test_where_a_registry_redirects_to_may_be_a_cache_as_well() -> None:
+def test_redirect_target_gets_a_via() -> None:
     http = ScriptedExchanges({REG: [challenge(), HOP], CDN: [OK], TOKEN: [token("t")]})
     fired(Deferred.fromCoroutine(registry_over(client_over(http)).blob(APP, LAYER)))
     via = f"1.1 {INSTANCE}"
@@ -65,11 +65,11 @@ def test_where_a_registry_redirects_to_may_be_a_cache_as_well() -> None:
 
 
 @every_request
-def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: AskHelper, unknown: type[RegistryError]) -> None:
+def test_403_with_our_via_is_a_loop(ask: AskHelper, unknown: type[RegistryError]) -> None:
     source, _ = registry(refused(f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}"))
     loop = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), LoopDetected)
     assert (loop.status, loop.message) == (403, "reg.example: it leads back to this server")
-    # Who asked us is to know it as well.
+    # The client must learn of it too.
     assert loop.headers() == {"Via": f"1.1 {INSTANCE}, 1.1 {OTHER}, 1.1 {INSTANCE}, 1.1 {INSTANCE}"}
 
 
@@ -77,18 +77,18 @@ def test_an_upstream_that_leads_back_to_us_is_a_loop(ask: AskHelper, unknown: ty
 @pytest.mark.parametrize(
     "via", ["", "1.1 varnish", f"1.1 {OTHER}", f"1.1 {OTHER}, 1.1 {THIRD}", f"1.1 {INSTANCE[:-1]}"]
 )
-def test_any_other_403_means_that_it_is_not_shown(ask: AskHelper, unknown: type[RegistryError], via: str) -> None:
+def test_other_403_means_unknown(ask: AskHelper, unknown: type[RegistryError], via: str) -> None:
     source, _ = registry(refused(via))
     error = failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert type(error) is unknown
 
 
 @pytest.mark.parametrize(("status", "kind"), [(404, ManifestUnknown), (401, ManifestUnknown), (503, Unavailable)])
-def test_nor_does_our_name_make_a_loop_of_another_status(status: int, kind: type[RegistryError]) -> None:
+def test_our_via_in_other_statuses_is_ignored(status: int, kind: type[RegistryError]) -> None:
     source, _ = registry({"status": status, "headers": {"Via": f"1.1 {INSTANCE}"}})
     assert type(failed(Deferred.fromCoroutine(source.manifest(TAGGED)), kind)) is kind
 
 
-def test_a_chain_without_end_is_a_loop_that_somebody_disguises() -> None:
+def test_overlong_via_is_a_loop() -> None:
     source, _ = registry(refused(", ".join(f"1.1 ociregistry-{number:016x}" for number in range(17))))
     failed(Deferred.fromCoroutine(source.manifest(TAGGED)), LoopDetected)

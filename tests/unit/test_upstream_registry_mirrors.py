@@ -1,4 +1,4 @@
-"""Mirrors: asked first and in their order, for so long, by ns; the registry itself has the last word."""
+"""Mirrors: asked in order before the registry, with the ns parameter; the registry's answer is final."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DOWN = Unavailable("the connection was refused")
 
 
 def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Login | None = None) -> MirrorClient:
-    """The mirror at a URL."""
+    """Return the mirror at a URL."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
     base = BaseUrl(scheme, host, f"/{path}" if path else "", ns)
@@ -47,12 +47,12 @@ def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Logi
 
 
 class Mirrored:
-    """The registry reg.example behind two mirrors, each with its answers."""
+    """The registry reg.example behind two mirrors, with scripted answers."""
 
     def __init__(
         self, one: Told, two: Told, own: Told, *more: Told, ns: str = "reg.example", login: Login | None = None
     ) -> None:
-        """`more` is what the first mirror answers later."""
+        """Script the answers; `more` are later ones of the first mirror."""
         self.clock = Clock()
         self.http = ScriptedExchanges({ONE: [one, *more], TWO: [two], OWN: [own], TOKEN: [{"status": 403}]})
         mirrors = [
@@ -62,16 +62,16 @@ class Mirrored:
         self.sources = Sources(mirrors, client_over(self.http, self.clock))
 
     def ask(self, path: str = "blobs/x") -> Deferred[Response]:
-        """Asks for something."""
+        """Send a request."""
         return Deferred.fromCoroutine(self.sources.request("GET", APP, path, {"Accept": "a"}))
 
     @property
     def asked(self) -> list[str]:
-        """The hosts that were asked, in that order."""
+        """Return the hosts in the order of requests."""
         return [url.split("/")[2].split(".")[0] for url in self.http.urls]
 
 
-def test_the_first_mirror_that_has_it_is_the_only_one_asked() -> None:
+def test_first_mirror_with_the_content_is_the_only_one_asked() -> None:
     mirrored = Mirrored(OK, OK, OK)
     response = fired(mirrored.ask())
     assert (response.status, response.upstream) == (200, "reg.example")
@@ -80,26 +80,26 @@ def test_the_first_mirror_that_has_it_is_the_only_one_asked() -> None:
 
 
 @pytest.mark.parametrize("status", [200, 206])
-def test_a_part_is_a_good_answer_too(status: int) -> None:
+def test_partial_content_is_accepted(status: int) -> None:
     assert fired(Mirrored({"status": status}, OK, OK).ask()).status == status
 
 
 @pytest.mark.parametrize("path", ["tags/list?n=5&last=a%2Fb", "tags/list"])
 @pytest.mark.parametrize("ns", ["reg.example", "reg.example:5000", "docker.io"])
-def test_a_mirror_is_told_whose_content_is_wanted_beside_any_other_query(path: str, ns: str) -> None:
+def test_ns_is_added_to_any_query(path: str, ns: str) -> None:
     mirrored = Mirrored({"status": 404}, {"status": 404}, OK, ns=ns)
     assert fired(mirrored.ask(path)).status == 200
     separator = "&" if "?" in path else "?"
     assert mirrored.http.urls == [
         f"{ONE}/v2/team/app/{path}{separator}ns={ns}",
         f"{TWO}/v2/team/app/{path}{separator}ns={ns}",
-        # The registry itself knows what it is.
+        # The registry itself gets no ns.
         f"{OWN}/v2/team/app/{path}",
     ]
 
 
 @pytest.mark.parametrize("status", [300, 304, 400, 401, 403, 404, 405, 416, 429, 500, 502, 503, 504])
-def test_a_mirror_that_does_not_have_it_is_followed_by_the_next(status: int, events: list[LogEvent]) -> None:
+def test_404_of_a_mirror_leads_to_the_next(status: int, events: list[LogEvent]) -> None:
     mirrored = Mirrored({"status": status}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
@@ -107,7 +107,7 @@ def test_a_mirror_that_does_not_have_it_is_followed_by_the_next(status: int, eve
 
 
 @pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])
-def test_so_is_one_that_cannot_be_asked(error: RegistryError) -> None:
+def test_unavailable_mirror_is_skipped(error: RegistryError) -> None:
     mirrored = Mirrored(error, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
@@ -115,8 +115,8 @@ def test_so_is_one_that_cannot_be_asked(error: RegistryError) -> None:
 
 @pytest.mark.parametrize(("given", "mirrors"), [(30.0, 15.0), (10.0, 10.0), (5.0, 5.0)])
 @pytest.mark.parametrize("priority", [Priority.URGENT, Priority.CLIENT])
-def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, priority: Priority) -> None:
-    """The registry itself has no such limit; the priority is the same for all."""
+def test_mirrors_have_15_seconds_for_headers(given: float, mirrors: float, priority: Priority) -> None:
+    """The registry has no such limit; the priority is the same for all."""
     mirrored = Mirrored(DOWN, DOWN, OK)
     asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, priority))
     assert fired(Deferred.fromCoroutine(asked)).status == 200
@@ -125,7 +125,7 @@ def test_each_has_fifteen_seconds_for_its_headers(given: float, mirrors: float, 
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 500])
-def test_the_last_word_is_the_registrys_own(status: int) -> None:
+def test_registry_answer_is_final(status: int) -> None:
     mirrored = Mirrored({"status": 404}, DOWN, {"status": status})
     response = fired(mirrored.ask())
     assert (response.status, response.url) == (status, f"{OWN}/v2/team/app/blobs/x")
@@ -133,7 +133,7 @@ def test_the_last_word_is_the_registrys_own(status: int) -> None:
 
 
 @pytest.mark.parametrize("told", [{"status": 404}, {"status": 503}, Denied("not allowed")])
-def test_one_that_answered_is_asked_again_at_once(told: Told, events: list[LogEvent]) -> None:
+def test_mirror_with_error_status_is_asked_again(told: Told, events: list[LogEvent]) -> None:
     mirrored = Mirrored(told, OK, OK)
     for _ in range(2):
         fired(mirrored.ask())
@@ -141,8 +141,8 @@ def test_one_that_answered_is_asked_again_at_once(told: Told, events: list[LogEv
     assert texts(events, LogLevel.warn) == []
 
 
-def test_so_is_one_whose_token_service_refuses_us(events: list[LogEvent]) -> None:
-    """It may do so for one repository alone, as ghcr.io does."""
+def test_mirror_with_refused_token_is_asked_again(events: list[LogEvent]) -> None:
+    """The refusal may concern one repository only, as with ghcr.io."""
     mirrored = Mirrored(challenge(), OK, OK)
     for _ in range(2):
         assert fired(mirrored.ask()).status == 200
@@ -150,8 +150,8 @@ def test_so_is_one_whose_token_service_refuses_us(events: list[LogEvent]) -> Non
     assert texts(events, LogLevel.warn) == []
 
 
-def test_a_mirror_may_want_a_token_without_telling_for_what() -> None:
-    """It is asked for the repository by the name that it has at the registry, below whatever path it is."""
+def test_mirror_challenge_without_scope() -> None:
+    """The scope has the repository's name at the registry, regardless of the mirror's path."""
     mirrored = Mirrored(DOWN, challenge(""), DOWN)
     failed(mirrored.ask(), Unavailable)
     assert mirrored.http.urls[1:3] == [
@@ -160,7 +160,7 @@ def test_a_mirror_may_want_a_token_without_telling_for_what() -> None:
     ]
 
 
-def test_one_that_wants_to_be_left_alone_is() -> None:
+def test_rate_limited_mirror_is_skipped() -> None:
     mirrored = Mirrored({"status": 429, "headers": {"Retry-After": "20"}}, OK, OK, OK)
     for _ in range(2):
         fired(mirrored.ask())
@@ -170,26 +170,26 @@ def test_one_that_wants_to_be_left_alone_is() -> None:
     assert mirrored.asked == ["one", "two", "two", "one"]
 
 
-def test_an_error_of_the_registry_tells_of_its_mirrors() -> None:
+def test_registry_error_includes_mirror_errors() -> None:
     mirrored = Mirrored(Unavailable(f"{ONE}: down"), {"status": 502}, Unavailable("reg.example: down", 42))
     error = failed(mirrored.ask(), Unavailable)
     assert error.message == "reg.example: down (https://one.example: down; " + f"{TWO}: it answered 502)"
     assert error.retry_after == 42
 
 
-def test_it_tells_of_those_that_are_not_allowed_as_well() -> None:
+def test_error_includes_denied_mirrors() -> None:
     mirrored = Mirrored(Denied("one.example: it has a loopback address"), {"status": 404}, DOWN)
     message = failed(mirrored.ask(), Unavailable).message
     assert message == f"{DOWN.message} (one.example: it has a loopback address; {TWO}: it answered 404)"
 
 
-def test_an_error_of_a_registry_without_mirrors_is_its_own() -> None:
+def test_error_without_mirrors_is_unchanged() -> None:
     client = client_over(ScriptedExchanges({OWN: [DOWN]}))
     asked = Deferred.fromCoroutine(Sources([], client).request("GET", APP, "blobs/x", {}))
     assert failed(asked, Unavailable) is DOWN
 
 
-def test_that_the_registry_shows_it_to_nobody_is_told_as_it_is() -> None:
+def test_unknown_everywhere_stays_unknown() -> None:
     mirrored = Mirrored({"status": 404}, {"status": 404}, challenge())
     error = failed(mirrored.ask(), AccessRefused)
     assert error.message == "reg.example: its token service answered 403"
@@ -197,7 +197,7 @@ def test_that_the_registry_shows_it_to_nobody_is_told_as_it_is() -> None:
     assert failed(Mirrored({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
 
 
-def test_who_gives_up_takes_no_mirror_out_of_service() -> None:
+def test_cancelled_request_does_not_disable_the_mirror() -> None:
     mirrored = Mirrored(None, OK, OK, OK)
     asked = mirrored.ask()
     asked.cancel()
@@ -207,7 +207,7 @@ def test_who_gives_up_takes_no_mirror_out_of_service() -> None:
     assert mirrored.asked == ["one", "one"]
 
 
-def test_a_mirrors_credentials_are_its_own() -> None:
+def test_mirror_has_its_own_credentials() -> None:
     wants: dict[str, Any] = {"status": 401, "headers": {"WWW-Authenticate": "Basic"}}
     mirrored = Mirrored(wants, wants, wants, login=Password("u", "p"))
     assert fired(mirrored.ask()).status == 401
@@ -220,12 +220,12 @@ def test_a_mirrors_credentials_are_its_own() -> None:
     ]
 
 
-def test_a_registry_reads_from_its_mirrors() -> None:
+def test_registry_uses_its_mirrors() -> None:
     mirrored = Mirrored(GOOD, OK, {"status": 404}, {"status": 404})
     registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
     mirrored = Mirrored({"status": 404}, {"status": 403}, challenge())
     registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
-    # A token service that lets nobody in means the same as a 403.
+    # A refusing token service means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)
     assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"

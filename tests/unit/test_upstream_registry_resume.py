@@ -1,4 +1,4 @@
-"""A blob from some byte on: what an upstream that is asked for a range may answer, and what is made of it."""
+"""Blob requests with a range: accepted and refused answers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ UPSTREAM = APP.upstream
 
 
 def part(content_range: str, data: bytes = b"6789") -> dict[str, Any]:
-    """A 206."""
+    """Return a 206."""
     return {"status": 206, "data": data, "headers": {"Content-Range": content_range} if content_range else {}}
 
 
 class Asked:
-    """A registry with these answers, what it was asked, and its time."""
+    """A registry with scripted answers, its requests and its clock."""
 
     def __init__(self, *answers: Told, token: Told = None) -> None:
         self.clock = Clock()
@@ -39,31 +39,31 @@ class Asked:
     def blob(
         self, start: int, context: Context = FROM_CLIENT, timeout: float = DEFAULT_OPTIONS.timeout
     ) -> Deferred[BlobStream]:
-        """Asks for the blob."""
+        """Request the blob."""
         return Deferred.fromCoroutine(self._registry.blob(APP, LAYER, context, start=start, timeout=timeout))
 
     @property
     def ranges(self) -> list[str | None]:
-        """The ranges that were asked for."""
+        """Return the Range headers sent."""
         return [sent.headers.get("Range") for sent in self.http.sent]
 
 
 @pytest.mark.parametrize(("told", "size"), [("bytes 6-9/10", 10), ("bytes 6-9/*", None)])
-def test_the_part_that_was_asked_for(told: str, size: int | None) -> None:
+def test_requested_range(told: str, size: int | None) -> None:
     asked = Asked(part(told))
     stream = fired(asked.blob(6))
     assert (stream.start, stream.size, fired(stream.body.read())) == (6, size, b"6789")
     assert asked.ranges == ["bytes=6-"]
 
 
-def test_an_upstream_that_knows_no_ranges_sends_it_from_its_first_byte() -> None:
+def test_upstream_without_ranges_sends_the_whole_blob() -> None:
     asked = Asked(WHOLE)
     stream = fired(asked.blob(6))
     assert (stream.start, stream.size, fired(stream.body.read())) == (0, 10, b"0123456789")
     assert asked.ranges == ["bytes=6-"]
 
 
-def test_no_range_is_asked_for_from_the_first_byte() -> None:
+def test_no_range_header_from_offset_0() -> None:
     asked = Asked(WHOLE)
     assert fired(asked.blob(0)).start == 0
     assert asked.ranges == [None]
@@ -72,18 +72,18 @@ def test_no_range_is_asked_for_from_the_first_byte() -> None:
 @pytest.mark.parametrize(
     "told", ["", "bytes 0-9/10", "bytes 7-9/10", "bytes */10", "items 6-9/10", "bytes 6-9", "bytes 6-9/" + "9" * 5000]
 )
-def test_another_part_is_not_taken_and_the_whole_asked_for(told: str) -> None:
+def test_wrong_range_is_requested_again_without_range(told: str) -> None:
     asked = Asked(part(told), WHOLE)
     stream = fired(asked.blob(6))
     assert (stream.start, fired(stream.body.read())) == (0, b"0123456789")
     assert asked.ranges == ["bytes=6-", None]
 
 
-def test_a_part_that_nobody_asked_for_is_the_upstreams_failure() -> None:
+def test_unrequested_partial_content_is_an_error() -> None:
     failed(Asked(part("bytes 0-9/10", b"0123456789")).blob(0), Unavailable)
 
 
-def test_an_upstream_whose_blob_ends_before_has_another_one() -> None:
+def test_416_means_another_blob() -> None:
     asked = Asked({"status": 416}, WHOLE)
     failed(asked.blob(10), BlobMismatch)
     # The only connection is free again.
@@ -91,7 +91,7 @@ def test_an_upstream_whose_blob_ends_before_has_another_one() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_blob_that_is_gone_is_unknown(status: int) -> None:
+def test_404_is_unknown(status: int) -> None:
     failed(Asked({"status": status}).blob(6), BlobUnknown)
 
 

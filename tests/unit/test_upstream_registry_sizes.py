@@ -1,4 +1,4 @@
-"""The size of a blob from storage that takes no HEAD: asked for its first byte, and not for one more."""
+"""Blob sizes from storage that refuses HEAD: determined by a GET of the first byte."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ BUILT = make_image("sizes", layer_size=8 * 1024 * 1024)
 
 
 def part(content_range: str) -> dict[str, Any]:
-    """The first byte."""
+    """Return the first byte as a 206."""
     return {"status": 206, "data": b"x", "headers": {"Content-Range": content_range}}
 
 
 def refused(status: int) -> dict[str, Any]:
-    """A HEAD that is not taken."""
+    """Return a refusal of HEAD."""
     return {"status": status, "data": b"signed for GET"}
 
 
 class Sized:
-    """A registry that redirects to storage with these answers."""
+    """A registry that redirects to storage with scripted answers."""
 
     def __init__(self, *storage: Told) -> None:
         self.http = ScriptedExchanges({CDN: storage, REG: [HOP]})
         self.registry = registry_over(client_over(self.http))
 
     def ask(self) -> Deferred[int | None]:
-        """Asks for the size."""
+        """Request the size."""
         return Deferred.fromCoroutine(self.registry.blob_size(APP, LAYER))
 
     @property
     def asked(self) -> list[tuple[str, str, str | None]]:
-        """Each request: method, host, range."""
+        """Return method, host and range of each request."""
         return [(sent.method, sent.url.split("/")[2], sent.headers.get("Range")) for sent in self.http.sent]
 
 
 @pytest.mark.parametrize("status", REFUSALS)
-def test_what_is_signed_for_get_is_asked_for_its_first_byte(status: int) -> None:
+def test_refused_head_is_replaced_by_get_of_first_byte(status: int) -> None:
     sized = Sized(refused(status), part("bytes 0-0/12345"))
     assert fired(sized.ask()) == 12345
-    # A new GET of the registry: the URL that was for HEAD may be good for HEAD alone.
+    # A new GET to the registry, because the URL may be signed for HEAD only.
     assert sized.asked == [
         ("HEAD", "reg.example", None),
         ("HEAD", "cdn.example", None),
@@ -64,38 +64,38 @@ def test_what_is_signed_for_get_is_asked_for_its_first_byte(status: int) -> None
     ]
 
 
-def test_storage_that_knows_no_ranges_tells_by_the_length_of_it_all() -> None:
+def test_storage_without_ranges_gives_content_length() -> None:
     sized = Sized(refused(403), {"status": 200, "data": b"x" * 10, "length": 12345})
     assert fired(sized.ask()) == 12345
 
 
-def test_storage_that_does_not_tell_a_size_tells_none() -> None:
+def test_unknown_total_size() -> None:
     assert fired(Sized(refused(403), part("bytes 0-0/*")).ask()) is None
 
 
 @pytest.mark.parametrize("told", ["", "bytes 0-0/many", "items 0-0/12345", "bytes */12345"])
-def test_the_length_of_a_part_is_not_taken_for_that_of_it_all(told: str) -> None:
+def test_malformed_content_range(told: str) -> None:
     assert fired(Sized(refused(403), part(told)).ask()) is None
 
 
-def test_an_empty_blob_has_no_first_byte() -> None:
+def test_empty_blob_has_no_first_byte() -> None:
     unsatisfiable = {"status": 416, "headers": {"Content-Range": "bytes */0"}}
     assert fired(Sized(refused(403), unsatisfiable).ask()) == 0
 
 
-def test_a_blob_that_storage_does_not_have_is_unknown() -> None:
+def test_404_of_storage_is_unknown() -> None:
     failed(Sized(refused(403)).ask(), BlobUnknown)
     failed(Sized({"status": 404}).ask(), BlobUnknown)
 
 
 @pytest.mark.parametrize("status", [400, 405, 500])
-def test_storage_that_takes_no_get_either_is_a_failure(status: int) -> None:
+def test_storage_refusing_get_is_an_error(status: int) -> None:
     message = failed(Sized(refused(403), {"status": status}).ask(), Unavailable).message
     assert message == f"reg.example: it answered {status}"
 
 
 @pytest.mark.parametrize("status", [401, 404, 416, 429, 500, 503])
-def test_any_other_status_is_an_answer(status: int) -> None:
+def test_other_statuses_are_final(status: int) -> None:
     sized = Sized({"status": status}, part("bytes 0-0/12345"))
     failed(sized.ask(), RegistryError)
     assert [method for method, _, _ in sized.asked] == ["HEAD", "HEAD"]
@@ -104,15 +104,15 @@ def test_any_other_status_is_an_answer(status: int) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"), [(403, BlobUnknown), (400, Unavailable), (405, Unavailable), (501, Unavailable)]
 )
-def test_what_the_registry_itself_says_counts(status: int, kind: type[RegistryError]) -> None:
+def test_refusal_by_the_registry_is_final(status: int, kind: type[RegistryError]) -> None:
     http = ScriptedExchanges({REG: [refused(status), part("bytes 0-0/12345")]})
     failed(Deferred.fromCoroutine(registry_over(client_over(http)).blob_size(APP, LAYER)), kind)
     assert [sent.method for sent in http.sent] == ["HEAD"]
 
 
 @pytest.mark.parametrize("status", REFUSALS)
-def test_a_get_is_not_asked_twice(status: int) -> None:
-    """What storage says of a GET is no word about HEAD."""
+def test_refused_get_is_not_repeated(status: int) -> None:
+    """Only a refused HEAD is replaced."""
     sized = Sized(refused(status))
     failed(Deferred.fromCoroutine(sized.registry.blob(APP, LAYER)), RegistryError)
     assert [method for method, _, _ in sized.asked] == ["GET", "GET"]
@@ -120,7 +120,7 @@ def test_a_get_is_not_asked_twice(status: int) -> None:
 
 @pytest.mark.parametrize("ranges", [True, False])
 @on_reactor
-async def test_the_rest_of_it_does_not_cross_the_link(
+async def test_rest_of_the_blob_is_not_transferred(
     network: Network, upstream: ScriptedRegistry, ranges: bool
 ) -> None:
     layer = BUILT.layers[0]
@@ -134,6 +134,6 @@ async def test_the_rest_of_it_does_not_cross_the_link(
         where = Repository(Upstream.parse(upstream.host), "team/app")
         for _ in range(4):
             assert await registry.blob_size(where, Digest(layer.digest)) == len(layer.data)
-        # Each of them has ended, which took no more than what sockets hold.
+        # All requests have ended, with no more data than socket buffers hold.
         await until(lambda: all(request.done for request in storage.requests))
         assert storage.bytes_sent(layer.digest) < 4 * (1 if ranges else len(layer.data) * 3 // 4) + 100

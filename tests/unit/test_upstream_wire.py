@@ -1,4 +1,4 @@
-"""A registry over real connections: found out, redirected, held back, cut off and aborted."""
+"""A registry over real connections: scheme detection, redirects, TLS and aborted downloads."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ LAYER = BUILT.layers[0]
 
 
 def repository(registry: Registry) -> Repository:
-    """Where the image is."""
+    """Return the repository of the image."""
     return Repository(registry.upstream, "team/app")
 
 
 async def pull(registry: Registry) -> None:
-    """Gets the manifest and a layer, and looks at them."""
+    """Request the manifest and a layer, and check them."""
     assert await registry.manifest(image(f"{repository(registry)}:1")) == IMAGE
     assert await registry.manifest(image(f"{repository(registry)}@{IMAGE.digest}")) == IMAGE
     stream = await registry.blob(repository(registry), Digest(LAYER.digest))
@@ -50,24 +50,22 @@ async def pull(registry: Registry) -> None:
 
 
 @on_reactor
-async def test_a_plain_registry_is_found_out_once(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_http_registry_is_detected_once(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.add("team/app", BUILT, "1")
     await pull(network.registry(upstream.host))
-    # One connection tried TLS, the others carried the requests.
+    # One connection tried TLS; the others carried the requests.
     assert upstream.connections == 2
 
 
 @on_reactor
-async def test_a_registry_with_tls(network: Network, secure: ScriptedRegistry, authority: Authority) -> None:
+async def test_https_registry(network: Network, secure: ScriptedRegistry, authority: Authority) -> None:
     secure.add("team/app", BUILT, "1")
     await pull(network.registry(secure.host, trust=authority.ca))
     assert secure.connections == 1
 
 
 @on_reactor
-async def test_a_certificate_that_does_not_hold_is_no_reason_for_http(
-    network: Network, secure: ScriptedRegistry
-) -> None:
+async def test_invalid_certificate_causes_no_http_fallback(network: Network, secure: ScriptedRegistry) -> None:
     registry = network.registry(secure.host)
     with pytest.raises(Unavailable, match=r"TLS failed: .* CN=127\.0\.0\.1 is refused: its issuer is not trusted$"):
         await registry.manifest(image(f"{repository(registry)}:1"))
@@ -75,7 +73,7 @@ async def test_a_certificate_that_does_not_hold_is_no_reason_for_http(
 
 
 @on_reactor
-async def test_tokens_of_a_service_on_another_host(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_token_service_on_another_host(network: Network, upstream: ScriptedRegistry) -> None:
     with ScriptedRegistry() as service:
         tokens = Tokens(f"{service.url}/token", key="access_token")
         upstream.add("team/app", BUILT, "1")
@@ -90,7 +88,7 @@ async def test_tokens_of_a_service_on_another_host(network: Network, upstream: S
 
 
 @on_reactor
-async def test_blobs_of_a_storage_behind_the_registry(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_blobs_on_storage_behind_redirects(network: Network, upstream: ScriptedRegistry) -> None:
     with ScriptedRegistry() as storage:
         upstream.add("team/app", BUILT, "1")
         storage.add("team/app", BUILT)
@@ -102,7 +100,7 @@ async def test_blobs_of_a_storage_behind_the_registry(network: Network, upstream
 
 
 @on_reactor
-async def test_a_redirect_from_tls_to_plain_http_is_refused(
+async def test_redirect_from_https_to_http_is_refused(
     network: Network, secure: ScriptedRegistry, authority: Authority, upstream: ScriptedRegistry
 ) -> None:
     secure.script("*", Redirect(upstream.url))
@@ -113,7 +111,7 @@ async def test_a_redirect_from_tls_to_plain_http_is_refused(
 
 
 @on_reactor
-async def test_a_redirect_to_a_host_that_is_down_is_no_reason_for_http(
+async def test_redirect_to_unreachable_host_causes_no_http_fallback(
     network: Network, secure: ScriptedRegistry, authority: Authority, upstream: ScriptedRegistry
 ) -> None:
     upstream.close()
@@ -126,7 +124,7 @@ async def test_a_redirect_to_a_host_that_is_down_is_no_reason_for_http(
 
 @pytest.fixture
 def ipv6() -> str:
-    """The loopback address, where the machine has it."""
+    """Return the IPv6 loopback address, if the machine has it."""
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -136,7 +134,7 @@ def ipv6() -> str:
 
 @pytest.mark.parametrize("scheme", ["http", None])
 @on_reactor
-async def test_an_upstream_by_its_ipv6_address(network: Network, ipv6: str, scheme: str | None) -> None:
+async def test_upstream_at_ipv6_address(network: Network, ipv6: str, scheme: str | None) -> None:
     with ScriptedRegistry(address=ipv6) as upstream:
         upstream.add("team/app", BUILT, "1")
         await pull(network.registry(f"[::1]:{upstream.port}", scheme=scheme))
@@ -144,14 +142,14 @@ async def test_an_upstream_by_its_ipv6_address(network: Network, ipv6: str, sche
 
 
 @on_reactor
-async def test_and_with_tls(network: Network, authority: Authority, ipv6: str) -> None:
+async def test_tls_upstream_at_ipv6_address(network: Network, authority: Authority, ipv6: str) -> None:
     with ScriptedRegistry(address=ipv6, tls=authority.server_context("::1")) as upstream:
         upstream.add("team/app", BUILT, "1")
         await pull(network.registry(f"[::1]:{upstream.port}", scheme="https", trust=authority.ca))
 
 
 @on_reactor
-async def test_and_as_the_daemon_dials_it(ipv6: str) -> None:
+async def test_daemon_connects_to_ipv6_address(ipv6: str) -> None:
     with ScriptedRegistry(address=ipv6) as upstream:
         upstream.add("team/app", BUILT, "1")
         way = DaemonsNetwork(configured(entry(upstream.host)), INSTANCE, REACTOR)
@@ -161,7 +159,7 @@ async def test_and_as_the_daemon_dials_it(ipv6: str) -> None:
 
 
 @on_reactor
-async def test_a_redirect_to_an_ipv6_address_keeps_its_signature(
+async def test_redirect_to_ipv6_address_keeps_signature(
     network: Network, upstream: ScriptedRegistry, ipv6: str
 ) -> None:
     with ScriptedRegistry(address=ipv6) as storage:
@@ -178,9 +176,7 @@ async def test_a_redirect_to_an_ipv6_address_keeps_its_signature(
 @pytest.mark.parametrize("ns", ["docker.io", "reg.example:5000", "[::1]:5000"])
 @pytest.mark.parametrize("query", ["", "n=5&last=a%2Fb"])
 @on_reactor
-async def test_a_mirror_understands_whose_content_is_wanted(
-    network: Network, upstream: ScriptedRegistry, ns: str, query: str
-) -> None:
+async def test_mirror_uses_ns(network: Network, upstream: ScriptedRegistry, ns: str, query: str) -> None:
     upstream.script("*", Reply(404))
     base = BaseUrl("http", upstream.host, "/proxy", ns)
     client = client_over(network.http(upstream.host), REACTOR, base=base)
@@ -193,13 +189,13 @@ async def test_a_mirror_understands_whose_content_is_wanted(
 
 
 async def ended_soon(ended: Deferred[None]) -> None:
-    """The connection is gone, and not only when its other end likes."""
+    """Wait for the end of the connection, which must not depend on the other side."""
     await ended.addTimeout(3, REACTOR)
 
 
 @pytest.mark.parametrize("held", [False, True])
 @on_reactor
-async def test_an_aborted_body_frees_its_connection_at_once(
+async def test_aborted_body_closes_its_connection_immediately(
     network: Network, upstream: ScriptedRegistry, held: bool
 ) -> None:
     upstream.add("team/app", BUILT, "1")
@@ -208,24 +204,24 @@ async def test_an_aborted_body_frees_its_connection_at_once(
 
 @pytest.mark.parametrize("held", [False, True])
 @on_reactor
-async def test_and_so_it_does_with_tls(
+async def test_aborted_body_closes_its_tls_connection_immediately(
     network: Network, secure: ScriptedRegistry, authority: Authority, held: bool
 ) -> None:
-    """A goodbye that waits for the other end's waits for ever: that end may be gone, or busy sending to us."""
+    """Waiting for the peer's close_notify could take forever: it may be gone, or busy sending."""
     secure.add("team/app", BUILT, "1")
     registry = network.registry(secure.host, scheme="https", trust=authority.ca, connections=1)
     await abort_and_go_on(registry, secure, held)
 
 
 async def abort_and_go_on(registry: Registry, upstream: ScriptedRegistry, held: bool) -> None:
-    """Aborts a blob, held back by the upstream or by us, and gets another one over the only connection."""
+    """Abort a blob held back by either side, and get another one over the only connection."""
     where, digest = repository(registry), Digest(LAYER.digest)
     if held:
         upstream.script("/v2/*/blobs/*", Hold(1000), times=1)
     stream = await registry.blob(where, digest)
     await stream.body.read()
     if not held:
-        # Nobody reads: the body fills up, and pauses the upstream.
+        # Without a reader the body fills up and pauses the upstream.
         await until(lambda: upstream.requests[-1].sent > 2 * 1024 * 1024)
     stream.body.abort()
     await ended_soon(stream.body.ended)
@@ -235,7 +231,7 @@ async def abort_and_go_on(registry: Registry, upstream: ScriptedRegistry, held: 
     await ended_soon(again.body.ended)
 
 
-# None of these may look like a defect of ours. The scripted registry sends latin-1, which is not UTF-8.
+# None of these may appear as a defect. The scripted registry sends latin-1, which is not UTF-8.
 @pytest.mark.parametrize(
     ("name", "status"),
     [
@@ -247,7 +243,7 @@ async def abort_and_go_on(registry: Registry, upstream: ScriptedRegistry, held: 
     ],
 )
 @on_reactor
-async def test_headers_that_are_no_text(network: Network, upstream: ScriptedRegistry, name: str, status: int) -> None:
+async def test_undecodable_headers(network: Network, upstream: ScriptedRegistry, name: str, status: int) -> None:
     upstream.script("*", Reply(status, IMAGE.data, (("Content-Type", IMAGE.media_type),)))
     upstream.script("*", Header(name, "http://ÿ\xfe"))
     registry = network.registry(upstream.host, scheme="http")
@@ -260,8 +256,8 @@ async def test_headers_that_are_no_text(network: Network, upstream: ScriptedRegi
     "name", ["a" * 64 + ".example", "ab--cd.example", "xn--a.example", "[.]", "[::::]", "a.0x7f"]
 )
 @on_reactor
-async def test_a_name_that_no_resolver_takes(network: Network, name: str, scheme: str) -> None:
-    """It may be refused as a name, or as a host; it must not be a defect."""
+async def test_invalid_host_name_is_an_error(network: Network, name: str, scheme: str) -> None:
+    """It may be refused as a name or as a host, but must not appear as a defect."""
     with suppress(NameInvalid):
         registry = network.registry(name, scheme=scheme)
         with pytest.raises(Unavailable):
@@ -269,7 +265,7 @@ async def test_a_name_that_no_resolver_takes(network: Network, name: str, scheme
 
 
 @on_reactor
-async def test_a_list_of_tags_that_is_cut_short(network: Network, upstream: ScriptedRegistry) -> None:
+async def test_truncated_tag_list(network: Network, upstream: ScriptedRegistry) -> None:
     upstream.script("*", Reply(200, json.dumps({"tags": ["a"] * 100}).encode()))
     upstream.script("*", Resize(-5))
     registry = network.registry(upstream.host, scheme="http")
