@@ -1,4 +1,4 @@
-"""The API: requests to answers, through the cache, with the headers that clients go by."""
+"""The API: requests to responses through the cache, with their headers."""
 
 from __future__ import annotations
 
@@ -47,31 +47,31 @@ OTHER = f"ociregistry-{'f' * 16}"
 
 @pytest.fixture
 def v2(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> V2:
-    """The API over the empty store."""
+    """Return the API over the empty store."""
     return V2(cache, Listings(store, upstreams, clock), NoDemand(), Upstream("docker.io"), INSTANCE)
 
 
 def ask(v2: V2, path: str, query: Query = NS, method: str = "GET", via: Via = NO_VIA) -> Deferred[Answer]:
-    """Asks for something."""
+    """Send a request."""
     return Deferred.fromCoroutine(v2.answer(method, path.encode(), query, Context(via)))
 
 
 async def body(answer: Answer) -> bytes:
-    """All of it."""
+    """Return the whole body."""
     data = await answer.content.read(0, answer.content.size)
     answer.content.close()
     return data
 
 
 async def cached(store: Store, root: Path) -> None:
-    """The image is in the cache."""
+    """Store the image."""
     await store.keep(IMAGE, image("reg.example/team/app:1"))
     for blob in BUILT.blobs:
         (root / "blobs" / blob.digest.removeprefix("sha256:")).write_bytes(blob.data)
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
-def test_it_is_a_registry(v2: V2, path: str) -> None:
+def test_version_check(v2: V2, path: str) -> None:
     answer = fired(ask(v2, path, {}))
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     assert fired(answer.content.read(0, 10)) == b"{}"
@@ -81,7 +81,7 @@ def test_it_is_a_registry(v2: V2, path: str) -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("reference", ["1", IMAGE.digest])
 @on_reactor
-async def test_a_manifest(v2: V2, store: Store, root: Path, method: str, reference: str) -> None:
+async def test_manifest(v2: V2, store: Store, root: Path, method: str, reference: str) -> None:
     await cached(store, root)
     answer = await ask(v2, f"/v2/team/app/manifests/{reference}", NS, method)
     assert (answer.status, answer.hit, answer.ranged, answer.content.size) == (200, True, True, IMAGE.size)
@@ -95,7 +95,7 @@ async def test_a_manifest(v2: V2, store: Store, root: Path, method: str, referen
 
 
 @on_reactor
-async def test_a_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistries) -> None:
+async def test_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistries) -> None:
     await cached(store, root)
     answer = await ask(v2, BLOB)
     assert (answer.status, answer.hit, answer.ranged) == (200, True, True)
@@ -112,7 +112,7 @@ async def test_a_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistr
 
 
 @on_reactor
-async def test_the_size_of_a_blob_is_asked_for_without_the_blob(v2: V2, upstreams: MemoryRegistries) -> None:
+async def test_head_of_blob_requests_the_size_only(v2: V2, upstreams: MemoryRegistries) -> None:
     asked = ask(v2, BLOB, NS, "HEAD")
     await until(lambda: upstreams.calls)
     upstreams[0].answer(4711)
@@ -122,7 +122,7 @@ async def test_the_size_of_a_blob_is_asked_for_without_the_blob(v2: V2, upstream
 
 
 @on_reactor
-async def test_without_ns_the_name_says_it_all(v2: V2, store: Store, root: Path) -> None:
+async def test_upstream_in_the_repository_name(v2: V2, store: Store, root: Path) -> None:
     await cached(store, root)
     answer = await ask(v2, "/v2/reg.example/team/app/manifests/1", {})
     assert await body(answer) == IMAGE.data
@@ -131,12 +131,12 @@ async def test_without_ns_the_name_says_it_all(v2: V2, store: Store, root: Path)
 
 @pytest.mark.parametrize("path", ["/v2/", MANIFEST, BLOB, "/v2/team/app/tags/list"])
 @pytest.mark.parametrize("ns", [b"a\r\nX-Injected: 1", b"http://reg.example", b"\xff", b"../..", b"a b"])
-def test_an_ns_that_is_no_registry_is_never_echoed(v2: V2, path: str, ns: bytes) -> None:
+def test_invalid_ns_is_not_echoed(v2: V2, path: str, ns: bytes) -> None:
     failed(ask(v2, path, {b"ns": [ns]}), NameInvalid)
 
 
 def page(*names: str, more: bool = False) -> TagPage:
-    """A page of tags."""
+    """Return a page of tags."""
     return TagPage(tuple(map(Tag, names)), more)
 
 
@@ -149,7 +149,7 @@ def page(*names: str, more: bool = False) -> TagPage:
         ("/v2/reg.example/team/app/tags/list", {b"n": [b"2"]}, "reg.example/team/app", "last=b&n=2"),
     ],
 )
-def test_a_page_of_tags_links_to_the_next_one_here(
+def test_tag_page_links_to_the_next_one(
     v2: V2, upstreams: MemoryRegistries, path: str, query: Query, name: str, link: str
 ) -> None:
     asked = ask(v2, path, query)
@@ -159,7 +159,7 @@ def test_a_page_of_tags_links_to_the_next_one_here(
     assert answer.headers["Link"] == f'</v2/{name}/tags/list?{link}>; rel="next"'
 
 
-def test_the_last_page_links_to_none(v2: V2, upstreams: MemoryRegistries) -> None:
+def test_last_tag_page_has_no_link(v2: V2, upstreams: MemoryRegistries) -> None:
     asked = ask(v2, "/v2/team/app/tags/list")
     upstreams[0].answer(page("a"))
     answer = fired(asked)
@@ -167,7 +167,7 @@ def test_the_last_page_links_to_none(v2: V2, upstreams: MemoryRegistries) -> Non
     assert answer.headers["OCI-Namespace"] == "reg.example"
 
 
-def test_an_empty_page_before_others_is_no_defect(v2: V2, upstreams: MemoryRegistries) -> None:
+def test_empty_tag_page_before_others(v2: V2, upstreams: MemoryRegistries) -> None:
     """Registries that filter their tags send such pages."""
     asked = ask(v2, "/v2/team/app/tags/list")
     upstreams[0].answer(page(more=True))
@@ -175,7 +175,7 @@ def test_an_empty_page_before_others_is_no_defect(v2: V2, upstreams: MemoryRegis
 
 
 def index(*kinds: str) -> Manifest:
-    """An index of artifacts."""
+    """Return an index of artifacts."""
     entries = [
         {"mediaType": IMAGE.media_type, "digest": IMAGE.digest, "size": number, "artifactType": kind}
         for number, kind in enumerate(kinds)
@@ -198,7 +198,7 @@ async def test_referrers(v2: V2, upstreams: MemoryRegistries) -> None:
     assert len(json.loads(await body(answer))["manifests"]) == 1
 
 
-def test_what_is_not_offered_or_cannot_be_had_is_raised(v2: V2, upstreams: MemoryRegistries) -> None:
+def test_unknown_path_or_unavailable_content_is_an_error(v2: V2, upstreams: MemoryRegistries) -> None:
     failed(ask(v2, "/v2/team/app"), NotFound)
     asked = ask(v2, "/v2/team/app/tags/list")
     upstreams[0].refuse(Unavailable("down"))
@@ -206,7 +206,7 @@ def test_what_is_not_offered_or_cannot_be_had_is_raised(v2: V2, upstreams: Memor
 
 
 class Asked:
-    """A cache and its listings, which have nothing, and keep for whom they were asked."""
+    """A cache and listings without content that record the Via of requests."""
 
     def __init__(self) -> None:
         self.contexts: list[Context] = []
@@ -221,7 +221,7 @@ class Asked:
 
 
 @pytest.mark.parametrize(("method", "path"), EVERYTHING)
-def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> None:
+def test_via_is_passed_on(method: str, path: str) -> None:
     asked: Any = Asked()
     v2 = V2(asked, asked, NoDemand(), Upstream("docker.io"), INSTANCE)
     for via in (NO_VIA, Via((OTHER,))):
@@ -232,10 +232,10 @@ def test_whoever_is_asked_further_is_told_for_whom(method: str, path: str) -> No
 
 @pytest.mark.parametrize(("method", "path"), [*EVERYTHING, ("GET", "/v2/")])
 @on_reactor
-async def test_who_asks_itself_in_a_loop_is_told_so(
+async def test_loop_is_an_error(
     v2: V2, store: Store, root: Path, upstreams: MemoryRegistries, method: str, path: str
 ) -> None:
-    """Also for what is here: whoever comes by this way has it misconfigured."""
+    """Also for cached content, because any such request means a misconfiguration."""
     await cached(store, root)
     loop = failed(ask(v2, path, NS, method, Via((INSTANCE, OTHER))), LoopDetected)
     assert loop.message == "reg.example: this server is its own upstream"
@@ -245,7 +245,7 @@ async def test_who_asks_itself_in_a_loop_is_told_so(
     assert len(upstreams) == 0
 
 
-def test_a_loop_on_the_wire(v2: V2, clock: Clock) -> None:
+def test_loop_response(v2: V2, clock: Clock) -> None:
     got = Visitor(site(v2, clock)).ask(f"{MANIFEST}?ns=reg.example", Via=f"1.1 varnish, 1.1 {INSTANCE}").got()
     assert (got.status, got.error["code"]) == (403, "DENIED")
     assert got.headers["via"] == f"1.1 {INSTANCE}, 1.1 {INSTANCE}"

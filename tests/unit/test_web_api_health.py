@@ -1,4 +1,4 @@
-"""GET /health: what is here, and what is missing, at the time of the request."""
+"""GET /health: store counts and missing content at the time of the request."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ROOM = Room(free=10, reserve=7, full=False)
 
 
 def told(handler: Handler, method: str = "GET") -> Any:
-    """What it says."""
+    """Return the document."""
     answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, FROM_CLIENT)))
     assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
     return json.loads(fired(answer.content.read(0, answer.content.size)))
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_it_tells_how_the_daemon_is(method: str) -> None:
+def test_health_document(method: str) -> None:
     handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, STARTED)
     assert told(handler, method) == {
         "status": "ok",
@@ -53,7 +53,7 @@ def test_it_tells_how_the_daemon_is(method: str) -> None:
 
 
 @on_reactor
-async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> None:
+async def test_health_is_current(store: Store, clock: Clock, tmp_path: Any) -> None:
     completion = Completion(store, Fetching(tmp_path), clock)
     handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, STARTED)
 
@@ -69,15 +69,15 @@ async def test_it_looks_each_time(store: Store, clock: Clock, tmp_path: Any) -> 
     assert store.pending == {Digest(BUILT.manifest.digest): app.repository}
 
 
-def test_it_tells_how_far_preloading_is_at_the_time_of_the_request() -> None:
+def test_preload_progress_is_current() -> None:
     progress = [PreloadProgress(images=7, loaded=0, failed=0)]
     handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, STARTED)
-    # Also while there is nothing to tell yet.
+    # Also before there is any progress.
     assert told(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
     progress[0] = PreloadProgress(images=7, loaded=5, failed=2)
     assert told(handler)["preload"] == {"images": 7, "loaded": 5, "failed": 2}
 
 
-def test_without_preloading_it_tells_nothing_of_it() -> None:
+def test_without_preloading_there_is_no_progress() -> None:
     handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, STARTED)
     assert "preload" not in told(handler)

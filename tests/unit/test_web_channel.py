@@ -1,4 +1,4 @@
-"""A client's connection: how long it may take to say what it wants, and how many it may open."""
+"""Client connections: deadlines, limits per address, and draining."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ WHOLE_REQUEST = 30
 FIRST_REQUEST = 5
 NOTHING_TAKEN = 60
 KEPT_ALIVE = 120
-"""What clients rely on: Go's keep an idle connection for 90 s, containerd's may for longer."""
+"""Go clients keep an idle connection for 90 s, containerd may keep it longer."""
 
 
 @pytest.fixture
 def cache() -> Cache:
-    """What is behind the site."""
+    """Return the cache behind the site."""
     return Cache()
 
 
 @pytest.fixture
 def site(cache: Any, clock: Clock) -> RegistrySite:
-    """A site whose answer to `SLOW` the test holds back."""
+    """Return a site whose answer to `SLOW` the test delays."""
     v2 = V2(cache, cache, NoDemand(), Upstream(DOCKER_HUB), INSTANCE)
     return RegistrySite(v2, v2.answer, 60, clock)
 
 
 @pytest.fixture
 def client(site: RegistrySite) -> Client:
-    """One connection."""
+    """Return a connection."""
     return Client(site)
 
 
 def drip(client: Client, clock: Clock, seconds: int, byte: bytes = b"x") -> None:
-    """A byte at the end of every second."""
+    """Send one byte at the end of every second."""
     for _ in range(seconds):
         clock.advance(1)
         client.send(byte)
 
 
-def test_a_header_byte_a_second_is_too_slow(client: Client, clock: Clock) -> None:
+def test_slow_headers_are_aborted(client: Client, clock: Clock) -> None:
     client.send(b"GET /v2/ HTTP/1.1\r\nX-Slow: ")
     drip(client, clock, WHOLE_REQUEST - 1)
     assert not client.gone
@@ -60,7 +60,7 @@ def test_a_header_byte_a_second_is_too_slow(client: Client, clock: Clock) -> Non
     assert client.statuses == []
 
 
-def test_the_first_byte_counts_not_the_connection(client: Client, clock: Clock) -> None:
+def test_deadline_starts_with_the_first_byte(client: Client, clock: Clock) -> None:
     clock.advance(100)
     client.send(b"G")
     clock.advance(WHOLE_REQUEST - 1)
@@ -70,7 +70,7 @@ def test_the_first_byte_counts_not_the_connection(client: Client, clock: Clock) 
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000", b"Transfer-Encoding: chunked"])
-def test_a_body_byte_a_second_is_too_slow(client: Client, clock: Clock, framing: bytes) -> None:
+def test_slow_request_body_is_aborted(client: Client, clock: Clock, framing: bytes) -> None:
     """The body belongs to the request."""
     client.send(b"PUT /v2/x/blobs/uploads/1 HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n")
     client.send(b"3e7\r\n" if b"chunked" in framing else b"x")
@@ -81,7 +81,7 @@ def test_a_body_byte_a_second_is_too_slow(client: Client, clock: Clock, framing:
     assert client.statuses == []
 
 
-def test_every_request_has_its_own_deadline(client: Client, clock: Clock) -> None:
+def test_each_request_has_its_own_deadline(client: Client, clock: Clock) -> None:
     for number in range(1, 4):
         client.send(QUICK[:10])
         clock.advance(WHOLE_REQUEST - 1)
@@ -92,7 +92,7 @@ def test_every_request_has_its_own_deadline(client: Client, clock: Clock) -> Non
     assert client.transport.aborted
 
 
-def test_an_answer_may_take_its_time(client: Client, cache: Cache, clock: Clock) -> None:
+def test_response_time_is_unlimited(client: Client, cache: Cache, clock: Clock) -> None:
     client.send(SLOW)
     clock.pump([1] * 300)
     assert not client.gone
@@ -101,7 +101,7 @@ def test_an_answer_may_take_its_time(client: Client, cache: Cache, clock: Clock)
     assert not client.gone
 
 
-def test_a_request_that_is_sent_ahead_waits_for_its_turn(client: Client, cache: Cache, clock: Clock) -> None:
+def test_pipelined_request_waits(client: Client, cache: Cache, clock: Clock) -> None:
     client.send(SLOW)
     client.send(QUICK)
     clock.advance(WHOLE_REQUEST * 2)
@@ -113,7 +113,7 @@ def test_a_request_that_is_sent_ahead_waits_for_its_turn(client: Client, cache: 
     assert not client.gone
 
 
-def test_half_a_request_that_is_sent_ahead_gets_its_deadline_then(client: Client, cache: Cache, clock: Clock) -> None:
+def test_partial_pipelined_request_gets_its_deadline_later(client: Client, cache: Cache, clock: Clock) -> None:
     client.send(SLOW)
     client.send(QUICK[:10])
     clock.advance(WHOLE_REQUEST * 2)
@@ -125,8 +125,8 @@ def test_half_a_request_that_is_sent_ahead_gets_its_deadline_then(client: Client
     assert client.statuses == [b"404"]
 
 
-def test_half_a_request_behind_one_that_is_answered_at_once(client: Client, clock: Clock) -> None:
-    """In one segment. It has the time of an idle connection, and its deadline from its next byte on."""
+def test_partial_pipelined_request_behind_an_immediate_response(client: Client, clock: Clock) -> None:
+    """In one segment: the idle timeout applies until its next byte."""
     client.send(QUICK + QUICK[:10])
     assert client.statuses == [b"200"]
     drip(client, clock, WHOLE_REQUEST, b"x")
@@ -135,7 +135,7 @@ def test_half_a_request_behind_one_that_is_answered_at_once(client: Client, cloc
     assert client.transport.aborted
 
 
-def test_an_idle_connection_is_kept_for_as_long_as_clients_keep_it(client: Client, clock: Clock) -> None:
+def test_idle_connection_outlives_the_clients_timeout(client: Client, clock: Clock) -> None:
     for number in range(1, 4):
         client.send(QUICK)
         clock.pump([1] * KEPT_ALIVE)
@@ -145,14 +145,14 @@ def test_an_idle_connection_is_kept_for_as_long_as_clients_keep_it(client: Clien
     assert client.gone
 
 
-def test_a_connection_that_says_nothing_ends(client: Client, clock: Clock) -> None:
+def test_silent_connection_is_closed(client: Client, clock: Clock) -> None:
     clock.pump([1] * KEPT_ALIVE)
     assert not client.gone
     clock.pump([1] * KEPT_ALIVE)
     assert client.transport.aborted
 
 
-def test_a_reader_that_takes_nothing_for_a_minute_is_dropped(client: Client, clock: Clock) -> None:
+def test_stalled_reader_is_aborted_after_a_minute(client: Client, clock: Clock) -> None:
     client.transport.full = True
     client.send(BLOB)
     sent = len(client.transport.value())
@@ -164,8 +164,8 @@ def test_a_reader_that_takes_nothing_for_a_minute_is_dropped(client: Client, clo
     assert len(client.transport.value()) == sent
 
 
-def test_an_answer_that_ends_short_is_not_waited_for_either(client: Client, cache: Cache, clock: Clock) -> None:
-    """Its end is announced by FIN, behind what waits to be taken; nobody takes it."""
+def test_stalled_reader_of_a_truncated_response_is_aborted(client: Client, cache: Cache, clock: Clock) -> None:
+    """The FIN waits behind data that the client does not read."""
     cache.data = SizedData(DATA[:1000])
     client.send(BLOB)
     assert client.transport.disconnecting
@@ -181,7 +181,7 @@ def test_an_answer_that_ends_short_is_not_waited_for_either(client: Client, cach
     [QUICK, QUICK[:10], SLOW, SLOW + QUICK, BLOB, b"\x16\x03\x01", b"no request\r\n\r\n", b"x" * 20_000, b""],
     ids=["quick", "half", "slow", "pipelined", "blob", "hello", "malformed", "long", "nothing"],
 )
-def test_nothing_is_left_of_a_connection(client: Client, clock: Clock, data: bytes) -> None:
+def test_no_delayed_call_is_left_behind(client: Client, clock: Clock, data: bytes) -> None:
     if data:
         client.send(data)
     client.channel.connectionLost()
@@ -189,7 +189,7 @@ def test_nothing_is_left_of_a_connection(client: Client, clock: Clock, data: byt
 
 
 @pytest.mark.parametrize("hello", [b"\x16", b"\x16\x03\x01\x02\x00\x01"])
-def test_a_tls_hello_is_answered_at_once(client: Client, hello: bytes) -> None:
+def test_tls_hello_is_answered_immediately(client: Client, hello: bytes) -> None:
     client.send(hello)
     head, _, body = client.transport.value().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -198,25 +198,25 @@ def test_a_tls_hello_is_answered_at_once(client: Client, hello: bytes) -> None:
     assert not client.transport.aborted, "what it is told must get through"
 
 
-def test_what_follows_a_tls_hello_is_not_looked_at(client: Client) -> None:
+def test_data_after_a_tls_hello_is_ignored(client: Client) -> None:
     client.channel.dataReceived(b"\x16")
     told = client.transport.value()
     client.channel.dataReceived(QUICK)
     assert client.transport.value() == told
 
 
-def test_a_hello_is_the_first_thing_that_is_said(client: Client) -> None:
-    """Later the byte is like any other."""
+def test_tls_hello_counts_only_at_the_start(client: Client) -> None:
+    """Later, the same byte is data."""
     client.send(b"PUT /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
     client.send(b"\x16\x03\x01")
     assert client.statuses == [b"405"]
     assert not client.gone
 
 
-def test_connections_of_one_address_are_limited(site: RegistrySite) -> None:
+def test_connections_per_address_are_limited(site: RegistrySite) -> None:
     clients = [Client(site) for _ in range(MOST_CONNECTIONS)]
     assert not any(client.gone for client in clients)
-    # Refused ones count until they are gone, and then no more.
+    # Refused connections count until they are closed.
     for _ in range(3):
         refused = Client(site)
         assert refused.transport.aborted
@@ -230,7 +230,7 @@ def test_connections_of_one_address_are_limited(site: RegistrySite) -> None:
     assert Client(site).transport.aborted
 
 
-def test_an_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
+def test_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
     addresses: Counter[str] = Counter()
     channels = [Channel(clock, addresses, InFlight()) for _ in range(3)]
     for channel in channels:
@@ -242,9 +242,7 @@ def test_an_address_is_forgotten_with_its_last_connection(clock: Clock) -> None:
     assert dict(addresses) == {}
 
 
-def test_who_has_connected_is_not_cut_off_before_the_first_answer(
-    site: RegistrySite, cache: Cache, client: Client, clock: Clock
-) -> None:
+def test_new_connection_counts_as_in_flight(site: RegistrySite, cache: Cache, client: Client, clock: Clock) -> None:
     """A daemon that stops waits for it, as for a request in flight."""
     idle = site.in_flight.idle()
     clock.advance(FIRST_REQUEST - 1)
@@ -256,15 +254,13 @@ def test_who_has_connected_is_not_cut_off_before_the_first_answer(
     assert idle.called
 
 
-def test_who_has_been_answered_may_be_cut_off(site: RegistrySite, client: Client) -> None:
+def test_idle_connection_does_not_count_as_in_flight(site: RegistrySite, client: Client) -> None:
     client.send(QUICK)
     assert client.statuses == [b"200"]
     assert site.in_flight.idle().called
 
 
-def test_who_connects_and_says_nothing_is_not_waited_for_long(
-    site: RegistrySite, client: Client, clock: Clock
-) -> None:
+def test_silent_new_connection_counts_only_briefly(site: RegistrySite, client: Client, clock: Clock) -> None:
     idle = site.in_flight.idle()
     clock.advance(FIRST_REQUEST - 1)
     assert not idle.called
@@ -274,7 +270,7 @@ def test_who_connects_and_says_nothing_is_not_waited_for_long(
     assert client.statuses == [b"200"]
 
 
-def test_who_has_gone_is_not_waited_for(site: RegistrySite, client: Client, clock: Clock) -> None:
+def test_closed_connection_does_not_count(site: RegistrySite, client: Client, clock: Clock) -> None:
     client.channel.connectionLost()
     assert site.in_flight.idle().called
     assert clock.getDelayedCalls() == []

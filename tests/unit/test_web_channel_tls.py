@@ -1,4 +1,4 @@
-"""TLS towards clients: whose certificate they see, and which of theirs is good enough."""
+"""TLS for clients: server certificates, and client certificates that are accepted."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ END = b"-----END CERTIFICATE-----\n"
 
 
 def certificates(path: Path) -> Certificates:
-    """Those in a file."""
+    """Return the certificates in a file."""
     *pems, rest = path.read_bytes().split(END)
     assert not rest
     return Certificates(path, tuple(pem + END for pem in pems))
 
 
 def server_tls(issuer: Authority, *clients: Authority) -> ServerTls:
-    """A new certificate of this issuer, for clients with one of those authorities, or for all."""
+    """Return settings with a new certificate of this issuer, for clients of those authorities or for all."""
     certificate, key = issuer.issue(NAME)
     identity = KeyPair(certificates(certificate), key.read_bytes())
     if not clients:
@@ -37,7 +37,7 @@ def server_tls(issuer: Authority, *clients: Authority) -> ServerTls:
 
 
 def client(trust: Authority, identity: tuple[Path, Path] | None = None) -> ssl.SSLContext:
-    """A client that trusts one authority, perhaps with a certificate of its own."""
+    """Return a client that trusts one authority, with an optional certificate."""
     context = trust.client_context()
     if identity is not None:
         context.load_cert_chain(*identity)
@@ -45,7 +45,7 @@ def client(trust: Authority, identity: tuple[Path, Path] | None = None) -> ssl.S
 
 
 class Connection:
-    """A client's connection to a server, in memory."""
+    """A connection between client and server in memory."""
 
     def __init__(self, policy: ServerPolicy, context: ssl.SSLContext) -> None:
         nobody: Any = None
@@ -59,7 +59,7 @@ class Connection:
         assert self.ask(b"hello") == b"hello"
 
     def _step(self, handshake: Any) -> bool:
-        """Whether one side has come to its end. What it says goes to the other, be it why it gives up."""
+        """Advance one side, transfer its output, and return whether it has finished."""
         try:
             handshake()
         except (ssl.SSLWantReadError, SSL.WantReadError):
@@ -77,7 +77,7 @@ class Connection:
             return
 
     def ask(self, data: bytes) -> bytes:
-        """What the client says and the server repeats."""
+        """Send text; return what the server echoes."""
         self.client.write(data)
         self._carry()
         self.server.send(self.server.recv(100))
@@ -86,50 +86,50 @@ class Connection:
 
     @property
     def serial_number(self) -> int:
-        """Which certificate the client was shown."""
+        """Return the serial number of the certificate sent to the client."""
         shown = self.client.getpeercert(binary_form=True)
         assert shown is not None
         return x509.load_der_x509_certificate(shown).serial_number
 
 
 def serial_number(settings: ServerTls) -> int:
-    """Which certificate it is."""
+    """Return the serial number of the certificate."""
     return x509.load_pem_x509_certificate(settings.identity.certificates.pems[0]).serial_number
 
 
 @pytest.fixture
 def stranger(tmp_path: Path) -> Authority:
-    """Another authority."""
+    """Return another authority."""
     return Authority(tmp_path / "stranger", "stranger")
 
 
-def test_it_is_what_twisted_wants(authority: Authority) -> None:
+def test_policy_implements_the_twisted_interface(authority: Authority) -> None:
     assert IOpenSSLServerConnectionCreator.providedBy(ServerPolicy(server_tls(authority)))
 
 
-def test_without_a_client_ca_everybody_is_served(authority: Authority, stranger: Authority) -> None:
+def test_without_client_ca_all_clients_are_served(authority: Authority, stranger: Authority) -> None:
     settings = server_tls(authority)
     policy = ServerPolicy(settings)
     for identity in (None, authority.issue("client"), stranger.issue("client")):
         connection = Connection(policy, client(authority, identity))
         assert connection.serial_number == serial_number(settings)
-        # It is not asked for one.
+        # No certificate is requested.
         assert connection.server.get_peer_certificate() is None
 
 
-def test_the_certificates_between_it_and_the_root_are_shown(authority: Authority, tmp_path: Path) -> None:
+def test_intermediate_certificates_are_sent(authority: Authority, tmp_path: Path) -> None:
     settings = server_tls(Authority(tmp_path / "between", "between", authority))
     assert len(settings.identity.certificates.pems) == 2
     Connection(ServerPolicy(settings), client(authority))
 
 
-def test_a_client_that_trusts_somebody_else_leaves(authority: Authority, stranger: Authority) -> None:
+def test_client_that_distrusts_the_server_disconnects(authority: Authority, stranger: Authority) -> None:
     policy = ServerPolicy(server_tls(authority))
     with pytest.raises(ssl.SSLCertVerificationError):
         Connection(policy, client(stranger))
 
 
-def test_with_a_client_ca_only_its_certificates_are_served(authority: Authority, stranger: Authority) -> None:
+def test_client_ca_requires_its_certificates(authority: Authority, stranger: Authority) -> None:
     policy = ServerPolicy(server_tls(authority, stranger))
     served = Connection(policy, client(authority, stranger.issue("client"))).server.get_peer_certificate()
     assert served is not None
@@ -141,25 +141,25 @@ def test_with_a_client_ca_only_its_certificates_are_served(authority: Authority,
         Connection(policy, client(authority))
 
 
-def test_nor_is_one_that_has_expired(authority: Authority) -> None:
+def test_expired_client_certificate_is_refused(authority: Authority) -> None:
     policy = ServerPolicy(server_tls(authority, authority))
     with pytest.raises(SSL.Error, match="certificate verify failed"):
         Connection(policy, client(authority, authority.issue("client", expired=True)))
 
 
-def test_a_client_ca_may_be_several_certificates(authority: Authority, stranger: Authority) -> None:
+def test_client_ca_with_several_certificates(authority: Authority, stranger: Authority) -> None:
     policy = ServerPolicy(server_tls(authority, stranger, authority))
     for issuer in (authority, stranger):
         Connection(policy, client(authority, issuer.issue("client")))
 
 
-def test_a_client_may_show_those_that_lead_to_the_root(authority: Authority, tmp_path: Path) -> None:
+def test_client_certificate_with_intermediates(authority: Authority, tmp_path: Path) -> None:
     between = Authority(tmp_path / "between", "between", authority)
     policy = ServerPolicy(server_tls(authority, authority))
     Connection(policy, client(authority, between.issue("client")))
 
 
-def test_new_connections_are_made_by_new_settings(authority: Authority, stranger: Authority) -> None:
+def test_new_settings_apply_to_new_connections(authority: Authority, stranger: Authority) -> None:
     old, new = server_tls(authority), server_tls(authority, stranger)
     assert serial_number(old) != serial_number(new)
     policy = ServerPolicy(old)
@@ -169,7 +169,7 @@ def test_new_connections_are_made_by_new_settings(authority: Authority, stranger
     assert [before.serial_number, after.serial_number] == [serial_number(old), serial_number(new)]
     with pytest.raises(SSL.Error, match="peer did not return a certificate"):
         Connection(policy, client(authority))
-    # Who was connected stays so.
+    # Existing connections continue.
     assert before.ask(b"still there") == b"still there"
     policy.reconfigure(old)
     assert Connection(policy, client(authority)).serial_number == serial_number(old)

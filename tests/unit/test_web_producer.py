@@ -1,4 +1,4 @@
-"""Sending: at the speed of the client and of the upstream, and never longer than either is let."""
+"""Sending bodies: flow control, timeouts and failures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PATIENCE = 45.0
 
 @pytest.fixture
 def content() -> Growing:
-    """What is sent: ten pieces."""
+    """Return content of ten pieces."""
     return Growing(10 * PIECE)
 
 
 @pytest.fixture
 def server(content: Growing, clock: Clock) -> RegistrySite:
-    """A server that sends it."""
+    """Return a server that sends it."""
     handler = Handler()
     handler.give = lambda: Answer(200, content, ranged=True)
     return site(handler, clock, PATIENCE)
@@ -32,20 +32,20 @@ def server(content: Growing, clock: Clock) -> RegistrySite:
 
 @pytest.fixture
 def visitor(server: RegistrySite) -> Visitor:
-    """A client that has asked for it."""
+    """Return a client that has requested it."""
     return Visitor(server).ask("/v2/x")
 
 
-def test_what_is_here_is_sent_at_once(content: Growing, visitor: Visitor) -> None:
+def test_available_content_is_sent_immediately(content: Growing, visitor: Visitor) -> None:
     content.grow(bytes(10 * PIECE))
     assert visitor.got().whole
     assert not visitor.ended
 
 
-def test_a_client_that_takes_nothing_is_sent_nothing(content: Growing, visitor: Visitor) -> None:
+def test_paused_client_gets_nothing(content: Growing, visitor: Visitor) -> None:
     visitor.pause()
     content.grow(bytes(3 * PIECE))
-    # What was on its way when it stopped is one piece.
+    # One piece was already being sent.
     assert len(visitor.got().body) == PIECE
     content.grow(bytes(7 * PIECE))
     assert len(visitor.got().body) == PIECE
@@ -53,7 +53,7 @@ def test_a_client_that_takes_nothing_is_sent_nothing(content: Growing, visitor: 
     assert visitor.got().whole
 
 
-def test_it_may_pause_as_often_as_it_likes(content: Growing, visitor: Visitor) -> None:
+def test_client_may_pause_repeatedly(content: Growing, visitor: Visitor) -> None:
     content.grow(bytes(range(256)) * 2)
     for count in range(10):
         visitor.pause()
@@ -64,7 +64,7 @@ def test_it_may_pause_as_often_as_it_likes(content: Growing, visitor: Visitor) -
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_a_client_that_leaves_leaves_nothing_behind(
+def test_disconnected_client_releases_content(
     content: Growing, visitor: Visitor, server: RegistrySite, clock: Clock, paused: bool
 ) -> None:
     content.grow(bytes(100))
@@ -77,7 +77,7 @@ def test_a_client_that_leaves_leaves_nothing_behind(
     assert clock.getDelayedCalls() == []
 
 
-def test_an_upstream_that_holds_back_ends_the_answer_short(
+def test_stalled_upstream_truncates_the_response(
     content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
 ) -> None:
     content.grow(bytes(100))
@@ -94,7 +94,7 @@ def test_an_upstream_that_holds_back_ends_the_answer_short(
     assert "no byte came from the upstream for 45 s" in line
 
 
-def test_a_client_that_takes_nothing_for_a_minute_is_dropped(
+def test_stalled_client_is_dropped_after_a_minute(
     content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
 ) -> None:
     visitor.pause()
@@ -105,14 +105,12 @@ def test_a_client_that_takes_nothing_for_a_minute_is_dropped(
     assert visitor.ended
     visitor.leave()
     assert content.closed == 1
-    # It is no failure of ours.
+    # Not logged as an error.
     assert texts(events, LogLevel.error) == []
     assert len(texts(events, LogLevel.warn)) == 1
 
 
-def test_a_failure_ends_the_answer_short_and_appends_nothing(
-    content: Growing, visitor: Visitor, events: list[LogEvent]
-) -> None:
+def test_failure_truncates_the_response(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
     content.grow(bytes(100))
     content.fail(Unavailable("the connection broke"))
     assert visitor.ended
@@ -121,22 +119,22 @@ def test_a_failure_ends_the_answer_short_and_appends_nothing(
     assert content.closed == 1
 
 
-def test_a_file_that_ends_early_ends_the_answer_short(content: Growing, visitor: Visitor) -> None:
-    """The blob was cut under us: what `more_than` said is not there."""
-    content.read = lambda offset, count: Growing(0).read(0, 0)  # type: ignore[method-assign]  # gives nothing
+def test_truncated_file_truncates_the_response(content: Growing, visitor: Visitor) -> None:
+    """The file is shorter than `more_than` reported."""
+    content.read = lambda offset, count: Growing(0).read(0, 0)  # type: ignore[method-assign]  # returns no data
     content.grow(bytes(100))
     assert visitor.ended
     assert visitor.got().body == b""
 
 
-def test_a_broken_disk_ends_the_answer_short(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
+def test_disk_error_truncates_the_response(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
     content.fail(OSError(5, "Input/output error"))
     assert visitor.ended
     assert "Input/output error" in texts(events, LogLevel.error)[0]
 
 
 @pytest.mark.expect_logged_failures
-def test_a_defect_ends_the_answer_short_with_a_traceback(
+def test_defect_truncates_the_response_with_a_traceback(
     content: Growing, visitor: Visitor, events: list[LogEvent]
 ) -> None:
     content.fail(ZeroDivisionError("a secret"))
@@ -145,7 +143,7 @@ def test_a_defect_ends_the_answer_short_with_a_traceback(
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
 
 
-def test_a_part_is_read_from_where_it_begins(content: Growing, server: RegistrySite) -> None:
+def test_range_is_read_from_its_start(content: Growing, server: RegistrySite) -> None:
     visitor = Visitor(server).ask("/v2/x", Range=f"bytes={PIECE}-{PIECE + 9}")
     content.grow(bytes(PIECE) + b"0123")
     assert visitor.got().body == b"0123"
@@ -154,7 +152,7 @@ def test_a_part_is_read_from_where_it_begins(content: Growing, server: RegistryS
     assert visitor.got().whole
 
 
-def test_two_clients_follow_at_their_own_speed(content: Growing, server: RegistrySite) -> None:
+def test_two_clients_read_at_their_own_speed(content: Growing, server: RegistrySite) -> None:
     fast, slow = Visitor(server).ask("/v2/x"), Visitor(server).ask("/v2/x")
     slow.pause()
     content.grow(bytes(10 * PIECE))

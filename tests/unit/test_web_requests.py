@@ -1,4 +1,4 @@
-"""From path and query to one value; and nothing that is hostile gets that far."""
+"""Parsing of request paths and queries, including hostile ones."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ SHA512 = Digest.of(b"", "sha512")
 
 
 def parse(path: str, default: str = "docker.io", **query: str) -> Request:
-    """The request for a path and a query."""
+    """Parse a path and a query."""
     return parse_request(
         path.encode(), {key.encode(): [value.encode()] for key, value in query.items()}, Upstream(default)
     )
 
 
 def repository(name: str) -> Repository:
-    """The repository by its whole name."""
+    """Return the repository of a full name."""
     return Repository.parse(name, HUB)
 
 
 def tagged(name: str, tag: str) -> ManifestRequest:
-    """A request for a tag."""
+    """Return a request for a tag."""
     return ManifestRequest(ImageReference(repository(name), Tag(tag)))
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/%762/"])
-def test_the_version_check(path: str) -> None:
+def test_version_check(path: str) -> None:
     assert parse(path) == VersionCheck()
     assert parse(path, ns="quay.io") == VersionCheck()
 
@@ -70,23 +70,23 @@ def test_the_version_check(path: str) -> None:
         ("/v2/a/manifests/1", "[::1]:5000", tagged("[::1]:5000/a", "1")),
         ("/v2/quay.io/a/b/manifests/1", "", tagged("quay.io/a/b", "1")),
         ("/v2/localhost:5000/a/manifests/1", "", tagged("localhost:5000/a", "1")),
-        # The name that `ns` is told beside is the upstream's, even if it begins like a host.
+        # With `ns`, the path belongs to the upstream, even if it starts like a host.
         ("/v2/quay.io/a/b/manifests/1", "docker.io", tagged("docker.io/quay.io/a/b", "1")),
         ("/v2/a%2Db/manifests/v%31", "", tagged("docker.io/library/a-b", "v1")),
-        # Words of the API are names too.
+        # API words are valid repository names.
         ("/v2/manifests/tags/blobs/manifests/list", "", tagged("docker.io/manifests/tags/blobs", "list")),
     ],
 )
-def test_which_upstream_and_repository(path: str, ns: str, expected: Request) -> None:
+def test_upstream_and_repository(path: str, ns: str, expected: Request) -> None:
     assert parse(path, **({"ns": ns} if ns else {})) == expected
 
 
-def test_the_default_upstream() -> None:
+def test_default_upstream() -> None:
     assert parse("/v2/a/manifests/1", "quay.io") == tagged("quay.io/a", "1")
 
 
 @pytest.mark.parametrize("digest", [SHA256, SHA512])
-def test_what_is_asked_for_by_digest(digest: Digest) -> None:
+def test_requests_by_digest(digest: Digest) -> None:
     app = repository("docker.io/team/app")
     assert parse(f"/v2/team/app/manifests/{digest}") == ManifestRequest(ImageReference(app, digest))
     assert parse(f"/v2/team/app/blobs/{digest}") == BlobRequest(app, digest)
@@ -106,17 +106,17 @@ def test_what_is_asked_for_by_digest(digest: Digest) -> None:
         ({"last": "x" * 500}, None, "x" * 128),
     ],
 )
-def test_a_page_of_tags(query: dict[str, str], count: int | None, last: str) -> None:
+def test_tag_list_request(query: dict[str, str], count: int | None, last: str) -> None:
     assert parse("/v2/team/app/tags/list", **query) == TagsRequest(repository("docker.io/team/app"), count, last)
 
 
 @pytest.mark.parametrize("count", ["-1", "many", "1.5", "+1", " 1", "٣", "1" * 5000, "0x10"])
-def test_a_page_of_another_size(count: str) -> None:
+def test_invalid_page_size(count: str) -> None:
     with pytest.raises(PageInvalid):
         parse("/v2/team/app/tags/list", n=count)
 
 
-def test_the_first_of_several_values_counts() -> None:
+def test_first_of_repeated_parameters_counts() -> None:
     query = {b"ns": [b"quay.io", b"evil.example"], b"n": [b"5", b"many"]}
     assert parse_request(b"/v2/a/tags/list", query, HUB) == TagsRequest(repository("quay.io/a"), 5, "")
     assert namespace(query) == "quay.io"
@@ -174,7 +174,7 @@ def test_the_first_of_several_values_counts() -> None:
         ("/v2/" + "a/" * 5000 + "manifests/1", NameInvalid),
     ],
 )
-def test_what_is_not_offered_or_malformed(path: str, error: type[RegistryError]) -> None:
+def test_unknown_or_malformed_path(path: str, error: type[RegistryError]) -> None:
     with pytest.raises(RegistryError) as refused:
         parse(path)
     assert type(refused.value) is error
@@ -196,14 +196,14 @@ def test_what_is_not_offered_or_malformed(path: str, error: type[RegistryError])
         "x" * 5000,
     ],
 )
-def test_an_ns_that_is_no_registry(ns: str) -> None:
+def test_malformed_ns(ns: str) -> None:
     with pytest.raises(NameInvalid) as refused:
         parse("/v2/a/manifests/1", ns=ns)
     assert len(refused.value.message) < 1000
     assert refused.value.message.isprintable()
 
 
-def test_an_ns_of_other_bytes_than_text() -> None:
+def test_undecodable_ns() -> None:
     with pytest.raises(NameInvalid):
         parse_request(b"/v2/a/manifests/1", {b"ns": [b"\xff\xfe"]}, HUB)
 
@@ -213,7 +213,7 @@ def test_an_ns_of_other_bytes_than_text() -> None:
     st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,20}", fullmatch=True),
     st.sampled_from(["docker.io", "reg.example:5000", "[::1]"]),
 )
-def test_whatever_is_well_formed_comes_through_its_encoding(name: str, tag: str, ns: str) -> None:
+def test_percent_encoding_round_trip(name: str, tag: str, ns: str) -> None:
     def everything(text: str) -> str:
         return "".join(f"%{ord(letter):02x}" if letter != "/" else letter for letter in text)
 
@@ -226,7 +226,7 @@ TEXTS = st.text(max_size=30) | st.text("ab./:@%2fFe\\\0\n", max_size=30)
 
 
 @given(TEXTS, st.sampled_from(["", "/manifests/1", "/tags/list", f"/blobs/{SHA256}", "/blobs/"]), TEXTS, TEXTS)
-def test_whatever_comes_is_a_request_or_a_registry_error(name: str, verb: str, rest: str, ns: str) -> None:
+def test_any_request_is_parsed_or_a_registry_error(name: str, verb: str, rest: str, ns: str) -> None:
     for path in (f"/v2/{name}{verb}{rest}", quote(f"/v2/{name}{verb}{rest}")):
         with suppress(RegistryError):
             request = parse_request(path.encode(errors="replace"), {b"ns": [ns.encode(errors="replace")]}, HUB)

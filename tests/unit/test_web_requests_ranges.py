@@ -1,4 +1,4 @@
-"""Ranges, as RFC 9110 and the conformance suite want them."""
+"""Range headers, following RFC 9110 and the conformance suite."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from ociregistry.web.requests import Range, parse_range
         ("bytes=0-9999999999999999999", 0, 2048),
     ],
 )
-def test_a_part(header: str, start: int, stop: int) -> None:
+def test_satisfiable_range(header: str, start: int, stop: int) -> None:
     assert parse_range(header, 2048) == Range(start, stop)
 
 
 @pytest.mark.parametrize("header", ["bytes=500-0", "bytes=5000-10000", "bytes=2048-", "bytes=-0"])
-def test_a_part_that_is_not_there(header: str) -> None:
+def test_unsatisfiable_range(header: str) -> None:
     with pytest.raises(RangeUnsatisfiable) as refused:
         parse_range(header, 2048)
     assert refused.value.headers() == {"Content-Range": "bytes */2048"}
 
 
 @pytest.mark.parametrize("header", ["bytes=0-", "bytes=-5", "bytes=0-0"])
-def test_nothing_has_no_parts(header: str) -> None:
+def test_empty_content_has_no_range(header: str) -> None:
     with pytest.raises(RangeUnsatisfiable):
         parse_range(header, 0)
 
@@ -57,7 +57,7 @@ def test_nothing_has_no_parts(header: str) -> None:
         "bytes=٣-",
     ],
 )
-def test_what_is_no_single_range_is_no_range(header: str) -> None:
+def test_other_headers_are_ignored(header: str) -> None:
     assert parse_range(header, 2048) is None
 
 
@@ -65,7 +65,7 @@ SIZES = st.integers(0, 10)
 
 
 @given(st.none() | SIZES, st.none() | SIZES, SIZES)
-def test_a_part_is_a_slice(first: int | None, last: int | None, size: int) -> None:
+def test_range_selects_a_slice(first: int | None, last: int | None, size: int) -> None:
     data = bytes(range(size))
     if first is None:
         expected = data[-last:] if last else b""
@@ -82,7 +82,7 @@ def test_a_part_is_a_slice(first: int | None, last: int | None, size: int) -> No
 
 
 @given(st.text() | st.text("bytes=0123-, ").map("bytes=".__add__), st.integers(0, 1 << 62))
-def test_whatever_comes_is_a_part_none_or_unsatisfiable(header: str, size: int) -> None:
+def test_any_header_is_a_range_none_or_unsatisfiable(header: str, size: int) -> None:
     try:
         part = parse_range(header, size)
     except RangeUnsatisfiable:

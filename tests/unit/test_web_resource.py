@@ -1,4 +1,4 @@
-"""Serving: one answer to each request, whatever becomes of the handler or of the client."""
+"""Serving: one response per request, whatever the handler or the client does."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ A, B = f"ociregistry-{'a' * 16}", f"ociregistry-{'b' * 16}"
 
 @pytest.fixture
 def handler() -> Handler:
-    """What answers."""
+    """Return the request handler."""
     return Handler()
 
 
 @pytest.fixture
 def server(handler: Handler, clock: Clock) -> RegistrySite:
-    """The server."""
+    """Return the server."""
     return site(handler, clock)
 
 
-def test_an_answer_has_its_status_headers_and_body(handler: Handler, server: RegistrySite) -> None:
+def test_status_headers_and_body(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED)
     got = Visitor(server).ask("/v2/x%3Ay?ns=a%2Fb").got()
     assert handler.asked == [("GET", b"/v2/x%3Ay")]
@@ -48,14 +48,14 @@ def test_an_answer_has_its_status_headers_and_body(handler: Handler, server: Reg
     }
 
 
-def test_a_head_has_the_headers_of_a_get_and_no_body(handler: Handler, server: RegistrySite) -> None:
+def test_head_response_has_no_body(handler: Handler, server: RegistrySite) -> None:
     content = Growing(2048)
     handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
     visitor = Visitor(server).ask("/v2/x", "HEAD", Range="bytes=0-9")
     got = visitor.got("HEAD")
     assert (got.status, got.headers["content-length"], got.headers["accept-ranges"]) == (200, "2048", "bytes")
     assert content.closed == 1
-    # Nothing of a body is left over to be taken for the next answer.
+    # No byte of a body is left that the client would take for the next response.
     handler.give = lambda: Answer(200, SizeOnly(77))
     visitor.ask("/v2/y", "HEAD")
     handler.give = lambda: Answer(200, InMemory(b"z"))
@@ -65,7 +65,7 @@ def test_a_head_has_the_headers_of_a_get_and_no_body(handler: Handler, server: R
     assert answers[2].body == b"z"
 
 
-def test_an_error_of_a_head_has_no_body_either(handler: Handler, server: RegistrySite) -> None:
+def test_error_response_to_head_has_no_body(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: BlobUnknown("not there")
     got = Visitor(server).ask("/v2/x", "HEAD").got("HEAD")
     assert got.status == 404
@@ -73,14 +73,14 @@ def test_an_error_of_a_head_has_no_body_either(handler: Handler, server: Registr
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST", "PATCH", "DELETE", "OPTIONS", "NONSENSE"])
-def test_other_methods_are_not_supported(handler: Handler, server: RegistrySite, method: str) -> None:
+def test_other_methods_are_refused(handler: Handler, server: RegistrySite, method: str) -> None:
     for path in ("/v2/x", "/health", "/nowhere"):
         got = Visitor(server).ask(path, method).got(method)
         assert (got.status, got.headers["allow"], got.error["code"]) == (405, "GET, HEAD", "UNSUPPORTED")
     assert handler.asked == []
 
 
-def test_an_error_is_an_answer_and_one_line(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
+def test_error_is_a_response_and_one_log_line(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     handler.give = lambda: Unavailable("docker.io: the connection was refused", 7)
     got = Visitor(server).ask("/v2/a/manifests/1?ns=docker.io").got()
     assert (got.status, got.headers["retry-after"]) == (503, "7")
@@ -91,16 +91,14 @@ def test_an_error_is_an_answer_and_one_line(handler: Handler, server: RegistrySi
 
 
 @pytest.mark.expect_logged_failures
-def test_a_defect_is_a_500_that_tells_nothing_and_one_traceback(
-    handler: Handler, server: RegistrySite, events: list[LogEvent]
-) -> None:
+def test_defect_is_a_500_with_one_traceback(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     handler.give = lambda: ZeroDivisionError("a secret")
     visitor = Visitor(server).ask("/v2/x")
     got = visitor.got()
     assert (got.status, got.error["code"]) == (500, "UNKNOWN")
     assert b"secret" not in visitor.received
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
-    # The connection is as good as before.
+    # The connection stays usable.
     handler.give = lambda: Answer(200, InMemory(b"hello"))
     assert visitor.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
 
@@ -114,7 +112,7 @@ def test_a_defect_is_a_500_that_tells_nothing_and_one_traceback(
         ("bytes=0-", "bytes 0-2047/2048", DATA),
     ],
 )
-def test_a_part(handler: Handler, server: RegistrySite, asked: str, where: str, body: bytes) -> None:
+def test_partial_content(handler: Handler, server: RegistrySite, asked: str, where: str, body: bytes) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
     got = Visitor(server).ask("/v2/x", Range=asked).got()
     assert (got.status, got.headers["content-range"], got.body) == (206, where, body)
@@ -132,26 +130,26 @@ def test_a_part(handler: Handler, server: RegistrySite, asked: str, where: str, 
         {"Range": "bytes=0-1", "If_Range": "Sun, 01 Mar 2026 22:17:30 GMT"},
     ],
 )
-def test_everything(handler: Handler, server: RegistrySite, headers: dict[str, str]) -> None:
+def test_whole_content(handler: Handler, server: RegistrySite, headers: dict[str, str]) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
     got = Visitor(server).ask("/v2/x", **headers).got()
     assert (got.status, got.body, got.headers["accept-ranges"]) == (200, DATA, "bytes")
     assert "content-range" not in got.headers
 
 
-def test_a_part_of_what_has_not_changed(handler: Handler, server: RegistrySite) -> None:
+def test_if_range_of_unchanged_content(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
     assert Visitor(server).ask("/v2/x", Range="bytes=0-1", If_Range=TAGGED["ETag"]).got().status == 206
 
 
-def test_what_has_no_parts_is_sent_whole(handler: Handler, server: RegistrySite) -> None:
+def test_ranges_of_documents_are_ignored(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA))
     got = Visitor(server).ask("/v2/x", Range="bytes=0-1").got()
     assert (got.status, got.body) == (200, DATA)
     assert "accept-ranges" not in got.headers
 
 
-def test_a_part_that_is_not_there(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
+def test_unsatisfiable_range(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     content = Growing(2048)
     handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
     got = Visitor(server).ask("/v2/x", Range="bytes=5000-").got()
@@ -161,7 +159,7 @@ def test_a_part_that_is_not_there(handler: Handler, server: RegistrySite, events
     assert len(texts(events, LogLevel.error)) == 1
 
 
-def test_the_headers_go_out_before_the_first_byte_is_there(handler: Handler, server: RegistrySite) -> None:
+def test_headers_are_sent_before_the_first_byte(handler: Handler, server: RegistrySite) -> None:
     content = Growing(10)
     handler.give = lambda: Answer(200, content)
     visitor = Visitor(server).ask("/v2/x")
@@ -173,7 +171,7 @@ def test_the_headers_go_out_before_the_first_byte_is_there(handler: Handler, ser
     assert content.closed == 1
 
 
-def test_a_client_that_leaves_while_the_handler_is_at_it(
+def test_client_disconnects_during_the_handler(
     handler: Handler, server: RegistrySite, events: list[LogEvent]
 ) -> None:
     asked: Deferred[Answer] = Deferred()
@@ -189,9 +187,7 @@ def test_a_client_that_leaves_while_the_handler_is_at_it(
     assert texts(events, LogLevel.error) == []
 
 
-def test_a_client_that_leaves_while_it_is_sent_to(
-    handler: Handler, server: RegistrySite, events: list[LogEvent]
-) -> None:
+def test_client_disconnects_during_the_body(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     content = Growing(10)
     handler.give = lambda: Answer(200, content)
     visitor = Visitor(server).ask("/v2/x")
@@ -203,7 +199,7 @@ def test_a_client_that_leaves_while_it_is_sent_to(
     assert texts(events, LogLevel.error) == []
 
 
-def test_traffic_is_what_is_being_answered(handler: Handler, server: RegistrySite) -> None:
+def test_traffic_counts_responses_in_progress(handler: Handler, server: RegistrySite) -> None:
     contents = [Growing(1), Growing(1)]
     answers = iter(contents)
     handler.give = lambda: Answer(200, next(answers))
@@ -216,7 +212,7 @@ def test_traffic_is_what_is_being_answered(handler: Handler, server: RegistrySit
     assert idle.called
 
 
-def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]) -> None:
+def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]) -> None:
     asked: Deferred[Answer] = Deferred()
     handler.give = lambda: asked
     visitor = Visitor(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
@@ -226,7 +222,7 @@ def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, ev
     size = len(visitor.received.partition(b"\r\n\r\n")[2])
     assert line == f"GET /v2/a/blobs/x ns=docker.io 200 {size} bytes 1500 ms 192.0.2.1:40000 miss"
     for hit, word in ((True, "hit"), (None, "-")):
-        handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this turn
+        handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this iteration
         visitor.ask("/v2/")
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
 
@@ -239,14 +235,12 @@ def test_an_access_line(handler: Handler, server: RegistrySite, clock: Clock, ev
         ([f"Via: 1.1 {A}"], Via((A,))),
         ([f"Via: 1.1 {A}, 1.1 {B}"], Via((A, B))),
         ([f"Via: 1.1 {B}", "Accept: */*", f"via: 1.1 varnish, 1.1 {A}"], Via((B, A))),
-        # Lines are joined by a comma: half a name is not made whole by the next.
+        # Repeated header lines are joined by commas: half a name must not be completed by the next line.
         (["Via: 1.1 ociregistry-", f"Via: {A[-16:]}"], NO_VIA),
         ([f"Via: 1.1 \xff\xfe, 1.1 {A}"], Via((A,))),
     ],
 )
-def test_the_handler_is_told_for_whom_it_is_asked(
-    handler: Handler, server: RegistrySite, headers: list[str], via: Via
-) -> None:
+def test_via_is_passed_to_the_handler(handler: Handler, server: RegistrySite, headers: list[str], via: Via) -> None:
     request = "\r\n".join(["GET /v2/ HTTP/1.1", "Host: cache", *headers, "", ""])
     assert Visitor(server).send(request.encode("latin-1")).got().status == 200
     assert handler.contexts == [Context(via, Priority.CLIENT)]
@@ -255,7 +249,7 @@ def test_the_handler_is_told_for_whom_it_is_asked(
 @pytest.mark.parametrize(
     "path", ["/v2/a?ns=%0A2026%20[fake]", "/v2/a?ns=%1B[31m", "/v2/%0A?ns=%FF", "/v2/\\n?ns=%C2%85"]
 )
-def test_a_line_of_the_log_is_one_line_whatever_a_client_sends(
+def test_log_line_is_one_line_for_any_request(
     handler: Handler, server: RegistrySite, events: list[LogEvent], path: str
 ) -> None:
     for give in (lambda: Answer(200, InMemory(b"")), lambda: BlobUnknown("not there")):

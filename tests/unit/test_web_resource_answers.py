@@ -1,4 +1,4 @@
-"""Answers before they are bytes on the wire."""
+"""Answers and their content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.unit.support.doubles import fired
 
 
 def body(answer: Answer) -> bytes:
-    """All of it."""
+    """Return the whole content."""
     return fired(answer.content.read(0, answer.content.size))
 
 
@@ -24,11 +24,11 @@ def test_content_in_memory() -> None:
     content.close()
 
 
-def test_content_of_which_only_the_size_is_known() -> None:
+def test_content_of_known_size_only() -> None:
     assert SizeOnly(4711).size == 4711
 
 
-def test_a_document() -> None:
+def test_json_document() -> None:
     answer = json_answer(200, {"a": ["ü"]}, {"X": "y"}, hit=True)
     assert (answer.status, answer.hit, answer.ranged) == (200, True, False)
     assert answer.headers == {"Content-Type": "application/json", "X": "y"}
@@ -38,7 +38,7 @@ def test_a_document() -> None:
 @pytest.mark.parametrize(
     "error", [BlobUnknown('not "there"\n'), Unavailable("down", 7), MethodUnsupported("PUT"), BlobUnknown("\ud800ü")]
 )
-def test_an_error_has_the_body_of_the_specification(error: RegistryError) -> None:
+def test_error_body(error: RegistryError) -> None:
     answer = error_answer(error)
     assert answer.status == error.status
     assert answer.headers == {"Content-Type": "application/json", **error.headers()}

@@ -1,4 +1,4 @@
-"""The HTTP server in front of it all: its tree, its connections, and what it does not take in."""
+"""The HTTP server: paths, connections, request bodies and timeouts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
 
 @pytest.fixture
 def handler() -> Handler:
-    """What answers."""
+    """Return the request handler."""
     return Handler()
 
 
 @pytest.fixture
 def server(handler: Handler, clock: Clock) -> RegistrySite:
-    """The server."""
+    """Return the server."""
     return site(handler, clock)
 
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2/a/b/c", "/v2//", "/v2/%2e%2e/x", "/v2/../health"])
-def test_the_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) -> None:
+def test_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) -> None:
     assert Visitor(server).ask(path).got().body == b"hello"
     assert handler.asked == [("GET", path.encode())]
 
@@ -37,14 +37,14 @@ def test_the_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) 
 @pytest.mark.parametrize(
     "path", ["/", "/v1/", "/v2x", "/favicon.ico", "//v2/", "/%76%32x", "http://else.example/v2/"]
 )
-def test_there_is_nothing_else(handler: Handler, server: RegistrySite, path: str, events: list[LogEvent]) -> None:
+def test_other_paths_are_404(handler: Handler, server: RegistrySite, path: str, events: list[LogEvent]) -> None:
     got = Visitor(server).ask(path).got()
     assert (got.status, got.error["code"]) == (404, "NOT_FOUND")
     assert handler.asked == []
     assert len(texts(events, LogLevel.error)) == 1
 
 
-def test_health_says_what_is_here(server: RegistrySite) -> None:
+def test_health(server: RegistrySite) -> None:
     got = Visitor(server).ask("/health").got()
     assert (got.status, got.headers["content-type"]) == (200, "application/json")
     assert json.loads(got.body) == {
@@ -62,7 +62,7 @@ def test_health_says_what_is_here(server: RegistrySite) -> None:
     assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
 
 
-def test_a_connection_serves_one_request_after_the_other(server: RegistrySite) -> None:
+def test_keep_alive(server: RegistrySite) -> None:
     visitor = Visitor(server)
     for _ in range(3):
         visitor.ask("/v2/")
@@ -70,7 +70,7 @@ def test_a_connection_serves_one_request_after_the_other(server: RegistrySite) -
     assert not visitor.ended
 
 
-def test_requests_that_come_at_once_are_answered_in_their_order(handler: Handler, server: RegistrySite) -> None:
+def test_pipelined_requests_are_answered_in_order(handler: Handler, server: RegistrySite) -> None:
     first, second = Growing(5), InMemory(b"later")
     contents = iter((first, second))
     handler.give = lambda: Answer(200, next(contents))
@@ -80,7 +80,7 @@ def test_requests_that_come_at_once_are_answered_in_their_order(handler: Handler
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_who_wants_the_connection_closed_has_it_closed(server: RegistrySite, version: str) -> None:
+def test_connection_close(server: RegistrySite, version: str) -> None:
     close = b"" if version == "1.0" else b"Connection: close\r\n"
     visitor = Visitor(server).send(b"GET /v2/ HTTP/%b\r\nHost: a\r\n%b\r\n" % (version.encode(), close))
     assert visitor.got().body == b"hello"
@@ -93,20 +93,20 @@ FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=b
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", ["POST", "PUT", "GET"])
-def test_a_body_goes_nowhere(handler: Handler, server: RegistrySite, form: bytes, method: str) -> None:
+def test_request_body_is_discarded(handler: Handler, server: RegistrySite, form: bytes, method: str) -> None:
     head = b"%b /v2/a HTTP/1.1\r\nHost: a\r\nContent-Type: %b\r\n" % (method.encode(), form)
     visitor = Visitor(server).send(head + b"Content-Length: %d\r\n\r\n" % len(BODY))
     for _ in range(10):
         visitor.send(BODY[:10_000])
     expected = 200 if method == "GET" else 405
     assert visitor.got(method).status == expected
-    # In chunks too, and the connection goes on behind it.
+    # Chunked as well; the connection stays usable.
     visitor.send(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"2710\r\n%b\r\n" % BODY[:10_000] * 10 + b"0\r\n\r\n")
     visitor.ask("/v2/")
     assert [got.status for got in visitor.all_got(method, method, "GET")] == [expected, expected, 200]
 
 
-def test_a_body_is_not_kept_while_it_comes(server: RegistrySite) -> None:
+def test_request_body_is_not_buffered(server: RegistrySite) -> None:
     visitor = Visitor(server).send(b"PUT /v2/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
     for _ in range(50):
         visitor.send(BODY[:10_000])
@@ -126,13 +126,13 @@ def test_a_body_is_not_kept_while_it_comes(server: RegistrySite) -> None:
         b"GET / HTTP/9\r\n\r\n",
     ],
 )
-def test_what_is_no_request_harms_nobody(handler: Handler, server: RegistrySite, garbage: bytes) -> None:
+def test_malformed_request_gets_400(handler: Handler, server: RegistrySite, garbage: bytes) -> None:
     Visitor(server).send(garbage)
     assert Visitor(server).ask("/v2/").got().body == b"hello"
 
 
-def test_two_lengths_are_refused(handler: Handler, server: RegistrySite) -> None:
-    """Request smuggling."""
+def test_two_content_lengths_are_refused(handler: Handler, server: RegistrySite) -> None:
+    """They allow request smuggling."""
     visitor = Visitor(server).send(
         b"GET /v2/ HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     )
@@ -140,15 +140,15 @@ def test_two_lengths_are_refused(handler: Handler, server: RegistrySite) -> None
     assert handler.asked == []
 
 
-def test_a_tls_hello_is_refused_at_once(handler: Handler, server: RegistrySite) -> None:
-    """Go then turns to plain HTTP at once, and not after ten seconds."""
+def test_tls_hello_is_refused_immediately(handler: Handler, server: RegistrySite) -> None:
+    """Go clients then fall back to plain HTTP immediately, instead of after ten seconds."""
     visitor = Visitor(server).send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500))
     got = visitor.got()
     assert (got.status, got.whole, visitor.ended) == (400, True, True)
     assert handler.asked == []
 
 
-def test_a_request_has_half_a_minute_to_come(server: RegistrySite, clock: Clock) -> None:
+def test_request_times_out_after_30_seconds(server: RegistrySite, clock: Clock) -> None:
     visitor = Visitor(server).send(b"GET /v2/ HTTP/1.1\r\n")
     for _ in range(29):
         clock.advance(1)
@@ -158,7 +158,7 @@ def test_a_request_has_half_a_minute_to_come(server: RegistrySite, clock: Clock)
     assert visitor.ended
 
 
-def test_the_time_of_the_answer_does_not_count(handler: Handler, server: RegistrySite, clock: Clock) -> None:
+def test_response_time_does_not_count(handler: Handler, server: RegistrySite, clock: Clock) -> None:
     content = Growing(5)
     handler.give = lambda: Answer(200, content)
     visitor = Visitor(server).ask("/v2/")
@@ -168,7 +168,7 @@ def test_the_time_of_the_answer_does_not_count(handler: Handler, server: Registr
     assert visitor.got().whole
 
 
-def test_an_idle_connection_is_kept_longer_than_clients_keep_it(server: RegistrySite, clock: Clock) -> None:
+def test_idle_timeout_exceeds_that_of_clients(server: RegistrySite, clock: Clock) -> None:
     visitor = Visitor(server).ask("/v2/")
     for _ in range(12):
         clock.advance(10)
@@ -180,7 +180,7 @@ def test_an_idle_connection_is_kept_longer_than_clients_keep_it(server: Registry
     assert visitor.ended
 
 
-def test_one_address_has_so_many_connections(server: RegistrySite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_per_address_are_limited(server: RegistrySite, monkeypatch: pytest.MonkeyPatch) -> None:
     assert channel.MOST_CONNECTIONS >= 1000
     monkeypatch.setattr(channel, "MOST_CONNECTIONS", 5)
     visitors = [Visitor(server) for _ in range(5)]
@@ -191,7 +191,7 @@ def test_one_address_has_so_many_connections(server: RegistrySite, monkeypatch: 
     assert not Visitor(server).ended
 
 
-def test_nothing_is_left_of_a_connection(server: RegistrySite, clock: Clock) -> None:
+def test_no_delayed_call_is_left_behind(server: RegistrySite, clock: Clock) -> None:
     for data in (b"", b"GET /v2/ HTTP/1.1\r\n", b"GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\n"):
         Visitor(server).send(data).leave()
     assert clock.getDelayedCalls() == []

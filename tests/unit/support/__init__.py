@@ -1,1 +1,1 @@
-"""What the unit tests are made of."""
+"""Helpers of the unit tests."""

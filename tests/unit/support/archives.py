@@ -1,4 +1,4 @@
-"""Archives for the tests: the files of each format in memory, and the tars and folders that hold them."""
+"""Archives: the files of each format in memory, and tars and folders of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGE_NAME = "io.containerd.image.name"
 REF_NAME = "org.opencontainers.image.ref.name"
 
 Files = Mapping[str, bytes]
-"""The files of an archive, by their names, in order."""
+"""Name -> content of the files in an archive, in order."""
 
 _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
@@ -44,7 +44,7 @@ _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
 
 
 def to_json(value: object) -> bytes:
-    """As most tools write it."""
+    """Return JSON with the default separators."""
     return json.dumps(value).encode()
 
 
@@ -52,12 +52,12 @@ def to_json(value: object) -> bytes:
 
 
 def blob_name(digest: str) -> str:
-    """Where an OCI layout has it."""
+    """Return the path of a blob in an OCI layout."""
     return f"blobs/{digest.replace(':', '/')}"
 
 
 def layout(*images: tuple[Image | Index, Mapping[str, str] | None], sparse: Sequence[str] = ()) -> dict[str, bytes]:
-    """An OCI layout of the images with these annotations; what is `sparse` is left out, by its digest."""
+    """Return an OCI layout of the images with these annotations, without the digests in `sparse`."""
     blobs: dict[str, bytes] = {}
     descriptors = []
     for image, noted in images:
@@ -71,23 +71,23 @@ def layout(*images: tuple[Image | Index, Mapping[str, str] | None], sparse: Sequ
 
 
 def parts(image: Image | Index) -> dict[str, bytes]:
-    """All manifests and blobs, by their digests."""
+    """Return all manifests and blobs by digest."""
     manifests = {one.digest: one.data for one in image.manifests}
     return manifests | {blob.digest: blob.data for blob in image.blobs}
 
 
 def descriptor(of: Manifest) -> dict[str, object]:
-    """What index.json has of a manifest."""
+    """Return the descriptor of a manifest."""
     return {"mediaType": of.media_type, "digest": of.digest, "size": len(of.data)}
 
 
 def named(image: Image | Index, name: str = NAME) -> dict[str, bytes]:
-    """An OCI layout of one image with a name."""
+    """Return an OCI layout of one named image."""
     return layout((image, {IMAGE_NAME: name}))
 
 
 def docker_saved(image: Image, *tags: str, packed: bool = False) -> dict[str, bytes]:
-    """What `docker save` of an older docker writes; with `packed` the layers stay compressed."""
+    """Return files as in `docker save` of older versions; with `packed`, layers stay compressed."""
     config = f"{image.config.digest.removeprefix('sha256:')}.json"
     layers = {
         f"{number:064x}/layer.tar": layer.data if packed else gzip.decompress(layer.data)
@@ -98,7 +98,7 @@ def docker_saved(image: Image, *tags: str, packed: bool = False) -> dict[str, by
 
 
 def holder(of: Manifest, url: str, **changes: object) -> bytes:
-    """What the Go server keeps of a manifest; `changes` to None take a key away."""
+    """Return the Go server's file of a manifest; `changes` to None remove a key."""
     empty: dict[str, object] = {"schemaVersion": 0, "mediaType": "", "layers": None}
     document: dict[str, Any] = {
         "type": 3,
@@ -117,17 +117,17 @@ def holder(of: Manifest, url: str, **changes: object) -> bytes:
 
 
 def hex_of(digest: str) -> str:
-    """How image folders call the file with this digest."""
+    """Return the file name of this digest in image folders."""
     return digest.partition(":")[2]
 
 
 def image_blobs(*images: Image | Index) -> dict[str, bytes]:
-    """The blobs of the images in an image folder."""
+    """Return the blobs of the images in an image folder."""
     return {f"blobs/{hex_of(blob.digest)}": blob.data for image in images for blob in image.blobs}
 
 
 def kept(image: Image | Index, urls: Mapping[str, Dates]) -> bytes:
-    """A record of our own."""
+    """Return a record of this program."""
     return Record(manifest(image), urls).render()
 
 
@@ -135,7 +135,7 @@ def kept(image: Image | Index, urls: Mapping[str, Dates]) -> bytes:
 
 
 def write_tar(path: Path, files: Files, compression: str = "", links: Mapping[str, tuple[bytes, str]] = {}) -> Path:
-    """A tar of the files and of `links`: name -> (type, target); `compression` is gz, bz2 or xz."""
+    """Write a tar of the files and of `links`: name -> (type, target); `compression` is gz, bz2 or xz."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         for name, (kind, target) in links.items():
@@ -149,14 +149,14 @@ def write_tar(path: Path, files: Files, compression: str = "", links: Mapping[st
 
 
 def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """One more member."""
+    """Add a member."""
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
     tar.addfile(entry, io.BytesIO(data))
 
 
 def write_folder(path: Path, files: Files) -> Path:
-    """A folder of the files."""
+    """Write a folder of the files."""
     for name, data in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
@@ -164,27 +164,27 @@ def write_folder(path: Path, files: Files) -> Path:
 
 
 def opened(path: Path) -> Archive:
-    """The archive; it must be one."""
+    """Return the archive opened."""
     archive = open_archive(path)
     assert archive is not None
     return archive
 
 
 def contents(path: Path) -> Contents:
-    """What the archive holds."""
+    """Return the contents of the archive."""
     with opened(path) as archive:
         return read_contents(archive)
 
 
 async def load(store: Store, path: Path, progress: Progress | None = None) -> list[Outcome]:
-    """Brings the archive into the store."""
+    """Import the archive into the store."""
     in_thread = partial(deferToThreadPool, REACTOR, REACTOR.getThreadPool())
     with opened(path) as archive:
         return await Importer(store, in_thread, progress or NullProgress()).bring(archive)
 
 
 def files_below(root: Path) -> dict[str, str]:
-    """Every file below `root`, with a digest of what it holds."""
+    """Return every file below `root` with the digest of its content."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
@@ -193,13 +193,13 @@ def files_below(root: Path) -> dict[str, str]:
 
 
 def everything(archive: Archive) -> dict[str, bytes]:
-    """All that is in it, read as it is to be read."""
+    """Return the content of all members, read in order."""
     in_order = sorted(archive.members.items(), key=lambda item: item[1].order)
     return {name: b"".join(member.pieces()) for name, member in in_order}
 
 
 def refused(path: Path) -> str:
-    """Why the archive cannot be opened or read."""
+    """Return the error when opening or reading the archive."""
     with pytest.raises(ArchiveInvalid) as caught, opened(path) as archive:
         everything(archive)
     told = str(caught.value)
@@ -209,17 +209,17 @@ def refused(path: Path) -> str:
 
 
 def meanings(path: Path) -> dict[str, str]:
-    """What each image name means."""
+    """Return the digest that each image name means."""
     return {str(one.image): one.manifest for one in contents(path).images}
 
 
 def failures(path: Path) -> dict[str, str]:
-    """Why what cannot be loaded cannot be."""
+    """Return the reason of each failure."""
     return {failure.name: failure.why for failure in contents(path).failed}
 
 
 def invalid(path: Path) -> str:
-    """Why the archive is refused."""
+    """Return the error that refuses the archive."""
     with pytest.raises(ArchiveInvalid) as caught:
         contents(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -227,7 +227,7 @@ def invalid(path: Path) -> str:
 
 
 class Told:
-    """Progress that is kept."""
+    """Progress that records all reports."""
 
     def __init__(self) -> None:
         self.expected: list[tuple[str, int]] = []
@@ -235,13 +235,13 @@ class Told:
         self.outcomes: list[Outcome] = []
 
     def expect(self, name: str, size: int) -> None:
-        """So many bytes."""
+        """Record an expected size."""
         self.expected.append((name, size))
 
     def advance(self, name: str, count: int) -> None:
-        """So many more."""
+        """Add to the received size."""
         self.state[name] = self.state.get(name, 0) + count
 
     def ended(self, outcome: Outcome) -> None:
-        """So it ended."""
+        """Record an outcome."""
         self.outcomes.append(outcome)

@@ -1,4 +1,4 @@
-"""A server, bad links to it, and clients: what the tests of the bad link share."""
+"""Server, bad links and clients for the tests of the bad-link proxy."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SMALL = 32 * KIB
 
 
 def small_buffers(transport: Any) -> None:
-    """The kernel hides little for this socket."""
+    """Set small kernel buffers for the socket."""
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         transport.getHandle().setsockopt(socket.SOL_SOCKET, option, SMALL)
 
 
 def pattern(start: int, end: int) -> bytes:
-    """Bytes that tell where they stand."""
+    """Return bytes from `start` to `end` that encode their own position."""
     return b"".join(b"%015d\n" % (number * 16) for number in range(start // 16, end // 16 + 1))[
         start % 16 : start % 16 + end - start
     ]
 
 
 class Peer(Protocol):
-    """Keeps what it receives, and how it ended."""
+    """Protocol that keeps what it receives and the reason of its end."""
 
     transport: Any
 
@@ -42,28 +42,24 @@ class Peer(Protocol):
         self.ended: type | None = None
 
     def connectionMade(self) -> None:
-        """Make the kernel's part small."""
         small_buffers(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
-        """Keep it."""
         self.received += data
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Keep why."""
         self.ended = type(reason.value)
 
 
 @implementer(IHalfCloseableProtocol)
 class ContentProducer(Peer):
-    """A server's end: it sends as many bytes as each line wants, and closes then if there is a 0, or an end."""
+    """Server side: send as many bytes as each received line says; close after a line `0` or end of input."""
 
     def __init__(self) -> None:
         super().__init__()
         self._sent = self._wanted = self.given = 0
 
     def dataReceived(self, data: bytes) -> None:
-        """A number or several."""
         super().dataReceived(data)
         for line in data.decode().split():
             if line == "0":
@@ -74,14 +70,13 @@ class ContentProducer(Peer):
         self.transport.registerProducer(self, False)
 
     def readConnectionLost(self) -> None:
-        """Nothing more is wanted."""
         self.transport.loseConnection()
 
     def writeConnectionLost(self) -> None:
         """Nor sent."""
 
     def resumeProducing(self) -> None:
-        """The kernel has taken all that it was given."""
+        """Send the next chunk: the kernel has taken the previous one."""
         self.given = self._sent
         end = min(self._wanted, self._sent + SMALL)
         if end > self._sent:
@@ -95,7 +90,7 @@ class ContentProducer(Peer):
 
 
 class Scene:
-    """A server, and the links to it."""
+    """A server and links to it."""
 
     def __init__(self) -> None:
         self.senders: list[ContentProducer] = []
@@ -109,13 +104,13 @@ class Scene:
         return self.senders[-1]
 
     def link(self, clock: Clock | None = None, **badness: Any) -> BadLink:
-        """A link that is so bad."""
+        """Start a link with the given faults."""
         port = self._server.getHost().port
         self._links.append(BadLink(REACTOR, "127.0.0.1", port, Badness(**badness), clock=clock).start())
         return self._links[-1]
 
     async def client(self, link: BadLink, *wanted: int) -> Peer:
-        """Somebody who connects over the link, and wants so many bytes."""
+        """Connect through the link and request `wanted` bytes."""
         factory = Factory.forProtocol(Peer)
         factory.noisy = False
         peer = await TCP4ClientEndpoint(REACTOR, "127.0.0.1", link.port).connect(factory)
@@ -125,13 +120,13 @@ class Scene:
         return peer
 
     async def close(self) -> None:
-        """No server any more."""
+        """Stop the server."""
         stopped = self._server.stopListening()
         if stopped is not None:
             await stopped
 
     async def end(self) -> None:
-        """No link either."""
+        """Stop the server and all links."""
         await self.close()
         for link in self._links:
             await link.stop()
@@ -139,7 +134,7 @@ class Scene:
 
 
 async def quiet(*peers: Peer) -> None:
-    """Return when nothing has moved for a while."""
+    """Wait until the peers have received nothing for 20 reactor iterations."""
     still, seen = 0, -1
     while still < 20:
         await turn()
@@ -148,7 +143,7 @@ async def quiet(*peers: Peer) -> None:
 
 
 async def advance(clock: Clock, seconds: float, step: float = 0.01) -> None:
-    """Let time pass in steps, between which sockets do what they can."""
+    """Advance the clock in steps, running the reactor in between."""
     for _ in range(round(seconds / step)):
         clock.advance(step)
         for _ in range(4):

@@ -1,4 +1,4 @@
-"""An upstream's answers without a network: the test is the connection that they come over."""
+"""Responses without a network: the test plays the connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UPSTREAM = "reg.example"
 
 
 class Connection:
-    """What a body sees of its connection."""
+    """The transport of a body."""
 
     def __init__(self) -> None:
         self.paused = False
@@ -28,30 +28,30 @@ class Connection:
         self.stalls: list[tuple[str, float]] = []
 
     def pauseProducing(self) -> None:
-        """The body has enough."""
+        """Pause; must not be paused."""
         assert not self.paused
         self.paused = True
         self.pauses += 1
 
     def resumeProducing(self) -> None:
-        """The body takes more."""
+        """Resume; must be paused."""
         assert self.paused
         self.paused = False
 
     def loseConnection(self) -> None:
-        """The body wants no more."""
+        """Record the close."""
         self.closed = True
 
     abortConnection = loseConnection
     stopProducing = loseConnection
 
     def stalled(self, why: str, silent: float) -> None:
-        """No byte came for a while."""
+        """Record a stall."""
         self.stalls.append((why, silent))
 
 
 def connected(clock: IReactorTime | None = None) -> tuple[Body, Connection]:
-    """A body whose first byte is still to come."""
+    """Return a body before its first byte."""
     connection = Connection()
     body = Body(UPSTREAM, clock or Clock(), connection.stalled)
     body.makeConnection(cast(ITransport, connection))
@@ -59,7 +59,7 @@ def connected(clock: IReactorTime | None = None) -> tuple[Body, Connection]:
 
 
 def end(body: Body, why: BaseException | None = None) -> None:
-    """Ends a body, as it should when no other reason is given."""
+    """End a body, normally unless another reason is given."""
     body.connectionLost(Failure(why or ResponseDone("")))
 
 
@@ -70,7 +70,7 @@ def answer(
     url: str = f"https://{UPSTREAM}/v2/",
     length: int | None = None,
 ) -> Response:
-    """An answer that came whole."""
+    """Return a complete response."""
     body, _ = connected()
     if data:
         body.dataReceived(data)
@@ -80,7 +80,7 @@ def answer(
 
 
 class Sent:
-    """One request that the client sent."""
+    """A request sent by the client."""
 
     def __init__(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, options: RequestOptions
@@ -93,7 +93,7 @@ class Sent:
 
     @property
     def authorization(self) -> str | None:
-        """The Authorization header."""
+        """Return the Authorization header."""
         return self.headers.get("Authorization")
 
 
@@ -101,9 +101,9 @@ Told = Mapping[str, Any] | Exception | None
 
 
 class ScriptedExchanges(HttpClient):
-    """Answers as the test tells it: by the first beginning of a URL that fits, in order, the last answer for good.
+    """Answers requests by a script: URL prefix -> answers in order, the last one for good.
 
-    An answer is the keyword arguments of `answer`, or an error to raise, or None: there is none.
+    An answer is the keyword arguments of `answer`, an error to raise, or None for no answer at all.
     """
 
     def __init__(self, script: Mapping[str, Sequence[Told]]) -> None:
@@ -112,7 +112,7 @@ class ScriptedExchanges(HttpClient):
 
     @property
     def urls(self) -> list[str]:
-        """What was asked for, in that order."""
+        """Return the URLs in order of requests."""
         return [sent.url for sent in self.sent]
 
     async def send(

@@ -1,4 +1,4 @@
-"""Command lines in the process of the tests: which command they make, what it says, and how it ends."""
+"""Run command lines in the process of the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ociregistry.tap import Options
 
 @dataclass(frozen=True)
 class Said:
-    """With what status a command line ended, and what it printed."""
+    """Exit status and output of a command line."""
 
     status: object
     out: str
@@ -29,19 +29,19 @@ class Said:
 
     @property
     def lines(self) -> list[str]:
-        """What went to stdout."""
+        """Return the lines of stdout."""
         return self.out.splitlines()
 
 
 def run(capfd: pytest.CaptureFixture[str], *argv: object) -> Said:
-    """Runs a command to its end."""
+    """Run a command line to its end."""
     with pytest.raises(SystemExit) as ended:
         Options().parseOptions([str(word) for word in argv])
     return Said(ended.value.code, *capfd.readouterr())
 
 
 def mistake(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
-    """What is said of a command line that is a mistake: one line, and exit status 2."""
+    """Return the usage error of a command line: one line, with exit status 2."""
     said = run(capfd, *argv)
     assert (said.status, said.out) == (2, "")
     (line,) = said.err.splitlines()
@@ -58,7 +58,7 @@ class Ran:
 
 
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
-    """From now on commands that read or change files only say that they would run."""
+    """Replace commands that use files by a recorder, and return the recorded commands."""
     ran: list[Ran] = []
 
     def only_noted(command: Command, settings: Settings) -> int:
@@ -72,7 +72,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file and folder below `root`: its inode, when it was changed, and what it holds."""
+    """Return inode, ctime and content of every file and folder below `root`."""
     found = {}
     for path in sorted(root.rglob("*")):
         status = path.lstat()

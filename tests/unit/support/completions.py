@@ -1,4 +1,4 @@
-"""An image of which blobs are missing, and what is fetched of it when the test says so."""
+"""An incomplete image, and a blob fetcher whose results the test decides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, until
 
-# In its manifest the large layer stands before the small one.
+# The manifest lists the large layer before the small one.
 BUILT = make_image("image", layers=1, base=make_image("base", layers=1, layer_size=50_000))
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
 CONFIG, LARGE, SMALL = (Digest(blob.digest) for blob in BUILT.blobs)
@@ -24,7 +24,7 @@ DATA = {Digest(blob.digest): blob.data for built in (BUILT, make_image("other"))
 
 
 class Fetching:
-    """Fetches blobs when the test says so."""
+    """Fetch blobs when the test says so."""
 
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs"
@@ -43,31 +43,31 @@ class Fetching:
 
     @property
     def digests(self) -> list[Digest]:
-        """What was asked for."""
+        """Return the digests of the requests."""
         return [digest for _, digest in self.asked]
 
     async def bring(self, digest: Digest) -> None:
-        """The last one asked for, which must be this, comes."""
+        """Complete the last request, which must be for this digest."""
         await until(lambda: self.asked and self.asked[-1][1] == digest and not self.results[-1].called)
         self.put(digest)
         self.results[-1].callback(None)
 
     async def refuse(self, error: Exception, count: int) -> None:
-        """The last of so many does not."""
+        """Fail request number `count`, which must be the last."""
         await until(lambda: len(self.asked) == count)
         self.results[-1].errback(error)
 
     def put(self, digest: Digest) -> None:
-        """It is there."""
+        """Write the blob into the store."""
         (self._blobs / digest.hex).write_bytes(DATA[digest])
 
 
 async def pulled(completion: Completion, store: Store, what: Manifest = IMAGE, where: str = str(APP)) -> None:
-    """A client has been given the manifest."""
+    """Store the manifest and register it, as for a client's pull."""
     await store.keep(what, image(where))
     await completion.add_pending(what, image(where).repository)
 
 
 def pending(root: Path) -> list[str]:
-    """The files of wishes."""
+    """Return the names of the pending files."""
     return [path.stem for path in (root / "pulls").rglob("*.wish")]

@@ -1,4 +1,4 @@
-"""Configuration files of tests: what one says, or why it is refused."""
+"""Configuration files: parsed, or refused."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OPTIONS = {"port", "log_level", "image_path"}
 
 
 def read(path: Path, text: str) -> Config:
-    """What a file with this text says."""
+    """Return the configuration in a file with this text."""
     path.write_text(text, "utf-8")
     return read_config(path, OPTIONS)
 
 
 def refusal(path: Path, text: str) -> str:
-    """What is said of a file with this text, in one line."""
+    """Return the one-line error for a file with this text."""
     with pytest.raises(ConfigInvalid) as refused:
         read(path, text)
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""A daemon beside that answers when the test says so, and what is pulled through it."""
+"""A daemon client that answers when the test says so, and a fetcher over it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = BUILT.layers[0].data
 
 
 class Beside(DaemonClient):
-    """A daemon that answers when the test says so."""
+    """A daemon client that answers when the test says so."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -49,7 +49,7 @@ class Beside(DaemonClient):
 
 
 class Scene:
-    """A supplier beside a daemon."""
+    """A fetcher over the daemon client."""
 
     def __init__(self, store: Store, root: Path, clock: Clock) -> None:
         self._root = root
@@ -61,16 +61,16 @@ class Scene:
 
     @property
     def asked(self) -> list[str]:
-        """All that the daemon was asked for."""
+        """Return all requests to the daemon."""
         return [f"{call.kind} {call.what}" for call in self.daemon.calls]
 
     async def call(self, count: int) -> Call:
-        """The last of so many requests."""
+        """Wait for request number `count` and return it."""
         await until(lambda: len(self.daemon.calls) == count)
         return self.daemon.calls[-1]
 
     async def sends(self, count: int, data: bytes) -> tuple[Body, Connection]:
-        """The answer to the last of so many requests begins with these bytes."""
+        """Answer request number `count` with a body that begins with these bytes."""
         body, connection = connected()
         (await self.call(count)).answer(body)
         if data:
@@ -80,25 +80,25 @@ class Scene:
         return body, connection
 
     def stores(self, digest: Digest = LAYER, data: bytes = DATA) -> None:
-        """The daemon has brought the blob."""
+        """Write the blob into the store, as the daemon does."""
         (self._root / "blobs" / digest.hex).write_bytes(data)
 
     def manifest(self) -> Deferred[FoundManifest]:
-        """Asks for the manifest."""
+        """Fetch the manifest."""
         return Deferred.fromCoroutine(self.fetcher.manifest(APP))
 
     def blob(self, digest: Digest = LAYER, size: int = len(DATA)) -> Deferred[None]:
-        """Asks for the layer."""
+        """Fetch the layer."""
         return Deferred.fromCoroutine(self.fetcher.blob(APP.repository, digest, size, self.advance.append))
 
     async def looks(self, waiting: Deferred[None]) -> None:
-        """Time goes by, a look at the store after the other, until the blob is there, or is waited for no more."""
+        """Advance the clock, scanning the store in between, until the fetch ends."""
         while not waiting.called:
             await settle(self._store)
             self.clock.advance(0.5)
 
     async def looks_on(self, waiting: Deferred[None]) -> None:
-        """A few looks, none of which finds it."""
+        """Let the store scan five times; the fetch must still wait."""
         for _ in range(5):
             await settle(self._store)
             self.clock.advance(0.5)

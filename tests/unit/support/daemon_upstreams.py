@@ -1,4 +1,4 @@
-"""What a daemon under test pulls, where from, and how often it asked."""
+"""The image that a daemon under test pulls, and the requests that its upstream received."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ LAYER = BUILT.layers[0]
 
 
 def app(upstream: ScriptedRegistry, tag: str = "1") -> ImageReference:
-    """An image at the upstream."""
+    """Return the reference of the image at the upstream."""
     return image(f"{upstream.host}/team/app:{tag}")
 
 
 def start(daemons: Daemons, upstream: ScriptedRegistry, *argv: str) -> Daemon:
-    """A daemon that may ask the upstream."""
+    """Start a daemon that may use the upstream."""
     return daemons.start("--default-ns", upstream.host, *argv)
 
 
 def here(root: Path, digest: str) -> Path:
-    """Where a blob is."""
+    """Return the path of a blob."""
     return root / "blobs" / Digest(digest).hex
 
 
 def counts(upstream: ScriptedRegistry) -> Counter[str]:
-    """How often the upstream was asked for what."""
+    """Return the number of requests by path."""
     return Counter(request.path for request in upstream.requests)

@@ -1,4 +1,4 @@
-"""Daemons in the process of the tests, on ports that are free."""
+"""Daemons in the process of the tests, on free ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.support.wire import Network
 
 
 class Timed:
-    """The real reactor, but for the time; what is to be done at once is."""
+    """The real reactor with delayed calls on a clock; calls without delay run on the real reactor."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -28,7 +28,7 @@ class Timed:
         directlyProvides(self, providedBy(REACTOR))
 
     def callLater(self, delay: float, *what: Any, **more: Any) -> Any:
-        """As the clock does."""
+        """Schedule on the clock, or without delay on the reactor."""
         return (self._clock if delay else REACTOR).callLater(delay, *what, **more)
 
     def __getattr__(self, name: str) -> Any:
@@ -36,7 +36,7 @@ class Timed:
 
 
 def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
-    """A daemon with a port that is free."""
+    """Return a daemon that listens on a free port."""
     options = Options()
     options.parent = ServerOptions()
     options.parent["nodaemon"] = 1
@@ -47,9 +47,9 @@ def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
 
 
 class Daemons:
-    """Starts daemons for which time passes as the test says, and stops them all in the end.
+    """Start daemons on a clock of the test and stop them all at the end.
 
-    Then a SIGHUP to the process means again what it did before.
+    Afterwards, SIGHUP has its former handler.
     """
 
     def __init__(self, root: Path, clock: Clock) -> None:
@@ -60,7 +60,7 @@ class Daemons:
         self._hung_up = signal.getsignal(signal.SIGHUP)
 
     def start(self, *argv: str) -> Daemon:
-        """Starts one."""
+        """Start a daemon."""
         daemon = make(self._root, *argv, reactor=Timed(self._clock))
         daemon.privilegedStartService()
         daemon.startService()
@@ -68,17 +68,17 @@ class Daemons:
         return daemon
 
     def stop(self) -> Deferred[None]:
-        """Stops the one that runs."""
+        """Stop the latest daemon."""
         self._stopped.append(self._started.pop().stopService())
         return self._stopped[-1]
 
     def stopped(self) -> bool:
-        """Whether all have stopped, without any time passing."""
+        """Return whether all have stopped, without advancing the clock."""
         self._clock.advance(0)
         return not self._started and all(stopped.called for stopped in self._stopped)
 
     async def stop_all(self) -> None:
-        """Stops them, whatever the test has left them in: a store's threads would keep the process from ending."""
+        """Stop all daemons in any state; running threads of a store would keep the process alive."""
         while self._started:
             self.stop()
         for _ in range(100):
@@ -90,11 +90,11 @@ class Daemons:
 
 
 def addresses(events: list[LogEvent]) -> list[str]:
-    """Where the daemon says that it listens."""
+    """Return the addresses in the daemon's banner."""
     banner = [event for event in events if "addresses" in event][-1]
     return str(banner["addresses"]).split(", ")
 
 
 async def get(network: Network, events: list[LogEvent], path: str) -> Response:
-    """Asks the daemon."""
+    """Send a GET request to the daemon."""
     return await network.http("daemon").send("GET", f"http://{addresses(events)[0]}{path}", {})

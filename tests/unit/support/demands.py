@@ -1,4 +1,4 @@
-"""Clients that ask for images of an index, and what the daemon then takes for wanted."""
+"""Clients that request images of an index, and the resulting demand."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ APP = "reg.example/team/app"
 
 
 class NoDemand(Demand):
-    """Takes no notice of what clients ask for."""
+    """A demand that ignores all requests."""
 
     def __init__(self) -> None:
         pass
 
     def manifest_requested(self, manifest: Manifest, image: ImageReference, *, hit: bool) -> None:
-        """Nothing happens."""
+        """Do nothing."""
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
-        """Nothing happens."""
+        """Do nothing."""
 
 
 def names(digests: object) -> list[str]:
-    """The platforms of the images of `INDEX`, or digests of others."""
+    """Return the platforms of images of `INDEX`, and the digests of others."""
     known = {one.digest: platform for one, platform in PLATFORMS}
     assert hasattr(digests, "__iter__")
     return sorted(known.get(digest, str(digest)) for digest in digests)
 
 
 class Demands:
-    """A client, the demand that is told of its requests, and the completion behind; nothing is ever fetched."""
+    """A demand with its completion; nothing is ever fetched."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class Demands:
         self.demand.startService()
 
     def stop(self) -> None:
-        """Stop both."""
+        """Stop demand and completion."""
         self.demand.stopService()
         self.completion.stopService()
 
     async def get(self, *manifests: Manifest, tag: str = "", repository: str = APP, hit: bool = False) -> None:
-        """Ask for manifests by their digests, or by `tag`, which are kept as the cache keeps them."""
+        """Request manifests by digest, or by `tag`, and store them like the cache does."""
         for one in manifests:
             asked = image(f"{repository}:{tag}" if tag else f"{repository}@{one.digest}")
             if not hit:
@@ -90,29 +90,29 @@ class Demands:
         await settle(self.store)
 
     async def get_layers(self, *layers: bytes, repository: str = APP) -> None:
-        """Ask for layers, all at once, and wait for what follows."""
+        """Request layers at the same time and wait for the outcome."""
         self.ask_for_layers(*layers, repository=repository)
         await settle(self.store)
 
     def ask_for_layers(self, *layers: bytes, repository: str = APP) -> None:
-        """Ask for layers."""
+        """Request layers."""
         for layer in layers:
             self.demand.blob_requested(image(f"{repository}:1").repository, Digest.of(layer))
 
     async def wait(self, seconds: float = 30) -> None:
-        """Let time pass."""
+        """Advance the clock."""
         self.clock.advance(seconds)
         await settle(self.store)
 
     @property
     def pending(self) -> list[str]:
-        """The images that are not decided; memory and files must agree."""
+        """Return the undecided images; memory and files must agree."""
         self._check_files()
         return names(self.store.undecided)
 
     @property
     def completing(self) -> list[str]:
-        """The images that are being completed; memory and files must agree."""
+        """Return the images being completed; memory and files must agree."""
         self._check_files()
         return names(self.store.pending)
 
@@ -121,5 +121,5 @@ class Demands:
         assert files == {digest.hex for digest in (*self.store.undecided, *self.store.pending)}
 
     def wanted(self, *manifests: Manifest) -> list[bool | None]:
-        """What the records say."""
+        """Return `wanted` of the records."""
         return [read_record(record_path(self.root, one.digest, is_list=False)).wanted for one in manifests]

@@ -1,4 +1,4 @@
-"""What the unit tests put in the place of the network and of clients, and how they look at Deferreds and logs."""
+"""Helpers for Deferreds, the reactor and log events."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
 REACTOR: Any = reactor
-"""The real one; its type is not known to mypy."""
+"""The real reactor; mypy does not know its type."""
 
 
 @implementer(ILogObserver)
@@ -38,7 +38,7 @@ class RecordingObserver:
 
 
 def fired(deferred: Deferred[T]) -> T:
-    """What it has fired with; it must have."""
+    """Return the result of a Deferred that must have fired."""
     results: list[T] = []
     failures: list[Failure] = []
     deferred.addCallbacks(results.append, failures.append)
@@ -49,7 +49,7 @@ def fired(deferred: Deferred[T]) -> T:
 
 
 def failed(deferred: Deferred[T], kind: type[E]) -> E:
-    """What it has failed with; it must have, and with that kind of error."""
+    """Return the error of a Deferred that must have failed with this type."""
     results: list[object] = []
     deferred.addBoth(results.append)
     assert results, "it has not fired yet"
@@ -59,7 +59,7 @@ def failed(deferred: Deferred[T], kind: type[E]) -> E:
 
 
 def on_reactor(test: Callable[..., Coroutine[Deferred[Any], Any, None]]) -> Callable[..., Any]:
-    """An async test on the real reactor. After ten seconds it is cancelled where it waits: it would hang them all."""
+    """Run an async test on the real reactor; cancel it after ten seconds, because it would hang all others."""
 
     @wraps(test)
     async def limited(*args: Any, **kwargs: Any) -> None:
@@ -76,12 +76,12 @@ def on_reactor(test: Callable[..., Coroutine[Deferred[Any], Any, None]]) -> Call
 
 
 async def turn() -> None:
-    """Lets the reactor turn once, so that what called the test has come to its end."""
+    """Wait for one iteration of the reactor, so that pending calls run."""
     await deferLater(REACTOR, 0)
 
 
 async def until(predicate: Callable[[], object]) -> None:
-    """Lets the reactor turn until something holds: what threads and sockets bring takes a moment."""
+    """Run the reactor until the predicate holds, for results of threads and sockets."""
     for _ in range(3000):
         if predicate():
             return
@@ -90,7 +90,7 @@ async def until(predicate: Callable[[], object]) -> None:
 
 
 def texts(events: Iterable[LogEvent], level: LogLevel | None = None) -> list[str]:
-    """What the events say, only those of a level if it is given."""
+    """Return the texts of the events, of one level if given."""
     return [formatEvent(event) for event in events if level in (None, event["log_level"])]
 
 
@@ -98,15 +98,15 @@ HUB = Upstream("docker.io")
 
 
 def image(url: str) -> ImageReference:
-    """The image that a URL names."""
+    """Parse an image URL."""
     return ImageReference.parse(url, HUB)
 
 
 def manifest(what: Image | Index) -> Manifest:
-    """The manifest of an image or index, as the daemon sees it."""
+    """Parse the manifest of an image or index."""
     return Manifest.parse(what.manifest.data, what.manifest.media_type)
 
 
 def record(root: Path, digest: Digest) -> Path:
-    """The file of an image's record."""
+    """Return the path of an image's record."""
     return root / "img" / digest.hex

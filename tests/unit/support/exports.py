@@ -1,4 +1,4 @@
-"""A store that the tests export, and how they do."""
+"""A store to export, and helpers to export it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOBS = sorted(blob.digest for one in (INDEX.images[0], UPPER, IMAGE, DOCKER) fo
 
 
 def store_with(root: Path, urls: Mapping[str, Dates], *images: Image | Index) -> Path:
-    """The folder of a store that has these images; the first has the names, the others but their digests."""
+    """Write these images into a store; the first one has the names, the others only digests."""
     for one in images:
         names = urls if one is images[0] else {f"docker.io/library/nginx@{one.manifest.digest}": DATES}
         folder = "fat" if isinstance(one, Index) else "img"
@@ -42,24 +42,24 @@ def store_with(root: Path, urls: Mapping[str, Dates], *images: Image | Index) ->
 
 
 def export(source: Path, target: Path, pattern: str = "", **how: Any) -> Exported:
-    """Exports the rows in whose name the pattern is."""
+    """Export the rows whose image URL contains `pattern`."""
     inventory = Inventory.read(source)
     return export_images(inventory, [row for row in inventory.rows if pattern in row.url], target, **how)
 
 
 def members(path: Path) -> list[str]:
-    """The names of all members, in order."""
+    """Return the names of all members in order."""
     with tarfile.open(path) as tar:
         return tar.getnames()
 
 
 def rows(root: Path) -> dict[str, tuple[str, Dates]]:
-    """What each image URL of a store means, and its dates."""
+    """Return the digest and the dates of each image URL of a store."""
     return {row.url: (row.kept.manifest.digest, row.dates) for row in Inventory.read(root).rows}
 
 
 def make_source(root: Path) -> Path:
-    """The folder of a store with a list, of which one platform is cached, and two images with the same layers."""
+    """Write a store with an index of which one platform is cached, and two images with common layers."""
     store_with(root, {NAME: DATES}, INDEX, INDEX.images[0])
     store_with(root, {APP: LATER, "localhost:5000/a/b/c:x": DATES}, IMAGE)
     store_with(root, {UP: DATES}, UPPER)

@@ -1,4 +1,4 @@
-"""Upstreams that have the metadata of indexes: the manifests and configs of four platforms."""
+"""A metadata fetcher with upstreams that have the manifests and configs of four platforms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.unit.support.loads import image_of
 
 
 def platform(name: str) -> Manifest:
-    """The image of a platform."""
+    """Return the image of a platform."""
     return image_of(f"config of {name}".encode(), f"layer of {name}".encode())
 
 
@@ -23,7 +23,7 @@ CONFIGS = {Digest.of(f"config of {name}".encode()): name.lower() for name in "AB
 
 
 class Fetcher:
-    """Brings what upstreams have, or fails as told; manifests are named in capitals, configs in small letters."""
+    """Fetch metadata or fail as configured; `asked` names manifests in capitals, configs in small letters."""
 
     def __init__(self, store: Store, root: Path) -> None:
         self._store = store
@@ -31,14 +31,14 @@ class Fetcher:
         self._manifests: dict[Digest, Manifest] = {}
         self.asked: list[str] = []
         self.errors: dict[Digest, list[RegistryError]] = defaultdict(list)
-        """What the next requests for something fail with."""
+        """Digest -> errors of the next requests for it."""
 
     def add(self, *manifests: Manifest) -> None:
-        """Upstreams have these."""
+        """Add manifests to the upstreams."""
         self._manifests |= {one.digest: one for one in manifests}
 
     async def fetch_manifest(self, image: ImageReference) -> None:
-        """As `MetadataFetcher` has it."""
+        """See `MetadataFetcher`."""
         assert isinstance(image.reference, Digest)
         self.asked.append(NAMES.get(image.reference, image.reference))
         if self.errors[image.reference]:
@@ -49,7 +49,7 @@ class Fetcher:
         await self._store.keep(manifest, image, wanted=None if manifest.is_list else False)
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
-        """As `MetadataFetcher` has it; upstreams are not asked for one that is here."""
+        """See `MetadataFetcher`; a present config is not requested."""
         if await self._store.holds(config.digest, config.size):
             return
         self.asked.append(CONFIGS.get(config.digest, config.digest))

@@ -1,4 +1,4 @@
-"""Clients and registries put together as the daemon does it, over exchanges that the test chooses."""
+"""Clients and registries assembled as in the daemon, over HTTP agents of the test."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.registry import ConnectionLimit, Registry, Sources
 
 INSTANCE = "ociregistry-0123456789abcdef"
-"""What the process calls itself."""
+"""The User-Agent of this process."""
 
 
 async def no_helper(helper: Helper) -> Password | IdentityToken:
-    """No helper is there."""
+    """Fail: no credential helper is expected."""
     raise AssertionError(helper)
 
 
@@ -41,8 +41,10 @@ def client_over(
     trusts: str = "",
     http_allowed: Callable[[], Deferred[bool]] = lambda: succeed(False),
 ) -> Client:
-    """Asks the upstream `name`, which may be a mirror's `base`; `trusts` is the host of a token service that gets
-    the credentials."""
+    """Return a client of the upstream `name` or of a mirror's `base`.
+
+    `trusts` is the host of a token service that is trusted with the credentials.
+    """
     clock = clock or Clock()
 
     def trusted(realm: Origin) -> bool:
@@ -53,10 +55,10 @@ def client_over(
 
 
 def exchanges_over(agent: IAgent, clock: Any, upstream: str = "reg.example") -> HttpClient:
-    """Sends requests by `agent`, over links that are up, as much as comes."""
+    """Return an HTTP client over `agent`, with closed circuit breakers and without bandwidth limit."""
     return HttpClient(upstream, agent, CircuitBreakers(clock), Bandwidth(None, (), clock), lambda: None, clock)
 
 
 def registry_over(client: Client, most: int = 1, name: str = "reg.example") -> Registry:
-    """An upstream without mirrors, with so many connections for blobs."""
+    """Return a registry without mirrors, with `most` connections for blobs."""
     return Registry(Upstream.parse(name), Sources([], client), ConnectionLimit(most), INSTANCE)

@@ -1,4 +1,4 @@
-"""What is loaded in the tests: upstreams that have it and count who asks, and what is told on the way."""
+"""A fetcher in memory that counts requests, and the progress of a loader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARM64 = Platform("linux", "arm64")
 
 
 def index_of(*entries: tuple[Manifest, str], media_type: str = OCI_INDEX) -> Manifest:
-    """An index of manifests, each for a platform such as `linux/arm/v7`, or for none."""
+    """Return an index of manifests, each with a platform such as `linux/arm/v7`, or without."""
     listed = [
         {
             "mediaType": one.media_type,
@@ -44,7 +44,7 @@ def index_of(*entries: tuple[Manifest, str], media_type: str = OCI_INDEX) -> Man
 
 
 def image_of(*blobs: bytes) -> Manifest:
-    """An image manifest over these blobs, the first of which is the config."""
+    """Return an image manifest over these blobs, the first of which is the config."""
     config, *layers = (
         {"mediaType": "application/octet-stream", "digest": Digest.of(blob), "size": len(blob)} for blob in blobs
     )
@@ -54,7 +54,7 @@ def image_of(*blobs: bytes) -> Manifest:
 
 
 async def settle(store: Store) -> None:
-    """What looks at the disk has come back, and nothing goes on by itself any more."""
+    """Wait until the store's threads are idle and all pending calls have run."""
     calm = 0
     pools = (store._threads._reading, store._threads._writing, store._threads._in_turn)
     while calm < 5:
@@ -64,9 +64,9 @@ async def settle(store: Store) -> None:
 
 
 class Shelf:
-    """A supplier that has what was put on it, and gives it at once, or when the test says so.
+    """A fetcher with content in memory, which it returns at once or when the test says so.
 
-    What it gives is in the store afterwards; what is there, it is not asked for: as `Pulling` has it.
+    What it returns is in the store afterwards; stored content is not requested, as in `CacheFetcher`.
     """
 
     def __init__(self, store: Store, root: Path) -> None:
@@ -76,27 +76,27 @@ class Shelf:
         self._blobs: dict[Digest, bytes] = {}
         self._referrers: dict[Digest, Manifest] = {}
         self.errors: dict[str, Exception] = {}
-        """What is asked for -> what it fails with, until it is taken out."""
+        """Request -> error that it fails with until removed."""
         self.held: set[str] = set()
-        """What is asked for -> waits: `manifest`, `blob`, or the whole of what is asked for."""
+        """Kinds of requests (`manifest`, `blob`) or whole requests that wait."""
         self.waiting: dict[str, Deferred[None]] = {}
         self.asked: list[str] = []
         self.running: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
-        """How many requests of a kind there were at once."""
+        """Largest number of concurrent requests by kind."""
         self.cancelled = 0
         self.pieces = 1
-        """How often it is told that something of a blob came."""
+        """Number of progress reports for a blob."""
 
     def add(self, url: str, what: Image | Index) -> None:
-        """An image or an index with its images is at this URL."""
+        """Add an image, or an index with its images, at this URL."""
         built = what.images if isinstance(what, Index) else (what,)
         for one in built:
             self._blobs |= {Digest(blob.digest): blob.data for blob in one.blobs}
         self.put(url, manifest(what), *map(manifest, built))
 
     def put(self, url: str, what: Manifest, *others: Manifest, blobs: Sequence[bytes] = ()) -> None:
-        """A manifest is at this URL, and it and others by their digests."""
+        """Add a manifest at this URL, and it and others by digest."""
         at = image(url)
         self._manifests[str(at)] = what
         for one in (what, *others):
@@ -104,11 +104,11 @@ class Shelf:
         self._blobs |= {Digest.of(blob): blob for blob in blobs}
 
     def refer(self, subject: Digest, index: Manifest) -> None:
-        """The index of what refers to a manifest."""
+        """Set the referrers of a manifest."""
         self._referrers[subject] = index
 
     def release(self, kind: str = "") -> None:
-        """What waits, whose words begin like this, waits no more."""
+        """Let waiting requests with this prefix continue."""
         for words in [words for words in self.waiting if words.startswith(kind)]:
             self.waiting.pop(words).callback(None)
 
@@ -130,7 +130,7 @@ class Shelf:
             self.running[kind] -= 1
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
-        """As `Supplier.manifest`."""
+        """See `Fetcher.manifest`."""
         stored = await self._store.manifest(image)
         if stored is not None:
             return FoundManifest(stored, hit=True)
@@ -142,12 +142,12 @@ class Shelf:
         return FoundManifest(found, hit=False)
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
-        """As `Supplier.referrers`."""
+        """See `Fetcher.referrers`."""
         await self._ask("referrers", f"{repository}@{digest}")
         return self._referrers.get(digest)
 
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
-        """As `Supplier.blob`."""
+        """See `Fetcher.blob`."""
         await self._ask("blob", f"{repository}@{digest}")
         if digest not in self._blobs:
             raise BlobUnknown(f"{repository}@{digest}: the upstream answered 404")
@@ -162,7 +162,7 @@ def _split(size: int, pieces: int) -> Iterator[int]:
 
 
 class Told:
-    """Keeps what is told of the loading."""
+    """Progress that records all reports."""
 
     def __init__(self) -> None:
         self.expected: Counter[str] = Counter()
@@ -170,21 +170,21 @@ class Told:
         self.outcomes: list[Outcome] = []
 
     def expect(self, name: str, size: int) -> None:
-        """As `Progress.expect`."""
+        """See `Progress.expect`."""
         self.expected[name] += size
 
     def advance(self, name: str, count: int) -> None:
-        """As `Progress.came`."""
+        """See `Progress.advance`."""
         self.came_of[name] += count
         assert self.came_of[name] <= self.expected[name]
 
     def ended(self, outcome: Outcome) -> None:
-        """As `Progress.ended`."""
+        """See `Progress.ended`."""
         self.outcomes.append(outcome)
 
 
 class Loads:
-    """Loads images over a supplier, and keeps what is told."""
+    """Load images over a fetcher and record the progress."""
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
@@ -198,7 +198,7 @@ class Loads:
         concurrent: int = 1,
         connections: int = 4,
     ) -> Loader:
-        """A loader of these platforms, or of all."""
+        """Return a loader of these platforms, or of all."""
         return Loader(
             self._store,
             self._fetcher,
@@ -218,6 +218,6 @@ class Loads:
         concurrent: int = 1,
         connections: int = 4,
     ) -> Deferred[list[Outcome]]:
-        """Fires with how each of the images ended."""
+        """Load images; the Deferred fires with the outcome of each."""
         loader = self.loader(*wanted, signatures=signatures, concurrent=concurrent, connections=connections)
         return Deferred.fromCoroutine(loader.load([image(url) for url in urls]))

@@ -1,4 +1,4 @@
-"""The upkeep of a store at the time of a clock, and images in it that were pulled so long ago."""
+"""Maintenance of a store on a clock, and images last pulled in the past."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pruning(
     keep: str = "",
     max_share: int = 100,
 ) -> PruneSettings:
-    """Settings, in seconds and bytes."""
+    """Return settings in seconds and bytes."""
     return PruneSettings(
         timedelta(seconds=unused_for) if unused_for is not None else None,
         max_size,
@@ -40,12 +40,12 @@ def pruning(
 
 
 def verifying(*, every: float = 7 * DAY, max_rate: int | None = None) -> VerifySettings:
-    """Settings, in seconds and bytes a second."""
+    """Return settings in seconds and bytes per second."""
     return VerifySettings(timedelta(seconds=every), max_rate)
 
 
 class Keeping:
-    """The upkeep, for which time passes as the test says, from now on."""
+    """Maintenance whose clock the test advances."""
 
     def __init__(self, store: Store, cache: PullThrough, shelf: Shelf, root: Path, clock: Clock) -> None:
         self.store = store
@@ -53,28 +53,28 @@ class Keeping:
         self._began = datetime.now(UTC) - timedelta(seconds=clock.seconds())
         self._clock = clock
         self.wrong = timedelta(0)
-        """How far the clock of the machine is ahead."""
+        """How far the system clock is ahead."""
         self._parts = (store, cache, Repairer(store, shelf), clock, self.now)
         self.maintenance = Maintenance(*self._parts)
 
     def now(self) -> datetime:
-        """The time, as far as the clock of the machine is right."""
+        """Return the time of the system clock."""
         return self._began + timedelta(seconds=self._clock.seconds()) + self.wrong
 
     def restart(self) -> Maintenance:
-        """The process ends, and another one begins."""
+        """Restart maintenance, as with the process."""
         self.maintenance.stopService()
         self.maintenance = Maintenance(*self._parts)
         return self.maintenance
 
     async def passes(self, seconds: float) -> None:
-        """Time goes by; what looked at the disk has come back before and after."""
+        """Advance the clock; wait for file operations before and after."""
         await settle(self.store)
         self._clock.pump([seconds])
         await settle(self.store)
 
     async def add(self, url: str, built: Image | Index, ago: float = 0) -> None:
-        """An image is here, with its blobs, and was pulled last so many seconds ago."""
+        """Store an image with its blobs, last pulled `ago` seconds ago."""
         images = built.images if isinstance(built, Index) else ()
         repository = image(url).repository
         await self.store.keep(manifest(built), image(url))
@@ -88,16 +88,16 @@ class Keeping:
             os.utime(path, (moment, moment))
 
     def record(self, digest: Digest) -> Path:
-        """The file of a record."""
+        """Return the path of a record."""
         found = [self.root / folder / digest.hex for folder in ("img", "fat")]
         return next((path for path in found if path.exists()), found[0])
 
     def here(self, *built: Image | Index) -> list[bool]:
-        """Of which images the record is here."""
+        """Return for each image whether its record exists."""
         return [self.record(Digest(one.manifest.digest)).exists() for one in built]
 
     def verified(self, ago: float) -> None:
-        """All was verified so many seconds ago."""
+        """Note that the store was verified `ago` seconds ago."""
         moment = self.now().timestamp() - ago
         (self.root / "pulls" / "verified").touch()
         os.utime(self.root / "pulls" / "verified", (moment, moment))

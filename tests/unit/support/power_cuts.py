@@ -1,4 +1,4 @@
-"""What the power is cut in: scenarios that a store goes through on a machine, one file operation after the other."""
+"""Scenarios on a simulated disk whose power is cut at a given file operation."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ T = TypeVar("T")
 
 CHECKPOINT = 300
 PIECE = 130
-"""Bytes; three of them make a checkpoint."""
+"""Bytes; three pieces make a checkpoint."""
 REPOSITORY = Repository(Upstream("registry.example"), "power")
 BLOB = random.Random("blob").randbytes(1001).replace(b"\0", b"\1")
-"""Without a zero: that is what lost bytes look like."""
+"""Without zeros, which lost bytes read as."""
 DIGEST = Digest.of(BLOB)
 NOW = "now"
-"""The boot id of the machine that the power is cut of."""
+"""The boot id of the machine before the power cut."""
 EARLIER = b"a blob that was there before"
 
 
 class AtOnce:
-    """In place of the store's threads: runs what is given to them where it is given."""
+    """Replaces the store's threads; runs functions inline."""
 
     def __init__(self, reactor: object) -> None:
         pass
 
     def start(self) -> None:
-        """Nothing is to be started."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """Nothing is to be stopped."""
+        """Do nothing."""
 
     def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Has run `function` when it returns."""
+        """Run `function` and return its result as a Deferred."""
         try:
             return succeed(function(*args, **kwargs))
         except Exception:
@@ -64,7 +64,7 @@ class AtOnce:
 
 
 def result(work: Deferred[T] | Coroutine[Deferred[Any], Any, T]) -> T:
-    """What `work`, which nothing delays here, gives or raises."""
+    """Return what `work` returns or raises; it must not wait."""
     results: list[T | Failure] = []
     (work if isinstance(work, Deferred) else Deferred.fromCoroutine(work)).addBoth(results.append)
     (only,) = results
@@ -77,12 +77,12 @@ _minutes = itertools.count()
 
 
 def later() -> datetime:
-    """A minute after the last time that it gave."""
+    """Return a time one minute after the last one."""
     return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=next(_minutes))
 
 
 def tagged(tag: str) -> ImageReference:
-    """The image with this tag."""
+    """Return the reference with this tag."""
     return ImageReference(REPOSITORY, Tag(tag))
 
 
@@ -100,22 +100,22 @@ MANIFESTS = {manifest.digest: manifest for manifest in (IMAGE, OTHER_IMAGE, INDE
 
 @dataclass
 class Expected:
-    """What must hold when the power is cut now."""
+    """What must hold after a power cut now."""
 
     durable: set[int]
-    """How many bytes of the partial may be found after a power cut; where 0 is none of them it must be there."""
+    """Possible lengths of the partial after a power cut; without 0, it must exist."""
     written: set[int]
-    """The same after a kill."""
+    """Possible lengths of the partial after a kill."""
     spoiled: bool = False
-    """Whether the partial may have wrong bytes."""
+    """Whether the partial may contain wrong bytes."""
     blobs: set[bytes] = field(default_factory=set)
-    """Those that must be there."""
+    """Blobs that must be complete."""
     tags: dict[ImageReference, set[Digest | None]] = field(default_factory=dict)
-    """What each may mean; None for nothing."""
+    """Possible meanings of each tag; None if it may be absent."""
 
 
 class Machine:
-    """A store on the disk of a machine, and what must hold by now."""
+    """A store on a simulated disk, and what must hold now."""
 
     def __init__(self, folder: Path, files: LossyFiles, expected: Expected) -> None:
         self.expected = expected
@@ -123,28 +123,28 @@ class Machine:
         self.store = Store(folder, Clock(), REACTOR, files, later)
 
     def keep(self, manifest: Manifest, tag: str) -> None:
-        """Writes a record."""
+        """Write a record."""
         self.expected.tags.setdefault(tagged(tag), {None}).add(manifest.digest)
         result(self.store.keep(manifest, tagged(tag)))
         self.expected.tags[tagged(tag)] = {manifest.digest}
 
     def begin(self) -> Partial:
-        """A new partial."""
+        """Start a new partial."""
         partial = result(self.store.new_partial(DIGEST, len(BLOB), REPOSITORY))
-        # One that was thrown away before may come back: its name was removed, and nobody had to wait for that.
+        # A discarded partial may reappear: its removal is not synced.
         self.expected.durable.add(0)
         self.expected.written = {0}
         return partial
 
     def resume(self) -> Partial:
-        """The partial that was left."""
+        """Open the partial that was left."""
         partial = result(self.store.old_partial(DIGEST))
         assert partial is not None
         self.expected.written = {partial.length}
         return partial
 
     def append(self, partial: Partial, data: bytes) -> None:
-        """Appends piece by piece, with checkpoints."""
+        """Append in pieces, with checkpoints."""
         expected, clock = self.expected, Clock()
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -154,7 +154,7 @@ class Machine:
             before, done = expected.durable, len(self.files.operations)
             expected.durable = {*before, partial.length}
             partial.checkpoint(clock)
-            # It never fails, so it does not tell.
+            # An unexpected failure is not reported otherwise.
             if self.files.off:
                 raise PowerCut("in a checkpoint")
             expected.durable = before
@@ -162,31 +162,31 @@ class Machine:
                 expected.durable, expected.spoiled = {partial.length}, False
 
     def commit(self, partial: Partial) -> None:
-        """Makes the partial a blob."""
+        """Commit the partial as a blob."""
         result(partial.verify())
         result(self.store.commit(partial))
         self.expected.blobs.add(BLOB)
 
 
-# The scenarios
+# Scenarios
 
 
 def commit_a_blob(machine: Machine) -> None:
-    """From the first byte on."""
+    """Download a blob from the start."""
     with closing(machine.begin()) as partial:
         machine.append(partial, BLOB)
         machine.commit(partial)
 
 
 def commit_a_resumed_blob(machine: Machine) -> None:
-    """What was left is taken up."""
+    """Resume a partial."""
     with closing(machine.resume()) as partial:
         machine.append(partial, BLOB[partial.length :])
         machine.commit(partial)
 
 
 def replace_a_spoiled_partial(machine: Machine) -> None:
-    """What was left is wrong: it is thrown away, and the blob fetched anew."""
+    """Discard a partial with wrong bytes and download the blob again."""
     with closing(machine.resume()) as partial:
         machine.expected.durable.add(0)
         machine.expected.written = {0, partial.length, len(BLOB)}
@@ -198,29 +198,29 @@ def replace_a_spoiled_partial(machine: Machine) -> None:
 
 
 def write_a_record(machine: Machine) -> None:
-    """It is new."""
+    """Write a new record."""
     machine.keep(OTHER_IMAGE, "new")
 
 
 def write_the_record_of_a_list(machine: Machine) -> None:
-    """It is in another folder than those of images."""
+    """Write the record of an index, which has another folder than images."""
     machine.keep(INDEX, "new")
 
 
 def rewrite_a_record(machine: Machine) -> None:
-    """It gets one more tag; the one that it has is confirmed."""
+    """Add a tag to a record and confirm the existing one."""
     machine.keep(IMAGE, "new")
     machine.keep(IMAGE, "v1")
 
 
 def move_a_tag(machine: Machine) -> None:
-    """From one record to another, to one of another kind, and back."""
+    """Move a tag to another record, to one of another kind, and back."""
     for manifest in (OTHER_IMAGE, INDEX, IMAGE):
         machine.keep(manifest, "v1")
 
 
 def fill_an_empty_store(machine: Machine) -> None:
-    """All its folders are new."""
+    """Create all folders."""
     machine.keep(IMAGE, "v1")
     machine.keep(INDEX, "new")
     commit_a_blob(machine)
@@ -228,29 +228,29 @@ def fill_an_empty_store(machine: Machine) -> None:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done, and what is in the store before, beside an image and one of its blobs."""
+    """The operations, and the content before them besides an image and one of its blobs."""
 
     act: Callable[[Machine], None]
     left: Mapping[str, bytes] = field(default_factory=dict)
     durable: int = 0
     spoiled: bool = False
     empty: bool = False
-    """Whether the image and the blob are not there either."""
+    """Whether that image and blob are absent, too."""
 
     @classmethod
     def resuming(cls, act: Callable[[Machine], None], folder: str, data: bytes, *, spoiled: bool = False) -> Scenario:
-        """A scenario in which `data` was left durable; another 200 bytes have not got to the disk before."""
+        """Return a scenario with durable `data`, followed by 200 bytes that have not reached the disk."""
         note = {"durable": len(data), "boot": "before", "size": len(BLOB), "source": str(REPOSITORY)}
         path = f"pulls/{folder}/{DIGEST.hex}"
         left = {path: data + bytes(200), f"{path}.note": json.dumps(note).encode()}
         return cls(act, left, len(data), spoiled)
 
     def before(self) -> Disk:
-        """The disk before."""
+        """Return the disk at the start."""
         return Disk(frozenset()) if self.empty else _disk_with_an_image().having(self.left)
 
     def run(self, folder: Path, cut_at: int | None) -> Machine:
-        """Does it in `folder` until the power is cut in place of the operation `cut_at`."""
+        """Run the operations in `folder` until the power is cut instead of operation `cut_at`."""
         self.before().write(folder)
         expected = Expected({self.durable}, {self.durable}, self.spoiled)
         if not self.empty:
@@ -277,7 +277,7 @@ def _disk_with_an_image() -> Disk:
             result(partial.verify())
             result(store.commit(partial))
         store.stopService()
-        # A disk knows no folders without files.
+        # The simulated disk has no folders without files.
         return Disk.of(Path(folder)).having({"fat/.stfolder": b""})
 
 

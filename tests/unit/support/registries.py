@@ -1,4 +1,4 @@
-"""Upstreams in memory: every request waits for the answer that the test gives it."""
+"""Upstreams in memory: every request waits for the test's answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.support.doubles import until
 
 
 class Call:
-    """One request to an upstream: `kind` is the method, and `result` what the test fires it with."""
+    """A request to an upstream: `kind` is the method, and `result` the Deferred for its answer."""
 
     size: int | None = None
     """The number of bytes of the whole blob, as the caller knows it."""
@@ -35,11 +35,11 @@ class Call:
         self.result: Deferred[Any] = Deferred()
 
     def answer(self, value: object) -> None:
-        """It succeeds."""
+        """Answer the request."""
         self.result.callback(value)
 
     def refuse(self, error: Exception) -> None:
-        """It fails."""
+        """Fail the request."""
         self.result.errback(error)
 
     @property
@@ -48,14 +48,14 @@ class Call:
         return uses_reserved(self.context.priority, self.size)
 
     def stream(self, size: int | None, start: int = 0) -> Sending:
-        """It is a blob of so many bytes that the test sends, from the byte `start`."""
+        """Answer with a blob of `size` bytes from byte `start`, which the test sends."""
         sending = Sending(size, start)
         self.answer(sending.stream)
         return sending
 
 
 class Sending:
-    """A blob on its way."""
+    """A blob being sent."""
 
     def __init__(self, size: int | None, start: int) -> None:
         self.body: Body
@@ -64,22 +64,22 @@ class Sending:
         self.stream = BlobStream(size, start, self.body)
 
     def send(self, data: bytes) -> Sending:
-        """Some bytes come."""
+        """Send some bytes."""
         self.body.dataReceived(data)
         return self
 
     def end(self, why: BaseException | None = None) -> None:
-        """No more will come."""
+        """End the body."""
         end(self.body, why)
 
 
 async def landed(cache: PullThrough) -> None:
-    """All downloads have ended, which shows nowhere else."""
+    """Wait until all downloads have ended, which no public attribute shows."""
     await until(lambda: not cache._downloads)
 
 
 class MemoryRegistry(Registry):
-    """An upstream that answers when the test says so."""
+    """An upstream whose answers the test decides."""
 
     def __init__(self, upstream: Upstream, calls: list[Call]) -> None:
         self.upstream = upstream
@@ -123,7 +123,7 @@ class MemoryRegistry(Registry):
 
 
 class MemoryRegistries(Registries):
-    """All upstreams, and every request to any of them."""
+    """All upstreams, and the requests to any of them."""
 
     def __init__(self, *allowed: str) -> None:
         self.calls: list[Call] = []
@@ -140,5 +140,5 @@ class MemoryRegistries(Registries):
 
     @property
     def asked(self) -> list[str]:
-        """All requests, in words."""
+        """Return all requests as text."""
         return [f"{call.kind} {call.what}" for call in self.calls]

@@ -1,4 +1,4 @@
-"""Stores that are full before the test begins: records and blobs are put there as other processes put them."""
+"""Stores filled before the test begins, as other processes would fill them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ HOST = Upstream("reg.example")
 
 
 def day(number: float) -> datetime:
-    """A day of the year in which the tests take place."""
+    """Return a day of 2026, from 0 for January 1."""
     return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(days=number)
 
 
 def image_of(*blobs: bytes) -> Manifest:
-    """An image: its config, and its layers."""
+    """Return an image manifest of a config and layers."""
     described = [{"mediaType": "x", "digest": Digest.of(blob), "size": len(blob)} for blob in blobs]
     document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described[0], "layers": described[1:]}
     return Manifest.parse(json.dumps(document).encode(), OCI_MANIFEST)
 
 
 def list_of(*children: Manifest, seed: str = "") -> Manifest:
-    """A list of images, or of lists; another `seed` makes another list of the same."""
+    """Return an index of images or indexes; `seed` makes it a different one."""
     described = [{"mediaType": one.media_type, "digest": one.digest, "size": one.size} for one in children]
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": described, "annotations": {"seed": seed}}
     return Manifest.parse(json.dumps(document).encode(), OCI_INDEX)
 
 
 def url_of(short: str, manifest: Manifest | None = None) -> str:
-    """The image URL for `a:1`; for `a@` that of `manifest` by digest."""
+    """Return the image URL for `a:1`, or for `a@` the one by the digest of `manifest`."""
     name, at, _ = short.partition("@")
     if at:
         assert manifest is not None
@@ -53,33 +53,33 @@ def url_of(short: str, manifest: Manifest | None = None) -> str:
 
 
 def named(*shorts: str) -> Callable[[str], bool]:
-    """Whether an image URL is one of these, or of one of these repositories."""
+    """Return a predicate for these image URLs, or those of these repositories."""
     wanted = [f"{HOST}/{short}" for short in shorts]
     return lambda url: any(url == one or url.startswith((f"{one}:", f"{one}@")) for one in wanted)
 
 
 def by_name(*shorts: str) -> Selection:
-    """What prunes the image URLs, or repositories, of these names."""
+    """Return a selection of these image URLs or repositories."""
     return Selection(matches=named(*shorts))
 
 
 class Unsynced(Files):
-    """Does not wait for the disk."""
+    """Files without waiting for the disk."""
 
     def sync_data(self, file: SharedFile) -> None:
-        """At once."""
+        """Do nothing."""
 
     def sync(self, file: SharedFile) -> None:
-        """At once."""
+        """Do nothing."""
 
     def sync_folder(self, folder: Path) -> None:
-        """At once, if it is there."""
+        """Only check that the folder exists."""
         assert folder.is_dir()
 
 
 @dataclass(frozen=True)
 class Stock:
-    """The files of a store."""
+    """The folder of a store, with its files."""
 
     root: Path
 
@@ -96,7 +96,7 @@ class Stock:
         pulled: datetime | None = None,
         wanted: bool | None = None,
     ) -> Manifest:
-        """The record says that these names mean `manifest` (too), when it was pulled last, and if it is wanted."""
+        """Add these names to the record of `manifest`, and set its last pull and `wanted`."""
         path = self.path(manifest)
         record = read_record(path) if path.exists() else Record(manifest, {})
         dates = Dates(created or confirmed or day(0), confirmed or created or day(0))
@@ -107,29 +107,29 @@ class Stock:
         return manifest
 
     def blobs(self, *blobs: bytes) -> None:
-        """These are there, whole."""
+        """Write complete blobs."""
         for blob in blobs:
             self.blob(blob).write_bytes(blob)
 
     def image(self, blobs: Collection[bytes], *shorts: str, **how: Any) -> Manifest:
-        """An image with all its blobs; `how` is what `put` takes."""
+        """Add an image with all its blobs; `how` are arguments of `put`."""
         self.blobs(*blobs)
         return self.put(image_of(*blobs), *shorts, **how)
 
     def blob(self, data: bytes) -> Path:
-        """Where a blob is kept."""
+        """Return the path of a blob."""
         return self.root / "blobs" / Digest.of(data).hex
 
     def path(self, manifest: Manifest) -> Path:
-        """Where a record is kept."""
+        """Return the path of a record."""
         return record_path(self.root, manifest.digest, is_list=manifest.is_list)
 
     def inventory(self) -> Inventory:
-        """What is there."""
+        """Return the inventory."""
         return Inventory.read(self.root)
 
     def prune(self, choose: Choose, files: Files | None = None) -> Plan:
-        """Prunes, as a process of its own; a dry run told the same before, and the bytes that it told are free."""
+        """Prune in a separate process; check that a dry run gives the same plan, and the bytes freed."""
         told, before = planned(self.root, choose), self.sizes()
         plan = self.prune_only(choose, files)
         assert plan == told
@@ -138,16 +138,16 @@ class Stock:
         return plan
 
     def sizes(self) -> dict[Path, int]:
-        """The files of records and blobs, and their sizes in bytes."""
+        """Return the sizes in bytes of all record and blob files."""
         paths = (path for folder in ("blobs", "fat", "img") for path in (self.root / folder).iterdir())
         return {path: path.stat().st_size for path in paths}
 
     def prune_only(self, choose: Choose, files: Files | None = None) -> Plan:
-        """Prunes, as a process of its own."""
+        """Prune in a separate process."""
         return prune(self.root, choose, files or Unsynced())
 
     def names(self, manifest: Manifest) -> set[str] | None:
-        """The names that stand in its record, as they were given; None if there is no record."""
+        """Return the names in the record in short form; None if there is no record."""
         path = self.path(manifest)
         if not path.exists():
             return None
@@ -155,11 +155,11 @@ class Stock:
         return {url.removeprefix(f"{HOST}/").replace(f"@{manifest.digest}", "@") for url in urls}
 
     def has(self, *blobs: bytes) -> list[bool]:
-        """Which of these blobs are there."""
+        """Return for each blob whether it exists."""
         return [self.blob(blob).exists() for blob in blobs]
 
     def meaning(self, short: str) -> Digest | None:
-        """What a tag means: what was confirmed last."""
+        """Return the digest that a tag means: the one confirmed last."""
         url = url_of(short)
         claims = [
             (kept.record.images[url].confirmed, digest)
@@ -170,7 +170,7 @@ class Stock:
 
 
 def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) -> Inventory:
-    """An inventory of manifests with names and when they were pulled, without files."""
+    """Return an inventory without files, of manifests with names and pull times."""
     kept = (
         StoredRecord(
             Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
@@ -184,7 +184,7 @@ def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) ->
 
 
 def calls_of(work: Callable[[], object]) -> int:
-    """How many functions `work` calls: unlike the time that it takes, the same on a slow machine."""
+    """Return the number of function calls of `work`; unlike the duration, it does not depend on the machine."""
     count = 0
 
     def called(frame: object, event: str, argument: object) -> None:

@@ -1,4 +1,4 @@
-"""A store to be verified, and what is found in it."""
+"""A store to verify, and the findings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ("a:1", "b:2", "b@")
 
 
 def stocked(root: Path) -> Stock:
-    """A store with an image and a list."""
+    """Return a store with an image and an index."""
     stock = Stock(root)
     stock.put(list_of(stock.image(ONE, *NAMES, created=day(1), confirmed=day(2), pulled=day(3))), "a:3")
     return stock
@@ -33,7 +33,7 @@ def stocked(root: Path) -> Stock:
 
 @contextmanager
 def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """It is started, and no thread delays it."""
+    """Start the store with thread functions run inline."""
     monkeypatch.setattr(ociregistry.store.verify, "_SLICE", SLICE)
     monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
     store = Store(stock.root, clock, REACTOR, Unsynced())
@@ -43,19 +43,19 @@ def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def verified(store: Store, advance: Callable[[int, int], object] = lambda done, total: None) -> Findings:
-    """What is found without a limit."""
+    """Return the findings of a verification without rate limit."""
     return result(store.verify(None, advance, unspecified))
 
 
 async def unspecified(damaged: Damaged) -> None:
-    """Nobody is told of what is damaged."""
+    """Ignore damaged content."""
 
 
 def bad(stock: Stock) -> set[str]:
-    """The files that were put aside."""
+    """Return the names of the quarantined files."""
     return {path.name for path in (stock.root / "pulls").glob("*/bad/*")}
 
 
 def the_image(stock: Stock) -> tuple[Manifest, Path]:
-    """The image, and its record."""
+    """Return the image and the path of its record."""
     return image_of(*ONE), stock.path(image_of(*ONE))

@@ -1,4 +1,4 @@
-"""A client of a site, in memory: what the tests of connections share."""
+"""A client of a site in memory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DATA = b"x" * 3_000_000
 
 
 class SizedData(InMemory):
-    """Content that turns out shorter than it was said to be."""
+    """Content shorter than its declared size."""
 
     size = len(DATA)
 
 
 class Cache:
-    """A cache that finds every blob, and no manifest, as soon as it is told to."""
+    """A cache that finds every blob and no manifest, once told to answer."""
 
     counts = SimpleNamespace(lists=0, images=0)
 
@@ -45,7 +45,7 @@ class Cache:
 
 
 class Transport(StringTransport):
-    """A connection whose client takes what it is sent, or, if `full`, nothing any more."""
+    """A connection whose client reads everything, or nothing while `full`."""
 
     aborted = False
     full = False
@@ -57,7 +57,7 @@ class Transport(StringTransport):
             self.producer.pauseProducing()
 
     def unregisterProducer(self) -> None:
-        """As real ones do, also when there is none."""
+        """Remove the producer; as with real transports, there may be none."""
         self.producer = None
 
     def abortConnection(self) -> None:
@@ -66,7 +66,7 @@ class Transport(StringTransport):
 
 
 class Client:
-    """One connection to a site."""
+    """A connection to a site."""
 
     def __init__(self, site: RegistrySite, address: IAddress | None = None) -> None:
         address = address or IPv4Address("TCP", "10.0.0.7", 40000)
@@ -75,17 +75,17 @@ class Client:
         self.channel.makeConnection(self.transport)
 
     def send(self, data: bytes) -> None:
-        """Send this, unless the connection is gone already: then nobody hears it."""
+        """Send data, unless the connection has ended."""
         if not self.gone:
             self.channel.dataReceived(data)
 
     @property
     def statuses(self) -> list[bytes]:
-        """Of the answers so far."""
+        """Return the statuses of the responses so far."""
         parts = self.transport.value().split(b"HTTP/1.1 ")[1:]
         return [part[:3] for part in parts]
 
     @property
     def gone(self) -> bool:
-        """Whether the server has ended the connection."""
+        """Return whether the server has ended the connection."""
         return self.transport.disconnecting

@@ -1,4 +1,4 @@
-"""Clients of the HTTP server without a network: what they send, and what they get, byte for byte."""
+"""Clients of the HTTP server without a network, byte for byte."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOM = Room(free=10, reserve=7, full=False)
 
 
 class Growing:
-    """Content that comes when the test says so."""
+    """Content that grows when the test says so."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -40,17 +40,17 @@ class Growing:
         self._changed = Event()
 
     def grow(self, data: bytes) -> None:
-        """Some more is here."""
+        """Append data."""
         self.data += data
         self._changed.fire()
 
     def fail(self, error: Exception) -> None:
-        """No more will come."""
+        """Fail: there will be no more data."""
         self.error = error
         self._changed.fire()
 
     def more_than(self, offset: int) -> Deferred[int]:
-        """Fires when there is more."""
+        """Wait for more data."""
         return Deferred.fromCoroutine(self._more_than(offset))
 
     async def _more_than(self, offset: int) -> int:
@@ -61,16 +61,16 @@ class Growing:
         return len(self.data)
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Fires with what is here."""
+        """Read available data."""
         return InMemory(self.data).read(offset, count)
 
     def close(self) -> None:
-        """It has been given back, once."""
+        """Count the close."""
         self.closed += 1
 
 
 class Handler(V2):
-    """Gives the answers of the test in place of those of the API."""
+    """An API with scripted answers."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bytes]] = []
@@ -87,7 +87,7 @@ class Handler(V2):
 
 
 def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
-    """The server."""
+    """Return a site over the handler."""
     told = health(
         lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, lambda: ROOM, STARTED
     )
@@ -95,7 +95,7 @@ def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySi
 
 
 class Got:
-    """One answer, as a client got it."""
+    """A response as the client received it."""
 
     def __init__(self, head: bytes, body: bytes) -> None:
         first, *lines = head.decode("latin-1").split("\r\n")
@@ -106,12 +106,12 @@ class Got:
 
     @property
     def whole(self) -> bool:
-        """Whether all of it came."""
+        """Return whether the body is complete."""
         return len(self.body) == int(self.headers["content-length"])
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """The one error in the body."""
+        """Return the single error in the body."""
         assert self.headers["content-type"] == "application/json"
         (error,) = json.loads(self.body)["errors"]
         assert set(error) == {"code", "message", "detail"}
@@ -130,12 +130,12 @@ class Visitor:
         self.channel.makeConnection(self.transport)
 
     def send(self, data: bytes) -> Visitor:
-        """Sends bytes."""
+        """Send bytes."""
         self.channel.dataReceived(data)
         return self
 
     def ask(self, path: str, method: str = "GET", **headers: str) -> Visitor:
-        """Sends a request."""
+        """Send a request."""
         lines = [
             f"{method} {path} HTTP/1.1",
             "Host: cache",
@@ -145,16 +145,16 @@ class Visitor:
 
     @property
     def received(self) -> bytes:
-        """All that came."""
+        """Return all bytes received."""
         return bytes(self.transport.value())
 
     def got(self, method: str = "GET") -> Got:
-        """The one answer that came, so far."""
+        """Return the single response so far."""
         (answer,) = self.all_got(method)
         return answer
 
     def all_got(self, *methods: str) -> list[Got]:
-        """The answers that came to requests of these methods, the last one perhaps in part."""
+        """Return the responses to requests of these methods; the last one may be incomplete."""
         answers = []
         rest = self.received
         for method in methods:
@@ -166,18 +166,18 @@ class Visitor:
         return answers
 
     def pause(self) -> None:
-        """Takes nothing for now."""
+        """Stop reading."""
         cast(IPushProducer, self.transport.producer).pauseProducing()
 
     def resume(self) -> None:
-        """Takes what is sent."""
+        """Continue reading."""
         cast(IPushProducer, self.transport.producer).resumeProducing()
 
     @property
     def ended(self) -> bool:
-        """Whether the server has ended the connection."""
+        """Return whether the server has ended the connection."""
         return self.transport.disconnecting
 
     def leave(self) -> None:
-        """Closes the connection."""
+        """Close the connection."""
         self.channel.connectionLost(Failure(ConnectionDone()))

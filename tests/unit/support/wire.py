@@ -1,4 +1,4 @@
-"""Real connections to scripted registries, as the daemon makes them but for where they may lead."""
+"""Real connections to scripted registries, as in the daemon but without address checks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.unit.support.http_agents import client_over, registry_over
 
 
 def trusting(authority: Path | None) -> UpstreamTls:
-    """Trust in one authority alone, or in those of the system."""
+    """Return TLS settings that trust one authority, or the system's."""
     return UpstreamTls(Certificates(authority, (authority.read_bytes(),))) if authority else SYSTEM_TRUST
 
 
 class Network:
-    """Makes what talks to upstreams; `close` ends its connections."""
+    """Creates HTTP clients; `close` ends their connections."""
 
     def __init__(self) -> None:
         self._pools: list[HTTPConnectionPool] = []
@@ -34,7 +34,7 @@ class Network:
     def http(
         self, upstream: str, *, trust: Path | None = None, clock: Any = REACTOR, policy: UpstreamPolicy | None = None
     ) -> HttpClient:
-        """Sends requests; with `trust` to registries of that authority, else to those of the system's."""
+        """Return an HTTP client that trusts `trust`, or the system's authorities."""
         pool = HTTPConnectionPool(REACTOR)
         self._pools.append(pool)
         policy = policy or UpstreamPolicy(trusting(trust), ("", 0), ContextCache())
@@ -44,7 +44,7 @@ class Network:
         )
 
     def client(self, upstream: str, *, scheme: str | None = None, trust: Path | None = None) -> Client:
-        """Asks an upstream, which may be asked by http too."""
+        """Return a client of an upstream that may also be asked by http."""
 
         http = self.http(upstream, trust=trust)
         return client_over(http, REACTOR, name=upstream, scheme=scheme, http_allowed=lambda: succeed(True))
@@ -52,10 +52,10 @@ class Network:
     def registry(
         self, upstream: str, *, scheme: str | None = None, trust: Path | None = None, connections: int = 2
     ) -> Registry:
-        """An upstream with a few connections."""
+        """Return an upstream with a few connections."""
         return registry_over(self.client(upstream, scheme=scheme, trust=trust), connections, upstream)
 
     async def close(self) -> None:
-        """Closes idle connections."""
+        """Close idle connections."""
         for pool in self._pools:
             await pool.closeCachedConnections()
