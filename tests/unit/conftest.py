@@ -21,7 +21,7 @@ from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.certificates import Authority
-from tests.unit.support.completions import Fetching
+from tests.unit.support.completions import FakeBlobFetcher
 from tests.unit.support.daemons import Daemons
 from tests.unit.support.doubles import REACTOR, RecordingObserver
 from tests.unit.support.registries import MemoryRegistries
@@ -64,7 +64,7 @@ def events() -> Iterator[list[LogEvent]]:
 
 
 @pytest.fixture
-def an_hour_ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def utc_plus_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Set the local time zone to UTC+1."""
     monkeypatch.setenv("TZ", "XYZ-1")
     time.tzset()
@@ -93,12 +93,12 @@ def open_store(root: Path) -> Iterator[Callable[..., Store]]:
     """Return a function that opens a second store on the folder; its clock stands still, so it scans only once."""
     opened: list[Store] = []
 
-    def open_it(**how: Any) -> Store:
-        opened.append(Store(root, Clock(), REACTOR, **how))
+    def open_another(**options: Any) -> Store:
+        opened.append(Store(root, Clock(), REACTOR, **options))
         opened[-1].startService()
         return opened[-1]
 
-    yield open_it
+    yield open_another
     for store in opened:
         store.stopService()
 
@@ -137,18 +137,18 @@ def cache(store: Store, upstreams: MemoryRegistries, clock: Clock) -> PullThroug
 
 
 @pytest.fixture
-def looks(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
+def lookups(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[Digest]:
     """Return the digests of the blobs looked up in the store."""
-    looked: list[Digest] = []
-    look = store.blob
+    digests: list[Digest] = []
+    original = store.blob
 
-    async def look_and_tell(digest: Digest) -> StoredBlob | None:
-        found = await look(digest)
-        looked.append(digest)
+    async def record_lookup(digest: Digest) -> StoredBlob | None:
+        found = await original(digest)
+        digests.append(digest)
         return found
 
-    monkeypatch.setattr(store, "blob", look_and_tell)
-    return looked
+    monkeypatch.setattr(store, "blob", record_lookup)
+    return digests
 
 
 @pytest_twisted.async_yield_fixture
@@ -160,15 +160,15 @@ async def daemons(root: Path, clock: Clock) -> AsyncIterator[Daemons]:
 
 
 @pytest.fixture
-def fetching(root: Path) -> Fetching:
+def blob_fetcher(root: Path) -> FakeBlobFetcher:
     """Return a blob fetcher whose results the test decides."""
-    return Fetching(root)
+    return FakeBlobFetcher(root)
 
 
 @pytest.fixture
-def completion(store: Store, fetching: Fetching, clock: Clock) -> Iterator[Completion]:
+def completion(store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock) -> Iterator[Completion]:
     """Return a running completion service."""
-    completion = Completion(store, fetching, clock)
+    completion = Completion(store, blob_fetcher, clock)
     completion.startService()
     yield completion
     completion.stopService()

@@ -22,11 +22,11 @@ from tests.images import Image, Manifest, digest_of, make_image, make_index
 from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
-    Told,
+    RecordedProgress,
     blob_name,
     files_below,
+    go_record,
     hex_of,
-    holder,
     image_blobs,
     kept,
     layout,
@@ -46,14 +46,14 @@ DAY = datetime(2026, 1, 1, tzinfo=UTC)
 DATES = Dates(DAY, DAY + timedelta(days=1))
 
 
-def lying() -> dict[str, dict[str, bytes]]:
+def invalid_archives() -> dict[str, dict[str, bytes]]:
     """Return archives with one error each, behind much valid content."""
     files = layout((OTHER, {IMAGE_NAME: NAME}), (IMAGE, {IMAGE_NAME: APP}))
     last = max(blob_name(blob.digest) for blob in (*OTHER.blobs, *IMAGE.blobs))
     wrong = bytes([files[last][0] ^ 1]) + files[last][1:]
     image_folder = {
         f"img/{hex_of(OTHER.manifest.digest)}": kept(OTHER, {NAME: DATES}),
-        f"img/{hex_of(IMAGE.manifest.digest)}": holder(IMAGE.manifest, APP),
+        f"img/{hex_of(IMAGE.manifest.digest)}": go_record(IMAGE.manifest, APP),
         **image_blobs(OTHER, IMAGE),
     }
     blob = f"blobs/{hex_of(IMAGE.layers[1].digest)}"
@@ -73,14 +73,14 @@ def lying() -> dict[str, dict[str, bytes]]:
 
 
 @pytest.mark.parametrize("write", [write_tar, write_folder])
-@pytest.mark.parametrize("what", list(lying()))
+@pytest.mark.parametrize("what", list(invalid_archives()))
 @on_reactor
 async def test_invalid_archive_leaves_store_unchanged(
     store: Store, root: Path, tmp_path: Path, what: str, write: Callable[..., Path]
 ) -> None:
     await load(store, write_tar(tmp_path / "first.tar", named(INDEX)))
     before = files_below(root)
-    path = write(tmp_path / "archive", lying()[what])
+    path = write(tmp_path / "archive", invalid_archives()[what])
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ArchiveInvalid, match=f"^{path}: it (has|does not have|ends)[^\n]*: blobs/"):
         await load(store, path)
@@ -108,12 +108,12 @@ async def test_tar_truncated_during_import_leaves_store_unchanged(store: Store, 
     path = write_tar(tmp_path / "a.tar", named(OTHER))
     before = files_below(root)
 
-    class Cutting(Told):
+    class TruncatingProgress(RecordedProgress):
         def advance(self, name: str, count: int) -> None:
             os.truncate(path, 10_000)
 
     with pytest.raises(ArchiveInvalid, match="it ends too early"):
-        await load(store, path, Cutting())
+        await load(store, path, TruncatingProgress())
     assert files_below(root) == before
 
 
@@ -122,9 +122,9 @@ async def test_cancelled_import_leaves_no_files(store: Store, root: Path, tmp_pa
     before = files_below(root)
     path = write_tar(tmp_path / "a.tar", named(OTHER))
 
-    told = Told()
-    loading = Deferred.fromCoroutine(load(store, path, told))
-    await until(lambda: told.state)
+    progress = RecordedProgress()
+    loading = Deferred.fromCoroutine(load(store, path, progress))
+    await until(lambda: progress.state)
     assert files_below(root) != before
     loading.cancel()
     with pytest.raises(CancelledError):

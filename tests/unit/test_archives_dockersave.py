@@ -30,7 +30,7 @@ IMAGE = make_image("image", base=BASE)
 CONFIG = f"{hex_of(IMAGE.config.digest)}.json"
 
 
-def made(path: Path) -> dict[str, Any]:
+def generated_manifest(path: Path) -> dict[str, Any]:
     """Return the only manifest that was generated."""
     (manifest,) = contents(path).manifests.values()
     assert manifest.media_type == OCI_MANIFEST
@@ -63,7 +63,7 @@ def test_generated_manifest(tmp_path: Path, packed: bool, write: Callable[[Path,
     }
     found = contents(path)
     (image,) = found.images
-    assert made(path) == expected
+    assert generated_manifest(path) == expected
     assert found.manifests[image.manifest].data == json.dumps(expected, separators=(",", ":")).encode()
     assert str(image.image) == NAME
     assert image.dates is None
@@ -96,7 +96,7 @@ def test_repeated_layers_as_links(tmp_path: Path) -> None:
     kept = {name: data for name, data in files.items() if name != second}
     moved = {**kept, "x/layer.tar": files[second]}
     path = write_tar(tmp_path / "a.tar", moved, links={second: (tarfile.SYMTYPE, "../x/layer.tar")})
-    assert made(path) == made(write_tar(tmp_path / "b.tar", files))
+    assert generated_manifest(path) == generated_manifest(write_tar(tmp_path / "b.tar", files))
     assert invalid(write_tar(tmp_path / "c.tar", kept, links={second: (tarfile.SYMTYPE, f"../{first}")})).endswith(
         f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][1]}: {first}"
     )
@@ -136,7 +136,7 @@ def test_config_file_name_is_arbitrary(tmp_path: Path) -> None:
     index = json.loads(files["manifest.json"])
     index[0]["Config"] = "config.json"
     files |= {"config.json": files.pop(CONFIG), "manifest.json": to_json(index)}
-    assert made(write_tar(tmp_path / "a.tar", files))["config"]["digest"] == IMAGE.config.digest
+    assert generated_manifest(write_tar(tmp_path / "a.tar", files))["config"]["digest"] == IMAGE.config.digest
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -144,16 +144,16 @@ def test_layer_diff_id_mismatch_is_refused(tmp_path: Path, packed: bool) -> None
     files = docker_saved(IMAGE, NAME, packed=packed)
     name = f"{2:064x}/layer.tar"
     changed = gzip.compress(gzip.decompress(files[name]) + b"x") if packed else files[name] + b"x"
-    told = invalid(write_tar(tmp_path / "a.tar", {**files, name: changed}))
-    assert told == f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][2]}: {name}"
+    error = invalid(write_tar(tmp_path / "a.tar", {**files, name: changed}))
+    assert error == f"it does not have the digest {json.loads(IMAGE.config.data)['rootfs']['diff_ids'][2]}: {name}"
 
 
 def test_truncated_layer_is_refused(tmp_path: Path) -> None:
     files = docker_saved(IMAGE, NAME, packed=True)
     name = f"{2:064x}/layer.tar"
-    told = invalid(write_tar(tmp_path / "a.tar", {**files, name: files[name][:-100]}))
-    assert told.startswith("it is cut off")
-    assert told.endswith(name)
+    error = invalid(write_tar(tmp_path / "a.tar", {**files, name: files[name][:-100]}))
+    assert error.startswith("it is cut off")
+    assert error.endswith(name)
 
 
 def test_layer_of_several_gzip_members(tmp_path: Path) -> None:
@@ -161,7 +161,9 @@ def test_layer_of_several_gzip_members(tmp_path: Path) -> None:
     name = f"{2:064x}/layer.tar"
     tar = gzip.decompress(files[name])
     two = gzip.compress(tar[:700]) + gzip.compress(tar[700:])
-    assert made(write_tar(tmp_path / "a.tar", {**files, name: two}))["layers"][2]["digest"] == digest_of(two)
+    assert generated_manifest(write_tar(tmp_path / "a.tar", {**files, name: two}))["layers"][2][
+        "digest"
+    ] == digest_of(two)
 
 
 def changed(image: Image, **changes: object) -> Files:
@@ -195,8 +197,8 @@ def test_malformed_manifest_json_is_refused(tmp_path: Path, files: Files) -> Non
 
 @pytest.mark.parametrize("layers", [[], [f"{0:064x}/layer.tar"]])
 def test_layer_count_mismatch_is_refused(tmp_path: Path, layers: list[str]) -> None:
-    told = invalid(write_tar(tmp_path / "a.tar", changed(IMAGE, Layers=layers)))
-    assert told == f"it names 4 layers, but there are {len(layers)}: {CONFIG}"
+    error = invalid(write_tar(tmp_path / "a.tar", changed(IMAGE, Layers=layers)))
+    assert error == f"it names 4 layers, but there are {len(layers)}: {CONFIG}"
 
 
 @pytest.mark.parametrize("config", [b"{}", b"[]", b"{", b'{"rootfs": {"diff_ids": "x"}}'])

@@ -110,9 +110,9 @@ def test_duplicate_member_names_are_refused(tmp_path: Path) -> None:
 
 def test_error_is_one_printable_line(tmp_path: Path) -> None:
     name = "../\x1b[31m\nx\udcff" + "x" * 5000
-    told = refused(write_tar(tmp_path / "a.tar", {name: b""}))
-    assert told.startswith(r"the path of a member leads outside: ../\x1b[31m\nx\udcffxxx")
-    assert len(told) < 1100
+    error = refused(write_tar(tmp_path / "a.tar", {name: b""}))
+    assert error.startswith(r"the path of a member leads outside: ../\x1b[31m\nx\udcffxxx")
+    assert len(error) < 1100
 
 
 @pytest.mark.parametrize(("path_of", "limited"), [(write_tar, tars), (write_folder, folders)])

@@ -18,8 +18,8 @@ from tests.unit.support.archives import (
     NAME,
     Files,
     contents,
+    go_record,
     hex_of,
-    holder,
     image_blobs,
     invalid,
     kept,
@@ -52,9 +52,9 @@ def meanings(path: Path) -> dict[str, tuple[str, Dates | None]]:
     return {str(one.image): (one.manifest, one.dates) for one in contents(path).images}
 
 
-def one_holder(of: Manifest, url: str = TYPHA, folder: str = "img", **changes: Any) -> dict[str, bytes]:
+def go_folder(of: Manifest, url: str = TYPHA, folder: str = "img", **changes: Any) -> dict[str, bytes]:
     """Return an image folder with one metadata file of the Go server."""
-    return {f"{folder}/{hex_of(of.digest)}": holder(of, url, **changes)}
+    return {f"{folder}/{hex_of(of.digest)}": go_record(of, url, **changes)}
 
 
 def without_media_type(of: Manifest) -> Manifest:
@@ -133,8 +133,8 @@ def test_go_server_folder(tmp_path: Path, write: Callable[[Path, Files], Path], 
     child = INDEX.images[0]
     by_digest = f"docker.io/calico/typha@{child.manifest.digest}"
     files = {
-        **one_holder(INDEX.manifest, folder=lists),
-        **one_holder(child.manifest, by_digest, folder=images, digest=child.manifest.digest),
+        **go_folder(INDEX.manifest, folder=lists),
+        **go_folder(child.manifest, by_digest, folder=images, digest=child.manifest.digest),
         **image_blobs(child),
     }
     path = write(tmp_path / "archive", files)
@@ -150,7 +150,7 @@ def test_go_server_folder(tmp_path: Path, write: Callable[[Path, Files], Path], 
 @pytest.mark.parametrize("created", [None, "", "long ago", "0001-01-01T00:00:00", "0001-01-01T00:00:00+14:00", 5])
 @pytest.mark.usefixtures("berlin")
 def test_missing_or_invalid_date(tmp_path: Path, created: object) -> None:
-    path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, created=created))
+    path = write_tar(tmp_path / "a.tar", go_folder(IMAGE.manifest, created=created))
     (dates,) = (dates for _, dates in meanings(path).values())
     assert dates is None
 
@@ -177,13 +177,13 @@ FILLED = {"schemaVersion": 2, "mediaType": ""}
 def test_media_type_is_taken_from_the_manifest(
     tmp_path: Path, of: Manifest, changes: dict[str, Any], media_type: str
 ) -> None:
-    (manifest,) = contents(write_tar(tmp_path / "a.tar", one_holder(of, **changes))).manifests.values()
+    (manifest,) = contents(write_tar(tmp_path / "a.tar", go_folder(of, **changes))).manifests.values()
     assert (manifest.media_type, manifest.data) == (media_type, of.data)
 
 
 @pytest.mark.parametrize("without", [None, "", 5])
 def test_old_go_version_without_bytes_is_a_failure(tmp_path: Path, without: object) -> None:
-    files = {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, bytes=without)}
+    files = {**go_folder(OTHER.manifest, NAME), **go_folder(IMAGE.manifest, bytes=without)}
     path = write_tar(tmp_path / "a.tar", files)
     assert set(meanings(path)) == {NAME}
     (failure,) = contents(path).failed
@@ -192,19 +192,19 @@ def test_old_go_version_without_bytes_is_a_failure(tmp_path: Path, without: obje
 
 
 def test_invalid_name_is_printed_on_one_line(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, "docker.io/x\n\x1b:1"))
+    path = write_tar(tmp_path / "a.tar", go_folder(IMAGE.manifest, "docker.io/x\n\x1b:1"))
     assert [failure.name for failure in contents(path).failed] == [r"docker.io/x\n\x1b:1"]
 
 
 @pytest.mark.parametrize("url", ["docker.io/calico/typha", "", "docker.io/../x:1"])
 def test_invalid_image_url_is_a_failure(tmp_path: Path, url: str) -> None:
-    path = write_tar(tmp_path / "a.tar", {**one_holder(OTHER.manifest, NAME), **one_holder(IMAGE.manifest, url)})
+    path = write_tar(tmp_path / "a.tar", {**go_folder(OTHER.manifest, NAME), **go_folder(IMAGE.manifest, url)})
     assert set(meanings(path)) == {NAME}
     assert [failure.name for failure in contents(path).failed] == [url]
 
 
 def test_tag_of_two_undated_images_is_a_failure(tmp_path: Path) -> None:
-    files = {**one_holder(OTHER.manifest, created=""), **one_holder(IMAGE.manifest)}
+    files = {**go_folder(OTHER.manifest, created=""), **go_folder(IMAGE.manifest)}
     assert [failure.name for failure in contents(write_tar(tmp_path / "a.tar", files)).failed] == [TYPHA]
 
 
@@ -221,16 +221,16 @@ def test_tag_of_two_undated_images_is_a_failure(tmp_path: Path) -> None:
     ],
 )
 def test_inconsistent_file_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    assert invalid(write_tar(tmp_path / "a.tar", one_holder(IMAGE.manifest, **changes))).endswith(f": {RECORD}")
+    assert invalid(write_tar(tmp_path / "a.tar", go_folder(IMAGE.manifest, **changes))).endswith(f": {RECORD}")
 
 
 def test_bytes_of_another_manifest_are_refused(tmp_path: Path) -> None:
-    told = invalid(write_tar(tmp_path / "a.tar", {RECORD: holder(OTHER.manifest, TYPHA, digest="")}))
+    error = invalid(write_tar(tmp_path / "a.tar", {RECORD: go_record(OTHER.manifest, TYPHA, digest="")}))
     assert (
-        told == f"no manifest that can be served: the bytes do not have the digest {IMAGE.manifest.digest}: {RECORD}"
+        error == f"no manifest that can be served: the bytes do not have the digest {IMAGE.manifest.digest}: {RECORD}"
     )
 
 
 def test_both_formats_in_one_folder(tmp_path: Path) -> None:
-    files = {RECORD: kept(IMAGE, {NAME: DATES}), **one_holder(OTHER.manifest)}
+    files = {RECORD: kept(IMAGE, {NAME: DATES}), **go_folder(OTHER.manifest)}
     assert set(meanings(write_tar(tmp_path / "a.tar", files))) == {NAME, TYPHA}

@@ -18,11 +18,11 @@ from tests.images import Image, Index, make_image, make_index
 from tests.unit.support.archives import (
     IMAGE_NAME,
     NAME,
-    Told,
+    RecordedProgress,
     docker_saved,
     files_below,
+    go_record,
     hex_of,
-    holder,
     image_blobs,
     kept,
     layout,
@@ -82,8 +82,8 @@ async def test_every_archive_format(store: Store, tmp_path: Path) -> None:
         **image_blobs(IMAGE),
     }
     gos = {
-        f"fat/{hex_of(INDEX.manifest.digest)}": holder(INDEX.manifest, APP),
-        **{f"img/{hex_of(one.manifest.digest)}": holder(one.manifest, f"quay.io/x@{one.manifest.digest}")
+        f"fat/{hex_of(INDEX.manifest.digest)}": go_record(INDEX.manifest, APP),
+        **{f"img/{hex_of(one.manifest.digest)}": go_record(one.manifest, f"quay.io/x@{one.manifest.digest}")
            for one in INDEX.images},
         **image_blobs(INDEX),
     }  # fmt: skip
@@ -110,25 +110,25 @@ async def test_import_survives_restart(store: Store, open_store: Callable[[], St
 
 @on_reactor
 async def test_present_blobs_are_not_imported_again(store: Store, root: Path, tmp_path: Path) -> None:
-    told = Told()
+    progress = RecordedProgress()
     files = layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}))
     await load(store, write_tar(tmp_path / "a.tar", named(IMAGE)))
     before = {name: (root / name).stat().st_ino for name in files_below(root) if name.startswith("blobs/")}
-    outcomes = await load(store, write_tar(tmp_path / "b.tar", files), told)
+    outcomes = await load(store, write_tar(tmp_path / "b.tar", files), progress)
     size = len(UPPER.config.data) + len(UPPER.layers[-1].data)
     assert outcomes == [Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=size), Outcome(NAME, LoadStatus.PRESENT)]
-    assert (told.expected, told.state, told.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
+    assert (progress.expected, progress.state, progress.outcomes) == ([(APP, size), (NAME, 0)], {APP: size}, outcomes)
     assert {name: (root / name).stat().st_ino for name in before} == before
 
 
 @on_reactor
 async def test_shared_blob_is_imported_once(store: Store, tmp_path: Path) -> None:
-    told = Told()
+    progress = RecordedProgress()
     files = layout((IMAGE, {IMAGE_NAME: NAME}), (UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: "x:2"}))
-    await load(store, write_tar(tmp_path / "a.tar", files), told)
-    assert told.state == dict(told.expected[:2])
-    assert [outcome.blobs for outcome in told.outcomes] == [3, 2, 0]
-    assert [outcome.ended for outcome in told.outcomes] == [LoadStatus.LOADED] * 3
+    await load(store, write_tar(tmp_path / "a.tar", files), progress)
+    assert progress.state == dict(progress.expected[:2])
+    assert [outcome.blobs for outcome in progress.outcomes] == [3, 2, 0]
+    assert [outcome.ended for outcome in progress.outcomes] == [LoadStatus.LOADED] * 3
     assert await holds(store, IMAGE, UPPER)
 
 
@@ -179,17 +179,17 @@ async def test_images_take_dates_of_their_index(store: Store, root: Path, tmp_pa
 
 @on_reactor
 async def test_incomplete_image_fails_others_are_imported(store: Store, tmp_path: Path) -> None:
-    told = Told()
+    progress = RecordedProgress()
     sparse = [UPPER.layers[-1].digest]
     path = write_tar(
         tmp_path / "a.tar", layout((UPPER, {IMAGE_NAME: APP}), (IMAGE, {IMAGE_NAME: NAME}), sparse=sparse)
     )
-    failed, loaded = await load(store, path, told)
+    failed, loaded = await load(store, path, progress)
     assert (failed.name, failed.ended) == (APP, LoadStatus.FAILED)
     assert failed.why.startswith(f"1 blobs, {len(UPPER.layers[-1].data)} bytes, are neither in the archive nor in")
     assert "--since" in failed.why
     assert loaded == Outcome(NAME, LoadStatus.LOADED, blobs=3, bytes=SIZE)
-    assert told.outcomes == [failed, loaded]
+    assert progress.outcomes == [failed, loaded]
     assert await store.manifest(image(APP)) is None
     assert not await store.holds(Digest(UPPER.config.digest), len(UPPER.config.data))
 

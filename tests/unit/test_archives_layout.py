@@ -92,9 +92,9 @@ def test_name_from_annotations(tmp_path: Path, annotations: Mapping[str, str], n
 def test_unnamed_image_fails_with_hint(tmp_path: Path, annotations: Mapping[str, str] | None) -> None:
     path = write_tar(tmp_path / "a.tar", layout((IMAGE, annotations), (OTHER, {REF_NAME: NAME})))
     assert meanings(path) == {NAME: OTHER.manifest.digest}
-    (told,) = failures(path).items()
-    assert told[0] == f"{path}: {IMAGE.manifest.digest}"
-    assert "skopeo copy … oci-archive:a.tar:docker.io/library/nginx:1.25" in told[1]
+    (failure,) = failures(path).items()
+    assert failure[0] == f"{path}: {IMAGE.manifest.digest}"
+    assert "skopeo copy … oci-archive:a.tar:docker.io/library/nginx:1.25" in failure[1]
 
 
 @pytest.mark.parametrize("what", [IMAGE, Index(INDEX.manifest, (INDEX.images[0],))])

@@ -54,15 +54,15 @@ def test_unknown_media_type_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", [INDEX.manifest, INDEX.images[1].manifest])
 def test_manifest_digest_mismatch_is_refused(tmp_path: Path, what: Manifest) -> None:
     files = {**named(INDEX), blob_name(what.digest): what.data.replace(b"2", b"3", 1)}
-    told = invalid(write_tar(tmp_path / "a.tar", files))
-    assert told.endswith(f"the bytes do not have the digest {what.digest}: {blob_name(what.digest)}")
+    error = invalid(write_tar(tmp_path / "a.tar", files))
+    assert error.endswith(f"the bytes do not have the digest {what.digest}: {blob_name(what.digest)}")
 
 
 def test_manifest_size_mismatch_is_refused(tmp_path: Path) -> None:
     files = {**named(IMAGE), blob_name(IMAGE.manifest.digest): IMAGE.manifest.data + b" "}
     size = len(IMAGE.manifest.data)
-    told = invalid(write_tar(tmp_path / "a.tar", files))
-    assert told == f"it has {size + 1} bytes, expected {size}: {blob_name(IMAGE.manifest.digest)}"
+    error = invalid(write_tar(tmp_path / "a.tar", files))
+    assert error == f"it has {size + 1} bytes, expected {size}: {blob_name(IMAGE.manifest.digest)}"
 
 
 def index_of(change: Callable[[Any], object]) -> Files:

@@ -81,7 +81,7 @@ def blobs(root: Path) -> set[str]:
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
-def noted_of(path: Path) -> Mapping[str, str]:
+def annotations_of(path: Path) -> Mapping[str, str]:
     """Return the annotations of the index in index.json."""
     with_index = contents(path).images
     assert [str(one.image) for one in with_index] == [NAME]
@@ -106,14 +106,14 @@ def test_export_includes_metadata_of_index(source: Path, tmp_path: Path) -> None
     # s390x lacks its config, so it is left out.
     manifests = {one.manifest.digest for one in (INDEX, AMD64, ARM64)}
     assert set(members(target)) == {"oci-layout", "index.json", *map(blob_name, expected | manifests)}
-    assert noted_of(target)[METADATA] == ARM64.manifest.digest
+    assert annotations_of(target)[METADATA] == ARM64.manifest.digest
 
 
 def test_index_without_metadata_has_no_annotation(source: Path, tmp_path: Path) -> None:
     for image in (ARM64, S390X):
         (source / "img" / hex_of(image.manifest.digest)).unlink()
     export(source, tmp_path / "out.tar", NAME)
-    assert METADATA not in noted_of(tmp_path / "out.tar")
+    assert METADATA not in annotations_of(tmp_path / "out.tar")
 
 
 def test_index_with_metadata_only_is_left_out(source: Path, tmp_path: Path) -> None:

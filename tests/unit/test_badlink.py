@@ -11,34 +11,34 @@ from twisted.internet.task import Clock
 
 from tests.badlink import Counts, amount
 from tests.badlink_wire import BUFFER
-from tests.unit.support.badlinks import SMALL, Peer, Scene, advance, pattern, quiet
+from tests.unit.support.badlinks import SMALL, LinkTestbed, Peer, advance, pattern, quiet
 from tests.unit.support.doubles import on_reactor, until
 
 
 @pytest_twisted.async_yield_fixture
-async def scene() -> AsyncIterator[Scene]:
+async def testbed() -> AsyncIterator[LinkTestbed]:
     """Return a server and a factory of links to it."""
-    scene = Scene()
-    yield scene
-    await scene.end()
+    testbed = LinkTestbed()
+    yield testbed
+    await testbed.end()
 
 
 @on_reactor
-async def test_unlimited_link_passes_both_directions(scene: Scene) -> None:
-    link = scene.link()
-    peer = await scene.client(link, 1_000_000, 0)
+async def test_unlimited_link_passes_both_directions(testbed: LinkTestbed) -> None:
+    link = testbed.link()
+    peer = await testbed.client(link, 1_000_000, 0)
     await until(lambda: peer.ended)
     assert peer.received == pattern(0, 1_000_000)
     await until(lambda: link.counts.open == 0)
     assert link.counts == Counts(up=len("1000000\n0\n"), down=1_000_000, accepted=1, dialled=1)
-    assert (peer.ended, scene.senders[0].ended) == (ConnectionDone, ConnectionDone)
+    assert (peer.ended, testbed.senders[0].ended) == (ConnectionDone, ConnectionDone)
 
 
 @on_reactor
-async def test_rate_is_shared_by_all_connections(scene: Scene) -> None:
+async def test_rate_is_shared_by_all_connections(testbed: LinkTestbed) -> None:
     clock = Clock()
-    link = scene.link(clock, rate=100_000)
-    peers = [await scene.client(link, 200_000) for _ in range(4)]
+    link = testbed.link(clock, rate=100_000)
+    peers = [await testbed.client(link, 200_000) for _ in range(4)]
     await advance(clock, 2)
     assert 150_000 <= link.counts.down <= 200_000
     for peer in peers:
@@ -49,27 +49,27 @@ async def test_rate_is_shared_by_all_connections(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_idle_link_accumulates_no_credit(scene: Scene) -> None:
+async def test_idle_link_accumulates_no_credit(testbed: LinkTestbed) -> None:
     clock = Clock()
-    link = scene.link(clock, rate=10_000)
+    link = testbed.link(clock, rate=10_000)
     clock.advance(60)
-    peer = await scene.client(link, 100_000)
+    peer = await testbed.client(link, 100_000)
     await advance(clock, 1)
     assert 5_000 <= len(peer.received) <= 10_200
 
 
 @on_reactor
-async def test_each_direction_takes_half_the_round_trip_time(scene: Scene) -> None:
+async def test_each_direction_takes_half_the_round_trip_time(testbed: LinkTestbed) -> None:
     """The handshake, the request and the response each take one way."""
     clock = Clock()
-    link = scene.link(clock, rtt=10)
-    peer = await scene.client(link, 1000)
+    link = testbed.link(clock, rtt=10)
+    peer = await testbed.client(link, 1000)
     await advance(clock, 4.9, 0.1)
     assert link.counts.dialled == 0
     await advance(clock, 9.5, 0.1)
     assert (link.counts.dialled, link.counts.up) == (1, 0)
     await advance(clock, 1, 0.1)
-    await until(lambda: scene.senders[0].received)
+    await until(lambda: testbed.senders[0].received)
     await quiet(peer)
     await advance(clock, 4, 0.1)
     assert link.counts.down == 0
@@ -78,24 +78,24 @@ async def test_each_direction_takes_half_the_round_trip_time(scene: Scene) -> No
 
 
 @on_reactor
-async def test_long_fat_link_is_filled(scene: Scene) -> None:
+async def test_long_fat_link_is_filled(testbed: LinkTestbed) -> None:
     """With high rate and delay, more than one buffer is in flight."""
     clock = Clock()
-    link = scene.link(clock, rate=1_000_000, rtt=1)
-    peer = await scene.client(link, 5_000_000)
+    link = testbed.link(clock, rate=1_000_000, rtt=1)
+    peer = await testbed.client(link, 5_000_000)
     await advance(clock, 5)
     assert 2_000_000 <= len(peer.received) <= 3_100_000
 
 
 @on_reactor
-async def test_buffering_for_stalled_client_is_bounded(scene: Scene) -> None:
-    link = scene.link()
-    peer = await scene.client(link, 5_000_000)
+async def test_buffering_for_stalled_client_is_bounded(testbed: LinkTestbed) -> None:
+    link = testbed.link()
+    peer = await testbed.client(link, 5_000_000)
     await until(lambda: peer.received)
     peer.transport.pauseProducing()
     seen = -1
-    while scene.senders[0].given != seen:
-        seen = scene.senders[0].given
+    while testbed.senders[0].given != seen:
+        seen = testbed.senders[0].given
         await quiet(peer)
     # One buffer of the proxy, and those of the kernel for four sockets.
     assert seen - len(peer.received) <= BUFFER + 4 * 2 * SMALL + 4 * BUFFER
@@ -104,37 +104,37 @@ async def test_buffering_for_stalled_client_is_bounded(scene: Scene) -> None:
 
 
 @on_reactor
-async def test_stalled_client_does_not_block_others(scene: Scene) -> None:
-    link = scene.link(rate=5_000_000)
-    lazy = await scene.client(link, 5_000_000)
+async def test_stalled_client_does_not_block_others(testbed: LinkTestbed) -> None:
+    link = testbed.link(rate=5_000_000)
+    lazy = await testbed.client(link, 5_000_000)
     await until(lambda: lazy.received)
     lazy.transport.pauseProducing()
     await quiet(lazy)
-    peer = await scene.client(link, 500_000, 0)
+    peer = await testbed.client(link, 500_000, 0)
     await until(lambda: peer.ended)
     assert peer.received == pattern(0, 500_000)
     lazy.transport.abortConnection()
 
 
 @on_reactor
-async def test_half_closed_connection_is_passed_on(scene: Scene) -> None:
-    link = scene.link()
-    peer = await scene.client(link, 500_000)
+async def test_half_closed_connection_is_passed_on(testbed: LinkTestbed) -> None:
+    link = testbed.link()
+    peer = await testbed.client(link, 500_000)
     peer.transport.loseWriteConnection()
     await until(lambda: len(peer.received) == 500_000)
 
 
 @pytest.mark.parametrize("server", ["is not there", "resets", "is reset"])
 @on_reactor
-async def test_reset_is_passed_on(scene: Scene, server: str) -> None:
-    link = scene.link(rtt=0.01)
+async def test_reset_is_passed_on(testbed: LinkTestbed, server: str) -> None:
+    link = testbed.link(rtt=0.01)
     if server == "is not there":
-        await scene.close()
-    peer = await scene.client(link, 1000)
+        await testbed.close()
+    peer = await testbed.client(link, 1000)
     if server != "is not there":
         await until(lambda: len(peer.received) == 1000)
-        other: Peer = scene.senders[0] if server == "is reset" else peer
-        (peer if server == "is reset" else scene.senders[0]).transport.abortConnection()
+        other: Peer = testbed.senders[0] if server == "is reset" else peer
+        (peer if server == "is reset" else testbed.senders[0]).transport.abortConnection()
         await until(lambda: other.ended)
         assert other.ended is ConnectionLost
     else:
@@ -144,13 +144,13 @@ async def test_reset_is_passed_on(scene: Scene, server: str) -> None:
 
 
 @on_reactor
-async def test_stopped_link_leaves_no_connections(scene: Scene) -> None:
-    link = scene.link(rate=1000)
-    peers = [await scene.client(link, 100_000) for _ in range(3)]
-    await until(lambda: len(scene.senders) == 3)
+async def test_stopped_link_leaves_no_connections(testbed: LinkTestbed) -> None:
+    link = testbed.link(rate=1000)
+    peers = [await testbed.client(link, 100_000) for _ in range(3)]
+    await until(lambda: len(testbed.senders) == 3)
     await link.stop()
     assert link.counts.open == 0
-    await until(lambda: all(peer.ended for peer in (*peers, *scene.senders)))
+    await until(lambda: all(peer.ended for peer in (*peers, *testbed.senders)))
     await link.stop()
 
 

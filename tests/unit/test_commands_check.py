@@ -40,10 +40,10 @@ def lines(path: Path, text: str, *listen: str, **given: str) -> list[str]:
 
 def upstreams(path: Path, text: str, **given: str) -> list[str]:
     """Return the report about upstreams for a file with this text."""
-    told = lines(path, text, **given)
-    assert told[:2] == ["clients, at port 8080", "  http"]
-    first = [line.startswith("every other upstream") for line in told].index(True)
-    return told[2:first]
+    expected = lines(path, text, **given)
+    assert expected[:2] == ["clients, at port 8080", "  http"]
+    first = [line.startswith("every other upstream") for line in expected].index(True)
+    return expected[2:first]
 
 
 def test_without_configuration() -> None:
@@ -51,7 +51,7 @@ def test_without_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "expected"),
     [
         ("", [f"https://reg.example, {SYSTEM}, {OR_HTTP} and has private addresses alone", "anonymous"]),
         ("scheme: https", [f"https://reg.example, {SYSTEM}", "anonymous"]),
@@ -65,8 +65,11 @@ def test_without_configuration() -> None:
         ("tls: {insecure_skip_verify: true}", ["https://reg.example, certificate NOT VERIFIED", "anonymous"]),
     ],
 )
-def test_upstream_settings_are_reported(path: Path, entry: str, told: list[str]) -> None:
-    assert upstreams(path, f"- name: reg.example\n  {entry}\n") == ["reg.example", *(f"  {line}" for line in told)]
+def test_upstream_settings_are_reported(path: Path, entry: str, expected: list[str]) -> None:
+    assert upstreams(path, f"- name: reg.example\n  {entry}\n") == [
+        "reg.example",
+        *(f"  {line}" for line in expected),
+    ]
 
 
 def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +79,7 @@ def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(path.parent))
-    for auth, told in (
+    for auth, expected in (
         (f"user: u, password: {SECRET}", "as the user u, by password"),
         ("user: u, password_file: secret", "as the user u, by password_file"),
         ("user: u, password_env: REG_PASSWORD", "as the user u, by password_env"),
@@ -85,7 +88,7 @@ def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch
         (f"user: u, password: {SECRET}, realm: a.b", "as the user u, by password, also to the token service a.b"),
     ):
         reported = upstreams(path, f"- name: reg.example\n  auth: {{{auth}}}\n")
-        assert reported[-1] == f"  {told}"
+        assert reported[-1] == f"  {expected}"
         assert not any(SECRET in line for line in reported)
 
 
@@ -121,20 +124,22 @@ def test_mirrors_are_listed_first_with_their_own_settings(path: Path, authority:
 
 def test_expired_certificate_is_marked(path: Path, authority: Authority) -> None:
     authority.issue("client", expired=True)
-    told = upstreams(path, "- name: reg.example\n  tls: {cert: client.crt, key: client.key}\n")
-    assert told[1] == f"  https://reg.example, {SYSTEM}, our certificate CN=client until 2020-12-31"
+    expected = upstreams(path, "- name: reg.example\n  tls: {cert: client.crt, key: client.key}\n")
+    assert expected[1] == f"  https://reg.example, {SYSTEM}, our certificate CN=client until 2020-12-31"
 
 
 def test_docker_hub_is_shown_at_its_api_host(path: Path) -> None:
-    told = upstreams(path, "- name: index.docker.io\n  scheme: https\n- name: a.b\n  mirrors: [https://docker.io]\n")
-    assert told[:2] == ["docker.io", f"  https://registry-1.docker.io, {SYSTEM}"]
-    assert told[4] == f"  first https://docker.io, {SYSTEM}, anonymous"
+    expected = upstreams(
+        path, "- name: index.docker.io\n  scheme: https\n- name: a.b\n  mirrors: [https://docker.io]\n"
+    )
+    assert expected[:2] == ["docker.io", f"  https://registry-1.docker.io, {SYSTEM}"]
+    assert expected[4] == f"  first https://docker.io, {SYSTEM}, anonymous"
 
 
 def test_disallowed_upstream_is_marked(path: Path) -> None:
     text = "- name: quay.io\n  description: theirs\n- name: a.example\n- name: docker.io\n"
-    told = lines(path, text, allow_upstreams="*.example,docker.io")
-    headings = [line for line in told if not line.startswith(" ")]
+    expected = lines(path, text, allow_upstreams="*.example,docker.io")
+    headings = [line for line in expected if not line.startswith(" ")]
     assert headings == [
         "clients, at port 8080",
         "quay.io (theirs): NOT ALLOWED by allow_upstreams",
@@ -177,19 +182,19 @@ def run(capfd: pytest.CaptureFixture[str], *argv: str) -> tuple[object, str, str
 
 
 def test_config_path_before_or_after_command(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    told = "".join(f"{line}\n" for line in lines(path, "port: 5\nregistries:\n- name: quay.io\n"))
-    assert "quay.io" in told
+    expected = "".join(f"{line}\n" for line in lines(path, "port: 5\nregistries:\n- name: quay.io\n"))
+    assert "quay.io" in expected
     for argv in (("check", "--config-path", str(path)), ("--config-path", str(path), "check")):
-        assert run(capfd, *argv) == (0, told, "")
+        assert run(capfd, *argv) == (0, expected, "")
     assert run(capfd, "check", "--config-path", str(path), "--port", "7")[1].startswith("clients, at port 7\n")
     assert run(capfd, "check")[1] == "".join(f"{line}\n" for line in report(load_settings({}, (), None)))
 
 
 def test_warnings_go_to_stderr(path: Path, authority: Authority, capfd: pytest.CaptureFixture[str]) -> None:
     text = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: true}\n"
-    told = lines(path, text)
+    expected = lines(path, text)
     status, out, err = run(capfd, "check", "--config-path", str(path))
-    assert (status, out.splitlines()) == (0, told)
+    assert (status, out.splitlines()) == (0, expected)
     (line,) = err.splitlines()
     assert line.startswith(f"ociregistry: warning: {path}:2: tls.ca: has no effect with insecure_skip_verify")
 
@@ -226,7 +231,7 @@ def test_usage_error_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[s
 def test_check_does_not_daemonize_or_leave_files(path: Path, authority: Authority) -> None:
     certificate, key = authority.issue("client")
     auth, tls = f"{{user: u, password: {SECRET}}}", "{cert: client.crt, key: client.key}"
-    told = lines(path, f"- name: quay.io\n  auth: {auth}\n  tls: {tls}\n")
+    expected = lines(path, f"- name: quay.io\n  auth: {auth}\n  tls: {tls}\n")
     before = {path, certificate, key, authority.ca}
     twistd = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
     ran = subprocess.run(
@@ -238,5 +243,5 @@ def test_check_does_not_daemonize_or_leave_files(path: Path, authority: Authorit
         timeout=60,
         check=False,
     )
-    assert (ran.returncode, ran.stdout.splitlines(), ran.stderr) == (0, told, "")
+    assert (ran.returncode, ran.stdout.splitlines(), ran.stderr) == (0, expected, "")
     assert set(path.parent.iterdir()) == before

@@ -19,35 +19,35 @@ from ociregistry.commands.list import List
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions, print_lines
 from ociregistry.process import complain
 from ociregistry.settings import OPTIONS
-from tests.unit.support.command_lines import Said, run
+from tests.unit.support.command_lines import CommandResult, run
 
 ROOT = Path(__file__).resolve().parents[2]
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine must not fail the test by a deadline."""
 
 
-class Cook(Command):
+class ExampleCommand(Command):
     """A command with an option, a flag, a short option and arguments."""
 
     optParameters = [["spice", None, None, "What with."], ["output", "o", None, "Where to."]]
     optFlags = [["hot", None, "Whether it is hot."]]
 
-    def parseArgs(self, *dishes: str) -> None:
+    def parseArgs(self, *arguments: str) -> None:
         """Accept any number of arguments."""
-        self.dishes = dishes
+        self.arguments = arguments
 
 
-def cooked(*argv: str) -> Cook:
+def parsed(*argv: str) -> ExampleCommand:
     """Return the command made from a command line."""
-    command = Cook()
+    command = ExampleCommand()
     command.parseOptions(argv)
     return command
 
 
-def told(*argv: str) -> tuple[object, ...]:
+def values(*argv: str) -> tuple[object, ...]:
     """Return all values of the command."""
-    command = cooked(*argv)
-    return command.dishes, command["spice"], command["output"], command["hot"], command["port"], command.listen
+    command = parsed(*argv)
+    return command.arguments, command["spice"], command["output"], command["hot"], command["port"], command.listen
 
 
 GIVEN = (
@@ -65,23 +65,23 @@ EXPECTED = (("soup", "fish"), "salt", "table", 1, "5", ["tcp:1", "tcp:2"])
 def test_options_before_between_and_after_arguments(place: int) -> None:
     before, behind = itertools.chain.from_iterable(GIVEN[:place]), list(itertools.chain.from_iterable(GIVEN[place:]))
     words = [*before, "soup"]
-    assert told(*words, *behind, "fish") == told(*words, "fish", *behind) == EXPECTED
+    assert values(*words, *behind, "fish") == values(*words, "fish", *behind) == EXPECTED
 
 
 def test_double_dash_ends_options() -> None:
-    assert cooked("soup", "--", "--hot", "-o").dishes == ("soup", "--hot", "-o")
-    assert cooked("--", "--hot")["hot"] == 0
-    assert cooked("-", "soup").dishes == ("-", "soup")
-    assert cooked("--", "--").dishes == ("--",)
+    assert parsed("soup", "--", "--hot", "-o").arguments == ("soup", "--hot", "-o")
+    assert parsed("--", "--hot")["hot"] == 0
+    assert parsed("-", "soup").arguments == ("-", "soup")
+    assert parsed("--", "--").arguments == ("--",)
 
 
 def test_value_may_look_like_an_option() -> None:
-    assert cooked("soup", "--spice", "--hot")["spice"] == "--hot"
-    assert cooked("soup", "--spice", "--hot")["hot"] == 0
-    assert cooked("--spice", "--")["spice"] == "--"
-    assert cooked("--spice=")["spice"] == ""
-    assert cooked("-o", "-x")["output"] == "-x"
-    assert cooked("-otable", "soup")["output"] == "table"
+    assert parsed("soup", "--spice", "--hot")["spice"] == "--hot"
+    assert parsed("soup", "--spice", "--hot")["hot"] == 0
+    assert parsed("--spice", "--")["spice"] == "--"
+    assert parsed("--spice=")["spice"] == ""
+    assert parsed("-o", "-x")["output"] == "-x"
+    assert parsed("-otable", "soup")["output"] == "table"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_value_may_look_like_an_option() -> None:
 )
 def test_unknown_option_is_a_usage_error(argv: list[str]) -> None:
     with pytest.raises(usage.UsageError, match=argv[-1].partition("=")[0].lstrip("-")):
-        cooked(*argv)
+        parsed(*argv)
 
 
 @UNHURRIED
@@ -101,15 +101,15 @@ def test_unknown_option_is_a_usage_error(argv: list[str]) -> None:
 )
 def test_any_arguments_are_parsed_or_a_usage_error(argv: list[str]) -> None:
     try:
-        command = cooked(*argv)
+        command = parsed(*argv)
     except (usage.UsageError, SystemExit):
         return
-    assert len(command.dishes) <= len(argv)
-    assert set(command.dishes) <= set(argv)
+    assert len(command.arguments) <= len(argv)
+    assert set(command.arguments) <= set(argv)
 
 
 def test_common_options_belong_to_every_command() -> None:
-    for options in (CommonOptions(), Cook()):
+    for options in (CommonOptions(), ExampleCommand()):
         for option in OPTIONS:
             assert options[option.name] in (None, 0), f"{option.name}: it must show whether it was given"
 
@@ -122,11 +122,11 @@ def number(text: str) -> int:
 
 
 def test_invalid_value_names_its_option() -> None:
-    assert cooked("--spice", "1").value("spice", number) == 1
-    assert cooked().value("spice", number) is None
+    assert parsed("--spice", "1").value("spice", number) == 1
+    assert parsed().value("spice", number) is None
     for text in ("2", "", "a'b"):
         with pytest.raises(usage.UsageError) as refused:
-            cooked("--spice", text).value("spice", number)
+            parsed("--spice", text).value("spice", number)
         assert str(refused.value) == f"--spice {text!r}: 1 is expected"
 
 
@@ -189,8 +189,8 @@ def test_full_disk_is_reported() -> None:
 
 
 def test_closed_stdout_is_reported() -> None:
-    status, told = printing(subprocess.DEVNULL, ">&-")
-    assert (status, len(told.splitlines())) == (7, 1)
+    status, values = printing(subprocess.DEVNULL, ">&-")
+    assert (status, len(values.splitlines())) == (7, 1)
 
 
 def test_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,29 +204,29 @@ def test_command_failed_has_a_status() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "said"),
+    ("raised", "expected"),
     [
-        (CommandFailed("it could not be done"), Said(1, "", "ociregistry: it could not be done\n")),
-        (CommandFailed("it cannot be meant", 2), Said(2, "", "ociregistry: it cannot be meant\n")),
+        (CommandFailed("it could not be done"), CommandResult(1, "", "ociregistry: it could not be done\n")),
+        (CommandFailed("it cannot be meant", 2), CommandResult(2, "", "ociregistry: it cannot be meant\n")),
         (
             PermissionError(13, "Permission denied", "/srv/img"),
-            Said(1, "", "ociregistry: cannot use the store /srv: Permission denied: /srv/img\n"),
+            CommandResult(1, "", "ociregistry: cannot use the store /srv: Permission denied: /srv/img\n"),
         ),
         (
             FileNotFoundError(2, "No such file or directory", "/srv"),
-            Said(1, "", "ociregistry: cannot use the store /srv: No such file or directory\n"),
+            CommandResult(1, "", "ociregistry: cannot use the store /srv: No such file or directory\n"),
         ),
-        (OSError("something"), Said(1, "", "ociregistry: cannot use the store /srv: something\n")),
+        (OSError("something"), CommandResult(1, "", "ociregistry: cannot use the store /srv: something\n")),
     ],
 )
 def test_command_failure_is_one_line(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: Exception, said: Said
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: CommandResult
 ) -> None:
     def fail(command: Command, settings: object) -> int:
         raise raised
 
     monkeypatch.setattr(List, "run", fail)
-    assert run(capfd, "--image-path", "/srv", "list") == said
+    assert run(capfd, "--image-path", "/srv", "list") == expected
 
 
 @pytest.mark.parametrize("status", [0, 1])

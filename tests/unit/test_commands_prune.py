@@ -12,28 +12,28 @@ import pytest
 from ociregistry.commands import prune as prune_command
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from tests.unit.support.command_lines import mistake, run, snapshot
-from tests.unit.support.stores import Stock, day, list_of
+from tests.unit.support.command_lines import run, snapshot, usage_error
+from tests.unit.support.stores import StoreDir, day, list_of
 
 NOW = datetime.now(UTC)
 SHARED, ONE, TWO, THREE = b"shared config", b"layer of one", b"layer of the second", b"the third layer"
 
 
-pytestmark = pytest.mark.usefixtures("an_hour_ahead")
+pytestmark = pytest.mark.usefixtures("utc_plus_one")
 
 
 @pytest.fixture
-def stock(root: Path) -> Stock:
+def store_dir(root: Path) -> StoreDir:
     """Return a store with three images, of which two share a blob and all have one of their own."""
-    stock = Stock(root)
-    stock.image([SHARED, ONE], "one:1", created=day(1), pulled=NOW - timedelta(days=40))
-    stock.image([SHARED, TWO], "two:2", created=day(2), pulled=NOW - timedelta(days=20))
-    stock.image([THREE], "three:3", created=day(3), pulled=NOW)
-    return stock
+    store_dir = StoreDir(root)
+    store_dir.image([SHARED, ONE], "one:1", created=day(1), pulled=NOW - timedelta(days=40))
+    store_dir.image([SHARED, TWO], "two:2", created=day(2), pulled=NOW - timedelta(days=20))
+    store_dir.image([THREE], "three:3", created=day(3), pulled=NOW)
+    return store_dir
 
 
 @pytest.fixture
-def later(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_days_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the time to two days after the files were written."""
 
     class Later(datetime):
@@ -48,23 +48,23 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 class Pruned:
     """Run `prune` after a dry run; check that both report the same and that the dry run changes nothing."""
 
-    def __init__(self, stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
-        self._stock = stock
+    def __init__(self, store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> None:
+        self._store_dir = store_dir
         self._capfd = capfd
 
     def __call__(self, *options: str) -> list[str]:
         """Return the lines of the output."""
-        before = snapshot(self._stock.root)
+        before = snapshot(self._store_dir.root)
         would = self._lines(*options, "--dry-run")
-        assert snapshot(self._stock.root) == before
+        assert snapshot(self._store_dir.root) == before
         did = self._lines(*options)
         assert [_done(line) for line in would] == did
         return did
 
     def _lines(self, *options: str) -> list[str]:
-        said = run(self._capfd, "--image-path", self._stock.root, "prune", *options)
-        assert (said.status, said.err) == (0, "")
-        return said.lines
+        result = run(self._capfd, "--image-path", self._store_dir.root, "prune", *options)
+        assert (result.status, result.err) == (0, "")
+        return result.lines
 
 
 def _done(line: str) -> str:
@@ -79,9 +79,9 @@ def _done(line: str) -> str:
 
 
 @pytest.fixture
-def pruned(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Pruned:
+def pruned(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> Pruned:
     """Return a function that prunes the store."""
-    return Pruned(stock, capfd)
+    return Pruned(store_dir, capfd)
 
 
 def gone(lines: list[str]) -> list[str]:
@@ -93,37 +93,37 @@ def gone(lines: list[str]) -> list[str]:
     ]
 
 
-def left(stock: Stock) -> list[str]:
+def left(store_dir: StoreDir) -> list[str]:
     """Return the image URLs that are left."""
-    return [row.url.removeprefix("reg.example/") for row in stock.inventory().rows]
+    return [row.url.removeprefix("reg.example/") for row in store_dir.inventory().rows]
 
 
-def test_output_lists_pruned_urls_and_bytes(stock: Stock, pruned: Pruned) -> None:
-    size = stock.inventory().rows[0].kept.size + len(ONE)
+def test_output_lists_pruned_urls_and_bytes(store_dir: StoreDir, pruned: Pruned) -> None:
+    size = store_dir.inventory().rows[0].kept.size + len(ONE)
     assert pruned("--pattern", "one") == [
         f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
         f"1 image URLs, 1 records and 1 blobs went, {size} bytes ({size} B) are free again",
     ]
-    assert left(stock) == ["three:3", "two:2"]
-    assert stock.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
+    assert left(store_dir) == ["three:3", "two:2"]
+    assert store_dir.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
 
 
-def test_dry_run_output(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
-    said = run(capfd, "prune", "--image-path", stock.root, "--pattern", "one,three", "--dry-run")
-    assert said.lines[:2] == [
+def test_dry_run_output(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> None:
+    result = run(capfd, "prune", "--image-path", store_dir.root, "--pattern", "one,three", "--dry-run")
+    assert result.lines[:2] == [
         f"would prune reg.example/one:1 image {len(ONE)} bytes of blobs",
         f"would prune reg.example/three:3 image {len(THREE)} bytes of blobs",
     ]
-    going = [row.kept.size for row in stock.inventory().rows if "two" not in row.url]
+    going = [row.kept.size for row in store_dir.inventory().rows if "two" not in row.url]
     size = sum(going) + len(ONE) + len(THREE)
-    assert said.lines[2] == (
+    assert result.lines[2] == (
         f"2 image URLs, 2 records and 2 blobs would go, {size} bytes ({size_text(size)}) would become free"
     )
-    assert (len(said.lines), said.status, said.err) == (3, 0, "")
-    assert left(stock) == ["one:1", "three:3", "two:2"]
+    assert (len(result.lines), result.status, result.err) == (3, 0, "")
+    assert left(store_dir) == ["one:1", "three:3", "two:2"]
 
 
-def test_older_spellings(stock: Stock, capfd: pytest.CaptureFixture[str]) -> None:
+def test_older_spellings(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> None:
     for old, new in (
         (["--prune", "one,three"], ["prune", "--pattern", "one,three"]),
         (["--prune-before", "2026-01-03T00:00:00"], ["prune", "--before", "2026-01-03T00:00:00"]),
@@ -132,13 +132,13 @@ def test_older_spellings(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Non
             ["prune", "--pattern=o", "--before=2026-01-03T00:00:00"],
         ),
     ):
-        before = snapshot(stock.root)
-        dry = run(capfd, "--image-path", stock.root, *old, "--dry-run")
+        before = snapshot(store_dir.root)
+        dry = run(capfd, "--image-path", store_dir.root, *old, "--dry-run")
         assert dry.out.count("would prune") > 0
-        assert dry == run(capfd, "--image-path", stock.root, "--dry-run", *new)
-        assert dry == run(capfd, "--image-path", stock.root, *new, "--dry-run")
-        assert snapshot(stock.root) == before
-    assert gone(run(capfd, "--image-path", stock.root, "--prune", "one,three").lines) == ["one:1", "three:3"]
+        assert dry == run(capfd, "--image-path", store_dir.root, "--dry-run", *new)
+        assert dry == run(capfd, "--image-path", store_dir.root, *new, "--dry-run")
+        assert snapshot(store_dir.root) == before
+    assert gone(run(capfd, "--image-path", store_dir.root, "--prune", "one,three").lines) == ["one:1", "three:3"]
 
 
 @pytest.mark.parametrize(
@@ -161,105 +161,105 @@ def test_older_spellings(stock: Stock, capfd: pytest.CaptureFixture[str]) -> Non
         (["--before", "2026-01-03T01:00:01", "--unused-for", "30d", "--pattern", "e"], ["one:1"]),
     ],
 )
-def test_all_conditions_must_match(stock: Stock, pruned: Pruned, options: list[str], names: list[str]) -> None:
-    there = left(stock)
+def test_all_conditions_must_match(store_dir: StoreDir, pruned: Pruned, options: list[str], names: list[str]) -> None:
+    there = left(store_dir)
     lines = pruned(*options)
     assert gone(lines) == names
     assert lines[-1].startswith(f"{len(names)} image URLs, {len(names)} records and ")
-    assert left(stock) == [name for name in there if name not in names]
+    assert left(store_dir) == [name for name in there if name not in names]
     if not names:
         assert lines == ["0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again"]
 
 
-def test_matching_url_is_removed_image_stays_by_others(stock: Stock, pruned: Pruned) -> None:
-    stock.image([SHARED, ONE], "other:1")
+def test_matching_url_is_removed_image_stays_by_others(store_dir: StoreDir, pruned: Pruned) -> None:
+    store_dir.image([SHARED, ONE], "other:1")
     assert pruned("--pattern", "one") == [
         "pruned reg.example/one:1 image 0 bytes of blobs",
         "1 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again",
     ]
-    assert left(stock) == ["other:1", "three:3", "two:2"]
-    assert stock.has(SHARED, ONE) == [True, True]
+    assert left(store_dir) == ["other:1", "three:3", "two:2"]
+    assert store_dir.has(SHARED, ONE) == [True, True]
 
 
-def test_shared_bytes_are_counted_once(stock: Stock, pruned: Pruned) -> None:
-    stock.image([THREE], "three:4")
+def test_shared_bytes_are_counted_once(store_dir: StoreDir, pruned: Pruned) -> None:
+    store_dir.image([THREE], "three:4")
     *lines, total = pruned("--pattern", "one,two,three")
-    told = [int(match[1]) for line in lines if (match := re.search(r"(\d+) bytes of blobs$", line))]
-    assert sum(told) == sum(map(len, (SHARED, ONE, TWO, THREE)))
+    listed_bytes = [int(match[1]) for line in lines if (match := re.search(r"(\d+) bytes of blobs$", line))]
+    assert sum(listed_bytes) == sum(map(len, (SHARED, ONE, TWO, THREE)))
     assert total.startswith("4 image URLs, 3 records and 4 blobs went, ")
-    assert (stock.has(SHARED, ONE, TWO, THREE), left(stock)) == ([False] * 4, [])
+    assert (store_dir.has(SHARED, ONE, TWO, THREE), left(store_dir)) == ([False] * 4, [])
 
 
-def test_index_is_pruned_with_its_images(stock: Stock, pruned: Pruned) -> None:
-    first = stock.image([b"first"], "app@")
-    second = stock.image([b"second"], "app@", "app:second")
-    stock.put(list_of(first, second), "app:1")
+def test_index_is_pruned_with_its_images(store_dir: StoreDir, pruned: Pruned) -> None:
+    first = store_dir.image([b"first"], "app@")
+    second = store_dir.image([b"second"], "app@", "app:second")
+    store_dir.put(list_of(first, second), "app:1")
     lines = pruned("--pattern", "app:1")
     assert f"pruned reg.example/app@{first.digest} image 5 bytes of blobs" in lines
     assert "pruned reg.example/app:1 list 0 bytes of blobs" in lines
-    assert "app:second" in left(stock)
-    assert stock.has(b"first", b"second") == [False, True]
+    assert "app:second" in left(store_dir)
+    assert store_dir.has(b"first", b"second") == [False, True]
 
 
-def test_last_pulled_survives_removal_of_a_url(stock: Stock, pruned: Pruned) -> None:
-    manifest = stock.image([b"x"], "a:1", "b:1", pulled=day(7))
+def test_last_pulled_survives_removal_of_a_url(store_dir: StoreDir, pruned: Pruned) -> None:
+    manifest = store_dir.image([b"x"], "a:1", "b:1", pulled=day(7))
     pruned("--pattern", "/a:1")
-    assert datetime.fromtimestamp(stock.path(manifest).stat().st_mtime, UTC) == day(7)
+    assert datetime.fromtimestamp(store_dir.path(manifest).stat().st_mtime, UTC) == day(7)
 
 
-def orphans(stock: Stock) -> dict[str, bytes]:
+def orphans(store_dir: StoreDir) -> dict[str, bytes]:
     """Create an orphaned blob and an abandoned partial; return path and data of each."""
     name = Digest.of(b"half").hex
-    folder = stock.root / "pulls" / "7"
+    folder = store_dir.root / "pulls" / "7"
     folder.mkdir()
     (folder / "lock").touch()
     (folder / name).write_bytes(b"ha")
     (folder / f"{name}.note").write_text('{"size": 4}')
-    stock.blobs(b"unnamed")
+    store_dir.blobs(b"unnamed")
     return {f"blobs/{Digest.of(b'unnamed').hex}": b"unnamed", f"pulls/7/{name}": b"ha"}
 
 
-def test_orphans_older_than_a_day_are_removed(stock: Stock, pruned: Pruned, later: None) -> None:
-    found = orphans(stock)
+def test_orphans_older_than_a_day_are_removed(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
+    found = orphans(store_dir)
     assert pruned("--orphans") == [
         *(f"reclaimed {path} {len(data)} bytes" for path, data in found.items()),
         "2 orphans went, 9 bytes (9 B) are free again",
     ]
-    assert not any((stock.root / path).exists() for path in found)
-    assert left(stock) == ["one:1", "three:3", "two:2"]
-    assert stock.has(SHARED, ONE, TWO, THREE) == [True] * 4
+    assert not any((store_dir.root / path).exists() for path in found)
+    assert left(store_dir) == ["one:1", "three:3", "two:2"]
+    assert store_dir.has(SHARED, ONE, TWO, THREE) == [True] * 4
 
 
-def test_younger_orphans_stay(stock: Stock, pruned: Pruned) -> None:
-    found = orphans(stock)
+def test_younger_orphans_stay(store_dir: StoreDir, pruned: Pruned) -> None:
+    found = orphans(store_dir)
     assert pruned("--orphans") == ["0 orphans went, 0 bytes (0 B) are free again"]
-    assert all((stock.root / path).exists() for path in found)
+    assert all((store_dir.root / path).exists() for path in found)
 
 
-def test_orphan_age_option(stock: Stock, pruned: Pruned, later: None) -> None:
-    orphans(stock)
+def test_orphan_age_option(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
+    orphans(store_dir)
     assert pruned("--orphans", "--older-than", "3d") == ["0 orphans went, 0 bytes (0 B) are free again"]
     assert pruned("--orphans", "--older-than", "47h")[-1] == "2 orphans went, 9 bytes (9 B) are free again"
 
 
-def test_images_and_orphans_together(stock: Stock, pruned: Pruned, later: None) -> None:
-    orphans(stock)
+def test_images_and_orphans_together(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
+    orphans(store_dir)
     lines = pruned("--orphans", "--pattern", "one")
     assert gone(lines) == ["one:1"]
     assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans went"]
 
 
-def test_dry_run_creates_no_lock_file(stock: Stock, pruned: Pruned, later: None) -> None:
-    orphans(stock)
-    (stock.root / "pulls" / "7" / "lock").unlink()
+def test_dry_run_creates_no_lock_file(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
+    orphans(store_dir)
+    (store_dir.root / "pulls" / "7" / "lock").unlink()
     pruned("--orphans")
 
 
 def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for options in (["--pattern", "x"], ["--orphans"], ["--pattern", "x", "--dry-run"]):
-        said = run(capfd, "--image-path", tmp_path / "none", "prune", *options)
-        assert (said.status, said.out) == (1, "")
-        assert said.err == f"ociregistry: cannot use the store {tmp_path}/none: No such file or directory\n"
+        result = run(capfd, "--image-path", tmp_path / "none", "prune", *options)
+        assert (result.status, result.out) == (1, "")
+        assert result.err == f"ociregistry: cannot use the store {tmp_path}/none: No such file or directory\n"
     assert os.listdir(tmp_path) == []
 
 
@@ -281,8 +281,8 @@ def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest
     ],
 )
 def test_usage_error_changes_nothing(
-    stock: Stock, capfd: pytest.CaptureFixture[str], argv: list[str], why: str
+    store_dir: StoreDir, capfd: pytest.CaptureFixture[str], argv: list[str], why: str
 ) -> None:
-    before = snapshot(stock.root)
-    assert why in mistake(capfd, "--image-path", stock.root, "prune", *argv)
-    assert snapshot(stock.root) == before
+    before = snapshot(store_dir.root)
+    assert why in usage_error(capfd, "--image-path", store_dir.root, "prune", *argv)
+    assert snapshot(store_dir.root) == before

@@ -33,7 +33,7 @@ class Process:
     may_not: str = ""
     became: list[tuple[str, object]] = field(default_factory=list)
 
-    def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Replace the functions of `os` that query and change the user."""
         monkeypatch.setattr(os, "geteuid", lambda: self.uid)
         for name in ("setgroups", "setgid", "setuid"):
@@ -49,7 +49,7 @@ class Process:
 def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     """Return a process of root on a machine that knows no users or groups."""
     process = Process()
-    process.put_in_place(monkeypatch)
+    process.install(monkeypatch)
 
     def unknown(uid: int) -> None:
         raise KeyError(uid)

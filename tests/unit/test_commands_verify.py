@@ -19,8 +19,8 @@ from ociregistry.settings import Settings, load_settings
 from ociregistry.store.store import Store
 from tests.images import Blob, make_image, make_index
 from tests.unit.support.doubles import REACTOR, manifest, on_reactor
-from tests.unit.support.loads import Shelf
-from tests.unit.support.stores import HOST, Stock
+from tests.unit.support.loads import MemoryFetcher
+from tests.unit.support.stores import HOST, StoreDir
 
 INDEX = make_index("verified", platforms=("linux/amd64", "linux/arm64"))
 AMD64, ARM64 = INDEX.images
@@ -31,33 +31,35 @@ REPOSITORY = f"{HOST}/app"
 
 
 @pytest.fixture
-def stock(root: Path) -> Stock:
+def store_dir(root: Path) -> StoreDir:
     """Return a store with an index: one platform pulled, the other as metadata."""
-    stock = Stock(root)
-    stock.put(manifest(INDEX), "app:1")
-    stock.put(manifest(AMD64), "app@", wanted=True)
-    stock.blobs(*(blob.data for blob in AMD64.blobs), CONFIG.data)
-    stock.put(manifest(ARM64), "app@", wanted=False)
-    return stock
+    store_dir = StoreDir(root)
+    store_dir.put(manifest(INDEX), "app:1")
+    store_dir.put(manifest(AMD64), "app@", wanted=True)
+    store_dir.blobs(*(blob.data for blob in AMD64.blobs), CONFIG.data)
+    store_dir.put(manifest(ARM64), "app@", wanted=False)
+    return store_dir
 
 
-class Verifying:
+class VerifyCommand:
     """Run `verify` with an upstream that has everything, except for configured errors."""
 
-    def __init__(self, stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-        self._root = stock.root
+    def __init__(
+        self, store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        self._root = store_dir.root
         self._capfd = capfd
         self.asked: list[str] = []
         self.errors: dict[str, Exception] = {}
         monkeypatch.setattr(ociregistry.commands.verify, "open_fetcher", self._fetcher_for)
 
     @asynccontextmanager
-    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
-        shelf = Shelf(store, self._root)
-        shelf.add(APP, INDEX)
-        shelf.errors = self.errors
-        shelf.asked = self.asked
-        yield shelf
+    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[MemoryFetcher]:
+        fetcher = MemoryFetcher(store, self._root)
+        fetcher.add(APP, INDEX)
+        fetcher.errors = self.errors
+        fetcher.asked = self.asked
+        yield fetcher
 
     async def __call__(self, *, repair: bool = False, **changed: Any) -> tuple[bool, list[str]]:
         """Run `verify`; return whether the store is sound, and the output."""
@@ -67,25 +69,25 @@ class Verifying:
         settings = replace(load_settings({"image_path": str(self._root)}, (), None), **changed)
         verified: Coroutine[Deferred[Any], Any, bool] = command._verify(settings, REACTOR)
         whole = await Deferred.fromCoroutine(verified)
-        said = self._capfd.readouterr()
-        assert said.err == ""
-        return whole, said.out.splitlines()
+        output = self._capfd.readouterr()
+        assert output.err == ""
+        return whole, output.out.splitlines()
 
 
 @pytest.fixture
-def verify(stock: Stock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Verifying:
+def verify(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> VerifyCommand:
     """Return a runner of `verify`."""
-    return Verifying(stock, monkeypatch, capfd)
+    return VerifyCommand(store_dir, monkeypatch, capfd)
 
 
-def spoil(stock: Stock, data: bytes) -> None:
+def spoil(store_dir: StoreDir, data: bytes) -> None:
     """Overwrite a blob with other bytes of the same size."""
-    stock.blob(data).write_bytes(bytes(len(data)))
+    store_dir.blob(data).write_bytes(bytes(len(data)))
 
 
-def delete(stock: Stock, data: bytes) -> None:
+def delete(store_dir: StoreDir, data: bytes) -> None:
     """Remove a blob."""
-    stock.blob(data).unlink()
+    store_dir.blob(data).unlink()
 
 
 def asked(*blobs: Blob) -> list[str]:
@@ -94,7 +96,7 @@ def asked(*blobs: Blob) -> list[str]:
 
 
 @on_reactor
-async def test_sound_store(verify: Verifying) -> None:
+async def test_sound_store(verify: VerifyCommand) -> None:
     for repair in (False, True):
         whole, lines = await verify(repair=repair)
         assert (whole, len(lines), verify.asked) == (True, 1, [])
@@ -105,9 +107,9 @@ async def test_sound_store(verify: Verifying) -> None:
 @pytest.mark.parametrize("blob", [LAYER, AMD64.config, CONFIG])
 @on_reactor
 async def test_missing_blob_fails_until_repaired(
-    stock: Stock, verify: Verifying, lose: Callable[[Stock, bytes], None], blob: Blob
+    store_dir: StoreDir, verify: VerifyCommand, lose: Callable[[StoreDir, bytes], None], blob: Blob
 ) -> None:
-    lose(stock, blob.data)
+    lose(store_dir, blob.data)
     # The first run quarantines a damaged blob.
     for damaged in ("1 damaged" if lose is spoil else "0 damaged", "0 damaged"):
         whole, lines = await verify()
@@ -119,24 +121,24 @@ async def test_missing_blob_fails_until_repaired(
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(blob))
     assert lines[-1] == f"completed: the image {image.manifest.digest} lacked 1 blobs, {len(blob.data)} bytes"
-    assert stock.blob(blob.data).read_bytes() == blob.data
+    assert store_dir.blob(blob.data).read_bytes() == blob.data
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked, len(lines)) == (True, [], 1)
 
 
 @on_reactor
-async def test_damaged_blob_is_repaired_in_one_run(stock: Stock, verify: Verifying) -> None:
-    spoil(stock, LAYER.data)
+async def test_damaged_blob_is_repaired_in_one_run(store_dir: StoreDir, verify: VerifyCommand) -> None:
+    spoil(store_dir, LAYER.data)
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(LAYER))
-    assert lines[1] == f"repaired: {stock.blob(LAYER.data)}"
+    assert lines[1] == f"repaired: {store_dir.blob(LAYER.data)}"
     assert lines[-1].endswith("1 damaged")
 
 
 @on_reactor
-async def test_unavailable_blob_fails_the_repair(stock: Stock, verify: Verifying) -> None:
-    delete(stock, LAYER.data)
-    delete(stock, CONFIG.data)
+async def test_unavailable_blob_fails_the_repair(store_dir: StoreDir, verify: VerifyCommand) -> None:
+    delete(store_dir, LAYER.data)
+    delete(store_dir, CONFIG.data)
     verify.errors[asked(LAYER)[0]] = Unavailable("down")
     whole, lines = await verify(repair=True)
     assert not whole
@@ -145,7 +147,7 @@ async def test_unavailable_blob_fails_the_repair(stock: Stock, verify: Verifying
     )
     lack = f"the image {AMD64.manifest.digest} lacked 1 blobs, {len(LAYER.data)} bytes"
     assert f"not completed: {lack}: down" in lines
-    assert stock.blob(CONFIG.data).exists()
+    assert store_dir.blob(CONFIG.data).exists()
     # Repaired blobs are not requested again; the second run completes the store.
     verify.errors.clear()
     whole, _ = await verify(repair=True)
@@ -153,11 +155,11 @@ async def test_unavailable_blob_fails_the_repair(stock: Stock, verify: Verifying
 
 
 @on_reactor
-async def test_shared_missing_blob_is_requested_once(stock: Stock, verify: Verifying) -> None:
-    delete(stock, LAYER.data)
-    stock.put(manifest(OVER), "other:1", wanted=True)
+async def test_shared_missing_blob_is_requested_once(store_dir: StoreDir, verify: VerifyCommand) -> None:
+    delete(store_dir, LAYER.data)
+    store_dir.put(manifest(OVER), "other:1", wanted=True)
     shared = {Digest(blob.digest) for blob in AMD64.blobs}
-    stock.blobs(*(blob.data for blob in OVER.blobs if blob.digest not in shared))
+    store_dir.blobs(*(blob.data for blob in OVER.blobs if blob.digest not in shared))
     whole, lines = await verify(repair=True)
     assert whole
     assert len(verify.asked) == len(set(verify.asked)) == 1
@@ -165,44 +167,48 @@ async def test_shared_missing_blob_is_requested_once(stock: Stock, verify: Verif
 
 
 @on_reactor
-async def test_quarantined_orphan_blob_is_no_failure(stock: Stock, verify: Verifying) -> None:
+async def test_quarantined_orphan_blob_is_no_failure(store_dir: StoreDir, verify: VerifyCommand) -> None:
     unused = b"no image has it"
-    stock.blobs(unused)
-    spoil(stock, unused)
+    store_dir.blobs(unused)
+    spoil(store_dir, unused)
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, [])
-    assert lines[1] == f"not repaired: {stock.blob(unused)}: no image needs it"
+    assert lines[1] == f"not repaired: {store_dir.blob(unused)}: no image needs it"
 
 
 @on_reactor
-async def test_damaged_record_is_restored(stock: Stock, verify: Verifying) -> None:
+async def test_damaged_record_is_restored(store_dir: StoreDir, verify: VerifyCommand) -> None:
     for image, wanted in ((AMD64, True), (ARM64, False)):
-        path = stock.path(manifest(image))
+        path = store_dir.path(manifest(image))
         spoiled = path.read_bytes().replace(image.layers[0].digest.encode(), b"sha256:" + b"0" * 64)
         path.write_bytes(spoiled)
         whole, _ = await verify(repair=True)
         assert whole
-        assert stock.inventory().records[manifest(image).digest].record.wanted is wanted
-    assert [row.url for row in stock.inventory().rows] == [APP, f"{REPOSITORY}@{AMD64.manifest.digest}"]
+        assert store_dir.inventory().records[manifest(image).digest].record.wanted is wanted
+    assert [row.url for row in store_dir.inventory().rows] == [APP, f"{REPOSITORY}@{AMD64.manifest.digest}"]
 
 
 @pytest.mark.parametrize("repair", [False, True])
 @on_reactor
-async def test_metadata_is_not_missing_when_turned_off(stock: Stock, verify: Verifying, repair: bool) -> None:
-    delete(stock, CONFIG.data)
+async def test_metadata_is_not_missing_when_turned_off(
+    store_dir: StoreDir, verify: VerifyCommand, repair: bool
+) -> None:
+    delete(store_dir, CONFIG.data)
     whole, lines = await verify(repair=repair, complete_metadata=False)
     assert (whole, len(lines), verify.asked) == (True, 1, [])
 
 
 @on_reactor
-async def test_layers_of_metadata_are_not_missing_those_of_old_records_are(stock: Stock, verify: Verifying) -> None:
+async def test_layers_of_metadata_are_not_missing_those_of_old_records_are(
+    store_dir: StoreDir, verify: VerifyCommand
+) -> None:
     assert (await verify())[0]
     # A record of version 0.1.0, without `wanted`, of which a layer is present.
-    path = stock.path(manifest(ARM64))
+    path = store_dir.path(manifest(ARM64))
     path.unlink()
-    stock.put(manifest(ARM64), "app@")
+    store_dir.put(manifest(ARM64), "app@")
     assert (await verify())[0]
-    stock.blobs(ARM64.layers[0].data)
+    store_dir.blobs(ARM64.layers[0].data)
     whole, _ = await verify()
     assert not whole
     whole, _ = await verify(repair=True)
@@ -211,8 +217,8 @@ async def test_layers_of_metadata_are_not_missing_those_of_old_records_are(stock
 
 @pytest.mark.parametrize("repair", [False, True])
 @on_reactor
-async def test_image_requested_by_head_is_complete(stock: Stock, verify: Verifying, repair: bool) -> None:
+async def test_image_requested_by_head_is_complete(store_dir: StoreDir, verify: VerifyCommand, repair: bool) -> None:
     """Its layers are not wanted and no index names it, so neither daemon nor repair fetches anything."""
-    stock.put(manifest(OVER), "other:1", wanted=False)
+    store_dir.put(manifest(OVER), "other:1", wanted=False)
     whole, lines = await verify(repair=repair)
     assert (whole, len(lines), verify.asked) == (True, 1, [])

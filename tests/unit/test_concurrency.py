@@ -26,42 +26,42 @@ class Work:
 
 
 def test_event_wakes_current_waiters() -> None:
-    bell = Event()
-    first, second = bell.wait(), bell.wait()
+    event = Event()
+    first, second = event.wait(), event.wait()
     assert not first.called
-    bell.fire()
+    event.fire()
     assert first.called
     assert second.called
-    later = bell.wait()
+    later = event.wait()
     assert not later.called
-    bell.fire()
+    event.fire()
     assert later.called
-    bell.fire()
+    event.fire()
 
 
 def test_cancelled_waiter_wakes_no_other() -> None:
-    bell = Event()
-    first, second = bell.wait(), bell.wait()
+    event = Event()
+    first, second = event.wait(), event.wait()
     first.cancel()
     failed(first, CancelledError)
     assert not second.called
-    bell.fire()
+    event.fire()
     assert second.called
 
 
 def test_waiting_again_in_callback_waits_for_next_fire() -> None:
-    bell = Event()
+    event = Event()
     again: list[Deferred[None]] = []
-    bell.wait().addCallback(lambda _: again.append(bell.wait()))
-    bell.fire()
+    event.wait().addCallback(lambda _: again.append(event.wait()))
+    event.fire()
     assert not again[0].called
-    bell.fire()
+    event.fire()
     assert again[0].called
 
 
 def test_woken_waiter_may_cancel_others() -> None:
-    bell = Event()
-    waiting = [bell.wait() for _ in range(3)]
+    event = Event()
+    waiting = [event.wait() for _ in range(3)]
 
     def woken(_: None) -> None:
         for other in waiting:
@@ -70,14 +70,14 @@ def test_woken_waiter_may_cancel_others() -> None:
     for mine in waiting:
         mine.addCallback(woken)
         mine.addErrback(lambda failure: failure.trap(CancelledError))
-    bell.fire()
+    event.fire()
     assert all(mine.called for mine in waiting)
 
 
 def test_work_runs_once_for_all_waiters() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    waiting = [flights.join("key", work) for _ in range(3)]
+    waiting = [single_flight.join("key", work) for _ in range(3)]
     assert work.begun == 1
     assert len(set(map(id, waiting))) == 3
     work.result.callback("done")
@@ -85,9 +85,9 @@ def test_work_runs_once_for_all_waiters() -> None:
 
 
 def test_each_key_has_its_own_work() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     one, other = Work(), Work()
-    first, second = flights.join("one", one), flights.join("other", other)
+    first, second = single_flight.join("one", one), single_flight.join("other", other)
     other.result.callback("other")
     assert fired(second) == "other"
     assert not first.called
@@ -96,20 +96,20 @@ def test_each_key_has_its_own_work() -> None:
 
 
 def test_finished_work_is_started_anew() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    first = flights.join("key", work)
+    first = single_flight.join("key", work)
     work.result.callback("first")
     work.result = succeed("second")
-    assert fired(flights.join("key", work)) == "second"
+    assert fired(single_flight.join("key", work)) == "second"
     assert fired(first) == "first"
     assert work.begun == 2
 
 
 def test_cancelled_waiter_leaves_work_running() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    first, second = flights.join("key", work), flights.join("key", work)
+    first, second = single_flight.join("key", work), single_flight.join("key", work)
     first.cancel()
     failed(first, CancelledError)
     assert not second.called
@@ -118,39 +118,39 @@ def test_cancelled_waiter_leaves_work_running() -> None:
 
 
 def test_timed_out_waiter_leaves_work_running(clock: Clock) -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    hasty = flights.join("key", work).addTimeout(25, clock)
+    hasty = single_flight.join("key", work).addTimeout(25, clock)
     clock.advance(25)
     assert hasty.called
     hasty.addErrback(lambda _: None)
-    patient = flights.join("key", work)
+    patient = single_flight.join("key", work)
     assert work.begun == 1
     work.result.callback("done")
     assert fired(patient) == "done"
 
 
 def test_failure_reaches_all_waiters() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    waiting = [flights.join("key", work) for _ in range(3)]
+    waiting = [single_flight.join("key", work) for _ in range(3)]
     work.result.errback(Unavailable("down"))
     assert [failed(mine, Unavailable).message for mine in waiting] == ["down"] * 3
 
 
 def test_immediate_failure() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
     work.result = fail(Unavailable("down"))
-    failed(flights.join("key", work), Unavailable)
+    failed(single_flight.join("key", work), Unavailable)
     work.result = succeed("up")
-    assert fired(flights.join("key", work)) == "up"
+    assert fired(single_flight.join("key", work)) == "up"
 
 
 def test_unawaited_upstream_failure_is_one_log_line(events: list[LogEvent]) -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    failed(cancelled(flights.join("key", work)), CancelledError)
+    failed(cancelled(single_flight.join("key", work)), CancelledError)
     work.result.errback(Unavailable("docker.io: the connection was refused"))
     assert texts(events, LogLevel.error) == ["docker.io: the connection was refused"]
     assert len(events) == 1
@@ -158,31 +158,31 @@ def test_unawaited_upstream_failure_is_one_log_line(events: list[LogEvent]) -> N
 
 @pytest.mark.expect_logged_failures
 def test_unawaited_defect_is_logged_with_traceback(events: list[LogEvent]) -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    failed(cancelled(flights.join("key", work)), CancelledError)
+    failed(cancelled(single_flight.join("key", work)), CancelledError)
     work.result.errback(ZeroDivisionError("a defect"))
     assert [event["log_failure"].type for event in events] == [ZeroDivisionError]
 
 
 def test_awaited_failure_is_not_logged(events: list[LogEvent]) -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    mine = flights.join("key", work)
+    mine = single_flight.join("key", work)
     work.result.errback(Unavailable("down"))
     failed(mine, Unavailable)
     assert events == []
 
 
 def test_callback_may_join_again_and_cancel_another() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work, next_work = Work(), Work()
-    first, second, third = (flights.join("key", work) for _ in range(3))
+    first, second, third = (single_flight.join("key", work) for _ in range(3))
     joined: list[Deferred[str]] = []
 
     def served(result: str) -> str:
         second.cancel()
-        joined.append(flights.join("key", next_work))
+        joined.append(single_flight.join("key", next_work))
         return result
 
     first.addCallback(served)
@@ -195,9 +195,9 @@ def test_callback_may_join_again_and_cancel_another() -> None:
 
 
 def test_callback_error_does_not_reach_other_waiters() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    first, second = flights.join("key", work), flights.join("key", work)
+    first, second = single_flight.join("key", work), single_flight.join("key", work)
     first.addCallback(lambda _: 1 / 0)
     work.result.callback("done")
     assert fired(second) == "done"
@@ -205,9 +205,9 @@ def test_callback_error_does_not_reach_other_waiters() -> None:
 
 
 def test_handled_failure_still_reaches_other_waiters() -> None:
-    flights: SingleFlight[str, str] = SingleFlight()
+    single_flight: SingleFlight[str, str] = SingleFlight()
     work = Work()
-    first, second = flights.join("key", work), flights.join("key", work)
+    first, second = single_flight.join("key", work), single_flight.join("key", work)
     first.addErrback(lambda failure: isinstance(failure, Failure))
     work.result.errback(Unavailable("down"))
     assert fired(first)

@@ -77,8 +77,8 @@ def test_any_entry_contains_no_secret(
     given = {"name": "a.b", "auth": {**auth, key: f"{around}{SECRET}{around}"}, "mirrors": mirrors}
     path.write_text(yaml.safe_dump([given], allow_unicode=True))
     try:
-        told = repr(read(path, path.read_text()))
+        printed = repr(read(path, path.read_text()))
     except ConfigInvalid as refused:
-        told = str(refused)
-        assert told.startswith(f"{path}:")
-    assert SECRET not in told
+        printed = str(refused)
+        assert printed.startswith(f"{path}:")
+    assert SECRET not in printed

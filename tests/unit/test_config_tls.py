@@ -127,10 +127,10 @@ def test_encrypted_key_is_refused_without_passphrase_prompt(
     key = serialization.load_pem_private_key(pair[1].read_bytes(), None)
     pair[1].write_bytes(key.private_bytes(PEM, form, ENCRYPTED))
 
-    def asks(*_: object) -> NoReturn:
+    def prompt(*_: object) -> NoReturn:
         raise AssertionError("it asks")
 
-    monkeypatch.setattr(crypto, "load_privatekey", asks)
+    monkeypatch.setattr(crypto, "load_privatekey", prompt)
     line = len(place.splitlines())
     assert refusal(path, place).startswith(
         f"{path}:{line}: tls.key: {pair[1]} is encrypted: no passphrase can be entered"
@@ -268,6 +268,6 @@ def test_printed_settings_contain_no_key(path: Path, pair: tuple[Path, Path]) ->
     config = read(path, f"tls: {{{text}}}\nregistries:\n- name: a.b\n  tls: {{{text}}}\n")
     secrets = pair[1].read_text().splitlines()[1:-1]
     assert secrets
-    for told in (repr(config), str(config.tls), f"{config.registries}"):
-        assert not any(secret in told for secret in secrets)
-        assert "PRIVATE KEY" not in told
+    for printed in (repr(config), str(config.tls), f"{config.registries}"):
+        assert not any(secret in printed for secret in secrets)
+        assert "PRIVATE KEY" not in printed

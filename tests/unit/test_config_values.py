@@ -128,9 +128,9 @@ def test_malformed_local_time_is_refused(text: str) -> None:
 @given(st.datetimes(datetime(1970, 1, 2), datetime(2100, 1, 1)))  # noqa: DTZ001  # local times are what is told
 def test_local_time_round_trip(moment: datetime) -> None:
     """Except for the repeated hour in autumn."""
-    told = local_time(moment.replace(tzinfo=UTC))
-    again = parse_local_time(told)
-    assert local_time(again) == told
+    formatted = local_time(moment.replace(tzinfo=UTC))
+    again = parse_local_time(formatted)
+    assert local_time(again) == formatted
     assert moment.replace(tzinfo=UTC) - again in (timedelta(microseconds=moment.microsecond), timedelta(hours=1))
 
 
@@ -164,7 +164,7 @@ def test_duration_beyond_the_calendar_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "formatted"),
     [
         (0, "0 B"),
         (1, "1 B"),
@@ -179,8 +179,8 @@ def test_duration_beyond_the_calendar_is_refused(text: str) -> None:
         (12_345 * 10**12, "12345.0 TB"),
     ],
 )
-def test_size_is_formatted(size: int, told: str) -> None:
-    assert size_text(size) == told
+def test_size_is_formatted(size: int, formatted: str) -> None:
+    assert size_text(size) == formatted
 
 
 @UNHURRIED

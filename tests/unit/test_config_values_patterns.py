@@ -228,13 +228,13 @@ def test_any_text_is_searchable_or_refused(text: str) -> None:
     try:
         patterns = Patterns.parse(text)
     except ValueError as refused:
-        said = str(refused)
+        message = str(refused)
     else:
-        said = "an empty pattern"
+        message = "an empty pattern"
         assert patterns.expressions
         assert patterns.match("") in (True, False)
         assert not any(re.search(r"(?<!\\)(\\\\)*\\[zQEpPC]", one.pattern) for one in patterns.expressions)
-    assert said.startswith(("the pattern ", "an empty pattern"))
+    assert message.startswith(("the pattern ", "an empty pattern"))
 
 
 @UNHURRIED

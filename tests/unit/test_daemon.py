@@ -85,7 +85,7 @@ async def test_configured_scheme_is_used(
     assert upstream.requests == ()
 
 
-def gives_up(capfd: pytest.CaptureFixture[str], begin: Callable[[], object], events: list[LogEvent]) -> str:
+def startup_error(capfd: pytest.CaptureFixture[str], begin: Callable[[], object], events: list[LogEvent]) -> str:
     """Return the single log line of a daemon that fails to start with exit status 1."""
     with pytest.raises(SystemExit) as ended:
         begin()
@@ -101,7 +101,7 @@ def test_port_in_use_ends_startup(root: Path, capfd: pytest.CaptureFixture[str],
     with socket.create_server(("127.0.0.1", 0)) as taken:
         endpoint = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
         daemon = make(root, "--listen", endpoint)
-        line = gives_up(capfd, daemon.privilegedStartService, events)
+        line = startup_error(capfd, daemon.privilegedStartService, events)
     assert f"cannot listen on {endpoint}: " in line
     assert "in use" in line
     daemon._listeners.stopService()
@@ -119,7 +119,7 @@ def test_malformed_endpoint_ends_startup(
     options.parent = ServerOptions()
     options.parseOptions(["--image-path", str(root), "--listen", endpoint])
     daemon = makeService(options, REACTOR)
-    assert f"cannot listen on {endpoint}: " in gives_up(capfd, daemon.privilegedStartService, events)
+    assert f"cannot listen on {endpoint}: " in startup_error(capfd, daemon.privilegedStartService, events)
 
 
 def test_unusable_store_ends_startup(
@@ -127,7 +127,7 @@ def test_unusable_store_ends_startup(
 ) -> None:
     (tmp_path / "file").touch()
     daemon = make(tmp_path / "file" / "store")
-    assert f"cannot use the store {tmp_path}/file/store: " in gives_up(capfd, daemon.startService, events)
+    assert f"cannot use the store {tmp_path}/file/store: " in startup_error(capfd, daemon.startService, events)
 
 
 @pytest.mark.parametrize("level", ["error", "info"])

@@ -30,7 +30,7 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
 
-class Besides:
+class ControlSocketClients:
     """Opens clients of daemons' control sockets."""
 
     def __init__(self) -> None:
@@ -52,16 +52,20 @@ class Besides:
 
 
 @pytest_twisted.async_yield_fixture
-async def besides() -> AsyncIterator[Besides]:
+async def socket_clients() -> AsyncIterator[ControlSocketClients]:
     """Return a factory of control socket clients."""
-    besides = Besides()
-    yield besides
-    await besides.close()
+    socket_clients = ControlSocketClients()
+    yield socket_clients
+    await socket_clients.close()
 
 
 @on_reactor
 async def test_commands_pull_through_control_socket(
-    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides, events: list[LogEvent]
+    daemons: Daemons,
+    root: Path,
+    upstream: ScriptedRegistry,
+    socket_clients: ControlSocketClients,
+    events: list[LogEvent],
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     start(daemons, upstream, "--no-complete-images")
@@ -69,7 +73,7 @@ async def test_commands_pull_through_control_socket(
     assert stat.S_ISSOCK(found.stat().st_mode)
     # Only those with access to the store's credentials and files may use it.
     assert stat.S_IMODE(found.stat().st_mode) == 0o600
-    daemon_client = besides.find(root)
+    daemon_client = socket_clients.find(root)
     assert await daemon_client.manifest(app(upstream)) == manifest(BUILT)
     for start_at in (0, 1000):
         body = await daemon_client.blob(app(upstream).repository, Digest(LAYER.digest), start_at)
@@ -85,10 +89,10 @@ async def test_commands_pull_through_control_socket(
 
 @on_reactor
 async def test_failures_are_passed_on_to_commands(
-    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, socket_clients: ControlSocketClients
 ) -> None:
     start(daemons, upstream, "--allow-upstreams", upstream.host)
-    daemon_client = besides.find(root)
+    daemon_client = socket_clients.find(root)
     with pytest.raises(ManifestUnknown, match="404"):
         await daemon_client.manifest(app(upstream))
     with pytest.raises(Denied, match=r"^quay.io: the operator does not allow this upstream"):
@@ -97,7 +101,7 @@ async def test_failures_are_passed_on_to_commands(
 
 @on_reactor
 async def test_image_is_loaded_with_one_request_per_object(
-    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, socket_clients: ControlSocketClients
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     start(daemons, upstream)
@@ -105,7 +109,7 @@ async def test_image_is_loaded_with_one_request_per_object(
     store = Store(root, REACTOR, REACTOR)
     store.startService()
     try:
-        loads = Loads(store, DaemonFetcher(store, besides.find(root), 60.0, REACTOR))
+        loads = Loads(store, DaemonFetcher(store, socket_clients.find(root), 60.0, REACTOR))
         (outcome,) = await loads.load(str(app(upstream)))
     finally:
         store.stopService()
@@ -128,13 +132,13 @@ async def test_control_socket_is_removed_at_shutdown(
 
 @on_reactor
 async def test_socket_of_a_killed_daemon_is_replaced(
-    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, socket_clients: ControlSocketClients
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     (root / "pulls" / "0").mkdir(parents=True)
     (root / "pulls" / "0" / "socket").touch()
     start(daemons, upstream)
-    assert await besides.find(root).manifest(app(upstream)) == manifest(BUILT)
+    assert await socket_clients.find(root).manifest(app(upstream)) == manifest(BUILT)
 
 
 @on_reactor
@@ -161,13 +165,13 @@ async def test_daemon_serves_without_control_socket(
 
 @on_reactor
 async def test_request_over_control_socket_is_answered_before_shutdown(
-    daemons: Daemons, root: Path, upstream: ScriptedRegistry, besides: Besides
+    daemons: Daemons, root: Path, upstream: ScriptedRegistry, socket_clients: ControlSocketClients
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     hold = Hold()
     upstream.script("*", hold)
     start(daemons, upstream)
-    asked = Deferred.fromCoroutine(besides.find(root).manifest(app(upstream)))
+    asked = Deferred.fromCoroutine(socket_clients.find(root).manifest(app(upstream)))
     await until(hold.reached.is_set)
     stopped = daemons.stop()
     await turn()

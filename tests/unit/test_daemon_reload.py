@@ -35,7 +35,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ociregistry.yaml"
 
 
-def told(events: list[LogEvent]) -> list[str]:
+def warnings_and_errors(events: list[LogEvent]) -> list[str]:
     """Return the warnings and errors, which must pass the filter at every level."""
     found = [event for event in events if event["log_level"] in (LogLevel.warn, LogLevel.error)]
     assert logged("error", found) == found
@@ -51,7 +51,7 @@ def logged(level: str, events: list[LogEvent]) -> list[LogEvent]:
     return observer.events
 
 
-def read_again(events: list[LogEvent]) -> list[str]:
+def reload_messages(events: list[LogEvent]) -> list[str]:
     """Return the log lines of successful reloads."""
     return [text for text in texts(events, LogLevel.info) if "settings reloaded" in text]
 
@@ -68,7 +68,7 @@ async def test_changed_registry_entry_takes_effect(
     assert (await get(network, events, MANIFEST)).status == 503
     await daemon.reload()
     assert (await get(network, events, MANIFEST)).status == 200
-    assert read_again(events) == ["settings reloaded: 2 upstreams configured"]
+    assert reload_messages(events) == ["settings reloaded: 2 upstreams configured"]
 
 
 @on_reactor
@@ -95,7 +95,7 @@ async def test_changed_allow_upstreams_takes_effect(
         path.write_text(f"allow_upstreams: '{allowed}'\n")
         await daemon.reload()
         assert (await get(network, events, MANIFEST)).status == status
-    assert [text.partition(": ")[2].partition(":")[0] for text in told(events)] == ["403 DENIED"] * 2
+    assert [text.partition(": ")[2].partition(":")[0] for text in warnings_and_errors(events)] == ["403 DENIED"] * 2
 
 
 @on_reactor
@@ -136,9 +136,9 @@ async def test_invalid_file_changes_nothing_and_is_one_line(
     else:
         path.write_text(text)
     await daemon.reload()
-    (line,) = told(events)
+    (line,) = warnings_and_errors(events)
     assert line.startswith(f"reload failed, settings unchanged: {path}:")
-    assert read_again(events) == []
+    assert reload_messages(events) == []
     assert (await get(network, events, MANIFEST)).status == 200
     assert (await get(network, events, "/v2/quay.io/team/app/manifests/1")).status == 403
     # A later valid file is accepted again.
@@ -183,8 +183,8 @@ async def test_setting_that_needs_restart_is_a_warning(
     daemon = unstarted(path, "log_level: warn\n")
     path.write_text(text)
     await daemon.reload()
-    assert told(events) == [f"{keys}: changes take effect at the next start"]
-    assert len(read_again(events)) == 1
+    assert warnings_and_errors(events) == [f"{keys}: changes take effect at the next start"]
+    assert len(reload_messages(events)) == 1
 
 
 @on_reactor
@@ -208,7 +208,7 @@ async def test_unchanged_settings_cause_no_warning(path: Path, authority: Author
     authority.issue("a")
     path.write_text("log_level: error\nport: 5000\nallow_upstreams: a.b\ntls: {key: a.key, cert: a.crt}\n")
     await daemon.reload()
-    assert told(events) == []
+    assert warnings_and_errors(events) == []
 
 
 @on_reactor
@@ -216,14 +216,14 @@ async def test_command_line_still_takes_precedence(path: Path, events: list[LogE
     daemon = unstarted(path, "port: 5000\n", "--port", "5001")
     path.write_text("port: 5002\n")
     await daemon.reload()
-    assert told(events) == []
+    assert warnings_and_errors(events) == []
 
 
 @on_reactor
 async def test_reload_without_a_file(root: Path, events: list[LogEvent]) -> None:
     await make(root).reload()
-    assert told(events) == []
-    assert read_again(events) == ["settings reloaded: 0 upstreams configured"]
+    assert warnings_and_errors(events) == []
+    assert reload_messages(events) == ["settings reloaded: 0 upstreams configured"]
 
 
 WARNED = "- name: a.b\n  tls: {ca: test-authority.crt, insecure_skip_verify: true}\n"
@@ -237,11 +237,11 @@ async def test_configuration_warnings_pass_every_log_level(
     daemon = daemons.start("--config-path", str(path))
     (event,) = [event for event in events if event["log_level"] is LogLevel.warn]
     assert all(logged(level, [event]) == [event] for level in LOG_LEVELS)
-    (warning,) = told(events)
+    (warning,) = warnings_and_errors(events)
     assert warning.startswith(f"{path}:2: tls.ca: has no effect with insecure_skip_verify")
     path.write_text(f"\n{WARNED}")
     await daemon.reload()
-    assert told(events) == [warning, warning.replace(":2:", ":3:")]
+    assert warnings_and_errors(events) == [warning, warning.replace(":2:", ":3:")]
 
 
 @on_reactor
@@ -251,11 +251,11 @@ async def test_sighup_reloads(daemons: Daemons, path: Path, events: list[LogEven
     assert callable(signal.getsignal(signal.SIGHUP)), "it would end the tests"
     path.write_text("- name: quay.io\n")
     os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: read_again(events) == ["settings reloaded: 1 upstreams configured"])
+    await until(lambda: reload_messages(events) == ["settings reloaded: 1 upstreams configured"])
     path.write_text("- name:\n")
     os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: told(events))
-    assert told(events)[0].startswith(f"reload failed, settings unchanged: {path}:1: name: ")
+    await until(lambda: warnings_and_errors(events))
+    assert warnings_and_errors(events)[0].startswith(f"reload failed, settings unchanged: {path}:1: name: ")
 
 
 @on_reactor
@@ -292,9 +292,9 @@ async def test_defect_in_a_reload_is_logged_and_does_not_block_the_next(events: 
     daemon = Daemon(settings, load, REACTOR, ServerOptions())
     await daemon.reload()
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
-    assert read_again(events) == []
+    assert reload_messages(events) == []
     await daemon.reload()
-    assert len(read_again(events)) == 1
+    assert len(reload_messages(events)) == 1
 
 
 @on_reactor
@@ -304,4 +304,4 @@ async def test_reload_after_shutdown_is_ignored(daemons: Daemons, path: Path, ev
     daemons.stop()
     await until(daemons.stopped)
     await daemon.reload()
-    assert told(events) == []
+    assert warnings_and_errors(events) == []

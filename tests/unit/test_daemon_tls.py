@@ -153,7 +153,7 @@ async def test_truncated_response_over_tls(
     assert LAYER.data.startswith(data)
 
 
-async def shown(events: list[LogEvent]) -> str:
+async def server_certificate(events: list[LogEvent]) -> str:
     """Return the certificate shown to a new client."""
     host, _, port = addresses(events)[0].rpartition(":")
     asked = deferToThreadPool(REACTOR, REACTOR.getThreadPool(), ssl.get_server_certificate, (host, int(port)))
@@ -166,14 +166,14 @@ async def test_renewed_certificate_is_used_after_reload(
 ) -> None:
     old = path.with_name(f"{HOST}.crt").read_text()
     daemon = daemons.start("--config-path", str(path))
-    assert await shown(events) == old
+    assert await server_certificate(events) == old
     new = authority.issue(HOST)[0].read_text()
-    assert await shown(events) == old
+    assert await server_certificate(events) == old
     await daemon.reload()
-    assert await shown(events) == new
+    assert await server_certificate(events) == new
     assert texts(events, LogLevel.warn) == []
     # A change that needs a restart is a warning; TLS stays on.
     path.write_text("")
     await daemon.reload()
-    assert await shown(events) == new
+    assert await server_certificate(events) == new
     assert texts(events, LogLevel.warn) == ["tls: changes take effect at the next start"]

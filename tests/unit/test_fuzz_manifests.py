@@ -128,15 +128,15 @@ def spoil(document: Any, edits: list[tuple[int, str, str, Any]]) -> Any:
         path = everywhere[number % len(everywhere)]
         if not path:
             continue
-        holder = document
+        go_record = document
         for key in path[:-1]:
-            holder = holder[key]
+            go_record = go_record[key]
         if how == "remove":
-            del holder[path[-1]]
-        elif how == "add" and isinstance(holder, dict):
-            holder[name] = value
+            del go_record[path[-1]]
+        elif how == "add" and isinstance(go_record, dict):
+            go_record[name] = value
         else:
-            holder[path[-1]] = value
+            go_record[path[-1]] = value
     return document
 
 

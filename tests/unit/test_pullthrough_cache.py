@@ -18,7 +18,7 @@ from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("cache")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
@@ -116,10 +116,10 @@ async def test_manifest_that_cannot_be_stored_is_not_served(
 
 @on_reactor
 async def test_blob_is_fetched_once_for_all_repositories(
-    cache: PullThrough, upstreams: MemoryRegistries, looks: list[Digest]
+    cache: PullThrough, upstreams: MemoryRegistries, lookups: list[Digest]
 ) -> None:
     waiting = [blob_of(cache), blob_of(cache), blob_of(cache, str(ELSEWHERE))]
-    await until(lambda: len(looks) == 3)
+    await until(lambda: len(lookups) == 3)
     await asked(upstreams)
     upstreams[0].stream(len(DATA)).send(DATA).end()
     for one in waiting:
@@ -128,7 +128,7 @@ async def test_blob_is_fetched_once_for_all_repositories(
         assert await found.content.more_than(len(DATA) - 1) == len(DATA)
         assert await found.content.read(0, 10) == DATA[:10]
         found.content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     found = await blob_of(cache, str(ELSEWHERE))
     assert (found.hit, len(upstreams)) == (True, 1)
     found.content.close()
@@ -137,12 +137,12 @@ async def test_blob_is_fetched_once_for_all_repositories(
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down")])
 @on_reactor
 async def test_blob_missing_in_one_repository_is_fetched_from_another(
-    cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError, looks: list[Digest]
+    cache: PullThrough, upstreams: MemoryRegistries, error: RegistryError, lookups: list[Digest]
 ) -> None:
     first = blob_of(cache)
     await asked(upstreams)
     second = blob_of(cache, str(ELSEWHERE))
-    await until(lambda: len(looks) == 2)
+    await until(lambda: len(lookups) == 2)
     upstreams[0].refuse(error)
     with pytest.raises(type(error)):
         await first
@@ -152,7 +152,7 @@ async def test_blob_missing_in_one_repository_is_fetched_from_another(
     found = await second
     assert await found.content.more_than(len(DATA) - 1) == len(DATA)
     found.content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @on_reactor
@@ -174,7 +174,7 @@ async def test_download_finished_during_lookup_is_a_hit(
     second = blob_of(cache)
     upstreams[0].stream(len(DATA)).send(DATA).end()
     (await first).content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     looked.callback(None)
     found = await second
     assert (found.hit, len(upstreams)) == (True, 1)
@@ -182,9 +182,9 @@ async def test_download_finished_during_lookup_is_a_hit(
 
 
 @on_reactor
-async def test_blob_size(cache: PullThrough, upstreams: MemoryRegistries, looks: list[Digest]) -> None:
+async def test_blob_size(cache: PullThrough, upstreams: MemoryRegistries, lookups: list[Digest]) -> None:
     waiting = [size_of(cache), size_of(cache)]
-    await until(lambda: len(looks) == 2)
+    await until(lambda: len(lookups) == 2)
     await asked(upstreams)
     upstreams[0].answer(4711)
     assert [await one for one in waiting] == [FoundSize(4711, hit=False)] * 2
@@ -197,7 +197,7 @@ async def test_blob_size(cache: PullThrough, upstreams: MemoryRegistries, looks:
     sending.send(DATA).end()
     await content.more_than(len(DATA) - 1)
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert await size_of(cache) == FoundSize(len(DATA), hit=True)
     assert upstreams.asked == [f"blob_size {APP.repository} {DIGEST}", f"blob {APP.repository} {DIGEST}"]
 
@@ -234,7 +234,7 @@ async def test_client_times_out_after_25_seconds_and_fetch_continues(
     upstreams[1].stream(len(DATA)).send(DATA).end()
     upstreams[2].answer(len(DATA))
     await until(lambda: store.counts.images == 1 and (root / "blobs" / DIGEST.hex).exists())
-    await landed(cache)
+    await downloads_ended(cache)
     assert (await manifest_of(cache)).hit
     found = await blob_of(cache)
     assert found.hit

@@ -11,7 +11,7 @@ from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, on_reactor, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("fetch")
 DATA = BUILT.layers[0].data
@@ -39,7 +39,7 @@ async def test_download_finished_during_lookup_is_not_repeated(
     fetching = Deferred.fromCoroutine(cache.fetch(REPOSITORY, DIGEST))
     upstreams[0].stream(len(DATA)).send(DATA).end()
     (await first).content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     looked.callback(None)
     await until(lambda: fetching.called or len(upstreams) > 1)
     assert len(upstreams) == 1

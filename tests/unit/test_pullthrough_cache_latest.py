@@ -164,7 +164,7 @@ async def test_full_disk_serves_cached_image(
 ) -> None:
     await store.keep(IMAGE, LATEST)
 
-    async def keep(*what: object, **said: object) -> NoReturn:
+    async def keep(*what: object, **named: object) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(store, "keep", keep)
@@ -176,7 +176,7 @@ async def test_full_disk_serves_cached_image(
     assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
 
 
-async def pull_at_once(
+async def pull_concurrently(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> list[Deferred[FoundManifest]]:
     """Start three pulls, which share one request."""
@@ -192,7 +192,7 @@ async def pull_at_once(
 async def test_concurrent_pulls_share_a_new_manifest(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store, events: list[LogEvent]
 ) -> None:
-    pulling = await pull_at_once(cache, upstreams, store)
+    pulling = await pull_concurrently(cache, upstreams, store)
     upstreams[0].answer(OTHER.digest)
     await asked(upstreams, 2)
     upstreams[1].answer(OTHER)
@@ -209,7 +209,7 @@ async def test_concurrent_pulls_share_a_new_manifest(
 async def test_concurrent_pulls_share_an_unchanged_manifest(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> None:
-    pulling = await pull_at_once(cache, upstreams, store)
+    pulling = await pull_concurrently(cache, upstreams, store)
     upstreams[0].answer(IMAGE.digest)
     assert [await one for one in pulling] == [FoundManifest(IMAGE, hit=True)] * 3
 

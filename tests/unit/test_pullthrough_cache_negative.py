@@ -21,11 +21,11 @@ def test_error_is_remembered_for_a_minute(clock: Clock) -> None:
     broken.check(APP, BLOB)
     broken.remember(APP, BLOB, GONE)
     for _ in range(2):
-        with pytest.raises(BlobUnknown) as told:
+        with pytest.raises(BlobUnknown) as raised:
             broken.check(APP, BLOB)
         # A new error for each caller: the traceback of a shared one would grow with every client.
-        assert told.value is not GONE
-        assert told.value.message == GONE.message
+        assert raised.value is not GONE
+        assert raised.value.message == GONE.message
         clock.advance(59.875 / 2)
     with pytest.raises(BlobUnknown):
         broken.check(APP, BLOB)

@@ -123,12 +123,12 @@ async def test_error_names_the_stop_not_the_upstream(store: Store, clock: Clock)
 
 @on_reactor
 async def test_no_retry_in_another_repository_after_stop(
-    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, looks: list[Digest]
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, lookups: list[Digest]
 ) -> None:
     waiting = [blob_of(cache)]
     await until(lambda: upstreams.calls)
     waiting.append(blob_of(cache, str(ELSEWHERE)))
-    await until(lambda: len(looks) == 2)
+    await until(lambda: len(lookups) == 2)
     await stop(cache, clock)
     for one in waiting:
         assert one.called

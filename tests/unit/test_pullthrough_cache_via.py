@@ -17,13 +17,13 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("chain")
 DIGEST = Digest(BUILT.layers[0].digest)
 APP = image("reg.example/team/app:1")
 CHAIN = Via(("ociregistry-fedcba9876543210",))
-CIRCLE = LoopDetected("reg.example: it leads back to this server", "1.1 ociregistry-0123456789abcdef")
+LOOP = LoopDetected("reg.example: it leads back to this server", "1.1 ociregistry-0123456789abcdef")
 
 Ask = Callable[[PullThrough, Listings, Context], Any]
 
@@ -49,8 +49,8 @@ async def test_via_is_passed_on_and_loop_error_is_returned(
     await until(lambda: len(upstreams))
     (call,) = upstreams
     assert (call.kind, call.context.via) == (kind, via)
-    call.refuse(CIRCLE)
+    call.refuse(LOOP)
     with pytest.raises(LoopDetected):
         await asked
-    await landed(cache)
+    await downloads_ended(cache)
     assert len(upstreams) == 1

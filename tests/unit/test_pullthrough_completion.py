@@ -26,7 +26,7 @@ from tests.unit.support.completions import (
     OTHER,
     SIZES,
     SMALL,
-    Fetching,
+    FakeBlobFetcher,
     pending,
     pulled,
 )
@@ -35,22 +35,22 @@ from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
 
 @on_reactor
 async def test_missing_blobs_are_fetched_smallest_first(
-    completion: Completion, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, events: list[LogEvent]
 ) -> None:
     assert completion.incomplete == Incomplete(0, 0)
     await pulled(completion, store)
     assert pending(root) == [IMAGE.digest.hex]
     total = sum(SIZES[blob] for blob in (CONFIG, LARGE, SMALL))
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     for blob in (CONFIG, SMALL, LARGE):
         assert completion.incomplete == Incomplete(1, total)
         # One at a time.
         await turn()
-        assert fetching.digests[-1] == blob
-        await fetching.bring(blob)
+        assert blob_fetcher.digests[-1] == blob
+        await blob_fetcher.bring(blob)
         total -= SIZES[blob]
     await until(lambda: not pending(root))
-    assert fetching.asked == [(APP.repository, blob) for blob in (CONFIG, SMALL, LARGE)]
+    assert blob_fetcher.asked == [(APP.repository, blob) for blob in (CONFIG, SMALL, LARGE)]
     assert (completion.incomplete, store.pending) == (Incomplete(0, 0), {})
     assert completion._missing == {}
     await until(lambda: len(texts(events, LogLevel.info)) == 2)
@@ -61,90 +61,94 @@ async def test_missing_blobs_are_fetched_smallest_first(
 
 
 @on_reactor
-async def test_present_blobs_are_not_fetched(completion: Completion, store: Store, fetching: Fetching) -> None:
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+async def test_present_blobs_are_not_fetched(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     assert completion.incomplete == Incomplete(1, SIZES[SMALL])
-    await fetching.bring(SMALL)
+    await blob_fetcher.bring(SMALL)
     await until(lambda: not store.pending)
-    assert fetching.digests == [SMALL]
+    assert blob_fetcher.digests == [SMALL]
 
 
 @on_reactor
 async def test_partly_copied_blob_is_fetched(
-    completion: Completion, store: Store, fetching: Fetching, root: Path
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, root: Path
 ) -> None:
     for blob in (CONFIG, SMALL, LARGE):
-        fetching.put(blob)
+        blob_fetcher.put(blob)
     (root / "blobs" / LARGE.hex).write_bytes(b"half")
     await pulled(completion, store)
-    await until(lambda: fetching.digests == [LARGE])
+    await until(lambda: blob_fetcher.digests == [LARGE])
 
 
 @pytest.mark.parametrize("why", ["index", "complete", "no record"])
 @on_reactor
 async def test_complete_images_cause_no_fetch(
-    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, why: str
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock, why: str
 ) -> None:
     if why == "index":
         await pulled(completion, store, manifest(make_index("some")))
     elif why == "complete":
         for blob in (CONFIG, SMALL, LARGE):
-            fetching.put(blob)
+            blob_fetcher.put(blob)
         await pulled(completion, store)
     else:
         await completion.add_pending(IMAGE, APP.repository)
     clock.advance(30)
     await turn()
-    assert (pending(root), store.pending, fetching.asked) == ([], {}, [])
+    assert (pending(root), store.pending, blob_fetcher.asked) == ([], {}, [])
     assert completion.incomplete == Incomplete(0, 0)
 
 
 @on_reactor
-async def test_foreign_layers_are_not_fetched(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_foreign_layers_are_not_fetched(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
     document = json.loads(IMAGE.data)
     document["layers"][0]["urls"] = ["https://foreign.example/layer"]
     await pulled(completion, store, Manifest.parse(json.dumps(document).encode(), IMAGE.media_type))
     for blob in (CONFIG, SMALL):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not store.pending)
-    assert fetching.digests == [CONFIG, SMALL]
+    assert blob_fetcher.digests == [CONFIG, SMALL]
 
 
 @on_reactor
 async def test_repeated_pull_adds_the_image_once(
-    completion: Completion, store: Store, fetching: Fetching, monkeypatch: pytest.MonkeyPatch
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[Digest] = []
+    lookups: list[Digest] = []
     missing = store.missing
 
-    async def look(digest: Digest) -> Mapping[Digest, int] | None:
-        looked.append(digest)
+    async def record_lookup(digest: Digest) -> Mapping[Digest, int] | None:
+        lookups.append(digest)
         return await missing(digest)
 
-    monkeypatch.setattr(store, "missing", look)
+    monkeypatch.setattr(store, "missing", record_lookup)
     for _ in range(3):
         await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     # Once when it is added, once when it is worked on.
-    assert looked == [IMAGE.digest] * 2
+    assert lookups == [IMAGE.digest] * 2
     for blob in (CONFIG, SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not store.pending)
-    looked.clear()
+    lookups.clear()
     for _ in range(3):
         await pulled(completion, store)
-    assert looked == [IMAGE.digest]
+    assert lookups == [IMAGE.digest]
 
 
 @on_reactor
 async def test_oldest_of_too_many_complete_images_is_checked_again(
-    store: Store, fetching: Fetching, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ociregistry.pullthrough.completion._MOST_COMPLETE", 2)
-    completion = Completion(store, fetching, clock)
+    completion = Completion(store, blob_fetcher, clock)
     images = [make_image(name) for name in ("one", "two", "three")]
     for built in images:
         for blob in built.blobs:
@@ -165,15 +169,15 @@ async def test_oldest_of_too_many_complete_images_is_checked_again(
 
 @on_reactor
 async def test_removed_blob_is_fetched_at_next_pull(
-    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock
 ) -> None:
     for blob in (CONFIG, SMALL, LARGE):
-        fetching.put(blob)
+        blob_fetcher.put(blob)
     await pulled(completion, store)
     (root / "blobs" / SMALL.hex).unlink()
     clock.advance(30)
     await pulled(completion, store)
-    await until(lambda: fetching.digests == [SMALL])
+    await until(lambda: blob_fetcher.digests == [SMALL])
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("reg.example: it answered 404"), Denied("not allowed")])
@@ -181,80 +185,87 @@ async def test_removed_blob_is_fetched_at_next_pull(
 async def test_unknown_blob_is_given_up_with_a_log_line(
     completion: Completion,
     store: Store,
-    fetching: Fetching,
+    blob_fetcher: FakeBlobFetcher,
     root: Path,
     events: list[LogEvent],
     error: RegistryError,
 ) -> None:
     await pulled(completion, store)
-    await fetching.refuse(error, 1)
+    await blob_fetcher.refuse(error, 1)
     for blob in (SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not pending(root))
     assert texts(events, LogLevel.warn) == [f"{NAME} stays incomplete: {error.message}"]
     # It stays missing and is counted.
-    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(1, SIZES[CONFIG]))
+    assert (blob_fetcher.digests, completion.incomplete) == ([CONFIG, SMALL, LARGE], Incomplete(1, SIZES[CONFIG]))
 
 
 @on_reactor
 async def test_unavailable_upstream_is_retried_after_30_seconds(
-    completion: Completion, store: Store, fetching: Fetching, root: Path, clock: Clock, events: list[LogEvent]
+    completion: Completion,
+    store: Store,
+    blob_fetcher: FakeBlobFetcher,
+    root: Path,
+    clock: Clock,
+    events: list[LogEvent],
 ) -> None:
     await pulled(completion, store)
-    await fetching.bring(CONFIG)
-    await fetching.refuse(Unavailable("down"), 2)
+    await blob_fetcher.bring(CONFIG)
+    await blob_fetcher.refuse(Unavailable("down"), 2)
     missing = Incomplete(1, SIZES[SMALL] + SIZES[LARGE])
     for count in (3, 4):
         await turn()
         clock.advance(29.875)
         await turn()
-        assert (len(fetching.asked), completion.incomplete) == (count - 1, missing)
+        assert (len(blob_fetcher.asked), completion.incomplete) == (count - 1, missing)
         clock.advance(0.125)
-        await fetching.refuse(Unavailable("down still"), count)
-    assert fetching.digests == [CONFIG, SMALL, SMALL, SMALL]
+        await blob_fetcher.refuse(Unavailable("down still"), count)
+    assert blob_fetcher.digests == [CONFIG, SMALL, SMALL, SMALL]
     assert pending(root) == [IMAGE.digest.hex]
     assert texts(events, LogLevel.warn) == texts(events, LogLevel.error) == []
 
 
 @on_reactor
 async def test_unavailable_upstream_does_not_block_others(
-    completion: Completion, store: Store, fetching: Fetching
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
 ) -> None:
     await pulled(completion, store)
-    await fetching.refuse(Unavailable("down"), 1)
+    await blob_fetcher.refuse(Unavailable("down"), 1)
     await turn()
     await pulled(completion, store, OTHER, str(ELSEWHERE))
-    await until(lambda: len(fetching.asked) == 2)
-    assert fetching.asked[1:] == [(ELSEWHERE.repository, OTHER.blobs[0].digest)]
+    await until(lambda: len(blob_fetcher.asked) == 2)
+    assert blob_fetcher.asked[1:] == [(ELSEWHERE.repository, OTHER.blobs[0].digest)]
     assert completion.incomplete.images == 2
 
 
 @on_reactor
-async def test_image_added_during_work_is_counted(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_image_added_during_work_is_counted(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
     await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     await pulled(completion, store, OTHER, str(ELSEWHERE))
     assert completion.incomplete == Incomplete(2, sum(SIZES.values()))
 
 
 @on_reactor
 async def test_image_added_during_work_is_tried_before_retry(
-    completion: Completion, store: Store, fetching: Fetching
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
 ) -> None:
     await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     await pulled(completion, store, OTHER, "reg.example/next:1")
     for count in (1, 2):
-        await fetching.refuse(Unavailable("down"), count)
-    await until(lambda: OTHER.blobs[0].digest in fetching.digests)
+        await blob_fetcher.refuse(Unavailable("down"), count)
+    await until(lambda: OTHER.blobs[0].digest in blob_fetcher.digests)
 
 
 @on_reactor
-async def test_new_image_after_idle(completion: Completion, store: Store, fetching: Fetching) -> None:
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+async def test_new_image_after_idle(completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher) -> None:
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     await pulled(completion, store)
-    await fetching.bring(SMALL)
+    await blob_fetcher.bring(SMALL)
     await until(lambda: not completion._work)
     await pulled(completion, store, OTHER, "reg.example/next:1")
-    await until(lambda: len(fetching.asked) == 2)
+    await until(lambda: len(blob_fetcher.asked) == 2)

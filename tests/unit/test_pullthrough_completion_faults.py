@@ -32,13 +32,13 @@ from tests.unit.support.completions import (
     LARGE,
     OTHER,
     SMALL,
-    Fetching,
+    FakeBlobFetcher,
     pending,
     pulled,
 )
 from tests.unit.support.doubles import on_reactor, record, texts, turn, until
 from tests.unit.support.http_agents import INSTANCE
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_web_api import ask
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -46,41 +46,43 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 @on_reactor
 async def test_pending_images_are_resumed_at_start(
-    store: Store, fetching: Fetching, clock: Clock, root: Path
+    store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
     await store.add_pending(IMAGE.digest, APP.repository)
-    completion = Completion(store, fetching, clock)
+    completion = Completion(store, blob_fetcher, clock)
     assert completion.incomplete.images == 1
     completion.startService()
     for blob in (CONFIG, SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not pending(root))
     completion.stopService()
 
 
 @on_reactor
 async def test_stop_keeps_the_rest_for_the_next_start(
-    completion: Completion, store: Store, fetching: Fetching, clock: Clock, root: Path
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, root: Path
 ) -> None:
     await pulled(completion, store)
-    await fetching.bring(CONFIG)
-    await until(lambda: len(fetching.asked) == 2)
+    await blob_fetcher.bring(CONFIG)
+    await until(lambda: len(blob_fetcher.asked) == 2)
     completion.stopService()
-    assert fetching.cancelled == 1
+    assert blob_fetcher.cancelled == 1
     assert pending(root) == [IMAGE.digest.hex]
-    again = Completion(store, fetching, clock)
+    again = Completion(store, blob_fetcher, clock)
     again.startService()
     for blob in (SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not pending(root))
     again.stopService()
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_stop_when_idle_leaves_no_delayed_call(store: Store, fetching: Fetching, clock: Clock, started: bool) -> None:
+def test_stop_when_idle_leaves_no_delayed_call(
+    store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, started: bool
+) -> None:
     looking = list(clock.getDelayedCalls())
-    completion = Completion(store, fetching, clock)
+    completion = Completion(store, blob_fetcher, clock)
     if started:
         completion.startService()
     completion.stopService()
@@ -89,16 +91,16 @@ def test_stop_when_idle_leaves_no_delayed_call(store: Store, fetching: Fetching,
 
 @on_reactor
 async def test_pending_image_without_record_is_dropped(
-    store: Store, fetching: Fetching, clock: Clock, root: Path
+    store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
     await store.add_pending(IMAGE.digest, APP.repository)
     record(root, IMAGE.digest).unlink()
     assert await store.manifest(APP) is None
-    completion = Completion(store, fetching, clock)
+    completion = Completion(store, blob_fetcher, clock)
     completion.startService()
     await until(lambda: not pending(root))
-    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+    assert (blob_fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
     completion.stopService()
 
 
@@ -115,7 +117,7 @@ def failing(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_unwritable_pending_file_is_one_log_line_and_image_is_completed(
     completion: Completion,
     store: Store,
-    fetching: Fetching,
+    blob_fetcher: FakeBlobFetcher,
     root: Path,
     events: list[LogEvent],
     monkeypatch: pytest.MonkeyPatch,
@@ -126,7 +128,7 @@ async def test_unwritable_pending_file_is_one_log_line_and_image_is_completed(
         f"cannot record that {IMAGE.digest} is incomplete: No space left on device"
     ]
     for blob in (CONFIG, SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not store.pending)
 
 
@@ -134,21 +136,21 @@ async def test_unwritable_pending_file_is_one_log_line_and_image_is_completed(
 async def test_unremovable_pending_file_is_one_log_line(
     completion: Completion,
     store: Store,
-    fetching: Fetching,
+    blob_fetcher: FakeBlobFetcher,
     events: list[LogEvent],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     failing("remove", monkeypatch)
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     await pulled(completion, store)
-    await fetching.bring(SMALL)
+    await blob_fetcher.bring(SMALL)
     await until(lambda: texts(events, LogLevel.error))
     assert texts(events, LogLevel.error) == [
         f"cannot remove the pending image {IMAGE.digest}: No space left on device"
     ]
     await pulled(completion, store, OTHER, str(ELSEWHERE))
-    await until(lambda: len(fetching.asked) == 2)
+    await until(lambda: len(blob_fetcher.asked) == 2)
 
 
 DEFECTS = [ZeroDivisionError(), PermissionError(errno.EACCES, os.strerror(errno.EACCES))]
@@ -160,50 +162,52 @@ NEXT = f"{APP.repository.upstream}/next:1"
 @pytest.mark.parametrize("error", DEFECTS)
 @on_reactor
 async def test_defect_does_not_stop_completion(
-    completion: Completion, store: Store, fetching: Fetching, events: list[LogEvent], error: Exception
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, events: list[LogEvent], error: Exception
 ) -> None:
     await pulled(completion, store)
-    await fetching.refuse(error, 1)
+    await blob_fetcher.refuse(error, 1)
     await turn()
     assert len([event for event in events if event["log_level"] >= LogLevel.error]) == 1
     await pulled(completion, store, OTHER, NEXT)
-    await until(lambda: len(fetching.asked) > 1)
+    await until(lambda: len(blob_fetcher.asked) > 1)
 
 
 @pytest.mark.expect_logged_failures
 @pytest.mark.parametrize("error", DEFECTS)
 @on_reactor
 async def test_image_is_retried_after_a_defect(
-    completion: Completion, store: Store, fetching: Fetching, clock: Clock, error: Exception
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, error: Exception
 ) -> None:
     await pulled(completion, store)
-    await fetching.refuse(error, 1)
+    await blob_fetcher.refuse(error, 1)
     await turn()
     clock.advance(30)
     await pulled(completion, store)
-    await until(lambda: len(fetching.asked) > 1)
+    await until(lambda: len(blob_fetcher.asked) > 1)
 
 
 @on_reactor
 async def test_image_added_meanwhile_is_next(
-    completion: Completion, store: Store, fetching: Fetching, root: Path
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, root: Path
 ) -> None:
     await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     await pulled(completion, store, OTHER, NEXT)
     for blob in (CONFIG, SMALL, LARGE):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: pending(root) == [OTHER.digest.hex])
     # No time passes.
-    await until(lambda: len(fetching.asked) == 4)
+    await until(lambda: len(blob_fetcher.asked) == 4)
 
 
 @on_reactor
-async def test_upstreams_are_completed_in_parallel(completion: Completion, store: Store, fetching: Fetching) -> None:
+async def test_upstreams_are_completed_in_parallel(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
     await pulled(completion, store)
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     await pulled(completion, store, OTHER, str(ELSEWHERE))
-    await until(lambda: len(fetching.asked) == 2)
+    await until(lambda: len(blob_fetcher.asked) == 2)
 
 
 # With the cache
@@ -233,7 +237,7 @@ async def test_client_and_completion_share_a_download(
     upstreams[2].stream(len(DATA[SMALL])).send(DATA[SMALL]).end()
     await until(lambda: not pending(root))
     assert upstreams.asked[2] == f"blob {APP.repository} {SMALL}"
-    await landed(cache)
+    await downloads_ended(cache)
     completion.stopService()
 
 
@@ -279,15 +283,15 @@ class PendingImages(Completion):
 async def test_manifest_request_adds_the_image(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    wishing = PendingImages()
-    demand = Demand(store, wishing, Platform("linux", "amd64"), clock)
+    pending_images = PendingImages()
+    demand = Demand(store, pending_images, Platform("linux", "amd64"), clock)
     v2 = V2(cache, Listings(store, upstreams, clock), demand, Upstream("docker.io"), INSTANCE)
 
     await store.keep(IMAGE, APP)
     path = "/v2/team/app/manifests/1"
     assert (await ask(v2, path, method="HEAD")).status == 200
-    assert wishing.pending == []
+    assert pending_images.pending == []
     # A failure of it does not affect the client.
-    wishing.error = ZeroDivisionError()
+    pending_images.error = ZeroDivisionError()
     assert (await ask(v2, path)).status == 200
-    assert wishing.pending == [(IMAGE.digest, APP.repository)]
+    assert pending_images.pending == [(IMAGE.digest, APP.repository)]

@@ -19,7 +19,7 @@ from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Inc
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.paths import record_path
 from ociregistry.store.store import Store
-from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, Fetching, pending
+from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, FakeBlobFetcher, pending
 from tests.unit.support.demands import AMD64, ARM64, INDEX, S390X
 from tests.unit.support.doubles import REACTOR, image, on_reactor, record, texts, until
 from tests.unit.support.fetchers import A, B, C, Fetcher
@@ -34,13 +34,13 @@ Complete = Callable[..., Completion]
 
 
 @pytest.fixture
-def complete(store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock) -> Iterator[Complete]:
+def complete(store: Store, blob_fetcher: FakeBlobFetcher, fetcher: Fetcher, clock: Clock) -> Iterator[Complete]:
     """Return a function that starts a completion with a policy."""
     started: list[Completion] = []
 
     def start(**policy: object) -> Completion:
         metadata = Metadata(store, fetcher, clock)
-        started.append(Completion(store, fetching, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # fields of CompletionPolicy
+        started.append(Completion(store, blob_fetcher, clock, metadata, CompletionPolicy(**policy)))  # type: ignore[arg-type]  # fields of CompletionPolicy
         started[-1].startService()
         return started[-1]
 
@@ -62,7 +62,7 @@ def by_digest(of: Manifest) -> ImageReference:
     return ImageReference(APP.repository, of.digest)
 
 
-async def look(store: Store, clock: Clock, seconds: float = 1) -> None:
+async def refresh(store: Store, clock: Clock, seconds: float = 1) -> None:
     """Advance the clock so that the store scans its files."""
     clock.advance(seconds)
     await settle(store)
@@ -73,98 +73,100 @@ async def look(store: Store, clock: Clock, seconds: float = 1) -> None:
 
 @on_reactor
 async def test_missing_blobs_of_wanted_images_are_found_at_start(
-    complete: Complete, store: Store, fetching: Fetching, root: Path
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    fetching.put(LARGE)
+    blob_fetcher.put(LARGE)
     completion = complete()
     for blob in (CONFIG, SMALL):
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not pending(root))
     await settle(store)
-    assert (fetching.digests, completion.incomplete) == ([CONFIG, SMALL], Incomplete(0, 0))
+    assert (blob_fetcher.digests, completion.incomplete) == ([CONFIG, SMALL], Incomplete(0, 0))
 
 
 @on_reactor
-async def test_unwanted_image_is_not_completed(complete: Complete, store: Store, fetching: Fetching) -> None:
+async def test_unwanted_image_is_not_completed(
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
     await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
     completion = complete()
     await settle(store)
-    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+    assert (blob_fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
 
 
 @pytest.mark.parametrize("layers", [[], [SMALL], [LARGE, SMALL]])
 @on_reactor
 async def test_record_without_wanted_is_completed_once_a_layer_is_present(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, layers: list[Digest]
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock, layers: list[Digest]
 ) -> None:
     await store.keep(IMAGE, by_digest(IMAGE))
     assert b"wanted" not in record(root, IMAGE.digest).read_bytes()
     for layer in layers:
-        fetching.put(layer)
-    await look(store, clock)
+        blob_fetcher.put(layer)
+    await refresh(store, clock)
     complete()
     await settle(store)
-    assert fetching.digests == ([CONFIG] if layers else [])
+    assert blob_fetcher.digests == ([CONFIG] if layers else [])
 
 
 @on_reactor
 async def test_record_written_by_another_process_is_completed(
-    complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     completion = complete()
     await open_store().keep(IMAGE, APP, wanted=True)
     await settle(store)
-    assert fetching.asked == []
-    await look(store, clock)
-    assert (fetching.digests, completion.incomplete) == ([CONFIG], Incomplete(1, SIZE))
+    assert blob_fetcher.asked == []
+    await refresh(store, clock)
+    assert (blob_fetcher.digests, completion.incomplete) == ([CONFIG], Incomplete(1, SIZE))
 
 
 @on_reactor
 async def test_image_that_becomes_wanted_is_completed(
-    complete: Complete, store: Store, fetching: Fetching, open_store: Callable[[], Store], clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, open_store: Callable[[], Store], clock: Clock
 ) -> None:
     await store.keep(IMAGE, by_digest(IMAGE), wanted=False)
     complete()
     await settle(store)
     # As another process such as `load` records it.
     await open_store().want(IMAGE.digest)
-    await look(store, clock)
-    assert fetching.digests == [CONFIG]
+    await refresh(store, clock)
+    assert blob_fetcher.digests == [CONFIG]
 
 
 @on_reactor
 async def test_deleted_blob_is_fetched_again(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
     for blob in BLOBS:
-        fetching.put(blob)
+        blob_fetcher.put(blob)
     completion = complete()
-    await look(store, clock, 10)
-    assert (fetching.asked, completion.incomplete) == ([], Incomplete(0, 0))
+    await refresh(store, clock, 10)
+    assert (blob_fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
     (root / "blobs" / SMALL.hex).unlink()
-    await look(store, clock, 10)
-    assert (fetching.digests, completion.incomplete) == ([SMALL], Incomplete(1, SIZES[SMALL]))
-    await fetching.bring(SMALL)
+    await refresh(store, clock, 10)
+    assert (blob_fetcher.digests, completion.incomplete) == ([SMALL], Incomplete(1, SIZES[SMALL]))
+    await blob_fetcher.bring(SMALL)
     await until(lambda: not pending(root))
-    await look(store, clock, 10)
+    await refresh(store, clock, 10)
     # Also the second time.
     (root / "blobs" / SMALL.hex).unlink()
-    await look(store, clock, 10)
-    assert fetching.digests == [SMALL, SMALL]
+    await refresh(store, clock, 10)
+    assert blob_fetcher.digests == [SMALL, SMALL]
 
 
 @on_reactor
 async def test_pruned_image_is_not_missing(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
     completion = complete(images=False)
     await settle(store)
     assert completion.incomplete == Incomplete(1, SIZE)
     record(root, IMAGE.digest).unlink()
-    await look(store, clock)
+    await refresh(store, clock)
     assert completion.incomplete == Incomplete(0, 0)
 
 
@@ -174,53 +176,53 @@ async def test_pruned_image_is_not_missing(
 @pytest.mark.parametrize("error", [BlobUnknown("404"), Denied("not allowed")])
 @on_reactor
 async def test_given_up_image_is_logged_and_retried_after_an_hour(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock, error: RegistryError
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock, error: RegistryError
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     completion = complete()
-    await fetching.refuse(error, 1)
+    await blob_fetcher.refuse(error, 1)
     await until(lambda: not pending(root))
     await settle(store)
     for _ in range(119):
-        await look(store, clock, 30)
-        assert (len(fetching.asked), completion.incomplete) == (1, Incomplete(1, SIZES[SMALL]))
-    await look(store, clock, 30)
-    assert fetching.digests == [SMALL, SMALL]
-    await fetching.bring(SMALL)
+        await refresh(store, clock, 30)
+        assert (len(blob_fetcher.asked), completion.incomplete) == (1, Incomplete(1, SIZES[SMALL]))
+    await refresh(store, clock, 30)
+    assert blob_fetcher.digests == [SMALL, SMALL]
+    await blob_fetcher.bring(SMALL)
     await until(lambda: not pending(root))
     assert completion.incomplete == Incomplete(0, 0)
 
 
 @on_reactor
 async def test_client_pull_retries_a_given_up_image_immediately(
-    complete: Complete, store: Store, fetching: Fetching, root: Path
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     completion = complete()
-    await fetching.refuse(BlobUnknown("404"), 1)
+    await blob_fetcher.refuse(BlobUnknown("404"), 1)
     await until(lambda: not pending(root))
     await completion.add_pending(IMAGE, APP.repository)
-    await until(lambda: len(fetching.asked) == 2)
+    await until(lambda: len(blob_fetcher.asked) == 2)
 
 
 @on_reactor
 async def test_blob_missing_in_one_repository_comes_from_another(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, events: list[LogEvent]
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, events: list[LogEvent]
 ) -> None:
     for where in (APP, AGAIN, image("else.example/other:1")):
         await store.keep(IMAGE, where, wanted=True)
-    fetching.put(CONFIG)
-    fetching.put(LARGE)
+    blob_fetcher.put(CONFIG)
+    blob_fetcher.put(LARGE)
     await store.add_pending(IMAGE.digest, APP.repository)
     complete()
-    await fetching.refuse(BlobUnknown("404"), 1)
-    await fetching.bring(SMALL)
+    await blob_fetcher.refuse(BlobUnknown("404"), 1)
+    await blob_fetcher.bring(SMALL)
     await until(lambda: not pending(root))
-    assert fetching.asked == [(APP.repository, SMALL), (AGAIN.repository, SMALL)]
+    assert blob_fetcher.asked == [(APP.repository, SMALL), (AGAIN.repository, SMALL)]
     assert texts(events, LogLevel.warn) == []
 
 
@@ -237,11 +239,11 @@ async def test_pending_file_of_old_version_is_completed(
     first.stopService()
     noted = {"upstream": "reg.example", "repository": "team/app"}
     (root / "pulls" / "0" / f"{IMAGE.digest.hex}.wish").write_text(json.dumps(noted))
-    fetching = Fetching(root)
-    completion = Completion(open_store(), fetching, clock)
+    blob_fetcher = FakeBlobFetcher(root)
+    completion = Completion(open_store(), blob_fetcher, clock)
     completion.startService()
     for blob in BLOBS:
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: not pending(root))
     assert {path.name for path in (root / "blobs").iterdir()} == {blob.hex for blob in BLOBS}
     completion.stopService()
@@ -252,7 +254,7 @@ async def test_pending_file_of_old_version_is_completed(
 
 @on_reactor
 async def test_metadata_is_fetched_after_layers(
-    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, fetcher: Fetcher
 ) -> None:
     await store.keep(index_of((A, "linux/a"), (B, "linux/b")), image("reg.example/index:1"))
     await store.keep(IMAGE, APP, wanted=True)
@@ -262,7 +264,7 @@ async def test_metadata_is_fetched_after_layers(
     begun = list(fetcher.asked)
     for blob in BLOBS:
         assert fetcher.asked == begun
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
     await until(lambda: len(fetcher.asked) == 4)
     await settle(store)
     assert (fetcher.asked, completion.incomplete) == (["A", "a", "B", "b"], Incomplete(0, 0))
@@ -270,7 +272,7 @@ async def test_metadata_is_fetched_after_layers(
 
 @on_reactor
 async def test_layers_are_fetched_before_next_metadata_manifest(
-    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, fetcher: Fetcher, clock: Clock
 ) -> None:
     fetcher.errors[B.digest] = [Unavailable("reg.example answered 429", retry_after=60)]
     await store.keep(index_of((A, "linux/a"), (B, "linux/b"), (C, "linux/c")), image("reg.example/index:1"))
@@ -280,19 +282,19 @@ async def test_layers_are_fetched_before_next_metadata_manifest(
     assert completion.incomplete == Incomplete(0, 0, indexes=1)
     # Only metadata is paused.
     await store.keep(IMAGE, APP, wanted=True)
-    await fetching.bring(CONFIG)
+    await blob_fetcher.bring(CONFIG)
     clock.advance(60)
-    await fetching.bring(SMALL)
+    await blob_fetcher.bring(SMALL)
     await settle(store)
     assert fetcher.asked == ["A", "a", "B"]
-    await fetching.bring(LARGE)
+    await blob_fetcher.bring(LARGE)
     await until(lambda: len(fetcher.asked) == 7)
     assert sorted(fetcher.asked[3:]) == ["B", "C", "b", "c"]
 
 
 @on_reactor
 async def test_newly_missing_layers_precede_next_metadata_manifest(
-    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetch, held = fetcher.fetch_manifest, Deferred[None]()
 
@@ -306,10 +308,10 @@ async def test_newly_missing_layers_precede_next_metadata_manifest(
     await settle(store)
     await store.keep(IMAGE, APP, wanted=True)
     await settle(store)
-    assert (fetching.asked, fetcher.asked) == ([], [])
+    assert (blob_fetcher.asked, fetcher.asked) == ([], [])
     held.callback(None)
     for blob in BLOBS:
-        await fetching.bring(blob)
+        await blob_fetcher.bring(blob)
         assert fetcher.asked == ["A", "a"]
     await until(lambda: fetcher.asked == ["A", "a", "B", "b"])
 
@@ -330,9 +332,9 @@ async def test_metadata_resumes_after_a_pause(
     await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
     completion = complete()
     await settle(store)
-    await look(store, clock, 599)
+    await refresh(store, clock, 599)
     assert (fetcher.asked, completion.incomplete) == (["A"], Incomplete(0, 0, indexes=1))
-    await look(store, clock)
+    await refresh(store, clock)
     assert (fetcher.asked, completion.incomplete) == (["A", "A", "a"], Incomplete(0, 0))
 
 
@@ -343,14 +345,14 @@ async def test_later_index_and_removed_metadata_are_noticed(
     complete()
     await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
     await until(lambda: fetcher.asked == ["A", "a"])
-    await look(store, clock, 10)
+    await refresh(store, clock, 10)
     config = next(iter(A.blob_sizes))
     (root / "blobs" / config.hex).unlink()
-    await look(store, clock, 10)
+    await refresh(store, clock, 10)
     await until(lambda: fetcher.asked == ["A", "a", "a"])
     await settle(store)
     record(root, A.digest).unlink()
-    await look(store, clock)
+    await refresh(store, clock)
     await until(lambda: fetcher.asked == ["A", "a", "a", "A"])
 
 
@@ -360,7 +362,7 @@ async def test_referrers_list_has_no_metadata(
 ) -> None:
     complete()
     await store.keep(index_of((A, "")), image(f"reg.example/index:sha256-{B.digest.hex}"))
-    await look(store, clock)
+    await refresh(store, clock)
     assert fetcher.asked == []
 
 
@@ -368,7 +370,7 @@ async def test_referrers_list_has_no_metadata(
 async def test_no_metadata_when_turned_off(complete: Complete, store: Store, fetcher: Fetcher, clock: Clock) -> None:
     completion = complete(metadata=False)
     await store.keep(index_of((A, "linux/a")), image("reg.example/index:1"))
-    await look(store, clock)
+    await refresh(store, clock)
     assert (fetcher.asked, completion.incomplete) == ([], Incomplete(0, 0))
 
 
@@ -377,42 +379,42 @@ async def test_no_metadata_when_turned_off(complete: Complete, store: Store, fet
 
 @on_reactor
 async def test_without_completion_missing_bytes_are_still_counted(
-    complete: Complete, store: Store, fetching: Fetching, root: Path, clock: Clock
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, root: Path, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
     completion = complete(images=False)
     await completion.add_pending(IMAGE, APP.repository)
-    await look(store, clock, 30)
-    assert (fetching.asked, pending(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
+    await refresh(store, clock, 30)
+    assert (blob_fetcher.asked, pending(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
     for blob in BLOBS:
         (root / "blobs" / blob.hex).write_bytes(DATA[blob])
-    await look(store, clock, 30)
+    await refresh(store, clock, 30)
     assert completion.incomplete == Incomplete(0, 0)
 
 
 @pytest.mark.parametrize("metadata", [True, False])
 @on_reactor
 async def test_only_configured_platforms_are_completed(
-    complete: Complete, store: Store, fetching: Fetching, fetcher: Fetcher, clock: Clock, metadata: bool
+    complete: Complete, store: Store, blob_fetcher: FakeBlobFetcher, fetcher: Fetcher, clock: Clock, metadata: bool
 ) -> None:
     fetcher.add(INDEX)
     complete(platforms=(LINUX_AMD64,), metadata=metadata)
     await store.keep(INDEX, image("reg.example/team/app:1"))
-    await until(lambda: fetching.asked)
+    await until(lambda: blob_fetcher.asked)
     await settle(store)
     assert set(store.pending) == {AMD64.digest}
     # Its manifest comes first, the others only as metadata.
     assert fetcher.asked[0] == AMD64.digest
     # Images that are wanted for another reason are not completed.
     await store.keep(ARM64, by_digest(ARM64), wanted=True)
-    await look(store, clock, 30)
+    await refresh(store, clock, 30)
     assert set(store.pending) == {AMD64.digest}
     for _ in range(2):
-        await until(lambda: not fetching.results[-1].called)
-        repository, digest = fetching.asked[-1]
+        await until(lambda: not blob_fetcher.results[-1].called)
+        repository, digest = blob_fetcher.asked[-1]
         assert repository == Repository.at(APP.repository.upstream, "team/app")
         (store._blobs / digest.hex).write_bytes(b"x" * AMD64.blob_sizes[digest])
-        fetching.results[-1].callback(None)
+        blob_fetcher.results[-1].callback(None)
         await settle(store)
     await until(lambda: not store.pending)
     await settle(store)
@@ -431,8 +433,8 @@ async def test_pruned_index_stops_its_metadata(
     await settle(store)
     assert (fetcher.asked, completion.incomplete) == (["A"], Incomplete(0, 0, indexes=1))
     record_path(root, index.digest, is_list=True).unlink()
-    await look(store, clock)
+    await refresh(store, clock)
     assert completion.incomplete == Incomplete(0, 0)
     for _ in range(10):
-        await look(store, clock, 60)
+        await refresh(store, clock, 60)
     assert fetcher.asked == ["A"]

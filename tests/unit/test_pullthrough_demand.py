@@ -431,15 +431,15 @@ async def test_layer_shared_by_many_images_needs_few_lookups(
     for number in range(200):
         await store.keep(image_of(b"%d" % number, OWN_AMD64), image(f"{APP}/{number}:1"), wanted=False)
     await settle(store)
-    looked_at = list[Digest]()
+    lookups = list[Digest]()
     entry = store.entry
 
-    def looking_up(digest: Digest) -> object:
-        looked_at.append(digest)
+    def recorded_entry(digest: Digest) -> object:
+        lookups.append(digest)
         return entry(digest)
 
-    monkeypatch.setattr(store, "entry", looking_up)
+    monkeypatch.setattr(store, "entry", recorded_entry)
     demands.ask_for_layers(OWN_AMD64)
-    assert len(looked_at) < 50
+    assert len(lookups) < 50
     await settle(store)
     assert demands.completing == ["linux/amd64"]

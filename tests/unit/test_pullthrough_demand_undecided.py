@@ -129,7 +129,7 @@ async def test_base_layer_decides_only_among_requested_images(
 # Restarts and stops
 
 
-async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest, ...] = ()) -> None:
+async def request_before_restart(root: Path, *manifests: Manifest, wanted: tuple[Manifest, ...] = ()) -> None:
     """Request manifests in a process that ends before the decision."""
     clock = Clock()
     store = Store(root, clock, REACTOR)
@@ -149,7 +149,7 @@ async def asked_before(root: Path, *manifests: Manifest, wanted: tuple[Manifest,
 async def test_decision_is_made_30_seconds_after_a_restart(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
-    await asked_before(root, ARM64)
+    await request_before_restart(root, ARM64)
     store = open_store()
     assert set(store.undecided) == {ARM64.digest}
     demands = Demands(root, store, clock)
@@ -179,7 +179,7 @@ async def test_decision_after_restart_is_the_same(
     wanted: tuple[Manifest, ...],
     completing: list[str],
 ) -> None:
-    await asked_before(root, *asked, wanted=wanted)
+    await request_before_restart(root, *asked, wanted=wanted)
     store = open_store()
     demands = Demands(root, store, clock)
     await settle(store)
@@ -192,7 +192,7 @@ async def test_decision_after_restart_is_the_same(
 async def test_undecided_image_without_record_is_dropped(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
-    await asked_before(root, ARM64)
+    await request_before_restart(root, ARM64)
     (root / "img" / ARM64.digest.hex).unlink()
     demands = Demands(root, open_store(), clock)
     await until(lambda: not demands.store.undecided)
@@ -205,7 +205,7 @@ async def test_undecided_image_without_record_is_dropped(
 async def test_undecided_image_without_index_is_wanted(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
-    await asked_before(root, ARM64)
+    await request_before_restart(root, ARM64)
     (root / "fat" / INDEX.digest.hex).unlink()
     demands = Demands(root, open_store(), clock)
     await settle(demands.store)
@@ -391,7 +391,7 @@ async def test_with_configured_platforms_nothing_is_pending(root: Path, store: S
 async def test_undecided_images_are_dropped_once_platforms_are_configured(
     root: Path, open_store: Callable[[], Store], clock: Clock
 ) -> None:
-    await asked_before(root, ARM64)
+    await request_before_restart(root, ARM64)
     policy = CompletionPolicy(platforms=(Platform("linux", "amd64"),))
     demands = Demands(root, open_store(), clock, MACHINE, policy)
     await settle(demands.store)

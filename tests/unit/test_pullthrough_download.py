@@ -15,7 +15,7 @@ from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
-from tests.unit.support.registries import MemoryRegistries, Sending, landed
+from tests.unit.support.registries import MemoryRegistries, Sending, downloads_ended
 
 BUILT = make_image("download", layer_size=100_000)
 DATA = BUILT.layers[0].data
@@ -89,7 +89,7 @@ async def test_bytes_are_readable_while_they_arrive(
     sending.send(DATA[5000:]).end()
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert (blobs(root), partials(root)) == ([DATA], [])
 
 
@@ -132,7 +132,7 @@ async def test_wrong_bytes_are_never_complete(
     sending.send(DATA).end()
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert (blobs(root), partials(root)) == ([DATA], [])
 
 
@@ -145,7 +145,7 @@ async def test_disconnected_client_does_not_stop_the_download(
     await content.more_than(0)
     content.close()
     sending.send(DATA[10:]).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
     found = await get(cache)
     assert (found.hit, await read_all(found.content)) == (True, DATA)
@@ -190,19 +190,19 @@ async def test_size_mismatch_with_manifest_is_refused_before_reading(
     assert sending.connection.closed
 
 
-@pytest.mark.parametrize("told", [0, None])
+@pytest.mark.parametrize("size", [0, None])
 @on_reactor
-async def test_empty_blob(cache: PullThrough, upstreams: MemoryRegistries, root: Path, told: int | None) -> None:
+async def test_empty_blob(cache: PullThrough, upstreams: MemoryRegistries, root: Path, size: int | None) -> None:
     empty = Digest.of(b"")
     for _ in range(2):
         asked = Deferred.fromCoroutine(cache.blob(APP.repository, empty))
         await until(lambda: upstreams.calls)
         if not asked.called and not upstreams[0].result.called:
-            upstreams[0].stream(told).end()
+            upstreams[0].stream(size).end()
         content = (await asked).content
         assert content.size == 0
         content.close()
-        await landed(cache)
+        await downloads_ended(cache)
         assert blobs(root) == [b""]
     assert len(upstreams) == 1
 

@@ -15,7 +15,7 @@ from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
 from tests.unit.support.loads import settle
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("extra", layers=3, layer_size=100_000)
 APP = image("reg.example/app:1")
@@ -30,7 +30,7 @@ def fetch(cache: PullThrough, digest: Digest = ONE, *, priority: Priority = BACK
     return Deferred.fromCoroutine(cache.fetch(APP.repository, digest, Context(priority=priority)))
 
 
-async def bring(upstreams: MemoryRegistries, number: int = -1) -> None:
+async def respond(upstreams: MemoryRegistries, number: int = -1) -> None:
     """Answer the request with the blob."""
     call = upstreams.calls[number]
     data = next(blob.data for blob in BUILT.blobs if blob.digest in call.what)
@@ -46,7 +46,7 @@ async def test_priority_selects_reserved_or_blob_connections(
     fetching = fetch(cache, priority=priority)
     await until(lambda: len(upstreams) == 1)
     assert upstreams[0].reserved is (priority is not PRELOAD)
-    await bring(upstreams)
+    await respond(upstreams)
     await fetching
     assert await store.holds(ONE, len(LAYERS[ONE]))
 
@@ -56,7 +56,7 @@ async def test_default_priority_uses_reserved_connections(cache: PullThrough, up
     fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, ONE))
     await until(lambda: len(upstreams) == 1)
     assert upstreams[0].reserved
-    await bring(upstreams)
+    await respond(upstreams)
     await fetching
 
 
@@ -69,11 +69,11 @@ async def test_config_uses_reserved_connections(
     fetching = fetch(cache, CONFIG, priority=priority)
     await until(lambda: len(upstreams) == 1)
     assert upstreams[0].reserved
-    await bring(upstreams)
+    await respond(upstreams)
     await fetching
 
 
-async def broken(
+async def resumed_over_reserved(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, priority: Priority
 ) -> bool:
     """Return whether a broken download is resumed over the reserved connections."""
@@ -96,14 +96,14 @@ async def broken(
 async def test_resumed_download_keeps_blob_connection(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    assert not await broken(cache, store, upstreams, clock, priority=PRELOAD)
+    assert not await resumed_over_reserved(cache, store, upstreams, clock, priority=PRELOAD)
 
 
 @on_reactor
 async def test_resumed_background_download_keeps_reserved_connection(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    assert await broken(cache, store, upstreams, clock, priority=BACKGROUND)
+    assert await resumed_over_reserved(cache, store, upstreams, clock, priority=BACKGROUND)
 
 
 @on_reactor
@@ -119,10 +119,10 @@ async def test_concurrent_fetches_are_in_flight(
     fetching.append(fetch(cache, TWO))
     await settle(store)
     for number in range(3):
-        await bring(upstreams, number)
+        await respond(upstreams, number)
     for one in fetching:
         await one
-    await landed(cache)
+    await downloads_ended(cache)
     assert (cache.in_flight, len(upstreams)) == (frozenset(), 3)
 
 
@@ -136,7 +136,7 @@ async def test_failed_fetch_is_no_longer_in_flight(
     upstreams[0].refuse(BlobUnknown("not there"))
     with pytest.raises(BlobUnknown):
         await fetching
-    await landed(cache)
+    await downloads_ended(cache)
     assert cache.in_flight == frozenset()
 
 
@@ -147,9 +147,9 @@ async def test_present_blob_needs_no_connection(
     await store.keep(manifest(BUILT), APP)
     fetching = fetch(cache, priority=PRELOAD)
     await until(lambda: len(upstreams) == 1)
-    await bring(upstreams)
+    await respond(upstreams)
     await fetching
-    await landed(cache)
+    await downloads_ended(cache)
     for priority in (BACKGROUND, PRELOAD):
         await fetch(cache, priority=priority)
     assert (cache.in_flight, len(upstreams)) == (frozenset(), 1)

@@ -20,7 +20,7 @@ from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, record, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_download import (
     APP,
     BUILT,
@@ -136,7 +136,7 @@ async def test_unreceived_bytes_are_not_reserved(
         one.end()
     await failure(content, 0)
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @on_reactor

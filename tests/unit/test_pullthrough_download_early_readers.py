@@ -16,7 +16,7 @@ from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_cache_stop import stop
 from tests.unit.test_pullthrough_download import (
     APP,
@@ -41,7 +41,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def asking(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> Deferred[FoundBlob]:
+async def request_known_blob(cache: PullThrough, store: Store, upstreams: MemoryRegistries) -> Deferred[FoundBlob]:
     """Request the blob, whose size is known from a manifest, and wait for the upstream request."""
     if store.size_in(APP.repository, DIGEST) is None:
         await store.keep(manifest(BUILT), APP)
@@ -51,9 +51,9 @@ async def asking(cache: PullThrough, store: Store, upstreams: MemoryRegistries) 
     return asked
 
 
-async def promised(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> Content:
+async def opened_early(cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock) -> Content:
     """Return the content opened before the upstream answered."""
-    asked = await asking(cache, store, upstreams)
+    asked = await request_known_blob(cache, store, upstreams)
     clock.advance(9.875)
     await turn()
     assert not asked.called
@@ -68,7 +68,7 @@ async def promised(cache: PullThrough, store: Store, upstreams: MemoryRegistries
 async def test_blob_is_opened_after_ten_seconds_and_streamed_later(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     waiting = content.more_than(0)
     clock.advance(1000)
     assert not waiting.called
@@ -78,7 +78,7 @@ async def test_blob_is_opened_after_ten_seconds_and_streamed_later(
     sending.send(DATA[1000:]).end()
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert (blobs(root), partials(root), upstreams.asked) == ([DATA], [], [ASKED])
 
 
@@ -100,7 +100,7 @@ async def test_blob_of_unknown_size_waits_for_the_deadline(
 async def test_each_client_waits_ten_seconds(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    first = await asking(cache, store, upstreams)
+    first = await request_known_blob(cache, store, upstreams)
     clock.advance(5)
     second = get(cache)
     await until(lambda: len(upstreams) == 1 and next(iter(cache._downloads.values()))._connections._watchers == 2)
@@ -112,14 +112,14 @@ async def test_each_client_waits_ten_seconds(
         content = (await one).content
         assert await read_all(content) == DATA
         content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @on_reactor
 async def test_404_ends_early_reader_and_is_cached_for_a_minute(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     waiting = content.more_than(0)
     upstreams[0].refuse(GONE)
     with pytest.raises(BlobUnknown, match="it answered 404"):
@@ -143,7 +143,7 @@ async def test_404_ends_early_reader_and_is_cached_for_a_minute(
     content = (await asked).content
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @pytest.mark.parametrize("error", [GONE, Unavailable("down")])
@@ -152,7 +152,7 @@ async def test_404_without_early_reader_is_not_cached(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, error: RegistryError
 ) -> None:
     for count in (1, 2):
-        asked = await asking(cache, store, upstreams)
+        asked = await request_known_blob(cache, store, upstreams)
         upstreams[-1].refuse(error)
         with pytest.raises(type(error)):
             await asked
@@ -163,7 +163,7 @@ async def test_404_without_early_reader_is_not_cached(
 async def test_unreachable_upstream_is_retried_for_early_readers(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     waiting = content.more_than(0)
     for count in range(1, 10):
         upstreams[-1].refuse(Unavailable("down"))
@@ -175,22 +175,22 @@ async def test_unreachable_upstream_is_retried_for_early_readers(
     upstreams[-1].stream(SIZE).send(DATA).end()
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @on_reactor
 async def test_retries_end_when_the_early_reader_leaves(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, events: list[LogEvent]
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     content.close()
     clock.advance(300)
     upstreams[0].refuse(Unavailable("reg.example: down"))
-    await landed(cache)
+    await downloads_ended(cache)
     assert texts(events, LogLevel.error) == ["reg.example: down"]
     assert len(upstreams) == 1
     # The failure is not cached for the blob.
-    asked = await asking(cache, store, upstreams)
+    asked = await request_known_blob(cache, store, upstreams)
     upstreams[1].refuse(Unavailable("still"))
     with pytest.raises(Unavailable, match="still"):
         await asked
@@ -200,7 +200,7 @@ async def test_retries_end_when_the_early_reader_leaves(
 async def test_404_on_retry_ends_early_reader(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     upstreams[0].refuse(Unavailable("down"))
     await again(upstreams, clock, 2)
     upstreams[1].refuse(GONE)
@@ -215,7 +215,7 @@ async def test_404_on_retry_ends_early_reader(
 async def test_size_mismatch_ends_early_reader(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, tries: int
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     if tries == 2:
         upstreams[0].refuse(Unavailable("down"))
         await again(upstreams, clock, 2)
@@ -230,7 +230,7 @@ async def test_size_mismatch_ends_early_reader(
 async def test_wrong_bytes_are_never_complete(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     upstreams[0].stream(SIZE).send(DATA[:-1] + b"\xff").end()
     assert "digest" in (await failure(content, SIZE - 1)).message
     content.close()
@@ -241,9 +241,9 @@ async def test_blob_finished_before_first_read(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     before = descriptors()
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     upstreams[0].stream(SIZE).send(DATA).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert await content.more_than(SIZE - 1) == SIZE
     assert await read_all(content) == DATA
     content.close()
@@ -256,7 +256,7 @@ async def test_disconnected_early_reader_holds_no_file(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, root: Path, late: bool
 ) -> None:
     before = descriptors()
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     if not late:
         content.close()
     sending = upstreams[0].stream(SIZE).send(DATA[:1000])
@@ -264,7 +264,7 @@ async def test_disconnected_early_reader_holds_no_file(
         await content.more_than(0)
         content.close()
     sending.send(DATA[1000:]).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
     await until(lambda: descriptors() == before)
 
@@ -274,7 +274,7 @@ async def test_early_reader_resumes_partial_of_earlier_process(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     await leave(store, DATA[:5000])
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     assert upstreams.asked == [f"{ASKED} from 5000"]
     upstreams[0].refuse(Unavailable("down"))
     await again(upstreams, clock, 2)
@@ -286,14 +286,14 @@ async def test_early_reader_resumes_partial_of_earlier_process(
     upstreams[2].stream(SIZE, 7000).send(DATA[7000:]).end()
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
 
 
 @on_reactor
 async def test_stop_ends_early_reader(
     cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    content = await promised(cache, store, upstreams, clock)
+    content = await opened_early(cache, store, upstreams, clock)
     waiting = content.more_than(0)
     await stop(cache, clock)
     with pytest.raises(Unavailable, match="stopping"):

@@ -16,7 +16,7 @@ from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.pullthrough.transfer import PriorityScheduler
 from tests.images import Blob, make_image
 from tests.unit.support.doubles import image, on_reactor, turn, until
-from tests.unit.support.registries import MemoryRegistries, Sending, landed
+from tests.unit.support.registries import MemoryRegistries, Sending, downloads_ended
 from tests.unit.test_pullthrough_download import read_all
 from tests.unit.test_pullthrough_download_resume import again
 
@@ -26,12 +26,12 @@ SIZE = len(FIRST.data)
 assert len(SECOND.data) == SIZE
 
 
-def asked_for(blob: Blob, start: int = 0) -> str:
+def request_of(blob: Blob, start: int = 0) -> str:
     """Return the expected request for it."""
     return f"blob {REPOSITORY} {blob.digest}" + (f" from {start}" if start else "")
 
 
-class CircuitBreaker:
+class DownloadHarness:
     """A cache whose upstream's answers the test sends."""
 
     def __init__(self, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> None:
@@ -71,7 +71,7 @@ class CircuitBreaker:
         await until(lambda: self.received(blob) == 1000)
         return fetched, sending
 
-    async def standing(self) -> tuple[Deferred[None], Sending, Content, Sending]:
+    async def pause_background(self) -> tuple[Deferred[None], Sending, Content, Sending]:
         """Return a background download paused after 2000 bytes, and the client's download that paused it."""
         fetched, one = await self.background(FIRST)
         content, two = await self.client(SECOND)
@@ -80,7 +80,7 @@ class CircuitBreaker:
         assert self.received(FIRST) == 2000
         return fetched, one, content, two
 
-    async def waits(self) -> None:
+    async def wait_for_queue(self) -> None:
         """Wait until a download waits for its turn."""
 
         def waiting() -> bool:
@@ -101,188 +101,188 @@ class CircuitBreaker:
 
 
 @pytest.fixture
-def link(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> CircuitBreaker:
+def harness(cache: PullThrough, upstreams: MemoryRegistries, clock: Clock, root: Path) -> DownloadHarness:
     """Return a harness without downloads."""
-    return CircuitBreaker(cache, upstreams, clock, root)
+    return DownloadHarness(cache, upstreams, clock, root)
 
 
 @on_reactor
-async def test_background_download_pauses_for_a_client_and_continues_afterwards(link: CircuitBreaker) -> None:
-    fetched, one, content, two = await link.standing()
+async def test_background_download_pauses_for_a_client_and_continues_afterwards(harness: DownloadHarness) -> None:
+    fetched, one, content, two = await harness.pause_background()
     assert not two.connection.paused
     two.send(SECOND.data[1000:2000])
     await content.more_than(1000)
     assert one.connection.paused
     two.send(SECOND.data[2000:]).end()
     assert await read_all(content) == SECOND.data
-    await link.finish(FIRST, one, 2000)
+    await harness.finish(FIRST, one, 2000)
     await fetched
     content.close()
-    await landed(link.cache)
-    assert link.upstreams.asked == [asked_for(FIRST), asked_for(SECOND)]
+    await downloads_ended(harness.cache)
+    assert harness.upstreams.asked == [request_of(FIRST), request_of(SECOND)]
 
 
 @on_reactor
-async def test_background_download_continues_while_the_other_has_no_connection(link: CircuitBreaker) -> None:
-    fetched, one, content, two = await link.standing()
+async def test_background_download_continues_while_the_other_has_no_connection(harness: DownloadHarness) -> None:
+    fetched, one, content, two = await harness.pause_background()
     two.end(ConnectionLost())
     await until(lambda: not one.connection.paused)
     one.send(FIRST.data[2000:3000])
-    await until(lambda: link.received(FIRST) == 3000)
+    await until(lambda: harness.received(FIRST) == 3000)
     # It pauses again once the other has one.
-    two = await link.answer(3, SIZE, 1000)
-    assert link.upstreams.asked[2] == asked_for(SECOND, 1000)
+    two = await harness.answer(3, SIZE, 1000)
+    assert harness.upstreams.asked[2] == request_of(SECOND, 1000)
     one.send(FIRST.data[3000:4000])
     await until(lambda: one.connection.paused)
     two.send(SECOND.data[1000:]).end()
-    await link.finish(FIRST, one, 4000)
+    await harness.finish(FIRST, one, 4000)
     await fetched
     content.close()
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_background_download_continues_when_a_client_requests_it(link: CircuitBreaker) -> None:
-    fetched, one, content, two = await link.standing()
-    followed = await link.ask(FIRST)
+async def test_background_download_continues_when_a_client_requests_it(harness: DownloadHarness) -> None:
+    fetched, one, content, two = await harness.pause_background()
+    followed = await harness.ask(FIRST)
     await until(lambda: not one.connection.paused)
     # Both are active now.
     for start in range(2000, 5000, 1000):
         one.send(FIRST.data[start : start + 1000])
         two.send(SECOND.data[start - 1000 : start])
-        await until(lambda start=start: link.received(FIRST) == start + 1000)  # type: ignore[misc]  # the value of this iteration
+        await until(lambda start=start: harness.received(FIRST) == start + 1000)  # type: ignore[misc]  # the value of this iteration
         assert not one.connection.paused
         assert not two.connection.paused
     # When that client leaves, this one pauses again and the other does not.
     followed.close()
     one.send(FIRST.data[5000:6000])
     await until(lambda: one.connection.paused)
-    await link.finish(SECOND, two, 4000)
+    await harness.finish(SECOND, two, 4000)
     content.close()
-    await link.finish(FIRST, one, 6000)
+    await harness.finish(FIRST, one, 6000)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_background_download_continues_when_the_other_client_leaves(link: CircuitBreaker) -> None:
-    fetched, one, content, two = await link.standing()
-    second = await link.ask(SECOND)
+async def test_background_download_continues_when_the_other_client_leaves(harness: DownloadHarness) -> None:
+    fetched, one, content, two = await harness.pause_background()
+    second = await harness.ask(SECOND)
     content.close()
     await turn()
     assert one.connection.paused
     second.close()
     await until(lambda: not one.connection.paused)
     # Now neither has a client.
-    await link.finish(FIRST, one, 2000)
-    await link.finish(SECOND, two, 1000)
+    await harness.finish(FIRST, one, 2000)
+    await harness.finish(SECOND, two, 1000)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_two_downloads_without_clients_do_not_wait_for_each_other(link: CircuitBreaker) -> None:
-    content, one = await link.client(FIRST)
-    other, two = await link.client(SECOND)
+async def test_two_downloads_without_clients_do_not_wait_for_each_other(harness: DownloadHarness) -> None:
+    content, one = await harness.client(FIRST)
+    other, two = await harness.client(SECOND)
     content.close()
     one.send(FIRST.data[1000:2000])
     await until(lambda: one.connection.paused)
     other.close()
-    await link.finish(FIRST, one, 2000)
-    await link.finish(SECOND, two, 1000)
-    await landed(link.cache)
+    await harness.finish(FIRST, one, 2000)
+    await harness.finish(SECOND, two, 1000)
+    await downloads_ended(harness.cache)
 
 
 @pytest.mark.parametrize("why", [ConnectionLost(), None], ids=["broke", "ended"])
 @on_reactor
-async def test_paused_connection_ends(link: CircuitBreaker, why: Exception | None) -> None:
-    fetched, one, content, two = await link.standing()
+async def test_paused_connection_ends(harness: DownloadHarness, why: Exception | None) -> None:
+    fetched, one, content, two = await harness.pause_background()
     one.end(why)
     two.send(SECOND.data[1000:]).end()
-    await until((link.root / "blobs" / Digest(SECOND.digest).hex).exists)
+    await until((harness.root / "blobs" / Digest(SECOND.digest).hex).exists)
     content.close()
-    one = await link.answer(3, SIZE, 2000)
-    await link.finish(FIRST, one, 2000)
+    one = await harness.answer(3, SIZE, 2000)
+    await harness.finish(FIRST, one, 2000)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_background_download_opens_no_connection_meanwhile(link: CircuitBreaker) -> None:
-    content, two = await link.client(SECOND)
-    fetched = link.fetch(FIRST)
-    await link.waits()
-    link.clock.advance(1000)
-    assert link.upstreams.asked == [asked_for(SECOND)]
-    await link.finish(SECOND, two, 1000)
+async def test_background_download_opens_no_connection_meanwhile(harness: DownloadHarness) -> None:
+    content, two = await harness.client(SECOND)
+    fetched = harness.fetch(FIRST)
+    await harness.wait_for_queue()
+    harness.clock.advance(1000)
+    assert harness.upstreams.asked == [request_of(SECOND)]
+    await harness.finish(SECOND, two, 1000)
     content.close()
-    one = await link.answer(2)
-    await link.finish(FIRST, one, 0)
+    one = await harness.answer(2)
+    await harness.finish(FIRST, one, 0)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_client_request_opens_the_connection_immediately(link: CircuitBreaker) -> None:
-    content, two = await link.client(SECOND)
-    fetched = link.fetch(FIRST)
-    await link.waits()
-    asked = link.ask(FIRST)
-    one = await link.answer(2)
+async def test_client_request_opens_the_connection_immediately(harness: DownloadHarness) -> None:
+    content, two = await harness.client(SECOND)
+    fetched = harness.fetch(FIRST)
+    await harness.wait_for_queue()
+    asked = harness.ask(FIRST)
+    one = await harness.answer(2)
     followed = await asked
-    await link.finish(FIRST, one, 0)
-    await link.finish(SECOND, two, 1000)
+    await harness.finish(FIRST, one, 0)
+    await harness.finish(SECOND, two, 1000)
     await fetched
     followed.close()
     content.close()
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_broken_background_download_is_not_resumed_meanwhile(link: CircuitBreaker) -> None:
-    fetched, one = await link.background(FIRST)
-    content, two = await link.client(SECOND)
+async def test_broken_background_download_is_not_resumed_meanwhile(harness: DownloadHarness) -> None:
+    fetched, one = await harness.background(FIRST)
+    content, two = await harness.client(SECOND)
     one.end(ConnectionLost())
-    await link.waits()
-    assert len(link.upstreams) == 2
-    await link.finish(SECOND, two, 1000)
+    await harness.wait_for_queue()
+    assert len(harness.upstreams) == 2
+    await harness.finish(SECOND, two, 1000)
     content.close()
-    one = await link.answer(3, SIZE, 1000)
-    await link.finish(FIRST, one, 1000)
+    one = await harness.answer(3, SIZE, 1000)
+    await harness.finish(FIRST, one, 1000)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @on_reactor
-async def test_long_paused_download_resumes_on_a_new_connection(link: CircuitBreaker) -> None:
+async def test_long_paused_download_resumes_on_a_new_connection(harness: DownloadHarness) -> None:
     """Servers close connections from which nothing is read."""
-    fetched, one, content, two = await link.standing()
-    link.clock.advance(301)
+    fetched, one, content, two = await harness.pause_background()
+    harness.clock.advance(301)
     one.end(ConnectionLost())
-    await link.finish(SECOND, two, 1000)
+    await harness.finish(SECOND, two, 1000)
     content.close()
-    one = await link.answer(3, SIZE, 2000)
-    await link.finish(FIRST, one, 2000)
+    one = await harness.answer(3, SIZE, 2000)
+    await harness.finish(FIRST, one, 2000)
     await fetched
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @pytest.mark.parametrize("watched", [True, False])
 @on_reactor
-async def test_resume_for_a_waiting_client_is_urgent(link: CircuitBreaker, watched: bool) -> None:
-    asked, sending = await (link.client(FIRST) if watched else link.background(FIRST))
+async def test_resume_for_a_waiting_client_is_urgent(harness: DownloadHarness, watched: bool) -> None:
+    asked, sending = await (harness.client(FIRST) if watched else harness.background(FIRST))
     background = Priority.BACKGROUND
-    assert link.upstreams[0].context.priority is (Priority.CLIENT if watched else background)
+    assert harness.upstreams[0].context.priority is (Priority.CLIENT if watched else background)
     sending.end(ConnectionLost())
-    await again(link.upstreams, link.clock, 2)
-    assert link.upstreams[1].timeout == 10.0
-    assert link.upstreams[1].context.priority is (Priority.URGENT if watched else background)
-    await link.finish(FIRST, link.upstreams[1].stream(SIZE, 1000), 1000)
+    await again(harness.upstreams, harness.clock, 2)
+    assert harness.upstreams[1].timeout == 10.0
+    assert harness.upstreams[1].context.priority is (Priority.URGENT if watched else background)
+    await harness.finish(FIRST, harness.upstreams[1].stream(SIZE, 1000), 1000)
     if isinstance(asked, Deferred):
         await asked
     else:
         asked.close()
-    await landed(link.cache)
+    await downloads_ended(harness.cache)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.store import Store
 from tests.unit.support.doubles import manifest, on_reactor, texts, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_download import (
     APP,
     BUILT,
@@ -122,7 +122,7 @@ async def test_unwatched_download_ends_after_five_minutes_and_keeps_partial(
     content = (await asked).content
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert (blobs(root), partials(root)) == ([DATA], [])
 
 
@@ -155,7 +155,7 @@ async def test_digest_mismatch_after_resume_restarts_once(
     await again(upstreams, clock, 3)
     assert upstreams.asked[2] == ASKED
     upstreams[2].stream(SIZE).send(DATA).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
     assert len(upstreams) == 3
 
@@ -175,7 +175,7 @@ async def test_size_change_on_resume_restarts(
     content.close()
     await again(upstreams, clock, 3)
     upstreams[2].stream(SIZE).send(DATA).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
 
 
@@ -205,13 +205,13 @@ async def test_partial_of_earlier_process_is_resumed(
     content.close()
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("has_manifest", [False, True])
 @on_reactor
 async def test_complete_partial_needs_no_upstream(
-    cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path, told: bool
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, root: Path, has_manifest: bool
 ) -> None:
     """The process was killed before the commit. The size is in the note, and perhaps in a manifest too."""
-    if told:
+    if has_manifest:
         await store.keep(manifest(BUILT), APP)
     await leave(store, DATA)
     asked = get(cache)
@@ -220,7 +220,7 @@ async def test_complete_partial_needs_no_upstream(
     content = (await asked).content
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
 
 

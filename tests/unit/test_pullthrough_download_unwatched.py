@@ -16,7 +16,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.partials import Partial
 from ociregistry.store.store import Store
 from tests.unit.support.doubles import manifest, on_reactor, texts, until
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_download import (
     APP,
     BUILT,
@@ -49,7 +49,7 @@ async def test_unwatched_download_ends_and_partial_is_kept(
     assert not sending.connection.closed
     clock.advance(1)
     sending.send(DATA[2000:3000])
-    await landed(cache)
+    await downloads_ended(cache)
     assert sending.connection.closed
     assert texts(events, LogLevel.warn) == [ENDS]
     assert texts(events, LogLevel.error) == []
@@ -61,7 +61,7 @@ async def test_unwatched_download_ends_and_partial_is_kept(
     content = (await asked).content
     assert await read_all(content) == DATA
     content.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
 
 
@@ -105,7 +105,7 @@ async def test_known_size_keeps_it_alive(
     await until(lambda: partial_sizes(root) == [1000])
     clock.advance(3600)
     sending.send(DATA[1000:]).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert blobs(root) == [DATA]
 
 
@@ -119,7 +119,7 @@ async def test_broken_unwatched_download_is_not_resumed(
     content.close()
     clock.advance(30)
     sending.end(ConnectionError())
-    await landed(cache)
+    await downloads_ended(cache)
     assert len(upstreams) == 1
     assert partial_sizes(root) == [1000]
 
@@ -140,7 +140,7 @@ async def test_paused_unwatched_download_ends(
     other.send(b"ther").end()
     await followed.more_than(4)
     followed.close()
-    await landed(cache)
+    await downloads_ended(cache)
     assert sending.connection.closed
     assert partial_sizes(root) == [1000]
 
@@ -188,6 +188,6 @@ async def test_size_of_unsized_download_is_limited(
     sending.send(b"x")
     with pytest.raises(Unavailable, match="sent more than 50000 bytes"):
         await asked
-    await landed(cache)
+    await downloads_ended(cache)
     assert sending.connection.closed
     assert partial_sizes(root) == []

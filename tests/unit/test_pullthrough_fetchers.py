@@ -19,7 +19,7 @@ from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
 from tests.unit.support.loads import image_of, index_of
-from tests.unit.support.registries import MemoryRegistries, landed
+from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("supplied", layers=1, layer_size=200_000)
 IMAGE = manifest(BUILT)
@@ -28,7 +28,7 @@ LAYER = Digest(BUILT.layers[0].digest)
 DATA = BUILT.layers[0].data
 
 
-class Scene:
+class FetcherHarness:
     """A fetcher over the cache, and the progress that it reports."""
 
     def __init__(self, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> None:
@@ -53,9 +53,9 @@ class Scene:
 
 
 @pytest.fixture
-def scene(store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> Scene:
+def harness(store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock) -> FetcherHarness:
     """Return a fetcher over the cache."""
-    return Scene(store, cache, upstreams, clock)
+    return FetcherHarness(store, cache, upstreams, clock)
 
 
 async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
@@ -63,9 +63,9 @@ async def asked(upstreams: MemoryRegistries, count: int = 1) -> None:
     await until(lambda: len(upstreams) == count)
 
 
-async def advance(scene: Scene, count: int) -> None:
+async def advance(harness: FetcherHarness, count: int) -> None:
     """Wait until `count` bytes have been reported."""
-    await until(lambda: sum(scene.advance) >= count)
+    await until(lambda: sum(harness.advance) >= count)
 
 
 async def passes(clock: Clock, seconds: float) -> None:
@@ -89,17 +89,17 @@ def test_idle_timeout_restarts_on_progress(clock: Clock) -> None:
 
 
 @on_reactor
-async def test_stored_manifest_is_a_hit(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_stored_manifest_is_a_hit(harness: FetcherHarness, store: Store, upstreams: MemoryRegistries) -> None:
     await store.keep(IMAGE, APP)
-    assert await scene.manifest() == FoundManifest(IMAGE, hit=True)
+    assert await harness.manifest() == FoundManifest(IMAGE, hit=True)
     assert len(upstreams) == 0
 
 
 @on_reactor
 async def test_slow_manifest_is_awaited_beyond_the_deadline(
-    scene: Scene, upstreams: MemoryRegistries, clock: Clock
+    harness: FetcherHarness, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    waiting = scene.manifest()
+    waiting = harness.manifest()
     await asked(upstreams)
     for _ in range(2):
         await passes(clock, 25)
@@ -112,9 +112,9 @@ async def test_slow_manifest_is_awaited_beyond_the_deadline(
 
 @on_reactor
 async def test_manifest_wait_ends_with_the_idle_timeout(
-    scene: Scene, upstreams: MemoryRegistries, clock: Clock
+    harness: FetcherHarness, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
-    waiting = scene.manifest()
+    waiting = harness.manifest()
     await asked(upstreams)
     for _ in range(2):
         await passes(clock, 25)
@@ -128,8 +128,10 @@ async def test_manifest_wait_ends_with_the_idle_timeout(
 
 @pytest.mark.parametrize("error", [Unavailable("down"), ManifestUnknown("not there")])
 @on_reactor
-async def test_upstream_error_is_final(scene: Scene, upstreams: MemoryRegistries, error: RegistryError) -> None:
-    waiting = scene.manifest()
+async def test_upstream_error_is_final(
+    harness: FetcherHarness, upstreams: MemoryRegistries, error: RegistryError
+) -> None:
+    waiting = harness.manifest()
     await asked(upstreams)
     upstreams[0].refuse(error)
     with pytest.raises(type(error)) as failed:
@@ -139,22 +141,22 @@ async def test_upstream_error_is_final(scene: Scene, upstreams: MemoryRegistries
 
 
 @on_reactor
-async def test_referrers(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_referrers(harness: FetcherHarness, store: Store, upstreams: MemoryRegistries) -> None:
     index = index_of((image_of(b"{}"), ""))
-    waiting = scene.referrers()
+    waiting = harness.referrers()
     upstreams[0].answer(index)
     assert await waiting == index
     # They are stored for when the upstream cannot be reached.
-    waiting = scene.referrers()
+    waiting = harness.referrers()
     upstreams[1].refuse(Unavailable("down"))
     assert await waiting == index
     assert store.counts.lists == 1
 
 
 @on_reactor
-async def test_upstream_without_referrers(scene: Scene, upstreams: MemoryRegistries) -> None:
+async def test_upstream_without_referrers(harness: FetcherHarness, upstreams: MemoryRegistries) -> None:
     for number, error in enumerate((ManifestUnknown("it answered 404"), Unavailable("down"))):
-        waiting = scene.referrers()
+        waiting = harness.referrers()
         upstreams[number].refuse(error)
         if isinstance(error, ManifestUnknown):
             assert await waiting is None
@@ -165,52 +167,52 @@ async def test_upstream_without_referrers(scene: Scene, upstreams: MemoryRegistr
 
 @on_reactor
 async def test_blob_progress_is_reported(
-    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+    harness: FetcherHarness, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
-    waiting = scene.blob()
+    waiting = harness.blob()
     await asked(upstreams)
     # A client waits for it, so it uses a connection for blobs.
     assert not upstreams[0].reserved
     sending = upstreams[0].stream(len(DATA))
     for start in range(0, len(DATA), 50_000):
         sending.send(DATA[start : start + 50_000])
-        await advance(scene, min(start + 50_000, len(DATA) - 1))
+        await advance(harness, min(start + 50_000, len(DATA) - 1))
         assert not waiting.called
     sending.end()
     await waiting
-    assert sum(scene.advance) == len(DATA)
-    assert len(scene.advance) >= 4
+    assert sum(harness.advance) == len(DATA)
+    assert len(harness.advance) >= 4
     assert await store.holds(LAYER, len(DATA))
-    await landed(cache)
+    await downloads_ended(cache)
     # For a present blob, all progress is reported at once.
-    await scene.blob()
-    assert scene.advance[-1] == len(DATA)
+    await harness.blob()
+    assert harness.advance[-1] == len(DATA)
     assert len(upstreams) == 1
 
 
 @on_reactor
 async def test_progress_includes_partial_of_earlier_process(
-    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+    harness: FetcherHarness, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
     first = await store.new_partial(LAYER, len(DATA), APP.repository)
     await first.append(DATA[:70_000])
     await first.sync()
     first.close()
-    waiting = scene.blob()
+    waiting = harness.blob()
     await asked(upstreams)
     assert upstreams.asked == [f"blob {APP.repository} {LAYER} from 70000"]
     upstreams[0].stream(len(DATA), 70_000).send(DATA[70_000:]).end()
     await waiting
-    assert sum(scene.advance) == len(DATA)
+    assert sum(harness.advance) == len(DATA)
 
 
 @on_reactor
-async def test_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegistries) -> None:
+async def test_empty_blob(harness: FetcherHarness, store: Store, upstreams: MemoryRegistries) -> None:
     empty = image_of(b"{}", b"")
     await store.keep(empty, APP)
-    waiting = scene.blob(digest=Digest.of(b""), size=0)
+    waiting = harness.blob(digest=Digest.of(b""), size=0)
     await asked(upstreams)
     upstreams[0].stream(0).end()
     await waiting
@@ -219,16 +221,16 @@ async def test_empty_blob(scene: Scene, store: Store, upstreams: MemoryRegistrie
 
 @on_reactor
 async def test_stalled_blob_fails_while_the_download_continues(
-    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+    harness: FetcherHarness, store: Store, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     await store.keep(IMAGE, APP)
-    waiting = scene.blob()
+    waiting = harness.blob()
     await asked(upstreams)
     sending = upstreams[0].stream(len(DATA)).send(DATA[:1000])
-    await until(lambda: scene.advance)
+    await until(lambda: harness.advance)
     await passes(clock, 59)
     sending.send(DATA[1000:2000])
-    await until(lambda: sum(scene.advance) == 2000)
+    await until(lambda: sum(harness.advance) == 2000)
     await passes(clock, 59)
     assert not waiting.called
     await passes(clock, 1)
@@ -238,47 +240,47 @@ async def test_stalled_blob_fails_while_the_download_continues(
     # Without a waiter it has background priority.
     assert cache._downloads[LAYER]._connections.priority is not Priority.CLIENT
     sending.send(DATA[2000:]).end()
-    await landed(cache)
+    await downloads_ended(cache)
     assert cache.in_flight == frozenset()
 
 
 @on_reactor
 async def test_blob_unknown_upstream(
-    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries
+    harness: FetcherHarness, store: Store, cache: PullThrough, upstreams: MemoryRegistries
 ) -> None:
     await store.keep(IMAGE, APP)
-    for number, fetcher in enumerate((scene.pulling, scene.background)):
-        waiting = scene.blob(fetcher)
+    for number, fetcher in enumerate((harness.pulling, harness.background)):
+        waiting = harness.blob(fetcher)
         await asked(upstreams, number + 1)
         upstreams[number].refuse(BlobUnknown("not there"))
         with pytest.raises(BlobUnknown):
             await waiting
-    assert scene.advance == []
-    await landed(cache)
+    assert harness.advance == []
+    await downloads_ended(cache)
 
 
 @on_reactor
 async def test_slow_blob_is_awaited_beyond_the_deadline(
-    scene: Scene, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+    harness: FetcherHarness, cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:
     # No manifest of the repository tells its size, as with signature blobs that two manifests name.
-    waiting = scene.blob()
+    waiting = harness.blob()
     await asked(upstreams)
     await passes(clock, 25)
     given_up = waiting.called
     waiting.addErrback(lambda _: None)
     upstreams[0].stream(len(DATA)).send(DATA).end()
     await waiting
-    await landed(cache)
+    await downloads_ended(cache)
     assert not given_up
 
 
 @on_reactor
 async def test_background_fetch_yields_to_clients(
-    scene: Scene, store: Store, cache: PullThrough, upstreams: MemoryRegistries, root: Path
+    harness: FetcherHarness, store: Store, cache: PullThrough, upstreams: MemoryRegistries, root: Path
 ) -> None:
     await store.keep(IMAGE, APP)
-    waiting = scene.blob(scene.background)
+    waiting = harness.blob(harness.background)
     await asked(upstreams)
     # It uses a connection for blobs, so that several may be fetched at once.
     assert not upstreams[0].reserved
@@ -287,9 +289,9 @@ async def test_background_fetch_yields_to_clients(
     client = (await cache.blob(APP.repository, LAYER)).content
     sending.send(DATA).end()
     await waiting
-    assert scene.advance == [len(DATA)]
+    assert harness.advance == [len(DATA)]
     assert (root / "blobs" / LAYER.hex).read_bytes() == DATA
     client.close()
     # A present blob needs no request.
-    await scene.blob(scene.background)
+    await harness.blob(harness.background)
     assert len(upstreams) == 1

@@ -15,7 +15,7 @@ from ociregistry.pullthrough.loader import LoadStatus, NullProgress, Outcome, su
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
 from tests.unit.support.doubles import manifest, on_reactor
-from tests.unit.support.loads import ARM64, Loads, Shelf, image_of, index_of
+from tests.unit.support.loads import ARM64, Loads, MemoryFetcher, image_of, index_of
 
 SINGLE = make_image("single")
 MULTI = make_index("multi", platforms=("linux/amd64", "linux/arm64", "linux/arm/v6", "linux/arm/v7"))
@@ -24,15 +24,15 @@ DIGESTS = [blob.digest for blob in SINGLE.blobs]
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher without content."""
-    return Shelf(store, root)
+    return MemoryFetcher(store, root)
 
 
 @pytest.fixture
-def loads(store: Store, shelf: Shelf) -> Loads:
+def loads(store: Store, fetcher: MemoryFetcher) -> Loads:
     """Return a loader over it."""
-    return Loads(store, shelf)
+    return Loads(store, fetcher)
 
 
 def size(*images: object) -> int:
@@ -41,40 +41,40 @@ def size(*images: object) -> int:
     return sum(blobs.values())
 
 
-def here(root: Path) -> set[str]:
+def blobs_of(root: Path) -> set[str]:
     """Return the digests of the blobs in the store."""
     return {f"sha256:{path.name}" for path in (root / "blobs").iterdir()}
 
 
-def told(outcomes: Sequence[Outcome]) -> list[str]:
+def outcome_texts(outcomes: Sequence[Outcome]) -> list[str]:
     """Return the texts of the outcomes."""
     return [str(outcome) for outcome in outcomes]
 
 
 @on_reactor
 async def test_image_of_the_platform_is_loaded_from_an_index(
-    loads: Loads, shelf: Shelf, store: Store, root: Path
+    loads: Loads, fetcher: MemoryFetcher, store: Store, root: Path
 ) -> None:
-    shelf.add(APP, MULTI)
+    fetcher.add(APP, MULTI)
     (outcome,) = await loads.load(APP)
     amd64 = MULTI.images[0]
     assert outcome == Outcome(APP, LoadStatus.LOADED, "", (), 3, size(amd64))
-    assert shelf.asked[:2] == [f"manifest {APP}", f"manifest reg.example/app@{amd64.manifest.digest}"]
-    assert sorted(shelf.asked[2:]) == sorted(f"blob reg.example/app@{blob.digest}" for blob in amd64.blobs)
-    assert here(root) == {blob.digest for blob in amd64.blobs}
+    assert fetcher.asked[:2] == [f"manifest {APP}", f"manifest reg.example/app@{amd64.manifest.digest}"]
+    assert sorted(fetcher.asked[2:]) == sorted(f"blob reg.example/app@{blob.digest}" for blob in amd64.blobs)
+    assert blobs_of(root) == {blob.digest for blob in amd64.blobs}
     assert store.counts == Counts(lists=1, images=1)
 
 
 @on_reactor
-async def test_present_content_is_not_requested(loads: Loads, shelf: Shelf, root: Path) -> None:
-    shelf.add(APP, MULTI)
-    shelf.add(NEXT, SINGLE)
+async def test_present_content_is_not_requested(loads: Loads, fetcher: MemoryFetcher, root: Path) -> None:
+    fetcher.add(APP, MULTI)
+    fetcher.add(NEXT, SINGLE)
     await loads.load(APP, NEXT)
-    asked = len(shelf.asked)
+    asked = len(fetcher.asked)
     outcomes = await loads.load(APP, NEXT, f"reg.example/next@{SINGLE.manifest.digest}")
     assert [outcome.ended for outcome in outcomes] == [LoadStatus.PRESENT] * 3
     assert [(outcome.blobs, outcome.bytes) for outcome in outcomes] == [(0, 0)] * 3
-    assert len(shelf.asked) == asked
+    assert len(fetcher.asked) == asked
     # Only missing blobs are fetched.
     (root / "blobs" / Digest(DIGESTS[1]).hex).unlink()
     (root / "blobs" / Digest(DIGESTS[2]).hex).write_bytes(b"half")
@@ -85,21 +85,21 @@ async def test_present_content_is_not_requested(loads: Loads, shelf: Shelf, root
         2,
         sum(len(one.data) for one in lacked),
     )
-    assert shelf.asked[asked:] == [f"blob reg.example/next@{one.digest}" for one in lacked]
+    assert fetcher.asked[asked:] == [f"blob reg.example/next@{one.digest}" for one in lacked]
 
 
 @on_reactor
-async def test_shared_blob_is_fetched_once(loads: Loads, shelf: Shelf) -> None:
-    shelf.add(APP, SINGLE)
-    shelf.add(NEXT, make_image("on top", base=SINGLE, layers=1))
+async def test_shared_blob_is_fetched_once(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add(APP, SINGLE)
+    fetcher.add(NEXT, make_image("on top", base=SINGLE, layers=1))
     first, second = await loads.load(APP, NEXT)
     assert (first.blobs, second.blobs) == (3, 2)
-    assert len(shelf.asked) == len(set(shelf.asked)) == 2 + 5
+    assert len(fetcher.asked) == len(set(fetcher.asked)) == 2 + 5
 
 
 @on_reactor
-async def test_single_image_is_loaded_regardless_of_platform(loads: Loads, shelf: Shelf) -> None:
-    shelf.add(APP, make_image("arm", platform="linux/arm64"))
+async def test_single_image_is_loaded_regardless_of_platform(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add(APP, make_image("arm", platform="linux/arm64"))
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3)
 
@@ -120,42 +120,42 @@ async def test_single_image_is_loaded_regardless_of_platform(loads: Loads, shelf
 @pytest.mark.parametrize("docker", [False, True])
 @on_reactor
 async def test_selected_platforms(
-    loads: Loads, shelf: Shelf, root: Path, wanted: str, found: list[str], docker: bool
+    loads: Loads, fetcher: MemoryFetcher, root: Path, wanted: str, found: list[str], docker: bool
 ) -> None:
     multi = make_index("platforms", platforms=[one.platform for one in MULTI.images], docker=docker)
-    shelf.add(APP, multi)
+    fetcher.add(APP, multi)
     platforms = tuple(map(Platform.parse, wanted.split(","))) if wanted else ALL
     (outcome,) = await loads.load(APP, wanted=platforms)
     assert outcome.ended is LoadStatus.LOADED
     chosen = [one for one in multi.images if one.platform in found]
-    assert here(root) == {blob.digest for one in chosen for blob in one.blobs}
+    assert blobs_of(root) == {blob.digest for one in chosen for blob in one.blobs}
 
 
 @on_reactor
-async def test_arm64_matches_arm64_v8(loads: Loads, shelf: Shelf) -> None:
-    shelf.add(APP, make_index("v8", platforms=("linux/arm64/v8",)))
-    shelf.add(NEXT, make_index("none", platforms=("linux/arm64",)))
+async def test_arm64_matches_arm64_v8(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add(APP, make_index("v8", platforms=("linux/arm64/v8",)))
+    fetcher.add(NEXT, make_index("none", platforms=("linux/arm64",)))
     for platform in (ARM64, Platform("linux", "arm64", "v8")):
         outcomes = await loads.load(APP, NEXT, wanted=[platform])
         assert [outcome.why for outcome in outcomes] == ["", ""]
 
 
 @on_reactor
-async def test_missing_platform_error_lists_available_ones(loads: Loads, shelf: Shelf, root: Path) -> None:
-    shelf.add(APP, MULTI)
+async def test_missing_platform_error_lists_available_ones(loads: Loads, fetcher: MemoryFetcher, root: Path) -> None:
+    fetcher.add(APP, MULTI)
     wanted = [Platform("linux", "s390x"), ARM64, Platform("linux", "riscv64")]
     (outcome,) = await loads.load(APP, wanted=wanted)
     why = "no image for linux/s390x, linux/riscv64; available: linux/amd64, linux/arm/v6, linux/arm/v7, linux/arm64"
     arm64 = MULTI.images[1]
     assert outcome == Outcome(APP, LoadStatus.FAILED, why, (), 3, size(arm64))
-    assert here(root) == {blob.digest for blob in arm64.blobs}
+    assert blobs_of(root) == {blob.digest for blob in arm64.blobs}
     # The error is permanent.
     assert not outcome.again
 
 
 @on_reactor
-async def test_empty_index_is_loaded(loads: Loads, shelf: Shelf) -> None:
-    shelf.put(APP, index_of())
+async def test_empty_index_is_loaded(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.put(APP, index_of())
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 0)
 
@@ -168,55 +168,55 @@ def attested(where: str = "linux/amd64") -> tuple[Manifest, Manifest, Manifest, 
 
 
 @on_reactor
-async def test_attestations_match_no_platform(loads: Loads, shelf: Shelf, root: Path) -> None:
+async def test_attestations_match_no_platform(loads: Loads, fetcher: MemoryFetcher, root: Path) -> None:
     index, app, attestation, blobs = attested()
-    shelf.put(APP, index, app, attestation, blobs=blobs)
+    fetcher.put(APP, index, app, attestation, blobs=blobs)
     (outcome,) = await loads.load(APP)
-    assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
+    assert (outcome.ended, blobs_of(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
     # With all platforms they are loaded as well.
     (outcome,) = await loads.load(APP, wanted=ALL)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
-    assert len(here(root)) == 3
+    assert len(blobs_of(root)) == 3
 
 
 @on_reactor
-async def test_attestations_are_not_listed_as_available(loads: Loads, shelf: Shelf) -> None:
+async def test_attestations_are_not_listed_as_available(loads: Loads, fetcher: MemoryFetcher) -> None:
     index, app, attestation, blobs = attested()
-    shelf.put(APP, index, app, attestation, blobs=blobs)
+    fetcher.put(APP, index, app, attestation, blobs=blobs)
     (outcome,) = await loads.load(APP, wanted=[ARM64])
     assert outcome.why == "no image for linux/arm64; available: linux/amd64"
 
 
 @on_reactor
-async def test_nested_indexes(loads: Loads, shelf: Shelf, root: Path) -> None:
+async def test_nested_indexes(loads: Loads, fetcher: MemoryFetcher, root: Path) -> None:
     blobs = [b"config", b"layer"]
     app, other = image_of(*blobs), image_of(b"other")
     inner = index_of((app, "linux/amd64"), (other, "linux/arm64"), media_type=DOCKER_LIST)
     outer = index_of((inner, ""))
-    shelf.put(APP, outer, inner, app, other, blobs=blobs)
+    fetcher.put(APP, outer, inner, app, other, blobs=blobs)
     (outcome,) = await loads.load(APP)
-    assert (outcome.ended, here(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
+    assert (outcome.ended, blobs_of(root)) == (LoadStatus.LOADED, {blob.digest for blob in app.blobs})
     (outcome,) = await loads.load(APP, wanted=[Platform("linux", "s390x")])
     assert outcome.why == "no image for linux/s390x; available: linux/amd64, linux/arm64"
 
 
 @on_reactor
-async def test_index_nesting_is_limited(loads: Loads, shelf: Shelf) -> None:
+async def test_index_nesting_is_limited(loads: Loads, fetcher: MemoryFetcher) -> None:
     nested = [image_of(b"config")]
     for _ in range(8):
         nested.append(index_of((nested[-1], "")))
-    shelf.put(APP, nested[-1], *nested, blobs=[b"config"])
+    fetcher.put(APP, nested[-1], *nested, blobs=[b"config"])
     (outcome,) = await loads.load(APP)
     assert outcome.ended is LoadStatus.LOADED
-    assert len(shelf.asked) == 5
+    assert len(fetcher.asked) == 5
 
 
 @on_reactor
-async def test_unknown_media_types_in_an_index_are_skipped(loads: Loads, shelf: Shelf) -> None:
+async def test_unknown_media_types_in_an_index_are_skipped(loads: Loads, fetcher: MemoryFetcher) -> None:
     child = manifest(SINGLE)
     other = Manifest(Digest.of(b"wasm"), "application/wasm", b"wasm", (), ())
-    shelf.add(APP, SINGLE)
-    shelf.put(APP, index_of((child, ""), (other, "")), child)
+    fetcher.add(APP, SINGLE)
+    fetcher.put(APP, index_of((child, ""), (other, "")), child)
     (outcome,) = await loads.load(APP, wanted=ALL)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3)
 
@@ -233,11 +233,11 @@ async def test_unknown_media_types_in_an_index_are_skipped(loads: Loads, shelf: 
 @pytest.mark.parametrize("concurrent", [1, 3])
 @on_reactor
 async def test_failed_image_does_not_stop_others(
-    loads: Loads, shelf: Shelf, error: Exception, again: bool, concurrent: int
+    loads: Loads, fetcher: MemoryFetcher, error: Exception, again: bool, concurrent: int
 ) -> None:
     for url in (APP, NEXT, LAST):
-        shelf.add(url, make_image(url))
-    shelf.errors[f"manifest {APP}"] = error
+        fetcher.add(url, make_image(url))
+    fetcher.errors[f"manifest {APP}"] = error
     outcomes = await loads.load(APP, NEXT, LAST, concurrent=concurrent)
     why = error.message if isinstance(error, RegistryError) else "cannot be stored: No space left on device"
     assert outcomes[0] == Outcome(APP, LoadStatus.FAILED, why, again=again)
@@ -248,39 +248,39 @@ async def test_failed_image_does_not_stop_others(
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down"), OSError(28, "No space left")])
 @on_reactor
 async def test_failed_blob_does_not_stop_others_of_its_image(
-    loads: Loads, shelf: Shelf, root: Path, error: Exception
+    loads: Loads, fetcher: MemoryFetcher, root: Path, error: Exception
 ) -> None:
-    shelf.add(APP, SINGLE)
-    shelf.errors[f"blob reg.example/app@{DIGESTS[0]}"] = error
+    fetcher.add(APP, SINGLE)
+    fetcher.errors[f"blob reg.example/app@{DIGESTS[0]}"] = error
     (outcome,) = await loads.load(APP, connections=1)
     assert (outcome.ended, outcome.blobs, outcome.again) == (LoadStatus.FAILED, 2, not isinstance(error, BlobUnknown))
     assert outcome.bytes == sum(len(blob.data) for blob in SINGLE.blobs[1:])
-    assert here(root) == set(DIGESTS[1:])
+    assert blobs_of(root) == set(DIGESTS[1:])
     # Loading resumes where it failed.
-    shelf.errors.clear()
+    fetcher.errors.clear()
     (outcome,) = await loads.load(APP)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 1)
 
 
 @on_reactor
 async def test_unreadable_store_fails_the_image(
-    loads: Loads, shelf: Shelf, store: Store, monkeypatch: pytest.MonkeyPatch
+    loads: Loads, fetcher: MemoryFetcher, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def lacking(what: Manifest) -> dict[Digest, int]:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(store, "lacking", lacking)
-    shelf.add(APP, SINGLE)
-    assert told(await loads.load(APP)) == [f"failed: {APP}: cannot be stored: Input/output error"]
+    fetcher.add(APP, SINGLE)
+    assert outcome_texts(await loads.load(APP)) == [f"failed: {APP}: cannot be stored: Input/output error"]
 
 
 @on_reactor
-async def test_image_by_digest_has_a_note(loads: Loads, shelf: Shelf) -> None:
-    shelf.add(APP, SINGLE)
+async def test_image_by_digest_has_a_note(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add(APP, SINGLE)
     url = f"reg.example/app@{SINGLE.manifest.digest}"
     note = "known by its digest alone: a client that asks for its tag needs the upstream"
-    assert told(await loads.load(url)) == [f"loaded: {url}: 3 blobs, {size(SINGLE)} bytes; {note}"]
-    assert told(await loads.load(url)) == [f"already there: {url}: {note}"]
+    assert outcome_texts(await loads.load(url)) == [f"loaded: {url}: 3 blobs, {size(SINGLE)} bytes; {note}"]
+    assert outcome_texts(await loads.load(url)) == [f"already there: {url}: {note}"]
     (outcome,) = await loads.load(APP)
     assert outcome.notes == ()
 

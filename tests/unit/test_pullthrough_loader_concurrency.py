@@ -18,7 +18,7 @@ from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
 from tests.unit.support.doubles import REACTOR, manifest, on_reactor, turn, until
-from tests.unit.support.loads import Loads, Shelf, settle
+from tests.unit.support.loads import Loads, MemoryFetcher, settle
 from tests.unit.support.registries import MemoryRegistries
 
 URLS = [f"reg.example/app{number}:1" for number in range(7)]
@@ -26,112 +26,118 @@ IMAGES = [make_image(url, layers=3) for url in URLS]
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher with the images."""
-    shelf = Shelf(store, root)
+    fetcher = MemoryFetcher(store, root)
     for url, built in zip(URLS, IMAGES, strict=True):
-        shelf.add(url, built)
-    return shelf
+        fetcher.add(url, built)
+    return fetcher
 
 
 @pytest.fixture
-def loads(store: Store, shelf: Shelf) -> Loads:
+def loads(store: Store, fetcher: MemoryFetcher) -> Loads:
     """Return a loader over it."""
-    return Loads(store, shelf)
+    return Loads(store, fetcher)
 
 
-async def waits(shelf: Shelf, count: int) -> None:
+async def wait_for_requests(fetcher: MemoryFetcher, count: int) -> None:
     """Wait until `count` requests wait."""
-    await until(lambda: len(shelf.waiting) == count)
+    await until(lambda: len(fetcher.waiting) == count)
 
 
-async def until_told(loads: Loads, count: int) -> None:
+async def wait_for_outcomes(loads: Loads, count: int) -> None:
     """Wait until `count` images have ended."""
-    await until(lambda: len(loads.told.outcomes) == count)
+    await until(lambda: len(loads.progress.outcomes) == count)
 
 
 @pytest.mark.parametrize("concurrent", [1, 2, 5, 50])
 @on_reactor
-async def test_number_of_concurrent_images(loads: Loads, shelf: Shelf, store: Store, concurrent: int) -> None:
-    shelf.held.add("manifest")
+async def test_number_of_concurrent_images(
+    loads: Loads, fetcher: MemoryFetcher, store: Store, concurrent: int
+) -> None:
+    fetcher.held.add("manifest")
     loading = loads.load(*URLS, concurrent=concurrent, connections=50)
     for begun in range(len(URLS)):
         most = min(concurrent, len(URLS) - begun)
-        await waits(shelf, most)
+        await wait_for_requests(fetcher, most)
         await settle(store)
-        assert list(shelf.waiting) == [f"manifest {url}" for url in URLS[begun : begun + most]]
+        assert list(fetcher.waiting) == [f"manifest {url}" for url in URLS[begun : begun + most]]
         # An image occupies its slot until its blobs are loaded, not only its manifest.
-        shelf.release(f"manifest {URLS[begun]}")
+        fetcher.release(f"manifest {URLS[begun]}")
     assert [outcome.ended for outcome in await loading] == [LoadStatus.LOADED] * 7
-    assert shelf.most["manifest"] == min(concurrent, 7)
+    assert fetcher.most["manifest"] == min(concurrent, 7)
 
 
 @on_reactor
-async def test_image_occupies_its_slot_until_blobs_are_loaded(loads: Loads, shelf: Shelf, store: Store) -> None:
-    shelf.held.add("blob")
+async def test_image_occupies_its_slot_until_blobs_are_loaded(
+    loads: Loads, fetcher: MemoryFetcher, store: Store
+) -> None:
+    fetcher.held.add("blob")
     loading = loads.load(*URLS[:2], concurrent=1)
-    await until(lambda: len(shelf.waiting) == 4)
+    await until(lambda: len(fetcher.waiting) == 4)
     await settle(store)
-    assert f"manifest {URLS[1]}" not in shelf.asked
-    shelf.held.clear()
-    shelf.release()
+    assert f"manifest {URLS[1]}" not in fetcher.asked
+    fetcher.held.clear()
+    fetcher.release()
     assert len(await loading) == 2
 
 
 @pytest.mark.parametrize("connections", [1, 3, 100])
 @on_reactor
 async def test_number_of_concurrent_blobs_of_all_images(
-    loads: Loads, shelf: Shelf, store: Store, connections: int
+    loads: Loads, fetcher: MemoryFetcher, store: Store, connections: int
 ) -> None:
-    shelf.held.add("blob")
+    fetcher.held.add("blob")
     loading = loads.load(*URLS, concurrent=7, connections=connections)
     most = min(connections, 7 * 4)
-    await until(lambda: len(shelf.waiting) == most)
+    await until(lambda: len(fetcher.waiting) == most)
     while not loading.called:
         await settle(store)
-        assert len(shelf.waiting) <= connections
-        shelf.release()
+        assert len(fetcher.waiting) <= connections
+        fetcher.release()
         await turn()
     assert [outcome.blobs for outcome in await loading] == [4] * 7
-    assert shelf.most["blob"] == most
+    assert fetcher.most["blob"] == most
 
 
 @on_reactor
-async def test_failed_image_frees_its_slot(loads: Loads, shelf: Shelf) -> None:
+async def test_failed_image_frees_its_slot(loads: Loads, fetcher: MemoryFetcher) -> None:
     for url in URLS[:3]:
-        shelf.errors[f"manifest {url}"] = Unavailable("down")
+        fetcher.errors[f"manifest {url}"] = Unavailable("down")
     for blob in IMAGES[3].blobs:
-        shelf.errors[f"blob reg.example/app3@{blob.digest}"] = Unavailable("down")
+        fetcher.errors[f"blob reg.example/app3@{blob.digest}"] = Unavailable("down")
     outcomes = await loads.load(*URLS, concurrent=1, connections=1)
     assert [outcome.ended for outcome in outcomes] == [LoadStatus.FAILED] * 4 + [LoadStatus.LOADED] * 3
 
 
 @on_reactor
-async def test_progress_order_is_completion_result_order_is_request(loads: Loads, shelf: Shelf) -> None:
-    shelf.held.add("manifest")
+async def test_progress_order_is_completion_result_order_is_request(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.held.add("manifest")
     loading = loads.load(*URLS[:4], concurrent=4)
-    await until(lambda: len(shelf.waiting) == 4)
+    await until(lambda: len(fetcher.waiting) == 4)
     for ended, number in enumerate((2, 0, 3, 1), 1):
-        shelf.release(f"manifest {URLS[number]}")
-        await until_told(loads, ended)
+        fetcher.release(f"manifest {URLS[number]}")
+        await wait_for_outcomes(loads, ended)
     outcomes = await loading
     assert [outcome.name for outcome in outcomes] == URLS[:4]
-    assert [outcome.name for outcome in loads.told.outcomes] == [URLS[2], URLS[0], URLS[3], URLS[1]]
-    assert sorted(loads.told.outcomes, key=lambda one: one.name) == outcomes
+    assert [outcome.name for outcome in loads.progress.outcomes] == [URLS[2], URLS[0], URLS[3], URLS[1]]
+    assert sorted(loads.progress.outcomes, key=lambda one: one.name) == outcomes
 
 
 @on_reactor
 async def test_no_images(loads: Loads) -> None:
     assert await loads.load() == []
-    assert loads.told.outcomes == []
+    assert loads.progress.outcomes == []
 
 
 @pytest.mark.parametrize("pieces", [1, 7])
 @on_reactor
-async def test_expected_bytes_equal_received_bytes(loads: Loads, shelf: Shelf, root: Path, pieces: int) -> None:
-    shelf.pieces = pieces
+async def test_expected_bytes_equal_received_bytes(
+    loads: Loads, fetcher: MemoryFetcher, root: Path, pieces: int
+) -> None:
+    fetcher.pieces = pieces
     multi = make_index("progress")
-    shelf.add("reg.example/multi:1", multi)
+    fetcher.add("reg.example/multi:1", multi)
     urls = [*URLS, "reg.example/multi:1"]
     present = IMAGES[0].layers[0]
     (root / "blobs" / present.digest.removeprefix("sha256:")).write_bytes(present.data)
@@ -139,17 +145,17 @@ async def test_expected_bytes_equal_received_bytes(loads: Loads, shelf: Shelf, r
     sizes = {url: sum(len(blob.data) for blob in one.blobs) for url, one in zip(URLS, IMAGES, strict=True)}
     sizes["reg.example/multi:1"] = sum(len(blob.data) for blob in multi.blobs)
     sizes[URLS[0]] -= len(present.data)
-    assert loads.told.expected == loads.told.came_of == sizes
+    assert loads.progress.expected == loads.progress.received == sizes
     assert {outcome.name: outcome.bytes for outcome in outcomes} == sizes
 
 
 @on_reactor
 async def test_nothing_is_expected_of_present_images(loads: Loads) -> None:
     await loads.load(URLS[0])
-    expected = loads.told.expected.copy()
+    expected = loads.progress.expected.copy()
     await loads.load(URLS[0])
-    assert loads.told.expected == expected
-    assert [outcome.ended for outcome in loads.told.outcomes] == [LoadStatus.LOADED, LoadStatus.PRESENT]
+    assert loads.progress.expected == expected
+    assert [outcome.ended for outcome in loads.progress.outcomes] == [LoadStatus.LOADED, LoadStatus.PRESENT]
 
 
 async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
@@ -164,49 +170,51 @@ async def interrupted(loading: Deferred[list[Outcome]]) -> BaseException:
 @pytest.mark.parametrize(("concurrent", "connections"), [(1, 1), (3, 2), (7, 50)])
 @on_reactor
 async def test_cancelling_stops_all_requests(
-    loads: Loads, shelf: Shelf, store: Store, kind: str, concurrent: int, connections: int
+    loads: Loads, fetcher: MemoryFetcher, store: Store, kind: str, concurrent: int, connections: int
 ) -> None:
-    shelf.held.add(kind)
+    fetcher.held.add(kind)
     loading = loads.load(*URLS, signatures=True, concurrent=concurrent, connections=connections)
-    await until(lambda: shelf.waiting)
+    await until(lambda: fetcher.waiting)
     await settle(store)
-    under_way = len(shelf.waiting)
+    under_way = len(fetcher.waiting)
     error = await interrupted(loading)
     assert isinstance(error, CancelledError), repr(error)
     await settle(store)
     # The log is checked after each test.
-    assert shelf.cancelled >= under_way
-    assert shelf.running.total() == 0
-    assert loads.told.outcomes == []
+    assert fetcher.cancelled >= under_way
+    assert fetcher.running.total() == 0
+    assert loads.progress.outcomes == []
 
 
 @pytest.mark.parametrize("kind", ["manifest", "blob"])
 @on_reactor
-async def test_cancelling_starts_no_new_requests(loads: Loads, shelf: Shelf, store: Store, kind: str) -> None:
-    shelf.held.add(kind)
+async def test_cancelling_starts_no_new_requests(
+    loads: Loads, fetcher: MemoryFetcher, store: Store, kind: str
+) -> None:
+    fetcher.held.add(kind)
     loading = loads.load(*URLS, concurrent=1, connections=1)
-    await until(lambda: shelf.waiting)
+    await until(lambda: fetcher.waiting)
     await settle(store)
-    asked = list(shelf.asked)
+    asked = list(fetcher.asked)
     await interrupted(loading)
     await settle(store)
-    assert shelf.asked == asked
+    assert fetcher.asked == asked
 
 
 @on_reactor
-async def test_loading_resumes_after_cancelling(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_loading_resumes_after_cancelling(loads: Loads, fetcher: MemoryFetcher, store: Store) -> None:
     held = {f"manifest {URLS[3]}", f"blob reg.example/app2@{IMAGES[2].blobs[1].digest}"}
-    shelf.held |= held
+    fetcher.held |= held
     loading = loads.load(*URLS, concurrent=2)
-    await until(lambda: shelf.waiting.keys() == held)
+    await until(lambda: fetcher.waiting.keys() == held)
     await settle(store)
     await interrupted(loading)
-    shelf.held.clear()
-    shelf.waiting.clear()
-    asked = len(shelf.asked)
+    fetcher.held.clear()
+    fetcher.waiting.clear()
+    asked = len(fetcher.asked)
     outcomes = await loads.load(*URLS, concurrent=2)
     assert [outcome.blobs for outcome in outcomes] == [0, 0, 1, 4, 4, 4, 4]
-    assert f"manifest {URLS[2]}" not in shelf.asked[asked:]
+    assert f"manifest {URLS[2]}" not in fetcher.asked[asked:]
 
 
 @on_reactor
@@ -239,7 +247,7 @@ async def test_cancelling_drops_queued_images(
     assert upstreams.asked == [f"manifest {URLS[0]}"]
 
 
-class Refusing(Shelf):
+class Refusing(MemoryFetcher):
     """Fetcher whose requests fail immediately."""
 
     async def manifest(self, image: ImageReference) -> FoundManifest:

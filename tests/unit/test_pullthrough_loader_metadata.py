@@ -20,7 +20,7 @@ from ociregistry.store.index import Inventory
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
 from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
-from tests.unit.support.loads import AMD64, Loads, Shelf, index_of
+from tests.unit.support.loads import AMD64, Loads, MemoryFetcher, index_of
 
 PLATFORMS = ("linux/amd64", "linux/arm64", "linux/s390x")
 FIRST, SECOND = make_index("first", platforms=PLATFORMS), make_index("second", platforms=PLATFORMS)
@@ -30,20 +30,20 @@ ELSEWHERE = "else.example/app:1"
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher with two indexes and an image."""
-    shelf = Shelf(store, root)
-    shelf.add(APP, FIRST)
-    shelf.add(NEXT, SECOND)
-    shelf.add(ELSEWHERE, SECOND)
-    shelf.add(ALONE, SINGLE)
-    return shelf
+    fetcher = MemoryFetcher(store, root)
+    fetcher.add(APP, FIRST)
+    fetcher.add(NEXT, SECOND)
+    fetcher.add(ELSEWHERE, SECOND)
+    fetcher.add(ALONE, SINGLE)
+    return fetcher
 
 
 @pytest.fixture
-def loader(store: Store, shelf: Shelf) -> Loader:
+def loader(store: Store, fetcher: MemoryFetcher) -> Loader:
     """Return a linux/amd64 loader over it."""
-    return Loads(store, shelf).loader(AMD64)
+    return Loads(store, fetcher).loader(AMD64)
 
 
 def metadata_of(index: Index, repository: str) -> set[str]:
@@ -61,85 +61,87 @@ def wanted(root: Path, *images: Image) -> list[bool | None]:
 
 @on_reactor
 async def test_metadata_of_other_platforms_is_fetched_after_all_images(
-    loader: Loader, shelf: Shelf, root: Path
+    loader: Loader, fetcher: MemoryFetcher, root: Path
 ) -> None:
     outcomes = await loader.load([image(url) for url in (APP, ALONE, NEXT)])
     assert [outcome.ended for outcome in outcomes] == [LoadStatus.LOADED] * 3
     expected = metadata_of(FIRST, "reg.example/app") | metadata_of(SECOND, "reg.example/next")
-    assert not expected & set(shelf.asked)
-    before = len(shelf.asked)
+    assert not expected & set(fetcher.asked)
+    before = len(fetcher.asked)
     assert await loader.load_metadata() == []
-    assert set(shelf.asked[before:]) == expected
-    assert len(shelf.asked[before:]) == len(expected) == 8
+    assert set(fetcher.asked[before:]) == expected
+    assert len(fetcher.asked[before:]) == len(expected) == 8
     assert wanted(root, *FIRST.images, *SECOND.images) == [True, False, False] * 2
     assert {row.url for row in Inventory.read(root).rows if "@" not in row.url} == {APP, ALONE, NEXT}
     assert len(Inventory.read(root).rows) == 5
 
 
 @on_reactor
-async def test_present_metadata_is_not_requested(loader: Loader, shelf: Shelf) -> None:
+async def test_present_metadata_is_not_requested(loader: Loader, fetcher: MemoryFetcher) -> None:
     for _ in range(2):
         await loader.load([image(APP)])
         await loader.load_metadata()
-    assert len(shelf.asked) == len(set(shelf.asked))
+    assert len(fetcher.asked) == len(set(fetcher.asked))
 
 
 @on_reactor
-async def test_present_config_without_manifest_is_not_requested(loader: Loader, shelf: Shelf, root: Path) -> None:
+async def test_present_config_without_manifest_is_not_requested(
+    loader: Loader, fetcher: MemoryFetcher, root: Path
+) -> None:
     config = FIRST.images[1].config
     await loader.load([image(APP)])
     (root / "blobs" / config.digest.removeprefix("sha256:")).write_bytes(config.data)
     await loader.load_metadata()
-    assert f"blob reg.example/app@{config.digest}" not in shelf.asked
+    assert f"blob reg.example/app@{config.digest}" not in fetcher.asked
 
 
 @on_reactor
-async def test_all_loaded_platforms_are_wanted(store: Store, shelf: Shelf, root: Path) -> None:
-    loader = Loads(store, shelf).loader()
+async def test_all_loaded_platforms_are_wanted(store: Store, fetcher: MemoryFetcher, root: Path) -> None:
+    loader = Loads(store, fetcher).loader()
     await loader.load([image(APP)])
-    before = list(shelf.asked)
+    before = list(fetcher.asked)
     assert await loader.load_metadata() == []
-    assert (shelf.asked, wanted(root, *FIRST.images)) == (before, [True] * 3)
+    assert (fetcher.asked, wanted(root, *FIRST.images)) == (before, [True] * 3)
 
 
 @on_reactor
 async def test_metadata_image_loaded_later_becomes_wanted(
-    store: Store, loader: Loader, shelf: Shelf, root: Path
+    store: Store, loader: Loader, fetcher: MemoryFetcher, root: Path
 ) -> None:
     await loader.load([image(APP)])
     await loader.load_metadata()
     arm64 = FIRST.images[1]
-    (outcome,) = await Loads(store, shelf).load(f"reg.example/app@{arm64.manifest.digest}")
+    (outcome,) = await Loads(store, fetcher).load(f"reg.example/app@{arm64.manifest.digest}")
     assert outcome.ended is LoadStatus.LOADED
     assert wanted(root, *FIRST.images) == [True, True, False]
 
 
 @on_reactor
-async def test_platform_unknown_upstream_is_skipped(loader: Loader, shelf: Shelf, root: Path) -> None:
+async def test_platform_unknown_upstream_is_skipped(loader: Loader, fetcher: MemoryFetcher, root: Path) -> None:
     missing = f"reg.example/app@{FIRST.images[1].manifest.digest}"
-    shelf.errors[f"manifest {missing}"] = ManifestUnknown("404")
+    fetcher.errors[f"manifest {missing}"] = ManifestUnknown("404")
     await loader.load([image(APP)])
     assert await loader.load_metadata() == []
     assert wanted(root, FIRST.images[0], FIRST.images[2]) == [True, False]
 
 
 @on_reactor
-async def test_metadata_failure_is_one_line_per_upstream(loader: Loader, shelf: Shelf, root: Path) -> None:
+async def test_metadata_failure_is_one_line_per_upstream(loader: Loader, fetcher: MemoryFetcher, root: Path) -> None:
     for one in FIRST.images[1:]:
-        shelf.errors[f"manifest reg.example/app@{one.manifest.digest}"] = Unavailable("it answered 429", 60)
+        fetcher.errors[f"manifest reg.example/app@{one.manifest.digest}"] = Unavailable("it answered 429", 60)
     await loader.load([image(APP), image(ELSEWHERE)])
     assert await loader.load_metadata() == ["reg.example: it answered 429"]
     # The failed upstream is not asked again; the other one returns everything.
-    assert sum("manifest reg.example/app@" in words for words in shelf.asked) == 2
+    assert sum("manifest reg.example/app@" in words for words in fetcher.asked) == 2
     assert wanted(root, *SECOND.images) == [True, False, False]
 
 
 @on_reactor
-async def test_metadata_of_nested_index(store: Store, loader: Loader, shelf: Shelf, root: Path) -> None:
+async def test_metadata_of_nested_index(store: Store, loader: Loader, fetcher: MemoryFetcher, root: Path) -> None:
     inner = index_of(*((manifest(one), one.platform) for one in FIRST.images))
     outer = index_of((inner, ""))
-    shelf.put("reg.example/nested:1", outer, inner, *map(manifest, FIRST.images))
-    shelf.put(APP, manifest(FIRST), *map(manifest, FIRST.images), blobs=[blob.data for blob in FIRST.blobs])
+    fetcher.put("reg.example/nested:1", outer, inner, *map(manifest, FIRST.images))
+    fetcher.put(APP, manifest(FIRST), *map(manifest, FIRST.images), blobs=[blob.data for blob in FIRST.blobs])
     await loader.load([image("reg.example/nested:1")])
     assert await loader.load_metadata() == []
     assert wanted(root, *FIRST.images) == [True, False, False]
@@ -159,11 +161,11 @@ class Loading:
         monkeypatch.setattr(ociregistry.commands.load, "open_fetcher", self._fetcher_for)
 
     @asynccontextmanager
-    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[Shelf]:
-        shelf = Shelf(store, self._root)
-        shelf.add(APP, FIRST)
-        shelf.errors, shelf.asked = self.errors, self.asked
-        yield shelf
+    async def _fetcher_for(self, store: Store, settings: Settings, reactor: Any) -> AsyncIterator[MemoryFetcher]:
+        fetcher = MemoryFetcher(store, self._root)
+        fetcher.add(APP, FIRST)
+        fetcher.errors, fetcher.asked = self.errors, self.asked
+        yield fetcher
 
     async def __call__(self, **changed: Any) -> list[str]:
         """Return stderr of a successful run."""

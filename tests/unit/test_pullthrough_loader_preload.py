@@ -14,26 +14,26 @@ from ociregistry.pullthrough.loader import ImageList, Preloader, PreloadProgress
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, on_reactor, texts, turn, until
-from tests.unit.support.loads import AMD64, Loads, Shelf, settle
+from tests.unit.support.loads import AMD64, Loads, MemoryFetcher, settle
 
 URLS = [f"reg.example/app{number}:1" for number in range(3)]
 ONE, TWO, THREE = URLS
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher with the images."""
-    shelf = Shelf(store, root)
+    fetcher = MemoryFetcher(store, root)
     for url in URLS:
-        shelf.add(url, make_image(url))
-    return shelf
+        fetcher.add(url, make_image(url))
+    return fetcher
 
 
-class Scene:
+class PreloadHarness:
     """Preload lists of the test."""
 
-    def __init__(self, store: Store, shelf: Shelf, clock: Clock) -> None:
-        self._loads = Loads(store, shelf)
+    def __init__(self, store: Store, fetcher: MemoryFetcher, clock: Clock) -> None:
+        self._loads = Loads(store, fetcher)
         self._clock = clock
         self._store = store
         self.preloader: Preloader
@@ -46,7 +46,7 @@ class Scene:
         self.preloader.startService()
         return self.preloader
 
-    async def passes(self, seconds: float) -> None:
+    async def advance(self, seconds: float) -> None:
         """Advance the clock."""
         await settle(self._store)
         self._clock.advance(seconds)
@@ -54,9 +54,9 @@ class Scene:
 
 
 @pytest.fixture
-def scene(store: Store, shelf: Shelf, clock: Clock) -> Scene:
+def harness(store: Store, fetcher: MemoryFetcher, clock: Clock) -> PreloadHarness:
     """Return a preloader over the fetcher."""
-    return Scene(store, shelf, clock)
+    return PreloadHarness(store, fetcher, clock)
 
 
 def listed(*urls: str, errors: tuple[str, ...] = ()) -> ImageList:
@@ -70,14 +70,14 @@ def has_ended(events: list[LogEvent]) -> bool:
     return bool(lines) and lines[-1].startswith("preloaded")
 
 
-async def tried(shelf: Shelf, url: str, times: int) -> None:
+async def tried(fetcher: MemoryFetcher, url: str, times: int) -> None:
     """Wait until the image has been requested `times` times."""
-    await until(lambda: shelf.asked.count(f"manifest {url}") == times)
+    await until(lambda: fetcher.asked.count(f"manifest {url}") == times)
 
 
 @on_reactor
-async def test_all_images_are_loaded_and_logged(scene: Scene, events: list[LogEvent]) -> None:
-    preloader = scene.start(listed(*URLS))
+async def test_all_images_are_loaded_and_logged(harness: PreloadHarness, events: list[LogEvent]) -> None:
+    preloader = harness.start(listed(*URLS))
     assert preloader.progress == PreloadProgress(3, 0, 0)
     await until(lambda: preloader.progress == PreloadProgress(3, 3, 0))
     lines = texts(events, LogLevel.info)
@@ -88,39 +88,43 @@ async def test_all_images_are_loaded_and_logged(scene: Scene, events: list[LogEv
 
 
 @on_reactor
-async def test_present_images_need_no_request(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
-    first = scene.start(listed(*URLS))
+async def test_present_images_need_no_request(
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent]
+) -> None:
+    first = harness.start(listed(*URLS))
     await until(lambda: first.progress.loaded == 3)
-    shelf.asked.clear()
+    fetcher.asked.clear()
     events.clear()
-    second = scene.start(listed(*URLS))
+    second = harness.start(listed(*URLS))
     await until(lambda: second.progress.loaded == 3)
-    assert shelf.asked == []
+    assert fetcher.asked == []
     await until(lambda: has_ended(events))
     assert sum(text.startswith("preloading: already there: ") for text in texts(events)) == 3
 
 
 @on_reactor
-async def test_preloading_ends_once_all_are_present(scene: Scene, shelf: Shelf, clock: Clock) -> None:
-    preloader = scene.start(listed(ONE))
+async def test_preloading_ends_once_all_are_present(
+    harness: PreloadHarness, fetcher: MemoryFetcher, clock: Clock
+) -> None:
+    preloader = harness.start(listed(ONE))
     await until(lambda: preloader.progress.loaded == 1)
-    asked = len(shelf.asked)
+    asked = len(fetcher.asked)
     for _ in range(3):
-        await scene.passes(30)
-    assert len(shelf.asked) == asked
+        await harness.advance(30)
+    assert len(fetcher.asked) == asked
 
 
 @on_reactor
-async def test_malformed_lines_are_logged_others_are_loaded(scene: Scene, events: list[LogEvent]) -> None:
+async def test_malformed_lines_are_logged_others_are_loaded(harness: PreloadHarness, events: list[LogEvent]) -> None:
     errors = ("images.txt:1: 'A' is not an image reference: so", "images.txt:7: 'B' is not an image reference: so")
-    preloader = scene.start(listed(ONE, errors=errors))
+    preloader = harness.start(listed(ONE, errors=errors))
     await until(lambda: preloader.progress == PreloadProgress(1, 1, 0))
     assert texts(events, LogLevel.error) == [f"not preloaded: {error}" for error in errors]
 
 
 @on_reactor
-async def test_empty_list(scene: Scene, events: list[LogEvent]) -> None:
-    preloader = scene.start(listed(errors=("images.txt: names no image",)))
+async def test_empty_list(harness: PreloadHarness, events: list[LogEvent]) -> None:
+    preloader = harness.start(listed(errors=("images.txt: names no image",)))
     await turn()
     assert preloader.progress == PreloadProgress(0, 0, 0)
     assert texts(events, LogLevel.error) == ["not preloaded: images.txt: names no image"]
@@ -129,14 +133,14 @@ async def test_empty_list(scene: Scene, events: list[LogEvent]) -> None:
 @pytest.mark.parametrize("name", ["missing.txt", "."])
 @on_reactor
 async def test_unreadable_list_is_only_logged(
-    scene: Scene, tmp_path: Path, events: list[LogEvent], name: str
+    harness: PreloadHarness, tmp_path: Path, events: list[LogEvent], name: str
 ) -> None:
     path = tmp_path / name
     try:
         given = succeed(read_image_list(path))
     except OSError as error:
         given = fail(error)
-    preloader = scene.start(given)
+    preloader = harness.start(given)
     await turn()
     (line,) = texts(events)
     assert line.startswith("cannot preload: ")
@@ -149,63 +153,65 @@ async def test_unreadable_list_is_only_logged(
 
 @on_reactor
 async def test_temporary_failure_is_retried_every_30_seconds_and_logged_once(
-    scene: Scene, shelf: Shelf, events: list[LogEvent]
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent]
 ) -> None:
-    shelf.errors[f"manifest {TWO}"] = Unavailable("reg.example: down")
-    preloader = scene.start(listed(*URLS))
+    fetcher.errors[f"manifest {TWO}"] = Unavailable("reg.example: down")
+    preloader = harness.start(listed(*URLS))
     await until(lambda: preloader.progress == PreloadProgress(3, 2, 0))
     for tries in (1, 2, 3):
-        await tried(shelf, TWO, tries)
-        await scene.passes(29.9)
-        assert shelf.asked.count(f"manifest {TWO}") == tries
-        await scene.passes(0.1)
+        await tried(fetcher, TWO, tries)
+        await harness.advance(29.9)
+        assert fetcher.asked.count(f"manifest {TWO}") == tries
+        await harness.advance(0.1)
     assert texts(events, LogLevel.error) == [f"preloading: failed: {TWO}: reg.example: down"]
     assert preloader.progress == PreloadProgress(3, 2, 0)
     # Loaded images are not requested again.
-    assert (shelf.asked.count(f"manifest {ONE}"), shelf.asked.count(f"manifest {THREE}")) == (1, 1)
-    shelf.errors.clear()
-    await scene.passes(30)
+    assert (fetcher.asked.count(f"manifest {ONE}"), fetcher.asked.count(f"manifest {THREE}")) == (1, 1)
+    fetcher.errors.clear()
+    await harness.advance(30)
     await until(lambda: preloader.progress == PreloadProgress(3, 3, 0))
     await until(lambda: has_ended(events))
-    asked = len(shelf.asked)
-    await scene.passes(30)
-    assert len(shelf.asked) == asked
+    asked = len(fetcher.asked)
+    await harness.advance(30)
+    assert len(fetcher.asked) == asked
 
 
 @on_reactor
-async def test_retry_does_not_wait_for_other_images(scene: Scene, shelf: Shelf) -> None:
-    shelf.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
-    shelf.held.add(f"manifest {TWO}")
-    preloader = scene.start(listed(*URLS), concurrent=2)
+async def test_retry_does_not_wait_for_other_images(harness: PreloadHarness, fetcher: MemoryFetcher) -> None:
+    fetcher.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
+    fetcher.held.add(f"manifest {TWO}")
+    preloader = harness.start(listed(*URLS), concurrent=2)
     await until(lambda: preloader.progress == PreloadProgress(3, 1, 0))
     # While another image is still being loaded.
-    await scene.passes(30)
-    await tried(shelf, ONE, 2)
-    assert list(shelf.waiting) == [f"manifest {TWO}"]
+    await harness.advance(30)
+    await tried(fetcher, ONE, 2)
+    assert list(fetcher.waiting) == [f"manifest {TWO}"]
     preloader.stopService()
 
 
 @pytest.mark.parametrize("error", [ManifestUnknown("reg.example: it answered 404"), Denied("not allowed")])
 @on_reactor
 async def test_permanent_failure_is_given_up(
-    scene: Scene, shelf: Shelf, events: list[LogEvent], error: RegistryError
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent], error: RegistryError
 ) -> None:
-    shelf.errors[f"manifest {TWO}"] = error
-    preloader = scene.start(listed(*URLS))
+    fetcher.errors[f"manifest {TWO}"] = error
+    preloader = harness.start(listed(*URLS))
     await until(lambda: preloader.progress == PreloadProgress(3, 2, 1))
     for _ in range(3):
-        await scene.passes(30)
-    assert shelf.asked.count(f"manifest {TWO}") == 1
+        await harness.advance(30)
+    assert fetcher.asked.count(f"manifest {TWO}") == 1
     assert texts(events, LogLevel.error) == [f"preloading: failed: {TWO}: {error.message}"]
 
 
 @on_reactor
-async def test_error_of_giving_up_is_logged(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
-    shelf.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
-    preloader = scene.start(listed(ONE))
-    await until(lambda: shelf.asked)
-    shelf.errors[f"manifest {ONE}"] = ManifestUnknown("reg.example: it answered 404")
-    await scene.passes(30)
+async def test_error_of_giving_up_is_logged(
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent]
+) -> None:
+    fetcher.errors[f"manifest {ONE}"] = Unavailable("reg.example: down")
+    preloader = harness.start(listed(ONE))
+    await until(lambda: fetcher.asked)
+    fetcher.errors[f"manifest {ONE}"] = ManifestUnknown("reg.example: it answered 404")
+    await harness.advance(30)
     await until(lambda: preloader.progress == PreloadProgress(1, 0, 1))
     assert texts(events, LogLevel.error) == [
         f"preloading: failed: {ONE}: reg.example: down",
@@ -217,38 +223,40 @@ async def test_error_of_giving_up_is_logged(scene: Scene, shelf: Shelf, events: 
 @pytest.mark.parametrize("concurrent", [1, 3])
 @on_reactor
 async def test_stop_during_preloading_is_no_failure(
-    scene: Scene, shelf: Shelf, events: list[LogEvent], when: str, concurrent: int
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent], when: str, concurrent: int
 ) -> None:
     if when == "waiting":
-        shelf.errors |= {f"manifest {url}": Unavailable("down") for url in URLS}
+        fetcher.errors |= {f"manifest {url}": Unavailable("down") for url in URLS}
     else:
-        shelf.held.add("manifest")
+        fetcher.held.add("manifest")
     reading: Deferred[ImageList] = Deferred()
-    preloader = scene.start(reading if when == "reading" else listed(*URLS), concurrent)
+    preloader = harness.start(reading if when == "reading" else listed(*URLS), concurrent)
     if when == "loading":
-        await until(lambda: len(shelf.waiting) == concurrent)
+        await until(lambda: len(fetcher.waiting) == concurrent)
     elif when == "waiting":
         await until(lambda: len(texts(events, LogLevel.error)) == 3)
     preloader.stopService()
-    asked, told = len(shelf.asked), len(events)
-    await scene.passes(100)
-    assert (shelf.running.total(), len(shelf.asked), len(events)) == (0, asked, told)
+    asked, logged = len(fetcher.asked), len(events)
+    await harness.advance(100)
+    assert (fetcher.running.total(), len(fetcher.asked), len(events)) == (0, asked, logged)
     assert texts(events, LogLevel.critical) == []
     # A second stop has no effect.
     preloader.stopService()
 
 
 @on_reactor
-async def test_stop_before_start(store: Store, shelf: Shelf, clock: Clock) -> None:
-    preloader = Preloader(lambda: succeed(listed(ONE)), Loads(store, shelf).loader(AMD64), clock)
+async def test_stop_before_start(store: Store, fetcher: MemoryFetcher, clock: Clock) -> None:
+    preloader = Preloader(lambda: succeed(listed(ONE)), Loads(store, fetcher).loader(AMD64), clock)
     preloader.stopService()
-    assert (preloader.progress, shelf.asked) == (PreloadProgress(0, 0, 0), [])
+    assert (preloader.progress, fetcher.asked) == (PreloadProgress(0, 0, 0), [])
 
 
 @pytest.mark.expect_logged_failures
 @on_reactor
-async def test_defect_is_logged_and_ends_preloading(scene: Scene, shelf: Shelf, events: list[LogEvent]) -> None:
-    shelf.errors[f"manifest {ONE}"] = ZeroDivisionError("a defect")
-    scene.start(listed(ONE))
+async def test_defect_is_logged_and_ends_preloading(
+    harness: PreloadHarness, fetcher: MemoryFetcher, events: list[LogEvent]
+) -> None:
+    fetcher.errors[f"manifest {ONE}"] = ZeroDivisionError("a defect")
+    harness.start(listed(ONE))
     await until(lambda: texts(events, LogLevel.critical))
     assert texts(events, LogLevel.critical)[0].startswith("a defect in preloading")

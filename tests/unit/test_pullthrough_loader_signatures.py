@@ -18,7 +18,7 @@ from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_artifact, make_image, make_index
 from tests.unit.support.doubles import image, manifest, on_reactor, until
-from tests.unit.support.loads import Loads, Shelf, image_of, index_of
+from tests.unit.support.loads import Loads, MemoryFetcher, image_of, index_of
 from tests.unit.support.registries import MemoryRegistries
 
 APP = "reg.example/app:1"
@@ -27,17 +27,17 @@ DIGEST = Digest(BUILT.manifest.digest)
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher with the image."""
-    shelf = Shelf(store, root)
-    shelf.add(APP, BUILT)
-    return shelf
+    fetcher = MemoryFetcher(store, root)
+    fetcher.add(APP, BUILT)
+    return fetcher
 
 
 @pytest.fixture
-def loads(store: Store, shelf: Shelf) -> Loads:
+def loads(store: Store, fetcher: MemoryFetcher) -> Loads:
     """Return a loader over it."""
-    return Loads(store, shelf)
+    return Loads(store, fetcher)
 
 
 def tag(ending: str, digest: Digest = DIGEST) -> str:
@@ -52,25 +52,25 @@ async def state(loads: Loads) -> Outcome:
 
 
 @on_reactor
-async def test_no_signatures_without_option(loads: Loads, shelf: Shelf) -> None:
-    shelf.add(tag("sig"), make_image("signature"))
+async def test_no_signatures_without_option(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add(tag("sig"), make_image("signature"))
     (outcome,) = await loads.load(APP)
-    assert (outcome.blobs, len(shelf.asked)) == (3, 4)
+    assert (outcome.blobs, len(fetcher.asked)) == (3, 4)
 
 
 @on_reactor
-async def test_image_without_signatures(loads: Loads, shelf: Shelf) -> None:
+async def test_image_without_signatures(loads: Loads, fetcher: MemoryFetcher) -> None:
     assert (await state(loads)).ended is LoadStatus.LOADED
     asked = [f"manifest {tag(ending)}" for ending in ("sig", "att", "sbom")]
-    assert shelf.asked[4:] == [*asked, f"referrers reg.example/app@{DIGEST}"]
+    assert fetcher.asked[4:] == [*asked, f"referrers reg.example/app@{DIGEST}"]
     assert (await state(loads)).ended is LoadStatus.PRESENT
 
 
 @on_reactor
-async def test_cosign_tags_are_loaded_with_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_cosign_tags_are_loaded_with_blobs(loads: Loads, fetcher: MemoryFetcher, store: Store) -> None:
     for ending in ("sig", "att", "sbom"):
         data = [b"{}", ending.encode()]
-        shelf.put(tag(ending), image_of(*data), blobs=data)
+        fetcher.put(tag(ending), image_of(*data), blobs=data)
     outcome = await state(loads)
     # All have the same config.
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3 + 4)
@@ -82,10 +82,10 @@ async def test_cosign_tags_are_loaded_with_blobs(loads: Loads, shelf: Shelf, sto
 
 
 @on_reactor
-async def test_referrers_are_loaded_with_blobs(loads: Loads, shelf: Shelf, store: Store) -> None:
+async def test_referrers_are_loaded_with_blobs(loads: Loads, fetcher: MemoryFetcher, store: Store) -> None:
     artifact = make_artifact("sbom", BUILT.manifest)
-    shelf.add(f"reg.example/app@{artifact.manifest.digest}", artifact)
-    shelf.refer(DIGEST, index_of((manifest(artifact), "")))
+    fetcher.add(f"reg.example/app@{artifact.manifest.digest}", artifact)
+    fetcher.add_referrers(DIGEST, index_of((manifest(artifact), "")))
     outcome = await state(loads)
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 3 + 2)
     kept = await store.manifest(image(f"reg.example/app@{artifact.manifest.digest}"))
@@ -94,49 +94,49 @@ async def test_referrers_are_loaded_with_blobs(loads: Loads, shelf: Shelf, store
 
 
 @on_reactor
-async def test_referrer_that_disappeared_is_skipped(loads: Loads, shelf: Shelf) -> None:
-    shelf.refer(DIGEST, index_of((manifest(make_artifact("gone", BUILT.manifest)), "")))
+async def test_referrer_that_disappeared_is_skipped(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.add_referrers(DIGEST, index_of((manifest(make_artifact("gone", BUILT.manifest)), "")))
     assert (await state(loads)).ended is LoadStatus.LOADED
 
 
 @on_reactor
-async def test_referrer_of_unknown_media_type_is_skipped(loads: Loads, shelf: Shelf) -> None:
+async def test_referrer_of_unknown_media_type_is_skipped(loads: Loads, fetcher: MemoryFetcher) -> None:
     other = Manifest(Digest.of(b"other"), "application/vnd.other", b"other", (), ())
-    shelf.refer(DIGEST, index_of((other, "")))
+    fetcher.add_referrers(DIGEST, index_of((other, "")))
     assert (await state(loads)).ended is LoadStatus.LOADED
-    assert not any(str(other.digest) in words for words in shelf.asked)
+    assert not any(str(other.digest) in words for words in fetcher.asked)
 
 
 @on_reactor
-async def test_signatures_of_index_and_its_image_are_requested(loads: Loads, shelf: Shelf) -> None:
+async def test_signatures_of_index_and_its_image_are_requested(loads: Loads, fetcher: MemoryFetcher) -> None:
     multi = make_index("signed list")
-    shelf.add(APP, multi)
+    fetcher.add(APP, multi)
     await state(loads)
     amd64, arm64 = (Digest(one.manifest.digest) for one in multi.images)
-    asked = [words for words in shelf.asked if words.startswith("referrers ")]
+    asked = [words for words in fetcher.asked if words.startswith("referrers ")]
     assert asked == [f"referrers reg.example/app@{digest}" for digest in (multi.manifest.digest, amd64)]
-    assert f"manifest {tag('sig', Digest(multi.manifest.digest))}" in shelf.asked
-    assert f"manifest {tag('sig', amd64)}" in shelf.asked
-    assert not any(arm64.hex in words for words in shelf.asked)
+    assert f"manifest {tag('sig', Digest(multi.manifest.digest))}" in fetcher.asked
+    assert f"manifest {tag('sig', amd64)}" in fetcher.asked
+    assert not any(arm64.hex in words for words in fetcher.asked)
 
 
 @on_reactor
-async def test_no_cosign_tag_for_sha512(loads: Loads, shelf: Shelf) -> None:
+async def test_no_cosign_tag_for_sha512(loads: Loads, fetcher: MemoryFetcher) -> None:
     data = BUILT.manifest.data
     digest = Digest.of(data, "sha512")
     url = f"reg.example/app@{digest}"
-    shelf.put(url, Manifest.parse(data, BUILT.manifest.media_type, digest))
+    fetcher.put(url, Manifest.parse(data, BUILT.manifest.media_type, digest))
     (outcome,) = await loads.load(url, signatures=True)
     assert outcome.ended is LoadStatus.LOADED
-    assert [words for words in shelf.asked if "blob" not in words] == [
+    assert [words for words in fetcher.asked if "blob" not in words] == [
         f"manifest {url}",
         f"referrers reg.example/app@{digest}",
     ]
 
 
 @on_reactor
-async def test_unavailable_upstream_fails_the_image(loads: Loads, shelf: Shelf) -> None:
-    shelf.errors[f"manifest {tag('att')}"] = Unavailable("reg.example: down")
+async def test_unavailable_upstream_fails_the_image(loads: Loads, fetcher: MemoryFetcher) -> None:
+    fetcher.errors[f"manifest {tag('att')}"] = Unavailable("reg.example: down")
     outcome = await state(loads)
     assert (outcome.ended, outcome.why, outcome.again) == (LoadStatus.FAILED, "reg.example: down", True)
     # Its own blobs are loaded nevertheless.
@@ -164,14 +164,14 @@ class Offline:
 
 @on_reactor
 async def test_cached_signatures_suffice_when_upstream_is_unavailable(
-    loads: Loads, shelf: Shelf, store: Store, clock: Clock
+    loads: Loads, fetcher: MemoryFetcher, store: Store, clock: Clock
 ) -> None:
     for ending in ("sig", "att", "sbom"):
-        shelf.put(tag(ending), image_of(b"{}"), blobs=[b"{}"])
+        fetcher.put(tag(ending), image_of(b"{}"), blobs=[b"{}"])
     artifact = make_artifact("sbom", BUILT.manifest)
-    shelf.add(f"reg.example/app@{artifact.manifest.digest}", artifact)
+    fetcher.add(f"reg.example/app@{artifact.manifest.digest}", artifact)
     index = index_of((manifest(artifact), ""))
-    shelf.refer(DIGEST, index)
+    fetcher.add_referrers(DIGEST, index)
     await state(loads)
     # As stored by the daemon and by `CacheFetcher`.
     await store.keep(index, image(f"reg.example/app:sha256-{DIGEST.hex}"))
@@ -181,7 +181,9 @@ async def test_cached_signatures_suffice_when_upstream_is_unavailable(
 
 
 @on_reactor
-async def test_upstream_without_referrers_api(loads: Loads, shelf: Shelf, store: Store, clock: Clock) -> None:
+async def test_upstream_without_referrers_api(
+    loads: Loads, fetcher: MemoryFetcher, store: Store, clock: Clock
+) -> None:
     await loads.load(APP)
     outcome, asked = await Offline(store, clock).load(ManifestUnknown("it answered 404"))
     assert (outcome.ended, len(asked)) == (LoadStatus.PRESENT, 4)

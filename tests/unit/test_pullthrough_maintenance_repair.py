@@ -16,7 +16,7 @@ from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
 from tests.images import make_image, make_index
 from tests.unit.support.doubles import image, manifest, on_reactor
-from tests.unit.support.loads import Shelf
+from tests.unit.support.loads import MemoryFetcher
 
 BUILT, NEWER, MULTI = make_image("repaired"), make_image("newer"), make_index("repaired list")
 IMAGE = manifest(BUILT)
@@ -26,15 +26,15 @@ BEFORE = Dates(created=datetime(2026, 1, 1, tzinfo=UTC), confirmed=datetime(2026
 
 
 @pytest.fixture
-def shelf(store: Store, root: Path) -> Shelf:
+def fetcher(store: Store, root: Path) -> MemoryFetcher:
     """Return a fetcher without content."""
-    return Shelf(store, root)
+    return MemoryFetcher(store, root)
 
 
 @pytest.fixture
-def repairer(store: Store, shelf: Shelf) -> Repairer:
+def repairer(store: Store, fetcher: MemoryFetcher) -> Repairer:
     """Return a repairer over it."""
-    return Repairer(store, shelf)
+    return Repairer(store, fetcher)
 
 
 def blob(root: Path, digest: Digest = LAYER) -> Damaged:
@@ -56,62 +56,64 @@ def kept(root: Path, what: Manifest = IMAGE) -> Record:
 
 @on_reactor
 async def test_blob_is_fetched_from_a_repository_that_uses_it(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
 ) -> None:
-    shelf.add(APP, BUILT)
+    fetcher.add(APP, BUILT)
     await store.keep(IMAGE, image(APP))
     assert await repairer.repair(blob(root)) == ""
-    assert shelf.asked == [f"blob reg.example/app@{LAYER}"]
+    assert fetcher.asked == [f"blob reg.example/app@{LAYER}"]
     assert await store.holds(LAYER, len(BUILT.layers[0].data))
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("gone"), Denied("not allowed"), Unavailable("down")])
 @on_reactor
 async def test_blob_is_fetched_from_another_repository(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path, error: RegistryError
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path, error: RegistryError
 ) -> None:
     for url in (APP, ELSEWHERE, THIRD):
-        shelf.add(url, BUILT)
+        fetcher.add(url, BUILT)
         await store.keep(IMAGE, image(url))
     first, second, _ = store.uses(LAYER)
-    shelf.errors[f"blob {first}@{LAYER}"] = error
+    fetcher.errors[f"blob {first}@{LAYER}"] = error
     assert await repairer.repair(blob(root)) == ""
-    assert shelf.asked == [f"blob {first}@{LAYER}", f"blob {second}@{LAYER}"]
+    assert fetcher.asked == [f"blob {first}@{LAYER}", f"blob {second}@{LAYER}"]
 
 
 @on_reactor
 async def test_last_error_is_returned_when_all_repositories_fail(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
 ) -> None:
     for number, url in enumerate((APP, ELSEWHERE)):
         await store.keep(IMAGE, image(url))
-        shelf.errors[f"blob {image(url).repository}@{LAYER}"] = Unavailable(f"down {number}")
+        fetcher.errors[f"blob {image(url).repository}@{LAYER}"] = Unavailable(f"down {number}")
     last = list(store.uses(LAYER))[-1]
-    error = shelf.errors[f"blob {last}@{LAYER}"]
+    error = fetcher.errors[f"blob {last}@{LAYER}"]
     assert isinstance(error, RegistryError)
     assert await repairer.repair(blob(root)) == error.message
-    assert len(shelf.asked) == 2
+    assert len(fetcher.asked) == 2
 
 
 @on_reactor
-async def test_blob_without_image_is_not_repaired(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+async def test_blob_without_image_is_not_repaired(repairer: Repairer, fetcher: MemoryFetcher, root: Path) -> None:
     assert await repairer.repair(blob(root)) == "no image needs it"
-    assert shelf.asked == []
+    assert fetcher.asked == []
 
 
 @on_reactor
-async def test_full_disk_is_an_error(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
+async def test_full_disk_is_an_error(repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path) -> None:
     await store.keep(IMAGE, image(APP))
-    shelf.errors[f"blob reg.example/app@{LAYER}"] = OSError(28, "No space left on device")
+    fetcher.errors[f"blob reg.example/app@{LAYER}"] = OSError(28, "No space left on device")
     assert await repairer.repair(blob(root)) == "cannot be stored: No space left on device"
 
 
 @on_reactor
-async def test_record_is_restored_with_its_dates(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
-    shelf.add(APP, BUILT)
+async def test_record_is_restored_with_its_dates(
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
+) -> None:
+    fetcher.add(APP, BUILT)
     assert await repairer.repair(record(root, APP, "reg.example/app:stable")) == ""
     # Requested by digest, because the tag may have moved upstream.
-    assert shelf.asked == [f"manifest reg.example/app@{IMAGE.digest}"]
+    assert fetcher.asked == [f"manifest reg.example/app@{IMAGE.digest}"]
     found = kept(root)
     assert found.manifest == IMAGE
     assert found.images[APP] == found.images["reg.example/app:stable"] == BEFORE
@@ -119,8 +121,8 @@ async def test_record_is_restored_with_its_dates(repairer: Repairer, shelf: Shel
 
 
 @on_reactor
-async def test_moved_tag_stays(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
-    shelf.add(APP, BUILT)
+async def test_moved_tag_stays(repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path) -> None:
+    fetcher.add(APP, BUILT)
     await store.keep(manifest(NEWER), image(APP))
     assert await repairer.repair(record(root, APP)) == ""
     assert await store.manifest(image(APP)) == manifest(NEWER)
@@ -128,8 +130,8 @@ async def test_moved_tag_stays(repairer: Repairer, shelf: Shelf, store: Store, r
 
 
 @on_reactor
-async def test_index_is_repaired(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
-    shelf.add(APP, MULTI)
+async def test_index_is_repaired(repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path) -> None:
+    fetcher.add(APP, MULTI)
     what = manifest(MULTI)
     damaged = Damaged(root / "fat" / what.digest.hex, what.digest, "is not JSON", ((image(APP), BEFORE),))
     assert await repairer.repair(damaged) == ""
@@ -138,13 +140,13 @@ async def test_index_is_repaired(repairer: Repairer, shelf: Shelf, store: Store,
 
 @on_reactor
 async def test_record_of_several_repositories_is_fetched_from_any(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
 ) -> None:
-    shelf.add(ELSEWHERE, BUILT)
-    shelf.errors[f"manifest third.example/app@{IMAGE.digest}"] = Unavailable("down")
+    fetcher.add(ELSEWHERE, BUILT)
+    fetcher.errors[f"manifest third.example/app@{IMAGE.digest}"] = Unavailable("down")
     assert await repairer.repair(record(root, APP, "reg.example/app:2", THIRD, ELSEWHERE)) == ""
     # Each repository is asked once.
-    assert shelf.asked == [
+    assert fetcher.asked == [
         f"manifest {ImageReference(image(url).repository, IMAGE.digest)}" for url in (APP, THIRD, ELSEWHERE)
     ]
     images = kept(root).images
@@ -153,21 +155,23 @@ async def test_record_of_several_repositories_is_fetched_from_any(
 
 
 @on_reactor
-async def test_record_unknown_to_all_upstreams(repairer: Repairer, shelf: Shelf, store: Store, root: Path) -> None:
-    shelf.errors[f"manifest else.example/app@{IMAGE.digest}"] = ManifestUnknown("the upstream answered 404")
+async def test_record_unknown_to_all_upstreams(
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
+) -> None:
+    fetcher.errors[f"manifest else.example/app@{IMAGE.digest}"] = ManifestUnknown("the upstream answered 404")
     assert await repairer.repair(record(root, APP, ELSEWHERE)) == "the upstream answered 404"
     assert not (root / "img" / IMAGE.digest.hex).exists()
 
 
 @on_reactor
-async def test_illegible_record(repairer: Repairer, shelf: Shelf, root: Path) -> None:
+async def test_illegible_record(repairer: Repairer, fetcher: MemoryFetcher, root: Path) -> None:
     assert await repairer.repair(record(root)) == "the image that it belonged to is unknown"
-    assert shelf.asked == []
+    assert fetcher.asked == []
 
 
 @on_reactor
-async def test_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf, root: Path) -> None:
-    shelf.add(APP, BUILT)
+async def test_record_that_cannot_be_written(repairer: Repairer, fetcher: MemoryFetcher, root: Path) -> None:
+    fetcher.add(APP, BUILT)
     (root / "img").rmdir()
     why = await repairer.repair(record(root, APP))
     assert why == "cannot be stored: No such file or directory"
@@ -176,9 +180,9 @@ async def test_record_that_cannot_be_written(repairer: Repairer, shelf: Shelf, r
 
 @on_reactor
 async def test_record_written_meanwhile_gets_the_lost_names(
-    repairer: Repairer, shelf: Shelf, store: Store, root: Path
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
 ) -> None:
     await store.keep(IMAGE, image(ELSEWHERE))
     assert await repairer.repair(record(root, APP)) == ""
-    assert shelf.asked == []
+    assert fetcher.asked == []
     assert kept(root).images[APP] == BEFORE

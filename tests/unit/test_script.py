@@ -11,13 +11,13 @@ from twisted.scripts import twistd
 from ociregistry import script
 
 
-def ran(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
+def twistd_arguments(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
     """Return the arguments passed to twistd."""
-    told: list[list[str]] = []
+    argument_lists: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["ociregistry", *arguments])
-    monkeypatch.setattr(twistd, "run", lambda: told.append(sys.argv))
+    monkeypatch.setattr(twistd, "run", lambda: argument_lists.append(sys.argv))
     script.main()
-    return told[0]
+    return argument_lists[0]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--port", "5000"], ["check", "--config-path", "x.yaml"]])
@@ -25,11 +25,17 @@ def test_script_runs_twistd_in_foreground_without_pid_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
 ) -> None:
     monkeypatch.setattr(script, "CONFIG", tmp_path / "none.yaml")
-    assert ran(monkeypatch, *arguments) == ["ociregistry", "--nodaemon", "--pidfile=", "ociregistry", *arguments]
+    assert twistd_arguments(monkeypatch, *arguments) == [
+        "ociregistry",
+        "--nodaemon",
+        "--pidfile=",
+        "ociregistry",
+        *arguments,
+    ]
 
 
 def test_installed_configuration_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "ociregistry.yaml"
     config.touch()
     monkeypatch.setattr(script, "CONFIG", config)
-    assert ran(monkeypatch, "list")[-4:] == ["ociregistry", "--config-path", str(config), "list"]
+    assert twistd_arguments(monkeypatch, "list")[-4:] == ["ociregistry", "--config-path", str(config), "list"]

@@ -30,8 +30,8 @@ from tests.unit.support.power_cuts import (
     NOW,
     REPOSITORY,
     SCENARIOS,
-    AtOnce,
     Expected,
+    InlineThreads,
     later,
     result,
 )
@@ -45,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use blobs of a thousand bytes instead of gigabytes, and run thread functions inline."""
     monkeypatch.setattr(ociregistry.store.partials, "_SYNC_BYTES", CHECKPOINT)
     monkeypatch.setattr(ociregistry.store.partials, "_SLICE", SLICE)
-    monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
+    monkeypatch.setattr(ociregistry.store.store, "Threads", InlineThreads)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -67,12 +67,12 @@ def test_power_cut_at_every_operation(name: str, tmp_path: Path) -> None:
             # States that were checked before are skipped.
             case = disk, f"{boot} {sorted(lengths)} {expected.spoiled} {expected.blobs} {expected.tags}"
             if case not in checked:
-                after(disk, boot, expected, lengths, emptied(tmp_path), operation)
+                check_disk(disk, boot, expected, lengths, emptied(tmp_path), operation)
                 checked.add(case)
     assert len(checked) > len(operations)
 
 
-def after(disk: Disk, boot: str, expected: Expected, lengths: set[int], folder: Path, instead_of: str) -> None:
+def check_disk(disk: Disk, boot: str, expected: Expected, lengths: set[int], folder: Path, instead_of: str) -> None:
     """Start a store on `disk` and check `expected`; `lengths` are the possible lengths of the partial."""
     disk.write(folder)
     store = Store(folder, Clock(), REACTOR, LossyFiles(folder, boot), later)

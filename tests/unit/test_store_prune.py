@@ -15,16 +15,16 @@ from ociregistry.store.files import lock
 from ociregistry.store.index import Inventory
 from ociregistry.store.prune import PruneSet, Selection, planned
 from ociregistry.store.workdir import store_locked
-from tests.unit.support.stores import Stock, by_name, calls_of, day, image_of, in_memory, list_of, url_of
+from tests.unit.support.stores import StoreDir, by_name, calls_of, day, image_of, in_memory, list_of, url_of
 
 ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")
 SHARED, OWN = b"layer", b"config"
 
 
 @pytest.fixture
-def stock(tmp_path: Path) -> Stock:
+def store_dir(tmp_path: Path) -> StoreDir:
     """Return an empty store."""
-    return Stock(tmp_path / "store")
+    return StoreDir(tmp_path / "store")
 
 
 def tree(root: Path) -> dict[str, tuple[bytes, int]]:
@@ -36,210 +36,210 @@ def tree(root: Path) -> dict[str, tuple[bytes, int]]:
 # Records
 
 
-def test_matching_url_is_removed_and_record_goes_with_its_last_url(stock: Stock) -> None:
-    image = stock.image(ONE, "a:1", "a:2", "b:1")
-    plan = stock.prune(by_name("a:1"))
+def test_matching_url_is_removed_and_record_goes_with_its_last_url(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a:1", "a:2", "b:1")
+    plan = store_dir.prune(by_name("a:1"))
     assert ([row.url for row in plan.rows], plan.records, dict(plan.blobs)) == ([url_of("a:1")], (), {})
-    assert stock.names(image) == {"a:2", "b:1"}
-    stock.prune(by_name("b"))
-    assert (stock.names(image), stock.has(*ONE)) == ({"a:2"}, [True, True])
-    plan = stock.prune(by_name("a:2"))
+    assert store_dir.names(image) == {"a:2", "b:1"}
+    store_dir.prune(by_name("b"))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == ({"a:2"}, [True, True])
+    plan = store_dir.prune(by_name("a:2"))
     assert [kept.manifest for kept in plan.records] == [image]
     assert plan.blobs == {Digest.of(blob): len(blob) for blob in ONE}
-    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+    assert (store_dir.names(image), store_dir.has(*ONE)) == (None, [False, False])
 
 
-def test_other_images_stay_unchanged(stock: Stock) -> None:
-    stock.image(ONE, "a:1", "b:1")
-    stock.put(list_of(image_of(*ONE)), "b:2")
-    before = tree(stock.root)
-    plan = stock.prune(by_name("c"))
+def test_other_images_stay_unchanged(store_dir: StoreDir) -> None:
+    store_dir.image(ONE, "a:1", "b:1")
+    store_dir.put(list_of(image_of(*ONE)), "b:2")
+    before = tree(store_dir.root)
+    plan = store_dir.prune(by_name("c"))
     assert (plan.rows, plan.records, plan.blobs, plan.bytes, plan.bytes_of) == ((), (), {}, 0, {})
-    assert tree(stock.root) == before
+    assert tree(store_dir.root) == before
 
 
-def test_dry_run_changes_nothing(stock: Stock) -> None:
-    stock.put(list_of(stock.image(ONE, "a@")), "a:1", "b:1")
-    stock.image(TWO, "c:1", "a:2")
-    before = tree(stock.root)
-    told = planned(stock.root, by_name("a"))
-    assert (tree(stock.root), len(told.rows)) == (before, 3)
+def test_dry_run_changes_nothing(store_dir: StoreDir) -> None:
+    store_dir.put(list_of(store_dir.image(ONE, "a@")), "a:1", "b:1")
+    store_dir.image(TWO, "c:1", "a:2")
+    before = tree(store_dir.root)
+    dry_run = planned(store_dir.root, by_name("a"))
+    assert (tree(store_dir.root), len(dry_run.rows)) == (before, 3)
 
 
-def test_dates_and_last_pull_survive_a_rewrite(stock: Stock) -> None:
-    image = stock.image(ONE, "a:1", "b:1", created=day(1), confirmed=day(2), pulled=day(3))
-    path = stock.path(image)
+def test_dates_and_last_pull_survive_a_rewrite(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a:1", "b:1", created=day(1), confirmed=day(2), pulled=day(3))
+    path = store_dir.path(image)
     os.utime(path, ns=(0, 1_767_225_600_123_456_789))
-    stock.prune(by_name("a"))
+    store_dir.prune(by_name("a"))
     assert abs(path.stat().st_mtime_ns - 1_767_225_600_123_456_789) < 10_000
-    (row,) = stock.inventory().rows
+    (row,) = store_dir.inventory().rows
     assert (row.dates.created, row.dates.confirmed) == (day(1), day(2))
 
 
-def test_rewrite_leaves_no_temporary_files(stock: Stock) -> None:
-    stock.image(ONE, "a:1", "b:1")
-    stock.prune(by_name("a"))
-    assert [path.name for path in (stock.root / "pulls").rglob("*") if path.is_file()] == ["lock"]
+def test_rewrite_leaves_no_temporary_files(store_dir: StoreDir) -> None:
+    store_dir.image(ONE, "a:1", "b:1")
+    store_dir.prune(by_name("a"))
+    assert [path.name for path in (store_dir.root / "pulls").rglob("*") if path.is_file()] == ["lock"]
 
 
 # Blobs
 
 
-def test_shared_blob_stays(stock: Stock) -> None:
-    stock.image(ONE, "a:1")
-    stock.image(TWO, "b:1")
-    plan = stock.prune(by_name("a"))
-    assert (dict(plan.blobs), stock.has(OWN, SHARED)) == ({Digest.of(OWN): len(OWN)}, [False, True])
-    stock.prune(by_name("b"))
-    assert stock.has(*ONE, *TWO) == [False] * 4
+def test_shared_blob_stays(store_dir: StoreDir) -> None:
+    store_dir.image(ONE, "a:1")
+    store_dir.image(TWO, "b:1")
+    plan = store_dir.prune(by_name("a"))
+    assert (dict(plan.blobs), store_dir.has(OWN, SHARED)) == ({Digest.of(OWN): len(OWN)}, [False, True])
+    store_dir.prune(by_name("b"))
+    assert store_dir.has(*ONE, *TWO) == [False] * 4
 
 
-def test_blobs_of_several_images_are_counted_once(stock: Stock) -> None:
-    first, second = stock.image(ONE, "a:1"), stock.image(TWO, "a:2")
-    plan = stock.prune(by_name("a"))
+def test_blobs_of_several_images_are_counted_once(store_dir: StoreDir) -> None:
+    first, second = store_dir.image(ONE, "a:1"), store_dir.image(TWO, "a:2")
+    plan = store_dir.prune(by_name("a"))
     assert plan.blobs.keys() == {Digest.of(blob) for blob in (*ONE, *TWO)}
     assert plan.bytes_of == {first.digest: len(OWN) + len(SHARED), second.digest: len(TWO[0])}
     assert plan.bytes == sum(plan.bytes_of.values()) + sum(kept.size for kept in plan.records)
 
 
-def test_partly_copied_blob_is_counted_by_its_size_on_disk(stock: Stock) -> None:
-    stock.put(image_of(b"nothing", b"half"), "a:1")
-    stock.blob(b"half").write_bytes(b"ha")
-    plan = stock.prune(by_name("a"))
+def test_partly_copied_blob_is_counted_by_its_size_on_disk(store_dir: StoreDir) -> None:
+    store_dir.put(image_of(b"nothing", b"half"), "a:1")
+    store_dir.blob(b"half").write_bytes(b"ha")
+    plan = store_dir.prune(by_name("a"))
     assert dict(plan.blobs) == {Digest.of(b"half"): 2}
-    assert stock.has(b"half") == [False]
+    assert store_dir.has(b"half") == [False]
 
 
 @pytest.mark.parametrize("folder", ["fat", "img"])
 @pytest.mark.parametrize(
     "text", ['{"type": 3, "layers": "sha256:%s"}', "not JSON at all %s\0", '{"digest": "sha256:%s"']
 )
-def test_blob_mentioned_by_unreadable_record_stays(stock: Stock, folder: str, text: str) -> None:
-    stock.image(ONE, "a:1")
-    theirs = stock.root / folder / Digest.of(b"theirs").hex
+def test_blob_mentioned_by_unreadable_record_stays(store_dir: StoreDir, folder: str, text: str) -> None:
+    store_dir.image(ONE, "a:1")
+    theirs = store_dir.root / folder / Digest.of(b"theirs").hex
     theirs.write_text(text % Digest.of(SHARED).hex)
-    plan = stock.prune(by_name("a"))
-    assert (stock.has(*ONE), set(plan.blobs)) == ([False, True], {Digest.of(OWN)})
+    plan = store_dir.prune(by_name("a"))
+    assert (store_dir.has(*ONE), set(plan.blobs)) == ([False, True], {Digest.of(OWN)})
     assert theirs.read_text() == text % Digest.of(SHARED).hex
 
 
-def test_image_of_a_partly_copied_index_stays(stock: Stock) -> None:
+def test_image_of_a_partly_copied_index_stays(store_dir: StoreDir) -> None:
     """rsync --inplace or a disk error: the index may be complete soon."""
-    image = stock.image(ONE, "a@")
-    stock.put(list_of(image), "a:1")
-    other = stock.put(list_of(image, seed="other"), "a:2")
-    stock.path(other).write_bytes(stock.path(other).read_bytes()[:-20])
-    stock.prune(by_name("a:1"))
-    assert (stock.names(image), stock.has(*ONE)) == ({"a@"}, [True, True])
+    image = store_dir.image(ONE, "a@")
+    store_dir.put(list_of(image), "a:1")
+    other = store_dir.put(list_of(image, seed="other"), "a:2")
+    store_dir.path(other).write_bytes(store_dir.path(other).read_bytes()[:-20])
+    store_dir.prune(by_name("a:1"))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == ({"a@"}, [True, True])
 
 
 # Indexes
 
 
-def test_index_is_pruned_with_its_images(stock: Stock) -> None:
-    left, right = stock.image(ONE, "a@"), stock.image(TWO, "a@")
-    many = stock.put(list_of(left, right), "a:1")
-    plan = stock.prune(by_name("a:1"))
+def test_index_is_pruned_with_its_images(store_dir: StoreDir) -> None:
+    left, right = store_dir.image(ONE, "a@"), store_dir.image(TWO, "a@")
+    many = store_dir.put(list_of(left, right), "a:1")
+    plan = store_dir.prune(by_name("a:1"))
     assert [row.url for row in plan.rows] == [url_of("a:1"), *sorted(url_of("a@", one) for one in (left, right))]
-    assert [stock.names(one) for one in (many, left, right)] == [None] * 3
-    assert stock.has(*ONE, *TWO) == [False] * 4
+    assert [store_dir.names(one) for one in (many, left, right)] == [None] * 3
+    assert store_dir.has(*ONE, *TWO) == [False] * 4
 
 
-def test_index_with_another_name_keeps_its_images(stock: Stock) -> None:
-    image = stock.image(ONE, "a@")
-    many = stock.put(list_of(image), "a:1", "b:1")
-    stock.prune(by_name("a:1"))
-    assert (stock.names(many), stock.names(image)) == ({"b:1"}, {"b@"})
+def test_index_with_another_name_keeps_its_images(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a@")
+    many = store_dir.put(list_of(image), "a:1", "b:1")
+    store_dir.prune(by_name("a:1"))
+    assert (store_dir.names(many), store_dir.names(image)) == ({"b:1"}, {"b@"})
 
 
-def test_image_with_its_own_tag_stays(stock: Stock) -> None:
-    tagged, elsewhere = stock.image(ONE, "a@", "a:amd64"), stock.image(TWO, "a@", "b@")
-    stock.put(list_of(tagged, elsewhere), "a:1")
-    plan = stock.prune(by_name("a:1"))
-    assert (stock.names(tagged), stock.names(elsewhere)) == ({"a:amd64"}, {"b@"})
-    assert stock.has(*ONE, *TWO) == [True] * 4
+def test_image_with_its_own_tag_stays(store_dir: StoreDir) -> None:
+    tagged, elsewhere = store_dir.image(ONE, "a@", "a:amd64"), store_dir.image(TWO, "a@", "b@")
+    store_dir.put(list_of(tagged, elsewhere), "a:1")
+    plan = store_dir.prune(by_name("a:1"))
+    assert (store_dir.names(tagged), store_dir.names(elsewhere)) == ({"a:amd64"}, {"b@"})
+    assert store_dir.has(*ONE, *TWO) == [True] * 4
     assert (len(plan.rows), len(plan.records)) == (3, 1)
 
 
-def test_image_of_two_indexes_goes_with_the_last(stock: Stock) -> None:
-    image = stock.image(ONE, "a@")
-    stock.put(list_of(image), "a:1")
-    stock.put(list_of(image, seed="other"), "a:2")
-    stock.prune(by_name("a:1"))
-    assert (stock.names(image), stock.has(*ONE)) == ({"a@"}, [True, True])
-    stock.prune(by_name("a:2"))
-    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+def test_image_of_two_indexes_goes_with_the_last(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a@")
+    store_dir.put(list_of(image), "a:1")
+    store_dir.put(list_of(image, seed="other"), "a:2")
+    store_dir.prune(by_name("a:1"))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == ({"a@"}, [True, True])
+    store_dir.prune(by_name("a:2"))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == (None, [False, False])
 
 
-def test_image_of_indexes_in_two_repositories_goes_with_both(stock: Stock) -> None:
-    image = stock.image(ONE, "a@", "b@")
-    stock.put(list_of(image), "a:1")
-    stock.put(list_of(image, seed="other"), "b:1")
-    stock.prune(by_name("a:1", "b:1"))
-    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+def test_image_of_indexes_in_two_repositories_goes_with_both(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a@", "b@")
+    store_dir.put(list_of(image), "a:1")
+    store_dir.put(list_of(image, seed="other"), "b:1")
+    store_dir.prune(by_name("a:1", "b:1"))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == (None, [False, False])
 
 
 @pytest.mark.parametrize("shorts", [("a:1", "b:1"), ("b:1", "a:1")])
 @pytest.mark.parametrize("same", [True, False], ids=["one list", "two lists"])
 def test_image_of_indexes_in_two_repositories_goes_with_the_last(
-    stock: Stock, shorts: tuple[str, str], same: bool
+    store_dir: StoreDir, shorts: tuple[str, str], same: bool
 ) -> None:
-    image = stock.image(ONE, "a@", "b@")
-    stock.put(list_of(image), "a:1")
-    stock.put(list_of(image, seed="" if same else "other"), "b:1")
-    stock.prune(by_name(shorts[0]))
-    assert stock.has(*ONE) == [True, True]
-    stock.prune(by_name(shorts[1]))
-    assert (stock.names(image), stock.has(*ONE)) == (None, [False, False])
+    image = store_dir.image(ONE, "a@", "b@")
+    store_dir.put(list_of(image), "a:1")
+    store_dir.put(list_of(image, seed="" if same else "other"), "b:1")
+    store_dir.prune(by_name(shorts[0]))
+    assert store_dir.has(*ONE) == [True, True]
+    store_dir.prune(by_name(shorts[1]))
+    assert (store_dir.names(image), store_dir.has(*ONE)) == (None, [False, False])
 
 
-def test_nested_indexes_are_pruned_together(stock: Stock) -> None:
-    image, other = stock.image(ONE, "a@"), stock.image(TWO, "a@")
-    inner, daemon_client = stock.put(list_of(image), "a@"), stock.put(list_of(other), "a@", "c:1")
-    outer = stock.put(list_of(inner, daemon_client, other), "a:1")
-    stock.prune(by_name("a:1"))
-    assert [stock.names(one) for one in (outer, inner, image)] == [None] * 3
-    assert (stock.names(daemon_client), stock.names(other)) == ({"c:1"}, {"c@"})
-    assert stock.has(*ONE, *TWO) == [False, True, True, True]
-    stock.prune(by_name("c:1"))
+def test_nested_indexes_are_pruned_together(store_dir: StoreDir) -> None:
+    image, other = store_dir.image(ONE, "a@"), store_dir.image(TWO, "a@")
+    inner, daemon_client = store_dir.put(list_of(image), "a@"), store_dir.put(list_of(other), "a@", "c:1")
+    outer = store_dir.put(list_of(inner, daemon_client, other), "a:1")
+    store_dir.prune(by_name("a:1"))
+    assert [store_dir.names(one) for one in (outer, inner, image)] == [None] * 3
+    assert (store_dir.names(daemon_client), store_dir.names(other)) == ({"c:1"}, {"c@"})
+    assert store_dir.has(*ONE, *TWO) == [False, True, True, True]
+    store_dir.prune(by_name("c:1"))
 
 
-def test_image_by_digest_is_pruned_although_its_index_stays(stock: Stock) -> None:
-    image = stock.image(ONE, "a@")
-    many = stock.put(list_of(image), "a:1")
-    stock.prune(Selection(matches=lambda url: url == url_of("a@", image)))
-    assert (stock.names(image), stock.names(many), stock.has(*ONE)) == (None, {"a:1"}, [False, False])
+def test_image_by_digest_is_pruned_although_its_index_stays(store_dir: StoreDir) -> None:
+    image = store_dir.image(ONE, "a@")
+    many = store_dir.put(list_of(image), "a:1")
+    store_dir.prune(Selection(matches=lambda url: url == url_of("a@", image)))
+    assert (store_dir.names(image), store_dir.names(many), store_dir.has(*ONE)) == (None, {"a:1"}, [False, False])
 
 
-def test_index_without_present_images_is_pruned(stock: Stock) -> None:
-    many = stock.put(list_of(image_of(*ONE)), "a:1")
-    assert stock.prune(by_name("a")).bytes_of == {many.digest: 0}
-    assert stock.names(many) is None
+def test_index_without_present_images_is_pruned(store_dir: StoreDir) -> None:
+    many = store_dir.put(list_of(image_of(*ONE)), "a:1")
+    assert store_dir.prune(by_name("a")).bytes_of == {many.digest: 0}
+    assert store_dir.names(many) is None
 
 
 # Concurrency
 
 
-def test_changes_before_the_lock_are_seen(stock: Stock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_before_the_lock_are_seen(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records are read before taking the lock; changed ones are read again under it."""
-    stock.image(ONE, "a:1")
+    store_dir.image(ONE, "a:1")
     chosen: list[Inventory] = []
 
     def choose(inventory: Inventory) -> PruneSet:
         chosen.append(inventory)
-        assert lock(stock.root / "pulls" / "lock", wait=False) is None
+        assert lock(store_dir.root / "pulls" / "lock", wait=False) is None
         return by_name("a")(inventory)
 
     @contextmanager
     def locked_late(root: Path) -> Iterator[None]:
-        stock.image(TWO, "b:1")
+        store_dir.image(TWO, "b:1")
         with store_locked(root):
             yield
 
     monkeypatch.setattr(ociregistry.store.prune, "store_locked", locked_late)
-    stock.prune_only(choose)
+    store_dir.prune_only(choose)
     assert [len(inventory.records) for inventory in chosen] == [2]
-    assert stock.has(OWN, SHARED) == [False, True]
+    assert store_dir.has(OWN, SHARED) == [False, True]
 
 
 def test_pruning_is_linear_in_records(tmp_path: Path) -> None:

@@ -24,97 +24,100 @@ from ociregistry.store.index import Inventory
 from ociregistry.store.orphans import remove_orphans
 from ociregistry.store.prune import PruneSet, Selection
 from tests.lossy import Disk, LossyFiles, PowerCut
-from tests.unit.support.stores import Stock, Unsynced, by_name, day, list_of, named
+from tests.unit.support.stores import StoreDir, Unsynced, by_name, day, list_of, named
 
 LAYER = b"a layer of several"
 
 
 @dataclass
-class Scene:
+class PruneCase:
     """A store, the selection to prune, and what must stay unchanged."""
 
-    stock: Stock
+    stock: StoreDir
     choose: Selection = field(default_factory=lambda: by_name("a"))
     stays: list[tuple[Manifest, set[str]]] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     """Tags whose meaning must not change."""
 
 
-def an_image(scene: Scene) -> None:
+def an_image(case: PruneCase) -> None:
     """Prune an image that shares a blob with one that stays."""
-    scene.stock.image((b"config", LAYER), "a:1")
-    scene.stays.append((scene.stock.image((b"other", LAYER), "b:1", "b@"), {"b:1", "b@"}))
+    case.stock.image((b"config", LAYER), "a:1")
+    case.stays.append((case.stock.image((b"other", LAYER), "b:1", "b@"), {"b:1", "b@"}))
 
 
-def a_list(scene: Scene) -> None:
+def index_with_shared_images(case: PruneCase) -> None:
     """Prune an index; one of its images stays with another index, one with its own tag."""
-    own, shared = scene.stock.image((b"own", LAYER), "a@"), scene.stock.image((b"shared", LAYER), "a@", "b@")
-    tagged = scene.stock.image((b"tagged",), "a@", "b:2")
-    scene.stock.put(list_of(own, shared, tagged), "a:1")
-    other = scene.stock.put(list_of(shared, seed="other"), "b:1")
-    scene.choose = by_name("a:1")
-    scene.stays.append((other, {"b:1"}))
+    own, shared = case.stock.image((b"own", LAYER), "a@"), case.stock.image((b"shared", LAYER), "a@", "b@")
+    tagged = case.stock.image((b"tagged",), "a@", "b:2")
+    case.stock.put(list_of(own, shared, tagged), "a:1")
+    other = case.stock.put(list_of(shared, seed="other"), "b:1")
+    case.choose = by_name("a:1")
+    case.stays.append((other, {"b:1"}))
 
 
-def a_name_of_several(scene: Scene) -> None:
+def one_of_several_names(case: PruneCase) -> None:
     """Prune one of several names: the record is rewritten."""
-    image = scene.stock.image((b"config", LAYER), "a:1", "b:1", pulled=day(3))
-    scene.stock.put(list_of(image), "a:2", "b:2")
-    scene.tags += ["b:1", "b:2"]
+    image = case.stock.image((b"config", LAYER), "a:1", "b:1", pulled=day(3))
+    case.stock.put(list_of(image), "a:2", "b:2")
+    case.tags += ["b:1", "b:2"]
 
 
-def a_list_that_moved_away(scene: Scene) -> None:
+def tag_moved_from_image_to_index(case: PruneCase) -> None:
     """Prune an index whose tag moved there from an image that has another name."""
-    scene.stock.image((b"old", LAYER), "a:1", "b:1", confirmed=day(1))
-    new = scene.stock.image((b"new", LAYER), "a@")
-    scene.stock.put(list_of(new), "a:1", confirmed=day(2))
-    scene.tags += ["a:1", "b:1"]
+    case.stock.image((b"old", LAYER), "a:1", "b:1", confirmed=day(1))
+    new = case.stock.image((b"new", LAYER), "a@")
+    case.stock.put(list_of(new), "a:1", confirmed=day(2))
+    case.tags += ["a:1", "b:1"]
 
 
-def tags_that_moved(scene: Scene) -> None:
+def moved_tags(case: PruneCase) -> None:
     """Prune tags that moved between images, and from an image to its index."""
     for number in range(4):
-        scene.stock.image((b"%d" % number, LAYER), "a:1", confirmed=day(number))
-    image = scene.stock.image((b"an image",), "a:2", confirmed=day(1))
-    scene.stock.put(list_of(image), "a:2", confirmed=day(2))
-    scene.tags += ["a:1", "a:2"]
+        case.stock.image((b"%d" % number, LAYER), "a:1", confirmed=day(number))
+    image = case.stock.image((b"an image",), "a:2", confirmed=day(1))
+    case.stock.put(list_of(image), "a:2", confirmed=day(2))
+    case.tags += ["a:1", "a:2"]
 
 
-def a_tag_that_moved(scene: Scene) -> None:
+def moved_tag(case: PruneCase) -> None:
     """Prune a tag that moved between images."""
-    scene.stock.image((b"old",), "a:1", confirmed=day(1))
-    scene.stock.image((b"new",), "a:1", confirmed=day(2))
-    scene.tags.append("a:1")
+    case.stock.image((b"old",), "a:1", confirmed=day(1))
+    case.stock.image((b"new",), "a:1", confirmed=day(2))
+    case.tags.append("a:1")
 
 
-def lists_of_lists(scene: Scene) -> None:
+def nested_indexes(case: PruneCase) -> None:
     """Prune nested indexes, the inner one first by name."""
-    image = scene.stock.image((b"config", LAYER), "a@")
-    inner = scene.stock.put(list_of(image), "a:inner")
-    scene.stock.put(list_of(inner), "b:outer")
-    scene.choose = by_name("a", "b")
+    image = case.stock.image((b"config", LAYER), "a@")
+    inner = case.stock.put(list_of(image), "a:inner")
+    case.stock.put(list_of(inner), "b:outer")
+    case.choose = by_name("a", "b")
 
 
-def a_list_of_what_another_has(scene: Scene) -> None:
+def index_of_shared_image(case: PruneCase) -> None:
     """Prune an index whose image has names by both indexes; pruning again must not remove the image."""
-    image = scene.stock.image((b"config", LAYER), "a@")
-    scene.stock.put(list_of(image), "a:1")
-    scene.stays.append((scene.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
+    image = case.stock.image((b"config", LAYER), "a@")
+    case.stock.put(list_of(image), "a:1")
+    case.stays.append((case.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
 
 
-SCENES = {scene.__name__: scene for scene in (an_image, a_list, a_name_of_several, a_list_that_moved_away)}
+BUILDERS = {
+    case.__name__: case
+    for case in (an_image, index_with_shared_images, one_of_several_names, tag_moved_from_image_to_index)
+}
 
 
-def begin(root: Path, scenery: Callable[[Scene], None]) -> Scene:
+def begin(root: Path, build: Callable[[PruneCase], None]) -> PruneCase:
     """Build the case in an empty folder."""
     shutil.rmtree(root, ignore_errors=True)
-    scene = Scene(Stock(root))
-    scenery(scene)
+    case = PruneCase(StoreDir(root))
+    build(case)
     (root / "pulls" / "0").mkdir()
-    return scene
+    return case
 
 
-def check(left: Stock, before: Stock, scene: Scene, *, lists: bool = True) -> None:
+def check(left: StoreDir, before: StoreDir, case: PruneCase, *, lists: bool = True) -> None:
     """Check what must hold of `left`; with `lists`, also that indexes have their images."""
     records, had = left.inventory(), before.inventory()
     assert not records.unreadable
@@ -126,32 +129,32 @@ def check(left: Stock, before: Stock, scene: Scene, *, lists: bool = True) -> No
         assert kept.record.images, "a record without a name could never be pruned"
         children = [child.manifest.digest for child in had.children(digest)]
         assert not lists or records.records.keys() >= set(children), "a list lost an image"
-    for manifest, names in scene.stays:
+    for manifest, names in case.stays:
         assert left.names(manifest) == names
-    for tag in scene.tags:
+    for tag in case.tags:
         assert left.meaning(tag) in (before.meaning(tag), None), f"{tag} means something else"
 
 
-def all_of(stock: Stock) -> tuple[dict[Digest, set[str]], list[str]]:
+def contents_of(store_dir: StoreDir) -> tuple[dict[Digest, set[str]], list[str]]:
     """Return records with names, and blobs."""
-    records = {digest: set(kept.record.images) for digest, kept in stock.inventory().records.items()}
-    return records, sorted(path.name for path in (stock.root / "blobs").iterdir())
+    records = {digest: set(kept.record.images) for digest, kept in store_dir.inventory().records.items()}
+    return records, sorted(path.name for path in (store_dir.root / "blobs").iterdir())
 
 
 def cut_everywhere(
     root: Path,
-    scenery: Callable[[Scene], None],
-    look: Callable[[LossyFiles, Scene], None],
+    build: Callable[[PruneCase], None],
+    look: Callable[[LossyFiles, PruneCase], None],
     disk: type[LossyFiles] = LossyFiles,
 ) -> None:
     """Cut at the first operation, at the second, and so on; `look` checks each result."""
     for number in count():
-        scene = begin(root, scenery)
-        files = disk(scene.stock.root, "now", number)
+        case = begin(root, build)
+        files = disk(case.stock.root, "now", number)
         with suppress(PowerCut):
-            scene.stock.prune_only(scene.choose, files)
+            case.stock.prune_only(case.choose, files)
         try:
-            look(files, scene)
+            look(files, case)
         except AssertionError as error:
             raise AssertionError(f"after {files.operations}: {error}") from error
         if not files.off:
@@ -159,49 +162,49 @@ def cut_everywhere(
             return
 
 
-def written(disk: Disk, root: Path) -> Stock:
+def written(disk: Disk, root: Path) -> StoreDir:
     """Return the store on that disk."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     disk.write(root)
-    return Stock(root)
+    return StoreDir(root)
 
 
-@pytest.mark.parametrize("scenery", [*SCENES.values(), tags_that_moved, lists_of_lists])
-def test_kill_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
-    before = begin(tmp_path / "before", scenery)
+@pytest.mark.parametrize("build", [*BUILDERS.values(), moved_tags, nested_indexes])
+def test_kill_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
+    before = begin(tmp_path / "before", build)
 
-    def look(files: LossyFiles, scene: Scene) -> None:
-        check(scene.stock, before.stock, scene)
+    def look(files: LossyFiles, case: PruneCase) -> None:
+        check(case.stock, before.stock, case)
 
-    cut_everywhere(tmp_path / "store", scenery, look)
+    cut_everywhere(tmp_path / "store", build, look)
 
 
-@pytest.mark.parametrize("scenery", [*SCENES.values(), a_tag_that_moved])
-def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+@pytest.mark.parametrize("build", [*BUILDERS.values(), moved_tag])
+def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
     """Removal of a record is durable before its blobs are removed."""
-    before = begin(tmp_path / "before", scenery)
+    before = begin(tmp_path / "before", build)
 
-    def look(files: LossyFiles, scene: Scene) -> None:
+    def look(files: LossyFiles, case: PruneCase) -> None:
         for disk in files.left_by_power_cut():
-            check(written(disk, tmp_path / "left"), before.stock, scene, lists=False)
+            check(written(disk, tmp_path / "left"), before.stock, case, lists=False)
 
-    cut_everywhere(tmp_path / "store", scenery, look)
+    cut_everywhere(tmp_path / "store", build, look)
 
 
-@pytest.mark.parametrize("scenery", [an_image, a_name_of_several, a_list_that_moved_away, tags_that_moved])
-def test_pruning_again_after_a_kill_completes_it(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
+@pytest.mark.parametrize("build", [an_image, one_of_several_names, tag_moved_from_image_to_index, moved_tags])
+def test_pruning_again_after_a_kill_completes_it(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
     """Except for blobs, which are orphans then."""
-    before, whole = begin(tmp_path / "before", scenery), begin(tmp_path / "whole", scenery)
+    before, whole = begin(tmp_path / "before", build), begin(tmp_path / "whole", build)
     whole.stock.prune(whole.choose)
-    assert all_of(whole.stock) != all_of(before.stock)
+    assert contents_of(whole.stock) != contents_of(before.stock)
 
-    def look(files: LossyFiles, scene: Scene) -> None:
-        scene.stock.prune_only(scene.choose)
-        remove_orphans(scene.stock.root, day(10**5), Unsynced())
-        assert all_of(scene.stock) == all_of(whole.stock)
+    def look(files: LossyFiles, case: PruneCase) -> None:
+        case.stock.prune_only(case.choose)
+        remove_orphans(case.stock.root, day(10**5), Unsynced())
+        assert contents_of(case.stock) == contents_of(whole.stock)
 
-    cut_everywhere(tmp_path / "store", scenery, look)
+    cut_everywhere(tmp_path / "store", build, look)
 
 
 class Failing(Unsynced):
@@ -242,18 +245,20 @@ class Failing(Unsynced):
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("scenery", [*SCENES.values(), tags_that_moved, lists_of_lists])
-def test_disk_error_leaves_no_incomplete_image(tmp_path: Path, scenery: Callable[[Scene], None], error: int) -> None:
+@pytest.mark.parametrize("build", [*BUILDERS.values(), moved_tags, nested_indexes])
+def test_disk_error_leaves_no_incomplete_image(
+    tmp_path: Path, build: Callable[[PruneCase], None], error: int
+) -> None:
     """The error is raised and the lock released."""
-    before = begin(tmp_path / "before", scenery)
+    before = begin(tmp_path / "before", build)
     for number in count():
-        scene = begin(tmp_path / "store", scenery)
+        case = begin(tmp_path / "store", build)
         failing = Failing(number, error)
         with suppress(OSError):
-            scene.stock.prune_only(scene.choose, failing)
+            case.stock.prune_only(case.choose, failing)
             assert failing.left >= 0
-        check(scene.stock, before.stock, scene)
-        scene.stock.prune_only(scene.choose)
+        check(case.stock, before.stock, case)
+        case.stock.prune_only(case.choose)
         if failing.left >= 0:
             assert number > 3
             return
@@ -291,61 +296,61 @@ class FullFiles(LossyFiles):
         self.free += there
 
 
-def with_another(scenery: Callable[[Scene], None]) -> Callable[[Scene], None]:
+def with_unrelated_image(build: Callable[[PruneCase], None]) -> Callable[[PruneCase], None]:
     """Return the case with an additional unrelated image that is pruned."""
 
-    def daemon_client(scene: Scene) -> None:
-        scenery(scene)
-        chosen, another = scene.choose.matches, named("another")
+    def build_both(case: PruneCase) -> None:
+        build(case)
+        chosen, another = case.choose.matches, named("another")
         assert chosen is not None
-        scene.stock.image((b"another",), "another:1")
-        scene.choose = Selection(matches=lambda url: chosen(url) or another(url))
+        case.stock.image((b"another",), "another:1")
+        case.choose = Selection(matches=lambda url: chosen(url) or another(url))
 
-    return daemon_client
-
-
-ALL_SCENES = [*SCENES.values(), a_list_of_what_another_has, tags_that_moved, a_tag_that_moved, lists_of_lists]
+    return build_both
 
 
-@pytest.mark.parametrize("scenery", ALL_SCENES)
-def test_pruning_without_a_free_inode_succeeds(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
-    scenery = with_another(scenery)
-    whole, scene = begin(tmp_path / "whole", scenery), begin(tmp_path / "store", scenery)
-    scene.stock.prune(scene.choose, FullFiles(scene.stock.root, "now"))
+ALL_BUILDERS = [*BUILDERS.values(), index_of_shared_image, moved_tags, moved_tag, nested_indexes]
+
+
+@pytest.mark.parametrize("build", ALL_BUILDERS)
+def test_pruning_without_a_free_inode_succeeds(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
+    build = with_unrelated_image(build)
+    whole, case = begin(tmp_path / "whole", build), begin(tmp_path / "store", build)
+    case.stock.prune(case.choose, FullFiles(case.stock.root, "now"))
     whole.stock.prune(whole.choose)
-    assert all_of(scene.stock) == all_of(whole.stock)
+    assert contents_of(case.stock) == contents_of(whole.stock)
 
 
-@pytest.mark.parametrize("scenery", ALL_SCENES)
-def test_kill_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
-    scenery = with_another(scenery)
-    before = begin(tmp_path / "before", scenery)
+@pytest.mark.parametrize("build", ALL_BUILDERS)
+def test_kill_without_a_free_inode(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
+    build = with_unrelated_image(build)
+    before = begin(tmp_path / "before", build)
 
-    def look(files: LossyFiles, scene: Scene) -> None:
-        check(scene.stock, before.stock, scene)
-        scene.stock.prune_only(scene.choose)
-        check(scene.stock, before.stock, scene)
+    def look(files: LossyFiles, case: PruneCase) -> None:
+        check(case.stock, before.stock, case)
+        case.stock.prune_only(case.choose)
+        check(case.stock, before.stock, case)
 
-    cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
+    cut_everywhere(tmp_path / "store", build, look, FullFiles)
 
 
-@pytest.mark.parametrize("scenery", [*SCENES.values(), a_tag_that_moved])
-def test_power_cut_without_a_free_inode(tmp_path: Path, scenery: Callable[[Scene], None]) -> None:
-    scenery = with_another(scenery)
-    before = begin(tmp_path / "before", scenery)
+@pytest.mark.parametrize("build", [*BUILDERS.values(), moved_tag])
+def test_power_cut_without_a_free_inode(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
+    build = with_unrelated_image(build)
+    before = begin(tmp_path / "before", build)
 
-    def look(files: LossyFiles, scene: Scene) -> None:
+    def look(files: LossyFiles, case: PruneCase) -> None:
         for disk in files.left_by_power_cut():
-            check(written(disk, tmp_path / "left"), before.stock, scene, lists=False)
+            check(written(disk, tmp_path / "left"), before.stock, case, lists=False)
 
-    cut_everywhere(tmp_path / "store", scenery, look, FullFiles)
+    cut_everywhere(tmp_path / "store", build, look, FullFiles)
 
 
 def test_record_to_rewrite_first_stays_if_no_inode_can_be_freed(tmp_path: Path) -> None:
     """Otherwise the tag would get its former meaning again. If another record goes, this one goes too."""
-    stock = Stock(tmp_path / "store")
-    old = stock.image((b"old",), "a:1", confirmed=day(1))
-    new = stock.image((b"new",), "a:1", confirmed=day(2))
+    store_dir = StoreDir(tmp_path / "store")
+    old = store_dir.image((b"old",), "a:1", confirmed=day(1))
+    new = store_dir.image((b"new",), "a:1", confirmed=day(2))
 
     def choose(inventory: Inventory) -> PruneSet:
         prune_set = PruneSet(inventory)
@@ -354,8 +359,8 @@ def test_record_to_rewrite_first_stays_if_no_inode_can_be_freed(tmp_path: Path) 
         return prune_set
 
     with pytest.raises(OSError, match="No space left"):
-        stock.prune_only(choose, FullFiles(stock.root, "now"))
-    assert (stock.meaning("a:1"), stock.names(old)) == (new.digest, {"a:1"})
-    another = stock.image((b"another",), "b:1")
-    stock.prune_only(choose, FullFiles(stock.root, "now"))
-    assert (stock.names(new), stock.names(another), stock.names(old)) == (None, None, {"a@"})
+        store_dir.prune_only(choose, FullFiles(store_dir.root, "now"))
+    assert (store_dir.meaning("a:1"), store_dir.names(old)) == (new.digest, {"a:1"})
+    another = store_dir.image((b"another",), "b:1")
+    store_dir.prune_only(choose, FullFiles(store_dir.root, "now"))
+    assert (store_dir.names(new), store_dir.names(another), store_dir.names(old)) == (None, None, {"a@"})

@@ -63,7 +63,7 @@ def test_malformed_wanted_is_ignored(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "told", "after"),
+    ("before", "confirmed_as", "after"),
     [
         (None, None, None),
         (None, False, None),
@@ -77,11 +77,11 @@ def test_malformed_wanted_is_ignored(value: object) -> None:
     ],
 )
 def test_confirm_changes_wanted_only_to_true(
-    root: Path, records: RecordFiles, before: bool | None, told: bool | None, after: bool | None
+    root: Path, records: RecordFiles, before: bool | None, confirmed_as: bool | None, after: bool | None
 ) -> None:
     records.confirm(IMAGE, TAG, NOW, wanted=before)
     assert on_disk(root) is before
-    confirmed = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=told)
+    confirmed = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
     assert confirmed is not None
     assert confirmed.wanted is on_disk(root) is after
 
@@ -192,14 +192,14 @@ async def test_new_record_without_wanted_is_not_wanted_in_memory(store: Store) -
 async def test_watchers_get_images_that_may_be_incomplete(
     root: Path, store: Store, open_store: Callable[[], Store], clock: Clock
 ) -> None:
-    told: list[set[Digest]] = []
-    store.watch(lambda changed: told.append(set(changed)))
+    confirmed_as: list[set[Digest]] = []
+    store.watch(lambda changed: confirmed_as.append(set(changed)))
     other = open_store()
 
     async def changes(seconds: float = 10) -> set[Digest]:
         clock.advance(seconds)
         await settle(store)
-        seen, told[:] = set().union(*told), []
+        seen, confirmed_as[:] = set().union(*confirmed_as), []
         return seen
 
     await store.keep(IMAGE, BY_DIGEST, wanted=False)

@@ -31,12 +31,12 @@ class Disk:
     free: int = 100 * MIB
     total: int = 1000 * MIB
     removable: int = 0
-    looks: int = 0
+    queries: int = 0
     asked: list[int] = field(default_factory=list)
 
     def statvfs(self, path: Path) -> SimpleNamespace:
         """Return 512-byte blocks, some reserved for root."""
-        self.looks += 1
+        self.queries += 1
         blocks = self.free // 512
         return SimpleNamespace(
             f_frsize=512, f_bsize=4096, f_bavail=blocks, f_bfree=blocks + 99, f_blocks=self.total // 512
@@ -114,10 +114,10 @@ async def test_granted_space_is_checked_again_while_writing(space: Space, disk: 
 @on_reactor
 async def test_disk_is_not_queried_for_each_piece(space: Space, disk: Disk) -> None:
     await space.check(80 * MIB)
-    looks = disk.looks
+    queries = disk.queries
     for _ in range(80):
         space.spend(MIB)
-    assert disk.looks == looks
+    assert disk.queries == queries
 
 
 @pytest.mark.parametrize("count", [60 * MIB, None])
@@ -164,9 +164,9 @@ async def test_full_disk_and_its_end_are_logged_once(
         clock.advance(1)
         # The default argument binds the value of this iteration; mypy infers no type for it.
         await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]
-    said = texts(events, LogLevel.warn)
-    assert ["is full" in line for line in said] == [True, False]
-    assert "has room again" in said[1]
+    warnings = texts(events, LogLevel.warn)
+    assert ["is full" in line for line in warnings] == [True, False]
+    assert "has room again" in warnings[1]
 
 
 @on_reactor

@@ -17,31 +17,40 @@ from ociregistry.store.store import Store
 from ociregistry.store.verify import Findings
 from tests.unit.support.doubles import REACTOR, fired, on_reactor
 from tests.unit.support.power_cuts import result
-from tests.unit.support.stores import Stock, Unsynced, image_of
-from tests.unit.support.verifications import LAYER, ONE, SLICE, bad, opened, stocked, unspecified, verified
+from tests.unit.support.stores import StoreDir, Unsynced, image_of
+from tests.unit.support.verifications import (
+    LAYER,
+    ONE,
+    SLICE,
+    filled_store,
+    opened,
+    quarantined,
+    unspecified,
+    verified,
+)
 
 
 @pytest.fixture
-def stock(root: Path) -> Stock:
+def store_dir(root: Path) -> StoreDir:
     """Return a store with an image and an index."""
-    return stocked(root)
+    return filled_store(root)
 
 
 @pytest.fixture
-def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(store_dir: StoreDir, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Return the store started, with thread functions run inline."""
-    with opened(stock, clock, monkeypatch) as store:
+    with opened(store_dir, clock, monkeypatch) as store:
         yield store
 
 
 # Sound
 
 
-def test_sound_store_is_unchanged(stock: Stock, store: Store) -> None:
-    stock.blobs(b"nobody's")
-    wide = stock.root / "blobs" / Digest.of(b"wide", "sha512").hex
+def test_sound_store_is_unchanged(store_dir: StoreDir, store: Store) -> None:
+    store_dir.blobs(b"nobody's")
+    wide = store_dir.root / "blobs" / Digest.of(b"wide", "sha512").hex
     wide.write_bytes(b"wide")
-    before = {path: path.stat().st_mtime_ns for path in stock.root.rglob("*") if path.name != "pulls"}
+    before = {path: path.stat().st_mtime_ns for path in store_dir.root.rglob("*") if path.name != "pulls"}
     progress: list[tuple[int, int]] = []
     size = sum(map(len, (*ONE, b"nobody's", b"wide")))
     findings = verified(store, lambda done, total: progress.append((done, total)))
@@ -51,14 +60,14 @@ def test_sound_store_is_unchanged(stock: Stock, store: Store) -> None:
     assert (progress[-1], {total for _, total in progress}, len(progress) > 4) == ((size, size), {size}, True)
 
 
-def test_other_file_names_are_ignored(stock: Stock, store: Store) -> None:
+def test_other_file_names_are_ignored(store_dir: StoreDir, store: Store) -> None:
     for folder in ("blobs", "fat", "img"):
-        (stock.root / folder / ".syncthing.x.tmp").write_bytes(b"{")
+        (store_dir.root / folder / ".syncthing.x.tmp").write_bytes(b"{")
     assert verified(store).damaged == []
 
 
-def test_missing_blob_is_no_damage(stock: Stock, store: Store) -> None:
-    stock.blob(LAYER).unlink()
+def test_missing_blob_is_no_damage(store_dir: StoreDir, store: Store) -> None:
+    store_dir.blob(LAYER).unlink()
     findings = verified(store)
     assert (findings.damaged, findings.missing) == ([], {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}})
 
@@ -76,24 +85,31 @@ def test_missing_blob_is_no_damage(stock: Stock, store: Store) -> None:
         lambda data: bytes(len(data)),
     ],
 )
-def test_damaged_blob_is_quarantined(stock: Stock, store: Store, damage: Callable[[bytes], bytes]) -> None:
-    stock.blob(LAYER).write_bytes(damage(LAYER))
+def test_damaged_blob_is_quarantined(store_dir: StoreDir, store: Store, damage: Callable[[bytes], bytes]) -> None:
+    store_dir.blob(LAYER).write_bytes(damage(LAYER))
     findings = verified(store)
     (damaged,) = findings.damaged
     digest = Digest.of(LAYER)
-    assert (damaged.path, damaged.digest, damaged.is_blob, damaged.images) == (stock.blob(LAYER), digest, True, ())
+    assert (damaged.path, damaged.digest, damaged.is_blob, damaged.images) == (
+        store_dir.blob(LAYER),
+        digest,
+        True,
+        (),
+    )
     assert f"its {len(damage(LAYER))} bytes do not have the digest {digest}" in damaged.why
-    assert stock.has(*ONE) == [True, False]
-    assert (stock.root / "pulls" / "0" / "bad" / digest.hex).read_bytes() == damage(LAYER)
+    assert store_dir.has(*ONE) == [True, False]
+    assert (store_dir.root / "pulls" / "0" / "bad" / digest.hex).read_bytes() == damage(LAYER)
     assert findings.missing == {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}}
     assert result(store.blob(digest)) is None
     assert verified(store).damaged == []
 
 
 @pytest.mark.parametrize("at", [0, 2 * SLICE])
-def test_unreadable_blob_is_quarantined(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_unreadable_blob_is_quarantined(
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
     pread = os.pread
-    inode = stock.blob(LAYER).stat().st_ino
+    inode = store_dir.blob(LAYER).stat().st_ino
 
     def reads(file: int, count: int, offset: int) -> bytes:
         if os.fstat(file).st_ino == inode and offset == at:
@@ -103,14 +119,14 @@ def test_unreadable_blob_is_quarantined(stock: Stock, store: Store, monkeypatch:
     monkeypatch.setattr(os, "pread", reads)
     findings = verified(store)
     assert [one.why for one in findings.damaged] == [f"cannot be read at byte {at}: Input/output error"]
-    assert bad(stock) == {Digest.of(LAYER).hex}
-    assert (findings.blobs, stock.has(*ONE)) == (2, [True, False])
+    assert quarantined(store_dir) == {Digest.of(LAYER).hex}
+    assert (findings.blobs, store_dir.has(*ONE)) == (2, [True, False])
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "grown", "rewritten"])
-def test_blob_changed_while_hashing_is_ignored(stock: Stock, store: Store, how: str) -> None:
+def test_blob_changed_while_hashing_is_ignored(store_dir: StoreDir, store: Store, how: str) -> None:
     """Another process replaced, removed or is copying it."""
-    path = stock.blob(LAYER)
+    path = store_dir.blob(LAYER)
     path.write_bytes(LAYER[:30])
     done = False
 
@@ -130,18 +146,18 @@ def test_blob_changed_while_hashing_is_ignored(stock: Stock, store: Store, how: 
 
     findings = verified(store, advance)
     assert done
-    assert (findings.damaged, bad(stock)) == ([], set())
+    assert (findings.damaged, quarantined(store_dir)) == ([], set())
     assert path.exists() == (how != "removed")
 
 
-def test_blob_removed_before_its_turn_is_no_damage(stock: Stock, store: Store) -> None:
+def test_blob_removed_before_its_turn_is_no_damage(store_dir: StoreDir, store: Store) -> None:
     first, second = sorted(ONE, key=lambda blob: Digest.of(blob).hex)
-    findings = verified(store, lambda done, total: stock.blob(second).unlink(missing_ok=True))
+    findings = verified(store, lambda done, total: store_dir.blob(second).unlink(missing_ok=True))
     assert (findings.damaged, findings.blobs, findings.bytes) == ([], 1, len(first))
 
 
-def test_no_file_stays_open(stock: Stock, store: Store) -> None:
-    stock.blob(LAYER).write_bytes(b"")
+def test_no_file_stays_open(store_dir: StoreDir, store: Store) -> None:
+    store_dir.blob(LAYER).write_bytes(b"")
     before = len(os.listdir("/proc/self/fd"))
     verified(store)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -150,7 +166,7 @@ def test_no_file_stays_open(stock: Stock, store: Store) -> None:
 # Rate
 
 
-def test_max_rate(stock: Stock, store: Store, clock: Clock) -> None:
+def test_max_rate(store_dir: StoreDir, store: Store, clock: Clock) -> None:
     done: list[tuple[float, int]] = []
     verifying = Deferred.fromCoroutine(
         store.verify(2.0, lambda count, total: done.append((clock.seconds(), count)), unspecified)
@@ -166,7 +182,7 @@ def test_max_rate(stock: Stock, store: Store, clock: Clock) -> None:
     assert all(count <= 2 * moment + SLICE for moment, count in done)
 
 
-def test_cancel_between_slices(stock: Stock, store: Store, clock: Clock) -> None:
+def test_cancel_between_slices(store_dir: StoreDir, store: Store, clock: Clock) -> None:
     before = len(os.listdir("/proc/self/fd"))
     verifying = Deferred.fromCoroutine(store.verify(1.0, lambda count, total: None, unspecified))
     clock.advance(5)
@@ -181,25 +197,25 @@ def test_cancel_between_slices(stock: Stock, store: Store, clock: Clock) -> None
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-def test_last_verified_survives_a_restart(stock: Stock, store: Store, clock: Clock) -> None:
+def test_last_verified_survives_a_restart(store_dir: StoreDir, store: Store, clock: Clock) -> None:
     assert result(store.last_verified(LONG_AGO)) == LONG_AGO
     before = datetime.now(UTC) - timedelta(seconds=1)
     verified(store)
     last = result(store.last_verified(LONG_AGO))
     assert before < last < datetime.now(UTC) + timedelta(seconds=1)
-    again = Store(stock.root, clock, REACTOR, Unsynced())
+    again = Store(store_dir.root, clock, REACTOR, Unsynced())
     assert result(again.last_verified(LONG_AGO)) == last
 
 
-def test_failed_run_does_not_count(stock: Stock, store: Store) -> None:
-    (stock.root / "blobs").rename(stock.root / "elsewhere")
+def test_failed_run_does_not_count(store_dir: StoreDir, store: Store) -> None:
+    (store_dir.root / "blobs").rename(store_dir.root / "elsewhere")
     with pytest.raises(FileNotFoundError):
         verified(store)
     assert result(store.last_verified(LONG_AGO)) == LONG_AGO
 
 
 @on_reactor
-async def test_with_real_threads(stock: Stock, open_store: Callable[..., Store]) -> None:
-    stock.blob(LAYER).write_bytes(b"x")
+async def test_with_real_threads(store_dir: StoreDir, open_store: Callable[..., Store]) -> None:
+    store_dir.blob(LAYER).write_bytes(b"x")
     findings = await open_store().verify(None, lambda done, total: None, unspecified)
     assert [one.digest for one in findings.damaged] == [Digest.of(LAYER)]

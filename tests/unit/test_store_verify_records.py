@@ -16,71 +16,71 @@ from ociregistry.store.records import Record, read_record
 from ociregistry.store.store import Store
 from tests.unit.support.doubles import image
 from tests.unit.support.power_cuts import result
-from tests.unit.support.stores import Stock, day, url_of
-from tests.unit.support.verifications import NAMES, bad, opened, stocked, the_image, verified
+from tests.unit.support.stores import StoreDir, day, url_of
+from tests.unit.support.verifications import NAMES, filled_store, opened, quarantined, the_image, verified
 
 
 @pytest.fixture
-def stock(root: Path) -> Stock:
+def store_dir(root: Path) -> StoreDir:
     """Return a store with an image and an index."""
-    return stocked(root)
+    return filled_store(root)
 
 
 @pytest.fixture
-def store(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def store(store_dir: StoreDir, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Return the store started, with thread functions run inline."""
-    with opened(stock, clock, monkeypatch) as store:
+    with opened(store_dir, clock, monkeypatch) as store:
         yield store
 
 
-def test_record_truncated_anywhere_is_quarantined(stock: Stock, store: Store) -> None:
+def test_record_truncated_anywhere_is_quarantined(store_dir: StoreDir, store: Store) -> None:
     """With the image URLs that are still legible."""
-    kept, path = the_image(stock)
+    kept, path = the_image(store_dir)
     data = path.read_bytes()
-    noted: list[int] = []
+    counts: list[int] = []
     for length in [*range(0, len(data) - 1, 13), len(data) - 2]:
         path.write_bytes(data[:length])
         (damaged,) = verified(store).damaged
         assert (damaged.path, damaged.digest, damaged.is_blob) == (path, kept.digest, False)
-        assert bad(stock) == {kept.digest.hex}
-        assert (stock.root / "pulls" / "0" / "bad" / kept.digest.hex).read_bytes() == data[:length]
+        assert quarantined(store_dir) == {kept.digest.hex}
+        assert (store_dir.root / "pulls" / "0" / "bad" / kept.digest.hex).read_bytes() == data[:length]
         urls = [url_of(name, kept) for name in NAMES]
         assert [str(one) for one, _ in damaged.images] == urls[: len(damaged.images)]
         assert all((dates.created, dates.confirmed) == (day(1), day(2)) for _, dates in damaged.images)
-        noted.append(len(damaged.images))
-        assert stock.names(kept) is None
-    assert noted == sorted(noted)
-    assert (noted[0], noted[-1]) == (0, 3)
+        counts.append(len(damaged.images))
+        assert store_dir.names(kept) is None
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 3)
     path.write_bytes(data[:-1])  # the newline is optional
     assert verified(store).damaged == []
 
 
-def test_flipped_bit_never_yields_a_wrong_manifest(stock: Stock, store: Store) -> None:
+def test_flipped_bit_never_yields_a_wrong_manifest(store_dir: StoreDir, store: Store) -> None:
     """A flip in a key makes the record foreign; one in an image URL or a date goes unnoticed."""
-    kept, path = the_image(stock)
+    kept, path = the_image(store_dir)
     data = path.read_bytes()
-    put_aside = 0
+    quarantined_count = 0
     for at in range(0, len(data) - 1, 17):
         path.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
         findings = verified(store)
         assert path.exists() == (not findings.damaged)
-        assert path.exists() or (stock.root / "pulls" / "0" / "bad" / path.name).read_bytes() != data
+        assert path.exists() or (store_dir.root / "pulls" / "0" / "bad" / path.name).read_bytes() != data
         if path.exists() and path not in findings.foreign:
             assert read_record(path).manifest == kept
-        put_aside += len(findings.damaged)
-    assert put_aside > len(data) // 17 / 2
+        quarantined_count += len(findings.damaged)
+    assert quarantined_count > len(data) // 17 / 2
 
 
-def test_images_of_a_quarantined_record_are_misses_immediately(stock: Stock, store: Store) -> None:
-    kept, path = the_image(stock)
+def test_images_of_a_quarantined_record_are_misses_immediately(store_dir: StoreDir, store: Store) -> None:
+    kept, path = the_image(store_dir)
     assert result(store.manifest(image(url_of("a:1")))) == kept
     path.write_bytes(path.read_bytes()[:-9])
     verified(store)
     assert result(store.manifest(image(url_of("a:1")))) is None
 
 
-def test_recovered_image_urls_are_validated(stock: Stock, store: Store) -> None:
-    _, path = the_image(stock)
+def test_recovered_image_urls_are_validated(store_dir: StoreDir, store: Store) -> None:
+    _, path = the_image(store_dir)
     good = '"{}": {{"created": "{}", "confirmed": "{}"}}'
     when = "2026-01-01T00:00:00Z"
     path.write_text(
@@ -109,22 +109,22 @@ FOREIGN = {
 
 @pytest.mark.parametrize("what", FOREIGN)
 @pytest.mark.parametrize("folder", ["fat", "img"])
-def test_foreign_record_is_ignored(stock: Stock, store: Store, what: str, folder: str) -> None:
-    path = stock.root / folder / ("ab" * 32)
+def test_foreign_record_is_ignored(store_dir: StoreDir, store: Store, what: str, folder: str) -> None:
+    path = store_dir.root / folder / ("ab" * 32)
     path.write_text(FOREIGN[what])
     findings = verified(store)
     assert (findings.damaged, list(findings.foreign), findings.records) == ([], [path], 2)
     assert "not a record of this program" in findings.foreign[path]
-    assert (path.read_text(), bad(stock)) == (FOREIGN[what], set())
+    assert (path.read_text(), quarantined(store_dir)) == (FOREIGN[what], set())
 
 
-def test_other_file_types_and_wrong_folder_are_ignored(stock: Stock, store: Store) -> None:
-    kept, path = the_image(stock)
-    (stock.root / "fat" / path.name).write_bytes(path.read_bytes())
-    (stock.root / "img" / ("ab" * 32)).mkdir()
-    (stock.root / "img" / ("cd" * 32)).symlink_to("cd" * 32)
+def test_other_file_types_and_wrong_folder_are_ignored(store_dir: StoreDir, store: Store) -> None:
+    kept, path = the_image(store_dir)
+    (store_dir.root / "fat" / path.name).write_bytes(path.read_bytes())
+    (store_dir.root / "img" / ("ab" * 32)).mkdir()
+    (store_dir.root / "img" / ("cd" * 32)).symlink_to("cd" * 32)
     findings = verified(store)
-    assert (findings.damaged, len(findings.foreign), stock.names(kept)) == ([], 3, set(NAMES))
+    assert (findings.damaged, len(findings.foreign), store_dir.names(kept)) == ([], 3, set(NAMES))
 
 
 def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | None) -> None:
@@ -145,31 +145,31 @@ def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | 
 
 
 def test_unreadable_record_on_broken_disk_is_quarantined(
-    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, path = the_image(stock)
+    kept, path = the_image(store_dir)
     fails_to_read(monkeypatch, path, OSError(errno.EIO, "Input/output error"))
     (damaged,) = verified(store).damaged
     assert "Input/output error" in damaged.why
     assert [str(one) for one, _ in damaged.images] == [url_of(name, kept) for name in NAMES]
-    assert bad(stock) == {kept.digest.hex}
+    assert quarantined(store_dir) == {kept.digest.hex}
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
 def test_unreadable_record_for_other_reasons_is_an_error(
-    stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     """Too many open files, no memory or no permission are no fault of the record."""
-    _, path = the_image(stock)
+    _, path = the_image(store_dir)
     fails_to_read(monkeypatch, path, OSError(number, "not now"))
     with pytest.raises(OSError, match="not now"):
         verified(store)
     assert path.exists()
 
 
-def test_record_rewritten_meanwhile_stays(stock: Stock, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, path = the_image(stock)
+def test_record_rewritten_meanwhile_stays(store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, path = the_image(store_dir)
     fails_to_read(monkeypatch, path, None)
     path.write_bytes(b"{")
     assert verified(store).damaged == []
-    assert stock.names(kept) == set(NAMES)
+    assert store_dir.names(kept) == set(NAMES)

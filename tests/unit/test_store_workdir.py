@@ -14,7 +14,7 @@ from ociregistry.store.paths import pulls_folders
 from ociregistry.store.workdir import ControlSocket, PullsFolder
 from tests.unit.support.stores import Unsynced
 
-LEFT, WISH = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"
+LEFT, PENDING = Digest.of(b"left").hex, f"{Digest.of(b'an image').hex}.wish"
 
 
 def leave(folder: Path, *names: str) -> None:
@@ -39,7 +39,7 @@ def test_folders_are_ordered_by_number(root: Path) -> None:
 
 
 def test_without_adopting_other_folders_are_unchanged(root: Path) -> None:
-    names = (LEFT, f"{LEFT}.note", WISH, f"{LEFT}.record", "socket")
+    names = (LEFT, f"{LEFT}.note", PENDING, f"{LEFT}.record", "socket")
     leave(root / "pulls" / "3", *names)
     before = found(root)
     with closing(PullsFolder(root, Unsynced(), adopts=False)) as pulls:
@@ -47,27 +47,27 @@ def test_without_adopting_other_folders_are_unchanged(root: Path) -> None:
         assert found(root) == before
     with closing(PullsFolder(root, Unsynced())) as pulls:
         assert pulls.path == root / "pulls" / "0"
-        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
+        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{PENDING}"}
 
 
 def test_without_adopting_folders_with_leftovers_are_skipped(root: Path) -> None:
     """A daemon that starts later adopts them."""
     leave(root / "pulls" / "0", LEFT, f"{LEFT}.note")
-    leave(root / "pulls" / "1", WISH)
+    leave(root / "pulls" / "1", PENDING)
     leave(root / "pulls" / "2" / "bad", LEFT)
     leave(root / "pulls" / "2", f"{LEFT}.record", f"{LEFT}.new")
     with closing(PullsFolder(root, Unsynced(), adopts=False)) as pulls:
         assert pulls.path == root / "pulls" / "2"
-        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"1/{WISH}", f"2/bad/{LEFT}"}
+        assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"1/{PENDING}", f"2/bad/{LEFT}"}
 
 
 @pytest.mark.parametrize("adopts", [False, True])
 def test_next_folder_beside_a_running_process(root: Path, adopts: bool) -> None:
     with closing(PullsFolder(root, Unsynced())) as living:
-        leave(living.path, LEFT, f"{LEFT}.note", WISH)
+        leave(living.path, LEFT, f"{LEFT}.note", PENDING)
         with closing(PullsFolder(root, Unsynced(), adopts=adopts)) as pulls:
             assert pulls.path == root / "pulls" / "1"
-            assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{WISH}"}
+            assert found(root) == {f"0/{LEFT}", f"0/{LEFT}.note", f"0/{PENDING}"}
 
 
 def test_stale_socket_stays_until_cleared(root: Path) -> None:

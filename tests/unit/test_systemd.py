@@ -26,7 +26,7 @@ class Manager:
         self._socket.setblocking(False)
         self._socket.bind(address.replace("@", "\0", 1))
 
-    def told(self) -> list[str]:
+    def messages(self) -> list[str]:
         """Return the messages since the last call, each reduced to its first line."""
         found = []
         try:
@@ -57,7 +57,7 @@ def test_ready_reloading_and_stopping_are_sent(manager: Manager, clock: Clock) -
     for tell in (systemd.ready, systemd.reloading, systemd.reloaded, systemd.stopping, systemd.stopped):
         tell()
         clock.advance(100)
-    assert manager.told() == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
+    assert manager.messages() == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
 
 
 def test_reloading_has_a_timestamp(manager: Manager, clock: Clock) -> None:
@@ -71,18 +71,18 @@ def test_reloading_has_a_timestamp(manager: Manager, clock: Clock) -> None:
 
 def test_watchdog_is_sent_at_half_the_interval(manager: Manager, clock: Clock) -> None:
     systemd = Systemd(clock, {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "30000000"})
-    assert manager.told() == []
+    assert manager.messages() == []
     systemd.ready()
-    assert manager.told() == ["READY=1", "WATCHDOG=1"]
+    assert manager.messages() == ["READY=1", "WATCHDOG=1"]
     clock.advance(14.9)
-    assert manager.told() == []
+    assert manager.messages() == []
     clock.pump([0.1, 15])
     systemd.stopping()
     clock.advance(15)
-    assert manager.told() == ["WATCHDOG=1"] * 2 + ["STOPPING=1", "WATCHDOG=1"]
+    assert manager.messages() == ["WATCHDOG=1"] * 2 + ["STOPPING=1", "WATCHDOG=1"]
     systemd.stopped()
     clock.advance(15)
-    assert manager.told() == []
+    assert manager.messages() == []
     assert clock.getDelayedCalls() == []
 
 
@@ -93,7 +93,7 @@ def test_no_watchdog_for_another_pid(manager: Manager, clock: Clock, pid: int, s
     """The variables may be inherited from a watched parent."""
     environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": str(pid)}
     Systemd(clock, environment).ready()
-    assert manager.told() == ["READY=1", *signs]
+    assert manager.messages() == ["READY=1", *signs]
 
 
 def test_without_systemd_nothing_happens(clock: Clock, events: list[LogEvent]) -> None:
@@ -119,16 +119,16 @@ async def test_daemon_sends_notifications(
     monkeypatch.setenv("WATCHDOG_USEC", "2000000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
     daemon = daemons.start()
-    assert manager.told() == ["READY=1", "WATCHDOG=1"]
+    assert manager.messages() == ["READY=1", "WATCHDOG=1"]
     await daemon.reload()
-    assert manager.told() == ["RELOADING=1", "READY=1"]
+    assert manager.messages() == ["RELOADING=1", "READY=1"]
     clock.advance(1)
-    assert manager.told() == ["WATCHDOG=1"]
+    assert manager.messages() == ["WATCHDOG=1"]
     daemons.stop()
-    assert manager.told()[0] == "STOPPING=1"
+    assert manager.messages()[0] == "STOPPING=1"
     await until(daemons.stopped)
     clock.advance(100)
-    assert set(manager.told()) <= {"WATCHDOG=1"}
+    assert set(manager.messages()) <= {"WATCHDOG=1"}
     await daemon.reload()
     clock.advance(100)
-    assert manager.told() == ["RELOADING=1", "READY=1"]
+    assert manager.messages() == ["RELOADING=1", "READY=1"]

@@ -16,21 +16,21 @@ from ociregistry.commands.prune import Prune
 from ociregistry.commands.verify import Verify
 from ociregistry.platforms import ALL, Platform
 from ociregistry.settings import load_settings
-from tests.unit.support.command_lines import Ran, Said, mistake, nothing_runs, run
+from tests.unit.support.command_lines import CommandResult, RecordedCommand, record_commands, run, usage_error
 
 PATTERNS = ("--prune", "curl,^quay")
 BEFORE = ("--prune-before", "2024-03-01T22:17:30")
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
     """Return the commands that would have run."""
-    return nothing_runs(monkeypatch)
+    return record_commands(monkeypatch)
 
 
-def made(capfd: pytest.CaptureFixture[str], ran: list[Ran], *argv: str) -> Ran:
+def made(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], *argv: str) -> RecordedCommand:
     """Return the only command of a command line; nothing must be printed."""
-    assert run(capfd, *argv) == Said(0, "", "")
+    assert run(capfd, *argv) == CommandResult(0, "", "")
     return ran.pop()
 
 
@@ -49,7 +49,10 @@ def spellings(*words: str) -> Iterator[tuple[str, ...]]:
 
 @pytest.mark.parametrize("argv", [("--load-images", "images"), ("load", "images"), ("--load-images=./images",)])
 def test_load_path_is_absolute(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...]
+    capfd: pytest.CaptureFixture[str],
+    ran: list[RecordedCommand],
+    monkeypatch: pytest.MonkeyPatch,
+    argv: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir("/usr")
     load, settings = made(capfd, ran, *argv).command, made(capfd, ran, *argv).settings
@@ -58,7 +61,7 @@ def test_load_path_is_absolute(
     assert settings == load_settings({}, (), None)
 
 
-def test_file_named_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_file_named_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (("load", "--", "/-x"), ("load", "--", "-x"), ("--load-images", "/-x"), ("--load-images=-x",)):
         load = made(capfd, ran, *argv).command
         assert isinstance(load, Load)
@@ -79,7 +82,7 @@ ABOUT_LOADING = ("--arch", "amd64", "--os", "linux", "--pull-timeout", "20000", 
     ],
 )
 def test_load_takes_global_options_before_and_after(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], argv: tuple[str, ...]
 ) -> None:
     one = made(capfd, ran, *argv)
     assert isinstance(one.command, Load)
@@ -89,7 +92,9 @@ def test_load_takes_global_options_before_and_after(
     assert (one.settings.concurrent, one.settings.max_connections) == (50, 100)
 
 
-def test_load_takes_several_files_and_platforms(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_load_takes_several_files_and_platforms(
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]
+) -> None:
     argv = ("load", "/a", "--platform", "all", "/b.tar", "--with-signatures", "/c/")
     one = made(capfd, ran, *argv)
     assert isinstance(one.command, Load)
@@ -99,14 +104,14 @@ def test_load_takes_several_files_and_platforms(capfd: pytest.CaptureFixture[str
     assert one.settings.platform == (Platform("linux", "arm", "v7"),)
 
 
-def test_list_cache_lists_everything(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_list_cache_lists_everything(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (("--list-cache",), ("list",), ("--image-path", "/srv", "--list-cache"), ("list", "--sort=url")):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, List)
         assert (command.patterns, command["sort"], command["long"], command["json"]) == (None, "url", 0, 0)
 
 
-def test_prune_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_patterns(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (*spellings(*PATTERNS), *(("prune", *words) for words in spellings("--pattern", PATTERNS[1]))):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Prune)
@@ -114,7 +119,7 @@ def test_prune_patterns(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> No
         assert (command.before, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
 
 
-def test_prune_before(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_before(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (*spellings(*BEFORE), *(("prune", *words) for words in spellings("--before", BEFORE[1]))):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Prune)
@@ -122,7 +127,7 @@ def test_prune_before(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None
         assert (command.patterns, command.unused_for, command["orphans"], command["dry-run"]) == (None, None, 0, 0)
 
 
-def test_prune_patterns_and_before(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_prune_patterns_and_before(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (
         (*PATTERNS, *BEFORE),
         (*BEFORE, *PATTERNS),
@@ -147,18 +152,20 @@ def test_prune_patterns_and_before(capfd: pytest.CaptureFixture[str], ran: list[
         ("--dry-run", "prune", "--orphans"),
     ],
 )
-def test_dry_run_at_any_position(capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...]) -> None:
+def test_dry_run_at_any_position(
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], argv: tuple[str, ...]
+) -> None:
     command = made(capfd, ran, *argv).command
     assert isinstance(command, Prune)
     assert command["dry-run"]
 
 
-def test_dry_run_alone_is_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_dry_run_alone_is_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     loads = (("--load-images", "x"), ("load", "x"))
     for argv in ((), ("serve",), ("--list-cache",), ("list",), ("check",), ("verify",), ("version",), *loads):
-        assert "--dry-run goes with prune" in mistake(capfd, "--dry-run", *argv)
+        assert "--dry-run goes with prune" in usage_error(capfd, "--dry-run", *argv)
     for argv in (("serve",), ("list",), ("verify",)):
-        assert "--dry-run" in mistake(capfd, *argv, "--dry-run")
+        assert "--dry-run" in usage_error(capfd, *argv, "--dry-run")
     assert ran == []
 
 
@@ -182,16 +189,16 @@ ACTIONS = [
 @pytest.mark.parametrize("second", ACTIONS, ids=" ".join)
 @pytest.mark.parametrize("first", ACTIONS[:4], ids=" ".join)
 def test_two_actions_are_a_usage_error(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], first: tuple[str, ...], second: tuple[str, ...]
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], first: tuple[str, ...], second: tuple[str, ...]
 ) -> None:
     if first == second or {first, second} == {PATTERNS, BEFORE}:
         made(capfd, ran, *first, *second)
     else:
-        assert "one thing at a time" in mistake(capfd, *first, *second)
+        assert "one thing at a time" in usage_error(capfd, *first, *second)
         assert ran == []
 
 
-def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for first in (
         "list",
         "verify",
@@ -202,7 +209,7 @@ def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: 
         "export --pattern x -o y",
     ):
         for second in ("list", "load", "serve"):
-            assert "Wrong number of arguments" in mistake(capfd, *first.split(), second)
+            assert "Wrong number of arguments" in usage_error(capfd, *first.split(), second)
     assert ran == []
 
 
@@ -225,15 +232,19 @@ def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: 
 )
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_usage_error_of_older_spelling_is_one_line(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], argv: tuple[str, ...], why: str, dry: tuple[str, ...]
+    capfd: pytest.CaptureFixture[str],
+    ran: list[RecordedCommand],
+    argv: tuple[str, ...],
+    why: str,
+    dry: tuple[str, ...],
 ) -> None:
     # An option without its argument comes last.
-    assert why in mistake(capfd, *dry, *argv).replace("option --", "--")
+    assert why in usage_error(capfd, *dry, *argv).replace("option --", "--")
     assert ran == []
 
 
 def test_export_paths_are_absolute(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir("/usr")
     for option in (("-o", "a.tar"), ("-oa.tar",), ("--output", "a.tar"), ("--output=a.tar",)):
@@ -243,25 +254,25 @@ def test_export_paths_are_absolute(
         assert expressions(command) == ["curl", "^quay"]
 
 
-def test_verify_repair_option(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_verify_repair_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv, repairs in ((("verify",), False), (("verify", "--repair"), True)):
         command = made(capfd, ran, *argv).command
         assert isinstance(command, Verify)
         assert bool(command["repair"]) is repairs
 
 
-def test_durations_have_units(capfd: pytest.CaptureFixture[str], ran: list[Ran]) -> None:
+def test_durations_have_units(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     command = made(capfd, ran, "prune", "--unused-for", "30d", "--orphans", "--older-than", "12h").command
     assert isinstance(command, Prune)
     assert (command.unused_for, command.age) == (timedelta(days=30), timedelta(hours=12))
 
 
 def test_invalid_settings_end_the_command_line(
-    capfd: pytest.CaptureFixture[str], ran: list[Ran], tmp_path: Path
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], tmp_path: Path
 ) -> None:
     config = tmp_path / "it.yaml"
     config.write_text("prune: {every: 1h}\n")
     for argv in (("list",), ("--list-cache",), PATTERNS, ("load", "x")):
-        assert f"{config}:1: prune: has neither" in mistake(capfd, "--config-path", config, *argv)
-        assert "--concurrent: '0'" in mistake(capfd, "--concurrent=0", *argv)
+        assert f"{config}:1: prune: has neither" in usage_error(capfd, "--config-path", config, *argv)
+        assert "--concurrent: '0'" in usage_error(capfd, "--concurrent=0", *argv)
     assert ran == []

@@ -20,7 +20,7 @@ from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
 from ociregistry.settings import OPTIONS, Settings, load_settings
 from ociregistry.tap import Options, makeService
-from tests.unit.support.command_lines import Ran, Said, mistake, nothing_runs, run
+from tests.unit.support.command_lines import CommandResult, RecordedCommand, record_commands, run, usage_error
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine must not fail the test by a deadline."""
@@ -29,9 +29,9 @@ COMMANDS = ("load", "list", "prune", "verify", "export", "check", "version", "co
 
 
 @pytest.fixture(autouse=True)
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
     """Return the commands that would have run."""
-    return nothing_runs(monkeypatch)
+    return record_commands(monkeypatch)
 
 
 def parse(*argv: str) -> Settings:
@@ -116,7 +116,7 @@ def test_images_are_completed_by_default(tmp_path: Path, capfd: pytest.CaptureFi
     config.write_text("complete_images: false\n")
     assert not parse("--config-path", str(config)).complete_images
     assert parse("--config-path", str(config), "--complete-images").complete_images
-    line = mistake(capfd, "--complete-images", "serve", "--no-complete-images")
+    line = usage_error(capfd, "--complete-images", "serve", "--no-complete-images")
     assert "--complete-images and --no-complete-images exclude each other" in line
 
 
@@ -174,7 +174,7 @@ def test_reload_without_a_file() -> None:
     ],
 )
 def test_usage_error_is_one_line(capfd: pytest.CaptureFixture[str], argv: list[str], why: str) -> None:
-    assert why in mistake(capfd, *argv)
+    assert why in usage_error(capfd, *argv)
 
 
 @pytest.mark.parametrize("word", [*COMMANDS, "serve"])
@@ -186,30 +186,32 @@ def test_option_value_is_no_command(word: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["", "serve", *COMMANDS])
-def test_version(capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str) -> None:
-    assert run(capfd, *filter(None, [word]), "--version") == Said(0, f"ociregistry {__version__}\n", "")
-    assert run(capfd, "version") == Said(0, f"ociregistry {__version__}\n", "")
+def test_version(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], word: str) -> None:
+    assert run(capfd, *filter(None, [word]), "--version") == CommandResult(0, f"ociregistry {__version__}\n", "")
+    assert run(capfd, "version") == CommandResult(0, f"ociregistry {__version__}\n", "")
     assert ran == []
 
 
 @pytest.mark.parametrize("word", ["", "serve", *COMMANDS])
-def test_help_lists_options_with_defaults(capfd: pytest.CaptureFixture[str], ran: list[Ran], word: str) -> None:
-    said = run(capfd, *filter(None, [word]), "--help")
-    assert not said.status
+def test_help_lists_options_with_defaults(
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], word: str
+) -> None:
+    result = run(capfd, *filter(None, [word]), "--help")
+    assert not result.status
     for option in OPTIONS:
-        assert re.search(rf"--{option.name}{'' if option.is_flag else '='}(?![\w-])", said.out)
-    assert "[/var/lib/ociregistry]" in said.out
-    assert "--listen=" in said.out
-    assert "[]" not in said.out
-    assert "[None]" not in said.out
+        assert re.search(rf"--{option.name}{'' if option.is_flag else '='}(?![\w-])", result.out)
+    assert "[/var/lib/ociregistry]" in result.out
+    assert "--listen=" in result.out
+    assert "[]" not in result.out
+    assert "[None]" not in result.out
     assert ran == []
 
 
 def test_help_lists_commands(capfd: pytest.CaptureFixture[str]) -> None:
-    told = run(capfd, "--help").out
+    text = run(capfd, "--help").out
     for command in (*COMMANDS, "serve"):
-        assert re.search(rf"^ +{command} ", told, re.MULTILINE)
-    assert "not in this version" not in told
+        assert re.search(rf"^ +{command} ", text, re.MULTILINE)
+    assert "not in this version" not in text
 
 
 @UNHURRIED

@@ -153,9 +153,9 @@ def test_bash_completion(tmp_path: Path, typed: list[str], offered: set[str]) ->
     script.write_text(completion.bash([PORT, QUIET, level], [LIST, PRUNE]))
     tell = '. "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _ociregistry; printf "%s\\n" "${COMPREPLY[@]}"'
     argv = ["bash", "-uc", tell, "bash", str(script), "ociregistry", *typed]
-    said = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert said.stderr == ""
-    assert set(said.stdout.split()) == offered
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+    assert set(result.stdout.split()) == offered
 
 
 def test_zsh_completion_of_special_arguments() -> None:

@@ -14,7 +14,7 @@ from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import Authorization
 from ociregistry.upstream.credentials import basic
-from tests.unit.support.bodies import Told
+from tests.unit.support.bodies import ScriptedAnswer
 from tests.unit.support.doubles import failed, fired
 from tests.unit.test_upstream_client import CDN, OK, REG, TOKEN, Asking, redirect, token
 
@@ -36,7 +36,7 @@ def wants(scope: str = "repository:team/app:pull", error: str = "", realm: str =
 WANTS_BASIC = refusal('Basic realm="reg"')
 
 
-class Helpful:
+class HelperStub:
     """A credential helper that returns a new password each time."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Helpful:
         return Password("user", f"secret{number}")
 
 
-class Convinced(Asking):
+class ClientWithAnswers(Asking):
     """A client whose registry gives these answers and whose token service issues t1, t2, …"""
 
     def __init__(self, *answers: dict[str, Any], login: Login | None = None, most: int = 100) -> None:
         tokens = [token(f"t{number}") for number in range(1, most)]
-        self.helper = Helpful()
+        self.helper = HelperStub()
         super().__init__(
             {TOKEN: tokens, CDN: [OK], REG: answers}, login=login, ask=self.helper, trusts="auth.example"
         )
@@ -65,7 +65,7 @@ class Convinced(Asking):
     @property
     def shown(self) -> list[str | None]:
         """Return the Authorization header of each request to the registry."""
-        return [how for url, how in self.asked if url.startswith(REG)]
+        return [authorization for url, authorization in self.asked if url.startswith(REG)]
 
     @property
     def scopes(self) -> list[list[str]]:
@@ -75,7 +75,7 @@ class Convinced(Asking):
 
 
 def test_password_is_sent_after_a_basic_challenge() -> None:
-    asking = Convinced(WANTS_BASIC, OK, login=USER)
+    asking = ClientWithAnswers(WANTS_BASIC, OK, login=USER)
     assert asking.status() == 200
     assert asking.shown == [None, BASIC]
     # Later requests send it at once, for any path.
@@ -84,61 +84,61 @@ def test_password_is_sent_after_a_basic_challenge() -> None:
 
 
 def test_refused_password_is_sent_once() -> None:
-    asking = Convinced(WANTS_BASIC, login=USER)
+    asking = ClientWithAnswers(WANTS_BASIC, login=USER)
     assert asking.status() == 401
     assert asking.shown == [None, BASIC]
 
 
 @pytest.mark.parametrize("login", [None, IdentityToken("t")])
 def test_no_password_no_credentials_sent(login: Login | None) -> None:
-    asking = Convinced(WANTS_BASIC, login=login)
+    asking = ClientWithAnswers(WANTS_BASIC, login=login)
     assert asking.status() == 401
     assert len(asking.shown) <= 2
     assert set(asking.shown) == {None}
 
 
 def test_bearer_is_preferred_to_basic() -> None:
-    asking = Convinced(refusal('Basic realm="reg"', f'Bearer realm="{TOKEN}"'), OK, login=USER)
+    asking = ClientWithAnswers(refusal('Basic realm="reg"', f'Bearer realm="{TOKEN}"'), OK, login=USER)
     assert asking.status() == 200
     assert asking.shown == [None, "Bearer t1"]
 
 
 def test_cached_helper_password_is_renewed_after_a_401() -> None:
-    asking = Convinced(WANTS_BASIC, OK, WANTS_BASIC, OK, login=HELPER)
+    asking = ClientWithAnswers(WANTS_BASIC, OK, WANTS_BASIC, OK, login=HELPER)
     assert (asking.status(), asking.status()) == (200, 200)
-    first, second = (basic(Helpful.password(number)) for number in (1, 2))
+    first, second = (basic(HelperStub.password(number)) for number in (1, 2))
     assert asking.shown == [None, first, first, second]
 
 
 def test_fresh_helper_password_is_not_renewed() -> None:
-    asking = Convinced(WANTS_BASIC, OK, WANTS_BASIC, login=HELPER)
+    asking = ClientWithAnswers(WANTS_BASIC, OK, WANTS_BASIC, login=HELPER)
     assert (asking.status(), asking.status()) == (200, 401)
-    first, second = (basic(Helpful.password(number)) for number in (1, 2))
+    first, second = (basic(HelperStub.password(number)) for number in (1, 2))
     assert asking.shown == [None, first, first, second]
     assert asking.helper.asked == 2
 
 
 def test_helper_is_not_run_without_a_challenge() -> None:
-    asking = Convinced(OK, login=HELPER)
+    asking = ClientWithAnswers(OK, login=HELPER)
     assert asking.status() == 200
     assert asking.helper.asked == 0
 
 
 def test_cached_token_is_renewed_after_a_401() -> None:
-    asking = Convinced(wants(), OK, wants(error="invalid_token"), OK)
+    asking = ClientWithAnswers(wants(), OK, wants(error="invalid_token"), OK)
     assert (asking.status(), asking.status()) == (200, 200)
     assert asking.shown == [None, "Bearer t1", "Bearer t1", "Bearer t2"]
 
 
 @pytest.mark.parametrize("error", ["", "invalid_token", "insufficient_scope"])
 def test_refused_fresh_token_is_final(error: str) -> None:
-    asking = Convinced(wants(), wants(error=error))
+    asking = ClientWithAnswers(wants(), wants(error=error))
     assert asking.status() == 401
     assert asking.shown == [None, "Bearer t1"]
 
 
 def test_insufficient_scope_gets_a_token_for_both_scopes() -> None:
-    asking = Convinced(wants("a"), wants("b", "insufficient_scope"), OK)
+    asking = ClientWithAnswers(wants("a"), wants("b", "insufficient_scope"), OK)
     assert asking.status() == 200
     assert asking.shown == [None, "Bearer t1", "Bearer t2"]
     assert asking.scopes == [["a"], ["a", "b"]]
@@ -148,25 +148,25 @@ def test_insufficient_scope_gets_a_token_for_both_scopes() -> None:
 
 
 def test_scope_is_widened_only_for_insufficient_scope() -> None:
-    asking = Convinced(wants("a"), wants("b", "invalid_token"), OK)
+    asking = ClientWithAnswers(wants("a"), wants("b", "invalid_token"), OK)
     assert asking.status() == 401
     assert asking.scopes == [["a"]]
 
 
 def test_endless_scope_demands_are_given_up() -> None:
-    asking = Convinced(*(wants(f"scope{number}", "insufficient_scope") for number in range(50)))
+    asking = ClientWithAnswers(*(wants(f"scope{number}", "insufficient_scope") for number in range(50)))
     assert asking.status() == 401
     assert asking.shown == [None, "Bearer t1", "Bearer t2", "Bearer t3"]
 
 
 def test_registry_switches_from_bearer_to_basic() -> None:
-    asking = Convinced(wants(), OK, WANTS_BASIC, OK, login=USER)
+    asking = ClientWithAnswers(wants(), OK, WANTS_BASIC, OK, login=USER)
     assert (asking.status(), asking.status()) == (200, 200)
     assert asking.shown == [None, "Bearer t1", "Bearer t1", BASIC]
 
 
 def test_registry_alternating_between_schemes_is_given_up() -> None:
-    asking = Convinced(*([wants("a"), WANTS_BASIC] * 20), login=USER)
+    asking = ClientWithAnswers(*([wants("a"), WANTS_BASIC] * 20), login=USER)
     assert asking.status() == 401
     assert len(asking.shown) <= 4
 
@@ -184,7 +184,7 @@ def wants_any(scope: str = "", error: str = "") -> dict[str, Any]:
 @pytest.mark.parametrize("scope", SCOPELESS)
 @pytest.mark.parametrize("login", [None, USER, HELPER])
 def test_challenge_without_scope_gets_repository_scope(scope: str, login: Login | None) -> None:
-    asking = Convinced(wants_any(scope), OK, login=login)
+    asking = ClientWithAnswers(wants_any(scope), OK, login=login)
     assert asking.status() == 200
     assert asking.shown == [None, "Bearer t1"]
     assert asking.scopes == [[OURS]]
@@ -192,14 +192,14 @@ def test_challenge_without_scope_gets_repository_scope(scope: str, login: Login 
 
 @pytest.mark.parametrize("scope", SCOPELESS)
 def test_identity_token_request_gets_repository_scope(scope: str) -> None:
-    asking = Convinced(wants_any(scope), OK, login=IdentityToken("s3cret"))
+    asking = ClientWithAnswers(wants_any(scope), OK, login=IdentityToken("s3cret"))
     assert asking.status() == 200
     (form,) = [sent.body for sent in asking.http.sent if sent.method == "POST"]
     assert parse_qs((form or b"").decode())["scope"] == [OURS]
 
 
 def test_repositories_without_scope_share_no_token() -> None:
-    asking = Convinced(wants_any(), OK, OK, wants_any(), OK)
+    asking = ClientWithAnswers(wants_any(), OK, OK, wants_any(), OK)
     assert (asking.status(), asking.status(what="manifests/1")) == (200, 200)
     assert asking.status(path="team/other") == 200
     assert asking.shown == [None, "Bearer t1", "Bearer t1", None, "Bearer t2"]
@@ -207,21 +207,21 @@ def test_repositories_without_scope_share_no_token() -> None:
 
 
 def test_repository_token_may_be_widened() -> None:
-    asking = Convinced(wants_any(), wants("b", "insufficient_scope"), OK)
+    asking = ClientWithAnswers(wants_any(), wants("b", "insufficient_scope"), OK)
     assert asking.status() == 200
     assert asking.scopes == [[OURS], [OURS, "b"]]
 
 
 @pytest.mark.parametrize("scope", SCOPELESS)
 def test_insufficient_scope_without_scope_adds_repository_scope(scope: str) -> None:
-    asking = Convinced(wants("a"), wants_any(scope, "insufficient_scope"), OK)
+    asking = ClientWithAnswers(wants("a"), wants_any(scope, "insufficient_scope"), OK)
     assert asking.status() == 200
     assert asking.scopes == [["a"], ["a", OURS]]
 
 
 @pytest.mark.parametrize("scope", SCOPELESS)
 def test_insufficient_repository_token_is_final(scope: str) -> None:
-    asking = Convinced(wants_any(), wants_any(scope, "insufficient_scope"))
+    asking = ClientWithAnswers(wants_any(), wants_any(scope, "insufficient_scope"))
     assert asking.status() == 401
     assert asking.scopes == [[OURS]]
 
@@ -248,7 +248,7 @@ def test_scope_is_taken_from_the_redirect_target(path: str, name: str) -> None:
 
 
 def test_scope_is_taken_from_redirect_within_the_host() -> None:
-    asking = Convinced(redirect("/v2/moved/app/blobs/x"), wants_any(), redirect("/v2/moved/app/blobs/x"), OK)
+    asking = ClientWithAnswers(redirect("/v2/moved/app/blobs/x"), wants_any(), redirect("/v2/moved/app/blobs/x"), OK)
     assert asking.status() == 200
     assert asking.scopes == [["repository:moved/app:pull"]]
 
@@ -270,7 +270,7 @@ ANSWERS = st.lists(st.lists(CHALLENGES, max_size=2), min_size=1, max_size=12)
 
 @given(ANSWERS, st.sampled_from([None, USER, IdentityToken("t"), HELPER]), st.integers(1, 3))
 def test_any_sequence_of_challenges_ends(answers: Sequence[Sequence[str]], login: Login | None, times: int) -> None:
-    asking = Convinced(*(refusal(*challenges) for challenges in answers), login=login)
+    asking = ClientWithAnswers(*(refusal(*challenges) for challenges in answers), login=login)
     for _ in range(times):
         assert asking.status() == 401
     assert len(asking.shown) <= 4 * times
@@ -278,13 +278,13 @@ def test_any_sequence_of_challenges_ends(answers: Sequence[Sequence[str]], login
 
 
 def test_token_challenge_after_refused_password_is_final() -> None:
-    asking = Convinced(WANTS_BASIC, wants(), login=USER)
+    asking = ClientWithAnswers(WANTS_BASIC, wants(), login=USER)
     assert asking.status() == 401
 
 
 def test_refusal_by_another_host_keeps_helper_password() -> None:
     script = {REG: [WANTS_BASIC, redirect(f"{CDN}x"), OK], CDN: [WANTS_BASIC]}
-    helper = Helpful()
+    helper = HelperStub()
     asking = Asking(script, login=HELPER, ask=helper)
     assert (asking.status(), asking.status()) == (401, 200)
     assert helper.asked == 1
@@ -308,7 +308,7 @@ def test_requests_to_all_redirect_targets_are_limited() -> None:
 
 
 def test_registry_switches_from_basic_to_bearer() -> None:
-    asking = Convinced(WANTS_BASIC, OK, *[wants()] * 2, OK, login=USER)
+    asking = ClientWithAnswers(WANTS_BASIC, OK, *[wants()] * 2, OK, login=USER)
     asking.status()
     # This request may fail, but not all later ones.
     asking.status()
@@ -316,7 +316,7 @@ def test_registry_switches_from_basic_to_bearer() -> None:
 
 
 @pytest.mark.parametrize("gone", [{"status": 404}, {"status": 500}, Unavailable("host name cannot be resolved")])
-def test_moved_token_service_is_found(gone: Told) -> None:
+def test_moved_token_service_is_found(gone: ScriptedAnswer) -> None:
     new = "https://new.example/token"
     asking = Asking({TOKEN: [token("t"), gone], new: [token("new")], REG: [wants(), OK, wants(realm=new), OK]})
     assert asking.status() == 200
@@ -328,21 +328,21 @@ def test_moved_token_service_is_found(gone: Told) -> None:
 
 def test_helper_is_not_run_for_each_repository() -> None:
     """An initial challenge of a repository does not refuse the helper's password."""
-    asking = Convinced(wants("a"), OK, wants("b"), OK, wants("c"), OK, login=HELPER)
+    asking = ClientWithAnswers(wants("a"), OK, wants("b"), OK, wants("c"), OK, login=HELPER)
     for number in range(3):
         assert asking.status(path=f"team/r{number}") == 200
     assert asking.helper.asked == 1
 
 
 def test_remembered_challenges_are_limited() -> None:
-    asking = Convinced(*([wants(), OK] * 1200), most=1300)
+    asking = ClientWithAnswers(*([wants(), OK] * 1200), most=1300)
     for number in range(1200):
         fired(asking.ask(path=f"team/r{number}"))
     assert len(asking.client._authenticator._challenges) <= 1000
 
 
 def test_least_recently_used_challenge_is_dropped_beyond_1000() -> None:
-    asking = Convinced(*([wants(), OK] * 1000), OK, wants(), OK, OK, OK, wants(), OK)
+    asking = ClientWithAnswers(*([wants(), OK] * 1000), OK, wants(), OK, OK, OK, wants(), OK)
     for number in (*range(1000), 0, 1000, 0, 2, 1):
         assert asking.status(path=f"team/r{number}") == 200
     # Repositories 1000 and 1 have no remembered challenge, so their first requests carry no token.

@@ -141,7 +141,7 @@ def test_widened_scope(known: str, wanted: str, both: str) -> None:
     assert wide == BearerChallenge("https://new/t", "new", both)
 
 
-@pytest.mark.parametrize(("told", "scope"), [("", "a"), (" ", "a"), ("b", "b"), ("b c", "b c")])
-def test_default_scope(told: str, scope: str) -> None:
-    challenge = BearerChallenge("https://a/t", "s", told)
+@pytest.mark.parametrize(("requested", "scope"), [("", "a"), (" ", "a"), ("b", "b"), ("b c", "b c")])
+def test_default_scope(requested: str, scope: str) -> None:
+    challenge = BearerChallenge("https://a/t", "s", requested)
     assert challenge.with_default_scope("a") == BearerChallenge("https://a/t", "s", scope)

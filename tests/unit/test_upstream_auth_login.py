@@ -30,7 +30,7 @@ def logged_in(script: Mapping[str, Any], *, scheme: str = "https", login: Login 
 
 def shown_to(asking: Asking, url: str) -> list[str | None]:
     """Return the Authorization headers of requests whose URL starts with this."""
-    return [how for where, how in asking.asked if where.startswith(url)]
+    return [authorization for where, authorization in asking.asked if where.startswith(url)]
 
 
 @pytest.mark.parametrize("to", [PORTED, CDN, "https://evil.reg.example/", "https://reg.example.evil.example/"])
@@ -52,7 +52,7 @@ def test_password_is_not_sent_to_another_scheme() -> None:
 def test_password_is_sent_to_own_host_after_a_redirect() -> None:
     asking = logged_in({f"{REG}v2/": [WANTS_BASIC, redirect(f"{CDN}x")], CDN: [redirect(f"{REG}y")], REG: [OK]})
     assert asking.status() == 200
-    assert [how for _, how in asking.asked] == [None, BASIC, None, BASIC]
+    assert [authorization for _, authorization in asking.asked] == [None, BASIC, None, BASIC]
 
 
 def test_challenge_of_another_origin_triggers_no_login() -> None:
@@ -140,9 +140,9 @@ def test_refusal_by_the_token_service(status: int, refused: bool, login: Login) 
 )
 def test_no_secret_in_logs_or_errors(script: Mapping[str, Any], login: Login, events: list[LogEvent]) -> None:
     asking = logged_in(script, login=login)
-    told: list[object] = []
-    asking.ask().addBoth(lambda result: told.append(getattr(result, "value", result)))
-    printed = [*map(str, told), *map(repr, told), *map(str, events)]
+    objects: list[object] = []
+    asking.ask().addBoth(lambda result: objects.append(getattr(result, "value", result)))
+    printed = [*map(str, objects), *map(repr, objects), *map(str, events)]
     secrets = "s3cret", BASIC.partition(" ")[2], "secret-token"
-    assert told
+    assert objects
     assert not [text for text in printed if any(secret in text for secret in secrets)]

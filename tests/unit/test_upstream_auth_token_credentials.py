@@ -17,7 +17,7 @@ from ociregistry.upstream.credentials import Credentials, basic
 from ociregistry.upstream.http import RequestOptions
 from tests.unit.support.doubles import failed, fired, texts
 from tests.unit.test_upstream_auth_tokens import TokenService
-from tests.unit.test_upstream_credentials import Helpful
+from tests.unit.test_upstream_credentials import HelperStub
 
 REALM = "https://auth.example/token"
 USER = Password("user", "s3cret")
@@ -30,7 +30,7 @@ class Asked:
 
     def __init__(self, login: Login | None, trusted: Sequence[str] = ("auth.example",)) -> None:
         self.service = TokenService()
-        self.helper = Helpful()
+        self.helper = HelperStub()
         clock = Clock()
         self.credentials = Credentials(login, self.helper, clock)
         self.tokens = Tokens(
@@ -104,8 +104,8 @@ def test_other_token_services_get_no_credentials(events: list[LogEvent], realm: 
     assert (dict(request.headers), request.form) == ({}, None)
     assert request.url.startswith(realm)
     # The operator is warned, once for each token.
-    (told,) = texts(events, LogLevel.warn)
-    assert told == (
+    (warning,) = texts(events, LogLevel.warn)
+    assert warning == (
         f"reg.example: credentials not sent to the token service {realm.partition('?')[0]}: it uses plain http, "
         "or its host is neither the upstream's own nor named by realm in the upstream's auth"
     )
@@ -167,7 +167,7 @@ class Refusing(Tokens):
 
 @pytest.mark.parametrize(("error", "kept"), [(AccessRefused("no"), False), (Unavailable("down"), True)])
 def test_helper_credentials_are_dropped_when_refused(error: Exception, kept: bool) -> None:
-    credentials = Credentials(Helper("fake"), Helpful(), Clock())
+    credentials = Credentials(Helper("fake"), HelperStub(), Clock())
     failed(Deferred.fromCoroutine(Refusing(credentials, error).token(CHALLENGE)), type(error))
     assert credentials.from_helper is kept
 
@@ -182,7 +182,7 @@ def test_identity_token_is_dropped_when_refused() -> None:
 
 
 def test_unsent_credentials_are_kept() -> None:
-    credentials = Credentials(Helper("fake"), Helpful(), Clock())
+    credentials = Credentials(Helper("fake"), HelperStub(), Clock())
     fired(Deferred.fromCoroutine(credentials.get()))
     asked = Refusing(credentials, AccessRefused("no")).token(CHALLENGE, anonymous=True)
     failed(Deferred.fromCoroutine(asked), AccessRefused)

@@ -124,7 +124,7 @@ def test_failure_reaches_all_and_is_not_cached(service: TokenService, tokens: To
 
 
 @pytest.mark.parametrize(
-    ("told", "kept"),
+    ("extra", "kept"),
     [
         ({"expires_in": 300}, 270),
         ({}, 54),
@@ -134,9 +134,9 @@ def test_failure_reaches_all_and_is_not_cached(service: TokenService, tokens: To
     ],
 )
 def test_token_is_cached_for_nine_tenths_of_its_lifetime(
-    service: TokenService, tokens: Tokens, clock: Clock, told: dict[str, object], kept: float
+    service: TokenService, tokens: Tokens, clock: Clock, extra: dict[str, object], kept: float
 ) -> None:
-    service.gives(token="good", **told)
+    service.gives(token="good", **extra)
     assert fired(ask(tokens)) == "good"
     clock.advance(kept - 0.01)
     fired(ask(tokens))

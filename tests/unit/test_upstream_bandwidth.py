@@ -95,7 +95,7 @@ def test_unused_rate_accumulates_for_a_tenth_of_a_second(clock: Clock, idle: flo
     assert bandwidth.consume(1000) == pytest.approx(1 - min(idle, 0.1))
 
 
-class Arriving:
+class EndlessBody:
     """An endless body in pieces of `size` bytes that obeys the returned delays."""
 
     def __init__(self, bandwidth: Bandwidth, size: int, clock: Clock, advance: list[tuple[float, int]]) -> None:
@@ -120,7 +120,7 @@ def test_rate_over_any_ten_seconds(clock: Clock, rate: int, sizes: tuple[int, ..
     bandwidth = Bandwidth(float(rate), (), clock)
     advance: list[tuple[float, int]] = []
     # Larger reads on a faster connection.
-    bodies = [Arriving(bandwidth, size * max(1, rate // 250_000), clock, advance) for size in sizes]
+    bodies = [EndlessBody(bandwidth, size * max(1, rate // 250_000), clock, advance) for size in sizes]
     # Without the start, when nothing had arrived yet.
     clock.advance(100)
     first = clock.seconds()

@@ -21,7 +21,7 @@ MIB = 1024 * KIB
 RATE = 64 * KIB
 
 
-class Thin:
+class ThrottledBody:
     """A body on a limit of 64 KiB per second, and its connection."""
 
     def __init__(self, clock: Clock) -> None:
@@ -31,7 +31,7 @@ class Thin:
         self.body = Body(UPSTREAM, clock, self.connection.stalled, self.bandwidth.consume)
         self.body.makeConnection(cast(ITransport, self.connection))
 
-    def comes(self, seconds: float) -> None:
+    def deliver(self, seconds: float) -> None:
         """Deliver the bytes of this many seconds."""
         self.body.dataReceived(bytes(int(seconds * RATE)))
 
@@ -48,152 +48,152 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def thin(clock: Clock) -> Thin:
+def throttled(clock: Clock) -> ThrottledBody:
     """Return a body that has begun."""
-    return Thin(clock)
+    return ThrottledBody(clock)
 
 
-def test_body_is_paused_for_its_delay(thin: Thin) -> None:
-    reading = thin.body.read()
-    thin.comes(2)
+def test_body_is_paused_for_its_delay(throttled: ThrottledBody) -> None:
+    reading = throttled.body.read()
+    throttled.deliver(2)
     assert len(fired(reading)) == 2 * RATE
-    thin.clock.advance(1.875)
-    assert thin.paused
-    thin.clock.advance(0.125)
-    assert not thin.paused
-    thin.comes(1)
-    assert thin.paused
-    assert thin.connection.pauses == 2
+    throttled.clock.advance(1.875)
+    assert throttled.paused
+    throttled.clock.advance(0.125)
+    assert not throttled.paused
+    throttled.deliver(1)
+    assert throttled.paused
+    assert throttled.connection.pauses == 2
 
 
-def test_reading_does_not_end_the_delay(thin: Thin) -> None:
-    thin.comes(2)
-    assert len(fired(thin.body.read())) == 2 * RATE
-    reading = thin.body.read()
-    assert thin.paused
-    thin.clock.advance(2)
-    assert not thin.paused
-    thin.comes(0.5)
+def test_reading_does_not_end_the_delay(throttled: ThrottledBody) -> None:
+    throttled.deliver(2)
+    assert len(fired(throttled.body.read())) == 2 * RATE
+    reading = throttled.body.read()
+    assert throttled.paused
+    throttled.clock.advance(2)
+    assert not throttled.paused
+    throttled.deliver(0.5)
     assert len(fired(reading)) == RATE // 2
 
 
-def test_bytes_received_while_paused_extend_the_delay(thin: Thin) -> None:
-    thin.comes(1)
-    thin.clock.advance(0.5)
-    thin.comes(1)
-    thin.clock.advance(1.375)
-    assert thin.paused
-    thin.clock.advance(0.125)
-    assert not thin.paused
-    assert thin.connection.pauses == 1
+def test_bytes_received_while_paused_extend_the_delay(throttled: ThrottledBody) -> None:
+    throttled.deliver(1)
+    throttled.clock.advance(0.5)
+    throttled.deliver(1)
+    throttled.clock.advance(1.375)
+    assert throttled.paused
+    throttled.clock.advance(0.125)
+    assert not throttled.paused
+    assert throttled.connection.pauses == 1
 
 
-def test_delay_does_not_count_as_silence(thin: Thin) -> None:
-    thin.comes(1000)
-    thin.body.read()
-    thin.clock.advance(999)
-    assert not thin.connection.closed
-    thin.clock.advance(1)
-    reading = thin.body.read()
-    thin.clock.advance(9.875)
+def test_delay_does_not_count_as_silence(throttled: ThrottledBody) -> None:
+    throttled.deliver(1000)
+    throttled.body.read()
+    throttled.clock.advance(999)
+    assert not throttled.connection.closed
+    throttled.clock.advance(1)
+    reading = throttled.body.read()
+    throttled.clock.advance(9.875)
     assert not reading.called
     # Afterwards silence counts.
-    thin.clock.advance(0.125)
+    throttled.clock.advance(0.125)
     failed(reading, Unavailable)
-    assert thin.connection.stalls == [("no byte came for 10 s", 10.0)]
-    assert thin.clock.getDelayedCalls() == []
+    assert throttled.connection.stalls == [("no byte came for 10 s", 10.0)]
+    assert throttled.clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize("why", [None, ConnectionLost()])
-def test_no_delayed_call_is_left_at_the_end(thin: Thin, why: Exception | None) -> None:
-    thin.comes(5)
-    end(thin.body, why)
-    assert thin.clock.getDelayedCalls() == []
-    assert len(fired(thin.body.read())) == 5 * RATE
+def test_no_delayed_call_is_left_at_the_end(throttled: ThrottledBody, why: Exception | None) -> None:
+    throttled.deliver(5)
+    end(throttled.body, why)
+    assert throttled.clock.getDelayedCalls() == []
+    assert len(fired(throttled.body.read())) == 5 * RATE
 
 
-def test_no_delay_after_the_limit_is_removed(thin: Thin) -> None:
-    thin.bandwidth.reconfigure(None, ())
-    thin.comes(1)
-    assert not thin.paused
-    (stall,) = thin.clock.getDelayedCalls()
+def test_no_delay_after_the_limit_is_removed(throttled: ThrottledBody) -> None:
+    throttled.bandwidth.reconfigure(None, ())
+    throttled.deliver(1)
+    assert not throttled.paused
+    (stall,) = throttled.clock.getDelayedCalls()
     assert stall.getTime() == 10
 
 
-def test_full_buffer_stays_paused_until_read(thin: Thin) -> None:
-    thin.comes(16)
-    thin.clock.advance(16)
-    assert thin.paused
-    assert len(fired(thin.body.read())) == MIB
-    assert not thin.paused
+def test_full_buffer_stays_paused_until_read(throttled: ThrottledBody) -> None:
+    throttled.deliver(16)
+    throttled.clock.advance(16)
+    assert throttled.paused
+    assert len(fired(throttled.body.read())) == MIB
+    assert not throttled.paused
 
 
-def test_full_buffer_read_early_stays_paused_for_its_delay(thin: Thin) -> None:
-    thin.comes(16)
-    thin.clock.advance(8)
-    assert len(fired(thin.body.read())) == MIB
-    assert thin.paused
-    thin.clock.advance(8)
-    assert not thin.paused
+def test_full_buffer_read_early_stays_paused_for_its_delay(throttled: ThrottledBody) -> None:
+    throttled.deliver(16)
+    throttled.clock.advance(8)
+    assert len(fired(throttled.body.read())) == MIB
+    assert throttled.paused
+    throttled.clock.advance(8)
+    assert not throttled.paused
 
 
 # Yielding to clients
 
 
-def test_held_body_is_paused_until_read(thin: Thin) -> None:
-    thin.body.pause()
-    assert thin.paused
-    thin.clock.advance(10_000)
-    assert thin.paused
-    assert not thin.connection.closed
-    thin.body.read()
-    assert not thin.paused
-    assert thin.connection.pauses == 1
+def test_held_body_is_paused_until_read(throttled: ThrottledBody) -> None:
+    throttled.body.pause()
+    assert throttled.paused
+    throttled.clock.advance(10_000)
+    assert throttled.paused
+    assert not throttled.connection.closed
+    throttled.body.read()
+    assert not throttled.paused
+    assert throttled.connection.pauses == 1
 
 
-def test_hold_and_throttle_pause_only_once(thin: Thin) -> None:
-    thin.comes(1)
-    thin.body.pause()
-    thin.body.pause()
-    fired(thin.body.read())
-    assert thin.paused
-    thin.clock.advance(1)
-    assert not thin.paused
-    assert thin.connection.pauses == 1
+def test_hold_and_throttle_pause_only_once(throttled: ThrottledBody) -> None:
+    throttled.deliver(1)
+    throttled.body.pause()
+    throttled.body.pause()
+    fired(throttled.body.read())
+    assert throttled.paused
+    throttled.clock.advance(1)
+    assert not throttled.paused
+    assert throttled.connection.pauses == 1
 
 
-def test_end_of_delay_does_not_resume_a_held_body(thin: Thin) -> None:
-    thin.comes(1)
-    fired(thin.body.read())
-    thin.body.pause()
-    thin.clock.advance(1)
-    assert thin.paused
+def test_end_of_delay_does_not_resume_a_held_body(throttled: ThrottledBody) -> None:
+    throttled.deliver(1)
+    fired(throttled.body.read())
+    throttled.body.pause()
+    throttled.clock.advance(1)
+    assert throttled.paused
 
 
-def test_received_bytes_do_not_resume_a_held_body(thin: Thin) -> None:
-    thin.body.pause()
-    thin.comes(1)
-    thin.clock.advance(1)
-    assert thin.paused
+def test_received_bytes_do_not_resume_a_held_body(throttled: ThrottledBody) -> None:
+    throttled.body.pause()
+    throttled.deliver(1)
+    throttled.clock.advance(1)
+    assert throttled.paused
 
 
-def test_held_throttled_and_full_body_resumes_on_read(thin: Thin) -> None:
-    thin.comes(16)
-    thin.body.pause()
-    thin.clock.advance(100)
-    assert thin.paused
-    fired(thin.body.read())
-    assert not thin.paused
-    end(thin.body)
-    assert thin.clock.getDelayedCalls() == []
+def test_held_throttled_and_full_body_resumes_on_read(throttled: ThrottledBody) -> None:
+    throttled.deliver(16)
+    throttled.body.pause()
+    throttled.clock.advance(100)
+    assert throttled.paused
+    fired(throttled.body.read())
+    assert not throttled.paused
+    end(throttled.body)
+    assert throttled.clock.getDelayedCalls() == []
 
 
-def test_ended_body_is_not_held(thin: Thin) -> None:
-    thin.comes(0.0625)
-    thin.clock.advance(0.0625)
-    end(thin.body)
-    thin.body.pause()
-    assert not thin.paused
-    assert len(fired(thin.body.read())) == RATE // 16
-    assert fired(thin.body.read()) == b""
-    assert thin.clock.getDelayedCalls() == []
+def test_ended_body_is_not_held(throttled: ThrottledBody) -> None:
+    throttled.deliver(0.0625)
+    throttled.clock.advance(0.0625)
+    end(throttled.body)
+    throttled.body.pause()
+    assert not throttled.paused
+    assert len(fired(throttled.body.read())) == RATE // 16
+    assert fired(throttled.body.read()) == b""
+    assert throttled.clock.getDelayedCalls() == []

@@ -18,9 +18,11 @@ def throttled(retry_after: str | None) -> dict[str, Any]:
     return {"status": 429, "headers": {} if retry_after is None else {"Retry-After": retry_after}}
 
 
-@pytest.mark.parametrize(("told", "seconds"), [("7", 7), ("3600", 3600), ("86400", 3600), (None, 5), ("soon", 5)])
-def test_no_request_before_retry_after(told: str | None, seconds: int) -> None:
-    asking = Asking({REG: [throttled(told), OK]})
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"), [("7", 7), ("3600", 3600), ("86400", 3600), (None, 5), ("soon", 5)]
+)
+def test_no_request_before_retry_after(retry_after: str | None, seconds: int) -> None:
+    asking = Asking({REG: [throttled(retry_after), OK]})
     assert asking.status() == 429
     asking.clock.advance(seconds - 0.5)
     # For any path.
@@ -50,9 +52,9 @@ def test_retry_after_date() -> None:
     assert asking.status() == 200
 
 
-@pytest.mark.parametrize("told", ["0", "Fri, 31 Dec 1999 23:59:59 GMT"])
-def test_retry_after_in_the_past(told: str) -> None:
-    asking = Asking({REG: [throttled(told), OK]})
+@pytest.mark.parametrize("retry_after", ["0", "Fri, 31 Dec 1999 23:59:59 GMT"])
+def test_retry_after_in_the_past(retry_after: str) -> None:
+    asking = Asking({REG: [throttled(retry_after), OK]})
     assert (asking.status(), asking.status()) == (429, 200)
 
 

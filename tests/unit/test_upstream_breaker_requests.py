@@ -173,13 +173,15 @@ def test_header_timeout_opens_the_breaker(sending: Sending, timeout: float) -> N
     assert sending.clock.getDelayedCalls() == []
 
 
-@pytest.mark.parametrize("told", [None, error.ConnectingCancelledError("here"), never_received(CancelledError())])
-def test_cancelled_request_does_not_count(sending: Sending, told: Exception | None) -> None:
+@pytest.mark.parametrize(
+    "error_of_agent", [None, error.ConnectingCancelledError("here"), never_received(CancelledError())]
+)
+def test_cancelled_request_does_not_count(sending: Sending, error_of_agent: Exception | None) -> None:
     sent = sending.send()
-    if told is None:
+    if error_of_agent is None:
         sent.cancel()
     else:
-        sending.agent.asked[0].errback(told)
+        sending.agent.asked[0].errback(error_of_agent)
     failed(sent, CancelledError)
     assert sending.dropped == 0
     assert not sending.is_down

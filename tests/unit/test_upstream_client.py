@@ -14,7 +14,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.credentials import AskHelper
 from ociregistry.upstream.http import NoTls, Response
-from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired
 from tests.unit.support.http_agents import client_over, no_helper
 
@@ -25,7 +25,7 @@ HOP: dict[str, Any] = {"status": 307, "headers": {"Location": f"{CDN}blob"}}
 OK: dict[str, Any] = {"data": b"content"}
 PLAIN = NoTls("reg.example: the connection was refused")
 
-Script = Mapping[str, Sequence[Told]]
+Script = Mapping[str, Sequence[ScriptedAnswer]]
 
 
 def challenge(scope: str = "repository:team/app:pull", realm: str = TOKEN) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def test_redirect_from_https_must_be_https(to: str) -> None:
 def test_redirect_scheme_must_be_http_or_https(scheme: str, to: str) -> None:
     asking = Asking({f"{scheme}://reg.example/": [redirect(to)]}, scheme=scheme)
     message = failed(asking.ask(), Unavailable).message
-    told = to.replace("u:p@", "")
-    assert message == f"reg.example: it redirects to {told!r}, which is not an http or https URL"
+    redacted = to.replace("u:p@", "")
+    assert message == f"reg.example: it redirects to {redacted!r}, which is not an http or https URL"
     assert len(asking.asked) == 1
 
 
@@ -183,8 +183,8 @@ def test_redirect_after_https_hop_must_be_https() -> None:
 def test_malformed_location_is_an_upstream_error(to: str) -> None:
     asking = Asking({REG: [redirect(f"{to}?X-Signature=secret")], "https": [OK]})
     message = failed(asking.ask(), Unavailable).message
-    told = to.replace("u:p@", "")
-    assert message == f"reg.example: it redirects to {told!r}, which is not an http or https URL"
+    redacted = to.replace("u:p@", "")
+    assert message == f"reg.example: it redirects to {redacted!r}, which is not an http or https URL"
 
 
 def test_token_is_fetched_after_a_challenge() -> None:
@@ -205,7 +205,7 @@ def test_each_repository_has_its_own_token() -> None:
     asking.status(path="team/a")
     asking.status(path="team/b")
     asking.status(path="team/a")
-    with_token = [(url.split("/")[5], how) for url, how in asking.asked if how]
+    with_token = [(url.split("/")[5], authorization) for url, authorization in asking.asked if authorization]
     assert with_token == [("a", "Bearer ta"), ("b", "Bearer tb"), ("a", "Bearer ta")]
 
 
@@ -225,7 +225,7 @@ def test_token_is_not_sent_to_another_port_or_scheme() -> None:
         scheme="http",
     )
     asking.status()
-    assert [how for url, how in asking.asked if url.startswith("https://reg")] == [None, None]
+    assert [authorization for url, authorization in asking.asked if url.startswith("https://reg")] == [None, None]
 
 
 def test_redirect_target_may_demand_its_own_token() -> None:
@@ -233,7 +233,7 @@ def test_redirect_target_may_demand_its_own_token() -> None:
         {REG: [redirect(f"{CDN}v2/team/app/blobs/x")], CDN: [challenge(realm=f"{CDN}token"), token("c"), OK]}
     )
     assert asking.status() == 200
-    assert [how for url, how in asking.asked if url.startswith(REG)] == [None, None]
+    assert [authorization for url, authorization in asking.asked if url.startswith(REG)] == [None, None]
     assert asking.asked[-1] == (f"{CDN}v2/team/app/blobs/x", "Bearer c")
 
 
@@ -241,7 +241,7 @@ def test_refused_cached_token_is_renewed_once() -> None:
     asking = Asking({REG: [challenge(), OK, challenge(), OK], TOKEN: [token("old"), token("new")]})
     asking.status()
     assert asking.status() == 200
-    assert [how for url, how in asking.asked if url.startswith(REG)] == [
+    assert [authorization for url, authorization in asking.asked if url.startswith(REG)] == [
         None,
         "Bearer old",
         "Bearer old",

@@ -66,12 +66,12 @@ async def test_small_body_is_charged_but_not_delayed(upstream: ScriptedRegistry,
     assert bandwidth.consume(0) >= 100 + size / RATE
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("has_length", [True, False])
 @on_reactor
-async def test_large_or_unsized_body_is_delayed(upstream: ScriptedRegistry, clock: Clock, told: bool) -> None:
+async def test_large_or_unsized_body_is_delayed(upstream: ScriptedRegistry, clock: Clock, has_length: bool) -> None:
     data = bytes(64 * KIB + 1)
     upstream.script("*", Reply(200, data))
-    if not told:
+    if not has_length:
         upstream.script("*", NoLength("chunked"))
     bandwidth = Counted()
     response = await sending(bandwidth, clock).send("GET", upstream.url, {})
@@ -84,7 +84,7 @@ async def test_large_or_unsized_body_is_delayed(upstream: ScriptedRegistry, cloc
         await until(lambda drawn=drawn: bandwidth.drawn > drawn or collected.called)  # type: ignore[misc]  # of this iteration
     assert await collected == data
     # For an unknown size, plus what the receive buffer may hold.
-    assert bandwidth.drawn == len(data) if told else bandwidth.drawn >= len(data)
+    assert bandwidth.drawn == len(data) if has_length else bandwidth.drawn >= len(data)
     assert bandwidth._shares == set()
     assert clock.getDelayedCalls() == []
 

@@ -24,31 +24,31 @@ from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.doubles import failed
 from tests.unit.support.http_agents import exchanges_over
 
-Told = tuple[str, ...] | Exception | None
+Resolved = tuple[str, ...] | Exception | None
 
 
 class Names(Resolver):
     """Return scripted addresses in order, the last for good: addresses, an error, or no answer (None)."""
 
-    def __init__(self, *told: Told) -> None:
-        self._told = list(told)
+    def __init__(self, *resolved: Resolved) -> None:
+        self._resolved = list(resolved)
         self.asked: list[str] = []
         self.silence: Deferred[tuple[str, ...]] = Deferred()
 
     def addresses(self, host: str) -> Deferred[tuple[str, ...]]:
         """Return the next result, for any host."""
         self.asked.append(host)
-        told = self._told.pop(0) if len(self._told) > 1 else self._told[0]
-        if told is None:
+        resolved = self._resolved.pop(0) if len(self._resolved) > 1 else self._resolved[0]
+        if resolved is None:
             return self.silence
-        return fail(told) if isinstance(told, Exception) else succeed(told)
+        return fail(resolved) if isinstance(resolved, Exception) else succeed(resolved)
 
 
-class Dialled:
+class DialerHarness:
     """A dialer for reg.example, and its connections."""
 
-    def __init__(self, *told: Told, named: tuple[tuple[str, int], ...] = ()) -> None:
-        self.names = Names(*told)
+    def __init__(self, *resolved: Resolved, named: tuple[tuple[str, int], ...] = ()) -> None:
+        self.names = Names(*resolved)
         self.reactor = MemoryReactorClock()
         self.dialer = Dialer(
             "reg.example",
@@ -101,27 +101,27 @@ def only_named(host: str, kind: str, address: str) -> str:
 )
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_forbidden_address_is_refused(address: str, kind: str, scheme: str) -> None:
-    dialled = Dialled((address,))
-    denied = failed(dialled.connect(f"{scheme}://cdn.example:8443/"), Denied)
+    harness = DialerHarness((address,))
+    denied = failed(harness.connect(f"{scheme}://cdn.example:8443/"), Denied)
     assert denied.message == only_named("cdn.example", kind, address)
-    assert dialled.connected == []
+    assert harness.connected == []
 
 
 @pytest.mark.parametrize(
     "addresses", [("127.0.0.1", "8.8.8.8"), ("8.8.8.8", "127.0.0.1"), ("2606::1", "1.1.1.1", "::")]
 )
 def test_host_with_one_forbidden_address_is_refused(addresses: tuple[str, ...]) -> None:
-    dialled = Dialled(addresses)
-    failed(dialled.connect(), Denied)
-    dialled.reactor.advance(60)
-    assert dialled.connected == []
+    harness = DialerHarness(addresses)
+    failed(harness.connect(), Denied)
+    harness.reactor.advance(60)
+    assert harness.connected == []
 
 
 def test_request_to_forbidden_address_is_denied() -> None:
     """A connection error would be retried and not reach the client that chose the name."""
-    dialled = Dialled(("127.0.0.1",))
-    assert failed(dialled.send(), Denied).message == only_named("cdn.example", "loopback", "127.0.0.1")
-    assert dialled.reactor.getDelayedCalls() == []
+    harness = DialerHarness(("127.0.0.1",))
+    assert failed(harness.send(), Denied).message == only_named("cdn.example", "loopback", "127.0.0.1")
+    assert harness.reactor.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize(
@@ -136,44 +136,44 @@ def test_request_to_forbidden_address_is_denied() -> None:
     ],
 )
 def test_resolved_address_is_connected_to(url: str, address: str, port: int) -> None:
-    dialled = Dialled((address,))
-    dialled.connect(url)
-    assert dialled.connected == [(address, port)]
+    harness = DialerHarness((address,))
+    harness.connect(url)
+    assert harness.connected == [(address, port)]
     # Resolvers take the host without brackets.
-    assert dialled.names.asked == [url.partition("//")[2].rstrip("/").removesuffix(f":{port}").strip("[]")]
-    (client,) = dialled.clients
+    assert harness.names.asked == [url.partition("//")[2].rstrip("/").removesuffix(f":{port}").strip("[]")]
+    (client,) = harness.clients
     assert client[3] == 10
 
 
 def test_tls_over_the_checked_connection() -> None:
-    dialled = Dialled(("8.8.8.8",))
-    dialled.connect("https://cdn.example/")
-    assert isinstance(inner_factory(dialled), TLSMemoryBIOFactory)
-    plain = Dialled(("8.8.8.8",))
+    harness = DialerHarness(("8.8.8.8",))
+    harness.connect("https://cdn.example/")
+    assert isinstance(inner_factory(harness), TLSMemoryBIOFactory)
+    plain = DialerHarness(("8.8.8.8",))
     plain.connect("http://cdn.example/")
     assert not isinstance(inner_factory(plain), TLSMemoryBIOFactory)
 
 
-def inner_factory(dialled: Dialled) -> Any:
+def inner_factory(harness: DialerHarness) -> Any:
     """Return the protocol factory inside the single endpoint wrapper."""
-    return dialled.clients[0][2]._wrappedFactory
+    return harness.clients[0][2]._wrappedFactory
 
 
 def test_checked_address_is_connected_to() -> None:
     """The name is not resolved a second time, which prevents DNS rebinding."""
-    dialled = Dialled(("8.8.8.8", "8.8.4.4"), ("127.0.0.1",))
-    dialled.connect()
-    dialled.clients[0][2].clientConnectionFailed(None, Failure(error.ConnectionRefusedError()))
-    dialled.reactor.advance(1)
-    assert dialled.connected == [("8.8.8.8", 80), ("8.8.4.4", 80)]
-    assert dialled.names.asked == ["cdn.example"]
+    harness = DialerHarness(("8.8.8.8", "8.8.4.4"), ("127.0.0.1",))
+    harness.connect()
+    harness.clients[0][2].clientConnectionFailed(None, Failure(error.ConnectionRefusedError()))
+    harness.reactor.advance(1)
+    assert harness.connected == [("8.8.8.8", 80), ("8.8.4.4", 80)]
+    assert harness.names.asked == ["cdn.example"]
 
 
 def test_each_connection_is_checked() -> None:
-    dialled = Dialled(("8.8.8.8",), ("127.0.0.1",))
-    dialled.connect()
-    failed(dialled.connect(), Denied)
-    assert dialled.connected == [("8.8.8.8", 80)]
+    harness = DialerHarness(("8.8.8.8",), ("127.0.0.1",))
+    harness.connect()
+    failed(harness.connect(), Denied)
+    assert harness.connected == [("8.8.8.8", 80)]
 
 
 @pytest.mark.parametrize(
@@ -185,44 +185,44 @@ def test_each_connection_is_checked() -> None:
     ],
 )
 def test_configured_host_may_have_any_address(url: str, named: tuple[str, int], address: str) -> None:
-    dialled = Dialled((address,), named=(named,))
-    dialled.connect(url)
-    assert dialled.connected == [(address, named[1])]
+    harness = DialerHarness((address,), named=(named,))
+    harness.connect(url)
+    assert harness.connected == [(address, named[1])]
 
 
 @pytest.mark.parametrize("url", ["http://localhost/", "http://localhost:5001/", "http://127.0.0.1:5000/"])
 def test_configured_host_allows_no_other_port_or_name(url: str) -> None:
-    dialled = Dialled(("127.0.0.1",), named=(("localhost", 5000),))
-    failed(dialled.connect(url), Denied)
-    assert dialled.connected == []
+    harness = DialerHarness(("127.0.0.1",), named=(("localhost", 5000),))
+    failed(harness.connect(url), Denied)
+    assert harness.connected == []
 
 
 @pytest.mark.parametrize("named", [(), (("cdn.example", 80),)])
 def test_name_lookup_times_out_after_ten_seconds(named: tuple[tuple[str, int], ...]) -> None:
-    dialled = Dialled(None, named=named)
-    connecting = dialled.connect()
-    dialled.reactor.advance(9.9)
+    harness = DialerHarness(None, named=named)
+    connecting = harness.connect()
+    harness.reactor.advance(9.9)
     assert not connecting.called
-    dialled.reactor.advance(0.1)
+    harness.reactor.advance(0.1)
     assert str(failed(connecting, DNSLookupError)) == "DNS lookup failed: no answer within 10 s."
-    assert dialled.connected == []
-    assert dialled.reactor.getDelayedCalls() == []
+    assert harness.connected == []
+    assert harness.reactor.getDelayedCalls() == []
 
 
-@pytest.mark.parametrize("told", [None, DNSLookupError("it has no address")])
-def test_name_without_address(told: Told) -> None:
-    dialled = Dialled(told)
-    sending = dialled.send()
-    dialled.reactor.advance(10)
+@pytest.mark.parametrize("resolved", [None, DNSLookupError("it has no address")])
+def test_name_without_address(resolved: Resolved) -> None:
+    harness = DialerHarness(resolved)
+    sending = harness.send()
+    harness.reactor.advance(10)
     assert failed(sending, Unavailable).message == "reg.example: host name cannot be resolved"
-    assert dialled.connected == []
+    assert harness.connected == []
 
 
 def test_cancelled_connect_opens_nothing() -> None:
-    dialled = Dialled(None)
-    connecting = dialled.connect()
+    harness = DialerHarness(None)
+    connecting = harness.connect()
     connecting.cancel()
     connecting.addErrback(lambda _: None)
     assert connecting.called
-    assert dialled.reactor.getDelayedCalls() == []
-    assert dialled.connected == []
+    assert harness.reactor.getDelayedCalls() == []
+    assert harness.connected == []

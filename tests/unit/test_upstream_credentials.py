@@ -17,7 +17,7 @@ from tests.unit.support.http_agents import no_helper
 Known = Password | IdentityToken
 
 
-class Helpful:
+class HelperStub:
     """A helper that returns a new password each time, at once or when the test says so."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Asked:
 
     def __init__(self) -> None:
         self.clock = Clock()
-        self.helper = Helpful()
+        self.helper = HelperStub()
         self.credentials = Credentials(Helper("ecr-login"), self.helper, self.clock)
 
     def get(self) -> Deferred[Known | None]:

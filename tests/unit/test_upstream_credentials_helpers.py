@@ -22,7 +22,7 @@ REG = Upstream("reg.example:5000")
 GOOD = {"ServerURL": "reg.example:5000", "Username": "user", "Secret": "s3cret"}
 
 
-class Machine:
+class ReactorOnClock:
     """Reactor that runs real programs, with delayed calls on a clock."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Programs:
         program.write_text(f'#!/bin/sh\ncd "{self._folder}"\nprintf "%s\\n" "$@" > arguments\n{script}\n')
         program.chmod(0o755)
 
-    def says(self, what: object, status: int = 0) -> None:
+    def prints(self, what: object, status: int = 0) -> None:
         """Write a helper that prints this and saves its input."""
         (self._folder / "answer").write_text(what if isinstance(what, str) else json.dumps(what))
         self.write(f"cat > stdin; cat answer; exit {status}")
@@ -87,7 +87,7 @@ def alive(pid: int) -> bool:
 
 @on_reactor
 async def test_user_and_password(programs: Programs) -> None:
-    programs.says(GOOD)
+    programs.prints(GOOD)
     assert await asking() == Password("user", "s3cret")
     # The server name is sent on stdin, because command lines are public.
     assert programs.kept("arguments") == "get\n"
@@ -96,7 +96,7 @@ async def test_user_and_password(programs: Programs) -> None:
 
 @on_reactor
 async def test_identity_token(programs: Programs) -> None:
-    programs.says({**GOOD, "Username": "<token>"})
+    programs.prints({**GOOD, "Username": "<token>"})
     assert await asking() == IdentityToken("s3cret")
 
 
@@ -111,7 +111,7 @@ async def test_identity_token(programs: Programs) -> None:
 )
 @on_reactor
 async def test_docker_hub_has_its_legacy_server_name(programs: Programs, name: str, server: str) -> None:
-    programs.says(GOOD)
+    programs.prints(GOOD)
     await asking(upstream=Upstream.parse(name))
     assert programs.kept("stdin") == server
 
@@ -138,7 +138,7 @@ async def test_stderr_is_ignored_on_success(programs: Programs) -> None:
 
 @on_reactor
 async def test_helper_error_is_reported(programs: Programs) -> None:
-    programs.says("credentials not found in native keychain\n", status=1)
+    programs.prints("credentials not found in native keychain\n", status=1)
     with pytest.raises(Unavailable) as raised:
         await asking()
     assert raised.value.message == (
@@ -148,7 +148,7 @@ async def test_helper_error_is_reported(programs: Programs) -> None:
 
 @on_reactor
 async def test_helper_error_text_is_sanitized(programs: Programs) -> None:
-    programs.says("\x1b[31m\n2026-01-01 forged\r\n" + "x" * 10_000, status=1)
+    programs.prints("\x1b[31m\n2026-01-01 forged\r\n" + "x" * 10_000, status=1)
     with pytest.raises(Unavailable) as raised:
         await asking()
     assert raised.value.message.isprintable()
@@ -172,7 +172,7 @@ async def test_secret_of_failed_helper_is_not_reported(programs: Programs, end: 
 
 
 @pytest.mark.parametrize(
-    "said",
+    "answer",
     [
         "",
         "null",
@@ -195,8 +195,8 @@ async def test_secret_of_failed_helper_is_not_reported(programs: Programs, end: 
     ],
 )
 @on_reactor
-async def test_malformed_answer_is_an_error_without_its_text(programs: Programs, said: object) -> None:
-    programs.says(said)
+async def test_malformed_answer_is_an_error_without_its_text(programs: Programs, answer: object) -> None:
+    programs.prints(answer)
     with pytest.raises(Unavailable) as raised:
         await asking()
     assert raised.value.message == ("reg.example:5000: docker-credential-fake returned no usable Username and Secret")
@@ -213,14 +213,14 @@ async def test_endless_output_is_killed(programs: Programs) -> None:
 
 @on_reactor
 async def test_output_of_64_kib_is_accepted(programs: Programs) -> None:
-    programs.says(json.dumps(GOOD).ljust(64 * 1024))
+    programs.prints(json.dumps(GOOD).ljust(64 * 1024))
     assert await asking() == Password("user", "s3cret")
 
 
 @on_reactor
 async def test_hanging_helper_is_killed_after_30_seconds(programs: Programs) -> None:
     programs.write("echo $$ > pid; exec sleep 1000")
-    machine = Machine()
+    machine = ReactorOnClock()
     waiting = asking(machine)
     pid = await programs.running()
     machine.clock.advance(29.9)
@@ -236,7 +236,7 @@ async def test_hanging_helper_is_killed_after_30_seconds(programs: Programs) -> 
 @on_reactor
 async def test_child_holding_the_output_is_a_timeout(programs: Programs) -> None:
     programs.write("sleep 1000 & echo $! > pid; exit 0")
-    machine = Machine()
+    machine = ReactorOnClock()
     waiting = asking(machine)
     os.kill(await programs.running(), 0)
     machine.clock.advance(30)

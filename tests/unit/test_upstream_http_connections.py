@@ -28,7 +28,7 @@ HUGE = bytes(16 * 1024 * 1024)
 
 
 @pytest.fixture
-def daemons() -> Iterator[DaemonsNetwork]:
+def daemon_networks() -> Iterator[DaemonsNetwork]:
     """Return upstream access assembled as in the daemon."""
     network = DaemonsNetwork(configured(), INSTANCE, REACTOR)
     network.startService()
@@ -104,13 +104,15 @@ async def test_encoded_body_releases_the_connection(network: Network, upstream: 
 
 
 @on_reactor
-async def test_error_of_a_mirror_releases_the_connection(daemons: DaemonsNetwork, upstream: ScriptedRegistry) -> None:
+async def test_error_of_a_mirror_releases_the_connection(
+    daemon_networks: DaemonsNetwork, upstream: ScriptedRegistry
+) -> None:
     with ScriptedRegistry() as mirror:
         mirror.script("*", Reply(404, HUGE))
         upstream.add("team/app", BUILT, "1")
         mirrors = (Mirror("http", Upstream(mirror.host)),)
-        daemons.reconfigure(configured(entry(upstream.host, scheme="http", mirrors=mirrors)))
-        registry = daemons.registry(Upstream(upstream.host))
+        daemon_networks.reconfigure(configured(entry(upstream.host, scheme="http", mirrors=mirrors)))
+        registry = daemon_networks.registry(Upstream(upstream.host))
         assert await registry.manifest(image(f"{upstream.host}/team/app:1")) == IMAGE
         await until(lambda: mirror.requests[0].done)
         assert mirror.requests[0].sent < len(HUGE)
@@ -133,11 +135,11 @@ def advance(upstream: ScriptedRegistry, count: int) -> bool:
 
 @on_reactor
 async def test_idle_connections_are_reused_up_to_the_limit(
-    daemons: DaemonsNetwork, upstream: ScriptedRegistry
+    daemon_networks: DaemonsNetwork, upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    daemons.reconfigure(configured(entry(upstream.host, scheme="http")))
-    registry = daemons.registry(Upstream(upstream.host))
+    daemon_networks.reconfigure(configured(entry(upstream.host, scheme="http")))
+    registry = daemon_networks.registry(Upstream(upstream.host))
     for number in (1, 2, 3):
         hold = Hold()
         remove = upstream.script("*", hold)

@@ -27,7 +27,7 @@ LAYER = BUILT.layers[0]
 USER = Password("user", "s3cret")
 
 
-class Fronts:
+class CheckedRegistries:
     """A registry with mirror, storage and token service, all refusing requests without User-Agent."""
 
     def __init__(self, stack: ExitStack) -> None:
@@ -52,10 +52,10 @@ class Fronts:
 
 
 @pytest.fixture
-def fronts() -> Iterator[Fronts]:
+def checked_registries() -> Iterator[CheckedRegistries]:
     """Return the running registries."""
     with ExitStack() as stack:
-        yield Fronts(stack)
+        yield CheckedRegistries(stack)
 
 
 @pytest_twisted.async_yield_fixture
@@ -84,39 +84,43 @@ async def pull(registry: Registry, name: str) -> None:
 
 @pytest.mark.parametrize("login", [None, USER, IdentityToken("s3cret")], ids=["anonymous", "password", "token"])
 @on_reactor
-async def test_user_agent_on_every_request(fronts: Fronts, started: list[Network], login: Login | None) -> None:
-    tokens = Tokens(f"{fronts.service.url}/token", users={} if login is None else {"user": "s3cret"})
-    fronts.own.add("team/app", BUILT, "1")
-    fronts.storage.add("team/app", BUILT)
-    fronts.own.script("*/blobs/*", Redirect(fronts.storage.url))
-    fronts.own.script("*", tokens)
-    fronts.mirror.script("*", Reply(404))
-    fronts.service.script("*", tokens)
-    fronts.guard()
-    mirrors = (Mirror("http", Upstream(fronts.mirror.host)),)
-    service = Upstream(fronts.service.host)
-    own = entry(fronts.own.host, scheme="http", mirrors=mirrors, realm=service, login=login)
-    network = Network(configured(own, entry(fronts.storage.host)), INSTANCE, REACTOR)
+async def test_user_agent_on_every_request(
+    checked_registries: CheckedRegistries, started: list[Network], login: Login | None
+) -> None:
+    tokens = Tokens(f"{checked_registries.service.url}/token", users={} if login is None else {"user": "s3cret"})
+    checked_registries.own.add("team/app", BUILT, "1")
+    checked_registries.storage.add("team/app", BUILT)
+    checked_registries.own.script("*/blobs/*", Redirect(checked_registries.storage.url))
+    checked_registries.own.script("*", tokens)
+    checked_registries.mirror.script("*", Reply(404))
+    checked_registries.service.script("*", tokens)
+    checked_registries.guard()
+    mirrors = (Mirror("http", Upstream(checked_registries.mirror.host)),)
+    service = Upstream(checked_registries.service.host)
+    own = entry(checked_registries.own.host, scheme="http", mirrors=mirrors, realm=service, login=login)
+    network = Network(configured(own, entry(checked_registries.storage.host)), INSTANCE, REACTOR)
     network.startService()
     started.append(network)
-    await pull(network.registry(Upstream(fronts.own.host)), fronts.own.host)
-    asked = {(request.method, request.path.split("/")[-2]) for request in fronts.own.requests}
+    await pull(network.registry(Upstream(checked_registries.own.host)), checked_registries.own.host)
+    asked = {(request.method, request.path.split("/")[-2]) for request in checked_registries.own.requests}
     assert asked == {(method, kind) for method in ("GET", "HEAD") for kind in ("manifests", "blobs")}
-    assert [request.method for request in fronts.storage.requests] == ["HEAD", "GET"]
-    assert {request.method for request in fronts.service.requests} == {
+    assert [request.method for request in checked_registries.storage.requests] == ["HEAD", "GET"]
+    assert {request.method for request in checked_registries.service.requests} == {
         "POST" if isinstance(login, IdentityToken) else "GET"
     }
-    assert fronts.mirror.requests
-    assert fronts.sent == {(f"ociregistry/{__version__}",)}
+    assert checked_registries.mirror.requests
+    assert checked_registries.sent == {(f"ociregistry/{__version__}",)}
 
 
 @on_reactor
-async def test_user_agent_on_requests_to_mirrors(fronts: Fronts, started: list[Network]) -> None:
-    fronts.mirror.add("team/app", BUILT, "1")
-    fronts.guard()
-    own = entry("far.example", mirrors=(Mirror("http", Upstream(fronts.mirror.host)),))
+async def test_user_agent_on_requests_to_mirrors(
+    checked_registries: CheckedRegistries, started: list[Network]
+) -> None:
+    checked_registries.mirror.add("team/app", BUILT, "1")
+    checked_registries.guard()
+    own = entry("far.example", mirrors=(Mirror("http", Upstream(checked_registries.mirror.host)),))
     network = Network(configured(own), INSTANCE, REACTOR)
     network.startService()
     started.append(network)
     await pull(network.registry(Upstream("far.example")), "far.example")
-    assert fronts.sent == {(f"ociregistry/{__version__}",)}
+    assert checked_registries.sent == {(f"ociregistry/{__version__}",)}

@@ -20,7 +20,7 @@ from ociregistry.upstream.network import Network, _trusted_with, api_host, confi
 from ociregistry.upstream.origin import Origin
 from tests.unit.support.doubles import fired
 from tests.unit.support.http_agents import INSTANCE
-from tests.unit.test_upstream_connect import Names, Told
+from tests.unit.test_upstream_connect import Names, Resolved
 
 
 def entry(name: str, **configured: Any) -> RegistrySettings:
@@ -187,8 +187,8 @@ def test_configured_realm_is_trusted(named: str, realm: str, trusted: bool) -> N
 class PlainAllowed:
     """Whether plain http is allowed for an upstream with such addresses."""
 
-    def __init__(self, told: Told, reactor: IReactorTime) -> None:
-        self.names = Names(told)
+    def __init__(self, resolved: Resolved, reactor: IReactorTime) -> None:
+        self.names = Names(resolved)
         self._network = Network(configured(), INSTANCE, reactor)
         self._network._resolver = self.names
 
@@ -201,7 +201,7 @@ class PlainAllowed:
 
 
 @pytest.mark.parametrize(
-    ("told", "allowed"),
+    ("resolved", "allowed"),
     [
         (("10.0.0.1",), True),
         (("10.0.0.1", "fd00::1"), True),
@@ -211,8 +211,8 @@ class PlainAllowed:
         (DNSLookupError("no such name"), False),
     ],
 )
-def test_http_is_allowed_if_all_addresses_are_private(told: Told, allowed: bool, clock: Clock) -> None:
-    ask = PlainAllowed(told, clock)
+def test_http_is_allowed_if_all_addresses_are_private(resolved: Resolved, allowed: bool, clock: Clock) -> None:
+    ask = PlainAllowed(resolved, clock)
     assert ask(entry("reg.example")) is allowed
     assert ask.names.asked == ["reg.example"]
 

@@ -16,7 +16,7 @@ from tests.unit.support.doubles import failed, fired
 from tests.unit.support.http_agents import registry_over
 from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, challenge, redirect, token
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
-from tests.unit.test_upstream_registry_mirrors import Mirrored
+from tests.unit.test_upstream_registry_mirrors import MirroredRegistry
 
 LAST = RequestOptions(priority=Priority.METADATA)
 APP = Repository(Upstream("reg.example"), "team/app")
@@ -24,8 +24,8 @@ APP = Repository(Upstream("reg.example"), "team/app")
 
 def limited(remaining: str, limit: str = "", reset: str = "", **more: Any) -> dict[str, Any]:
     """Return a response with these headers; empty ones are left out."""
-    told = {"RateLimit-Limit": limit, "ratelimit-remaining": remaining, "RateLimit-Reset": reset}
-    return {"headers": {name: value for name, value in told.items() if value}, **more}
+    answer = {"RateLimit-Limit": limit, "ratelimit-remaining": remaining, "RateLimit-Reset": reset}
+    return {"headers": {name: value for name, value in answer.items() if value}, **more}
 
 
 LOW = limited("25;w=21600", "100;w=21600")
@@ -48,9 +48,9 @@ def held(asking: Asking) -> int:
     return failed(asked, Unavailable).retry_after
 
 
-def after(told: dict[str, Any]) -> int:
+def after(answer: dict[str, Any]) -> int:
     """Return for how many seconds a request is held back after this response."""
-    asking = Asking({REG: [told, SILENT]})
+    asking = Asking({REG: [answer, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     return held(asking)
 
@@ -89,7 +89,7 @@ def test_malformed_headers_are_ignored(remaining: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("answer", "seconds"),
     [
         (limited("0;w=8000", "100;w=8000"), 2000),
         (limited("0", "100;w=8000"), 2000),
@@ -106,8 +106,8 @@ def test_malformed_headers_are_ignored(remaining: str) -> None:
         (limited("0;x=1;w=8000", "100"), 2000),
     ],
 )
-def test_hold_time(told: dict[str, Any], seconds: int) -> None:
-    asking = Asking({REG: [told, SILENT]})
+def test_hold_time(answer: dict[str, Any], seconds: int) -> None:
+    asking = Asking({REG: [answer, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     assert held(asking) == seconds
     asking.clock.advance(seconds - 1)
@@ -158,10 +158,10 @@ def test_one_probe_is_sent_after_the_hold_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "then"), [(LOW, 3600), (SILENT, 3600), (limited("0", "100", "70"), 70), (ENOUGH, 0)]
+    ("answer", "then"), [(LOW, 3600), (SILENT, 3600), (limited("0", "100", "70"), 70), (ENOUGH, 0)]
 )
-def test_headers_of_the_probe_decide(told: dict[str, Any], then: int) -> None:
-    asking = Asking({REG: [LOW, told, SILENT]})
+def test_headers_of_the_probe_decide(answer: dict[str, Any], then: int) -> None:
+    asking = Asking({REG: [LOW, answer, SILENT]})
     fired(ask(asking, DEFAULT_OPTIONS))
     asking.clock.advance(3600)
     assert [held(asking), held(asking)] == [0, then]
@@ -188,7 +188,7 @@ def test_headers_of_an_error_response_count(status: int) -> None:
 
 def test_each_registry_has_its_own_limit() -> None:
     """A mirror whose limit is nearly used up is skipped."""
-    mirrored = Mirrored(LOW, {"status": 404}, SILENT)
+    mirrored = MirroredRegistry(LOW, {"status": 404}, SILENT)
     for options in (DEFAULT_OPTIONS, LAST, LAST):
         asked = mirrored.sources.request("GET", APP, "manifests/1", {}, options)
         assert fired(Deferred.fromCoroutine(asked)).status == 200

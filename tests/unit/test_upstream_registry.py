@@ -78,10 +78,10 @@ def test_manifest_digest_mismatch_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [Digest.of(b"another"), "sha256:0", "md5:" + "0" * 32, "x" * 100_000, IMAGE.digest.upper()]
+    "header", [Digest.of(b"another"), "sha256:0", "md5:" + "0" * 32, "x" * 100_000, IMAGE.digest.upper()]
 )
-def test_wrong_digest_header_is_refused(told: str) -> None:
-    source, _ = registry(with_headers(Docker_Content_Digest=told))
+def test_wrong_digest_header_is_refused(header: str) -> None:
+    source, _ = registry(with_headers(Docker_Content_Digest=header))
     error = failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable)
     assert len(error.message) < 1000
 
@@ -124,7 +124,7 @@ def test_other_statuses_are_upstream_errors(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "seconds"),
+    ("header", "seconds"),
     [
         ("7", 7),
         ("3600", 3600),
@@ -142,8 +142,8 @@ def test_other_statuses_are_upstream_errors(status: int) -> None:
         pytest.param("Fri, 31 Dec 2026 23:59:59 +99999999999999999999", 5),
     ],
 )
-def test_retry_after_is_passed_on(told: str, seconds: int) -> None:
-    source, _ = registry({"status": 429, "headers": {"Retry-After": told}})
+def test_retry_after_is_passed_on(header: str, seconds: int) -> None:
+    source, _ = registry({"status": 429, "headers": {"Retry-After": header}})
     assert failed(Deferred.fromCoroutine(source.manifest(TAGGED)), Unavailable).retry_after == seconds
 
 
@@ -225,7 +225,7 @@ def test_blob_size_by_head() -> None:
     assert http.sent[0].method == "HEAD"
 
 
-@pytest.mark.parametrize("told", ["", "-5", "many", "5.0", "٣"])
-def test_malformed_content_length_is_no_size(told: str) -> None:
-    source, _ = registry({"headers": {"Content-Length": told}})
+@pytest.mark.parametrize("header", ["", "-5", "many", "5.0", "٣"])
+def test_malformed_content_length_is_no_size(header: str) -> None:
+    source, _ = registry({"headers": {"Content-Length": header}})
     assert fired(Deferred.fromCoroutine(source.blob_size(APP, LAYER))) is None

@@ -9,7 +9,7 @@ from ociregistry.upstream.registry import ConnectionLimit
 from tests.unit.support.doubles import failed, fired
 
 
-class Busy:
+class LimitHarness:
     """A connection limit and its users."""
 
     def __init__(self, most: int) -> None:
@@ -45,36 +45,36 @@ class Busy:
         return len(waiting)
 
 
-def had(waiting: list[Deferred[None]]) -> list[bool]:
+def have_slots(waiting: list[Deferred[None]]) -> list[bool]:
     """Return for each waiter whether it has a slot."""
     return [one.called for one in waiting]
 
 
 @pytest.mark.parametrize("most", [1, 2, 16])
 def test_blob_slots_are_limited(most: int) -> None:
-    busy = Busy(most)
-    blobs = [busy.blob() for _ in range(most + 2)]
-    assert had(blobs) == [True] * most + [False] * 2
-    busy.limit.release(reserved=False)
-    assert had(blobs) == [True] * (most + 1) + [False]
+    harness = LimitHarness(most)
+    blobs = [harness.blob() for _ in range(most + 2)]
+    assert have_slots(blobs) == [True] * most + [False] * 2
+    harness.limit.release(reserved=False)
+    assert have_slots(blobs) == [True] * (most + 1) + [False]
 
 
 @pytest.mark.parametrize("most", [1, 16])
 def test_two_slots_are_reserved_for_small_requests(most: int) -> None:
-    busy = Busy(most)
+    harness = LimitHarness(most)
     for _ in range(most + 5):
-        busy.blob()
-    small = [busy.small() for _ in range(3)]
-    assert had([begun for begun, _ in small]) == [True, True, False]
+        harness.blob()
+    small = [harness.small() for _ in range(3)]
+    assert have_slots([begun for begun, _ in small]) == [True, True, False]
     small[0][1].callback(None)
     assert small[2][0].called
 
 
 def test_small_requests_may_use_all_slots() -> None:
-    busy = Busy(2)
-    small = [busy.small() for _ in range(5)]
-    assert had([begun for begun, _ in small]) == [True] * 4 + [False]
-    blob = busy.blob()
+    harness = LimitHarness(2)
+    small = [harness.small() for _ in range(5)]
+    assert have_slots([begun for begun, _ in small]) == [True] * 4 + [False]
+    blob = harness.blob()
     assert not blob.called
     for _, over in small[:2]:
         over.callback(None)
@@ -83,56 +83,56 @@ def test_small_requests_may_use_all_slots() -> None:
 
 
 def test_small_request_frees_its_slot_on_any_end() -> None:
-    busy = Busy(1)
+    harness = LimitHarness(1)
     for _ in range(5):
-        _, over = busy.small()
+        _, over = harness.small()
         over.errback(ZeroDivisionError())
-        failed(busy.last, ZeroDivisionError)
-        busy.small()
-        busy.last.cancel()
-        busy.last.addErrback(lambda _: None)
-    begun = [busy.small()[0] for _ in range(3)]
-    assert had(begun) == [True] * 3
+        failed(harness.last, ZeroDivisionError)
+        harness.small()
+        harness.last.cancel()
+        harness.last.addErrback(lambda _: None)
+    begun = [harness.small()[0] for _ in range(3)]
+    assert have_slots(begun) == [True] * 3
 
 
 def test_cancelled_blob_waiter_frees_its_slot() -> None:
-    busy = Busy(2)
-    fired(busy.blob())
-    fired(busy.blob())
-    waiting = [busy.blob() for _ in range(10)]
+    harness = LimitHarness(2)
+    fired(harness.blob())
+    fired(harness.blob())
+    waiting = [harness.blob() for _ in range(10)]
     for one in waiting[:9]:
         one.cancel()
         one.addErrback(lambda _: None)
-    busy.limit.release(reserved=False)
+    harness.limit.release(reserved=False)
     assert waiting[9].called
-    busy.limit.release(reserved=False)
-    busy.limit.release(reserved=False)
-    assert busy.free() == 2
+    harness.limit.release(reserved=False)
+    harness.limit.release(reserved=False)
+    assert harness.free() == 2
 
 
 def test_blob_waiter_behind_small_requests_frees_its_slot() -> None:
     """It has a blob slot by then and waits for one of all slots."""
-    busy = Busy(1)
-    small = [busy.small() for _ in range(3)]
-    waiting = busy.blob()
+    harness = LimitHarness(1)
+    small = [harness.small() for _ in range(3)]
+    waiting = harness.blob()
     assert not waiting.called
     waiting.cancel()
     failed(waiting, CancelledError)
     for _, over in small:
         over.callback(None)
-    assert busy.free() == 1
+    assert harness.free() == 1
 
 
 def test_cancelled_small_waiter_frees_its_slot() -> None:
-    busy = Busy(1)
-    small = [busy.small() for _ in range(3)]
-    waiting = [busy.small() for _ in range(3)]
-    busy.last.cancel()
-    busy.last.addErrback(lambda _: None)
+    harness = LimitHarness(1)
+    small = [harness.small() for _ in range(3)]
+    waiting = [harness.small() for _ in range(3)]
+    harness.last.cancel()
+    harness.last.addErrback(lambda _: None)
     for _, over in [*small, *waiting[:2]]:
         over.callback(None)
     assert not waiting[2][0].called
-    assert had([busy.small()[0] for _ in range(3)]) == [True] * 3
+    assert have_slots([harness.small()[0] for _ in range(3)]) == [True] * 3
 
 
 def test_small_blob_uses_slots_like_a_manifest() -> None:

@@ -19,7 +19,7 @@ from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.http import NoTls, RequestOptions, Response
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.registry import ConnectionLimit, MirrorClient, Registry, Sources
-from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired, texts
 from tests.unit.support.http_agents import INSTANCE, client_over, no_helper
 from tests.unit.test_upstream_client import OK, TOKEN, challenge
@@ -46,11 +46,17 @@ def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Logi
     return MirrorClient(url, client)
 
 
-class Mirrored:
+class MirroredRegistry:
     """The registry reg.example behind two mirrors, with scripted answers."""
 
     def __init__(
-        self, one: Told, two: Told, own: Told, *more: Told, ns: str = "reg.example", login: Login | None = None
+        self,
+        one: ScriptedAnswer,
+        two: ScriptedAnswer,
+        own: ScriptedAnswer,
+        *more: ScriptedAnswer,
+        ns: str = "reg.example",
+        login: Login | None = None,
     ) -> None:
         """Script the answers; `more` are later ones of the first mirror."""
         self.clock = Clock()
@@ -72,7 +78,7 @@ class Mirrored:
 
 
 def test_first_mirror_with_the_content_is_the_only_one_asked() -> None:
-    mirrored = Mirrored(OK, OK, OK)
+    mirrored = MirroredRegistry(OK, OK, OK)
     response = fired(mirrored.ask())
     assert (response.status, response.upstream) == (200, "reg.example")
     assert mirrored.http.urls == [f"{ONE}/v2/team/app/blobs/x?ns=reg.example"]
@@ -81,13 +87,13 @@ def test_first_mirror_with_the_content_is_the_only_one_asked() -> None:
 
 @pytest.mark.parametrize("status", [200, 206])
 def test_partial_content_is_accepted(status: int) -> None:
-    assert fired(Mirrored({"status": status}, OK, OK).ask()).status == status
+    assert fired(MirroredRegistry({"status": status}, OK, OK).ask()).status == status
 
 
 @pytest.mark.parametrize("path", ["tags/list?n=5&last=a%2Fb", "tags/list"])
 @pytest.mark.parametrize("ns", ["reg.example", "reg.example:5000", "docker.io"])
 def test_ns_is_added_to_any_query(path: str, ns: str) -> None:
-    mirrored = Mirrored({"status": 404}, {"status": 404}, OK, ns=ns)
+    mirrored = MirroredRegistry({"status": 404}, {"status": 404}, OK, ns=ns)
     assert fired(mirrored.ask(path)).status == 200
     separator = "&" if "?" in path else "?"
     assert mirrored.http.urls == [
@@ -100,7 +106,7 @@ def test_ns_is_added_to_any_query(path: str, ns: str) -> None:
 
 @pytest.mark.parametrize("status", [300, 304, 400, 401, 403, 404, 405, 416, 429, 500, 502, 503, 504])
 def test_404_of_a_mirror_leads_to_the_next(status: int, events: list[LogEvent]) -> None:
-    mirrored = Mirrored({"status": status}, OK, OK)
+    mirrored = MirroredRegistry({"status": status}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
     assert texts(events, LogLevel.debug) == [f"mirror skipped: {ONE}: it answered {status}"]
@@ -108,7 +114,7 @@ def test_404_of_a_mirror_leads_to_the_next(status: int, events: list[LogEvent]) 
 
 @pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])
 def test_unavailable_mirror_is_skipped(error: RegistryError) -> None:
-    mirrored = Mirrored(error, OK, OK)
+    mirrored = MirroredRegistry(error, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
 
@@ -117,7 +123,7 @@ def test_unavailable_mirror_is_skipped(error: RegistryError) -> None:
 @pytest.mark.parametrize("priority", [Priority.URGENT, Priority.CLIENT])
 def test_mirrors_have_15_seconds_for_headers(given: float, mirrors: float, priority: Priority) -> None:
     """The registry has no such limit; the priority is the same for all."""
-    mirrored = Mirrored(DOWN, DOWN, OK)
+    mirrored = MirroredRegistry(DOWN, DOWN, OK)
     asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, priority))
     assert fired(Deferred.fromCoroutine(asked)).status == 200
     options = [RequestOptions(timeout, priority) for timeout in (mirrors, mirrors, given)]
@@ -126,15 +132,15 @@ def test_mirrors_have_15_seconds_for_headers(given: float, mirrors: float, prior
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 500])
 def test_registry_answer_is_final(status: int) -> None:
-    mirrored = Mirrored({"status": 404}, DOWN, {"status": status})
+    mirrored = MirroredRegistry({"status": 404}, DOWN, {"status": status})
     response = fired(mirrored.ask())
     assert (response.status, response.url) == (status, f"{OWN}/v2/team/app/blobs/x")
     assert mirrored.asked == ["one", "two", "reg"]
 
 
-@pytest.mark.parametrize("told", [{"status": 404}, {"status": 503}, Denied("not allowed")])
-def test_mirror_with_error_status_is_asked_again(told: Told, events: list[LogEvent]) -> None:
-    mirrored = Mirrored(told, OK, OK)
+@pytest.mark.parametrize("answer", [{"status": 404}, {"status": 503}, Denied("not allowed")])
+def test_mirror_with_error_status_is_asked_again(answer: ScriptedAnswer, events: list[LogEvent]) -> None:
+    mirrored = MirroredRegistry(answer, OK, OK)
     for _ in range(2):
         fired(mirrored.ask())
     assert mirrored.asked == ["one", "two"] * 2
@@ -143,7 +149,7 @@ def test_mirror_with_error_status_is_asked_again(told: Told, events: list[LogEve
 
 def test_mirror_with_refused_token_is_asked_again(events: list[LogEvent]) -> None:
     """The refusal may concern one repository only, as with ghcr.io."""
-    mirrored = Mirrored(challenge(), OK, OK)
+    mirrored = MirroredRegistry(challenge(), OK, OK)
     for _ in range(2):
         assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "auth", "two", "one", "auth", "two"]
@@ -152,7 +158,7 @@ def test_mirror_with_refused_token_is_asked_again(events: list[LogEvent]) -> Non
 
 def test_mirror_challenge_without_scope() -> None:
     """The scope has the repository's name at the registry, regardless of the mirror's path."""
-    mirrored = Mirrored(DOWN, challenge(""), DOWN)
+    mirrored = MirroredRegistry(DOWN, challenge(""), DOWN)
     failed(mirrored.ask(), Unavailable)
     assert mirrored.http.urls[1:3] == [
         f"{TWO}/v2/team/app/blobs/x?ns=reg.example",
@@ -161,7 +167,7 @@ def test_mirror_challenge_without_scope() -> None:
 
 
 def test_rate_limited_mirror_is_skipped() -> None:
-    mirrored = Mirrored({"status": 429, "headers": {"Retry-After": "20"}}, OK, OK, OK)
+    mirrored = MirroredRegistry({"status": 429, "headers": {"Retry-After": "20"}}, OK, OK, OK)
     for _ in range(2):
         fired(mirrored.ask())
     assert mirrored.asked == ["one", "two", "two"]
@@ -171,14 +177,14 @@ def test_rate_limited_mirror_is_skipped() -> None:
 
 
 def test_registry_error_includes_mirror_errors() -> None:
-    mirrored = Mirrored(Unavailable(f"{ONE}: down"), {"status": 502}, Unavailable("reg.example: down", 42))
+    mirrored = MirroredRegistry(Unavailable(f"{ONE}: down"), {"status": 502}, Unavailable("reg.example: down", 42))
     error = failed(mirrored.ask(), Unavailable)
     assert error.message == "reg.example: down (https://one.example: down; " + f"{TWO}: it answered 502)"
     assert error.retry_after == 42
 
 
 def test_error_includes_denied_mirrors() -> None:
-    mirrored = Mirrored(Denied("one.example: it has a loopback address"), {"status": 404}, DOWN)
+    mirrored = MirroredRegistry(Denied("one.example: it has a loopback address"), {"status": 404}, DOWN)
     message = failed(mirrored.ask(), Unavailable).message
     assert message == f"{DOWN.message} (one.example: it has a loopback address; {TWO}: it answered 404)"
 
@@ -190,15 +196,15 @@ def test_error_without_mirrors_is_unchanged() -> None:
 
 
 def test_unknown_everywhere_stays_unknown() -> None:
-    mirrored = Mirrored({"status": 404}, {"status": 404}, challenge())
+    mirrored = MirroredRegistry({"status": 404}, {"status": 404}, challenge())
     error = failed(mirrored.ask(), AccessRefused)
     assert error.message == "reg.example: its token service answered 403"
     denied = Denied("reg.example has the loopback address 127.0.0.1")
-    assert failed(Mirrored({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
+    assert failed(MirroredRegistry({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
 
 
 def test_cancelled_request_does_not_disable_the_mirror() -> None:
-    mirrored = Mirrored(None, OK, OK, OK)
+    mirrored = MirroredRegistry(None, OK, OK, OK)
     asked = mirrored.ask()
     asked.cancel()
     asked.addErrback(lambda _: None)
@@ -209,7 +215,7 @@ def test_cancelled_request_does_not_disable_the_mirror() -> None:
 
 def test_mirror_has_its_own_credentials() -> None:
     wants: dict[str, Any] = {"status": 401, "headers": {"WWW-Authenticate": "Basic"}}
-    mirrored = Mirrored(wants, wants, wants, login=Password("u", "p"))
+    mirrored = MirroredRegistry(wants, wants, wants, login=Password("u", "p"))
     assert fired(mirrored.ask()).status == 401
     shown = [bool(sent.authorization) for sent in mirrored.http.sent]
     assert list(zip(mirrored.asked, shown, strict=True)) == [
@@ -221,10 +227,10 @@ def test_mirror_has_its_own_credentials() -> None:
 
 
 def test_registry_uses_its_mirrors() -> None:
-    mirrored = Mirrored(GOOD, OK, {"status": 404}, {"status": 404})
+    mirrored = MirroredRegistry(GOOD, OK, {"status": 404}, {"status": 404})
     registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
     assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
-    mirrored = Mirrored({"status": 404}, {"status": 403}, challenge())
+    mirrored = MirroredRegistry({"status": 404}, {"status": 403}, challenge())
     registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
     # A refusing token service means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)

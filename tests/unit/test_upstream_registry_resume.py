@@ -13,7 +13,7 @@ from ociregistry.context import FROM_CLIENT, Context, Priority
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
-from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.test_upstream_client import REG, TOKEN
@@ -31,7 +31,7 @@ def part(content_range: str, data: bytes = b"6789") -> dict[str, Any]:
 class Asked:
     """A registry with scripted answers, its requests and its clock."""
 
-    def __init__(self, *answers: Told, token: Told = None) -> None:
+    def __init__(self, *answers: ScriptedAnswer, token: ScriptedAnswer = None) -> None:
         self.clock = Clock()
         self.http = ScriptedExchanges({REG: answers, TOKEN: [token]})
         self._registry = registry_over(client_over(self.http, self.clock), 1)
@@ -48,9 +48,9 @@ class Asked:
         return [sent.headers.get("Range") for sent in self.http.sent]
 
 
-@pytest.mark.parametrize(("told", "size"), [("bytes 6-9/10", 10), ("bytes 6-9/*", None)])
-def test_requested_range(told: str, size: int | None) -> None:
-    asked = Asked(part(told))
+@pytest.mark.parametrize(("content_range", "size"), [("bytes 6-9/10", 10), ("bytes 6-9/*", None)])
+def test_requested_range(content_range: str, size: int | None) -> None:
+    asked = Asked(part(content_range))
     stream = fired(asked.blob(6))
     assert (stream.start, stream.size, fired(stream.body.read())) == (6, size, b"6789")
     assert asked.ranges == ["bytes=6-"]
@@ -70,10 +70,11 @@ def test_no_range_header_from_offset_0() -> None:
 
 
 @pytest.mark.parametrize(
-    "told", ["", "bytes 0-9/10", "bytes 7-9/10", "bytes */10", "items 6-9/10", "bytes 6-9", "bytes 6-9/" + "9" * 5000]
+    "content_range",
+    ["", "bytes 0-9/10", "bytes 7-9/10", "bytes */10", "items 6-9/10", "bytes 6-9", "bytes 6-9/" + "9" * 5000],
 )
-def test_wrong_range_is_requested_again_without_range(told: str) -> None:
-    asked = Asked(part(told), WHOLE)
+def test_wrong_range_is_requested_again_without_range(content_range: str) -> None:
+    asked = Asked(part(content_range), WHOLE)
     stream = fired(asked.blob(6))
     assert (stream.start, fired(stream.body.read())) == (0, b"0123456789")
     assert asked.ranges == ["bytes=6-", None]

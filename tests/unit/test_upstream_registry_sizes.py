@@ -11,7 +11,7 @@ from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.upstream.registry import Registry
 from tests.images import make_image
-from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired, on_reactor, until
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.support.wire import Network
@@ -34,10 +34,10 @@ def refused(status: int) -> dict[str, Any]:
     return {"status": status, "data": b"signed for GET"}
 
 
-class Sized:
+class RegistryWithStorage:
     """A registry that redirects to storage with scripted answers."""
 
-    def __init__(self, *storage: Told) -> None:
+    def __init__(self, *storage: ScriptedAnswer) -> None:
         self.http = ScriptedExchanges({CDN: storage, REG: [HOP]})
         self.registry = registry_over(client_over(self.http))
 
@@ -53,10 +53,10 @@ class Sized:
 
 @pytest.mark.parametrize("status", REFUSALS)
 def test_refused_head_is_replaced_by_get_of_first_byte(status: int) -> None:
-    sized = Sized(refused(status), part("bytes 0-0/12345"))
-    assert fired(sized.ask()) == 12345
+    sized_registry = RegistryWithStorage(refused(status), part("bytes 0-0/12345"))
+    assert fired(sized_registry.ask()) == 12345
     # A new GET to the registry, because the URL may be signed for HEAD only.
-    assert sized.asked == [
+    assert sized_registry.asked == [
         ("HEAD", "reg.example", None),
         ("HEAD", "cdn.example", None),
         ("GET", "reg.example", "bytes=0-0"),
@@ -65,40 +65,40 @@ def test_refused_head_is_replaced_by_get_of_first_byte(status: int) -> None:
 
 
 def test_storage_without_ranges_gives_content_length() -> None:
-    sized = Sized(refused(403), {"status": 200, "data": b"x" * 10, "length": 12345})
-    assert fired(sized.ask()) == 12345
+    sized_registry = RegistryWithStorage(refused(403), {"status": 200, "data": b"x" * 10, "length": 12345})
+    assert fired(sized_registry.ask()) == 12345
 
 
 def test_unknown_total_size() -> None:
-    assert fired(Sized(refused(403), part("bytes 0-0/*")).ask()) is None
+    assert fired(RegistryWithStorage(refused(403), part("bytes 0-0/*")).ask()) is None
 
 
-@pytest.mark.parametrize("told", ["", "bytes 0-0/many", "items 0-0/12345", "bytes */12345"])
-def test_malformed_content_range(told: str) -> None:
-    assert fired(Sized(refused(403), part(told)).ask()) is None
+@pytest.mark.parametrize("content_range", ["", "bytes 0-0/many", "items 0-0/12345", "bytes */12345"])
+def test_malformed_content_range(content_range: str) -> None:
+    assert fired(RegistryWithStorage(refused(403), part(content_range)).ask()) is None
 
 
 def test_empty_blob_has_no_first_byte() -> None:
     unsatisfiable = {"status": 416, "headers": {"Content-Range": "bytes */0"}}
-    assert fired(Sized(refused(403), unsatisfiable).ask()) == 0
+    assert fired(RegistryWithStorage(refused(403), unsatisfiable).ask()) == 0
 
 
 def test_404_of_storage_is_unknown() -> None:
-    failed(Sized(refused(403)).ask(), BlobUnknown)
-    failed(Sized({"status": 404}).ask(), BlobUnknown)
+    failed(RegistryWithStorage(refused(403)).ask(), BlobUnknown)
+    failed(RegistryWithStorage({"status": 404}).ask(), BlobUnknown)
 
 
 @pytest.mark.parametrize("status", [400, 405, 500])
 def test_storage_refusing_get_is_an_error(status: int) -> None:
-    message = failed(Sized(refused(403), {"status": status}).ask(), Unavailable).message
+    message = failed(RegistryWithStorage(refused(403), {"status": status}).ask(), Unavailable).message
     assert message == f"reg.example: it answered {status}"
 
 
 @pytest.mark.parametrize("status", [401, 404, 416, 429, 500, 503])
 def test_other_statuses_are_final(status: int) -> None:
-    sized = Sized({"status": status}, part("bytes 0-0/12345"))
-    failed(sized.ask(), RegistryError)
-    assert [method for method, _, _ in sized.asked] == ["HEAD", "HEAD"]
+    sized_registry = RegistryWithStorage({"status": status}, part("bytes 0-0/12345"))
+    failed(sized_registry.ask(), RegistryError)
+    assert [method for method, _, _ in sized_registry.asked] == ["HEAD", "HEAD"]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_refusal_by_the_registry_is_final(status: int, kind: type[RegistryError]
 @pytest.mark.parametrize("status", REFUSALS)
 def test_refused_get_is_not_repeated(status: int) -> None:
     """Only a refused HEAD is replaced."""
-    sized = Sized(refused(status))
-    failed(Deferred.fromCoroutine(sized.registry.blob(APP, LAYER)), RegistryError)
-    assert [method for method, _, _ in sized.asked] == ["GET", "GET"]
+    sized_registry = RegistryWithStorage(refused(status))
+    failed(Deferred.fromCoroutine(sized_registry.registry.blob(APP, LAYER)), RegistryError)
+    assert [method for method, _, _ in sized_registry.asked] == ["GET", "GET"]
 
 
 @pytest.mark.parametrize("ranges", [True, False])

@@ -48,7 +48,7 @@ def damaged(content: bytes) -> x509.UnrecognizedExtension:
     return x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, content)
 
 
-class Odd:
+class LaxAuthority:
     """Creates certificates that `authority` would not issue."""
 
     def __init__(self, authority: Authority, folder: Path) -> None:
@@ -85,9 +85,9 @@ class Odd:
 
 
 @pytest.fixture
-def odd(authority: Authority, tmp_path: Path) -> Odd:
+def lax_authority(authority: Authority, tmp_path: Path) -> LaxAuthority:
     """Return a trusted authority without restrictions."""
-    return Odd(authority, tmp_path)
+    return LaxAuthority(authority, tmp_path)
 
 
 def refused(files: Files, trust: UpstreamTls, host: str = HOST) -> CertificateRefused:
@@ -133,15 +133,15 @@ def test_untrusted_root(authority: Authority, tmp_path: Path) -> None:
     assert why.message == because("it leads to a self-signed certificate that is not trusted", "their root")
 
 
-def test_expired(authority: Authority, odd: Odd) -> None:
+def test_expired(authority: Authority, lax_authority: LaxAuthority) -> None:
     trust = trusting(authority.ca)
     assert refused(authority.issue(HOST, expired=True), trust).message == because("it has expired")
-    files = odd.issue(names(HOST), begin=NOW - 2 * DAY, end=NOW - timedelta(minutes=1))
+    files = lax_authority.issue(names(HOST), begin=NOW - 2 * DAY, end=NOW - timedelta(minutes=1))
     assert refused(files, trust).message == because("it has expired")
 
 
-def test_not_yet_valid(authority: Authority, odd: Odd) -> None:
-    files = odd.issue(names(HOST), begin=NOW + timedelta(minutes=10))
+def test_not_yet_valid(authority: Authority, lax_authority: LaxAuthority) -> None:
+    files = lax_authority.issue(names(HOST), begin=NOW + timedelta(minutes=10))
     assert refused(files, trusting(authority.ca)).message == because("it is not valid yet")
 
 
@@ -162,27 +162,27 @@ OTHER_NAME = "it is for another host name"
         ("::1", ["127.0.0.1"]),
     ],
 )
-def test_other_host(authority: Authority, odd: Odd, host: str, named: list[str]) -> None:
-    files = odd.issue(names(*named), subject=named[0])
+def test_other_host(authority: Authority, lax_authority: LaxAuthority, host: str, named: list[str]) -> None:
+    files = lax_authority.issue(names(*named), subject=named[0])
     assert refused(files, trusting(authority.ca), host).message == because(OTHER_NAME, named[0])
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", HOST, "some.wild.example"])
-def test_matching_host_is_accepted(authority: Authority, odd: Odd, host: str) -> None:
-    files = odd.issue(names("127.0.0.1", "::1", HOST, "*.wild.example"), SERVERS, subject="anything")
+def test_matching_host_is_accepted(authority: Authority, lax_authority: LaxAuthority, host: str) -> None:
+    files = lax_authority.issue(names("127.0.0.1", "::1", HOST, "*.wild.example"), SERVERS, subject="anything")
     shake_hands(policy(trusting(authority.ca)), TlsServer(files), host)
 
 
-def test_refused_wildcard_is_reported_as_name_mismatch(authority: Authority, odd: Odd) -> None:
+def test_refused_wildcard_is_reported_as_name_mismatch(authority: Authority, lax_authority: LaxAuthority) -> None:
     """service_identity accepts no wildcard for a top-level domain, which many local networks use."""
-    files = odd.issue(names("reg.lan", "*.lan"))
+    files = lax_authority.issue(names("reg.lan", "*.lan"))
     assert "it names no host" not in refused(files, trusting(authority.ca), "reg.lan").message
 
 
 @pytest.mark.filterwarnings("ignore:Certificate with CN")
 @pytest.mark.parametrize("host", [HOST, "elsewhere.example", "127.0.0.1"])
-def test_subject_is_no_host_name(authority: Authority, odd: Odd, host: str) -> None:
-    why = refused(odd.issue(), trusting(authority.ca), host)
+def test_subject_is_no_host_name(authority: Authority, lax_authority: LaxAuthority, host: str) -> None:
+    why = refused(lax_authority.issue(), trusting(authority.ca), host)
     assert why.message == because("none of its names can be used (subjectAltName)")
 
 
@@ -200,16 +200,16 @@ def test_subject_is_no_host_name(authority: Authority, odd: Odd, host: str) -> N
         b"\x30\x03\x86\x01:",
     ],
 )
-def test_malformed_names_match_no_host(authority: Authority, odd: Odd, content: bytes) -> None:
-    why = refused(odd.issue(damaged(content), subject="odd"), trusting(authority.ca))
+def test_malformed_names_match_no_host(authority: Authority, lax_authority: LaxAuthority, content: bytes) -> None:
+    why = refused(lax_authority.issue(damaged(content), subject="odd"), trusting(authority.ca))
     assert why.message.startswith("the certificate of CN=odd is refused: ")
 
 
 @pytest.mark.filterwarnings("ignore:Certificate with CN")
 @pytest.mark.parametrize("content", [b"", b"\x30", b"\x30\x03\x82\x7fa", b"\xff" * 20, b"\x30\x80", b"\x05\x00"])
-def test_undecodable_names_match_no_host(odd: Odd, content: bytes) -> None:
+def test_undecodable_names_match_no_host(lax_authority: LaxAuthority, content: bytes) -> None:
     """OpenSSL servers cannot send such certificates, so the function is called directly."""
-    certificate = crypto.load_certificate(crypto.FILETYPE_PEM, odd.issue(damaged(content))[0].read_bytes())
+    certificate = crypto.load_certificate(crypto.FILETYPE_PEM, lax_authority.issue(damaged(content))[0].read_bytes())
     connection: Any = None
     for holds, error, why in ((1, 0, ""), (0, 9999, "OpenSSL's error 9999"), (0, 20, "its issuer is not trusted")):
         with pytest.raises(CertificateRefused) as raised:
@@ -218,13 +218,13 @@ def test_undecodable_names_match_no_host(odd: Odd, content: bytes) -> None:
         assert raised.value.message.endswith((f" is refused: {why}", "it cannot be read"))
 
 
-def test_weak_key(authority: Authority, odd: Odd) -> None:
-    files = odd.issue(names(HOST), bits=1024)
+def test_weak_key(authority: Authority, lax_authority: LaxAuthority) -> None:
+    files = lax_authority.issue(names(HOST), bits=1024)
     assert refused(files, trusting(authority.ca)).message == because("its key is too weak")
 
 
-def test_not_for_servers(authority: Authority, odd: Odd) -> None:
-    files = odd.issue(names(HOST), CLIENTS)
+def test_not_for_servers(authority: Authority, lax_authority: LaxAuthority) -> None:
+    files = lax_authority.issue(names(HOST), CLIENTS)
     assert refused(files, trusting(authority.ca)).message == because("it is not meant for servers")
 
 
@@ -233,10 +233,10 @@ def test_not_for_servers(authority: Authority, odd: Odd) -> None:
 )
 @on_reactor
 async def test_subject_text_causes_no_http_fallback(
-    network: Network, authority: Authority, odd: Odd, subject: str
+    network: Network, authority: Authority, lax_authority: LaxAuthority, subject: str
 ) -> None:
     """A host with a certificate has spoken TLS."""
-    files = odd.issue(names("elsewhere.example"), subject=subject)
+    files = lax_authority.issue(names("elsewhere.example"), subject=subject)
     assert refused(files, trusting(authority.ca)).message == because(OTHER_NAME, subject.replace(";", "\\;"))
     context = authority.server_context("elsewhere.example")
     context.load_cert_chain(*files)
@@ -247,6 +247,6 @@ async def test_subject_text_causes_no_http_fallback(
 
 
 @pytest.mark.parametrize("subject", ["a\nforged line", "\x1b[31mred", "ü" * 30])
-def test_subject_is_printed_on_one_line(authority: Authority, odd: Odd, subject: str) -> None:
-    why = refused(odd.issue(names("elsewhere.example"), subject=subject), trusting(authority.ca))
+def test_subject_is_printed_on_one_line(authority: Authority, lax_authority: LaxAuthority, subject: str) -> None:
+    why = refused(lax_authority.issue(names("elsewhere.example"), subject=subject), trusting(authority.ca))
     assert len(why.message) < 500

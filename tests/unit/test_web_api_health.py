@@ -20,7 +20,7 @@ from ociregistry.store.store import Counts, Store
 from ociregistry.web.api import health
 from ociregistry.web.resource import Handler
 from tests.images import make_image
-from tests.unit.support.completions import Fetching
+from tests.unit.support.completions import FakeBlobFetcher
 from tests.unit.support.doubles import fired, image, manifest, on_reactor
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
@@ -28,7 +28,7 @@ BUILT = make_image("health")
 ROOM = Room(free=10, reserve=7, full=False)
 
 
-def told(handler: Handler, method: str = "GET") -> Any:
+def health_document(handler: Handler, method: str = "GET") -> Any:
     """Return the document."""
     answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, FROM_CLIENT)))
     assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
@@ -38,7 +38,7 @@ def told(handler: Handler, method: str = "GET") -> Any:
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_health_document(method: str) -> None:
     handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, STARTED)
-    assert told(handler, method) == {
+    assert health_document(handler, method) == {
         "status": "ok",
         "version": __version__,
         "started": "2026-03-01T22:17:30+00:00",
@@ -54,11 +54,11 @@ def test_health_document(method: str) -> None:
 
 @on_reactor
 async def test_health_is_current(store: Store, clock: Clock, tmp_path: Any) -> None:
-    completion = Completion(store, Fetching(tmp_path), clock)
+    completion = Completion(store, FakeBlobFetcher(tmp_path), clock)
     handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, STARTED)
 
     def figures() -> list[int]:
-        return [told(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
+        return [health_document(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
 
     assert figures() == [0, 0, 0, 0]
     app, what = image("reg.example/team/app:1"), manifest(BUILT)
@@ -73,11 +73,11 @@ def test_preload_progress_is_current() -> None:
     progress = [PreloadProgress(images=7, loaded=0, failed=0)]
     handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, STARTED)
     # Also before there is any progress.
-    assert told(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
+    assert health_document(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
     progress[0] = PreloadProgress(images=7, loaded=5, failed=2)
-    assert told(handler)["preload"] == {"images": 7, "loaded": 5, "failed": 2}
+    assert health_document(handler)["preload"] == {"images": 7, "loaded": 5, "failed": 2}
 
 
 def test_without_preloading_there_is_no_progress() -> None:
     handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, STARTED)
-    assert "preload" not in told(handler)
+    assert "preload" not in health_document(handler)

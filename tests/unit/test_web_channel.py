@@ -200,9 +200,9 @@ def test_tls_hello_is_answered_immediately(client: Client, hello: bytes) -> None
 
 def test_data_after_a_tls_hello_is_ignored(client: Client) -> None:
     client.channel.dataReceived(b"\x16")
-    told = client.transport.value()
+    response = client.transport.value()
     client.channel.dataReceived(QUICK)
-    assert client.transport.value() == told
+    assert client.transport.value() == response
 
 
 def test_tls_hello_counts_only_at_the_start(client: Client) -> None:

@@ -98,7 +98,7 @@ def serial_number(settings: ServerTls) -> int:
 
 
 @pytest.fixture
-def stranger(tmp_path: Path) -> Authority:
+def other_authority(tmp_path: Path) -> Authority:
     """Return another authority."""
     return Authority(tmp_path / "stranger", "stranger")
 
@@ -107,10 +107,10 @@ def test_policy_implements_the_twisted_interface(authority: Authority) -> None:
     assert IOpenSSLServerConnectionCreator.providedBy(ServerPolicy(server_tls(authority)))
 
 
-def test_without_client_ca_all_clients_are_served(authority: Authority, stranger: Authority) -> None:
+def test_without_client_ca_all_clients_are_served(authority: Authority, other_authority: Authority) -> None:
     settings = server_tls(authority)
     policy = ServerPolicy(settings)
-    for identity in (None, authority.issue("client"), stranger.issue("client")):
+    for identity in (None, authority.issue("client"), other_authority.issue("client")):
         connection = Connection(policy, client(authority, identity))
         assert connection.serial_number == serial_number(settings)
         # No certificate is requested.
@@ -123,18 +123,18 @@ def test_intermediate_certificates_are_sent(authority: Authority, tmp_path: Path
     Connection(ServerPolicy(settings), client(authority))
 
 
-def test_client_that_distrusts_the_server_disconnects(authority: Authority, stranger: Authority) -> None:
+def test_client_that_distrusts_the_server_disconnects(authority: Authority, other_authority: Authority) -> None:
     policy = ServerPolicy(server_tls(authority))
     with pytest.raises(ssl.SSLCertVerificationError):
-        Connection(policy, client(stranger))
+        Connection(policy, client(other_authority))
 
 
-def test_client_ca_requires_its_certificates(authority: Authority, stranger: Authority) -> None:
-    policy = ServerPolicy(server_tls(authority, stranger))
-    served = Connection(policy, client(authority, stranger.issue("client"))).server.get_peer_certificate()
+def test_client_ca_requires_its_certificates(authority: Authority, other_authority: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority, other_authority))
+    served = Connection(policy, client(authority, other_authority.issue("client"))).server.get_peer_certificate()
     assert served is not None
     assert served.to_cryptography().subject.rfc4514_string() == "CN=client"
-    for identity in (authority.issue("client"), Authority.self_signed(stranger.ca.parent, "client")):
+    for identity in (authority.issue("client"), Authority.self_signed(other_authority.ca.parent, "client")):
         with pytest.raises(SSL.Error, match="certificate verify failed"):
             Connection(policy, client(authority, identity))
     with pytest.raises(SSL.Error, match="peer did not return a certificate"):
@@ -147,9 +147,9 @@ def test_expired_client_certificate_is_refused(authority: Authority) -> None:
         Connection(policy, client(authority, authority.issue("client", expired=True)))
 
 
-def test_client_ca_with_several_certificates(authority: Authority, stranger: Authority) -> None:
-    policy = ServerPolicy(server_tls(authority, stranger, authority))
-    for issuer in (authority, stranger):
+def test_client_ca_with_several_certificates(authority: Authority, other_authority: Authority) -> None:
+    policy = ServerPolicy(server_tls(authority, other_authority, authority))
+    for issuer in (authority, other_authority):
         Connection(policy, client(authority, issuer.issue("client")))
 
 
@@ -159,13 +159,13 @@ def test_client_certificate_with_intermediates(authority: Authority, tmp_path: P
     Connection(policy, client(authority, between.issue("client")))
 
 
-def test_new_settings_apply_to_new_connections(authority: Authority, stranger: Authority) -> None:
-    old, new = server_tls(authority), server_tls(authority, stranger)
+def test_new_settings_apply_to_new_connections(authority: Authority, other_authority: Authority) -> None:
+    old, new = server_tls(authority), server_tls(authority, other_authority)
     assert serial_number(old) != serial_number(new)
     policy = ServerPolicy(old)
     before = Connection(policy, client(authority))
     policy.reconfigure(new)
-    after = Connection(policy, client(authority, stranger.issue("client")))
+    after = Connection(policy, client(authority, other_authority.issue("client")))
     assert [before.serial_number, after.serial_number] == [serial_number(old), serial_number(new)]
     with pytest.raises(SSL.Error, match="peer did not return a certificate"):
         Connection(policy, client(authority))

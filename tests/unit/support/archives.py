@@ -60,9 +60,11 @@ def layout(*images: tuple[Image | Index, Mapping[str, str] | None], sparse: Sequ
     """Return an OCI layout of the images with these annotations, without the digests in `sparse`."""
     blobs: dict[str, bytes] = {}
     descriptors = []
-    for image, noted in images:
+    for image, image_annotations in images:
         blobs |= parts(image)
-        descriptors.append({**descriptor(image.manifest), **({"annotations": noted} if noted else {})})
+        descriptors.append(
+            {**descriptor(image.manifest), **({"annotations": image_annotations} if image_annotations else {})}
+        )
     return {
         "oci-layout": to_json({"imageLayoutVersion": "1.0.0"}),
         "index.json": to_json({"schemaVersion": 2, "manifests": descriptors}),
@@ -97,7 +99,7 @@ def docker_saved(image: Image, *tags: str, packed: bool = False) -> dict[str, by
     return {config: image.config.data, **layers, "manifest.json": to_json(index)}
 
 
-def holder(of: Manifest, url: str, **changes: object) -> bytes:
+def go_record(of: Manifest, url: str, **changes: object) -> bytes:
     """Return the Go server's file of a manifest; `changes` to None remove a key."""
     empty: dict[str, object] = {"schemaVersion": 0, "mediaType": "", "layers": None}
     document: dict[str, Any] = {
@@ -202,10 +204,10 @@ def refused(path: Path) -> str:
     """Return the error when opening or reading the archive."""
     with pytest.raises(ArchiveInvalid) as caught, opened(path) as archive:
         everything(archive)
-    told = str(caught.value)
-    assert told.startswith(f"{path}: ")
-    assert "\n" not in told
-    return told.removeprefix(f"{path}: ")
+    error = str(caught.value)
+    assert error.startswith(f"{path}: ")
+    assert "\n" not in error
+    return error.removeprefix(f"{path}: ")
 
 
 def meanings(path: Path) -> dict[str, str]:
@@ -226,7 +228,7 @@ def invalid(path: Path) -> str:
     return str(caught.value).removeprefix(f"{path}: ")
 
 
-class Told:
+class RecordedProgress:
     """Progress that records all reports."""
 
     def __init__(self) -> None:

@@ -89,7 +89,7 @@ class ContentProducer(Peer):
         """It is over."""
 
 
-class Scene:
+class LinkTestbed:
     """A server and links to it."""
 
     def __init__(self) -> None:
@@ -103,10 +103,10 @@ class Scene:
         self.senders.append(ContentProducer())
         return self.senders[-1]
 
-    def link(self, clock: Clock | None = None, **badness: Any) -> BadLink:
+    def link(self, clock: Clock | None = None, **faults: Any) -> BadLink:
         """Start a link with the given faults."""
         port = self._server.getHost().port
-        self._links.append(BadLink(REACTOR, "127.0.0.1", port, Badness(**badness), clock=clock).start())
+        self._links.append(BadLink(REACTOR, "127.0.0.1", port, Badness(**faults), clock=clock).start())
         return self._links[-1]
 
     async def client(self, link: BadLink, *wanted: int) -> Peer:

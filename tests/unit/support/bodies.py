@@ -97,7 +97,7 @@ class Sent:
         return self.headers.get("Authorization")
 
 
-Told = Mapping[str, Any] | Exception | None
+ScriptedAnswer = Mapping[str, Any] | Exception | None
 
 
 class ScriptedExchanges(HttpClient):
@@ -106,7 +106,7 @@ class ScriptedExchanges(HttpClient):
     An answer is the keyword arguments of `answer`, an error to raise, or None for no answer at all.
     """
 
-    def __init__(self, script: Mapping[str, Sequence[Told]]) -> None:
+    def __init__(self, script: Mapping[str, Sequence[ScriptedAnswer]]) -> None:
         self.sent: list[Sent] = []
         self._script = {url: list(answers) for url, answers in script.items()}
 
@@ -126,11 +126,11 @@ class ScriptedExchanges(HttpClient):
         self.sent.append(Sent(method, url, headers, body, options))
         for prefix, answers in self._script.items():
             if url.startswith(prefix):
-                told = answers.pop(0) if len(answers) > 1 else answers[0]
-                if told is None:
+                scripted = answers.pop(0) if len(answers) > 1 else answers[0]
+                if scripted is None:
                     silence: Deferred[Mapping[str, Any]] = Deferred()
-                    told = await silence
-                if isinstance(told, Exception):
-                    raise told
-                return answer(**{"url": url, **told})
+                    scripted = await silence
+                if isinstance(scripted, Exception):
+                    raise scripted
+                return answer(**{"url": url, **scripted})
         raise AssertionError(f"{url} is not in the script")

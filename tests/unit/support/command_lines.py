@@ -20,7 +20,7 @@ from ociregistry.tap import Options
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """Exit status and output of a command line."""
 
     status: object
@@ -33,41 +33,41 @@ class Said:
         return self.out.splitlines()
 
 
-def run(capfd: pytest.CaptureFixture[str], *argv: object) -> Said:
+def run(capfd: pytest.CaptureFixture[str], *argv: object) -> CommandResult:
     """Run a command line to its end."""
     with pytest.raises(SystemExit) as ended:
         Options().parseOptions([str(word) for word in argv])
-    return Said(ended.value.code, *capfd.readouterr())
+    return CommandResult(ended.value.code, *capfd.readouterr())
 
 
-def mistake(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
+def usage_error(capfd: pytest.CaptureFixture[str], *argv: object) -> str:
     """Return the usage error of a command line: one line, with exit status 2."""
-    said = run(capfd, *argv)
-    assert (said.status, said.out) == (2, "")
-    (line,) = said.err.splitlines()
+    result = run(capfd, *argv)
+    assert (result.status, result.out) == (2, "")
+    (line,) = result.err.splitlines()
     assert line.startswith("ociregistry: ")
     return line
 
 
 @dataclass(frozen=True)
-class Ran:
+class RecordedCommand:
     """A command that would have run."""
 
     command: Command
     settings: Settings
 
 
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> list[Ran]:
+def record_commands(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
     """Replace commands that use files by a recorder, and return the recorded commands."""
-    ran: list[Ran] = []
+    ran: list[RecordedCommand] = []
 
-    def only_noted(command: Command, settings: Settings) -> int:
-        ran.append(Ran(command, settings))
+    def record(command: Command, settings: Settings) -> int:
+        ran.append(RecordedCommand(command, settings))
         return 0
 
     commands: Sequence[type[Command]] = (Load, List, Prune, Verify, Export, ContainerdConfig)
     for command in commands:
-        monkeypatch.setattr(command, "run", only_noted)
+        monkeypatch.setattr(command, "run", record)
     return ran
 
 

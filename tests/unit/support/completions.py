@@ -23,7 +23,7 @@ NAME = f"{APP.repository}@{IMAGE.digest}"
 DATA = {Digest(blob.digest): blob.data for built in (BUILT, make_image("other")) for blob in built.blobs}
 
 
-class Fetching:
+class FakeBlobFetcher:
     """Fetch blobs when the test says so."""
 
     def __init__(self, root: Path) -> None:

@@ -28,7 +28,7 @@ LAYER = Digest(BUILT.layers[0].digest)
 DATA = BUILT.layers[0].data
 
 
-class Beside(DaemonClient):
+class FakeDaemonClient(DaemonClient):
     """A daemon client that answers when the test says so."""
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class Beside(DaemonClient):
         return cast(Body, await self._ask("blob", repository, digest, start))
 
 
-class Scene:
+class DaemonFetcherHarness:
     """A fetcher over the daemon client."""
 
     def __init__(self, store: Store, root: Path, clock: Clock) -> None:
         self._root = root
         self._store = store
         self.clock = clock
-        self.daemon = Beside()
+        self.daemon = FakeDaemonClient()
         self.fetcher = DaemonFetcher(store, self.daemon, 60.0, clock)
         self.advance: list[int] = []
 
@@ -69,7 +69,7 @@ class Scene:
         await until(lambda: len(self.daemon.calls) == count)
         return self.daemon.calls[-1]
 
-    async def sends(self, count: int, data: bytes) -> tuple[Body, Connection]:
+    async def respond(self, count: int, data: bytes) -> tuple[Body, Connection]:
         """Answer request number `count` with a body that begins with these bytes."""
         body, connection = connected()
         (await self.call(count)).answer(body)
@@ -79,7 +79,7 @@ class Scene:
             await until(lambda: sum(self.advance) == advance + len(data))
         return body, connection
 
-    def stores(self, digest: Digest = LAYER, data: bytes = DATA) -> None:
+    def store_blob(self, digest: Digest = LAYER, data: bytes = DATA) -> None:
         """Write the blob into the store, as the daemon does."""
         (self._root / "blobs" / digest.hex).write_bytes(data)
 
@@ -91,13 +91,13 @@ class Scene:
         """Fetch the layer."""
         return Deferred.fromCoroutine(self.fetcher.blob(APP.repository, digest, size, self.advance.append))
 
-    async def looks(self, waiting: Deferred[None]) -> None:
+    async def wait_until_done(self, waiting: Deferred[None]) -> None:
         """Advance the clock, scanning the store in between, until the fetch ends."""
         while not waiting.called:
             await settle(self._store)
             self.clock.advance(0.5)
 
-    async def looks_on(self, waiting: Deferred[None]) -> None:
+    async def scan_without_result(self, waiting: Deferred[None]) -> None:
         """Let the store scan five times; the fetch must still wait."""
         for _ in range(5):
             await settle(self._store)

@@ -19,7 +19,7 @@ from tests.unit.support.doubles import REACTOR, turn, until
 from tests.unit.support.wire import Network
 
 
-class Timed:
+class ReactorOnClock:
     """The real reactor with delayed calls on a clock; calls without delay run on the real reactor."""
 
     def __init__(self, clock: Clock) -> None:
@@ -61,7 +61,7 @@ class Daemons:
 
     def start(self, *argv: str) -> Daemon:
         """Start a daemon."""
-        daemon = make(self._root, *argv, reactor=Timed(self._clock))
+        daemon = make(self._root, *argv, reactor=ReactorOnClock(self._clock))
         daemon.privilegedStartService()
         daemon.startService()
         self._started.append(daemon)

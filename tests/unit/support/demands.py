@@ -14,7 +14,7 @@ from ociregistry.pullthrough.demand import Demand
 from ociregistry.store.paths import record_path
 from ociregistry.store.records import read_record
 from ociregistry.store.store import Store
-from tests.unit.support.completions import Fetching
+from tests.unit.support.completions import FakeBlobFetcher
 from tests.unit.support.doubles import image
 from tests.unit.support.loads import image_of, index_of, settle
 
@@ -69,7 +69,7 @@ class Demands:
         self.root = root
         self.store = store
         self.clock = clock
-        self.completion = Completion(store, Fetching(root), clock, None, policy)
+        self.completion = Completion(store, FakeBlobFetcher(root), clock, None, policy)
         self.demand = Demand(store, self.completion, machine, clock)
         self.completion.startService()
         self.demand.startService()

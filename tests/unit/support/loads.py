@@ -63,7 +63,7 @@ async def settle(store: Store) -> None:
         calm = 0 if any(one.busyWorkerCount or one.backloggedWorkCount for one in found) else calm + 1
 
 
-class Shelf:
+class MemoryFetcher:
     """A fetcher with content in memory, which it returns at once or when the test says so.
 
     What it returns is in the store afterwards; stored content is not requested, as in `CacheFetcher`.
@@ -103,26 +103,26 @@ class Shelf:
             self._manifests[f"{at.repository}@{one.digest}"] = one
         self._blobs |= {Digest.of(blob): blob for blob in blobs}
 
-    def refer(self, subject: Digest, index: Manifest) -> None:
+    def add_referrers(self, subject: Digest, index: Manifest) -> None:
         """Set the referrers of a manifest."""
         self._referrers[subject] = index
 
     def release(self, kind: str = "") -> None:
         """Let waiting requests with this prefix continue."""
-        for words in [words for words in self.waiting if words.startswith(kind)]:
-            self.waiting.pop(words).callback(None)
+        for request in [request for request in self.waiting if request.startswith(kind)]:
+            self.waiting.pop(request).callback(None)
 
     async def _ask(self, kind: str, what: object) -> None:
-        words = f"{kind} {what}"
-        self.asked.append(words)
+        request = f"{kind} {what}"
+        self.asked.append(request)
         self.running[kind] += 1
         self.most[kind] = max(self.most[kind], self.running[kind])
         try:
-            if kind in self.held or words in self.held:
-                self.waiting[words] = Deferred()
-                await self.waiting[words]
-            if words in self.errors:
-                raise self.errors[words]
+            if kind in self.held or request in self.held:
+                self.waiting[request] = Deferred()
+                await self.waiting[request]
+            if request in self.errors:
+                raise self.errors[request]
         except CancelledError:
             self.cancelled += 1
             raise
@@ -161,12 +161,12 @@ def _split(size: int, pieces: int) -> Iterator[int]:
         yield size * (number + 1) // pieces - size * number // pieces
 
 
-class Told:
+class RecordedProgress:
     """Progress that records all reports."""
 
     def __init__(self) -> None:
         self.expected: Counter[str] = Counter()
-        self.came_of: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
         self.outcomes: list[Outcome] = []
 
     def expect(self, name: str, size: int) -> None:
@@ -175,8 +175,8 @@ class Told:
 
     def advance(self, name: str, count: int) -> None:
         """See `Progress.advance`."""
-        self.came_of[name] += count
-        assert self.came_of[name] <= self.expected[name]
+        self.received[name] += count
+        assert self.received[name] <= self.expected[name]
 
     def ended(self, outcome: Outcome) -> None:
         """See `Progress.ended`."""
@@ -189,7 +189,7 @@ class Loads:
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
         self._fetcher = fetcher
-        self.told = Told()
+        self.progress = RecordedProgress()
 
     def loader(
         self,
@@ -206,7 +206,7 @@ class Loads:
             signatures=signatures,
             concurrent=concurrent,
             connections=connections,
-            progress=self.told,
+            progress=self.progress,
             clock=REACTOR,
         )
 

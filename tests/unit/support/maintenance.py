@@ -16,7 +16,7 @@ from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.store.store import Store
 from tests.images import Image, Index
 from tests.unit.support.doubles import image, manifest
-from tests.unit.support.loads import Shelf, settle
+from tests.unit.support.loads import MemoryFetcher, settle
 
 DAY = 86_400.0
 
@@ -44,22 +44,22 @@ def verifying(*, every: float = 7 * DAY, max_rate: int | None = None) -> VerifyS
     return VerifySettings(timedelta(seconds=every), max_rate)
 
 
-class Keeping:
+class MaintenanceHarness:
     """Maintenance whose clock the test advances."""
 
-    def __init__(self, store: Store, cache: PullThrough, shelf: Shelf, root: Path, clock: Clock) -> None:
+    def __init__(self, store: Store, cache: PullThrough, fetcher: MemoryFetcher, root: Path, clock: Clock) -> None:
         self.store = store
         self.root = root
         self._began = datetime.now(UTC) - timedelta(seconds=clock.seconds())
         self._clock = clock
-        self.wrong = timedelta(0)
+        self.clock_error = timedelta(0)
         """How far the system clock is ahead."""
-        self._parts = (store, cache, Repairer(store, shelf), clock, self.now)
+        self._parts = (store, cache, Repairer(store, fetcher), clock, self.now)
         self.maintenance = Maintenance(*self._parts)
 
     def now(self) -> datetime:
         """Return the time of the system clock."""
-        return self._began + timedelta(seconds=self._clock.seconds()) + self.wrong
+        return self._began + timedelta(seconds=self._clock.seconds()) + self.clock_error
 
     def restart(self) -> Maintenance:
         """Restart maintenance, as with the process."""
@@ -67,7 +67,7 @@ class Keeping:
         self.maintenance = Maintenance(*self._parts)
         return self.maintenance
 
-    async def passes(self, seconds: float) -> None:
+    async def advance(self, seconds: float) -> None:
         """Advance the clock; wait for file operations before and after."""
         await settle(self.store)
         self._clock.pump([seconds])

@@ -41,7 +41,7 @@ NOW = "now"
 EARLIER = b"a blob that was there before"
 
 
-class AtOnce:
+class InlineThreads:
     """Replaces the store's threads; runs functions inline."""
 
     def __init__(self, reactor: object) -> None:

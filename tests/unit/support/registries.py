@@ -73,7 +73,7 @@ class Sending:
         end(self.body, why)
 
 
-async def landed(cache: PullThrough) -> None:
+async def downloads_ended(cache: PullThrough) -> None:
     """Wait until all downloads have ended, which no public attribute shows."""
     await until(lambda: not cache._downloads)
 

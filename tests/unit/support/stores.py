@@ -78,7 +78,7 @@ class Unsynced(Files):
 
 
 @dataclass(frozen=True)
-class Stock:
+class StoreDir:
     """The folder of a store, with its files."""
 
     root: Path
@@ -130,9 +130,9 @@ class Stock:
 
     def prune(self, choose: Choose, files: Files | None = None) -> Plan:
         """Prune in a separate process; check that a dry run gives the same plan, and the bytes freed."""
-        told, before = planned(self.root, choose), self.sizes()
+        dry_run, before = planned(self.root, choose), self.sizes()
         plan = self.prune_only(choose, files)
-        assert plan == told
+        assert plan == dry_run
         after = self.sizes()
         assert sum(size for path, size in before.items() if path not in after) == plan.bytes
         return plan

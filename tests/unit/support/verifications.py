@@ -15,8 +15,8 @@ from ociregistry.manifests import Manifest
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged, Findings
 from tests.unit.support.doubles import REACTOR
-from tests.unit.support.power_cuts import AtOnce, result
-from tests.unit.support.stores import Stock, Unsynced, day, image_of, list_of
+from tests.unit.support.power_cuts import InlineThreads, result
+from tests.unit.support.stores import StoreDir, Unsynced, day, image_of, list_of
 
 SLICE = 10
 ONE = (b"the config", b"a layer that is longer than a slice")
@@ -24,19 +24,19 @@ LAYER = ONE[1]
 NAMES = ("a:1", "b:2", "b@")
 
 
-def stocked(root: Path) -> Stock:
+def filled_store(root: Path) -> StoreDir:
     """Return a store with an image and an index."""
-    stock = Stock(root)
-    stock.put(list_of(stock.image(ONE, *NAMES, created=day(1), confirmed=day(2), pulled=day(3))), "a:3")
-    return stock
+    store_dir = StoreDir(root)
+    store_dir.put(list_of(store_dir.image(ONE, *NAMES, created=day(1), confirmed=day(2), pulled=day(3))), "a:3")
+    return store_dir
 
 
 @contextmanager
-def opened(stock: Stock, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def opened(store_dir: StoreDir, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Start the store with thread functions run inline."""
     monkeypatch.setattr(ociregistry.store.verify, "_SLICE", SLICE)
-    monkeypatch.setattr(ociregistry.store.store, "Threads", AtOnce)
-    store = Store(stock.root, clock, REACTOR, Unsynced())
+    monkeypatch.setattr(ociregistry.store.store, "Threads", InlineThreads)
+    store = Store(store_dir.root, clock, REACTOR, Unsynced())
     store.startService()
     yield store
     store.stopService()
@@ -51,11 +51,11 @@ async def unspecified(damaged: Damaged) -> None:
     """Ignore damaged content."""
 
 
-def bad(stock: Stock) -> set[str]:
+def quarantined(store_dir: StoreDir) -> set[str]:
     """Return the names of the quarantined files."""
-    return {path.name for path in (stock.root / "pulls").glob("*/bad/*")}
+    return {path.name for path in (store_dir.root / "pulls").glob("*/bad/*")}
 
 
-def the_image(stock: Stock) -> tuple[Manifest, Path]:
+def the_image(store_dir: StoreDir) -> tuple[Manifest, Path]:
     """Return the image and the path of its record."""
-    return image_of(*ONE), stock.path(image_of(*ONE))
+    return image_of(*ONE), store_dir.path(image_of(*ONE))
