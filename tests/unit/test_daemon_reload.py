@@ -43,7 +43,7 @@ def warnings_and_errors(events: list[LogEvent]) -> list[str]:
 
 
 def logged(level: str, events: list[LogEvent]) -> list[LogEvent]:
-    """Those of the events that are logged at a level."""
+    """Return the events that pass at a level."""
     observer = RecordingObserver()
     passes = LevelFilter(level).before(observer)
     for event in events:

@@ -135,7 +135,7 @@ def test_failures_that_open_the_breaker(sending: Sending, events: list[LogEvent]
     ],
     ids=repr,
 )
-def test_failures_that_do_not(
+def test_failures_that_do_not_open_the_breaker(
     sending: Sending, events: list[LogEvent], why: Exception, kind: type[Exception]
 ) -> None:
     failed(sending.fails(why), kind)

@@ -124,15 +124,16 @@ async def test_environment_is_inherited(programs: Programs, monkeypatch: pytest.
     assert await asking() == Password("registry", "s")
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param('exec < /dev/null; printf \'{"Username": "u", "Secret": "s"}\'', id="closed stdin"),
+        pytest.param('echo deprecated >&2; printf \'{"Username": "u", "Secret": "s"}\'; echo later >&2', id="stderr"),
+    ],
+)
 @on_reactor
-async def test_helper_that_closes_stdin(programs: Programs) -> None:
-    programs.write('exec < /dev/null; printf \'{"Username": "u", "Secret": "s"}\'')
-    assert await asking() == Password("u", "s")
-
-
-@on_reactor
-async def test_stderr_is_ignored_on_success(programs: Programs) -> None:
-    programs.write('echo deprecated >&2; printf \'{"Username": "u", "Secret": "s"}\'; echo later >&2')
+async def test_closed_stdin_and_stderr_output_are_ignored(programs: Programs, script: str) -> None:
+    programs.write(script)
     assert await asking() == Password("u", "s")
 
 

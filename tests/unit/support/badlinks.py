@@ -73,7 +73,7 @@ class ContentProducer(Peer):
         self.transport.loseConnection()
 
     def writeConnectionLost(self) -> None:
-        """Nor sent."""
+        """Do nothing."""
 
     def resumeProducing(self) -> None:
         """Send the next chunk: the kernel has taken the previous one."""
