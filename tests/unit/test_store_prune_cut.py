@@ -33,7 +33,7 @@ LAYER = b"a layer of several"
 class PruneCase:
     """A store, the selection to prune, and what must stay unchanged."""
 
-    stock: StoreDir
+    store_dir: StoreDir
     choose: Selection = field(default_factory=lambda: by_name("a"))
     stays: list[tuple[Manifest, set[str]]] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
@@ -42,64 +42,64 @@ class PruneCase:
 
 def an_image(case: PruneCase) -> None:
     """Prune an image that shares a blob with one that stays."""
-    case.stock.image((b"config", LAYER), "a:1")
-    case.stays.append((case.stock.image((b"other", LAYER), "b:1", "b@"), {"b:1", "b@"}))
+    case.store_dir.image((b"config", LAYER), "a:1")
+    case.stays.append((case.store_dir.image((b"other", LAYER), "b:1", "b@"), {"b:1", "b@"}))
 
 
 def index_with_shared_images(case: PruneCase) -> None:
     """Prune an index; one of its images stays with another index, one with its own tag."""
-    own, shared = case.stock.image((b"own", LAYER), "a@"), case.stock.image((b"shared", LAYER), "a@", "b@")
-    tagged = case.stock.image((b"tagged",), "a@", "b:2")
-    case.stock.put(list_of(own, shared, tagged), "a:1")
-    other = case.stock.put(list_of(shared, seed="other"), "b:1")
+    own, shared = case.store_dir.image((b"own", LAYER), "a@"), case.store_dir.image((b"shared", LAYER), "a@", "b@")
+    tagged = case.store_dir.image((b"tagged",), "a@", "b:2")
+    case.store_dir.put(list_of(own, shared, tagged), "a:1")
+    other = case.store_dir.put(list_of(shared, seed="other"), "b:1")
     case.choose = by_name("a:1")
     case.stays.append((other, {"b:1"}))
 
 
 def one_of_several_names(case: PruneCase) -> None:
     """Prune one of several names: the record is rewritten."""
-    image = case.stock.image((b"config", LAYER), "a:1", "b:1", pulled=day(3))
-    case.stock.put(list_of(image), "a:2", "b:2")
+    image = case.store_dir.image((b"config", LAYER), "a:1", "b:1", pulled=day(3))
+    case.store_dir.put(list_of(image), "a:2", "b:2")
     case.tags += ["b:1", "b:2"]
 
 
 def tag_moved_from_image_to_index(case: PruneCase) -> None:
     """Prune an index whose tag moved there from an image that has another name."""
-    case.stock.image((b"old", LAYER), "a:1", "b:1", confirmed=day(1))
-    new = case.stock.image((b"new", LAYER), "a@")
-    case.stock.put(list_of(new), "a:1", confirmed=day(2))
+    case.store_dir.image((b"old", LAYER), "a:1", "b:1", confirmed=day(1))
+    new = case.store_dir.image((b"new", LAYER), "a@")
+    case.store_dir.put(list_of(new), "a:1", confirmed=day(2))
     case.tags += ["a:1", "b:1"]
 
 
 def moved_tags(case: PruneCase) -> None:
     """Prune tags that moved between images, and from an image to its index."""
     for number in range(4):
-        case.stock.image((b"%d" % number, LAYER), "a:1", confirmed=day(number))
-    image = case.stock.image((b"an image",), "a:2", confirmed=day(1))
-    case.stock.put(list_of(image), "a:2", confirmed=day(2))
+        case.store_dir.image((b"%d" % number, LAYER), "a:1", confirmed=day(number))
+    image = case.store_dir.image((b"an image",), "a:2", confirmed=day(1))
+    case.store_dir.put(list_of(image), "a:2", confirmed=day(2))
     case.tags += ["a:1", "a:2"]
 
 
 def moved_tag(case: PruneCase) -> None:
     """Prune a tag that moved between images."""
-    case.stock.image((b"old",), "a:1", confirmed=day(1))
-    case.stock.image((b"new",), "a:1", confirmed=day(2))
+    case.store_dir.image((b"old",), "a:1", confirmed=day(1))
+    case.store_dir.image((b"new",), "a:1", confirmed=day(2))
     case.tags.append("a:1")
 
 
 def nested_indexes(case: PruneCase) -> None:
     """Prune nested indexes, the inner one first by name."""
-    image = case.stock.image((b"config", LAYER), "a@")
-    inner = case.stock.put(list_of(image), "a:inner")
-    case.stock.put(list_of(inner), "b:outer")
+    image = case.store_dir.image((b"config", LAYER), "a@")
+    inner = case.store_dir.put(list_of(image), "a:inner")
+    case.store_dir.put(list_of(inner), "b:outer")
     case.choose = by_name("a", "b")
 
 
 def index_of_shared_image(case: PruneCase) -> None:
     """Prune an index whose image has names by both indexes; pruning again must not remove the image."""
-    image = case.stock.image((b"config", LAYER), "a@")
-    case.stock.put(list_of(image), "a:1")
-    case.stays.append((case.stock.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
+    image = case.store_dir.image((b"config", LAYER), "a@")
+    case.store_dir.put(list_of(image), "a:1")
+    case.stays.append((case.store_dir.put(list_of(image, seed="other"), "b:1"), {"b:1"}))
 
 
 BUILDERS = {
@@ -150,9 +150,9 @@ def cut_everywhere(
     """Cut at the first operation, at the second, and so on; `look` checks each result."""
     for number in count():
         case = begin(root, build)
-        files = disk(case.stock.root, "now", number)
+        files = disk(case.store_dir.root, "now", number)
         with suppress(PowerCut):
-            case.stock.prune_only(case.choose, files)
+            case.store_dir.prune_only(case.choose, files)
         try:
             look(files, case)
         except AssertionError as error:
@@ -175,7 +175,7 @@ def test_kill_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[PruneC
     before = begin(tmp_path / "before", build)
 
     def look(files: LossyFiles, case: PruneCase) -> None:
-        check(case.stock, before.stock, case)
+        check(case.store_dir, before.store_dir, case)
 
     cut_everywhere(tmp_path / "store", build, look)
 
@@ -187,7 +187,7 @@ def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[P
 
     def look(files: LossyFiles, case: PruneCase) -> None:
         for disk in files.left_by_power_cut():
-            check(written(disk, tmp_path / "left"), before.stock, case, lists=False)
+            check(written(disk, tmp_path / "left"), before.store_dir, case, lists=False)
 
     cut_everywhere(tmp_path / "store", build, look)
 
@@ -196,13 +196,13 @@ def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[P
 def test_pruning_again_after_a_kill_completes_it(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
     """Except for blobs, which are orphans then."""
     before, whole = begin(tmp_path / "before", build), begin(tmp_path / "whole", build)
-    whole.stock.prune(whole.choose)
-    assert contents_of(whole.stock) != contents_of(before.stock)
+    whole.store_dir.prune(whole.choose)
+    assert contents_of(whole.store_dir) != contents_of(before.store_dir)
 
     def look(files: LossyFiles, case: PruneCase) -> None:
-        case.stock.prune_only(case.choose)
-        remove_orphans(case.stock.root, day(10**5), Unsynced())
-        assert contents_of(case.stock) == contents_of(whole.stock)
+        case.store_dir.prune_only(case.choose)
+        remove_orphans(case.store_dir.root, day(10**5), Unsynced())
+        assert contents_of(case.store_dir) == contents_of(whole.store_dir)
 
     cut_everywhere(tmp_path / "store", build, look)
 
@@ -255,10 +255,10 @@ def test_disk_error_leaves_no_incomplete_image(
         case = begin(tmp_path / "store", build)
         failing = Failing(number, error)
         with suppress(OSError):
-            case.stock.prune_only(case.choose, failing)
+            case.store_dir.prune_only(case.choose, failing)
             assert failing.left >= 0
-        check(case.stock, before.stock, case)
-        case.stock.prune_only(case.choose)
+        check(case.store_dir, before.store_dir, case)
+        case.store_dir.prune_only(case.choose)
         if failing.left >= 0:
             assert number > 3
             return
@@ -303,7 +303,7 @@ def with_unrelated_image(build: Callable[[PruneCase], None]) -> Callable[[PruneC
         build(case)
         chosen, another = case.choose.matches, named("another")
         assert chosen is not None
-        case.stock.image((b"another",), "another:1")
+        case.store_dir.image((b"another",), "another:1")
         case.choose = Selection(matches=lambda url: chosen(url) or another(url))
 
     return build_both
@@ -316,9 +316,9 @@ ALL_BUILDERS = [*BUILDERS.values(), index_of_shared_image, moved_tags, moved_tag
 def test_pruning_without_a_free_inode_succeeds(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
     build = with_unrelated_image(build)
     whole, case = begin(tmp_path / "whole", build), begin(tmp_path / "store", build)
-    case.stock.prune(case.choose, FullFiles(case.stock.root, "now"))
-    whole.stock.prune(whole.choose)
-    assert contents_of(case.stock) == contents_of(whole.stock)
+    case.store_dir.prune(case.choose, FullFiles(case.store_dir.root, "now"))
+    whole.store_dir.prune(whole.choose)
+    assert contents_of(case.store_dir) == contents_of(whole.store_dir)
 
 
 @pytest.mark.parametrize("build", ALL_BUILDERS)
@@ -327,9 +327,9 @@ def test_kill_without_a_free_inode(tmp_path: Path, build: Callable[[PruneCase], 
     before = begin(tmp_path / "before", build)
 
     def look(files: LossyFiles, case: PruneCase) -> None:
-        check(case.stock, before.stock, case)
-        case.stock.prune_only(case.choose)
-        check(case.stock, before.stock, case)
+        check(case.store_dir, before.store_dir, case)
+        case.store_dir.prune_only(case.choose)
+        check(case.store_dir, before.store_dir, case)
 
     cut_everywhere(tmp_path / "store", build, look, FullFiles)
 
@@ -341,7 +341,7 @@ def test_power_cut_without_a_free_inode(tmp_path: Path, build: Callable[[PruneCa
 
     def look(files: LossyFiles, case: PruneCase) -> None:
         for disk in files.left_by_power_cut():
-            check(written(disk, tmp_path / "left"), before.stock, case, lists=False)
+            check(written(disk, tmp_path / "left"), before.store_dir, case, lists=False)
 
     cut_everywhere(tmp_path / "store", build, look, FullFiles)
 
