@@ -137,11 +137,11 @@ class Manifest:
         if media_type in LISTS:
             if "layers" in document or "config" in document or "fsLayers" in document:
                 raise ManifestInvalid("an index must not have layers or config")
-            return cls(digest, media_type, data, tuple(_descriptors(document.get("manifests"))), ())
+            return cls(digest, media_type, data, tuple(_descriptors(document, "manifests")), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
         config = Descriptor.parse(document.get("config"))
-        layers = (layer for layer in _descriptors(document.get("layers")) if not layer.foreign)
+        layers = (layer for layer in _descriptors(document, "layers") if not layer.foreign)
         return cls(digest, media_type, data, (), (config, *layers))
 
 
@@ -164,9 +164,13 @@ def _document(data: bytes) -> dict[str, Any]:
     return document
 
 
-def _descriptors(value: object) -> Iterator[Descriptor]:
+def _descriptors(document: Mapping[str, Any], key: str) -> Iterator[Descriptor]:
+    value = document.get(key)
+    if value is None and key in document:
+        # Programs in Go write an empty list as null, and read null as an empty list.
+        value = []
     if not isinstance(value, list):
-        raise ManifestInvalid("manifests or layers is missing, or not a list")
+        raise ManifestInvalid(f"{key} is missing, or not a list")
     return map(Descriptor.parse, value)
 
 

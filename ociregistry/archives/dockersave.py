@@ -62,16 +62,17 @@ def read_docker_index(archive: Archive) -> list[SavedImage]:
     """
     index = archive.members[DOCKER_INDEX]
     entries = archive.json(index)
-    if not isinstance(entries, list):
+    if not isinstance(entries, list | None):
         raise index.invalid("it is not a list of images")
-    return [_saved(entry, index) for entry in entries]
+    return [_saved(entry, index) for entry in entries or ()]
 
 
 def _saved(entry: object, index: Member) -> SavedImage:
     match entry:
-        case {"Config": str(config), "Layers": list(layers), "RepoTags": list() | None as tags}:
-            if all(isinstance(name, str) for name in (*layers, *(tags or ()))):
-                return SavedImage(config, tuple(layers), tuple(tags or ()))
+        case {"Config": str(config), "Layers": list() | None as layers, "RepoTags": list() | None as tags}:
+            layers, tags = layers or (), tags or ()
+            if all(isinstance(name, str) for name in (*layers, *tags)):
+                return SavedImage(config, tuple(layers), tuple(tags))
     raise index.invalid("an image in it has no valid Config, Layers or RepoTags")
 
 
@@ -146,7 +147,8 @@ def _check_layers(layers: Sequence[_Layer], config: Member, data: bytes) -> None
         ArchiveInvalid: they are not.
     """
     match parse_json(data, config):
-        case {"rootfs": {"diff_ids": list(diff_ids)}}:
+        case {"rootfs": {"diff_ids": list() | None as diff_ids}}:
+            diff_ids = diff_ids or []
             if len(diff_ids) != len(layers):
                 raise config.invalid(f"it names {len(diff_ids)} layers, but there are {len(layers)}")
             for layer, diff_id in zip(layers, diff_ids, strict=True):

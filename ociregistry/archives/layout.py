@@ -79,8 +79,8 @@ def _digest(name: str) -> Digest | None:
 
 def _entries(archive: Archive, index: Member) -> Iterator[_Entry]:
     match archive.json(index):
-        case {"manifests": list(descriptors)}:
-            for descriptor in descriptors:
+        case {"manifests": list() | None as descriptors}:
+            for descriptor in descriptors or ():
                 try:
                     parsed = Descriptor.parse(descriptor)
                 except ManifestInvalid as error:

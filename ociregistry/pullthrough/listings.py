@@ -108,5 +108,6 @@ def _filtered(manifest: Manifest, artifact_type: str) -> bytes:
     if not artifact_type:
         return manifest.data
     document = json.loads(manifest.data)
-    document["manifests"] = [entry for entry in document["manifests"] if entry.get("artifactType") == artifact_type]
+    entries = document["manifests"] or ()
+    document["manifests"] = [entry for entry in entries if entry.get("artifactType") == artifact_type]
     return json.dumps(document).encode()

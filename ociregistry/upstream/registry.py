@@ -436,7 +436,7 @@ def _next_page(response: Response) -> str | None:
 
 def _joined(pages: list[Manifest], what: str) -> Manifest:
     documents = [json.loads(page.data) for page in pages]
-    entries = [entry for document in documents for entry in document["manifests"]]
+    entries = [entry for document in documents for entry in document["manifests"] or ()]
     try:
         return Manifest.parse(json.dumps({**documents[0], "manifests": entries}).encode(), OCI_INDEX)
     except ManifestInvalid as error:

@@ -205,3 +205,15 @@ def test_layer_count_mismatch_is_refused(tmp_path: Path, layers: list[str]) -> N
 def test_malformed_config_is_refused(tmp_path: Path, config: bytes) -> None:
     files = {**changed(IMAGE, Config="config.json"), "config.json": config}
     assert invalid(write_tar(tmp_path / "a.tar", files)).endswith(": config.json")
+
+
+def test_null_is_an_empty_list(tmp_path: Path) -> None:
+    """docker save writes it for an image without layers, one that is built from scratch."""
+    config = to_json({"rootfs": {"type": "layers", "diff_ids": None}})
+    index = [{"Config": "config.json", "RepoTags": ["nginx:1.25"], "Layers": None}]
+    document = generated_manifest(
+        write_tar(tmp_path / "a.tar", {"config.json": config, "manifest.json": to_json(index)})
+    )
+    assert document["layers"] == []
+    empty = write_tar(tmp_path / "b.tar", {"manifest.json": to_json(None)})
+    assert invalid(empty) == "there is no image in it"

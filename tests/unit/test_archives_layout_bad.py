@@ -125,3 +125,9 @@ def test_archive_of_something_else_is_refused(tmp_path: Path, files: Files) -> N
 
 def test_layout_without_images(tmp_path: Path) -> None:
     assert invalid(write_tar(tmp_path / "a.tar", layout())) == "there is no image in it"
+
+
+def test_null_is_an_empty_list(tmp_path: Path) -> None:
+    """Programs in Go write it for a layout without images."""
+    files = {**layout(), "index.json": to_json({"schemaVersion": 2, "manifests": None})}
+    assert invalid(write_tar(tmp_path / "a.tar", files)) == "there is no image in it"

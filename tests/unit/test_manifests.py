@@ -172,9 +172,21 @@ def test_malformed_digest_is_refused(digest: object) -> None:
         parse(changed(IMAGE, config=changed(CONFIG, digest=digest)))
 
 
-@pytest.mark.parametrize("value", [None, [], {}, "text", 5, [None], [5], ["text"], [[]], MISSING])
+def test_null_is_an_empty_list() -> None:
+    """Programs in Go write it; docker, containerd, crane and skopeo read it. The bytes stay as they are."""
+    for data, media_type in (
+        (json.dumps({**IMAGE, "layers": None}).encode(), OCI_MANIFEST),
+        (json.dumps({**INDEX, "manifests": None}).encode(), OCI_INDEX),
+    ):
+        manifest = Manifest.parse(data, media_type)
+        assert (manifest.data, manifest.digest) == (data, Digest.of(data))
+        assert manifest.children == ()
+        assert manifest.layers == frozenset()
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "", False, "text", 5, [None], [5], ["text"], [[]], MISSING])
 def test_layers_and_manifests_must_be_lists_of_descriptors(value: object) -> None:
-    if value != []:
+    if value not in ([], None):
         with pytest.raises(ManifestInvalid):
             parse(changed(IMAGE, layers=value))
         with pytest.raises(ManifestInvalid):

@@ -213,3 +213,13 @@ async def test_stored_referrers_are_not_listed_as_a_tag(
     listed = tags(listings)
     upstreams[1].refuse(Unavailable("down"))
     assert (await listed).page == page("1")
+
+
+@on_reactor
+async def test_null_is_an_empty_list_of_referrers(listings: Listings, upstreams: MemoryRegistries) -> None:
+    """Programs in Go write an empty list as null."""
+    sent = Manifest.parse(json.dumps({"schemaVersion": 2, "manifests": None}).encode(), OCI_INDEX)
+    for artifact_type, expected in (("", None), ("application/sbom", [])):
+        asked = referrers(listings, artifact_type)
+        upstreams[-1].answer(sent)
+        assert json.loads((await asked).data)["manifests"] == expected

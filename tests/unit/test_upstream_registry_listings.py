@@ -151,3 +151,13 @@ def test_malformed_link_is_an_upstream_error() -> None:
 @pytest.mark.parametrize("headers", [{"Content-Type": "application/json"}, {}])
 def test_referrers_must_be_an_index(headers: dict[str, str]) -> None:
     failed(referrers(registry({**index(entry(1)), "headers": headers})[0]), Unavailable)
+
+
+def test_null_is_an_empty_page_of_referrers() -> None:
+    """Programs in Go write an empty list as null."""
+    null = {**index(), "data": json.dumps({"schemaVersion": 2, "manifests": None}).encode()}
+    alone = fired(referrers(registry(null)[0]))
+    assert (alone.data, alone.children) == (null["data"], ())
+    linked = {**null, "headers": index(link='</x?page=2>; rel="next"')["headers"]}
+    joined = fired(referrers(registry(linked, index(entry(1)))[0]))
+    assert [child.digest for child in joined.children] == [entry(1)["digest"]]
