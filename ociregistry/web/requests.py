@@ -29,15 +29,16 @@ def parse_range(header: str, size: int) -> Range | None:
     """Parse a Range header for content of `size` bytes.
 
     Returns:
-        The range, or None to send all of the content: for a header that cannot be parsed, and for several ranges,
-        because clients handle a 200 but not a 206 that has only the first range.
+        The range, or None to send all of the content: for a header that cannot be parsed; for several ranges,
+        because clients handle a 200 but not a 206 that has only the first range; and for content without a byte, as
+        servers in Go do, because some clients send `bytes=0-` for every blob.
 
     Raises:
         RangeUnsatisfiable: the range lies outside the content, or ends before it begins (the conformance suite
             expects that).
     """
     match = _SINGLE.fullmatch(header.strip())
-    if match is None or not (match["first"] or match["last"]):
+    if size == 0 or match is None or not (match["first"] or match["last"]):
         return None
     if match["first"]:
         start = int(match["first"])

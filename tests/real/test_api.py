@@ -153,7 +153,7 @@ def test_the_empty_blob(cache: Cache, repository: str, image: Image, framing: Ru
             answer = fresh.ask(path, method)
             assert (answer.status, answer.headers["Content-Length"], answer.body) == (200, "0", b"")
         ranged = fresh.ask(path, headers={"Range": "bytes=0-"})
-        assert (ranged.status, ranged.headers["Content-Range"]) == (416, "bytes */0")
+        assert (ranged.status, ranged.headers["Content-Range"], ranged.body) == (200, None, b"")
         fresh.wait_stored(empty.digest)
         assert blob_file(daemon, empty.digest).read_bytes() == b""
     assert cache.sent(path) == 1
