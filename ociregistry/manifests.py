@@ -32,6 +32,14 @@ LARGEST_CONFIG = 8 * 1024 * 1024
 """Bytes. Larger configs are not kept as metadata of an index."""
 
 
+def canonical_media_type(value: object) -> str:
+    """Return a media type in lower case and without parameters, as it is compared (RFC 9110, section 8.3.1).
+
+    The empty string is returned for what is not text.
+    """
+    return value.partition(";")[0].strip().lower() if isinstance(value, str) else ""
+
+
 class ManifestInvalid(ValueError):
     """The bytes are not a valid manifest; the message says why."""
 
@@ -40,7 +48,8 @@ class ManifestInvalid(ValueError):
 class Descriptor:
     """A descriptor of the OCI Image specification: how a manifest refers to a blob or to another manifest.
 
-    `platform` is `os/architecture[/variant]`, or empty if not given; `foreign` says whether the content has `urls`.
+    `media_type` is canonical. `platform` is `os/architecture[/variant]`, or empty if not given; `foreign` says
+    whether the content has `urls`.
     """
 
     digest: Digest
@@ -68,7 +77,7 @@ class Descriptor:
         return cls(
             digest=digest,
             size=size,
-            media_type=str(value.get("mediaType", "")),
+            media_type=canonical_media_type(value.get("mediaType")),
             platform=_platform(value.get("platform")),
             foreign=bool(value.get("urls")),
         )
@@ -78,8 +87,8 @@ class Descriptor:
 class Manifest:
     """An image manifest or an index: its exact bytes and what they refer to.
 
-    `children` are the manifests of an index. `blobs` are the config and the layers of an image, the config first,
-    without layers that clients fetch from foreign URLs.
+    `media_type` is canonical. `children` are the manifests of an index. `blobs` are the config and the layers of an
+    image, the config first, without layers that clients fetch from foreign URLs.
     """
 
     digest: Digest
@@ -117,7 +126,7 @@ class Manifest:
     def parse(cls, data: bytes, media_type: str, digest: Digest | None = None) -> Manifest:
         """Parse and check the manifest in `data`.
 
-        `media_type` is the Content-Type that it came with, without parameters. `digest` is the digest that was
+        `media_type` is the Content-Type that it came with, in any spelling. `digest` is the digest that was
         requested; without one, the sha256 of `data` is used.
 
         Raises:
@@ -129,8 +138,8 @@ class Manifest:
         elif not digest.matches(data):
             raise ManifestInvalid(f"the bytes do not have the digest {digest}")
         document = _document(data)
-        declared = document.get("mediaType")
-        if declared is not None and declared != media_type:
+        media_type, declared = canonical_media_type(media_type), document.get("mediaType")
+        if declared not in (None, "") and canonical_media_type(declared) != media_type:
             raise ManifestInvalid(f"the Content-Type is {_short(media_type)} but mediaType says {_short(declared)}")
         if media_type not in MEDIA_TYPES:
             raise ManifestInvalid(f"{_short(media_type)} is not the media type of a manifest")

@@ -11,7 +11,7 @@ from twisted.logger import Logger
 
 from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.errors import AirGapped, Unavailable
-from ociregistry.manifests import Manifest
+from ociregistry.manifests import Manifest, canonical_media_type
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.cache import within_deadline
 from ociregistry.store.store import Store
@@ -108,6 +108,8 @@ def _filtered(manifest: Manifest, artifact_type: str) -> bytes:
     if not artifact_type:
         return manifest.data
     document = json.loads(manifest.data)
-    entries = document["manifests"] or ()
-    document["manifests"] = [entry for entry in entries if entry.get("artifactType") == artifact_type]
+    wanted = canonical_media_type(artifact_type)
+    document["manifests"] = [
+        entry for entry in document["manifests"] or () if canonical_media_type(entry.get("artifactType")) == wanted
+    ]
     return json.dumps(document).encode()

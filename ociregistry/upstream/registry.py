@@ -27,7 +27,14 @@ from ociregistry.errors import (
     RegistryError,
     Unavailable,
 )
-from ociregistry.manifests import LARGEST_MANIFEST, MEDIA_TYPES, OCI_INDEX, Manifest, ManifestInvalid
+from ociregistry.manifests import (
+    LARGEST_MANIFEST,
+    MEDIA_TYPES,
+    OCI_INDEX,
+    Manifest,
+    ManifestInvalid,
+    canonical_media_type,
+)
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
@@ -142,7 +149,7 @@ class Sources:
 
 
 def _is_good(method: str, response: Response) -> bool:
-    if "text/html" in response.header("content-type"):
+    if canonical_media_type(response.header("content-type")) == "text/html":
         # The login page of a proxy or captive portal in front of the mirror.
         return False
     return 200 <= response.status < 300 or response.refuses_head(method)
@@ -422,9 +429,8 @@ def _length(told: str) -> int | None:
 
 
 def _manifest(response: Response, data: bytes, what: str, digest: Digest | None = None) -> Manifest:
-    media_type = response.header("content-type").partition(";")[0].strip()
     try:
-        return Manifest.parse(data, media_type, digest)
+        return Manifest.parse(data, response.header("content-type"), digest)
     except ManifestInvalid as error:
         raise Unavailable(f"{what}: the upstream sent no valid manifest: {error}") from None
 

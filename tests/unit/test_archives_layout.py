@@ -116,6 +116,19 @@ def test_index_json_takes_precedence_over_manifest_json(tmp_path: Path) -> None:
     assert meanings(write_tar(tmp_path / "a.tar", files)) == {NAME: IMAGE.manifest.digest}
 
 
+@pytest.mark.parametrize("what", [IMAGE, INDEX])
+def test_media_types_in_any_spelling(tmp_path: Path, what: Image | Index) -> None:
+    entry = descriptor(what.manifest) | {
+        "mediaType": f"{what.manifest.media_type.upper()}; charset=utf-8",
+        "annotations": {REF_NAME: NAME},
+    }
+    files = {**named(what), "index.json": to_json({"schemaVersion": 2, "manifests": [entry]})}
+    found = contents(write_tar(tmp_path / "a.tar", files))
+    assert [one.media_type for one in found.manifests.values() if one.digest == what.manifest.digest] == [
+        what.manifest.media_type
+    ]
+
+
 def test_index_with_one_platform_only(tmp_path: Path) -> None:
     image, other = INDEX.images
     sparse = [other.manifest.digest, *(blob.digest for blob in other.blobs)]

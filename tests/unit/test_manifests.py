@@ -114,7 +114,8 @@ def test_default_digest_is_sha256() -> None:
     [
         (changed(IMAGE, mediaType=DOCKER_MANIFEST), OCI_MANIFEST),
         (changed(IMAGE, mediaType=OCI_INDEX), OCI_MANIFEST),
-        (changed(IMAGE, mediaType=""), OCI_MANIFEST),
+        (changed(IMAGE, mediaType=" "), OCI_MANIFEST),
+        (changed(IMAGE, mediaType=[OCI_MANIFEST]), OCI_MANIFEST),
         (changed(IMAGE, mediaType=5), OCI_MANIFEST),
         (changed(INDEX, mediaType=OCI_MANIFEST), OCI_INDEX),
         (IMAGE, "application/json"),
@@ -125,6 +126,31 @@ def test_default_digest_is_sha256() -> None:
 def test_media_type_mismatch_is_refused(document: object, media_type: str) -> None:
     with pytest.raises(ManifestInvalid):
         parse(document, media_type)
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        OCI_MANIFEST.upper(),
+        f"{OCI_MANIFEST}; charset=utf-8",
+        f" {OCI_MANIFEST} ;charset=UTF-8",
+        "Application/Vnd.OCI.image.Manifest.V1+JSON",
+    ],
+)
+def test_media_types_are_compared_without_case_and_parameters(spelled: str) -> None:
+    """Wherever they stand: in the Content-Type, in mediaType, and in descriptors."""
+    for document, sent in ((IMAGE, spelled), (changed(IMAGE, mediaType=spelled), OCI_MANIFEST)):
+        manifest = parse(document, sent)
+        assert manifest.media_type == OCI_MANIFEST
+        assert manifest.data == json.dumps(document).encode()
+    (child,) = parse(changed(INDEX, manifests=[{**LAYER, "mediaType": spelled}]), OCI_INDEX.upper()).children
+    assert child.media_type == OCI_MANIFEST
+
+
+@pytest.mark.parametrize("absent", [None, "", MISSING])
+def test_a_manifest_need_not_tell_its_media_type(absent: object) -> None:
+    assert parse(changed(IMAGE, mediaType=absent)).media_type == OCI_MANIFEST
+    assert parse(changed(IMAGE, config=changed(CONFIG, mediaType=absent))).blobs[0].media_type == ""
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ async def test_upstream_referrers_are_passed_on_and_stored(listings: Listings, u
     for artifact_type, expected in (
         ("", ["application/sbom", "application/signature"]),
         ("application/sbom", ["application/sbom"]),
+        ("Application/SBOM", ["application/sbom"]),
         ("application/other", []),
     ):
         asked = referrers(listings, artifact_type)

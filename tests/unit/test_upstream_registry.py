@@ -57,8 +57,9 @@ def test_manifest_by_tag_and_by_digest(asked: Any) -> None:
     assert sent.headers["Accept"].split(", ") == list(MEDIA_TYPES)
 
 
-def test_manifest_without_digest_header() -> None:
-    answer = {"data": IMAGE.data, "headers": {"Content-Type": f"{IMAGE.media_type}; charset=utf-8"}}
+@pytest.mark.parametrize("spelled", [f"{IMAGE.media_type}; charset=utf-8", IMAGE.media_type.upper()])
+def test_manifest_without_digest_header(spelled: str) -> None:
+    answer = {"data": IMAGE.data, "headers": {"Content-Type": spelled}}
     assert fired(Deferred.fromCoroutine(registry(answer)[0].manifest(TAGGED))) == IMAGE
 
 

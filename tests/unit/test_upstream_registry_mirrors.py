@@ -235,3 +235,10 @@ def test_registry_uses_its_mirrors() -> None:
     # A refusing token service means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)
     assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"
+
+
+@pytest.mark.parametrize("media_type", ["text/html", "Text/HTML; charset=utf-8"])
+def test_html_page_is_skipped(media_type: str) -> None:
+    mirrored = MirroredRegistry({"status": 200, "headers": {"Content-Type": media_type}}, OK, OK)
+    assert fired(mirrored.ask()).status == 200
+    assert mirrored.asked == ["one", "two"]
