@@ -22,7 +22,6 @@ from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.log import ALWAYS, LevelFilter
-from ociregistry.platforms import Platform
 from ociregistry.process import exit_with, take_all_file_descriptors
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
@@ -86,7 +85,7 @@ class Daemon(MultiService):
                 platforms=settings.complete_platforms,
             ),
         )
-        demand = Demand(self._store, self._completion, Platform(settings.os, settings.arch), reactor)
+        demand = Demand(self._store, self._completion, settings.machine, reactor)
         self._v2 = V2(parts.cache, parts.listings, demand, settings.default_ns, parts.instance)
         background = BackgroundFetcher(parts.cache, parts.listings, settings.pull_timeout, reactor)
         self._maintenance = Maintenance(self._store, parts.cache, Repairer(self._store, background), reactor)

@@ -40,6 +40,35 @@ def canonical_media_type(value: object) -> str:
     return value.partition(";")[0].strip().lower() if isinstance(value, str) else ""
 
 
+_ARCHITECTURES = {
+    "i386": ("386", ""),
+    "x86_64": ("amd64", None),
+    "x86-64": ("amd64", None),
+    "aarch64": ("arm64", None),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+}
+"""Other names of an architecture -> its name in Go, and the variant that they mean, if any."""
+_VARIANTS = {
+    ("amd64", "v1"): "",
+    **dict.fromkeys((("arm64", "8"), ("arm64", "v8"), ("arm64", "v8.0")), ""),
+    **dict.fromkeys((("arm64", "9"), ("arm64", "9.0"), ("arm64", "v9.0")), "v9"),
+    **dict.fromkeys((("arm", ""), ("arm", "7")), "v7"),
+    **{("arm", version): f"v{version}" for version in ("5", "6", "8")},
+}
+
+
+def normalized_platform(os: str, architecture: str, variant: str) -> tuple[str, str, str]:
+    """Return the operating system, architecture and variant in the one spelling in which they are compared.
+
+    That is containerd's (`Normalize` in github.com/containerd/platforms).
+    """
+    os, architecture, variant = os.lower(), architecture.lower(), variant.lower()
+    architecture, meant = _ARCHITECTURES.get(architecture, (architecture, None))
+    variant = variant if meant is None else meant
+    return "darwin" if os == "macos" else os, architecture, _VARIANTS.get((architecture, variant), variant)
+
+
 class ManifestInvalid(ValueError):
     """The bytes are not a valid manifest; the message says why."""
 
@@ -48,8 +77,8 @@ class ManifestInvalid(ValueError):
 class Descriptor:
     """A descriptor of the OCI Image specification: how a manifest refers to a blob or to another manifest.
 
-    `media_type` is canonical. `platform` is `os/architecture[/variant]`, or empty if not given; `foreign` says
-    whether the content has `urls`.
+    `media_type` is canonical. `platform` is `os/architecture[/variant]`, normalized, or empty if not given; `foreign`
+    says whether the content has `urls`.
     """
 
     digest: Digest
@@ -186,6 +215,10 @@ def _descriptors(document: Mapping[str, Any], key: str) -> Iterator[Descriptor]:
 def _platform(value: object) -> str:
     if not isinstance(value, dict):
         return ""
-    parts = (value.get("os"), value.get("architecture"), value.get("variant"))
+    os, architecture, variant = (str(value.get(key) or "")[:64] for key in ("os", "architecture", "variant"))
+    if architecture and not os:
+        # As containerd does, which takes the system that it runs on.
+        os = "linux"
+    parts = normalized_platform(os, architecture, variant)
     # These strings come from outside and are printed, so they must not contain control characters.
-    return re.sub(r"[^!-~]", "?", "/".join(str(part)[:64] for part in parts if part))
+    return re.sub(r"[^!-~]", "?", "/".join(filter(None, parts)))

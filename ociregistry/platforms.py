@@ -1,6 +1,7 @@
 """Platforms: selects images of an index.
 
-The names are those of the OCI Image specification ("image index"), which are Go's GOOS and GOARCH.
+The names are those of the OCI Image specification ("image index"), which are Go's GOOS and GOARCH; others that are in
+use, such as x86_64, are normalized where they are parsed.
 """
 
 from __future__ import annotations
@@ -10,28 +11,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ociregistry.manifests import Descriptor
+from ociregistry.manifests import Descriptor, normalized_platform
 
 _WORD = "[a-z0-9][a-z0-9_.-]{0,63}"
 _PLATFORM = re.compile(f"(?P<os>{_WORD})/(?P<architecture>{_WORD})(?:/(?P<variant>{_WORD}))?")
-_MACHINES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "i386": "386",
-    "i686": "386",
-    "armv7l": "arm",
-    "armv6l": "arm",
-    "loongarch64": "loong64",
-}
-"""Names of machines: the kernel's to Go's, where they differ."""
+_MACHINES = {"i686": "386", "armv7l": "arm", "armv6l": "arm", "loongarch64": "loong64"}
+"""Names of machines: the kernel's to Go's, where they differ and are not used for images."""
 _ARM = ("v7", "v6", "v5")
-_USUAL_VARIANTS = {"arm": _ARM[1:] if platform.machine() == "armv6l" else _ARM, "arm64": ("v8",), "amd64": ("v1",)}
-"""Variants of an architecture to use when none is given, the best first."""
+_USUAL_VARIANTS = {"arm": _ARM[1:] if platform.machine() == "armv6l" else _ARM}
+"""Variants of an architecture to use when none is given, the best first; for others, the empty one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """A platform; an empty `variant` stands for the usual ones of the architecture."""
+    """A platform, normalized; an empty `variant` stands for the usual ones of the architecture."""
 
     os: str
     architecture: str
@@ -39,23 +32,23 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """Parse a platform such as `linux/arm64` or `linux/arm/v7`.
+        """Parse a platform such as `linux/arm64` or `linux/arm/v7`, in any spelling that is in use.
 
         Raises:
             ValueError: it is malformed.
         """
-        match = _PLATFORM.fullmatch(text)
+        match = _PLATFORM.fullmatch(text.lower())
         if match is None:
             raise ValueError("a platform such as linux/amd64 or linux/arm/v7 is expected")
-        return cls(match["os"], match["architecture"], match["variant"] or "")
+        os, architecture, variant = normalized_platform(match["os"], match["architecture"], match["variant"] or "")
+        if architecture == "arm" and variant == "v7" and match["variant"] is None:
+            # An index without a variant means v7, but who asks without one takes the older ones, too.
+            variant = ""
+        return cls(os, architecture, variant)
 
     def best(self, offered: Sequence[Descriptor]) -> Descriptor | None:
         """Return the descriptor that fits this platform best, or None if none fits."""
-        usual = _USUAL_VARIANTS.get(self.architecture, ())
-        variants = (self.variant,) if self.variant else ("", *usual)
-        if (self.variant,) == usual:
-            # An index often leaves out the variant of an architecture that has only one.
-            variants += ("",)
+        variants = (self.variant,) if self.variant else _USUAL_VARIANTS.get(self.architecture, ("",))
         by_platform = {one.platform: one for one in reversed(offered)}
         spelled = (str(Platform(self.os, self.architecture, variant)) for variant in variants)
         return next((by_platform[name] for name in spelled if name in by_platform), None)
@@ -105,4 +98,4 @@ def machine_os() -> str:
 def machine_architecture() -> str:
     """Return the architecture of this machine in the words of Go, such as `amd64`."""
     machine = platform.machine().lower()
-    return _MACHINES.get(machine, machine)
+    return _MACHINES.get(machine) or normalized_platform("", machine, "")[1]

@@ -74,6 +74,11 @@ class Settings:
     warnings: tuple[str, ...]
     """Messages about settings that are valid but probably a mistake."""
 
+    @property
+    def machine(self) -> Platform:
+        """The platform of `os` and `arch`."""
+        return Platform.parse(f"{self.os}/{self.arch}")
+
     def entry(self, upstream: Upstream) -> RegistrySettings:
         """Return the settings of `upstream`, or the default ones if it has no entry."""
         return self.registries.get(upstream, RegistrySettings(upstream))
@@ -115,9 +120,9 @@ def _optional(parse: Callable[[str], object]) -> Callable[[str], object]:
 
 def _word(machine: Callable[[], str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
-        if not re.fullmatch("[a-z0-9][a-z0-9_.-]{0,63}|", text):
+        if not re.fullmatch("[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}|", text):
             raise ValueError(f"a word such as {machine()} is expected")
-        return text or machine()
+        return text.lower() or machine()
 
     return parse
 
@@ -222,7 +227,7 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
     if values["max_connections"] is None:
         values["max_connections"] = max(_USUAL_CONNECTIONS, 2 * int(str(values["concurrent"])))
     if values["platform"] is None or ("platform" not in given and given.keys() & {"arch", "os"}):
-        values["platform"] = (Platform(str(values["os"]), str(values["arch"])),)
+        values["platform"] = (Platform.parse(f"{values['os']}/{values['arch']}"),)
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
         raise ConfigInvalid(f"{config.tls_at}: it enables TLS on every endpoint: use tcp: in place of ssl:")

@@ -70,9 +70,8 @@ def read_docker_index(archive: Archive) -> list[SavedImage]:
 def _saved(entry: object, index: Member) -> SavedImage:
     match entry:
         case {"Config": str(config), "Layers": list() | None as layers, "RepoTags": list() | None as tags}:
-            layers, tags = layers or (), tags or ()
-            if all(isinstance(name, str) for name in (*layers, *tags)):
-                return SavedImage(config, tuple(layers), tuple(tags))
+            if all(isinstance(name, str) for name in (*(layers or ()), *(tags or ()))):
+                return SavedImage(config, tuple(layers or ()), tuple(tags or ()))
     raise index.invalid("an image in it has no valid Config, Layers or RepoTags")
 
 
@@ -148,10 +147,10 @@ def _check_layers(layers: Sequence[_Layer], config: Member, data: bytes) -> None
     """
     match parse_json(data, config):
         case {"rootfs": {"diff_ids": list() | None as diff_ids}}:
-            diff_ids = diff_ids or []
-            if len(diff_ids) != len(layers):
-                raise config.invalid(f"it names {len(diff_ids)} layers, but there are {len(layers)}")
-            for layer, diff_id in zip(layers, diff_ids, strict=True):
+            named = diff_ids or ()
+            if len(named) != len(layers):
+                raise config.invalid(f"it names {len(named)} layers, but there are {len(layers)}")
+            for layer, diff_id in zip(layers, named, strict=True):
                 if layer.diff_id != diff_id:
                     raise layer.member.invalid(f"it does not have the digest {diff_id}")
         case _:

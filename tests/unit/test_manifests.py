@@ -224,7 +224,12 @@ def test_layers_and_manifests_must_be_lists_of_descriptors(value: object) -> Non
 @pytest.mark.parametrize(
     ("platform", "expected"),
     [
-        ({"os": "linux", "architecture": "arm64", "variant": "v8"}, "linux/arm64/v8"),
+        ({"os": "linux", "architecture": "arm64", "variant": "v8"}, "linux/arm64"),
+        ({"os": "Linux", "architecture": "x86_64", "variant": None}, "linux/amd64"),
+        ({"os": "linux", "architecture": "arm"}, "linux/arm/v7"),
+        ({"architecture": "aarch64"}, "linux/arm64"),
+        ({"os": "linux"}, "linux"),
+        ({"os": "windows", "architecture": "amd\n64"}, "windows/amd?64"),
         ({"os": "linux", "architecture": "amd64", "os.version": "1"}, "linux/amd64"),
         ({"os": "unknown", "architecture": "unknown"}, "unknown/unknown"),
         ({}, ""),

@@ -24,7 +24,14 @@ PLATFORMS = st.builds(Platform, WORDS, WORDS, WORDS | st.just(""))
 def offered(*platforms: str) -> tuple[Descriptor, ...]:
     """Return children of an index with these platforms; `` stands for a child without one."""
     return tuple(
-        Descriptor(Digest.of(str(number).encode()), 500, OCI_MANIFEST, platform)
+        Descriptor.parse(
+            {
+                "mediaType": OCI_MANIFEST,
+                "digest": Digest.of(str(number).encode()),
+                "size": 500,
+                "platform": dict(zip(("os", "architecture", "variant"), platform.split("/"), strict=False)),
+            }
+        )
         for number, platform in enumerate(platforms)
     )
 
@@ -48,6 +55,8 @@ def choice(wanted: str, *there: str) -> tuple[list[str], list[str]]:
         ("linux/amd64", Platform("linux", "amd64")),
         ("linux/arm/v7", Platform("linux", "arm", "v7")),
         ("windows/386", Platform("windows", "386")),
+        ("linux/arm", Platform("linux", "arm")),
+        ("linux/arm64/v9", Platform("linux", "arm64", "v9")),
         ("wasip1/wasm", Platform("wasip1", "wasm")),
     ],
 )
@@ -57,10 +66,28 @@ def test_platform_is_parsed(text: str, read: Platform) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "spelled"),
+    [
+        *((f"Linux/{name}", "linux/amd64") for name in ("AMD64", "x86_64", "x86-64", "amd64/v1")),
+        *((f"linux/{name}", "linux/arm64") for name in ("aarch64", "AArch64/v8", "arm64/8", "arm64/v8.0")),
+        *((f"linux/{name}", "linux/arm64/v9") for name in ("arm64/9", "arm64/9.0", "aarch64/v9.0")),
+        *((f"linux/{name}", "linux/arm/v7") for name in ("arm/7", "armhf/v7", "arm/V7")),
+        *((f"linux/{name}", "linux/arm/v6") for name in ("arm/6", "armel")),
+        *((f"linux/{name}", "linux/arm") for name in ("arm", "armhf")),
+        ("linux/i386", "linux/386"),
+        ("macos/arm64", "darwin/arm64"),
+    ],
+)
+def test_a_platform_in_other_spellings(text: str, spelled: str) -> None:
+    """Those that containerd normalizes."""
+    assert str(Platform.parse(text)) == spelled
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *("", "linux", "amd64", "linux/", "/amd64", "linux//v7", "linux/arm/", "linux/arm/v7/x", "all"),
-        *("Linux/amd64", "linux/amd 64", " linux/amd64", "linux/amd64\n", "-linux/amd64", f"linux/{'a' * 65}"),
+        *("linux/amd 64", " linux/amd64", "linux/amd64\n", "-linux/amd64", f"linux/{'a' * 65}"),
     ],
 )
 def test_malformed_platform_is_refused(text: str) -> None:
@@ -90,20 +117,31 @@ def test_list_of_platforms() -> None:
     ("wanted", "there", "taken"),
     [
         ("linux/amd64", ["linux/arm64", "linux/amd64", "windows/amd64"], "linux/amd64"),
-        ("linux/amd64", ["linux/amd64/v1"], "linux/amd64/v1"),
-        ("linux/amd64", ["linux/amd64/v3", "linux/amd64/v1"], "linux/amd64/v1"),
+        ("linux/amd64", ["linux/amd64/v1"], "linux/amd64"),
+        ("linux/amd64", ["linux/amd64/v3", "linux/amd64/v1"], "linux/amd64"),
+        ("linux/x86_64", ["linux/amd64"], "linux/amd64"),
+        ("linux/amd64", ["linux/x86_64"], "linux/amd64"),
+        ("linux/i386", ["linux/386"], "linux/386"),
+        ("darwin/arm64", ["macOS/AArch64"], "darwin/arm64"),
         ("linux/amd64", ["linux/amd64/v3"], None),
         ("linux/amd64/v3", ["linux/amd64", "linux/amd64/v3"], "linux/amd64/v3"),
         ("linux/amd64/v3", ["linux/amd64"], None),
         ("linux/amd64/v1", ["linux/amd64"], "linux/amd64"),
-        ("linux/arm64", ["linux/arm64/v8"], "linux/arm64/v8"),
+        ("linux/arm64", ["linux/arm64/v8"], "linux/arm64"),
         ("linux/arm64/v8", ["linux/arm64"], "linux/arm64"),
-        ("linux/arm64/v8", ["linux/arm64", "linux/arm64/v8"], "linux/arm64/v8"),
+        ("linux/aarch64", ["linux/arm64/v8"], "linux/arm64"),
+        ("linux/arm64", ["linux/arm64/v8.0"], "linux/arm64"),
+        ("linux/arm64/9", ["linux/arm64", "linux/arm64/v9.0"], "linux/arm64/v9"),
+        ("linux/arm64", ["linux/arm64/v9"], None),
         ("linux/arm", ["linux/arm/v5", "linux/arm/v6", "linux/arm/v7"], "linux/arm/v7"),
         ("linux/arm", ["linux/arm/v5", "linux/arm/v6"], "linux/arm/v6"),
-        ("linux/arm", ["linux/arm/v7", "linux/arm"], "linux/arm"),
+        ("linux/arm", ["linux/arm/v6", "linux/arm"], "linux/arm/v7"),
         ("linux/arm/v6", ["linux/arm/v7", "linux/arm/v6"], "linux/arm/v6"),
-        ("linux/arm/v7", ["linux/arm"], None),
+        ("linux/arm/v7", ["linux/arm"], "linux/arm/v7"),
+        ("linux/arm/7", ["linux/armhf"], "linux/arm/v7"),
+        ("linux/armhf", ["linux/arm/v7"], "linux/arm/v7"),
+        ("linux/armhf", ["linux/arm/v6"], "linux/arm/v6"),
+        ("linux/armel", ["linux/arm/v7", "linux/arm/6"], "linux/arm/v6"),
         ("linux/amd64", ["unknown/unknown"], None),
         ("linux/amd64", ["windows/amd64"], None),
         ("linux/amd64", [""], None),

@@ -135,7 +135,7 @@ async def test_selected_platforms(
 async def test_arm64_matches_arm64_v8(loads: Loads, fetcher: MemoryFetcher) -> None:
     fetcher.add(APP, make_index("v8", platforms=("linux/arm64/v8",)))
     fetcher.add(NEXT, make_index("none", platforms=("linux/arm64",)))
-    for platform in (ARM64, Platform("linux", "arm64", "v8")):
+    for platform in (ARM64, Platform.parse("linux/aarch64/v8")):
         outcomes = await loads.load(APP, NEXT, wanted=[platform])
         assert [outcome.why for outcome in outcomes] == ["", ""]
 

@@ -122,6 +122,26 @@ def test_platform_from_arch_and_os_unless_platforms_is_set(path: Path) -> None:
     assert load(path, "arch: s390x\n", arch="arm64").platform == (replace(here, architecture="arm64"),)
 
 
+@pytest.mark.parametrize(
+    ("arch", "platform"),
+    [
+        ("x86_64", Platform("linux", "amd64")),
+        ("AArch64", Platform("linux", "arm64")),
+        ("armel", Platform("linux", "arm", "v6")),
+    ],
+)
+def test_platforms_are_normalized(path: Path, arch: str, platform: Platform) -> None:
+    for settings in (
+        load_settings({"arch": arch, "os": "Linux"}, (), None),
+        load_settings({"platform": f"Linux/{arch}"}, (), None),
+        load(path, f"arch: {arch}\nos: linux\n"),
+        load(path, f"platform: linux/{arch}\n"),
+    ):
+        assert settings.platform == (platform,)
+    assert load(path, f"arch: {arch}\nos: linux\n").machine == platform
+    assert load(path, f"complete_platforms: [linux/{arch}]\n").complete_platforms == (platform,)
+
+
 def test_arch_option_overrides_platforms_in_file(path: Path) -> None:
     assert load(path, "platform: linux/s390x\n", arch="arm64", os="linux").platform == (Platform("linux", "arm64"),)
 
@@ -268,7 +288,7 @@ def test_value_is_parsed(path: Path, name: str, good: str, value: object) -> Non
         ("concurrent", "all"),
         ("max_connections", "0"),
         ("max_connections", "10001"),
-        ("arch", "AMD64"),
+        ("arch", "amd 64"),
         ("arch", "arm/v7"),
         ("arch", "amd64,arm64"),
         ("arch", "a" * 65),
@@ -279,7 +299,6 @@ def test_value_is_parsed(path: Path, name: str, good: str, value: object) -> Non
         ("platform", "linux/amd64,"),
         ("platform", "linux/amd64,all"),
         ("platform", "linux/arm/v7/neon"),
-        ("platform", "Linux/amd64"),
         ("with_signatures", "yes"),
         ("with_signatures", ""),
         ("default_ns", ""),

@@ -168,7 +168,7 @@ def test_reload_without_a_file() -> None:
         (["check", "serve"], "Wrong number of arguments"),
         (["check", "--port", "http"], "--port: 'http': a number from 1 to 65535 is expected"),
         (["--concurrent", "0"], "--concurrent: '0': a number from 1 to 1000 is expected"),
-        (["serve", "--arch", "ARM64"], "--arch: 'ARM64': a word such as "),
+        (["serve", "--arch", "arm/v7"], "--arch: 'arm/v7': a word such as "),
         (["--os", "linux/amd64"], "--os: 'linux/amd64': a word such as "),
         (["--platform", "arm64"], "--platform: 'arm64': a platform such as linux/amd64 or linux/arm/v7 is expected"),
     ],
