@@ -36,6 +36,7 @@ setup(
         "cachetools>=5.2",
         "pyyaml",
         "tqdm",
+        "zstandard",
     ],
     extras_require={
         "test": [

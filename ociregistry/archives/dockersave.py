@@ -6,7 +6,6 @@ manifest is generated, always the same for the same image.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ociregistry.archives.compression import GZIP, LONGEST_MAGIC, ZSTD, compression_of
 from ociregistry.archives.contents import Contents, NamedImage, gather, parse_name
 from ociregistry.archives.members import PIECE, Archive, Member, parse_json, reading
 from ociregistry.manifests import OCI_MANIFEST, Descriptor, Manifest
@@ -26,7 +26,6 @@ DOCKER_INDEX = "manifest.json"
 
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
-_GZIP = b"\x1f\x8b"
 _NAMELESS = "the archive does not say what image this is: give docker save its name and tag, not its id"
 _NOTE = "its digest is not the registry's, as docker save does not keep the registry's manifest"
 
@@ -118,18 +117,19 @@ def _layer(member: Member) -> _Layer:
     raw = _HashedFile(member)
     file = io.BufferedReader(raw, PIECE)
     with reading(member.archive, member.name):
-        if not file.peek(len(_GZIP)).startswith(_GZIP):
+        compression = compression_of(file.peek(LONGEST_MAGIC))
+        if compression not in (GZIP, ZSTD):
+            # A plain tar: the specification has no other compression for layers.
             for _ in iter(partial(file.read, PIECE), b""):
                 pass
             digest = raw.digest
             return _Layer(member, Descriptor(digest, member.size, _LAYER), digest)
         unpacked = hashlib.sha256()
-        with gzip.GzipFile(fileobj=file) as tar:
+        with compression.open(file) as tar:
             for piece in iter(partial(tar.read, PIECE), b""):
                 unpacked.update(piece)
-    return _Layer(
-        member, Descriptor(raw.digest, member.size, f"{_LAYER}+gzip"), Digest(f"sha256:{unpacked.hexdigest()}")
-    )
+    descriptor = Descriptor(raw.digest, member.size, f"{_LAYER}+{compression.name}")
+    return _Layer(member, descriptor, Digest(f"sha256:{unpacked.hexdigest()}"))
 
 
 def _config_digest(saved: SavedImage, config: Member, data: bytes) -> Digest:

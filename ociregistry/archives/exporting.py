@@ -10,12 +10,13 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from ociregistry.archives.compression import write_zstd
 from ociregistry.archives.layout import CONFIRMED, CREATED, IMAGE_NAME, INDEX, MARK, METADATA, REF_NAME, blob_name
 from ociregistry.archives.members import PIECE, ArchiveInvalid, ExportFailed
 from ociregistry.archives.opening import open_archive, read_contents
@@ -58,6 +59,7 @@ def export_images(
     target: Path,
     *,
     since: Path | None = None,
+    zstd: bool = False,
     advance: Callable[[int], None] = lambda count: None,
     files: Files | None = None,
 ) -> Exported:
@@ -65,8 +67,8 @@ def export_images(
 
     Of an index, the children in the store are exported with it. Blobs that a manifest in the earlier export `since`
     refers to are left out; manifests are always written, so that this export can be the `since` of the next. An
-    incomplete image is left out, with the indexes that name it; if no image remains, no file is written. `advance`
-    is called with the number of bytes of blobs as they are written. Blocks.
+    incomplete image is left out, with the indexes that name it; if no image remains, no file is written. With
+    `zstd`, the file is compressed. `advance` is called with the number of bytes of blobs as they are written. Blocks.
 
     Raises:
         ArchiveInvalid: `since` is not a valid archive.
@@ -76,7 +78,7 @@ def export_images(
     try:
         selected, left_out = _select(inventory, rows, had)
         if selected.rows:
-            with _whole(target, files or Files()) as stream:
+            with _whole(target, files or Files()) as file, (write_zstd if zstd else nullcontext)(file) as stream:
                 _Writer(target, stream, inventory.root, advance).write(selected)
     except OSError as error:
         raise ExportFailed(f"{target}: {error.strerror or error}") from error

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+import zstandard
+
+from ociregistry.archives.compression import damage
 from ociregistry.manifests import LARGEST_MANIFEST
 
 _LONGEST_LINE = 1000
@@ -58,6 +61,8 @@ def reading(path: Path, member: str = "") -> Iterator[None]:
         raise ArchiveInvalid(path, error.strerror or str(error), member) from error
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ArchiveInvalid(path, f"it is cut off or damaged: {error}", member) from error
+    except zstandard.ZstdError as error:
+        raise ArchiveInvalid(path, damage(error), member) from error
     except (ValueError, LookupError, RecursionError) as error:
         # tarfile raises these for invalid numbers and texts.
         raise ArchiveInvalid(path, f"it is damaged: {error}", member) from error

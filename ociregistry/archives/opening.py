@@ -93,9 +93,9 @@ _PARTS = frozenset({"blobs", "fat", "img", "lts"})
 
 
 def open_archive(path: Path) -> Archive | None:
-    """Open the archive `path`: a folder, or a tar (plain, or compressed by gzip, bzip2 or xz); None if it is neither.
+    """Open the archive `path`: a folder, or a tar; None if it is neither.
 
-    Blocks; a compressed tar is read completely once.
+    A tar is plain, or compressed by gzip, bzip2, xz or zstd. Blocks; a compressed tar is read completely once.
 
     Raises:
         ArchiveInvalid: it does not exist, cannot be read, or is damaged.

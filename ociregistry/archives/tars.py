@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import io
-import lzma
 import posixpath
 import tarfile
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
+from ociregistry.archives.compression import compression_of
 from ociregistry.archives.members import MOST_MEMBERS, ArchiveInvalid, Member, reading
-
-_COMPRESSIONS: Mapping[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
-}
-_ZSTANDARD = b"\x28\xb5\x2f\xfd"
 
 _LARGEST_HEADER = 64 * 1024
 """Bytes of one read of a header, at most."""
@@ -74,13 +64,14 @@ def read_tar(path: Path, closing: ExitStack) -> dict[str, Member] | None:
         file: BinaryIO = closing.enter_context(path.open("rb"))
         start = file.read(tarfile.BLOCKSIZE)
         file.seek(0)
-        if start.startswith(_ZSTANDARD):
-            raise ArchiveInvalid(path, "it is compressed by zstd, which is not supported: decompress it first")
-        decompress = next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
-        if decompress is None:
+        compression = compression_of(start)
+        if compression is None:
             return _Scan(path, file, 0).members() if _is_header(start) else None
-        file = closing.enter_context(decompress(file))
-        if not _is_header(file.read(tarfile.BLOCKSIZE)):
+        file = closing.enter_context(compression.open(file))
+        start = file.read(tarfile.BLOCKSIZE)
+        if len(start) < tarfile.BLOCKSIZE:
+            raise ArchiveInvalid(path, "it is compressed, but it is cut off or not a tar")
+        if not _is_header(start):
             raise ArchiveInvalid(path, "it is compressed, but it is not a tar")
         return _Scan(path, file, _KEPT_IN_ALL).members()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
 from pathlib import Path
 
 from twisted.python import usage
@@ -29,6 +30,7 @@ class Export(Command):
         ["pattern", None, None, "Image URLs in which one of these regular expressions is found, commas between."],
         ["output", "o", None, "The archive to write, such as images.tar."],
         ["since", None, None, "An earlier export, whose blobs are left out."],
+        ["compress", None, None, "Compress the archive: zstd."],
     ]
 
     def postOptions(self) -> None:
@@ -43,6 +45,8 @@ class Export(Command):
         self.patterns = patterns
         self.target = Path(self["output"]).absolute()
         self.since = Path(self["since"]).absolute() if self["since"] else None
+        if self["compress"] not in (None, "zstd"):
+            raise usage.UsageError(f"--compress {self['compress']!r}: zstd is expected")
         if self.since is not None and self.since.resolve() == self.target.resolve():
             raise usage.UsageError("-o and --since are the same file: the earlier export would be lost")
 
@@ -72,10 +76,11 @@ class Export(Command):
         return 1 if exported.left_out else 0
 
     def _export(self, inventory: Inventory, rows: list[Row]) -> Exported:
+        export = partial(export_images, inventory, rows, self.target, since=self.since, zstd=bool(self["compress"]))
         if not on_terminal():
-            return export_images(inventory, rows, self.target, since=self.since)
+            return export()
         with bar("exporting") as shown:
-            return export_images(inventory, rows, self.target, since=self.since, advance=shown.update)
+            return export(advance=shown.update)
 
 
 def _told(exported: Exported, target: Path) -> str:

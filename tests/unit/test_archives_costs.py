@@ -35,7 +35,7 @@ def bytes_read() -> int:
 
 
 @pytest.mark.parametrize("kind", ["layout", "docker save"])
-@pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
 @on_reactor
 async def test_compressed_tar_is_read_in_one_pass(store: Store, tmp_path: Path, compression: str, kind: str) -> None:
     many = make_image("many", layers=12, layer_size=300_000)

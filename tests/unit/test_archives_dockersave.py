@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from ociregistry.manifests import OCI_MANIFEST
 from tests.images import Image, digest_of, make_image
@@ -154,6 +155,29 @@ def test_truncated_layer_is_refused(tmp_path: Path) -> None:
     error = invalid(write_tar(tmp_path / "a.tar", {**files, name: files[name][:-100]}))
     assert error.startswith("it is cut off")
     assert error.endswith(name)
+
+
+@pytest.mark.parametrize("cut", [0, 5])
+def test_zstd_layer(tmp_path: Path, cut: int) -> None:
+    """As BuildKit writes them; it has the media type that nodes decompress it by."""
+    files = {
+        name: zstandard.compress(data) if name.endswith("layer.tar") else data
+        for name, data in docker_saved(IMAGE, "nginx:1.25").items()
+    }
+    layers = [name for name in files if name.endswith("layer.tar")]
+    files[layers[0]] = files[layers[0]][: len(files[layers[0]]) - cut]
+    path = write_tar(tmp_path / "a.tar", files)
+    if cut:
+        assert "it does not have the digest" in invalid(path)
+        return
+    assert generated_manifest(path)["layers"] == [
+        {
+            "mediaType": "application/vnd.oci.image.layer.v1.tar+zstd",
+            "digest": digest_of(files[name]),
+            "size": len(files[name]),
+        }
+        for name in layers
+    ]
 
 
 def test_layer_of_several_gzip_members(tmp_path: Path) -> None:

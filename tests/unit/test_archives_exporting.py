@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveInvalid
@@ -71,6 +72,21 @@ async def test_export_import_round_trip(store: Store, root: Path, source: Path, 
     }
     export(root, tmp_path / "again.tar")
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "out.tar").read_bytes()
+
+
+@on_reactor
+async def test_compressed_export_import_round_trip(store: Store, root: Path, source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "out.tar")
+    for name in ("out.tar.zst", "again.tar.zst"):
+        export(source, tmp_path / name, zstd=True)
+    packed = (tmp_path / "out.tar.zst").read_bytes()
+    assert packed == (tmp_path / "again.tar.zst").read_bytes()
+    with zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
+        assert unpacked.read() == (tmp_path / "out.tar").read_bytes()
+    since = export(source, tmp_path / "since.tar", "nginx:", since=tmp_path / "out.tar.zst")
+    assert (since.blobs, since.had) == (0, 3)
+    assert [outcome.ended for outcome in await load(store, tmp_path / "out.tar.zst")] == [LoadStatus.LOADED] * 6
+    assert rows(root) == rows(source)
 
 
 def test_export_layout(source: Path, tmp_path: Path) -> None:

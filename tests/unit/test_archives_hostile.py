@@ -7,10 +7,12 @@ import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from ociregistry.archives import opening as folders
 from ociregistry.archives import tars
@@ -186,3 +188,30 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
     more[148:156] = b"%06o\0 " % sum(more)
     (tmp_path / "b.tar").write_bytes(more)
     assert "damaged" in refused(tmp_path / "b.tar")
+
+
+def test_large_zstd_window_is_refused(tmp_path: Path) -> None:
+    """`zstd --long=31` asks whoever reads it for 2 GiB."""
+    header = io.BytesIO()
+    parameters = zstandard.ZstdCompressionParameters(window_log=28)
+    with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(header, closefd=False) as writer:
+        writer.write(bytes(1024))
+    (tmp_path / "a.tar").write_bytes(header.getvalue())
+    assert refused(tmp_path / "a.tar") == (
+        "its zstd window is larger than 128 MiB, which takes too much memory: compress it with --long=27 or without "
+        "--long"
+    )
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_decompression_bomb_takes_no_memory(tmp_path: Path, compression: str) -> None:
+    """One member of 300 MB of zeros; the file has a few hundred kB, or less."""
+    path = write_tar(tmp_path / "a.tar", {"bomb": bytes(300_000_000)}, compression)
+    assert path.stat().st_size < 500_000
+    tracemalloc.start()
+    try:
+        with opened(path) as archive:
+            assert sum(map(len, archive.members["bomb"].pieces())) == 300_000_000
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()

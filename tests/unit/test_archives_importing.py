@@ -59,7 +59,7 @@ async def holds(store: Store, *images: Image | Index) -> bool:
     return True
 
 
-@pytest.mark.parametrize("compression", ["", "gz", "xz"])
+@pytest.mark.parametrize("compression", ["", "gz", "xz", "zst"])
 @pytest.mark.parametrize("what", [IMAGE, INDEX, make_image("docker", docker=True)])
 @on_reactor
 async def test_second_import_reports_present(

@@ -254,6 +254,12 @@ def test_export_paths_are_absolute(
         assert expressions(command) == ["curl", "^quay"]
 
 
+def test_export_compress_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
+    export = ("export", "-o", "a", "--pattern", "x")
+    assert made(capfd, ran, *export, "--compress", "zstd").command["compress"] == "zstd"
+    assert "--compress 'gzip': zstd is expected" in usage_error(capfd, *export, "--compress", "gzip")
+
+
 def test_verify_repair_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv, repairs in ((("verify",), False), (("verify", "--repair"), True)):
         command = made(capfd, ran, *argv).command

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from twisted.internet.threads import deferToThreadPool
 
 from ociregistry.archives.contents import Contents
@@ -40,6 +41,7 @@ _COMPRESS: Mapping[str, Callable[[bytes], bytes]] = {
     "gz": lambda data: gzip.compress(data, mtime=0),
     "bz2": bz2.compress,
     "xz": lzma.compress,
+    "zst": zstandard.ZstdCompressor(write_checksum=True).compress,
 }
 
 
@@ -137,7 +139,7 @@ def kept(image: Image | Index, urls: Mapping[str, Dates]) -> bytes:
 
 
 def write_tar(path: Path, files: Files, compression: str = "", links: Mapping[str, tuple[bytes, str]] = {}) -> Path:
-    """Write a tar of the files and of `links`: name -> (type, target); `compression` is gz, bz2 or xz."""
+    """Write a tar of the files and of `links`: name -> (type, target); `compression` is gz, bz2, xz or zst."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as tar:
         for name, (kind, target) in links.items():
