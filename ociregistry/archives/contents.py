@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ociregistry.archives.members import Archive, Member
+from ociregistry.archives.members import Archive, GivenName, Member
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
-from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Upstream
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Tag, Upstream
+from ociregistry.pullthrough.loader import USUAL_TAG, LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
 
@@ -21,6 +21,18 @@ class NamedImage:
     manifest: Digest
     dates: Dates | None = None
     """The dates in the archive; None if it has none."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnnamedImage:
+    """An image in an archive that does not say what it is called; `why` says so to the operator."""
+
+    manifest: Digest
+    why: str
+    tag: Tag | None = None
+    """The tag that the archive tells without a repository, as oras does."""
     notes: tuple[str, ...] = ()
     """Remarks for the operator."""
 
@@ -98,20 +110,29 @@ def gather(
     blobs: Mapping[Digest, Member],
     failed: Iterable[Outcome] = (),
     metadata: Iterable[Digest] = (),
+    unnamed: Sequence[UnnamedImage] = (),
 ) -> Contents:
-    """Return the contents of `archive`, after resolving names that refer to several manifests.
+    """Return the contents of `archive`, after naming images, and resolving names that refer to several manifests.
 
+    The images that are `unnamed` get the name that is given to the archive; without one they fail.
     Of several manifests for one tag, the one that was confirmed last gets it and the others are known only by
     digest; without dates, the name fails.
 
     Raises:
-        ArchiveInvalid: there is no image in the archive.
+        ArchiveInvalid: there is no image in the archive, or none that the given name is for.
     """
+    given = archive.name
+    if given is not None and not unnamed:
+        raise archive.invalid("its images have names of their own: --name is for those without")
+    if given is not None and given.reference is not None and len(unnamed) > 1:
+        raise archive.invalid(f"{len(unnamed)} images in it have no name: give --name without a tag, for all of them")
     meanings: dict[str, dict[Digest, NamedImage]] = {}
-    for one in named:
+    for one in (*named, *(_name(unnamed, given) if given is not None else ())):
         meanings.setdefault(str(one.image), {}).setdefault(one.manifest, one)
     images: dict[str, NamedImage] = {}
     failures = list(failed)
+    if given is None:
+        failures += [_nameless(archive, one) for one in unnamed]
     for name, claims in meanings.items():
         wrong = _contradiction(claims)
         if wrong:
@@ -129,6 +150,19 @@ def gather(
     return Contents(
         tuple(images.values()), manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots
     )
+
+
+def _name(unnamed: Sequence[UnnamedImage], given: GivenName) -> Iterator[NamedImage]:
+    """Name these images: of several, those without a tag are known by their digests."""
+    for one in unnamed:
+        usual = USUAL_TAG if len(unnamed) == 1 else one.manifest
+        image = ImageReference(given.repository, given.reference or one.tag or usual)
+        yield NamedImage(image, one.manifest, notes=one.notes)
+
+
+def _nameless(archive: Archive, image: UnnamedImage) -> Outcome:
+    told = f"{image.why}: give it its name, such as --name docker.io/library/nginx:1.25"
+    return Outcome(f"{archive.path}: {image.manifest}", LoadStatus.FAILED, told)
 
 
 def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:

@@ -16,17 +16,15 @@ from functools import partial
 from typing import Any
 
 from ociregistry.archives.compression import GZIP, LONGEST_MAGIC, ZSTD, compression_of
-from ociregistry.archives.contents import Contents, NamedImage, gather, parse_name
+from ociregistry.archives.contents import Contents, NamedImage, UnnamedImage, gather, parse_name
 from ociregistry.archives.members import PIECE, Archive, Member, parse_json, reading
 from ociregistry.manifests import OCI_MANIFEST, Descriptor, Manifest
 from ociregistry.names import Digest
-from ociregistry.pullthrough.loader import LoadStatus, Outcome
 
 DOCKER_INDEX = "manifest.json"
 
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
-_NAMELESS = "the archive does not say what image this is: give docker save its name and tag, not its id"
 _NOTE = "its digest is not the registry's, as docker save does not keep the registry's manifest"
 
 
@@ -83,7 +81,7 @@ def read_docker_archive(archive: Archive) -> Contents:
     saved = read_docker_index(archive)
     layers = _layers({_member(archive, name) for one in saved for name in one.layers})
     named: list[NamedImage] = []
-    failed: list[Outcome] = []
+    unnamed: list[UnnamedImage] = []
     manifests: dict[Digest, Manifest] = {}
     blobs = {layer.descriptor.digest: member for member, layer in layers.items()}
     for one in saved:
@@ -98,8 +96,9 @@ def read_docker_archive(archive: Archive) -> Contents:
         images = [image for tag in one.tags if (image := parse_name(tag)) is not None]
         named += [NamedImage(image, manifest.digest, notes=(_NOTE,)) for image in images]
         if not images:
-            failed.append(Outcome(f"{archive.path}: {digest}", LoadStatus.FAILED, _NAMELESS))
-    return gather(archive, named, manifests, blobs, failed)
+            why = f"docker save was given its id, {digest}, not its name"
+            unnamed.append(UnnamedImage(manifest.digest, why, notes=(_NOTE,)))
+    return gather(archive, named, manifests, blobs, unnamed=unnamed)
 
 
 def _member(archive: Archive, name: str) -> Member:

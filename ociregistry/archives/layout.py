@@ -9,12 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ociregistry.archives.contents import Contents, NamedImage, gather, parse_manifest, parse_name, parse_whole_name
+from ociregistry.archives.contents import (
+    Contents,
+    NamedImage,
+    UnnamedImage,
+    gather,
+    parse_manifest,
+    parse_name,
+    parse_whole_name,
+)
 from ociregistry.archives.dockersave import DOCKER_INDEX, SavedImage, read_docker_index
 from ociregistry.archives.members import Archive, Member
-from ociregistry.errors import DigestInvalid
+from ociregistry.errors import DigestInvalid, ManifestUnknown
 from ociregistry.manifests import MEDIA_TYPES, Descriptor, Manifest, ManifestInvalid
-from ociregistry.names import Digest, ImageReference
+from ociregistry.names import Digest, ImageReference, Tag
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
@@ -49,18 +57,21 @@ def read_layout(archive: Archive) -> Contents:
     manifests = _manifests(archive, blobs, (entry.descriptor for entry in entries))
     saved = read_docker_index(archive) if DOCKER_INDEX in archive.members else []
     named: list[NamedImage] = []
+    unnamed: list[UnnamedImage] = []
     failed: list[Outcome] = []
     for entry in entries:
         root = manifests.get(entry.descriptor.digest)
-        images = _images(entry, root, manifests, saved) if root else []
-        if not images:
-            why = _how_to_name(archive) if root else _why_not(entry.descriptor)
+        if root is None:
+            why = _why_not(entry.descriptor)
             failed.append(Outcome(f"{archive.path}: {entry.descriptor.digest}", LoadStatus.FAILED, why))
             continue
+        images = _images(entry, root, manifests, saved)
+        if not images:
+            unnamed.append(_unnamed(entry))
         dates = _dates(entry.annotations, index)
         named += [NamedImage(image, entry.descriptor.digest, dates) for image in images]
     metadata = frozenset(digest for entry in entries for digest in _metadata(entry))
-    return gather(archive, named, manifests, blobs, failed, metadata)
+    return gather(archive, named, manifests, blobs, failed, metadata, unnamed)
 
 
 def blob_name(digest: Digest) -> str:
@@ -155,8 +166,11 @@ def _why_not(descriptor: Descriptor) -> str:
     return f"not an image but {descriptor.media_type[:100]!r}"
 
 
-def _how_to_name(archive: Archive) -> str:
-    return (
-        "the archive does not say what image this is; give it its name when you make it, such as "
-        f"skopeo copy … oci-archive:{archive.path.name}:docker.io/library/nginx:1.25"
-    )
+def _unnamed(entry: _Entry) -> UnnamedImage:
+    told = entry.annotations.get(REF_NAME)
+    try:
+        tag = Tag.parse(told) if isinstance(told, str) else None
+    except ManifestUnknown:
+        tag = None
+    why = f"the archive tells its tag, {tag}, alone" if tag else "the archive does not say what image this is"
+    return UnnamedImage(entry.descriptor.digest, why, tag)

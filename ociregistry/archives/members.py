@@ -16,7 +16,10 @@ from typing import Any, BinaryIO, Self
 import zstandard
 
 from ociregistry.archives.compression import damage
+from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST
+from ociregistry.names import Reference, Repository
+from ociregistry.pullthrough.loader import parse_image
 
 _LONGEST_LINE = 1000
 """Characters of a name or an error message, at most."""
@@ -118,15 +121,41 @@ class Member:
         return ArchiveInvalid(self.archive, why, self.name)
 
 
+@dataclass(frozen=True, slots=True)
+class GivenName:
+    """The name that the operator gives to the images of an archive that have none."""
+
+    repository: Repository
+    reference: Reference | None
+    """None for the tag that the archive tells, else `latest`."""
+
+    @classmethod
+    def parse(cls, text: str) -> GivenName:
+        """Parse a name such as `nginx:1.25`, as Docker does.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        try:
+            image = parse_image(text)
+        except RegistryError as error:
+            raise ValueError(error.message) from None
+        is_whole = "@" in text or ":" in text.rpartition("/")[2]
+        return cls(image.repository, image.reference if is_whole else None)
+
+
 class Archive:
     """The files in a tar or a folder, by name; a context manager that closes it.
 
     Nothing is unpacked: the name of a member never becomes a path on disk.
     """
 
-    def __init__(self, path: Path, members: Mapping[str, Member], closing: ExitStack) -> None:
+    def __init__(
+        self, path: Path, members: Mapping[str, Member], closing: ExitStack, name: GivenName | None = None
+    ) -> None:
         self.path = path
         self.members = members
+        self.name = name
         self._closing = closing
         self._metadata = 0
 

@@ -14,7 +14,8 @@ from ociregistry.archives.contents import Contents
 from ociregistry.archives.dockersave import DOCKER_INDEX, read_docker_archive
 from ociregistry.archives.imagefolder import is_image_folder, read_image_folder
 from ociregistry.archives.layout import INDEX, MARK, read_layout
-from ociregistry.archives.members import MOST_MEMBERS, Archive, ArchiveInvalid, Member, reading
+from ociregistry.archives.members import MOST_MEMBERS, Archive, ArchiveInvalid, GivenName, Member, reading
+from ociregistry.archives.skopeodir import is_skopeo_dir, read_skopeo_dir
 from ociregistry.archives.tars import read_tar
 
 _NOT_OURS = frozenset({"lost+found"})
@@ -78,13 +79,15 @@ def read_contents(archive: Archive) -> Contents:
     """
     if archive.members.keys() >= {MARK, INDEX}:
         return read_layout(archive)
+    if is_skopeo_dir(archive):
+        return read_skopeo_dir(archive)
     if DOCKER_INDEX in archive.members:
         return read_docker_archive(archive)
     if is_image_folder(archive):
         return read_image_folder(archive)
     raise archive.invalid(
         "not an image archive: neither an OCI layout (oci-layout and index.json), nor what docker save writes "
-        "(manifest.json), nor an image folder (fat/ and img/)"
+        "(manifest.json), nor skopeo's dir: (version and manifest.json), nor an image folder (fat/ and img/)"
     )
 
 
@@ -92,10 +95,11 @@ _PARTS = frozenset({"blobs", "fat", "img", "lts"})
 """Folders that belong to an archive, and are not its enclosing folder even if nothing else is in it."""
 
 
-def open_archive(path: Path) -> Archive | None:
+def open_archive(path: Path, name: GivenName | None = None) -> Archive | None:
     """Open the archive `path`: a folder, or a tar; None if it is neither.
 
-    A tar is plain, or compressed by gzip, bzip2, xz or zstd. Blocks; a compressed tar is read completely once.
+    `name` is for the images in it that have none. A tar is plain, or compressed by gzip, bzip2, xz or zstd. Blocks; a
+    compressed tar is read completely once.
 
     Raises:
         ArchiveInvalid: it does not exist, cannot be read, or is damaged.
@@ -107,7 +111,7 @@ def open_archive(path: Path) -> Archive | None:
         members = read_folder(path) if path.is_dir() else read_tar(path, opening)
         if members is None:
             return None
-        return Archive(path, _without_top(members), opening.pop_all())
+        return Archive(path, _without_top(members), opening.pop_all(), name)
 
 
 def _without_top(members: Mapping[str, Member]) -> Mapping[str, Member]:

@@ -13,7 +13,7 @@ from twisted.internet.threads import deferToThread
 from twisted.python import usage
 
 from ociregistry.archives.importing import Importer
-from ociregistry.archives.members import Archive, ArchiveFailure
+from ociregistry.archives.members import Archive, ArchiveFailure, GivenName
 from ociregistry.archives.opening import open_archive
 from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_store
 from ociregistry.commands.options import Command, CommandFailed, print_lines
@@ -33,10 +33,13 @@ class Load(Command):
     """The options of `load`."""
 
     synopsis = "[options] FILE..."
+    optParameters = [
+        ["name", None, None, "The name of the image in an archive that does not tell it, such as nginx:1.25."],
+    ]
     longdesc = (
         "Brings images into the store. A FILE is a list of images, one reference a line (`#` begins a "
-        "comment), or an archive: what docker save, ctr images export, skopeo or export wrote, an OCI layout, or an "
-        "image folder."
+        "comment), or an archive: what docker save, ctr images export, skopeo, oras or export wrote, an OCI "
+        "layout, or an image folder."
     )
 
     def parseArgs(self, *files: str) -> None:
@@ -48,6 +51,16 @@ class Load(Command):
         if not files or "" in files:
             raise usage.UsageError("load needs a FILE: a list of images, or an archive")
         self.files = [Path(file).absolute() for file in files]
+
+    def postOptions(self) -> None:
+        """Parse the values of the options.
+
+        Raises:
+            usage.UsageError: --name is invalid, or several files are given with it.
+        """
+        self.name = self.value("name", GivenName.parse)
+        if self.name is not None and len(self.files) > 1:
+            raise usage.UsageError("--name is the name of one image: give one FILE with it")
 
     def run(self, settings: Settings) -> int:
         """Load all files; the exit status is 1 if an image or an archive failed.
@@ -74,12 +87,17 @@ class Load(Command):
         return 1 if failed or self.refused else 0
 
     def _read(self, opened: ExitStack) -> tuple[list[Archive], list[ImageReference]]:
+        """Open the archives and read the image lists.
+
+        Raises:
+            CommandFailed: a file cannot be read, or an image list is invalid or does not go with the options.
+        """
         archives: list[Archive] = []
         images: dict[ImageReference, None] = {}
         errors: list[str] = []
         for file in self.files:
             try:
-                archive = open_archive(file)
+                archive = open_archive(file, self.name)
                 listed = read_image_list(file) if archive is None else None
             except ArchiveFailure as error:
                 self.refused.append(str(error))
@@ -88,7 +106,9 @@ class Load(Command):
                 raise CommandFailed(f"{file}: cannot be read: {error.strerror}") from None
             if archive is not None:
                 archives.append(opened.enter_context(archive))
-            if listed is not None:
+            if listed is not None and self.name is not None:
+                errors.append(f"{file}: is an image list, which has the names: --name is for an archive")
+            elif listed is not None:
                 images |= dict.fromkeys(listed.images)
                 errors += listed.errors
         if errors:

@@ -93,7 +93,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in LoadStatus)
 
 
-_USUAL_TAG = "latest"
+USUAL_TAG = Tag("latest")
+"""The tag of an image reference without one."""
 _LARGEST = 16 * 1024 * 1024
 """Bytes of an image list, at most; a larger file is not an image list."""
 
@@ -150,7 +151,7 @@ def parse_image(text: str) -> ImageReference:
         if at:
             name = name.rpartition(":")[0]
     elif not at:
-        name = f"{name}:{_USUAL_TAG}"
+        name = f"{name}:{USUAL_TAG}"
     return ImageReference.parse(name + at + digest, Upstream(DOCKER_HUB))
 
 

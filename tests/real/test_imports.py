@@ -125,16 +125,34 @@ def test_an_oci_layout_of_skopeo(
 def test_a_layout_that_does_not_say_what_the_image_is(
     registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, name: str
 ) -> None:
-    """The line says how to name it; nothing is left in the store."""
+    """The line says how to name it, and nothing is left in the store; with the name it is loaded."""
     registry.push("team/image", IMAGE, "v1")
     target = tmp_path / "layout"
     skopeo(f"{registry.host}/team/image:v1", f"oci:{target}{name}")
     printed, complaints = there.failed("load", str(target))
     assert len(printed) == 2
     assert printed[0].startswith("failed: ")
-    assert "the archive does not say what image this is" in printed[0]
+    assert printed[0].endswith(": give it its name, such as --name docker.io/library/nginx:1.25")
     assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
     assert there.leftovers == set()
+    ref = f"{registry.host}/team/image"
+    there.done("load", str(target), "--name", ref if name else f"{ref}:v1")
+    assert there.meanings == {f"{ref}:v1": IMAGE.manifest.digest}
+
+
+@pytest.mark.parametrize("what", [IMAGE, INDEX], ids=["image", "index"])
+def test_skopeos_dir_is_loaded_with_a_name(
+    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, what: Image | Index
+) -> None:
+    registry.push("team/image", what, "v1")
+    target, ref = tmp_path / "dir", f"{registry.host}/team/image:v1"
+    skopeo(ref, f"dir:{target}", "--all")
+    printed, _ = there.failed("load", str(target))
+    assert "what skopeo's dir: writes does not say what image it is" in printed[0]
+    there.done("load", str(target), "--name", ref)
+    assert there.meanings[ref] == what.manifest.digest
+    (columns,) = (columns for columns in there.long_list if columns[0] == ref)
+    assert columns[-1] == "complete"
 
 
 def test_what_docker_save_writes(

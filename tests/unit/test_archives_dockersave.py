@@ -120,9 +120,18 @@ def test_missing_member_is_refused(tmp_path: Path, missing: str) -> None:
 
 def test_image_without_tags(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", docker_saved(IMAGE))
-    (failure,) = contents(path).failed
-    assert failure.name == f"{path}: {IMAGE.config.digest}"
-    assert "docker save" in failure.why
+    found = contents(path)
+    (failure,) = found.failed
+    assert failure.name == f"{path}: {next(iter(found.manifests))}"
+    assert failure.why == (
+        f"docker save was given its id, {IMAGE.config.digest}, not its name: give it its name, such as --name "
+        "docker.io/library/nginx:1.25"
+    )
+    given = contents(path, "nginx:1.25")
+    assert given.failed == ()
+    (image,) = given.images
+    assert str(image.image) == NAME
+    assert "digest is not the registry's" in image.notes[0]
 
 
 def test_config_digest_mismatch_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ociregistry.archives.members import GivenName
 from ociregistry.commands.export import Export
 from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
@@ -90,6 +91,24 @@ def test_load_takes_global_options_before_and_after(
     expected = {"image_path": "/srv", "arch": "amd64", "os": "linux", "pull_timeout": "20000", "concurrent": "50"}
     assert one.settings == load_settings(expected, (), None)
     assert (one.settings.concurrent, one.settings.max_connections) == (50, 100)
+
+
+def test_load_name_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], tmp_path: Path) -> None:
+    command = made(capfd, ran, "load", "a.tar", "--name", "nginx:1.25").command
+    assert isinstance(command, Load)
+    assert command.name == GivenName.parse("docker.io/library/nginx:1.25")
+    for argv, why in (
+        (("a.tar", "b.tar", "--name", "nginx:1.25"), "--name is the name of one image: give one FILE with it"),
+        (("a.tar", "--name", "https://quay.io"), "--name 'https://quay.io': "),
+    ):
+        assert why in usage_error(capfd, "load", *argv)
+
+
+def test_load_name_option_is_refused_with_image_list(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    listed = tmp_path / "images.txt"
+    listed.write_text("nginx:1.25\n")
+    error = usage_error(capfd, "--image-path", tmp_path / "store", "load", listed, "--name", "nginx:1.25")
+    assert f"{listed}: is an image list, which has the names: --name is for an archive" in error
 
 
 def test_load_takes_several_files_and_platforms(

@@ -21,7 +21,7 @@ from twisted.internet.threads import deferToThreadPool
 
 from ociregistry.archives.contents import Contents
 from ociregistry.archives.importing import Importer
-from ociregistry.archives.members import Archive, ArchiveInvalid
+from ociregistry.archives.members import Archive, ArchiveInvalid, GivenName
 from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.pullthrough.loader import NullProgress, Outcome, Progress
 from ociregistry.store.records import Dates, Record
@@ -135,6 +135,17 @@ def kept(image: Image | Index, urls: Mapping[str, Dates]) -> bytes:
     return Record(manifest(image), urls).render()
 
 
+def skopeo_dir(image: Image | Index) -> dict[str, bytes]:
+    """Return the files that `skopeo copy --all … dir:` writes."""
+    children = {one.digest: one.data for one in image.manifests if one is not image.manifest}
+    return {
+        "version": b"Directory Transport Version: 1.1\n",
+        "manifest.json": image.manifest.data,
+        **{f"{hex_of(digest)}.manifest.json": data for digest, data in children.items()},
+        **{hex_of(blob.digest): blob.data for blob in image.blobs},
+    }
+
+
 # Files
 
 
@@ -167,23 +178,23 @@ def write_folder(path: Path, files: Files) -> Path:
     return path
 
 
-def opened(path: Path) -> Archive:
-    """Return the archive opened."""
-    archive = open_archive(path)
+def opened(path: Path, name: str = "") -> Archive:
+    """Return the archive opened, with `name` for images that have none."""
+    archive = open_archive(path, GivenName.parse(name) if name else None)
     assert archive is not None
     return archive
 
 
-def contents(path: Path) -> Contents:
+def contents(path: Path, name: str = "") -> Contents:
     """Return the contents of the archive."""
-    with opened(path) as archive:
+    with opened(path, name) as archive:
         return read_contents(archive)
 
 
-async def load(store: Store, path: Path, progress: Progress | None = None) -> list[Outcome]:
+async def load(store: Store, path: Path, progress: Progress | None = None, name: str = "") -> list[Outcome]:
     """Import the archive into the store."""
     in_thread = partial(deferToThreadPool, REACTOR, REACTOR.getThreadPool())
-    with opened(path) as archive:
+    with opened(path, name) as archive:
         return await Importer(store, in_thread, progress or NullProgress()).bring(archive)
 
 
