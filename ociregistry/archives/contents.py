@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ociregistry.archives.joining import describe, platform_of
 from ociregistry.archives.members import Archive, GivenName, Member
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
@@ -116,7 +117,7 @@ def gather(
 
     The images that are `unnamed` get the name that is given to the archive; without one they fail.
     Of several manifests for one tag, the one that was confirmed last gets it and the others are known only by
-    digest; without dates, the name fails.
+    digest; without dates, the name fails, unless they are images for one platform each.
 
     Raises:
         ArchiveInvalid: there is no image in the archive, or none that the given name is for.
@@ -130,11 +131,15 @@ def gather(
     for one in (*named, *(_name(unnamed, given) if given is not None else ())):
         meanings.setdefault(str(one.image), {}).setdefault(one.manifest, one)
     images: dict[str, NamedImage] = {}
+    of_platforms: list[NamedImage] = []
     failures = list(failed)
     if given is None:
         failures += [_nameless(archive, one) for one in unnamed]
     for name, claims in meanings.items():
         wrong = _contradiction(claims)
+        if len(claims) > 1 and wrong and _are_for_platforms(archive, claims.values(), manifests, blobs):
+            of_platforms += claims.values()
+            continue
         if wrong:
             failures.append(Outcome(name, LoadStatus.FAILED, wrong))
             continue
@@ -143,13 +148,12 @@ def gather(
         for other in others:
             by_digest = replace(other, image=ImageReference(other.image.repository, other.manifest))
             images.setdefault(str(by_digest.image), by_digest)
-    if not images and not failures:
+    all_images = (*images.values(), *of_platforms)
+    if not all_images and not failures:
         raise archive.invalid("there is no image in it")
     # An image with a name of its own is loaded with its layers.
-    roots = {one.manifest for one in images.values()}
-    return Contents(
-        tuple(images.values()), manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots
-    )
+    roots = {one.manifest for one in all_images}
+    return Contents(all_images, manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots)
 
 
 def _name(unnamed: Sequence[UnnamedImage], given: GivenName) -> Iterator[NamedImage]:
@@ -174,6 +178,21 @@ def _contradiction(claims: Mapping[Digest, NamedImage]) -> str:
     if len(claims) > 1 and not all(named.dates for named in claims.values()):
         return f"the archive has {len(claims)} images of this name"
     return ""
+
+
+def _are_for_platforms(
+    archive: Archive,
+    named: Collection[NamedImage],
+    manifests: Mapping[Digest, Manifest],
+    blobs: Mapping[Digest, Member],
+) -> bool:
+    """Tell whether these are images with one tag for one platform each, and no two for the same."""
+    if any(isinstance(one.image.reference, Digest) for one in named):
+        return False
+    images = [manifests[one.manifest] for one in named]
+    configs = [(one, one.config.digest) for one in images if one.config is not None]
+    entries = [describe(one, archive.read(blobs[config])) for one, config in configs if config in blobs]
+    return len({platform_of(entry) for entry in entries if entry is not None}) == len(named)
 
 
 def _last_confirmed(named: NamedImage) -> tuple[float, Digest]:

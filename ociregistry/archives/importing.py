@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ParamSpec, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
 from ociregistry.archives.contents import Contents, NamedImage
+from ociregistry.archives.joining import describe, entries_of, join, platform_of
 from ociregistry.archives.members import Archive, LoadFailed, Member
 from ociregistry.archives.opening import read_contents
-from ociregistry.manifests import Descriptor, Manifest
+from ociregistry.manifests import LARGEST_CONFIG, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
+from ociregistry.platforms import ALL, Platform
 from ociregistry.pullthrough.loader import LoadStatus, Outcome, Progress
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.records import Dates
@@ -49,10 +51,27 @@ class _Load:
         """The name of the image."""
         return str(self.named.image)
 
+    def noting(self, *notes: str) -> _Load:
+        """Return the same work with more remarks for the operator."""
+        return replace(self, named=replace(self.named, notes=(*self.named.notes, *notes)))
+
+    @property
+    def joins(self) -> bool:
+        """Whether this is an image for one platform, which may join those that its tag means already.
+
+        Where the archive tells dates, the name has the meaning that it had in a registry.
+        """
+        by_tag = not isinstance(self.named.image.reference, Digest)
+        return by_tag and self.named.dates is None and not self.manifests[-1].is_list
+
     @property
     def size(self) -> int:
         """The bytes of `to_bring`."""
         return sum(blob.size for blob in self.to_bring)
+
+
+def _names(meant: Manifest, image: Manifest) -> bool:
+    return any(child.digest == image.digest for child in meant.children)
 
 
 class Importer:
@@ -61,10 +80,14 @@ class Importer:
     The process must not download at the same time, since a partial has one writer.
     """
 
-    def __init__(self, store: Store, in_thread: InThread, progress: Progress) -> None:
+    def __init__(
+        self, store: Store, in_thread: InThread, progress: Progress, platforms: Sequence[Platform] = ALL
+    ) -> None:
+        """Import images for these `platforms`; of others in an index, as far as there are, the metadata."""
         self._store = store
         self._in_thread = in_thread
         self._progress = progress
+        self._platforms = platforms
 
     async def bring(self, archive: Archive) -> list[Outcome]:
         """Import all named images of `archive`; return the result for each name.
@@ -95,9 +118,8 @@ class Importer:
                 staged.pop().close()
         dates = {load.named.image: load.named.dates for load in loads}
         for load, was_there in zip(loads, were_there, strict=True):
-            outcome = await self._keep(
-                load, dates, contents.blobs, LoadStatus.PRESENT if was_there else LoadStatus.LOADED
-            )
+            ended = LoadStatus.PRESENT if was_there else LoadStatus.LOADED
+            outcome = await self._keep(await self._joined(load, contents.blobs), dates, contents.blobs, ended)
             outcomes.append(outcome)
             self._progress.ended(outcome)
         return outcomes
@@ -156,9 +178,54 @@ class Importer:
         if load.missing:
             return False
         meant = await self._store.manifest(load.named.image)
-        if meant is None or meant.digest != root.digest:
+        if meant is None:
+            return False
+        if load.joins and _names(meant, root):
+            inner = [root]
+        elif meant.digest != root.digest:
             return False
         return all([await self._store.missing(manifest.digest) is not None for manifest in inner])
+
+    async def _joined(self, load: _Load, blobs: Mapping[Digest, Member]) -> _Load:
+        """Join an image for one platform with what its tag means in the store.
+
+        Images for several platforms become an index that is made here. An image of the same platform is replaced.
+        """
+        image = load.manifests[-1]
+        meant = await self._store.manifest(load.named.image) if load.joins else None
+        if meant is None or meant.digest == image.digest:
+            return load
+        if _names(meant, image):
+            return replace(load, manifests=(image, meant))
+        entry = describe(image, await self._config(image, blobs))
+        entries = entries_of(meant) if meant.is_list else [describe(meant, await self._config(meant, blobs))]
+        known = [one for one in entries if one is not None]
+        if entry is None or not known:
+            return load.noting(f"it takes the name from {meant.digest}")
+        joined = join(known, entry)
+        notes = [f"it replaces {digest} for {platform_of(entry)}" for digest in joined.replaced]
+        if len(joined.platforms) == 1:
+            return load.noting(*notes)
+        notes.append(f"the name means an index of {', '.join(joined.platforms)}, made here: it is not the registry's")
+        return replace(load.noting(*notes), manifests=(image, joined.index))
+
+    async def _config(self, image: Manifest, blobs: Mapping[Digest, Member]) -> bytes:
+        """Read the config of an image from the archive or the store; empty if there is none, or it is too large."""
+        config = image.config
+        if config is None or config.size > LARGEST_CONFIG:
+            return b""
+        if config.digest in blobs:
+            return await self._in_thread(b"".join, blobs[config.digest].pieces())
+        stored = await self._store.blob(config.digest)
+        if stored is None:
+            return b""
+        try:
+            data = b""
+            while len(data) < stored.size:
+                data += await stored.read(len(data), stored.size)
+            return data
+        finally:
+            stored.close()
 
     async def _keep(
         self,

@@ -183,7 +183,7 @@ ALONE = [
     ("--prune kept serve", "one thing at a time"),
     ("--concurrent 0 list", "--concurrent"),
     ("--pull-timeout 1s list", "--pull-timeout"),
-    ("--arch AMD list", "--arch"),
+    ("--arch arm/v7 list", "--arch"),
     ("--platform linux list", "--platform"),
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from tests.client import fetch
 from tests.images import (
@@ -22,7 +23,7 @@ from tests.images import (
     make_image,
     make_index,
 )
-from tests.peers import Containerd, DockerRegistry
+from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.real.carrying import Place, parts_of, pull_offline
 
 Skopeo = Callable[..., None]
@@ -190,6 +191,51 @@ def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
     there.done("load", *map(str, archives))
     assert there.meanings.keys() == {ref, f"{registry.host}/team/app@{DOCKER.manifest.digest}"}
     assert_pulled(there, containerd, {ref: parts_of(NEXT)})
+
+
+@pytest.mark.parametrize("kind", ["docker-archive", "oci-archive"])
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "zstd"])
+def test_archives_for_two_platforms_serve_both(
+    registry: DockerRegistry,
+    containerd: Containerd,
+    skopeo: Skopeo,
+    there: Place,
+    tmp_path: Path,
+    kind: str,
+    compressed: bool,
+) -> None:
+    """As the air-gap files of k3s are, one for each platform: containerd finds the image for each in the index."""
+    ref = f"{registry.host}/team/app:v1"
+    archives: list[Path] = []
+    for image in INDEX.images:
+        registry.push("team/app", image, "v1")
+        archives.append(tmp_path / f"{len(archives)}.tar")
+        skopeo(ref, f"{kind}:{archives[-1]}:{ref}")
+        if compressed:
+            packed = archives[-1].with_suffix(".tar.zst")
+            packed.write_bytes(zstandard.compress(archives[-1].read_bytes()))
+            archives[-1] = packed
+    registry.kill()
+    printed = there.done("load", *map(str, archives))
+    assert "the name means an index of linux/amd64, linux/arm64, made here" in notes_of(printed[1:], ref)
+    assert printed[-1] == "2 loaded, 0 already there, 0 failed"
+    layers = {
+        image.platform: set(json.loads(image.config.data)["rootfs"]["diff_ids"])
+        if kind == "docker-archive"
+        else {layer.digest for layer in image.layers}
+        for image in INDEX.images
+    }
+    with there.daemon("--air-gapped") as daemon:
+        pull_offline(daemon, containerd, ref)
+        hosts = hosts_dir(tmp_path / "certs.d", daemon.url, "_default")
+        for image in INDEX.images:
+            containerd.wipe()
+            done = containerd.pull(ref, hosts, "--platform", image.platform)
+            assert done.returncode == 0, done.stderr
+            held = [layers[one.platform] <= containerd.content for one in INDEX.images]
+            assert held == [one is image for one in INDEX.images]
+    containerd.wipe()
+    assert [line.partition(":")[0] for line in there.done("load", *map(str, archives))[:-1]] == ["already there"] * 2
 
 
 def holder(of: Manifest, url: str) -> bytes:

@@ -139,7 +139,9 @@ async def test_import_moves_tag(store: Store, tmp_path: Path) -> None:
     assert outcome.ended is LoadStatus.LOADED
     assert await store.manifest(image(NAME)) == manifest(IMAGE)
     (outcome,) = await load(store, write_tar(tmp_path / "a.tar", named(OTHER)))
-    assert outcome == Outcome(NAME, LoadStatus.LOADED)
+    assert outcome == Outcome(
+        NAME, LoadStatus.LOADED, notes=(f"it replaces {IMAGE.manifest.digest} for linux/amd64",)
+    )
     assert await store.manifest(image(NAME)) == manifest(OTHER)
 
 

@@ -1,0 +1,81 @@
+"""Indexes that are made here, of images for several platforms that archives bring under one name.
+
+Archives often have one platform each, and the same name. Nodes of both platforms find theirs in the index. The same
+images give the same bytes, in whichever order they come.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
+from ociregistry.names import Digest
+
+Entry = Mapping[str, Any]
+"""A descriptor in an index, as decoded JSON."""
+
+_PLATFORM = ("architecture", "os", "os.version", "os.features", "variant")
+"""Keys that the platform of a descriptor and the config of an image have in common (OCI Image specification)."""
+_SUBJECT = "vnd.docker.reference.digest"
+"""Annotation that BuildKit gives to an attestation in an index: the digest of the image that it is about."""
+
+
+def describe(image: Manifest, config: bytes) -> Entry | None:
+    """Return the descriptor of `image` for an index, with the platform in its `config`; None if that tells none."""
+    try:
+        document = json.loads(config)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or not (document.get("os") and document.get("architecture")):
+        return None
+    platform = {key: document[key] for key in _PLATFORM if document.get(key)}
+    return {"mediaType": image.media_type, "digest": image.digest, "size": image.size, "platform": platform}
+
+
+def entries_of(index: Manifest) -> Sequence[Entry]:
+    """Return the descriptors in `index` as they stand there."""
+    return json.loads(index.data)["manifests"] or ()
+
+
+def platform_of(entry: Entry) -> str:
+    """Return the platform that an entry tells, in one spelling; of Windows with its version."""
+    described = Descriptor.parse(entry).platform
+    told = entry.get("platform")
+    version = told.get("os.version") if isinstance(told, dict) else None
+    return f"{described} {version}" if version else described
+
+
+def _subject(entry: Entry) -> str | None:
+    """Return the image that an attestation is about; None for another entry."""
+    annotations = entry.get("annotations")
+    return annotations.get(_SUBJECT) if isinstance(annotations, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The entries of an index, and the images whose places others have taken."""
+
+    entries: tuple[Entry, ...]
+    replaced: tuple[Digest, ...]
+
+    @property
+    def platforms(self) -> Sequence[str]:
+        """The platforms of the images, sorted."""
+        return sorted({platform_of(entry) for entry in self.entries if _subject(entry) is None})
+
+    @property
+    def index(self) -> Manifest:
+        """The index."""
+        document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": self.entries}
+        return Manifest.parse(json.dumps(document, separators=(",", ":"), sort_keys=True).encode(), OCI_INDEX)
+
+
+def join(entries: Sequence[Entry], new: Entry) -> Joined:
+    """Put `new` among `entries`, in the place of images of the same platform and of what is about them."""
+    replaced = {one["digest"] for one in entries if platform_of(one) == platform_of(new)}
+    kept = [one for one in entries if one["digest"] not in replaced and _subject(one) not in replaced]
+    ordered = sorted([*kept, new], key=lambda one: (platform_of(one), one["digest"]))
+    return Joined(tuple(ordered), tuple(sorted(map(Digest, replaced))))
