@@ -97,13 +97,18 @@ class Options(CommonOptions):
     def _spelled(self) -> Iterator[Command]:
         """Yield the commands that are given as options (the aliases)."""
         if self["load-images"] is not None:
-            yield _parsed(Load(), ["--", self["load-images"]])
+            yield self._parsed(Load(), ["--", self["load-images"]])
         if self["list-cache"]:
-            yield _parsed(List(), [])
+            yield self._parsed(List(), [])
         pruned = [("--pattern", self["prune"]), ("--before", self["prune-before"])]
         given = [word for option, value in pruned if value is not None for word in (option, value)]
         if given:
-            yield _parsed(Prune(), given)
+            yield self._parsed(Prune(), given)
+
+    def _parsed(self, command: Command, words: Sequence[str]) -> Command:
+        command.parent = self
+        command.parseOptions(words)
+        return command
 
     def _make_settings(self) -> None:
         given = [self, self.subOptions] if self.subCommand else [self]
@@ -141,11 +146,6 @@ class Options(CommonOptions):
             where = f": {error.filename}" if error.filename not in (None, root) else ""
             exit_with(f"cannot use the store {root}: {error.strerror or error}{where}", 1)
         raise SystemExit(status)
-
-
-def _parsed(command: Command, words: Sequence[str]) -> Command:
-    command.parseOptions(list(words))
-    return command
 
 
 def makeService(options: Options, reactor: Any = None) -> Service:

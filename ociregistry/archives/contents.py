@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ociregistry.archives.joining import describe, platform_of
+from ociregistry.archives.joining import Entry, describe, platform_of
 from ociregistry.archives.members import Archive, GivenName, Member
 from ociregistry.errors import RegistryError
-from ociregistry.manifests import Descriptor, Manifest, ManifestInvalid
+from ociregistry.manifests import IMAGES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Tag, Upstream
+from ociregistry.platforms import NO_PLATFORM, Platform, chosen
 from ociregistry.pullthrough.loader import USUAL_TAG, LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
@@ -67,6 +68,61 @@ class Contents:
             else:
                 found[path.pop()] = manifest
         return tuple(found.values())
+
+
+def narrow(archive: Archive, contents: Contents, platforms: Sequence[Platform]) -> Contents:
+    """Return the contents of `archive` for these platforms; of an index, the other images come as metadata. Blocks.
+
+    An image that does not tell its platform is taken.
+
+    Raises:
+        ArchiveInvalid: a config cannot be read.
+    """
+    images: list[NamedImage] = []
+    failed: list[Outcome] = []
+    taken: set[Digest] = set()
+    left: set[Digest] = set()
+    children = {child.digest for manifest in contents.manifests.values() for child in manifest.children}
+    for named in contents.images:
+        offered = [one for one in _offered(archive, contents, named.manifest) if one.media_type in IMAGES]
+        selected, found = chosen(offered, platforms)
+        lacking = ", ".join(str(one) for one in platforms if one not in found)
+        if selected:
+            is_index = contents.manifests[named.manifest].is_list
+            in_part = is_index and lacking and all(one.platform for one in selected)
+            notes = (f"the archive has no image for {lacking}",) if in_part else ()
+            images.append(replace(named, notes=(*named.notes, *notes)))
+            taken.update(one.digest for one in selected)
+        # An image that has no name but its digest comes with its index.
+        elif named.manifest not in children or not isinstance(named.image.reference, Digest):
+            there = ", ".join(sorted({one.platform for one in offered} - {NO_PLATFORM})) or "none"
+            why = f"no image for {lacking}; available: {there}"
+            failed.append(Outcome(str(named.image), LoadStatus.FAILED, why))
+        left.update(one.digest for one in offered if one not in selected)
+    return replace(
+        contents,
+        images=tuple(images),
+        failed=(*contents.failed, *failed),
+        metadata=contents.metadata | (left - taken),
+    )
+
+
+def _offered(archive: Archive, contents: Contents, root: Digest) -> Iterator[Descriptor]:
+    """Yield the descriptors of the images below `root` that come with their layers, each with its platform."""
+    tree = contents.tree(root)
+    if tree[-1].is_list:
+        named = (child for one in tree for child in one.children)
+        yield from (one for one in named if one.digest in contents.manifests and one.digest not in contents.metadata)
+        return
+    told = _described(archive, tree[-1], contents.blobs)
+    yield Descriptor.parse(told) if told is not None else Descriptor(root, tree[-1].size, tree[-1].media_type)
+
+
+def _described(archive: Archive, image: Manifest, blobs: Mapping[Digest, Member]) -> Entry | None:
+    """Return the descriptor of an image with its platform; None if its config is not in the archive or tells none."""
+    if image.config is None or image.config.digest not in blobs:
+        return None
+    return describe(image, archive.read(blobs[image.config.digest]))
 
 
 def parse_name(text: object) -> ImageReference | None:
@@ -189,9 +245,7 @@ def _are_for_platforms(
     """Tell whether these are images with one tag for one platform each, and no two for the same."""
     if any(isinstance(one.image.reference, Digest) for one in named):
         return False
-    images = [manifests[one.manifest] for one in named]
-    configs = [(one, one.config.digest) for one in images if one.config is not None]
-    entries = [describe(one, archive.read(blobs[config])) for one, config in configs if config in blobs]
+    entries = [_described(archive, manifests[one.manifest], blobs) for one in named]
     return len({platform_of(entry) for entry in entries if entry is not None}) == len(named)
 
 

@@ -9,7 +9,7 @@ from typing import ParamSpec, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred
 
-from ociregistry.archives.contents import Contents, NamedImage
+from ociregistry.archives.contents import Contents, NamedImage, narrow
 from ociregistry.archives.joining import describe, entries_of, join, platform_of
 from ociregistry.archives.members import Archive, LoadFailed, Member
 from ociregistry.archives.opening import read_contents
@@ -97,6 +97,8 @@ class Importer:
             LoadFailed: the disk is full or failed; no image name then refers to incomplete content.
         """
         contents = await self._in_thread(read_contents, archive)
+        if self._platforms:
+            contents = await self._in_thread(narrow, archive, contents, self._platforms)
         try:
             return await self._bring(contents)
         except OSError as error:

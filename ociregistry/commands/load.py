@@ -20,6 +20,7 @@ from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_to_end
 from ociregistry.names import ImageReference
+from ociregistry.platforms import ALL, Platform
 from ociregistry.process import complain
 from ociregistry.pullthrough.loader import Loader, LoadStatus, Outcome, Progress, read_image_list, summary
 from ociregistry.settings import Settings
@@ -56,8 +57,10 @@ class Load(Command):
         """Parse the values of the options.
 
         Raises:
-            usage.UsageError: --name is invalid, or several files are given with it.
+            usage.UsageError: --name is invalid, or options that mean nothing together are given.
         """
+        if self.is_given("platform") and self.is_given("os", "arch"):
+            raise usage.UsageError("--platform has the system and the architecture: give it without --os and --arch")
         self.name = self.value("name", GivenName.parse)
         if self.name is not None and len(self.files) > 1:
             raise usage.UsageError("--name is the name of one image: give one FILE with it")
@@ -75,7 +78,9 @@ class Load(Command):
             archives, images = self._read(opened)
             if archives or images:
                 become_owner(settings.image_path)
-                work = partial(_load, archives, images, self.refused, settings)
+                # An archive is loaded whole, unless this command line names platforms.
+                platforms = settings.platform if self.is_given("platform", "os", "arch") else ALL
+                work = partial(_load, archives, images, platforms, self.refused, settings)
                 outcomes = run_to_end(work, settings.log_level)
         for refused in self.refused:
             complain(refused)
@@ -111,6 +116,8 @@ class Load(Command):
             elif listed is not None:
                 images |= dict.fromkeys(listed.images)
                 errors += listed.errors
+        if archives and not images and self.is_given("with-signatures"):
+            errors.append("--with-signatures is for image lists: an archive brings the signatures that are in it")
         if errors:
             *others, last = errors
             for other in others:
@@ -126,11 +133,12 @@ def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> D
 async def _load(
     archives: Sequence[Archive],
     images: Sequence[ImageReference],
+    platforms: Sequence[Platform],
     refused: list[str],
     settings: Settings,
     reactor: Any,
 ) -> list[Outcome]:
-    """Load archives, then images, and return the outcome of each image.
+    """Load archives for `platforms`, then images, and return the outcome of each image.
 
     Errors of archives that cannot be used at all are appended to `refused`.
     """
@@ -139,7 +147,7 @@ async def _load(
         async with opened_store(settings, reactor, adopts=not daemon_runs(settings)) as store:
             for archive in archives:
                 try:
-                    outcomes += await Importer(store, _in_thread, progress).bring(archive)
+                    outcomes += await Importer(store, _in_thread, progress, platforms).bring(archive)
                 except ArchiveFailure as error:
                     refused.append(str(error))
             if images:

@@ -89,6 +89,11 @@ class Command(CommonOptions):
         """
         raise NotImplementedError
 
+    def is_given(self, *names: str) -> bool:
+        """Tell whether one of these options is on the command line, before the name of the command or after it."""
+        both = [self] if self.parent is None else [self, self.parent]
+        return any(options[name] not in (None, 0) for options in both for name in names)
+
     def value(self, name: str, parse: Callable[[str], T]) -> T | None:
         """Parse the value of the option `name`; return None if it is not given.
 

@@ -193,6 +193,30 @@ def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
     assert_pulled(there, containerd, {ref: parts_of(NEXT)})
 
 
+def test_a_platform_of_an_archive_of_several(
+    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path
+) -> None:
+    """Named before or after the command; without, the whole archive is loaded, for whatever machine this is."""
+    ref, archive = f"{registry.host}/team/index:v1", tmp_path / "index.tar"
+    registry.push("team/index", INDEX, "v1")
+    skopeo(ref, f"oci-archive:{archive}:{ref}", "--all", "--preserve-digests")
+    registry.kill()
+
+    def platforms() -> str:
+        (columns,) = (columns for columns in there.long_list if columns[0] == ref)
+        return columns[-2]
+
+    there.done("load", "--platform", "linux/aarch64", str(archive))
+    assert platforms() == "linux/arm64"
+    there.done("--arch", "amd64", "--os", "linux", "load", str(archive))
+    assert platforms() == "linux/amd64,linux/arm64"
+    other = Place(tmp_path / "other")
+    other.done("load", str(archive))
+    assert [columns[-2] for columns in other.long_list if columns[0] == ref] == ["linux/amd64,linux/arm64"]
+    printed, _ = other.failed("load", str(archive), "--platform", "linux/s390x")
+    assert printed[0] == f"failed: {ref}: no image for linux/s390x; available: linux/amd64, linux/arm64"
+
+
 @pytest.mark.parametrize("kind", ["docker-archive", "oci-archive"])
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "zstd"])
 def test_archives_for_two_platforms_serve_both(

@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 import ociregistry.commands.load
 from ociregistry.commands.load import _load
 from ociregistry.errors import ManifestUnknown, Unavailable
+from ociregistry.platforms import ALL
 from ociregistry.pullthrough.loader import Loader, LoadStatus
 from ociregistry.settings import Settings, load_settings
 from ociregistry.store.index import Inventory
@@ -171,7 +172,7 @@ class Loading:
         """Return stderr of a successful run."""
         settings = replace(load_settings({"image_path": str(self._root)}, (), None), platform=(AMD64,), **changed)
         refused: list[str] = []
-        loading = _load([], [image(APP)], refused, settings, REACTOR)
+        loading = _load([], [image(APP)], ALL, refused, settings, REACTOR)
         (outcome,) = await Deferred.fromCoroutine(loading)
         assert (outcome.ended, refused) == (LoadStatus.LOADED, [])
         return self._capfd.readouterr().err.splitlines()

@@ -17,6 +17,8 @@ from ociregistry.commands.prune import Prune
 from ociregistry.commands.verify import Verify
 from ociregistry.platforms import ALL, Platform
 from ociregistry.settings import load_settings
+from tests.images import make_image
+from tests.unit.support.archives import named, write_tar
 from tests.unit.support.command_lines import CommandResult, RecordedCommand, record_commands, run, usage_error
 
 PATTERNS = ("--prune", "curl,^quay")
@@ -109,6 +111,29 @@ def test_load_name_option_is_refused_with_image_list(capfd: pytest.CaptureFixtur
     listed.write_text("nginx:1.25\n")
     error = usage_error(capfd, "--image-path", tmp_path / "store", "load", listed, "--name", "nginx:1.25")
     assert f"{listed}: is an image list, which has the names: --name is for an archive" in error
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("load", "a", "--platform", "linux/arm64", "--arch", "amd64"),
+        ("--platform", "linux/arm64", "load", "a", "--os", "linux"),
+        ("--arch", "arm64", "load", "--platform", "all", "a"),
+        ("--arch", "arm64", "--platform", "all", "--load-images", "a"),
+    ],
+)
+def test_load_platform_excludes_os_and_arch(capfd: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    assert "give it without --os and --arch" in usage_error(capfd, *argv)
+
+
+def test_load_with_signatures_is_refused_with_archives_alone(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    archive = write_tar(tmp_path / "a.tar", named(make_image("signatures")))
+    store = tmp_path / "store"
+    error = usage_error(capfd, "--image-path", store, "load", archive, "--with-signatures")
+    assert "--with-signatures is for image lists: an archive brings the signatures that are in it" in error
+    assert not store.exists()
 
 
 def test_load_takes_several_files_and_platforms(

@@ -23,6 +23,7 @@ from ociregistry.archives.contents import Contents
 from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive, ArchiveInvalid, GivenName
 from ociregistry.archives.opening import open_archive, read_contents
+from ociregistry.platforms import ALL, Platform
 from ociregistry.pullthrough.loader import NullProgress, Outcome, Progress
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
@@ -191,11 +192,17 @@ def contents(path: Path, name: str = "") -> Contents:
         return read_contents(archive)
 
 
-async def load(store: Store, path: Path, progress: Progress | None = None, name: str = "") -> list[Outcome]:
-    """Import the archive into the store."""
+async def load(
+    store: Store,
+    path: Path,
+    progress: Progress | None = None,
+    name: str = "",
+    platforms: Sequence[Platform] = ALL,
+) -> list[Outcome]:
+    """Import the archive into the store, or its images for these platforms."""
     in_thread = partial(deferToThreadPool, REACTOR, REACTOR.getThreadPool())
     with opened(path, name) as archive:
-        return await Importer(store, in_thread, progress or NullProgress()).bring(archive)
+        return await Importer(store, in_thread, progress or NullProgress(), platforms).bring(archive)
 
 
 def files_below(root: Path) -> dict[str, str]:
