@@ -178,19 +178,20 @@ def gather(
     Raises:
         ArchiveInvalid: there is no image in the archive, or none that the given name is for.
     """
+    children = {child.digest for manifest in manifests.values() for child in manifest.children}
+    # Programs that list every manifest of a layout, as oras does: the images of an index come with it.
+    nameless = [one for one in unnamed if one.tag is not None or one.manifest not in children]
     given = archive.name
-    if given is not None and not unnamed:
+    if given is not None and not nameless:
         raise archive.invalid("its images have names of their own: --name is for those without")
-    if given is not None and given.reference is not None and len(unnamed) > 1:
-        raise archive.invalid(f"{len(unnamed)} images in it have no name: give --name without a tag, for all of them")
     meanings: dict[str, dict[Digest, NamedImage]] = {}
-    for one in (*named, *(_name(unnamed, given) if given is not None else ())):
+    for one in (*named, *(_name(archive, nameless, given) if given is not None else ())):
         meanings.setdefault(str(one.image), {}).setdefault(one.manifest, one)
     images: dict[str, NamedImage] = {}
     of_platforms: list[NamedImage] = []
     failures = list(failed)
     if given is None:
-        failures += [_nameless(archive, one) for one in unnamed]
+        failures += [_nameless(archive, one) for one in nameless]
     for name, claims in meanings.items():
         wrong = _contradiction(claims)
         if len(claims) > 1 and wrong and _are_for_platforms(archive, claims.values(), manifests, blobs):
@@ -212,12 +213,19 @@ def gather(
     return Contents(all_images, manifests, blobs, tuple(failures), frozenset(metadata) & manifests.keys() - roots)
 
 
-def _name(unnamed: Sequence[UnnamedImage], given: GivenName) -> Iterator[NamedImage]:
-    """Name these images: of several, those without a tag are known by their digests."""
-    for one in unnamed:
-        usual = USUAL_TAG if len(unnamed) == 1 else one.manifest
-        image = ImageReference(given.repository, given.reference or one.tag or usual)
-        yield NamedImage(image, one.manifest, notes=one.notes)
+def _name(archive: Archive, nameless: Sequence[UnnamedImage], given: GivenName) -> Iterator[NamedImage]:
+    """Name these images: the one that is tagged, or the only one; others are known by their tags, else by digest.
+
+    Raises:
+        ArchiveInvalid: the given name has a tag, or a digest, that several images could have.
+    """
+    tagged = [one for one in nameless if one.tag is not None] or nameless
+    if given.reference is not None and len(tagged) > 1:
+        raise archive.invalid(f"{len(tagged)} images in it have no name: give --name without a tag, for all of them")
+    for one in nameless:
+        alone = tagged == [one]
+        reference = (given.reference if alone else None) or one.tag or (USUAL_TAG if alone else one.manifest)
+        yield NamedImage(ImageReference(given.repository, reference), one.manifest, notes=one.notes)
 
 
 def _nameless(archive: Archive, image: UnnamedImage) -> Outcome:
