@@ -1,4 +1,4 @@
-"""What is installed, and what the code needs. The tools are set up in pyproject.toml."""
+"""The package and its dependencies. The tools are configured in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def version() -> str:
-    """Read, not imported: the dependencies are not there yet when this file runs."""
+    """Read the version without importing the package: its dependencies are not installed yet."""
     text = (HERE / "ociregistry" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
@@ -27,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The floors are what Debian 12 has; `make test-debian` runs on exactly those.
+    # The lower bounds are the versions of Debian 12; `make test-debian` runs on exactly those.
     install_requires=[
         "twisted[tls]>=22.4",
         "treq>=22.2",
@@ -45,7 +45,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "cryptography",
-            # A new release of these finds new faults in old code: it comes in when we say so, not overnight.
+            # New releases of these report new faults in old code, so each is adopted deliberately.
             "mypy~=2.4.0",
             "mypy-zope",
             "ruff~=0.17.0",
@@ -55,7 +55,7 @@ setup(
         "docs": ["mkdocs~=1.6.1"],
     },
     entry_points={"console_scripts": ["ociregistry = ociregistry.script:main"]},
-    # twisted.plugins is Twisted's own folder that we put one file into: an __init__.py in ours would hide it.
+    # twisted.plugins is Twisted's own folder, into which we install one file: an __init__.py in ours would hide it.
     packages=[*find_packages(include=["ociregistry", "ociregistry.*"]), "twisted.plugins"],
     package_data={"ociregistry": ["py.typed"]},
     # Twisted looks for plugins among files, not inside a zip.

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.records`. docs/benchmarks.md has what they gave."""
+"""Benchmarks, run by `python -m bench.NAME`. docs/benchmarks.md has the results."""

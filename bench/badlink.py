@@ -1,7 +1,7 @@
-"""How long a pull over a bad link takes, and how many bytes: our daemon, docker-registry as a proxy, and drayage.
+"""Measure time and bytes of a pull over a bad link: our daemon, docker-registry as a proxy, and drayage.
 
-`python -m bench.badlink [--rows a,b] [--caches NAMES] [--runs N] [--image-mb M]`. Each row is played to all caches at
-the same time, each with a link of its own, tests/badlink.py, to the same registry; the cache is cold. drayage is
+`python -m bench.badlink [--rows a,b] [--caches NAMES] [--runs N] [--image-mb M]`. Each row runs on all caches at the
+same time, each with a separate link of tests/badlink.py to the same registry; the caches are cold. drayage is
 installed from PyPI for the run.
 """
 
@@ -30,7 +30,7 @@ _SHARES = (0.5, 0.27, 0.17, 0.06)
 
 
 def image_of(size: int) -> Image:
-    """An image of so many bytes in four layers that do not compress."""
+    """Make an image of `size` bytes in four incompressible layers."""
     config = _blob(json.dumps({"architecture": "amd64", "os": "linux"}).encode(), OCI_CONFIG)
     layers = [_blob(b"".join(random_bytes(f"layer {share}", int(size * share))), OCI_LAYER) for share in _SHARES]
     body = {
@@ -52,7 +52,7 @@ def _descriptor(blob: Blob) -> dict[str, object]:
 
 
 def line(title: str, cache: str, outcomes: Sequence[Outcome], size: int) -> str:
-    """A line of the table: the median time, the most bytes, and whether all runs were right."""
+    """Format a line of the table: the median time, the most bytes, and whether all runs were correct."""
     seconds = f"{median(one.seconds for one in outcomes):.1f} s"
     if len(outcomes) > 1:
         seconds += f" ({min(one.seconds for one in outcomes):.1f} to {max(one.seconds for one in outcomes):.1f})"
@@ -66,7 +66,7 @@ def line(title: str, cache: str, outcomes: Sequence[Outcome], size: int) -> str:
 def measure(
     rows: Sequence[str], caches: Sequence[str], runs: int, image: Image, root: Path
 ) -> dict[tuple[str, str], list[Outcome]]:
-    """Play the rows in folders below `root`, and print a line for each."""
+    """Run the rows in folders below `root`, and print a line for each."""
     size = sum(len(blob.data) for blob in image.blobs) + len(image.manifest.data)
     found: dict[tuple[str, str], list[Outcome]] = {(row, cache): [] for row in rows for cache in caches}
     with ThreadPoolExecutor(len(caches)) as pool, DockerRegistry(root / "upstream") as upstream:
@@ -90,7 +90,7 @@ def measure(
 
 
 def ratios(found: Mapping[tuple[str, str], Sequence[Outcome]], caches: Sequence[str]) -> str:
-    """How much longer ten clients wait than one."""
+    """Format how much longer ten clients wait than one."""
     took = {key: median(one.seconds for one in outcomes) for key, outcomes in found.items() if outcomes}
     both = [cache for cache in caches if {("a", cache), ("d", cache)} <= set(took)]
     told = [f"{cache} {took['d', cache] / took['a', cache]:.2f}" for cache in both]

@@ -1,4 +1,4 @@
-"""The caches that are compared: each started in a folder of its own, with a bad link for its upstream."""
+"""The caches to compare, each with a separate folder and a bad link to its upstream."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Cache:
 
 
 class Drayage(Server):
-    """drayage as it is configured by `drayage init`, with one upstream, which plain names belong to."""
+    """drayage as configured by `drayage init`, with one upstream, to which plain names belong."""
 
     def __init__(self, program: Path, folder: Path, upstream: str) -> None:
         self.url = f"http://127.0.0.1:{free_port()}"
-        # It wants the folder, and does not make it.
+        # It requires the folder, and does not create it.
         cache = folder / "cache"
         cache.mkdir(parents=True)
         config = folder / "config.toml"
@@ -41,24 +41,24 @@ class Drayage(Server):
         super().__init__([str(program), "serve", "-c", str(config)], folder / "drayage.log")
 
     def ready(self) -> bool:
-        """It says so."""
+        """Whether it reports that it is ready."""
         return answers(f"{self.url}/readyz")
 
 
 def ours(folder: Path, link: str) -> Cache:
-    """Our daemon; `ns` names the upstream."""
+    """Make our daemon; `ns` names the upstream."""
     daemon = Daemon(folder, {link: "http"}, "--log-level", "warn")
     return Cache(daemon, lambda path: f"{daemon.url}/v2/{path}?ns={quote(link, safe='')}")
 
 
 def docker_registry(folder: Path, link: str) -> Cache:
-    """Debian's docker-registry as a proxy."""
+    """Make Debian's docker-registry as a proxy."""
     registry = DockerRegistry(folder, sections={"proxy": {"remoteurl": f"http://{link}"}})
     return Cache(registry, lambda path: f"{registry.url}/v2/{path}")
 
 
 def drayage(folder: Path, link: str) -> Cache:
-    """drayage, from the venv beside the folder."""
+    """Make drayage, from the venv beside the folder."""
     server = Drayage(_venv(folder.parent) / "bin" / "drayage", folder, f"http://{link}")
     return Cache(server, lambda path: f"{server.url}/v2/{path}")
 
@@ -71,7 +71,7 @@ CACHES: dict[str, Callable[[Path, str], Cache]] = {
 
 
 def missing(name: str, root: Path) -> str | None:
-    """Why this cache cannot be run, if so. drayage is installed below `root`."""
+    """Return why this cache cannot run, or None. drayage is installed below `root`."""
     if name == "docker-registry":
         return None if shutil.which(name) else "not installed: apt-get install docker-registry"
     if name == "drayage" and not (_venv(root) / "bin" / "drayage").exists():

@@ -1,4 +1,4 @@
-"""A client that pulls an image as containerd does, and does not give up where kubelet would try again."""
+"""A client that pulls an image as containerd does, and retries where kubelet would."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 
 HEADERS_WITHIN = 30.0
-"""Seconds, after which containerd 2.3 gives up; it dials for as long."""
+"""Seconds after which containerd 2.3 gives up waiting for headers or for a connection."""
 
 _STALLED = 300.0
-"""Seconds without a byte, after which the CRI plugin gives up."""
+"""Seconds without a byte after which the CRI plugin gives up."""
 _AT_ONCE = 3
 _AGAIN = 1.0
 _PIECE = 64 * 1024
@@ -30,7 +30,7 @@ _ACCEPT = ", ".join((DOCKER_MANIFEST, DOCKER_LIST, OCI_MANIFEST, OCI_INDEX, "*/*
 
 @dataclass
 class Part:
-    """What is here of a blob."""
+    """The received bytes of a blob."""
 
     digest: str
     size: int
@@ -39,22 +39,22 @@ class Part:
 
     @property
     def right(self) -> bool:
-        """Whether all of it is here, and is what it should be."""
+        """Whether the blob is complete and correct."""
         return self.got == self.size and f"sha256:{self.hasher.hexdigest()}" == self.digest
 
     def add(self, data: bytes) -> None:
-        """The next bytes."""
+        """Append received bytes."""
         self.hasher.update(data)
         self.got += len(data)
 
     def restart(self) -> None:
-        """Throw away what is here."""
+        """Discard the received bytes."""
         self.hasher, self.got = hashlib.sha256(), 0
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """Something that went wrong with a request: what, and how long after it was sent."""
+    """A failure of a request, and how long after sending it occurred."""
 
     what: str
     after: float
@@ -65,7 +65,7 @@ class Left(Exception):
 
 
 class Failed(Exception):
-    """A request that did not bring what it should."""
+    """A request failed, or its answer was wrong."""
 
     def __init__(self, what: str, wait: float = _AGAIN) -> None:
         super().__init__(what)
@@ -74,10 +74,11 @@ class Failed(Exception):
 
 
 class Pull:
-    """One client's pull of `digest` by `tag`; `url` says where a path below /v2/ is asked for.
+    """One client's pull of `digest` by `tag`; `url` gives the URL of a path below /v2/.
 
-    It asks for three blobs at once, goes on by Range after a body that ended short, and tries again after any error,
-    in a second or when the server says, until `limit` seconds are over. `met` is called when the manifest is here.
+    The client fetches three blobs at once, continues by Range after a body that ended short, and retries after any
+    error, in a second or when the server says, for at most `limit` seconds. `met` is called when the manifest has
+    arrived.
     """
 
     def __init__(
@@ -105,20 +106,20 @@ class Pull:
 
     @property
     def received(self) -> int:
-        """How many bytes of blobs are here."""
+        """How many bytes of blobs have arrived."""
         return sum(part.got for part in self._parts)
 
     @property
     def right(self) -> bool:
-        """Whether the whole image is here."""
+        """Whether the whole image has arrived, correctly."""
         return self._manifest is not None and all(part.right for part in self._parts)
 
     def summary(self) -> str:
-        """What went wrong, and how often."""
+        """Describe what went wrong, and how often."""
         return ", ".join(f"{n} {what}" for what, n in Counter(one.what for one in self.troubles).most_common())
 
     def run(self) -> bool:
-        """Pull, or go on where it was left; gives whether all is right in the end."""
+        """Pull, or continue an earlier pull; return whether everything is correct in the end."""
         self._left.clear()
         with suppress(Left):
             if self._manifest is None:
@@ -139,7 +140,7 @@ class Pull:
                 with suppress(OSError):
                     one.shutdown(socket.SHUT_RDWR)
 
-    # One thing after the other
+    # Retries
 
     def _again(self, task: Callable[[], None]) -> None:
         while True:
@@ -190,7 +191,7 @@ class Pull:
         before = part.got
         with closing(self._connection("")) as connection:
             answer = self._ask(connection, f"blobs/{part.digest}", "GET", headers)
-            # Who answers 200 to a range sends all of it: what is here already is thrown away.
+            # An answer of 200 to a Range has the whole blob: discard the received part.
             useless = part.got if answer.status == 200 else 0
             if answer.status == 206 and not (answer.headers["Content-Range"] or "").startswith(f"bytes {part.got}-"):
                 raise Failed("wrong range")
@@ -198,13 +199,13 @@ class Pull:
                 part.add(data[useless:])
                 useless = max(0, useless - len(data))
         if part.got < part.size:
-            # containerd goes on at once, but for a body that brought nothing.
+            # containerd continues at once, unless the body brought nothing.
             raise Failed("short body", 0.0 if part.got > before else _AGAIN)
         if not part.right:
             part.restart()
             raise Failed("WRONG BYTES")
 
-    # One request
+    # Single requests
 
     def _connection(self, path: str) -> http.client.HTTPConnection:
         if self._left.is_set() or not self._remaining:

@@ -1,4 +1,4 @@
-"""What is done to the caches: one function for each row of the table."""
+"""The scenarios of the benchmark: one function for each row of the table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.images import Image
 REPOSITORY, TAG = "bench/app", "1"
 LINK = ("--rate", "10Mbit", "--rtt", "300")
 LIMIT = 120.0
-"""Seconds for a pull; a row may have more."""
+"""Default time limit of a pull, in seconds."""
 
 CLIENTS = 10
 _HEAD_START = 8.0
@@ -26,7 +26,7 @@ _KILLS = (0.2, 0.45, 0.7)
 _LEAVES = (0.25, 0.6)
 _AWAY = 5.0
 _GONE = 40.0
-"""Seconds: longer than a client waits for headers."""
+"""Seconds, longer than a client waits for headers."""
 _QUIET = 2.0
 _SETTLES = 20.0
 _POLL = 0.05
@@ -34,7 +34,7 @@ _POLL = 0.05
 
 @dataclass
 class Outcome:
-    """What a row gave."""
+    """The result of a row."""
 
     seconds: float
     right: bool
@@ -44,7 +44,7 @@ class Outcome:
 
 
 class Stage:
-    """A cache that runs, its link, and the image that is pulled through both."""
+    """A running cache, its link, and the image to pull."""
 
     def __init__(self, cache: Cache, link: LinkProcess, image: Image) -> None:
         self._cache = cache
@@ -54,29 +54,29 @@ class Stage:
         self.memory = 0
 
     def pull(self, limit: float = LIMIT, met: Callable[[], None] = lambda: None) -> Pull:
-        """A client that is about to begin."""
+        """Make a client that is about to begin."""
         return Pull(self._cache.url, REPOSITORY, TAG, self._image.manifest.digest, limit, met)
 
     def look(self) -> None:
-        """Remember the memory that the cache has held at most."""
+        """Record the cache's peak memory."""
         with suppress(RuntimeError, OSError):
             self.memory = max(self.memory, self._cache.server.peak_memory())
 
     def kill(self) -> None:
-        """SIGKILL, and start again."""
+        """Send SIGKILL, and start again."""
         self.look()
         self._cache.server.kill()
         self._cache.server.start()
 
     def when(self, pull: Pull, share: float, over: threading.Event) -> bool:
-        """Return when the client has that share of the image; false when the pull is over before."""
+        """Return true when the client has that share of the image; false when the pull ended before."""
         while pull.received < share * self.size:
             if over.wait(_POLL):
                 return False
         return True
 
     def settle(self) -> int:
-        """The bytes that came over the link, also those that come after the clients have ended."""
+        """Return the bytes that crossed the link, also those after the clients have ended."""
         self.link.tell(schedule=None)
         began = moved = time.monotonic()
         crossed = self.link.counts.down
@@ -94,21 +94,21 @@ def _timed(task: Callable[[], bool]) -> tuple[float, bool]:
 
 
 def plain(stage: Stage) -> Outcome:
-    """One client pulls."""
+    """Pull by one client."""
     pull = stage.pull()
     seconds, right = _timed(pull.run)
     return Outcome(seconds, right, pull.summary())
 
 
 def intermittent(stage: Stage) -> Outcome:
-    """One client pulls while the link comes and goes; the first outage falls into the middle of its pull."""
+    """Pull by one client over an intermittent link; the first outage is in the middle of its pull."""
     stage.link.tell(schedule=[20, 10])
     time.sleep(_HEAD_START)
     return plain(stage)
 
 
 def crowd(stage: Stage) -> Outcome:
-    """Many clients begin at once."""
+    """Pull by many clients that begin at once."""
     pulls = [stage.pull(3 * LIMIT) for _ in range(CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
         seconds, right = _timed(lambda: all(list(pool.map(Pull.run, pulls))))
@@ -118,7 +118,7 @@ def crowd(stage: Stage) -> Outcome:
 
 
 def killed(stage: Stage) -> Outcome:
-    """The cache is killed while one client pulls."""
+    """Kill the cache while one client pulls."""
     pull, over = stage.pull(), threading.Event()
     kills = 0
 
@@ -139,7 +139,7 @@ def killed(stage: Stage) -> Outcome:
 
 
 def fickle(stage: Stage) -> Outcome:
-    """One client gives up, and comes back a while later, with what it has."""
+    """Pull by a client that gives up, and later continues with what it has."""
     pull, over = stage.pull(), threading.Event()
 
     def leave(share: float) -> None:
@@ -162,7 +162,7 @@ def fickle(stage: Stage) -> Outcome:
 
 
 def gone(stage: Stage) -> Outcome:
-    """The link goes down when the client has the manifest, and returns later."""
+    """Take the link down when the client has the manifest, and restore it later."""
     returned = 0.0
 
     def leave() -> None:
@@ -192,7 +192,7 @@ def _joined(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the link that it is about, and what is done."""
+    """A line of the table: the link's faults, and the scenario."""
 
     name: str
     link: Sequence[str]
@@ -212,7 +212,7 @@ ROWS: dict[str, Row] = {
 
 
 def play(row: Row, make: Callable[[Path, str], Cache], folder: Path, target: str, image: Image) -> Outcome:
-    """Do what a row says to one cache, cold."""
+    """Run a row on one cold cache."""
     folder.mkdir()
     with LinkProcess(target, *row.link) as link:
         cache = make(folder, link.host)

@@ -1,6 +1,6 @@
-"""Twenty clients on a link that comes and goes: does memory grow with time, and is anything left over?
+"""Run twenty clients on an intermittent link: does memory grow with time, and is anything left over?
 
-`python -m bench.flapping [--seconds N]`. Exits with 1 when memory grew, or something was left.
+`python -m bench.flapping [--seconds N]`. Exits with 1 when memory grew, or something was left over.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ LAYER = 1_000_000
 LINK = ("--rate", "8Mbit", "--rtt", "50", "--up", "15", "--down", "13", "--outage", "cut")
 EVERY = 5.0
 MOST_GROWTH = 10.0
-"""MiB, beside what the records of new images take."""
+"""Allowed growth in MiB, beside the records of new images."""
 _SETTLES = 120.0
 _MIB = 1024 * 1024
 
 
 class Client(threading.Thread):
-    """Pulls one image after the other, and comes back when it was refused or cut off."""
+    """Pulls images in sequence, and retries after a refusal or a broken connection."""
 
     def __init__(self, number: int, base: str, ns: str, images: list[Image], tally: Counter[str]) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Client(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Until it is over."""
+        """Pull until the end of the benchmark."""
         while not self.over.is_set():
             number = self._random.randrange(len(self._images))
             image = self._images[number]
@@ -71,7 +71,7 @@ class Client(threading.Thread):
 
 
 def left_over(daemon: Daemon, threads: int) -> list[str]:
-    """What should not be there when nobody asks for anything any more."""
+    """List what should be gone when no client asks for anything."""
     kept = daemon.image_path / "pulls" / "0"
     partials = {path.stem for path in kept.iterdir() if path.is_file() and path.name != "lock"}
     found = [f"partial {name}" for name in sorted(partials)]
@@ -85,7 +85,7 @@ def left_over(daemon: Daemon, threads: int) -> list[str]:
 
 
 def main() -> None:
-    """Run, and print what was seen."""
+    """Run, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=600)
     seconds = parser.parse_args().seconds
@@ -112,9 +112,9 @@ def main() -> None:
         for client in clients:
             client.join()
         link.tell(schedule=None, up=True)
-        # The store's two pools, its writer in turn, one look-up, the reactor's, and the main thread.
+        # The store's two pools, its writer in turn, one look-up, the reactor's pool, and the main thread.
         threads = 8 + 16 + 1 + 1 + 10 + 1
-        with suppress(TimeoutError):  # what is left then is told
+        with suppress(TimeoutError):  # The leftovers are reported below.
             wait_until(lambda: not left_over(daemon, threads), _SETTLES, "all is completed")
         left = left_over(daemon, threads)
         changes = daemon.log.count("can be reached again")

@@ -1,4 +1,4 @@
-"""What a hit costs while the upstream is a black hole, beside the same hit while it is there.
+"""Measure hits while the upstream is a black hole, compared with hits while it is up.
 
 `python -m bench.hits [--rounds N] [--hits N]`. In each round the link is first up, then silent.
 """
@@ -20,7 +20,7 @@ from tests.upstream import ScriptedRegistry
 
 
 def timed(url: str, hits: int) -> float:
-    """The median time of a hit, in milliseconds, over one connection."""
+    """Return the median time of a hit over one connection, in milliseconds."""
     times = []
     with closing(connect(url)) as connection:
         for _ in range(hits):
@@ -33,7 +33,7 @@ def timed(url: str, hits: int) -> float:
 
 
 def main() -> None:
-    """Print one table."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--hits", type=int, default=300, help="of each kind, in each half of a round")

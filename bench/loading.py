@@ -1,8 +1,8 @@
-"""How long loading many small images takes, and how much memory, beside `skopeo sync` of the same images.
+"""Measure time and memory of loading many small images, compared with `skopeo sync` of the same images.
 
-`python -m bench.loading [--images N] [--concurrent N,N] [--rounds N]`. All come from one docker-registry on loopback,
-to which they were just pushed. In each round every program runs once, one after the other, with an empty target; a
-time is that of the whole process. Both sync every blob to the disk; `load` also syncs records and folders.
+`python -m bench.loading [--images N] [--concurrent N,N] [--rounds N]`. All images come from one docker-registry on
+loopback, to which they were just pushed. In each round every program runs once, in sequence, with an empty target;
+the time is that of the whole process. Both sync every blob to the disk; `load` also syncs records and folders.
 """
 
 from __future__ import annotations
@@ -36,17 +36,21 @@ Play = Callable[[Path], "Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """One process, from its start to its end."""
+    """One process, from start to end."""
 
     seconds: float
     memory: int
-    """The most bytes that it held at once."""
+    """Peak memory in bytes."""
     processor: float
-    """Seconds that it kept the processor busy."""
+    """Processor time in seconds."""
 
 
 def run(argv: Sequence[str]) -> Run:
-    """Run a program to its end; raises RuntimeError with what it said when it fails."""
+    """Run a program to its end.
+
+    Raises:
+        RuntimeError: the program failed; the message has its output.
+    """
     with tempfile.TemporaryFile() as said:
         began = time.monotonic()
         process = subprocess.Popen(
@@ -62,7 +66,7 @@ def run(argv: Sequence[str]) -> Run:
 
 
 def load(folder: Path, host: str, images: Mapping[str, Image], concurrent: int) -> Run:
-    """Our `load`, into the store `folder`."""
+    """Run our `load` into the store `folder`."""
     listed, config = folder.with_suffix(".txt"), folder.with_suffix(".yaml")
     listed.write_text("".join(f"{host}/{name}:v1\n" for name in images))
     config.write_text(yaml.safe_dump([{"name": host, "scheme": "http"}]))
@@ -76,7 +80,7 @@ def load(folder: Path, host: str, images: Mapping[str, Image], concurrent: int) 
 
 
 def sync(folder: Path, host: str, images: Mapping[str, Image]) -> Run:
-    """`skopeo sync`, into folders below `folder`."""
+    """Run `skopeo sync` into folders below `folder`."""
     listed = folder.with_suffix(".yaml")
     listed.write_text(yaml.safe_dump({host: {"tls-verify": False, "images": {name: ["v1"] for name in images}}}))
     argv = ["skopeo", "--insecure-policy", "sync", "--src", "yaml", "--dest", "dir", str(listed), str(folder)]
@@ -97,10 +101,10 @@ def _compare(found: Mapping[str, int], expected: Mapping[str, int]) -> None:
 
 
 def measure(plays: Mapping[str, Play], rounds: int, root: Path) -> dict[str, list[Run]]:
-    """Play all of them, round by round, each in a folder of its own below `root`."""
+    """Run all programs, round by round, each in a separate folder below `root`."""
     found: dict[str, list[Run]] = {name: [] for name in plays}
     for number in range(rounds):
-        # Whoever comes first in a round is another one each time.
+        # Each round begins with another program.
         names = list(plays)[number % len(plays) :] + list(plays)[: number % len(plays)]
         for name in names:
             folder = root / f"{number}-{len(found[name])}-{name.replace(' ', '-')}"
@@ -111,7 +115,7 @@ def measure(plays: Mapping[str, Play], rounds: int, root: Path) -> dict[str, lis
 
 
 def table(found: Mapping[str, Sequence[Run]], images: int) -> list[str]:
-    """Lines with medians, in brackets the least and the most; ratios are those of the same round."""
+    """Format medians, with minimum and maximum in brackets; ratios compare runs of the same round."""
     lines = ["| | images a second | processor | peak memory | rate ÷ skopeo's |", "|---|---|---|---|---|"]
     for name, runs in found.items():
         rates = [images / one.seconds for one in runs]

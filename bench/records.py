@@ -1,7 +1,7 @@
-"""How long a daemon with 10,000 records takes from its start to its first answer, and how much memory.
+"""Measure the time from a daemon's start to its first answer, and its memory, with 10,000 records.
 
-`python -m bench.records [--records N] [--runs N]`, as root where the page cache is to be dropped for the cold runs.
-Beside it, for the machine that this runs on: the same daemon with an empty store, and `cat` of the same files.
+`python -m bench.records [--records N] [--runs N]`, as root so that the page cache can be dropped for cold runs. For
+comparison on the same machine: the same daemon with an empty store, and `cat` of the same files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests import procfs
 from tests.processes import ROOT, free_port, twistd
 
 IMAGES = 4
-"""Images of each index: as many platforms."""
+"""Images of each index, one per platform."""
 
 LAYERS = 10
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -37,7 +37,7 @@ _PATIENCE = 120
 
 
 def documents(indexes: int) -> Iterator[tuple[str, Manifest]]:
-    """Image URLs and their manifests: for each index its images, then the index itself."""
+    """Yield image URLs and their manifests: for each index its images, then the index itself."""
     for number in range(indexes):
         repository = f"registry.example:5000/team-{number % 50}/service-{number}"
         images = [_image(f"{number}/{image}") for image in range(IMAGES)]
@@ -74,7 +74,7 @@ def _manifest(body: dict[str, object], media_type: str) -> Manifest:
 
 
 def fill(store: Path, records: int) -> tuple[int, Digest]:
-    """Write that many records; gives their bytes, and the digest of one."""
+    """Write that many records; return their bytes, and the digest of one."""
     now = datetime.now(UTC)
     digest, size = Digest.of(b""), 0
     for folder in ("fat", "img", "blobs"):
@@ -90,7 +90,7 @@ def fill(store: Path, records: int) -> tuple[int, Digest]:
 
 @dataclass
 class Figures:
-    """What the runs of one thing gave."""
+    """The results of all runs of one task."""
 
     seconds: list[float] = field(default_factory=list)
     resident: list[int] = field(default_factory=list)
@@ -98,12 +98,12 @@ class Figures:
 
 
 def start(store: Path, target: str) -> tuple[float, int, int]:
-    """Start a daemon, ask it for `target`, and end it: seconds to the answer; bytes of memory, now and at most."""
+    """Start a daemon, request `target`, and end it: seconds to the answer; bytes of memory, current and peak."""
     port = free_port()
     began = time.perf_counter()
     options = ["--image-path", str(store), "--listen", f"tcp:{port}:interface=127.0.0.1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Where Python is told not to, it would compile everything at every start.
+    # Where Python is configured not to write bytecode, it would compile everything at every start.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen(twistd(*options), env=environment, cwd=store, stdout=subprocess.DEVNULL)
     try:
@@ -116,7 +116,7 @@ def start(store: Path, target: str) -> tuple[float, int, int]:
 
 
 def first_answer(port: int, target: str, began: float, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the port is open, and then for a 200."""
+    """Wait until the port is open, then for a 200."""
     while process.poll() is None and time.perf_counter() - began < _PATIENCE:
         with suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), _PATIENCE) as connection:
             connection.sendall(f"GET {target} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
@@ -129,7 +129,7 @@ def first_answer(port: int, target: str, began: float, process: subprocess.Popen
 
 
 def cat(store: Path) -> float:
-    """Seconds that it takes to read all records' files."""
+    """Return the seconds needed to read all records' files."""
     began = time.perf_counter()
     command = ["find", str(store / "fat"), str(store / "img"), "-type", "f", "-exec", "cat", "{}", "+"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
@@ -137,13 +137,13 @@ def cat(store: Path) -> float:
 
 
 def forget() -> None:
-    """Drop what the kernel has read."""
+    """Drop the page cache."""
     os.sync()
     _DROP_CACHES.write_text("3")
 
 
 def measure(runs: int, tasks: dict[str, Callable[[Figures], None]], *, cold: bool) -> dict[str, Figures]:
-    """Each task that often, in turn; the first, warm, does not count."""
+    """Run each task that often, in turn; a first, warm run does not count."""
     figures = {name: Figures() for name in tasks}
     for number in range(runs if cold else runs + 1):
         for name, task in tasks.items():
@@ -154,12 +154,12 @@ def measure(runs: int, tasks: dict[str, Callable[[Figures], None]], *, cold: boo
 
 
 def row(name: str, values: list[float], unit: str) -> str:
-    """A line of the table."""
+    """Format a line of the table."""
     return f"| {name} | {min(values):.2f} | {median(values):.2f} | {max(values):.2f} | {unit} |"
 
 
 def report(title: str, figures: dict[str, Figures], records: int) -> None:
-    """Print a table, and what follows from it."""
+    """Print a table and its summary."""
     print(f"\n{title}\n\n| | min | median | max | |\n|---|---|---|---|---|")
     for name, figure in figures.items():
         print(row(f"{name}: time", figure.seconds, "s"))

@@ -1,4 +1,4 @@
-"""Clients, broken links and kills at random for a while: every answer is compared, and nothing may be left over.
+"""Run clients, broken links and kills at random: every answer is compared, and nothing may be left over.
 
 `python -m bench.soak [--seconds N] [--seed N]`. Exits with 1 when anything was wrong.
 """
@@ -33,16 +33,16 @@ SPOILED = 3
 CLIENTS = 8
 LARGEST = 12_000_000
 
-# The store's two pools, one for each name that is looked up at once, the reactor's, and the main thread.
+# The store's two pools, one thread for each concurrent look-up, the reactor's pool, and the main thread.
 MOST_THREADS = 8 + 16 + 1 + 10 + 1
 
 _QUIET = 5.0
 _SETTLES = 90.0
-"""Seconds: a download that nobody waits for tries again every 30 s."""
+"""Seconds: a download without clients is retried every 30 s."""
 
 
 class Soak:
-    """A daemon, its upstream, its clients, and those who make trouble."""
+    """A daemon, its upstream, its clients, and the sources of faults."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.tally = Tally()
@@ -68,7 +68,7 @@ class Soak:
 
     @property
     def pid(self) -> int:
-        """Of the daemon that lives."""
+        """The process id of the running daemon."""
         return self.daemon.process.pid
 
     def kinds(self) -> Counter[str]:
@@ -77,10 +77,10 @@ class Soak:
         kinds["socket:"] -= procfs.connections_to(self.pid, self.upstream.port)
         return +kinds
 
-    # The time of trouble
+    # Faults
 
     def run(self, seconds: float) -> None:
-        """Let it go on for so long, and end it."""
+        """Run for that many seconds, and end."""
         troubles = [(self._break, 0.02, 0.3), (self._prune, 0.02, 0.3), (self._kill, 3.0, 10.0)]
         threads = [threading.Thread(target=self._at_random, args=trouble) for trouble in troubles]
         for thread in (*self._clients, *threads):
@@ -105,7 +105,7 @@ class Soak:
                 return
 
     def _break(self, source: random.Random) -> None:
-        """Something goes wrong at the upstream, for one request or a few."""
+        """Break something at the upstream, for one request or a few."""
         one = source.choice(self.published)
         blob = source.choice(one.blobs)
         somewhere = source.randrange(len(blob.data))
@@ -119,7 +119,7 @@ class Soak:
             (f"/v2/{one.repository}/*", Cut(None), 2),
             (f"/v2/{one.repository}/*", Reply(source.choice((429, 500, 503))), 2),
         ]
-        if one.spoiled and blob in one.image.layers:  # the config is everybody's
+        if one.spoiled and blob in one.image.layers:  # All images share the config.
             rules = [(f"*{blob.digest}", Flip(somewhere), 1)]
         path, rule, times = source.choice(rules)
         self.trouble[type(rule).__name__] += 1
@@ -129,7 +129,7 @@ class Soak:
             self.upstream.disconnect()
 
     def _prune(self, source: random.Random) -> None:
-        """Somebody removes a file from the store, so that there is always something to fetch."""
+        """Remove a file from the store, so that there is always something to fetch."""
         folder = source.choice(("blobs", "blobs", "blobs", "img"))
         files = sorted((self.daemon.image_path / folder).iterdir())
         if files:
@@ -153,10 +153,10 @@ class Soak:
             if isinstance(rule, Hold):
                 rule.release.set()
 
-    # What must hold afterwards
+    # Conditions at the end
 
     def check_quiet(self, kinds: Counter[str]) -> None:
-        """Everything can be pulled, and then nothing goes on, and nothing is left."""
+        """Check that everything can be pulled, and that then no activity and no leftovers remain."""
         client = self._client(CLIENTS)
         for one in self.published:
             client.guarded(client.whole, one)
@@ -178,12 +178,12 @@ class Soak:
             self.tally.violation(what())
 
     def partials(self) -> list[str]:
-        """What is in pulls/ beside the locks."""
+        """List the files in pulls/ except the locks."""
         pulls = self.daemon.image_path / "pulls"
         return [str(path.relative_to(pulls)) for path in pulls.rglob("*") if path.is_file() and path.name != "lock"]
 
     def check_store(self) -> None:
-        """Every file is what its name says."""
+        """Check that every blob has the digest that its name says."""
         for path in (self.daemon.image_path / "blobs").iterdir():
             if digest_of(path.read_bytes()) != f"sha256:{path.name}":
                 self.tally.violation(f"blobs/{path.name} is wrong")
@@ -193,7 +193,7 @@ class Soak:
             Record.parse(path.read_bytes(), digest)
 
     def check_alone(self) -> None:
-        """After one more kill all is served without the upstream."""
+        """Check that after one more kill everything is served without the upstream."""
         self.daemon.kill()
         self.upstream.close()
         self.daemon.start()
@@ -202,7 +202,7 @@ class Soak:
             client.guarded(client.whole, one)
 
     def check_log(self) -> None:
-        """No defect was logged."""
+        """Check that no defect was logged."""
         for word in ("Traceback", "#critical]", "nhandled"):
             if word in self.daemon.log:
                 at = self.daemon.log.index(word)
@@ -210,7 +210,7 @@ class Soak:
 
 
 def soak(seconds: float, seed: int) -> int:
-    """Do it, print the figures, and give the exit status."""
+    """Run the soak, print the figures, and return the exit status."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         one = Soak(Path(folder), seed)
         with one.upstream, one.daemon:
@@ -241,7 +241,7 @@ def soak(seconds: float, seed: int) -> int:
 
 
 def main() -> int:
-    """Read the options."""
+    """Parse the options, and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--seed", type=int, default=1)

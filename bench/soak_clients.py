@@ -1,4 +1,4 @@
-"""The clients of the soak: each asks for one thing after the other, and compares what it gets with what is right."""
+"""The clients of the soak: each requests things in sequence, and compares the answers with what is correct."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.images import Blob, Image, Manifest, digest_of
 from tests.processes import Daemon
 
 HEADERS_WITHIN = 30.0
-"""Seconds, after which containerd gives up."""
+"""Seconds after which containerd gives up."""
 
 _HANGS = 120.0
 _PIECE = 64 * 1024
@@ -24,7 +24,7 @@ _PIECE = 64 * 1024
 
 @dataclass(frozen=True)
 class Published:
-    """An image at the upstream, by the tag 1; of a `spoiled` one the upstream may send wrong bytes."""
+    """An image at the upstream, with the tag 1; with `spoiled` the upstream may send wrong bytes."""
 
     repository: str
     image: Image
@@ -32,13 +32,13 @@ class Published:
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
-        """Its blobs."""
+        """Return its blobs."""
         return self.image.blobs
 
 
 @dataclass
 class Tally:
-    """What happened, and what must not have happened."""
+    """Counts of outcomes, and violations."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
@@ -47,35 +47,35 @@ class Tally:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, outcome: str, received: int = 0) -> None:
-        """Count an outcome, and the bytes of the body that came with it."""
+        """Count an outcome, and the bytes of its body."""
         with self.lock:
             self.outcomes[outcome] += 1
             self.received += received
 
     def headers_took(self, seconds: float) -> None:
-        """Note how long a client waited for the first word."""
+        """Record how long a client waited for headers."""
         with self.lock:
             self.slowest_headers = max(self.slowest_headers, seconds)
 
     def violation(self, what: str) -> None:
-        """Note something that must not be."""
+        """Record a violation."""
         with self.lock:
             self.violations.append(what)
 
 
 class Life:
-    """Whether the daemon lives: `changes` grows when it is about to die, and again when it lives again."""
+    """Whether the daemon runs: `changes` grows before it is killed, and when it serves again."""
 
     def __init__(self) -> None:
         self.changes = 0
 
     def undisturbed(self, since: int) -> bool:
-        """Whether it has lived all the time since `changes` was that."""
+        """Whether the daemon has run without interruption since `changes` had that value."""
         return since % 2 == 0 and since == self.changes
 
 
 class Client(threading.Thread):
-    """Asks until `stop` is set."""
+    """Sends requests until `stop` is set."""
 
     def __init__(
         self,
@@ -97,14 +97,14 @@ class Client(threading.Thread):
         self.stop = threading.Event()
 
     def run(self) -> None:
-        """Ask."""
+        """Send requests."""
         tasks = [(self._blob, 45), (self._part, 20), (self._gone, 10), (self._manifest, 20), (self._unknown, 5)]
         while not self.stop.is_set():
             (task,) = self._random.choices([task for task, _ in tasks], [weight for _, weight in tasks])
             self.guarded(task, self._random.choice(self._published))
 
     def guarded(self, task: Callable[[Published], None], one: Published) -> None:
-        """Do this; an error is a violation, unless the daemon was killed meanwhile."""
+        """Run a task; an error is a violation, unless the daemon was killed meanwhile."""
         since = self._life.changes
         try:
             task(one)
@@ -119,10 +119,10 @@ class Client(threading.Thread):
         except Exception as problem:
             self._tally.violation(f"{self.name}: {type(problem).__name__}: {problem}")
 
-    # What they ask
+    # Requests
 
     def whole(self, one: Published) -> None:
-        """Pull all of an image; nothing less will do."""
+        """Pull an image; only the complete image is correct."""
         for manifest in one.image.manifests:
             self._expect(one, f"manifests/{manifest.digest}", manifest.data, complete=True)
         for blob in one.blobs:
@@ -149,7 +149,7 @@ class Client(threading.Thread):
         self._expect(one, f"blobs/{digest}", data[first:end], asked=f"bytes={asked}", told=told)
 
     def _gone(self, one: Published) -> None:
-        """A client that leaves in the middle."""
+        """Disconnect in the middle of an answer."""
         blob = self._random.choice(one.blobs)
         self._expect(one, f"blobs/{blob.digest}", blob.data, leave_after=self._random.randrange(len(blob.data)))
 
@@ -175,7 +175,11 @@ class Client(threading.Thread):
         leave_after: int | None = None,
         complete: bool = False,
     ) -> None:
-        """Ask once. `data` is what is right, None that there is no such thing; `complete`: and nothing less."""
+        """Send a request and check its answer.
+
+        `data` is the correct content, None for content that does not exist; with `complete` a short answer is a
+        violation.
+        """
         what = f"{self.name}: {method} {one.repository}/{path} {asked}"
         with closing(http.client.HTTPConnection("127.0.0.1", self._daemon.port, timeout=_HANGS)) as connection:
             began = time.monotonic()
@@ -218,7 +222,7 @@ class Client(threading.Thread):
     ) -> None:
         ends_short = len(body) < len(data)
         outcome = "left by the client" if left else "short" if ends_short else "right"
-        # What comes of a wrong blob before its last byte, nobody can tell to be wrong.
+        # Before its last byte, wrong content of a blob cannot be detected.
         unknowable = one.spoiled and (ends_short or not to_the_end) and not complete
         wrong = (complete and ends_short) or not (unknowable or data.startswith(body))
         if wrong:

@@ -1,16 +1,16 @@
-"""The bad link: a TCP proxy that is slow, far away, cuts, goes silent, refuses, or comes and goes.
+"""A TCP proxy that imitates a bad link: slow, distant, cutting, silent, refusing or intermittent.
 
-`python -m tests.badlink [options] HOST:PORT` runs it in front of a server until stdin ends or SIGTERM comes. Its
-first line says where it listens; every line of stdin is a command, such as {"down": true} or {"rate": "2Mbit"}, that
-is answered by a line of counts; the last line has the final counts.
+`python -m tests.badlink [options] HOST:PORT` runs the proxy in front of a server until stdin ends or SIGTERM arrives.
+Its first line says where it listens. Each line of stdin is a command, such as {"down": true} or {"rate": "2Mbit"},
+and is answered by a line of counts. The last line has the final counts.
 
-A proxy stands between two TCP connections and cannot lose bytes in the middle of one. So while the link is down
-nothing passes, neither data nor the end of a connection, and whoever connects gets no answer. When it returns, what
-was held back goes on (hold: as if TCP had sent it again), or each connection is cut (cut: as if a router in between
-had forgotten it). The kernel answers a client that connects at once, so the first bytes of each connection wait for
-one round trip more, as they would behind a real handshake. Each direction of a connection holds at most 64 KiB beside
-what the wire itself holds, which is rate times distance; without a rate it is 64 KiB of each connection. Bytes are
-counted when they are delivered.
+A proxy stands between two TCP connections and cannot lose bytes in the middle of one. While the link is down, nothing
+passes, neither data nor the end of a connection, and new connections get no answer. When the link returns, either the
+bytes held back are delivered (hold: as if TCP had retransmitted them), or each connection is cut (cut: as if a router
+in between had forgotten it). The kernel accepts a client's connection at once, so the first bytes of each connection
+wait for one more round trip, as they would behind a real handshake. Each direction of a connection buffers at most 64
+KiB beside what the wire itself holds, which is rate times delay; without a rate that is 64 KiB for each connection.
+Bytes are counted when they are delivered.
 """
 
 from __future__ import annotations
@@ -38,12 +38,17 @@ _BYTES = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "M
 
 @dataclass(frozen=True)
 class Badness:
-    """What is bad about a link.
+    """The faults of a link.
 
-    `rate`: bytes a second, each way, for all connections together. `rtt`: seconds. Each connection is cut when so
-    many bytes have come down, or so many seconds after it began, `cut_by` FIN, RST, or by passing nothing ever again.
-    `hole`: new connections are accepted and hear nothing. `refuse`: nobody listens. `schedule`: seconds up, then
-    seconds down, and so on. `outage`: what becomes of connections when the link returns.
+    Attributes:
+        rate: bytes per second in each direction, for all connections together.
+        rtt: seconds.
+        cut_bytes, cut_seconds: cut each connection after that many bytes downstream, or that long after it began.
+        cut_by: by FIN, by RST, or by passing nothing from then on.
+        hole: accept new connections and never answer.
+        refuse: do not listen.
+        schedule: seconds up, then seconds down, repeated.
+        outage: what happens to connections when the link returns.
     """
 
     rate: float | None = None
@@ -59,9 +64,9 @@ class Badness:
 
 @dataclass
 class Counts:
-    """What has happened so far.
+    """Counters since the start.
 
-    `up` and `down` are bytes delivered to the server and to its clients, `lost` those that were thrown away;
+    `up` and `down` are bytes delivered to the server and to its clients, `lost` is bytes that were discarded;
     `accepted` and `dialled` are connections with clients and with the server.
     """
 
@@ -75,7 +80,7 @@ class Counts:
 
 
 class BadLink:
-    """A link to the server at `host` and `port`. Its delays and schedules go by `clock`, else by the reactor."""
+    """A link to the server at `host` and `port`. `clock` times its delays and schedules; default: the reactor."""
 
     def __init__(
         self, reactor: Any, host: str, port: int, badness: Badness | None = None, *, clock: Any = None
@@ -95,7 +100,7 @@ class BadLink:
         self._idle: Deferred[None] | None = None
 
     def start(self, address: str = "127.0.0.1", port: int = 0) -> Self:
-        """Listen, unless it refuses, and be as bad as it is meant to be; afterwards `port` says where."""
+        """Listen, unless `refuse` is set, with the configured faults; afterwards `port` is set."""
         self._address = address
         self._listen(port)
         self.change(schedule=self.badness.schedule)
@@ -108,7 +113,7 @@ class BadLink:
         self.port = self._listening.getHost().port
 
     def change(self, **changes: Any) -> Deferred[None]:
-        """Be different from now on; fires when it holds. A schedule that is given begins now."""
+        """Change the faults; fires when they are in effect. A given schedule starts now."""
         self.badness = replace(self.badness, **changes)
         for wire in (self.up, self.down):
             wire.reconfigure(self.badness.rate, self.badness.rtt / 2)
@@ -131,7 +136,7 @@ class BadLink:
             self._schedule = self.clock.callLater(seconds, lambda: self._turn(down=not down))
 
     def set_down(self, down: bool) -> None:
-        """Pass nothing any more, or pass again what goes on."""
+        """Stop passing anything, or pass data again."""
         returns, self.is_down = self.is_down and not down, down
         if returns:
             for connection in tuple(self._connections):
@@ -140,23 +145,23 @@ class BadLink:
             wire.freeze(down)
 
     def silence(self) -> None:
-        """From now on the connections that there are pass nothing, for good, and never end by themselves."""
+        """Pass nothing more on the existing connections, and never end them."""
         for connection in tuple(self._connections):
             connection.silence()
 
     def cut(self) -> None:
-        """Cut the connections that there are; while the link is down, that shows when it returns."""
+        """Cut the existing connections; while the link is down, that shows when it returns."""
         for connection in tuple(self._connections):
             connection.cut()
 
     def add(self, connection: Connection) -> None:
-        """It has been accepted. For connections alone."""
+        """Register an accepted connection. Called by connections."""
         self._connections.add(connection)
         self.counts.accepted += 1
         self.counts.open += 1
 
     def remove(self, connection: Connection) -> None:
-        """It is over. For connections alone."""
+        """Forget a connection that has ended. Called by connections."""
         self._connections.discard(connection)
         self.counts.open = len(self._connections)
         if self._idle is not None and not self._connections:
@@ -175,7 +180,7 @@ class BadLink:
 
 
 def amount(text: str) -> float:
-    """The bytes that `10Mbit`, `5MB` or `64KiB` stand for."""
+    """Parse an amount such as `10Mbit`, `5MB` or `64KiB` into bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     if found is None or found[2] not in _BITS | _BYTES:
         raise ValueError(f"{text!r} is not an amount such as 10Mbit, 5MB or 64KiB")
@@ -183,7 +188,7 @@ def amount(text: str) -> float:
 
 
 def parsed(changes: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Badness` as commands and options spell them: amounts as text, the round trip in milliseconds."""
+    """Convert fields of `Badness` from commands and options: amounts as text, the round trip in milliseconds."""
     values = dict(changes)
     for name in ("rate", "cut_bytes"):
         if isinstance(values.get(name), str):
@@ -198,7 +203,7 @@ def parsed(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Commands(LineOnlyReceiver):
-    """Obeys the lines of stdin."""
+    """Executes the commands on stdin."""
 
     delimiter = b"\n"
 
@@ -207,7 +212,7 @@ class _Commands(LineOnlyReceiver):
         self.ended: Deferred[None] = Deferred()
 
     def lineReceived(self, line: bytes) -> None:
-        """One command, or several in one object."""
+        """Execute one command, or several in one object."""
         try:
             done = self._obey(json.loads(line))
         except (ValueError, TypeError, AttributeError) as problem:
@@ -231,12 +236,12 @@ class _Commands(LineOnlyReceiver):
         return done
 
     def say(self, what: dict[str, Any]) -> None:
-        """One line of output."""
+        """Write one line of output."""
         sys.stdout.write(json.dumps(what) + "\n")
         sys.stdout.flush()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Stdin has ended."""
+        """Stop at the end of stdin."""
         self.ended.callback(None)
 
 
@@ -277,7 +282,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it."""
+    """Run the proxy."""
     options = _options(arguments)
     from twisted.internet import reactor
 
@@ -287,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     StandardIO(commands)
     running: Any = reactor
     commands.ended.addCallback(lambda _: running.running and running.stop())
-    # From then on it knows SIGTERM.
+    # From here on SIGTERM is handled.
     running.callWhenRunning(commands.say, {"host": f"{options.address}:{link.port}", "port": link.port})
     running.run()
     commands.say(asdict(link.counts))

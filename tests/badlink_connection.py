@@ -1,4 +1,4 @@
-"""A connection over the bad link: its two sockets, and what may befall it."""
+"""A connection over the bad link: its two sockets, and the faults that happen to it."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ class End(Protocol):
     # The socket
 
     def connectionMade(self) -> None:
-        """Let the kernel hide little."""
+        """Keep the kernel's buffers small."""
         handle = self.transport.getHandle()
         for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
-            handle.setsockopt(socket.SOL_SOCKET, option, BUFFER // 2)  # Linux doubles it
+            handle.setsockopt(socket.SOL_SOCKET, option, BUFFER // 2)  # Linux doubles the value.
         self.transport.setTcpNoDelay(True)
         self.transport.bufferSize = PIECE
         self.transport.registerProducer(self, False)
         self._connection.made(self)
 
     def dataReceived(self, data: bytes) -> None:
-        """Bytes for the other end."""
+        """Receive bytes for the other end."""
         self._connection.read(self, data)
 
     def readConnectionLost(self) -> None:
-        """It has said all that it will."""
+        """The peer will send nothing more."""
         self._read_end = True
         self._connection.read_end(self)
 
     def writeConnectionLost(self) -> None:
-        """It was told that there is no more."""
+        """The end of the stream was sent to the peer."""
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """The socket is closed."""
@@ -66,50 +66,50 @@ class End(Protocol):
         self._connection.lost(self)
 
     def resumeProducing(self) -> None:
-        """The kernel has taken all that was written."""
+        """Continue, since the kernel has taken all that was written."""
         self.free = True
         self._connection.flow_to(self).flush()
 
     def stopProducing(self) -> None:
         """The socket is closed."""
 
-    # What is done to it
+    # Operations on the socket
 
     def hold(self, held: bool) -> None:
-        """Read no more for now, or go on."""
+        """Pause or resume reading."""
         if self.transport is not None and not self.lost and not self._read_end:
             (self.transport.pauseProducing if held else self.transport.resumeProducing)()
 
     def take(self, data: bytes) -> None:
-        """Write this."""
+        """Write data."""
         self._connection.deliver(self, data)
 
     def write(self, data: bytes) -> None:
-        """Hand this to the kernel."""
+        """Pass data to the kernel."""
         self.free = False
         self.transport.write(data)
 
     def end(self) -> None:
-        """Say that there is no more."""
+        """Send the end of the stream."""
         if self.transport is not None and not self.lost and not self.sent_end:
             self.sent_end = True
             self.transport.unregisterProducer()
             self.transport.loseWriteConnection()
 
     def close(self) -> None:
-        """FIN, after what was written."""
+        """Close with FIN, after all pending data."""
         if self.transport is not None and not self.lost:
             self.transport.unregisterProducer()
             self.transport.loseConnection()
 
     def abort(self) -> None:
-        """RST."""
+        """Close with RST."""
         if self.transport is not None and not self.lost:
             self.transport.abortConnection()
 
     @property
     def flushed(self) -> bool:
-        """Whether the peer's kernel has all that was written."""
+        """Whether the peer's kernel has received all that was written."""
         if self.lost or self.transport is None:
             return True
         waiting: int = struct.unpack("i", fcntl.ioctl(self.transport.fileno(), termios.TIOCOUTQ, bytes(4)))[0]
@@ -130,7 +130,7 @@ class _Dialler(ClientFactory):
 
 
 class Connection:
-    """From a client, at the near end, to the server, at the far end."""
+    """A connection from a client, at the near end, to the server, at the far end."""
 
     def __init__(self, link: BadLink) -> None:
         self._link = link
@@ -142,7 +142,7 @@ class Connection:
         self._timer: Any = None
 
     def flow_to(self, end: End) -> Flow:
-        """What gets to this end."""
+        """The flow whose bytes arrive at this end."""
         return self._down if end is self.near else self._up
 
     def _flow_from(self, end: End) -> Flow:
@@ -151,10 +151,10 @@ class Connection:
     def _other(self, end: End) -> End:
         return self.far if end is self.near else self.near
 
-    # It begins
+    # Start
 
     def made(self, end: End) -> None:
-        """The near end comes first; it is read from when the handshake would be over."""
+        """Register an end, the near one first; it is read from when a real handshake would have ended."""
         if end is self.far:
             self._dialling = False
             self._link.counts.dialled += 1
@@ -177,22 +177,22 @@ class Connection:
         self._link.reactor.connectTCP(*self._link.target, _Dialler(self), timeout=_DIAL)
 
     def not_dialled(self) -> None:
-        """The server is not there."""
+        """End the connection, since the server cannot be reached."""
         self._dialling = False
         self._down.put(self.abort)
         self._leave()
 
-    # It goes on
+    # Transfer
 
     def read(self, end: End, data: bytes) -> None:
-        """This was read at an end."""
+        """Send what was read at an end over the wire."""
         if self._silent or self._is_cut:
             self._link.counts.lost += len(data)
         else:
             self._flow_from(end).put(data)
 
     def deliver(self, end: End, data: bytes) -> None:
-        """This has come to an end."""
+        """Deliver what has arrived for an end."""
         most = self._link.badness.cut_bytes
         if end is self.far:
             self._link.counts.up += len(data)
@@ -208,7 +208,7 @@ class Connection:
             self.cut()
 
     def read_end(self, end: End) -> None:
-        """A FIN was read at an end."""
+        """Forward a FIN that was read at an end."""
         if self._silent or self._is_cut:
             end.close()
         else:
@@ -222,16 +222,16 @@ class Connection:
             self.far.close()
 
     def lost(self, end: End) -> None:
-        """A socket is closed: by RST, unless it is by us."""
+        """Handle a closed socket: forward an RST, unless this proxy closed the socket."""
         self.flow_to(end).drop()
         if not self._silent and not self._is_cut:
             self._flow_from(end).put(self.abort)
         self._leave()
 
-    # It ends
+    # End
 
     def cut(self) -> None:
-        """Cut it the way that the link does; while that is down, nobody hears of it before it returns."""
+        """Cut the connection as the link is configured; while the link is down, the cut shows when it returns."""
         if self._is_cut or self._silent:
             return
         if self._link.is_down:
@@ -251,19 +251,19 @@ class Connection:
             self._abort_when_flushed(_FLUSHES)
 
     def link_returned(self) -> None:
-        """The link is up again."""
+        """Continue, or cut, since the link is up again."""
         if self._cut_is_due or self._link.badness.outage == "cut":
             self.cut()
 
     def silence(self) -> None:
-        """Pass nothing any more; whoever closes is let go."""
+        """Pass nothing more; a peer that closes is released."""
         self._stop()
         self._silent = True
         self.near.hold(False)
         self.far.hold(False)
 
     def abort(self) -> None:
-        """RST at both ends, at once."""
+        """Close both ends with RST at once."""
         self._stop()
         self.near.abort()
         self.far.abort()
@@ -277,14 +277,14 @@ class Connection:
             self._timer.cancel()
 
     def _abort_when_flushed(self, tries: int) -> None:
-        # RST throws away what still waits in our kernel, and the peer is to have had it.
+        # RST discards what still waits in our kernel, and the peer must receive that first.
         if self.near.flushed or not tries:
             self.abort()
         else:
             self._link.reactor.callLater(_FLUSH, self._abort_when_flushed, tries - 1)
 
     def _leave(self) -> None:
-        """Out of the link's books when both ends are."""
+        """Remove the connection from the link when both ends are closed."""
         if self.near.lost and (self.far.lost or (self.far.transport is None and not self._dialling)):
             self._stop()
             self._link.remove(self)

@@ -1,4 +1,4 @@
-"""The bad link as a process of its own, for tests and benchmarks that block."""
+"""The bad link as a separate process, for tests and benchmarks that block."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _PATIENCE = 30
 
 
 class LinkProcess:
-    """`with LinkProcess("127.0.0.1:5000", "--rate", "10Mbit") as link:` stands at `link.host` before that server.
+    """Runs the bad link in front of a server: `with LinkProcess("127.0.0.1:5000", "--rate", "10Mbit") as link:`.
 
-    `link.tell(down=True)` gives it a command, as tests/badlink.py lists them. At the end `counts` are final.
+    Clients connect to `link.host`. `link.tell(down=True)` sends a command of tests/badlink.py. After the block
+    `counts` are final.
     """
 
     def __init__(self, target: str, *options: str) -> None:
@@ -30,7 +31,7 @@ class LinkProcess:
         self.port = 0
 
     def __enter__(self) -> Self:
-        """Start it; it listens, unless it refuses."""
+        """Start the process; it listens, unless it refuses."""
         self._process = subprocess.Popen(
             self._argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
@@ -41,7 +42,7 @@ class LinkProcess:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End it."""
+        """End the process."""
         assert self._process is not None
         with self._process as process:
             try:
@@ -54,7 +55,7 @@ class LinkProcess:
         self._process = None
 
     def tell(self, **command: Any) -> Counts:
-        """Give it a command; gives the counts when it has obeyed."""
+        """Send a command; return the counts after it was executed."""
         with self._lock:
             if self._process is None:
                 raise RuntimeError("the link does not run")
@@ -68,7 +69,7 @@ class LinkProcess:
 
     @property
     def counts(self) -> Counts:
-        """What it has counted so far."""
+        """The counts so far."""
         return self._counts if self._process is None else self.tell(count=True)
 
     def _read(self) -> dict[str, Any]:

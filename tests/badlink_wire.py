@@ -1,4 +1,4 @@
-"""One direction of a bad link: the bytes of its connections take turns, and arrive a while after they left."""
+"""One direction of a bad link: its connections take turns sending, and bytes arrive after a delay."""
 
 from __future__ import annotations
 
@@ -7,45 +7,45 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 BUFFER = 64 * 1024
-"""What one direction of a connection holds beside the wire."""
+"""Bytes that one direction of a connection buffers beside the wire."""
 
 PIECE = 8 * 1024
-"""What is read, sent and written at once."""
+"""Bytes that are read, sent and written at once."""
 
 _TO_BE_TAKEN = 2 * PIECE
 _TO_BE_SENT = BUFFER - _TO_BE_TAKEN
 _TURN = 0.01
-"""Seconds that one connection's turn lasts at most."""
+"""Maximum duration of one connection's turn, in seconds."""
 _SMALLEST = 128
 _LATE = 0.1
-"""Seconds: by so much at most a link makes up for a timer that was late."""
+"""Maximum delay of a timer that the link makes up for, in seconds."""
 _EPSILON = 1e-9
 
 Item = bytes | Callable[[], None]
-"""Data, or what is to happen when all data before it has got there."""
+"""Data, or an action to run when all data before it has arrived."""
 
 
 class Source(Protocol):
     """Where a flow's bytes come from."""
 
     def hold(self, held: bool) -> None:
-        """Read no more for now, or go on."""
+        """Pause or resume reading."""
 
 
 class Sink(Protocol):
-    """Where a flow's bytes get to."""
+    """Where a flow's bytes arrive."""
 
     free: bool
-    """Whether it has taken all that it was given."""
+    """Whether everything delivered so far was taken."""
 
     def take(self, data: bytes) -> None:
-        """This has arrived."""
+        """Take bytes that have arrived."""
 
 
 class Wire:
-    """What all connections of the link share in this direction: `rate` bytes a second, `delay` seconds to get there.
+    """One direction of the link, shared by all connections: `rate` bytes per second, `delay` seconds to arrive.
 
-    While it is frozen nothing leaves and nothing arrives. It goes on with what it held then.
+    A frozen wire sends and delivers nothing, and keeps its contents for later.
     """
 
     def __init__(self, clock: Any) -> None:
@@ -60,28 +60,28 @@ class Wire:
         self._running = False
 
     def reconfigure(self, rate: float | None, delay: float) -> None:
-        """Be like this from now on; what is under way arrives when it would have."""
+        """Change rate and delay; what is on the wire arrives at its original time."""
         self._rate, self._delay = rate, delay
         self._free_at = min(self._free_at, self._clock.seconds())
         self.run()
 
     def freeze(self, frozen: bool) -> None:
-        """Stand still, or go on."""
+        """Freeze or continue."""
         self._frozen = frozen
         self._free_at = max(self._free_at, self._clock.seconds())
         self.run()
 
     @property
     def window(self) -> float:
-        """How much of one connection may be under way: what fills the wire, and what the other end may hold.
+        """How many bytes of one connection may be on the wire: the wire's capacity plus the receiver's buffer.
 
-        Without a rate nothing says how much fills it: a buffer, if the way is not the shortest.
+        Without a rate the capacity is unknown: use one buffer, unless the delay is zero.
         """
         fills = self._rate * self._delay if self._rate is not None else BUFFER if self._delay else 0
         return _TO_BE_TAKEN + fills
 
     def ask(self, flow: Flow) -> None:
-        """This flow wants a turn."""
+        """Queue a flow for a turn."""
         if flow not in self._turns and flow.wants(self.window):
             if not self._turns:
                 self._free_at = max(self._free_at, self._clock.seconds())
@@ -89,7 +89,7 @@ class Wire:
         self.run()
 
     def run(self) -> None:
-        """Do all that is due by now."""
+        """Send and deliver everything that is due."""
         if self._running:
             return
         self._running = True
@@ -120,7 +120,7 @@ class Wire:
             if self._rate is not None and isinstance(item, bytes):
                 self._free_at = max(self._free_at, now - _LATE) + len(item) / self._rate
             arrives = max(now, self._free_at) + self._delay
-            # Nobody overtakes, also when the delay has become shorter.
+            # Keep the order, also when the delay has become shorter.
             self._flight.append((max(arrives, self._flight[-1][0] if self._flight else 0.0), flow, item))
             if flow.wants(self.window):
                 self._turns.append(flow)
@@ -150,7 +150,7 @@ class Flow:
         self._dropped = False
 
     def put(self, item: Item) -> None:
-        """This is to go over the wire."""
+        """Queue an item for sending."""
         if self._dropped:
             return
         self._queued.append(item)
@@ -160,17 +160,17 @@ class Flow:
         self._wire.ask(self)
 
     def drop(self) -> None:
-        """Nothing gets there any more, not even what is under way."""
+        """Discard everything, also what is on the wire."""
         self._dropped = True
         self._queued.clear()
         self._arrived.clear()
 
     def wants(self, window: float) -> bool:
-        """Is there something that may leave? What `window` has no room for waits until the other end takes more."""
+        """Whether anything may be sent now. Data beyond `window` waits until the receiver takes more."""
         return bool(self._queued) and (callable(self._queued[0]) or self._under_way < window)
 
     def launch(self, most: int) -> Item:
-        """The next that leaves."""
+        """Take the next item to send, at most `most` bytes."""
         item = self._queued.popleft()
         if isinstance(item, bytes):
             if len(item) > most:
@@ -183,13 +183,13 @@ class Flow:
         return item
 
     def land(self, item: Item) -> None:
-        """It has arrived."""
+        """Receive an item that has arrived."""
         if not self._dropped:
             self._arrived.append(item)
             self.flush()
 
     def flush(self) -> None:
-        """Hand over what has arrived, as far as it is taken."""
+        """Deliver what has arrived, as far as the sink takes it."""
         while self._arrived and (self._sink.free or callable(self._arrived[0])):
             item = self._arrived.popleft()
             if isinstance(item, bytes):

@@ -21,8 +21,8 @@ _SHORT_LIFE = timedelta(days=365)
 class Authority:
     """Issues certificates as PEM files in a folder; `ca` is the file with its own.
 
-    It is a root, or certified by the authority `above`: then each certificate that it issues is followed, in the
-    same file, by its own.
+    A root, or certified by the authority `above`: then the file of each certificate that it issues also contains its
+    own certificate.
     """
 
     def __init__(self, folder: Path, name: str = "test authority", above: Authority | None = None) -> None:
@@ -48,15 +48,15 @@ class Authority:
         self._chain: bytes = self.ca.read_bytes() + above._chain if above else b""
 
     def issue(self, *names: str, expired: bool = False) -> tuple[Path, Path]:
-        """A certificate for these DNS names and IP addresses, for servers and clients, and its key.
+        """Issue a certificate for DNS names and IP addresses, for servers and clients, with its key.
 
-        The first of the names is its subject, and the name of the files.
+        The first of the names is the subject, and the name of the files.
         """
         return self._issue(names, ec.generate_private_key(ec.SECP256R1()), _SHORT_LIFE if expired else _LIFE)
 
     @classmethod
     def self_signed(cls, folder: Path, *names: str) -> tuple[Path, Path]:
-        """A certificate for these names that nobody vouches for but itself, and its key."""
+        """Make a self-signed certificate for these names, with its key."""
         own = cls(folder, names[0])
         return own._issue(names, own._key, _LIFE)
 
@@ -72,7 +72,7 @@ class Authority:
         return certificate_path, key_path
 
     def server_context(self, *names: str, demand_client: bool = False) -> ssl.SSLContext:
-        """For a server with these names; it may demand a certificate of this authority from its clients."""
+        """Make the TLS context of a server with these names; it may demand client certificates of this authority."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self.issue(*names))
         if demand_client:
@@ -81,7 +81,7 @@ class Authority:
         return context
 
     def client_context(self) -> ssl.SSLContext:
-        """For a client that trusts this authority alone."""
+        """Make the TLS context of a client that trusts this authority alone."""
         return ssl.create_default_context(cafile=str(self.ca))
 
     def _builder(

@@ -1,4 +1,4 @@
-"""The plainest HTTP client: one request, one connection, no redirects, no proxies, no retries."""
+"""A minimal HTTP client: one request, one connection, no redirects, no proxies, no retries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Response:
-    """A whole answer."""
+    """A complete response."""
 
     status: int
     headers: Message
@@ -29,13 +29,17 @@ def fetch(
     tls: ssl.SSLContext | None = None,
     timeout: float = 60,
 ) -> Response:
-    """Ask once; an answer that ends short raises `http.client.IncompleteRead` or an OSError."""
+    """Send one request.
+
+    Raises:
+        http.client.IncompleteRead, OSError: the response ended early.
+    """
     with closing(connect(url, tls=tls, timeout=timeout)) as connection:
         return ask(connection, url, method=method, headers=headers, body=body)
 
 
 def connect(url: str, *, tls: ssl.SSLContext | None = None, timeout: float = 60) -> http.client.HTTPConnection:
-    """A connection to the server of a URL, for `ask`."""
+    """Connect to the server of a URL, for `ask`."""
     parts = urlsplit(url)
     if parts.scheme == "https":
         return http.client.HTTPSConnection(parts.netloc, context=tls, timeout=timeout)
@@ -50,7 +54,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
     body: bytes | None = None,
 ) -> Response:
-    """One request over a connection that may carry several, one after the other."""
+    """Send one request over a connection that can carry several in sequence."""
     parts = urlsplit(url)
     path = f"{parts.path}?{parts.query}" if parts.query else parts.path
     connection.request(method, path, body=body, headers=dict(headers or {}))

@@ -1,4 +1,4 @@
-"""A clock that is set while a process runs: libfaketime tells the process what time it is."""
+"""A wall clock that tests can set while a process runs, by libfaketime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class FakeClock:
-    """The wall clock of processes that run with its `environment`; they have the real monotonic clock, and files."""
+    """The wall clock of processes that run with its `environment`; monotonic clock and file times stay real."""
 
     def __init__(self, folder: Path) -> None:
         self._told = folder / "clock"
@@ -27,7 +27,7 @@ class FakeClock:
         }
 
     def set(self, ahead: timedelta) -> None:
-        """From now on it is so far ahead."""
+        """Set the clock to this much ahead of the real time."""
         new = self._told.with_suffix(".new")
         new.write_text(f"{ahead.total_seconds():+.0f}s\n")
         new.replace(self._told)

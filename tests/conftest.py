@@ -1,4 +1,4 @@
-"""What holds for every test."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.upstream import ScriptedRegistry
 
 @implementer(ILogObserver)
 class _Failures:
-    """The texts of the events that tell of a failure."""
+    """Collects the texts of logged failures."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -31,7 +31,7 @@ def no_logged_failures(request: pytest.FixtureRequest) -> Iterator[None]:
     globalLogPublisher.addObserver(failures)
     try:
         yield
-        # The error of a Deferred that nobody handled is logged when the Deferred is collected.
+        # An unhandled error of a Deferred is logged when the Deferred is collected.
         gc.collect()
     finally:
         globalLogPublisher.removeObserver(failures)
@@ -41,6 +41,6 @@ def no_logged_failures(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def upstream() -> Iterator[ScriptedRegistry]:
-    """An upstream without content that does as it is told."""
+    """A scripted registry without content."""
     with ScriptedRegistry() as upstream:
         yield upstream

@@ -1,4 +1,4 @@
-"""Disks that fail: ones that are too small, and system calls that fail or hang as strace tells them."""
+"""Failing disks: small file systems, and system calls that strace makes fail or hang."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace", "mkfs.ext4
 
 
 def need(*programs: str) -> None:
-    """Fail where one of these is missing, or where we are not root: a test that did not run shows nothing."""
+    """Fail where a program is missing, or without root: a skipped test would prove nothing."""
     missing = sorted({_PACKAGES[program] for program in programs if not shutil.which(program)})
     if missing:
         pytest.fail(f"a program is missing: apt-get install {' '.join(missing)}", pytrace=False)
@@ -32,7 +32,7 @@ def need(*programs: str) -> None:
 
 
 class SmallDisk:
-    """A file system in memory, mounted at `path`, that holds so many bytes."""
+    """A file system in memory, mounted at `path`, with room for `size` bytes."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -40,22 +40,22 @@ class SmallDisk:
         run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)])
 
     def resize(self, size: int) -> None:
-        """Gives it room for so many bytes, what is in it included."""
+        """Set the total size in bytes, including what is used."""
         run(["mount", "-o", f"remount,size={size}", str(self.path)])
 
     @property
     def free(self) -> int:
-        """Bytes."""
+        """Free bytes."""
         return shutil.disk_usage(self.path).free
 
     def close(self) -> None:
-        """Unmounts it; what is in it is lost."""
+        """Unmount and discard the file system."""
         run(["umount", str(self.path)])
 
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
-    """A disk of `size` bytes at `path`, until the block ends."""
+    """Mount a disk of `size` bytes at `path` until the block ends."""
     need("mount", "umount")
     disk = SmallDisk(path, size)
     try:
@@ -66,13 +66,13 @@ def small_disk(path: Path, size: int) -> Iterator[SmallDisk]:
 
 @dataclass(frozen=True)
 class Ext4:
-    """A file system as machines have it, mounted at `path`, with files of our own to fill it up."""
+    """An ext4 file system, mounted at `path`, with filler files to use it up."""
 
     path: Path
 
     def fill_blocks(self) -> None:
-        """Takes every free block."""
-        # A daemon that runs may give a block back meanwhile.
+        """Use up every free block."""
+        # A running daemon may free a block meanwhile.
         for number in range(10):
             if self.free_blocks == 0:
                 break
@@ -86,7 +86,7 @@ class Ext4:
             (self.path / "folder").mkdir()
 
     def fill_inodes(self) -> None:
-        """Takes every free inode."""
+        """Use up every free inode."""
         os.sync()
         folder = self.path / "fillers"
         folder.mkdir(exist_ok=True)
@@ -96,26 +96,26 @@ class Ext4:
         assert os.statvfs(self.path).f_ffree == 0
 
     def make_room(self) -> None:
-        """Gives back what was taken."""
+        """Remove the filler files."""
         for path in (*self.path.glob("filler-*"), *self.path.glob("fillers/*")):
             path.unlink()
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that no file has, when what was removed is on disk."""
+        """Free blocks, after pending removals were written to the disk."""
         os.sync()
         return os.statvfs(self.path).f_bavail
 
     @property
     def free_inodes(self) -> int:
-        """Inodes that no file has, when what was removed is on disk."""
+        """Free inodes, after pending removals were written to the disk."""
         os.sync()
         return os.statvfs(self.path).f_ffree
 
 
 @contextmanager
 def ext4_disk(path: Path, size: int, inodes: int) -> Iterator[Ext4]:
-    """A disk of `size` bytes with so many inodes, or a few more, at `path`, until the block ends."""
+    """Mount an ext4 of `size` bytes with at least `inodes` inodes at `path` until the block ends."""
     need("mount", "umount", "mkfs.ext4")
     image = path.with_suffix(".img")
     with image.open("wb") as file:
@@ -131,13 +131,13 @@ def ext4_disk(path: Path, size: int, inodes: int) -> Iterator[Ext4]:
 
 @dataclass(frozen=True)
 class Trace:
-    """The system calls of a process."""
+    """The traced system calls of a process."""
 
     path: Path
 
     @property
     def text(self) -> str:
-        """What strace wrote so far."""
+        """The output of strace so far."""
         return self.path.read_text()
 
     @property
@@ -147,24 +147,24 @@ class Trace:
 
     @property
     def begun(self) -> int:
-        """How many calls were begun so far, one of which can be under way still."""
+        """How many calls were begun so far; the last can still be running."""
         return sum("resumed>" not in line and "(" in line for line in self.text.splitlines())
 
     @property
     def ended(self) -> int:
-        """How many of those that were made to wait have ended."""
+        """How many of the delayed calls have ended."""
         return self.text.count("(DELAYED)")
 
     def wait_injected(self) -> None:
-        """Returns when one was."""
+        """Return when a call was made to fail."""
         wait_until(lambda: self.injected, _PATIENCE, "a system call fails")
 
 
 @contextmanager
 def faults(pid: int, calls: str, fault: str, log: Path, *options: str, seen: str = "") -> Iterator[Trace]:
-    """Until the block ends the system calls `calls` of the process `pid` have the fault `fault`.
+    """Inject `fault` into the system calls `calls` of the process `pid` until the block ends.
 
-    Both as strace spells them: `fsync` and `error=EIO`. They are traced, and those that are to be `seen` too.
+    Both are spelled as strace spells them: `fsync` and `error=EIO`. Traced are these calls and those in `seen`.
     """
     need("strace")
     told = log.with_suffix(".stderr")
@@ -179,6 +179,6 @@ def faults(pid: int, calls: str, fault: str, log: Path, *options: str, seen: str
                 raise RuntimeError(f"{argv} ended with {strace.returncode}:\n{told.read_text()}")
             yield Trace(log)
         finally:
-            # It lets go of the process, which goes on.
+            # strace detaches, and the process continues.
             strace.terminate()
             strace.wait(_PATIENCE)

@@ -1,4 +1,4 @@
-"""The documentation as the tests read it: its pages, and the blocks of code in them."""
+"""The documentation's pages, and the blocks of code in them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ class Block:
     language: str
     text: str
     not_run: str | None = None
-    """Why no test runs it, as the line above it says."""
+    """Why no test runs the block, from the comment above it."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks(page: Path) -> list[Block]:
-    """All blocks of a page, in their order; raises `ValueError` for one that does not end."""
+    """Return all blocks of a page, in order.
+
+    Raises:
+        ValueError: a block has no end.
+    """
     return list(_blocks(page, page.read_text(encoding="utf-8").splitlines()))
 
 

@@ -1,4 +1,4 @@
-"""Container images built in memory: the same seed gives the same bytes, the next seed shares none of them."""
+"""Container images built in memory: one seed always gives the same bytes, two seeds share none."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Image:
-    """The image of one platform: its config is the first blob, its layers follow."""
+    """The image of one platform: its first blob is the config, its layers follow."""
 
     manifest: Manifest
     blobs: tuple[Blob, ...]
@@ -54,7 +54,7 @@ class Image:
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
-        """What to push, in an order that a registry accepts."""
+        """Return what to push, in an order that a registry accepts."""
         return (self.manifest,)
 
     @property
@@ -64,7 +64,7 @@ class Image:
 
     @property
     def layers(self) -> tuple[Blob, ...]:
-        """The layer blobs, the lowest first."""
+        """The layer blobs, bottom first."""
         return self.blobs[1:]
 
 
@@ -77,16 +77,16 @@ class Index:
 
     @property
     def manifests(self) -> tuple[Manifest, ...]:
-        """What to push, in an order that a registry accepts: the index comes last."""
+        """Return what to push, in an order that a registry accepts: the index last."""
         return (*(image.manifest for image in self.images), self.manifest)
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
-        """The blobs of all images, each once."""
+        """The distinct blobs of all images."""
         return tuple({blob.digest: blob for image in self.images for blob in image.blobs}.values())
 
     def without(self, *platforms: str) -> tuple[Image, ...]:
-        """The images of the other platforms. Of these a store keeps the manifests and configs."""
+        """Return the images of the other platforms, of which a store keeps manifests and configs."""
         return tuple(image for image in self.images if image.platform not in platforms)
 
 
@@ -99,9 +99,9 @@ def make_image(
     platform: str = "linux/amd64",
     base: Image | None = None,
 ) -> Image:
-    """An image that containerd can unpack; each of its layers holds one file of `layer_size` bytes.
+    """Make an image that containerd can unpack; each layer holds one file of `layer_size` bytes.
 
-    They lie on top of the layers of `base`, which both images then share.
+    With `base` its layers come first, so that both images share them.
     """
     made = [_layer(f"{seed}/{number}", layer_size, docker) for number in range(layers)]
     diff_ids = [*_diff_ids(base), *(diff_id for _, diff_id in made)]
@@ -124,7 +124,7 @@ def make_index(
     layers: int = 2,
     layer_size: int = 1000,
 ) -> Index:
-    """An OCI index, or a Docker manifest list, with an image of its own for each platform."""
+    """Make an OCI index, or a Docker manifest list, with a separate image for each platform."""
     images = [
         make_image(f"{seed}/{name}", docker=docker, layers=layers, layer_size=layer_size, platform=name)
         for name in platforms
@@ -135,7 +135,7 @@ def make_index(
 def index_of(
     images: Sequence[Image], attestations: Mapping[str, Image] | None = None, *, docker: bool = False
 ) -> Index:
-    """An index over these images, and after them over the attestations, each by the digest that it is about."""
+    """Make an index of these images, followed by the attestations, keyed by the digest of the image described."""
     entries = [{**_descriptor(image.manifest), "platform": _platform(image.platform)} for image in images]
     for digest, attestation in (attestations or {}).items():
         annotations = {"vnd.docker.reference.digest": digest, "vnd.docker.reference.type": "attestation-manifest"}
@@ -146,7 +146,7 @@ def index_of(
 
 
 def make_attestation(seed: object, *, size: int = 3000) -> Image:
-    """An attestation as BuildKit attaches one to an image of an index: one layer of about `size` bytes of JSON."""
+    """Make an attestation as BuildKit attaches it to an index: one layer of about `size` bytes of JSON."""
     statement = {"_type": "https://in-toto.io/Statement/v0.1", "predicate": {"seed": str(seed), "pad": "x" * size}}
     layer = _blob(_json(statement), IN_TOTO)
     config = {**_platform(UNKNOWN_PLATFORM), "config": {}, "rootfs": {"type": "layers", "diff_ids": [layer.digest]}}
@@ -154,21 +154,21 @@ def make_attestation(seed: object, *, size: int = 3000) -> Image:
 
 
 def make_artifact(seed: object, subject: Manifest, *, artifact_type: str = "application/vnd.example.sbom") -> Image:
-    """A small artifact such as a signature that refers to `subject`, which the referrers API lists."""
+    """Make a small artifact, such as a signature, that refers to `subject`; the referrers API lists it."""
     blob = _blob(f"{seed}".encode(), artifact_type)
     extra = {"artifactType": artifact_type, "subject": _descriptor(subject)}
     return _image(_blob(b"{}", OCI_EMPTY), (blob,), "", docker=False, extra=extra)
 
 
 def random_bytes(seed: object, size: int) -> Iterator[bytes]:
-    """`size` bytes that do not compress, the same for the same seed, in pieces of at most a MiB."""
+    """Yield `size` incompressible bytes, determined by the seed, in pieces of at most a MiB."""
     source = random.Random(str(seed))
     for start in range(0, size, MIB):
         yield source.randbytes(min(MIB, size - start))
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """The sha256 digest of `data` as registries write it."""
+    """Return the sha256 digest of `data` as registries write it."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
@@ -189,14 +189,14 @@ def _image(
 
 
 def _layer(seed: str, size: int, docker: bool) -> tuple[Blob, str]:
-    """A layer and the digest of what it holds when unpacked."""
+    """Return a layer, and the digest of its uncompressed content."""
     unpacked = io.BytesIO()
     with tarfile.open(fileobj=unpacked, mode="w") as archive:
         entry = tarfile.TarInfo(f"layer-{hashlib.sha256(seed.encode()).hexdigest()[:12]}")
         entry.size = size
         entry.mode = 0o644
         archive.addfile(entry, io.BytesIO(b"".join(random_bytes(seed, size))))
-    # Level 0 stores: random bytes would not shrink, and a layer of 200 MB is made in a second.
+    # Level 0 only stores: random bytes would not shrink, and a layer of 200 MB takes a second.
     packed = gzip.compress(unpacked.getbuffer(), compresslevel=0, mtime=0)
     return _blob(packed, DOCKER_LAYER if docker else OCI_LAYER), digest_of(unpacked.getbuffer())
 

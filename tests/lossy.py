@@ -1,7 +1,7 @@
-"""A file system that keeps only what was synced when the power goes, or what else a real one may have kept by then.
+"""A file system that loses unsynced changes in a simulated power cut, in all ways that a real one may.
 
-It works on a real folder and remembers beside it what a disk would hold: of a file the bytes as of its last sync, of
-a folder the names as of its last sync. Everything since then may have got to the disk as well, or not, or in part.
+It works on a real folder and records what the disk would hold: for each file the bytes as of its last sync, for each
+folder the names as of its last sync. Each later change may have reached the disk, or not, or in part.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ _MOST_WAYS = 1000
 
 
 class PowerCut(Exception):
-    """The machine is off: nothing that is called now has an effect."""
+    """The machine is off: no further call has an effect."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What a machine finds when it starts: the bytes of each file, by its path below the store's root."""
+    """The contents of a disk at boot: the bytes of each file, by its path below the store's root."""
 
     files: frozenset[tuple[str, bytes]]
 
     @classmethod
     def of(cls, folder: Path) -> Disk:
-        """What is in `folder` now."""
+        """Read the contents of `folder`."""
         paths = (path for path in folder.rglob("*") if path.is_file())
         return cls(frozenset((str(path.relative_to(folder)), path.read_bytes()) for path in paths))
 
     def having(self, more: Mapping[str, bytes]) -> Disk:
-        """The same with more files, or with other bytes in them."""
+        """Return a copy with more files, or with other bytes in them."""
         return Disk(frozenset({**dict(self.files), **more}.items()))
 
     def write(self, folder: Path) -> None:
-        """Makes `folder` hold this."""
+        """Make `folder` hold these contents."""
         for name, data in self.files:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class _Change:
     data: bytes | None = None
 
     def apply(self, content: bytes, *, data_lost: bool = False) -> bytes:
-        """The content after it; with `data_lost` what was written has not got to the disk, the size has."""
+        """Return the content after the change; with `data_lost` only the size has reached the disk, not the bytes."""
         if self.data is None:
             return content[: self.offset].ljust(self.offset, b"\0")
         written = bytes(len(self.data)) if data_lost else self.data
@@ -67,25 +67,25 @@ class _Change:
 
 @dataclass(eq=False)
 class _Inode:
-    """A file, whatever its name: what is surely on disk, and what was done to it since."""
+    """A file, independent of its name: the content certainly on disk, and the changes since."""
 
     synced: bytes = b""
     changes: list[_Change] = field(default_factory=list)
 
     def content(self) -> bytes:
-        """What a reader sees before the cut."""
+        """The content that a reader sees before the power cut."""
         content = self.synced
         for change in self.changes:
             content = change.apply(content)
         return content
 
     def sync(self) -> None:
-        """All of it is on disk."""
+        """Write all changes to the disk."""
         self.synced = self.content()
         self.changes.clear()
 
     def contents(self) -> set[bytes]:
-        """What may be found after a cut: some of the changes, of which each has left its bytes, or its size alone."""
+        """Yield what may be found after a power cut: some of the changes, each with its bytes or its size alone."""
         found = {self.synced}
         for change in self.changes:
             found |= {change.apply(content, data_lost=lost) for content in found for lost in (False, True)}
@@ -99,33 +99,33 @@ _Names = dict[Path, _Inode]
 
 @dataclass(frozen=True, eq=False)
 class _Naming:
-    """A change of names: what had the name `old` has it no more, and `inode`, if any, has the name `new`."""
+    """A change of names: `old`, if any, is gone, and `inode`, if any, has the name `new`."""
 
     old: Path | None
     new: Path | None
     inode: _Inode | None
 
     def apply(self, names: _Names) -> None:
-        """Does it, once and whole: so far every file system with a journal keeps a rename together."""
+        """Apply the change atomically: all file systems with a journal do so for a rename."""
         if self.old is not None:
             names.pop(self.old, None)
         if self.new is not None and self.inode is not None:
             names[self.new] = self.inode
 
     def concerns(self, folder: Path) -> bool:
-        """Whether a sync of `folder` brings it to the disk."""
+        """Whether a sync of `folder` writes the change to the disk."""
         return folder in {path.parent for path in (self.old, self.new) if path is not None}
 
 
 class LossyFiles(Files):
-    """The files below `root`, on a machine with this `boot` id whose power goes instead of operation `cut_at`.
+    """The files below `root`, on a machine with this `boot` id, with a power cut instead of operation `cut_at`.
 
-    Operations count from 0; without `cut_at` the power stays. What `root` holds at the beginning is on disk.
+    Operations count from 0; without `cut_at` the power stays. The initial contents of `root` are on disk.
     """
 
     def __init__(self, root: Path, boot: str, cut_at: int | None = None) -> None:
         self.operations: list[str] = []
-        """What was done so far."""
+        """The operations so far."""
         self.off = False
         self._root = root
         self._boot = boot
@@ -187,7 +187,7 @@ class LossyFiles(Files):
         for number, naming in enumerate(self._pending):
             if naming.concerns(folder):
                 naming.apply(self._synced_names)
-                if naming.old is not None:  # it was given that name before, which is history now
+                if naming.old is not None:  # This name was given to it earlier and has been replaced since.
                     self._pending[:number] = [_forget(naming.old, earlier) for earlier in self._pending[:number]]
         self._pending = [naming for naming in self._pending if not naming.concerns(folder)]
 
@@ -210,18 +210,18 @@ class LossyFiles(Files):
     def _inode(self, file: SharedFile) -> _Inode:
         return self._inodes[os.fstat(file.fileno()).st_ino]
 
-    # What is left
+    # States after the end
 
     def left_by_kill(self) -> Disk:
-        """What another process finds on this machine, which goes on."""
+        """Return what another process finds after a kill on the running machine."""
         return self._disk({path: inode.content() for path, inode in self._names.items()})
 
     def left_by_power_cut(self) -> set[Disk]:
-        """Everything that the machine may find when it starts again.
+        """Yield every state in which the machine may start again.
 
-        Any of the changes of names that were not synced may have happened, and what was written to each of the
-        files may be there, or only the size that it needs, or be there with a hole, or neither. A new folder may be
-        gone with all that is in it, unless the one that it is in was synced.
+        Of the name changes that were not synced any subset may have happened. For each file the unsynced bytes may be
+        there, or only the size, or a part with a hole, or neither. A new folder may be gone with its content, unless
+        its parent was synced.
         """
         if len(self._pending) > _MOST_PENDING:
             raise AssertionError(f"{len(self._pending)} names that nobody synced are too many to try all ways")

@@ -1,4 +1,4 @@
-"""Network namespaces, so that a test has a network of its own, which it may break. They need root."""
+"""Network namespaces: a separate network for a test, with faults. Requires root."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NUMBERS = itertools.count(1)
 
 
 class Namespace:
-    """A network namespace with nothing but its loopback, until the block ends."""
+    """A network namespace with only a loopback interface, until the block ends."""
 
     def __init__(self, purpose: str) -> None:
         if shutil.which("ip") is None:
@@ -37,7 +37,7 @@ class Namespace:
         self.name = f"oci-{os.getpid()}-{next(_NUMBERS)}-{purpose}"
 
     def __enter__(self) -> Self:
-        """Make it."""
+        """Create the namespace."""
         run(["ip", "netns", "add", self.name])
         self.ip("link", "set", "lo", "up")
         return self
@@ -45,7 +45,7 @@ class Namespace:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove it, with all that it is connected by."""
+        """Remove the namespace with its interfaces."""
         run(["ip", "netns", "delete", self.name])
 
     def ip(self, *arguments: str) -> None:
@@ -53,11 +53,11 @@ class Namespace:
         run(["ip", "-n", self.name, *arguments])
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """The command line that runs `argv` inside; the process is that of `argv`."""
+        """Return the command line that runs `argv` inside; the process becomes that of `argv`."""
         return ["ip", "netns", "exec", self.name, *argv]
 
     def call(self, function: Callable[[], T]) -> T:
-        """What `function` gives inside. A socket that it opened there stays there, whoever uses it."""
+        """Call `function` inside; a socket opened there stays in the namespace, whichever thread uses it."""
         results: list[T] = []
         problems: list[BaseException] = []
 
@@ -68,7 +68,7 @@ class Namespace:
             except BaseException as problem:
                 problems.append(problem)
 
-        # A thread for each call: one can enter a namespace alone, and need not come back.
+        # One thread per call: a thread enters the namespace alone, and need not return.
         thread = threading.Thread(target=inside)
         thread.start()
         thread.join()
@@ -87,7 +87,7 @@ class Namespace:
 
 
 class NamespacedDaemon(Daemon):
-    """Our daemon inside a namespace; its URL holds there."""
+    """Our daemon in a namespace; its URL is valid there."""
 
     def __init__(self, namespace: Namespace, folder: Path, *arguments: Any, **keywords: Any) -> None:
         super().__init__(folder, *arguments, **keywords)
@@ -95,12 +95,12 @@ class NamespacedDaemon(Daemon):
         self._namespace = namespace
 
     def ready(self) -> bool:
-        """Its health is good."""
+        """Whether its health is good."""
         return self._namespace.call(lambda: answers(f"{self.url}/health"))
 
 
 class Routed:
-    """Two namespaces, `near` and `far`, and a router between them that can be told to drop everything in silence."""
+    """Two namespaces, `near` and `far`, and a router between them that can drop all packets."""
 
     NEAR, FAR = "10.77.1.2", "10.77.2.2"
     _GATEWAYS = ("10.77.1.1", "10.77.2.1")
@@ -112,7 +112,7 @@ class Routed:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        """Make them, and connect them."""
+        """Create and connect the namespaces."""
         with ExitStack() as stack:
             stack.enter_context(self._router)
             ends = zip((self.near, self.far), (self.NEAR, self.FAR), self._GATEWAYS, strict=True)
@@ -132,12 +132,12 @@ class Routed:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove them."""
+        """Remove the namespaces."""
         self._stack.close()
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """For a while no packet gets through, and nobody is told."""
+        """Drop every packet silently until the block ends."""
         for address in (self.NEAR, self.FAR):
             self._router.ip("route", "add", "blackhole", address)
         yield
@@ -145,13 +145,13 @@ class Routed:
             self._router.ip("route", "delete", "blackhole", address)
 
     def received(self) -> int:
-        """How many bytes have come to `near` so far, with all headers."""
+        """Return how many bytes have arrived in `near` so far, headers included."""
         table = self.near.call(lambda: Path("/proc/thread-self/net/dev").read_text())
         return next(int(line.split()[1]) for line in table.splitlines() if line.split()[0] == "eth0:")
 
     @contextmanager
     def sent(self) -> Iterator[Callable[[], int]]:
-        """Gives the function that tells how many IP packets have left `near` for `far` since the block began."""
+        """Yield a function that counts the IP packets from `near` to `far` since the block began."""
         count = 0
 
         def sniff() -> socket.socket:

@@ -1,4 +1,4 @@
-"""The real programs around our daemon: a registry as its upstream, containerd and skopeo as its clients."""
+"""The real programs around the daemon: a registry as upstream, containerd and skopeo as clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = {
 NOWHERE = "http://127.0.0.1:1"
 
 _ACCESS = re.compile(r'"([A-Z]+) (\S+) HTTP/1\.[01]" (\d+) (\d+)')
-# What is not needed to pull, and would want kernel modules, cgroups or folders outside of ours.
+# Not needed for pulls; they would need kernel modules, cgroups or folders elsewhere.
 _DISABLED = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.internal.v1.opt",
@@ -46,7 +46,7 @@ _DISABLED = [
 
 
 def missing_package(program: str) -> str | None:
-    """The Debian package to install when this program of `PACKAGES` is missing."""
+    """Return the Debian package to install when this program of `PACKAGES` is missing."""
     return None if shutil.which(program) else PACKAGES[program]
 
 
@@ -63,9 +63,9 @@ class Access:
 class DockerRegistry(Server):
     """Debian's docker-registry (CNCF distribution) on a loopback address, plain HTTP, with its files in a folder.
 
-    After `kill` or `terminate`, `start` brings it back on the same port with all that was pushed. On port 80 its
-    name `host` is the address alone. It may share the `storage` of another one. `sections` are further sections of
-    its configuration.
+    After `kill` or `terminate`, `start` restarts it on the same port with its content. On port 80 its name `host` is
+    the address alone. It can share the `storage` of another one. `sections` are further sections of its
+    configuration.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class DockerRegistry(Server):
             "http": {"addr": f"{address}:{self.port}"},
             **(sections or {}),
         }
-        config.write_text(json.dumps(settings))  # JSON is YAML
+        config.write_text(json.dumps(settings))  # JSON is valid YAML.
         super().__init__(["docker-registry", "serve", str(config)], folder / "docker-registry.log")
 
     def ready(self) -> bool:
-        """It answers; not under /v2/, where tests count requests."""
+        """Whether it answers; the check does not use /v2/, where tests count requests."""
         return answers(f"{self.url}/")
 
     def push(self, repository: str, what: Image | Index, *tags: str) -> None:
@@ -114,17 +114,17 @@ class DockerRegistry(Server):
 
     @property
     def requests(self) -> tuple[Access, ...]:
-        """Its access log so far, pushes included."""
+        """Return its access log so far, pushes included."""
         lines = (Access(line[1], line[2], int(line[3]), int(line[4])) for line in _ACCESS.finditer(self.log))
         return tuple(line for line in lines if line.path != "/")
 
     def count(self, method: str | None = None, path: str = "") -> int:
-        """How many requests came with this method (None: any) for a path that begins so."""
+        """Count the requests with this method (None: any) for paths with this prefix."""
         return sum(method in (None, line.method) and line.path.startswith(path) for line in self.requests)
 
 
 class Containerd(Server):
-    """A containerd of our own, with all that it keeps in one folder, driven by `ctr`."""
+    """A separate containerd with all its files in one folder, driven by `ctr`."""
 
     def __init__(self, folder: Path) -> None:
         self._kept = (folder / "root", folder / "state")
@@ -140,11 +140,11 @@ class Containerd(Server):
         self._snapshotter = ""
 
     def ready(self) -> bool:
-        """It answers ctr."""
+        """Whether it answers ctr."""
         return self.ctr("version").returncode == 0
 
     def start(self) -> Self:
-        """Start it, and see which snapshotter works on this machine."""
+        """Start it, and find a snapshotter that works on this machine."""
         super().start()
         plugins = _checked(self.ctr("plugins", "ls"))
         overlayfs = re.search(r"^io\.containerd\.snapshotter\.v1 +overlayfs .* ok *$", plugins, re.MULTILINE)
@@ -152,26 +152,26 @@ class Containerd(Server):
         return self
 
     def ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run ctr against it; the caller looks at the return code."""
+        """Run ctr against it; the caller checks the return code."""
         return run(["ctr", "--address", str(self._address), *arguments], check=False, timeout=timeout)
 
     def pull(
         self, ref: str, hosts_dir: Path | None = None, *options: str, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
-        """Pull and unpack this platform's image, by the mirrors of `hosts_dir` or else by plain HTTP.
+        """Pull and unpack this platform's image, by the mirrors of `hosts_dir`, else over plain HTTP.
 
-        The caller looks at the return code.
+        The caller checks the return code.
         """
         hosts = ["--plain-http"] if hosts_dir is None else ["--hosts-dir", str(hosts_dir)]
         chosen = ["--snapshotter", self._snapshotter]
         return self.ctr("images", "pull", *hosts, *chosen, *options, ref, timeout=timeout)
 
     def remove(self, ref: str) -> None:
-        """Forget an image and its content, so that the next pull fetches all of it."""
+        """Remove an image and its content, so that the next pull fetches everything."""
         _checked(self.ctr("images", "rm", "--sync", ref))
 
     def wipe(self) -> None:
-        """Forget everything, also what a pull that failed left behind, and start anew."""
+        """Remove everything, also the leftovers of a failed pull, and restart."""
         self.kill()
         for folder in self._kept:
             shutil.rmtree(folder)
@@ -179,19 +179,19 @@ class Containerd(Server):
 
     @property
     def content(self) -> frozenset[str]:
-        """The digests of all that it holds: manifests, configs and layers."""
+        """Return the digests of its content: manifests, configs and layers."""
         return frozenset(_checked(self.ctr("content", "ls", "-q")).split())
 
     def unpacked(self, ref: str) -> bool:
-        """Is the image whole and its file system ready for a container?"""
+        """Whether the image is complete and its file system ready for a container."""
         lines = _checked(self.ctr("images", "check", f"name=={ref}")).splitlines()[1:]
         return len(lines) == 1 and " complete (" in lines[0] and lines[0].split()[-1] == "true"
 
 
 def hosts_dir(folder: Path, mirror: str, *registries: str, server: str = NOWHERE) -> Path:
-    """A folder like /etc/containerd/certs.d that sends pulls from these registries to the URL `mirror`.
+    """Make a folder like /etc/containerd/certs.d that sends pulls from these registries to the URL `mirror`.
 
-    When the mirror refuses, containerd turns to the URL `server`, where nobody is unless a test says so.
+    When the mirror refuses, containerd uses the URL `server`, by default one that refuses connections.
     """
     hosts = f'server = "{server}"\n[host."{mirror}"]\ncapabilities = ["pull", "resolve"]\n'
     for registry in registries:
@@ -201,7 +201,11 @@ def hosts_dir(folder: Path, mirror: str, *registries: str, server: str = NOWHERE
 
 
 def skopeo_copy(ref: str, destination: str, *options: str, timeout: float = 120) -> None:
-    """Copy `127.0.0.1:5000/name:tag` over plain HTTP to `oci:FOLDER:TAG` or `dir:FOLDER`, or raise."""
+    """Copy `127.0.0.1:5000/name:tag` over plain HTTP to `oci:FOLDER:TAG` or `dir:FOLDER`.
+
+    Raises:
+        RuntimeError: skopeo failed.
+    """
     source = ["--src-tls-verify=false", *options, f"docker://{ref}"]
     run(["skopeo", "--insecure-policy", "copy", *source, destination], timeout=timeout)
 

@@ -1,4 +1,4 @@
-"""Real processes under test: started, awaited, measured and ended."""
+"""Processes under test: starting, waiting, measuring and ending them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TWISTD = "from twisted.scripts.twistd import run; run()"
 
 
 def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on right now."""
+    """Return a port on 127.0.0.1 that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -32,7 +32,11 @@ def free_port() -> int:
 
 
 def wait_until(predicate: Callable[[], object], timeout: float, what: str) -> None:
-    """Return as soon as `predicate` is true; after `timeout` seconds raise TimeoutError that says `what`."""
+    """Return as soon as `predicate` is true.
+
+    Raises:
+        TimeoutError: it was not within `timeout` seconds; the message contains `what`.
+    """
     deadline = time.monotonic() + timeout
     while not predicate():
         if time.monotonic() > deadline:
@@ -41,7 +45,7 @@ def wait_until(predicate: Callable[[], object], timeout: float, what: str) -> No
 
 
 def answers(url: str) -> bool:
-    """Does a GET of this URL give 200?"""
+    """Whether a GET of this URL gives 200."""
     try:
         return fetch(url, timeout=5).status == 200
     except (OSError, HTTPException):
@@ -51,9 +55,10 @@ def answers(url: str) -> bool:
 def run(
     argv: Sequence[str], *, check: bool = True, timeout: float = 120, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; with `check` a failure raises RuntimeError with what the program said.
+    """Run a program to its end; `environment` is added to the test's own.
 
-    `environment` is added to ours.
+    Raises:
+        RuntimeError: the program failed, and `check` is set; the message has its output.
     """
     added = {**os.environ, **(environment or {})}
     done = subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False, env=added)
@@ -63,9 +68,9 @@ def run(
 
 
 class Server:
-    """A server process that writes its output to a log file; subclasses say what to run and when it is ready.
+    """A server process with its output in a log file; subclasses define the command and when it is ready.
 
-    As a context manager it is started, and killed at the end when it still runs.
+    As a context manager it is started on entry, and killed on exit if it still runs.
     """
 
     def __init__(self, argv: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -75,11 +80,15 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ready(self) -> bool:
-        """Does it serve?"""
+        """Whether it serves."""
         raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it (again) and wait until it serves; raises with its log when it does not get there."""
+        """Start it (again) and wait until it serves.
+
+        Raises:
+            RuntimeError: it did not become ready; the message has its log.
+        """
         if self.running:
             raise RuntimeError("it runs already")
         with self.log_path.open("ab") as log:
@@ -108,21 +117,21 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Is there a process that has not ended?"""
+        """Whether there is a process that has not ended."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def log(self) -> str:
-        """All that it wrote to stdout and stderr, over all starts."""
+        """Its output to stdout and stderr, over all starts."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+        """Send SIGKILL, and wait for the end."""
         self.process.kill()
         self.process.wait(_PATIENCE)
 
     def terminate(self, timeout: float = _PATIENCE) -> int:
-        """SIGTERM, and wait for the end; gives the exit code."""
+        """Send SIGTERM, and wait for the end; return the exit code."""
         self.process.terminate()
         try:
             return self.process.wait(timeout)
@@ -131,7 +140,7 @@ class Server:
             raise RuntimeError(f"{self.argv} ignored SIGTERM for {timeout} s:\n{self.log}") from problem
 
     def peak_memory(self) -> int:
-        """The most memory that it held at once so far, in bytes; it must still run."""
+        """Its peak memory so far, in bytes; it must still run."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
         if found is None:
@@ -145,15 +154,15 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave nothing behind."""
+        """Kill it if it still runs."""
         if self.running:
             self.kill()
 
 
 class Daemon(Server):
-    """Our daemon, in the foreground, as an operator starts it.
+    """Our daemon, in the foreground, started as an operator would.
 
-    `registries` gives for each upstream its scheme, or all keys of its entry in the YAML file; `settings` are
+    `registries` maps each upstream to its scheme, or to all keys of its entry in the YAML file; `settings` are
     further keys of that file, `extra` further command line options. The store is `image_path`.
     """
 
@@ -185,10 +194,10 @@ class Daemon(Server):
         )
 
     def ready(self) -> bool:
-        """Its health is good."""
+        """Whether its health is good."""
         return answers(f"{self.url}/health")
 
 
 def twistd(*arguments: str, options: Sequence[str] = ("-n", "--pidfile=")) -> list[str]:
-    """The command line of our plugin under twistd with its own `options`, run by the Python that runs the tests."""
+    """Return the command line of our plugin under twistd with its own `options`, on the Python of the tests."""
     return [sys.executable, "-c", _TWISTD, *options, "ociregistry", *arguments]

@@ -1,4 +1,4 @@
-"""Real registries that want to know who is there: docker-registry itself, and nginx in front of one."""
+"""Real registries that authenticate their clients: docker-registry itself, and nginx in front of one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 def own_address() -> str:
-    """A loopback address that is this process's alone, for servers whose name is to have no port."""
+    """Return a loopback address unique to this process, for servers whose name has no port."""
     pid = os.getpid()
     return f"127.{128 + (pid >> 8) % 128}.{pid & 255}.{next(_HOSTS) % 254 + 1}"
 
 
 def write_htpasswd(path: Path, users: Mapping[str, str]) -> Path:
-    """A file of users and their passwords, by bcrypt: docker-registry takes nothing else, and nginx takes it too."""
+    """Write users and passwords with bcrypt, the only hash that docker-registry accepts; nginx accepts it too."""
     path.write_text("".join(f"{user}:{_bcrypt(password)}\n" for user, password in users.items()))
     return path
 
@@ -45,25 +45,24 @@ def _bcrypt(password: str) -> str:
 
 @dataclass(frozen=True)
 class ServerTls:
-    """A server's certificate and key, and the authority whose certificates it demands from its clients."""
+    """A server's certificate and key, and the authority whose certificates it demands from clients."""
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
 
     def context_against_clients(self) -> ssl.SSLContext:
-        """For a server in Python that asks for client certificates, and refuses whoever has one."""
+        """Make the TLS context of a Python server that requests client certificates, and refuses every one."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, self.key)
-        context.verify_mode = ssl.CERT_OPTIONAL  # by no authority at all
+        context.verify_mode = ssl.CERT_OPTIONAL  # An empty list of authorities: none is accepted.
         return context
 
 
 class SecureRegistry(DockerRegistry):
-    """A docker-registry that serves what another one keeps in its `storage`, on the scheme's own port.
+    """A docker-registry that serves the `storage` of another one, on the scheme's default port.
 
-    It takes nobody but the users of `htpasswd`, or who has one of the `tokens`, which are the settings of its
-    `auth: token`.
+    Only the users of `htpasswd` are admitted, or the holders of `tokens`, the settings of its `auth: token`.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class SecureRegistry(DockerRegistry):
         self.url = f"{'https' if tls else 'http'}://{host}"
 
     def ready(self) -> bool:
-        """It speaks TLS, or answers."""
+        """Whether it speaks TLS, or answers."""
         return speaks_tls(self._address, self.port) if self._tls else super().ready()
 
 
@@ -118,7 +117,7 @@ class Nginx(Server):
             site += ["auth_basic test", f"auth_basic_user_file {htpasswd}"]
         config = folder / "nginx.conf"
         config.write_text(
-            # One process alone, so that its end leaves nobody behind.
+            # A single process, so that no worker outlives it.
             f"daemon off; master_process off; pid {folder}/nginx.pid;\n"
             f"events {{}}\nhttp {{\naccess_log {folder}/access.log;\n"
             f"{_statements(f'{kind}_temp_path {folder}/{kind}' for kind in _TEMPORARY)}"
@@ -130,7 +129,7 @@ class Nginx(Server):
         super().__init__(argv, folder / "nginx.log")
 
     def ready(self) -> bool:
-        """It speaks TLS."""
+        """Whether it speaks TLS."""
         return speaks_tls(self._address, HTTPS)
 
 
@@ -139,7 +138,7 @@ def _statements(statements: Iterable[str]) -> str:
 
 
 def speaks_tls(address: str, port: int) -> bool:
-    """Does a server there end a TLS handshake well, whoever it is?"""
+    """Whether a server there completes a TLS handshake; its certificate is not verified."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:

@@ -27,9 +27,9 @@ _COORDINATE = 32
 
 
 class TokenService(ScriptedRegistry):
-    """Issues tokens at `realm` to `users`, or to anybody when there are none; `script` may get in its way.
+    """Issues tokens at `realm` to `users`, or to everyone without users; `script` may change its answers.
 
-    A token is good for `life` seconds.
+    A token is valid for `life` seconds.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TokenService(ScriptedRegistry):
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """The `auth: token` of a docker-registry that believes it."""
+        """The `auth: token` section of a docker-registry that accepts its tokens."""
         return {
             "realm": self.realm,
             "service": _SERVICE,
@@ -59,15 +59,15 @@ class TokenService(ScriptedRegistry):
 
     @property
     def offered(self) -> tuple[str | None, ...]:
-        """The `user:password` of each request so far, None where there was none."""
+        """Return the `user:password` of each request so far, None for a request without."""
         return tuple(_credentials(request) for request in self.requests)
 
 
 @dataclass(frozen=True)
 class JwtTokens(Rule):
-    """Issue tokens that are signed with the key of this certificate.
+    """Issues tokens signed with the key of this certificate.
 
-    One of a negative `life` is out of date already, although its answer says otherwise.
+    With a negative `life` tokens have expired already, although the answer says otherwise.
     """
 
     certificate: Path
@@ -76,7 +76,7 @@ class JwtTokens(Rule):
     life: int = 300
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """A token for what was asked, or 401."""
+        """Return a token for the requested scope, or 401."""
         user = known_user(request, self.users)
         if self.users and user is None:
             return error(401, "UNAUTHORIZED", "wrong user or password")

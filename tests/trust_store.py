@@ -1,4 +1,4 @@
-"""The operating system's trust store with an authority of a test in it, for one daemon alone. It needs root."""
+"""The operating system's trust store with a test's authority in it, for one daemon alone. Requires root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from tests.peers import missing_package
 from tests.processes import Daemon
 
-# What an operator does, but in a mount namespace. The machine's hooks are left out: they tell Java and others.
+# As an operator would, but in a mount namespace. The machine's hooks are skipped: they update Java's store and
+# others.
 _SCRIPT = """
 mount --bind "$1/certificates" /usr/local/share/ca-certificates
 mount -t tmpfs tmpfs /etc/ssl/certs
@@ -23,7 +24,7 @@ exec "$@"
 
 
 class TrustingDaemon(Daemon):
-    """Our daemon on a machine whose administrator put these certificates into the trust store."""
+    """Our daemon on a machine whose administrator added these certificates to the trust store."""
 
     def __init__(self, folder: Path, trusted: tuple[Path, ...], *arguments: Any, **keywords: Any) -> None:
         if missing := [

@@ -1,4 +1,4 @@
-"""The scripted registry: a correct upstream on a real socket that misbehaves exactly as a test tells it."""
+"""The scripted registry: a correct upstream on a real socket, with scripted faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TLS_HANDSHAKE = b"\x16"
 
 @dataclass(eq=False)
 class _Script:
-    """A rule at work for the paths that match a glob; `times` is how often it still applies, None: always."""
+    """A rule for the paths that match a glob; `times` is how often it still applies, None: always."""
 
     pattern: str
     rule: Rule
@@ -34,7 +34,7 @@ class _Script:
     times: int | None
 
     def applies(self, request: Request) -> bool:
-        """Is this request one for the rule?"""
+        """Whether the rule applies to this request."""
         return (
             self.times != 0
             and self.method in (None, request.method)
@@ -44,10 +44,10 @@ class _Script:
 
 
 class ScriptedRegistry:
-    """A registry on 127.0.0.1 or another `address`, for http or (with a server's `tls` context) https.
+    """A registry on 127.0.0.1 or another `address`, over http or (with a server's `tls` context) https.
 
-    `with ScriptedRegistry() as registry:` serves until the block ends. It keeps the record of every request.
-    Each request passes the rules of `script`, those added last first.
+    `with ScriptedRegistry() as registry:` serves until the block ends. It records every request. Each request passes
+    the rules of `script`, the newest first.
     """
 
     def __init__(self, *, tls: ssl.SSLContext | None = None, address: str = "127.0.0.1", port: int = 0) -> None:
@@ -64,7 +64,7 @@ class ScriptedRegistry:
         self.url = f"{'https' if tls else 'http'}://{self.host}"
 
     def __enter__(self) -> Self:
-        """It serves already."""
+        """Return the registry, which already serves."""
         return self
 
     def __exit__(
@@ -79,9 +79,10 @@ class ScriptedRegistry:
         self.port = self._server.server_address[1]
 
     def close(self) -> None:
-        """Refuse connections from now on; end every answer and thread, held back or not.
+        """Refuse connections from now on; end every answer and thread, also those held back.
 
-        Raises what went wrong in a rule.
+        Raises:
+            RuntimeError: a rule failed, or a connection did not end.
         """
         self._server.close()
 
@@ -94,7 +95,7 @@ class ScriptedRegistry:
         self._content.add(repository, what, *tags)
 
     def move(self, repository: str, tag: str, manifest: Manifest) -> None:
-        """Let a tag mean this manifest from now on."""
+        """Move a tag to this manifest."""
         self._content.move(repository, tag, manifest)
 
     def script(
@@ -102,7 +103,8 @@ class ScriptedRegistry:
     ) -> Callable[[], None]:
         """Apply a rule to the paths that match this glob, always or for the next `times` requests.
 
-        Gives the function that takes the rule away again.
+        Returns:
+            A function that removes the rule.
         """
         script = _Script(path, rule, method, times)
         with self._lock:
@@ -111,7 +113,7 @@ class ScriptedRegistry:
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """All requests in the order they came, also those that are being answered."""
+        """Return all requests in order of arrival, also those still being answered."""
         with self._lock:
             return tuple(self._requests)
 
@@ -122,21 +124,21 @@ class ScriptedRegistry:
             return self._connections
 
     def count(self, method: str | None = None, path: str = "") -> int:
-        """How many requests came with this method (None: any) for a path that begins so."""
+        """Count the requests with this method (None: any) for paths with this prefix."""
         return sum(method in (None, request.method) and request.path.startswith(path) for request in self.requests)
 
     def bytes_sent(self, digest: str) -> int:
-        """How many bytes of bodies were sent for a blob or manifest, over all requests for this digest."""
+        """Return the bytes sent for a blob or manifest so far, over all requests for this digest."""
         return sum(request.sent for request in self.requests if request.path.endswith(f"/{digest}"))
 
     def connected(self) -> int:
-        """The number of a new connection, counted from 1. For the server alone."""
+        """Return the number of a new connection, counted from 1. Called by the server."""
         with self._lock:
             self._connections += 1
             return self._connections
 
     def answer(self, request: Request, connection: socket.socket, closing: threading.Event) -> bool:
-        """Record a request and answer it; true when the connection can go on. For the server alone."""
+        """Record and answer a request; return whether the connection can continue. Called by the server."""
         with self._lock:
             number = len(self._requests)
             self._requests.append(request)
@@ -166,7 +168,7 @@ class ScriptedRegistry:
 
 
 class _Server(ThreadingHTTPServer):
-    """Listens until `close`, gives every connection a thread, and knows them all, so that it can end them."""
+    """Listens until `close`, runs a thread for each connection, and tracks all, so that it can end them."""
 
     request_queue_size = 128
 
@@ -183,7 +185,7 @@ class _Server(ThreadingHTTPServer):
         self._thread.start()
 
     def close(self) -> None:
-        """Stop listening and end what is alive."""
+        """Stop listening, and end all connections and threads."""
         self.closing.set()
         self.shutdown()
         self._thread.join()
@@ -196,14 +198,14 @@ class _Server(ThreadingHTTPServer):
             raise RuntimeError("a rule of the scripted registry failed") from self._errors[0]
 
     def disconnect(self) -> None:
-        """Wake every thread that reads or writes, without a TLS goodbye."""
+        """Wake every thread that reads or writes, without a TLS close."""
         with self._changed:
             for connection in self._alive:
-                with suppress(OSError):  # it ended by itself
+                with suppress(OSError):  # It ended by itself.
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; the TLS handshake is left to its thread."""
+        """Accept a connection; its thread does the TLS handshake."""
         connection, address = super().get_request()
         if self._tls is not None:
             connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
@@ -212,26 +214,26 @@ class _Server(ThreadingHTTPServer):
         return connection, address
 
     def number(self, connection: socket.socket) -> int:
-        """Which connection of the registry this is."""
+        """Return the registry's number for this connection."""
         with self._changed:
             return self._alive[connection]
 
     def shutdown_request(self, request: Any) -> None:
-        """The connection's thread is at its end."""
+        """End a connection when its thread ends."""
         super().shutdown_request(request)
         with self._changed:
             del self._alive[request]
             self._changed.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections break, that is what we are for; anything else is a mistake in a rule."""
+        """Ignore broken connections, which are expected; record any other error as a mistake in a rule."""
         problem = sys.exception()
         if problem is not None and not isinstance(problem, OSError):
             self._errors.append(problem)
 
 
 class _Connection(BaseHTTPRequestHandler):
-    """The requests of one connection, one after the other."""
+    """Serves the requests of one connection in sequence."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -246,7 +248,7 @@ class _Connection(BaseHTTPRequestHandler):
             super().handle_one_request()
 
     def answer(self) -> None:
-        """Hand the request over to the registry."""
+        """Pass the request to the registry."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         url = urlsplit(self.path)
         request = Request(
@@ -263,4 +265,4 @@ class _Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
 
     def log_message(self, *args: Any) -> None:
-        """The registry keeps its own records."""
+        """Log nothing; the registry records requests itself."""

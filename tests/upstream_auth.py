@@ -1,4 +1,4 @@
-"""Registries that ask who you are: rules for the scripted registry."""
+"""Rules of the scripted registry for authentication."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Basic(Rule):
     realm: str = "scripted"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """401 without a known user."""
+        """Return 401 without the credentials of a known user."""
         if known_user(request, self.users) is None:
             return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", f'Basic realm="{self.realm}"')
         return handler(request)
@@ -33,13 +33,13 @@ class Basic(Rule):
 
 @dataclass(frozen=True)
 class Tokens(Rule):
-    """Demand Bearer tokens under /v2/ and issue them at /token: one instance plays both parts.
+    """Demand Bearer tokens under /v2/ and issue them at /token; one instance does both.
 
-    `registry.script("*", Tokens(registry.url + "/token"))`. To have the token server on another host, script
-    the same instance there. Scopes in `denied` are left out of a token silently, as token servers do. A token
-    is good for `lifetime` seconds by `clock`; `expires_in` is what its answer says, None: nothing. With `users`
-    a token is for them alone: by GET with user and password, by POST with a password as the refresh token.
-    `scope` is how its challenges tell the scope: not at all, or by an empty one, as some registries do.
+    `registry.script("*", Tokens(registry.url + "/token"))`. For a token server on another host, script the same
+    instance there. Scopes in `denied` are left out of a token silently, as token servers do. A token is valid for
+    `lifetime` seconds by `clock`; `expires_in` is the value in the answer, None: none. With `users` a token is issued
+    to them alone: by GET with user and password, by POST with a password as the refresh token. `scope` is how a
+    challenge states the scope: not at all, or by an empty one, as some registries do.
     """
 
     realm: str
@@ -55,7 +55,7 @@ class Tokens(Rule):
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """A token, a challenge, or what the handler gives to a request with a good token."""
+        """Return a token, a challenge, or the handler's answer to a request with a valid token."""
         if request.path == "/token":
             return self._issue(request)
         if not request.path.startswith("/v2/"):
@@ -70,7 +70,7 @@ class Tokens(Rule):
         return handler(request)
 
     def revoke(self) -> None:
-        """No token issued so far is good any more."""
+        """Invalidate all tokens issued so far."""
         with self._lock:
             self._issued.clear()
 
@@ -103,7 +103,7 @@ class Tokens(Rule):
 
 
 def known_user(request: Request, users: Mapping[str, str]) -> str | None:
-    """The known user whose Basic credentials the request carries."""
+    """Return the known user whose Basic credentials the request carries."""
     offered = request.header("Authorization")
     for name, password in users.items():
         if offered == "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode():

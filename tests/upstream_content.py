@@ -1,4 +1,4 @@
-"""How a correct registry answers: the content of the scripted registry, before any rule spoils it."""
+"""The content of the scripted registry, and the correct answers before any rule changes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSION = ("Docker-Distribution-Api-Version", "registry/2.0")
 
 @dataclass
 class _Repository:
-    """What one repository holds; nothing of it shows in another."""
+    """The content of one repository, invisible in others."""
 
     blobs: dict[str, Blob] = field(default_factory=dict)
     manifests: dict[str, Manifest] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Content:
         self._repositories: dict[str, _Repository] = {}
 
     def add(self, repository: str, what: Image | Index, *tags: str) -> None:
-        """Publish an image or an index with all that it needs."""
+        """Publish an image or an index with its blobs and manifests."""
         with self._lock:
             kept = self._repositories.setdefault(repository, _Repository())
             kept.blobs.update((blob.digest, blob) for blob in what.blobs)
@@ -41,13 +41,13 @@ class Content:
             kept.tags.update((tag, what.manifest.digest) for tag in tags)
 
     def move(self, repository: str, tag: str, manifest: Manifest) -> None:
-        """Let a tag mean this manifest from now on."""
+        """Move a tag to this manifest."""
         with self._lock:
             self._repositories[repository].manifests[manifest.digest] = manifest
             self._repositories[repository].tags[tag] = manifest.digest
 
     def answer(self, request: Request) -> Answer:
-        """The answer of a registry that does everything right."""
+        """Return the answer of a correct registry."""
         if request.method not in ("GET", "HEAD"):
             return error(405, "UNSUPPORTED")
         if request.path == "/v2/":

@@ -1,4 +1,4 @@
-"""What the scripted registry is made of: requests, answers, the rules between them, and the wire."""
+"""The parts of the scripted registry: requests, answers, rules, and the connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it came, and how far its answer has got by now."""
+    """A request as received, and the progress of its answer."""
 
     method: str
     path: str
@@ -36,24 +36,24 @@ class Request:
     done: bool = False
 
     def values(self, name: str) -> tuple[str, ...]:
-        """All values of a header, in the order they came."""
+        """Return all values of a header, in order."""
         return tuple(value for key, value in self.headers if key.lower() == name.lower())
 
     def header(self, name: str) -> str | None:
-        """The first value of a header."""
+        """Return the first value of a header."""
         return next(iter(self.values(name)), None)
 
     def parameters(self, name: str) -> tuple[str, ...]:
-        """All values of a query parameter, decoded."""
+        """Return all values of a query parameter, decoded."""
         return tuple(parse_qs(self.query, keep_blank_values=True).get(name, ()))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What to send, and what is to happen on the way.
+    """What to send, and actions on the way.
 
-    `start` is where `body` begins in the whole object. Each stop runs when that many bytes of the body are
-    sent, a negative one before the headers.
+    `start` is the offset of `body` in the whole object. Each stop runs when that many bytes of the body are sent; a
+    negative one runs before the headers.
     """
 
     status: int
@@ -66,12 +66,12 @@ class Answer:
     stops: tuple[tuple[int, Callable[[Wire], None]], ...] = ()
 
     def with_header(self, name: str, value: str | None) -> Answer:
-        """The same with this header set, or without it."""
+        """Return a copy with this header set, or without it."""
         kept = tuple(header for header in self.headers if header[0].lower() != name.lower())
         return replace(self, headers=kept if value is None else (*kept, (name, value)))
 
     def with_stop(self, after: int | None, action: Callable[[Wire], None]) -> Answer:
-        """The same with an action after that many bytes of the body; None: before the headers."""
+        """Return a copy with an action after that many bytes of the body; None: before the headers."""
         return replace(self, stops=(*self.stops, (-1 if after is None else after, action)))
 
 
@@ -79,19 +79,19 @@ Handler = Callable[[Request], Answer]
 
 
 class Rule:
-    """Stands between a request and its answer: it may change either, or answer without asking `handler`."""
+    """A rule between a request and its answer: it may change either, or answer without calling `handler`."""
 
     def concerns(self, method: str) -> bool:
-        """Is it for this method? A rule about the way of a body is not for HEAD."""
+        """Whether the rule is for this method. A rule about the body's transfer is not for HEAD."""
         return True
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The answer to give; the base class gives what `handler` gives."""
+        """Return the answer to give; the base class returns that of `handler`."""
         return handler(request)
 
 
 def error(status: int, code: str, message: str = "") -> Answer:
-    """An answer with the error body of the OCI distribution spec."""
+    """Make an answer with the error body of the OCI distribution spec."""
     body = json.dumps({"errors": [{"code": code, "message": message, "detail": None}]}).encode()
     return Answer(status, (("Content-Type", "application/json"),), body)
 
@@ -105,7 +105,7 @@ class Wire:
         self._sent = sent
 
     def send(self, answer: Answer, *, headers_only: bool) -> bool:
-        """Send it all; true when the connection can carry another answer."""
+        """Send the answer; return whether the connection can carry another one."""
         body = memoryview(b"" if headers_only else answer.body)
         stops = sorted(answer.stops, key=lambda stop: stop[0])
         for after, action in stops:
@@ -124,14 +124,14 @@ class Wire:
         return answer.framing != "close" and answer.declared is None
 
     def wait(self, event: threading.Event) -> None:
-        """Hold back until `event` is set; the end of the registry ends it too."""
+        """Wait until `event` is set, or the registry closes."""
         while not event.wait(POLL):
             self._give_up_when_closing()
 
     def cut(self, *, reset: bool) -> None:
         """End the connection, with FIN or with RST, once the peer has received what was sent so far."""
         if reset:
-            # RST throws away what still waits in our kernel, and a test wants the peer to have had N bytes.
+            # RST discards what still waits in our kernel, and a test needs the peer to have N bytes.
             while _unacknowledged(self._connection):
                 self._give_up_when_closing(POLL / 10)
             self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -152,7 +152,8 @@ class Wire:
 
     def _push(self, piece: memoryview) -> None:
         while piece:
-            # Counted before and put right after: nobody who has received a byte may find it uncounted.
+            # Counted before sending and corrected after: a byte that was received must never be missing from the
+            # count.
             self._sent(len(piece))
             count = 0
             try:
@@ -182,7 +183,7 @@ def _head(answer: Answer) -> bytes:
 
 
 def _unacknowledged(connection: socket.socket) -> int:
-    """How many bytes the peer's kernel has not confirmed yet, none when it is gone."""
+    """Return how many bytes the peer's kernel has not acknowledged yet; 0 when it is gone."""
     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         return 0
     waiting: int = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))[0]

@@ -1,8 +1,8 @@
-"""The scripted registry as a process of its own, such as one in another network namespace.
+"""The scripted registry as a separate process, for example in another network namespace.
 
 `python -m tests.upstream_process ADDRESS REPOSITORY BYTES RATE` serves `plain_image(REPOSITORY, BYTES)` by the tag 1,
-its layer at RATE bytes a second. It writes its host as the first line, and, when its stdin ends, what it was asked
-for as the second: a JSON list of `Asked`.
+its layer at RATE bytes a second. The first line of its output is its host. When its stdin ends, the second line is a
+JSON list of the requests, each as `Asked`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PATIENCE = 60
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that came."""
+    """A request that was received."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Asked:
 
 
 class UpstreamProcess:
-    """The registry in `process`, which serves as `host`."""
+    """The registry in `process`, serving as `host`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
@@ -45,7 +45,7 @@ class UpstreamProcess:
         self.host = self._output.readline().strip()
 
     def end(self) -> list[Asked]:
-        """End it; gives what it was asked for."""
+        """End it; return the requests that it received."""
         self._input.close()
         asked = [Asked(**entry) for entry in json.loads(self._output.read())]
         if self._process.wait(_PATIENCE):
@@ -57,7 +57,7 @@ class UpstreamProcess:
 def upstream_in(
     namespace: Namespace, address: str, repository: str, size: int, rate: int
 ) -> Iterator[UpstreamProcess]:
-    """A registry at `address` in `namespace`, until the block ends."""
+    """Run a registry at `address` in `namespace` until the block ends."""
     argv = [sys.executable, "-m", __name__, address, repository, str(size), str(rate)]
     process = subprocess.Popen(
         namespace.argv(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT

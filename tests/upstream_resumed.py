@@ -1,4 +1,4 @@
-"""What may go wrong when a download is taken up: rules for the scripted registry, beside those of upstream_rules."""
+"""Rules of the scripted registry for resumed downloads, beside those of upstream_rules."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Other(Rule):
     """Another file of the same size."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """Not one byte is the same."""
+        """Return a body that differs in every byte."""
         answer = handler(request)
         return replace(answer, body=bytes(byte ^ 0xFF for byte in answer.body))
 
 
 @dataclass(frozen=True)
 class WhenRanged(Rule):
-    """Other rules for requests with a Range, those that come last first; the rest is answered as it should be."""
+    """Apply other rules to requests with a Range, the last rule first; answer the others correctly."""
 
     rules: tuple[Rule, ...]
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """What the rules make of it."""
+        """Apply the rules."""
         if request.header("Range") is not None:
             for rule in self.rules:
                 handler = partial(rule, handler=handler)

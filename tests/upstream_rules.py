@@ -1,6 +1,6 @@
-"""What may go wrong at an upstream: rules for the scripted registry, as `registry.script(path, Cut(1000))`.
+"""Faults of an upstream, as rules for the scripted registry: `registry.script(path, Cut(1000))`.
 
-"After N" counts the bytes of the body of one answer, an offset those of the whole blob or manifest.
+"After N" counts the bytes of the body of one answer; an offset counts those of the whole blob or manifest.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from tests.upstream_http import Answer, Handler, Headers, Request, Rule, Wire, e
 
 @dataclass(frozen=True)
 class Reply(Rule):
-    """Answer with this, whatever was asked."""
+    """Answer every request with this."""
 
     status: int
     body: bytes = b""
     headers: Headers = ()
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """Never asks the handler."""
+        """Return the answer without calling the handler."""
         return Answer(self.status, self.headers, self.body)
 
 
 @dataclass(frozen=True)
 class Redirect(Rule):
-    """Send the client to the same path at `to`, such as `http://127.0.0.1:5000`."""
+    """Redirect to the same path at `to`, such as `http://127.0.0.1:5000`."""
 
     to: str
     status: int = 307
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """Never asks the handler."""
+        """Return the redirect without calling the handler."""
         query = f"?{request.query}" if request.query else ""
         return Answer(self.status, (("Location", f"{self.to}{request.path}{query}"),))
 
@@ -42,7 +42,7 @@ class Redirect(Rule):
 class Hold(Rule):
     """Hold back after N bytes of the body (None: before the headers) until `release` is set.
 
-    `reached` tells that an answer stands there; its N bytes are in the kernel's hands by then.
+    `reached` is set when an answer is held; its N bytes are with the kernel by then.
     """
 
     after: int | None = None
@@ -50,11 +50,11 @@ class Hold(Rule):
     reached: threading.Event = field(default_factory=threading.Event)
 
     def concerns(self, method: str) -> bool:
-        """HEAD has headers only."""
+        """Apply to methods with a body only, unless the headers are held."""
         return self.after is None or method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same, with a stop."""
+        """Add a stop to the handler's answer."""
         return handler(request).with_stop(self.after, self._hold)
 
     def _hold(self, wire: Wire) -> None:
@@ -70,11 +70,11 @@ class Cut(Rule):
     reset: bool = False
 
     def concerns(self, method: str) -> bool:
-        """HEAD has headers only."""
+        """Apply to methods with a body only, unless the headers are cut."""
         return self.after is None or method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same, with a stop."""
+        """Add a stop to the handler's answer."""
         return handler(request).with_stop(self.after, lambda wire: wire.cut(reset=self.reset))
 
 
@@ -85,26 +85,26 @@ class Drip(Rule):
     rate: float
 
     def concerns(self, method: str) -> bool:
-        """HEAD has no body."""
+        """Apply to methods with a body."""
         return method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same, but slow."""
+        """Slow down the handler's answer."""
         return replace(handler(request), rate=self.rate)
 
 
 @dataclass(frozen=True)
 class Flip(Rule):
-    """Damage the byte at an offset of the whole object, wherever an answer carries it."""
+    """Invert the byte at an offset of the whole object, in whichever answers contain it."""
 
     offset: int
 
     def concerns(self, method: str) -> bool:
-        """HEAD has no body."""
+        """Apply to methods with a body."""
         return method != "HEAD"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same with one byte inverted."""
+        """Return the handler's answer with one byte inverted."""
         answer = handler(request)
         place = self.offset - answer.start
         if not 0 <= place < len(answer.body):
@@ -116,12 +116,12 @@ class Flip(Rule):
 
 @dataclass(frozen=True)
 class Resize(Rule):
-    """A body that is longer by so many zero bytes, or shorter when negative; the headers agree with it."""
+    """Make the body longer by this many zero bytes, or shorter when negative, with matching headers."""
 
     by: int
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same with another body."""
+        """Return the handler's answer with the body changed."""
         answer = handler(request)
         size = len(answer.body) + self.by
         return replace(answer, body=answer.body[:size].ljust(size, b"\0"))
@@ -129,58 +129,58 @@ class Resize(Rule):
 
 @dataclass(frozen=True)
 class Declare(Rule):
-    """A Content-Length that differs from the body by so many bytes; the connection ends after the body."""
+    """Send a Content-Length that differs from the body by this many bytes; the connection ends after the body."""
 
     by: int
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same body under a false length."""
+        """Return the handler's answer with a false length."""
         answer = handler(request)
         return replace(answer, declared=len(answer.body) + self.by)
 
 
 @dataclass(frozen=True)
 class NoLength(Rule):
-    """No Content-Length: the body comes in chunks, or ends where the connection is closed."""
+    """Send no Content-Length: the body is chunked, or ends with the connection."""
 
     framing: Literal["chunked", "close"] = "chunked"
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same body, framed otherwise."""
+        """Return the handler's answer with other framing."""
         return replace(handler(request), framing=self.framing)
 
 
 @dataclass(frozen=True)
 class IgnoreRange(Rule):
-    """Answer 200 with everything, also when a Range was asked for."""
+    """Answer 200 with everything, also to a request with a Range."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """What the handler gives without a Range."""
+        """Return the handler's answer to the request without its Range."""
         kept = tuple(header for header in request.headers if header[0].lower() != "range")
         return handler(replace(request, headers=kept))
 
 
 @dataclass(frozen=True)
 class ContentRange(Rule):
-    """A 206 with this Content-Range instead of the right one, or with none."""
+    """Answer 206 with this Content-Range instead of the right one, or with none."""
 
     value: str | None
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same for everything but a 206."""
+        """Change the header of a 206 only."""
         answer = handler(request)
         return answer.with_header("Content-Range", self.value) if answer.status == 206 else answer
 
 
 @dataclass(frozen=True)
 class Header(Rule):
-    """Set a header of the answer, or leave it out."""
+    """Set a header of the answer, or remove it."""
 
     name: str
     value: str | None
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same with this header changed."""
+        """Return the handler's answer with this header changed."""
         return handler(request).with_header(self.name, self.value)
 
 
@@ -189,5 +189,5 @@ class NeedUserAgent(Rule):
     """Refuse requests without a User-Agent, as the fronts of Docker Hub, Wikimedia and AWS do."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """403 for a request without one."""
+        """Return 403 for a request without one."""
         return handler(request) if request.header("User-Agent") else error(403, "DENIED", "no User-Agent")

@@ -1,1 +1,1 @@
-"""What is made from the code when it is packaged."""
+"""Generators of files that are made from the code when it is packaged."""

@@ -1,4 +1,4 @@
-"""The command line as data: what manual pages and shell completion are made from."""
+"""The command line as data, for manual pages and shell completion."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from ociregistry.settings import LOG_LEVELS
 from ociregistry.tap import Options
 
 VALUES = {"log-level": LOG_LEVELS}
-"""Options that take one of a few words."""
+"""Options with a fixed set of values."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What may be given as `--name`, or `--name VALUE`."""
+    """An option, `--name` or `--name VALUE`."""
 
     name: str
     takes_value: bool
     help: str
     default: str = ""
     letter: str = ""
-    """Its other spelling, as in `-o`; empty for none."""
+    """Its short spelling, as in `-o`; empty for none."""
 
     @property
     def spellings(self) -> tuple[str, ...]:
-        """As it is typed."""
+        """The option as typed."""
         return (f"--{self.name}", f"-{self.letter}") if self.letter else (f"--{self.name}",)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand, and the options that it alone takes."""
+    """A subcommand, and the options that only it takes."""
 
     name: str
     help: str
     synopsis: str
-    """What may stand behind its name."""
+    """What may follow its name."""
     description: str
     options: tuple[Option, ...]
 
 
 def common() -> tuple[Option, ...]:
-    """The options that stand before a command and behind it, sorted."""
+    """Return the options accepted before and after a command, sorted."""
     return options_of(CommonOptions())
 
 
 def former() -> tuple[Option, ...]:
-    """The options that are other spellings of commands, sorted: they stand where a command would."""
+    """Return the options that are other spellings of commands, sorted; they replace a command."""
     known = {option.name for option in common()}
     return tuple(option for option in options_of(Options()) if option.name not in known)
 
 
 def commands() -> tuple[Command, ...]:
-    """All commands, sorted."""
+    """Return all commands, sorted."""
     known = {option.name for option in common()}
     found = []
     table: Sequence[Any] = Options.subCommands
@@ -72,7 +72,7 @@ def commands() -> tuple[Command, ...]:
 
 
 def options_of(options: usage.Options) -> tuple[Option, ...]:
-    """What a parser takes, sorted."""
+    """Return the options of a parser, sorted."""
     return tuple(_option(options, name) for name in sorted(options.longOpt))
 
 
@@ -80,7 +80,7 @@ def _option(options: usage.Options, spelled: str) -> Option:
     name = spelled.removesuffix("=")
     doc = options.docs[name]
     text = _flowing(doc if isinstance(doc, str) else inspect.getdoc(doc) or "")
-    # Our own tables write the default into the text, Twisted's keep it apart.
+    # Our own tables write the default into the text, Twisted's keep it separately.
     written = re.fullmatch(r"(.*) \[(.*)\]\.?", text)
     text, default = (f"{written[1].removesuffix('.')}.", written[2]) if written else (text, _default(options, name))
     letters = [other for other, long in options.synonyms.items() if long == name and len(other) == 1]
@@ -93,5 +93,5 @@ def _default(options: usage.Options, name: str) -> str:
 
 
 def _flowing(text: str) -> str:
-    """The text in one line; a method's docstring counts up to its first empty line."""
+    """Join the text into one line; of a method's docstring only the first paragraph counts."""
     return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())

@@ -8,7 +8,7 @@ from tools.commandline import VALUES, Command, Option
 
 
 def bash(common: Iterable[Option], commands: Iterable[Command]) -> str:
-    """The file that bash reads. A value that is none of a few words is completed as a path."""
+    """Return the completion file for bash. Values without a fixed set are completed as paths."""
     common, commands = tuple(common), tuple(commands)
     everything = [*common, *(option for command in commands for option in command.options)]
     names = [command.name for command in commands]
@@ -52,7 +52,7 @@ complete -o default -F _ociregistry ociregistry
 
 
 def zsh(common: Iterable[Option], commands: Iterable[Command]) -> str:
-    """The file that zsh reads."""
+    """Return the completion file for zsh."""
     commands = tuple(commands)
     described = "".join(f"        {_quoted(f'{command.name}:{command.help}')}\n" for command in commands)
     by_command = "".join(
@@ -94,7 +94,7 @@ def _specs(options: Iterable[Option], indent: int, end: str = " \\") -> str:
 
 
 def _spec(option: Option, spelling: str) -> str:
-    """As zsh's _arguments wants it: each may be given again, behind a command."""
+    """Format an option for zsh's _arguments; each may be repeated after a command."""
     text = option.help
     for special in "\\[]:":
         text = text.replace(special, f"\\{special}")

@@ -1,4 +1,4 @@
-"""`python -m tools.generate FOLDER` writes the manual pages and the completion of bash and zsh."""
+"""Write the manual pages and the completion of bash and zsh: `python -m tools.generate FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLE = ROOT / "etc" / "ociregistry.yaml"
 
 
 def generated() -> dict[str, str]:
-    """{the name of a file: its text}"""
+    """Return the text of each file by its name."""
     known, all_commands = common(), commands()
     example = EXAMPLE.read_text(encoding="utf-8")
     parts = {
@@ -37,7 +37,7 @@ def generated() -> dict[str, str]:
 
 
 def main(folder: Path) -> None:
-    """Writes them."""
+    """Write all files into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in generated().items():
         (folder / name).write_text(text, encoding="utf-8")

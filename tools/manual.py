@@ -1,4 +1,4 @@
-"""Manual pages: of the command line, from its options, and of the configuration file, from the file itself."""
+"""Make manual pages: of the command line from its options, of the configuration file from the file itself."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tools.commandline import Command, Option
 
 
 def options_text(options: Iterable[Option]) -> str:
-    """A list of options, in roff."""
+    """Format a list of options in roff."""
     return "".join(_option(option) for option in options)
 
 
 def commands_text(commands: Iterable[Command]) -> str:
-    """A list of commands, each with the options that it alone takes, in roff."""
+    """Format a list of commands in roff, each with the options that only it takes."""
     return "".join(_command(command) for command in commands)
 
 
 def settings_text(example: str) -> str:
-    """The configuration file with everything commented out: each key, or those that share a text, in roff.
+    """Format the fully commented-out configuration file in roff: each key, or keys that share a text.
 
-    A comment has a space behind its #, a line of YAML has none or more than one.
+    A comment has a space after its #; a line of YAML has none, or more than one.
     """
     sections = []
     for paragraph in example.split("\n\n")[1:]:
@@ -36,13 +36,13 @@ def settings_text(example: str) -> str:
 
 
 def introduction(example: str) -> str:
-    """What stands at the top of the configuration file, in roff."""
+    """Format the first comment of the configuration file in roff."""
     lines = [line[2:] for line in example.partition("\n\n")[0].splitlines()]
     return ".PP\n".join(_flowing(paragraph.split("\n")) for paragraph in "\n".join(lines).split("\n\n"))
 
 
 def filled(template: str, parts: Mapping[str, str]) -> str:
-    """The template with each @NAME@ replaced, and its line's end with it where the part brings its own."""
+    """Replace each @NAME@ in the template, with its newline where the part ends with one."""
     for name, text in parts.items():
         template = template.replace(f"@{name}@\n", text if text.endswith("\n") else f"{text}\n")
         template = template.replace(f"@{name}@", text)
@@ -77,7 +77,7 @@ def _literal(lines: Sequence[str]) -> str:
 
 
 def _line(text: str) -> str:
-    """A line of text that roff does not take for a request."""
+    """Protect a line of text that roff would take for a request."""
     text = _escaped(text)
     return f"\\&{text}" if text.startswith((".", "'")) else text
 

@@ -1,4 +1,4 @@
-"""`python -m tools.reference` writes docs/configuration.md, from the tables that the program itself uses."""
+"""Write docs/configuration.md from the tables of the program: `python -m tools.reference`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ there, or an example where the default is nothing:
 
 
 def page() -> str:
-    """The text of the page."""
+    """Return the text of the page."""
     keys = {"listen": "listen", **{option.name: option.key for option in OPTIONS}}
     parts = [_HEAD, *_table(common(), keys), "\n## Commands\n"]
     for command in commands():

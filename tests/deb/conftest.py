@@ -1,4 +1,4 @@
-"""Debian 12 and 13, booted, with the package installed and an upstream that has a private authority."""
+"""Debian 12 and 13, booted, with the package installed and an upstream with a private authority."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BUILD = ROOT / "build"
 
 @pytest.fixture(scope="session")
 def package() -> Path:
-    """The package that `make deb` has built."""
+    """The package built by `make deb`."""
     (built,) = BUILD.glob("ociregistry_*_all.deb")
     return built
 
 
 @pytest.fixture(scope="session", params=SUITES)
 def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A Debian that runs."""
+    """A running Debian."""
     folder = tmp_path_factory.mktemp(request.param)
     with Machine(BUILD / f"{request.param}.tar", folder / request.param) as machine:
         yield machine

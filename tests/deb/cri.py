@@ -1,4 +1,4 @@
-"""containerd's CRI plugin, asked as crictl and kubelets ask it: Debian has none of them, but a curl with HTTP/2."""
+"""A client of containerd's CRI plugin, as crictl and kubelets are: Debian has neither, but a curl with HTTP/2."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ _MESSAGE = re.compile(r"^grpc-message: (.*?)\s*$", re.MULTILINE)
 
 
 class Cri:
-    """The image service of the containerd of a machine. An image is all that its requests have in them."""
+    """The image service of the containerd of a machine."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
     def pull(self, reference: str) -> str:
-        """As `crictl pull` does. Gives what containerd says when it cannot."""
+        """Pull as `crictl pull` does; return containerd's error, empty for a success."""
         return self._call("PullImage", reference)
 
     def remove(self, reference: str) -> None:
-        """As `crictl rmi` does; raises RuntimeError if anything of the image is left."""
+        """Remove as `crictl rmi` does.
+
+        Raises:
+            RuntimeError: something of the image is left.
+        """
         why = self._call("RemoveImage", reference) or self._machine.says("ctr --namespace k8s.io content ls --quiet")
         if why:
             raise RuntimeError(f"{reference} is not removed: {why}")
 
     def images(self) -> list[str]:
-        """By which names containerd has images for the CRI."""
+        """Return the names of containerd's images for the CRI."""
         return self._machine.says("ctr --namespace k8s.io images ls --quiet").splitlines()
 
     def _call(self, method: str, reference: str) -> str:
-        """Empty for a success, else why not."""
+        """Call a method; return its error, empty for a success."""
         # message PullImageRequest { ImageSpec image = 1; … } and message ImageSpec { string image = 1; … }, framed by
-        # gRPC: not compressed, and how long it is.
+        # gRPC: a byte for "not compressed", and the length.
         message = _field_1(_field_1(reference.encode()))
         request = self._machine.path(f"{_FOLDER}/request")
         request.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,6 @@ class Cri:
 
 
 def _field_1(value: bytes) -> bytes:
-    """The first field of a protobuf message, with bytes in it."""
+    """Encode bytes as the first field of a protobuf message."""
     assert len(value) < 128, "one byte says how many"
     return bytes([1 << 3 | 2, len(value)]) + value

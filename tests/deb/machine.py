@@ -1,4 +1,4 @@
-"""A Debian of its own, booted by systemd-nspawn in a folder: all but the kernel is real, and the network is none."""
+"""A Debian booted by systemd-nspawn in a folder: everything but the kernel is real, without a network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NSPAWN = (
 
 
 class Machine:
-    """A machine whose file system is `root`, unpacked from `archive`; it runs, and is gone, with the block."""
+    """A machine with the file system `root`, unpacked from `archive`; it runs until the block ends."""
 
     def __init__(self, archive: Path, root: Path) -> None:
         self._archive = archive
@@ -33,11 +33,11 @@ class Machine:
         self._container: subprocess.Popen[bytes] | None = None
         self._leader = 0
         self._name = f"oci-{os.getpid()}-{root.name}"
-        # systemd-nspawn makes groups beside itself, always by the same names: two machines must not meet there.
+        # systemd-nspawn creates groups beside itself, always with the same names: two machines must not share them.
         self._groups = [hierarchy / self._name for hierarchy in _control_groups()]
 
     def __enter__(self) -> Self:
-        """Unpack and boot it."""
+        """Unpack and boot the machine."""
         self.root.mkdir(parents=True)
         run(["tar", "-xf", str(self._archive), "-C", str(self.root), "--numeric-owner"])
         self.write("/etc/hosts", "127.0.0.1 localhost\n")
@@ -52,34 +52,38 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Power it off, and remove what it was."""
+        """Power the machine off, and remove its files."""
         self._end()
 
     def write(self, path: str, text: str) -> None:
-        """Make a file, in folders that are made as well."""
+        """Write a file, and create its folders."""
         target = self.path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
 
     def path(self, path: str) -> Path:
-        """Where a file of the machine is for us; not those in its /run and /tmp, which are in its memory."""
+        """Return our path of a file of the machine; not for its /run and /tmp, which are in its memory."""
         return self.root / path.lstrip("/")
 
     def argv(self, argv: Sequence[str]) -> list[str]:
-        """The command line that runs `argv` inside, as root."""
+        """Return the command line that runs `argv` inside, as root."""
         namespaces = ("-m", "-u", "-i", "-n", "-p", "-C")
         environment = ("env", "-i", f"PATH={_PATH}", "DEBIAN_FRONTEND=noninteractive", "LANG=C.UTF-8")
         return ["nsenter", "-t", str(self._leader), *namespaces, "--root", "--wdns=/", *environment, *argv]
 
     def run(self, command: str, *, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command line of the shell inside; with `check` a failure raises RuntimeError with what it said."""
+        """Run a shell command inside.
+
+        Raises:
+            RuntimeError: the command failed, and `check` is set; the message has its output.
+        """
         done = run(self.argv(["sh", "-c", command]), check=False, timeout=timeout)
         if check and done.returncode:
             raise RuntimeError(f"{command} gave {done.returncode}:\n{done.stdout}{done.stderr}")
         return done
 
     def says(self, command: str) -> str:
-        """What a command that has to succeed prints, without the last line's end."""
+        """Run a command that has to succeed; return its output without the trailing newline."""
         return self.run(command).stdout.rstrip("\n")
 
     def is_so(self, command: str) -> bool:
@@ -87,7 +91,7 @@ class Machine:
         return self.run(command, check=False).returncode == 0
 
     def shows(self, unit: str, key: str) -> str:
-        """A property of a unit."""
+        """Return a property of a unit."""
         return self.says(f"systemctl show --value --property {shlex.quote(key)} {shlex.quote(unit)}")
 
     def _boot(self) -> None:
@@ -116,7 +120,7 @@ class Machine:
         return self._leader != 0 and self.run("systemctl is-system-running", check=False).stdout.strip() in _BOOTED
 
     def _child(self) -> int:
-        """The first process of the machine. While it is prepared systemd-nspawn has others; 0 for none."""
+        """Return the machine's first process. While the machine is prepared, systemd-nspawn has others; 0 for none."""
         assert self._container is not None
         if self._container.poll() is not None:
             raise RuntimeError(f"systemd-nspawn gave {self._container.returncode}")
@@ -144,7 +148,7 @@ class Machine:
 
 
 def _control_groups() -> Iterator[Path]:
-    """The hierarchies of control groups that systemd uses: the one of version 2, and its own of version 1."""
+    """Return the hierarchies of control groups that systemd uses: that of version 2, and its own of version 1."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, folder, kind, options, *_ = line.split()
         if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options.split(",")):

@@ -1,4 +1,4 @@
-"""The package installed on a machine: its files before, an upstream beside it, and what containerd pulls."""
+"""The package installed on a machine with an upstream and containerd."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ registries:
 """
 _CONTAINERD = "/etc/containerd/config.toml"
 _CERTS = "/etc/containerd/certs.d"
-# What containerd-config tells for the versions of containerd that Debian 12 and 13 have.
+# The output of containerd-config for the versions of containerd in Debian 12 and 13.
 _LINES = re.compile(r"; up to version 1\.7:\n(.*?\n)\n", re.DOTALL)
-# What others write meanwhile: the kernel, systemd and its journal, dpkg, and the programs beside ours.
+# Folders in which others write meanwhile: the kernel, systemd and its journal, dpkg, and the other programs.
 _OTHERS = (
     *("dev", "proc", "run", "sys", "tmp", "srv", "root"),
     *("var/cache", "var/log", "var/tmp", "var/lib/containerd", "var/lib/docker-registry", "var/lib/systemd"),
@@ -44,7 +44,7 @@ _OTHERS = (
 
 
 class Scene:
-    """A machine on its way from before the installation to after the purge."""
+    """A machine from before the installation until after the purge."""
 
     def __init__(self, machine: Machine, package: Path, folder: Path) -> None:
         self.machine = machine
@@ -56,14 +56,14 @@ class Scene:
         self.files_before: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
-        """Start what is beside the package, see which files there are, and install it."""
+        """Start the upstream, record the machine's files, and install the package."""
         self._start_upstream()
         self.files_before = self.files()
         shutil.copy(self._package, self.machine.path("/srv/ociregistry.deb"))
         self.machine.run("apt-get install --yes /srv/ociregistry.deb </dev/null")
 
     def configure_containerd(self) -> None:
-        """As containerd-config does and says, word for word."""
+        """Run containerd-config, and follow its output word for word."""
         said = self.machine.says("ociregistry containerd-config --write")
         lines = _LINES.search(said)
         assert lines is not None, said
@@ -72,7 +72,7 @@ class Scene:
         self.machine.run("systemctl restart containerd")
 
     def forget_containerd(self) -> None:
-        """What `configure_containerd` wrote is the administrator's, and no package removes it."""
+        """Remove what `configure_containerd` wrote: the administrator's files, which no package removes."""
         shutil.rmtree(self.machine.path(_CERTS))
 
     def configure_the_upstream(self) -> None:
@@ -83,7 +83,7 @@ class Scene:
 
     @contextmanager
     def changed(self, files: Mapping[str, str]) -> Iterator[None]:
-        """These files are as they are given, for the unit's next start; after the block it runs as it was before."""
+        """Write these files for the unit's next start; after the block restore the old ones and restart."""
         before = {path: path.read_text() if path.exists() else None for path in map(self.machine.path, files)}
         for name, given in files.items():
             self.machine.write(name, given)
@@ -101,19 +101,22 @@ class Scene:
             self.machine.run("systemctl daemon-reload && systemctl restart ociregistry")
 
     def pull(self) -> str:
-        """The CRI plugin of containerd pulls and unpacks the image, of which it has nothing, through what
-        containerd-config wrote. Gives what it says when it cannot."""
+        """Pull the image afresh by containerd's CRI plugin, as containerd-config configured it.
+
+        Returns:
+            containerd's error, empty for a success.
+        """
         if self.cri.images():
             self.cri.remove(REFERENCE)
         return self.cri.pull(REFERENCE)
 
     def pull_by_ctr(self) -> str:
-        """ctr does the same; it is no client of the CRI plugin and has to be told the folder."""
+        """Pull by ctr, which does not use the CRI plugin and has to be given the folder."""
         pulled = self.machine.run(f"ctr images pull --hosts-dir {_CERTS} {REFERENCE}", check=False)
         return f"{pulled.stdout}{pulled.stderr}" if pulled.returncode else ""
 
     def status(self, url: str) -> str:
-        """The status that a GET gives; 000 when nobody answers."""
+        """Return the status of a GET; 000 without an answer."""
         return self.machine.run(f"curl -s -o /dev/null -w '%{{http_code}}' '{url}'", check=False).stdout
 
     def files(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Completion in a real zsh; bash's is tried in tests/unit/test_tools.py."""
+"""Completion in a real zsh; bash's is tested in tests/unit/test_tools.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.processes import run
 from tools.generate import main
 
-# A zsh in a terminal: $1 is the folder of the completion, $2 what is typed before the tab, once the prompt is there.
+# A zsh in a terminal: $1 is the folder of the completion, $2 what is typed before the tab, once the prompt appears.
 _TYPE = r"""
 zmodload zsh/zpty
 zpty terminal zsh -f -i
@@ -27,7 +27,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the package is made from."""
+    """The folder of completions from which the package is built."""
     folder = tmp_path_factory.mktemp("generated")
     main(folder)
     return folder

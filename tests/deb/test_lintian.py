@@ -1,4 +1,4 @@
-"""Debian's own judge of packages."""
+"""lintian, Debian's checker of packages."""
 
 from __future__ import annotations
 

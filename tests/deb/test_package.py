@@ -1,4 +1,4 @@
-"""The package on a Debian that runs, in the order in which an administrator meets it: from installation to purge."""
+"""The package on a running Debian, in an administrator's order, from installation to purge."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ with concurrent.futures.ThreadPoolExecutor(40) as pool:
 
 @pytest.fixture(autouse=True)
 def told_by_the_unit(scene: Scene, request: pytest.FixtureRequest) -> Iterator[None]:
-    """The report of a test that fails has what the unit logged."""
+    """Add the unit's log to the report of a failed test."""
     yield
     journal = scene.machine.run("journalctl --unit ociregistry --lines 20 --no-pager", check=False)
     request.node.add_report_section("teardown", "journal", journal.stdout)
@@ -57,7 +57,7 @@ def test_it_serves_at_once(scene: Scene) -> None:
 
 
 def test_its_own_test_passes(scene: Scene) -> None:
-    """The one of debian/tests, as autopkgtest would run it."""
+    """Run the test of debian/tests, as autopkgtest would."""
     shutil.copy(ROOT / "debian" / "tests" / "serves", scene.machine.path("/srv/serves"))
     scene.machine.run("/srv/serves")
 
@@ -70,7 +70,7 @@ def test_the_service_is_confined(scene: Scene) -> None:
 
 
 def test_a_reload_takes_a_changed_entry(scene: Scene) -> None:
-    """Before it the upstream is none that a client's word leads to; then it is, by its private authority."""
+    """Before the reload `ns` may not lead to the upstream; after it the pull works, with the private authority."""
     process = scene.machine.shows("ociregistry", "MainPID")
     assert scene.status(MANIFEST) == "403"
     scene.configure_the_upstream()
@@ -81,7 +81,7 @@ def test_a_reload_takes_a_changed_entry(scene: Scene) -> None:
 
 
 def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
-    """Through its CRI plugin, as a kubelet's pulls go. Only the unit knows the authority of the upstream."""
+    """Pull through the CRI plugin, as a kubelet does. Only the unit knows the authority of the upstream."""
     assert "certificate" in scene.pull(), "it needs the unit"
     scene.configure_containerd()
     assert scene.pull() == ""
@@ -95,7 +95,7 @@ def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
 
 
 def test_root_loads_through_the_unit(scene: Scene) -> None:
-    """The unit fetches, by the private authority that it knows; and nothing is root's afterwards."""
+    """The unit fetches, by the private authority that it knows; no file belongs to root afterwards."""
     machine = scene.machine
     machine.write("/root/imagelist", f"# what the cluster needs\n{LOADED}\n{REFERENCE}\n")
     machine.run("systemctl start docker-registry")
@@ -109,7 +109,7 @@ def test_root_loads_through_the_unit(scene: Scene) -> None:
 
 
 def test_commands_work_beside_the_unit(scene: Scene) -> None:
-    """Root's, as the documentation has them, without leaving anything that is root's."""
+    """Run the documented commands as root; no file belongs to root afterwards."""
     machine = scene.machine
     assert machine.says("ociregistry --version") == f"ociregistry {__version__}"
     assert f"/etc/ociregistry/{UPSTREAM}.crt" in machine.says("ociregistry check")
@@ -127,7 +127,7 @@ def test_commands_work_beside_the_unit(scene: Scene) -> None:
 
 
 def test_a_store_elsewhere(scene: Scene) -> None:
-    """Set up as the documentation says. Commands find it, since they read the same file."""
+    """Follow the documentation. Commands find the store, since they read the same file."""
     machine = scene.machine
     config = machine.path(CONFIG).read_text()
     moved = {
@@ -150,7 +150,7 @@ def test_a_store_elsewhere(scene: Scene) -> None:
 
 @pytest.fixture
 def impatient(scene: Scene) -> Iterator[None]:
-    """A watchdog that waits for less long than the one shipped: the test waits for it."""
+    """Set a shorter watchdog time-out than the package's, because the test waits for it."""
     with scene.changed({f"{_DROP_IN}/impatient.conf": "[Service]\nWatchdogSec=2s\n"}):
         scene.machine.run("systemctl restart ociregistry")
         yield
@@ -178,7 +178,7 @@ def test_a_mistake_in_the_configuration_is_told_and_not_tried_again(scene: Scene
 
 @pytest.fixture
 def by_socket(scene: Scene) -> Iterator[None]:
-    """The socket unit is set up as its own comments say."""
+    """Set up the socket unit as its own comments say."""
     example = scene.machine.path("/usr/share/doc/ociregistry/examples/ociregistry.socket").read_text()
     assert _LISTEN in example
     config = scene.machine.path(CONFIG).read_text()
@@ -190,7 +190,7 @@ def by_socket(scene: Scene) -> Iterator[None]:
 
 
 def test_with_the_socket_unit_nobody_is_refused_during_a_restart(scene: Scene, by_socket: None) -> None:
-    """40 requests come in two seconds, and a restart in their midst."""
+    """Send 40 requests within two seconds, and restart in between."""
     machine = scene.machine
     process = machine.shows("ociregistry", "MainPID")
     with subprocess.Popen(machine.argv(["python3", "-c", _ASK]), stdout=subprocess.PIPE, text=True) as asking:
