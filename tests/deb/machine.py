@@ -16,7 +16,7 @@ from tests.processes import run, wait_until
 
 _BOOTED = ("running", "degraded")
 _PATIENCE = 60
-_POWER_OFF = signal.SIGRTMIN + 4  # what systemd takes for it
+_POWER_OFF = signal.SIGRTMIN + 4  # how systemd is told to power off
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NSPAWN = (
     *("systemd-nspawn", "--quiet", "--boot", "--private-network", "--register=no", "--keep-unit"),
@@ -120,7 +120,7 @@ class Machine:
         return self._leader != 0 and self.run("systemctl is-system-running", check=False).stdout.strip() in _BOOTED
 
     def _child(self) -> int:
-        """Return the machine's first process. While the machine is prepared, systemd-nspawn has others; 0 for none."""
+        """Return the machine's first process, 0 for none. Before, systemd-nspawn has other children."""
         assert self._container is not None
         if self._container.poll() is not None:
             raise RuntimeError(f"systemd-nspawn gave {self._container.returncode}")

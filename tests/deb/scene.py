@@ -120,12 +120,12 @@ class Scene:
         return self.machine.run(f"curl -s -o /dev/null -w '%{{http_code}}' '{url}'", check=False).stdout
 
     def files(self) -> frozenset[str]:
-        """All files and folders of the machine but those of `_OTHERS`."""
+        """Return all files and folders of the machine but those of `_OTHERS`."""
         pruned = " -o ".join(f"-path ./{other}" for other in _OTHERS)
         return frozenset(self.machine.says(f"cd / && find . -xdev \\( {pruned} \\) -prune -o -print").splitlines())
 
     def _start_upstream(self) -> None:
-        """Debian's docker-registry as a service, with what one outside has taken in."""
+        """Run Debian's docker-registry as a service, with content that was pushed to one outside."""
         self._authority = Authority(self._folder, UPSTREAM)
         certificate, key = self._authority.issue(UPSTREAM)
         with DockerRegistry(self._folder / "registry") as registry:
@@ -143,7 +143,7 @@ class Scene:
         }
         self.machine.write("/etc/docker/registry/config.yml", json.dumps(settings))
         self.machine.write("/etc/hosts", f"127.0.0.1 localhost\n{ADDRESS} {UPSTREAM}\n")
-        # Its user may not have port 443.
+        # Its user may not use port 443.
         dropin = "/etc/systemd/system/docker-registry.service.d/user.conf"
         self.machine.write(dropin, "[Service]\nUser=root\n")
         self.machine.run("systemctl daemon-reload && systemctl restart docker-registry")
