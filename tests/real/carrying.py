@@ -1,4 +1,4 @@
-"""A store on a machine of its own, and what its operator types there: for tests that carry images about."""
+"""Stores on separate machines, and archives that carry images between them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Place:
         return self.folder / "images"
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command on the store to its end, whatever that is."""
+        """Run a command on the store to its end, with any exit status."""
         self.folder.mkdir(exist_ok=True)
         config = self.folder / "ociregistry.yaml"
         config.write_text(yaml.safe_dump([{"name": name, "scheme": "http"} for name in self.upstreams]))
@@ -37,13 +37,13 @@ class Place:
         return run(twistd(*options, *words), check=False, environment={"PYTHONPATH": str(ROOT)})
 
     def done(self, *words: str) -> list[str]:
-        """The lines that a command prints, which must do all that it was told and complain of nothing."""
+        """Return the lines that a command prints; it must succeed, and write no error."""
         done = self.command(*words)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout.splitlines()
 
     def failed(self, *words: str) -> tuple[list[str], list[str]]:
-        """The lines that a command prints, and those that it complains with; it must end with 1, and not crash."""
+        """Return the lines of stdout and of stderr; the command must exit with 1, and without a traceback."""
         done = self.command(*words)
         assert done.returncode == 1, done
         assert "Traceback" not in done.stderr, done
@@ -57,36 +57,36 @@ class Place:
 
     @property
     def meanings(self) -> dict[str, str]:
-        """The image URLs that `list` knows, and the digest that each means."""
+        """The image URLs that `list` prints, with their digests."""
         return {row["url"]: row["digest"] for row in json.loads("\n".join(self.done("list", "--json")))}
 
     @property
     def long_list(self) -> list[list[str]]:
-        """The columns of `list --long`, but for when an image was pulled."""
+        """The columns of `list --long`, without the time of the last pull."""
         rows = [line.split(" ") for line in self.done("list", "--long")]
         return [[*columns[:3], *columns[4:]] for columns in rows]
 
     def stored(self, folder: str) -> dict[str, bytes]:
-        """The files in one of the store's folders, and what is in them."""
+        """Return the files in one of the store's folders, with their content."""
         return {path.name: path.read_bytes() for path in (self.images / folder).iterdir()}
 
     @property
     def leftovers(self) -> set[str]:
-        """All that is in the store, but for the locks of processes and the folders."""
+        """The files in the store, except the locks of processes."""
         files = {str(path.relative_to(self.images)) for path in self.images.rglob("*") if path.is_file()}
         return {name for name in files if not name.endswith("/lock")}
 
     def daemon(self, *options: str) -> Daemon:
-        """A daemon on the store, to be started; it fetches nothing that nobody asks for."""
+        """Make a daemon on the store, not yet started; it fetches only what is requested."""
         self.folder.mkdir(exist_ok=True)
         registries = dict.fromkeys(self.upstreams, "http")
         return Daemon(self.folder, registries, "--no-complete-images", *options, image_path=self.images)
 
 
 def pull_offline(daemon: Daemon, containerd: Containerd, ref: str) -> frozenset[str]:
-    """Let containerd pull and unpack an image by the daemon alone; gives the digests that it fetched.
+    """Pull and unpack an image by containerd from the daemon alone; return the fetched digests.
 
-    The image is removed again. The daemon must not have turned to an upstream, of which there is none.
+    The image is removed again. The daemon must not have asked an upstream.
     """
     before, logged = containerd.content, len(daemon.log)
     done = containerd.pull(ref, hosts_dir(daemon.config_path.parent / "certs.d", daemon.url, "_default"))
@@ -99,25 +99,25 @@ def pull_offline(daemon: Daemon, containerd: Containerd, ref: str) -> frozenset[
 
 
 def parts_of(what: Image | Index, platform: str = "linux/amd64") -> set[str]:
-    """The digests of what a client of this platform fetches: manifests, config and layers."""
+    """Return the digests that a client of this platform fetches: manifests, config and layers."""
     images = what.images if isinstance(what, Index) else (what,)
     (image,) = (image for image in images if image.platform == platform)
     return {what.manifest.digest, image.manifest.digest, *blobs_of(image)}
 
 
 def with_metadata(what: Index, platform: str = "linux/amd64") -> set[str]:
-    """The digests of what `load` brings for this platform: also the manifests and configs of the others."""
+    """Return the digests that `load` stores for this platform, with the other platforms' manifests and configs."""
     others = what.without(platform)
     return parts_of(what, platform) | {part.digest for one in others for part in (one.manifest, one.config)}
 
 
 def blobs_of(what: Image | Index) -> set[str]:
-    """The digests of its configs and layers."""
+    """Return the digests of its configs and layers."""
     return {blob.digest for blob in what.blobs}
 
 
 def in_archive(path: Path) -> set[str]:
-    """The digests that an OCI layout archive has files for."""
+    """Return the digests of the files in an OCI layout archive."""
     with tarfile.open(path) as archive:
         names = archive.getnames()
     assert len(names) == len(set(names))

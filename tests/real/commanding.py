@@ -1,4 +1,4 @@
-"""Commands as an operator gives them: processes of their own, what they say, and what they leave."""
+"""Shells for commands: how a command ends, what it prints, and what it leaves in the store."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ Ended = subprocess.CompletedProcess[str]
 
 @dataclass(frozen=True)
 class Shell:
-    """Where commands are given: in `folder`, on `store`, with the configuration file `config`."""
+    """A shell in `folder`, for commands on `store` with the configuration file `config`."""
 
     folder: Path
     store: Path
     config: Path
 
     def argv(self, *arguments: str, options: Sequence[str] = ("-n",)) -> list[str]:
-        """The command line that gives these arguments on the store; `options` are twistd's own."""
+        """Return the command line for these arguments on the store; `options` are those of twistd."""
         common = ["--image-path", str(self.store), "--config-path", str(self.config)]
         return twistd(*common, *arguments, options=options)
 
     def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
-        """What becomes of `twistd -n ociregistry` with these arguments."""
+        """Run `twistd -n ociregistry` with these arguments to its end."""
         return ended(self.argv(*arguments), self.folder, environment)
 
     def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> Ended:
-        """What becomes of it in a shell that reads the arguments, and sends what comes out into `pipe`."""
+        """Run it in a shell that expands the arguments and sends the output into `pipe`."""
         script = f'set -o pipefail; ociregistry() {{ "${{command[@]}}" "$@"; }}; ociregistry {arguments} {pipe}'
         return ended(["bash", "-c", f'command=("$@"); {script}', "bash", *self.argv()], self.folder, environment)
 
     def listed(self, environment: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
-        """Image URL -> kind and time, as `list` prints them."""
+        """Return the rows of `list`: image URL -> kind and time."""
         rows = [line.split(" ") for line in succeeded(self.run("list", environment=environment)).splitlines()]
         return {url: (kind, created) for url, kind, created in rows}
 
 
 def shell_in(folder: Path, registries: Iterable[Mapping[str, object]] = (), **settings: object) -> Shell:
-    """A shell in `folder`, with a store there that is yet to be made."""
+    """Make a shell in `folder`, with a store there that does not exist yet."""
     config = folder / "ociregistry.yaml"
     config.write_text(yaml.safe_dump({"registries": list(registries), **settings}))
     return Shell(folder, folder / "images", config)
 
 
 def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """What becomes of a process that is started in `folder`."""
+    """Run a process in `folder` to its end."""
     return subprocess.run(
         argv,
         check=False,
@@ -76,13 +76,13 @@ def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | No
 
 
 def succeeded(done: Ended) -> str:
-    """What a command printed, which must have had nothing to complain about."""
+    """Return the output of a command, which must have succeeded without an error message."""
     assert (done.returncode, done.stderr) == (0, ""), done
     return done.stdout
 
 
 def assert_one_line(done: Ended, status: int, *words: str) -> None:
-    """It must have ended with this status and one line that tells why, with these words in it."""
+    """Assert that a command ended with this status and one line of explanation that contains these words."""
     assert done.returncode == status, done
     assert re.fullmatch("ociregistry: [^\n]+\n", done.stderr), done
     for word in words:
@@ -90,7 +90,7 @@ def assert_one_line(done: Ended, status: int, *words: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """All that is below `folder`: mode, owner and bytes of each path."""
+    """Return mode, owner and bytes of each path below the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -100,45 +100,45 @@ def contents(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 def owners(folder: Path) -> set[int]:
-    """The users to whom the folder, and what is below it, belongs."""
+    """Return the owners of the folder and everything below."""
     return {folder.stat().st_uid} | {path.lstat().st_uid for path in folder.rglob("*")}
 
 
 def blobs_in(store: Path) -> set[str]:
-    """The digests of the blobs in a store."""
+    """Return the digests of the blobs in a store."""
     return {f"sha256:{path.name}" for path in (store / "blobs").iterdir()}
 
 
 def records_in(store: Path) -> set[str]:
-    """The digests of the records in a store."""
+    """Return the digests of the records in a store."""
     return {f"sha256:{path.name}" for folder in ("fat", "img") for path in (store / folder).iterdir()}
 
 
 def digests(*blobs_of: Image | Index) -> set[str]:
-    """The digests of their blobs."""
+    """Return the digests of these blobs."""
     return {blob.digest for what in blobs_of for blob in what.blobs}
 
 
 def metadata(images: Iterable[Image | Index], *platforms: str) -> tuple[set[str], set[str]]:
-    """The digests of the manifests and of the configs that a store has of an index's other platforms."""
+    """Return the digests of manifests and configs that a store has for the other platforms of an index."""
     others = [one for what in images if isinstance(what, Index) for one in what.without(*platforms)]
     return {one.manifest.digest for one in others}, {one.config.digest for one in others}
 
 
 def need_root() -> None:
-    """Fail where a test cannot become another user: one that did not run shows nothing."""
+    """Fail where a test cannot become another user: a skipped test would prove nothing."""
     if os.geteuid() != 0:
         pytest.fail("becoming another user needs root", pytrace=False)
 
 
 def as_nobody(argv: Sequence[str]) -> list[str]:
-    """The command line that runs `argv` as a user without rights."""
+    """Return the command line that runs `argv` as a user without rights."""
     return ["setpriv", f"--reuid={NOBODY_UID}", f"--regid={NOBODY_UID}", "--clear-groups", *argv]
 
 
 @contextmanager
 def open_folder() -> Iterator[Path]:
-    """A folder that every user may enter, which pytest's are not, until the block ends."""
+    """Make a folder that every user may enter, unlike pytest's, until the block ends."""
     with tempfile.TemporaryDirectory(prefix="ociregistry-") as folder:
         path = Path(folder)
         path.chmod(0o755)
@@ -146,6 +146,6 @@ def open_folder() -> Iterator[Path]:
 
 
 def give(folder: Path, user: int) -> None:
-    """The folder, with all that is below it, belongs to this user and its group from now on."""
+    """Give the folder, with everything below, to this user and group."""
     for path in (folder, *folder.rglob("*")):
         os.chown(path, user, user, follow_symlinks=False)

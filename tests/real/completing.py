@@ -1,4 +1,4 @@
-"""Images that the daemon completes by itself: what the tests of that look at."""
+"""Daemons that complete images, and the state of completion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.upstream import ScriptedRegistry
 
 @contextmanager
 def completing_in(folder: Path, *options: str, settings: Mapping[str, object] | None = None) -> Iterator[Cache]:
-    """A daemon that completes images, as it does by default, and its scripted upstream, until the block ends.
+    """Run a daemon that completes images, as is the default, and its scripted upstream, until the block ends.
 
     `settings` are further keys of its configuration file.
     """
@@ -31,28 +31,28 @@ def completing_in(folder: Path, *options: str, settings: Mapping[str, object] | 
 
 
 def health(daemon: Daemon) -> dict[str, int]:
-    """What GET /health counts."""
+    """Return the counts of GET /health."""
     document: dict[str, int] = json.loads(fetch(f"{daemon.url}/health").body)
     return document
 
 
 def incomplete(daemon: Daemon) -> tuple[int, int]:
-    """How many images are incomplete, and how many bytes they lack, as GET /health tells."""
+    """Return how many images are incomplete, and how many bytes they lack, according to GET /health."""
     document = health(daemon)
     return document["incomplete_images"], document["missing_bytes"]
 
 
 def pending_file(daemon: Daemon, manifest: Manifest, number: int = 0) -> Path:
-    """Where the process with this pulls/<n>/ notes that an image is to be completed."""
+    """Return the file of the pending image in pulls/<number>/."""
     return daemon.image_path / "pulls" / str(number) / f"{manifest.digest.partition(':')[2]}.wish"
 
 
 def wait_complete(
     daemon: Daemon, blobs: Iterable[Blob], timeout: float = SOON, refused: tuple[int, int] = (0, 0)
 ) -> None:
-    """Return when all is there, metadata too, and nothing is to be fetched any more.
+    """Return when these blobs and all metadata are stored, and no completion remains.
 
-    `refused` are the images that stay incomplete, and the bytes that these lack.
+    `refused` is how many images stay incomplete, and how many bytes these lack.
     """
     wait_until(lambda: all(blob_file(daemon, blob.digest).exists() for blob in blobs), timeout, "all blobs")
     wait_until(lambda: incomplete(daemon) == refused, timeout, "nothing else is incomplete")
@@ -61,7 +61,7 @@ def wait_complete(
 
 
 def lines(daemon: Daemon, level: str, *words: str, since: int = 0) -> list[str]:
-    """The lines of the log at this level that say all these words."""
+    """Return the log lines at this level that contain all these words."""
     return [
         line
         for line in daemon.log[since:].splitlines()

@@ -19,7 +19,7 @@ from tests.real.scripted import Cache, cache_in, plain_image, repository_for
 
 
 def _need(*programs: str) -> None:
-    """Fail where a peer is missing: a test that did not run shows nothing."""
+    """Fail where a peer is missing: a skipped test would prove nothing."""
     packages = sorted({package for package in map(missing_package, programs) if package})
     if packages:
         pytest.fail(f"a peer is missing: apt-get install {' '.join(packages)}", pytrace=False)
@@ -29,7 +29,7 @@ def _need(*programs: str) -> None:
 def interruptible() -> None:
     """Let the programs under test be interrupted.
 
-    A shell starts what runs in its background with SIGINT ignored, and a program passes that on to those it starts.
+    A shell starts background processes with SIGINT ignored, and their children inherit that.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -45,7 +45,7 @@ def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
 
 @pytest.fixture
 def portless_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
-    """An empty docker-registry whose name has no port: port 80 of a loopback address that is this process's alone."""
+    """An empty docker-registry whose name has no port: port 80 of a loopback address unique to this process."""
     _need("docker-registry")
     pid = os.getpid()
     address = f"127.{64 + (pid >> 16) % 64}.{pid >> 8 & 255}.{pid & 255}"
@@ -55,7 +55,7 @@ def portless_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
 
 @pytest.fixture
 def start_daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
-    """Start a `Daemon`, given what it takes after its folder; none may log an unhandled failure."""
+    """Start a `Daemon` with these arguments after its folder; none may log an unhandled failure."""
     daemons: list[Daemon] = []
     with ExitStack() as stack:
 
@@ -73,11 +73,11 @@ def start_daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cal
 
 @pytest.fixture(scope="session")
 def containerd() -> Iterator[Containerd]:
-    """A containerd for all tests: use references of your own, or `wipe` it."""
+    """One containerd for all tests: use distinct references, or `wipe` it."""
     _need("containerd", "ctr")
     if os.geteuid() != 0:
         pytest.fail("containerd needs root to unpack images", pytrace=False)
-    # Not tmp_path: the path of a socket must be short, and pytest would keep what was unpacked.
+    # Not tmp_path: the path of a socket must be short, and pytest would keep the unpacked files.
     with tempfile.TemporaryDirectory(prefix="containerd-") as folder, Containerd(Path(folder)) as containerd:
         yield containerd
 
@@ -97,20 +97,20 @@ def big_image() -> Image:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """A daemon and its scripted upstream for all tests of a file; each takes a `repository` of its own."""
+    """A daemon and its scripted upstream for all tests of a file; each uses a separate `repository`."""
     with cache_in(tmp_path_factory.mktemp("cache")) as cache:
         yield cache
 
 
 @pytest.fixture
 def repository(request: pytest.FixtureRequest) -> str:
-    """A repository for the test alone."""
+    """A repository for this test alone."""
     return repository_for(request.node.name)
 
 
 @pytest.fixture
 def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    """An image at the upstream, in the test's repository as `1`, not pulled yet."""
     image = plain_image(repository, 5000)
     cache.upstream.add(repository, image, "1")
     return image
@@ -118,7 +118,7 @@ def image(cache: Cache, repository: str) -> Image:
 
 @pytest.fixture
 def index(cache: Cache, repository: str) -> Index:
-    """An index at the upstream, in the test's repository as `list`, that nobody has pulled."""
+    """An index at the upstream, in the test's repository as `list`, not pulled yet."""
     index = make_index(repository)
     cache.upstream.add(repository, index, "list")
     return index

@@ -1,15 +1,15 @@
-"""Clients that read the metadata of every platform of an index: what they ask for, and what the store holds then.
+"""Clients that read the metadata of every platform of an index: their requests, and the resulting store.
 
 Recorded on loopback from containerd 2.4.2, for an index with four platforms and two BuildKit attestations:
 
-- `ctr images pull`, with and without `--platform`: HEAD of the tag, GET of the index by digest, then the manifests
-  of all its children, attestations included, then the configs of all of them, then the layers of one platform. The
-  order of the requests within each of these steps differs from run to run; at most three are under way at once, and
-  no step begins before the one before it has ended.
-- CRI's PullImage, which is what kubelets use (and `ctr images pull --skip-metadata`): HEAD of the tag, GET of the
-  index, then manifest, config and layers of one platform alone.
+- `ctr images pull`, with and without `--platform`: HEAD of the tag, GET of the index by digest, then the manifests of
+  all its children, attestations included, then the configs of all of them, then the layers of one platform. The order
+  of the requests within each of these steps differs between runs; at most three run at once, and each step ends
+  before the next begins.
+- CRI's PullImage, which kubelets use (and `ctr images pull --skip-metadata`): HEAD of the tag, GET of the index, then
+  manifest, config and layers of one platform alone.
 
-Neither asks for `/v2/`, nor for a layer that it has already. A Range comes only where containerd is configured with
+Neither requests `/v2/`, nor a layer that it has already. A Range is sent only where containerd is configured with
 `concurrent_layer_fetch_buffer`: then every GET, of manifests and configs too, has `bytes=0-` and is answered by 206.
 """
 
@@ -43,11 +43,11 @@ REPOSITORY = "team/app"
 TAG = "v1"
 AMD64, ARM64, ARM, S390X = "linux/amd64", "linux/arm64", "linux/arm/v7", "linux/s390x"
 ARCHITECTURE = ("--arch", "amd64", "--os", "linux")
-"""What the daemon is told that this machine is, wherever the test runs."""
+"""The machine's platform for the daemon, independent of where the test runs."""
 LAYER = 200_000
 """Bytes of each layer."""
 DECIDED = 90.0
-"""Seconds within which it is decided which platforms were wanted: the daemon waits for 30 s of silence."""
+"""Seconds until the wanted platforms are decided: the daemon waits for 30 s without requests."""
 
 _AT_ONCE = 3
 _RESOLVING = {
@@ -58,9 +58,9 @@ _UNDECIDED = ("incomplete_images", "missing_bytes", "pending_images", "incomplet
 
 
 def four_platforms(seed: str) -> Index:
-    """An index with images for four platforms, two layers each, and attestations of two of them.
+    """Make an index with images for four platforms, two layers each, and attestations of two of them.
 
-    The first layers of amd64 and arm64 are the same; every other layer belongs to one image alone.
+    amd64 and arm64 share their first layer; every other layer belongs to one image alone.
     """
     base = make_image(f"{seed}/base", layers=1, layer_size=LAYER)
     images = [
@@ -75,30 +75,30 @@ def four_platforms(seed: str) -> Index:
 
 
 def image_for(index: Index, platform: str) -> Image:
-    """The image of this platform."""
+    """Return the image of this platform."""
     (image,) = (image for image in index.images if image.platform == platform)
     return image
 
 
 def own_layer(index: Index, platform: str) -> Blob:
-    """The upper layer of this platform, which no other platform has."""
+    """Return the upper layer of this platform, which no other platform has."""
     return image_for(index, platform).layers[-1]
 
 
 def shared_layer(index: Index) -> Blob:
-    """The layer that amd64 and arm64 share."""
+    """Return the layer that amd64 and arm64 share."""
     lower, _ = image_for(index, AMD64).layers
     assert lower in image_for(index, ARM64).layers
     return lower
 
 
 def configs(index: Index) -> tuple[Blob, ...]:
-    """The configs of all children."""
+    """Return the configs of all children."""
     return tuple(image.config for image in index.images)
 
 
 def metadata_size(index: Index) -> int:
-    """Bytes of the index, and of the manifests and configs of all its children."""
+    """Return the bytes of the index, and of the manifests and configs of all its children."""
     manifests = sum(len(manifest.data) for manifest in index.manifests)
     return manifests + sum(len(config.data) for config in configs(index))
 
@@ -106,7 +106,7 @@ def metadata_size(index: Index) -> int:
 def ctr_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True, ranged: bool = False) -> None:
     """Pull as `ctr images pull` 2.x does; without `layers` as when containerd has the layers already.
 
-    `ranged` is how it pulls with `concurrent_layer_fetch_buffer`. Every answer must be right.
+    With `ranged`, pull as with `concurrent_layer_fetch_buffer`. Every answer must be correct.
     """
     _resolve(cache, index, ranged=ranged)
     _get_all(cache, "manifests", [image.manifest for image in index.images], ranged=ranged)
@@ -118,7 +118,7 @@ def ctr_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool 
 def kubelet_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: bool = True) -> None:
     """Pull as a kubelet does by CRI; without `layers` as when containerd has the layers already.
 
-    Every answer must be right.
+    Every answer must be correct.
     """
     image = image_for(index, platform)
     _resolve(cache, index)
@@ -129,7 +129,7 @@ def kubelet_pull(cache: Cache, index: Index, platform: str = AMD64, *, layers: b
 
 
 def get(cache: Cache, *blobs: Blob, ranged: bool = False) -> None:
-    """GET these blobs, as a part of a pull; every answer must be right."""
+    """GET these blobs, as part of a pull; every answer must be correct."""
     _get_all(cache, "blobs", blobs, ranged=ranged)
 
 
@@ -158,15 +158,15 @@ def _get_all(cache: Cache, kind: str, wanted: Sequence[Blob | Manifest], *, rang
 
 
 def health(daemon: Daemon) -> dict[str, int]:
-    """What GET /health tells of images and indexes that are not as they are to be."""
+    """Return the counts of incomplete images and indexes in GET /health."""
     told = json.loads(fetch(f"{daemon.url}/health").body)
     return {key: told[key] for key in _UNDECIDED}
 
 
 def wait_holds(daemon: Daemon, index: Index, *platforms: str, timeout: float = DECIDED) -> None:
-    """Return when the metadata of all children is here, with the layers of these platforms, and nothing is to come.
+    """Return when the metadata of all children and the layers of these platforms are stored, with none to fetch.
 
-    Then there must be no layer of another platform, and the records must tell which images were wanted.
+    No layer of another platform may be stored, and the records must state which images were wanted.
     """
     wanted = {image_for(index, platform).manifest.digest for platform in platforms}
     manifests = {manifest.digest for manifest in index.manifests}
@@ -182,25 +182,25 @@ def wait_holds(daemon: Daemon, index: Index, *platforms: str, timeout: float = D
 
 
 def wanted_in(daemon: Daemon) -> set[str]:
-    """The digests of the images in the store that are wanted; a record of an older version does not say so."""
+    """Return the digests of the stored images that are wanted; records of older versions do not state it."""
     records = [json.loads(path.read_text()) for path in (daemon.image_path / "img").iterdir()]
     return {record["digest"] for record in records if record.get("wanted", True)}
 
 
 def link_bytes(cache: Cache) -> int:
-    """How many bytes of bodies the upstream has sent."""
+    """Return how many bytes of bodies the upstream has sent."""
     return sum(request.sent for request in cache.upstream.requests)
 
 
 def fetched_once(cache: Cache) -> None:
-    """No manifest and no blob may have come from the upstream twice; what gave an error does not count."""
+    """Assert that no manifest and no blob came from the upstream twice; errors do not count."""
     sent = Counter(one.path for one in cache.upstream.requests if one.sent)
     twice = [path for path, count in sent.items() if count > 1]
     assert twice == [], f"{twice}\n{cache.daemon.log}"
 
 
 def store_of_before(daemon: Daemon, host: str, index: Index, platform: str) -> None:
-    """Write the store of a daemon that kept one platform of the index alone, and whose records say nothing of that.
+    """Write the store of an older version: one platform of the index alone, and records without that information.
 
     `host` is the upstream's name. The daemon must not run.
     """

@@ -1,4 +1,4 @@
-"""What the fuzz tests begin with: well-formed parts of requests and well-known malformed ones, to be spoiled."""
+"""Seeds of the fuzz tests: well-formed parts of requests, and well-known malformed ones, to be mutated."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ TOKENS = (
 
 @st.composite
 def mutated(draw: st.DrawFn, seeds: Sequence[bytes], most: int = 3) -> bytes:
-    """One of these, with up to `most` places spoiled."""
+    """Draw one of the seeds, with at most `most` mutations."""
     data = draw(st.sampled_from(seeds))
     for _ in range(draw(st.integers(0, most))):
         at = draw(st.integers(0, len(data)))
@@ -122,7 +122,7 @@ def mutated(draw: st.DrawFn, seeds: Sequence[bytes], most: int = 3) -> bytes:
 
 @st.composite
 def ranges(draw: st.DrawFn) -> bytes:
-    """Near the ends of the blob, where mistakes are."""
+    """Draw ranges near the ends of the blob, where mistakes are likely."""
     places = st.sampled_from((0, 1, 2, 999, 1998, 1999, 2000, 2001, 2**31, 2**63, 2**64)) | st.integers(0, 4000)
     first, last = draw(st.none() | places), draw(st.none() | places)
     return b"bytes=%s-%s" % tuple(b"" if place is None else b"%d" % place for place in (first, last))

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: a wire that takes any bytes, and what must hold whatever was sent."""
+"""Tools of the fuzz tests: a connection that sends any bytes, and conditions for every answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.processes import Daemon
 
 HANGS = 20.0
-"""Seconds without a byte: no answer here needs the network."""
+"""Seconds without a byte after which the daemon counts as hung: no answer here needs the network."""
 
 CATALOG_OF_HEADERS = frozenset(
     {
@@ -31,8 +31,8 @@ _STORED = re.compile(
 )
 _FOLDERS = re.compile(r"|blobs|fat|img|pulls|pulls/\d+|pulls/\d+/bad")
 
-# What Python and the C library look at by themselves, to import a module late or to look up a host; and what
-# tells one run of the machine from the next.
+# What Python and the C library read by themselves, to import a module late or to look up a host, and the id of the
+# boot.
 _SYSTEM = ("/usr/", "/lib/", "/lib64/", "/var/run/nscd/")
 _HARMLESS = frozenset(
     {
@@ -49,14 +49,14 @@ _HARMLESS = frozenset(
 )
 
 _OWN_SOCKET = re.compile(r"/proc/self/fd/\d+/socket")
-"""That in the daemon's pulls/<n>/, by a short path."""
+"""The socket in the daemon's pulls/<n>/, by a short path."""
 
 Header = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """An answer as received."""
 
     status: int
     headers: Mapping[str, str]
@@ -64,7 +64,7 @@ class Answer:
 
 
 class Wire:
-    """A connection that is kept, for requests that may be malformed; `connect` opens it, and opens it again."""
+    """A persistent connection for requests that may be malformed; `connect` opens it, and reopens it."""
 
     def __init__(self, connect: Callable[[], socket.socket]) -> None:
         self._connect = connect
@@ -72,16 +72,16 @@ class Wire:
         self._file: io.BufferedReader | None = None
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         for end in (self._file, self._socket):
             if end is not None:
                 end.close()
         self._socket = self._file = None
 
     def ask(self, method: bytes, target: bytes, headers: Sequence[Header] = (), body: bytes = b"") -> Answer | None:
-        """The answer to a request line and headers that may hold any bytes but CR LF.
+        """Send a request line and headers with any bytes but CR LF; return the answer.
 
-        None when the connection was closed without one, as HTTP allows for what is no request at all.
+        None when the connection was closed without an answer, which HTTP allows for what is not a request.
         """
         lines = [method + b" " + target + b" HTTP/1.1", *(name + b": " + value for name, value in headers)]
         if body:
@@ -89,7 +89,7 @@ class Wire:
         return self.say(b"".join(line.replace(b"\r\n", b"\n") + b"\r\n" for line in lines) + b"\r\n" + body)
 
     def say(self, request: bytes) -> Answer | None:
-        """The answer to these bytes."""
+        """Send these bytes; return the answer."""
         if self._socket is None:
             self._socket = self._connect()
             self._socket.settimeout(HANGS)
@@ -98,7 +98,7 @@ class Wire:
         answer: Answer | None = None
         ended = True
         try:
-            with suppress(ConnectionError):  # it may be closed while we speak; what it said can still be read
+            with suppress(ConnectionError):  # It may be closed while we send; its answer can still be read.
                 self._socket.sendall(request)
             answer, ended = self._read(self._file, head=request.startswith(b"HEAD "))
         except ConnectionError:
@@ -110,7 +110,7 @@ class Wire:
 
     @staticmethod
     def _read(file: io.BufferedReader, *, head: bool) -> tuple[Answer | None, bool]:
-        """The next answer but 1xx, and whether the connection ends with it."""
+        """Read the next answer that is not 1xx, and whether the connection ends with it."""
         while True:
             line = file.readline()
             if not line:
@@ -132,13 +132,13 @@ class Wire:
 
 
 def check(answer: Answer | None, statuses: frozenset[int], method: bytes = b"GET") -> None:
-    """What holds for every answer, whatever was asked."""
+    """Assert what holds for every answer, to any request."""
     if answer is None:
         return
     assert answer.status in statuses, answer
     assert answer.headers.keys() <= CATALOG_OF_HEADERS, answer
     if not answer.headers.get("server", "").startswith("ociregistry/"):
-        # Twisted's own word on what is no HTTP, after which it closes the connection, and on the target *.
+        # Twisted's own answer to what is not HTTP, after which it closes the connection, and to the target *.
         assert (answer.status, answer.body) in ((400, b""), (405, b"")), answer
         return
     if method == b"HEAD":
@@ -154,7 +154,7 @@ def check(answer: Answer | None, statuses: frozenset[int], method: bytes = b"GET
 
 
 def check_log(daemon: Daemon) -> None:
-    """No defect was logged, and nobody wrote lines of his own into it."""
+    """Assert that no defect was logged, and that no request injected a line into the log."""
     log = daemon.log
     for word in ("Traceback", "#critical]", "nhandled"):
         assert word not in log, log[max(0, log.index(word) - 500) : log.index(word) + 3000]
@@ -164,7 +164,7 @@ def check_log(daemon: Daemon) -> None:
 
 
 def check_store(root: Path) -> None:
-    """Every file in the store has a name of the expected form."""
+    """Assert that every file in the store has a name of the expected form."""
     for path in root.rglob("*"):
         name = str(path.relative_to(root))
         assert (_FOLDERS if path.is_dir() else _STORED).fullmatch(name), name
@@ -172,17 +172,17 @@ def check_store(root: Path) -> None:
 
 
 def check_trace(trace: Path, daemon: Daemon, imported: Sequence[str]) -> int:
-    """Every path that the daemon gave to the kernel, by the word of strace, is one of the store or harmless.
+    """Assert that every path in strace's output is in the store or harmless; return how many are in the store.
 
-    Gives the number of those in the store. `imported` are the folders that modules come from. What was opened
-    before the store was, when no request could be answered yet, is not looked at.
+    `imported` are the folders from which modules are imported. Paths opened before the store was, when no request
+    could be answered yet, are ignored.
     """
     root = str(daemon.image_path)
     _, opened, rest = trace.read_text(errors="replace").partition(f'"{root}/pulls/0/lock"')
     assert opened
     inside = 0
     for line in rest.splitlines()[1:]:
-        if " getcwd(" in line:  # what the kernel says, not what it is asked
+        if " getcwd(" in line:  # information from the kernel, not an argument
             continue
         for path in re.findall(r'(?:\(|, )"((?:[^"\\]|\\.)+)"', line):
             if path == root or path.startswith(f"{root}/"):

@@ -1,6 +1,6 @@
-"""A machine on which somebody types what the documentation says, word for word.
+"""A machine on which the documentation's commands are typed literally.
 
-Its network is a namespace with registries of the Internet's names, on port 443 and with certificates that it trusts;
+Its network is a namespace with registries under the Internet's names, on port 443 with certificates that it trusts;
 its /etc and /var/lib are folders of the test.
 """
 
@@ -27,7 +27,7 @@ from tests.processes import ROOT, answers
 from tests.secure_peers import SecureRegistry, ServerTls
 
 URL = "http://localhost:8080"
-_WORLD = "10.77.9.1"  # not a loopback address: a client's word alone does not lead there
+_WORLD = "10.77.9.1"  # Not a loopback address: `ns` alone may not lead there.
 _NAMES = ("registry-1.docker.io", "quay.io", "registry.k8s.io", "registry.internal")
 _PLATFORM = "linux/amd64"
 _PATIENCE = 60
@@ -36,7 +36,7 @@ _PROGRAMS = {
     "python": 'exec "$PYTHON" "$@"',
     "twistd": 'exec "$PYTHON" -c "from twisted.scripts.twistd import run; run()" "$@"',
     "ociregistry": 'exec "$PYTHON" -c "from ociregistry.script import main; main()" "$@"',
-    # As ssh does: the command goes to a shell, on a machine with a store of its own.
+    # As ssh does: pass the command to a shell, on a machine with a separate store.
     "ssh": 'shift; exec unshare --mount sh -euc "mount --bind $OTHER /var/lib/ociregistry; $*"',
 }
 _MOUNTS = """
@@ -53,7 +53,7 @@ def _platforms(image: Image | Index) -> set[str]:
 
 
 class World(SecureRegistry):
-    """The registries of the Internet, inside of the namespace: one that has what all of them have."""
+    """The registries of the Internet, inside the namespace: one server with the images of all of them."""
 
     def __init__(self, namespace: Namespace, folder: Path, storage: Path, tls: ServerTls) -> None:
         super().__init__(folder, storage, _WORLD, tls=tls)
@@ -61,24 +61,24 @@ class World(SecureRegistry):
         self._namespace = namespace
 
     def ready(self) -> bool:
-        """It speaks TLS."""
+        """Whether it speaks TLS."""
         return self._namespace.call(super().ready)
 
 
 class Running:
-    """A program that was started, and goes on; what it writes is in a file."""
+    """A running program, with its output in a file."""
 
     def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
         self._process, self._output = process, output
 
     @property
     def printed(self) -> str:
-        """All that it has written so far."""
+        """Return its output so far."""
         return self._output.read_text()
 
     @property
     def runs(self) -> bool:
-        """Has it not ended?"""
+        """Whether it has not ended."""
         return self._process.poll() is None
 
     def type(self, text: str) -> None:
@@ -89,7 +89,7 @@ class Running:
         stdin.flush()
 
     def end(self) -> None:
-        """SIGTERM to it and what it started, and wait for the end."""
+        """Send SIGTERM to it and its children, and wait for the end."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, SIGTERM)
         self._process.communicate(timeout=_PATIENCE)
@@ -108,7 +108,7 @@ class Machine:
         self._number = 0
 
     def set_up(self) -> None:
-        """Make its programs and its configuration."""
+        """Create its programs and its configuration."""
         programs = self._folder / "bin"
         programs.mkdir()
         for name, line in _PROGRAMS.items():
@@ -123,7 +123,7 @@ class Machine:
         self.wipe()
 
     def wipe(self) -> None:
-        """Make it one on which nobody has typed anything."""
+        """Reset it to an unused machine."""
         for path in (self.home, self.store, self.other, self.etc / "containerd"):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.home / "venv" / "bin", self.store, self.other):
@@ -135,7 +135,7 @@ class Machine:
 
     @contextmanager
     def registries(self) -> Iterator[None]:
-        """The registries of the Internet have the images, and this machine trusts them, until the block ends."""
+        """Run the registries of the Internet, trusted by the machine, until the block ends."""
         with DockerRegistry(self._folder / "pushing") as registry:
             for url, image in self._images.items():
                 name, _, tag = url.partition("/")[2].rpartition(":")
@@ -151,7 +151,7 @@ class Machine:
             yield
 
     def inside(self, argv: Sequence[str]) -> list[str]:
-        """The command line that runs `argv` on it."""
+        """Return the command line that runs `argv` on the machine."""
         return self._namespace.argv(["sh", "-euc", _MOUNTS, "sh", str(self._folder), *argv])
 
     def _environ(self) -> dict[str, str]:
@@ -161,13 +161,13 @@ class Machine:
             "PATH": f"{self._folder}/bin:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
-            # What is printed is seen at once, also in a file.
+            # Output appears at once, also in a file.
             "PYTHONUNBUFFERED": "1",
         }
         return {**os.environ, **own, **self.environment}
 
     def run(self, script: str) -> subprocess.CompletedProcess[str]:
-        """What becomes of a script that is typed."""
+        """Run a script to its end."""
         return subprocess.run(
             self.inside(["bash", "-euc", script]),
             check=False,
@@ -180,13 +180,13 @@ class Machine:
         )
 
     def done(self, script: str) -> str:
-        """What it prints; it must end well."""
+        """Run a script, which must succeed; return its output."""
         ended = self.run(script)
         assert ended.returncode == 0, ended
         return ended.stdout
 
     def start(self, script: str) -> Running:
-        """A script that is typed in a terminal of its own, and does not end."""
+        """Start a script that does not end, in a separate terminal."""
         self._number += 1
         output = self._folder / f"terminal-{self._number}"
         with output.open("w") as file:
@@ -203,11 +203,11 @@ class Machine:
         return Running(process, output)
 
     def serves(self) -> bool:
-        """Does the daemon that was started answer?"""
+        """Whether the started daemon answers."""
         return self._namespace.call(lambda: answers(f"{URL}/health"))
 
     def health(self) -> dict[str, Any]:
-        """What the daemon says of itself."""
+        """Return the daemon's /health."""
         document = yaml.safe_load(self._namespace.call(lambda: fetch(f"{URL}/health").body))
         assert isinstance(document, dict)
         return document

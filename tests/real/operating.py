@@ -1,4 +1,4 @@
-"""Commands on the store of a daemon, whether it runs or not, and what the store holds before and after."""
+"""The store of a daemon, running or not: commands on it, and its contents before and after."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 120.0
 
 
 def command_line(daemon: Daemon, *arguments: str) -> list[str]:
-    """A command on the daemon's store, with its configuration."""
+    """Return the command line of a command on the daemon's store, with its configuration."""
     common = ["--image-path", str(daemon.image_path), "--config-path", str(daemon.config_path)]
     return twistd(*common, *arguments, options=())
 
@@ -36,7 +36,7 @@ def command(
 
 
 def verified(daemon: Daemon) -> None:
-    """Run `verify`, which must find nothing damaged, and end with 1 where it finds something missing."""
+    """Run `verify`, which must find nothing damaged, and exit with 1 where something is missing."""
     done = command(daemon, "verify", status=None)
     assert ", 0 damaged" in done.stdout
     assert done.returncode == (1 if " images are not complete: " in done.stdout else 0), done
@@ -44,7 +44,7 @@ def verified(daemon: Daemon) -> None:
 
 @contextmanager
 def begun(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command that goes on until the block ends; what it says is in `folder`, in stdout and stderr."""
+    """Run a command until the block ends; its output is in the files stdout and stderr in `folder`."""
     environment = {**os.environ, **ENVIRONMENT}
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment)
@@ -56,7 +56,7 @@ def begun(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def image_list(path: Path, images: Iterable[str]) -> str:
-    """A file that lists these images, for `load`; gives its path."""
+    """Write a list of these images for `load`; return its path."""
     path.write_text("".join(f"{image}\n" for image in images))
     return str(path)
 
@@ -66,23 +66,23 @@ class StoredRecord:
     """A record."""
 
     images: Mapping[str, str]
-    """Image URL -> since when it is noted."""
+    """Image URL -> the time since which it is noted."""
     needs: frozenset[str]
     """The blobs that it names."""
     there: frozenset[str]
-    """Those of them that are whole, by their size."""
+    """Those of them that are complete, by their size."""
 
     def is_still(self, after: StoredRecord) -> bool:
-        """Whether it was there all the time in between: one that went and came again has new dates."""
+        """Whether the record was never removed in between: one that was recreated has new dates."""
         return any(after.images.get(url) == created for url, created in self.images.items())
 
 
 Contents = Mapping[str, StoredRecord]
-"""By the digest of the manifest, in hexadecimal."""
+"""Records by the digest of the manifest, in hexadecimal."""
 
 
 def contents(root: Path) -> Contents:
-    """The records of the store at `root`, also while it changes."""
+    """Return the records of the store at `root`, also while it changes."""
     found: dict[str, StoredRecord] = {}
     for path in (*(root / "fat").iterdir(), *(root / "img").iterdir()):
         with suppress(FileNotFoundError):
@@ -103,7 +103,7 @@ def _size(root: Path, digest: str) -> int:
 
 
 def lost_blobs(before: Contents, after: Contents) -> dict[str, frozenset[str]]:
-    """Of the records that stayed, the blobs that were there and are not any more."""
+    """Return the blobs lost by records that stayed."""
     return {
         digest: kept.there - after[digest].there
         for digest, kept in before.items()
@@ -112,26 +112,26 @@ def lost_blobs(before: Contents, after: Contents) -> dict[str, frozenset[str]]:
 
 
 def hex_of(digest: str) -> str:
-    """What the store calls it."""
+    """Return the digest's file name in the store."""
     return digest.partition(":")[2]
 
 
 def is_whole(root: Path, what: Image | Index) -> bool:
-    """Whether the store has all of it."""
+    """Whether the store has all its records and blobs."""
     found = contents(root)
     records = [found.get(hex_of(manifest.digest)) for manifest in what.manifests]
     return all(kept is not None and kept.there == kept.needs for kept in records)
 
 
 def nothing_wrong_is_in(root: Path) -> None:
-    """Every blob is what its name says."""
+    """Assert that every blob has the digest that its name says."""
     for path in (root / "blobs").iterdir():
         with suppress(FileNotFoundError):
             assert hex_of(digest_of(path.read_bytes())) == path.name
 
 
 def served(daemon: Daemon, host: str, repository: str, reference: str, what: Image | Index) -> None:
-    """The daemon gives all of it, byte by byte."""
+    """Assert that the daemon serves all its bytes."""
     base, ns = f"{daemon.url}/v2/{repository}", f"?ns={host}"
     expected = {f"manifests/{reference}": what.manifest.data}
     expected |= {f"manifests/{manifest.digest}": manifest.data for manifest in what.manifests}

@@ -1,4 +1,4 @@
-"""Our daemon between a client on a real socket and a scripted upstream: what the tests of the wire share."""
+"""Caches: our daemon between a client on a real socket and a scripted upstream."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from tests.upstream_http import Rule
 from tests.upstream_rules import Hold
 
 SOON = 10.0
-"""Seconds in which everything comes about that does not wait for an upstream."""
+"""Seconds within which everything happens that does not wait for an upstream."""
 SEEN = 5.0
-"""Seconds in which the daemon must have seen what changed in its store; it promises one."""
+"""Seconds within which the daemon must notice changes in its store; it promises one."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A daemon, and the upstream that its tests pull from by `ns`; each test takes repositories of its own."""
+    """A daemon, and the upstream from which tests pull by `ns`; each test uses separate repositories."""
 
     daemon: Daemon
     upstream: ScriptedRegistry
 
     def url(self, path: str, query: str = "") -> str:
-        """The URL of `path` below /v2/, with the upstream as `ns`."""
+        """Return the URL of `path` below /v2/, with the upstream as `ns`."""
         ns = quote(self.upstream.host, safe="")
         return f"{self.daemon.url}/v2/{path}?ns={ns}{query and '&'}{query}"
 
     def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> Response:
-        """A whole answer for `path` below /v2/."""
+        """Request `path` below /v2/; return the complete answer."""
         return fetch(self.url(path), method=method, headers=headers)
 
     def refused(self, path: str, status: int, code: str, method: str = "GET", query: str = "") -> Response:
-        """An answer that must be this error, and be logged in one line that names the upstream."""
+        """Send a request that must be answered by this error, and logged in one line that names the upstream."""
         since = self.log_size
         answer = fetch(self.url(path, query), method=method)
         assert_error(answer, status, code, method)
@@ -55,28 +55,28 @@ class Cache:
     def opened(
         self, path: str, headers: Mapping[str, str] | None = None
     ) -> AbstractContextManager[http.client.HTTPResponse]:
-        """An answer of which the headers are here, its body to be read."""
+        """Request `path`, and read only the headers of the answer."""
         return open_answer(self.url(path), headers)
 
     def scripted(self, path: str, *rules: Rule) -> AbstractContextManager[None]:
-        """For a while the upstream obeys these rules for paths that match this glob; then nothing is held back."""
+        """Apply rules to the upstream's paths that match this glob until the block ends; then release holds."""
         return scripted(self.upstream, path, *rules)
 
     def sent(self, path: str, method: str | None = None) -> int:
-        """How many requests the upstream got for what is below /v2/ at this path."""
+        """Count the upstream's requests for `path` below /v2/."""
         return self.upstream.count(method, f"/v2/{path}")
 
     def stored(self, digest: str) -> bool:
-        """Is there a file for this blob in the store?"""
+        """Whether the store has a file for this blob."""
         return blob_file(self.daemon, digest).exists()
 
     def wait_stored(self, digest: str) -> None:
-        """Return when it is there."""
+        """Return when the blob is stored."""
         wait_until(lambda: self.stored(digest), SOON, f"{digest} in the store")
 
     @property
     def partials(self) -> set[str]:
-        """The files of downloads under way."""
+        """The files of unfinished downloads."""
         kept = self.daemon.image_path / "pulls" / "0"
         return {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} - {"lock"}
 
@@ -88,28 +88,28 @@ class Cache:
 
     @property
     def log_size(self) -> int:
-        """How long the daemon's log is by now, for `errors`."""
+        """The size of the daemon's log, for `errors`."""
         return len(self.daemon.log)
 
     def errors(self, since: int) -> list[str]:
-        """The lines at level error and above that the daemon's log got since it was so long."""
+        """Return the lines at level error and above that were logged after the log had this size."""
         return error_lines(self.daemon, since)
 
     def one_error(self, since: int) -> str:
-        """The one such line; fails when there is none, and when there are several."""
+        """Return the only such line; fail when there is none, or several."""
         lines = self.errors(since)
         assert len(lines) == 1, lines
         return lines[0]
 
 
 def error_lines(daemon: Daemon, since: int) -> list[str]:
-    """The lines at level error and above that the daemon's log got since it was so long."""
+    """Return the lines at level error and above that were logged after the log had this size."""
     return [line for line in daemon.log[since:].splitlines() if "#error]" in line or "#critical]" in line]
 
 
 @contextmanager
 def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str, named: Iterable[str] = ()) -> Iterator[Cache]:
-    """A daemon and its scripted upstream, until the block ends; it may know `others` too, or just their names."""
+    """Run a daemon and its scripted upstream until the block ends, with further upstreams, by object or by name."""
     with ScriptedRegistry() as upstream, daemon_in(folder, upstream, *others_and_options, named=named) as daemon:
         yield Cache(daemon, upstream)
 
@@ -118,9 +118,9 @@ def cache_in(folder: Path, *others_and_options: ScriptedRegistry | str, named: I
 def daemon_in(
     folder: Path, *upstreams_and_options: ScriptedRegistry | str, named: Iterable[str] = (), **more: Any
 ) -> Iterator[Daemon]:
-    """A daemon for these upstreams, until the block ends; it must not log a failure that nobody handled.
+    """Run a daemon for these upstreams until the block ends; it must not log an unhandled failure.
 
-    What nobody asked for is not fetched: tests count requests.
+    It does not complete images, because tests count requests.
     """
     hosts = [one.host for one in upstreams_and_options if isinstance(one, ScriptedRegistry)]
     registries = dict.fromkeys([*hosts, *named], "http")
@@ -134,7 +134,7 @@ def daemon_in(
 
 @contextmanager
 def scripted(upstream: ScriptedRegistry, path: str, *rules: Rule) -> Iterator[None]:
-    """For a while `upstream` obeys these rules for paths that match this glob; then nothing is held back."""
+    """Apply rules to `upstream`'s paths that match this glob until the block ends; then release what they hold."""
     with ExitStack() as stack:
         for rule in rules:
             if isinstance(rule, Hold):
@@ -145,7 +145,7 @@ def scripted(upstream: ScriptedRegistry, path: str, *rules: Rule) -> Iterator[No
 
 @contextmanager
 def open_answer(url: str, headers: Mapping[str, str] | None = None) -> Iterator[http.client.HTTPResponse]:
-    """An answer of which the headers are here; whatever of its body is not read then is thrown away."""
+    """Send a GET and read only the headers of the answer; the unread body is discarded."""
     with closing(connect(url)) as connection:
         target = url[len(f"http://{connection.host}:{connection.port}") :]
         connection.request("GET", target, headers=dict(headers or {}))
@@ -154,24 +154,24 @@ def open_answer(url: str, headers: Mapping[str, str] | None = None) -> Iterator[
 
 
 def blob_file(daemon: Daemon, digest: str) -> Path:
-    """Where the store keeps this blob."""
+    """Return the store's path of this blob."""
     return daemon.image_path / "blobs" / digest.partition(":")[2]
 
 
 def short_body(answer: http.client.HTTPResponse) -> bytes:
-    """The body of an answer that ends before its Content-Length says, by FIN and not by RST; else it raises."""
+    """Return the body of an answer that ends early, by FIN and not by RST; else raise."""
     with pytest.raises(http.client.IncompleteRead) as ended:
         answer.read()
     return ended.value.partial
 
 
 def repository_for(test: str) -> str:
-    """A repository that no test by another name takes."""
+    """Return a repository that only the test with this name uses."""
     return f"team/{hashlib.sha256(test.encode()).hexdigest()[:12]}"
 
 
 def plain_image(seed: object, size: int, **more: object) -> Image:
-    """An image with one layer of exactly `size` bytes, and `more` keys in its manifest."""
+    """Make an image with one layer of exactly `size` bytes, and `more` keys in its manifest."""
     settings = json.dumps({"config": {"Labels": {"seed": str(seed)}}}).encode()
     config = Blob(digest_of(settings), settings, OCI_CONFIG)
     data = b"".join(random_bytes(seed, size))
@@ -187,13 +187,13 @@ def plain_image(seed: object, size: int, **more: object) -> Image:
 
 
 def manifest_of(body: Mapping[str, object], media_type: str = OCI_MANIFEST) -> Manifest:
-    """A manifest that says this."""
+    """Make a manifest with this content."""
     data = json.dumps(body).encode()
     return Manifest(digest_of(data), data, media_type)
 
 
 def assert_error(answer: Response, status: int, code: str, method: str = "GET") -> None:
-    """It must be this error, as the specification wants it, challenge nobody, and say when to come back."""
+    """Assert that the answer is this error as specified, without a challenge; a 503 has Retry-After."""
     assert answer.status == status
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.headers["WWW-Authenticate"] is None
@@ -206,25 +206,25 @@ def assert_error(answer: Response, status: int, code: str, method: str = "GET") 
 
 
 def record(cache: Cache, manifest: Manifest) -> Path:
-    """Where the store keeps the record of a manifest."""
+    """Return the store's path of a manifest's record."""
     folder = "img" if manifest.media_type == OCI_MANIFEST else "fat"
     return cache.daemon.image_path / folder / manifest.digest.removeprefix("sha256:")
 
 
 def manifest_paths(repository: str, what: Image | Index) -> dict[str, bytes]:
-    """The paths of its manifests, and what is there."""
+    """Return the paths of its manifests, with their content."""
     tag = "1" if isinstance(what, Image) else "list"
     by_digest = {f"{repository}/manifests/{one.digest}": one.data for one in what.manifests}
     return {f"{repository}/manifests/{tag}": what.manifest.data, **by_digest}
 
 
 def blob_paths(repository: str, what: Image | Index) -> dict[str, bytes]:
-    """The paths of its blobs, and what is there."""
+    """Return the paths of its blobs, with their content."""
     return {f"{repository}/blobs/{blob.digest}": blob.data for blob in what.blobs}
 
 
 def pull(cache: Cache, repository: str, what: Image | Index) -> None:
-    """Let the daemon fetch all of it."""
+    """Fetch all of it through the daemon, and wait until it is stored."""
     for path, data in (manifest_paths(repository, what) | blob_paths(repository, what)).items():
         assert cache.ask(path).body == data
     for blob in what.blobs:
@@ -232,13 +232,13 @@ def pull(cache: Cache, repository: str, what: Image | Index) -> None:
 
 
 def counts(daemon: Daemon) -> tuple[int, int]:
-    """How many lists and images the daemon knows of."""
+    """Return how many indexes and images the daemon counts."""
     health = json.loads(fetch(f"{daemon.url}/health").body)
     return health["lists"], health["images"]
 
 
 def look_twice(cache: Cache) -> None:
-    """Return when the daemon has looked at its store twice more: at what is there now, and again."""
+    """Return after the daemon has scanned its store twice more: its present state, and once again."""
     _look(cache)
     _look(cache)
 

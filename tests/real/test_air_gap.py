@@ -1,4 +1,4 @@
-"""`--air-gapped`: whatever is asked, nobody is, by the word of strace; what is cached is served."""
+"""`--air-gapped`: no request contacts an upstream, verified by strace, and cached content is served."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOT_CACHED = (
 
 
 class Place:
-    """A namespace with an upstream, and a daemon whose every connection is written down."""
+    """A namespace with an upstream, and a daemon whose every connection is traced."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         if shutil.which("strace") is None:
@@ -53,7 +53,7 @@ class Place:
         self._number = 0
 
     def start(self, *options: str) -> NamespacedDaemon:
-        """A daemon for the upstream, in the place of the one before."""
+        """Start a daemon for the upstream, and end the previous one."""
         self._number += 1
         images = self._folder / "images"
         daemon = NamespacedDaemon(self._namespace, self._folder, {self.ns: "http"}, *options, image_path=images)
@@ -68,7 +68,7 @@ class Place:
         return self._folder / f"trace-{self._number}"
 
     def called(self, daemon: NamespacedDaemon) -> list[str]:
-        """What the daemon said to others than its clients; it ends."""
+        """End the daemon; return its connections to others than its clients."""
         daemon.terminate()
         end = re.compile(rf"^{daemon.process.pid} +\+\+\+ ", re.MULTILINE)
         wait_until(lambda: end.search(self._trace.read_text(errors="replace")), SOON, "strace has written all")
@@ -76,12 +76,12 @@ class Place:
         return [call for call in calls if " connect(" in call or "sin_addr" in call or "sin6_addr" in call]
 
     def ask(self, daemon: NamespacedDaemon, path: str, method: str = "GET", ns: str = "") -> Response:
-        """The daemon's answer."""
+        """Send a request to the daemon."""
         url = f"{daemon.url}/v2/{path}?ns={ns or self.ns}"
         return self._namespace.call(lambda: fetch(url, method=method))
 
     def pull(self, daemon: NamespacedDaemon, image: Image, *tags: str) -> None:
-        """All of it comes."""
+        """Pull everything of an image."""
         for reference in (*tags, image.manifest.digest):
             answer = self.ask(daemon, f"team/app/manifests/{reference}")
             assert (answer.body, answer.headers["Warning"]) == (image.manifest.data, None)
@@ -93,7 +93,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    """With a store that has an image by two tags, what refers to it, and an image that lacks all its blobs."""
+    """A store with an image by two tags, its referrers, and an image without any of its blobs."""
     with ExitStack() as stack:
         place = Place(tmp_path, stack)
         place.upstream.add("team/app", IMAGE, "1", "latest")
@@ -111,13 +111,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def referrers() -> str:
-    """Where those of the image are listed."""
+    """Return the path of the image's referrers."""
     return f"team/app/referrers/{IMAGE.manifest.digest}"
 
 
 @pytest.mark.parametrize("options", [(), ("--always-pull-latest",)], ids=["alone", "with_always_pull_latest"])
 def test_nobody_is_asked(place: Place, options: tuple[str, ...]) -> None:
-    """For what is cached, for what is not, and in the background."""
+    """Check cached content, uncached content, and background work."""
     asked = len(place.upstream.requests)
     daemon = place.start("--air-gapped", *options)
     place.pull(daemon, IMAGE, "1", "latest")
@@ -138,7 +138,7 @@ def test_nobody_is_asked(place: Place, options: tuple[str, ...]) -> None:
 
 
 def test_what_was_begun_is_completed_when_the_gap_is_closed(place: Place) -> None:
-    """The wish of the time before is kept."""
+    """A pending image of the time before is completed."""
     daemon = place.start("--air-gapped")
     assert place.ask(daemon, f"team/half/blobs/{HALF.layers[0].digest}").status == 404
     daemon.terminate()

@@ -31,7 +31,7 @@ GONE = Reply(503)
 
 
 def assert_headers(headers: Message, what: Blob | Manifest, media_type: str, namespace: str | None) -> None:
-    """They must be those of a 200 for this, asked for with this `ns`."""
+    """Assert that the headers are those of a 200 for this content, requested with this `ns`."""
     assert headers["Docker-Content-Digest"] == what.digest
     assert headers["Content-Length"] == str(len(what.data))
     assert headers["Content-Type"] == media_type
@@ -46,7 +46,7 @@ def assert_headers(headers: Message, what: Blob | Manifest, media_type: str, nam
 
 
 def assert_served(cache: Cache, path: str, what: Blob | Manifest, media_type: str) -> None:
-    """By HEAD and GET, first on a miss, then on a hit, in both ways to name the upstream."""
+    """Check HEAD and GET, first on a miss, then on a hit, with both ways to name the upstream."""
     client = {"Accept": f"{media_type}, */*", "Accept-Encoding": "zstd;q=1.0, gzip;q=0.8, deflate;q=0.5"}
     in_path = f"{cache.daemon.url}/v2/{cache.upstream.host}/{path}"
     for url, namespace in ((cache.url(path), cache.upstream.host), (in_path, None)):
@@ -104,7 +104,7 @@ def test_headers_that_the_upstream_leaves_out_or_dresses_up(cache: Cache, reposi
 
 
 def test_sha512(cache: Cache, repository: str, image: Image) -> None:
-    """The answer says the digest that was asked for, and that is what must hold."""
+    """The answer has the requested digest, and the content is verified against it."""
     manifest, layer = image.manifest, image.blobs[1]
     manifest = replace(manifest, digest=f"sha512:{hashlib.sha512(manifest.data).hexdigest()}")
     layer = replace(layer, digest=f"sha512:{hashlib.sha512(layer.data).hexdigest()}")
@@ -143,7 +143,7 @@ def test_the_empty_blob(cache: Cache, repository: str, image: Image, framing: Ru
     empty = Blob(f"sha256:{hashlib.sha256().hexdigest()}", b"", OCI_LAYER)
     cache.upstream.add(repository, replace(image, blobs=(empty,)))
     path = f"{repository}/blobs/{empty.digest}"
-    # It has one digest in all tests, so each takes a daemon that has never seen it.
+    # It has one digest in all tests, so each starts a fresh daemon.
     with (
         daemon_in(tmp_path, cache.upstream) as daemon,
         cache.scripted(f"*{empty.digest}", *([framing] if framing else [])),
@@ -162,7 +162,7 @@ def test_the_empty_blob(cache: Cache, repository: str, image: Image, framing: Ru
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/v2/", "/v2", "/v2/?ns=docker.io"])
 def test_it_is_a_registry(cache: Cache, path: str, method: str) -> None:
-    """What Docker, podman and crane ask first; any status but 200 turns them away, or makes them log in."""
+    """Docker, podman and crane send this first; any status but 200 makes them give up, or log in."""
     answer = fetch(f"{cache.daemon.url}{path}", method=method)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     assert answer.headers["Docker-Distribution-API-Version"] == "registry/2.0"
@@ -182,14 +182,14 @@ def test_the_upstream_is_spelled_as_clients_like(cache: Cache, repository: str, 
         answer = fetch(f"{cache.daemon.url}/v2/{repository}/manifests/1?ns={ns}")
         assert (answer.body, answer.headers["OCI-Namespace"]) == (image.manifest.data, host)
     assert fetch(f"{cache.daemon.url}/v2/{host}/{repository}/manifests/1").body == image.manifest.data
-    # Other parameters do not matter, and an empty ns is none.
+    # Other parameters do not matter, and an empty ns counts as none.
     assert fetch(f"{cache.daemon.url}/v2/{repository}/manifests/1?x=1&ns={host}&y").body == image.manifest.data
     assert fetch(f"{cache.daemon.url}/v2/{host}/{repository}/manifests/1?ns=").body == image.manifest.data
     assert cache.sent(f"{repository}/manifests/1") == 1
 
 
 def test_the_names_of_docker_hub(cache: Cache, repository: str, image: Image) -> None:
-    """A record of a Docker Hub image is put into the store, so that nobody has to be asked."""
+    """The record of a Docker Hub image is put into the store, so that no upstream is needed."""
     pull(cache, repository, image)
     before, name = counts(cache.daemon), f"nginx{repository.rpartition('/')[2]}"
     hub = plain_image("hub", 10)

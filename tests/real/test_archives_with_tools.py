@@ -1,4 +1,4 @@
-"""Archives that skopeo and containerd write are loaded, and they read ours."""
+"""Archives written by skopeo and containerd are loaded, and both read ours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Copy = Callable[..., None]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Where the store is."""
+    """The store's folder."""
     return tmp_path / "store"
 
 
@@ -50,13 +50,13 @@ def index(request: pytest.FixtureRequest) -> Index:
 
 @pytest.fixture
 def pushed(registry: DockerRegistry, index: Index) -> str:
-    """What the index is called in a registry."""
+    """The index's name in a registry."""
     registry.push("team/app", index, "1")
     return f"{registry.host}/team/app:1"
 
 
 async def is_whole(store: Store, one: Image) -> bool:
-    """Whether the store has the image, and its bytes are right."""
+    """Whether the store has the image, with correct bytes."""
     found = await store.manifest(image(f"any.example/x@{one.manifest.digest}"))
     return found == manifest(one) and await store.missing(Digest(one.manifest.digest)) == {}
 
@@ -136,11 +136,11 @@ async def test_containerds_exports(
     assert all_right(root)
 
 
-# Ours
+# Exports
 
 
 async def exported(store: Store, root: Path, target: Path, what: Image | Index, *images: Image) -> Path:
-    """An export of `what`; of a list the store has these `images`."""
+    """Export `what`; of an index the store has these `images`."""
     dates = Dates(DAY, DAY)
     for one in images:
         await store.keep(manifest(one), image(f"docker.io/library/nginx@{one.manifest.digest}"), dates)

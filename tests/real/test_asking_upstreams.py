@@ -1,4 +1,4 @@
-"""How the upstreams are asked: what of a client's request reaches them, tokens, and redirects."""
+"""Requests to upstreams: headers, tokens, and redirects."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests.upstream_http import Answer, Handler, Request, Rule, error
 from tests.upstream_rules import Hold, Redirect
 
 OURS = {"host", "accept", "accept-encoding", "authorization", "user-agent", "connection", "via"}
-"""All headers that may reach an upstream; they are our own."""
+"""All headers that may reach an upstream; all are the daemon's own."""
 
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[ScriptedRegistry]:
-    """Another registry, to which the upstream may send us."""
+    """Another registry, to which the upstream redirects."""
     with ScriptedRegistry() as registry:
         yield registry
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, elsewhere: ScriptedRegistry) -> Iterator[Cache]:
-    """One for all tests here."""
+    """One cache for all tests of this file."""
     folder = tmp_path_factory.mktemp("asking")
     with ScriptedRegistry() as upstream, daemon_in(folder, upstream, elsewhere) as daemon:
         yield Cache(daemon, upstream)
@@ -39,14 +39,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, elsewhere: ScriptedRegistry)
 
 @pytest.fixture
 def image(cache: Cache, repository: str) -> Image:
-    """An image with many layers at the upstream, in the test's repository as `1`, that nobody has pulled."""
+    """An image with many layers at the upstream, in the test's repository as `1`, not pulled yet."""
     image = make_image(repository, layers=6)
     cache.upstream.add(repository, image, "1")
     return image
 
 
 def asked(registry: ScriptedRegistry, repository: str) -> list[Request]:
-    """What the registry was asked for in this repository."""
+    """Return the requests that the registry received for this repository."""
     return [request for request in registry.requests if request.path.startswith(f"/v2/{repository}/")]
 
 
@@ -99,7 +99,7 @@ def test_clients_that_ask_at_once_share_the_answer(cache: Cache, repository: str
         hold.release.set()
         assert {answer.result(SOON).body for answer in answers} == {image.manifest.data}
     assert cache.sent(paths[0]) == 1
-    assert cache.sent(paths[1]) <= 1  # none, when it came after the tag's answer
+    assert cache.sent(paths[1]) <= 1  # None, when it came after the tag's answer.
 
 
 def test_an_anonymous_token_is_fetched_once(cache: Cache, repository: str, image: Image) -> None:
@@ -114,7 +114,7 @@ def test_an_anonymous_token_is_fetched_once(cache: Cache, repository: str, image
     assert fetched[0].parameters("scope") == (f"repository:{repository}:pull",)
     assert fetched[0].parameters("service") == ("scripted-registry",)
     assert fetched[0].header("Authorization") is None
-    # One request was turned away; the others carried the token from the start.
+    # One request was refused; the others carried the token from the start.
     requests = asked(cache.upstream, repository)
     assert [request.status for request in requests] == [401, *[200] * (1 + len(image.blobs))]
     assert len({request.header("Authorization") for request in requests[1:]}) == 1
@@ -154,7 +154,7 @@ LOGINS: dict[str, dict[str, str]] = {
 def test_a_registry_that_wants_a_token_without_telling_for_what(
     tmp_path: Path, repository: str, login: str, scope: Literal["missing", "empty"]
 ) -> None:
-    """Its token service gives tokens for what it is asked, and nothing for nothing."""
+    """The token service gives tokens for the requested scope, and an empty token without a scope."""
     image, other = make_image(repository, layers=2), make_image(f"{repository} too", layers=2)
     with ScriptedRegistry() as upstream:
         upstream.add(repository, image, "1")
@@ -185,7 +185,7 @@ def test_a_token_that_was_revoked(cache: Cache, repository: str, image: Image) -
 
 
 def test_a_token_is_fetched_anew_before_it_expires(cache: Cache, repository: str, image: Image) -> None:
-    """The upstream never sees one that is out of date, so it turns away only the first request."""
+    """The upstream never receives an expired one, so it refuses only the first request."""
     path = f"{repository}/blobs/{image.config.digest}"
     before = cache.upstream.count("GET", "/token")
 
@@ -206,10 +206,10 @@ def test_a_token_service_elsewhere(cache: Cache, elsewhere: ScriptedRegistry, re
 
 
 class NoAuthorization(Rule):
-    """A storage service: it takes the signature in a URL or a header, never both."""
+    """A storage service that accepts the signature in a URL or in a header, never both."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """400 as S3 has it."""
+        """Return 400 for both, as S3 does."""
         return error(400, "DENIED") if request.header("Authorization") else handler(request)
 
 
@@ -227,7 +227,7 @@ def test_blobs_are_elsewhere(
     ):
         assert cache.ask(path, "HEAD").headers["Content-Length"] == str(len(layer.data))
         assert cache.ask(path).body == layer.data
-    # The token went to the upstream, and only there.
+    # The token went to the upstream only.
     assert [request.status for request in asked(cache.upstream, repository)] == [401, status, status]
     there = asked(elsewhere, repository)
     assert [(request.method, request.status) for request in there] == [("HEAD", 200), ("GET", 200)]

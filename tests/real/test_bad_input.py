@@ -1,4 +1,4 @@
-"""Bad input: one clear line, the exit status, no word to the upstream, and the store byte for byte as it was."""
+"""Bad input: one clear line, the exit status, no request to the upstream, and an unchanged store."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ NAME = "docker.io/library/new:1"
 
 @dataclass(frozen=True)
 class Scene:
-    """A store with one image, the upstream that it is from, and both as they are before a mistake is made."""
+    """A store with one image, its upstream, and the state of both before a mistake is made."""
 
     shell: Shell
     upstream: ScriptedRegistry
 
     def mistake(self, *arguments: str) -> Ended:
-        """What becomes of a command that must neither ask the upstream nor change the store."""
+        """Run a command that must neither contact the upstream nor change the store."""
         before, asked = contents(self.shell.store), len(self.upstream.requests)
         done = self.shell.run(*arguments)
         assert contents(self.shell.store) == before
@@ -42,7 +42,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """One for all: no test may change it."""
+    """One store for all tests: no test may change it."""
     folder = tmp_path_factory.mktemp("bad") / "deep" / "place"
     folder.mkdir(parents=True)
     with ScriptedRegistry() as upstream:
@@ -87,7 +87,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("line", "spelled"), [*((line, "load") for line in WRONG), (WRONG[0], "--load-images")])
 def test_a_line_that_is_no_reference(scene: Scene, tmp_path: Path, line: str, spelled: str) -> None:
-    """File and line; what is right in the list is not fetched either."""
+    """The message names file and line; the correct lines of the list are not loaded either."""
     path = tmp_path / "imagelist"
     good = f"{scene.upstream.host}/team/new:v1"
     path.write_text(f"# a list\n{good}\n\n{line}\n{good}\n")
@@ -98,7 +98,7 @@ def test_a_line_that_is_no_reference(scene: Scene, tmp_path: Path, line: str, sp
 
 
 def test_each_line_that_is_no_reference_is_told(scene: Scene, tmp_path: Path) -> None:
-    """Of several lists, too; one that is right is not loaded."""
+    """Errors of several lists are all reported; a correct list is not loaded."""
     right, wrong, other = (tmp_path / name for name in ("right", "wrong", "other"))
     right.write_text(f"{scene.upstream.host}/team/new:v1\n")
     wrong.write_text("A\nB\n")
@@ -197,7 +197,7 @@ def test_options_that_do_not_go_together(scene: Scene, arguments: str, named: st
 
 
 def layout(image: Image = NEW, blobs: Mapping[str, bytes] | None = None) -> dict[str, bytes]:
-    """The files of an OCI layout with this image, some of which hold something else."""
+    """Return the files of an OCI layout with this image, some with other content."""
     of: Manifest = image.manifest
     entry = {"mediaType": of.media_type, "digest": of.digest, "size": len(of.data)}
     entry["annotations"] = {"org.opencontainers.image.ref.name": NAME}
@@ -210,7 +210,7 @@ def layout(image: Image = NEW, blobs: Mapping[str, bytes] | None = None) -> dict
 
 
 def tar(files: Mapping[str, bytes], *, packed: bool = False) -> bytes:
-    """A tar of these files."""
+    """Return a tar of these files."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w") as archive:
         for name, data in files.items():
@@ -221,7 +221,7 @@ def tar(files: Mapping[str, bytes], *, packed: bool = False) -> bytes:
 
 
 def flipped(data: bytes) -> bytes:
-    """The same but for one byte."""
+    """Return the data with one byte changed."""
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
@@ -250,7 +250,7 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize(("kind", "spelled"), [*((kind, "load") for kind in ARCHIVES), ("a way up", "--load-images")])
 def test_an_archive_that_is_damaged_or_lies(scene: Scene, tmp_path: Path, kind: str, spelled: str) -> None:
-    """Nothing of it is taken, in the store or elsewhere; that it is whole otherwise, the last test shows."""
+    """Nothing is written, in the store or elsewhere; the last test shows that the archive is otherwise correct."""
     data, why = ARCHIVES[kind]
     path = tmp_path / "deep" / "images.tar"
     path.parent.mkdir()

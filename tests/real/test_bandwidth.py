@@ -1,4 +1,4 @@
-"""`--max-bandwidth`: what all upstreams together bring, counted where it comes in, with the kernel's own buffers."""
+"""`--max-bandwidth`: the total rate from all upstreams, measured on the network, with the kernel's own buffers."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ AT_ONCE = 6
 
 @pytest.fixture
 def routed() -> Iterator[Routed]:
-    """A network."""
+    """A routed network."""
     with Routed() as routed:
         yield routed
 
 
 class Samples:
-    """How many bytes had come in, and when."""
+    """Samples of the bytes received so far, with their times."""
 
     def __init__(self, routed: Routed) -> None:
         self._routed = routed
         self._taken: list[tuple[float, int]] = []
 
     def take(self) -> int:
-        """Take one; gives their number."""
+        """Take a sample; return the bytes so far."""
         self._taken.append((time.monotonic(), self._routed.received()))
         return len(self._taken)
 
     def rates(self) -> list[float]:
-        """Bytes a second, over any ten seconds."""
+        """Return the rates in bytes per second, over all windows of ten seconds."""
         return [
             (after - before) / (later - first)
             for number, (first, before) in enumerate(self._taken)
@@ -63,7 +63,7 @@ class Samples:
 def test_it_is_kept_within_five_percent_over_any_ten_seconds(
     routed: Routed, tmp_path: Path, limit: dict[str, object]
 ) -> None:
-    """With layers of two upstreams at once, and small objects between them that do not wait."""
+    """Layers come from two upstreams at once, and small objects in between do not wait."""
     large = [plain_image(f"large {number}", 4 * MIB) for number in range(AT_ONCE)]
     small = [plain_image(f"small {number}", 1000) for number in range(8)]
     with ExitStack() as stack:
@@ -92,8 +92,8 @@ def test_it_is_kept_within_five_percent_over_any_ten_seconds(
         assert all(one.result() for one in pulls)
     rates = samples.rates()
     assert rates
-    # The network counts the headers of its packets too.
+    # The network also counts the headers of packets.
     assert max(rates) <= RATE * 1.05
-    # And it is used, as far as a busy machine gets to it.
+    # The limit is used, as far as a busy machine manages.
     assert min(rates) >= RATE * 0.75
     assert max(waits) < 5

@@ -1,4 +1,4 @@
-"""Caches in a chain: each asks the next, nobody asks twice, and none ends up at itself."""
+"""Chains of caches: each asks the next, each object is requested once, and loops are detected."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from tests.upstream_rules import Hold, Reply
 StartDaemon = Callable[..., Daemon]
 
 AT_ONCE = 10.0
-"""Seconds: less than after which a circle would be found by a time-out, which is 25."""
+"""Seconds, less than the 25 s after which a time-out would end a loop."""
 
 
 def ask(daemon: Daemon, ns: str, path: str, method: str = "GET") -> Response:
-    """The daemon's answer."""
+    """Send a request to the daemon."""
     return fetch(f"{daemon.url}/v2/{path}?ns={quote(ns, safe='')}", method=method)
 
 
 @pytest.fixture
 def image(upstream: ScriptedRegistry) -> Image:
-    """At the upstream."""
+    """An image at the upstream."""
     image = make_image("chain", layers=3)
     upstream.add("team/app", image, "1")
     return image
 
 
 def pull_all(daemon: Daemon, ns: str, image: Image) -> None:
-    """A client that pulls by tag, as containerd does."""
+    """Pull by tag, as containerd does."""
     for method in ("HEAD", "GET"):
         assert ask(daemon, ns, "team/app/manifests/1", method).status == 200
     assert ask(daemon, ns, f"team/app/manifests/{image.manifest.digest}").body == image.manifest.data
@@ -92,7 +92,7 @@ def test_a_daemon_that_is_its_own_upstream(start_daemon: StartDaemon) -> None:
 
 
 def test_a_loop_of_three(start_daemon: StartDaemon) -> None:
-    """Each has the next as the only way to an upstream; who was asked first says so."""
+    """Each daemon has the next as its only upstream; the first one reports the loop."""
     ports = [free_port() for _ in range(3)]
     hosts = [f"127.0.0.1:{port}" for port in ports]
     upstream = "registry.invalid"
@@ -109,7 +109,7 @@ def test_a_loop_of_three(start_daemon: StartDaemon) -> None:
 def test_two_that_mirror_each_other_ask_the_upstream_once(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
-    """A pair of peers: neither waits for the other to have what neither has."""
+    """A pair of peers: neither waits for the other to fetch what both lack."""
     ports = [free_port(), free_port()]
     daemons = [
         start_daemon({upstream.host: {"scheme": "http", "mirrors": [f"http://127.0.0.1:{other}"]}}, port=port)
@@ -125,7 +125,7 @@ def test_two_that_mirror_each_other_ask_the_upstream_once(
 def test_mirrors_are_asked_in_their_order_before_the_registry(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
-    """One that is down, one that has nothing, one that is broken; then the registry itself."""
+    """One mirror is down, one has nothing, one is broken; then the registry itself is asked."""
     with ScriptedRegistry() as down, ScriptedRegistry() as empty, ScriptedRegistry() as broken:
         down.close()
         broken.script("*", Reply(500))
@@ -140,7 +140,7 @@ def test_mirrors_are_asked_in_their_order_before_the_registry(
 
 
 def test_a_mirror_that_has_it_spares_the_registry(start_daemon: StartDaemon, upstream: ScriptedRegistry) -> None:
-    """What it wants to see stands in the entry of its own host."""
+    """The mirror's credentials are in the entry of its own host."""
     image = make_image("mirrored")
     upstream.add("team/app", image, "1")
     daemon = start_daemon({"registry.invalid": {"mirrors": [upstream.url]}, upstream.host: "http"})

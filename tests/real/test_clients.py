@@ -1,4 +1,4 @@
-"""Clients that send no `ns`: skopeo, which names the upstream in the path or not at all, and a Docker engine."""
+"""Clients without `ns`: skopeo, with the upstream in the path or left out, and a Docker engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.peers import DockerRegistry
 from tests.processes import Daemon
 from tests.real.completing import wait_complete
 
-# What a Docker engine accepts, each on a line of its own.
+# The media types that a Docker engine accepts, each on a separate line.
 _ACCEPT = (
     "application/vnd.docker.distribution.manifest.v1+prettyjws",
     "application/json",
@@ -42,8 +42,8 @@ def index(request: pytest.FixtureRequest) -> Index:
 def test_skopeo_names_the_upstream_in_the_path(
     portless_registry: DockerRegistry, start_daemon: StartDaemon, skopeo: Skopeo, index: Index, tmp_path: Path
 ) -> None:
-    """It copies the whole index, and again when the registry is gone; the copy has the same digests."""
-    registry = portless_registry  # skopeo's grammar has no `:` in a path
+    """skopeo copies the whole index, and again without the registry; the copies have the same digests."""
+    registry = portless_registry  # skopeo's grammar does not allow `:` in a path.
     registry.push("team/app", index, "v1")
     daemon = start_daemon({registry.host: "http"})
     ref = f"{daemon.host}/{registry.host}/team/app:v1"
@@ -71,7 +71,7 @@ def test_skopeo_leaves_the_upstream_to_default_ns(
 
 
 def _assert_copied(folder: Path, index: Index) -> None:
-    """The folder's manifest is the index, and all that it names is there."""
+    """Assert that the folder's manifest is the index, and that all its content is there."""
     copied = {file.name: f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in folder.iterdir()}
     assert copied.pop("manifest.json") == index.manifest.digest
     del copied["version"]
@@ -82,14 +82,14 @@ def _assert_copied(folder: Path, index: Index) -> None:
 
 
 def _assert_came_once(registry: DockerRegistry, repository: str, *blobs: Blob) -> None:
-    """The registry sent each of these blobs once, and no other."""
+    """Assert that the registry sent each of these blobs once, and no other."""
     paths = f"/v2/{repository}/blobs/"
     sent = [line.path for line in registry.requests if line.method == "GET" and line.path.startswith(paths)]
     assert sorted(sent) == sorted(f"{paths}{blob.digest}" for blob in blobs)
 
 
 def test_a_client_that_tries_tls_first_is_told_at_once(start_daemon: StartDaemon) -> None:
-    """skopeo does, and a silent server costs it the 10 s that it gives a handshake, at each copy."""
+    """skopeo tries TLS first, and a silent server would cost its handshake time-out of 10 s at each copy."""
     daemon = start_daemon()
     with socket.create_connection(("127.0.0.1", daemon.port), timeout=5) as connection:
         connection.sendall(_hello())
@@ -98,7 +98,7 @@ def test_a_client_that_tries_tls_first_is_told_at_once(start_daemon: StartDaemon
 
 
 def _hello() -> bytes:
-    """What a TLS client sends first."""
+    """Return the first bytes of a TLS client."""
     hello = ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), hello, server_hostname="localhost")
     with suppress(ssl.SSLWantReadError):
@@ -109,9 +109,9 @@ def _hello() -> bytes:
 def test_a_docker_engine_with_registry_mirrors(
     registry: DockerRegistry, start_daemon: StartDaemon, index: Index
 ) -> None:
-    """What it asks a mirror for gets what it insists on, and again when the registry is gone.
+    """The engine's pull succeeds, also when the registry is gone.
 
-    Of the other platform come the manifest and the config.
+    Of the other platform the manifest and the config are stored.
     """
     registry.push("library/app", index, "v1")
     daemon = start_daemon({registry.host: "http"}, "--default-ns", registry.host)
@@ -124,7 +124,7 @@ def test_a_docker_engine_with_registry_mirrors(
 
 
 def _pull_as_docker_does(daemon: Daemon, index: Index) -> None:
-    """The classic store's requests, over one connection."""
+    """Send the requests of the classic image store, over one connection."""
     image = index.images[0]
     app = "/v2/library/app"
     with closing(connect(daemon.url)) as connection:
@@ -157,7 +157,7 @@ def _ask(
     accept: tuple[str, ...] = (),
     range_: str | None = None,
 ) -> Response:
-    """One request as Docker spells it: no ns, and a line for each media type that it accepts."""
+    """Send one request as Docker spells it: no ns, and a line for each accepted media type."""
     connection.putrequest(method, path, skip_accept_encoding=True)
     connection.putheader("User-Agent", "docker/28.0 go/go1.24 UpstreamClient(docker-pull)")
     connection.putheader("Accept-Encoding", "identity")
@@ -173,7 +173,7 @@ def _ask(
 def _assert_is(
     answer: Response, data: bytes, digest: str, media_type: str, *, head: bool = False, status: int = 200
 ) -> None:
-    """The answer is this content, and its headers say so, each once."""
+    """Assert that the answer has this content, and correct headers, each once."""
     assert answer.status == status
     assert answer.body == (b"" if head else data)
     assert answer.headers.get_all("Content-Type") == [media_type]

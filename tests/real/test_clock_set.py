@@ -1,4 +1,4 @@
-"""A machine whose clock is set while the daemon runs: to a day ten years ahead, and back."""
+"""The machine's clock is set while the daemon runs: ten years ahead, and back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_
 
         clock.set(TEN_YEARS)
         wait_until(lambda: daemon.log.count(JUMPED) == 1, SOON, "the jump is seen")
-        # The clock is steady now, and wrong; it cannot be told by the last pull that it is.
+        # The clock is steady now, and wrong, which the times of the last pulls cannot show.
         pull(cache, "team/0", images[0])
         told = "pruning by age refused: 7 of 8 images would go, which is more than max_share"
         wait_until(lambda: told in daemon.log, SOON, "most of them are spared")
@@ -41,7 +41,7 @@ def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_
 
         clock.set(timedelta(0))
         wait_until(lambda: daemon.log.count(JUMPED) == 2, SOON, "the jump back is seen")
-        # What was to be done again and again in those years is done now.
+        # Maintenance that was due during those years runs now.
         look_twice(cache)
         assert len(contents(daemon.image_path)) == len(images)
         for number, image in enumerate(images):

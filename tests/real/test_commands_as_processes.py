@@ -1,4 +1,4 @@
-"""Commands print and end: without `-n`, wherever they are given, whoever gives them, and whoever listens."""
+"""Commands as processes: without `-n`, in any folder, as any user, and into any output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.upstream import ScriptedRegistry
 
 INDEX = make_index("commands")
 
-# What is typed behind the common options, and what stands in the output. LIST and TAR are files.
+# Command, typed after the common options, and a part of its output. LIST and TAR are files.
 PRINTED = [
     ("list", "team/app:v1 list "),
     ("--list-cache", "team/app:v1 list "),
@@ -62,7 +62,7 @@ def everywhere() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def registry() -> Iterator[ScriptedRegistry]:
-    """Where the images are from."""
+    """A registry with the images."""
     with ScriptedRegistry() as registry:
         registry.add("team/app", INDEX, "v1")
         yield registry
@@ -70,7 +70,7 @@ def registry() -> Iterator[ScriptedRegistry]:
 
 @pytest.fixture(scope="module")
 def loaded(registry: ScriptedRegistry, tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    """A store with one image; its list is beside it."""
+    """A shell on a store with one image, with the list beside it."""
     shell = shell_in(tmp_path_factory.mktemp("loaded"), [{"name": registry.host, "scheme": "http"}], arch="amd64")
     (shell.folder / "list").write_text(f"{registry.host}/team/app:v1\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
@@ -79,7 +79,7 @@ def loaded(registry: ScriptedRegistry, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def shell(loaded: Shell, everywhere: Path) -> Shell:
-    """All that, where every user may come to it."""
+    """A copy of the shell and its store where every user may read."""
     shutil.copytree(loaded.folder, everywhere, dirs_exist_ok=True)
     everywhere.chmod(0o755)
     return Shell(everywhere, everywhere / loaded.store.name, everywhere / loaded.config.name)
@@ -87,20 +87,20 @@ def shell(loaded: Shell, everywhere: Path) -> Shell:
 
 @pytest.fixture
 def place(everywhere: Path) -> Path:
-    """A folder to give commands in, in which no user but root may write."""
+    """A folder to run commands in, which only root may write."""
     place = everywhere / "place"
     place.mkdir(mode=0o555)
     return place
 
 
 def words(shell: Shell, command: str) -> list[str]:
-    """The command, with the paths of its files."""
+    """Split the command into words, with the paths of its files."""
     files = {"LIST": str(shell.folder / "list"), "TAR": str(shell.folder / "out" / "images.tar")}
     return [files.get(word, word) for word in command.split()]
 
 
 def out_for(shell: Shell, user: int) -> None:
-    """Where an export may be written by that user."""
+    """Return an export's path that the user may write."""
     out = shell.folder / "out"
     out.mkdir()
     os.chown(out, user, user)
@@ -110,7 +110,7 @@ def out_for(shell: Shell, user: int) -> None:
 def test_without_n_it_prints_and_ends_where_it_may_not_write(
     shell: Shell, place: Path, command: str, printed: str
 ) -> None:
-    """It leaves neither pid file nor log file, and needs neither; the store is the user's own."""
+    """The command creates neither pid file nor log file; the store belongs to the user."""
     need_root()
     out_for(shell, NOBODY_UID)
     give(shell.store, NOBODY_UID)
@@ -124,7 +124,7 @@ def test_without_n_it_prints_and_ends_where_it_may_not_write(
 def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
     shell: Shell, tmp_path: Path, command: str, printed: str
 ) -> None:
-    """The pid file of another process stays as it is."""
+    """The pid file of another process is left unchanged."""
     out_for(shell, os.geteuid())
     (tmp_path / "twistd.pid").write_text(str(os.getpid()))
     done = ended(shell.argv(*words(shell, command), options=()), tmp_path)
@@ -133,7 +133,7 @@ def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
     assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())
 
 
-# Who does not listen
+# Output that cannot be written
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -146,7 +146,7 @@ def test_a_full_device_is_told_in_one_line(shell: Shell, tmp_path: Path, command
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_closed_output_is_told_in_one_line_or_not_at_all(shell: Shell, tmp_path: Path, command: str) -> None:
-    """What is done is done; there is no traceback, and nothing of the store is taken for the output."""
+    """The command has taken effect; there is no traceback, and no store file is mistaken for the output."""
     out_for(shell, os.geteuid())
     argv = shell.argv(*words(shell, command), options=())
     done = ended(["sh", "-c", 'exec "$@" >&-', "sh", *argv], tmp_path)
@@ -163,7 +163,7 @@ def test_load_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-# Whose store it is
+# Ownership of the store
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if "version" not in one and one != "check"])
@@ -200,18 +200,18 @@ def test_what_only_reads_may_be_given_by_whoever_may_read(shell: Shell, place: P
 
 
 def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, registry: ScriptedRegistry) -> None:
-    """After each of load, prune, verify and a repair; the user can go on with all of it."""
+    """Check after each of load, prune, verify and a repair; the user can continue with all of it."""
     need_root()
     give(shell.store, NOBODY_UID)
     for tag in ("v2", "v3"):
         registry.add("team/app", make_index(tag), tag)
-    # A list that nobody but root can read.
+    # A list that only root can read.
     secret = shell.folder / "secret"
     secret.write_text(f"{registry.host}/team/app:v2\n{registry.host}/team/app:v3\n")
     secret.chmod(0o600)
     assert "2 loaded" in succeeded(shell.run("load", str(secret)))
     assert owners(shell.store) == {NOBODY_UID}
-    # A record that is written anew, and others that go.
+    # One record is rewritten, and others are removed.
     registry.add("team/app", INDEX, "same")
     (shell.folder / "list").write_text(f"{registry.host}/team/app:same\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
@@ -230,13 +230,13 @@ def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, reg
     ended(as_nobody(shell.argv("verify")), shell.folder)
 
 
-# How it ends
+# Exit status
 
 ENDINGS = [
     ("load LIST", 0),
-    ("load MISSING", 1),  # the file is not there
+    ("load MISSING", 1),  # the file does not exist
     ("load GONE", 1),  # the upstream does not have it
-    ("load WRONG", 2),  # no reference
+    ("load WRONG", 2),  # not a reference
     ("load", 2),
     ("--load-images", 2),
     ("list", 0),
@@ -264,7 +264,7 @@ ENDINGS = [
 def test_it_ends_with_the_status_that_its_outcome_has(
     shell: Shell, registry: ScriptedRegistry, tmp_path: Path, command: str, status: int
 ) -> None:
-    """0, 1 when something failed, 2 when what was asked for cannot be meant; then there is a line that says why."""
+    """0, 1 when something failed, 2 for invalid usage; an error has a line that says why."""
     for name, text in (("GONE", f"{registry.host}/team/other:v1\n"), ("WRONG", "UPPER/case\n")):
         (tmp_path / name).write_text(text)
     before = contents(shell.store)

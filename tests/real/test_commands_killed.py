@@ -1,4 +1,4 @@
-"""`kill -9` of `prune` and of `load` at any instant: no image that was not named loses a blob, and it goes on."""
+"""`kill -9` of `prune` and `load` at any instant: kept images lose no blob, and the next run continues."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from tests.upstream import ScriptedRegistry
 REPOSITORY = "team/app"
 PATTERN = "--pattern=team/app:go"
 CHANGES = "/^unlink,/^rename,/^fsync,/^fdatasync"
-"""The system calls by which a store is changed, and made to last."""
+"""The system calls by which a store is changed, and made durable."""
 HANG = 60_000_000
-"""Microseconds: until the kill."""
+"""Microseconds, longer than until the kill."""
 
 ROUNDS = [pytest.param(10, id="10"), pytest.param(100, id="100", marks=pytest.mark.long)]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A store whose daemon does not run, unless a test starts it, and what its upstream has."""
+    """A store whose daemon is stopped unless a test starts it, and the content of its upstream."""
 
     daemon: Daemon
     upstream: ScriptedRegistry
@@ -57,12 +57,12 @@ class Scene:
 
     @property
     def root(self) -> Path:
-        """Of the store."""
+        """The store's folder."""
         return self.daemon.image_path
 
     @property
     def load(self) -> list[str]:
-        """The arguments of a load of everything."""
+        """The arguments of a load of all images."""
         urls = [f"{self.upstream.host}/{REPOSITORY}:{tag}" for tag in self.published]
         return ["load", "--platform=all", "--concurrent=4", image_list(self.folder / "list", urls)]
 
@@ -73,11 +73,11 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    """Images to stay and to go, which share layers; lists, one of which shares an image with one that goes."""
+    """Images to keep and to prune that share layers, and indexes, one of which shares an image with a pruned one."""
     base = make_image("killed/base", layers=2, layer_size=100_000)
     images = {name: make_image(name, base=base, layer_size=300_000) for name in ("stay1", "stay2", "go1", "go2")}
     lists = {name: make_index(name, layer_size=50_000) for name in ("stay-list", "go-list")}
-    # One image is named and not named, and so is one of a list that goes.
+    # One image has both a pruned and a kept name, and so has an image of a pruned index.
     twice = {"go-too": images["stay1"], "stay-too": lists["go-list"].images[0]}
     published: dict[str, Image | Index] = {**images, **lists, **twice}
     with ScriptedRegistry() as upstream:
@@ -89,7 +89,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 @contextmanager
 def traced(scene: Scene, argv: list[str], inject: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Trace]]:
-    """The command with its changes traced, and delayed as `inject` says; what is killed is the command itself."""
+    """Trace the command's changes, delayed as `inject` says; the process to kill is the command itself."""
     need("strace")
     log = scene.folder / "strace"
     log.unlink(missing_ok=True)
@@ -101,13 +101,13 @@ def traced(scene: Scene, argv: list[str], inject: str = "") -> Iterator[tuple[su
 
 
 def copied(source: Path, target: Path) -> None:
-    """The store as it was."""
+    """Restore the store from a copy."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
 
 
 def seconds_of(argv: list[str], folder: Path) -> float:
-    """How long the command takes, which succeeds."""
+    """Return how long the command takes; it must succeed."""
     began = time.monotonic()
     with begun(argv, folder) as process:
         assert process.wait(PATIENCE) == 0, (folder / "stderr").read_text()
@@ -115,7 +115,7 @@ def seconds_of(argv: list[str], folder: Path) -> float:
 
 
 def assert_sound(scene: Scene, before: Contents) -> None:
-    """After a kill: what was not to go has all that it had, and nothing is wrong in the store."""
+    """After a kill, assert that kept images have all their blobs, and that nothing in the store is wrong."""
     verified(scene.daemon)
     after = contents(scene.root)
     assert not lost_blobs(before, after)
@@ -123,26 +123,26 @@ def assert_sound(scene: Scene, before: Contents) -> None:
         record = hex_of(what.manifest.digest)
         if tag.startswith("stay") and record in before:
             assert after[record].there >= before[record].there
-    # Records go before their blobs: none that is there lacks what it had.
+    # Records are removed before their blobs: none that exists lacks a blob it had.
     assert all(kept.there >= before[digest].there for digest, kept in after.items() if digest in before)
     nothing_wrong_is_in(scene.root)
 
 
 def is_pruned(scene: Scene) -> bool:
-    """Whether what the pattern names is gone, and the rest is whole."""
+    """Whether the images named by the pattern are gone, and the others complete."""
     left = [url for kept in contents(scene.root).values() for url in kept.images]
     stays = [what for tag, what in scene.published.items() if tag.startswith("stay")]
     return not any(":go" in url for url in left) and all(is_whole(scene.root, what) for what in stays)
 
 
 def goes_on_pruning(scene: Scene) -> None:
-    """What is left of it goes the next time; the blobs that nobody needs any more, with the orphans."""
+    """Finish the prune; unneeded blobs that are left are pruned as orphans."""
     command(scene.daemon, "prune", PATTERN)
     assert is_pruned(scene)
 
 
 def goes_on_loading(scene: Scene) -> None:
-    """The next load brings what is lacking, and nothing that is there."""
+    """Finish the load, which fetches only what is missing."""
     blobs = {path.name for path in (scene.root / "blobs").iterdir()} if (scene.root / "blobs").exists() else set()
     asked = len(scene.upstream.requests)
     assert "0 failed" in command(scene.daemon, *scene.load).stdout
@@ -173,7 +173,7 @@ def test_a_prune_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_a_prune_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
-    """Before and after each of them that chance names."""
+    """Kill before and after each of a random choice of changes."""
     command(scene.daemon, *scene.load)
     full = tmp_path / "full"
     copied(scene.root, full)
@@ -199,7 +199,7 @@ def kill_at(scene: Scene, argv: list[str], number: int, when: str) -> None:
         wait_until(
             lambda: trace.begun >= number or process.poll() is not None, PATIENCE, f"{number} changes:\n{trace.text}"
         )
-        # strace would hold on to the dead until the delay is over.
+        # Otherwise strace would keep the dead process until the delay is over.
         told = Path(f"/proc/{process.pid}/status").read_text()
         strace = int(re.search(r"^TracerPid:\t(\d+)$", told, re.MULTILINE)[1])  # type: ignore[index]  # the kernel always has that line
         process.kill()
@@ -226,7 +226,7 @@ def test_a_load_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: i
 
 
 def hold_one(scene: Scene) -> Path:
-    """One of the images is there already; gives a copy of that store."""
+    """Store one of the images; return a copy of that store."""
     (url,) = [f"{scene.upstream.host}/{REPOSITORY}:stay1"]
     command(scene.daemon, "load", image_list(scene.folder / "one", [url]))
     assert is_whole(scene.root, scene.published["stay1"])
@@ -236,7 +236,7 @@ def hold_one(scene: Scene) -> Path:
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_a_load_through_the_daemon_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
-    """The daemon goes on with what it has begun, and nothing comes twice."""
+    """The daemon continues what it has begun, and nothing is fetched twice."""
     with scene.daemon:
         argv = command_line(scene.daemon, *scene.load)
         takes = seconds_of(argv, tmp_path)
@@ -259,7 +259,7 @@ def test_a_load_through_the_daemon_that_is_killed_at_random(scene: Scene, tmp_pa
 
 @pytest.mark.parametrize("rounds", ROUNDS)
 def test_a_load_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
-    """Those of its several threads take turns as they come, so that the same number is not always the same one."""
+    """Several threads take turns in any order, so a number is not always the same change."""
     first = hold_one(scene)
     argv = command_line(scene.daemon, *scene.load)
     with traced(scene, argv) as (process, trace):

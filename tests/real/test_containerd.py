@@ -1,4 +1,4 @@
-"""The main job: containerd pulls through the daemon from a real registry, and again when the registry is gone."""
+"""containerd pulls through the daemon from a real registry, and again when the registry is gone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ACCESS = re.compile(
     params=["oci-index", "docker-list", "oci-manifest", "docker-manifest", "big"],
 )
 def pushed(request: pytest.FixtureRequest) -> Index | Image:
-    """What a tag may mean: a list for several platforms or a plain image, each by both media types; a large layer."""
+    """What a tag may refer to: an index or an image, in both media types; with a large layer."""
     kind: str = request.param
     if kind == "big":
         image: Image = request.getfixturevalue("big_image")
@@ -44,15 +44,15 @@ def pushed(request: pytest.FixtureRequest) -> Index | Image:
 
 @pytest.fixture
 def daemon(registry: DockerRegistry, start_daemon: Callable[..., Daemon]) -> Daemon:
-    """A daemon that may ask the registry."""
+    """A daemon that may use the registry."""
     return start_daemon({registry.host: "http"}, "--no-complete-images")
 
 
 @pytest.fixture
 def pull(containerd: Containerd, daemon: Daemon, tmp_path: Path) -> Pull:
-    """Pull an image with the daemon as the only mirror of every registry; gives what containerd then holds of it.
+    """Pull an image with the daemon as the only mirror of every registry; return the digests that containerd then has.
 
-    The image is removed again, so that the next pull asks for all of it.
+    The image is removed again, so that the next pull fetches all of it.
     """
     hosts = hosts_dir(tmp_path / "certs.d", daemon.url, "_default")
 
@@ -71,7 +71,7 @@ def pull(containerd: Containerd, daemon: Daemon, tmp_path: Path) -> Pull:
 
 @contextmanager
 def _listening(port: int) -> Iterator[Callable[[], int]]:
-    """Nobody answers at this port, but connections come about; gives the function that counts them."""
+    """Listen on this port without answering; yield a function that counts connections."""
     with socket.create_server(("127.0.0.1", port)) as listener:
         listener.setblocking(False)
         accepted: list[socket.socket] = []
@@ -90,7 +90,7 @@ def _listening(port: int) -> Iterator[Callable[[], int]]:
 
 
 def _restart(daemon: Daemon) -> int:
-    """kill -9, and start again; gives how long the log was before."""
+    """Kill with SIGKILL, and start again; return the log's size before."""
     daemon.kill()
     logged = len(daemon.log)
     daemon.start()
@@ -100,7 +100,9 @@ def _restart(daemon: Daemon) -> int:
 def test_pulled_once_an_image_needs_no_registry(
     registry: DockerRegistry, daemon: Daemon, pull: Pull, pushed: Index | Image
 ) -> None:
-    """Registry gone, daemon killed and started again, image removed: the pull works, and nobody is connected to."""
+    """Without the registry, after a kill and with the image removed from containerd, the pull works, without a
+    connection.
+    """
     registry.push("team/app", pushed, "v1")
     ref = f"{registry.host}/team/app:v1"
     (image,) = (image for image in _images(pushed) if image.platform == "linux/amd64")
@@ -119,7 +121,7 @@ def test_pulled_once_an_image_needs_no_registry(
         assert "pulling" not in again
         assert connections() == 0
         _assert_access(daemon, registry, pushed, image, "hit", logged)
-        # It would have been seen: for what the cache lacks the registry is asked.
+        # A connection would be counted: for uncached content the registry is asked.
         lacking = connect(daemon.url)
         lacking.request("GET", f"/v2/team/app/manifests/v2?ns={registry.host}")
         wait_until(connections, _SOON, "a connection to the registry's port")
@@ -129,11 +131,11 @@ def test_pulled_once_an_image_needs_no_registry(
 def _assert_access(
     daemon: Daemon, registry: DockerRegistry, pushed: Index | Image, image: Image, outcome: str, since: int = 0
 ) -> None:
-    """The access lines of a pull: what was asked for, by whom, what was sent, and how it was come by."""
+    """Assert the access lines of a pull: request, client, size and outcome."""
     app = "/v2/team/app"
     expected = {
         ("HEAD", f"{app}/manifests/v1"): (0, outcome),
-        # HEAD has brought it.
+        # The HEAD has fetched it.
         ("GET", f"{app}/manifests/{pushed.manifest.digest}"): (len(pushed.manifest.data), "hit"),
         **{("GET", f"{app}/blobs/{blob.digest}"): (len(blob.data), outcome) for blob in image.blobs},
     }
@@ -143,7 +145,7 @@ def _assert_access(
     def lines() -> list[dict[str, str]]:
         return [line.groupdict() for line in _ACCESS.finditer(daemon.log, since)]
 
-    # A line is written when the client has it all, and may be later than what the client does next.
+    # A line is written when the client has everything, possibly after the client's next action.
     wait_until(lambda: len(lines()) >= len(expected), _SOON, f"{len(expected)} access lines")
     found = {(line["method"], line["path"]): (int(line["bytes"]), line["outcome"]) for line in lines()}
     assert found == expected
@@ -154,7 +156,7 @@ def _assert_access(
 def test_two_tags_and_two_repositories_share_what_they_have_in_common(
     registry: DockerRegistry, daemon: Daemon, pull: Pull, kind: str
 ) -> None:
-    """One digest by several names is one record that tells them all, and each of its blobs comes once."""
+    """One digest with several names has one record with all names, and each of its blobs is fetched once."""
     pushed = make_index("shared") if kind == "index" else make_image("shared")
     registry.push("team/app", pushed, "v1", "stable")
     registry.push("other/app", pushed, "v1")
@@ -170,8 +172,8 @@ def test_two_tags_and_two_repositories_share_what_they_have_in_common(
         assert _names(daemon, "img", image) == refs
     else:
         assert _names(daemon, "fat", pushed) == refs
-        # containerd asked for the image of its platform by digest. In the repository where it was a hit that is
-        # noted while the answer is already on its way.
+        # containerd requested the image of its platform by digest. In the repository where it was a hit, the name is
+        # recorded while the answer is already being sent.
         both = {f"{registry.host}/{name}@{image.manifest.digest}" for name in ("team/app", "other/app")}
         wait_until(lambda: _names(daemon, "img", image) == both, _SOON, f"the record has {both}")
 
@@ -182,7 +184,7 @@ def _names(daemon: Daemon, folder: str, of: Index | Image) -> set[str]:
 
 
 def test_a_tag_keeps_its_meaning_when_it_moves_upstream(registry: DockerRegistry, daemon: Daemon, pull: Pull) -> None:
-    """What a tag means was settled by the first pull, also after a restart and with the registry at hand."""
+    """The first pull fixes the meaning of a tag, also after a restart and while the registry is up."""
     old, new = make_image("moving/old"), make_image("moving/new")
     ref = f"{registry.host}/team/app:v1"
     registry.push("team/app", old, "v1")

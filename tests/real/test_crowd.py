@@ -1,4 +1,4 @@
-"""Many clients want the same thing at once, and nobody has it yet: it comes once, and they all get it."""
+"""Many clients request the same uncached content at once: it is fetched once, and all receive it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SOON = 10.0
 def test_twenty_clients_of_a_cold_blob(
     upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon], big_image: Image
 ) -> None:
-    """All of them get its 200 MiB, the upstream sends it once, and the daemon's memory does not hold it."""
+    """All receive its 200 MiB, the upstream sends it once, and the daemon does not hold it in memory."""
     upstream.add("team/app", big_image, "v1")
     (layer,) = big_image.layers
     path = f"/v2/team/app/blobs/{layer.digest}"
@@ -36,12 +36,12 @@ def test_twenty_clients_of_a_cold_blob(
         connections = [stack.enter_context(closing(connect(daemon.url))) for _ in range(_CLIENTS)]
         for connection in connections:
             connection.request("GET", f"{path}?ns={upstream.host}")
-        # All are being answered before the upstream has sent most of it.
+        # All answers have begun before the upstream has sent most of the blob.
         answers = [stack.enter_context(connection.getresponse()) for connection in connections]
         hold.release.set()
         with ThreadPoolExecutor(_CLIENTS) as threads:
             read = list(threads.map(_digest_and_size, answers[_LATE:]))
-            # Two take nothing until the others have it all, and the daemon must not keep it in memory for them.
+            # Two clients read nothing until the others are done; the daemon must not buffer the blob for them.
             read += threads.map(_digest_and_size, answers[:_LATE])
     assert [answer.status for answer in answers] == [200] * _CLIENTS
     assert read == [(layer.digest, len(layer.data))] * _CLIENTS
@@ -52,7 +52,7 @@ def test_twenty_clients_of_a_cold_blob(
 
 
 def test_twenty_clients_of_a_cold_tag(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
-    """All of them get the manifest that the upstream was asked for once."""
+    """All receive the manifest, which was requested from the upstream once."""
     index = make_index("crowd")
     upstream.add("team/app", index, "v1")
     path = "/v2/team/app/manifests/v1"
@@ -64,8 +64,8 @@ def test_twenty_clients_of_a_cold_tag(upstream: ScriptedRegistry, start_daemon: 
         for connection in connections:
             connection.request("GET", f"{path}?ns={upstream.host}")
         assert hold.reached.wait(_SOON)
-        # The daemon reads all that has come before it waits again: when it has answered one who came last, and
-        # once more, it has read what the others sent.
+        # The daemon reads all that has arrived before it waits again: when it has answered the last client twice, it
+        # has read the requests of the others.
         last = stack.enter_context(closing(connect(daemon.url)))
         for _ in range(2):
             assert ask(last, f"{daemon.url}/health").status == 200
@@ -81,7 +81,7 @@ def test_twenty_clients_of_a_cold_tag(upstream: ScriptedRegistry, start_daemon: 
 
 
 def _digest_and_size(answer: http.client.HTTPResponse) -> tuple[str, int]:
-    """What the body is, without holding it."""
+    """Return digest and size of the body, without keeping it."""
     hasher, size, piece = hashlib.sha256(), 0, bytearray(_PIECE)
     while count := answer.readinto(piece):
         hasher.update(memoryview(piece)[:count])
@@ -90,7 +90,7 @@ def _digest_and_size(answer: http.client.HTTPResponse) -> tuple[str, int]:
 
 
 def _outcomes(daemon: Daemon, path: str) -> list[str]:
-    """What the access lines of all clients say, which are written when they have it all."""
+    """Return the outcomes in the access lines of all clients, which are written at the end of each answer."""
     line = re.compile(rf"GET {re.escape(path)} ns=\S+ 200 .* (hit|miss)$", re.MULTILINE)
     wait_until(lambda: len(line.findall(daemon.log)) >= _CLIENTS, _SOON, f"{_CLIENTS} access lines")
     return line.findall(daemon.log)

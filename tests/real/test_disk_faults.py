@@ -1,4 +1,4 @@
-"""A disk that fails or hangs: the calls that the store relies on are made to fail while the daemon runs."""
+"""A failing or hanging disk: the store's system calls fail while the daemon runs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.upstream_rules import Cut, Hold, Reply
 
 SIZE = 3 * MIB
 LARGE = 66 * MIB
-"""More than the 64 MiB after which a download is synced while it goes on."""
+"""More than the 64 MiB after which a download is synced while it continues."""
 EIO = "Input/output error"
 RENAMES = "/^rename"
-"""All calls whose names begin so: not every machine has the same."""
+"""All calls with this prefix, since machines differ."""
 HELD = MIB
 HANG = "delay_enter=60000000"
 """A minute, unless the trace ends before."""
@@ -35,14 +35,14 @@ Inject = Callable[..., AbstractContextManager[Trace]]
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own, whose disk fails."""
+    """A cache for this test alone, whose disk fails."""
     with cache_in(tmp_path) as cache:
         yield cache
 
 
 @pytest.fixture
 def inject(cache: Cache, tmp_path: Path) -> Inject:
-    """`faults` in the daemon."""
+    """A function that injects `faults` into the daemon."""
 
     def inject(calls: str, fault: str, *options: str, seen: str = "") -> AbstractContextManager[Trace]:
         return faults(cache.daemon.process.pid, calls, fault, tmp_path / "strace", *options, seen=seen)
@@ -51,26 +51,26 @@ def inject(cache: Cache, tmp_path: Path) -> Inject:
 
 
 def publish(cache: Cache, tag: str, size: int = SIZE) -> Image:
-    """An image that is upstream only; its layer has `size` bytes."""
+    """Publish an image at the upstream; its layer has `size` bytes."""
     image = plain_image(tag, size)
     cache.upstream.add("faults", image, tag)
     return image
 
 
 def blob_of(image: Image) -> str:
-    """The path of its layer."""
+    """Return the path of its layer."""
     return f"faults/blobs/{image.layers[0].digest}"
 
 
 def pull(cache: Cache, tag: str, image: Image) -> None:
-    """The image gets into the cache, or is there."""
+    """Pull the image, from the upstream or from the cache."""
     assert cache.ask(f"faults/manifests/{tag}").body == image.manifest.data
     assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
     cache.wait_stored(image.layers[0].digest)
 
 
 def body_of(answer: HTTPResponse) -> bytes:
-    """As much of it as there is."""
+    """Return the body, complete or not."""
     try:
         return answer.read()
     except IncompleteRead as short:
@@ -78,13 +78,13 @@ def body_of(answer: HTTPResponse) -> bytes:
 
 
 def nothing_wrong_is_in_the_store(cache: Cache) -> None:
-    """Every blob is what its name says."""
+    """Assert that every blob has the digest that its name says."""
     for path in (cache.daemon.image_path / "blobs").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
 def the_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
-    """Of what has failed nothing is left."""
+    """Assert that nothing of the failure remains."""
     pull(cache, tag, image)
     nothing_wrong_is_in_the_store(cache)
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
@@ -95,7 +95,7 @@ def the_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
     [
         pytest.param("pwrite64", SIZE, HELD, False, id="write"),
         pytest.param("fdatasync", LARGE, LARGE - MIB // 2, False, id="sync_on_the_way"),
-        # The digest holds, so whoever reads gets all; the store gets nothing.
+        # The digest is correct, so clients receive everything; the store keeps nothing.
         pytest.param("fsync", SIZE, HELD, True, id="sync_before_the_rename"),
         pytest.param(RENAMES, SIZE, HELD, True, id="rename"),
     ],
@@ -123,7 +123,7 @@ def test_a_download_that_cannot_be_stored(
             assert trace.injected
             assert not cache.stored(layer.digest)
             pull(cache, "hit", hit)
-    # Not a single try to give it its name after its bytes, or their sync, have failed.
+    # No attempt to rename it after its bytes, or their sync, have failed.
     renamed = [line for line in trace.text.splitlines() if "rename" in line and f"/blobs/{layer.digest[7:]}" in line]
     assert all("INJECTED" in line for line in renamed), renamed
     assert bool(renamed) == (calls == RENAMES)
@@ -133,12 +133,12 @@ def test_a_download_that_cannot_be_stored(
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
 def test_what_could_not_be_synced_is_not_continued(cache: Cache, inject: Inject, error: str) -> None:
-    """The kernel reports such a failure once, and takes the bytes for written: the next sync proves nothing."""
+    """The kernel reports such a failure once, and takes the bytes for written: a later sync proves nothing."""
     image = publish(cache, "miss")
     path = blob_of(image)
     cut = cache.upstream.script(f"/v2/{path}", Cut(MIB), times=1)
     with cache.scripted(f"/v2/{path}", WhenRanged((Reply(404),))), inject("fdatasync", f"error={error}") as trace:
-        # It breaks off, and there is none to be taken up: what came is synced and kept for the next pull.
+        # The download ends, and no partial is resumed: what came is synced and kept for the next pull.
         with cache.opened(path) as answer:
             body_of(answer)
         trace.wait_injected()
@@ -150,7 +150,7 @@ def test_what_could_not_be_synced_is_not_continued(cache: Cache, inject: Inject,
 
 @pytest.mark.parametrize("calls", ["pwrite64", "openat"])
 def test_a_download_that_cannot_begin(cache: Cache, inject: Inject, calls: str) -> None:
-    """503 before the headers."""
+    """Answer 503 before the headers."""
     image = publish(cache, "miss")
     pulls = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest[7:]
     since = cache.log_size
@@ -177,7 +177,7 @@ def test_a_manifest_that_cannot_be_stored(cache: Cache, inject: Inject, calls: s
 
 
 def test_the_names_cannot_be_synced(cache: Cache, inject: Inject) -> None:
-    """The folder's sync fails when the blob has its name already: it is right, and may be served or fetched anew."""
+    """The folder's sync fails when the blob is renamed already: it is correct, and may be served or fetched again."""
     image = publish(cache, "miss")
     since = cache.log_size
     with inject("fsync", "error=EIO", "-P", str(cache.daemon.image_path / "blobs")) as trace:
@@ -190,7 +190,7 @@ def test_the_names_cannot_be_synced(cache: Cache, inject: Inject) -> None:
 
 
 def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> None:
-    """More of them than there are threads for writing; also a hit that takes long to be sent."""
+    """More syncs hang than there are threads for writing; a slow hit works too."""
     hit, long = publish(cache, "hit"), publish(cache, "long", LARGE)
     hanging = [publish(cache, f"hanging{number}", 1000) for number in range(20)]
     pull(cache, "hit", hit)
@@ -219,7 +219,7 @@ def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> Non
 
 
 def test_the_lock_of_the_store_is_held_by_another_process(cache: Cache) -> None:
-    """Records cannot be written for that long; all else goes on."""
+    """Records cannot be written during that time; everything else works."""
     hit, image = publish(cache, "hit"), publish(cache, "miss")
     waiting = {f"waiting{number}": publish(cache, f"waiting{number}", 1000) for number in range(20)}
     pull(cache, "hit", hit)
@@ -241,7 +241,7 @@ def test_a_miss_is_read_along_while_syncs_hang(cache: Cache, inject: Inject) -> 
         assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
         wait_until(lambda: trace.begun == 1, SOON, "its sync hangs")
         assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
-        # Who asks now gets it from the partial.
+        # Later clients read from the partial.
         assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
         assert trace.ended == 0
         assert not cache.stored(hanging.layers[0].digest)
@@ -252,7 +252,7 @@ def test_a_miss_is_read_along_while_syncs_hang(cache: Cache, inject: Inject) -> 
 
 @pytest.mark.parametrize("calls", ["fsync", RENAMES])
 def test_a_sync_that_takes_five_seconds(cache: Cache, inject: Inject, calls: str) -> None:
-    """It delays what needs it, which then succeeds, and nothing else."""
+    """Only operations that need the sync wait, and then succeed."""
     hit, image = publish(cache, "hit"), publish(cache, "miss")
     pull(cache, "hit", hit)
     with inject(calls, "delay_enter=5000000") as trace, ThreadPoolExecutor() as clients:

@@ -1,4 +1,4 @@
-"""A store on a disk that is too small: hits go on, a miss ends honestly, and nothing is fetched twice for it."""
+"""A store on a disk that is too small: hits are served, a miss ends short, and nothing is fetched twice."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from tests.upstream_rules import Drip, NoLength
 
 DISK = 24 * MIB
 RESERVE = DISK // 20
-"""Bytes that downloads leave free by default; what else the daemon writes may come out of it."""
+"""Bytes that downloads leave free by default; other files of the daemon may use them."""
 SIZE = 40 * MIB
 RATE = 20 * MIB
-"""So slow, in bytes a second, that not much is on its way when the disk is full."""
+"""Bytes per second, so slow that little is in flight when the disk is full."""
 FULL = "has no room"
 REPOSITORY = "full/image"
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """Too small for a blob of `SIZE` bytes."""
+    """A disk too small for a blob of `SIZE` bytes."""
     with small_disk(tmp_path / "disk", DISK) as disk:
         yield disk
 
@@ -43,29 +43,29 @@ def cache(disk: SmallDisk, tmp_path: Path) -> Iterator[Cache]:
 
 @pytest.fixture(scope="module")
 def small() -> Image:
-    """An image that is in the cache before the disk is full."""
+    """An image that is cached before the disk is full."""
     return plain_image("small", MIB)
 
 
 @pytest.fixture(scope="module")
 def large() -> Image:
-    """An image whose one layer does not fit."""
+    """An image whose only layer does not fit."""
     return plain_image("large", SIZE)
 
 
 @pytest.fixture(scope="module")
 def third() -> Image:
-    """An image that comes when the disk is full."""
+    """An image that is requested when the disk is full."""
     return plain_image("third", 100_000)
 
 
 def blob_of(image: Image) -> str:
-    """The path of its layer."""
+    """Return the path of its layer."""
     return f"{REPOSITORY}/blobs/{image.layers[0].digest}"
 
 
 def publish(cache: Cache, small: Image, large: Image, third: Image) -> None:
-    """All are there upstream, and the small one in the cache too."""
+    """Publish all images at the upstream; cache the small one."""
     for image, tag in ((small, "small"), (large, "large"), (third, "third")):
         cache.upstream.add(REPOSITORY, image, tag)
     assert cache.ask(f"{REPOSITORY}/manifests/small").body == small.manifest.data
@@ -74,7 +74,7 @@ def publish(cache: Cache, small: Image, large: Image, third: Image) -> None:
 
 
 def hits_go_on(cache: Cache, small: Image) -> None:
-    """What is in the cache is served, without a word to the upstream."""
+    """Assert that cached content is served without a request to the upstream."""
     asked = len(cache.upstream.requests)
     assert cache.ask(f"{REPOSITORY}/manifests/small").body == small.manifest.data
     assert digest_of(cache.ask(blob_of(small)).body) == small.layers[0].digest
@@ -83,19 +83,19 @@ def hits_go_on(cache: Cache, small: Image) -> None:
 
 
 def partial(cache: Cache, image: Image) -> Path:
-    """The file of what there is of its layer."""
+    """Return the partial of its layer."""
     return cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
 
 
 def told(cache: Cache) -> dict[str, int]:
-    """What /health tells of the disk."""
+    """Return the disk's state in /health."""
     disk: dict[str, int] = json.loads(fetch(f"{cache.daemon.url}/health").body)["disk"]
     return disk
 
 
 @contextmanager
 def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
-    """The first pull of the large image began when there was room, which others took; it goes on to come slowly."""
+    """Begin a pull of the large image while there is room, then let others use the room; the pull continues slowly."""
     layer = large.layers[0]
     disk.resize(4 * SIZE)
     assert cache.ask(f"{REPOSITORY}/manifests/large").status == 200
@@ -117,7 +117,7 @@ def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
 def test_the_miss_ends_short_and_resumes_when_there_is_room(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
-    """Until then it is refused at once, and what there is of it is kept."""
+    """Until there is room, requests are refused at once, and the partial is kept."""
     publish(cache, small, large, third)
     with full(cache, disk, large):
         kept = partial(cache, large).stat().st_size
@@ -177,7 +177,7 @@ def test_what_nobody_wants_of_one_makes_room_for_another(
 def test_a_blob_that_nobody_tells_the_size_of(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
-    """It is downloaded before the headers go out, so that it can be refused."""
+    """It is downloaded before the headers are sent, so that it can be refused."""
     publish(cache, small, large, third)
     layer = large.layers[0]
     with cache.scripted(f"*{layer.digest}", Drip(RATE), NoLength()):

@@ -1,4 +1,4 @@
-"""A disk without a free block, or without a free inode: what makes room on it needs none, whoever does it."""
+"""A disk without free blocks or inodes: pruning needs neither, by a command or by the daemon."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def disk(tmp_path: Path) -> Iterator[Ext4]:
 
 @pytest.fixture(scope="module")
 def old() -> Image:
-    """An image that nobody needs any more."""
+    """An image to prune."""
     return plain_image("old", LAYER)
 
 
 @pytest.fixture(scope="module")
 def stays() -> Image:
-    """An image that stays, and has a second name, so that its record is rewritten when that goes."""
+    """An image to keep, with a second name to prune, so that its record is rewritten."""
     return plain_image("stays", LAYER)
 
 
 def fill(disk: Ext4, lacking: str) -> None:
-    """Leaves not one free."""
+    """Use up all free blocks or inodes."""
     (disk.fill_blocks if lacking == "blocks" else disk.fill_inodes)()
 
 
 def free(disk: Ext4, lacking: str) -> int:
-    """How many are free."""
+    """Return how many are free."""
     return disk.free_blocks if lacking == "blocks" else disk.free_inodes
 
 
@@ -68,7 +68,7 @@ def filled(
     settings: Mapping[str, object] = MappingProxyType({}),
     before: Sequence[tuple[Image | Index, str]] = (),
 ) -> Iterator[Cache]:
-    """A store with both images on the full disk; its daemon runs on and holds pulls/0, or has ended."""
+    """Make a store with both images on the full disk; its daemon still runs and holds pulls/0, or has ended."""
     with ScriptedRegistry() as upstream:
         daemon = Daemon(
             tmp_path,
@@ -97,14 +97,14 @@ def filled(
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
 def test_prune(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
-    """A record is to be rewritten, too."""
+    """A record must be rewritten, too."""
     with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         done = command(cache.daemon, "prune", "--pattern", "team/old,team/moved")
         assert f"pruned {cache.upstream.host}/{OLD}:1" in done.stdout
         assert contents(cache.daemon.image_path).keys() == {hex_of(stays.manifest.digest)}
         (kept,) = contents(cache.daemon.image_path).values()
         assert not any(MOVED in url for url in kept.images)
-        # What the daemon keeps open is not free.
+        # Files that the daemon has open do not become free.
         least = LAYER // BLOCK if lacking == "blocks" else 3
         assert free(disk, lacking) >= least
         if running:
@@ -120,7 +120,7 @@ def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: 
     with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "it is old enough")
         if not running:
-            # A replica has no pulls/, and so no file to lock.
+            # A replica has no pulls/, and so no lock file.
             without_pulls(disk, lacking)
         done = command(cache.daemon, "prune", "--orphans", "--older-than", "1s")
         assert f"reclaimed blobs/{path.name}" in done.stdout
@@ -130,7 +130,7 @@ def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: 
 
 
 def without_pulls(disk: Ext4, lacking: str) -> None:
-    """Makes the store a replica, on a disk that is as full as it was."""
+    """Remove pulls/, as in a replica, and fill the disk again."""
     disk.make_room()
     shutil.rmtree(disk.path / "images" / "pulls")
     fill(disk, lacking)
@@ -138,7 +138,7 @@ def without_pulls(disk: Ext4, lacking: str) -> None:
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
 def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
-    """What is damaged is removed where it cannot be put aside: it is never served again."""
+    """Damaged blobs are removed where they cannot be quarantined: they are never served again."""
     with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
         done = command(cache.daemon, "verify")
         assert "0 damaged" in done.stdout
@@ -152,7 +152,7 @@ def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: s
         for path in (damaged, spoiled):
             assert f"damaged: {path}: " in done.stdout
             assert not path.exists()
-        # What is removed first makes room for a folder, in which the second can be put aside.
+        # The first removal makes room for a folder, in which the second blob can be quarantined.
         kept = {path.name for path in (disk.path / "images" / "pulls").glob("*/bad/*")}
         for path in (damaged, spoiled):
             removed = f"removed, no space to quarantine it: {path}" in done.stdout
@@ -162,7 +162,7 @@ def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: s
 
 
 def test_the_daemon_by_itself(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str) -> None:
-    """What has a name beside that of its list gets a new record when the list has gone."""
+    """An image with a name of its own beside that of its index gets a new record when the index is pruned."""
     settings = {"prune": {"unused_for": "30m", "every": "1s"}}
     index = make_index("both", layer_size=LAYER)
     before = ((index, "team/both"), (index.images[0], "team/own"))
@@ -179,7 +179,7 @@ def test_the_daemon_by_itself(tmp_path: Path, disk: Ext4, old: Image, stays: Ima
 
 
 def removed_but_open(daemon: Daemon) -> list[str]:
-    """The files that the daemon has open although they are gone from the disk."""
+    """Return the files that the daemon has open although they are deleted."""
     folder = Path(f"/proc/{daemon.process.pid}/fd")
     links = [os.readlink(path) for path in folder.iterdir() if path.is_symlink()]
     return [link for link in links if link.endswith(" (deleted)") and str(daemon.image_path) in link]
@@ -188,7 +188,7 @@ def removed_but_open(daemon: Daemon) -> list[str]:
 def test_who_reads_what_is_pruned_may_finish(
     tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str
 ) -> None:
-    """And then it is free."""
+    """Afterwards the space is free."""
     large = plain_image("large", 6 * MIB)
     with filled(tmp_path, disk, lacking, large, stays, running=True) as cache:
         layer = large.layers[0]
@@ -204,7 +204,7 @@ def test_who_reads_what_is_pruned_may_finish(
 
 @pytest.mark.parametrize("pulls", ["there", "missing"])
 def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str) -> None:
-    """On a replica without pulls/, too; what is not in the store comes when there is space."""
+    """Also on a replica without pulls/; uncached content is fetched when there is space."""
     with filled(tmp_path, disk, lacking, old, stays, running=False) as cache:
         if pulls == "missing":
             without_pulls(disk, lacking)

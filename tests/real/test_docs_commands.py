@@ -1,4 +1,4 @@
-"""Every command in the documentation is run as it stands there, or a line above it says why not."""
+"""Every command in the documentation is run literally, or a line above it says why not."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tests.real.newcomer import Machine, Running
 _ELSEWHERE = "A first pull"
 """The section of the README that test_readme.py runs."""
 _STAYS = ("--log-level info", "--preload-images imagelist --concurrent 2", "127.0.0.1:5000")
-"""How a block ends that goes on until it is ended."""
+"""The ends of blocks that run until they are terminated."""
 _TYPED = '{"down": true}'
-"""What a page shows among the output, and is typed."""
+"""A line that a page shows among the output, and that is typed."""
 _SOON = 60
 
 OTHERS = ("linux/arm64", "linux/s390x")
@@ -45,13 +45,13 @@ IMAGES: dict[str, Image | Index] = {
 
 
 def runnable(page: Path) -> list[Block]:
-    """The blocks of a page that this file has to run."""
+    """Return the blocks of a page that this file has to run."""
     commands = [block for block in blocks(page) if block.language == "sh" and block.not_run is None]
     return [block for block in commands if (page, block.heading) != (README, _ELSEWHERE)]
 
 
 def shown_after(block: Block) -> list[str]:
-    """The lines of output that the page shows below a block, before the next one under the same heading."""
+    """Return the lines of output that the page shows below a block, before the next one under the same heading."""
     of_page = blocks(block.page)
     following = [one for one in of_page[of_page.index(block) + 1 :] if one.heading == block.heading]
     if following and following[0].language == "text":
@@ -60,13 +60,13 @@ def shown_after(block: Block) -> list[str]:
 
 
 def like(line: str) -> str:
-    """What a line looks like, whatever its numbers, digests and blanks are."""
+    """Return the pattern of a line, independent of numbers, digests and blanks."""
     line = re.sub(r"\b([0-9a-f]{64}\b|[0-9a-f]+…)", "<hex>", line)
     return re.sub(r"\d+", "0", " ".join(line.split()))
 
 
 def assert_shown(block: Block, printed: str, home: Path) -> None:
-    """Each line that the page shows has its like at the end of one that was printed."""
+    """Assert that each line that the page shows matches the end of a printed one."""
     printed = printed.replace(str(home), "/home/me")
     seen = [like(line) for line in printed.splitlines()]
     for line in shown_after(block):
@@ -75,13 +75,13 @@ def assert_shown(block: Block, printed: str, home: Path) -> None:
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """A machine for all pages, and the registries of the Internet."""
+    """One machine for all pages, and the registries of the Internet."""
     missing = {missing_package(one) for one in ("docker-registry", "containerd", "ctr", "skopeo", "unshare")} - {None}
     missing |= {one for one in ("curl", "jq", "rsync") if shutil.which(one) is None}
     if missing:
         pytest.fail(f"missing: apt-get install {' '.join(map(str, missing))}", pytrace=False)
     with ExitStack() as stack:
-        # Not pytest's own folder: the path of a socket in it must be short, and nobody keeps what is left there.
+        # Not pytest's own folder: the path of a socket in it must be short, and the files need not be kept.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="docs-")))
         machine = Machine(folder, stack.enter_context(Namespace("docs")), IMAGES)
         machine.set_up()
@@ -90,7 +90,7 @@ def machine() -> Iterator[Machine]:
 
 
 class Newcomer:
-    """Who reads a page from its beginning to its end, and types what stands there."""
+    """Types the commands of a page from beginning to end."""
 
     def __init__(self, machine: Machine, stack: ExitStack) -> None:
         self.machine = machine
@@ -98,7 +98,7 @@ class Newcomer:
         self.terminal: Running | None = None
 
     def serve(self) -> None:
-        """Have the daemon run as the service of the package does, if it does not run."""
+        """Run the daemon as the service of the package does, if it does not run."""
         if not self.machine.serves():
             daemon = self._stay("ociregistry --config-path /etc/ociregistry/ociregistry.yaml --log-level info")
             wait_until(lambda: self.machine.serves() or not daemon.runs, _SOON, "it serves")
@@ -112,7 +112,7 @@ class Newcomer:
         return self.terminal
 
     def type(self, block: Block) -> None:
-        """Run a block, and compare what comes with what the page shows."""
+        """Run a block, and compare its output with the page."""
         shown = shown_after(block)
         if not block.text.rstrip().endswith(_STAYS):
             done = self.machine.run(block.text)
@@ -133,25 +133,25 @@ class Newcomer:
         assert_shown(block, "\n".join([terminal.printed, *typed]), self.machine.home)
 
     def containerd(self) -> None:
-        """A containerd runs, where ctr looks for it."""
+        """Run a containerd where ctr looks for it."""
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="docs-containerd-")))
         containerd = Containerd(folder)
         containerd.argv = self.machine.inside(containerd.argv)
         self._stack.enter_context(containerd)
-        # Which works on every machine.
+        # This snapshotter works on every machine.
         self.machine.environment |= {
             "CONTAINERD_ADDRESS": str(folder / "containerd.sock"),
             "CONTAINERD_SNAPSHOTTER": "native",
         }
 
     def loaded(self, listed: str = "imagelist") -> None:
-        """The store has these images."""
+        """Load these images into the store."""
         self.machine.done(f"ociregistry load {listed}")
 
 
 @pytest.fixture
 def newcomer(machine: Machine) -> Iterator[Newcomer]:
-    """Somebody at a machine that nobody has used."""
+    """A user at an unused machine."""
     machine.wipe()
     with ExitStack() as stack:
         yield Newcomer(machine, stack)
@@ -179,11 +179,11 @@ BEFORE: dict[str, Callable[[Newcomer], None]] = {
     "loading.md": before_loading,
     "pruning.md": Newcomer.loaded,
 }
-"""What a page takes for granted."""
+"""What a page presupposes."""
 
 
 def names(store: Path) -> set[str]:
-    """What is in a store, but for work in progress."""
+    """Return the files in a store, without work in progress."""
     return {str(path.relative_to(store)) for path in store.glob("*/*") if path.parent.name != "pulls"}
 
 
@@ -219,7 +219,7 @@ AFTER: dict[str, Callable[[Newcomer], None]] = {
     "loading.md": after_loading,
     "pruning.md": after_pruning,
 }
-"""What has come of it."""
+"""What must hold after a page's commands."""
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
@@ -231,7 +231,7 @@ def test_what_a_page_says_can_be_typed(newcomer: Newcomer, page: Path) -> None:
 
 
 def test_the_pages_with_commands_are_known() -> None:
-    """Those of the README that are run stand in the section that test_readme.py runs, as it expects them there."""
+    """The README's commands are in the section that test_readme.py runs, where it expects them."""
     assert not runnable(README)
     assert {*BEFORE, *AFTER} <= {page.name for page in PAGES if runnable(page)}
     assert [block.language for block in blocks(README) if block.heading == _ELSEWHERE] == ["sh", "text", "sh"]
@@ -246,7 +246,7 @@ def test_a_block_that_is_not_run_names_no_test_that_is_not_there(block: Block) -
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_reason_stands_right_above_a_block_of_commands(page: Path) -> None:
-    """One that stands elsewhere excuses nothing."""
+    """A reason elsewhere would excuse nothing."""
     assert page.read_text().count("<!--") == sum(block.not_run is not None for block in blocks(page))
 
 
