@@ -50,7 +50,7 @@ def daemon(registry: DockerRegistry, start_daemon: Callable[..., Daemon]) -> Dae
 
 @pytest.fixture
 def pull(containerd: Containerd, daemon: Daemon, tmp_path: Path) -> Pull:
-    """Pull an image with the daemon as the only mirror of every registry; return the digests that containerd then has.
+    """Pull an image with the daemon as the only mirror of all registries; return the digests then in containerd.
 
     The image is removed again, so that the next pull fetches all of it.
     """
@@ -100,9 +100,7 @@ def _restart(daemon: Daemon) -> int:
 def test_pulled_once_an_image_needs_no_registry(
     registry: DockerRegistry, daemon: Daemon, pull: Pull, pushed: Index | Image
 ) -> None:
-    """Without the registry, after a kill and with the image removed from containerd, the pull works, without a
-    connection.
-    """
+    """Without the registry, after a kill and with the image removed, the pull works without a connection."""
     registry.push("team/app", pushed, "v1")
     ref = f"{registry.host}/team/app:v1"
     (image,) = (image for image in _images(pushed) if image.platform == "linux/amd64")

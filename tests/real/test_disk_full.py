@@ -95,7 +95,7 @@ def told(cache: Cache) -> dict[str, int]:
 
 @contextmanager
 def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
-    """Begin a pull of the large image while there is room, then let others use the room; the pull continues slowly."""
+    """Begin a pull of the large image while there is room, then fill the disk; the pull continues slowly."""
     layer = large.layers[0]
     disk.resize(4 * SIZE)
     assert cache.ask(f"{REPOSITORY}/manifests/large").status == 200
