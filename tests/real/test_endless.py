@@ -1,4 +1,4 @@
-"""Blobs that never end or are larger than the disk, asked for by clients that leave: others are cached still."""
+"""Endless or oversized blobs, requested by clients that disconnect: other images can still be cached."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ ENDS = "download abandoned, no client is waiting"
 
 @dataclass(frozen=True)
 class Endless(Rule):
-    """More bytes than the disk takes, whatever was asked for; at a `rate` a second, `declared` to be so many."""
+    """Send more bytes than the disk holds, for any request; at `rate` bytes per second, with the size `declared`."""
 
     rate: float | None = None
     declared: int | None = None
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """Never asks the handler."""
+        """Return the answer without calling the handler."""
         answer = Answer(200, (("Content-Type", "application/octet-stream"),), ZEROS, rate=self.rate)
         return replace(answer, declared=self.declared) if self.declared else replace(answer, framing="chunked")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """A small one."""
+    """A small disk."""
     with small_disk(tmp_path / "disk", DISK) as disk:
         yield disk
 
@@ -66,23 +66,23 @@ def cache(disk: SmallDisk, tmp_path: Path) -> Iterator[Cache]:
 
 @pytest.fixture(scope="module")
 def other() -> Image:
-    """An image that has room only where nothing else has taken it."""
+    """An image that fits only while nothing else takes its room."""
     return plain_image("other", 20 * MIB)
 
 
 def left(cache: Cache, path: str) -> Path:
-    """The partial of a blob."""
+    """Return the partial of a blob."""
     return cache.daemon.image_path / "pulls" / "0" / path.rpartition(":")[2]
 
 
 def told(cache: Cache) -> dict[str, object]:
-    """What /health tells of the disk."""
+    """Return the disk's state in /health."""
     disk: dict[str, object] = json.loads(fetch(f"{cache.daemon.url}/health").body)["disk"]
     return disk
 
 
 def fill(cache: Cache, disk: SmallDisk) -> None:
-    """A client has asked for what never ends, and left; the download has ended at the reserve."""
+    """Request an endless blob and disconnect; return when the download has ended at the reserve."""
     since = cache.log_size
     with cache.scripted(f"*{NEVER}", Endless()):
         leave(cache)
@@ -93,7 +93,7 @@ def fill(cache: Cache, disk: SmallDisk) -> None:
 
 
 def leave(cache: Cache) -> None:
-    """A client asks for what never ends, and goes at once."""
+    """Request an endless blob and disconnect at once."""
     with socket.create_connection(("127.0.0.1", cache.daemon.port)) as client:
         target = cache.url(BLOB).removeprefix(cache.daemon.url)
         client.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -102,7 +102,7 @@ def leave(cache: Cache) -> None:
 
 @pytest.mark.parametrize("how", ["lives", "terminated", "killed"])
 def test_other_images_are_cached_afterwards(cache: Cache, disk: SmallDisk, other: Image, how: str) -> None:
-    """After a restart too: what nobody wants of what was left is adopted, and goes when room is needed."""
+    """After a restart too: unwanted partials are adopted, and removed when room is needed."""
     cache.upstream.add(REPOSITORY, other, "1")
     fill(cache, disk)
     if how != "lives":
@@ -132,7 +132,7 @@ def test_again_and_again(cache: Cache, disk: SmallDisk, other: Image) -> None:
 
 
 def test_it_ends_when_its_client_has_gone(cache: Cache, disk: SmallDisk) -> None:
-    """Long before the disk is full."""
+    """The download ends long before the disk is full."""
     with cache.scripted(f"*{NEVER}", Endless(rate=100_000)):
         leave(cache)
         wait_until(lambda: ENDS in cache.daemon.log, 60 + SOON, "the download ends")
@@ -191,7 +191,7 @@ def test_prune_beside_the_daemon_takes_what_is_left_and_not_what_is_written(cach
 
 
 def test_load_without_a_daemon_leaves_the_reserve_too(disk: SmallDisk, tmp_path: Path, other: Image) -> None:
-    """What fits is loaded, and what does not is told of."""
+    """What fits is loaded, the rest is reported."""
     with ScriptedRegistry() as upstream:
         shell = shell_in(tmp_path, [{"name": upstream.host, "scheme": "http"}], reserve="4MB")
         shell = replace(shell, store=disk.path / "images")

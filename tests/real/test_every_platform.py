@@ -1,7 +1,7 @@
-"""One platform of an index was pulled or loaded: the link carries no other, and clients that read the metadata of
-every platform still get all that they ask for when the upstream is gone.
+"""After one platform of an index was pulled or loaded, the upstream sends the layers of no other one.
 
-`ctr images pull` of containerd 2.x is such a client; `tests/real/every_platform.py` tells what was recorded of it.
+Clients that read the metadata of every platform still receive all of it when the upstream is gone. `ctr images pull`
+of containerd 2.x is such a client; tests/real/every_platform.py describes its requests.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from tests.upstream_rules import Hold, Reply
 
 @pytest.fixture(scope="module")
 def index() -> Index:
-    """What the tag of the repository means."""
+    """The index at the tag of the repository."""
     return four_platforms("every platform")
 
 
 @pytest.fixture
 def cache(tmp_path: Path, index: Index) -> Iterator[Cache]:
-    """A daemon that completes images, and an upstream that has the index."""
+    """A daemon that completes images, and an upstream with the index."""
     with completing_in(tmp_path, *ARCHITECTURE) as cache:
         cache.upstream.add(REPOSITORY, index, TAG)
         yield cache
@@ -56,7 +56,7 @@ def cache(tmp_path: Path, index: Index) -> Iterator[Cache]:
 
 @pytest.fixture
 def stopped(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> Iterator[Cache]:
-    """The same, but the daemon is yet to be started."""
+    """The same, with the daemon not yet started."""
     upstream.add(REPOSITORY, index, TAG)
     daemon = Daemon(tmp_path, {upstream.host: "http"}, *ARCHITECTURE)
     try:
@@ -68,12 +68,12 @@ def stopped(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> Iterato
 
 
 def listed(cache: Cache, folder: Path) -> str:
-    """A file that lists the index, for `load`; gives its path."""
+    """Write a list of the index for `load`; return its path."""
     return image_list(folder / "list", [f"{cache.upstream.host}/{REPOSITORY}:{TAG}"])
 
 
 def assert_one_platform_came(cache: Cache, index: Index, platform: str) -> None:
-    """The upstream must have sent the bytes of this platform and the metadata of all, and nothing twice."""
+    """Assert that the upstream sent the bytes of this platform and the metadata of all, and nothing twice."""
     one = sum(len(blob.data) for blob in image_for(index, platform).blobs)
     assert link_bytes(cache) <= 1.05 * one + metadata_size(index)
     fetched_once(cache)
@@ -81,7 +81,7 @@ def assert_one_platform_came(cache: Cache, index: Index, platform: str) -> None:
 
 @pytest.mark.parametrize("platform", [AMD64, ARM64])
 def test_a_client_that_reads_all_metadata_brings_one_platform(cache: Cache, index: Index, platform: str) -> None:
-    """The platform is the one whose layers it asks for, whether it is this machine's or not."""
+    """The platform is the one whose layers are requested, whether or not it is this machine's."""
     ctr_pull(cache, index, platform)
     wait_holds(cache.daemon, index, platform)
     assert_one_platform_came(cache, index, platform)
@@ -90,7 +90,7 @@ def test_a_client_that_reads_all_metadata_brings_one_platform(cache: Cache, inde
 
 
 def test_a_client_that_reads_the_metadata_of_one_platform(cache: Cache, index: Index) -> None:
-    """The metadata of the others comes by itself; nothing is to be waited for, so it takes no half a minute."""
+    """The other platforms' metadata is fetched in the background at once, without waiting half a minute."""
     kubelet_pull(cache, index)
     wait_holds(cache.daemon, index, AMD64, timeout=SOON)
     assert_one_platform_came(cache, index, AMD64)
@@ -124,7 +124,7 @@ def test_what_is_preloaded(tmp_path: Path, upstream: ScriptedRegistry, index: In
 
 @pytest.mark.parametrize("platform", [AMD64, ARM64])
 def test_a_store_of_an_older_version_gets_the_metadata(stopped: Cache, index: Index, platform: str) -> None:
-    """Once the upstream can be reached, without a client; the platform that is there is the wanted one."""
+    """It is fetched once the upstream is reachable, without a client; the stored platform is the wanted one."""
     store_of_before(stopped.daemon, stopped.upstream.host, index, platform)
     stopped.daemon.start()
     wait_holds(stopped.daemon, index, platform)
@@ -146,7 +146,7 @@ def test_load_adds_the_metadata_to_a_store_of_an_older_version(stopped: Cache, i
 
 
 def test_a_registry_that_lacks_some_of_the_children(cache: Cache, index: Index) -> None:
-    """As after a copy of one platform alone: the rest of the metadata comes, and nothing stays to be fetched."""
+    """As after a copy of one platform alone: the other metadata is fetched, and nothing remains pending."""
     lacking = {image_for(index, S390X), index.images[-1]}
     for image in lacking:
         cache.upstream.script(f"*/manifests/{image.manifest.digest}", Reply(404))
@@ -164,7 +164,7 @@ def test_a_registry_that_lacks_some_of_the_children(cache: Cache, index: Index) 
 
 
 def test_a_registry_that_wants_to_be_asked_later(cache: Cache, index: Index) -> None:
-    """The client's pull does not suffer from it, what is lacking comes later, and nothing comes twice."""
+    """The client's pull is not affected, the missing part is fetched later, and nothing is fetched twice."""
     path = f"{REPOSITORY}/manifests/{image_for(index, ARM).manifest.digest}"
     with cache.scripted(f"/v2/{path}", Reply(429, headers=(("Retry-After", "1"),))):
         kubelet_pull(cache, index)
@@ -176,7 +176,7 @@ def test_a_registry_that_wants_to_be_asked_later(cache: Cache, index: Index) -> 
 
 
 def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, index: Index) -> None:
-    """The image is served, and the metadata comes when the upstream is back; a restart forgets neither."""
+    """The image is served, and the metadata is fetched when the upstream is back, also after a restart."""
     hold = Hold()
     with cache.scripted(f"*/manifests/{image_for(index, S390X).manifest.digest}", hold):
         kubelet_pull(cache, index)
@@ -192,7 +192,7 @@ def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, inde
 
 
 def test_list_and_prune(cache: Cache, index: Index) -> None:
-    """They name what was pulled, and the metadata of the rest where all is asked for; it goes with the index."""
+    """`list` prints pulled images, and with --long the other metadata; `prune` removes it with the index."""
     kubelet_pull(cache, index)
     wait_holds(cache.daemon, index, AMD64, timeout=SOON)
     name = f"{cache.upstream.host}/{REPOSITORY}"

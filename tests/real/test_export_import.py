@@ -1,4 +1,4 @@
-"""Images are carried from a store to another one in files that `export` writes and `load` reads."""
+"""Images carried to another store in files that `export` writes and `load` reads."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ OTHER = make_image("carried/other")
 
 @pytest.fixture
 def here(tmp_path: Path, registry: DockerRegistry) -> Place:
-    """The place that has a registry."""
+    """A site with a registry."""
     return Place(tmp_path / "here", (registry.host,))
 
 
 @pytest.fixture
 def there(tmp_path: Path, registry: DockerRegistry) -> Place:
-    """Another one, with a new store; it may know the registry by its name."""
+    """Another site, with a new store; it may know the registry by name."""
     return Place(tmp_path / "there", (registry.host,))
 
 
 def versions(here: Place, registry: DockerRegistry, folder: Path, *images: Image) -> list[Path]:
-    """Bring the images as v1, v2 and so on, and export after each what the export before it did not have."""
+    """Load the images as v1, v2 and so on, and after each export what the previous export lacks."""
     exports: list[Path] = []
     for number, image in enumerate(images, 1):
         registry.push("team/app", image, f"v{number}")
@@ -46,7 +46,7 @@ def versions(here: Place, registry: DockerRegistry, folder: Path, *images: Image
 
 
 def spread_dates(place: Place, *, within_lists: bool = False) -> None:
-    """Rewrite the records: each repository gets a day of its own, and each image with `within_lists`."""
+    """Rewrite the records: each repository gets a different day, and with `within_lists` each image."""
     days: dict[str, datetime] = {}
     for path in sorted([*(place.images / "fat").iterdir(), *(place.images / "img").iterdir()]):
         record = json.loads(path.read_bytes())
@@ -60,7 +60,7 @@ def spread_dates(place: Place, *, within_lists: bool = False) -> None:
 def test_all_that_is_exported_is_the_same_in_an_empty_store(
     registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """Lists, of which one is not whole, images by tag and by digest: the same lines, digests, blobs, and pulls."""
+    """Indexes, one of them incomplete, and images by tag and by digest: same list, digests, blobs and pulls."""
     pushed: dict[str, Image | Index] = {
         f"{registry.host}/team/index:v1": INDEX,
         f"{registry.host}/team/docker:v1": DOCKER,
@@ -90,7 +90,7 @@ def test_all_that_is_exported_is_the_same_in_an_empty_store(
 def test_what_a_list_has_keeps_its_own_dates(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """A platform that was pulled days after the list was."""
+    """A platform was pulled days after the index."""
     registry.push("team/index", INDEX, "v1")
     here.bring(f"{registry.host}/team/index:v1", options=["--platform", "all"])
     spread_dates(here, within_lists=True)
@@ -103,7 +103,7 @@ def test_what_a_list_has_keeps_its_own_dates(
 def test_what_a_pattern_takes_of_a_list_is_all_that_the_store_has_of_it(
     registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """Its images and metadata come along though the pattern does not match them; other images do not."""
+    """Its images and metadata are exported although the pattern does not match them; other images are not."""
     registry.push("team/index", INDEX, "v1")
     registry.push("team/other", OTHER, "v1")
     here.bring(f"{registry.host}/team/index:v1", f"{registry.host}/team/other:v1")
@@ -119,7 +119,7 @@ def test_what_a_pattern_takes_of_a_list_is_all_that_the_store_has_of_it(
 def test_what_was_loaded_once_is_already_there(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """A second time changes nothing, and a third time, where one blob was lost, brings that one back."""
+    """Loading again changes nothing; after one blob was lost, loading restores it."""
     (archive,) = versions(here, registry, tmp_path, V1)
     there.done("load", str(archive))
     before = there.done("list"), there.stored("blobs"), there.stored("img")
@@ -136,7 +136,7 @@ def test_what_was_loaded_once_is_already_there(
 def test_an_update_has_only_the_new_blobs(
     registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """The manifests, and what v1 did not have: loaded where v1 is, v2 is whole."""
+    """The update has the manifests and what v1 lacks; loaded where v1 is, v2 is complete."""
     first, update = versions(here, registry, tmp_path, V1, V2)
     registry.kill()
     assert in_archive(first) == parts_of(V1)
@@ -153,7 +153,7 @@ def test_an_update_has_only_the_new_blobs(
 def test_an_update_of_an_update_has_only_what_both_did_not_have(
     registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """Though v1's blobs are not in the update that it follows; all three are loaded by one command."""
+    """v1's blobs are absent although the previous update lacks them too; one command loads all three."""
     exports = versions(here, registry, tmp_path, V1, V2, V3)
     registry.kill()
     assert in_archive(exports[2]) == {V3.manifest.digest} | (blobs_of(V3) - blobs_of(V2))
@@ -166,7 +166,7 @@ def test_an_update_of_an_update_has_only_what_both_did_not_have(
 def test_an_update_without_what_it_updates_leaves_nothing(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """A line for the image says what is lacking; a whole one that is beside it in the archive is loaded."""
+    """A line for the image says what is missing; a complete image in the same archive is loaded."""
     _, update = versions(here, registry, tmp_path, V1, V2)
     lacking = blobs_of(V2) & blobs_of(V1)
     size = sum(len(blob.data) for blob in V2.blobs if blob.digest in lacking)
@@ -193,7 +193,7 @@ def test_an_update_without_what_it_updates_leaves_nothing(
 def test_the_order_of_the_archives_in_one_command_is_theirs_that_typed_it(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """The update before what it updates: it fails, and the other one is loaded all the same."""
+    """The update comes before its base: it fails, and the base is still loaded."""
     first, update = versions(here, registry, tmp_path, V1, V2)
     printed, _ = there.failed("load", str(update), str(first))
     assert printed[-1] == "1 loaded, 0 already there, 1 failed"
@@ -203,7 +203,7 @@ def test_the_order_of_the_archives_in_one_command_is_theirs_that_typed_it(
 def test_an_old_export_does_not_take_a_tag_back(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path, containerd: Containerd
 ) -> None:
-    """Where the tag has moved since, it stays there, and `load` says so; what it meant is known by its digest."""
+    """A tag that has moved since stays, and `load` says so; the old image is available by its digest."""
     url = f"{registry.host}/team/app:stable"
     registry.push("team/app", V1, "stable")
     here.bring(url)
@@ -224,7 +224,7 @@ def test_an_old_export_does_not_take_a_tag_back(
     with there.daemon() as daemon:
         assert pull_offline(daemon, containerd, url) == parts_of(V2)
 
-    # The other way round, the tag moves.
+    # In the other order the tag moves.
     here.done("load", str(new))
     assert here.meanings == {url: V2.manifest.digest, **by_digest}
     again = tmp_path / "again.tar"
@@ -237,7 +237,7 @@ def test_an_old_export_does_not_take_a_tag_back(
 def test_an_image_that_is_not_whole_is_left_out(
     registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """It says so and ends with 1; the others are exported. When none is left there is no file."""
+    """The command reports it and exits with 1; the others are exported. Without any image no file is written."""
     registry.push("team/other", OTHER, "v1")
     here.bring(f"{registry.host}/team/other:v1")
     versions(here, registry, tmp_path, V1)
@@ -265,7 +265,7 @@ def test_an_image_that_is_not_whole_is_left_out(
 def test_a_damaged_blob_is_not_carried_on(
     registry: DockerRegistry, here: Place, tmp_path: Path, existing: bytes
 ) -> None:
-    """One line names it; no file is left, and an older one stays as it is."""
+    """One line names the blob; no file is written, and an existing one stays unchanged."""
     versions(here, registry, tmp_path, V1)
     damaged = V1.layers[1]
     file = here.images / "blobs" / damaged.digest.partition(":")[2]

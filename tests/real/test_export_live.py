@@ -1,4 +1,4 @@
-"""Exporting and loading archives beside daemons, and what else of the store is carried than images by tag."""
+"""Archives exported and loaded while daemons run, and exports of what is not an image by tag."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ WHOLE, COMING = make_image("live/whole"), plain_image("live/coming", 100_000)
 
 @pytest.fixture
 def here(tmp_path: Path, upstream: ScriptedRegistry) -> Place:
-    """The place that has a registry."""
+    """A site with a registry."""
     return Place(tmp_path / "here", (upstream.host,))
 
 
 @pytest.fixture
 def there(tmp_path: Path, upstream: ScriptedRegistry) -> Place:
-    """Another one, with a new store; it may know the registry by its name."""
+    """Another site, with a new store; it may know the registry by name."""
     return Place(tmp_path / "there", (upstream.host,))
 
 
 @pytest.fixture
 def running() -> Iterator[ExitStack]:
-    """What runs until the test ends."""
+    """A stack of what runs until the test ends."""
     with ExitStack() as stack:
         yield stack
 
 
 def ask(daemon: Daemon, path: str, ns: str) -> Response:
-    """The daemon's answer for what is below /v2/ at this upstream."""
+    """Request what is below /v2/ at this upstream from the daemon."""
     return fetch(f"{daemon.url}/v2/{path}?ns={ns}")
 
 
@@ -54,13 +54,13 @@ def pull_all(daemon: Daemon, ns: str, repository: str, image: Image) -> None:
 
 
 def wait_stored(place: Place, image: Image) -> None:
-    """Return when all of it is in the store: clients have their bytes a little earlier."""
+    """Return when all of it is stored, which is slightly later than when clients have their bytes."""
     blobs = [place.images / "blobs" / blob.digest.partition(":")[2] for blob in image.blobs]
     wait_until(lambda: all(blob.exists() for blob in blobs), SOON, "all blobs are in the store")
 
 
 class Puller(threading.Thread):
-    """A client that fetches an image again and again until it is told to stop, and compares what it gets."""
+    """A client that fetches an image repeatedly until it is stopped, and compares the content."""
 
     def __init__(self, daemon: Daemon, ns: str, repository: str, image: Image) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Puller(threading.Thread):
         self.problem: BaseException | None = None
 
     def run(self) -> None:
-        """Fetch."""
+        """Fetch repeatedly."""
         try:
             while not self._enough.is_set():
                 pull_all(*self._arguments)
@@ -84,7 +84,7 @@ class Puller(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Every answer must have been right."""
+        """Stop it; every answer must have been correct."""
         self._enough.set()
         self.join()
         if self.problem is not None:
@@ -94,7 +94,7 @@ class Puller(threading.Thread):
 def test_exported_while_the_daemon_serves_and_fetches(
     upstream: ScriptedRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path, running: ExitStack
 ) -> None:
-    """What is whole is exported, beside clients that pull it; an image on its way is left out until it is here."""
+    """Complete images are exported while clients pull them; an incomplete one is left out until it is complete."""
     ns = upstream.host
     upstream.add("team/whole", WHOLE, "v1")
     upstream.add("team/coming", COMING, "v1")
@@ -134,7 +134,7 @@ def test_exported_while_the_daemon_serves_and_fetches(
 def test_loaded_beside_a_daemon_it_is_served_within_a_second(
     upstream: ScriptedRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
 ) -> None:
-    """The daemon on the store that an archive is loaded into need not be told."""
+    """The daemon on the store notices by itself what is loaded into it."""
     upstream.add("team/whole", WHOLE, "v1")
     here.bring(f"{upstream.host}/team/whole:v1")
     archive = tmp_path / "live.tar"
@@ -149,7 +149,7 @@ def test_loaded_beside_a_daemon_it_is_served_within_a_second(
 
 
 def test_an_upstream_without_a_dot_keeps_its_name(upstream: ScriptedRegistry, tmp_path: Path) -> None:
-    """Such as a host of the own network, which clients send as `ns`: it is no repository of Docker Hub."""
+    """Such as a host of the local network, which clients send as `ns`: it is not a repository of Docker Hub."""
     upstream.add("team/whole", WHOLE, "v1")
     here, there = Place(tmp_path / "here"), Place(tmp_path / "there")
     here.folder.mkdir()
@@ -167,7 +167,7 @@ def test_an_upstream_without_a_dot_keeps_its_name(upstream: ScriptedRegistry, tm
 def test_signatures_that_were_loaded_are_carried_too(
     upstream: ScriptedRegistry, here: Place, there: Place, tmp_path: Path
 ) -> None:
-    """What refers to an image is told of elsewhere as here, without the upstream, and so are cosign's tags."""
+    """Referrers of an image are listed at both sites without the upstream, and so are cosign's tags."""
     sbom = make_artifact("live/sbom", WHOLE.manifest)
     signature = make_image("live/signature")
     cosign = f"{WHOLE.manifest.digest.replace(':', '-')}.sig"

@@ -1,4 +1,4 @@
-"""Foreign, damaged and half-written files among the records: left alone, logged once, and they hide nothing."""
+"""Foreign, damaged and incomplete files among the records: left unchanged, logged once, without effect on others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GO = {
 
 
 def damages(good: bytes) -> dict[str, bytes]:
-    """What may stand in a record's place: files by what is wrong with them."""
+    """Return files that may replace a record, by their defect."""
     document = json.loads(good)
     return {
         "go": json.dumps(GO).encode(),
@@ -56,7 +56,7 @@ def test_foreign_records_are_left_alone_and_hide_nothing(
         for place in ("img", "fat")
         for kind, data in damages(good).items()
     }
-    # A list among the images, and an image among the lists.
+    # An index among the images, and an image among the indexes.
     foreign[folder / record(cache, index.manifest).name] = record(cache, index.manifest).read_bytes()
     foreign[folder.parent / "fat" / record(cache, image.manifest).name] = good
     for path, data in foreign.items():

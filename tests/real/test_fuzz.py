@@ -1,4 +1,4 @@
-"""Anything at all, over a real socket: never a 500, a traceback, a hang, or a path outside the store."""
+"""Arbitrary requests over a real socket: no 500, no traceback, no hang, and no path outside the store."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ UNREACHABLE = frozenset({503})
 
 
 def cases(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """So many cases, the same at every run. A case takes as long as the daemon does, hence no deadline.
+    """Configure the number of cases, with the same cases at every run and no deadline, since a case may be slow.
 
-    They are small as they are, and to make one that hangs smaller would take hours.
+    The cases are small already, and shrinking one that hangs would take hours.
     """
     return settings(
         max_examples=BUDGET[name],
@@ -62,7 +62,7 @@ def cases(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         derandomize=True,
         database=None,
         phases=(Phase.explicit, Phase.generate),
-        # Two processes on a busy machine are slow now and then; that says nothing about the data.
+        # Two processes on a busy machine are slow now and then, which says nothing about the data.
         suppress_health_check=[HealthCheck.too_slow],
     )
 
@@ -76,7 +76,7 @@ class Target:
     cases: int = 0
 
     def ask(self, method: bytes, target: bytes, headers: tuple[Header, ...] = (), body: bytes = b"") -> None:
-        """One case."""
+        """Send one case."""
         self.cases += 1
         check(self.wire.ask(method, target, (HOST, *headers), body), ANSWERS, method)
 
@@ -86,7 +86,7 @@ HOST = (b"Host", b"fuzz")
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A daemon whose default upstream is a scripted registry, the only one it may ask, under strace."""
+    """A daemon under strace, whose default and only allowed upstream is a scripted registry."""
     if shutil.which("strace") is None:
         pytest.fail("strace is missing: apt-get install strace", pytrace=False)
     folder = tmp_path_factory.mktemp("fuzz")
@@ -117,13 +117,13 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 
 def outside(folder: Path, daemon: Daemon) -> set[Path]:
-    """What is beside the store."""
+    """Return the files beside the store."""
     return {path for path in folder.rglob("*") if daemon.image_path not in (path, *path.parents)}
 
 
 @pytest.fixture(scope="module")
 def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
-    """A daemon that may ask every upstream, in a network where there is none."""
+    """A daemon that may use every upstream, in a network without any."""
     folder = tmp_path_factory.mktemp("lonely")
     with Namespace("lonely") as namespace, NamespacedDaemon(namespace, folder) as daemon:
         address = "127.0.0.1", daemon.port
@@ -136,7 +136,7 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 
 @pytest.fixture(autouse=True)
 def all_cases(request: pytest.FixtureRequest) -> Iterator[None]:
-    """As many as were promised."""
+    """Count the cases of all tests."""
     name = request.node.originalname.removeprefix("test_")
     if name not in BUDGET:
         yield
@@ -148,7 +148,7 @@ def all_cases(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_the_budget() -> None:
-    """The promise is one of 10,000."""
+    """All tests together run 10,000 cases."""
     assert sum(BUDGET.values()) == 10_000
 
 
@@ -169,7 +169,7 @@ def test_references(traced: Target, method: bytes, kind: bytes, reference: bytes
 @cases("upstreams")
 @given(METHODS, st.sampled_from((b"manifests/1", b"blobs/" + DIGESTS[0], b"tags/list")), mutated(UPSTREAMS))
 def test_upstreams(traced: Target, method: bytes, rest: bytes, ns: bytes) -> None:
-    """Asked for by `ns`, which the daemon refuses unless it is the one that it may ask."""
+    """Requested by `ns`, which the daemon refuses unless it is the allowed upstream."""
     traced.ask(method, b"/v2/team/app/" + rest + b"?ns=" + ns)
 
 
@@ -177,7 +177,7 @@ def test_upstreams(traced: Target, method: bytes, rest: bytes, ns: bytes) -> Non
 @given(METHODS, st.sampled_from((b"manifests/1", b"blobs/" + DIGESTS[0])), ranges() | mutated(RANGES))
 @example(b"GET", b"blobs/" + DIGESTS[0], b"\xff")
 def test_ranges(traced: Target, method: bytes, rest: bytes, value: bytes) -> None:
-    """A part is the part that its Content-Range says, and the part that was asked for."""
+    """A part has the bytes of its Content-Range, and is the requested one."""
     traced.cases += 1
     whole = LAYER.data if rest.startswith(b"blobs") else IMAGE.manifest.data
     answer = traced.wire.ask(method, b"/v2/team/app/" + rest, (HOST, (b"Range", value)))
@@ -220,7 +220,7 @@ def test_headers(traced: Target, method: bytes, target: bytes, headers: list[Hea
     mutated((b"GET", b"HEAD", b"PUT", b"get")), st.binary(max_size=200) | mutated((b"/v2/", b"*", b"http://h/v2/"))
 )
 def test_raw(traced: Target, method: bytes, target: bytes) -> None:
-    """What is hardly a request: whatever comes of it, the connection ends, and no other is hurt."""
+    """Malformed requests end the connection at most, and no other connection."""
     traced.cases += 1
     line = (method + b" " + target + b" HTTP/1.1").replace(b"\r\n", b"\n")
     answer = traced.wire.say(line + b"\r\nHost: fuzz\r\nConnection: close\r\n\r\n")

@@ -1,4 +1,4 @@
-"""An upstream that says nothing: the client has an answer before its patience ends, and loses nothing by that."""
+"""A silent upstream: the client has an answer before its time-out, and loses nothing."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from tests.upstream_rules import Cut, Hold, Reply
 
 SIZE = 200_000
 PROMISED = 9.0, 20.0
-"""Between these seconds a client is promised a blob of which a manifest has told the size."""
+"""Seconds, from and to, in which headers are sent for a blob whose size a manifest states."""
 ANSWERED = 20.0, 28.0
-"""Between these it is answered else, if the upstream still says nothing. containerd gives up after 30."""
+"""Seconds, from and to, in which other requests are answered if the upstream stays silent; containerd waits for 30.
+"""
 QUICK = 2.0
 
 
 @dataclass(frozen=True)
 class Begun:
-    """An answer of which the headers are here, and after how many seconds they were."""
+    """An answer whose headers have arrived, and after how many seconds."""
 
     answer: http.client.HTTPResponse
     seconds: float
 
 
 class Silence:
-    """Requests that were all made at once to an upstream that says nothing; each has an image of its own."""
+    """Requests sent at the same time to a silent upstream, each for a different image."""
 
     def __init__(self, cache: Cache, stack: ExitStack) -> None:
         self.cache = cache
@@ -42,7 +43,7 @@ class Silence:
         self._clients = stack.enter_context(ThreadPoolExecutor(10))
         self.holds = {name: Hold(None) for name in ("known", "part", "gone", "cut", "unknown", "manifest")}
         for hold in self.holds.values():
-            # Before the clients are waited for.
+            # Released before waiting for the clients.
             stack.callback(hold.release.set)
         self.images = {name: plain_image(f"silent/{name}", SIZE) for name in self.holds}
         for name, image in self.images.items():
@@ -52,7 +53,7 @@ class Silence:
         cache.upstream.script("/v2/gone/blobs/*", Reply(404))
         for name, hold in self.holds.items():
             cache.upstream.script(f"/v2/{name}/*", hold)
-        # After it was held.
+        # For the next request, after the held one.
         cache.upstream.script("/v2/cut/blobs/*", Cut(None), times=1)
         self._began = time.monotonic()
         part = {"Range": f"bytes={SIZE // 2}-"}
@@ -68,11 +69,11 @@ class Silence:
             assert hold.reached.wait(SOON)
 
     def layer(self, name: str) -> Blob:
-        """What is asked for."""
+        """Return the requested blob."""
         return self.images[name].layers[0]
 
     def path(self, name: str) -> str:
-        """Where it is."""
+        """Return its path."""
         return f"{name}/blobs/{self.layer(name).digest}"
 
     def _begin(self, name: str, headers: dict[str, str]) -> Begun:
@@ -84,7 +85,7 @@ class Silence:
         return answer, time.monotonic() - self._began
 
     def promised(self, name: str) -> http.client.HTTPResponse:
-        """The answer, which has come in time, with headers as if all were well; then the upstream may speak."""
+        """Assert that headers came in time and without an error, and release the upstream; return the answer."""
         begun = self.begun[name].result()
         assert PROMISED[0] < begun.seconds < PROMISED[1]
         assert not self.holds[name].release.is_set()
@@ -95,20 +96,20 @@ class Silence:
 
 @pytest.fixture(scope="module")
 def silence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silence]:
-    """For all tests, so that they wait together."""
+    """One for all tests, so that they wait together."""
     with cache_in(tmp_path_factory.mktemp("cache")) as cache, ExitStack() as stack:
         yield Silence(cache, stack)
 
 
 def whole(silence: Silence, name: str, requests: int) -> None:
-    """The blob is in the store, at the price of so many requests."""
+    """Assert that the blob is stored, after this many requests."""
     silence.cache.wait_stored(silence.layer(name).digest)
     assert silence.cache.ask(silence.path(name)).body == silence.layer(name).data
     assert silence.cache.sent(silence.path(name)) == requests
 
 
 def test_a_blob_whose_size_a_manifest_tells_is_promised(silence: Silence) -> None:
-    """200 with its exact length after about 10 s, and the bytes when they come."""
+    """200 with its exact length after about 10 s, then the bytes."""
     answer = silence.promised("known")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
     assert answer.read() == silence.layer("known").data
@@ -124,7 +125,7 @@ def test_so_is_a_part_of_it(silence: Silence) -> None:
 
 
 def test_an_upstream_that_fails_then_is_asked_again(silence: Silence) -> None:
-    """The client has been promised bytes, and gets them."""
+    """The client has the headers already, and receives the bytes."""
     answer = silence.promised("cut")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
     assert answer.read() == silence.layer("cut").data
@@ -132,7 +133,7 @@ def test_an_upstream_that_fails_then_is_asked_again(silence: Silence) -> None:
 
 
 def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
-    """The answer ends short, and whoever asks again is told at once why, without asking the upstream again."""
+    """The answer ends short; the next request gets the error at once, without a request to the upstream."""
     cache, since = silence.cache, silence.cache.log_size
     answer = silence.promised("gone")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
@@ -148,7 +149,7 @@ def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
 
 
 def within_deadline(asked: Future[tuple[Response, float]]) -> None:
-    """The answer is that there is none yet, before the client gives up."""
+    """Assert a 503 before the client's time-out."""
     answer, seconds = asked.result()
     assert_error(answer, 503, "UNAVAILABLE")
     assert ANSWERED[0] < seconds < ANSWERED[1]
@@ -156,7 +157,7 @@ def within_deadline(asked: Future[tuple[Response, float]]) -> None:
 
 @pytest.mark.parametrize("name", ["unknown", "manifest"])
 def test_what_nothing_is_known_of_is_answered_by_503(silence: Silence, name: str) -> None:
-    """The fetch goes on meanwhile: when the client comes again it is here, and the upstream was asked once."""
+    """The fetch continues: the client's retry is a hit, and the upstream was asked once."""
     within_deadline(silence.answered[name])
     path = silence.path(name) if name == "unknown" else "manifest/manifests/1"
     data = silence.layer(name).data if name == "unknown" else silence.images[name].manifest.data

@@ -1,4 +1,4 @@
-"""Bytes that are no request, or more than a request may have: refused at once, and kept nowhere."""
+"""Malformed and oversized requests are refused at once, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.processes import wait_until
 from tests.real.scripted import SOON, Cache, assert_error, cache_in
 
 AT_ONCE = 5.0
-"""Seconds: Go gives up on a TLS handshake after 10."""
+"""Seconds; Go gives up on a TLS handshake after 10."""
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
+    """One cache for all tests of this file."""
     with cache_in(tmp_path_factory.mktemp("hostile_bytes")) as cache:
         yield cache
 
 
 def client_hello() -> bytes:
-    """What a TLS client says first."""
+    """Return the first bytes of a TLS client."""
     sent = ssl.MemoryBIO()
     client = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), sent, server_hostname="localhost")
     with pytest.raises(ssl.SSLWantReadError):
@@ -37,9 +37,9 @@ def client_hello() -> bytes:
 
 
 def said_until_closed(cache: Cache, *pieces: bytes, within: float = SOON) -> bytes:
-    """All that the daemon answers to these pieces until it closes the connection, by FIN or by RST.
+    """Send these pieces; return the daemon's answer until it closes the connection, by FIN or by RST.
 
-    Each piece but the first is sent when the answer has begun or nothing has come for a tenth of a second.
+    Each piece after the first is sent when the answer has begun, or after a tenth of a second.
     """
     answer = b""
     deadline = time.monotonic() + within
@@ -51,7 +51,7 @@ def said_until_closed(cache: Cache, *pieces: bytes, within: float = SOON) -> byt
                 with suppress(TimeoutError):
                     answer += connection.recv(65536)
             connection.settimeout(within)
-            with suppress(ConnectionError):  # it may have closed already; what it said can still be read
+            with suppress(ConnectionError):  # It may be closed already; its answer can still be read.
                 connection.sendall(piece)
         while data := connection.recv(65536):
             answer += data
@@ -65,7 +65,7 @@ HELLO = client_hello()
 
 @pytest.mark.parametrize("cut", [len(HELLO), 1, 5, 300], ids=["whole", "first_byte", "record_header", "half"])
 def test_a_tls_hello_is_answered_at_once(cache: Cache, cut: int) -> None:
-    """It may come in several segments: those of today's clients do not fit into one."""
+    """The hello may come in several segments: today's do not fit into one."""
     pieces = [piece for piece in (HELLO[:cut], HELLO[cut:]) if piece]
     answer = said_until_closed(cache, *pieces, within=AT_ONCE)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -86,7 +86,7 @@ def test_a_tls_client_fails_at_once(cache: Cache) -> None:
 
 
 def test_a_tls_hello_after_a_request_is_no_hello(cache: Cache) -> None:
-    """Then it is the beginning of a malformed request."""
+    """It counts as the beginning of a malformed request."""
     request = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
     answer = said_until_closed(cache, request, HELLO + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
@@ -94,7 +94,7 @@ def test_a_tls_hello_after_a_request_is_no_hello(cache: Cache) -> None:
 
 
 def lines(count: int) -> bytes:
-    """So many headers."""
+    """Return this many headers."""
     return b"".join(b"X-%d: 1\r\n" % number for number in range(count))
 
 
@@ -121,7 +121,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_is_no_request(cache: Cache, name: str) -> None:
-    """400 or nothing, then the end of the connection; the daemon lives, and keeps nothing of it."""
+    """400 or nothing, then the end of the connection; the daemon survives, and keeps nothing."""
     pid = cache.daemon.process.pid
     before, open_before = cache.daemon.peak_memory(), len(procfs.descriptors(pid))
     answer = said_until_closed(cache, MALFORMED[name])
@@ -149,13 +149,13 @@ def test_a_body_is_kept_nowhere(cache: Cache, chunked: bool) -> None:
     assert answer.startswith(b"HTTP/1.1 405 ")
     assert b'"UNSUPPORTED"' in answer
     assert cache.files == files
-    # The log is all that it writes.
+    # The daemon writes nothing but its log.
     assert 0 < procfs.written(pid) - written < 100_000
     assert cache.daemon.peak_memory() - peak < 16 * MIB
 
 
 def test_a_body_that_ends_early_is_forgotten(cache: Cache) -> None:
-    """Its sender goes away: no answer, no error, no descriptor."""
+    """The sender disconnects: no answer, no error, no descriptor."""
     pid, since = cache.daemon.process.pid, cache.log_size
     open_before = len(procfs.descriptors(pid))
     with socket.create_connection(("127.0.0.1", cache.daemon.port), timeout=SOON) as connection:

@@ -1,4 +1,4 @@
-"""Clients that take nothing and say nothing: beside them others pull, and the daemon stays small."""
+"""Slow and silent clients: others can pull, and the daemon's memory stays small."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ SENDERS = 50
 BIG = 64 * MIB
 PIECE = 256 * 1024
 
-# Of every connection: Twisted's objects, 16 KiB of headers at most, and as much again for the allocator. Of every
-# reader: the piece that waits to be taken, the next one, and both once more in buffers on the way.
+# For each connection: Twisted's objects, 16 KiB of headers at most, and as much again for the allocator. For each
+# reader: the piece waiting to be taken, the next one, and both once more in buffers on the way.
 MOST_GROWTH = (IDLE + READERS + SENDERS) * 32 * 1024 + READERS * 4 * PIECE
 
 ENOUGH_FOR_ALL = 4096
@@ -32,7 +32,7 @@ ENOUGH_FOR_ALL = 4096
 
 @pytest.fixture(scope="module", autouse=True)
 def descriptors() -> Iterator[None]:
-    """A test has more connections than the customary soft limit of 1024 allows."""
+    """Raise the limit of descriptors above the customary 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < ENOUGH_FOR_ALL:
         pytest.fail(f"ulimit -Hn is {hard}, {ENOUGH_FOR_ALL} are needed", pytrace=False)
@@ -43,14 +43,14 @@ def descriptors() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
+    """One cache for all tests of this file."""
     with cache_in(tmp_path_factory.mktemp("hostile")) as cache:
         yield cache
 
 
 @pytest.fixture(scope="module")
 def big(cache: Cache) -> Blob:
-    """A blob of 64 MiB in the repository `big`, which the daemon has."""
+    """A cached blob of 64 MiB in the repository `big`."""
     image = plain_image("big", BIG)
     cache.upstream.add("big", image, "1")
     pull(cache, "big", image)
@@ -59,7 +59,7 @@ def big(cache: Cache) -> Blob:
 
 
 def pull(cache: Cache, repository: str, image: Image) -> None:
-    """Pull the image, as a client does: the manifest by tag, then its blobs, with the right bytes."""
+    """Pull the image as a client does: the manifest by tag, then its blobs, with the correct bytes."""
     assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
     for blob in image.blobs:
         hasher = hashlib.sha256()
@@ -71,7 +71,7 @@ def pull(cache: Cache, repository: str, image: Image) -> None:
 
 
 class Slow:
-    """Clients that do one small thing a second, each on its own connection, until they are closed."""
+    """Clients that read or send one byte a second, each on a separate connection, until they are closed."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self._address = address
@@ -80,7 +80,7 @@ class Slow:
         self._thread = threading.Thread(target=self._run)
         self._connections = ExitStack()
         self.rounds = 0
-        """How often each of them did its thing."""
+        """How often each of them has acted."""
 
     def __enter__(self) -> Slow:
         return self
@@ -92,7 +92,7 @@ class Slow:
         self._connections.close()
 
     def connect(self, buffer: int = 0) -> socket.socket:
-        """A connection, whose kernel takes `buffer` bytes that nobody reads, or the usual megabytes."""
+        """Connect with a receive buffer of `buffer` bytes that is never read, or of the usual megabytes."""
         connection = self._connections.enter_context(socket.socket())
         if buffer:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -101,33 +101,33 @@ class Slow:
         return connection
 
     def read_slowly(self, target: bytes) -> None:
-        """One that asks for this and reads a byte a second."""
+        """Request this and read a byte a second."""
         connection = self.connect(buffer=65536)
         connection.sendall(b"GET %s HTTP/1.1\r\nHost: slow\r\n\r\n" % target)
         assert connection.recv(12) == b"HTTP/1.1 200"
         self._steps.append(lambda: connection.recv(1))
 
     def send_slowly(self) -> None:
-        """One that begins a request and sends one byte of its headers a second."""
+        """Begin a request and send one byte of its headers a second."""
         connection = self.connect()
         connection.sendall(b"GET /v2/ HTTP/1.1\r\nHost: slow\r\nX-Slow: ")
         self._steps.append(lambda: connection.send(b"x"))
 
     def start(self) -> None:
-        """Begin."""
+        """Start acting."""
         self._thread.start()
 
     def _run(self) -> None:
         while not self._ended.wait(1):
             for step in self._steps:
-                # The daemon may have had enough of one; the others go on.
+                # The daemon may close some of them; the others continue.
                 with suppress(OSError):
                     step()
             self.rounds += 1
 
 
 def test_a_crowd_that_only_waits(cache: Cache, big: Blob) -> None:
-    """1,000 that say nothing, 50 that read a byte a second, 50 that send one: others pull, hits and misses."""
+    """1,000 send nothing, 50 read a byte a second, 50 send one: other clients pull, hits and misses."""
     pid = cache.daemon.process.pid
     target = cache.url(f"big/blobs/{big.digest}").removeprefix(cache.daemon.url).encode()
     before, open_before = procfs.memory(pid), len(procfs.descriptors(pid))

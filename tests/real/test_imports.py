@@ -1,4 +1,4 @@
-"""Archives and folders that other programs wrote are loaded, and containerd pulls it with every upstream off."""
+"""Archives and folders of other programs are loaded, and containerd pulls them without any upstream."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ TYPES = {DOCKER_LIST: 1, DOCKER_MANIFEST: 2, OCI_INDEX: 3, OCI_MANIFEST: 4}
 
 @pytest.fixture
 def there(tmp_path: Path) -> Place:
-    """A place with a new store, which knows no upstream."""
+    """A site with a new store, which knows no upstream."""
     return Place(tmp_path / "there")
 
 
 def assert_pulled(there: Place, containerd: Containerd, expected: Mapping[str, set[str]]) -> None:
-    """A daemon on the store lets containerd pull just these digests by these references."""
+    """Assert that containerd pulls exactly these digests by these references from a daemon on the store."""
     with there.daemon("--air-gapped") as daemon:
         for ref, digests in expected.items():
             assert pull_offline(daemon, containerd, ref) == digests
 
 
 def notes_of(printed: Sequence[str], ref: str) -> str:
-    """What `load` says of an image that it has loaded."""
+    """Return what `load` says about a loaded image."""
     (line,) = (line for line in printed if line.startswith(f"loaded: {ref}"))
     return line.removeprefix(f"loaded: {ref}")
 
@@ -64,7 +64,7 @@ def notes_of(printed: Sequence[str], ref: str) -> str:
 def test_what_ctr_exports(
     registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path, what: Index | Image
 ) -> None:
-    """The digests are the registry's, of lists too, of which ctr keeps the platform alone."""
+    """Digests are the registry's, also of an index, of which ctr exports one platform."""
     ref = f"{registry.host}/team/app:v1"
     registry.push("team/app", what, "v1")
     assert containerd.pull(ref).returncode == 0
@@ -81,7 +81,7 @@ def test_what_ctr_exports(
 def test_what_ctr_exports_of_several_images_and_platforms(
     registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path
 ) -> None:
-    """All of them are loaded, and of the list every platform."""
+    """All of them are loaded, and of the index every platform."""
     pushed: dict[str, Index | Image] = {
         f"{registry.host}/team/{one}:v1": what for one, what in (("index", INDEX), ("image", IMAGE))
     }
@@ -105,7 +105,7 @@ def test_what_ctr_exports_of_several_images_and_platforms(
 def test_an_oci_layout_of_skopeo(
     registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path, transport: str
 ) -> None:
-    """A folder with two images, or an archive; the digests are the registry's."""
+    """A folder with two images, or an archive; digests are the registry's."""
     ref, single = f"{registry.host}/team/index:v1", f"{registry.host}/team/image:v1"
     registry.push("team/index", INDEX, "v1")
     registry.push("team/image", IMAGE, "v1")
@@ -126,7 +126,7 @@ def test_an_oci_layout_of_skopeo(
 def test_a_layout_that_does_not_say_what_the_image_is(
     registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, name: str
 ) -> None:
-    """The line says how to name it, and nothing is left in the store; with the name it is loaded."""
+    """The message says how to name it, and nothing is left in the store; with the name it is loaded."""
     registry.push("team/image", IMAGE, "v1")
     target = tmp_path / "layout"
     skopeo(f"{registry.host}/team/image:v1", f"oci:{target}{name}")
@@ -159,7 +159,7 @@ def test_skopeos_dir_is_loaded_with_a_name(
 def test_what_docker_save_writes(
     registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
 ) -> None:
-    """The config is the same, the layers unpacked; the output says that the digest is not the registry's."""
+    """The config is the same, the layers are uncompressed; the output says that the digest is not the registry's."""
     ref, short = f"{registry.host}/team/app:v1", "docker.io/library/nginx:1.25"
     registry.push("team/app", DOCKER, "v1")
     archive = tmp_path / "saved.tar"
@@ -180,7 +180,7 @@ def test_what_docker_save_writes(
 def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
     registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
 ) -> None:
-    """So an image is brought up to date by tools that know no dates; the older one is known by its digest."""
+    """Updates work with tools that store no dates; the older image is available by its digest."""
     ref = f"{registry.host}/team/app:stable"
     archives: list[Path] = []
     for image in (DOCKER, NEXT):
@@ -263,7 +263,7 @@ def test_archives_for_two_platforms_serve_both(
 
 
 def holder(of: Manifest, url: str) -> bytes:
-    """What the Go server keeps of a manifest, in its current version."""
+    """Return the Go server's record of a manifest, in its current version."""
     empty: dict[str, object] = {"schemaVersion": 0}
     document: dict[str, Any] = {
         "type": TYPES[of.media_type],
@@ -286,7 +286,7 @@ def holder(of: Manifest, url: str) -> bytes:
 
 
 def go_folder(folder: Path, images: Mapping[str, Index | Image]) -> Path:
-    """The image folder of a Go server from which this machine's platform of these was pulled."""
+    """Make the image folder of a Go server that has pulled this machine's platform of these images."""
     for name in ("blobs", "fat", "img", "lts", "pulls"):
         (folder / name).mkdir(parents=True)
     for url, what in images.items():
@@ -303,7 +303,7 @@ def go_folder(folder: Path, images: Mapping[str, Index | Image]) -> Path:
 
 
 def test_the_image_folder_of_a_go_server(there: Place, containerd: Containerd, tmp_path: Path) -> None:
-    """Lists and images by all media types; they keep the time of their creation, which was local there."""
+    """Indexes and images of all media types; they keep their creation time, which was local there."""
     images: dict[str, Index | Image] = {
         "docker.io/library/nginx:1.25": INDEX,
         "docker.io/library/busybox:latest": DOCKER_INDEX,
@@ -320,7 +320,7 @@ def test_the_image_folder_of_a_go_server(there: Place, containerd: Containerd, t
 
 
 def test_a_store_on_the_image_folder_of_a_go_server(containerd: Containerd, tmp_path: Path) -> None:
-    """The folder is both the archive and the store that it is loaded into, blobs and all."""
+    """The folder is both the archive and the store that it is loaded into, blobs included."""
     images: dict[str, Index | Image] = {"docker.io/library/nginx:1.25": INDEX}
     place = Place(tmp_path / "both")
     place.folder.mkdir()
@@ -331,7 +331,7 @@ def test_a_store_on_the_image_folder_of_a_go_server(containerd: Containerd, tmp_
 
 
 def test_our_own_image_folder(registry: DockerRegistry, there: Place, containerd: Containerd, tmp_path: Path) -> None:
-    """A store on a stick is loaded like the other one, also while a daemon runs on it."""
+    """A store on a USB stick is loaded like the Go server's, also while a daemon runs on it."""
     registry.push("team/index", INDEX, "v1")
     ref = f"{registry.host}/team/index:v1"
     here = Place(tmp_path / "here", (registry.host,))

@@ -1,4 +1,4 @@
-"""A blob that is still coming: who may read what of it, and when."""
+"""Blobs in flight: which clients can read which bytes, and when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHUNK = MIB // 4
 
 @pytest.fixture
 def image(cache: Cache, repository: str) -> Image:
-    """An image with a layer of `SIZE` bytes, published in the test's repository as `1`, and pulled by nobody."""
+    """An image with a layer of `SIZE` bytes, in the test's repository as `1`, not pulled yet."""
     image = plain_image(repository, SIZE)
     cache.upstream.add(repository, image, "1")
     return image
@@ -28,23 +28,23 @@ def image(cache: Cache, repository: str) -> Image:
 
 @pytest.fixture
 def layer(image: Image) -> Blob:
-    """Its layer."""
+    """The image's layer."""
     return image.blobs[1]
 
 
 @pytest.fixture
 def blob(repository: str, layer: Blob) -> str:
-    """The path of its layer."""
+    """The path of the layer."""
     return f"{repository}/blobs/{layer.digest}"
 
 
 def pull_manifest(cache: Cache, repository: str) -> None:
-    """Let the daemon learn the sizes of the blobs."""
+    """Fetch the manifest, so that the daemon knows the sizes of the blobs."""
     assert cache.ask(f"{repository}/manifests/1").status == 200
 
 
 def nothing_is_left(cache: Cache, layer: Blob) -> None:
-    """Of a download that failed nothing stays on disk, but what its one new fetch may have brought since."""
+    """Assert that a failed download leaves nothing but what its one retry may have fetched."""
     wait_until(lambda: not cache.partials, SOON, "no partial is left")
     assert not cache.stored(layer.digest) or blob_file(cache.daemon, layer.digest).read_bytes() == layer.data
 
@@ -71,9 +71,9 @@ def test_clients_read_along_while_the_rest_is_missing(cache: Cache, blob: str, l
 
 
 def test_chunks_that_close_early_share_one_download_that_goes_on(cache: Cache, blob: str, layer: Blob) -> None:
-    """As containerd 2.1 does with `concurrent_layer_fetch_buffer`."""
+    """containerd 2.1 does this with `concurrent_layer_fetch_buffer`."""
     starts = [number * CHUNK for number in range(7)]
-    # The upstream holds back the end, so that the download cannot be over before its clients are gone.
+    # The upstream holds back the end, so that the download cannot end before its clients.
     hold = Hold(starts[-1] + CHUNK)
 
     def chunk(start: int) -> tuple[int, str | None, str | None, bytes]:
@@ -192,14 +192,14 @@ def test_an_upstream_that_sends_something_else(
 ) -> None:
     if known:
         pull_manifest(cache, repository)
-    # The headers go out before it fails: afterwards only the end of the connection can tell.
+    # The headers are sent before it fails: afterwards only the end of the connection can signal it.
     hold, since = Hold(MIB // 2), cache.log_size
     with cache.scripted(f"*{layer.digest}", *rules, hold), cache.opened(blob) as answer:
         assert answer.status == 200
         hold.release.set()
         got = short_body(answer)
     assert got[:SIZE] == layer.data[: len(got)]
-    # The new fetch of what was resumed in vain may have failed too by now, which is another line.
+    # The retry of a resumed download may have failed too by now, which is another line.
     (line,) = [line for line in cache.errors(since) if "response truncated: " in line]
     assert cache.upstream.host in line.partition("response truncated: ")[2]
     nothing_is_left(cache, layer)
@@ -266,7 +266,7 @@ def test_a_blob_whose_size_nobody_tells_is_downloaded_first(
 
 
 def test_a_client_waits_no_longer_than_the_pull_timeout(cache: Cache, blob: str, layer: Blob, tmp_path: Path) -> None:
-    """It ends the answer, never the download."""
+    """The time-out ends the answer, never the download."""
     with daemon_in(tmp_path, cache.upstream, "--pull-timeout", "200") as daemon:
         impatient = Cache(daemon, cache.upstream)
         with cache.scripted(f"*{layer.digest}", Hold(MIB)), impatient.opened(blob) as answer:

@@ -1,4 +1,4 @@
-"""`--always-pull-latest`: the tag latest means what the upstream says, as long as it says anything."""
+"""`--always-pull-latest`: the tag latest follows the upstream while the upstream answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGIN = b"<html><body>Please log in.</body></html>"
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own that has what latest meant before."""
+    """A cache for this test alone, with an earlier meaning of latest."""
     with cache_in(tmp_path, "--always-pull-latest") as cache:
         cache.upstream.add("team/app", OLD, "latest", "1")
         assert cache.ask(LATEST).body == OLD.manifest.data
@@ -32,13 +32,13 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 
 
 def asked(cache: Cache, since: int = 0) -> list[str]:
-    """The requests for manifests that the upstream got after the first few."""
+    """Return the upstream's requests for manifests after the first `since`."""
     manifests = [request for request in cache.upstream.requests if "/manifests/" in request.path]
     return [f"{request.method} {request.path.rpartition('/')[2]}" for request in manifests[since:]]
 
 
 def served(cache: Cache, image: Image, *, stale: bool, method: str = "GET") -> None:
-    """What latest means; when that is not known to be true any more, the client and the log are told."""
+    """Assert that latest means this image; with `stale` the client and the log are warned."""
     since = cache.log_size
     answer = cache.ask(LATEST, method)
     assert (answer.status, answer.headers["Docker-Content-Digest"]) == (200, image.manifest.digest)
@@ -52,7 +52,7 @@ def served(cache: Cache, image: Image, *, stale: bool, method: str = "GET") -> N
 
 
 def test_an_unchanged_tag_costs_a_head(cache: Cache) -> None:
-    """At every pull, and nothing more; other tags and digests are not checked at all."""
+    """One HEAD at every pull, and nothing more; other tags and digests are not checked."""
     assert asked(cache) == ["GET latest"]
     for method in ("GET", "HEAD", "GET"):
         served(cache, OLD, stale=False, method=method)
@@ -64,7 +64,7 @@ def test_an_unchanged_tag_costs_a_head(cache: Cache) -> None:
 
 
 def test_a_moved_tag_is_fetched_by_its_digest(cache: Cache) -> None:
-    """It is served and kept; it may move back, to what is in the cache already."""
+    """The new image is served and kept; the tag may move back to a cached image."""
     cache.upstream.add("team/app", NEW, "latest")
     served(cache, NEW, stale=False)
     assert asked(cache, 1) == ["HEAD latest", f"GET {NEW.manifest.digest}"]
@@ -81,7 +81,7 @@ def test_a_moved_tag_is_fetched_by_its_digest(cache: Cache) -> None:
 
 
 def test_an_upstream_that_tells_no_digest(cache: Cache) -> None:
-    """Then a GET has to tell."""
+    """Without a digest a GET is needed."""
     with cache.scripted("*/manifests/*", Header("Docker-Content-Digest", None)):
         served(cache, OLD, stale=False)
         cache.upstream.add("team/app", NEW, "latest")
@@ -108,18 +108,18 @@ def test_a_silent_upstream_delays_it_by_five_seconds(cache: Cache) -> None:
 
 
 def assert_other_tag_is_a_hit(cache: Cache) -> None:
-    """By its digest the image is served at once."""
+    """Assert that the image is a hit by its digest, without delay."""
     began = time.monotonic()
     assert cache.ask(f"team/app/manifests/{OLD.manifest.digest}").body == OLD.manifest.data
     assert time.monotonic() - began < 2
 
 
 def test_an_upstream_that_refuses(cache: Cache) -> None:
-    """Whatever it says in place of a manifest."""
+    """Any refusal counts, not only a particular status."""
     for status in (400, 401, 403, 404, 500, 502, 503, 504, 429):
         with cache.scripted("*", Reply(status, b"", (("Retry-After", "1"),))):
             served(cache, OLD, stale=True)
-    # It wanted to be left alone for a second; then its word counts again.
+    # It is rate limited for a second; then it is asked again.
     time.sleep(1)
     cache.upstream.add("team/app", NEW, "latest")
     served(cache, NEW, stale=False)
@@ -127,7 +127,7 @@ def test_an_upstream_that_refuses(cache: Cache) -> None:
 
 @pytest.mark.parametrize("named", [True, False], ids=["reachable", "forbidden"])
 def test_a_captive_portal(tmp_path: Path, named: bool) -> None:
-    """It answers everything with a page, or leads everybody to one: no new meaning of latest, and no harm done."""
+    """It answers everything with a page, or redirects to one: latest keeps its meaning."""
     with (
         ScriptedRegistry() as portal,
         cache_in(tmp_path, "--always-pull-latest", *([portal] if named else [])) as cache,
@@ -146,7 +146,7 @@ def test_a_captive_portal(tmp_path: Path, named: bool) -> None:
 
 
 def test_what_is_not_cached_is_as_ever(tmp_path: Path) -> None:
-    """There is nothing to fall back to."""
+    """There is no cached image to fall back to."""
     with cache_in(tmp_path, "--always-pull-latest") as cache:
         assert_error(cache.ask(LATEST), 404, "MANIFEST_UNKNOWN")
         cache.upstream.close()

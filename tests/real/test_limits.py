@@ -1,4 +1,4 @@
-"""What an upstream is spared: requests while it wants none, more connections than are allowed, look-ups that hang."""
+"""Limits towards upstreams: rate limiting, the number of connections, and look-ups that hang."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_upstream_that_wants_no_requests_gets_none(cache: Cache, path: str) -
         asked = len(cache.upstream.requests)
         assert 1 <= int(answer.headers["Retry-After"]) <= 3
         time.sleep(0.1)
-    # It was left alone for the whole time that it asked for.
+    # No request was sent for the whole requested time.
     assert time.monotonic() - began >= 3
     assert (answer.status, asked, len(cache.upstream.requests)) == (200, 1, 2)
 
@@ -60,7 +60,7 @@ def test_another_upstream_is_asked_meanwhile(tmp_path: Path) -> None:
 
 
 def test_layers_leave_two_connections_for_what_is_small(cache: Cache) -> None:
-    """With more blobs wanted than there are connections, manifests and tokens are had at once."""
+    """With more blobs in demand than connections, manifests and tokens are still fetched at once."""
     image = make_image("many layers", layers=MOST + 3, layer_size=50_000)
     cache.upstream.add("team/app", image, "1")
     hold = Hold(1000)
@@ -82,7 +82,7 @@ def test_layers_leave_two_connections_for_what_is_small(cache: Cache) -> None:
 
 
 class DeadResolver:
-    """A name server that takes every question and answers none."""
+    """A name server that receives every question and answers none."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._socket = namespace.call(self._open)
@@ -104,12 +104,12 @@ class DeadResolver:
                 return questions
 
     def close(self) -> None:
-        """No more."""
+        """Close it."""
         self._socket.close()
 
 
 def test_dead_names_do_not_delay_live_ones(tmp_path: Path) -> None:
-    """Each is looked up once at a time, whoever asks for it, and the daemon ends while look-ups hang."""
+    """Each name is looked up once at a time, for all clients, and the daemon can stop while look-ups hang."""
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
     (tmp_path / "hosts").write_text("127.0.0.1 localhost live.example\n")
     image = plain_image("live", 1000)
@@ -145,9 +145,9 @@ def test_dead_names_do_not_delay_live_ones(tmp_path: Path) -> None:
             answers = [one.result() for one in dead]
         assert {answer.status for answer in answers} == {503}
         assert all(b"cannot be resolved" in answer.body for answer in answers)
-        # One question for each kind of address, though two clients asked for each name.
+        # One question for each kind of address, although two clients requested each name.
         questions.extend(resolver.asked_for())
         assert len(questions) <= 2 * 20
         assert ask("dead99.example").status == 503
-        # Its look-up hangs for 50 s more.
+        # Its look-up would hang for 50 s more.
         daemon.terminate(timeout=20)

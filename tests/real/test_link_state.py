@@ -1,4 +1,4 @@
-"""An upstream that cannot be reached is left alone but for a probe now and then, and nobody waits for it."""
+"""An unreachable upstream is only probed now and then, and no client waits for it."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Cut, Hold, Reply
 
 QUICK = 2.0
-"""Seconds: a daemon that asks nobody answers within 100 ms, and this machine may be busy."""
+"""Seconds; the answer takes 100 ms, and this machine may be busy."""
 LONGEST = 30.0
 """Seconds from one probe to the next."""
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own: its link to the upstream goes down."""
+    """A cache for this test alone, whose link to the upstream goes down."""
     with cache_in(tmp_path) as cache:
         yield cache
 
 
 @pytest.fixture
 def image(cache: Cache) -> Image:
-    """An image that the daemon has."""
+    """A cached image."""
     image = plain_image("link", 5000)
     cache.upstream.add("team/app", image, "1")
     pull(cache, "team/app", image)
@@ -42,7 +42,7 @@ def image(cache: Cache) -> Image:
 
 
 class Nobody:
-    """Listens on a port, answers nothing, and counts who connects."""
+    """Listens on a port, answers nothing, and counts connections."""
 
     def __init__(self, port: int) -> None:
         self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
@@ -51,21 +51,21 @@ class Nobody:
 
     @property
     def connections(self) -> int:
-        """How many there were so far."""
+        """How many connections there were so far."""
         with suppress(BlockingIOError):
             while True:
                 self._accepted.append(self._listener.accept()[0])
         return len(self._accepted)
 
     def close(self) -> None:
-        """Refuse from now on; who waits for an answer gets none."""
+        """Refuse connections from now on; pending ones get no answer."""
         self._listener.close()
         for connection in self._accepted:
             connection.close()
 
 
 def miss(cache: Cache, tag: str = "absent") -> Response:
-    """The quick answer to a request for what the daemon does not have, while the link is down."""
+    """Request uncached content while the link is down, and assert a quick error."""
     began = time.monotonic()
     answer = cache.ask(f"team/app/manifests/{tag}")
     assert time.monotonic() - began < QUICK
@@ -74,24 +74,24 @@ def miss(cache: Cache, tag: str = "absent") -> Response:
 
 
 def lose(cache: Cache, distance: int = 1) -> None:
-    """The upstream refuses, and the daemon knows; the next probe may be `distance` seconds off."""
+    """Make the upstream refuse until the daemon has noticed; the next probe may be `distance` seconds off."""
     cache.upstream.close()
 
     def known() -> bool:
         answer = miss(cache)
-        # Not that of a probe.
+        # From a client's request, not from a probe.
         return b"a moment ago" in answer.body and int(answer.headers["Retry-After"]) >= distance
 
     wait_until(known, LONGEST, f"{distance} s until the next probe")
 
 
 def changes(cache: Cache) -> list[str]:
-    """What the log tells of links."""
+    """Return the log lines about links."""
     return lines(cache.daemon, "warn", " reached")
 
 
 def test_a_refused_link(cache: Cache, image: Image) -> None:
-    """Hits are as ever, misses are answered at once, and in between only probes are sent."""
+    """Hits are unaffected, misses are answered at once, and only probes are sent."""
     lose(cache, 4)
     nobody = Nobody(cache.upstream.port)
     try:
@@ -103,7 +103,7 @@ def test_a_refused_link(cache: Cache, image: Image) -> None:
             pull(cache, "team/app", image)
             assert nobody.connections == 0
 
-            # The probe is one of many that come at once; the others do not wait for what it finds.
+            # One of many simultaneous requests becomes the probe; the others do not wait for its result.
             asked = [clients.submit(cache.ask, "team/app/manifests/probe")]
             while not nobody.connections:
                 done = [one for one in asked if one.done()]
@@ -129,7 +129,7 @@ def test_a_refused_link(cache: Cache, image: Image) -> None:
 
 
 def test_a_request_succeeds_when_the_probe_is_due(cache: Cache, image: Image) -> None:
-    """Which is what `Retry-After` says."""
+    """The probe is due at the time in `Retry-After`."""
     lose(cache, 2)
     fresh = plain_image("fresh", 1000)
     cache.upstream.add("team/app", fresh, "2")
@@ -137,14 +137,14 @@ def test_a_request_succeeds_when_the_probe_is_due(cache: Cache, image: Image) ->
     cache.upstream.open()
     time.sleep(int(answer.headers["Retry-After"]))
     assert cache.ask("team/app/manifests/2").body == fresh.manifest.data
-    # From then on everybody is let through.
+    # From then on all requests pass.
     assert_error(cache.ask("team/app/manifests/absent"), 404, "MANIFEST_UNKNOWN")
     assert len(changes(cache)) == 2
 
 
 @pytest.mark.parametrize("status", [500, 503, 404, 401])
 def test_an_answer_is_an_answer(cache: Cache, status: int) -> None:
-    """Whatever it says, the host can be reached: it is asked again."""
+    """Any answer, also an error, shows that the host is reachable: it is asked again."""
     cache.upstream.script("*", Reply(status, b"", (("Retry-After", "0"),)))
     for number in range(1, 4):
         assert cache.ask("team/app/manifests/1").status == (503 if status >= 500 else 404)
@@ -153,7 +153,7 @@ def test_an_answer_is_an_answer(cache: Cache, status: int) -> None:
 
 
 def test_a_connection_that_breaks_is_no_link_that_is_down(cache: Cache) -> None:
-    """An upstream that closes or resets a connection before its answer can be reached, or another request knows."""
+    """An upstream that closes or resets a connection before its answer is reachable, as other requests show."""
     for reset in (False, True):
         with cache.scripted("*", Cut(None, reset=reset)):
             assert_error(cache.ask("team/app/manifests/1"), 503, "UNAVAILABLE")
@@ -174,7 +174,7 @@ def test_one_dead_upstream_does_not_concern_another(tmp_path: Path) -> None:
 
 
 def test_a_download_that_somebody_waits_for_goes_on(cache: Cache) -> None:
-    """It is tried every 5 s at most, however far apart the probes are, and takes the others with it."""
+    """It is retried every 5 s at most, however far apart the probes are, and ends the outage for others."""
     image = plain_image("waiting", 2 * MIB)
     (layer,) = image.layers
     cache.upstream.add("team/app", image, "1")

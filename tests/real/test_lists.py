@@ -1,4 +1,4 @@
-"""Tags and referrers: the upstream's while it can be reached, then what the cache knows, never a false empty list."""
+"""Tags and referrers: the upstream's while it is reachable, else the cache's; never an empty list by mistake."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ GONE = {"503": Reply(503), "cut": Cut(None), "captive_portal": Reply(200, b"<htm
 
 @pytest.fixture
 def image(cache: Cache, repository: str) -> Image:
-    """An image at the upstream, in the test's repository with `TAGS`, that nobody has pulled."""
+    """An image at the upstream, in the test's repository with `TAGS`, not pulled yet."""
     image = plain_image(repository, 100)
     cache.upstream.add(repository, image, *TAGS)
     return image
 
 
 def tags(answer: Response) -> list[str]:
-    """The tags of an answer that must be a list of them."""
+    """Return the tags of an answer that must be a list of tags."""
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     document = json.loads(answer.body)
     assert document.keys() == {"name", "tags"}
@@ -37,7 +37,7 @@ def tags(answer: Response) -> list[str]:
 
 
 def pages(cache: Cache, url: str) -> Iterator[list[str]]:
-    """The pages of tags from this URL on, as a client follows them."""
+    """Yield the pages of tags from this URL on, as a client follows them."""
     while True:
         answer = fetch(url)
         yield tags(answer)
@@ -49,7 +49,7 @@ def pages(cache: Cache, url: str) -> Iterator[list[str]]:
 
 
 def assert_lists(cache: Cache, repository: str, expected: list[str]) -> None:
-    """These must be the tags, whole and in pages, after any of them, by both ways to name the upstream."""
+    """Assert that these are the tags, complete and in pages, with any `last`, with both ways to name the upstream."""
     path = f"{repository}/tags/list"
     in_path = f"{cache.daemon.url}/v2/{cache.upstream.host}/{path}"
     whole = cache.ask(path)
@@ -81,7 +81,7 @@ def test_the_cache_s_tags_when_the_upstream_is_gone(cache: Cache, repository: st
     for tag in known:
         assert cache.ask(f"{repository}/manifests/{tag}").status == 200
     assert cache.ask(f"{repository}/manifests/{image.manifest.digest}").status == 200
-    # Its neighbours in the store are not its own.
+    # Other repositories in the store are excluded.
     for name in (f"{repository}/below", f"{repository}-beside"):
         cache.upstream.add(name, image, "other")
         assert cache.ask(f"{name}/manifests/other").status == 200
@@ -99,7 +99,7 @@ def test_a_number_that_is_none(cache: Cache, repository: str, image: Image, coun
 
 
 def referrers(answer: Response) -> list[str]:
-    """The digests in an answer that must be an index of referrers."""
+    """Return the digests in an answer that must be an index of referrers."""
     assert (answer.status, answer.headers["Content-Type"]) == (200, OCI_INDEX)
     assert answer.headers["Content-Length"] == str(len(answer.body))
     document = json.loads(answer.body)
@@ -108,18 +108,18 @@ def referrers(answer: Response) -> list[str]:
 
 
 class Unfiltered(Rule):
-    """An upstream that does not know of filters."""
+    """An upstream that does not support filters."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """All of them, whatever was asked."""
+        """Return all referrers for any filter."""
         return handler(replace(request, query="")).with_header("OCI-Filters-Applied", None)
 
 
 class Paged(Rule):
-    """An upstream that gives one referrer a page."""
+    """An upstream with one referrer per page."""
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The page that the query names."""
+        """Return the page in the query."""
         answer = handler(replace(request, query=""))
         document = json.loads(answer.body)
         page = int("".join(request.parameters("page")) or 0)
@@ -133,7 +133,7 @@ SBOM, SIGNATURE, OTHER = (f"application/vnd.example.{name}" for name in ("sbom",
 
 
 def assert_referrers(cache: Cache, path: str, expected: dict[str, str]) -> None:
-    """These digests must be the referrers, by their artifact types; whole and filtered."""
+    """Assert that these are the referrers' digests, by artifact type, complete and filtered."""
     answer = cache.ask(path)
     assert referrers(answer) == [*expected]
     assert answer.headers["OCI-Filters-Applied"] is None
@@ -167,7 +167,7 @@ def test_referrers_that_were_kept_are_no_tag(cache: Cache, repository: str, imag
     assert cache.ask(f"{repository}/manifests/1").status == 200
     with cache.scripted(f"/v2/{repository}/*", GONE["503"]):
         assert tags(cache.ask(f"{repository}/tags/list")) == ["1"]
-    # But it is what the specification says of the tag that it sets aside: clients that ask for that get it.
+    # The fallback tag that the specification reserves is answered with the stored referrers.
     fallback = cache.ask(f"{repository}/manifests/{image.manifest.digest.replace(':', '-')}")
     assert len(referrers(fallback)) == 1
 
@@ -185,7 +185,7 @@ def test_that_nothing_refers_to_it_only_the_upstream_can_say(
 
 
 def test_an_upstream_without_referrers(cache: Cache, repository: str, image: Image) -> None:
-    """Clients then look for the tag that the specification sets aside."""
+    """Clients then use the fallback tag of the specification."""
     index = make_index(repository)
     tag = image.manifest.digest.replace(":", "-")
     cache.upstream.add(repository, index, tag)

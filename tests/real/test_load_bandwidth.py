@@ -1,4 +1,4 @@
-"""`--max-bandwidth` of the daemon holds for its clients and a load beside it together."""
+"""The daemon's `--max-bandwidth` limits its clients and a concurrent load together."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EVERY = 0.25
 
 @pytest.fixture
 def routed() -> Iterator[Routed]:
-    """A network."""
+    """A routed network."""
     with Routed() as routed:
         yield routed
 
 
 def test_the_cap_holds_for_both_together(routed: Routed, tmp_path: Path) -> None:
-    """Over any ten seconds; with the kernel's own count of what comes in."""
+    """Over any ten seconds, measured by the kernel."""
     loaded = [plain_image(f"loaded {number}", 4 * MIB) for number in range(2)]
     pulled = [plain_image(f"pulled {number}", 4 * MIB) for number in range(2)]
     taken: list[tuple[float, int]] = []
@@ -65,5 +65,5 @@ def test_the_cap_holds_for_both_together(routed: Routed, tmp_path: Path) -> None
         if WINDOW <= later - first <= WINDOW + 2 * EVERY
     ]
     assert rates
-    # The network counts the headers of its packets too.
+    # The network also counts the headers of packets.
     assert max(rates) <= RATE * 1.05

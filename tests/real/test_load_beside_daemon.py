@@ -1,4 +1,4 @@
-"""`load` and `verify --repair` beside a running daemon: it downloads for both, and nothing comes twice."""
+"""`load` and `verify --repair` beside a running daemon: it downloads for both, and nothing is fetched twice."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ REPOSITORY = "team/app"
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own, and its upstream."""
+    """A cache for this test alone."""
     with cache_in(tmp_path) as cache:
         yield cache
 
 
 def publish(cache: Cache, **what: Image | Index) -> list[str]:
-    """All these are there upstream, by their tags; gives their image URLs."""
+    """Publish these at the upstream by their tags; return their image URLs."""
     for tag, one in what.items():
         cache.upstream.add(REPOSITORY, one, tag)
     return [f"{cache.upstream.host}/{REPOSITORY}:{tag}" for tag in what]
 
 
 def objects(cache: Cache) -> Counter[str]:
-    """How often the upstream was asked for which object."""
+    """Count the upstream's requests per object."""
     return Counter(one.path for one in cache.upstream.requests if one.path != "/v2/")
 
 
 def of_this_machine(what: Index) -> Image:
-    """The image that load takes of a list, as it is told."""
+    """Return the image that load takes from an index, as it prints it."""
     return next(image for image in what.images if image.platform == "linux/amd64")
 
 
 def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> None:
-    """While clients pull the same images, some of which share their layers, and one is a list, with metadata."""
+    """Clients pull the same images meanwhile, some of which share layers; one is an index with metadata."""
     base = make_image("base", layer_size=300_000)
     images = {f"v{number}": make_image(number, base=base, layer_size=100_000) for number in range(4)}
     index = make_index("list")
@@ -65,7 +65,7 @@ def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> Non
     held = Hold(50_000)
 
     def pull(tag: str) -> bool:
-        """As a client does, and the bytes are right."""
+        """Pull as a client does, and check the bytes."""
         what = images.get(tag, index)
         paths = {f"manifests/{tag}": what.manifest.data}
         image = what if isinstance(what, Image) else of_this_machine(what)
@@ -77,13 +77,13 @@ def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> Non
         with cache.scripted("*/blobs/*", held):
             assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
             pulls = [clients.submit(pull, tag) for tag in (*images, "list", *images)]
-            # Each of them is at a blob that the load has begun.
+            # Each client requests a blob that the load has begun.
             wait_until(lambda: len(cache.upstream.requests) >= 10, SOON, "all have begun")
         assert all(one.result() for one in pulls)
         assert load.wait(SOON * 3) == 0, (tmp_path / "stderr").read_text()
     *told, total = (tmp_path / "stdout").read_text().splitlines()
     assert {line.split(": ")[1] for line in told if line.startswith("loaded: ")} >= {*urls}
-    # The same image by its digest is loaded last, and may be there by then.
+    # The same image by its digest is loaded last, and may be stored by then.
     assert total in ("6 loaded, 0 already there, 0 failed", "5 loaded, 1 already there, 0 failed")
     assert all(count == 1 for count in objects(cache).values()), objects(cache)
     assert {path.rpartition("/")[2] for path in objects(cache)} == {
@@ -147,7 +147,7 @@ def test_an_empty_blob_is_loaded_like_any_other(cache: Cache, tmp_path: Path, ru
 
 
 def test_the_daemon_is_killed_in_the_middle(cache: Cache, tmp_path: Path) -> None:
-    """Each image fails with a line that says why, at once; the next load brings what is lacking, and no more."""
+    """Each image fails at once with a line that says why; the next load fetches only what is missing."""
     done = make_image("done")
     images = {f"v{number}": plain_image(number, 2 * MIB) for number in range(3)}
     urls = publish(cache, done=done, **images)
@@ -183,7 +183,7 @@ def test_the_daemon_is_killed_in_the_middle(cache: Cache, tmp_path: Path) -> Non
 
 
 def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
-    """What is damaged is never served, and comes anew, once."""
+    """Damaged content is never served, and is fetched again, once."""
     image, index, lost = make_image("sound"), make_index("damaged", platforms=["linux/amd64"]), make_image("record")
     urls = publish(cache, v1=image, list=index, lost=lost)
     command(cache.daemon, "load", "--arch=amd64", "--os=linux", image_list(tmp_path / "list", urls))
@@ -201,7 +201,7 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
         f"/v2/{REPOSITORY}/blobs/{layer.digest}": 1,
         f"/v2/{REPOSITORY}/manifests/{lost.manifest.digest}": 1,
     }
-    # It was the daemon that asked.
+    # The daemon sent the request.
     assert cache.daemon.log[since:].count("pulling") == 2
     nothing_wrong_is_in(cache.daemon.image_path)
     command(cache.daemon, "verify")
@@ -213,7 +213,7 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Cache, tmp_path: Path) -> None:
-    """What is left of it to fetch then is not fetched, since no image needs it."""
+    """The rest of its blobs is not fetched, since no image needs it."""
     image = plain_image("pruned", 1000)
     command(cache.daemon, "load", image_list(tmp_path / "list", publish(cache, v1=image)))
     for blob in image.blobs:
@@ -224,7 +224,7 @@ def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Ca
         with cache.scripted(f"*/{image.config.digest}", held):
             assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
             record(cache, image.manifest).unlink()
-            # The command has looked at the store since then when it complains of this.
+            # The command has scanned the store when it prints this.
             strange.touch()
             wait_until(lambda: str(strange) in (tmp_path / "stderr").read_text(), SOON, "the command looks")
         assert repair.wait(SOON * 3) == 0, (tmp_path / "stdout").read_text()
@@ -234,7 +234,7 @@ def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Ca
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
 def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Path, running: bool) -> None:
-    """So that whoever prunes its tag is rid of it, as before."""
+    """Pruning its tag therefore removes it, as before the repair."""
     lost = make_image("record")
     command(cache.daemon, "load", image_list(tmp_path / "list", publish(cache, lost=lost)))
     listed = command(cache.daemon, "list").stdout
@@ -250,7 +250,7 @@ def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Pat
 
 
 def test_the_daemon_follows_what_commands_change(cache: Cache, tmp_path: Path) -> None:
-    """With the upstream gone: what was loaded from an archive is a hit, what was pruned is a miss."""
+    """With the upstream gone, images loaded from an archive are hits, pruned ones are misses."""
     image, other = make_image("follows"), make_image("stays")
     urls = publish(cache, v1=image, stays=other)
     command(cache.daemon, "load", image_list(tmp_path / "list", urls))

@@ -1,4 +1,4 @@
-"""How many images a load brings at once, and how long it waits for a slow upstream, in the old spelling."""
+"""How many images a load fetches at once, and its time-out, with the Go server's options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGES = {f"v{number}": make_image(f"concurrent/{number}", layers=1) for number 
 
 @dataclass
 class Together(Rule):
-    """Answers when so many ask at the same time, and counts how many did at most."""
+    """Holds answers until `number` requests wait together, and records the maximum."""
 
     parties: int
     most: int = 0
@@ -29,11 +29,11 @@ class Together(Rule):
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        """The barrier fails the registry, and so the test, when not enough come."""
+        """Set up a barrier, which fails the test when not enough requests arrive."""
         self._barrier = threading.Barrier(self.parties, timeout=_PATIENCE)
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """The same, but later."""
+        """Delay the handler's answer."""
         with self._lock:
             self._asking += 1
             self.most = max(self.most, self._asking)
@@ -45,7 +45,7 @@ class Together(Rule):
 
 @pytest.fixture
 def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
-    """A list of fifty images."""
+    """A shell with a list of fifty images."""
     for tag, image in IMAGES.items():
         upstream.add("team/app", image, tag)
     (tmp_path / "imagelist").write_text("".join(f"{upstream.host}/team/app:{tag}\n" for tag in IMAGES))
@@ -58,7 +58,7 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
 def test_so_many_images_are_loaded_at_once(
     upstream: ScriptedRegistry, shell: Shell, option: str, together: int
 ) -> None:
-    """No more, and no less as long as there are enough of them; one by default."""
+    """Exactly that many at once, by default one."""
     rule = Together(together)
     with scripted(upstream, "/v2/team/app/manifests/*", rule):
         done = succeeded(shell.piped(f"--load-images $PWD/imagelist --arch amd64 --os linux {option}"))
@@ -73,7 +73,7 @@ def test_so_many_images_are_loaded_at_once(
 def test_after_the_pull_timeout_an_image_fails_and_the_others_are_loaded(
     upstream: ScriptedRegistry, shell: Shell
 ) -> None:
-    """It is one without progress, in milliseconds; what had come is kept for the next time."""
+    """The time-out counts milliseconds without progress; the received bytes are kept for the next run."""
     stuck = IMAGES["v7"].layers[0]
     with scripted(upstream, f"/v2/team/app/blobs/{stuck.digest}", Hold(500)):
         done = shell.piped("--load-images $PWD/imagelist --pull-timeout 1500 --concurrent=8 --arch amd64 --os linux")

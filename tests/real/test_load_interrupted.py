@@ -1,4 +1,4 @@
-"""A load that is interrupted ends at once with one line; the next one goes on where it was."""
+"""An interrupted load ends at once with one line; the next one continues it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.upstream_rules import Drip, Hold
 
 _SOON = 30.0
 _AGAIN = 1.05
-"""Of all bytes, what may cross the link in the end."""
+"""Maximum bytes over the link in the end, relative to the images' size."""
 
 BIG = make_image("interrupted", layers=3, layer_size=8 * MIB)
 SMALL = [make_image(f"interrupted/{number}") for number in range(5)]
@@ -42,7 +42,7 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
 
 @contextmanager
 def loading(shell: Shell, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A load that runs; what it prints is in a file."""
+    """Run a load; its output is in a file."""
     with _printed(shell).open("w") as stdout:
         process = subprocess.Popen(
             shell.argv("load", str(shell.folder / "list"), *options),
@@ -65,32 +65,32 @@ def _printed(shell: Shell) -> Path:
 
 
 def interrupted(process: subprocess.Popen[str], number: int = signal.SIGINT) -> Ended:
-    """What becomes of it by this signal."""
+    """Send this signal and return how the process ended."""
     process.send_signal(number)
     _, errors = process.communicate(timeout=_SOON)
     return Ended(process.args, process.returncode, "", errors)
 
 
 def partial(shell: Shell, layer: str) -> int:
-    """How many bytes of a layer are in the store by now."""
+    """Return how many bytes of a layer are in the store."""
     path = shell.store / "pulls" / "0" / layer.removeprefix("sha256:")
     return path.stat().st_size if path.exists() else 0
 
 
 def brought(upstream: ScriptedRegistry) -> int:
-    """Bytes of blobs that the upstream sent."""
+    """Return how many bytes of blobs the upstream has sent."""
     return sum(request.sent for request in upstream.requests if "/blobs/" in request.path)
 
 
 def in_store(shell: Shell, *images: Image) -> None:
-    """They must be there, whole, and nothing else."""
+    """Assert that the store has exactly these images, complete."""
     assert blobs_in(shell.store) == digests(*images)
     assert succeeded(shell.run("verify")).endswith(" 0 damaged\n")
 
 
 @contextmanager
 def held(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[str]]:
-    """A load that has got the small images and 4 MiB of the second of three layers, and gets no more of it."""
+    """Run a load that has stored the small images and 4 MiB of the second of three layers, and gets no more of it."""
     layer = BIG.layers[1].digest
     hold = Hold(4 * MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold), loading(shell, "--concurrent", "3") as process:
@@ -107,7 +107,7 @@ def test_a_load_that_is_interrupted_says_so_in_one_line(
     with held(upstream, shell) as process:
         done = interrupted(process, number)
     assert_one_line(done, 1, "interrupted; what is complete is kept, and the next run continues from there")
-    # The images that were loaded were told, and nothing else.
+    # Only the loaded images were printed.
     assert [line.split()[0] for line in _printed(shell).read_text().splitlines()] == ["loaded:"] * len(SMALL)
 
 
@@ -138,11 +138,11 @@ def test_a_load_that_was_interrupted_goes_on_where_it_was(upstream: ScriptedRegi
 def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
     upstream: ScriptedRegistry, shell: Shell
 ) -> None:
-    """At whatever it is just then; all of it crosses the link once, but for what was on the way."""
+    """Interrupted at arbitrary moments; everything crosses the link once, except what was in transit."""
     with scripted(upstream, "/v2/team/app/blobs/*", Drip(MIB)):
         for tenth in (1, 4, 7):
             with loading(shell, "--concurrent", "2") as process:
-                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this very round
+                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this round
                 assert interrupted(process).returncode == 1
     succeeded(shell.run("load", str(shell.folder / "list")))
     assert WHOLE <= brought(upstream) <= _AGAIN * WHOLE
@@ -150,11 +150,11 @@ def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
 
 
 def test_an_interrupt_before_it_begins_is_no_traceback(shell: Shell) -> None:
-    """Here while it reads its list from a pipe, into which nobody writes."""
+    """Interrupted while the list is read from a pipe without a writer."""
     pipe = shell.folder / "list"
     pipe.unlink()
     os.mkfifo(pipe)
-    # The pipe can be opened for writing as soon as somebody reads from it.
+    # The pipe can be opened for writing once it is open for reading.
     with loading(shell) as process, pipe.open("wb"):
         done = interrupted(process)
     assert done.returncode in (1, -signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How a load shows how far it is: bars on a terminal, a line for each image in a pipe."""
+"""The progress of a load: bars on a terminal, a line for each image in a pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IMAGES = {tag: make_image(f"shown/{tag}", layers=2, layer_size=2 * MIB) for tag 
 
 @pytest.fixture
 def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
-    """A list of three images that take their time, and of one that is not there."""
+    """A list of three slow images, and of one that does not exist."""
     for tag, image in IMAGES.items():
         upstream.add("team/app", image, tag)
     upstream.script("/v2/team/app/blobs/*", Drip(2 * MIB))
@@ -37,7 +37,7 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
 
 
 def on_terminal(argv: list[str], folder: Path) -> tuple[int, str]:
-    """The exit status of a process, and all that it wrote to its terminal."""
+    """Run a process on a terminal; return its exit status and its output."""
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", _HEIGHT, _WIDTH, 0, 0))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
@@ -56,12 +56,12 @@ def on_terminal(argv: list[str], folder: Path) -> tuple[int, str]:
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # the process has ended
+    except OSError:  # The process has ended.
         return b""
 
 
 def screen(written: str) -> list[str]:
-    """The lines on a terminal that is high enough, after this was written to it."""
+    """Render the output on a sufficiently high terminal; return its lines."""
     lines: list[list[str]] = [[]]
     row = column = position = 0
     while position < len(written):
@@ -88,7 +88,7 @@ def screen(written: str) -> list[str]:
 
 
 def told(upstream: ScriptedRegistry, line: str) -> bool:
-    """Is this the line of an image that has ended, as it is told in a pipe too?"""
+    """Whether this is the final line of an image, as printed into a pipe."""
     name = re.escape(f"{upstream.host}/team/app:")
     return bool(re.fullmatch(rf"(loaded: {name}\w+: 3 blobs, \d+ bytes|failed: {name}missing: .+)", line))
 
@@ -99,7 +99,7 @@ def test_on_a_terminal_bars_show_bytes_and_rate_and_go_at_the_end(upstream: Scri
     bars = [part for part in re.split("[\r\n]", written) if "%|" in part]
     for name in ("in total", *(f"{upstream.host}/team/app:{tag}" for tag in IMAGES)):
         own = [bar for bar in bars if bar.removeprefix("\x1b[A").startswith(name)]
-        # How much of how much, time taken and left, and the rate.
+        # Size, total, elapsed and remaining time, and the rate.
         assert any(
             re.search(r"\d%\|.*\| \d[\d.]*[kM]?/\d[\d.]*M \[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?B/s\]", bar)
             for bar in own

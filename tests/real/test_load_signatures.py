@@ -1,4 +1,4 @@
-"""`load --with-signatures`: what vouches for an image is there with it when the upstream is gone."""
+"""`load --with-signatures`: signatures and attestations of an image are available when the upstream is gone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ENDINGS = ("sig", "att", "sbom")
 
 
 def published(push: Callable[..., None], *, referring: bool) -> tuple[Index, dict[str, Image]]:
-    """An index with what cosign keeps under tags for it and for its images; gives the tags too."""
+    """Publish an index with cosign's tags for it and for its images; return the tags too."""
     index = make_index("signed")
     push(REPOSITORY, index, "v1")
     tagged: dict[str, Image] = {}
     for subject in (index.manifest, index.images[0].manifest):
         for ending in ENDINGS:
             if (ending, subject) == ("att", index.manifest):
-                continue  # not every image has all of them
+                continue  # Not every image has all of them.
             tag = f"sha256-{subject.digest[7:]}.{ending}"
             tagged[tag] = make_image(tag, layers=1, layer_size=500)
             push(REPOSITORY, tagged[tag], tag)
@@ -38,14 +38,14 @@ def published(push: Callable[..., None], *, referring: bool) -> tuple[Index, dic
 
 
 def load(daemon: Daemon, host: str, folder: Path, *options: str) -> str:
-    """What a load of the image says."""
+    """Return the output of a load of the image."""
     listed = image_list(folder / "list", [f"{host}/{REPOSITORY}:v1"])
     return command(daemon, "load", "--platform=linux/amd64", *options, listed).stdout
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
 def test_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, running: bool) -> None:
-    """Which offers no referrers; that is no failure."""
+    """The registry offers no referrers, which is not a failure."""
     index, tagged = published(registry.push, referring=False)
     daemon = Daemon(tmp_path, {registry.host: "http"}, "--no-complete-images")
     if running:
@@ -66,7 +66,7 @@ def test_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, runni
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
 def test_tags_and_referrers(tmp_path: Path, running: bool) -> None:
-    """Each once; without the option none of it."""
+    """Each is fetched once; without the option none is."""
     with cache_in(tmp_path) as cache:
         index, tagged = published(cache.upstream.add, referring=True)
         artifacts = [
@@ -89,7 +89,7 @@ def test_tags_and_referrers(tmp_path: Path, running: bool) -> None:
 
 
 def assert_served(cache: Cache, index: Index, tagged: dict[str, Image], artifacts: list[Image]) -> None:
-    """All of it, by the ways on which a verifier asks."""
+    """Assert that everything is served by the requests of a verifier."""
     host = cache.upstream.host
     served(cache.daemon, host, REPOSITORY, "v1", Index(index.manifest, index.images[:1]))
     for tag, image in tagged.items():

@@ -1,4 +1,4 @@
-"""The benchmark of loading in bench/, in short: every program brings all images, and the table compares them."""
+"""A short run of the benchmark of loading: every program brings all images, and the table compares them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDS_WITHIN = 300
 
 @pytest.mark.long
 def test_two_rounds_with_a_few_images() -> None:
-    """What was brought is looked at by the benchmark itself; skopeo's rate is the measure."""
+    """The benchmark itself checks the results; skopeo's rate is the reference."""
     options = ["--images", "3", "--concurrent", "1,2", "--rounds", "2"]
     command = [sys.executable, "-m", "bench.loading", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ENDS_WITHIN, check=False)

@@ -1,4 +1,4 @@
-"""`prune`, `load` and `verify` beside a daemon from which containerd and others pull all the time."""
+"""`prune`, `load` and `verify` beside a daemon while containerd and other clients pull."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from tests.real.scripted import daemon_in
 from tests.upstream import ScriptedRegistry
 
 KEPT, GOING = "team/kept", "team/going"
-"""What no pattern names, and what is pruned again and again."""
+"""The repository that no pattern names, and the one that is pruned repeatedly."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A daemon, and what its upstream has; images of both repositories share layers."""
+    """A daemon, and the content of its upstream; images of both repositories share layers."""
 
     daemon: Daemon
     upstream: ScriptedRegistry
     published: Mapping[str, Mapping[str, Image | Index]]
-    """Repository -> tag -> what it means."""
+    """Repository -> tag -> image or index."""
     pulled: list[str] = field(default_factory=list)
-    """What clients got, whole and right."""
+    """The complete, correct pulls of clients."""
 
     @property
     def host(self) -> str:
@@ -56,21 +56,21 @@ class Scene:
         return self.upstream.host
 
     def url(self, repository: str, tag: str) -> str:
-        """The image URL."""
+        """Return the image URL."""
         return f"{self.host}/{repository}:{tag}"
 
     def urls(self, *repositories: str) -> list[str]:
-        """All image URLs of these."""
+        """Return all image URLs of these repositories."""
         return [self.url(repository, tag) for repository in repositories for tag in self.published[repository]]
 
     @property
     def root(self) -> Path:
-        """Of the store."""
+        """The store's folder."""
         return self.daemon.image_path
 
 
 def published() -> dict[str, dict[str, Image | Index]]:
-    """Images on common layers, lists with common images, and the same image in both repositories."""
+    """Make images on common layers, indexes with common images, and one image in both repositories."""
     base = make_image("operating/base", layers=3, layer_size=200_000)
     images = [make_image(f"operating/{number}", base=base, layer_size=50_000) for number in range(5)]
     lists = [make_index(f"operating/list/{number}", layer_size=20_000) for number in range(3)]
@@ -86,7 +86,7 @@ def published() -> dict[str, dict[str, Image | Index]]:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    """All is upstream, and nothing cached."""
+    """Everything is at the upstream, nothing is cached."""
     with ScriptedRegistry() as upstream:
         everything = published()
         for repository, tags in everything.items():
@@ -97,7 +97,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def by_http(scene: Scene, rng: random.Random) -> None:
-    """Pull an image as a client would, and hash all that comes."""
+    """Pull an image by HTTP, and check all digests."""
     repository = rng.choice([KEPT, GOING])
     tag, what = rng.choice(list(scene.published[repository].items()))
     base, ns = f"{scene.daemon.url}/v2/{repository}", f"?ns={scene.host}"
@@ -113,7 +113,7 @@ def by_http(scene: Scene, rng: random.Random) -> None:
 
 
 def by_containerd(scene: Scene, rng: random.Random, containerd: Containerd, hosts: Path) -> None:
-    """containerd verifies every digest."""
+    """Pull by containerd, which verifies every digest."""
     url = rng.choice(scene.urls(KEPT, GOING))
     done = containerd.pull(url, hosts)
     assert done.returncode == 0, f"{url}: {done.stderr}\n{scene.daemon.log[-3000:]}"
@@ -124,7 +124,11 @@ def by_containerd(scene: Scene, rng: random.Random, containerd: Containerd, host
 
 @contextmanager
 def in_a_loop(clients: ThreadPoolExecutor, *pulls: Callable[[], None]) -> Iterator[None]:
-    """Each of these goes on until the block ends; raises what went wrong in one."""
+    """Repeat each of these until the block ends.
+
+    Raises:
+        Exception: the first error of a client.
+    """
     enough = threading.Event()
 
     def loop(pull: Callable[[], None]) -> None:
@@ -143,7 +147,7 @@ def in_a_loop(clients: ThreadPoolExecutor, *pulls: Callable[[], None]) -> Iterat
 
 
 def a_prune(scene: Scene, rng: random.Random) -> None:
-    """One or several patterns, which name some of what may go."""
+    """Prune by one or several patterns for some of the images."""
     tags = rng.sample(list(scene.published[GOING]), rng.randint(1, 3))
     patterns = f"/going:({'|'.join(tags)})$", ",".join(f"{GOING}:{tag}$" for tag in tags), "team/going[@:]"
     done = command(scene.daemon, "prune", f"--pattern={rng.choice(patterns)}")
@@ -151,7 +155,7 @@ def a_prune(scene: Scene, rng: random.Random) -> None:
 
 
 def a_load(scene: Scene, rng: random.Random) -> None:
-    """All, or some."""
+    """Load all or some images."""
     urls = scene.urls(KEPT, GOING)
     listed = image_list(scene.root.parent / f"list-{rng.random()}", rng.sample(urls, rng.randint(1, len(urls))))
     platforms = rng.choice(["linux/amd64", "linux/amd64,linux/arm64", "all"])
@@ -160,7 +164,7 @@ def a_load(scene: Scene, rng: random.Random) -> None:
 
 
 def a_verify(scene: Scene, rng: random.Random) -> None:
-    """Nothing is damaged; what lacks blobs, since a client is pulling it, is fetched, or told by the status."""
+    """Verify: nothing is damaged; blobs missing during a pull are repaired, or set the exit status."""
     if rng.choice([True, False]):
         verified(scene.daemon)
     else:
@@ -168,7 +172,7 @@ def a_verify(scene: Scene, rng: random.Random) -> None:
 
 
 def records_of(scene: Scene, repository: str) -> dict[str, frozenset[str]]:
-    """Record -> those of its image URLs that are in this repository."""
+    """Return the image URLs in this repository of each record."""
     begins = f"{scene.host}/{repository}"
     found = {
         digest: frozenset(url for url in kept.images if url.startswith((f"{begins}:", f"{begins}@")))
@@ -178,14 +182,14 @@ def records_of(scene: Scene, repository: str) -> dict[str, frozenset[str]]:
 
 
 def assert_nothing_is_lost(scene: Scene, before: Contents, names: dict[str, frozenset[str]]) -> None:
-    """Since these were what the store held."""
+    """Assert that nothing was lost since these were the store's contents."""
     assert not lost_blobs(before, contents(scene.root))
     now = records_of(scene, KEPT)
     for digest, urls in names.items():
         assert urls <= now.get(digest, frozenset()), (digest, urls)
     for what in scene.published[KEPT].values():
         assert is_whole(scene.root, what)
-    # Nor was anything lost that a client had the daemon fetch again before we looked.
+    # This includes blobs that a client has fetched again in the meantime.
     needed = {blob.digest for what in scene.published[KEPT].values() for blob in what.blobs}
     asked = Counter(one.path.rpartition("/")[2] for one in scene.upstream.requests)
     assert all(asked[digest] == 1 for digest in needed), asked
@@ -193,7 +197,7 @@ def assert_nothing_is_lost(scene: Scene, before: Contents, names: dict[str, froz
 
 
 def manifests_asked(scene: Scene) -> Counter[str]:
-    """How often the upstream was asked for which manifest."""
+    """Count the upstream's requests for each manifest."""
     return Counter(one.path for one in scene.upstream.requests if "/manifests/" in one.path)
 
 
@@ -204,7 +208,7 @@ def manifests_asked(scene: Scene) -> Counter[str]:
 def test_nothing_is_lost_and_nothing_wrong_comes(
     scene: Scene, containerd: Containerd, tmp_path: Path, seed: int, rounds: int
 ) -> None:
-    """Neither for those who pull, nor in the store, whatever runs beside them."""
+    """Neither clients nor the store lose or get wrong content while commands run."""
     hosts = hosts_dir(tmp_path / "certs.d", scene.daemon.url, "_default")
     rng = random.Random(seed)
     command(scene.daemon, "load", "--platform=all", image_list(tmp_path / "list", scene.urls(KEPT)))
@@ -219,7 +223,7 @@ def test_nothing_is_lost_and_nothing_wrong_comes(
         ),
     ):
         for number in range(rounds):
-            # Each of them is among the first rounds, and after that it is chance; now and then two run at once.
+            # Each command runs in the first rounds, and randomly afterwards; sometimes two run at once.
             first = (a_prune, a_load, a_verify)[number] if number < 3 else rng.choice([a_prune, a_load, a_verify])
             jobs = [first, *([rng.choice([a_load, a_verify, a_prune])] if rng.random() < 0.5 else [])]
             before, names = contents(scene.root), records_of(scene, KEPT)
@@ -230,7 +234,7 @@ def test_nothing_is_lost_and_nothing_wrong_comes(
             assert_nothing_is_lost(scene, before, names)
     assert len(scene.pulled) >= rounds
     nothing_wrong_is_in(scene.root)
-    # With all of it pruned, what stays is whole, and no more is there than is needed.
+    # With everything pruned, the rest is complete, and no unneeded blob is left.
     command(scene.daemon, "prune", "--pattern=team/going[@:]")
     assert all(is_whole(scene.root, what) for what in scene.published[KEPT].values())
     assert records_of(scene, GOING) == {}
@@ -239,7 +243,7 @@ def test_nothing_is_lost_and_nothing_wrong_comes(
 
 
 def test_an_import_keeps_what_it_found_there(scene: Scene, tmp_path: Path) -> None:
-    """Also when the images that it was there for are pruned before the import has ended."""
+    """The images that the existing blobs belonged to are pruned before the import ends."""
     need("strace")
     urls = scene.urls(GOING)
     kept, going = scene.published[KEPT]["v0"], scene.published[GOING]["v2"]
@@ -249,7 +253,7 @@ def test_an_import_keeps_what_it_found_there(scene: Scene, tmp_path: Path) -> No
     command(scene.daemon, "load", image_list(tmp_path / "list", [url for url in urls if url.endswith(":v2")]))
     command(scene.daemon, "prune", "--pattern=team/kept")
     assert hex_of(going.manifest.digest) in contents(scene.root)
-    # It has seen that the layers on which both lie are there, and is about to give what it brought its names.
+    # It has found the shared layers in the store, and is about to rename the files that it brought.
     trace = tmp_path / "strace"
     layer = hex_of(kept.blobs[-1].digest)
     slowly = ["-e", "trace=/^rename", "-e", "inject=/^rename:delay_enter=8000000:when=1"]

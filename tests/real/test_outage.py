@@ -1,4 +1,4 @@
-"""The link is dead for a while, without a word: packets are dropped by a router, as on a real one."""
+"""A silent outage of the link: a router drops packets for a while."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SIZE = 30 * MIB
 RATE = 4 * MIB
 
 QUICK = 5.0
-"""Seconds: an answer while the link is known to be down takes no time."""
+"""Seconds; an answer while the link is known to be down takes no time."""
 BY_ITS_END = 10.0
-"""Seconds after the outage in which bytes flow again."""
+"""Seconds after the outage within which bytes flow again."""
 PROBED = 30.0 + 10.0
-"""Seconds after it in which a fresh request succeeds: from one probe to the next, and for its connection."""
+"""Seconds after it within which a new request succeeds: from one probe to the next, and for its connection."""
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def network() -> Iterator[Routed]:
 
 
 class Client(threading.Thread):
-    """Pulls one blob as containerd does: an answer that ends short is taken up with Range."""
+    """Pulls one blob as containerd does: an answer that ends short is resumed with Range."""
 
     def __init__(self, network: Routed, daemon: NamespacedDaemon, target: str) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Client(threading.Thread):
 
     @property
     def digest(self) -> str:
-        """Of what it has."""
+        """The digest of the received bytes."""
         return f"sha256:{self._hasher.hexdigest()}"
 
     def run(self) -> None:
@@ -75,20 +75,20 @@ class Client(threading.Thread):
             with connection.getresponse() as answer:
                 assert answer.status == (206 if self.received else 200), answer.read()
                 assert answer.headers["Content-Length"] == str(SIZE - self.received)
-                # What is here, without waiting for more; nothing at the end, also when that comes early.
+                # The received bytes, without waiting for more; none at the end, also when that comes early.
                 while data := answer.read1(64 * 1024):
                     self._hasher.update(data)
                     self.received += len(data)
 
 
 def status(network: Routed, daemon: NamespacedDaemon, path: str) -> int:
-    """Of the answer to a fresh request."""
+    """Return the status of a new request."""
     return network.near.call(lambda: fetch(f"{daemon.url}{path}")).status
 
 
 @pytest.mark.parametrize("seconds", [20, pytest.param(180, marks=pytest.mark.long)])
 def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
-    """A download waits for the end of it, and goes on at once where it was; then others are served again."""
+    """A download waits for the end of the outage, and resumes at once; then other requests work again."""
     layer = plain_image(REPOSITORY, SIZE).blobs[1]
     with (
         upstream_in(network.far, network.FAR, REPOSITORY, SIZE, RATE) as upstream,
@@ -101,7 +101,7 @@ def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
         wait_until(lambda: client.received > SIZE // 4 or client.problem, SOON * 3, "a quarter is here")
         with network.outage():
             began, had = time.monotonic(), client.received
-            # An outage has its length, whatever happens; by its end the daemon has known for long.
+            # The outage has a fixed length; the daemon has noticed it well before its end.
             time.sleep(seconds - QUICK)
             assert status(network, daemon, fresh) == 503
             time.sleep(max(0.0, began + seconds - time.monotonic()))
@@ -118,11 +118,11 @@ def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
         assert not client.is_alive(), daemon.log
         assert client.problem is None
         assert (client.received, client.digest) == (SIZE, layer.digest)
-        # By default an answer ends when nothing has come for a minute; then the client asks again.
+        # By default an answer ends when nothing has come for a minute; then the client retries.
         assert client.requests <= 1 + (ended - began) // 55
         wait_until(lambda: blob_file(daemon, layer.digest).exists(), SOON, "the blob is in the store")
         asked = upstream.end()
-    # What was on its way is lost, and packets have headers.
+    # Packets in transit are lost, and packets have headers.
     assert network.received() < 1.1 * SIZE
     gets = [request for request in asked if layer.digest in request.path]
     assert gets[0].range is None

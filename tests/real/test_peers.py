@@ -1,4 +1,4 @@
-"""The real peers work here, without our daemon between them."""
+"""The real peers work together without our daemon."""
 
 from __future__ import annotations
 

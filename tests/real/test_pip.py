@@ -1,4 +1,4 @@
-"""Installed by pip into an environment of its own, from the source and as a wheel: twistd finds the daemon."""
+"""Installed by pip into a virtual environment, from the source and as a wheel: twistd finds the daemon."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from ociregistry import __version__
 from tests.processes import ROOT, Server, answers, free_port, run
 
-# A checkout's own code must not be found: neither by the environment, nor in the working folder, where twistd looks.
+# The checkout's own code must not be found, by the environment or in the working folder, where twistd looks.
 _ELSEWHERE = ("env", "--unset", "PYTHONPATH", "--chdir", "/")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an installation needs, where a build may leave something behind."""
+    """A copy of what an installation needs, where a build may leave files."""
     source = tmp_path_factory.mktemp("source")
     for name in ("ociregistry", "twisted"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "dropin.cache"))
@@ -41,15 +41,15 @@ class Environment:
         self.folder = folder
 
     def argv(self, program: str, *arguments: str) -> list[str]:
-        """The command line of a program in it."""
+        """Return the command line of a program in it."""
         return [*_ELSEWHERE, str(self.folder / "bin" / program), *arguments]
 
     def run(self, program: str, *arguments: str) -> str:
-        """What a program in it prints."""
+        """Return the output of a program in it."""
         return run(self.argv(program, *arguments), timeout=300).stdout
 
     def plugins(self) -> frozenset[str]:
-        """The files in Twisted's folder of plugins, without what is made from them."""
+        """The files in Twisted's folder of plugins, except generated ones."""
         (folder,) = self.folder.glob("lib/python3*/site-packages/twisted/plugins")
         return frozenset(path.name for path in folder.glob("*.py"))
 
@@ -63,7 +63,7 @@ class Installed(Server):
         super().__init__(environment.argv("twistd", "-n", "--pidfile=", "ociregistry", *listen), folder / "log")
 
     def ready(self) -> bool:
-        """It answers."""
+        """Whether it answers."""
         return answers(f"http://127.0.0.1:{self._port}/v2/")
 
 

@@ -1,4 +1,4 @@
-"""Which images of an index are completed with their layers, after a client that asked for several or for none."""
+"""Which images of an index are completed after clients that requested several platforms, or no layers."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ from tests.real.scripted import SOON, Cache, look_twice
 
 @pytest.fixture(scope="module")
 def index() -> Index:
-    """What the tag of the repository means."""
+    """The index at the tag of the repository."""
     return four_platforms("platforms asked for")
 
 
 @pytest.fixture
 def settings() -> dict[str, object]:
-    """Further keys of the daemon's configuration; tests have others by a parameter of this name."""
+    """Further keys of the daemon's configuration; tests override them by a parameter of this name."""
     return {}
 
 
 @pytest.fixture
 def cache(tmp_path: Path, index: Index, settings: dict[str, object]) -> Iterator[Cache]:
-    """A daemon that completes images, and an upstream that has the index."""
+    """A daemon that completes images, and an upstream with the index."""
     with completing_in(tmp_path, *ARCHITECTURE, settings=settings) as cache:
         cache.upstream.add(REPOSITORY, index, TAG)
         yield cache
 
 
 def asked_for(cache: Cache, *blobs: Blob) -> int:
-    """How many requests for these the upstream got."""
+    """Count the upstream's requests for these blobs."""
     return sum(cache.sent(f"{REPOSITORY}/blobs/{blob.digest}") for blob in blobs)
 
 
 def layers_of(index: Index, *platforms: str) -> list[Blob]:
-    """The layers of these platforms."""
+    """Return the layers of these platforms."""
     return [layer for platform in platforms for layer in image_for(index, platform).layers]
 
 
 def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
-    """It must not be decided yet which platforms are wanted, and these layers must not have been asked for."""
+    """Assert that the wanted platforms are undecided, and that these layers were not requested."""
     asked = asked_for(cache, *never_asked_for)
     told = health(cache.daemon)
     assert told["pending_images"] > 0
@@ -75,7 +75,7 @@ def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
 
 @pytest.mark.parametrize("ranged", [False, True], ids=["whole", "ranged"])
 def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index, ranged: bool) -> None:
-    """One that two platforms share brings neither; one that is arm/v7's alone brings the rest of that at once."""
+    """A layer shared by two platforms completes neither; one of arm/v7 alone completes arm/v7 at once."""
     ctr_pull(cache, index, layers=False, ranged=ranged)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
     get(cache, shared_layer(index), ranged=ranged)
@@ -96,7 +96,7 @@ def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index, range
 
 
 def test_a_platform_that_is_asked_for_later(cache: Cache, index: Index) -> None:
-    """Its manifest and config are hits by then, since they came as the metadata of another platform's pull."""
+    """Its manifest and config are hits then: they were fetched as metadata for another platform's pull."""
     kubelet_pull(cache, index, AMD64)
     wait_holds(cache.daemon, index, AMD64, timeout=SOON)
     kubelet_pull(cache, index, ARM, layers=False)
@@ -109,7 +109,7 @@ def test_a_platform_that_is_asked_for_later(cache: Cache, index: Index) -> None:
 
 
 def test_the_only_platform_asked_for(cache: Cache, index: Index) -> None:
-    """A client that has the layers already asks for none: after some silence they come by themselves."""
+    """A client that has the layers requests none: they are fetched after a while without requests."""
     kubelet_pull(cache, index, ARM64, layers=False)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
     wait_holds(cache.daemon, index, ARM64)
@@ -118,7 +118,7 @@ def test_the_only_platform_asked_for(cache: Cache, index: Index) -> None:
 
 
 def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache, index: Index) -> None:
-    """Also when the daemon is killed before that is decided: nobody asks again, and it is decided all the same."""
+    """Also after a kill before the decision: no client repeats its requests."""
     ctr_pull(cache, index, layers=False)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
     cache.daemon.kill()
@@ -133,7 +133,7 @@ def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache,
 
 @pytest.mark.parametrize("settings", [{"complete_platforms": [ARM64]}], ids=["arm64"])
 def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cache, index: Index) -> None:
-    """What clients ask for decides nothing; what they left out of another platform is told, and not fetched."""
+    """Requests decide nothing; blobs that are missing from another platform are counted, and not fetched."""
     ctr_pull(cache, index, layers=False)
     wait_holds(cache.daemon, index, ARM64, timeout=SOON)
     lower, upper = image_for(index, ARM).layers
@@ -146,7 +146,7 @@ def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cac
 
 @pytest.mark.parametrize("settings", [{"complete_metadata": False}], ids=["without"])
 def test_without_the_metadata_of_other_platforms(cache: Cache, index: Index) -> None:
-    """What was pulled is complete, and no other manifest was asked for."""
+    """The pulled image is complete, and no other manifest was requested."""
     kubelet_pull(cache, index)
     image = image_for(index, AMD64)
     wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")

@@ -1,4 +1,4 @@
-"""`--preload-images`: the daemon serves at once, and loads what a file names beside that."""
+"""`--preload-images`: the daemon serves at once, and loads the images of a list in the background."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def imagelist(upstream: ScriptedRegistry, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def preload(upstream: ScriptedRegistry, imagelist: Path, start_daemon: StartDaemon) -> StartDaemon:
-    """Starts a daemon with that list, and with what else it is told."""
+    """A function that starts a daemon with that list and further options."""
 
     def start(*options: str, **more: Any) -> Daemon:
         chosen = ["--preload-images", str(imagelist), "--arch", "amd64", "--os", "linux"]
@@ -50,26 +50,26 @@ def preload(upstream: ScriptedRegistry, imagelist: Path, start_daemon: StartDaem
 
 
 def progress(daemon: Daemon) -> dict[str, int]:
-    """What /health tells of it."""
+    """Return the progress in /health."""
     told: dict[str, int] = json.loads(fetch(f"{daemon.url}/health").body)["preload"]
     return told
 
 
 def wait_loaded(daemon: Daemon, loaded: int, failed: int = 0) -> None:
-    """Return when so many have been loaded, of the list, and so many never will be."""
+    """Return when this many images of the list are loaded, and this many have failed for good."""
     wanted = {"images": loaded + failed, "loaded": loaded, "failed": failed}
     wait_until(lambda: progress(daemon) == wanted, _SOON, f"{wanted} in /health")
 
 
 def assert_whole(daemon: Daemon, *images: Image | Index) -> None:
-    """The store has the lists, and of them the images for this platform, and no more."""
+    """Assert that the store has the indexes with the images of this platform, and no more."""
     chosen = [image if isinstance(image, Image) else image.images[0] for image in images]
     assert blobs_in(daemon.image_path) == digests(*chosen)
     assert records_in(daemon.image_path) == {one.manifest.digest for one in (*images, *chosen)}
 
 
 def test_the_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
-    """Its port is open, and others are served, while a layer is on its way; in the end /health and the log tell."""
+    """The port is open, and clients are served, while a layer arrives; at the end /health and the log report."""
     upstream.add("team/other", OTHER, "v1")
     hold = Hold(MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
@@ -88,7 +88,7 @@ def test_the_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload
 
 
 def test_each_image_is_told_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
-    """In /health and in the log, while another one takes its time."""
+    """In /health and in the log, while another one is still loading."""
     hold = Hold(MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
         daemon = preload("--concurrent", "3")
@@ -101,7 +101,7 @@ def test_each_image_is_told_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, 
 def test_what_is_preloaded_is_whole_and_is_not_asked_for_again(
     upstream: ScriptedRegistry, preload: StartDaemon
 ) -> None:
-    """Neither by clients nor at the next start, at which the upstream may be away."""
+    """Neither by clients nor at the next start, when the upstream may be gone."""
     daemon = preload()
     wait_loaded(daemon, 3)
     assert_whole(daemon, *LISTED.values(), BIG)
@@ -123,7 +123,7 @@ def test_what_is_preloaded_is_whole_and_is_not_asked_for_again(
 def test_what_cannot_be_loaded_is_told_and_stops_nothing(
     upstream: ScriptedRegistry, imagelist: Path, preload: StartDaemon
 ) -> None:
-    """Bad lines with file and line, what the upstream does not have, and a platform that there is none of."""
+    """Malformed lines with file and line, images unknown to the upstream, and a missing platform."""
     upstream.add("team/arms", make_index("preload/arms", platforms=("linux/arm64",)), "v1")
     lines = ["# a comment", "UPPER/case:v1", f"{upstream.host}/team/app:missing", f"{upstream.host}/team/arms:v1"]
     imagelist.write_text("\n".join([*lines, "team/app:-", imagelist.read_text()]))
@@ -161,7 +161,7 @@ def test_a_list_that_is_none_is_an_error_line(imagelist: Path, preload: StartDae
 def test_a_daemon_that_is_stopped_while_it_preloads_goes_on_at_the_next_start(
     upstream: ScriptedRegistry, preload: StartDaemon
 ) -> None:
-    """No byte of a layer comes twice."""
+    """No byte of a layer is fetched twice."""
     layer = BIG.layers[0].digest
     hold = Hold(MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold):
@@ -179,7 +179,7 @@ def test_a_daemon_that_is_stopped_while_it_preloads_goes_on_at_the_next_start(
 def test_an_upstream_that_is_down_at_the_start_is_asked_again(
     upstream: ScriptedRegistry, preload: StartDaemon
 ) -> None:
-    """Each failure is told once, and all is loaded when the upstream is back; a round is half a minute."""
+    """Each failure is logged once, and all is loaded when the upstream is back; a round takes half a minute."""
     upstream.close()
     daemon = preload()
 

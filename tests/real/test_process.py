@@ -1,4 +1,4 @@
-"""The daemon as a running process: what it logs, what it tells of its health, and how it ends."""
+"""The daemon as a process: its log, its health, and its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ACCESS = re.compile(
 
 @pytest.fixture
 def stored(upstream: ScriptedRegistry, start_daemon: StartDaemon) -> Index:
-    """An index with its images, all of which have been pulled into the store."""
+    """An index with its images, all pulled into the store."""
     index = make_index("process")
     upstream.add("team/app", index, "v1")
     daemon = start_daemon({upstream.host: "http"})
@@ -55,7 +55,7 @@ def _urls(daemon: Daemon, upstream: ScriptedRegistry, index: Index) -> list[str]
 def test_at_level_error_there_is_the_banner_and_no_word_about_hits(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
-    """Version, start time, address, store and counts; then silence."""
+    """Version, start time, address, store and counts; then no more lines."""
     before = datetime.now(UTC).replace(microsecond=0)
     daemon = start_daemon({upstream.host: "http"}, "--log-level", "error")
     after = datetime.now(UTC)
@@ -72,7 +72,7 @@ def test_at_level_error_there_is_the_banner_and_no_word_about_hits(
 def test_at_level_info_there_is_one_line_a_request(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
-    """And nothing for debugging."""
+    """No line of level debug."""
     daemon = start_daemon({upstream.host: "http"}, "--log-level", "info")
     _get_and_head(_urls(daemon, upstream, stored))
     daemon.terminate()
@@ -92,7 +92,7 @@ def _get_and_head(urls: list[str]) -> None:
 
 
 def _banner(log: str) -> dict[str, str]:
-    """The parts of the banner, which must be all that was logged."""
+    """Return the fields of the banner, which must be the whole log."""
     (line,) = log.splitlines()
     found = _BANNER.search(line)
     assert found is not None, line
@@ -102,7 +102,7 @@ def _banner(log: str) -> dict[str, str]:
 def test_health_tells_what_the_store_holds(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
-    """The version, and as many lists and images as there are records, also when a record has been removed."""
+    """The version, and as many indexes and images as there are records, also after a record was removed."""
     daemon = start_daemon({upstream.host: "http"})
     image = make_image("process/health")
     upstream.add("team/app", image, "v2")
@@ -127,11 +127,11 @@ def _counts(daemon: Daemon) -> tuple[int, int]:
     return told["lists"], told["images"]
 
 
-# How it ends
+# Shutdown
 
 
 def test_sigterm_lets_a_download_end(upstream: ScriptedRegistry, start_daemon: StartDaemon) -> None:
-    """It takes no new connection; who is being served gets everything, and so does the store; then it ends."""
+    """New connections are refused; active clients and the store receive everything; then it exits."""
     image = make_image("process/drained", layers=1, layer_size=32 * MIB)
     (layer,) = image.layers
     upstream.add("team/app", image, "v1")
@@ -149,7 +149,7 @@ def test_sigterm_lets_a_download_end(upstream: ScriptedRegistry, start_daemon: S
         assert daemon.running
         hold.release.set()
         assert begin + answer.read() == layer.data
-        # Well before the 30 s that requests in flight get.
+        # Well before the 30 s for requests in flight.
         daemon.process.wait(_PATIENCE)
     assert daemon.process.returncode in (0, -signal.SIGTERM)
     kept = daemon.image_path / "blobs" / layer.digest.removeprefix("sha256:")

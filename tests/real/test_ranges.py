@@ -1,4 +1,4 @@
-"""Byte ranges as clients send them, on blobs and manifests: on a hit, on a miss, and while the blob is coming."""
+"""Byte ranges as clients send them, on blobs and manifests: on a hit, on a miss, and in flight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.upstream_rules import Hold
 
 SIZE = 2048
 HERE = 1600
-"""What the upstream has sent of a blob in flight."""
+"""How many bytes of a blob in flight the upstream has sent."""
 
 SATISFIABLE = {
     "bytes=500-1499": (500, 1500),
@@ -31,7 +31,11 @@ SATISFIABLE = {
 }
 UNSATISFIABLE = ["bytes=500-0", "bytes=5000-10000", "bytes=2048-", "bytes=2048-2048", "bytes=-0"]
 IGNORED = [
-    *("bytes=0-0,2-3", "bytes=0-99, 200-", "bytes=-1,0-0"),  # several: a 206 with the first alone would be wrong
+    *(
+        "bytes=0-0,2-3",
+        "bytes=0-99, 200-",
+        "bytes=-1,0-0",
+    ),  # Several ranges: a 206 with only the first would be wrong.
     *("bytes=", "bytes=-", "bytes=a-b", "bytes=1.5-3", "bytes=0x0-0x9", "bytes=1-2-3", "bytes=--1", "bytes=+1-2"),
     *("0-99", "bits=0-99", "bytes 0-99", "bytes"),
 ]
@@ -40,7 +44,7 @@ CASES = [*SATISFIABLE, *UNSATISFIABLE, *IGNORED]
 
 @pytest.fixture
 def image(cache: Cache, repository: str) -> Image:
-    """An image that nobody has pulled, `1` in its repository; both its layer and its manifest have `SIZE` bytes."""
+    """An image, not pulled yet, `1` in its repository; both its layer and its manifest have `SIZE` bytes."""
     bare = len(plain_image(repository, SIZE, annotations={"pad": ""}).manifest.data)
     image = plain_image(repository, SIZE, annotations={"pad": "x" * (SIZE - bare)})
     assert len(image.manifest.data) == len(image.blobs[1].data) == SIZE
@@ -50,7 +54,7 @@ def image(cache: Cache, repository: str) -> Image:
 
 @pytest.fixture(params=["blob", "manifest"])
 def target(request: pytest.FixtureRequest, repository: str, image: Image) -> tuple[str, str, bytes]:
-    """What is asked for: its path, its digest and its bytes."""
+    """What to request: path, digest and bytes."""
     if request.param == "manifest":
         return f"{repository}/manifests/1", image.manifest.digest, image.manifest.data
     layer = image.blobs[1]
@@ -58,7 +62,7 @@ def target(request: pytest.FixtureRequest, repository: str, image: Image) -> tup
 
 
 def assert_head(headers: Message, status: int, wanted: str, digest: str) -> None:
-    """Status and headers must be those for the range `wanted` of `SIZE` bytes."""
+    """Assert status and headers for the range `wanted` of `SIZE` bytes."""
     start, stop = SATISFIABLE.get(wanted, (0, SIZE))
     assert status == (206 if wanted in SATISFIABLE else 200)
     assert headers["Content-Range"] == (f"bytes {start}-{stop - 1}/{SIZE}" if wanted in SATISFIABLE else None)
@@ -70,7 +74,7 @@ def assert_head(headers: Message, status: int, wanted: str, digest: str) -> None
 
 
 def assert_part(answer: Response, wanted: str, digest: str, data: bytes) -> None:
-    """It must be the answer to the range `wanted` of `data`."""
+    """Assert the answer to the range `wanted` of `data`."""
     if wanted in UNSATISFIABLE:
         assert_error(answer, 416, "SIZE_INVALID")
         assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
@@ -106,7 +110,7 @@ def test_in_flight(cache: Cache, repository: str, image: Image, wanted: str) -> 
         else:
             with cache.opened(path, {"Range": wanted}) as answer:
                 assert_head(answer.headers, answer.status, wanted, layer.digest)
-                # As much of it as is there comes at once.
+                # The received part is sent at once.
                 there = max(0, min(stop, HERE) - start)
                 assert answer.read(there) == layer.data[start : start + there]
                 assert not hold.release.is_set()
@@ -137,7 +141,7 @@ def test_head_takes_no_notice_in_flight(cache: Cache, repository: str, image: Im
 
 SAME = '"{}"'
 OTHERS = ['"other"', 'W/"{}"', "{}", "Wed, 21 Oct 2026 07:28:00 GMT", ""]
-"""None of these is the ETag that we gave, and only a strong one says that the bytes are the same."""
+"""Not the ETag that we sent; only a strong one confirms equal bytes."""
 
 
 @pytest.mark.parametrize("condition", [SAME, *OTHERS])
@@ -145,7 +149,7 @@ OTHERS = ['"other"', 'W/"{}"', "{}", "Wed, 21 Oct 2026 07:28:00 GMT", ""]
 def test_if_range_on_a_miss_and_on_a_hit(
     cache: Cache, target: tuple[str, str, bytes], wanted: str, condition: str
 ) -> None:
-    """A client that resumes goes on only in the same thing."""
+    """A client resumes only the same content."""
     path, digest, data = target
     for _ in ("miss", "hit"):
         answer = cache.ask(path, headers={"Range": wanted, "If-Range": condition.format(digest)})

@@ -1,4 +1,4 @@
-"""The README's first pull, run as it stands there, gives what stands there."""
+"""The README's first pull, run literally, prints what the README shows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blocks() -> list[str]:
 def test_first_pull(
     registry: DockerRegistry, start_daemon: Callable[..., Daemon], tmp_path: Path, blocks: list[str]
 ) -> None:
-    """The commands, with a registry in the next process for the one on the Internet, print what the README shows."""
+    """Run with a local registry in place of the one on the Internet."""
     commands, shown, again = blocks
     registry.push("kube-scheduler", make_index("readme"), "v1.29.1")
     daemon = start_daemon({registry.host: "http"})

@@ -1,4 +1,4 @@
-"""SIGHUP: the configuration is read again while the daemon serves."""
+"""SIGHUP: the configuration is reread while the daemon serves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ StartDaemon = Callable[..., Daemon]
 
 @pytest.fixture
 def image(upstream: ScriptedRegistry) -> Image:
-    """At the upstream, which wants a password."""
+    """An image at the upstream, which requires a password."""
     image = make_image("reload", layer_size=200_000)
     upstream.add("team/app", image, "1")
     upstream.script("*", Basic({"user": "right"}))
@@ -31,12 +31,12 @@ def image(upstream: ScriptedRegistry) -> Image:
 
 
 def entry(password: str) -> dict[str, object]:
-    """The upstream's."""
+    """Return the upstream's entry."""
     return {"scheme": "http", "auth": {"user": "user", "password": password}}
 
 
 def hang_up(daemon: Daemon, config: object, told: str) -> None:
-    """Writes the configuration, sends SIGHUP, and waits until the daemon tells this."""
+    """Write the configuration, send SIGHUP, and wait for this line in the log."""
     since = len(daemon.log)
     text = config if isinstance(config, str) else yaml.safe_dump(config)
     daemon.config_path.write_text(text)
@@ -45,7 +45,7 @@ def hang_up(daemon: Daemon, config: object, told: str) -> None:
 
 
 def status(daemon: Daemon, upstream: ScriptedRegistry, path: str = "manifests/1") -> int:
-    """Of the daemon's answer."""
+    """Return the status of the daemon's answer."""
     return fetch(f"{daemon.url}/v2/team/app/{path}?ns={upstream.host}").status
 
 
@@ -90,7 +90,7 @@ def test_an_answer_in_flight_is_not_disturbed(
         hang_up(daemon, {"pull_timeout": 5000, "registries": []}, "take effect at the next start")
         hold.release.set()
         assert asked.result(SOON).body == layer.data
-    # Its name is in the configuration no more.
+    # Its name is no longer in the configuration.
     assert status(daemon, upstream, "manifests/other") == 403
 
 

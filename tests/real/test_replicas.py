@@ -1,4 +1,4 @@
-"""Two daemons with replicated stores, and containerd that fails over from one to the other."""
+"""Two daemons with replicated stores, and containerd, which fails over from one to the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
 
 @pytest.fixture
 def daemons(tmp_path: Path, registry: DockerRegistry) -> Iterator[tuple[Daemon, Daemon]]:
-    """Two, each with a store of its own, both serving."""
+    """Two serving daemons with separate stores."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
@@ -36,13 +36,13 @@ def daemons(tmp_path: Path, registry: DockerRegistry) -> Iterator[tuple[Daemon, 
 
 
 def tag_means(daemon: Daemon, registry: DockerRegistry, name: str) -> str | None:
-    """The digest that the daemon gives a tag, or None."""
+    """Return the digest of a tag at the daemon, or None."""
     answer = fetch(f"{daemon.url}/v2/{name}/manifests/stable?ns={registry.host}")
     return answer.headers["Docker-Content-Digest"] if answer.status == 200 else None
 
 
 def replicate(one: Daemon, two: Daemon) -> None:
-    """As docs/kubernetes.md has it: both ways, without what is in progress."""
+    """Replicate as in docs/kubernetes.md: both ways, without work in progress."""
     for source, target in ((one, two), (two, one)):
         run(["rsync", "--archive", "--exclude", "pulls/", f"{source.image_path}/", f"{target.image_path}/"])
 
@@ -59,7 +59,7 @@ def test_a_tag_that_moved_on_one_wins_on_both_and_the_other_takes_over(
     with containerd:
         assert containerd.pull(app, hosts).returncode == 0
         assert tag_means(two, registry, "team/app") == V1.manifest.digest
-        # It moves, and only the second daemon, on which it is pruned, learns of it.
+        # The tag moves, and only the second daemon, where it is pruned, notices.
         registry.push("team/app", V2, "stable")
         run(twistd("prune", "--pattern", "team/app", "--image-path", str(two.image_path)))
         wait_until(lambda: tag_means(two, registry, "team/app") == V2.manifest.digest, 30, "the second one asks anew")
@@ -85,7 +85,7 @@ def test_a_tag_that_moved_on_one_wins_on_both_and_the_other_takes_over(
             assert pulled.returncode == 0, pulled.stderr
             assert containerd.unpacked(ref)
         assert V2.manifest.digest in containerd.content
-        # And back: the one that was stopped has all of it too.
+        # And back: the stopped one has everything too.
         one.start()
         two.terminate()
         containerd.wipe()
