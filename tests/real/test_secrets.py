@@ -1,5 +1,4 @@
-"""A secret appears nowhere: not in a log line at trace, an error, the output of `check`, a process's command line and
-environment as others see it, or the store."""
+"""A secret appears nowhere: not in trace logs, errors, the output of `check`, the process table, or the store."""
 
 from __future__ import annotations
 
@@ -32,14 +31,14 @@ printf '{{"ServerURL": "%s", "Username": "helped", "Secret": "{secret}"}}' "$ser
 
 @dataclass(frozen=True)
 class Oauth(Rule):
-    """A token service that takes an identity token by POST, and gives this token of access."""
+    """A token service that accepts an identity token by POST, and issues this access token."""
 
     identity: str
     token: str
     forms: list[str]
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """405 for GET, as some have it."""
+        """Return 405 for GET, as some services do."""
         if request.method != "POST":
             return error(405, "UNSUPPORTED")
         return Answer(200, (("Content-Type", "application/json"),), b'{"access_token": "%b"}' % self.token.encode())
@@ -47,13 +46,13 @@ class Oauth(Rule):
 
 @dataclass(frozen=True)
 class Wants(Rule):
-    """A registry that takes one token."""
+    """A registry that accepts one token."""
 
     realm: str
     token: str
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """401 without it."""
+        """Return 401 without the token."""
         if request.header("Authorization") == f"Bearer {self.token}":
             return handler(request)
         challenge = f'Bearer realm="{self.realm}",service="s",scope="repository:team/app:pull"'
@@ -61,7 +60,7 @@ class Wants(Rule):
 
 
 class Scene:
-    """Upstreams of every kind, and all that must stay secret."""
+    """Upstreams of every kind, and everything that must stay secret."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,31 +73,31 @@ class Scene:
         self.registries: dict[str, dict[str, object]] = {}
 
     def spellings(self) -> Iterator[tuple[str, bytes]]:
-        """How each could appear."""
+        """Return the ways in which each secret could appear."""
         for name, secret in self.secrets.items():
             raw = secret.encode()
             for spelled in (raw, quote(secret, safe="").encode(), quote_plus(secret).encode(), repr(secret).encode()):
                 yield name, spelled.strip(b"'")
             for user in ("user", "helped"):
                 pair = f"{user}:{secret}".encode()
-                # At each place in a longer text: base64 knows no bytes, but groups of three.
+                # At each offset in a longer text: base64 encodes groups of three bytes.
                 for shift in range(3):
                     yield name, base64.b64encode(pair[shift : shift + (len(pair) - shift) // 3 * 3])
                     yield name, base64.b64encode(raw[shift : shift + (len(raw) - shift) // 3 * 3])
 
     def found_in(self, text: bytes) -> set[str]:
-        """Which secrets are in the text."""
+        """Return the secrets that are in the text."""
         return {name for name, spelled in self.spellings() if spelled in text}
 
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Scene:
-    """Before anybody was asked."""
+    """The upstreams before any request."""
     return Scene(tmp_path)
 
 
 def every_kind(scene: Scene, tokens: Tokens, upstreams: list[ScriptedRegistry]) -> list[str]:
-    """Scripts the upstreams; gives the host of each, the one that refuses us last."""
+    """Script the upstreams; return the host of each, the one that refuses us last."""
     by_password, by_file, by_environment, by_helper, by_identity, signed, refusing = upstreams
     known = scene.secrets
     by_password.script("*", Basic({"user": known["password"]}))
@@ -128,7 +127,7 @@ def every_kind(scene: Scene, tokens: Tokens, upstreams: list[ScriptedRegistry]) 
 
 @pytest.fixture
 def upstreams() -> Iterator[list[ScriptedRegistry]]:
-    """Seven."""
+    """Seven scripted registries."""
     opened = [ScriptedRegistry() for _ in range(7)]
     yield opened
     for upstream in opened:
@@ -158,7 +157,7 @@ def test_no_secret_appears_anywhere(
     blob = f"blobs/{IMAGE.layers[0].digest}"
     answers |= {f"{host} blob": ask(host, blob) for host in [hosts[5], hosts[6]]}
     assert [answer.status for answer in answers.values()] == [200] * 6 + [404, 503, 404]
-    # They were really used.
+    # The secrets were really used.
     sent = [request.header("Authorization") or "" for upstream in upstreams for request in upstream.requests]
     assert sum(header.startswith("Basic ") for header in sent) >= 6
     assert any(scene.secrets["access"] in header for header in sent)

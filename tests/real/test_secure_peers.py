@@ -1,4 +1,4 @@
-"""The registries that want to know who is there do so, without our daemon between them and skopeo."""
+"""Registries that authenticate clients do so with skopeo, without our daemon in between."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ UNAUTHORIZED = "unauthorized"
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """For servers and clients."""
+    """An authority for servers and clients."""
     return Authority(tmp_path / "authority")
 
 
 @pytest.fixture
 def pull(skopeo: Skopeo, tmp_path: Path, authority: Authority) -> Callable[..., None]:
-    """Pull from a host with these credentials, and the authority's client certificate or none."""
+    """Pull from a host with these credentials, with or without the authority's client certificate."""
     trusting, known = tmp_path / "trusting", tmp_path / "known"
     for folder in (trusting, known):
         folder.mkdir()
@@ -50,7 +50,7 @@ def pull(skopeo: Skopeo, tmp_path: Path, authority: Authority) -> Callable[..., 
 def host(
     request: pytest.FixtureRequest, registry: DockerRegistry, authority: Authority, tmp_path: Path
 ) -> Iterator[str]:
-    """The host of a registry that wants a client certificate, a user and a password."""
+    """The host of a registry that requires a client certificate, a user and a password."""
     registry.push("team/app", make_image("secure", layers=1), "1")
     htpasswd = write_htpasswd(tmp_path / "htpasswd", {USER: PASSWORD})
     host = own_address()
@@ -73,7 +73,7 @@ def test_passwords_and_client_certificates(host: str, pull: Callable[..., None])
 
 
 def test_tokens(registry: DockerRegistry, authority: Authority, pull: Callable[..., None], tmp_path: Path) -> None:
-    """They are asked for with a password, but not with a client certificate, and must be up to date."""
+    """A request for a token needs the password but no client certificate; an expired token is refused."""
     registry.push("team/app", make_image("secure", layers=1), "1")
     host = own_address()
     tls = ServerTls(*authority.issue(host))

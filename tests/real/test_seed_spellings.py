@@ -1,4 +1,4 @@
-"""What was typed for the server written in Go, with `twistd -n ociregistry` in front: loading, listing, pruning."""
+"""The Go server's options with `twistd -n ociregistry` in front: loading, listing, pruning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ IMAGES: Mapping[str, Image | Index] = {
     TYPHA: make_index("typha"),
     DASHBOARD: make_index("dashboard", docker=True),
     SCRAPER: make_index("scraper"),
-    CURL: make_image("curl", docker=True),  # no list
+    CURL: make_image("curl", docker=True),  # not a list
     CILIUM: make_index("cilium"),
     PAUSE: make_index("pause"),
 }
@@ -59,7 +59,7 @@ AGES = {TYPHA: "2024-03-01T22:17:30", DASHBOARD: "2024-03-01T22:17:31", CILIUM: 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the old spelling of `load` did."""
+    """The result of a load with the Go server's options."""
 
     shell: Shell
     registry: DockerRegistry
@@ -67,20 +67,20 @@ class Loaded:
 
 
 def platform_of(url: str, platform: str = "linux/amd64") -> Image:
-    """The image of a platform."""
+    """Return the image of a platform."""
     what = IMAGES[url]
     return what if isinstance(what, Image) else next(one for one in what.images if one.platform == platform)
 
 
 def stored(*urls: str) -> tuple[set[str], set[str]]:
-    """The digests of the records and of the blobs that a store has, which was loaded for one platform."""
+    """Return the digests of the records and of the blobs in a store that was loaded for one platform."""
     records, configs = metadata((IMAGES[url] for url in urls), "linux/amd64")
     records |= {what.manifest.digest for url in urls for what in (IMAGES[url], platform_of(url))}
     return records, configs | digests(*map(platform_of, urls))
 
 
 def rows_of(*urls: str) -> dict[str, str]:
-    """The image URLs that a whole image has in the store, and their kinds."""
+    """Return the image URLs and kinds that `list` prints for these."""
     rows = {}
     for url in urls:
         what = IMAGES[url]
@@ -92,7 +92,7 @@ def rows_of(*urls: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    """A store that was loaded as the Go server's documentation says, by mirrors in the house."""
+    """A store loaded as the Go server's documentation says, by local mirrors."""
     if missing_package("docker-registry"):
         pytest.fail("a peer is missing: apt-get install docker-registry", pytrace=False)
     folder = tmp_path_factory.mktemp("seed")
@@ -112,7 +112,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
 
 @pytest.fixture
 def shell(loaded: Loaded, tmp_path: Path) -> Shell:
-    """A store like that one to do with what one likes; three of its images are older."""
+    """A shell on a copy of that store; three of its images are older."""
     store = tmp_path / "images"
     shutil.copytree(loaded.shell.store, store)
     for url, age in AGES.items():
@@ -130,7 +130,7 @@ def shell(loaded: Loaded, tmp_path: Path) -> Shell:
 
 
 def test_load_images_brings_the_lists_and_the_images_of_the_platform(loaded: Loaded) -> None:
-    """Of the other platforms it brings the manifests and the configs, which `list` does not show."""
+    """The other platforms' manifests and configs are stored too; `list` omits them."""
     assert loaded.done.returncode == 0, loaded.done
     lines = loaded.done.stdout.splitlines()
     assert lines[-1] == "6 loaded, 0 already there, 0 failed"
@@ -157,7 +157,7 @@ def test_load_images_of_another_architecture_adds_just_that(loaded: Loaded, shel
     arms = [platform_of(url, "linux/arm64") for url in (TYPHA, DASHBOARD)]
     records, blobs = stored(*IMAGES)
     assert (records_in(shell.store), blobs_in(shell.store)) == (records, blobs | digests(*arms))
-    # The lists were there, and the manifests and configs of all that they list.
+    # The indexes were stored, and the manifests and configs of all their children.
     assert len(loaded.registry.requests) == asked + sum(len(arm.layers) for arm in arms)
 
 
@@ -175,7 +175,7 @@ def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, 
 
 @pytest.mark.parametrize("blanks", ["", "-b "], ids=["blanks_count", "blanks_do_not"])
 def test_list_cache_goes_through_column_and_sort(shell: Shell, blanks: str) -> None:
-    """The newest come first; where sort counts blanks, as in the locale C, they do so within each kind."""
+    """The newest come first; where sort counts blanks, as in the locale C, within each kind."""
     pipe = f"| column -t | sort {blanks}-k3 -r"
     lines = succeeded(shell.piped("--list-cache", pipe, {**HERE, "LC_ALL": "C"})).splitlines()
     rows = [line.split() for line in lines]
@@ -187,7 +187,7 @@ def test_list_cache_goes_through_column_and_sort(shell: Shell, blanks: str) -> N
         assert [created for _, _, created in rows[-len(aged) :]] == [created for _, created in aged]
     for kind in ("list", "image"):
         assert [created for one, created in aged if one == kind] == sorted(AGES.values(), reverse=True)
-    # As column does it: what is in the second column stands at the same place in every line.
+    # column aligns: the second column begins at the same position in every line.
     assert {line.index(f" {kind} ") for line, (_, kind, _) in zip(lines, rows, strict=True)} == {
         max(len(url) for url, _, _ in rows) + 1
     }
@@ -218,7 +218,7 @@ PRUNED = [
 
 @pytest.mark.parametrize(("spelled", "gone"), PRUNED)
 def test_prune_takes_what_the_dry_run_says(shell: Shell, spelled: str, gone: tuple[str, ...]) -> None:
-    """The URLs that match, the images of the lists with them, and the blobs that nobody else has: no more."""
+    """The matching URLs, the images of pruned indexes, and the blobs that no other image has: no more."""
     before = contents(shell.store)
     would = succeeded(shell.piped(f"{spelled} --dry-run", environment=HERE))
     assert contents(shell.store) == before

@@ -1,4 +1,4 @@
-"""The daemon's own TLS towards its clients: `tls` in the file, and Twisted's `ssl:` endpoint."""
+"""The daemon's own TLS: `tls` in the file, and Twisted's `ssl:` endpoint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.upstream import ScriptedRegistry
 
 
 class SecureDaemon(Daemon):
-    """A daemon that speaks TLS; `context` is that of a client which it lets in."""
+    """A daemon that speaks TLS; `context` is that of an admitted client."""
 
     def __init__(self, folder: Path, context: ssl.SSLContext, *arguments: object, **keywords: object) -> None:
-        super().__init__(folder, *arguments, **keywords)  # type: ignore[arg-type]  # passed on as they are
+        super().__init__(folder, *arguments, **keywords)  # type: ignore[arg-type]  # passed on unchanged
         self.url = f"https://{self.host}"
         self.context = context
 
     def ready(self) -> bool:
-        """Its health is good."""
+        """Whether its health is good."""
         try:
             return fetch(f"{self.url}/health", tls=self.context).status == 200
         except OSError:
@@ -38,21 +38,21 @@ class SecureDaemon(Daemon):
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """Signs for the daemon and for clients."""
+    """An authority that signs for the daemon and for clients."""
     (tmp_path / "authority").mkdir()
     return Authority(tmp_path / "authority")
 
 
 @pytest.fixture
 def image(upstream: ScriptedRegistry) -> Image:
-    """At the upstream."""
+    """An image at the upstream."""
     image = make_image("served over TLS", layer_size=300_000)
     upstream.add("team/app", image, "1")
     return image
 
 
 def pulls(daemon: SecureDaemon, upstream: ScriptedRegistry, image: Image) -> None:
-    """A client gets it, twice, and a part of it."""
+    """Assert that a client gets the image, twice, and a part of it."""
     base = f"{daemon.url}/v2/team/app"
     for _ in range(2):
         assert fetch(f"{base}/manifests/1?ns={upstream.host}", tls=daemon.context).body == image.manifest.data
@@ -64,7 +64,7 @@ def pulls(daemon: SecureDaemon, upstream: ScriptedRegistry, image: Image) -> Non
 
 
 def identity(authority: Authority, **more: object) -> dict[str, object]:
-    """The `tls` of the daemon."""
+    """The daemon's `tls` section."""
     certificate, key = authority.issue("127.0.0.1")
     return {"tls": {"cert": str(certificate), "key": str(key), **more}}
 
@@ -108,12 +108,12 @@ def test_only_clients_with_a_certificate(
 
 
 def test_a_renewed_certificate_is_served_after_sighup(tmp_path: Path, authority: Authority) -> None:
-    """Over a daemon that goes on; one that is damaged changes nothing."""
+    """The daemon keeps running; a damaged certificate changes nothing."""
     settings = identity(authority)
     with SecureDaemon(tmp_path, authority.client_context(), settings=settings) as daemon:
         address = ("127.0.0.1", daemon.port)
         first = ssl.get_server_certificate(address)
-        _, key = authority.issue("127.0.0.1")  # over the old files
+        _, key = authority.issue("127.0.0.1")  # replaces the old files
         os.kill(daemon.process.pid, signal.SIGHUP)
         wait_until(lambda: ssl.get_server_certificate(address) != first, SOON, "the new certificate")
         second = ssl.get_server_certificate(address)

@@ -1,4 +1,4 @@
-"""Tokens that live shorter than a download takes: each connection that goes on with it carries one that is good."""
+"""Tokens that expire during a download: each new connection carries a valid one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, upstream: ScriptedRegistry) -> Iterator[Cache]:
         yield Cache(daemon, upstream)
 
 
-# A token that is believed too long is refused once for each connection, and a cut is spent on the first refusal.
+# A token believed valid for too long is refused once per connection, and a cut applies to the first refusal.
 @pytest.mark.parametrize(("expires_in", "cuts"), [(3, 2), (300, 3)], ids=["honest", "lying"])
 def test_a_blob_that_takes_ten_seconds_and_is_cut_twice(
     cache: Cache, upstream: ScriptedRegistry, expires_in: int, cuts: int
@@ -50,5 +50,5 @@ def test_a_blob_that_takes_ten_seconds_and_is_cut_twice(
     assert upstream.bytes_sent(layer.digest) <= SIZE * 1.02
     good = [request for request in upstream.requests if request.path.endswith(layer.digest) and request.status != 401]
     assert [request.header("Range") for request in good] == [None, f"bytes={CUT}-", f"bytes={2 * CUT}-"]
-    # A new token each time: the one before had run out.
+    # A new token each time: the previous one had expired.
     assert len({request.header("Authorization") for request in good}) == 3

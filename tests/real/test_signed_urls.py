@@ -1,4 +1,4 @@
-"""Storage behind a registry: another origin, URLs that are signed for a short while, no second authorisation."""
+"""Storage behind a registry: another origin, URLs signed for a short time, no second authorization."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ LIFE = 2.0
 SIZE = 400_000
 RATE = 100_000
 CUT = 300_000
-"""Bytes; they take longer than a URL lives."""
+"""Bytes; they take longer than a URL is valid."""
 
 
 @dataclass(frozen=True)
 class Sign(Rule):
-    """The registry: it sends to the storage by a URL that expires."""
+    """The registry: it redirects to the storage by a URL that expires."""
 
     storage: str
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """Never asks the handler."""
+        """Return the redirect without calling the handler."""
         expires = time.monotonic() + LIFE
         return Answer(307, (("Location", f"{self.storage}{request.path}?expires={expires}&signature=s3cr3t"),))
 
 
 @dataclass(frozen=True)
 class Signed(Rule):
-    """The storage: 400 for two authorisations, 403 for an expired URL, and for any method but `methods`."""
+    """The storage: 400 for two authorizations, 403 for an expired URL, and for any method but `methods`."""
 
     methods: tuple[str, ...] = ("GET",)
     refused: list[str] = field(default_factory=list)
 
     def __call__(self, request: Request, handler: Handler) -> Answer:
-        """As S3 has it."""
+        """Return errors as S3 does."""
         if request.header("Authorization"):
             self.refused.append("two authorisations")
             return error(400, "InvalidArgument")
@@ -59,20 +59,20 @@ class Signed(Rule):
 
 @pytest.fixture
 def storage() -> Iterator[ScriptedRegistry]:
-    """Where the blobs are."""
+    """A registry as the storage of blobs."""
     with ScriptedRegistry() as storage:
         yield storage
 
 
 @pytest.fixture(params=["basic", "tokens"])
 def who(request: pytest.FixtureRequest) -> str:
-    """How the upstream is told who asks."""
+    """How the daemon authenticates to the upstream."""
     return str(request.param)
 
 
 @pytest.fixture
 def image(upstream: ScriptedRegistry, storage: ScriptedRegistry, who: str) -> Image:
-    """At the upstream, which wants to know who asks; its blobs at the storage."""
+    """An image at the upstream, which requires authentication, with its blobs in the storage."""
     image = make_image("signed", layers=1, layer_size=SIZE)
     upstream.add("team/app", image, "1")
     storage.add("team/app", image)
@@ -135,7 +135,7 @@ def test_skopeo_pulls_it_through_a_cut(
 def test_a_size_is_told_though_the_url_is_signed_for_get(
     cache: Cache, storage: ScriptedRegistry, image: Image, ranges: bool
 ) -> None:
-    """One byte is asked for in place of the HEAD; where the storage knows no ranges, its headers tell the size."""
+    """Request one byte in place of the HEAD; where the storage supports no ranges, its headers state the size."""
     layer = image.layers[0]
     storage.script("*", Signed())
     if not ranges:

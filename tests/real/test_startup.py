@@ -1,4 +1,4 @@
-"""Starting the daemon: its command line, how it comes up, and how it says that it cannot."""
+"""Starting the daemon: its command line, readiness, and errors."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _DAEMONIZE = ("--pidfile", "twistd.pid", "--logfile", "twistd.log")
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """An empty folder to start processes in, which would leave their pid and log files there."""
+    """An empty folder to start processes in, where they would leave pid and log files."""
     place = tmp_path / "place"
     place.mkdir()
     return place
 
 
 def _ended(place: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
-    """What a process that ends by itself left behind."""
+    """Return exit status, output and files of a process that ends by itself."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         argv,
@@ -49,7 +49,7 @@ def _ended(place: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that somebody else listens on."""
+    """A port on which another process listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
 
@@ -64,12 +64,12 @@ def test_a_taken_port_ends_the_process(place: Path, taken: int) -> None:
 
 
 def test_a_taken_port_ends_what_was_to_become_a_daemon(place: Path, taken: int) -> None:
-    """Whoever started it learns of it, and nothing is left running."""
+    """The parent process reports it, and no process is left."""
     with closing(_Background(place)) as background:
         done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=_DAEMONIZE))
         assert done.returncode == 1
         assert str(taken) in done.stderr
-        # It tells why it gives up before it has tidied up.
+        # It reports the error before it has cleaned up.
         wait_until(lambda: not background.pid_file.exists(), _SOON, "no pid file")
 
 
@@ -101,7 +101,7 @@ def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
     ],
 )
 def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
-    """Exit status 2 and one line that names what is wrong; nothing is written, no daemon starts."""
+    """Exit status 2 and one line that names the mistake; nothing is written, no daemon starts."""
     done = _ended(place, twistd(*arguments.split(), options=()))
     assert done.returncode == 2
     assert done.stdout == ""
@@ -134,14 +134,14 @@ def test_an_invalid_configuration(place: Path, text: str, line: int, key: str) -
 
 @pytest.mark.parametrize("arguments", ["--version", "serve --version"])
 def test_version(place: Path, arguments: str) -> None:
-    """It is ours, not twistd's."""
+    """Our version, not twistd's."""
     done = _ended(place, twistd(*arguments.split(), options=()))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ociregistry {__version__}\n", "")
     assert list(place.iterdir()) == []
 
 
 def test_serve_may_be_written_out(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
-    """Options are taken before it and after it."""
+    """Options are accepted before and after it."""
     image = make_image("process")
     upstream.add("team/app", image, "v1")
     daemon = start_daemon({upstream.host: "http"}, "serve", "--default-ns", upstream.host)
@@ -153,7 +153,7 @@ def test_serve_may_be_written_out(upstream: ScriptedRegistry, start_daemon: Call
 
 
 class _Background:
-    """The daemon that twistd leaves running when it is started in `place`; `close` ends it."""
+    """The daemon that twistd leaves running in `place`; `close` ends it."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -162,7 +162,7 @@ class _Background:
 
     @property
     def running(self) -> bool:
-        """Is the process there, and no zombie?"""
+        """Whether the process exists, and is no zombie."""
         if self.pid_file.exists():
             self.pid = int(self.pid_file.read_text())
         process = Path(f"/proc/{self.pid}")
@@ -172,7 +172,7 @@ class _Background:
         return False
 
     def close(self) -> None:
-        """SIGKILL, if it is still there."""
+        """Send SIGKILL, if it still exists."""
         if self.running:
             os.kill(self.pid, signal.SIGKILL)
 

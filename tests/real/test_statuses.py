@@ -1,4 +1,4 @@
-"""What a client may not ask for: statuses, codes, headers and log lines. (test_upstream_failures has the rest.)"""
+"""Refused requests: statuses, codes, headers and log lines. (test_upstream_failures has the other errors.)"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIGEST = f"sha256:{'0' * 64}"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here."""
+    """One cache for all tests of this file."""
     folder = tmp_path_factory.mktemp("statuses")
     with cache_in(folder, "--allow-upstreams", "127.0.0.1:*, *.Allowed.test") as cache:
         yield cache
@@ -34,7 +34,7 @@ def image(cache: Cache) -> Image:
 
 @pytest.fixture(autouse=True)
 def asks_nobody(cache: Cache, request: pytest.FixtureRequest) -> Iterator[None]:
-    """None of these requests may reach the upstream, nor change the store."""
+    """Fail a test whose requests reach the upstream or change the store."""
     before = cache.upstream.connections, cache.files
     yield
     if "image" not in request.fixturenames:
@@ -42,7 +42,7 @@ def asks_nobody(cache: Cache, request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def assert_refused(cache: Cache, path: str, status: int, code: str, method: str = "GET") -> Response:
-    """The answer for this path, query included, must be this error, and be logged in one line that says why."""
+    """Assert that this path, with its query, is answered by this error, and logged in one line that says why."""
     since = cache.log_size
     answer = fetch(f"{cache.daemon.url}{path}", method=method)
     assert_error(answer, status, code, method)
@@ -75,7 +75,7 @@ def assert_refused(cache: Cache, path: str, status: int, code: str, method: str 
 def test_it_is_pull_only(cache: Cache, method: str, path: str) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     with closing(connect(cache.daemon.url)) as connection:
-        # A body must not get in the way of the next request.
+        # A body must not disturb the next request.
         for body in (None, b"a=b", b"a" * (2 * MIB)):
             since = cache.log_size
             answer = ask(connection, cache.url(path), method=method, body=body, headers=headers)
@@ -152,7 +152,7 @@ def test_malformed_names(cache: Cache, name: str) -> None:
     "tag", [".INVALID_MANIFEST_NAME", "-1", "%2e%2e", "1%002", "1%0d%0aX", "1%202", "%c3%a9", "1" * 129]
 )
 def test_malformed_tags(cache: Cache, tag: str) -> None:
-    """404, as the specification's conformance suite wants it."""
+    """404, as the specification's conformance suite expects."""
     for method in ("GET", "HEAD"):
         path = f"/v2/here/manifests/{tag}?ns={cache.upstream.host}"
         assert_refused(cache, path, 404, "MANIFEST_UNKNOWN", method)
@@ -180,7 +180,7 @@ def test_malformed_digests(cache: Cache, digest: str) -> None:
 
 
 def test_a_malformed_digest_with_a_body(cache: Cache) -> None:
-    """This is how the specification's conformance suite asks."""
+    """The specification's conformance suite sends this."""
     answer = fetch(cache.url("here/manifests/sha256:totallywrong"), body=b"x" * 1000)
     assert_error(answer, 400, "DIGEST_INVALID")
 
@@ -223,7 +223,7 @@ def test_malformed_upstreams(cache: Cache, ns: str) -> None:
         answer = assert_refused(cache, f"/v2/{path}?ns={written}", 400, "NAME_INVALID")
         assert "X-Injected" not in answer.headers
         assert answer.headers["OCI-Namespace"] is None
-    # Nor can it write lines of its own into the log, or steer a terminal that shows it.
+    # It cannot inject lines into the log either, or escape sequences for a terminal.
     for line in cache.daemon.log[since:].removesuffix("\n").split("\n"):
         assert line.isprintable()
         assert re.match(r"\d{4}-\d\d-\d\dT", line)

@@ -1,4 +1,4 @@
-"""The files are the truth: what other programs do to the store while the daemon runs."""
+"""The daemon follows changes that other programs make to the store's files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GONE = Reply(503)
 
 @pytest.fixture(scope="module")
 def other(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """Another daemon with a store of its own, for the same upstream."""
+    """Another daemon with a separate store, for the same upstream."""
     with daemon_in(tmp_path_factory.mktemp("there"), cache.upstream) as daemon:
         yield replace(cache, daemon=daemon)
 
@@ -51,18 +51,18 @@ def copy_blobs(source: Cache, target: Cache, what: Image | Index) -> None:
 
 
 def wait_hit(cache: Cache, path: str) -> None:
-    """Return as soon as the daemon serves this; the upstream does not."""
+    """Return as soon as the daemon serves this, without the upstream."""
     wait_until(lambda: cache.ask(path).status == 200, SEEN, f"{path} is served")
 
 
 def wait_miss(cache: Cache, path: str) -> None:
-    """Return as soon as this blob is a miss; for a moment more, the download that brought it may serve it."""
+    """Return as soon as this blob is a miss; for a moment, the download that brought it may still serve it."""
 
     def missed() -> bool:
         try:
             return cache.ask(path).status == 503
         except IncompleteRead:
-            return False  # never more than was left of it
+            return False  # never more than the rest of it
 
     wait_until(missed, SEEN, f"{path} is a miss")
 
@@ -88,7 +88,7 @@ def test_a_record_that_was_removed_is_a_miss(
     asked = cache.sent(f"{repository}/manifests/")
     for path, data in manifests.items():
         assert cache.ask(path).body == data
-    # Two tags, and the list's two children; what was pulled by tag is then there by digest.
+    # Two tags, and the index's two children; after a pull by tag they are available by digest.
     assert cache.sent(f"{repository}/manifests/") == asked + 4
 
 
@@ -113,7 +113,7 @@ def test_what_is_copied_in_is_a_hit(
             first(other, cache, what)
             if blobs_first:
                 layer = what.blobs[-1].digest
-                cache.refused(f"{repository}/blobs/{layer}", 503, "UNAVAILABLE")  # whole or half? nobody says
+                cache.refused(f"{repository}/blobs/{layer}", 503, "UNAVAILABLE")  # complete or not: unknown
             else:
                 for path, data in manifest_paths(repository, what).items():
                     wait_hit(cache, path)
@@ -125,7 +125,7 @@ def test_what_is_copied_in_is_a_hit(
 
 
 def test_the_tag_means_what_was_confirmed_last(cache: Cache, other: Cache, repository: str, image: Image) -> None:
-    """Replicas that get each other's records agree."""
+    """Replicas with each other's records agree."""
     tag = f"{repository}/manifests/1"
     assert cache.ask(tag).body == image.manifest.data
     newer = plain_image(f"{repository}/newer", 10)
@@ -139,7 +139,7 @@ def test_the_tag_means_what_was_confirmed_last(cache: Cache, other: Cache, repos
         wait_hit(other, by_digest)
         assert other.ask(tag).body == newer.manifest.data
         assert cache.ask(by_digest).body == image.manifest.data
-        # The newer one is taken away again: what is left counts.
+        # Without the newer record the older one counts.
         run(["rm", str(record(cache, newer.manifest))])
         wait_until(lambda: cache.ask(tag).body == image.manifest.data, SEEN, "the older one")
 

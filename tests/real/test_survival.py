@@ -1,4 +1,4 @@
-"""No byte crosses the link twice: a download goes on where a connection broke or a process was killed."""
+"""A download is resumed after a broken connection or a killed process: no byte crosses the link twice."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SIZE = 100 * MIB
 
 @pytest.fixture(scope="module")
 def image() -> Image:
-    """An image whose one layer takes a while."""
+    """An image whose only layer takes a while."""
     return plain_image("survival", SIZE)
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own, since it is killed."""
+    """A cache for this test alone, since it is killed."""
     with cache_in(tmp_path) as cache:
         yield cache
 
 
 def pull(cache: Cache, layer: Blob) -> None:
-    """One GET of the layer, over one connection: 200 and the right bytes."""
+    """GET the layer over one connection: 200 and the correct bytes."""
     hasher = hashlib.sha256()
     with cache.opened(f"survival/blobs/{layer.digest}") as answer:
         assert answer.status == 200
@@ -45,7 +45,7 @@ def pull(cache: Cache, layer: Blob) -> None:
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 @pytest.mark.parametrize("known", [False, True], ids=["size_from_upstream", "size_from_manifest"])
 def test_an_upstream_that_cuts_every_20_mb(cache: Cache, image: Image, reset: bool, known: bool) -> None:
-    """One client connection, one 200, the right digest; upstream bytes at most 1.01 of the blob."""
+    """One client connection, one 200, the correct digest; at most 1.01 times the blob's bytes from the upstream."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")
     if known:
@@ -59,13 +59,13 @@ def test_an_upstream_that_cuts_every_20_mb(cache: Cache, image: Image, reset: bo
 
 
 def test_kill_at_five_instants(cache: Cache, image: Image) -> None:
-    """`kill -9`, start, pull, five times: at most 1.02 of the blob in all, and the right bytes."""
+    """`kill -9`, start, pull, five times: at most 1.02 times the blob's bytes, and the correct content."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")
     assert cache.ask("survival/manifests/v1").status == 200
     path = f"survival/blobs/{layer.digest}"
     partial = cache.daemon.image_path / "pulls" / "0" / layer.digest.partition(":")[2]
-    # Slow enough that what a kernel holds at the instant of the kill is little.
+    # Slow enough that the kernel holds little at the moment of the kill.
     with cache.scripted(f"*{layer.digest}", Drip(10 * MIB)):
         for instant in (3, 17, 31, 58, 90):
             with suppress(OSError, HTTPException), cache.opened(path) as answer:
@@ -81,7 +81,7 @@ def test_kill_at_five_instants(cache: Cache, image: Image) -> None:
 
 
 def test_a_partial_of_another_process_is_adopted(cache: Cache, image: Image) -> None:
-    """What a process that ended left in pulls/7 is continued by the next one, which has pulls/0."""
+    """The new process, with pulls/0, continues what an ended one left in pulls/7."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")
     pulls = cache.daemon.image_path / "pulls"

@@ -1,4 +1,4 @@
-"""Real tokens: who gets to see the credentials for them, and how long they last."""
+"""Real tokens: which token services receive credentials, and how long tokens are used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWN = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Realms:
-    """A registry on 127.0.0.1 that speaks TLS and takes tokens; the services that issue them."""
+    """A registry on 127.0.0.1 that speaks TLS and accepts tokens, and services that issue them."""
 
     folder: Path
     storage: Path
@@ -38,24 +38,24 @@ class Realms:
 
     @property
     def host(self) -> str:
-        """The registry's."""
+        """The registry's host."""
         return f"{OWN}:{self.port}"
 
     def tokens(
         self, address: str = OWN, *, plain: bool = False, life: int = 300, anybody: bool = False
     ) -> TokenService:
-        """A token service, to be closed."""
+        """Make a token service, which the caller closes."""
         tls = None if plain else ServerTls(*self.authority.issue(address)).context_against_clients()
         return TokenService(self.authority, {} if anybody else {USER: PASSWORD}, tls=tls, address=address, life=life)
 
     def registry(self, settings: Mapping[str, str]) -> SecureRegistry:
-        """The registry, with these settings of its `auth: token`."""
+        """Make the registry, with these settings of its `auth: token`."""
         tls = ServerTls(*self.authority.issue(OWN))
         return SecureRegistry(self.folder, self.storage, OWN, self.port, tls=tls, tokens=settings)
 
     @contextmanager
     def serving(self, tokens: TokenService) -> Iterator[TokenService]:
-        """Both, until the block ends."""
+        """Run both until the block ends."""
         with tokens, self.registry(tokens.settings):
             yield tokens
 
@@ -64,13 +64,13 @@ class Realms:
         return {"tls": {"ca": str(self.authority.ca)}, **({"auth": auth} if auth else {})}
 
     def login(self, **more: str) -> dict[str, object]:
-        """The same with the right user and password."""
+        """The same with the correct user and password."""
         return self.entry(user=USER, password=PASSWORD, **more)
 
 
 @pytest.fixture
 def realms(registry: DockerRegistry, tmp_path: Path) -> Realms:
-    """From a registry that has `IMAGES`."""
+    """A registry with `IMAGES`."""
     for tag, image in IMAGES.items():
         registry.push("team/app", image, tag)
     return Realms(tmp_path / "secure", registry.storage, Authority(tmp_path / "authority"), free_port())
@@ -98,7 +98,7 @@ def test_a_service_on_another_host_that_the_operator_names(
 
 
 def test_a_service_on_another_host_that_nobody_names(realms: Realms, start_daemon: StartDaemon) -> None:
-    """A registry that was taken over sends us there: it is asked, but not told who we are."""
+    """As a compromised registry might send it: it is asked anonymously."""
     with realms.serving(realms.tokens(own_address())) as tokens:
         entries = {realms.host: realms.login(), tokens.host: {}}
         daemon = start_daemon(entries, "--default-ns", realms.host)
@@ -109,7 +109,7 @@ def test_a_service_on_another_host_that_nobody_names(realms: Realms, start_daemo
 
 @pytest.mark.parametrize("named", [False, True], ids=["own_host", "named"])
 def test_a_service_that_speaks_plain_http(realms: Realms, start_daemon: StartDaemon, named: bool) -> None:
-    """The registry does not: who listens on the way is not told who we are either."""
+    """The registry speaks TLS, but an eavesdropper on the plain connection must not get the credentials."""
     with realms.serving(realms.tokens(plain=True)) as tokens:
         login = realms.login(realm=tokens.host) if named else realms.login()
         entries = {realms.host: login, tokens.host: {"scheme": "http"}}
@@ -119,7 +119,7 @@ def test_a_service_that_speaks_plain_http(realms: Realms, start_daemon: StartDae
 
 
 def test_a_service_on_loopback_that_nobody_names(realms: Realms, start_daemon: StartDaemon) -> None:
-    """No upstream makes us speak to what the operator runs beside us."""
+    """No upstream makes the daemon contact services on its own machine."""
     with realms.serving(realms.tokens(own_address())) as tokens:
         daemon = start_daemon({realms.host: realms.login()}, "--default-ns", realms.host)
         assert fetch(_url(daemon, "1")).status == 403
@@ -147,7 +147,7 @@ def test_a_token_is_used_while_it_lasts(realms: Realms, start_daemon: StartDaemo
 
 
 def test_a_token_that_the_registry_believes_no_more(realms: Realms, start_daemon: StartDaemon) -> None:
-    """The service got a new key, and the registry knows."""
+    """The service has a new key, and the registry knows it."""
     other = Authority(realms.folder / "other")
     with realms.tokens() as tokens:
         entries = {realms.host: realms.login(), tokens.host: {}}

@@ -1,4 +1,4 @@
-"""The sections `prune` and `verify` of the configuration file, in a daemon that runs."""
+"""The sections `prune` and `verify` of the configuration file, in a running daemon."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REPOSITORY = "team/app"
 
 @contextmanager
 def cache_with(folder: Path, settings: Mapping[str, object]) -> Iterator[Cache]:
-    """A daemon with these sections."""
+    """Run a daemon with these sections."""
     with ScriptedRegistry() as upstream, daemon_in(folder, upstream, settings=settings) as daemon:
         yield Cache(daemon, upstream)
 
 
 def pulled(cache: Cache, repository: str, image: Image, ago: float = 0.0) -> None:
-    """The image is in the cache, and was pulled so many seconds ago."""
+    """Cache the image, last pulled this many seconds ago."""
     cache.upstream.add(repository, image, "1")
     pull(cache, repository, image)
     if ago:
@@ -35,12 +35,12 @@ def pulled(cache: Cache, repository: str, image: Image, ago: float = 0.0) -> Non
 
 
 def records(cache: Cache) -> set[str]:
-    """Their digests."""
+    """Return the digests of the records."""
     return {f"sha256:{digest}" for digest in contents(cache.daemon.image_path)}
 
 
 def test_what_nobody_pulls_goes_by_itself(tmp_path: Path) -> None:
-    """Not what is kept, and not what was pulled since; what it shares with others stays."""
+    """Kept and recently pulled images stay, with the blobs that they share."""
     base = make_image("upkeep/base", layer_size=100_000)
     old, kept, young = (make_image(name, base=base) for name in ("old", "kept", "young"))
     settings = {"prune": {"unused_for": "30m", "keep": ["team/kept:"], "every": "1s"}}
@@ -58,7 +58,7 @@ def test_what_nobody_pulls_goes_by_itself(tmp_path: Path) -> None:
 
 
 def test_the_store_is_kept_below_its_largest_size(tmp_path: Path) -> None:
-    """What was pulled least recently goes first, down to 90 %, and no more than that."""
+    """The least recently pulled go first, down to 90 %, and no more."""
     images = [plain_image(f"largest/{number}", MIB) for number in range(7)]
     settings = {"prune": {"max_size": "5MiB", "keep": ["team/0:"], "every": "1s"}}
     with ScriptedRegistry() as upstream:
@@ -76,7 +76,7 @@ def test_the_store_is_kept_below_its_largest_size(tmp_path: Path) -> None:
 
 
 def wait_left(cache: Cache, images: list[Image]) -> None:
-    """Return when these are what is left, blobs included."""
+    """Return when exactly these images remain, blobs included."""
     left = {image.manifest.digest for image in images}
     wait_until(lambda: records(cache) == left, SOON, f"{left} are left")
     blobs = {blob.digest[7:] for image in images for blob in image.blobs}
@@ -85,7 +85,7 @@ def wait_left(cache: Cache, images: list[Image]) -> None:
 
 
 def test_what_is_damaged_is_found_and_comes_anew(tmp_path: Path) -> None:
-    """While everything is hashed again, and again, clients get what is right."""
+    """During continuous verification clients receive correct content."""
     index, image = make_index("damaged", layer_size=50_000), make_image("record")
     with cache_with(tmp_path, {"verify": {"every": "1s", "max_rate": "20MB"}}) as cache:
         cache.upstream.add(REPOSITORY, index, "list")
@@ -108,6 +108,6 @@ def test_what_is_damaged_is_found_and_comes_anew(tmp_path: Path) -> None:
         cache.upstream.close()
         served(cache.daemon, cache.upstream.host, REPOSITORY, "list", index)
         served(cache.daemon, cache.upstream.host, "team/record", "1", image)
-        # It ends with a clean bill.
+        # The last run finds nothing.
         since = cache.log_size
         wait_until(lambda: ": 0 are damaged" in cache.daemon.log[since:], SOON, "nothing is damaged")

@@ -1,4 +1,4 @@
-"""What an upstream may do to us before its answer has begun: refusals, failures, silence, and garbage."""
+"""Failures of an upstream before its answer has begun: refusals, errors, silence, and malformed answers."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def gone() -> ScriptedRegistry:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, gone: ScriptedRegistry) -> Iterator[Cache]:
-    """One for all tests here."""
+    """One cache for all tests of this file."""
     with cache_in(tmp_path_factory.mktemp("failures"), gone, named=[NO_SERVER]) as cache:
         yield cache
 
 
 @pytest.fixture
 def blob(repository: str, image: Image) -> str:
-    """The path of its layer."""
+    """The path of the image's layer."""
     return f"{repository}/blobs/{image.blobs[1].digest}"
 
 
 @pytest.fixture
 def manifests(repository: str, image: Image) -> tuple[str, str]:
-    """The paths of its manifest: by tag and by digest."""
+    """The paths of the image's manifest: by tag and by digest."""
     return f"{repository}/manifests/1", f"{repository}/manifests/{image.manifest.digest}"
 
 
 NO_SERVER = "127.0.0.1:1"
-"""Named in the configuration, or it would be 403."""
+"""Named in the configuration, because otherwise the answer would be 403."""
 BASIC = ("WWW-Authenticate", 'Basic realm="not for clients"')
 BEARER = ("WWW-Authenticate", 'Bearer realm="http://127.0.0.1:1/token",service="s",scope="repository:x:pull"')
 
@@ -79,7 +79,7 @@ def test_what_the_upstream_does_not_have_or_show(
                 cache.refused(manifest, 404, "MANIFEST_UNKNOWN", method)
             cache.refused(blob, 404, "BLOB_UNKNOWN", method)
         cache.refused(f"{repository}/tags/list", 404, "NAME_UNKNOWN")
-    # It is not held against the upstream.
+    # These do not open the upstream's circuit breaker.
     assert cache.ask(manifests[0]).status == 200
     assert cache.ask(blob).status == 200
 
@@ -99,7 +99,7 @@ def test_a_realm_that_is_not_there(cache: Cache, repository: str, blob: str, man
 
 
 def assert_unavailable(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
-    """Whatever is asked for in this repository: 503."""
+    """Assert that every request for this repository gets 503."""
     for method in ("GET", "HEAD"):
         for path in (*manifests, blob, f"{repository}/tags/list"):
             cache.refused(path, 503, "UNAVAILABLE", method)
@@ -152,7 +152,7 @@ SIGNED = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 
 
 def json_reply(body: object, media_type: str) -> Reply:
-    """A manifest that says this."""
+    """Return an answer with this JSON."""
     return Reply(200, json.dumps(body).encode(), (("Content-Type", media_type),))
 
 
@@ -176,7 +176,7 @@ GARBAGE = {
     "too_large": json_reply({"schemaVersion": 2, "x": "x" * (9 << 20)}, OCI_MANIFEST),
 }
 ONLY_TAGS_BELIEVE = {"another_digest", "no_digest"}
-"""What is asked for by digest needs no header to tell which it is."""
+"""Wrong only for tags: a request by digest needs no header."""
 
 
 @pytest.mark.parametrize("name", GARBAGE)
@@ -197,7 +197,7 @@ def test_garbage_in_place_of_a_manifest(
 def test_an_encoding_that_nobody_asked_for(
     cache: Cache, repository: str, image: Image, blob: str, manifests: tuple[str, str], known: bool
 ) -> None:
-    """What a digest names is the bytes as they are; and clients would decode, or resume in the middle."""
+    """A digest covers the bytes as sent; and clients would decode, or resume in the middle."""
     layer = image.blobs[1]
     encoded = (("Content-Encoding", "gzip"),)
     if known:
@@ -223,7 +223,7 @@ def test_a_captive_portal_in_place_of_a_blob(
     before = cache.files
     with cache.scripted(f"/v2/{repository}/*", PORTAL):
         cache.refused(blob, 503, "UNAVAILABLE")
-        # A client takes the length for the blob's.
+        # Clients take the length for the blob's.
         cache.refused(blob, 503, "UNAVAILABLE", "HEAD")
     assert cache.files == before
     assert cache.ask(blob).status == 200
@@ -237,9 +237,9 @@ def test_garbage_in_place_of_a_list(cache: Cache, repository: str, manifests: tu
 
 
 def test_an_upstream_that_says_nothing(cache: Cache, repository: str) -> None:
-    """The clients are told in time, each object is asked for once, and the clients' retries find it.
+    """Clients are answered in time, each object is requested once, and the clients' retries get it.
 
-    The one test that takes long: as long as clients are patient.
+    The one slow test: as slow as clients are patient.
     """
     silent, stalling = f"{repository}/silent", f"{repository}/stalling"
     one, two = plain_image(f"{repository}/1", SIZE), plain_image(f"{repository}/2", SIZE)
@@ -251,7 +251,7 @@ def test_an_upstream_that_says_nothing(cache: Cache, repository: str) -> None:
         f"{silent}/manifests/{two.manifest.digest}": two.manifest.data,
         f"{silent}/blobs/{one.blobs[1].digest}": one.blobs[1].data,
         f"{stalling}/manifests/1": one.manifest.data,
-        f"{stalling}/blobs/{two.blobs[1].digest}": two.blobs[1].data,  # of which nobody tells the size
+        f"{stalling}/blobs/{two.blobs[1].digest}": two.blobs[1].data,  # a blob of unknown size
     }
     lists = [f"{silent}/tags/list", f"{silent}/referrers/{one.manifest.digest}", f"{stalling}/tags/list"]
 
@@ -273,5 +273,5 @@ def test_an_upstream_that_says_nothing(cache: Cache, repository: str) -> None:
     assert all(cache.upstream.host in line.partition(" UNAVAILABLE: ")[2] for line in errors)
     for path, content in kept.items():
         assert cache.ask(path).body == content
-        # A connection over which no more comes is dropped, one that has not answered yet is waited for.
+        # A connection that has stalled is dropped, one without an answer yet is awaited.
         assert cache.sent(path) == 1 or path.startswith(stalling)

@@ -1,4 +1,4 @@
-"""Certificates of real registries beyond the matrix: names, chains, and those that no authority vouches for."""
+"""Certificates of real registries beyond the matrix: names, chains, and untrusted issuers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ IMAGE = make_image("identity", layers=1)
 
 @pytest.fixture
 def storage(registry: DockerRegistry) -> Path:
-    """Where a registry keeps an image."""
+    """The storage of a registry with an image."""
     registry.push("team/app", IMAGE, "1")
     return registry.storage
 
 
 @dataclass(frozen=True)
 class Pulling:
-    """Pulls from a registry on 127.0.0.1 that shows a certificate, as `localhost`, or by its address."""
+    """Pulls from a registry on 127.0.0.1 that presents a certificate, as `localhost`, or by its address."""
 
     storage: Path
     start_daemon: StartDaemon
@@ -40,7 +40,7 @@ class Pulling:
     folder: Path
 
     def succeeds(self, tls: ServerTls, entry: Mapping[str, object], host: str = "localhost") -> None:
-        """skopeo gets the image with `entry` as the registry's configuration."""
+        """Assert that skopeo gets the image with `entry` as the registry's configuration."""
         with self._daemon(tls, entry, host) as (daemon, _):
             self.skopeo(f"{daemon.host}/team/app:1", f"dir:{self.folder}/copy")
             assert error_lines(daemon, 0) == []
@@ -48,7 +48,7 @@ class Pulling:
         assert copied > {IMAGE.manifest.digest, *(blob.digest for blob in IMAGE.blobs)}
 
     def fails(self, tls: ServerTls, entry: Mapping[str, object], why: str, host: str = "localhost") -> None:
-        """The client gets 503, and the one error in the log says which upstream and `why`."""
+        """Assert that the client gets 503, and that the only error line names the upstream and `why`."""
         with self._daemon(tls, entry, host) as (daemon, upstream):
             assert_error(fetch(f"{daemon.url}/v2/team/app/manifests/1"), 503, "UNAVAILABLE")
             (line,) = error_lines(daemon, 0)
@@ -65,13 +65,13 @@ class Pulling:
 
 @pytest.fixture
 def pulling(storage: Path, start_daemon: StartDaemon, skopeo: Skopeo, tmp_path: Path) -> Pulling:
-    """From a registry that has `IMAGE`."""
+    """Pulls from a registry with `IMAGE`."""
     return Pulling(storage, start_daemon, skopeo, tmp_path)
 
 
 @pytest.fixture
 def authority(tmp_path: Path) -> Authority:
-    """Not known to the operating system."""
+    """An authority unknown to the operating system."""
     return Authority(tmp_path / "authority")
 
 
@@ -105,7 +105,7 @@ def test_an_authority_that_is_no_root_can_be_trusted(pulling: Pulling, authority
 
 
 def test_a_way_to_the_root_that_is_not_shown(pulling: Pulling, authority: Authority) -> None:
-    """A common mistake: the server has its own certificate alone."""
+    """A common mistake: the server presents its own certificate alone."""
     between = Authority(authority.ca.parent, "authority between", authority)
     certificate, key = between.issue("localhost")
     end = "-----END CERTIFICATE-----\n"
@@ -120,7 +120,7 @@ def test_the_operating_system_knows_no_private_authority(pulling: Pulling, autho
 
 
 def test_a_certificate_that_nobody_else_signed(pulling: Pulling, tmp_path: Path) -> None:
-    """What appliances come with."""
+    """As appliances have by default."""
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.fails(tls, {"scheme": "https"}, "the certificate of CN=localhost is refused: it is self-signed")
 

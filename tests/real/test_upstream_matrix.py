@@ -1,4 +1,4 @@
-"""Upstreams of every kind, real ones: skopeo pulls through the daemon, or is told why not, and the log says more."""
+"""Real upstreams of every kind: skopeo pulls through the daemon, or gets an error that the log explains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAMPLE = [cell for cell in CELLS if cell.sampled]
 
 @pytest.fixture(scope="module")
 def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
-    """One for all tests here."""
+    """One matrix for all tests of this file."""
     for program in ("docker-registry", "nginx"):
         if package := missing_package(program):
             pytest.fail(f"a peer is missing: apt-get install {package}", pytrace=False)
@@ -56,7 +56,7 @@ _SKOPEO_SAYS = {404: "manifest unknown|401", 503: "503"}
 
 
 def _assert_pulled(upstream: Upstream, skopeo: Skopeo, copy: Path) -> None:
-    """skopeo gets the whole image, of which each blob came once, with one token for all."""
+    """Assert that skopeo gets the whole image, each blob fetched once, with one token for all."""
     skopeo(upstream.ref, f"dir:{copy}")
     copied = {digest_of(file.read_bytes()) for file in copy.iterdir() if file.name != "version"}
     blobs = [blob.digest for blob in upstream.image.blobs]
@@ -68,7 +68,7 @@ def _assert_pulled(upstream: Upstream, skopeo: Skopeo, copy: Path) -> None:
 
 
 def _assert_refused(cell: Cell, upstream: Upstream) -> None:
-    """The client gets the right error, and one line of the log says which upstream and why."""
+    """Assert that the client gets the right error, and that one log line names the upstream and the reason."""
     daemon, since = upstream.daemon, len(upstream.daemon.log)
     status, code = cell.outcome
     assert_error(fetch(upstream.url), status, code)
@@ -81,12 +81,12 @@ def _assert_refused(cell: Cell, upstream: Upstream) -> None:
     elif status == 404:
         assert "401" in told
     else:
-        # docker-registry ends the handshake, nginx first wants to read the request.
+        # docker-registry ends the handshake, nginx first reads the request.
         assert ("TLS failed: " if cell.front == "docker_registry" else "400") in told
 
 
 def _assert_nothing_told(cell: Cell, upstream: Upstream) -> None:
-    """Nobody gets a request or a password before it is known who that is."""
+    """Assert that an unidentified server received no request and no password."""
     if cell.outcome[0] == 503:
         assert upstream.registry.requests == ()
     if upstream.tokens and cell.refuses:

@@ -1,5 +1,4 @@
-"""Where a client may lead the daemon by `ns`, and an upstream by a redirect or a token realm: in a network where a
-registry answers at every address that they must not reach."""
+"""Addresses that `ns`, redirects and token realms may not reach, in a network where a registry answers at each."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from tests.upstream_auth import Tokens
 from tests.upstream_rules import Redirect
 
 PUBLIC, OTHER_PUBLIC = "198.51.100.7", "198.51.100.8"
-"""Addresses for documentation, which lead nowhere but in a namespace."""
+"""Addresses for documentation, routed only inside the namespace."""
 METADATA = "169.254.169.254"
 PORTS = (80, 443, 5000)
 HOSTS = f"""\
@@ -90,26 +89,26 @@ class Place:
         return registry
 
     def at(self, address: str, port: int) -> ScriptedRegistry:
-        """The registry there."""
+        """Return the registry there."""
         return next(one for one in self.inside if one.host == f"{address}:{port}")
 
     def daemon(self, registries: Mapping[str, object], *options: str) -> Daemon:
-        """A daemon with these upstreams in its configuration, until the end of the test."""
+        """Start a daemon with these upstreams in its configuration, until the end of the test."""
         daemon = NamespacedDaemon(self.namespace, self.folder, registries, *options, port=DAEMON_PORT)
-        # `ip netns exec` makes a mount namespace for what it runs.
+        # `ip netns exec` makes a mount namespace for its process.
         hosts = f"mount --bind {self.folder}/hosts /etc/hosts"
         start = len(self.namespace.argv([]))
         daemon.argv[start:start] = ["sh", "-euc", f'{hosts}; exec "$@"', "sh"]
         return self._stack.enter_context(daemon)
 
     def ask(self, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> Response:
-        """The daemon's answer."""
+        """Send a request to the daemon."""
         url = f"{daemon.url}/v2/{path}?ns={quote(ns, safe='')}"
         return self.namespace.call(lambda: fetch(url))
 
     @property
     def touched(self) -> dict[str, int]:
-        """How many connections the registries have got that only the operator may lead to."""
+        """Return how many connections the registries at forbidden addresses have received."""
         return {one.host: one.connections for one in self.inside if one.connections}
 
 
@@ -121,7 +120,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def refused(place: Place, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> None:
-    """403 with the reason, one line in the log, and nobody was asked."""
+    """Assert a 403 with the reason, one line in the log, and no connection to a forbidden address."""
     since = len(daemon.log)
     answer = place.ask(daemon, ns, path)
     assert_error(answer, 403, "DENIED")
@@ -175,13 +174,13 @@ def test_what_the_operator_named_works(place: Place, ns: str, address: str) -> N
 
 
 def pulled(place: Place, daemon: Daemon, image: Image) -> None:
-    """The whole image comes from the public registry, wherever that leads."""
+    """Assert that the whole image comes from the public registry through its redirects."""
     for path in ("manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)):
         assert place.ask(daemon, f"{PUBLIC}:5000", f"team/app/{path}").status == 200
 
 
 def test_where_a_named_upstream_leads_may_be_named_too(place: Place) -> None:
-    """The token service by `realm` or by an entry of its own, the storage by an entry."""
+    """The token service by `realm` or by an entry, the storage by an entry."""
     tokens = Tokens("http://inside.example/token")
     daemon = place.daemon(
         {
@@ -197,7 +196,7 @@ def test_where_a_named_upstream_leads_may_be_named_too(place: Place) -> None:
 
 
 def test_allowed_upstreams_restrict_further(place: Place) -> None:
-    """An upstream that is not allowed is not even looked up; one that is allowed may still not lead inside."""
+    """A disallowed upstream is not even looked up; an allowed one still may not lead inside."""
     daemon = place.daemon({f"{PUBLIC}:5000": "http"}, "--allow-upstreams", f"{PUBLIC}:*,inside.*")
     assert place.ask(daemon, f"{PUBLIC}:5000").status == 200
     answer = place.ask(daemon, f"{OTHER_PUBLIC}:5000")

@@ -1,4 +1,4 @@
-"""After one pull the cache holds the whole image, whatever the client had already; and not more than that."""
+"""After one pull the cache holds the whole image, also layers that the client had already, and no more."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from tests.real.scripted import (
 from tests.upstream_rules import Drip, Hold, Reply
 
 DECIDED = 120.0
-"""Seconds in which it is decided which platform of an index is completed; it takes 30 after the last request."""
+"""Seconds within which the platform of an index to complete is decided; it takes 30 after the last request."""
 STANDS = 5.0
-"""Seconds after which a download stands still that is told to: what is in the kernel's hands has come."""
+"""Seconds after which a paused download stands still: the bytes in the kernel have arrived."""
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """A daemon and its scripted upstream for most tests; each takes a `repository` of its own."""
+    """A daemon and its scripted upstream for most tests; each uses a separate `repository`."""
     with completing_in(tmp_path_factory.mktemp("cache")) as cache:
         yield cache
 
 
 @pytest.fixture
 def own_cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own, which looks at everything that it does."""
+    """A cache for this test alone, whose every activity is checked."""
     with completing_in(tmp_path) as cache:
         yield cache
 
 
 def asked_for(cache: Cache, repository: str, what: Image | Index) -> int:
-    """How many requests for its blobs the upstream got."""
+    """Count the upstream's requests for its blobs."""
     return sum(cache.sent(path) for path in blob_paths(repository, what))
 
 
 def completed_another(cache: Cache, repository: str, refused: tuple[int, int] = (0, 0)) -> None:
-    """Let the daemon complete one more image: whatever it wanted before, it has begun with by then."""
+    """Complete another image: what was pending before has been started by then."""
     another = plain_image(f"{repository}, after it", 100)
     cache.upstream.add(f"{repository}/after", another, "1")
     assert cache.ask(f"{repository}/after/manifests/1").status == 200
@@ -57,7 +57,7 @@ def completed_another(cache: Cache, repository: str, refused: tuple[int, int] = 
 def test_what_containerd_has_already_comes_too(
     registry: DockerRegistry, start_daemon: Callable[..., Daemon], containerd: Containerd, tmp_path: Path
 ) -> None:
-    """It has two of five layers, and asks for three; one that has none gets all five with the registry gone."""
+    """containerd has two of five layers, and requests three; another one gets all five without the registry."""
     base = make_image("whole/base", layers=2)
     image = make_image("whole", layers=3, base=base)
     registry.push("team/base", base, "1")
@@ -81,7 +81,7 @@ def test_what_containerd_has_already_comes_too(
 
 
 def test_a_layer_brings_the_image_of_a_platform(cache: Cache, repository: str, index: Index) -> None:
-    """The blobs of that one, the smallest first, and each once; of the other its manifest and its config."""
+    """The blobs of that platform, the smallest first, each once; of the other its manifest and its config."""
     wanted, other = index.images
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
     path = f"{repository}/manifests/{wanted.manifest.digest}"
@@ -97,14 +97,14 @@ def test_a_layer_brings_the_image_of_a_platform(cache: Cache, repository: str, i
         blob.digest for blob in by_size
     ]
     assert cache.sent(f"{repository}/manifests/{other.manifest.digest}") == 1
-    # Nobody asks for the image again once it is whole.
+    # The image is not requested again once it is complete.
     assert cache.ask(path).body == wanted.manifest.data
     completed_another(cache, repository)
     assert asked_for(cache, repository, index) == len(got)
 
 
 def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, repository: str, index: Index) -> None:
-    """After 30 s, where no layer was; until then the image is pending, and that is noted on disk."""
+    """After 30 s without a request for a layer; until then the image is pending, which is noted on disk."""
     _, wanted = index.images
     other = index.images[0]
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
@@ -118,7 +118,7 @@ def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, rep
 
 
 def test_neither_a_list_nor_a_head_brings_a_layer(cache: Cache, repository: str, image: Image, index: Index) -> None:
-    """Of a list come the manifests and configs of all platforms."""
+    """Of an index the manifests and configs of all platforms are fetched."""
     assert cache.ask(f"{repository}/manifests/list").status == 200
     assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
     assert cache.ask(f"{repository}/manifests/{index.images[0].manifest.digest}", "HEAD").status == 200
@@ -130,7 +130,7 @@ def test_neither_a_list_nor_a_head_brings_a_layer(cache: Cache, repository: str,
 
 
 def test_a_hit_completes_an_image_too(cache: Cache, repository: str, image: Image) -> None:
-    """One that only a HEAD had brought, or that lost a blob."""
+    """An image fetched only by HEAD, or one that lost a blob."""
     assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
     assert cache.ask(f"{repository}/manifests/1").status == 200
     wait_complete(cache.daemon, image.blobs)
@@ -156,7 +156,7 @@ def test_blobs_with_urls_of_their_own_are_not_fetched(cache: Cache, repository: 
 
 
 def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
-    """What is missing is told all the same, also by the next process."""
+    """Missing blobs are still counted, also by the next process."""
     image = plain_image("incomplete", 5000)
     with completing_in(tmp_path, "--no-complete-images") as cache:
         cache.upstream.add("team/app", image, "1")
@@ -176,7 +176,7 @@ def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
 
 
 def test_an_upstream_that_lacks_a_blob(own_cache: Cache, repository: str) -> None:
-    """The image stays incomplete, with one warning, and the upstream is not asked again and again."""
+    """The image stays incomplete, with one warning, and the upstream is not asked repeatedly."""
     cache, image = own_cache, plain_image("lacking", 5000)
     cache.upstream.add(repository, image, "1")
     cache.upstream.script(f"*/{image.config.digest}", Reply(404))
@@ -192,7 +192,7 @@ def test_an_upstream_that_lacks_a_blob(own_cache: Cache, repository: str) -> Non
 
 
 def test_clients_go_first(own_cache: Cache) -> None:
-    """While the blob that a client waits for comes, the one that nobody has asked for stands still."""
+    """While a client's blob is downloaded, the background download stands still."""
     cache = own_cache
     image, wanted = plain_image("behind", 64 * MIB), plain_image("before", 4 * MIB)
     layer, blob = image.layers[0], wanted.layers[0]
@@ -221,7 +221,7 @@ def test_clients_go_first(own_cache: Cache) -> None:
 
 
 def standing(count: Callable[[], int]) -> int:
-    """What `count` gives, as soon as it has been the same for a second."""
+    """Return the value of `count` once it has been constant for a second."""
     counts: list[int] = []
 
     def stands() -> bool:
@@ -233,7 +233,7 @@ def standing(count: Callable[[], int]) -> int:
 
 
 def test_a_client_brings_forward_what_comes_in_the_background(own_cache: Cache) -> None:
-    """It does not wait behind another client for the blob that nobody wanted a moment ago."""
+    """The client does not wait behind another one because the blob's download began in the background."""
     cache = own_cache
     image, wanted = plain_image("joined", 32 * MIB), plain_image("beside", 4 * MIB)
     layer, blob = image.layers[0], wanted.layers[0]
@@ -252,7 +252,7 @@ def test_a_client_brings_forward_what_comes_in_the_background(own_cache: Cache) 
 
 
 def test_one_image_does_not_wait_for_another_to_be_retried(own_cache: Cache) -> None:
-    """What is wished for while another image is being completed comes right after it."""
+    """An image that becomes pending during another one's completion is completed right after it."""
     cache = own_cache
     first, second = plain_image("first", 5000), plain_image("second", 5000)
     cache.upstream.add("team/first", first, "1")
@@ -267,7 +267,7 @@ def test_one_image_does_not_wait_for_another_to_be_retried(own_cache: Cache) -> 
 
 
 def test_clients_go_first_for_the_only_connection(tmp_path: Path) -> None:
-    """With as few connections as a thin link may be given, the one that is used in the background is theirs."""
+    """Background work uses the same connection, and clients take precedence."""
     image, wanted = plain_image("slow", 10 * MIB), plain_image("wanted", 500_000)
     with completing_in(tmp_path, "--max-connections", "1") as cache:
         cache.upstream.add("team/slow", image, "1")

@@ -1,4 +1,4 @@
-"""Whole images where there are several upstreams, or several daemons."""
+"""Completion of images with several upstreams, or several daemons."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 
 AT_ONCE = 5.0
-"""Seconds: less than the 8 for which a mirror is waited for."""
+"""Seconds, less than the 8 for which the daemon waits for a mirror."""
 
 
 def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegistry, tmp_path: Path) -> None:
-    """What broke off there is taken up in time; meanwhile the images of others are completed."""
+    """Its broken download is resumed later; meanwhile images of other upstreams are completed."""
     dead, image = plain_image("dead", MIB), plain_image("alive", 5000)
     (layer,) = dead.layers
     upstream.add("team/app", dead, "1")
@@ -36,7 +36,7 @@ def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegist
 
 
 def test_daemons_in_a_chain_complete_the_image_once(upstream: ScriptedRegistry, tmp_path: Path) -> None:
-    """The one at the edge asks for all, so the one behind it has all; the upstream sees one request for each."""
+    """The daemon at the edge requests everything from the one behind it; the upstream sees each request once."""
     image = make_image("chain of whole images", layers=3)
     upstream.add("team/app", image, "1")
     with (
@@ -50,7 +50,7 @@ def test_daemons_in_a_chain_complete_the_image_once(upstream: ScriptedRegistry, 
 
 
 def test_two_that_mirror_each_other_complete_the_image(upstream: ScriptedRegistry, tmp_path: Path) -> None:
-    """The one that a client asked asks the other, which has nothing: neither waits for the other."""
+    """The daemon that a client asked asks the other, which has nothing: neither waits for the other."""
     image = make_image("a pair and a whole image", layers=3)
     upstream.add("team/app", image, "1")
     ports = [free_port(), free_port()]
@@ -68,11 +68,11 @@ def test_two_that_mirror_each_other_complete_the_image(upstream: ScriptedRegistr
 
 
 def mirrored(upstream: ScriptedRegistry, mirror: str) -> dict[str, dict[str, object]]:
-    """The upstream with a mirror."""
+    """Return the upstream's entry with a mirror."""
     return {upstream.host: {"scheme": "http", "mirrors": [mirror]}}
 
 
 def asked_once(upstream: ScriptedRegistry, image: Image) -> None:
-    """For the manifest and for each blob."""
+    """Assert one request for the manifest and for each blob."""
     asked = [request.path.rpartition("/")[2] for request in upstream.requests]
     assert sorted(asked) == sorted(["1", *(blob.digest for blob in image.blobs)])

@@ -1,4 +1,4 @@
-"""The wish for a whole image is a file: it outlives the process and the link, but not the image."""
+"""A pending image is a file: it survives the process and an outage, and goes with the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BEGUN = 100_000
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A daemon of the test's own, since it is killed."""
+    """A cache for this test alone, since it is killed."""
     with completing_in(tmp_path) as cache:
         yield cache
 
@@ -33,7 +33,7 @@ def image(cache: Cache) -> Image:
 
 
 def begin(cache: Cache, image: Image, hold: Hold) -> None:
-    """Pull the manifest alone; return when a part of the layer is here, of its own accord."""
+    """Pull the manifest alone; return when completion has fetched a part of the layer."""
     assert cache.ask("team/wish/manifests/1").body == image.manifest.data
     assert hold.reached.wait(SOON)
     partial = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
@@ -41,7 +41,7 @@ def begin(cache: Cache, image: Image, hold: Hold) -> None:
 
 
 def complete_another(cache: Cache, name: str) -> Image:
-    """A pull of another image, which makes the daemon look at all that it has not completed."""
+    """Pull another image, which makes the daemon check all pending images."""
     another = plain_image(name, 100)
     cache.upstream.add(f"team/{name}", another, "1")
     assert cache.ask(f"team/{name}/manifests/1").status == 200
@@ -50,7 +50,7 @@ def complete_another(cache: Cache, name: str) -> Image:
 
 @pytest.mark.parametrize("number", [0, 7], ids=["its_own", "of_another_process"])
 def test_it_outlives_the_process(cache: Cache, image: Image, number: int) -> None:
-    """`kill -9` in the middle: the next process completes the image without a client, and no byte comes twice."""
+    """`kill -9` in the middle: the next process completes the image without a client, and fetches no byte twice."""
     (layer,) = image.layers
     hold = Hold(BEGUN)
     with cache.scripted(f"*/{layer.digest}", hold):
@@ -79,7 +79,7 @@ def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> 
         assert incomplete(cache.daemon) == (1, size)
         (line,) = lines(cache.daemon, "info", "completing", image.manifest.digest)
         assert f"{len(image.blobs)} blobs with {size} bytes" in line
-        # So does the next process, before it has fetched anything.
+        # The next process reports it too, before it has fetched anything.
         cache.daemon.kill()
         cache.upstream.disconnect()
         hold.reached.clear()
@@ -92,7 +92,7 @@ def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> 
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_an_image_that_is_removed_is_not_completed(cache: Cache, image: Image, restarted: bool) -> None:
-    """Whoever deletes its record does not want it, be the daemon running or not."""
+    """Removing an image's record cancels its completion, whether or not the daemon is running."""
     with cache.scripted("*/team/wish/blobs/*", Reply(500)):
         assert cache.ask("team/wish/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
@@ -111,7 +111,7 @@ def test_an_image_that_is_removed_is_not_completed(cache: Cache, image: Image, r
 
 
 def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> None:
-    """The wish stays, though the upstream had none of the blobs, and the daemon stops meanwhile."""
+    """The image stays pending, although the upstream had none of the blobs, and the daemon is restarted meanwhile."""
     with cache.scripted("*/team/wish/blobs/*", Reply(503)):
         assert cache.ask("team/wish/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
@@ -123,7 +123,7 @@ def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> No
 
 
 def test_what_is_no_pending_is_thrown_away(cache: Cache, image: Image) -> None:
-    """Damaged ones and those of other names do no harm."""
+    """Damaged files, and files with other names, do no harm."""
     cache.daemon.kill()
     folder = cache.daemon.image_path / "pulls" / "0"
     for name in ("0" * 64, "nothing", "../../wish"[6:]):
@@ -135,7 +135,7 @@ def test_what_is_no_pending_is_thrown_away(cache: Cache, image: Image) -> None:
 
 
 def test_a_client_that_pulls_it_all_leaves_no_pending(cache: Cache, image: Image) -> None:
-    """Both fetch each blob together, once."""
+    """The client and completion share the download of each blob."""
     assert cache.ask("team/wish/manifests/1").status == 200
     for blob in image.blobs:
         assert cache.ask(f"team/wish/blobs/{blob.digest}").body == blob.data

@@ -1,4 +1,4 @@
-"""An upstream that sends other bytes than it should: no client gets them as right, the store keeps none of them."""
+"""An upstream that sends wrong bytes: no client receives them as correct, and the store keeps none of them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.upstream_rules import ContentRange, Cut, Declare, Flip, Hold, IgnoreR
 
 SIZE = 3 * MIB
 START = MIB + 12345
-"""Where the second connection takes up what the first has brought: in the midst of what is sent in one piece."""
+"""Where the second connection resumes the first: in the middle of a piece that is sent at once."""
 LAST = SIZE - 1
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cache]:
-    """One for all tests here, some of which kill it and start it again."""
+    """One cache for all tests of this file, some of which kill and restart it."""
     with cache_in(tmp_path_factory.mktemp("wrong")) as cache:
         yield cache
 
@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 
 def publish(cache: Cache, *, known: bool = True) -> tuple[str, Blob]:
-    """The path of a blob that no test has pulled, of a size that is `known` from a manifest, or not; and the blob."""
+    """Publish a new blob, of a size `known` from a manifest or not; return its path and the blob."""
     repository = f"wrong/{next(_numbers)}"
     image: Image = plain_image(repository, SIZE)
     cache.upstream.add(repository, image, "1")
@@ -44,13 +44,13 @@ def publish(cache: Cache, *, known: bool = True) -> tuple[str, Blob]:
 
 
 def asked(cache: Cache, path: str) -> list[str | None]:
-    """The Range of each request for the blob that the upstream got."""
+    """Return the Range of each request for the blob that the upstream received."""
     requests = [request for request in cache.upstream.requests if request.path == f"/v2/{path}"]
     return [request.header("Range") for request in requests]
 
 
 def nothing_wrong_is_left(cache: Cache, layer: Blob) -> None:
-    """No blob has another digest than its name says, and no partial remains."""
+    """Assert that every blob has the digest that its name says, and that no partial remains."""
     wait_until(lambda: not cache.partials, SOON, "no partial is left")
     for path in (cache.daemon.image_path / "blobs").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
@@ -91,17 +91,17 @@ def test_wrong_from_the_start(cache: Cache, name: str, known: bool) -> None:
 TAKEN_UP = f"bytes={START}-"
 PASSED_OVER: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
     "everything": ((IgnoreRange(),), [TAKEN_UP]),
-    # What is here already is not written again: the wrong byte is not looked at.
+    # Received bytes are not written again: the wrong byte is skipped.
     "everything_with_another_beginning": ((Flip(1000), IgnoreRange()), [TAKEN_UP]),
     "everything_in_chunks": ((NoLength(), Flip(START - 1), IgnoreRange()), [TAKEN_UP]),
     "no_total": ((ContentRange(f"bytes {START}-{LAST}/*"),), [TAKEN_UP]),
-    # Asked again, for all of it.
+    # Requested again from the beginning.
     "an_earlier_part": ((ContentRange(f"bytes 0-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
     "a_later_part": ((ContentRange(f"bytes {START + 1}-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
     "a_part_without_a_place": ((ContentRange(None),), [TAKEN_UP, None]),
     "a_part_of_something": ((ContentRange("items 1-2/3"),), [TAKEN_UP, None]),
 }
-"""What an upstream may answer to a Range, with no harm done, and what it is asked for."""
+"""Harmless answers to a Range, and the Range of each request that follows."""
 
 THROWN_AWAY: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
     "first_byte": ((Flip(START),), [TAKEN_UP]),
@@ -116,12 +116,12 @@ THROWN_AWAY: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
     "too_much_in_chunks": ((NoLength(), Resize(1000)), [TAKEN_UP]),
     "no_such_range": ((Reply(416),), [TAKEN_UP]),
 }
-"""What shows, at once or in the end, that these bytes and those from before are not of one blob."""
+"""Answers that show, at once or at the end, that the bytes belong to another blob than the earlier ones."""
 
 
 @pytest.mark.parametrize("name", PASSED_OVER)
 def test_a_broken_download_goes_on(cache: Cache, name: str) -> None:
-    """One client connection, one 200, the right bytes, in the file that the client reads already."""
+    """One client connection, one 200, the correct bytes, in the file that the client is reading."""
     rules, requests = PASSED_OVER[name]
     path, layer = publish(cache)
     cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
@@ -138,7 +138,7 @@ def test_a_broken_download_goes_on(cache: Cache, name: str) -> None:
 
 @pytest.mark.parametrize("name", THROWN_AWAY)
 def test_a_broken_download_goes_on_with_something_else(cache: Cache, name: str) -> None:
-    """The client gets a short answer; one new fetch, into a new file, brings it for the next."""
+    """The client gets a short answer; one new download, into a new file, serves the next client."""
     rules, requests = THROWN_AWAY[name]
     path, layer = publish(cache)
     cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
@@ -155,7 +155,7 @@ def test_a_broken_download_goes_on_with_something_else(cache: Cache, name: str) 
 
 
 def leave_a_partial(cache: Cache, path: str, layer: Blob) -> None:
-    """The daemon is killed when it has `START` bytes, and starts again."""
+    """Kill the daemon when it has `START` bytes, and restart it."""
     hold = Hold(START)
     with cache.scripted(f"*{layer.digest}", hold), cache.opened(path) as answer:
         assert len(answer.read(START)) == START
@@ -177,7 +177,7 @@ def test_what_a_killed_daemon_left_goes_on(cache: Cache, name: str) -> None:
 
 @pytest.mark.parametrize("name", THROWN_AWAY)
 def test_what_a_killed_daemon_left_goes_on_with_something_else(cache: Cache, name: str) -> None:
-    """Where the first answer tells it, the client gets all from the new fetch."""
+    """Where the first answer shows it, the client gets all bytes from the new download."""
     rules, requests = THROWN_AWAY[name]
     told = name in ("another_total", "another_size_whole", "no_such_range")
     path, layer = publish(cache)
@@ -197,7 +197,7 @@ def test_what_a_killed_daemon_left_goes_on_with_something_else(cache: Cache, nam
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_what_was_there_before_the_break_is_wrong(cache: Cache, killed: bool) -> None:
-    """The rest is right; only the digest of all tells."""
+    """The rest is correct; only the digest of the whole shows it."""
     path, layer = publish(cache)
     flip = cache.upstream.script(f"*{layer.digest}", Flip(1000), times=1)
     if killed:
@@ -214,7 +214,7 @@ def test_what_was_there_before_the_break_is_wrong(cache: Cache, killed: bool) ->
 
 
 def test_there_is_one_new_fetch_and_no_more(cache: Cache) -> None:
-    """An upstream that has a wrong blob is not asked for it again and again."""
+    """An upstream with a wrong blob is not asked for it repeatedly."""
     path, layer = publish(cache)
     since = cache.log_size
     with cache.scripted(f"*{layer.digest}", Cut(START), Flip(LAST)):
@@ -229,12 +229,12 @@ def test_there_is_one_new_fetch_and_no_more(cache: Cache) -> None:
 
 
 def test_an_upstream_that_never_gets_beyond_what_is_here(tmp_path: Path) -> None:
-    """It begins anew each time and breaks off at the same place: it is not asked in haste."""
+    """It restarts each time and breaks at the same offset: retries are delayed."""
     with cache_in(tmp_path, "--pull-timeout", "3000") as cache:
         path, layer = publish(cache)
         with cache.scripted(f"*{layer.digest}", IgnoreRange(), Cut(START)):
             with cache.opened(path) as answer:
                 assert digest_of(short_body(answer)) == digest_of(layer.data[:START])
-            # At once, then after half a second, one, two; less some jitter.
+            # At once, then after half a second, one, two; minus some jitter.
             assert len(asked(cache, path)) <= 10
         assert digest_of(cache.ask(path).body) == layer.digest

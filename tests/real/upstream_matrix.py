@@ -1,4 +1,4 @@
-"""The kinds of upstreams: how they prove who they are, and whom they let in."""
+"""The kinds of upstreams: how they authenticate themselves, and their clients."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OUR_TRUST = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of upstream, and how the daemon is configured for it."""
+    """One kind of upstream, and the daemon's configuration for it."""
 
     front: str
     scheme: str
@@ -46,19 +46,19 @@ class Cell:
     trust: str = ""
     client: str = ""
     login: str = ""
-    """Empty: the right one, where one is wanted."""
+    """Empty: the correct credentials, where any are required."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.front, self.scheme, self.auth, self.trust, self.client, self.login)))
 
     @property
     def refuses(self) -> str | None:
-        """Why the daemon is to refuse the upstream's certificate, None when it is good."""
+        """Why the daemon must refuse the upstream's certificate, None when it is good."""
         return _OUR_TRUST.get(self.trust)
 
     @property
     def demands_client(self) -> bool:
-        """Does it want to see a client certificate?"""
+        """Whether it demands a client certificate."""
         return self.client not in ("", "any_client")
 
     @property
@@ -70,9 +70,9 @@ class Cell:
 
     @property
     def sampled(self) -> bool:
-        """Is it one of the sample in which any two values of two axes meet, and not only behind a refusal?
+        """Whether it is in the sample, where any two values of two axes meet, and not only behind a refusal.
 
-        A Latin square: the good certificates stand at all three remainders of 3.
+        A Latin square: the good certificates are at all three remainders of 3.
         """
         if self.login or self.scheme == "http":
             return self.front == "docker_registry"
@@ -95,34 +95,34 @@ CELLS = (
 
 @dataclass(frozen=True)
 class Upstream:
-    """An upstream of a kind that serves an image, and the daemon that knows it."""
+    """An upstream of this kind that serves an image, and a daemon that has its configuration."""
 
     name: str
     certificate: str
     """The common name of its certificate."""
     repository: str
     image: Image
-    """What it has there, by the tag 1."""
+    """Its image, by the tag 1."""
     daemon: Daemon
     registry: DockerRegistry
     tokens: TokenService | None
 
     @property
     def ref(self) -> str:
-        """What skopeo calls the image at the daemon."""
+        """skopeo's name of the image at the daemon."""
         return f"{self.daemon.host}/{self.name}/{self.repository}:1"
 
     @property
     def url(self) -> str:
-        """The URL of its manifest at the daemon."""
+        """The URL of the image's manifest at the daemon."""
         return f"{self.daemon.url}/v2/{self.name}/{self.repository}/manifests/1"
 
 
 class Matrix:
-    """Upstreams of all kinds, each at an address of its own when it is asked for, and a daemon that knows them all.
+    """Upstreams of all kinds, each started on demand at a separate address, and a daemon configured for them all.
 
-    There are two daemons: what concerns the operating system's trust store is put before one that has the upstreams'
-    authority in it.
+    There are two daemons: requests that concern the operating system's trust store go to one whose trust store
+    contains the upstreams' authority.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -155,7 +155,7 @@ class Matrix:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop them; none may have logged a failure that nobody handled, nor a password."""
+        """Stop the daemons; none may have logged an unhandled failure, or a password."""
         self._stack.close()
         for daemon in self._daemons.values():
             for never in ("Traceback (most recent call last)", "unhandled error", *_secrets()):
@@ -163,7 +163,7 @@ class Matrix:
 
     @contextmanager
     def upstream(self, cell: Cell) -> Iterator[Upstream]:
-        """An upstream of this kind that serves an image which nobody has pulled, until the block ends."""
+        """Run an upstream of this kind, with an image not pulled yet, until the block ends."""
         number = next(self._numbers)
         folder = self._folder / f"{number}-{cell}"
         image, repository = make_image(folder, layers=1), f"team/app-{number}"
@@ -186,7 +186,7 @@ class Matrix:
         if cell.front == "docker_registry" or tls is None:
             registry = SecureRegistry(folder, storage, address, tls=tls, htpasswd=htpasswd, tokens=settings)
             return stack.enter_context(registry)
-        # It stands at the same address, open, and in plain HTTP, which is to tempt nobody.
+        # At the same address, open, and in plain HTTP: no client may fall back to it.
         registry = stack.enter_context(SecureRegistry(folder, storage, address, tokens=settings))
         stack.enter_context(Nginx(folder / "nginx", registry.url, address, tls=tls, htpasswd=htpasswd))
         return registry
@@ -197,13 +197,16 @@ class Matrix:
         return ServerTls(*pair, self._clients.ca if cell.demands_client else None)
 
     def _token_service(self, address: str, tls: ServerTls | None) -> TokenService:
-        """One beside the registry. It refuses who shows a client certificate, which is for the registry alone."""
+        """Make a token service beside the registry.
+
+        It refuses client certificates, which are for the registry alone.
+        """
         context = tls.context_against_clients() if tls else None
         users = {USER: PASSWORD}
         return TokenService(self._clients, users, tls=context, address=address, port=TOKEN_PORT)
 
     def _entries(self, *, trusting: bool) -> dict[str, dict[str, object]]:
-        """The configuration of a daemon: the upstreams and their token services, which are to be named too."""
+        """Return a daemon's configuration: the upstreams and their token services, which must be named too."""
         entries: dict[str, dict[str, object]] = {}
         for cell, address in self._addresses.items():
             if _concerns_trust_store(cell) == trusting:
@@ -229,11 +232,11 @@ class Matrix:
 
 
 def _secrets() -> list[str]:
-    """The passwords, plain and as they go over the wire."""
+    """Return the passwords, plain and as sent over the wire."""
     passwords = (PASSWORD, PASSWORD[::-1])
     return [*passwords, *(base64.b64encode(f"{USER}:{one}".encode()).decode() for one in passwords)]
 
 
 def _concerns_trust_store(cell: Cell) -> bool:
-    """Is the upstream's authority in the operating system's trust store? A `ca` stands in place of that."""
+    """Whether the upstream's authority is in the operating system's trust store. A `ca` replaces that."""
     return cell.trust in ("os_store", "wrong_ca")
