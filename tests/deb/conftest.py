@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deb.installation import UPSTREAM, Installation
 from tests.deb.machine import Machine
-from tests.deb.scene import UPSTREAM, Scene
 from tests.processes import ROOT
 
 SUITES = ("bookworm", "trixie")
@@ -31,8 +31,8 @@ def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def scene(machine: Machine, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def installation(machine: Machine, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The machine with an upstream beside it, and the package, fresh from its installation."""
-    scene = Scene(machine, package, tmp_path_factory.mktemp(UPSTREAM))
-    scene.set_up()
-    return scene
+    installation = Installation(machine, package, tmp_path_factory.mktemp(UPSTREAM))
+    installation.set_up()
+    return installation

@@ -43,7 +43,7 @@ _OTHERS = (
 )
 
 
-class Scene:
+class Installation:
     """A machine from before the installation until after the purge."""
 
     def __init__(self, machine: Machine, package: Path, folder: Path) -> None:

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ociregistry prune --d", {"--default-ns", "--dry-run"}),
     ],
 )
-def test_zsh_offers_what_fits(folder: Path, typed: str, offered: set[str]) -> None:
+def test_zsh_completion_offers_matching_words(folder: Path, typed: str, offered: set[str]) -> None:
     shown = run(["zsh", "-f", "-c", _TYPE, "zsh", str(folder), typed]).stdout
     words = set(_CONTROL.sub(" ", shown).split())
     assert offered <= words, shown

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from ociregistry import __version__
-from tests.deb.scene import CONFIG, DAEMON, LOADED, MANIFEST, REFERENCE, STORE, UPSTREAM, Scene
+from tests.deb.installation import CONFIG, DAEMON, LOADED, MANIFEST, REFERENCE, STORE, UPSTREAM, Installation
 from tests.processes import ROOT, wait_until
 
 _SOON = 20
@@ -38,79 +38,81 @@ with concurrent.futures.ThreadPoolExecutor(40) as pool:
 
 
 @pytest.fixture(autouse=True)
-def told_by_the_unit(scene: Scene, request: pytest.FixtureRequest) -> Iterator[None]:
+def journal_in_failure_report(installation: Installation, request: pytest.FixtureRequest) -> Iterator[None]:
     """Add the unit's log to the report of a failed test."""
     yield
-    journal = scene.machine.run("journalctl --unit ociregistry --lines 20 --no-pager", check=False)
+    journal = installation.machine.run("journalctl --unit ociregistry --lines 20 --no-pager", check=False)
     request.node.add_report_section("teardown", "journal", journal.stdout)
 
 
-def test_it_serves_at_once(scene: Scene) -> None:
-    machine = scene.machine
+def test_installation_starts_and_enables_the_service(installation: Installation) -> None:
+    machine = installation.machine
     assert machine.says("systemctl is-active ociregistry") == "active"
     assert machine.says("systemctl is-enabled ociregistry") == "enabled"
-    assert scene.status(f"{DAEMON}/v2/") == "200"
+    assert installation.status(f"{DAEMON}/v2/") == "200"
     assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
     assert machine.says(f"stat -c '%U:%G %a' {STORE}") == "ociregistry:ociregistry 750"
     assert machine.shows("ociregistry", "WatchdogUSec") == "30s"
     assert machine.says("systemctl --failed --no-legend") == ""
 
 
-def test_its_own_test_passes(scene: Scene) -> None:
+def test_autopkgtest_passes(installation: Installation) -> None:
     """Run the test of debian/tests, as autopkgtest would."""
-    shutil.copy(ROOT / "debian" / "tests" / "serves", scene.machine.path("/srv/serves"))
-    scene.machine.run("/srv/serves")
+    shutil.copy(ROOT / "debian" / "tests" / "serves", installation.machine.path("/srv/serves"))
+    installation.machine.run("/srv/serves")
 
 
-def test_the_service_is_confined(scene: Scene) -> None:
-    said = scene.machine.says("systemd-analyze security --no-pager ociregistry").splitlines()[-1]
+def test_unit_is_sandboxed(installation: Installation) -> None:
+    said = installation.machine.says("systemd-analyze security --no-pager ociregistry").splitlines()[-1]
     exposure = re.search(r"exposure level for ociregistry.service: ([0-9.]+)", said)
     assert exposure is not None, said
     assert float(exposure[1]) <= _MOST_EXPOSED
 
 
-def test_a_reload_takes_a_changed_entry(scene: Scene) -> None:
+def test_reload_applies_changed_upstream_entry(installation: Installation) -> None:
     """Before the reload `ns` may not lead to the upstream; after it the pull works, with the private authority."""
-    process = scene.machine.shows("ociregistry", "MainPID")
-    assert scene.status(MANIFEST) == "403"
-    scene.configure_the_upstream()
-    scene.machine.run("systemctl reload ociregistry")
-    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "the manifest through TLS with the private authority")
-    assert scene.machine.shows("ociregistry", "MainPID") == process
-    assert scene.machine.says("systemctl is-active ociregistry") == "active"
+    process = installation.machine.shows("ociregistry", "MainPID")
+    assert installation.status(MANIFEST) == "403"
+    installation.configure_the_upstream()
+    installation.machine.run("systemctl reload ociregistry")
+    wait_until(
+        lambda: installation.status(MANIFEST) == "200", _SOON, "the manifest through TLS with the private authority"
+    )
+    assert installation.machine.shows("ociregistry", "MainPID") == process
+    assert installation.machine.says("systemctl is-active ociregistry") == "active"
 
 
-def test_containerd_pulls_with_and_without_the_upstream(scene: Scene) -> None:
+def test_containerd_pulls_by_cri_with_and_without_the_upstream(installation: Installation) -> None:
     """Pull through the CRI plugin, as a kubelet does. Only the unit knows the authority of the upstream."""
-    assert "certificate" in scene.pull(), "it needs the unit"
-    scene.configure_containerd()
-    assert scene.pull() == ""
-    assert REFERENCE in scene.cri.images()
-    blobs = [blob.digest.removeprefix("sha256:") for blob in scene.image.blobs]
-    wait_until(lambda: {*blobs} <= {*scene.machine.says(f"ls {STORE}/blobs").split()}, _SOON, "all blobs")
-    scene.machine.run("systemctl stop docker-registry && systemctl restart ociregistry")
-    assert scene.pull() == ""
-    assert REFERENCE in scene.cri.images()
-    assert scene.pull_by_ctr() == ""
+    assert "certificate" in installation.pull(), "it needs the unit"
+    installation.configure_containerd()
+    assert installation.pull() == ""
+    assert REFERENCE in installation.cri.images()
+    blobs = [blob.digest.removeprefix("sha256:") for blob in installation.image.blobs]
+    wait_until(lambda: {*blobs} <= {*installation.machine.says(f"ls {STORE}/blobs").split()}, _SOON, "all blobs")
+    installation.machine.run("systemctl stop docker-registry && systemctl restart ociregistry")
+    assert installation.pull() == ""
+    assert REFERENCE in installation.cri.images()
+    assert installation.pull_by_ctr() == ""
 
 
-def test_root_loads_through_the_unit(scene: Scene) -> None:
+def test_load_as_root_leaves_no_file_of_root(installation: Installation) -> None:
     """The unit fetches, by the private authority that it knows; no file belongs to root afterwards."""
-    machine = scene.machine
+    machine = installation.machine
     machine.write("/root/imagelist", f"# what the cluster needs\n{LOADED}\n{REFERENCE}\n")
     machine.run("systemctl start docker-registry")
     said = machine.says("cd /root && ociregistry load imagelist").splitlines()
     machine.run("systemctl stop docker-registry")
-    size = sum(len(blob.data) for blob in scene.loaded.blobs)
+    size = sum(len(blob.data) for blob in installation.loaded.blobs)
     assert f"loaded: {LOADED}: 3 blobs, {size} bytes" in said
     assert f"already there: {REFERENCE}" in said
     assert machine.says(f"find {STORE} ! -user ociregistry") == ""
-    assert scene.status(f"{DAEMON}/v2/team/loaded/manifests/1?ns={UPSTREAM}") == "200"
+    assert installation.status(f"{DAEMON}/v2/team/loaded/manifests/1?ns={UPSTREAM}") == "200"
 
 
-def test_commands_work_beside_the_unit(scene: Scene) -> None:
+def test_commands_as_root_while_the_unit_runs(installation: Installation) -> None:
     """Run the documented commands as root; no file belongs to root afterwards."""
-    machine = scene.machine
+    machine = installation.machine
     assert machine.says("ociregistry --version") == f"ociregistry {__version__}"
     assert f"/etc/ociregistry/{UPSTREAM}.crt" in machine.says("ociregistry check")
     assert [line.split()[0] for line in machine.says("ociregistry list").splitlines()] == [REFERENCE, LOADED]
@@ -126,72 +128,76 @@ def test_commands_work_beside_the_unit(scene: Scene) -> None:
     assert machine.says("ociregistry list | wc -l") == "2"
 
 
-def test_a_store_elsewhere(scene: Scene) -> None:
+def test_image_path_on_another_folder(installation: Installation) -> None:
     """Follow the documentation. Commands find the store, since they read the same file."""
-    machine = scene.machine
+    machine = installation.machine
     config = machine.path(CONFIG).read_text()
     moved = {
         CONFIG: f"image_path: {_ELSEWHERE}\n{config}",
         f"{_DROP_IN}/store.conf": f"[Service]\nReadWritePaths={_ELSEWHERE}\n",
     }
-    with scene.changed(moved):
+    with installation.changed(moved):
         machine.run(f"systemctl stop ociregistry && cp --archive {STORE} {_ELSEWHERE}")
         machine.run("systemctl start ociregistry")
-        assert scene.status(MANIFEST) == "200"
+        assert installation.status(MANIFEST) == "200"
         machine.run(f"rm {_ELSEWHERE}/img/*")
-        wait_until(lambda: scene.status(MANIFEST) != "200", _SOON, "it looks there")
+        wait_until(lambda: installation.status(MANIFEST) != "200", _SOON, "it looks there")
         assert machine.says("ociregistry list") == ""
         assert machine.says("ociregistry load /root/images.tar").startswith(f"loaded: {LOADED}\n")
         assert machine.says("ociregistry list").startswith(LOADED)
         assert machine.says(f"find {_ELSEWHERE} ! -user ociregistry") == ""
     machine.run(f"rm -r {_ELSEWHERE}")
-    assert scene.status(MANIFEST) == "200"
+    assert installation.status(MANIFEST) == "200"
 
 
 @pytest.fixture
-def impatient(scene: Scene) -> Iterator[None]:
+def short_watchdog(installation: Installation) -> Iterator[None]:
     """Set a shorter watchdog time-out than the package's, because the test waits for it."""
-    with scene.changed({f"{_DROP_IN}/impatient.conf": "[Service]\nWatchdogSec=2s\n"}):
-        scene.machine.run("systemctl restart ociregistry")
+    with installation.changed({f"{_DROP_IN}/impatient.conf": "[Service]\nWatchdogSec=2s\n"}):
+        installation.machine.run("systemctl restart ociregistry")
         yield
 
 
-def test_one_that_hangs_is_started_anew(scene: Scene, impatient: None) -> None:
-    machine = scene.machine
+def test_watchdog_restarts_a_hung_daemon(installation: Installation, short_watchdog: None) -> None:
+    machine = installation.machine
     time.sleep(5)
     process = machine.shows("ociregistry", "MainPID")
     assert machine.shows("ociregistry", "NRestarts") == "0", "it did not say that it lives"
     machine.run(f"kill -STOP {process}")
     wait_until(lambda: machine.shows("ociregistry", "NRestarts") == "1", _SOON, "a restart by the watchdog")
-    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "a hit again")
+    wait_until(lambda: installation.status(MANIFEST) == "200", _SOON, "a hit again")
     assert machine.shows("ociregistry", "MainPID") != process
     assert "Watchdog timeout" in machine.says("journalctl --unit ociregistry --no-pager")
 
 
-def test_a_mistake_in_the_configuration_is_told_and_not_tried_again(scene: Scene) -> None:
-    config = scene.machine.path(CONFIG)
-    with scene.changed({CONFIG: f"prot: 1\n{config.read_text()}"}):
-        assert not scene.machine.is_so("systemctl restart ociregistry")
-        assert scene.machine.says("systemctl is-active ociregistry || true") == "failed"
-        assert f"{CONFIG}:1: prot: " in scene.machine.says("journalctl --unit ociregistry --no-pager --lines 10")
+def test_invalid_configuration_fails_without_a_restart_loop(installation: Installation) -> None:
+    config = installation.machine.path(CONFIG)
+    with installation.changed({CONFIG: f"prot: 1\n{config.read_text()}"}):
+        assert not installation.machine.is_so("systemctl restart ociregistry")
+        assert installation.machine.says("systemctl is-active ociregistry || true") == "failed"
+        assert f"{CONFIG}:1: prot: " in installation.machine.says(
+            "journalctl --unit ociregistry --no-pager --lines 10"
+        )
 
 
 @pytest.fixture
-def by_socket(scene: Scene) -> Iterator[None]:
+def socket_activation(installation: Installation) -> Iterator[None]:
     """Set up the socket unit as its own comments say."""
-    example = scene.machine.path("/usr/share/doc/ociregistry/examples/ociregistry.socket").read_text()
+    example = installation.machine.path("/usr/share/doc/ociregistry/examples/ociregistry.socket").read_text()
     assert _LISTEN in example
-    config = scene.machine.path(CONFIG).read_text()
-    with scene.changed({_SOCKET: example, CONFIG: f"{_LISTEN}\n{config}"}):
-        scene.machine.run("systemctl stop ociregistry && systemctl enable --now ociregistry.socket")
-        scene.machine.run("systemctl start ociregistry")
+    config = installation.machine.path(CONFIG).read_text()
+    with installation.changed({_SOCKET: example, CONFIG: f"{_LISTEN}\n{config}"}):
+        installation.machine.run("systemctl stop ociregistry && systemctl enable --now ociregistry.socket")
+        installation.machine.run("systemctl start ociregistry")
         yield
-        scene.machine.run("systemctl disable --now ociregistry.socket")
+        installation.machine.run("systemctl disable --now ociregistry.socket")
 
 
-def test_with_the_socket_unit_nobody_is_refused_during_a_restart(scene: Scene, by_socket: None) -> None:
+def test_no_request_is_refused_during_a_restart_with_the_socket_unit(
+    installation: Installation, socket_activation: None
+) -> None:
     """Send 40 requests within two seconds, and restart in between."""
-    machine = scene.machine
+    machine = installation.machine
     process = machine.shows("ociregistry", "MainPID")
     with subprocess.Popen(machine.argv(["python3", "-c", _ASK]), stdout=subprocess.PIPE, text=True) as asking:
         assert asking.stdout is not None
@@ -204,8 +210,8 @@ def test_with_the_socket_unit_nobody_is_refused_during_a_restart(scene: Scene, b
     assert told.split("\n") == ["200"] * 40 + [""]
 
 
-def test_an_upgrade_keeps_what_was_edited_and_what_was_cached(scene: Scene) -> None:
-    machine = scene.machine
+def test_upgrade_keeps_edited_configuration_and_store(installation: Installation) -> None:
+    machine = installation.machine
     edited = machine.path(CONFIG).read_text()
     kept = machine.says(f"cd {STORE} && find blobs fat img -type f | sort")
     tree = "/srv/next"
@@ -218,20 +224,20 @@ def test_an_upgrade_keeps_what_was_edited_and_what_was_cached(scene: Scene) -> N
     assert machine.path(f"{CONFIG}.dpkg-dist").read_text().endswith("# next\n")
     assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
     assert machine.says(f"cd {STORE} && find blobs fat img -type f | sort") == kept
-    wait_until(lambda: scene.status(MANIFEST) == "200", _SOON, "a hit after the upgrade")
-    assert scene.pull() == ""
+    wait_until(lambda: installation.status(MANIFEST) == "200", _SOON, "a hit after the upgrade")
+    assert installation.pull() == ""
 
 
-def test_a_removal_keeps_the_store_and_a_purge_leaves_nothing(scene: Scene) -> None:
-    machine = scene.machine
+def test_removal_keeps_the_store_and_purge_leaves_nothing(installation: Installation) -> None:
+    machine = installation.machine
     machine.run("apt-get remove --yes ociregistry </dev/null")
-    assert scene.status(f"{DAEMON}/v2/") == "000"
+    assert installation.status(f"{DAEMON}/v2/") == "000"
     assert machine.says(f"ls {STORE}/blobs") != ""
     assert UPSTREAM in machine.path(CONFIG).read_text()
     machine.path(f"/etc/ociregistry/{UPSTREAM}.crt").unlink()
     machine.run("apt-get purge --yes ociregistry </dev/null")
-    scene.forget_containerd()
-    assert scene.files() - scene.files_before == set()
-    assert scene.files_before - scene.files() == set()
+    installation.forget_containerd()
+    assert installation.files() - installation.files_before == set()
+    assert installation.files_before - installation.files() == set()
     assert not machine.is_so("systemctl cat ociregistry")
     assert "ociregistry" not in machine.says("twistd3 --help")

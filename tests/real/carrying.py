@@ -17,7 +17,7 @@ from tests.processes import ROOT, Daemon, run, twistd
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """A folder with a store, `images`, and a configuration file that allows `upstreams` over plain HTTP."""
 
     folder: Path
@@ -36,34 +36,34 @@ class Place:
         options = ["--image-path", str(self.images), "--config-path", str(config)]
         return run(twistd(*options, *words), check=False, environment={"PYTHONPATH": str(ROOT)})
 
-    def done(self, *words: str) -> list[str]:
+    def succeed(self, *words: str) -> list[str]:
         """Return the lines that a command prints; it must succeed, and write no error."""
         done = self.command(*words)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout.splitlines()
 
-    def failed(self, *words: str) -> tuple[list[str], list[str]]:
+    def fail(self, *words: str) -> tuple[list[str], list[str]]:
         """Return the lines of stdout and of stderr; the command must exit with 1, and without a traceback."""
         done = self.command(*words)
         assert done.returncode == 1, done
         assert "Traceback" not in done.stderr, done
         return done.stdout.splitlines(), done.stderr.splitlines()
 
-    def bring(self, *images: str, options: Sequence[str] = ()) -> None:
+    def load(self, *images: str, options: Sequence[str] = ()) -> None:
         """Load these images from their upstreams."""
         wanted = self.folder.with_suffix(".txt")
         wanted.write_text("".join(f"{image}\n" for image in images))
-        self.done("load", str(wanted), *options)
+        self.succeed("load", str(wanted), *options)
 
     @property
-    def meanings(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         """The image URLs that `list` prints, with their digests."""
-        return {row["url"]: row["digest"] for row in json.loads("\n".join(self.done("list", "--json")))}
+        return {row["url"]: row["digest"] for row in json.loads("\n".join(self.succeed("list", "--json")))}
 
     @property
     def long_list(self) -> list[list[str]]:
         """The columns of `list --long`, without the time of the last pull."""
-        rows = [line.split(" ") for line in self.done("list", "--long")]
+        rows = [line.split(" ") for line in self.succeed("list", "--long")]
         return [[*columns[:3], *columns[4:]] for columns in rows]
 
     def stored(self, folder: str) -> dict[str, bytes]:

@@ -41,12 +41,14 @@ class Shell:
 
     def run(self, *arguments: str, environment: Mapping[str, str] | None = None) -> Ended:
         """Run `twistd -n ociregistry` with these arguments to its end."""
-        return ended(self.argv(*arguments), self.folder, environment)
+        return run_process(self.argv(*arguments), self.folder, environment)
 
     def piped(self, arguments: str, pipe: str = "", environment: Mapping[str, str] | None = None) -> Ended:
         """Run it in a shell that expands the arguments and sends the output into `pipe`."""
         script = f'set -o pipefail; ociregistry() {{ "${{command[@]}}" "$@"; }}; ociregistry {arguments} {pipe}'
-        return ended(["bash", "-c", f'command=("$@"); {script}', "bash", *self.argv()], self.folder, environment)
+        return run_process(
+            ["bash", "-c", f'command=("$@"); {script}', "bash", *self.argv()], self.folder, environment
+        )
 
     def listed(self, environment: Mapping[str, str] | None = None) -> dict[str, tuple[str, str]]:
         """Return the rows of `list`: image URL -> kind and time."""
@@ -61,7 +63,7 @@ def shell_in(folder: Path, registries: Iterable[Mapping[str, object]] = (), **se
     return Shell(folder, folder / "images", config)
 
 
-def ended(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
+def run_process(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
     """Run a process in `folder` to its end."""
     return subprocess.run(
         argv,
@@ -89,7 +91,7 @@ def assert_one_line(done: Ended, status: int, *words: str) -> None:
         assert word in done.stderr
 
 
-def contents(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+def files_in(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     """Return mode, owner and bytes of each path below the folder."""
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -145,7 +147,7 @@ def open_folder() -> Iterator[Path]:
         yield path
 
 
-def give(folder: Path, user: int) -> None:
+def change_owner(folder: Path, user: int) -> None:
     """Give the folder, with everything below, to this user and group."""
     for path in (folder, *folder.rglob("*")):
         os.chown(path, user, user, follow_symlinks=False)

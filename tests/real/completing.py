@@ -60,7 +60,7 @@ def wait_complete(
     wait_until(lambda: not list(daemon.image_path.glob("pulls/*/*.wish")), timeout, "no wish is left")
 
 
-def lines(daemon: Daemon, level: str, *words: str, since: int = 0) -> list[str]:
+def log_lines(daemon: Daemon, level: str, *words: str, since: int = 0) -> list[str]:
     """Return the log lines at this level that contain all these words."""
     return [
         line

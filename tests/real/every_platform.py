@@ -163,7 +163,7 @@ def health(daemon: Daemon) -> dict[str, int]:
     return {key: told[key] for key in _UNDECIDED}
 
 
-def wait_holds(daemon: Daemon, index: Index, *platforms: str, timeout: float = DECIDED) -> None:
+def wait_stored_platforms(daemon: Daemon, index: Index, *platforms: str, timeout: float = DECIDED) -> None:
     """Return when the metadata of all children and the layers of these platforms are stored, with none to fetch.
 
     No layer of another platform may be stored, and the records must state which images were wanted.
@@ -192,14 +192,14 @@ def link_bytes(cache: Cache) -> int:
     return sum(request.sent for request in cache.upstream.requests)
 
 
-def fetched_once(cache: Cache) -> None:
+def assert_fetched_once(cache: Cache) -> None:
     """Assert that no manifest and no blob came from the upstream twice; errors do not count."""
     sent = Counter(one.path for one in cache.upstream.requests if one.sent)
     twice = [path for path, count in sent.items() if count > 1]
     assert twice == [], f"{twice}\n{cache.daemon.log}"
 
 
-def store_of_before(daemon: Daemon, host: str, index: Index, platform: str) -> None:
+def write_store_of_older_version(daemon: Daemon, host: str, index: Index, platform: str) -> None:
     """Write the store of an older version: one platform of the index alone, and records without that information.
 
     `host` is the upstream's name. The daemon must not run.

@@ -131,7 +131,7 @@ class Wire:
         return Answer(int(status[1]), headers, body), close
 
 
-def check(answer: Answer | None, statuses: frozenset[int], method: bytes = b"GET") -> None:
+def assert_valid(answer: Answer | None, statuses: frozenset[int], method: bytes = b"GET") -> None:
     """Assert what holds for every answer, to any request."""
     if answer is None:
         return
@@ -153,7 +153,7 @@ def check(answer: Answer | None, statuses: frozenset[int], method: bytes = b"GET
         assert hashlib.new(algorithm, answer.body).hexdigest() == wanted, answer
 
 
-def check_log(daemon: Daemon) -> None:
+def assert_log_is_clean(daemon: Daemon) -> None:
     """Assert that no defect was logged, and that no request injected a line into the log."""
     log = daemon.log
     for word in ("Traceback", "#critical]", "nhandled"):
@@ -163,7 +163,7 @@ def check_log(daemon: Daemon) -> None:
         assert re.match(r"\d{4}-\d\d-\d\dT\S+ \[", line), repr(line)
 
 
-def check_store(root: Path) -> None:
+def assert_store_is_clean(root: Path) -> None:
     """Assert that every file in the store has a name of the expected form."""
     for path in root.rglob("*"):
         name = str(path.relative_to(root))
@@ -171,7 +171,7 @@ def check_store(root: Path) -> None:
         assert not path.is_symlink(), name
 
 
-def check_trace(trace: Path, daemon: Daemon, imported: Sequence[str]) -> int:
+def assert_paths_are_allowed(trace: Path, daemon: Daemon, imported: Sequence[str]) -> int:
     """Assert that every path in strace's output is in the store or harmless; return how many are in the store.
 
     `imported` are the folders from which modules are imported. Paths opened before the store was, when no request

@@ -52,7 +52,7 @@ def _platforms(image: Image | Index) -> set[str]:
     return {one.platform for one in (image.images if isinstance(image, Index) else (image,))}
 
 
-class World(SecureRegistry):
+class Internet(SecureRegistry):
     """The registries of the Internet, inside the namespace: one server with the images of all of them."""
 
     def __init__(self, namespace: Namespace, folder: Path, storage: Path, tls: ServerTls) -> None:
@@ -147,7 +147,7 @@ class Machine:
         self.done(f"update-ca-certificates --fresh --hooksdir {self._folder}/hooks")
         self._namespace.ip("address", "add", f"{_WORLD}/32", "dev", "lo")
         tls = ServerTls(*authority.issue(*_NAMES))
-        with World(self._namespace, self._folder / "world", registry.storage, tls):
+        with Internet(self._namespace, self._folder / "world", registry.storage, tls):
             yield
 
     def inside(self, argv: Sequence[str]) -> list[str]:

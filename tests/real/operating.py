@@ -35,7 +35,7 @@ def command(
     return done
 
 
-def verified(daemon: Daemon) -> None:
+def assert_verify_finds_no_damage(daemon: Daemon) -> None:
     """Run `verify`, which must find nothing damaged, and exit with 1 where something is missing."""
     done = command(daemon, "verify", status=None)
     assert ", 0 damaged" in done.stdout
@@ -43,7 +43,7 @@ def verified(daemon: Daemon) -> None:
 
 
 @contextmanager
-def begun(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running_command(argv: list[str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command until the block ends; its output is in the files stdout and stderr in `folder`."""
     environment = {**os.environ, **ENVIRONMENT}
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
@@ -116,21 +116,21 @@ def hex_of(digest: str) -> str:
     return digest.partition(":")[2]
 
 
-def is_whole(root: Path, what: Image | Index) -> bool:
+def has_all_of(root: Path, what: Image | Index) -> bool:
     """Whether the store has all its records and blobs."""
     found = contents(root)
     records = [found.get(hex_of(manifest.digest)) for manifest in what.manifests]
     return all(kept is not None and kept.there == kept.needs for kept in records)
 
 
-def nothing_wrong_is_in(root: Path) -> None:
+def assert_blobs_match_their_digests(root: Path) -> None:
     """Assert that every blob has the digest that its name says."""
     for path in (root / "blobs").iterdir():
         with suppress(FileNotFoundError):
             assert hex_of(digest_of(path.read_bytes())) == path.name
 
 
-def served(daemon: Daemon, host: str, repository: str, reference: str, what: Image | Index) -> None:
+def assert_all_served(daemon: Daemon, host: str, repository: str, reference: str, what: Image | Index) -> None:
     """Assert that the daemon serves all its bytes."""
     base, ns = f"{daemon.url}/v2/{repository}", f"?ns={host}"
     expected = {f"manifests/{reference}": what.manifest.data}

@@ -237,7 +237,7 @@ def counts(daemon: Daemon) -> tuple[int, int]:
     return health["lists"], health["images"]
 
 
-def look_twice(cache: Cache) -> None:
+def wait_scanned_twice(cache: Cache) -> None:
     """Return after the daemon has scanned its store twice more: its present state, and once again."""
     _look(cache)
     _look(cache)

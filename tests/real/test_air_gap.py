@@ -15,7 +15,7 @@ from tests.client import Response, fetch
 from tests.images import Image, make_artifact
 from tests.namespaces import Namespace, NamespacedDaemon
 from tests.processes import wait_until
-from tests.real.completing import lines
+from tests.real.completing import log_lines
 from tests.real.scripted import SOON, assert_error, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Reply
@@ -36,7 +36,7 @@ NOT_CACHED = (
 )
 
 
-class Place:
+class TracedNetwork:
     """A namespace with an upstream, and a daemon whose every connection is traced."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -92,22 +92,22 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def network(tmp_path: Path) -> Iterator[TracedNetwork]:
     """A store with an image by two tags, its referrers, and an image without any of its blobs."""
     with ExitStack() as stack:
-        place = Place(tmp_path, stack)
-        place.upstream.add("team/app", IMAGE, "1", "latest")
-        place.upstream.add("team/app", SIGNATURE)
-        place.upstream.add("team/half", HALF, "1")
-        place.upstream.script("/v2/team/half/blobs/*", Reply(503))
-        daemon = place.start()
-        place.pull(daemon, IMAGE, "1", "latest")
-        assert SIGNATURE.manifest.digest.encode() in place.ask(daemon, referrers()).body
-        assert place.ask(daemon, "team/half/manifests/1").status == 200
+        network = TracedNetwork(tmp_path, stack)
+        network.upstream.add("team/app", IMAGE, "1", "latest")
+        network.upstream.add("team/app", SIGNATURE)
+        network.upstream.add("team/half", HALF, "1")
+        network.upstream.script("/v2/team/half/blobs/*", Reply(503))
+        daemon = network.start()
+        network.pull(daemon, IMAGE, "1", "latest")
+        assert SIGNATURE.manifest.digest.encode() in network.ask(daemon, referrers()).body
+        assert network.ask(daemon, "team/half/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in daemon.log, SOON, "it was tried")
-        calls = place.called(daemon)
-        assert any(f"htons({place.upstream.port})" in call for call in calls), "strace sees nothing"
-        yield place
+        calls = network.called(daemon)
+        assert any(f"htons({network.upstream.port})" in call for call in calls), "strace sees nothing"
+        yield network
 
 
 def referrers() -> str:
@@ -116,30 +116,30 @@ def referrers() -> str:
 
 
 @pytest.mark.parametrize("options", [(), ("--always-pull-latest",)], ids=["alone", "with_always_pull_latest"])
-def test_nobody_is_asked(place: Place, options: tuple[str, ...]) -> None:
+def test_air_gapped_daemon_contacts_no_upstream(network: TracedNetwork, options: tuple[str, ...]) -> None:
     """Check cached content, uncached content, and background work."""
-    asked = len(place.upstream.requests)
-    daemon = place.start("--air-gapped", *options)
-    place.pull(daemon, IMAGE, "1", "latest")
-    tags = json.loads(place.ask(daemon, "team/app/tags/list").body)
+    asked = len(network.upstream.requests)
+    daemon = network.start("--air-gapped", *options)
+    network.pull(daemon, IMAGE, "1", "latest")
+    tags = json.loads(network.ask(daemon, "team/app/tags/list").body)
     assert tags == {"name": "team/app", "tags": ["1", "latest"]}
-    listed = json.loads(place.ask(daemon, referrers()).body)["manifests"]
+    listed = json.loads(network.ask(daemon, referrers()).body)["manifests"]
     assert [entry["digest"] for entry in listed] == [SIGNATURE.manifest.digest]
     for path, code in NOT_CACHED:
         for method in ("GET", "HEAD"):
             for ns in ("", "elsewhere.example", "192.0.2.1:5000", "docker.io"):
-                answer = place.ask(daemon, path, method, ns)
+                answer = network.ask(daemon, path, method, ns)
                 assert_error(answer, 404, code, method)
                 assert method == "HEAD" or b"air-gapped" in answer.body
-    assert place.ask(daemon, "team/half/manifests/1").body == HALF.manifest.data
-    assert place.called(daemon) == []
-    assert len(place.upstream.requests) == asked
-    assert lines(daemon, "warn", "reached") == []
+    assert network.ask(daemon, "team/half/manifests/1").body == HALF.manifest.data
+    assert network.called(daemon) == []
+    assert len(network.upstream.requests) == asked
+    assert log_lines(daemon, "warn", "reached") == []
 
 
-def test_what_was_begun_is_completed_when_the_gap_is_closed(place: Place) -> None:
+def test_pending_image_is_completed_without_air_gap(network: TracedNetwork) -> None:
     """A pending image of the time before is completed."""
-    daemon = place.start("--air-gapped")
-    assert place.ask(daemon, f"team/half/blobs/{HALF.layers[0].digest}").status == 404
+    daemon = network.start("--air-gapped")
+    assert network.ask(daemon, f"team/half/blobs/{HALF.layers[0].digest}").status == 404
     daemon.terminate()
     assert list(daemon.image_path.glob("pulls/*/*.wish"))

@@ -89,7 +89,7 @@ def test_headers_of_blobs(cache: Cache, repository: str, image: Image, known: bo
         assert cache.sent(path, "HEAD") == 1
 
 
-def test_headers_that_the_upstream_leaves_out_or_dresses_up(cache: Cache, repository: str, image: Image) -> None:
+def test_headers_when_the_upstream_omits_or_decorates_them(cache: Cache, repository: str, image: Image) -> None:
     rules = [
         Header("Docker-Content-Digest", None),
         Header("ETag", '"something else"'),
@@ -127,7 +127,7 @@ def test_head_of_a_blob_fetches_nothing(cache: Cache, repository: str, image: Im
     assert cache.files == before
 
 
-def test_head_of_a_blob_whose_size_only_the_manifest_tells(cache: Cache, repository: str, image: Image) -> None:
+def test_head_of_a_blob_whose_size_is_only_in_the_manifest(cache: Cache, repository: str, image: Image) -> None:
     assert cache.ask(f"{repository}/manifests/1").status == 200
     layer = image.blobs[1]
     path = f"{repository}/blobs/{layer.digest}"
@@ -161,7 +161,7 @@ def test_the_empty_blob(cache: Cache, repository: str, image: Image, framing: Ru
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/v2/", "/v2", "/v2/?ns=docker.io"])
-def test_it_is_a_registry(cache: Cache, path: str, method: str) -> None:
+def test_v2_endpoint_answers_200(cache: Cache, path: str, method: str) -> None:
     """Docker, podman and crane send this first; any status but 200 makes them give up, or log in."""
     answer = fetch(f"{cache.daemon.url}{path}", method=method)
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
@@ -176,7 +176,7 @@ def test_names_of_any_depth(cache: Cache, repository: str, image: Image) -> None
     assert json.loads(cache.ask(f"{deep}/tags/list").body) == {"name": deep, "tags": ["manifests"]}
 
 
-def test_the_upstream_is_spelled_as_clients_like(cache: Cache, repository: str, image: Image) -> None:
+def test_upstream_in_ns_or_in_the_path(cache: Cache, repository: str, image: Image) -> None:
     host = cache.upstream.host
     for ns in (host, quote(host, safe=""), quote(host).replace("1", "%31")):
         answer = fetch(f"{cache.daemon.url}/v2/{repository}/manifests/1?ns={ns}")
@@ -188,7 +188,7 @@ def test_the_upstream_is_spelled_as_clients_like(cache: Cache, repository: str, 
     assert cache.sent(f"{repository}/manifests/1") == 1
 
 
-def test_the_names_of_docker_hub(cache: Cache, repository: str, image: Image) -> None:
+def test_docker_hub_names(cache: Cache, repository: str, image: Image) -> None:
     """The record of a Docker Hub image is put into the store, so that no upstream is needed."""
     pull(cache, repository, image)
     before, name = counts(cache.daemon), f"nginx{repository.rpartition('/')[2]}"

@@ -61,7 +61,7 @@ async def is_whole(store: Store, one: Image) -> bool:
     return found == manifest(one) and await store.missing(Digest(one.manifest.digest)) == {}
 
 
-def all_right(root: Path) -> bool:
+def all_digests_match(root: Path) -> bool:
     """Whether all blobs of the store have their digests."""
     blobs = list((root / "blobs").iterdir())
     return blobs != [] and all(hashlib.sha256(path.read_bytes()).hexdigest() == path.name for path in blobs)
@@ -69,7 +69,7 @@ def all_right(root: Path) -> bool:
 
 @pytest.mark.parametrize("kind", ["oci-archive", "oci"])
 @on_reactor
-async def test_skopeos_layouts(
+async def test_load_oci_layouts_of_skopeo(
     store: Store, root: Path, tmp_path: Path, skopeo: Copy, pushed: str, index: Index, kind: str
 ) -> None:
     skopeo(pushed, f"{kind}:{tmp_path}/archive:nginx:1.25", "--all")
@@ -80,7 +80,7 @@ async def test_skopeos_layouts(
     assert len(found.children) == 2
     for child in found.children:
         assert await store.missing(child.digest) == {}
-    assert all_right(root)
+    assert all_digests_match(root)
     if kind == "oci":
         packed = tmp_path / "packed"
         run(["tar", "-C", str(tmp_path), "-cJf", str(packed), "archive"])
@@ -88,7 +88,7 @@ async def test_skopeos_layouts(
 
 
 @on_reactor
-async def test_skopeo_keeps_the_digests_of_oci_images(
+async def test_skopeo_keeps_digests_of_oci_images(
     store: Store, registry: DockerRegistry, tmp_path: Path, skopeo: Copy
 ) -> None:
     index = make_index("digests")
@@ -101,7 +101,7 @@ async def test_skopeo_keeps_the_digests_of_oci_images(
 
 
 @on_reactor
-async def test_skopeos_docker_archives(
+async def test_load_docker_archives_of_skopeo(
     store: Store, root: Path, tmp_path: Path, skopeo: Copy, pushed: str, index: Index
 ) -> None:
     skopeo(pushed, f"docker-archive:{tmp_path}/a.tar:nginx:1.25")
@@ -111,14 +111,14 @@ async def test_skopeos_docker_archives(
     found = await store.manifest(image(NAME))
     assert found is not None
     assert found.blobs[0].digest == index.images[0].config.digest
-    assert all_right(root)
+    assert all_digests_match(root)
     skopeo(pushed, f"docker-archive:{tmp_path}/nameless.tar")
     (outcome,) = await load(store, tmp_path / "nameless.tar")
     assert outcome.ended is LoadStatus.FAILED
 
 
 @on_reactor
-async def test_containerds_exports(
+async def test_load_exports_of_containerd(
     store: Store, root: Path, tmp_path: Path, containerd: Containerd, pushed: str, index: Index
 ) -> None:
     assert containerd.pull(pushed).returncode == 0
@@ -133,7 +133,7 @@ async def test_containerds_exports(
     assert sum([await is_whole(store, one) for one in index.images]) == 1
     (there,) = await load(store, tmp_path / "1.tar")
     assert there.ended is LoadStatus.PRESENT
-    assert all_right(root)
+    assert all_digests_match(root)
 
 
 # Exports
@@ -166,7 +166,7 @@ async def test_skopeo_reads_an_export(
 
 
 @on_reactor
-async def test_skopeo_reads_a_whole_list(
+async def test_skopeo_reads_an_export_of_a_complete_index(
     store: Store, root: Path, tmp_path: Path, registry: DockerRegistry, skopeo: Copy
 ) -> None:
     built = make_index("ours")

@@ -67,7 +67,7 @@ CLIENT = {
 
 
 @pytest.mark.parametrize("headers", [CLIENT, {}, {"Accept": OCI_MANIFEST}], ids=["many", "none", "one_type"])
-def test_nothing_of_a_client_s_headers_reaches_the_upstream(
+def test_client_headers_are_not_forwarded_to_the_upstream(
     cache: Cache, repository: str, image: Image, headers: dict[str, str]
 ) -> None:
     blob = f"{repository}/blobs/{image.config.digest}"
@@ -90,7 +90,7 @@ def test_nothing_of_a_client_s_headers_reaches_the_upstream(
             assert accepted == {OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST}
 
 
-def test_clients_that_ask_at_once_share_the_answer(cache: Cache, repository: str, image: Image) -> None:
+def test_concurrent_requests_share_one_upstream_request(cache: Cache, repository: str, image: Image) -> None:
     paths = [f"{repository}/manifests/1", f"{repository}/manifests/{image.manifest.digest}"]
     hold = Hold(None)
     with cache.scripted(f"/v2/{repository}/*", hold), ThreadPoolExecutor(20) as clients:
@@ -102,7 +102,7 @@ def test_clients_that_ask_at_once_share_the_answer(cache: Cache, repository: str
     assert cache.sent(paths[1]) <= 1  # None, when it came after the tag's answer.
 
 
-def test_an_anonymous_token_is_fetched_once(cache: Cache, repository: str, image: Image) -> None:
+def test_anonymous_token_is_fetched_once(cache: Cache, repository: str, image: Image) -> None:
     tokens = Tokens(f"{cache.upstream.url}/token")
     before = cache.upstream.count("GET", "/token")
     with cache.scripted("*", tokens), ThreadPoolExecutor(10) as clients:
@@ -122,7 +122,7 @@ def test_an_anonymous_token_is_fetched_once(cache: Cache, repository: str, image
 
 @pytest.mark.parametrize("key", ["token", "access_token"])
 @pytest.mark.parametrize("expires_in", [None, 300])
-def test_what_token_services_say(
+def test_token_response_formats(
     cache: Cache, repository: str, image: Image, key: Literal["token", "access_token"], expires_in: int | None
 ) -> None:
     before = cache.upstream.count("GET", "/token")
@@ -133,7 +133,7 @@ def test_what_token_services_say(
     assert fetched.parameters("a") == ("b",)
 
 
-def test_each_repository_has_its_own_token(cache: Cache, repository: str, image: Image) -> None:
+def test_each_repository_has_a_separate_token(cache: Cache, repository: str, image: Image) -> None:
     cache.upstream.add(f"{repository}/below", image, "1")
     with cache.scripted("*", Tokens(f"{cache.upstream.url}/token")):
         for name in (repository, f"{repository}/below"):
@@ -151,7 +151,7 @@ LOGINS: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("login", LOGINS)
 @pytest.mark.parametrize("scope", ["missing", "empty"])
-def test_a_registry_that_wants_a_token_without_telling_for_what(
+def test_challenge_without_a_scope(
     tmp_path: Path, repository: str, login: str, scope: Literal["missing", "empty"]
 ) -> None:
     """The token service gives tokens for the requested scope, and an empty token without a scope."""
@@ -175,7 +175,7 @@ def test_a_registry_that_wants_a_token_without_telling_for_what(
         assert upstream.count(path="/token") == 2
 
 
-def test_a_token_that_was_revoked(cache: Cache, repository: str, image: Image) -> None:
+def test_revoked_token_is_replaced(cache: Cache, repository: str, image: Image) -> None:
     tokens = Tokens(f"{cache.upstream.url}/token")
     with cache.scripted("*", tokens):
         for blob in image.blobs[:3]:
@@ -184,7 +184,7 @@ def test_a_token_that_was_revoked(cache: Cache, repository: str, image: Image) -
     assert [request.status for request in asked(cache.upstream, repository)] == [401, 200] * 3
 
 
-def test_a_token_is_fetched_anew_before_it_expires(cache: Cache, repository: str, image: Image) -> None:
+def test_token_is_renewed_before_it_expires(cache: Cache, repository: str, image: Image) -> None:
     """The upstream never receives an expired one, so it refuses only the first request."""
     path = f"{repository}/blobs/{image.config.digest}"
     before = cache.upstream.count("GET", "/token")
@@ -198,7 +198,9 @@ def test_a_token_is_fetched_anew_before_it_expires(cache: Cache, repository: str
     assert [request.status for request in asked(cache.upstream, repository)].count(401) == 1
 
 
-def test_a_token_service_elsewhere(cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image) -> None:
+def test_token_service_on_another_host(
+    cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image
+) -> None:
     tokens = Tokens(f"{elsewhere.url}/token")
     with cache.scripted(f"/v2/{repository}/*", tokens), scripted(elsewhere, "/token", tokens):
         assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
@@ -214,7 +216,7 @@ class NoAuthorization(Rule):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_blobs_are_elsewhere(
+def test_blobs_redirected_to_storage(
     cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image, status: int
 ) -> None:
     elsewhere.add(repository, image)
@@ -235,7 +237,7 @@ def test_blobs_are_elsewhere(
     assert all(request.header("Accept-Encoding") == "identity" for request in there)
 
 
-def test_all_of_it_is_elsewhere_behind_tokens_of_its_own(
+def test_registry_redirected_to_another_with_its_own_tokens(
     cache: Cache, elsewhere: ScriptedRegistry, repository: str, image: Image
 ) -> None:
     elsewhere.add(repository, image, "1")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import Image, Manifest, make_image
-from tests.real.commanding import Ended, Shell, assert_one_line, contents, shell_in, succeeded
+from tests.real.commanding import Ended, Shell, assert_one_line, files_in, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 
 KEPT = make_image("kept")
@@ -23,17 +23,17 @@ NAME = "docker.io/library/new:1"
 
 
 @dataclass(frozen=True)
-class Scene:
+class LoadedStore:
     """A store with one image, its upstream, and the state of both before a mistake is made."""
 
     shell: Shell
     upstream: ScriptedRegistry
 
-    def mistake(self, *arguments: str) -> Ended:
+    def rejected(self, *arguments: str) -> Ended:
         """Run a command that must neither contact the upstream nor change the store."""
-        before, asked = contents(self.shell.store), len(self.upstream.requests)
+        before, asked = files_in(self.shell.store), len(self.upstream.requests)
         done = self.shell.run(*arguments)
-        assert contents(self.shell.store) == before
+        assert files_in(self.shell.store) == before
         assert len(self.upstream.requests) == asked
         assert {path.name for path in self.shell.folder.iterdir()} >= {"images", "ociregistry.yaml", "kept"}
         assert not list(self.shell.folder.rglob("twistd.*"))
@@ -41,7 +41,7 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoadedStore]:
     """One store for all tests: no test may change it."""
     folder = tmp_path_factory.mktemp("bad") / "deep" / "place"
     folder.mkdir(parents=True)
@@ -51,7 +51,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         upstream.add("team/new", NEW, "v1")
         (folder / "kept").write_text(f"{upstream.host}/team/kept:v1\n")
         succeeded(shell.run("load", str(folder / "kept")))
-        yield Scene(shell, upstream)
+        yield LoadedStore(shell, upstream)
 
 
 # Lists
@@ -59,10 +59,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @pytest.mark.parametrize("spelled", ["load", "--load-images"])
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n   # but comments\n", "\ufeff"])
-def test_an_empty_list(scene: Scene, tmp_path: Path, text: str, spelled: str) -> None:
+def test_empty_list_is_rejected(loaded: LoadedStore, tmp_path: Path, text: str, spelled: str) -> None:
     path = tmp_path / "imagelist"
     path.write_text(text)
-    done = scene.mistake(spelled, str(path))
+    done = loaded.rejected(spelled, str(path))
     assert_one_line(done, 2, f"{path}: names no image")
     assert done.stdout == ""
 
@@ -86,24 +86,26 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("line", "spelled"), [*((line, "load") for line in WRONG), (WRONG[0], "--load-images")])
-def test_a_line_that_is_no_reference(scene: Scene, tmp_path: Path, line: str, spelled: str) -> None:
+def test_malformed_reference_in_a_list_is_rejected(
+    loaded: LoadedStore, tmp_path: Path, line: str, spelled: str
+) -> None:
     """The message names file and line; the correct lines of the list are not loaded either."""
     path = tmp_path / "imagelist"
-    good = f"{scene.upstream.host}/team/new:v1"
+    good = f"{loaded.upstream.host}/team/new:v1"
     path.write_text(f"# a list\n{good}\n\n{line}\n{good}\n")
-    done = scene.mistake(spelled, str(path))
+    done = loaded.rejected(spelled, str(path))
     assert_one_line(done, 2, f"{path}:4: ")
     assert done.stdout == ""
     assert done.stderr.removesuffix("\n").isprintable()
 
 
-def test_each_line_that_is_no_reference_is_told(scene: Scene, tmp_path: Path) -> None:
+def test_every_malformed_reference_is_reported(loaded: LoadedStore, tmp_path: Path) -> None:
     """Errors of several lists are all reported; a correct list is not loaded."""
     right, wrong, other = (tmp_path / name for name in ("right", "wrong", "other"))
-    right.write_text(f"{scene.upstream.host}/team/new:v1\n")
+    right.write_text(f"{loaded.upstream.host}/team/new:v1\n")
     wrong.write_text("A\nB\n")
     other.write_text("\nC\n")
-    done = scene.mistake("load", str(right), str(wrong), str(other))
+    done = loaded.rejected("load", str(right), str(wrong), str(other))
     assert done.returncode == 2
     starts = [f"ociregistry: {wrong}:1: ", f"ociregistry: {wrong}:2: ", f"ociregistry: {other}:2: "]
     lines = done.stderr.splitlines()
@@ -111,15 +113,15 @@ def test_each_line_that_is_no_reference_is_told(scene: Scene, tmp_path: Path) ->
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
-def test_a_list_that_is_no_text(scene: Scene, tmp_path: Path) -> None:
+def test_binary_list_is_rejected(loaded: LoadedStore, tmp_path: Path) -> None:
     path = tmp_path / "imagelist"
     path.write_bytes(b"\xff\xfe\x00team")
-    assert_one_line(scene.mistake("load", str(path)), 2, f"{path}: is neither a text file nor an image archive")
+    assert_one_line(loaded.rejected("load", str(path)), 2, f"{path}: is neither a text file nor an image archive")
 
 
-def test_a_list_that_is_not_there(scene: Scene, tmp_path: Path) -> None:
+def test_missing_list_is_rejected(loaded: LoadedStore, tmp_path: Path) -> None:
     path = tmp_path / "imagelist"
-    assert_one_line(scene.mistake("load", str(path)), 1, str(path), "No such file or directory")
+    assert_one_line(loaded.rejected("load", str(path)), 1, str(path), "No such file or directory")
 
 
 # Patterns, dates, options
@@ -142,8 +144,8 @@ COMMANDS: list[Callable[[str], list[str]]] = [
         *((pattern, command) for pattern in (INVALID[0], GO_ONLY[0]) for command in COMMANDS[1:]),
     ],
 )
-def test_a_pattern_that_cannot_be_meant(scene: Scene, pattern: str, command: Callable[[str], list[str]]) -> None:
-    done = scene.mistake(*command(pattern))
+def test_invalid_pattern_is_rejected(loaded: LoadedStore, pattern: str, command: Callable[[str], list[str]]) -> None:
+    done = loaded.rejected(*command(pattern))
     assert_one_line(done, 2, "--pattern")
     assert done.stdout == ""
     if pattern in GO_ONLY:
@@ -162,8 +164,8 @@ DATES += ["2024-03-01", "2024-03-01 22:17:30", "2024-03-01T22:17:30Z", "yesterda
         ("--prune kept --prune-before", DATES[0]),
     ],
 )
-def test_an_impossible_date(scene: Scene, date: str, spelled: str) -> None:
-    done = scene.mistake(*spelled.split(), date)
+def test_invalid_date_is_rejected(loaded: LoadedStore, date: str, spelled: str) -> None:
+    done = loaded.rejected(*spelled.split(), date)
     assert_one_line(done, 2, "--before", repr(date), "a local date and time such as 2024-03-01T22:17:30 is expected")
 
 
@@ -189,8 +191,8 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("arguments", "named"), ALONE)
-def test_options_that_do_not_go_together(scene: Scene, arguments: str, named: str) -> None:
-    assert_one_line(scene.mistake(*arguments.split()), 2, named)
+def test_conflicting_options_are_rejected(loaded: LoadedStore, arguments: str, named: str) -> None:
+    assert_one_line(loaded.rejected(*arguments.split()), 2, named)
 
 
 # Archives
@@ -249,21 +251,23 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("kind", "spelled"), [*((kind, "load") for kind in ARCHIVES), ("a way up", "--load-images")])
-def test_an_archive_that_is_damaged_or_lies(scene: Scene, tmp_path: Path, kind: str, spelled: str) -> None:
+def test_damaged_or_malicious_archive_is_rejected(
+    loaded: LoadedStore, tmp_path: Path, kind: str, spelled: str
+) -> None:
     """Nothing is written, in the store or elsewhere; the last test shows that the archive is otherwise correct."""
     data, why = ARCHIVES[kind]
     path = tmp_path / "deep" / "images.tar"
     path.parent.mkdir()
     path.write_bytes(data)
-    done = scene.mistake(spelled, str(path))
+    done = loaded.rejected(spelled, str(path))
     assert_one_line(done, 1, f"{path}: ", why)
     assert done.stdout == ""
     assert [one for one in tmp_path.rglob("*") if one.is_file()] == [path]
-    assert not (scene.shell.folder / "x").exists()
-    assert not (scene.shell.folder.parent / "x").exists()
+    assert not (loaded.shell.folder / "x").exists()
+    assert not (loaded.shell.folder.parent / "x").exists()
 
 
-def test_an_archive_that_lies_stops_no_other(tmp_path: Path) -> None:
+def test_malicious_archive_does_not_stop_another(tmp_path: Path) -> None:
     bad, good = tmp_path / "bad.tar", tmp_path / "good.tar"
     bad.write_bytes(tar({**layout(), "../x": b"out"}))
     good.write_bytes(tar(layout()))
@@ -275,7 +279,7 @@ def test_an_archive_that_lies_stops_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_archive_is_taken_when_it_is_right(tmp_path: Path, packed: bool) -> None:
+def test_correct_archive_is_loaded(tmp_path: Path, packed: bool) -> None:
     path = tmp_path / "images.tar"
     path.write_bytes(tar(layout(), packed=packed))
     shell = shell_in(tmp_path)

@@ -60,7 +60,7 @@ class Samples:
     ],
     ids=["by_option", "by_window"],
 )
-def test_it_is_kept_within_five_percent_over_any_ten_seconds(
+def test_rate_stays_within_five_percent_over_any_ten_seconds(
     routed: Routed, tmp_path: Path, limit: dict[str, object]
 ) -> None:
     """Layers come from two upstreams at once, and small objects in between do not wait."""

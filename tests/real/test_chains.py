@@ -46,7 +46,7 @@ def pull_all(daemon: Daemon, ns: str, image: Image) -> None:
         assert ask(daemon, ns, f"team/app/blobs/{blob.digest}").body == blob.data
 
 
-def test_the_upstream_sees_one_request_for_each_object(
+def test_chain_sends_one_upstream_request_per_object(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
     region = start_daemon({upstream.host: "http"})
@@ -79,7 +79,7 @@ def test_containerd_pulls_through_two_daemons(
     assert len(asked) == len(set(asked)) == 1 + len(image.blobs)
 
 
-def test_a_daemon_that_is_its_own_upstream(start_daemon: StartDaemon) -> None:
+def test_daemon_as_its_own_upstream_detects_the_loop(start_daemon: StartDaemon) -> None:
     port = free_port()
     itself = f"127.0.0.1:{port}"
     daemon = start_daemon({itself: "http"}, port=port)
@@ -91,7 +91,7 @@ def test_a_daemon_that_is_its_own_upstream(start_daemon: StartDaemon) -> None:
     assert all("is its own upstream" in line or "leads back" in line for line in error_lines(daemon, 0))
 
 
-def test_a_loop_of_three(start_daemon: StartDaemon) -> None:
+def test_loop_of_three_daemons_is_detected(start_daemon: StartDaemon) -> None:
     """Each daemon has the next as its only upstream; the first one reports the loop."""
     ports = [free_port() for _ in range(3)]
     hosts = [f"127.0.0.1:{port}" for port in ports]
@@ -106,7 +106,7 @@ def test_a_loop_of_three(start_daemon: StartDaemon) -> None:
     assert time.monotonic() - began < AT_ONCE
 
 
-def test_two_that_mirror_each_other_ask_the_upstream_once(
+def test_mutual_mirrors_ask_the_upstream_once(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
     """A pair of peers: neither waits for the other to fetch what both lack."""
@@ -122,7 +122,7 @@ def test_two_that_mirror_each_other_ask_the_upstream_once(
     assert len(asked) == len(set(asked))
 
 
-def test_mirrors_are_asked_in_their_order_before_the_registry(
+def test_mirrors_are_asked_in_order_before_the_registry(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
     """One mirror is down, one has nothing, one is broken; then the registry itself is asked."""
@@ -139,7 +139,7 @@ def test_mirrors_are_asked_in_their_order_before_the_registry(
         assert {request.query for request in upstream.requests} == {""}
 
 
-def test_a_mirror_that_has_it_spares_the_registry(start_daemon: StartDaemon, upstream: ScriptedRegistry) -> None:
+def test_mirror_hit_makes_no_request_to_the_registry(start_daemon: StartDaemon, upstream: ScriptedRegistry) -> None:
     """The mirror's credentials are in the entry of its own host."""
     image = make_image("mirrored")
     upstream.add("team/app", image, "1")
@@ -148,7 +148,7 @@ def test_a_mirror_that_has_it_spares_the_registry(start_daemon: StartDaemon, ups
     assert len(upstream.requests) == 1 + len(image.blobs)
 
 
-def test_a_download_goes_on_from_the_registry_when_the_mirror_breaks_off(
+def test_download_resumes_from_the_registry_after_a_mirror_failure(
     upstream: ScriptedRegistry, start_daemon: StartDaemon
 ) -> None:
     image = make_image("broken off", layers=1, layer_size=300_000)

@@ -39,7 +39,7 @@ def index(request: pytest.FixtureRequest) -> Index:
     return make_index("clients", docker=request.param)
 
 
-def test_skopeo_names_the_upstream_in_the_path(
+def test_skopeo_with_the_upstream_in_the_path(
     portless_registry: DockerRegistry, start_daemon: StartDaemon, skopeo: Skopeo, index: Index, tmp_path: Path
 ) -> None:
     """skopeo copies the whole index, and again without the registry; the copies have the same digests."""
@@ -56,7 +56,7 @@ def test_skopeo_names_the_upstream_in_the_path(
     _assert_copied(tmp_path / "again", index)
 
 
-def test_skopeo_leaves_the_upstream_to_default_ns(
+def test_skopeo_with_default_ns(
     registry: DockerRegistry, start_daemon: StartDaemon, skopeo: Skopeo, index: Index, tmp_path: Path
 ) -> None:
     """The same for a name without an upstream."""
@@ -88,7 +88,7 @@ def _assert_came_once(registry: DockerRegistry, repository: str, *blobs: Blob) -
     assert sorted(sent) == sorted(f"{paths}{blob.digest}" for blob in blobs)
 
 
-def test_a_client_that_tries_tls_first_is_told_at_once(start_daemon: StartDaemon) -> None:
+def test_tls_hello_is_refused_at_once(start_daemon: StartDaemon) -> None:
     """skopeo tries TLS first, and a silent server would cost its handshake time-out of 10 s at each copy."""
     daemon = start_daemon()
     with socket.create_connection(("127.0.0.1", daemon.port), timeout=5) as connection:
@@ -106,7 +106,7 @@ def _hello() -> bytes:
     return hello.read()
 
 
-def test_a_docker_engine_with_registry_mirrors(
+def test_docker_engine_with_registry_mirrors(
     registry: DockerRegistry, start_daemon: StartDaemon, index: Index
 ) -> None:
     """The engine's pull succeeds, also when the registry is gone.

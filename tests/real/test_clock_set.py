@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.clocks import FakeClock
 from tests.processes import wait_until
-from tests.real.operating import contents, served
-from tests.real.scripted import SOON, Cache, daemon_in, look_twice, plain_image, pull, record
+from tests.real.operating import assert_all_served, contents
+from tests.real.scripted import SOON, Cache, daemon_in, plain_image, pull, record, wait_scanned_twice
 from tests.upstream import ScriptedRegistry
 
 DAY = 86_400.0
@@ -18,7 +18,7 @@ TEN_YEARS = timedelta(days=3650)
 JUMPED = "pruning by age skipped: the clock jumped by "
 
 
-def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_it_is_right(tmp_path: Path) -> None:
+def test_clock_jump_prunes_nothing(tmp_path: Path) -> None:
     clock = FakeClock(tmp_path)
     images = [plain_image(f"clock/{number}", 10_000) for number in range(8)]
     settings = {"prune": {"unused_for": "30d", "every": "1s"}}
@@ -42,10 +42,10 @@ def test_nothing_is_pruned_by_a_clock_that_is_wrong_and_everything_goes_on_when_
         clock.set(timedelta(0))
         wait_until(lambda: daemon.log.count(JUMPED) == 2, SOON, "the jump back is seen")
         # Maintenance that was due during those years runs now.
-        look_twice(cache)
+        wait_scanned_twice(cache)
         assert len(contents(daemon.image_path)) == len(images)
         for number, image in enumerate(images):
-            served(daemon, upstream.host, f"team/{number}", "1", image)
+            assert_all_served(daemon, upstream.host, f"team/{number}", "1", image)
         then = time.time() - 31 * DAY
         os.utime(record(cache, images[1].manifest), (then, then))
         wait_until(lambda: not record(cache, images[1].manifest).exists(), SOON, "it goes by age")

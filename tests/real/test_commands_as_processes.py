@@ -18,12 +18,12 @@ from tests.real.commanding import (
     Shell,
     as_nobody,
     assert_one_line,
-    contents,
-    ended,
-    give,
+    change_owner,
+    files_in,
     need_root,
     open_folder,
     owners,
+    run_process,
     shell_in,
     succeeded,
 )
@@ -54,7 +54,7 @@ COMMANDS = [command for command, _ in PRINTED if not command.startswith("--")]
 
 
 @pytest.fixture
-def everywhere() -> Iterator[Path]:
+def public_folder() -> Iterator[Path]:
     """A folder that every user may enter."""
     with open_folder() as folder:
         yield folder
@@ -78,19 +78,19 @@ def loaded(registry: ScriptedRegistry, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture
-def shell(loaded: Shell, everywhere: Path) -> Shell:
+def shell(loaded: Shell, public_folder: Path) -> Shell:
     """A copy of the shell and its store where every user may read."""
-    shutil.copytree(loaded.folder, everywhere, dirs_exist_ok=True)
-    everywhere.chmod(0o755)
-    return Shell(everywhere, everywhere / loaded.store.name, everywhere / loaded.config.name)
+    shutil.copytree(loaded.folder, public_folder, dirs_exist_ok=True)
+    public_folder.chmod(0o755)
+    return Shell(public_folder, public_folder / loaded.store.name, public_folder / loaded.config.name)
 
 
 @pytest.fixture
-def place(everywhere: Path) -> Path:
+def unwritable_folder(public_folder: Path) -> Path:
     """A folder to run commands in, which only root may write."""
-    place = everywhere / "place"
-    place.mkdir(mode=0o555)
-    return place
+    unwritable_folder = public_folder / "place"
+    unwritable_folder.mkdir(mode=0o555)
+    return unwritable_folder
 
 
 def words(shell: Shell, command: str) -> list[str]:
@@ -107,27 +107,25 @@ def out_for(shell: Shell, user: int) -> None:
 
 
 @pytest.mark.parametrize(("command", "printed"), PRINTED)
-def test_without_n_it_prints_and_ends_where_it_may_not_write(
-    shell: Shell, place: Path, command: str, printed: str
+def test_command_without_n_in_an_unwritable_folder(
+    shell: Shell, unwritable_folder: Path, command: str, printed: str
 ) -> None:
     """The command creates neither pid file nor log file; the store belongs to the user."""
     need_root()
     out_for(shell, NOBODY_UID)
-    give(shell.store, NOBODY_UID)
-    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    change_owner(shell.store, NOBODY_UID)
+    done = run_process(as_nobody(shell.argv(*words(shell, command), options=())), unwritable_folder)
     assert printed in succeeded(done)
-    assert list(place.iterdir()) == []
+    assert list(unwritable_folder.iterdir()) == []
     assert {path.name for path in shell.folder.iterdir()} == {"images", "list", "ociregistry.yaml", "out", "place"}
 
 
 @pytest.mark.parametrize(("command", "printed"), PRINTED)
-def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
-    shell: Shell, tmp_path: Path, command: str, printed: str
-) -> None:
+def test_command_without_n_ignores_a_live_pid_file(shell: Shell, tmp_path: Path, command: str, printed: str) -> None:
     """The pid file of another process is left unchanged."""
     out_for(shell, os.geteuid())
     (tmp_path / "twistd.pid").write_text(str(os.getpid()))
-    done = ended(shell.argv(*words(shell, command), options=()), tmp_path)
+    done = run_process(shell.argv(*words(shell, command), options=()), tmp_path)
     assert printed in succeeded(done)
     assert [path.name for path in tmp_path.iterdir()] == ["twistd.pid"]
     assert (tmp_path / "twistd.pid").read_text() == str(os.getpid())
@@ -137,19 +135,19 @@ def test_without_n_it_prints_and_ends_beside_a_live_pid_file(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_full_device_is_told_in_one_line(shell: Shell, tmp_path: Path, command: str) -> None:
+def test_output_to_a_full_device_fails_with_one_line(shell: Shell, tmp_path: Path, command: str) -> None:
     out_for(shell, os.geteuid())
     argv = shell.argv(*words(shell, command), options=())
-    done = ended(["sh", "-c", 'exec "$@" >/dev/full', "sh", *argv], tmp_path)
+    done = run_process(["sh", "-c", 'exec "$@" >/dev/full', "sh", *argv], tmp_path)
     assert_one_line(done, 1, "No space left on device")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_closed_output_is_told_in_one_line_or_not_at_all(shell: Shell, tmp_path: Path, command: str) -> None:
+def test_closed_output_fails_with_at_most_one_line(shell: Shell, tmp_path: Path, command: str) -> None:
     """The command has taken effect; there is no traceback, and no store file is mistaken for the output."""
     out_for(shell, os.geteuid())
     argv = shell.argv(*words(shell, command), options=())
-    done = ended(["sh", "-c", 'exec "$@" >&-', "sh", *argv], tmp_path)
+    done = run_process(["sh", "-c", 'exec "$@" >&-', "sh", *argv], tmp_path)
     if done.returncode == 0:
         assert done.stderr == ""
     else:
@@ -158,7 +156,7 @@ def test_a_closed_output_is_told_in_one_line_or_not_at_all(shell: Shell, tmp_pat
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-def test_load_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
+def test_load_into_a_closed_pipe_is_silent(shell: Shell) -> None:
     done = shell.piped("load $PWD/list", "| true")
     assert (done.returncode, done.stderr) == (1, "")
 
@@ -167,42 +165,40 @@ def test_load_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if "version" not in one and one != "check"])
-def test_a_store_that_may_not_be_read_is_told_in_one_line(shell: Shell, place: Path, command: str) -> None:
+def test_unreadable_store_fails_with_one_line(shell: Shell, unwritable_folder: Path, command: str) -> None:
     need_root()
     out_for(shell, NOBODY_UID)
     shell.store.chmod(0o700)
-    before = contents(shell.store)
-    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    before = files_in(shell.store)
+    done = run_process(as_nobody(shell.argv(*words(shell, command), options=())), unwritable_folder)
     assert_one_line(done, 1, str(shell.store), "Permission denied")
     assert done.stdout == ""
-    assert contents(shell.store) == before
+    assert files_in(shell.store) == before
 
 
 @pytest.mark.parametrize("command", ["load LIST", "prune --pattern team/", "verify", "prune --orphans"])
-def test_a_store_that_may_be_read_but_not_written_is_told_in_one_line(
-    shell: Shell, place: Path, command: str
-) -> None:
+def test_read_only_store_fails_with_one_line(shell: Shell, unwritable_folder: Path, command: str) -> None:
     need_root()
-    before = contents(shell.store)
-    done = ended(as_nobody(shell.argv(*words(shell, command), options=())), place)
+    before = files_in(shell.store)
+    done = run_process(as_nobody(shell.argv(*words(shell, command), options=())), unwritable_folder)
     assert_one_line(done, 1, str(shell.store), "Permission denied")
     assert done.stdout == ""
-    assert contents(shell.store) == before
+    assert files_in(shell.store) == before
 
 
 @pytest.mark.parametrize("command", ["list", "prune --pattern team/ --dry-run", "export --pattern team/ -o TAR"])
-def test_what_only_reads_may_be_given_by_whoever_may_read(shell: Shell, place: Path, command: str) -> None:
+def test_reading_commands_work_without_write_permission(shell: Shell, unwritable_folder: Path, command: str) -> None:
     need_root()
     out_for(shell, NOBODY_UID)
-    before = contents(shell.store)
-    succeeded(ended(as_nobody(shell.argv(*words(shell, command), options=())), place))
-    assert contents(shell.store) == before
+    before = files_in(shell.store)
+    succeeded(run_process(as_nobody(shell.argv(*words(shell, command), options=())), unwritable_folder))
+    assert files_in(shell.store) == before
 
 
-def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, registry: ScriptedRegistry) -> None:
+def test_files_written_by_root_belong_to_the_owner_of_the_store(shell: Shell, registry: ScriptedRegistry) -> None:
     """Check after each of load, prune, verify and a repair; the user can continue with all of it."""
     need_root()
-    give(shell.store, NOBODY_UID)
+    change_owner(shell.store, NOBODY_UID)
     for tag in ("v2", "v3"):
         registry.add("team/app", make_index(tag), tag)
     # A list that only root can read.
@@ -227,7 +223,7 @@ def test_what_root_leaves_in_another_users_store_is_that_users(shell: Shell, reg
     assert file.read_bytes() == layer.data
     assert owners(shell.store) == {NOBODY_UID}
     assert all(path.stat().st_mode & stat.S_IRUSR for path in shell.store.rglob("*"))
-    ended(as_nobody(shell.argv("verify")), shell.folder)
+    run_process(as_nobody(shell.argv("verify")), shell.folder)
 
 
 # Exit status
@@ -261,18 +257,16 @@ ENDINGS = [
 
 
 @pytest.mark.parametrize(("command", "status"), ENDINGS)
-def test_it_ends_with_the_status_that_its_outcome_has(
-    shell: Shell, registry: ScriptedRegistry, tmp_path: Path, command: str, status: int
-) -> None:
+def test_exit_status(shell: Shell, registry: ScriptedRegistry, tmp_path: Path, command: str, status: int) -> None:
     """0, 1 when something failed, 2 for invalid usage; an error has a line that says why."""
     for name, text in (("GONE", f"{registry.host}/team/other:v1\n"), ("WRONG", "UPPER/case\n")):
         (tmp_path / name).write_text(text)
-    before = contents(shell.store)
-    done = ended(shell.argv(*words(shell, command), options=()), tmp_path)
+    before = files_in(shell.store)
+    done = run_process(shell.argv(*words(shell, command), options=()), tmp_path)
     if status == 0:
         succeeded(done)
     else:
         assert_one_line(done, status)
     if command not in ("load GONE", "verify"):
-        assert contents(shell.store) == before
+        assert files_in(shell.store) == before
     assert not (tmp_path / "nowhere").exists()

@@ -22,16 +22,16 @@ from tests.processes import Daemon, wait_until
 from tests.real.operating import (
     PATIENCE,
     Contents,
-    begun,
+    assert_blobs_match_their_digests,
+    assert_verify_finds_no_damage,
     command,
     command_line,
     contents,
+    has_all_of,
     hex_of,
     image_list,
-    is_whole,
     lost_blobs,
-    nothing_wrong_is_in,
-    verified,
+    running_command,
 )
 from tests.real.scripted import SOON
 from tests.upstream import ScriptedRegistry
@@ -47,7 +47,7 @@ ROUNDS = [pytest.param(10, id="10"), pytest.param(100, id="100", marks=pytest.ma
 
 
 @dataclass(frozen=True)
-class Scene:
+class StoreAndUpstream:
     """A store whose daemon is stopped unless a test starts it, and the content of its upstream."""
 
     daemon: Daemon
@@ -68,11 +68,11 @@ class Scene:
 
     def has_all(self) -> bool:
         """Whether the store has everything."""
-        return all(is_whole(self.root, what) for what in self.published.values())
+        return all(has_all_of(self.root, what) for what in self.published.values())
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
+def setup(tmp_path: Path) -> Iterator[StoreAndUpstream]:
     """Images to keep and to prune that share layers, and indexes, one of which shares an image with a pruned one."""
     base = make_image("killed/base", layers=2, layer_size=100_000)
     images = {name: make_image(name, base=base, layer_size=300_000) for name in ("stay1", "stay2", "go1", "go2")}
@@ -84,18 +84,20 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         for tag, what in published.items():
             upstream.add(REPOSITORY, what, tag)
         daemon = Daemon(tmp_path, {upstream.host: "http"}, "--no-complete-images")
-        yield Scene(daemon, upstream, published, tmp_path)
+        yield StoreAndUpstream(daemon, upstream, published, tmp_path)
 
 
 @contextmanager
-def traced(scene: Scene, argv: list[str], inject: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Trace]]:
+def traced(
+    setup: StoreAndUpstream, argv: list[str], inject: str = ""
+) -> Iterator[tuple[subprocess.Popen[bytes], Trace]]:
     """Trace the command's changes, delayed as `inject` says; the process to kill is the command itself."""
     need("strace")
-    log = scene.folder / "strace"
+    log = setup.folder / "strace"
     log.unlink(missing_ok=True)
     faults = ["-e", f"inject={CHANGES}:{inject}"] if inject else []
     strace = ["strace", "-D", "-f", "-y", "-o", str(log), "-e", f"trace={CHANGES}", *faults]
-    with begun([*strace, *argv], scene.folder) as process:
+    with running_command([*strace, *argv], setup.folder) as process:
         wait_until(log.exists, SOON, "strace begins")
         yield process, Trace(log)
 
@@ -109,93 +111,93 @@ def copied(source: Path, target: Path) -> None:
 def seconds_of(argv: list[str], folder: Path) -> float:
     """Return how long the command takes; it must succeed."""
     began = time.monotonic()
-    with begun(argv, folder) as process:
+    with running_command(argv, folder) as process:
         assert process.wait(PATIENCE) == 0, (folder / "stderr").read_text()
     return time.monotonic() - began
 
 
-def assert_sound(scene: Scene, before: Contents) -> None:
+def assert_sound(setup: StoreAndUpstream, before: Contents) -> None:
     """After a kill, assert that kept images have all their blobs, and that nothing in the store is wrong."""
-    verified(scene.daemon)
-    after = contents(scene.root)
+    assert_verify_finds_no_damage(setup.daemon)
+    after = contents(setup.root)
     assert not lost_blobs(before, after)
-    for tag, what in scene.published.items():
+    for tag, what in setup.published.items():
         record = hex_of(what.manifest.digest)
         if tag.startswith("stay") and record in before:
             assert after[record].there >= before[record].there
     # Records are removed before their blobs: none that exists lacks a blob it had.
     assert all(kept.there >= before[digest].there for digest, kept in after.items() if digest in before)
-    nothing_wrong_is_in(scene.root)
+    assert_blobs_match_their_digests(setup.root)
 
 
-def is_pruned(scene: Scene) -> bool:
+def is_pruned(setup: StoreAndUpstream) -> bool:
     """Whether the images named by the pattern are gone, and the others complete."""
-    left = [url for kept in contents(scene.root).values() for url in kept.images]
-    stays = [what for tag, what in scene.published.items() if tag.startswith("stay")]
-    return not any(":go" in url for url in left) and all(is_whole(scene.root, what) for what in stays)
+    left = [url for kept in contents(setup.root).values() for url in kept.images]
+    stays = [what for tag, what in setup.published.items() if tag.startswith("stay")]
+    return not any(":go" in url for url in left) and all(has_all_of(setup.root, what) for what in stays)
 
 
-def goes_on_pruning(scene: Scene) -> None:
+def finish_pruning(setup: StoreAndUpstream) -> None:
     """Finish the prune; unneeded blobs that are left are pruned as orphans."""
-    command(scene.daemon, "prune", PATTERN)
-    assert is_pruned(scene)
+    command(setup.daemon, "prune", PATTERN)
+    assert is_pruned(setup)
 
 
-def goes_on_loading(scene: Scene) -> None:
+def finish_loading(setup: StoreAndUpstream) -> None:
     """Finish the load, which fetches only what is missing."""
-    blobs = {path.name for path in (scene.root / "blobs").iterdir()} if (scene.root / "blobs").exists() else set()
-    asked = len(scene.upstream.requests)
-    assert "0 failed" in command(scene.daemon, *scene.load).stdout
-    assert scene.has_all()
-    again = {one.path.rpartition(":")[2] for one in scene.upstream.requests[asked:] if "/blobs/" in one.path}
+    blobs = {path.name for path in (setup.root / "blobs").iterdir()} if (setup.root / "blobs").exists() else set()
+    asked = len(setup.upstream.requests)
+    assert "0 failed" in command(setup.daemon, *setup.load).stdout
+    assert setup.has_all()
+    again = {one.path.rpartition(":")[2] for one in setup.upstream.requests[asked:] if "/blobs/" in one.path}
     assert not again & blobs
-    nothing_wrong_is_in(scene.root)
+    assert_blobs_match_their_digests(setup.root)
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_prune_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
-    command(scene.daemon, *scene.load)
+def test_prune_killed_at_random_times(setup: StoreAndUpstream, tmp_path: Path, rounds: int) -> None:
+    command(setup.daemon, *setup.load)
     full = tmp_path / "full"
-    copied(scene.root, full)
-    argv = command_line(scene.daemon, "prune", PATTERN)
+    copied(setup.root, full)
+    argv = command_line(setup.daemon, "prune", PATTERN)
     takes = seconds_of(argv, tmp_path)
-    assert is_pruned(scene)
+    assert is_pruned(setup)
     rng = random.Random(rounds)
     for _ in range(rounds):
-        copied(full, scene.root)
-        before = contents(scene.root)
-        with begun(argv, tmp_path) as process:
+        copied(full, setup.root)
+        before = contents(setup.root)
+        with running_command(argv, tmp_path) as process:
             time.sleep(rng.uniform(0, takes))
             process.kill()
-        assert_sound(scene, before)
-        goes_on_pruning(scene)
+        assert_sound(setup, before)
+        finish_pruning(setup)
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_prune_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
+def test_prune_killed_between_changes(setup: StoreAndUpstream, tmp_path: Path, rounds: int) -> None:
     """Kill before and after each of a random choice of changes."""
-    command(scene.daemon, *scene.load)
+    command(setup.daemon, *setup.load)
     full = tmp_path / "full"
-    copied(scene.root, full)
-    argv = command_line(scene.daemon, "prune", PATTERN)
-    with traced(scene, argv) as (process, trace):
+    copied(setup.root, full)
+    argv = command_line(setup.daemon, "prune", PATTERN)
+    with traced(setup, argv) as (process, trace):
         assert process.wait(PATIENCE) == 0
         wait_until(lambda: "exited with 0" in trace.text, SOON, "strace ends")
         changes = trace.begun
     assert changes > 20, trace.text
-    assert is_pruned(scene)
+    assert is_pruned(setup)
     rng = random.Random(rounds)
     for _ in range(rounds):
-        copied(full, scene.root)
-        before = contents(scene.root)
-        kill_at(scene, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
-        assert_sound(scene, before)
-        goes_on_pruning(scene)
+        copied(full, setup.root)
+        before = contents(setup.root)
+        kill_at(setup, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
+        assert_sound(setup, before)
+        finish_pruning(setup)
 
 
-def kill_at(scene: Scene, argv: list[str], number: int, when: str) -> None:
+def kill_at(setup: StoreAndUpstream, argv: list[str], number: int, when: str) -> None:
     """Kill the command at its change of this number: where it begins, or where it has ended."""
-    with traced(scene, argv, f"{when}={HANG}:when={number}") as (process, trace):
+    with traced(setup, argv, f"{when}={HANG}:when={number}") as (process, trace):
         wait_until(
             lambda: trace.begun >= number or process.poll() is not None, PATIENCE, f"{number} changes:\n{trace.text}"
         )
@@ -209,68 +211,68 @@ def kill_at(scene: Scene, argv: list[str], number: int, when: str) -> None:
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_load_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
-    first = hold_one(scene)
-    argv = command_line(scene.daemon, *scene.load)
+def test_load_killed_at_random_times(setup: StoreAndUpstream, tmp_path: Path, rounds: int) -> None:
+    first = load_one(setup)
+    argv = command_line(setup.daemon, *setup.load)
     takes = seconds_of(argv, tmp_path)
-    assert scene.has_all()
+    assert setup.has_all()
     rng = random.Random(rounds)
     for _ in range(rounds):
-        copied(first, scene.root)
-        before = contents(scene.root)
-        with begun(argv, tmp_path) as process:
+        copied(first, setup.root)
+        before = contents(setup.root)
+        with running_command(argv, tmp_path) as process:
             time.sleep(rng.uniform(0, takes))
             process.kill()
-        assert_sound(scene, before)
-        goes_on_loading(scene)
+        assert_sound(setup, before)
+        finish_loading(setup)
 
 
-def hold_one(scene: Scene) -> Path:
+def load_one(setup: StoreAndUpstream) -> Path:
     """Store one of the images; return a copy of that store."""
-    (url,) = [f"{scene.upstream.host}/{REPOSITORY}:stay1"]
-    command(scene.daemon, "load", image_list(scene.folder / "one", [url]))
-    assert is_whole(scene.root, scene.published["stay1"])
-    copied(scene.root, scene.folder / "first")
-    return scene.folder / "first"
+    (url,) = [f"{setup.upstream.host}/{REPOSITORY}:stay1"]
+    command(setup.daemon, "load", image_list(setup.folder / "one", [url]))
+    assert has_all_of(setup.root, setup.published["stay1"])
+    copied(setup.root, setup.folder / "first")
+    return setup.folder / "first"
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_load_through_the_daemon_that_is_killed_at_random(scene: Scene, tmp_path: Path, rounds: int) -> None:
+def test_load_through_the_daemon_killed_at_random_times(setup: StoreAndUpstream, tmp_path: Path, rounds: int) -> None:
     """The daemon continues what it has begun, and nothing is fetched twice."""
-    with scene.daemon:
-        argv = command_line(scene.daemon, *scene.load)
+    with setup.daemon:
+        argv = command_line(setup.daemon, *setup.load)
         takes = seconds_of(argv, tmp_path)
-        assert scene.has_all()
+        assert setup.has_all()
         rng = random.Random(rounds)
         for _ in range(rounds):
-            command(scene.daemon, "prune", r"--pattern=team/app@,team/app:(?!stay1$)")
-            before = contents(scene.root)
+            command(setup.daemon, "prune", r"--pattern=team/app@,team/app:(?!stay1$)")
+            before = contents(setup.root)
             assert len(before) == 1
-            asked = len(scene.upstream.requests)
-            with begun(argv, tmp_path) as process:
+            asked = len(setup.upstream.requests)
+            with running_command(argv, tmp_path) as process:
                 time.sleep(rng.uniform(0, takes))
                 process.kill()
-            assert_sound(scene, before)
-            goes_on_loading(scene)
-            paths = [one.path for one in scene.upstream.requests[asked:]]
+            assert_sound(setup, before)
+            finish_loading(setup)
+            paths = [one.path for one in setup.upstream.requests[asked:]]
             assert len(paths) == len(set(paths)), sorted(paths)
-        assert "Traceback" not in scene.daemon.log
+        assert "Traceback" not in setup.daemon.log
 
 
 @pytest.mark.parametrize("rounds", ROUNDS)
-def test_a_load_that_is_killed_between_its_changes(scene: Scene, tmp_path: Path, rounds: int) -> None:
+def test_load_killed_between_changes(setup: StoreAndUpstream, tmp_path: Path, rounds: int) -> None:
     """Several threads take turns in any order, so a number is not always the same change."""
-    first = hold_one(scene)
-    argv = command_line(scene.daemon, *scene.load)
-    with traced(scene, argv) as (process, trace):
+    first = load_one(setup)
+    argv = command_line(setup.daemon, *setup.load)
+    with traced(setup, argv) as (process, trace):
         assert process.wait(PATIENCE) == 0
         wait_until(lambda: "exited with 0" in trace.text, SOON, "strace ends")
         changes = trace.begun
     assert changes > 50, trace.text
     rng = random.Random(rounds)
     for _ in range(rounds):
-        copied(first, scene.root)
-        before = contents(scene.root)
-        kill_at(scene, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
-        assert_sound(scene, before)
-        goes_on_loading(scene)
+        copied(first, setup.root)
+        before = contents(setup.root)
+        kill_at(setup, argv, rng.randint(1, changes), rng.choice(["delay_enter", "delay_exit"]))
+        assert_sound(setup, before)
+        finish_loading(setup)

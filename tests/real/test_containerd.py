@@ -97,7 +97,7 @@ def _restart(daemon: Daemon) -> int:
     return logged
 
 
-def test_pulled_once_an_image_needs_no_registry(
+def test_cached_image_is_pulled_without_the_registry(
     registry: DockerRegistry, daemon: Daemon, pull: Pull, pushed: Index | Image
 ) -> None:
     """Without the registry, after a kill and with the image removed, the pull works without a connection."""
@@ -151,7 +151,7 @@ def _assert_access(
 
 
 @pytest.mark.parametrize("kind", ["index", "image"])
-def test_two_tags_and_two_repositories_share_what_they_have_in_common(
+def test_tags_and_repositories_share_records_and_blobs(
     registry: DockerRegistry, daemon: Daemon, pull: Pull, kind: str
 ) -> None:
     """One digest with several names has one record with all names, and each of its blobs is fetched once."""
@@ -181,7 +181,7 @@ def _names(daemon: Daemon, folder: str, of: Index | Image) -> set[str]:
     return set(json.loads(path.read_text())["images"])
 
 
-def test_a_tag_keeps_its_meaning_when_it_moves_upstream(registry: DockerRegistry, daemon: Daemon, pull: Pull) -> None:
+def test_cached_tag_is_kept_when_it_moves_upstream(registry: DockerRegistry, daemon: Daemon, pull: Pull) -> None:
     """The first pull fixes the meaning of a tag, also after a restart and while the registry is up."""
     old, new = make_image("moving/old"), make_image("moving/new")
     ref = f"{registry.host}/team/app:v1"

@@ -22,7 +22,7 @@ _MOST_MEMORY = 120_000_000
 _SOON = 10.0
 
 
-def test_twenty_clients_of_a_cold_blob(
+def test_twenty_clients_share_the_download_of_a_blob(
     upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon], big_image: Image
 ) -> None:
     """All receive its 200 MiB, the upstream sends it once, and the daemon does not hold it in memory."""
@@ -51,7 +51,9 @@ def test_twenty_clients_of_a_cold_blob(
     assert daemon.peak_memory() < _MOST_MEMORY
 
 
-def test_twenty_clients_of_a_cold_tag(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
+def test_twenty_clients_share_the_request_for_a_tag(
+    upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]
+) -> None:
     """All receive the manifest, which was requested from the upstream once."""
     index = make_index("crowd")
     upstream.add("team/app", index, "v1")

@@ -27,7 +27,7 @@ PROBED = 30.0 + 10.0
 CACHED, HALF, OTHER = (plain_image(f"cut off/{name}", 20_000) for name in ("cached", "half", "other"))
 
 
-class Place:
+class RoutedDaemon:
     """A daemon on one side of a router, and on the other its upstream, with a name in /etc/hosts alone."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -70,59 +70,59 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def routed_daemon(tmp_path: Path) -> Iterator[RoutedDaemon]:
     """A daemon with a cached image."""
     with ExitStack() as stack:
-        place = Place(tmp_path, stack)
-        place.pull("cached", CACHED)
-        wait_until(lambda: not place.incomplete(), SOON, "it is whole")
-        yield place
+        routed_daemon = RoutedDaemon(tmp_path, stack)
+        routed_daemon.pull("cached", CACHED)
+        wait_until(lambda: not routed_daemon.incomplete(), SOON, "it is whole")
+        yield routed_daemon
 
 
-def test_not_a_packet_leaves_for_a_hit(place: Place) -> None:
+def test_hit_sends_no_packet_to_the_upstream(routed_daemon: RoutedDaemon) -> None:
     """The link is a black hole, and probes in the meantime change nothing."""
-    with ExitStack() as outage, place.network.sent() as packets:
-        outage.enter_context(place.network.outage())
+    with ExitStack() as outage, routed_daemon.network.sent() as packets:
+        outage.enter_context(routed_daemon.network.outage())
         for _ in range(5):
-            place.pull("cached", CACHED)
+            routed_daemon.pull("cached", CACHED)
         assert packets() == 0
         # A packet would be counted; hits work while other clients wait for the upstream.
         with ThreadPoolExecutor(1) as client:
-            asked = client.submit(place.ask, "other/manifests/1")
+            asked = client.submit(routed_daemon.ask, "other/manifests/1")
             wait_until(packets, SOON, "a packet for a miss")
-            place.pull("cached", CACHED)
+            routed_daemon.pull("cached", CACHED)
             assert not asked.done()
             outage.close()
             assert asked.result().body == OTHER.manifest.data
 
 
-def test_a_cold_start_without_a_network(place: Place) -> None:
+def test_start_without_a_network(routed_daemon: RoutedDaemon) -> None:
     """With only loopback and no resolver: ready, cached content is served, and the rest when the link is up."""
-    stop = place.upstream.script("/v2/half/blobs/*", Reply(503))
-    assert place.ask("half/manifests/1").body == HALF.manifest.data
-    wait_until(lambda: "is not complete yet" in place.daemon.log, SOON, "it was tried")
-    place.daemon.kill()
+    stop = routed_daemon.upstream.script("/v2/half/blobs/*", Reply(503))
+    assert routed_daemon.ask("half/manifests/1").body == HALF.manifest.data
+    wait_until(lambda: "is not complete yet" in routed_daemon.daemon.log, SOON, "it was tried")
+    routed_daemon.daemon.kill()
     stop()
-    place.network.near.ip("link", "set", "eth0", "down")
-    place.name_upstream(known=False)
+    routed_daemon.network.near.ip("link", "set", "eth0", "down")
+    routed_daemon.name_upstream(known=False)
     began = time.monotonic()
-    place.daemon.start()
+    routed_daemon.daemon.start()
     assert time.monotonic() - began < READY
-    place.pull("cached", CACHED)
+    routed_daemon.pull("cached", CACHED)
     began = time.monotonic()
-    assert_error(place.ask("other/manifests/1"), 503, "UNAVAILABLE")
-    assert_error(place.ask(f"half/blobs/{HALF.layers[0].digest}"), 503, "UNAVAILABLE")
+    assert_error(routed_daemon.ask("other/manifests/1"), 503, "UNAVAILABLE")
+    assert_error(routed_daemon.ask(f"half/blobs/{HALF.layers[0].digest}"), 503, "UNAVAILABLE")
     assert time.monotonic() - began < READY
-    assert place.incomplete() == 1
-    asked = len(place.upstream.requests)
+    assert routed_daemon.incomplete() == 1
+    asked = len(routed_daemon.upstream.requests)
 
-    place.name_upstream(known=True)
-    place.network.near.ip("link", "set", "eth0", "up")
-    place.network.near.ip("route", "add", "default", "via", "10.77.1.1")
-    wait_until(lambda: place.ask("other/manifests/1").status == 200, PROBED, "the link is used")
-    place.pull("other", OTHER)
+    routed_daemon.name_upstream(known=True)
+    routed_daemon.network.near.ip("link", "set", "eth0", "up")
+    routed_daemon.network.near.ip("route", "add", "default", "via", "10.77.1.1")
+    wait_until(lambda: routed_daemon.ask("other/manifests/1").status == 200, PROBED, "the link is used")
+    routed_daemon.pull("other", OTHER)
     # Downloads begun by the previous process are also completed.
-    wait_until(lambda: not place.incomplete(), PROBED, "all images are whole")
-    assert all(blob_file(place.daemon, blob.digest).exists() for blob in HALF.blobs)
-    assert all(request.header("Host") == place.ns for request in place.upstream.requests[asked:])
-    place.pull("cached", CACHED)
+    wait_until(lambda: not routed_daemon.incomplete(), PROBED, "all images are whole")
+    assert all(blob_file(routed_daemon.daemon, blob.digest).exists() for blob in HALF.blobs)
+    assert all(request.header("Host") == routed_daemon.ns for request in routed_daemon.upstream.requests[asked:])
+    routed_daemon.pull("cached", CACHED)

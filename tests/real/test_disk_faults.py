@@ -77,16 +77,16 @@ def body_of(answer: HTTPResponse) -> bytes:
         return short.partial
 
 
-def nothing_wrong_is_in_the_store(cache: Cache) -> None:
+def assert_blobs_match_their_digests(cache: Cache) -> None:
     """Assert that every blob has the digest that its name says."""
     for path in (cache.daemon.image_path / "blobs").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-def the_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
+def assert_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
     """Assert that nothing of the failure remains."""
     pull(cache, tag, image)
-    nothing_wrong_is_in_the_store(cache)
+    assert_blobs_match_their_digests(cache)
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
@@ -100,7 +100,7 @@ def the_next_pull_succeeds(cache: Cache, tag: str, image: Image) -> None:
         pytest.param(RENAMES, SIZE, HELD, True, id="rename"),
     ],
 )
-def test_a_download_that_cannot_be_stored(
+def test_write_sync_or_rename_failure_of_a_download(
     cache: Cache, inject: Inject, calls: str, size: int, held: int, whole: bool
 ) -> None:
     hit, image = publish(cache, "hit"), publish(cache, "miss", size)
@@ -127,12 +127,12 @@ def test_a_download_that_cannot_be_stored(
     renamed = [line for line in trace.text.splitlines() if "rename" in line and f"/blobs/{layer.digest[7:]}" in line]
     assert all("INJECTED" in line for line in renamed), renamed
     assert bool(renamed) == (calls == RENAMES)
-    nothing_wrong_is_in_the_store(cache)
-    the_next_pull_succeeds(cache, "miss", image)
+    assert_blobs_match_their_digests(cache)
+    assert_next_pull_succeeds(cache, "miss", image)
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-def test_what_could_not_be_synced_is_not_continued(cache: Cache, inject: Inject, error: str) -> None:
+def test_partial_with_a_failed_sync_is_not_resumed(cache: Cache, inject: Inject, error: str) -> None:
     """The kernel reports such a failure once, and takes the bytes for written: a later sync proves nothing."""
     image = publish(cache, "miss")
     path = blob_of(image)
@@ -149,7 +149,7 @@ def test_what_could_not_be_synced_is_not_continued(cache: Cache, inject: Inject,
 
 
 @pytest.mark.parametrize("calls", ["pwrite64", "openat"])
-def test_a_download_that_cannot_begin(cache: Cache, inject: Inject, calls: str) -> None:
+def test_download_that_cannot_create_its_partial_is_answered_by_503(cache: Cache, inject: Inject, calls: str) -> None:
     """Answer 503 before the headers."""
     image = publish(cache, "miss")
     pulls = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest[7:]
@@ -158,11 +158,11 @@ def test_a_download_that_cannot_begin(cache: Cache, inject: Inject, calls: str) 
         cache.refused(blob_of(image), 503, "UNAVAILABLE")
         assert EIO in cache.one_error(since)
         assert trace.injected
-    the_next_pull_succeeds(cache, "miss", image)
+    assert_next_pull_succeeds(cache, "miss", image)
 
 
 @pytest.mark.parametrize("calls", ["pwrite64", "fsync", RENAMES])
-def test_a_manifest_that_cannot_be_stored(cache: Cache, inject: Inject, calls: str) -> None:
+def test_write_failure_of_a_manifest(cache: Cache, inject: Inject, calls: str) -> None:
     hit, image = publish(cache, "hit"), publish(cache, "miss")
     pull(cache, "hit", hit)
     with inject(calls, "error=EIO") as trace:
@@ -173,10 +173,10 @@ def test_a_manifest_that_cannot_be_stored(cache: Cache, inject: Inject, calls: s
         assert trace.injected == 2
         pull(cache, "hit", hit)
     assert not (cache.daemon.image_path / "img" / image.manifest.digest[7:]).exists()
-    the_next_pull_succeeds(cache, "miss", image)
+    assert_next_pull_succeeds(cache, "miss", image)
 
 
-def test_the_names_cannot_be_synced(cache: Cache, inject: Inject) -> None:
+def test_sync_failure_of_the_blobs_folder(cache: Cache, inject: Inject) -> None:
     """The folder's sync fails when the blob is renamed already: it is correct, and may be served or fetched again."""
     image = publish(cache, "miss")
     since = cache.log_size
@@ -185,8 +185,8 @@ def test_the_names_cannot_be_synced(cache: Cache, inject: Inject) -> None:
         wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log says why")
         assert trace.injected == 1
     assert EIO in cache.one_error(since)
-    nothing_wrong_is_in_the_store(cache)
-    the_next_pull_succeeds(cache, "miss", image)
+    assert_blobs_match_their_digests(cache)
+    assert_next_pull_succeeds(cache, "miss", image)
 
 
 def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> None:
@@ -218,7 +218,7 @@ def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> Non
         cache.wait_stored(image.layers[0].digest)
 
 
-def test_the_lock_of_the_store_is_held_by_another_process(cache: Cache) -> None:
+def test_lock_of_the_store_held_by_another_process(cache: Cache) -> None:
     """Records cannot be written during that time; everything else works."""
     hit, image = publish(cache, "hit"), publish(cache, "miss")
     waiting = {f"waiting{number}": publish(cache, f"waiting{number}", 1000) for number in range(20)}
@@ -235,7 +235,7 @@ def test_the_lock_of_the_store_is_held_by_another_process(cache: Cache) -> None:
             assert waiter.result().body == other.manifest.data
 
 
-def test_a_miss_is_read_along_while_syncs_hang(cache: Cache, inject: Inject) -> None:
+def test_miss_is_streamed_while_syncs_hang(cache: Cache, inject: Inject) -> None:
     hanging, image = publish(cache, "hanging"), publish(cache, "miss")
     with inject("fsync,fdatasync", HANG) as trace:
         assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
@@ -251,7 +251,7 @@ def test_a_miss_is_read_along_while_syncs_hang(cache: Cache, inject: Inject) -> 
 
 
 @pytest.mark.parametrize("calls", ["fsync", RENAMES])
-def test_a_sync_that_takes_five_seconds(cache: Cache, inject: Inject, calls: str) -> None:
+def test_slow_sync_delays_only_what_needs_it(cache: Cache, inject: Inject, calls: str) -> None:
     """Only operations that need the sync wait, and then succeed."""
     hit, image = publish(cache, "hit"), publish(cache, "miss")
     pull(cache, "hit", hit)

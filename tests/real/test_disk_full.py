@@ -73,7 +73,7 @@ def publish(cache: Cache, small: Image, large: Image, third: Image) -> None:
     cache.wait_stored(small.layers[0].digest)
 
 
-def hits_go_on(cache: Cache, small: Image) -> None:
+def assert_hits_are_served(cache: Cache, small: Image) -> None:
     """Assert that cached content is served without a request to the upstream."""
     asked = len(cache.upstream.requests)
     assert cache.ask(f"{REPOSITORY}/manifests/small").body == small.manifest.data
@@ -87,14 +87,14 @@ def partial(cache: Cache, image: Image) -> Path:
     return cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
 
 
-def told(cache: Cache) -> dict[str, int]:
+def disk_health(cache: Cache) -> dict[str, int]:
     """Return the disk's state in /health."""
     disk: dict[str, int] = json.loads(fetch(f"{cache.daemon.url}/health").body)["disk"]
     return disk
 
 
 @contextmanager
-def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
+def disk_full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
     """Begin a pull of the large image while there is room, then fill the disk; the pull continues slowly."""
     layer = large.layers[0]
     disk.resize(4 * SIZE)
@@ -114,15 +114,15 @@ def full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
         yield
 
 
-def test_the_miss_ends_short_and_resumes_when_there_is_room(
+def test_download_stops_at_the_reserve_and_resumes_when_there_is_room(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     """Until there is room, requests are refused at once, and the partial is kept."""
     publish(cache, small, large, third)
-    with full(cache, disk, large):
+    with disk_full(cache, disk, large):
         kept = partial(cache, large).stat().st_size
         assert kept > DISK // 2
-        hits_go_on(cache, small)
+        assert_hits_are_served(cache, small)
 
         since = cache.log_size
         asked = cache.sent(blob_of(large))
@@ -132,7 +132,7 @@ def test_the_miss_ends_short_and_resumes_when_there_is_room(
         assert str(disk.path) in line
         assert cache.sent(blob_of(large)) == asked
         assert partial(cache, large).stat().st_size == kept
-        hits_go_on(cache, small)
+        assert_hits_are_served(cache, small)
 
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == large.layers[0].digest
@@ -141,7 +141,7 @@ def test_the_miss_ends_short_and_resumes_when_there_is_room(
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
-def test_a_known_size_that_cannot_fit_is_refused_before_anybody_is_asked(
+def test_blob_of_known_size_without_room_is_refused_before_an_upstream_request(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     publish(cache, small, large, third)
@@ -152,21 +152,21 @@ def test_a_known_size_that_cannot_fit_is_refused_before_anybody_is_asked(
         assert f"{FULL}: {SIZE} bytes are needed" in cache.one_error(since)
     assert cache.sent(blob_of(large), "GET") == 0
     assert cache.partials == set()
-    hits_go_on(cache, small)
+    assert_hits_are_served(cache, small)
     assert digest_of(cache.ask(blob_of(third)).body) == third.layers[0].digest
 
 
-def test_what_nobody_wants_of_one_makes_room_for_another(
+def test_unwanted_partial_is_removed_for_another_blob(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     publish(cache, small, large, third)
     # A download stops less than 2 MiB above the reserve.
     another = plain_image("another", 3 * MIB)
     cache.upstream.add(REPOSITORY, another, "another")
-    with full(cache, disk, large):
-        wait_until(lambda: told(cache)["full"], SOON, "it is told")
-        assert told(cache)["reserve"] == RESERVE
-        assert abs(told(cache)["free"] - disk.free) < MIB
+    with disk_full(cache, disk, large):
+        wait_until(lambda: disk_health(cache)["full"], SOON, "it is told")
+        assert disk_health(cache)["reserve"] == RESERVE
+        assert abs(disk_health(cache)["free"] - disk.free) < MIB
         assert cache.ask(f"{REPOSITORY}/manifests/another").body == another.manifest.data
         assert digest_of(cache.ask(blob_of(another)).body) == another.layers[0].digest
         assert not partial(cache, large).exists()
@@ -174,7 +174,7 @@ def test_what_nobody_wants_of_one_makes_room_for_another(
     assert cache.daemon.log.count("so downloads stop") == 1
 
 
-def test_a_blob_that_nobody_tells_the_size_of(
+def test_blob_of_unknown_size_without_room_is_refused(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image
 ) -> None:
     """It is downloaded before the headers are sent, so that it can be refused."""
@@ -186,24 +186,24 @@ def test_a_blob_that_nobody_tells_the_size_of(
         assert FULL in cache.one_error(since)
         assert partial(cache, large).stat().st_size > DISK // 2
         assert disk.free > RESERVE - MIB // 10
-        hits_go_on(cache, small)
+        assert_hits_are_served(cache, small)
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == layer.digest
     assert cache.upstream.bytes_sent(layer.digest) <= 1.05 * SIZE
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["terminated", "killed"])
-def test_the_daemon_starts_on_a_full_disk(
+def test_daemon_starts_on_a_full_disk(
     cache: Cache, disk: SmallDisk, small: Image, large: Image, third: Image, kill: bool
 ) -> None:
     publish(cache, small, large, third)
-    with full(cache, disk, large):
+    with disk_full(cache, disk, large):
         if kill:
             cache.daemon.kill()
         else:
             cache.daemon.terminate()
         cache.daemon.start()
-        hits_go_on(cache, small)
+        assert_hits_are_served(cache, small)
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == large.layers[0].digest
     assert cache.upstream.bytes_sent(large.layers[0].digest) <= 1.05 * SIZE

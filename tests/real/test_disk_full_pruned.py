@@ -16,7 +16,7 @@ import pytest
 from tests.disk_faults import BLOCK, Ext4, ext4_disk
 from tests.images import MIB, Image, Index, digest_of, make_index, random_bytes
 from tests.processes import Daemon, wait_until
-from tests.real.operating import command, contents, hex_of, served
+from tests.real.operating import assert_all_served, command, contents, hex_of
 from tests.real.scripted import SOON, Cache, blob_file, open_answer, plain_image, pull, record
 from tests.upstream import ScriptedRegistry
 
@@ -35,13 +35,13 @@ def disk(tmp_path: Path) -> Iterator[Ext4]:
 
 
 @pytest.fixture(scope="module")
-def old() -> Image:
+def pruned_image() -> Image:
     """An image to prune."""
     return plain_image("old", LAYER)
 
 
 @pytest.fixture(scope="module")
-def stays() -> Image:
+def kept_image() -> Image:
     """An image to keep, with a second name to prune, so that its record is rewritten."""
     return plain_image("stays", LAYER)
 
@@ -61,8 +61,8 @@ def filled(
     tmp_path: Path,
     disk: Ext4,
     lacking: str,
-    old: Image,
-    stays: Image,
+    pruned_image: Image,
+    kept_image: Image,
     *,
     running: bool,
     settings: Mapping[str, object] = MappingProxyType({}),
@@ -79,11 +79,11 @@ def filled(
         )
         with daemon:
             cache = Cache(daemon, upstream)
-            for what, repository in (*before, (old, OLD), (stays, STAYS), (stays, MOVED)):
+            for what, repository in (*before, (pruned_image, OLD), (kept_image, STAYS), (kept_image, MOVED)):
                 upstream.add(repository, what, "1" if isinstance(what, Image) else "list")
                 pull(cache, repository, what)
             wait_until(
-                lambda: len(contents(daemon.image_path)[hex_of(stays.manifest.digest)].images) > 1, SOON, "both"
+                lambda: len(contents(daemon.image_path)[hex_of(kept_image.manifest.digest)].images) > 1, SOON, "both"
             )
             if not running:
                 daemon.terminate()
@@ -91,17 +91,19 @@ def filled(
             yield cache
             if running:
                 assert daemon.running, daemon.log
-                served(daemon, upstream.host, STAYS, "1", stays)
+                assert_all_served(daemon, upstream.host, STAYS, "1", kept_image)
         assert "Traceback" not in daemon.log
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
-def test_prune(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+def test_prune_on_a_full_disk(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str, running: bool
+) -> None:
     """A record must be rewritten, too."""
-    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+    with filled(tmp_path, disk, lacking, pruned_image, kept_image, running=running) as cache:
         done = command(cache.daemon, "prune", "--pattern", "team/old,team/moved")
         assert f"pruned {cache.upstream.host}/{OLD}:1" in done.stdout
-        assert contents(cache.daemon.image_path).keys() == {hex_of(stays.manifest.digest)}
+        assert contents(cache.daemon.image_path).keys() == {hex_of(kept_image.manifest.digest)}
         (kept,) = contents(cache.daemon.image_path).values()
         assert not any(MOVED in url for url in kept.images)
         # Files that the daemon has open do not become free.
@@ -112,12 +114,14 @@ def test_prune(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: st
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
-def test_orphans(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+def test_prune_orphans_on_a_full_disk(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str, running: bool
+) -> None:
     orphan = b"".join(random_bytes("orphan", LAYER))
     path = disk.path / "images" / "blobs" / hex_of(digest_of(orphan))
     path.parent.mkdir(parents=True)
     path.write_bytes(orphan)
-    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+    with filled(tmp_path, disk, lacking, pruned_image, kept_image, running=running) as cache:
         wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "it is old enough")
         if not running:
             # A replica has no pulls/, and so no lock file.
@@ -137,15 +141,17 @@ def without_pulls(disk: Ext4, lacking: str) -> None:
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["alone", "beside a daemon"])
-def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, running: bool) -> None:
+def test_verify_quarantine_on_a_full_disk(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str, running: bool
+) -> None:
     """Damaged blobs are removed where they cannot be quarantined: they are never served again."""
-    with filled(tmp_path, disk, lacking, old, stays, running=running) as cache:
+    with filled(tmp_path, disk, lacking, pruned_image, kept_image, running=running) as cache:
         done = command(cache.daemon, "verify")
         assert "0 damaged" in done.stdout
-        damaged = blob_file(cache.daemon, old.layers[0].digest)
+        damaged = blob_file(cache.daemon, pruned_image.layers[0].digest)
         with damaged.open("r+b") as file:
             file.write(b"damaged")
-        spoiled = record(cache, old.manifest)
+        spoiled = record(cache, pruned_image.manifest)
         with spoiled.open("r+b") as file:
             file.write(b'{"')
         done = command(cache.daemon, "verify", status=1)
@@ -161,16 +167,20 @@ def test_verify(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: s
         assert "0 damaged" in command(cache.daemon, "verify").stdout
 
 
-def test_the_daemon_by_itself(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str) -> None:
+def test_scheduled_prune_on_a_full_disk(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str
+) -> None:
     """An image with a name of its own beside that of its index gets a new record when the index is pruned."""
     settings = {"prune": {"unused_for": "30m", "every": "1s"}}
     index = make_index("both", layer_size=LAYER)
     before = ((index, "team/both"), (index.images[0], "team/own"))
-    with filled(tmp_path, disk, lacking, old, stays, running=True, settings=settings, before=before) as cache:
+    with filled(
+        tmp_path, disk, lacking, pruned_image, kept_image, running=True, settings=settings, before=before
+    ) as cache:
         when = time.time() - AN_HOUR
-        for manifest in (old.manifest, *index.manifests):
+        for manifest in (pruned_image.manifest, *index.manifests):
             os.utime(record(cache, manifest), (when, when))
-        for image in (old, *index.images):
+        for image in (pruned_image, *index.images):
             wait_until(lambda image=image: not cache.stored(image.layers[0].digest), SOON, "it is pruned")  # type: ignore[misc]  # a default binds it
         wait_until(lambda: f"pruned {cache.upstream.host}/{OLD}:1" in cache.daemon.log, SOON, "the log tells")
         assert free(disk, lacking) >= (LAYER // BLOCK if lacking == "blocks" else 3)
@@ -185,12 +195,12 @@ def removed_but_open(daemon: Daemon) -> list[str]:
     return [link for link in links if link.endswith(" (deleted)") and str(daemon.image_path) in link]
 
 
-def test_who_reads_what_is_pruned_may_finish(
-    tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str
+def test_reader_of_a_pruned_blob_gets_all_of_it(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str
 ) -> None:
     """Afterwards the space is free."""
     large = plain_image("large", 6 * MIB)
-    with filled(tmp_path, disk, lacking, large, stays, running=True) as cache:
+    with filled(tmp_path, disk, lacking, large, kept_image, running=True) as cache:
         layer = large.layers[0]
         with open_answer(cache.url(f"{OLD}/blobs/{layer.digest}")) as answer:
             got = answer.read(1)
@@ -203,13 +213,15 @@ def test_who_reads_what_is_pruned_may_finish(
 
 
 @pytest.mark.parametrize("pulls", ["there", "missing"])
-def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image, lacking: str, pulls: str) -> None:
+def test_daemon_starts_without_free_blocks_or_inodes(
+    tmp_path: Path, disk: Ext4, pruned_image: Image, kept_image: Image, lacking: str, pulls: str
+) -> None:
     """Also on a replica without pulls/; uncached content is fetched when there is space."""
-    with filled(tmp_path, disk, lacking, old, stays, running=False) as cache:
+    with filled(tmp_path, disk, lacking, pruned_image, kept_image, running=False) as cache:
         if pulls == "missing":
             without_pulls(disk, lacking)
         cache.daemon.start()
-        served(cache.daemon, cache.upstream.host, OLD, "1", old)
+        assert_all_served(cache.daemon, cache.upstream.host, OLD, "1", pruned_image)
         command(cache.daemon, "prune", "--pattern", OLD)
         command(cache.daemon, "prune", "--orphans")
         if pulls == "missing":
@@ -218,5 +230,5 @@ def test_the_daemon_starts(tmp_path: Path, disk: Ext4, old: Image, stays: Image,
         cache.upstream.add("team/new", new, "1")
         disk.make_room()
         pull(cache, "team/new", new)
-        served(cache.daemon, cache.upstream.host, STAYS, "1", stays)
+        assert_all_served(cache.daemon, cache.upstream.host, STAYS, "1", kept_image)
         cache.daemon.terminate()

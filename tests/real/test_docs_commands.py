@@ -22,9 +22,9 @@ from tests.peers import Containerd, missing_package
 from tests.processes import wait_until
 from tests.real.newcomer import Machine, Running
 
-_ELSEWHERE = "A first pull"
+_FIRST_PULL = "A first pull"
 """The section of the README that test_readme.py runs."""
-_STAYS = ("--log-level info", "--preload-images imagelist --concurrent 2", "127.0.0.1:5000")
+_LONG_RUNNING = ("--log-level info", "--preload-images imagelist --concurrent 2", "127.0.0.1:5000")
 """The ends of blocks that run until they are terminated."""
 _TYPED = '{"down": true}'
 """A line that a page shows among the output, and that is typed."""
@@ -47,7 +47,7 @@ IMAGES: dict[str, Image | Index] = {
 def runnable(page: Path) -> list[Block]:
     """Return the blocks of a page that this file has to run."""
     commands = [block for block in blocks(page) if block.language == "sh" and block.not_run is None]
-    return [block for block in commands if (page, block.heading) != (README, _ELSEWHERE)]
+    return [block for block in commands if (page, block.heading) != (README, _FIRST_PULL)]
 
 
 def shown_after(block: Block) -> list[str]:
@@ -89,7 +89,7 @@ def machine() -> Iterator[Machine]:
         yield machine
 
 
-class Newcomer:
+class User:
     """Types the commands of a page from beginning to end."""
 
     def __init__(self, machine: Machine, stack: ExitStack) -> None:
@@ -100,11 +100,11 @@ class Newcomer:
     def serve(self) -> None:
         """Run the daemon as the service of the package does, if it does not run."""
         if not self.machine.serves():
-            daemon = self._stay("ociregistry --config-path /etc/ociregistry/ociregistry.yaml --log-level info")
+            daemon = self._start("ociregistry --config-path /etc/ociregistry/ociregistry.yaml --log-level info")
             wait_until(lambda: self.machine.serves() or not daemon.runs, _SOON, "it serves")
             assert daemon.runs, daemon.printed
 
-    def _stay(self, script: str) -> Running:
+    def _start(self, script: str) -> Running:
         if self.terminal is not None:
             self.terminal.end()
         self.terminal = self.machine.start(script)
@@ -114,14 +114,14 @@ class Newcomer:
     def type(self, block: Block) -> None:
         """Run a block, and compare its output with the page."""
         shown = shown_after(block)
-        if not block.text.rstrip().endswith(_STAYS):
+        if not block.text.rstrip().endswith(_LONG_RUNNING):
             done = self.machine.run(block.text)
             status = 1 if any(line.startswith("failed: ") for line in shown) else 0
             assert done.returncode == status, (str(block), done)
             log = self.terminal.printed if self.terminal else ""
             assert_shown(block, done.stdout + log, self.machine.home)
             return
-        terminal = self._stay(block.text)
+        terminal = self._start(block.text)
         typed = [line for line in shown if line == _TYPED]
         for line in typed:
             wait_until(lambda: '"port"' in terminal.printed, _SOON, "it listens")
@@ -150,34 +150,34 @@ class Newcomer:
 
 
 @pytest.fixture
-def newcomer(machine: Machine) -> Iterator[Newcomer]:
+def user(machine: Machine) -> Iterator[User]:
     """A user at an unused machine."""
     machine.wipe()
     with ExitStack() as stack:
-        yield Newcomer(machine, stack)
+        yield User(machine, stack)
 
 
-def before_containerd(newcomer: Newcomer) -> None:
-    newcomer.containerd()
-    newcomer.serve()
+def before_containerd(user: User) -> None:
+    user.containerd()
+    user.serve()
 
 
-def before_kubernetes(newcomer: Newcomer) -> None:
-    newcomer.containerd()
-    newcomer.loaded()
+def before_kubernetes(user: User) -> None:
+    user.containerd()
+    user.loaded()
 
 
-def before_loading(newcomer: Newcomer) -> None:
-    newcomer.machine.done("echo nginx:1.25 > first")
-    newcomer.loaded("first")
+def before_loading(user: User) -> None:
+    user.machine.done("echo nginx:1.25 > first")
+    user.loaded("first")
 
 
-BEFORE: dict[str, Callable[[Newcomer], None]] = {
+BEFORE: dict[str, Callable[[User], None]] = {
     "containerd.md": before_containerd,
-    "debian.md": Newcomer.serve,
+    "debian.md": User.serve,
     "kubernetes.md": before_kubernetes,
     "loading.md": before_loading,
-    "pruning.md": Newcomer.loaded,
+    "pruning.md": User.loaded,
 }
 """What a page presupposes."""
 
@@ -187,34 +187,34 @@ def names(store: Path) -> set[str]:
     return {str(path.relative_to(store)) for path in store.glob("*/*") if path.parent.name != "pulls"}
 
 
-def after_replicating(newcomer: Newcomer) -> None:
-    here, there = names(newcomer.machine.store), names(newcomer.machine.other)
+def after_replicating(user: User) -> None:
+    here, there = names(user.machine.store), names(user.machine.other)
     assert here == there != set()
-    assert not (newcomer.machine.other / "pulls").exists()
+    assert not (user.machine.other / "pulls").exists()
 
 
-def after_loading(newcomer: Newcomer) -> None:
-    after_replicating(newcomer)
+def after_loading(user: User) -> None:
+    after_replicating(user)
     (shown,) = (json.loads(block.text) for block in blocks(ROOT / "docs" / "loading.md") if block.language == "json")
-    health = newcomer.machine.health()
+    health = user.machine.health()
     assert {key: set(value) for key, value in shown.items()} == {"preload": set(health["preload"])}
 
 
-def after_kubernetes(newcomer: Newcomer) -> None:
-    after_replicating(newcomer)
-    images = newcomer.machine.done("ctr --namespace k8s.io images list --quiet").split()
+def after_kubernetes(user: User) -> None:
+    after_replicating(user)
+    images = user.machine.done("ctr --namespace k8s.io images list --quiet").split()
     assert {"registry.internal/ociregistry:0.1.0", "registry.k8s.io/pause:3.8"} <= set(images)
-    hosts = tomllib.loads((newcomer.machine.etc / "containerd/certs.d/_default/hosts.toml").read_text())
+    hosts = tomllib.loads((user.machine.etc / "containerd/certs.d/_default/hosts.toml").read_text())
     assert list(hosts["host"]) == ["http://10.0.0.1:8080", "http://10.0.0.2:8080"]
 
 
-def after_pruning(newcomer: Newcomer) -> None:
-    listed = newcomer.machine.done("ociregistry list")
+def after_pruning(user: User) -> None:
+    listed = user.machine.done("ociregistry list")
     assert "calico/typha" in listed
     assert "curl" not in listed
 
 
-AFTER: dict[str, Callable[[Newcomer], None]] = {
+AFTER: dict[str, Callable[[User], None]] = {
     "kubernetes.md": after_kubernetes,
     "loading.md": after_loading,
     "pruning.md": after_pruning,
@@ -223,34 +223,34 @@ AFTER: dict[str, Callable[[Newcomer], None]] = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
-def test_what_a_page_says_can_be_typed(newcomer: Newcomer, page: Path) -> None:
-    BEFORE.get(page.name, lambda _: None)(newcomer)
+def test_commands_of_a_page_print_what_it_shows(user: User, page: Path) -> None:
+    BEFORE.get(page.name, lambda _: None)(user)
     for block in runnable(page):
-        newcomer.type(block)
-    AFTER.get(page.name, lambda _: None)(newcomer)
+        user.type(block)
+    AFTER.get(page.name, lambda _: None)(user)
 
 
-def test_the_pages_with_commands_are_known() -> None:
+def test_readme_commands_are_tested_elsewhere() -> None:
     """The README's commands are in the section that test_readme.py runs, where it expects them."""
     assert not runnable(README)
     assert {*BEFORE, *AFTER} <= {page.name for page in PAGES if runnable(page)}
-    assert [block.language for block in blocks(README) if block.heading == _ELSEWHERE] == ["sh", "text", "sh"]
+    assert [block.language for block in blocks(README) if block.heading == _FIRST_PULL] == ["sh", "text", "sh"]
 
 
 @pytest.mark.parametrize("block", [block for page in PAGES for block in blocks(page) if block.not_run], ids=str)
-def test_a_block_that_is_not_run_names_no_test_that_is_not_there(block: Block) -> None:
+def test_reason_of_a_block_that_is_not_run_names_existing_tests(block: Block) -> None:
     assert block.language == "sh"
     named = re.findall(r"\btests/[\w/]+\.py\b|\.ci/run\b", block.not_run or "")
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_reason_stands_right_above_a_block_of_commands(page: Path) -> None:
+def test_reason_is_directly_above_a_block_of_commands(page: Path) -> None:
     """A reason elsewhere would excuse nothing."""
     assert page.read_text().count("<!--") == sum(block.not_run is not None for block in blocks(page))
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.fail("missing: apt-get install systemd", pytrace=False)
     (unit,) = (block.text for page in PAGES for block in blocks(page) if "[Unit]" in block.text)

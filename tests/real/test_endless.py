@@ -70,29 +70,29 @@ def other() -> Image:
     return plain_image("other", 20 * MIB)
 
 
-def left(cache: Cache, path: str) -> Path:
+def partial(cache: Cache, path: str) -> Path:
     """Return the partial of a blob."""
     return cache.daemon.image_path / "pulls" / "0" / path.rpartition(":")[2]
 
 
-def told(cache: Cache) -> dict[str, object]:
+def disk_health(cache: Cache) -> dict[str, object]:
     """Return the disk's state in /health."""
     disk: dict[str, object] = json.loads(fetch(f"{cache.daemon.url}/health").body)["disk"]
     return disk
 
 
-def fill(cache: Cache, disk: SmallDisk) -> None:
+def fill_disk(cache: Cache, disk: SmallDisk) -> None:
     """Request an endless blob and disconnect; return when the download has ended at the reserve."""
     since = cache.log_size
     with cache.scripted(f"*{NEVER}", Endless()):
-        leave(cache)
+        request_and_disconnect(cache)
         wait_until(lambda: FULL in cache.daemon.log[since:], SOON, "the download ends")
     assert RESERVE - SLACK <= disk.free < RESERVE + 2 * MIB
-    assert left(cache, BLOB).stat().st_size > DISK // 2
-    wait_until(lambda: told(cache)["full"], SOON, "it is told")
+    assert partial(cache, BLOB).stat().st_size > DISK // 2
+    wait_until(lambda: disk_health(cache)["full"], SOON, "it is told")
 
 
-def leave(cache: Cache) -> None:
+def request_and_disconnect(cache: Cache) -> None:
     """Request an endless blob and disconnect at once."""
     with socket.create_connection(("127.0.0.1", cache.daemon.port)) as client:
         target = cache.url(BLOB).removeprefix(cache.daemon.url)
@@ -101,24 +101,24 @@ def leave(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("how", ["lives", "terminated", "killed"])
-def test_other_images_are_cached_afterwards(cache: Cache, disk: SmallDisk, other: Image, how: str) -> None:
+def test_other_images_are_cached_after_an_endless_blob(cache: Cache, disk: SmallDisk, other: Image, how: str) -> None:
     """After a restart too: unwanted partials are adopted, and removed when room is needed."""
     cache.upstream.add(REPOSITORY, other, "1")
-    fill(cache, disk)
+    fill_disk(cache, disk)
     if how != "lives":
         if how == "killed":
             cache.daemon.kill()
         else:
             cache.daemon.terminate()
         cache.daemon.start()
-        assert left(cache, BLOB).exists()
+        assert partial(cache, BLOB).exists()
     pull(cache, REPOSITORY, other)
-    assert not left(cache, BLOB).exists()
+    assert not partial(cache, BLOB).exists()
     assert disk.free >= RESERVE - SLACK
-    wait_until(lambda: not told(cache)["full"], SOON, "it is told")
+    wait_until(lambda: not disk_health(cache)["full"], SOON, "it is told")
 
 
-def test_again_and_again(cache: Cache, disk: SmallDisk, other: Image) -> None:
+def test_repeated_endless_blobs(cache: Cache, disk: SmallDisk, other: Image) -> None:
     cache.upstream.add(REPOSITORY, other, "1")
     pull(cache, REPOSITORY, other)
     since = cache.log_size
@@ -131,18 +131,18 @@ def test_again_and_again(cache: Cache, disk: SmallDisk, other: Image) -> None:
     assert cache.ask(f"{REPOSITORY}/blobs/{other.layers[0].digest}").body == other.layers[0].data
 
 
-def test_it_ends_when_its_client_has_gone(cache: Cache, disk: SmallDisk) -> None:
+def test_endless_download_ends_when_its_client_disconnects(cache: Cache, disk: SmallDisk) -> None:
     """The download ends long before the disk is full."""
     with cache.scripted(f"*{NEVER}", Endless(rate=100_000)):
-        leave(cache)
+        request_and_disconnect(cache)
         wait_until(lambda: ENDS in cache.daemon.log, 60 + SOON, "the download ends")
         assert cache.sent(BLOB) == 1
         wait_until(lambda: all(request.done for request in cache.upstream.requests), SOON, "the connection is closed")
-    assert 0 < left(cache, BLOB).stat().st_size < DISK // 2
-    assert not told(cache)["full"]
+    assert 0 < partial(cache, BLOB).stat().st_size < DISK // 2
+    assert not disk_health(cache)["full"]
 
 
-def test_one_that_is_announced_to_be_larger_than_the_disk_is_refused_at_once(cache: Cache, disk: SmallDisk) -> None:
+def test_blob_declared_larger_than_the_disk_is_refused_at_once(cache: Cache, disk: SmallDisk) -> None:
     with cache.scripted(f"*{NEVER}", Endless(declared=10**15)):
         since = cache.log_size
         cache.refused(BLOB, 503, "UNAVAILABLE")
@@ -150,7 +150,7 @@ def test_one_that_is_announced_to_be_larger_than_the_disk_is_refused_at_once(cac
     assert cache.partials == set()
 
 
-def test_one_that_is_larger_than_its_manifest_says_ends_there(cache: Cache, disk: SmallDisk, other: Image) -> None:
+def test_download_ends_at_the_size_in_the_manifest(cache: Cache, disk: SmallDisk, other: Image) -> None:
     small = plain_image("small", 1000)
     cache.upstream.add(REPOSITORY, small, "small")
     cache.upstream.add(REPOSITORY, other, "1")
@@ -167,15 +167,15 @@ def test_one_that_is_larger_than_its_manifest_says_ends_there(cache: Cache, disk
     pull(cache, REPOSITORY, other)
 
 
-def test_prune_beside_the_daemon_takes_what_is_left_and_not_what_is_written(cache: Cache, disk: SmallDisk) -> None:
+def test_prune_removes_abandoned_partials_but_not_active_ones(cache: Cache, disk: SmallDisk) -> None:
     written = plain_image("written", MIB)
     cache.upstream.add(REPOSITORY, written, "1")
     layer, hold = written.layers[0], Hold(MIB // 2)
-    coming = left(cache, layer.digest)
+    coming = partial(cache, layer.digest)
     with cache.scripted(f"*{layer.digest}", hold), cache.opened(f"{REPOSITORY}/blobs/{layer.digest}") as answer:
         wait_until(lambda: coming.exists() and coming.stat().st_size == MIB // 2, SOON, "half of it has come")
-        fill(cache, disk)
-        path = left(cache, BLOB)
+        fill_disk(cache, disk)
+        path = partial(cache, BLOB)
         assert "0 orphans" in command(cache.daemon, "prune", "--orphans").stdout
         prune = ("prune", "--orphans", "--older-than", "1s")
         wait_until(
@@ -190,7 +190,7 @@ def test_prune_beside_the_daemon_takes_what_is_left_and_not_what_is_written(cach
     cache.wait_stored(layer.digest)
 
 
-def test_load_without_a_daemon_leaves_the_reserve_too(disk: SmallDisk, tmp_path: Path, other: Image) -> None:
+def test_load_without_a_daemon_respects_the_reserve(disk: SmallDisk, tmp_path: Path, other: Image) -> None:
     """What fits is loaded, the rest is reported."""
     with ScriptedRegistry() as upstream:
         shell = shell_in(tmp_path, [{"name": upstream.host, "scheme": "http"}], reserve="4MB")

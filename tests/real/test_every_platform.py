@@ -23,16 +23,16 @@ from tests.real.every_platform import (
     REPOSITORY,
     S390X,
     TAG,
+    assert_fetched_once,
     ctr_pull,
-    fetched_once,
     four_platforms,
     health,
     image_for,
     kubelet_pull,
     link_bytes,
     metadata_size,
-    store_of_before,
-    wait_holds,
+    wait_stored_platforms,
+    write_store_of_older_version,
 )
 from tests.real.operating import command, image_list
 from tests.real.scripted import SOON, Cache, error_lines
@@ -67,7 +67,7 @@ def stopped(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> Iterato
             daemon.kill()
 
 
-def listed(cache: Cache, folder: Path) -> str:
+def write_list(cache: Cache, folder: Path) -> str:
     """Write a list of the index for `load`; return its path."""
     return image_list(folder / "list", [f"{cache.upstream.host}/{REPOSITORY}:{TAG}"])
 
@@ -76,45 +76,47 @@ def assert_one_platform_came(cache: Cache, index: Index, platform: str) -> None:
     """Assert that the upstream sent the bytes of this platform and the metadata of all, and nothing twice."""
     one = sum(len(blob.data) for blob in image_for(index, platform).blobs)
     assert link_bytes(cache) <= 1.05 * one + metadata_size(index)
-    fetched_once(cache)
+    assert_fetched_once(cache)
 
 
 @pytest.mark.parametrize("platform", [AMD64, ARM64])
-def test_a_client_that_reads_all_metadata_brings_one_platform(cache: Cache, index: Index, platform: str) -> None:
+def test_client_that_reads_all_metadata_fetches_one_platform(cache: Cache, index: Index, platform: str) -> None:
     """The platform is the one whose layers are requested, whether or not it is this machine's."""
     ctr_pull(cache, index, platform)
-    wait_holds(cache.daemon, index, platform)
+    wait_stored_platforms(cache.daemon, index, platform)
     assert_one_platform_came(cache, index, platform)
     cache.upstream.close()
     ctr_pull(cache, index, platform)
 
 
-def test_a_client_that_reads_the_metadata_of_one_platform(cache: Cache, index: Index) -> None:
+def test_other_metadata_is_fetched_after_a_pull_of_one_platform(cache: Cache, index: Index) -> None:
     """The other platforms' metadata is fetched in the background at once, without waiting half a minute."""
     kubelet_pull(cache, index)
-    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    wait_stored_platforms(cache.daemon, index, AMD64, timeout=SOON)
     assert_one_platform_came(cache, index, AMD64)
     cache.upstream.close()
     kubelet_pull(cache, index)
     ctr_pull(cache, index)
 
 
-def test_what_load_brings(stopped: Cache, index: Index, tmp_path: Path) -> None:
-    arguments = ("load", "--arch=amd64", "--os=linux", listed(stopped, tmp_path))
+def test_load_stores_one_platform_and_all_metadata(stopped: Cache, index: Index, tmp_path: Path) -> None:
+    arguments = ("load", "--arch=amd64", "--os=linux", write_list(stopped, tmp_path))
     assert "1 loaded, 0 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
     assert_one_platform_came(stopped, index, AMD64)
     stopped.upstream.close()
     assert "0 loaded, 1 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
     stopped.daemon.start()
     ctr_pull(stopped, index)
-    wait_holds(stopped.daemon, index, AMD64)
+    wait_stored_platforms(stopped.daemon, index, AMD64)
 
 
-def test_what_is_preloaded(tmp_path: Path, upstream: ScriptedRegistry, index: Index) -> None:
+def test_preload_stores_one_platform_and_all_metadata(
+    tmp_path: Path, upstream: ScriptedRegistry, index: Index
+) -> None:
     upstream.add(REPOSITORY, index, TAG)
     path = image_list(tmp_path / "list", [f"{upstream.host}/{REPOSITORY}:{TAG}"])
     with Daemon(tmp_path, {upstream.host: "http"}, *ARCHITECTURE, "--preload-images", path) as daemon:
-        wait_holds(daemon, index, AMD64, timeout=SOON)
+        wait_stored_platforms(daemon, index, AMD64, timeout=SOON)
         cache = Cache(daemon, upstream)
         assert_one_platform_came(cache, index, AMD64)
         upstream.close()
@@ -123,29 +125,29 @@ def test_what_is_preloaded(tmp_path: Path, upstream: ScriptedRegistry, index: In
 
 
 @pytest.mark.parametrize("platform", [AMD64, ARM64])
-def test_a_store_of_an_older_version_gets_the_metadata(stopped: Cache, index: Index, platform: str) -> None:
+def test_daemon_adds_metadata_to_a_store_of_an_older_version(stopped: Cache, index: Index, platform: str) -> None:
     """It is fetched once the upstream is reachable, without a client; the stored platform is the wanted one."""
-    store_of_before(stopped.daemon, stopped.upstream.host, index, platform)
+    write_store_of_older_version(stopped.daemon, stopped.upstream.host, index, platform)
     stopped.daemon.start()
-    wait_holds(stopped.daemon, index, platform)
+    wait_stored_platforms(stopped.daemon, index, platform)
     image = image_for(index, platform)
     here_already = len(index.manifest.data) + len(image.manifest.data) + len(image.config.data)
     assert link_bytes(stopped) <= metadata_size(index) - here_already
-    fetched_once(stopped)
+    assert_fetched_once(stopped)
     stopped.upstream.close()
     ctr_pull(stopped, index, platform)
 
 
 def test_load_adds_the_metadata_to_a_store_of_an_older_version(stopped: Cache, index: Index, tmp_path: Path) -> None:
-    store_of_before(stopped.daemon, stopped.upstream.host, index, AMD64)
-    command(stopped.daemon, "load", "--arch=amd64", "--os=linux", listed(stopped, tmp_path))
+    write_store_of_older_version(stopped.daemon, stopped.upstream.host, index, AMD64)
+    command(stopped.daemon, "load", "--arch=amd64", "--os=linux", write_list(stopped, tmp_path))
     assert records_in(stopped.daemon.image_path) == {manifest.digest for manifest in index.manifests}
     stopped.upstream.close()
     stopped.daemon.start()
     ctr_pull(stopped, index)
 
 
-def test_a_registry_that_lacks_some_of_the_children(cache: Cache, index: Index) -> None:
+def test_index_whose_registry_lacks_some_children(cache: Cache, index: Index) -> None:
     """As after a copy of one platform alone: the other metadata is fetched, and nothing remains pending."""
     lacking = {image_for(index, S390X), index.images[-1]}
     for image in lacking:
@@ -163,19 +165,19 @@ def test_a_registry_that_lacks_some_of_the_children(cache: Cache, index: Index) 
     kubelet_pull(cache, index)
 
 
-def test_a_registry_that_wants_to_be_asked_later(cache: Cache, index: Index) -> None:
+def test_rate_limited_metadata_is_fetched_later(cache: Cache, index: Index) -> None:
     """The client's pull is not affected, the missing part is fetched later, and nothing is fetched twice."""
     path = f"{REPOSITORY}/manifests/{image_for(index, ARM).manifest.digest}"
     with cache.scripted(f"/v2/{path}", Reply(429, headers=(("Retry-After", "1"),))):
         kubelet_pull(cache, index)
         wait_until(lambda: cache.sent(path), SOON, "it is asked for")
         assert health(cache.daemon)["incomplete_indexes"] == 1
-    wait_holds(cache.daemon, index, AMD64)
-    fetched_once(cache)
+    wait_stored_platforms(cache.daemon, index, AMD64)
+    assert_fetched_once(cache)
     assert error_lines(cache.daemon, 0) == []
 
 
-def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, index: Index) -> None:
+def test_metadata_is_fetched_after_an_outage_and_a_restart(cache: Cache, index: Index) -> None:
     """The image is served, and the metadata is fetched when the upstream is back, also after a restart."""
     hold = Hold()
     with cache.scripted(f"*/manifests/{image_for(index, S390X).manifest.digest}", hold):
@@ -188,13 +190,13 @@ def test_an_upstream_that_is_gone_before_the_metadata_is_here(cache: Cache, inde
     wait_until(lambda: health(cache.daemon)["incomplete_indexes"] == 1, SOON, "the daemon has read the index again")
     kubelet_pull(cache, index)
     cache.upstream.open()
-    wait_holds(cache.daemon, index, AMD64)
+    wait_stored_platforms(cache.daemon, index, AMD64)
 
 
-def test_list_and_prune(cache: Cache, index: Index) -> None:
+def test_list_and_prune_of_metadata(cache: Cache, index: Index) -> None:
     """`list` prints pulled images, and with --long the other metadata; `prune` removes it with the index."""
     kubelet_pull(cache, index)
-    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    wait_stored_platforms(cache.daemon, index, AMD64, timeout=SOON)
     name = f"{cache.upstream.host}/{REPOSITORY}"
     pulled = {f"{name}:{TAG}", f"{name}@{image_for(index, AMD64).manifest.digest}"}
     everything = {f"{name}:{TAG}", *(f"{name}@{image.manifest.digest}" for image in index.images)}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
-from tests.real.carrying import Place, blobs_of, in_archive, parts_of, pull_offline, with_metadata
+from tests.real.carrying import Site, blobs_of, in_archive, parts_of, pull_offline, with_metadata
 
 INDEX = make_index("carried/index")
 DOCKER = make_index("carried/docker", docker=True)
@@ -22,30 +22,30 @@ OTHER = make_image("carried/other")
 
 
 @pytest.fixture
-def here(tmp_path: Path, registry: DockerRegistry) -> Place:
+def site(tmp_path: Path, registry: DockerRegistry) -> Site:
     """A site with a registry."""
-    return Place(tmp_path / "here", (registry.host,))
+    return Site(tmp_path / "here", (registry.host,))
 
 
 @pytest.fixture
-def there(tmp_path: Path, registry: DockerRegistry) -> Place:
+def other_site(tmp_path: Path, registry: DockerRegistry) -> Site:
     """Another site, with a new store; it may know the registry by name."""
-    return Place(tmp_path / "there", (registry.host,))
+    return Site(tmp_path / "there", (registry.host,))
 
 
-def versions(here: Place, registry: DockerRegistry, folder: Path, *images: Image) -> list[Path]:
+def versions(site: Site, registry: DockerRegistry, folder: Path, *images: Image) -> list[Path]:
     """Load the images as v1, v2 and so on, and after each export what the previous export lacks."""
     exports: list[Path] = []
     for number, image in enumerate(images, 1):
         registry.push("team/app", image, f"v{number}")
-        here.bring(f"{registry.host}/team/app:v{number}")
+        site.load(f"{registry.host}/team/app:v{number}")
         exports.append(folder / f"{number}.tar")
         since = ["--since", str(exports[-2])] if number > 1 else []
-        here.done("export", "--pattern", f"team/app:v{number}$", *since, "-o", str(exports[-1]))
+        site.succeed("export", "--pattern", f"team/app:v{number}$", *since, "-o", str(exports[-1]))
     return exports
 
 
-def spread_dates(place: Place, *, within_lists: bool = False) -> None:
+def spread_dates(place: Site, *, within_lists: bool = False) -> None:
     """Rewrite the records: each repository gets a different day, and with `within_lists` each image."""
     days: dict[str, datetime] = {}
     for path in sorted([*(place.images / "fat").iterdir(), *(place.images / "img").iterdir()]):
@@ -57,8 +57,8 @@ def spread_dates(place: Place, *, within_lists: bool = False) -> None:
         path.write_text(json.dumps(record))
 
 
-def test_all_that_is_exported_is_the_same_in_an_empty_store(
-    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+def test_export_is_identical_in_an_empty_store(
+    registry: DockerRegistry, site: Site, other_site: Site, containerd: Containerd, tmp_path: Path
 ) -> None:
     """Indexes, one of them incomplete, and images by tag and by digest: same list, digests, blobs and pulls."""
     pushed: dict[str, Image | Index] = {
@@ -69,206 +69,209 @@ def test_all_that_is_exported_is_the_same_in_an_empty_store(
     }
     for ref, what in pushed.items():
         registry.push(ref.partition("/")[2].partition("@")[0].removesuffix(":v1"), what, "v1")
-    here.bring(*pushed, options=["--platform", "linux/amd64"])
-    here.bring(f"{registry.host}/team/docker:v1", options=["--platform", "all"])
+    site.load(*pushed, options=["--platform", "linux/amd64"])
+    site.load(f"{registry.host}/team/docker:v1", options=["--platform", "all"])
     registry.kill()
-    spread_dates(here)
+    spread_dates(site)
 
     archive = tmp_path / "all.tar"
-    here.done("export", "--pattern", ".", "-o", str(archive))
-    assert there.done("load", str(archive))[-1].startswith(f"{len(here.meanings)} loaded, 0 already there, 0 failed")
-    assert there.meanings == here.meanings
-    assert {ref: what.manifest.digest for ref, what in pushed.items()}.items() <= there.meanings.items()
-    assert there.stored("blobs") == here.stored("blobs")
-    assert there.done("list") == here.done("list")
-    assert there.long_list == here.long_list
-    with there.daemon() as daemon:
+    site.succeed("export", "--pattern", ".", "-o", str(archive))
+    assert other_site.succeed("load", str(archive))[-1].startswith(
+        f"{len(site.digests)} loaded, 0 already there, 0 failed"
+    )
+    assert other_site.digests == site.digests
+    assert {ref: what.manifest.digest for ref, what in pushed.items()}.items() <= other_site.digests.items()
+    assert other_site.stored("blobs") == site.stored("blobs")
+    assert other_site.succeed("list") == site.succeed("list")
+    assert other_site.long_list == site.long_list
+    with other_site.daemon() as daemon:
         for ref, what in pushed.items():
             assert pull_offline(daemon, containerd, ref) == parts_of(what)
 
 
-def test_what_a_list_has_keeps_its_own_dates(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+def test_images_of_an_index_keep_their_dates(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path
 ) -> None:
     """A platform was pulled days after the index."""
     registry.push("team/index", INDEX, "v1")
-    here.bring(f"{registry.host}/team/index:v1", options=["--platform", "all"])
-    spread_dates(here, within_lists=True)
+    site.load(f"{registry.host}/team/index:v1", options=["--platform", "all"])
+    spread_dates(site, within_lists=True)
     archive = tmp_path / "all.tar"
-    here.done("export", "--pattern", ".", "-o", str(archive))
-    there.done("load", str(archive))
-    assert there.done("list") == here.done("list")
+    site.succeed("export", "--pattern", ".", "-o", str(archive))
+    other_site.succeed("load", str(archive))
+    assert other_site.succeed("list") == site.succeed("list")
 
 
-def test_what_a_pattern_takes_of_a_list_is_all_that_the_store_has_of_it(
-    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+def test_pattern_for_an_index_exports_its_stored_images(
+    registry: DockerRegistry, site: Site, other_site: Site, containerd: Containerd, tmp_path: Path
 ) -> None:
     """Its images and metadata are exported although the pattern does not match them; other images are not."""
     registry.push("team/index", INDEX, "v1")
     registry.push("team/other", OTHER, "v1")
-    here.bring(f"{registry.host}/team/index:v1", f"{registry.host}/team/other:v1")
+    site.load(f"{registry.host}/team/index:v1", f"{registry.host}/team/other:v1")
     registry.kill()
     archive = tmp_path / "some.tar"
-    here.done("export", "--pattern", "index:v1$", "-o", str(archive))
+    site.succeed("export", "--pattern", "index:v1$", "-o", str(archive))
     assert in_archive(archive) == with_metadata(INDEX)
-    there.done("load", str(archive))
-    with there.daemon() as daemon:
+    other_site.succeed("load", str(archive))
+    with other_site.daemon() as daemon:
         assert pull_offline(daemon, containerd, f"{registry.host}/team/index:v1") == parts_of(INDEX)
 
 
-def test_what_was_loaded_once_is_already_there(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+def test_loading_again_changes_nothing(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path
 ) -> None:
     """Loading again changes nothing; after one blob was lost, loading restores it."""
-    (archive,) = versions(here, registry, tmp_path, V1)
-    there.done("load", str(archive))
-    before = there.done("list"), there.stored("blobs"), there.stored("img")
+    (archive,) = versions(site, registry, tmp_path, V1)
+    other_site.succeed("load", str(archive))
+    before = other_site.succeed("list"), other_site.stored("blobs"), other_site.stored("img")
     url = f"{registry.host}/team/app:v1"
-    assert there.done("load", str(archive)) == [f"already there: {url}", "0 loaded, 1 already there, 0 failed"]
-    assert (there.done("list"), there.stored("blobs"), there.stored("img")) == before
-    lost = there.images / "blobs" / V1.layers[0].digest.partition(":")[2]
+    assert other_site.succeed("load", str(archive)) == [
+        f"already there: {url}",
+        "0 loaded, 1 already there, 0 failed",
+    ]
+    assert (other_site.succeed("list"), other_site.stored("blobs"), other_site.stored("img")) == before
+    lost = other_site.images / "blobs" / V1.layers[0].digest.partition(":")[2]
     size = lost.stat().st_size
     lost.unlink()
-    assert there.done("load", str(archive))[0] == f"loaded: {url}: 1 blobs, {size} bytes"
-    assert (there.done("list"), there.stored("blobs"), there.stored("img")) == before
+    assert other_site.succeed("load", str(archive))[0] == f"loaded: {url}: 1 blobs, {size} bytes"
+    assert (other_site.succeed("list"), other_site.stored("blobs"), other_site.stored("img")) == before
 
 
-def test_an_update_has_only_the_new_blobs(
-    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+def test_export_since_has_only_new_blobs(
+    registry: DockerRegistry, site: Site, other_site: Site, containerd: Containerd, tmp_path: Path
 ) -> None:
     """The update has the manifests and what v1 lacks; loaded where v1 is, v2 is complete."""
-    first, update = versions(here, registry, tmp_path, V1, V2)
+    first, update = versions(site, registry, tmp_path, V1, V2)
     registry.kill()
     assert in_archive(first) == parts_of(V1)
     assert in_archive(update) == {V2.manifest.digest} | (blobs_of(V2) - blobs_of(V1))
-    there.done("load", str(first))
-    there.done("load", str(update))
-    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
-    assert there.stored("blobs") == here.stored("blobs")
-    with there.daemon() as daemon:
+    other_site.succeed("load", str(first))
+    other_site.succeed("load", str(update))
+    assert (other_site.digests, other_site.succeed("list")) == (site.digests, site.succeed("list"))
+    assert other_site.stored("blobs") == site.stored("blobs")
+    with other_site.daemon() as daemon:
         assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v1") == parts_of(V1)
         assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v2") == parts_of(V2)
 
 
-def test_an_update_of_an_update_has_only_what_both_did_not_have(
-    registry: DockerRegistry, here: Place, there: Place, containerd: Containerd, tmp_path: Path
+def test_export_since_an_update_excludes_earlier_blobs(
+    registry: DockerRegistry, site: Site, other_site: Site, containerd: Containerd, tmp_path: Path
 ) -> None:
     """v1's blobs are absent although the previous update lacks them too; one command loads all three."""
-    exports = versions(here, registry, tmp_path, V1, V2, V3)
+    exports = versions(site, registry, tmp_path, V1, V2, V3)
     registry.kill()
     assert in_archive(exports[2]) == {V3.manifest.digest} | (blobs_of(V3) - blobs_of(V2))
-    there.done("load", *map(str, exports))
-    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
-    with there.daemon() as daemon:
+    other_site.succeed("load", *map(str, exports))
+    assert (other_site.digests, other_site.succeed("list")) == (site.digests, site.succeed("list"))
+    with other_site.daemon() as daemon:
         assert pull_offline(daemon, containerd, f"{registry.host}/team/app:v3") == parts_of(V3)
 
 
-def test_an_update_without_what_it_updates_leaves_nothing(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+def test_update_without_its_base_loads_nothing(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path
 ) -> None:
     """A line for the image says what is missing; a complete image in the same archive is loaded."""
-    _, update = versions(here, registry, tmp_path, V1, V2)
+    _, update = versions(site, registry, tmp_path, V1, V2)
     lacking = blobs_of(V2) & blobs_of(V1)
     size = sum(len(blob.data) for blob in V2.blobs if blob.digest in lacking)
     why = (
         f"failed: {registry.host}/team/app:v2: {len(lacking)} blobs, {size} bytes, are neither in the archive nor in "
         "the store; if it was made with --since, load the earlier export first"
     )
-    printed, complaints = there.failed("load", str(update))
+    printed, complaints = other_site.fail("load", str(update))
     assert printed == [why, "0 loaded, 0 already there, 1 failed"]
     assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
-    assert there.leftovers == set()
-    assert there.done("list") == []
+    assert other_site.leftovers == set()
+    assert other_site.succeed("list") == []
 
     registry.push("team/other", OTHER, "v1")
-    here.bring(f"{registry.host}/team/other:v1")
-    here.done("export", "--pattern", "v2$,other", "--since", str(tmp_path / "1.tar"), "-o", str(update))
-    printed, _ = there.failed("load", str(update))
+    site.load(f"{registry.host}/team/other:v1")
+    site.succeed("export", "--pattern", "v2$,other", "--since", str(tmp_path / "1.tar"), "-o", str(update))
+    printed, _ = other_site.fail("load", str(update))
     assert why in printed
     assert printed[-1] == "1 loaded, 0 already there, 1 failed"
-    assert set(there.meanings) == {f"{registry.host}/team/other:v1"}
-    assert there.stored("blobs").keys() == {digest.partition(":")[2] for digest in blobs_of(OTHER)}
+    assert set(other_site.digests) == {f"{registry.host}/team/other:v1"}
+    assert other_site.stored("blobs").keys() == {digest.partition(":")[2] for digest in blobs_of(OTHER)}
 
 
-def test_the_order_of_the_archives_in_one_command_is_theirs_that_typed_it(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+def test_archives_are_loaded_in_the_given_order(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path
 ) -> None:
     """The update comes before its base: it fails, and the base is still loaded."""
-    first, update = versions(here, registry, tmp_path, V1, V2)
-    printed, _ = there.failed("load", str(update), str(first))
+    first, update = versions(site, registry, tmp_path, V1, V2)
+    printed, _ = other_site.fail("load", str(update), str(first))
     assert printed[-1] == "1 loaded, 0 already there, 1 failed"
-    assert set(there.meanings) == {f"{registry.host}/team/app:v1"}
+    assert set(other_site.digests) == {f"{registry.host}/team/app:v1"}
 
 
-def test_an_old_export_does_not_take_a_tag_back(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path, containerd: Containerd
+def test_old_export_does_not_move_a_tag_back(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path, containerd: Containerd
 ) -> None:
     """A tag that has moved since stays, and `load` says so; the old image is available by its digest."""
     url = f"{registry.host}/team/app:stable"
     registry.push("team/app", V1, "stable")
-    here.bring(url)
+    site.load(url)
     old, new = tmp_path / "old.tar", tmp_path / "new.tar"
-    here.done("export", "--pattern", "stable", "-o", str(old))
+    site.succeed("export", "--pattern", "stable", "-o", str(old))
     registry.push("team/app", V2, "stable")
-    later = Place(tmp_path / "later", here.upstreams)
-    later.bring(url)
-    later.done("export", "--pattern", "stable", "-o", str(new))
+    later = Site(tmp_path / "later", site.upstreams)
+    later.load(url)
+    later.succeed("export", "--pattern", "stable", "-o", str(new))
     registry.kill()
 
-    there.done("load", str(new))
-    assert there.meanings == {url: V2.manifest.digest}
-    printed = there.done("load", str(old))
+    other_site.succeed("load", str(new))
+    assert other_site.digests == {url: V2.manifest.digest}
+    printed = other_site.succeed("load", str(old))
     assert f"the name still means {V2.manifest.digest}, which was confirmed later" in printed[0]
     by_digest = {f"{registry.host}/team/app@{V1.manifest.digest}": V1.manifest.digest}
-    assert there.meanings == {url: V2.manifest.digest, **by_digest}
-    with there.daemon() as daemon:
+    assert other_site.digests == {url: V2.manifest.digest, **by_digest}
+    with other_site.daemon() as daemon:
         assert pull_offline(daemon, containerd, url) == parts_of(V2)
 
     # In the other order the tag moves.
-    here.done("load", str(new))
-    assert here.meanings == {url: V2.manifest.digest, **by_digest}
+    site.succeed("load", str(new))
+    assert site.digests == {url: V2.manifest.digest, **by_digest}
     again = tmp_path / "again.tar"
-    here.done("export", "--pattern", ".", "-o", str(again))
-    third = Place(tmp_path / "third")
-    third.done("load", str(again))
-    assert (third.meanings, third.done("list")) == (here.meanings, here.done("list"))
+    site.succeed("export", "--pattern", ".", "-o", str(again))
+    third = Site(tmp_path / "third")
+    third.succeed("load", str(again))
+    assert (third.digests, third.succeed("list")) == (site.digests, site.succeed("list"))
 
 
-def test_an_image_that_is_not_whole_is_left_out(
-    registry: DockerRegistry, here: Place, there: Place, tmp_path: Path
+def test_incomplete_image_is_not_exported(
+    registry: DockerRegistry, site: Site, other_site: Site, tmp_path: Path
 ) -> None:
     """The command reports it and exits with 1; the others are exported. Without any image no file is written."""
     registry.push("team/other", OTHER, "v1")
-    here.bring(f"{registry.host}/team/other:v1")
-    versions(here, registry, tmp_path, V1)
+    site.load(f"{registry.host}/team/other:v1")
+    versions(site, registry, tmp_path, V1)
     lost = V1.layers[1]
-    (here.images / "blobs" / lost.digest.partition(":")[2]).unlink()
+    (site.images / "blobs" / lost.digest.partition(":")[2]).unlink()
     archive = tmp_path / "some.tar"
     complaint = (
         f"ociregistry: left out: {registry.host}/team/app:v1: the store lacks 1 of its blobs, {len(lost.data)} bytes"
     )
-    printed, complaints = here.failed("export", "--pattern", ".", "-o", str(archive))
+    printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive))
     assert printed[0].startswith("1 images exported")
     assert complaints == [complaint]
-    there.done("load", str(archive))
-    assert set(there.meanings) == {f"{registry.host}/team/other:v1"}
+    other_site.succeed("load", str(archive))
+    assert set(other_site.digests) == {f"{registry.host}/team/other:v1"}
 
     nothing = tmp_path / "nothing.tar"
-    assert here.failed("export", "--pattern", "app", "-o", str(nothing)) == (["nothing was exported"], [complaint])
+    assert site.fail("export", "--pattern", "app", "-o", str(nothing)) == (["nothing was exported"], [complaint])
     assert not list(tmp_path.glob("*nothing*"))
-    printed, complaints = here.failed("export", "--pattern", "not/there", "-o", str(nothing))
+    printed, complaints = site.fail("export", "--pattern", "not/there", "-o", str(nothing))
     assert (printed, len(complaints)) == ([], 1)
     assert not list(tmp_path.glob("*nothing*"))
 
 
 @pytest.mark.parametrize("existing", [b"", b"an older export"], ids=["new", "in place of an older one"])
-def test_a_damaged_blob_is_not_carried_on(
-    registry: DockerRegistry, here: Place, tmp_path: Path, existing: bytes
-) -> None:
+def test_damaged_blob_fails_the_export(registry: DockerRegistry, site: Site, tmp_path: Path, existing: bytes) -> None:
     """One line names the blob; no file is written, and an existing one stays unchanged."""
-    versions(here, registry, tmp_path, V1)
+    versions(site, registry, tmp_path, V1)
     damaged = V1.layers[1]
-    file = here.images / "blobs" / damaged.digest.partition(":")[2]
+    file = site.images / "blobs" / damaged.digest.partition(":")[2]
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -277,7 +280,7 @@ def test_a_damaged_blob_is_not_carried_on(
     archive = folder / "out.tar"
     if existing:
         archive.write_bytes(existing)
-    printed, complaints = here.failed("export", "--pattern", ".", "-o", str(archive))
+    printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive))
     assert printed == []
     assert complaints == [f"ociregistry: {archive}: the store's blob {damaged.digest} is damaged"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == ({"out.tar": existing} if existing else {})

@@ -11,7 +11,7 @@ import pytest
 
 from tests.images import OCI_MANIFEST, Image, Index
 from tests.processes import wait_until
-from tests.real.scripted import SEEN, Cache, counts, look_twice, pull, record
+from tests.real.scripted import SEEN, Cache, counts, pull, record, wait_scanned_twice
 from tests.upstream_rules import Reply
 
 GONE = Reply(503)
@@ -43,7 +43,7 @@ def damages(good: bytes) -> dict[str, bytes]:
     }
 
 
-def test_foreign_records_are_left_alone_and_hide_nothing(
+def test_foreign_records_are_unchanged_and_hide_no_others(
     cache: Cache, repository: str, image: Image, index: Index
 ) -> None:
     pull(cache, repository, image)
@@ -81,7 +81,7 @@ def test_foreign_records_are_left_alone_and_hide_nothing(
         return sum(f"{path}: " in line for line in cache.daemon.log[since:].splitlines())
 
     wait_until(lambda: all(map(times_logged, strange)), SEEN, "each is logged")
-    look_twice(cache)
+    wait_scanned_twice(cache)
     assert {path: times_logged(path) for path in strange} == dict.fromkeys(strange, 1)
     assert not re.search(r"syncthing|Ab3dEf", cache.daemon.log[since:])
     assert counts(cache.daemon) == before
@@ -94,7 +94,7 @@ def test_foreign_records_are_left_alone_and_hide_nothing(
 
 
 @pytest.mark.parametrize("kind", [*damages(b'{"images": {"x": {}}}'), "loop", "directory"])
-def test_a_damaged_record_is_not_served_and_does_not_stand_in_the_way(
+def test_damaged_record_is_not_served_and_can_be_replaced(
     cache: Cache, repository: str, image: Image, index: Index, kind: str
 ) -> None:
     pull(cache, repository, image)

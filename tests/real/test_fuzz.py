@@ -32,7 +32,14 @@ from tests.real.fuzz_seeds import (
     mutated,
     ranges,
 )
-from tests.real.fuzzing import Header, Wire, check, check_log, check_store, check_trace
+from tests.real.fuzzing import (
+    Header,
+    Wire,
+    assert_log_is_clean,
+    assert_paths_are_allowed,
+    assert_store_is_clean,
+    assert_valid,
+)
 from tests.real.scripted import SOON
 from tests.upstream import ScriptedRegistry
 
@@ -78,7 +85,7 @@ class Target:
     def ask(self, method: bytes, target: bytes, headers: tuple[Header, ...] = (), body: bytes = b"") -> None:
         """Send one case."""
         self.cases += 1
-        check(self.wire.ask(method, target, (HOST, *headers), body), ANSWERS, method)
+        assert_valid(self.wire.ask(method, target, (HOST, *headers), body), ANSWERS, method)
 
 
 HOST = (b"Host", b"fuzz")
@@ -105,15 +112,15 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         stack.callback(wire.close)
         yield Target(daemon, wire)
         daemon.terminate()
-        check_log(daemon)
-        check_store(daemon.image_path)
+        assert_log_is_clean(daemon)
+        assert_store_is_clean(daemon.image_path)
         assert outside(folder, daemon) == before
         end = re.compile(rf"^{daemon.process.pid} +\+\+\+ ", re.MULTILINE)
         wait_until(lambda: end.search(trace.read_text(errors="replace")), SOON, "strace has written all")
         imported = {
             f"{Path(path).absolute()}/" for path in (sys.prefix, sys.base_prefix, str(ROOT), *sys.path) if path
         }
-        assert check_trace(trace, daemon, sorted(imported - {"/"})) > 1000
+        assert assert_paths_are_allowed(trace, daemon, sorted(imported - {"/"})) > 1000
 
 
 def outside(folder: Path, daemon: Daemon) -> set[Path]:
@@ -122,7 +129,7 @@ def outside(folder: Path, daemon: Daemon) -> set[Path]:
 
 
 @pytest.fixture(scope="module")
-def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """A daemon that may use every upstream, in a network without any."""
     folder = tmp_path_factory.mktemp("lonely")
     with Namespace("lonely") as namespace, NamespacedDaemon(namespace, folder) as daemon:
@@ -130,8 +137,8 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         wire = Wire(lambda: namespace.call(lambda: socket.create_connection(address)))
         yield Target(daemon, wire)
         wire.close()
-        check_log(daemon)
-        check_store(daemon.image_path)
+        assert_log_is_clean(daemon)
+        assert_store_is_clean(daemon.image_path)
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +154,7 @@ def all_cases(request: pytest.FixtureRequest) -> Iterator[None]:
     assert target.cases - before >= BUDGET[name]
 
 
-def test_the_budget() -> None:
+def test_number_of_cases() -> None:
     """All tests together run 10,000 cases."""
     assert sum(BUDGET.values()) == 10_000
 
@@ -156,19 +163,19 @@ def test_the_budget() -> None:
 @given(
     METHODS, mutated(NAMES), st.sampled_from((b"manifests/1", b"blobs/" + DIGESTS[0], b"tags/list")), mutated(QUERIES)
 )
-def test_names(traced: Target, method: bytes, name: bytes, rest: bytes, query: bytes) -> None:
+def test_fuzz_names(traced: Target, method: bytes, name: bytes, rest: bytes, query: bytes) -> None:
     traced.ask(method, b"/v2/" + name + b"/" + rest + query)
 
 
 @cases("references")
 @given(METHODS, st.sampled_from((b"manifests", b"blobs", b"referrers")), mutated(TAGS) | mutated(DIGESTS))
-def test_references(traced: Target, method: bytes, kind: bytes, reference: bytes) -> None:
+def test_fuzz_references(traced: Target, method: bytes, kind: bytes, reference: bytes) -> None:
     traced.ask(method, b"/v2/team/app/" + kind + b"/" + reference)
 
 
 @cases("upstreams")
 @given(METHODS, st.sampled_from((b"manifests/1", b"blobs/" + DIGESTS[0], b"tags/list")), mutated(UPSTREAMS))
-def test_upstreams(traced: Target, method: bytes, rest: bytes, ns: bytes) -> None:
+def test_fuzz_upstreams(traced: Target, method: bytes, rest: bytes, ns: bytes) -> None:
     """Requested by `ns`, which the daemon refuses unless it is the allowed upstream."""
     traced.ask(method, b"/v2/team/app/" + rest + b"?ns=" + ns)
 
@@ -176,12 +183,12 @@ def test_upstreams(traced: Target, method: bytes, rest: bytes, ns: bytes) -> Non
 @cases("ranges")
 @given(METHODS, st.sampled_from((b"manifests/1", b"blobs/" + DIGESTS[0])), ranges() | mutated(RANGES))
 @example(b"GET", b"blobs/" + DIGESTS[0], b"\xff")
-def test_ranges(traced: Target, method: bytes, rest: bytes, value: bytes) -> None:
+def test_fuzz_ranges(traced: Target, method: bytes, rest: bytes, value: bytes) -> None:
     """A part has the bytes of its Content-Range, and is the requested one."""
     traced.cases += 1
     whole = LAYER.data if rest.startswith(b"blobs") else IMAGE.manifest.data
     answer = traced.wire.ask(method, b"/v2/team/app/" + rest, (HOST, (b"Range", value)))
-    check(answer, ANSWERS, method)
+    assert_valid(answer, ANSWERS, method)
     if answer is None or method == b"HEAD":
         return
     told = answer.headers.get("content-range", "")
@@ -211,7 +218,7 @@ def test_ranges(traced: Target, method: bytes, rest: bytes, value: bytes) -> Non
     st.binary(max_size=20),
 )
 @example(b"GET", b"/v2/team/app/manifests/1", [(b"Range", b"bytes=0-"), (b"If-Range", b"\xff")], b"")
-def test_headers(traced: Target, method: bytes, target: bytes, headers: list[Header], body: bytes) -> None:
+def test_fuzz_headers(traced: Target, method: bytes, target: bytes, headers: list[Header], body: bytes) -> None:
     traced.ask(method, target, tuple(headers), body if method in (b"PUT", b"POST") else b"")
 
 
@@ -219,12 +226,12 @@ def test_headers(traced: Target, method: bytes, target: bytes, headers: list[Hea
 @given(
     mutated((b"GET", b"HEAD", b"PUT", b"get")), st.binary(max_size=200) | mutated((b"/v2/", b"*", b"http://h/v2/"))
 )
-def test_raw(traced: Target, method: bytes, target: bytes) -> None:
+def test_fuzz_raw_requests(traced: Target, method: bytes, target: bytes) -> None:
     """Malformed requests end the connection at most, and no other connection."""
     traced.cases += 1
     line = (method + b" " + target + b" HTTP/1.1").replace(b"\r\n", b"\n")
     answer = traced.wire.say(line + b"\r\nHost: fuzz\r\nConnection: close\r\n\r\n")
-    check(answer, ANSWERS, b"HEAD" if line.startswith(b"HEAD ") else b"GET")
+    assert_valid(answer, ANSWERS, b"HEAD" if line.startswith(b"HEAD ") else b"GET")
     healthy = traced.wire.ask(b"GET", b"/v2/", (HOST,))
     assert healthy is not None
     assert healthy.status == 200
@@ -236,8 +243,10 @@ def test_raw(traced: Target, method: bytes, target: bytes) -> None:
 @example(b"GET", b"x", b"ab--cd.example", b"manifests/1")
 @example(b"GET", b"x", b"xn--a.example", b"tags/list")
 @example(b"GET", b"x", b"a" * 64 + b".example", b"manifests/1")
-def test_lonely(lonely: Target, method: bytes, name: bytes, ns: bytes | None, rest: bytes) -> None:
+def test_fuzz_without_a_reachable_upstream(
+    isolated: Target, method: bytes, name: bytes, ns: bytes | None, rest: bytes
+) -> None:
     """No upstream can be reached, and every one is tried."""
-    lonely.cases += 1
+    isolated.cases += 1
     target = b"/v2/" + name + b"/" + rest + (b"" if ns is None else b"?ns=" + ns)
-    check(lonely.wire.ask(method, target, (HOST,)), ANSWERS | UNREACHABLE, method)
+    assert_valid(isolated.wire.ask(method, target, (HOST,)), ANSWERS | UNREACHABLE, method)

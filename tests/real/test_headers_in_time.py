@@ -18,7 +18,7 @@ from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image
 from tests.upstream_rules import Cut, Hold, Reply
 
 SIZE = 200_000
-PROMISED = 9.0, 20.0
+HEADERS_SENT = 9.0, 20.0
 """Seconds, from and to, in which headers are sent for a blob whose size a manifest states."""
 ANSWERED = 20.0, 28.0
 """Seconds, from and to, in which other requests are answered if the upstream stays silent; containerd waits for 30.
@@ -84,10 +84,10 @@ class Silence:
         answer = self.cache.ask(path)
         return answer, time.monotonic() - self._began
 
-    def promised(self, name: str) -> http.client.HTTPResponse:
+    def answer_in_time(self, name: str) -> http.client.HTTPResponse:
         """Assert that headers came in time and without an error, and release the upstream; return the answer."""
         begun = self.begun[name].result()
-        assert PROMISED[0] < begun.seconds < PROMISED[1]
+        assert HEADERS_SENT[0] < begun.seconds < HEADERS_SENT[1]
         assert not self.holds[name].release.is_set()
         assert begun.answer.headers["Docker-Content-Digest"] == self.layer(name).digest
         self.holds[name].release.set()
@@ -101,41 +101,41 @@ def silence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Silence]:
         yield Silence(cache, stack)
 
 
-def whole(silence: Silence, name: str, requests: int) -> None:
+def assert_stored(silence: Silence, name: str, requests: int) -> None:
     """Assert that the blob is stored, after this many requests."""
     silence.cache.wait_stored(silence.layer(name).digest)
     assert silence.cache.ask(silence.path(name)).body == silence.layer(name).data
     assert silence.cache.sent(silence.path(name)) == requests
 
 
-def test_a_blob_whose_size_a_manifest_tells_is_promised(silence: Silence) -> None:
+def test_headers_of_a_blob_of_known_size_are_sent_before_the_upstream_answers(silence: Silence) -> None:
     """200 with its exact length after about 10 s, then the bytes."""
-    answer = silence.promised("known")
+    answer = silence.answer_in_time("known")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
     assert answer.read() == silence.layer("known").data
-    whole(silence, "known", 1)
+    assert_stored(silence, "known", 1)
 
 
-def test_so_is_a_part_of_it(silence: Silence) -> None:
-    answer = silence.promised("part")
+def test_headers_of_a_range_are_sent_before_the_upstream_answers(silence: Silence) -> None:
+    answer = silence.answer_in_time("part")
     assert (answer.status, answer.headers["Content-Length"]) == (206, str(SIZE // 2))
     assert answer.headers["Content-Range"] == f"bytes {SIZE // 2}-{SIZE - 1}/{SIZE}"
     assert answer.read() == silence.layer("part").data[SIZE // 2 :]
-    whole(silence, "part", 1)
+    assert_stored(silence, "part", 1)
 
 
-def test_an_upstream_that_fails_then_is_asked_again(silence: Silence) -> None:
+def test_upstream_failure_after_the_headers_is_retried(silence: Silence) -> None:
     """The client has the headers already, and receives the bytes."""
-    answer = silence.promised("cut")
+    answer = silence.answer_in_time("cut")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
     assert answer.read() == silence.layer("cut").data
-    whole(silence, "cut", 2)
+    assert_stored(silence, "cut", 2)
 
 
-def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
+def test_unknown_blob_after_the_headers_ends_short(silence: Silence) -> None:
     """The answer ends short; the next request gets the error at once, without a request to the upstream."""
     cache, since = silence.cache, silence.cache.log_size
-    answer = silence.promised("gone")
+    answer = silence.answer_in_time("gone")
     assert (answer.status, answer.headers["Content-Length"]) == (200, str(SIZE))
     assert short_body(answer) == b""
     path = silence.path("gone")
@@ -148,7 +148,7 @@ def test_an_upstream_that_does_not_have_it(silence: Silence) -> None:
     assert len(cache.upstream.requests) == asked
 
 
-def within_deadline(asked: Future[tuple[Response, float]]) -> None:
+def assert_503_in_time(asked: Future[tuple[Response, float]]) -> None:
     """Assert a 503 before the client's time-out."""
     answer, seconds = asked.result()
     assert_error(answer, 503, "UNAVAILABLE")
@@ -156,9 +156,9 @@ def within_deadline(asked: Future[tuple[Response, float]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["unknown", "manifest"])
-def test_what_nothing_is_known_of_is_answered_by_503(silence: Silence, name: str) -> None:
+def test_silent_upstream_is_answered_by_503_for_unknown_content(silence: Silence, name: str) -> None:
     """The fetch continues: the client's retry is a hit, and the upstream was asked once."""
-    within_deadline(silence.answered[name])
+    assert_503_in_time(silence.answered[name])
     path = silence.path(name) if name == "unknown" else "manifest/manifests/1"
     data = silence.layer(name).data if name == "unknown" else silence.images[name].manifest.data
     silence.holds[name].release.set()

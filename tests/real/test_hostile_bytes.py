@@ -36,7 +36,7 @@ def client_hello() -> bytes:
     return sent.read()
 
 
-def said_until_closed(cache: Cache, *pieces: bytes, within: float = SOON) -> bytes:
+def answer_until_closed(cache: Cache, *pieces: bytes, within: float = SOON) -> bytes:
     """Send these pieces; return the daemon's answer until it closes the connection, by FIN or by RST.
 
     Each piece after the first is sent when the answer has begun, or after a tenth of a second.
@@ -64,17 +64,17 @@ HELLO = client_hello()
 
 
 @pytest.mark.parametrize("cut", [len(HELLO), 1, 5, 300], ids=["whole", "first_byte", "record_header", "half"])
-def test_a_tls_hello_is_answered_at_once(cache: Cache, cut: int) -> None:
+def test_tls_hello_is_answered_at_once(cache: Cache, cut: int) -> None:
     """The hello may come in several segments: today's do not fit into one."""
     pieces = [piece for piece in (HELLO[:cut], HELLO[cut:]) if piece]
-    answer = said_until_closed(cache, *pieces, within=AT_ONCE)
+    answer = answer_until_closed(cache, *pieces, within=AT_ONCE)
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
     assert f"Content-Length: {len(body)}".encode() in head.split(b"\r\n")
     assert body
 
 
-def test_a_tls_client_fails_at_once(cache: Cache) -> None:
+def test_tls_client_fails_at_once(cache: Cache) -> None:
     began = time.monotonic()
     context = ssl.create_default_context()
     with (
@@ -85,10 +85,10 @@ def test_a_tls_client_fails_at_once(cache: Cache) -> None:
     assert time.monotonic() - began < AT_ONCE
 
 
-def test_a_tls_hello_after_a_request_is_no_hello(cache: Cache) -> None:
+def test_tls_hello_after_a_request_is_a_malformed_request(cache: Cache) -> None:
     """It counts as the beginning of a malformed request."""
     request = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"
-    answer = said_until_closed(cache, request, HELLO + b"\r\n")
+    answer = answer_until_closed(cache, request, HELLO + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert b"HTTP/1.1 400 " in answer
 
@@ -120,11 +120,11 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_no_request(cache: Cache, name: str) -> None:
+def test_malformed_request_closes_the_connection(cache: Cache, name: str) -> None:
     """400 or nothing, then the end of the connection; the daemon survives, and keeps nothing."""
     pid = cache.daemon.process.pid
     before, open_before = cache.daemon.peak_memory(), len(procfs.descriptors(pid))
-    answer = said_until_closed(cache, MALFORMED[name])
+    answer = answer_until_closed(cache, MALFORMED[name])
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400 ")
     assert fetch(f"{cache.daemon.url}/health").status == 200
     assert cache.daemon.peak_memory() - before < 4 * MIB
@@ -132,7 +132,7 @@ def test_what_is_no_request(cache: Cache, name: str) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_a_body_is_kept_nowhere(cache: Cache, chunked: bool) -> None:
+def test_request_body_is_discarded(cache: Cache, chunked: bool) -> None:
     """PUT with 100 MB: 405, nothing on disk, nothing in memory."""
     size, piece = 100_000_000, b"x" * 100_000
     pid = cache.daemon.process.pid
@@ -154,7 +154,7 @@ def test_a_body_is_kept_nowhere(cache: Cache, chunked: bool) -> None:
     assert cache.daemon.peak_memory() - peak < 16 * MIB
 
 
-def test_a_body_that_ends_early_is_forgotten(cache: Cache) -> None:
+def test_incomplete_request_body_leaves_nothing(cache: Cache) -> None:
     """The sender disconnects: no answer, no error, no descriptor."""
     pid, since = cache.daemon.process.pid, cache.log_size
     open_before = len(procfs.descriptors(pid))

@@ -126,7 +126,7 @@ class Slow:
             self.rounds += 1
 
 
-def test_a_crowd_that_only_waits(cache: Cache, big: Blob) -> None:
+def test_slow_and_silent_clients_do_not_block_others(cache: Cache, big: Blob) -> None:
     """1,000 send nothing, 50 read a byte a second, 50 send one: other clients pull, hits and misses."""
     pid = cache.daemon.process.pid
     target = cache.url(f"big/blobs/{big.digest}").removeprefix(cache.daemon.url).encode()

@@ -24,7 +24,7 @@ from tests.images import (
     make_index,
 )
 from tests.peers import Containerd, DockerRegistry, hosts_dir
-from tests.real.carrying import Place, parts_of, pull_offline
+from tests.real.carrying import Site, parts_of, pull_offline
 
 Skopeo = Callable[..., None]
 
@@ -40,14 +40,14 @@ TYPES = {DOCKER_LIST: 1, DOCKER_MANIFEST: 2, OCI_INDEX: 3, OCI_MANIFEST: 4}
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Place:
+def site(tmp_path: Path) -> Site:
     """A site with a new store, which knows no upstream."""
-    return Place(tmp_path / "there")
+    return Site(tmp_path / "there")
 
 
-def assert_pulled(there: Place, containerd: Containerd, expected: Mapping[str, set[str]]) -> None:
+def assert_pulled(site: Site, containerd: Containerd, expected: Mapping[str, set[str]]) -> None:
     """Assert that containerd pulls exactly these digests by these references from a daemon on the store."""
-    with there.daemon("--air-gapped") as daemon:
+    with site.daemon("--air-gapped") as daemon:
         for ref, digests in expected.items():
             assert pull_offline(daemon, containerd, ref) == digests
 
@@ -61,8 +61,8 @@ def notes_of(printed: Sequence[str], ref: str) -> str:
 @pytest.mark.parametrize(
     "what", [INDEX, DOCKER_INDEX, IMAGE, DOCKER], ids=["index", "docker list", "image", "docker"]
 )
-def test_what_ctr_exports(
-    registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path, what: Index | Image
+def test_load_export_of_ctr(
+    registry: DockerRegistry, containerd: Containerd, site: Site, tmp_path: Path, what: Index | Image
 ) -> None:
     """Digests are the registry's, also of an index, of which ctr exports one platform."""
     ref = f"{registry.host}/team/app:v1"
@@ -73,13 +73,13 @@ def test_what_ctr_exports(
     assert exported.returncode == 0, exported.stderr
     containerd.remove(ref)
     registry.kill()
-    assert there.done("load", str(archive))[-1] == "1 loaded, 0 already there, 0 failed"
-    assert there.meanings[ref] == what.manifest.digest
-    assert_pulled(there, containerd, {ref: parts_of(what)})
+    assert site.succeed("load", str(archive))[-1] == "1 loaded, 0 already there, 0 failed"
+    assert site.digests[ref] == what.manifest.digest
+    assert_pulled(site, containerd, {ref: parts_of(what)})
 
 
-def test_what_ctr_exports_of_several_images_and_platforms(
-    registry: DockerRegistry, containerd: Containerd, there: Place, tmp_path: Path
+def test_load_export_of_ctr_with_several_images_and_platforms(
+    registry: DockerRegistry, containerd: Containerd, site: Site, tmp_path: Path
 ) -> None:
     """All of them are loaded, and of the index every platform."""
     pushed: dict[str, Index | Image] = {
@@ -95,15 +95,15 @@ def test_what_ctr_exports_of_several_images_and_platforms(
     for ref in pushed:
         containerd.remove(ref)
     registry.kill()
-    assert there.done("load", str(archive))[-1] == "2 loaded, 0 already there, 0 failed"
+    assert site.succeed("load", str(archive))[-1] == "2 loaded, 0 already there, 0 failed"
     everything = {blob.digest for what in pushed.values() for blob in what.blobs}
-    assert there.stored("blobs").keys() == {digest.partition(":")[2] for digest in everything}
-    assert_pulled(there, containerd, {ref: parts_of(what) for ref, what in pushed.items()})
+    assert site.stored("blobs").keys() == {digest.partition(":")[2] for digest in everything}
+    assert_pulled(site, containerd, {ref: parts_of(what) for ref, what in pushed.items()})
 
 
 @pytest.mark.parametrize("transport", ["oci", "oci-archive"])
-def test_an_oci_layout_of_skopeo(
-    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path, transport: str
+def test_load_oci_layout_of_skopeo(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, site: Site, tmp_path: Path, transport: str
 ) -> None:
     """A folder with two images, or an archive; digests are the registry's."""
     ref, single = f"{registry.host}/team/index:v1", f"{registry.host}/team/image:v1"
@@ -116,48 +116,48 @@ def test_an_oci_layout_of_skopeo(
         skopeo(single, f"oci:{target}:{single}", "--preserve-digests")
         expected[single] = IMAGE
     registry.kill()
-    assert there.done("load", str(target))[-1] == f"{len(expected)} loaded, 0 already there, 0 failed"
-    assert expected.keys() <= there.meanings.keys()
-    assert all(there.meanings[name] == what.manifest.digest for name, what in expected.items())
-    assert_pulled(there, containerd, {name: parts_of(what) for name, what in expected.items()})
+    assert site.succeed("load", str(target))[-1] == f"{len(expected)} loaded, 0 already there, 0 failed"
+    assert expected.keys() <= site.digests.keys()
+    assert all(site.digests[name] == what.manifest.digest for name, what in expected.items())
+    assert_pulled(site, containerd, {name: parts_of(what) for name, what in expected.items()})
 
 
 @pytest.mark.parametrize("name", ["", ":v1"], ids=["no name", "a tag alone"])
-def test_a_layout_that_does_not_say_what_the_image_is(
-    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, name: str
+def test_oci_layout_without_an_image_name(
+    registry: DockerRegistry, skopeo: Skopeo, site: Site, tmp_path: Path, name: str
 ) -> None:
     """The message says how to name it, and nothing is left in the store; with the name it is loaded."""
     registry.push("team/image", IMAGE, "v1")
     target = tmp_path / "layout"
     skopeo(f"{registry.host}/team/image:v1", f"oci:{target}{name}")
-    printed, complaints = there.failed("load", str(target))
+    printed, complaints = site.fail("load", str(target))
     assert len(printed) == 2
     assert printed[0].startswith("failed: ")
     assert printed[0].endswith(": give it its name, such as --name docker.io/library/nginx:1.25")
     assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
-    assert there.leftovers == set()
+    assert site.leftovers == set()
     ref = f"{registry.host}/team/image"
-    there.done("load", str(target), "--name", ref if name else f"{ref}:v1")
-    assert there.meanings == {f"{ref}:v1": IMAGE.manifest.digest}
+    site.succeed("load", str(target), "--name", ref if name else f"{ref}:v1")
+    assert site.digests == {f"{ref}:v1": IMAGE.manifest.digest}
 
 
 @pytest.mark.parametrize("what", [IMAGE, INDEX], ids=["image", "index"])
 def test_skopeos_dir_is_loaded_with_a_name(
-    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path, what: Image | Index
+    registry: DockerRegistry, skopeo: Skopeo, site: Site, tmp_path: Path, what: Image | Index
 ) -> None:
     registry.push("team/image", what, "v1")
     target, ref = tmp_path / "dir", f"{registry.host}/team/image:v1"
     skopeo(ref, f"dir:{target}", "--all")
-    printed, _ = there.failed("load", str(target))
+    printed, _ = site.fail("load", str(target))
     assert "what skopeo's dir: writes does not say what image it is" in printed[0]
-    there.done("load", str(target), "--name", ref)
-    assert there.meanings[ref] == what.manifest.digest
-    (columns,) = (columns for columns in there.long_list if columns[0] == ref)
+    site.succeed("load", str(target), "--name", ref)
+    assert site.digests[ref] == what.manifest.digest
+    (columns,) = (columns for columns in site.long_list if columns[0] == ref)
     assert columns[-1] == "complete"
 
 
-def test_what_docker_save_writes(
-    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
+def test_load_docker_save(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, site: Site, tmp_path: Path
 ) -> None:
     """The config is the same, the layers are uncompressed; the output says that the digest is not the registry's."""
     ref, short = f"{registry.host}/team/app:v1", "docker.io/library/nginx:1.25"
@@ -165,20 +165,20 @@ def test_what_docker_save_writes(
     archive = tmp_path / "saved.tar"
     skopeo(ref, f"docker-archive:{archive}:{ref}", "--additional-tag", "nginx:1.25")
     registry.kill()
-    printed = there.done("load", str(archive))
+    printed = site.succeed("load", str(archive))
     assert printed[-1] == "2 loaded, 0 already there, 0 failed"
     for name in (ref, short):
         assert "its digest is not the registry's" in notes_of(printed, name)
-        assert there.meanings[name] != DOCKER.manifest.digest
-    assert there.meanings[ref] == there.meanings[short]
+        assert site.digests[name] != DOCKER.manifest.digest
+    assert site.digests[ref] == site.digests[short]
     diff_ids = json.loads(DOCKER.config.data)["rootfs"]["diff_ids"]
-    digests = {there.meanings[ref], DOCKER.config.digest, *diff_ids}
-    assert_pulled(there, containerd, {ref: digests, short: digests})
-    assert [line.partition(":")[0] for line in there.done("load", str(archive))[:-1]] == ["already there"] * 2
+    digests = {site.digests[ref], DOCKER.config.digest, *diff_ids}
+    assert_pulled(site, containerd, {ref: digests, short: digests})
+    assert [line.partition(":")[0] for line in site.succeed("load", str(archive))[:-1]] == ["already there"] * 2
 
 
-def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
-    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, there: Place, tmp_path: Path
+def test_last_loaded_archive_without_dates_has_the_tag(
+    registry: DockerRegistry, containerd: Containerd, skopeo: Skopeo, site: Site, tmp_path: Path
 ) -> None:
     """Updates work with tools that store no dates; the older image is available by its digest."""
     ref = f"{registry.host}/team/app:stable"
@@ -188,13 +188,13 @@ def test_of_archives_without_dates_the_one_loaded_last_has_the_tag(
         archives.append(tmp_path / f"{len(archives)}.tar")
         skopeo(ref, f"oci-archive:{archives[-1]}:{ref}", "--preserve-digests")
     registry.kill()
-    there.done("load", *map(str, archives))
-    assert there.meanings.keys() == {ref, f"{registry.host}/team/app@{DOCKER.manifest.digest}"}
-    assert_pulled(there, containerd, {ref: parts_of(NEXT)})
+    site.succeed("load", *map(str, archives))
+    assert site.digests.keys() == {ref, f"{registry.host}/team/app@{DOCKER.manifest.digest}"}
+    assert_pulled(site, containerd, {ref: parts_of(NEXT)})
 
 
 def test_a_platform_of_an_archive_of_several(
-    registry: DockerRegistry, skopeo: Skopeo, there: Place, tmp_path: Path
+    registry: DockerRegistry, skopeo: Skopeo, site: Site, tmp_path: Path
 ) -> None:
     """Named before or after the command; without, the whole archive is loaded, for whatever machine this is."""
     ref, archive = f"{registry.host}/team/index:v1", tmp_path / "index.tar"
@@ -203,17 +203,17 @@ def test_a_platform_of_an_archive_of_several(
     registry.kill()
 
     def platforms() -> str:
-        (columns,) = (columns for columns in there.long_list if columns[0] == ref)
+        (columns,) = (columns for columns in site.long_list if columns[0] == ref)
         return columns[-2]
 
-    there.done("load", "--platform", "linux/aarch64", str(archive))
+    site.succeed("load", "--platform", "linux/aarch64", str(archive))
     assert platforms() == "linux/arm64"
-    there.done("--arch", "amd64", "--os", "linux", "load", str(archive))
+    site.succeed("--arch", "amd64", "--os", "linux", "load", str(archive))
     assert platforms() == "linux/amd64,linux/arm64"
-    other = Place(tmp_path / "other")
-    other.done("load", str(archive))
+    other = Site(tmp_path / "other")
+    other.succeed("load", str(archive))
     assert [columns[-2] for columns in other.long_list if columns[0] == ref] == ["linux/amd64,linux/arm64"]
-    printed, _ = other.failed("load", str(archive), "--platform", "linux/s390x")
+    printed, _ = other.fail("load", str(archive), "--platform", "linux/s390x")
     assert printed[0] == f"failed: {ref}: no image for linux/s390x; available: linux/amd64, linux/arm64"
 
 
@@ -223,7 +223,7 @@ def test_archives_for_two_platforms_serve_both(
     registry: DockerRegistry,
     containerd: Containerd,
     skopeo: Skopeo,
-    there: Place,
+    site: Site,
     tmp_path: Path,
     kind: str,
     compressed: bool,
@@ -240,7 +240,7 @@ def test_archives_for_two_platforms_serve_both(
             packed.write_bytes(zstandard.compress(archives[-1].read_bytes()))
             archives[-1] = packed
     registry.kill()
-    printed = there.done("load", *map(str, archives))
+    printed = site.succeed("load", *map(str, archives))
     assert "the name means an index of linux/amd64, linux/arm64, made here" in notes_of(printed[1:], ref)
     assert printed[-1] == "2 loaded, 0 already there, 0 failed"
     layers = {
@@ -249,7 +249,7 @@ def test_archives_for_two_platforms_serve_both(
         else {layer.digest for layer in image.layers}
         for image in INDEX.images
     }
-    with there.daemon("--air-gapped") as daemon:
+    with site.daemon("--air-gapped") as daemon:
         pull_offline(daemon, containerd, ref)
         hosts = hosts_dir(tmp_path / "certs.d", daemon.url, "_default")
         for image in INDEX.images:
@@ -259,7 +259,9 @@ def test_archives_for_two_platforms_serve_both(
             held = [layers[one.platform] <= containerd.content for one in INDEX.images]
             assert held == [one is image for one in INDEX.images]
     containerd.wipe()
-    assert [line.partition(":")[0] for line in there.done("load", *map(str, archives))[:-1]] == ["already there"] * 2
+    assert [line.partition(":")[0] for line in site.succeed("load", *map(str, archives))[:-1]] == [
+        "already there"
+    ] * 2
 
 
 def holder(of: Manifest, url: str) -> bytes:
@@ -302,7 +304,7 @@ def go_folder(folder: Path, images: Mapping[str, Index | Image]) -> Path:
     return folder
 
 
-def test_the_image_folder_of_a_go_server(there: Place, containerd: Containerd, tmp_path: Path) -> None:
+def test_load_image_folder_of_the_go_server(site: Site, containerd: Containerd, tmp_path: Path) -> None:
     """Indexes and images of all media types; they keep their creation time, which was local there."""
     images: dict[str, Index | Image] = {
         "docker.io/library/nginx:1.25": INDEX,
@@ -311,34 +313,36 @@ def test_the_image_folder_of_a_go_server(there: Place, containerd: Containerd, t
         "registry.example:5000/a/b/c/docker:v1": DOCKER,
     }
     folder = go_folder(tmp_path / "go", images)
-    printed = there.done("load", str(folder))
+    printed = site.succeed("load", str(folder))
     assert printed[-1] == "6 loaded, 0 already there, 0 failed"
-    assert {url: there.meanings[url] for url in images} == {url: what.manifest.digest for url, what in images.items()}
-    listed = [line.split(" ") for line in there.done("list")]
+    assert {url: site.digests[url] for url in images} == {url: what.manifest.digest for url, what in images.items()}
+    listed = [line.split(" ") for line in site.succeed("list")]
     assert {created for _, _, created in listed} == {"2024-03-01T22:17:30"}
-    assert_pulled(there, containerd, {url: parts_of(what) for url, what in images.items()})
+    assert_pulled(site, containerd, {url: parts_of(what) for url, what in images.items()})
 
 
-def test_a_store_on_the_image_folder_of_a_go_server(containerd: Containerd, tmp_path: Path) -> None:
+def test_store_on_the_image_folder_of_the_go_server(containerd: Containerd, tmp_path: Path) -> None:
     """The folder is both the archive and the store that it is loaded into, blobs included."""
     images: dict[str, Index | Image] = {"docker.io/library/nginx:1.25": INDEX}
-    place = Place(tmp_path / "both")
+    place = Site(tmp_path / "both")
     place.folder.mkdir()
     go_folder(place.images, images)
-    place.done("load", str(place.images))
-    assert place.meanings.items() >= {"docker.io/library/nginx:1.25": INDEX.manifest.digest}.items()
+    place.succeed("load", str(place.images))
+    assert place.digests.items() >= {"docker.io/library/nginx:1.25": INDEX.manifest.digest}.items()
     assert_pulled(place, containerd, {"docker.io/library/nginx:1.25": parts_of(INDEX)})
 
 
-def test_our_own_image_folder(registry: DockerRegistry, there: Place, containerd: Containerd, tmp_path: Path) -> None:
+def test_load_image_folder_of_another_store(
+    registry: DockerRegistry, site: Site, containerd: Containerd, tmp_path: Path
+) -> None:
     """A store on a USB stick is loaded like the Go server's, also while a daemon runs on it."""
     registry.push("team/index", INDEX, "v1")
     ref = f"{registry.host}/team/index:v1"
-    here = Place(tmp_path / "here", (registry.host,))
-    here.bring(ref)
+    here = Site(tmp_path / "here", (registry.host,))
+    here.load(ref)
     registry.kill()
     with here.daemon() as daemon:
-        there.done("load", str(here.images))
+        site.succeed("load", str(here.images))
         assert fetch(f"{daemon.url}/health").status == 200
-    assert (there.meanings, there.done("list")) == (here.meanings, here.done("list"))
-    assert_pulled(there, containerd, {ref: parts_of(INDEX)})
+    assert (site.digests, site.succeed("list")) == (here.digests, here.succeed("list"))
+    assert_pulled(site, containerd, {ref: parts_of(INDEX)})

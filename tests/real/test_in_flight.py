@@ -43,13 +43,13 @@ def pull_manifest(cache: Cache, repository: str) -> None:
     assert cache.ask(f"{repository}/manifests/1").status == 200
 
 
-def nothing_is_left(cache: Cache, layer: Blob) -> None:
+def assert_no_leftovers(cache: Cache, layer: Blob) -> None:
     """Assert that a failed download leaves nothing but what its one retry may have fetched."""
     wait_until(lambda: not cache.partials, SOON, "no partial is left")
     assert not cache.stored(layer.digest) or blob_file(cache.daemon, layer.digest).read_bytes() == layer.data
 
 
-def test_clients_read_along_while_the_rest_is_missing(cache: Cache, blob: str, layer: Blob) -> None:
+def test_clients_read_a_growing_blob(cache: Cache, blob: str, layer: Blob) -> None:
     here = 2 * MIB
     hold = Hold(here)
     ranged = {"Range": "bytes=1000-1999"}
@@ -70,7 +70,7 @@ def test_clients_read_along_while_the_rest_is_missing(cache: Cache, blob: str, l
     assert cache.sent(blob) == 1
 
 
-def test_chunks_that_close_early_share_one_download_that_goes_on(cache: Cache, blob: str, layer: Blob) -> None:
+def test_early_disconnects_of_ranges_share_one_continuing_download(cache: Cache, blob: str, layer: Blob) -> None:
     """containerd 2.1 does this with `concurrent_layer_fetch_buffer`."""
     starts = [number * CHUNK for number in range(7)]
     # The upstream holds back the end, so that the download cannot end before its clients.
@@ -98,7 +98,7 @@ def test_chunks_that_close_early_share_one_download_that_goes_on(cache: Cache, b
     assert cache.sent(blob) == 1
 
 
-def test_a_client_that_goes_away_stops_nothing(cache: Cache, blob: str, layer: Blob) -> None:
+def test_download_continues_when_its_client_disconnects(cache: Cache, blob: str, layer: Blob) -> None:
     with cache.scripted(f"*{layer.digest}", Hold(MIB)):
         with cache.opened(blob) as answer:
             assert answer.read(1000) == layer.data[:1000]
@@ -111,7 +111,7 @@ def test_a_client_that_goes_away_stops_nothing(cache: Cache, blob: str, layer: B
 
 @pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
 @pytest.mark.parametrize("damaged", [1000, SIZE - 1], ids=["early", "last_byte"])
-def test_nobody_gets_the_last_byte_of_a_wrong_blob(
+def test_wrong_blob_ends_before_its_last_byte(
     cache: Cache, repository: str, blob: str, layer: Blob, damaged: int, known: bool
 ) -> None:
     if known:
@@ -132,7 +132,7 @@ def test_nobody_gets_the_last_byte_of_a_wrong_blob(
     errors = cache.errors(since)
     assert len(errors) == 3, errors  # one for each answer that ended short
     assert all(f"{cache.upstream.host}/{repository}@{layer.digest}: " in line for line in errors)
-    nothing_is_left(cache, layer)
+    assert_no_leftovers(cache, layer)
     assert cache.ask(blob).body == layer.data
     cache.wait_stored(layer.digest)
 
@@ -155,7 +155,7 @@ CLOSED = NoLength("close")
         pytest.param([Cut(MIB, reset=True), CHUNKED], False, id="rst_chunked_no_manifest"),
     ],
 )
-def test_a_connection_that_breaks_is_taken_up_again(
+def test_broken_connection_is_resumed(
     cache: Cache, repository: str, blob: str, layer: Blob, rules: list[Rule], known: bool
 ) -> None:
     """One client, one answer, and no error."""
@@ -187,7 +187,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
         pytest.param([Resize(1), CLOSED], True, id="too_much_close_delimited"),
     ],
 )
-def test_an_upstream_that_sends_something_else(
+def test_wrong_content_ends_short(
     cache: Cache, repository: str, blob: str, layer: Blob, rules: list[Rule], known: bool
 ) -> None:
     if known:
@@ -202,7 +202,7 @@ def test_an_upstream_that_sends_something_else(
     # The retry of a resumed download may have failed too by now, which is another line.
     (line,) = [line for line in cache.errors(since) if "response truncated: " in line]
     assert cache.upstream.host in line.partition("response truncated: ")[2]
-    nothing_is_left(cache, layer)
+    assert_no_leftovers(cache, layer)
     assert cache.ask(blob).body == layer.data
 
 
@@ -219,19 +219,19 @@ def test_an_upstream_that_sends_something_else(
         pytest.param([Cut(None, reset=True)], True, id="rst_before_the_headers"),
     ],
 )
-def test_an_upstream_that_fails_before_the_headers(
+def test_upstream_failure_before_the_headers(
     cache: Cache, repository: str, blob: str, layer: Blob, rules: list[Rule], known: bool
 ) -> None:
     if known:
         pull_manifest(cache, repository)
     with cache.scripted(f"*{layer.digest}", *rules):
         cache.refused(blob, 503, "UNAVAILABLE")
-    nothing_is_left(cache, layer)
+    assert_no_leftovers(cache, layer)
     assert cache.ask(blob).body == layer.data
 
 
 @pytest.mark.parametrize("framing", [CHUNKED, CLOSED], ids=["chunked", "close_delimited"])
-def test_the_manifest_tells_the_size_that_the_upstream_does_not(
+def test_size_from_the_manifest_without_content_length(
     cache: Cache, repository: str, blob: str, layer: Blob, framing: Rule
 ) -> None:
     pull_manifest(cache, repository)
@@ -246,7 +246,7 @@ def test_the_manifest_tells_the_size_that_the_upstream_does_not(
 
 
 @pytest.mark.parametrize("framing", [CHUNKED, CLOSED], ids=["chunked", "close_delimited"])
-def test_a_blob_whose_size_nobody_tells_is_downloaded_first(
+def test_blob_of_unknown_size_is_downloaded_before_the_headers(
     cache: Cache, blob: str, layer: Blob, framing: Rule
 ) -> None:
     hold = Hold(MIB)
@@ -265,7 +265,7 @@ def test_a_blob_whose_size_nobody_tells_is_downloaded_first(
     assert cache.sent(blob) == 1
 
 
-def test_a_client_waits_no_longer_than_the_pull_timeout(cache: Cache, blob: str, layer: Blob, tmp_path: Path) -> None:
+def test_pull_timeout_ends_the_answer_not_the_download(cache: Cache, blob: str, layer: Blob, tmp_path: Path) -> None:
     """The time-out ends the answer, never the download."""
     with daemon_in(tmp_path, cache.upstream, "--pull-timeout", "200") as daemon:
         impatient = Cache(daemon, cache.upstream)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import Image
 from tests.processes import wait_until
-from tests.real.completing import lines
+from tests.real.completing import log_lines
 from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Header, Hold, Reply
@@ -46,12 +46,12 @@ def served(cache: Cache, image: Image, *, stale: bool, method: str = "GET") -> N
     assert answer.headers["Content-Type"] == image.manifest.media_type
     assert answer.body == (image.manifest.data if method == "GET" else b"")
     assert answer.headers["Warning"] == (STALE if stale else None)
-    warnings = lines(cache.daemon, "warn", f"{cache.upstream.host}/team/app:latest", "unchecked", since=since)
+    warnings = log_lines(cache.daemon, "warn", f"{cache.upstream.host}/team/app:latest", "unchecked", since=since)
     assert len(warnings) == stale
     assert cache.errors(since) == []
 
 
-def test_an_unchanged_tag_costs_a_head(cache: Cache) -> None:
+def test_unchanged_latest_costs_one_head(cache: Cache) -> None:
     """One HEAD at every pull, and nothing more; other tags and digests are not checked."""
     assert asked(cache) == ["GET latest"]
     for method in ("GET", "HEAD", "GET"):
@@ -63,7 +63,7 @@ def test_an_unchanged_tag_costs_a_head(cache: Cache) -> None:
     assert asked(cache, 4) == ["GET 1"]
 
 
-def test_a_moved_tag_is_fetched_by_its_digest(cache: Cache) -> None:
+def test_moved_latest_is_fetched_by_digest(cache: Cache) -> None:
     """The new image is served and kept; the tag may move back to a cached image."""
     cache.upstream.add("team/app", NEW, "latest")
     served(cache, NEW, stale=False)
@@ -80,7 +80,7 @@ def test_a_moved_tag_is_fetched_by_its_digest(cache: Cache) -> None:
     served(cache, OLD, stale=False)
 
 
-def test_an_upstream_that_tells_no_digest(cache: Cache) -> None:
+def test_head_without_a_digest_is_followed_by_a_get(cache: Cache) -> None:
     """Without a digest a GET is needed."""
     with cache.scripted("*/manifests/*", Header("Docker-Content-Digest", None)):
         served(cache, OLD, stale=False)
@@ -89,7 +89,7 @@ def test_an_upstream_that_tells_no_digest(cache: Cache) -> None:
     assert "GET latest" in asked(cache, 1)
 
 
-def test_without_an_upstream_the_cached_one_is_served(cache: Cache) -> None:
+def test_unreachable_upstream_serves_the_cached_latest(cache: Cache) -> None:
     cache.upstream.close()
     served(cache, OLD, stale=True)
     served(cache, OLD, stale=True, method="HEAD")
@@ -97,7 +97,7 @@ def test_without_an_upstream_the_cached_one_is_served(cache: Cache) -> None:
     assert_error(cache.ask("team/other/manifests/latest"), 503, "UNAVAILABLE")
 
 
-def test_a_silent_upstream_delays_it_by_five_seconds(cache: Cache) -> None:
+def test_silent_upstream_delays_latest_by_five_seconds(cache: Cache) -> None:
     hold = Hold(None)
     with cache.scripted("*", hold):
         began = time.monotonic()
@@ -114,7 +114,7 @@ def assert_other_tag_is_a_hit(cache: Cache) -> None:
     assert time.monotonic() - began < 2
 
 
-def test_an_upstream_that_refuses(cache: Cache) -> None:
+def test_refusing_upstream_serves_the_cached_latest(cache: Cache) -> None:
     """Any refusal counts, not only a particular status."""
     for status in (400, 401, 403, 404, 500, 502, 503, 504, 429):
         with cache.scripted("*", Reply(status, b"", (("Retry-After", "1"),))):
@@ -126,7 +126,7 @@ def test_an_upstream_that_refuses(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["reachable", "forbidden"])
-def test_a_captive_portal(tmp_path: Path, named: bool) -> None:
+def test_captive_portal_does_not_change_latest(tmp_path: Path, named: bool) -> None:
     """It answers everything with a page, or redirects to one: latest keeps its meaning."""
     with (
         ScriptedRegistry() as portal,
@@ -145,7 +145,7 @@ def test_a_captive_portal(tmp_path: Path, named: bool) -> None:
         served(cache, NEW, stale=False)
 
 
-def test_what_is_not_cached_is_as_ever(tmp_path: Path) -> None:
+def test_uncached_latest_has_no_fallback(tmp_path: Path) -> None:
     """There is no cached image to fall back to."""
     with cache_in(tmp_path, "--always-pull-latest") as cache:
         assert_error(cache.ask(LATEST), 404, "MANIFEST_UNKNOWN")

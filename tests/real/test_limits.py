@@ -32,7 +32,7 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 
 
 @pytest.mark.parametrize("path", ["manifests/1", "tags/list"])
-def test_an_upstream_that_wants_no_requests_gets_none(cache: Cache, path: str) -> None:
+def test_rate_limited_upstream_gets_no_request_until_retry_after(cache: Cache, path: str) -> None:
     image = plain_image("429", 1000)
     cache.upstream.add("team/app", image, "1")
     cache.upstream.script("*", Reply(429, b"", (("Retry-After", "3"),)), times=1)
@@ -50,7 +50,7 @@ def test_an_upstream_that_wants_no_requests_gets_none(cache: Cache, path: str) -
     assert (answer.status, asked, len(cache.upstream.requests)) == (200, 1, 2)
 
 
-def test_another_upstream_is_asked_meanwhile(tmp_path: Path) -> None:
+def test_rate_limit_of_one_upstream_does_not_affect_another(tmp_path: Path) -> None:
     image = plain_image("the other", 1000)
     with ScriptedRegistry() as other, cache_in(tmp_path, other) as cache:
         other.add("team/app", image, "1")
@@ -59,7 +59,7 @@ def test_another_upstream_is_asked_meanwhile(tmp_path: Path) -> None:
         assert Cache(cache.daemon, other).ask("team/app/manifests/1").status == 200
 
 
-def test_layers_leave_two_connections_for_what_is_small(cache: Cache) -> None:
+def test_blobs_leave_two_connections_for_manifests_and_tokens(cache: Cache) -> None:
     """With more blobs in demand than connections, manifests and tokens are still fetched at once."""
     image = make_image("many layers", layers=MOST + 3, layer_size=50_000)
     cache.upstream.add("team/app", image, "1")
@@ -108,7 +108,7 @@ class DeadResolver:
         self._socket.close()
 
 
-def test_dead_names_do_not_delay_live_ones(tmp_path: Path) -> None:
+def test_hanging_lookups_do_not_delay_other_names(tmp_path: Path) -> None:
     """Each name is looked up once at a time, for all clients, and the daemon can stop while look-ups hang."""
     (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
     (tmp_path / "hosts").write_text("127.0.0.1 localhost live.example\n")

@@ -14,12 +14,12 @@ import pytest
 from tests.client import Response
 from tests.images import MIB, Image
 from tests.processes import wait_until
-from tests.real.completing import lines
+from tests.real.completing import log_lines
 from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, pull
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Cut, Hold, Reply
 
-QUICK = 2.0
+UNAVAILABLE_WITHIN = 2.0
 """Seconds; the answer takes 100 ms, and this machine may be busy."""
 LONGEST = 30.0
 """Seconds from one probe to the next."""
@@ -41,7 +41,7 @@ def image(cache: Cache) -> Image:
     return image
 
 
-class Nobody:
+class SilentListener:
     """Listens on a port, answers nothing, and counts connections."""
 
     def __init__(self, port: int) -> None:
@@ -68,7 +68,7 @@ def miss(cache: Cache, tag: str = "absent") -> Response:
     """Request uncached content while the link is down, and assert a quick error."""
     began = time.monotonic()
     answer = cache.ask(f"team/app/manifests/{tag}")
-    assert time.monotonic() - began < QUICK
+    assert time.monotonic() - began < UNAVAILABLE_WITHIN
     assert_error(answer, 503, "UNAVAILABLE")
     return answer
 
@@ -87,13 +87,13 @@ def lose(cache: Cache, distance: int = 1) -> None:
 
 def changes(cache: Cache) -> list[str]:
     """Return the log lines about links."""
-    return lines(cache.daemon, "warn", " reached")
+    return log_lines(cache.daemon, "warn", " reached")
 
 
-def test_a_refused_link(cache: Cache, image: Image) -> None:
+def test_refused_connection_opens_the_circuit_breaker(cache: Cache, image: Image) -> None:
     """Hits are unaffected, misses are answered at once, and only probes are sent."""
     lose(cache, 4)
-    nobody = Nobody(cache.upstream.port)
+    nobody = SilentListener(cache.upstream.port)
     try:
         with ThreadPoolExecutor(20) as clients:
             answers = list(clients.map(lambda number: miss(cache, f"absent{number}"), range(40)))
@@ -128,7 +128,7 @@ def test_a_refused_link(cache: Cache, image: Image) -> None:
     assert f"{cache.upstream.host} can be reached again" in up
 
 
-def test_a_request_succeeds_when_the_probe_is_due(cache: Cache, image: Image) -> None:
+def test_request_at_the_next_probe_closes_the_circuit_breaker(cache: Cache, image: Image) -> None:
     """The probe is due at the time in `Retry-After`."""
     lose(cache, 2)
     fresh = plain_image("fresh", 1000)
@@ -143,7 +143,7 @@ def test_a_request_succeeds_when_the_probe_is_due(cache: Cache, image: Image) ->
 
 
 @pytest.mark.parametrize("status", [500, 503, 404, 401])
-def test_an_answer_is_an_answer(cache: Cache, status: int) -> None:
+def test_error_answers_keep_the_circuit_breaker_closed(cache: Cache, status: int) -> None:
     """Any answer, also an error, shows that the host is reachable: it is asked again."""
     cache.upstream.script("*", Reply(status, b"", (("Retry-After", "0"),)))
     for number in range(1, 4):
@@ -152,7 +152,7 @@ def test_an_answer_is_an_answer(cache: Cache, status: int) -> None:
     assert changes(cache) == []
 
 
-def test_a_connection_that_breaks_is_no_link_that_is_down(cache: Cache) -> None:
+def test_broken_connection_keeps_the_circuit_breaker_closed(cache: Cache) -> None:
     """An upstream that closes or resets a connection before its answer is reachable, as other requests show."""
     for reset in (False, True):
         with cache.scripted("*", Cut(None, reset=reset)):
@@ -163,7 +163,7 @@ def test_a_connection_that_breaks_is_no_link_that_is_down(cache: Cache) -> None:
     assert changes(cache) == []
 
 
-def test_one_dead_upstream_does_not_concern_another(tmp_path: Path) -> None:
+def test_circuit_breaker_of_one_upstream_does_not_affect_another(tmp_path: Path) -> None:
     image = plain_image("another", 5000)
     with ScriptedRegistry() as other, cache_in(tmp_path, other) as cache:
         other.add("team/app", image, "1")
@@ -173,7 +173,7 @@ def test_one_dead_upstream_does_not_concern_another(tmp_path: Path) -> None:
         assert [cache.upstream.host in line for line in changes(cache)] == [True]
 
 
-def test_a_download_that_somebody_waits_for_goes_on(cache: Cache) -> None:
+def test_awaited_download_is_retried_every_five_seconds(cache: Cache) -> None:
     """It is retried every 5 s at most, however far apart the probes are, and ends the outage for others."""
     image = plain_image("waiting", 2 * MIB)
     (layer,) = image.layers

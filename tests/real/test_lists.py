@@ -71,12 +71,14 @@ def assert_lists(cache: Cache, repository: str, expected: list[str]) -> None:
     assert (tags(none), none.headers["Link"]) == ([], None)
 
 
-def test_the_upstream_s_tags(cache: Cache, repository: str, image: Image) -> None:
+def test_tags_of_the_upstream(cache: Cache, repository: str, image: Image) -> None:
     assert_lists(cache, repository, TAGS)
 
 
 @pytest.mark.parametrize("rule", GONE.values(), ids=GONE.keys())
-def test_the_cache_s_tags_when_the_upstream_is_gone(cache: Cache, repository: str, image: Image, rule: Rule) -> None:
+def test_tags_of_the_cache_when_the_upstream_is_unavailable(
+    cache: Cache, repository: str, image: Image, rule: Rule
+) -> None:
     known = [TAGS[0], *TAGS[2:5]]
     for tag in known:
         assert cache.ask(f"{repository}/manifests/{tag}").status == 200
@@ -91,7 +93,7 @@ def test_the_cache_s_tags_when_the_upstream_is_gone(cache: Cache, repository: st
 
 
 @pytest.mark.parametrize("count", ["-1", "x", "1.5", "%31%00", "9" * 30, "+1"])
-def test_a_number_that_is_none(cache: Cache, repository: str, image: Image, count: str) -> None:
+def test_invalid_page_size_is_rejected(cache: Cache, repository: str, image: Image, count: str) -> None:
     since = cache.log_size
     answer = fetch(cache.url(f"{repository}/tags/list", f"n={count}"))
     assert_error(answer, 400, "PAGINATION_NUMBER_INVALID")
@@ -147,7 +149,7 @@ def assert_referrers(cache: Cache, path: str, expected: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule(), Unfiltered(), Paged()], ids=["filtered", "unfiltered", "paged"])
-def test_referrers(cache: Cache, repository: str, image: Image, rule: Rule) -> None:
+def test_referrers_of_the_upstream_then_of_the_cache(cache: Cache, repository: str, image: Image, rule: Rule) -> None:
     path = f"{repository}/referrers/{image.manifest.digest}"
     added: dict[str, str] = {}
     for number, kind in enumerate((SBOM, SIGNATURE, SBOM)):
@@ -161,7 +163,7 @@ def test_referrers(cache: Cache, repository: str, image: Image, rule: Rule) -> N
                 assert_referrers(cache, path, added)
 
 
-def test_referrers_that_were_kept_are_no_tag(cache: Cache, repository: str, image: Image) -> None:
+def test_cached_referrers_are_not_listed_as_a_tag(cache: Cache, repository: str, image: Image) -> None:
     cache.upstream.add(repository, make_artifact(repository, image.manifest))
     assert len(referrers(cache.ask(f"{repository}/referrers/{image.manifest.digest}"))) == 1
     assert cache.ask(f"{repository}/manifests/1").status == 200
@@ -173,7 +175,7 @@ def test_referrers_that_were_kept_are_no_tag(cache: Cache, repository: str, imag
 
 
 @pytest.mark.parametrize("rule", GONE.values(), ids=GONE.keys())
-def test_that_nothing_refers_to_it_only_the_upstream_can_say(
+def test_empty_referrers_are_not_answered_from_the_cache(
     cache: Cache, repository: str, image: Image, rule: Rule
 ) -> None:
     path = f"{repository}/referrers/{image.manifest.digest}"
@@ -184,7 +186,7 @@ def test_that_nothing_refers_to_it_only_the_upstream_can_say(
         assert_referrers(cache, path, {})
 
 
-def test_an_upstream_without_referrers(cache: Cache, repository: str, image: Image) -> None:
+def test_upstream_without_the_referrers_api(cache: Cache, repository: str, image: Image) -> None:
     """Clients then use the fallback tag of the specification."""
     index = make_index(repository)
     tag = image.manifest.digest.replace(":", "-")

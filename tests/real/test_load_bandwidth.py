@@ -12,7 +12,7 @@ import pytest
 from tests.client import fetch
 from tests.images import MIB
 from tests.namespaces import NamespacedDaemon, Routed
-from tests.real.operating import PATIENCE, begun, command_line, image_list, is_whole
+from tests.real.operating import PATIENCE, command_line, has_all_of, image_list, running_command
 from tests.real.scripted import plain_image
 from tests.upstream import ScriptedRegistry
 
@@ -29,7 +29,7 @@ def routed() -> Iterator[Routed]:
         yield routed
 
 
-def test_the_cap_holds_for_both_together(routed: Routed, tmp_path: Path) -> None:
+def test_max_bandwidth_limits_clients_and_load_together(routed: Routed, tmp_path: Path) -> None:
     """Over any ten seconds, measured by the kernel."""
     loaded = [plain_image(f"loaded {number}", 4 * MIB) for number in range(2)]
     pulled = [plain_image(f"pulled {number}", 4 * MIB) for number in range(2)]
@@ -48,14 +48,14 @@ def test_the_cap_holds_for_both_together(routed: Routed, tmp_path: Path) -> None
             url = f"{daemon.url}/v2/team/app/{path}?ns={upstream.host}"
             return routed.near.call(lambda: fetch(url, timeout=PATIENCE)).body
 
-        with daemon, ThreadPoolExecutor() as clients, begun(load_line, tmp_path) as load:
+        with daemon, ThreadPoolExecutor() as clients, running_command(load_line, tmp_path) as load:
             pulls = [clients.submit(get, f"blobs/{image.layers[0].digest}") for image in pulled]
             while load.poll() is None or not all(one.done() for one in pulls):
                 taken.append((time.monotonic(), routed.received()))
                 time.sleep(EVERY)
             assert load.returncode == 0, (tmp_path / "stderr").read_text()
             assert [one.result() for one in pulls] == [image.layers[0].data for image in pulled]
-            assert all(is_whole(daemon.image_path, image) for image in loaded)
+            assert all(has_all_of(daemon.image_path, image) for image in loaded)
         blobs = [one.path for one in upstream.requests if "/blobs/" in one.path]
         assert len(blobs) == len(set(blobs))
     rates = [

@@ -14,14 +14,14 @@ from tests.images import MIB, Blob, Image, Index, digest_of, make_image, make_in
 from tests.peers import Containerd, hosts_dir
 from tests.processes import wait_until
 from tests.real.operating import (
-    begun,
+    assert_all_served,
+    assert_blobs_match_their_digests,
     command,
     command_line,
     contents,
+    has_all_of,
     image_list,
-    is_whole,
-    nothing_wrong_is_in,
-    served,
+    running_command,
 )
 from tests.real.scripted import SEEN, SOON, Cache, blob_file, cache_in, manifest_of, plain_image, record
 from tests.upstream_rules import Hold
@@ -53,7 +53,7 @@ def of_this_machine(what: Index) -> Image:
     return next(image for image in what.images if image.platform == "linux/amd64")
 
 
-def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> None:
+def test_load_and_clients_request_each_object_once(cache: Cache, tmp_path: Path) -> None:
     """Clients pull the same images meanwhile, some of which share layers; one is an index with metadata."""
     base = make_image("base", layer_size=300_000)
     images = {f"v{number}": make_image(number, base=base, layer_size=100_000) for number in range(4)}
@@ -73,7 +73,7 @@ def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> Non
         paths |= {f"blobs/{blob.digest}": blob.data for blob in image.blobs}
         return all(cache.ask(f"{REPOSITORY}/{path}").body == data for path, data in paths.items())
 
-    with ThreadPoolExecutor() as clients, begun(argv, tmp_path) as load:
+    with ThreadPoolExecutor() as clients, running_command(argv, tmp_path) as load:
         with cache.scripted("*/blobs/*", held):
             assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
             pulls = [clients.submit(pull, tag) for tag in (*images, "list", *images)]
@@ -93,18 +93,16 @@ def test_the_upstream_sees_each_object_once(cache: Cache, tmp_path: Path) -> Non
         of_this_machine(index).manifest.digest,
         *(part.digest for one in index.without("linux/amd64") for part in (one.manifest, one.config)),
     }
-    assert all(is_whole(cache.daemon.image_path, image) for image in wanted)
+    assert all(has_all_of(cache.daemon.image_path, image) for image in wanted)
 
 
-def test_containerd_and_a_load_of_the_same_image_together(
-    cache: Cache, containerd: Containerd, tmp_path: Path
-) -> None:
+def test_containerd_and_load_of_the_same_image_together(cache: Cache, containerd: Containerd, tmp_path: Path) -> None:
     image = make_image("containerd beside load", layers=4, layer_size=MIB)
     (url,) = publish(cache, v1=image)
     argv = command_line(cache.daemon, "load", image_list(tmp_path / "list", [url]))
     hosts = hosts_dir(tmp_path / "certs.d", cache.daemon.url, "_default")
     held = Hold(50_000)
-    with ThreadPoolExecutor() as clients, begun(argv, tmp_path) as load:
+    with ThreadPoolExecutor() as clients, running_command(argv, tmp_path) as load:
         with cache.scripted("*/blobs/*", held):
             assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
             pulled = clients.submit(containerd.pull, url, hosts)
@@ -114,10 +112,10 @@ def test_containerd_and_a_load_of_the_same_image_together(
     assert containerd.unpacked(url)
     containerd.remove(url)
     assert all(count == 1 for count in objects(cache).values()), objects(cache)
-    assert is_whole(cache.daemon.image_path, image)
+    assert has_all_of(cache.daemon.image_path, image)
 
 
-def test_what_is_cached_is_asked_of_nobody(cache: Cache, tmp_path: Path) -> None:
+def test_load_of_cached_images_sends_no_request(cache: Cache, tmp_path: Path) -> None:
     image, index = make_image("cached"), make_index("cached list")
     listed = image_list(tmp_path / "list", publish(cache, v1=image, list=index))
     load = ["load", "--platform=linux/amd64,linux/arm64", listed]
@@ -130,7 +128,7 @@ def test_what_is_cached_is_asked_of_nobody(cache: Cache, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_an_empty_blob_is_loaded_like_any_other(cache: Cache, tmp_path: Path, running: bool) -> None:
+def test_empty_blob_is_loaded(cache: Cache, tmp_path: Path, running: bool) -> None:
     """Artifacts have such layers."""
     empty = Blob(digest_of(b""), b"", "application/vnd.example.empty")
     config = Blob(digest_of(b"{}"), b"{}", "application/vnd.oci.empty.v1+json")
@@ -141,19 +139,19 @@ def test_an_empty_blob_is_loaded_like_any_other(cache: Cache, tmp_path: Path, ru
         cache.daemon.kill()
     listed = image_list(tmp_path / "list", publish(cache, v1=image))
     command(cache.daemon, "load", "--pull-timeout=5000", listed)
-    assert is_whole(cache.daemon.image_path, image)
+    assert has_all_of(cache.daemon.image_path, image)
     if not running:
         cache.daemon.start()
 
 
-def test_the_daemon_is_killed_in_the_middle(cache: Cache, tmp_path: Path) -> None:
+def test_load_fails_when_the_daemon_is_killed_and_can_be_repeated(cache: Cache, tmp_path: Path) -> None:
     """Each image fails at once with a line that says why; the next load fetches only what is missing."""
     done = make_image("done")
     images = {f"v{number}": plain_image(number, 2 * MIB) for number in range(3)}
     urls = publish(cache, done=done, **images)
     listed = image_list(tmp_path / "list", urls)
     held = [Hold(MIB) for _ in images]
-    with begun(command_line(cache.daemon, "load", "--concurrent=4", listed), tmp_path) as load:
+    with running_command(command_line(cache.daemon, "load", "--concurrent=4", listed), tmp_path) as load:
         undo = [
             cache.upstream.script(f"*{image.layers[0].digest}", hold)
             for image, hold in zip(images.values(), held, strict=True)
@@ -177,7 +175,7 @@ def test_the_daemon_is_killed_in_the_middle(cache: Cache, tmp_path: Path) -> Non
     again = command(cache.daemon, "load", listed)
     assert "3 loaded, 1 already there, 0 failed" in again.stdout
     for image in (done, *images.values()):
-        assert is_whole(cache.daemon.image_path, image)
+        assert has_all_of(cache.daemon.image_path, image)
         for blob in image.blobs:
             assert cache.upstream.bytes_sent(blob.digest) <= 1.1 * len(blob.data)
 
@@ -203,16 +201,16 @@ def test_repair_goes_through_the_daemon(cache: Cache, tmp_path: Path) -> None:
     }
     # The daemon sent the request.
     assert cache.daemon.log[since:].count("pulling") == 2
-    nothing_wrong_is_in(cache.daemon.image_path)
+    assert_blobs_match_their_digests(cache.daemon.image_path)
     command(cache.daemon, "verify")
     cache.upstream.close()
     url = f"{cache.daemon.url}/v2/{REPOSITORY}/manifests/lost?ns={cache.upstream.host}"
     wait_until(lambda: fetch(url).status == 200, 30, "the daemon sees what the command wrote")
     for tag, what in (("v1", image), ("list", index), ("lost", lost)):
-        served(cache.daemon, cache.upstream.host, REPOSITORY, tag, what)
+        assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, tag, what)
 
 
-def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Cache, tmp_path: Path) -> None:
+def test_prune_during_a_repair_does_not_fail_it(cache: Cache, tmp_path: Path) -> None:
     """The rest of its blobs is not fetched, since no image needs it."""
     image = plain_image("pruned", 1000)
     command(cache.daemon, "load", image_list(tmp_path / "list", publish(cache, v1=image)))
@@ -220,7 +218,7 @@ def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Ca
         blob_file(cache.daemon, blob.digest).unlink()
     held = Hold()
     strange = cache.daemon.image_path / "img" / ("0" * 64)
-    with begun(command_line(cache.daemon, "--log-level=warn", "verify", "--repair"), tmp_path) as repair:
+    with running_command(command_line(cache.daemon, "--log-level=warn", "verify", "--repair"), tmp_path) as repair:
         with cache.scripted(f"*/{image.config.digest}", held):
             assert held.reached.wait(SOON), (tmp_path / "stderr").read_text()
             record(cache, image.manifest).unlink()
@@ -233,7 +231,7 @@ def test_an_image_that_is_pruned_while_it_is_repaired_does_not_fail_it(cache: Ca
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Path, running: bool) -> None:
+def test_repaired_record_keeps_its_names(cache: Cache, tmp_path: Path, running: bool) -> None:
     """Pruning its tag therefore removes it, as before the repair."""
     lost = make_image("record")
     command(cache.daemon, "load", image_list(tmp_path / "list", publish(cache, lost=lost)))
@@ -249,7 +247,7 @@ def test_a_repaired_record_has_the_names_that_it_had(cache: Cache, tmp_path: Pat
     assert now == listed
 
 
-def test_the_daemon_follows_what_commands_change(cache: Cache, tmp_path: Path) -> None:
+def test_daemon_notices_changes_of_commands(cache: Cache, tmp_path: Path) -> None:
     """With the upstream gone, images loaded from an archive are hits, pruned ones are misses."""
     image, other = make_image("follows"), make_image("stays")
     urls = publish(cache, v1=image, stays=other)
@@ -271,6 +269,6 @@ def test_the_daemon_follows_what_commands_change(cache: Cache, tmp_path: Path) -
         assert contents(cache.daemon.image_path).keys() == {other.manifest.digest[7:]}
         command(cache.daemon, "load", archive)
         wait_until(lambda: statuses() == [200, 200, 200], SEEN, "all of it is a hit")
-        served(cache.daemon, cache.upstream.host, REPOSITORY, "v1", image)
+        assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, "v1", image)
         assert b'["stays","v1"]' in cache.ask(f"{REPOSITORY}/tags/list").body.replace(b" ", b"")
-    served(cache.daemon, cache.upstream.host, REPOSITORY, "stays", other)
+    assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, "stays", other)

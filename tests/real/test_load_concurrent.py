@@ -20,7 +20,7 @@ IMAGES = {f"v{number}": make_image(f"concurrent/{number}", layers=1) for number 
 
 
 @dataclass
-class Together(Rule):
+class ConcurrentRequests(Rule):
     """Holds answers until `number` requests wait together, and records the maximum."""
 
     parties: int
@@ -55,11 +55,11 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
 @pytest.mark.parametrize(
     ("option", "together"), [("", 1), ("--concurrent=5", 5), ("--concurrent 50", 50), ("--concurrent=1000", 50)]
 )
-def test_so_many_images_are_loaded_at_once(
+def test_concurrent_limits_the_images_loaded_at_once(
     upstream: ScriptedRegistry, shell: Shell, option: str, together: int
 ) -> None:
     """Exactly that many at once, by default one."""
-    rule = Together(together)
+    rule = ConcurrentRequests(together)
     with scripted(upstream, "/v2/team/app/manifests/*", rule):
         done = succeeded(shell.piped(f"--load-images $PWD/imagelist --arch amd64 --os linux {option}"))
     assert done.splitlines()[-1] == "50 loaded, 0 already there, 0 failed"
@@ -70,9 +70,7 @@ def test_so_many_images_are_loaded_at_once(
     assert len(paths) == len(set(paths)) == sum(1 + len(image.blobs) for image in IMAGES.values())
 
 
-def test_after_the_pull_timeout_an_image_fails_and_the_others_are_loaded(
-    upstream: ScriptedRegistry, shell: Shell
-) -> None:
+def test_pull_timeout_fails_one_image_and_loads_the_others(upstream: ScriptedRegistry, shell: Shell) -> None:
     """The time-out counts milliseconds without progress; the received bytes are kept for the next run."""
     stuck = IMAGES["v7"].layers[0]
     with scripted(upstream, f"/v2/team/app/blobs/{stuck.digest}", Hold(500)):

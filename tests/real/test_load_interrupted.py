@@ -77,19 +77,19 @@ def partial(shell: Shell, layer: str) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def brought(upstream: ScriptedRegistry) -> int:
+def bytes_sent(upstream: ScriptedRegistry) -> int:
     """Return how many bytes of blobs the upstream has sent."""
     return sum(request.sent for request in upstream.requests if "/blobs/" in request.path)
 
 
-def in_store(shell: Shell, *images: Image) -> None:
+def assert_in_store(shell: Shell, *images: Image) -> None:
     """Assert that the store has exactly these images, complete."""
     assert blobs_in(shell.store) == digests(*images)
     assert succeeded(shell.run("verify")).endswith(" 0 damaged\n")
 
 
 @contextmanager
-def held(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[str]]:
+def held_load(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[str]]:
     """Run a load that has stored the small images and 4 MiB of the second of three layers, and gets no more of it."""
     layer = BIG.layers[1].digest
     hold = Hold(4 * MIB)
@@ -101,55 +101,51 @@ def held(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.Popen[
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_load_that_is_interrupted_says_so_in_one_line(
-    upstream: ScriptedRegistry, shell: Shell, number: int
-) -> None:
-    with held(upstream, shell) as process:
+def test_interrupted_load_prints_one_line(upstream: ScriptedRegistry, shell: Shell, number: int) -> None:
+    with held_load(upstream, shell) as process:
         done = interrupted(process, number)
     assert_one_line(done, 1, "interrupted; what is complete is kept, and the next run continues from there")
     # Only the loaded images were printed.
     assert [line.split()[0] for line in _printed(shell).read_text().splitlines()] == ["loaded:"] * len(SMALL)
 
 
-def test_a_second_interrupt_is_as_quiet(upstream: ScriptedRegistry, shell: Shell) -> None:
-    with held(upstream, shell) as process:
+def test_second_interrupt_prints_one_line(upstream: ScriptedRegistry, shell: Shell) -> None:
+    with held_load(upstream, shell) as process:
         process.send_signal(signal.SIGINT)
         done = interrupted(process)
     assert done.returncode in (1, -signal.SIGINT)
     assert "Traceback" not in done.stderr
 
 
-def test_a_load_that_was_interrupted_goes_on_where_it_was(upstream: ScriptedRegistry, shell: Shell) -> None:
-    with held(upstream, shell) as process:
+def test_next_load_resumes_an_interrupted_one(upstream: ScriptedRegistry, shell: Shell) -> None:
+    with held_load(upstream, shell) as process:
         assert interrupted(process).returncode == 1
     done = succeeded(shell.run("load", str(shell.folder / "list")))
     assert done.splitlines()[-1] == f"1 loaded, {len(SMALL)} already there, 0 failed"
-    assert brought(upstream) <= _AGAIN * WHOLE
+    assert bytes_sent(upstream) <= _AGAIN * WHOLE
     (again,) = [request for request in upstream.requests if request.header("Range")]
     assert again.path.endswith(BIG.layers[1].digest)
     assert again.header("Range") == f"bytes={4 * MIB}-"
-    in_store(shell, BIG, *SMALL)
+    assert_in_store(shell, BIG, *SMALL)
     asked = len(upstream.requests)
     done = succeeded(shell.run("load", str(shell.folder / "list")))
     assert done.splitlines()[-1] == f"0 loaded, {1 + len(SMALL)} already there, 0 failed"
     assert len(upstream.requests) == asked
 
 
-def test_a_load_that_is_interrupted_again_and_again_comes_to_its_end(
-    upstream: ScriptedRegistry, shell: Shell
-) -> None:
+def test_repeatedly_interrupted_load_completes(upstream: ScriptedRegistry, shell: Shell) -> None:
     """Interrupted at arbitrary moments; everything crosses the link once, except what was in transit."""
     with scripted(upstream, "/v2/team/app/blobs/*", Drip(MIB)):
         for tenth in (1, 4, 7):
             with loading(shell, "--concurrent", "2") as process:
-                wait_until(lambda: brought(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this round
+                wait_until(lambda: bytes_sent(upstream) >= WHOLE * tenth / 10, _SOON, "some more")  # noqa: B023  # waited for within this round
                 assert interrupted(process).returncode == 1
     succeeded(shell.run("load", str(shell.folder / "list")))
-    assert WHOLE <= brought(upstream) <= _AGAIN * WHOLE
-    in_store(shell, BIG, *SMALL)
+    assert WHOLE <= bytes_sent(upstream) <= _AGAIN * WHOLE
+    assert_in_store(shell, BIG, *SMALL)
 
 
-def test_an_interrupt_before_it_begins_is_no_traceback(shell: Shell) -> None:
+def test_interrupt_while_reading_the_list_prints_no_traceback(shell: Shell) -> None:
     """Interrupted while the list is read from a pipe without a writer."""
     pipe = shell.folder / "list"
     pipe.unlink()

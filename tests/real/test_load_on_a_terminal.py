@@ -87,13 +87,13 @@ def screen(written: str) -> list[str]:
     return [line for line in ("".join(cells).rstrip() for cells in lines) if line]
 
 
-def told(upstream: ScriptedRegistry, line: str) -> bool:
+def is_result_line(upstream: ScriptedRegistry, line: str) -> bool:
     """Whether this is the final line of an image, as printed into a pipe."""
     name = re.escape(f"{upstream.host}/team/app:")
     return bool(re.fullmatch(rf"(loaded: {name}\w+: 3 blobs, \d+ bytes|failed: {name}missing: .+)", line))
 
 
-def test_on_a_terminal_bars_show_bytes_and_rate_and_go_at_the_end(upstream: ScriptedRegistry, shell: Shell) -> None:
+def test_terminal_shows_bars_until_the_end(upstream: ScriptedRegistry, shell: Shell) -> None:
     status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
     assert status == 1
     bars = [part for part in re.split("[\r\n]", written) if "%|" in part]
@@ -107,14 +107,14 @@ def test_on_a_terminal_bars_show_bytes_and_rate_and_go_at_the_end(upstream: Scri
     whole = f"{sum(len(blob.data) for image in IMAGES.values() for blob in image.blobs) / 1e6:.1f}M"
     assert any(bar.startswith("in total") and f"/{whole} [" in bar for bar in bars)
     lines = screen(written)
-    assert sum(told(upstream, line) for line in lines) == 4, lines
+    assert sum(is_result_line(upstream, line) for line in lines) == 4, lines
     assert "3 loaded, 0 already there, 1 failed" in lines
     assert "ociregistry: 1 of 4 images could not be loaded" in lines
     assert not [line for line in lines if "%|" in line]
     assert blobs_in(shell.store) == digests(*IMAGES.values())
 
 
-def test_on_a_terminal_what_is_there_shows_no_bar(upstream: ScriptedRegistry, shell: Shell) -> None:
+def test_terminal_shows_no_bar_for_cached_images(upstream: ScriptedRegistry, shell: Shell) -> None:
     (shell.folder / "list").write_text(f"{upstream.host}/team/app:one\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
     status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
@@ -125,11 +125,11 @@ def test_on_a_terminal_what_is_there_shows_no_bar(upstream: ScriptedRegistry, sh
     ]
 
 
-def test_in_a_pipe_there_is_one_line_an_image(upstream: ScriptedRegistry, shell: Shell) -> None:
+def test_pipe_gets_one_line_per_image(upstream: ScriptedRegistry, shell: Shell) -> None:
     done = shell.piped("load $PWD/list", "| cat")
     lines = done.stdout.splitlines()
     assert len(lines) == 5
-    assert all(told(upstream, line) for line in lines[:-1]), lines
+    assert all(is_result_line(upstream, line) for line in lines[:-1]), lines
     assert lines[-1] == "3 loaded, 0 already there, 1 failed"
     assert done.stderr == "ociregistry: 1 of 4 images could not be loaded\n"
     assert "\x1b" not in done.stdout

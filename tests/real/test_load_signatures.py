@@ -12,7 +12,7 @@ from tests.client import fetch
 from tests.images import Image, Index, make_artifact, make_image, make_index
 from tests.peers import DockerRegistry
 from tests.processes import Daemon
-from tests.real.operating import command, image_list, is_whole, served
+from tests.real.operating import assert_all_served, command, has_all_of, image_list
 from tests.real.scripted import Cache, cache_in
 
 REPOSITORY = "team/signed"
@@ -44,7 +44,7 @@ def load(daemon: Daemon, host: str, folder: Path, *options: str) -> str:
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, running: bool) -> None:
+def test_signature_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, running: bool) -> None:
     """The registry offers no referrers, which is not a failure."""
     index, tagged = published(registry.push, referring=False)
     daemon = Daemon(tmp_path, {registry.host: "http"}, "--no-complete-images")
@@ -55,9 +55,9 @@ def test_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, runni
         daemon.start()
     with daemon:
         registry.kill()
-        served(daemon, registry.host, REPOSITORY, "v1", Index(index.manifest, index.images[:1]))
+        assert_all_served(daemon, registry.host, REPOSITORY, "v1", Index(index.manifest, index.images[:1]))
         for tag, image in tagged.items():
-            served(daemon, registry.host, REPOSITORY, tag, image)
+            assert_all_served(daemon, registry.host, REPOSITORY, tag, image)
         listed = json.loads(fetch(f"{daemon.url}/v2/{REPOSITORY}/tags/list?ns={registry.host}").body)
         assert set(listed["tags"]) == {"v1", *tagged}
         assert "1 already there" in load(daemon, registry.host, tmp_path)
@@ -65,7 +65,7 @@ def test_tags_of_a_real_registry(registry: DockerRegistry, tmp_path: Path, runni
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_tags_and_referrers(tmp_path: Path, running: bool) -> None:
+def test_signature_tags_and_referrers(tmp_path: Path, running: bool) -> None:
     """Each is fetched once; without the option none is."""
     with cache_in(tmp_path) as cache:
         index, tagged = published(cache.upstream.add, referring=True)
@@ -83,7 +83,7 @@ def test_tags_and_referrers(tmp_path: Path, running: bool) -> None:
         if not running:
             cache.daemon.start()
         for what in (*tagged.values(), *artifacts):
-            assert is_whole(cache.daemon.image_path, what)
+            assert has_all_of(cache.daemon.image_path, what)
         cache.upstream.close()
         assert_served(cache, index, tagged, artifacts)
 
@@ -91,11 +91,11 @@ def test_tags_and_referrers(tmp_path: Path, running: bool) -> None:
 def assert_served(cache: Cache, index: Index, tagged: dict[str, Image], artifacts: list[Image]) -> None:
     """Assert that everything is served by the requests of a verifier."""
     host = cache.upstream.host
-    served(cache.daemon, host, REPOSITORY, "v1", Index(index.manifest, index.images[:1]))
+    assert_all_served(cache.daemon, host, REPOSITORY, "v1", Index(index.manifest, index.images[:1]))
     for tag, image in tagged.items():
-        served(cache.daemon, host, REPOSITORY, tag, image)
+        assert_all_served(cache.daemon, host, REPOSITORY, tag, image)
     for subject, artifact in zip((index.manifest, index.images[0].manifest), artifacts, strict=True):
         answer = cache.ask(f"{REPOSITORY}/referrers/{subject.digest}")
         assert answer.status == 200
         assert [entry["digest"] for entry in json.loads(answer.body)["manifests"]] == [artifact.manifest.digest]
-        served(cache.daemon, host, REPOSITORY, artifact.manifest.digest, artifact)
+        assert_all_served(cache.daemon, host, REPOSITORY, artifact.manifest.digest, artifact)

@@ -14,7 +14,7 @@ ENDS_WITHIN = 300
 
 
 @pytest.mark.long
-def test_two_rounds_with_a_few_images() -> None:
+def test_loading_benchmark_runs() -> None:
     """The benchmark itself checks the results; skopeo's rate is the reference."""
     options = ["--images", "3", "--concurrent", "1,2", "--rounds", "2"]
     command = [sys.executable, "-m", "bench.loading", *options]

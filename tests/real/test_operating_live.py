@@ -21,26 +21,26 @@ from tests.processes import Daemon, wait_until
 from tests.real.operating import (
     PATIENCE,
     Contents,
-    begun,
+    assert_blobs_match_their_digests,
+    assert_verify_finds_no_damage,
     command,
     command_line,
     contents,
+    has_all_of,
     hex_of,
     image_list,
-    is_whole,
     lost_blobs,
-    nothing_wrong_is_in,
-    verified,
+    running_command,
 )
 from tests.real.scripted import daemon_in
 from tests.upstream import ScriptedRegistry
 
-KEPT, GOING = "team/kept", "team/going"
+KEPT, PRUNED = "team/kept", "team/going"
 """The repository that no pattern names, and the one that is pruned repeatedly."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class DaemonAndUpstream:
     """A daemon, and the content of its upstream; images of both repositories share layers."""
 
     daemon: Daemon
@@ -77,7 +77,7 @@ def published() -> dict[str, dict[str, Image | Index]]:
     shared = make_index("operating/shared")
     return {
         KEPT: {"v0": images[0], "v1": images[1], "list": lists[0], "shared": shared, "same": images[4]},
-        GOING: {
+        PRUNED: {
             **dict(zip(("v2", "v3", "v4", "list", "old"), [*images[2:], *lists[1:]], strict=True)),
             "shared": shared,
         },
@@ -85,7 +85,7 @@ def published() -> dict[str, dict[str, Image | Index]]:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
+def setup(tmp_path: Path) -> Iterator[DaemonAndUpstream]:
     """Everything is at the upstream, nothing is cached."""
     with ScriptedRegistry() as upstream:
         everything = published()
@@ -93,37 +93,37 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
             for tag, what in tags.items():
                 upstream.add(repository, what, tag)
         with daemon_in(tmp_path, upstream) as daemon:
-            yield Scene(daemon, upstream, everything)
+            yield DaemonAndUpstream(daemon, upstream, everything)
 
 
-def by_http(scene: Scene, rng: random.Random) -> None:
+def pull_by_http(setup: DaemonAndUpstream, rng: random.Random) -> None:
     """Pull an image by HTTP, and check all digests."""
-    repository = rng.choice([KEPT, GOING])
-    tag, what = rng.choice(list(scene.published[repository].items()))
-    base, ns = f"{scene.daemon.url}/v2/{repository}", f"?ns={scene.host}"
+    repository = rng.choice([KEPT, PRUNED])
+    tag, what = rng.choice(list(setup.published[repository].items()))
+    base, ns = f"{setup.daemon.url}/v2/{repository}", f"?ns={setup.host}"
     answer = fetch(f"{base}/manifests/{tag}{ns}")
-    assert (answer.status, answer.body) == (200, what.manifest.data), (tag, answer.status, scene.daemon.log[-3000:])
+    assert (answer.status, answer.body) == (200, what.manifest.data), (tag, answer.status, setup.daemon.log[-3000:])
     images = (what,) if isinstance(what, Image) else (what.images[0],)
     blobs = [f"blobs/{blob.digest}" for blob in images[0].blobs]
     for path in (f"manifests/{images[0].manifest.digest}", *rng.sample(blobs, len(blobs))):
         answer = fetch(f"{base}/{path}{ns}")
-        assert answer.status == 200, (path, answer.status, scene.daemon.log[-3000:])
+        assert answer.status == 200, (path, answer.status, setup.daemon.log[-3000:])
         assert digest_of(answer.body) == path.rpartition("/")[2]
-    scene.pulled.append(tag)
+    setup.pulled.append(tag)
 
 
-def by_containerd(scene: Scene, rng: random.Random, containerd: Containerd, hosts: Path) -> None:
+def pull_by_containerd(setup: DaemonAndUpstream, rng: random.Random, containerd: Containerd, hosts: Path) -> None:
     """Pull by containerd, which verifies every digest."""
-    url = rng.choice(scene.urls(KEPT, GOING))
+    url = rng.choice(setup.urls(KEPT, PRUNED))
     done = containerd.pull(url, hosts)
-    assert done.returncode == 0, f"{url}: {done.stderr}\n{scene.daemon.log[-3000:]}"
+    assert done.returncode == 0, f"{url}: {done.stderr}\n{setup.daemon.log[-3000:]}"
     assert containerd.unpacked(url)
     containerd.remove(url)
-    scene.pulled.append(url)
+    setup.pulled.append(url)
 
 
 @contextmanager
-def in_a_loop(clients: ThreadPoolExecutor, *pulls: Callable[[], None]) -> Iterator[None]:
+def repeated(clients: ThreadPoolExecutor, *pulls: Callable[[], None]) -> Iterator[None]:
     """Repeat each of these until the block ends.
 
     Raises:
@@ -146,122 +146,126 @@ def in_a_loop(clients: ThreadPoolExecutor, *pulls: Callable[[], None]) -> Iterat
             one.result()
 
 
-def a_prune(scene: Scene, rng: random.Random) -> None:
+def run_prune(setup: DaemonAndUpstream, rng: random.Random) -> None:
     """Prune by one or several patterns for some of the images."""
-    tags = rng.sample(list(scene.published[GOING]), rng.randint(1, 3))
-    patterns = f"/going:({'|'.join(tags)})$", ",".join(f"{GOING}:{tag}$" for tag in tags), "team/going[@:]"
-    done = command(scene.daemon, "prune", f"--pattern={rng.choice(patterns)}")
+    tags = rng.sample(list(setup.published[PRUNED]), rng.randint(1, 3))
+    patterns = f"/going:({'|'.join(tags)})$", ",".join(f"{PRUNED}:{tag}$" for tag in tags), "team/going[@:]"
+    done = command(setup.daemon, "prune", f"--pattern={rng.choice(patterns)}")
     assert KEPT not in done.stdout
 
 
-def a_load(scene: Scene, rng: random.Random) -> None:
+def run_load(setup: DaemonAndUpstream, rng: random.Random) -> None:
     """Load all or some images."""
-    urls = scene.urls(KEPT, GOING)
-    listed = image_list(scene.root.parent / f"list-{rng.random()}", rng.sample(urls, rng.randint(1, len(urls))))
+    urls = setup.urls(KEPT, PRUNED)
+    listed = image_list(setup.root.parent / f"list-{rng.random()}", rng.sample(urls, rng.randint(1, len(urls))))
     platforms = rng.choice(["linux/amd64", "linux/amd64,linux/arm64", "all"])
-    done = command(scene.daemon, "load", f"--platform={platforms}", f"--concurrent={rng.choice([1, 4])}", listed)
+    done = command(setup.daemon, "load", f"--platform={platforms}", f"--concurrent={rng.choice([1, 4])}", listed)
     assert "0 failed" in done.stdout
 
 
-def a_verify(scene: Scene, rng: random.Random) -> None:
+def run_verify(setup: DaemonAndUpstream, rng: random.Random) -> None:
     """Verify: nothing is damaged; blobs missing during a pull are repaired, or set the exit status."""
     if rng.choice([True, False]):
-        verified(scene.daemon)
+        assert_verify_finds_no_damage(setup.daemon)
     else:
-        assert ", 0 damaged" in command(scene.daemon, "verify", "--repair").stdout
+        assert ", 0 damaged" in command(setup.daemon, "verify", "--repair").stdout
 
 
-def records_of(scene: Scene, repository: str) -> dict[str, frozenset[str]]:
+def records_of(setup: DaemonAndUpstream, repository: str) -> dict[str, frozenset[str]]:
     """Return the image URLs in this repository of each record."""
-    begins = f"{scene.host}/{repository}"
+    begins = f"{setup.host}/{repository}"
     found = {
         digest: frozenset(url for url in kept.images if url.startswith((f"{begins}:", f"{begins}@")))
-        for digest, kept in contents(scene.root).items()
+        for digest, kept in contents(setup.root).items()
     }
     return {digest: urls for digest, urls in found.items() if urls}
 
 
-def assert_nothing_is_lost(scene: Scene, before: Contents, names: dict[str, frozenset[str]]) -> None:
+def assert_nothing_is_lost(setup: DaemonAndUpstream, before: Contents, names: dict[str, frozenset[str]]) -> None:
     """Assert that nothing was lost since these were the store's contents."""
-    assert not lost_blobs(before, contents(scene.root))
-    now = records_of(scene, KEPT)
+    assert not lost_blobs(before, contents(setup.root))
+    now = records_of(setup, KEPT)
     for digest, urls in names.items():
         assert urls <= now.get(digest, frozenset()), (digest, urls)
-    for what in scene.published[KEPT].values():
-        assert is_whole(scene.root, what)
+    for what in setup.published[KEPT].values():
+        assert has_all_of(setup.root, what)
     # This includes blobs that a client has fetched again in the meantime.
-    needed = {blob.digest for what in scene.published[KEPT].values() for blob in what.blobs}
-    asked = Counter(one.path.rpartition("/")[2] for one in scene.upstream.requests)
+    needed = {blob.digest for what in setup.published[KEPT].values() for blob in what.blobs}
+    asked = Counter(one.path.rpartition("/")[2] for one in setup.upstream.requests)
     assert all(asked[digest] == 1 for digest in needed), asked
-    assert all(count == 1 for path, count in manifests_asked(scene).items() if f"/{KEPT}/" in path)
+    assert all(count == 1 for path, count in manifests_asked(setup).items() if f"/{KEPT}/" in path)
 
 
-def manifests_asked(scene: Scene) -> Counter[str]:
+def manifests_asked(setup: DaemonAndUpstream) -> Counter[str]:
     """Count the upstream's requests for each manifest."""
-    return Counter(one.path for one in scene.upstream.requests if "/manifests/" in one.path)
+    return Counter(one.path for one in setup.upstream.requests if "/manifests/" in one.path)
 
 
 @pytest.mark.parametrize(
     ("seed", "rounds"),
     [(1, 10), *(pytest.param(seed, 100, marks=pytest.mark.long) for seed in (2, 3))],
 )
-def test_nothing_is_lost_and_nothing_wrong_comes(
-    scene: Scene, containerd: Containerd, tmp_path: Path, seed: int, rounds: int
+def test_commands_beside_clients_lose_nothing_and_serve_correct_content(
+    setup: DaemonAndUpstream, containerd: Containerd, tmp_path: Path, seed: int, rounds: int
 ) -> None:
     """Neither clients nor the store lose or get wrong content while commands run."""
-    hosts = hosts_dir(tmp_path / "certs.d", scene.daemon.url, "_default")
+    hosts = hosts_dir(tmp_path / "certs.d", setup.daemon.url, "_default")
     rng = random.Random(seed)
-    command(scene.daemon, "load", "--platform=all", image_list(tmp_path / "list", scene.urls(KEPT)))
+    command(setup.daemon, "load", "--platform=all", image_list(tmp_path / "list", setup.urls(KEPT)))
     told = random.Random(seed + 1000), random.Random(seed + 2000), random.Random(seed + 3000)
     with (
         ThreadPoolExecutor() as clients,
-        in_a_loop(
+        repeated(
             clients,
-            lambda: by_containerd(scene, told[0], containerd, hosts),
-            lambda: by_http(scene, told[1]),
-            lambda: by_http(scene, told[2]),
+            lambda: pull_by_containerd(setup, told[0], containerd, hosts),
+            lambda: pull_by_http(setup, told[1]),
+            lambda: pull_by_http(setup, told[2]),
         ),
     ):
         for number in range(rounds):
             # Each command runs in the first rounds, and randomly afterwards; sometimes two run at once.
-            first = (a_prune, a_load, a_verify)[number] if number < 3 else rng.choice([a_prune, a_load, a_verify])
-            jobs = [first, *([rng.choice([a_load, a_verify, a_prune])] if rng.random() < 0.5 else [])]
-            before, names = contents(scene.root), records_of(scene, KEPT)
+            first = (
+                (run_prune, run_load, run_verify)[number]
+                if number < 3
+                else rng.choice([run_prune, run_load, run_verify])
+            )
+            jobs = [first, *([rng.choice([run_load, run_verify, run_prune])] if rng.random() < 0.5 else [])]
+            before, names = contents(setup.root), records_of(setup, KEPT)
             seeds = [random.Random(rng.random()) for _ in jobs]
-            running = [clients.submit(job, scene, chance) for job, chance in zip(jobs, seeds, strict=True)]
+            running = [clients.submit(job, setup, chance) for job, chance in zip(jobs, seeds, strict=True)]
             for one in running:
                 one.result()
-            assert_nothing_is_lost(scene, before, names)
-    assert len(scene.pulled) >= rounds
-    nothing_wrong_is_in(scene.root)
+            assert_nothing_is_lost(setup, before, names)
+    assert len(setup.pulled) >= rounds
+    assert_blobs_match_their_digests(setup.root)
     # With everything pruned, the rest is complete, and no unneeded blob is left.
-    command(scene.daemon, "prune", "--pattern=team/going[@:]")
-    assert all(is_whole(scene.root, what) for what in scene.published[KEPT].values())
-    assert records_of(scene, GOING) == {}
-    kept = {hex_of(manifest.digest) for what in scene.published[KEPT].values() for manifest in what.manifests}
-    assert contents(scene.root).keys() == kept
+    command(setup.daemon, "prune", "--pattern=team/going[@:]")
+    assert all(has_all_of(setup.root, what) for what in setup.published[KEPT].values())
+    assert records_of(setup, PRUNED) == {}
+    kept = {hex_of(manifest.digest) for what in setup.published[KEPT].values() for manifest in what.manifests}
+    assert contents(setup.root).keys() == kept
 
 
-def test_an_import_keeps_what_it_found_there(scene: Scene, tmp_path: Path) -> None:
+def test_import_keeps_blobs_it_found_during_a_prune(setup: DaemonAndUpstream, tmp_path: Path) -> None:
     """The images that the existing blobs belonged to are pruned before the import ends."""
     need("strace")
-    urls = scene.urls(GOING)
-    kept, going = scene.published[KEPT]["v0"], scene.published[GOING]["v2"]
-    command(scene.daemon, "load", image_list(tmp_path / "list", [scene.url(KEPT, "v0")]))
+    urls = setup.urls(PRUNED)
+    kept, going = setup.published[KEPT]["v0"], setup.published[PRUNED]["v2"]
+    command(setup.daemon, "load", image_list(tmp_path / "list", [setup.url(KEPT, "v0")]))
     archive = str(tmp_path / "carried.tar")
-    command(scene.daemon, "export", "--pattern=team/kept:v0$", "-o", archive)
-    command(scene.daemon, "load", image_list(tmp_path / "list", [url for url in urls if url.endswith(":v2")]))
-    command(scene.daemon, "prune", "--pattern=team/kept")
-    assert hex_of(going.manifest.digest) in contents(scene.root)
+    command(setup.daemon, "export", "--pattern=team/kept:v0$", "-o", archive)
+    command(setup.daemon, "load", image_list(tmp_path / "list", [url for url in urls if url.endswith(":v2")]))
+    command(setup.daemon, "prune", "--pattern=team/kept")
+    assert hex_of(going.manifest.digest) in contents(setup.root)
     # It has found the shared layers in the store, and is about to rename the files that it brought.
     trace = tmp_path / "strace"
     layer = hex_of(kept.blobs[-1].digest)
     slowly = ["-e", "trace=/^rename", "-e", "inject=/^rename:delay_enter=8000000:when=1"]
-    pulls = scene.root / "pulls" / "1" / f"{layer}.staged"
+    pulls = setup.root / "pulls" / "1" / f"{layer}.staged"
     argv = ["strace", "-D", "-f", "-o", str(trace), *slowly, "-P", str(pulls)]
-    with begun([*argv, *command_line(scene.daemon, "load", archive)], tmp_path) as load:
+    with running_command([*argv, *command_line(setup.daemon, "load", archive)], tmp_path) as load:
         wait_until(lambda: trace.exists() and layer in trace.read_text(), PATIENCE, "its own layer is to be renamed")
-        command(scene.daemon, "prune", "--pattern=team/going")
+        command(setup.daemon, "prune", "--pattern=team/going")
         assert load.wait(PATIENCE) == 0
     assert "1 loaded" in (tmp_path / "stdout").read_text()
-    assert is_whole(scene.root, kept)
+    assert has_all_of(setup.root, kept)

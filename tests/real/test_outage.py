@@ -27,7 +27,7 @@ RATE = 4 * MIB
 
 QUICK = 5.0
 """Seconds; an answer while the link is known to be down takes no time."""
-BY_ITS_END = 10.0
+RESUMED_WITHIN = 10.0
 """Seconds after the outage within which bytes flow again."""
 PROBED = 30.0 + 10.0
 """Seconds after it within which a new request succeeds: from one probe to the next, and for its connection."""
@@ -87,7 +87,7 @@ def status(network: Routed, daemon: NamespacedDaemon, path: str) -> int:
 
 
 @pytest.mark.parametrize("seconds", [20, pytest.param(180, marks=pytest.mark.long)])
-def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
+def test_download_survives_a_silent_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
     """A download waits for the end of the outage, and resumes at once; then other requests work again."""
     layer = plain_image(REPOSITORY, SIZE).blobs[1]
     with (
@@ -109,7 +109,7 @@ def test_an_outage(network: Routed, tmp_path: Path, seconds: int) -> None:
             assert client.is_alive(), client.problem
             assert waiting - had < SIZE // 4, "it was no outage"
         ended = time.monotonic()
-        wait_until(lambda: client.received > waiting or client.problem, BY_ITS_END, f"bytes again\n{daemon.log}")
+        wait_until(lambda: client.received > waiting or client.problem, RESUMED_WITHIN, f"bytes again\n{daemon.log}")
         assert client.problem is None
         flowing = time.monotonic() - ended
         wait_until(lambda: status(network, daemon, fresh) == 200, ended + PROBED - time.monotonic(), "a fresh answer")

@@ -37,7 +37,7 @@ def test_containerd_pulls_unpacks_and_forgets(registry: DockerRegistry, containe
         assert not containerd.content.intersection({image.manifest.digest, *(b.digest for b in image.blobs)})
 
 
-def test_containerd_asks_the_mirror_of_its_hosts_dir(
+def test_containerd_uses_the_mirror_of_its_hosts_dir(
     registry: DockerRegistry, containerd: Containerd, index: Index, tmp_path: Path
 ) -> None:
     registry.push("team/app", index, "1")
@@ -62,7 +62,7 @@ def test_skopeo_copies(registry: DockerRegistry, skopeo: Callable[..., None], in
     assert json.loads((tmp_path / "layout/index.json").read_text())["schemaVersion"] == 2
 
 
-def test_docker_registry_comes_back_on_its_port(registry: DockerRegistry, index: Index) -> None:
+def test_docker_registry_restarts_on_its_port(registry: DockerRegistry, index: Index) -> None:
     registry.push("team/app", index)
     manifest = f"{registry.url}/v2/team/app/manifests/{index.manifest.digest}"
     registry.terminate()
@@ -72,7 +72,7 @@ def test_docker_registry_comes_back_on_its_port(registry: DockerRegistry, index:
     assert fetch(manifest, headers={"Accept": index.manifest.media_type}).body == index.manifest.data
 
 
-def test_a_big_image(registry: DockerRegistry, containerd: Containerd, big_image: Image) -> None:
+def test_containerd_pulls_a_big_image(registry: DockerRegistry, containerd: Containerd, big_image: Image) -> None:
     registry.push("big", big_image, "1")
     ref = f"{registry.host}/big:1"
     pulled = containerd.pull(ref)

@@ -68,7 +68,7 @@ class Installed(Server):
 
 
 @pytest.mark.parametrize("kind", ["source", "wheel"])
-def test_it_works_and_leaves_twisted_as_it_was(
+def test_pip_installation_works_and_uninstalls_cleanly(
     environment: Environment, source: Path, tmp_path: Path, kind: str
 ) -> None:
     what = source

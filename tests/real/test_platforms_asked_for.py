@@ -19,8 +19,8 @@ from tests.real.every_platform import (
     REPOSITORY,
     S390X,
     TAG,
+    assert_fetched_once,
     ctr_pull,
-    fetched_once,
     four_platforms,
     get,
     health,
@@ -28,10 +28,10 @@ from tests.real.every_platform import (
     kubelet_pull,
     own_layer,
     shared_layer,
-    wait_holds,
+    wait_stored_platforms,
     wanted_in,
 )
-from tests.real.scripted import SOON, Cache, look_twice
+from tests.real.scripted import SOON, Cache, wait_scanned_twice
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def cache(tmp_path: Path, index: Index, settings: dict[str, object]) -> Iterator
         yield cache
 
 
-def asked_for(cache: Cache, *blobs: Blob) -> int:
+def requests_for(cache: Cache, *blobs: Blob) -> int:
     """Count the upstream's requests for these blobs."""
     return sum(cache.sent(f"{REPOSITORY}/blobs/{blob.digest}") for blob in blobs)
 
@@ -66,7 +66,7 @@ def layers_of(index: Index, *platforms: str) -> list[Blob]:
 
 def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
     """Assert that the wanted platforms are undecided, and that these layers were not requested."""
-    asked = asked_for(cache, *never_asked_for)
+    asked = requests_for(cache, *never_asked_for)
     told = health(cache.daemon)
     assert told["pending_images"] > 0
     assert told["incomplete_images"] >= told["pending_images"]
@@ -74,50 +74,50 @@ def assert_undecided(cache: Cache, *never_asked_for: Blob) -> None:
 
 
 @pytest.mark.parametrize("ranged", [False, True], ids=["whole", "ranged"])
-def test_a_layer_of_one_platform_alone_decides(cache: Cache, index: Index, ranged: bool) -> None:
+def test_layer_of_one_platform_alone_selects_it(cache: Cache, index: Index, ranged: bool) -> None:
     """A layer shared by two platforms completes neither; one of arm/v7 alone completes arm/v7 at once."""
     ctr_pull(cache, index, layers=False, ranged=ranged)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
     get(cache, shared_layer(index), ranged=ranged)
-    look_twice(cache)
+    wait_scanned_twice(cache)
     others = own_layer(index, AMD64), own_layer(index, ARM64), *layers_of(index, S390X)
     assert_undecided(cache, *others, *layers_of(index, ARM))
     lower, upper = image_for(index, ARM).layers
     get(cache, upper, ranged=ranged)
     cache.wait_stored(lower.digest)
     wait_until(lambda: wanted_in(cache.daemon) == {image_for(index, ARM).manifest.digest}, SOON, "arm/v7 is wanted")
-    look_twice(cache)
-    assert asked_for(cache, *others) == 0
+    wait_scanned_twice(cache)
+    assert requests_for(cache, *others) == 0
     # A second client, of another platform.
     get(cache, own_layer(index, ARM64), *layers_of(index, S390X)[:1], ranged=ranged)
     cache.wait_stored(layers_of(index, S390X)[1].digest)
-    assert asked_for(cache, own_layer(index, AMD64)) == 0
-    fetched_once(cache)
+    assert requests_for(cache, own_layer(index, AMD64)) == 0
+    assert_fetched_once(cache)
 
 
-def test_a_platform_that_is_asked_for_later(cache: Cache, index: Index) -> None:
+def test_platform_requested_later_is_completed(cache: Cache, index: Index) -> None:
     """Its manifest and config are hits then: they were fetched as metadata for another platform's pull."""
     kubelet_pull(cache, index, AMD64)
-    wait_holds(cache.daemon, index, AMD64, timeout=SOON)
+    wait_stored_platforms(cache.daemon, index, AMD64, timeout=SOON)
     kubelet_pull(cache, index, ARM, layers=False)
     get(cache, own_layer(index, ARM))
-    wait_holds(cache.daemon, index, AMD64, ARM, timeout=SOON)
-    fetched_once(cache)
+    wait_stored_platforms(cache.daemon, index, AMD64, ARM, timeout=SOON)
+    assert_fetched_once(cache)
     cache.upstream.close()
     kubelet_pull(cache, index, ARM)
     ctr_pull(cache, index)
 
 
-def test_the_only_platform_asked_for(cache: Cache, index: Index) -> None:
+def test_only_requested_platform_is_completed_after_a_pause(cache: Cache, index: Index) -> None:
     """A client that has the layers requests none: they are fetched after a while without requests."""
     kubelet_pull(cache, index, ARM64, layers=False)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
-    wait_holds(cache.daemon, index, ARM64)
+    wait_stored_platforms(cache.daemon, index, ARM64)
     cache.upstream.close()
     ctr_pull(cache, index, ARM64)
 
 
-def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache, index: Index) -> None:
+def test_requests_for_several_platforms_without_layers_select_the_machine_s(cache: Cache, index: Index) -> None:
     """Also after a kill before the decision: no client repeats its requests."""
     ctr_pull(cache, index, layers=False)
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
@@ -125,32 +125,32 @@ def test_several_platforms_and_no_layer_of_any_mean_this_machine_s(cache: Cache,
     cache.upstream.disconnect()
     cache.daemon.start()
     assert_undecided(cache, *layers_of(index, AMD64, ARM64, ARM, S390X))
-    wait_holds(cache.daemon, index, AMD64)
-    fetched_once(cache)
+    wait_stored_platforms(cache.daemon, index, AMD64)
+    assert_fetched_once(cache)
     cache.upstream.close()
     ctr_pull(cache, index)
 
 
 @pytest.mark.parametrize("settings", [{"complete_platforms": [ARM64]}], ids=["arm64"])
-def test_platforms_that_are_configured_are_completed_always_and_alone(cache: Cache, index: Index) -> None:
+def test_configured_platforms_are_always_and_alone_completed(cache: Cache, index: Index) -> None:
     """Requests decide nothing; blobs that are missing from another platform are counted, and not fetched."""
     ctr_pull(cache, index, layers=False)
-    wait_holds(cache.daemon, index, ARM64, timeout=SOON)
+    wait_stored_platforms(cache.daemon, index, ARM64, timeout=SOON)
     lower, upper = image_for(index, ARM).layers
     get(cache, upper)
-    look_twice(cache)
+    wait_scanned_twice(cache)
     told = health(cache.daemon)
     assert (told["incomplete_images"], told["missing_bytes"]) == (1, len(lower.data))
-    assert asked_for(cache, lower) == 0
+    assert requests_for(cache, lower) == 0
 
 
 @pytest.mark.parametrize("settings", [{"complete_metadata": False}], ids=["without"])
-def test_without_the_metadata_of_other_platforms(cache: Cache, index: Index) -> None:
+def test_complete_metadata_off_fetches_no_other_manifests(cache: Cache, index: Index) -> None:
     """The pulled image is complete, and no other manifest was requested."""
     kubelet_pull(cache, index)
     image = image_for(index, AMD64)
     wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")
-    look_twice(cache)
+    wait_scanned_twice(cache)
     assert records_in(cache.daemon.image_path) == {index.manifest.digest, image.manifest.digest}
     assert blobs_in(cache.daemon.image_path) == {blob.digest for blob in image.blobs}
     assert cache.sent(f"{REPOSITORY}/manifests/") == 2

@@ -68,7 +68,7 @@ def assert_whole(daemon: Daemon, *images: Image | Index) -> None:
     assert records_in(daemon.image_path) == {one.manifest.digest for one in (*images, *chosen)}
 
 
-def test_the_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
+def test_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
     """The port is open, and clients are served, while a layer arrives; at the end /health and the log report."""
     upstream.add("team/other", OTHER, "v1")
     hold = Hold(MIB)
@@ -87,7 +87,7 @@ def test_the_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload
     assert error_lines(daemon, 0) == []
 
 
-def test_each_image_is_told_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
+def test_each_image_is_reported_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
     """In /health and in the log, while another one is still loading."""
     hold = Hold(MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
@@ -98,7 +98,7 @@ def test_each_image_is_told_as_soon_as_it_is_loaded(upstream: ScriptedRegistry, 
             assert f"preloading: loaded: {upstream.host}/team/app:{tag}: " in daemon.log
 
 
-def test_what_is_preloaded_is_whole_and_is_not_asked_for_again(
+def test_preloaded_images_are_complete_and_not_requested_again(
     upstream: ScriptedRegistry, preload: StartDaemon
 ) -> None:
     """Neither by clients nor at the next start, when the upstream may be gone."""
@@ -120,7 +120,7 @@ def test_what_is_preloaded_is_whole_and_is_not_asked_for_again(
     assert error_lines(daemon, 0) == []
 
 
-def test_what_cannot_be_loaded_is_told_and_stops_nothing(
+def test_preload_failures_are_reported_and_stop_nothing(
     upstream: ScriptedRegistry, imagelist: Path, preload: StartDaemon
 ) -> None:
     """Malformed lines with file and line, images unknown to the upstream, and a missing platform."""
@@ -140,7 +140,7 @@ def test_what_cannot_be_loaded_is_told_and_stops_nothing(
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "binary", "a folder"])
-def test_a_list_that_is_none_is_an_error_line(imagelist: Path, preload: StartDaemon, what: str) -> None:
+def test_unreadable_preload_list_is_an_error_line(imagelist: Path, preload: StartDaemon, what: str) -> None:
     imagelist.unlink()
     match what:
         case "empty":
@@ -158,9 +158,7 @@ def test_a_list_that_is_none_is_an_error_line(imagelist: Path, preload: StartDae
     assert fetch(f"{daemon.url}/v2/").status == 200
 
 
-def test_a_daemon_that_is_stopped_while_it_preloads_goes_on_at_the_next_start(
-    upstream: ScriptedRegistry, preload: StartDaemon
-) -> None:
+def test_preload_resumes_after_a_restart(upstream: ScriptedRegistry, preload: StartDaemon) -> None:
     """No byte of a layer is fetched twice."""
     layer = BIG.layers[0].digest
     hold = Hold(MIB)
@@ -176,7 +174,7 @@ def test_a_daemon_that_is_stopped_while_it_preloads_goes_on_at_the_next_start(
 
 
 @pytest.mark.long
-def test_an_upstream_that_is_down_at_the_start_is_asked_again(
+def test_preload_retries_an_upstream_that_was_down_at_the_start(
     upstream: ScriptedRegistry, preload: StartDaemon
 ) -> None:
     """Each failure is logged once, and all is loaded when the upstream is back; a round takes half a minute."""

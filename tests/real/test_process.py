@@ -52,7 +52,7 @@ def _urls(daemon: Daemon, upstream: ScriptedRegistry, index: Index) -> list[str]
     return [f"{daemon.url}/v2/team/app/{path}?ns={upstream.host}" for path in paths]
 
 
-def test_at_level_error_there_is_the_banner_and_no_word_about_hits(
+def test_level_error_logs_the_banner_and_no_hits(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
     """Version, start time, address, store and counts; then no more lines."""
@@ -69,7 +69,7 @@ def test_at_level_error_there_is_the_banner_and_no_word_about_hits(
     assert (banner["lists"], banner["images"]) == ("1", str(len(stored.images)))
 
 
-def test_at_level_info_there_is_one_line_a_request(
+def test_level_info_logs_one_line_per_request(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
     """No line of level debug."""
@@ -99,7 +99,7 @@ def _banner(log: str) -> dict[str, str]:
     return found.groupdict()
 
 
-def test_health_tells_what_the_store_holds(
+def test_health_counts_indexes_and_images(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, stored: Index
 ) -> None:
     """The version, and as many indexes and images as there are records, also after a record was removed."""
@@ -130,7 +130,7 @@ def _counts(daemon: Daemon) -> tuple[int, int]:
 # Shutdown
 
 
-def test_sigterm_lets_a_download_end(upstream: ScriptedRegistry, start_daemon: StartDaemon) -> None:
+def test_sigterm_lets_a_download_finish(upstream: ScriptedRegistry, start_daemon: StartDaemon) -> None:
     """New connections are refused; active clients and the store receive everything; then it exits."""
     image = make_image("process/drained", layers=1, layer_size=32 * MIB)
     (layer,) = image.layers

@@ -12,7 +12,7 @@ from tests.real.scripted import SOON, Cache, assert_error, plain_image
 from tests.upstream_rules import Hold
 
 SIZE = 2048
-HERE = 1600
+RECEIVED = 1600
 """How many bytes of a blob in flight the upstream has sent."""
 
 SATISFIABLE = {
@@ -23,7 +23,7 @@ SATISFIABLE = {
     "bytes=0-": (0, SIZE),
     "bytes=0-0": (0, 1),
     "bytes=0-2047": (0, SIZE),
-    "bytes=1-1598": (1, HERE - 1),
+    "bytes=1-1598": (1, RECEIVED - 1),
     "bytes=2047-": (SIZE - 1, SIZE),
     "bytes=-1": (SIZE - 1, SIZE),
     "bytes=-5000": (0, SIZE),
@@ -81,7 +81,7 @@ def assert_part(answer: Response, wanted: str, digest: str, data: bytes) -> None
 
 
 @pytest.mark.parametrize("wanted", CASES)
-def test_on_a_miss_and_on_a_hit(cache: Cache, target: tuple[str, str, bytes], wanted: str) -> None:
+def test_range_on_a_miss_and_on_a_hit(cache: Cache, target: tuple[str, str, bytes], wanted: str) -> None:
     path, digest, data = target
     for _ in ("miss", "hit"):
         assert_part(cache.ask(path, headers={"Range": wanted}), wanted, digest, data)
@@ -94,11 +94,11 @@ def test_on_a_miss_and_on_a_hit(cache: Cache, target: tuple[str, str, bytes], wa
 
 
 @pytest.mark.parametrize("wanted", CASES)
-def test_in_flight(cache: Cache, repository: str, image: Image, wanted: str) -> None:
+def test_range_of_a_blob_in_flight(cache: Cache, repository: str, image: Image, wanted: str) -> None:
     layer = image.blobs[1]
     path = f"{repository}/blobs/{layer.digest}"
     start, stop = SATISFIABLE.get(wanted, (0, SIZE))
-    hold = Hold(HERE)
+    hold = Hold(RECEIVED)
     with cache.scripted(f"*{layer.digest}", hold), cache.opened(path) as first:
         assert hold.reached.wait(SOON)
         if wanted in UNSATISFIABLE:
@@ -107,7 +107,7 @@ def test_in_flight(cache: Cache, repository: str, image: Image, wanted: str) -> 
             with cache.opened(path, {"Range": wanted}) as answer:
                 assert_head(answer.headers, answer.status, wanted, layer.digest)
                 # The received part is sent at once.
-                there = max(0, min(stop, HERE) - start)
+                there = max(0, min(stop, RECEIVED) - start)
                 assert answer.read(there) == layer.data[start : start + there]
                 assert not hold.release.is_set()
                 hold.release.set()
@@ -118,7 +118,7 @@ def test_in_flight(cache: Cache, repository: str, image: Image, wanted: str) -> 
 
 
 @pytest.mark.parametrize("wanted", ["bytes=500-1499", "bytes=5000-10000", "bytes=0-0,2-3"])
-def test_head_takes_no_notice(cache: Cache, target: tuple[str, str, bytes], wanted: str) -> None:
+def test_head_ignores_ranges(cache: Cache, target: tuple[str, str, bytes], wanted: str) -> None:
     path, digest, data = target
     for _ in ("miss", "hit"):
         answer = cache.ask(path, "HEAD", {"Range": wanted})
@@ -126,21 +126,21 @@ def test_head_takes_no_notice(cache: Cache, target: tuple[str, str, bytes], want
         assert cache.ask(path).body == data
 
 
-def test_head_takes_no_notice_in_flight(cache: Cache, repository: str, image: Image) -> None:
+def test_head_ignores_ranges_in_flight(cache: Cache, repository: str, image: Image) -> None:
     layer = image.blobs[1]
     path = f"{repository}/blobs/{layer.digest}"
-    with cache.scripted(f"*{layer.digest}", Hold(HERE)), cache.opened(path) as first:
-        assert first.read(HERE) == layer.data[:HERE]
+    with cache.scripted(f"*{layer.digest}", Hold(RECEIVED)), cache.opened(path) as first:
+        assert first.read(RECEIVED) == layer.data[:RECEIVED]
         answer = cache.ask(path, "HEAD", {"Range": "bytes=500-1499"})
         assert_head(answer.headers, answer.status, "", layer.digest)
 
 
 SAME = '"{}"'
-OTHERS = ['"other"', 'W/"{}"', "{}", "Wed, 21 Oct 2026 07:28:00 GMT", ""]
+OTHER_ETAGS = ['"other"', 'W/"{}"', "{}", "Wed, 21 Oct 2026 07:28:00 GMT", ""]
 """Not the ETag that we sent; only a strong one confirms equal bytes."""
 
 
-@pytest.mark.parametrize("condition", [SAME, *OTHERS])
+@pytest.mark.parametrize("condition", [SAME, *OTHER_ETAGS])
 @pytest.mark.parametrize("wanted", ["bytes=500-1499", "bytes=-500", "bytes=5000-10000"])
 def test_if_range_on_a_miss_and_on_a_hit(
     cache: Cache, target: tuple[str, str, bytes], wanted: str, condition: str
@@ -152,12 +152,12 @@ def test_if_range_on_a_miss_and_on_a_hit(
         assert_part(answer, wanted if condition == SAME else "", digest, data)
 
 
-@pytest.mark.parametrize("condition", [SAME, *OTHERS])
+@pytest.mark.parametrize("condition", [SAME, *OTHER_ETAGS])
 def test_if_range_in_flight(cache: Cache, repository: str, image: Image, condition: str) -> None:
     layer = image.blobs[1]
     path = f"{repository}/blobs/{layer.digest}"
     headers = {"Range": "bytes=500-1499", "If-Range": condition.format(layer.digest)}
-    hold = Hold(HERE)
+    hold = Hold(RECEIVED)
     with cache.scripted(f"*{layer.digest}", hold), cache.opened(path, headers) as answer:
         counts = condition == SAME
         assert_head(answer.headers, answer.status, headers["Range"] if counts else "", layer.digest)

@@ -24,7 +24,7 @@ def blocks() -> list[str]:
     return [text for _language, text in _BLOCK.findall(section)]
 
 
-def test_first_pull(
+def test_first_pull_prints_what_the_readme_shows(
     registry: DockerRegistry, start_daemon: Callable[..., Daemon], tmp_path: Path, blocks: list[str]
 ) -> None:
     """Run with a local registry in place of the one on the Internet."""

@@ -35,13 +35,13 @@ def entry(password: str) -> dict[str, object]:
     return {"scheme": "http", "auth": {"user": "user", "password": password}}
 
 
-def hang_up(daemon: Daemon, config: object, told: str) -> None:
+def hang_up(daemon: Daemon, config: object, logged: str) -> None:
     """Write the configuration, send SIGHUP, and wait for this line in the log."""
     since = len(daemon.log)
     text = config if isinstance(config, str) else yaml.safe_dump(config)
     daemon.config_path.write_text(text)
     os.kill(daemon.process.pid, signal.SIGHUP)
-    wait_until(lambda: told in daemon.log[since:], SOON, told)
+    wait_until(lambda: logged in daemon.log[since:], SOON, logged)
 
 
 def status(daemon: Daemon, upstream: ScriptedRegistry, path: str = "manifests/1") -> int:
@@ -49,7 +49,7 @@ def status(daemon: Daemon, upstream: ScriptedRegistry, path: str = "manifests/1"
     return fetch(f"{daemon.url}/v2/team/app/{path}?ns={upstream.host}").status
 
 
-def test_a_changed_entry_is_used(upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image) -> None:
+def test_reload_applies_a_changed_entry(upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image) -> None:
     daemon = start_daemon({upstream.host: entry("wrong")}, "--log-level", "error")
     assert status(daemon, upstream) == 404
     registries = [{"name": upstream.host, **entry("right")}]
@@ -61,7 +61,9 @@ def test_a_changed_entry_is_used(upstream: ScriptedRegistry, start_daemon: Start
     assert status(daemon, upstream) == 403
 
 
-def test_an_invalid_file_changes_nothing(upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image) -> None:
+def test_reload_of_an_invalid_file_changes_nothing(
+    upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
+) -> None:
     daemon = start_daemon({upstream.host: entry("right")})
     for text, why in (
         (f"- name: {upstream.host}\n  auth: {{user: u}}\n", ":2: auth.user: "),
@@ -78,7 +80,7 @@ def test_an_invalid_file_changes_nothing(upstream: ScriptedRegistry, start_daemo
     assert status(daemon, upstream) == 200
 
 
-def test_an_answer_in_flight_is_not_disturbed(
+def test_reload_does_not_disturb_an_answer_in_flight(
     upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
 ) -> None:
     daemon = start_daemon({upstream.host: entry("right")})
@@ -94,7 +96,7 @@ def test_an_answer_in_flight_is_not_disturbed(
     assert status(daemon, upstream, "manifests/other") == 403
 
 
-def test_without_a_file_it_is_harmless(start_daemon: StartDaemon) -> None:
+def test_reload_without_a_file_is_harmless(start_daemon: StartDaemon) -> None:
     daemon = start_daemon()
     del daemon.argv[daemon.argv.index("--config-path") : daemon.argv.index("--config-path") + 2]
     daemon.terminate()

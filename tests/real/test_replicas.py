@@ -47,7 +47,7 @@ def replicate(one: Daemon, two: Daemon) -> None:
         run(["rsync", "--archive", "--exclude", "pulls/", f"{source.image_path}/", f"{target.image_path}/"])
 
 
-def test_a_tag_that_moved_on_one_wins_on_both_and_the_other_takes_over(
+def test_newer_tag_wins_on_both_replicas_and_containerd_fails_over(
     tmp_path: Path, registry: DockerRegistry, daemons: tuple[Daemon, Daemon]
 ) -> None:
     one, two = daemons

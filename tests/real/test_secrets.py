@@ -45,7 +45,7 @@ class Oauth(Rule):
 
 
 @dataclass(frozen=True)
-class Wants(Rule):
+class TokenRequired(Rule):
     """A registry that accepts one token."""
 
     realm: str
@@ -59,7 +59,7 @@ class Wants(Rule):
         return error(401, "UNAUTHORIZED").with_header("WWW-Authenticate", challenge)
 
 
-class Scene:
+class SecretUpstreams:
     """Upstreams of every kind, and everything that must stay secret."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,25 +91,25 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Scene:
+def setup(tmp_path: Path) -> SecretUpstreams:
     """The upstreams before any request."""
-    return Scene(tmp_path)
+    return SecretUpstreams(tmp_path)
 
 
-def every_kind(scene: Scene, tokens: Tokens, upstreams: list[ScriptedRegistry]) -> list[str]:
+def every_kind(setup: SecretUpstreams, tokens: Tokens, upstreams: list[ScriptedRegistry]) -> list[str]:
     """Script the upstreams; return the host of each, the one that refuses us last."""
     by_password, by_file, by_environment, by_helper, by_identity, signed, refusing = upstreams
-    known = scene.secrets
+    known = setup.secrets
     by_password.script("*", Basic({"user": known["password"]}))
     by_file.script("*", tokens)
     by_environment.script("*", Basic({"user": known["from-environment"]}))
     by_helper.script("*", Basic({"helped": known["helped"]}))
-    by_identity.script("/v2/*", Wants(f"{by_identity.url}/oauth", known["access"]))
+    by_identity.script("/v2/*", TokenRequired(f"{by_identity.url}/oauth", known["access"]))
     by_identity.script("/oauth", Oauth(known["identity"], known["access"], []))
     signed.script("/v2/*/blobs/*", Redirect(f"{signed.url}/storage?X-Signature={known['signature']}&path="))
     signed.script("/storage", Reply(500, b"no"))
     refusing.script("*", Basic({"user": "another"}))
-    (scene.folder / "password").write_text(known["from-file"] + "\n")
+    (setup.folder / "password").write_text(known["from-file"] + "\n")
     auths: dict[ScriptedRegistry, dict[str, str]] = {
         by_password: {"user": "user", "password": known["password"]},
         by_file: {"user": "user", "password_file": "password"},
@@ -121,7 +121,7 @@ def every_kind(scene: Scene, tokens: Tokens, upstreams: list[ScriptedRegistry]) 
     }
     for upstream, auth in auths.items():
         upstream.add("team/app", IMAGE, "1")
-        scene.registries[upstream.host] = {"scheme": "http", "auth": auth}
+        setup.registries[upstream.host] = {"scheme": "http", "auth": auth}
     return [upstream.host for upstream in upstreams]
 
 
@@ -135,20 +135,20 @@ def upstreams() -> Iterator[list[ScriptedRegistry]]:
 
 
 def test_no_secret_appears_anywhere(
-    scene: Scene, upstreams: list[ScriptedRegistry], start_daemon: Callable[..., Daemon]
+    setup: SecretUpstreams, upstreams: list[ScriptedRegistry], start_daemon: Callable[..., Daemon]
 ) -> None:
-    tokens = Tokens(f"{upstreams[1].url}/token", users={"user": scene.secrets["from-file"]})
-    hosts = every_kind(scene, tokens, upstreams)
-    helper = scene.folder / "docker-credential-test"
-    helper.write_text(HELPER.format(folder=scene.folder, secret=scene.secrets["helped"].replace("%", "%%")))
+    tokens = Tokens(f"{upstreams[1].url}/token", users={"user": setup.secrets["from-file"]})
+    hosts = every_kind(setup, tokens, upstreams)
+    helper = setup.folder / "docker-credential-test"
+    helper.write_text(HELPER.format(folder=setup.folder, secret=setup.secrets["helped"].replace("%", "%%")))
     helper.chmod(0o755)
     environment = {
-        "PATH": f"{scene.folder}:{os.environ['PATH']}",
+        "PATH": f"{setup.folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "UPSTREAM_PASSWORD": scene.secrets["from-environment"],
+        "UPSTREAM_PASSWORD": setup.secrets["from-environment"],
     }
     options = ("--no-complete-images", "--log-level", "trace")
-    daemon = start_daemon(scene.registries, *options, environment=environment)
+    daemon = start_daemon(setup.registries, *options, environment=environment)
 
     def ask(host: str, path: str) -> Response:
         return fetch(f"{daemon.url}/v2/team/app/{path}?ns={quote(host, safe='')}")
@@ -160,33 +160,33 @@ def test_no_secret_appears_anywhere(
     # The secrets were really used.
     sent = [request.header("Authorization") or "" for upstream in upstreams for request in upstream.requests]
     assert sum(header.startswith("Basic ") for header in sent) >= 6
-    assert any(scene.secrets["access"] in header for header in sent)
+    assert any(setup.secrets["access"] in header for header in sent)
     (form,) = [request for request in upstreams[4].requests if request.method == "POST"]
     assert form.status == 200
     assert "X-Signature" in upstreams[5].requests[-1].query
 
     issued = {token: token for token in tokens._issued}
     assert issued
-    scene.secrets.update(issued)
+    setup.secrets.update(issued)
     check = run(twistd("--config-path", str(daemon.config_path), "check"), environment=environment)
     assert check.stdout.count("127.0.0.1:") >= 7
     places = {
         "the log": daemon.log.encode(),
         "check": (check.stdout + check.stderr).encode(),
         "the command line": Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes(),
-        "the helper's command line": (scene.folder / "helper-command-line").read_bytes(),
+        "the helper's command line": (setup.folder / "helper-command-line").read_bytes(),
     }
     places |= {f"the answer for {what}": answer.body + bytes(answer.headers) for what, answer in answers.items()}
     places |= {str(path): path.read_bytes() for path in daemon.image_path.rglob("*") if path.is_file()}
-    assert {place: found for place, text in places.items() if (found := scene.found_in(text))} == {}
+    assert {place: found for place, text in places.items() if (found := setup.found_in(text))} == {}
     assert len([place for place in places if place.startswith(str(daemon.image_path))]) >= 2
 
 
-def test_the_search_finds_what_it_looks_for(scene: Scene) -> None:
+def test_search_finds_secrets_in_every_spelling(setup: SecretUpstreams) -> None:
     """In every spelling, within other text."""
-    for name, secret in scene.secrets.items():
+    for name, secret in setup.secrets.items():
         pair = base64.b64encode(f"user:{secret}".encode())
         inside = base64.b64encode(f"x{secret}".encode())
         for text in (secret.encode(), quote(secret, safe="").encode(), pair, inside):
-            assert name in scene.found_in(b"before " + text + b" after"), text
-    assert scene.found_in(b"nothing") == set()
+            assert name in setup.found_in(b"before " + text + b" after"), text
+    assert setup.found_in(b"nothing") == set()

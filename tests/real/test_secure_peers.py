@@ -72,7 +72,9 @@ def test_passwords_and_client_certificates(host: str, pull: Callable[..., None])
         pull(host, RIGHT, certified=False)
 
 
-def test_tokens(registry: DockerRegistry, authority: Authority, pull: Callable[..., None], tmp_path: Path) -> None:
+def test_tokens_need_a_password_and_expire(
+    registry: DockerRegistry, authority: Authority, pull: Callable[..., None], tmp_path: Path
+) -> None:
     """A request for a token needs the password but no client certificate; an expired token is refused."""
     registry.push("team/app", make_image("secure", layers=1), "1")
     host = own_address()

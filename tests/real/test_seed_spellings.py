@@ -20,8 +20,8 @@ from tests.real.commanding import (
     Ended,
     Shell,
     blobs_in,
-    contents,
     digests,
+    files_in,
     metadata,
     records_in,
     shell_in,
@@ -129,7 +129,7 @@ def shell(loaded: Loaded, tmp_path: Path) -> Shell:
 # Loading
 
 
-def test_load_images_brings_the_lists_and_the_images_of_the_platform(loaded: Loaded) -> None:
+def test_load_images_loads_indexes_and_images_of_the_platform(loaded: Loaded) -> None:
     """The other platforms' manifests and configs are stored too; `list` omits them."""
     assert loaded.done.returncode == 0, loaded.done
     lines = loaded.done.stdout.splitlines()
@@ -140,16 +140,16 @@ def test_load_images_brings_the_lists_and_the_images_of_the_platform(loaded: Loa
     assert {url: kind for url, (kind, _) in loaded.shell.listed().items()} == rows_of(*IMAGES)
 
 
-def test_load_images_of_what_is_there_asks_nobody(loaded: Loaded) -> None:
+def test_load_images_of_stored_images_sends_no_request(loaded: Loaded) -> None:
     asked = len(loaded.registry.requests)
-    before = contents(loaded.shell.store)
+    before = files_in(loaded.shell.store)
     done = loaded.shell.piped("--load-images=$PWD/imagelist --arch=amd64 --os=linux --concurrent 1")
     assert succeeded(done).splitlines()[-1] == "0 loaded, 6 already there, 0 failed"
     assert len(loaded.registry.requests) == asked
-    assert contents(loaded.shell.store) == before
+    assert files_in(loaded.shell.store) == before
 
 
-def test_load_images_of_another_architecture_adds_just_that(loaded: Loaded, shell: Shell) -> None:
+def test_load_images_of_another_architecture_adds_only_its_images(loaded: Loaded, shell: Shell) -> None:
     (shell.folder / "arms").write_text(f"{TYPHA}\n{DASHBOARD}\n")
     asked = len(loaded.registry.requests)
     done = shell.piped("--load-images $PWD/arms --arch arm64 --os linux")
@@ -161,7 +161,7 @@ def test_load_images_of_another_architecture_adds_just_that(loaded: Loaded, shel
     assert len(loaded.registry.requests) == asked + sum(len(arm.layers) for arm in arms)
 
 
-def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, shell: Shell) -> None:
+def test_load_images_of_a_missing_platform_names_the_available_ones(loaded: Loaded, shell: Shell) -> None:
     (shell.folder / "one").write_text(f"{TYPHA}\n{PAUSE}\n")
     done = shell.piped("--load-images $PWD/one --arch s390x --os linux")
     assert done.returncode == 1
@@ -174,7 +174,7 @@ def test_load_images_without_that_platform_says_which_there_are(loaded: Loaded, 
 
 
 @pytest.mark.parametrize("blanks", ["", "-b "], ids=["blanks_count", "blanks_do_not"])
-def test_list_cache_goes_through_column_and_sort(shell: Shell, blanks: str) -> None:
+def test_list_cache_through_column_and_sort(shell: Shell, blanks: str) -> None:
     """The newest come first; where sort counts blanks, as in the locale C, within each kind."""
     pipe = f"| column -t | sort {blanks}-k3 -r"
     lines = succeeded(shell.piped("--list-cache", pipe, {**HERE, "LC_ALL": "C"})).splitlines()
@@ -193,13 +193,13 @@ def test_list_cache_goes_through_column_and_sort(shell: Shell, blanks: str) -> N
     }
 
 
-def test_list_cache_goes_through_grep(shell: Shell) -> None:
+def test_list_cache_through_grep(shell: Shell) -> None:
     found = succeeded(shell.piped("--list-cache", "| grep calico/typha:v3.27.0", HERE))
     assert found == f"{TYPHA} list 2024-03-01T22:17:30\n"
     assert shell.piped("--list-cache", "| grep no-such-image").stdout == ""
 
 
-def test_list_cache_into_a_reader_that_goes_is_silent(shell: Shell) -> None:
+def test_list_cache_into_a_closed_pipe_is_silent(shell: Shell) -> None:
     done = shell.piped("--list-cache", "| true")
     assert done.stderr == ""
 
@@ -217,11 +217,11 @@ PRUNED = [
 
 
 @pytest.mark.parametrize(("spelled", "gone"), PRUNED)
-def test_prune_takes_what_the_dry_run_says(shell: Shell, spelled: str, gone: tuple[str, ...]) -> None:
+def test_prune_matches_its_dry_run(shell: Shell, spelled: str, gone: tuple[str, ...]) -> None:
     """The matching URLs, the images of pruned indexes, and the blobs that no other image has: no more."""
-    before = contents(shell.store)
+    before = files_in(shell.store)
     would = succeeded(shell.piped(f"{spelled} --dry-run", environment=HERE))
-    assert contents(shell.store) == before
+    assert files_in(shell.store) == before
     told = dict(line.split()[2:4] for line in would.splitlines()[:-1])
     assert told == rows_of(*gone)
     did = succeeded(shell.piped(spelled, environment=HERE))
@@ -232,17 +232,17 @@ def test_prune_takes_what_the_dry_run_says(shell: Shell, spelled: str, gone: tup
     assert {url: kind for url, (kind, _) in shell.listed().items()} == rows_of(*stay)
     assert (records_in(shell.store), blobs_in(shell.store)) == stored(*stay)
     freed = sum(len(data) for _, _, data in before.values()) - sum(
-        len(data) for _, _, data in contents(shell.store).values()
+        len(data) for _, _, data in files_in(shell.store).values()
     )
     assert f", {freed} bytes (" in did
     assert succeeded(shell.run("verify")).endswith(" 0 damaged\n")
 
 
-def test_prune_of_nothing_changes_nothing(shell: Shell) -> None:
-    before = contents(shell.store)
+def test_prune_without_a_match_changes_nothing(shell: Shell) -> None:
+    before = files_in(shell.store)
     done = succeeded(shell.piped("--prune no-such-image"))
     assert done == "0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again\n"
-    assert {path: of for path, of in contents(shell.store).items() if not path.startswith("pulls")} == {
+    assert {path: of for path, of in files_in(shell.store).items() if not path.startswith("pulls")} == {
         path: of for path, of in before.items() if not path.startswith("pulls")
     }
 

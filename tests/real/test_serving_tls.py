@@ -51,7 +51,7 @@ def image(upstream: ScriptedRegistry) -> Image:
     return image
 
 
-def pulls(daemon: SecureDaemon, upstream: ScriptedRegistry, image: Image) -> None:
+def assert_pulls(daemon: SecureDaemon, upstream: ScriptedRegistry, image: Image) -> None:
     """Assert that a client gets the image, twice, and a part of it."""
     base = f"{daemon.url}/v2/team/app"
     for _ in range(2):
@@ -69,26 +69,28 @@ def identity(authority: Authority, **more: object) -> dict[str, object]:
     return {"tls": {"cert": str(certificate), "key": str(key), **more}}
 
 
-def test_one_way(tmp_path: Path, authority: Authority, upstream: ScriptedRegistry, image: Image) -> None:
+def test_tls_without_client_certificates(
+    tmp_path: Path, authority: Authority, upstream: ScriptedRegistry, image: Image
+) -> None:
     context = authority.client_context()
     with SecureDaemon(tmp_path, context, {upstream.host: "http"}, settings=identity(authority)) as daemon:
-        pulls(daemon, upstream, image)
+        assert_pulls(daemon, upstream, image)
         with pytest.raises((OSError, http.client.HTTPException)):
             fetch(f"http://{daemon.host}/health")
         assert "Traceback" not in daemon.log
 
 
-def test_an_ssl_endpoint(tmp_path: Path, authority: Authority, upstream: ScriptedRegistry, image: Image) -> None:
+def test_ssl_endpoint(tmp_path: Path, authority: Authority, upstream: ScriptedRegistry, image: Image) -> None:
     certificate, key = authority.issue("127.0.0.1")
     port = free_port()
     endpoint = f"ssl:{port}:certKey={certificate}:privateKey={key}:interface=127.0.0.1"
     registries = {upstream.host: "http"}
     context = authority.client_context()
     with SecureDaemon(tmp_path, context, registries, "--listen", endpoint, port=port) as daemon:
-        pulls(daemon, upstream, image)
+        assert_pulls(daemon, upstream, image)
 
 
-def test_only_clients_with_a_certificate(
+def test_client_certificate_is_required(
     tmp_path: Path, authority: Authority, upstream: ScriptedRegistry, image: Image
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -100,14 +102,14 @@ def test_only_clients_with_a_certificate(
             contexts[who].load_cert_chain(*issuer.issue(f"{who}.example"))
     settings = identity(authority, client_ca=str(authority.ca))
     with SecureDaemon(tmp_path, contexts["right"], {upstream.host: "http"}, settings=settings) as daemon:
-        pulls(daemon, upstream, image)
+        assert_pulls(daemon, upstream, image)
         for who in ("wrong", "none"):
             with pytest.raises((OSError, http.client.HTTPException)):
                 fetch(f"{daemon.url}/health", tls=contexts[who])
         assert "Traceback" not in daemon.log
 
 
-def test_a_renewed_certificate_is_served_after_sighup(tmp_path: Path, authority: Authority) -> None:
+def test_renewed_certificate_is_served_after_sighup(tmp_path: Path, authority: Authority) -> None:
     """The daemon keeps running; a damaged certificate changes nothing."""
     settings = identity(authority)
     with SecureDaemon(tmp_path, authority.client_context(), settings=settings) as daemon:

@@ -31,7 +31,7 @@ def cache(tmp_path: Path, upstream: ScriptedRegistry) -> Iterator[Cache]:
 
 # A token believed valid for too long is refused once per connection, and a cut applies to the first refusal.
 @pytest.mark.parametrize(("expires_in", "cuts"), [(3, 2), (300, 3)], ids=["honest", "lying"])
-def test_a_blob_that_takes_ten_seconds_and_is_cut_twice(
+def test_slow_download_cut_twice_renews_its_token(
     cache: Cache, upstream: ScriptedRegistry, expires_in: int, cuts: int
 ) -> None:
     image = plain_image("short-lived", SIZE)

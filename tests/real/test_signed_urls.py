@@ -65,20 +65,20 @@ def storage() -> Iterator[ScriptedRegistry]:
 
 
 @pytest.fixture(params=["basic", "tokens"])
-def who(request: pytest.FixtureRequest) -> str:
+def credentials(request: pytest.FixtureRequest) -> str:
     """How the daemon authenticates to the upstream."""
     return str(request.param)
 
 
 @pytest.fixture
-def image(upstream: ScriptedRegistry, storage: ScriptedRegistry, who: str) -> Image:
+def image(upstream: ScriptedRegistry, storage: ScriptedRegistry, credentials: str) -> Image:
     """An image at the upstream, which requires authentication, with its blobs in the storage."""
     image = make_image("signed", layers=1, layer_size=SIZE)
     upstream.add("team/app", image, "1")
     storage.add("team/app", image)
     upstream.script("*/blobs/*", Sign(storage.url))
     users = {USER: PASSWORD}
-    upstream.script("*", Basic(users) if who == "basic" else Tokens(f"{upstream.url}/token", users=users))
+    upstream.script("*", Basic(users) if credentials == "basic" else Tokens(f"{upstream.url}/token", users=users))
     return image
 
 
@@ -92,7 +92,7 @@ def cache(tmp_path: Path, upstream: ScriptedRegistry, storage: ScriptedRegistry)
         yield Cache(daemon, upstream)
 
 
-def test_a_download_that_is_cut_goes_on_with_a_new_url(cache: Cache, storage: ScriptedRegistry, image: Image) -> None:
+def test_broken_download_resumes_with_a_new_signed_url(cache: Cache, storage: ScriptedRegistry, image: Image) -> None:
     layer = image.layers[0]
     signed = Signed()
     storage.script(f"*{layer.digest}", Drip(RATE))
@@ -111,7 +111,7 @@ def test_a_download_that_is_cut_goes_on_with_a_new_url(cache: Cache, storage: Sc
     assert "s3cr3t" not in cache.daemon.log
 
 
-def test_skopeo_pulls_it_through_a_cut(
+def test_skopeo_pulls_through_a_broken_connection(
     storage: ScriptedRegistry, start_daemon: Callable[..., Daemon], skopeo: Callable[..., None], tmp_path: Path
 ) -> None:
     address = "127.0.88.2"
@@ -132,7 +132,7 @@ def test_skopeo_pulls_it_through_a_cut(
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_size_is_told_though_the_url_is_signed_for_get(
+def test_head_reports_the_size_of_a_url_signed_for_get(
     cache: Cache, storage: ScriptedRegistry, image: Image, ranges: bool
 ) -> None:
     """Request one byte in place of the HEAD; where the storage supports no ranges, its headers state the size."""

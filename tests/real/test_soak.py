@@ -15,7 +15,7 @@ ENDS_WITHIN = 300
 
 
 @pytest.mark.long
-def test_twenty_seconds_of_trouble() -> None:
+def test_soak_of_twenty_seconds() -> None:
     """Every answer is correct, and nothing is left over."""
     command = [sys.executable, "-m", "bench.soak", "--seconds", str(SECONDS), "--seed", "20261124"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=ENDS_WITHIN, check=False)

@@ -25,20 +25,20 @@ _DAEMONIZE = ("--pidfile", "twistd.pid", "--logfile", "twistd.log")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def empty_folder(tmp_path: Path) -> Path:
     """An empty folder to start processes in, where they would leave pid and log files."""
-    place = tmp_path / "place"
-    place.mkdir()
-    return place
+    empty_folder = tmp_path / "place"
+    empty_folder.mkdir()
+    return empty_folder
 
 
-def _ended(place: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
+def _ended(empty_folder: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
     """Return exit status, output and files of a process that ends by itself."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         argv,
         check=False,
-        cwd=place,
+        cwd=empty_folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -48,37 +48,37 @@ def _ended(place: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def taken() -> Iterator[int]:
+def taken_port() -> Iterator[int]:
     """A port on which another process listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield listener.getsockname()[1]
 
 
-def test_a_taken_port_ends_the_process(place: Path, taken: int) -> None:
+def test_taken_port_exits_with_1(empty_folder: Path, taken_port: int) -> None:
     """Exit status 1, and one line that names the port."""
-    done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=["-n"]))
+    done = _ended(empty_folder, twistd("--image-path", "images", "--port", str(taken_port), options=["-n"]))
     assert done.returncode == 1
-    assert re.fullmatch(rf"ociregistry: .*\b{taken}\b.*\n", done.stderr)
+    assert re.fullmatch(rf"ociregistry: .*\b{taken_port}\b.*\n", done.stderr)
     assert "Traceback" not in done.stdout
-    assert not (place / "twistd.pid").exists()
+    assert not (empty_folder / "twistd.pid").exists()
 
 
-def test_a_taken_port_ends_what_was_to_become_a_daemon(place: Path, taken: int) -> None:
+def test_taken_port_exits_with_1_in_the_background(empty_folder: Path, taken_port: int) -> None:
     """The parent process reports it, and no process is left."""
-    with closing(_Background(place)) as background:
-        done = _ended(place, twistd("--image-path", "images", "--port", str(taken), options=_DAEMONIZE))
+    with closing(_Background(empty_folder)) as background:
+        done = _ended(empty_folder, twistd("--image-path", "images", "--port", str(taken_port), options=_DAEMONIZE))
         assert done.returncode == 1
-        assert str(taken) in done.stderr
+        assert str(taken_port) in done.stderr
         # It reports the error before it has cleaned up.
         wait_until(lambda: not background.pid_file.exists(), _SOON, "no pid file")
 
 
-def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
+def test_store_that_cannot_be_created_exits_with_1(empty_folder: Path) -> None:
     """Exit status 1, and one line that names the folder."""
-    file = place / "file"
+    file = empty_folder / "file"
     file.touch()
     folder = file / "images"
-    done = _ended(place, twistd("--image-path", str(folder), "--port", str(free_port())))
+    done = _ended(empty_folder, twistd("--image-path", str(folder), "--port", str(free_port())))
     assert done.returncode == 1
     assert re.fullmatch(rf"ociregistry: .*{re.escape(str(folder))}.*\n", done.stderr)
     assert "Traceback" not in done.stdout
@@ -100,13 +100,13 @@ def test_a_store_that_cannot_be_made_ends_the_process(place: Path) -> None:
         ("serve --config-path missing.yaml", "missing.yaml"),
     ],
 )
-def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
+def test_usage_error_exits_with_2(empty_folder: Path, arguments: str, wrong: str) -> None:
     """Exit status 2 and one line that names the mistake; nothing is written, no daemon starts."""
-    done = _ended(place, twistd(*arguments.split(), options=()))
+    done = _ended(empty_folder, twistd(*arguments.split(), options=()))
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(rf"ociregistry: .*{wrong}\b.*\n", done.stderr)
-    assert list(place.iterdir()) == []
+    assert list(empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -121,26 +121,26 @@ def test_a_usage_error(place: Path, arguments: str, wrong: str) -> None:
     ],
     ids=["unknown key", "wrong type", "wrong value", "too much", "unreadable file", "a key that is missing"],
 )
-def test_an_invalid_configuration(place: Path, text: str, line: int, key: str) -> None:
+def test_invalid_configuration_exits_with_2(empty_folder: Path, text: str, line: int, key: str) -> None:
     """Exit status 2 and one line with file, line and key."""
-    path = place / "ociregistry.yaml"
+    path = empty_folder / "ociregistry.yaml"
     path.write_text(text)
-    done = _ended(place, twistd("--config-path", str(path), options=()))
+    done = _ended(empty_folder, twistd("--config-path", str(path), options=()))
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(rf"ociregistry: {re.escape(str(path))}:{line}: {key}: .+\n", done.stderr)
-    assert list(place.iterdir()) == [path]
+    assert list(empty_folder.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("arguments", ["--version", "serve --version"])
-def test_version(place: Path, arguments: str) -> None:
+def test_version_is_printed(empty_folder: Path, arguments: str) -> None:
     """Our version, not twistd's."""
-    done = _ended(place, twistd(*arguments.split(), options=()))
+    done = _ended(empty_folder, twistd(*arguments.split(), options=()))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"ociregistry {__version__}\n", "")
-    assert list(place.iterdir()) == []
+    assert list(empty_folder.iterdir()) == []
 
 
-def test_serve_may_be_written_out(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
+def test_serve_command_is_optional(upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon]) -> None:
     """Options are accepted before and after it."""
     image = make_image("process")
     upstream.add("team/app", image, "v1")
@@ -155,9 +155,9 @@ def test_serve_may_be_written_out(upstream: ScriptedRegistry, start_daemon: Call
 class _Background:
     """The daemon that twistd leaves running in `place`; `close` ends it."""
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
-        self.pid_file = place / "twistd.pid"
+    def __init__(self, empty_folder: Path) -> None:
+        self._place = empty_folder
+        self.pid_file = empty_folder / "twistd.pid"
         self.pid = 0
 
     @property
@@ -177,15 +177,15 @@ class _Background:
             os.kill(self.pid, signal.SIGKILL)
 
 
-def test_in_the_background(place: Path) -> None:
+def test_background_daemon_writes_and_removes_its_pid_file(empty_folder: Path) -> None:
     """twistd returns when the port is open; SIGTERM to the pid in its file ends the daemon and removes the file."""
     port = free_port()
-    with closing(_Background(place)) as background:
-        done = _ended(place, twistd("--image-path", "images", "--port", str(port), options=_DAEMONIZE))
+    with closing(_Background(empty_folder)) as background:
+        done = _ended(empty_folder, twistd("--image-path", "images", "--port", str(port), options=_DAEMONIZE))
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert background.running
         assert fetch(f"http://127.0.0.1:{port}/health").status == 200
         os.kill(background.pid, signal.SIGTERM)
         wait_until(lambda: not background.running, _SOON, "the end of the daemon")
         assert not background.pid_file.exists()
-    assert f"store {place / 'images'} with 0 lists and 0 images" in (place / "twistd.log").read_text()
+    assert f"store {empty_folder / 'images'} with 0 lists and 0 images" in (empty_folder / "twistd.log").read_text()

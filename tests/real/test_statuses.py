@@ -33,7 +33,7 @@ def image(cache: Cache) -> Image:
 
 
 @pytest.fixture(autouse=True)
-def asks_nobody(cache: Cache, request: pytest.FixtureRequest) -> Iterator[None]:
+def no_upstream_request(cache: Cache, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test whose requests reach the upstream or change the store."""
     before = cache.upstream.connections, cache.files
     yield
@@ -72,7 +72,7 @@ def assert_refused(cache: Cache, path: str, status: int, code: str, method: str 
         ("BREW", "here/manifests/1"),
     ],
 )
-def test_it_is_pull_only(cache: Cache, method: str, path: str) -> None:
+def test_writing_methods_are_refused(cache: Cache, method: str, path: str) -> None:
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     with closing(connect(cache.daemon.url)) as connection:
         # A body must not disturb the next request.
@@ -86,12 +86,12 @@ def test_it_is_pull_only(cache: Cache, method: str, path: str) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["here/blobs/uploads/", "here/blobs/uploads", "here/blobs/uploads/7d7a1f2b"])
-def test_there_are_no_uploads_to_look_at(cache: Cache, path: str, method: str) -> None:
+def test_upload_status_is_refused(cache: Cache, path: str, method: str) -> None:
     answer = assert_refused(cache, f"/v2/{path}", 405, "UNSUPPORTED", method)
     assert answer.headers["Allow"] == "GET, HEAD"
 
 
-def test_an_upload_in_chunks(cache: Cache) -> None:
+def test_chunked_upload_is_refused(cache: Cache) -> None:
     with closing(connect(cache.daemon.url)) as connection:
         pieces = iter([b"x" * 100_000] * 30)
         connection.request("PATCH", "/v2/here/blobs/uploads/7d7a1f2b", pieces, encode_chunked=True)
@@ -102,7 +102,7 @@ def test_an_upload_in_chunks(cache: Cache) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize("path", ["/v2/_catalog", "/v2/_catalog?n=100", "/v2/_catalog?ns=docker.io"])
-def test_it_does_not_list_what_it_has(cache: Cache, path: str, method: str) -> None:
+def test_catalog_is_refused(cache: Cache, path: str, method: str) -> None:
     assert_refused(cache, path, 404, "UNSUPPORTED", method)
 
 
@@ -113,7 +113,7 @@ def test_it_does_not_list_what_it_has(cache: Cache, path: str, method: str) -> N
         *("/v2//manifests/1", "/v2/he%0d%0are/manifests/1", f"/v2/he%0d%0are/blobs/{DIGEST}"),
     ],
 )
-def test_what_is_not_there(cache: Cache, path: str) -> None:
+def test_unknown_paths_are_not_found(cache: Cache, path: str) -> None:
     assert_refused(cache, path, 404, "NOT_FOUND")
 
 
@@ -143,7 +143,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_malformed_names(cache: Cache, name: str) -> None:
+def test_malformed_names_are_refused(cache: Cache, name: str) -> None:
     for last in ("manifests/1", f"blobs/{DIGEST}", "tags/list", f"referrers/{DIGEST}"):
         assert_refused(cache, f"/v2/{name}/{last}?ns={cache.upstream.host}", 400, "NAME_INVALID")
 
@@ -151,7 +151,7 @@ def test_malformed_names(cache: Cache, name: str) -> None:
 @pytest.mark.parametrize(
     "tag", [".INVALID_MANIFEST_NAME", "-1", "%2e%2e", "1%002", "1%0d%0aX", "1%202", "%c3%a9", "1" * 129]
 )
-def test_malformed_tags(cache: Cache, tag: str) -> None:
+def test_malformed_tags_are_refused(cache: Cache, tag: str) -> None:
     """404, as the specification's conformance suite expects."""
     for method in ("GET", "HEAD"):
         path = f"/v2/here/manifests/{tag}?ns={cache.upstream.host}"
@@ -174,12 +174,12 @@ def test_malformed_tags(cache: Cache, tag: str) -> None:
         f":{'0' * 64}",
     ],
 )
-def test_malformed_digests(cache: Cache, digest: str) -> None:
+def test_malformed_digests_are_refused(cache: Cache, digest: str) -> None:
     for kind, method in product(("manifests", "blobs", "referrers"), ("GET", "HEAD")):
         assert_refused(cache, f"/v2/here/{kind}/{digest}?ns={cache.upstream.host}", 400, "DIGEST_INVALID", method)
 
 
-def test_a_malformed_digest_with_a_body(cache: Cache) -> None:
+def test_malformed_digest_with_a_body_is_refused(cache: Cache) -> None:
     """The specification's conformance suite sends this."""
     answer = fetch(cache.url("here/manifests/sha256:totallywrong"), body=b"x" * 1000)
     assert_error(answer, 400, "DIGEST_INVALID")
@@ -217,7 +217,7 @@ def test_a_malformed_digest_with_a_body(cache: Cache) -> None:
         "a" * 300,
     ],
 )
-def test_malformed_upstreams(cache: Cache, ns: str) -> None:
+def test_malformed_ns_is_refused(cache: Cache, ns: str) -> None:
     written, since = ns.format(cache.upstream.host), cache.log_size
     for path in ("here/manifests/1", f"here/blobs/{DIGEST}"):
         answer = assert_refused(cache, f"/v2/{path}?ns={written}", 400, "NAME_INVALID")
@@ -233,7 +233,7 @@ def test_malformed_upstreams(cache: Cache, ns: str) -> None:
     "upstream", ["docker.io", "localhost:5000", "allowed.test", "127.0.0.1", "x.allowed.test.net"]
 )
 @pytest.mark.parametrize("path", ["manifests/1", f"manifests/{DIGEST}", f"blobs/{DIGEST}", "tags/list"])
-def test_upstreams_that_the_operator_does_not_allow(cache: Cache, path: str, upstream: str) -> None:
+def test_disallowed_upstreams_are_refused(cache: Cache, path: str, upstream: str) -> None:
     spelled = (f"/v2/team/app/{path}?ns={upstream}", f"/v2/{upstream}/team/app/{path}")
     for asked, method in product(spelled, ("GET", "HEAD")):
         since = cache.log_size
@@ -242,5 +242,5 @@ def test_upstreams_that_the_operator_does_not_allow(cache: Cache, path: str, ups
         assert upstream in cache.one_error(since).partition(": 403 DENIED: ")[2]
 
 
-def test_the_upstream_that_the_operator_allows(cache: Cache, image: Image) -> None:
+def test_allowed_upstream_is_served(cache: Cache, image: Image) -> None:
     assert cache.ask("here/manifests/1").body == image.manifest.data

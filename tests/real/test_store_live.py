@@ -20,11 +20,11 @@ from tests.real.scripted import (
     blob_paths,
     counts,
     daemon_in,
-    look_twice,
     manifest_paths,
     plain_image,
     pull,
     record,
+    wait_scanned_twice,
 )
 from tests.upstream_rules import Reply
 
@@ -68,15 +68,13 @@ def wait_miss(cache: Cache, path: str) -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_record_that_was_removed_is_a_miss(
-    cache: Cache, repository: str, image: Image, index: Index, at_once: bool
-) -> None:
+def test_removed_record_is_a_miss(cache: Cache, repository: str, image: Image, index: Index, at_once: bool) -> None:
     before = counts(cache.daemon)
     pull(cache, repository, image)
     pull(cache, repository, index)
     assert counts(cache.daemon) == (before[0] + 1, before[1] + 3)
     if not at_once:
-        look_twice(cache)
+        wait_scanned_twice(cache)
     for what in (image, index):
         for manifest in what.manifests:
             run(["rm", str(record(cache, manifest))])
@@ -92,7 +90,7 @@ def test_a_record_that_was_removed_is_a_miss(
     assert cache.sent(f"{repository}/manifests/") == asked + 4
 
 
-def test_a_blob_that_was_removed_is_a_miss(cache: Cache, repository: str, image: Image) -> None:
+def test_removed_blob_is_a_miss(cache: Cache, repository: str, image: Image) -> None:
     pull(cache, repository, image)
     for path, data in blob_paths(repository, image).items():
         blob_file(cache.daemon, path.rpartition("/")[2]).unlink(missing_ok=True)
@@ -103,7 +101,7 @@ def test_a_blob_that_was_removed_is_a_miss(cache: Cache, repository: str, image:
 
 
 @pytest.mark.parametrize("blobs_first", [True, False], ids=["blobs_first", "records_first"])
-def test_what_is_copied_in_is_a_hit(
+def test_copied_records_and_blobs_are_hits(
     cache: Cache, other: Cache, repository: str, image: Image, index: Index, blobs_first: bool
 ) -> None:
     for what in (image, index):
@@ -124,7 +122,7 @@ def test_what_is_copied_in_is_a_hit(
                 assert cache.ask(path).body == data
 
 
-def test_the_tag_means_what_was_confirmed_last(cache: Cache, other: Cache, repository: str, image: Image) -> None:
+def test_newest_confirmation_of_a_tag_wins(cache: Cache, other: Cache, repository: str, image: Image) -> None:
     """Replicas with each other's records agree."""
     tag = f"{repository}/manifests/1"
     assert cache.ask(tag).body == image.manifest.data
@@ -146,9 +144,7 @@ def test_the_tag_means_what_was_confirmed_last(cache: Cache, other: Cache, repos
 
 @pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
 @pytest.mark.parametrize("size", [0, 1, 4096, 4999, 5001])
-def test_a_half_copied_blob_is_never_served(
-    cache: Cache, repository: str, image: Image, size: int, known: bool
-) -> None:
+def test_half_copied_blob_is_not_served(cache: Cache, repository: str, image: Image, size: int, known: bool) -> None:
     if known:
         assert cache.ask(f"{repository}/manifests/1").status == 200
     layer = image.blobs[1]
@@ -169,7 +165,7 @@ def test_a_half_copied_blob_is_never_served(
 
 
 @pytest.mark.parametrize("same_times", [True, False])
-def test_a_record_whose_manifest_was_altered_is_not_served(
+def test_record_with_an_altered_manifest_is_not_served(
     cache: Cache, repository: str, image: Image, same_times: bool
 ) -> None:
     pull(cache, repository, image)

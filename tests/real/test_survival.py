@@ -44,7 +44,7 @@ def pull(cache: Cache, layer: Blob) -> None:
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 @pytest.mark.parametrize("known", [False, True], ids=["size_from_upstream", "size_from_manifest"])
-def test_an_upstream_that_cuts_every_20_mb(cache: Cache, image: Image, reset: bool, known: bool) -> None:
+def test_download_cut_every_20_mb_is_resumed(cache: Cache, image: Image, reset: bool, known: bool) -> None:
     """One client connection, one 200, the correct digest; at most 1.01 times the blob's bytes from the upstream."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")
@@ -58,7 +58,7 @@ def test_an_upstream_that_cuts_every_20_mb(cache: Cache, image: Image, reset: bo
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
-def test_kill_at_five_instants(cache: Cache, image: Image) -> None:
+def test_download_resumes_after_five_kills(cache: Cache, image: Image) -> None:
     """`kill -9`, start, pull, five times: at most 1.02 times the blob's bytes, and the correct content."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")
@@ -80,7 +80,7 @@ def test_kill_at_five_instants(cache: Cache, image: Image) -> None:
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
-def test_a_partial_of_another_process_is_adopted(cache: Cache, image: Image) -> None:
+def test_partial_of_an_ended_process_is_adopted(cache: Cache, image: Image) -> None:
     """The new process, with pulls/0, continues what an ended one left in pulls/7."""
     (layer,) = image.layers
     cache.upstream.add("survival", image, "v1")

@@ -42,11 +42,13 @@ class Realms:
         return f"{OWN}:{self.port}"
 
     def tokens(
-        self, address: str = OWN, *, plain: bool = False, life: int = 300, anybody: bool = False
+        self, address: str = OWN, *, plain: bool = False, life: int = 300, anonymous: bool = False
     ) -> TokenService:
         """Make a token service, which the caller closes."""
         tls = None if plain else ServerTls(*self.authority.issue(address)).context_against_clients()
-        return TokenService(self.authority, {} if anybody else {USER: PASSWORD}, tls=tls, address=address, life=life)
+        return TokenService(
+            self.authority, {} if anonymous else {USER: PASSWORD}, tls=tls, address=address, life=life
+        )
 
     def registry(self, settings: Mapping[str, str]) -> SecureRegistry:
         """Make the registry, with these settings of its `auth: token`."""
@@ -88,7 +90,7 @@ def _pull(daemon: Daemon, tag: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["host", "url"])
-def test_a_service_on_another_host_that_the_operator_names(
+def test_configured_token_service_on_another_host_gets_credentials(
     realms: Realms, start_daemon: StartDaemon, form: str
 ) -> None:
     with realms.serving(realms.tokens(own_address())) as tokens:
@@ -97,7 +99,9 @@ def test_a_service_on_another_host_that_the_operator_names(
         assert tokens.offered == (OFFERED,)
 
 
-def test_a_service_on_another_host_that_nobody_names(realms: Realms, start_daemon: StartDaemon) -> None:
+def test_unconfigured_token_service_on_another_host_gets_no_credentials(
+    realms: Realms, start_daemon: StartDaemon
+) -> None:
     """As a compromised registry might send it: it is asked anonymously."""
     with realms.serving(realms.tokens(own_address())) as tokens:
         entries = {realms.host: realms.login(), tokens.host: {}}
@@ -108,7 +112,7 @@ def test_a_service_on_another_host_that_nobody_names(realms: Realms, start_daemo
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["own_host", "named"])
-def test_a_service_that_speaks_plain_http(realms: Realms, start_daemon: StartDaemon, named: bool) -> None:
+def test_plain_http_token_service_gets_no_credentials(realms: Realms, start_daemon: StartDaemon, named: bool) -> None:
     """The registry speaks TLS, but an eavesdropper on the plain connection must not get the credentials."""
     with realms.serving(realms.tokens(plain=True)) as tokens:
         login = realms.login(realm=tokens.host) if named else realms.login()
@@ -118,7 +122,7 @@ def test_a_service_that_speaks_plain_http(realms: Realms, start_daemon: StartDae
         assert set(tokens.offered) == {None}
 
 
-def test_a_service_on_loopback_that_nobody_names(realms: Realms, start_daemon: StartDaemon) -> None:
+def test_unconfigured_token_service_on_loopback_is_not_contacted(realms: Realms, start_daemon: StartDaemon) -> None:
     """No upstream makes the daemon contact services on its own machine."""
     with realms.serving(realms.tokens(own_address())) as tokens:
         daemon = start_daemon({realms.host: realms.login()}, "--default-ns", realms.host)
@@ -127,16 +131,16 @@ def test_a_service_on_loopback_that_nobody_names(realms: Realms, start_daemon: S
         assert realms.host in daemon.log
 
 
-def test_tokens_for_everybody(realms: Realms, start_daemon: StartDaemon) -> None:
+def test_anonymous_tokens(realms: Realms, start_daemon: StartDaemon) -> None:
     """As public registries do it."""
-    with realms.serving(realms.tokens(anybody=True)) as tokens:
+    with realms.serving(realms.tokens(anonymous=True)) as tokens:
         entries = {realms.host: realms.entry(), tokens.host: {}}
         _pull(start_daemon(entries, "--default-ns", realms.host), "1")
         assert tokens.offered == (None,)
 
 
 @pytest.mark.parametrize(("life", "fetched"), [(300, 1), (1, 2)])
-def test_a_token_is_used_while_it_lasts(realms: Realms, start_daemon: StartDaemon, life: int, fetched: int) -> None:
+def test_token_is_reused_until_it_expires(realms: Realms, start_daemon: StartDaemon, life: int, fetched: int) -> None:
     with realms.serving(realms.tokens(life=life)) as tokens:
         entries = {realms.host: realms.login(), tokens.host: {}}
         daemon = start_daemon(entries, "--default-ns", realms.host)
@@ -146,7 +150,7 @@ def test_a_token_is_used_while_it_lasts(realms: Realms, start_daemon: StartDaemo
         assert tokens.offered == (OFFERED,) * fetched
 
 
-def test_a_token_that_the_registry_believes_no_more(realms: Realms, start_daemon: StartDaemon) -> None:
+def test_token_that_the_registry_rejects_is_replaced(realms: Realms, start_daemon: StartDaemon) -> None:
     """The service has a new key, and the registry knows it."""
     other = Authority(realms.folder / "other")
     with realms.tokens() as tokens:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.images import MIB, Image, make_image, make_index
 from tests.processes import wait_until
-from tests.real.operating import contents, is_whole, nothing_wrong_is_in, served
+from tests.real.operating import assert_all_served, assert_blobs_match_their_digests, contents, has_all_of
 from tests.real.scripted import SOON, Cache, blob_file, daemon_in, plain_image, pull, record
 from tests.upstream import ScriptedRegistry
 
@@ -39,7 +39,7 @@ def records(cache: Cache) -> set[str]:
     return {f"sha256:{digest}" for digest in contents(cache.daemon.image_path)}
 
 
-def test_what_nobody_pulls_goes_by_itself(tmp_path: Path) -> None:
+def test_unused_images_are_pruned_on_schedule(tmp_path: Path) -> None:
     """Kept and recently pulled images stay, with the blobs that they share."""
     base = make_image("upkeep/base", layer_size=100_000)
     old, kept, young = (make_image(name, base=base) for name in ("old", "kept", "young"))
@@ -53,11 +53,11 @@ def test_what_nobody_pulls_goes_by_itself(tmp_path: Path) -> None:
         wait_until(lambda: f"pruned {cache.upstream.host}/team/old:1" in cache.daemon.log, SOON, "the log tells")
         cache.upstream.close()
         for repository, image in (("team/kept", kept), ("team/young", young)):
-            served(cache.daemon, cache.upstream.host, repository, "1", image)
+            assert_all_served(cache.daemon, cache.upstream.host, repository, "1", image)
         assert cache.ask("team/old/manifests/1").status == 503
 
 
-def test_the_store_is_kept_below_its_largest_size(tmp_path: Path) -> None:
+def test_store_is_kept_below_its_maximum_size(tmp_path: Path) -> None:
     """The least recently pulled go first, down to 90 %, and no more."""
     images = [plain_image(f"largest/{number}", MIB) for number in range(7)]
     settings = {"prune": {"max_size": "5MiB", "keep": ["team/0:"], "every": "1s"}}
@@ -72,7 +72,7 @@ def test_the_store_is_kept_below_its_largest_size(tmp_path: Path) -> None:
             pulled(cache, "team/6", images[6])
             wait_left(cache, [images[number] for number in (0, 4, 5, 6)])
             for number in (0, 4, 5, 6):
-                served(daemon, upstream.host, f"team/{number}", "1", images[number])
+                assert_all_served(daemon, upstream.host, f"team/{number}", "1", images[number])
 
 
 def wait_left(cache: Cache, images: list[Image]) -> None:
@@ -84,7 +84,7 @@ def wait_left(cache: Cache, images: list[Image]) -> None:
     wait_until(lambda: {path.name for path in folder.iterdir()} == blobs, SOON, "their blobs are left")
 
 
-def test_what_is_damaged_is_found_and_comes_anew(tmp_path: Path) -> None:
+def test_damaged_blobs_are_found_and_repaired(tmp_path: Path) -> None:
     """During continuous verification clients receive correct content."""
     index, image = make_index("damaged", layer_size=50_000), make_image("record")
     with cache_with(tmp_path, {"verify": {"every": "1s", "max_rate": "20MB"}}) as cache:
@@ -99,15 +99,15 @@ def test_what_is_damaged_is_found_and_comes_anew(tmp_path: Path) -> None:
             line = f"quarantined: {path}: "
             wait_until(lambda line=line: line in cache.daemon.log, SOON, line)  # type: ignore[misc]  # a default binds it
         root = cache.daemon.image_path
-        wait_until(lambda: is_whole(root, index) and is_whole(root, image), SOON, "all of it is there again")
+        wait_until(lambda: has_all_of(root, index) and has_all_of(root, image), SOON, "all of it is there again")
         wait_until(lambda: blob_file(cache.daemon, layer.digest).read_bytes() == layer.data, SOON, "the right bytes")
         put_aside = {path.name for path in (root / "pulls" / "0" / "bad").iterdir()}
         assert put_aside == {layer.digest[7:], image.manifest.digest[7:]}
         assert cache.sent(f"{REPOSITORY}/blobs/{layer.digest}") == 2
-        nothing_wrong_is_in(root)
+        assert_blobs_match_their_digests(root)
         cache.upstream.close()
-        served(cache.daemon, cache.upstream.host, REPOSITORY, "list", index)
-        served(cache.daemon, cache.upstream.host, "team/record", "1", image)
+        assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, "list", index)
+        assert_all_served(cache.daemon, cache.upstream.host, "team/record", "1", image)
         # The last run finds nothing.
         since = cache.log_size
         wait_until(lambda: ": 0 are damaged" in cache.daemon.log[since:], SOON, "nothing is damaged")

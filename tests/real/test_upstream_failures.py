@@ -70,7 +70,7 @@ BEARER = ("WWW-Authenticate", 'Bearer realm="http://127.0.0.1:1/token",service="
     ],
     ids=["404", "404_html", "403", "401", "401_basic", "401_negotiate"],
 )
-def test_what_the_upstream_does_not_have_or_show(
+def test_missing_or_hidden_content_is_404(
     cache: Cache, repository: str, blob: str, manifests: tuple[str, str], reply: Rule
 ) -> None:
     with cache.scripted(f"/v2/{repository}/*", reply):
@@ -84,7 +84,7 @@ def test_what_the_upstream_does_not_have_or_show(
     assert cache.ask(blob).status == 200
 
 
-def test_a_token_without_the_scope(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
+def test_token_without_the_scope_is_404(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
     tokens = Tokens(f"{cache.upstream.url}/token", denied=[f"repository:{repository}:pull"])
     with cache.scripted("*", tokens):
         for method in ("GET", "HEAD"):
@@ -92,7 +92,7 @@ def test_a_token_without_the_scope(cache: Cache, repository: str, blob: str, man
             cache.refused(blob, 404, "BLOB_UNKNOWN", method)
 
 
-def test_a_realm_that_is_not_there(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
+def test_unreachable_token_realm_is_503(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
     with cache.scripted(f"/v2/{repository}/*", Reply(401, b"", (BEARER,))):
         cache.refused(manifests[0], 503, "UNAVAILABLE")
         cache.refused(blob, 503, "UNAVAILABLE")
@@ -120,7 +120,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("rule", FAILURES.values(), ids=FAILURES.keys())
-def test_an_upstream_in_trouble(
+def test_upstream_errors_are_503(
     cache: Cache, repository: str, blob: str, manifests: tuple[str, str], rule: Rule
 ) -> None:
     before = cache.files
@@ -132,14 +132,12 @@ def test_an_upstream_in_trouble(
         assert cache.ask(manifests[0]).status == 200  # the cached tag
 
 
-def test_an_upstream_that_redirects_in_a_loop(
-    cache: Cache, repository: str, blob: str, manifests: tuple[str, str]
-) -> None:
+def test_redirect_loop_is_503(cache: Cache, repository: str, blob: str, manifests: tuple[str, str]) -> None:
     with cache.scripted(f"/v2/{repository}/*", Redirect(cache.upstream.url)):
         assert_unavailable(cache, repository, blob, manifests)
 
 
-def test_an_upstream_that_is_not_there(
+def test_unreachable_upstream_is_503(
     cache: Cache, gone: ScriptedRegistry, repository: str, blob: str, manifests: tuple[str, str]
 ) -> None:
     assert_unavailable(replace(cache, upstream=gone), repository, blob, manifests)
@@ -175,17 +173,17 @@ GARBAGE = {
     "latin_1": Reply(200, b'{"schemaVersion": 2, "x": "\xff"}', (("Content-Type", OCI_MANIFEST),)),
     "too_large": json_reply({"schemaVersion": 2, "x": "x" * (9 << 20)}, OCI_MANIFEST),
 }
-ONLY_TAGS_BELIEVE = {"another_digest", "no_digest"}
+REFUSED_FOR_TAGS_ONLY = {"another_digest", "no_digest"}
 """Wrong only for tags: a request by digest needs no header."""
 
 
 @pytest.mark.parametrize("name", GARBAGE)
-def test_garbage_in_place_of_a_manifest(
+def test_malformed_manifest_is_refused(
     cache: Cache, repository: str, image: Image, manifests: tuple[str, str], name: str
 ) -> None:
     before = cache.files
     with cache.scripted(f"/v2/{repository}/manifests/*", GARBAGE[name]):
-        for manifest in manifests[: 1 if name in ONLY_TAGS_BELIEVE else 2]:
+        for manifest in manifests[: 1 if name in REFUSED_FOR_TAGS_ONLY else 2]:
             for method in ("GET", "HEAD"):
                 cache.refused(manifest, 503, "UNAVAILABLE", method)
     assert cache.files == before
@@ -194,7 +192,7 @@ def test_garbage_in_place_of_a_manifest(
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
-def test_an_encoding_that_nobody_asked_for(
+def test_content_encoding_is_refused(
     cache: Cache, repository: str, image: Image, blob: str, manifests: tuple[str, str], known: bool
 ) -> None:
     """A digest covers the bytes as sent; and clients would decode, or resume in the middle."""
@@ -216,7 +214,7 @@ def test_an_encoding_that_nobody_asked_for(
     assert cache.ask(blob).body == layer.data
 
 
-def test_a_captive_portal_in_place_of_a_blob(
+def test_captive_portal_in_place_of_a_blob(
     cache: Cache, blob: str, manifests: tuple[str, str], repository: str
 ) -> None:
     assert cache.ask(manifests[0]).status == 200
@@ -230,13 +228,13 @@ def test_a_captive_portal_in_place_of_a_blob(
 
 
 @pytest.mark.parametrize("reply", [PORTAL, Reply(200, b"{}"), Reply(200, b'{"tags": 1}')], ids=["html", "no", "one"])
-def test_garbage_in_place_of_a_list(cache: Cache, repository: str, manifests: tuple[str, str], reply: Rule) -> None:
+def test_malformed_list_is_refused(cache: Cache, repository: str, manifests: tuple[str, str], reply: Rule) -> None:
     with cache.scripted(f"/v2/{repository}/*", reply):
         cache.refused(f"{repository}/tags/list", 503, "UNAVAILABLE")
         cache.refused(manifests[1].replace("manifests", "referrers"), 503, "UNAVAILABLE")
 
 
-def test_an_upstream_that_says_nothing(cache: Cache, repository: str) -> None:
+def test_silent_upstream_is_503_and_served_on_retry(cache: Cache, repository: str) -> None:
     """Clients are answered in time, each object is requested once, and the clients' retries get it.
 
     The one slow test: as slow as clients are patient.

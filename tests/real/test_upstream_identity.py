@@ -79,32 +79,32 @@ def _entry(authority: Authority) -> dict[str, object]:
     return {"tls": {"ca": str(authority.ca)}}
 
 
-def test_a_host_name_is_proven_by_its_certificate(pulling: Pulling, authority: Authority) -> None:
+def test_certificate_for_the_host_name_is_accepted(pulling: Pulling, authority: Authority) -> None:
     """No scheme is configured: https is tried first."""
     pulling.succeeds(ServerTls(*authority.issue("registry.example", "localhost")), _entry(authority))
 
 
 @pytest.mark.parametrize(("host", "proven"), [("localhost", "127.0.0.1"), ("127.0.0.1", "localhost")])
-def test_a_name_is_no_address_and_an_address_no_name(
+def test_certificate_for_another_name_or_address_is_refused(
     pulling: Pulling, authority: Authority, host: str, proven: str
 ) -> None:
     why = f"the certificate of CN={proven} is refused: it is for another host name"
     pulling.fails(ServerTls(*authority.issue(proven)), _entry(authority), why, host)
 
 
-def test_both_sides_show_the_way_to_the_root(pulling: Pulling, authority: Authority) -> None:
+def test_certificate_chains_of_server_and_client(pulling: Pulling, authority: Authority) -> None:
     between = Authority(authority.ca.parent, "authority between", authority)
     certificate, key = map(str, between.issue("client"))
     entry = {"tls": {"ca": str(authority.ca), "cert": certificate, "key": key}}
     pulling.succeeds(ServerTls(*between.issue("localhost"), authority.ca), entry)
 
 
-def test_an_authority_that_is_no_root_can_be_trusted(pulling: Pulling, authority: Authority) -> None:
+def test_intermediate_authority_can_be_trusted(pulling: Pulling, authority: Authority) -> None:
     between = Authority(authority.ca.parent, "authority between", authority)
     pulling.succeeds(ServerTls(*between.issue("localhost")), _entry(between))
 
 
-def test_a_way_to_the_root_that_is_not_shown(pulling: Pulling, authority: Authority) -> None:
+def test_incomplete_certificate_chain_is_refused(pulling: Pulling, authority: Authority) -> None:
     """A common mistake: the server presents its own certificate alone."""
     between = Authority(authority.ca.parent, "authority between", authority)
     certificate, key = between.issue("localhost")
@@ -114,17 +114,17 @@ def test_a_way_to_the_root_that_is_not_shown(pulling: Pulling, authority: Author
     pulling.fails(ServerTls(certificate, key), _entry(authority), why)
 
 
-def test_the_operating_system_knows_no_private_authority(pulling: Pulling, authority: Authority) -> None:
+def test_private_authority_is_not_trusted_by_default(pulling: Pulling, authority: Authority) -> None:
     why = "the certificate of CN=localhost is refused: its issuer is not trusted"
     pulling.fails(ServerTls(*authority.issue("localhost")), {"scheme": "https"}, why)
 
 
-def test_a_certificate_that_nobody_else_signed(pulling: Pulling, tmp_path: Path) -> None:
+def test_self_signed_certificate_is_refused(pulling: Pulling, tmp_path: Path) -> None:
     """As appliances have by default."""
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.fails(tls, {"scheme": "https"}, "the certificate of CN=localhost is refused: it is self-signed")
 
 
-def test_a_certificate_that_nobody_else_signed_can_be_trusted(pulling: Pulling, tmp_path: Path) -> None:
+def test_self_signed_certificate_can_be_trusted(pulling: Pulling, tmp_path: Path) -> None:
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.succeeds(tls, {"tls": {"ca": str(tls.certificate)}})

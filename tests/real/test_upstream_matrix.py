@@ -29,7 +29,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=str)
-def test_a_kind_of_upstream(matrix: Matrix, cell: Cell, skopeo: Skopeo, tmp_path: Path) -> None:
+def test_sampled_kind_of_upstream(matrix: Matrix, cell: Cell, skopeo: Skopeo, tmp_path: Path) -> None:
     _check(matrix, cell, skopeo, tmp_path)
 
 
@@ -49,7 +49,7 @@ def _check(matrix: Matrix, cell: Cell, skopeo: Skopeo, folder: Path) -> None:
             _assert_refused(cell, upstream)
             with pytest.raises(RuntimeError, match=_SKOPEO_SAYS[cell.outcome[0]]):
                 skopeo(upstream.ref, f"dir:{folder}/copy")
-        _assert_nothing_told(cell, upstream)
+        _assert_nothing_revealed(cell, upstream)
 
 
 _SKOPEO_SAYS = {404: "manifest unknown|401", 503: "503"}
@@ -85,7 +85,7 @@ def _assert_refused(cell: Cell, upstream: Upstream) -> None:
         assert ("TLS failed: " if cell.front == "docker_registry" else "400") in told
 
 
-def _assert_nothing_told(cell: Cell, upstream: Upstream) -> None:
+def _assert_nothing_revealed(cell: Cell, upstream: Upstream) -> None:
     """Assert that an unidentified server received no request and no password."""
     if cell.outcome[0] == 503:
         assert upstream.registry.requests == ()

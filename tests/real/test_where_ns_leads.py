@@ -67,7 +67,7 @@ NAMES = (
 )
 
 
-class Place:
+class AddressNetwork:
     """A namespace with registries at its addresses, and a daemon in it; `close` ends them."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -107,49 +107,49 @@ class Place:
         return self.namespace.call(lambda: fetch(url))
 
     @property
-    def touched(self) -> dict[str, int]:
+    def forbidden_connections(self) -> dict[str, int]:
         """Return how many connections the registries at forbidden addresses have received."""
         return {one.host: one.connections for one in self.inside if one.connections}
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def network(tmp_path: Path) -> Iterator[AddressNetwork]:
     """The network."""
     with ExitStack() as stack:
-        yield Place(tmp_path, stack)
+        yield AddressNetwork(tmp_path, stack)
 
 
-def refused(place: Place, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> None:
+def assert_refused(network: AddressNetwork, daemon: Daemon, ns: str, path: str = "team/app/manifests/1") -> None:
     """Assert a 403 with the reason, one line in the log, and no connection to a forbidden address."""
     since = len(daemon.log)
-    answer = place.ask(daemon, ns, path)
+    answer = network.ask(daemon, ns, path)
     assert_error(answer, 403, "DENIED")
     assert b" address " in answer.body
     assert len(error_lines(daemon, since)) == 1
-    assert place.touched == {}
+    assert network.forbidden_connections == {}
 
 
-def test_names_that_lead_inside(place: Place) -> None:
-    daemon = place.daemon({})
-    assert place.ask(daemon, "public.example:5000").body == IMAGE.manifest.data
+def test_ns_with_an_internal_address_is_refused(network: AddressNetwork) -> None:
+    daemon = network.daemon({})
+    assert network.ask(daemon, "public.example:5000").body == IMAGE.manifest.data
     for ns in NAMES:
-        refused(place, daemon, ns)
-    refused(place, daemon, "127.0.0.1:5000", f"team/app/blobs/sha256:{'0' * 64}")
-    refused(place, daemon, "127.0.0.1:5000", "team/app/tags/list")
-    refused(place, daemon, "127.0.0.1:5000", f"team/app/referrers/{IMAGE.manifest.digest}")
-    in_path = place.namespace.call(lambda: fetch(f"{daemon.url}/v2/localhost:5000/team/app/manifests/1"))
+        assert_refused(network, daemon, ns)
+    assert_refused(network, daemon, "127.0.0.1:5000", f"team/app/blobs/sha256:{'0' * 64}")
+    assert_refused(network, daemon, "127.0.0.1:5000", "team/app/tags/list")
+    assert_refused(network, daemon, "127.0.0.1:5000", f"team/app/referrers/{IMAGE.manifest.digest}")
+    in_path = network.namespace.call(lambda: fetch(f"{daemon.url}/v2/localhost:5000/team/app/manifests/1"))
     assert_error(in_path, 403, "DENIED")
-    assert place.touched == {}
+    assert network.forbidden_connections == {}
 
 
 @pytest.mark.parametrize("inside", ["http://127.0.0.1:5000", "http://inside.example:5000", f"http://{METADATA}"])
-def test_an_upstream_that_leads_inside(place: Place, inside: str) -> None:
+def test_redirect_or_realm_to_an_internal_address_is_refused(network: AddressNetwork, inside: str) -> None:
     """By a redirect, and by the realm of its token service."""
-    daemon = place.daemon({f"{PUBLIC}:5000": "http"})
-    place.public.script("*/manifests/*", Redirect(inside))
-    refused(place, daemon, f"{PUBLIC}:5000")
-    place.public.script("*/blobs/*", Tokens(f"{inside}/token"))
-    refused(place, daemon, f"{PUBLIC}:5000", f"team/app/blobs/sha256:{'0' * 64}")
+    daemon = network.daemon({f"{PUBLIC}:5000": "http"})
+    network.public.script("*/manifests/*", Redirect(inside))
+    assert_refused(network, daemon, f"{PUBLIC}:5000")
+    network.public.script("*/blobs/*", Tokens(f"{inside}/token"))
+    assert_refused(network, daemon, f"{PUBLIC}:5000", f"team/app/blobs/sha256:{'0' * 64}")
 
 
 @pytest.mark.parametrize(
@@ -164,43 +164,43 @@ def test_an_upstream_that_leads_inside(place: Place, inside: str) -> None:
         (f"{METADATA}:5000", METADATA),
     ],
 )
-def test_what_the_operator_named_works(place: Place, ns: str, address: str) -> None:
-    daemon = place.daemon({ns: "http"})
-    assert place.ask(daemon, ns).body == IMAGE.manifest.data
-    assert place.touched == {f"{address}:5000": 1}
-    refused_other = place.ask(daemon, "127.0.0.1:443")
+def test_configured_internal_upstream_is_served(network: AddressNetwork, ns: str, address: str) -> None:
+    daemon = network.daemon({ns: "http"})
+    assert network.ask(daemon, ns).body == IMAGE.manifest.data
+    assert network.forbidden_connections == {f"{address}:5000": 1}
+    refused_other = network.ask(daemon, "127.0.0.1:443")
     assert_error(refused_other, 403, "DENIED")
-    assert list(place.touched) == [f"{address}:5000"]
+    assert list(network.forbidden_connections) == [f"{address}:5000"]
 
 
-def pulled(place: Place, daemon: Daemon, image: Image) -> None:
+def assert_pulled(network: AddressNetwork, daemon: Daemon, image: Image) -> None:
     """Assert that the whole image comes from the public registry through its redirects."""
     for path in ("manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)):
-        assert place.ask(daemon, f"{PUBLIC}:5000", f"team/app/{path}").status == 200
+        assert network.ask(daemon, f"{PUBLIC}:5000", f"team/app/{path}").status == 200
 
 
-def test_where_a_named_upstream_leads_may_be_named_too(place: Place) -> None:
+def test_configured_realm_and_storage_are_reached(network: AddressNetwork) -> None:
     """The token service by `realm` or by an entry, the storage by an entry."""
     tokens = Tokens("http://inside.example/token")
-    daemon = place.daemon(
+    daemon = network.daemon(
         {
             f"{PUBLIC}:5000": {"scheme": "http", "auth": {"realm": "inside.example"}},
             "127.0.0.1:5000": "http",
         }
     )
-    place.public.script("*/blobs/*", Redirect("http://127.0.0.1:5000"))
-    place.public.script("*", tokens)
-    place.at("127.0.0.1", 80).script("/token", tokens)
-    pulled(place, daemon, IMAGE)
-    assert set(place.touched) == {"127.0.0.1:80", "127.0.0.1:5000"}
+    network.public.script("*/blobs/*", Redirect("http://127.0.0.1:5000"))
+    network.public.script("*", tokens)
+    network.at("127.0.0.1", 80).script("/token", tokens)
+    assert_pulled(network, daemon, IMAGE)
+    assert set(network.forbidden_connections) == {"127.0.0.1:80", "127.0.0.1:5000"}
 
 
-def test_allowed_upstreams_restrict_further(place: Place) -> None:
+def test_allow_upstreams_does_not_permit_internal_addresses(network: AddressNetwork) -> None:
     """A disallowed upstream is not even looked up; an allowed one still may not lead inside."""
-    daemon = place.daemon({f"{PUBLIC}:5000": "http"}, "--allow-upstreams", f"{PUBLIC}:*,inside.*")
-    assert place.ask(daemon, f"{PUBLIC}:5000").status == 200
-    answer = place.ask(daemon, f"{OTHER_PUBLIC}:5000")
+    daemon = network.daemon({f"{PUBLIC}:5000": "http"}, "--allow-upstreams", f"{PUBLIC}:*,inside.*")
+    assert network.ask(daemon, f"{PUBLIC}:5000").status == 200
+    answer = network.ask(daemon, f"{OTHER_PUBLIC}:5000")
     assert_error(answer, 403, "DENIED")
     assert b"allow-upstreams" in answer.body
-    assert place.other.connections == 0
-    refused(place, daemon, "inside.example:5000")
+    assert network.other.connections == 0
+    assert_refused(network, daemon, "inside.example:5000")

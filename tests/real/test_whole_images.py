@@ -10,14 +10,14 @@ import pytest
 from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, wait_until
-from tests.real.completing import completing_in, health, incomplete, lines, pending_file, wait_complete
+from tests.real.completing import completing_in, health, incomplete, log_lines, pending_file, wait_complete
 from tests.real.scripted import (
     SOON,
     Cache,
     blob_paths,
-    look_twice,
     manifest_of,
     plain_image,
+    wait_scanned_twice,
 )
 from tests.upstream_rules import Drip, Hold, Reply
 
@@ -41,7 +41,7 @@ def own_cache(tmp_path: Path) -> Iterator[Cache]:
         yield cache
 
 
-def asked_for(cache: Cache, repository: str, what: Image | Index) -> int:
+def requests_for(cache: Cache, repository: str, what: Image | Index) -> int:
     """Count the upstream's requests for its blobs."""
     return sum(cache.sent(path) for path in blob_paths(repository, what))
 
@@ -54,7 +54,7 @@ def completed_another(cache: Cache, repository: str, refused: tuple[int, int] = 
     wait_complete(cache.daemon, another.blobs, refused=refused)
 
 
-def test_what_containerd_has_already_comes_too(
+def test_layers_that_containerd_has_are_completed(
     registry: DockerRegistry, start_daemon: Callable[..., Daemon], containerd: Containerd, tmp_path: Path
 ) -> None:
     """containerd has two of five layers, and requests three; another one gets all five without the registry."""
@@ -80,7 +80,7 @@ def test_what_containerd_has_already_comes_too(
     assert {blob.digest for blob in image.blobs} <= containerd.content
 
 
-def test_a_layer_brings_the_image_of_a_platform(cache: Cache, repository: str, index: Index) -> None:
+def test_request_for_a_layer_completes_its_platform(cache: Cache, repository: str, index: Index) -> None:
     """The blobs of that platform, the smallest first, each once; of the other its manifest and its config."""
     wanted, other = index.images
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
@@ -100,10 +100,10 @@ def test_a_layer_brings_the_image_of_a_platform(cache: Cache, repository: str, i
     # The image is not requested again once it is complete.
     assert cache.ask(path).body == wanted.manifest.data
     completed_another(cache, repository)
-    assert asked_for(cache, repository, index) == len(got)
+    assert requests_for(cache, repository, index) == len(got)
 
 
-def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, repository: str, index: Index) -> None:
+def test_only_requested_platform_is_completed_after_a_pause(cache: Cache, repository: str, index: Index) -> None:
     """After 30 s without a request for a layer; until then the image is pending, which is noted on disk."""
     _, wanted = index.images
     other = index.images[0]
@@ -114,22 +114,24 @@ def test_the_only_platform_that_was_asked_for_comes_in_the_end(cache: Cache, rep
     assert (document["incomplete_images"], document["pending_images"]) == (1, 1)
     wait_complete(cache.daemon, [*wanted.blobs, other.config], DECIDED)
     assert health(cache.daemon)["pending_images"] == 0
-    assert asked_for(cache, repository, other) == 1
+    assert requests_for(cache, repository, other) == 1
 
 
-def test_neither_a_list_nor_a_head_brings_a_layer(cache: Cache, repository: str, image: Image, index: Index) -> None:
+def test_request_for_an_index_or_head_fetches_no_layer(
+    cache: Cache, repository: str, image: Image, index: Index
+) -> None:
     """Of an index the manifests and configs of all platforms are fetched."""
     assert cache.ask(f"{repository}/manifests/list").status == 200
     assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
     assert cache.ask(f"{repository}/manifests/{index.images[0].manifest.digest}", "HEAD").status == 200
     completed_another(cache, repository)
-    assert asked_for(cache, repository, image) == 0
+    assert requests_for(cache, repository, image) == 0
     gets = [request.path for request in cache.upstream.requests if f"/v2/{repository}/blobs/" in request.path]
     assert sorted(gets) == sorted(f"/v2/{repository}/blobs/{one.config.digest}" for one in index.images)
     assert health(cache.daemon)["pending_images"] == 0
 
 
-def test_a_hit_completes_an_image_too(cache: Cache, repository: str, image: Image) -> None:
+def test_hit_completes_an_incomplete_image(cache: Cache, repository: str, image: Image) -> None:
     """An image fetched only by HEAD, or one that lost a blob."""
     assert cache.ask(f"{repository}/manifests/1", "HEAD").status == 200
     assert cache.ask(f"{repository}/manifests/1").status == 200
@@ -137,7 +139,7 @@ def test_a_hit_completes_an_image_too(cache: Cache, repository: str, image: Imag
     assert cache.sent(f"{repository}/manifests/1") == 1
 
 
-def test_blobs_with_urls_of_their_own_are_not_fetched(cache: Cache, repository: str) -> None:
+def test_layers_with_urls_are_not_fetched(cache: Cache, repository: str) -> None:
     """Clients fetch them from there."""
     plain = plain_image(repository, 3000)
     data = b"a layer that must not be distributed"
@@ -155,7 +157,7 @@ def test_blobs_with_urls_of_their_own_are_not_fetched(cache: Cache, repository: 
     assert cache.sent(f"{repository}/blobs/{foreign.digest}") == 0
 
 
-def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
+def test_no_complete_images_fetches_nothing_in_the_background(tmp_path: Path) -> None:
     """Missing blobs are still counted, also by the next process."""
     image = plain_image("incomplete", 5000)
     with completing_in(tmp_path, "--no-complete-images") as cache:
@@ -163,35 +165,35 @@ def test_nothing_comes_unasked_without_it(tmp_path: Path) -> None:
         assert cache.ask("team/app/manifests/1").status == 200
         assert cache.ask(f"team/app/blobs/{image.layers[0].digest}").body == image.layers[0].data
         cache.wait_stored(image.layers[0].digest)
-        look_twice(cache)
+        wait_scanned_twice(cache)
         assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
         assert not pending_file(cache.daemon, image.manifest).exists()
         assert incomplete(cache.daemon)[0] == 1
         cache.daemon.terminate()
         cache.daemon.start()
         wait_until(lambda: incomplete(cache.daemon) == (1, len(image.config.data)), SOON, "it is told")
-        look_twice(cache)
+        wait_scanned_twice(cache)
         assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
-    assert lines(cache.daemon, "info", "completing") == []
+    assert log_lines(cache.daemon, "info", "completing") == []
 
 
-def test_an_upstream_that_lacks_a_blob(own_cache: Cache, repository: str) -> None:
+def test_image_with_a_blob_missing_upstream_stays_incomplete(own_cache: Cache, repository: str) -> None:
     """The image stays incomplete, with one warning, and the upstream is not asked repeatedly."""
     cache, image = own_cache, plain_image("lacking", 5000)
     cache.upstream.add(repository, image, "1")
     cache.upstream.script(f"*/{image.config.digest}", Reply(404))
     assert cache.ask(f"{repository}/manifests/1").status == 200
-    wait_until(lambda: lines(cache.daemon, "warn", "stays incomplete"), SOON, "a warning")
+    wait_until(lambda: log_lines(cache.daemon, "warn", "stays incomplete"), SOON, "a warning")
     refused = 1, len(image.config.data)
     wait_complete(cache.daemon, image.layers, refused=refused)
     completed_another(cache, repository, refused)
-    (warning,) = lines(cache.daemon, "warn")
+    (warning,) = log_lines(cache.daemon, "warn")
     assert f"{cache.upstream.host}/{repository}@{image.manifest.digest}" in warning
     assert image.config.digest in warning
     assert cache.sent(f"{repository}/blobs/{image.config.digest}") == 1
 
 
-def test_clients_go_first(own_cache: Cache) -> None:
+def test_client_pauses_background_downloads(own_cache: Cache) -> None:
     """While a client's blob is downloaded, the background download stands still."""
     cache = own_cache
     image, wanted = plain_image("behind", 64 * MIB), plain_image("before", 4 * MIB)
@@ -210,9 +212,9 @@ def test_clients_go_first(own_cache: Cache) -> None:
         wait_until(lambda: here() > MIB, SOON, "it flows")
         with cache.opened(f"team/before/blobs/{blob.digest}") as answer:
             assert answer.read(MIB) == blob.data[:MIB]
-            sent = standing(lambda: cache.upstream.bytes_sent(layer.digest))
+            sent = constant(lambda: cache.upstream.bytes_sent(layer.digest))
             assert here() < sent < len(layer.data) * 3 // 4
-            assert standing(here) < len(layer.data) // 2
+            assert constant(here) < len(layer.data) // 2
             hold.release.set()
             assert answer.read() == blob.data[MIB:]
         wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > sent, SOON, "it goes on")
@@ -220,7 +222,7 @@ def test_clients_go_first(own_cache: Cache) -> None:
     assert cache.upstream.bytes_sent(layer.digest) == len(layer.data)
 
 
-def standing(count: Callable[[], int]) -> int:
+def constant(count: Callable[[], int]) -> int:
     """Return the value of `count` once it has been constant for a second."""
     counts: list[int] = []
 
@@ -232,7 +234,7 @@ def standing(count: Callable[[], int]) -> int:
     return counts[-1]
 
 
-def test_a_client_brings_forward_what_comes_in_the_background(own_cache: Cache) -> None:
+def test_client_raises_the_priority_of_a_background_download(own_cache: Cache) -> None:
     """The client does not wait behind another one because the blob's download began in the background."""
     cache = own_cache
     image, wanted = plain_image("joined", 32 * MIB), plain_image("beside", 4 * MIB)
@@ -251,7 +253,7 @@ def test_a_client_brings_forward_what_comes_in_the_background(own_cache: Cache) 
     wait_complete(cache.daemon, image.blobs)
 
 
-def test_one_image_does_not_wait_for_another_to_be_retried(own_cache: Cache) -> None:
+def test_pending_images_are_completed_in_sequence(own_cache: Cache) -> None:
     """An image that becomes pending during another one's completion is completed right after it."""
     cache = own_cache
     first, second = plain_image("first", 5000), plain_image("second", 5000)
@@ -266,7 +268,7 @@ def test_one_image_does_not_wait_for_another_to_be_retried(own_cache: Cache) -> 
     wait_complete(cache.daemon, (*first.blobs, *second.blobs))
 
 
-def test_clients_go_first_for_the_only_connection(tmp_path: Path) -> None:
+def test_client_takes_precedence_on_a_single_connection(tmp_path: Path) -> None:
     """Background work uses the same connection, and clients take precedence."""
     image, wanted = plain_image("slow", 10 * MIB), plain_image("wanted", 500_000)
     with completing_in(tmp_path, "--max-connections", "1") as cache:

@@ -16,7 +16,7 @@ AT_ONCE = 5.0
 """Seconds, less than the 8 for which the daemon waits for a mirror."""
 
 
-def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+def test_dead_upstream_does_not_delay_completion_from_another(upstream: ScriptedRegistry, tmp_path: Path) -> None:
     """Its broken download is resumed later; meanwhile images of other upstreams are completed."""
     dead, image = plain_image("dead", MIB), plain_image("alive", 5000)
     (layer,) = dead.layers
@@ -35,7 +35,7 @@ def test_an_upstream_that_died_does_not_hold_up_another(upstream: ScriptedRegist
         wait_until(lambda: all(path.exists() for path in stored), SOON, "the image of the other")
 
 
-def test_daemons_in_a_chain_complete_the_image_once(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+def test_chained_daemons_complete_an_image_once(upstream: ScriptedRegistry, tmp_path: Path) -> None:
     """The daemon at the edge requests everything from the one behind it; the upstream sees each request once."""
     image = make_image("chain of whole images", layers=3)
     upstream.add("team/app", image, "1")
@@ -49,7 +49,7 @@ def test_daemons_in_a_chain_complete_the_image_once(upstream: ScriptedRegistry, 
     asked_once(upstream, image)
 
 
-def test_two_that_mirror_each_other_complete_the_image(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+def test_mutual_mirrors_complete_an_image(upstream: ScriptedRegistry, tmp_path: Path) -> None:
     """The daemon that a client asked asks the other, which has nothing: neither waits for the other."""
     image = make_image("a pair and a whole image", layers=3)
     upstream.add("team/app", image, "1")

@@ -9,8 +9,8 @@ import pytest
 
 from tests.images import Image
 from tests.processes import wait_until
-from tests.real.completing import completing_in, incomplete, lines, pending_file, wait_complete
-from tests.real.scripted import SOON, Cache, look_twice, plain_image, record
+from tests.real.completing import completing_in, incomplete, log_lines, pending_file, wait_complete
+from tests.real.scripted import SOON, Cache, plain_image, record, wait_scanned_twice
 from tests.upstream_rules import Hold, Reply
 
 LAYER = 300_000
@@ -49,7 +49,7 @@ def complete_another(cache: Cache, name: str) -> Image:
 
 
 @pytest.mark.parametrize("number", [0, 7], ids=["its_own", "of_another_process"])
-def test_it_outlives_the_process(cache: Cache, image: Image, number: int) -> None:
+def test_pending_image_survives_a_kill(cache: Cache, image: Image, number: int) -> None:
     """`kill -9` in the middle: the next process completes the image without a client, and fetches no byte twice."""
     (layer,) = image.layers
     hold = Hold(BEGUN)
@@ -69,7 +69,7 @@ def test_it_outlives_the_process(cache: Cache, image: Image, number: int) -> Non
     wait_until(lambda: cache.partials == set(), SOON, "nothing is left")
 
 
-def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> None:
+def test_health_and_log_report_missing_blobs(cache: Cache, image: Image) -> None:
     size = sum(len(blob.data) for blob in image.blobs)
     assert incomplete(cache.daemon) == (0, 0)
     hold = Hold(None)
@@ -77,7 +77,7 @@ def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> 
         assert cache.ask("team/wish/manifests/1").status == 200
         assert hold.reached.wait(SOON)
         assert incomplete(cache.daemon) == (1, size)
-        (line,) = lines(cache.daemon, "info", "completing", image.manifest.digest)
+        (line,) = log_lines(cache.daemon, "info", "completing", image.manifest.digest)
         assert f"{len(image.blobs)} blobs with {size} bytes" in line
         # The next process reports it too, before it has fetched anything.
         cache.daemon.kill()
@@ -87,11 +87,11 @@ def test_health_and_the_log_tell_what_is_missing(cache: Cache, image: Image) -> 
         assert hold.reached.wait(SOON)
         assert incomplete(cache.daemon) == (1, size)
     wait_complete(cache.daemon, image.blobs)
-    assert len(lines(cache.daemon, "info", "completion finished", image.manifest.digest)) == 1
+    assert len(log_lines(cache.daemon, "info", "completion finished", image.manifest.digest)) == 1
 
 
 @pytest.mark.parametrize("restarted", [False, True])
-def test_an_image_that_is_removed_is_not_completed(cache: Cache, image: Image, restarted: bool) -> None:
+def test_removed_image_is_not_completed(cache: Cache, image: Image, restarted: bool) -> None:
     """Removing an image's record cancels its completion, whether or not the daemon is running."""
     with cache.scripted("*/team/wish/blobs/*", Reply(500)):
         assert cache.ask("team/wish/manifests/1").status == 200
@@ -103,14 +103,14 @@ def test_an_image_that_is_removed_is_not_completed(cache: Cache, image: Image, r
         if restarted:
             cache.daemon.start()
         else:
-            look_twice(cache)
+            wait_scanned_twice(cache)
     another = complete_another(cache, "other")
     wait_complete(cache.daemon, another.blobs)
     assert not any(cache.stored(blob.digest) for blob in image.blobs)
-    assert lines(cache.daemon, "error") == []
+    assert log_lines(cache.daemon, "error") == []
 
 
-def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> None:
+def test_pending_image_is_retried_after_an_upstream_failure(cache: Cache, image: Image) -> None:
     """The image stays pending, although the upstream had none of the blobs, and the daemon is restarted meanwhile."""
     with cache.scripted("*/team/wish/blobs/*", Reply(503)):
         assert cache.ask("team/wish/manifests/1").status == 200
@@ -119,10 +119,10 @@ def test_an_upstream_that_fails_is_asked_again(cache: Cache, image: Image) -> No
         assert pending_file(cache.daemon, image.manifest).is_file()
     cache.daemon.start()
     wait_complete(cache.daemon, image.blobs)
-    assert lines(cache.daemon, "warn", "stays incomplete") == []
+    assert log_lines(cache.daemon, "warn", "stays incomplete") == []
 
 
-def test_what_is_no_pending_is_thrown_away(cache: Cache, image: Image) -> None:
+def test_malformed_pending_images_are_removed(cache: Cache, image: Image) -> None:
     """Damaged files, and files with other names, do no harm."""
     cache.daemon.kill()
     folder = cache.daemon.image_path / "pulls" / "0"
@@ -134,7 +134,7 @@ def test_what_is_no_pending_is_thrown_away(cache: Cache, image: Image) -> None:
     wait_complete(cache.daemon, image.blobs)
 
 
-def test_a_client_that_pulls_it_all_leaves_no_pending(cache: Cache, image: Image) -> None:
+def test_complete_pull_leaves_no_pending_image(cache: Cache, image: Image) -> None:
     """The client and completion share the download of each blob."""
     assert cache.ask("team/wish/manifests/1").status == 200
     for blob in image.blobs:

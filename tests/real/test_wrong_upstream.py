@@ -49,14 +49,14 @@ def asked(cache: Cache, path: str) -> list[str | None]:
     return [request.header("Range") for request in requests]
 
 
-def nothing_wrong_is_left(cache: Cache, layer: Blob) -> None:
+def assert_nothing_wrong_is_stored(cache: Cache, layer: Blob) -> None:
     """Assert that every blob has the digest that its name says, and that no partial remains."""
     wait_until(lambda: not cache.partials, SOON, "no partial is left")
     for path in (cache.daemon.image_path / "blobs").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
-FROM_THE_START: dict[str, tuple[Rule, ...]] = {
+WRONG_CONTENT: dict[str, tuple[Rule, ...]] = {
     "first_byte": (Flip(0),),
     "early": (Flip(1000),),
     "late": (Flip(SIZE - 1000),),
@@ -73,56 +73,56 @@ FROM_THE_START: dict[str, tuple[Rule, ...]] = {
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["manifest", "no_manifest"])
-@pytest.mark.parametrize("name", FROM_THE_START)
-def test_wrong_from_the_start(cache: Cache, name: str, known: bool) -> None:
+@pytest.mark.parametrize("name", WRONG_CONTENT)
+def test_wrong_content_of_a_first_download(cache: Cache, name: str, known: bool) -> None:
     path, layer = publish(cache, known=known)
-    with cache.scripted(f"*{layer.digest}", *FROM_THE_START[name]), cache.opened(path) as answer:
+    with cache.scripted(f"*{layer.digest}", *WRONG_CONTENT[name]), cache.opened(path) as answer:
         assert answer.status in (200, 503)
         if answer.status == 200:
             short_body(answer)
-        nothing_wrong_is_left(cache, layer)
+        assert_nothing_wrong_is_stored(cache, layer)
         assert not cache.stored(layer.digest)
     assert asked(cache, path)[0] is None
     assert digest_of(cache.ask(path).body) == layer.digest
     cache.wait_stored(layer.digest)
-    nothing_wrong_is_left(cache, layer)
+    assert_nothing_wrong_is_stored(cache, layer)
 
 
-TAKEN_UP = f"bytes={START}-"
-PASSED_OVER: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
-    "everything": ((IgnoreRange(),), [TAKEN_UP]),
+RESUMED = f"bytes={START}-"
+HARMLESS: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
+    "everything": ((IgnoreRange(),), [RESUMED]),
     # Received bytes are not written again: the wrong byte is skipped.
-    "everything_with_another_beginning": ((Flip(1000), IgnoreRange()), [TAKEN_UP]),
-    "everything_in_chunks": ((NoLength(), Flip(START - 1), IgnoreRange()), [TAKEN_UP]),
-    "no_total": ((ContentRange(f"bytes {START}-{LAST}/*"),), [TAKEN_UP]),
+    "everything_with_another_beginning": ((Flip(1000), IgnoreRange()), [RESUMED]),
+    "everything_in_chunks": ((NoLength(), Flip(START - 1), IgnoreRange()), [RESUMED]),
+    "no_total": ((ContentRange(f"bytes {START}-{LAST}/*"),), [RESUMED]),
     # Requested again from the beginning.
-    "an_earlier_part": ((ContentRange(f"bytes 0-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
-    "a_later_part": ((ContentRange(f"bytes {START + 1}-{LAST}/{SIZE}"),), [TAKEN_UP, None]),
-    "a_part_without_a_place": ((ContentRange(None),), [TAKEN_UP, None]),
-    "a_part_of_something": ((ContentRange("items 1-2/3"),), [TAKEN_UP, None]),
+    "an_earlier_part": ((ContentRange(f"bytes 0-{LAST}/{SIZE}"),), [RESUMED, None]),
+    "a_later_part": ((ContentRange(f"bytes {START + 1}-{LAST}/{SIZE}"),), [RESUMED, None]),
+    "a_part_without_a_place": ((ContentRange(None),), [RESUMED, None]),
+    "a_part_of_something": ((ContentRange("items 1-2/3"),), [RESUMED, None]),
 }
 """Harmless answers to a Range, and the Range of each request that follows."""
 
-THROWN_AWAY: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
-    "first_byte": ((Flip(START),), [TAKEN_UP]),
-    "late": ((Flip(SIZE - 1000),), [TAKEN_UP]),
-    "last_byte": ((Flip(LAST),), [TAKEN_UP]),
-    "another_file": ((Other(),), [TAKEN_UP]),
-    "another_file_whole": ((Other(), IgnoreRange()), [TAKEN_UP]),
-    "another_total": ((ContentRange(f"bytes {START}-{SIZE}/{SIZE + 1}"),), [TAKEN_UP]),
-    "another_size_whole": ((Resize(1), IgnoreRange()), [TAKEN_UP]),
-    "too_little": ((Resize(-1000),), [TAKEN_UP, f"bytes={SIZE - 1000}-"]),
-    "too_much": ((Resize(1000),), [TAKEN_UP]),
-    "too_much_in_chunks": ((NoLength(), Resize(1000)), [TAKEN_UP]),
-    "no_such_range": ((Reply(416),), [TAKEN_UP]),
+MISMATCHED: dict[str, tuple[tuple[Rule, ...], list[str | None]]] = {
+    "first_byte": ((Flip(START),), [RESUMED]),
+    "late": ((Flip(SIZE - 1000),), [RESUMED]),
+    "last_byte": ((Flip(LAST),), [RESUMED]),
+    "another_file": ((Other(),), [RESUMED]),
+    "another_file_whole": ((Other(), IgnoreRange()), [RESUMED]),
+    "another_total": ((ContentRange(f"bytes {START}-{SIZE}/{SIZE + 1}"),), [RESUMED]),
+    "another_size_whole": ((Resize(1), IgnoreRange()), [RESUMED]),
+    "too_little": ((Resize(-1000),), [RESUMED, f"bytes={SIZE - 1000}-"]),
+    "too_much": ((Resize(1000),), [RESUMED]),
+    "too_much_in_chunks": ((NoLength(), Resize(1000)), [RESUMED]),
+    "no_such_range": ((Reply(416),), [RESUMED]),
 }
 """Answers that show, at once or at the end, that the bytes belong to another blob than the earlier ones."""
 
 
-@pytest.mark.parametrize("name", PASSED_OVER)
-def test_a_broken_download_goes_on(cache: Cache, name: str) -> None:
+@pytest.mark.parametrize("name", HARMLESS)
+def test_broken_download_is_resumed(cache: Cache, name: str) -> None:
     """One client connection, one 200, the correct bytes, in the file that the client is reading."""
-    rules, requests = PASSED_OVER[name]
+    rules, requests = HARMLESS[name]
     path, layer = publish(cache)
     cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
     with cache.scripted(f"*{layer.digest}", WhenRanged(rules)), cache.opened(path) as answer:
@@ -131,15 +131,15 @@ def test_a_broken_download_goes_on(cache: Cache, name: str) -> None:
     cut()
     assert asked(cache, path) == [None, *requests]
     cache.wait_stored(layer.digest)
-    nothing_wrong_is_left(cache, layer)
+    assert_nothing_wrong_is_stored(cache, layer)
     assert digest_of(cache.ask(path).body) == layer.digest
     assert len(asked(cache, path)) == 1 + len(requests)
 
 
-@pytest.mark.parametrize("name", THROWN_AWAY)
-def test_a_broken_download_goes_on_with_something_else(cache: Cache, name: str) -> None:
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_mismatched_resume_is_downloaded_again(cache: Cache, name: str) -> None:
     """The client gets a short answer; one new download, into a new file, serves the next client."""
-    rules, requests = THROWN_AWAY[name]
+    rules, requests = MISMATCHED[name]
     path, layer = publish(cache)
     cut = cache.upstream.script(f"*{layer.digest}", Cut(START), times=1)
     with cache.scripted(f"*{layer.digest}", WhenRanged(rules)):
@@ -149,7 +149,7 @@ def test_a_broken_download_goes_on_with_something_else(cache: Cache, name: str) 
         assert layer.data[:START].startswith(got[:START])
         cache.wait_stored(layer.digest)
     cut()
-    nothing_wrong_is_left(cache, layer)
+    assert_nothing_wrong_is_stored(cache, layer)
     assert digest_of(cache.ask(path).body) == layer.digest
     assert asked(cache, path) == [None, *requests, None]
 
@@ -163,22 +163,22 @@ def leave_a_partial(cache: Cache, path: str, layer: Blob) -> None:
     cache.daemon.start()
 
 
-@pytest.mark.parametrize("name", PASSED_OVER)
-def test_what_a_killed_daemon_left_goes_on(cache: Cache, name: str) -> None:
-    rules, requests = PASSED_OVER[name]
+@pytest.mark.parametrize("name", HARMLESS)
+def test_partial_of_a_killed_daemon_is_resumed(cache: Cache, name: str) -> None:
+    rules, requests = HARMLESS[name]
     path, layer = publish(cache)
     leave_a_partial(cache, path, layer)
     with cache.scripted(f"*{layer.digest}", WhenRanged(rules)):
         assert digest_of(cache.ask(path).body) == layer.digest
     assert asked(cache, path) == [None, *requests]
     cache.wait_stored(layer.digest)
-    nothing_wrong_is_left(cache, layer)
+    assert_nothing_wrong_is_stored(cache, layer)
 
 
-@pytest.mark.parametrize("name", THROWN_AWAY)
-def test_what_a_killed_daemon_left_goes_on_with_something_else(cache: Cache, name: str) -> None:
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_mismatched_resume_after_a_kill_is_downloaded_again(cache: Cache, name: str) -> None:
     """Where the first answer shows it, the client gets all bytes from the new download."""
-    rules, requests = THROWN_AWAY[name]
+    rules, requests = MISMATCHED[name]
     told = name in ("another_total", "another_size_whole", "no_such_range")
     path, layer = publish(cache)
     leave_a_partial(cache, path, layer)
@@ -190,13 +190,13 @@ def test_what_a_killed_daemon_left_goes_on_with_something_else(cache: Cache, nam
             else:
                 assert layer.data[:START].startswith(short_body(answer)[:START])
         cache.wait_stored(layer.digest)
-    nothing_wrong_is_left(cache, layer)
+    assert_nothing_wrong_is_stored(cache, layer)
     assert digest_of(cache.ask(path).body) == layer.digest
     assert asked(cache, path) == [None, *requests, None]
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_what_was_there_before_the_break_is_wrong(cache: Cache, killed: bool) -> None:
+def test_wrong_partial_is_downloaded_again(cache: Cache, killed: bool) -> None:
     """The rest is correct; only the digest of the whole shows it."""
     path, layer = publish(cache)
     flip = cache.upstream.script(f"*{layer.digest}", Flip(1000), times=1)
@@ -209,11 +209,11 @@ def test_what_was_there_before_the_break_is_wrong(cache: Cache, killed: bool) ->
     flip()
     cache.wait_stored(layer.digest)
     assert digest_of(cache.ask(path).body) == layer.digest
-    assert asked(cache, path) == [None, TAKEN_UP, None]
-    nothing_wrong_is_left(cache, layer)
+    assert asked(cache, path) == [None, RESUMED, None]
+    assert_nothing_wrong_is_stored(cache, layer)
 
 
-def test_there_is_one_new_fetch_and_no_more(cache: Cache) -> None:
+def test_wrong_blob_is_downloaded_again_only_once(cache: Cache) -> None:
     """An upstream with a wrong blob is not asked for it repeatedly."""
     path, layer = publish(cache)
     since = cache.log_size
@@ -222,13 +222,13 @@ def test_there_is_one_new_fetch_and_no_more(cache: Cache) -> None:
             short_body(answer)
         wait_until(lambda: len(asked(cache, path)) >= 6, SOON, "the new fetch comes to its end")
         wait_until(lambda: len(cache.errors(since)) >= 2, SOON, "it fails too")
-        nothing_wrong_is_left(cache, layer)
+        assert_nothing_wrong_is_stored(cache, layer)
     assert digest_of(cache.ask(path).body) == layer.digest
-    once = [None, TAKEN_UP, f"bytes={2 * START}-"]
+    once = [None, RESUMED, f"bytes={2 * START}-"]
     assert asked(cache, path) == [*once, *once, None]
 
 
-def test_an_upstream_that_never_gets_beyond_what_is_here(tmp_path: Path) -> None:
+def test_repeated_break_at_the_same_offset_is_retried_with_delays(tmp_path: Path) -> None:
     """It restarts each time and breaks at the same offset: retries are delayed."""
     with cache_in(tmp_path, "--pull-timeout", "3000") as cache:
         path, layer = publish(cache)
