@@ -23,7 +23,7 @@ from tests.badlink_process import LinkProcess
 from tests.client import fetch
 from tests.images import Image
 from tests.processes import Daemon, wait_until
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
 from tests.upstream import ScriptedRegistry
 
 CLIENTS = 20

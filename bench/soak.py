@@ -23,7 +23,7 @@ from ociregistry.store.records import Record
 from tests import procfs
 from tests.images import digest_of
 from tests.processes import Daemon, wait_until
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_http import Rule
 from tests.upstream_rules import ContentRange, Cut, Drip, Flip, Hold, IgnoreRange, NoLength, Reply

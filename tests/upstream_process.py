@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from tests.namespaces import Namespace
 from tests.processes import ROOT
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip
 

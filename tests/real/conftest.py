@@ -15,7 +15,7 @@ import pytest
 from tests.images import MIB, Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry, missing_package, skopeo_copy
 from tests.processes import Daemon
-from tests.real.scripted import Cache, cache_in, plain_image, repository_for
+from tests.real.caches import Cache, cache_in, plain_image, repository_for
 
 
 def _need(*programs: str) -> None:

@@ -36,8 +36,8 @@ from tests.images import (
     make_image,
 )
 from tests.processes import Daemon, wait_until
-from tests.real.commanding import blobs_in, records_in
-from tests.real.scripted import Cache
+from tests.real.caches import Cache
+from tests.real.shells import blobs_in, records_in
 
 REPOSITORY = "team/app"
 TAG = "v1"

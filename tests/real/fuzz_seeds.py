@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from tests.images import digest_of
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
 
 IMAGE = plain_image("fuzz", 2000)
 LAYER = IMAGE.blobs[1]

@@ -15,8 +15,8 @@ from tests.client import Response, fetch
 from tests.images import Image, make_artifact
 from tests.namespaces import Namespace, NamespacedDaemon
 from tests.processes import wait_until
-from tests.real.completing import log_lines
-from tests.real.scripted import SOON, assert_error, plain_image
+from tests.real.caches import SOON, assert_error, plain_image
+from tests.real.completions import log_lines
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Reply
 

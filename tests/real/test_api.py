@@ -14,7 +14,7 @@ import pytest
 from tests.client import fetch
 from tests.images import OCI_LAYER, Blob, Image, Manifest, make_index
 from tests.processes import wait_until
-from tests.real.scripted import (
+from tests.real.caches import (
     SEEN,
     Cache,
     blob_file,

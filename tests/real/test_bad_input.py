@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import Image, Manifest, make_image
-from tests.real.commanding import Ended, Shell, assert_one_line, files_in, shell_in, succeeded
+from tests.real.shells import Ended, Shell, assert_one_line, files_in, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 
 KEPT = make_image("kept")

@@ -13,7 +13,7 @@ import pytest
 from tests.client import fetch
 from tests.images import MIB, Blob
 from tests.namespaces import NamespacedDaemon, Routed
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
 from tests.upstream import ScriptedRegistry
 
 RATE = 1_000_000

@@ -14,7 +14,7 @@ from tests.client import Response, fetch
 from tests.images import Image, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, free_port, wait_until
-from tests.real.scripted import SOON, assert_error, blob_file, error_lines, scripted
+from tests.real.caches import SOON, assert_error, blob_file, error_lines, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold, Reply
 

@@ -16,7 +16,7 @@ from tests.client import Response, connect
 from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Blob, Index, make_index
 from tests.peers import DockerRegistry
 from tests.processes import Daemon
-from tests.real.completing import wait_complete
+from tests.real.completions import wait_complete
 
 # The media types that a Docker engine accepts, each on a separate line.
 _ACCEPT = (

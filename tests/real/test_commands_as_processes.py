@@ -13,7 +13,7 @@ import pytest
 
 from ociregistry import __version__
 from tests.images import make_index
-from tests.real.commanding import (
+from tests.real.shells import (
     NOBODY_UID,
     Shell,
     as_nobody,

@@ -19,7 +19,8 @@ import pytest
 from tests.disk_faults import Trace, need
 from tests.images import Image, Index, make_image, make_index
 from tests.processes import Daemon, wait_until
-from tests.real.operating import (
+from tests.real.caches import SOON
+from tests.real.stores import (
     PATIENCE,
     Contents,
     assert_blobs_match_their_digests,
@@ -33,7 +34,6 @@ from tests.real.operating import (
     lost_blobs,
     running_command,
 )
-from tests.real.scripted import SOON
 from tests.upstream import ScriptedRegistry
 
 REPOSITORY = "team/app"

@@ -16,7 +16,7 @@ from tests.client import fetch
 from tests.disk_faults import Trace, faults
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, cache_in, plain_image
+from tests.real.caches import SOON, Cache, cache_in, plain_image
 from tests.upstream_resumed import WhenRanged
 from tests.upstream_rules import Cut, Hold, Reply
 

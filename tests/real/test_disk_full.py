@@ -13,7 +13,7 @@ from tests.client import fetch
 from tests.disk_faults import SmallDisk, small_disk
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, daemon_in, plain_image, short_body
+from tests.real.caches import SOON, Cache, daemon_in, plain_image, short_body
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip, NoLength
 

@@ -16,8 +16,8 @@ import pytest
 from tests.disk_faults import BLOCK, Ext4, ext4_disk
 from tests.images import MIB, Image, Index, digest_of, make_index, random_bytes
 from tests.processes import Daemon, wait_until
-from tests.real.operating import assert_all_served, command, contents, hex_of
-from tests.real.scripted import SOON, Cache, blob_file, open_answer, plain_image, pull, record
+from tests.real.caches import SOON, Cache, blob_file, open_answer, plain_image, pull, record
+from tests.real.stores import assert_all_served, command, contents, hex_of
 from tests.upstream import ScriptedRegistry
 
 LAYER = 200_000

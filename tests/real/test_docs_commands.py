@@ -20,7 +20,7 @@ from tests.images import Image, Index, make_image, make_index
 from tests.namespaces import Namespace
 from tests.peers import Containerd, missing_package
 from tests.processes import wait_until
-from tests.real.newcomer import Machine, Running
+from tests.real.machines import Machine, Running
 
 _FIRST_PULL = "A first pull"
 """The section of the README that test_readme.py runs."""

@@ -13,8 +13,8 @@ import pytest
 
 from tests.images import Index
 from tests.processes import Daemon, wait_until
-from tests.real.commanding import blobs_in, records_in
-from tests.real.completing import completing_in
+from tests.real.caches import SOON, Cache, error_lines
+from tests.real.completions import completing_in
 from tests.real.every_platform import (
     AMD64,
     ARCHITECTURE,
@@ -34,8 +34,8 @@ from tests.real.every_platform import (
     wait_stored_platforms,
     write_store_of_older_version,
 )
-from tests.real.operating import command, image_list
-from tests.real.scripted import SOON, Cache, error_lines
+from tests.real.shells import blobs_in, records_in
+from tests.real.stores import command, image_list
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold, Reply
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
-from tests.real.carrying import Site, blobs_of, in_archive, parts_of, pull_offline, with_metadata
+from tests.real.sites import Site, blobs_of, in_archive, parts_of, pull_offline, with_metadata
 
 INDEX = make_index("carried/index")
 DOCKER = make_index("carried/docker", docker=True)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.images import OCI_MANIFEST, Image, Index
 from tests.processes import wait_until
-from tests.real.scripted import SEEN, Cache, counts, pull, record, wait_scanned_twice
+from tests.real.caches import SEEN, Cache, counts, pull, record, wait_scanned_twice
 from tests.upstream_rules import Reply
 
 GONE = Reply(503)

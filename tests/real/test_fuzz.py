@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.namespaces import Namespace, NamespacedDaemon
 from tests.processes import ROOT, Daemon, wait_until
+from tests.real.caches import SOON
 from tests.real.fuzz_seeds import (
     DIGESTS,
     FIELDS,
@@ -32,7 +33,7 @@ from tests.real.fuzz_seeds import (
     mutated,
     ranges,
 )
-from tests.real.fuzzing import (
+from tests.real.fuzz_wire import (
     Header,
     Wire,
     assert_log_is_clean,
@@ -40,7 +41,6 @@ from tests.real.fuzzing import (
     assert_store_is_clean,
     assert_valid,
 )
-from tests.real.scripted import SOON
 from tests.upstream import ScriptedRegistry
 
 BUDGET = {

@@ -12,8 +12,8 @@ import pytest
 from tests.client import fetch
 from tests.images import MIB
 from tests.namespaces import NamespacedDaemon, Routed
-from tests.real.operating import PATIENCE, command_line, has_all_of, image_list, running_command
-from tests.real.scripted import plain_image
+from tests.real.caches import plain_image
+from tests.real.stores import PATIENCE, command_line, has_all_of, image_list, running_command
 from tests.upstream import ScriptedRegistry
 
 RATE = 1_000_000

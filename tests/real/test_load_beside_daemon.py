@@ -13,7 +13,8 @@ from tests.client import fetch
 from tests.images import MIB, Blob, Image, Index, digest_of, make_image, make_index
 from tests.peers import Containerd, hosts_dir
 from tests.processes import wait_until
-from tests.real.operating import (
+from tests.real.caches import SEEN, SOON, Cache, blob_file, cache_in, manifest_of, plain_image, record
+from tests.real.stores import (
     assert_all_served,
     assert_blobs_match_their_digests,
     command,
@@ -23,7 +24,6 @@ from tests.real.operating import (
     image_list,
     running_command,
 )
-from tests.real.scripted import SEEN, SOON, Cache, blob_file, cache_in, manifest_of, plain_image, record
 from tests.upstream_rules import Hold
 
 REPOSITORY = "team/app"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.images import make_image
-from tests.real.commanding import Shell, blobs_in, digests, shell_in, succeeded
-from tests.real.scripted import scripted
+from tests.real.caches import scripted
+from tests.real.shells import Shell, blobs_in, digests, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Hold

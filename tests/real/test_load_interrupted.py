@@ -13,8 +13,8 @@ import pytest
 
 from tests.images import MIB, Image, make_image
 from tests.processes import ROOT, wait_until
-from tests.real.commanding import Ended, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
-from tests.real.scripted import scripted
+from tests.real.caches import scripted
+from tests.real.shells import Ended, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip, Hold
 

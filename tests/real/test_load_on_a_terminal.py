@@ -15,7 +15,7 @@ import pytest
 
 from tests.images import MIB, make_image
 from tests.processes import ROOT
-from tests.real.commanding import Shell, blobs_in, digests, shell_in, succeeded
+from tests.real.shells import Shell, blobs_in, digests, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip
 

@@ -12,8 +12,8 @@ from tests.client import fetch
 from tests.images import Image, Index, make_artifact, make_image, make_index
 from tests.peers import DockerRegistry
 from tests.processes import Daemon
-from tests.real.operating import assert_all_served, command, has_all_of, image_list
-from tests.real.scripted import Cache, cache_in
+from tests.real.caches import Cache, cache_in
+from tests.real.stores import assert_all_served, command, has_all_of, image_list
 
 REPOSITORY = "team/signed"
 ENDINGS = ("sig", "att", "sbom")

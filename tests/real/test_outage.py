@@ -18,7 +18,7 @@ from tests.client import fetch
 from tests.images import MIB
 from tests.namespaces import NamespacedDaemon, Routed
 from tests.processes import wait_until
-from tests.real.scripted import SOON, blob_file, plain_image
+from tests.real.caches import SOON, blob_file, plain_image
 from tests.upstream_process import upstream_in
 
 REPOSITORY = "outage"

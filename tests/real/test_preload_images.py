@@ -12,8 +12,8 @@ import pytest
 from tests.client import fetch
 from tests.images import MIB, Image, Index, make_image, make_index
 from tests.processes import Daemon, wait_until
-from tests.real.commanding import blobs_in, digests, records_in
-from tests.real.scripted import error_lines, scripted
+from tests.real.caches import error_lines, scripted
+from tests.real.shells import blobs_in, digests, records_in
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 

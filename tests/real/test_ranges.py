@@ -8,7 +8,7 @@ import pytest
 
 from tests.client import Response
 from tests.images import Image
-from tests.real.scripted import SOON, Cache, assert_error, plain_image
+from tests.real.caches import SOON, Cache, assert_error, plain_image
 from tests.upstream_rules import Hold
 
 SIZE = 2048

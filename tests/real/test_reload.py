@@ -13,7 +13,7 @@ import yaml
 from tests.client import fetch
 from tests.images import Image, make_image
 from tests.processes import Daemon, wait_until
-from tests.real.scripted import SOON, error_lines, scripted
+from tests.real.caches import SOON, error_lines, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Basic
 from tests.upstream_rules import Hold

@@ -16,7 +16,7 @@ from tests.client import fetch
 from tests.images import Image, make_image
 from tests.peers import Containerd
 from tests.processes import Daemon, free_port, wait_until
-from tests.real.scripted import SOON
+from tests.real.caches import SOON
 from tests.upstream import ScriptedRegistry
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Daemon
-from tests.real.scripted import Cache, plain_image
+from tests.real.caches import Cache, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_rules import Cut, Drip

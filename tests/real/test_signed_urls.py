@@ -11,7 +11,7 @@ import pytest
 
 from tests.images import Image, make_image
 from tests.processes import Daemon
-from tests.real.scripted import Cache
+from tests.real.caches import Cache
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Basic, Tokens
 from tests.upstream_http import Answer, Handler, Request, Rule, error

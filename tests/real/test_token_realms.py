@@ -15,7 +15,7 @@ from tests.client import fetch
 from tests.images import Image, make_image
 from tests.peers import DockerRegistry
 from tests.processes import Daemon, free_port
-from tests.real.scripted import assert_error
+from tests.real.caches import assert_error
 from tests.secure_peers import SecureRegistry, ServerTls, own_address
 from tests.token_service import JwtTokens, TokenService
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.client import Response, fetch
 from tests.images import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image
-from tests.real.scripted import Cache, assert_error, cache_in, plain_image
+from tests.real.caches import Cache, assert_error, cache_in, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_http import Rule

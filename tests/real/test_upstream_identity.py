@@ -14,7 +14,7 @@ from tests.client import fetch
 from tests.images import digest_of, make_image
 from tests.peers import DockerRegistry
 from tests.processes import Daemon, free_port
-from tests.real.scripted import assert_error, error_lines
+from tests.real.caches import assert_error, error_lines
 from tests.secure_peers import SecureRegistry, ServerTls
 
 Skopeo = Callable[..., None]

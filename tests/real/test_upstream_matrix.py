@@ -10,7 +10,7 @@ import pytest
 from tests.client import fetch
 from tests.images import digest_of
 from tests.peers import missing_package
-from tests.real.scripted import assert_error, error_lines
+from tests.real.caches import assert_error, error_lines
 from tests.real.upstream_matrix import CELLS, PASSWORD, USER, Cell, Matrix, Upstream
 
 Skopeo = Callable[..., None]

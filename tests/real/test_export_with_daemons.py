@@ -14,8 +14,8 @@ from tests.client import Response, fetch
 from tests.images import Image, make_artifact, make_image
 from tests.peers import Containerd
 from tests.processes import Daemon, wait_until
-from tests.real.carrying import Site, blobs_of, in_archive, parts_of, pull_offline
-from tests.real.scripted import SEEN, SOON, plain_image
+from tests.real.caches import SEEN, SOON, plain_image
+from tests.real.sites import Site, blobs_of, in_archive, parts_of, pull_offline
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.client import Response, ask, connect, fetch
 from tests.images import MIB, Image
-from tests.real.scripted import Cache, assert_error, cache_in, plain_image
+from tests.real.caches import Cache, assert_error, cache_in, plain_image
 
 DIGEST = f"sha256:{'0' * 64}"
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.client import Response, fetch
 from tests.images import OCI_INDEX, Image, make_artifact, make_index
-from tests.real.scripted import Cache, assert_error, plain_image
+from tests.real.caches import Cache, assert_error, plain_image
 from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Cut, Reply
 

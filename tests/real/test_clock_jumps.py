@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.clocks import FakeClock
 from tests.processes import wait_until
-from tests.real.operating import assert_all_served, contents
-from tests.real.scripted import SOON, Cache, daemon_in, plain_image, pull, record, wait_scanned_twice
+from tests.real.caches import SOON, Cache, daemon_in, plain_image, pull, record, wait_scanned_twice
+from tests.real.stores import assert_all_served, contents
 from tests.upstream import ScriptedRegistry
 
 DAY = 86_400.0

@@ -14,7 +14,7 @@ import pytest
 from tests.client import Response
 from tests.images import Blob
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, short_body
+from tests.real.caches import SOON, Cache, assert_error, cache_in, plain_image, short_body
 from tests.upstream_rules import Cut, Hold, Reply
 
 SIZE = 200_000

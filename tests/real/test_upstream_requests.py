@@ -12,7 +12,7 @@ import pytest
 from ociregistry import __version__
 from tests.images import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Image, make_image
 from tests.processes import Daemon, wait_until
-from tests.real.scripted import SOON, Cache, daemon_in, scripted
+from tests.real.caches import SOON, Cache, daemon_in, scripted
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_http import Answer, Handler, Request, Rule, error

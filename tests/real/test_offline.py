@@ -14,8 +14,8 @@ from tests.client import Response, fetch
 from tests.images import Image
 from tests.namespaces import NamespacedDaemon, Routed
 from tests.processes import wait_until
-from tests.real.completing import incomplete
-from tests.real.scripted import SOON, assert_error, blob_file, plain_image
+from tests.real.caches import SOON, assert_error, blob_file, plain_image
+from tests.real.completions import incomplete
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Reply
 

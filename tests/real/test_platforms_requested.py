@@ -9,8 +9,8 @@ import pytest
 
 from tests.images import Blob, Index
 from tests.processes import wait_until
-from tests.real.commanding import blobs_in, records_in
-from tests.real.completing import completing_in
+from tests.real.caches import SOON, Cache, wait_scanned_twice
+from tests.real.completions import completing_in
 from tests.real.every_platform import (
     AMD64,
     ARCHITECTURE,
@@ -31,7 +31,7 @@ from tests.real.every_platform import (
     wait_stored_platforms,
     wanted_in,
 )
-from tests.real.scripted import SOON, Cache, wait_scanned_twice
+from tests.real.shells import blobs_in, records_in
 
 
 @pytest.fixture(scope="module")

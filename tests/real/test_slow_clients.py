@@ -15,7 +15,7 @@ from tests import procfs
 from tests.client import fetch
 from tests.images import MIB, Blob, Image
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, cache_in, plain_image
+from tests.real.caches import SOON, Cache, cache_in, plain_image
 
 IDLE = 1000
 READERS = 50

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tests.images import MIB, Image, make_image
 from tests.processes import Daemon, free_port, wait_until
-from tests.real.completing import wait_complete
-from tests.real.scripted import SOON, Cache, blob_file, plain_image
+from tests.real.caches import SOON, Cache, blob_file, plain_image
+from tests.real.completions import wait_complete
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold
 

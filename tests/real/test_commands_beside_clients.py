@@ -18,7 +18,8 @@ from tests.disk_faults import need
 from tests.images import Image, Index, digest_of, make_image, make_index
 from tests.peers import Containerd, hosts_dir
 from tests.processes import Daemon, wait_until
-from tests.real.operating import (
+from tests.real.caches import daemon_in
+from tests.real.stores import (
     PATIENCE,
     Contents,
     assert_blobs_match_their_digests,
@@ -32,7 +33,6 @@ from tests.real.operating import (
     lost_blobs,
     running_command,
 )
-from tests.real.scripted import daemon_in
 from tests.upstream import ScriptedRegistry
 
 KEPT, PRUNED = "team/kept", "team/going"

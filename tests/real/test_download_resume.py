@@ -12,7 +12,7 @@ import pytest
 
 from tests.images import MIB, Blob, Image, digest_of
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, blob_file, cache_in, plain_image
+from tests.real.caches import SOON, Cache, blob_file, cache_in, plain_image
 from tests.upstream_rules import Cut, Drip
 
 SIZE = 100 * MIB

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tests.images import MIB, Image, make_image, make_index
 from tests.processes import wait_until
-from tests.real.operating import assert_all_served, assert_blobs_match_their_digests, contents, has_all_of
-from tests.real.scripted import SOON, Cache, blob_file, daemon_in, plain_image, pull, record
+from tests.real.caches import SOON, Cache, blob_file, daemon_in, plain_image, pull, record
+from tests.real.stores import assert_all_served, assert_blobs_match_their_digests, contents, has_all_of
 from tests.upstream import ScriptedRegistry
 
 AN_HOUR = 3600.0

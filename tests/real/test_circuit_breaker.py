@@ -14,8 +14,8 @@ import pytest
 from tests.client import Response
 from tests.images import MIB, Image
 from tests.processes import wait_until
-from tests.real.completing import log_lines
-from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image, pull
+from tests.real.caches import SOON, Cache, assert_error, cache_in, plain_image, pull
+from tests.real.completions import log_lines
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Cut, Hold, Reply
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.images import MIB, Blob, Image
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, blob_file, daemon_in, plain_image, short_body
+from tests.real.caches import SOON, Cache, blob_file, daemon_in, plain_image, short_body
 from tests.upstream_http import Rule
 from tests.upstream_rules import Cut, Declare, Flip, Hold, NoLength, Resize
 

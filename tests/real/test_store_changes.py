@@ -13,7 +13,7 @@ import pytest
 from tests.client import fetch
 from tests.images import Image, Index
 from tests.processes import run, wait_until
-from tests.real.scripted import (
+from tests.real.caches import (
     SEEN,
     Cache,
     blob_file,

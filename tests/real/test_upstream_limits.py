@@ -16,7 +16,7 @@ from tests.images import make_image
 from tests.namespaces import Namespace, NamespacedDaemon
 from tests.processes import wait_until
 from tests.procfs import connections_to
-from tests.real.scripted import SOON, Cache, assert_error, cache_in, plain_image
+from tests.real.caches import SOON, Cache, assert_error, cache_in, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_rules import Hold, Reply

@@ -10,8 +10,7 @@ import pytest
 from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, wait_until
-from tests.real.completing import completing_in, health, incomplete, log_lines, pending_file, wait_complete
-from tests.real.scripted import (
+from tests.real.caches import (
     SOON,
     Cache,
     blob_paths,
@@ -19,6 +18,7 @@ from tests.real.scripted import (
     plain_image,
     wait_scanned_twice,
 )
+from tests.real.completions import completing_in, health, incomplete, log_lines, pending_file, wait_complete
 from tests.upstream_rules import Drip, Hold, Reply
 
 DECIDED = 120.0

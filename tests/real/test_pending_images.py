@@ -9,8 +9,8 @@ import pytest
 
 from tests.images import Image
 from tests.processes import wait_until
-from tests.real.completing import completing_in, incomplete, log_lines, pending_file, wait_complete
-from tests.real.scripted import SOON, Cache, plain_image, record, wait_scanned_twice
+from tests.real.caches import SOON, Cache, plain_image, record, wait_scanned_twice
+from tests.real.completions import completing_in, incomplete, log_lines, pending_file, wait_complete
 from tests.upstream_rules import Hold, Reply
 
 LAYER = 300_000

@@ -14,9 +14,9 @@ from tests.client import fetch
 from tests.disk_faults import SmallDisk, small_disk
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
-from tests.real.commanding import shell_in
-from tests.real.operating import command
-from tests.real.scripted import SOON, Cache, daemon_in, plain_image, pull, scripted, short_body
+from tests.real.caches import SOON, Cache, daemon_in, plain_image, pull, scripted, short_body
+from tests.real.shells import shell_in
+from tests.real.stores import command
 from tests.upstream import ScriptedRegistry
 from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Hold

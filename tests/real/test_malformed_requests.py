@@ -14,7 +14,7 @@ from tests import procfs
 from tests.client import fetch
 from tests.images import MIB
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, assert_error, cache_in
+from tests.real.caches import SOON, Cache, assert_error, cache_in
 
 AT_ONCE = 5.0
 """Seconds; Go gives up on a TLS handshake after 10."""

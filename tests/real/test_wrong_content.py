@@ -11,7 +11,7 @@ import pytest
 
 from tests.images import MIB, Blob, Image, digest_of
 from tests.processes import wait_until
-from tests.real.scripted import SOON, Cache, cache_in, plain_image, short_body
+from tests.real.caches import SOON, Cache, cache_in, plain_image, short_body
 from tests.upstream_http import Rule
 from tests.upstream_resumed import Other, WhenRanged
 from tests.upstream_rules import ContentRange, Cut, Declare, Flip, Hold, IgnoreRange, NoLength, Reply, Resize

@@ -24,7 +24,7 @@ from tests.images import (
     make_index,
 )
 from tests.peers import Containerd, DockerRegistry, hosts_dir
-from tests.real.carrying import Site, parts_of, pull_offline
+from tests.real.sites import Site, parts_of, pull_offline
 
 Skopeo = Callable[..., None]
 

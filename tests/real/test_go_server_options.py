@@ -16,7 +16,7 @@ import pytest
 from ociregistry import __version__
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import DockerRegistry, missing_package
-from tests.real.commanding import (
+from tests.real.shells import (
     Ended,
     Shell,
     blobs_in,

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.client import fetch
 from tests.images import Blob, Manifest
 from tests.processes import Daemon, wait_until
-from tests.real.scripted import SOON, Cache, blob_file
+from tests.real.caches import SOON, Cache, blob_file
 from tests.upstream import ScriptedRegistry
 
 

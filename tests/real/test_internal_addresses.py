@@ -13,7 +13,7 @@ from tests.client import Response, fetch
 from tests.images import Image
 from tests.namespaces import Namespace, NamespacedDaemon
 from tests.processes import Daemon
-from tests.real.scripted import assert_error, error_lines, plain_image
+from tests.real.caches import assert_error, error_lines, plain_image
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Tokens
 from tests.upstream_rules import Redirect
