@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 from tests.client import fetch
 from tests.images import (
@@ -37,6 +39,7 @@ from tests.images import (
 )
 from tests.processes import Daemon, wait_until
 from tests.real.caches import Cache
+from tests.real.completions import completing_in
 from tests.real.shells import blobs_in, records_in
 
 REPOSITORY = "team/app"
@@ -72,6 +75,17 @@ def four_platforms(seed: str) -> Index:
     ]
     attested = {image.manifest.digest: make_attestation(f"{seed}/{image.platform}") for image in images[:2]}
     return index_of(images, attested)
+
+
+@contextmanager
+def cache_with(index: Index, folder: Path, settings: Mapping[str, object] | None = None) -> Iterator[Cache]:
+    """Run a daemon that completes images, and its upstream with the index at `TAG`, until the block ends.
+
+    `settings` are further keys of the daemon's configuration file.
+    """
+    with completing_in(folder, *ARCHITECTURE, settings=settings) as cache:
+        cache.upstream.add(REPOSITORY, index, TAG)
+        yield cache
 
 
 def image_for(index: Index, platform: str) -> Image:

@@ -14,7 +14,6 @@ import pytest
 from tests.images import Index
 from tests.processes import Daemon, wait_until
 from tests.real.caches import SOON, Cache, error_lines
-from tests.real.completions import completing_in
 from tests.real.every_platform import (
     AMD64,
     ARCHITECTURE,
@@ -24,6 +23,7 @@ from tests.real.every_platform import (
     S390X,
     TAG,
     assert_fetched_once,
+    cache_with,
     ctr_pull,
     four_platforms,
     health,
@@ -49,8 +49,7 @@ def index() -> Index:
 @pytest.fixture
 def cache(tmp_path: Path, index: Index) -> Iterator[Cache]:
     """A daemon that completes images, and an upstream with the index."""
-    with completing_in(tmp_path, *ARCHITECTURE) as cache:
-        cache.upstream.add(REPOSITORY, index, TAG)
+    with cache_with(index, tmp_path) as cache:
         yield cache
 
 

@@ -10,16 +10,14 @@ import pytest
 from tests.images import Blob, Index
 from tests.processes import wait_until
 from tests.real.caches import SOON, Cache, wait_scanned_twice
-from tests.real.completions import completing_in
 from tests.real.every_platform import (
     AMD64,
-    ARCHITECTURE,
     ARM,
     ARM64,
     REPOSITORY,
     S390X,
-    TAG,
     assert_fetched_once,
+    cache_with,
     ctr_pull,
     four_platforms,
     get,
@@ -49,8 +47,7 @@ def settings() -> dict[str, object]:
 @pytest.fixture
 def cache(tmp_path: Path, index: Index, settings: dict[str, object]) -> Iterator[Cache]:
     """A daemon that completes images, and an upstream with the index."""
-    with completing_in(tmp_path, *ARCHITECTURE, settings=settings) as cache:
-        cache.upstream.add(REPOSITORY, index, TAG)
+    with cache_with(index, tmp_path, settings) as cache:
         yield cache
 
 
