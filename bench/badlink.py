@@ -115,7 +115,7 @@ def main() -> int:
         f"the largest {max(len(layer.data) for layer in image.layers) / 1e6:g} MB; {options.runs} runs; "
         f"{os.cpu_count()} cores, Python {platform.python_version()}, Twisted {twisted.__version__}\n"
     )
-    print("| what | cache | time | bytes ÷ image | right | memory | what the client met |")
+    print("| scenario | cache | time | bytes ÷ image | correct | memory | errors of the client |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with ExitStack() as stack:
         root = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-badlink-")))

@@ -167,7 +167,7 @@ class Soak:
         if self.upstream.count() != asked:
             self.tally.violation(f"the upstream is still asked: {self.upstream.requests[asked:]}")
         if procfs.processor_time(self.pid) - used > _QUIET / 4:
-            self.tally.violation(f"it uses {procfs.processor_time(self.pid) - used:.1f} s of {_QUIET} s for nothing")
+            self.tally.violation(f"uses {procfs.processor_time(self.pid) - used:.1f} s of {_QUIET} s idle")
         if procfs.threads(self.pid) > MOST_THREADS:
             self.tally.violation(f"{procfs.threads(self.pid)} threads")
 

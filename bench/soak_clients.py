@@ -109,10 +109,10 @@ class Client(threading.Thread):
         try:
             task(one)
         except TimeoutError as problem:
-            self._tally.violation(f"{self.name}: it hangs: {problem}")
+            self._tally.violation(f"{self.name}: no answer: {problem}")
         except (OSError, http.client.HTTPException) as problem:
             if self._life.undisturbed(since):
-                self._tally.violation(f"{self.name}: {type(problem).__name__} from a daemon that lives: {problem}")
+                self._tally.violation(f"{self.name}: {type(problem).__name__} from a running daemon: {problem}")
             else:
                 self._tally.count("the daemon was killed")
                 self.stop.wait(0.1)

@@ -90,7 +90,7 @@ class _Inode:
         for change in self.changes:
             found |= {change.apply(content, data_lost=lost) for content in found for lost in (False, True)}
         if len(found) > _MOST_WAYS:
-            raise AssertionError(f"{len(self.changes)} changes that nobody synced are too many to try all ways")
+            raise AssertionError(f"{len(self.changes)} unsynced changes are too many to try all states")
         return found
 
 
@@ -197,7 +197,7 @@ class LossyFiles(Files):
             super().unlink(path)
             self._name(path, None, None)
         elif path.exists():
-            raise AssertionError(f"{path} was made without the seam")
+            raise AssertionError(f"{path} was not created through this object")
 
     def boot(self) -> str:
         return self._boot
@@ -224,7 +224,7 @@ class LossyFiles(Files):
         its parent was synced.
         """
         if len(self._pending) > _MOST_PENDING:
-            raise AssertionError(f"{len(self._pending)} names that nobody synced are too many to try all ways")
+            raise AssertionError(f"{len(self._pending)} unsynced names are too many to try all states")
         contents = cache(_Inode.contents)
         disks = set()
         for names in self._ways_of_naming():

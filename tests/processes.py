@@ -90,7 +90,7 @@ class Server:
             RuntimeError: it did not become ready; the message has its log.
         """
         if self.running:
-            raise RuntimeError("it runs already")
+            raise RuntimeError("already running")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=self._environment
@@ -100,7 +100,7 @@ class Server:
             wait_until(lambda: not self.running or self.ready(), _PATIENCE, "ready")
             serves = self.running
         except TimeoutError as problem:
-            raise RuntimeError(f"{self.argv} does not get ready:\n{self.log}") from problem
+            raise RuntimeError(f"{self.argv} does not become ready:\n{self.log}") from problem
         finally:
             if not serves:
                 self.kill()
@@ -112,7 +112,7 @@ class Server:
     def process(self) -> subprocess.Popen[bytes]:
         """The process of the last start."""
         if self._process is None:
-            raise RuntimeError("it was never started")
+            raise RuntimeError("not started")
         return self._process
 
     @property

@@ -84,7 +84,7 @@ def test_reload_applies_changed_upstream_entry(installation: Installation) -> No
 
 def test_containerd_pulls_by_cri_with_and_without_the_upstream(installation: Installation) -> None:
     """Pull through the CRI plugin, as a kubelet does. Only the unit knows the authority of the upstream."""
-    assert "certificate" in installation.pull(), "it needs the unit"
+    assert "certificate" in installation.pull(), "only the unit knows the authority"
     installation.configure_containerd()
     assert installation.pull() == ""
     assert REFERENCE in installation.cri.images()
@@ -141,7 +141,7 @@ def test_image_path_on_another_folder(installation: Installation) -> None:
         machine.run("systemctl start ociregistry")
         assert installation.status(MANIFEST) == "200"
         machine.run(f"rm {_ELSEWHERE}/img/*")
-        wait_until(lambda: installation.status(MANIFEST) != "200", _SOON, "it looks there")
+        wait_until(lambda: installation.status(MANIFEST) != "200", _SOON, "the daemon reads the new store")
         assert machine.says("ociregistry list") == ""
         assert machine.says("ociregistry load /root/images.tar").startswith(f"loaded: {LOADED}\n")
         assert machine.says("ociregistry list").startswith(LOADED)
@@ -162,7 +162,7 @@ def test_watchdog_restarts_a_hung_daemon(installation: Installation, short_watch
     machine = installation.machine
     time.sleep(5)
     process = machine.shows("ociregistry", "MainPID")
-    assert machine.shows("ociregistry", "NRestarts") == "0", "it did not say that it lives"
+    assert machine.shows("ociregistry", "NRestarts") == "0", "the watchdog was not notified"
     machine.run(f"kill -STOP {process}")
     wait_until(lambda: machine.shows("ociregistry", "NRestarts") == "1", _SOON, "a restart by the watchdog")
     wait_until(lambda: installation.status(MANIFEST) == "200", _SOON, "a hit again")

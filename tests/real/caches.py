@@ -246,7 +246,7 @@ def wait_scanned_twice(cache: Cache) -> None:
 def _look(cache: Cache) -> None:
     strange = cache.daemon.image_path / "img" / secrets.token_hex(32)
     strange.touch()
-    wait_until(lambda: f"{strange}: " in cache.daemon.log, SEEN, "a strange file is logged")
+    wait_until(lambda: f"{strange}: " in cache.daemon.log, SEEN, "an unknown file is logged")
     strange.unlink()
 
 

@@ -57,7 +57,7 @@ def wait_complete(
     wait_until(lambda: all(blob_file(daemon, blob.digest).exists() for blob in blobs), timeout, "all blobs")
     wait_until(lambda: incomplete(daemon) == refused, timeout, "nothing else is incomplete")
     wait_until(lambda: health(daemon)["incomplete_indexes"] == 0, timeout, "all metadata")
-    wait_until(lambda: not list(daemon.image_path.glob("pulls/*/*.wish")), timeout, "no wish is left")
+    wait_until(lambda: not list(daemon.image_path.glob("pulls/*/*.wish")), timeout, "no pending image is left")
 
 
 def log_lines(daemon: Daemon, level: str, *words: str, since: int = 0) -> list[str]:

@@ -189,7 +189,7 @@ def wait_stored_platforms(daemon: Daemon, index: Index, *platforms: str, timeout
     root = daemon.image_path
     wait_until(lambda: manifests <= records_in(root), timeout, "all manifests in the store")
     wait_until(lambda: blobs <= blobs_in(root), timeout, f"all configs, and the layers of {platforms}")
-    wait_until(lambda: not any(health(daemon).values()), timeout, "nothing is to be fetched, or to be decided")
+    wait_until(lambda: not any(health(daemon).values()), timeout, "nothing is incomplete or undecided")
     assert records_in(root) == manifests, records_in(root) ^ manifests
     assert blobs_in(root) == blobs, blobs_in(root) ^ blobs
     assert wanted_in(daemon) == wanted, wanted_in(daemon)

@@ -104,9 +104,9 @@ def network(tmp_path: Path) -> Iterator[TracedNetwork]:
         network.pull(daemon, IMAGE, "1", "latest")
         assert SIGNATURE.manifest.digest.encode() in network.ask(daemon, referrers()).body
         assert network.ask(daemon, "team/half/manifests/1").status == 200
-        wait_until(lambda: "is not complete yet" in daemon.log, SOON, "it was tried")
+        wait_until(lambda: "is not complete yet" in daemon.log, SOON, "completion was tried")
         calls = network.called(daemon)
-        assert any(f"htons({network.upstream.port})" in call for call in calls), "strace sees nothing"
+        assert any(f"htons({network.upstream.port})" in call for call in calls), "strace sees no connection"
         yield network
 
 

@@ -198,7 +198,7 @@ def test_docker_hub_names(cache: Cache, repository: str, image: Image) -> None:
     document |= {"digest": hub.manifest.digest, "manifest": hub.manifest.data.decode()}
     document["images"] = {f"docker.io/library/{name}:1": dates}
     record(cache, hub.manifest).write_text(json.dumps(document))
-    wait_until(lambda: counts(cache.daemon) != before, SEEN, "it is counted")
+    wait_until(lambda: counts(cache.daemon) != before, SEEN, "the record is counted")
     for path in (
         *(
             f"{name}/manifests/1?ns={ns}"

@@ -102,7 +102,7 @@ def test_download_continues_when_its_client_disconnects(cache: Cache, blob: str,
     with cache.scripted(f"*{layer.digest}", Hold(MIB)):
         with cache.opened(blob) as answer:
             assert answer.read(1000) == layer.data[:1000]
-        wait_until(lambda: f"GET /v2/{blob} " in cache.daemon.log, SOON, "the daemon knows that the client is gone")
+        wait_until(lambda: f"GET /v2/{blob} " in cache.daemon.log, SOON, "the daemon notices the disconnect")
     cache.wait_stored(layer.digest)
     assert cache.ask(blob).body == layer.data
     assert cache.sent(blob) == 1

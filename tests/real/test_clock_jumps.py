@@ -48,5 +48,5 @@ def test_clock_jump_prunes_nothing(tmp_path: Path) -> None:
             assert_all_served(daemon, upstream.host, f"team/{number}", "1", image)
         then = time.time() - 31 * DAY
         os.utime(record(cache, images[1].manifest), (then, then))
-        wait_until(lambda: not record(cache, images[1].manifest).exists(), SOON, "it goes by age")
+        wait_until(lambda: not record(cache, images[1].manifest).exists(), SOON, "the image is pruned by age")
         assert len(contents(daemon.image_path)) == len(images) - 1

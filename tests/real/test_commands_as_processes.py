@@ -88,7 +88,7 @@ def shell(loaded: Shell, public_folder: Path) -> Shell:
 @pytest.fixture
 def unwritable_folder(public_folder: Path) -> Path:
     """A folder to run commands in, which only root may write."""
-    unwritable_folder = public_folder / "place"
+    unwritable_folder = public_folder / "unwritable"
     unwritable_folder.mkdir(mode=0o555)
     return unwritable_folder
 
@@ -117,7 +117,13 @@ def test_command_without_n_in_an_unwritable_folder(
     done = run_process(as_nobody(shell.argv(*words(shell, command), options=())), unwritable_folder)
     assert printed in succeeded(done)
     assert list(unwritable_folder.iterdir()) == []
-    assert {path.name for path in shell.folder.iterdir()} == {"images", "list", "ociregistry.yaml", "out", "place"}
+    assert {path.name for path in shell.folder.iterdir()} == {
+        "images",
+        "list",
+        "ociregistry.yaml",
+        "out",
+        "unwritable",
+    }
 
 
 @pytest.mark.parametrize(("command", "printed"), PRINTED)

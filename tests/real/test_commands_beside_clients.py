@@ -264,7 +264,11 @@ def test_import_keeps_blobs_it_found_during_a_prune(setup: DaemonAndUpstream, tm
     pulls = setup.root / "pulls" / "1" / f"{layer}.staged"
     argv = ["strace", "-D", "-f", "-o", str(trace), *slowly, "-P", str(pulls)]
     with running_command([*argv, *command_line(setup.daemon, "load", archive)], tmp_path) as load:
-        wait_until(lambda: trace.exists() and layer in trace.read_text(), PATIENCE, "its own layer is to be renamed")
+        wait_until(
+            lambda: trace.exists() and layer in trace.read_text(),
+            PATIENCE,
+            "the image's own layer is about to be renamed",
+        )
         command(setup.daemon, "prune", "--pattern=team/going")
         assert load.wait(PATIENCE) == 0
     assert "1 loaded" in (tmp_path / "stdout").read_text()

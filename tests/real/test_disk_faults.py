@@ -117,7 +117,7 @@ def test_write_sync_or_rename_failure_of_a_download(
             got = begun + body_of(answer)
             assert layer.data.startswith(got)
             assert (len(got) == size) == whole
-            wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log says why")
+            wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log names the reason")
             assert EIO in cache.one_error(since)
             assert cache.upstream.host in cache.one_error(since)
             assert trace.injected
@@ -182,7 +182,7 @@ def test_sync_failure_of_the_blobs_folder(cache: Cache, inject: Inject) -> None:
     since = cache.log_size
     with inject("fsync", "error=EIO", "-P", str(cache.daemon.image_path / "blobs")) as trace:
         assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
-        wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log says why")
+        wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log names the reason")
         assert trace.injected == 1
     assert EIO in cache.one_error(since)
     assert_blobs_match_their_digests(cache)
@@ -239,7 +239,7 @@ def test_miss_is_streamed_while_syncs_hang(cache: Cache, inject: Inject) -> None
     hanging, image = publish(cache, "hanging"), publish(cache, "miss")
     with inject("fsync,fdatasync", HANG) as trace:
         assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
-        wait_until(lambda: trace.begun == 1, SOON, "its sync hangs")
+        wait_until(lambda: trace.begun == 1, SOON, "the sync hangs")
         assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
         # Later clients read from the partial.
         assert digest_of(cache.ask(blob_of(hanging)).body) == hanging.layers[0].digest
@@ -257,7 +257,7 @@ def test_slow_sync_delays_only_what_needs_it(cache: Cache, inject: Inject, calls
     pull(cache, "hit", hit)
     with inject(calls, "delay_enter=5000000") as trace, ThreadPoolExecutor() as clients:
         asked = clients.submit(cache.ask, "faults/manifests/miss")
-        wait_until(lambda: trace.begun, SOON, "it hangs")
+        wait_until(lambda: trace.begun, SOON, "the call hangs")
         pull(cache, "hit", hit)
         assert trace.ended == 0
         assert not asked.done()

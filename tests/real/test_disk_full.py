@@ -164,13 +164,13 @@ def test_unwanted_partial_is_removed_for_another_blob(
     another = plain_image("another", 3 * MIB)
     cache.upstream.add(REPOSITORY, another, "another")
     with disk_full(cache, disk, large):
-        wait_until(lambda: disk_health(cache)["full"], SOON, "it is told")
+        wait_until(lambda: disk_health(cache)["full"], SOON, "the state is reported")
         assert disk_health(cache)["reserve"] == RESERVE
         assert abs(disk_health(cache)["free"] - disk.free) < MIB
         assert cache.ask(f"{REPOSITORY}/manifests/another").body == another.manifest.data
         assert digest_of(cache.ask(blob_of(another)).body) == another.layers[0].digest
         assert not partial(cache, large).exists()
-        wait_until(lambda: "has room again" in cache.daemon.log, SOON, "it is told")
+        wait_until(lambda: "has room again" in cache.daemon.log, SOON, "the state is reported")
     assert cache.daemon.log.count("so downloads stop") == 1
 
 

@@ -122,7 +122,7 @@ def test_prune_orphans_on_a_full_disk(
     path.parent.mkdir(parents=True)
     path.write_bytes(orphan)
     with filled(tmp_path, disk, lacking, pruned_image, kept_image, running=running) as cache:
-        wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "it is old enough")
+        wait_until(lambda: path.stat().st_ctime < time.time() - 2, SOON, "the files are old enough")
         if not running:
             # A replica has no pulls/, and so no lock file.
             without_pulls(disk, lacking)
@@ -182,7 +182,7 @@ def test_scheduled_prune_on_a_full_disk(
             os.utime(record(cache, manifest), (when, when))
         for image in (pruned_image, *index.images):
             wait_until(lambda image=image: not cache.stored(image.layers[0].digest), SOON, "it is pruned")  # type: ignore[misc]  # a default binds it
-        wait_until(lambda: f"pruned {cache.upstream.host}/{OLD}:1" in cache.daemon.log, SOON, "the log tells")
+        wait_until(lambda: f"pruned {cache.upstream.host}/{OLD}:1" in cache.daemon.log, SOON, "the log reports")
         assert free(disk, lacking) >= (LAYER // BLOCK if lacking == "blocks" else 3)
         assert removed_but_open(cache.daemon) == []
         assert "cannot prune" not in cache.daemon.log
@@ -208,7 +208,7 @@ def test_reader_of_a_pruned_blob_gets_all_of_it(
             assert not cache.stored(layer.digest)
             got += answer.read()
         assert got == layer.data
-        wait_until(lambda: removed_but_open(cache.daemon) == [], SOON, "it is closed")
+        wait_until(lambda: removed_but_open(cache.daemon) == [], SOON, "the files are closed")
         assert free(disk, lacking) >= (len(layer.data) // BLOCK if lacking == "blocks" else 3)
 
 

@@ -101,7 +101,7 @@ class User:
         """Run the daemon as the service of the package does, if it does not run."""
         if not self.machine.serves():
             daemon = self._start("ociregistry --config-path /etc/ociregistry/ociregistry.yaml --log-level info")
-            wait_until(lambda: self.machine.serves() or not daemon.runs, _SOON, "it serves")
+            wait_until(lambda: self.machine.serves() or not daemon.runs, _SOON, "the daemon serves")
             assert daemon.runs, daemon.printed
 
     def _start(self, script: str) -> Running:
@@ -124,11 +124,11 @@ class User:
         terminal = self._start(block.text)
         typed = [line for line in shown if line == _TYPED]
         for line in typed:
-            wait_until(lambda: '"port"' in terminal.printed, _SOON, "it listens")
+            wait_until(lambda: '"port"' in terminal.printed, _SOON, "the link listens")
             terminal.type(f"{line}\n")
-            wait_until(lambda: '"dialled"' in terminal.printed, _SOON, "it answers")
+            wait_until(lambda: '"dialled"' in terminal.printed, _SOON, "the link answers")
         if not typed:
-            wait_until(lambda: self.machine.serves() or not terminal.runs, _SOON, "it serves")
+            wait_until(lambda: self.machine.serves() or not terminal.runs, _SOON, "the daemon serves")
         assert terminal.runs, (str(block), terminal.printed)
         assert_shown(block, "\n".join([terminal.printed, *typed]), self.machine.home)
 

@@ -89,7 +89,7 @@ def fill_disk(cache: Cache, disk: SmallDisk) -> None:
         wait_until(lambda: FULL in cache.daemon.log[since:], SOON, "the download ends")
     assert RESERVE - SLACK <= disk.free < RESERVE + 2 * MIB
     assert partial(cache, BLOB).stat().st_size > DISK // 2
-    wait_until(lambda: disk_health(cache)["full"], SOON, "it is told")
+    wait_until(lambda: disk_health(cache)["full"], SOON, "the state is reported")
 
 
 def request_and_disconnect(cache: Cache) -> None:
@@ -115,7 +115,7 @@ def test_other_images_are_cached_after_an_endless_blob(cache: Cache, disk: Small
     pull(cache, REPOSITORY, other)
     assert not partial(cache, BLOB).exists()
     assert disk.free >= RESERVE - SLACK
-    wait_until(lambda: not disk_health(cache)["full"], SOON, "it is told")
+    wait_until(lambda: not disk_health(cache)["full"], SOON, "the state is reported")
 
 
 def test_repeated_endless_blobs(cache: Cache, disk: SmallDisk, other: Image) -> None:
@@ -162,7 +162,7 @@ def test_download_ends_at_the_size_in_the_manifest(cache: Cache, disk: SmallDisk
         with cache.opened(f"{REPOSITORY}/blobs/{digest}") as answer:
             assert small.layers[0].data != short_body(answer)
         assert "sent more than 1000 bytes" in cache.one_error(since)
-    wait_until(lambda: cache.partials == set(), SOON, "nothing of it is kept")
+    wait_until(lambda: cache.partials == set(), SOON, "no partial is kept")
     assert disk.free > free - SLACK
     pull(cache, REPOSITORY, other)
 
@@ -173,13 +173,17 @@ def test_prune_removes_abandoned_partials_but_not_active_ones(cache: Cache, disk
     layer, hold = written.layers[0], Hold(MIB // 2)
     coming = partial(cache, layer.digest)
     with cache.scripted(f"*{layer.digest}", hold), cache.opened(f"{REPOSITORY}/blobs/{layer.digest}") as answer:
-        wait_until(lambda: coming.exists() and coming.stat().st_size == MIB // 2, SOON, "half of it has come")
+        wait_until(
+            lambda: coming.exists() and coming.stat().st_size == MIB // 2, SOON, "half of the blob has arrived"
+        )
         fill_disk(cache, disk)
         path = partial(cache, BLOB)
         assert "0 orphans" in command(cache.daemon, "prune", "--orphans").stdout
         prune = ("prune", "--orphans", "--older-than", "1s")
         wait_until(
-            lambda: command(cache.daemon, *prune).stdout and not path.exists(), SOON, "it is old enough, and goes"
+            lambda: command(cache.daemon, *prune).stdout and not path.exists(),
+            SOON,
+            "the partial is old enough, and is pruned",
         )
         assert not path.with_name(f"{path.name}.note").exists()
         assert disk.free > DISK // 2

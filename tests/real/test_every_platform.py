@@ -155,7 +155,7 @@ def test_index_whose_registry_lacks_some_children(cache: Cache, index: Index) ->
     there = [image for image in index.images if image not in lacking]
     manifests = {index.manifest.digest, *(image.manifest.digest for image in there)}
     wait_until(lambda: manifests <= records_in(cache.daemon.image_path), SOON, "the other manifests")
-    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")
+    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is incomplete")
     blobs = {blob.digest for blob in image_for(index, AMD64).blobs} | {image.config.digest for image in there}
     assert records_in(cache.daemon.image_path) == manifests
     assert blobs_in(cache.daemon.image_path) == blobs
@@ -169,7 +169,7 @@ def test_rate_limited_metadata_is_fetched_later(cache: Cache, index: Index) -> N
     path = f"{REPOSITORY}/manifests/{image_for(index, ARM).manifest.digest}"
     with cache.scripted(f"/v2/{path}", Reply(429, headers=(("Retry-After", "1"),))):
         kubelet_pull(cache, index)
-        wait_until(lambda: cache.sent(path), SOON, "it is asked for")
+        wait_until(lambda: cache.sent(path), SOON, "the manifest is requested")
         assert health(cache.daemon)["incomplete_indexes"] == 1
     wait_stored_platforms(cache.daemon, index, AMD64)
     assert_fetched_once(cache)

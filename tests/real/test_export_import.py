@@ -24,13 +24,13 @@ OTHER = make_image("carried/other")
 @pytest.fixture
 def site(tmp_path: Path, registry: DockerRegistry) -> Site:
     """A site with a registry."""
-    return Site(tmp_path / "here", (registry.host,))
+    return Site(tmp_path / "site", (registry.host,))
 
 
 @pytest.fixture
 def other_site(tmp_path: Path, registry: DockerRegistry) -> Site:
     """Another site, with a new store; it may know the registry by name."""
-    return Site(tmp_path / "there", (registry.host,))
+    return Site(tmp_path / "other_site", (registry.host,))
 
 
 def versions(site: Site, registry: DockerRegistry, folder: Path, *images: Image) -> list[Path]:

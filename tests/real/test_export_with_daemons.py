@@ -25,13 +25,13 @@ WHOLE, COMING = make_image("live/whole"), plain_image("live/coming", 100_000)
 @pytest.fixture
 def site(tmp_path: Path, upstream: ScriptedRegistry) -> Site:
     """A site with a registry."""
-    return Site(tmp_path / "here", (upstream.host,))
+    return Site(tmp_path / "site", (upstream.host,))
 
 
 @pytest.fixture
 def other_site(tmp_path: Path, upstream: ScriptedRegistry) -> Site:
     """Another site, with a new store; it may know the registry by name."""
-    return Site(tmp_path / "there", (upstream.host,))
+    return Site(tmp_path / "other_site", (upstream.host,))
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_loaded_archive_is_served_by_a_running_daemon(
 def test_upstream_without_a_dot_keeps_its_name(upstream: ScriptedRegistry, tmp_path: Path) -> None:
     """Such as a host of the local network, which clients send as `ns`: it is not a repository of Docker Hub."""
     upstream.add("team/whole", WHOLE, "v1")
-    site, other_site = Site(tmp_path / "here"), Site(tmp_path / "there")
+    site, other_site = Site(tmp_path / "site"), Site(tmp_path / "other_site")
     site.folder.mkdir()
     mirrored = {"storehouse": {"scheme": "http", "mirrors": [upstream.url]}}
     with Daemon(site.folder, mirrored, "--no-complete-images", image_path=site.images) as daemon:

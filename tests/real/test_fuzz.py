@@ -50,7 +50,7 @@ BUDGET = {
     "ranges": 1500,
     "headers": 1500,
     "raw": 500,
-    "lonely": 500,
+    "isolated": 500,
 }
 
 ANSWERS = frozenset({200, 206, 400, 403, 404, 405, 416})
@@ -131,8 +131,8 @@ def outside(folder: Path, daemon: Daemon) -> set[Path]:
 @pytest.fixture(scope="module")
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """A daemon that may use every upstream, in a network without any."""
-    folder = tmp_path_factory.mktemp("lonely")
-    with Namespace("lonely") as namespace, NamespacedDaemon(namespace, folder) as daemon:
+    folder = tmp_path_factory.mktemp("isolated")
+    with Namespace("isolated") as namespace, NamespacedDaemon(namespace, folder) as daemon:
         address = "127.0.0.1", daemon.port
         wire = Wire(lambda: namespace.call(lambda: socket.create_connection(address)))
         yield Target(daemon, wire)
@@ -148,7 +148,7 @@ def all_cases(request: pytest.FixtureRequest) -> Iterator[None]:
     if name not in BUDGET:
         yield
         return
-    target = request.getfixturevalue("lonely" if name == "lonely" else "traced")
+    target = request.getfixturevalue("isolated" if name == "isolated" else "traced")
     before = target.cases
     yield
     assert target.cases - before >= BUDGET[name]
@@ -237,7 +237,7 @@ def test_fuzz_raw_requests(traced: Target, method: bytes, target: bytes) -> None
     assert healthy.status == 200
 
 
-@cases("lonely")
+@cases("isolated")
 @given(METHODS, mutated(NAMES), st.none() | mutated(UPSTREAMS), st.sampled_from((b"manifests/1", b"tags/list")))
 @example(b"GET", b"[::1]:5000/x", None, b"manifests/1")
 @example(b"GET", b"x", b"ab--cd.example", b"manifests/1")

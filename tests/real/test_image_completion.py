@@ -69,7 +69,7 @@ def test_layers_that_containerd_has_are_completed(
     done = containerd.pull(ref, hosts)
     assert done.returncode == 0, f"{done.stderr}\n{daemon.log}"
     asked = [layer for layer in image.layers if f"GET /v2/team/whole/blobs/{layer.digest}" in daemon.log]
-    assert asked == list(image.layers[2:]), "containerd had none of its layers"
+    assert asked == list(image.layers[2:]), "containerd had none of the image's layers"
     wait_complete(daemon, image.blobs)
 
     registry.kill()
@@ -109,7 +109,7 @@ def test_only_requested_platform_is_completed_after_a_pause(cache: Cache, reposi
     other = index.images[0]
     assert cache.ask(f"{repository}/manifests/list").body == index.manifest.data
     assert cache.ask(f"{repository}/manifests/{wanted.manifest.digest}").body == wanted.manifest.data
-    wait_until(pending_file(cache.daemon, wanted.manifest).exists, SOON, "it is noted")
+    wait_until(pending_file(cache.daemon, wanted.manifest).exists, SOON, "the pending image is noted")
     document = health(cache.daemon)
     assert (document["incomplete_images"], document["pending_images"]) == (1, 1)
     wait_complete(cache.daemon, [*wanted.blobs, other.config], DECIDED)
@@ -171,7 +171,7 @@ def test_no_complete_images_fetches_nothing_in_the_background(tmp_path: Path) ->
         assert incomplete(cache.daemon)[0] == 1
         cache.daemon.terminate()
         cache.daemon.start()
-        wait_until(lambda: incomplete(cache.daemon) == (1, len(image.config.data)), SOON, "it is told")
+        wait_until(lambda: incomplete(cache.daemon) == (1, len(image.config.data)), SOON, "the state is reported")
         wait_scanned_twice(cache)
         assert cache.sent(f"team/app/blobs/{image.config.digest}") == 0
     assert log_lines(cache.daemon, "info", "completing") == []
@@ -209,7 +209,7 @@ def test_client_pauses_background_downloads(own_cache: Cache) -> None:
     slowly = cache.scripted(f"*/{layer.digest}", Drip(16 * MIB))
     with slowly, cache.scripted(f"*/{blob.digest}", hold):
         assert cache.ask("team/behind/manifests/1").status == 200
-        wait_until(lambda: here() > MIB, SOON, "it flows")
+        wait_until(lambda: here() > MIB, SOON, "bytes arrive")
         with cache.opened(f"team/before/blobs/{blob.digest}") as answer:
             assert answer.read(MIB) == blob.data[:MIB]
             sent = constant(lambda: cache.upstream.bytes_sent(layer.digest))
@@ -217,7 +217,7 @@ def test_client_pauses_background_downloads(own_cache: Cache) -> None:
             assert constant(here) < len(layer.data) // 2
             hold.release.set()
             assert answer.read() == blob.data[MIB:]
-        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > sent, SOON, "it goes on")
+        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > sent, SOON, "the download continues")
         wait_complete(cache.daemon, image.blobs)
     assert cache.upstream.bytes_sent(layer.digest) == len(layer.data)
 
@@ -244,7 +244,7 @@ def test_client_raises_the_priority_of_a_background_download(own_cache: Cache) -
     hold = Hold(3 * MIB)
     with cache.scripted(f"*/{layer.digest}", Drip(16 * MIB)), cache.scripted(f"*/{blob.digest}", hold):
         assert cache.ask("team/joined/manifests/1").status == 200
-        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > MIB, SOON, "it flows")
+        wait_until(lambda: cache.upstream.bytes_sent(layer.digest) > MIB, SOON, "bytes arrive")
         with cache.opened(f"team/beside/blobs/{blob.digest}") as answer:
             assert answer.read(MIB) == blob.data[:MIB]
             assert cache.ask(f"team/joined/blobs/{layer.digest}").body == layer.data
@@ -277,7 +277,7 @@ def test_client_takes_precedence_on_a_single_connection(tmp_path: Path) -> None:
         layer, blob = image.layers[0], wanted.layers[0]
         with cache.scripted(f"*/{layer.digest}", Drip(MIB)):
             assert cache.ask("team/slow/manifests/1").status == 200
-            wait_until(lambda: cache.upstream.bytes_sent(layer.digest), SOON, "it flows")
+            wait_until(lambda: cache.upstream.bytes_sent(layer.digest), SOON, "bytes arrive")
             with cache.opened(f"team/wanted/blobs/{blob.digest}") as answer:
                 assert answer.read() == blob.data
             assert cache.upstream.bytes_sent(layer.digest) < len(layer.data) // 2

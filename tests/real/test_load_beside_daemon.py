@@ -264,11 +264,11 @@ def test_daemon_notices_changes_of_commands(cache: Cache, tmp_path: Path) -> Non
     for _ in range(2):
         assert statuses() == [200, 200, 200]
         command(cache.daemon, "prune", "--pattern=:v1$")
-        wait_until(lambda: statuses() == [503, 503, 503], SEEN, "all of it is a miss")
+        wait_until(lambda: statuses() == [503, 503, 503], SEEN, "everything is a miss")
         assert b'["stays"]' in cache.ask(f"{REPOSITORY}/tags/list").body.replace(b" ", b"")
         assert contents(cache.daemon.image_path).keys() == {other.manifest.digest[7:]}
         command(cache.daemon, "load", archive)
-        wait_until(lambda: statuses() == [200, 200, 200], SEEN, "all of it is a hit")
+        wait_until(lambda: statuses() == [200, 200, 200], SEEN, "everything is a hit")
         assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, "v1", image)
         assert b'["stays","v1"]' in cache.ask(f"{REPOSITORY}/tags/list").body.replace(b" ", b"")
     assert_all_served(cache.daemon, cache.upstream.host, REPOSITORY, "stays", other)

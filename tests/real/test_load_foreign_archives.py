@@ -42,7 +42,7 @@ TYPES = {DOCKER_LIST: 1, DOCKER_MANIFEST: 2, OCI_INDEX: 3, OCI_MANIFEST: 4}
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
     """A site with a new store, which knows no upstream."""
-    return Site(tmp_path / "there")
+    return Site(tmp_path / "site")
 
 
 def assert_pulled(site: Site, containerd: Containerd, expected: Mapping[str, set[str]]) -> None:

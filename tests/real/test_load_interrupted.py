@@ -95,7 +95,9 @@ def held_load(upstream: ScriptedRegistry, shell: Shell) -> Iterator[subprocess.P
     hold = Hold(4 * MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold), loading(shell, "--concurrent", "3") as process:
         wait_until(lambda: partial(shell, layer) == 4 * MIB, _SOON, "half of the layer is in the store")
-        wait_until(lambda: len(blobs_in(shell.store)) == len(digests(BIG, *SMALL)) - 1, _SOON, "all but that")
+        wait_until(
+            lambda: len(blobs_in(shell.store)) == len(digests(BIG, *SMALL)) - 1, _SOON, "all other blobs are stored"
+        )
         wait_until(lambda: _printed(shell).read_text().count("\n") == len(SMALL), _SOON, "the small ones are loaded")
         yield process
 

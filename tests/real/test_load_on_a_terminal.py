@@ -83,7 +83,7 @@ def screen(written: str) -> list[str]:
                 lines[row][column : column + len(found["text"])] = found["text"]
                 column += len(found["text"])
             case _, other:
-                raise AssertionError(f"a terminal that does {other!r} is not what this is")
+                raise AssertionError(f"unsupported by this terminal: {other!r}")
     return [line for line in ("".join(cells).rstrip() for cells in lines) if line]
 
 

@@ -160,7 +160,7 @@ def test_incomplete_request_body_leaves_nothing(cache: Cache) -> None:
     open_before = len(procfs.descriptors(pid))
     with socket.create_connection(("127.0.0.1", cache.daemon.port), timeout=SOON) as connection:
         connection.sendall(b"PUT /v2/big/blobs/uploads/1 HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
-        wait_until(lambda: len(procfs.descriptors(pid)) > open_before, SOON, "it is connected")
-    wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "its descriptor is closed")
+        wait_until(lambda: len(procfs.descriptors(pid)) > open_before, SOON, "the client is connected")
+    wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "the descriptor is closed")
     assert cache.errors(since) == []
     assert_error(fetch(f"{cache.daemon.url}/v2/_catalog"), 404, "UNSUPPORTED")

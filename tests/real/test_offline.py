@@ -75,7 +75,7 @@ def routed_daemon(tmp_path: Path) -> Iterator[RoutedDaemon]:
     with ExitStack() as stack:
         routed_daemon = RoutedDaemon(tmp_path, stack)
         routed_daemon.pull("cached", CACHED)
-        wait_until(lambda: not routed_daemon.incomplete(), SOON, "it is whole")
+        wait_until(lambda: not routed_daemon.incomplete(), SOON, "the image is complete")
         yield routed_daemon
 
 
@@ -100,7 +100,7 @@ def test_start_without_a_network(routed_daemon: RoutedDaemon) -> None:
     """With only loopback and no resolver: ready, cached content is served, and the rest when the link is up."""
     stop = routed_daemon.upstream.script("/v2/half/blobs/*", Reply(503))
     assert routed_daemon.ask("half/manifests/1").body == HALF.manifest.data
-    wait_until(lambda: "is not complete yet" in routed_daemon.daemon.log, SOON, "it was tried")
+    wait_until(lambda: "is not complete yet" in routed_daemon.daemon.log, SOON, "completion was tried")
     routed_daemon.daemon.kill()
     stop()
     routed_daemon.network.near.ip("link", "set", "eth0", "down")

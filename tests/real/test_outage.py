@@ -107,7 +107,7 @@ def test_download_survives_a_silent_outage(network: Routed, tmp_path: Path, seco
             time.sleep(max(0.0, began + seconds - time.monotonic()))
             waiting = client.received
             assert client.is_alive(), client.problem
-            assert waiting - had < SIZE // 4, "it was no outage"
+            assert waiting - had < SIZE // 4, "the link was not down"
         ended = time.monotonic()
         wait_until(lambda: client.received > waiting or client.problem, RESUMED_WITHIN, f"bytes again\n{daemon.log}")
         assert client.problem is None

@@ -66,7 +66,7 @@ def test_pending_image_survives_a_kill(cache: Cache, image: Image, number: int) 
     wait_complete(cache.daemon, image.blobs)
     assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * LAYER
     assert cache.upstream.count("GET", "/v2/team/wish/manifests/") == 1
-    wait_until(lambda: cache.partials == set(), SOON, "nothing is left")
+    wait_until(lambda: cache.partials == set(), SOON, "nothing is incomplete")
 
 
 def test_health_and_log_report_missing_blobs(cache: Cache, image: Image) -> None:
@@ -95,7 +95,7 @@ def test_removed_image_is_not_completed(cache: Cache, image: Image, restarted: b
     """Removing an image's record cancels its completion, whether or not the daemon is running."""
     with cache.scripted("*/team/wish/blobs/*", Reply(500)):
         assert cache.ask("team/wish/manifests/1").status == 200
-        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
+        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "completion was tried")
         assert incomplete(cache.daemon)[0] == 1
         if restarted:
             cache.daemon.kill()
@@ -114,7 +114,7 @@ def test_pending_image_is_retried_after_an_upstream_failure(cache: Cache, image:
     """The image stays pending, although the upstream had none of the blobs, and the daemon is restarted meanwhile."""
     with cache.scripted("*/team/wish/blobs/*", Reply(503)):
         assert cache.ask("team/wish/manifests/1").status == 200
-        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "it was tried")
+        wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "completion was tried")
         cache.daemon.terminate()
         assert pending_file(cache.daemon, image.manifest).is_file()
     cache.daemon.start()

@@ -146,7 +146,7 @@ def test_complete_metadata_off_fetches_no_other_manifests(cache: Cache, index: I
     """The pulled image is complete, and no other manifest was requested."""
     kubelet_pull(cache, index)
     image = image_for(index, AMD64)
-    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is to be fetched")
+    wait_until(lambda: not any(health(cache.daemon).values()), SOON, "nothing is incomplete")
     wait_scanned_twice(cache)
     assert records_in(cache.daemon.image_path) == {index.manifest.digest, image.manifest.digest}
     assert blobs_in(cache.daemon.image_path) == {blob.digest for blob in image.blobs}

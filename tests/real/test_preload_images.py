@@ -92,7 +92,7 @@ def test_each_image_is_reported_as_soon_as_it_is_loaded(upstream: ScriptedRegist
     hold = Hold(MIB)
     with scripted(upstream, f"/v2/team/app/blobs/{BIG.layers[0].digest}", hold):
         daemon = preload("--concurrent", "3")
-        wait_until(lambda: len(blobs_in(daemon.image_path)) == 8, _SOON, "all but that layer")
+        wait_until(lambda: len(blobs_in(daemon.image_path)) == 8, _SOON, "all other blobs are stored")
         wait_until(lambda: progress(daemon)["loaded"] == 2, _SEEN, "two in /health")
         for tag in LISTED:
             assert f"preloading: loaded: {upstream.host}/team/app:{tag}: " in daemon.log
@@ -165,7 +165,7 @@ def test_preload_resumes_after_a_restart(upstream: ScriptedRegistry, preload: St
     with scripted(upstream, f"/v2/team/app/blobs/{layer}", hold):
         daemon = preload("--concurrent", "3")
         kept = daemon.image_path / "pulls" / "0" / layer.removeprefix("sha256:")
-        wait_until(lambda: kept.exists() and kept.stat().st_size == MIB, _SOON, "a MiB of it in the store")
+        wait_until(lambda: kept.exists() and kept.stat().st_size == MIB, _SOON, "a MiB of the layer in the store")
         assert daemon.terminate() in (0, -15)
     daemon.start()
     wait_loaded(daemon, 3)

@@ -102,5 +102,5 @@ def test_reload_without_a_file_is_harmless(start_daemon: StartDaemon) -> None:
     daemon.terminate()
     daemon.start()
     os.kill(daemon.process.pid, signal.SIGHUP)
-    wait_until(lambda: "settings reloaded" in daemon.log, SOON, "the news")
+    wait_until(lambda: "settings reloaded" in daemon.log, SOON, "the reload is logged")
     assert fetch(f"{daemon.url}/health").status == 200

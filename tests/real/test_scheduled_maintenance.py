@@ -48,9 +48,11 @@ def test_unused_images_are_pruned_on_schedule(tmp_path: Path) -> None:
         pulled(cache, "team/kept", kept, AN_HOUR)
         pulled(cache, "team/young", young)
         pulled(cache, "team/old", old, AN_HOUR)
-        wait_until(lambda: records(cache) == {kept.manifest.digest, young.manifest.digest}, SOON, "the old one goes")
-        wait_until(lambda: not cache.stored(old.layers[-1].digest), SOON, "its own layer goes")
-        wait_until(lambda: f"pruned {cache.upstream.host}/team/old:1" in cache.daemon.log, SOON, "the log tells")
+        wait_until(
+            lambda: records(cache) == {kept.manifest.digest, young.manifest.digest}, SOON, "the old image is pruned"
+        )
+        wait_until(lambda: not cache.stored(old.layers[-1].digest), SOON, "the image's own layer is pruned")
+        wait_until(lambda: f"pruned {cache.upstream.host}/team/old:1" in cache.daemon.log, SOON, "the log reports")
         cache.upstream.close()
         for repository, image in (("team/kept", kept), ("team/young", young)):
             assert_all_served(cache.daemon, cache.upstream.host, repository, "1", image)
@@ -81,7 +83,7 @@ def wait_left(cache: Cache, images: list[Image]) -> None:
     wait_until(lambda: records(cache) == left, SOON, f"{left} are left")
     blobs = {blob.digest[7:] for image in images for blob in image.blobs}
     folder = cache.daemon.image_path / "blobs"
-    wait_until(lambda: {path.name for path in folder.iterdir()} == blobs, SOON, "their blobs are left")
+    wait_until(lambda: {path.name for path in folder.iterdir()} == blobs, SOON, "their blobs remain")
 
 
 def test_damaged_blobs_are_found_and_repaired(tmp_path: Path) -> None:
@@ -99,7 +101,7 @@ def test_damaged_blobs_are_found_and_repaired(tmp_path: Path) -> None:
             line = f"quarantined: {path}: "
             wait_until(lambda line=line: line in cache.daemon.log, SOON, line)  # type: ignore[misc]  # a default binds it
         root = cache.daemon.image_path
-        wait_until(lambda: has_all_of(root, index) and has_all_of(root, image), SOON, "all of it is there again")
+        wait_until(lambda: has_all_of(root, index) and has_all_of(root, image), SOON, "everything is stored again")
         wait_until(lambda: blob_file(cache.daemon, layer.digest).read_bytes() == layer.data, SOON, "the right bytes")
         put_aside = {path.name for path in (root / "pulls" / "0" / "bad").iterdir()}
         assert put_aside == {layer.digest[7:], image.manifest.digest[7:]}

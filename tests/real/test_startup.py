@@ -27,7 +27,7 @@ _DAEMONIZE = ("--pidfile", "twistd.pid", "--logfile", "twistd.log")
 @pytest.fixture
 def empty_folder(tmp_path: Path) -> Path:
     """An empty folder to start processes in, where they would leave pid and log files."""
-    empty_folder = tmp_path / "place"
+    empty_folder = tmp_path / "empty"
     empty_folder.mkdir()
     return empty_folder
 
@@ -153,7 +153,7 @@ def test_serve_command_is_optional(upstream: ScriptedRegistry, start_daemon: Cal
 
 
 class _Background:
-    """The daemon that twistd leaves running in `place`; `close` ends it."""
+    """The daemon that twistd leaves running in `folder`; `close` ends it."""
 
     def __init__(self, empty_folder: Path) -> None:
         self._place = empty_folder

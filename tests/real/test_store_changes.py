@@ -78,7 +78,7 @@ def test_removed_record_is_a_miss(cache: Cache, repository: str, image: Image, i
     for what in (image, index):
         for manifest in what.manifests:
             run(["rm", str(record(cache, manifest))])
-    wait_until(lambda: counts(cache.daemon) == before, SEEN, "none is counted any more")
+    wait_until(lambda: counts(cache.daemon) == before, SEEN, "no record is counted")
     manifests = manifest_paths(repository, image) | manifest_paths(repository, index)
     with cache.scripted(f"/v2/{repository}/*", GONE):
         for path in (*manifests, f"{repository}/tags/list"):

@@ -220,8 +220,8 @@ def test_wrong_blob_is_downloaded_again_only_once(cache: Cache) -> None:
     with cache.scripted(f"*{layer.digest}", Cut(START), Flip(LAST)):
         with cache.opened(path) as answer:
             short_body(answer)
-        wait_until(lambda: len(asked(cache, path)) >= 6, SOON, "the new fetch comes to its end")
-        wait_until(lambda: len(cache.errors(since)) >= 2, SOON, "it fails too")
+        wait_until(lambda: len(asked(cache, path)) >= 6, SOON, "the new download ends")
+        wait_until(lambda: len(cache.errors(since)) >= 2, SOON, "the new download fails too")
         assert_nothing_wrong_is_stored(cache, layer)
     assert digest_of(cache.ask(path).body) == layer.digest
     once = [None, RESUMED, f"bytes={2 * START}-"]
