@@ -1,7 +1,7 @@
-# Each target sets up what it needs by itself: `make run` and `make test` are all that a fresh Debian 12 has to be told.
-# What comes from Debian is installed only where it is missing and we may (root, or sudo without a password);
-# else the list is printed. Everything else goes into .venv, which holds the dependencies and not the package:
-# the checkout is put on PYTHONPATH, so that twistd finds the plugin in it.
+# Each target sets up what it needs, so that `make run` and `make test` suffice on a fresh Debian 12. Missing Debian
+# packages are installed where permitted (root, or sudo without a password); else their list is printed. Everything
+# else goes into .venv, which holds the dependencies but not the package: the checkout is on PYTHONPATH, so that twistd
+# finds its plugin.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -21,15 +21,15 @@ BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-
 	python3-cachetools python3-openssl python3-service-identity python3-setuptools python3-tqdm python3-treq \
 	python3-twisted python3-yaml python3-zstandard
 BOOTERS := mmdebstrap systemd-container docker-registry zsh
-# What a machine that is booted for a test has, besides the minimum and what the package depends on.
+# Packages of a machine booted for a test, beside the minimum and the dependencies of our package.
 INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
 
-# Whatever the caller's is: a test must never find another checkout's code.
+# Replaces the caller's value: a test must never find another checkout's code.
 export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Some of the real servers live in sbin, which only root has on its PATH.
+# Some servers are in sbin, which only root has on its PATH.
 TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
-# Left behind for .ci/run, which counts what really ran.
+# Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
 .PHONY: help run test test-long test-debian test-deb deb docs lint clean
@@ -40,7 +40,7 @@ help: ## show this
 run: $(VENV)/run.stamp ## start the daemon here, in the foreground, with ./images as its store
 	$(VENV)/bin/twistd -n --pidfile= ociregistry --image-path ./images --port 8080 --log-level info $(OPTIONS)
 
-test: $(VENV)/test.stamp ## run all tests but the long ones, in memory and against real servers (needs root)
+test: $(VENV)/test.stamp ## run all tests except the long ones, in memory and against real servers (needs root)
 	$(call root,test)
 	$(call need,$(SERVERS))
 	export PATH="$(TEST_PATH)"
@@ -52,7 +52,7 @@ test-long: $(VENV)/test.stamp ## run the long tests (needs root)
 	$(call need,$(SERVERS))
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
 
-test-debian: ## run the tests in memory on Debian's own Python, Twisted and the rest, with nothing from pip
+test-debian: ## run the tests in memory on Debian's Python, Twisted and other packages, without pip
 	$(call need,$(DEBIANS))
 	export PATH=/usr/sbin:/usr/bin:/sbin:/bin PYTHONNOUSERSITE=1
 	python3 -c "$$ONLY_DEBIAN"
@@ -65,7 +65,7 @@ deb: ## build the Debian package, into build/
 	mkdir -p build/deb/ociregistry
 	git ls-files -z --cached | tar -c --null --files-from=- | tar -x -C build/deb/ociregistry
 	cd build/deb/ociregistry
-	# Without any network, where the kernel lets us: nothing may be fetched.
+	# Without a network, where the kernel permits that: nothing may be fetched.
 	offline=(unshare --map-root-user --net)
 	"$${offline[@]}" true 2>/dev/null || offline=()
 	"$${offline[@]}" dpkg-buildpackage --no-sign >../log 2>&1 || { cat ../log; exit 1; }
@@ -73,12 +73,12 @@ deb: ## build the Debian package, into build/
 	cd ../..
 	ls ociregistry_*
 
-test-deb: $(VENV)/test.stamp ## try the package on a Debian 12 and a Debian 13 that are booted for it (needs root)
+test-deb: $(VENV)/test.stamp ## test the package on booted Debian 12 and 13 (needs root)
 	if [ $$(id -u) != 0 ]; then
 	    echo >&2 "Containers need root: sudo make test-deb"
 	    exit 1
 	elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
-	    echo "=== SKIPPED: this kernel forbids containers, so the package was not tried"
+	    echo "=== SKIPPED: this kernel forbids containers, so the package was not tested"
 	    exit 0
 	fi
 	$(call need,$(BOOTERS))
@@ -94,12 +94,12 @@ lint: $(VENV)/test.stamp ## check style, layout and types
 docs: $(VENV)/docs.stamp ## build the documentation as a site, into build/site
 	$(VENV)/bin/mkdocs build --strict
 
-clean: ## remove what the other targets made, but not ./images
+clean: ## remove what the other targets made, except ./images
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache _trial_temp* twistd.pid
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	rm -f twisted/plugins/dropin.cache
 
-# Made once, and again when setup.py changes. Debian's Python first, since that is the one that the daemon runs on.
+# Made once, and again when setup.py changes. Debian's Python is preferred, since the daemon runs on it.
 $(VENV)/run.stamp: setup.py
 	for python in /usr/bin/python3 python3 none; do
 	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
@@ -124,7 +124,7 @@ $(VENV)/docs.stamp: $(VENV)/run.stamp
 	$(PYTHON) -m pip install --quiet --requirement $(VENV)/docs.txt
 	touch $@
 
-# A machine's files, from where this machine's own packages come: made once, and again when the package needs others.
+# The files of a test machine, from this machine's package sources: made once, and again when debian/control changes.
 build/%.tar: debian/control
 	mkdir -p build
 	depends=$$(sed -n '/^Depends:/,/^ \$$/s/^ \([a-z][a-z0-9-]*\).*/\1/p' debian/control | paste -s -d ,)
@@ -133,7 +133,7 @@ build/%.tar: debian/control
 	    sed "s/ $$VERSION_CODENAME/ $*/" >build/$*.list
 	mmdebstrap --quiet --variant=apt --aptopt='Acquire::Retries "3"' --include="$(INSIDE),$$depends" $* $@ build/$*.list
 
-# setup.py says what is needed, and nobody repeats it. (pip cannot install the dependencies of a package without it.)
+# The only list of dependencies is in setup.py; pip cannot install them without the package itself.
 define REQUIREMENTS
 import setuptools, sys
 from distutils.core import run_setup
@@ -155,13 +155,13 @@ if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/li
 endef
 export ONLY_DEBIAN
 
-# $(call root,TARGET): containerd unpacks images, and network namespaces are made, as root alone.
+# $(call root,TARGET): fail without root, which containerd needs to unpack images, and tests for network namespaces.
 define root
 [ $$(id -u) = 0 ] || { echo >&2 "Tests against real clients need root: sudo make $(1)"; exit 1; }
 endef
 
-# $(call need,PACKAGES): has them installed, or says what to install. Services that come with them are neither started
-# now nor with the machine: the tests start their own, on their own ports.
+# $(call need,PACKAGES): install them, or print what to install. Their services are started neither now nor at boot:
+# the tests start their own, on other ports.
 define need
 (
 missing=() new=()

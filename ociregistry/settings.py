@@ -168,13 +168,13 @@ OPTIONS = (
     Option(
         "reserve",
         "",
-        "Room on the disk that downloads leave free, such as 1GB or 5% (default: 5%, 2GB at most).",
+        "Disk space that downloads leave free, such as 1GB or 5% (default: 5%, 2GB at most).",
         parse_reserve,
     ),
     Option("port", "8080", "TCP port to listen on.", _number(1, 65535)),
     Option("log-level", "error", "trace, debug, info, warn or error.", _level),
-    Option("pull-timeout", "60000", "Milliseconds that a client waits without progress.", _milliseconds),
-    Option("concurrent", "1", "Images that are loaded at once.", _number(1, 1000)),
+    Option("pull-timeout", "60000", "Milliseconds that a client waits for progress.", _milliseconds),
+    Option("concurrent", "1", "Number of images loaded at the same time.", _number(1, 1000)),
     Option(
         "max-connections",
         "",
@@ -186,23 +186,23 @@ OPTIONS = (
     Option(
         "platform",
         "",
-        "Platforms to load, such as linux/amd64,linux/arm/v7, or all (default: the one of --os and --arch).",
+        "Platforms to load, such as linux/amd64,linux/arm/v7, or all (default: that of --os and --arch).",
         _optional(parse_platforms),
     ),
-    Option("with-signatures", "false", "Load signatures and all that refers to an image too.", _flag, is_flag=True),
+    Option("with-signatures", "false", "Also load signatures and other referrers of an image.", _flag, is_flag=True),
     Option(
         "preload-images",
         "",
-        "File of images that the daemon loads in the background, one a line.",
+        "File of images, one per line, that the daemon loads in the background.",
         _optional(_path),
         is_path=True,
     ),
     Option("allow-upstreams", "", "Globs of allowed upstreams, separated by commas (default: all).", _globs),
-    Option("max-bandwidth", "", "What all upstreams together may bring, such as 2Mbit (default: all).", parse_rate),
-    Option("always-pull-latest", "false", "Check the tag latest upstream at every pull.", _flag, is_flag=True),
+    Option("max-bandwidth", "", "Limit for all upstreams together, such as 2Mbit (default: none).", parse_rate),
+    Option("always-pull-latest", "false", "Check the tag latest at the upstream at every pull.", _flag, is_flag=True),
     Option("air-gapped", "false", "Never contact an upstream.", _flag, is_flag=True),
-    Option("complete-images", "true", "Fetch all layers of an image that is pulled.", _flag, is_flag=True),
-    Option("default-ns", DOCKER_HUB, "Upstream of names that carry none.", _upstream),
+    Option("complete-images", "true", "Fetch all layers of a pulled image.", _flag, is_flag=True),
+    Option("default-ns", DOCKER_HUB, "Upstream of names without one.", _upstream),
 )
 
 

@@ -44,18 +44,23 @@ class Options(CommonOptions):
     ]
     optFlags = [
         ["list-cache", None, "The same as: list"],
-        ["dry-run", None, "With --prune or --prune-before: print what would go, and change nothing."],
+        ["dry-run", None, "With --prune or --prune-before: print what would be removed, and change nothing."],
     ]
     subCommands = [
         ["serve", None, Serve, "run the daemon, which is also the default"],
-        ["load", None, Load, "bring images into the store"],
-        ["list", None, List, "print what is in the store"],
-        ["prune", None, Prune, "take images out of the store"],
-        ["verify", None, Verify, "hash everything in the store again"],
+        ["load", None, Load, "load images into the store"],
+        ["list", None, List, "print the images in the store"],
+        ["prune", None, Prune, "remove images from the store"],
+        ["verify", None, Verify, "hash every blob and record in the store"],
         ["export", None, Export, "write images into an archive"],
         ["check", None, Check, "print how each upstream will be reached"],
         ["version", None, Version, "print the version"],
-        ["containerd-config", None, ContainerdConfig, "print what containerd needs to ask the daemon"],
+        [
+            "containerd-config",
+            None,
+            ContainerdConfig,
+            "print or write the configuration of containerd and other clients",
+        ],
     ]
 
     settings: Settings

@@ -14,29 +14,30 @@ EXAMPLE = ROOT / "etc" / "ociregistry.yaml"
 
 _HEAD = """# Configuration
 
-What is set comes from the command line, else from the file that `--config-path` names, else from the defaults. The
-file is YAML: the options' names as keys, with `_` for `-`, and the sections below; or just the list of `registries`.
-Paths in it are relative to it. An unknown key, or a value of the wrong kind, is an error with file, line and key.
+The command line takes precedence over the file that `--config-path` names, and the file over the defaults. The file
+is YAML: the names of options as keys, with `_` for `-`, and the sections below; or only the list of `registries`.
+Paths in the file are relative to the file. An unknown key, or a value of the wrong type, is an error that names file,
+line and key.
 
-(This page is made by `python -m tools.reference` from the tables that the program uses.)
+(`python -m tools.reference` generates this page from the tables of the program.)
 
 ## Options
 
-They may stand before and after a command.
+Options are accepted before and after a command.
 
 """
 _FORMER = """
 ## Other spellings
 
-The server of the same name that is written in Go has options in place of some commands, and these are taken as well.
+The Go server of the same name has options in place of some commands; they are accepted too.
 
 """
 _SECTIONS = """
 ## Sections of the file
 
 [Upstreams](upstreams.md) explains `registries`, [Bad links](bad-links.md) `bandwidth`, [Listing, pruning,
-verifying](pruning.md) `prune` and `verify`. This is the file that comes with the program; every key has its default
-there, or an example where the default is nothing:
+verifying](pruning.md) `prune` and `verify`. This file comes with the program; it shows each key with its default,
+or with an example where there is no default:
 
 """
 

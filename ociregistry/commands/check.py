@@ -19,7 +19,7 @@ _SYSTEM = "the operating system's trust store"
 class Check(Command):
     """The options of `check`."""
 
-    longdesc = "Prints each upstream of the configuration, and how it will be reached. Contacts nobody."
+    longdesc = "Prints each upstream of the configuration, and how it will be reached. Makes no connection."
 
     def run(self, settings: Settings) -> int:
         """Print the report to stdout and the warnings to stderr."""
@@ -32,6 +32,10 @@ class Check(Command):
 def report(settings: Settings) -> Iterator[str]:
     """Yield the lines to print; they contain no password or token."""
     yield from _clients(settings)
+    if settings.air_gapped:
+        yield "every upstream"
+        yield "  never contacted: the daemon is air-gapped"
+        return
     for entry in settings.registries.values():
         yield from _upstream(entry, settings)
     yield "every other upstream" + _allowed(None, settings)

@@ -54,14 +54,14 @@ class ContainerdConfig(Command):
     """The options of `containerd-config`."""
 
     longdesc = (
-        "Prints the hosts.toml files by which containerd pulls through the daemon, or writes them, and what "
-        "its config.toml needs; and the same for CRI-O, podman, k3s and dockerd."
+        "Prints or writes the hosts.toml files with which containerd pulls through the daemon, and prints the lines "
+        "for its config.toml and the configuration of CRI-O, podman, k3s and dockerd."
     )
     optParameters = [
-        ["dir", None, _FOLDER, "Folder that containerd reads hosts.toml files from."],
-        ["upstreams", None, None, "A file for each of these upstreams, commas between (default: one for all)."],
-        ["ca", None, None, "File with the authority that vouches for the daemon's certificate, on the node."],
-        ["cert", None, None, "File with the node's certificate, where the daemon asks for one."],
+        ["dir", None, _FOLDER, "Folder from which containerd reads hosts.toml files."],
+        ["upstreams", None, None, "Upstreams, separated by commas, to write a file for each (default: one for all)."],
+        ["ca", None, None, "File, on the node, with the authority that issued the daemon's certificate."],
+        ["cert", None, None, "File with the node's certificate, if the daemon requires one."],
         ["key", None, None, "File with the key of that certificate."],
     ]
     optFlags = [["write", None, "Write the hosts.toml files."]]
@@ -71,7 +71,7 @@ class ContainerdConfig(Command):
         self._urls: list[str] = []
 
     def opt_url(self, url: str) -> None:
-        """Where the daemon is, such as http://localhost:8080. Repeatable: the first that answers is used."""
+        """URL of the daemon, such as http://localhost:8080. Repeatable: the first that answers is used."""
         self._urls.append(url)
 
     def postOptions(self) -> None:

@@ -23,13 +23,18 @@ class Export(Command):
     """The options of `export`."""
 
     longdesc = (
-        "Writes images into an OCI layout archive, which load, skopeo and containerd read. With --since it "
-        "holds only the blobs that an earlier export did not have: where that one was loaded, this one can be."
+        "Writes images into an OCI layout archive, which load, skopeo and containerd can read. With --since the "
+        "archive omits the blobs of an earlier export, which has to be loaded first."
     )
     optParameters = [
-        ["pattern", None, None, "Image URLs in which one of these regular expressions is found, commas between."],
+        [
+            "pattern",
+            None,
+            None,
+            "Images whose URL contains a match of one of these regular expressions (separated by commas).",
+        ],
         ["output", "o", None, "The archive to write, such as images.tar."],
-        ["since", None, None, "An earlier export, whose blobs are left out."],
+        ["since", None, None, "Earlier export, whose blobs are omitted."],
         ["compress", None, None, "Compress the archive: zstd."],
     ]
 

@@ -24,21 +24,21 @@ class List(Command):
     """The options of `list`."""
 
     longdesc = (
-        "Prints three columns for each image in the store: its URL, `list` or `image`, and since when it is "
-        "here, in local time."
+        "Prints three columns for each image in the store: URL, kind (`list` or `image`), and the local time "
+        "since which it is stored."
     )
     optParameters = [
         [
             "pattern",
             None,
             None,
-            "Only image URLs in which one of these regular expressions is found, commas between.",
+            "Only images whose URL contains a match of one of these regular expressions (separated by commas).",
         ],
-        ["sort", None, "url", "By url, created, pulled (oldest first) or size (largest first)."],
+        ["sort", None, "url", "Sort by url, created, pulled (oldest first) or size (largest first)."],
     ]
     optFlags = [
-        ["long", None, "Print when it was pulled last, its bytes, its platform, and whether it is complete, too."],
-        ["json", None, "Print all that is known as JSON."],
+        ["long", None, "Also print the time of the last pull, size, platform, and whether the image is complete."],
+        ["json", None, "Print all facts as JSON."],
     ]
 
     def postOptions(self) -> None:

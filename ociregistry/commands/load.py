@@ -35,12 +35,11 @@ class Load(Command):
 
     synopsis = "[options] FILE..."
     optParameters = [
-        ["name", None, None, "The name of the image in an archive that does not tell it, such as nginx:1.25."],
+        ["name", None, None, "Name for the image of an archive without one, such as nginx:1.25."],
     ]
     longdesc = (
-        "Brings images into the store. A FILE is a list of images, one reference a line (`#` begins a "
-        "comment), or an archive: what docker save, ctr images export, skopeo, oras or export wrote, an OCI "
-        "layout, or an image folder."
+        "Loads images into the store. A FILE is a list of images, one reference per line (`#` begins a comment), "
+        "or an archive of docker save, ctr images export, skopeo, oras or export, an OCI layout, or an image folder."
     )
 
     def parseArgs(self, *files: str) -> None:

@@ -39,7 +39,7 @@ class CommonOptions(usage.Options):
     ]
     optFlags = [
         *([option.name, None, option.help] for option in OPTIONS if option.is_flag),
-        ["no-complete-images", None, "Leave it to clients which layers are fetched."],
+        ["no-complete-images", None, "Fetch only the layers that clients request."],
     ]
 
     def __init__(self) -> None:

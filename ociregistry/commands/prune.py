@@ -23,18 +23,23 @@ class Prune(Command):
     """The options of `prune`."""
 
     longdesc = (
-        "Takes images out of the store, with the blobs that no other image needs. Several conditions "
-        "together name the images to which all of them apply."
+        "Removes images from the store, with the blobs that no other image needs. With several conditions, "
+        "an image has to meet all of them."
     )
     optParameters = [
-        ["pattern", None, None, "Image URLs in which one of these regular expressions is found (commas between)."],
-        ["before", None, None, "Image URLs that are here since before this local time, YYYY-MM-DDTHH:MM:SS."],
-        ["unused-for", None, None, "Images that nobody has pulled for so long, such as 30d or 12h."],
-        ["older-than", None, None, "What --orphans takes has not changed for so long [1d]."],
+        [
+            "pattern",
+            None,
+            None,
+            "Images whose URL contains a match of one of these regular expressions (separated by commas).",
+        ],
+        ["before", None, None, "Images stored before this local time, YYYY-MM-DDTHH:MM:SS."],
+        ["unused-for", None, None, "Images not pulled for this duration, such as 30d or 12h."],
+        ["older-than", None, None, "Minimum age of the files that --orphans removes [1d]."],
     ]
     optFlags = [
-        ["orphans", None, "Take blobs that no image needs, and downloads that nobody goes on with."],
-        ["dry-run", None, "Print what would go, and change nothing."],
+        ["orphans", None, "Remove blobs that no image needs, and abandoned partial downloads."],
+        ["dry-run", None, "Print what would be removed, and change nothing."],
     ]
 
     def postOptions(self) -> None:

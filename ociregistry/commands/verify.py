@@ -23,10 +23,8 @@ Advance = Callable[[int, int], object]
 class Verify(Command):
     """The options of `verify`."""
 
-    longdesc = (
-        "Hashes every blob and record in the store again. What is damaged is put aside, and never served again."
-    )
-    optFlags = [["repair", None, "Fetch anew what is damaged, and what images of the store lack."]]
+    longdesc = "Hashes every blob and record in the store. Damaged files are quarantined, and never served again."
+    optFlags = [["repair", None, "Fetch damaged and missing blobs from their upstreams."]]
 
     def run(self, settings: Settings) -> int:
         """Verify the store.
@@ -77,7 +75,7 @@ class _Repairs:
         """Whether some content that is needed could not be fetched."""
 
     async def repair(self, damaged: Damaged) -> None:
-        """Fetch a damaged file anew."""
+        """Fetch a damaged file again."""
         await _tell(damaged)
         why = await self._repairer.repair(damaged)
         self.failed = self.failed or why not in ("", NOT_NEEDED)

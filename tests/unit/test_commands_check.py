@@ -50,6 +50,17 @@ def test_without_configuration() -> None:
     assert list(report(load_settings({}, (), None))) == ["clients, at port 8080", "  http", *OTHERS]
 
 
+def test_air_gapped_daemon_contacts_no_upstream(path: Path) -> None:
+    assert lines(
+        path, "air_gapped: true\nregistries:\n  - name: reg.example\n    auth: {user: u, password: p}\n"
+    ) == [
+        "clients, at port 8080",
+        "  http",
+        "every upstream",
+        "  never contacted: the daemon is air-gapped",
+    ]
+
+
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
