@@ -25,7 +25,7 @@ from tests.upstream_rules import Hold
 SOON = 10.0
 """Seconds within which everything happens that does not wait for an upstream."""
 SEEN = 5.0
-"""Seconds within which the daemon must notice changes in its store; it promises one."""
+"""Seconds within which the daemon must notice changes in its store; the documented limit is one."""
 
 
 @dataclass(frozen=True)

@@ -27,14 +27,14 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 @pytest.fixture
 def image(cache: Cache) -> Image:
     """An image at the upstream."""
-    image = plain_image("wish", LAYER)
-    cache.upstream.add("team/wish", image, "1")
+    image = plain_image("pending", LAYER)
+    cache.upstream.add("team/pending", image, "1")
     return image
 
 
 def begin(cache: Cache, image: Image, hold: Hold) -> None:
     """Pull the manifest alone; return when completion has fetched a part of the layer."""
-    assert cache.ask("team/wish/manifests/1").body == image.manifest.data
+    assert cache.ask("team/pending/manifests/1").body == image.manifest.data
     assert hold.reached.wait(SOON)
     partial = cache.daemon.image_path / "pulls" / "0" / image.layers[0].digest.partition(":")[2]
     wait_until(lambda: partial.exists() and partial.stat().st_size >= BEGUN, SOON, "a part of the layer")
@@ -65,7 +65,7 @@ def test_pending_image_survives_a_kill(cache: Cache, image: Image, number: int) 
     cache.daemon.start()
     wait_complete(cache.daemon, image.blobs)
     assert cache.upstream.bytes_sent(layer.digest) <= 1.02 * LAYER
-    assert cache.upstream.count("GET", "/v2/team/wish/manifests/") == 1
+    assert cache.upstream.count("GET", "/v2/team/pending/manifests/") == 1
     wait_until(lambda: cache.partials == set(), SOON, "nothing is incomplete")
 
 
@@ -74,7 +74,7 @@ def test_health_and_log_report_missing_blobs(cache: Cache, image: Image) -> None
     assert incomplete(cache.daemon) == (0, 0)
     hold = Hold(None)
     with cache.scripted(f"*/{image.config.digest}", hold):
-        assert cache.ask("team/wish/manifests/1").status == 200
+        assert cache.ask("team/pending/manifests/1").status == 200
         assert hold.reached.wait(SOON)
         assert incomplete(cache.daemon) == (1, size)
         (line,) = log_lines(cache.daemon, "info", "completing", image.manifest.digest)
@@ -93,8 +93,8 @@ def test_health_and_log_report_missing_blobs(cache: Cache, image: Image) -> None
 @pytest.mark.parametrize("restarted", [False, True])
 def test_removed_image_is_not_completed(cache: Cache, image: Image, restarted: bool) -> None:
     """Removing an image's record cancels its completion, whether or not the daemon is running."""
-    with cache.scripted("*/team/wish/blobs/*", Reply(500)):
-        assert cache.ask("team/wish/manifests/1").status == 200
+    with cache.scripted("*/team/pending/blobs/*", Reply(500)):
+        assert cache.ask("team/pending/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "completion was tried")
         assert incomplete(cache.daemon)[0] == 1
         if restarted:
@@ -112,8 +112,8 @@ def test_removed_image_is_not_completed(cache: Cache, image: Image, restarted: b
 
 def test_pending_image_is_retried_after_an_upstream_failure(cache: Cache, image: Image) -> None:
     """The image stays pending, although the upstream had none of the blobs, and the daemon is restarted meanwhile."""
-    with cache.scripted("*/team/wish/blobs/*", Reply(503)):
-        assert cache.ask("team/wish/manifests/1").status == 200
+    with cache.scripted("*/team/pending/blobs/*", Reply(503)):
+        assert cache.ask("team/pending/manifests/1").status == 200
         wait_until(lambda: "is not complete yet" in cache.daemon.log, SOON, "completion was tried")
         cache.daemon.terminate()
         assert pending_file(cache.daemon, image.manifest).is_file()
@@ -126,18 +126,18 @@ def test_malformed_pending_images_are_removed(cache: Cache, image: Image) -> Non
     """Damaged files, and files with other names, do no harm."""
     cache.daemon.kill()
     folder = cache.daemon.image_path / "pulls" / "0"
-    for name in ("0" * 64, "nothing", "../../wish"[6:]):
+    for name in ("0" * 64, "nothing", "wish"):
         for number, content in enumerate(("", "[]", '{"upstream": "a b", "repository": "../.."}', "{" * 5000)):
             (folder / f"{name[number:]}.wish").write_text(content)
     cache.daemon.start()
-    assert cache.ask("team/wish/manifests/1").status == 200
+    assert cache.ask("team/pending/manifests/1").status == 200
     wait_complete(cache.daemon, image.blobs)
 
 
 def test_complete_pull_leaves_no_pending_image(cache: Cache, image: Image) -> None:
     """The client and completion share the download of each blob."""
-    assert cache.ask("team/wish/manifests/1").status == 200
+    assert cache.ask("team/pending/manifests/1").status == 200
     for blob in image.blobs:
-        assert cache.ask(f"team/wish/blobs/{blob.digest}").body == blob.data
+        assert cache.ask(f"team/pending/blobs/{blob.digest}").body == blob.data
     wait_complete(cache.daemon, image.blobs)
-    assert [cache.sent(f"team/wish/blobs/{blob.digest}") for blob in image.blobs] == [1, 1]
+    assert [cache.sent(f"team/pending/blobs/{blob.digest}") for blob in image.blobs] == [1, 1]
