@@ -142,7 +142,7 @@ def test_oci_layout_without_an_image_name(
 
 
 @pytest.mark.parametrize("what", [IMAGE, INDEX], ids=["image", "index"])
-def test_skopeos_dir_is_loaded_with_a_name(
+def test_load_dir_of_skopeo_with_a_name(
     registry: DockerRegistry, skopeo: Skopeo, site: Site, tmp_path: Path, what: Image | Index
 ) -> None:
     registry.push("team/image", what, "v1")
@@ -193,10 +193,10 @@ def test_last_loaded_archive_without_dates_has_the_tag(
     assert_pulled(site, containerd, {ref: parts_of(NEXT)})
 
 
-def test_a_platform_of_an_archive_of_several(
+def test_load_one_platform_of_an_archive(
     registry: DockerRegistry, skopeo: Skopeo, site: Site, tmp_path: Path
 ) -> None:
-    """Named before or after the command; without, the whole archive is loaded, for whatever machine this is."""
+    """The option may precede or follow the command; without it all platforms are loaded, on any machine."""
     ref, archive = f"{registry.host}/team/index:v1", tmp_path / "index.tar"
     registry.push("team/index", INDEX, "v1")
     skopeo(ref, f"oci-archive:{archive}:{ref}", "--all", "--preserve-digests")
@@ -228,7 +228,7 @@ def test_archives_for_two_platforms_serve_both(
     kind: str,
     compressed: bool,
 ) -> None:
-    """As the air-gap files of k3s are, one for each platform: containerd finds the image for each in the index."""
+    """Like the air-gap files of k3s, one per platform: containerd finds the image of each platform in the index."""
     ref = f"{registry.host}/team/app:v1"
     archives: list[Path] = []
     for image in INDEX.images:
