@@ -29,10 +29,11 @@ def _need(*programs: str) -> None:
 def interruptible() -> None:
     """Let the programs under test be interrupted.
 
-    A shell starts background processes with SIGINT ignored, and their children inherit that.
+    A shell starts background processes with SIGINT ignored, nohup with SIGHUP, and their children inherit that.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture
