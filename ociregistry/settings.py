@@ -6,6 +6,7 @@ parser of the command line and the reader of the file are both built from it.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from ociregistry.config.file import Config, PruneSettings, VerifySettings, Window, parse_rate, read_config
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.proxy import ProxySettings, read_environment
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
 from ociregistry.config.values import Reserve, parse_reserve
@@ -54,6 +56,7 @@ class Settings:
     """Globs of allowed upstreams; empty for all."""
     default_ns: Upstream
     registries: Mapping[Upstream, RegistrySettings]
+    proxy: ProxySettings
     always_pull_latest: bool
     air_gapped: bool
     complete_images: bool
@@ -206,13 +209,18 @@ OPTIONS = (
 )
 
 
-def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path: Path | None) -> Settings:
-    """Build the settings from the command line, the configuration file and the defaults.
+def load_settings(
+    given: Mapping[str, str],
+    listen: tuple[str, ...],
+    config_path: Path | None,
+    environment: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Build the settings from the command line, the configuration file, the environment and the defaults.
 
     `given` maps `Option.key` to the text given on the command line; `listen` are the endpoints given there.
 
     Raises:
-        ConfigInvalid: a value is invalid; the message names the option, or the file with line and key.
+        ConfigInvalid: a value is invalid; the message names the option, the file with line and key, or the variable.
     """
     config = read_config(config_path, {option.key for option in OPTIONS}) if config_path else Config(Path())
     values: dict[str, object] = {}
@@ -231,17 +239,19 @@ def load_settings(given: Mapping[str, str], listen: tuple[str, ...], config_path
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
         raise ConfigInvalid(f"{config.tls_at}: it enables TLS on every endpoint: use tcp: in place of ssl:")
+    proxy, warnings = read_environment(config.proxy, environment)
     return Settings(
         **values,  # type: ignore[arg-type]  # OPTIONS and the fields have the same names, a test compares them
         listen=listen,
         registries=config.registries,
+        proxy=proxy,
         bandwidth=config.bandwidth,
         complete_metadata=config.complete_metadata,
         complete_platforms=config.complete_platforms,
         prune=config.prune,
         verify=config.verify,
         tls=config.tls,
-        warnings=config.warnings,
+        warnings=config.warnings + warnings,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,12 @@ from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, global
 from zope.interface import implementer
 
 from tests.upstream import ScriptedRegistry
+
+# The peers of the tests are on this machine. A proxy of the machine's own would be asked for what it cannot reach, by
+# the daemons and by the programs that the tests start.
+for variable in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
+    os.environ.pop(variable, None)
+    os.environ.pop(variable.lower(), None)
 
 
 @implementer(ILogObserver)

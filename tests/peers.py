@@ -22,6 +22,7 @@ PACKAGES = {
     "ctr": "containerd",
     "skopeo": "skopeo",
     "nginx": "nginx-light",
+    "tinyproxy": "tinyproxy",
     "update-ca-certificates": "ca-certificates",
     "unshare": "util-linux",
     "mount": "mount",

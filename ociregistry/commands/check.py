@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ociregistry.commands.options import Command, print_lines
+from ociregistry.config.proxy import NO_PROXIES, Proxies, Proxy
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.process import complain
 from ociregistry.settings import Settings
-from ociregistry.upstream.network import api_host, is_allowed
+from ociregistry.upstream.client import BaseUrl
+from ociregistry.upstream.network import api_host, is_allowed, route_of
 
 _SYSTEM = "the operating system's trust store"
 
@@ -39,9 +41,15 @@ def report(settings: Settings) -> Iterator[str]:
     for entry in settings.registries.values():
         yield from _upstream(entry, settings)
     yield "every other upstream" + _allowed(None, settings)
+    proxies = settings.proxy.proxies
+    private = "" if proxies.https else ", or with private addresses alone,"
     yield f"  https, certificate verified by {_SYSTEM}"
-    yield "  http where a name with a port, or with private addresses alone, does not speak TLS"
+    yield f"  http where a name with a port{private} does not speak TLS"
     yield "  anonymous"
+    if proxies != NO_PROXIES:
+        yield f"  {_through(proxies, ('https', 'http'))}"
+        no_proxy = settings.proxy.no_proxy.text
+        yield f"  without a proxy where it is {f'in NO_PROXY ({no_proxy}) or ' if no_proxy else ''}on this machine"
 
 
 def _clients(settings: Settings) -> Iterator[str]:
@@ -60,15 +68,49 @@ def _upstream(entry: RegistrySettings, settings: Settings) -> Iterator[str]:
     yield f"{entry.upstream}{description}{_allowed(entry.upstream, settings)}"
     for mirror in entry.mirrors:
         behind = settings.entry(mirror.host)
-        yield f"  first {mirror}{_tls(behind.tls) if mirror.scheme == 'https' else ''}, {_login(behind)}"
+        through = _proxy(behind, settings, (mirror.scheme,))
+        tls = _tls(behind.tls) if mirror.scheme == "https" else ""
+        yield f"  first {mirror}{tls}, {_login(behind)}{f', {through}' if through else ''}"
     scheme = entry.scheme or "https"
-    plain = entry.scheme is None and not entry.must_be_secure
-    fallback = ", or http if it does not speak TLS" if plain else ""
-    if plain and entry.upstream.port is None:
-        fallback += " and has private addresses alone"
     tls = _tls(entry.tls) if scheme == "https" else ""
+    fallback = _fallback(entry, settings)
     yield f"  {'then ' if entry.mirrors else ''}{scheme}://{api_host(entry.upstream)}{tls}{fallback}"
     yield f"  {_login(entry)}"
+    if through := _proxy(entry, settings, (scheme, "http") if fallback else (scheme,)):
+        yield f"  {through}"
+
+
+def _fallback(entry: RegistrySettings, settings: Settings) -> str:
+    if entry.scheme is not None or entry.must_be_secure:
+        return ""
+    fallback = ", or http if it does not speak TLS"
+    if entry.upstream.port is not None:
+        return fallback
+    # The addresses of a host behind a proxy are not known here.
+    return "" if _proxies(entry, settings).https else f"{fallback} and has private addresses alone"
+
+
+def _proxies(entry: RegistrySettings, settings: Settings) -> Proxies:
+    base = BaseUrl(entry.scheme, api_host(entry.upstream))
+    route = route_of(entry, base, settings.proxy)
+    return Proxies(route.to(base.origin("http")), route.to(base.origin("https")))
+
+
+def _proxy(entry: RegistrySettings, settings: Settings, schemes: Sequence[str]) -> str:
+    """Return the proxies of an upstream for URLs of `schemes`; empty where no proxy is configured at all."""
+    if settings.proxy.proxies == NO_PROXIES and entry.proxy in (None, NO_PROXIES):
+        return ""
+    return _through(_proxies(entry, settings), schemes)
+
+
+def _through(proxies: Proxies, schemes: Sequence[str]) -> str:
+    def told(proxy: Proxy | None) -> str:
+        return f"through the proxy {proxy}" if proxy is not None else "without a proxy"
+
+    ways = {scheme: told(getattr(proxies, scheme)) for scheme in schemes}
+    if len(set(ways.values())) == 1:
+        return ways[schemes[0]]
+    return ", ".join(f"{scheme} {way}" for scheme, way in ways.items())
 
 
 def _allowed(upstream: Upstream | None, settings: Settings) -> str:

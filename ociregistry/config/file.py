@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ociregistry.config.nodes import Node
+from ociregistry.config.proxy import Proxies, read_proxies
 from ociregistry.config.registries import RegistrySettings, read_registries
 from ociregistry.config.tls import ServerTls, read_server_tls
 from ociregistry.config.values import Patterns, parse_duration, parse_share, parse_size
@@ -173,7 +174,10 @@ def _parsed(node: Node, parse: Callable[[str], T]) -> T:
         raise node.error(f"{text!r}: {error}") from None
 
 
-_SECTIONS = ("registries", "listen", "bandwidth", "complete_metadata", "complete_platforms", "prune", "verify", "tls")
+_SECTIONS = (
+    *("registries", "listen", "proxy", "bandwidth"),
+    *("complete_metadata", "complete_platforms", "prune", "verify", "tls"),
+)
 """Keys whose values are not those of a command-line option."""
 
 
@@ -186,6 +190,8 @@ class Config:
     """Option key to its text and its place (file, line and key)."""
     listen: tuple[str, ...] = ()
     registries: Mapping[Upstream, RegistrySettings] = field(default_factory=dict)
+    proxy: Proxies | None = None
+    """The proxies of all upstreams; None for those of the environment."""
     bandwidth: tuple[Window, ...] = ()
     complete_metadata: bool = True
     complete_platforms: tuple[Platform, ...] = ()
@@ -217,6 +223,7 @@ def read_config(path: Path, options: Set[str]) -> Config:
         values={key: (node.text(), node.where) for key, node in nodes.items() if key in options},
         listen=tuple(item.text() for item in nodes["listen"].items()) if "listen" in nodes else (),
         registries=registries,
+        proxy=read_proxies(nodes["proxy"]) if "proxy" in nodes else None,
         bandwidth=read_windows(bandwidth) if bandwidth else (),
         complete_metadata=nodes["complete_metadata"].flag() if "complete_metadata" in nodes else True,
         complete_platforms=_platforms(nodes["complete_platforms"]) if "complete_platforms" in nodes else (),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from ociregistry.config.nodes import Node
+from ociregistry.config.proxy import Proxies, read_proxies
 from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls, read_upstream_tls
 from ociregistry.errors import NameInvalid
 from ociregistry.names import Upstream
@@ -79,6 +80,8 @@ class RegistrySettings:
     """The host of the token service, if it differs from the upstream's."""
     tls: UpstreamTls = SYSTEM_TRUST
     mirrors: tuple[Mirror, ...] = ()
+    proxy: Proxies | None = None
+    """The proxies of this upstream; None for those of `Settings`."""
 
     @property
     def must_be_secure(self) -> bool:
@@ -99,7 +102,7 @@ def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple
     mirrors: list[tuple[Mirror, Node]] = []
     warnings: list[str] = []
     for item in node.items():
-        nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors")
+        nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors", "proxy")
         entry, warned = _registry(item, nodes)
         if entry.upstream in registries:
             raise nodes["name"].error(f"{entry.upstream} is configured twice")
@@ -127,7 +130,8 @@ def _registry(item: Node, nodes: Mapping[str, Node]) -> tuple[RegistrySettings, 
         raise nodes["tls"].error("has no effect with scheme: http")
     mirrors = tuple(map(_mirror, nodes["mirrors"].items())) if "mirrors" in nodes else ()
     description = _description(nodes["description"]) if "description" in nodes else ""
-    return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors), warnings
+    proxy = read_proxies(nodes["proxy"]) if "proxy" in nodes else None
+    return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors, proxy), warnings
 
 
 def _description(node: Node) -> str:

@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff
+from ociregistry.config.proxy import Proxy
 from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
@@ -54,7 +55,7 @@ class Attempt:
 
 
 class CircuitBreaker:
-    """The circuit breaker of one origin: opens when the host cannot be reached, closes when it can again.
+    """The circuit breaker of one origin or proxy: opens when the host cannot be reached, closes when it can again.
 
     Each change is logged as one line at level warn. While the breaker is open, one request at a time passes as a
     probe: the first after 1 s, then after intervals that double up to 30 s, each shortened at random by up to half.
@@ -122,15 +123,16 @@ class CircuitBreaker:
 
 
 class CircuitBreakers:
-    """The circuit breakers of all origins; the 1000 used last are kept."""
+    """The circuit breakers of all origins and proxies; the 1000 used last are kept."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._breakers: LRUCache[Origin, CircuitBreaker] = LRUCache(_MOST_BREAKERS)
+        self._breakers: LRUCache[tuple[Origin | Proxy, Proxy | None], CircuitBreaker] = LRUCache(_MOST_BREAKERS)
 
-    def get(self, origin: Origin) -> CircuitBreaker:
-        """Return the circuit breaker of `origin`."""
-        breaker = self._breakers.get(origin)
+    def get(self, target: Origin | Proxy, through: Proxy | None = None) -> CircuitBreaker:
+        """Return the circuit breaker of `target` where it is asked directly, or of `target` behind a proxy."""
+        breaker = self._breakers.get((target, through))
         if breaker is None:
-            breaker = self._breakers[origin] = CircuitBreaker(f"{origin.host}:{origin.port}", self._clock)
+            name = f"proxy {target}" if isinstance(target, Proxy) else f"{target.host}:{target.port}"
+            breaker = self._breakers[target, through] = CircuitBreaker(name, self._clock)
         return breaker

@@ -236,7 +236,7 @@ class Client:
             self._note_rate_limit(response, options)
         await response.discard()
         kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
-        raise kind(f"{self._name}: its token service answered {response.status}", response.retry_after)
+        raise kind(f"{self._name}: its token service answered {response.outcome}", response.retry_after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,21 @@ def forbidden(host: str) -> str | None:
     return None
 
 
+def address_in(host: str) -> str | None:
+    """Return the IP address that a host name stands for in every resolver, or None.
+
+    Resolvers take IPv4 addresses in several notations (`127.1`, `0x7f000001`), and `localhost` for this machine
+    (RFC 6761, section 6.3).
+    """
+    name = host.rstrip(".")
+    if f".{name}".endswith(".localhost"):
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(name)) if ":" in name else socket.inet_ntoa(socket.inet_aton(name))
+    except (OSError, ValueError):
+        return None
+
+
 def is_private(host: str) -> bool:
     """Return whether the IP address `host` is private, that is, not routed on the Internet."""
     return ipaddress.ip_address(host.partition("%")[0]).is_private
@@ -180,13 +195,19 @@ class Dialer:
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Return the endpoint for a request for `uri`."""
-        endpoint = _CheckedEndpoint(uri.host.decode("ascii"), uri.port, self)
-        if uri.scheme == b"https":
-            return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
-        return endpoint
+        endpoint = self.endpoint(uri.host.decode("ascii"), uri.port)
+        return self.over_tls(uri, endpoint) if uri.scheme == b"https" else endpoint
 
-    async def dial(self, host: str, port: int, factory: IProtocolFactory) -> IProtocol:
-        """Connect to `host`.
+    def endpoint(self, host: str, port: int, *, configured: bool = False) -> IStreamClientEndpoint:
+        """Return the endpoint for TCP connections to `host`; one that is `configured` may have any address."""
+        return _CheckedEndpoint(host, port, configured or self._is_configured(host, port), self)
+
+    def over_tls(self, uri: URI, endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
+        """Return the endpoint that speaks TLS with the host of `uri` over the connections of `endpoint`."""
+        return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
+
+    async def dial(self, host: str, port: int, configured: bool, factory: IProtocolFactory) -> IProtocol:
+        """Connect to `host`, which may have any address if it is `configured`.
 
         Raises:
             Denied: one of its addresses is one that clients must not reach through the daemon.
@@ -197,7 +218,7 @@ class Dialer:
             addresses = await self._resolver.addresses(host).addTimeout(_TIMEOUT, self._reactor)
         except defer.TimeoutError:
             raise DNSLookupError(f"no answer within {_TIMEOUT:g} s") from None
-        if not self._is_configured(host, port):
+        if not configured:
             self._check(host, addresses)
         resolved = _FixedResolver(addresses, self._reactor)
         connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_TIMEOUT).connect(factory)
@@ -207,6 +228,16 @@ class Dialer:
             transport: Any = connection.transport  # type: ignore[attr-defined]  # every protocol has one
             transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
         return connection
+
+    def check_unresolved(self, host: str, port: int) -> None:
+        """Check a host that a proxy is going to resolve, as far as its name tells its address.
+
+        Raises:
+            Denied: it is an address, or a name of this machine, that clients must not reach through the daemon.
+        """
+        address = address_in(host)
+        if address is not None and not self._is_configured(host, port):
+            self._check(host, (address,))
 
     def _check(self, host: str, addresses: tuple[str, ...]) -> None:
         for address in addresses:
@@ -220,14 +251,15 @@ class Dialer:
 
 @implementer(IStreamClientEndpoint)
 class _CheckedEndpoint:
-    def __init__(self, host: str, port: int, dialer: Dialer) -> None:
+    def __init__(self, host: str, port: int, configured: bool, dialer: Dialer) -> None:
         self._host = host
         self._port = port
+        self._configured = configured
         self._dialer = dialer
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
         """Connect; the Deferred fires with the connection."""
-        return Deferred.fromCoroutine(self._dialer.dial(self._host, self._port, protocolFactory))
+        return Deferred.fromCoroutine(self._dialer.dial(self._host, self._port, self._configured, protocolFactory))
 
 
 @implementer(IReactorPluggableNameResolver, IHostnameResolver)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from OpenSSL import SSL
 from twisted.internet import defer, error
 
+from ociregistry.config.proxy import Proxy
 from ociregistry.openssl import openssl_reason
 
 
@@ -15,6 +16,22 @@ class CertificateRefused(SSL.Error):
         self.message = f"the certificate of {subject} is refused: {why}"
         # The form of OpenSSL's error queue, which Twisted reads.
         super().__init__([("certificate", "", self.message)])
+
+
+class ProxyFailed(Exception):
+    """A proxy refuses what it is asked for, or is no HTTP proxy; the text names the proxy, and says why."""
+
+    def __init__(self, proxy: Proxy, why: str) -> None:
+        super().__init__(f"proxy {proxy}: {why}")
+        self.why = why
+
+
+class ProxyUnreachable(ProxyFailed):
+    """No connection to a proxy can be made."""
+
+
+class TunnelFailed(ProxyFailed):
+    """A proxy cannot reach the host."""
 
 
 _EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
@@ -79,10 +96,11 @@ def was_cancelled(exception: BaseException) -> bool:
 def is_unreachable(exception: BaseException) -> bool:
     """Return whether the host could not be reached.
 
-    That is so where the name look-up or the connection failed or took too long, where the connection broke during the
-    TLS handshake, and where the request was cancelled.
+    That is so where the name look-up or the connection failed or took too long, here or at a proxy, where the
+    connection broke during the TLS handshake, and where the request was cancelled.
     """
-    kinds = (error.ConnectError, error.DNSLookupError, error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
+    timeouts = (error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
+    kinds = (error.ConnectError, error.DNSLookupError, TunnelFailed, *timeouts)
     broken = "the connection broke"
     return was_cancelled(exception) or any(
         isinstance(cause, kinds) or (isinstance(cause, SSL.Error) and _tls_reason(cause) == broken)

@@ -21,12 +21,20 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from ociregistry import __version__
+from ociregistry.config.proxy import Proxy
 from ociregistry.context import Priority
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers
-from ociregistry.upstream.failures import explain, is_unreachable, speaks_no_tls, was_cancelled
+from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers, LinkDown
+from ociregistry.upstream.failures import (
+    ProxyFailed,
+    ProxyUnreachable,
+    explain,
+    is_unreachable,
+    speaks_no_tls,
+    was_cancelled,
+)
 from ociregistry.upstream.origin import Origin
 
 
@@ -42,7 +50,7 @@ class RequestOptions:
 DEFAULT_OPTIONS = RequestOptions()
 
 
-_USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
+USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 """Seconds."""
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
@@ -79,7 +87,7 @@ class IdentityAgent:
     ) -> Deferred[IResponse]:
         headers = Headers() if headers is None else headers.copy()
         headers.setRawHeaders(b"accept-encoding", [b"identity"])
-        headers.setRawHeaders(b"user-agent", [_USER_AGENT])
+        headers.setRawHeaders(b"user-agent", [USER_AGENT])
         requested: Deferred[IResponse] = self._agent.request(method, uri, headers, bodyProducer)
         return requested.addCallback(_check_identity)
 
@@ -95,7 +103,9 @@ class _Url(EncodedURL):
         return self if self.host.isascii() else super().to_uri()
 
 
-class _DroppedBody(Protocol):
+class DroppedBody(Protocol):
+    """Closes the connection of a body that is not wanted."""
+
     def connectionMade(self) -> None:
         assert self.transport is not None
         self.transport.loseConnection()
@@ -104,7 +114,7 @@ class _DroppedBody(Protocol):
 def _check_identity(response: IResponse) -> IResponse:
     for encoding in response.headers.getRawHeaders(b"content-encoding", []):
         if encoding.strip().lower() != b"identity":
-            response.deliverBody(_DroppedBody())
+            response.deliverBody(DroppedBody())
             raise EncodedBody(f"it sent Content-Encoding {encoding[:40]!r}, although identity was requested")
     return response
 
@@ -122,6 +132,13 @@ class Response:
     _headers: Headers
     redirected: bool = False
     """Whether a redirect led to this response."""
+    proxy: Proxy | None = None
+    """The proxy that may have sent this response itself; through a tunnel none can."""
+
+    @property
+    def outcome(self) -> str:
+        """The status for messages, with the proxy that may have sent it."""
+        return f"{self.status}" + (f", through the proxy {self.proxy}" if self.proxy is not None else "")
 
     def header(self, name: str) -> str:
         """Return the first header `name`, or the empty string."""
@@ -172,6 +189,47 @@ class Response:
             return
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempts:
+    """One request through the circuit breakers of its host and of its proxy, if it has one."""
+
+    breaker: CircuitBreaker
+    """The host's."""
+    at_host: Attempt
+    proxy: Proxy | None
+    at_proxy: Attempt | None
+
+    def answered(self) -> None:
+        """Report that a response came, of any status."""
+        self.at_host.answered()
+        if self.at_proxy is not None:
+            self.at_proxy.answered()
+
+    def failed(self, error: Exception, why: str, *, refused: bool) -> None:
+        """Report the failure to the circuit breaker of the proxy or the host, whichever could not be reached."""
+        if self.at_proxy is not None and isinstance(error, ProxyUnreachable):
+            self.at_proxy.failed(error.why)
+            self.at_host.abandoned()
+            return
+        if is_unreachable(error):
+            self.at_host.failed(why, refused=refused)
+        else:
+            self.at_host.abandoned()
+        if self.at_proxy is None:
+            return
+        if was_cancelled(error):
+            # The deadline may have passed before the connection to the proxy was made.
+            self.at_proxy.abandoned()
+        else:
+            self.at_proxy.answered()
+
+    def abandoned(self) -> None:
+        """Report that the request tells nothing about either: it was cancelled or denied."""
+        self.at_host.abandoned()
+        if self.at_proxy is not None:
+            self.at_proxy.abandoned()
+
+
 class HttpClient:
     """Sends single requests for `upstream`; follows no redirects and answers no challenges."""
 
@@ -183,8 +241,13 @@ class HttpClient:
         bandwidth: Bandwidth,
         drop_idle: Callable[[], object],
         clock: IReactorTime,
+        proxy_of: Callable[[Origin], Proxy | None] = lambda origin: None,
     ) -> None:
-        """`drop_idle` closes the idle connections of the pool."""
+        """Create a client.
+
+        `drop_idle` closes the idle connections of the pool. `proxy_of` tells the proxy that `agent` sends requests to
+        an origin through.
+        """
         self._bandwidth = bandwidth
         self._breakers = breakers
         self._upstream = upstream
@@ -193,6 +256,7 @@ class HttpClient:
         cookies: Any = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
         self._client = HTTPClient(IdentityAgent(agent), cookies)
         self._clock = clock
+        self._proxy_of = proxy_of
 
     async def send(
         self,
@@ -207,12 +271,11 @@ class HttpClient:
         Raises:
             Unavailable: no response came; the message tells the reason.
             NoTls: the host does not speak TLS, or refuses the connection, for an https URL.
-            LinkDown: the circuit breaker is open.
+            LinkDown: the circuit breaker of the host or of its proxy is open.
             Denied: the host's address is not allowed.
             CancelledError: the caller cancelled the request.
         """
-        breaker = self._breakers.get(Origin.of(url))
-        attempt = breaker.enter(self._upstream, options.priority)
+        attempt = self._enter(Origin.of(url), options.priority)
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:
@@ -235,8 +298,20 @@ class HttpClient:
                 deadline.cancel()
         attempt.answered()
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
-        received = self._body(response, length, breaker)
-        return Response(self._upstream, response.code, url, length, received, response.headers)
+        received = self._body(response, length, attempt.breaker)
+        proxy = attempt.proxy if url.startswith("http:") else None
+        return Response(self._upstream, response.code, url, length, received, response.headers, proxy=proxy)
+
+    def _enter(self, origin: Origin, priority: Priority) -> _Attempts:
+        proxy = self._proxy_of(origin)
+        at_proxy = self._breakers.get(proxy).enter(self._upstream, priority) if proxy is not None else None
+        breaker = self._breakers.get(origin, proxy)
+        try:
+            return _Attempts(breaker, breaker.enter(self._upstream, priority), proxy, at_proxy)
+        except LinkDown:
+            if at_proxy is not None:
+                at_proxy.abandoned()
+            raise
 
     def _body(self, response: IResponse, length: int | None, breaker: CircuitBreaker) -> Body:
         stalled = partial(self._stalled, breaker)
@@ -255,14 +330,13 @@ class HttpClient:
         self._bandwidth.consume(count)
         return 0.0
 
-    def _failure(self, url: str, error: Exception, attempt: Attempt) -> Unavailable:
+    def _failure(self, url: str, error: Exception, attempt: _Attempts) -> Unavailable:
         if was_cancelled(error):
             self._drop_idle()
         why, refused = explain(error), speaks_no_tls(error)
-        if is_unreachable(error):
-            attempt.failed(why, refused=refused)
-        else:
-            attempt.abandoned()
+        if attempt.proxy is not None and not isinstance(error, ProxyFailed):
+            why += f", through the proxy {attempt.proxy}"
+        attempt.failed(error, why, refused=refused)
         kind = NoTls if url.startswith("https:") and refused else Unavailable
         return kind(f"{self._upstream}: {why}")
 

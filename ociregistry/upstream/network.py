@@ -9,9 +9,11 @@ from typing import Any
 from cachetools import LRUCache
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
-from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.client import HTTPConnectionPool
 
+from ociregistry.config.proxy import ProxySettings
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
+from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
@@ -22,6 +24,7 @@ from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.proxy import Route, RoutedAgent
 from ociregistry.upstream.registry import (
     RESERVED_CONNECTIONS,
     ConnectionLimit,
@@ -147,29 +150,32 @@ class Network(Service):
         pool.maxPersistentPerHost = self._settings.max_connections + RESERVED_CONNECTIONS
         policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
         dialer = Dialer(name, self._resolver, configured_hosts(self._settings), policy, self._bandwidth, reactor)
-        agent = Agent.usingEndpointFactory(reactor, dialer, pool)
+        route = route_of(entry, base, self._settings.proxy)
+        proxy_policy = UpstreamPolicy(SYSTEM_TRUST, ("", 0), self._contexts)
+        agent = RoutedAgent(route, dialer, proxy_policy, pool, reactor)
         drop_idle = pool.closeCachedConnections
-        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor)
+        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor, route.to)
 
         async def ask(helper: Helper) -> Password | IdentityToken:
             return await ask_helper(helper, entry.upstream, reactor)
 
         credentials = Credentials(entry.login, ask, reactor)
         trusted = _trusted_with(entry, base, own)
-        return Client(name, base, http, credentials, trusted, self._http_allowed(entry), reactor)
+        proxied = route.to(own) is not None
+        return Client(name, base, http, credentials, trusted, self._http_allowed(entry, proxied), reactor)
 
-    def _http_allowed(self, entry: RegistrySettings) -> Callable[[], Deferred[bool]]:
+    def _http_allowed(self, entry: RegistrySettings, proxied: bool) -> Callable[[], Deferred[bool]]:
         """Return a function that tells whether plain http may be tried where https does not work.
 
         Credentials and TLS settings rule it out. Otherwise the upstream's name must contain a port, or all its
-        addresses must be private.
+        addresses must be private, which cannot be told of a host behind a proxy.
         """
 
         def allowed() -> Deferred[bool]:
             if entry.must_be_secure:
                 return succeed(False)
-            if entry.upstream.port is not None:
-                return succeed(True)
+            if entry.upstream.port is not None or proxied:
+                return succeed(entry.upstream.port is not None)
             found = self._resolver.addresses(entry.upstream.host.strip("[]"))
             return found.addCallbacks(lambda addresses: all(map(is_private, addresses)), lambda _: False)
 
@@ -179,6 +185,13 @@ class Network(Service):
 def api_host(upstream: Upstream) -> str:
     """Return the host of an upstream's API, with the port if its name contains one."""
     return _DOCKER_HUB_API if upstream.name == DOCKER_HUB else upstream.name
+
+
+def route_of(entry: RegistrySettings, base: BaseUrl, settings: ProxySettings) -> Route:
+    """Return which requests of the upstream of an entry, whose API is at `base`, go through which proxy."""
+    if entry.proxy is None:
+        return Route(settings.proxies, settings.no_proxy)
+    return Route(entry.proxy, settings.no_proxy, frozenset({base.origin("http"), base.origin("https")}))
 
 
 def _trusted_with(entry: RegistrySettings, base: BaseUrl, own: Origin) -> Callable[[Origin], bool]:

@@ -136,7 +136,7 @@ class Sources:
                 if _is_good(method, response):
                     return response
                 await response.discard()
-                missed.append(f"{mirror.name}: it answered {response.status}")
+                missed.append(f"{mirror.name}: it answered {response.outcome}")
             self.log.debug("mirror skipped: {missed}", missed=missed[-1])
         try:
             return await self._own.request(method, repository, path, headers, options)
@@ -409,8 +409,8 @@ class Registry:
         if response.status == 403 and via.loops_through(self._instance):
             raise LoopDetected(f"{self.upstream}: it leads back to this server", via.through(self._instance))
         if response.status in _UNKNOWN:
-            raise unknown(f"the upstream answered {response.status}")
-        raise Unavailable(f"{self.upstream}: it answered {response.status}", response.retry_after)
+            raise unknown(f"the upstream answered {response.outcome}")
+        raise Unavailable(f"{self.upstream}: it answered {response.outcome}", response.retry_after)
 
 
 def _unknown_blob(what: str) -> Callable[[str], RegistryError]:

@@ -103,6 +103,75 @@ def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch
         assert not any(SECRET in line for line in reported)
 
 
+def test_the_proxy_of_each_upstream_is_told_without_its_password(path: Path) -> None:
+    text = f"""\
+proxy: http://u{SECRET}:{SECRET}@proxy:3128
+registries:
+- name: a.example
+- name: b.example:5000
+- name: c.example
+  scheme: http
+  proxy: none
+- name: d.example
+  scheme: https
+  proxy: https://u:{SECRET}@other
+- name: e.example
+  auth: {{user: u, password: {SECRET}}}
+  mirrors: [https://d.example, http://c.example]
+"""
+    path.write_text(text)
+    told = list(report(load_settings({}, (), path, {"NO_PROXY": "e.example,10.0.0.0/8"})))
+    assert told[2:] == [
+        "a.example",
+        f"  https://a.example, {SYSTEM}",
+        "  anonymous",
+        "  through the proxy http://proxy:3128",
+        "b.example:5000",
+        f"  https://b.example:5000, {SYSTEM}, {OR_HTTP}",
+        "  anonymous",
+        "  through the proxy http://proxy:3128",
+        "c.example",
+        "  http://c.example",
+        "  anonymous",
+        "  without a proxy",
+        "d.example",
+        f"  https://d.example, {SYSTEM}",
+        "  anonymous",
+        "  through the proxy https://other:443",
+        "e.example",
+        f"  first https://d.example, {SYSTEM}, anonymous, through the proxy https://other:443",
+        "  first http://c.example, anonymous, without a proxy",
+        f"  then https://e.example, {SYSTEM}",
+        "  as the user u, by password",
+        "  without a proxy",
+        "every other upstream",
+        f"  https, {SYSTEM}",
+        "  http where a name with a port does not speak TLS",
+        "  anonymous",
+        "  through the proxy http://proxy:3128",
+        "  without a proxy where it is in NO_PROXY (e.example,10.0.0.0/8) or on this machine",
+    ]
+    assert not any(SECRET in line for line in told)
+
+
+def test_a_proxy_for_one_scheme_alone(path: Path) -> None:
+    path.write_text("- name: a.example:5000\n- name: b.example\n  scheme: http\n")
+    told = list(report(load_settings({}, (), path, {"HTTP_PROXY": "proxy:3128"})))
+    assert told[2:] == [
+        "a.example:5000",
+        f"  https://a.example:5000, {SYSTEM}, {OR_HTTP}",
+        "  anonymous",
+        "  https without a proxy, http through the proxy http://proxy:3128",
+        "b.example",
+        "  http://b.example",
+        "  anonymous",
+        "  through the proxy http://proxy:3128",
+        *OTHERS,
+        "  https without a proxy, http through the proxy http://proxy:3128",
+        "  without a proxy where it is on this machine",
+    ]
+
+
 def test_mirrors_are_listed_first_with_their_own_settings(path: Path, authority: Authority) -> None:
     authority.issue("client")
     text = f"""\

@@ -1,4 +1,4 @@
-"""A failure that is only logged fails the test."""
+"""A failure that is only logged fails the test, and tests do not use the machine's proxies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from tests.processes import ROOT, run
 
 TESTS = """
+import os
+
 import pytest
 from twisted.internet.defer import fail
 from twisted.logger import Logger
@@ -34,6 +36,10 @@ def test_unhandled():
     fail(ValueError("second"))
 
 
+def test_no_proxy():
+    assert [name for name in os.environ if name.lower().endswith("_proxy")] == []
+
+
 @pytest.mark.expect_logged_failures
 def test_expected():
     log_failure()
@@ -46,7 +52,8 @@ def test_logged_failures_and_unhandled_deferreds_fail_a_test(tmp_path: Path) -> 
     # Plugins that are not needed and slow to import.
     without = [f"-pno:{plugin}" for plugin in ("cacheprovider", "hypothesispytest", "twisted")]
     options = ["-c", f"{ROOT}/pyproject.toml", *without]
-    done = run([sys.executable, "-m", "pytest", *options, str(tmp_path)], check=False)
-    assert "4 passed, 2 errors" in done.stdout
+    proxies = dict.fromkeys(("HTTP_PROXY", "https_proxy", "no_proxy"), "http://127.0.0.1:1")
+    done = run([sys.executable, "-m", "pytest", *options, str(tmp_path)], check=False, environment=proxies)
+    assert "5 passed, 2 errors" in done.stdout
     for text in ("test_logged", "ValueError: first", "test_unhandled", "ValueError: second"):
         assert text in done.stdout

@@ -50,7 +50,7 @@ def test_every_example_has_an_effect(folder: Path, example: str) -> None:
 
 def test_every_registry_key_has_an_example() -> None:
     keys = {match[1] for example in EXAMPLES for match in re.finditer(r"^[ -]*(\w+):", example, re.MULTILINE)}
-    assert keys >= {"name", "description", "scheme", "auth", "tls", "mirrors"}
+    assert keys >= {"name", "description", "scheme", "auth", "tls", "mirrors", "proxy"}
     assert keys >= {
         "user",
         "password",

@@ -10,6 +10,7 @@ import pytest
 
 from ociregistry.config.file import PruneSettings, VerifySettings
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.proxy import NO_PROXIES, NoProxy, ProxySettings
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import ServerTls
 from ociregistry.config.values import USUAL_RESERVE
@@ -36,6 +37,7 @@ DEFAULTS = Settings(
     allow_upstreams=(),
     default_ns=Upstream("docker.io"),
     registries={},
+    proxy=ProxySettings(NO_PROXIES, NoProxy()),
     always_pull_latest=False,
     air_gapped=False,
     complete_images=True,
@@ -70,6 +72,7 @@ def test_every_field_has_an_option() -> None:
     daemon_client = {
         "listen",
         "registries",
+        "proxy",
         "bandwidth",
         "complete_metadata",
         "complete_platforms",

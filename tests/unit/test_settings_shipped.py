@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.config.file import VerifySettings
+from ociregistry.config.proxy import NO_PROXIES
 from ociregistry.config.values import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
@@ -57,6 +58,8 @@ def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     path.write_text(example)
     settings, defaults = load_settings({}, (), path), load_settings({}, (), None)
     assert settings.registries[Upstream("my-upstream:5000")].scheme == "http"
+    assert settings.registries[Upstream("my-upstream:5000")].proxy == NO_PROXIES
+    assert str(settings.proxy.proxies.https) == "http://proxy.example:3128"
     assert settings.max_bandwidth == 250_000
     assert settings.reserve == Reserve(1.0, 5 * 10**9)
     assert [str(window.begin) for window in settings.bandwidth] == ["08:00:00"]
@@ -71,7 +74,7 @@ def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     # Some keys have no default to show: `*` differs from no value, the others are examples.
     assert settings.allow_upstreams == ("*",)
     examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images", "reserve"}
-    examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify"}
+    examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify", "proxy"}
     for field in fields(Settings):
         if field.name not in examples:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name

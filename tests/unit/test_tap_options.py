@@ -15,6 +15,7 @@ from twisted.scripts._twistd_unix import ServerOptions
 
 from ociregistry import __version__
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.proxy import NO_PROXIES, NoProxy, ProxySettings
 from ociregistry.config.values import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
@@ -74,6 +75,7 @@ def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
         allow_upstreams=("docker.io", "quay.io"),
         default_ns=Upstream("quay.io"),
         registries={},
+        proxy=ProxySettings(NO_PROXIES, NoProxy()),
         always_pull_latest=False,
         air_gapped=False,
         complete_metadata=True,

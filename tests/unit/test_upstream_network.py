@@ -192,12 +192,12 @@ class PlainAllowed:
         self._network = Network(configured(), INSTANCE, reactor)
         self._network._resolver = self.names
 
-    def __call__(self, one: RegistrySettings) -> bool:
+    def __call__(self, one: RegistrySettings, *, proxied: bool = False) -> bool:
         """Return the answer."""
-        return fired(Deferred.fromCoroutine(self._asked(one)))
+        return fired(Deferred.fromCoroutine(self._asked(one, proxied)))
 
-    async def _asked(self, one: RegistrySettings) -> bool:
-        return await self._network._http_allowed(one)()
+    async def _asked(self, one: RegistrySettings, proxied: bool) -> bool:
+        return await self._network._http_allowed(one, proxied)()
 
 
 @pytest.mark.parametrize(
