@@ -50,6 +50,8 @@ _EXPLANATIONS: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
+_BROKEN = openssl_reason(None)
+"""The reason where a connection broke during TLS, about which OpenSSL has nothing to say."""
 _CLIENT_CERTIFICATE_ALERTS = (
     "alert bad certificate",
     "alert certificate expired",
@@ -101,9 +103,23 @@ def is_unreachable(exception: BaseException) -> bool:
     """
     timeouts = (error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
     kinds = (error.ConnectError, error.DNSLookupError, TunnelFailed, *timeouts)
-    broken = "the connection broke"
     return was_cancelled(exception) or any(
-        isinstance(cause, kinds) or (isinstance(cause, SSL.Error) and _tls_reason(cause) == broken)
+        isinstance(cause, kinds) or (isinstance(cause, SSL.Error) and _tls_reason(cause) == _BROKEN)
+        for cause in causes(exception)
+    )
+
+
+def broke_without_response(exception: BaseException) -> bool:
+    """Return whether the other side closed or reset the connection before the headers of the response.
+
+    A time-out, a refused connection, a refused certificate and a malformed response do not count.
+    """
+    return all(
+        (
+            isinstance(cause, error.ConnectionDone | error.ConnectionLost)
+            and not isinstance(cause, error.ConnectionAborted)
+        )
+        or (isinstance(cause, SSL.Error) and _tls_reason(cause) == _BROKEN)
         for cause in causes(exception)
     )
 

@@ -30,6 +30,7 @@ from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreaker
 from ociregistry.upstream.failures import (
     ProxyFailed,
     ProxyUnreachable,
+    broke_without_response,
     explain,
     is_unreachable,
     speaks_no_tls,
@@ -54,6 +55,8 @@ USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 """Seconds."""
 _HEAD_REFUSED = frozenset({400, 403, 405, 501})
+_IDEMPOTENT = frozenset({"GET", "HEAD"})
+"""The methods that are sent here and may be sent twice (RFC 9110, section 9.2.2)."""
 _LARGEST_DISCARDED = 64 * 1024
 """Bytes of an unwanted body that are read, so that the connection can be used again."""
 
@@ -268,6 +271,9 @@ class HttpClient:
     ) -> Response:
         """Send one request and return its response, of any status, when its headers have come.
 
+        A GET or HEAD whose connection is closed or reset before the headers is sent once more at once, within the
+        same time; only the second outcome is reported to the circuit breaker.
+
         Raises:
             Unavailable: no response came; the message tells the reason.
             NoTls: the host does not speak TLS, or refuses the connection, for an https URL.
@@ -279,9 +285,7 @@ class HttpClient:
         raw = Headers({name: [value] for name, value in headers.items()})
         deadline: IDelayedCall | None = None
         try:
-            requested = self._client.request(
-                method, _Url.from_text(url), headers=raw, data=body, unbuffered=True, allow_redirects=False
-            )
+            requested = Deferred.fromCoroutine(self._exchange(method, url, raw, body))
             deadline = self._clock.callLater(options.timeout, requested.cancel)
             response = await requested
         except Denied:
@@ -312,6 +316,19 @@ class HttpClient:
             if at_proxy is not None:
                 at_proxy.abandoned()
             raise
+
+    async def _exchange(self, method: str, url: str, headers: Headers, body: bytes | None) -> IResponse:
+        async def request() -> IResponse:
+            return await self._client.request(
+                method, _Url.from_text(url), headers=headers, data=body, unbuffered=True, allow_redirects=False
+            )
+
+        try:
+            return await request()
+        except Exception as error:
+            if method not in _IDEMPOTENT or not broke_without_response(error):
+                raise
+            return await request()
 
     def _body(self, response: IResponse, length: int | None, breaker: CircuitBreaker) -> Body:
         stalled = partial(self._stalled, breaker)

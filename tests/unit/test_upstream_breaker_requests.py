@@ -70,9 +70,10 @@ class Sending:
         return Deferred.fromCoroutine(self.http.send("GET", url, {}, options=options))
 
     def fails(self, why: Exception) -> Deferred[Response]:
-        """Send a request that fails."""
+        """Send a request that fails, as often as it is sent."""
         sent = self.send()
-        self.agent.asked[-1].errback(why)
+        while not sent.called:
+            self.agent.asked[-1].errback(why)
         return sent
 
     @property
@@ -120,6 +121,45 @@ def test_failures_that_open_the_breaker(sending: Sending, events: list[LogEvent]
     (line,) = texts(events, LogLevel.warn)
     assert line.startswith("reg.example:443 cannot be reached: ")
     assert sending.dropped == 0
+
+
+def test_handshake_that_breaks_twice_counts_as_one_failure(sending: Sending, events: list[LogEvent]) -> None:
+    """The next probe is due after the interval of a first failure."""
+    failed(sending.fails(never_received(SSL.Error())), Unavailable)
+    assert len(sending.agent.asked) == 2
+    assert len(texts(events, LogLevel.warn)) == 1
+    sending.clock.advance(1)
+    assert not sending.is_down
+
+
+def test_handshake_that_breaks_once_does_not_count(sending: Sending, events: list[LogEvent]) -> None:
+    sent = sending.send()
+    sending.agent.asked[0].errback(never_received(SSL.Error()))
+    assert not sent.called
+    assert not sending.is_down
+    assert texts(events, LogLevel.warn) == []
+
+
+@pytest.mark.parametrize(
+    "why", [error.ConnectionRefusedError(), error.TimeoutError(), never_received(error.ConnectionAborted())], ids=repr
+)
+def test_other_failures_are_not_retried(sending: Sending, why: Exception) -> None:
+    failed(sending.fails(why), Unavailable)
+    assert len(sending.agent.asked) == 1
+
+
+@pytest.mark.parametrize("gives_up", ["caller", "deadline"])
+def test_retry_shares_the_deadline(sending: Sending, gives_up: str) -> None:
+    sent = sending.send()
+    sending.clock.advance(20)
+    sending.agent.asked[0].errback(never_received(error.ConnectionDone()))
+    if gives_up == "caller":
+        sent.cancel()
+    else:
+        sending.clock.advance(10)
+    failed(sent, CancelledError if gives_up == "caller" else Unavailable)
+    assert len(sending.agent.asked) == 2
+    assert sending.clock.getDelayedCalls() == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from twisted.internet.address import HostnameAddress
 from twisted.python.failure import Failure
 from twisted.web.client import RequestTransmissionFailed, ResponseFailed, ResponseNeverReceived
 
-from ociregistry.upstream.failures import CertificateRefused, causes, explain, speaks_no_tls
+from ociregistry.upstream.failures import CertificateRefused, broke_without_response, causes, explain, speaks_no_tls
 
 
 def wrapped(*inner: BaseException, kind: type[Exception] = ResponseNeverReceived) -> Exception:
@@ -127,3 +127,31 @@ def test_refused_connection_or_plain_text_means_no_tls(exception: Exception) -> 
 def test_failed_verification_or_timeout_does_not_mean_no_tls(exception: Exception) -> None:
     assert not speaks_no_tls(exception)
     assert not speaks_no_tls(wrapped(exception))
+
+
+@pytest.mark.parametrize(
+    "exception", [error.ConnectionDone(), error.ConnectionLost(), SSL.Error(), SSL.SysCallError(104, "ECONNRESET")]
+)
+@pytest.mark.parametrize("kind", [ResponseNeverReceived, ResponseFailed, RequestTransmissionFailed])
+def test_lost_connection_means_broke_without_response(exception: Exception, kind: type[Exception]) -> None:
+    assert broke_without_response(wrapped(exception, kind=kind))
+    assert not broke_without_response(wrapped(exception, defer.CancelledError(), kind=kind))
+
+
+@pytest.mark.parametrize(
+    "exception",
+    [
+        error.ConnectionAborted(),
+        error.ConnectionRefusedError(),
+        error.ConnectError(),
+        error.TimeoutError(),
+        error.DNSLookupError(),
+        defer.CancelledError(),
+        CertificateRefused("CN=reg.example", "it has expired"),
+        tls("tlsv1 alert internal error"),
+        ValueError("no HTTP"),
+    ],
+)
+def test_other_failures_do_not_mean_broke_without_response(exception: Exception) -> None:
+    assert not broke_without_response(exception)
+    assert not broke_without_response(wrapped(exception))

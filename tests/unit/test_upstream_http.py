@@ -165,6 +165,37 @@ async def test_connection_closed_without_response_is_an_error(
     upstream.script("*", Cut(None, reset=reset))
     with pytest.raises(Unavailable, match=r"^reg.example: (the connection broke|it closed the connection)$"):
         await get(network, upstream.url)
+    assert len(upstream.requests) == 2
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("used", [False, True])
+@on_reactor
+async def test_connection_closed_once_without_response_is_retried(
+    network: Network, upstream: ScriptedRegistry, method: str, reset: bool, used: bool
+) -> None:
+    """Connections of the pool and new ones are alike.
+
+    Envoy answered 503 where an upstream closed the connection just then (envoyproxy/envoy#1979).
+    """
+    upstream.script("*", Reply(200, BODY))
+    http = network.http("reg.example")
+    if used:
+        await (await http.send("HEAD", upstream.url, {})).discard()
+    upstream.script("*", Cut(None, reset=reset), times=1)
+    response = await http.send(method, upstream.url, {})
+    assert await response.collect(len(BODY)) == (BODY if method == "GET" else b"")
+    assert len(upstream.requests) == 2 + used
+
+
+@on_reactor
+async def test_post_is_not_retried(network: Network, upstream: ScriptedRegistry) -> None:
+    upstream.script("*", Reply(200, BODY))
+    upstream.script("*", Cut(None), times=1)
+    with pytest.raises(Unavailable):
+        await network.http("reg.example").send("POST", upstream.url, {}, b"grant_type=refresh_token")
+    assert len(upstream.requests) == 1
 
 
 @on_reactor
