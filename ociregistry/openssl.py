@@ -38,8 +38,8 @@ def openssl_context(
 ) -> SSL.Context:
     """Make an OpenSSL context for connections of a client or a server.
 
-    `identity` is the certificate to present, None for none. The peer's certificate is verified with the operating
-    system's trust store if `system_trust`, else with `ca`, or not at all if `ca` is None.
+    `identity` is the certificate to present, None for none. The peer's certificate is verified with `ca`, with the
+    operating system's trust store if `system_trust`, or with both; if neither is given, it is not verified.
 
     Raises:
         SSL.Error: OpenSSL refuses the certificate or the key.
@@ -56,6 +56,9 @@ def openssl_context(
         trustRoot=platformTrust() if system_trust else trusted,
     ).getContext()
     if ca is not None and (store := context.get_cert_store()) is not None:
+        if system_trust:
+            for pem in ca.pems:
+                store.add_cert(_loaded(pem))
         # A certificate that the operator trusts need not be self-signed: it may be an intermediate or the peer's own.
         store.set_flags(crypto.X509StoreFlags.PARTIAL_CHAIN)
     return context

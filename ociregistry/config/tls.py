@@ -19,7 +19,8 @@ class UpstreamTls:
     """TLS settings of one upstream."""
 
     ca: Certificates | None = None
-    """Certificate authorities to trust instead of the operating system's trust store."""
+    """Certificate authorities to trust instead of the operating system's for the upstream's own host, and beside them
+    for other hosts that its requests lead to."""
     client: KeyPair | None = None
     """Client certificate to present; None for none."""
     verify: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 from OpenSSL import SSL, crypto
@@ -14,7 +15,7 @@ from twisted.web.iweb import IPolicyForHTTPS
 from zope.interface import implementer
 
 from ociregistry.config.tls import UpstreamTls
-from ociregistry.openssl import openssl_context
+from ociregistry.openssl import Certificates, KeyPair, openssl_context
 from ociregistry.upstream.failures import CertificateRefused
 
 _SUBJECT_ALT_NAME = "2.5.29.17"
@@ -37,21 +38,29 @@ _REASONS = {
 """Reasons for OpenSSL's verification results (X509_STORE_CTX_get_error)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The certificate authorities with which a host's certificate is verified."""
+
+    ca: Certificates | None
+    """Those that the operator configured."""
+    system: bool
+    """Whether those of the operating system's trust store count too."""
+
+
 class ContextCache:
-    """Caches OpenSSL contexts, one for all upstreams with equal settings: each takes time to make, and a megabyte."""
+    """Caches OpenSSL contexts, one for all hosts with equal settings: each takes time to make, and a megabyte."""
 
     def __init__(self) -> None:
-        self._contexts: dict[tuple[UpstreamTls, bool], SSL.Context] = {}
+        self._contexts: dict[tuple[KeyPair | None, Trust | None], SSL.Context] = {}
 
-    def get(self, settings: UpstreamTls, *, with_identity: bool) -> SSL.Context:
-        """Return the context for `settings`; it holds the client certificate only where `with_identity` is True."""
-        key = settings, with_identity
+    def get(self, identity: KeyPair | None, trust: Trust | None) -> SSL.Context:
+        """Return the context that presents the certificate `identity`; None as `trust` verifies no host's."""
+        key = identity, trust
         if key not in self._contexts:
-            system_trust = settings.verify and settings.ca is None
-            identity = settings.client if with_identity else None
-            ca = settings.ca if settings.verify else None
-            context = openssl_context(identity, ca, system_trust=system_trust)
-            if settings.verify:
+            ca, system = (trust.ca, trust.system) if trust is not None else (None, False)
+            context = openssl_context(identity, ca, system_trust=system)
+            if trust is not None:
                 context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT, _verify)
             self._contexts[key] = context
         return self._contexts[key]
@@ -63,10 +72,15 @@ class ContextCache:
 
 @implementer(IPolicyForHTTPS)
 class UpstreamPolicy:
-    """The TLS policy of one upstream, the same for all hosts that its requests lead to."""
+    """The TLS policy of one upstream for all hosts that its requests lead to.
+
+    Its own host is trusted by the configured authorities alone, if there are any. Other hosts, such as the storage
+    that it redirects to, are also trusted by the operating system's. The client certificate is for its own host and
+    port.
+    """
 
     def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: ContextCache) -> None:
-        """`own` is the host and port of the upstream, the only one that gets the client certificate."""
+        """`own` is the host and port of the upstream."""
         self._settings = settings
         self._own = own
         self._contexts = contexts
@@ -74,9 +88,11 @@ class UpstreamPolicy:
     def creatorForNetloc(self, hostname: bytes, port: int) -> IOpenSSLClientConnectionCreator:
         """Return the creator of TLS connections to `hostname`."""
         host = hostname.decode("ascii")
-        with_identity = self._settings.client is not None and (host, port) == self._own
-        context = self._contexts.get(self._settings, with_identity=with_identity)
-        return _ConnectionCreator(host, context)
+        settings = self._settings
+        identity = settings.client if (host, port) == self._own else None
+        system = settings.ca is None or host != self._own[0]
+        trust = Trust(settings.ca, system) if settings.verify else None
+        return _ConnectionCreator(host, self._contexts.get(identity, trust))
 
 
 @implementer(IOpenSSLClientConnectionCreator)

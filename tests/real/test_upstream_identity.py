@@ -16,6 +16,9 @@ from tests.peers import DockerRegistry
 from tests.processes import Daemon, free_port
 from tests.real.caches import assert_error, error_lines
 from tests.secure_peers import SecureRegistry, ServerTls
+from tests.trust_store import TrustingDaemon
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Redirect
 
 Skopeo = Callable[..., None]
 StartDaemon = Callable[..., Daemon]
@@ -128,3 +131,25 @@ def test_self_signed_certificate_is_refused(pulling: Pulling, tmp_path: Path) ->
 def test_self_signed_certificate_can_be_trusted(pulling: Pulling, tmp_path: Path) -> None:
     tls = ServerTls(*Authority.self_signed(tmp_path / "self", "localhost"))
     pulling.succeeds(tls, {"tls": {"ca": str(tls.certificate)}})
+
+
+def test_a_private_registry_that_redirects_to_public_storage(
+    authority: Authority, skopeo: Skopeo, tmp_path: Path
+) -> None:
+    """skopeo, which adds a registry's authority to those of the system, pulls from such registries."""
+    public = Authority(tmp_path / "public", "public authority")
+    with (
+        ScriptedRegistry(tls=authority.server_context("localhost")) as registry,
+        ScriptedRegistry(tls=public.server_context("127.0.0.1")) as storage,
+    ):
+        for one in (registry, storage):
+            one.add("team/app", IMAGE, "1")
+        registry.script("*/blobs/*", Redirect(storage.url))
+        upstream = f"localhost:{registry.port}"
+        entries = {upstream: _entry(authority), storage.host: "https"}
+        with TrustingDaemon(tmp_path, (public.ca,), entries, "--default-ns", upstream) as daemon:
+            skopeo(f"{daemon.host}/team/app:1", f"dir:{tmp_path}/copy")
+            assert error_lines(daemon, 0) == []
+        assert {request.path for request in storage.requests} == {
+            f"/v2/team/app/blobs/{blob.digest}" for blob in IMAGE.blobs
+        }

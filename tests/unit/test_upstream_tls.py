@@ -141,6 +141,36 @@ def test_configured_authority_replaces_system_trust(
         shake_hands(policy(trusting(other.ca)), good)
 
 
+def test_configured_authority_adds_to_trust_store_for_other_hosts(
+    good: TlsServer, authority: Authority, system_trust: Path, tmp_path: Path
+) -> None:
+    """A registry with a private authority may redirect to public storage, whose certificate the system trusts.
+
+    Docker, too, once trusted the authority of a registry alone on all of its hops (moby/moby#22409), and users had to
+    add that of the storage to it (distribution/distribution#1397); skopeo adds it to the system's.
+    """
+    private = Authority(tmp_path / "private", "private authority")
+    system_trust.write_bytes(authority.ca.read_bytes())
+    settings = trusting(private.ca)
+    shake_hands(policy(settings), TlsServer(authority.issue("storage.example")), "storage.example")
+    shake_hands(policy(settings), TlsServer(private.issue("token.example")), "token.example", 5001)
+    # The registry itself is trusted by its own authority alone, on every port.
+    for port in (443, 5001):
+        with pytest.raises(CertificateRefused):
+            shake_hands(policy(settings), good, HOST, port)
+    unknown = TlsServer(Authority(tmp_path / "unknown", "unknown authority").issue("storage.example"))
+    with pytest.raises(CertificateRefused):
+        shake_hands(policy(settings), unknown, "storage.example")
+    with pytest.raises(CertificateRefused, match="it is for another host name"):
+        shake_hands(policy(settings), good, "storage.example")
+
+
+def test_intermediate_authority_for_other_hosts(system_trust: Path, tmp_path: Path) -> None:
+    root = Authority(tmp_path / "root", "private root")
+    below = Authority(tmp_path / "below", "intermediate authority", root)
+    shake_hands(policy(trusting(below.ca)), TlsServer(below.issue("storage.example")), "storage.example")
+
+
 def test_several_authorities(good: TlsServer, authority: Authority, tmp_path: Path) -> None:
     other = Authority(tmp_path / "other", "other authority")
     both = tmp_path / "both.crt"
@@ -244,6 +274,8 @@ def test_equal_policies_share_a_context(authority: Authority) -> None:
         for number in range(100)
     ]
     assert len({id(creator._context) for creator in made}) == 3
+    own: Any = UpstreamPolicy(trusting(authority.ca), (HOST, 443), contexts).creatorForNetloc(HOST.encode(), 443)
+    assert own._context not in [creator._context for creator in made]
     contexts.clear()
     again: Any = UpstreamPolicy(SYSTEM_TRUST, ("", 0), contexts).creatorForNetloc(b"host0.example", 443)
     assert again._context is not made[0]._context
