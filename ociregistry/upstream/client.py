@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from urllib.parse import urlsplit
 
+from cachetools import TTLCache
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.context import Priority
@@ -34,6 +35,15 @@ _MOST_REFUSALS = 8
 """The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
 _SCHEME_TTL = 600.0
 """Seconds for which a detected scheme is remembered."""
+_HEAD_UNSUPPORTED_FOR = 3600.0
+"""Seconds for which a host that answered HEAD otherwise than GET is asked by GET alone."""
+_CONFIRMED_FOR = 600.0
+"""Seconds for which a response to HEAD that GET has confirmed is believed."""
+_MOST_CONFIRMED = 1000
+_METHOD_REFUSED = frozenset({405, 501})
+_CONTENT_EXISTS = frozenset({200, 206, 416})
+"""The statuses of GET for content that is there; 416 is for the first byte of an empty blob."""
+_FIRST_BYTE = {"Range": "bytes=0-0"}
 _ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
 """What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -89,6 +99,14 @@ class Client:
         self._http_allowed = http_allowed
         self._clock = clock
         self._rate_limited_until = 0.0
+        self._head_unsupported: TTLCache[str, bool, float] = TTLCache(
+            maxsize=2, ttl=_HEAD_UNSUPPORTED_FOR, timer=clock.seconds
+        )
+        """The endpoints, `manifests` or `blobs`, at which HEAD is not to be relied on."""
+        self._confirmed: TTLCache[tuple[Repository, str], int, float] = TTLCache(
+            _MOST_CONFIRMED, ttl=_CONFIRMED_FOR, timer=clock.seconds
+        )
+        """The error statuses of HEAD that GET confirmed, for content that really is not there."""
         self._rate_limit = RateLimit(clock)
         self._authenticator = Authenticator(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
@@ -102,6 +120,8 @@ class Client:
     ) -> Response:
         """Request `path` below `repository`: answer challenges, follow redirects.
 
+        A host that does not support HEAD is asked by GET: for a whole manifest, or for the first byte of a blob.
+
         Returns:
             The last response, of any status.
 
@@ -110,6 +130,32 @@ class Client:
             AccessRefused: the token service refuses access.
             Denied: the registry, a redirect or the token service leads to an address that is not allowed.
         """
+        if method == "HEAD":
+            return await self._head(repository, path, headers or {}, options)
+        return await self._request(method, repository, path, headers or {}, options)
+
+    async def _head(self, repository: Repository, path: str, headers: Headers, options: RequestOptions) -> Response:
+        endpoint = path.partition("/")[0]
+        status: int | None = None
+        if endpoint not in self._head_unsupported:
+            response = await self._request("HEAD", repository, path, headers, options)
+            status = response.status
+            if not response.may_refuse_head or self._confirmed.get((repository, path)) == status:
+                return response
+            await response.discard()
+        headers = {**headers, **(_FIRST_BYTE if endpoint == "blobs" else {})}
+        response = await self._request("GET", repository, path, headers, options)
+        if response.status == status:
+            # Without this, each HEAD for something that is not there would cost a GET too, and count twice against
+            # the registry's rate limit.
+            self._confirmed[repository, path] = status
+        elif status in _METHOD_REFUSED or (status is not None and response.status in _CONTENT_EXISTS):
+            self._head_unsupported[endpoint] = True
+        return response
+
+    async def _request(
+        self, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
+    ) -> Response:
         wait = self._rate_limited_until - self._clock.seconds()
         if wait > 0:
             raise Unavailable(f"{self._name}: rate limited (429), retry in {wait:.0f} s", ceil(wait))
@@ -119,7 +165,7 @@ class Client:
             raise Unavailable(f"{self._name}: {why}", ceil(delay))
         refused: dict[Scope, list[Authorization | None]] = {}
         while True:
-            exchange = await self._send(method, repository, path, headers or {}, options)
+            exchange = await self._send(method, repository, path, headers, options)
             response = exchange.response
             if Origin.of(response.url) == exchange.origin:
                 self._rate_limit.update(response)

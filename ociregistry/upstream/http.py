@@ -54,7 +54,7 @@ DEFAULT_OPTIONS = RequestOptions()
 USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 """Seconds."""
-_HEAD_REFUSED = frozenset({400, 403, 405, 501})
+_HEAD_REFUSED = frozenset({400, 404, 405, 501})
 _IDEMPOTENT = frozenset({"GET", "HEAD"})
 """The methods that are sent here and may be sent twice (RFC 9110, section 9.2.2)."""
 _LARGEST_DISCARDED = 64 * 1024
@@ -133,6 +133,8 @@ class Response:
     """Bytes of the body; None where the upstream does not tell."""
     body: Body
     _headers: Headers
+    method: str = "GET"
+    """The method of the request."""
     redirected: bool = False
     """Whether a redirect led to this response."""
     proxy: Proxy | None = None
@@ -152,9 +154,14 @@ class Response:
         # An upstream may send any bytes, and Twisted's own decoding as UTF-8 would fail on some.
         return [value.decode("latin-1") for value in self._headers.getRawHeaders(name.encode("ascii"), [])]
 
-    def refuses_head(self, method: str) -> bool:
-        """Return whether storage behind a registry refuses HEAD, because its URL is signed for GET only."""
-        return method == "HEAD" and self.redirected and self.status in _HEAD_REFUSED
+    @property
+    def may_refuse_head(self) -> bool:
+        """Whether the reason for this response to HEAD may be the method, so that GET may get the content.
+
+        A 404 is honest at most registries. A 403 is about the method where a redirect led to storage by a URL that is
+        signed for GET only.
+        """
+        return self.status in _HEAD_REFUSED or (self.status == 403 and self.redirected)
 
     @property
     def retry_after(self) -> int:
@@ -304,7 +311,7 @@ class HttpClient:
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
         received = self._body(response, length, attempt.breaker)
         proxy = attempt.proxy if url.startswith("http:") else None
-        return Response(self._upstream, response.code, url, length, received, response.headers, proxy=proxy)
+        return Response(self._upstream, response.code, url, length, received, response.headers, method, proxy=proxy)
 
     def _enter(self, origin: Origin, priority: Priority) -> _Attempts:
         proxy = self._proxy_of(origin)

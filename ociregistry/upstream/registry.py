@@ -133,7 +133,7 @@ class Sources:
             except (Unavailable, Denied) as error:
                 missed.append(error.message)
             else:
-                if _is_good(method, response):
+                if _is_good(response):
                     return response
                 await response.discard()
                 missed.append(f"{mirror.name}: it answered {response.outcome}")
@@ -148,17 +148,19 @@ class Sources:
             raise Unavailable(f"{error.message} ({'; '.join(missed)})", error.retry_after) from None
 
 
-def _is_good(method: str, response: Response) -> bool:
+def _is_good(response: Response) -> bool:
     if canonical_media_type(response.header("content-type")) == "text/html":
         # The login page of a proxy or captive portal in front of the mirror.
         return False
-    return 200 <= response.status < 300 or response.refuses_head(method)
+    return 200 <= response.status < 300
 
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
 """Statuses with which registries answer for content that they do not have, or do not show to this client."""
 _OK = frozenset({200})
+_OF_FIRST_BYTE = frozenset({200, 206, 416})
+"""The statuses that tell the size of a blob of which the first byte was requested; 416 is for an empty blob."""
 _MOST_PAGES = 100
 _LARGEST_LISTING = 8 * 1024 * 1024
 """Bytes of a page of tags."""
@@ -232,7 +234,7 @@ class Registry:
         return _manifest(response, data, str(image), _expected_digest(image, response))
 
     async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
-        """Ask by HEAD for the digest of the manifest of `image`.
+        """Ask for the digest of the manifest of `image`, by HEAD where the upstream supports that.
 
         Returns:
             The digest, or None where the upstream does not tell it.
@@ -247,8 +249,9 @@ class Registry:
         path = f"manifests/{image.reference}"
         async with self._limit.for_small():
             response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown, context)
-            await response.discard()
-        return _expected_digest(image, response)
+            data = await response.collect(LARGEST_MANIFEST)
+        digest = _expected_digest(image, response)
+        return digest if response.method == "HEAD" else _manifest(response, data, str(image), digest).digest
 
     async def blob(
         self,
@@ -305,7 +308,7 @@ class Registry:
         return response
 
     async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> int | None:
-        """Ask by HEAD for the size of a blob.
+        """Ask for the size of a blob, by HEAD where the upstream supports that.
 
         Returns:
             The size in bytes, or None where the upstream does not tell it.
@@ -315,16 +318,11 @@ class Registry:
         """
         unknown = _unknown_blob(f"{repository}@{digest}")
         async with self._limit.for_small():
-            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context)
+            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_FIRST_BYTE)
             await response.discard()
-            if response.status == 200:
-                return _length(response.header("content-length"))
-            # The redirect's URL is signed for GET only; the response for one byte also tells the whole size.
-            first = {"Range": "bytes=0-0"}
-            accepted = _OK | {206, 416}
-            response = await self._ask("GET", repository, f"blobs/{digest}", first, unknown, context, accepted)
-            response.body.abort()
-        return response.length if response.status == 200 else _size_of_whole(response)
+        if response.status != 200:
+            return _size_of_whole(response)
+        return _length(response.header("content-length")) if response.method == "HEAD" else response.length
 
     async def tags(
         self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
@@ -385,7 +383,7 @@ class Registry:
         accepted: frozenset[int] = _OK,
         timeout: float = DEFAULT_OPTIONS.timeout,
     ) -> Response:
-        """Send a request; return a response with an `accepted` status, or a HEAD refused by signed storage.
+        """Send a request; return a response with an `accepted` status, which must be 200 for HEAD.
 
         Raises:
             The error that `unknown` makes of the reason: the upstream does not have the content, or does not show it.
@@ -402,7 +400,7 @@ class Registry:
             response = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:
             raise unknown(refused.message) from None
-        if response.status in accepted or response.refuses_head(method):
+        if response.status in (_OK if response.method == "HEAD" else accepted):
             return response
         await response.discard()
         via = Via.parse(response.header("via"))

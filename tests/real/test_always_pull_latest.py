@@ -80,6 +80,21 @@ def test_moved_latest_is_fetched_by_digest(cache: Cache) -> None:
     served(cache, OLD, stale=False)
 
 
+@pytest.mark.parametrize("status", [400, 404, 405, 501])
+def test_refused_head_is_followed_by_a_get(cache: Cache, status: int) -> None:
+    """A moved tag is seen all the same; Watchtower saw no update of such images (nicholas-fedor/watchtower#669)."""
+    cache.upstream.script("*", Reply(status), method="HEAD")
+    served(cache, OLD, stale=False)
+    cache.upstream.add("team/app", NEW, "latest")
+    served(cache, NEW, stale=False)
+    assert asked(cache, 1) == ["HEAD latest", "GET latest", "GET latest", f"GET {NEW.manifest.digest}"]
+    # The response for the first byte of a blob tells its size.
+    blob = f"team/app/blobs/{NEW.layers[0].digest}"
+    for _ in range(2):
+        assert cache.ask(blob, "HEAD").headers["Content-Length"] == str(len(NEW.layers[0].data))
+    assert (cache.sent(blob, "HEAD"), cache.sent(blob, "GET")) == (1, 2)
+
+
 def test_head_without_a_digest_is_followed_by_a_get(cache: Cache) -> None:
     """Without a digest a GET is needed."""
     with cache.scripted("*/manifests/*", Header("Docker-Content-Digest", None)):

@@ -94,19 +94,16 @@ def test_storage_refusing_get_is_an_error(status: int) -> None:
     assert message == f"reg.example: it answered {status}"
 
 
-@pytest.mark.parametrize("status", [401, 404, 416, 429, 500, 503])
+@pytest.mark.parametrize("status", [401, 416, 429, 500, 503])
 def test_other_statuses_are_final(status: int) -> None:
     sized_registry = RegistryWithStorage({"status": status}, part("bytes 0-0/12345"))
     failed(sized_registry.ask(), RegistryError)
     assert [method for method, _, _ in sized_registry.asked] == ["HEAD", "HEAD"]
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"), [(403, BlobUnknown), (400, Unavailable), (405, Unavailable), (501, Unavailable)]
-)
-def test_refusal_by_the_registry_is_final(status: int, kind: type[RegistryError]) -> None:
-    http = ScriptedExchanges({REG: [refused(status), part("bytes 0-0/12345")]})
-    failed(Deferred.fromCoroutine(registry_over(client_over(http)).blob_size(APP, LAYER)), kind)
+def test_refusal_by_the_registry_is_final() -> None:
+    http = ScriptedExchanges({REG: [refused(403), part("bytes 0-0/12345")]})
+    failed(Deferred.fromCoroutine(registry_over(client_over(http)).blob_size(APP, LAYER)), BlobUnknown)
     assert [sent.method for sent in http.sent] == ["HEAD"]
 
 

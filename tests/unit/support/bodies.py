@@ -69,6 +69,7 @@ def answer(
     headers: Mapping[str, str | Sequence[str]] | None = None,
     url: str = f"https://{UPSTREAM}/v2/",
     length: int | None = None,
+    method: str = "GET",
 ) -> Response:
     """Return a complete response."""
     body, _ = connected()
@@ -76,7 +77,7 @@ def answer(
         body.dataReceived(data)
     end(body)
     raw = {name: [value] if isinstance(value, str) else list(value) for name, value in (headers or {}).items()}
-    return Response(UPSTREAM, status, url, len(data) if length is None else length, body, Headers(raw))
+    return Response(UPSTREAM, status, url, len(data) if length is None else length, body, Headers(raw), method)
 
 
 class Sent:
@@ -132,5 +133,5 @@ class ScriptedExchanges(HttpClient):
                     scripted = await silence
                 if isinstance(scripted, Exception):
                     raise scripted
-                return answer(**{"url": url, **scripted})
+                return answer(**{"url": url, "method": method, **scripted})
         raise AssertionError(f"{url} is not in the script")
