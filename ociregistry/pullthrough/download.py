@@ -33,7 +33,7 @@ class Download:
         self.size: int | None = None
         self.error: RegistryError | None = None
         self.spoiled = False
-        """Whether wrong bytes came over several connections: a download from the first byte may succeed."""
+        """Whether wrong bytes came over several connections or from a mirror: another download may succeed."""
         self.expected = expected
         self.has_early_readers = False
         """Whether a client got a reader before the upstream had answered."""
@@ -178,7 +178,6 @@ class Download:
                 await self._check_room(known, start)
                 # The first answer tells whether the blob exists; without a size from a manifest, clients wait for it.
                 stream = await self._first(start, known)
-                self._check(stream, known)
             size = known if stream is None or stream.size is None else stream.size
             if size != known:
                 await self._check_room(size, start)
@@ -215,7 +214,7 @@ class Download:
     async def _first(self, start: int, known: int | None) -> BlobStream:
         """Open the first connection of this download at byte `start`."""
         try:
-            return await self._connections.open(start)
+            return await self._connections.open(start, known)
         except BlobMismatch:
             raise
         except Unavailable as error:
@@ -233,11 +232,6 @@ class Download:
         partial.close()
         return None
 
-    def _check(self, stream: BlobStream, known: int | None) -> None:
-        told = stream.size
-        if told is not None and known is not None and told != known:
-            raise BlobMismatch(f"{self}: the upstream has {told} bytes, expected {known}")
-
     async def _verify(self, partial: Partial) -> None:
         try:
             await partial.verify()
@@ -250,7 +244,8 @@ class Download:
     async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
         """Keep the partial if a later download can resume it; discard it otherwise."""
         if isinstance(error, BlobMismatch):
-            self.spoiled = partial.resumed or self._connections.count > 1
+            mirrored = self._connections.report_mismatch(error.message)
+            self.spoiled = mirrored or partial.resumed or self._connections.count > 1
         elif partial.sound:
             await partial.sync()
         if isinstance(error, BlobMismatch) or not partial.sound:

@@ -19,6 +19,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
 from ociregistry.store.partials import Partial
 from ociregistry.upstream.http import DEFAULT_OPTIONS
+from ociregistry.upstream.mirrors import Source
 from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
 
 
@@ -119,6 +120,8 @@ class Connections:
         self._context = context
         self.count = 0
         """The number of connections opened so far."""
+        self._sources: set[Source] = set()
+        """The sources of the bytes so far, and of their end."""
         self._registry = registry
         self._repository = repository
         self._digest = digest
@@ -170,22 +173,37 @@ class Connections:
     def _note_priority(self) -> None:
         self._scheduler.flows(self, self.priority if self._flowing else None)
 
-    async def open(self, start: int) -> BlobStream:
+    async def open(self, start: int, size: int | None) -> BlobStream:
         """Open the blob at byte `start`, or at an earlier byte where the upstream supports no ranges.
 
         Raises:
             BlobUnknown: the upstream does not have it.
+            BlobMismatch: the upstream's blob has another size than `size`.
             Unavailable: the upstream cannot be asked; `Abandoned` when no request waits any more.
         """
         await self._wait_for_turn()
-        return await self._open(start, self.priority)
+        return await self._open(start, size, self.priority)
 
-    async def _open(self, start: int, priority: Priority, timeout: float = DEFAULT_OPTIONS.timeout) -> BlobStream:
-        self.count += 1
+    async def _open(
+        self, start: int, size: int | None, priority: Priority, timeout: float = DEFAULT_OPTIONS.timeout
+    ) -> BlobStream:
         context = replace(self._context, priority=priority)
-        return await self._registry().blob(
-            self._repository, self._digest, context, start=start, size=self._expected, timeout=timeout
-        )
+        while True:
+            self.count += 1
+            stream = await self._registry().blob(
+                self._repository, self._digest, context, start=start, size=self._expected, timeout=timeout
+            )
+            if stream.size is None or size in (None, stream.size):
+                return stream
+            stream.body.abort()
+            mismatch = BlobMismatch(f"{self}: the upstream has {stream.size} bytes, expected {size}")
+            if not stream.source.failed(mismatch.message):
+                raise mismatch
+
+    def report_mismatch(self, why: str) -> bool:
+        """Report to the sources of the bytes so far that these are wrong; tell whether others will be asked."""
+        reports = [source.failed(why) for source in self._sources]
+        return any(reports)
 
     async def _wait_for_turn(self) -> None:
         """Wait while downloads with a higher priority receive bytes."""
@@ -210,7 +228,7 @@ class Connections:
     ) -> None:
         """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
 
-        Calls `changed` after each append.
+        Calls `changed` after each append. A source that sent no new byte is told so, and the next one is asked.
 
         Raises:
             Unavailable: no try succeeded for too long.
@@ -220,19 +238,25 @@ class Connections:
             OSError: the disk failed.
         """
         while True:
+            before = partial.length
             try:
                 ended_at = await self._receive_once(stream, partial, size, changed)
                 if size is None or partial.length == size:
+                    # Also where no byte came: an empty body may be wrong, too.
+                    self._sources.add(stream.source)
                     return
-                if ended_at == stream.start and stream.size is not None:
-                    raise BlobMismatch(f"{self}: the upstream has {partial.length} of {size} bytes")
                 why = Unavailable(f"{self}: the upstream ended the response early")
+                if ended_at == stream.start and stream.size is not None:
+                    why = BlobMismatch(f"{self}: the upstream has {partial.length} of {size} bytes")
             except (BlobMismatch, Abandoned):
                 raise
             except Unavailable as error:
                 why = error
             finally:
                 stream.body.abort()
+            passed_on = partial.length == before and stream.source.failed(why.message)
+            if isinstance(why, BlobMismatch) and not passed_on:
+                raise why
             self.log.warn(
                 "{blob}: connection lost at byte {length} of {size}, resuming: {why}",
                 blob=self,
@@ -263,6 +287,7 @@ class Connections:
             known, at = partial.length - at, at + len(data)
             if known >= len(data):
                 continue
+            self._sources.add(stream.source)
             if at > most:
                 raise BlobMismatch(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())
@@ -282,7 +307,7 @@ class Connections:
 
         Raises:
             Unavailable: no try succeeded for too long; the last error.
-            BlobMismatch: the upstream now has another size.
+            BlobMismatch: the upstream's blob has another size than `size`.
             BlobUnknown: the upstream no longer has the blob.
         """
         while not self._retries.exhausted(self._clock.seconds(), self.priority):
@@ -291,17 +316,12 @@ class Connections:
             await self._wait_for_turn()
             try:
                 urgent = Priority.URGENT if self.priority is Priority.CLIENT else self.priority
-                stream = await self._open(start, urgent, _HEADERS_TIMEOUT)
+                return await self._open(start, size, urgent, _HEADERS_TIMEOUT)
             except BlobMismatch:
                 raise
             except Unavailable as error:
                 self.log.debug("{blob}: retrying: {why}", blob=self, why=error)
                 why = error
-                continue
-            if None not in (size, stream.size) and stream.size != size:
-                stream.body.abort()
-                raise BlobMismatch(f"{self}: the upstream now has {stream.size} bytes in place of {size}")
-            return stream
         raise why
 
     async def _pause(self, seconds: float) -> None:

@@ -23,15 +23,10 @@ from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
 from ociregistry.upstream.http import HttpClient
+from ociregistry.upstream.mirrors import MirrorClient, Sources
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.proxy import Route, RoutedAgent
-from ociregistry.upstream.registry import (
-    RESERVED_CONNECTIONS,
-    ConnectionLimit,
-    MirrorClient,
-    Registry,
-    Sources,
-)
+from ociregistry.upstream.registry import RESERVED_CONNECTIONS, ConnectionLimit, Registry
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 
 _MOST_REGISTRIES = 500
@@ -135,6 +130,7 @@ class Network(Service):
                     self._settings.entry(mirror.host),
                     BaseUrl(mirror.scheme, api_host(mirror.host), mirror.path, upstream.name),
                 ),
+                self._reactor,
             )
             for mirror in entry.mirrors
         ]

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from twisted.internet.defer import DeferredSemaphore
-from twisted.logger import Logger
 
 from ociregistry.context import FROM_CLIENT, Context, Priority, Via
 from ociregistry.errors import (
     AirGapped,
     BlobUnknown,
-    Denied,
     DigestInvalid,
     LoopDetected,
     ManifestUnknown,
@@ -33,13 +32,14 @@ from ociregistry.manifests import (
     OCI_INDEX,
     Manifest,
     ManifestInvalid,
-    canonical_media_type,
 )
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
+from ociregistry.upstream.mirrors import Source, Sources
+
+T = TypeVar("T")
 
 RESERVED_CONNECTIONS = 2
 """Connections that are kept for manifests, tokens and small blobs."""
@@ -89,72 +89,6 @@ class ConnectionLimit:
             self._all.release()
 
 
-_MIRROR_TIMEOUT = 15.0
-"""Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorClient:
-    """A mirror: its name for messages, and the client that asks it."""
-
-    name: str
-    client: Client
-
-
-class Sources:
-    """The mirrors of a registry in the order in which they are asked, and then the registry itself."""
-
-    log = Logger(namespace="ociregistry.upstream")
-
-    def __init__(self, mirrors: Sequence[MirrorClient], own: Client) -> None:
-        self._mirrors = mirrors
-        self._own = own
-
-    async def request(
-        self,
-        method: str,
-        repository: Repository,
-        path: str,
-        headers: Headers,
-        options: RequestOptions = DEFAULT_OPTIONS,
-    ) -> Response:
-        """Return the first good response of a mirror, or else the registry's own, of any status.
-
-        Raises:
-            Unavailable: the registry itself cannot be asked; the message also says why each mirror was passed over.
-            AccessRefused: the registry's token service refuses access.
-            Denied: the registry, or a redirect of it, leads to an address that is not allowed.
-        """
-        missed: list[str] = []
-        quick = replace(options, timeout=min(options.timeout, _MIRROR_TIMEOUT))
-        for mirror in self._mirrors:
-            try:
-                response = await mirror.client.request(method, repository, path, headers, quick)
-            except (Unavailable, Denied) as error:
-                missed.append(error.message)
-            else:
-                if _is_good(response):
-                    return response
-                await response.discard()
-                missed.append(f"{mirror.name}: it answered {response.outcome}")
-            self.log.debug("mirror skipped: {missed}", missed=missed[-1])
-        try:
-            return await self._own.request(method, repository, path, headers, options)
-        except AccessRefused:
-            raise
-        except Unavailable as error:
-            if not missed:
-                raise
-            raise Unavailable(f"{error.message} ({'; '.join(missed)})", error.retry_after) from None
-
-
-def _is_good(response: Response) -> bool:
-    if canonical_media_type(response.header("content-type")) == "text/html":
-        # The login page of a proxy or captive portal in front of the mirror.
-        return False
-    return 200 <= response.status < 300
-
-
 _ACCEPT = ", ".join(MEDIA_TYPES)
 _UNKNOWN = frozenset({401, 403, 404})
 """Statuses with which registries answer for content that they do not have, or do not show to this client."""
@@ -173,12 +107,13 @@ _NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 class BlobStream:
     """A blob being downloaded: the size of the whole blob in bytes, and its `body` from byte `start` on.
 
-    `size` is None where the upstream does not tell it.
+    `size` is None where the upstream does not tell it. `source` is to be told if the bytes are wrong, or none come.
     """
 
     size: int | None
     start: int
     body: Body
+    source: Source
 
 
 class BlobMismatch(Unavailable):
@@ -226,12 +161,12 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{image}: {why}")
 
+        def parse(response: Response, data: bytes) -> Manifest:
+            return _manifest(response, data, str(image), _expected_digest(image, response))
+
+        headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        async with self._limit.for_small():
-            headers = {"Accept": _ACCEPT}
-            response = await self._ask("GET", image.repository, path, headers, unknown, context)
-            data = await response.collect(LARGEST_MANIFEST)
-        return _manifest(response, data, str(image), _expected_digest(image, response))
+        return await self._collect("GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse)
 
     async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
         """Ask for the digest of the manifest of `image`, by HEAD where the upstream supports that.
@@ -246,12 +181,13 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{image}: {why}")
 
+        def parse(response: Response, data: bytes) -> Digest | None:
+            digest = _expected_digest(image, response)
+            return digest if response.method == "HEAD" else _manifest(response, data, str(image), digest).digest
+
+        headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        async with self._limit.for_small():
-            response = await self._ask("HEAD", image.repository, path, {"Accept": _ACCEPT}, unknown, context)
-            data = await response.collect(LARGEST_MANIFEST)
-        digest = _expected_digest(image, response)
-        return digest if response.method == "HEAD" else _manifest(response, data, str(image), digest).digest
+        return await self._collect("HEAD", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse)
 
     async def blob(
         self,
@@ -285,27 +221,27 @@ class Registry:
     async def _stream(
         self, repository: Repository, digest: Digest, context: Context, start: int, timeout: float
     ) -> BlobStream:
-        response = await self._blob(repository, digest, context, start, timeout)
-        stream = _stream(response, start)
+        response, source = await self._blob(repository, digest, context, start, timeout)
+        stream = _stream(response, start, source)
         if stream is None:
             response.body.abort()
-            response = await self._blob(repository, digest, context, 0, timeout)
-            stream = BlobStream(response.length, 0, response.body)
+            response, source = await self._blob(repository, digest, context, 0, timeout)
+            stream = BlobStream(response.length, 0, response.body, source)
         return stream
 
     async def _blob(
         self, repository: Repository, digest: Digest, context: Context, start: int, timeout: float
-    ) -> Response:
+    ) -> tuple[Response, Source]:
         headers = {"Range": f"bytes={start}-"} if start else {}
         what = f"{repository}@{digest}"
         accepted = frozenset({200, 206, 416}) if start else _OK
-        response = await self._ask(
+        response, source = await self._ask(
             "GET", repository, f"blobs/{digest}", headers, _unknown_blob(what), context, accepted, timeout
         )
         if response.status == 416:
             await response.discard()
             raise BlobMismatch(f"{what}: the upstream has no more than {start} bytes of it")
-        return response
+        return response, source
 
     async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> int | None:
         """Ask for the size of a blob, by HEAD where the upstream supports that.
@@ -318,7 +254,7 @@ class Registry:
         """
         unknown = _unknown_blob(f"{repository}@{digest}")
         async with self._limit.for_small():
-            response = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_FIRST_BYTE)
+            response, _ = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_FIRST_BYTE)
             await response.discard()
         if response.status != 200:
             return _size_of_whole(response)
@@ -341,10 +277,10 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return NameUnknown(f"{repository}: {why} for its tags")
 
-        async with self._limit.for_small():
-            response = await self._ask("GET", repository, path, {}, unknown, context)
-            data = await response.collect(_LARGEST_LISTING)
-        return TagPage(_tags(repository, data), _next_page(response) is not None)
+        def parse(response: Response, data: bytes) -> TagPage:
+            return TagPage(_tags(repository, data), _next_page(response) is not None)
+
+        return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
@@ -361,7 +297,7 @@ class Registry:
 
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
-                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
+                response, _ = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
                 pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
                 following = _next_page(response)
                 if following is None:
@@ -371,6 +307,33 @@ class Registry:
                 except ValueError:
                     raise Unavailable(f"{what}: the link to the upstream's next page is not a URL") from None
         raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
+
+    async def _collect(
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Mapping[str, str],
+        unknown: Callable[[str], RegistryError],
+        context: Context,
+        most: int,
+        parse: Callable[[Response, bytes], T],
+    ) -> T:
+        """Send a request, and return what `parse` makes of a body of at most `most` bytes.
+
+        Where the body of a mirror is cut off, or `parse` raises Unavailable for it, the next source is asked.
+
+        Raises:
+            The errors of `_ask` and `parse`.
+        """
+        async with self._limit.for_small():
+            while True:
+                response, source = await self._ask(method, repository, path, headers, unknown, context)
+                try:
+                    return parse(response, await response.collect(most))
+                except Unavailable as error:
+                    if not source.failed(error.message):
+                        raise
 
     async def _ask(
         self,
@@ -382,8 +345,8 @@ class Registry:
         context: Context,
         accepted: frozenset[int] = _OK,
         timeout: float = DEFAULT_OPTIONS.timeout,
-    ) -> Response:
-        """Send a request; return a response with an `accepted` status, which must be 200 for HEAD.
+    ) -> tuple[Response, Source]:
+        """Send a request; return a response with an `accepted` status, which must be 200 for HEAD, and its source.
 
         Raises:
             The error that `unknown` makes of the reason: the upstream does not have the content, or does not show it.
@@ -397,11 +360,11 @@ class Registry:
         headers = {**headers, "Via": context.via.through(self._instance)}
         options = RequestOptions(timeout, context.priority)
         try:
-            response = await self._sources.request(method, repository, path, headers, options)
+            response, source = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:
             raise unknown(refused.message) from None
         if response.status in (_OK if response.method == "HEAD" else accepted):
-            return response
+            return response, source
         await response.discard()
         via = Via.parse(response.header("via"))
         if response.status == 403 and via.loops_through(self._instance):
@@ -447,14 +410,14 @@ def _joined(pages: list[Manifest], what: str) -> Manifest:
         raise Unavailable(f"{what}: the upstream's pages do not form a valid index: {error}") from None
 
 
-def _stream(response: Response, start: int) -> BlobStream | None:
+def _stream(response: Response, start: int, source: Source) -> BlobStream | None:
     """Return the stream in a response to a request from byte `start`, or None where a 206 has another range."""
     if response.status != 206:
-        return BlobStream(response.length, 0, response.body)
+        return BlobStream(response.length, 0, response.body, source)
     match = _CONTENT_RANGE.fullmatch(response.header("content-range"))
     if match is None or int(match["first"]) != start:
         return None
-    return BlobStream(None if match["size"] == "*" else int(match["size"]), start, response.body)
+    return BlobStream(None if match["size"] == "*" else int(match["size"]), start, response.body, source)
 
 
 def _expected_digest(image: ImageReference, response: Response) -> Digest | None:

@@ -170,7 +170,7 @@ async def test_size_change_on_resume_restarts(
     sending.end(ConnectionLost())
     await again(upstreams, clock, 2)
     other = upstreams[1].stream(SIZE + 1, 1000)
-    assert "in place of" in (await failure(content, 1000)).message
+    assert f"has {SIZE + 1} bytes, expected {SIZE}" in (await failure(content, 1000)).message
     assert other.connection.closed
     content.close()
     await again(upstreams, clock, 3)

@@ -12,7 +12,7 @@ from ociregistry.errors import BlobUnknown, ManifestUnknown, RegistryError, Unav
 from ociregistry.names import Digest
 from ociregistry.upstream.registry import Registry
 from tests.images import make_image
-from tests.unit.support.bodies import ScriptedExchanges, Told
+from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired, image, manifest
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.test_upstream_client import REG
@@ -27,7 +27,7 @@ FIRST_BYTE: dict[str, Any] = {"status": 206, "data": b"x", "headers": {"Content-
 class Asked:
     """A registry with scripted answers, and a clock."""
 
-    def __init__(self, *answers: Told) -> None:
+    def __init__(self, *answers: ScriptedAnswer) -> None:
         self.clock = Clock()
         self.http = ScriptedExchanges({REG: answers})
         self.registry: Registry = registry_over(client_over(self.http, self.clock))

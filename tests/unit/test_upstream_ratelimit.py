@@ -190,8 +190,7 @@ def test_each_registry_has_its_own_limit() -> None:
     """A mirror whose limit is nearly used up is skipped."""
     mirrored = MirroredRegistry(LOW, {"status": 404}, SILENT)
     for options in (DEFAULT_OPTIONS, LAST, LAST):
-        asked = mirrored.sources.request("GET", APP, "manifests/1", {}, options)
-        assert fired(Deferred.fromCoroutine(asked)).status == 200
+        assert fired(mirrored.ask("manifests/1", options)).status == 200
     assert mirrored.asked == ["one", "two", "reg", "two", "reg"]
 
 

@@ -16,9 +16,10 @@ from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.credentials import Credentials
-from ociregistry.upstream.http import NoTls, RequestOptions, Response
+from ociregistry.upstream.http import DEFAULT_OPTIONS, NoTls, RequestOptions, Response
+from ociregistry.upstream.mirrors import MirrorClient, Sources
 from ociregistry.upstream.origin import Origin
-from ociregistry.upstream.registry import ConnectionLimit, MirrorClient, Registry, Sources
+from ociregistry.upstream.registry import ConnectionLimit, Registry
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
 from tests.unit.support.doubles import failed, fired, texts
 from tests.unit.support.http_agents import INSTANCE, client_over, no_helper
@@ -43,7 +44,7 @@ def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Logi
         raise AssertionError("its scheme is known")
 
     client = Client(host, base, http, Credentials(login, no_helper, clock), trusted, http_allowed, clock)
-    return MirrorClient(url, client)
+    return MirrorClient(url, client, clock)
 
 
 class MirroredRegistry:
@@ -67,9 +68,15 @@ class MirroredRegistry:
         ]
         self.sources = Sources(mirrors, client_over(self.http, self.clock))
 
-    def ask(self, path: str = "blobs/x") -> Deferred[Response]:
+    def ask(self, path: str = "blobs/x", options: RequestOptions = DEFAULT_OPTIONS) -> Deferred[Response]:
         """Send a request."""
-        return Deferred.fromCoroutine(self.sources.request("GET", APP, path, {"Accept": "a"}))
+        asked = Deferred.fromCoroutine(self.sources.request("GET", APP, path, {"Accept": "a"}, options))
+        return asked.addCallback(lambda answered: answered[0])
+
+    @property
+    def registry(self) -> Registry:
+        """The registry, which uses its mirrors."""
+        return Registry(Upstream("reg.example"), self.sources, ConnectionLimit(1), INSTANCE)
 
     @property
     def asked(self) -> list[str]:
@@ -124,8 +131,7 @@ def test_unavailable_mirror_is_skipped(error: RegistryError) -> None:
 def test_mirrors_have_15_seconds_for_headers(given: float, mirrors: float, priority: Priority) -> None:
     """The registry has no such limit; the priority is the same for all."""
     mirrored = MirroredRegistry(DOWN, DOWN, OK)
-    asked = mirrored.sources.request("GET", APP, "blobs/x", {}, RequestOptions(given, priority))
-    assert fired(Deferred.fromCoroutine(asked)).status == 200
+    assert fired(mirrored.ask(options=RequestOptions(given, priority))).status == 200
     options = [RequestOptions(timeout, priority) for timeout in (mirrors, mirrors, given)]
     assert [sent.options for sent in mirrored.http.sent] == options
 
@@ -228,12 +234,10 @@ def test_mirror_has_its_own_credentials() -> None:
 
 def test_registry_uses_its_mirrors() -> None:
     mirrored = MirroredRegistry(GOOD, OK, {"status": 404}, {"status": 404})
-    registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
-    assert fired(Deferred.fromCoroutine(registry.manifest(TAGGED))) == IMAGE
+    assert fired(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED))) == IMAGE
     mirrored = MirroredRegistry({"status": 404}, {"status": 403}, challenge())
-    registry = Registry(Upstream("reg.example"), mirrored.sources, ConnectionLimit(1), INSTANCE)
     # A refusing token service means the same as a 403.
-    unknown = failed(Deferred.fromCoroutine(registry.manifest(TAGGED)), ManifestUnknown)
+    unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
     assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"
 
 

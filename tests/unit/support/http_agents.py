@@ -16,9 +16,10 @@ from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.credentials import AskHelper, Credentials
 from ociregistry.upstream.http import HttpClient
+from ociregistry.upstream.mirrors import Sources
 from ociregistry.upstream.network import api_host
 from ociregistry.upstream.origin import Origin
-from ociregistry.upstream.registry import ConnectionLimit, Registry, Sources
+from ociregistry.upstream.registry import ConnectionLimit, Registry
 
 INSTANCE = "ociregistry-0123456789abcdef"
 """The User-Agent of this process."""

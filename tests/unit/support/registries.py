@@ -14,6 +14,7 @@ from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.http import DEFAULT_OPTIONS
+from ociregistry.upstream.mirrors import Source
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import BlobStream, Registry, TagPage, uses_reserved
 from tests.unit.support.bodies import Connection, connected, end
@@ -47,21 +48,34 @@ class Call:
         """Whether the blob may use the reserved connections."""
         return uses_reserved(self.context.priority, self.size)
 
-    def stream(self, size: int | None, start: int = 0) -> Sending:
+    def stream(self, size: int | None, start: int = 0, source: Source | None = None) -> Sending:
         """Answer with a blob of `size` bytes from byte `start`, which the test sends."""
-        sending = Sending(size, start)
+        sending = Sending(size, start, source or ReportedSource())
         self.answer(sending.stream)
         return sending
+
+
+class ReportedSource(Source):
+    """A source of blobs: the registry itself, or with `others` a mirror; keeps what is reported to it."""
+
+    def __init__(self, *, others: bool = False) -> None:
+        self._others = others
+        self.reports: list[str] = []
+
+    def failed(self, why: str) -> bool:
+        """Keep the report."""
+        self.reports.append(why)
+        return self._others
 
 
 class Sending:
     """A blob being sent."""
 
-    def __init__(self, size: int | None, start: int) -> None:
+    def __init__(self, size: int | None, start: int, source: Source) -> None:
         self.body: Body
         self.connection: Connection
         self.body, self.connection = connected(Clock())
-        self.stream = BlobStream(size, start, self.body)
+        self.stream = BlobStream(size, start, self.body, source)
 
     def send(self, data: bytes) -> Sending:
         """Send some bytes."""
