@@ -23,7 +23,7 @@ from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import Files
-from ociregistry.store.index import Inventory, Row, StoredRecord
+from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Exported:
 
 
 def export_images(
-    inventory: Inventory,
+    snapshot: Snapshot,
     rows: Iterable[Row],
     target: Path,
     *,
@@ -63,7 +63,7 @@ def export_images(
     advance: Callable[[int], None] = lambda count: None,
     files: Files | None = None,
 ) -> Exported:
-    """Write the images of these rows of `inventory` to the file `target`, completely or not at all.
+    """Write the images of these rows of `snapshot` to the file `target`, completely or not at all.
 
     Of an index, the children in the store are exported with it. Blobs that a manifest in the earlier export `since`
     refers to are left out; manifests are always written, so that this export can be the `since` of the next. An
@@ -76,10 +76,10 @@ def export_images(
     """
     had = _told_of(since) if since is not None else frozenset()
     try:
-        selected, left_out = _select(inventory, rows, had)
+        selected, left_out = _select(snapshot, rows, had)
         if selected.rows:
             with _whole(target, files or Files()) as file, (write_zstd if zstd else nullcontext)(file) as stream:
-                _Writer(target, stream, inventory.root, advance).write(selected)
+                _Writer(target, stream, snapshot.root, advance).write(selected)
     except OSError as error:
         raise ExportFailed(f"{target}: {error.strerror or error}") from error
     return Exported(
@@ -120,15 +120,15 @@ class _Selected:
     """Image URL of an index -> its images that are exported as metadata, without their layers."""
 
 
-def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -> tuple[_Selected, list[LeftOut]]:
+def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> tuple[_Selected, list[LeftOut]]:
     selected = _Selected()
     left_out: list[LeftOut] = []
     for row in sorted(rows, key=lambda row: row.url):
-        manifests = _tree(inventory, row.kept.manifest)
+        manifests = _tree(snapshot, row.stored.manifest)
         metadata = [
             one
             for digest, one in manifests.items()
-            if digest != row.kept.manifest.digest and inventory.is_metadata(digest)
+            if digest != row.stored.manifest.digest and snapshot.is_metadata(digest)
         ]
         images = [one for one in manifests.values() if one not in metadata]
         described = [blob for one in images for blob in one.blobs] + [
@@ -136,7 +136,7 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
         ]
         named = {blob.digest: blob.size for blob in described}
         blobs = {digest: size for digest, size in named.items() if digest not in had}
-        missing = [size for digest, size in blobs.items() if inventory.blob_size(digest) != size]
+        missing = [size for digest, size in blobs.items() if snapshot.blob_size(digest) != size]
         if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:
@@ -151,7 +151,7 @@ def _select(inventory: Inventory, rows: Iterable[Row], had: frozenset[Digest]) -
     return selected, left_out
 
 
-def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
+def _tree(snapshot: Snapshot, root: Manifest) -> dict[Digest, Manifest]:
     """Return the manifest and all its descendants in the store that are exported with it."""
     found: dict[Digest, Manifest] = {}
     wanted = [root]
@@ -159,18 +159,17 @@ def _tree(inventory: Inventory, root: Manifest) -> dict[Digest, Manifest]:
         manifest = wanted.pop()
         if manifest.digest not in found:
             found[manifest.digest] = manifest
-            wanted += [
-                child.manifest for child in inventory.children(manifest.digest) if _comes_along(child, inventory)
-            ]
+            children = (snapshot.records[digest] for digest in snapshot.index.children(manifest.digest))
+            wanted += [child.manifest for child in children if _comes_along(child, snapshot)]
     return found
 
 
-def _comes_along(child: StoredRecord, inventory: Inventory) -> bool:
+def _comes_along(child: StoredRecord, snapshot: Snapshot) -> bool:
     """Tell whether a child of an index is exported with it; one stored as metadata only if its config is stored."""
     config = child.manifest.config
-    if config is None or not inventory.is_metadata(child.manifest.digest):
+    if config is None or not snapshot.is_metadata(child.manifest.digest):
         return True
-    return inventory.blob_size(config.digest) == config.size
+    return snapshot.blob_size(config.digest) == config.size
 
 
 @contextmanager
@@ -264,7 +263,7 @@ def _index(selected: _Selected) -> dict[str, object]:
 
 
 def _descriptor(row: Row, metadata: Sequence[Digest]) -> dict[str, object]:
-    manifest = row.kept.manifest
+    manifest = row.stored.manifest
     annotations = {
         IMAGE_NAME: row.url,
         REF_NAME: row.url,

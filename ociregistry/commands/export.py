@@ -16,7 +16,7 @@ from ociregistry.commands.running import heeded_signals
 from ociregistry.config.values import Patterns, size_text
 from ociregistry.process import complain
 from ociregistry.settings import Settings
-from ociregistry.store.index import Inventory, Row
+from ociregistry.store.snapshot import Row, Snapshot
 
 
 class Export(Command):
@@ -65,14 +65,14 @@ class Export(Command):
         # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
         for number in heeded_signals():
             signal.signal(number, signal.default_int_handler)
-        inventory = Inventory.read(settings.image_path)
-        rows = [row for row in inventory.rows if self.patterns.match(row.url)]
+        snapshot = Snapshot.read(settings.image_path)
+        rows = [row for row in snapshot.rows if self.patterns.match(row.url)]
         if not rows:
             raise CommandFailed(
                 f"{settings.image_path}: has no image whose URL matches --pattern {self['pattern']!r}"
             )
         try:
-            exported = self._export(inventory, rows)
+            exported = self._export(snapshot, rows)
         except ArchiveFailure as error:
             raise CommandFailed(str(error)) from None
         for left_out in exported.left_out:
@@ -80,8 +80,8 @@ class Export(Command):
         print_lines([_told(exported, self.target)])
         return 1 if exported.left_out else 0
 
-    def _export(self, inventory: Inventory, rows: list[Row]) -> Exported:
-        export = partial(export_images, inventory, rows, self.target, since=self.since, zstd=bool(self["compress"]))
+    def _export(self, snapshot: Snapshot, rows: list[Row]) -> Exported:
+        export = partial(export_images, snapshot, rows, self.target, since=self.since, zstd=bool(self["compress"]))
         if not on_terminal():
             return export()
         with bar("exporting") as shown:

@@ -16,7 +16,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.process import complain
 from ociregistry.settings import Settings
-from ociregistry.store.index import Inventory, Row
+from ociregistry.store.snapshot import Row, Snapshot
 from ociregistry.store.workdir import pending_images
 
 
@@ -55,13 +55,13 @@ class List(Command):
 
     def run(self, settings: Settings) -> int:
         """Print the images to stdout, and warnings about unreadable records to stderr."""
-        inventory = Inventory.read(settings.image_path)
-        for path, why in inventory.unreadable.items():
+        snapshot = Snapshot.read(settings.image_path)
+        for path, why in snapshot.unreadable.items():
             complain(f"warning: left out, it is not a record of this program: {path}: {why}")
-        listed = inventory.all_rows if self["long"] else inventory.rows
+        listed = snapshot.all_rows if self["long"] else snapshot.rows
         rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
         pending = pending_images(settings.image_path)
-        lines = [Line(row, inventory, pending) for row in rows]
+        lines = [Line(row, snapshot, pending) for row in rows]
         lines.sort(key=_ORDERS[self["sort"]])
         print_lines(self._printed(lines))
         return 0
@@ -77,33 +77,34 @@ class List(Command):
 class Line:
     """The facts about one image URL that are printed."""
 
-    def __init__(self, row: Row, inventory: Inventory, pending: Set[Digest]) -> None:
+    def __init__(self, row: Row, snapshot: Snapshot, pending: Set[Digest]) -> None:
         """Describe `row`; `pending` are the images that may turn out to be wanted or not."""
-        self._inventory = inventory
+        self._snapshot = snapshot
         self._pending = pending
-        self._manifest = row.kept.manifest
+        self._manifest = row.stored.manifest
         self.row = row
 
     @cached_property
     def pulled(self) -> datetime:
         """The time of the last pull."""
-        return self._inventory.pulled(self._manifest.digest)
+        return self._snapshot.pulled(self._manifest.digest)
 
     @cached_property
-    def _below(self) -> list[Manifest]:
-        below = {self._manifest.digest} | self._inventory.below(self._manifest.digest)
-        manifests = [self._inventory.records[digest].manifest for digest in below]
+    def _descendants(self) -> list[Manifest]:
+        """The image itself, or the images of an index."""
+        digests = {self._manifest.digest} | self._snapshot.index.descendants(self._manifest.digest)
+        manifests = [self._snapshot.records[digest].manifest for digest in digests]
         return [manifest for manifest in manifests if not manifest.is_list]
 
     @property
     def is_metadata(self) -> bool:
         """Whether this is an image whose layers are not wanted in the store, such as other platforms of an index."""
-        return not self._manifest.is_list and not self._inventory.is_wanted(self._manifest.digest)
+        return not self._manifest.is_list and not self._snapshot.is_wanted(self._manifest.digest)
 
     @cached_property
     def _images(self) -> list[Manifest]:
         """The images that count for size and completeness: wanted ones, and an image that no index refers to."""
-        return [image for image in self._below if not self._inventory.is_metadata(image.digest)]
+        return [image for image in self._descendants if not self._snapshot.is_metadata(image.digest)]
 
     @property
     def size(self) -> int:
@@ -127,7 +128,7 @@ class Line:
 
     @property
     def _completeness(self) -> str:
-        if any(image.digest in self._pending for image in self._below):
+        if any(image.digest in self._pending for image in self._descendants):
             return "pending"
         if self.is_metadata:
             return "metadata"
@@ -138,16 +139,16 @@ class Line:
     @property
     def missing(self) -> int:
         """Bytes that the images lack."""
-        missing = (self._inventory.missing(image.digest).items() for image in self._images)
+        missing = (self._snapshot.missing(image.digest).items() for image in self._images)
         return sum({digest: size for found in missing for digest, size in found}.values())
 
     @property
     def platforms(self) -> list[str]:
         """The platforms of the images that are stored, sorted."""
         found = set()
-        for image in self._below if self.is_metadata else self._images:
-            for above in self._inventory.lists_of.get(image.digest, ()):
-                children = self._inventory.records[above].manifest.children
+        for image in self._descendants if self.is_metadata else self._images:
+            for index in self._snapshot.index.parents(image.digest):
+                children = self._snapshot.records[index].manifest.children
                 found |= {one.platform for one in children if one.digest == image.digest and one.platform}
         return sorted(found)
 

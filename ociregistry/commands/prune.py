@@ -96,10 +96,10 @@ class Prune(Command):
 def _of_images(plan: Plan, *, would: bool) -> Iterator[str]:
     counted = set()
     for row in plan.rows:
-        digest = row.kept.manifest.digest
+        digest = row.stored.manifest.digest
         free = plan.bytes_of.get(digest, 0) if digest not in counted else 0
         counted.add(digest)
-        kind = "list" if row.kept.manifest.is_list else "image"
+        kind = "list" if row.stored.manifest.is_list else "image"
         yield f"{'would prune' if would else 'pruned'} {row.url} {kind} {free} bytes of blobs"
     yield (
         f"{len(plan.rows)} image URLs, {len(plan.records)} records and {len(plan.blobs)} blobs "

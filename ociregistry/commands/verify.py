@@ -62,7 +62,7 @@ class Verify(Command):
 
 async def _tell(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
-    if not damaged.kept:
+    if not damaged.quarantined:
         print_lines([f"removed, no space to quarantine it: {damaged.path}"])
 
 

@@ -179,7 +179,7 @@ class Maintenance(Service):
         plan = await self._store.prune(policy)
         self._log_withheld(plan.withheld)
         for row in plan.rows:
-            self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.kept.pulled.isoformat())
+            self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
         if plan.records:
             self.log.warn(
                 "pruned {images} image URLs with {blobs} blobs: {bytes} bytes are free again",
@@ -238,7 +238,7 @@ class Maintenance(Service):
         )
 
     async def _repair(self, damaged: Damaged) -> None:
-        if damaged.kept:
+        if damaged.quarantined:
             self.log.error("quarantined: {path}: {why}", path=damaged.path, why=damaged.why)
         else:
             self.log.error("removed, no space to quarantine it: {path}: {why}", path=damaged.path, why=damaged.why)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -12,8 +12,8 @@ from pathlib import Path
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
 from ociregistry.store.files import Files, SharedFile, hold
-from ociregistry.store.index import Inventory
 from ociregistry.store.paths import NOTE_SUFFIX, STAGED_SUFFIX, blob_path, blobs_folder, pulls_folders
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked, wanted_blobs
 
 
@@ -75,14 +75,14 @@ def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]
 
     A partial stays locked until the next orphan is asked for, so that no process resumes it.
     """
-    inventory = Inventory.read(root)
+    snapshot = Snapshot.read(root)
 
-    def blobs_of(manifest: Digest) -> Iterator[Digest]:
-        kept = inventory.records.get(manifest)
-        yield from (blob.digest for blob in kept.manifest.blobs) if kept is not None else ()
+    def blobs_of(manifest: Digest) -> Iterable[Digest]:
+        entry = snapshot.index.get(manifest)
+        return entry.blobs if entry is not None else ()
 
-    named = {digest.hex for digest in inventory.named}
-    for path in _blobs(root, named | inventory.mentioned):
+    named = {digest.hex for digest in snapshot.index.blobs}
+    for path in _blobs(root, named | snapshot.mentioned):
         size = _old_size(path, unchanged_since)
         if size is not None:
             yield path, size

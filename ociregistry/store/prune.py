@@ -7,7 +7,6 @@ record that is written meanwhile loses no blob.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -17,16 +16,17 @@ from pathlib import Path
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.files import Files, is_full
-from ociregistry.store.index import Inventory, Row, StoredRecord
+from ociregistry.store.index import newest
 from ociregistry.store.paths import blob_path, blobs_folder, rewritten_record
 from ociregistry.store.records import Dates, Record
+from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 from ociregistry.store.workdir import store_locked
 
 _AT_ONCE = 200
 """Number of blobs that are removed while the lock is held once."""
 
-Choose = Callable[[Inventory], "PruneSet"]
-"""Selects what is to be removed from an inventory."""
+Choose = Callable[[Snapshot], "PruneSet"]
+"""Selects what is to be removed from a store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Plan:
     def bytes(self) -> int:
         """The bytes that become free."""
         blobs = sum(self.blobs.values()) + sum(self.metadata_blobs.values())
-        return blobs + sum(kept.size for kept in (*self.records, *self.metadata))
+        return blobs + sum(stored.size for stored in (*self.records, *self.metadata))
 
 
 class PruneSet:
@@ -73,8 +73,9 @@ class PruneSet:
       image URL is noted in another repository that has an index with it, if there is one.
     """
 
-    def __init__(self, inventory: Inventory) -> None:
-        self._inventory = inventory
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._index = snapshot.index
         self._images: dict[Digest, dict[str, Dates]] = {}
         """Record -> the image URLs that it is to note, for records that change."""
         self.gone: dict[Digest, StoredRecord] = {}
@@ -84,7 +85,7 @@ class PruneSet:
     def take(self, row: Row) -> None:
         """Prune this image URL."""
         for noted in {*row.notes, row.url}:
-            self._drop(row.kept.manifest.digest, noted)
+            self._drop(row.stored.manifest.digest, noted)
 
     def take_record(self, digest: Digest) -> None:
         """Prune all image URLs of a record."""
@@ -93,23 +94,22 @@ class PruneSet:
 
     def _noted(self, digest: Digest) -> dict[str, Dates]:
         if digest not in self._images:
-            self._images[digest] = dict(self._inventory.records[digest].record.images)
+            self._images[digest] = dict(self._snapshot.records[digest].record.images)
         return self._images[digest]
 
     def _drop(self, digest: Digest, noted: str) -> None:
         images = self._noted(digest)
         if images.pop(noted, None) is None:
             return
-        claims = self._inventory.claims(noted)
-        if claims and self._inventory.holder(noted) == digest:
-            for stale in claims.keys() - {digest}:
+        if self._index.meaning(noted) == digest:
+            for stale in self._index.claims(noted).keys() - {digest}:
                 self._rename(stale, noted, _by_digest(noted, stale))
         if not images:
-            self.gone[digest] = self._inventory.records[digest]
+            self.gone[digest] = self._snapshot.records[digest]
         repository = _repository(noted)
         if not any(_repository(other) == repository for other in images):
-            for child in self._inventory.children(digest):
-                self._part(child.manifest.digest, repository)
+            for child in self._index.children(digest):
+                self._leave(child, repository)
 
     def _rename(self, digest: Digest, noted: str, url: str) -> None:
         images = self._noted(digest)
@@ -118,22 +118,22 @@ class PruneSet:
             known = images.get(url, dates)
             images[url] = Dates(min(known.created, dates.created), max(known.confirmed, dates.confirmed))
 
-    def _part(self, digest: Digest, repository: Repository) -> None:
+    def _leave(self, digest: Digest, repository: Repository) -> None:
         """Remove the image URL by digest of a child from `repository`, if no index with it is left there.
 
         If this is the child's only image URL, and an index with it is in another repository, the URL is moved there.
         A child that an unreadable file mentions keeps its URLs.
         """
-        images, part = self._noted(digest), str(ImageReference(repository, digest))
-        if part not in images or digest.hex in self._inventory.mentioned:
+        images, noted = self._noted(digest), str(ImageReference(repository, digest))
+        if noted not in images or digest.hex in self._snapshot.mentioned:
             return
-        homes = [_repository(url) for above in self._inventory.lists_of[digest] for url in self._noted(above)]
-        if repository in homes:
+        others = [_repository(url) for index in self._index.parents(digest) for url in self._noted(index)]
+        if repository in others:
             return
-        if homes and len(images) == 1:
-            self._rename(digest, part, str(ImageReference(min(homes), digest)))
+        if others and len(images) == 1:
+            self._rename(digest, noted, str(ImageReference(min(others), digest)))
         else:
-            self._drop(digest, part)
+            self._drop(digest, noted)
 
     @property
     def plan(self) -> Plan:
@@ -142,40 +142,42 @@ class PruneSet:
         Raises:
             OSError: a blob cannot be looked at.
         """
-        stay = {
-            blob.digest
-            for digest, kept in self._inventory.records.items()
-            if digest not in self.gone
-            for blob in kept.manifest.blobs
-        }
         records: list[StoredRecord] = []
         metadata: list[StoredRecord] = []
-        for digest, kept in self.gone.items():
-            (metadata if self._inventory.is_metadata(digest) else records).append(kept)
+        for digest, stored in self.gone.items():
+            (metadata if self._snapshot.is_metadata(digest) else records).append(stored)
         own: dict[Digest, dict[Digest, int]] = {}
-        for kept in (*records, *metadata):
-            own[kept.manifest.digest] = self._sizes(kept.manifest, stay)
-            stay.update(own[kept.manifest.digest])
+        unnamed = self._unnamed()
+        for stored in (*records, *metadata):
+            own[stored.manifest.digest] = self._sizes(stored.manifest, unnamed)
+            unnamed.difference_update(own[stored.manifest.digest])
         return Plan(
-            rows=tuple(row for row in self._inventory.rows if self._takes(row)),
+            rows=tuple(row for row in self._snapshot.rows if self._takes(row)),
             records=tuple(records),
             blobs=_all_of(own, records),
-            bytes_of={kept.manifest.digest: sum(own[kept.manifest.digest].values()) for kept in records},
+            bytes_of={stored.manifest.digest: sum(own[stored.manifest.digest].values()) for stored in records},
             metadata=tuple(metadata),
             metadata_blobs=_all_of(own, metadata),
             withheld=self.withheld,
         )
 
     def _takes(self, row: Row) -> bool:
-        digest = row.kept.manifest.digest
+        digest = row.stored.manifest.digest
         return digest in self._images and not self._images[digest].keys() & {*row.notes, row.url}
 
-    def _sizes(self, manifest: Manifest, stay: set[Digest]) -> dict[Digest, int]:
-        """Return the blobs of `manifest` in the store that are not in `stay`, with their sizes in bytes."""
+    def _unnamed(self) -> set[Digest]:
+        """Return the blobs that no record will name."""
+        blobs = {blob.digest for stored in self.gone.values() for blob in stored.manifest.blobs}
+        return {
+            blob
+            for blob in blobs
+            if self._index.naming(blob).keys() <= self.gone.keys() and blob.hex not in self._snapshot.mentioned
+        }
+
+    def _sizes(self, manifest: Manifest, blobs: Set[Digest]) -> dict[Digest, int]:
+        """Return those of `blobs` that `manifest` names and the store has, with their sizes in bytes."""
         found = {
-            blob.digest: self._inventory.blob_size(blob.digest)
-            for blob in manifest.blobs
-            if blob.digest not in stay and blob.digest.hex not in self._inventory.mentioned
+            blob.digest: self._snapshot.blob_size(blob.digest) for blob in manifest.blobs if blob.digest in blobs
         }
         return {digest: size for digest, size in found.items() if size is not None}
 
@@ -185,21 +187,21 @@ class PruneSet:
         These are to be written before anything is removed. Records that are to be removed are included.
         """
         for digest in list(self._images):
-            kept = self._inventory.records[digest]
+            stored = self._snapshot.records[digest]
             images: dict[str, Dates] = {}
-            for noted, dates in kept.record.images.items():
-                holder = self._inventory.holder(noted)
-                back = holder != digest and noted not in self._noted(holder)
+            for noted, dates in stored.record.images.items():
+                meaning = self._index.meaning(noted)
+                back = meaning is not None and meaning != digest and noted not in self._noted(meaning)
                 images[_by_digest(noted, digest) if back else noted] = dates
-            if images.keys() != kept.record.images.keys():
-                yield kept, replace(kept.record, images=images)
+            if images.keys() != stored.record.images.keys():
+                yield stored, replace(stored.record, images=images)
 
     def rewritten(self) -> Iterator[tuple[StoredRecord, Record]]:
         """Yield the records that stay and change, and their final contents."""
         for digest, images in self._images.items():
-            kept = self._inventory.records[digest]
-            if images and images != kept.record.images:
-                yield kept, replace(kept.record, images=images)
+            stored = self._snapshot.records[digest]
+            if images and images != stored.record.images:
+                yield stored, replace(stored.record, images=images)
 
     def before_rewriting(self) -> Iterator[list[StoredRecord]]:
         """Yield records that can be removed before anything is rewritten, in batches to be removed record by record.
@@ -207,26 +209,26 @@ class PruneSet:
         Their removal makes no tag mean again what it meant before, and takes no image away from an index that is
         there. Indexes with an image that is to be rewritten after the index has gone are not among them.
         """
-        left = set(self._inventory.records)
-        changing = {kept.manifest.digest for kept, _ in self.rewritten()}
-        able = {digest for digest in self.gone if not self._inventory.below(digest) & changing}
+        left = set(self._snapshot.records)
+        changing = {stored.manifest.digest for stored, _ in self.rewritten()}
+        able = {digest for digest in self.gone if not self._index.descendants(digest) & changing}
         while batch := [digest for digest in able & left if self._goes(digest, left)]:
             yield [self.gone[digest] for digest in batch]
             left.difference_update(batch)
 
     def _goes(self, digest: Digest, left: Set[Digest]) -> bool:
         """Tell whether a record may be removed next while the records `left` are there."""
-        if self._inventory.above(digest) & self.gone.keys() & left:
+        if self._index.ancestors(digest) & self.gone.keys() & left:
             return False
-        for noted in self._inventory.records[digest].record.images:
-            claims = [(dates, one) for one, dates in self._inventory.claims(noted).items() if one in left]
-            if len(claims) > 1 and max(claims)[1] == digest:
+        for noted in self._snapshot.records[digest].record.images:
+            claims = {one: confirmed for one, confirmed in self._index.claims(noted).items() if one in left}
+            if len(claims) > 1 and newest(claims) == digest:
                 return False
         return True
 
 
 def _all_of(own: Mapping[Digest, Mapping[Digest, int]], records: Iterable[StoredRecord]) -> Mapping[Digest, int]:
-    return {blob: size for kept in records for blob, size in own[kept.manifest.digest].items()}
+    return {blob: size for stored in records for blob, size in own[stored.manifest.digest].items()}
 
 
 def _repository(noted: str) -> Repository:
@@ -243,7 +245,7 @@ def planned(root: Path, choose: Choose) -> Plan:
     Raises:
         OSError: the store cannot be read.
     """
-    return choose(Inventory.read(root)).plan
+    return choose(Snapshot.read(root)).plan
 
 
 def prune(root: Path, choose: Choose, files: Files) -> Plan:
@@ -257,12 +259,14 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
         OSError: a file cannot be read, written or removed, also when there is still no space. What was removed until
             then stays removed.
     """
-    before = Inventory.read(root)
+    snapshot = Snapshot.read(root)
     with store_locked(root):
-        inventory = Inventory.read(root, before)
-        prune_set = choose(inventory)
+        snapshot.refresh()
+        prune_set = choose(snapshot)
         plan = prune_set.plan
         rewriting = [*prune_set.renamed(), *prune_set.rewritten()]
+        going = (*plan.records, *plan.metadata)
+        from_the_top = sorted(going, key=lambda stored: len(snapshot.index.ancestors(stored.manifest.digest)))
         blobs = [*plan.blobs, *plan.metadata_blobs]
         try:
             _rewrite(root, rewriting, files)
@@ -272,52 +276,51 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
             gone: set[Path] = set()
             for batch in prune_set.before_rewriting():
                 _remove_records(batch, files)
-                gone |= {kept.path for kept in batch}
-            _remove_unnamed(root, blobs, Inventory.read(root, inventory), files)
+                gone |= {stored.path for stored in batch}
+            snapshot.refresh()
+            _remove_unnamed(blobs, snapshot, files)
             files.sync_folder(blobs_folder(root))
-            _rewrite(root, [(kept, record) for kept, record in rewriting if kept.path not in gone], files)
-        going = (*plan.records, *plan.metadata)
-        from_the_top = sorted(going, key=lambda kept: len(inventory.above(kept.manifest.digest)))
+            _rewrite(root, [(stored, record) for stored, record in rewriting if stored.path not in gone], files)
         for lists in (True, False):
-            _remove_records([kept for kept in from_the_top if kept.manifest.is_list is lists], files)
-    _remove_blobs(root, blobs, inventory, files)
+            _remove_records([stored for stored in from_the_top if stored.manifest.is_list is lists], files)
+    _remove_blobs(blobs, snapshot, files)
     return plan
 
 
 def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: Files) -> None:
     """Replace the files of records, under the store's lock, keeping the times of their last pulls."""
     temporary = rewritten_record(root)
-    for kept, record in records:
+    for stored, record in records:
         temporary.parent.mkdir(exist_ok=True)
-        files.put(kept.path, record.render(), temporary)
-        os.utime(kept.path, (kept.pulled.timestamp(), kept.pulled.timestamp()))
+        files.put(stored.path, record.render(), temporary)
+        os.utime(stored.path, (stored.pulled.timestamp(), stored.pulled.timestamp()))
 
 
 def _remove_records(records: Collection[StoredRecord], files: Files) -> None:
-    for kept in records:
-        files.unlink(kept.path)
-    for folder in {kept.path.parent for kept in records}:
+    for stored in records:
+        files.unlink(stored.path)
+    for folder in {stored.path.parent for stored in records}:
         files.sync_folder(folder)
 
 
-def _remove_blobs(root: Path, blobs: list[Digest], before: Inventory, files: Files) -> None:
+def _remove_blobs(blobs: list[Digest], snapshot: Snapshot, files: Files) -> None:
     """Remove blobs in batches, so that a process that writes a record meanwhile does not wait long for the lock.
 
     The records are read again for each batch, as such a record may name one of the remaining blobs.
     """
     while blobs:
         some, blobs = blobs[:_AT_ONCE], blobs[_AT_ONCE:]
-        with store_locked(root):
-            before = Inventory.read(root, before)
-            _remove_unnamed(root, some, before, files)
-    files.sync_folder(blobs_folder(root))
+        with store_locked(snapshot.root):
+            snapshot.refresh()
+            _remove_unnamed(some, snapshot, files)
+    files.sync_folder(blobs_folder(snapshot.root))
 
 
-def _remove_unnamed(root: Path, blobs: Iterable[Digest], inventory: Inventory, files: Files) -> None:
-    """Remove those of `blobs` that no record of the `inventory` names."""
+def _remove_unnamed(blobs: Iterable[Digest], snapshot: Snapshot, files: Files) -> None:
+    """Remove those of `blobs` that no record of the `snapshot` names."""
     for digest in blobs:
-        if digest not in inventory.named and digest.hex not in inventory.mentioned:
-            files.unlink(blob_path(root, digest))
+        if digest not in snapshot.index.blobs and digest.hex not in snapshot.mentioned:
+            files.unlink(blob_path(snapshot.root, digest))
 
 
 _ENOUGH = 0.9
@@ -334,20 +337,20 @@ class Selection:
     created_before: datetime | None = None
     pulled_before: datetime | None = None
 
-    def __call__(self, inventory: Inventory) -> PruneSet:
-        """Return what is to be pruned from `inventory`."""
-        prune_set = PruneSet(inventory)
-        for row in inventory.rows:
-            if self._takes(row, inventory):
+    def __call__(self, snapshot: Snapshot) -> PruneSet:
+        """Return what is to be pruned from `snapshot`."""
+        prune_set = PruneSet(snapshot)
+        for row in snapshot.rows:
+            if self._takes(row, snapshot):
                 prune_set.take(row)
         return prune_set
 
-    def _takes(self, row: Row, inventory: Inventory) -> bool:
+    def _takes(self, row: Row, snapshot: Snapshot) -> bool:
         if self.matches is not None and not any(map(self.matches, {row.url, *row.notes})):
             return False
-        if self.created_before is not None and not inventory.since(row) < self.created_before:
+        if self.created_before is not None and not snapshot.since(row) < self.created_before:
             return False
-        return self.pulled_before is None or inventory.pulled(row.kept.manifest.digest) < self.pulled_before
+        return self.pulled_before is None or snapshot.pulled(row.stored.manifest.digest) < self.pulled_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,47 +376,47 @@ class EvictionPolicy:
     """Pulls with a later time than this are ignored: the clock was wrong when they were noted."""
     max_share: int
 
-    def __call__(self, inventory: Inventory) -> PruneSet:
-        """Return what is to be pruned from `inventory`. Blocks, as it looks at the blobs."""
-        prune_set = PruneSet(inventory)
-        freed = _Freed(inventory, prune_set)
-        size = size_of(inventory) if self.max_size is not None else 0
+    def __call__(self, snapshot: Snapshot) -> PruneSet:
+        """Return what is to be pruned from `snapshot`. Blocks, as it looks at the blobs."""
+        prune_set = PruneSet(snapshot)
+        freed = _Freed(snapshot, prune_set)
+        size = size_of(snapshot) if self.max_size is not None else 0
         excess = size - _ENOUGH * self.max_size if self.max_size is not None and size > self.max_size else 0
-        candidates = sorted(self._candidates(inventory), key=lambda one: (inventory.pulled(one), one))
-        unused = self._unused(candidates, inventory)
-        prune_set.withheld = self._withheld(unused, inventory)
+        candidates = sorted(self._candidates(snapshot), key=lambda one: (snapshot.pulled(one), one))
+        unused = self._unused(candidates, snapshot)
+        prune_set.withheld = self._withheld(unused, snapshot)
         for digest in candidates:
             if (digest in unused and prune_set.withheld is None) or freed.bytes() < excess:
                 prune_set.take_record(digest)
         return prune_set
 
-    def _unused(self, candidates: Collection[Digest], inventory: Inventory) -> Set[Digest]:
+    def _unused(self, candidates: Collection[Digest], snapshot: Snapshot) -> Set[Digest]:
         if self.pulled_before is None:
             return frozenset()
-        return {digest for digest in candidates if inventory.pulled(digest) < self.pulled_before}
+        return {digest for digest in candidates if snapshot.pulled(digest) < self.pulled_before}
 
-    def _withheld(self, unused: Collection[Digest], inventory: Inventory) -> Withheld | None:
+    def _withheld(self, unused: Collection[Digest], snapshot: Snapshot) -> Withheld | None:
         """Return why the `unused` images stay, or None if they may be pruned."""
         if self.pulled_before is None or not unused or self.max_share == 100:
             return None
-        images = sum(digest not in inventory.lists_of for digest in inventory.records)
+        images = sum(not snapshot.index.parents(digest) for digest in snapshot.records)
         if len(unused) > max(_A_FEW, images * self.max_share // 100):
             return Withheld(len(unused), images, "which is more than max_share")
-        pulls = (kept.pulled for kept in inventory.records.values())
+        pulls = (stored.pulled for stored in snapshot.records.values())
         if not any(self.pulled_before <= pulled <= self.ignore_pulled_after for pulled in pulls):
             return Withheld(len(unused), images, "and none at all was pulled since")
         return None
 
-    def _candidates(self, inventory: Inventory) -> Iterator[Digest]:
+    def _candidates(self, snapshot: Snapshot) -> Iterator[Digest]:
         """Yield the images that may be pruned: those that no index names, each standing for all that it names."""
-        kept = {row.kept.manifest.digest for row in inventory.rows if any(map(self.keeps, {row.url, *row.notes}))}
-        for digest in inventory.records:
-            if digest in inventory.lists_of or digest.hex in inventory.mentioned:
+        kept = {row.stored.manifest.digest for row in snapshot.rows if any(map(self.keeps, {row.url, *row.notes}))}
+        for digest in snapshot.records:
+            if snapshot.index.parents(digest) or digest.hex in snapshot.mentioned:
                 continue
-            whole = {digest} | inventory.below(digest)
+            whole = {digest} | snapshot.index.descendants(digest)
             if whole & kept or whole & self.busy:
                 continue
-            if self.keep_pulled_since <= inventory.pulled(digest) <= self.ignore_pulled_after:
+            if self.keep_pulled_since <= snapshot.pulled(digest) <= self.ignore_pulled_after:
                 continue
             yield digest
 
@@ -421,9 +424,10 @@ class EvictionPolicy:
 class _Freed:
     """Counts the bytes that become free while a PruneSet grows."""
 
-    def __init__(self, inventory: Inventory, prune_set: PruneSet) -> None:
-        self._naming = Counter(blob for kept in inventory.records.values() for blob in kept.manifest.blob_sizes)
-        self._inventory = inventory
+    def __init__(self, snapshot: Snapshot, prune_set: PruneSet) -> None:
+        self._snapshot = snapshot
+        self._naming: dict[Digest, int] = {}
+        """Blob of a pruned record -> how many records will still name it."""
         self._prune_set = prune_set
         self._counted = 0
         self._bytes = 0
@@ -432,16 +436,17 @@ class _Freed:
         """Return the number of bytes that become free with the records pruned so far."""
         gone = list(islice(self._prune_set.gone.values(), self._counted, None))
         self._counted += len(gone)
-        for kept in gone:
-            self._bytes += kept.size
-            for blob in kept.manifest.blob_sizes:
-                self._naming[blob] -= 1
-                if not self._naming[blob] and blob.hex not in self._inventory.mentioned:
-                    self._bytes += self._inventory.blob_size(blob) or 0
+        for stored in gone:
+            self._bytes += stored.size
+            for blob in stored.manifest.blob_sizes:
+                left = self._naming.get(blob, len(self._snapshot.index.naming(blob))) - 1
+                self._naming[blob] = left
+                if not left and blob.hex not in self._snapshot.mentioned:
+                    self._bytes += self._snapshot.blob_size(blob) or 0
         return self._bytes
 
 
-def size_of(inventory: Inventory) -> int:
+def size_of(snapshot: Snapshot) -> int:
     """Return the bytes that the records and their blobs take. Blobs that no record names do not count."""
-    records = sum(kept.size for kept in inventory.records.values())
-    return records + sum(inventory.blob_size(blob) or 0 for blob in inventory.named)
+    records = sum(stored.size for stored in snapshot.records.values())
+    return records + sum(snapshot.blob_size(blob) or 0 for blob in snapshot.index.blobs)

@@ -5,7 +5,7 @@
  "wanted": true,
  "manifest": "the exact bytes that the digest names, as a JSON string"}
 
-`RecordFiles` reads and rewrites them, and finds what other processes changed. All of its methods block.
+`RecordFiles` reads and rewrites them. All of its methods block.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ociregistry.errors import RegistryError
-from ociregistry.manifests import LARGEST_MANIFEST, Descriptor, Manifest, ManifestInvalid
-from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.blobs import BlobFolder, missing_blobs, size_of_blob
+from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
+from ociregistry.names import Digest, ImageReference
+from ociregistry.store.blobs import missing_blobs, size_of_blob
 from ociregistry.store.files import Files
 from ociregistry.store.paths import (
-    IMAGES_FOLDER,
     LISTS_FOLDER,
     blobs_folder,
     record_path,
@@ -36,7 +34,7 @@ from ociregistry.store.paths import (
 from ociregistry.store.workdir import PullsFolder, store_locked
 
 _KEYS = {"digest", "mediaType", "images", "manifest"}
-_SLIP = 1
+_MAY_LACK = 1
 """Number of keys that a damaged record of ours may lack; a file that lacks more of them is foreign."""
 
 
@@ -127,7 +125,7 @@ class Record:
         try:
             document = json.loads(data)
             lacking = _KEYS - document.keys() if isinstance(document, dict) else _KEYS
-            if len(lacking) > _SLIP:
+            if len(lacking) > _MAY_LACK:
                 raise ForeignRecord(f"not a record of this program: it has no {', '.join(sorted(lacking))}")
             if document["digest"] != digest:
                 raise RecordInvalid(f"its digest {document['digest']} does not match the file name")
@@ -159,84 +157,11 @@ def _time(text: str) -> datetime:
     return time
 
 
-_FOR_REFERRERS = re.compile("sha(256|512)-[0-9a-f]{64}")
-
-
-def is_referrers_tag(tag: str) -> bool:
-    """Tell whether a tag is one of the referrers tag schema (OCI distribution-spec), so not the tag of an image."""
-    return _FOR_REFERRERS.fullmatch(tag) is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """The part of a record that is kept in memory."""
-
-    is_list: bool
-    images: Mapping[str, datetime]
-    """Image URL -> last confirmed."""
-    blobs: Mapping[Digest, int]
-    """Blob that the manifest names -> its size in bytes."""
-    config: Descriptor | None = None
-    layers: frozenset[Digest] = frozenset()
-    """The layers of an image."""
-    children: tuple[Descriptor, ...] = ()
-    """The manifests that an index names."""
-    wanted: bool = True
-    """Whether the layers of the image belong in the store."""
-
-    @classmethod
-    def of(cls, record: Record, *, wanted: bool = True) -> Entry:
-        """Make the entry for `record`; `wanted` applies where the record does not say."""
-        manifest = record.manifest
-        return cls(
-            is_list=manifest.is_list,
-            images={url: dates.confirmed for url, dates in record.images.items()},
-            blobs=manifest.blob_sizes,
-            config=manifest.config,
-            layers=manifest.layers,
-            children=manifest.children,
-            wanted=wanted if record.wanted is None else record.wanted,
-        )
-
-    @property
-    def is_referrers(self) -> bool:
-        """Whether it is known only by referrers tags: its children are artifacts, not platforms."""
-        return bool(self.images) and all(is_referrers_tag(url.rpartition(":")[2]) for url in self.images)
-
-    @property
-    def repositories(self) -> set[Repository]:
-        """The repositories in which the manifest is known."""
-        return {ImageReference.parse_whole(url).repository for url in self.images}
-
-    def known_in(self, repository: Repository) -> bool:
-        """Tell whether an image URL of `repository` means this manifest."""
-        prefix = str(repository)
-        return any(url.startswith((f"{prefix}:", f"{prefix}@")) for url in self.images)
-
-
 _LARGEST_RECORD = 8 * LARGEST_MANIFEST
 """Bytes. JSON takes at most six bytes for one byte of a manifest; the image URLs need the rest."""
 
 _NOTE_PULLS_EVERY = 60.0
 """Seconds."""
-
-Signature = tuple[int, int, int, int]
-"""Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""
-
-UNREAD: Signature = (0, 0, 0, 0)
-"""The signature of a file that exists and has to be read at the next scan."""
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """The differences that a scan of the folders found from what was known."""
-
-    seen: Mapping[Path, Signature]
-    read: Mapping[Path, Entry] = field(default_factory=dict)
-    damaged: Mapping[Path, str] = field(default_factory=dict)
-    """Path -> reason, for new or changed files that are not records of this program."""
-    gone: frozenset[Path] = frozenset()
-    blobs_gone: frozenset[Digest] = frozenset()
 
 
 def read_record(path: Path) -> Record:
@@ -284,7 +209,6 @@ class RecordFiles:
         self._root = root
         self._pulls = pulls
         self._files = files
-        self._blobs = BlobFolder(blobs_folder(root))
 
     def path(self, digest: Digest, *, is_list: bool) -> Path:
         """Return where the record of `digest` is kept."""
@@ -380,7 +304,7 @@ class RecordFiles:
         except FileNotFoundError:
             return None
         except RecordInvalid:
-            self._pulls.put_aside(path)
+            self._pulls.quarantine(path)
             return None
 
     def read_for_pull(self, path: Path, now: float) -> tuple[Record, bool]:
@@ -393,37 +317,6 @@ class RecordFiles:
         with suppress(OSError):
             if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
                 os.utime(path, (now, now))
-
-    def look(self, known: Mapping[Path, Signature], *, blobs: bool = False) -> Changes:
-        """Compare the folders with what is `known` and read new and changed files; with `blobs`, find removed blobs.
-
-        Raises:
-            OSError: a folder cannot be read.
-        """
-        seen: dict[Path, Signature] = {}
-        read: dict[Path, Entry] = {}
-        damaged: dict[Path, str] = {}
-        for folder in (LISTS_FOLDER, IMAGES_FOLDER):
-            for path, signature in signatures(self._root / folder):
-                seen[path] = signature
-                if known.get(path) == signature:
-                    continue
-                try:
-                    read[path] = self._entry(read_record(path))
-                except FileNotFoundError:
-                    del seen[path]
-                except RecordInvalid as error:
-                    damaged[path] = str(error)
-                except OSError as error:
-                    # The cause may end without a change to the file, so the file is read again at the next scan.
-                    damaged[path] = error.strerror or str(error)
-                    seen[path] = UNREAD
-        blobs_gone = self._blobs.gone() if blobs else frozenset()
-        return Changes(seen, read, damaged, frozenset(known.keys() - seen.keys()), blobs_gone)
-
-    def _entry(self, record: Record) -> Entry:
-        wanted = is_wanted(record, blobs_folder(self._root))
-        return Entry.of(record, wanted=wanted)
 
 
 def is_wanted(record: Record, blobs: Path) -> bool:
@@ -440,23 +333,3 @@ def is_wanted(record: Record, blobs: Path) -> bool:
     if record.wanted is None:
         return record.has_tag or not layers or any(here)
     return bool(layers) and all(here)
-
-
-def signatures(folder: Path) -> list[tuple[Path, Signature]]:
-    """Return the files in `folder` that are named like a record, with their signatures. Blocks.
-
-    Raises:
-        OSError: the folder cannot be read.
-    """
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if Digest.from_hex(entry.name) is None:
-                continue
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
-            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            found.append((folder / entry.name, signature))
-    return found

@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from ociregistry.config.values import Reserve
 from ociregistry.store.files import Threads
 
-_LOOK_EVERY = 1.0
+_READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
 _FULL = 2 * 1024 * 1024
 """Bytes above the reserve, more than a download writes at once: with less, every download stops."""
@@ -62,10 +62,10 @@ class Space:
         self._clock = clock
         self._lock = threading.Lock()
         self._free = 0
-        self._kept = 0
+        self._reserved = 0
         self._read_at = 0.0
-        self._looking = LoopingCall(self._look)
-        self._looking.clock = clock
+        self._loop = LoopingCall(self._read_again)
+        self._loop.clock = clock
 
     def reconfigure(self, reserve: Reserve) -> None:
         """Apply a new `reserve` from the next reading on."""
@@ -77,12 +77,12 @@ class Space:
         Raises:
             OSError: it cannot be read.
         """
-        self._tell(self._read_for_room())
-        self._looking.start(_LOOK_EVERY, now=False)
+        self._apply(self._read_locked())
+        self._loop.start(_READ_EVERY, now=False)
 
     def stop(self) -> None:
         """Stop reading."""
-        self._looking.stop()
+        self._loop.stop()
 
     def check(self, count: int | None) -> Deferred[None]:
         """Check in a thread that `count` bytes fit beside the reserve; with None, that any byte does.
@@ -110,7 +110,7 @@ class Space:
             self._free -= count
 
     def _ensure(self, count: int, *, fresh: bool = False) -> None:
-        if fresh or self._clock.seconds() - self._read_at >= _LOOK_EVERY or self._missing(count) > 0:
+        if fresh or self._clock.seconds() - self._read_at >= _READ_EVERY or self._missing(count) > 0:
             self._read()
         if (missing := self._missing(count)) > 0:
             self._make_room(missing)
@@ -119,30 +119,30 @@ class Space:
             raise OSError(
                 errno.ENOSPC,
                 f"the disk of {self._folder} has no room: {count} bytes are needed and {self._free} are free, "
-                f"of which {self._kept} are kept in reserve",
+                f"of which {self._reserved} are kept in reserve",
             )
 
     def _missing(self, needed: int) -> int:
-        return needed + self._kept - self._free
+        return needed + self._reserved - self._free
 
     def _read(self) -> None:
         status = os.statvfs(self._folder)
         self._free = status.f_bavail * status.f_frsize
-        self._kept = self._reserve.of(status.f_blocks * status.f_frsize)
+        self._reserved = self._reserve.of(status.f_blocks * status.f_frsize)
         self._read_at = self._clock.seconds()
 
-    def _read_for_room(self) -> tuple[int, int]:
+    def _read_locked(self) -> tuple[int, int]:
         with self._lock:
             self._read()
-            return self._free, self._kept
+            return self._free, self._reserved
 
-    def _look(self) -> Deferred[None]:
-        read = self._threads.read(self._read_for_room).addCallback(self._tell)
+    def _read_again(self) -> Deferred[None]:
+        read = self._threads.read(self._read_locked).addCallback(self._apply)
         return read.addErrback(
             lambda failure: self.log.error("cannot read the free disk space: {why}", why=failure.value)
         )
 
-    def _tell(self, read: tuple[int, int]) -> None:
+    def _apply(self, read: tuple[int, int]) -> None:
         free, reserve = read
         was_full = self.room.full
         # Leaving this state takes more free space than entering it, so that it is not logged repeatedly.

@@ -17,12 +17,13 @@ from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
 from ociregistry.store.files import Files, Threads, is_full
-from ociregistry.store.index import View
+from ociregistry.store.index import Entry, Index
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, STAGED_SUFFIX, blobs_folder, pulls_folder
 from ociregistry.store.prune import Choose, Plan, prune
-from ociregistry.store.records import Dates, Entry, Record, RecordFiles, RecordInvalid
+from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
+from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.workdir import ControlSocket, PendingFiles, PendingImage, PullsFolder, wanted_blobs
@@ -37,7 +38,7 @@ class Counts:
 
 
 class Store(Service):
-    """Records, blobs and partials below one folder, and the view of the records in memory."""
+    """Records, blobs and partials below one folder, and the index of the records in memory."""
 
     log = Logger(namespace="ociregistry.store")
 
@@ -65,6 +66,8 @@ class Store(Service):
         self._threads = Threads(reactor)
         self._clock = clock
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
+        self._index = Index()
+        self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
         self.pending: dict[Digest, Repository] = {}
@@ -89,11 +92,9 @@ class Store(Service):
         if self._adopts:
             self._adopt()
         self._files.sync_folder(self._root)
-        self._view = View(self._records, self._threads, self._clock)
-        self._catalogue = self._view.catalogue
-        self._view.read()
+        self._refresh.read()
         self._threads.start()
-        self._view.start()
+        self._refresh.start()
         self._space.start()
         super().startService()
 
@@ -123,7 +124,7 @@ class Store(Service):
     def stopService(self) -> None:
         """End the threads after their current work, and release the pulls/<n>/ folder."""
         super().stopService()
-        self._view.stop()
+        self._refresh.stop()
         self._space.stop()
         self._threads.stop()
         self._pulls.close()
@@ -141,7 +142,7 @@ class Store(Service):
     @property
     def counts(self) -> Counts:
         """The numbers of records."""
-        return Counts(*self._catalogue.counts())
+        return Counts(*self._index.counts())
 
     @property
     def room(self) -> Room:
@@ -161,7 +162,7 @@ class Store(Service):
         too.
         """
         while True:
-            digest = self._catalogue.resolve(image)
+            digest = self._index.resolve(image)
             if digest is None:
                 return None
             record = await self._read(digest)
@@ -169,7 +170,7 @@ class Store(Service):
                 continue
             if record.means(image):
                 break
-            self._view.update(record)
+            self._refresh.record_read(record)
         if not Entry.of(record).known_in(image.repository):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
@@ -185,7 +186,7 @@ class Store(Service):
         Returns:
             None when the record cannot be read; it is then dropped from memory.
         """
-        entry = self._catalogue.get(digest)
+        entry = self._index.get(digest)
         assert entry is not None
         path = self._records.path(digest, is_list=entry.is_list)
         now = self._now().timestamp()
@@ -194,7 +195,7 @@ class Store(Service):
         except (RecordInvalid, OSError) as error:
             if not isinstance(error, FileNotFoundError):
                 self.log.error("cannot read the record {path}: {why}", path=path, why=error)
-            self._view.lost(path)
+            self._refresh.record_unreadable(path)
             return None
         if to_note:
             # In a thread for writing: this may wait for the disk, which must not delay a hit.
@@ -229,7 +230,7 @@ class Store(Service):
             self._records.confirm, *args, wanted=wanted, whole=whole, known=known
         )
         if record is not None:
-            self._view.wrote(record)
+            self._refresh.record_written(record)
         return record is not None
 
     async def restore(
@@ -249,7 +250,7 @@ class Store(Service):
         """
         noted = {str(image): dates for image, dates in images.items()}
         record = await self._threads.write_in_turn(self._records.restore, manifest, noted, str(fetched), wanted)
-        self._view.wrote(record)
+        self._refresh.record_written(record)
 
     async def want(self, image: Digest, *, wanted: bool = True) -> None:
         """Note in the record of `image` whether its layers belong in the store; an image that is wanted stays wanted.
@@ -257,33 +258,33 @@ class Store(Service):
         Raises:
             OSError: the record cannot be written.
         """
-        entry = self._catalogue.get(image)
+        entry = self._index.get(image)
         if entry is not None and entry.wanted:
             return
         record = await self._threads.write_in_turn(self._records.want, image, wanted)
         if record is not None:
-            self._view.wrote(record)
+            self._refresh.record_written(record)
 
     def entry(self, digest: Digest) -> Entry | None:
         """Return what memory keeps of the record `digest`, or None if there is no record."""
-        return self._catalogue.get(digest)
+        return self._index.get(digest)
 
     def indexes(self, child: Digest) -> Collection[Digest]:
         """Return the indexes that name the manifest `child`, directly or through other indexes."""
-        return self._catalogue.indexes(child)
+        return self._index.indexes(child)
 
     @property
     def digests(self) -> Collection[Digest]:
         """The digests of all records."""
-        return self._catalogue.digests()
+        return self._index.digests
 
     def watch(self, changed: Callable[[Set[Digest]], object]) -> None:
         """Call `changed` with the digests of records each time they were written, changed or lost, or lost a blob."""
-        self._view.on_change = changed
+        self._refresh.on_change = changed
 
     def tags(self, repository: Repository) -> list[Tag]:
         """Return the tags of `repository` that the cache knows, sorted."""
-        return self._catalogue.tags(repository)
+        return self._index.tags(repository)
 
     # Blobs
 
@@ -293,7 +294,7 @@ class Store(Service):
         Returns:
             None when no manifest names the blob, or when manifests give it different sizes.
         """
-        sizes = self._catalogue.sizes(digest, repository)
+        sizes = self._index.sizes(digest, repository)
         return sizes.pop() if len(sizes) == 1 else None
 
     async def blob(self, digest: Digest) -> StoredBlob | None:
@@ -306,7 +307,7 @@ class Store(Service):
         if opened is None:
             return None
         file, size = opened
-        if size not in self._catalogue.sizes(digest) and self._committed.get(digest) != size:
+        if size not in self._index.sizes(digest) and self._committed.get(digest) != size:
             file.release()
             return None
         return StoredBlob(digest, file, size, self._threads)
@@ -347,7 +348,7 @@ class Store(Service):
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
         """Return the missing blobs of the image `manifest` with their sizes in bytes, or None if it has no record."""
-        entry = self._catalogue.get(manifest)
+        entry = self._index.get(manifest)
         if entry is None:
             return None
         return await self._threads.read(missing_blobs, self._blobs, entry.blobs)
@@ -358,7 +359,7 @@ class Store(Service):
         Raises:
             OSError: the folder of blobs cannot be read.
         """
-        entries = ((digest, self._catalogue.get(digest)) for digest in digests)
+        entries = ((digest, self._index.get(digest)) for digest in digests)
         images = {digest: entry.blobs for digest, entry in entries if entry is not None and entry.wanted}
         return await self._threads.read(_lacking_images, self._blobs, images)
 
@@ -370,7 +371,7 @@ class Store(Service):
         Raises:
             OSError: the folder of blobs cannot be read.
         """
-        entries = {digest: self._catalogue.get(digest) for digest in digests}
+        entries = {digest: self._index.get(digest) for digest in digests}
         configs = {
             digest: {entry.config.digest: entry.config.size}
             for digest, entry in entries.items()
@@ -381,16 +382,16 @@ class Store(Service):
 
     def repositories(self, manifest: Digest) -> Set[Repository]:
         """Return the repositories in which a manifest is known."""
-        entry = self._catalogue.get(manifest)
+        entry = self._index.get(manifest)
         return entry.repositories if entry is not None else set()
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """Return the repositories with an image that has this blob, and the size in bytes that it gives the blob."""
-        return self._catalogue.uses(blob)
+        return self._index.uses(blob)
 
     def naming(self, blob: Digest) -> Mapping[Digest, int]:
         """Return the manifests that name this blob, and the size in bytes that each gives it."""
-        return self._catalogue.naming(blob)
+        return self._index.naming(blob)
 
     # Maintenance
 
@@ -462,7 +463,7 @@ class Store(Service):
         remove_partials(self._root, wanted_blobs(self._root, self._blobs_of), missing, self._files)
 
     def _blobs_of(self, manifest: Digest) -> Iterable[Digest]:
-        entry = self._catalogue.get(manifest)
+        entry = self._index.get(manifest)
         return entry.blobs if entry is not None else ()
 
     async def commit(self, partial: Partial) -> None:
@@ -473,7 +474,7 @@ class Store(Service):
         """
         await partial.commit(self._blobs / partial.digest.hex)
         self._committed[partial.digest] = partial.length
-        self._view.blob_arrived(partial.digest)
+        self._refresh.blob_stored(partial.digest)
 
 
 def _lacking_images(

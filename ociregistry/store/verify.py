@@ -22,7 +22,8 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import Files, SharedFile, Threads, is_full
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, is_blob_path, verified_stamp
-from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid, is_wanted, read_record, signatures
+from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid, is_wanted, read_record
+from ociregistry.store.scan import signatures
 from ociregistry.store.workdir import PullsFolder, store_locked
 
 Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
@@ -50,7 +51,7 @@ class Damaged:
     """For a record: the image URLs that can still be read from it."""
     wanted: bool | None = None
     """For a record: whether the layers of the image are wanted, if that can still be read from it."""
-    kept: bool = True
+    quarantined: bool = True
     """Whether the file was quarantined; otherwise it was removed, as there was no space for that."""
 
     @property
@@ -132,7 +133,7 @@ class Verifier:
         except (RecordInvalid, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _BAD_DISK:
                 raise
-            damaged = await self._threads.write_in_turn(self._put_record_aside, path, str(error))
+            damaged = await self._threads.write_in_turn(self._quarantine_record, path, str(error))
             if damaged is not None:
                 findings.damaged.append(damaged)
                 await self._found(damaged)
@@ -140,7 +141,7 @@ class Verifier:
         findings.records += 1
         return record
 
-    def _put_record_aside(self, path: Path, why: str) -> Damaged | None:
+    def _quarantine_record(self, path: Path, why: str) -> Damaged | None:
         with store_locked(self._root):
             try:
                 # Another process may have replaced the record.
@@ -151,9 +152,9 @@ class Verifier:
             except (RecordInvalid, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _BAD_DISK:
                     raise
-                noted = _still_noted(path)
-                kept = self._put_aside(path)
-        return Damaged(path, digest_of(path), why, *noted, kept)
+                salvaged = _salvage(path)
+                quarantined = self._quarantine(path)
+        return Damaged(path, digest_of(path), why, *salvaged, quarantined)
 
     async def _verify_blob(
         self, path: Path, findings: Findings, max_rate: float | None, advance: Callable[[], object]
@@ -173,24 +174,24 @@ class Verifier:
                     await deferLater(self._clock, max(0.0, due - self._clock.seconds()))
             findings.blobs += 1
             if checked.why:
-                damaged = await self._threads.write(self._put_blob_aside, checked)
+                damaged = await self._threads.write(self._quarantine_blob, checked)
                 if damaged is not None:
                     findings.damaged.append(damaged)
                     await self._found(damaged)
         finally:
             file.release()
 
-    def _put_blob_aside(self, checked: _Checked) -> Damaged | None:
+    def _quarantine_blob(self, checked: _Checked) -> Damaged | None:
         """Quarantine a damaged blob; return None if its file has changed: another process may have replaced it."""
         if not checked.is_unchanged():
             return None
-        kept = self._put_aside(checked.path)
-        return Damaged(checked.path, digest_of(checked.path), checked.why, kept=kept)
+        quarantined = self._quarantine(checked.path)
+        return Damaged(checked.path, digest_of(checked.path), checked.why, quarantined=quarantined)
 
-    def _put_aside(self, path: Path) -> bool:
-        kept = self._pulls.put_aside(path)
+    def _quarantine(self, path: Path) -> bool:
+        quarantined = self._pulls.quarantine(path)
         self._files.sync_folder(path.parent)
-        return kept
+        return quarantined
 
 
 class _Checked:
@@ -261,7 +262,7 @@ def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
     return False, missing_blobs(blobs, {config.digest: config.size})
 
 
-def _still_noted(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool | None]:
+def _salvage(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool | None]:
     """Return the image URLs of a damaged record, and whether it is wanted, as far as they can be read."""
     found = []
     try:
@@ -282,7 +283,7 @@ def last_verified(root: Path, now: datetime) -> datetime:
     Raises:
         OSError: the time cannot be read or noted.
     """
-    path = _stamp(root)
+    path = verified_stamp(root)
     if not path.exists() and not note_verified(root, now):
         return now
     return datetime.fromtimestamp(path.stat().st_mtime, UTC)
@@ -297,7 +298,7 @@ def note_verified(root: Path, now: datetime) -> bool:
     Raises:
         OSError: the time cannot be noted for another reason.
     """
-    path = _stamp(root)
+    path = verified_stamp(root)
     try:
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -307,7 +308,3 @@ def note_verified(root: Path, now: datetime) -> bool:
         return False
     os.utime(path, (now.timestamp(), now.timestamp()))
     return True
-
-
-def _stamp(root: Path) -> Path:
-    return verified_stamp(root)

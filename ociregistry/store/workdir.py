@@ -92,7 +92,7 @@ class PendingFiles:
             else:
                 yield pending
 
-    def look(self) -> Iterator[PendingImage]:
+    def scan(self) -> Iterator[PendingImage]:
         """Yield the pending images without removing anything; the folder may belong to another process."""
         for path in self._folder.glob(f"*{PENDING_SUFFIX}"):
             pending = _read(path)
@@ -106,7 +106,7 @@ class PendingFiles:
 def pending_images(root: Path) -> frozenset[Digest]:
     """Return the undecided pending images of all processes on the store at `root`. Blocks."""
     files = (PendingFiles(folder, Files()) for folder in pulls_folders(root))
-    return frozenset(pending.image for one in files for pending in one.look() if pending.undecided)
+    return frozenset(pending.image for one in files for pending in one.scan() if pending.undecided)
 
 
 def _read(path: Path) -> PendingImage | None:
@@ -275,7 +275,7 @@ class PullsFolder:
         path.mkdir(exist_ok=True)
         return path
 
-    def put_aside(self, path: Path) -> bool:
+    def quarantine(self, path: Path) -> bool:
         """Quarantine the damaged file `path` in bad/, or remove it where there is no space for that. Blocks.
 
         Returns:

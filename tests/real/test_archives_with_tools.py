@@ -14,8 +14,8 @@ from twisted.internet.task import Clock
 from ociregistry.archives.exporting import export_images
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import LoadStatus
-from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
@@ -146,8 +146,8 @@ async def exported(store: Store, root: Path, target: Path, what: Image | Index, 
         await store.keep(manifest(one), image(f"docker.io/library/nginx@{one.manifest.digest}"), dates)
         write_folder(root, image_blobs(one))
     await store.keep(manifest(what), image(NAME), dates)
-    inventory = Inventory.read(root)
-    assert export_images(inventory, inventory.rows, target).left_out == ()
+    snapshot = Snapshot.read(root)
+    assert export_images(snapshot, snapshot.rows, target).left_out == ()
     return target
 
 

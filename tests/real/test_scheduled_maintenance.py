@@ -103,8 +103,8 @@ def test_damaged_blobs_are_found_and_repaired(tmp_path: Path) -> None:
         root = cache.daemon.image_path
         wait_until(lambda: has_all_of(root, index) and has_all_of(root, image), SOON, "everything is stored again")
         wait_until(lambda: blob_file(cache.daemon, layer.digest).read_bytes() == layer.data, SOON, "the right bytes")
-        put_aside = {path.name for path in (root / "pulls" / "0" / "bad").iterdir()}
-        assert put_aside == {layer.digest[7:], image.manifest.digest[7:]}
+        quarantined = {path.name for path in (root / "pulls" / "0" / "bad").iterdir()}
+        assert quarantined == {layer.digest[7:], image.manifest.digest[7:]}
         assert cache.sent(f"{REPOSITORY}/blobs/{layer.digest}") == 2
         assert_blobs_match_their_digests(root)
         cache.upstream.close()

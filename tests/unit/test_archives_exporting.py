@@ -15,7 +15,7 @@ from ociregistry.archives.members import ArchiveInvalid
 from ociregistry.manifests import OCI_MANIFEST, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import LoadStatus
-from ociregistry.store.index import Inventory
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.unit.support.archives import (
     NAME,
@@ -131,12 +131,12 @@ def test_export_is_world_readable(source: Path, tmp_path: Path) -> None:
 
 
 def test_export_is_deterministic(source: Path, tmp_path: Path) -> None:
-    inventory = Inventory.read(source)
-    export_images(inventory, inventory.rows, tmp_path / "one.tar")
-    export_images(inventory, reversed(inventory.rows), tmp_path / "other.tar")
+    snapshot = Snapshot.read(source)
+    export_images(snapshot, snapshot.rows, tmp_path / "one.tar")
+    export_images(snapshot, reversed(snapshot.rows), tmp_path / "other.tar")
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "other.tar").read_bytes()
     _, _, *names = members(tmp_path / "one.tar")
-    count = len(inventory.records)
+    count = len(snapshot.records)
     assert names == sorted(names[:count]) + sorted(names[count:])
 
 

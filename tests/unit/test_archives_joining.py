@@ -12,8 +12,8 @@ from ociregistry.archives.joining import Entry, describe, join, platform_of
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
-from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, index_of, make_artifact, make_attestation, make_image
 from tests.unit.support.archives import NAME, docker_saved, layout, load, named, write_tar
@@ -80,8 +80,8 @@ async def test_two_platforms_become_an_index(store: Store, root: Path, tmp_path:
         assert again.ended is LoadStatus.PRESENT
         assert not any("index" in note or "replaces" in note for note in again.notes)
     assert await meaning(store) == index
-    (row,) = (row for row in Inventory.read(root).rows if row.has_tag)
-    assert (row.url, row.kept.manifest.digest) == (NAME, index.digest)
+    (row,) = (row for row in Snapshot.read(root).rows if row.has_tag)
+    assert (row.url, row.stored.manifest.digest) == (NAME, index.digest)
 
 
 @on_reactor

@@ -11,8 +11,8 @@ import pytest
 
 from ociregistry.archives.exporting import Exported, LeftOut
 from ociregistry.pullthrough.loader import LoadStatus
-from ociregistry.store.index import Inventory
 from ociregistry.store.records import Record
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, make_index
 from tests.unit.support.archives import (
@@ -68,7 +68,7 @@ def source(tmp_path: Path) -> Path:
 
 def wanted(root: Path) -> dict[str, bool | None]:
     """Return `wanted` of the records, by platform."""
-    records = Inventory.read(root).records
+    records = Snapshot.read(root).records
     return {
         one.platform: records[manifest(one).digest].record.wanted
         for one in INDEX.images
@@ -130,7 +130,7 @@ async def test_import_keeps_metadata_as_metadata(store: Store, root: Path, sourc
     assert (outcome.name, outcome.ended, outcome.blobs) == (NAME, LoadStatus.LOADED, 4)
     assert wanted(root) == {"linux/amd64": True, "linux/arm64": False}
     assert blobs(root) == digests(AMD64) | {ARM64.config.digest}
-    assert [row.url for row in Inventory.read(root).rows] == [NAME, f"{REPOSITORY}@{AMD64.manifest.digest}"]
+    assert [row.url for row in Snapshot.read(root).rows] == [NAME, f"{REPOSITORY}@{AMD64.manifest.digest}"]
     # A second export and import yields the same.
     again = export(root, tmp_path / "again.tar", NAME)
     assert again.images == 1

@@ -9,7 +9,7 @@ import pytest
 from ociregistry.names import Digest
 from ociregistry.platforms import parse_platforms
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
-from ociregistry.store.index import Inventory
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, index_of, make_artifact, make_attestation, make_image, make_index
 from tests.unit.support.archives import IMAGE_NAME, NAME, docker_saved, layout, load, named, write_tar
@@ -42,7 +42,7 @@ async def test_wanted_platform_of_an_index(store: Store, root: Path, tmp_path: P
     assert await whole(store, ARM64, AMD64, ARMV7) == [True, False, False]
     for one in (AMD64, ARMV7):
         assert await store.holds(Digest(one.config.digest), len(one.config.data))
-        assert Inventory.read(root).is_metadata(Digest(one.manifest.digest))
+        assert Snapshot.read(root).is_metadata(Digest(one.manifest.digest))
     assert (await loaded(store, tmp_path, INDEX, wanted)).ended is LoadStatus.PRESENT
     outcome = await loaded(store, tmp_path, INDEX, "linux/amd64,linux/arm64")
     assert (outcome.ended, outcome.blobs) == (LoadStatus.LOADED, 2)

@@ -11,7 +11,7 @@ import pytest
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from tests.images import make_index
-from tests.unit.support.command_lines import run, snapshot, usage_error
+from tests.unit.support.command_lines import file_contents, run, usage_error
 from tests.unit.support.doubles import manifest
 from tests.unit.support.stores import StoreDir, day, image_of, list_of
 
@@ -42,10 +42,10 @@ class Listed:
 
     def __call__(self, *options: str) -> list[str]:
         """Return the lines of the output."""
-        before = snapshot(self._store_dir.root)
+        before = file_contents(self._store_dir.root)
         result = run(self._capfd, "--image-path", self._store_dir.root, "list", *options)
         assert (result.status, result.err) == (0, "")
-        assert snapshot(self._store_dir.root) == before
+        assert file_contents(self._store_dir.root) == before
         return result.lines
 
     def urls(self, *options: str) -> list[str]:
@@ -176,7 +176,7 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, capfd: pytest.Captu
     foreign = store_dir.root / "fat" / Digest.of(b"x").hex
     foreign.write_text('{"imageUrl": "docker.io/library/nginx:1.25"}')
     (store_dir.root / "img" / ".syncthing.tmp").write_text("ignored")
-    before = snapshot(store_dir.root)
+    before = file_contents(store_dir.root)
     result = run(capfd, "list", "--image-path", store_dir.root)
     assert (result.status, result.lines) == (0, ["reg.example/a:1 image 2026-01-01T01:00:00"])
     warnings = sorted(result.err.splitlines())
@@ -185,7 +185,7 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, capfd: pytest.Captu
     ] * 2
     assert f"{foreign}: " in warnings[0]
     assert f"{cut}: not JSON, or cut off: " in warnings[1]
-    assert snapshot(store_dir.root) == before
+    assert file_contents(store_dir.root) == before
 
 
 def test_missing_store_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from ociregistry.platforms import NO_PLATFORM
 from ociregistry.store.files import Files
 from ociregistry.store.prune import EvictionPolicy
 from ociregistry.store.workdir import PendingFiles, PendingImage
-from tests.unit.support.command_lines import run, snapshot
+from tests.unit.support.command_lines import file_contents, run
 from tests.unit.support.loads import index_of
 from tests.unit.support.stores import HOST, StoreDir, by_name, day, image_of, url_of
 
@@ -166,9 +166,9 @@ def test_metadata_is_pruned_silently_with_its_index(store_dir: StoreDir, command
         f"{name(PULLED)} image {sum(map(len, AMD64))} bytes of blobs",
     ]
     size = sum(store_dir.sizes().values())
-    before = snapshot(store_dir.root)
+    before = file_contents(store_dir.root)
     would = commands("prune", by, value, "--dry-run")
-    assert snapshot(store_dir.root) == before
+    assert file_contents(store_dir.root) == before
     did = commands("prune", by, value)
     assert would[:-1] == [f"would prune {line}" for line in listed_bytes]
     assert did[:-1] == [f"pruned {line}" for line in listed_bytes]
@@ -206,7 +206,7 @@ def test_rewritten_record_keeps_wanted(store_dir: StoreDir) -> None:
     store_dir.put(METADATA, "other@", created=day(1))
     store_dir.put(INDEX, "other:1", created=day(1))
     store_dir.prune(by_name("other"))
-    records = store_dir.inventory().records
+    records = store_dir.snapshot().records
     assert [records[one.digest].record.wanted for one in (PULLED, METADATA)] == [True, False]
     assert store_dir.names(METADATA) == {"app@"}
 
@@ -214,19 +214,19 @@ def test_rewritten_record_keeps_wanted(store_dir: StoreDir) -> None:
 def test_eviction_removes_metadata_with_its_index(store_dir: StoreDir) -> None:
     now = datetime.now(UTC)
     plan = store_dir.prune(EvictionPolicy(None, 1, lambda url: False, frozenset(), now, now, 100))
-    assert {row.kept.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
+    assert {row.stored.manifest for row in plan.rows} == {kept.manifest for kept in plan.records} == {INDEX, PULLED}
     assert {kept.manifest for kept in plan.metadata} == {METADATA, STATEMENT}
     assert store_dir.sizes() == {}
 
 
-# Inventory
+# Snapshot
 
 
-def test_inventory_rows_exclude_metadata(store_dir: StoreDir) -> None:
-    inventory = store_dir.inventory()
-    urls = {row.url for row in inventory.rows}
+def test_snapshot_rows_exclude_metadata(store_dir: StoreDir) -> None:
+    snapshot = store_dir.snapshot()
+    urls = {row.url for row in snapshot.rows}
     assert urls == {url_of("app:1"), url_of("app@", PULLED)}
-    assert {row.url for row in inventory.all_rows} == urls | {url_of("app@", METADATA), url_of("app@", STATEMENT)}
-    assert [row.url for row in inventory.all_rows] == sorted(row.url for row in inventory.all_rows)
-    assert [inventory.is_metadata(one.digest) for one in (INDEX, PULLED, METADATA)] == [False, False, True]
-    assert [inventory.is_wanted(one.digest) for one in (PULLED, METADATA)] == [True, False]
+    assert {row.url for row in snapshot.all_rows} == urls | {url_of("app@", METADATA), url_of("app@", STATEMENT)}
+    assert [row.url for row in snapshot.all_rows] == sorted(row.url for row in snapshot.all_rows)
+    assert [snapshot.is_metadata(one.digest) for one in (INDEX, PULLED, METADATA)] == [False, False, True]
+    assert [snapshot.is_wanted(one.digest) for one in (PULLED, METADATA)] == [True, False]

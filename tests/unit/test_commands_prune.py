@@ -12,7 +12,7 @@ import pytest
 from ociregistry.commands import prune as prune_command
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from tests.unit.support.command_lines import run, snapshot, usage_error
+from tests.unit.support.command_lines import file_contents, run, usage_error
 from tests.unit.support.stores import StoreDir, day, list_of
 
 NOW = datetime.now(UTC)
@@ -54,9 +54,9 @@ class Pruned:
 
     def __call__(self, *options: str) -> list[str]:
         """Return the lines of the output."""
-        before = snapshot(self._store_dir.root)
+        before = file_contents(self._store_dir.root)
         would = self._lines(*options, "--dry-run")
-        assert snapshot(self._store_dir.root) == before
+        assert file_contents(self._store_dir.root) == before
         did = self._lines(*options)
         assert [_done(line) for line in would] == did
         return did
@@ -95,11 +95,11 @@ def gone(lines: list[str]) -> list[str]:
 
 def left(store_dir: StoreDir) -> list[str]:
     """Return the image URLs that are left."""
-    return [row.url.removeprefix("reg.example/") for row in store_dir.inventory().rows]
+    return [row.url.removeprefix("reg.example/") for row in store_dir.snapshot().rows]
 
 
 def test_output_lists_pruned_urls_and_bytes(store_dir: StoreDir, pruned: Pruned) -> None:
-    size = store_dir.inventory().rows[0].kept.size + len(ONE)
+    size = store_dir.snapshot().rows[0].stored.size + len(ONE)
     assert pruned("--pattern", "one") == [
         f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
         f"1 image URLs, 1 records and 1 blobs went, {size} bytes ({size} B) are free again",
@@ -114,7 +114,7 @@ def test_dry_run_output(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) 
         f"would prune reg.example/one:1 image {len(ONE)} bytes of blobs",
         f"would prune reg.example/three:3 image {len(THREE)} bytes of blobs",
     ]
-    going = [row.kept.size for row in store_dir.inventory().rows if "two" not in row.url]
+    going = [row.stored.size for row in store_dir.snapshot().rows if "two" not in row.url]
     size = sum(going) + len(ONE) + len(THREE)
     assert result.lines[2] == (
         f"2 image URLs, 2 records and 2 blobs would go, {size} bytes ({size_text(size)}) would become free"
@@ -132,12 +132,12 @@ def test_older_spellings(store_dir: StoreDir, capfd: pytest.CaptureFixture[str])
             ["prune", "--pattern=o", "--before=2026-01-03T00:00:00"],
         ),
     ):
-        before = snapshot(store_dir.root)
+        before = file_contents(store_dir.root)
         dry = run(capfd, "--image-path", store_dir.root, *old, "--dry-run")
         assert dry.out.count("would prune") > 0
         assert dry == run(capfd, "--image-path", store_dir.root, "--dry-run", *new)
         assert dry == run(capfd, "--image-path", store_dir.root, *new, "--dry-run")
-        assert snapshot(store_dir.root) == before
+        assert file_contents(store_dir.root) == before
     assert gone(run(capfd, "--image-path", store_dir.root, "--prune", "one,three").lines) == ["one:1", "three:3"]
 
 
@@ -283,6 +283,6 @@ def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest
 def test_usage_error_changes_nothing(
     store_dir: StoreDir, capfd: pytest.CaptureFixture[str], argv: list[str], why: str
 ) -> None:
-    before = snapshot(store_dir.root)
+    before = file_contents(store_dir.root)
     assert why in usage_error(capfd, "--image-path", store_dir.root, "prune", *argv)
-    assert snapshot(store_dir.root) == before
+    assert file_contents(store_dir.root) == before

@@ -184,8 +184,8 @@ async def test_damaged_record_is_restored(store_dir: StoreDir, verify: VerifyCom
         path.write_bytes(spoiled)
         whole, _ = await verify(repair=True)
         assert whole
-        assert store_dir.inventory().records[manifest(image).digest].record.wanted is wanted
-    assert [row.url for row in store_dir.inventory().rows] == [APP, f"{REPOSITORY}@{AMD64.manifest.digest}"]
+        assert store_dir.snapshot().records[manifest(image).digest].record.wanted is wanted
+    assert [row.url for row in store_dir.snapshot().rows] == [APP, f"{REPOSITORY}@{AMD64.manifest.digest}"]
 
 
 @pytest.mark.parametrize("repair", [False, True])

@@ -16,7 +16,7 @@ from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import CompletionPolicy
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.store.index import Inventory
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from ociregistry.web.api import V2
 from ociregistry.web.resource import Answer
@@ -352,7 +352,7 @@ async def test_image_pulled_by_another_cache_is_listed_once_complete(
 
 def listed(demands: Demands) -> list[Digest]:
     """Return the images that `list`, `prune` and `export` name by digest."""
-    return [row.kept.manifest.digest for row in Inventory.read(demands.root).rows if not row.has_tag]
+    return [row.stored.manifest.digest for row in Snapshot.read(demands.root).rows if not row.has_tag]
 
 
 # Policies

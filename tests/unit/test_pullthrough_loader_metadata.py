@@ -17,7 +17,7 @@ from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.platforms import ALL
 from ociregistry.pullthrough.loader import Loader, LoadStatus
 from ociregistry.settings import Settings, load_settings
-from ociregistry.store.index import Inventory
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
 from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
@@ -56,7 +56,7 @@ def metadata_of(index: Index, repository: str) -> set[str]:
 
 def wanted(root: Path, *images: Image) -> list[bool | None]:
     """Return `wanted` of the records."""
-    records = Inventory.read(root).records
+    records = Snapshot.read(root).records
     return [records[manifest(one).digest].record.wanted for one in images]
 
 
@@ -73,8 +73,8 @@ async def test_metadata_of_other_platforms_is_fetched_after_all_images(
     assert set(fetcher.asked[before:]) == expected
     assert len(fetcher.asked[before:]) == len(expected) == 8
     assert wanted(root, *FIRST.images, *SECOND.images) == [True, False, False] * 2
-    assert {row.url for row in Inventory.read(root).rows if "@" not in row.url} == {APP, ALONE, NEXT}
-    assert len(Inventory.read(root).rows) == 5
+    assert {row.url for row in Snapshot.read(root).rows if "@" not in row.url} == {APP, ALONE, NEXT}
+    assert len(Snapshot.read(root).rows) == 5
 
 
 @on_reactor
@@ -204,4 +204,4 @@ async def test_rate_limit_is_a_warning(loading: Loading) -> None:
 async def test_no_metadata_when_turned_off(loading: Loading, root: Path) -> None:
     assert await loading(complete_metadata=False) == []
     assert not metadata_of(FIRST, "reg.example/app") & set(loading.asked)
-    assert len(Inventory.read(root).records) == 2
+    assert len(Snapshot.read(root).records) == 2

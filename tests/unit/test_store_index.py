@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.index import Catalogue
-from ociregistry.store.records import Entry, Record
+from ociregistry.store.index import Entry, Index
+from ociregistry.store.records import Record
 from tests.images import make_image, make_index
 from tests.unit.support.doubles import HUB, image, manifest
+from tests.unit.support.stores import calls_of
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 A, B, C = (Digest.of(name.encode()) for name in "abc")
@@ -30,15 +32,16 @@ def entry(images: Mapping[str, int], blobs: Mapping[Digest, int] | None = None, 
 
 
 def test_entry_of_a_record() -> None:
-    built = make_image("catalogue")
+    built = make_image("indexed")
     url = "quay.io/app:1"
     record = Record(manifest(built), {}).confirm(image(url), START)
     made = Entry.of(record)
     sizes = {Digest(blob.digest): len(blob.data) for blob in built.blobs}
-    layers = frozenset(Digest(layer.digest) for layer in built.layers)
-    assert made == Entry(False, {url: START}, sizes, manifest(built).config, layers)
-    index = manifest(make_index("catalogue"))
-    assert Entry.of(Record(index, {})) == Entry(True, {}, {}, children=index.children)
+    assert made == Entry(False, {url: START}, sizes, manifest(built).config)
+    assert made.layers == {Digest(layer.digest) for layer in built.layers}
+    listed = manifest(make_index("indexed"))
+    assert Entry.of(Record(listed, {})) == Entry(True, {}, {}, children=listed.children)
+    assert not Entry.of(Record(listed, {})).layers
 
 
 def test_entry_repositories() -> None:
@@ -50,91 +53,147 @@ def test_entry_repositories() -> None:
 
 
 def test_tag_resolves_to_latest_confirmation() -> None:
-    catalogue = Catalogue()
+    index = Index()
     tag = image("quay.io/app:latest")
-    assert catalogue.resolve(tag) is None
-    catalogue.put(A, entry({str(tag): 1}))
-    assert catalogue.resolve(tag) == A
-    catalogue.put(B, entry({str(tag): 3}))
-    catalogue.put(C, entry({str(tag): 2}))
-    assert catalogue.resolve(tag) == B
-    catalogue.drop(B)
-    assert catalogue.resolve(tag) == C
-    catalogue.put(A, entry({str(tag): 9}))
-    assert catalogue.resolve(tag) == A
+    assert index.resolve(tag) is None
+    index.put(A, entry({str(tag): 1}))
+    assert index.resolve(tag) == A
+    index.put(B, entry({str(tag): 3}))
+    index.put(C, entry({str(tag): 2}))
+    assert index.resolve(tag) == B
+    index.drop(B)
+    assert index.resolve(tag) == C
+    index.put(A, entry({str(tag): 9}))
+    assert index.resolve(tag) == A
 
 
 def test_tie_of_confirmations_is_independent_of_order() -> None:
     tag = image("quay.io/app:latest")
     meant = set()
     for order in ((A, B, C), (C, B, A), (B, C, A)):
-        catalogue = Catalogue()
+        index = Index()
         for digest in order:
-            catalogue.put(digest, entry({str(tag): 1}))
-        meant.add(catalogue.resolve(tag))
+            index.put(digest, entry({str(tag): 1}))
+        meant.add(index.resolve(tag))
     assert len(meant) == 1
 
 
 def test_digest_resolves_in_any_repository() -> None:
-    catalogue = Catalogue()
-    catalogue.put(A, entry({"quay.io/app:1": 0}))
-    assert catalogue.resolve(image(f"docker.io/team/other@{A}")) == A
-    assert catalogue.resolve(image(f"quay.io/app@{B}")) is None
+    index = Index()
+    index.put(A, entry({"quay.io/app:1": 0}))
+    assert index.resolve(image(f"docker.io/team/other@{A}")) == A
+    assert index.resolve(image(f"quay.io/app@{B}")) is None
 
 
 def test_replaced_record_leaves_no_trace() -> None:
-    catalogue = Catalogue()
-    catalogue.put(A, entry({"quay.io/app:1": 1, "quay.io/app:2": 1}, {LAYER: 5}))
-    catalogue.put(A, entry({"quay.io/app:2": 2}, {OTHER: 7}))
-    assert catalogue.resolve(image("quay.io/app:1")) is None
-    assert catalogue.tags(repository("quay.io/app")) == ["2"]
-    assert catalogue.sizes(LAYER) == set()
-    assert catalogue.sizes(OTHER) == {7}
-    assert len(catalogue) == 1
-    assert catalogue.get(A) == entry({"quay.io/app:2": 2}, {OTHER: 7})
+    index = Index()
+    index.put(A, entry({"quay.io/app:1": 1, "quay.io/app:2": 1}, {LAYER: 5}))
+    index.put(A, entry({"quay.io/app:2": 2}, {OTHER: 7}))
+    assert index.resolve(image("quay.io/app:1")) is None
+    assert index.tags(repository("quay.io/app")) == ["2"]
+    assert index.sizes(LAYER) == set()
+    assert index.sizes(OTHER) == {7}
+    assert len(index) == 1
+    assert index.get(A) == entry({"quay.io/app:2": 2}, {OTHER: 7})
 
 
 def test_dropped_record_is_gone() -> None:
-    catalogue = Catalogue()
-    catalogue.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
-    catalogue.drop(A)
-    catalogue.drop(A)
-    catalogue.drop(B)
-    assert (len(catalogue), catalogue.get(A), catalogue.counts()) == (0, None, (0, 0))
-    assert catalogue.tags(repository("quay.io/app")) == []
-    assert catalogue.sizes(LAYER) == set()
+    index = Index()
+    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
+    index.drop(A)
+    index.drop(A)
+    index.drop(B)
+    assert (len(index), index.get(A), index.counts()) == (0, None, (0, 0))
+    assert index.tags(repository("quay.io/app")) == []
+    assert index.sizes(LAYER) == set()
 
 
 def test_blob_sizes_from_manifests() -> None:
-    catalogue = Catalogue()
+    index = Index()
     app, other = repository("quay.io/app"), repository("quay.io/other")
-    catalogue.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
-    catalogue.put(B, entry({"quay.io/other:1": 1}, {LAYER: 6, OTHER: 0}))
-    catalogue.put(C, entry({"quay.io/app:2": 1, "quay.io/other:2": 1}, {OTHER: 1}))
-    assert catalogue.sizes(LAYER) == {5, 6}
-    assert catalogue.sizes(LAYER, app) == {5}
-    assert catalogue.sizes(OTHER, app) == {1}
-    assert catalogue.sizes(OTHER, other) == {0, 1}
-    assert catalogue.sizes(OTHER, repository("nginx")) == set()
-    assert catalogue.sizes(A) == set()
+    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
+    index.put(B, entry({"quay.io/other:1": 1}, {LAYER: 6, OTHER: 0}))
+    index.put(C, entry({"quay.io/app:2": 1, "quay.io/other:2": 1}, {OTHER: 1}))
+    assert index.sizes(LAYER) == {5, 6}
+    assert index.sizes(LAYER, app) == {5}
+    assert index.sizes(OTHER, app) == {1}
+    assert index.sizes(OTHER, other) == {0, 1}
+    assert index.sizes(OTHER, repository("nginx")) == set()
+    assert index.sizes(A) == set()
 
 
 def test_tags_of_a_repository_are_sorted() -> None:
-    catalogue = Catalogue()
-    catalogue.put(A, entry({"quay.io/app:b": 1, f"quay.io/app@{A}": 1, "quay.io/app/sub:x": 1}))
-    catalogue.put(B, entry({"quay.io/app:a": 1, "quay.io/app:B": 1, "quay.io/apps:y": 1}))
-    assert catalogue.tags(repository("quay.io/app")) == ["B", "a", "b"]
-    assert catalogue.tags(repository("quay.io/app/sub")) == ["x"]
-    assert catalogue.tags(repository("nginx")) == []
+    index = Index()
+    index.put(A, entry({"quay.io/app:b": 1, f"quay.io/app@{A}": 1, "quay.io/app/sub:x": 1}))
+    index.put(B, entry({"quay.io/app:a": 1, "quay.io/app:B": 1, "quay.io/apps:y": 1}))
+    assert index.tags(repository("quay.io/app")) == ["B", "a", "b"]
+    assert index.tags(repository("quay.io/app/sub")) == ["x"]
+    assert index.tags(repository("nginx")) == []
 
 
 def test_counts_of_indexes_and_images() -> None:
-    catalogue = Catalogue()
-    catalogue.put(A, entry({}, is_list=True))
-    catalogue.put(B, entry({}))
-    catalogue.put(C, entry({}))
-    assert catalogue.counts() == (1, 2)
-    assert len(catalogue) == 3
+    index = Index()
+    index.put(A, entry({}, is_list=True))
+    index.put(B, entry({}))
+    index.put(C, entry({}))
+    assert index.counts() == (1, 2)
+    assert len(index) == 3
+
+
+def test_every_change_is_counted() -> None:
+    index = Index()
+    seen = [index.changes]
+
+    def counts(work: Callable[[], None]) -> bool:
+        """Return whether the work was counted; the count never falls."""
+        work()
+        assert index.changes >= seen[-1]
+        seen.append(index.changes)
+        return seen[-1] > seen[-2]
+
+    url = "quay.io/app:1"
+    assert counts(lambda: index.put(A, entry({url: 1}, {LAYER: 5})))
+    assert counts(lambda: index.put(B, entry({url: 1})))
+    # A confirmation, a new URL, and whether it is wanted.
+    assert counts(lambda: index.put(A, entry({url: 2}, {LAYER: 5})))
+    assert counts(lambda: index.put(A, entry({url: 2, "quay.io/app:2": 2}, {LAYER: 5})))
+    assert counts(lambda: index.put(B, replace(entry({url: 1}), wanted=False)))
+    assert counts(lambda: index.drop(A))
+
+
+def test_equal_entries_and_lookups_are_not_counted_as_changes() -> None:
+    index = Index()
+    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
+    before = index.changes
+    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
+    index.drop(B)
+    index.resolve(image("quay.io/app:1"))
+    index.indexes(A)
+    assert index.changes == before
+
+
+def test_lookup_of_a_tag_is_independent_of_its_claims() -> None:
+    def resolving(count: int) -> int:
+        index, tag = Index(), image("quay.io/app:1")
+        for number in range(count):
+            index.put(Digest.of(b"%d" % number), entry({str(tag): number % 7}))
+        return calls_of(lambda: index.resolve(tag))
+
+    assert resolving(1000) == resolving(1)
+
+
+def test_claims_of_a_tag_are_added_in_linear_time() -> None:
+    def reading(count: int) -> int:
+        entries = [(Digest.of(b"%d" % number), entry({"quay.io/app:1": number})) for number in range(count)]
+
+        def put_all() -> None:
+            index = Index()
+            for digest, one in entries:
+                index.put(digest, one)
+
+        return calls_of(put_all)
+
+    assert reading(2000) < 12 * reading(200)
 
 
 URLS = ("quay.io/app:1", "quay.io/app:2", "quay.io/other:1")
@@ -147,21 +206,21 @@ ENTRIES = st.builds(
 
 @given(st.lists(st.tuples(st.sampled_from([A, B, C]), st.none() | ENTRIES), max_size=12))
 def test_changed_index_equals_a_fresh_one(changes: list[tuple[Digest, Entry | None]]) -> None:
-    catalogue, left = Catalogue(), dict[Digest, Entry]()
+    index, left = Index(), dict[Digest, Entry]()
     for digest, changed in changes:
         left.pop(digest, None)
         if changed is None:
-            catalogue.drop(digest)
+            index.drop(digest)
         else:
-            catalogue.put(digest, changed)
+            index.put(digest, changed)
             left[digest] = changed
-    fresh = Catalogue()
+    fresh = Index()
     for digest, kept in left.items():
         fresh.put(digest, kept)
     for url in URLS:
         tag: ImageReference = image(url)
-        assert catalogue.resolve(tag) == fresh.resolve(tag)
-        assert catalogue.tags(tag.repository) == fresh.tags(tag.repository)
+        assert index.resolve(tag) == fresh.resolve(tag)
+        assert index.tags(tag.repository) == fresh.tags(tag.repository)
         for blob in (LAYER, OTHER):
-            assert catalogue.sizes(blob, tag.repository) == fresh.sizes(blob, tag.repository)
-    assert [catalogue.get(digest) for digest in (A, B, C)] == [left.get(digest) for digest in (A, B, C)]
+            assert index.sizes(blob, tag.repository) == fresh.sizes(blob, tag.repository)
+    assert [index.get(digest) for digest in (A, B, C)] == [left.get(digest) for digest in (A, B, C)]

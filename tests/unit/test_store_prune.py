@@ -12,8 +12,8 @@ import pytest
 import ociregistry.store.prune
 from ociregistry.names import Digest
 from ociregistry.store.files import lock
-from ociregistry.store.index import Inventory
 from ociregistry.store.prune import PruneSet, Selection, planned
+from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked
 from tests.unit.support.stores import StoreDir, by_name, calls_of, day, image_of, in_memory, list_of, url_of
 
@@ -72,7 +72,7 @@ def test_dates_and_last_pull_survive_a_rewrite(store_dir: StoreDir) -> None:
     os.utime(path, ns=(0, 1_767_225_600_123_456_789))
     store_dir.prune(by_name("a"))
     assert abs(path.stat().st_mtime_ns - 1_767_225_600_123_456_789) < 10_000
-    (row,) = store_dir.inventory().rows
+    (row,) = store_dir.snapshot().rows
     assert (row.dates.created, row.dates.confirmed) == (day(1), day(2))
 
 
@@ -223,12 +223,12 @@ def test_index_without_present_images_is_pruned(store_dir: StoreDir) -> None:
 def test_changes_before_the_lock_are_seen(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records are read before taking the lock; changed ones are read again under it."""
     store_dir.image(ONE, "a:1")
-    chosen: list[Inventory] = []
+    records: list[int] = []
 
-    def choose(inventory: Inventory) -> PruneSet:
-        chosen.append(inventory)
+    def choose(snapshot: Snapshot) -> PruneSet:
+        records.append(len(snapshot.records))
         assert lock(store_dir.root / "pulls" / "lock", wait=False) is None
-        return by_name("a")(inventory)
+        return by_name("a")(snapshot)
 
     @contextmanager
     def locked_late(root: Path) -> Iterator[None]:
@@ -238,7 +238,7 @@ def test_changes_before_the_lock_are_seen(store_dir: StoreDir, monkeypatch: pyte
 
     monkeypatch.setattr(ociregistry.store.prune, "store_locked", locked_late)
     store_dir.prune_only(choose)
-    assert [len(inventory.records) for inventory in chosen] == [2]
+    assert records == [2]
     assert store_dir.has(OWN, SHARED) == [False, True]
 
 
@@ -248,7 +248,7 @@ def test_pruning_is_linear_in_records(tmp_path: Path) -> None:
     def look(count: int) -> int:
         images = [(image_of(b"%d" % number, SHARED), [f"a{number}@"], day(1)) for number in range(count)]
         lists = [(list_of(one[0]), [f"a{number}:1", "b:1"], day(1)) for number, one in enumerate(images)]
-        inventory = in_memory(tmp_path, *images, *lists)
-        return calls_of(lambda: Selection(matches=lambda url: url.endswith(":1"))(inventory).plan)
+        snapshot = in_memory(tmp_path, *images, *lists)
+        return calls_of(lambda: Selection(matches=lambda url: url.endswith(":1"))(snapshot).plan)
 
     assert look(2000) < 12 * look(200)

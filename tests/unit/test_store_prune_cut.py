@@ -20,9 +20,9 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
-from ociregistry.store.index import Inventory
 from ociregistry.store.orphans import remove_orphans
 from ociregistry.store.prune import PruneSet, Selection
+from ociregistry.store.snapshot import Snapshot
 from tests.lossy import Disk, LossyFiles, PowerCut
 from tests.unit.support.stores import StoreDir, Unsynced, by_name, day, list_of, named
 
@@ -119,7 +119,7 @@ def begin(root: Path, build: Callable[[PruneCase], None]) -> PruneCase:
 
 def check(left: StoreDir, before: StoreDir, case: PruneCase, *, lists: bool = True) -> None:
     """Check what must hold of `left`; with `lists`, also that indexes have their images."""
-    records, had = left.inventory(), before.inventory()
+    records, had = left.snapshot(), before.snapshot()
     assert not records.unreadable
     assert records.records.keys() <= had.records.keys()
     for digest, kept in records.records.items():
@@ -127,7 +127,7 @@ def check(left: StoreDir, before: StoreDir, case: PruneCase, *, lists: bool = Tr
         new = kept.record.images.items() - had.records[digest].record.images.items()
         assert all(url.endswith(f"@{digest}") for url, _ in new), "it has got a tag"
         assert kept.record.images, "a record without a name could never be pruned"
-        children = [child.manifest.digest for child in had.children(digest)]
+        children = had.index.children(digest)
         assert not lists or records.records.keys() >= set(children), "a list lost an image"
     for manifest, names in case.stays:
         assert left.names(manifest) == names
@@ -137,7 +137,7 @@ def check(left: StoreDir, before: StoreDir, case: PruneCase, *, lists: bool = Tr
 
 def contents_of(store_dir: StoreDir) -> tuple[dict[Digest, set[str]], list[str]]:
     """Return records with names, and blobs."""
-    records = {digest: set(kept.record.images) for digest, kept in store_dir.inventory().records.items()}
+    records = {digest: set(kept.record.images) for digest, kept in store_dir.snapshot().records.items()}
     return records, sorted(path.name for path in (store_dir.root / "blobs").iterdir())
 
 
@@ -352,9 +352,9 @@ def test_record_to_rewrite_first_stays_if_no_inode_can_be_freed(tmp_path: Path) 
     old = store_dir.image((b"old",), "a:1", confirmed=day(1))
     new = store_dir.image((b"new",), "a:1", confirmed=day(2))
 
-    def choose(inventory: Inventory) -> PruneSet:
-        prune_set = PruneSet(inventory)
-        for digest in inventory.records.keys() - {old.digest}:
+    def choose(snapshot: Snapshot) -> PruneSet:
+        prune_set = PruneSet(snapshot)
+        for digest in snapshot.records.keys() - {old.digest}:
             prune_set.take_record(digest)
         return prune_set
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.store.index import Inventory
 from ociregistry.store.prune import EvictionPolicy, Plan, PruneSet, Selection, Withheld, size_of
+from ociregistry.store.snapshot import Snapshot
 from tests.unit.support.stores import StoreDir, calls_of, day, image_of, in_memory, list_of, named, url_of
 
 SIZE = 100_000
@@ -30,9 +30,9 @@ def blob(seed: object, size: int = SIZE) -> bytes:
     return f"{seed} ".encode().ljust(size, b".")
 
 
-def taken(inventory: Inventory, choose: Selection) -> list[str]:
+def taken(snapshot: Snapshot, choose: Selection) -> list[str]:
     """Return the pruned image URLs, without the host."""
-    return [row.url.removeprefix("reg.example/") for row in choose(inventory).plan.rows]
+    return [row.url.removeprefix("reg.example/") for row in choose(snapshot).plan.rows]
 
 
 def policy(
@@ -54,23 +54,23 @@ def test_all_conditions_must_match(store_dir: StoreDir) -> None:
     store_dir.image((b"1",), "a:old", "b:old", created=day(1), pulled=day(5))
     store_dir.image((b"2",), "a:new", created=day(9), pulled=day(5))
     store_dir.image((b"3",), "a:used", created=day(1), pulled=day(9))
-    inventory, matches = store_dir.inventory(), named("a")
-    assert taken(inventory, Selection(matches)) == ["a:new", "a:old", "a:used"]
-    assert taken(inventory, Selection(created_before=day(5))) == ["a:old", "a:used", "b:old"]
-    assert taken(inventory, Selection(pulled_before=day(6))) == ["a:new", "a:old", "b:old"]
-    assert taken(inventory, Selection(matches, day(5))) == ["a:old", "a:used"]
-    assert taken(inventory, Selection(matches, None, day(6))) == ["a:new", "a:old"]
-    assert taken(inventory, Selection(None, day(5), day(6))) == ["a:old", "b:old"]
-    assert taken(inventory, Selection(matches, day(5), day(6))) == ["a:old"]
-    assert taken(inventory, Selection()) == ["a:new", "a:old", "a:used", "b:old"]
+    snapshot, matches = store_dir.snapshot(), named("a")
+    assert taken(snapshot, Selection(matches)) == ["a:new", "a:old", "a:used"]
+    assert taken(snapshot, Selection(created_before=day(5))) == ["a:old", "a:used", "b:old"]
+    assert taken(snapshot, Selection(pulled_before=day(6))) == ["a:new", "a:old", "b:old"]
+    assert taken(snapshot, Selection(matches, day(5))) == ["a:old", "a:used"]
+    assert taken(snapshot, Selection(matches, None, day(6))) == ["a:new", "a:old"]
+    assert taken(snapshot, Selection(None, day(5), day(6))) == ["a:old", "b:old"]
+    assert taken(snapshot, Selection(matches, day(5), day(6))) == ["a:old"]
+    assert taken(snapshot, Selection()) == ["a:new", "a:old", "a:used", "b:old"]
 
 
 def test_before_is_exclusive(store_dir: StoreDir) -> None:
     store_dir.image((b"1",), "a:1", created=day(5), pulled=day(6))
-    assert taken(store_dir.inventory(), Selection(created_before=day(5))) == []
-    assert taken(store_dir.inventory(), Selection(created_before=day(5.001))) == ["a:1"]
-    assert taken(store_dir.inventory(), Selection(pulled_before=day(6))) == []
-    assert taken(store_dir.inventory(), Selection(pulled_before=day(6.001))) == ["a:1"]
+    assert taken(store_dir.snapshot(), Selection(created_before=day(5))) == []
+    assert taken(store_dir.snapshot(), Selection(created_before=day(5.001))) == ["a:1"]
+    assert taken(store_dir.snapshot(), Selection(pulled_before=day(6))) == []
+    assert taken(store_dir.snapshot(), Selection(pulled_before=day(6.001))) == ["a:1"]
 
 
 def test_each_url_has_its_own_date(store_dir: StoreDir) -> None:
@@ -125,12 +125,12 @@ def fill(store_dir: StoreDir, count: int = 10) -> list[bytes]:
 
 def test_least_recently_pulled_goes_until_nine_tenths_remain(store_dir: StoreDir) -> None:
     blobs = fill(store_dir)
-    size = size_of(store_dir.inventory())
+    size = size_of(store_dir.snapshot())
     assert store_dir.prune(policy(size)).rows == ()
     plan = store_dir.prune(policy(size - 1))
     assert [row.url for row in plan.rows] == [url_of("a0:1"), url_of("a1:1")]
     assert store_dir.has(*blobs) == [False] * 2 + [True] * 8
-    assert size_of(store_dir.inventory()) <= 0.9 * (size - 1) < size_of(store_dir.inventory()) + SIZE + 1000
+    assert size_of(store_dir.snapshot()) <= 0.9 * (size - 1) < size_of(store_dir.snapshot()) + SIZE + 1000
     assert store_dir.prune(policy(size - 1)).rows == ()
 
 
@@ -145,7 +145,7 @@ def test_unused_images_go_regardless_of_size(store_dir: StoreDir) -> None:
     assert store_dir.prune(policy()).rows == ()
     store_dir.prune(policy(pulled_before=day(4)))
     assert store_dir.has(*blobs) == [False] * 4 + [True] * 6
-    store_dir.prune(policy(size_of(store_dir.inventory()) - 1, pulled_before=day(5)))
+    store_dir.prune(policy(size_of(store_dir.snapshot()) - 1, pulled_before=day(5)))
     assert store_dir.has(*blobs) == [False] * 5 + [True] * 5
 
 
@@ -287,7 +287,7 @@ def test_shared_blobs_are_freed_with_their_last_image(store_dir: StoreDir) -> No
         store_dir.image((blob(number), shared), f"a{number}:1", pulled=day(number))
     alone = blob("alone", 2 * SIZE)
     store_dir.image((alone,), "b:1", pulled=day(6))
-    size = size_of(store_dir.inventory())
+    size = size_of(store_dir.snapshot())
     store_dir.prune(policy(size - SIZE, keep_pulled_since=day(7)))
     assert store_dir.has(*map(blob, range(5)), shared, alone) == [False, False, False, True, True, True, True]
     store_dir.prune(policy(3 * SIZE, keep_pulled_since=day(7)))
@@ -298,7 +298,7 @@ def test_blobs_mentioned_by_foreign_records_are_not_counted(store_dir: StoreDir)
     blobs = fill(store_dir)
     (store_dir.root / "img" / Digest.of(b"theirs").hex).write_text(f'{{"x": "{Digest.of(blobs[0]).hex}"}}')
     store_dir.prune(policy(8 * SIZE))
-    assert size_of(store_dir.inventory()) <= 0.9 * 8 * SIZE
+    assert size_of(store_dir.snapshot()) <= 0.9 * 8 * SIZE
 
 
 def test_size_counts_records_and_their_blobs(store_dir: StoreDir) -> None:
@@ -307,7 +307,7 @@ def test_size_counts_records_and_their_blobs(store_dir: StoreDir) -> None:
     store_dir.put(list_of(), "a:2")
     store_dir.blobs(b"nobody's")
     records = sum(path.stat().st_size for folder in ("fat", "img") for path in (store_dir.root / folder).iterdir())
-    assert size_of(store_dir.inventory()) == 5 + records
+    assert size_of(store_dir.snapshot()) == 5 + records
 
 
 def test_selection_is_linear_in_records(tmp_path: Path) -> None:
@@ -318,11 +318,11 @@ def test_selection_is_linear_in_records(tmp_path: Path) -> None:
     def look(count: int, choose: EvictionPolicy | Selection) -> int:
         images = [(image_of(b"%d" % number, b"shared"), [f"a{number}@"], day(1)) for number in range(count)]
         lists = [(list_of(one[0], images[0][0]), [f"a{number}:1"], day(2)) for number, one in enumerate(images)]
-        inventory = in_memory(tmp_path, *images, *lists)
+        snapshot = in_memory(tmp_path, *images, *lists)
         plans: list[Plan] = []
 
         def chosen() -> PruneSet:
-            prune_set = choose(inventory)
+            prune_set = choose(snapshot)
             plans.append(prune_set.plan)
             return prune_set
 

@@ -53,7 +53,7 @@ def test_image_with_several_moved_tags_is_pruned_at_once(store_dir: StoreDir, na
     old = store_dir.image(ONE, *names, confirmed=day(1))
     store_dir.image(TWO, "a:1", "a:2", confirmed=day(2))
     store_dir.prune(Selection(matches=lambda url: url == url_of("a@", old)))
-    assert url_of("a@", old) not in [row.url for row in store_dir.inventory().rows]
+    assert url_of("a@", old) not in [row.url for row in store_dir.snapshot().rows]
 
 
 def test_former_image_stays_if_conditions_do_not_match(store_dir: StoreDir) -> None:

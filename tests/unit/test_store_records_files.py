@@ -1,12 +1,11 @@
-"""Record files: concurrent rewrites lose nothing, and scans find changes by other processes."""
+"""Record files: concurrent rewrites lose nothing."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.records import Changes, Dates, Record, RecordFiles, RecordInvalid, read_record
+from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid, read_record
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.support.doubles import image, manifest
@@ -161,128 +160,6 @@ def test_read_only_store_is_no_error(records: RecordFiles, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "utime", fail)
     records.note_pull(records.path(IMAGE.digest, is_list=False), 1e11)
-
-
-def look(records: RecordFiles, known: Changes | None = None) -> Changes:
-    """Return the changes since the last scan."""
-    return records.look(known.seen if known else {})
-
-
-def test_empty_store(records: RecordFiles) -> None:
-    assert look(records) == Changes({})
-
-
-def test_scan_reads_new_records_once(records: RecordFiles) -> None:
-    confirmed(records, IMAGE, NGINX, NOW)
-    confirmed(records, INDEX, APP, NOW)
-    first = look(records)
-    paths = {records.path(IMAGE.digest, is_list=False), records.path(INDEX.digest, is_list=True)}
-    assert first.read.keys() == first.seen.keys() == paths
-    assert (first.damaged, first.gone) == ({}, frozenset())
-    second = look(records, first)
-    assert second.seen == first.seen
-    assert (second.read, second.damaged, second.gone) == ({}, {}, frozenset())
-
-
-def rewritten(path: Path, content: bytes) -> None:
-    """Overwrite the file in place."""
-    path.write_bytes(content)
-
-
-def renamed(path: Path, content: bytes) -> None:
-    """Write a new file and rename it, with the old times, as rsync does."""
-    times = path.stat()
-    temporary = path.with_name("temporary")
-    temporary.write_bytes(content)
-    os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
-    temporary.rename(path)
-
-
-@pytest.mark.parametrize("write", [rewritten, renamed])
-def test_scan_finds_changed_records(records: RecordFiles, write: Callable[[Path, bytes], None]) -> None:
-    record = confirmed(records, IMAGE, NGINX, NOW)
-    path = records.path(IMAGE.digest, is_list=False)
-    known = look(records)
-    # The length stays the same: one single-letter tag is replaced by another.
-    write(path, Record(IMAGE, {"docker.io/library/nginx:2": record.images[str(NGINX)]}).render())
-    changed = look(records, known)
-    assert changed.read[path].images == {"docker.io/library/nginx:2": NOW}
-    assert look(records, changed).read == {}
-
-
-def test_scan_finds_removed_records(records: RecordFiles) -> None:
-    confirmed(records, IMAGE, NGINX, NOW)
-    path = records.path(IMAGE.digest, is_list=False)
-    known = look(records)
-    path.unlink()
-    gone = look(records, known)
-    assert gone == Changes({}, gone=frozenset({path}))
-    assert look(records, gone) == Changes({})
-
-
-def test_damaged_record_is_reported_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
-    confirmed(records, IMAGE, NGINX, NOW)
-    records.confirm(OTHER, APP, NOW)
-    path = records.path(IMAGE.digest, is_list=False)
-    whole = path.read_bytes()
-    known = look(records)
-    path.write_bytes(whole[:100])
-    damaged = look(records, known)
-    assert damaged.damaged.keys() == {path}
-    assert (damaged.read, damaged.gone) == ({}, frozenset())
-    assert look(records, damaged).damaged == {}
-    assert path.read_bytes() == whole[:100]
-    path.write_bytes(whole)
-    assert look(records, damaged).read.keys() == {path}
-
-
-def test_temporarily_unreadable_record_is_read_by_the_next_scan(
-    records: RecordFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For example, too many open files or a stalled network file system: the file itself is good."""
-    confirmed(records, IMAGE, NGINX, NOW)
-    path = records.path(IMAGE.digest, is_list=False)
-
-    def fail(self: Path, *args: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", fail)
-        first = look(records)
-    assert first.read == {}
-    assert look(records, first).read.keys() == {path}
-
-
-def test_other_file_names_are_ignored(tmp_path: Path, records: RecordFiles) -> None:
-    for name in (".syncthing.x.tmp", f".{IMAGE.digest.hex}.Ab12", f"{IMAGE.digest.hex}.record", "README", "0" * 63):
-        (tmp_path / "img" / name).write_text("{}")
-    assert look(records) == Changes({})
-
-
-def test_other_file_types_are_damaged_records(tmp_path: Path, records: RecordFiles) -> None:
-    (tmp_path / "img" / IMAGE.digest.hex).mkdir()
-    (tmp_path / "img" / OTHER.digest.hex).symlink_to("/nowhere")
-    confirmed(records, INDEX, NGINX, NOW)
-    found = look(records)
-    assert found.read.keys() == {records.path(INDEX.digest, is_list=True)}
-    assert (tmp_path / "img" / IMAGE.digest.hex) in found.damaged
-
-
-def test_huge_file_is_not_read(tmp_path: Path, records: RecordFiles) -> None:
-    path = tmp_path / "img" / IMAGE.digest.hex
-    with path.open("wb") as file:
-        file.truncate(10**12)
-    assert "larger" in look(records).damaged[path]
-
-
-def test_records_copied_from_another_store_are_found(
-    tmp_path: Path, records: RecordFiles, open_records: Open
-) -> None:
-    replica, _ = open_records(tmp_path / "replica")
-    confirmed(replica, IMAGE, NGINX, NOW)
-    known = look(records)
-    shutil.copy2(replica.path(IMAGE.digest, is_list=False), tmp_path / "img")
-    assert look(records, known).read.keys() == {records.path(IMAGE.digest, is_list=False)}
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path, open_records: Open) -> None:

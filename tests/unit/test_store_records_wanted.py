@@ -14,8 +14,8 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest
 from ociregistry.store.blobs import BlobFolder
 from ociregistry.store.files import Files
-from ociregistry.store.index import Catalogue
-from ociregistry.store.records import Dates, Entry, Record, RecordFiles, is_wanted, read_record
+from ociregistry.store.index import Entry, Index
+from ociregistry.store.records import Dates, Record, RecordFiles, is_wanted, read_record
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, pending_images
 from tests.images import make_image
@@ -252,45 +252,45 @@ def test_removed_blob_is_noticed_with_unchanged_folder_mtime(tmp_path: Path) -> 
 # Indexes
 
 
-def put(catalogue: Catalogue, *manifests: object, tag: str = "1") -> None:
+def put(index: Index, *manifests: object, tag: str = "1") -> None:
     """Add manifests to the index."""
     for one in manifests:
-        catalogue.put(one.digest, Entry.of(Record(one, {f"reg.example/app:{tag}": DATES})))  # type: ignore[attr-defined,arg-type]  # Manifests
+        index.put(one.digest, Entry.of(Record(one, {f"reg.example/app:{tag}": DATES})))  # type: ignore[attr-defined,arg-type]  # Manifests
 
 
 def test_indexes_of_an_image_include_outer_indexes() -> None:
     inner = index_of((AMD64, "linux/amd64"), (AMD64, "linux/amd64/v2"))
     outer = index_of((inner, ""), (ARM64, "linux/arm64"))
-    catalogue = Catalogue()
-    put(catalogue, AMD64)
-    assert catalogue.indexes(AMD64.digest) == []
-    put(catalogue, INDEX, inner, outer)
-    assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest, inner.digest, outer.digest}
-    assert set(catalogue.indexes(ARM64.digest)) == {INDEX.digest, outer.digest}
-    assert set(catalogue.indexes(inner.digest)) == {outer.digest}
+    index = Index()
+    put(index, AMD64)
+    assert not index.indexes(AMD64.digest)
+    put(index, INDEX, inner, outer)
+    assert set(index.indexes(AMD64.digest)) == {INDEX.digest, inner.digest, outer.digest}
+    assert set(index.indexes(ARM64.digest)) == {INDEX.digest, outer.digest}
+    assert set(index.indexes(inner.digest)) == {outer.digest}
     # The image itself need not be present.
-    assert set(catalogue.indexes(S390X.digest)) == {INDEX.digest}
+    assert set(index.indexes(S390X.digest)) == {INDEX.digest}
     # An index is forgotten with its record, also after the record was replaced.
-    put(catalogue, inner)
-    catalogue.drop(inner.digest)
-    assert set(catalogue.indexes(AMD64.digest)) == {INDEX.digest}
-    catalogue.drop(INDEX.digest)
-    catalogue.drop(outer.digest)
-    assert catalogue.indexes(AMD64.digest) == catalogue.indexes(ARM64.digest) == []
-    assert catalogue._indexes == {}
+    put(index, inner)
+    index.drop(inner.digest)
+    assert set(index.indexes(AMD64.digest)) == {INDEX.digest}
+    index.drop(INDEX.digest)
+    index.drop(outer.digest)
+    assert index.indexes(AMD64.digest) == index.indexes(ARM64.digest) == set()
+    assert index._parents == {}
 
 
 def test_referrers_list_is_no_index() -> None:
-    catalogue = Catalogue()
-    put(catalogue, INDEX, tag=f"sha256-{AMD64.digest.hex}")
-    assert catalogue.indexes(AMD64.digest) == []
+    index = Index()
+    put(index, INDEX, tag=f"sha256-{AMD64.digest.hex}")
+    assert not index.indexes(AMD64.digest)
     # With another name as well, it is an index.
     images = {f"reg.example/app:{tag}": DATES for tag in ("1", f"sha256-{AMD64.digest.hex}")}
-    catalogue.put(INDEX.digest, Entry.of(Record(INDEX, images)))
-    assert catalogue.indexes(AMD64.digest) == [INDEX.digest]
+    index.put(INDEX.digest, Entry.of(Record(INDEX, images)))
+    assert index.indexes(AMD64.digest) == {INDEX.digest}
     # Without any name it counts as an index.
-    catalogue.put(INDEX.digest, Entry.of(Record(INDEX, {})))
-    assert catalogue.indexes(ATTESTATION.digest) == [INDEX.digest]
+    index.put(INDEX.digest, Entry.of(Record(INDEX, {})))
+    assert index.indexes(ATTESTATION.digest) == {INDEX.digest}
 
 
 # Pending images

@@ -71,7 +71,7 @@ def record_commands(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
     return ran
 
 
-def snapshot(root: Path) -> dict[str, tuple[int, int, bytes]]:
+def file_contents(root: Path) -> dict[str, tuple[int, int, bytes]]:
     """Return inode, ctime and content of every file and folder below `root`."""
     found = {}
     for path in sorted(root.rglob("*")):

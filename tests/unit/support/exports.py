@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ociregistry.archives.exporting import Exported, export_images
-from ociregistry.store.index import Inventory
 from ociregistry.store.records import Dates
+from ociregistry.store.snapshot import Snapshot
 from tests.images import Image, Index, make_image, make_index
 from tests.unit.support.archives import (
     NAME,
@@ -43,8 +43,8 @@ def store_with(root: Path, urls: Mapping[str, Dates], *images: Image | Index) ->
 
 def export(source: Path, target: Path, pattern: str = "", **how: Any) -> Exported:
     """Export the rows whose image URL contains `pattern`."""
-    inventory = Inventory.read(source)
-    return export_images(inventory, [row for row in inventory.rows if pattern in row.url], target, **how)
+    snapshot = Snapshot.read(source)
+    return export_images(snapshot, [row for row in snapshot.rows if pattern in row.url], target, **how)
 
 
 def members(path: Path) -> list[str]:
@@ -55,7 +55,7 @@ def members(path: Path) -> list[str]:
 
 def rows(root: Path) -> dict[str, tuple[str, Dates]]:
     """Return the digest and the dates of each image URL of a store."""
-    return {row.url: (row.kept.manifest.digest, row.dates) for row in Inventory.read(root).rows}
+    return {row.url: (row.stored.manifest.digest, row.dates) for row in Snapshot.read(root).rows}
 
 
 def make_source(root: Path) -> Path:

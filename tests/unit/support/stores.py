@@ -14,10 +14,10 @@ from typing import Any
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.index import Inventory, StoredRecord
 from ociregistry.store.paths import record_path
 from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
 from ociregistry.store.records import Dates, Record, read_record
+from ociregistry.store.snapshot import Snapshot, StoredRecord
 
 HOST = Upstream("reg.example")
 
@@ -124,9 +124,9 @@ class StoreDir:
         """Return the path of a record."""
         return record_path(self.root, manifest.digest, is_list=manifest.is_list)
 
-    def inventory(self) -> Inventory:
-        """Return the inventory."""
-        return Inventory.read(self.root)
+    def snapshot(self) -> Snapshot:
+        """Return the snapshot."""
+        return Snapshot.read(self.root)
 
     def prune(self, choose: Choose, files: Files | None = None) -> Plan:
         """Prune in a separate process; check that a dry run gives the same plan, and the bytes freed."""
@@ -163,24 +163,24 @@ class StoreDir:
         url = url_of(short)
         claims = [
             (kept.record.images[url].confirmed, digest)
-            for digest, kept in self.inventory().records.items()
+            for digest, kept in self.snapshot().records.items()
             if url in kept.record.images
         ]
         return max(claims)[1] if claims else None
 
 
-def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) -> Inventory:
-    """Return an inventory without files, of manifests with names and pull times."""
-    kept = (
-        StoredRecord(
+def in_memory(root: Path, *records: tuple[Manifest, Iterable[str], datetime]) -> Snapshot:
+    """Return a snapshot without files, of manifests with names and pull times."""
+    snapshot = Snapshot(root)
+    for manifest, shorts, pulled in records:
+        stored = StoredRecord(
             Record(manifest, {url_of(short, manifest): Dates(day(0), day(0)) for short in shorts}, wanted=True),
             record_path(root, manifest.digest, is_list=manifest.is_list),
             pulled,
             1000,
         )
-        for manifest, shorts, pulled in records
-    )
-    return Inventory(root, {one.manifest.digest: one for one in kept})
+        snapshot.put(stored)
+    return snapshot
 
 
 def calls_of(work: Callable[[], object]) -> int:

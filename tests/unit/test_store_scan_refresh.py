@@ -14,7 +14,10 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.store import records as recordfiles
-from ociregistry.store.records import Changes, Record, RecordFiles, Signature
+from ociregistry.store import scan
+from ociregistry.store.blobs import BlobFolder
+from ociregistry.store.records import Record
+from ociregistry.store.scan import ScanResult, Signature
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
 from tests.unit.support.doubles import image, manifest, on_reactor, record, texts, until
@@ -23,7 +26,7 @@ IMAGE, OTHER = manifest(make_image("store")), manifest(make_image("other"))
 NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
 
 
-async def look(clock: Clock) -> None:
+async def scan_once(clock: Clock) -> None:
     """Advance the clock by a second and wait until scan and free-space check have scheduled their next run."""
     due = len(clock.getDelayedCalls())
     clock.advance(1)
@@ -38,13 +41,13 @@ async def test_scan_takes_over_changes_of_other_processes(
     await store.keep(IMAGE, NGINX)
     await other.keep(OTHER, APP)
     assert await store.manifest(APP) is None
-    await look(clock)
+    await scan_once(clock)
     assert await store.manifest(APP) == OTHER
     await other.keep(OTHER, NGINX)
-    await look(clock)
+    await scan_once(clock)
     assert await store.manifest(NGINX) == OTHER
     record(root, OTHER.digest).unlink()
-    await look(clock)
+    await scan_once(clock)
     assert store.tags(APP.repository) == []
     assert await store.manifest(NGINX) == IMAGE
 
@@ -58,11 +61,11 @@ async def test_damaged_record_hides_no_other_and_is_logged_once(
     whole = record(root, IMAGE.digest).read_bytes()
     record(root, IMAGE.digest).write_bytes(whole[:50])
     for _ in range(3):
-        await look(clock)
+        await scan_once(clock)
     assert len(texts(events, LogLevel.warn)) == 1
     assert store.counts == Counts(lists=0, images=1)
     record(root, IMAGE.digest).write_bytes(whole)
-    await look(clock)
+    await scan_once(clock)
     assert await store.manifest(NGINX) == IMAGE
 
 
@@ -71,16 +74,16 @@ async def test_write_during_a_scan_is_not_lost(store: Store, clock: Clock, monke
     """The scan reads the folders before the write and applies its result after it."""
     await store.keep(OTHER, APP)
     has_read, go_on = threading.Event(), threading.Event()
-    really_look = RecordFiles.look
+    really_scan = scan.scan_changes
 
-    def look_slowly(records: RecordFiles, known: Mapping[Path, Signature], *, blobs: bool) -> Changes:
-        found = really_look(records, known, blobs=blobs)
+    def scan_slowly(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder | None) -> ScanResult:
+        found = really_scan(root, known, blobs)
         has_read.set()
         go_on.wait(10)
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(RecordFiles, "look", look_slowly)
+        patch.setattr(scan, "scan_changes", scan_slowly)
         due = len(clock.getDelayedCalls())
         clock.advance(1)
         await until(has_read.is_set)
@@ -92,7 +95,7 @@ async def test_write_during_a_scan_is_not_lost(store: Store, clock: Clock, monke
         assert await store.manifest(NGINX) == OTHER
         assert await store.manifest(image(f"docker.io/library/nginx@{IMAGE.digest}")) == IMAGE
         assert store.counts == Counts(lists=0, images=2)
-        await look(clock)
+        await scan_once(clock)
 
 
 @on_reactor
@@ -101,11 +104,11 @@ async def test_failed_scan_is_logged_and_the_next_one_runs(
 ) -> None:
     other = open_store()
     shutil.rmtree(root / "fat")
-    await look(clock)
+    await scan_once(clock)
     assert "cannot scan the store" in texts(events, LogLevel.error)[0]
     (root / "fat").mkdir()
     await other.keep(IMAGE, NGINX)
-    await look(clock)
+    await scan_once(clock)
     assert await store.manifest(NGINX) == IMAGE
 
 
@@ -115,7 +118,7 @@ async def test_temporarily_unreadable_record_is_a_hit_again(
 ) -> None:
     """With too many open files, nothing on disk changes that a scan could notice."""
     await store.keep(IMAGE, NGINX)
-    await look(clock)
+    await scan_once(clock)
 
     def fail(*args: object) -> Record:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -123,5 +126,5 @@ async def test_temporarily_unreadable_record_is_a_hit_again(
     with monkeypatch.context() as patch:
         patch.setattr(recordfiles, "read_record", fail)
         assert await store.manifest(NGINX) is None
-    await look(clock)
+    await scan_once(clock)
     assert await store.manifest(NGINX) == IMAGE

@@ -1,0 +1,267 @@
+"""Scanning the folders of records: what is in them, what changed, and how the daemon's index is kept fresh.
+
+The index only says where to look: the file is still opened, and a request whose file is gone is a miss.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from ociregistry.names import Digest
+from ociregistry.store.blobs import BlobFolder
+from ociregistry.store.files import Threads
+from ociregistry.store.index import Entry, Index
+from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
+from ociregistry.store.records import Record, RecordInvalid, is_wanted, read_record
+
+Signature = tuple[int, int, int, int]
+"""Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""
+
+UNREAD: Signature = (0, 0, 0, 0)
+"""The signature of a file that exists and has to be read at the next scan."""
+
+
+def signatures(folder: Path) -> list[tuple[Path, Signature]]:
+    """Return the files in `folder` that are named like a record, with their signatures. Blocks.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if Digest.from_hex(entry.name) is None:
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            found.append((folder / entry.name, signature))
+    return found
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collection while all records are read.
+
+    What is read stays, so going through it again and again would find nothing and take half of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedFile:
+    """A file that is named like a record."""
+
+    path: Path
+    signature: Signature
+    record: Record | None = None
+    """The content; None if the file was not read, as its signature is the known one, or could not be."""
+    error: RecordInvalid | OSError | None = None
+    """Why it could not be read."""
+
+
+def scan(root: Path, known: Mapping[Path, Signature], *, missing_ok: bool = False) -> Iterator[ScannedFile]:
+    """Yield the files of records of the store at `root`; those whose signatures are `known` are not read. Blocks.
+
+    With `missing_ok`, a folder that is missing counts as empty: the store is new, or is still being copied.
+
+    Raises:
+        OSError: a folder cannot be read, or `root` is missing.
+    """
+    for folder in (root / LISTS_FOLDER, root / IMAGES_FOLDER):
+        try:
+            found = signatures(folder)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+            root.stat()
+            continue
+        for path, signature in found:
+            if known.get(path) == signature:
+                yield ScannedFile(path, signature)
+                continue
+            try:
+                record = read_record(path)
+            except FileNotFoundError:
+                continue
+            except (RecordInvalid, OSError) as error:
+                yield ScannedFile(path, signature, error=error)
+            else:
+                yield ScannedFile(path, signature, record)
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """The differences that a scan of the folders found from what was known."""
+
+    seen: Mapping[Path, Signature]
+    read: Mapping[Path, Entry] = field(default_factory=dict)
+    """The new and changed records."""
+    unreadable: Mapping[Path, str] = field(default_factory=dict)
+    """Path -> reason, for new or changed files that are not records of this program."""
+    gone: frozenset[Path] = frozenset()
+    blobs_gone: frozenset[Digest] = frozenset()
+
+
+def scan_changes(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder | None = None) -> ScanResult:
+    """Compare the folders with what is `known` and read new and changed records; find the removed `blobs`. Blocks.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    seen: dict[Path, Signature] = {}
+    read: dict[Path, Entry] = {}
+    unreadable: dict[Path, str] = {}
+    for file in scan(root, known):
+        seen[file.path] = file.signature
+        if file.record is not None:
+            read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
+        elif isinstance(file.error, OSError):
+            # The cause may end without a change to the file, so the file is read again at the next scan.
+            unreadable[file.path] = file.error.strerror or str(file.error)
+            seen[file.path] = UNREAD
+        elif file.error is not None:
+            unreadable[file.path] = str(file.error)
+    blobs_gone = blobs.gone() if blobs is not None else frozenset()
+    return ScanResult(seen, read, unreadable, frozenset(known.keys() - seen.keys()), blobs_gone)
+
+
+_SCAN_EVERY = 1.0
+_SCAN_BLOBS_EVERY = 10.0
+"""Seconds. Each finished download changes the folder of blobs, which may be large, so it is scanned less often."""
+
+
+class IndexRefresh:
+    """Keeps an index fresh: scans the files every second, and takes over what this process itself writes or reads."""
+
+    log = Logger(namespace="ociregistry.store")
+
+    def __init__(self, root: Path, index: Index, threads: Threads, clock: IReactorTime) -> None:
+        """Set up the refresh of `index` from the store at `root`; `read` and `start` begin it."""
+        self._root = root
+        self._index = index
+        self._threads = threads
+        self._blobs = BlobFolder(blobs_folder(root))
+        self._known: dict[Path, Signature] = {}
+        self._written: set[Path] = set()
+        """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
+        self._unreadable: Mapping[Path, str] = {}
+        """File that is not a record -> the reason that was logged, so that it is logged only once."""
+        self._changed: set[Digest] = set()
+        """The digests with which `on_change` is to be called next."""
+        self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
+        """Called with the digests of records that are new, gone or now (un)wanted, or that gained or lost a blob."""
+        self._clock = clock
+        self._blobs_scanned = float("-inf")
+        self._loop = LoopingCall(self._scan)
+        self._loop.clock = clock
+
+    def read(self) -> None:
+        """Read all records. Blocks.
+
+        Raises:
+            OSError: a folder cannot be read.
+        """
+        with collection_paused():
+            self._apply(scan_changes(self._root, {}))
+
+    def start(self) -> None:
+        """Start the repeated scans."""
+        self._loop.start(_SCAN_EVERY, now=False)
+
+    def stop(self) -> None:
+        """Stop the repeated scans."""
+        self._loop.stop()
+
+    def record_written(self, record: Record) -> None:
+        """Take over `record`, which this process has just written."""
+        path = record_path(self._root, record.manifest.digest, is_list=record.manifest.is_list)
+        self._written.add(path)
+        self._known[path] = UNREAD
+        self.record_read(record)
+        self._notify()
+
+    def record_read(self, record: Record) -> None:
+        """Take over `record` as it was read from its file."""
+        digest = record.manifest.digest
+        before = self._index.get(digest)
+        # Where the record does not say, the next scan checks whether a layer is in the store.
+        wanted = before.wanted if before else record.has_tag or not record.manifest.layers
+        self._put(digest, Entry.of(record, wanted=wanted))
+
+    def record_unreadable(self, path: Path) -> None:
+        """Drop the record at `path`, which could not be read; the next scan reads the file again."""
+        self._drop(path)
+        self._known.pop(path, None)
+
+    def blob_stored(self, blob: Digest) -> None:
+        """Report the records that name a blob which this process has stored."""
+        self._changed.update(self._index.naming(blob))
+        self._notify()
+
+    def _scan(self) -> Deferred[None]:
+        self._written.clear()
+        now = self._clock.seconds()
+        blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
+        self._blobs_scanned = self._blobs_scanned if blobs is None else now
+        scanned = self._threads.read(scan_changes, self._root, dict(self._known), blobs).addCallback(self._apply)
+        return scanned.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
+
+    def _apply(self, result: ScanResult) -> None:
+        # A record that this process wrote meanwhile is read again at the next scan.
+        for path in result.gone - self._written:
+            self._drop(path)
+        for path, why in result.unreadable.items():
+            if path not in self._written:
+                self._drop(path)
+            if self._unreadable.get(path) != why:
+                self.log.warn("ignored, not a record that can be served: {path}: {why}", path=path, why=why)
+        readable = result.gone | result.read.keys()
+        self._unreadable = {
+            **{path: why for path, why in self._unreadable.items() if path not in readable},
+            **result.unreadable,
+        }
+        for path, entry in result.read.items():
+            if path not in self._written:
+                self._put(digest_of(path), entry)
+        self._known = {**result.seen, **dict.fromkeys(self._written, UNREAD)}
+        for blob in result.blobs_gone:
+            self._changed.update(self._index.naming(blob))
+        self._notify()
+
+    def _put(self, digest: Digest, entry: Entry) -> None:
+        before = self._index.get(digest)
+        # The blobs of a manifest never change, so only a new record or a new `wanted` changes what is missing.
+        if before is None or before.wanted != entry.wanted:
+            self._changed.add(digest)
+        self._index.put(digest, entry)
+
+    def _drop(self, path: Path) -> None:
+        digest = digest_of(path)
+        entry = self._index.get(digest)
+        if entry is not None and record_path(self._root, digest, is_list=entry.is_list) == path:
+            self._changed.add(digest)
+            self._index.drop(digest)
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, set()
+        if changed:
+            self.on_change(changed)

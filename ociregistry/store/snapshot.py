@@ -1,0 +1,204 @@
+"""What a command reads from the files of a store: an index of the records, and the records themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import Digest, ImageReference
+from ociregistry.store.blobs import missing_blobs, size_of_blob
+from ociregistry.store.index import Entry, Index
+from ociregistry.store.paths import blobs_folder, digest_of
+from ociregistry.store.records import Dates, Record, is_wanted
+from ociregistry.store.scan import Signature, collection_paused, scan
+
+_HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
+_MOST_SEARCHED = 256 * 1024 * 1024
+"""Bytes at the start of a file that is not a record, in which digests are searched for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record with its file and the time of its last pull."""
+
+    record: Record
+    path: Path
+    pulled: datetime
+    size: int
+    """Size of the file in bytes."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the record."""
+        return self.record.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An image URL of a record."""
+
+    image: ImageReference
+    """The reference by which it can be pulled: by digest where a noted tag means another manifest by now."""
+    notes: tuple[str, ...]
+    """The image URLs as the record notes them, which this row stands for."""
+    dates: Dates
+    stored: StoredRecord
+
+    @property
+    def url(self) -> str:
+        """The image URL by which it can be pulled."""
+        return str(self.image)
+
+    @property
+    def has_tag(self) -> bool:
+        """Whether it can be pulled by a tag."""
+        return not isinstance(self.image.reference, Digest)
+
+
+class Snapshot:
+    """All records of a store as its files were at the last `refresh`, with their index.
+
+    Of files that are not records, only their paths and the digests in them are known.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Set up the snapshot of the store at `root`, without any record yet."""
+        self.root = root
+        self.index = Index()
+        self._blobs = blobs_folder(root)
+        self.unreadable: Mapping[Path, str] = {}
+        """Path -> what is wrong with the file."""
+        self.mentioned: frozenset[str] = frozenset()
+        """The digests, in hexadecimal, that occur in the unreadable files: these files may need the blobs."""
+        self._records: dict[Digest, StoredRecord] = {}
+        self._signatures: dict[Path, Signature] = {}
+        """File of a record -> its signature when it was read."""
+        self._wanted: dict[Digest, bool] = {}
+        self._rows: tuple[Row, ...] | None = None
+
+    @classmethod
+    def read(cls, root: Path) -> Snapshot:
+        """Read all records of the store at `root`. Blocks.
+
+        Raises:
+            OSError: a record or a folder cannot be read.
+        """
+        snapshot = cls(root)
+        with collection_paused():
+            snapshot.refresh()
+        return snapshot
+
+    def refresh(self) -> None:
+        """Read the records that have changed since the last time. Blocks.
+
+        Raises:
+            OSError: a record or a folder cannot be read.
+        """
+        unreadable: dict[Path, str] = {}
+        mentioned: set[str] = set()
+        present: set[Path] = set()
+        for file in scan(self.root, self._signatures, missing_ok=True):
+            if isinstance(file.error, OSError):
+                raise file.error
+            if file.error is not None:
+                unreadable[file.path] = str(file.error)
+                mentioned |= _mentioned(file.path)
+                continue
+            present.add(file.path)
+            if file.record is not None:
+                pulled = datetime.fromtimestamp(file.signature[2] / 1e9, UTC)
+                self.put(StoredRecord(file.record, file.path, pulled, file.signature[1]))
+                self._signatures[file.path] = file.signature
+        for path in self._signatures.keys() - present:
+            self._drop(path)
+        self.unreadable = unreadable
+        self.mentioned = frozenset(mentioned)
+        self._wanted.clear()
+        self._rows = None
+
+    def put(self, stored: StoredRecord) -> None:
+        """Add a record, or replace an earlier one with the same digest."""
+        digest = stored.manifest.digest
+        self._records[digest] = stored
+        self.index.put(digest, Entry.of(stored.record))
+
+    def _drop(self, path: Path) -> None:
+        del self._signatures[path]
+        digest = digest_of(path)
+        stored = self._records.get(digest)
+        if stored is not None and stored.path == path:
+            del self._records[digest]
+            self.index.drop(digest)
+
+    @property
+    def records(self) -> Mapping[Digest, StoredRecord]:
+        """All records."""
+        return self._records
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every image URL, sorted, without the URLs by digest of images that are kept as metadata alone. Blocks."""
+        return tuple(row for row in self.all_rows if row.has_tag or not self.is_metadata(row.stored.manifest.digest))
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """Every image URL, sorted."""
+        if self._rows is None:
+            self._rows = tuple(sorted(self._make_rows(), key=lambda row: row.url))
+        return self._rows
+
+    def _make_rows(self) -> Iterator[Row]:
+        for digest, stored in self._records.items():
+            notes: dict[ImageReference, dict[str, Dates]] = {}
+            for noted, dates in stored.record.images.items():
+                notes.setdefault(self._pullable(noted, digest), {})[noted] = dates
+            for image, noted_dates in notes.items():
+                first = min(one.created for one in noted_dates.values())
+                last = max(one.confirmed for one in noted_dates.values())
+                yield Row(image, tuple(noted_dates), noted_dates.get(str(image), Dates(first, last)), stored)
+
+    def _pullable(self, noted: str, digest: Digest) -> ImageReference:
+        image = ImageReference.parse_whole(noted)
+        return image if self.index.meaning(noted) == digest else ImageReference(image.repository, digest)
+
+    def is_metadata(self, digest: Digest) -> bool:
+        """Tell whether an image is here only because an index names it: its layers are not wanted. Blocks."""
+        if self.records[digest].manifest.is_list or not self.index.parents(digest):
+            return False
+        return not self.is_wanted(digest)
+
+    def is_wanted(self, digest: Digest) -> bool:
+        """Tell whether the layers of an image belong in the store. Blocks."""
+        if digest not in self._wanted:
+            self._wanted[digest] = is_wanted(self.records[digest].record, self._blobs)
+        return self._wanted[digest]
+
+    def pulled(self, digest: Digest) -> datetime:
+        """Return the last pull of the image `digest`, of an index that names it, or of a manifest that it names."""
+        related = {digest} | self.index.ancestors(digest) | self.index.descendants(digest)
+        return max(self.records[one].pulled for one in related)
+
+    def since(self, row: Row) -> datetime:
+        """Return the creation time of the image URL; for the child of an index, no earlier than its index's."""
+        indexes = (self.records[index].record for index in self.index.ancestors(row.stored.manifest.digest))
+        return max([row.dates.created, *(dates.created for record in indexes for dates in record.images.values())])
+
+    def missing(self, digest: Digest) -> Mapping[Digest, int]:
+        """Return the blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""
+        return missing_blobs(self._blobs, self.records[digest].manifest.blob_sizes)
+
+    def blob_size(self, digest: Digest) -> int | None:
+        """Return the size of a blob in bytes, or None if it is missing. Blocks."""
+        # A path as text: making a Path takes longer than the stat.
+        return size_of_blob(f"{self._blobs}/{digest.hex}")
+
+
+def _mentioned(path: Path) -> set[str]:
+    if not path.is_file():
+        return set()
+    with path.open("rb") as file:
+        return {found.decode("ascii") for found in _HEX.findall(file.read(_MOST_SEARCHED))}

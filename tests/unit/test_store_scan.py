@@ -1,0 +1,193 @@
+"""Scans of the folders of records find changes by other processes."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from ociregistry.manifests import Manifest
+from ociregistry.names import ImageReference
+from ociregistry.store.files import Files
+from ociregistry.store.records import Record, RecordFiles
+from ociregistry.store.scan import ScanResult, collection_paused, scan_changes
+from ociregistry.store.workdir import PullsFolder
+from tests.images import make_image, make_index
+from tests.unit.support.doubles import image, manifest
+
+IMAGE, OTHER = manifest(make_image("scanned")), manifest(make_image("other"))
+INDEX = manifest(make_index("scanned"))
+NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def open_records() -> Iterator[Callable[[Path], RecordFiles]]:
+    """Return a function that makes a store and opens its records."""
+    taken: list[PullsFolder] = []
+
+    def open_them(root: Path) -> RecordFiles:
+        for folder in ("fat", "img"):
+            (root / folder).mkdir(parents=True)
+        taken.append(PullsFolder(root, Files()))
+        return RecordFiles(root, taken[-1], Files())
+
+    yield open_them
+    for folder in taken:
+        folder.close()
+
+
+@pytest.fixture
+def records(tmp_path: Path, open_records: Callable[[Path], RecordFiles]) -> RecordFiles:
+    """Return the records of a store, initially none."""
+    return open_records(tmp_path)
+
+
+def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
+    """Confirm a manifest and return the record, which must have been written."""
+    record = records.confirm(manifest, image, moment)
+    assert record is not None
+    return record
+
+
+def scanned(root: Path, known: ScanResult | None = None) -> ScanResult:
+    """Return the changes since the last scan."""
+    return scan_changes(root, known.seen if known else {})
+
+
+def test_empty_store(tmp_path: Path, records: RecordFiles) -> None:
+    assert scanned(tmp_path) == ScanResult({})
+
+
+def test_scan_reads_new_records_once(tmp_path: Path, records: RecordFiles) -> None:
+    confirmed(records, IMAGE, NGINX, NOW)
+    confirmed(records, INDEX, APP, NOW)
+    first = scanned(tmp_path)
+    paths = {records.path(IMAGE.digest, is_list=False), records.path(INDEX.digest, is_list=True)}
+    assert first.read.keys() == first.seen.keys() == paths
+    assert (first.unreadable, first.gone) == ({}, frozenset())
+    second = scanned(tmp_path, first)
+    assert second.seen == first.seen
+    assert (second.read, second.unreadable, second.gone) == ({}, {}, frozenset())
+
+
+def rewritten(path: Path, content: bytes) -> None:
+    """Overwrite the file in place."""
+    path.write_bytes(content)
+
+
+def renamed(path: Path, content: bytes) -> None:
+    """Write a new file and rename it, with the old times, as rsync does."""
+    times = path.stat()
+    temporary = path.with_name("temporary")
+    temporary.write_bytes(content)
+    os.utime(temporary, ns=(times.st_atime_ns, times.st_mtime_ns))
+    temporary.rename(path)
+
+
+@pytest.mark.parametrize("write", [rewritten, renamed])
+def test_scan_finds_changed_records(
+    tmp_path: Path, records: RecordFiles, write: Callable[[Path, bytes], None]
+) -> None:
+    record = confirmed(records, IMAGE, NGINX, NOW)
+    path = records.path(IMAGE.digest, is_list=False)
+    known = scanned(tmp_path)
+    # The length stays the same: one single-letter tag is replaced by another.
+    write(path, Record(IMAGE, {"docker.io/library/nginx:2": record.images[str(NGINX)]}).render())
+    changed = scanned(tmp_path, known)
+    assert changed.read[path].images == {"docker.io/library/nginx:2": NOW}
+    assert scanned(tmp_path, changed).read == {}
+
+
+def test_scan_finds_removed_records(tmp_path: Path, records: RecordFiles) -> None:
+    confirmed(records, IMAGE, NGINX, NOW)
+    path = records.path(IMAGE.digest, is_list=False)
+    known = scanned(tmp_path)
+    path.unlink()
+    gone = scanned(tmp_path, known)
+    assert gone == ScanResult({}, gone=frozenset({path}))
+    assert scanned(tmp_path, gone) == ScanResult({})
+
+
+def test_damaged_record_is_reported_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
+    confirmed(records, IMAGE, NGINX, NOW)
+    records.confirm(OTHER, APP, NOW)
+    path = records.path(IMAGE.digest, is_list=False)
+    whole = path.read_bytes()
+    known = scanned(tmp_path)
+    path.write_bytes(whole[:100])
+    damaged = scanned(tmp_path, known)
+    assert damaged.unreadable.keys() == {path}
+    assert (damaged.read, damaged.gone) == ({}, frozenset())
+    assert scanned(tmp_path, damaged).unreadable == {}
+    assert path.read_bytes() == whole[:100]
+    path.write_bytes(whole)
+    assert scanned(tmp_path, damaged).read.keys() == {path}
+
+
+def test_temporarily_unreadable_record_is_read_by_the_next_scan(
+    tmp_path: Path, records: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, too many open files or a stalled network file system: the file itself is good."""
+    confirmed(records, IMAGE, NGINX, NOW)
+    path = records.path(IMAGE.digest, is_list=False)
+
+    def fail(self: Path, *args: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        first = scanned(tmp_path)
+    assert first.read == {}
+    assert scanned(tmp_path, first).read.keys() == {path}
+
+
+def test_other_file_names_are_ignored(tmp_path: Path, records: RecordFiles) -> None:
+    for name in (".syncthing.x.tmp", f".{IMAGE.digest.hex}.Ab12", f"{IMAGE.digest.hex}.record", "README", "0" * 63):
+        (tmp_path / "img" / name).write_text("{}")
+    assert scanned(tmp_path) == ScanResult({})
+
+
+def test_other_file_types_are_unreadable(tmp_path: Path, records: RecordFiles) -> None:
+    (tmp_path / "img" / IMAGE.digest.hex).mkdir()
+    (tmp_path / "img" / OTHER.digest.hex).symlink_to("/nowhere")
+    confirmed(records, INDEX, NGINX, NOW)
+    found = scanned(tmp_path)
+    assert found.read.keys() == {records.path(INDEX.digest, is_list=True)}
+    assert (tmp_path / "img" / IMAGE.digest.hex) in found.unreadable
+
+
+def test_huge_file_is_not_read(tmp_path: Path, records: RecordFiles) -> None:
+    path = tmp_path / "img" / IMAGE.digest.hex
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    assert "larger" in scanned(tmp_path).unreadable[path]
+
+
+def test_records_copied_from_another_store_are_found(
+    tmp_path: Path, records: RecordFiles, open_records: Callable[[Path], RecordFiles]
+) -> None:
+    replica = open_records(tmp_path / "replica")
+    confirmed(replica, IMAGE, NGINX, NOW)
+    known = scanned(tmp_path)
+    shutil.copy2(replica.path(IMAGE.digest, is_list=False), tmp_path / "img")
+    assert scanned(tmp_path, known).read.keys() == {records.path(IMAGE.digest, is_list=False)}
+
+
+def test_garbage_collection_is_paused_and_then_restored() -> None:
+    assert gc.isenabled()
+    with collection_paused():
+        assert not gc.isenabled()
+        with collection_paused():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(OSError, match="fails"), collection_paused():
+        raise OSError("fails")
+    assert gc.isenabled()
