@@ -34,7 +34,7 @@ _MOST_REFUSALS = 8
 """The 401 responses to one request that may each lead to a retry, over all hosts that it is redirected to."""
 _SCHEME_TTL = 600.0
 """Seconds for which a detected scheme is remembered."""
-_ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
+_ENDPOINT = re.compile(r"(?P<name>[A-Za-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
 """What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -45,13 +45,13 @@ Headers = Mapping[str, str]
 class BaseUrl:
     """The location of a registry's API.
 
-    With None as `scheme`, https is tried first. `ns` is the query parameter that tells a mirror which registry is
-    meant; it is empty for the registry itself.
+    With None as `scheme`, https is tried first. `path` is what precedes the names of repositories. `ns` is the query
+    parameter that tells a mirror which registry is meant; it is empty where the parameter is not sent.
     """
 
     scheme: str | None
     netloc: str
-    path: str = ""
+    path: str = "/v2"
     ns: str = ""
 
     def origin(self, scheme: str) -> Origin:
@@ -60,7 +60,7 @@ class BaseUrl:
 
     def url(self, scheme: str, repository: Repository, path: str) -> str:
         """Return the URL of `path` below a repository, such as `manifests/latest`."""
-        url = f"{scheme}://{self.netloc}{self.path}/v2/{repository.path}/{path}"
+        url = f"{scheme}://{self.netloc}{self.path}/{repository.path}/{path}"
         return url + (("&" if "?" in path else "?") + f"ns={self.ns}" if self.ns else "")
 
 

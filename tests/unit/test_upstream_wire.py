@@ -178,7 +178,7 @@ async def test_redirect_to_ipv6_address_keeps_signature(
 @on_reactor
 async def test_mirror_uses_ns(network: Network, upstream: ScriptedRegistry, ns: str, query: str) -> None:
     upstream.script("*", Reply(404))
-    base = BaseUrl("http", upstream.host, "/proxy", ns)
+    base = BaseUrl("http", upstream.host, "/proxy/v2", ns)
     client = client_over(network.http(upstream.host), REACTOR, base=base)
     where = Repository(Upstream.parse(ns), "team/app")
     await (await client.request("GET", where, "tags/list" + (f"?{query}" if query else ""))).discard()
