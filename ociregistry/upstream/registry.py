@@ -10,7 +10,6 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from urllib.parse import urlencode, urlsplit
 
 from twisted.internet.defer import DeferredSemaphore
 from twisted.logger import Logger
@@ -40,6 +39,7 @@ from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
+from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage, next_page_query
 
 RESERVED_CONNECTIONS = 2
 """Connections that are kept for manifests, tokens and small blobs."""
@@ -164,7 +164,6 @@ _LARGEST_LISTING = 8 * 1024 * 1024
 """Bytes of a page of tags."""
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
 _NO_RANGE = re.compile(r"bytes [*]/(?P<size>[0-9]{1,19})")
-_NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +180,6 @@ class BlobStream:
 
 class BlobMismatch(Unavailable):
     """The upstream's blob does not have the expected bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class TagPage:
-    """A page of tags; `more` is True where the upstream has further tags after the last one."""
-
-    tags: tuple[Tag, ...]
-    more: bool
 
 
 class Registry:
@@ -327,18 +318,14 @@ class Registry:
         return response.length if response.status == 200 else _size_of_whole(response)
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+        self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
     ) -> TagPage:
-        """Return a page of the tags after the tag `last`, asking for at most `count` of them.
-
-        None as `count` leaves the number to the upstream; an empty `last` begins with the first tag.
+        """Return the page of tags that `page` asks for.
 
         Raises:
             NameUnknown: the upstream does not have the repository, or does not show it.
         """
-        query = {"n": str(count)} if count is not None else {}
-        query |= {"last": last} if last else {}
-        path = "tags/list" + (f"?{urlencode(query)}" if query else "")
+        path = "tags/list" + (f"?{page.query}" if page.query else "")
 
         def unknown(why: str) -> RegistryError:
             return NameUnknown(f"{repository}: {why} for its tags")
@@ -346,7 +333,8 @@ class Registry:
         async with self._limit.for_small():
             response = await self._ask("GET", repository, path, {}, unknown, context)
             data = await response.collect(_LARGEST_LISTING)
-        return TagPage(_tags(repository, data), _next_page(response) is not None)
+        tags = _tags(repository, data)
+        return TagPage(tags, page.following(tags, _next_page(response, str(repository))))
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
@@ -365,13 +353,10 @@ class Registry:
             while len(pages) < _MOST_PAGES:
                 response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
                 pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
-                following = _next_page(response)
-                if following is None:
+                following = _next_page(response, what)
+                if not following:
                     return pages[0] if len(pages) == 1 else _joined(pages, what)
-                try:
-                    path = f"referrers/{digest}?{urlsplit(following).query}"
-                except ValueError:
-                    raise Unavailable(f"{what}: the link to the upstream's next page is not a URL") from None
+                path = f"referrers/{digest}?{following}"
         raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
 
     async def _ask(
@@ -435,9 +420,11 @@ def _manifest(response: Response, data: bytes, what: str, digest: Digest | None 
         raise Unavailable(f"{what}: the upstream sent no valid manifest: {error}") from None
 
 
-def _next_page(response: Response) -> str | None:
-    links = map(_NEXT_PAGE.search, response.headers("link"))
-    return next((link[1] for link in links if link), None)
+def _next_page(response: Response, what: str) -> str:
+    try:
+        return next_page_query(response.headers("link"))
+    except ValueError as error:
+        raise Unavailable(f"{what}: the upstream's link to the next page cannot be followed: {error}") from None
 
 
 def _joined(pages: list[Manifest], what: str) -> Manifest:
