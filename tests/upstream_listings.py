@@ -49,3 +49,23 @@ QUAY = OpaquePages("next_page")
 issue 794, regclient issue 272, docker_registry2 issue 56)."""
 ECR = OpaquePages("last", strict=True)
 """Amazon ECR: `last` is a token, and a tag is none (docker_registry2 issue 34)."""
+
+
+@dataclass(frozen=True)
+class NoReferrers(Rule):
+    """Have no referrers API: answer with this `status`, or for 303 with a redirect to a page of HTML.
+
+    404: Docker's registry up to 2.8, in plain text. 303: ghcr.io. A redirect to a login: registry.k8s.io (oras-go
+    issue 633). oras-java issue 773 lists ghcr.io as one that needs the tag for referrers.
+    """
+
+    status: int = 404
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """No index of referrers; everything else as ever."""
+        if request.path == "/login":
+            return Answer(200, (("Content-Type", "text/html; charset=utf-8"),), b"<!DOCTYPE html><html></html>")
+        if "/referrers/" not in request.path:
+            return handler(request)
+        location = (("Location", "/login"),) if self.status == 303 else ()
+        return Answer(self.status, (("Content-Type", "text/plain"), *location), b"404 page not found\n")

@@ -12,7 +12,7 @@ from twisted.logger import Logger
 from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.errors import AirGapped, Unavailable
 from ociregistry.manifests import Manifest, canonical_media_type
-from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.names import Digest, ImageReference, Repository, referrers_tag
 from ociregistry.pullthrough.cache import within_deadline
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
@@ -77,14 +77,13 @@ class Listings:
     ) -> FoundReferrers:
         """Return the index of the referrers of the manifest `digest`; if given, only those of `artifact_type`.
 
-        The answer of the upstream is stored under the tag that the specification reserves for registries without
-        this API (OCI Distribution specification, "Referrers Tag Schema").
+        The answer of the upstream is stored under the tag for registries without this API.
 
         Raises:
             RegistryError: the upstream refused, or cannot be asked and the store has no index.
         """
         registry = self._registries.get(repository.upstream)
-        tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
+        tagged = ImageReference(repository, referrers_tag(digest))
         asked = Deferred.fromCoroutine(registry.referrers(repository, digest, context))
         try:
             manifest = await within_deadline(asked, self._clock, repository)

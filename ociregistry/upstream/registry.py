@@ -34,12 +34,13 @@ from ociregistry.manifests import (
     ManifestInvalid,
     canonical_media_type,
 )
-from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream, referrers_tag
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage, next_page_query
+from ociregistry.upstream.referrers import NO_API, is_index, joined, no_referrers, parse_index, says_absent
 
 RESERVED_CONNECTIONS = 2
 """Connections that are kept for manifests, tokens and small blobs."""
@@ -339,8 +340,11 @@ class Registry:
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
 
+        From an upstream without the referrers API, it is the index with the tag for referrers; an empty index if
+        there is none (OCI Distribution specification, "Unavailable Referrers API").
+
         Raises:
-            ManifestUnknown: the upstream has no referrers API, or does not show it.
+            ManifestUnknown: the upstream does not show the referrers.
         """
         what = f"{repository}@{digest}"
         pages: list[Manifest] = []
@@ -351,13 +355,37 @@ class Registry:
 
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
-                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
-                pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
+                accepted = _OK if pages else _OK | NO_API
+                response = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context, accepted)
+                data = await response.collect(LARGEST_MANIFEST)
+                if not pages and not is_index(response, data):
+                    tagged = await self._tagged_referrers(repository, digest, unknown, context)
+                    return tagged or no_referrers(response, data, unknown)
+                pages.append(parse_index(data, what))
                 following = _next_page(response, what)
                 if not following:
-                    return pages[0] if len(pages) == 1 else _joined(pages, what)
+                    return pages[0] if len(pages) == 1 else joined(pages, what)
                 path = f"referrers/{digest}?{following}"
         raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
+
+    async def _tagged_referrers(
+        self, repository: Repository, digest: Digest, unknown: Callable[[str], RegistryError], context: Context
+    ) -> Manifest | None:
+        """Return the index with the tag for the referrers of `digest`; None if the upstream says that there is none.
+
+        Raises:
+            The error that `unknown` makes of the reason: the upstream does not show it, or does not say that.
+        """
+        tag = referrers_tag(digest)
+        headers = {"Accept": OCI_INDEX}
+        accepted = _OK | {404}
+        response = await self._ask("GET", repository, f"manifests/{tag}", headers, unknown, context, accepted)
+        data = await response.collect(LARGEST_MANIFEST)
+        if response.status == 200:
+            return parse_index(data, f"{repository}:{tag}")
+        if says_absent(data):
+            return None
+        raise unknown(f"it has no referrers API, and does not say whether it has the tag {tag}")
 
     async def _ask(
         self,
@@ -425,15 +453,6 @@ def _next_page(response: Response, what: str) -> str:
         return next_page_query(response.headers("link"))
     except ValueError as error:
         raise Unavailable(f"{what}: the upstream's link to the next page cannot be followed: {error}") from None
-
-
-def _joined(pages: list[Manifest], what: str) -> Manifest:
-    documents = [json.loads(page.data) for page in pages]
-    entries = [entry for document in documents for entry in document["manifests"] or ()]
-    try:
-        return Manifest.parse(json.dumps({**documents[0], "manifests": entries}).encode(), OCI_INDEX)
-    except ManifestInvalid as error:
-        raise Unavailable(f"{what}: the upstream's pages do not form a valid index: {error}") from None
 
 
 def _stream(response: Response, start: int) -> BlobStream | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from twisted.internet.defer import Deferred
 
-from ociregistry.errors import Unavailable
+from ociregistry.errors import ManifestUnknown, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, OCI_INDEX, Manifest
 from ociregistry.names import Tag
 from ociregistry.upstream.paging import PageRequest, TagPage
@@ -185,9 +185,77 @@ def test_malformed_link_is_an_upstream_error() -> None:
     failed(referrers(source), Unavailable)
 
 
-@pytest.mark.parametrize("headers", [{"Content-Type": "application/json"}, {}])
-def test_referrers_must_be_an_index(headers: dict[str, str]) -> None:
-    failed(referrers(registry({**index(entry(1)), "headers": headers})[0]), Unavailable)
+@pytest.mark.parametrize("headers", [{"Content-Type": "application/json"}, {"Content-Type": "text/plain"}, {}])
+def test_index_of_referrers_has_any_content_type(headers: dict[str, str]) -> None:
+    """Source: go-containerregistry issue 1760 (`text/plain`)."""
+    source, http = registry({**index(entry(1)), "headers": headers})
+    assert [child.digest for child in fired(referrers(source)).children] == [entry(1)["digest"]]
+    assert len(http.sent) == 1
+
+
+HTML = {"data": b"<!DOCTYPE html><html>", "headers": {"Content-Type": "text/html; charset=utf-8"}}
+NO_API = [*({"status": status, "data": b"404 page not found"} for status in (400, 404, 405, 501)), HTML]
+MALFORMED = [{"data": b""}, {"data": b'{"manif'}, {"data": b"{}"}, {"data": b"OK"}]
+
+
+def unknown(code: str) -> dict[str, Any]:
+    """Return a 404 with the code of an error."""
+    return {"status": 404, "data": json.dumps({"errors": [{"code": code, "message": ""}]}).encode()}
+
+
+@pytest.mark.parametrize("answer", [*NO_API, *MALFORMED])
+def test_referrers_of_tag_without_the_api(answer: dict[str, Any]) -> None:
+    source, http = registry(answer, index(entry(1), entry(2)))
+    assert [child.digest for child in fired(referrers(source)).children] == [entry(1)["digest"], entry(2)["digest"]]
+    tag = SUBJECT.replace(":", "-")
+    assert [url.partition("/v2/team/app/")[2] for url in http.urls] == [f"referrers/{SUBJECT}", f"manifests/{tag}"]
+    assert http.sent[1].headers["Accept"] == OCI_INDEX
+
+
+@pytest.mark.parametrize("answer", NO_API)
+@pytest.mark.parametrize("code", ["MANIFEST_UNKNOWN", "NOT_FOUND", "TAG_EXPIRED"])
+def test_no_referrers_without_api_and_tag(answer: dict[str, Any], code: str) -> None:
+    found = fired(referrers(registry(answer, unknown(code))[0]))
+    assert (found.children, found.media_type) == ((), OCI_INDEX)
+
+
+@pytest.mark.parametrize(
+    "tagged", [unknown("NAME_UNKNOWN"), {"status": 404, "data": b"<html>"}, {"status": 401}, {"status": 403}]
+)
+@pytest.mark.parametrize("answer", NO_API)
+def test_no_empty_list_unless_the_tag_is_said_to_be_absent(answer: dict[str, Any], tagged: dict[str, Any]) -> None:
+    failed(referrers(registry(answer, tagged)[0]), ManifestUnknown)
+
+
+@pytest.mark.parametrize("tagged", [HTML, {"status": 500}, {"status": 429}, Unavailable("down"), {"data": b"{"}])
+@pytest.mark.parametrize("answer", NO_API)
+def test_no_empty_list_unless_the_tag_can_be_requested(answer: dict[str, Any], tagged: Any) -> None:
+    failed(referrers(registry(answer, tagged)[0]), Unavailable)
+
+
+@pytest.mark.parametrize("answer", MALFORMED)
+def test_no_empty_list_after_a_malformed_answer(answer: dict[str, Any]) -> None:
+    failed(referrers(registry(answer, unknown("MANIFEST_UNKNOWN"))[0]), ManifestUnknown)
+
+
+@pytest.mark.parametrize("answer", MALFORMED)
+def test_damaged_index_of_referrers(answer: dict[str, Any]) -> None:
+    source, http = registry({**answer, "headers": {"Content-Type": OCI_INDEX}}, index(entry(1)))
+    failed(referrers(source), Unavailable)
+    assert len(http.sent) == 1
+
+
+@pytest.mark.parametrize("code", ["MANIFEST_UNKNOWN", "NAME_UNKNOWN"])
+def test_no_empty_list_for_an_unknown_manifest(code: str) -> None:
+    """Such as another cache that is air-gapped."""
+    failed(referrers(registry(unknown(code), unknown("MANIFEST_UNKNOWN"))[0]), ManifestUnknown)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_forbidden_referrers(status: int) -> None:
+    source, http = registry({"status": status})
+    failed(referrers(source), ManifestUnknown)
+    assert all("/referrers/" in url for url in http.urls)
 
 
 def test_null_is_an_empty_page_of_referrers() -> None:

@@ -40,14 +40,14 @@ def refused(via: str = "") -> dict[str, Any]:
 
 @every_request
 def test_every_request_has_a_via(ask: AskHelper, unknown: type[RegistryError]) -> None:
-    source, http = registry({"status": 404})
+    source, http = registry({"status": 403})
     failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
     assert [sent.headers["Via"] for sent in http.sent] == [f"1.1 {INSTANCE}"]
 
 
 @every_request
 def test_via_includes_earlier_caches(ask: AskHelper, unknown: type[RegistryError]) -> None:
-    source, http = registry({"status": 404})
+    source, http = registry({"status": 403})
     failed(Deferred.fromCoroutine(ask(source, Context(Via((OTHER, THIRD))))), unknown)
     # The original registry is unaffected.
     failed(Deferred.fromCoroutine(ask(source, FROM_CLIENT)), unknown)
