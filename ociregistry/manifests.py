@@ -86,6 +86,13 @@ class Descriptor:
     media_type: str
     platform: str = ""
     foreign: bool = False
+    os_version: str = ""
+    """The version of the operating system, which images for Windows need to match."""
+
+    @property
+    def full_platform(self) -> str:
+        """The platform with the version of its operating system."""
+        return spell_platform(self.platform, self.os_version)
 
     @classmethod
     def parse(cls, value: object) -> Descriptor:
@@ -109,6 +116,7 @@ class Descriptor:
             media_type=canonical_media_type(value.get("mediaType")),
             platform=_platform(value.get("platform")),
             foreign=bool(value.get("urls")),
+            os_version=_os_version(value.get("platform")),
         )
 
 
@@ -210,6 +218,17 @@ def _descriptors(document: Mapping[str, Any], key: str) -> Iterator[Descriptor]:
     if not isinstance(value, list):
         raise ManifestInvalid(f"{key} is missing, or not a list")
     return map(Descriptor.parse, value)
+
+
+def spell_platform(platform: str, os_version: str) -> str:
+    """Return a platform with a version as containerd writes it, such as `windows(10.0.17763.6893)/amd64`."""
+    os, slash, rest = platform.partition("/")
+    return f"{os}({os_version}){slash}{rest}" if os_version else platform
+
+
+def _os_version(value: object) -> str:
+    version = value.get("os.version") if isinstance(value, dict) else None
+    return re.sub(r"[^0-9A-Za-z._-]", "?", str(version)[:64]) if version else ""
 
 
 def _platform(value: object) -> str:

@@ -148,7 +148,7 @@ class Line:
         for image in self._below if self.is_metadata else self._images:
             for above in self._inventory.lists_of.get(image.digest, ()):
                 children = self._inventory.records[above].manifest.children
-                found |= {one.platform for one in children if one.digest == image.digest and one.platform}
+                found |= {one.full_platform for one in children if one.digest == image.digest and one.platform}
         return sorted(found)
 
     @property

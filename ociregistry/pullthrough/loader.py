@@ -301,7 +301,7 @@ class Loader:
                 state.notes.append(f"cannot check for other signatures: {error.message}")
         children, found = chosen(manifest.children, self._wanted)
         state.found |= found
-        state.offered |= {child.platform for child in manifest.children if child.platform}
+        state.offered |= {child.full_platform for child in manifest.children if child.platform}
         state.unspecified |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
         failed: list[RegistryError] = []
         for child in children:
