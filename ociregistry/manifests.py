@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ociregistry.errors import RegistryError
@@ -125,7 +125,7 @@ class Manifest:
     """An image manifest or an index: its exact bytes and what they refer to.
 
     `media_type` is canonical. `children` are the manifests of an index. `blobs` are the config and the layers of an
-    image, the config first, without layers that clients fetch from foreign URLs.
+    image, the config first.
     """
 
     digest: Digest
@@ -153,6 +153,17 @@ class Manifest:
     def layers(self) -> frozenset[Digest]:
         """The layers of an image, without a layer that is the same blob as the config."""
         return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
+
+    @property
+    def required(self) -> Mapping[Digest, int]:
+        """The size in bytes of each blob without which an image is incomplete: of all but foreign layers."""
+        return {blob.digest: blob.size for blob in self.blobs if not blob.foreign}
+
+    @property
+    def foreign_layers(self) -> Mapping[Digest, int]:
+        """The size in bytes of each layer that clients may fetch from other URLs, as registries may not have it."""
+        required = self.required
+        return {blob.digest: blob.size for blob in self.blobs if blob.digest not in required}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:
@@ -186,9 +197,8 @@ class Manifest:
             return cls(digest, media_type, data, tuple(_descriptors(document, "manifests")), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
-        config = Descriptor.parse(document.get("config"))
-        layers = (layer for layer in _descriptors(document, "layers") if not layer.foreign)
-        return cls(digest, media_type, data, (), (config, *layers))
+        config = replace(Descriptor.parse(document.get("config")), foreign=False)
+        return cls(digest, media_type, data, (), (config, *_descriptors(document, "layers")))
 
 
 def _short(value: object) -> str:

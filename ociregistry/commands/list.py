@@ -107,8 +107,9 @@ class Line:
 
     @property
     def size(self) -> int:
-        """Size in bytes of the blobs, each counted once."""
-        return sum({digest: size for image in self._images for digest, size in image.blob_sizes.items()}.values())
+        """Size in bytes of the blobs, each counted once, without foreign layers that are missing."""
+        sizes = {digest: size for image in self._images for digest, size in image.blob_sizes.items()}
+        return sum(sizes.values()) - self.missing_foreign
 
     @property
     def kind(self) -> str:
@@ -133,12 +134,20 @@ class Line:
             return "metadata"
         if not self._images:
             return "no-image"
-        return f"{self.missing}-missing" if self.missing else "complete"
+        if self.missing:
+            return f"{self.missing}-missing"
+        return "without-foreign-layers" if self.missing_foreign else "complete"
 
     @property
     def missing(self) -> int:
-        """Bytes that the images lack."""
+        """Bytes that the images lack, without those of foreign layers."""
         missing = (self._inventory.missing(image.digest).items() for image in self._images)
+        return sum({digest: size for found in missing for digest, size in found}.values())
+
+    @cached_property
+    def missing_foreign(self) -> int:
+        """Bytes of foreign layers that the images lack."""
+        missing = (self._inventory.missing_foreign(image.digest).items() for image in self._images)
         return sum({digest: size for found in missing for digest, size in found}.values())
 
     @property
@@ -166,6 +175,7 @@ class Line:
             "platforms": self.platforms,
             "images": len(self._images),
             "missing": self.missing,
+            "missingForeign": self.missing_foreign,
         }
 
 
