@@ -76,6 +76,21 @@ def test_skopeo_lists_all_tags(
     assert cache.sent(f"{repository}/tags/list") == 3
 
 
+@PRODUCTS
+def test_the_pages_come_through_a_chain_of_daemons(
+    upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon], rule: Rule
+) -> None:
+    """The link of the one carries that of the other, which carries that of the registry."""
+    upstream.add("team/app", plain_image("chain", 100), *TAGS)
+    upstream.script("/v2/team/app/tags/*", rule)
+    chain = Cache(start_daemon({upstream.host: "http"}), upstream)
+    for _ in range(2):
+        chain = Cache(start_daemon({upstream.host: {"scheme": "http", "mirrors": [chain.daemon.url]}}), upstream)
+    listed = pages(chain, chain.url("team/app/tags/list"))
+    assert [*islice(listed, 9)] == [TAGS[:2], TAGS[2:4], TAGS[4:]]
+    assert len(upstream.requests) == 3
+
+
 def test_a_page_that_repeats_ends_the_list(cache: Cache, repository: str, image: Image) -> None:
     """Each time by another link."""
     with cache.scripted(f"/v2/{repository}/tags/*", OpaquePages("next_page", stuck=True)):
