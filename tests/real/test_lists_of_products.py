@@ -15,7 +15,7 @@ from tests.images import OCI_INDEX, Image, Index, Manifest, digest_of, index_of,
 from tests.peers import DockerRegistry
 from tests.processes import Daemon
 from tests.real.caches import Cache, assert_error, cache_in, daemon_in, plain_image
-from tests.real.stores import command, image_list, served
+from tests.real.stores import assert_all_served, command, image_list
 from tests.real.test_tags_and_referrers import GONE, SBOM, SIGNATURE, assert_referrers, pages
 from tests.upstream import ScriptedRegistry
 from tests.upstream_http import Rule
@@ -185,7 +185,7 @@ def test_referrers_are_loaded_from_a_registry_without_the_api(tmp_path: Path, ru
         cache.upstream.close()
         assert cache.ask(f"team/app/referrers/{image.manifest.digest}").body == index.manifest.data
         (artifact,) = index.images
-        served(cache.daemon, cache.upstream.host, "team/app", artifact.manifest.digest, artifact)
+        assert_all_served(cache.daemon, cache.upstream.host, "team/app", artifact.manifest.digest, artifact)
 
 
 def test_referrers_are_loaded_from_dockers_registry(registry: DockerRegistry, tmp_path: Path) -> None:
@@ -200,4 +200,4 @@ def test_referrers_are_loaded_from_dockers_registry(registry: DockerRegistry, tm
         listed = image_list(tmp_path / "list", [f"{registry.host}/team/app:1"])
         assert "1 loaded" in command(daemon, "load", "--with-signatures", listed).stdout
         registry.kill()
-        served(daemon, registry.host, "team/app", artifact.manifest.digest, artifact)
+        assert_all_served(daemon, registry.host, "team/app", artifact.manifest.digest, artifact)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.images import Image, Index, make_index
 from tests.real.caches import Cache, cache_in
-from tests.real.stores import command, image_list, is_whole
+from tests.real.stores import command, has_all_of, image_list
 
 LINUX = "linux/amd64"
 SERVER_2019 = "windows(10.0.17763.6893)/amd64"
@@ -51,7 +51,7 @@ def test_all_versions_that_match_are_loaded(
             cache.daemon.kill()
         assert "1 loaded" in command(cache.daemon, "load", *options, listed).stdout
         for image in index.images:
-            assert is_whole(cache.daemon.image_path, image) == (image.platform in loaded)
+            assert has_all_of(cache.daemon.image_path, image) == (image.platform in loaded)
         assert platforms(cache) == (",".join(sorted(loaded)), "complete")
         assert "1 already there" in command(cache.daemon, "load", *options, listed).stdout
         if not running:
