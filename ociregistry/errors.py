@@ -38,7 +38,7 @@ class DigestInvalid(RegistryError):
 
 
 class PageInvalid(RegistryError):
-    """The requested number of entries (`n`) is not a number."""
+    """A page of a list is requested by something that is not a page: a number `n`, or the query of a Link."""
 
     status = 400
     code = "PAGINATION_NUMBER_INVALID"

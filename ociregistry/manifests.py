@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ociregistry.errors import RegistryError
@@ -86,6 +86,13 @@ class Descriptor:
     media_type: str
     platform: str = ""
     foreign: bool = False
+    os_version: str = ""
+    """The version of the operating system, which images for Windows need to match."""
+
+    @property
+    def full_platform(self) -> str:
+        """The platform with the version of its operating system."""
+        return spell_platform(self.platform, self.os_version)
 
     @classmethod
     def parse(cls, value: object) -> Descriptor:
@@ -109,6 +116,7 @@ class Descriptor:
             media_type=canonical_media_type(value.get("mediaType")),
             platform=_platform(value.get("platform")),
             foreign=bool(value.get("urls")),
+            os_version=_os_version(value.get("platform")),
         )
 
 
@@ -117,7 +125,7 @@ class Manifest:
     """An image manifest or an index: its exact bytes and what they refer to.
 
     `media_type` is canonical. `children` are the manifests of an index. `blobs` are the config and the layers of an
-    image, the config first, without layers that clients fetch from foreign URLs.
+    image, the config first.
     """
 
     digest: Digest
@@ -145,6 +153,17 @@ class Manifest:
     def layers(self) -> frozenset[Digest]:
         """The layers of an image, without a layer that is the same blob as the config."""
         return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
+
+    @property
+    def required(self) -> Mapping[Digest, int]:
+        """The size in bytes of each blob without which an image is incomplete: of all but foreign layers."""
+        return {blob.digest: blob.size for blob in self.blobs if not blob.foreign}
+
+    @property
+    def foreign_layers(self) -> Mapping[Digest, int]:
+        """The size in bytes of each layer that clients may fetch from other URLs, as registries may not have it."""
+        required = self.required
+        return {blob.digest: blob.size for blob in self.blobs if blob.digest not in required}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:
@@ -178,9 +197,8 @@ class Manifest:
             return cls(digest, media_type, data, tuple(_descriptors(document, "manifests")), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
-        config = Descriptor.parse(document.get("config"))
-        layers = (layer for layer in _descriptors(document, "layers") if not layer.foreign)
-        return cls(digest, media_type, data, (), (config, *layers))
+        config = replace(Descriptor.parse(document.get("config")), foreign=False)
+        return cls(digest, media_type, data, (), (config, *_descriptors(document, "layers")))
 
 
 def _short(value: object) -> str:
@@ -210,6 +228,17 @@ def _descriptors(document: Mapping[str, Any], key: str) -> Iterator[Descriptor]:
     if not isinstance(value, list):
         raise ManifestInvalid(f"{key} is missing, or not a list")
     return map(Descriptor.parse, value)
+
+
+def spell_platform(platform: str, os_version: str) -> str:
+    """Return a platform with a version as containerd writes it, such as `windows(10.0.17763.6893)/amd64`."""
+    os, slash, rest = platform.partition("/")
+    return f"{os}({os_version}){slash}{rest}" if os_version else platform
+
+
+def _os_version(value: object) -> str:
+    version = value.get("os.version") if isinstance(value, dict) else None
+    return re.sub(r"[^0-9A-Za-z._-]", "?", str(version)[:64]) if version else ""
 
 
 def _platform(value: object) -> str:

@@ -143,6 +143,11 @@ class Tag(str):
         return cls(text)
 
 
+def referrers_tag(digest: Digest) -> Tag:
+    """Return the tag for the referrers of a manifest (OCI Distribution specification, "Referrers Tag Schema")."""
+    return Tag(f"{digest.algorithm}-{digest.hex[:64]}")
+
+
 Reference = Tag | Digest
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ociregistry.manifests import Descriptor, normalized_platform
+from ociregistry.manifests import Descriptor, normalized_platform, spell_platform
 
 _WORD = "[a-z0-9][a-z0-9_.-]{0,63}"
 _PLATFORM = re.compile(f"(?P<os>{_WORD})/(?P<architecture>{_WORD})(?:/(?P<variant>{_WORD}))?")
@@ -24,11 +24,15 @@ _USUAL_VARIANTS = {"arm": _ARM[1:] if platform.machine() == "armv6l" else _ARM}
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """A platform, normalized; an empty `variant` stands for the usual ones of the architecture."""
+    """A platform, normalized; an empty `variant` stands for the usual ones of the architecture.
+
+    An `os_version` such as `10.0.17763` stands for all versions that begin with it; an empty one for all.
+    """
 
     os: str
     architecture: str
     variant: str = ""
+    os_version: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Platform:
@@ -46,15 +50,24 @@ class Platform:
             variant = ""
         return cls(os, architecture, variant)
 
+    def fitting(self, offered: Sequence[Descriptor]) -> tuple[Descriptor, ...]:
+        """Return the descriptors that fit this platform best: those of one variant, in all versions of its system."""
+        offered = [one for one in offered if self._has_version(one)]
+        best = self.best(offered)
+        return tuple(one for one in offered if best is not None and one.platform == best.platform)
+
+    def _has_version(self, one: Descriptor) -> bool:
+        return not one.os_version or f"{one.os_version}.".startswith(f"{self.os_version}." if self.os_version else "")
+
     def best(self, offered: Sequence[Descriptor]) -> Descriptor | None:
-        """Return the descriptor that fits this platform best, or None if none fits."""
+        """Return the first descriptor of the variant that fits this platform best, or None if none fits."""
         variants = (self.variant,) if self.variant else _USUAL_VARIANTS.get(self.architecture, ("",))
         by_platform = {one.platform: one for one in reversed(offered)}
         spelled = (str(Platform(self.os, self.architecture, variant)) for variant in variants)
         return next((by_platform[name] for name in spelled if name in by_platform), None)
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+        return spell_platform("/".join(filter(None, (self.os, self.architecture, self.variant))), self.os_version)
 
 
 NO_PLATFORM = "unknown/unknown"
@@ -75,7 +88,7 @@ def parse_platforms(text: str) -> tuple[Platform, ...]:
 def chosen(
     offered: Sequence[Descriptor], wanted: Sequence[Platform]
 ) -> tuple[tuple[Descriptor, ...], frozenset[Platform]]:
-    """Select the children of an index for the `wanted` platforms.
+    """Select the children of an index for the `wanted` platforms, in all versions of their operating systems.
 
     Children without a platform, such as a nested index, are always selected.
 
@@ -85,8 +98,8 @@ def chosen(
     """
     if not wanted:
         return tuple(offered), frozenset()
-    found = {platform: best for platform in wanted if (best := platform.best(offered)) is not None}
-    digests = {best.digest for best in found.values()}
+    found = {platform: fitting for platform in wanted if (fitting := platform.fitting(offered))}
+    digests = {one.digest for fitting in found.values() for one in fitting}
     return tuple(one for one in offered if one.digest in digests or not one.platform), frozenset(found)
 
 

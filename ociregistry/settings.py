@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ociregistry.config.file import Config, PruneSettings, VerifySettings, Window, parse_rate, read_config
 from ociregistry.config.nodes import ConfigInvalid
@@ -20,7 +21,7 @@ from ociregistry.config.tls import ServerTls
 from ociregistry.config.values import Reserve, parse_reserve
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
-from ociregistry.platforms import Platform, machine_architecture, machine_os, parse_platforms
+from ociregistry.platforms import ALL, Platform, machine_architecture, machine_os, parse_platforms
 
 _USUAL_CONNECTIONS = 16
 
@@ -46,6 +47,8 @@ class Settings:
     """Number of connections to one upstream."""
     arch: str
     os: str
+    os_version: str
+    """Version of the operating system, or its beginning; empty for all."""
     platform: tuple[Platform, ...]
     """Platforms to load of an index; empty for all."""
     with_signatures: bool
@@ -130,6 +133,12 @@ def _word(machine: Callable[[], str]) -> Callable[[str], str]:
     return parse
 
 
+def _version(text: str) -> str:
+    if not re.fullmatch("[0-9A-Za-z][0-9A-Za-z._-]{0,63}|", text):
+        raise ValueError("a version such as 10.0.17763 is expected")
+    return text
+
+
 def _number(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch("[0-9]{1,12}", text) or not least <= int(text) <= most:
@@ -187,6 +196,12 @@ OPTIONS = (
     Option("arch", "", "Architecture of the images to load (default: this machine's).", _word(machine_architecture)),
     Option("os", "", "Operating system of the images to load (default: this machine's).", _word(machine_os)),
     Option(
+        "os-version",
+        "",
+        "Version of the operating system of the images to load, or its beginning, such as 10.0.17763 (default: all).",
+        _version,
+    ),
+    Option(
         "platform",
         "",
         "Platforms to load, such as linux/amd64,linux/arm/v7, or all (default: that of --os and --arch).",
@@ -236,6 +251,13 @@ def load_settings(
         values["max_connections"] = max(_USUAL_CONNECTIONS, 2 * int(str(values["concurrent"])))
     if values["platform"] is None or ("platform" not in given and given.keys() & {"arch", "os"}):
         values["platform"] = (Platform.parse(f"{values['os']}/{values['arch']}"),)
+    os_version = str(values["os_version"])
+    if os_version and values["platform"] == ALL:
+        where = "--os-version" if "os_version" in given else config.values["os_version"][1]
+        raise ConfigInvalid(f"{where}: {os_version!r}: has no effect with all platforms")
+    values["platform"] = tuple(
+        replace(platform, os_version=os_version) for platform in cast("tuple[Platform, ...]", values["platform"])
+    )
     listen = listen or config.listen
     if config.tls is not None and any(endpoint.startswith("ssl:") for endpoint in listen):
         raise ConfigInvalid(f"{config.tls_at}: it enables TLS on every endpoint: use tcp: in place of ssl:")

@@ -206,7 +206,11 @@ def _diff_ids(base: Image | None) -> list[str]:
 
 
 def _platform(platform: str) -> dict[str, str]:
-    return dict(zip(("os", "architecture", "variant"), platform.split("/"), strict=False))
+    """The keys of a platform such as `linux/arm/v7`, or `windows(10.0.17763.6893)/amd64` with `os.version`."""
+    os, _, rest = platform.partition("/")
+    os, _, version = os.rstrip(")").partition("(")
+    keys = zip(("architecture", "variant"), filter(None, rest.split("/")), strict=False)
+    return {"os": os, **({"os.version": version} if version else {}), **dict(keys)}
 
 
 def _manifest(body: Mapping[str, object], media_type: str) -> Manifest:

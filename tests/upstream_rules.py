@@ -26,6 +26,17 @@ class Reply(Rule):
 
 
 @dataclass(frozen=True)
+class Below(Rule):
+    """Serve the API below a path such as `/prefix`, as a reverse proxy does."""
+
+    prefix: str
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """The answer for the path without the prefix."""
+        return handler(replace(request, path=request.path.removeprefix(self.prefix)))
+
+
+@dataclass(frozen=True)
 class Redirect(Rule):
     """Redirect to the same path at `to`, such as `http://127.0.0.1:5000`."""
 

@@ -52,8 +52,14 @@ class Contents:
     """Images of an index that come as metadata, without their layers."""
 
     def needed(self, manifest: Manifest) -> Sequence[Descriptor]:
-        """Return the blobs that are needed for a manifest; of an image that comes as metadata, only its config."""
-        return manifest.blobs[:1] if manifest.digest in self.metadata else manifest.blobs
+        """Return the blobs that are needed for a manifest; of an image that comes as metadata, only its config.
+
+        A foreign layer is needed only if it is in the archive.
+        """
+        if manifest.digest in self.metadata:
+            return manifest.blobs[:1]
+        foreign = manifest.foreign_layers
+        return [blob for blob in manifest.blobs if blob.digest not in foreign or blob.digest in self.blobs]
 
     def tree(self, root: Digest) -> tuple[Manifest, ...]:
         """Return the manifest `root` and its descendants in the archive; children come before their index."""

@@ -22,6 +22,7 @@ from ociregistry.archives.members import PIECE, ArchiveInvalid, ExportFailed
 from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
+from ociregistry.pullthrough.loader import without_foreign_layers
 from ociregistry.store.files import Files
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
@@ -51,6 +52,8 @@ class Exported:
     had_bytes: int = 0
     """The bytes of those blobs."""
     left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+    """One line for each image that was exported without foreign layers."""
 
 
 def export_images(
@@ -67,8 +70,9 @@ def export_images(
 
     Of an index, the children in the store are exported with it. Blobs that a manifest in the earlier export `since`
     refers to are left out; manifests are always written, so that this export can be the `since` of the next. An
-    incomplete image is left out, with the indexes that name it; if no image remains, no file is written. With
-    `zstd`, the file is compressed. `advance` is called with the number of bytes of blobs as they are written. Blocks.
+    incomplete image is left out, with the indexes that name it, but not for want of foreign layers; if no image
+    remains, no file is written. With `zstd`, the file is compressed. `advance` is called with the number of bytes of
+    blobs as they are written. Blocks.
 
     Raises:
         ArchiveInvalid: `since` is not a valid archive.
@@ -89,6 +93,7 @@ def export_images(
         had=len(selected.had),
         had_bytes=sum(selected.had.values()),
         left_out=tuple(left_out),
+        notes=tuple(selected.notes),
     )
 
 
@@ -118,6 +123,7 @@ class _Selected:
     """The blobs that the earlier export refers to: digest -> size in bytes."""
     metadata: dict[str, list[Digest]] = field(default_factory=dict)
     """Image URL of an index -> its images that are exported as metadata, without their layers."""
+    notes: list[str] = field(default_factory=list)
 
 
 def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> tuple[_Selected, list[LeftOut]]:
@@ -135,7 +141,14 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
             blob for one in metadata for blob in one.blobs[:1]
         ]
         named = {blob.digest: blob.size for blob in described}
-        blobs = {digest: size for digest, size in named.items() if digest not in had}
+        foreign: dict[Digest, int] = {}
+        for one in images:
+            foreign |= {
+                digest: size
+                for digest, size in one.foreign_layers.items()
+                if digest not in had and snapshot.blob_size(digest) != size
+            }
+        blobs = {digest: size for digest, size in named.items() if digest not in had and digest not in foreign}
         missing = [size for digest, size in blobs.items() if snapshot.blob_size(digest) != size]
         if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
@@ -144,6 +157,8 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
             left_out.append(LeftOut(row.url, why, sum(missing)))
         else:
             selected.rows.append(row)
+            if foreign:
+                selected.notes.append(f"{row.url}: {without_foreign_layers(foreign)}")
             selected.metadata[row.url] = [one.digest for one in metadata]
             selected.manifests.update(manifests)
             selected.blobs.update(blobs)

@@ -16,7 +16,7 @@ from ociregistry.archives.opening import read_contents
 from ociregistry.manifests import LARGEST_CONFIG, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.platforms import ALL, Platform
-from ociregistry.pullthrough.loader import LoadStatus, Outcome, Progress
+from ociregistry.pullthrough.loader import LoadStatus, Outcome, Progress, without_foreign_layers
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
@@ -249,6 +249,9 @@ class Importer:
             if not await self._keep_whole(manifest, name, dates.get(name, load.named.dates), blobs):
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
                 return Outcome(load.name, LoadStatus.FAILED, why)
+        foreign = {digest: size for one in load.manifests for digest, size in one.foreign_layers.items()}
+        if missing := await self._store.lacking_foreign(foreign):
+            notes += (without_foreign_layers(missing),)
         meant = await self._store.manifest(image)
         if meant is not None and meant.digest != root.digest:
             notes += (f"the name still means {meant.digest}, which was confirmed later",)

@@ -70,7 +70,8 @@ def _upstream(entry: RegistrySettings, settings: Settings) -> Iterator[str]:
         behind = settings.entry(mirror.host)
         through = _proxy(behind, settings, (mirror.scheme,))
         tls = _tls(behind.tls) if mirror.scheme == "https" else ""
-        yield f"  first {mirror}{tls}, {_login(behind)}{f', {through}' if through else ''}"
+        where = f"{mirror.scheme}://{mirror.host}{mirror.api}"
+        yield f"  first {where}{tls}, {_login(behind)}{f', {through}' if through else ''}"
     scheme = entry.scheme or "https"
     tls = _tls(entry.tls) if scheme == "https" else ""
     fallback = _fallback(entry, settings)

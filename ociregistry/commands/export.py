@@ -77,6 +77,8 @@ class Export(Command):
             raise CommandFailed(str(error)) from None
         for left_out in exported.left_out:
             complain(str(left_out))
+        for note in exported.notes:
+            complain(f"warning: {note}")
         print_lines([_told(exported, self.target)])
         return 1 if exported.left_out else 0
 

@@ -108,8 +108,9 @@ class Line:
 
     @property
     def size(self) -> int:
-        """Size in bytes of the blobs, each counted once."""
-        return sum({digest: size for image in self._images for digest, size in image.blob_sizes.items()}.values())
+        """Size in bytes of the blobs, each counted once, without foreign layers that are missing."""
+        sizes = {digest: size for image in self._images for digest, size in image.blob_sizes.items()}
+        return sum(sizes.values()) - self.missing_foreign
 
     @property
     def kind(self) -> str:
@@ -134,12 +135,20 @@ class Line:
             return "metadata"
         if not self._images:
             return "no-image"
-        return f"{self.missing}-missing" if self.missing else "complete"
+        if self.missing:
+            return f"{self.missing}-missing"
+        return "without-foreign-layers" if self.missing_foreign else "complete"
 
     @property
     def missing(self) -> int:
-        """Bytes that the images lack."""
+        """Bytes that the images lack, without those of foreign layers."""
         missing = (self._snapshot.missing(image.digest).items() for image in self._images)
+        return sum({digest: size for found in missing for digest, size in found}.values())
+
+    @cached_property
+    def missing_foreign(self) -> int:
+        """Bytes of foreign layers that the images lack."""
+        missing = (self._snapshot.missing_foreign(image.digest).items() for image in self._images)
         return sum({digest: size for found in missing for digest, size in found}.values())
 
     @property
@@ -149,7 +158,7 @@ class Line:
         for image in self._descendants if self.is_metadata else self._images:
             for index in self._snapshot.index.parents(image.digest):
                 children = self._snapshot.records[index].manifest.children
-                found |= {one.platform for one in children if one.digest == image.digest and one.platform}
+                found |= {one.full_platform for one in children if one.digest == image.digest and one.platform}
         return sorted(found)
 
     @property
@@ -167,6 +176,7 @@ class Line:
             "platforms": self.platforms,
             "images": len(self._images),
             "missing": self.missing,
+            "missingForeign": self.missing_foreign,
         }
 
 

@@ -54,7 +54,7 @@ Login = Password | IdentityToken | Helper
 
 @dataclass(frozen=True, slots=True)
 class Mirror:
-    """A registry that is asked before the upstream, which is named to it by `ns`.
+    """A registry that is asked before the upstream.
 
     Its login and TLS settings are in its own entry of `registries`.
     """
@@ -62,6 +62,19 @@ class Mirror:
     scheme: str
     host: Upstream
     path: str = ""
+
+    @property
+    def api(self) -> str:
+        """The path of its API: a `path` in which one part is `v2` as it is, another below `/v2`.
+
+        What follows `v2` is the beginning of the repository names, such as a project of Harbor.
+        """
+        return self.path if "v2" in self.path.split("/") else f"/v2{self.path}"
+
+    @property
+    def takes_ns(self) -> bool:
+        """Whether it is told by the parameter `ns` which upstream is meant; else its path says that."""
+        return self.api.endswith("/v2")
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}{self.path}"

@@ -91,6 +91,10 @@ class Completion(Service):
         """Wanted images, and the number of bytes that each lacks."""
         self._refused: dict[Digest, float] = {}
         """Images left incomplete because their upstream does not have all blobs, with the time (clock seconds)."""
+        self._foreign_refused: TTLCache[Digest, None, float] = TTLCache(
+            _MOST_COMPLETE, ttl=_REFUSED_FOR, timer=clock.seconds
+        )
+        """Images whose upstream did not have all foreign layers."""
         self._changed: set[Digest] = set()
         """Records that are still to be checked."""
         self._checking = False
@@ -253,11 +257,12 @@ class Completion(Service):
         try:
             await self._want(digest)
             missing = await self._missing_now(digest, hit=hit)
+            lacks = bool(missing) or await self._lacks_foreign_layers(digest)
         finally:
             self._being_checked.discard(digest)
         if missing:
             self._missing[digest] = sum(missing.values())
-        if missing and self._completes(digest):
+        if lacks and self._completes(digest):
             await self._request(digest, repository)
         elif digest in self._store.undecided:
             await self.drop(digest)
@@ -270,6 +275,13 @@ class Completion(Service):
         if not missing:
             self._complete[digest] = None
         return missing or {}
+
+    async def _lacks_foreign_layers(self, digest: Digest) -> bool:
+        """Tell whether an image lacks foreign layers that its upstream has not refused recently."""
+        entry = self._store.entry(digest)
+        if entry is None or not entry.foreign_layers or digest in self._foreign_refused:
+            return False
+        return bool(await self._store.lacking_foreign(entry.foreign_layers))
 
     async def _request(self, digest: Digest, repository: Repository) -> None:
         try:
@@ -361,6 +373,7 @@ class Completion(Service):
                     self.log.warn("{image} stays incomplete: {why}", image=image, why=error.message)
                     refused[blob] = missing[blob]
                 del missing[blob]
+            await self._fetch_foreign_layers(repository, digest)
         except RegistryError as error:
             self.log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
             self._missing[digest] = sum((missing | refused).values())
@@ -372,6 +385,27 @@ class Completion(Service):
             self._missing.pop(digest, None)
         await self.drop(digest)
         self.log.info("completion finished: {image}", image=image)
+
+    async def _fetch_foreign_layers(self, repository: Repository, image: Digest) -> None:
+        """Fetch the foreign layers of an image, as far as its upstream has them.
+
+        Raises:
+            RegistryError: the upstream cannot be asked.
+        """
+        entry = self._store.entry(image)
+        try:
+            missing = await self._store.lacking_foreign(entry.foreign_layers) if entry is not None else {}
+        except OSError as error:
+            self.log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
+            return
+        for blob in sorted(missing, key=missing.__getitem__):
+            try:
+                await self._fetch_from_any(repository, image, blob)
+            except (BlobUnknown, Denied) as error:
+                self.log.info(
+                    "{image} stays without foreign layers: {why}", image=f"{repository}@{image}", why=error.message
+                )
+                self._foreign_refused[image] = None
 
     async def _fetch_from_any(self, repository: Repository, image: Digest, blob: Digest) -> None:
         """Fetch a blob from `repository`, else from another repository of the upstream that has the image.

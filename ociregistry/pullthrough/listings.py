@@ -12,11 +12,11 @@ from twisted.logger import Logger
 from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.errors import AirGapped, Unavailable
 from ociregistry.manifests import Manifest, canonical_media_type
-from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.names import Digest, ImageReference, Repository, referrers_tag
 from ociregistry.pullthrough.cache import within_deadline
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
-from ociregistry.upstream.registry import TagPage
+from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,17 @@ class Listings:
         self._clock = clock
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+        self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
     ) -> FoundTags:
-        """Return at most `count` tags (None: no limit) of `repository` after the tag `last`.
+        """Return the page of the tags of `repository` that `page` asks for.
 
         Raises:
             RegistryError: the upstream refused, or cannot be asked and the store knows no tags.
         """
         registry = self._registries.get(repository.upstream)
-        if count == 0:
-            return FoundTags(TagPage((), more=False), hit=False)
-        asked = Deferred.fromCoroutine(registry.tags(repository, count, last, context))
+        if page.count == 0:
+            return FoundTags(TagPage(()), hit=False)
+        asked = Deferred.fromCoroutine(registry.tags(repository, page, context))
         try:
             return FoundTags(await within_deadline(asked, self._clock, repository), hit=False)
         except (Unavailable, AirGapped) as error:
@@ -67,23 +67,23 @@ class Listings:
             if not known:
                 raise
             self.log.warn("listing the tags in the cache: {why}", why=error)
-            following = [tag for tag in known if tag > last]
-            page = following[:count]
-            return FoundTags(TagPage(tuple(page), more=len(page) < len(following)), hit=True)
+            rest = [tag for tag in known if tag > page.last]
+            tags = tuple(rest[: page.count])
+            following = PageRequest(page.count, tags[-1]) if len(tags) < len(rest) else None
+            return FoundTags(TagPage(tags, following), hit=True)
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str, context: Context = FROM_CLIENT
     ) -> FoundReferrers:
         """Return the index of the referrers of the manifest `digest`; if given, only those of `artifact_type`.
 
-        The answer of the upstream is stored under the tag that the specification reserves for registries without
-        this API (OCI Distribution specification, "Referrers Tag Schema").
+        The answer of the upstream is stored under the tag for registries without this API.
 
         Raises:
             RegistryError: the upstream refused, or cannot be asked and the store has no index.
         """
         registry = self._registries.get(repository.upstream)
-        tagged = ImageReference(repository, Tag(f"{digest.algorithm}-{digest.hex[:64]}"))
+        tagged = ImageReference(repository, referrers_tag(digest))
         asked = Deferred.fromCoroutine(registry.referrers(repository, digest, context))
         try:
             manifest = await within_deadline(asked, self._clock, repository)

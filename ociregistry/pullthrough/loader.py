@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,7 +23,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ociregistry.errors import AirGapped, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.errors import AirGapped, BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
@@ -163,6 +163,16 @@ _DEEPEST = 4
 """Levels of indexes within indexes that are followed."""
 _SIGNATURES = ("sig", "att", "sbom")
 """Suffixes of the tags under which cosign keeps signatures, attestations and SBOMs of an image."""
+
+
+def without_foreign_layers(missing: Mapping[Digest, int]) -> str:
+    """Return a remark that an image has these foreign layers not; `missing` has their sizes in bytes."""
+    return (
+        f"without foreign layers: {len(missing)} blobs, {sum(missing.values())} bytes, which clients fetch from the "
+        "URLs in the manifest"
+    )
+
+
 _TAG_UNKNOWN = "known by its digest alone: a client that asks for its tag needs the upstream"
 
 
@@ -301,7 +311,7 @@ class Loader:
                 state.notes.append(f"cannot check for other signatures: {error.message}")
         children, found = chosen(manifest.children, self._wanted)
         state.found |= found
-        state.offered |= {child.platform for child in manifest.children if child.platform}
+        state.offered |= {child.full_platform for child in manifest.children if child.platform}
         state.unspecified |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
         failed: list[RegistryError] = []
         for child in children:
@@ -329,9 +339,25 @@ class Loader:
         for succeeded, result in await DeferredList(fetching[::-1], consumeErrors=True):
             if not succeeded:
                 cast(Failure, result).raiseException()
+        await self._load_foreign_layers(repository, manifest, state)
         if not manifest.is_list:
             # Only now: a daemon on the same store would fetch the blobs of a wanted image at the same time.
             await self._store.want(manifest.digest)
+
+    async def _load_foreign_layers(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
+        """Fetch the layers that clients may fetch from other URLs, as far as the registry has them."""
+        refused = dict[Digest, int]()
+        for digest, size in (await self._store.lacking_foreign(manifest.foreign_layers)).items():
+            try:
+                await self._load_blob(repository, digest, size, state)
+            except (BlobUnknown, Denied, AirGapped):
+                refused[digest] = size
+            except Unavailable:
+                if state.manifests or state.blobs:
+                    raise
+                refused[digest] = size
+        if refused:
+            state.notes.append(without_foreign_layers(refused))
 
     async def _load_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
         await self._blobs.acquire()

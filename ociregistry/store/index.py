@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from ociregistry.manifests import Descriptor
@@ -34,6 +34,8 @@ class Entry:
     config: Descriptor | None = None
     children: tuple[Descriptor, ...] = ()
     """The manifests that an index names."""
+    foreign_layers: Mapping[Digest, int] = field(default_factory=dict)
+    """The layers that an image may lack, and their sizes in bytes."""
     wanted: bool | None = None
     """Whether the layers of the image belong in the store.
 
@@ -50,6 +52,7 @@ class Entry:
             blobs=manifest.blob_sizes,
             config=manifest.config,
             children=manifest.children,
+            foreign_layers=manifest.foreign_layers,
             wanted=wanted if record.wanted is None else record.wanted,
         )
 
@@ -57,6 +60,12 @@ class Entry:
     def layers(self) -> Set[Digest]:
         """The layers of an image, without a layer that is the same blob as the config."""
         return self.blobs.keys() - {self.config.digest} if self.config is not None else frozenset()
+
+    @property
+    def required(self) -> Mapping[Digest, int]:
+        """The blobs without which an image is incomplete, and their sizes in bytes."""
+        foreign = self.foreign_layers
+        return {blob: size for blob, size in self.blobs.items() if blob not in foreign} if foreign else self.blobs
 
     @property
     def is_referrers(self) -> bool:

@@ -241,7 +241,7 @@ class RecordFiles:
         """
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with store_locked(self._root):
-            if whole and missing_blobs(blobs_folder(self._root), manifest.blob_sizes):
+            if whole and missing_blobs(blobs_folder(self._root), manifest.required):
                 return None
             existing = self._existing(path)
             if known and existing is None:
@@ -322,13 +322,13 @@ class RecordFiles:
 def is_wanted(record: Record, blobs: Path) -> bool:
     """Tell whether the layers of an image belong in the store, whose blobs are in the folder `blobs`. Blocks.
 
-    If the record does not say, the image is wanted when it is known by a tag, has no layers, or has a layer in the
-    store. If the record says that it is not wanted, it counts as wanted once all its layers are in the store: other
-    caches have pulled it through this one.
+    Foreign layers do not count. If the record does not say, the image is wanted when it is known by a tag, has no
+    layers, or has a layer in the store. If the record says that it is not wanted, it counts as wanted once all its
+    layers are in the store: other caches have pulled it through this one.
     """
     if record.wanted:
         return True
-    layers = record.manifest.layers
+    layers = record.manifest.layers & record.manifest.required.keys()
     here = (size_of_blob(f"{blobs}/{layer.hex}") is not None for layer in layers)
     if record.wanted is None:
         return record.has_tag or not layers or any(here)

@@ -188,8 +188,12 @@ class Snapshot:
         return max([row.dates.created, *(dates.created for record in indexes for dates in record.images.values())])
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
-        """Return the blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""
-        return missing_blobs(self._blobs, self.records[digest].manifest.blob_sizes)
+        """Return the required blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""
+        return missing_blobs(self._blobs, self.records[digest].manifest.required)
+
+    def missing_foreign(self, digest: Digest) -> Mapping[Digest, int]:
+        """Return the foreign layers that the image `digest` lacks, with their sizes in bytes. Blocks."""
+        return missing_blobs(self._blobs, self.records[digest].manifest.foreign_layers)
 
     def blob_size(self, digest: Digest) -> int | None:
         """Return the size of a blob in bytes, or None if it is missing. Blocks."""

@@ -313,8 +313,12 @@ class Store(Service):
         return StoredBlob(digest, file, size, self._threads)
 
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
-        """Return the missing blobs of `manifest`, which needs no record, with their sizes in bytes."""
-        return await self._threads.read(missing_blobs, self._blobs, manifest.blob_sizes)
+        """Return the missing required blobs of `manifest`, which needs no record, with their sizes in bytes."""
+        return await self._threads.read(missing_blobs, self._blobs, manifest.required)
+
+    async def lacking_foreign(self, foreign_layers: Mapping[Digest, int]) -> Mapping[Digest, int]:
+        """Return those of the foreign layers of an image that are missing, with their sizes in bytes."""
+        return await self._threads.read(missing_blobs, self._blobs, foreign_layers) if foreign_layers else {}
 
     async def holds(self, digest: Digest, size: int) -> bool:
         """Tell whether a blob is in the store with this size in bytes."""
@@ -347,20 +351,24 @@ class Store(Service):
         await self._threads.write_in_turn(lambda: self._pending_files().remove(manifest))
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
-        """Return the missing blobs of the image `manifest` with their sizes in bytes, or None if it has no record."""
+        """Return the missing required blobs of the image `manifest` with their sizes in bytes.
+
+        Returns:
+            None if it has no record.
+        """
         entry = self._index.get(manifest)
         if entry is None:
             return None
-        return await self._threads.read(missing_blobs, self._blobs, entry.blobs)
+        return await self._threads.read(missing_blobs, self._blobs, entry.required)
 
     async def lacking_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
-        """Return the wanted images among `digests` that lack blobs, each with these blobs and their sizes in bytes.
+        """Return the wanted images among `digests` that lack required blobs, each with the sizes of these in bytes.
 
         Raises:
             OSError: the folder of blobs cannot be read.
         """
         entries = ((digest, self._index.get(digest)) for digest in digests)
-        images = {digest: entry.blobs for digest, entry in entries if entry is not None and entry.wanted}
+        images = {digest: entry.required for digest, entry in entries if entry is not None and entry.wanted}
         return await self._threads.read(_lacking_images, self._blobs, images)
 
     async def lacking_metadata(self, digests: Collection[Digest]) -> list[Digest]:

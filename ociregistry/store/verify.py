@@ -251,11 +251,12 @@ def _sizes(folder: Path) -> dict[Path, int]:
 def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:
     """Tell whether an image is wanted, and which of its blobs are missing from the folder `blobs`. Blocks.
 
-    For an image that is not wanted only its config counts, which belongs to the metadata of an index.
+    Foreign layers do not count. For an image that is not wanted only its config counts, which belongs to the metadata
+    of an index.
     """
     manifest = record.manifest
     if is_wanted(record, blobs):
-        return True, missing_blobs(blobs, manifest.blob_sizes)
+        return True, missing_blobs(blobs, manifest.required)
     config = manifest.config
     if config is None or config.size > LARGEST_CONFIG:
         return False, {}

@@ -44,7 +44,7 @@ _METHOD_REFUSED = frozenset({405, 501})
 _CONTENT_EXISTS = frozenset({200, 206, 416})
 """The statuses of GET for content that is there; 416 is for the first byte of an empty blob."""
 _FIRST_BYTE = {"Range": "bytes=0-0"}
-_ENDPOINT = re.compile(r"(?P<name>[a-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
+_ENDPOINT = re.compile(r"(?P<name>[A-Za-z0-9._/-]+)/(?:manifests|blobs|tags|referrers)/[^/]+")
 """What follows `/v2/` in a URL of a registry's API; `name` is the repository's."""
 _FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
@@ -55,13 +55,13 @@ Headers = Mapping[str, str]
 class BaseUrl:
     """The location of a registry's API.
 
-    With None as `scheme`, https is tried first. `ns` is the query parameter that tells a mirror which registry is
-    meant; it is empty for the registry itself.
+    With None as `scheme`, https is tried first. `path` is what precedes the names of repositories. `ns` is the query
+    parameter that tells a mirror which registry is meant; it is empty where the parameter is not sent.
     """
 
     scheme: str | None
     netloc: str
-    path: str = ""
+    path: str = "/v2"
     ns: str = ""
 
     def origin(self, scheme: str) -> Origin:
@@ -70,7 +70,7 @@ class BaseUrl:
 
     def url(self, scheme: str, repository: Repository, path: str) -> str:
         """Return the URL of `path` below a repository, such as `manifests/latest`."""
-        url = f"{scheme}://{self.netloc}{self.path}/v2/{repository.path}/{path}"
+        url = f"{scheme}://{self.netloc}{self.path}/{repository.path}/{path}"
         return url + (("&" if "?" in path else "?") + f"ns={self.ns}" if self.ns else "")
 
 

@@ -128,7 +128,9 @@ class Network(Service):
                 str(mirror),
                 self._client(
                     self._settings.entry(mirror.host),
-                    BaseUrl(mirror.scheme, api_host(mirror.host), mirror.path, upstream.name),
+                    BaseUrl(
+                        mirror.scheme, api_host(mirror.host), mirror.api, upstream.name if mirror.takes_ns else ""
+                    ),
                 ),
                 self._reactor,
             )

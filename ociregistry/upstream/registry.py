@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import urlencode, urlsplit
 
 from twisted.internet.defer import DeferredSemaphore
 
@@ -33,11 +32,13 @@ from ociregistry.manifests import (
     Manifest,
     ManifestInvalid,
 )
-from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream, referrers_tag
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.upstream.mirrors import Source, Sources
+from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage, next_page_query
+from ociregistry.upstream.referrers import NO_API, is_index, joined, no_referrers, parse_index, says_absent
 
 T = TypeVar("T")
 
@@ -100,7 +101,6 @@ _LARGEST_LISTING = 8 * 1024 * 1024
 """Bytes of a page of tags."""
 _CONTENT_RANGE = re.compile(r"bytes (?P<first>[0-9]{1,19})-[0-9]{1,19}/(?P<size>[0-9]{1,19}|[*])")
 _NO_RANGE = re.compile(r"bytes [*]/(?P<size>[0-9]{1,19})")
-_NEXT_PAGE = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +118,6 @@ class BlobStream:
 
 class BlobMismatch(Unavailable):
     """The upstream's blob does not have the expected bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class TagPage:
-    """A page of tags; `more` is True where the upstream has further tags after the last one."""
-
-    tags: tuple[Tag, ...]
-    more: bool
 
 
 class Registry:
@@ -261,32 +253,32 @@ class Registry:
         return _length(response.header("content-length")) if response.method == "HEAD" else response.length
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+        self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
     ) -> TagPage:
-        """Return a page of the tags after the tag `last`, asking for at most `count` of them.
-
-        None as `count` leaves the number to the upstream; an empty `last` begins with the first tag.
+        """Return the page of tags that `page` asks for.
 
         Raises:
             NameUnknown: the upstream does not have the repository, or does not show it.
         """
-        query = {"n": str(count)} if count is not None else {}
-        query |= {"last": last} if last else {}
-        path = "tags/list" + (f"?{urlencode(query)}" if query else "")
+        path = "tags/list" + (f"?{page.query}" if page.query else "")
 
         def unknown(why: str) -> RegistryError:
             return NameUnknown(f"{repository}: {why} for its tags")
 
         def parse(response: Response, data: bytes) -> TagPage:
-            return TagPage(_tags(repository, data), _next_page(response) is not None)
+            tags = _tags(repository, data)
+            return TagPage(tags, page.following(tags, _next_page(response, str(repository))))
 
         return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
 
+        From an upstream without the referrers API, it is the index with the tag for referrers; an empty index if
+        there is none (OCI Distribution specification, "Unavailable Referrers API").
+
         Raises:
-            ManifestUnknown: the upstream has no referrers API, or does not show it.
+            ManifestUnknown: the upstream does not show the referrers.
         """
         what = f"{repository}@{digest}"
         pages: list[Manifest] = []
@@ -297,16 +289,39 @@ class Registry:
 
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
-                response, _ = await self._ask("GET", repository, path, {"Accept": OCI_INDEX}, unknown, context)
-                pages.append(_manifest(response, await response.collect(LARGEST_MANIFEST), what))
-                following = _next_page(response)
-                if following is None:
-                    return pages[0] if len(pages) == 1 else _joined(pages, what)
-                try:
-                    path = f"referrers/{digest}?{urlsplit(following).query}"
-                except ValueError:
-                    raise Unavailable(f"{what}: the link to the upstream's next page is not a URL") from None
+                accepted = _OK if pages else _OK | NO_API
+                response, _ = await self._ask(
+                    "GET", repository, path, {"Accept": OCI_INDEX}, unknown, context, accepted
+                )
+                data = await response.collect(LARGEST_MANIFEST)
+                if not pages and not is_index(response, data):
+                    tagged = await self._tagged_referrers(repository, digest, unknown, context)
+                    return tagged or no_referrers(response, data, unknown)
+                pages.append(parse_index(data, what))
+                following = _next_page(response, what)
+                if not following:
+                    return pages[0] if len(pages) == 1 else joined(pages, what)
+                path = f"referrers/{digest}?{following}"
         raise Unavailable(f"{what}: the upstream's referrers take more than {_MOST_PAGES} pages")
+
+    async def _tagged_referrers(
+        self, repository: Repository, digest: Digest, unknown: Callable[[str], RegistryError], context: Context
+    ) -> Manifest | None:
+        """Return the index with the tag for the referrers of `digest`; None if the upstream says that there is none.
+
+        Raises:
+            The error that `unknown` makes of the reason: the upstream does not show it, or does not say that.
+        """
+        tag = referrers_tag(digest)
+        headers = {"Accept": OCI_INDEX}
+        accepted = _OK | {404}
+        response, _ = await self._ask("GET", repository, f"manifests/{tag}", headers, unknown, context, accepted)
+        data = await response.collect(LARGEST_MANIFEST)
+        if response.status == 200:
+            return parse_index(data, f"{repository}:{tag}")
+        if says_absent(data):
+            return None
+        raise unknown(f"it has no referrers API, and does not say whether it has the tag {tag}")
 
     async def _collect(
         self,
@@ -396,18 +411,11 @@ def _manifest(response: Response, data: bytes, what: str, digest: Digest | None 
         raise Unavailable(f"{what}: the upstream sent no valid manifest: {error}") from None
 
 
-def _next_page(response: Response) -> str | None:
-    links = map(_NEXT_PAGE.search, response.headers("link"))
-    return next((link[1] for link in links if link), None)
-
-
-def _joined(pages: list[Manifest], what: str) -> Manifest:
-    documents = [json.loads(page.data) for page in pages]
-    entries = [entry for document in documents for entry in document["manifests"] or ()]
+def _next_page(response: Response, what: str) -> str:
     try:
-        return Manifest.parse(json.dumps({**documents[0], "manifests": entries}).encode(), OCI_INDEX)
-    except ManifestInvalid as error:
-        raise Unavailable(f"{what}: the upstream's pages do not form a valid index: {error}") from None
+        return next_page_query(response.headers("link"))
+    except ValueError as error:
+        raise Unavailable(f"{what}: the upstream's link to the next page cannot be followed: {error}") from None
 
 
 def _stream(response: Response, start: int, source: Source) -> BlobStream | None:

@@ -148,15 +148,13 @@ class V2:
         return Answer(200, found.content, headers, ranged=True, hit=found.hit)
 
     async def _tags(self, request: TagsRequest, scope: dict[str, str], context: Context) -> Answer:
-        found = await self._listings.tags(request.repository, request.count, request.last, context)
+        found = await self._listings.tags(request.repository, request.page, context)
         # The name as the client spelled it: with `ns` the path alone.
         name = request.repository.path if scope else str(request.repository)
         headers = dict(scope)
-        if found.page.more and found.page.tags:
-            query: dict[str, str] = {"last": found.page.tags[-1]}
-            query |= {"n": str(request.count)} if request.count is not None else {}
-            query |= {"ns": scope["OCI-Namespace"]} if scope else {}
-            headers["Link"] = f'</v2/{name}/tags/list?{urlencode(query)}>; rel="next"'
+        if found.page.following is not None:
+            ns = f"&{urlencode({'ns': scope['OCI-Namespace']})}" if scope else ""
+            headers["Link"] = f'</v2/{name}/tags/list?{found.page.following.client_query}{ns}>; rel="next"'
         return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
 
     async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], context: Context) -> Answer:

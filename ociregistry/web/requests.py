@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 from ociregistry.errors import MethodUnsupported, NameInvalid, NotFound, PageInvalid, RangeUnsatisfiable, Unsupported
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
+from ociregistry.upstream.paging import PageRequest, parse_page_query
 
 _SINGLE = re.compile(r"bytes\s*=\s*(?P<first>[0-9]{0,19})-(?P<last>[0-9]{0,19})\s*", re.IGNORECASE)
 
@@ -82,11 +83,10 @@ class BlobRequest:
 
 @dataclass(frozen=True, slots=True)
 class TagsRequest:
-    """Asks for at most `count` tags (None for all) after the tag `last`."""
+    """Asks for a page of the tags of a repository."""
 
     repository: Repository
-    count: int | None
-    last: str
+    page: PageRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
         return BlobRequest(repository, Digest.parse(match["blob"]))
     if match["subject"]:
         return ReferrersRequest(repository, Digest.parse(match["subject"]), _one(query, b"artifactType"))
-    return TagsRequest(repository, _count(_one(query, b"n")), _one(query, b"last")[:128])
+    return TagsRequest(repository, _page(query))
 
 
 def namespace(query: Query) -> str:
@@ -153,6 +153,14 @@ def _upstream(query: Query) -> Upstream | None:
 def _one(query: Query, key: bytes) -> str:
     values = query.get(key, ())
     return values[0].decode("utf-8", "replace") if values else ""
+
+
+def _page(query: Query) -> PageRequest:
+    try:
+        named = parse_page_query(_one(query, b"next"))
+    except ValueError as error:
+        raise PageInvalid(f"next: {error}") from None
+    return PageRequest(_count(_one(query, b"n")), _one(query, b"last")[:128], named)
 
 
 def _count(text: str) -> int | None:

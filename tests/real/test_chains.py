@@ -129,7 +129,7 @@ def test_mirrors_are_asked_in_order_before_the_registry(
     with ScriptedRegistry() as down, ScriptedRegistry() as empty, ScriptedRegistry() as broken:
         down.close()
         broken.script("*", Reply(500))
-        mirrors = [f"{down.url}", f"{empty.url}/prefix/", f"{broken.url}"]
+        mirrors = [f"{down.url}", f"{empty.url}/prefix/v2/", f"{broken.url}"]
         daemon = start_daemon({upstream.host: {"scheme": "http", "mirrors": mirrors}})
         pull_all(daemon, upstream.host, image)
         ns = f"ns={upstream.host}"

@@ -139,8 +139,8 @@ def test_hit_completes_an_incomplete_image(cache: Cache, repository: str, image:
     assert cache.sent(f"{repository}/manifests/1") == 1
 
 
-def test_layers_with_urls_are_not_fetched(cache: Cache, repository: str) -> None:
-    """Clients fetch them from there."""
+def test_layers_with_urls_are_fetched_from_the_registry(cache: Cache, repository: str) -> None:
+    """Clients fetch them from these URLs, or from here if they cannot."""
     plain = plain_image(repository, 3000)
     data = b"a layer that must not be distributed"
     foreign = Blob(digest_of(data), data, OCI_LAYER)
@@ -153,8 +153,8 @@ def test_layers_with_urls_are_not_fetched(cache: Cache, repository: str) -> None
     image = Image(manifest_of(body), (*plain.blobs, foreign), "")
     cache.upstream.add(repository, image, "1")
     assert cache.ask(f"{repository}/manifests/1").body == image.manifest.data
-    wait_complete(cache.daemon, plain.blobs)
-    assert cache.sent(f"{repository}/blobs/{foreign.digest}") == 0
+    wait_complete(cache.daemon, image.blobs)
+    assert cache.sent(f"{repository}/blobs/{foreign.digest}") == 1
 
 
 def test_no_complete_images_fetches_nothing_in_the_background(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.client import Response, fetch
-from tests.images import OCI_INDEX, Image, make_artifact, make_index
+from tests.images import OCI_INDEX, Image, make_artifact
 from tests.real.caches import Cache, assert_error, plain_image
 from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Cut, Reply
@@ -184,13 +184,3 @@ def test_empty_referrers_are_not_answered_from_the_cache(
             cache.refused(path, 503, "UNAVAILABLE")
             cache.refused(path, 503, "UNAVAILABLE", query=f"artifactType={OTHER}")
         assert_referrers(cache, path, {})
-
-
-def test_upstream_without_the_referrers_api(cache: Cache, repository: str, image: Image) -> None:
-    """Clients then use the fallback tag of the specification."""
-    index = make_index(repository)
-    tag = image.manifest.digest.replace(":", "-")
-    cache.upstream.add(repository, index, tag)
-    with cache.scripted(f"/v2/{repository}/referrers/*", Reply(404, b"404 page not found")):
-        cache.refused(f"{repository}/referrers/{image.manifest.digest}", 404, "MANIFEST_UNKNOWN")
-    assert cache.ask(f"{repository}/manifests/{tag}").body == index.manifest.data

@@ -139,8 +139,8 @@ registries:
         "  anonymous",
         "  through the proxy https://other:443",
         "e.example",
-        f"  first https://d.example, {SYSTEM}, anonymous, through the proxy https://other:443",
-        "  first http://c.example, anonymous, without a proxy",
+        f"  first https://d.example/v2, {SYSTEM}, anonymous, through the proxy https://other:443",
+        "  first http://c.example/v2, anonymous, without a proxy",
         f"  then https://e.example, {SYSTEM}",
         "  as the user u, by password",
         "  without a proxy",
@@ -188,9 +188,9 @@ def test_mirrors_are_listed_first_with_their_own_settings(path: Path, authority:
     ours = "our certificate CN=client until 2119-12-08"
     assert upstreams(path, text) == [
         "reg.example",
-        f"  first https://one:5000/cache, {ca}, {ours}, by an identity token",
-        "  first https://two, certificate NOT VERIFIED, anonymous",
-        f"  first https://three, {SYSTEM}, anonymous",
+        f"  first https://one:5000/v2/cache, {ca}, {ours}, by an identity token",
+        "  first https://two/v2, certificate NOT VERIFIED, anonymous",
+        f"  first https://three/v2, {SYSTEM}, anonymous",
         f"  then https://reg.example, {SYSTEM}",
         "  as the user u, by password",
         "one:5000",
@@ -213,7 +213,7 @@ def test_docker_hub_is_shown_at_its_api_host(path: Path) -> None:
         path, "- name: index.docker.io\n  scheme: https\n- name: a.b\n  mirrors: [https://docker.io]\n"
     )
     assert expected[:2] == ["docker.io", f"  https://registry-1.docker.io, {SYSTEM}"]
-    assert expected[4] == f"  first https://docker.io, {SYSTEM}, anonymous"
+    assert expected[4] == f"  first https://docker.io/v2, {SYSTEM}, anonymous"
 
 
 def test_disallowed_upstream_is_marked(path: Path) -> None:

@@ -135,6 +135,7 @@ def test_json_has_all_columns(store_dir: StoreDir, listed: Listed) -> None:
         "platforms": [],
         "images": 1,
         "missing": 7,
+        "missingForeign": 0,
     }
     assert (documents[0]["kind"], documents[0]["digest"], documents[0]["missing"]) == ("list", above.digest, 7)
 

@@ -48,6 +48,21 @@ def test_every_example_has_an_effect(folder: Path, example: str) -> None:
     assert not any("secret" in line for line in report(settings))
 
 
+@pytest.mark.parametrize(
+    ("product", "api"),
+    [
+        ("harbor", "/v2/dockerhub"),
+        ("artifactory", "/artifactory/api/docker/docker-remote/v2"),
+        ("gitlab", "/v2/mygroup/dependency_proxy/containers"),
+        ("ecr", "/v2/docker-hub"),
+    ],
+)
+def test_mirror_of_other_product_has_its_path(folder: Path, product: str, api: str) -> None:
+    settings = [load(folder, example) for example in EXAMPLES]
+    mirrors = {mirror for one in settings for entry in one.registries.values() for mirror in entry.mirrors}
+    assert api in {mirror.api for mirror in mirrors if product in str(mirror.host)}
+
+
 def test_every_registry_key_has_an_example() -> None:
     keys = {match[1] for example in EXAMPLES for match in re.finditer(r"^[ -]*(\w+):", example, re.MULTILINE)}
     assert keys >= {"name", "description", "scheme", "auth", "tls", "mirrors", "proxy"}

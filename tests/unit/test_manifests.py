@@ -85,12 +85,19 @@ def test_accept_header_has_all_media_types() -> None:
     assert not LISTS & IMAGES
 
 
-def test_foreign_layers_are_not_fetched() -> None:
+def test_foreign_layers_are_optional_blobs() -> None:
     foreign = {**LAYER, "digest": Digest.of(b"foreign"), "urls": ["https://microsoft.example/layer"]}
     manifest = parse(changed(IMAGE, layers=[LAYER, foreign]))
-    assert [blob.digest for blob in manifest.blobs] == [CONFIG["digest"], DIGEST]
-    # With an empty list of URLs the layer comes from the registry.
-    assert len(parse(changed(IMAGE, layers=[{**LAYER, "urls": []}])).blobs) == 2
+    assert [blob.digest for blob in manifest.blobs] == [CONFIG["digest"], DIGEST, foreign["digest"]]
+    assert manifest.blob_sizes == {**manifest.required, **manifest.foreign_layers}
+    assert [*manifest.required] == [CONFIG["digest"], DIGEST]
+    assert manifest.foreign_layers == {foreign["digest"]: LAYER["size"]}
+    assert manifest.layers == {DIGEST, foreign["digest"]}
+    # An empty list of URLs says that it comes from the registry, and so does another layer that is the same blob.
+    for layers in ([{**LAYER, "urls": []}], [LAYER, {**LAYER, "urls": ["https://microsoft.example/layer"]}]):
+        assert parse(changed(IMAGE, layers=layers)).foreign_layers == {}
+    # A config is never left out.
+    assert not parse(changed(IMAGE, config={**CONFIG, "urls": ["https://a.example"]})).foreign_layers
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform as machine
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,6 +35,12 @@ def offered(*platforms: str) -> tuple[Descriptor, ...]:
         )
         for number, platform in enumerate(platforms)
     )
+
+
+def in_versions(*versions: str) -> tuple[Descriptor, ...]:
+    """The children of a list for windows/amd64 in these versions, and one for linux/amd64 at the end."""
+    *windows, linux = offered(*["windows/amd64"] * len(versions), "linux/amd64")
+    return *(replace(one, os_version=version) for one, version in zip(windows, versions, strict=True)), linux
 
 
 def best(wanted: str, *there: str) -> str | None:
@@ -158,6 +165,56 @@ def test_first_of_equal_matches_is_selected() -> None:
     """As in containerd."""
     children = offered("windows/amd64", "linux/amd64", "windows/amd64")
     assert Platform("windows", "amd64").best(children) is children[0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "taken"),
+    [
+        ("", ["10.0.17763.6893", "10.0.20348.2849", "10.0.20348.3000", ""]),
+        ("10.0.20348", ["10.0.20348.2849", "10.0.20348.3000", ""]),
+        ("10.0.20348.2849", ["10.0.20348.2849", ""]),
+        # It is a beginning in whole numbers, and what tells no version may have any.
+        ("10.0.2034", [""]),
+        ("11", [""]),
+    ],
+)
+def test_all_versions_of_a_system_are_taken_that_begin_as_wanted(wanted: str, taken: list[str]) -> None:
+    """As containerd's matcher for Windows takes them.
+
+    Sources: Windows-Containers issues 317 and 334 (`no matching manifest for windows/amd64 10.0.17763`), rancher
+    issue 46559 (`os.version` is missing in the list).
+    """
+    children = in_versions("10.0.17763.6893", "10.0.20348.2849", "10.0.20348.3000", "")
+    windows = Platform("windows", "amd64", os_version=wanted)
+    found, of = chosen(children, [windows])
+    assert [one.os_version for one in found] == taken
+    assert of == {windows}
+    found, of = chosen(children, [windows, Platform("linux", "amd64", os_version=wanted)])
+    assert (len(found), len(of)) == (len(taken) + 1, 2)
+
+
+def test_a_version_that_is_not_there_is_lacking() -> None:
+    windows = Platform("windows", "amd64", os_version="10.0.26100")
+    assert chosen(in_versions("10.0.17763.6893"), [windows]) == ((), frozenset())
+    assert str(windows) == "windows(10.0.26100)/amd64"
+
+
+@pytest.mark.parametrize(
+    ("told", "spelled"),
+    [
+        ("10.0.17763.6893", "windows(10.0.17763.6893)/amd64"),
+        ("", "windows/amd64"),
+        (None, "windows/amd64"),
+        (10, "windows(10)/amd64"),
+        ("1)\n(,", "windows(1????)/amd64"),
+        ("1" * 100, f"windows({'1' * 64})/amd64"),
+    ],
+)
+def test_a_platform_with_a_version_is_spelled_in_one_word(told: object, spelled: str) -> None:
+    platform = {"os": "windows", "architecture": "amd64", "os.version": told}
+    value = {"mediaType": OCI_MANIFEST, "digest": Digest.of(b""), "size": 1, "platform": platform}
+    one = Descriptor.parse(value)
+    assert (one.platform, one.full_platform) == ("windows/amd64", spelled)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ REQUESTS: dict[str, Ask] = {
     "manifest": lambda cache, listings, context: cache.manifest(APP, context),
     "blob": lambda cache, listings, context: cache.blob(APP.repository, DIGEST, context),
     "blob_size": lambda cache, listings, context: cache.blob_size(APP.repository, DIGEST, context),
-    "tags": lambda cache, listings, context: listings.tags(APP.repository, None, "", context),
+    "tags": lambda cache, listings, context: listings.tags(APP.repository, context=context),
     "referrers": lambda cache, listings, context: listings.referrers(
         APP.repository, manifest(BUILT).digest, "", context
     ),

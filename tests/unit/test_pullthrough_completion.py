@@ -104,17 +104,41 @@ async def test_complete_images_cause_no_fetch(
     assert completion.incomplete == Incomplete(0, 0)
 
 
-@on_reactor
-async def test_foreign_layers_are_not_fetched(
-    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
-) -> None:
+def with_foreign_layer() -> Manifest:
+    """Return the image with its large layer as one that clients may fetch from elsewhere."""
     document = json.loads(IMAGE.data)
     document["layers"][0]["urls"] = ["https://foreign.example/layer"]
-    await pulled(completion, store, Manifest.parse(json.dumps(document).encode(), IMAGE.media_type))
-    for blob in (CONFIG, SMALL):
+    return Manifest.parse(json.dumps(document).encode(), IMAGE.media_type)
+
+
+@on_reactor
+async def test_foreign_layers_are_fetched_last(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    await pulled(completion, store, with_foreign_layer())
+    for blob in (CONFIG, SMALL, LARGE):
         await blob_fetcher.bring(blob)
     await until(lambda: not store.pending)
-    assert blob_fetcher.digests == [CONFIG, SMALL]
+    assert completion.incomplete == Incomplete(0, 0)
+
+
+@on_reactor
+async def test_foreign_layer_that_upstream_lacks(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock
+) -> None:
+    for _ in range(2):
+        await pulled(completion, store, with_foreign_layer())
+        if not blob_fetcher.asked:
+            for blob in (CONFIG, SMALL):
+                await blob_fetcher.bring(blob)
+            await blob_fetcher.refuse(BlobUnknown("404"), 3)
+        await until(lambda: not store.pending)
+        assert completion.incomplete == Incomplete(0, 0)
+    assert blob_fetcher.digests == [CONFIG, SMALL, LARGE]
+    clock.advance(3600)
+    await pulled(completion, store, with_foreign_layer())
+    await blob_fetcher.bring(LARGE)
+    await until(lambda: not store.pending)
 
 
 @on_reactor

@@ -14,7 +14,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import ImageReference, Tag
 from ociregistry.pullthrough.listings import FoundReferrers, FoundTags, Listings
 from ociregistry.store.store import Store
-from ociregistry.upstream.registry import TagPage
+from ociregistry.upstream.paging import PageRequest, TagPage
 from tests.images import make_artifact, make_image
 from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, texts
 from tests.unit.support.registries import MemoryRegistries
@@ -31,9 +31,9 @@ def listings(store: Store, upstreams: MemoryRegistries, clock: Clock) -> Listing
     return Listings(store, upstreams, clock)
 
 
-def tags(listings: Listings, count: int | None = None, last: str = "") -> Deferred[FoundTags]:
+def tags(listings: Listings, count: int | None = None, last: str = "", named: str = "") -> Deferred[FoundTags]:
     """Request tags."""
-    return Deferred.fromCoroutine(listings.tags(APP, count, last))
+    return Deferred.fromCoroutine(listings.tags(APP, PageRequest(count, last, named)))
 
 
 def referrers(listings: Listings, artifact_type: str = "") -> Deferred[FoundReferrers]:
@@ -41,9 +41,9 @@ def referrers(listings: Listings, artifact_type: str = "") -> Deferred[FoundRefe
     return Deferred.fromCoroutine(listings.referrers(APP, SUBJECT, artifact_type))
 
 
-def page(*names: str, more: bool = False) -> TagPage:
+def page(*names: str, following: PageRequest | None = None) -> TagPage:
     """Return a page of tags."""
-    return TagPage(tuple(map(Tag, names)), more)
+    return TagPage(tuple(map(Tag, names)), following)
 
 
 def index(*kinds: str) -> Manifest:
@@ -71,9 +71,10 @@ async def cached(store: Store, *names: str) -> None:
 
 def test_tags_from_upstream(listings: Listings, upstreams: MemoryRegistries) -> None:
     asked = tags(listings, 2, "a")
-    upstreams[0].answer(page("b", "c", more=True))
-    assert fired(asked) == FoundTags(page("b", "c", more=True), hit=False)
-    assert upstreams.asked == [f"tags {APP} 2 a"]
+    sent = page("b", "c", following=PageRequest(2, "c"))
+    upstreams[0].answer(sent)
+    assert fired(asked) == FoundTags(sent, hit=False)
+    assert upstreams.asked == [f"tags {APP} last=a&n=2"]
 
 
 @on_reactor
@@ -90,10 +91,10 @@ async def test_upstream_tags_replace_cached_ones(
     ("count", "last", "expected"),
     [
         (None, "", page("1", "2", "3")),
-        (2, "", page("1", "2", more=True)),
+        (2, "", page("1", "2", following=PageRequest(2, "2"))),
         (3, "", page("1", "2", "3")),
         (None, "1", page("2", "3")),
-        (1, "1", page("2", more=True)),
+        (1, "1", page("2", following=PageRequest(1, "2"))),
         (5, "3", page()),
         (None, "15", page("2", "3")),
     ],
@@ -137,6 +138,18 @@ async def test_unknown_upstream_repository_is_unknown_even_if_cached(
 def test_page_of_zero_tags_needs_no_request(listings: Listings, upstreams: MemoryRegistries) -> None:
     assert fired(tags(listings, 0)) == FoundTags(page(), hit=False)
     assert len(upstreams) == 0
+
+
+@on_reactor
+async def test_cache_continues_after_last_tag_of_upstream(
+    listings: Listings, upstreams: MemoryRegistries, store: Store
+) -> None:
+    """The query by which the upstream names the page means nothing to the cache."""
+    await cached(store, "1", "2", "3")
+    asked = tags(listings, None, "2", "next_page=gAA")
+    upstreams[0].refuse(Unavailable("down"))
+    assert (await asked).page == page("3")
+    assert upstreams.asked == [f"tags {APP} next_page=gAA"]
 
 
 @on_reactor

@@ -31,6 +31,7 @@ DEFAULTS = Settings(
     max_connections=16,
     arch=machine_architecture(),
     os=machine_os(),
+    os_version="",
     platform=(Platform(machine_os(), machine_architecture()),),
     with_signatures=False,
     preload_images=None,
@@ -149,6 +150,17 @@ def test_arch_option_overrides_platforms_in_file(path: Path) -> None:
     assert load(path, "platform: linux/s390x\n", arch="arm64", os="linux").platform == (Platform("linux", "arm64"),)
 
 
+def test_os_version_applies_to_all_platforms(path: Path) -> None:
+    windows, linux = Platform("windows", "amd64", "", "10.0.17763"), Platform("linux", "arm", "v7", "10.0.17763")
+    given = {"os": "windows", "arch": "amd64", "os_version": "10.0.17763"}
+    assert load_settings(given, (), None).platform == (windows,)
+    assert load(path, "os_version: 10.0.17763\n", platform="windows/amd64,linux/arm/v7").platform == (windows, linux)
+    with pytest.raises(ConfigInvalid, match=r"^--os-version: '10\.0': has no effect with all platforms$"):
+        load_settings({"platform": "all", "os_version": "10.0"}, (), None)
+    with pytest.raises(ConfigInvalid, match=rf"^{path}:1: os_version: '10\.0': has no effect with all platforms$"):
+        load(path, "os_version: '10.0'\nplatform: all\n")
+
+
 def test_maintenance_settings_come_from_the_file(path: Path) -> None:
     settings = load(path, "prune: {max_size: 1kB}\nverify: {every: 1d}\n")
     assert isinstance(settings.prune, PruneSettings)
@@ -251,6 +263,7 @@ def test_invalid_path_is_refused(path: Path, value: str) -> None:
         ("os", "", machine_os()),
         ("platform", "linux/arm/v7, windows/amd64", (Platform("linux", "arm", "v7"), Platform("windows", "amd64"))),
         ("platform", "all", ALL),
+        ("os_version", "10.0.17763", "10.0.17763"),
         ("with_signatures", "true", True),
         ("preload_images", "/etc/images", Path("/etc/images")),
         ("allow_upstreams", "Docker.io, *.example ,,", ("docker.io", "*.example")),
@@ -297,6 +310,10 @@ def test_value_is_parsed(path: Path, name: str, good: str, value: object) -> Non
         ("arch", "a" * 65),
         ("os", "linux/amd64"),
         ("os", " "),
+        ("os_version", "10.0 17763"),
+        ("os_version", "10.0(1)"),
+        ("os_version", ".1"),
+        ("os_version", "1" * 65),
         ("platform", "amd64"),
         ("platform", "linux"),
         ("platform", "linux/amd64,"),

@@ -64,7 +64,9 @@ def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     assert settings.reserve == Reserve(1.0, 5 * 10**9)
     assert [str(window.begin) for window in settings.bandwidth] == ["08:00:00"]
     assert settings.preload_images == path.parent / "images.txt"
-    assert settings.platform == (Platform("linux", "amd64"), Platform("linux", "arm", "v7"))
+    version = "10.0.17763"
+    assert settings.os_version == version
+    assert settings.platform == (Platform("linux", "amd64", "", version), Platform("linux", "arm", "v7", version))
     assert settings.prune is not None
     assert (settings.prune.unused_for, settings.prune.max_size) == (timedelta(days=30), 50 * 10**9)
     assert settings.prune.keep.match("docker.io/library/nginx:1.25")
@@ -74,7 +76,7 @@ def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     # Some keys have no default to show: `*` differs from no value, the others are examples.
     assert settings.allow_upstreams == ("*",)
     examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images", "reserve"}
-    examples |= {"arch", "os", "platform", "complete_platforms", "prune", "verify", "proxy"}
+    examples |= {"arch", "os", "os_version", "platform", "complete_platforms", "prune", "verify", "proxy"}
     for field in fields(Settings):
         if field.name not in examples:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name

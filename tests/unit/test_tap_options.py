@@ -50,6 +50,7 @@ ALL = (
     *("--image-path", "/srv/images", "--port", "5000", "--log-level", "debug", "--pull-timeout", "1000"),
     *("--max-connections", "3", "--allow-upstreams", "docker.io,quay.io", "--default-ns", "quay.io"),
     *("--concurrent", "50", "--arch", "arm64", "--os", "windows", "--platform", "linux/arm64,linux/arm/v7"),
+    *("--os-version", "10.0.17763"),
     *("--with-signatures", "--preload-images", "/etc/images", "--max-bandwidth", "8kbit"),
     *("--listen", "tcp:5001", "--listen", "tcp:5002", "--reserve", "10%"),
 )
@@ -69,7 +70,8 @@ def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
         max_connections=3,
         arch="arm64",
         os="windows",
-        platform=(Platform("linux", "arm64"), Platform("linux", "arm", "v7")),
+        os_version="10.0.17763",
+        platform=(Platform("linux", "arm64", "", "10.0.17763"), Platform("linux", "arm", "v7", "10.0.17763")),
         with_signatures=True,
         preload_images=Path("/etc/images"),
         allow_upstreams=("docker.io", "quay.io"),

@@ -11,7 +11,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Unavailable
 from ociregistry.names import Tag
-from ociregistry.upstream.registry import TagPage
+from ociregistry.upstream.paging import TagPage
 from tests.unit.support.bodies import ScriptedAnswer
 from tests.unit.support.doubles import failed, fired, texts
 from tests.unit.test_upstream_client import OK
@@ -145,8 +145,8 @@ def test_error_names_paused_mirrors() -> None:
 )
 def test_next_source_is_asked_after_bad_list_of_tags(bad: ScriptedAnswer) -> None:
     mirrored = MirroredRegistry(bad, {"status": 404}, {"data": b'{"tags": ["one"]}'})
-    page = fired(Deferred.fromCoroutine(mirrored.registry.tags(APP, None, "")))
-    assert page == TagPage((Tag("one"),), more=False)
+    page = fired(Deferred.fromCoroutine(mirrored.registry.tags(APP)))
+    assert page == TagPage((Tag("one"),))
 
 
 def test_next_source_is_asked_after_bad_manifest_in_place_of_head() -> None:

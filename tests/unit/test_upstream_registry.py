@@ -108,7 +108,7 @@ def test_unknown_or_forbidden_content(status: int) -> None:
         failed(ask("manifest", TAGGED), ManifestUnknown),
         failed(ask("blob", APP, LAYER), BlobUnknown),
         failed(ask("blob_size", APP, LAYER), BlobUnknown),
-        failed(ask("tags", APP, None, ""), NameUnknown),
+        failed(ask("tags", APP), NameUnknown),
         failed(ask("referrers", APP, LAYER), ManifestUnknown),
     ]
     for error in unknown[:-1]:
@@ -118,7 +118,7 @@ def test_unknown_or_forbidden_content(status: int) -> None:
 
 @pytest.mark.parametrize("status", [200 + 4, 206, 300, 400, 405, 416, 429, 500, 502, 503, 504])
 def test_other_statuses_are_upstream_errors(status: int) -> None:
-    for method, args in (("manifest", (TAGGED,)), ("blob", (APP, LAYER)), ("tags", (APP, None, ""))):
+    for method, args in (("manifest", (TAGGED,)), ("blob", (APP, LAYER)), ("tags", (APP,))):
         source, _ = registry({"status": status})
         error = failed(Deferred.fromCoroutine(getattr(source, method)(*args)), Unavailable)
         assert error.message == f"reg.example: it answered {status}"

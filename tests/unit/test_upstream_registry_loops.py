@@ -27,7 +27,7 @@ REQUESTS: dict[str, tuple[AskHelper, type[RegistryError]]] = {
     "digest": (lambda registry, context: registry.manifest(BY_DIGEST, context), ManifestUnknown),
     "blob": (lambda registry, context: registry.blob(APP, LAYER, context, start=5), BlobUnknown),
     "size": (lambda registry, context: registry.blob_size(APP, LAYER, context), BlobUnknown),
-    "tags": (lambda registry, context: registry.tags(APP, None, "", context), NameUnknown),
+    "tags": (lambda registry, context: registry.tags(APP, context=context), NameUnknown),
     "referrers": (lambda registry, context: registry.referrers(APP, IMAGE.digest, context), ManifestUnknown),
 }
 every_request = pytest.mark.parametrize(("ask", "unknown"), REQUESTS.values(), ids=REQUESTS.keys())

@@ -35,7 +35,7 @@ def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Logi
     """Return the mirror at a URL."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
-    base = BaseUrl(scheme, host, f"/{path}" if path else "", ns)
+    base = BaseUrl(scheme, host, f"/{path}/v2" if path else "/v2", ns)
 
     def trusted(realm: Origin) -> bool:
         return realm.host == host

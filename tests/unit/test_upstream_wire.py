@@ -45,7 +45,7 @@ async def pull(registry: Registry) -> None:
         received += piece
     assert received == LAYER.data
     assert await registry.blob_size(repository(registry), Digest(LAYER.digest)) == len(LAYER.data)
-    assert (await registry.tags(repository(registry), None, "")).tags == ("1",)
+    assert (await registry.tags(repository(registry))).tags == ("1",)
     assert (await registry.referrers(repository(registry), IMAGE.digest)).children == ()
 
 
@@ -178,7 +178,7 @@ async def test_redirect_to_ipv6_address_keeps_signature(
 @on_reactor
 async def test_mirror_uses_ns(network: Network, upstream: ScriptedRegistry, ns: str, query: str) -> None:
     upstream.script("*", Reply(404))
-    base = BaseUrl("http", upstream.host, "/proxy", ns)
+    base = BaseUrl("http", upstream.host, "/proxy/v2", ns)
     client = client_over(network.http(upstream.host), REACTOR, base=base)
     where = Repository(Upstream.parse(ns), "team/app")
     await (await client.request("GET", where, "tags/list" + (f"?{query}" if query else ""))).discard()
@@ -270,4 +270,4 @@ async def test_truncated_tag_list(network: Network, upstream: ScriptedRegistry) 
     upstream.script("*", Resize(-5))
     registry = network.registry(upstream.host, scheme="http")
     with pytest.raises(Unavailable, match="no valid list of tags"):
-        await registry.tags(Repository(Upstream.parse(upstream.host), "team/app"), None, "")
+        await registry.tags(Repository(Upstream.parse(upstream.host), "team/app"))

@@ -17,7 +17,7 @@ from ociregistry.names import Tag, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
-from ociregistry.upstream.registry import TagPage
+from ociregistry.upstream.paging import PageRequest, TagPage
 from ociregistry.web.api import V2
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer
@@ -135,25 +135,38 @@ def test_invalid_ns_is_not_echoed(v2: V2, path: str, ns: bytes) -> None:
     failed(ask(v2, path, {b"ns": [ns]}), NameInvalid)
 
 
-def page(*names: str, more: bool = False) -> TagPage:
+def page(*names: str, following: PageRequest | None = None) -> TagPage:
     """Return a page of tags."""
-    return TagPage(tuple(map(Tag, names)), more)
+    return TagPage(tuple(map(Tag, names)), following)
 
 
 @pytest.mark.parametrize(
-    ("path", "query", "name", "link"),
+    ("path", "query", "following", "name", "link"),
     [
-        ("/v2/team/app/tags/list", NS, "team/app", "last=b&ns=reg.example"),
-        ("/v2/team/app/tags/list", {b"ns": [b"[::1]:5000"]}, "team/app", "last=b&ns=%5B%3A%3A1%5D%3A5000"),
-        ("/v2/team/app/tags/list", {**NS, b"n": [b"2"]}, "team/app", "last=b&n=2&ns=reg.example"),
-        ("/v2/reg.example/team/app/tags/list", {b"n": [b"2"]}, "reg.example/team/app", "last=b&n=2"),
+        ("/v2/team/app/tags/list", NS, PageRequest(None, "b"), "team/app", "last=b&ns=reg.example"),
+        (
+            "/v2/team/app/tags/list",
+            {b"ns": [b"[::1]:5000"]},
+            PageRequest(None, "b"),
+            "team/app",
+            "last=b&ns=%5B%3A%3A1%5D%3A5000",
+        ),
+        ("/v2/team/app/tags/list", NS, PageRequest(2, "b"), "team/app", "last=b&n=2&ns=reg.example"),
+        (
+            "/v2/team/app/tags/list",
+            NS,
+            PageRequest(2, "b", "next_page=gA%3D&n=5"),
+            "team/app",
+            "last=b&n=2&next=next_page%3DgA%253D%26n%3D5&ns=reg.example",
+        ),
+        ("/v2/reg.example/team/app/tags/list", {}, PageRequest(2, "b"), "reg.example/team/app", "last=b&n=2"),
     ],
 )
 def test_tag_page_links_to_the_next_one(
-    v2: V2, upstreams: MemoryRegistries, path: str, query: Query, name: str, link: str
+    v2: V2, upstreams: MemoryRegistries, path: str, query: Query, following: PageRequest, name: str, link: str
 ) -> None:
     asked = ask(v2, path, query)
-    upstreams[0].answer(page("a", "b", more=True))
+    upstreams[0].answer(page("a", "b", following=following))
     answer = fired(asked)
     assert json.loads(fired(answer.content.read(0, 1000))) == {"name": name, "tags": ["a", "b"]}
     assert answer.headers["Link"] == f'</v2/{name}/tags/list?{link}>; rel="next"'
@@ -169,9 +182,10 @@ def test_last_tag_page_has_no_link(v2: V2, upstreams: MemoryRegistries) -> None:
 
 def test_empty_tag_page_before_others(v2: V2, upstreams: MemoryRegistries) -> None:
     """Registries that filter their tags send such pages."""
-    asked = ask(v2, "/v2/team/app/tags/list")
-    upstreams[0].answer(page(more=True))
-    assert fired(asked).status == 200
+    asked = ask(v2, "/v2/a.example/b/tags/list", {})
+    upstreams[0].answer(page(following=PageRequest(named="page=2")))
+    answer = fired(asked)
+    assert (answer.status, answer.headers["Link"]) == (200, '</v2/a.example/b/tags/list?next=page%3D2>; rel="next"')
 
 
 def index(*kinds: str) -> Manifest:

@@ -20,6 +20,7 @@ from ociregistry.errors import (
     Unsupported,
 )
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.upstream.paging import PageRequest
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -96,18 +97,29 @@ def test_requests_by_digest(digest: Digest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "count", "last"),
+    ("query", "page"),
     [
-        ({}, None, ""),
-        ({"n": "0"}, 0, ""),
-        ({"n": "5", "last": "v1"}, 5, "v1"),
-        ({"n": ""}, None, ""),
-        ({"n": "999999999"}, 10_000, ""),
-        ({"last": "x" * 500}, None, "x" * 128),
+        ({}, PageRequest()),
+        ({"n": "0"}, PageRequest(0)),
+        ({"n": "5", "last": "v1"}, PageRequest(5, "v1")),
+        ({"n": ""}, PageRequest()),
+        ({"n": "999999999"}, PageRequest(10_000)),
+        ({"last": "x" * 500}, PageRequest(None, "x" * 128)),
+        ({"last": "v1", "next": "next_page=a%2F%3D&n=2"}, PageRequest(None, "v1", "next_page=a%2F%3D&n=2")),
+        ({"next": "x" * 4096}, PageRequest(named="x" * 4096)),
+        # A client chooses no registry behind a mirror: that is what `ns` tells the mirror.
+        ({"next": "a=1&ns=evil.example&n%73=evil.example&n=2"}, PageRequest(named="a=1&n=2")),
+        ({"next": "ns=evil.example"}, PageRequest()),
     ],
 )
-def test_tag_list_request(query: dict[str, str], count: int | None, last: str) -> None:
-    assert parse("/v2/team/app/tags/list", **query) == TagsRequest(repository("docker.io/team/app"), count, last)
+def test_tag_list_request(query: dict[str, str], page: PageRequest) -> None:
+    assert parse("/v2/team/app/tags/list", **query) == TagsRequest(repository("docker.io/team/app"), page)
+
+
+@pytest.mark.parametrize("named", ["x" * 4097, "a=b;ns=c", "a b", "a\r\nb", "#x", "a=ü", "a\0", "<a>"])
+def test_invalid_query_of_next_page(named: str) -> None:
+    with pytest.raises(PageInvalid, match=r"^next: "):
+        parse("/v2/team/app/tags/list", next=named)
 
 
 @pytest.mark.parametrize("count", ["-1", "many", "1.5", "+1", " 1", "٣", "1" * 5000, "0x10"])
@@ -118,7 +130,7 @@ def test_invalid_page_size(count: str) -> None:
 
 def test_first_of_repeated_parameters_counts() -> None:
     query = {b"ns": [b"quay.io", b"evil.example"], b"n": [b"5", b"many"]}
-    assert parse_request(b"/v2/a/tags/list", query, HUB) == TagsRequest(repository("quay.io/a"), 5, "")
+    assert parse_request(b"/v2/a/tags/list", query, HUB) == TagsRequest(repository("quay.io/a"), PageRequest(5))
     assert namespace(query) == "quay.io"
     assert namespace({}) == namespace({b"ns": []}) == ""
 

@@ -16,7 +16,8 @@ from ociregistry.upstream.body import Body
 from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.mirrors import Source
 from ociregistry.upstream.network import Registries
-from ociregistry.upstream.registry import BlobStream, Registry, TagPage, uses_reserved
+from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
+from ociregistry.upstream.registry import BlobStream, Registry, uses_reserved
 from tests.unit.support.bodies import Connection, connected, end
 from tests.unit.support.doubles import until
 
@@ -128,9 +129,9 @@ class MemoryRegistry(Registry):
         return cast(int, await self._call(context, "blob_size", repository, digest))
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str, context: Context = FROM_CLIENT
+        self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
     ) -> TagPage:
-        return cast(TagPage, await self._call(context, "tags", repository, count, last))
+        return cast(TagPage, await self._call(context, "tags", repository, page.query))
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         return cast(Manifest, await self._call(context, "referrers", repository, digest))
