@@ -2,7 +2,8 @@
 
 `python -m bench.badlink [--rows a,b] [--caches NAMES] [--runs N] [--image-mb M]`. Each row runs on all caches at the
 same time, each with a separate link of tests/badlink.py to the same registry; the caches are cold. drayage is
-installed from PyPI for the run.
+installed from PyPI for the run. With `--caches damaged,short,html` each cache is our daemon with a bad mirror before
+the registry.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pathlib import Path
 from statistics import median
 
 import twisted
-from bench.badlink_caches import CACHES, missing
-from bench.badlink_rows import REPOSITORY, ROWS, TAG, Outcome, play
+from bench.badlink_caches import CACHES, REPOSITORY, TAG, missing
+from bench.badlink_chains import CHAINS
+from bench.badlink_rows import ROWS, Outcome, play
 from tests.images import OCI_CONFIG, OCI_LAYER, OCI_MANIFEST, Blob, Image, Manifest, digest_of, random_bytes
 from tests.peers import DockerRegistry
 
+_MAKERS = CACHES | CHAINS
 _SHARES = (0.5, 0.27, 0.17, 0.06)
 
 
@@ -75,7 +78,7 @@ def measure(
             for run in range(runs):
                 folders = {cache: root / f"{row}-{run}-{cache}" for cache in caches}
                 played = {
-                    cache: pool.submit(play, ROWS[row], CACHES[cache], folder, upstream.host, image)
+                    cache: pool.submit(play, ROWS[row], _MAKERS[cache], folder, upstream, image)
                     for cache, folder in folders.items()
                 }
                 for cache, playing in played.items():
@@ -107,7 +110,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the logs and stores there")
     options = parser.parse_args()
     rows, caches = options.rows.split(","), options.caches.split(",")
-    if unknown := [*(set(rows) - set(ROWS)), *(set(caches) - set(CACHES))]:
+    if unknown := [*(set(rows) - set(ROWS)), *(set(caches) - set(_MAKERS))]:
         parser.error(f"unknown: {', '.join(unknown)}")
     image = image_of(int(options.image_mb * 1e6))
     print(

@@ -6,23 +6,37 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from tests.images import Image
 from tests.peers import DockerRegistry
 from tests.processes import Daemon, Server, answers, free_port
 
+REPOSITORY, TAG = "bench/app", "1"
 DRAYAGE = "drayage==0.2.9"
 _INSTALLS = 300
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a cache runs: its folder, the host at the end of its bad link, and the registry with the image there."""
+
+    folder: Path
+    link: str
+    registry: DockerRegistry
+    image: Image
+
+
+@dataclass(frozen=True)
 class Cache:
-    """A cache that is not started yet, and the URL of a path below /v2/."""
+    """A cache that is not started yet, the URL of a path below /v2/, and a mirror that must run before the cache."""
 
     server: Server
     url: Callable[[str], str]
+    mirror: AbstractContextManager[object] = field(default_factory=nullcontext)
 
 
 class Drayage(Server):
@@ -45,25 +59,30 @@ class Drayage(Server):
         return answers(f"{self.url}/readyz")
 
 
-def ours(folder: Path, link: str) -> Cache:
-    """Make our daemon; `ns` names the upstream."""
-    daemon = Daemon(folder, {link: "http"}, "--log-level", "warn")
-    return Cache(daemon, lambda path: f"{daemon.url}/v2/{path}?ns={quote(link, safe='')}")
+def ours(place: Place, *mirrors: str) -> Cache:
+    """Make our daemon, which asks these mirrors first; `ns` names the upstream."""
+    daemon = Daemon(place.folder, {place.link: {"scheme": "http", "mirrors": list(mirrors)}}, "--log-level", "warn")
+    return Cache(daemon, lambda path: below_v2(daemon, place, path))
 
 
-def docker_registry(folder: Path, link: str) -> Cache:
+def below_v2(daemon: Daemon, place: Place, path: str) -> str:
+    """Return the URL of a path below /v2/ of one of our daemons."""
+    return f"{daemon.url}/v2/{path}?ns={quote(place.link, safe='')}"
+
+
+def docker_registry(place: Place) -> Cache:
     """Make Debian's docker-registry as a proxy."""
-    registry = DockerRegistry(folder, sections={"proxy": {"remoteurl": f"http://{link}"}})
+    registry = DockerRegistry(place.folder, sections={"proxy": {"remoteurl": f"http://{place.link}"}})
     return Cache(registry, lambda path: f"{registry.url}/v2/{path}")
 
 
-def drayage(folder: Path, link: str) -> Cache:
+def drayage(place: Place) -> Cache:
     """Make drayage, from the venv beside the folder."""
-    server = Drayage(_venv(folder.parent) / "bin" / "drayage", folder, f"http://{link}")
+    server = Drayage(_venv(place.folder.parent) / "bin" / "drayage", place.folder, f"http://{place.link}")
     return Cache(server, lambda path: f"{server.url}/v2/{path}")
 
 
-CACHES: dict[str, Callable[[Path, str], Cache]] = {
+CACHES: dict[str, Callable[[Place], Cache]] = {
     "ociregistry": ours,
     "docker-registry": docker_registry,
     "drayage": drayage,

@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.badlink_caches import Cache
+from bench.badlink_caches import REPOSITORY, TAG, Cache, Place
 from bench.badlink_client import Pull
 from tests.badlink_process import LinkProcess
 from tests.images import Image
+from tests.peers import DockerRegistry
 
-REPOSITORY, TAG = "bench/app", "1"
 LINK = ("--rate", "10Mbit", "--rtt", "300")
 LIMIT = 120.0
 """Default time limit of a pull, in seconds."""
@@ -211,12 +211,12 @@ ROWS: dict[str, Row] = {
 }
 
 
-def play(row: Row, make: Callable[[Path, str], Cache], folder: Path, target: str, image: Image) -> Outcome:
+def play(row: Row, make: Callable[[Place], Cache], folder: Path, registry: DockerRegistry, image: Image) -> Outcome:
     """Run a row on one cold cache."""
     folder.mkdir()
-    with LinkProcess(target, *row.link) as link:
-        cache = make(folder, link.host)
-        with cache.server:
+    with LinkProcess(registry.host, *row.link) as link:
+        cache = make(Place(folder, link.host, registry, image))
+        with cache.mirror, cache.server:
             stage = Stage(cache, link, image)
             outcome = row.run(stage)
             outcome.crossed = stage.settle()

@@ -182,7 +182,8 @@ class Download:
             if size != known:
                 await self._check_room(size, start)
             if partial is None:
-                partial = await self._store.new_partial(self.digest, size, self.repository)
+                mirrored = stream is not None and stream.source.is_mirror
+                partial = await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
             self._partial, self.size = partial, size
             self._open_early(partial)
             self._changed.fire()
@@ -242,13 +243,18 @@ class Download:
         self._changed.fire()
 
     async def _keep_or_discard(self, partial: Partial, error: BaseException) -> None:
-        """Keep the partial if a later download can resume it; discard it otherwise."""
+        """Keep the partial if a later download can resume it; discard it otherwise.
+
+        Where the bytes are wrong, those that came before any byte of a mirror are kept.
+        """
+        keeps = partial.sound
         if isinstance(error, BlobMismatch):
             mirrored = self._connections.report_mismatch(error.message)
             self.spoiled = mirrored or partial.resumed or self._connections.count > 1
-        elif partial.sound:
+            keeps = await partial.cut_mirrored()
+        elif keeps:
             await partial.sync()
-        if isinstance(error, BlobMismatch) or not partial.sound:
+        if not keeps or not partial.sound:
             await partial.discard()
 
     def __str__(self) -> str:

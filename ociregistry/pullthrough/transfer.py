@@ -288,6 +288,8 @@ class Connections:
             if known >= len(data):
                 continue
             self._sources.add(stream.source)
+            if stream.source.is_mirror:
+                await partial.note_mirror()
             if at > most:
                 raise BlobMismatch(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())

@@ -1,8 +1,9 @@
 """Partials: blobs that are not complete yet, and survive the end of the process and a power failure.
 
 A partial is two files in pulls/<n>/: its bytes so far, and a note. The note is a JSON object that says how many of
-the bytes are surely on disk, since which boot of the machine, how large the whole blob is, and which repository it
-comes from. A flock protects the partial while it is written.
+the bytes are surely on disk, since which boot of the machine, how large the whole blob is, which repository it comes
+from, and how many bytes came from the registry itself before a mirror sent any. A flock protects the partial while
+it is written.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class Note:
     """Size of the whole blob in bytes, if it is known."""
     source: str
     """The repository that the blob comes from."""
+    mirrored_from: int | None = None
+    """Offset of the first byte that a mirror sent; None if the registry itself sent all bytes."""
 
     @classmethod
     def parse(cls, data: bytes) -> Note | None:
@@ -45,10 +48,14 @@ class Note:
         try:
             document = json.loads(data)
             durable, boot, size, source = (document[key] for key in ("durable", "boot", "size", "source"))
+            # Notes of older versions lack it.
+            mirrored_from = document.get("mirrored_from")
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         sizes_hold = isinstance(durable, int) and isinstance(size, int | None) and durable >= 0
-        return cls(durable, boot, size, source) if sizes_hold and isinstance(boot, str) else None
+        if not (sizes_hold and isinstance(boot, str) and isinstance(mirrored_from, int | None)):
+            return None
+        return cls(durable, boot, size, source, mirrored_from)
 
     def render(self) -> bytes:
         """Return the content of the file."""
@@ -176,14 +183,23 @@ class Partial:
 
     @classmethod
     def create(
-        cls, digest: Digest, path: Path, size: int | None, source: str, space: Space, files: Files, threads: Threads
+        cls,
+        digest: Digest,
+        path: Path,
+        size: int | None,
+        source: str,
+        space: Space,
+        files: Files,
+        threads: Threads,
+        *,
+        mirrored: bool = False,
     ) -> Partial:
-        """Create an empty partial at `path`. Blocks.
+        """Create an empty partial at `path`; `mirrored` if a mirror sends its first bytes. Blocks.
 
         Raises:
             OSError: the files cannot be made.
         """
-        note = Note(0, files.boot(), size, source)
+        note = Note(0, files.boot(), size, source, 0 if mirrored else None)
         file, held = create_held(path, files)
         try:
             # Not synced: there are no bytes yet that could be lost, and a client may be waiting.
@@ -227,6 +243,41 @@ class Partial:
     def size(self) -> int | None:
         """Size of the whole blob in bytes, if it was known when the partial was made."""
         return self._note.size
+
+    async def note_mirror(self) -> None:
+        """Note that a mirror sends the bytes that are appended next.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
+        mirrored_from = self._note.mirrored_from
+        if mirrored_from is None or mirrored_from > self.length:
+            await self._settled()
+            await self._in_thread(self._change_note, replace(self._note, mirrored_from=self.length))
+
+    async def cut_mirrored(self) -> bool:
+        """Cut off the first byte that a mirror sent and all bytes after it; they are wrong.
+
+        Returns:
+            Whether bytes are left, which the registry itself sent.
+
+        Raises:
+            OSError: the note cannot be written, or the file cannot be cut.
+        """
+        kept = min(self._note.mirrored_from or 0, self.length)
+        if not kept or not self.sound:
+            return False
+        await self._settled()
+        # First the note: it must not promise bytes that the file lacks.
+        durable = min(self._note.durable, kept)
+        await self._in_thread(self._change_note, replace(self._note, durable=durable, mirrored_from=None))
+        self.length = kept
+        await self._in_thread(self._files.truncate, self._file, kept)
+        return True
+
+    def _change_note(self, note: Note) -> None:
+        write_note(self._path, note, self._files)
+        self._note = note
 
     def append(self, data: bytes) -> Deferred[None]:
         """Write `data` at the end; `length` has grown when the Deferred fires.
@@ -286,9 +337,7 @@ class Partial:
 
     def _sync(self, length: int) -> None:
         self._sound_only_after(lambda: self._files.sync_data(self._file))
-        note = replace(self._note, durable=length)
-        write_note(self._path, note, self._files)
-        self._note = note
+        self._change_note(replace(self._note, durable=length))
 
     def _break(self, failure: object) -> None:
         error = getattr(failure, "value", None)

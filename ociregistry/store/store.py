@@ -433,11 +433,12 @@ class Store(Service):
     # Partials
 
     async def new_partial(
-        self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False
+        self, digest: Digest, size: int | None, source: Repository, *, staged: bool = False, mirrored: bool = False
     ) -> Partial:
         """Create an empty partial that is to become the blob `digest` of `size` bytes.
 
         A `staged` partial has a file name of its own, beside a download of the same blob that may still be resumed.
+        `mirrored` if a mirror of `source` sends its first bytes.
 
         Raises:
             OSError: the files cannot be made.
@@ -445,7 +446,14 @@ class Store(Service):
         name = f"{digest.hex}{STAGED_SUFFIX}" if staged else digest.hex
         return await self._threads.write(
             lambda: Partial.create(
-                digest, self._pulls.path / name, size, str(source), self._space, self._files, self._threads
+                digest,
+                self._pulls.path / name,
+                size,
+                str(source),
+                self._space,
+                self._files,
+                self._threads,
+                mirrored=mirrored,
             )
         )
 

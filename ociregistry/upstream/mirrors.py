@@ -29,6 +29,8 @@ _BACKOFF = Backoff(first=10.0, longest=3600.0)
 class Source:
     """The registry itself, as the source of a response."""
 
+    is_mirror = False
+
     def __init__(self, client: Client) -> None:
         self.client = client
 
@@ -44,6 +46,7 @@ class Source:
 class MirrorClient(Source):
     """A mirror, which is not asked for a while after a bad body."""
 
+    is_mirror = True
     log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, name: str, client: Client, clock: IReactorTime) -> None:

@@ -205,3 +205,68 @@ async def test_fetch_asks_source_after_source(
     upstreams[-1].stream(SIZE).send(DATA).end()
     await fetching
     assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_bytes_of_registry_before_wrong_bytes_of_mirror_are_kept(
+    cache: PullThrough,
+    upstreams: MemoryRegistries,
+    clock: Clock,
+    mirror: ReportedSource,
+    own: ReportedSource,
+    root: Path,
+) -> None:
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await again(upstreams, clock, 1)
+    upstreams[0].stream(SIZE, source=own).send(DATA[:1000]).end(ConnectionLost())
+    await again(upstreams, clock, 2)
+    upstreams[1].stream(SIZE, 1000, mirror).send(WRONG[:1000]).end(ConnectionLost())
+    await again(upstreams, clock, 3)
+    upstreams[2].stream(SIZE, 2000, mirror).send(DATA[2000:]).end()
+    await again(upstreams, clock, 4)
+    assert upstreams.asked[-1] == f"{ASKED} from 1000"
+    upstreams[3].stream(SIZE, 1000, own).send(DATA[1000:]).end()
+    await fetching
+    assert blobs(root) == [DATA]
+
+
+@pytest.mark.parametrize(("mirrored", "kept"), [(False, " from 5000"), (True, "")], ids=["registry", "mirror"])
+@on_reactor
+async def test_bytes_of_registry_in_earlier_process_are_kept(
+    cache: PullThrough,
+    upstreams: MemoryRegistries,
+    store: Store,
+    clock: Clock,
+    mirror: ReportedSource,
+    root: Path,
+    mirrored: bool,
+    kept: str,
+) -> None:
+    await leave(store, DATA[:5000], mirrored=mirrored)
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await again(upstreams, clock, 1)
+    upstreams[0].stream(SIZE, 5000, mirror).send(bytes(SIZE - 5000)).end()
+    await again(upstreams, clock, 2)
+    assert upstreams.asked == [f"{ASKED} from 5000", f"{ASKED}{kept}"]
+    start = 5000 if kept else 0
+    upstreams[1].stream(SIZE, start).send(DATA[start:]).end()
+    await fetching
+    assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_wrong_bytes_before_those_of_mirror_are_discarded_at_last(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, mirror: ReportedSource, root: Path
+) -> None:
+    """The mirror is blamed first, then the bytes before."""
+    await leave(store, WRONG[:5000])
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    for count, source in ((1, mirror), (2, ReportedSource())):
+        await again(upstreams, clock, count)
+        assert upstreams.asked[-1] == f"{ASKED} from 5000"
+        upstreams[-1].stream(SIZE, 5000, source).send(DATA[5000:]).end()
+    await again(upstreams, clock, 3)
+    assert upstreams.asked[-1] == ASKED
+    upstreams[-1].stream(SIZE).send(DATA).end()
+    await fetching
+    assert blobs(root) == [DATA]

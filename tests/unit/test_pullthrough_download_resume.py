@@ -179,9 +179,9 @@ async def test_size_change_on_resume_restarts(
     assert blobs(root) == [DATA]
 
 
-async def leave(store: Store, data: bytes, size: int | None = SIZE) -> None:
-    """Leave the partial of a process that was killed after it received `data`."""
-    partial = await store.new_partial(DIGEST, size, APP.repository)
+async def leave(store: Store, data: bytes, size: int | None = SIZE, *, mirrored: bool = False) -> None:
+    """Leave the partial of a process that was killed after it received `data`, from the registry or a mirror."""
+    partial = await store.new_partial(DIGEST, size, APP.repository, mirrored=mirrored)
     await partial.append(data)
     await partial.sync()
     partial.close()

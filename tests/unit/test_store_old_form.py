@@ -108,7 +108,7 @@ async def test_old_store_is_served(old: Path, open_store: Callable[..., Store]) 
 
 @on_reactor
 async def test_new_files_have_the_old_form(old: Path, open_store: Callable[..., Store]) -> None:
-    """A record has one additional key, which older versions ignore like any unknown key."""
+    """Records and notes have one additional key each, which older versions ignore like any unknown key."""
     store = open_store()
     path = old / "img" / UNPULLED.digest.hex
     await store.want(UNPULLED.digest)
@@ -119,6 +119,6 @@ async def test_new_files_have_the_old_form(old: Path, open_store: Callable[..., 
     assert pending.read_bytes() == b'{"upstream": "reg.example:5000", "repository": "team/app"}\n'
     partial = await store.new_partial(Digest.of(b"new"), 3, REPOSITORY)
     note = json.loads((old / "pulls" / "0" / f"{Digest.of(b'new').hex}.note").read_bytes())
-    assert note.keys() == {"durable", "boot", "size", "source"}
+    assert note.keys() == {"durable", "boot", "size", "source", "mirrored_from"}
     partial.close()
     assert {path.name for path in old.iterdir()} == {"blobs", "fat", "img", "pulls"}

@@ -60,13 +60,13 @@ class ReportedSource(Source):
     """A source of blobs: the registry itself, or with `others` a mirror; keeps what is reported to it."""
 
     def __init__(self, *, others: bool = False) -> None:
-        self._others = others
+        self.is_mirror = others
         self.reports: list[str] = []
 
     def failed(self, why: str) -> bool:
         """Keep the report."""
         self.reports.append(why)
-        return self._others
+        return self.is_mirror
 
 
 class Sending:
