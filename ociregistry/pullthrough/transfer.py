@@ -228,13 +228,14 @@ class Connections:
     ) -> None:
         """Append to `partial` until it has `size` bytes, or to the end of the body if `size` is None.
 
-        Calls `changed` after each append. A source that sent no new byte is told so, and the next one is asked.
+        Calls `changed` after each append. A source that sent no new byte is told so, and the next one is asked. The
+        registry itself does not continue bytes of mirrors of which one is known to be bad: its bytes would be lost.
 
         Raises:
             Unavailable: no try succeeded for too long.
             Abandoned: no request waits any more.
             BlobUnknown: the upstream no longer has the blob.
-            BlobMismatch: the upstream has more or fewer bytes than `size`.
+            BlobMismatch: the upstream has more or fewer bytes than `size`, or the bytes so far are probably wrong.
             OSError: the disk failed.
         """
         while True:
@@ -269,6 +270,8 @@ class Connections:
     async def _receive_once(
         self, stream: BlobStream, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
+        if partial.mirrored and stream.source.distrusts_mirrors:
+            raise BlobMismatch(f"{self}: bytes of a mirror are not continued, as a mirror has sent wrong content")
         at = stream.start
         self._flowing = True
         self._note_priority()

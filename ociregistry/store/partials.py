@@ -244,6 +244,11 @@ class Partial:
         """Size of the whole blob in bytes, if it was known when the partial was made."""
         return self._note.size
 
+    @property
+    def mirrored(self) -> bool:
+        """Whether a mirror sent some of the bytes."""
+        return self._note.mirrored_from is not None and self._note.mirrored_from < self.length
+
     async def note_mirror(self) -> None:
         """Note that a mirror sends the bytes that are appended next.
 

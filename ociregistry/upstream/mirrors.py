@@ -31,8 +31,14 @@ class Source:
 
     is_mirror = False
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, mirrors: Sequence[MirrorClient] = ()) -> None:
         self.client = client
+        self._mirrors = mirrors
+
+    @property
+    def distrusts_mirrors(self) -> bool:
+        """Whether one of the registry's mirrors is not asked after a bad body, so that its other bytes may be bad."""
+        return any(mirror.paused for mirror in self._mirrors)
 
     def failed(self, why: str) -> bool:
         """Report that the body of a response was bad.
@@ -88,7 +94,7 @@ class Sources:
 
     def __init__(self, mirrors: Sequence[MirrorClient], own: Client) -> None:
         self._mirrors = mirrors
-        self._registry = Source(own)
+        self._registry = Source(own, mirrors)
 
     async def request(
         self,

@@ -270,3 +270,21 @@ async def test_wrong_bytes_before_those_of_mirror_are_discarded_at_last(
     upstreams[-1].stream(SIZE).send(DATA).end()
     await fetching
     assert blobs(root) == [DATA]
+
+
+@on_reactor
+async def test_registry_does_not_continue_bytes_of_bad_mirror(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock, own: ReportedSource, root: Path
+) -> None:
+    """What it sends after them would be lost."""
+    await leave(store, WRONG[:5000], mirrored=True)
+    own.distrusts_mirrors = True
+    fetching = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await again(upstreams, clock, 1)
+    refused = upstreams[0].stream(SIZE, 5000, own)
+    await again(upstreams, clock, 2)
+    assert refused.connection.closed
+    assert upstreams.asked == [f"{ASKED} from 5000", ASKED]
+    upstreams[1].stream(SIZE, source=own).send(DATA).end()
+    await fetching
+    assert blobs(root) == [DATA]

@@ -59,6 +59,8 @@ class Call:
 class ReportedSource(Source):
     """A source of blobs: the registry itself, or with `others` a mirror; keeps what is reported to it."""
 
+    distrusts_mirrors = False
+
     def __init__(self, *, others: bool = False) -> None:
         self.is_mirror = others
         self.reports: list[str] = []
