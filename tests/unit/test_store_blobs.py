@@ -232,3 +232,30 @@ async def test_failed_append_does_not_grow_the_partial(open_store: Callable[...,
     assert partial.length == 10
     await partial.discard()
     partial.close()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@on_reactor
+async def test_bytes_from_the_first_of_a_mirror_on_are_cut(open_store: Callable[..., Store], mirrored: bool) -> None:
+    store = open_store()
+    partial = await store.new_partial(DIGEST, len(DATA), SOURCE, mirrored=mirrored)
+    await partial.append(DATA[:10])
+    assert partial.mirrored is mirrored
+    await partial.note_mirror()
+    await partial.append(b"wrong")
+    await partial.sync()
+    assert partial.mirrored
+    partial.close()
+    left = await store.old_partial(DIGEST)
+    assert left is not None
+    assert left.mirrored
+    # Where a mirror sent the first byte, none is kept, and the caller discards the partial.
+    assert await left.cut_mirrored() is not mirrored
+    left.close()
+    again = await store.old_partial(DIGEST)
+    assert again is not None
+    assert (again.length, again.mirrored) == ((15, True) if mirrored else (10, False))
+    if not mirrored:
+        await again.append(DATA[10:])
+        await again.verify()
+    again.close()

@@ -105,6 +105,18 @@ def test_mirror_with_bad_blob_is_not_asked_for_manifests() -> None:
     assert mirrored.asked == ["one", "two"]
 
 
+def test_registry_distrusts_mirrors_while_one_is_paused() -> None:
+    mirrored = MirroredRegistry(OK, {"status": 404}, OK)
+    mirror = fired(Deferred.fromCoroutine(mirrored.registry.blob(APP, LAYER))).source
+    mirror.failed("wrong bytes")
+    own = fired(Deferred.fromCoroutine(mirrored.registry.blob(APP, LAYER))).source
+    assert mirrored.asked == ["one", "two", "reg"]
+    assert (mirror.is_mirror, own.is_mirror) == (True, False)
+    assert own.distrusts_mirrors
+    mirrored.clock.advance(10)
+    assert not own.distrusts_mirrors
+
+
 def test_registry_is_never_paused(events: list[LogEvent]) -> None:
     mirrored = MirroredRegistry({"status": 404}, {"status": 404}, OK)
     for _ in range(2):
