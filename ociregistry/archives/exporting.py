@@ -24,6 +24,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
 from ociregistry.store.files import Files
+from ociregistry.store.paths import blob_path
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
 
@@ -209,7 +210,7 @@ class _Writer:
     def __init__(self, target: Path, stream: BinaryIO, root: Path, advance: Callable[[int], None]) -> None:
         self._target = target
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, copybufsize=PIECE)
-        self._blobs = root / "blobs"
+        self._root = root
         self._advance = advance
 
     def write(self, selected: _Selected) -> None:
@@ -233,7 +234,7 @@ class _Writer:
     def _add_blob(self, digest: Digest, size: int) -> None:
         what = f"{self._target}: the store's blob {digest}"
         try:
-            file = (self._blobs / digest.hex).open("rb")
+            file = blob_path(self._root, digest).open("rb")
         except OSError as error:
             raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
         with file:
