@@ -185,7 +185,7 @@ class Dialer:
         bandwidth: Bandwidth,
         reactor: Any,
     ) -> None:
-        """Hosts for which `is_configured` returns True may have any address."""
+        """Set up the dialer; hosts for which `is_configured` returns True may have any address."""
         self._upstream = upstream
         self._resolver = resolver
         self._is_configured = is_configured

@@ -77,7 +77,7 @@ class RoutedAgent:
     def __init__(
         self, route: Route, dialer: Dialer, proxy_policy: IPolicyForHTTPS, pool: HTTPConnectionPool, reactor: Any
     ) -> None:
-        """`proxy_policy` is the TLS policy for connections to a proxy whose own URL is https."""
+        """Set up the agent; `proxy_policy` is the TLS policy for connections to a proxy whose own URL is https."""
         self._route = route
         self._check = dialer.check_unresolved
         self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(route, dialer, proxy_policy), pool)
@@ -192,7 +192,7 @@ class _Connect(Protocol):
     """
 
     def __init__(self, proxy: Proxy, target: str, factory: IProtocolFactory) -> None:
-        """`factory` makes the protocol at the near end of the tunnel."""
+        """Set up the protocol; `factory` makes the one at the near end of the tunnel."""
         self._proxy = proxy
         self._target = target
         self._factory = factory
