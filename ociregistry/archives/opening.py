@@ -47,13 +47,13 @@ def _opener(file: Path) -> Callable[[], BinaryIO]:
 
 
 def _names(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root, onerror=_complain):
+    for folder, folders, files in os.walk(root, onerror=_raise_unless_missing):
         folders[:] = sorted(set(folders) - _NOT_OURS)
         for file in sorted(files):
             yield os.path.relpath(os.path.join(folder, file), root)
 
 
-def _complain(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     # A folder that was removed meanwhile is skipped.
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -208,8 +208,8 @@ class Maintenance(Service):
 
     def _busy(self) -> frozenset[Digest]:
         """Return the manifests that are being pulled or completed."""
-        flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
-        return frozenset(flying | self._store.pending.keys() | self._store.undecided.keys())
+        in_flight = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
+        return frozenset(in_flight | self._store.pending.keys() | self._store.undecided.keys())
 
     async def _verify_regularly(self, settings: VerifySettings) -> None:
         while True:

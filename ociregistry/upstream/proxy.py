@@ -105,10 +105,10 @@ class RoutedAgent:
         for name, value in _credentials(proxy).items():
             headers.setRawHeaders(name, [value])
         asked: Deferred[IResponse] = self._absolute.request(method, uri.partition(b"#")[0], headers, bodyProducer)
-        return asked.addCallback(_let_in, proxy)
+        return asked.addCallback(_check_login, proxy)
 
 
-def _let_in(response: IResponse, proxy: Proxy) -> IResponse:
+def _check_login(response: IResponse, proxy: Proxy) -> IResponse:
     """Return the response to a request in absolute form, unless it is the proxy's own demand for a login."""
     if response.code == _LOGIN:
         response.deliverBody(DroppedBody())
