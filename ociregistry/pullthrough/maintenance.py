@@ -26,14 +26,14 @@ NOT_NEEDED = "no image needs it"
 
 
 class Repairer:
-    """Fetches anew, by `fetcher`, records and blobs that the store has lost."""
+    """Fetches again, by `fetcher`, records and blobs that the store has lost."""
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
         self._fetcher = fetcher
 
     async def repair(self, damaged: Damaged) -> str:
-        """Fetch a damaged file anew; return why it failed, or the empty string."""
+        """Fetch a damaged file again; return why it failed, or the empty string."""
         try:
             return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:

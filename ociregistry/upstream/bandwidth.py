@@ -75,7 +75,7 @@ class Bandwidth:
         return int(min(max(each, SMALLEST_BUFFER), _LARGEST_BUFFER))
 
     def join(self, share: Share) -> None:
-        """Add the share of a large body that begins, and divide the receive buffers anew."""
+        """Add the share of a large body that begins, and divide the receive buffers again."""
         self._shares.add(share)
         self._rebalance()
 
