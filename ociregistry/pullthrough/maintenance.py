@@ -198,7 +198,7 @@ class Maintenance(Service):
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             self.log.warn(
-                "pruning by age refused: {unused} of {images} images would go, {why}: if the clock is right, "
+                "pruning by age refused: {unused} of {images} images would be removed, {why}: if the clock is right, "
                 "run prune --unused-for",
                 unused=withheld.unused,
                 images=withheld.images,
