@@ -22,7 +22,7 @@ from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.log import ALWAYS, LevelFilter
-from ociregistry.process import exit_with, take_all_file_descriptors
+from ociregistry.process import exit_with, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.fetchers import BackgroundFetcher
@@ -146,7 +146,7 @@ class Daemon(MultiService):
     def startService(self) -> None:
         """Read the store and start all parts; connections wait in the backlog until then."""
         # Each client needs one or two.
-        take_all_file_descriptors()
+        raise_file_descriptor_limit()
         try:
             super().startService()
         except OSError as error:

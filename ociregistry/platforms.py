@@ -46,7 +46,7 @@ class Platform:
             raise ValueError("a platform such as linux/amd64 or linux/arm/v7 is expected")
         os, architecture, variant = normalized_platform(match["os"], match["architecture"], match["variant"] or "")
         if architecture == "arm" and variant == "v7" and match["variant"] is None:
-            # An index without a variant means v7, but who asks without one takes the older ones, too.
+            # An index without a variant means v7, but a platform without one stands for the older ones, too.
             variant = ""
         return cls(os, architecture, variant)
 

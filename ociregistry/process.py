@@ -8,13 +8,13 @@ import time
 from typing import Any, NoReturn
 
 
-def take_all_file_descriptors() -> None:
+def raise_file_descriptor_limit() -> None:
     """Raise the soft limit of file descriptors to the hard limit; the usual 1024 is meant for select()."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def count_steadily(reactor: Any) -> None:
+def use_monotonic_clock(reactor: Any) -> None:
     """Make the reactor use the monotonic clock, so that a change of the system time does not move timers.
 
     Twisted uses the wall clock: when it is set back, timers are late by the difference.
@@ -22,7 +22,7 @@ def count_steadily(reactor: Any) -> None:
     reactor.seconds = time.monotonic
 
 
-def complain(line: str) -> None:
+def print_error(line: str) -> None:
     """Print a line to stderr, if there is one."""
     # Not sys.stderr: twistd redirects that to its log.
     if sys.__stderr__ is not None:
@@ -31,5 +31,5 @@ def complain(line: str) -> None:
 
 def exit_with(message: str, status: int) -> NoReturn:
     """Print `message` to stderr and exit with `status`."""
-    complain(message)
+    print_error(message)
     raise SystemExit(status)

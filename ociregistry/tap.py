@@ -21,7 +21,7 @@ from ociregistry.commands.verify import Verify
 from ociregistry.commands.version import Version
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.daemon import Daemon
-from ociregistry.process import count_steadily, exit_with
+from ociregistry.process import exit_with, use_monotonic_clock
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
 
@@ -158,6 +158,6 @@ def makeService(options: Options, reactor: Any = None) -> Service:
     if reactor is None:
         from twisted.internet import reactor
 
-        count_steadily(reactor)
+        use_monotonic_clock(reactor)
     assert options.parent is not None
     return Daemon(options.settings, options.load, reactor, options.parent)

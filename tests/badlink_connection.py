@@ -137,7 +137,7 @@ class Connection:
         self.near, self.far = End(self), End(self)
         self._up = Flow(link.up, self.near, self.far)
         self._down = Flow(link.down, self.far, self.near)
-        self._came_down = 0
+        self._sent_down = 0
         self._is_cut = self._cut_is_due = self._silent = self._dialling = False
         self._timer: Any = None
 
@@ -199,12 +199,12 @@ class Connection:
             end.write(data)
             return
         if most is not None:
-            data = data[: max(0, most - self._came_down)]
-        self._came_down += len(data)
+            data = data[: max(0, most - self._sent_down)]
+        self._sent_down += len(data)
         self._link.counts.down += len(data)
         if data:
             end.write(data)
-        if most is not None and self._came_down >= most:
+        if most is not None and self._sent_down >= most:
             self.cut()
 
     def read_end(self, end: End) -> None:

@@ -22,7 +22,7 @@ LONGEST_MAGIC = 6
 
 
 class _ZstdContent(io.RawIOBase):
-    """The content of a file that is compressed by zstd, in any number of frames; seeking back begins anew.
+    """The content of a file that is compressed by zstd, in any number of frames; seeking back starts over.
 
     The end of the file within a frame reads like the end of the content: what is read must tell its own end.
     """

@@ -24,6 +24,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
 from ociregistry.store.files import Files
+from ociregistry.store.paths import blob_path
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
 
@@ -78,7 +79,7 @@ def export_images(
         ArchiveInvalid: `since` is not a valid archive.
         ExportFailed: the file cannot be written, or a blob is missing or damaged.
     """
-    had = _told_of(since) if since is not None else frozenset()
+    had = _blobs_named_in(since) if since is not None else frozenset()
     try:
         selected, left_out = _select(snapshot, rows, had)
         if selected.rows:
@@ -97,7 +98,7 @@ def export_images(
     )
 
 
-def _told_of(since: Path) -> frozenset[Digest]:
+def _blobs_named_in(since: Path) -> frozenset[Digest]:
     """Return the blobs that the manifests in the archive `since` refer to, whether it has them or not.
 
     Raises:
@@ -175,11 +176,11 @@ def _tree(snapshot: Snapshot, root: Manifest) -> dict[Digest, Manifest]:
         if manifest.digest not in found:
             found[manifest.digest] = manifest
             children = (snapshot.records[digest] for digest in snapshot.index.children(manifest.digest))
-            wanted += [child.manifest for child in children if _comes_along(child, snapshot)]
+            wanted += [child.manifest for child in children if _is_exported(child, snapshot)]
     return found
 
 
-def _comes_along(child: StoredRecord, snapshot: Snapshot) -> bool:
+def _is_exported(child: StoredRecord, snapshot: Snapshot) -> bool:
     """Tell whether a child of an index is exported with it; one stored as metadata only if its config is stored."""
     config = child.manifest.config
     if config is None or not snapshot.is_metadata(child.manifest.digest):
@@ -209,7 +210,7 @@ class _Writer:
     def __init__(self, target: Path, stream: BinaryIO, root: Path, advance: Callable[[int], None]) -> None:
         self._target = target
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT, copybufsize=PIECE)
-        self._blobs = root / "blobs"
+        self._root = root
         self._advance = advance
 
     def write(self, selected: _Selected) -> None:
@@ -233,7 +234,7 @@ class _Writer:
     def _add_blob(self, digest: Digest, size: int) -> None:
         what = f"{self._target}: the store's blob {digest}"
         try:
-            file = (self._blobs / digest.hex).open("rb")
+            file = blob_path(self._root, digest).open("rb")
         except OSError as error:
             raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
         with file:

@@ -17,14 +17,16 @@ from ociregistry.archives.members import Archive, Member, one_line, parse_json
 from ociregistry.manifests import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
+from ociregistry.store.paths import BLOBS_FOLDER, IMAGES_FOLDER, LISTS_FOLDER
 from ociregistry.store.records import Dates, Record, RecordInvalid
 
-_MANIFESTS = frozenset({"fat", "img", "lts"})
+MANIFEST_FOLDERS = frozenset({LISTS_FOLDER, IMAGES_FOLDER, "lts"})
+"""Folders of manifests; the last is the Go server's alone."""
 
 
 def is_image_folder(archive: Archive) -> bool:
     """Tell whether `archive` has manifests at the paths of an image folder."""
-    return any(_digest(name, _MANIFESTS) for name in archive.members)
+    return any(_digest(name, MANIFEST_FOLDERS) for name in archive.members)
 
 
 def read_image_folder(archive: Archive) -> Contents:
@@ -33,7 +35,7 @@ def read_image_folder(archive: Archive) -> Contents:
     Raises:
         ArchiveInvalid: it cannot be read, or is damaged.
     """
-    found = [_read(archive, member, digest) for member, digest in _files(archive, _MANIFESTS)]
+    found = [_read(archive, member, digest) for member, digest in _files(archive, MANIFEST_FOLDERS)]
     children = {child.digest for one in found if one.manifest for child in one.manifest.children}
     metadata = {one.manifest.digest for one in found if one.manifest and not one.wanted} & children
     return gather(
@@ -46,7 +48,7 @@ def read_image_folder(archive: Archive) -> Contents:
             if image.manifest not in metadata or not isinstance(image.image.reference, Digest)
         ),
         manifests={one.manifest.digest: one.manifest for one in found if one.manifest},
-        blobs={digest: member for member, digest in _files(archive, {"blobs"})},
+        blobs={digest: member for member, digest in _files(archive, {BLOBS_FOLDER})},
         failed=(failure for one in found for failure in one.failed),
         metadata=metadata,
     )

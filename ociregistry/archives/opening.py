@@ -12,11 +12,12 @@ from typing import BinaryIO
 
 from ociregistry.archives.contents import Contents
 from ociregistry.archives.dockersave import DOCKER_INDEX, read_docker_archive
-from ociregistry.archives.imagefolder import is_image_folder, read_image_folder
+from ociregistry.archives.imagefolder import MANIFEST_FOLDERS, is_image_folder, read_image_folder
 from ociregistry.archives.layout import INDEX, MARK, read_layout
 from ociregistry.archives.members import MOST_MEMBERS, Archive, ArchiveInvalid, GivenName, Member, reading
 from ociregistry.archives.skopeodir import is_skopeo_dir, read_skopeo_dir
 from ociregistry.archives.tars import read_tar
+from ociregistry.store.paths import BLOBS_FOLDER
 
 _NOT_OURS = frozenset({"lost+found"})
 """Folders to skip: the root of a file system has one that only the user root can read."""
@@ -46,13 +47,13 @@ def _opener(file: Path) -> Callable[[], BinaryIO]:
 
 
 def _names(root: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(root, onerror=_complain):
+    for folder, folders, files in os.walk(root, onerror=_raise_unless_missing):
         folders[:] = sorted(set(folders) - _NOT_OURS)
         for file in sorted(files):
             yield os.path.relpath(os.path.join(folder, file), root)
 
 
-def _complain(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     # A folder that was removed meanwhile is skipped.
     if not isinstance(error, FileNotFoundError):
         raise error
@@ -91,7 +92,7 @@ def read_contents(archive: Archive) -> Contents:
     )
 
 
-_PARTS = frozenset({"blobs", "fat", "img", "lts"})
+_PARTS = MANIFEST_FOLDERS | {BLOBS_FOLDER}
 """Folders that belong to an archive, and are not its enclosing folder even if nothing else is in it."""
 
 

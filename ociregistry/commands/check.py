@@ -10,7 +10,7 @@ from ociregistry.config.registries import Helper, IdentityToken, Password, Regis
 from ociregistry.config.tls import UpstreamTls
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates, KeyPair
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.upstream.client import BaseUrl
 from ociregistry.upstream.network import api_host, is_allowed, route_of
@@ -27,7 +27,7 @@ class Check(Command):
         """Print the report to stdout and the warnings to stderr."""
         print_lines(report(settings))
         for warning in settings.warnings:
-            complain(f"warning: {warning}")
+            print_error(f"warning: {warning}")
         return 0
 
 
@@ -123,14 +123,14 @@ def _allowed(upstream: Upstream | None, settings: Settings) -> str:
 def _login(entry: RegistrySettings) -> str:
     match entry.login:
         case Password(user=user, source=source):
-            who = f"as the user {user}, by {source}"
+            login = f"as the user {user}, by {source}"
         case IdentityToken():
-            who = "by an identity token"
+            login = "by an identity token"
         case Helper(program=program):
-            who = f"as {program} says"
+            login = f"as {program} says"
         case _:
             return "anonymous"
-    return who + (f", also to the token service {entry.realm}" if entry.realm else "")
+    return login + (f", also to the token service {entry.realm}" if entry.realm else "")
 
 
 def _tls(tls: UpstreamTls) -> str:

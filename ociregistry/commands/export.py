@@ -12,9 +12,9 @@ from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveFailure
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import bar, on_terminal
-from ociregistry.commands.running import heeded_signals
+from ociregistry.commands.running import handled_signals
 from ociregistry.config.values import Patterns, size_text
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.store.snapshot import Row, Snapshot
 
@@ -63,7 +63,7 @@ class Export(Command):
             OSError: the store cannot be used.
         """
         # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
-        for number in heeded_signals():
+        for number in handled_signals():
             signal.signal(number, signal.default_int_handler)
         snapshot = Snapshot.read(settings.image_path)
         rows = [row for row in snapshot.rows if self.patterns.match(row.url)]
@@ -76,10 +76,10 @@ class Export(Command):
         except ArchiveFailure as error:
             raise CommandFailed(str(error)) from None
         for left_out in exported.left_out:
-            complain(str(left_out))
+            print_error(str(left_out))
         for note in exported.notes:
-            complain(f"warning: {note}")
-        print_lines([_told(exported, self.target)])
+            print_error(f"warning: {note}")
+        print_lines([_summary(exported, self.target)])
         return 1 if exported.left_out else 0
 
     def _export(self, snapshot: Snapshot, rows: list[Row]) -> Exported:
@@ -90,7 +90,7 @@ class Export(Command):
             return export(advance=shown.update)
 
 
-def _told(exported: Exported, target: Path) -> str:
+def _summary(exported: Exported, target: Path) -> str:
     had = f"; {exported.had} blobs with {exported.had_bytes} bytes were in the earlier one" if exported.had else ""
     if not exported.images:
         return "nothing was exported"

@@ -18,10 +18,10 @@ from ociregistry.archives.opening import open_archive
 from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_store
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
-from ociregistry.commands.running import become_owner, run_to_end
+from ociregistry.commands.running import become_owner, run_on_reactor
 from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL, Platform
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.pullthrough.loader import Loader, LoadStatus, Outcome, Progress, read_image_list, summary
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
@@ -80,14 +80,14 @@ class Load(Command):
                 # An archive is loaded whole, unless this command line names platforms.
                 platforms = settings.platform if self.is_given("platform", "os", "arch") else ALL
                 work = partial(_load, archives, images, platforms, self.refused, settings)
-                outcomes = run_to_end(work, settings.log_level)
+                outcomes = run_on_reactor(work, settings.log_level)
         for refused in self.refused:
-            complain(refused)
+            print_error(refused)
         if outcomes:
             print_lines([summary(outcomes)])
         failed = sum(outcome.ended is LoadStatus.FAILED for outcome in outcomes)
         if failed:
-            complain(f"{failed} of {len(outcomes)} images could not be loaded")
+            print_error(f"{failed} of {len(outcomes)} images could not be loaded")
         return 1 if failed or self.refused else 0
 
     def _read(self, opened: ExitStack) -> tuple[list[Archive], list[ImageReference]]:
@@ -120,7 +120,7 @@ class Load(Command):
         if errors:
             *others, last = errors
             for other in others:
-                complain(other)
+                print_error(other)
             raise CommandFailed(last, 2)
         return archives, list(images)
 
@@ -171,5 +171,5 @@ async def _pull(
         outcomes = await loader.load(images)
         if settings.complete_metadata:
             for failed in await loader.load_metadata():
-                complain(f"warning: manifests of other platforms are missing for now: {failed}")
+                print_error(f"warning: manifests of other platforms are missing for now: {failed}")
         return outcomes

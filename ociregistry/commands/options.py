@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 from twisted.python import usage
 
 from ociregistry import __version__
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS, Option, Settings
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class CommonOptions(usage.Options):
         try:
             print_lines([f"ociregistry {__version__}"])
         except CommandFailed as error:
-            complain(str(error))
+            print_error(str(error))
             raise SystemExit(error.status) from None
         raise SystemExit(0)
 

@@ -103,7 +103,7 @@ def _of_images(plan: Plan, *, would: bool) -> Iterator[str]:
         yield f"{'would prune' if would else 'pruned'} {row.url} {kind} {free} bytes of blobs"
     yield (
         f"{len(plan.rows)} image URLs, {len(plan.records)} records and {len(plan.blobs)} blobs "
-        f"{'would go' if would else 'went'}, {plan.bytes} bytes ({size_text(plan.bytes)}) "
+        f"{'would be removed' if would else 'removed'}, {plan.bytes} bytes ({size_text(plan.bytes)}) "
         f"{'would become free' if would else 'are free again'}"
     )
 
@@ -113,6 +113,6 @@ def _of_orphans(found: Mapping[Path, int], root: Path, *, would: bool) -> Iterat
         yield f"{'would reclaim' if would else 'reclaimed'} {path.relative_to(root)} {size} bytes"
     size = sum(found.values())
     yield (
-        f"{len(found)} orphans {'would go' if would else 'went'}, {size} bytes ({size_text(size)}) "
+        f"{len(found)} orphans {'would be removed' if would else 'removed'}, {size} bytes ({size_text(size)}) "
         f"{'would become free' if would else 'are free again'}"
     )

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
 from ociregistry.log import LevelFilter
-from ociregistry.process import count_steadily, take_all_file_descriptors
+from ociregistry.process import raise_file_descriptor_limit, use_monotonic_clock
 
 T = TypeVar("T")
 
@@ -51,13 +51,13 @@ def become_owner(root: Path) -> None:
         ) from None
 
 
-def heeded_signals() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Return the signals that end a command, without those that are ignored, as SIGHUP is under nohup."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
+def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
     """Run `work` on the reactor and return its result; log from `log_level` on to stderr.
 
     Raises:
@@ -67,12 +67,12 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
     from twisted.internet import reactor as installed
 
     reactor: Any = installed
-    count_steadily(reactor)
+    use_monotonic_clock(reactor)
     # Not sys.stderr: twistd redirects that to its log.
     observer = LevelFilter(log_level).before(textFileLogObserver(cast(TextIO, sys.__stderr__)))
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
-    take_all_file_descriptors()
-    heeded = heeded_signals()
+    raise_file_descriptor_limit()
+    handled = handled_signals()
     ended: list[T | Failure] = []
 
     def begin() -> None:
@@ -80,11 +80,11 @@ def run_to_end(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_leve
 
         def interrupt(*_: object) -> None:
             # A second signal must not interrupt the clean-up.
-            for number in heeded:
+            for number in handled:
                 signal.signal(number, signal.SIG_IGN)
             reactor.callFromThread(running.cancel)
 
-        for number in heeded:
+        for number in handled:
             signal.signal(number, interrupt)
         running.addBoth(ended.append)
         running.addBoth(lambda _: reactor.stop())

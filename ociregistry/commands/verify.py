@@ -9,10 +9,10 @@ from typing import Any
 from ociregistry.commands.fetching import open_fetcher, opened_store
 from ociregistry.commands.options import Command, print_lines
 from ociregistry.commands.progress import bar, on_terminal
-from ociregistry.commands.running import become_owner, run_to_end
+from ociregistry.commands.running import become_owner, run_on_reactor
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
 from ociregistry.store.verify import Damaged, Findings
@@ -39,7 +39,7 @@ class Verify(Command):
         """
         settings.image_path.stat()
         become_owner(settings.image_path)
-        return 0 if run_to_end(lambda reactor: self._verify(settings, reactor), settings.log_level) else 1
+        return 0 if run_on_reactor(lambda reactor: self._verify(settings, reactor), settings.log_level) else 1
 
     async def _verify(self, settings: Settings, reactor: Any) -> bool:
         """Verify, and repair with --repair; return whether the store is intact in the end."""
@@ -49,18 +49,18 @@ class Verify(Command):
                 fetcher = await opened.enter_async_context(open_fetcher(store, settings, reactor))
                 repairs = _Repairs(Repairer(store, fetcher))
             with _progress() as advance:
-                findings = await store.verify(None, advance, repairs.repair if repairs else _tell)
+                findings = await store.verify(None, advance, repairs.repair if repairs else _print_damaged)
             missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
             print_lines(_report(findings, missing))
             for path, why in findings.foreign.items():
-                complain(f"warning: ignored, not a record of this program: {path}: {why}")
+                print_error(f"warning: ignored, not a record of this program: {path}: {why}")
             if repairs is None:
                 return not findings.damaged and not missing
             await repairs.complete(missing)
             return not repairs.failed
 
 
-async def _tell(damaged: Damaged) -> None:
+async def _print_damaged(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
     if not damaged.quarantined:
         print_lines([f"removed, no space to quarantine it: {damaged.path}"])
@@ -76,7 +76,7 @@ class _Repairs:
 
     async def repair(self, damaged: Damaged) -> None:
         """Fetch a damaged file again."""
-        await _tell(damaged)
+        await _print_damaged(damaged)
         why = await self._repairer.repair(damaged)
         self.failed = self.failed or why not in ("", NOT_NEEDED)
         print_lines([f"not repaired: {damaged.path}: {why}" if why else f"repaired: {damaged.path}"])

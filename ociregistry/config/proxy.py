@@ -137,14 +137,14 @@ class NoProxy:
     _entries: tuple[_Entry, ...] = ()
 
     @classmethod
-    def parse(cls, text: str, complain: Callable[[str], object]) -> NoProxy:
-        """Parse a list with commas or blanks between its entries; call `complain` with each that is malformed."""
+    def parse(cls, text: str, warn: Callable[[str], object]) -> NoProxy:
+        """Parse a list with commas or blanks between its entries; call `warn` with each that is malformed."""
         entries = []
         for entry in filter(None, re.split(r"[,\s]+", text.lower())):
             try:
                 entries.append(_Entry.parse(entry))
             except ValueError:
-                complain(entry)
+                warn(entry)
         return cls(",".join(filter(None, re.split(r"[,\s]+", text))), tuple(entries))
 
     def covers(self, host: str, port: int) -> bool:
@@ -195,10 +195,10 @@ def read_environment(
         proxies = Proxies(_variable("HTTP_PROXY", environment), _variable("HTTPS_PROXY", environment))
     warnings: list[str] = []
 
-    def complain(entry: str) -> None:
+    def warn(entry: str) -> None:
         warnings.append(f"NO_PROXY: {entry[:100]!r} is ignored: it is no host, domain, address or network")
 
-    no_proxy = NoProxy.parse(_value("NO_PROXY", environment)[1], complain)
+    no_proxy = NoProxy.parse(_value("NO_PROXY", environment)[1], warn)
     return ProxySettings(proxies, no_proxy), tuple(warnings)
 
 

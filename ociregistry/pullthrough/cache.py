@@ -222,7 +222,7 @@ class PullThrough(Service):
             try:
                 return FoundManifest(await within_deadline(fetched, self._clock, image), hit=False)
             except Unavailable as error:
-                # A background fetch may be refused for its low priority; a client's request is then made anew.
+                # A background fetch may be refused for its low priority; a client's request is then sent again.
                 if not in_background or isinstance(error, DeadlineExceeded):
                     raise
 

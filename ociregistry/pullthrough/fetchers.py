@@ -53,7 +53,7 @@ class IdleTimeout:
         self.progress()
 
     def progress(self) -> None:
-        """Start the time anew, as something came."""
+        """Restart the time, as something came."""
         self._until = self._clock.seconds() + self._seconds
 
     @property

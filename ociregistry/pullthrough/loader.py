@@ -166,7 +166,7 @@ _SIGNATURES = ("sig", "att", "sbom")
 
 
 def without_foreign_layers(missing: Mapping[Digest, int]) -> str:
-    """Return a remark that an image has these foreign layers not; `missing` has their sizes in bytes."""
+    """Return the remark that an image lacks the foreign layers `missing`, given with their sizes in bytes."""
     return (
         f"without foreign layers: {len(missing)} blobs, {sum(missing.values())} bytes, which clients fetch from the "
         "URLs in the manifest"

@@ -26,14 +26,14 @@ NOT_NEEDED = "no image needs it"
 
 
 class Repairer:
-    """Fetches anew, by `fetcher`, records and blobs that the store has lost."""
+    """Fetches again, by `fetcher`, records and blobs that the store has lost."""
 
     def __init__(self, store: Store, fetcher: Fetcher) -> None:
         self._store = store
         self._fetcher = fetcher
 
     async def repair(self, damaged: Damaged) -> str:
-        """Fetch a damaged file anew; return why it failed, or the empty string."""
+        """Fetch a damaged file again; return why it failed, or the empty string."""
         try:
             return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:
@@ -198,7 +198,7 @@ class Maintenance(Service):
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             self.log.warn(
-                "pruning by age refused: {unused} of {images} images would go, {why}: if the clock is right, "
+                "pruning by age refused: {unused} of {images} images would be removed, {why}: if the clock is right, "
                 "run prune --unused-for",
                 unused=withheld.unused,
                 images=withheld.images,
@@ -208,8 +208,8 @@ class Maintenance(Service):
 
     def _busy(self) -> frozenset[Digest]:
         """Return the manifests that are being pulled or completed."""
-        flying = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
-        return frozenset(flying | self._store.pending.keys() | self._store.undecided.keys())
+        in_flight = {manifest for blob in self._cache.in_flight for manifest in self._store.naming(blob)}
+        return frozenset(in_flight | self._store.pending.keys() | self._store.undecided.keys())
 
     async def _verify_regularly(self, settings: VerifySettings) -> None:
         while True:

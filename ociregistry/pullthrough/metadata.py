@@ -150,7 +150,7 @@ class Metadata:
     def _requeue(self, upstream: Upstream, index: _Index, child: Digest) -> None:
         """Put a child whose fetch failed back into the queue."""
         queue = self._queues.setdefault(upstream, deque())
-        # `queue_missing` may have queued the index anew meanwhile.
+        # `queue_missing` may have queued the index again meanwhile.
         known = next((one for one in queue if one.digest == index.digest), None)
         if known is None:
             queue.append(_Index(index.digest, index.repository, deque([child])))

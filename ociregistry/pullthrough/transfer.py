@@ -116,7 +116,7 @@ class Connections:
         jitter: Callable[[], float],
         context: Context,
     ) -> None:
-        """`context` is that of the request which needs the blob first."""
+        """Set up the connections; `context` is that of the request which needs the blob first."""
         self._context = context
         self.count = 0
         """The number of connections opened so far."""

@@ -1,4 +1,8 @@
-"""Whole blobs: content-addressed files that never change."""
+"""Whole blobs: content-addressed files that never change.
+
+A file counts as the blob only if it has the right size: `Store.blob` decides that for a request, and `missing_blobs`
+for the blobs of a manifest.
+"""
 
 from __future__ import annotations
 

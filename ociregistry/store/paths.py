@@ -14,6 +14,8 @@ LISTS_FOLDER = "fat"
 """Records of indexes."""
 IMAGES_FOLDER = "img"
 """Records of images."""
+BLOBS_FOLDER = "blobs"
+"""Whole blobs."""
 NOTE_SUFFIX = ".note"
 """The note of a partial, beside it."""
 STAGED_SUFFIX = ".staged"
@@ -23,7 +25,6 @@ PENDING_SUFFIX = ".wish"
 LOCK_NAME = "lock"
 SOCKET_NAME = "socket"
 
-_BLOBS = "blobs"
 _PULLS = "pulls"
 _BAD = "bad"
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
@@ -31,17 +32,17 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 
 def blobs_folder(root: Path) -> Path:
     """Return the folder of whole blobs."""
-    return root / _BLOBS
+    return root / BLOBS_FOLDER
 
 
 def blob_path(root: Path, digest: Digest) -> Path:
     """Return where a whole blob is kept."""
-    return root / _BLOBS / digest.hex
+    return root / BLOBS_FOLDER / digest.hex
 
 
 def is_blob_path(path: Path) -> bool:
     """Tell whether a file of a store is a blob, not a record."""
-    return path.parent.name == _BLOBS
+    return path.parent.name == BLOBS_FOLDER
 
 
 def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:

@@ -212,11 +212,11 @@ class PruneSet:
         left = set(self._snapshot.records)
         changing = {stored.manifest.digest for stored, _ in self.rewritten()}
         able = {digest for digest in self.gone if not self._index.descendants(digest) & changing}
-        while batch := [digest for digest in able & left if self._goes(digest, left)]:
+        while batch := [digest for digest in able & left if self._may_go_next(digest, left)]:
             yield [self.gone[digest] for digest in batch]
             left.difference_update(batch)
 
-    def _goes(self, digest: Digest, left: Set[Digest]) -> bool:
+    def _may_go_next(self, digest: Digest, left: Set[Digest]) -> bool:
         """Tell whether a record may be removed next while the records `left` are there."""
         if self._index.ancestors(digest) & self.gone.keys() & left:
             return False

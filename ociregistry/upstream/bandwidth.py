@@ -75,7 +75,7 @@ class Bandwidth:
         return int(min(max(each, SMALLEST_BUFFER), _LARGEST_BUFFER))
 
     def join(self, share: Share) -> None:
-        """Add the share of a large body that begins, and divide the receive buffers anew."""
+        """Add the share of a large body that begins, and divide the receive buffers again."""
         self._shares.add(share)
         self._rebalance()
 
@@ -114,7 +114,7 @@ class Share:
     """
 
     def __init__(self, bandwidth: Bandwidth, length: int | None) -> None:
-        """`length` is the body's length in bytes, None if it is unknown."""
+        """Set up the share of a body of `length` bytes, None if that is unknown."""
         self._bandwidth = bandwidth
         self._length = length
         self._resize: Callable[[int], object] = lambda buffer: None

@@ -65,7 +65,7 @@ class CircuitBreaker:
     log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, name: str, clock: IReactorTime, jitter: Callable[[], float] = random.random) -> None:
-        """`name` is the host for messages; `jitter` returns random numbers from 0 to 1."""
+        """Create a closed breaker; `name` is the host for messages, `jitter` returns random numbers from 0 to 1."""
         self._name = name
         self._clock = clock
         self._jitter = jitter

@@ -185,7 +185,7 @@ class Dialer:
         bandwidth: Bandwidth,
         reactor: Any,
     ) -> None:
-        """Hosts for which `is_configured` returns True may have any address."""
+        """Set up the dialer; hosts for which `is_configured` returns True may have any address."""
         self._upstream = upstream
         self._resolver = resolver
         self._is_configured = is_configured
@@ -224,7 +224,7 @@ class Dialer:
         connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_TIMEOUT).connect(factory)
         if self._bandwidth.rate is not None:
             # Bytes that the kernel received have used the link before the limit applies to them, so its buffer
-            # starts small; `Bandwidth` sets it anew for each large body.
+            # starts small; `Bandwidth` sets it again for each large body.
             transport: Any = connection.transport  # type: ignore[attr-defined]  # every protocol has one
             transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALLEST_BUFFER)
         return connection

@@ -45,7 +45,7 @@ class DaemonClient:
     """
 
     def __init__(self, socket: str, instance: str, reactor: Any) -> None:
-        """`socket` is the path of the control socket; `instance` names this process in Via headers."""
+        """Use the control socket at the path `socket`; `instance` names this process in Via headers."""
         # The daemon does not complete images by itself for requests with a Via header: the caller asks for all parts.
         self._via = Via().through(instance)
         pool = HTTPConnectionPool(reactor)

@@ -56,7 +56,7 @@ class MirrorClient(Source):
     log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, name: str, client: Client, clock: IReactorTime) -> None:
-        """`name` is used in messages."""
+        """Set up the mirror; `name` is used in messages."""
         super().__init__(client)
         self.name = name
         self._clock = clock

@@ -36,7 +36,7 @@ class Registries:
     """Makes a Registry for each requested upstream, and caches the 500 used last."""
 
     def __init__(self, allowed: tuple[str, ...], make: Callable[[Upstream], Registry]) -> None:
-        """`allowed` holds globs of upstream names; with none, every upstream is allowed."""
+        """Allow the upstreams that the globs `allowed` match; with none, every upstream is allowed."""
         self._allowed = allowed
         self._make = make
         self._registries: LRUCache[Upstream, Registry] = LRUCache(_MOST_REGISTRIES)
@@ -90,7 +90,7 @@ class Network(Service):
     """Makes the Registry of each upstream; holds what they share: resolver, TLS contexts, breakers, bandwidth."""
 
     def __init__(self, settings: Settings, instance: str, reactor: Any) -> None:
-        """`instance` names this process in Via headers."""
+        """Set up the network; `instance` names this process in Via headers."""
         self._settings = settings
         self._instance = instance
         self._reactor = reactor

@@ -19,7 +19,7 @@ _NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
 
 
 def parse_page_query(text: str) -> str:
-    """Parse the query by which an upstream names a page; the parameter `ns` is removed, which requests add anew.
+    """Parse the query by which an upstream names a page; leave out the parameter `ns`, which each request adds.
 
     Raises:
         ValueError: it is too long, or not the query of a URL.

@@ -77,7 +77,7 @@ class RoutedAgent:
     def __init__(
         self, route: Route, dialer: Dialer, proxy_policy: IPolicyForHTTPS, pool: HTTPConnectionPool, reactor: Any
     ) -> None:
-        """`proxy_policy` is the TLS policy for connections to a proxy whose own URL is https."""
+        """Set up the agent; `proxy_policy` is the TLS policy for connections to a proxy whose own URL is https."""
         self._route = route
         self._check = dialer.check_unresolved
         self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(route, dialer, proxy_policy), pool)
@@ -105,10 +105,10 @@ class RoutedAgent:
         for name, value in _credentials(proxy).items():
             headers.setRawHeaders(name, [value])
         asked: Deferred[IResponse] = self._absolute.request(method, uri.partition(b"#")[0], headers, bodyProducer)
-        return asked.addCallback(_let_in, proxy)
+        return asked.addCallback(_check_login, proxy)
 
 
-def _let_in(response: IResponse, proxy: Proxy) -> IResponse:
+def _check_login(response: IResponse, proxy: Proxy) -> IResponse:
     """Return the response to a request in absolute form, unless it is the proxy's own demand for a login."""
     if response.code == _LOGIN:
         response.deliverBody(DroppedBody())
@@ -192,7 +192,7 @@ class _Connect(Protocol):
     """
 
     def __init__(self, proxy: Proxy, target: str, factory: IProtocolFactory) -> None:
-        """`factory` makes the protocol at the near end of the tunnel."""
+        """Set up the protocol; `factory` makes the one at the near end of the tunnel."""
         self._proxy = proxy
         self._target = target
         self._factory = factory

@@ -1,4 +1,4 @@
-"""The remaining rate limit of a registry, as its responses tell it."""
+"""The remaining rate limit of a registry, as its responses tell it; a 429 itself is handled in `client`."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class Registry:
         limit: ConnectionLimit,
         instance: str,
     ) -> None:
-        """`sources` is None on an air-gapped server; `instance` names this process in Via headers."""
+        """Ask `sources`, None on an air-gapped server; `instance` names this process in Via headers."""
         self.upstream = upstream
         self._sources = sources
         self._limit = limit

@@ -80,7 +80,7 @@ class UpstreamPolicy:
     """
 
     def __init__(self, settings: UpstreamTls, own: tuple[str, int], contexts: ContextCache) -> None:
-        """`own` is the host and port of the upstream."""
+        """Set up the policy; `own` is the host and port of the upstream."""
         self._settings = settings
         self._own = own
         self._contexts = contexts

@@ -50,7 +50,7 @@ def test_skopeo_with_the_upstream_in_the_path(
     skopeo(ref, f"dir:{tmp_path}/first", "--all")
     _assert_copied(tmp_path / "first", index)
     assert f"pulling manifest from upstream: {registry.host}/team/app:v1" in daemon.log
-    _assert_came_once(registry, "team/app", *index.blobs)
+    _assert_fetched_once(registry, "team/app", *index.blobs)
     registry.kill()
     skopeo(ref, f"dir:{tmp_path}/again", "--all")
     _assert_copied(tmp_path / "again", index)
@@ -64,7 +64,7 @@ def test_skopeo_with_default_ns(
     daemon = start_daemon({registry.host: "http"}, "--default-ns", registry.host)
     skopeo(f"{daemon.host}/team/app:v1", f"dir:{tmp_path}/first", "--all")
     _assert_copied(tmp_path / "first", index)
-    _assert_came_once(registry, "team/app", *index.blobs)
+    _assert_fetched_once(registry, "team/app", *index.blobs)
     registry.kill()
     skopeo(f"{daemon.host}/team/app:v1", f"dir:{tmp_path}/again", "--all")
     _assert_copied(tmp_path / "again", index)
@@ -81,7 +81,7 @@ def _assert_copied(folder: Path, index: Index) -> None:
     }
 
 
-def _assert_came_once(registry: DockerRegistry, repository: str, *blobs: Blob) -> None:
+def _assert_fetched_once(registry: DockerRegistry, repository: str, *blobs: Blob) -> None:
     """Assert that the registry sent each of these blobs once, and no other."""
     paths = f"/v2/{repository}/blobs/"
     sent = [line.path for line in registry.requests if line.method == "GET" and line.path.startswith(paths)]
@@ -118,7 +118,7 @@ def test_docker_engine_with_registry_mirrors(
     _pull_as_docker_does(daemon, index)
     image, other = index.images
     wait_complete(daemon, [*image.blobs, other.config])
-    _assert_came_once(registry, "library/app", *image.blobs, other.config)
+    _assert_fetched_once(registry, "library/app", *image.blobs, other.config)
     registry.kill()
     _pull_as_docker_does(daemon, index)
 

@@ -35,7 +35,7 @@ def test_clock_jump_prunes_nothing(tmp_path: Path) -> None:
         wait_until(lambda: daemon.log.count(JUMPED) == 1, SOON, "the jump is seen")
         # The clock is steady now, and wrong, which the times of the last pulls cannot show.
         pull(cache, "team/0", images[0])
-        told = "pruning by age refused: 7 of 8 images would go, which is more than max_share"
+        told = "pruning by age refused: 7 of 8 images would be removed, which is more than max_share"
         wait_until(lambda: told in daemon.log, SOON, "most of them are spared")
         assert record(cache, images[0].manifest).stat().st_mtime > time.time() + 3600 * DAY
 

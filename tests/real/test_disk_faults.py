@@ -189,7 +189,7 @@ def test_sync_failure_of_the_blobs_folder(cache: Cache, inject: Inject) -> None:
     assert_next_pull_succeeds(cache, "miss", image)
 
 
-def test_a_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> None:
+def test_hit_is_answered_while_syncs_hang(cache: Cache, inject: Inject) -> None:
     """More syncs hang than there are threads for writing; a slow hit works too."""
     hit, long = publish(cache, "hit"), publish(cache, "long", LARGE)
     hanging = [publish(cache, f"hanging{number}", 1000) for number in range(20)]

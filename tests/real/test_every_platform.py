@@ -71,7 +71,7 @@ def write_list(cache: Cache, folder: Path) -> str:
     return image_list(folder / "list", [f"{cache.upstream.host}/{REPOSITORY}:{TAG}"])
 
 
-def assert_one_platform_came(cache: Cache, index: Index, platform: str) -> None:
+def assert_one_platform_was_fetched(cache: Cache, index: Index, platform: str) -> None:
     """Assert that the upstream sent the bytes of this platform and the metadata of all, and nothing twice."""
     one = sum(len(blob.data) for blob in image_for(index, platform).blobs)
     assert link_bytes(cache) <= 1.05 * one + metadata_size(index)
@@ -83,7 +83,7 @@ def test_client_that_reads_all_metadata_fetches_one_platform(cache: Cache, index
     """The platform is the one whose layers are requested, whether or not it is this machine's."""
     ctr_pull(cache, index, platform)
     wait_stored_platforms(cache.daemon, index, platform)
-    assert_one_platform_came(cache, index, platform)
+    assert_one_platform_was_fetched(cache, index, platform)
     cache.upstream.close()
     ctr_pull(cache, index, platform)
 
@@ -92,7 +92,7 @@ def test_other_metadata_is_fetched_after_a_pull_of_one_platform(cache: Cache, in
     """The other platforms' metadata is fetched in the background at once, without waiting half a minute."""
     kubelet_pull(cache, index)
     wait_stored_platforms(cache.daemon, index, AMD64, timeout=SOON)
-    assert_one_platform_came(cache, index, AMD64)
+    assert_one_platform_was_fetched(cache, index, AMD64)
     cache.upstream.close()
     kubelet_pull(cache, index)
     ctr_pull(cache, index)
@@ -101,7 +101,7 @@ def test_other_metadata_is_fetched_after_a_pull_of_one_platform(cache: Cache, in
 def test_load_stores_one_platform_and_all_metadata(stopped: Cache, index: Index, tmp_path: Path) -> None:
     arguments = ("load", "--arch=amd64", "--os=linux", write_list(stopped, tmp_path))
     assert "1 loaded, 0 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
-    assert_one_platform_came(stopped, index, AMD64)
+    assert_one_platform_was_fetched(stopped, index, AMD64)
     stopped.upstream.close()
     assert "0 loaded, 1 already there, 0 failed" in command(stopped.daemon, *arguments).stdout
     stopped.daemon.start()
@@ -117,7 +117,7 @@ def test_preload_stores_one_platform_and_all_metadata(
     with Daemon(tmp_path, {upstream.host: "http"}, *ARCHITECTURE, "--preload-images", path) as daemon:
         wait_stored_platforms(daemon, index, AMD64, timeout=SOON)
         cache = Cache(daemon, upstream)
-        assert_one_platform_came(cache, index, AMD64)
+        assert_one_platform_was_fetched(cache, index, AMD64)
         upstream.close()
         ctr_pull(cache, index)
         assert error_lines(daemon, 0) == []

@@ -55,7 +55,7 @@ def completeness(cache: Cache) -> str:
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_a_foreign_layer_that_the_registry_has_is_loaded_and_carried(
+def test_foreign_layer_of_registry_is_loaded_and_exported(
     cache: Cache, image: Image, tmp_path: Path, running: bool
 ) -> None:
     """It was left out, and the image called complete; nodes without a way to Microsoft could not pull it.
@@ -84,9 +84,7 @@ def test_a_foreign_layer_that_the_registry_has_is_loaded_and_carried(
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["through_the_daemon", "alone"])
-def test_a_foreign_layer_that_the_registry_does_not_have_is_said_to_be_absent(
-    cache: Cache, image: Image, tmp_path: Path, running: bool
-) -> None:
+def test_missing_foreign_layer_is_reported(cache: Cache, image: Image, tmp_path: Path, running: bool) -> None:
     if not running:
         cache.daemon.kill()
     foreign = image.layers[0]
@@ -111,7 +109,7 @@ def test_a_foreign_layer_that_the_registry_does_not_have_is_said_to_be_absent(
         cache.daemon.start()
 
 
-def test_loaded_again_while_the_link_is_down_it_is_there_without_them(
+def test_image_without_foreign_layers_is_present_while_link_is_down(
     cache: Cache, image: Image, tmp_path: Path
 ) -> None:
     with cache.scripted(f"/v2/team/app/blobs/{image.layers[0].digest}", Reply(404)):
@@ -122,7 +120,7 @@ def test_loaded_again_while_the_link_is_down_it_is_there_without_them(
     assert "without foreign layers" in printed
 
 
-def test_after_a_pull_the_foreign_layer_is_there_too(cache: Cache, image: Image) -> None:
+def test_foreign_layer_is_fetched_after_a_pull(cache: Cache, image: Image) -> None:
     """A client fetches it from its URL, or asks for it when that cannot be reached."""
     assert cache.ask("team/app/manifests/1").status == 200
     foreign, layer = image.layers

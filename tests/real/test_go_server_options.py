@@ -225,7 +225,11 @@ def test_prune_matches_its_dry_run(shell: Shell, spelled: str, gone: tuple[str, 
     told = dict(line.split()[2:4] for line in would.splitlines()[:-1])
     assert told == rows_of(*gone)
     did = succeeded(shell.piped(spelled, environment=HERE))
-    for was, now in (("would prune", "pruned"), ("would go", "went"), ("would become free", "are free again")):
+    for was, now in (
+        ("would prune", "pruned"),
+        ("would be removed", "removed"),
+        ("would become free", "are free again"),
+    ):
         would = would.replace(was, now)
     assert did == would
     stay = [url for url in IMAGES if url not in gone]
@@ -241,7 +245,7 @@ def test_prune_matches_its_dry_run(shell: Shell, spelled: str, gone: tuple[str, 
 def test_prune_without_a_match_changes_nothing(shell: Shell) -> None:
     before = files_in(shell.store)
     done = succeeded(shell.piped("--prune no-such-image"))
-    assert done == "0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again\n"
+    assert done == "0 image URLs, 0 records and 0 blobs removed, 0 bytes (0 B) are free again\n"
     assert {path: of for path, of in files_in(shell.store).items() if not path.startswith("pulls")} == {
         path: of for path, of in before.items() if not path.startswith("pulls")
     }

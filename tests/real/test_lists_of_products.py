@@ -44,9 +44,7 @@ def image(cache: Cache, repository: str) -> Image:
 
 
 @PRODUCTS
-def test_the_pages_of_the_upstream_are_followed_to_the_end(
-    cache: Cache, repository: str, image: Image, rule: Rule
-) -> None:
+def test_client_follows_pages_to_the_end(cache: Cache, repository: str, image: Image, rule: Rule) -> None:
     """As crane 0.20 does, which begins with `n=1000`, and oras 1.3 and skopeo, which begin without `n`.
 
     All of them then send the path and query of the link as they are. Sources: go-containerregistry issue 794,
@@ -77,7 +75,7 @@ def test_skopeo_lists_all_tags(
 
 
 @PRODUCTS
-def test_the_pages_come_through_a_chain_of_daemons(
+def test_pages_through_a_chain_of_daemons(
     upstream: ScriptedRegistry, start_daemon: Callable[..., Daemon], rule: Rule
 ) -> None:
     """The link of the one carries that of the other, which carries that of the registry."""
@@ -91,7 +89,7 @@ def test_the_pages_come_through_a_chain_of_daemons(
     assert len(upstream.requests) == 3
 
 
-def test_a_page_that_repeats_ends_the_list(cache: Cache, repository: str, image: Image) -> None:
+def test_repeated_page_ends_the_list(cache: Cache, repository: str, image: Image) -> None:
     """Each time by another link."""
     with cache.scripted(f"/v2/{repository}/tags/*", OpaquePages("next_page", stuck=True)):
         assert [*islice(pages(cache, cache.url(f"{repository}/tags/list")), 9)] == [TAGS[:2], TAGS[:2]]
@@ -99,9 +97,7 @@ def test_a_page_that_repeats_ends_the_list(cache: Cache, repository: str, image:
 
 @PRODUCTS
 @pytest.mark.parametrize("gone", GONE.values(), ids=GONE.keys())
-def test_the_list_continues_from_the_cache(
-    cache: Cache, repository: str, image: Image, rule: Rule, gone: Rule
-) -> None:
+def test_list_continues_from_the_cache(cache: Cache, repository: str, image: Image, rule: Rule, gone: Rule) -> None:
     for tag in TAGS[1:]:
         assert cache.ask(f"{repository}/manifests/{tag}").status == 200
     path = f"{repository}/tags/list"
@@ -112,7 +108,7 @@ def test_the_list_continues_from_the_cache(
             assert [*islice(following, 9)] == [TAGS[2:4], TAGS[4:]]
 
 
-def test_a_link_of_a_client_that_no_upstream_gave_is_refused(cache: Cache, repository: str, image: Image) -> None:
+def test_malformed_next_page_of_client_is_refused(cache: Cache, repository: str, image: Image) -> None:
     before = cache.sent(repository)
     answer = fetch(cache.url(f"{repository}/tags/list", "next=a%0D%0Ab"))
     assert_error(answer, 400, "PAGINATION_NUMBER_INVALID")
@@ -159,7 +155,7 @@ def test_referrers_of_a_registry_without_the_api(cache: Cache, repository: str, 
 
 
 @WITHOUT_API
-def test_none_are_listed_only_if_the_tag_can_be_asked_for(
+def test_empty_list_of_referrers_only_if_the_tag_can_be_requested(
     cache: Cache, repository: str, image: Image, rule: Rule
 ) -> None:
     path = f"{repository}/referrers/{image.manifest.digest}"

@@ -104,7 +104,7 @@ def environment(url: str, **more: str) -> dict[str, str]:
     return {"HTTP_PROXY": url, "https_proxy": url, **more}
 
 
-def test_the_proxy_of_the_environment(scene: Scene, proxy: Tinyproxy) -> None:
+def test_proxy_of_the_environment(scene: Scene, proxy: Tinyproxy) -> None:
     """https in tunnels, http in absolute form; the names are resolved by the proxy alone."""
     image = scene.add("app")
     daemon = scene.daemon(environment(proxy.url))
@@ -118,7 +118,7 @@ def test_the_proxy_of_the_environment(scene: Scene, proxy: Tinyproxy) -> None:
     assert "Proxy-" not in str([request.headers for request in scene.plain.requests])
 
 
-def test_without_a_proxy_the_names_cannot_be_resolved(scene: Scene, proxy: Tinyproxy) -> None:
+def test_names_cannot_be_resolved_without_proxy(scene: Scene, proxy: Tinyproxy) -> None:
     """Or the other tests would show nothing."""
     scene.add("app")
     daemon = scene.daemon(environment(proxy.url, no_proxy=".example"))
@@ -129,7 +129,7 @@ def test_without_a_proxy_the_names_cannot_be_resolved(scene: Scene, proxy: Tinyp
     assert proxy.requests == []
 
 
-def test_a_proxy_that_wants_a_password(scene: Scene, locked: Tinyproxy) -> None:
+def test_proxy_with_password(scene: Scene, locked: Tinyproxy) -> None:
     image = scene.add("app")
     daemon = scene.daemon(proxy=f"http://{IN_URL}{locked.host}")
     for registry in (scene.plain, scene.secure):
@@ -138,7 +138,7 @@ def test_a_proxy_that_wants_a_password(scene: Scene, locked: Tinyproxy) -> None:
     assert "edge" not in daemon.log
 
 
-def test_a_proxy_that_is_given_no_password(scene: Scene, locked: Tinyproxy) -> None:
+def test_proxy_without_required_password(scene: Scene, locked: Tinyproxy) -> None:
     scene.add("app")
     daemon = scene.daemon(environment(locked.url))
     for registry in (scene.plain, scene.secure):
@@ -150,7 +150,7 @@ def test_a_proxy_that_is_given_no_password(scene: Scene, locked: Tinyproxy) -> N
     assert log_lines(daemon, "warn", " reached") == []
 
 
-def test_a_proxy_that_is_given_a_wrong_password(scene: Scene, locked: Tinyproxy) -> None:
+def test_proxy_with_wrong_password(scene: Scene, locked: Tinyproxy) -> None:
     """tinyproxy answers 401, as the registry itself may when it is asked by http."""
     scene.add("app")
     daemon = scene.daemon(environment(f"http://edge:wr0ng@{locked.host}"))
@@ -163,7 +163,7 @@ def test_a_proxy_that_is_given_a_wrong_password(scene: Scene, locked: Tinyproxy)
     assert "wr0ng" not in daemon.log
 
 
-def test_redirects_and_token_services_are_asked_through_the_proxy_too(scene: Scene, proxy: Tinyproxy) -> None:
+def test_redirects_and_token_requests_use_the_proxy(scene: Scene, proxy: Tinyproxy) -> None:
     image = scene.add("app")
     (layer,) = image.layers
     for registry in (scene.plain, scene.secure):
@@ -179,7 +179,7 @@ def test_redirects_and_token_services_are_asked_through_the_proxy_too(scene: Sce
     assert any(request.startswith(f"{storage}/token?") for request in proxy.requests)
 
 
-def test_a_proxy_that_is_gone_and_comes_back(scene: Scene, proxy: Tinyproxy) -> None:
+def test_restarted_proxy_is_used_again(scene: Scene, proxy: Tinyproxy) -> None:
     """Its own link is down, told once for all upstreams, and the upstreams' are not."""
     image = scene.add("app")
     daemon = scene.daemon(proxy=proxy.url)
@@ -199,7 +199,7 @@ def test_a_proxy_that_is_gone_and_comes_back(scene: Scene, proxy: Tinyproxy) -> 
     assert f"proxy {proxy.url} can be reached again" in up
 
 
-def test_an_upstream_that_its_proxy_cannot_reach(scene: Scene, proxy: Tinyproxy) -> None:
+def test_upstream_unreachable_for_its_proxy(scene: Scene, proxy: Tinyproxy) -> None:
     """That is the upstream's failure, and the proxy is asked for others."""
     image = scene.add("app")
     daemon = scene.daemon(proxy=proxy.url)
@@ -214,7 +214,7 @@ def test_an_upstream_that_its_proxy_cannot_reach(scene: Scene, proxy: Tinyproxy)
 
 
 @pytest.mark.parametrize("kind", ["plain", "secure"])
-def test_a_download_through_a_proxy_resumes(scene: Scene, proxy: Tinyproxy, kind: str) -> None:
+def test_download_through_proxy_resumes(scene: Scene, proxy: Tinyproxy, kind: str) -> None:
     """The proxy goes down with half of a blob, and comes back: the rest is fetched, and no byte twice."""
     registry: ScriptedRegistry = getattr(scene, kind)
     image = scene.add("app", 2 * MIB)
@@ -236,9 +236,7 @@ def test_a_download_through_a_proxy_resumes(scene: Scene, proxy: Tinyproxy, kind
     assert sent == len(layer.data)
 
 
-def test_the_configuration_comes_before_the_environment_and_an_entry_before_both(
-    scene: Scene, proxy: Tinyproxy, locked: Tinyproxy
-) -> None:
+def test_precedence_of_entry_configuration_and_environment(scene: Scene, proxy: Tinyproxy, locked: Tinyproxy) -> None:
     image = scene.add("app")
     registries = {
         scene.host(scene.plain): {"scheme": "http"},
@@ -259,7 +257,7 @@ def test_the_configuration_comes_before_the_environment_and_an_entry_before_both
     assert proxy.requests
 
 
-def test_an_entry_without_a_proxy(scene: Scene, proxy: Tinyproxy) -> None:
+def test_entry_with_proxy_none(scene: Scene, proxy: Tinyproxy) -> None:
     """`none` in an entry stands against the proxy of all others."""
     image = scene.add("app")
     registries = {
@@ -274,7 +272,7 @@ def test_an_entry_without_a_proxy(scene: Scene, proxy: Tinyproxy) -> None:
     assert proxy.requests
 
 
-def test_a_proxy_is_read_again_on_sighup(scene: Scene, proxy: Tinyproxy) -> None:
+def test_sighup_reloads_proxy(scene: Scene, proxy: Tinyproxy) -> None:
     image = scene.add("app")
     daemon = scene.daemon()
     assert b"host name cannot be resolved" in scene.get(daemon, scene.plain, "app/manifests/1").body

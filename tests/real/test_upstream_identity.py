@@ -133,9 +133,7 @@ def test_self_signed_certificate_can_be_trusted(pulling: Pulling, tmp_path: Path
     pulling.succeeds(tls, {"tls": {"ca": str(tls.certificate)}})
 
 
-def test_a_private_registry_that_redirects_to_public_storage(
-    authority: Authority, skopeo: Skopeo, tmp_path: Path
-) -> None:
+def test_private_registry_redirecting_to_public_storage(authority: Authority, skopeo: Skopeo, tmp_path: Path) -> None:
     """skopeo, which adds a registry's authority to those of the system, pulls from such registries."""
     public = Authority(tmp_path / "public", "public authority")
     with (

@@ -36,7 +36,7 @@ def image_for(index: Index, platform: str) -> Image:
         (["--platform", "linux/amd64,windows/amd64", "--os-version=10.0.17763.6893"], {LINUX, SERVER_2019}),
     ],
 )
-def test_all_versions_that_match_are_loaded(
+def test_all_matching_os_versions_are_loaded(
     tmp_path: Path, index: Index, options: list[str], loaded: set[str], running: bool
 ) -> None:
     """Of the manifests for one platform only the first came, and `list --long` called that complete.
@@ -65,7 +65,7 @@ def platforms(cache: Cache) -> tuple[str, str]:
     return told, completeness
 
 
-def test_a_version_that_is_not_there_is_an_error(tmp_path: Path, index: Index) -> None:
+def test_missing_os_version_is_an_error(tmp_path: Path, index: Index) -> None:
     with cache_in(tmp_path) as cache:
         cache.upstream.add("pause", index, "3")
         listed = image_list(tmp_path / "list", [f"{cache.upstream.host}/pause:3"])
@@ -75,7 +75,7 @@ def test_a_version_that_is_not_there_is_an_error(tmp_path: Path, index: Index) -
         assert f"no image for windows(10.0.1)/amd64; available: {there}" in done.stdout
 
 
-def test_of_two_versions_that_clients_pull_both_are_completed_and_listed(tmp_path: Path, index: Index) -> None:
+def test_two_pulled_os_versions_are_completed_and_listed(tmp_path: Path, index: Index) -> None:
     with cache_in(tmp_path) as cache:
         cache.upstream.add("pause", index, "3")
         assert cache.ask("pause/manifests/3").status == 200

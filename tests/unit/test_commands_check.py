@@ -103,7 +103,7 @@ def test_every_login_method_is_named(path: Path, monkeypatch: pytest.MonkeyPatch
         assert not any(SECRET in line for line in reported)
 
 
-def test_the_proxy_of_each_upstream_is_told_without_its_password(path: Path) -> None:
+def test_report_has_proxy_of_each_upstream_without_password(path: Path) -> None:
     text = f"""\
 proxy: http://u{SECRET}:{SECRET}@proxy:3128
 registries:
@@ -154,7 +154,7 @@ registries:
     assert not any(SECRET in line for line in told)
 
 
-def test_a_proxy_for_one_scheme_alone(path: Path) -> None:
+def test_report_of_proxy_for_one_scheme(path: Path) -> None:
     path.write_text("- name: a.example:5000\n- name: b.example\n  scheme: http\n")
     told = list(report(load_settings({}, (), path, {"HTTP_PROXY": "proxy:3128"})))
     assert told[2:] == [

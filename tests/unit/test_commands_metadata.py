@@ -172,8 +172,8 @@ def test_metadata_is_pruned_silently_with_its_index(store_dir: StoreDir, command
     did = commands("prune", by, value)
     assert would[:-1] == [f"would prune {line}" for line in listed_bytes]
     assert did[:-1] == [f"pruned {line}" for line in listed_bytes]
-    assert would[-1].startswith("2 image URLs, 2 records and 2 blobs would go, ")
-    assert did[-1].startswith(f"2 image URLs, 2 records and 2 blobs went, {size} bytes ")
+    assert would[-1].startswith("2 image URLs, 2 records and 2 blobs would be removed, ")
+    assert did[-1].startswith(f"2 image URLs, 2 records and 2 blobs removed, {size} bytes ")
     assert store_dir.sizes() == {}
 
 

@@ -17,7 +17,7 @@ from twisted.python import usage
 
 from ociregistry.commands.list import List
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions, print_lines
-from ociregistry.process import complain
+from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS
 from tests.unit.support.command_lines import CommandResult, run
 
@@ -133,7 +133,7 @@ def test_invalid_value_names_its_option() -> None:
 def test_lines_are_printed(capfd: pytest.CaptureFixture[str]) -> None:
     print_lines(["one", "two ü", ""])
     print_lines([])
-    complain("three")
+    print_error("three")
     assert capfd.readouterr() == ("one\ntwo ü\n\n", "ociregistry: three\n")
 
 
@@ -195,7 +195,7 @@ def test_closed_stdout_is_reported() -> None:
 
 def test_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "__stderr__", None)
-    complain("something")
+    print_error("something")
     assert capsys.readouterr().out == ""
 
 

@@ -71,7 +71,7 @@ def _done(line: str) -> str:
     for would, did in {
         "would prune": "pruned",
         "would reclaim": "reclaimed",
-        "would go": "went",
+        "would be removed": "removed",
         "would become free": "are free again",
     }.items():
         line = line.replace(would, did)
@@ -102,7 +102,7 @@ def test_output_lists_pruned_urls_and_bytes(store_dir: StoreDir, pruned: Pruned)
     size = store_dir.snapshot().rows[0].stored.size + len(ONE)
     assert pruned("--pattern", "one") == [
         f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
-        f"1 image URLs, 1 records and 1 blobs went, {size} bytes ({size} B) are free again",
+        f"1 image URLs, 1 records and 1 blobs removed, {size} bytes ({size} B) are free again",
     ]
     assert left(store_dir) == ["three:3", "two:2"]
     assert store_dir.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
@@ -117,7 +117,7 @@ def test_dry_run_output(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) 
     going = [row.stored.size for row in store_dir.snapshot().rows if "two" not in row.url]
     size = sum(going) + len(ONE) + len(THREE)
     assert result.lines[2] == (
-        f"2 image URLs, 2 records and 2 blobs would go, {size} bytes ({size_text(size)}) would become free"
+        f"2 image URLs, 2 records and 2 blobs would be removed, {size} bytes ({size_text(size)}) would become free"
     )
     assert (len(result.lines), result.status, result.err) == (3, 0, "")
     assert left(store_dir) == ["one:1", "three:3", "two:2"]
@@ -168,14 +168,14 @@ def test_all_conditions_must_match(store_dir: StoreDir, pruned: Pruned, options:
     assert lines[-1].startswith(f"{len(names)} image URLs, {len(names)} records and ")
     assert left(store_dir) == [name for name in there if name not in names]
     if not names:
-        assert lines == ["0 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again"]
+        assert lines == ["0 image URLs, 0 records and 0 blobs removed, 0 bytes (0 B) are free again"]
 
 
 def test_matching_url_is_removed_image_stays_by_others(store_dir: StoreDir, pruned: Pruned) -> None:
     store_dir.image([SHARED, ONE], "other:1")
     assert pruned("--pattern", "one") == [
         "pruned reg.example/one:1 image 0 bytes of blobs",
-        "1 image URLs, 0 records and 0 blobs went, 0 bytes (0 B) are free again",
+        "1 image URLs, 0 records and 0 blobs removed, 0 bytes (0 B) are free again",
     ]
     assert left(store_dir) == ["other:1", "three:3", "two:2"]
     assert store_dir.has(SHARED, ONE) == [True, True]
@@ -186,7 +186,7 @@ def test_shared_bytes_are_counted_once(store_dir: StoreDir, pruned: Pruned) -> N
     *lines, total = pruned("--pattern", "one,two,three")
     listed_bytes = [int(match[1]) for line in lines if (match := re.search(r"(\d+) bytes of blobs$", line))]
     assert sum(listed_bytes) == sum(map(len, (SHARED, ONE, TWO, THREE)))
-    assert total.startswith("4 image URLs, 3 records and 4 blobs went, ")
+    assert total.startswith("4 image URLs, 3 records and 4 blobs removed, ")
     assert (store_dir.has(SHARED, ONE, TWO, THREE), left(store_dir)) == ([False] * 4, [])
 
 
@@ -223,7 +223,7 @@ def test_orphans_older_than_a_day_are_removed(store_dir: StoreDir, pruned: Prune
     found = orphans(store_dir)
     assert pruned("--orphans") == [
         *(f"reclaimed {path} {len(data)} bytes" for path, data in found.items()),
-        "2 orphans went, 9 bytes (9 B) are free again",
+        "2 orphans removed, 9 bytes (9 B) are free again",
     ]
     assert not any((store_dir.root / path).exists() for path in found)
     assert left(store_dir) == ["one:1", "three:3", "two:2"]
@@ -232,21 +232,21 @@ def test_orphans_older_than_a_day_are_removed(store_dir: StoreDir, pruned: Prune
 
 def test_younger_orphans_stay(store_dir: StoreDir, pruned: Pruned) -> None:
     found = orphans(store_dir)
-    assert pruned("--orphans") == ["0 orphans went, 0 bytes (0 B) are free again"]
+    assert pruned("--orphans") == ["0 orphans removed, 0 bytes (0 B) are free again"]
     assert all((store_dir.root / path).exists() for path in found)
 
 
 def test_orphan_age_option(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
     orphans(store_dir)
-    assert pruned("--orphans", "--older-than", "3d") == ["0 orphans went, 0 bytes (0 B) are free again"]
-    assert pruned("--orphans", "--older-than", "47h")[-1] == "2 orphans went, 9 bytes (9 B) are free again"
+    assert pruned("--orphans", "--older-than", "3d") == ["0 orphans removed, 0 bytes (0 B) are free again"]
+    assert pruned("--orphans", "--older-than", "47h")[-1] == "2 orphans removed, 9 bytes (9 B) are free again"
 
 
 def test_images_and_orphans_together(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:
     orphans(store_dir)
     lines = pruned("--orphans", "--pattern", "one")
     assert gone(lines) == ["one:1"]
-    assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans went"]
+    assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans removed"]
 
 
 def test_dry_run_creates_no_lock_file(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:

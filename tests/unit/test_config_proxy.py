@@ -31,12 +31,12 @@ SECRET = "s3cr3t"
         ("http://d%5Cu:p%40%3A%2f:x@proxy:1", Proxy("http", "proxy", 1, "d\\u", "p@:/:x"), "http://proxy:1"),
     ],
 )
-def test_a_proxy(text: str, proxy: Proxy, told: str) -> None:
+def test_proxy_url(text: str, proxy: Proxy, told: str) -> None:
     assert Proxy.parse(text) == proxy
     assert str(proxy) == told
 
 
-def test_user_and_password_are_in_no_text() -> None:
+def test_text_of_proxy_has_no_user_and_password() -> None:
     proxy = Proxy.parse(f"http://{SECRET}-user:{SECRET}@proxy:1")
     assert SECRET not in f"{proxy} {proxy!r} {Proxies(proxy, proxy)!r}"
 
@@ -61,13 +61,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_none(text: str) -> None:
+def test_malformed_proxy_url(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected|supported|printable") as refused:
         Proxy.parse(text)
     assert SECRET not in str(refused.value)
 
 
-def test_other_kinds_of_proxies_are_told_by_their_kind() -> None:
+def test_error_names_unsupported_scheme() -> None:
     with pytest.raises(ValueError, match="socks5h proxies are not supported, only http and https"):
         Proxy.parse("socks5h://proxy:1080")
 
@@ -85,7 +85,7 @@ def load(path: Path, text: str, **environment: str) -> Settings:
 
 
 @pytest.mark.parametrize("text", [text for text in BAD if text])
-def test_a_mistake_in_the_file_is_told_by_file_line_and_key(path: Path, text: str) -> None:
+def test_error_in_file_names_file_line_and_key(path: Path, text: str) -> None:
     for before, key in (("\n", "proxy"), ("registries:\n- name: reg.example\n  ", "proxy")):
         with pytest.raises(ConfigInvalid) as refused:
             load(path, f"{before}proxy: '{text}'\n")
@@ -95,12 +95,12 @@ def test_a_mistake_in_the_file_is_told_by_file_line_and_key(path: Path, text: st
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"])
-def test_a_mistake_in_the_environment_is_told_by_the_variable(variable: str) -> None:
+def test_error_in_environment_names_the_variable(variable: str) -> None:
     with pytest.raises(ConfigInvalid, match=f"^environment variable {variable}: a URL such as "):
         load_settings({}, (), None, {variable: f"http://u:{SECRET}@proxy:x"})
 
 
-def test_a_variable_that_counts_for_nothing_may_have_one(path: Path) -> None:
+def test_malformed_variable_is_ignored_when_the_file_has_a_proxy(path: Path) -> None:
     settings = load(path, "proxy: none\n", HTTP_PROXY="socks5://proxy:1080")
     assert settings.proxy.proxies == NO_PROXIES
 
@@ -117,11 +117,11 @@ def test_a_variable_that_counts_for_nothing_may_have_one(path: Path) -> None:
         ({"ALL_PROXY": str(ONE)}, NO_PROXIES),
     ],
 )
-def test_the_environment(environment: dict[str, str], proxies: Proxies) -> None:
+def test_proxies_of_the_environment(environment: dict[str, str], proxies: Proxies) -> None:
     assert load_settings({}, (), None, environment).proxy.proxies == proxies
 
 
-def test_the_file_comes_before_the_environment(path: Path) -> None:
+def test_file_takes_precedence_over_environment(path: Path) -> None:
     settings = load(path, f"proxy: {ONE}\nregistries:\n- name: a.b\n- name: c.d\n  proxy: none\n", HTTP_PROXY="x:1")
     assert settings.proxy.proxies == Proxies(ONE, ONE)
     assert settings.entry(Upstream("a.b")).proxy is None
@@ -156,7 +156,7 @@ def covers(text: str, host: str, port: int = 443) -> bool:
         ("", ["localhost", "a.localhost", "127.0.0.1", "127.9.9.9", "::1"], ["localhost.example"]),
     ],
 )
-def test_who_is_asked_directly(text: str, direct: list[str], proxied: list[str]) -> None:
+def test_no_proxy_matches_hosts(text: str, direct: list[str], proxied: list[str]) -> None:
     assert [host for host in direct if not covers(text, host)] == []
     assert [host for host in proxied if covers(text, host)] == []
 
@@ -171,13 +171,13 @@ def test_who_is_asked_directly(text: str, direct: list[str], proxied: list[str])
         ("*:5000", "any.example"),
     ],
 )
-def test_at_one_port_alone(text: str, host: str) -> None:
+def test_no_proxy_with_port(text: str, host: str) -> None:
     assert covers(text, host, 5000)
     assert not covers(text, host, 443)
 
 
 @pytest.mark.parametrize("entry", ["10.0.0.0/99", "http://reg.example", "a:b:c", "x*y", "reg.example:x", "10.*"])
-def test_what_no_exception_is_is_told_and_ignored(entry: str) -> None:
+def test_malformed_no_proxy_entry_is_ignored_with_a_warning(entry: str) -> None:
     settings = load_settings({}, (), None, {"no_proxy": f"a.b,{entry},c.d"})
     assert settings.warnings == (f"NO_PROXY: {entry!r} is ignored: it is no host, domain, address or network",)
     assert settings.proxy.no_proxy.covers("a.b", 1)

@@ -155,7 +155,7 @@ def test_media_types_are_compared_without_case_and_parameters(spelled: str) -> N
 
 
 @pytest.mark.parametrize("absent", [None, "", MISSING])
-def test_a_manifest_need_not_tell_its_media_type(absent: object) -> None:
+def test_manifest_without_media_type(absent: object) -> None:
     assert parse(changed(IMAGE, mediaType=absent)).media_type == OCI_MANIFEST
     assert parse(changed(IMAGE, config=changed(CONFIG, mediaType=absent))).blobs[0].media_type == ""
 

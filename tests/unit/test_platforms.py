@@ -85,7 +85,7 @@ def test_platform_is_parsed(text: str, read: Platform) -> None:
         ("macos/arm64", "darwin/arm64"),
     ],
 )
-def test_a_platform_in_other_spellings(text: str, spelled: str) -> None:
+def test_platform_in_other_spellings(text: str, spelled: str) -> None:
     """Those that containerd normalizes."""
     assert str(Platform.parse(text)) == spelled
 
@@ -193,7 +193,7 @@ def test_all_versions_of_a_system_are_taken_that_begin_as_wanted(wanted: str, ta
     assert (len(found), len(of)) == (len(taken) + 1, 2)
 
 
-def test_a_version_that_is_not_there_is_lacking() -> None:
+def test_missing_os_version_is_not_found() -> None:
     windows = Platform("windows", "amd64", os_version="10.0.26100")
     assert chosen(in_versions("10.0.17763.6893"), [windows]) == ((), frozenset())
     assert str(windows) == "windows(10.0.26100)/amd64"
@@ -210,7 +210,7 @@ def test_a_version_that_is_not_there_is_lacking() -> None:
         ("1" * 100, f"windows({'1' * 64})/amd64"),
     ],
 )
-def test_a_platform_with_a_version_is_spelled_in_one_word(told: object, spelled: str) -> None:
+def test_platform_with_os_version_is_one_word(told: object, spelled: str) -> None:
     platform = {"os": "windows", "architecture": "amd64", "os.version": told}
     value = {"mediaType": OCI_MANIFEST, "digest": Digest.of(b""), "size": 1, "platform": platform}
     one = Descriptor.parse(value)

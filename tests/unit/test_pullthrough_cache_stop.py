@@ -1,4 +1,4 @@
-"""Stopping the cache: downloads end, their clients get an error, and none is started anew."""
+"""Stopping the cache: downloads end, their clients get an error, and no other one is started."""
 
 from __future__ import annotations
 

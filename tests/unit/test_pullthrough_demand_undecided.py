@@ -372,7 +372,7 @@ async def test_without_completion_nothing_is_completed(root: Path, store: Store,
 
 
 @on_reactor
-async def test_with_configured_platforms_nothing_is_pending(root: Path, store: Store, clock: Clock) -> None:
+async def test_nothing_is_pending_with_configured_platforms(root: Path, store: Store, clock: Clock) -> None:
     policy = CompletionPolicy(platforms=(Platform("linux", "s390x"),))
     demands = Demands(root, store, clock, MACHINE, policy)
     await demands.get(INDEX, tag="1")

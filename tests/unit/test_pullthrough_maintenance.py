@@ -347,12 +347,12 @@ async def test_clock_wrong_from_the_start_prunes_nothing_by_age(
     for _ in range(3):
         await harness.advance(60)
     (line,) = texts(events, LogLevel.warn)
-    assert line.startswith("pruning by age refused: 10 of 10 images would go, which is more than max_share: ")
+    assert line.startswith("pruning by age refused: 10 of 10 images would be removed, which is more than max_share: ")
     for number, built in enumerate(images[6:]):
         await harness.add(f"reg.example/app:{6 + number}", built)
     await harness.advance(60)
     (_, line) = texts(events, LogLevel.warn)
-    assert line.startswith("pruning by age refused: 6 of 10 images would go, which is more than max_share: ")
+    assert line.startswith("pruning by age refused: 6 of 10 images would be removed, which is more than max_share: ")
     assert harness.here(*images) == [True] * 10
     # After the correction the clock is trusted; dates in the future do not count as old.
     harness.clock_error = timedelta(0)

@@ -215,7 +215,7 @@ def test_failed_run_does_not_count(store_dir: StoreDir, store: Store) -> None:
 
 
 @on_reactor
-async def test_with_real_threads(store_dir: StoreDir, open_store: Callable[..., Store]) -> None:
+async def test_verify_with_real_threads(store_dir: StoreDir, open_store: Callable[..., Store]) -> None:
     store_dir.blob(LAYER).write_bytes(b"x")
     findings = await open_store().verify(None, lambda done, total: None, unspecified)
     assert [one.digest for one in findings.damaged] == [Digest.of(LAYER)]

@@ -36,7 +36,7 @@ IMAGE = manifest(BUILT)
     ],
 )
 @on_reactor
-async def test_a_mirror_below_a_path_is_asked_for_the_name_that_the_image_has_there(
+async def test_mirror_with_path_is_asked_for_the_name_at_the_mirror(
     upstream: ScriptedRegistry, path: str, asked: str, ns: str
 ) -> None:
     """The paths are those that containerd takes with override_path.

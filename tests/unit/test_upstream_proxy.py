@@ -127,7 +127,7 @@ def trusting(authority: Authority, *, verify: bool = True) -> UpstreamTls:
 
 
 @on_reactor
-async def test_http_is_asked_in_absolute_form(
+async def test_http_request_has_absolute_form(
     asking: Proxied, proxy: ForwardProxy, upstream: ScriptedRegistry
 ) -> None:
     client = asking.client(through(proxy, "a%40b:p%3Aq@"), scheme="http")
@@ -143,7 +143,7 @@ async def test_http_is_asked_in_absolute_form(
 
 
 @on_reactor
-async def test_https_is_asked_in_a_tunnel(
+async def test_https_request_uses_a_tunnel(
     asking: Proxied, secure_proxy: ForwardProxy, secure: ScriptedRegistry, authority: Authority
 ) -> None:
     client = asking.client(through(secure_proxy, "u:p@"), tls=trusting(authority, verify=False))
@@ -160,7 +160,7 @@ async def test_https_is_asked_in_a_tunnel(
 
 
 @on_reactor
-async def test_the_certificate_is_verified_through_the_tunnel(
+async def test_certificate_is_verified_through_the_tunnel(
     asking: Proxied, secure_proxy: ForwardProxy, authority: Authority
 ) -> None:
     client = asking.client(through(secure_proxy), tls=trusting(authority))
@@ -171,7 +171,7 @@ async def test_the_certificate_is_verified_through_the_tunnel(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @on_reactor
-async def test_a_proxy_may_speak_tls_itself(
+async def test_proxy_over_tls(
     asking: Proxied,
     upstream: ScriptedRegistry,
     secure: ScriptedRegistry,
@@ -202,7 +202,7 @@ async def test_a_proxy_may_speak_tls_itself(
     ],
 )
 @on_reactor
-async def test_what_is_refused_by_its_name_is_refused_behind_a_proxy_too(
+async def test_forbidden_address_is_refused_behind_a_proxy(
     asking: Proxied, proxy: ForwardProxy, scheme: str, name: str
 ) -> None:
     client = asking.client(NO_PROXIES, own=through(proxy), name=name, scheme=scheme)
@@ -212,7 +212,7 @@ async def test_what_is_refused_by_its_name_is_refused_behind_a_proxy_too(
 
 
 @on_reactor
-async def test_a_redirect_to_such_an_address_is_refused_too(
+async def test_redirect_to_forbidden_address_is_refused_behind_a_proxy(
     asking: Proxied, proxy: ForwardProxy, upstream: ScriptedRegistry
 ) -> None:
     upstream.script("*", Redirect("http://169.254.169.254"))
@@ -222,14 +222,14 @@ async def test_a_redirect_to_such_an_address_is_refused_too(
 
 
 @on_reactor
-async def test_what_the_operator_named_may_have_such_an_address(asking: Proxied, proxy: ForwardProxy) -> None:
+async def test_configured_host_may_have_forbidden_address_behind_proxy(asking: Proxied, proxy: ForwardProxy) -> None:
     named = asking.client(through(proxy), name="169.254.169.254", scheme="http", named=("169.254.169.254",))
     assert (await asking.get(named)).status == 200
     assert proxy.lines == [f"GET http://169.254.169.254/v2/team/app/{TAG}"]
 
 
 @on_reactor
-async def test_each_host_that_is_asked_may_be_an_exception(
+async def test_no_proxy_applies_to_each_host_of_a_request(
     asking: Proxied, proxy: ForwardProxy, upstream: ScriptedRegistry
 ) -> None:
     """Here it is where the registry redirects to."""
@@ -241,7 +241,7 @@ async def test_each_host_that_is_asked_may_be_an_exception(
     assert len(proxy.lines) == 3
 
 
-def test_the_upstreams_own_proxy_is_for_its_own_host_whatever_the_exceptions() -> None:
+def test_proxy_of_an_entry_overrides_no_proxy_for_its_own_host() -> None:
     one = Proxies(Proxy("http", "one", 1), Proxy("http", "one", 1))
     base = BaseUrl(None, NAME)
     own = frozenset({base.origin("http"), base.origin("https")})
@@ -254,14 +254,14 @@ def test_the_upstreams_own_proxy_is_for_its_own_host_whatever_the_exceptions() -
 
 
 @on_reactor
-async def test_http_follows_where_the_host_speaks_no_tls_in_the_tunnel(asking: Proxied, proxy: ForwardProxy) -> None:
+async def test_http_fallback_when_host_in_tunnel_speaks_no_tls(asking: Proxied, proxy: ForwardProxy) -> None:
     """It is the host that says so. Its name has a port, which is what allows http."""
     assert (await asking.get(asking.client(through(proxy)))).status == 200
     assert proxy.lines == [f"CONNECT {NAME}", f"GET http://{NAME}/v2/team/app/{TAG}"]
 
 
 @on_reactor
-async def test_but_not_for_a_name_without_a_port_whose_addresses_nobody_here_sees(
+async def test_no_http_fallback_through_proxy_for_name_without_port(
     asking: Proxied, proxy: ForwardProxy, upstream: ScriptedRegistry
 ) -> None:
     proxy.hosts = {"reg.example:443": ("127.0.0.1", upstream.port)}
@@ -271,7 +271,7 @@ async def test_but_not_for_a_name_without_a_port_whose_addresses_nobody_here_see
 
 @pytest.mark.parametrize("status", [403, 407, 500, 502, 503, 504])
 @on_reactor
-async def test_nor_where_the_proxy_refuses(asking: Proxied, proxy: ForwardProxy, status: int) -> None:
+async def test_no_http_fallback_when_proxy_refuses(asking: Proxied, proxy: ForwardProxy, status: int) -> None:
     """Its status says nothing about what the host speaks."""
     proxy.refusal = f"HTTP/1.1 {status} No\r\nContent-Length: 2\r\n\r\nno".encode()
     client = asking.client(through(proxy))
@@ -284,7 +284,7 @@ async def test_nor_where_the_proxy_refuses(asking: Proxied, proxy: ForwardProxy,
 
 @pytest.mark.parametrize(("status", "down"), [(403, False), (407, False), (500, True), (502, True), (504, True)])
 @on_reactor
-async def test_a_host_that_the_proxy_cannot_reach_is_what_is_down(
+async def test_breaker_of_host_opens_when_proxy_cannot_reach_it(
     asking: Proxied, proxy: ForwardProxy, status: int, down: bool, events: list[LogEvent]
 ) -> None:
     proxy.refusal = f"HTTP/1.1 {status} No\r\n\r\n".encode()
@@ -299,7 +299,7 @@ async def test_a_host_that_the_proxy_cannot_reach_is_what_is_down(
 
 
 @on_reactor
-async def test_a_host_is_another_link_without_the_proxy(
+async def test_direct_and_proxied_host_have_separate_breakers(
     asking: Proxied, proxy: ForwardProxy, upstream: ScriptedRegistry, events: list[LogEvent]
 ) -> None:
     """What cannot be reached directly may be there behind a proxy, and the other way round."""
@@ -315,7 +315,7 @@ async def test_a_host_is_another_link_without_the_proxy(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @on_reactor
-async def test_a_proxy_that_refuses_connections_is_what_is_down(
+async def test_breaker_of_proxy_opens_when_it_refuses_connections(
     asking: Proxied, scheme: str, events: list[LogEvent]
 ) -> None:
     """It is told once, and neither is http tried."""
@@ -329,7 +329,7 @@ async def test_a_proxy_that_refuses_connections_is_what_is_down(
 
 
 @on_reactor
-async def test_a_proxy_whose_name_cannot_be_resolved(asking: Proxied, events: list[LogEvent]) -> None:
+async def test_breaker_of_proxy_opens_when_its_name_is_not_resolved(asking: Proxied, events: list[LogEvent]) -> None:
     proxies = Proxies(None, Proxy("http", "proxy.example", 3128))
     why = "proxy http://proxy.example:3128: host name cannot be resolved"
     assert await asking.refused(asking.client(proxies)) == f"{NAME}: {why}"
@@ -346,7 +346,7 @@ async def test_a_proxy_whose_name_cannot_be_resolved(asking: Proxied, events: li
     ],
 )
 @on_reactor
-async def test_what_is_no_proxy(
+async def test_malformed_response_to_connect(
     asking: Proxied, proxy: ForwardProxy, sent: bytes, why: str, events: list[LogEvent]
 ) -> None:
     proxy.refusal = sent
@@ -355,7 +355,7 @@ async def test_what_is_no_proxy(
 
 
 @on_reactor
-async def test_a_proxy_that_does_not_answer(asking: Proxied, events: list[LogEvent]) -> None:
+async def test_cancelled_request_closes_connection_to_silent_proxy(asking: Proxied, events: list[LogEvent]) -> None:
     """It was connected to, so it may be the host that takes its time; a caller that goes leaves no connection."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         silent = Proxy("http", "127.0.0.1", server.getsockname()[1])

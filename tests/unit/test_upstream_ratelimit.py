@@ -74,7 +74,7 @@ def after(answer: dict[str, Any]) -> int:
         ("26", "1" * 13, False),
     ],
 )
-def test_a_quarter_of_the_limit_is_kept(remaining: str, limit: str, low: bool) -> None:
+def test_requests_are_held_below_a_quarter_of_the_limit(remaining: str, limit: str, low: bool) -> None:
     assert bool(after(limited(remaining, limit))) is low
 
 

@@ -25,8 +25,8 @@ from tests.images import make_image
 from tests.unit.support.demands import NoDemand
 from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE
+from tests.unit.support.raw_clients import RawClient, site
 from tests.unit.support.registries import MemoryRegistries
-from tests.unit.support.web_visitors import Visitor, site
 
 BUILT = make_image("v2")
 IMAGE = manifest(BUILT)
@@ -260,7 +260,7 @@ async def test_loop_is_an_error(
 
 
 def test_loop_response(v2: V2, clock: Clock) -> None:
-    got = Visitor(site(v2, clock)).ask(f"{MANIFEST}?ns=reg.example", Via=f"1.1 varnish, 1.1 {INSTANCE}").got()
+    got = RawClient(site(v2, clock)).ask(f"{MANIFEST}?ns=reg.example", Via=f"1.1 varnish, 1.1 {INSTANCE}").got()
     assert (got.status, got.error["code"]) == (403, "DENIED")
     assert got.headers["via"] == f"1.1 {INSTANCE}, 1.1 {INSTANCE}"
     failed(ask(v2, "/v2/team/app", via=Via((INSTANCE,))), NotFound)

@@ -10,7 +10,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.doubles import texts
-from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
+from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 PIECE = 256 * 1024
 PATIENCE = 45.0
@@ -31,63 +31,63 @@ def server(content: Growing, clock: Clock) -> RegistrySite:
 
 
 @pytest.fixture
-def visitor(server: RegistrySite) -> Visitor:
+def client(server: RegistrySite) -> RawClient:
     """Return a client that has requested it."""
-    return Visitor(server).ask("/v2/x")
+    return RawClient(server).ask("/v2/x")
 
 
-def test_available_content_is_sent_immediately(content: Growing, visitor: Visitor) -> None:
+def test_available_content_is_sent_immediately(content: Growing, client: RawClient) -> None:
     content.grow(bytes(10 * PIECE))
-    assert visitor.got().whole
-    assert not visitor.ended
+    assert client.got().whole
+    assert not client.ended
 
 
-def test_paused_client_gets_nothing(content: Growing, visitor: Visitor) -> None:
-    visitor.pause()
+def test_paused_client_gets_nothing(content: Growing, client: RawClient) -> None:
+    client.pause()
     content.grow(bytes(3 * PIECE))
     # One piece was already being sent.
-    assert len(visitor.got().body) == PIECE
+    assert len(client.got().body) == PIECE
     content.grow(bytes(7 * PIECE))
-    assert len(visitor.got().body) == PIECE
-    visitor.resume()
-    assert visitor.got().whole
+    assert len(client.got().body) == PIECE
+    client.resume()
+    assert client.got().whole
 
 
-def test_client_may_pause_repeatedly(content: Growing, visitor: Visitor) -> None:
+def test_client_may_pause_repeatedly(content: Growing, client: RawClient) -> None:
     content.grow(bytes(range(256)) * 2)
     for count in range(10):
-        visitor.pause()
-        visitor.resume()
+        client.pause()
+        client.resume()
         content.grow(bytes(100))
-        assert len(visitor.got().body) == 512 + 100 * (count + 1)
-    assert visitor.got().body[:512] == bytes(range(256)) * 2
+        assert len(client.got().body) == 512 + 100 * (count + 1)
+    assert client.got().body[:512] == bytes(range(256)) * 2
 
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_disconnected_client_releases_content(
-    content: Growing, visitor: Visitor, server: RegistrySite, clock: Clock, paused: bool
+    content: Growing, client: RawClient, server: RegistrySite, clock: Clock, paused: bool
 ) -> None:
     content.grow(bytes(100))
     if paused:
-        visitor.pause()
+        client.pause()
         content.grow(bytes(3 * PIECE))
-    visitor.leave()
+    client.leave()
     assert content.closed == 1
     assert server.in_flight.idle().called
     assert clock.getDelayedCalls() == []
 
 
 def test_stalled_upstream_truncates_the_response(
-    content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
+    content: Growing, client: RawClient, clock: Clock, events: list[LogEvent]
 ) -> None:
     content.grow(bytes(100))
     clock.advance(PATIENCE - 1)
     content.grow(bytes(100))
     clock.advance(PATIENCE - 1)
-    assert not visitor.ended
+    assert not client.ended
     clock.advance(1)
-    assert visitor.ended
-    assert len(visitor.got().body) == 200
+    assert client.ended
+    assert len(client.got().body) == 200
     assert content.closed == 1
     (line,) = texts(events, LogLevel.error)
     assert line.startswith("/v2/x: response truncated: ")
@@ -95,65 +95,65 @@ def test_stalled_upstream_truncates_the_response(
 
 
 def test_stalled_client_is_dropped_after_a_minute(
-    content: Growing, visitor: Visitor, clock: Clock, events: list[LogEvent]
+    content: Growing, client: RawClient, clock: Clock, events: list[LogEvent]
 ) -> None:
-    visitor.pause()
+    client.pause()
     content.grow(bytes(3 * PIECE))
     clock.advance(59)
-    assert not visitor.ended
+    assert not client.ended
     clock.advance(1)
-    assert visitor.ended
-    visitor.leave()
+    assert client.ended
+    client.leave()
     assert content.closed == 1
     # Not logged as an error.
     assert texts(events, LogLevel.error) == []
     assert len(texts(events, LogLevel.warn)) == 1
 
 
-def test_failure_truncates_the_response(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
+def test_failure_truncates_the_response(content: Growing, client: RawClient, events: list[LogEvent]) -> None:
     content.grow(bytes(100))
     content.fail(Unavailable("the connection broke"))
-    assert visitor.ended
-    assert visitor.got().body == bytes(100)
+    assert client.ended
+    assert client.got().body == bytes(100)
     assert texts(events, LogLevel.error) == ["/v2/x: response truncated: the connection broke"]
     assert content.closed == 1
 
 
-def test_truncated_file_truncates_the_response(content: Growing, visitor: Visitor) -> None:
+def test_truncated_file_truncates_the_response(content: Growing, client: RawClient) -> None:
     """The file is shorter than `more_than` reported."""
     content.read = lambda offset, count: Growing(0).read(0, 0)  # type: ignore[method-assign]  # returns no data
     content.grow(bytes(100))
-    assert visitor.ended
-    assert visitor.got().body == b""
+    assert client.ended
+    assert client.got().body == b""
 
 
-def test_disk_error_truncates_the_response(content: Growing, visitor: Visitor, events: list[LogEvent]) -> None:
+def test_disk_error_truncates_the_response(content: Growing, client: RawClient, events: list[LogEvent]) -> None:
     content.fail(OSError(5, "Input/output error"))
-    assert visitor.ended
+    assert client.ended
     assert "Input/output error" in texts(events, LogLevel.error)[0]
 
 
 @pytest.mark.expect_logged_failures
 def test_defect_truncates_the_response_with_a_traceback(
-    content: Growing, visitor: Visitor, events: list[LogEvent]
+    content: Growing, client: RawClient, events: list[LogEvent]
 ) -> None:
     content.fail(ZeroDivisionError("a secret"))
-    assert visitor.ended
-    assert b"secret" not in visitor.received
+    assert client.ended
+    assert b"secret" not in client.received
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
 
 
 def test_range_is_read_from_its_start(content: Growing, server: RegistrySite) -> None:
-    visitor = Visitor(server).ask("/v2/x", Range=f"bytes={PIECE}-{PIECE + 9}")
+    client = RawClient(server).ask("/v2/x", Range=f"bytes={PIECE}-{PIECE + 9}")
     content.grow(bytes(PIECE) + b"0123")
-    assert visitor.got().body == b"0123"
+    assert client.got().body == b"0123"
     content.grow(b"456789abcdef")
-    assert visitor.got().body == b"0123456789"
-    assert visitor.got().whole
+    assert client.got().body == b"0123456789"
+    assert client.got().whole
 
 
 def test_two_clients_read_at_their_own_speed(content: Growing, server: RegistrySite) -> None:
-    fast, slow = Visitor(server).ask("/v2/x"), Visitor(server).ask("/v2/x")
+    fast, slow = RawClient(server).ask("/v2/x"), RawClient(server).ask("/v2/x")
     slow.pause()
     content.grow(bytes(10 * PIECE))
     assert fast.got().whole

@@ -13,7 +13,7 @@ from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
 from ociregistry.web.resource import Answer, InMemory, SizeOnly
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.doubles import texts
-from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
+from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 DATA = bytes(range(256)) * 8
 TAGGED = {"Content-Type": "text/x", "ETag": '"sha256:abc"'}
@@ -34,7 +34,7 @@ def server(handler: Handler, clock: Clock) -> RegistrySite:
 
 def test_status_headers_and_body(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED)
-    got = Visitor(server).ask("/v2/x%3Ay?ns=a%2Fb").got()
+    got = RawClient(server).ask("/v2/x%3Ay?ns=a%2Fb").got()
     assert handler.asked == [("GET", b"/v2/x%3Ay")]
     assert (got.version, got.status, got.body) == ("HTTP/1.1", 200, DATA)
     assert got.headers.pop("date")
@@ -51,23 +51,23 @@ def test_status_headers_and_body(handler: Handler, server: RegistrySite) -> None
 def test_head_response_has_no_body(handler: Handler, server: RegistrySite) -> None:
     content = Growing(2048)
     handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
-    visitor = Visitor(server).ask("/v2/x", "HEAD", Range="bytes=0-9")
-    got = visitor.got("HEAD")
+    client = RawClient(server).ask("/v2/x", "HEAD", Range="bytes=0-9")
+    got = client.got("HEAD")
     assert (got.status, got.headers["content-length"], got.headers["accept-ranges"]) == (200, "2048", "bytes")
     assert content.closed == 1
     # No byte of a body is left that the client would take for the next response.
     handler.give = lambda: Answer(200, SizeOnly(77))
-    visitor.ask("/v2/y", "HEAD")
+    client.ask("/v2/y", "HEAD")
     handler.give = lambda: Answer(200, InMemory(b"z"))
-    visitor.ask("/v2/z")
-    answers = visitor.all_got("HEAD", "HEAD", "GET")
+    client.ask("/v2/z")
+    answers = client.all_got("HEAD", "HEAD", "GET")
     assert [answer.headers["content-length"] for answer in answers] == ["2048", "77", "1"]
     assert answers[2].body == b"z"
 
 
 def test_error_response_to_head_has_no_body(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: BlobUnknown("not there")
-    got = Visitor(server).ask("/v2/x", "HEAD").got("HEAD")
+    got = RawClient(server).ask("/v2/x", "HEAD").got("HEAD")
     assert got.status == 404
     assert int(got.headers["content-length"]) > 0
 
@@ -75,14 +75,14 @@ def test_error_response_to_head_has_no_body(handler: Handler, server: RegistrySi
 @pytest.mark.parametrize("method", ["PUT", "POST", "PATCH", "DELETE", "OPTIONS", "NONSENSE"])
 def test_other_methods_are_refused(handler: Handler, server: RegistrySite, method: str) -> None:
     for path in ("/v2/x", "/health", "/nowhere"):
-        got = Visitor(server).ask(path, method).got(method)
+        got = RawClient(server).ask(path, method).got(method)
         assert (got.status, got.headers["allow"], got.error["code"]) == (405, "GET, HEAD", "UNSUPPORTED")
     assert handler.asked == []
 
 
 def test_error_is_a_response_and_one_log_line(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     handler.give = lambda: Unavailable("docker.io: the connection was refused", 7)
-    got = Visitor(server).ask("/v2/a/manifests/1?ns=docker.io").got()
+    got = RawClient(server).ask("/v2/a/manifests/1?ns=docker.io").got()
     assert (got.status, got.headers["retry-after"]) == (503, "7")
     assert got.error == {"code": "UNAVAILABLE", "message": "docker.io: the connection was refused", "detail": None}
     assert texts(events, LogLevel.error) == [
@@ -93,14 +93,14 @@ def test_error_is_a_response_and_one_log_line(handler: Handler, server: Registry
 @pytest.mark.expect_logged_failures
 def test_defect_is_a_500_with_one_traceback(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     handler.give = lambda: ZeroDivisionError("a secret")
-    visitor = Visitor(server).ask("/v2/x")
-    got = visitor.got()
+    client = RawClient(server).ask("/v2/x")
+    got = client.got()
     assert (got.status, got.error["code"]) == (500, "UNKNOWN")
-    assert b"secret" not in visitor.received
+    assert b"secret" not in client.received
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
     # The connection stays usable.
     handler.give = lambda: Answer(200, InMemory(b"hello"))
-    assert visitor.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
+    assert client.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_defect_is_a_500_with_one_traceback(handler: Handler, server: RegistrySi
 )
 def test_partial_content(handler: Handler, server: RegistrySite, asked: str, where: str, body: bytes) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
-    got = Visitor(server).ask("/v2/x", Range=asked).got()
+    got = RawClient(server).ask("/v2/x", Range=asked).got()
     assert (got.status, got.headers["content-range"], got.body) == (206, where, body)
     assert got.headers["content-length"] == str(len(body))
     assert got.headers["etag"] == TAGGED["ETag"]
@@ -132,19 +132,19 @@ def test_partial_content(handler: Handler, server: RegistrySite, asked: str, whe
 )
 def test_whole_content(handler: Handler, server: RegistrySite, headers: dict[str, str]) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
-    got = Visitor(server).ask("/v2/x", **headers).got()
+    got = RawClient(server).ask("/v2/x", **headers).got()
     assert (got.status, got.body, got.headers["accept-ranges"]) == (200, DATA, "bytes")
     assert "content-range" not in got.headers
 
 
 def test_if_range_of_unchanged_content(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA), TAGGED, ranged=True)
-    assert Visitor(server).ask("/v2/x", Range="bytes=0-1", If_Range=TAGGED["ETag"]).got().status == 206
+    assert RawClient(server).ask("/v2/x", Range="bytes=0-1", If_Range=TAGGED["ETag"]).got().status == 206
 
 
 def test_ranges_of_documents_are_ignored(handler: Handler, server: RegistrySite) -> None:
     handler.give = lambda: Answer(200, InMemory(DATA))
-    got = Visitor(server).ask("/v2/x", Range="bytes=0-1").got()
+    got = RawClient(server).ask("/v2/x", Range="bytes=0-1").got()
     assert (got.status, got.body) == (200, DATA)
     assert "accept-ranges" not in got.headers
 
@@ -152,7 +152,7 @@ def test_ranges_of_documents_are_ignored(handler: Handler, server: RegistrySite)
 def test_unsatisfiable_range(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     content = Growing(2048)
     handler.give = lambda: Answer(200, content, TAGGED, ranged=True)
-    got = Visitor(server).ask("/v2/x", Range="bytes=5000-").got()
+    got = RawClient(server).ask("/v2/x", Range="bytes=5000-").got()
     assert (got.status, got.headers["content-range"]) == (416, "bytes */2048")
     assert got.error["code"] == RangeUnsatisfiable.code
     assert content.closed == 1
@@ -162,12 +162,12 @@ def test_unsatisfiable_range(handler: Handler, server: RegistrySite, events: lis
 def test_headers_are_sent_before_the_first_byte(handler: Handler, server: RegistrySite) -> None:
     content = Growing(10)
     handler.give = lambda: Answer(200, content)
-    visitor = Visitor(server).ask("/v2/x")
-    assert (visitor.got().status, visitor.got().body) == (200, b"")
+    client = RawClient(server).ask("/v2/x")
+    assert (client.got().status, client.got().body) == (200, b"")
     content.grow(b"01234")
-    assert visitor.got().body == b"01234"
+    assert client.got().body == b"01234"
     content.grow(b"56789")
-    assert visitor.got().whole
+    assert client.got().whole
     assert content.closed == 1
 
 
@@ -176,13 +176,13 @@ def test_client_disconnects_during_the_handler(
 ) -> None:
     asked: Deferred[Answer] = Deferred()
     handler.give = lambda: asked
-    visitor = Visitor(server).ask("/v2/x")
-    visitor.leave()
+    client = RawClient(server).ask("/v2/x")
+    client.leave()
     assert not asked.called
     content = Growing(10)
     asked.callback(Answer(200, content))
     assert content.closed == 1
-    assert visitor.received == b""
+    assert client.received == b""
     assert server.in_flight.idle().called
     assert texts(events, LogLevel.error) == []
 
@@ -190,9 +190,9 @@ def test_client_disconnects_during_the_handler(
 def test_client_disconnects_during_the_body(handler: Handler, server: RegistrySite, events: list[LogEvent]) -> None:
     content = Growing(10)
     handler.give = lambda: Answer(200, content)
-    visitor = Visitor(server).ask("/v2/x")
+    client = RawClient(server).ask("/v2/x")
     content.grow(b"01")
-    visitor.leave()
+    client.leave()
     assert content.closed == 1
     assert server.in_flight.idle().called
     content.grow(b"23")
@@ -204,26 +204,26 @@ def test_traffic_counts_responses_in_progress(handler: Handler, server: Registry
     answers = iter(contents)
     handler.give = lambda: Answer(200, next(answers))
     assert server.in_flight.idle().called
-    visitors = [Visitor(server).ask("/v2/x") for _ in contents]
+    clients = [RawClient(server).ask("/v2/x") for _ in contents]
     idle = server.in_flight.idle()
     contents[0].grow(b"x")
     assert not idle.called
-    visitors[1].leave()
+    clients[1].leave()
     assert idle.called
 
 
 def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]) -> None:
     asked: Deferred[Answer] = Deferred()
     handler.give = lambda: asked
-    visitor = Visitor(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
+    client = RawClient(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
     clock.advance(1.5)
     asked.callback(Answer(200, InMemory(DATA), hit=False))
     (line,) = texts(events, LogLevel.info)
-    size = len(visitor.received.partition(b"\r\n\r\n")[2])
+    size = len(client.received.partition(b"\r\n\r\n")[2])
     assert line == f"GET /v2/a/blobs/x ns=docker.io 200 {size} bytes 1500 ms 192.0.2.1:40000 miss"
     for hit, word in ((True, "hit"), (None, "-")):
         handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this iteration
-        visitor.ask("/v2/")
+        client.ask("/v2/")
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
 
 
@@ -242,7 +242,7 @@ def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, e
 )
 def test_via_is_passed_to_the_handler(handler: Handler, server: RegistrySite, headers: list[str], via: Via) -> None:
     request = "\r\n".join(["GET /v2/ HTTP/1.1", "Host: cache", *headers, "", ""])
-    assert Visitor(server).send(request.encode("latin-1")).got().status == 200
+    assert RawClient(server).send(request.encode("latin-1")).got().status == 200
     assert handler.contexts == [Context(via, Priority.CLIENT)]
 
 
@@ -254,7 +254,7 @@ def test_log_line_is_one_line_for_any_request(
 ) -> None:
     for give in (lambda: Answer(200, InMemory(b"")), lambda: BlobUnknown("not there")):
         handler.give = give
-        Visitor(server).ask(path)
+        RawClient(server).ask(path)
     lines = texts(events)
     assert len(lines) == 3
     assert all(line.isprintable() and line.isascii() for line in lines)

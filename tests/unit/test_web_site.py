@@ -13,7 +13,7 @@ from ociregistry.web import channel
 from ociregistry.web.resource import Answer, InMemory
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.doubles import texts
-from tests.unit.support.web_visitors import Growing, Handler, Visitor, site
+from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def server(handler: Handler, clock: Clock) -> RegistrySite:
 
 @pytest.mark.parametrize("path", ["/v2", "/v2/", "/v2/a/b/c", "/v2//", "/v2/%2e%2e/x", "/v2/../health"])
 def test_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) -> None:
-    assert Visitor(server).ask(path).got().body == b"hello"
+    assert RawClient(server).ask(path).got().body == b"hello"
     assert handler.asked == [("GET", path.encode())]
 
 
@@ -38,14 +38,14 @@ def test_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) -> N
     "path", ["/", "/v1/", "/v2x", "/favicon.ico", "//v2/", "/%76%32x", "http://else.example/v2/"]
 )
 def test_other_paths_are_404(handler: Handler, server: RegistrySite, path: str, events: list[LogEvent]) -> None:
-    got = Visitor(server).ask(path).got()
+    got = RawClient(server).ask(path).got()
     assert (got.status, got.error["code"]) == (404, "NOT_FOUND")
     assert handler.asked == []
     assert len(texts(events, LogLevel.error)) == 1
 
 
 def test_health(server: RegistrySite) -> None:
-    got = Visitor(server).ask("/health").got()
+    got = RawClient(server).ask("/health").got()
     assert (got.status, got.headers["content-type"]) == (200, "application/json")
     assert json.loads(got.body) == {
         "status": "ok",
@@ -59,32 +59,32 @@ def test_health(server: RegistrySite) -> None:
         "incomplete_indexes": 0,
         "disk": {"free": 10, "reserve": 7, "full": False},
     }
-    assert Visitor(server).ask("/health", "HEAD").got("HEAD").status == 200
+    assert RawClient(server).ask("/health", "HEAD").got("HEAD").status == 200
 
 
 def test_keep_alive(server: RegistrySite) -> None:
-    visitor = Visitor(server)
+    client = RawClient(server)
     for _ in range(3):
-        visitor.ask("/v2/")
-    assert [got.body for got in visitor.all_got("GET", "GET", "GET")] == [b"hello"] * 3
-    assert not visitor.ended
+        client.ask("/v2/")
+    assert [got.body for got in client.all_got("GET", "GET", "GET")] == [b"hello"] * 3
+    assert not client.ended
 
 
 def test_pipelined_requests_are_answered_in_order(handler: Handler, server: RegistrySite) -> None:
     first, second = Growing(5), InMemory(b"later")
     contents = iter((first, second))
     handler.give = lambda: Answer(200, next(contents))
-    visitor = Visitor(server).send(b"GET /v2/1 HTTP/1.1\r\nHost: a\r\n\r\nGET /v2/2 HTTP/1.1\r\nHost: a\r\n\r\n")
+    client = RawClient(server).send(b"GET /v2/1 HTTP/1.1\r\nHost: a\r\n\r\nGET /v2/2 HTTP/1.1\r\nHost: a\r\n\r\n")
     first.grow(b"first")
-    assert [got.body for got in visitor.all_got("GET", "GET")] == [b"first", b"later"]
+    assert [got.body for got in client.all_got("GET", "GET")] == [b"first", b"later"]
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_connection_close(server: RegistrySite, version: str) -> None:
     close = b"" if version == "1.0" else b"Connection: close\r\n"
-    visitor = Visitor(server).send(b"GET /v2/ HTTP/%b\r\nHost: a\r\n%b\r\n" % (version.encode(), close))
-    assert visitor.got().body == b"hello"
-    assert visitor.ended
+    client = RawClient(server).send(b"GET /v2/ HTTP/%b\r\nHost: a\r\n%b\r\n" % (version.encode(), close))
+    assert client.got().body == b"hello"
+    assert client.ended
 
 
 BODY = b"x" * 100_000
@@ -95,22 +95,22 @@ FORMS = (b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=b
 @pytest.mark.parametrize("method", ["POST", "PUT", "GET"])
 def test_request_body_is_discarded(handler: Handler, server: RegistrySite, form: bytes, method: str) -> None:
     head = b"%b /v2/a HTTP/1.1\r\nHost: a\r\nContent-Type: %b\r\n" % (method.encode(), form)
-    visitor = Visitor(server).send(head + b"Content-Length: %d\r\n\r\n" % len(BODY))
+    client = RawClient(server).send(head + b"Content-Length: %d\r\n\r\n" % len(BODY))
     for _ in range(10):
-        visitor.send(BODY[:10_000])
+        client.send(BODY[:10_000])
     expected = 200 if method == "GET" else 405
-    assert visitor.got(method).status == expected
+    assert client.got(method).status == expected
     # Chunked as well; the connection stays usable.
-    visitor.send(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"2710\r\n%b\r\n" % BODY[:10_000] * 10 + b"0\r\n\r\n")
-    visitor.ask("/v2/")
-    assert [got.status for got in visitor.all_got(method, method, "GET")] == [expected, expected, 200]
+    client.send(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"2710\r\n%b\r\n" % BODY[:10_000] * 10 + b"0\r\n\r\n")
+    client.ask("/v2/")
+    assert [got.status for got in client.all_got(method, method, "GET")] == [expected, expected, 200]
 
 
 def test_request_body_is_not_buffered(server: RegistrySite) -> None:
-    visitor = Visitor(server).send(b"PUT /v2/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
+    client = RawClient(server).send(b"PUT /v2/a HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n")
     for _ in range(50):
-        visitor.send(BODY[:10_000])
-    (request,) = visitor.channel.requests
+        client.send(BODY[:10_000])
+    (request,) = client.channel.requests
     assert request.content.read() == b""
     assert request.content.tell() == 0
 
@@ -127,71 +127,71 @@ def test_request_body_is_not_buffered(server: RegistrySite) -> None:
     ],
 )
 def test_malformed_request_gets_400(handler: Handler, server: RegistrySite, garbage: bytes) -> None:
-    Visitor(server).send(garbage)
-    assert Visitor(server).ask("/v2/").got().body == b"hello"
+    RawClient(server).send(garbage)
+    assert RawClient(server).ask("/v2/").got().body == b"hello"
 
 
 def test_two_content_lengths_are_refused(handler: Handler, server: RegistrySite) -> None:
     """They allow request smuggling."""
-    visitor = Visitor(server).send(
+    client = RawClient(server).send(
         b"GET /v2/ HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     )
-    assert visitor.received.startswith(b"HTTP/1.1 400 ")
+    assert client.received.startswith(b"HTTP/1.1 400 ")
     assert handler.asked == []
 
 
 def test_tls_hello_is_refused_immediately(handler: Handler, server: RegistrySite) -> None:
     """Go clients then fall back to plain HTTP immediately, instead of after ten seconds."""
-    visitor = Visitor(server).send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500))
-    got = visitor.got()
-    assert (got.status, got.whole, visitor.ended) == (400, True, True)
+    client = RawClient(server).send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500))
+    got = client.got()
+    assert (got.status, got.whole, client.ended) == (400, True, True)
     assert handler.asked == []
 
 
 def test_request_times_out_after_30_seconds(server: RegistrySite, clock: Clock) -> None:
-    visitor = Visitor(server).send(b"GET /v2/ HTTP/1.1\r\n")
+    client = RawClient(server).send(b"GET /v2/ HTTP/1.1\r\n")
     for _ in range(29):
         clock.advance(1)
-        visitor.send(b"X: y\r\n")
-    assert not visitor.ended
+        client.send(b"X: y\r\n")
+    assert not client.ended
     clock.advance(1)
-    assert visitor.ended
+    assert client.ended
 
 
 def test_response_time_does_not_count(handler: Handler, server: RegistrySite, clock: Clock) -> None:
     content = Growing(5)
     handler.give = lambda: Answer(200, content)
-    visitor = Visitor(server).ask("/v2/")
+    client = RawClient(server).ask("/v2/")
     clock.advance(50)
-    assert not visitor.ended
+    assert not client.ended
     content.grow(b"hello")
-    assert visitor.got().whole
+    assert client.got().whole
 
 
 def test_idle_timeout_exceeds_that_of_clients(server: RegistrySite, clock: Clock) -> None:
-    visitor = Visitor(server).ask("/v2/")
+    client = RawClient(server).ask("/v2/")
     for _ in range(12):
         clock.advance(10)
-    assert not visitor.ended
-    visitor.ask("/v2/")
-    assert len(visitor.all_got("GET", "GET")) == 2
+    assert not client.ended
+    client.ask("/v2/")
+    assert len(client.all_got("GET", "GET")) == 2
     for _ in range(20):
         clock.advance(10)
-    assert visitor.ended
+    assert client.ended
 
 
 def test_connections_per_address_are_limited(server: RegistrySite, monkeypatch: pytest.MonkeyPatch) -> None:
     assert channel.MOST_CONNECTIONS >= 1000
     monkeypatch.setattr(channel, "MOST_CONNECTIONS", 5)
-    visitors = [Visitor(server) for _ in range(5)]
-    assert not any(visitor.ended for visitor in visitors)
-    assert Visitor(server).ended
-    visitors[0].leave()
-    visitors[1].leave()
-    assert not Visitor(server).ended
+    clients = [RawClient(server) for _ in range(5)]
+    assert not any(client.ended for client in clients)
+    assert RawClient(server).ended
+    clients[0].leave()
+    clients[1].leave()
+    assert not RawClient(server).ended
 
 
 def test_no_delayed_call_is_left_behind(server: RegistrySite, clock: Clock) -> None:
     for data in (b"", b"GET /v2/ HTTP/1.1\r\n", b"GET /v2/ HTTP/1.1\r\nHost: a\r\n\r\n"):
-        Visitor(server).send(data).leave()
+        RawClient(server).send(data).leave()
     assert clock.getDelayedCalls() == []

@@ -118,7 +118,7 @@ class Got:
         return cast(Mapping[str, Any], error)
 
 
-class Visitor:
+class RawClient:
     """A client with one connection."""
 
     def __init__(self, server: RegistrySite) -> None:
@@ -129,12 +129,12 @@ class Visitor:
         self.channel = cast(HTTPChannel, protocol)
         self.channel.makeConnection(self.transport)
 
-    def send(self, data: bytes) -> Visitor:
+    def send(self, data: bytes) -> RawClient:
         """Send bytes."""
         self.channel.dataReceived(data)
         return self
 
-    def ask(self, path: str, method: str = "GET", **headers: str) -> Visitor:
+    def ask(self, path: str, method: str = "GET", **headers: str) -> RawClient:
         """Send a request."""
         lines = [
             f"{method} {path} HTTP/1.1",
