@@ -23,7 +23,7 @@ from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
-from ociregistry.store.files import Files
+from ociregistry.store.files import Files, open_regular, reason
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
 
@@ -233,12 +233,15 @@ class _Writer:
     def _add_blob(self, digest: Digest, size: int) -> None:
         what = f"{self._target}: the store's blob {digest}"
         try:
-            file = (self._blobs / digest.hex).open("rb")
+            file = open_regular(self._blobs / digest.hex)
         except OSError as error:
-            raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
-        with file:
-            hashed = _Hashed(file, digest, self._advance)
-            self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
+            raise ExportFailed(f"{what} cannot be read: {reason(error)}") from error
+        try:
+            with open(file.fileno(), "rb", closefd=False) as stream:
+                hashed = _Hashed(stream, digest, what, self._advance)
+                self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
+        finally:
+            file.release()
         if not hashed.holds:
             raise ExportFailed(f"{what} is damaged")
 
@@ -246,9 +249,10 @@ class _Writer:
 class _Hashed:
     """A file that is hashed while it is read."""
 
-    def __init__(self, file: BinaryIO, digest: Digest, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest, what: str, advance: Callable[[int], None]) -> None:
         self._file = file
         self._digest = digest
+        self._what = what
         self._hasher = digest.hasher()
         self._advance = advance
 
@@ -258,8 +262,15 @@ class _Hashed:
         return self._hasher.hexdigest() == self._digest.hex
 
     def read(self, count: int) -> bytes:
-        """Read at most `count` bytes."""
-        data = self._file.read(count)
+        """Read at most `count` bytes.
+
+        Raises:
+            ExportFailed: they cannot be read.
+        """
+        try:
+            data = self._file.read(count)
+        except OSError as error:
+            raise ExportFailed(f"{self._what} cannot be read: {reason(error)}") from error
         self._hasher.update(data)
         self._advance(len(data))
         return data
