@@ -23,7 +23,9 @@ from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
-from ociregistry.store.files import Files, open_regular, reason
+from ociregistry.store.blobs import open_blob
+from ociregistry.store.files import Files, is_of_the_file, open_regular, reason
+from ociregistry.store.paths import blob_path
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
 
@@ -149,7 +151,7 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
                 if digest not in had and snapshot.blob_size(digest) != size
             }
         blobs = {digest: size for digest, size in named.items() if digest not in had and digest not in foreign}
-        missing = [size for digest, size in blobs.items() if snapshot.blob_size(digest) != size]
+        missing = [size for digest, size in blobs.items() if not _can_be_opened(snapshot, digest, size)]
         if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:
@@ -164,6 +166,25 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
             selected.blobs.update(blobs)
             selected.had.update({digest: size for digest, size in named.items() if digest in had})
     return selected, left_out
+
+
+def _can_be_opened(snapshot: Snapshot, digest: Digest, size: int) -> bool:
+    """Tell whether the store has the blob with this size, and it can be opened.
+
+    Raises:
+        OSError: it cannot be opened for a reason that is not the file's own.
+    """
+    try:
+        opened = open_blob(blob_path(snapshot.root, digest))
+    except OSError as error:
+        if not is_of_the_file(error):
+            raise
+        return False
+    if opened is None:
+        return False
+    file, found = opened
+    file.release()
+    return found == size
 
 
 def _tree(snapshot: Snapshot, root: Manifest) -> dict[Digest, Manifest]:
