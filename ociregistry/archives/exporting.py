@@ -23,7 +23,8 @@ from ociregistry.archives.opening import open_archive, read_contents
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
-from ociregistry.store.files import Files
+from ociregistry.store.blobs import open_blob
+from ociregistry.store.files import Files, is_of_the_file, open_regular, reason
 from ociregistry.store.paths import blob_path
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
@@ -150,7 +151,7 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
                 if digest not in had and snapshot.blob_size(digest) != size
             }
         blobs = {digest: size for digest, size in named.items() if digest not in had and digest not in foreign}
-        missing = [size for digest, size in blobs.items() if snapshot.blob_size(digest) != size]
+        missing = [size for digest, size in blobs.items() if not _can_be_opened(snapshot, digest, size)]
         if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:
@@ -165,6 +166,25 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
             selected.blobs.update(blobs)
             selected.had.update({digest: size for digest, size in named.items() if digest in had})
     return selected, left_out
+
+
+def _can_be_opened(snapshot: Snapshot, digest: Digest, size: int) -> bool:
+    """Tell whether the store has the blob with this size, and it can be opened.
+
+    Raises:
+        OSError: it cannot be opened for a reason that is not the file's own.
+    """
+    try:
+        opened = open_blob(blob_path(snapshot.root, digest))
+    except OSError as error:
+        if not is_of_the_file(error):
+            raise
+        return False
+    if opened is None:
+        return False
+    file, found = opened
+    file.release()
+    return found == size
 
 
 def _tree(snapshot: Snapshot, root: Manifest) -> dict[Digest, Manifest]:
@@ -234,12 +254,15 @@ class _Writer:
     def _add_blob(self, digest: Digest, size: int) -> None:
         what = f"{self._target}: the store's blob {digest}"
         try:
-            file = blob_path(self._root, digest).open("rb")
+            file = open_regular(blob_path(self._root, digest))
         except OSError as error:
-            raise ExportFailed(f"{what} cannot be read: {error.strerror}") from error
-        with file:
-            hashed = _Hashed(file, digest, self._advance)
-            self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
+            raise ExportFailed(f"{what} cannot be read: {reason(error)}") from error
+        try:
+            with open(file.fileno(), "rb", closefd=False) as stream:
+                hashed = _Hashed(stream, digest, what, self._advance)
+                self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
+        finally:
+            file.release()
         if not hashed.holds:
             raise ExportFailed(f"{what} is damaged")
 
@@ -247,9 +270,10 @@ class _Writer:
 class _Hashed:
     """A file that is hashed while it is read."""
 
-    def __init__(self, file: BinaryIO, digest: Digest, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest, what: str, advance: Callable[[int], None]) -> None:
         self._file = file
         self._digest = digest
+        self._what = what
         self._hasher = digest.hasher()
         self._advance = advance
 
@@ -259,8 +283,15 @@ class _Hashed:
         return self._hasher.hexdigest() == self._digest.hex
 
     def read(self, count: int) -> bytes:
-        """Read at most `count` bytes."""
-        data = self._file.read(count)
+        """Read at most `count` bytes.
+
+        Raises:
+            ExportFailed: they cannot be read.
+        """
+        try:
+            data = self._file.read(count)
+        except OSError as error:
+            raise ExportFailed(f"{self._what} cannot be read: {reason(error)}") from error
         self._hasher.update(data)
         self._advance(len(data))
         return data

@@ -10,7 +10,7 @@ from twisted.python import usage
 
 from ociregistry.archives.exporting import Exported, export_images
 from ociregistry.archives.members import ArchiveFailure
-from ociregistry.commands.options import Command, CommandFailed, print_lines
+from ociregistry.commands.options import Command, CommandFailed, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import handled_signals
 from ociregistry.config.values import Patterns, size_text
@@ -66,6 +66,7 @@ class Export(Command):
         for number in handled_signals():
             signal.signal(number, signal.default_int_handler)
         snapshot = Snapshot.read(settings.image_path)
+        print_unreadable(snapshot.unreadable)
         rows = [row for row in snapshot.rows if self.patterns.match(row.url)]
         if not rows:
             raise CommandFailed(

@@ -10,11 +10,10 @@ from typing import Any
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, print_lines
+from ociregistry.commands.options import Command, print_lines, print_unreadable
 from ociregistry.config.values import Patterns, local_time
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
-from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.store.snapshot import Row, Snapshot
 from ociregistry.store.workdir import pending_images
@@ -56,8 +55,7 @@ class List(Command):
     def run(self, settings: Settings) -> int:
         """Print the images to stdout, and warnings about unreadable records to stderr."""
         snapshot = Snapshot.read(settings.image_path)
-        for path, why in snapshot.unreadable.items():
-            print_error(f"warning: left out, it is not a record of this program: {path}: {why}")
+        print_unreadable(snapshot.unreadable)
         listed = snapshot.all_rows if self["long"] else snapshot.rows
         rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
         pending = pending_images(settings.image_path)

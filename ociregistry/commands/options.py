@@ -5,7 +5,8 @@ from __future__ import annotations
 import getopt
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from twisted.python import usage
@@ -107,6 +108,12 @@ class Command(CommonOptions):
             return parse(text)
         except ValueError as error:
             raise usage.UsageError(f"--{name} {text!r}: {error}") from None
+
+
+def print_unreadable(files: Mapping[Path, str]) -> None:
+    """Print a warning for each of the `files` among the records that could not be read, with the reason."""
+    for path, why in files.items():
+        print_error(f"warning: ignored, not a record that can be served: {path}: {why}")
 
 
 def print_lines(lines: Iterable[str]) -> None:

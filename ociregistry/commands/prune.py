@@ -8,13 +8,14 @@ from pathlib import Path
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, print_lines
+from ociregistry.commands.options import Command, print_lines, print_unreadable
 from ociregistry.commands.running import become_owner
 from ociregistry.config.values import Patterns, parse_duration, parse_local_time, size_text
 from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
-from ociregistry.store.prune import Plan, Selection, planned, prune
+from ociregistry.store.prune import Plan, PruneSet, Selection, planned, prune
+from ociregistry.store.snapshot import Snapshot
 
 _USUAL_AGE = timedelta(days=1)
 
@@ -83,9 +84,14 @@ class Prune(Command):
             created_before=self.before,
             pulled_before=now - self.unused_for if self.unused_for else None,
         )
+
+        def choose(snapshot: Snapshot) -> PruneSet:
+            print_unreadable(snapshot.unreadable)
+            return selection(snapshot)
+
         if self["dry-run"]:
-            return planned(root, selection)
-        return prune(root, selection, Files())
+            return planned(root, choose)
+        return prune(root, choose, Files())
 
     def _orphans(self, root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
         if self["dry-run"]:

@@ -70,15 +70,19 @@ class Repairer:
 
     async def _record(self, damaged: Damaged) -> str:
         why = "the image that it belonged to is unknown"
-        for repository in dict.fromkeys(image.repository for image, _ in damaged.images):
+        noted = [image.repository for image, _ in damaged.images]
+        indexes = self._store.indexes(damaged.digest)
+        listed = {repository for index in indexes for repository in self._store.repositories(index)}
+        for repository in dict.fromkeys([*noted, *sorted(listed)]):
             fetched = ImageReference(repository, damaged.digest)
             try:
                 found = await self._fetcher.manifest(fetched)
             except RegistryError as error:
                 why = error.message
                 continue
-            # With the old dates: a tag that has moved to another manifest since then must not come back.
-            await self._store.restore(found.manifest, dict(damaged.images), fetched, damaged.wanted)
+            if damaged.images:
+                # With the old dates: a tag that has moved to another manifest since then must not come back.
+                await self._store.restore(found.manifest, dict(damaged.images), fetched, damaged.wanted)
             return ""
         return why
 

@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.python.failure import Failure
 
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile, Threads
+from ociregistry.store.files import SharedFile, Threads, open_regular
 
 _TICK = 2_000_000_000
 """Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
 
 
+_FOR_ALL = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+
+
 class StoredBlob:
     """A whole blob, open for reading until `close` is called."""
 
-    def __init__(self, digest: Digest, file: SharedFile, size: int, threads: Threads) -> None:
+    def __init__(
+        self,
+        path: Path,
+        digest: Digest,
+        file: SharedFile,
+        size: int,
+        threads: Threads,
+        failed: Callable[[int], object],
+    ) -> None:
+        """Read the open `file` at `path`; `failed` is called with an offset at which that fails."""
+        self._path = path
         self._digest = digest
         self._file = file
         self._threads = threads
+        self._failed = failed
         self.size = size
 
     def more_than(self, offset: int) -> Deferred[int]:
@@ -35,8 +51,23 @@ class StoredBlob:
         return succeed(self.size)
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
-        """Read at most `count`, but at least one, of the bytes at `offset`."""
-        return read_at(self._file, offset, count, self._threads)
+        """Read at most `count`, but at least one, of the bytes at `offset`.
+
+        Raises:
+            OSError: through the Deferred: they cannot be read.
+        """
+        try:
+            reading = read_at(self._file, offset, count, self._threads)
+        except OSError as error:
+            reading = fail(error)
+        return reading.addErrback(self._cannot_read, offset)
+
+    def _cannot_read(self, failure: Failure, offset: int) -> Failure:
+        if isinstance(failure.value, OSError):
+            # The log names the file.
+            failure.value.filename = str(self._path)
+            self._failed(offset)
+        return failure
 
     def close(self) -> None:
         """Release the file."""
@@ -46,21 +77,37 @@ class StoredBlob:
         return f"the blob {self._digest}"
 
 
-def open_blob(path: Path) -> tuple[SharedFile, int] | None:
-    """Open the file at `path` and return it with its size in bytes, or None if there is none. Blocks."""
+def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, int] | None:
+    """Open the file at `path` and return it with its size in bytes, or None if there is none. Blocks.
+
+    The byte at `failed_at`, where an earlier read failed, is read again first.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or the byte at `failed_at` still cannot be read.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(path)
     except FileNotFoundError:
         return None
-    return SharedFile(descriptor), os.fstat(descriptor).st_size
+    try:
+        if failed_at is not None:
+            os.pread(file.fileno(), 1, failed_at)
+        return file, file.size()
+    except BaseException:
+        file.release()
+        raise
 
 
 def size_of_blob(path: Path | str) -> int | None:
-    """Return the size of the file at `path` in bytes, or None if there is none. Blocks."""
+    """Return the size in bytes of the regular file at `path`, or None if there is none that can be read. Blocks."""
     try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
+        status = os.lstat(path)
+    except OSError:
         return None
+    mode = status.st_mode
+    # Blobs that this program wrote can be read by everyone, so few need the second system call.
+    readable = stat.S_ISREG(mode) and (mode & _FOR_ALL == _FOR_ALL or os.access(path, os.R_OK))
+    return status.st_size if readable else None
 
 
 def missing_blobs(folder: Path, blobs: Mapping[Digest, int]) -> dict[Digest, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,27 @@ def is_full(error: OSError) -> bool:
     return error.errno in _NO_SPACE
 
 
+_OF_THE_FILE = frozenset(
+    {
+        *(errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA),
+        *(errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.EISDIR),
+    }
+)
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """Tell whether `error` belongs to the one file, which fails so for this user at any time.
+
+    Others are of the process, such as too many open files, or of the machine, and may pass.
+    """
+    return error.errno in _OF_THE_FILE
+
+
+def reason(error: Exception) -> str:
+    """Return why a file could not be read, without the file's path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class SharedFile:
     """An open file that several readers and threads use; it is closed when the last lease is released.
 
@@ -110,6 +132,47 @@ class SharedFile:
         return os.fstat(self._descriptor).st_size
 
 
+_REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
+    """Open the regular file at `path`. It does not wait for the other end of a FIFO or device.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it cannot be opened; ELOOP for a symbolic link, and ENXIO for anything else that is no regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | _REGULAR_ALONE)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from None
+    file = SharedFile(descriptor)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENXIO, "it is not a regular file", str(path))
+    except BaseException:
+        file.release()
+        raise
+    return file
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of the regular file at `path`.
+
+    Raises:
+        OSError: it cannot be opened, as `open_regular` says, or read.
+    """
+    file = open_regular(path)
+    try:
+        with open(file.fileno(), "rb", closefd=False) as stream:
+            return stream.read()
+    finally:
+        file.release()
+
+
 class Files:
     """The real file system. Methods raise `OSError` where a call fails."""
 
@@ -119,12 +182,12 @@ class Files:
         return SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
 
     def open(self, path: Path) -> SharedFile:
-        """Open the file at `path` for reading and writing.
+        """Open the regular file at `path` for reading and writing.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        return SharedFile(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        return open_regular(path, os.O_RDWR)
 
     def write(self, file: SharedFile, data: bytes, offset: int) -> None:
         """Write all of `data` at `offset`."""
@@ -214,25 +277,28 @@ def hold(path: Path, *, writes: bool) -> SharedFile | None:
     shared lock, and gets None at once while another process writes it.
 
     Returns:
-        None also when there is no such file, or when its name has gone to another file by the time the lock is taken.
+        None also when there is no such regular file, or when its name has gone to another file by the time the lock
+        is taken.
 
     Raises:
         OSError: the file cannot be opened or locked.
     """
     try:
-        descriptor = os.open(path, (os.O_RDWR if writes else os.O_RDONLY) | os.O_CLOEXEC)
-    except FileNotFoundError:
+        file = open_regular(path, os.O_RDWR if writes else os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if writes else fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            return SharedFile(descriptor)
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX if writes else fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
     except (BlockingIOError, FileNotFoundError):
         pass
     except BaseException:
-        os.close(descriptor)
+        file.release()
         raise
-    os.close(descriptor)
+    file.release()
     return None
 
 

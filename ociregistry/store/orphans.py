@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import size_of_blob
-from ociregistry.store.files import Files, SharedFile, hold
+from ociregistry.store.files import Files, SharedFile, hold, read_regular, reason
 from ociregistry.store.paths import NOTE_SUFFIX, STAGED_SUFFIX, blob_path, blobs_folder, pulls_folders
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked, wanted_blobs
@@ -76,6 +76,9 @@ def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]
     A partial stays locked until the next orphan is asked for, so that no process resumes it.
     """
     snapshot = Snapshot.read(root)
+    for error in snapshot.unknown:
+        why = f"it may name any of the blobs, and cannot be read: {reason(error)}: run verify first"
+        raise OSError(error.errno, why, error.filename)
 
     def blobs_of(manifest: Digest) -> Iterable[Digest]:
         entry = snapshot.index.get(manifest)
@@ -98,7 +101,7 @@ def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]
 def _blobs(root: Path, named: Set[str]) -> Iterator[Path]:
     with suppress(FileNotFoundError):
         for path in sorted((blobs_folder(root)).iterdir()):
-            if Digest.from_hex(path.name) is not None and path.name not in named:
+            if Digest.from_hex(path.name) is not None and path.name not in named and not path.is_dir():
                 yield path
 
 
@@ -126,15 +129,15 @@ def _unwritten(path: Path) -> Iterator[SharedFile | None]:
 
 
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
-    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        size = json.loads(partial.with_name(partial.name + NOTE_SUFFIX).read_bytes())["size"]
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        size = json.loads(read_regular(partial.with_name(partial.name + NOTE_SUFFIX)))["size"]
         return size is not None and size_of_blob(blob_path(root, digest)) == size
     return False
 
 
 def _old_size(path: Path, unchanged_since: datetime) -> int | None:
     try:
-        status = path.stat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
     # Not the mtime: a copy of a store may keep mtimes from long ago.

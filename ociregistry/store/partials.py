@@ -8,6 +8,7 @@ it is written.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import read_at
-from ociregistry.store.files import Files, SharedFile, Threads, hold, is_full
+from ociregistry.store.files import Files, SharedFile, Threads, hold, is_full, is_of_the_file, read_regular
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
 
@@ -93,9 +94,11 @@ def open_usable(path: Path, files: Files) -> tuple[Note, SharedFile] | None:
         OSError: a file cannot be read or written.
     """
     try:
-        note = Note.parse(note_path(path).read_bytes())
+        note = Note.parse(read_regular(note_path(path)))
         file = files.open(path)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno != errno.ENOENT and not is_of_the_file(error):
+            raise
         return None
     try:
         usable = _cut_to_durable(path, note, file, files) if note is not None else None

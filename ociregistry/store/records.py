@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +22,7 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.files import Files
+from ociregistry.store.files import Files, is_of_the_file, open_regular
 from ociregistry.store.paths import (
     LISTS_FOLDER,
     blobs_folder,
@@ -169,23 +167,19 @@ def read_record(path: Path) -> Record:
 
     Raises:
         RecordInvalid: it is damaged, foreign, or in the wrong folder.
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
     digest = Digest.from_hex(path.name)
     if digest is None:
         raise RecordInvalid("its name is not that of a record")
+    file = open_regular(path)
     try:
-        status = path.stat()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ForeignRecord("symbolic link loop") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ForeignRecord("it is not a file")
-    if status.st_size > _LARGEST_RECORD:
-        raise ForeignRecord(f"larger than {_LARGEST_RECORD} bytes")
-    with path.open("rb") as file:
-        data = file.read()
+        if file.size() > _LARGEST_RECORD:
+            raise ForeignRecord(f"larger than {_LARGEST_RECORD} bytes")
+        with open(file.fileno(), "rb", closefd=False) as stream:
+            data = stream.read()
+    finally:
+        file.release()
     record = Record.parse(data, digest)
     if (path.parent.name == LISTS_FOLDER) != record.manifest.is_list:
         raise ForeignRecord(f"a {record.manifest.media_type} does not belong in {path.parent.name}/")
@@ -227,8 +221,8 @@ class RecordFiles:
     ) -> Record | None:
         """Write that `image` means `manifest`, as `Record.confirm` does, and return the record as it is then on disk.
 
-        What another process wrote meanwhile is kept. A file in that place that is not a record of this program is
-        quarantined in bad/ of the pulls folder, or removed if there is no space for that.
+        What another process wrote meanwhile is kept. What is in that place and is not a record of this program, or
+        cannot be read, is quarantined in bad/ of the pulls folder, or removed if there is no space for that.
 
         The conditions are checked under the store's lock, so that no prune comes between the check and the write.
 
@@ -303,7 +297,9 @@ class RecordFiles:
             return read_record(path)
         except FileNotFoundError:
             return None
-        except RecordInvalid:
+        except (RecordInvalid, OSError) as error:
+            if isinstance(error, OSError) and not is_of_the_file(error):
+                raise
             self._pulls.quarantine(path)
             return None
 

@@ -19,7 +19,7 @@ from twisted.logger import Logger
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import BlobFolder
-from ociregistry.store.files import Threads
+from ociregistry.store.files import Threads, reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
 from ociregistry.store.records import Record, RecordInvalid, is_wanted, read_record
@@ -45,6 +45,10 @@ def signatures(folder: Path) -> list[tuple[Path, Signature]]:
             try:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
+                continue
+            except OSError:
+                # Reading it tells why.
+                found.append((folder / entry.name, UNREAD))
                 continue
             signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             found.append((folder / entry.name, signature))
@@ -95,7 +99,7 @@ def scan(root: Path, known: Mapping[Path, Signature], *, missing_ok: bool = Fals
             root.stat()
             continue
         for path, signature in found:
-            if known.get(path) == signature:
+            if signature != UNREAD and known.get(path) == signature:
                 yield ScannedFile(path, signature)
                 continue
             try:
@@ -136,7 +140,7 @@ def scan_changes(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder 
             read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
         elif isinstance(file.error, OSError):
             # The cause may end without a change to the file, so the file is read again at the next scan.
-            unreadable[file.path] = file.error.strerror or str(file.error)
+            unreadable[file.path] = reason(file.error)
             seen[file.path] = UNREAD
         elif file.error is not None:
             unreadable[file.path] = str(file.error)
@@ -207,8 +211,12 @@ class IndexRefresh:
         wanted = before.wanted if before else record.has_tag or not record.manifest.layers
         self._put(digest, Entry.of(record, wanted=wanted))
 
-    def record_unreadable(self, path: Path) -> None:
-        """Drop the record at `path`, which could not be read; the next scan reads the file again."""
+    def record_unreadable(self, path: Path, why: str) -> None:
+        """Drop the record at `path`, which could not be read; the next scan reads the file again.
+
+        `why` is what was logged, so that the scan does not log it a second time.
+        """
+        self._unreadable = {**self._unreadable, path: why}
         self._drop(path)
         self._known.pop(path, None)
 

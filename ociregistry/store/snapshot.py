@@ -11,6 +11,7 @@ from pathlib import Path
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
+from ociregistry.store.files import is_of_the_file, reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import blobs_folder, digest_of
 from ociregistry.store.records import Dates, Record, is_wanted
@@ -72,6 +73,8 @@ class Snapshot:
         self._blobs = blobs_folder(root)
         self.unreadable: Mapping[Path, str] = {}
         """Path -> what is wrong with the file."""
+        self.unknown: tuple[OSError, ...] = ()
+        """The errors of the unreadable files whose content is not known, so that they may need any blob."""
         self.mentioned: frozenset[str] = frozenset()
         """The digests, in hexadecimal, that occur in the unreadable files: these files may need the blobs."""
         self._records: dict[Digest, StoredRecord] = {}
@@ -85,7 +88,7 @@ class Snapshot:
         """Read all records of the store at `root`. Blocks.
 
         Raises:
-            OSError: a record or a folder cannot be read.
+            OSError: a folder cannot be read, or a record for a reason that is not the file's own.
         """
         snapshot = cls(root)
         with collection_paused():
@@ -96,17 +99,23 @@ class Snapshot:
         """Read the records that have changed since the last time. Blocks.
 
         Raises:
-            OSError: a record or a folder cannot be read.
+            OSError: a folder cannot be read, or a record for a reason that is not the file's own.
         """
+        unknown: list[OSError] = []
         unreadable: dict[Path, str] = {}
         mentioned: set[str] = set()
         present: set[Path] = set()
         for file in scan(self.root, self._signatures, missing_ok=True):
-            if isinstance(file.error, OSError):
-                raise file.error
             if file.error is not None:
-                unreadable[file.path] = str(file.error)
-                mentioned |= _mentioned(file.path)
+                unreadable[file.path] = reason(file.error)
+                try:
+                    if isinstance(file.error, OSError):
+                        raise file.error
+                    mentioned |= _mentioned(file.path)
+                except OSError as error:
+                    if not is_of_the_file(error):
+                        raise
+                    unknown.append(error)
                 continue
             present.add(file.path)
             if file.record is not None:
@@ -116,6 +125,7 @@ class Snapshot:
         for path in self._signatures.keys() - present:
             self._drop(path)
         self.unreadable = unreadable
+        self.unknown = tuple(unknown)
         self.mentioned = frozenset(mentioned)
         self._wanted.clear()
         self._rows = None

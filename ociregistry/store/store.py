@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial as bind
 from pathlib import Path
 
 from twisted.application.service import Service
@@ -16,7 +18,7 @@ from ociregistry.config.values import USUAL_RESERVE, Reserve
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
-from ociregistry.store.files import Files, Threads, is_full
+from ociregistry.store.files import Files, SharedFile, Threads, is_full, is_of_the_file, open_regular, reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
@@ -70,6 +72,8 @@ class Store(Service):
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
+        self._unreadable: dict[Digest, int] = {}
+        """Blob that could not be read, which was logged -> the offset at which that failed last."""
         self.pending: dict[Digest, Repository] = {}
         """Image that is to be completed -> the repository to fetch it from."""
         self.undecided: dict[Digest, Repository] = {}
@@ -194,8 +198,8 @@ class Store(Service):
             record, to_note = await self._threads.read(self._records.read_for_pull, path, now)
         except (RecordInvalid, OSError) as error:
             if not isinstance(error, FileNotFoundError):
-                self.log.error("cannot read the record {path}: {why}", path=path, why=error)
-            self._refresh.record_unreadable(path)
+                self.log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
+            self._refresh.record_unreadable(path, reason(error))
             return None
         if to_note:
             # In a thread for writing: this may wait for the disk, which must not delay a hit.
@@ -301,16 +305,30 @@ class Store(Service):
         """Open a whole blob for reading, or return None on a miss.
 
         A file counts as the blob when it has a size that a manifest gives the blob, or that this process committed it
-        with. So a half-copied file is a miss.
+        with. So a half-copied file is a miss, and so is one that cannot be read.
         """
-        opened = await self._threads.read(open_blob, self._blobs / digest.hex)
+        opened = await self._open_blob(digest)
         if opened is None:
             return None
         file, size = opened
         if size not in self._index.sizes(digest) and self._committed.get(digest) != size:
             file.release()
             return None
-        return StoredBlob(digest, file, size, self._threads)
+        failed = bind(self._unreadable.__setitem__, digest)
+        return StoredBlob(self._blobs / digest.hex, digest, file, size, self._threads, failed)
+
+    async def _open_blob(self, digest: Digest) -> tuple[SharedFile, int] | None:
+        path = self._blobs / digest.hex
+        failed_at = self._unreadable.get(digest)
+        try:
+            opened = await self._threads.read(open_blob, path, failed_at)
+        except OSError as error:
+            self._unreadable[digest] = failed_at or 0
+            if failed_at is None:
+                self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
+            return None
+        self._unreadable.pop(digest, None)
+        return opened
 
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
         """Return the missing required blobs of `manifest`, which needs no record, with their sizes in bytes."""
@@ -488,9 +506,24 @@ class Store(Service):
         Raises:
             OSError: the blob cannot be written.
         """
-        await partial.commit(self._blobs / partial.digest.hex)
+        path = self._blobs / partial.digest.hex
+        await self._threads.write(self._make_way, path, known_bad=partial.digest in self._unreadable)
+        await partial.commit(path)
+        self._unreadable.pop(partial.digest, None)
         self._committed[partial.digest] = partial.length
         self._refresh.blob_stored(partial.digest)
+
+    def _make_way(self, path: Path, *, known_bad: bool) -> None:
+        """Quarantine the file at `path` if it is `known_bad` or cannot be opened; else it is to be replaced."""
+        bad = known_bad
+        try:
+            open_regular(path).release()
+        except OSError as error:
+            bad = is_of_the_file(error)
+        if bad:
+            # A file that can be renamed to this name wins over one that cannot be moved.
+            with suppress(OSError):
+                self._pulls.quarantine(path)
 
 
 def _lacking_images(

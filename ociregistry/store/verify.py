@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Callable, Coroutine, Mapping
@@ -20,7 +19,16 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_CONFIG
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs
-from ociregistry.store.files import Files, SharedFile, Threads, is_full
+from ociregistry.store.files import (
+    Files,
+    SharedFile,
+    Threads,
+    is_full,
+    is_of_the_file,
+    open_regular,
+    read_regular,
+    reason,
+)
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, is_blob_path, verified_stamp
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid, is_wanted, read_record
 from ociregistry.store.scan import signatures
@@ -30,8 +38,6 @@ Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]
 
 _SLICE = 4 * 1024 * 1024
 """Bytes that a thread reads and hashes in one job."""
-_BAD_DISK = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
-"""Errors that belong to the file itself, whichever process reads it and at any time."""
 _NOTED = re.compile(
     r'"(?P<url>[^"\\\s]{3,600})":\s*\{\s*"created":\s*"(?P<created>[^"]{1,40})",'
     r'\s*"confirmed":\s*"(?P<confirmed>[^"]{1,40})"\s*\}'
@@ -42,7 +48,7 @@ _NOTED_WANTED = re.compile(r'^  "wanted": (?P<wanted>true|false),$', re.MULTILIN
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """A file whose content is not what its name says."""
+    """A file that cannot be read, or whose content is not what its name says."""
 
     path: Path
     digest: Digest
@@ -100,7 +106,7 @@ class Verifier:
             What was found. Missing blobs are determined at the end, after damaged ones were quarantined.
 
         Raises:
-            OSError: a file cannot be read for another reason than damage, or cannot be quarantined or removed.
+            OSError: a file cannot be read for a reason that is not its own, or cannot be quarantined or removed.
         """
         findings = Findings()
         images: dict[Digest, Record] = {}
@@ -131,12 +137,11 @@ class Verifier:
             findings.foreign[path] = str(error)
             return None
         except (RecordInvalid, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _BAD_DISK:
+            if isinstance(error, OSError) and not is_of_the_file(error):
                 raise
-            damaged = await self._threads.write_in_turn(self._quarantine_record, path, str(error))
-            if damaged is not None:
-                findings.damaged.append(damaged)
-                await self._found(damaged)
+            await self._note(
+                findings, await self._threads.write_in_turn(self._quarantine_record, path, reason(error))
+            )
             return None
         findings.records += 1
         return record
@@ -150,7 +155,7 @@ class Verifier:
             except FileNotFoundError:
                 return None
             except (RecordInvalid, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _BAD_DISK:
+                if isinstance(error, OSError) and not is_of_the_file(error):
                     raise
                 salvaged = _salvage(path)
                 quarantined = self._quarantine(path)
@@ -161,8 +166,14 @@ class Verifier:
     ) -> None:
         began, at_first = self._clock.seconds(), findings.bytes
         try:
-            file = SharedFile(await self._threads.read(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
+            file = await self._threads.read(open_regular, path)
         except FileNotFoundError:
+            return
+        except OSError as error:
+            if not is_of_the_file(error):
+                raise
+            findings.blobs += 1
+            await self._note(findings, await self._threads.write(self._quarantine_unopened, path))
             return
         try:
             checked = _Checked(path, file)
@@ -174,12 +185,28 @@ class Verifier:
                     await deferLater(self._clock, max(0.0, due - self._clock.seconds()))
             findings.blobs += 1
             if checked.why:
-                damaged = await self._threads.write(self._quarantine_blob, checked)
-                if damaged is not None:
-                    findings.damaged.append(damaged)
-                    await self._found(damaged)
+                await self._note(findings, await self._threads.write(self._quarantine_blob, checked))
         finally:
             file.release()
+
+    async def _note(self, findings: Findings, damaged: Damaged | None) -> None:
+        if damaged is not None:
+            findings.damaged.append(damaged)
+            await self._found(damaged)
+
+    def _quarantine_unopened(self, path: Path) -> Damaged | None:
+        """Quarantine a blob that cannot be opened; return None if it can be now: it may have been replaced."""
+        try:
+            open_regular(path).release()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if not is_of_the_file(error):
+                raise
+            return Damaged(
+                path, digest_of(path), f"cannot be opened: {reason(error)}", quarantined=self._quarantine(path)
+            )
+        return None
 
     def _quarantine_blob(self, checked: _Checked) -> Damaged | None:
         """Quarantine a damaged blob; return None if its file has changed: another process may have replaced it."""
@@ -212,7 +239,7 @@ class _Checked:
         try:
             data = os.pread(self._file.fileno(), _SLICE, self._at)
         except OSError as error:
-            if error.errno not in _BAD_DISK:
+            if not is_of_the_file(error):
                 raise
             self.why = f"cannot be read at byte {self._at}: {error.strerror}"
             return 0
@@ -225,7 +252,7 @@ class _Checked:
     def is_unchanged(self) -> bool:
         """Tell whether the path still leads to the file that was read, unchanged."""
         try:
-            now = self.path.stat()
+            now = self.path.lstat()
         except FileNotFoundError:
             return False
         before = self._before
@@ -267,7 +294,7 @@ def _salvage(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool
     """Return the image URLs of a damaged record, and whether it is wanted, as far as they can be read."""
     found = []
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        text = read_regular(path).decode("utf-8", "replace")
     except OSError:
         return (), None
     for noted in _NOTED.finditer(text):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.files import Files, is_full, lock, locked
+from ociregistry.store.files import Files, is_full, lock, locked, read_regular
 from ociregistry.store.paths import (
     LOCK_NAME,
     NOTE_SUFFIX,
@@ -84,7 +84,7 @@ class PendingFiles:
         self._files.unlink(self._path(manifest))
 
     def read(self) -> Iterator[PendingImage]:
-        """Yield the pending images, removing files that cannot be parsed."""
+        """Yield the pending images, removing files that cannot be read or parsed."""
         for path in sorted(path for path in self._folder.glob(f"*{PENDING_SUFFIX}") if path.is_file()):
             pending = _read(path)
             if pending is None:
@@ -114,11 +114,10 @@ def _read(path: Path) -> PendingImage | None:
     if manifest is None:
         return None
     try:
-        # Only a regular file: reading a pipe would block.
-        document = json.loads(path.read_bytes() if path.is_file() else b"")
+        document = json.loads(read_regular(path))
         repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
         return PendingImage(manifest, repository, document.get("undecided") is True)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
         return None
 
 
@@ -276,7 +275,7 @@ class PullsFolder:
         return path
 
     def quarantine(self, path: Path) -> bool:
-        """Quarantine the damaged file `path` in bad/, or remove it where there is no space for that. Blocks.
+        """Quarantine what is damaged at `path` in bad/, or remove it where there is no space for that. Blocks.
 
         Returns:
             Whether it is in bad/ now.
@@ -285,7 +284,7 @@ class PullsFolder:
             OSError: it can be neither moved nor removed.
         """
         try:
-            self._files.rename(path, self.bad / path.name)
+            self._files.rename(path, _place_for(path, self.bad))
         except OSError as error:
             if not is_full(error):
                 raise
@@ -297,6 +296,15 @@ class PullsFolder:
         """Release the folder, so that another process can take it."""
         if self._taken is not None:
             os.close(self._taken[1])
+
+
+def _place_for(path: Path, folder: Path) -> Path:
+    """Return where in `folder` `path` can be renamed to: no file replaces a folder there, and no folder anything."""
+    target, number = folder / path.name, 0
+    while target.is_dir() or (path.is_dir() and target.exists()):
+        number += 1
+        target = folder / f"{path.name}.{number}"
+    return target
 
 
 def _is_kept(path: Path, *folders: Path) -> bool:

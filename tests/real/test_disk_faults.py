@@ -16,7 +16,8 @@ from tests.client import fetch
 from tests.disk_faults import Trace, faults
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
-from tests.real.caches import SOON, Cache, cache_in, plain_image
+from tests.real.caches import SOON, Cache, blob_file, cache_in, plain_image, wait_scanned_twice
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.upstream_resumed import WhenRanged
 from tests.upstream_rules import Cut, Hold, Reply
 
@@ -263,3 +264,78 @@ def test_slow_sync_delays_only_what_needs_it(cache: Cache, inject: Inject, calls
         assert not asked.done()
         assert asked.result().body == image.manifest.data
         assert trace.ended
+
+
+@pytest.mark.parametrize("error", ["EIO", "EACCES", "EUCLEAN"])
+def test_blob_that_cannot_be_opened_is_fetched_anew(cache: Cache, inject: Inject, error: str) -> None:
+    image = publish(cache, "hit")
+    pull(cache, "hit", image)
+    path = blob_file(cache.daemon, image.layers[0].digest)
+    since, before = cache.log_size, path.stat().st_ino
+    with inject("openat", f"error={error}", "-P", str(path)) as trace:
+        assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+        wait_until(lambda: path.exists() and path.stat().st_ino != before, SOON, "a new file has the name")
+        assert trace.injected
+        assert f"cannot read the blob {path}: " in cache.one_error(since)
+    assert (cache.daemon.image_path / "pulls" / "0" / "bad" / path.name).stat().st_ino == before
+    assert cache.sent(blob_of(image), "GET") == 2
+    pull(cache, "hit", image)
+    assert_blobs_match_their_digests(cache)
+    assert cache.sent(blob_of(image), "GET") == 2
+
+
+def test_unreadable_blob_while_the_upstream_has_none_is_404(cache: Cache, inject: Inject) -> None:
+    image = publish(cache, "hit")
+    pull(cache, "hit", image)
+    path = blob_file(cache.daemon, image.layers[0].digest)
+    with inject("openat", "error=EIO", "-P", str(path)), cache.scripted(f"/v2/{blob_of(image)}", Reply(404)):
+        for _ in range(2):
+            assert cache.ask(blob_of(image)).status == 404
+    # The file was not moved: it can be read again.
+    pull(cache, "hit", image)
+    assert cache.daemon.log.count(f"cannot read the blob {path}: ") == 1
+
+
+def test_read_error_while_serving_ends_short_and_is_mended(cache: Cache, inject: Inject) -> None:
+    image = publish(cache, "hit", LARGE)
+    pull(cache, "hit", image)
+    path = blob_file(cache.daemon, image.layers[0].digest)
+    since, before = cache.log_size, path.stat().st_ino
+    with cache.opened(blob_of(image)) as answer:
+        begun = answer.read(1000)
+        with inject("preadv2,pread64", "error=EIO", "-P", str(path)) as trace:
+            got = begun + body_of(answer)
+            assert image.layers[0].data.startswith(got)
+            assert len(got) < LARGE
+            wait_until(lambda: EIO in cache.daemon.log[since:], SOON, "the log names the reason")
+            assert str(path) in cache.one_error(since)
+            assert "response truncated" in cache.one_error(since)
+            assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+            wait_until(lambda: path.exists() and path.stat().st_ino != before, SOON, "a new file has the name")
+            assert trace.injected
+    assert len(cache.errors(since)) == 1
+    pull(cache, "hit", image)
+    assert_blobs_match_their_digests(cache)
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_no_regular_file_in_place_of_a_blob_and_a_record(cache: Cache, kind: str) -> None:
+    """More requests than there are threads for reading: opening a FIFO would block each."""
+    hit, image = publish(cache, "hit"), publish(cache, "bad")
+    pull(cache, "hit", hit)
+    pull(cache, "bad", image)
+    root, layer = cache.daemon.image_path, image.layers[0]
+    put_irregular(root / "img" / image.manifest.digest[7:], kind)
+    put_irregular(blob_file(cache.daemon, layer.digest), kind)
+    with cache.scripted("/v2/*", Reply(404)), ThreadPoolExecutor(20) as clients:
+        paths = [f"faults/manifests/{image.manifest.digest}", blob_of(image)] * 10
+        assert {answer.status for answer in clients.map(cache.ask, paths)} == {404}
+        assert digest_of(cache.ask(blob_of(hit)).body) == hit.layers[0].digest
+    wait_scanned_twice(cache)
+    pull(cache, "bad", image)
+    wait_until(lambda: blob_file(cache.daemon, layer.digest).is_file(), SOON, "the blob is stored")
+    assert_blobs_match_their_digests(cache)
+    assert {path.name for path in (root / "pulls" / "0" / "bad").iterdir()} == {
+        layer.digest[7:],
+        image.manifest.digest[7:],
+    }

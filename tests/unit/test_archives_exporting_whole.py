@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import ociregistry.archives.exporting
 from ociregistry.archives.exporting import Exported
 from ociregistry.archives.members import ArchiveFailure, ExportFailed
 from ociregistry.store.files import Files, SharedFile
@@ -27,6 +28,7 @@ from tests.unit.support.exports import (
     make_source,
     members,
 )
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 
 
 @pytest.fixture
@@ -45,6 +47,42 @@ def test_incomplete_image_is_left_out(source: Path, tmp_path: Path) -> None:
     assert str(left_out) == f"left out: {UP}: the store lacks 2 of its blobs, {missing} bytes"
     assert exported.images == 5
     assert blob_name(UPPER.manifest.digest) not in members(tmp_path / "out.tar")
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_image_with_a_blob_that_is_no_regular_file_is_left_out(source: Path, tmp_path: Path, kind: str) -> None:
+    put_irregular(source / "blobs" / hex_of(UPPER.config.digest), kind)
+    exported = export(source, tmp_path / "out.tar")
+    assert [(one.name, one.missing) for one in exported.left_out] == [(UP, len(UPPER.config.data))]
+    assert exported.images == 5
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_image_with_a_blob_that_cannot_be_opened_is_left_out(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path, opened = source / "blobs" / hex_of(UPPER.config.digest), os.open
+
+    def fail(file: str | Path, *args: int) -> int:
+        if file == path:
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *args)
+
+    monkeypatch.setattr(os, "open", fail)
+    exported = export(source, tmp_path / "out.tar")
+    assert [(one.name, one.missing) for one in exported.left_out] == [(UP, len(UPPER.config.data))]
+    assert exported.images == 5
+
+
+def test_read_error_names_the_blob(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_failing(path: Path) -> SharedFile:
+        # Reading it at byte 0 gives EIO.
+        return SharedFile(os.open("/proc/self/mem", os.O_RDONLY))
+
+    monkeypatch.setattr(ociregistry.archives.exporting, "open_regular", open_failing)
+    with pytest.raises(ExportFailed, match=rf"the store's blob {BLOBS[0]} cannot be read: Input/output error$"):
+        export(source, tmp_path / "out.tar")
+    assert not (tmp_path / "out.tar").exists()
 
 
 def test_index_of_incomplete_image_is_left_out(source: Path, tmp_path: Path) -> None:

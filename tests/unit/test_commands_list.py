@@ -13,6 +13,7 @@ from ociregistry.names import Digest
 from tests.images import make_index
 from tests.unit.support.command_lines import file_contents, run, usage_error
 from tests.unit.support.doubles import manifest
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.stores import StoreDir, day, image_of, list_of
 
 SMALL, LARGE = (b"config a", b"layer a"), (b"config b", b"layer" * 100)
@@ -181,12 +182,27 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, capfd: pytest.Captu
     result = run(capfd, "list", "--image-path", store_dir.root)
     assert (result.status, result.lines) == (0, ["reg.example/a:1 image 2026-01-01T01:00:00"])
     warnings = sorted(result.err.splitlines())
-    assert [line.partition(" of this program: ")[0] for line in warnings] == [
-        "ociregistry: warning: left out, it is not a record"
-    ] * 2
+    prefix = "ociregistry: warning: ignored, not a record that can be served: "
+    assert all(line.startswith(prefix) for line in warnings)
     assert f"{foreign}: " in warnings[0]
     assert f"{cut}: not JSON, or cut off: " in warnings[1]
     assert file_contents(store_dir.root) == before
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_what_is_no_regular_file_is_a_warning(
+    store_dir: StoreDir, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    store_dir.image(SMALL, "a:1")
+    bad = store_dir.path(store_dir.image(LARGE, "b:1"))
+    put_irregular(bad, kind)
+    put_irregular(store_dir.blob(SMALL[-1]), kind)
+    result = run(capfd, "list", "--long", "--image-path", store_dir.root)
+    assert result.status == 0
+    assert [line.split()[0] for line in result.lines] == ["reg.example/a:1"]
+    assert result.lines[0].endswith(f" {len(SMALL[-1])}-missing")
+    warning = f"ociregistry: warning: ignored, not a record that can be served: {bad}: {IRREGULAR[kind]}"
+    assert result.err.splitlines() == [warning]
 
 
 def test_missing_store_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

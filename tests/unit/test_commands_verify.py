@@ -19,6 +19,7 @@ from ociregistry.settings import Settings, load_settings
 from ociregistry.store.store import Store
 from tests.images import Blob, make_image, make_index
 from tests.unit.support.doubles import REACTOR, manifest, on_reactor
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.loads import MemoryFetcher
 from tests.unit.support.stores import HOST, StoreDir
 
@@ -133,6 +134,20 @@ async def test_damaged_blob_is_repaired_in_one_run(store_dir: StoreDir, verify: 
     assert (whole, verify.asked) == (True, asked(LAYER))
     assert lines[1] == f"repaired: {store_dir.blob(LAYER.data)}"
     assert lines[-1].endswith("1 damaged")
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@on_reactor
+async def test_what_is_no_regular_file_is_repaired(store_dir: StoreDir, verify: VerifyCommand, kind: str) -> None:
+    """The index names the image whose record cannot be read."""
+    put_irregular(store_dir.blob(LAYER.data), kind)
+    put_irregular(store_dir.path(manifest(AMD64)), kind)
+    whole, lines = await verify(repair=True)
+    assert (whole, verify.asked) == (True, [f"manifest {REPOSITORY}@{AMD64.manifest.digest}", *asked(LAYER)])
+    assert lines[-1].endswith("2 damaged")
+    assert store_dir.blob(LAYER.data).read_bytes() == LAYER.data
+    whole, lines = await verify()
+    assert (whole, len(lines)) == (True, 1)
 
 
 @on_reactor

@@ -170,6 +170,18 @@ async def test_illegible_record(repairer: Repairer, fetcher: MemoryFetcher, root
 
 
 @on_reactor
+async def test_illegible_record_is_fetched_from_the_repository_of_its_index(
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store, root: Path
+) -> None:
+    fetcher.add(APP, MULTI)
+    child = manifest(MULTI.images[0])
+    await store.keep(manifest(MULTI), image(APP))
+    assert await repairer.repair(record(root, digest=child.digest)) == ""
+    assert fetcher.asked == [f"manifest reg.example/app@{child.digest}"]
+    assert kept(root, child).images.keys() == {f"reg.example/app@{child.digest}"}
+
+
+@on_reactor
 async def test_record_that_cannot_be_written(repairer: Repairer, fetcher: MemoryFetcher, root: Path) -> None:
     fetcher.add(APP, BUILT)
     (root / "img").rmdir()

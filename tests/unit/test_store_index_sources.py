@@ -194,7 +194,7 @@ def test_every_source_of_changes_is_counted(tmp_path: Path) -> None:
         lambda: store.write(ONE, {URLS[0]: 2}, own=False),
         lambda: store.write(TWO, {URLS[0]: 3}, own=True),
         lambda: store.refresh.record_read(Record(TWO, {URLS[1]: Dates(day(0), day(0))})),
-        lambda: store.refresh.record_unreadable(store.store_dir.path(TWO)),
+        lambda: store.refresh.record_unreadable(store.store_dir.path(TWO), "damaged"),
         lambda: store.damage(ONE),
         lambda: store.write(ONE, {URLS[0]: 2}, own=False),
         lambda: store.remove(ONE),

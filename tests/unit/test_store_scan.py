@@ -7,15 +7,18 @@ import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+import ociregistry.store.records
+import ociregistry.store.scan
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files
-from ociregistry.store.records import Record, RecordFiles
+from ociregistry.store.records import Record, RecordFiles, read_record
 from ociregistry.store.scan import ScanResult, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
@@ -138,11 +141,11 @@ def test_temporarily_unreadable_record_is_read_by_the_next_scan(
     confirmed(records, IMAGE, NGINX, NOW)
     path = records.path(IMAGE.digest, is_list=False)
 
-    def fail(self: Path, *args: object) -> None:
+    def fail(path: Path) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", fail)
+        patch.setattr(ociregistry.store.records, "open_regular", fail)
         first = scanned(tmp_path)
     assert first.read == {}
     assert scanned(tmp_path, first).read.keys() == {path}
@@ -160,7 +163,48 @@ def test_other_file_types_are_unreadable(tmp_path: Path, records: RecordFiles) -
     confirmed(records, INDEX, NGINX, NOW)
     found = scanned(tmp_path)
     assert found.read.keys() == {records.path(INDEX.digest, is_list=True)}
-    assert (tmp_path / "img" / IMAGE.digest.hex) in found.unreadable
+    assert found.unreadable == {
+        tmp_path / "img" / IMAGE.digest.hex: "it is not a regular file",
+        tmp_path / "img" / OTHER.digest.hex: "it is a symbolic link",
+    }
+
+
+def test_file_without_a_status_hides_no_other(
+    tmp_path: Path, records: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged inode: each of its system calls fails."""
+    confirmed(records, IMAGE, NGINX, NOW)
+    confirmed(records, OTHER, NGINX, NOW)
+    bad, good = (records.path(one.digest, is_list=False) for one in (IMAGE, OTHER))
+    scandir, read = os.scandir, read_record
+
+    class Entry:
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self.name = entry.name
+            self._entry = entry
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            if self.name == bad.name:
+                raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+            return self._entry.stat(follow_symlinks=follow_symlinks)
+
+    @contextmanager
+    def entries(folder: Path) -> Iterator[Iterator[Entry]]:
+        with scandir(folder) as found:
+            yield map(Entry, found)
+
+    def failing(path: Path) -> Record:
+        if path == bad:
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", entries)
+        patch.setattr(ociregistry.store.scan, "read_record", failing)
+        first = scanned(tmp_path)
+        second = scanned(tmp_path, first)
+    assert (set(first.read), list(first.unreadable), list(second.unreadable)) == ({good}, [bad], [bad])
+    assert scanned(tmp_path, second).read.keys() == {bad}
 
 
 def test_huge_file_is_not_read(tmp_path: Path, records: RecordFiles) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -150,7 +151,9 @@ def test_other_file_types_are_ignored(store_dir: StoreDir) -> None:
     (store_dir.root / "img" / Digest.of(b"link").hex).symlink_to("nowhere")
     (store_dir.root / "img" / ".syncthing.x.tmp").write_bytes(b"{")
     snapshot = store_dir.snapshot()
-    assert (snapshot.records, snapshot.mentioned, len(snapshot.unreadable)) == ({}, frozenset(), 1)
+    assert (snapshot.records, snapshot.mentioned) == ({}, frozenset())
+    assert sorted(snapshot.unreadable.values()) == ["it is a symbolic link", "it is not a regular file"]
+    assert len(snapshot.unknown) == 2
 
 
 def test_only_changed_records_are_read_again(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,15 +218,31 @@ def test_record_removed_while_reading_is_skipped(store_dir: StoreDir, monkeypatc
     assert store_dir.snapshot().records == {}
 
 
-def test_unreadable_file_is_an_error(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deciding what may be pruned requires all records."""
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EACCES])
+def test_unreadable_file_hides_no_other(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    bad, good = store_dir.image(ONE, "a:1"), store_dir.image(TWO, "b:1")
+
+    def fails(path: Path) -> Record:
+        if path == store_dir.path(bad):
+            raise OSError(number, os.strerror(number), str(path))
+        return read_record(path)
+
+    monkeypatch.setattr(ociregistry.store.scan, "read_record", fails)
+    snapshot = store_dir.snapshot()
+    assert snapshot.records.keys() == {good.digest}
+    assert snapshot.unreadable == {store_dir.path(bad): os.strerror(number)}
+    assert [error.filename for error in snapshot.unknown] == [str(store_dir.path(bad))]
+
+
+def test_error_of_the_process_ends_the_reading(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deciding what may be pruned requires all records that can be read."""
     store_dir.image(ONE, "a:1")
 
     def fails(path: Path) -> Record:
-        raise OSError(5, "Input/output error")
+        raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(ociregistry.store.scan, "read_record", fails)
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(OSError, match="Too many open files"):
         store_dir.snapshot()
 
 

@@ -16,6 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Findings
 from tests.unit.support.doubles import REACTOR, fired, on_reactor
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
 from tests.unit.support.stores import StoreDir, Unsynced, image_of
 from tests.unit.support.verifications import (
@@ -121,6 +122,16 @@ def test_unreadable_blob_is_quarantined(
     assert [one.why for one in findings.damaged] == [f"cannot be read at byte {at}: Input/output error"]
     assert quarantined(store_dir) == {Digest.of(LAYER).hex}
     assert (findings.blobs, store_dir.has(*ONE)) == (2, [True, False])
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_blob_that_is_no_regular_file_is_quarantined(store_dir: StoreDir, store: Store, kind: str) -> None:
+    put_irregular(store_dir.blob(LAYER), kind)
+    findings = verified(store)
+    assert [one.why for one in findings.damaged] == [f"cannot be opened: {IRREGULAR[kind]}"]
+    assert quarantined(store_dir) == {Digest.of(LAYER).hex}
+    assert findings.missing == {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}}
+    assert (findings.records, findings.blobs) == (2, 2)
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "grown", "rewritten"])

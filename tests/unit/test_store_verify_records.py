@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import ociregistry.store.verify
 from ociregistry.store.records import Record, read_record
 from ociregistry.store.store import Store
 from tests.unit.support.doubles import image
+from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
 from tests.unit.support.stores import StoreDir, day, url_of
 from tests.unit.support.verifications import NAMES, filled_store, opened, quarantined, the_image, verified
@@ -118,13 +120,23 @@ def test_foreign_record_is_ignored(store_dir: StoreDir, store: Store, what: str,
     assert (path.read_text(), quarantined(store_dir)) == (FOREIGN[what], set())
 
 
-def test_other_file_types_and_wrong_folder_are_ignored(store_dir: StoreDir, store: Store) -> None:
+def test_record_in_the_wrong_folder_is_ignored(store_dir: StoreDir, store: Store) -> None:
     kept, path = the_image(store_dir)
     (store_dir.root / "fat" / path.name).write_bytes(path.read_bytes())
-    (store_dir.root / "img" / ("ab" * 32)).mkdir()
-    (store_dir.root / "img" / ("cd" * 32)).symlink_to("cd" * 32)
     findings = verified(store)
-    assert (findings.damaged, len(findings.foreign), store_dir.names(kept)) == ([], 3, set(NAMES))
+    assert (findings.damaged, len(findings.foreign), store_dir.names(kept)) == ([], 1, set(NAMES))
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+def test_record_that_is_no_regular_file_is_quarantined(store_dir: StoreDir, store: Store, kind: str) -> None:
+    _, path = the_image(store_dir)
+    for times in (1, 2):
+        put_irregular(path, kind)
+        findings = verified(store)
+        assert [(one.path, one.why, one.images) for one in findings.damaged] == [(path, IRREGULAR[kind], ())]
+        assert (findings.records, findings.foreign) == (1, {})
+        assert not os.path.lexists(path)
+        assert len(quarantined(store_dir)) == (times if kind == "folder" else 1)
 
 
 def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | None) -> None:
@@ -144,18 +156,19 @@ def fails_to_read(monkeypatch: pytest.MonkeyPatch, path: Path, error: OSError | 
     monkeypatch.setattr(ociregistry.store.verify, "read_record", read)
 
 
-def test_unreadable_record_on_broken_disk_is_quarantined(
-    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EIO, errno.EUCLEAN, errno.EACCES])
+def test_unreadable_record_is_quarantined(
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     kept, path = the_image(store_dir)
-    fails_to_read(monkeypatch, path, OSError(errno.EIO, "Input/output error"))
+    fails_to_read(monkeypatch, path, OSError(number, os.strerror(number)))
     (damaged,) = verified(store).damaged
-    assert "Input/output error" in damaged.why
+    assert damaged.why == os.strerror(number)
     assert [str(one) for one, _ in damaged.images] == [url_of(name, kept) for name in NAMES]
     assert quarantined(store_dir) == {kept.digest.hex}
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_unreadable_record_for_other_reasons_is_an_error(
     store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
