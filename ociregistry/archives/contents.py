@@ -101,7 +101,7 @@ def narrow(archive: Archive, contents: Contents, platforms: Sequence[Platform]) 
             taken.update(one.digest for one in selected)
         # An image that has no name but its digest comes with its index.
         elif named.manifest not in children or not isinstance(named.image.reference, Digest):
-            there = ", ".join(sorted({one.platform for one in offered} - {NO_PLATFORM})) or "none"
+            there = ", ".join(sorted({one.full_platform for one in offered} - {NO_PLATFORM})) or "none"
             why = f"no image for {lacking}; available: {there}"
             failed.append(Outcome(str(named.image), LoadStatus.FAILED, why))
         left.update(one.digest for one in offered if one not in selected)

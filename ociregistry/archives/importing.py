@@ -10,7 +10,7 @@ from typing import ParamSpec, Protocol, TypeVar
 from twisted.internet.defer import Deferred
 
 from ociregistry.archives.contents import Contents, NamedImage, narrow
-from ociregistry.archives.joining import describe, entries_of, join, platform_of
+from ociregistry.archives.joining import Entry, describe, entries_of, is_for_one_platform, join
 from ociregistry.archives.members import Archive, LoadFailed, Member
 from ociregistry.archives.opening import read_contents
 from ociregistry.manifests import LARGEST_CONFIG, Descriptor, Manifest
@@ -57,12 +57,12 @@ class _Load:
 
     @property
     def joins(self) -> bool:
-        """Whether this is an image for one platform, which may join those that its tag means already.
+        """Whether this is an image, or an index, for one platform, which may join those that its tag means already.
 
         Where the archive tells dates, the name has the meaning that it had in a registry.
         """
-        by_tag = not isinstance(self.named.image.reference, Digest)
-        return by_tag and self.named.dates is None and not self.manifests[-1].is_list
+        by_tag, root = not isinstance(self.named.image.reference, Digest), self.manifests[-1]
+        return by_tag and self.named.dates is None and (not root.is_list or is_for_one_platform(root))
 
     @property
     def size(self) -> int:
@@ -70,8 +70,10 @@ class _Load:
         return sum(blob.size for blob in self.to_bring)
 
 
-def _names(meant: Manifest, image: Manifest) -> bool:
-    return any(child.digest == image.digest for child in meant.children)
+def _names(meant: Manifest, root: Manifest) -> bool:
+    """Tell whether the index `meant` names an image, or all that another index names."""
+    named = {child.digest for child in meant.children}
+    return {child.digest for child in root.children} <= named if root.is_list else root.digest in named
 
 
 class Importer:
@@ -183,33 +185,38 @@ class Importer:
         if meant is None:
             return False
         if load.joins and _names(meant, root):
-            inner = [root]
+            inner = [one for one in load.manifests if not one.is_list]
         elif meant.digest != root.digest:
             return False
         return all([await self._store.missing(manifest.digest) is not None for manifest in inner])
 
     async def _joined(self, load: _Load, blobs: Mapping[Digest, Member]) -> _Load:
-        """Join an image for one platform with what its tag means in the store.
+        """Join an image or index for one platform with what its tag means in the store.
 
         Images for several platforms become an index that is made here. An image of the same platform is replaced.
         """
-        image = load.manifests[-1]
+        root = load.manifests[-1]
         meant = await self._store.manifest(load.named.image) if load.joins else None
-        if meant is None or meant.digest == image.digest:
+        if meant is None or meant.digest == root.digest:
             return load
-        if _names(meant, image):
-            return replace(load, manifests=(image, meant))
-        entry = describe(image, await self._config(image, blobs))
-        entries = entries_of(meant) if meant.is_list else [describe(meant, await self._config(meant, blobs))]
-        known = [one for one in entries if one is not None]
-        if entry is None or not known:
+        if _names(meant, root):
+            return replace(load, manifests=(*load.manifests, meant))
+        known, new = await self._entries(meant, blobs), await self._entries(root, blobs)
+        if not known or not new:
             return load.noting(f"it takes the name from {meant.digest}")
-        joined = join(known, entry)
-        notes = [f"it replaces {digest} for {platform_of(entry)}" for digest in joined.replaced]
+        joined = join(known, new)
+        notes = [f"it replaces {digest} for {platform}" for digest, platform in joined.replaced.items()]
         if len(joined.platforms) == 1:
             return load.noting(*notes)
         notes.append(f"the name means an index of {', '.join(joined.platforms)}, made here: it is not the registry's")
-        return replace(load.noting(*notes), manifests=(image, joined.index))
+        return replace(load.noting(*notes), manifests=(*load.manifests, joined.index))
+
+    async def _entries(self, meant: Manifest, blobs: Mapping[Digest, Member]) -> Sequence[Entry]:
+        """Return the entries of an index, or the one for an image; none if that does not tell its platform."""
+        if meant.is_list:
+            return entries_of(meant)
+        entry = describe(meant, await self._config(meant, blobs))
+        return [] if entry is None else [entry]
 
     async def _config(self, image: Manifest, blobs: Mapping[Digest, Member]) -> bytes:
         """Read the config of an image from the archive or the store; empty if there is none, or it is too large."""

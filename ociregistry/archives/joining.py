@@ -13,6 +13,7 @@ from typing import Any
 
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest
+from ociregistry.platforms import NO_PLATFORM
 
 Entry = Mapping[str, Any]
 """A descriptor in an index, as decoded JSON."""
@@ -42,10 +43,13 @@ def entries_of(index: Manifest) -> Sequence[Entry]:
 
 def platform_of(entry: Entry) -> str:
     """Return the platform that an entry tells, in one spelling; of Windows with its version."""
-    described = Descriptor.parse(entry).platform
-    told = entry.get("platform")
-    version = told.get("os.version") if isinstance(told, dict) else None
-    return f"{described} {version}" if version else described
+    return Descriptor.parse(entry).full_platform
+
+
+def is_for_one_platform(index: Manifest) -> bool:
+    """Tell whether the images in `index` are for one platform, beside attestations."""
+    platforms = {child.full_platform for child in index.children} - {NO_PLATFORM}
+    return len(platforms) == 1 and "" not in platforms
 
 
 def _subject(entry: Entry) -> str | None:
@@ -56,10 +60,10 @@ def _subject(entry: Entry) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The entries of an index, and the images whose places others have taken."""
+    """The entries of an index, and the images whose places others have taken, with their platforms."""
 
     entries: tuple[Entry, ...]
-    replaced: tuple[Digest, ...]
+    replaced: Mapping[Digest, str]
 
     @property
     def platforms(self) -> Sequence[str]:
@@ -73,9 +77,11 @@ class Joined:
         return Manifest.parse(json.dumps(document, separators=(",", ":"), sort_keys=True).encode(), OCI_INDEX)
 
 
-def join(entries: Sequence[Entry], new: Entry) -> Joined:
+def join(entries: Sequence[Entry], new: Sequence[Entry]) -> Joined:
     """Put `new` among `entries`, in the place of images of the same platform and of what is about them."""
-    replaced = {one["digest"] for one in entries if platform_of(one) == platform_of(new)}
-    kept = [one for one in entries if one["digest"] not in replaced and _subject(one) not in replaced]
-    ordered = sorted([*kept, new], key=lambda one: (platform_of(one), one["digest"]))
-    return Joined(tuple(ordered), tuple(sorted(map(Digest, replaced))))
+    platforms = {platform_of(one) for one in new if _subject(one) is None}
+    taken = {one["digest"]: platform_of(one) for one in entries if platform_of(one) in platforms}
+    kept = [one for one in entries if one["digest"] not in taken and _subject(one) not in taken]
+    ordered = sorted([*kept, *new], key=lambda one: (platform_of(one), one["digest"]))
+    replaced = taken.keys() - {one["digest"] for one in new}
+    return Joined(tuple(ordered), {Digest(digest): taken[digest] for digest in sorted(replaced)})

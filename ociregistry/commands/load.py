@@ -78,7 +78,7 @@ class Load(Command):
             if archives or images:
                 become_owner(settings.image_path)
                 # An archive is loaded whole, unless this command line names platforms.
-                platforms = settings.platform if self.is_given("platform", "os", "arch") else ALL
+                platforms = settings.platform if self.is_given("platform", "os", "arch", "os-version") else ALL
                 work = partial(_load, archives, images, platforms, self.refused, settings)
                 outcomes = run_on_reactor(work, settings.log_level)
         for refused in self.refused:

@@ -18,7 +18,7 @@ _PORTS = {"http": 80, "https": 443}
 _SCHEME = re.compile(r"(?P<scheme>[a-z0-9+.-]+)://", re.IGNORECASE)
 _REST = re.compile(
     r"(?:(?P<user>[^:/]*)(?::(?P<password>[^/]*))?@)?"
-    r"(?P<host>[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?",
+    r"(?P<host>[a-z0-9_](?:[a-z0-9._-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]{1,5}))?/?",
     re.IGNORECASE,
 )
 _NONE = "none"

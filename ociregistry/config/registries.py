@@ -15,6 +15,8 @@ from ociregistry.config.tls import SYSTEM_TRUST, UpstreamTls, read_upstream_tls
 from ociregistry.errors import NameInvalid
 from ociregistry.names import Upstream
 
+_NOT_IN_MIRRORS = re.compile(r"[^!-~]|[?#]")
+"""What the URL of a mirror must not contain."""
 _HELPER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]*")
 _LOGINS = ("user", "identity_token", "credential_helper")
 _PASSWORDS = ("password", "password_file", "password_env")
@@ -230,6 +232,6 @@ def _mirror(node: Node) -> Mirror:
     except ValueError:
         raise node.error(f"{text!r} is not a URL") from None
     host = _upstream(node, parts.netloc) if parts.netloc else None
-    if host is None or parts.scheme not in ("http", "https") or "?" in text or "#" in text or not text.isascii():
+    if host is None or parts.scheme not in ("http", "https") or _NOT_IN_MIRRORS.search(text):
         raise node.error(f"{text!r}: a URL such as https://mirror:8080 is expected")
     return Mirror(parts.scheme, host, parts.path.rstrip("/"))

@@ -15,7 +15,8 @@ from ociregistry.names import Tag
 
 _LONGEST_QUERY = 4096
 _QUERY = re.compile(rf"[A-Za-z0-9._~!$'()*+,:@/?%=&-]{{0,{_LONGEST_QUERY}}}")
-_NEXT = re.compile(r'<([^<>]*)>\s*;\s*rel="?next"?')
+_NEXT = re.compile(r'<([^<>]*)>\s*(?:;[^<>,;]*)*?;\s*rel\s*=\s*"?next"?\s*(?:[;,]|$)', re.IGNORECASE)
+"""A link to the next page (RFC 8288), of which `rel` need not be the first parameter."""
 
 
 def parse_page_query(text: str) -> str:

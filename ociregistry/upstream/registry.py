@@ -26,11 +26,13 @@ from ociregistry.errors import (
     Unavailable,
 )
 from ociregistry.manifests import (
+    IMAGES,
     LARGEST_MANIFEST,
     MEDIA_TYPES,
     OCI_INDEX,
     Manifest,
     ManifestInvalid,
+    canonical_media_type,
 )
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream, referrers_tag
 from ociregistry.upstream.auth import AccessRefused
@@ -91,6 +93,7 @@ class ConnectionLimit:
 
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
+_INDEX_ALONE = {"Accept": OCI_INDEX}
 _UNKNOWN = frozenset({401, 403, 404})
 """Statuses with which registries answer for content that they do not have, or do not show to this client."""
 _OK = frozenset({200})
@@ -287,17 +290,19 @@ class Registry:
         def unknown(why: str) -> RegistryError:
             return ManifestUnknown(f"{what}: the upstream offers no referrers of it: {why}")
 
+        def parse(response: Response, data: bytes) -> tuple[Response, bytes, Manifest | None]:
+            return response, data, parse_index(data, what) if pages or is_index(response, data) else None
+
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
                 accepted = _OK if pages else _OK | NO_API
-                response, _ = await self._ask(
-                    "GET", repository, path, {"Accept": OCI_INDEX}, unknown, context, accepted
+                response, data, page = await self._parsed(
+                    "GET", repository, path, _INDEX_ALONE, unknown, context, LARGEST_MANIFEST, parse, accepted
                 )
-                data = await response.collect(LARGEST_MANIFEST)
-                if not pages and not is_index(response, data):
+                if page is None:
                     tagged = await self._tagged_referrers(repository, digest, unknown, context)
                     return tagged or no_referrers(response, data, unknown)
-                pages.append(parse_index(data, what))
+                pages.append(page)
                 following = _next_page(response, what)
                 if not following:
                     return pages[0] if len(pages) == 1 else joined(pages, what)
@@ -313,15 +318,20 @@ class Registry:
             The error that `unknown` makes of the reason: the upstream does not show it, or does not say that.
         """
         tag = referrers_tag(digest)
-        headers = {"Accept": OCI_INDEX}
-        accepted = _OK | {404}
-        response, _ = await self._ask("GET", repository, f"manifests/{tag}", headers, unknown, context, accepted)
-        data = await response.collect(LARGEST_MANIFEST)
-        if response.status == 200:
-            return parse_index(data, f"{repository}:{tag}")
-        if says_absent(data):
-            return None
-        raise unknown(f"it has no referrers API, and does not say whether it has the tag {tag}")
+
+        def parse(response: Response, data: bytes) -> Manifest | None:
+            if response.status == 200 and canonical_media_type(response.header("content-type")) in IMAGES:
+                raise unknown(f"it has no referrers API, and its tag {tag} is an image")
+            if response.status == 200:
+                return parse_index(data, f"{repository}:{tag}")
+            if says_absent(data):
+                return None
+            raise unknown(f"it has no referrers API, and does not say whether it has the tag {tag}")
+
+        path, accepted = f"manifests/{tag}", _OK | {404}
+        return await self._parsed(
+            "GET", repository, path, _INDEX_ALONE, unknown, context, LARGEST_MANIFEST, parse, accepted
+        )
 
     async def _collect(
         self,
@@ -334,6 +344,22 @@ class Registry:
         most: int,
         parse: Callable[[Response, bytes], T],
     ) -> T:
+        """Call `_parsed` with a connection."""
+        async with self._limit.for_small():
+            return await self._parsed(method, repository, path, headers, unknown, context, most, parse)
+
+    async def _parsed(
+        self,
+        method: str,
+        repository: Repository,
+        path: str,
+        headers: Mapping[str, str],
+        unknown: Callable[[str], RegistryError],
+        context: Context,
+        most: int,
+        parse: Callable[[Response, bytes], T],
+        accepted: frozenset[int] = _OK,
+    ) -> T:
         """Send a request, and return what `parse` makes of a body of at most `most` bytes.
 
         Where the body of a mirror is cut off, or `parse` raises Unavailable for it, the next source is asked.
@@ -341,14 +367,13 @@ class Registry:
         Raises:
             The errors of `_ask` and `parse`.
         """
-        async with self._limit.for_small():
-            while True:
-                response, source = await self._ask(method, repository, path, headers, unknown, context)
-                try:
-                    return parse(response, await response.collect(most))
-                except Unavailable as error:
-                    if not source.failed(error.message):
-                        raise
+        while True:
+            response, source = await self._ask(method, repository, path, headers, unknown, context, accepted)
+            try:
+                return parse(response, await response.collect(most))
+            except Unavailable as error:
+                if not source.failed(error.message):
+                    raise
 
     async def _ask(
         self,

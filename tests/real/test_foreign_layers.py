@@ -94,6 +94,9 @@ def test_missing_foreign_layer_is_reported(cache: Cache, image: Image, tmp_path:
         assert "loaded: " in printed
         assert said in printed
         assert completeness(cache) == "without-foreign-layers"
+        (row,) = json.loads(command(cache.daemon, "list", "--json").stdout)
+        there = sum(len(blob.data) for blob in image.blobs) - len(foreign.data)
+        assert (row["size"], row["missingForeign"]) == (there, len(foreign.data))
         assert "already there: " in (again := load(cache, tmp_path))
         assert said in again
     done = command(cache.daemon, "export", "--pattern", "app", "-o", str(tmp_path / "app.tar"))

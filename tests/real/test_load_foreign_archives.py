@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
+from ociregistry.platforms import machine_architecture
 from tests.client import fetch
 from tests.images import (
     DOCKER_LIST,
@@ -213,6 +214,10 @@ def test_load_one_platform_of_an_archive(
     other = Site(tmp_path / "other")
     other.succeed("load", str(archive))
     assert [columns[-2] for columns in other.long_list if columns[0] == ref] == ["linux/amd64,linux/arm64"]
+    versioned = Site(tmp_path / "versioned")
+    versioned.succeed("load", str(archive), "--os-version", "10.0")
+    (platform,) = (columns[-2] for columns in versioned.long_list if columns[0] == ref)
+    assert platform == f"linux/{machine_architecture()}"
     printed, _ = other.fail("load", str(archive), "--platform", "linux/s390x")
     assert printed[0] == f"failed: {ref}: no image for linux/s390x; available: linux/amd64, linux/arm64"
 

@@ -80,6 +80,7 @@ async def test_compressed_export_import_round_trip(store: Store, root: Path, sou
     for name in ("out.tar.zst", "again.tar.zst"):
         export(source, tmp_path / name, zstd=True)
     packed = (tmp_path / "out.tar.zst").read_bytes()
+    assert zstandard.get_frame_parameters(packed).has_checksum
     assert packed == (tmp_path / "again.tar.zst").read_bytes()
     with zstandard.ZstdDecompressor().stream_reader(packed) as unpacked:
         assert unpacked.read() == (tmp_path / "out.tar").read_bytes()

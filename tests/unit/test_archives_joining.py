@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.archives.joining import Entry, describe, join, platform_of
+from ociregistry.archives.joining import Entry, describe, is_for_one_platform, join, platform_of
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
@@ -166,6 +166,29 @@ async def test_index_in_the_archive_takes_the_name(store: Store, tmp_path: Path)
 
 
 @on_reactor
+async def test_indexes_for_one_platform_each_are_joined(store: Store, root: Path, tmp_path: Path) -> None:
+    """As `docker buildx build --output type=oci` writes them, with an attestation beside each image."""
+    attested = {one.manifest.digest: make_attestation(one.platform) for one in (AMD64, ARM64)}
+    parts = [index_of([one], {one.manifest.digest: attested[one.manifest.digest]}) for one in (AMD64, ARM64)]
+    outcome = await loaded(store, tmp_path, *parts)
+    assert outcome.notes == (
+        "the name means an index of linux/amd64, linux/arm64, made here: it is not the registry's",
+    )
+    made = await meaning(store)
+    named_there = {*digests(AMD64, ARM64), *digests(*attested.values())}
+    assert {child.digest for child in made.children} == named_there
+    for child in made.children:
+        assert await store.missing(child.digest) == {}
+    for part in parts:
+        outcome = await loaded(store, tmp_path, part)
+        assert (outcome.ended, outcome.notes) == (LoadStatus.PRESENT, ())
+        assert await meaning(store) == made
+    assert export(root, tmp_path / "out.tar", "nginx:").left_out == ()
+    outcome = await loaded(store, tmp_path, NEWER, index_of([AMD64], {AMD64.manifest.digest: make_attestation("y")}))
+    assert outcome.notes[0] == f"it replaces {NEWER.manifest.digest} for linux/amd64"
+
+
+@on_reactor
 async def test_image_without_platform_takes_the_name(store: Store, tmp_path: Path) -> None:
     """An artifact has no config that tells one."""
     chart = make_artifact("chart", AMD64.manifest)
@@ -245,12 +268,26 @@ def entry(number: int, **platform: object) -> Entry:
     ],
 )
 def test_platforms_are_compared_normalized(before: dict[str, object], after: dict[str, object], same: bool) -> None:
-    joined = join([entry(1, **before)], entry(2, **after))
+    joined = join([entry(1, **before)], [entry(2, **after)])
     assert len(joined.entries) == (1 if same else 2)
-    assert joined.replaced == ((Digest.of(b"1"),) if same else ())
+    assert joined.replaced.keys() == ({Digest.of(b"1")} if same else set())
 
 
 def test_null_annotations() -> None:
     plain = {**entry(1, os="linux", architecture="arm64"), "annotations": None}
-    assert join([plain], entry(2, os="linux", architecture="amd64")).platforms == ["linux/amd64", "linux/arm64"]
+    assert join([plain], [entry(2, os="linux", architecture="amd64")]).platforms == ["linux/amd64", "linux/arm64"]
     assert platform_of(plain) == "linux/arm64"
+
+
+def test_version_of_windows_is_spelled_as_everywhere() -> None:
+    described = entry(1, **{"os": "windows", "architecture": "amd64", "os.version": "10.0.17763.1"})
+    assert platform_of(described) == "windows(10.0.17763.1)/amd64"
+
+
+@pytest.mark.parametrize(
+    ("images", "one"),
+    [([AMD64], True), ([AMD64, NEWER], True), ([AMD64, ARM64], False), ([Image(AMD64.manifest, (), "")], False)],
+)
+def test_index_for_one_platform(images: list[Image], one: bool) -> None:
+    attested = {images[0].manifest.digest: make_attestation("x")}
+    assert is_for_one_platform(manifest(index_of(images, attested))) == one

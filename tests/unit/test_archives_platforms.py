@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.names import Digest
-from ociregistry.platforms import parse_platforms
+from ociregistry.platforms import Platform, parse_platforms
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
@@ -75,6 +75,19 @@ async def test_platform_of_an_image_is_in_its_config(store: Store, tmp_path: Pat
     (outcome,) = await load(store, path, platforms=parse_platforms("linux/amd64,linux/arm64"))
     assert outcome.ended is LoadStatus.LOADED
     assert not any("no image" in note for note in outcome.notes)
+
+
+@on_reactor
+async def test_versions_of_windows(store: Store, tmp_path: Path) -> None:
+    server_2019, server_2022 = "windows(10.0.17763.6893)/amd64", "windows(10.0.20348.2849)/amd64"
+    index = make_index("windows", platforms=("linux/amd64", server_2019, server_2022))
+    path = write_tar(tmp_path / "a.tar", named(index))
+    (failed,) = await load(store, path, platforms=[Platform("windows", "amd64", "", "10.0.1")])
+    there = f"linux/amd64, {server_2019}, {server_2022}"
+    assert failed.why == f"no image for windows(10.0.1)/amd64; available: {there}"
+    (outcome,) = await load(store, path, platforms=[Platform("windows", "amd64", "", "10.0.20348")])
+    assert outcome.ended is LoadStatus.LOADED
+    assert await whole(store, *index.images) == [False, False, True]
 
 
 @on_reactor

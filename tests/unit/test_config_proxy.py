@@ -21,6 +21,7 @@ SECRET = "s3cr3t"
         ("http://proxy.example:3128", Proxy("http", "proxy.example", 3128), "http://proxy.example:3128"),
         ("http://proxy.example", Proxy("http", "proxy.example", 80), "http://proxy.example:80"),
         ("https://proxy.example/", Proxy("https", "proxy.example", 443), "https://proxy.example:443"),
+        ("http://squid_proxy:3128", Proxy("http", "squid_proxy", 3128), "http://squid_proxy:3128"),
         ("HTTP://Proxy.Example:3128/", Proxy("http", "proxy.example", 3128), "http://proxy.example:3128"),
         ("proxy:3128", Proxy("http", "proxy", 3128), "http://proxy:3128"),
         ("10.1.2.3:3128", Proxy("http", "10.1.2.3", 3128), "http://10.1.2.3:3128"),

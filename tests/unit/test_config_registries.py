@@ -204,6 +204,7 @@ def test_login_or_tls_requires_https() -> None:
         (["auth:", "  user: u", "  passwort: p"], 4, "auth.passwort", "unknown key"),
         (["auth:", "  user: u", "  user: u"], 4, "auth.user", "duplicate key"),
         (["mirrors: ['https://mirror?x=1']"], 2, "mirrors", "a URL such as https://mirror:8080 is expected"),
+        (["mirrors: ['https://mirror/a b']"], 2, "mirrors", "a URL such as https://mirror:8080 is expected"),
         (["mirrors: ['https://mirror#x']"], 2, "mirrors", "a URL such as"),
         (["mirrors: ['https://mirror/ü']"], 2, "mirrors", "a URL such as"),
         (["mirrors:", "- http://mirror", "- ftp://mirror"], 4, "mirrors", "a URL such as"),

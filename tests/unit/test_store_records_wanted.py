@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from twisted.internet.task import Clock
 
+from ociregistry.manifests import OCI_MANIFEST, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.blobs import BlobFolder
 from ociregistry.store.files import Files
@@ -156,6 +157,20 @@ def test_image_without_layers_is_wanted(tmp_path: Path) -> None:
     # A layer identical to the config does not count.
     same = image_of(b"config alone", b"config alone")
     assert same.layers == frozenset()
+
+
+@pytest.mark.parametrize("says", [False, None])
+def test_foreign_layers_do_not_make_an_image_wanted(tmp_path: Path, says: bool | None) -> None:
+    """With them missing, an image that is otherwise whole is wanted; with them alone, it is not."""
+    own, foreign = manifest(make_image("wanted", layers=2)).blobs[1:]
+    document = json.loads(manifest(make_image("wanted", layers=2)).data)
+    document["layers"][1]["urls"] = ["https://example.com/layer"]
+    parsed = Manifest.parse(json.dumps(document).encode(), OCI_MANIFEST)
+    one = Record(parsed, {f"reg.example/app@{parsed.digest}": DATES}, says)
+    (tmp_path / foreign.digest.hex).touch()
+    assert not is_wanted(one, tmp_path)
+    (tmp_path / foreign.digest.hex).rename(tmp_path / own.digest.hex)
+    assert is_wanted(one, tmp_path)
 
 
 @pytest.mark.parametrize("layer", [False, True])

@@ -10,13 +10,14 @@ from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Unavailable
-from ociregistry.names import Tag
+from ociregistry.manifests import OCI_INDEX
+from ociregistry.names import Digest, Tag
 from ociregistry.upstream.paging import TagPage
 from tests.unit.support.bodies import ScriptedAnswer
 from tests.unit.support.doubles import failed, fired, texts
 from tests.unit.test_upstream_client import OK
 from tests.unit.test_upstream_registry import APP, BY_DIGEST, GOOD, IMAGE, LAYER, TAGGED
-from tests.unit.test_upstream_registry_mirrors import DOWN, ONE, TWO, MirroredRegistry
+from tests.unit.test_upstream_registry_mirrors import DOWN, ONE, OWN, TWO, MirroredRegistry
 
 HTML: Mapping[str, Any] = {"data": b"<html>Please log in.</html>", "headers": {"Content-Type": "text/html"}}
 DISGUISED: Mapping[str, Any] = {**GOOD, "data": HTML["data"]}
@@ -46,6 +47,26 @@ def test_next_source_is_asked_after_bad_manifest(asked: Any, bad: Mapping[str, A
     mirrored = MirroredRegistry(bad, {"status": 404}, GOOD)
     assert fired(manifest(mirrored, asked)) == IMAGE
     assert set(mirrored.asked) == {"one", "two", "reg"}
+    (line,) = warnings(events)
+    assert line.startswith(f"mirror {ONE} is not asked for 10 s: ")
+
+
+REFERRERS: Mapping[str, Any] = {
+    "data": b'{"schemaVersion": 2, "manifests": []}',
+    "headers": {"Content-Type": OCI_INDEX},
+}
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", REFERRERS["data"][:-2]])
+@pytest.mark.parametrize("before", [[], [{"status": 404}]], ids=["API", "tag"])
+def test_next_source_is_asked_after_bad_list_of_referrers(
+    before: list[ScriptedAnswer], data: bytes, events: list[LogEvent]
+) -> None:
+    first, *more = [*before, {**REFERRERS, "data": data}]
+    mirrored = MirroredRegistry(first, {"status": 404}, None, *more)
+    mirrored.http._script[OWN] = [*before, REFERRERS]
+    found = fired(Deferred.fromCoroutine(mirrored.registry.referrers(APP, Digest(IMAGE.digest))))
+    assert found.data == REFERRERS["data"]
     (line,) = warnings(events)
     assert line.startswith(f"mirror {ONE} is not asked for 10 s: ")
 

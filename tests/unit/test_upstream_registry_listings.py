@@ -9,7 +9,7 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from ociregistry.errors import ManifestUnknown, Unavailable
-from ociregistry.manifests import LARGEST_MANIFEST, OCI_INDEX, Manifest
+from ociregistry.manifests import IMAGES, LARGEST_MANIFEST, OCI_INDEX, Manifest
 from ociregistry.names import Tag
 from ociregistry.upstream.paging import PageRequest, TagPage
 from ociregistry.upstream.registry import Registry
@@ -48,6 +48,10 @@ def test_page_of_tags_request(count: int | None, last: str, query: str) -> None:
         ("<https://reg.example/v2/team/app/tags/list?last=b>;rel=next", PageRequest(2, "b", "last=b")),
         ("</x?next_page=gAA%3D&n=50>; rel=next", PageRequest(2, "b", "next_page=gAA%3D&n=50")),
         ("</x?n=2&last=b&ns=a.example&n%73=b.example>; rel=next", PageRequest(2, "b")),
+        ('</x?a=1>; rel="prev", </x?next_page=2>; title=x; REL = "Next"', PageRequest(2, "b", "next_page=2")),
+        ("</x?a=1>; rel=prev; b=c", None),
+        ("</x?a=1>; rel=next-archive", None),
+        ("</x>" + "; a" * 50_000, None),
         ('</v2/team/app/tags/list>; rel="prev"', None),
         ('</v2/team/app/tags/list>; rel="next"', None),
         ("", None),
@@ -193,8 +197,13 @@ def test_index_of_referrers_has_any_content_type(headers: dict[str, str]) -> Non
     assert len(http.sent) == 1
 
 
-HTML = {"data": b"<!DOCTYPE html><html>", "headers": {"Content-Type": "text/html; charset=utf-8"}}
-NO_API = [*({"status": status, "data": b"404 page not found"} for status in (400, 404, 405, 501)), HTML]
+HTML: dict[str, Any] = {"data": b"<!DOCTYPE html><html>", "headers": {"Content-Type": "text/html; charset=utf-8"}}
+NO_API: list[dict[str, Any]] = [
+    *({"status": status, "data": b"404 page not found"} for status in (400, 404, 405, 501)),
+    HTML,
+    {**HTML, "data": b"Please log in."},
+    {"status": 404, "headers": {"Content-Type": OCI_INDEX}},
+]
 MALFORMED = [{"data": b""}, {"data": b'{"manif'}, {"data": b"{}"}, {"data": b"OK"}]
 
 
@@ -231,6 +240,13 @@ def test_no_empty_list_unless_the_tag_is_said_to_be_absent(answer: dict[str, Any
 @pytest.mark.parametrize("answer", NO_API)
 def test_no_empty_list_unless_the_tag_can_be_requested(answer: dict[str, Any], tagged: Any) -> None:
     failed(referrers(registry(answer, tagged)[0]), Unavailable)
+
+
+@pytest.mark.parametrize("media_type", sorted(IMAGES))
+def test_image_with_the_tag_for_referrers_is_no_list(media_type: str) -> None:
+    """It stays one: a client that tries again gets no other answer."""
+    tagged = {"data": make_image("registry").manifest.data, "headers": {"Content-Type": media_type}}
+    assert "is an image" in failed(referrers(registry(NO_API[1], tagged)[0]), ManifestUnknown).message
 
 
 @pytest.mark.parametrize("answer", MALFORMED)
