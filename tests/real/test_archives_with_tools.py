@@ -21,7 +21,7 @@ from tests.images import Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry
 from tests.processes import run
 from tests.unit.support.archives import NAME, image_blobs, load, write_folder
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor
 
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 Copy = Callable[..., None]

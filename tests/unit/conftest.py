@@ -21,9 +21,9 @@ from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.certificates import Authority
+from tests.unit.support.common import REACTOR, RecordingObserver
 from tests.unit.support.completions import FakeBlobFetcher
 from tests.unit.support.daemons import Daemons
-from tests.unit.support.doubles import REACTOR, RecordingObserver
 from tests.unit.support.registries import MemoryRegistries
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry

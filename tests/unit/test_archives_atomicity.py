@@ -36,7 +36,7 @@ from tests.unit.support.archives import (
     write_folder,
     write_tar,
 )
-from tests.unit.support.doubles import image, on_reactor, until
+from tests.unit.support.common import image, on_reactor, until
 
 IMAGE = make_image("image", layer_size=300_000)
 OTHER = make_image("other", layer_size=2_500_000)

@@ -22,7 +22,7 @@ from tests.unit.support.archives import (
     opened,
     write_tar,
 )
-from tests.unit.support.doubles import on_reactor, turn
+from tests.unit.support.common import on_reactor, turn
 
 IMAGE = make_image("image", layer_size=300_000)
 OTHER = make_image("other", layer_size=2_500_000)

@@ -27,7 +27,7 @@ from tests.unit.support.archives import (
     write_folder,
     write_tar,
 )
-from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.common import image, manifest, on_reactor
 from tests.unit.support.exports import (
     APP,
     DATES,

@@ -31,7 +31,7 @@ from tests.unit.support.archives import (
     write_folder,
     write_tar,
 )
-from tests.unit.support.doubles import image, manifest, on_reactor, record, until
+from tests.unit.support.common import image, manifest, on_reactor, record, until
 
 IMAGE = make_image("image", layer_size=300_000)
 UPPER = make_image("upper", layers=1, base=IMAGE)

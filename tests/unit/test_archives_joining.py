@@ -17,7 +17,7 @@ from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, index_of, make_artifact, make_attestation, make_image
 from tests.unit.support.archives import NAME, docker_saved, layout, load, named, write_tar
-from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.common import image, manifest, on_reactor
 from tests.unit.support.exports import DATES, export
 
 AMD64, ARM64, ARMV7 = (

@@ -28,7 +28,7 @@ from tests.unit.support.archives import (
     write_folder,
     write_tar,
 )
-from tests.unit.support.doubles import manifest, on_reactor
+from tests.unit.support.common import manifest, on_reactor
 from tests.unit.support.exports import DATES, export, members
 
 INDEX = make_index("metadata", platforms=("linux/amd64", "linux/arm64", "linux/s390x"))

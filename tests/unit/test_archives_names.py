@@ -28,7 +28,7 @@ from tests.unit.support.archives import (
     write_folder,
     write_tar,
 )
-from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.common import image, manifest, on_reactor
 
 IMAGE, OTHER, INDEX = make_image("names"), make_image("other"), make_index("names")
 SIGNATURE = make_artifact("signature", IMAGE.manifest)

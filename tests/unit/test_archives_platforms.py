@@ -13,7 +13,7 @@ from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, index_of, make_artifact, make_attestation, make_image, make_index
 from tests.unit.support.archives import IMAGE_NAME, NAME, docker_saved, layout, load, named, write_tar
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor
 from tests.unit.support.exports import export
 
 INDEX = make_index("platforms", platforms=("linux/amd64", "linux/arm64", "linux/arm/v7"))

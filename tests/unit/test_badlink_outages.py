@@ -13,7 +13,7 @@ from twisted.internet.task import Clock
 from tests.badlink import Counts
 from tests.badlink_wire import BUFFER
 from tests.unit.support.badlinks import LinkTestbed, advance, pattern, quiet
-from tests.unit.support.doubles import on_reactor, until
+from tests.unit.support.common import on_reactor, until
 
 
 @pytest_twisted.async_yield_fixture

@@ -12,7 +12,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from tests.images import make_index
 from tests.unit.support.command_lines import file_contents, run, usage_error
-from tests.unit.support.doubles import manifest
+from tests.unit.support.common import manifest
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.stores import StoreDir, day, image_of, list_of
 

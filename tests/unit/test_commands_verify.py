@@ -18,7 +18,7 @@ from ociregistry.names import Digest
 from ociregistry.settings import Settings, load_settings
 from ociregistry.store.store import Store
 from tests.images import Blob, make_image, make_index
-from tests.unit.support.doubles import REACTOR, manifest, on_reactor
+from tests.unit.support.common import REACTOR, manifest, on_reactor
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.loads import MemoryFetcher
 from tests.unit.support.stores import HOST, StoreDir

@@ -10,7 +10,7 @@ from twisted.python.failure import Failure
 
 from ociregistry.concurrency import Backoff, Event, SingleFlight
 from ociregistry.errors import Unavailable
-from tests.unit.support.doubles import failed, fired, texts
+from tests.unit.support.common import failed, fired, texts
 
 
 class Work:

@@ -19,8 +19,8 @@ from ociregistry.errors import Unavailable
 from ociregistry.log import ALWAYS
 from ociregistry.tap import Options, makeService
 from tests.images import make_image
+from tests.unit.support.common import REACTOR, on_reactor, texts, turn, until
 from tests.unit.support.daemons import Daemons, addresses, get, make
-from tests.unit.support.doubles import REACTOR, on_reactor, texts, turn, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold

@@ -20,9 +20,9 @@ from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket, find_daemon
 from ociregistry.upstream.daemon_client import DaemonClient
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.daemon_upstreams import BUILT, LAYER, app, counts, here, start
 from tests.unit.support.daemons import Daemons, get
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.loads import Loads
 from tests.unit.support.wire import Network

@@ -13,9 +13,9 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.daemon_upstreams import BUILT, LAYER, app, counts, here, start
 from tests.unit.support.daemons import Daemons, get
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold

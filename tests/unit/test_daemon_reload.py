@@ -20,8 +20,8 @@ from ociregistry.settings import LOG_LEVELS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.certificates import Authority
 from tests.images import make_image
+from tests.unit.support.common import REACTOR, RecordingObserver, on_reactor, texts, until
 from tests.unit.support.daemons import Daemons, get, make
-from tests.unit.support.doubles import REACTOR, RecordingObserver, on_reactor, texts, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 

@@ -19,8 +19,8 @@ from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.certificates import Authority
 from tests.images import make_image
+from tests.unit.support.common import REACTOR, on_reactor, texts, until
 from tests.unit.support.daemons import Daemons, addresses, get
-from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold

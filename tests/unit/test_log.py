@@ -12,7 +12,7 @@ from twisted.python.log import LogPublisher as LegacyPublisher
 
 from ociregistry.log import ALWAYS, LevelFilter
 from ociregistry.settings import LOG_LEVELS
-from tests.unit.support.doubles import RecordingObserver
+from tests.unit.support.common import RecordingObserver
 
 ORDER = (LogLevel.debug, LogLevel.info, LogLevel.warn, LogLevel.error, LogLevel.critical)
 LEAST = {"trace": 0, "debug": 0, "info": 1, "warn": 2, "error": 3}

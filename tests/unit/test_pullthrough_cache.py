@@ -17,7 +17,7 @@ from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, P
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
+from tests.unit.support.common import image, manifest, on_reactor, texts, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("cache")

@@ -8,7 +8,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
 from ociregistry.pullthrough.cache import ANSWER_DEADLINE, within_deadline
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 
 
 def waiting(clock: Clock) -> tuple[Deferred[str], Deferred[str]]:

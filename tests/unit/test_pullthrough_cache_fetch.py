@@ -10,7 +10,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, on_reactor, until
+from tests.unit.support.common import image, on_reactor, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("fetch")

@@ -18,8 +18,8 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.web.api import V2
 from tests.images import make_image, make_index
+from tests.unit.support.common import image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.demands import NoDemand
-from tests.unit.support.doubles import image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.registries import MemoryRegistries
 from tests.unit.test_pullthrough_cache import asked, manifest_of

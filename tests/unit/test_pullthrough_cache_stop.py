@@ -17,7 +17,7 @@ from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.registry import Registry
-from tests.unit.support.doubles import on_reactor, turn, until
+from tests.unit.support.common import on_reactor, turn, until
 from tests.unit.support.http_agents import client_over, exchanges_over, registry_over
 from tests.unit.support.registries import MemoryRegistries, Sending
 from tests.unit.test_pullthrough_cache import DATA, DIGEST, ELSEWHERE, blob_of

@@ -16,7 +16,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, until
+from tests.unit.support.common import image, manifest, on_reactor, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("chain")

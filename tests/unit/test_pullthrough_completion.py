@@ -16,6 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
+from tests.unit.support.common import manifest, on_reactor, texts, turn, until
 from tests.unit.support.completions import (
     APP,
     CONFIG,
@@ -30,7 +31,6 @@ from tests.unit.support.completions import (
     pending,
     pulled,
 )
-from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
 
 
 @on_reactor

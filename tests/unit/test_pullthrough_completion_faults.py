@@ -23,6 +23,7 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles
 from ociregistry.web.api import V2
+from tests.unit.support.common import on_reactor, record, texts, turn, until
 from tests.unit.support.completions import (
     APP,
     CONFIG,
@@ -36,7 +37,6 @@ from tests.unit.support.completions import (
     pending,
     pulled,
 )
-from tests.unit.support.doubles import on_reactor, record, texts, turn, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_web_api import ask

@@ -19,9 +19,9 @@ from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Inc
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.paths import record_path
 from ociregistry.store.store import Store
+from tests.unit.support.common import REACTOR, image, on_reactor, record, texts, until
 from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, FakeBlobFetcher, pending
 from tests.unit.support.demands import AMD64, ARM64, INDEX, S390X
-from tests.unit.support.doubles import REACTOR, image, on_reactor, record, texts, until
 from tests.unit.support.fetchers import A, B, C, Fetcher
 from tests.unit.support.loads import index_of, settle
 

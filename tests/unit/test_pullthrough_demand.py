@@ -17,8 +17,8 @@ from ociregistry.names import Digest, Repository
 from ociregistry.platforms import Platform
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles
+from tests.unit.support.common import image, on_reactor, texts, until
 from tests.unit.support.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, S390X, SHARED, Demands, names
-from tests.unit.support.doubles import image, on_reactor, texts, until
 from tests.unit.support.loads import image_of, index_of, settle
 
 OWN_AMD64, OWN_ARM64, OWN_S390X, IN_TOTO = b"layer of amd64", b"layer of arm64", b"layer of s390x", b"in-toto"

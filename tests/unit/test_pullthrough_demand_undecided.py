@@ -20,8 +20,8 @@ from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from ociregistry.web.api import V2
 from ociregistry.web.resource import Answer
+from tests.unit.support.common import REACTOR, image, on_reactor, until
 from tests.unit.support.demands import AMD64, APP, ARM64, ATTESTATION, INDEX, MACHINE, S390X, SHARED, Demands
-from tests.unit.support.doubles import REACTOR, image, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.loads import image_of, index_of, settle
 from tests.unit.support.registries import MemoryRegistries

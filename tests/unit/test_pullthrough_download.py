@@ -14,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, texts, until
+from tests.unit.support.common import image, manifest, on_reactor, texts, until
 from tests.unit.support.registries import MemoryRegistries, Sending, downloads_ended
 
 BUILT = make_image("download", layer_size=100_000)

@@ -13,7 +13,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import ANSWER_DEADLINE, DeadlineExceeded, PullThrough, within_deadline
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
+from tests.unit.support.common import image, manifest, on_reactor, turn, until
 from tests.unit.support.loads import settle
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 

@@ -19,7 +19,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, record, until
+from tests.unit.support.common import image, manifest, on_reactor, record, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_download import (
     APP,

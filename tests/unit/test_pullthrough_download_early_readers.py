@@ -15,7 +15,7 @@ from ociregistry.context import Priority
 from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
 from ociregistry.pullthrough.cache import Content, FoundBlob, PullThrough
 from ociregistry.store.store import Store
-from tests.unit.support.doubles import manifest, on_reactor, texts, turn, until
+from tests.unit.support.common import manifest, on_reactor, texts, turn, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_cache_stop import stop
 from tests.unit.test_pullthrough_download import (

@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.store import Store
-from tests.unit.support.doubles import manifest, on_reactor, until
+from tests.unit.support.common import manifest, on_reactor, until
 from tests.unit.support.registries import MemoryRegistries, ReportedSource, downloads_ended
 from tests.unit.test_pullthrough_download import APP, BUILT, DATA, DIGEST, SIZE, blobs, failure, get, read_all
 from tests.unit.test_pullthrough_download_resume import ASKED, again, leave

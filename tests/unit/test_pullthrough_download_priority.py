@@ -15,7 +15,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.pullthrough.transfer import PriorityScheduler
 from tests.images import Blob, make_image
-from tests.unit.support.doubles import image, on_reactor, turn, until
+from tests.unit.support.common import image, on_reactor, turn, until
 from tests.unit.support.registries import MemoryRegistries, Sending, downloads_ended
 from tests.unit.test_pullthrough_download import read_all
 from tests.unit.test_pullthrough_download_resume import again

@@ -13,7 +13,7 @@ from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.store import Store
-from tests.unit.support.doubles import manifest, on_reactor, texts, until
+from tests.unit.support.common import manifest, on_reactor, texts, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 from tests.unit.test_pullthrough_download import (
     APP,

@@ -17,7 +17,7 @@ from ociregistry.pullthrough.fetchers import BackgroundFetcher, CacheFetcher, Id
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, turn, until
+from tests.unit.support.common import image, manifest, on_reactor, turn, until
 from tests.unit.support.loads import image_of, index_of
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 

@@ -16,8 +16,8 @@ from ociregistry.pullthrough.cache import FoundManifest
 from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.store import Store
 from tests.unit.support.bodies import connected, end
+from tests.unit.support.common import on_reactor, until
 from tests.unit.support.daemon_clients import APP, BUILT, DATA, IMAGE, LAYER, DaemonFetcherHarness
-from tests.unit.support.doubles import on_reactor, until
 from tests.unit.support.loads import Loads, image_of, index_of, settle
 
 

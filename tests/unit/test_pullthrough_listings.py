@@ -16,7 +16,7 @@ from ociregistry.pullthrough.listings import FoundReferrers, FoundTags, Listings
 from ociregistry.store.store import Store
 from ociregistry.upstream.paging import PageRequest, TagPage
 from tests.images import make_artifact, make_image
-from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, texts
+from tests.unit.support.common import failed, fired, image, manifest, on_reactor, texts
 from tests.unit.support.registries import MemoryRegistries
 
 BUILT = make_image("listings")

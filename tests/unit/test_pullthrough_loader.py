@@ -14,7 +14,7 @@ from ociregistry.platforms import ALL, Platform
 from ociregistry.pullthrough.loader import LoadStatus, NullProgress, Outcome, summary
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import manifest, on_reactor
+from tests.unit.support.common import manifest, on_reactor
 from tests.unit.support.loads import ARM64, Loads, MemoryFetcher, image_of, index_of
 
 SINGLE = make_image("single")

@@ -17,7 +17,7 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import REACTOR, manifest, on_reactor, turn, until
+from tests.unit.support.common import REACTOR, manifest, on_reactor, turn, until
 from tests.unit.support.loads import Loads, MemoryFetcher, settle
 from tests.unit.support.registries import MemoryRegistries
 

@@ -20,7 +20,7 @@ from ociregistry.settings import Settings, load_settings
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from tests.images import Image, Index, make_image, make_index
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor
 from tests.unit.support.loads import AMD64, Loads, MemoryFetcher, index_of
 
 PLATFORMS = ("linux/amd64", "linux/arm64", "linux/s390x")

@@ -13,7 +13,7 @@ from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailab
 from ociregistry.pullthrough.loader import ImageList, Preloader, PreloadProgress, read_image_list
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, on_reactor, texts, turn, until
+from tests.unit.support.common import image, on_reactor, texts, turn, until
 from tests.unit.support.loads import AMD64, Loads, MemoryFetcher, settle
 
 URLS = [f"reg.example/app{number}:1" for number in range(3)]

@@ -17,7 +17,7 @@ from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.store import Store
 from tests.images import make_artifact, make_image, make_index
-from tests.unit.support.doubles import image, manifest, on_reactor, until
+from tests.unit.support.common import image, manifest, on_reactor, until
 from tests.unit.support.loads import Loads, MemoryFetcher, image_of, index_of
 from tests.unit.support.registries import MemoryRegistries
 

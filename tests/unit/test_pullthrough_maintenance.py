@@ -15,7 +15,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.prune import Plan
 from ociregistry.store.store import Store
 from tests.images import Image, make_image, make_index
-from tests.unit.support.doubles import image, on_reactor, texts, until
+from tests.unit.support.common import image, on_reactor, texts, until
 from tests.unit.support.loads import MemoryFetcher, settle
 from tests.unit.support.maintenance import DAY, MaintenanceHarness, pruning
 from tests.unit.support.registries import MemoryRegistries, downloads_ended

@@ -15,7 +15,7 @@ from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import image, manifest, on_reactor
+from tests.unit.support.common import image, manifest, on_reactor
 from tests.unit.support.loads import MemoryFetcher
 
 BUILT, NEWER, MULTI = make_image("repaired"), make_image("newer"), make_index("repaired list")

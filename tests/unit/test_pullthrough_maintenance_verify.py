@@ -18,7 +18,7 @@ from ociregistry.store.files import Files
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Findings
 from tests.images import make_image
-from tests.unit.support.doubles import on_reactor, texts, until
+from tests.unit.support.common import on_reactor, texts, until
 from tests.unit.support.loads import MemoryFetcher, settle
 from tests.unit.support.maintenance import DAY, MaintenanceHarness, pruning, verifying
 

@@ -14,7 +14,7 @@ from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
-from tests.unit.support.doubles import image, on_reactor, record, texts
+from tests.unit.support.common import image, on_reactor, record, texts
 from tests.unit.support.fetchers import CONFIGS, NAMES, A, B, C, D, Fetcher, platform
 from tests.unit.support.loads import image_of, index_of, settle
 

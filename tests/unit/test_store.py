@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,12 +12,13 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.prune import Selection
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import image, manifest, on_reactor, record, texts, until
+from tests.unit.support.common import image, manifest, on_reactor, record, texts, until
 
 BUILT = make_image("store")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
@@ -254,3 +256,18 @@ async def test_pruned_image_is_a_miss_and_forgotten_at_next_scan(store: Store, r
     assert store.tags(APP.repository) == []
     await store.keep(IMAGE, NGINX)
     assert await store.manifest(NGINX) == IMAGE
+
+
+@on_reactor
+async def test_image_that_lacks_only_foreign_layers_is_not_incomplete(store: Store, root: Path) -> None:
+    document = json.loads(IMAGE.data)
+    foreign, *layers = document["layers"]
+    foreign["urls"] = ["https://foreign.example/layer"]
+    windows = Manifest.parse(json.dumps(document).encode(), IMAGE.media_type)
+    await store.keep(windows, NGINX, wanted=True)
+    required = {Digest(one["digest"]): one["size"] for one in (document["config"], *layers)}
+    assert await store.lacking_images({windows.digest}) == {windows.digest: required}
+    for blob in BUILT.blobs:
+        if blob.digest != foreign["digest"]:
+            put_blob(root, blob.digest, blob.data)
+    assert await store.lacking_images({windows.digest}) == {}

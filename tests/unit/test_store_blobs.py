@@ -17,7 +17,7 @@ from ociregistry.store.files import Files, SharedFile, Threads
 from ociregistry.store.partials import DigestMismatch
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PullsFolder
-from tests.unit.support.doubles import REACTOR, fired, on_reactor, until
+from tests.unit.support.common import REACTOR, fired, on_reactor, until
 
 DATA = bytes(range(256)) * 100
 DIGEST = Digest.of(DATA)

@@ -13,7 +13,7 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.records import Record
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import HUB, image, manifest
+from tests.unit.support.common import HUB, image, manifest
 from tests.unit.support.stores import calls_of
 
 START = datetime(2026, 1, 1, tzinfo=UTC)

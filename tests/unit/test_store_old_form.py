@@ -14,7 +14,7 @@ import pytest
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
-from tests.unit.support.doubles import image, on_reactor
+from tests.unit.support.common import image, on_reactor
 
 CONFIG, LAYER, COMING = b'{"os": "linux"}', b"a layer", b"a layer that is half here"
 DATES = {"created": "2026-03-01T22:17:30.000000Z", "confirmed": "2026-03-02T08:00:00.123456Z"}

@@ -22,7 +22,7 @@ from ociregistry.store.partials import Partial
 from ociregistry.store.space import Space
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder
 from tests.processes import wait_until
-from tests.unit.support.doubles import REACTOR, image
+from tests.unit.support.common import REACTOR, image
 from tests.unit.support.stores import StoreDir, Unsynced, image_of, list_of
 
 ONE = (b"config", b"layer")

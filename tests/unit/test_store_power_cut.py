@@ -21,7 +21,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.store import Store
 from tests.lossy import Disk, LossyFiles
-from tests.unit.support.doubles import REACTOR
+from tests.unit.support.common import REACTOR
 from tests.unit.support.power_cuts import (
     BLOB,
     CHECKPOINT,

@@ -15,7 +15,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import image, manifest
+from tests.unit.support.common import image, manifest
 
 IMAGE = manifest(make_image("records"))
 NGINX = image("docker.io/library/nginx:1.25")

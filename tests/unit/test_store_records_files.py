@@ -19,7 +19,7 @@ from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid, read_record
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import image, manifest
+from tests.unit.support.common import image, manifest
 
 IMAGE, OTHER = manifest(make_image("recordfiles")), manifest(make_image("other"))
 INDEX = manifest(make_index("recordfiles"))

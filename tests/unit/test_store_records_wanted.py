@@ -20,8 +20,8 @@ from ociregistry.store.records import Dates, Record, RecordFiles, is_wanted, rea
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, pending_images
 from tests.images import make_image
+from tests.unit.support.common import image, manifest, on_reactor, record
 from tests.unit.support.demands import AMD64, ARM64, ATTESTATION, INDEX, S390X
-from tests.unit.support.doubles import image, manifest, on_reactor, record
 from tests.unit.support.loads import image_of, index_of, settle
 
 IMAGE = manifest(make_image("wanted"))

@@ -22,7 +22,7 @@ from ociregistry.store.records import Record, RecordFiles, read_record
 from ociregistry.store.scan import ScanResult, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
-from tests.unit.support.doubles import image, manifest
+from tests.unit.support.common import image, manifest
 
 IMAGE, OTHER = manifest(make_image("scanned")), manifest(make_image("other"))
 INDEX = manifest(make_index("scanned"))

@@ -20,7 +20,7 @@ from ociregistry.store.records import Record
 from ociregistry.store.scan import ScanResult, Signature
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, record, texts, until
+from tests.unit.support.common import image, manifest, on_reactor, record, texts, until
 
 IMAGE, OTHER = manifest(make_image("store")), manifest(make_image("other"))
 NGINX, APP = image("docker.io/library/nginx:1"), image("quay.io/app:1")

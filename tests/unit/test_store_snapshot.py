@@ -14,7 +14,7 @@ from ociregistry.names import Digest
 from ociregistry.store.records import Record, read_record
 from ociregistry.store.snapshot import Snapshot
 from tests.images import make_image
-from tests.unit.support.doubles import manifest
+from tests.unit.support.common import manifest
 from tests.unit.support.stores import HOST, StoreDir, calls_of, day, image_of, in_memory, list_of, url_of
 
 ONE, TWO = (b"config", b"layer"), (b"another config", b"layer")

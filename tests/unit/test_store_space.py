@@ -19,7 +19,7 @@ from ociregistry.store.files import Threads
 from ociregistry.store.space import Room, Space
 from ociregistry.store.store import Store
 from tests.images import MIB
-from tests.unit.support.doubles import REACTOR, on_reactor, texts, until
+from tests.unit.support.common import REACTOR, on_reactor, texts, until
 
 RESERVE = 10 * MIB
 

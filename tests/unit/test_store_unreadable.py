@@ -20,7 +20,7 @@ from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, pending_images
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, on_reactor, record, texts
+from tests.unit.support.common import image, manifest, on_reactor, record, texts
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 
 BUILT = make_image("unreadable")

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Findings
-from tests.unit.support.doubles import REACTOR, fired, on_reactor
+from tests.unit.support.common import REACTOR, fired, on_reactor
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
 from tests.unit.support.stores import StoreDir, Unsynced, image_of

@@ -15,7 +15,7 @@ import ociregistry.store.store
 import ociregistry.store.verify
 from ociregistry.store.records import Record, read_record
 from ociregistry.store.store import Store
-from tests.unit.support.doubles import image
+from tests.unit.support.common import image
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
 from tests.unit.support.stores import StoreDir, day, url_of

@@ -12,7 +12,7 @@ from twisted.internet.protocol import Factory, Protocol
 
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket, find_daemon
-from tests.unit.support.doubles import REACTOR, on_reactor
+from tests.unit.support.common import REACTOR, on_reactor
 
 
 @pytest.fixture

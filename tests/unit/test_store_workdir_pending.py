@@ -16,7 +16,7 @@ from ociregistry.store.files import Files
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage
 from tests.lossy import LossyFiles, PowerCut
-from tests.unit.support.doubles import REACTOR, image, on_reactor
+from tests.unit.support.common import REACTOR, image, on_reactor
 
 IMAGE, OTHER = Digest.of(b"an image"), Digest.of(b"another")
 APP, HUB = image("reg.example:5000/team/app:1").repository, image("docker.io/nginx:1").repository

@@ -13,8 +13,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.systemd import Systemd
+from tests.unit.support.common import on_reactor, texts, until
 from tests.unit.support.daemons import Daemons
-from tests.unit.support.doubles import on_reactor, texts, until
 
 
 class Manager:

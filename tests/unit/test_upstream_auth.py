@@ -15,7 +15,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import Authorization
 from ociregistry.upstream.credentials import basic
 from tests.unit.support.bodies import ScriptedAnswer
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.test_upstream_client import CDN, OK, REG, TOKEN, Asking, redirect, token
 
 USER = Password("user", "s3cret")

@@ -12,7 +12,7 @@ from ociregistry.config.registries import IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.credentials import basic
-from tests.unit.support.doubles import failed
+from tests.unit.support.common import failed
 from tests.unit.test_upstream_auth import WANTS_BASIC, wants
 from tests.unit.test_upstream_client import CDN, OK, REG, TOKEN, Asking, redirect, token
 

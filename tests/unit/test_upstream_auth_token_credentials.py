@@ -15,7 +15,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import AccessRefused, BearerChallenge, TokenRequest, Tokens
 from ociregistry.upstream.credentials import Credentials, basic
 from ociregistry.upstream.http import RequestOptions
-from tests.unit.support.doubles import failed, fired, texts
+from tests.unit.support.common import failed, fired, texts
 from tests.unit.test_upstream_auth_tokens import TokenService
 from tests.unit.test_upstream_credentials import HelperStub
 

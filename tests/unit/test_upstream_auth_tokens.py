@@ -14,7 +14,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import BearerChallenge, TokenRequest, Tokens
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.http import RequestOptions
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import no_helper
 
 REALM = "https://auth.example/token"

@@ -14,7 +14,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.body import Body
 from tests.unit.support.bodies import UPSTREAM, Connection, end
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 
 KIB = 1024
 MIB = 1024 * KIB

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ociregistry.errors import Unavailable
-from tests.unit.support.doubles import failed
+from tests.unit.support.common import failed
 from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, challenge, token
 
 

@@ -13,7 +13,7 @@ from twisted.web.http import PotentialDataLoss
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.body import Body
 from tests.unit.support.bodies import connected, end
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 
 MIB = 1024 * 1024
 

@@ -12,7 +12,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.context import Priority
 from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers, LinkDown
 from ociregistry.upstream.origin import Origin
-from tests.unit.support.doubles import texts
+from tests.unit.support.common import texts
 
 NAME = "reg.example:443"
 UPSTREAM = "up.example"

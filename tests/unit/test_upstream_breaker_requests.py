@@ -24,7 +24,7 @@ from ociregistry.upstream.breaker import CircuitBreakers, LinkDown
 from ociregistry.upstream.failures import CertificateRefused
 from ociregistry.upstream.http import DEFAULT_OPTIONS, EncodedBody, HttpClient, RequestOptions, Response
 from ociregistry.upstream.origin import Origin
-from tests.unit.support.doubles import failed, on_reactor, texts, until
+from tests.unit.support.common import failed, on_reactor, texts, until
 from tests.unit.support.http_agents import client_over
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_client import OK, Asking, redirect

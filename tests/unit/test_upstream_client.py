@@ -15,7 +15,7 @@ from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.credentials import AskHelper
 from ociregistry.upstream.http import NoTls, Response
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import client_over, no_helper
 
 REG = "https://reg.example/"

@@ -13,7 +13,7 @@ from ociregistry.names import Digest
 from ociregistry.upstream.registry import Registry
 from tests.images import make_image
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
-from tests.unit.support.doubles import failed, fired, image, manifest
+from tests.unit.support.common import failed, fired, image, manifest
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.test_upstream_client import REG
 from tests.unit.test_upstream_registry import APP, GOOD, IMAGE, LAYER, TAGGED

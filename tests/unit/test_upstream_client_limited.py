@@ -19,7 +19,7 @@ from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.connect import Dialer, Resolver
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
-from tests.unit.support.doubles import REACTOR, on_reactor, until
+from tests.unit.support.common import REACTOR, on_reactor, until
 from tests.unit.support.wire import trusting
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Hold, NoLength, Reply

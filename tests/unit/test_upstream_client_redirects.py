@@ -18,7 +18,7 @@ from ociregistry.names import Upstream
 from ociregistry.upstream.network import Network
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.test_upstream_network import configured, entry
 from tests.unit.test_upstream_tls import certificates, key_pair

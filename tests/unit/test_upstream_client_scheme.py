@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ociregistry.errors import Unavailable
-from tests.unit.support.doubles import failed
+from tests.unit.support.common import failed
 from tests.unit.test_upstream_client import CDN, HOP, OK, PLAIN, REG, TOKEN, Asking, challenge, token
 
 HTTP = "http://reg.example/"

@@ -21,7 +21,7 @@ from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.connect import Dialer, Resolver
 from ociregistry.upstream.http import Response
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
-from tests.unit.support.doubles import failed
+from tests.unit.support.common import failed
 from tests.unit.support.http_agents import exchanges_over
 
 Resolved = tuple[str, ...] | Exception | None

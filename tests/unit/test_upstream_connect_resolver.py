@@ -13,7 +13,7 @@ from twisted.internet.error import DNSLookupError
 from twisted.internet.task import deferLater
 
 from ociregistry.upstream.connect import Resolver
-from tests.unit.support.doubles import REACTOR, on_reactor, until
+from tests.unit.support.common import REACTOR, on_reactor, until
 
 THREADS = 64
 

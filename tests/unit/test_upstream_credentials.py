@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.credentials import Credentials, basic
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import no_helper
 
 Known = Password | IdentityToken

@@ -15,7 +15,7 @@ from ociregistry.config.registries import Helper, IdentityToken, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import Upstream
 from ociregistry.upstream.credentials import ask_helper
-from tests.unit.support.doubles import REACTOR, on_reactor, until
+from tests.unit.support.common import REACTOR, on_reactor, until
 
 HELPER = Helper("fake")
 REG = Upstream("reg.example:5000")

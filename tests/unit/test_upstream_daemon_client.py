@@ -20,7 +20,7 @@ from ociregistry.names import Digest
 from ociregistry.store.workdir import ControlSocket
 from ociregistry.upstream.daemon_client import DaemonClient
 from tests.images import make_image
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.loads import image_of, index_of
 

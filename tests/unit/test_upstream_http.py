@@ -15,7 +15,7 @@ from ociregistry import __version__
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.http import NoTls, Response
 from tests.certificates import Authority
-from tests.unit.support.doubles import on_reactor, until
+from tests.unit.support.common import on_reactor, until
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Cut, Declare, Header, Hold, NoLength, Reply

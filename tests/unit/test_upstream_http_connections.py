@@ -14,7 +14,7 @@ from ociregistry.errors import RegistryError, Unavailable
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.upstream.network import Network as DaemonsNetwork
 from tests.images import make_image
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_network import configured, entry

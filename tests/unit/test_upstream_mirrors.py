@@ -14,7 +14,7 @@ from ociregistry.manifests import OCI_INDEX
 from ociregistry.names import Digest, Tag
 from ociregistry.upstream.paging import TagPage
 from tests.unit.support.bodies import ScriptedAnswer
-from tests.unit.support.doubles import failed, fired, texts
+from tests.unit.support.common import failed, fired, texts
 from tests.unit.test_upstream_client import OK
 from tests.unit.test_upstream_registry import APP, BY_DIGEST, GOOD, IMAGE, LAYER, TAGGED
 from tests.unit.test_upstream_registry_mirrors import DOWN, ONE, OWN, TWO, MirroredRegistry

@@ -18,7 +18,7 @@ from ociregistry.settings import Settings, load_settings
 from ociregistry.upstream.client import BaseUrl
 from ociregistry.upstream.network import Network, _trusted_with, api_host, configured_hosts
 from ociregistry.upstream.origin import Origin
-from tests.unit.support.doubles import fired
+from tests.unit.support.common import fired
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.test_upstream_connect import Names, Resolved
 

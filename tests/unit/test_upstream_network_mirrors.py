@@ -8,7 +8,7 @@ from ociregistry.config.registries import Mirror
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.upstream.network import Network
 from tests.images import make_image
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.test_upstream_network import configured, entry
 from tests.upstream import ScriptedRegistry

@@ -29,7 +29,7 @@ from ociregistry.upstream.network import Network
 from ociregistry.upstream.proxy import Route
 from tests.certificates import Authority
 from tests.forward_proxy import ForwardProxy
-from tests.unit.support.doubles import REACTOR, failed, on_reactor, texts, until
+from tests.unit.support.common import REACTOR, failed, on_reactor, texts, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Redirect, Reply

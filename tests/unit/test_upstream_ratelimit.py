@@ -12,7 +12,7 @@ from ociregistry.errors import Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.upstream.registry import Registry
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import registry_over
 from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, Asking, challenge, redirect, token
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED

@@ -18,7 +18,7 @@ from ociregistry.upstream.http import Response
 from ociregistry.upstream.registry import BlobStream, Registry
 from tests.images import make_image
 from tests.unit.support.bodies import ScriptedExchanges, connected, end
-from tests.unit.support.doubles import failed, fired, image, manifest
+from tests.unit.support.common import failed, fired, image, manifest
 from tests.unit.support.http_agents import client_over, registry_over
 
 REG = Upstream("reg.example")

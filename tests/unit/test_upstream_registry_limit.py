@@ -6,7 +6,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
 from ociregistry.upstream.registry import ConnectionLimit
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 
 
 class LimitHarness:

@@ -14,7 +14,7 @@ from ociregistry.names import Tag
 from ociregistry.upstream.paging import PageRequest, TagPage
 from ociregistry.upstream.registry import Registry
 from tests.images import make_artifact, make_image
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.test_upstream_registry import APP, IMAGE, registry
 
 SUBJECT = IMAGE.digest

@@ -12,7 +12,7 @@ from ociregistry.context import FROM_CLIENT, Context, Via
 from ociregistry.errors import BlobUnknown, LoopDetected, ManifestUnknown, NameUnknown, RegistryError, Unavailable
 from ociregistry.upstream.registry import Registry
 from tests.unit.support.bodies import ScriptedExchanges
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import INSTANCE, client_over, registry_over
 from tests.unit.test_upstream_client import CDN, HOP, OK, REG, TOKEN, challenge, token
 from tests.unit.test_upstream_registry import APP, BY_DIGEST, IMAGE, LAYER, TAGGED, registry

@@ -21,7 +21,7 @@ from ociregistry.upstream.mirrors import MirrorClient, Sources
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.registry import ConnectionLimit, Registry
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
-from tests.unit.support.doubles import failed, fired, texts
+from tests.unit.support.common import failed, fired, texts
 from tests.unit.support.http_agents import INSTANCE, client_over, no_helper
 from tests.unit.test_upstream_client import OK, TOKEN, challenge
 from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED

@@ -14,7 +14,7 @@ from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
-from tests.unit.support.doubles import failed, fired
+from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.test_upstream_client import REG, TOKEN
 from tests.unit.test_upstream_registry import APP, LAYER

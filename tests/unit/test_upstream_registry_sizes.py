@@ -12,7 +12,7 @@ from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.upstream.registry import Registry
 from tests.images import make_image
 from tests.unit.support.bodies import ScriptedAnswer, ScriptedExchanges
-from tests.unit.support.doubles import failed, fired, on_reactor, until
+from tests.unit.support.common import failed, fired, on_reactor, until
 from tests.unit.support.http_agents import client_over, registry_over
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_client import CDN, HOP, REG

@@ -20,7 +20,7 @@ from ociregistry.upstream.failures import CertificateRefused, explain, speaks_no
 from ociregistry.upstream.http import NoTls
 from ociregistry.upstream.tls import _verify
 from tests.certificates import Authority
-from tests.unit.support.doubles import on_reactor
+from tests.unit.support.common import on_reactor
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_tls import HOST, Files, TlsServer, policy, shake_hands, trusting
 from tests.upstream import ScriptedRegistry

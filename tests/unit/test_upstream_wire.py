@@ -16,7 +16,7 @@ from ociregistry.upstream.network import Network as DaemonsNetwork
 from ociregistry.upstream.registry import Registry
 from tests.certificates import Authority
 from tests.images import make_image
-from tests.unit.support.doubles import REACTOR, image, manifest, on_reactor, until
+from tests.unit.support.common import REACTOR, image, manifest, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE, client_over
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_network import configured, entry

@@ -22,8 +22,8 @@ from ociregistry.web.api import V2
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer
 from tests.images import make_image
+from tests.unit.support.common import failed, fired, image, manifest, on_reactor, until
 from tests.unit.support.demands import NoDemand
-from tests.unit.support.doubles import failed, fired, image, manifest, on_reactor, until
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.raw_clients import RawClient, site
 from tests.unit.support.registries import MemoryRegistries

@@ -20,8 +20,8 @@ from ociregistry.store.store import Counts, Store
 from ociregistry.web.api import health
 from ociregistry.web.resource import Handler
 from tests.images import make_image
+from tests.unit.support.common import fired, image, manifest, on_reactor
 from tests.unit.support.completions import FakeBlobFetcher
-from tests.unit.support.doubles import fired, image, manifest, on_reactor
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
 BUILT = make_image("health")

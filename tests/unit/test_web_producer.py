@@ -9,7 +9,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.errors import Unavailable
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
-from tests.unit.support.doubles import texts
+from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 PIECE = 256 * 1024

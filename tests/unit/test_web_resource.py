@@ -12,7 +12,7 @@ from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, RangeUnsatisfiable, Unavailable
 from ociregistry.web.resource import Answer, InMemory, SizeOnly
 from ociregistry.web.site import RegistrySite
-from tests.unit.support.doubles import texts
+from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 DATA = bytes(range(256)) * 8

@@ -8,7 +8,7 @@ import pytest
 
 from ociregistry.errors import BlobUnknown, MethodUnsupported, RegistryError, Unavailable
 from ociregistry.web.resource import Answer, InMemory, SizeOnly, error_answer, json_answer
-from tests.unit.support.doubles import fired
+from tests.unit.support.common import fired
 
 
 def body(answer: Answer) -> bytes:

@@ -12,7 +12,7 @@ from ociregistry import __version__
 from ociregistry.web import channel
 from ociregistry.web.resource import Answer, InMemory
 from ociregistry.web.site import RegistrySite
-from tests.unit.support.doubles import texts
+from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
 
 

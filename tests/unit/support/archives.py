@@ -28,7 +28,7 @@ from ociregistry.pullthrough.loader import NullProgress, Outcome, Progress
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
 from tests.images import Image, Index, Manifest
-from tests.unit.support.doubles import REACTOR, manifest
+from tests.unit.support.common import REACTOR, manifest
 
 NAME = "docker.io/library/nginx:1.25"
 IMAGE_NAME = "io.containerd.image.name"

@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from tests.badlink import BadLink, Badness
-from tests.unit.support.doubles import REACTOR, turn
+from tests.unit.support.common import REACTOR, turn
 
 KIB = 1024
 SMALL = 32 * KIB

@@ -11,7 +11,7 @@ from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.unit.support.doubles import image, manifest, until
+from tests.unit.support.common import image, manifest, until
 
 # The manifest lists the large layer before the small one.
 BUILT = make_image("image", layers=1, base=make_image("base", layers=1, layer_size=50_000))

@@ -17,7 +17,7 @@ from ociregistry.upstream.body import Body
 from ociregistry.upstream.daemon_client import DaemonClient
 from tests.images import make_image
 from tests.unit.support.bodies import Connection, connected
-from tests.unit.support.doubles import image, manifest, until
+from tests.unit.support.common import image, manifest, until
 from tests.unit.support.loads import settle
 from tests.unit.support.registries import Call
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from ociregistry.daemon import Daemon
 from ociregistry.names import Digest, ImageReference
 from tests.images import make_image
+from tests.unit.support.common import image
 from tests.unit.support.daemons import Daemons
-from tests.unit.support.doubles import image
 from tests.upstream import ScriptedRegistry
 
 BUILT = make_image("beside", layers=2, layer_size=30_000)

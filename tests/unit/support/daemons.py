@@ -15,7 +15,7 @@ from zope.interface import directlyProvides, providedBy
 from ociregistry.daemon import Daemon
 from ociregistry.tap import Options, makeService
 from ociregistry.upstream.http import Response
-from tests.unit.support.doubles import REACTOR, turn, until
+from tests.unit.support.common import REACTOR, turn, until
 from tests.unit.support.wire import Network
 
 

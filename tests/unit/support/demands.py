@@ -14,8 +14,8 @@ from ociregistry.pullthrough.demand import Demand
 from ociregistry.store.paths import record_path
 from ociregistry.store.records import read_record
 from ociregistry.store.store import Store
+from tests.unit.support.common import image
 from tests.unit.support.completions import FakeBlobFetcher
-from tests.unit.support.doubles import image
 from tests.unit.support.loads import image_of, index_of, settle
 
 MACHINE = Platform("linux", "amd64")

@@ -18,7 +18,7 @@ from ociregistry.pullthrough.fetchers import Advance, Fetcher
 from ociregistry.pullthrough.loader import Loader, Outcome
 from ociregistry.store.store import Store
 from tests.images import Image, Index
-from tests.unit.support.doubles import REACTOR, image, manifest, turn
+from tests.unit.support.common import REACTOR, image, manifest, turn
 
 AMD64 = Platform("linux", "amd64")
 ARM64 = Platform("linux", "arm64")

@@ -15,7 +15,7 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.store.store import Store
 from tests.images import Image, Index
-from tests.unit.support.doubles import image, manifest
+from tests.unit.support.common import image, manifest
 from tests.unit.support.loads import MemoryFetcher, settle
 
 DAY = 86_400.0

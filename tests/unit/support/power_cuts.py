@@ -24,7 +24,7 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.store import Store
 from tests.lossy import Disk, LossyFiles, PowerCut
-from tests.unit.support.doubles import REACTOR
+from tests.unit.support.common import REACTOR
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from ociregistry.upstream.network import Registries
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
 from ociregistry.upstream.registry import BlobStream, Registry, uses_reserved
 from tests.unit.support.bodies import Connection, connected, end
-from tests.unit.support.doubles import until
+from tests.unit.support.common import until
 
 
 class Call:

@@ -14,7 +14,7 @@ import ociregistry.store.verify
 from ociregistry.manifests import Manifest
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged, Findings
-from tests.unit.support.doubles import REACTOR
+from tests.unit.support.common import REACTOR
 from tests.unit.support.power_cuts import InlineThreads, result
 from tests.unit.support.stores import StoreDir, Unsynced, day, image_of, list_of
 

@@ -16,7 +16,7 @@ from ociregistry.upstream.client import Client
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.registry import Registry
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
-from tests.unit.support.doubles import REACTOR
+from tests.unit.support.common import REACTOR
 from tests.unit.support.http_agents import client_over, registry_over
 
 
