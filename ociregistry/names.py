@@ -46,10 +46,10 @@ class Upstream:
             NameInvalid: the text is not a host with an optional port; a scheme, user or path is not allowed.
         """
         name = text.lower()
-        if name.count(":") > 1 and _is_host(f"[{name}]"):
+        if name.count(":") > 1 and is_host(f"[{name}]"):
             name = f"[{name}]"
         match = _UPSTREAM.fullmatch(name)
-        sound = match is not None and _is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
+        sound = match is not None and is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
         if not sound or len(name) > _LONGEST_NAME:
             raise NameInvalid(f"{text[:300]!r} is not the name of a registry: host or host:port is expected")
         return cls(DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name)
@@ -69,7 +69,8 @@ class Upstream:
         return self.name
 
 
-def _is_host(host: str) -> bool:
+def is_host(host: str) -> bool:
+    """Tell whether `host` may be one in a URL: what is in brackets must be an IPv6 address."""
     if not host.startswith("["):
         return True
     try:

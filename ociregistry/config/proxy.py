@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote
 
 from ociregistry.config.nodes import ConfigInvalid, Node
+from ociregistry.names import is_host
 
 _PORTS = {"http": 80, "https": 443}
 _SCHEME = re.compile(r"(?P<scheme>[a-z0-9+.-]+)://", re.IGNORECASE)
@@ -46,7 +47,7 @@ class Proxy:
         if scheme not in _PORTS:
             raise ValueError(f"{scheme} proxies are not supported, only http and https")
         rest = _REST.fullmatch(text, match.end() if match else 0)
-        if rest is None or not _is_host(rest["host"]) or not 0 < int(rest["port"] or 1) < 65536:
+        if rest is None or not is_host(rest["host"]) or not 0 < int(rest["port"] or 1) < 65536:
             raise ValueError(
                 "a URL such as http://proxy.example:3128 is expected, without a path, and with % for special "
                 "characters of a password (RFC 3986)"
@@ -59,16 +60,6 @@ class Proxy:
 
     def __str__(self) -> str:
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
-
-
-def _is_host(host: str) -> bool:
-    if not host.startswith("["):
-        return True
-    try:
-        ipaddress.IPv6Address(host[1:-1])
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,11 +55,11 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 def cache(disk: SmallDisk, tmp_path: Path) -> Iterator[Cache]:
-    """A daemon whose store is on that disk."""
-    reserve = ("--reserve", "4MB")
+    """A daemon whose store is on that disk, and whose clients wait longer than a busy machine takes for a test."""
+    options = ("--reserve", "4MB", "--pull-timeout", "600000")
     with (
         ScriptedRegistry() as upstream,
-        daemon_in(tmp_path, upstream, *reserve, image_path=disk.path / "images") as daemon,
+        daemon_in(tmp_path, upstream, *options, image_path=disk.path / "images") as daemon,
     ):
         yield Cache(daemon, upstream)
 

@@ -87,7 +87,8 @@ def test_tokens_need_a_password_and_expire(
         with pytest.raises(RuntimeError, match=UNAUTHORIZED):
             pull(host, WRONG, certified=False)
         assert tokens.offered == (RIGHT, WRONG)
-        with pytest.raises(RuntimeError, match=r"bad certificate|unknown certificate"):
+        # The server's alert may come after the client has begun to write.
+        with pytest.raises(RuntimeError, match=r"bad certificate|unknown certificate|broken pipe|reset by peer"):
             pull(host, RIGHT)
         assert tokens.offered == (RIGHT, WRONG)
         stale = JwtTokens(*authority.issue("token service"), {USER: PASSWORD}, life=-3600)
