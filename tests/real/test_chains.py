@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,6 +23,15 @@ StartDaemon = Callable[..., Daemon]
 
 AT_ONCE = 10.0
 """Seconds, less than the 25 s after which a time-out would end a loop."""
+
+
+@pytest.fixture
+def start_daemon(start_daemon: StartDaemon, tmp_path: Path) -> StartDaemon:
+    """Start a `Daemon` with a store of its own."""
+    numbers = count()
+    return lambda *arguments, **keywords: start_daemon(
+        *arguments, **{"image_path": tmp_path / f"store{next(numbers)}", **keywords}
+    )
 
 
 def ask(daemon: Daemon, ns: str, path: str, method: str = "GET") -> Response:
