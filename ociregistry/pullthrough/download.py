@@ -1,4 +1,7 @@
-"""A download: one blob in flight from an upstream into the store, with any number of readers."""
+"""A download: one blob in flight from an upstream into the store, with any number of readers.
+
+When it fails, or is cancelled at a shutdown, its partial is kept for the next download, unless the bytes are wrong.
+"""
 
 from __future__ import annotations
 

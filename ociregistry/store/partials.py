@@ -3,7 +3,7 @@
 A partial is two files in pulls/<n>/: its bytes so far, and a note. The note is a JSON object that says how many of
 the bytes are surely on disk, since which boot of the machine, how large the whole blob is, which repository it comes
 from, and how many bytes came from the registry itself before a mirror sent any. A flock protects the partial while
-it is written.
+it is written. `pullthrough/download.py` decides at the end of a download, also at a shutdown, what becomes of it.
 """
 
 from __future__ import annotations

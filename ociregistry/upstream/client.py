@@ -1,4 +1,7 @@
-"""Requests to one registry's API: finds the scheme, answers challenges, follows redirects."""
+"""Requests to one registry's API: finds the scheme, answers challenges, follows redirects, and pauses after a 429.
+
+A 429 is returned like any other status, and the requests of the time in its Retry-After fail with `Unavailable`.
+"""
 
 from __future__ import annotations
 

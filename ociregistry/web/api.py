@@ -1,4 +1,7 @@
-"""The API: answers the requests below /v2/ (OCI Distribution specification) and GET /health."""
+"""The API: answers the requests below /v2/ (OCI Distribution specification) and GET /health.
+
+`daemon.py` passes in where the fields of /health come from.
+"""
 
 from __future__ import annotations
 
