@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ from ociregistry.web.site import RegistrySite
 
 _DRAIN = 30.0
 """Seconds that requests in flight get to end when the daemon stops."""
+_FLUSH = 5.0
+"""Seconds that connections then get to send the rest of their last responses."""
 
 _AT_NEXT_START = (
     *("image_path", "port", "listen", "pull_timeout"),
@@ -233,5 +236,8 @@ class Daemon(MultiService):
             await self._site.in_flight.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
             self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
+        # The reactor drops what its transports have not sent when it stops.
+        with suppress(defer.TimeoutError):
+            await Deferred.fromCoroutine(self._site.in_flight.close()).addTimeout(_FLUSH, self._reactor)
         await stop_in_turn([service for service in reversed(list(self)) if service.running])
         self._systemd.stopped()

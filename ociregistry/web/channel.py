@@ -23,10 +23,14 @@ from ociregistry.openssl import openssl_context, openssl_reason
 
 
 class InFlight:
-    """Counts requests in flight and new connections that have not sent their first request yet."""
+    """Counts requests in flight and new connections that have not sent their first request yet.
+
+    It also knows all open connections, as bytes of an answered request may still wait to be sent.
+    """
 
     def __init__(self) -> None:
         self._requests = 0
+        self._connections: set[HTTPChannel] = set()
         self._changed = Event()
 
     def began(self) -> None:
@@ -44,6 +48,22 @@ class InFlight:
 
     async def _idle(self) -> None:
         while self._requests:
+            await self._changed.wait()
+
+    def connected(self, channel: HTTPChannel) -> None:
+        """Note that a connection was opened."""
+        self._connections.add(channel)
+
+    def disconnected(self, channel: HTTPChannel) -> None:
+        """Note that a connection was closed."""
+        self._connections.discard(channel)
+        self._changed.fire()
+
+    async def close(self) -> None:
+        """Close all connections when their unsent bytes are sent; return when they are closed."""
+        for channel in list(self._connections):
+            channel.loseConnection()
+        while self._connections:
             await self._changed.wait()
 
 
@@ -109,6 +129,7 @@ class Channel(HTTPChannel):
             self._tcp.setTcpNoDelay(True)
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
+        self._in_flight.connected(self)
         self._in_flight.began()
         self._first_request_deadline = self._clock.callLater(_FIRST_REQUEST_WITHIN, self._stop_waiting)
         if self._addresses[self._address] > MOST_CONNECTIONS:
@@ -123,6 +144,7 @@ class Channel(HTTPChannel):
             del self._addresses[self._address]
         self._stop_deadline()
         self._stop_waiting()
+        self._in_flight.disconnected(self)
         super().connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:

@@ -183,3 +183,23 @@ async def test_shutdown_waits_at_most_30_seconds(
     assert "stopping with requests in flight after 30 s" in texts(events, LogLevel.warn)
     with pytest.raises(Unavailable):
         await response.collect(1_000_000)
+
+
+@on_reactor
+async def test_connections_are_flushed_and_closed_before_shutdown_ends(
+    daemons: Daemons, events: list[LogEvent]
+) -> None:
+    """What a transport has not sent when the reactor stops is lost."""
+    daemon = daemons.start()
+    host, _, port = addresses(events)[0].partition(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(b"GET /v2/ HTTP/1.1\r\nHost: cache\r\n\r\n")
+        connections = daemon._site.in_flight._connections
+        await until(lambda: connections)
+        daemons.stop()
+        await until(daemons.stopped)
+        assert not connections
+        client.settimeout(10)
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert received.endswith(b"{}")
