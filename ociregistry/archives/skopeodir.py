@@ -55,6 +55,6 @@ def _children(archive: Archive, root: Manifest) -> Mapping[Digest, Manifest]:
 def _media_type(data: bytes, member: Member) -> str:
     document = parse_json(data, member)
     if not isinstance(document, dict):
-        raise member.invalid("it is no manifest")
+        raise member.invalid("it is not a manifest")
     # Manifests of OCI need not tell their type.
     return str(document.get("mediaType") or (OCI_INDEX if "manifests" in document else OCI_MANIFEST))

@@ -161,7 +161,10 @@ class Registry:
 
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        return await self._collect("GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse)
+        async with self._limit.for_small():
+            return await self._collect(
+                "GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
+            )
 
     async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
         """Ask for the digest of the manifest of `image`, by HEAD where the upstream supports that.
@@ -182,7 +185,10 @@ class Registry:
 
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        return await self._collect("HEAD", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse)
+        async with self._limit.for_small():
+            return await self._collect(
+                "HEAD", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
+            )
 
     async def blob(
         self,
@@ -272,7 +278,8 @@ class Registry:
             tags = _tags(repository, data)
             return TagPage(tags, page.following(tags, _next_page(response, str(repository))))
 
-        return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
+        async with self._limit.for_small():
+            return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.
@@ -296,7 +303,7 @@ class Registry:
         async with self._limit.for_small():
             while len(pages) < _MOST_PAGES:
                 accepted = _OK if pages else _OK | NO_API
-                response, data, page = await self._parsed(
+                response, data, page = await self._collect(
                     "GET", repository, path, _INDEX_ALONE, unknown, context, LARGEST_MANIFEST, parse, accepted
                 )
                 if page is None:
@@ -329,26 +336,11 @@ class Registry:
             raise unknown(f"it has no referrers API, and does not say whether it has the tag {tag}")
 
         path, accepted = f"manifests/{tag}", _OK | {404}
-        return await self._parsed(
+        return await self._collect(
             "GET", repository, path, _INDEX_ALONE, unknown, context, LARGEST_MANIFEST, parse, accepted
         )
 
     async def _collect(
-        self,
-        method: str,
-        repository: Repository,
-        path: str,
-        headers: Mapping[str, str],
-        unknown: Callable[[str], RegistryError],
-        context: Context,
-        most: int,
-        parse: Callable[[Response, bytes], T],
-    ) -> T:
-        """Call `_parsed` with a connection."""
-        async with self._limit.for_small():
-            return await self._parsed(method, repository, path, headers, unknown, context, most, parse)
-
-    async def _parsed(
         self,
         method: str,
         repository: Repository,
