@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from twisted.application.service import Service
 from twisted.python import usage
 
-from ociregistry.commands.check import Check
-from ociregistry.commands.containerd_config import ContainerdConfig
-from ociregistry.commands.export import Export
-from ociregistry.commands.list import List
-from ociregistry.commands.load import Load
 from ociregistry.commands.options import Command, CommandFailed, CommonOptions
-from ociregistry.commands.prune import Prune
-from ociregistry.commands.verify import Verify
-from ociregistry.commands.version import Version
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.daemon import Daemon
 from ociregistry.process import exit_with, use_monotonic_clock
 from ociregistry.settings import OPTIONS, Settings, load_settings
 
@@ -46,19 +38,35 @@ class Options(CommonOptions):
         ["list-cache", None, "The same as: list"],
         ["dry-run", None, "With --prune or --prune-before: print what would be removed, and change nothing."],
     ]
+    # Each is imported when it runs, and the daemon when it is made: imports are most of the time of a start.
     subCommands = [
         ["serve", None, Serve, "run the daemon, which is also the default"],
-        ["load", None, Load, "load images into the store"],
-        ["list", None, List, "print the images in the store"],
-        ["prune", None, Prune, "remove images from the store"],
-        ["verify", None, Verify, "hash every blob and record in the store"],
-        ["export", None, Export, "write images into an archive"],
-        ["check", None, Check, "print how each upstream will be reached"],
-        ["version", None, Version, "print the version"],
+        ["load", None, lambda: import_module("ociregistry.commands.load").Load(), "load images into the store"],
+        ["list", None, lambda: import_module("ociregistry.commands.list").List(), "print the images in the store"],
+        ["prune", None, lambda: import_module("ociregistry.commands.prune").Prune(), "remove images from the store"],
+        [
+            "verify",
+            None,
+            lambda: import_module("ociregistry.commands.verify").Verify(),
+            "hash every blob and record in the store",
+        ],
+        [
+            "export",
+            None,
+            lambda: import_module("ociregistry.commands.export").Export(),
+            "write images into an archive",
+        ],
+        [
+            "check",
+            None,
+            lambda: import_module("ociregistry.commands.check").Check(),
+            "print how each upstream will be reached",
+        ],
+        ["version", None, lambda: import_module("ociregistry.commands.version").Version(), "print the version"],
         [
             "containerd-config",
             None,
-            ContainerdConfig,
+            lambda: import_module("ociregistry.commands.containerd_config").ContainerdConfig(),
             "print or write the configuration of containerd and other clients",
         ],
     ]
@@ -94,7 +102,7 @@ class Options(CommonOptions):
             raise usage.UsageError("one thing at a time: these options are commands of their own")
         command = spelled[0] if spelled else None
         if self["dry-run"]:
-            if not isinstance(command, Prune):
+            if command is None or "dry-run" not in command:
                 raise usage.UsageError("--dry-run goes with prune")
             command["dry-run"] = 1
         return command
@@ -102,15 +110,18 @@ class Options(CommonOptions):
     def _spelled(self) -> Iterator[Command]:
         """Yield the commands that are given as options (the aliases)."""
         if self["load-images"] is not None:
-            yield self._parsed(Load(), ["--", self["load-images"]])
+            yield self._parsed("load", ["--", self["load-images"]])
         if self["list-cache"]:
-            yield self._parsed(List(), [])
+            yield self._parsed("list", [])
         pruned = [("--pattern", self["prune"]), ("--before", self["prune-before"])]
         given = [word for option, value in pruned if value is not None for word in (option, value)]
         if given:
-            yield self._parsed(Prune(), given)
+            yield self._parsed("prune", given)
 
-    def _parsed(self, command: Command, words: Sequence[str]) -> Command:
+    def _parsed(self, name: str, words: Sequence[str]) -> Command:
+        commands: Sequence[Any] = self.subCommands
+        (command,) = (make() for known, _, make, _ in commands if known == name)
+        assert isinstance(command, Command)
         command.parent = self
         command.parseOptions(words)
         return command
@@ -159,5 +170,7 @@ def makeService(options: Options, reactor: Any = None) -> Service:
         from twisted.internet import reactor
 
         use_monotonic_clock(reactor)
+    from ociregistry.daemon import Daemon
+
     assert options.parent is not None
     return Daemon(options.settings, options.load, reactor, options.parent)

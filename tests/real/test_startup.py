@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -147,6 +148,56 @@ def test_serve_command_is_optional(upstream: ScriptedRegistry, start_daemon: Cal
     daemon = start_daemon({upstream.host: "http"}, "serve", "--default-ns", upstream.host)
     assert fetch(f"{daemon.url}/v2/team/app/manifests/v1").body == image.manifest.data
     assert (daemon.image_path / "img" / image.manifest.digest.removeprefix("sha256:")).exists()
+
+
+# What is imported
+
+_OF_COMMANDS = {"ociregistry.archives", "tarfile", "tqdm", "zstandard"}
+_OF_THE_DAEMON = {"ociregistry.daemon", "ociregistry.web", "twisted.web.server"}
+
+
+def _imported(stderr: str) -> set[str]:
+    """Return the modules that a process imported, from what `python -X importtime` prints."""
+    return {line.split("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")}
+
+
+def test_daemon_imports_nothing_that_only_commands_need(empty_folder: Path) -> None:
+    """Imports are most of the time from the start to the first answer."""
+    port = free_port()
+    _python, *arguments = twistd("--image-path", "images", "--port", str(port))
+    errors = empty_folder / "errors"
+    with errors.open("wb") as stderr:
+        daemon = subprocess.Popen(
+            [sys.executable, "-X", "importtime", *arguments],
+            cwd=empty_folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    try:
+        wait_until(lambda: _answers(port), _PATIENCE, "an answer")
+    finally:
+        daemon.terminate()
+        daemon.wait(_PATIENCE)
+    imported = _imported(errors.read_text())
+    assert imported >= _OF_THE_DAEMON
+    assert not imported & _OF_COMMANDS
+
+
+def test_command_imports_nothing_that_only_the_daemon_needs(empty_folder: Path) -> None:
+    """`list`, which people run often, starts sooner for it."""
+    python, *arguments = twistd("--image-path", "images", "list")
+    (empty_folder / "images").mkdir()
+    done = _ended(empty_folder, [python, "-X", "importtime", *arguments])
+    imported = _imported(done.stderr)
+    assert "ociregistry.store.snapshot" in imported
+    assert not imported & _OF_THE_DAEMON
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError):
+        return fetch(f"http://127.0.0.1:{port}/health").status == 200
+    return False
 
 
 # In the background
