@@ -22,7 +22,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
-from ociregistry.log import ALWAYS, LevelFilter
+from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
 from ociregistry.process import exit_with, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
@@ -137,7 +137,7 @@ class Daemon(MultiService):
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
             if not ILogObserver.providedBy(observer):
                 observer = LegacyLogObserverWrapper(observer)
-            parent.setComponent(ILogObserver, self._level.before(observer))
+            parent.setComponent(ILogObserver, self._level.before(ShortNamespaces(observer)))
 
     def privilegedStartService(self) -> None:
         """Listen on all endpoints; if one fails, end the process with exit status 1."""

@@ -1,4 +1,4 @@
-"""The log filter: applies `--log-level` to the events of this program and of Twisted."""
+"""The log: `--log-level` for the events of this program and of Twisted, and how text names where they come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from zope.interface import implementer
 ALWAYS = {"log_always": True}
 """Fields of an event that is logged at every level, such as the banner at the start."""
 
-_NAMESPACES = ("", "ociregistry", "twisted.web.client")
+_OURS = "ociregistry"
+_NAMESPACES = ("", _OURS, "twisted.web.client")
 """All; this program; the client of Twisted, which logs each opened and closed connection at level info."""
 _LEVELS = {
     "trace": (LogLevel.debug, LogLevel.debug, LogLevel.debug),
@@ -43,6 +44,30 @@ class LevelFilter:
     def before(self, observer: ILogObserver) -> FilteringLogObserver:
         """Return an observer that hands on to `observer` what passes."""
         return FilteringLogObserver(observer, [_passes_always, self._levels])
+
+
+@implementer(ILogObserver)
+class ShortNamespaces:
+    """Hands on events to a writer of text, with a short name of their origin.
+
+    The name is the part of this program, such as `store`, or the library, such as `twisted`. The namespaces stay.
+    """
+
+    def __init__(self, text: ILogObserver) -> None:
+        self._text = text
+
+    def __call__(self, event: LogEvent) -> None:
+        """Hand on `event`."""
+        level = event.get("log_level", LogLevel.info)
+        self._text({**event, "log_system": f"{_short(event.get('log_namespace', ''))}#{level.name}"})
+
+
+def _short(namespace: str) -> str:
+    library, _, rest = namespace.partition(".")
+    if library == _OURS:
+        return rest.partition(".")[0] or "daemon"
+    # Events of Twisted's former log have no other namespace than its name.
+    return "twisted" if library in ("", "log_legacy") else library
 
 
 @implementer(ILogFilterPredicate)

@@ -15,7 +15,7 @@ from twisted.logger import globalLogBeginner, textFileLogObserver
 from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
-from ociregistry.log import LevelFilter
+from ociregistry.log import LevelFilter, ShortNamespaces
 from ociregistry.process import raise_file_descriptor_limit, use_monotonic_clock
 
 T = TypeVar("T")
@@ -69,7 +69,8 @@ def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_
     reactor: Any = installed
     use_monotonic_clock(reactor)
     # Not sys.stderr: twistd redirects that to its log.
-    observer = LevelFilter(log_level).before(textFileLogObserver(cast(TextIO, sys.__stderr__)))
+    text = textFileLogObserver(cast(TextIO, sys.__stderr__))
+    observer = LevelFilter(log_level).before(ShortNamespaces(text))
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     raise_file_descriptor_limit()
     handled = handled_signals()

@@ -118,7 +118,9 @@ def _check_identity(response: IResponse) -> IResponse:
     for encoding in response.headers.getRawHeaders(b"content-encoding", []):
         if encoding.strip().lower() != b"identity":
             response.deliverBody(DroppedBody())
-            raise EncodedBody(f"it sent Content-Encoding {encoding[:40]!r}, although identity was requested")
+            raise EncodedBody(
+                f"it sent Content-Encoding {encoding[:40].decode('latin-1')!r}, although identity was requested"
+            )
     return response
 
 

@@ -147,6 +147,7 @@ class _Exchange:
         self._began = clock.seconds()
         self._method = _printable(request.method)
         self._gone = False
+        self._failure_logged = False
         self._sending: Deferred[None] = succeed(None)
         request.notifyFinish().addErrback(self._disconnected)
 
@@ -162,7 +163,7 @@ class _Exchange:
 
     def fail(self, failure: Failure) -> None:
         """Log a bug and close the connection, so that the client does not wait for more bytes."""
-        self.log.failure("a defect in answering {path}", failure, path=self._path)
+        self._log_defect(failure)
         if not self._gone:
             self._request.channel.loseConnection()
 
@@ -181,17 +182,14 @@ class _Exchange:
         except RegistryError as error:
             return self._failed(error)
         except Exception:
-            self.log.failure("a defect in answering {path}", path=self._path)
-            return self._failed(InternalError("an internal error"))
+            self._log_defect(Failure())
+            return error_answer(InternalError("an internal error"))
 
     def _failed(self, error: RegistryError) -> Answer:
-        self.log.error(
-            "{method} {path}: {status} {code}: {why}",
-            method=self._method,
-            path=self._path,
-            status=error.status,
-            code=error.code,
-            why=error.message,
+        # What a client asked for in vain is no fault of this server or of a link.
+        log = self.log.info if error.status < 500 else self.log.error
+        self._log_failure(
+            log, "{method} {path}: {status} {code}: {why}", status=error.status, why=error.message, code=error.code
         )
         return error_answer(error)
 
@@ -241,11 +239,11 @@ class _Exchange:
 
     def _end_short(self, error: Exception) -> None:
         if isinstance(error, SlowClient):
-            self.log.warn("{path}: {client}: {why}", path=self._path, client=self._client, why=error)
+            self._log_failure(self.log.warn, "{method} {path}: {client}: {why}", why=error)
         elif isinstance(error, RegistryError | OSError):
-            self.log.error("{path}: response truncated: {why}", path=self._path, why=error)
+            self._log_failure(self.log.error, "{method} {path}: response truncated: {why}", why=error)
         else:
-            self.log.failure("a defect in answering {path}", path=self._path)
+            self._log_defect(Failure())
         if self._gone:
             return
         channel = cast(Channel, self._request.channel)
@@ -271,7 +269,18 @@ class _Exchange:
         address = self._request.getClientAddress()
         return f"{address.host}:{address.port}" if hasattr(address, "port") else "a command"
 
+    def _log_failure(self, log: Callable[..., None], message: str, **fields: object) -> None:
+        """Log why the request failed, in place of the access log's line."""
+        self._failure_logged = True
+        log(message, method=self._method, path=self._path, client=self._client, **fields)
+
+    def _log_defect(self, failure: Failure) -> None:
+        self._failure_logged = True
+        self.log.failure("a defect in answering {path}", failure, path=self._path)
+
     def _log_access(self, answer: Answer) -> None:
+        if self._failure_logged:
+            return
         request = self._request
         self.log.info(
             "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",

@@ -60,6 +60,8 @@ class _FallbackResource(Resource):
 class RegistrySite(Site):
     """The HTTP server; `web/resource.py` writes the access log."""
 
+    noisy = False
+
     def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
         """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
         self.in_flight = InFlight()
@@ -88,4 +90,4 @@ class RegistrySite(Site):
 
 
 async def _not_found(method: str, path: bytes, query: Query, context: Context) -> Answer:
-    raise NotFound(f"no such path: {path[:300]!r}; the API is at /v2/")
+    raise NotFound(f"no such path: {path[:300].decode('latin-1')!r}; the API is at /v2/")

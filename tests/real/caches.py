@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -26,6 +27,10 @@ SOON = 10.0
 """Seconds within which everything happens that does not wait for an upstream."""
 SEEN = 5.0
 """Seconds within which the daemon must notice changes in its store; the documented limit is one."""
+
+
+_OF_A_FAILURE = re.compile(r"#(?:error|critical)\]|\[web#info\] [A-Z]+ \S+: 4\d\d [A-Z_]+: ")
+"""What a client asks for in vain is logged at level info."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Cache:
         return len(self.daemon.log)
 
     def errors(self, since: int) -> list[str]:
-        """Return the lines at level error and above that were logged after the log had this size."""
+        """Return the lines of errors and of failed requests that were logged after the log had this size."""
         return error_lines(self.daemon, since)
 
     def one_error(self, since: int) -> str:
@@ -103,8 +108,8 @@ class Cache:
 
 
 def error_lines(daemon: Daemon, since: int) -> list[str]:
-    """Return the lines at level error and above that were logged after the log had this size."""
-    return [line for line in daemon.log[since:].splitlines() if "#error]" in line or "#critical]" in line]
+    """Return the lines of errors and of failed requests that were logged after the log had this size."""
+    return [line for line in daemon.log[since:].splitlines() if _OF_A_FAILURE.search(line)]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from twisted.logger import LogEvent, Logger, LogLevel, LogPublisher, textFileLogObserver
 from twisted.python.log import LogPublisher as LegacyPublisher
 
-from ociregistry.log import ALWAYS, LevelFilter
+from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
 from ociregistry.settings import LOG_LEVELS
 from tests.unit.support.common import RecordingObserver
 
@@ -100,3 +100,35 @@ def test_filter_wraps_an_observer() -> None:
     log.warn("links")
     log.error("failures")
     assert [line.partition("] ")[2] for line in out.getvalue().splitlines()] == ["the banner", "links", "failures"]
+
+
+@pytest.mark.parametrize(
+    ("namespace", "short"),
+    [
+        ("ociregistry", "daemon"),
+        ("ociregistry.web", "web"),
+        ("twisted.internet.tcp.Port", "twisted"),
+        ("treq", "treq"),
+        ("log_legacy", "twisted"),
+    ],
+)
+def test_text_has_short_namespaces(namespace: str, short: str) -> None:
+    output = io.StringIO()
+    event: LogEvent = {
+        "log_namespace": namespace,
+        "log_level": LogLevel.warn,
+        "log_format": "a link is down",
+        "log_time": 0.0,
+    }
+    ShortNamespaces(textFileLogObserver(output, timeFormat=""))(event)
+    assert output.getvalue().endswith(f" [{short}#warn] a link is down\n")
+    assert event["log_namespace"] == namespace
+    assert "log_system" not in event
+
+
+def test_text_of_a_former_event_has_a_short_namespace() -> None:
+    """Twisted's own lines, such as those of ports, come from its former log."""
+    output = io.StringIO()
+    observer = LegacyPublisher(publishPublisher=LogPublisher(ShortNamespaces(textFileLogObserver(output))))
+    observer.msg("Site starting on 8080", system="-")
+    assert output.getvalue().endswith(" [twisted#info] Site starting on 8080\n")

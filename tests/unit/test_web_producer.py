@@ -90,7 +90,7 @@ def test_stalled_upstream_truncates_the_response(
     assert len(client.got().body) == 200
     assert content.closed == 1
     (line,) = texts(events, LogLevel.error)
-    assert line.startswith("/v2/x: response truncated: ")
+    assert line.startswith("GET /v2/x: response truncated: ")
     assert "no byte came from the upstream for 45 s" in line
 
 
@@ -115,7 +115,7 @@ def test_failure_truncates_the_response(content: Growing, client: RawClient, eve
     content.fail(Unavailable("the connection broke"))
     assert client.ended
     assert client.got().body == bytes(100)
-    assert texts(events, LogLevel.error) == ["/v2/x: response truncated: the connection broke"]
+    assert texts(events, LogLevel.error) == ["GET /v2/x: response truncated: the connection broke"]
     assert content.closed == 1
 
 
