@@ -88,6 +88,15 @@ class SingleFlight(Generic[K, T]):
             Deferred.fromCoroutine(start()).addBoth(self._finish, key)
         return waiter
 
+    def dismiss(self, key: K, error: RegistryError) -> None:
+        """Fail all who wait for the work for `key`; the work goes on, and others may join it."""
+        waiting = self._waiting.get(key, [])
+        # Emptied in place: a waiter that is cancelled removes itself from this list.
+        dismissed = waiting[:]
+        waiting.clear()
+        for waiter in dismissed:
+            waiter.errback(error)
+
     def _finish(self, result: T | Failure, key: K) -> None:
         waiting = self._waiting.pop(key)
         if isinstance(result, Failure) and not waiting:

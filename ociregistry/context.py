@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from ociregistry.errors import Unavailable
 
 _INSTANCE = re.compile(r"ociregistry-[0-9a-f]{16}")
 _LONGEST = 16
@@ -72,12 +78,29 @@ class Priority(IntEnum):
         return self in (Priority.METADATA, Priority.BACKGROUND)
 
 
+Again = Callable[[], Coroutine[Deferred[Any], Any, object] | None]
+"""Fetches something once more in the background, and keeps the result; returns None while that is being fetched."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """What a request is for: such a request goes on when its host is silent, and its late response is kept."""
+
+    link_down: Callable[[Unavailable], object]
+    """Called when the host counts as down, so that no client waits any longer."""
+    again: Again | None = None
+    """The best probe of a host; None where the request is not to be repeated without a client."""
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What decides how a request is passed on to an upstream."""
 
     via: Via = NO_VIA
     priority: Priority = Priority.CLIENT
+    patient: bool = False
+    """Whether a command waits, as long as the request to the upstream goes on."""
+    wanted: Wanted | None = None
 
 
 FROM_CLIENT = Context()

@@ -144,6 +144,10 @@ class Routed:
         for address in (self.NEAR, self.FAR):
             self._router.ip("route", "delete", "blackhole", address)
 
+    def drop(self, address: str) -> None:
+        """Drop every packet to an address, silently and for ever."""
+        self._router.ip("route", "add", "blackhole", address)
+
     def received(self) -> int:
         """Return how many bytes have arrived in `near` so far, headers included."""
         table = self.near.call(lambda: Path("/proc/thread-self/net/dev").read_text())

@@ -17,13 +17,21 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from ociregistry.concurrency import SingleFlight
-from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority
-from ociregistry.errors import BlobUnknown, RegistryError, Unavailable
+from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority, Wanted
+from ociregistry.errors import BlobUnknown, LoopDetected, RegistryError, Unavailable
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
+from ociregistry.pullthrough.waiting import (
+    DeadlineExceeded,
+    SharedRequests,
+    unless_down,
+    unless_loop,
+    within_deadline,
+)
 from ociregistry.store.store import Store
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.network import Registries
 
 T = TypeVar("T")
@@ -51,27 +59,6 @@ class Content(Protocol):
 
     def close(self) -> None:
         """Release what is held for reading, such as the open file."""
-
-
-ANSWER_DEADLINE = 25.0
-"""Seconds until an answer must be given; containerd gives up on a server that sends no headers for 30 s."""
-
-
-class DeadlineExceeded(Unavailable):
-    """The upstream has not answered in time; a repeated request waits for the same answer."""
-
-
-async def within_deadline(waiting: Deferred[T], clock: IReactorTime, what: object) -> T:
-    """Return the result of `waiting`; cancel it after `ANSWER_DEADLINE`.
-
-    Raises:
-        DeadlineExceeded: there was no result in time; the message names `what`.
-    """
-    waiting.addTimeout(ANSWER_DEADLINE, clock)
-    try:
-        return await waiting
-    except defer.TimeoutError:
-        raise DeadlineExceeded(f"{what}: the upstream gave no answer within {ANSWER_DEADLINE:.0f} s") from None
 
 
 _ERROR_KEPT = 60.0
@@ -107,7 +94,7 @@ class NegativeCache:
             raise BlobUnknown(error.message)
 
 
-_METADATA = Context(priority=Priority.METADATA)
+_METADATA = Context(priority=Priority.METADATA, patient=True)
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0
 """Seconds to wait for the upstream's digest of the tag `latest` when the store has a manifest for it."""
@@ -152,8 +139,9 @@ class FoundSize:
 class PullThrough(Service):
     """The read-through cache: manifests and blobs from the store, else from their upstream.
 
-    Requests of clients return within 25 s or raise `Unavailable`; the fetch then continues for a later call. They
-    raise `Denied` for an upstream that is not allowed, and `AirGapped` where no upstream may be asked.
+    Requests of clients return within 25 s or raise `Unavailable`, as soon as the link counts as down; the fetch then
+    continues for a later call. They raise `Denied` for an upstream that is not allowed, `AirGapped` where no upstream
+    may be asked, and `LoopDetected` where a request in flight waits for the cache that asks.
     """
 
     log = Logger(namespace="ociregistry.pullthrough")
@@ -171,11 +159,11 @@ class PullThrough(Service):
         self._jitter = jitter
         self._registries = registries
         self._clock = clock
-        self._manifests: SingleFlight[ImageReference, Manifest] = SingleFlight()
+        self._manifests: SharedRequests[ImageReference, Manifest] = SharedRequests(clock)
         self._in_background: set[ImageReference] = set()
         """Manifests in flight whose fetch was started in the background, without a client's request."""
         self._checks: SingleFlight[ImageReference, Manifest] = SingleFlight()
-        self._sizes: SingleFlight[tuple[Repository, Digest], int | None] = SingleFlight()
+        self._sizes: SharedRequests[str, int | None] = SharedRequests(clock)
         self._downloads: dict[Digest, Download] = {}
         self._scheduler = PriorityScheduler()
         self._negative = NegativeCache(clock)
@@ -218,13 +206,27 @@ class PullThrough(Service):
             return FoundManifest(stored, hit=True)
         while True:
             in_background = image in self._in_background
-            fetched = self._manifests.join(image, lambda: self._fetch_manifest(image, image, context, wanted))
             try:
-                return FoundManifest(await within_deadline(fetched, self._clock, image), hit=False)
+                manifest = await self._manifests.wait(
+                    image,
+                    lambda context: self._fetch_manifest(image, image, context, wanted),
+                    context,
+                    again=lambda: self._again(image, wanted),
+                    loops=lambda context: self._loops(image.repository, f"manifests/{image.reference}", context),
+                )
             except Unavailable as error:
                 # A background fetch may be refused for its low priority; a client's request is then sent again.
-                if not in_background or isinstance(error, DeadlineExceeded):
+                if not in_background or isinstance(error, DeadlineExceeded | LinkDown):
                     raise
+            else:
+                return FoundManifest(manifest, hit=False)
+
+    def _again(self, image: ImageReference, wanted: bool) -> Coroutine[Deferred[Any], Any, None] | None:
+        """Fetch a manifest that a client missed, as a probe; return None where its request is in flight still."""
+        return None if image in self._manifests else self._fetch_last(image, wanted)
+
+    async def _loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
+        return await self._registries.get(repository.upstream).loops(repository, path, context)
 
     async def fetch_manifest(self, image: ImageReference) -> None:
         """Fetch a manifest by digest into the store at the lowest priority, as not wanted.
@@ -238,15 +240,17 @@ class PullThrough(Service):
             await self._scheduler.change()
         if isinstance(image.reference, Digest) and self._store.entry(image.reference) is not None:
             return
+        await self._fetch_last(image, wanted=False)
+
+    async def _fetch_last(self, image: ImageReference, wanted: bool) -> None:
         if image not in self._manifests:
             self._in_background.add(image)
         try:
-            await within_deadline(self._manifests.join(image, lambda: self._fetch_last(image)), self._clock, image)
+            await self._manifests.wait(
+                image, lambda context: self._fetch_manifest(image, image, context, wanted), _METADATA
+            )
         finally:
             self._in_background.discard(image)
-
-    async def _fetch_last(self, image: ImageReference) -> Manifest:
-        return await self._fetch_manifest(image, image, _METADATA, wanted=False)
 
     async def fetch_config(self, repository: Repository, config: Descriptor) -> None:
         """Fetch a config into the store at the lowest priority.
@@ -278,6 +282,7 @@ class PullThrough(Service):
 
     async def _latest(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> FoundManifest:
         """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
+        context = replace(context, wanted=Wanted(lambda error: None))
         checked = self._checks.join(image, lambda: self._check(image, stored, context, wanted))
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
@@ -317,18 +322,27 @@ class PullThrough(Service):
             if ended == self._ended:
                 break
         self._negative.check(repository, digest)
-        expected = self._store.size_in(repository, digest)
-        wait = partial(self._reader, expected)
-        followed = Deferred.fromCoroutine(self._with_download(repository, digest, context, wait))
-        return FoundBlob(await within_deadline(followed, self._clock, f"{repository}@{digest}"), hit=False)
+        # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
+        expected = None if context.via.instances else self._store.size_in(repository, digest)
+        joins = bool(context.via.instances) and digest in self._downloads
+        wait = partial(self._reader, expected, context, joins)
+        followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
+        what = f"{repository}@{digest}"
+        found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context)
+        return FoundBlob(found, hit=False)
 
-    async def _reader(self, expected: int | None, download: Download) -> Content:
+    async def _reader(self, expected: int | None, context: Context, joins: bool, download: Download) -> Content:
+        if download.down is not None and not context.patient:
+            raise download.down
+        waiting = Deferred.fromCoroutine(download.reader(patient=context.patient))
+        if joins and not download.has_size:
+            path = f"blobs/{download.digest}"
+            return await unless_loop(waiting, self._loops(download.repository, path, context))
         if expected is None:
-            return await download.reader()
-        waiting = Deferred.fromCoroutine(download.reader())
+            return await waiting
         try:
             return await waiting.addTimeout(_HEADERS_WITHIN, self._clock)
-        except defer.TimeoutError:
+        except (defer.TimeoutError, LinkDown):
             return download.early_reader(expected)
 
     async def fetch(self, repository: Repository, digest: Digest, context: Context = IN_BACKGROUND) -> None:
@@ -362,6 +376,9 @@ class PullThrough(Service):
                 download = self._start(repository, digest, context)
             try:
                 return await wait(download)
+            except LinkDown:
+                if download.error is None or download.repository == repository:
+                    raise
             except Abandoned:
                 # The download was given up just before this request joined it: start another.
                 if self._stopping:
@@ -415,8 +432,9 @@ class PullThrough(Service):
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
         registry = self._registries.get(repository.upstream)
-        asked = self._sizes.join((repository, digest), lambda: registry.blob_size(repository, digest, context))
-        told = await within_deadline(asked, self._clock, f"{repository}@{digest}")
+        told = await self._sizes.wait(
+            f"{repository}@{digest}", lambda context: registry.blob_size(repository, digest, context), context
+        )
         known = self._store.size_in(repository, digest)
         size = told if known is None else known
         if size is None or told not in (None, size):

@@ -14,6 +14,7 @@ from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
 from ociregistry.store.store import Store
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
 
 
@@ -76,10 +77,21 @@ class Download:
             return self._partial.length
         return max(0, min(self._partial.length, self.size - 1))
 
-    async def reader(self) -> DownloadReader:
+    @property
+    def has_size(self) -> bool:
+        """Whether a reader can be had at once."""
+        return self._partial is not None and self.size is not None
+
+    @property
+    def down(self) -> LinkDown | None:
+        """Why the upstream counts as down, while the first connection waits for it; None where it does not."""
+        return self._connections.down if not self.has_size else None
+
+    async def reader(self, *, patient: bool = False) -> DownloadReader:
         """Return a reader as soon as the size is known and the partial exists.
 
         Raises:
+            LinkDown: the upstream counts as down, but the download goes on; not for a `patient` caller.
             RegistryError: the download failed.
         """
         self._connections.watch()
@@ -91,6 +103,9 @@ class Download:
                 or (self.size == 0 and not self._verified)
                 or self._connections.abandoned
             ):
+                down = self.down
+                if down is not None and not patient and self.error is None:
+                    raise down
                 await self._change()
             return DownloadReader(self, self.size, self._partial.reader())
         except BaseException:
@@ -218,7 +233,7 @@ class Download:
     async def _first(self, start: int, known: int | None) -> BlobStream:
         """Open the first connection of this download at byte `start`."""
         try:
-            return await self._connections.open(start, known)
+            return await self._connections.open(start, known, self._changed.fire)
         except BlobMismatch:
             raise
         except Unavailable as error:

@@ -14,8 +14,9 @@ from ociregistry.context import Context, Priority
 from ociregistry.errors import AirGapped, ManifestUnknown, Unavailable
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
-from ociregistry.pullthrough.cache import DeadlineExceeded, FoundManifest, PullThrough
+from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.waiting import DeadlineExceeded
 from ociregistry.store.store import Store
 from ociregistry.upstream.daemon_client import DaemonClient
 
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 _SLOW = 8.0
 """Seconds after which a failure means that the upstream is slow; after a faster failure, a retry is useless."""
+_PATIENT = Context(patient=True)
 _LOOK_AGAIN = 0.05
 """Seconds from one check of the store to the next."""
 
@@ -78,13 +80,15 @@ class CacheFetcher:
 
     async def manifest(self, image: ImageReference) -> FoundManifest:
         """See `Fetcher.manifest`."""
-        return await self._retry_while_slow(image, lambda: self._cache.manifest(image))
+        return await self._retry_while_slow(image, lambda: self._cache.manifest(image, _PATIENT))
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """See `Fetcher.referrers`."""
         what = f"{repository}@{digest}"
         try:
-            found = await self._retry_while_slow(what, lambda: self._listings.referrers(repository, digest, ""))
+            found = await self._retry_while_slow(
+                what, lambda: self._listings.referrers(repository, digest, "", _PATIENT)
+            )
         except (ManifestUnknown, AirGapped):
             return None
         return Manifest.parse(found.data, OCI_INDEX)
@@ -92,7 +96,7 @@ class CacheFetcher:
     async def blob(self, repository: Repository, digest: Digest, size: int, advance: Advance) -> None:
         """See `Fetcher.blob`."""
         what = f"{repository}@{digest}"
-        found = await self._retry_while_slow(what, lambda: self._cache.blob(repository, digest))
+        found = await self._retry_while_slow(what, lambda: self._cache.blob(repository, digest, _PATIENT))
         try:
             at = 0
             while at < size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -13,7 +12,7 @@ from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.errors import AirGapped, Unavailable
 from ociregistry.manifests import Manifest, canonical_media_type
 from ociregistry.names import Digest, ImageReference, Repository, referrers_tag
-from ociregistry.pullthrough.cache import within_deadline
+from ociregistry.pullthrough.waiting import SharedRequests
 from ociregistry.store.store import Store
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
@@ -46,7 +45,8 @@ class Listings:
     def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store
         self._registries = registries
-        self._clock = clock
+        self._tags: SharedRequests[str, TagPage] = SharedRequests(clock)
+        self._referrers: SharedRequests[str, Manifest] = SharedRequests(clock)
 
     async def tags(
         self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
@@ -59,9 +59,10 @@ class Listings:
         registry = self._registries.get(repository.upstream)
         if page.count == 0:
             return FoundTags(TagPage(()), hit=False)
-        asked = Deferred.fromCoroutine(registry.tags(repository, page, context))
+        what = f"{repository}/tags/list?{page.query}"
+        asked = self._tags.wait(what, lambda context: registry.tags(repository, page, context), context)
         try:
-            return FoundTags(await within_deadline(asked, self._clock, repository), hit=False)
+            return FoundTags(await asked, hit=False)
         except (Unavailable, AirGapped) as error:
             known = self._store.tags(repository)
             if not known:
@@ -84,17 +85,22 @@ class Listings:
         """
         registry = self._registries.get(repository.upstream)
         tagged = ImageReference(repository, referrers_tag(digest))
-        asked = Deferred.fromCoroutine(registry.referrers(repository, digest, context))
+        what = f"{repository}@{digest}"
+
+        async def ask(context: Context) -> Manifest:
+            manifest = await registry.referrers(repository, digest, context)
+            if manifest.children:
+                await self._keep(manifest, tagged)
+            return manifest
+
         try:
-            manifest = await within_deadline(asked, self._clock, repository)
+            manifest = await self._referrers.wait(what, ask, context)
         except (Unavailable, AirGapped) as error:
             kept = await self._store.manifest(tagged)
             if kept is None or not kept.is_list:
                 raise
             self.log.warn("listing the referrers in the cache: {why}", why=error)
             return FoundReferrers(_filtered(kept, artifact_type), hit=True)
-        if manifest.children:
-            await self._keep(manifest, tagged)
         return FoundReferrers(_filtered(manifest, artifact_type), hit=False)
 
     async def _keep(self, manifest: Manifest, tagged: ImageReference) -> None:

@@ -14,10 +14,11 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff, Event
-from ociregistry.context import Context, Priority
+from ociregistry.context import Context, Priority, Wanted
 from ociregistry.errors import Unavailable
 from ociregistry.names import Digest, Repository
 from ociregistry.store.partials import Partial
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.mirrors import Source
 from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
@@ -135,6 +136,8 @@ class Connections:
         self._waiting = 0
         self._left_at = clock.seconds()
         self._may_be_abandoned = expected is None
+        self._down: LinkDown | None = None
+        self._changed: Callable[[], object] = lambda: None
         self.abandoned = False
         """Whether the download ends, or has ended, because no request waited for it."""
 
@@ -173,8 +176,15 @@ class Connections:
     def _note_priority(self) -> None:
         self._scheduler.flows(self, self.priority if self._flowing else None)
 
-    async def open(self, start: int, size: int | None) -> BlobStream:
+    @property
+    def down(self) -> LinkDown | None:
+        """Why the host that is being asked counts as down; None where it does not."""
+        return self._down.renewed() if self._down is not None else None
+
+    async def open(self, start: int, size: int | None, changed: Callable[[], object]) -> BlobStream:
         """Open the blob at byte `start`, or at an earlier byte where the upstream supports no ranges.
+
+        Calls `changed` when `down` has changed.
 
         Raises:
             BlobUnknown: the upstream does not have it.
@@ -182,23 +192,31 @@ class Connections:
             Unavailable: the upstream cannot be asked; `Abandoned` when no request waits any more.
         """
         await self._wait_for_turn()
+        self._changed = changed
         return await self._open(start, size, self.priority)
 
     async def _open(
         self, start: int, size: int | None, priority: Priority, timeout: float = DEFAULT_OPTIONS.timeout
     ) -> BlobStream:
-        context = replace(self._context, priority=priority)
+        context = replace(self._context, priority=priority, wanted=Wanted(self._link_down))
         while True:
             self.count += 1
-            stream = await self._registry().blob(
-                self._repository, self._digest, context, start=start, size=self._expected, timeout=timeout
-            )
+            try:
+                stream = await self._registry().blob(
+                    self._repository, self._digest, context, start=start, size=self._expected, timeout=timeout
+                )
+            finally:
+                self._down = None
             if stream.size is None or size in (None, stream.size):
                 return stream
             stream.body.abort()
             mismatch = BlobMismatch(f"{self}: the upstream has {stream.size} bytes, expected {size}")
             if not stream.source.failed(mismatch.message):
                 raise mismatch
+
+    def _link_down(self, error: Unavailable) -> None:
+        self._down = error if isinstance(error, LinkDown) else None
+        self._changed()
 
     def report_mismatch(self, why: str) -> bool:
         """Report to the sources of the bytes so far that these are wrong; tell whether others will be asked."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from twisted.internet import defer
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -17,6 +18,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import HostnameEndpoint, wrapClientTLS
 from twisted.internet.error import DNSLookupError
 from twisted.internet.interfaces import (
+    IAddress,
     IHostnameResolver,
     IHostResolution,
     IProtocol,
@@ -25,16 +27,21 @@ from twisted.internet.interfaces import (
     IReactorPluggableNameResolver,
     IResolutionReceiver,
     IStreamClientEndpoint,
+    ITransport,
 )
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 from twisted.web.client import URI
 from twisted.web.iweb import IAgentEndpointFactory, IPolicyForHTTPS
 from zope.interface import implementer
 
 from ociregistry.concurrency import SingleFlight
+from ociregistry.config.proxy import Proxy
 from ociregistry.errors import Denied
 from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth
+from ociregistry.upstream.origin import Origin
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -165,9 +172,13 @@ def _result_or_error(result: tuple[str, ...] | DNSLookupError) -> tuple[str, ...
     return result
 
 
-_TIMEOUT = 10.0
-"""Seconds for a name to be resolved, and again for a connection to be made."""
+_TIMEOUT = 30.0
+"""Seconds for a name to be resolved, and again for a connection to be made; clients wait for less."""
+_PROXY_TIMEOUT = 10.0
+"""The same for a proxy: only this tells that it is down, for it is silent as well while it waits for a host."""
 
+Heard = Callable[[Origin, Proxy | None], object]
+"""Is told that something came from an origin, directly or through a proxy."""
 IsConfigured = Callable[[str, int], bool]
 """Returns whether the operator named a host (an IPv6 address without brackets) and port."""
 
@@ -184,8 +195,13 @@ class Dialer:
         policy: IPolicyForHTTPS,
         bandwidth: Bandwidth,
         reactor: Any,
+        heard: Heard = lambda origin, proxy: None,
     ) -> None:
-        """Set up the dialer; hosts for which `is_configured` returns True may have any address."""
+        """Set up the dialer; hosts for which `is_configured` returns True may have any address.
+
+        `heard` is called for each connection made, and whenever bytes come from a host.
+        """
+        self._heard = heard
         self._upstream = upstream
         self._resolver = resolver
         self._is_configured = is_configured
@@ -195,33 +211,40 @@ class Dialer:
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Return the endpoint for a request for `uri`."""
-        endpoint = self.endpoint(uri.host.decode("ascii"), uri.port)
+        host, port = uri.host.decode("ascii"), uri.port
+        heard = partial(self._heard, Origin.of(uri.toBytes().decode("ascii")), None)
+        endpoint = _CheckedEndpoint(host, port, self._is_configured(host, port), _TIMEOUT, heard, self)
         return self.over_tls(uri, endpoint) if uri.scheme == b"https" else endpoint
 
-    def endpoint(self, host: str, port: int, *, configured: bool = False) -> IStreamClientEndpoint:
-        """Return the endpoint for TCP connections to `host`; one that is `configured` may have any address."""
-        return _CheckedEndpoint(host, port, configured or self._is_configured(host, port), self)
+    def proxy_endpoint(self, proxy: Proxy, origin: Origin | None) -> IStreamClientEndpoint:
+        """Return the endpoint for TCP connections to `proxy`, for `origin` alone if that is not None."""
+        heard = (lambda: None) if origin is None else partial(self._heard, origin, proxy)
+        return _CheckedEndpoint(proxy.host, proxy.port, True, _PROXY_TIMEOUT, heard, self)
 
     def over_tls(self, uri: URI, endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
         """Return the endpoint that speaks TLS with the host of `uri` over the connections of `endpoint`."""
         return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
 
-    async def dial(self, host: str, port: int, configured: bool, factory: IProtocolFactory) -> IProtocol:
+    async def dial(
+        self, host: str, port: int, configured: bool, timeout: float, factory: IProtocolFactory
+    ) -> IProtocol:
         """Connect to `host`, which may have any address if it is `configured`.
+
+        `timeout` is the number of seconds for the name, and again for the connection.
 
         Raises:
             Denied: one of its addresses is one that clients must not reach through the daemon.
-            DNSLookupError: the name cannot be resolved, or not within 10 s.
+            DNSLookupError: the name cannot be resolved, or not in time.
             ConnectError: no connection was made.
         """
         try:
-            addresses = await self._resolver.addresses(host).addTimeout(_TIMEOUT, self._reactor)
+            addresses = await self._resolver.addresses(host).addTimeout(timeout, self._reactor)
         except defer.TimeoutError:
-            raise DNSLookupError(f"no answer within {_TIMEOUT:g} s") from None
+            raise DNSLookupError(f"no answer within {timeout:g} s") from None
         if not configured:
             self._check(host, addresses)
         resolved = _FixedResolver(addresses, self._reactor)
-        connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=_TIMEOUT).connect(factory)
+        connection: IProtocol = await HostnameEndpoint(resolved, host, port, timeout=timeout).connect(factory)
         if self._bandwidth.rate is not None:
             # Bytes that the kernel received have used the link before the limit applies to them, so its buffer
             # starts small; `Bandwidth` sets it again for each large body.
@@ -251,15 +274,60 @@ class Dialer:
 
 @implementer(IStreamClientEndpoint)
 class _CheckedEndpoint:
-    def __init__(self, host: str, port: int, configured: bool, dialer: Dialer) -> None:
+    def __init__(
+        self, host: str, port: int, configured: bool, timeout: float, heard: Callable[[], object], dialer: Dialer
+    ) -> None:
         self._host = host
         self._port = port
         self._configured = configured
+        self._timeout = timeout
+        self._heard = heard
         self._dialer = dialer
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
         """Connect; the Deferred fires with the connection."""
-        return Deferred.fromCoroutine(self._dialer.dial(self._host, self._port, self._configured, protocolFactory))
+        return Deferred.fromCoroutine(self._connect(protocolFactory))
+
+    async def _connect(self, factory: IProtocolFactory) -> IProtocol:
+        listening = _ListeningFactory(factory, self._heard)
+        connection = await self._dialer.dial(self._host, self._port, self._configured, self._timeout, listening)
+        return cast(_Listening, connection).protocol
+
+
+@implementer(IProtocolFactory)
+class _ListeningFactory:
+    """Makes the protocols of `factory`, and calls `heard` when they are connected and when they receive bytes."""
+
+    def __init__(self, factory: IProtocolFactory, heard: Callable[[], object]) -> None:
+        self._factory = factory
+        self._heard = heard
+
+    def doStart(self) -> None:
+        self._factory.doStart()
+
+    def doStop(self) -> None:
+        self._factory.doStop()
+
+    def buildProtocol(self, addr: IAddress) -> IProtocol | None:
+        protocol = self._factory.buildProtocol(addr)
+        return _Listening(protocol, self._heard) if protocol is not None else None
+
+
+class _Listening(Protocol):
+    def __init__(self, protocol: IProtocol, heard: Callable[[], object]) -> None:
+        self.protocol = protocol
+        self._heard = heard
+
+    def connectionMade(self) -> None:
+        self._heard()
+        self.protocol.makeConnection(cast(ITransport, self.transport))
+
+    def dataReceived(self, data: bytes) -> None:
+        self._heard()
+        self.protocol.dataReceived(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.protocol.connectionLost(reason)
 
 
 @implementer(IReactorPluggableNameResolver, IHostnameResolver)

@@ -52,7 +52,9 @@ class DaemonClient:
         agent = Agent.usingEndpointFactory(reactor, _Socket(socket, reactor), pool)
         unlimited = Bandwidth(None, (), reactor)
         self._pool = pool
-        self._http = HttpClient("the daemon", agent, CircuitBreakers(reactor), unlimited, lambda: None, reactor)
+        # The daemon is silent while it waits for an upstream.
+        breakers = CircuitBreakers(reactor, watches=False)
+        self._http = HttpClient("the daemon", agent, breakers, unlimited, lambda: None, reactor)
 
     async def stop(self) -> None:
         """Close the connections."""

@@ -22,11 +22,11 @@ from zope.interface import implementer
 
 from ociregistry import __version__
 from ociregistry.config.proxy import Proxy
-from ociregistry.context import Priority
+from ociregistry.context import Again, Priority, Wanted
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
-from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers, LinkDown
+from ociregistry.upstream.breaker import LONGEST_PATIENCE, Attempt, CircuitBreaker, CircuitBreakers, LinkDown
 from ociregistry.upstream.failures import (
     ProxyFailed,
     ProxyUnreachable,
@@ -37,18 +37,22 @@ from ociregistry.upstream.failures import (
     was_cancelled,
 )
 from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.probing import Ping
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOptions:
     """How to make a request, and the redirects and token requests that belong to it."""
 
-    timeout: float = 30.0
+    timeout: float = 60.0
     """Seconds for the headers of each response."""
     priority: Priority = Priority.CLIENT
+    wanted: Wanted | None = None
+    """What the request is for; with None, the request ends when its host counts as down."""
 
 
 DEFAULT_OPTIONS = RequestOptions()
+_PROBE = RequestOptions(timeout=LONGEST_PATIENCE, priority=Priority.METADATA)
 
 
 USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
@@ -254,12 +258,14 @@ class HttpClient:
         drop_idle: Callable[[], object],
         clock: IReactorTime,
         proxy_of: Callable[[Origin], Proxy | None] = lambda origin: None,
+        want: Callable[[CircuitBreaker, Ping, Again | None], object] = lambda breaker, ping, again: None,
     ) -> None:
         """Create a client.
 
         `drop_idle` closes the idle connections of the pool. `proxy_of` tells the proxy that `agent` sends requests to
-        an origin through.
+        an origin through. `want` is called with the breaker of a host that a request missed, and with its probes.
         """
+        self._want = want
         self._bandwidth = bandwidth
         self._breakers = breakers
         self._upstream = upstream
@@ -290,24 +296,44 @@ class HttpClient:
             Denied: the host's address is not allowed.
             CancelledError: the caller cancelled the request.
         """
-        attempt = self._enter(Origin.of(url), options.priority)
+        origin = Origin.of(url)
+        attempt = self._enter(origin, options)
         raw = Headers({name: [value] for name, value in headers.items()})
-        deadline: IDelayedCall | None = None
+        ended = False
+
+        def end() -> None:
+            nonlocal ended
+            ended = True
+            requested.cancel()
+
+        def link_down(error: LinkDown) -> None:
+            self._missed(attempt.breaker, origin, options)
+            if options.wanted is not None:
+                options.wanted.link_down(error)
+            else:
+                end()
+
+        probes = attempt.at_host.down is not None
+        timeout = min(options.timeout, LONGEST_PATIENCE) if probes else options.timeout
+        requested = Deferred.fromCoroutine(self._exchange(method, url, raw, body))
+        deadline: IDelayedCall = self._clock.callLater(timeout, end)
+        attempt.at_host.link_down, attempt.at_host.give_up = link_down, end
+        if attempt.at_host.down is not None and options.wanted is not None:
+            options.wanted.link_down(attempt.at_host.down)
         try:
-            requested = Deferred.fromCoroutine(self._exchange(method, url, raw, body))
-            deadline = self._clock.callLater(options.timeout, requested.cancel)
             response = await requested
         except Denied:
             attempt.abandoned()
             raise
         except Exception as error:
-            if was_cancelled(error) and deadline is not None and deadline.active():
-                # The deadline has not passed, so the caller cancelled.
+            if was_cancelled(error) and not ended:
                 attempt.abandoned()
                 raise CancelledError from error
-            raise self._failure(url, error, attempt) from error
+            failure = self._failure(url, error, attempt)
+            self._missed(attempt.breaker, origin, options)
+            raise failure from error
         finally:
-            if deadline is not None and deadline.active():
+            if deadline.active():
                 deadline.cancel()
         attempt.answered()
         length = None if response.length is UNKNOWN_LENGTH else int(response.length)
@@ -315,16 +341,38 @@ class HttpClient:
         proxy = attempt.proxy if url.startswith("http:") else None
         return Response(self._upstream, response.code, url, length, received, response.headers, method, proxy=proxy)
 
-    def _enter(self, origin: Origin, priority: Priority) -> _Attempts:
+    def _enter(self, origin: Origin, options: RequestOptions) -> _Attempts:
         proxy = self._proxy_of(origin)
-        at_proxy = self._breakers.get(proxy).enter(self._upstream, priority) if proxy is not None else None
+        priority = options.priority
         breaker = self._breakers.get(origin, proxy)
+        at_proxy: Attempt | None = None
         try:
+            if proxy is not None:
+                at_proxy = self._breakers.get(proxy).enter(self._upstream, priority)
             return _Attempts(breaker, breaker.enter(self._upstream, priority), proxy, at_proxy)
         except LinkDown:
             if at_proxy is not None:
                 at_proxy.abandoned()
+            elif proxy is not None:
+                breaker = self._breakers.get(proxy)
+            self._missed(breaker, origin, options)
             raise
+
+    def _missed(self, breaker: CircuitBreaker, origin: Origin, options: RequestOptions) -> None:
+        """Have the host probed, if it is down, unless the request was of the lowest priority, as probes are."""
+        if breaker.is_open and options.priority > Priority.METADATA:
+            again = options.wanted.again if options.wanted is not None else None
+            self._want(breaker, partial(self._ping, origin), again)
+
+    async def _ping(self, origin: Origin) -> None:
+        """Send `GET /v2/` to a host, without credentials.
+
+        Raises:
+            RegistryError: no response came.
+        """
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        response = await self.send("GET", f"{origin.scheme}://{host}:{origin.port}/v2/", {}, options=_PROBE)
+        await response.discard()
 
     async def _exchange(self, method: str, url: str, headers: Headers, body: bytes | None) -> IResponse:
         async def request() -> IResponse:
@@ -371,4 +419,4 @@ class HttpClient:
         # Idle connections to the same host have stalled too: after an outage an old TCP connection can take minutes
         # to recover, while a new one works at once.
         self._drop_idle()
-        breaker.failed(self._clock.seconds() - silent, why)
+        breaker.stalled(self._clock.seconds() - silent, why)

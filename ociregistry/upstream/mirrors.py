@@ -13,15 +13,18 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff
+from ociregistry.context import Priority, Via
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Repository
 from ociregistry.upstream.auth import AccessRefused
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 
 _MIRROR_TIMEOUT = 15.0
 """Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
+_LOOKING = RequestOptions(timeout=_MIRROR_TIMEOUT, priority=Priority.METADATA)
 _BACKOFF = Backoff(first=10.0, longest=3600.0)
 """The seconds for which a mirror is not asked after a bad body."""
 
@@ -96,6 +99,13 @@ class Sources:
         self._mirrors = mirrors
         self._registry = Source(own, mirrors)
 
+    async def mirrors_loop(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+        """Ask each mirror, by HEAD, whether it leads to a cache that `via` names."""
+        for mirror in self._mirrors:
+            if await _refuses_loop(mirror, repository, path, headers, via):
+                return True
+        return False
+
     async def request(
         self,
         method: str,
@@ -112,7 +122,8 @@ class Sources:
             Denied: the registry, or a redirect of it, leads to an address that is not allowed.
         """
         missed: list[str] = []
-        quick = replace(options, timeout=min(options.timeout, _MIRROR_TIMEOUT))
+        # A silent mirror is passed over, so nothing waits for a late response.
+        quick = replace(options, timeout=min(options.timeout, _MIRROR_TIMEOUT), wanted=None)
         for mirror in self._mirrors:
             why = mirror.paused
             if why is None:
@@ -132,7 +143,22 @@ class Sources:
         except Unavailable as error:
             if not missed:
                 raise
-            raise Unavailable(f"{error.message} ({'; '.join(missed)})", error.retry_after) from None
+            message = f"{error.message} ({'; '.join(missed)})"
+            if isinstance(error, LinkDown):
+                raise error.with_message(message) from None
+            raise Unavailable(message, error.retry_after) from None
+
+
+async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+    """Return whether a mirror is a cache that this `via` names, or leads to one."""
+    try:
+        response = await mirror.client.request("HEAD", repository, path, headers, _LOOKING)
+    except (Unavailable, Denied):
+        return False
+    await response.discard()
+    return response.status == 403 and any(
+        name in via.instances for name in Via.parse(response.header("via")).instances
+    )
 
 
 async def _passed_over(mirror: MirrorClient, path: str, response: Response) -> str | None:

@@ -11,7 +11,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 from twisted.web.client import HTTPConnectionPool
 
-from ociregistry.config.proxy import ProxySettings
+from ociregistry.config.proxy import Proxy, ProxySettings
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.errors import Denied
@@ -25,6 +25,7 @@ from ociregistry.upstream.credentials import Credentials, ask_helper
 from ociregistry.upstream.http import HttpClient
 from ociregistry.upstream.mirrors import MirrorClient, Sources
 from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.probing import Prober
 from ociregistry.upstream.proxy import Route, RoutedAgent
 from ociregistry.upstream.registry import RESERVED_CONNECTIONS, ConnectionLimit, Registry
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
@@ -97,16 +98,19 @@ class Network(Service):
         self._resolver = Resolver(reactor)
         self._contexts = ContextCache()
         self._breakers = CircuitBreakers(reactor)
+        self._prober = Prober(reactor)
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
 
     def startService(self) -> None:
-        """Start the resolver's threads; call it after the process has daemonized."""
+        """Start the prober and the resolver's threads; call it after the process has daemonized."""
         super().startService()
         self._resolver.start()
+        self._prober.startService()
 
     def stopService(self) -> None:
-        """Stop the resolver's threads."""
+        """Stop the prober and the resolver's threads."""
         super().stopService()
+        self._prober.stopService()
         self._resolver.stop()
 
     def reconfigure(self, settings: Settings) -> None:
@@ -116,6 +120,7 @@ class Network(Service):
         """
         self._settings = settings
         self._contexts.clear()
+        self._prober.forget()
         self._bandwidth.reconfigure(settings.max_bandwidth, settings.bandwidth)
 
     def registry(self, upstream: Upstream) -> Registry:
@@ -147,12 +152,14 @@ class Network(Service):
         pool = HTTPConnectionPool(reactor)
         pool.maxPersistentPerHost = self._settings.max_connections + RESERVED_CONNECTIONS
         policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
-        dialer = Dialer(name, self._resolver, configured_hosts(self._settings), policy, self._bandwidth, reactor)
+        configured = configured_hosts(self._settings)
+        dialer = Dialer(name, self._resolver, configured, policy, self._bandwidth, reactor, self._heard)
         route = route_of(entry, base, self._settings.proxy)
         proxy_policy = UpstreamPolicy(SYSTEM_TRUST, ("", 0), self._contexts)
         agent = RoutedAgent(route, dialer, proxy_policy, pool, reactor)
         drop_idle = pool.closeCachedConnections
-        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor, route.to)
+        want = self._prober.want
+        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor, route.to, want)
 
         async def ask(helper: Helper) -> Password | IdentityToken:
             return await ask_helper(helper, entry.upstream, reactor)
@@ -161,6 +168,9 @@ class Network(Service):
         trusted = _trusted_with(entry, base, own)
         proxied = route.to(own) is not None
         return Client(name, base, http, credentials, trusted, self._http_allowed(entry, proxied), reactor)
+
+    def _heard(self, origin: Origin, proxy: Proxy | None) -> None:
+        self._breakers.get(origin, proxy).heard()
 
     def _http_allowed(self, entry: RegistrySettings, proxied: bool) -> Callable[[], Deferred[bool]]:
         """Return a function that tells whether plain http may be tried where https does not work.

@@ -82,7 +82,7 @@ class RoutedAgent:
         self._check = dialer.check_unresolved
         self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(route, dialer, proxy_policy), pool)
         proxy = route.proxies.http
-        endpoint = _ToProxy(proxy, dialer, proxy_policy) if proxy is not None else None
+        endpoint = _ToProxy(proxy, None, dialer, proxy_policy) if proxy is not None else None
         self._absolute = ProxyAgent(endpoint, reactor, pool) if endpoint is not None else None
 
     def request(
@@ -129,17 +129,17 @@ class _Endpoints:
         proxy = self._route.to(origin)
         if proxy is None:
             return self._dialer.endpointForURI(uri)
-        tunnel = _Tunnel(proxy, origin, _ToProxy(proxy, self._dialer, self._proxy_policy))
+        tunnel = _Tunnel(proxy, origin, _ToProxy(proxy, origin, self._dialer, self._proxy_policy))
         return self._dialer.over_tls(uri, tunnel)
 
 
 @implementer(IStreamClientEndpoint)
 class _ToProxy:
-    """Connects to a proxy."""
+    """Connects to a proxy, for one origin, or for all with None as the origin."""
 
-    def __init__(self, proxy: Proxy, dialer: Dialer, policy: IPolicyForHTTPS) -> None:
+    def __init__(self, proxy: Proxy, origin: Origin | None, dialer: Dialer, policy: IPolicyForHTTPS) -> None:
         self._proxy = proxy
-        self._endpoint = dialer.endpoint(proxy.host, proxy.port, configured=True)
+        self._endpoint = dialer.proxy_endpoint(proxy, origin)
         if proxy.scheme == "https":
             creator = policy.creatorForNetloc(proxy.host.encode("ascii"), proxy.port)
             self._endpoint = wrapClientTLS(creator, self._endpoint)

@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from twisted.internet.defer import DeferredSemaphore
 
-from ociregistry.context import FROM_CLIENT, Context, Priority, Via
+from ociregistry.context import FROM_CLIENT, Context, Priority, Via, Wanted
 from ociregistry.errors import (
     AirGapped,
     BlobUnknown,
@@ -83,13 +83,40 @@ class ConnectionLimit:
             self._blobs.release()
 
     @asynccontextmanager
-    async def for_small(self) -> AsyncIterator[None]:
-        """Hold a connection for a small response, and for its token request, while the block runs."""
+    async def for_small(self, context: Context) -> AsyncIterator[Context]:
+        """Hold a connection for a small response, and for its token request, while the block runs.
+
+        Yields the context for the request. The connection no longer counts once its host is down, as those that wait
+        for a connection must learn that at once.
+        """
         await self._all.acquire()
+        release = _once(self._all.release)
         try:
-            yield
+            yield _released_when_down(context, release)
         finally:
-            self._all.release()
+            release()
+
+
+def _once(release: Callable[[], object]) -> Callable[[], None]:
+    """Return a function of which only the first call calls `release`."""
+    left = [release]
+
+    def released() -> None:
+        while left:
+            left.pop()()
+
+    return released
+
+
+def _released_when_down(context: Context, release: Callable[[], object]) -> Context:
+    wanted = context.wanted
+
+    def link_down(error: Unavailable) -> None:
+        release()
+        if wanted is not None:
+            wanted.link_down(error)
+
+    return replace(context, wanted=Wanted(link_down, wanted.again if wanted is not None else None))
 
 
 _ACCEPT = ", ".join(MEDIA_TYPES)
@@ -161,7 +188,7 @@ class Registry:
 
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        async with self._limit.for_small():
+        async with self._limit.for_small(context) as context:
             return await self._collect(
                 "GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
             )
@@ -185,7 +212,7 @@ class Registry:
 
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
-        async with self._limit.for_small():
+        async with self._limit.for_small(context) as context:
             return await self._collect(
                 "HEAD", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
             )
@@ -211,12 +238,14 @@ class Registry:
         """
         reserved = uses_reserved(context.priority, size)
         await self._limit.acquire(reserved=reserved)
+        release = _once(lambda: self._limit.release(reserved=reserved))
         try:
+            context = _released_when_down(context, release)
             stream = await self._stream(repository, digest, context, start, timeout)
         except BaseException:
-            self._limit.release(reserved=reserved)
+            release()
             raise
-        stream.body.ended.addCallback(lambda _: self._limit.release(reserved=reserved))
+        stream.body.ended.addCallback(lambda _: release())
         return stream
 
     async def _stream(
@@ -254,7 +283,7 @@ class Registry:
             BlobUnknown: the upstream does not have the blob, or does not show it.
         """
         unknown = _unknown_blob(f"{repository}@{digest}")
-        async with self._limit.for_small():
+        async with self._limit.for_small(context) as context:
             response, _ = await self._ask("HEAD", repository, f"blobs/{digest}", {}, unknown, context, _OF_FIRST_BYTE)
             await response.discard()
         if response.status != 200:
@@ -278,7 +307,7 @@ class Registry:
             tags = _tags(repository, data)
             return TagPage(tags, page.following(tags, _next_page(response, str(repository))))
 
-        async with self._limit.for_small():
+        async with self._limit.for_small(context) as context:
             return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
@@ -300,7 +329,7 @@ class Registry:
         def parse(response: Response, data: bytes) -> tuple[Response, bytes, Manifest | None]:
             return response, data, parse_index(data, what) if pages or is_index(response, data) else None
 
-        async with self._limit.for_small():
+        async with self._limit.for_small(context) as context:
             while len(pages) < _MOST_PAGES:
                 accepted = _OK if pages else _OK | NO_API
                 response, data, page = await self._collect(
@@ -339,6 +368,22 @@ class Registry:
         return await self._collect(
             "GET", repository, path, _INDEX_ALONE, unknown, context, LARGEST_MANIFEST, parse, accepted
         )
+
+    async def loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
+        """Ask the mirrors whether one leads back to a cache that the request with this context came through.
+
+        Where two caches wait for each other, only the one with the lower name asks: the other's wait is no loop once
+        this one does not wait.
+
+        Returns:
+            The error for the cache that asks here; None where there is no loop, or where the other one looks for it.
+        """
+        if self._sources is None or context.via.instances[-1] > self._instance:
+            return None
+        via = context.via.through(self._instance)
+        if not await self._sources.mirrors_loop(repository, path, {"Via": via}, Via.parse(via)):
+            return None
+        return LoopDetected(f"{self.upstream}: this server waits for the one that asks", via)
 
     async def _collect(
         self,
@@ -390,7 +435,7 @@ class Registry:
             absent = unknown("it is not in the cache, and this server is air-gapped")
             raise AirGapped(absent.message, absent.code)
         headers = {**headers, "Via": context.via.through(self._instance)}
-        options = RequestOptions(timeout, context.priority)
+        options = RequestOptions(timeout, context.priority, context.wanted)
         try:
             response, source = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:

@@ -177,7 +177,9 @@ class _Exchange:
             if self._method not in ("GET", "HEAD"):
                 raise MethodUnsupported(f"{self._method} is not supported: this server is pull-only")
             header = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
-            context = Context(Via.parse(header.decode("latin-1")))
+            # A command on the control socket: it has no address.
+            patient = not hasattr(request.getClientAddress(), "port")
+            context = Context(Via.parse(header.decode("latin-1")), patient=patient)
             return await self._handler(self._method, request.path, request.args, context)
         except RegistryError as error:
             return self._failed(error)

@@ -7,7 +7,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.errors import Unavailable
-from ociregistry.pullthrough.cache import ANSWER_DEADLINE, within_deadline
+from ociregistry.pullthrough.waiting import ANSWER_DEADLINE, within_deadline
 from tests.unit.support.common import failed, fired
 
 

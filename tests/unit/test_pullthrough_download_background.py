@@ -10,7 +10,8 @@ from twisted.internet.task import Clock
 from ociregistry.context import Context, Priority
 from ociregistry.errors import BlobUnknown, Unavailable
 from ociregistry.names import Digest
-from ociregistry.pullthrough.cache import ANSWER_DEADLINE, DeadlineExceeded, PullThrough, within_deadline
+from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.waiting import ANSWER_DEADLINE, DeadlineExceeded, within_deadline
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, turn, until

@@ -1,4 +1,4 @@
-"""Circuit breakers: an unreachable host is probed by one request at a time, with one log line per change."""
+"""Circuit breakers: a lost or silent host is probed by one request at a time, with one log line per change."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable
 from math import ceil
 
 import pytest
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.context import Priority
 from ociregistry.upstream.breaker import Attempt, CircuitBreaker, CircuitBreakers, LinkDown
 from ociregistry.upstream.origin import Origin
-from tests.unit.support.common import texts
+from tests.unit.support.common import failed, fired, texts
 
 NAME = "reg.example:443"
 UPSTREAM = "up.example"
@@ -26,11 +27,16 @@ def breaker(clock: Clock) -> CircuitBreaker:
     return CircuitBreaker(NAME, clock, lambda: 1.0)
 
 
-def refused(breaker: CircuitBreaker) -> LinkDown:
+def refused(breaker: CircuitBreaker, priority: Priority = Priority.BACKGROUND) -> LinkDown:
     """Return the error of a refused request."""
     with pytest.raises(LinkDown) as down:
-        breaker.enter(UPSTREAM)
+        breaker.enter(UPSTREAM, priority)
     return down.value
+
+
+def probe(breaker: CircuitBreaker) -> Attempt:
+    """Register a request that passes as a probe."""
+    return breaker.enter(UPSTREAM, Priority.BACKGROUND)
 
 
 def take_down(breaker: CircuitBreaker) -> None:
@@ -51,7 +57,7 @@ def test_failure_opens_the_breaker(breaker: CircuitBreaker, events: list[LogEven
     take_down(breaker)
     down = refused(breaker)
     assert down.message == f"{UPSTREAM}: {NAME} could not be reached a moment ago: no route"
-    assert (down.status, down.headers()) == (503, {"Retry-After": "1"})
+    assert (down.status, down.headers()) == (503, {"Retry-After": "2"})
     refused(breaker)
     assert texts(events, LogLevel.warn) == [f"{NAME} cannot be reached: no route"]
 
@@ -64,11 +70,13 @@ def test_probe_interval_doubles_up_to_30_seconds(
     attempt = breaker.enter(UPSTREAM)
     for distance in DISTANCES:
         attempt.failed("no route")
-        assert refused(breaker).retry_after == ceil(distance * share)
+        # A little more than the time of the next probe, which is answered then.
+        assert refused(breaker).retry_after == ceil(distance * share + 0.5)
         clock.advance(distance * share - 0.125)
         assert refused(breaker).retry_after == 1
         clock.advance(0.125)
-        attempt = breaker.enter(UPSTREAM)
+        refused(breaker, Priority.CLIENT)
+        attempt = probe(breaker)
     assert len(texts(events, LogLevel.warn)) == 1
 
 
@@ -85,12 +93,12 @@ def test_default_jitter_is_random(clock: Clock) -> None:
 def test_one_request_passes_as_probe(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
     clock.advance(1)
-    probe = breaker.enter(UPSTREAM)
+    attempt = probe(breaker)
     # Regardless of its duration.
     for _ in range(5):
-        assert refused(breaker).retry_after == 1
+        refused(breaker)
         clock.advance(100)
-    probe.answered()
+    attempt.answered()
     breaker.enter(UPSTREAM)
     breaker.enter(UPSTREAM)
 
@@ -101,11 +109,11 @@ def test_urgent_request_always_passes_as_probe(breaker: CircuitBreaker, clock: C
     clock.advance(1)
     refused(breaker)
     attempts[0].failed("no route still")
-    # The interval is doubled.
-    clock.advance(1.875)
+    # The interval is doubled, and begins with the probe.
+    clock.advance(0.875)
     assert "no route still" in refused(breaker).message
     clock.advance(0.125)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
 
 
 def test_response_closes_the_breaker(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
@@ -121,13 +129,13 @@ def test_response_closes_the_breaker(breaker: CircuitBreaker, clock: Clock, even
     clock.advance(1)
     take_down(breaker)
     clock.advance(1)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
     assert len(texts(events, LogLevel.warn)) == 3
 
 
 def test_simultaneous_failures_count_once(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
     attempts = [breaker.enter(UPSTREAM) for _ in range(20)]
-    clock.advance(10)
+    clock.advance(5)
     for attempt in attempts:
         clock.advance(0.03125)
         attempt.failed("too slow")
@@ -136,12 +144,11 @@ def test_simultaneous_failures_count_once(breaker: CircuitBreaker, clock: Clock,
     # One second after the first failure.
     refused(breaker)
     clock.advance(0.03125)
-    probe = breaker.enter(UPSTREAM)
-    probe.failed("too slow")
+    probe(breaker).failed("too slow")
     clock.advance(1.875)
     refused(breaker)
     clock.advance(0.125)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
 
 
 def test_failure_of_an_older_request_is_ignored(
@@ -163,29 +170,31 @@ def test_ended_probe_lets_the_next_one_pass(
 ) -> None:
     take_down(breaker)
     clock.advance(1)
-    end(breaker.enter(UPSTREAM))
+    end(probe(breaker))
     clock.advance(2)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
     refused(breaker)
 
 
-def test_abandoned_probe_changes_nothing(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
+def test_abandoned_probe_is_no_failure(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
+    """The next one is due after the interval, which is not lengthened."""
     take_down(breaker)
     clock.advance(1)
-    breaker.enter(UPSTREAM).abandoned()
-    breaker.enter(UPSTREAM).failed("no")
-    clock.advance(1.875)
-    refused(breaker)
+    for _ in range(2):
+        probe(breaker).abandoned()
+        clock.advance(1.875)
+        refused(breaker)
+        clock.advance(0.125)
     assert len(texts(events, LogLevel.warn)) == 1
 
 
 @pytest.mark.parametrize("end", [Attempt.abandoned, lambda attempt: attempt.failed("no")])
 def test_older_request_is_no_probe(breaker: CircuitBreaker, clock: Clock, end: Callable[[Attempt], None]) -> None:
     earlier = breaker.enter(UPSTREAM)
-    clock.advance(10)
-    breaker.failed(clock.seconds() - 10, "no")
+    clock.advance(5)
+    breaker.failed(clock.seconds() - 5, "no")
     clock.advance(1)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
     end(earlier)
     refused(breaker)
 
@@ -193,11 +202,11 @@ def test_older_request_is_no_probe(breaker: CircuitBreaker, clock: Clock, end: C
 def test_probe_of_an_earlier_outage_is_ignored(breaker: CircuitBreaker, clock: Clock) -> None:
     take_down(breaker)
     clock.advance(1)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
     breaker.enter(UPSTREAM, Priority.URGENT).answered()
     take_down(breaker)
     clock.advance(1)
-    breaker.enter(UPSTREAM)
+    probe(breaker)
     refused(breaker)
 
 
@@ -222,3 +231,128 @@ def test_most_recently_used_breakers_are_kept(clock: Clock) -> None:
     for number in range(1000):
         breakers.get(Origin("https", f"again.{number}.example", 443))
     breakers.get(first).enter(UPSTREAM)
+
+
+def told(breaker: CircuitBreaker) -> tuple[Attempt, list[LinkDown]]:
+    """Register a client's request; return it with the errors that it is told."""
+    attempt, errors = breaker.enter(UPSTREAM), list[LinkDown]()
+    attempt.link_down = errors.append
+    return attempt, errors
+
+
+def test_silence_opens_the_breaker_for_all(breaker: CircuitBreaker, clock: Clock, events: list[LogEvent]) -> None:
+    """It opens 10 s after the first request, which goes on; its late response closes it."""
+    first, errors = told(breaker)
+    clock.advance(9)
+    second, others = told(breaker)
+    clock.advance(0.875)
+    assert not breaker.is_open
+    clock.advance(0.125)
+    assert breaker.is_open
+    assert [len(errors), len(others)] == [1, 1]
+    assert errors[0].message.endswith("nothing came from it for 10 s")
+    refused(breaker, Priority.CLIENT)
+    clock.advance(10)
+    first.answered()
+    second.abandoned()
+    assert not breaker.is_open
+    assert len(texts(events, LogLevel.warn)) == 2
+    assert clock.getDelayedCalls() == []
+
+
+def test_byte_of_any_connection_ends_the_silence(breaker: CircuitBreaker, clock: Clock) -> None:
+    attempt, errors = told(breaker)
+    for _ in range(6):
+        clock.advance(9)
+        breaker.heard()
+    assert errors == []
+    clock.advance(10)
+    assert len(errors) == 1
+    attempt.failed("no response in time")
+    assert clock.getDelayedCalls() == []
+
+
+@pytest.mark.parametrize(("took", "patience"), [(11, 22), (20, 25)])
+def test_slow_host_is_not_taken_for_silent_twice(
+    breaker: CircuitBreaker, clock: Clock, took: float, patience: float
+) -> None:
+    """After a first byte that came late, the patience is twice as long, up to 25 s; after ten minutes, 10 s again."""
+    attempt, errors = told(breaker)
+    clock.advance(took)
+    assert len(errors) == 1
+    attempt.answered()
+    for _ in range(3):
+        attempt, errors = told(breaker)
+        clock.advance(took)
+        attempt.answered()
+        assert errors == []
+    attempt, errors = told(breaker)
+    clock.advance(patience - 0.125)
+    assert errors == []
+    clock.advance(0.125)
+    assert len(errors) == 1
+    attempt.abandoned()
+    breaker.answered()
+    clock.advance(600)
+    _, errors = told(breaker)
+    clock.advance(10)
+    assert len(errors) == 1
+
+
+def test_old_requests_are_given_up_when_the_host_answers_again(breaker: CircuitBreaker, clock: Clock) -> None:
+    """Their connections may be lost, as they were made before the outage."""
+    given_up: list[int] = []
+    for age in (26, 24):
+        attempt = breaker.enter(UPSTREAM)
+        attempt.give_up = lambda age=age: given_up.append(age)  # type: ignore[misc]  # mypy infers no type for a default
+        clock.advance(2)
+    clock.advance(6)
+    clock.advance(16)
+    probe(breaker).answered()
+    assert given_up == [26]
+
+
+def test_unwatched_breaker_stays_closed_in_silence(clock: Clock) -> None:
+    breaker = CircuitBreaker(NAME, clock, watches=False)
+    _, errors = told(breaker)
+    clock.advance(100)
+    assert not breaker.is_open
+    assert errors == []
+
+
+def test_client_waits_for_a_young_probe(breaker: CircuitBreaker, clock: Clock) -> None:
+    """For 1.5 s after the probe began; its success is told at once."""
+    take_down(breaker)
+    soon = Deferred.fromCoroutine(refused(breaker, Priority.CLIENT).ends_soon())
+    assert fired(soon) is False
+    clock.advance(1)
+    attempt = probe(breaker)
+    clock.advance(1)
+    late, waits = (Deferred.fromCoroutine(refused(breaker, Priority.CLIENT).ends_soon()) for _ in range(2))
+    clock.advance(0.25)
+    assert not waits.called
+    late.cancel()
+    failed(late, CancelledError)
+    attempt.answered()
+    assert fired(waits) is True
+
+
+def test_client_waits_no_longer_than_a_probe_is_young(breaker: CircuitBreaker, clock: Clock) -> None:
+    take_down(breaker)
+    clock.advance(1)
+    probe(breaker)
+    down = refused(breaker, Priority.CLIENT)
+    waits = Deferred.fromCoroutine(down.ends_soon())
+    clock.advance(1.5)
+    assert fired(waits) is False
+    assert fired(Deferred.fromCoroutine(down.ends_soon())) is False
+
+
+def test_stalled_body_opens_the_breaker_of_a_silent_host(breaker: CircuitBreaker, clock: Clock) -> None:
+    clock.advance(10)
+    breaker.heard()
+    breaker.stalled(clock.seconds() - 10, "no byte came for 10 s")
+    assert not breaker.is_open
+    clock.advance(10)
+    breaker.stalled(clock.seconds() - 10, "no byte came for 10 s")
+    assert breaker.is_open

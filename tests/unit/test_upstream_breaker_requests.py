@@ -16,7 +16,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from ociregistry.context import Priority
+from ociregistry.context import Priority, Wanted
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.bandwidth import Bandwidth
@@ -65,13 +65,17 @@ class Sending:
     def _drop(self) -> None:
         self.dropped += 1
 
+    def probe(self) -> Deferred[Response]:
+        """Send a request that passes as a probe."""
+        return self.send(RequestOptions(priority=Priority.BACKGROUND))
+
     def send(self, options: RequestOptions = DEFAULT_OPTIONS, url: str = URL) -> Deferred[Response]:
         """Send a request."""
         return Deferred.fromCoroutine(self.http.send("GET", url, {}, options=options))
 
-    def fails(self, why: Exception) -> Deferred[Response]:
+    def fails(self, why: Exception, options: RequestOptions = DEFAULT_OPTIONS) -> Deferred[Response]:
         """Send a request that fails, as often as it is sent."""
-        sent = self.send()
+        sent = self.send(options)
         while not sent.called:
             self.agent.asked[-1].errback(why)
         return sent
@@ -129,7 +133,7 @@ def test_handshake_that_breaks_twice_counts_as_one_failure(sending: Sending, eve
     assert len(sending.agent.asked) == 2
     assert len(texts(events, LogLevel.warn)) == 1
     sending.clock.advance(1)
-    assert not sending.is_down
+    assert not sending.probe().called
 
 
 def test_handshake_that_breaks_once_does_not_count(sending: Sending, events: list[LogEvent]) -> None:
@@ -150,13 +154,13 @@ def test_other_failures_are_not_retried(sending: Sending, why: Exception) -> Non
 
 @pytest.mark.parametrize("gives_up", ["caller", "deadline"])
 def test_retry_shares_the_deadline(sending: Sending, gives_up: str) -> None:
-    sent = sending.send()
-    sending.clock.advance(20)
+    sent = sending.send(RequestOptions(8))
+    sending.clock.advance(5)
     sending.agent.asked[0].errback(never_received(error.ConnectionDone()))
     if gives_up == "caller":
         sent.cancel()
     else:
-        sending.clock.advance(10)
+        sending.clock.advance(3)
     failed(sent, CancelledError if gives_up == "caller" else Unavailable)
     assert len(sending.agent.asked) == 2
     assert sending.clock.getDelayedCalls() == []
@@ -187,8 +191,11 @@ def test_failures_that_do_not_open_the_breaker(
 def test_next_request_after_the_interval_is_the_probe(sending: Sending, why: Exception) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     sending.clock.advance(1)
-    failed(sending.fails(why), Exception)
-    assert not sending.is_down
+    assert sending.is_down
+    failed(sending.fails(why, RequestOptions(priority=Priority.BACKGROUND)), Exception)
+    assert sending.is_down
+    sending.clock.advance(2)
+    assert not sending.probe().called
 
 
 def test_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -> None:
@@ -200,7 +207,7 @@ def test_urgent_request_is_sent_while_the_breaker_is_open(sending: Sending) -> N
     failed(urgent, CancelledError)
 
 
-@pytest.mark.parametrize("timeout", [8.0, 10.0, 30.0])
+@pytest.mark.parametrize("timeout", [8.0, 9.5])
 def test_header_timeout_opens_the_breaker(sending: Sending, timeout: float) -> None:
     sent = sending.send(RequestOptions(timeout))
     sending.clock.advance(timeout - 0.125)
@@ -231,11 +238,58 @@ def test_cancelled_request_does_not_count(sending: Sending, error_of_agent: Exce
 def test_cancelled_probe_lets_the_next_one_pass(sending: Sending) -> None:
     failed(sending.fails(error.NoRouteError()), Unavailable)
     sending.clock.advance(1)
-    probe = sending.send()
+    probe = sending.probe()
     assert sending.is_down
     probe.cancel()
     failed(probe, CancelledError)
-    assert not sending.is_down
+    sending.clock.advance(2)
+    assert not sending.probe().called
+
+
+def test_silent_request_goes_on_for_its_content(sending: Sending, events: list[LogEvent]) -> None:
+    """What wants it is told after 10 s; the response after 50 s is returned, and closes the breaker."""
+    told: list[Unavailable] = []
+    sent = sending.send(RequestOptions(wanted=Wanted(told.append)))
+    sending.clock.advance(9.875)
+    assert told == []
+    sending.clock.advance(0.125)
+    assert [type(one) for one in told] == [LinkDown]
+    assert sending.is_down
+    sending.clock.advance(40)
+    assert not sent.called
+    sending.agent.asked[0].errback(never_received(EncodedBody("it sent gzip")))
+    failed(sent, Unavailable)
+    assert len(texts(events, LogLevel.warn)) == 1
+
+
+def test_silent_request_lives_for_60_seconds(sending: Sending) -> None:
+    sent = sending.send(RequestOptions(wanted=Wanted(lambda error: None)))
+    sending.clock.advance(59.875)
+    assert not sent.called
+    sending.clock.advance(0.125)
+    failed(sent, Unavailable)
+    assert sending.clock.getDelayedCalls() == []
+
+
+def test_silent_request_that_nothing_waits_for_ends(sending: Sending) -> None:
+    sent = sending.send()
+    sending.clock.advance(10)
+    failed(sent, Unavailable)
+    assert sending.is_down
+    assert sending.clock.getDelayedCalls() == []
+
+
+def test_probe_tells_at_once_that_the_link_is_down(sending: Sending) -> None:
+    """A client that joins it does not wait for it; it lives for 25 s."""
+    failed(sending.fails(error.NoRouteError()), Unavailable)
+    sending.clock.advance(1)
+    told: list[Unavailable] = []
+    probe = sending.send(RequestOptions(priority=Priority.BACKGROUND, wanted=Wanted(told.append)))
+    assert [type(one) for one in told] == [LinkDown]
+    sending.clock.advance(24.875)
+    assert not probe.called
+    sending.clock.advance(0.125)
+    failed(probe, Unavailable)
 
 
 @pytest.mark.parametrize("status", [200, 404, 401, 429, 500, 503])

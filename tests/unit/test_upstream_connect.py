@@ -16,10 +16,11 @@ from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent
 
 from ociregistry.config.tls import UpstreamTls
+from ociregistry.context import Wanted
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.connect import Dialer, Resolver
-from ociregistry.upstream.http import Response
+from ociregistry.upstream.http import RequestOptions, Response
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.common import failed
 from tests.unit.support.http_agents import exchanges_over
@@ -68,7 +69,8 @@ class DialerHarness:
         """Send a request like the daemon."""
         agent = Agent.usingEndpointFactory(self.reactor, self.dialer)
         http = exchanges_over(agent, self.reactor)
-        return Deferred.fromCoroutine(http.send("GET", url, {}))
+        options = RequestOptions(wanted=Wanted(lambda error: None))
+        return Deferred.fromCoroutine(http.send("GET", url, {}, options=options))
 
     @property
     def clients(self) -> list[Any]:
@@ -142,7 +144,7 @@ def test_resolved_address_is_connected_to(url: str, address: str, port: int) -> 
     # Resolvers take the host without brackets.
     assert harness.names.asked == [url.partition("//")[2].rstrip("/").removesuffix(f":{port}").strip("[]")]
     (client,) = harness.clients
-    assert client[3] == 10
+    assert client[3] == 30
 
 
 def test_tls_over_the_checked_connection() -> None:
@@ -156,7 +158,7 @@ def test_tls_over_the_checked_connection() -> None:
 
 def inner_factory(harness: DialerHarness) -> Any:
     """Return the protocol factory inside the single endpoint wrapper."""
-    return harness.clients[0][2]._wrappedFactory
+    return harness.clients[0][2]._wrappedFactory._factory
 
 
 def test_checked_address_is_connected_to() -> None:
@@ -198,13 +200,13 @@ def test_configured_host_allows_no_other_port_or_name(url: str) -> None:
 
 
 @pytest.mark.parametrize("named", [(), (("cdn.example", 80),)])
-def test_name_lookup_times_out_after_ten_seconds(named: tuple[tuple[str, int], ...]) -> None:
+def test_name_lookup_times_out_after_30_seconds(named: tuple[tuple[str, int], ...]) -> None:
     harness = DialerHarness(None, named=named)
     connecting = harness.connect()
-    harness.reactor.advance(9.9)
+    harness.reactor.advance(29.9)
     assert not connecting.called
     harness.reactor.advance(0.1)
-    assert str(failed(connecting, DNSLookupError)) == "DNS lookup failed: no answer within 10 s."
+    assert str(failed(connecting, DNSLookupError)) == "DNS lookup failed: no answer within 30 s."
     assert harness.connected == []
     assert harness.reactor.getDelayedCalls() == []
 
@@ -213,7 +215,7 @@ def test_name_lookup_times_out_after_ten_seconds(named: tuple[tuple[str, int], .
 def test_name_without_address(resolved: Resolved) -> None:
     harness = DialerHarness(resolved)
     sending = harness.send()
-    harness.reactor.advance(10)
+    harness.reactor.advance(30)
     assert failed(sending, Unavailable).message == "reg.example: host name cannot be resolved"
     assert harness.connected == []
 

@@ -12,8 +12,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry import __version__
+from ociregistry.context import Wanted
 from ociregistry.errors import Unavailable
-from ociregistry.upstream.http import NoTls, Response
+from ociregistry.upstream.http import NoTls, RequestOptions, Response
 from tests.certificates import Authority
 from tests.unit.support.common import on_reactor, until
 from tests.unit.support.wire import Network
@@ -199,11 +200,13 @@ async def test_post_is_not_retried(network: Network, upstream: ScriptedRegistry)
 
 
 @on_reactor
-async def test_headers_time_out_after_30_seconds(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
+async def test_headers_time_out_after_60_seconds(network: Network, upstream: ScriptedRegistry, clock: Clock) -> None:
     upstream.script("*", Hold())
-    sending = Deferred.fromCoroutine(network.http("reg.example", clock=clock).send("GET", upstream.url, {}))
+    options = RequestOptions(wanted=Wanted(lambda error: None))
+    http = network.http("reg.example", clock=clock)
+    sending = Deferred.fromCoroutine(http.send("GET", upstream.url, {}, options=options))
     await until(lambda: upstream.requests)
-    clock.advance(29.9)
+    clock.advance(59.9)
     assert not sending.called
     clock.advance(0.1)
     with pytest.raises(Unavailable, match=r"^reg.example: no response in time$"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
+from ociregistry.context import FROM_CLIENT
 from ociregistry.upstream.registry import ConnectionLimit
 from tests.unit.support.common import failed, fired
 
@@ -25,7 +26,7 @@ class LimitHarness:
         over: Deferred[None] = Deferred()
 
         async def occupy() -> None:
-            async with self.limit.for_small():
+            async with self.limit.for_small(FROM_CLIENT):
                 begun.callback(None)
                 await over
 

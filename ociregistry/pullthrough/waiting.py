@@ -1,0 +1,178 @@
+"""Waiting for upstreams: how long a client waits is one thing, how long a request lives is another.
+
+Clients share the requests in flight. A client is answered when its host counts as down, or at its deadline; the
+request goes on, and its result is kept for the next try.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred, fail
+from twisted.internet.interfaces import IReactorTime
+
+from ociregistry.concurrency import SingleFlight
+from ociregistry.context import FROM_CLIENT, Again, Context, Priority, Wanted
+from ociregistry.errors import LoopDetected, Unavailable
+from ociregistry.upstream.breaker import LinkDown
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+ANSWER_DEADLINE = 25.0
+"""Seconds until an answer must be given; containerd gives up on a server that sends no headers for 30 s."""
+_IN_A_CHAIN = 10.0
+"""Seconds of patience of a cache with another one; each cache in a chain answers 2 s before the one that asks it."""
+_HOP = 2.0
+_SHORTEST = 2.0
+
+Loops = Callable[[Context], Coroutine[Deferred[Any], Any, LoopDetected | None]]
+"""Asks the caches that a request in flight may wait for whether they wait for the one that asks; `Registry.loops`."""
+
+
+class DeadlineExceeded(Unavailable):
+    """The upstream has not answered in time; a repeated request waits for the same answer."""
+
+
+def deadline(context: Context) -> float:
+    """Return the seconds until a request must be answered: by 25 s, and by 8 s or less if it came through caches."""
+    hops = len(context.via.instances)
+    if not hops or context.patient:
+        return ANSWER_DEADLINE
+    return max(_SHORTEST, _IN_A_CHAIN - _HOP * hops)
+
+
+async def within_deadline(
+    waiting: Deferred[T], clock: IReactorTime, what: object, context: Context = FROM_CLIENT
+) -> T:
+    """Return the result of `waiting`; cancel it at the deadline of a request with this context.
+
+    Raises:
+        DeadlineExceeded: there was no result in time; the message names `what`.
+    """
+    seconds = deadline(context)
+    waiting.addTimeout(seconds, clock)
+    try:
+        return await waiting
+    except defer.TimeoutError:
+        raise DeadlineExceeded(f"{what}: the upstream gave no answer within {seconds:.0f} s") from None
+
+
+async def unless_down(ask: Callable[[], Coroutine[Deferred[Any], Any, T]], context: Context) -> T:
+    """Return the result of `ask`; call it again where a probe that has just begun finds that the link is back.
+
+    Raises:
+        LinkDown: the link is down.
+    """
+    while True:
+        try:
+            return await ask()
+        except LinkDown as down:
+            if context.priority < Priority.CLIENT or not await down.ends_soon():
+                raise
+
+
+async def unless_loop(waiting: Deferred[T], loop: Coroutine[Deferred[Any], Any, LoopDetected | None]) -> T:
+    """Return the result of `waiting`.
+
+    Raises:
+        LoopDetected: `loop` found, before there was a result, that it would wait for the one that waits for it.
+    """
+    result: Deferred[T] = Deferred(lambda _: waiting.cancel())
+    looking = Deferred.fromCoroutine(loop)
+
+    def looked(found: LoopDetected | None) -> None:
+        if found is not None and not result.called:
+            result.errback(found)
+            waiting.cancel()
+
+    def ended(outcome: object) -> None:
+        if not result.called:
+            result.callback(outcome)  # type: ignore[arg-type]  # a Failure, too
+        looking.cancel()
+
+    waiting.addBoth(ended)
+    looking.addCallback(looked).addErrback(lambda failure: failure.trap(defer.CancelledError))
+    return await result
+
+
+class SharedRequests(Generic[K, T]):
+    """The requests in flight for one kind of content, one for each key, and the clients that wait for them."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._requests: SingleFlight[K, T] = SingleFlight()
+        self._down: dict[K, LinkDown] = {}
+        """The requests in flight whose host counts as down."""
+
+    def __contains__(self, key: K) -> bool:
+        """Tell whether a request for `key` is in flight."""
+        return key in self._requests
+
+    async def wait(
+        self,
+        key: K,
+        start: Callable[[Context], Coroutine[Deferred[Any], Any, T]],
+        context: Context,
+        again: Again | None = None,
+        loops: Loops | None = None,
+    ) -> T:
+        """Wait for the request for `key`; `start` begins it with the context that it is given.
+
+        `again` repeats it as a probe.
+
+        Raises:
+            DeadlineExceeded: there was no result in time.
+            LinkDown: the host counts as down; the request may still go on.
+            LoopDetected: the request in flight waits for a cache that asks for the same here.
+        """
+
+        async def result() -> T:
+            if loops is not None and context.via.instances and key in self._requests:
+                return await unless_loop(self._join(key, start, context, again), loops(context))
+            return await self._join(key, start, context, again)
+
+        async def patiently() -> T:
+            while True:
+                try:
+                    return await result()
+                except LinkDown:
+                    # A command waits for as long as the request goes on.
+                    if not (context.patient and key in self._requests):
+                        raise
+
+        waiting = Deferred.fromCoroutine(unless_down(patiently, context))
+        return await within_deadline(waiting, self._clock, key, context)
+
+    def _join(
+        self,
+        key: K,
+        start: Callable[[Context], Coroutine[Deferred[Any], Any, T]],
+        context: Context,
+        again: Again | None,
+    ) -> Deferred[T]:
+        down = self._down.get(key)
+        still = down.renewed() if down is not None and not context.patient else None
+        if still is not None:
+            return fail(still)
+        return self._requests.join(key, lambda: self._run(key, start, context, again))
+
+    async def _run(
+        self,
+        key: K,
+        start: Callable[[Context], Coroutine[Deferred[Any], Any, T]],
+        context: Context,
+        again: Again | None,
+    ) -> T:
+        def link_down(error: Unavailable) -> None:
+            if isinstance(error, LinkDown):
+                self._down[key] = error
+            self._requests.dismiss(key, error)
+
+        try:
+            return await start(replace(context, wanted=Wanted(link_down, again)))
+        finally:
+            self._down.pop(key, None)

@@ -1,0 +1,180 @@
+"""Probing: hosts that are down are asked by the daemon itself, while something from them is wanted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from twisted.internet import error
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.context import Priority, Wanted
+from ociregistry.errors import Unavailable
+from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import CircuitBreakers, LinkDown
+from ociregistry.upstream.http import HttpClient, RequestOptions
+from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.probing import Prober
+from tests.unit.support.common import failed, fired
+from tests.unit.test_upstream_breaker_requests import Waiting
+
+URL = "https://reg.example/v2/team/app/manifests/1"
+PING = b"https://reg.example/v2/"
+
+
+class Missing:
+    """A client that misses a host, and the probes of that host."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.agent = Waiting()
+        self.breakers = CircuitBreakers(clock)
+        self.breaker = self.breakers.get(Origin.of(URL))
+        self.prober = Prober(clock)
+        self.prober.startService()
+        self.http = HttpClient(
+            "reg.example",
+            self.agent,
+            self.breakers,
+            Bandwidth(None, (), clock),
+            lambda: None,
+            clock,
+            want=self.prober.want,
+        )
+
+    def send(self, priority: Priority = Priority.CLIENT, wanted: Wanted | None = None) -> Deferred[object]:
+        """Send a request."""
+        options = RequestOptions(priority=priority, wanted=wanted)
+        return Deferred.fromCoroutine(self.http.send("GET", URL, {}, options=options))
+
+    def miss(self, priority: Priority = Priority.CLIENT, wanted: Wanted | None = None) -> None:
+        """Send a request that fails, as the host refuses the connection."""
+        sent = self.send(priority, wanted)
+        if not sent.called:
+            self.refuse()
+        failed(sent, Unavailable)
+
+    def refuse(self) -> None:
+        """Fail the request in flight."""
+        self.agent.asked[-1].errback(error.ConnectionRefusedError())
+
+    def pump(self, seconds: float) -> list[float]:
+        """Advance the time; refuse each probe at once, and return when they were sent."""
+        began, times = self.clock.seconds(), []
+        while self.clock.seconds() < began + seconds:
+            before = len(self.agent.asked)
+            self.clock.advance(0.125)
+            if len(self.agent.asked) > before:
+                times.append(self.clock.seconds() - began)
+                self.refuse()
+        return times
+
+
+@pytest.fixture
+def missing(clock: Clock) -> Iterator[Missing]:
+    """Return a client; nothing is left when the prober has stopped."""
+    missing = Missing(clock)
+    yield missing
+    missing.prober.stopService()
+    assert clock.getDelayedCalls() == []
+
+
+def test_host_is_probed_without_clients(missing: Missing) -> None:
+    """By `GET /v2/` without credentials, at intervals up to 30 s, for ten minutes after the last miss."""
+    missing.miss()
+    times = missing.pump(700)
+    assert set(missing.agent.uris[1:]) == {PING}
+    assert times[0] <= 1.25
+    distances = [after - before for before, after in itertools.pairwise(times)]
+    assert 15 <= max(distances) <= 31
+    assert 590 - 31 < times[-1] < 600
+    # The next miss is refused, and begins the probes again at once.
+    failed(missing.send(), LinkDown)
+    assert missing.pump(1)[0] <= 0.25
+
+
+def test_probe_closes_the_breaker_and_ends_the_probes(missing: Missing, clock: Clock) -> None:
+    missing.miss()
+    clock.advance(1.25)
+    missing.breaker.answered()
+    missing.agent.asked[-1].errback(ValueError("no HTTP"))
+    sent = len(missing.agent.asked)
+    missing.pump(100)
+    assert len(missing.agent.asked) == sent
+
+
+def test_wanted_request_is_the_probe(missing: Missing, clock: Clock) -> None:
+    """A manifest that a client missed is fetched; where that is in flight already, the host is pinged."""
+    fetched: list[Deferred[None]] = []
+
+    def again() -> Deferred[None] | None:
+        if len(fetched) > 1:
+            return None
+
+        async def fetch() -> None:
+            await missing.send(Priority.METADATA)
+
+        fetched.append(Deferred.fromCoroutine(fetch()))
+        return fetched[-1]
+
+    missing.miss(wanted=Wanted(lambda error: None, again))  # type: ignore[arg-type]  # a Deferred is awaited as well
+    clock.advance(1.25)
+    assert missing.agent.uris[1:] == [URL.encode()]
+    missing.refuse()
+    missing.pump(3)
+    assert len(fetched) == 2
+    missing.pump(5)
+    assert missing.agent.uris[3:] == [PING]
+
+
+def test_probes_want_nothing_themselves(missing: Missing) -> None:
+    """Otherwise they would go on for ever; so would those for the metadata of other platforms."""
+    missing.miss(Priority.METADATA)
+    assert missing.pump(100) == []
+    missing.miss(Priority.BACKGROUND)
+    assert missing.pump(100) != []
+
+
+def test_silent_probe_ends_before_the_next(missing: Missing, clock: Clock) -> None:
+    """There is one at a time, and each begins at most 30 s after the one before."""
+    missing.miss()
+    begun = []
+    for _ in range(3000):
+        before = len(missing.agent.asked)
+        clock.advance(0.125)
+        if len(missing.agent.asked) > before:
+            begun.append(clock.seconds())
+            assert sum(not asked.called for asked in missing.agent.asked) == 1
+    distances = [after - before for before, after in itertools.pairwise(begun)]
+    assert min(distances) >= 25
+    assert max(distances) <= 30.5
+
+
+def test_stopped_prober_cancels_its_probe(missing: Missing, clock: Clock) -> None:
+    missing.miss()
+    clock.advance(1.25)
+    assert len(missing.agent.asked) == 2
+    missing.prober.stopService()
+    assert all(asked.called for asked in missing.agent.asked)
+    missing.miss()
+    assert clock.getDelayedCalls() == []
+
+
+def test_reload_ends_the_probes(missing: Missing) -> None:
+    """Other upstreams may be allowed now."""
+    missing.miss()
+    missing.prober.forget()
+    assert missing.pump(100) == []
+
+
+def test_client_waits_for_the_probe_that_its_miss_begins(missing: Missing, clock: Clock) -> None:
+    missing.miss()
+    missing.pump(700)
+    soon = Deferred.fromCoroutine(failed(missing.send(), LinkDown).ends_soon())
+    clock.advance(0.125)
+    assert not soon.called
+    missing.breaker.answered()
+    assert fired(soon) is True
+    missing.refuse()
