@@ -72,6 +72,9 @@ def _upstream(entry: RegistrySettings, settings: Settings) -> Iterator[str]:
         tls = _tls(behind.tls) if mirror.scheme == "https" else ""
         where = f"{mirror.scheme}://{mirror.host}{mirror.api}"
         yield f"  first {where}{tls}, {_login(behind)}{f', {through}' if through else ''}"
+    if entry.mirrors_only:
+        yield f"  never {api_host(entry.upstream)} itself: mirrors_only"
+        return
     scheme = entry.scheme or "https"
     tls = _tls(entry.tls) if scheme == "https" else ""
     fallback = _fallback(entry, settings)

@@ -136,9 +136,9 @@ class Network(Service):
             )
             for mirror in entry.mirrors
         ]
-        own = self._client(entry, BaseUrl(entry.scheme, api_host(upstream)))
+        own = None if entry.mirrors_only else self._client(entry, BaseUrl(entry.scheme, api_host(upstream)))
         limit = ConnectionLimit(self._settings.max_connections)
-        return Registry(upstream, Sources(mirrors, own), limit, self._instance)
+        return Registry(upstream, Sources(str(upstream), mirrors, own), limit, self._instance)
 
     def _client(self, entry: RegistrySettings, base: BaseUrl) -> Client:
         reactor = self._reactor
