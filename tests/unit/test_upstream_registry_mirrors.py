@@ -31,6 +31,11 @@ APP = Repository(Upstream("reg.example"), "team/app")
 DOWN = Unavailable("the connection was refused")
 
 
+def outcome(status: int, host: str = "one.example") -> str:
+    """Return how messages spell the status of a host's response to an anonymous request."""
+    return f"{status}: {host} refused anonymous access (private, or absent)" if status in (401, 403) else f"{status}"
+
+
 def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Login | None = None) -> MirrorClient:
     """Return the mirror at a URL."""
     scheme, _, rest = url.partition("://")
@@ -121,7 +126,7 @@ def test_404_of_a_mirror_leads_to_the_next(status: int, events: list[LogEvent]) 
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
     assert texts(events, LogLevel.debug) == [
-        f"{APP}/blobs/x: mirror {ONE}: it answered {status}; mirror {TWO}: it answered 200"
+        f"{APP}/blobs/x: mirror {ONE}: it answered {outcome(status)}; mirror {TWO}: it answered 200"
     ]
 
 
@@ -217,7 +222,7 @@ def test_unknown_everywhere_stays_unknown() -> None:
     error = failed(mirrored.ask(), AccessRefused)
     assert error.message == (
         f"mirror {ONE}: it answered 404; mirror {TWO}: it answered 404; "
-        "registry reg.example: its token service answered 403"
+        f"registry reg.example: its token service answered {outcome(403, 'auth.example')}"
     )
     denied = Denied("reg.example has the loopback address 127.0.0.1")
     assert failed(MirroredRegistry({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
@@ -253,8 +258,8 @@ def test_registry_uses_its_mirrors() -> None:
     # A refusing token service means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
     assert unknown.message == (
-        f"{TAGGED}: mirror {ONE}: it answered 404; mirror {TWO}: it answered 403; "
-        "registry reg.example: its token service answered 403"
+        f"{TAGGED}: mirror {ONE}: it answered 404; mirror {TWO}: it answered {outcome(403, 'two.example')}; "
+        f"registry reg.example: its token service answered {outcome(403, 'auth.example')}"
     )
     mirrored = MirroredRegistry({"status": 404}, DOWN, {"status": 404}, {"status": 404})
     unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
