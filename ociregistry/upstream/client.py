@@ -187,9 +187,8 @@ class Client:
         refused: dict[Scope, list[Authorization | None]] = {}
         while True:
             exchange = await self._send(method, repository, path, headers, options)
-            response = replace(
-                exchange.response, login=exchange.authorization.login if exchange.authorization else ""
-            )
+            authorization = exchange.authorization
+            response = replace(exchange.response, login=authorization.login if authorization is not None else "")
             if Origin.of(response.url) == exchange.origin:
                 self._rate_limit.update(response)
             if response.status == 429:
@@ -212,7 +211,7 @@ class Client:
             await response.discard()
 
     def _log_refusal(self, response: Response) -> None:
-        """Log that credentials were refused, at most every ten minutes: clients are only told that nothing is there."""
+        """Log refused credentials, at most every ten minutes: clients are only told that nothing is there."""
         refusal = response.refusal if response.login else ""
         if refusal and refusal not in self._refusals:
             self._refusals[refusal] = None
