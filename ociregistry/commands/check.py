@@ -1,19 +1,28 @@
-"""`check`: prints how each upstream will be reached according to the configuration; makes no connection."""
+"""`check`: prints how each upstream will be reached according to the configuration, or with --connect, asks each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twisted.internet.defer import Deferred, gatherResults
 
 from ociregistry.commands.options import Command, print_lines
+from ociregistry.commands.running import run_on_reactor
+from ociregistry.composition import make_store, put_together
 from ociregistry.config.proxy import NO_PROXIES, Proxies, Proxy
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
+from ociregistry.errors import RegistryError
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.process import print_error
 from ociregistry.settings import Settings
-from ociregistry.upstream.client import BaseUrl
-from ociregistry.upstream.network import api_host, is_allowed, route_of
+from ociregistry.upstream.auth import AccessRefused
+from ociregistry.upstream.client import BaseUrl, Client
+from ociregistry.upstream.network import Network, api_host, is_allowed, route_of
+from ociregistry.upstream.origin import Origin
 
 _SYSTEM = "the operating system's trust store"
 
@@ -21,14 +30,30 @@ _SYSTEM = "the operating system's trust store"
 class Check(Command):
     """The options of `check`."""
 
-    longdesc = "Prints each upstream of the configuration, and how it will be reached. Makes no connection."
+    longdesc = (
+        "Prints each upstream of the configuration and how it will be reached; with --connect, asks each of them."
+    )
+    optFlags = [
+        ["connect", None, "Ask each upstream and mirror of the configuration once, and print what it answers."]
+    ]
 
     def run(self, settings: Settings) -> int:
-        """Print the report to stdout and the warnings to stderr."""
-        print_lines(report(settings))
+        """Print the report to stdout and the warnings to stderr.
+
+        Returns:
+            Exit status 1 if an upstream or mirror cannot be reached, or refuses access.
+
+        Raises:
+            CommandFailed: the command was interrupted.
+        """
+        if self["connect"]:
+            good = run_on_reactor(lambda reactor: _connect(settings, reactor), settings.log_level)
+        else:
+            print_lines(report(settings))
+            good = True
         for warning in settings.warnings:
             print_error(f"warning: {warning}")
-        return 0
+        return 0 if good else 1
 
 
 def report(settings: Settings) -> Iterator[str]:
@@ -72,6 +97,9 @@ def _upstream(entry: RegistrySettings, settings: Settings) -> Iterator[str]:
         tls = _tls(behind.tls) if mirror.scheme == "https" else ""
         where = f"{mirror.scheme}://{mirror.host}{mirror.api}"
         yield f"  first {where}{tls}, {_login(behind)}{f', {through}' if through else ''}"
+    if entry.mirrors_only:
+        yield f"  never {api_host(entry.upstream)} itself: mirrors_only"
+        return
     scheme = entry.scheme or "https"
     tls = _tls(entry.tls) if scheme == "https" else ""
     fallback = _fallback(entry, settings)
@@ -148,3 +176,69 @@ def _identity(pair: KeyPair) -> str:
     subject = certificate.to_cryptography().subject.rfc4514_string()
     expires = (certificate.get_notAfter() or b"").decode("ascii")
     return f"our certificate {subject} until {expires[:4]}-{expires[4:6]}-{expires[6:8]}"
+
+
+_RATE_LIMITED = 429
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A registry or mirror that --connect asks: its name for the output, and the entry with its login."""
+
+    name: str
+    client: Client
+    entry: RegistrySettings
+
+
+async def _connect(settings: Settings, reactor: Any) -> bool:
+    """Ask all sources at the same time, and print one line for each; return whether all answered and gave access."""
+    if settings.air_gapped:
+        print_lines(["every upstream: not asked: the daemon is air-gapped"])
+        return True
+    if not settings.registries:
+        print_lines(["no upstream is configured: none was asked"])
+        return True
+    allowed = {upstream for upstream in settings.registries if is_allowed(upstream, settings.allow_upstreams)}
+    # The store is not opened.
+    network = put_together(settings, make_store(settings, reactor, adopts=False), reactor).network
+    network.startService()
+    try:
+        sources = [
+            source
+            for upstream in settings.registries
+            if upstream in allowed
+            for source in _sources(settings.entry(upstream), settings, network)
+        ]
+        asked = [Deferred.fromCoroutine(_ask(source, settings)) for source in sources]
+        outcomes = await gatherResults(asked, consumeErrors=True)
+    finally:
+        network.stopService()
+    print_lines(f"{source.name}: {told}" for source, (_, told) in zip(sources, outcomes, strict=True))
+    print_lines(f"{one}: not asked{_allowed(one, settings)}" for one in settings.registries if one not in allowed)
+    return all(good for good, _ in outcomes)
+
+
+def _sources(entry: RegistrySettings, settings: Settings, network: Network) -> Iterator[_Source]:
+    for mirror in entry.mirrors:
+        client = network.mirror_client(mirror, entry.upstream)
+        yield _Source(f"{entry.upstream}, mirror {mirror}", client, settings.entry(mirror.host))
+    if not entry.mirrors_only:
+        yield _Source(str(entry.upstream), network.own_client(entry.upstream), entry)
+
+
+async def _ask(source: _Source, settings: Settings) -> tuple[bool, str]:
+    """Return whether a source gives access to the root of its API, and one line about what it answered."""
+    missing = "" if source.entry.login else "; no credentials are configured for it"
+    try:
+        response = await source.client.ping()
+    except RegistryError as error:
+        refused = missing if isinstance(error, AccessRefused) else ""
+        return False, f"FAILED: {error.message.removeprefix(f'{source.entry.upstream}: ')}{refused}"
+    await response.discard()
+    if response.refusal or response.status >= 500 or response.status == _RATE_LIMITED:
+        return False, f"FAILED: it answered {response.outcome}{missing if response.refusal else ''}"
+    scheme = Origin.of(response.url).scheme
+    unasked = " (it did not ask for credentials)" if source.entry.login and not response.login else ""
+    through = _proxy(source.entry, settings, (scheme,))
+    login = f"as {response.login}" if response.login else "anonymous"
+    return True, f"ok: {scheme}, {login}{unasked}{f', {through}' if through else ''}"

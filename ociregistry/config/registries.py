@@ -95,6 +95,8 @@ class RegistrySettings:
     """The host of the token service, if it differs from the upstream's."""
     tls: UpstreamTls = SYSTEM_TRUST
     mirrors: tuple[Mirror, ...] = ()
+    mirrors_only: bool = False
+    """Whether the upstream itself is never asked."""
     proxy: Proxies | None = None
     """The proxies of this upstream; None for those of `Settings`."""
 
@@ -117,7 +119,7 @@ def read_registries(node: Node) -> tuple[dict[Upstream, RegistrySettings], tuple
     mirrors: list[tuple[Mirror, Node]] = []
     warnings: list[str] = []
     for item in node.items():
-        nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors", "proxy")
+        nodes = item.mapping("name", "description", "scheme", "auth", "tls", "mirrors", "mirrors_only", "proxy")
         entry, warned = _registry(item, nodes)
         if entry.upstream in registries:
             raise nodes["name"].error(f"{entry.upstream} is configured twice")
@@ -144,9 +146,12 @@ def _registry(item: Node, nodes: Mapping[str, Node]) -> tuple[RegistrySettings, 
     if scheme == "http" and tls != SYSTEM_TRUST:
         raise nodes["tls"].error("has no effect with scheme: http")
     mirrors = tuple(map(_mirror, nodes["mirrors"].items())) if "mirrors" in nodes else ()
+    mirrors_only = "mirrors_only" in nodes and nodes["mirrors_only"].flag()
+    if mirrors_only and not mirrors:
+        raise nodes["mirrors_only"].error("needs mirrors: nothing else would be asked")
     description = _description(nodes["description"]) if "description" in nodes else ""
     proxy = read_proxies(nodes["proxy"]) if "proxy" in nodes else None
-    return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors, proxy), warnings
+    return RegistrySettings(upstream, scheme, description, login, realm, tls, mirrors, mirrors_only, proxy), warnings
 
 
 def _description(node: Node) -> str:

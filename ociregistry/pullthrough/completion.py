@@ -5,8 +5,7 @@ A client requests only the layers that it lacks; the next client may need all of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Collection, Coroutine, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +19,24 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.concurrency import Event
-from ociregistry.errors import BlobUnknown, Denied, RegistryError
+from ociregistry.errors import RegistryError
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.platforms import Platform, chosen
+from ociregistry.pullthrough.imageblobs import MOST_BLOBS, Fetch, ImageBlobs
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
 _AGAIN = 30.0
-"""Seconds from one round to the next while an image is still incomplete."""
+"""Seconds until an image whose upstream could not be asked is tried again."""
 _COMPLETE_FOR = 30.0
 """Seconds for which an image that was found complete is not checked again."""
 _REFUSED_FOR = 3600.0
-"""Seconds until a blob that its upstream does not have is requested again."""
+"""Seconds until an image that had to stay incomplete is tried again."""
 _MOST_COMPLETE = 10_000
 """Images, at most, that are remembered as complete."""
 _MOST_CHECKED = 500
 """Records that are checked in one call of a thread."""
-
-Fetch = Callable[[Repository, Digest], Coroutine[Deferred[Any], Any, None]]
-"""Fetches a blob into the store in the background; raises `RegistryError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class CompletionPolicy:
 
 
 class Completion(Service):
-    """Completes images: per upstream one image at a time, its small blobs first; metadata of indexes last."""
+    """Completes images: per upstream in turns, some blobs of each image, the smallest first; metadata last."""
 
     log = Logger(namespace="ociregistry.pullthrough")
 
@@ -90,7 +87,7 @@ class Completion(Service):
         self._missing: dict[Digest, int] = {}
         """Wanted images, and the number of bytes that each lacks."""
         self._refused: dict[Digest, float] = {}
-        """Images left incomplete because their upstream does not have all blobs, with the time (clock seconds)."""
+        """Images that name too many blobs, or some that their upstream lacks -> clock seconds of the last try."""
         self._foreign_refused: TTLCache[Digest, None, float] = TTLCache(
             _MOST_COMPLETE, ttl=_REFUSED_FOR, timer=clock.seconds
         )
@@ -105,6 +102,10 @@ class Completion(Service):
         )
         """Images that were found complete in the last 30 s."""
         self._work: dict[Upstream, Deferred[None]] = {}
+        self._begun: dict[Digest, ImageBlobs] = {}
+        """Images that have had a turn."""
+        self._failed: dict[Digest, float] = {}
+        """Pending images whose upstream could not be asked, and when to ask it again (clock seconds)."""
         self._stopped = False
         self._work_added = Event()
         self._has_new_work: set[Upstream] = set()
@@ -178,6 +179,8 @@ class Completion(Service):
             if entry is not None and entry.is_list:
                 await self._check_index(digest)
             elif entry is None or not lacking.get(digest):
+                if entry is None and digest in self._store.pending:
+                    await self.drop(digest)
                 self._is_complete(digest)
                 if entry is None and self._metadata is not None:
                     # It may be an index that was removed while its metadata was being fetched.
@@ -196,17 +199,19 @@ class Completion(Service):
         if digest in self._store.pending or digest in self._being_checked:
             return
         self._missing[digest] = sum(missing.values())
-        refused = self._refused.get(digest)
-        if refused is not None and self._clock.seconds() - refused < _REFUSED_FOR:
-            return
         repositories = self._store.repositories(digest)
-        if repositories and self._completes(digest):
+        if repositories and not self._was_refused(digest) and self._completes(digest, min(repositories)):
             await self._request(digest, min(repositories))
+
+    def _was_refused(self, image: Digest) -> bool:
+        """Tell whether an image was left incomplete in the last hour."""
+        refused = self._refused.get(image)
+        return refused is not None and self._clock.seconds() - refused < _REFUSED_FOR
 
     async def _check_index(self, index: Digest) -> None:
         """Queue the missing manifests and configs of an index, and mark its configured platforms as wanted."""
         entry = self._store.entry(index)
-        if entry is None or entry.is_referrers or self._metadata is None:
+        if entry is None or entry.is_referrers or self._metadata is None or self._is_deep(index):
             return
         always: Set[Digest] = set()
         if self._policy.platforms:
@@ -224,17 +229,38 @@ class Completion(Service):
             if repository.upstream not in self._work:
                 self._work_on(repository.upstream)
 
+    def _is_deep(self, index: Digest) -> bool:
+        """Tell whether an index is in others more than one level deep: an upstream can make up such without end."""
+        parents = self._store.indexes(index)
+        entries = {parent: self._store.entry(parent) for parent in parents if not self._store.indexes(parent)}
+        return bool(parents) and not any(
+            child.digest == index for entry in entries.values() if entry is not None for child in entry.children
+        )
+
     async def _want(self, image: Digest) -> None:
         try:
             await self._store.want(image)
         except OSError as error:
             self.log.error("cannot record that {image} is wanted: {why}", image=image, why=error.strerror)
 
-    def _completes(self, image: Digest) -> bool:
-        """Tell whether the policy completes this wanted image."""
+    def _completes(self, image: Digest, repository: Repository) -> bool:
+        """Tell whether the policy completes this wanted image, and log it where it names too many blobs for that."""
         if not self._policy.images:
             return False
-        return not self._policy.platforms or not self._store.indexes(image) or image in self._always(image)
+        if self._policy.platforms and self._store.indexes(image) and image not in self._always(image):
+            return False
+        entry = self._store.entry(image)
+        if entry is None or len(entry.blobs) <= MOST_BLOBS:
+            return True
+        if not self._was_refused(image):
+            self.log.warn(
+                "{image} is not completed: its manifest names {blobs} blobs, more than {most}",
+                image=f"{repository}@{image}",
+                blobs=len(entry.blobs),
+                most=MOST_BLOBS,
+            )
+            self._refused[image] = self._clock.seconds()
+        return False
 
     def _always(self, image: Digest) -> Collection[Digest]:
         """Return the images for the configured platforms in all indexes that name `image`."""
@@ -262,7 +288,7 @@ class Completion(Service):
             self._being_checked.discard(digest)
         if missing:
             self._missing[digest] = sum(missing.values())
-        if lacks and self._completes(digest):
+        if lacks and self._completes(digest, repository):
             await self._request(digest, repository)
         elif digest in self._store.undecided:
             await self.drop(digest)
@@ -314,17 +340,19 @@ class Completion(Service):
     async def _complete_all(self, upstream: Upstream) -> None:
         while True:
             self._has_new_work.discard(upstream)
-            for digest, repository in self._pending_of(upstream):
+            for digest, repository in self._due(upstream):
                 try:
-                    await self._complete_one(digest, repository)
+                    await self._take_turn(digest, repository)
                 except CancelledError:
                     raise
                 except Exception:
                     self.log.failure("a defect in completing {image}", image=digest)
+                    self._put_off(digest)
             wait = await self._fetch_metadata(upstream)
-            if upstream in self._has_new_work:
+            if upstream in self._has_new_work or self._due(upstream):
                 continue
-            waits = [_AGAIN] if any(self._pending_of(upstream)) else []
+            again = [self._failed[digest] for digest, _ in self._pending_of(upstream)]
+            waits = [min(again) - self._clock.seconds()] if again else []
             waits += [wait] if wait is not None else []
             if not waits:
                 return
@@ -333,10 +361,19 @@ class Completion(Service):
     def _pending_of(self, upstream: Upstream) -> Sequence[tuple[Digest, Repository]]:
         return [(digest, at) for digest, at in self._store.pending.items() if at.upstream == upstream]
 
+    def _due(self, upstream: Upstream) -> Sequence[tuple[Digest, Repository]]:
+        """Return the pending images of an upstream without those that are put off."""
+        now = self._clock.seconds()
+        return [(digest, at) for digest, at in self._pending_of(upstream) if self._failed.get(digest, now) <= now]
+
+    def _put_off(self, digest: Digest) -> None:
+        """Give an image no turn for 30 s."""
+        self._failed[digest] = self._clock.seconds() + _AGAIN
+
     async def _fetch_metadata(self, upstream: Upstream) -> float | None:
         """Fetch metadata until a pending image comes up; return the seconds to wait, None if nothing is missing."""
         wait: float | None = None
-        while self._metadata is not None and upstream not in self._has_new_work:
+        while self._metadata is not None and upstream not in self._has_new_work and not self._due(upstream):
             wait = await self._metadata.fetch_next(upstream)
             if wait is None or wait > 0:
                 break
@@ -349,82 +386,51 @@ class Completion(Service):
         except defer.TimeoutError:
             return
 
-    async def _complete_one(self, digest: Digest, repository: Repository) -> None:
+    async def _take_turn(self, digest: Digest, repository: Repository) -> None:
+        """Fetch some of the missing blobs of an image, and end its completion after the last one."""
+        if not self._completes(digest, repository):
+            # The last process may have noted it, by other settings.
+            await self.drop(digest)
+            return
         image = f"{repository}@{digest}"
+        begins = digest not in self._begun
+        blobs = self._begun.setdefault(digest, ImageBlobs(digest, repository, self._store, self._fetch))
         try:
-            missing = dict(await self._store.missing(digest) or {})
+            await blobs.look()
         except OSError as error:
             self.log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
+            self._put_off(digest)
             return
-        if missing:
+        if begins and blobs.missing:
             self.log.info(
                 "completing {image}: {blobs} blobs with {bytes} bytes are missing",
                 image=image,
-                blobs=len(missing),
-                bytes=sum(missing.values()),
+                blobs=len(blobs.missing),
+                bytes=sum(blobs.missing.values()),
             )
-        refused = dict[Digest, int]()
         try:
-            for blob in sorted(missing, key=missing.__getitem__):
-                self._missing[digest] = sum(missing.values())
-                try:
-                    await self._fetch_from_any(repository, digest, blob)
-                except (BlobUnknown, Denied) as error:
-                    self.log.warn("{image} stays incomplete: {why}", image=image, why=error.message)
-                    refused[blob] = missing[blob]
-                del missing[blob]
-            await self._fetch_foreign_layers(repository, digest)
+            more = await blobs.take_turn(lambda lacks: self._missing.__setitem__(digest, lacks))
         except RegistryError as error:
             self.log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
-            self._missing[digest] = sum((missing | refused).values())
+            self._put_off(digest)
             return
-        if refused:
-            self._missing[digest] = sum(refused.values())
+        if more:
+            return
+        if blobs.refused:
+            self.log.warn("{image} stays incomplete: {why}", image=image, why=blobs.refused)
             self._refused[digest] = self._clock.seconds()
         else:
             self._missing.pop(digest, None)
+        if blobs.refused_foreign:
+            self.log.info("{image} stays without foreign layers: {why}", image=image, why=blobs.refused_foreign)
+            self._foreign_refused[digest] = None
         await self.drop(digest)
         self.log.info("completion finished: {image}", image=image)
 
-    async def _fetch_foreign_layers(self, repository: Repository, image: Digest) -> None:
-        """Fetch the foreign layers of an image, as far as its upstream has them.
-
-        Raises:
-            RegistryError: the upstream cannot be asked.
-        """
-        entry = self._store.entry(image)
-        try:
-            missing = await self._store.lacking_foreign(entry.foreign_layers) if entry is not None else {}
-        except OSError as error:
-            self.log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
-            return
-        for blob in sorted(missing, key=missing.__getitem__):
-            try:
-                await self._fetch_from_any(repository, image, blob)
-            except (BlobUnknown, Denied) as error:
-                self.log.info(
-                    "{image} stays without foreign layers: {why}", image=f"{repository}@{image}", why=error.message
-                )
-                self._foreign_refused[image] = None
-
-    async def _fetch_from_any(self, repository: Repository, image: Digest, blob: Digest) -> None:
-        """Fetch a blob from `repository`, else from another repository of the upstream that has the image.
-
-        Raises:
-            RegistryError: no repository gave it; the error of the first one.
-        """
-        try:
-            await self._fetch(repository, blob)
-        except (BlobUnknown, Denied):
-            others = (one for one in self._store.repositories(image) if one.upstream == repository.upstream)
-            for other in sorted(set(others) - {repository}):
-                with suppress(BlobUnknown, Denied):
-                    await self._fetch(other, blob)
-                    return
-            raise
-
     async def drop(self, digest: Digest) -> None:
         """Remove an image from the pending and undecided ones: no more of its blobs are fetched."""
+        self._begun.pop(digest, None)
+        self._failed.pop(digest, None)
         try:
             await self._store.remove_pending(digest)
         except OSError as error:

@@ -28,6 +28,7 @@ from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
 from ociregistry.pullthrough.fetchers import Fetcher, FetcherMetadata
+from ociregistry.pullthrough.imageblobs import MOST_REFUSED, Refusals
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
@@ -161,6 +162,8 @@ def _shown(text: str) -> str:
 
 _DEEPEST = 4
 """Levels of indexes within indexes that are followed."""
+_MOST_MANIFESTS = 1000
+"""Manifests of one image, at most, with those of its platforms, nested indexes and signatures."""
 _SIGNATURES = ("sig", "att", "sbom")
 """Suffixes of the tags under which cosign keeps signatures, attestations and SBOMs of an image."""
 
@@ -181,6 +184,8 @@ class _LoadState:
     """What has been fetched for one image so far."""
 
     image: ImageReference
+    asked: int = 0
+    """The manifests that were asked for, whether they were fetched or in the store."""
     manifests: int = 0
     blobs: int = 0
     bytes: int = 0
@@ -315,7 +320,7 @@ class Loader:
         state.unspecified |= any(not one.platform and one.media_type not in LISTS for one in manifest.children)
         failed: list[RegistryError] = []
         for child in children:
-            if deepest and child.media_type in MEDIA_TYPES:
+            if len(failed) < MOST_REFUSED and deepest and child.media_type in MEDIA_TYPES:
                 try:
                     await self._load_manifest(ImageReference(image.repository, child.digest), state, deepest - 1)
                 except RegistryError as error:
@@ -324,6 +329,9 @@ class Loader:
             raise failed[0]
 
     async def _manifest(self, image: ImageReference, state: _LoadState) -> Manifest:
+        state.asked += 1
+        if state.asked > _MOST_MANIFESTS:
+            raise RegistryError(f"it names more than {_MOST_MANIFESTS} manifests")
         found = await self._fetcher.manifest(image)
         state.manifests += not found.hit
         return found.manifest
@@ -331,8 +339,9 @@ class Loader:
     async def _load_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
         lacking = await self._store.lacking(manifest)
         self._progress.expect(state.name, sum(lacking.values()))
+        refusals = Refusals()
         fetching = [
-            Deferred.fromCoroutine(self._load_blob(repository, digest, size, state))
+            Deferred.fromCoroutine(self._load_blob(repository, digest, size, state, refusals))
             for digest, size in lacking.items()
         ]
         # Wait for all of them, also when one fails: a blob that was begun is completed.
@@ -346,30 +355,44 @@ class Loader:
 
     async def _load_foreign_layers(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:
         """Fetch the layers that clients may fetch from other URLs, as far as the registry has them."""
-        refused = dict[Digest, int]()
-        for digest, size in (await self._store.lacking_foreign(manifest.foreign_layers)).items():
+        refusals = Refusals()
+        missing = dict(await self._store.lacking_foreign(manifest.foreign_layers))
+        for digest, size in list(missing.items()):
             try:
-                await self._load_blob(repository, digest, size, state)
+                if await self._load_blob(repository, digest, size, state, refusals):
+                    del missing[digest]
             except (BlobUnknown, Denied, AirGapped):
-                refused[digest] = size
+                continue
             except Unavailable:
                 if state.manifests or state.blobs:
                     raise
-                refused[digest] = size
-        if refused:
-            state.notes.append(without_foreign_layers(refused))
+        if missing:
+            state.notes.append(without_foreign_layers(missing))
 
-    async def _load_blob(self, repository: Repository, digest: Digest, size: int, state: _LoadState) -> None:
+    async def _load_blob(
+        self, repository: Repository, digest: Digest, size: int, state: _LoadState, refusals: Refusals
+    ) -> bool:
+        """Fetch a blob, and return True; return False where the image already has enough `refusals`.
+
+        Raises:
+            RegistryError: it could not be fetched; this is one more of the `refusals`.
+        """
         await self._blobs.acquire()
         try:
             await self._next_turn()
+            if refusals.enough:
+                return False
             await self._fetcher.blob(
                 repository, digest, size, lambda count: self._progress.advance(state.name, count)
             )
+        except RegistryError as error:
+            refusals.add(digest, error)
+            raise
         finally:
             self._blobs.release()
         state.blobs += 1
         state.bytes += size
+        return True
 
     async def _load_signatures(self, repository: Repository, digest: Digest, state: _LoadState) -> None:
         """Fetch the cosign tags of the manifest `digest`, and its referrers."""
@@ -377,16 +400,19 @@ class Loader:
             for ending in _SIGNATURES:
                 await self._load_signature(ImageReference(repository, Tag(f"sha256-{digest.hex}.{ending}")), state)
         referrers = await self._fetcher.referrers(repository, digest)
+        absent = 0
         for child in referrers.children if referrers else ():
-            if child.media_type in MEDIA_TYPES:
-                await self._load_signature(ImageReference(repository, child.digest), state)
+            if child.media_type in MEDIA_TYPES and absent < MOST_REFUSED:
+                absent += not await self._load_signature(ImageReference(repository, child.digest), state)
 
-    async def _load_signature(self, image: ImageReference, state: _LoadState) -> None:
+    async def _load_signature(self, image: ImageReference, state: _LoadState) -> bool:
+        """Fetch a manifest with its blobs; return whether it is there."""
         try:
             manifest = await self._manifest(image, state)
         except (ManifestUnknown, AirGapped):
-            return
+            return False
         await self._load_blobs(image.repository, manifest, state)
+        return True
 
 
 def _failed(state: _LoadState, why: str, *, again: bool) -> Outcome:

@@ -18,6 +18,7 @@ from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.fetchers import Fetcher
+from ociregistry.pullthrough.imageblobs import MOST_REFUSED
 from ociregistry.store.prune import EvictionPolicy, Withheld
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
@@ -40,13 +41,15 @@ class Repairer:
             return f"cannot be stored: {error.strerror or error}"
 
     async def complete(self, missing: Mapping[Digest, int]) -> str:
-        """Fetch the missing blobs of an image, given with their sizes in bytes.
+        """Fetch the missing blobs of an image, given with their sizes in bytes; after a few failures, not the rest.
 
         Returns:
             The reason of the first failure; the empty string if all blobs are in the store.
         """
-        failed = ""
+        failures: list[str] = []
         for blob, size in missing.items():
+            if len(failures) >= MOST_REFUSED:
+                break
             if await self._store.holds(blob, size):
                 # The blob may have been fetched for another image meanwhile.
                 continue
@@ -54,8 +57,8 @@ class Repairer:
                 why = await self._blob(blob)
             except OSError as error:
                 why = f"cannot be stored: {error.strerror or error}"
-            failed = failed or why
-        return failed
+            failures += [why] if why else []
+        return failures[0] if failures else ""
 
     async def _blob(self, digest: Digest) -> str:
         why = NOT_NEEDED

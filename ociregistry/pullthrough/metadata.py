@@ -20,6 +20,7 @@ from ociregistry.concurrency import Backoff
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_CONFIG, MEDIA_TYPES, Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
+from ociregistry.pullthrough.imageblobs import MOST_REFUSED
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 
@@ -56,9 +57,11 @@ class Metadata:
         self._clock = clock
         self._queues: dict[Upstream, deque[_Index]] = {}
         self._waits: dict[Upstream, _Wait] = {}
-        self._unknown: TTLCache[Digest, None, float] = TTLCache(_MOST_UNKNOWN, ttl=_UNKNOWN_FOR, timer=clock.seconds)
-        """Unavailable manifests, which are not requested for an hour."""
-        self._failures: LRUCache[Digest, int] = LRUCache(_MOST_UNKNOWN)
+        self._unknown: TTLCache[ImageReference, None, float] = TTLCache(
+            _MOST_UNKNOWN, ttl=_UNKNOWN_FOR, timer=clock.seconds
+        )
+        """Unavailable manifests, and indexes with several of them, which are not requested for an hour."""
+        self._failures: LRUCache[ImageReference, int] = LRUCache(_MOST_UNKNOWN)
         """The number of failures of each manifest since its last success."""
 
     @property
@@ -90,7 +93,11 @@ class Metadata:
         """
         ordered = sorted(children, key=lambda child: child.digest not in first)
         candidates = [child for child in ordered[:_MOST_CHILDREN] if child.media_type in MEDIA_TYPES]
-        digests = [child.digest for child in candidates if child.digest not in self._unknown]
+        digests = [
+            child.digest for child in candidates if ImageReference(repository, child.digest) not in self._unknown
+        ]
+        if ImageReference(repository, index) in self._unknown:
+            digests = []
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
@@ -128,14 +135,15 @@ class Metadata:
             await self._fetch(ImageReference(index.repository, child))
         except (ManifestUnknown, BlobUnknown, Denied) as error:
             self.log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
-            self._mark_unknown(child)
+            self._mark_unknown(ImageReference(index.repository, child))
+            self._count_unknown(index)
         except Unavailable as error:
             self.log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
-            if not self._count_failure(child, error):
+            if not self._count_failure(ImageReference(index.repository, child), error):
                 self._requeue(upstream, index, child)
             return self._back_off(upstream, error)
         self._waits.pop(upstream, None)
-        self._failures.pop(child, None)
+        self._failures.pop(ImageReference(index.repository, child), None)
         return 0.0
 
     async def _fetch(self, image: ImageReference) -> None:
@@ -157,7 +165,15 @@ class Metadata:
         elif child not in known.missing:
             known.missing.append(child)
 
-    def _count_failure(self, child: Digest, error: RegistryError) -> bool:
+    def _count_unknown(self, index: _Index) -> None:
+        """Count an unavailable manifest of an index, and request no more of it after several."""
+        index.unknown += 1
+        if index.unknown >= MOST_REFUSED:
+            self.log.debug("{index}: its other platforms are skipped", index=index.digest)
+            self._unknown[ImageReference(index.repository, index.digest)] = None
+            self.forget(index.digest)
+
+    def _count_failure(self, child: ImageReference, error: RegistryError) -> bool:
         """Count a failure; tell whether there were too many. A link that is down does not count."""
         if isinstance(error, LinkDown):
             return False
@@ -167,7 +183,7 @@ class Metadata:
         self._mark_unknown(child)
         return True
 
-    def _mark_unknown(self, child: Digest) -> None:
+    def _mark_unknown(self, child: ImageReference) -> None:
         """Note that a manifest is unavailable."""
         self._failures.pop(child, None)
         self._unknown[child] = None
@@ -199,3 +215,5 @@ class _Index:
         self.digest = digest
         self.repository = repository
         self.missing = missing
+        self.unknown = 0
+        """The number of manifests that the upstream did not have."""

@@ -23,7 +23,7 @@ from ociregistry.concurrency import SingleFlight
 from ociregistry.config.registries import IdentityToken, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
-from ociregistry.upstream.credentials import Credentials, basic
+from ociregistry.upstream.credentials import Credentials, basic, spell_login
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.origin import Origin, without_query
 
@@ -132,6 +132,8 @@ class TokenRequest:
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     form: bytes | None = field(default=None, repr=False)
+    login: str = ""
+    """Whose credentials it carries, for messages; empty for none."""
 
 
 Fetch = Callable[[TokenRequest, RequestOptions], Coroutine[Deferred[Any], Any, bytes]]
@@ -147,6 +149,8 @@ Raises:
 class _Token:
     value: str = field(repr=False)
     expires: float
+    login: str
+    """Whose credentials it was given for; empty for none."""
 
 
 class Tokens:
@@ -197,6 +201,11 @@ class Tokens:
         """Return whether the cache holds a token for `challenge` that has not expired."""
         return (challenge, anonymous) in self._cache
 
+    def login(self, challenge: BearerChallenge, *, anonymous: bool = False) -> str:
+        """Return whose credentials the token for `challenge` in the cache was given for; empty for none."""
+        cached = self._cache.get((challenge, anonymous))
+        return cached.login if cached is not None else ""
+
     def forget(self, challenge: BearerChallenge, token: str, *, anonymous: bool = False) -> None:
         """Drop a `token` that the registry refused; a newer one for the same challenge is kept."""
         cached = self._cache.get((challenge, anonymous))
@@ -220,7 +229,7 @@ class Tokens:
                 raise ValueError("the token is not a string of printable characters")
         except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
-        self._cache[challenge, anonymous] = _Token(value, received + lifetime * _USED_FRACTION)
+        self._cache[challenge, anonymous] = _Token(value, received + lifetime * _USED_FRACTION, request.login)
         return value
 
     async def _request(self, challenge: BearerChallenge, anonymous: bool) -> TokenRequest:
@@ -239,21 +248,25 @@ class Tokens:
                 realm=without_query(realm),
             )
             credentials = None
+        login = spell_login(credentials)
         if isinstance(credentials, IdentityToken):
             # Distribution's OAuth 2.0 token API, "Requesting a Token": an identity token is sent by POST.
             form = {"grant_type": "refresh_token", "client_id": _CLIENT, "refresh_token": credentials.token}
             scope = {"scope": challenge.scope} if challenge.scope else {}
-            return TokenRequest(realm, form=urlencode([*query, *(form | scope).items()]).encode("ascii"))
+            return TokenRequest(realm, form=urlencode([*query, *(form | scope).items()]).encode("ascii"), login=login)
         query += [("scope", scope) for scope in challenge.scope.split()]
         separator = "&" if "?" in realm else "?"
         url = realm + (separator + urlencode(query) if query else "")
-        return TokenRequest(url, {"Authorization": basic(credentials)} if credentials is not None else {})
+        return TokenRequest(
+            url, {"Authorization": basic(credentials)} if credentials is not None else {}, login=login
+        )
 
 
 _MOST_CHALLENGES = 1000
 _MOST_REFUSALS = 3
 
-Scope = tuple[Origin, Repository]
+Scope = tuple[Origin, Repository | None]
+"""An origin, and a repository there; None for the root of its API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +275,8 @@ class Authorization:
 
     header: str = field(repr=False)
     cached: bool
+    login: str = ""
+    """Whose credentials it stands for, for messages; empty for none."""
 
 
 class Authenticator:
@@ -290,9 +305,9 @@ class Authenticator:
         if challenge is not None:
             cached = self._tokens.holds(challenge, anonymous=anonymous)
             try:
-                return Authorization(
-                    f"Bearer {await self._tokens.token(challenge, options, anonymous=anonymous)}", cached
-                )
+                token = await self._tokens.token(challenge, options, anonymous=anonymous)
+                login = self._tokens.login(challenge, anonymous=anonymous)
+                return Authorization(f"Bearer {token}", cached, login)
             except Unavailable:
                 # The token service may have moved: the next request carries no token, and its challenge tells where.
                 self._challenges.pop(scope, None)
@@ -301,7 +316,9 @@ class Authenticator:
             return None
         cached = self._credentials.from_helper
         credentials = await self._credentials.get()
-        return Authorization(basic(credentials), cached) if isinstance(credentials, Password) else None
+        if not isinstance(credentials, Password):
+            return None
+        return Authorization(basic(credentials), cached, spell_login(credentials))
 
     def handle_unauthorized(
         self,

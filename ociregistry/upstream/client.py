@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from cachetools import TTLCache
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
@@ -43,6 +44,8 @@ _HEAD_UNSUPPORTED_FOR = 3600.0
 _CONFIRMED_FOR = 600.0
 """Seconds for which a response to HEAD that GET has confirmed is believed."""
 _MOST_CONFIRMED = 1000
+_REFUSAL_TOLD_FOR = 600.0
+"""Seconds for which the same refusal of credentials is not logged again."""
 _METHOD_REFUSED = frozenset({405, 501})
 _CONTENT_EXISTS = frozenset({200, 206, 416})
 """The statuses of GET for content that is there; 416 is for the first byte of an empty blob."""
@@ -71,14 +74,18 @@ class BaseUrl:
         """Return the origin of the API's URLs."""
         return Origin.of(f"{scheme}://{self.netloc}/")
 
-    def url(self, scheme: str, repository: Repository, path: str) -> str:
-        """Return the URL of `path` below a repository, such as `manifests/latest`."""
+    def url(self, scheme: str, repository: Repository | None, path: str) -> str:
+        """Return the URL of `path` below a repository, such as `manifests/latest`; without one, that of the API."""
+        if repository is None:
+            return f"{scheme}://{self.netloc}{self.path.partition('/v2')[0]}/v2/"
         url = f"{scheme}://{self.netloc}{self.path}/{repository.path}/{path}"
         return url + (("&" if "?" in path else "?") + f"ns={self.ns}" if self.ns else "")
 
 
 class Client:
     """A client of one registry or mirror."""
+
+    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(
         self,
@@ -110,6 +117,10 @@ class Client:
             _MOST_CONFIRMED, ttl=_CONFIRMED_FOR, timer=clock.seconds
         )
         """The error statuses of HEAD that GET confirmed, for content that really is not there."""
+        self._refusals: TTLCache[str, None, float] = TTLCache(
+            _MOST_CONFIRMED, ttl=_REFUSAL_TOLD_FOR, timer=clock.seconds
+        )
+        """The refusals that were logged of late."""
         self._rate_limit = RateLimit(clock)
         self._authenticator = Authenticator(credentials, Tokens(name, self._fetch_token, credentials, trusted, clock))
 
@@ -137,6 +148,13 @@ class Client:
             return await self._head(repository, path, headers or {}, options)
         return await self._request(method, repository, path, headers or {}, options)
 
+    async def ping(self, options: RequestOptions = DEFAULT_OPTIONS) -> Response:
+        """Request the root of the API with the credentials that it asks for, as `request` does.
+
+        Returns and raises as `request` does.
+        """
+        return await self._request("GET", None, "", {}, options)
+
     async def _head(self, repository: Repository, path: str, headers: Headers, options: RequestOptions) -> Response:
         endpoint = path.partition("/")[0]
         status: int | None = None
@@ -157,7 +175,7 @@ class Client:
         return response
 
     async def _request(
-        self, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
+        self, method: str, repository: Repository | None, path: str, headers: Headers, options: RequestOptions
     ) -> Response:
         wait = self._rate_limited_until - self._clock.seconds()
         if wait > 0:
@@ -169,24 +187,37 @@ class Client:
         refused: dict[Scope, list[Authorization | None]] = {}
         while True:
             exchange = await self._send(method, repository, path, headers, options)
-            response = exchange.response
+            authorization = exchange.authorization
+            response = replace(exchange.response, login=authorization.login if authorization is not None else "")
             if Origin.of(response.url) == exchange.origin:
                 self._rate_limit.update(response)
             if response.status == 429:
                 self._note_rate_limit(response, options)
             if response.status != 401:
+                self._log_refusal(response)
                 return response
             scope = Origin.of(response.url), repository
             refused.setdefault(scope, []).append(exchange.authorization)
             if sum(map(len, refused.values())) > _MOST_REFUSALS:
+                self._log_refusal(response)
                 return response
             challenges = response.headers("www-authenticate")
             default = _pull_scope(response, repository)
             if not self._authenticator.handle_unauthorized(
                 scope, exchange.origin, refused[scope], challenges, default
             ):
+                self._log_refusal(response)
                 return response
             await response.discard()
+
+    def _log_refusal(self, response: Response) -> None:
+        """Log refused credentials, at most every ten minutes: clients are only told that nothing is there."""
+        refusal = response.refusal if response.login else ""
+        if refusal and refusal not in self._refusals:
+            self._refusals[refusal] = None
+            self.log.error(
+                "{upstream}: {refusal} ({status})", upstream=self._name, refusal=refusal, status=response.status
+            )
 
     def _note_rate_limit(self, response: Response, options: RequestOptions) -> None:
         # Callers of the lowest priority wait by themselves; a 429 to one of them must not block other requests.
@@ -195,7 +226,7 @@ class Client:
         self._rate_limited_until = max(self._rate_limited_until, self._clock.seconds() + response.retry_after)
 
     async def _send(
-        self, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
+        self, method: str, repository: Repository | None, path: str, headers: Headers, options: RequestOptions
     ) -> _Exchange:
         scheme = self._known_scheme()
         if scheme is not None:
@@ -219,7 +250,7 @@ class Client:
         self,
         scheme: str,
         method: str,
-        repository: Repository,
+        repository: Repository | None,
         path: str,
         headers: Headers,
         options: RequestOptions,
@@ -284,6 +315,8 @@ class Client:
         if response.status == 429:
             self._note_rate_limit(response, options)
         await response.discard()
+        response = replace(response, login=request.login)
+        self._log_refusal(response)
         kind = AccessRefused if response.status in (400, 401, 403, 404) else Unavailable
         raise kind(f"{self._name}: its token service answered {response.outcome}", response.retry_after)
 
@@ -297,11 +330,13 @@ class _Exchange:
     origin: Origin
 
 
-def _pull_scope(response: Response, repository: Repository) -> str:
+def _pull_scope(response: Response, repository: Repository | None) -> str:
     """Return the scope of a token to pull what `response` refuses, in the form `repository:NAME:pull`.
 
     NAME comes from the response's URL, which may be a redirect's; where that is no URL of a registry's API, it is
-    the path of `repository`.
+    the path of `repository`. For the root of the API, it is no scope.
     """
+    if repository is None:
+        return ""
     match = _ENDPOINT.fullmatch(urlsplit(response.url).path.partition("/v2/")[2])
     return f"repository:{match['name'] if match else repository.path}:pull"

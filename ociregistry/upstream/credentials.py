@@ -152,6 +152,13 @@ class Credentials:
         self._cached = None
 
 
+def spell_login(credentials: Password | IdentityToken | None) -> str:
+    """Return whose the credentials are, for messages; empty for none."""
+    if isinstance(credentials, Password):
+        return f"the user {credentials.user}"
+    return "the identity token" if credentials is not None else ""
+
+
 def basic(password: Password) -> str:
     """Return the `Authorization` header for a user and a password (RFC 7617)."""
     return "Basic " + base64.b64encode(f"{password.user}:{password.password}".encode()).decode("ascii")

@@ -58,6 +58,7 @@ _PROBE = RequestOptions(timeout=LONGEST_PATIENCE, priority=Priority.METADATA)
 USER_AGENT = f"ociregistry/{__version__}".encode("ascii")
 _LONGEST_RETRY_AFTER = 3600
 """Seconds."""
+_REFUSED = frozenset({401, 403})
 _HEAD_REFUSED = frozenset({400, 404, 405, 501})
 _IDEMPOTENT = frozenset({"GET", "HEAD"})
 """The methods that are sent here and may be sent twice (RFC 9110, section 9.2.2)."""
@@ -145,11 +146,21 @@ class Response:
     """Whether a redirect led to this response."""
     proxy: Proxy | None = None
     """The proxy that may have sent this response itself; through a tunnel none can."""
+    login: str = ""
+    """Whose credentials the request carried, for messages; empty for none."""
 
     @property
     def outcome(self) -> str:
-        """The status for messages, with the proxy that may have sent it."""
-        return f"{self.status}" + (f", through the proxy {self.proxy}" if self.proxy is not None else "")
+        """The status for messages, with the proxy that may have sent it, and whose access was refused."""
+        through = f", through the proxy {self.proxy}" if self.proxy is not None else ""
+        return f"{self.status}{through}{f': {self.refusal}' if self.refusal else ''}"
+
+    @property
+    def refusal(self) -> str:
+        """Whose access was refused by whom, for messages; empty where it was not."""
+        if self.status not in _REFUSED:
+            return ""
+        return f"{Origin.of(self.url).host} refused {self.login or 'anonymous access (private, or absent)'}"
 
     def header(self, name: str) -> str:
         """Return the first header `name`, or the empty string."""

@@ -1,30 +1,35 @@
 """The sources of an upstream's content: its mirrors in their order, and then the registry itself.
 
 Whether a body is bad shows only when it has been read: then its reader reports that to the source, and requests pass
-over that mirror for a while.
+over that mirror for a while. Where the registry itself cannot be asked, its mirrors alone stand for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import NamedTuple
 
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff
 from ociregistry.context import Priority, Via
-from ociregistry.errors import Denied, Unavailable
+from ociregistry.errors import Denied, RegistryError, Unavailable
 from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Repository
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
+from ociregistry.upstream.referrers import NO_API
 
 _MIRROR_TIMEOUT = 15.0
 """Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
 _LOOKING = RequestOptions(timeout=_MIRROR_TIMEOUT, priority=Priority.METADATA)
+_TEMPORARY = frozenset({408, 425, 429})
+"""Statuses below 500 by which a mirror does not say whether it has the content."""
 _BACKOFF = Backoff(first=10.0, longest=3600.0)
 """The seconds for which a mirror is not asked after a bad body."""
 
@@ -34,9 +39,16 @@ class Source:
 
     is_mirror = False
 
-    def __init__(self, client: Client, mirrors: Sequence[MirrorClient] = ()) -> None:
+    def __init__(self, kind: str, url: str, client: Client, mirrors: Sequence[MirrorClient] = ()) -> None:
+        """Set up the source; `kind` and `url`, or a host alone, are used in messages."""
+        self.name = f"{kind} {url}"
+        self._host = url.rpartition("://")[2].partition("/")[0]
         self.client = client
         self._mirrors = mirrors
+
+    def told(self, error: RegistryError) -> str:
+        """Return the source's name and why it could not be asked, as text for messages."""
+        return f"{self.name}: {error.message.removeprefix(f'{self._host}: ')}"
 
     @property
     def distrusts_mirrors(self) -> bool:
@@ -58,10 +70,9 @@ class MirrorClient(Source):
     is_mirror = True
     log = Logger(namespace="ociregistry.upstream")
 
-    def __init__(self, name: str, client: Client, clock: IReactorTime) -> None:
-        """Set up the mirror; `name` is used in messages."""
-        super().__init__(client)
-        self.name = name
+    def __init__(self, url: str, client: Client, clock: IReactorTime) -> None:
+        """Set up the mirror; `url` is used in messages."""
+        super().__init__("mirror", url, client)
         self._clock = clock
         self._failures = 0
         self._paused_until = 0.0
@@ -79,25 +90,65 @@ class MirrorClient(Source):
             seconds = _BACKOFF.interval(self._failures)
             self._paused_until, self._why = now + seconds, why
             self.log.warn(
-                "mirror {mirror} is not asked for {seconds:.0f} s: {why}", mirror=self.name, seconds=seconds, why=why
+                "{mirror} is not asked for {seconds:.0f} s: {why}", mirror=self.name, seconds=seconds, why=why
             )
         return True
+
+    @property
+    def pause(self) -> int:
+        """The seconds until the mirror is asked again, at least 1."""
+        return max(1, ceil(self._paused_until - self._clock.seconds()))
 
     @property
     def paused(self) -> str | None:
         """Why the mirror is not asked at present, as text for messages; None where it is."""
         seconds = self._paused_until - self._clock.seconds()
-        return f"{self.name}: not asked for {seconds:.0f} s: {self._why}" if seconds > 0 else None
+        return f"not asked for {seconds:.0f} s: {self._why}" if seconds > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _PassedOver:
+    """A mirror that was not the source of the content."""
+
+    told: str
+    """Its name and what it answered, as text for messages."""
+    response: Response | None = None
+    """The response by which it does not have the content, or does not show it; its body is unread."""
+    refused: bool = False
+    """Whether its token service refused access, which means the same."""
+    retry_after: int = 5
+    """The seconds until it may be asked again."""
+
+    @property
+    def answered(self) -> bool:
+        """Whether the mirror answered that it does not have the content, or does not show it."""
+        return self.response is not None or self.refused
+
+
+class Answer(NamedTuple):
+    """The response of a source, and what the sources that were passed over answered before."""
+
+    response: Response
+    source: Source
+    passed_over: tuple[str, ...] = ()
+
+    def told(self, alone: str) -> str:
+        """Return what each source answered, as text for messages; a registry without mirrors is called `alone`."""
+        if not self.passed_over and not self.source.is_mirror:
+            return f"{alone} answered {self.response.outcome}"
+        return "; ".join([*self.passed_over, f"{self.source.name}: it answered {self.response.outcome}"])
 
 
 class Sources:
-    """The mirrors of a registry in the order in which they are asked, and then the registry itself."""
+    """The mirrors of a registry in the order in which they are asked, and then the registry itself, if at all."""
 
     log = Logger(namespace="ociregistry.upstream")
 
-    def __init__(self, mirrors: Sequence[MirrorClient], own: Client) -> None:
+    def __init__(self, name: str, mirrors: Sequence[MirrorClient], own: Client | None) -> None:
+        """Set up the sources of the registry `name`; with None as `own`, the registry itself is never asked."""
+        self._name = name
         self._mirrors = mirrors
-        self._registry = Source(own, mirrors)
+        self._registry = Source("registry", name, own, mirrors) if own is not None else None
 
     async def mirrors_loop(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
         """Ask each mirror, by HEAD, whether it leads to a cache that `via` names."""
@@ -113,40 +164,55 @@ class Sources:
         path: str,
         headers: Headers,
         options: RequestOptions = DEFAULT_OPTIONS,
-    ) -> tuple[Response, Source]:
-        """Return the first good response of a mirror, or else the registry's own, of any status; and its source.
+    ) -> Answer:
+        """Return the first good response of a mirror, or else the registry's own, of any status.
+
+        Without the registry, the last mirror's response stands for it where every mirror answered that it does not
+        have the content, or does not show it.
 
         Raises:
-            Unavailable: the registry itself cannot be asked; the message also says why each mirror was passed over.
+            Unavailable: the registry itself, or one of the mirrors that stand for it, cannot be asked; the message
+                says what each source answered.
             AccessRefused: the registry's token service refuses access.
             Denied: the registry, or a redirect of it, leads to an address that is not allowed.
         """
-        missed: list[str] = []
+        passed_over: list[_PassedOver] = []
         # A silent mirror is passed over, so nothing waits for a late response.
         quick = replace(options, timeout=min(options.timeout, _MIRROR_TIMEOUT), wanted=None)
         for mirror in self._mirrors:
-            why = mirror.paused
-            if why is None:
-                try:
-                    response = await mirror.client.request(method, repository, path, headers, quick)
-                    why = await _passed_over(mirror, path, response)
-                    if why is None:
-                        return response, mirror
-                except (Unavailable, Denied) as error:
-                    why = error.message
-            self.log.debug("mirror skipped: {missed}", missed=why)
-            missed.append(why)
+            is_last = self._registry is None and mirror is self._mirrors[-1]
+            found = await _ask_mirror(mirror, method, repository, path, headers, options if is_last else quick)
+            told = tuple(one.told for one in passed_over)
+            if isinstance(found, Response):
+                return self._answered(Answer(found, mirror, told), repository, path)
+            passed_over.append(found)
+            if found.response is None:
+                continue
+            if is_last and all(one.answered for one in passed_over):
+                return self._answered(Answer(found.response, mirror, told), repository, path)
+            await found.response.discard()
+        told = tuple(one.told for one in passed_over)
+        if self._registry is None:
+            what = f"{self._name}, by its mirrors alone: {'; '.join(told)}"
+            if all(one.answered for one in passed_over):
+                raise AccessRefused(what)
+            raise Unavailable(what, min(one.retry_after for one in passed_over if not one.answered))
         try:
-            return await self._registry.client.request(method, repository, path, headers, options), self._registry
-        except AccessRefused:
-            raise
+            response = await self._registry.client.request(method, repository, path, headers, options)
         except Unavailable as error:
-            if not missed:
+            if not told:
                 raise
-            message = f"{error.message} ({'; '.join(missed)})"
+            message = "; ".join([*told, self._registry.told(error)])
             if isinstance(error, LinkDown):
                 raise error.with_message(message) from None
-            raise Unavailable(message, error.retry_after) from None
+            kind = AccessRefused if isinstance(error, AccessRefused) else Unavailable
+            raise kind(message, error.retry_after) from None
+        return self._answered(Answer(response, self._registry, told), repository, path)
+
+    def _answered(self, answer: Answer, repository: Repository, path: str) -> Answer:
+        if self._mirrors:
+            self.log.debug("{repository}/{path}: {told}", repository=repository, path=path, told=answer.told("it"))
+        return answer
 
 
 async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
@@ -161,16 +227,32 @@ async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str,
     )
 
 
-async def _passed_over(mirror: MirrorClient, path: str, response: Response) -> str | None:
-    """Return why a mirror's response is not used, after discarding its body; None where it is used."""
-    good = 200 <= response.status < 300
-    if good and canonical_media_type(response.header("content-type")) != "text/html":
-        return None
-    await response.discard()
-    if not good:
-        return f"{mirror.name}: it answered {response.outcome}"
-    why = "it sent an HTML page, as login pages and captive portals are"
-    # Registries without the referrers API may answer its path with a page of their website.
-    if not path.startswith("referrers/"):
-        mirror.failed(why)
-    return f"{mirror.name}: {why}"
+async def _ask_mirror(
+    mirror: MirrorClient, method: str, repository: Repository, path: str, headers: Headers, options: RequestOptions
+) -> Response | _PassedOver:
+    """Return a mirror's response, or why the mirror is passed over."""
+    why = mirror.paused
+    if why is not None:
+        return _PassedOver(f"{mirror.name}: {why}", retry_after=mirror.pause)
+    try:
+        response = await mirror.client.request(method, repository, path, headers, options)
+    except Denied as error:
+        return _PassedOver(mirror.told(error))
+    except Unavailable as error:
+        return _PassedOver(mirror.told(error), None, isinstance(error, AccessRefused), error.retry_after)
+    if not 200 <= response.status < 300:
+        told = f"{mirror.name}: it answered {response.outcome}"
+    elif canonical_media_type(response.header("content-type")) != "text/html":
+        return response
+    else:
+        why = "it sent an HTML page, as login pages and captive portals are"
+        told = f"{mirror.name}: {why}"
+        # Registries without the referrers API may answer its path with a page of their website.
+        if not path.startswith("referrers/"):
+            await response.discard()
+            mirror.failed(why)
+            return _PassedOver(told, retry_after=mirror.pause)
+    if response.status in _TEMPORARY or (response.status >= 500 and response.status not in NO_API):
+        await response.discard()
+        return _PassedOver(told, retry_after=response.retry_after)
+    return _PassedOver(told, response)

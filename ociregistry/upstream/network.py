@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.web.client import HTTPConnectionPool
 
 from ociregistry.config.proxy import Proxy, ProxySettings
-from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
+from ociregistry.config.registries import Helper, IdentityToken, Mirror, Password, RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
@@ -129,21 +129,22 @@ class Network(Service):
             return Registry(upstream, None, ConnectionLimit(1), self._instance)
         entry = self._settings.entry(upstream)
         mirrors = [
-            MirrorClient(
-                str(mirror),
-                self._client(
-                    self._settings.entry(mirror.host),
-                    BaseUrl(
-                        mirror.scheme, api_host(mirror.host), mirror.api, upstream.name if mirror.takes_ns else ""
-                    ),
-                ),
-                self._reactor,
-            )
-            for mirror in entry.mirrors
+            MirrorClient(str(mirror), self.mirror_client(mirror, upstream), self._reactor) for mirror in entry.mirrors
         ]
-        own = self._client(entry, BaseUrl(entry.scheme, api_host(upstream)))
+        own = None if entry.mirrors_only else self.own_client(upstream)
         limit = ConnectionLimit(self._settings.max_connections)
-        return Registry(upstream, Sources(mirrors, own), limit, self._instance)
+        return Registry(upstream, Sources(str(upstream), mirrors, own), limit, self._instance)
+
+    def own_client(self, upstream: Upstream) -> Client:
+        """Make a client of the registry `upstream` itself."""
+        entry = self._settings.entry(upstream)
+        return self._client(entry, BaseUrl(entry.scheme, api_host(upstream)))
+
+    def mirror_client(self, mirror: Mirror, upstream: Upstream) -> Client:
+        """Make a client of a mirror of `upstream`."""
+        ns = upstream.name if mirror.takes_ns else ""
+        base = BaseUrl(mirror.scheme, api_host(mirror.host), mirror.api, ns)
+        return self._client(self._settings.entry(mirror.host), base)
 
     def _client(self, entry: RegistrySettings, base: BaseUrl) -> Client:
         reactor = self._reactor

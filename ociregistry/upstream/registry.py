@@ -437,18 +437,19 @@ class Registry:
         headers = {**headers, "Via": context.via.through(self._instance)}
         options = RequestOptions(timeout, context.priority, context.wanted)
         try:
-            response, source = await self._sources.request(method, repository, path, headers, options)
+            answer = await self._sources.request(method, repository, path, headers, options)
         except AccessRefused as refused:
             raise unknown(refused.message) from None
+        response = answer.response
         if response.status in (_OK if response.method == "HEAD" else accepted):
-            return response, source
+            return response, answer.source
         await response.discard()
         via = Via.parse(response.header("via"))
         if response.status == 403 and via.loops_through(self._instance):
             raise LoopDetected(f"{self.upstream}: it leads back to this server", via.through(self._instance))
         if response.status in _UNKNOWN:
-            raise unknown(f"the upstream answered {response.outcome}")
-        raise Unavailable(f"{self.upstream}: it answered {response.outcome}", response.retry_after)
+            raise unknown(answer.told("the upstream"))
+        raise Unavailable(f"{self.upstream}: {answer.told('it')}", response.retry_after)
 
 
 def _unknown_blob(what: str) -> Callable[[str], RegistryError]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.images import MIB, OCI_LAYER, Blob, Image, Index, digest_of, make_image
+from tests.images import MIB, OCI_LAYER, OCI_MANIFEST, Blob, Image, Index, digest_of, make_image
 from tests.peers import Containerd, DockerRegistry, hosts_dir
 from tests.processes import Daemon, wait_until
 from tests.real.caches import (
@@ -19,6 +21,7 @@ from tests.real.caches import (
     wait_scanned_twice,
 )
 from tests.real.completions import completing_in, health, incomplete, log_lines, pending_file, wait_complete
+from tests.upstream_http import Answer, Handler, Request, Rule
 from tests.upstream_rules import Drip, Hold, Reply
 
 DECIDED = 120.0
@@ -191,6 +194,45 @@ def test_image_with_a_blob_missing_upstream_stays_incomplete(own_cache: Cache, r
     assert f"{cache.upstream.host}/{repository}@{image.manifest.digest}" in warning
     assert image.config.digest in warning
     assert cache.sent(f"{repository}/blobs/{image.config.digest}") == 1
+
+
+def naming(blobs: int) -> Image:
+    """Return an image that names this many blobs of one byte, which no registry has."""
+    entries = [
+        {"mediaType": OCI_LAYER, "digest": digest_of(f"{blobs}, {number}".encode()), "size": 1}
+        for number in range(blobs)
+    ]
+    body = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": entries[0], "layers": entries[1:]}
+    return Image(manifest_of(body), (), "")
+
+
+@pytest.mark.parametrize(("blobs", "asked", "told"), [(900, 3, "897 not requested"), (20_000, 0, "20000 blobs")])
+def test_image_of_absent_blobs_delays_no_other(own_cache: Cache, blobs: int, asked: int, told: str) -> None:
+    """What an image may ask of its upstream, which answers slowly, is bounded, and told in one line."""
+    cache, hostile, good = own_cache, naming(blobs), plain_image("good", 5000)
+    cache.upstream.add("team/hostile", hostile, "1")
+    cache.upstream.add("team/good", good, "1")
+    with cache.scripted("/v2/team/hostile/blobs/*", Late(0.2)):
+        assert cache.ask("team/hostile/manifests/1").status == 200
+        assert cache.ask("team/good/manifests/1").status == 200
+        wait_complete(cache.daemon, good.blobs, refused=(1, blobs))
+    gets = [request for request in cache.upstream.requests if "/team/hostile/blobs/" in request.path]
+    assert len(gets) == asked
+    (warning,) = log_lines(cache.daemon, "warn")
+    assert f"{cache.upstream.host}/team/hostile@{hostile.manifest.digest}" in warning
+    assert told in warning
+
+
+@dataclass(frozen=True)
+class Late(Rule):
+    """Answer after some seconds."""
+
+    seconds: float
+
+    def __call__(self, request: Request, handler: Handler) -> Answer:
+        """Return the handler's answer."""
+        time.sleep(self.seconds)
+        return handler(request)
 
 
 def test_client_pauses_background_downloads(own_cache: Cache) -> None:

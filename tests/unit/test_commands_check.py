@@ -172,6 +172,15 @@ def test_report_of_proxy_for_one_scheme(path: Path) -> None:
     ]
 
 
+def test_registry_that_is_never_asked(path: Path) -> None:
+    text = "- name: docker.io\n  mirrors: [http://one:5000]\n  mirrors_only: true\n  auth: {user: u, password: p}\n"
+    assert upstreams(path, text) == [
+        "docker.io",
+        "  first http://one:5000/v2, anonymous",
+        "  never registry-1.docker.io itself: mirrors_only",
+    ]
+
+
 def test_mirrors_are_listed_first_with_their_own_settings(path: Path, authority: Authority) -> None:
     authority.issue("client")
     text = f"""\

@@ -142,6 +142,13 @@ def test_mirrors_keep_their_order(path: Path) -> None:
     assert [str(mirror) for mirror in found] == ["http://b", "https://a/x", "http://c:1"]
 
 
+def test_mirrors_only(path: Path) -> None:
+    assert not configured(path, "mirrors: [http://a]").mirrors_only
+    assert configured(path, "mirrors: [http://a]", "mirrors_only: true").mirrors_only
+    assert not configured(path, "mirrors: [http://a]", "mirrors_only: false").mirrors_only
+    assert not configured(path, "mirrors_only: false").mirrors_only
+
+
 def test_login_or_tls_requires_https() -> None:
     assert not RegistrySettings(REG, realm=REG, mirrors=(Mirror("http", REG),)).must_be_secure
     for known in (Password("u", "p"), IdentityToken("t"), Helper("h")):
@@ -217,6 +224,9 @@ def test_login_or_tls_requires_https() -> None:
         (["mirrors: ['https://[::1']"], 2, "mirrors", "is not a URL"),
         (["mirrors: ['']"], 2, "mirrors", "printable characters"),
         (["mirrors: [[http://a]]"], 2, "mirrors", "a single value"),
+        (["mirrors_only: true"], 2, "mirrors_only", "needs mirrors"),
+        (["mirrors: []", "mirrors_only: true"], 3, "mirrors_only", "needs mirrors"),
+        (["mirrors: [http://a]", "mirrors_only: 'yes'"], 3, "mirrors_only", "true or false is expected"),
     ],
 )
 def test_error_names_file_line_and_key(

@@ -16,7 +16,7 @@ from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor
-from tests.unit.support.loads import MemoryFetcher
+from tests.unit.support.loads import MemoryFetcher, image_of
 
 BUILT, NEWER, MULTI = make_image("repaired"), make_image("newer"), make_index("repaired list")
 IMAGE = manifest(BUILT)
@@ -198,3 +198,14 @@ async def test_record_written_meanwhile_gets_the_lost_names(
     assert await repairer.repair(record(root, APP)) == ""
     assert fetcher.asked == []
     assert kept(root).images[APP] == BEFORE
+
+
+@on_reactor
+async def test_rest_of_an_image_is_not_requested_after_three_absent_blobs(
+    repairer: Repairer, fetcher: MemoryFetcher, store: Store
+) -> None:
+    hostile = image_of(*(b"blob %d" % number for number in range(2000)))
+    await store.keep(hostile, image(APP))
+    why = await repairer.complete(hostile.required)
+    assert why == f"reg.example/app@{hostile.blobs[0].digest}: the upstream answered 404"
+    assert len(fetcher.asked) == 3

@@ -176,6 +176,37 @@ async def test_unknown_config_is_no_failure(metadata: Metadata, fetcher: Fetcher
     assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "a", "B", "b"])
 
 
+@on_reactor
+async def test_no_more_of_an_index_is_requested_after_three_unknown_manifests(
+    metadata: Metadata, fetcher: Fetcher, clock: Clock
+) -> None:
+    absent = [platform(f"absent {number}") for number in range(100)]
+    index, other = of(*absent, A), of(B)
+    await queue_missing(metadata, index)
+    await queue_missing(metadata, other)
+    assert await fetch_all(metadata) is None
+    assert fetcher.asked == [absent[0].digest, "B", "b", absent[1].digest, absent[2].digest]
+    assert metadata.incomplete == 0
+    fetcher.asked.clear()
+    clock.advance(3599)
+    await queue_missing(metadata, index)
+    assert (await fetch_all(metadata), fetcher.asked) == (None, [])
+    clock.advance(1)
+    await queue_missing(metadata, index)
+    assert (await fetch_all(metadata), len(fetcher.asked)) == (None, 3)
+
+
+@on_reactor
+async def test_manifest_unknown_in_one_repository_is_requested_from_another(
+    metadata: Metadata, fetcher: Fetcher
+) -> None:
+    fetcher.errors[A.digest] = [ManifestUnknown("404")]
+    await queue_missing(metadata, of(A, B))
+    await queue_missing(metadata, of(A, C), NEXT)
+    assert await fetch_all(metadata) is None
+    assert sorted(fetcher.asked) == ["A", "A", "B", "C", "a", "b", "c"]
+
+
 # Failures
 
 
@@ -319,13 +350,13 @@ async def test_success_resets_the_failure_count(
 async def test_oldest_of_too_many_unavailable_manifests_is_requested_again(
     store: Store, fetcher: Fetcher, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 2)
+    monkeypatch.setattr("ociregistry.pullthrough.metadata._MOST_UNKNOWN", 1)
     metadata = Metadata(store, fetcher, clock)
-    index = of(A, B, C)
-    for child in (A, B, C):
+    index = of(A, B)
+    for child in (A, B):
         fetcher.errors[child.digest] = [ManifestUnknown("404")]
     await queue_missing(metadata, index)
-    assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "B", "C"])
+    assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "B"])
     fetcher.asked.clear()
     await queue_missing(metadata, index)
     assert (await fetch_all(metadata), fetcher.asked) == (None, ["A", "a"])

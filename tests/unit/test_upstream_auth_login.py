@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from twisted.logger import LogEvent
+from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.registries import IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.credentials import basic
-from tests.unit.support.common import failed
+from tests.unit.support.common import failed, fired, texts
 from tests.unit.test_upstream_auth import WANTS_BASIC, wants
 from tests.unit.test_upstream_client import CDN, OK, REG, TOKEN, Asking, redirect, token
 
@@ -146,3 +146,68 @@ def test_no_secret_in_logs_or_errors(script: Mapping[str, Any], login: Login, ev
     secrets = "s3cret", BASIC.partition(" ")[2], "secret-token"
     assert objects
     assert not [text for text in printed if any(secret in text for secret in secrets)]
+
+
+# Whose access was refused
+
+
+def errors(events: list[LogEvent]) -> list[str]:
+    """Return the log lines at level error."""
+    return texts(events, LogLevel.error)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_user_is_named(status: int, events: list[LogEvent]) -> None:
+    asking = logged_in({REG: [WANTS_BASIC, {"status": status}]})
+    assert fired(asking.ask()).outcome == f"{status}: reg.example refused the user user"
+    assert errors(events) == [f"reg.example: reg.example refused the user user ({status})"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(("login", "who"), [(USER, "the user user"), (IdentityToken("s3cret"), "the identity token")])
+def test_login_that_the_token_service_refused_is_named(
+    status: int, login: Login, who: str, events: list[LogEvent]
+) -> None:
+    asking = logged_in({REG: [wants()], TOKEN: [{"status": status}]}, login=login)
+    error = failed(asking.ask(), AccessRefused)
+    assert error.message == f"reg.example: its token service answered {status}: auth.example refused {who}"
+    assert errors(events) == [f"reg.example: auth.example refused {who} ({status})"]
+
+
+def test_user_whose_token_the_registry_refused_is_named(events: list[LogEvent]) -> None:
+    asking = logged_in({REG: [wants(), {"status": 403}], TOKEN: [token("ours")]})
+    assert fired(asking.ask()).outcome == "403: reg.example refused the user user"
+    assert errors(events) == ["reg.example: reg.example refused the user user (403)"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_refused_anonymous_access_is_told_apart(status: int, events: list[LogEvent]) -> None:
+    asking = Asking({REG: [{"status": status}]})
+    assert fired(asking.ask()).outcome == f"{status}: reg.example refused anonymous access (private, or absent)"
+    asking = Asking({REG: [wants(), {"status": status}], TOKEN: [token("anonymous")]})
+    assert fired(asking.ask()).outcome == f"{status}: reg.example refused anonymous access (private, or absent)"
+    assert errors(events) == []
+
+
+def test_refusal_by_redirect_target_is_not_one_of_the_user(events: list[LogEvent]) -> None:
+    asking = logged_in({REG: [WANTS_BASIC, redirect(f"{CDN}x")], CDN: [{"status": 403}]})
+    assert fired(asking.ask()).outcome == "403: cdn.example refused anonymous access (private, or absent)"
+    assert errors(events) == []
+
+
+def test_refusal_is_logged_once_in_ten_minutes(events: list[LogEvent]) -> None:
+    asking = logged_in({REG: [WANTS_BASIC, {"status": 401}] * 10})
+    for _ in range(3):
+        asking.status()
+    assert len(errors(events)) == 1
+    asking.clock.advance(600)
+    asking.status()
+    assert len(errors(events)) == 2
+
+
+def test_no_secret_is_logged(events: list[LogEvent]) -> None:
+    for login in (USER, IdentityToken("s3cret")):
+        asking = logged_in({REG: [wants(), {"status": 403}], TOKEN: [token("t0ken")]}, login=login)
+        told = fired(asking.ask()).outcome
+        assert "s3cret" not in told + str(events)
+        assert "t0ken" not in told + str(events)

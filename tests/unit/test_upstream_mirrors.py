@@ -169,8 +169,8 @@ def test_html_page_that_pauses_no_mirror(status: int, path: str, events: list[Lo
 def test_error_names_paused_mirrors() -> None:
     mirrored = MirroredRegistry(DISGUISED, {"status": 404}, DOWN)
     message = failed(manifest(mirrored), Unavailable).message
-    assert message.startswith(f"{DOWN.message} ({ONE}: not asked for 10 s: {TAGGED}: the upstream sent no valid ")
-    assert message.endswith(f"; {TWO}: it answered 404)")
+    assert message.startswith(f"mirror {ONE}: not asked for 10 s: {TAGGED}: the upstream sent no valid ")
+    assert message.endswith(f"; mirror {TWO}: it answered 404; registry reg.example: {DOWN.message}")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.registries import Login, Password
 from ociregistry.context import Priority
-from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.client import BaseUrl, Client
@@ -29,6 +29,11 @@ from tests.unit.test_upstream_registry import GOOD, IMAGE, TAGGED
 ONE, TWO, OWN = "https://one.example", "http://two.example:8080/docker", "https://reg.example"
 APP = Repository(Upstream("reg.example"), "team/app")
 DOWN = Unavailable("the connection was refused")
+
+
+def outcome(status: int, host: str = "one.example") -> str:
+    """Return how messages spell the status of a host's response to an anonymous request."""
+    return f"{status}: {host} refused anonymous access (private, or absent)" if status in (401, 403) else f"{status}"
 
 
 def mirror(url: str, http: ScriptedExchanges, clock: Clock, ns: str, login: Login | None = None) -> MirrorClient:
@@ -58,15 +63,19 @@ class MirroredRegistry:
         *more: ScriptedAnswer,
         ns: str = "reg.example",
         login: Login | None = None,
+        alone: bool = False,
     ) -> None:
-        """Script the answers; `more` are later ones of the first mirror."""
+        """Script the answers; `more` are later ones of the first mirror.
+
+        With `alone`, the registry is never asked.
+        """
         self.clock = Clock()
         self.http = ScriptedExchanges({ONE: [one, *more], TWO: [two], OWN: [own], TOKEN: [{"status": 403}]})
         mirrors = [
             mirror(ONE, self.http, self.clock, ns, login),
             mirror(TWO, self.http, self.clock, ns),
         ]
-        self.sources = Sources(mirrors, client_over(self.http, self.clock))
+        self.sources = Sources("reg.example", mirrors, None if alone else client_over(self.http, self.clock))
 
     def ask(self, path: str = "blobs/x", options: RequestOptions = DEFAULT_OPTIONS) -> Deferred[Response]:
         """Send a request."""
@@ -116,7 +125,9 @@ def test_404_of_a_mirror_leads_to_the_next(status: int, events: list[LogEvent]) 
     mirrored = MirroredRegistry({"status": status}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
-    assert texts(events, LogLevel.debug) == [f"mirror skipped: {ONE}: it answered {status}"]
+    assert texts(events, LogLevel.debug) == [
+        f"{APP}/blobs/x: mirror {ONE}: it answered {outcome(status)}; mirror {TWO}: it answered 200"
+    ]
 
 
 @pytest.mark.parametrize("error", [DOWN, NoTls("TLS failed"), Denied("it has the loopback address 127.0.0.1")])
@@ -183,28 +194,36 @@ def test_rate_limited_mirror_is_skipped() -> None:
 
 
 def test_registry_error_includes_mirror_errors() -> None:
-    mirrored = MirroredRegistry(Unavailable(f"{ONE}: down"), {"status": 502}, Unavailable("reg.example: down", 42))
+    mirrored = MirroredRegistry(
+        Unavailable("one.example: down"), {"status": 502}, Unavailable("reg.example: down", 42)
+    )
     error = failed(mirrored.ask(), Unavailable)
-    assert error.message == "reg.example: down (https://one.example: down; " + f"{TWO}: it answered 502)"
+    assert error.message == f"mirror {ONE}: down; mirror {TWO}: it answered 502; registry reg.example: down"
     assert error.retry_after == 42
 
 
 def test_error_includes_denied_mirrors() -> None:
     mirrored = MirroredRegistry(Denied("one.example: it has a loopback address"), {"status": 404}, DOWN)
     message = failed(mirrored.ask(), Unavailable).message
-    assert message == f"{DOWN.message} (one.example: it has a loopback address; {TWO}: it answered 404)"
+    assert message == (
+        f"mirror {ONE}: it has a loopback address; mirror {TWO}: it answered 404; "
+        "registry reg.example: the connection was refused"
+    )
 
 
 def test_error_without_mirrors_is_unchanged() -> None:
     client = client_over(ScriptedExchanges({OWN: [DOWN]}))
-    asked = Deferred.fromCoroutine(Sources([], client).request("GET", APP, "blobs/x", {}))
+    asked = Deferred.fromCoroutine(Sources("reg.example", [], client).request("GET", APP, "blobs/x", {}))
     assert failed(asked, Unavailable) is DOWN
 
 
 def test_unknown_everywhere_stays_unknown() -> None:
     mirrored = MirroredRegistry({"status": 404}, {"status": 404}, challenge())
     error = failed(mirrored.ask(), AccessRefused)
-    assert error.message == "reg.example: its token service answered 403"
+    assert error.message == (
+        f"mirror {ONE}: it answered 404; mirror {TWO}: it answered 404; "
+        f"registry reg.example: its token service answered {outcome(403, 'auth.example')}"
+    )
     denied = Denied("reg.example has the loopback address 127.0.0.1")
     assert failed(MirroredRegistry({"status": 404}, {"status": 404}, denied).ask(), Denied) is denied
 
@@ -238,7 +257,16 @@ def test_registry_uses_its_mirrors() -> None:
     mirrored = MirroredRegistry({"status": 404}, {"status": 403}, challenge())
     # A refusing token service means the same as a 403.
     unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
-    assert unknown.message == f"{TAGGED}: reg.example: its token service answered 403"
+    assert unknown.message == (
+        f"{TAGGED}: mirror {ONE}: it answered 404; mirror {TWO}: it answered {outcome(403, 'two.example')}; "
+        f"registry reg.example: its token service answered {outcome(403, 'auth.example')}"
+    )
+    mirrored = MirroredRegistry({"status": 404}, DOWN, {"status": 404}, {"status": 404})
+    unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
+    assert unknown.message == (
+        f"{TAGGED}: mirror {ONE}: it answered 404; mirror {TWO}: the connection was refused; "
+        "registry reg.example: it answered 404"
+    )
 
 
 @pytest.mark.parametrize("media_type", ["text/html", "Text/HTML; charset=utf-8"])
@@ -246,3 +274,85 @@ def test_html_page_is_skipped(media_type: str) -> None:
     mirrored = MirroredRegistry({"status": 200, "headers": {"Content-Type": media_type}}, OK, OK)
     assert fired(mirrored.ask()).status == 200
     assert mirrored.asked == ["one", "two"]
+
+
+# Mirrors alone
+
+
+UNKNOWN_TOKEN = challenge()
+"""A challenge whose token service refuses access."""
+
+
+def test_registry_is_never_asked_where_its_mirrors_stand_for_it() -> None:
+    mirrored = MirroredRegistry({"status": 404}, GOOD, OK, alone=True)
+    assert fired(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED))) == IMAGE
+    assert mirrored.asked == ["one", "two"]
+
+
+@pytest.mark.parametrize("one", [{"status": 401}, {"status": 403}, {"status": 404}, UNKNOWN_TOKEN])
+@pytest.mark.parametrize("two", [{"status": 401}, {"status": 403}, {"status": 404}, UNKNOWN_TOKEN])
+def test_what_no_mirror_has_is_unknown(one: ScriptedAnswer, two: ScriptedAnswer) -> None:
+    mirrored = MirroredRegistry(one, two, OK, alone=True)
+    unknown = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
+    assert f"mirror {ONE}: it" in unknown.message or f"mirror {ONE}: its token service answered" in unknown.message
+    assert f"mirror {TWO}: it" in unknown.message
+    assert "reg" not in mirrored.asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (Unavailable("one.example: the connection was refused", 17), "the connection was refused"),
+        ({"status": 429, "headers": {"Retry-After": "17"}}, "it answered 429"),
+        ({"status": 503, "headers": {"Retry-After": "17"}}, "it answered 503"),
+        ({"status": 408, "headers": {"Retry-After": "17"}}, "it answered 408"),
+    ],
+)
+def test_what_a_mirror_that_cannot_be_asked_may_have_is_unavailable(answer: ScriptedAnswer, why: str) -> None:
+    first = MirroredRegistry(answer, {"status": 404}, OK, alone=True)
+    error = failed(Deferred.fromCoroutine(first.registry.manifest(TAGGED)), Unavailable)
+    assert error.message == f"reg.example, by its mirrors alone: mirror {ONE}: {why}; mirror {TWO}: it answered 404"
+    assert error.retry_after == 17
+    last = MirroredRegistry({"status": 404}, answer, OK, alone=True)
+    error = failed(Deferred.fromCoroutine(last.registry.manifest(TAGGED)), Unavailable)
+    assert error.message.startswith(
+        f"reg.example, by its mirrors alone: mirror {ONE}: it answered 404; mirror {TWO}: "
+    )
+    assert "reg" not in [*first.asked, *last.asked]
+
+
+def test_mirror_after_bad_body_counts_as_one_that_cannot_be_asked() -> None:
+    mirrored = MirroredRegistry({**GOOD, "data": b"<html>"}, {"status": 404}, OK, {"status": 404}, alone=True)
+    error = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), Unavailable)
+    assert f"mirror {ONE}: not asked for 10 s: " in error.message
+    assert error.retry_after == 10
+    mirrored.clock.advance(10)
+    failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), ManifestUnknown)
+
+
+def test_html_page_of_a_mirror_is_unavailable() -> None:
+    page: dict[str, Any] = {"status": 200, "headers": {"Content-Type": "text/html"}}
+    mirrored = MirroredRegistry({"status": 404}, page, OK, alone=True)
+    error = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), Unavailable)
+    assert error.message.endswith(f"mirror {TWO}: it sent an HTML page, as login pages and captive portals are")
+
+
+def test_mirror_without_referrers_api_is_asked_for_the_tag() -> None:
+    absent: dict[str, Any] = {"status": 404, "data": b'{"errors": [{"code": "MANIFEST_UNKNOWN"}]}'}
+    mirrored = MirroredRegistry({"status": 404}, {"status": 404}, OK, {"status": 404}, alone=True)
+    mirrored.http._script[TWO] = [{"status": 404}, absent]
+    found = fired(Deferred.fromCoroutine(mirrored.registry.referrers(APP, IMAGE.digest)))
+    assert found.children == ()
+    assert [url.split("/")[-2] for url in mirrored.http.urls] == ["referrers", "referrers", "manifests", "manifests"]
+
+
+def test_last_mirror_alone_has_the_time_of_the_registry() -> None:
+    mirrored = MirroredRegistry(DOWN, DOWN, OK, alone=True)
+    failed(mirrored.ask(options=RequestOptions(30.0)), Unavailable)
+    assert [sent.options.timeout for sent in mirrored.http.sent] == [15.0, 30.0]
+
+
+def test_loop_through_a_mirror_alone_is_denied() -> None:
+    loop: dict[str, Any] = {"status": 403, "headers": {"Via": f"1.1 {INSTANCE}"}}
+    mirrored = MirroredRegistry({"status": 404}, loop, OK, alone=True)
+    failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), LoopDetected)

@@ -62,4 +62,4 @@ def exchanges_over(agent: IAgent, clock: Any, upstream: str = "reg.example") -> 
 
 def registry_over(client: Client, most: int = 1, name: str = "reg.example") -> Registry:
     """Return a registry without mirrors, with `most` connections for blobs."""
-    return Registry(Upstream.parse(name), Sources([], client), ConnectionLimit(most), INSTANCE)
+    return Registry(Upstream.parse(name), Sources(name, [], client), ConnectionLimit(most), INSTANCE)
