@@ -102,7 +102,7 @@ class PruneSet:
         if images.pop(noted, None) is None:
             return
         if self._index.meaning(noted) == digest:
-            for stale in self._index.claims(noted).keys() - {digest}:
+            for stale in self._index.claimants(noted) - {digest}:
                 self._rename(stale, noted, _by_digest(noted, stale))
         if not images:
             self.gone[digest] = self._snapshot.records[digest]
@@ -221,8 +221,8 @@ class PruneSet:
         if self._index.ancestors(digest) & self.gone.keys() & left:
             return False
         for noted in self._snapshot.records[digest].record.images:
-            claims = {one: confirmed for one, confirmed in self._index.claims(noted).items() if one in left}
-            if len(claims) > 1 and newest(claims) == digest:
+            claims = [claim for claim in self._index.claims(noted) if claim[1] in left]
+            if len(claims) > 1 and newest(claims, self._snapshot.now) == digest:
                 return False
         return True
 
@@ -248,8 +248,10 @@ def planned(root: Path, choose: Choose) -> Plan:
     return choose(Snapshot.read(root)).plan
 
 
-def prune(root: Path, choose: Choose, files: Files) -> Plan:
+def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None) -> Plan:
     """Prune what `choose` selects from the store at `root`; return the plan that was carried out. Blocks.
+
+    `now` is the time in place of the clock's.
 
     Killing it at any time leaves no record without its blobs, and no tag with an earlier meaning. The order is: tags,
     indexes, the images that they name, and then the blobs that no record on the disk names any more.
@@ -259,7 +261,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
         OSError: a file cannot be read, written or removed, also when there is still no space. What was removed until
             then stays removed.
     """
-    snapshot = Snapshot.read(root)
+    snapshot = Snapshot.read(root, now)
     with store_locked(root):
         snapshot.refresh()
         prune_set = choose(snapshot)

@@ -66,10 +66,14 @@ class Snapshot:
     Of files that are not records, only their paths and the digests in them are known.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Set up the snapshot of the store at `root`, without any record yet."""
+    def __init__(self, root: Path, now: datetime | None = None) -> None:
+        """Set up the snapshot of the store at `root`, without any record yet.
+
+        `now` is the time for which it is taken, in place of the clock's.
+        """
         self.root = root
-        self.index = Index()
+        self.now = now or datetime.now(UTC)
+        self.index = Index(lambda: self.now)
         self._blobs = blobs_folder(root)
         self.unreadable: Mapping[Path, str] = {}
         """Path -> what is wrong with the file."""
@@ -84,13 +88,13 @@ class Snapshot:
         self._rows: tuple[Row, ...] | None = None
 
     @classmethod
-    def read(cls, root: Path) -> Snapshot:
-        """Read all records of the store at `root`. Blocks.
+    def read(cls, root: Path, now: datetime | None = None) -> Snapshot:
+        """Read all records of the store at `root`, for the time `now` in place of the clock's. Blocks.
 
         Raises:
             OSError: a folder cannot be read, or a record for a reason that is not the file's own.
         """
-        snapshot = cls(root)
+        snapshot = cls(root, now)
         with collection_paused():
             snapshot.refresh()
         return snapshot

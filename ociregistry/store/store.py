@@ -68,7 +68,7 @@ class Store(Service):
         self._threads = Threads(reactor)
         self._clock = clock
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
-        self._index = Index()
+        self._index = Index(now)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
@@ -228,14 +228,19 @@ class Store(Service):
         Raises:
             OSError: the record cannot be written.
         """
-        confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
-        args = manifest, image, confirmed, created
-        record = await self._threads.write_in_turn(
-            self._records.confirm, *args, wanted=wanted, whole=whole, known=known
+        confirmed = dates.confirmed if dates else self._index.next_confirmation(image)
+        args = manifest, image, confirmed, dates.created if dates else None
+        rivals = None if dates else self._index.rivals(manifest.digest, image)
+        records = await self._threads.write_in_turn(
+            self._records.confirm, *args, wanted=wanted, whole=whole, known=known, rivals=rivals
         )
-        if record is not None:
+        for record in records:
             self._refresh.record_written(record)
-        return record is not None
+        return bool(records)
+
+    def disputed(self, image: ImageReference) -> bool:
+        """Tell whether several records have the tag `image`: a copied one, or one with a wrong date."""
+        return len(self._index.claims(str(image))) > 1
 
     async def restore(
         self,
@@ -427,7 +432,7 @@ class Store(Service):
         Raises:
             OSError: the store cannot be read or changed.
         """
-        return await self._threads.write(prune, self._root, choose, self._files)
+        return await self._threads.write(prune, self._root, choose, self._files, self._now())
 
     async def verify(self, max_rate: float | None, advance: Callable[[int, int], object], found: Found) -> Findings:
         """Verify the whole store as `Verifier.verify` does, and note when it was verified.

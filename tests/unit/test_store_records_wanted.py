@@ -82,8 +82,7 @@ def test_confirm_changes_wanted_only_to_true(
 ) -> None:
     records.confirm(IMAGE, TAG, NOW, wanted=before)
     assert on_disk(root) is before
-    confirmed = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
-    assert confirmed is not None
+    (confirmed,) = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
     assert confirmed.wanted is on_disk(root) is after
 
 
