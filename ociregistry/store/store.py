@@ -446,7 +446,7 @@ class Store(Service):
         return findings
 
     async def last_verified(self, now: datetime) -> datetime:
-        """Return when the store was verified last. If it never was, `now` counts as that time from now on.
+        """Return when the store was verified last. If never, or later than `now`, that is noted as the time.
 
         Raises:
             OSError: the time cannot be read or noted.

@@ -54,6 +54,35 @@ def test_clock_jump_prunes_nothing(tmp_path: Path) -> None:
         assert len(contents(daemon.image_path)) == len(images) - 1
 
 
+VERIFIED = "verified 1 records"
+
+
+@pytest.mark.parametrize("jump", [TEN_YEARS, timedelta(days=-365)], ids=["ahead", "behind"])
+def test_clock_jump_does_not_put_off_verifying(tmp_path: Path, jump: timedelta) -> None:
+    clock, image = FakeClock(tmp_path), plain_image("clock/verified", 1000)
+    settings = {"verify": {"every": "1s"}, "log_level": "info"}
+    with (
+        ScriptedRegistry() as upstream,
+        daemon_in(tmp_path, upstream, settings=settings, environment=clock.environment) as daemon,
+    ):
+        upstream.add("team/app", image, "1")
+        pull(Cache(daemon, upstream), "team/app", image)
+
+        def verifies() -> None:
+            """Wait until the daemon has verified the store twice more."""
+            before = daemon.log.count(VERIFIED)
+            wait_until(lambda: daemon.log.count(VERIFIED) >= before + 2, SOON, "it verifies")
+
+        for ahead in (timedelta(0), jump, timedelta(0)):
+            clock.set(ahead)
+            verifies()
+            # And in a process that has seen no other time.
+            daemon.terminate()
+            clock.set(timedelta(0))
+            daemon.start()
+            verifies()
+
+
 V1, V2 = plain_image("clock/v1", 1000), plain_image("clock/v2", 1000)
 LATEST = "team/app/manifests/latest"
 
