@@ -326,6 +326,9 @@ class Loader:
     async def _manifest(self, image: ImageReference, state: _LoadState) -> Manifest:
         found = await self._fetcher.manifest(image)
         state.manifests += not found.hit
+        if found.hit and not self._store.shown_in(image.repository, found.manifest.digest):
+            # A hit by digest, from another repository: the operator names this one.
+            await self._store.keep(found.manifest, image, known=True)
         return found.manifest
 
     async def _load_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:

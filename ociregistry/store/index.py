@@ -277,6 +277,11 @@ class Index:
         """Return the manifests with records that the record `digest` names, directly or through other indexes."""
         return _reached(digest, self.children)
 
+    def shown_in(self, repository: Repository, digest: Digest) -> bool:
+        """Tell whether the manifest `digest`, or an index that names it, is known in `repository`."""
+        entries = map(self._entries.get, [digest, *self.ancestors(digest)])
+        return any(entry is not None and entry.known_in(repository) for entry in entries)
+
     def indexes(self, child: Digest) -> Set[Digest]:
         """Return the ancestors of the manifest `child`, without lists of referrers and what is only above these."""
         return _reached(

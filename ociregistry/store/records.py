@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -90,7 +91,8 @@ class Record:
         known = self.images.get(str(image), Dates(created or confirmed, confirmed))
         latest = confirmed if current else max(known.confirmed, confirmed)
         merged = Dates(min(known.created, created or confirmed), latest)
-        return replace(self, images={**self.images, str(image): merged}, wanted=wanted or self.wanted)
+        images = _bounded({**self.images, str(image): merged}, str(image))
+        return replace(self, images=images, wanted=wanted or self.wanted)
 
     def without_tag(self, tagged: ImageReference) -> Record:
         """Return this record with its own digest noted instead of a tag that means another manifest by now."""
@@ -152,6 +154,29 @@ class Record:
             raise RecordInvalid(f"not a record of this program: {type(error).__name__} {error}") from None
         wanted = document.get("wanted")
         return cls(manifest, images, wanted if isinstance(wanted, bool) else None)
+
+
+_MOST_IMAGES = 1000
+"""Image URLs in a record: an upstream may show one manifest under any number of names."""
+
+
+def _bounded(images: Mapping[str, Dates], confirmed: str) -> Mapping[str, Dates]:
+    """Return at most `_MOST_IMAGES` of `images`, with the URL that was just `confirmed`.
+
+    The upstreams have equal shares, so that none takes the place of the others' names. Of one upstream, URLs by
+    digest, which are served without being noted, go first, then those confirmed least recently.
+    """
+    if len(images) <= _MOST_IMAGES:
+        return images
+    order = sorted(images, key=lambda url: (url != confirmed, "@" in url, -images[url].confirmed.timestamp(), url))
+    counts: Counter[str] = Counter()
+    ranks: dict[str, int] = {}
+    for url in order:
+        upstream = url.partition("/")[0]
+        counts[upstream] += 1
+        ranks[url] = counts[upstream]
+    kept = sorted(order, key=ranks.__getitem__)[:_MOST_IMAGES]
+    return {url: images[url] for url in kept}
 
 
 def _spell(time: datetime) -> str:

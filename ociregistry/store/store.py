@@ -162,8 +162,8 @@ class Store(Service):
     async def manifest(self, image: ImageReference) -> Manifest | None:
         """Return the manifest that `image` means, read from its record, or None on a miss.
 
-        A digest is found whichever repository it came from, and is then noted as known in the requested repository
-        too.
+        A digest is found whichever repository it came from. It is noted as known in the requested repository too only
+        if an index of that repository names it, as clients may invent repositories.
         """
         while True:
             digest = self._index.resolve(image)
@@ -175,7 +175,7 @@ class Store(Service):
             if record.means(image):
                 break
             self._refresh.record_read(record)
-        if not Entry.of(record).known_in(image.repository):
+        if not Entry.of(record).known_in(image.repository) and self.shown_in(image.repository, digest):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
                 lambda failure: self.log.warn(
@@ -415,6 +415,10 @@ class Store(Service):
         """Return the repositories in which a manifest is known."""
         entry = self._index.get(manifest)
         return entry.repositories if entry is not None else set()
+
+    def shown_in(self, repository: Repository, manifest: Digest) -> bool:
+        """Tell whether a manifest, or an index that names it, is known in `repository`."""
+        return self._index.shown_in(repository, manifest)
 
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """Return the repositories with an image that has this blob, and the size in bytes that it gives the blob."""
