@@ -261,7 +261,8 @@ class Importer:
             notes += (without_foreign_layers(missing),)
         meant = await self._store.manifest(image)
         if meant is not None and meant.digest != root.digest:
-            notes += (f"the name still means {meant.digest}, which was confirmed later",)
+            why = "which was confirmed later, or the archive's date is in the future"
+            notes += (f"the name still means {meant.digest}, {why}",)
         return Outcome(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
 
     async def _keep_whole(

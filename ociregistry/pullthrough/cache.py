@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -295,6 +296,10 @@ class PullThrough(Service):
     async def _check(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> Manifest:
         digest = await self._registries.get(image.repository.upstream).manifest_digest(image, context)
         if digest == stored.digest:
+            if self._store.disputed(image):
+                # On a full disk the newest date goes on deciding.
+                with suppress(OSError):
+                    await self._store.keep(stored, image)
             return stored
         # HEAD first, then GET by digest only on a change: registries' rate limits count a GET, not a HEAD.
         asked = replace(image, reference=digest or image.reference)

@@ -288,10 +288,16 @@ class Completion(Service):
             self._being_checked.discard(digest)
         if missing:
             self._missing[digest] = sum(missing.values())
-        if lacks and self._completes(digest, repository):
-            await self._request(digest, repository)
+        source = self._source(digest, repository)
+        if lacks and self._completes(digest, source):
+            await self._request(digest, source)
         elif digest in self._store.undecided:
             await self.drop(digest)
+
+    def _source(self, image: Digest, asked: Repository) -> Repository:
+        """Return the repository that a client `asked` if it has shown the image, else one that has."""
+        known = self._store.repositories(image)
+        return min(known) if known and not self._store.shown_in(asked, image) else asked
 
     async def _missing_now(self, digest: Digest, *, hit: bool) -> Mapping[Digest, int]:
         # After a miss, an earlier result does not hold: the image may have been pruned with its blobs since.

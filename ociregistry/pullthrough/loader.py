@@ -334,6 +334,9 @@ class Loader:
             raise RegistryError(f"it names more than {_MOST_MANIFESTS} manifests")
         found = await self._fetcher.manifest(image)
         state.manifests += not found.hit
+        if found.hit and not self._store.shown_in(image.repository, found.manifest.digest):
+            # A hit by digest, from another repository: the operator names this one.
+            await self._store.keep(found.manifest, image, known=True)
         return found.manifest
 
     async def _load_blobs(self, repository: Repository, manifest: Manifest, state: _LoadState) -> None:

@@ -221,9 +221,8 @@ class Maintenance(Service):
     async def _verify_regularly(self, settings: VerifySettings) -> None:
         while True:
             try:
-                due = await self._store.last_verified(self._now()) + settings.every
-                # At most `every`: the wall clock may have been wrong when the last time was noted.
-                wait = min(due - self._now(), settings.every)
+                now = self._now()
+                wait = await self._store.last_verified(now) + settings.every - now
                 await deferLater(self._clock, max(0.0, wait.total_seconds()))
                 await self._verify(settings)
             except CancelledError:

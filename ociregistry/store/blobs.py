@@ -134,7 +134,8 @@ class BlobFolder:
         if changed == self._changed:
             return frozenset()
         # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
-        self._changed = changed if time.time_ns() - changed > _TICK else 0
+        # An mtime in the future was set before the clock was set back.
+        self._changed = changed if abs(time.time_ns() - changed) > _TICK else 0
         with os.scandir(self._folder) as entries:
             names = frozenset(entry.name for entry in entries)
         before, self._names = self._names, names

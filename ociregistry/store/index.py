@@ -6,9 +6,11 @@ The daemon keeps one index fresh from the files (`scan`), the commands build the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Set
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 
 from ociregistry.manifests import Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Tag
@@ -83,12 +85,21 @@ class Entry:
         return any(url.startswith((f"{prefix}:", f"{prefix}@")) for url in self.images)
 
 
-def newest(claims: Mapping[Digest, datetime]) -> Digest:
-    """Return which of several records an image URL means, given when each was last confirmed to have it.
+Claim = tuple[datetime, Digest]
+"""A record that has an image URL, after the time at which it was last confirmed to."""
 
-    The newest confirmation wins; of several at the same time, the greatest digest, so that replicas agree.
+_SKEW = timedelta(minutes=5)
+"""Difference that is usual between the clocks of machines that share a store or have replicas of it."""
+
+
+def newest(claims: Sequence[Claim], now: datetime) -> Digest:
+    """Return which of the records in `claims`, which are sorted, an image URL means at the time `now`.
+
+    The newest confirmation wins; of several at the same time, the greatest digest, so that replicas agree. But one
+    that is later than now was noted while a clock was wrong, and loses to all others.
     """
-    return max(claims, key=lambda digest: (claims[digest], digest))
+    past = bisect_right(claims, now + _SKEW, key=itemgetter(0))
+    return claims[past - 1 if past else -1][1]
 
 
 class Index:
@@ -97,13 +108,12 @@ class Index:
     `changes` grows with every change of the content: an answer from the index stays right while it is the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.changes = 0
+        self._now = now
         self._entries: dict[Digest, Entry] = {}
-        self._claims: dict[str, dict[Digest, datetime]] = {}
-        """Image URL -> the records that have it, and when each was last confirmed to."""
-        self._newest: dict[str, Digest] = {}
-        """Image URL -> the record that it means. Kept, as a tag that moves often has many claims."""
+        self._claims: dict[str, list[Claim]] = {}
+        """Image URL -> the records that have it, sorted."""
         self._naming: dict[Digest, Digest | dict[Digest, int]] = {}
         """Blob -> the manifest that names it; for several, a mapping of each to the size in bytes that it gives.
 
@@ -125,11 +135,7 @@ class Index:
         self.changes += 1
         self._entries[digest] = entry
         for url, confirmed in entry.images.items():
-            claims = self._claims.setdefault(url, {})
-            claims[digest] = confirmed
-            rival = self._newest.setdefault(url, digest)
-            if rival != digest:
-                self._newest[url] = newest({rival: claims[rival], digest: confirmed})
+            insort(self._claims.setdefault(url, []), (confirmed, digest))
         for blob, size in entry.blobs.items():
             naming = self._naming.setdefault(blob, digest)
             if isinstance(naming, dict):
@@ -148,13 +154,11 @@ class Index:
 
     def _remove(self, digest: Digest, entry: Entry) -> None:
         del self._entries[digest]
-        for url in entry.images:
+        for url, confirmed in entry.images.items():
             claims = self._claims[url]
-            del claims[digest]
+            del claims[bisect_left(claims, (confirmed, digest))]
             if not claims:
-                del self._claims[url], self._newest[url]
-            elif self._newest[url] == digest:
-                self._newest[url] = newest(claims)
+                del self._claims[url]
         for blob in entry.blobs:
             naming = self._naming[blob]
             if isinstance(naming, dict):
@@ -193,11 +197,36 @@ class Index:
 
     def meaning(self, url: str) -> Digest | None:
         """Return the record that an image URL means, the one confirmed last of those that have it, or None."""
-        return self._newest.get(url)
+        claims = self.claims(url)
+        return newest(claims, self._now()) if claims else None
 
-    def claims(self, url: str) -> Mapping[Digest, datetime]:
-        """Return the records that have this image URL, and when each was last confirmed to."""
-        return self._claims.get(url, {})
+    def claims(self, url: str) -> Sequence[Claim]:
+        """Return the records that have this image URL, the one confirmed last at the end."""
+        return self._claims.get(url, ())
+
+    def claimants(self, url: str) -> Set[Digest]:
+        """Return the records that have this image URL."""
+        return {digest for _, digest in self.claims(url)}
+
+    def rivals(self, digest: Digest, image: ImageReference) -> Mapping[Digest, bool]:
+        """Return the other records from which `digest` takes the tag `image` when it is confirmed to mean that now.
+
+        Returns:
+            Record -> whether it is that of an index.
+        """
+        if is_referrers_tag(str(image.reference)):
+            # Only such a tag tells a list of referrers from an index of images.
+            return {}
+        return {other: self._entries[other].is_list for other in self.claimants(str(image)) - {digest}}
+
+    def next_confirmation(self, image: ImageReference) -> datetime:
+        """Return the time to note when `image` is confirmed now.
+
+        It is later than every known one, unless that was noted while a clock was wrong.
+        """
+        now, claims = self._now(), self.claims(str(image))
+        past = bisect_right(claims, now + _SKEW, key=itemgetter(0))
+        return max(now, claims[past - 1][0] + timedelta(microseconds=1)) if past else now
 
     def tags(self, repository: Repository) -> list[Tag]:
         """Return the tags of `repository`, sorted, without referrers tags."""
@@ -247,6 +276,11 @@ class Index:
     def descendants(self, digest: Digest) -> Set[Digest]:
         """Return the manifests with records that the record `digest` names, directly or through other indexes."""
         return _reached(digest, self.children)
+
+    def shown_in(self, repository: Repository, digest: Digest) -> bool:
+        """Tell whether the manifest `digest`, or an index that names it, is known in `repository`."""
+        entries = map(self._entries.get, [digest, *self.ancestors(digest)])
+        return any(entry is not None and entry.known_in(repository) for entry in entries)
 
     def indexes(self, child: Digest) -> Set[Digest]:
         """Return the ancestors of the manifest `child`, without lists of referrers and what is only above these."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
@@ -81,6 +82,8 @@ class PruneSet:
         self.gone: dict[Digest, StoredRecord] = {}
         """The records that are left without an image URL, in the order in which they lost the last one."""
         self.withheld: Withheld | None = None
+        self.misdated: list[StoredRecord] = []
+        """Records whose last pull is in the future: from now on, now is its time, so that they are unused one day."""
 
     def take(self, row: Row) -> None:
         """Prune this image URL."""
@@ -102,7 +105,7 @@ class PruneSet:
         if images.pop(noted, None) is None:
             return
         if self._index.meaning(noted) == digest:
-            for stale in self._index.claims(noted).keys() - {digest}:
+            for stale in self._index.claimants(noted) - {digest}:
                 self._rename(stale, noted, _by_digest(noted, stale))
         if not images:
             self.gone[digest] = self._snapshot.records[digest]
@@ -221,8 +224,8 @@ class PruneSet:
         if self._index.ancestors(digest) & self.gone.keys() & left:
             return False
         for noted in self._snapshot.records[digest].record.images:
-            claims = {one: confirmed for one, confirmed in self._index.claims(noted).items() if one in left}
-            if len(claims) > 1 and newest(claims) == digest:
+            claims = [claim for claim in self._index.claims(noted) if claim[1] in left]
+            if len(claims) > 1 and newest(claims, self._snapshot.now) == digest:
                 return False
         return True
 
@@ -248,8 +251,10 @@ def planned(root: Path, choose: Choose) -> Plan:
     return choose(Snapshot.read(root)).plan
 
 
-def prune(root: Path, choose: Choose, files: Files) -> Plan:
+def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None) -> Plan:
     """Prune what `choose` selects from the store at `root`; return the plan that was carried out. Blocks.
+
+    `now` is the time in place of the clock's.
 
     Killing it at any time leaves no record without its blobs, and no tag with an earlier meaning. The order is: tags,
     indexes, the images that they name, and then the blobs that no record on the disk names any more.
@@ -259,7 +264,7 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
         OSError: a file cannot be read, written or removed, also when there is still no space. What was removed until
             then stays removed.
     """
-    snapshot = Snapshot.read(root)
+    snapshot = Snapshot.read(root, now)
     with store_locked(root):
         snapshot.refresh()
         prune_set = choose(snapshot)
@@ -281,6 +286,9 @@ def prune(root: Path, choose: Choose, files: Files) -> Plan:
             _remove_unnamed(blobs, snapshot, files)
             files.sync_folder(blobs_folder(root))
             _rewrite(root, [(stored, record) for stored, record in rewriting if stored.path not in gone], files)
+        for stored in prune_set.misdated:
+            with suppress(FileNotFoundError):
+                os.utime(stored.path, (snapshot.now.timestamp(), snapshot.now.timestamp()))
         for lists in (True, False):
             _remove_records([stored for stored in from_the_top if stored.manifest.is_list is lists], files)
     _remove_blobs(blobs, snapshot, files)
@@ -385,6 +393,7 @@ class EvictionPolicy:
         candidates = sorted(self._candidates(snapshot), key=lambda one: (snapshot.pulled(one), one))
         unused = self._unused(candidates, snapshot)
         prune_set.withheld = self._withheld(unused, snapshot)
+        prune_set.misdated = self._misdated(snapshot) if prune_set.withheld is None else []
         for digest in candidates:
             if (digest in unused and prune_set.withheld is None) or freed.bytes() < excess:
                 prune_set.take_record(digest)
@@ -407,6 +416,11 @@ class EvictionPolicy:
             return Withheld(len(unused), images, "and none at all was pulled since")
         return None
 
+    def _misdated(self, snapshot: Snapshot) -> list[StoredRecord]:
+        """Return the records whose last pulls are ignored, unless these are most: then the clock is wrong now."""
+        ignored = [stored for stored in snapshot.records.values() if stored.pulled > self.ignore_pulled_after]
+        return ignored if len(ignored) <= len(snapshot.records) / 2 else []
+
     def _candidates(self, snapshot: Snapshot) -> Iterator[Digest]:
         """Yield the images that may be pruned: those that no index names, each standing for all that it names."""
         kept = {row.stored.manifest.digest for row in snapshot.rows if any(map(self.keeps, {row.url, *row.notes}))}
@@ -416,7 +430,7 @@ class EvictionPolicy:
             whole = {digest} | snapshot.index.descendants(digest)
             if whole & kept or whole & self.busy:
                 continue
-            if self.keep_pulled_since <= snapshot.pulled(digest) <= self.ignore_pulled_after:
+            if any(self.keep_pulled_since <= at <= self.ignore_pulled_after for at in snapshot.pulls(digest)):
                 continue
             yield digest
 

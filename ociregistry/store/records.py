@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -80,14 +81,25 @@ class Record:
         created: datetime | None = None,
         *,
         wanted: bool | None = None,
+        current: bool = False,
     ) -> Record:
         """Return this record with `image` noted as meaning this manifest at `confirmed`, and since `created`.
 
-        The earliest creation and the latest confirmation are kept. An image that is wanted stays wanted.
+        The earliest creation and the latest confirmation are kept. With `current`, `confirmed` is the time now, and a
+        later one is dropped: a clock was wrong when it was noted. An image that is wanted stays wanted.
         """
         known = self.images.get(str(image), Dates(created or confirmed, confirmed))
-        merged = Dates(min(known.created, created or confirmed), max(known.confirmed, confirmed))
-        return replace(self, images={**self.images, str(image): merged}, wanted=wanted or self.wanted)
+        latest = confirmed if current else max(known.confirmed, confirmed)
+        merged = Dates(min(known.created, created or confirmed), latest)
+        images = _bounded({**self.images, str(image): merged}, str(image))
+        return replace(self, images=images, wanted=wanted or self.wanted)
+
+    def without_tag(self, tagged: ImageReference) -> Record:
+        """Return this record with its own digest noted instead of a tag that means another manifest by now."""
+        images = dict(self.images)
+        dates = images.pop(str(tagged))
+        by_digest = replace(self, images=images)
+        return by_digest.confirm(replace(tagged, reference=self.manifest.digest), dates.confirmed, dates.created)
 
     def means(self, image: ImageReference) -> bool:
         """Tell whether `image` is this manifest: a digest in any repository, a tag only where it is noted."""
@@ -142,6 +154,29 @@ class Record:
             raise RecordInvalid(f"not a record of this program: {type(error).__name__} {error}") from None
         wanted = document.get("wanted")
         return cls(manifest, images, wanted if isinstance(wanted, bool) else None)
+
+
+_MOST_IMAGES = 1000
+"""Image URLs in a record: an upstream may show one manifest under any number of names."""
+
+
+def _bounded(images: Mapping[str, Dates], confirmed: str) -> Mapping[str, Dates]:
+    """Return at most `_MOST_IMAGES` of `images`, with the URL that was just `confirmed`.
+
+    The upstreams have equal shares, so that none takes the place of the others' names. Of one upstream, URLs by
+    digest, which are served without being noted, go first, then those confirmed least recently.
+    """
+    if len(images) <= _MOST_IMAGES:
+        return images
+    order = sorted(images, key=lambda url: (url != confirmed, "@" in url, -images[url].confirmed.timestamp(), url))
+    counts: Counter[str] = Counter()
+    ranks: dict[str, int] = {}
+    for url in order:
+        upstream = url.partition("/")[0]
+        counts[upstream] += 1
+        ranks[url] = counts[upstream]
+    kept = sorted(order, key=ranks.__getitem__)[:_MOST_IMAGES]
+    return {url: images[url] for url in kept}
 
 
 def _spell(time: datetime) -> str:
@@ -218,17 +253,21 @@ class RecordFiles:
         wanted: bool | None = None,
         whole: bool = False,
         known: bool = False,
-    ) -> Record | None:
-        """Write that `image` means `manifest`, as `Record.confirm` does, and return the record as it is then on disk.
+        rivals: Mapping[Digest, bool] | None = None,
+    ) -> Sequence[Record]:
+        """Write that `image` means `manifest`, as `Record.confirm` does.
 
         What another process wrote meanwhile is kept. What is in that place and is not a record of this program, or
         cannot be read, is quarantined in bad/ of the pulls folder, or removed if there is no space for that.
 
+        `rivals` are given if `confirmed` is the time now: the other records that have the tag `image`, and whether
+        each is that of an index. They lose the tag, so that it keeps its new meaning even if a date is wrong.
+
         The conditions are checked under the store's lock, so that no prune comes between the check and the write.
 
         Returns:
-            None when nothing was written: with `whole`, because a blob is missing; with `known`, because there is no
-            record.
+            The records that were written, as they are then on disk, that of `manifest` first. None is written with
+            `whole`, if a blob is missing, and with `known`, if there is no record.
 
         Raises:
             OSError: the record cannot be read or written.
@@ -236,14 +275,32 @@ class RecordFiles:
         path = self.path(manifest.digest, is_list=manifest.is_list)
         with store_locked(self._root):
             if whole and missing_blobs(blobs_folder(self._root), manifest.required):
-                return None
+                return ()
             existing = self._existing(path)
             if known and existing is None:
-                return None
+                return ()
             before = existing or Record(manifest, {}, wanted)
-            record = before.confirm(image, confirmed, created, wanted=wanted)
+            record = before.confirm(image, confirmed, created, wanted=wanted, current=rivals is not None)
             self._put(path, record, new=existing is None)
-        return record
+            paths = [self.path(rival, is_list=is_list) for rival, is_list in (rivals or {}).items()]
+            taken = [self._take_tag(rival, image) for rival in paths]
+        return [record, *(rival for rival in taken if rival is not None)]
+
+    def _take_tag(self, path: Path, tagged: ImageReference) -> Record | None:
+        """Take a tag from the record at `path`, which keeps the time of its last pull.
+
+        Returns:
+            The record as it is then on disk. None if it was not written: it may not have the tag any more, or the
+            disk is full, and then the newer date has to decide.
+        """
+        with suppress(RecordInvalid, OSError):
+            record, pulled = read_record(path), path.stat().st_mtime_ns
+            if str(tagged) in record.images:
+                record = record.without_tag(tagged)
+                self._put(path, record)
+                os.utime(path, ns=(pulled, pulled))
+                return record
+        return None
 
     def want(self, digest: Digest, wanted: bool) -> Record | None:
         """Note whether the layers of the image `digest` belong in the store, where its record does not say it yet.

@@ -66,10 +66,14 @@ class Snapshot:
     Of files that are not records, only their paths and the digests in them are known.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Set up the snapshot of the store at `root`, without any record yet."""
+    def __init__(self, root: Path, now: datetime | None = None) -> None:
+        """Set up the snapshot of the store at `root`, without any record yet.
+
+        `now` is the time for which it is taken, in place of the clock's.
+        """
         self.root = root
-        self.index = Index()
+        self.now = now or datetime.now(UTC)
+        self.index = Index(lambda: self.now)
         self._blobs = blobs_folder(root)
         self.unreadable: Mapping[Path, str] = {}
         """Path -> what is wrong with the file."""
@@ -84,13 +88,13 @@ class Snapshot:
         self._rows: tuple[Row, ...] | None = None
 
     @classmethod
-    def read(cls, root: Path) -> Snapshot:
-        """Read all records of the store at `root`. Blocks.
+    def read(cls, root: Path, now: datetime | None = None) -> Snapshot:
+        """Read all records of the store at `root`, for the time `now` in place of the clock's. Blocks.
 
         Raises:
             OSError: a folder cannot be read, or a record for a reason that is not the file's own.
         """
-        snapshot = cls(root)
+        snapshot = cls(root, now)
         with collection_paused():
             snapshot.refresh()
         return snapshot
@@ -188,14 +192,25 @@ class Snapshot:
         return self._wanted[digest]
 
     def pulled(self, digest: Digest) -> datetime:
-        """Return the last pull of the image `digest`, of an index that names it, or of a manifest that it names."""
+        """Return the last pull of the image `digest`, of an index that names it, or of a manifest that it names.
+
+        A time in the future, noted while the clock was wrong, counts as now.
+        """
+        return min(max(self.pulls(digest)), self.now)
+
+    def pulls(self, digest: Digest) -> list[datetime]:
+        """Return when the image `digest`, the indexes that name it, and the manifests that it names were pulled."""
         related = {digest} | self.index.ancestors(digest) | self.index.descendants(digest)
-        return max(self.records[one].pulled for one in related)
+        return [self.records[one].pulled for one in related]
 
     def since(self, row: Row) -> datetime:
-        """Return the creation time of the image URL; for the child of an index, no earlier than its index's."""
+        """Return the creation time of the image URL; for the child of an index, no earlier than its index's.
+
+        A time in the future, noted while the clock was wrong, counts as now.
+        """
         indexes = (self.records[index].record for index in self.index.ancestors(row.stored.manifest.digest))
-        return max([row.dates.created, *(dates.created for record in indexes for dates in record.images.values())])
+        created = (dates.created for record in indexes for dates in record.images.values())
+        return min(max([row.dates.created, *created]), self.now)
 
     def missing(self, digest: Digest) -> Mapping[Digest, int]:
         """Return the required blobs that the image `digest` lacks, with their sizes in bytes. Blocks."""

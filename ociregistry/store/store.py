@@ -68,7 +68,7 @@ class Store(Service):
         self._threads = Threads(reactor)
         self._clock = clock
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
-        self._index = Index()
+        self._index = Index(now)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._committed: dict[Digest, int] = {}
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
@@ -162,8 +162,8 @@ class Store(Service):
     async def manifest(self, image: ImageReference) -> Manifest | None:
         """Return the manifest that `image` means, read from its record, or None on a miss.
 
-        A digest is found whichever repository it came from, and is then noted as known in the requested repository
-        too.
+        A digest is found whichever repository it came from. It is noted as known in the requested repository too only
+        if an index of that repository names it, as clients may invent repositories.
         """
         while True:
             digest = self._index.resolve(image)
@@ -175,7 +175,7 @@ class Store(Service):
             if record.means(image):
                 break
             self._refresh.record_read(record)
-        if not Entry.of(record).known_in(image.repository):
+        if not Entry.of(record).known_in(image.repository) and self.shown_in(image.repository, digest):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
                 lambda failure: self.log.warn(
@@ -228,14 +228,19 @@ class Store(Service):
         Raises:
             OSError: the record cannot be written.
         """
-        confirmed, created = (dates.confirmed, dates.created) if dates else (self._now(), None)
-        args = manifest, image, confirmed, created
-        record = await self._threads.write_in_turn(
-            self._records.confirm, *args, wanted=wanted, whole=whole, known=known
+        confirmed = dates.confirmed if dates else self._index.next_confirmation(image)
+        args = manifest, image, confirmed, dates.created if dates else None
+        rivals = None if dates else self._index.rivals(manifest.digest, image)
+        records = await self._threads.write_in_turn(
+            self._records.confirm, *args, wanted=wanted, whole=whole, known=known, rivals=rivals
         )
-        if record is not None:
+        for record in records:
             self._refresh.record_written(record)
-        return record is not None
+        return bool(records)
+
+    def disputed(self, image: ImageReference) -> bool:
+        """Tell whether several records have the tag `image`: a copied one, or one with a wrong date."""
+        return len(self._index.claims(str(image))) > 1
 
     async def restore(
         self,
@@ -411,6 +416,10 @@ class Store(Service):
         entry = self._index.get(manifest)
         return entry.repositories if entry is not None else set()
 
+    def shown_in(self, repository: Repository, manifest: Digest) -> bool:
+        """Tell whether a manifest, or an index that names it, is known in `repository`."""
+        return self._index.shown_in(repository, manifest)
+
     def uses(self, blob: Digest) -> Mapping[Repository, int]:
         """Return the repositories with an image that has this blob, and the size in bytes that it gives the blob."""
         return self._index.uses(blob)
@@ -427,7 +436,7 @@ class Store(Service):
         Raises:
             OSError: the store cannot be read or changed.
         """
-        return await self._threads.write(prune, self._root, choose, self._files)
+        return await self._threads.write(prune, self._root, choose, self._files, self._now())
 
     async def verify(self, max_rate: float | None, advance: Callable[[int, int], object], found: Found) -> Findings:
         """Verify the whole store as `Verifier.verify` does, and note when it was verified.
@@ -441,7 +450,7 @@ class Store(Service):
         return findings
 
     async def last_verified(self, now: datetime) -> datetime:
-        """Return when the store was verified last. If it never was, `now` counts as that time from now on.
+        """Return when the store was verified last. If never, or later than `now`, that is noted as the time.
 
         Raises:
             OSError: the time cannot be read or noted.

@@ -308,13 +308,17 @@ def _salvage(path: Path) -> tuple[tuple[tuple[ImageReference, Dates], ...], bool
 def last_verified(root: Path, now: datetime) -> datetime:
     """Return when the store at `root` was verified last. If it never was, note `now` as that time. Blocks.
 
+    The same holds if the noted time is later than `now`, as the clock was wrong then or is wrong now.
+
     Raises:
         OSError: the time cannot be read or noted.
     """
     path = verified_stamp(root)
-    if not path.exists() and not note_verified(root, now):
-        return now
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    noted = datetime.fromtimestamp(path.stat().st_mtime, UTC) if path.exists() else None
+    if noted is not None and noted <= now:
+        return noted
+    note_verified(root, now)
+    return now
 
 
 def note_verified(root: Path, now: datetime) -> bool:

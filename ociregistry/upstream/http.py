@@ -129,6 +129,15 @@ def _check_identity(response: IResponse) -> IResponse:
     return response
 
 
+def _date(text: str) -> datetime | None:
+    """Return the time that an HTTP date tells; None if it is malformed, or has no time zone."""
+    try:
+        time = parsedate_to_datetime(text)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return time if time.tzinfo is not None else None
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """An upstream's response: status, headers, and a body that must be read, collected, discarded or aborted."""
@@ -182,14 +191,17 @@ class Response:
 
     @property
     def retry_after(self) -> int:
-        """Seconds until a retry, from Retry-After (seconds or a date): at most 3600, and 5 where it is not told."""
+        """Seconds until a retry, from Retry-After (seconds or a date): at most 3600, and 5 where it is not told.
+
+        A date is compared with that of the response, as this machine's clock may be wrong.
+        """
         told = self.header("retry-after")
         if told.isascii() and told.isdigit():
             return min(int(told[:9]), _LONGEST_RETRY_AFTER)
-        try:
-            wait = (parsedate_to_datetime(told) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError, OverflowError):
+        until = _date(told)
+        if until is None:
             return 5
+        wait = (until - (_date(self.header("date")) or datetime.now(UTC))).total_seconds()
         return min(max(0, ceil(wait)), _LONGEST_RETRY_AFTER)
 
     async def collect(self, most: int) -> bytes:

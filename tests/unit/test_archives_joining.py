@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from itertools import permutations
 from pathlib import Path
 
@@ -208,8 +209,8 @@ async def test_no_index_for_names_by_digest_or_with_dates(store: Store, tmp_path
     assert outcome.notes == ()
     dated = {
         "io.containerd.image.name": NAME,
-        "ociregistry.created": "2100-01-01T00:00:00Z",
-        "ociregistry.confirmed": "2100-01-03T00:00:00Z",
+        "ociregistry.created": "2026-01-01T00:00:00Z",
+        "ociregistry.confirmed": (datetime.now(UTC) + timedelta(minutes=1)).isoformat(),
     }
     (outcome,) = await load(store, write_tar(tmp_path / "dated.tar", layout((ARM64, dated))))
     assert outcome.notes == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from datetime import UTC, datetime, timedelta
 from typing import NoReturn
 
 import pytest
@@ -15,6 +16,7 @@ from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailab
 from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import FoundManifest, Policy, PullThrough
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from ociregistry.web.api import V2
 from tests.images import make_image, make_index
@@ -212,6 +214,26 @@ async def test_concurrent_pulls_share_an_unchanged_manifest(
     pulling = await pull_concurrently(cache, upstreams, store)
     upstreams[0].answer(IMAGE.digest)
     assert [await one for one in pulling] == [FoundManifest(IMAGE, hit=True)] * 3
+
+
+@on_reactor
+async def test_unchanged_tag_is_taken_from_a_record_that_has_it_too(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> None:
+    """The other date is in the future, and would win once that time has come."""
+    await store.keep(IMAGE, LATEST)
+    future = datetime.now(UTC) + timedelta(days=1)
+    await store.keep(OTHER, LATEST, Dates(future, future))
+    assert store.disputed(LATEST)
+    pulling = pull(cache)
+    await asked(upstreams, 1)
+    upstreams[0].answer(IMAGE.digest)
+    assert await pulling == FoundManifest(IMAGE, hit=True)
+    assert not store.disputed(LATEST)
+    by_digest = f"{LATEST.repository}@{OTHER.digest}"
+    entry = store.entry(OTHER.digest)
+    assert entry is not None
+    assert entry.images.keys() == {by_digest}
 
 
 @pytest.mark.parametrize("url", ["reg.example/team/app:1", "reg.example/team/app:latest-1", "@"])

@@ -16,7 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.store.store import Store
 from tests.images import make_image, make_index
-from tests.unit.support.common import manifest, on_reactor, texts, turn, until
+from tests.unit.support.common import image, manifest, on_reactor, texts, turn, until
 from tests.unit.support.completions import (
     APP,
     CONFIG,
@@ -83,6 +83,18 @@ async def test_partly_copied_blob_is_fetched(
     (root / "blobs" / LARGE.hex).write_bytes(b"half")
     await pulled(completion, store)
     await until(lambda: blob_fetcher.digests == [LARGE])
+
+
+@on_reactor
+async def test_image_is_fetched_from_a_repository_that_has_shown_it(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    """A client that asks for a cached digest may invent the repository, and its host."""
+    await store.keep(IMAGE, APP)
+    await completion.add_pending(IMAGE, image("host.invalid/app:1").repository)
+    await until(lambda: blob_fetcher.asked)
+    assert blob_fetcher.asked == [(APP.repository, CONFIG)]
+    assert store.pending == {IMAGE.digest: APP.repository}
 
 
 @pytest.mark.parametrize("why", ["index", "complete", "no record"])

@@ -285,6 +285,24 @@ async def test_image_by_digest_has_a_note(loads: Loads, fetcher: MemoryFetcher) 
     assert outcome.notes == ()
 
 
+@on_reactor
+async def test_digest_that_another_repository_brought_is_noted_for_the_one_named(
+    loads: Loads, fetcher: MemoryFetcher, store: Store
+) -> None:
+    built = make_image("shared")
+    url, other = f"reg.example/a@{built.manifest.digest}", f"other.example/b@{built.manifest.digest}"
+    fetcher.add("reg.example/a:1", built)
+    await loads.load("reg.example/a:1")
+    asked = len(fetcher.asked)
+    (outcome,) = await loads.load(other)
+    assert outcome.ended is LoadStatus.PRESENT
+    await loads.load(url)
+    assert not [one for one in fetcher.asked[asked:] if one.startswith("blob")]
+    entry = store.entry(manifest(built).digest)
+    assert entry is not None
+    assert entry.images.keys() == {"reg.example/a:1", other}
+
+
 def test_outcome_text() -> None:
     assert str(Outcome(APP, LoadStatus.PRESENT)) == f"already there: {APP}"
     assert str(Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
-from ociregistry.store.prune import EvictionPolicy, Plan, PruneSet, Selection, Withheld, size_of
+from ociregistry.store.prune import EvictionPolicy, Plan, PruneSet, Selection, Withheld, prune, size_of
 from ociregistry.store.snapshot import Snapshot
-from tests.unit.support.stores import StoreDir, calls_of, day, image_of, in_memory, list_of, named, url_of
+from tests.unit.support.stores import StoreDir, Unsynced, calls_of, day, image_of, in_memory, list_of, named, url_of
 
 SIZE = 100_000
 """Bytes per blob, large enough that records hardly matter."""
@@ -194,6 +195,37 @@ def test_eviction_by_size_ignores_max_share(store_dir: StoreDir) -> None:
     plan = store_dir.prune(policy(5 * SIZE, pulled_before=NOW, max_share=50))
     assert plan.withheld is not None
     assert store_dir.has(*blobs) == [False] * 6 + [True] * 4
+
+
+def test_image_with_a_pull_now_and_one_in_the_future_is_protected(store_dir: StoreDir) -> None:
+    image = store_dir.image((blob("image"),), "a@", pulled=NOW)
+    store_dir.put(list_of(image), "a:1", pulled=day(4000))
+    assert store_dir.prune(policy(1)).rows == ()
+
+
+def last_pull(store_dir: StoreDir, image: Manifest) -> datetime:
+    """Return the time of the last pull in its record's file."""
+    return datetime.fromtimestamp(store_dir.path(image).stat().st_mtime, UTC)
+
+
+def test_last_pull_in_the_future_is_set_to_now(store_dir: StoreDir) -> None:
+    """So that the image is unused one day; but not where most are in the future, as it is the clock that is wrong."""
+    future, other = (store_dir.image((name,), f"{name.decode()}:1", pulled=day(4000)) for name in (b"f", b"o"))
+    used = store_dir.image((b"used",), "used:1", pulled=day(99))
+    now = NOW + timedelta(hours=1)
+    prune(store_dir.root, policy(10**9), Unsynced(), now)
+    assert [last_pull(store_dir, one) for one in (future, other, used)] == [day(4000), day(4000), day(99)]
+    more = store_dir.image((b"more",), "more:1", pulled=day(99))
+    prune(store_dir.root, policy(10**9), Unsynced(), now)
+    assert [last_pull(store_dir, one) for one in (future, other, used, more)] == [now, now, day(99), day(99)]
+
+
+def test_dates_in_the_future_count_as_now(store_dir: StoreDir) -> None:
+    store_dir.image((b"1",), "a:1", created=day(4000), pulled=day(4000))
+    snapshot = Snapshot.read(store_dir.root, NOW)
+    before, after = NOW - timedelta(hours=1), NOW + timedelta(hours=1)
+    assert taken(snapshot, Selection(created_before=before)) == taken(snapshot, Selection(pulled_before=before)) == []
+    assert taken(snapshot, Selection(None, after, after)) == ["a:1"]
 
 
 def test_image_dated_in_the_future_is_not_protected(store_dir: StoreDir) -> None:

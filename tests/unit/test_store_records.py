@@ -94,6 +94,37 @@ def test_confirm_does_not_change_the_record() -> None:
     assert record.images == {}
 
 
+def test_record_has_at_most_1000_image_urls() -> None:
+    """Tags stay longest, and those confirmed last."""
+    record = Record(IMAGE, {}).confirm(image(f"reg.example/app@{IMAGE.digest}"), LATE)
+    for number in range(1100):
+        record = record.confirm(image(f"reg.example/app:{number}"), EARLY + timedelta(seconds=number))
+    left = {int(url.rpartition(":")[2]) for url in record.images if "@" not in url}
+    assert (len(record.images), left) == (1000, set(range(100, 1100)))
+    # What is confirmed now stays, with whichever date.
+    for last in (image(f"reg.example/last@{IMAGE.digest}"), image("reg.example/last:1")):
+        record = record.confirm(last, EARLY - timedelta(days=9))
+        assert len(record.images) == 1000
+        assert str(last) in record.images
+
+
+def test_one_upstream_does_not_take_the_place_of_the_names_of_another() -> None:
+    """Any host may show a manifest under any number of names, once it has got it."""
+    record = Record(IMAGE, {}).confirm(NGINX, EARLY).confirm(image(f"quay.io/app@{IMAGE.digest}"), EARLY)
+    for number in range(1100):
+        record = record.confirm(image(f"host.invalid/app:{number}"), LATE)
+    assert len(record.images) == 1000
+    assert record.images.keys() >= {str(NGINX), f"quay.io/app@{IMAGE.digest}"}
+
+
+def test_large_record_of_an_earlier_version_shrinks() -> None:
+    many = {f"host-{number}.invalid/app@{IMAGE.digest}": Dates(LATE, LATE) for number in range(20_000)}
+    record = Record(IMAGE, {str(NGINX): Dates(EARLY, EARLY), **many})
+    again = Record.parse(record.render(), IMAGE.digest).confirm(image("quay.io/app:1"), LATE)
+    assert len(again.images) == 1000
+    assert again.images.keys() >= {str(NGINX), "quay.io/app:1"}
+
+
 def test_meaning_of_a_record() -> None:
     record = Record(IMAGE, {}).confirm(NGINX, EARLY)
     assert record.means(NGINX)

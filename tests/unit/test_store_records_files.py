@@ -52,8 +52,7 @@ def open_records() -> Iterator[Open]:
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
     """Confirm a manifest and return the record, which must have been written."""
-    record = records.confirm(manifest, image, moment)
-    assert record is not None
+    (record,) = records.confirm(manifest, image, moment)
     return record
 
 

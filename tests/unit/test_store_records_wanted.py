@@ -23,6 +23,7 @@ from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record
 from tests.unit.support.demands import AMD64, ARM64, ATTESTATION, INDEX, S390X
 from tests.unit.support.loads import image_of, index_of, settle
+from tests.unit.support.stores import calls_of
 
 IMAGE = manifest(make_image("wanted"))
 TAG, BY_DIGEST = image("reg.example/app:1"), image(f"reg.example/app@{IMAGE.digest}")
@@ -82,8 +83,7 @@ def test_confirm_changes_wanted_only_to_true(
 ) -> None:
     records.confirm(IMAGE, TAG, NOW, wanted=before)
     assert on_disk(root) is before
-    confirmed = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
-    assert confirmed is not None
+    (confirmed,) = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
     assert confirmed.wanted is on_disk(root) is after
 
 
@@ -250,6 +250,17 @@ def test_removed_blobs_are_noticed(tmp_path: Path) -> None:
     (tmp_path / one.hex).unlink()
     (tmp_path / two.hex).unlink()
     assert folder.gone() == {one, two}
+
+
+def test_folder_with_an_mtime_in_the_future_is_read_once(tmp_path: Path) -> None:
+    """It was changed before the clock was set back."""
+    (tmp_path / Digest.of(b"one").hex).touch()
+    os.utime(tmp_path, (2e10, 2e10))
+    folder = BlobFolder(tmp_path)
+    assert folder.gone() == frozenset()
+    assert calls_of(folder.gone) < 20
+    (tmp_path / Digest.of(b"one").hex).unlink()
+    assert folder.gone() == {Digest.of(b"one")}
 
 
 def test_removed_blob_is_noticed_with_unchanged_folder_mtime(tmp_path: Path) -> None:

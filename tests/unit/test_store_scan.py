@@ -54,8 +54,7 @@ def records(tmp_path: Path, open_records: Callable[[Path], RecordFiles]) -> Reco
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
     """Confirm a manifest and return the record, which must have been written."""
-    record = records.confirm(manifest, image, moment)
-    assert record is not None
+    (record,) = records.confirm(manifest, image, moment)
     return record
 
 

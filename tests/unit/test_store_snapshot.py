@@ -60,8 +60,8 @@ def test_moved_tag_is_not_listed_for_the_old_image(store_dir: StoreDir) -> None:
     new = store_dir.image(TWO, "a:1", created=day(1), confirmed=day(3))
     rows = {row.url: (row.stored.manifest, row.notes) for row in store_dir.snapshot().rows}
     assert rows == {url_of("a:1"): (new, (url_of("a:1"),)), url_of("a@", old): (old, (url_of("a:1"),))}
-    assert set(store_dir.snapshot().index.claims(url_of("a:1"))) == {old.digest, new.digest}
-    assert store_dir.snapshot().index.claims(url_of("a:2")) == {}
+    assert store_dir.snapshot().index.claimants(url_of("a:1")) == {old.digest, new.digest}
+    assert store_dir.snapshot().index.claimants(url_of("a:2")) == set()
 
 
 @pytest.mark.parametrize("first", [ONE, TWO])

@@ -14,7 +14,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Findings
+from ociregistry.store.verify import Findings, note_verified
 from tests.unit.support.common import REACTOR, fired, on_reactor
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
@@ -212,10 +212,19 @@ def test_last_verified_survives_a_restart(store_dir: StoreDir, store: Store, clo
     assert result(store.last_verified(LONG_AGO)) == LONG_AGO
     before = datetime.now(UTC) - timedelta(seconds=1)
     verified(store)
-    last = result(store.last_verified(LONG_AGO))
-    assert before < last < datetime.now(UTC) + timedelta(seconds=1)
+    now = datetime.now(UTC) + timedelta(seconds=1)
+    last = result(store.last_verified(now))
+    assert before < last < now
     again = Store(store_dir.root, clock, REACTOR, Unsynced())
-    assert result(again.last_verified(LONG_AGO)) == last
+    assert result(again.last_verified(now)) == last
+
+
+@pytest.mark.parametrize("ahead", [timedelta(seconds=1), timedelta(days=3650)])
+def test_time_in_the_future_counts_as_now(store_dir: StoreDir, store: Store, ahead: timedelta) -> None:
+    """Also after a restart: else a daemon that is restarted often would never verify until then."""
+    note_verified(store_dir.root, LONG_AGO + ahead)
+    assert result(store.last_verified(LONG_AGO)) == LONG_AGO
+    assert result(store.last_verified(LONG_AGO + 2 * ahead)) == LONG_AGO
 
 
 def test_failed_run_does_not_count(store_dir: StoreDir, store: Store) -> None:

@@ -52,6 +52,17 @@ def test_retry_after_date() -> None:
     assert asking.status() == 200
 
 
+@pytest.mark.parametrize("off", [timedelta(days=3650), timedelta(days=-365)])
+def test_retry_after_date_is_compared_with_the_date_of_the_response(off: timedelta) -> None:
+    """This machine's clock may be wrong."""
+    sent = datetime.now(UTC) + off
+    dates = {"Date": format_datetime(sent, usegmt=True)}
+    dates["Retry-After"] = format_datetime(sent + timedelta(seconds=100), usegmt=True)
+    asking = Asking({REG: [{"status": 429, "headers": dates}, OK]})
+    asking.status()
+    assert failed(asking.ask(), Unavailable).retry_after == 100
+
+
 @pytest.mark.parametrize("retry_after", ["0", "Fri, 31 Dec 1999 23:59:59 GMT"])
 def test_retry_after_in_the_past(retry_after: str) -> None:
     asking = Asking({REG: [throttled(retry_after), OK]})
