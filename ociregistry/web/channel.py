@@ -8,7 +8,13 @@ from typing import cast
 from OpenSSL import SSL
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IOpenSSLServerConnectionCreator, IReactorTime, ITCPTransport
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IOpenSSLServerConnectionCreator,
+    IReactorTime,
+    ITCPTransport,
+)
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -99,8 +105,11 @@ _NOT_TLS = (
 )
 
 
+@implementer(IHalfCloseableProtocol)
 class Channel(HTTPChannel):
     """An HTTPChannel with limits on time and on connections per address.
+
+    A client may close its side of the connection after a request, and still gets the whole response.
 
     `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
     `in_flight` until its first request does.
@@ -118,6 +127,7 @@ class Channel(HTTPChannel):
         self._first_request_deadline: IDelayedCall | None = None
         self._fresh = True
         self._serving = False
+        self._half_closed = False
 
     def connectionMade(self) -> None:
         """Count the connection, and abort it when its address has too many."""
@@ -170,6 +180,15 @@ class Channel(HTTPChannel):
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
         super().requestDone(request)
+        self._end_if_answered()
+
+    def readConnectionLost(self) -> None:
+        """Answer what has been requested, then close: the client sends no more."""
+        self._half_closed = True
+        self._end_if_answered()
+
+    def writeConnectionLost(self) -> None:
+        """Do nothing: this side of a connection is never closed alone."""
 
     def abort(self) -> None:
         """Close the connection at once and drop unsent bytes."""
@@ -178,6 +197,10 @@ class Channel(HTTPChannel):
     @property
     def _tcp(self) -> ITCPTransport:
         return cast(ITCPTransport, self.transport)
+
+    def _end_if_answered(self) -> None:
+        if self._half_closed and not self._serving:
+            self.loseConnection()
 
     def _too_slow(self) -> None:
         self._deadline = None

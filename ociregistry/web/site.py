@@ -14,7 +14,7 @@ from ociregistry.context import Context
 from ociregistry.errors import NotFound
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, InFlight
-from ociregistry.web.requests import Query
+from ociregistry.web.requests import Query, origin_form
 from ociregistry.web.resource import Answer, Handler, HandlerResource
 
 _IDLE_CONNECTION = 150.0
@@ -45,7 +45,7 @@ class _PullOnlyRequest(Request):
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         self.requestHeaders.removeHeader(b"content-type")
-        super().requestReceived(command, path, version)
+        super().requestReceived(command, origin_form(path), version)
 
 
 class _FallbackResource(Resource):

@@ -274,3 +274,19 @@ def test_closed_connection_does_not_count(site: RegistrySite, client: Client, cl
     client.channel.connectionLost()
     assert site.in_flight.idle().called
     assert clock.getDelayedCalls() == []
+
+
+def test_half_closed_client_gets_its_responses(client: Client, cache: Cache) -> None:
+    client.send(SLOW + QUICK)
+    client.channel.readConnectionLost()
+    assert not client.gone
+    cache.answer.callback(None)
+    assert client.statuses == [b"404", b"200"]
+    assert client.gone
+
+
+@pytest.mark.parametrize("sent", [b"", QUICK[:10], QUICK, QUICK + QUICK[:10]])
+def test_half_closed_client_without_a_request_in_flight_is_disconnected(client: Client, sent: bytes) -> None:
+    client.send(sent)
+    client.channel.readConnectionLost()
+    assert client.gone
