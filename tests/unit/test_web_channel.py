@@ -290,3 +290,19 @@ def test_half_closed_client_without_a_request_in_flight_is_disconnected(client: 
     client.send(sent)
     client.channel.readConnectionLost()
     assert client.gone
+
+
+def test_idle_connection_is_kept_while_its_client_takes_the_rest(
+    client: Client, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a response may wait in the kernel longer than an idle connection is kept."""
+    unacknowledged = 1_000_000
+    monkeypatch.setattr(Channel, "unacknowledged", property(lambda _: unacknowledged))
+    client.send(QUICK)
+    for _ in range(10):
+        clock.pump([1] * KEPT_ALIVE)
+        unacknowledged -= 1
+    assert not client.gone
+    clock.pump([1] * 3 * KEPT_ALIVE)
+    assert client.gone
+    assert client.statuses == [b"200"]
