@@ -73,13 +73,15 @@ def causes(exception: BaseException) -> list[BaseException]:
 
 def explain(exception: BaseException | None) -> str:
     """Return the reason why a request failed, as text for an operator."""
-    for cause in causes(exception) if exception else ():
+    found = causes(exception) if exception else []
+    for cause in found:
         if isinstance(cause, SSL.Error):
             return f"TLS failed: {_tls_reason(cause)}"
         for kind, sentence in _EXPLANATIONS:
             if isinstance(cause, kind):
                 return sentence
-    return str(exception) or type(exception).__name__
+    first = found[0] if found else exception
+    return str(first) or type(first).__name__
 
 
 def _tls_reason(cause: SSL.Error) -> str:

@@ -25,11 +25,10 @@ from ociregistry.config.proxy import NoProxy, Proxies, Proxy
 from ociregistry.errors import Denied
 from ociregistry.upstream.connect import Dialer
 from ociregistry.upstream.failures import ProxyFailed, ProxyUnreachable, TunnelFailed, explain
+from ociregistry.upstream.headers import LARGEST_HEADERS, BoundedHeaders
 from ociregistry.upstream.http import USER_AGENT, DroppedBody
 from ociregistry.upstream.origin import Origin
 
-_LONGEST = 64 * 1024
-"""Bytes of the headers of a response to CONNECT."""
 _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r]")
 _LOGIN = 407
 _LOGINS_REFUSED = frozenset({_LOGIN, 401})
@@ -83,7 +82,7 @@ class RoutedAgent:
         self._agent = Agent.usingEndpointFactory(reactor, _Endpoints(route, dialer, proxy_policy), pool)
         proxy = route.proxies.http
         endpoint = _ToProxy(proxy, None, dialer, proxy_policy) if proxy is not None else None
-        self._absolute = ProxyAgent(endpoint, reactor, pool) if endpoint is not None else None
+        self._absolute = ProxyAgent(BoundedHeaders(endpoint), reactor, pool) if endpoint is not None else None
 
     def request(
         self,
@@ -128,9 +127,9 @@ class _Endpoints:
         origin = Origin.of(uri.toBytes().decode("ascii"))
         proxy = self._route.to(origin)
         if proxy is None:
-            return self._dialer.endpointForURI(uri)
+            return BoundedHeaders(self._dialer.endpointForURI(uri))
         tunnel = _Tunnel(proxy, origin, _ToProxy(proxy, origin, self._dialer, self._proxy_policy))
-        return self._dialer.over_tls(uri, tunnel)
+        return BoundedHeaders(self._dialer.over_tls(uri, tunnel))
 
 
 @implementer(IStreamClientEndpoint)
@@ -218,7 +217,7 @@ class _Connect(Protocol):
             return
         self._received += data
         headers, end, rest = self._received.partition(b"\r\n\r\n")
-        if not end and len(headers) < _LONGEST:
+        if not end and len(headers) < LARGEST_HEADERS:
             return
         self._received = b""
         status = _STATUS.match(headers)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import termios
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 from OpenSSL import SSL
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IDelayedCall, IOpenSSLServerConnectionCreator, IReactorTime, ITCPTransport
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IHalfCloseableProtocol,
+    IOpenSSLServerConnectionCreator,
+    IReactorTime,
+    ITCPTransport,
+)
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -92,6 +101,9 @@ _FIRST_REQUEST_WITHIN = 5.0
 MOST_CONNECTIONS = 2000
 """Connections from one address. A node keeps a handful, but a whole cluster may share one address."""
 
+_BUFFER = 16 * 1024
+"""Bytes that are read at once, and that a transport holds unsent before it pauses its producer."""
+
 _TLS_HANDSHAKE = b"\x16"
 _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 36\r\n\r\n"
@@ -99,8 +111,11 @@ _NOT_TLS = (
 )
 
 
+@implementer(IHalfCloseableProtocol)
 class Channel(HTTPChannel):
     """An HTTPChannel with limits on time and on connections per address.
+
+    A client may close its side of the connection after a request, and still gets the whole response.
 
     `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
     `in_flight` until its first request does.
@@ -118,6 +133,8 @@ class Channel(HTTPChannel):
         self._first_request_deadline: IDelayedCall | None = None
         self._fresh = True
         self._serving = False
+        self._half_closed = False
+        self._unacknowledged: int | None = None
 
     def connectionMade(self) -> None:
         """Count the connection, and abort it when its address has too many."""
@@ -127,6 +144,7 @@ class Channel(HTTPChannel):
         # Without TCP_NODELAY small responses wait for the ACK of earlier ones. Transports in memory lack the method.
         if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
+        self._connection.bufferSize = _BUFFER
         self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         self._in_flight.connected(self)
@@ -170,6 +188,33 @@ class Channel(HTTPChannel):
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
         super().requestDone(request)
+        self._end_if_answered()
+
+    def readConnectionLost(self) -> None:
+        """Answer what has been requested, then close: the client sends no more."""
+        self._half_closed = True
+        self._end_if_answered()
+
+    def writeConnectionLost(self) -> None:
+        """Do nothing: this side of a connection is never closed alone."""
+
+    @property
+    def unacknowledged(self) -> int | None:
+        """The bytes in the kernel that the client has not acknowledged; None where that cannot be told."""
+        try:
+            queued = fcntl.ioctl(self._connection.getHandle().fileno(), termios.TIOCOUTQ, bytes(4))
+        except (AttributeError, OSError, ValueError):
+            # A transport in memory, or a closed socket.
+            return None
+        return int.from_bytes(queued, sys.byteorder)
+
+    def timeoutConnection(self) -> None:
+        """Close an idle connection, unless its client still takes the end of a response."""
+        before, self._unacknowledged = self._unacknowledged, self.unacknowledged
+        if self._unacknowledged and self._unacknowledged != before:
+            self.setTimeout(self.timeOut)
+        else:
+            super().timeoutConnection()
 
     def abort(self) -> None:
         """Close the connection at once and drop unsent bytes."""
@@ -178,6 +223,16 @@ class Channel(HTTPChannel):
     @property
     def _tcp(self) -> ITCPTransport:
         return cast(ITCPTransport, self.transport)
+
+    @property
+    def _connection(self) -> Any:
+        """The transport beneath TLS."""
+        transport: Any = self.transport
+        return transport.transport if isinstance(transport, TLSMemoryBIOProtocol) else transport
+
+    def _end_if_answered(self) -> None:
+        if self._half_closed and not self._serving:
+            self.loseConnection()
 
     def _too_slow(self) -> None:
         self._deadline = None

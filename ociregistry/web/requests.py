@@ -1,4 +1,4 @@
-"""Parses the path, query and Range header of a request into frozen values; only this module reads URLs of clients.
+"""Parses the target and the Range header of a request into frozen values; only this module reads URLs of clients.
 
 The paths are those of the OCI Distribution specification v1.1.1. With the query parameter `ns`, containerd names the
 registry that it wants from a mirror. Ranges follow RFC 9110, section 14; a single range is supported.
@@ -14,6 +14,22 @@ from urllib.parse import unquote_to_bytes
 from ociregistry.errors import MethodUnsupported, NameInvalid, NotFound, PageInvalid, RangeUnsatisfiable, Unsupported
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.upstream.paging import PageRequest, parse_page_query
+
+_SCHEME_AND_AUTHORITY = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
+
+
+def origin_form(target: bytes) -> bytes:
+    """Return a request target in origin form; one in absolute form loses its scheme and authority.
+
+    A server must accept both, and the target's host stands for the one in `Host` (RFC 9112, section 3.2.2); neither
+    matters here.
+    """
+    match = _SCHEME_AND_AUTHORITY.match(target)
+    if match is None:
+        return target
+    path = target[match.end() :]
+    return path if path.startswith(b"/") else b"/" + path
+
 
 _SINGLE = re.compile(r"bytes\s*=\s*(?P<first>[0-9]{0,19})-(?P<last>[0-9]{0,19})\s*", re.IGNORECASE)
 

@@ -22,7 +22,7 @@ from ociregistry.context import Context, Via
 from ociregistry.errors import MethodUnsupported, RegistryError
 from ociregistry.pullthrough.cache import Content
 from ociregistry.web.channel import Channel, InFlight
-from ociregistry.web.producer import SLOWEST, ContentProducer, SlowClient
+from ociregistry.web.producer import SLOWEST, ContentProducer, SendLimits, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
 
 
@@ -116,17 +116,16 @@ class HandlerResource(Resource):
 
     isLeaf = True
 
-    def __init__(self, handler: Handler, in_flight: InFlight, patience: float, clock: IReactorTime) -> None:
-        """Create the resource; `patience` is the number of seconds to wait for the next byte of content."""
+    def __init__(self, handler: Handler, in_flight: InFlight, limits: SendLimits, clock: IReactorTime) -> None:
         super().__init__()
         self._handler = handler
         self._in_flight = in_flight
-        self._patience = patience
+        self._limits = limits
         self._clock = clock
 
     def render(self, request: Request) -> int:
         """Start to answer `request`. Never raises."""
-        exchange = _Exchange(request, self._handler, self._patience, self._clock)
+        exchange = _Exchange(request, self._handler, self._limits, self._clock)
         self._in_flight.began()
         served = Deferred.fromCoroutine(exchange.serve())
         served.addErrback(exchange.fail)
@@ -139,10 +138,10 @@ class _Exchange:
 
     log = Logger(namespace="ociregistry.web")
 
-    def __init__(self, request: Request, handler: Handler, patience: float, clock: IReactorTime) -> None:
+    def __init__(self, request: Request, handler: Handler, limits: SendLimits, clock: IReactorTime) -> None:
         self._request = request
         self._handler = handler
-        self._patience = patience
+        self._limits = limits
         self._clock = clock
         self._began = clock.seconds()
         self._method = _printable(request.method)
@@ -227,7 +226,8 @@ class _Exchange:
             return self._failed(error), None
 
     async def _send_content(self, answer: Answer, part: Range) -> None:
-        producer = ContentProducer(self._request, answer.content, self._patience, self._clock)
+        in_memory = answer.content.size if isinstance(answer.content, InMemory) else 0
+        producer = ContentProducer(self._request, answer.content, in_memory, self._limits, self._clock)
         self._sending = Deferred.fromCoroutine(producer.send(part.start, part.stop))
         try:
             await self._sending

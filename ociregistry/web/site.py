@@ -14,7 +14,8 @@ from ociregistry.context import Context
 from ociregistry.errors import NotFound
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, InFlight
-from ociregistry.web.requests import Query
+from ociregistry.web.producer import SendLimits, Unsent
+from ociregistry.web.requests import Query, origin_form
 from ociregistry.web.resource import Answer, Handler, HandlerResource
 
 _IDLE_CONNECTION = 150.0
@@ -45,7 +46,7 @@ class _PullOnlyRequest(Request):
 
     def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:
         self.requestHeaders.removeHeader(b"content-type")
-        super().requestReceived(command, path, version)
+        super().requestReceived(command, origin_form(path), version)
 
 
 class _FallbackResource(Resource):
@@ -65,9 +66,10 @@ class RegistrySite(Site):
     def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
         """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
         self.in_flight = InFlight()
+        limits = SendLimits(patience, Unsent(clock))
 
         def resource(handler: Handler) -> HandlerResource:
-            return HandlerResource(handler, self.in_flight, patience, clock)
+            return HandlerResource(handler, self.in_flight, limits, clock)
 
         root = _FallbackResource(resource(_not_found))
         root.putChild(b"v2", resource(v2.answer))

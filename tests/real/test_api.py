@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import closing
 from dataclasses import replace
 from email.message import Message
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.client import fetch
+from tests.client import connect, fetch
 from tests.images import OCI_LAYER, Blob, Image, Manifest, make_index
 from tests.processes import wait_until
 from tests.real.caches import (
@@ -208,3 +209,13 @@ def test_docker_hub_names(cache: Cache, repository: str, image: Image) -> None:
         *(f"{prefix}{name}/manifests/1" for prefix in ("", "docker.io/", "docker.io/library/", "index.docker.io/")),
     ):
         assert fetch(f"{cache.daemon.url}/v2/{path}").body == hub.manifest.data
+
+
+def test_request_targets_in_absolute_form(cache: Cache, repository: str, image: Image) -> None:
+    """As a client sends them that takes the cache for a forward proxy; the host of the target does not matter."""
+    for host in (f"127.0.0.1:{cache.daemon.port}", "else.example"):
+        target = cache.url(f"{repository}/manifests/1").replace(f"127.0.0.1:{cache.daemon.port}", host)
+        with closing(connect(cache.daemon.url)) as connection:
+            connection.request("GET", target, headers={"Host": "ignored"})
+            answer = connection.getresponse()
+            assert (answer.status, answer.read()) == (200, image.manifest.data)

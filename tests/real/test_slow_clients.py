@@ -6,6 +6,7 @@ import hashlib
 import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 
@@ -27,7 +28,13 @@ PIECE = 256 * 1024
 # reader: the piece waiting to be taken, the next one, and both once more in buffers on the way.
 MOST_GROWTH = (IDLE + READERS + SENDERS) * 32 * 1024 + READERS * 4 * PIECE
 
-ENOUGH_FOR_ALL = 4096
+SILENT = 2500
+"""Clients that request a blob and read nothing."""
+# For each of them Twisted's objects and the open blob; and 64 MiB that are unsent, or half as much again before any
+# client counts as stalled.
+MOST_GROWTH_OF_SILENT = SILENT * 64 * 1024 + 96 * MIB
+
+ENOUGH_FOR_ALL = 8192
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,3 +162,30 @@ def test_slow_and_silent_clients_do_not_block_others(cache: Cache, big: Blob) ->
     assert growth <= MOST_GROWTH, f"{before >> 20} MiB grew by {growth >> 20} MiB"
     wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "their descriptors are closed")
     assert fetch(f"{cache.daemon.url}/health").status == 200
+
+
+def test_clients_that_read_nothing_hold_little_memory(cache: Cache, big: Blob) -> None:
+    """2,500 of them, from several addresses; others can pull, and those that wait the longest are dropped first."""
+    pid, since = cache.daemon.process.pid, cache.log_size
+    target = cache.url(f"big/blobs/{big.digest}").removeprefix(cache.daemon.url).encode()
+    before, open_before = procfs.memory(pid), len(procfs.descriptors(pid))
+    with ExitStack() as stack:
+        for number in range(SILENT):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            connection.bind((f"127.0.0.{2 + number % 2}", 0))
+            connection.settimeout(SOON)
+            connection.connect(("127.0.0.1", cache.daemon.port))
+            connection.sendall(b"GET %s HTTP/1.1\r\nHost: silent\r\n\r\n" % target)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert procfs.memory(pid) - before <= MOST_GROWTH_OF_SILENT
+        began = time.monotonic()
+        while time.monotonic() - began < 8:
+            assert cache.ask(f"big/blobs/{big.digest}").body == big.data
+        assert procfs.memory(pid) - before <= MOST_GROWTH_OF_SILENT
+        assert len(procfs.descriptors(pid)) > open_before + SILENT / 2
+        dropped = [line for line in cache.daemon.log[since:].splitlines() if "the client read nothing for" in line]
+        assert dropped
+        assert all(", and memory was needed" in line for line in dropped)
+        assert cache.errors(since) == []
+    wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "their descriptors are closed")

@@ -57,7 +57,10 @@ async def test_mirror_with_path_is_asked_for_the_name_at_the_mirror(
         assert await registry.manifest(image("docker.io/library/app:1")) == IMAGE
         layer = BUILT.layers[0]
         stream = await registry.blob(Repository(Upstream("docker.io"), "library/app"), Digest(layer.digest))
-        assert await stream.body.read() == layer.data
+        received = bytearray()
+        while piece := await stream.body.read():
+            received += piece
+        assert received == layer.data
     finally:
         network.stopService()
     content = [request for request in upstream.requests if request.path != "/token"]

@@ -274,3 +274,35 @@ def test_closed_connection_does_not_count(site: RegistrySite, client: Client, cl
     client.channel.connectionLost()
     assert site.in_flight.idle().called
     assert clock.getDelayedCalls() == []
+
+
+def test_half_closed_client_gets_its_responses(client: Client, cache: Cache) -> None:
+    client.send(SLOW + QUICK)
+    client.channel.readConnectionLost()
+    assert not client.gone
+    cache.answer.callback(None)
+    assert client.statuses == [b"404", b"200"]
+    assert client.gone
+
+
+@pytest.mark.parametrize("sent", [b"", QUICK[:10], QUICK, QUICK + QUICK[:10]])
+def test_half_closed_client_without_a_request_in_flight_is_disconnected(client: Client, sent: bytes) -> None:
+    client.send(sent)
+    client.channel.readConnectionLost()
+    assert client.gone
+
+
+def test_idle_connection_is_kept_while_its_client_takes_the_rest(
+    client: Client, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a response may wait in the kernel longer than an idle connection is kept."""
+    unacknowledged = 1_000_000
+    monkeypatch.setattr(Channel, "unacknowledged", property(lambda _: unacknowledged))
+    client.send(QUICK)
+    for _ in range(10):
+        clock.pump([1] * KEPT_ALIVE)
+        unacknowledged -= 1
+    assert not client.gone
+    clock.pump([1] * 3 * KEPT_ALIVE)
+    assert client.gone
+    assert client.statuses == [b"200"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Unavailable
+from ociregistry.web.channel import Channel
+from ociregistry.web.producer import Unsent
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.common import texts
@@ -108,6 +112,69 @@ def test_stalled_client_is_dropped_after_a_minute(
     # Not logged as an error.
     assert texts(events, LogLevel.error) == []
     assert len(texts(events, LogLevel.warn)) == 1
+
+
+def test_client_that_takes_bytes_is_not_dropped(
+    content: Growing, client: RawClient, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its kernel acknowledges counts, although the transport resumes much later."""
+    unacknowledged = 1_000_000
+    monkeypatch.setattr(Channel, "unacknowledged", property(lambda _: unacknowledged))
+    client.pause()
+    content.grow(bytes(3 * PIECE))
+    for _ in range(10):
+        clock.pump([1] * 55)
+        unacknowledged -= 1
+    assert not client.ended
+    clock.pump([1] * 59)
+    assert not client.ended
+    clock.pump([1] * 10)
+    assert client.ended
+    assert texts(events, LogLevel.warn) == ["/v2/x: 192.0.2.1:40000: the client read nothing for 60 s"]
+
+
+class Holder:
+    """A producer whose client took its last byte at `last_progress`."""
+
+    def __init__(self, last_progress: float) -> None:
+        self.last_progress = last_progress
+        self.dropped = False
+
+    def drop(self) -> None:
+        """Note that it was dropped."""
+        self.dropped = True
+
+
+def test_oldest_stalled_clients_are_dropped_above_the_bound(clock: Clock) -> None:
+    unsent = Unsent(clock, 100)
+    clock.advance(10)
+    holders: list[Any] = [Holder(at) for at in (3, 1, 2, 7, 8, 9)]
+    for holder in holders:
+        unsent.add(holder, 30)
+    assert [holder.dropped for holder in holders] == [True, True, True, False, False, False]
+    # The others took bytes a moment ago.
+    late: Any = Holder(10)
+    unsent.add(late, 30)
+    assert not any(holder.dropped for holder in holders[3:])
+    clock.advance(10)
+    holders[3].last_progress = 15.1
+    unsent.remove(late)
+    unsent.add(late, 31)
+    assert [holder.dropped for holder in holders[3:]] == [False, True, False]
+
+
+def test_pieces_become_smaller_near_the_bound(clock: Clock) -> None:
+    unsent = Unsent(clock)
+    sizes = []
+    for _ in range(2000):
+        sizes.append(unsent.piece)
+        holder: Any = Holder(0)
+        unsent.add(holder, unsent.piece)
+    assert sizes[:100] == [PIECE] * 100
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 16 * 1024
+    # All of them together, although none has stalled yet.
+    assert sum(sizes) < 96 * 1024 * 1024
 
 
 def test_failure_truncates_the_response(content: Growing, client: RawClient, events: list[LogEvent]) -> None:

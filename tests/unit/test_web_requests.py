@@ -29,6 +29,7 @@ from ociregistry.web.requests import (
     TagsRequest,
     VersionCheck,
     namespace,
+    origin_form,
     parse_request,
 )
 
@@ -245,3 +246,20 @@ def test_any_request_is_parsed_or_a_registry_error(name: str, verb: str, rest: s
             parts = str(request).split("/")
             assert ".." not in parts
             assert "\n" not in str(request)
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"/v2/", b"/v2/"),
+        (b"*", b"*"),
+        (b"http://cache:8080/v2/a?ns=b", b"/v2/a?ns=b"),
+        (b"HTTPS://user:password@cache/v2/", b"/v2/"),
+        (b"http://cache", b"/"),
+        (b"http://cache?ns=b", b"/?ns=b"),
+        (b"http:///v2/", b"/v2/"),
+        (b"/http://cache/v2/", b"/http://cache/v2/"),
+    ],
+)
+def test_origin_form(target: bytes, path: bytes) -> None:
+    assert origin_form(target) == path

@@ -34,8 +34,14 @@ def test_api_is_below_v2(handler: Handler, server: RegistrySite, path: str) -> N
     assert handler.asked == [("GET", path.encode())]
 
 
+@pytest.mark.parametrize("path", ["http://cache:8080/v2/a", "HTTPS://u:p@[::1]/v2/a?n=1", "http://else.example/v2/a"])
+def test_absolute_form_is_served_as_origin_form(handler: Handler, server: RegistrySite, path: str) -> None:
+    assert RawClient(server).ask(path).got().body == b"hello"
+    assert handler.asked == [("GET", b"/v2/a")]
+
+
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/", "/v2x", "/favicon.ico", "//v2/", "/%76%32x", "http://else.example/v2/"]
+    "path", ["/", "/v1/", "/v2x", "/favicon.ico", "//v2/", "/%76%32x", "http://v2/", "http:/v2/", "ftp://x/v2/"]
 )
 def test_other_paths_are_404(handler: Handler, server: RegistrySite, path: str, events: list[LogEvent]) -> None:
     got = RawClient(server).ask(path).got()
