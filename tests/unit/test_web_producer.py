@@ -130,7 +130,7 @@ def test_client_that_takes_bytes_is_not_dropped(
     assert not client.ended
     clock.pump([1] * 10)
     assert client.ended
-    assert texts(events, LogLevel.warn) == ["/v2/x: 192.0.2.1:40000: the client read nothing for 60 s"]
+    assert texts(events, LogLevel.warn) == ["GET /v2/x: 192.0.2.1:40000: the client read nothing for 60 s"]
 
 
 class Holder:
