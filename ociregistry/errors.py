@@ -7,6 +7,8 @@ does not answer.
 
 from __future__ import annotations
 
+import errno
+
 
 class RegistryError(Exception):
     """An error with its HTTP `status`, its OCI `code` and a `message` that says where and why."""
@@ -142,3 +144,23 @@ class Unavailable(RegistryError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after)}
+
+
+class OutOfDescriptors(Unavailable):
+    """This process, or the machine, cannot open another file or socket."""
+
+
+_NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE})
+
+
+def is_out_of_descriptors(error: BaseException) -> bool:
+    """Return whether `error` says that this process, or the machine, cannot open another file or socket."""
+    # Twisted's errors of connections have the number as `osError`.
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _NO_DESCRIPTOR or getattr(error, "osError", None) in _NO_DESCRIPTOR
+
+
+def cannot_store(what: object, error: OSError) -> Unavailable:
+    """Return the error for content `what` that cannot be written to the disk."""
+    kind = OutOfDescriptors if is_out_of_descriptors(error) else Unavailable
+    return kind(f"{what}: cannot be stored: {error.strerror or error}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import (
     FilteringLogObserver,
     ILogFilterPredicate,
@@ -68,6 +69,26 @@ def _short(namespace: str) -> str:
         return rest.partition(".")[0] or "daemon"
     # Events of Twisted's former log have no other namespace than its name.
     return "twisted" if library in ("", "log_legacy") else library
+
+
+_SELDOM = 60.0
+"""Seconds."""
+
+
+class Seldom:
+    """Lets one of many similar lines a minute be logged."""
+
+    def __init__(self, clock: IReactorTime) -> None:
+        self._clock = clock
+        self._next = clock.seconds()
+
+    def due(self) -> bool:
+        """Return whether the line is to be logged now."""
+        now = self._clock.seconds()
+        if now < self._next:
+            return False
+        self._next = now + _SELDOM
+        return True
 
 
 @implementer(ILogFilterPredicate)

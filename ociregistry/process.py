@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -12,6 +13,17 @@ def raise_file_descriptor_limit() -> None:
     """Raise the soft limit of file descriptors to the hard limit; the usual 1024 is meant for select()."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptors_are_scarce() -> bool:
+    """Return whether less than about a quarter of the file descriptors that this process may have is free."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        lowest_free = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    os.close(lowest_free)
+    return lowest_free >= most - most // 4
 
 
 def use_monotonic_clock(reactor: Any) -> None:

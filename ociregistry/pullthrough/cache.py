@@ -19,7 +19,7 @@ from twisted.logger import Logger
 
 from ociregistry.concurrency import SingleFlight
 from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority, Wanted
-from ociregistry.errors import BlobUnknown, LoopDetected, RegistryError, Unavailable
+from ociregistry.errors import BlobUnknown, LoopDetected, RegistryError, Unavailable, cannot_store
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
@@ -275,7 +275,7 @@ class PullThrough(Service):
         try:
             await self._store.keep(manifest, image, wanted=None if manifest.is_list else wanted and not is_child)
         except OSError as error:
-            raise Unavailable(f"{image}: cannot be stored: {error.strerror or error}") from error
+            raise cannot_store(image, error) from error
         return manifest
 
     def _must_be_latest(self, image: ImageReference) -> bool:

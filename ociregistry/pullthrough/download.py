@@ -9,7 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Event
-from ociregistry.errors import RegistryError, Unavailable
+from ociregistry.errors import RegistryError, Unavailable, cannot_store
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
@@ -166,7 +166,7 @@ class Download:
         except RegistryError as error:
             self.error = error
         except OSError as error:
-            self.error = Unavailable(f"{self}: cannot be stored: {error.strerror or error}")
+            self.error = cannot_store(self, error)
         except CancelledError:
             self._stopping = True
         except Exception as error:

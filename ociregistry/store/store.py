@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.config.values import USUAL_RESERVE, Reserve
+from ociregistry.errors import is_out_of_descriptors
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
@@ -197,6 +198,8 @@ class Store(Service):
         try:
             record, to_note = await self._threads.read(self._records.read_for_pull, path, now)
         except (RecordInvalid, OSError) as error:
+            if is_out_of_descriptors(error):
+                raise
             if not isinstance(error, FileNotFoundError):
                 self.log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
             self._refresh.record_unreadable(path, reason(error))
@@ -328,6 +331,8 @@ class Store(Service):
         try:
             opened = await self._threads.read(open_blob, path, failed_at)
         except OSError as error:
+            if is_out_of_descriptors(error):
+                raise
             self._unreadable[digest] = failed_at or 0
             if failed_at is None:
                 self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))

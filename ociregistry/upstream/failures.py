@@ -6,6 +6,7 @@ from OpenSSL import SSL
 from twisted.internet import defer, error
 
 from ociregistry.config.proxy import Proxy
+from ociregistry.errors import is_out_of_descriptors
 from ociregistry.openssl import openssl_reason
 
 
@@ -75,6 +76,8 @@ def explain(exception: BaseException | None) -> str:
     """Return the reason why a request failed, as text for an operator."""
     found = causes(exception) if exception else []
     for cause in found:
+        if is_out_of_descriptors(cause):
+            return "this server has no file descriptor left for a connection"
         if isinstance(cause, SSL.Error):
             return f"TLS failed: {_tls_reason(cause)}"
         for kind, sentence in _EXPLANATIONS:
@@ -97,13 +100,21 @@ def was_cancelled(exception: BaseException) -> bool:
     return any(isinstance(cause, cancelled) for cause in causes(exception))
 
 
+def lacks_descriptors(exception: BaseException) -> bool:
+    """Return whether the request failed because this process could not open another socket."""
+    return any(map(is_out_of_descriptors, causes(exception)))
+
+
 def is_unreachable(exception: BaseException) -> bool:
     """Return whether the host could not be reached.
 
     That is so where the name look-up or the connection failed or took too long, here or at a proxy, where the
-    connection broke during the TLS handshake, and where the request was cancelled.
+    connection broke during the TLS handshake, and where the request was cancelled. A lack of file descriptors here
+    says nothing about the host.
     """
     timeouts = (error.TimeoutError, defer.TimeoutError, error.TCPTimedOutError)
+    if lacks_descriptors(exception):
+        return False
     kinds = (error.ConnectError, error.DNSLookupError, TunnelFailed, *timeouts)
     return was_cancelled(exception) or any(
         isinstance(cause, kinds) or (isinstance(cause, SSL.Error) and _tls_reason(cause) == _BROKEN)

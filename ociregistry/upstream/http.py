@@ -23,7 +23,7 @@ from zope.interface import implementer
 from ociregistry import __version__
 from ociregistry.config.proxy import Proxy
 from ociregistry.context import Again, Priority, Wanted
-from ociregistry.errors import Denied, Unavailable
+from ociregistry.errors import Denied, OutOfDescriptors, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth, Share
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.breaker import LONGEST_PATIENCE, Attempt, CircuitBreaker, CircuitBreakers, LinkDown
@@ -33,6 +33,7 @@ from ociregistry.upstream.failures import (
     broke_without_response,
     explain,
     is_unreachable,
+    lacks_descriptors,
     speaks_no_tls,
     was_cancelled,
 )
@@ -434,6 +435,8 @@ class HttpClient:
         if attempt.proxy is not None and not isinstance(error, ProxyFailed):
             why += f", through the proxy {attempt.proxy}"
         attempt.failed(error, why, refused=refused)
+        if lacks_descriptors(error):
+            return OutOfDescriptors(f"{self._upstream}: {why}")
         kind = NoTls if url.startswith("https:") and refused else Unavailable
         return kind(f"{self._upstream}: {why}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from twisted.application.service import Service
@@ -10,10 +10,13 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.interfaces import IAddress, IDelayedCall, IListeningPort, IProtocol, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
+from ociregistry.log import Seldom
+from ociregistry.process import descriptors_are_scarce
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket
 
@@ -22,14 +25,42 @@ class ListenFailed(Exception):
     """The daemon cannot listen on an endpoint."""
 
 
+_PAUSE = 1.0
+"""Seconds from one look at whether descriptors are free to the next."""
+
+
+@implementer(IProtocolFactory)
+class _Accepting:
+    """Calls `accepted` for each new connection."""
+
+    def __init__(self, factory: IProtocolFactory, accepted: Callable[[], None]) -> None:
+        self._factory = factory
+        self._accepted = accepted
+        self.doStart = factory.doStart
+        self.doStop = factory.doStop
+
+    def buildProtocol(self, addr: IAddress) -> IProtocol | None:
+        """Make the protocol of a new connection."""
+        self._accepted()
+        return self._factory.buildProtocol(addr)
+
+
 class Listeners(Service):
-    """Listens for clients on `endpoints`, Twisted's descriptions of them such as `tcp:8080`."""
+    """Listens for clients on `endpoints`, Twisted's descriptions of them such as `tcp:8080`.
+
+    While file descriptors are scarce, new connections wait in the kernel, so that descriptors are left for answers to
+    the others. (With none left, Twisted would close new connections at once.)
+    """
+
+    log = Logger(namespace="ociregistry.web")
 
     def __init__(self, endpoints: Sequence[str], factory: IProtocolFactory, reactor: Any) -> None:
         self._endpoints = endpoints
-        self._factory = factory
+        self._factory = _Accepting(factory, self._accepted)
         self._reactor = reactor
-        self._ports: list[IListeningPort] = []
+        self._ports: list[Any] = []  # IListeningPort cannot pause
+        self._pause: IDelayedCall | None = None
+        self._seldom = Seldom(reactor)
 
     @property
     def addresses(self) -> list[str]:
@@ -57,7 +88,27 @@ class Listeners(Service):
     def stopService(self) -> Deferred[Any]:
         """Accept no more connections; fire when the ports are closed."""
         super().stopService()
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         return gatherResults([maybeDeferred(port.stopListening) for port in self._ports])
+
+    def _accepted(self) -> None:
+        if self._pause is not None or not descriptors_are_scarce():
+            return
+        if self._seldom.due():
+            self.log.warn("file descriptors are scarce: new connections wait until others are closed")
+        for port in self._ports:
+            port.stopReading()
+        self._pause = self._reactor.callLater(_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if descriptors_are_scarce():
+            self._pause = self._reactor.callLater(_PAUSE, self._resume)
+            return
+        self._pause = None
+        for port in self._ports:
+            port.startReading()
 
 
 class ControlListener(Service):

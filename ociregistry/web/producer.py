@@ -16,6 +16,7 @@ from zope.interface import implementer
 
 from ociregistry.concurrency import Event
 from ociregistry.errors import Unavailable
+from ociregistry.log import Seldom
 from ociregistry.pullthrough.cache import Content
 from ociregistry.web.channel import Channel
 
@@ -72,11 +73,13 @@ class Unsent:
 
 @dataclass(frozen=True, slots=True)
 class SendLimits:
-    """What all producers share."""
+    """What all answers share."""
 
     patience: float
     """Seconds to wait for the next bytes of the content."""
     unsent: Unsent
+    seldom: Seldom
+    """For the log line that file descriptors are lacking."""
 
 
 @implementer(IPushProducer)

@@ -19,7 +19,7 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from ociregistry import __version__
 from ociregistry.context import Context, Via
-from ociregistry.errors import MethodUnsupported, RegistryError
+from ociregistry.errors import MethodUnsupported, OutOfDescriptors, RegistryError, is_out_of_descriptors
 from ociregistry.pullthrough.cache import Content
 from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.producer import SLOWEST, ContentProducer, SendLimits, SlowClient
@@ -182,11 +182,17 @@ class _Exchange:
             return await self._handler(self._method, request.path, request.args, context)
         except RegistryError as error:
             return self._failed(error)
-        except Exception:
+        except Exception as error:
+            if is_out_of_descriptors(error):
+                return self._failed(OutOfDescriptors(f"{self._path}: {error}"))
             self._log_defect(Failure())
             return error_answer(InternalError("an internal error"))
 
     def _failed(self, error: RegistryError) -> Answer:
+        if isinstance(error, OutOfDescriptors):
+            if self._limits.seldom.due():
+                self.log.error("out of file descriptors, requests get 503: {why}", why=error.message)
+            return error_answer(OutOfDescriptors("this server has no file descriptor left for the request"))
         # What a client asked for in vain is no fault of this server or of a link.
         log = self.log.info if error.status < 500 else self.log.error
         self._log_failure(

@@ -12,6 +12,7 @@ from twisted.web.server import Request, Site
 
 from ociregistry.context import Context
 from ociregistry.errors import NotFound
+from ociregistry.log import Seldom
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.producer import SendLimits, Unsent
@@ -66,7 +67,7 @@ class RegistrySite(Site):
     def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
         """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
         self.in_flight = InFlight()
-        limits = SendLimits(patience, Unsent(clock))
+        limits = SendLimits(patience, Unsent(clock), Seldom(clock))
 
         def resource(handler: Handler) -> HandlerResource:
             return HandlerResource(handler, self.in_flight, limits, clock)

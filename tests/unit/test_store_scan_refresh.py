@@ -116,12 +116,12 @@ async def test_failed_scan_is_logged_and_the_next_one_runs(
 async def test_temporarily_unreadable_record_is_a_hit_again(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With too many open files, nothing on disk changes that a scan could notice."""
+    """With too little memory, nothing on disk changes that a scan could notice."""
     await store.keep(IMAGE, NGINX)
     await scan_once(clock)
 
     def fail(*args: object) -> Record:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with monkeypatch.context() as patch:
         patch.setattr(recordfiles, "read_record", fail)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from OpenSSL import SSL
 from twisted.internet import defer, error
@@ -9,7 +11,15 @@ from twisted.internet.address import HostnameAddress
 from twisted.python.failure import Failure
 from twisted.web.client import RequestTransmissionFailed, ResponseFailed, ResponseNeverReceived
 
-from ociregistry.upstream.failures import CertificateRefused, broke_without_response, causes, explain, speaks_no_tls
+from ociregistry.upstream.failures import (
+    CertificateRefused,
+    broke_without_response,
+    causes,
+    explain,
+    is_unreachable,
+    lacks_descriptors,
+    speaks_no_tls,
+)
 
 
 def wrapped(*inner: BaseException, kind: type[Exception] = ResponseNeverReceived) -> Exception:
@@ -155,3 +165,13 @@ def test_lost_connection_means_broke_without_response(exception: Exception, kind
 def test_other_failures_do_not_mean_broke_without_response(exception: Exception) -> None:
     assert not broke_without_response(exception)
     assert not broke_without_response(wrapped(exception))
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+def test_lack_of_descriptors_says_nothing_about_the_host(number: int) -> None:
+    """Twisted tells of it by the error of a connection."""
+    failed = error.ConnectBindError(number, "Too many open files")
+    assert explain(failed) == "this server has no file descriptor left for a connection"
+    assert lacks_descriptors(failed)
+    assert not is_unreachable(failed)
+    assert is_unreachable(error.ConnectBindError(errno.EADDRNOTAVAIL, "Cannot assign requested address"))
