@@ -102,9 +102,7 @@ class Daemon(MultiService):
         )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
-        # A starting node opens many connections at once. With Twisted's backlog of 50, some would be delayed 1 s.
-        endpoints = settings.listen or (f"tcp:{settings.port}:backlog=1024",)
-        self._listeners = Listeners(endpoints, factory, reactor)
+        self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
         self._control = ControlListener(self._store, self._site, reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance]

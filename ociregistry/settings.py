@@ -183,7 +183,7 @@ OPTIONS = (
         "Disk space that downloads leave free, such as 1GB or 5% (default: 5%, 2GB at most).",
         parse_reserve,
     ),
-    Option("port", "8080", "TCP port to listen on.", _number(1, 65535)),
+    Option("port", "8080", "TCP port to listen on, by IPv4 and IPv6.", _number(1, 65535)),
     Option("log-level", "error", "trace, debug, info, warn or error.", _level),
     Option("pull-timeout", "60000", "Milliseconds that a client waits for progress.", _milliseconds),
     Option("concurrent", "1", "Number of images loaded at the same time.", _number(1, 1000)),

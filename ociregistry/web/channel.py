@@ -111,6 +111,22 @@ _NOT_TLS = (
 )
 
 
+_IPV4_IN_IPV6 = "::ffff:"
+
+
+def host_of(address: IPv4Address | IPv6Address) -> str:
+    """Return the host of an address; that of an IPv4 client of an IPv6 socket in IPv4's notation."""
+    host: str = address.host
+    in_ipv4 = host.removeprefix(_IPV4_IN_IPV6)
+    return in_ipv4 if "." in in_ipv4 and ":" not in in_ipv4 else host
+
+
+def host_and_port(address: IPv4Address | IPv6Address) -> str:
+    """Return an address for messages."""
+    host = host_of(address)
+    return f"[{host}]:{address.port}" if ":" in host else f"{host}:{address.port}"
+
+
 @implementer(IHalfCloseableProtocol)
 class Channel(HTTPChannel):
     """An HTTPChannel with limits on time and on connections per address.
@@ -145,7 +161,7 @@ class Channel(HTTPChannel):
         if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
         self._connection.bufferSize = _BUFFER
-        self._address = peer.host if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
+        self._address = host_of(peer) if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         self._in_flight.connected(self)
         self._in_flight.began()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 from twisted.application.service import Service
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred, succeed
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IAddress, IDelayedCall, IListeningPort, IProtocol, IProtocolFactory
@@ -19,6 +22,7 @@ from ociregistry.log import Seldom
 from ociregistry.process import descriptors_are_scarce
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket
+from ociregistry.web.channel import host_and_port
 
 
 class ListenFailed(Exception):
@@ -45,8 +49,41 @@ class _Accepting:
         return self._factory.buildProtocol(addr)
 
 
+_BACKLOG = 1024
+"""A starting node opens many connections at once. With Twisted's backlog of 50, some would be delayed by 1 s."""
+_NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL, errno.ENOPROTOOPT})
+
+
+def _listen_on(port: int, factory: IProtocolFactory, reactor: Any) -> IListeningPort:
+    """Listen on a TCP port by IPv6 and IPv4, or by IPv4 alone where the system has no IPv6.
+
+    Raises:
+        OSError, CannotListenError: the port cannot be used.
+    """
+    try:
+        with _socket_for_both(port) as listening:
+            return cast(IListeningPort, reactor.adoptStreamPort(listening.fileno(), socket.AF_INET6, factory))
+    except OSError as error:
+        if error.errno not in _NO_IPV6:
+            raise
+    return cast(IListeningPort, reactor.listenTCP(port, factory, backlog=_BACKLOG))
+
+
+def _socket_for_both(port: int) -> socket.socket:
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(socket.AF_INET6))
+        listening.setblocking(False)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Twisted leaves this to the system's default.
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listening.bind(("::", port))
+        listening.listen(_BACKLOG)
+        stack.pop_all()
+    return listening
+
+
 class Listeners(Service):
-    """Listens for clients on `endpoints`, Twisted's descriptions of them such as `tcp:8080`.
+    """Listens for clients on `endpoints`: TCP ports, and Twisted's descriptions such as `tcp:8080:interface=…`.
 
     While file descriptors are scarce, new connections wait in the kernel, so that descriptors are left for answers to
     the others. (With none left, Twisted would close new connections at once.)
@@ -54,7 +91,7 @@ class Listeners(Service):
 
     log = Logger(namespace="ociregistry.web")
 
-    def __init__(self, endpoints: Sequence[str], factory: IProtocolFactory, reactor: Any) -> None:
+    def __init__(self, endpoints: Sequence[str | int], factory: IProtocolFactory, reactor: Any) -> None:
         self._endpoints = endpoints
         self._factory = _Accepting(factory, self._accepted)
         self._reactor = reactor
@@ -77,13 +114,20 @@ class Listeners(Service):
         for endpoint in self._endpoints:
             failures: list[Failure] = []
             try:
-                listening = serverFromString(self._reactor, endpoint).listen(self._factory)
+                listening = self._listen(endpoint)
                 listening.addCallbacks(self._ports.append, failures.append)
             except Exception:
                 failures.append(Failure())
             for failure in failures:
                 error = failure.value
-                raise ListenFailed(f"cannot listen on {endpoint}: {getattr(error, 'socketError', error)}") from error
+                where = f"port {endpoint}" if isinstance(endpoint, int) else endpoint
+                raise ListenFailed(f"cannot listen on {where}: {getattr(error, 'socketError', error)}") from error
+
+    def _listen(self, endpoint: str | int) -> Deferred[IListeningPort]:
+        if isinstance(endpoint, int):
+            return succeed(_listen_on(endpoint, self._factory, self._reactor))
+        listening: Deferred[IListeningPort] = serverFromString(self._reactor, endpoint).listen(self._factory)
+        return listening
 
     def stopService(self) -> Deferred[Any]:
         """Accept no more connections; fire when the ports are closed."""
@@ -156,4 +200,4 @@ class ControlListener(Service):
 
 def _address(port: IListeningPort) -> str:
     address = port.getHost()
-    return f"{address.host}:{address.port}" if isinstance(address, IPv4Address | IPv6Address) else str(address)
+    return host_and_port(address) if isinstance(address, IPv4Address | IPv6Address) else str(address)

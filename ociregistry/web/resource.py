@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -21,7 +22,7 @@ from ociregistry import __version__
 from ociregistry.context import Context, Via
 from ociregistry.errors import MethodUnsupported, OutOfDescriptors, RegistryError, is_out_of_descriptors
 from ociregistry.pullthrough.cache import Content
-from ociregistry.web.channel import Channel, InFlight
+from ociregistry.web.channel import Channel, InFlight, host_and_port
 from ociregistry.web.producer import SLOWEST, ContentProducer, SendLimits, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
 
@@ -275,7 +276,7 @@ class _Exchange:
     @property
     def _client(self) -> str:
         address = self._request.getClientAddress()
-        return f"{address.host}:{address.port}" if hasattr(address, "port") else "a command"
+        return host_and_port(address) if isinstance(address, IPv4Address | IPv6Address) else "a command"
 
     def _log_failure(self, log: Callable[..., None], message: str, **fields: object) -> None:
         """Log why the request failed, in place of the access log's line."""

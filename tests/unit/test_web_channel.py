@@ -6,13 +6,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from twisted.internet.address import IPv4Address, UNIXAddress
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.web.api import V2
-from ociregistry.web.channel import MOST_CONNECTIONS, Channel, InFlight
+from ociregistry.web.channel import MOST_CONNECTIONS, Channel, InFlight, host_and_port
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.demands import NoDemand
 from tests.unit.support.http_agents import INSTANCE
@@ -306,3 +306,18 @@ def test_idle_connection_is_kept_while_its_client_takes_the_rest(
     clock.pump([1] * 3 * KEPT_ALIVE)
     assert client.gone
     assert client.statuses == [b"200"]
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (IPv4Address("TCP", "192.0.2.1", 80), "192.0.2.1:80"),
+        (IPv6Address("TCP", "::ffff:192.0.2.1", 80), "192.0.2.1:80"),
+        (IPv6Address("TCP", "::ffff:0:0", 80), "[::ffff:0:0]:80"),
+        (IPv6Address("TCP", "2001:db8::1", 80), "[2001:db8::1]:80"),
+        (IPv6Address("TCP", "fe80::1%eth0", 80), "[fe80::1%eth0]:80"),
+        (IPv6Address("TCP", "::", 80), "[::]:80"),
+    ],
+)
+def test_addresses_in_messages(address: IPv4Address | IPv6Address, shown: str) -> None:
+    assert host_and_port(address) == shown
