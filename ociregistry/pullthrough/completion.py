@@ -86,8 +86,12 @@ class Completion(Service):
         self._policy = policy
         self._missing: dict[Digest, int] = {}
         """Wanted images, and the number of bytes that each lacks."""
-        self._refused: dict[Digest, float] = {}
-        """Images that name too many blobs, or some that their upstream lacks -> clock seconds of the last try."""
+        self._refused: dict[Digest, dict[Upstream, float]] = {}
+        """Images left incomplete -> the upstreams that refused blobs of them, and when (clock seconds)."""
+        self._too_large: TTLCache[Digest, None, float] = TTLCache(
+            _MOST_COMPLETE, ttl=_REFUSED_FOR, timer=clock.seconds
+        )
+        """Images that name too many blobs, which was logged."""
         self._foreign_refused: TTLCache[Digest, None, float] = TTLCache(
             _MOST_COMPLETE, ttl=_REFUSED_FOR, timer=clock.seconds
         )
@@ -199,14 +203,16 @@ class Completion(Service):
         if digest in self._store.pending or digest in self._being_checked:
             return
         self._missing[digest] = sum(missing.values())
-        repositories = self._store.repositories(digest)
-        if repositories and not self._was_refused(digest) and self._completes(digest, min(repositories)):
-            await self._request(digest, min(repositories))
+        repository = self._untried(digest)
+        if repository is not None and self._completes(digest, repository):
+            await self._request(digest, repository)
 
-    def _was_refused(self, image: Digest) -> bool:
-        """Tell whether an image was left incomplete in the last hour."""
-        refused = self._refused.get(image)
-        return refused is not None and self._clock.seconds() - refused < _REFUSED_FOR
+    def _untried(self, image: Digest) -> Repository | None:
+        """Return a repository with the image, of an upstream that did not refuse a blob of it in the last hour."""
+        long_ago = self._clock.seconds() - _REFUSED_FOR
+        refused = self._refused.get(image, {})
+        known = self._store.repositories(image)
+        return min((one for one in known if refused.get(one.upstream, long_ago) <= long_ago), default=None)
 
     async def _check_index(self, index: Digest) -> None:
         """Queue the missing manifests and configs of an index, and mark its configured platforms as wanted."""
@@ -223,8 +229,8 @@ class Completion(Service):
                     await self._want(child)
         children = [child for child in entry.children if self._policy.metadata or child.digest in always]
         repositories = self._store.repositories(index)
-        if repositories:
-            repository = min(repositories)
+        repository = min((one for one in repositories if not self._metadata.gave_up(index, one)), default=None)
+        if repository is not None:
             await self._metadata.queue_missing(index, repository, children, first=always)
             if repository.upstream not in self._work:
                 self._work_on(repository.upstream)
@@ -252,14 +258,14 @@ class Completion(Service):
         entry = self._store.entry(image)
         if entry is None or len(entry.blobs) <= MOST_BLOBS:
             return True
-        if not self._was_refused(image):
+        if image not in self._too_large:
+            self._too_large[image] = None
             self.log.warn(
                 "{image} is not completed: its manifest names {blobs} blobs, more than {most}",
                 image=f"{repository}@{image}",
                 blobs=len(entry.blobs),
                 most=MOST_BLOBS,
             )
-            self._refused[image] = self._clock.seconds()
         return False
 
     def _always(self, image: Digest) -> Collection[Digest]:
@@ -277,6 +283,10 @@ class Completion(Service):
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
         """Mark the image `digest` as wanted and fetch its missing blobs."""
+        at = self._store.pending.get(digest)
+        if at is not None and at.upstream != repository.upstream and digest in self._failed:
+            # The upstream that the image waits for could not be asked.
+            await self.drop(digest)
         if digest in self._store.pending or digest in self._being_checked:
             return
         self._being_checked.add(digest)
@@ -424,7 +434,7 @@ class Completion(Service):
             return
         if blobs.refused:
             self.log.warn("{image} stays incomplete: {why}", image=image, why=blobs.refused)
-            self._refused[digest] = self._clock.seconds()
+            self._refused.setdefault(digest, {})[repository.upstream] = self._clock.seconds()
         else:
             self._missing.pop(digest, None)
         if blobs.refused_foreign:

@@ -96,12 +96,16 @@ class Metadata:
         digests = [
             child.digest for child in candidates if ImageReference(repository, child.digest) not in self._unknown
         ]
-        if ImageReference(repository, index) in self._unknown:
+        if self.gave_up(index, repository):
             digests = []
         missing = await self._store.lacking_metadata(dict.fromkeys(digests))
         self.forget(index)
         if missing:
             self._queues.setdefault(repository.upstream, deque()).append(_Index(index, repository, deque(missing)))
+
+    def gave_up(self, index: Digest, repository: Repository) -> bool:
+        """Tell whether several manifests of an index were not in this repository in the last hour."""
+        return ImageReference(repository, index) in self._unknown
 
     def forget(self, index: Digest) -> None:
         """Remove an index from the queue."""

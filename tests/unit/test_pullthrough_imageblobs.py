@@ -8,9 +8,9 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.errors import BlobUnknown, Denied, RegistryError, Unavailable
+from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import Manifest
-from ociregistry.names import Digest
+from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
@@ -184,4 +184,64 @@ async def test_indexes_within_indexes_are_followed_one_level(store: Store, root:
     await until(lambda: "b" in fetcher.asked)
     await settle(store)
     assert fetcher.asked == [inner.digest, innermost.digest, "B", "b"]
+    completion.stopService()
+
+
+@on_reactor
+async def test_image_that_one_upstream_refused_is_fetched_from_another(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher, clock: Clock, root: Path
+) -> None:
+    first, second = image("a.example/hostile:1"), image("b.example/good:1")
+    await pulled(completion, store, where=str(first))
+    await store.keep(IMAGE, second)
+    for count in (1, 2, 3):
+        await blob_fetcher.refuse(BlobUnknown("404"), count)
+    await until(lambda: not pending(root))
+    await settle(store)
+    clock.advance(30)
+    await until(lambda: len(blob_fetcher.asked) == 4)
+    assert blob_fetcher.asked[-1][0] == second.repository
+
+
+@on_reactor
+async def test_image_that_waits_for_one_upstream_is_fetched_from_the_one_that_a_client_asks(
+    completion: Completion, store: Store, blob_fetcher: FakeBlobFetcher
+) -> None:
+    first, second = image("a.example/down:1"), image("b.example/good:1")
+    await pulled(completion, store, where=str(first))
+    await blob_fetcher.refuse(Unavailable("down"), 1)
+    await turn()
+    await pulled(completion, store, where=str(second))
+    await until(lambda: len(blob_fetcher.asked) == 2)
+    assert blob_fetcher.asked[-1][0] == second.repository
+
+
+@on_reactor
+async def test_index_that_one_repository_lacks_is_completed_from_another(
+    store: Store, root: Path, clock: Clock
+) -> None:
+    fetcher = Fetcher(store, root)
+    plain = fetcher.fetch_manifest
+    asked: list[str] = []
+
+    async def fetch(image: ImageReference) -> None:
+        asked.append(str(image.repository))
+        if image.repository == first.repository:
+            raise ManifestUnknown("404")
+        await plain(image)
+
+    fetcher.fetch_manifest = fetch  # type: ignore[method-assign]  # upstreams that differ
+    fetcher.add(A, B, C)
+    first, second = image("reg.example/a-hostile:1"), image("reg.example/good:1")
+    completion = Completion(store, Upstream(root), clock, Metadata(store, fetcher, clock), CompletionPolicy())
+    completion.startService()
+    index = index_of((A, "linux/a"), (B, "linux/b"), (C, "linux/c"))
+    await store.keep(index, first)
+    await until(lambda: len(asked) == 3)
+    await settle(store)
+    # A client pulls the platform A from the other repository.
+    await store.keep(index, second)
+    await store.keep(A, ImageReference(second.repository, A.digest))
+    await until(lambda: "c" in fetcher.asked)
+    assert asked == [str(first.repository)] * 3 + [str(second.repository)] * 2
     completion.stopService()
