@@ -254,11 +254,13 @@ def test_removed_blobs_are_noticed(tmp_path: Path) -> None:
 
 def test_folder_with_an_mtime_in_the_future_is_read_once(tmp_path: Path) -> None:
     """It was changed before the clock was set back."""
+    for number in range(100):
+        (tmp_path / f".{number}").touch()
     (tmp_path / Digest.of(b"one").hex).touch()
     os.utime(tmp_path, (2e10, 2e10))
     folder = BlobFolder(tmp_path)
     assert folder.gone() == frozenset()
-    assert calls_of(folder.gone) < 20
+    assert calls_of(folder.gone) < 50
     (tmp_path / Digest.of(b"one").hex).unlink()
     assert folder.gone() == {Digest.of(b"one")}
 
