@@ -68,6 +68,14 @@ def test_columns_are_url_kind_and_created(store_dir: StoreDir, listed: Listed) -
     ]
 
 
+def test_index_without_images_is_marked(store_dir: StoreDir, listed: Listed) -> None:
+    """Its manifest was requested, or a load of its images failed."""
+    store_dir.put(list_of(image_of(*SMALL)), "a:1")
+    store_dir.put(list_of(store_dir.image(LARGE, "b@"), image_of(*SMALL)), "b:1")
+    assert listed()[0] == "reg.example/a:1 list 2026-01-01T01:00:00 no-image"
+    assert listed()[1] == "reg.example/b:1 list 2026-01-01T01:00:00"
+
+
 def test_one_line_per_image_url(store_dir: StoreDir, listed: Listed) -> None:
     image = store_dir.image(SMALL, "b:2", "a:1", "c@")
     assert listed() == [
