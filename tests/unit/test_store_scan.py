@@ -18,7 +18,7 @@ import ociregistry.store.scan
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files
-from ociregistry.store.records import Record, RecordFiles, read_record
+from ociregistry.store.records import Confirmation, Record, RecordFiles, read_record
 from ociregistry.store.scan import ScanResult, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
@@ -54,7 +54,7 @@ def records(tmp_path: Path, open_records: Callable[[Path], RecordFiles]) -> Reco
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
     """Confirm a manifest and return the record, which must have been written."""
-    (record,) = records.confirm(manifest, image, moment)
+    (record,) = records.confirm(manifest, [Confirmation(image, moment)])
     return record
 
 
@@ -119,7 +119,7 @@ def test_scan_finds_removed_records(tmp_path: Path, records: RecordFiles) -> Non
 
 def test_damaged_record_is_reported_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
-    records.confirm(OTHER, APP, NOW)
+    records.confirm(OTHER, [Confirmation(APP, NOW)])
     path = records.path(IMAGE.digest, is_list=False)
     whole = path.read_bytes()
     known = scanned(tmp_path)
