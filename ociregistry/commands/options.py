@@ -14,6 +14,7 @@ from twisted.python import usage
 from ociregistry import __version__
 from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS, Option, Settings
+from ociregistry.store.scan import unreadable_lines
 
 T = TypeVar("T")
 
@@ -111,9 +112,9 @@ class Command(CommonOptions):
 
 
 def print_unreadable(files: Mapping[Path, str]) -> None:
-    """Print a warning for each of the `files` among the records that could not be read, with the reason."""
-    for path, why in files.items():
-        print_error(f"warning: ignored, not a record that can be served: {path}: {why}")
+    """Print warnings about the `files` among the records that could not be read, with the reasons."""
+    for line in unreadable_lines(files):
+        print_error(f"warning: {line}")
 
 
 def print_lines(lines: Iterable[str]) -> None:

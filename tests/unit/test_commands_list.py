@@ -197,6 +197,16 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, capfd: pytest.Captu
     assert file_contents(store_dir.root) == before
 
 
+def test_many_foreign_files_are_one_warning(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> None:
+    store_dir.image(SMALL, "a:1")
+    for number in range(50):
+        (store_dir.root / "fat" / f"{number:064x}").write_text("not ours")
+    result = run(capfd, "list", "--image-path", store_dir.root)
+    assert (result.status, len(result.lines)) == (0, 1)
+    (line,) = result.err.splitlines()
+    assert f"warning: ignored, 50 files in {store_dir.root}/fat are no records that can be served, the first" in line
+
+
 @pytest.mark.parametrize("kind", IRREGULAR)
 def test_what_is_no_regular_file_is_a_warning(
     store_dir: StoreDir, capfd: pytest.CaptureFixture[str], kind: str

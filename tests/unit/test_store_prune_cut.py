@@ -328,7 +328,7 @@ def killed_after_the_index(root: Path) -> tuple[StoreDir, Manifest, Manifest]:
     return store_dir, index, image
 
 
-def test_index_that_came_back_after_a_kill_keeps_its_images(tmp_path: Path) -> None:
+def test_index_stored_again_after_a_kill_keeps_its_images(tmp_path: Path) -> None:
     store_dir, index, image = killed_after_the_index(tmp_path / "store")
     store_dir.put(index, "a:2")
     store_dir.prune(choose_nothing)

@@ -248,6 +248,7 @@ def test_make_service(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_twistd_plugin() -> None:
     plugin = namedAny("twisted.plugins.ociregistry_plugin.ociregistry")
     assert IPlugin.providedBy(plugin)
