@@ -23,6 +23,10 @@ from ociregistry.store.snapshot import Row, Snapshot
 class Export(Command):
     """The options of `export`."""
 
+    examples = (
+        "export --pattern cert-manager,pause: -o images-1.tar",
+        "export --pattern . -o images-2.tar --since images-1.tar",
+    )
     longdesc = (
         "Writes images into an OCI layout archive, which load, skopeo and containerd can read. With --since the "
         "archive omits the blobs of an earlier export, which has to be loaded first."

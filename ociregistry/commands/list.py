@@ -22,6 +22,7 @@ from ociregistry.store.workdir import pending_images
 class List(Command):
     """The options of `list`."""
 
+    examples = ("list --long --sort size", "list --pattern ^quay.io/ --json")
     longdesc = (
         "Prints three columns for each image in the store: URL, kind (`list` or `image`), and the local time "
         "since which it is stored. A list of which the store has no image is marked as `no-image`."

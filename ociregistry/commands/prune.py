@@ -23,6 +23,7 @@ _USUAL_AGE = timedelta(days=1)
 class Prune(Command):
     """The options of `prune`."""
 
+    examples = ("prune --unused-for 30d --dry-run", "prune --pattern curl,cilium")
     longdesc = (
         "Removes images from the store, with the blobs that no other image needs. With several conditions, "
         "an image has to meet all of them."

@@ -22,6 +22,7 @@ Advance = Callable[[int, int], object]
 class Verify(Command):
     """The options of `verify`."""
 
+    examples = ("verify", "verify --repair")
     longdesc = "Hashes every blob and record in the store. Damaged files are quarantined, and never served again."
     optFlags = [["repair", None, "Fetch damaged and missing blobs from their upstreams."]]
 

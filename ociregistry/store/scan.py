@@ -334,8 +334,8 @@ class IndexRefresh:
         blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
         self._blobs_scanned = self._blobs_scanned if blobs is None else now
         scanned = self._threads.read(scan_changes, self._root, dict(self._known), self._foreign, blobs)
-        scanned.addCallback(self._apply)
-        return scanned.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
+        applied = scanned.addCallback(self._apply)
+        return applied.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
 
     def _apply(self, result: ScanResult) -> None:
         # A record that this process wrote meanwhile is read again at the next scan.
