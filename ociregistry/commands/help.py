@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,8 @@ def help_text(options: usage.Options, command: str, common: Collection[str]) -> 
     own = [option for option in everything if option.name not in common]
     commands: Sequence[Any] = getattr(options, "subCommands", ())
     parts = [f"Usage: {typed} {getattr(options, 'synopsis', '[options]')}"]
-    parts += [_filled(options.longdesc)] if getattr(options, "longdesc", None) else []
+    described: str | None = getattr(options, "longdesc", None)
+    parts += [_filled(described)] if described else []
     if commands:
         lines = (_entry(name, f"{about[:1].upper()}{about[1:]}.") for name, _, _, about in commands)
         parts += [_section("Commands (COMMAND --help describes one)", lines)]
@@ -130,11 +131,8 @@ def did_you_mean(error: str, options: usage.Options) -> str:
     if unknown is None:
         return ""
     option, command = unknown.groups()
-    known = _spellings(options) if option else [name for name, *_ in options.subCommands]
-    near = difflib.get_close_matches(option or command, list(known), 1)
+    parser: Any = getattr(options, "subOptions", options)
+    commands: Sequence[Any] = getattr(options, "subCommands", ())
+    known = [f"--{name.removesuffix('=')}" for name in parser.longOpt] if option else [name for name, *_ in commands]
+    near = difflib.get_close_matches(option or command, known, 1)
     return f": did you mean {near[0]}?" if near else ""
-
-
-def _spellings(options: usage.Options) -> Iterator[str]:
-    parser = getattr(options, "subOptions", options)
-    yield from (f"--{name.removesuffix('=')}" for name in parser.longOpt)
