@@ -73,3 +73,11 @@ def test_interrupt_stops_a_running_daemon_in_order(start_daemon: Callable[..., D
     # twistd ends by the signal after it has stopped everything.
     assert daemon.process.wait(SOON) == -signal.SIGINT
     assert "Server Shut Down" in daemon.log
+
+
+def test_tests_that_are_started_in_the_background_interrupt_all_the_same() -> None:
+    """A shell starts background processes with SIGINT ignored, nohup with SIGHUP."""
+    selected = [__file__, "-k", test_interrupt_stops_a_running_daemon_in_order.__name__]
+    background = ["bash", "-c", "trap '' INT HUP; exec \"$@\"", "bash", sys.executable, "-m", "pytest", "-q"]
+    done = subprocess.run([*background, *selected], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
