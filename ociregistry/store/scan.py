@@ -321,7 +321,7 @@ class IndexRefresh:
         """
         self._unreadable[path] = why
         self._drop(path)
-        self._known.pop(path, None)
+        self._known[path] = UNREAD
 
     def blob_stored(self, blob: Digest) -> None:
         """Report the records that name a blob which this process has stored."""

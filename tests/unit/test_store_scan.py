@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files
 from ociregistry.store.records import Confirmation, Record, RecordFiles, read_record
-from ociregistry.store.scan import ForeignFiles, ScanResult, collection_paused, scan_changes
+from ociregistry.store.scan import UNREAD, ForeignFiles, ScanResult, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest
@@ -292,6 +293,8 @@ def test_folder_of_many_foreign_files_is_looked_through_when_it_changes_and_once
     path = records.path(INDEX.digest, is_list=True)
     os.utime(path, (0, 0))
     assert (set(scan_again(known).read.keys()), looked) == ({path}, ["img"])
+    # Also one that could not be read for a moment.
+    assert (set(scan_again(replace(known, seen={path: UNREAD})).read), looked) == ({path}, ["img"])
     paths[0].unlink()
     assert (set(scan_again(known).gone), looked) == ({paths[0]}, ["fat", "img"])
     paths[0].write_text("not ours")
