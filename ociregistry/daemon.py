@@ -23,7 +23,7 @@ from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
-from ociregistry.process import exit_with, raise_file_descriptor_limit
+from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.fetchers import BackgroundFetcher
@@ -154,6 +154,8 @@ class Daemon(MultiService):
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
         self._maintenance.reconfigure(self._settings.prune, self._settings.verify)
         signal.signal(signal.SIGHUP, self._hung_up)
+        # The reactor runs next.
+        let_reactor_handle_interrupts()
         counts = self._store.counts
         self.log.info(
             "ociregistry {version} started at {started}, listening on {addresses}, "

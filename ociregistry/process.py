@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
 from typing import Any, NoReturn
@@ -32,6 +33,22 @@ def use_monotonic_clock(reactor: Any) -> None:
     Twisted uses the wall clock: when it is set back, timers are late by the difference.
     """
     reactor.seconds = time.monotonic
+
+
+def let_interrupts_end_the_process() -> None:
+    """Let SIGINT end the process at once, as SIGTERM does, while it starts and nothing has to be cleaned up.
+
+    Python's own handler would raise KeyboardInterrupt in the middle of an import, which prints a traceback. Where
+    SIGINT is ignored, as in the background of a shell, it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def let_reactor_handle_interrupts() -> None:
+    """Undo `let_interrupts_end_the_process`: the reactor only replaces Python's own handler by one that stops it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def print_error(line: str) -> None:

@@ -21,12 +21,14 @@ class Serve(CommonOptions):
     """The options of the subcommand `serve`."""
 
     longdesc = "Runs the daemon."
+    examples = ("serve --port 8080", "serve --preload-images imagelist")
 
 
 class Options(CommonOptions):
     """The command line behind `twistd ociregistry`."""
 
-    synopsis = "[options] [command [options]]"
+    synopsis = "[options] [COMMAND [options]]"
+    examples = ("--port 8080 --image-path ./images", "list --long")
     longdesc = "A pull-only, pull-through, caching OCI registry server."
     # Aliases of commands, for compatibility with the Go server of the same name.
     optParameters = [
@@ -80,7 +82,9 @@ class Options(CommonOptions):
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
-            exit_with(f"{error} (--help lists the options)", 2)
+            from ociregistry.commands.help import did_you_mean
+
+            exit_with(f"{error}{did_you_mean(str(error), self)} (--help lists the options)", 2)
 
     def postOptions(self) -> None:
         """Build the settings, so that an error shows before anything starts, then run the command, if any."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tools.commandline import VALUES, Command, Option
+from ociregistry.commands.help import Option
+from tools.commandline import VALUES, Command
 
 
 def bash(common: Iterable[Option], commands: Iterable[Command]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from tools.commandline import Command, Option
+from ociregistry.commands.help import Option
+from tools.commandline import Command
 
 
 def options_text(options: Iterable[Option]) -> str:

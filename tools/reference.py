@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ociregistry.commands.help import Option
 from ociregistry.settings import OPTIONS
-from tools.commandline import Command, Option, commands, common, former
+from tools.commandline import Command, commands, common, former
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configuration.md"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import secrets
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC
 from pathlib import Path
@@ -24,7 +24,8 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
 from ociregistry.store.blobs import open_blob
-from ociregistry.store.files import Files, is_of_the_file, open_regular, reason
+from ociregistry.store.files import Files, hold, is_of_the_file, open_regular, reason
+from ociregistry.store.partials import create_held
 from ociregistry.store.paths import blob_path
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 
@@ -208,11 +209,21 @@ def _is_exported(child: StoredRecord, snapshot: Snapshot) -> bool:
     return snapshot.blob_size(config.digest) == config.size
 
 
+_UNFINISHED = ".ociregistry-export-"
+"""The beginning of the names of archives that are being written, and of what killed exports left."""
+
+
 @contextmanager
 def _whole(target: Path, files: Files) -> Iterator[BinaryIO]:
-    """Yield a file that becomes `target` once everything is written and on disk; remove it on an error."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    file = files.create(temporary)
+    """Yield a file that becomes `target` once everything is written and on disk; remove it on an error.
+
+    Each export holds a lock on its file while it writes. Unlocked ones were left by exports that were killed, and
+    are removed.
+    """
+    for left in target.parent.glob(f"{_UNFINISHED}*"):
+        _remove_unlocked(left, files)
+    temporary = target.with_name(f"{_UNFINISHED}{secrets.token_hex(8)}")
+    file, held = create_held(temporary, files)
     try:
         with open(file.fileno(), "wb", closefd=False) as stream:
             yield stream
@@ -222,6 +233,18 @@ def _whole(target: Path, files: Files) -> Iterator[BinaryIO]:
         raise
     finally:
         file.release()
+        held.release()
+
+
+def _remove_unlocked(path: Path, files: Files) -> None:
+    # A file that cannot be removed does not prevent the export.
+    with suppress(OSError):
+        held = hold(path, writes=False)
+        if held is not None:
+            try:
+                files.unlink(path)
+            finally:
+                held.release()
 
 
 class _Writer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import ParamSpec, Protocol, TypeVar
@@ -45,6 +46,8 @@ class _Load:
     """The blobs that the store lacks."""
     to_bring: tuple[Descriptor, ...]
     """The missing blobs that no earlier image of the archive brings."""
+    was_there: bool = False
+    """Whether the store had the complete image under this name."""
 
     @property
     def name(self) -> str:
@@ -90,6 +93,8 @@ class Importer:
         self._in_thread = in_thread
         self._progress = progress
         self._platforms = platforms
+        self._read: dict[Digest, Manifest] = {}
+        """Manifests that were read from the store."""
 
     async def bring(self, archive: Archive) -> list[Outcome]:
         """Import all named images of `archive`; return the result for each name.
@@ -116,16 +121,17 @@ class Importer:
         async with _staging() as staged:
             for load, blob in _in_order(loads, contents.blobs):
                 await self._stage(blob.digest, blob.size, contents.blobs[blob.digest], load.named.image, staged)
-            were_there = [await self._is_there(load) for load in loads]
+            loads = [replace(load, was_there=await self._is_there(load)) for load in loads]
             while staged:
                 await self._store.commit(staged[-1])
                 staged.pop().close()
         dates = {load.named.image: load.named.dates for load in loads}
-        for load, was_there in zip(loads, were_there, strict=True):
-            ended = LoadStatus.PRESENT if was_there else LoadStatus.LOADED
-            outcome = await self._keep(await self._joined(load, contents.blobs), dates, contents.blobs, ended)
-            outcomes.append(outcome)
-            self._progress.ended(outcome)
+        for alike in _alike(loads):
+            joined = [await self._joined(load, contents.blobs) for load in alike]
+            for same in _grouped(joined, lambda load: tuple(one.digest for one in load.manifests)):
+                for outcome in await self._keep(same, dates, contents.blobs):
+                    outcomes.append(outcome)
+                    self._progress.ended(outcome)
         return outcomes
 
     async def _plan(self, contents: Contents) -> tuple[list[_Load], list[Outcome]]:
@@ -181,13 +187,11 @@ class Importer:
         *inner, root = load.manifests
         if load.missing:
             return False
-        meant = await self._store.manifest(load.named.image)
-        if meant is None:
-            return False
-        if load.joins and _names(meant, root):
+        if self._store.meaning(load.named.image) != root.digest:
+            meant = await self._meant(load.named.image) if load.joins else None
+            if meant is None or not _names(meant, root):
+                return False
             inner = [one for one in load.manifests if not one.is_list]
-        elif meant.digest != root.digest:
-            return False
         return all([await self._store.missing(manifest.digest) is not None for manifest in inner])
 
     async def _joined(self, load: _Load, blobs: Mapping[Digest, Member]) -> _Load:
@@ -196,7 +200,9 @@ class Importer:
         Images for several platforms become an index that is made here. An image of the same platform is replaced.
         """
         root = load.manifests[-1]
-        meant = await self._store.manifest(load.named.image) if load.joins else None
+        if not load.joins or self._store.meaning(load.named.image) == root.digest:
+            return load
+        meant = await self._meant(load.named.image)
         if meant is None or meant.digest == root.digest:
             return load
         if _names(meant, root):
@@ -236,44 +242,64 @@ class Importer:
         finally:
             stored.close()
 
+    async def _meant(self, image: ImageReference) -> Manifest | None:
+        """Return the manifest that `image` means in the store, or None; each is read once."""
+        digest = self._store.meaning(image)
+        if digest is None or digest in self._read:
+            return self._read.get(digest) if digest is not None else None
+        found = await self._store.manifest(image)
+        if found is not None:
+            self._read[found.digest] = found
+        return found
+
     async def _keep(
         self,
-        load: _Load,
+        loads: Sequence[_Load],
         dates: Mapping[ImageReference, Dates | None],
         blobs: Mapping[Digest, Member],
-        ended: LoadStatus,
-    ) -> Outcome:
-        """Write the records of an image; the one with its name last, so that the name never lacks content.
+    ) -> list[Outcome]:
+        """Write the records of the manifests that all `loads` have; the one with the names last.
 
-        A child of an index gets the `dates` that the archive gives it, else those of the index.
+        So a name never lacks content, and each record is written once however many names it gets. A child of an
+        index gets the `dates` that the archive gives it, else those of the index.
         """
-        image, notes = load.named.image, load.named.notes
-        *inner, root = load.manifests
-        named = [(one, ImageReference(image.repository, one.digest)) for one in inner]
-        for one in load.metadata:
-            await self._store.keep(one, ImageReference(image.repository, one.digest), load.named.dates, wanted=False)
-        for manifest, name in [*named, (root, image)]:
-            if not await self._keep_whole(manifest, name, dates.get(name, load.named.dates), blobs):
+        *inner, root = loads[0].manifests
+        for one in loads[0].metadata:
+            (first, known), *others = _children(one, loads, {})
+            await self._store.keep(one, first, known, also=others, wanted=False)
+        named = [(load.named.image, dates.get(load.named.image, load.named.dates)) for load in loads]
+        for manifest, names in [*((one, _children(one, loads, dates)) for one in inner), (root, named)]:
+            if not await self._keep_whole(manifest, names, blobs):
                 why = "blobs of it were pruned while it was loaded, and the archive does not have them"
-                return Outcome(load.name, LoadStatus.FAILED, why)
-        foreign = {digest: size for one in load.manifests for digest, size in one.foreign_layers.items()}
-        if missing := await self._store.lacking_foreign(foreign):
-            notes += (without_foreign_layers(missing),)
-        meant = await self._store.manifest(image)
-        if meant is not None and meant.digest != root.digest:
+                return [Outcome(load.name, LoadStatus.FAILED, why) for load in loads]
+        foreign = {digest: size for one in loads[0].manifests for digest, size in one.foreign_layers.items()}
+        missing = await self._store.lacking_foreign(foreign)
+        return [self._kept(load, missing) for load in loads]
+
+    def _kept(self, load: _Load, missing_foreign: Mapping[Digest, int]) -> Outcome:
+        notes = load.named.notes
+        if missing_foreign:
+            notes += (without_foreign_layers(missing_foreign),)
+        meant = self._store.meaning(load.named.image)
+        if meant not in (None, load.manifests[-1].digest):
             why = "which was confirmed later, or the archive's date is in the future"
-            notes += (f"the name still means {meant.digest}, {why}",)
+            notes += (f"the name still means {meant}, {why}",)
+        ended = LoadStatus.PRESENT if load.was_there else LoadStatus.LOADED
         return Outcome(load.name, ended, notes=notes, blobs=len(load.to_bring), bytes=load.size)
 
     async def _keep_whole(
-        self, manifest: Manifest, image: ImageReference, dates: Dates | None, blobs: Mapping[Digest, Member]
+        self,
+        manifest: Manifest,
+        names: Sequence[tuple[ImageReference, Dates | None]],
+        blobs: Mapping[Digest, Member],
     ) -> bool:
-        """Write a record once all its blobs are stored; tell whether that succeeded.
+        """Write a record with these names once all its blobs are stored; tell whether that succeeded.
 
         Blobs that were pruned meanwhile are copied from the archive again.
         """
         wanted = None if manifest.is_list else True
-        while not await self._store.keep(manifest, image, dates, wanted=wanted, whole=True):
+        (image, dates), *others = names
+        while not await self._store.keep(manifest, image, dates, also=others, wanted=wanted, whole=True):
             lacking = await self._store.lacking(manifest)
             if not lacking.keys() <= blobs.keys():
                 return False
@@ -284,6 +310,27 @@ class Importer:
                     await self._store.commit(staged[-1])
                     staged.pop().close()
         return True
+
+
+def _children(
+    manifest: Manifest, loads: Iterable[_Load], dates: Mapping[ImageReference, Dates | None]
+) -> list[tuple[ImageReference, Dates | None]]:
+    """Return the names by digest of a child of the index that all `loads` have, in the repositories of these."""
+    images = ((ImageReference(load.named.image.repository, manifest.digest), load.named.dates) for load in loads)
+    return list(dict.fromkeys((image, dates.get(image, of_index)) for image, of_index in images))
+
+
+def _alike(loads: Sequence[_Load]) -> list[list[_Load]]:
+    """Group the loads by manifest; those of a name that several manifests have stay alone, to be joined in turn."""
+    often = Counter(load.name for load in loads)
+    return _grouped(loads, lambda load: (load.named.manifest, load.name if often[load.name] > 1 else ""))
+
+
+def _grouped(loads: Iterable[_Load], key: Callable[[_Load], Hashable]) -> list[list[_Load]]:
+    groups: dict[Hashable, list[_Load]] = {}
+    for load in loads:
+        groups.setdefault(key(load), []).append(load)
+    return list(groups.values())
 
 
 def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: Mapping[Digest, Member]) -> str:

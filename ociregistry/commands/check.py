@@ -30,6 +30,7 @@ _SYSTEM = "the operating system's trust store"
 class Check(Command):
     """The options of `check`."""
 
+    examples = ("check", "check --connect")
     longdesc = (
         "Prints each upstream of the configuration and how it will be reached; with --connect, asks each of them."
     )

@@ -14,6 +14,7 @@ from twisted.python import usage
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.upstream.network import api_host
 
@@ -53,6 +54,7 @@ class Mirror:
 class ContainerdConfig(Command):
     """The options of `containerd-config`."""
 
+    examples = ("containerd-config", "containerd-config --url http://10.0.0.1:8080 --write")
     longdesc = (
         "Prints or writes the hosts.toml files with which containerd pulls through the daemon, and prints the lines "
         "for its config.toml and the configuration of CRI-O, podman, k3s and dockerd."
@@ -107,6 +109,8 @@ class ContainerdConfig(Command):
                 _write(path, text)
             print_lines(f"wrote {path}" for path in files)
             print_lines(_config_toml(self["dir"]))
+            if not self.upstreams:
+                _warn_of_overrides(Path(self["dir"]), mirrors)
             return 0
         for path, text in files.items():
             print_lines([f"# {path}", text])
@@ -143,6 +147,25 @@ def _write(path: Path, text: str) -> None:
         temporary.rename(path)
     except OSError as error:
         raise CommandFailed(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _warn_of_overrides(folder: Path, mirrors: Sequence[Mirror]) -> None:
+    """Warn of folders for single registries that do not name these `mirrors`: containerd prefers them to _default.
+
+    It does so even if there is no hosts.toml in them.
+    """
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "_default"):
+        hosts = path / "hosts.toml"
+        try:
+            text = hosts.read_text(errors="replace")
+        except OSError:
+            text = ""
+        if not any(f'"{mirror}"' in text for mirror in mirrors):
+            what = hosts if text else path
+            print_error(
+                f"warning: {what}: for {path.name} containerd uses this in place of _default, and does not ask the "
+                f"daemon: move it away, or write it anew with --upstreams {path.name}"
+            )
 
 
 def _config_toml(folder: str) -> Iterator[str]:

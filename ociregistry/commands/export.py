@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,10 @@ from ociregistry.store.snapshot import Row, Snapshot
 class Export(Command):
     """The options of `export`."""
 
+    examples = (
+        "export --pattern cert-manager,pause: -o images-1.tar",
+        "export --pattern . -o images-2.tar --since images-1.tar",
+    )
     longdesc = (
         "Writes images into an OCI layout archive, which load, skopeo and containerd can read. With --since the "
         "archive omits the blobs of an earlier export, which has to be loaded first."
@@ -37,6 +42,7 @@ class Export(Command):
         ["since", None, None, "Earlier export, whose blobs are omitted."],
         ["compress", None, None, "Compress the archive: zstd."],
     ]
+    optFlags = [["force", "f", "Replace the archive if it exists."]]
 
     def postOptions(self) -> None:
         """Parse the values of the options.
@@ -59,9 +65,11 @@ class Export(Command):
         """Export the images; the exit status is 1 if some were left out.
 
         Raises:
-            CommandFailed: no image matches, the earlier export is invalid, or the archive cannot be written.
+            CommandFailed: no image matches, the earlier export is invalid, or the archive cannot be written, or
+                exists and is not to be replaced.
             OSError: the store cannot be used.
         """
+        self._check_target()
         # All of them raise KeyboardInterrupt, on which the unfinished archive is removed.
         for number in handled_signals():
             signal.signal(number, signal.default_int_handler)
@@ -82,6 +90,14 @@ class Export(Command):
             print_error(f"warning: {note}")
         print_lines([_summary(exported, self.target)])
         return 1 if exported.left_out else 0
+
+    def _check_target(self) -> None:
+        if not os.path.lexists(self.target):
+            return
+        if self.target.is_symlink() or not self.target.is_file():
+            raise CommandFailed(f"{self.target}: exists, and is no regular file: name another one")
+        if not self["force"]:
+            raise CommandFailed(f"{self.target}: exists: name another file, or replace it with --force")
 
     def _export(self, snapshot: Snapshot, rows: list[Row]) -> Exported:
         export = partial(export_images, snapshot, rows, self.target, since=self.since, zstd=bool(self["compress"]))

@@ -22,9 +22,10 @@ from ociregistry.store.workdir import pending_images
 class List(Command):
     """The options of `list`."""
 
+    examples = ("list --long --sort size", "list --pattern ^quay.io/ --json")
     longdesc = (
         "Prints three columns for each image in the store: URL, kind (`list` or `image`), and the local time "
-        "since which it is stored."
+        "since which it is stored. A list of which the store has no image is marked as `no-image`."
     )
     optParameters = [
         [
@@ -69,7 +70,10 @@ class List(Command):
             yield json.dumps([line.document for line in lines], indent=2)
             return
         for line in lines:
-            yield " ".join(line.columns + (line.more_columns if self["long"] else ()))
+            yield " ".join(line.columns + (line.more_columns if self["long"] else line.marks))
+
+
+_NO_IMAGE = "no-image"
 
 
 class Line:
@@ -121,6 +125,11 @@ class Line:
         return self.row.url, self.kind, local_time(self.row.dates.created)
 
     @property
+    def marks(self) -> tuple[str, ...]:
+        """What is to be said about the image where --long does not: that nothing of an index can be pulled."""
+        return (_NO_IMAGE,) if self._completeness == _NO_IMAGE else ()
+
+    @property
     def more_columns(self) -> tuple[str, ...]:
         """The columns that --long adds."""
         return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", self._completeness
@@ -132,7 +141,7 @@ class Line:
         if self.is_metadata:
             return "metadata"
         if not self._images:
-            return "no-image"
+            return _NO_IMAGE
         if self.missing:
             return f"{self.missing}-missing"
         return "without-foreign-layers" if self.missing_foreign else "complete"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,10 +20,19 @@ from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_stor
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_on_reactor
+from ociregistry.errors import RegistryError
 from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL, Platform
 from ociregistry.process import print_error
-from ociregistry.pullthrough.loader import Loader, LoadStatus, Outcome, Progress, read_image_list, summary
+from ociregistry.pullthrough.loader import (
+    Loader,
+    LoadStatus,
+    Outcome,
+    Progress,
+    parse_image,
+    read_image_list,
+    summary,
+)
 from ociregistry.settings import Settings
 from ociregistry.store.store import Store
 
@@ -33,24 +43,27 @@ T = TypeVar("T")
 class Load(Command):
     """The options of `load`."""
 
-    synopsis = "[options] FILE..."
+    synopsis = "[options] FILE|IMAGE..."
     optParameters = [
         ["name", None, None, "Name for the image of an archive without one, such as nginx:1.25."],
     ]
+    examples = ("load imagelist --concurrent 8", "load nginx:1.25 images.tar")
     longdesc = (
         "Loads images into the store. A FILE is a list of images, one reference per line (`#` begins a comment), "
-        "or an archive of docker save, ctr images export, skopeo, oras or export, an OCI layout, or an image folder."
+        "or an archive of docker save, ctr images export, skopeo, oras or export, an OCI layout, or an image folder; "
+        "`-` is the standard input. An IMAGE, which has a tag, a digest or a registry, such as nginx:1.25, is loaded "
+        "itself; where a file has that name, it is the file."
     )
 
-    def parseArgs(self, *files: str) -> None:
-        """Keep the paths of the files.
+    def parseArgs(self, *words: str) -> None:
+        """Keep the files and images.
 
         Raises:
-            usage.UsageError: no file is given, or an empty path.
+            usage.UsageError: none is given, or an empty word.
         """
-        if not files or "" in files:
-            raise usage.UsageError("load needs a FILE: a list of images, or an archive")
-        self.files = [Path(file).absolute() for file in files]
+        if not words or "" in words:
+            raise usage.UsageError("load needs a FILE, which is a list of images or an archive, or an IMAGE")
+        self.words = words
 
     def postOptions(self) -> None:
         """Parse the values of the options.
@@ -61,7 +74,7 @@ class Load(Command):
         if self.is_given("platform") and self.is_given("os", "arch"):
             raise usage.UsageError("--platform has the system and the architecture: give it without --os and --arch")
         self.name = self.value("name", GivenName.parse)
-        if self.name is not None and len(self.files) > 1:
+        if self.name is not None and len(self.words) > 1:
             raise usage.UsageError("--name is the name of one image: give one FILE with it")
 
     def run(self, settings: Settings) -> int:
@@ -94,12 +107,17 @@ class Load(Command):
         """Open the archives and read the image lists.
 
         Raises:
-            CommandFailed: a file cannot be read, or an image list is invalid or does not go with the options.
+            CommandFailed: a file cannot be read, or an image list is invalid or does not go with the options, or a
+                word is neither a file nor an image.
         """
         archives: list[Archive] = []
         images: dict[ImageReference, None] = {}
         errors: list[str] = []
-        for file in self.files:
+        for word in self.words:
+            file = Path("/dev/stdin" if word == "-" else word).absolute()
+            if word != "-" and not word.startswith(_PATHS) and not os.path.lexists(file):
+                self._take_image(word, images, errors)
+                continue
             try:
                 archive = open_archive(file, self.name)
                 listed = read_image_list(file) if archive is None else None
@@ -123,6 +141,30 @@ class Load(Command):
                 print_error(other)
             raise CommandFailed(last, 2)
         return archives, list(images)
+
+    def _take_image(self, word: str, images: dict[ImageReference, None], errors: list[str]) -> None:
+        """Add the image that a word which names no file means, or an error."""
+        if not _is_named_like_an_image(word):
+            self.refused.append(
+                f"{word}: there is no such file, and as an image it needs a tag, a digest or a registry: {word}:TAG"
+            )
+            return
+        try:
+            images[parse_image(word)] = None
+        except RegistryError as error:
+            errors.append(f"{word}: there is no such file, and it is not an image: {error.message}")
+        if self.name is not None:
+            errors.append(f"{word}: is an image, which has its name: --name is for an archive")
+
+
+_PATHS = ("/", "./", "../", "~")
+"""Beginnings of words that name a file, whether there is one or not."""
+
+
+def _is_named_like_an_image(word: str) -> bool:
+    """Tell whether a word that names no file has a tag, a digest or a registry, and so is meant as an image."""
+    first, slash, _ = word.partition("/")
+    return ":" in word or (bool(slash) and ("." in first or first == "localhost"))
 
 
 def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getopt
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from twisted.python import usage
 from ociregistry import __version__
 from ociregistry.process import print_error
 from ociregistry.settings import OPTIONS, Option, Settings
+from ociregistry.store.scan import unreadable_lines
 
 T = TypeVar("T")
 
@@ -51,18 +53,36 @@ class CommonOptions(usage.Options):
         """Endpoint to listen on in place of --port, such as tcp:8080:interface=127.0.0.1. Repeatable."""
         self.listen.append(endpoint)
 
+    def opt_help(self) -> NoReturn:
+        """Print this help and exit."""
+        # Not at the top: a start without --help does not wait for what only help needs.
+        from ociregistry.commands.help import help_text
+
+        command = self.parent.subCommand if isinstance(self.parent, CommonOptions) else None
+        common = {name.removesuffix("=") for name in CommonOptions().longOpt}
+        _print_and_exit(help_text(self, command or "", common))
+
+    opt_h = opt_help
+
     def opt_version(self) -> NoReturn:
         """Print the version and exit."""
-        try:
-            print_lines([f"ociregistry {__version__}"])
-        except CommandFailed as error:
-            print_error(str(error))
-            raise SystemExit(error.status) from None
-        raise SystemExit(0)
+        _print_and_exit(f"ociregistry {__version__}")
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    try:
+        print_lines([text])
+    except CommandFailed as error:
+        print_error(str(error))
+        raise SystemExit(error.status) from None
+    raise SystemExit(0)
 
 
 class Command(CommonOptions):
     """A command with its options; invalid options raise `usage.UsageError` while they are parsed."""
+
+    examples: Sequence[str] = ()
+    """Command lines for --help, without the name of the program."""
 
     def parseOptions(self, options: Sequence[str] | None = None) -> None:
         """Parse the options, also those after arguments.
@@ -75,6 +95,7 @@ class Command(CommonOptions):
         except getopt.error as error:
             raise usage.UsageError(str(error)) from None
         flags = {f"--{name}" for name in self.longOpt if not name.endswith("=")}
+        flags |= {f"-{letter}" for letter in re.findall("[a-z](?!:)", self.shortOpt)}
         words = [word for name, value in given for word in ((name,) if name in flags else (name, value))]
         super().parseOptions([*words, "--", *arguments])
 
@@ -111,9 +132,9 @@ class Command(CommonOptions):
 
 
 def print_unreadable(files: Mapping[Path, str]) -> None:
-    """Print a warning for each of the `files` among the records that could not be read, with the reason."""
-    for path, why in files.items():
-        print_error(f"warning: ignored, not a record that can be served: {path}: {why}")
+    """Print warnings about the `files` among the records that could not be read, with the reasons."""
+    for line in unreadable_lines(files):
+        print_error(f"warning: {line}")
 
 
 def print_lines(lines: Iterable[str]) -> None:

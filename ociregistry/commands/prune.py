@@ -14,7 +14,7 @@ from ociregistry.config.values import Patterns, parse_duration, parse_local_time
 from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
-from ociregistry.store.prune import Plan, PruneSet, Selection, planned, prune
+from ociregistry.store.prune import Choose, Plan, PruneSet, Selection, choose_nothing, planned, prune
 from ociregistry.store.snapshot import Snapshot
 
 _USUAL_AGE = timedelta(days=1)
@@ -23,6 +23,7 @@ _USUAL_AGE = timedelta(days=1)
 class Prune(Command):
     """The options of `prune`."""
 
+    examples = ("prune --unused-for 30d --dry-run", "prune --pattern curl,cilium")
     longdesc = (
         "Removes images from the store, with the blobs that no other image needs. With several conditions, "
         "an image has to meet all of them."
@@ -72,18 +73,22 @@ class Prune(Command):
         if not self["dry-run"]:
             become_owner(root)
         would = bool(self["dry-run"])
-        if self.selects:
-            print_lines(_of_images(self._prune(root, now), would=would))
+        # Also before orphans are removed: what a killed prune left needs its blobs until it is finished.
+        plan = self._prune(root, now)
+        if self.selects or plan.records or plan.rows:
+            print_lines(_of_images(plan, would=would))
         if self["orphans"]:
             print_lines(_of_orphans(self._orphans(root, now - self.age), root, would=would))
         return 0
 
     def _prune(self, root: Path, now: datetime) -> Plan:
-        selection = Selection(
-            matches=self.patterns.match if self.patterns else None,
-            created_before=self.before,
-            pulled_before=now - self.unused_for if self.unused_for else None,
-        )
+        selection: Choose = choose_nothing
+        if self.selects:
+            selection = Selection(
+                matches=self.patterns.match if self.patterns else None,
+                created_before=self.before,
+                pulled_before=now - self.unused_for if self.unused_for else None,
+            )
 
         def choose(snapshot: Snapshot) -> PruneSet:
             print_unreadable(snapshot.unreadable)

@@ -21,19 +21,28 @@ from ociregistry.process import raise_file_descriptor_limit, use_monotonic_clock
 T = TypeVar("T")
 
 
+_SERVICE = "ociregistry"
+"""The user as which the packaged service runs; its home is the service's store."""
+
+
 def become_owner(root: Path) -> None:
     """Switch from root to the user that owns the store at `root`, so that new files belong to that user.
 
-    Does nothing if this process is not root's, or if the store is root's or missing.
+    A store that the packaged service has not made yet, as it was never started, is made for its user. Does nothing
+    if this process is not root's, or if the store is root's or missing.
 
     Raises:
         CommandFailed: the user cannot be changed.
+        OSError: the folder of the store cannot be made or examined.
     """
+    if os.geteuid() != 0:
+        return
+    _make_for_service(root)
     try:
         status = root.stat()
     except FileNotFoundError:
         return
-    if os.geteuid() != 0 or status.st_uid == 0:
+    if status.st_uid == 0:
         return
     try:
         user = pwd.getpwuid(status.st_uid)
@@ -49,6 +58,18 @@ def become_owner(root: Path) -> None:
         raise CommandFailed(
             f"{root}: cannot switch to its owner, the user {status.st_uid}: {error.strerror}"
         ) from None
+
+
+def _make_for_service(root: Path) -> None:
+    """Make the folder of the store, if it is the packaged service's and missing or empty, as systemd does."""
+    try:
+        user = pwd.getpwnam(_SERVICE)
+    except KeyError:
+        return
+    if Path(user.pw_dir) != root or (root.exists() and any(root.iterdir())):
+        return
+    root.mkdir(mode=0o750, parents=True, exist_ok=True)
+    os.chown(root, user.pw_uid, user.pw_gid)
 
 
 def handled_signals() -> list[signal.Signals]:

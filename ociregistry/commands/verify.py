@@ -7,12 +7,11 @@ from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 from ociregistry.commands.fetching import open_fetcher, opened_store
-from ociregistry.commands.options import Command, print_lines
+from ociregistry.commands.options import Command, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import become_owner, run_on_reactor
 from ociregistry.config.values import size_text
 from ociregistry.names import Digest
-from ociregistry.process import print_error
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
 from ociregistry.store.verify import Damaged, Findings
@@ -23,6 +22,7 @@ Advance = Callable[[int, int], object]
 class Verify(Command):
     """The options of `verify`."""
 
+    examples = ("verify", "verify --repair")
     longdesc = "Hashes every blob and record in the store. Damaged files are quarantined, and never served again."
     optFlags = [["repair", None, "Fetch damaged and missing blobs from their upstreams."]]
 
@@ -52,8 +52,7 @@ class Verify(Command):
                 findings = await store.verify(None, advance, repairs.repair if repairs else _print_damaged)
             missing = {**findings.missing, **(findings.missing_metadata if settings.complete_metadata else {})}
             print_lines(_report(findings, missing))
-            for path, why in findings.foreign.items():
-                print_error(f"warning: ignored, not a record of this program: {path}: {why}")
+            print_unreadable(findings.foreign)
             if repairs is None:
                 return not findings.damaged and not missing
             await repairs.complete(missing)

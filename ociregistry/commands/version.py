@@ -10,6 +10,7 @@ from ociregistry.settings import Settings
 class Version(Command):
     """The options of `version`."""
 
+    examples = ("version", "--version")
     longdesc = "Prints the version."
 
     def run(self, settings: Settings) -> int:

@@ -121,7 +121,10 @@ def read_image_list(path: Path) -> ImageList:
             raise ValueError
         text = data.decode("utf-8-sig")
     except ValueError:
-        return ImageList((), (f"{path}: is neither a text file nor an image archive",))
+        why = "is neither a text file nor an image archive"
+        return ImageList(
+            (), (f"{path}: {why}" if path.is_file() else f"{path}: {why}, which cannot be read from a pipe",)
+        )
     images: dict[ImageReference, None] = {}
     errors: list[str] = []
     for number, line in enumerate(text.splitlines(), 1):

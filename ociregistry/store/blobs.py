@@ -19,7 +19,7 @@ from twisted.python.failure import Failure
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile, Threads, open_regular
 
-_TICK = 2_000_000_000
+TICK = 2_000_000_000
 """Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
 
 
@@ -135,7 +135,7 @@ class BlobFolder:
             return frozenset()
         # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
         # An mtime in the future was set before the clock was set back.
-        self._changed = changed if abs(time.time_ns() - changed) > _TICK else 0
+        self._changed = changed if abs(time.time_ns() - changed) > TICK else 0
         with os.scandir(self._folder) as entries:
             names = frozenset(entry.name for entry in entries)
         before, self._names = self._names, names

@@ -14,7 +14,7 @@ from operator import itemgetter
 
 from ociregistry.manifests import Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.store.records import Record
+from ociregistry.store.records import Confirmation, Dates, Record
 
 _REFERRERS_TAG = re.compile("sha(256|512)-[0-9a-f]{64}")
 
@@ -218,6 +218,12 @@ class Index:
             # Only such a tag tells a list of referrers from an index of images.
             return {}
         return {other: self._entries[other].is_list for other in self.claimants(str(image)) - {digest}}
+
+    def confirmation(self, digest: Digest, image: ImageReference, dates: Dates | None) -> Confirmation:
+        """Return what to note in the record `digest` when `image` means it, as of now or of the given `dates`."""
+        if dates is not None:
+            return Confirmation(image, dates.confirmed, dates.created)
+        return Confirmation(image, self.next_confirmation(image), rivals=self.rivals(digest, image))
 
     def next_confirmation(self, image: ImageReference) -> datetime:
         """Return the time to note when `image` is confirmed now.

@@ -22,6 +22,8 @@ STAGED_SUFFIX = ".staged"
 """A partial that is filled from an archive."""
 PENDING_SUFFIX = ".wish"
 """A pending image."""
+PRUNED_SUFFIX = ".pruned"
+"""The record of an index that a prune has taken out of fat/, beside the pulls/<n>/."""
 LOCK_NAME = "lock"
 SOCKET_NAME = "socket"
 
@@ -88,6 +90,11 @@ def verified_stamp(root: Path) -> Path:
 def rewritten_record(root: Path) -> Path:
     """Return the temporary file of a record that a prune rewrites."""
     return root / _PULLS / "record.new"
+
+
+def pruned_path(root: Path, digest: Digest) -> Path:
+    """Return where a prune keeps the record of an index while it removes what goes with the index."""
+    return root / _PULLS / f"{digest.hex}{PRUNED_SUFFIX}"
 
 
 def bad_folder(folder: Path) -> Path:

@@ -10,16 +10,23 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository
-from ociregistry.store.files import Files, is_full
+from ociregistry.store.files import Files, is_full, read_regular
 from ociregistry.store.index import newest
-from ociregistry.store.paths import blob_path, blobs_folder, rewritten_record
-from ociregistry.store.records import Dates, Record
+from ociregistry.store.paths import (
+    PRUNED_SUFFIX,
+    blob_path,
+    blobs_folder,
+    pruned_path,
+    pulls_folder,
+    rewritten_record,
+)
+from ociregistry.store.records import Dates, Record, RecordInvalid
 from ociregistry.store.snapshot import Row, Snapshot, StoredRecord
 from ociregistry.store.workdir import store_locked
 
@@ -248,7 +255,43 @@ def planned(root: Path, choose: Choose) -> Plan:
     Raises:
         OSError: the store cannot be read.
     """
-    return choose(Snapshot.read(root)).plan
+    return _chosen(Snapshot.read(root), choose).plan
+
+
+def choose_nothing(snapshot: Snapshot) -> PruneSet:
+    """Select nothing, so that `prune` only finishes what an earlier prune was killed at."""
+    return PruneSet(snapshot)
+
+
+def _chosen(snapshot: Snapshot, choose: Choose) -> PruneSet:
+    """Return what `choose` selects, together with what an earlier prune was killed at."""
+    unfinished = list(_unfinished(snapshot))
+    for stored in unfinished:
+        snapshot.put(stored)
+    prune_set = choose(snapshot)
+    for stored in unfinished:
+        prune_set.take_record(stored.manifest.digest)
+    return prune_set
+
+
+def _unfinished(snapshot: Snapshot) -> Iterator[StoredRecord]:
+    """Yield the indexes that an earlier prune took out of fat/, and whose images it may have left. Blocks.
+
+    One that is in fat/ again is not among them, nor is one with an image that was pulled since.
+    """
+    for path in pulls_folder(snapshot.root).glob(f"*{PRUNED_SUFFIX}"):
+        digest = Digest.from_hex(path.stem)
+        if digest is None or digest in snapshot.records:
+            continue
+        try:
+            record = Record.parse(read_regular(path), digest)
+            status = path.stat()
+        except (RecordInvalid, OSError):
+            continue
+        images = (snapshot.records.get(child.digest) for child in record.manifest.children)
+        if not any(image is not None and image.pulled.timestamp() > status.st_ctime for image in images):
+            pulled = datetime.fromtimestamp(status.st_mtime, UTC)
+            yield StoredRecord(record, path, pulled, status.st_size)
 
 
 def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None) -> Plan:
@@ -257,7 +300,8 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
     `now` is the time in place of the clock's.
 
     Killing it at any time leaves no record without its blobs, and no tag with an earlier meaning. The order is: tags,
-    indexes, the images that they name, and then the blobs that no record on the disk names any more.
+    indexes, the images that they name, and then the blobs that no record on the disk names any more. The record of an
+    index is kept beside the pulls/<n>/ until the images have gone, so that the next prune can finish a killed one.
     On a disk without space to rewrite a record, what can be removed before that is removed first, with its blobs.
 
     Raises:
@@ -267,7 +311,7 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
     snapshot = Snapshot.read(root, now)
     with store_locked(root):
         snapshot.refresh()
-        prune_set = choose(snapshot)
+        prune_set = _chosen(snapshot, choose)
         plan = prune_set.plan
         rewriting = [*prune_set.renamed(), *prune_set.rewritten()]
         going = (*plan.records, *plan.metadata)
@@ -278,19 +322,24 @@ def prune(root: Path, choose: Choose, files: Files, now: datetime | None = None)
         except OSError as error:
             if not is_full(error):
                 raise
-            gone: set[Path] = set()
+            gone: set[Digest] = set()
             for batch in prune_set.before_rewriting():
-                _remove_records(batch, files)
-                gone |= {stored.path for stored in batch}
+                _remove_records(root, batch, files)
+                gone |= {stored.manifest.digest for stored in batch}
+            left = {stored.manifest.digest for stored in going} - gone
+            _forget_pruned(root, [stored.manifest for stored in going if stored.manifest.digest in gone], left, files)
             snapshot.refresh()
             _remove_unnamed(blobs, snapshot, files)
             files.sync_folder(blobs_folder(root))
-            _rewrite(root, [(stored, record) for stored, record in rewriting if stored.path not in gone], files)
+            staying = [one for one in rewriting if one[1].manifest.digest not in gone]
+            _rewrite(root, staying, files)
         for stored in prune_set.misdated:
             with suppress(FileNotFoundError):
                 os.utime(stored.path, (snapshot.now.timestamp(), snapshot.now.timestamp()))
         for lists in (True, False):
-            _remove_records([stored for stored in from_the_top if stored.manifest.is_list is lists], files)
+            _remove_records(root, [stored for stored in from_the_top if stored.manifest.is_list is lists], files)
+        for path in pulls_folder(root).glob(f"*{PRUNED_SUFFIX}"):
+            files.unlink(path)
     _remove_blobs(blobs, snapshot, files)
     return plan
 
@@ -304,11 +353,34 @@ def _rewrite(root: Path, records: Iterable[tuple[StoredRecord, Record]], files: 
         os.utime(stored.path, (stored.pulled.timestamp(), stored.pulled.timestamp()))
 
 
-def _remove_records(records: Collection[StoredRecord], files: Files) -> None:
+def _remove_records(root: Path, records: Collection[StoredRecord], files: Files) -> None:
+    """Remove the files of records; those of indexes are kept beside the pulls/<n>/ where there is space for that."""
     for stored in records:
-        files.unlink(stored.path)
-    for folder in {stored.path.parent for stored in records}:
+        if stored.manifest.is_list:
+            _take_out(stored.path, pruned_path(root, stored.manifest.digest), files)
+        else:
+            files.unlink(stored.path)
+    folders = {stored.path.parent for stored in records}
+    if any(stored.manifest.is_list for stored in records) and pulls_folder(root).exists():
+        folders.add(pulls_folder(root))
+    for folder in folders:
         files.sync_folder(folder)
+
+
+def _take_out(path: Path, kept: Path, files: Files) -> None:
+    try:
+        files.rename(path, kept)
+    except OSError as error:
+        if not (is_full(error) or isinstance(error, FileNotFoundError)):
+            raise
+        files.unlink(path)
+
+
+def _forget_pruned(root: Path, removed: Iterable[Manifest], left: Set[Digest], files: Files) -> None:
+    """Remove the kept records of those removed indexes that name none of the records that are `left` to remove."""
+    for manifest in removed:
+        if manifest.is_list and not left & {child.digest for child in manifest.children}:
+            files.unlink(pruned_path(root, manifest.digest))
 
 
 def _remove_blobs(blobs: list[Digest], snapshot: Snapshot, files: Files) -> None:

@@ -179,6 +179,17 @@ def _bounded(images: Mapping[str, Dates], confirmed: str) -> Mapping[str, Dates]
     return {url: images[url] for url in kept}
 
 
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """An image URL that is to be noted in a record, as meaning its manifest at `confirmed`, and since `created`."""
+
+    image: ImageReference
+    confirmed: datetime
+    created: datetime | None = None
+    rivals: Mapping[Digest, bool] | None = None
+    """The other records that have the tag, and whether each is that of an index; given if `confirmed` is now."""
+
+
 def _spell(time: datetime) -> str:
     return time.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
@@ -246,22 +257,18 @@ class RecordFiles:
     def confirm(
         self,
         manifest: Manifest,
-        image: ImageReference,
-        confirmed: datetime,
-        created: datetime | None = None,
+        names: Sequence[Confirmation],
         *,
         wanted: bool | None = None,
         whole: bool = False,
         known: bool = False,
-        rivals: Mapping[Digest, bool] | None = None,
     ) -> Sequence[Record]:
-        """Write that `image` means `manifest`, as `Record.confirm` does.
+        """Write that the `names` mean `manifest`, as `Record.confirm` does, all by one write.
 
         What another process wrote meanwhile is kept. What is in that place and is not a record of this program, or
         cannot be read, is quarantined in bad/ of the pulls folder, or removed if there is no space for that.
 
-        `rivals` are given if `confirmed` is the time now: the other records that have the tag `image`, and whether
-        each is that of an index. They lose the tag, so that it keeps its new meaning even if a date is wrong.
+        The rivals of a name lose it, so that it keeps its new meaning even if a date is wrong.
 
         The conditions are checked under the store's lock, so that no prune comes between the check and the write.
 
@@ -280,23 +287,31 @@ class RecordFiles:
             if known and existing is None:
                 return ()
             before = existing or Record(manifest, {}, wanted)
-            record = before.confirm(image, confirmed, created, wanted=wanted, current=rivals is not None)
+            record = before
+            for one in names:
+                current = one.rivals is not None
+                record = record.confirm(one.image, one.confirmed, one.created, wanted=wanted, current=current)
             self._put(path, record, new=existing is None)
-            paths = [self.path(rival, is_list=is_list) for rival, is_list in (rivals or {}).items()]
-            taken = [self._take_tag(rival, image) for rival in paths]
+            losing: dict[Path, list[ImageReference]] = {}
+            for one in names:
+                for rival, is_list in (one.rivals or {}).items():
+                    losing.setdefault(self.path(rival, is_list=is_list), []).append(one.image)
+            taken = [self._take_tags(rival, images) for rival, images in losing.items()]
         return [record, *(rival for rival in taken if rival is not None)]
 
-    def _take_tag(self, path: Path, tagged: ImageReference) -> Record | None:
-        """Take a tag from the record at `path`, which keeps the time of its last pull.
+    def _take_tags(self, path: Path, tagged: Sequence[ImageReference]) -> Record | None:
+        """Take tags from the record at `path`, which keeps the time of its last pull.
 
         Returns:
-            The record as it is then on disk. None if it was not written: it may not have the tag any more, or the
+            The record as it is then on disk. None if it was not written: it may not have the tags any more, or the
             disk is full, and then the newer date has to decide.
         """
         with suppress(RecordInvalid, OSError):
             record, pulled = read_record(path), path.stat().st_mtime_ns
-            if str(tagged) in record.images:
-                record = record.without_tag(tagged)
+            taken = [image for image in tagged if str(image) in record.images]
+            for image in taken:
+                record = record.without_tag(image)
+            if taken:
                 self._put(path, record)
                 os.utime(path, ns=(pulled, pulled))
                 return record

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Set
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ociregistry.names import Digest
-from ociregistry.store.blobs import BlobFolder
+from ociregistry.store.blobs import TICK, BlobFolder
 from ociregistry.store.files import Threads, reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
@@ -55,6 +56,92 @@ def signatures(folder: Path) -> list[tuple[Path, Signature]]:
     return found
 
 
+_MANY = 1000
+_LOOKED_THROUGH_EVERY = 60.0
+"""Seconds."""
+
+
+class ForeignFiles:
+    """The files named like records that are none: each is read once, and again only when it changes.
+
+    Looking at 100,000 of them each second would take a third of a core. So a folder with many is looked through only
+    when its mtime has changed, as it does with every file that is added, removed or renamed, and once a minute for
+    files that are overwritten in place. All methods block.
+    """
+
+    def __init__(self, seconds: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._files: dict[Path, dict[Path, Signature]] = {}
+        """Folder -> the files, and the signatures with which they were read."""
+        self._looked_through: dict[Path, tuple[int, float]] = {}
+        """Folder -> its mtime, and the time at which it was looked through."""
+        self._gone: set[Path] = set()
+
+    def add(self, path: Path, signature: Signature) -> None:
+        """Add a file that was read and is no record."""
+        self._files.setdefault(path.parent, {})[path] = signature
+
+    def take_gone(self) -> Set[Path]:
+        """Return the files that were removed since the last call."""
+        gone, self._gone = self._gone, set()
+        return gone
+
+    def look(self, folder: Path, known: Iterable[Path]) -> list[tuple[Path, Signature]]:
+        """Return the files in `folder`, as far as they were looked at, without the foreign ones.
+
+        `known` are the files that are looked at in any case.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        foreign = self._files.get(folder, {})
+        changed, now = folder.stat().st_mtime_ns, self._seconds()
+        before, at = self._looked_through.get(folder, (0, now))
+        if len(foreign) >= _MANY and changed == before and now - at < _LOOKED_THROUGH_EVERY:
+            return list(_signatures_of(path for path in known if path.parent == folder))
+        self._looked_through[folder] = (changed if abs(time.time_ns() - changed) > TICK else 0), now
+        found = signatures(folder)
+        if not foreign:
+            return found
+        left = [(path, signature) for path, signature in found if foreign.get(path) != signature]
+        gone = foreign.keys() - {path for path, _ in found}
+        self._gone |= gone
+        for path in (*gone, *(path for path, _ in left)):
+            foreign.pop(path, None)
+        return left
+
+
+def _signatures_of(paths: Iterable[Path]) -> Iterator[tuple[Path, Signature]]:
+    for path in paths:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            yield path, UNREAD
+        else:
+            yield path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+_FEW = 10
+
+
+def unreadable_lines(files: Mapping[Path, str]) -> Iterator[str]:
+    """Yield a line for each of the `files` that are no records, with the reason; one for all where a folder has many.
+
+    A folder of another program may have a hundred thousand.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(files):
+        folders.setdefault(path.parent, []).append(path)
+    for folder, paths in folders.items():
+        if len(paths) > _FEW:
+            first = f"the first is {paths[0]}: {files[paths[0]]}"
+            yield f"ignored, {len(paths)} files in {folder} are no records that can be served, {first}"
+        else:
+            yield from (f"ignored, not a record that can be served: {path}: {files[path]}" for path in paths)
+
+
 @contextmanager
 def collection_paused() -> Iterator[None]:
     """Pause Python's garbage collection while all records are read.
@@ -82,8 +169,12 @@ class ScannedFile:
     """Why it could not be read."""
 
 
-def scan(root: Path, known: Mapping[Path, Signature], *, missing_ok: bool = False) -> Iterator[ScannedFile]:
+def scan(
+    root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles | None = None, *, missing_ok: bool = False
+) -> Iterator[ScannedFile]:
     """Yield the files of records of the store at `root`; those whose signatures are `known` are not read. Blocks.
+
+    Files that are `foreign` already are left out, and others that are no records added there.
 
     With `missing_ok`, a folder that is missing counts as empty: the store is new, or is still being copied.
 
@@ -92,7 +183,7 @@ def scan(root: Path, known: Mapping[Path, Signature], *, missing_ok: bool = Fals
     """
     for folder in (root / LISTS_FOLDER, root / IMAGES_FOLDER):
         try:
-            found = signatures(folder)
+            found = signatures(folder) if foreign is None else foreign.look(folder, known)
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -107,6 +198,8 @@ def scan(root: Path, known: Mapping[Path, Signature], *, missing_ok: bool = Fals
             except FileNotFoundError:
                 continue
             except (RecordInvalid, OSError) as error:
+                if foreign is not None and isinstance(error, RecordInvalid) and signature != UNREAD:
+                    foreign.add(path, signature)
                 yield ScannedFile(path, signature, error=error)
             else:
                 yield ScannedFile(path, signature, record)
@@ -125,8 +218,15 @@ class ScanResult:
     blobs_gone: frozenset[Digest] = frozenset()
 
 
-def scan_changes(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder | None = None) -> ScanResult:
+def scan_changes(
+    root: Path,
+    known: Mapping[Path, Signature],
+    foreign: ForeignFiles,
+    blobs: BlobFolder | None = None,
+) -> ScanResult:
     """Compare the folders with what is `known` and read new and changed records; find the removed `blobs`. Blocks.
+
+    Files that are `foreign` already are not looked at again while nothing has changed.
 
     Raises:
         OSError: a folder cannot be read.
@@ -134,7 +234,7 @@ def scan_changes(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder 
     seen: dict[Path, Signature] = {}
     read: dict[Path, Entry] = {}
     unreadable: dict[Path, str] = {}
-    for file in scan(root, known):
+    for file in scan(root, known, foreign):
         seen[file.path] = file.signature
         if file.record is not None:
             read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
@@ -144,8 +244,10 @@ def scan_changes(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder 
             seen[file.path] = UNREAD
         elif file.error is not None:
             unreadable[file.path] = str(file.error)
+            del seen[file.path]
     blobs_gone = blobs.gone() if blobs is not None else frozenset()
-    return ScanResult(seen, read, unreadable, frozenset(known.keys() - seen.keys()), blobs_gone)
+    gone = (known.keys() - seen.keys() - unreadable.keys()) | foreign.take_gone()
+    return ScanResult(seen, read, unreadable, frozenset(gone), blobs_gone)
 
 
 _SCAN_EVERY = 1.0
@@ -165,9 +267,10 @@ class IndexRefresh:
         self._threads = threads
         self._blobs = BlobFolder(blobs_folder(root))
         self._known: dict[Path, Signature] = {}
+        self._foreign = ForeignFiles(clock.seconds)
         self._written: set[Path] = set()
         """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
-        self._unreadable: Mapping[Path, str] = {}
+        self._unreadable: dict[Path, str] = {}
         """File that is not a record -> the reason that was logged, so that it is logged only once."""
         self._changed: set[Digest] = set()
         """The digests with which `on_change` is to be called next."""
@@ -185,7 +288,7 @@ class IndexRefresh:
             OSError: a folder cannot be read.
         """
         with collection_paused():
-            self._apply(scan_changes(self._root, {}))
+            self._apply(scan_changes(self._root, {}, self._foreign))
 
     def start(self) -> None:
         """Start the repeated scans."""
@@ -216,9 +319,9 @@ class IndexRefresh:
 
         `why` is what was logged, so that the scan does not log it a second time.
         """
-        self._unreadable = {**self._unreadable, path: why}
+        self._unreadable[path] = why
         self._drop(path)
-        self._known.pop(path, None)
+        self._known[path] = UNREAD
 
     def blob_stored(self, blob: Digest) -> None:
         """Report the records that name a blob which this process has stored."""
@@ -230,23 +333,22 @@ class IndexRefresh:
         now = self._clock.seconds()
         blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
         self._blobs_scanned = self._blobs_scanned if blobs is None else now
-        scanned = self._threads.read(scan_changes, self._root, dict(self._known), blobs).addCallback(self._apply)
-        return scanned.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
+        scanned = self._threads.read(scan_changes, self._root, dict(self._known), self._foreign, blobs)
+        applied = scanned.addCallback(self._apply)
+        return applied.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
 
     def _apply(self, result: ScanResult) -> None:
         # A record that this process wrote meanwhile is read again at the next scan.
         for path in result.gone - self._written:
             self._drop(path)
-        for path, why in result.unreadable.items():
-            if path not in self._written:
-                self._drop(path)
-            if self._unreadable.get(path) != why:
-                self.log.warn("ignored, not a record that can be served: {path}: {why}", path=path, why=why)
-        readable = result.gone | result.read.keys()
-        self._unreadable = {
-            **{path: why for path, why in self._unreadable.items() if path not in readable},
-            **result.unreadable,
-        }
+        for path in result.unreadable.keys() - self._written:
+            self._drop(path)
+        new = {path: why for path, why in result.unreadable.items() if self._unreadable.get(path) != why}
+        for line in unreadable_lines(new):
+            self.log.warn("{line}", line=line)
+        for path in (result.gone | result.read.keys()) - result.unreadable.keys():
+            self._unreadable.pop(path, None)
+        self._unreadable |= result.unreadable
         for path, entry in result.read.items():
             if path not in self._written:
                 self._put(digest_of(path), entry)

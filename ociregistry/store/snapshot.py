@@ -84,6 +84,8 @@ class Snapshot:
         self._records: dict[Digest, StoredRecord] = {}
         self._signatures: dict[Path, Signature] = {}
         """File of a record -> its signature when it was read."""
+        self._invalid: dict[Path, tuple[Signature, str, frozenset[str]]] = {}
+        """File that is no record -> its signature when it was read, what is wrong with it, the digests in it."""
         self._wanted: dict[Digest, bool] = {}
         self._rows: tuple[Row, ...] | None = None
 
@@ -107,19 +109,23 @@ class Snapshot:
         """
         unknown: list[OSError] = []
         unreadable: dict[Path, str] = {}
-        mentioned: set[str] = set()
+        invalid: dict[Path, tuple[Signature, str, frozenset[str]]] = {}
         present: set[Path] = set()
-        for file in scan(self.root, self._signatures, missing_ok=True):
+        read_before = self._signatures | {path: signature for path, (signature, _, _) in self._invalid.items()}
+        for file in scan(self.root, read_before, missing_ok=True):
             if file.error is not None:
                 unreadable[file.path] = reason(file.error)
                 try:
                     if isinstance(file.error, OSError):
                         raise file.error
-                    mentioned |= _mentioned(file.path)
+                    invalid[file.path] = file.signature, reason(file.error), _mentioned(file.path)
                 except OSError as error:
                     if not is_of_the_file(error):
                         raise
                     unknown.append(error)
+                continue
+            if file.record is None and file.path in self._invalid:
+                invalid[file.path] = self._invalid[file.path]
                 continue
             present.add(file.path)
             if file.record is not None:
@@ -128,9 +134,10 @@ class Snapshot:
                 self._signatures[file.path] = file.signature
         for path in self._signatures.keys() - present:
             self._drop(path)
-        self.unreadable = unreadable
+        self._invalid = invalid
+        self.unreadable = unreadable | {path: why for path, (_, why, _) in invalid.items()}
         self.unknown = tuple(unknown)
-        self.mentioned = frozenset(mentioned)
+        self.mentioned = frozenset(digest for _, _, digests in invalid.values() for digest in digests)
         self._wanted.clear()
         self._rows = None
 
@@ -226,8 +233,8 @@ class Snapshot:
         return size_of_blob(f"{self._blobs}/{digest.hex}")
 
 
-def _mentioned(path: Path) -> set[str]:
+def _mentioned(path: Path) -> frozenset[str]:
     if not path.is_file():
-        return set()
+        return frozenset()
     with path.open("rb") as file:
-        return {found.decode("ascii") for found in _HEX.findall(file.read(_MOST_SEARCHED))}
+        return frozenset(found.decode("ascii") for found in _HEX.findall(file.read(_MOST_SEARCHED)))

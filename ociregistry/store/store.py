@@ -215,15 +215,16 @@ class Store(Service):
         image: ImageReference,
         dates: Dates | None = None,
         *,
+        also: Iterable[tuple[ImageReference, Dates | None]] = (),
         wanted: bool | None = None,
         whole: bool = False,
         known: bool = False,
     ) -> bool:
         """Write a record that says that `image` means `manifest`, as of now or of the given `dates`.
 
-        `wanted` says whether the layers of the image belong in the store; a record that says so already keeps saying
-        so. With `whole`, nothing is written when a blob is missing; with `known`, nothing is written when there is no
-        record.
+        `also` are more names of the manifest with their dates: many names are noted by one write. `wanted` says
+        whether the layers of the image belong in the store; a record that says so already keeps saying so. With
+        `whole`, nothing is written when a blob is missing; with `known`, nothing is written when there is no record.
 
         Returns:
             Whether the record was written.
@@ -231,11 +232,9 @@ class Store(Service):
         Raises:
             OSError: the record cannot be written.
         """
-        confirmed = dates.confirmed if dates else self._index.next_confirmation(image)
-        args = manifest, image, confirmed, dates.created if dates else None
-        rivals = None if dates else self._index.rivals(manifest.digest, image)
+        names = [self._index.confirmation(manifest.digest, *one) for one in ((image, dates), *also)]
         records = await self._threads.write_in_turn(
-            self._records.confirm, *args, wanted=wanted, whole=whole, known=known, rivals=rivals
+            self._records.confirm, manifest, names, wanted=wanted, whole=whole, known=known
         )
         for record in records:
             self._refresh.record_written(record)
@@ -276,6 +275,10 @@ class Store(Service):
         record = await self._threads.write_in_turn(self._records.want, image, wanted)
         if record is not None:
             self._refresh.record_written(record)
+
+    def meaning(self, image: ImageReference) -> Digest | None:
+        """Return the manifest that `image` means according to memory, or None; its record may not be readable."""
+        return self._index.resolve(image)
 
     def entry(self, digest: Digest) -> Entry | None:
         """Return what memory keeps of the record `digest`, or None if there is no record."""

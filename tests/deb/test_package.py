@@ -53,6 +53,9 @@ def test_installation_starts_and_enables_the_service(installation: Installation)
     assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
     assert machine.says(f"stat -c '%U:%G %a' {STORE}") == "ociregistry:ociregistry 750"
     assert machine.shows("ociregistry", "WatchdogUSec") == "30s"
+    assert {"kubelet.service", "k3s.service", "k3s-agent.service"} <= set(
+        machine.shows("ociregistry", "Before").split()
+    )
     assert machine.says("systemctl --failed --no-legend") == ""
 
 
@@ -126,6 +129,16 @@ def test_commands_as_root_while_the_unit_runs(installation: Installation) -> Non
     assert machine.says("cd /root && ociregistry load images.tar").startswith(f"loaded: {LOADED}: ")
     assert machine.says(f"find {STORE} ! -user ociregistry") == ""
     assert machine.says("ociregistry list | wc -l") == "2"
+
+
+def test_load_as_root_before_the_first_start_makes_the_store_of_the_service(installation: Installation) -> None:
+    """With the archive of the test before."""
+    machine = installation.machine
+    machine.run(f"systemctl stop ociregistry && mv {STORE} {STORE}.kept")
+    assert machine.says("cd /root && ociregistry load images.tar").startswith(f"loaded: {LOADED}: ")
+    assert machine.says(f"find {STORE} ! -user ociregistry") == ""
+    assert machine.says(f"stat -c '%U:%G %a' {STORE}") == "ociregistry:ociregistry 750"
+    machine.run(f"rm -r {STORE} && mv {STORE}.kept {STORE} && systemctl start ociregistry")
 
 
 def test_image_path_on_another_folder(installation: Installation) -> None:

@@ -134,7 +134,9 @@ def is_pruned(setup: StoreAndUpstream) -> bool:
     """Whether the images named by the pattern are gone, and the others complete."""
     left = [url for kept in contents(setup.root).values() for url in kept.images]
     stays = [what for tag, what in setup.published.items() if tag.startswith("stay")]
-    return not any(":go" in url for url in left) and all(has_all_of(setup.root, what) for what in stays)
+    kept = {hex_of(manifest.digest) for what in stays for manifest in what.manifests}
+    whole = all(has_all_of(setup.root, what) for what in stays)
+    return whole and not any(":go" in url for url in left) and contents(setup.root).keys() == kept
 
 
 def finish_pruning(setup: StoreAndUpstream) -> None:

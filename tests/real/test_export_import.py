@@ -280,7 +280,7 @@ def test_damaged_blob_fails_the_export(registry: DockerRegistry, site: Site, tmp
     archive = folder / "out.tar"
     if existing:
         archive.write_bytes(existing)
-    printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive))
+    printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive), "--force")
     assert printed == []
     assert complaints == [f"ociregistry: {archive}: the store's blob {damaged.digest} is damaged"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == ({"out.tar": existing} if existing else {})

@@ -126,7 +126,7 @@ def test_export_while_the_daemon_serves_and_fetches(
         hold.release.set()
         fetching.join()
         wait_stored(site, COMING)
-        site.succeed("export", "--pattern", ".", "-o", str(archive))
+        site.succeed("export", "--pattern", ".", "-o", str(archive), "--force")
         assert daemon.running
     upstream.close()
     other_site.succeed("load", str(archive))

@@ -9,6 +9,7 @@ import pytest
 from twisted.internet.defer import Deferred
 
 from ociregistry.archives.members import ArchiveInvalid
+from ociregistry.pullthrough.loader import LoadStatus
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.archives import (
@@ -32,6 +33,26 @@ def bytes_read() -> int:
     """Return the number of bytes that this process has read so far."""
     with Path("/proc/self/io").open() as file:
         return int(file.readline().removeprefix("rchar: "))
+
+
+def bytes_moved() -> int:
+    """Return the number of bytes that this process has read and written so far."""
+    read, written, *_ = Path("/proc/self/io").read_text().splitlines()
+    return int(read.removeprefix("rchar: ")) + int(written.removeprefix("wchar: "))
+
+
+@on_reactor
+async def test_names_of_an_image_are_noted_at_once(store: Store, root: Path, tmp_path: Path) -> None:
+    """Not one after the other, each by reading and writing the record with all earlier ones."""
+    image = make_image("names", layer_size=1000)
+    names = [f"quay.io/team/app:v{number}" for number in range(300)]
+    path = write_tar(tmp_path / "a.tar", docker_saved(image, *names, packed=True))
+    for ended in (LoadStatus.LOADED, LoadStatus.PRESENT):
+        before = bytes_moved()
+        outcomes = await load(store, path)
+        assert [(one.name, one.ended) for one in outcomes] == [(name, ended) for name in names]
+        (record,) = (root / "img").iterdir()
+        assert bytes_moved() - before < 20 * (record.stat().st_size + path.stat().st_size)
 
 
 @pytest.mark.parametrize("kind", ["layout", "docker save"])

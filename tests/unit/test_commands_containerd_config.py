@@ -55,6 +55,28 @@ def test_several_daemons_keep_their_order(tmp_path: Path, capsys: pytest.Capture
     ]
 
 
+def test_folders_that_override_the_default_are_warned_of(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, text in (
+        ("docker.io", 'server = "https://mirror.example"\n'),
+        ("ghcr.io", '[host."http://localhost:8080"]\n  capabilities = ["pull", "resolve"]\n'),
+        ("quay.io", None),
+    ):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "hosts.toml").write_text(text)
+    (tmp_path / "README").write_text("a file")
+    command = ContainerdConfig()
+    command.parseOptions(["--dir", str(tmp_path), "--write"])
+    assert command.run(SETTINGS) == 0
+    warnings = capfd.readouterr().err.splitlines()
+    for line, what, host in zip(
+        warnings, (tmp_path / "docker.io" / "hosts.toml", tmp_path / "quay.io"), ("docker.io", "quay.io"), strict=True
+    ):
+        assert line.startswith(f"ociregistry: warning: {what}: for {host} containerd uses this in place of _default")
+        assert line.endswith(f"--upstreams {host}")
+    assert (tmp_path / "docker.io" / "hosts.toml").read_text() == 'server = "https://mirror.example"\n'
+
+
 def test_hosts_toml_per_registry_names_its_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("- name: plain.internal:5000\n  scheme: http\n")

@@ -68,6 +68,14 @@ def test_columns_are_url_kind_and_created(store_dir: StoreDir, listed: Listed) -
     ]
 
 
+def test_index_without_images_is_marked(store_dir: StoreDir, listed: Listed) -> None:
+    """Its manifest was requested, or a load of its images failed."""
+    store_dir.put(list_of(image_of(*SMALL)), "a:1")
+    store_dir.put(list_of(store_dir.image(LARGE, "b@"), image_of(*SMALL)), "b:1")
+    assert listed()[0] == "reg.example/a:1 list 2026-01-01T01:00:00 no-image"
+    assert listed()[1] == "reg.example/b:1 list 2026-01-01T01:00:00"
+
+
 def test_one_line_per_image_url(store_dir: StoreDir, listed: Listed) -> None:
     image = store_dir.image(SMALL, "b:2", "a:1", "c@")
     assert listed() == [
@@ -187,6 +195,16 @@ def test_unreadable_record_is_a_warning(store_dir: StoreDir, capfd: pytest.Captu
     assert f"{foreign}: " in warnings[0]
     assert f"{cut}: not JSON, or cut off: " in warnings[1]
     assert file_contents(store_dir.root) == before
+
+
+def test_many_foreign_files_are_one_warning(store_dir: StoreDir, capfd: pytest.CaptureFixture[str]) -> None:
+    store_dir.image(SMALL, "a:1")
+    for number in range(50):
+        (store_dir.root / "fat" / f"{number:064x}").write_text("not ours")
+    result = run(capfd, "list", "--image-path", store_dir.root)
+    assert (result.status, len(result.lines)) == (0, 1)
+    (line,) = result.err.splitlines()
+    assert f"warning: ignored, 50 files in {store_dir.root}/fat are no records that can be served, the first" in line
 
 
 @pytest.mark.parametrize("kind", IRREGULAR)

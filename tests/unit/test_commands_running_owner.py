@@ -51,10 +51,11 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Process:
     process = Process()
     process.install(monkeypatch)
 
-    def unknown(uid: int) -> None:
-        raise KeyError(uid)
+    def unknown(user: object) -> None:
+        raise KeyError(user)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(pwd, "getpwnam", unknown)
     return process
 
 
@@ -85,6 +86,27 @@ def test_root_stays_for_own_or_missing_store(
     monkeypatch.setattr(Owned, "stat", lambda self: SimpleNamespace(st_uid=0, st_gid=4712))
     become_owner(STORE)
     assert process.became == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_store_of_the_service_is_made_for_its_user(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """Root loads images before the first start of the service, which makes the folder otherwise."""
+    root, chowned = tmp_path / "lib" / "ociregistry", []
+    if exists:
+        root.mkdir(parents=True)
+    user = SimpleNamespace(pw_dir=str(root), pw_uid=4711, pw_gid=4712)
+    monkeypatch.setattr(pwd, "getpwnam", {"ociregistry": user}.__getitem__)
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: chowned.append((path, uid, gid)))
+    become_owner(tmp_path / "another store")
+    assert not (tmp_path / "another store").exists()
+    become_owner(root)
+    assert chowned == [(root, 4711, 4712)]
+    assert exists or root.stat().st_mode & 0o777 == 0o750
+    (root / "img").mkdir()
+    become_owner(root)
+    assert len(chowned) == 1
 
 
 @pytest.mark.parametrize("what", ["setgroups", "setgid", "setuid"])

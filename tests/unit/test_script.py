@@ -10,6 +10,8 @@ from twisted.scripts import twistd
 
 from ociregistry import script
 
+pytestmark = pytest.mark.usefixtures("interrupts")
+
 
 def twistd_arguments(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
     """Return the arguments passed to twistd."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.orphans import remove_orphans
-from ociregistry.store.prune import PruneSet, Selection
+from ociregistry.store.prune import PruneSet, Selection, choose_nothing, planned
 from ociregistry.store.snapshot import Snapshot
 from tests.lossy import Disk, LossyFiles, PowerCut
 from tests.unit.support.stores import StoreDir, Unsynced, by_name, day, list_of, named
@@ -192,7 +193,7 @@ def test_power_cut_leaves_no_incomplete_image(tmp_path: Path, build: Callable[[P
     cut_everywhere(tmp_path / "store", build, look)
 
 
-@pytest.mark.parametrize("build", [an_image, one_of_several_names, tag_moved_from_image_to_index, moved_tags])
+@pytest.mark.parametrize("build", [*BUILDERS.values(), moved_tags, nested_indexes])
 def test_pruning_again_after_a_kill_completes_it(tmp_path: Path, build: Callable[[PruneCase], None]) -> None:
     """Except for blobs, which are orphans then."""
     before, whole = begin(tmp_path / "before", build), begin(tmp_path / "whole", build)
@@ -294,6 +295,54 @@ class FullFiles(LossyFiles):
         there = path.exists()
         super().unlink(path)
         self.free += there
+
+
+def whole_indexes(case: PruneCase) -> None:
+    """Prune an index of an index and two images."""
+    images = [case.store_dir.image((b"%d" % number, LAYER), "a@") for number in range(2)]
+    case.store_dir.put(list_of(case.store_dir.put(list_of(images[0]), "a@"), images[1]), "a:1")
+    case.choose = by_name("a:1")
+
+
+@pytest.mark.parametrize("disk", [LossyFiles, FullFiles])
+def test_any_prune_finishes_what_a_killed_one_left_of_an_index(tmp_path: Path, disk: type[LossyFiles]) -> None:
+    """Whatever the next prune selects: either the whole index is still there, or nothing of it."""
+
+    def look(files: LossyFiles, case: PruneCase) -> None:
+        dry_run = planned(case.store_dir.root, choose_nothing)
+        assert case.store_dir.prune_only(choose_nothing) == dry_run
+        assert len(case.store_dir.snapshot().records) in (0, 4)
+        assert not list((case.store_dir.root / "pulls").glob("*.pruned"))
+
+    cut_everywhere(tmp_path / "store", whole_indexes, look, disk)
+
+
+def killed_after_the_index(root: Path) -> tuple[StoreDir, Manifest, Manifest]:
+    """Return a store in which a prune was killed when the index had gone, the index, and its image."""
+    store_dir = StoreDir(root)
+    image = store_dir.image((b"config", LAYER), "a@")
+    index = store_dir.put(list_of(image), "a:1")
+    with suppress(PowerCut):
+        store_dir.prune_only(by_name("a:1"), LossyFiles(root, "now", 1))
+    assert (store_dir.names(index), store_dir.names(image)) == (None, {"a@"})
+    return store_dir, index, image
+
+
+def test_index_stored_again_after_a_kill_keeps_its_images(tmp_path: Path) -> None:
+    store_dir, index, image = killed_after_the_index(tmp_path / "store")
+    store_dir.put(index, "a:2")
+    store_dir.prune(choose_nothing)
+    assert (store_dir.names(index), store_dir.names(image)) == ({"a:2"}, {"a@"})
+    store_dir.prune(by_name("a:2"))
+    assert store_dir.names(image) is None
+
+
+def test_image_that_was_pulled_after_a_kill_stays(tmp_path: Path) -> None:
+    store_dir, _, image = killed_after_the_index(tmp_path / "store")
+    os.utime(store_dir.path(image), (time.time() + 60, time.time() + 60))
+    store_dir.prune(choose_nothing)
+    assert store_dir.names(image) == {"a@"}
+    assert not list((store_dir.root / "pulls").glob("*.pruned"))
 
 
 def with_unrelated_image(build: Callable[[PruneCase], None]) -> Callable[[PruneCase], None]:

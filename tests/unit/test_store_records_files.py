@@ -16,7 +16,7 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid, read_record
+from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, RecordInvalid, read_record
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest
@@ -52,7 +52,7 @@ def open_records() -> Iterator[Open]:
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
     """Confirm a manifest and return the record, which must have been written."""
-    (record,) = records.confirm(manifest, image, moment)
+    (record,) = records.confirm(manifest, [Confirmation(image, moment)])
     return record
 
 
@@ -166,6 +166,6 @@ def test_concurrent_writers_lose_nothing(tmp_path: Path, open_records: Open) -> 
     processes = [open_records(tmp_path)[0] for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for number, url in enumerate(urls):
-            pool.submit(processes[number % 4].confirm, IMAGE, url, NOW)
+            pool.submit(processes[number % 4].confirm, IMAGE, [Confirmation(url, NOW)])
     (path,) = (tmp_path / "img").iterdir()
     assert read_record(path).images.keys() == {str(url) for url in urls}

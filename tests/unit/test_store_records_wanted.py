@@ -16,7 +16,7 @@ from ociregistry.names import Digest
 from ociregistry.store.blobs import BlobFolder
 from ociregistry.store.files import Files
 from ociregistry.store.index import Entry, Index
-from ociregistry.store.records import Dates, Record, RecordFiles, is_wanted, read_record
+from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, is_wanted, read_record
 from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder, pending_images
 from tests.images import make_image
@@ -81,9 +81,9 @@ def test_malformed_wanted_is_ignored(value: object) -> None:
 def test_confirm_changes_wanted_only_to_true(
     root: Path, records: RecordFiles, before: bool | None, confirmed_as: bool | None, after: bool | None
 ) -> None:
-    records.confirm(IMAGE, TAG, NOW, wanted=before)
+    records.confirm(IMAGE, [Confirmation(TAG, NOW)], wanted=before)
     assert on_disk(root) is before
-    (confirmed,) = records.confirm(IMAGE, BY_DIGEST, NOW, wanted=confirmed_as)
+    (confirmed,) = records.confirm(IMAGE, [Confirmation(BY_DIGEST, NOW)], wanted=confirmed_as)
     assert confirmed.wanted is on_disk(root) is after
 
 
@@ -101,7 +101,7 @@ def test_confirm_changes_wanted_only_to_true(
 def test_want_updates_an_existing_record(
     root: Path, records: RecordFiles, before: bool | None, wanted: bool, after: bool
 ) -> None:
-    records.confirm(IMAGE, TAG, NOW, wanted=before)
+    records.confirm(IMAGE, [Confirmation(TAG, NOW)], wanted=before)
     inode = record(root, IMAGE.digest).stat().st_ino
     noted = records.want(IMAGE.digest, wanted)
     assert noted is not None
@@ -121,7 +121,7 @@ def test_want_without_record_does_nothing(root: Path, records: RecordFiles) -> N
 def test_restored_record_keeps_wanted(
     root: Path, records: RecordFiles, lost: bool | None, fetched: bool | None
 ) -> None:
-    records.confirm(IMAGE, BY_DIGEST, NOW, wanted=fetched)
+    records.confirm(IMAGE, [Confirmation(BY_DIGEST, NOW)], wanted=fetched)
     records.restore(IMAGE, {str(TAG): DATES}, str(BY_DIGEST), lost)
     assert on_disk(root) is (True if fetched else lost)
     assert read_record(record(root, IMAGE.digest)).images == {str(TAG): DATES}

@@ -6,9 +6,12 @@ import errno
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,8 @@ import ociregistry.store.scan
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files
-from ociregistry.store.records import Record, RecordFiles, read_record
-from ociregistry.store.scan import ScanResult, collection_paused, scan_changes
+from ociregistry.store.records import Confirmation, Record, RecordFiles, read_record
+from ociregistry.store.scan import UNREAD, ForeignFiles, ScanResult, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest
@@ -54,13 +57,19 @@ def records(tmp_path: Path, open_records: Callable[[Path], RecordFiles]) -> Reco
 
 def confirmed(records: RecordFiles, manifest: Manifest, image: ImageReference, moment: datetime) -> Record:
     """Confirm a manifest and return the record, which must have been written."""
-    (record,) = records.confirm(manifest, image, moment)
+    (record,) = records.confirm(manifest, [Confirmation(image, moment)])
     return record
+
+
+@cache
+def foreign_files(root: Path) -> ForeignFiles:
+    """Return the foreign files of a store."""
+    return ForeignFiles()
 
 
 def scanned(root: Path, known: ScanResult | None = None) -> ScanResult:
     """Return the changes since the last scan."""
-    return scan_changes(root, known.seen if known else {})
+    return scan_changes(root, known.seen if known else {}, foreign_files(root))
 
 
 def test_empty_store(tmp_path: Path, records: RecordFiles) -> None:
@@ -119,7 +128,7 @@ def test_scan_finds_removed_records(tmp_path: Path, records: RecordFiles) -> Non
 
 def test_damaged_record_is_reported_once_and_hides_no_other(tmp_path: Path, records: RecordFiles) -> None:
     confirmed(records, IMAGE, NGINX, NOW)
-    records.confirm(OTHER, APP, NOW)
+    records.confirm(OTHER, [Confirmation(APP, NOW)])
     path = records.path(IMAGE.digest, is_list=False)
     whole = path.read_bytes()
     known = scanned(tmp_path)
@@ -234,3 +243,65 @@ def test_garbage_collection_is_paused_and_then_restored() -> None:
     with pytest.raises(OSError, match="fails"), collection_paused():
         raise OSError("fails")
     assert gc.isenabled()
+
+
+# Many foreign files
+
+
+def put_foreign(root: Path, count: int) -> list[Path]:
+    """Write files that are named like records, and are none."""
+    paths = [root / "fat" / f"{number:064x}" for number in range(count)]
+    for path in paths:
+        path.write_text("not ours")
+    return paths
+
+
+def test_folder_of_many_foreign_files_is_looked_through_when_it_changes_and_once_a_minute(
+    tmp_path: Path, records: RecordFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really_look = ociregistry.store.scan.signatures
+    looked: list[str] = []
+
+    def look(folder: Path) -> list[tuple[Path, tuple[int, int, int, int]]]:
+        looked.append(folder.name)
+        return really_look(folder)
+
+    monkeypatch.setattr(ociregistry.store.scan, "signatures", look)
+    monkeypatch.setattr(ociregistry.store.scan, "_MANY", 20)
+    now = [1000.0]
+    foreign = ForeignFiles(lambda: now[0])
+    confirmed(records, INDEX, APP, NOW)
+    paths = put_foreign(tmp_path, 20)
+
+    def settle() -> None:
+        os.utime(tmp_path / "fat", ns=(0, time.time_ns() - 10**10))
+
+    def scan_again(known: ScanResult) -> ScanResult:
+        looked.clear()
+        return scan_changes(tmp_path, known.seen, foreign)
+
+    settle()
+    known = scan_again(ScanResult({}))
+    assert (set(known.unreadable), set(known.seen), looked) == (
+        set(paths),
+        {records.path(INDEX.digest, is_list=True)},
+        ["fat", "img"],
+    )
+    known = scan_again(known)
+    assert (known.unreadable, known.read, known.gone, looked) == ({}, {}, frozenset(), ["img"])
+    # Records are looked at all the same.
+    path = records.path(INDEX.digest, is_list=True)
+    os.utime(path, (0, 0))
+    assert (set(scan_again(known).read.keys()), looked) == ({path}, ["img"])
+    # Also one that could not be read for a moment.
+    assert (set(scan_again(replace(known, seen={path: UNREAD})).read), looked) == ({path}, ["img"])
+    paths[0].unlink()
+    assert (set(scan_again(known).gone), looked) == ({paths[0]}, ["fat", "img"])
+    paths[0].write_text("not ours")
+    settle()
+    known = scan_again(known)
+    # Overwritten in place.
+    paths[1].write_text("not ours either")
+    assert (scan_again(known).unreadable, looked) == ({}, ["img"])
+    now[0] += 60
+    assert (set(scan_again(known).unreadable.keys()), looked) == ({paths[1]}, ["fat", "img"])

@@ -13,11 +13,12 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.names import Digest
 from ociregistry.store import records as recordfiles
 from ociregistry.store import scan
 from ociregistry.store.blobs import BlobFolder
 from ociregistry.store.records import Record
-from ociregistry.store.scan import ScanResult, Signature
+from ociregistry.store.scan import ForeignFiles, ScanResult, Signature
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record, texts, until
@@ -70,14 +71,31 @@ async def test_damaged_record_hides_no_other_and_is_logged_once(
 
 
 @on_reactor
+async def test_many_foreign_files_are_logged_in_one_line(
+    store: Store, root: Path, clock: Clock, events: list[LogEvent]
+) -> None:
+    for number in range(50):
+        record(root, Digest(f"sha256:{number:064x}")).write_text("not ours")
+    for _ in range(3):
+        await scan_once(clock)
+    (text,) = texts(events, LogLevel.warn)
+    first = record(root, Digest(f"sha256:{0:064x}"))
+    assert text.startswith(
+        f"ignored, 50 files in {root}/img are no records that can be served, the first is {first}: not JSON"
+    )
+
+
+@on_reactor
 async def test_write_during_a_scan_is_not_lost(store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scan reads the folders before the write and applies its result after it."""
     await store.keep(OTHER, APP)
     has_read, go_on = threading.Event(), threading.Event()
     really_scan = scan.scan_changes
 
-    def scan_slowly(root: Path, known: Mapping[Path, Signature], blobs: BlobFolder | None) -> ScanResult:
-        found = really_scan(root, known, blobs)
+    def scan_slowly(
+        root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles, blobs: BlobFolder | None
+    ) -> ScanResult:
+        found = really_scan(root, known, foreign, blobs)
         has_read.set()
         go_on.wait(10)
         return found

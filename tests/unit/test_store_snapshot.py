@@ -169,7 +169,7 @@ def test_only_changed_records_are_read_again(store_dir: StoreDir, monkeypatch: p
     read.clear()
     before = dict(snapshot.records), snapshot.unreadable, snapshot.mentioned
     snapshot.refresh()
-    assert set(read) == {bad}
+    assert not read
     assert (snapshot.records, snapshot.unreadable, snapshot.mentioned) == before
     assert snapshot.records[same.digest].pulled == day(3)
     assert shown(snapshot) == ["a:1", "b:1", "b:2"]

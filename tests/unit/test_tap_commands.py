@@ -50,25 +50,47 @@ def spellings(*words: str) -> Iterator[tuple[str, ...]]:
     yield tuple(f"{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True))
 
 
-@pytest.mark.parametrize("argv", [("--load-images", "images"), ("load", "images"), ("--load-images=./images",)])
-def test_load_path_is_absolute(
-    capfd: pytest.CaptureFixture[str],
-    ran: list[RecordedCommand],
-    monkeypatch: pytest.MonkeyPatch,
-    argv: tuple[str, ...],
+@pytest.mark.parametrize("argv", [("--load-images", "images"), ("load", "images"), ("--load-images=images",)])
+def test_load_takes_a_file(
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], argv: tuple[str, ...]
 ) -> None:
-    monkeypatch.chdir("/usr")
     load, settings = made(capfd, ran, *argv).command, made(capfd, ran, *argv).settings
     assert isinstance(load, Load)
-    assert load.files == [Path("/usr/images")]
+    assert load.words == ("images",)
     assert settings == load_settings({}, (), None)
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "why"),
+    [
+        ("images.tar", 1, "there is no such file, and as an image it needs a tag, a digest or a registry"),
+        ("nginx", 1, "there is no such file, and as an image it needs a tag, a digest or a registry: nginx:TAG"),
+        ("./nginx:1.25", 1, "No such file or directory"),
+        ("nginx:1.25:1", 2, "there is no such file, and it is not an image: "),
+        ("UPPER/nginx:1", 2, "there is no such file, and it is not an image: "),
+    ],
+)
+def test_what_is_neither_file_nor_image_is_not_loaded(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, word: str, status: int, why: str
+) -> None:
+    result = run(capfd, "--image-path", tmp_path / "store", "load", word)
+    assert (result.status, result.out) == (status, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("ociregistry: ")
+    assert f"{word.removeprefix('./')}: {why}" in line
+    assert not (tmp_path / "store").exists()
+
+
+def test_load_name_option_is_refused_with_an_image(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    error = usage_error(capfd, "--image-path", tmp_path, "load", "nginx:1.25", "--name", "nginx:1.26")
+    assert "nginx:1.25: is an image, which has its name: --name is for an archive" in error
 
 
 def test_file_named_like_an_option(capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand]) -> None:
     for argv in (("load", "--", "/-x"), ("load", "--", "-x"), ("--load-images", "/-x"), ("--load-images=-x",)):
         load = made(capfd, ran, *argv).command
         assert isinstance(load, Load)
-        assert [file.name for file in load.files] == ["-x"]
+        assert [Path(word).name for word in load.words] == ["-x"]
 
 
 ABOUT_LOADING = ("--arch", "amd64", "--os", "linux", "--pull-timeout", "20000", "--concurrent=50")
@@ -89,7 +111,7 @@ def test_load_takes_global_options_before_and_after(
 ) -> None:
     one = made(capfd, ran, *argv)
     assert isinstance(one.command, Load)
-    assert one.command.files == [Path("/images")]
+    assert one.command.words == ("/images",)
     expected = {"image_path": "/srv", "arch": "amd64", "os": "linux", "pull_timeout": "20000", "concurrent": "50"}
     assert one.settings == load_settings(expected, (), None)
     assert (one.settings.concurrent, one.settings.max_connections) == (50, 100)
@@ -142,7 +164,7 @@ def test_load_takes_several_files_and_platforms(
     argv = ("load", "/a", "--platform", "all", "/b.tar", "--with-signatures", "/c/")
     one = made(capfd, ran, *argv)
     assert isinstance(one.command, Load)
-    assert one.command.files == [Path("/a"), Path("/b.tar"), Path("/c")]
+    assert one.command.words == ("/a", "/b.tar", "/c/")
     assert (one.settings.platform, one.settings.with_signatures) == (ALL, True)
     one = made(capfd, ran, "--platform", "linux/arm/v7", "load", "/a")
     assert one.settings.platform == (Platform("linux", "arm", "v7"),)

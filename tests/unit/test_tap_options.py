@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from ociregistry.platforms import Platform
 from ociregistry.settings import OPTIONS, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.unit.support.command_lines import CommandResult, RecordedCommand, record_commands, run, usage_error
+from tools.commandline import commands
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine must not fail the test by a deadline."""
@@ -211,6 +214,60 @@ def test_help_lists_options_with_defaults(
     assert ran == []
 
 
+@pytest.mark.parametrize("word", ["", "serve", *COMMANDS])
+def test_help_begins_with_usage_and_ends_with_examples_that_can_be_typed(
+    capfd: pytest.CaptureFixture[str], ran: list[RecordedCommand], monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    for typed, program in (("/usr/bin/twistd3", "twistd3 ociregistry"), ("/usr/bin/ociregistry", "ociregistry")):
+        monkeypatch.setattr(sys, "argv", [typed])
+        text = run(capfd, *filter(None, [word]), "-h").out
+        assert text == run(capfd, *filter(None, [word]), "--help").out
+        first, *_ = text.splitlines()
+        assert first.startswith(" ".join(filter(None, [f"Usage: {program}", word, "[options]"])))
+        examples = text.partition("\nExamples:\n")[2].splitlines()
+        assert len(examples) == 2
+        for example in examples:
+            assert example.startswith(f"  {program} ")
+            words = shlex.split(example.removeprefix(f"  {program} "))
+            assert (word or words[0]) in (words[0], "version")
+            assert max(map(len, text.splitlines())) <= 100
+    assert ran == []
+
+
+@pytest.mark.parametrize("word", COMMANDS)
+def test_help_of_a_command_describes_its_own_options_first(capfd: pytest.CaptureFixture[str], word: str) -> None:
+    text = run(capfd, word, "--help").out
+    own = {option.name for command in commands() if command.name == word for option in command.options}
+    first, _, shared = text.partition("\nOptions of all commands:\n")
+    listed = re.findall(r"^  (?:-\w, )?--([\w-]+)", first, re.MULTILINE)
+    if own:
+        assert set(listed) == own
+        assert "--image-path" in shared
+    else:
+        assert "--image-path" in first
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (("lst",), "list"),
+        (("containerd_config",), "containerd-config"),
+        (("list", "--lnog"), "--long"),
+        (("--image-pth", "x"), "--image-path"),
+        (("load", "x", "--platfrom=all"), "--platform"),
+    ],
+)
+def test_mistyped_word_suggests_the_near_one(
+    capfd: pytest.CaptureFixture[str], argv: tuple[str, ...], meant: str
+) -> None:
+    assert usage_error(capfd, *argv).endswith(f": did you mean {meant}? (--help lists the options)")
+
+
+def test_word_that_is_near_to_nothing_suggests_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for argv in (("zzz",), ("--zzz",), ("list", "--zzz")):
+        assert "did you mean" not in usage_error(capfd, *argv)
+
+
 def test_help_lists_commands(capfd: pytest.CaptureFixture[str]) -> None:
     text = run(capfd, "--help").out
     for command in (*COMMANDS, "serve"):
@@ -248,6 +305,7 @@ def test_make_service(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_twistd_plugin() -> None:
     plugin = namedAny("twisted.plugins.ociregistry_plugin.ociregistry")
     assert IPlugin.providedBy(plugin)

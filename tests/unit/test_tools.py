@@ -12,10 +12,11 @@ import pytest
 from twisted.python import usage
 
 from ociregistry import __version__
+from ociregistry.commands.help import Option, options_of
 from ociregistry.settings import OPTIONS
 from ociregistry.tap import Options
 from tools import completion, manual
-from tools.commandline import Command, Option, commands, common, former, options_of
+from tools.commandline import Command, commands, common, former
 from tools.generate import generated, main
 
 ROOT = Path(__file__).resolve().parents[2]
