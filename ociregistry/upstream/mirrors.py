@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff
-from ociregistry.context import Priority, Via
+from ociregistry.context import Priority, Via, Wanted
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Repository
@@ -136,6 +136,10 @@ class Sources:
                     why = error.message
             self.log.debug("mirror skipped: {missed}", missed=why)
             missed.append(why)
+        wanted = options.wanted
+        if missed and wanted is not None:
+            told = Wanted(lambda error: wanted.link_down(_with_missed(error, missed)), wanted.again)
+            options = replace(options, wanted=told)
         try:
             return await self._registry.client.request(method, repository, path, headers, options), self._registry
         except AccessRefused:
@@ -143,10 +147,13 @@ class Sources:
         except Unavailable as error:
             if not missed:
                 raise
-            message = f"{error.message} ({'; '.join(missed)})"
-            if isinstance(error, LinkDown):
-                raise error.with_message(message) from None
-            raise Unavailable(message, error.retry_after) from None
+            raise _with_missed(error, missed) from None
+
+
+def _with_missed(error: Unavailable, missed: Sequence[str]) -> Unavailable:
+    """Return the error of the registry, with the reasons why its mirrors were passed over."""
+    message = f"{error.message} ({'; '.join(missed)})"
+    return error.with_message(message) if isinstance(error, LinkDown) else Unavailable(message, error.retry_after)
 
 
 async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
