@@ -21,7 +21,7 @@ from tests.real.caches import SOON, Cache, assert_error, cache_in, daemon_in, pl
 from tests.real.completions import log_lines
 from tests.upstream import ScriptedRegistry
 from tests.upstream_process import upstream_in
-from tests.upstream_rules import Hold
+from tests.upstream_rules import Hold, Reply
 
 FIRST_WITHIN = 14.0
 """Seconds for the first miss: 10 s of silence, on a busy machine."""
@@ -158,3 +158,17 @@ def test_silent_mirror_leaves_time_for_the_registry(tmp_path: Path) -> None:
                 answer, seconds = ask_of(daemon, upstream, f"team/app/manifests/{number}")
                 assert answer.body == images[number].manifest.data
                 assert seconds < within
+
+
+def test_clients_that_wait_for_one_token_learn_of_the_silence(tmp_path: Path) -> None:
+    """The registry answers, its token service does not: the first clients wait once, the next ones not at all."""
+    with ScriptedRegistry() as tokens, cache_in(tmp_path, tokens) as cache, scripted(tokens, "*", Hold()):
+        challenge = f'Bearer realm="{tokens.url}/token",service="registry"'
+        cache.upstream.script("*", Reply(401, b"", (("WWW-Authenticate", challenge),)))
+        with ThreadPoolExecutor(5) as clients:
+            for within in (FIRST_WITHIN, LATER_WITHIN):
+                began = time.monotonic()
+                answers = list(clients.map(lambda number: cache.ask(f"team/app/manifests/{number}"), range(5)))
+                assert time.monotonic() - began < within
+                for answer in answers:
+                    assert_error(answer, 503, "UNAVAILABLE")
