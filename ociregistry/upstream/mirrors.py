@@ -99,10 +99,10 @@ class Sources:
         self._mirrors = mirrors
         self._registry = Source(own, mirrors)
 
-    async def mirrors_loop(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-        """Ask each mirror, by HEAD, whether it leads to a cache that `via` names."""
+    async def lead_to(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+        """Ask each mirror, by HEAD, whether it is, or leads to, a cache that `via` names."""
         for mirror in self._mirrors:
-            if await _refuses_loop(mirror, repository, path, headers, via):
+            if await _leads_to(mirror, repository, path, headers, via):
                 return True
         return False
 
@@ -156,16 +156,15 @@ def _with_missed(error: Unavailable, missed: Sequence[str]) -> Unavailable:
     return error.with_message(message) if isinstance(error, LinkDown) else Unavailable(message, error.retry_after)
 
 
-async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-    """Return whether a mirror is a cache that this `via` names, or leads to one."""
+async def _leads_to(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+    """Return whether a mirror refuses a request because it is, or leads to, a cache that `via` names."""
     try:
         response = await mirror.client.request("HEAD", repository, path, headers, _LOOKING)
     except (Unavailable, Denied):
         return False
     await response.discard()
-    return response.status == 403 and any(
-        name in via.instances for name in Via.parse(response.header("via")).instances
-    )
+    passed = Via.parse(response.header("via")).instances
+    return response.status == 403 and any(passed.count(name) > 1 for name in via.instances)
 
 
 async def _passed_over(mirror: MirrorClient, path: str, response: Response) -> str | None:
