@@ -102,6 +102,11 @@ class Context:
     """Whether a command waits, as long as the request to the upstream goes on."""
     wanted: Wanted | None = None
 
+    @property
+    def from_cache(self) -> bool:
+        """Whether another cache waits, not a client or a command."""
+        return bool(self.via.instances) and not self.patient
+
 
 FROM_CLIENT = Context()
 """A client or a command waits for the result, and no cache is between them and this process."""

@@ -328,8 +328,8 @@ class PullThrough(Service):
                 break
         self._negative.check(repository, digest)
         # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
-        expected = None if context.via.instances else self._store.size_in(repository, digest)
-        joins = bool(context.via.instances) and digest in self._downloads
+        expected = None if context.from_cache else self._store.size_in(repository, digest)
+        joins = context.from_cache and digest in self._downloads
         wait = partial(self._reader, expected, context, joins)
         followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
         what = f"{repository}@{digest}"

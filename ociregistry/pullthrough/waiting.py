@@ -40,7 +40,7 @@ class DeadlineExceeded(Unavailable):
 def deadline(context: Context) -> float:
     """Return the seconds until a request must be answered: by 25 s, and by 8 s or less if it came through caches."""
     hops = len(context.via.instances)
-    if not hops or context.patient:
+    if not context.from_cache:
         return ANSWER_DEADLINE
     return max(_SHORTEST, _IN_A_CHAIN - _HOP * hops)
 
@@ -131,7 +131,7 @@ class SharedRequests(Generic[K, T]):
         """
 
         async def result() -> T:
-            if loops is not None and context.via.instances and key in self._requests:
+            if loops is not None and context.from_cache and key in self._requests:
                 return await unless_loop(self._join(key, start, context, again), loops(context))
             return await self._join(key, start, context, again)
 

@@ -15,14 +15,16 @@ from typing import Any
 from urllib.parse import urlencode
 
 from cachetools import LRUCache, TLRUCache
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import SingleFlight
 from ociregistry.config.registries import IdentityToken, Password
+from ociregistry.context import Wanted
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.credentials import Credentials, basic, spell_login
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.origin import Origin, without_query
@@ -153,6 +155,50 @@ class _Token:
     """Whose credentials it was given for; empty for none."""
 
 
+class _Waiting:
+    """The requests that wait for one token: all are told when the token service counts as down."""
+
+    def __init__(self) -> None:
+        self._told: list[Callable[[Unavailable], object]] = []
+        self._down: LinkDown | None = None
+
+    def options(self, options: RequestOptions) -> RequestOptions:
+        """Return the options of the token request, which goes on for later requests."""
+        wanted = options.wanted
+        return replace(options, wanted=Wanted(self._link_down, wanted.again if wanted is not None else None))
+
+    def _link_down(self, error: Unavailable) -> None:
+        self._down = error if isinstance(error, LinkDown) else None
+        for told in list(self._told):
+            told(error)
+
+    async def wait(self, token: Deferred[str], wanted: Wanted | None) -> str:
+        """Return the result of `token`.
+
+        Raises:
+            Unavailable: the token service counts as down, and the request does not go on then.
+        """
+        errors: list[Unavailable] = []
+
+        def end(error: Unavailable) -> None:
+            errors.append(error)
+            token.cancel()
+
+        told = wanted.link_down if wanted is not None else end
+        self._told.append(told)
+        down = self._down.renewed() if self._down is not None else None
+        if down is not None:
+            told(down)
+        try:
+            return await token
+        except CancelledError:
+            if errors:
+                raise Unavailable(errors[0].message, errors[0].retry_after) from None
+            raise
+        finally:
+            self._told.remove(told)
+
+
 class Tokens:
     """Fetches and caches the tokens of one upstream.
 
@@ -178,6 +224,7 @@ class Tokens:
             _MOST_TOKENS, ttu=lambda key, token, now: token.expires, timer=clock.seconds
         )
         self._single_flight: SingleFlight[tuple[BearerChallenge, bool], str] = SingleFlight()
+        self._waiting: dict[tuple[BearerChallenge, bool], _Waiting] = {}
 
     async def token(
         self, challenge: BearerChallenge, options: RequestOptions = DEFAULT_OPTIONS, *, anonymous: bool = False
@@ -193,9 +240,10 @@ class Tokens:
         cached = self._cache.get((challenge, anonymous))
         if cached is not None:
             return cached.value
-        return await self._single_flight.join(
-            (challenge, anonymous), lambda: self._fetch_token(challenge, anonymous, options)
-        )
+        key = challenge, anonymous
+        waiting = self._waiting.setdefault(key, _Waiting())
+        token = self._single_flight.join(key, lambda: self._fetch_shared(key, waiting.options(options)))
+        return await waiting.wait(token, options.wanted)
 
     def holds(self, challenge: BearerChallenge, *, anonymous: bool = False) -> bool:
         """Return whether the cache holds a token for `challenge` that has not expired."""
@@ -211,6 +259,13 @@ class Tokens:
         cached = self._cache.get((challenge, anonymous))
         if cached is not None and cached.value == token:
             self._cache.pop((challenge, anonymous), None)
+
+    async def _fetch_shared(self, key: tuple[BearerChallenge, bool], options: RequestOptions) -> str:
+        challenge, anonymous = key
+        try:
+            return await self._fetch_token(challenge, anonymous, options)
+        finally:
+            self._waiting.pop(key, None)
 
     async def _fetch_token(self, challenge: BearerChallenge, anonymous: bool, options: RequestOptions) -> str:
         request = await self._request(challenge, anonymous)

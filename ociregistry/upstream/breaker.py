@@ -71,8 +71,6 @@ class Attempt:
         self._breaker = breaker
         self.upstream = upstream
         self.began = began
-        self.silence = 0.0
-        """The longest time without a byte from the host, in seconds."""
         self.down = down
         """Why the breaker was open when the request was sent; None where it was closed."""
         self.link_down: Callable[[LinkDown], object] = lambda error: None
@@ -192,11 +190,7 @@ class CircuitBreaker:
 
     def heard(self) -> None:
         """Note that something came from the host: it accepted a connection, or sent bytes."""
-        now = self._clock.seconds()
-        if now - self._heard_at >= PATIENCE:
-            for attempt in self._waiting:
-                attempt.silence = max(attempt.silence, now - max(attempt.began, self._heard_at))
-        self._heard_at = now
+        self._heard_at = self._clock.seconds()
 
     def _watch(self) -> None:
         """Set the timer for the time when the host has been silent for too long; none where no request waits."""
@@ -234,8 +228,8 @@ class CircuitBreaker:
     def answered(self, attempt: Attempt | None = None) -> None:
         """Close the breaker: the host can be reached; note how long it took for `attempt`."""
         now = self._clock.seconds()
-        if attempt is not None and attempt.silence > PATIENCE:
-            self._slowest, self._slow_until = attempt.silence, now + _SLOW_FOR
+        if attempt is not None and now - attempt.began > PATIENCE:
+            self._slowest, self._slow_until = now - attempt.began, now + _SLOW_FOR
         if self._down_since is None:
             return
         self.log.warn(

@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.concurrency import Backoff
-from ociregistry.context import Priority, Via
+from ociregistry.context import Priority, Via, Wanted
 from ociregistry.errors import Denied, RegistryError, Unavailable
 from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Repository
@@ -150,10 +150,10 @@ class Sources:
         self._mirrors = mirrors
         self._registry = Source("registry", name, own, mirrors) if own is not None else None
 
-    async def mirrors_loop(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-        """Ask each mirror, by HEAD, whether it leads to a cache that `via` names."""
+    async def lead_to(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+        """Ask each mirror, by HEAD, whether it is, or leads to, a cache that `via` names."""
         for mirror in self._mirrors:
-            if await _refuses_loop(mirror, repository, path, headers, via):
+            if await _leads_to(mirror, repository, path, headers, via):
                 return True
         return False
 
@@ -197,16 +197,16 @@ class Sources:
             if all(one.answered for one in passed_over):
                 raise AccessRefused(what)
             raise Unavailable(what, min(one.retry_after for one in passed_over if not one.answered))
+        registry, wanted = self._registry, options.wanted
+        if told and wanted is not None:
+            down = Wanted(lambda error: wanted.link_down(_after(told, registry, error)), wanted.again)
+            options = replace(options, wanted=down)
         try:
             response = await self._registry.client.request(method, repository, path, headers, options)
         except Unavailable as error:
             if not told:
                 raise
-            message = "; ".join([*told, self._registry.told(error)])
-            if isinstance(error, LinkDown):
-                raise error.with_message(message) from None
-            kind = AccessRefused if isinstance(error, AccessRefused) else Unavailable
-            raise kind(message, error.retry_after) from None
+            raise _after(told, registry, error) from None
         return self._answered(Answer(response, self._registry, told), repository, path)
 
     def _answered(self, answer: Answer, repository: Repository, path: str) -> Answer:
@@ -215,16 +215,24 @@ class Sources:
         return answer
 
 
-async def _refuses_loop(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-    """Return whether a mirror is a cache that this `via` names, or leads to one."""
+def _after(told: Sequence[str], registry: Source, error: Unavailable) -> Unavailable:
+    """Return an error of the registry, with what its mirrors answered before in its message."""
+    message = "; ".join([*told, registry.told(error)])
+    if isinstance(error, LinkDown):
+        return error.with_message(message)
+    kind = AccessRefused if isinstance(error, AccessRefused) else Unavailable
+    return kind(message, error.retry_after)
+
+
+async def _leads_to(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
+    """Return whether a mirror refuses a request because it is, or leads to, a cache that `via` names."""
     try:
         response = await mirror.client.request("HEAD", repository, path, headers, _LOOKING)
     except (Unavailable, Denied):
         return False
     await response.discard()
-    return response.status == 403 and any(
-        name in via.instances for name in Via.parse(response.header("via")).instances
-    )
+    passed = Via.parse(response.header("via")).instances
+    return response.status == 403 and any(passed.count(name) > 1 for name in via.instances)
 
 
 async def _ask_mirror(

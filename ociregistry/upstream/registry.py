@@ -372,7 +372,7 @@ class Registry:
     async def loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
         """Ask the mirrors whether one leads back to a cache that the request with this context came through.
 
-        Where two caches wait for each other, only the one with the lower name asks: the other's wait is no loop once
+        Where two caches wait for each other, only the one with the higher name asks: the other's wait is no loop once
         this one does not wait.
 
         Returns:
@@ -381,7 +381,7 @@ class Registry:
         if self._sources is None or context.via.instances[-1] > self._instance:
             return None
         via = context.via.through(self._instance)
-        if not await self._sources.mirrors_loop(repository, path, {"Via": via}, Via.parse(via)):
+        if not await self._sources.lead_to(repository, path, {"Via": via}, context.via):
             return None
         return LoopDetected(f"{self.upstream}: this server waits for the one that asks", via)
 

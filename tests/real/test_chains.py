@@ -21,6 +21,8 @@ from tests.upstream_rules import Hold, Reply
 
 StartDaemon = Callable[..., Daemon]
 
+FOUND_WITHIN = 5.0
+"""Seconds, less than the 8 s after which a cache answers another one in any case."""
 AT_ONCE = 10.0
 """Seconds, less than the 25 s after which a time-out would end a loop."""
 
@@ -130,6 +132,26 @@ def test_mutual_mirrors_ask_the_upstream_once(
     assert time.monotonic() - began < AT_ONCE
     asked = [request.path for request in upstream.requests]
     assert len(asked) == len(set(asked))
+
+
+def test_mutual_mirrors_do_not_wait_for_each_other(
+    upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
+) -> None:
+    """Both are asked for the same new content at once: one of the two finds that the other waits for it."""
+    tags = [str(number) for number in range(2, 12)]
+    for tag in tags:
+        upstream.add("team/app", make_image(f"chain {tag}"), tag)
+    ports = [free_port(), free_port()]
+    daemons = [
+        start_daemon({upstream.host: {"scheme": "http", "mirrors": [f"http://127.0.0.1:{other}"]}}, port=port)
+        for port, other in zip(ports, reversed(ports), strict=True)
+    ]
+    paths = [f"team/app/manifests/{tag}" for tag in tags] + [f"team/app/blobs/{blob.digest}" for blob in image.blobs]
+    began = time.monotonic()
+    with ThreadPoolExecutor(2 * len(paths)) as clients:
+        asked = [clients.submit(ask, daemon, upstream.host, path) for path in paths for daemon in daemons]
+        assert [one.result().status for one in asked] == [200] * len(asked)
+    assert time.monotonic() - began < FOUND_WITHIN
 
 
 def test_mirrors_are_asked_in_order_before_the_registry(

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 
 from ociregistry.context import FROM_CLIENT, Context, Via
 from ociregistry.errors import BlobUnknown, LoopDetected, ManifestUnknown, NameUnknown, RegistryError, Unavailable
-from ociregistry.upstream.registry import Registry
+from ociregistry.names import Upstream
+from ociregistry.upstream.mirrors import MirrorClient, Sources
+from ociregistry.upstream.registry import ConnectionLimit, Registry
 from tests.unit.support.bodies import ScriptedExchanges
 from tests.unit.support.common import failed, fired
 from tests.unit.support.http_agents import INSTANCE, client_over, registry_over
@@ -19,6 +22,7 @@ from tests.unit.test_upstream_registry import APP, BY_DIGEST, IMAGE, LAYER, TAGG
 
 OTHER = "ociregistry-fedcba9876543210"
 THIRD = "ociregistry-00000000deadbeef"
+LAST = "ociregistry-ffffffffffffffff"
 
 AskHelper = Callable[[Registry, Context], Coroutine[Deferred[Any], Any, object]]
 
@@ -92,3 +96,52 @@ def test_our_via_in_other_statuses_is_ignored(status: int, kind: type[RegistryEr
 def test_overlong_via_is_a_loop() -> None:
     source, _ = registry(refused(", ".join(f"1.1 ociregistry-{number:016x}" for number in range(17))))
     failed(Deferred.fromCoroutine(source.manifest(TAGGED)), LoopDetected)
+
+
+MIRROR = "https://mirror.example/"
+PEER = Context(Via((OTHER,)))
+"""The context of a request that another cache sent."""
+
+
+def mirrored(*answers: dict[str, Any], instance: str = INSTANCE) -> tuple[Registry, ScriptedExchanges]:
+    """Return a registry with one mirror, which sends these answers."""
+    clock = Clock()
+    http = ScriptedExchanges({MIRROR: list(answers)})
+    mirror = MirrorClient("mirror.example", client_over(http, clock, name="mirror.example"), clock)
+    sources = Sources("reg.example", [mirror], client_over(http))
+    return Registry(Upstream("reg.example"), sources, ConnectionLimit(1), instance), http
+
+
+@pytest.mark.parametrize(
+    ("passed", "loops"),
+    [
+        # The mirror is the cache that asks, or leads to it.
+        ([OTHER, INSTANCE, OTHER], True),
+        ([OTHER, INSTANCE, THIRD, OTHER], True),
+        # It is part of another loop.
+        ([OTHER, INSTANCE, THIRD, THIRD], False),
+        ([], False),
+    ],
+)
+def test_mirror_that_leads_to_the_asking_cache(passed: list[str], loops: bool) -> None:
+    source, http = mirrored(refused(", ".join(f"1.1 {name}" for name in passed)), instance=OTHER.replace("f", "e"))
+    context = Context(Via((OTHER,)))
+    found = fired(Deferred.fromCoroutine(source.loops(APP, "manifests/1", context)))
+    assert found is None
+    assert http.sent == []
+    source, http = mirrored(refused(", ".join(f"1.1 {name}" for name in passed)), instance=LAST)
+    found = fired(Deferred.fromCoroutine(source.loops(APP, "manifests/1", context)))
+    assert (found is not None) == loops
+    assert [(sent.method, sent.headers["Via"]) for sent in http.sent] == [("HEAD", f"1.1 {OTHER}, 1.1 {LAST}")]
+
+
+@pytest.mark.parametrize("answer", [OK, {"status": 404}, Unavailable("down")])
+def test_mirror_that_answers_otherwise_is_no_loop(answer: Any) -> None:
+    source, _ = mirrored(answer, answer, instance=LAST)
+    assert fired(Deferred.fromCoroutine(source.loops(APP, "manifests/1", PEER))) is None
+
+
+def test_registry_without_mirrors_leads_nowhere() -> None:
+    source, http = registry()
+    assert fired(Deferred.fromCoroutine(source.loops(APP, "manifests/1", PEER))) is None
+    assert http.sent == []

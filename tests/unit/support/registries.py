@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.context import FROM_CLIENT, Context
+from ociregistry.errors import LoopDetected
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import PullThrough
@@ -134,6 +135,9 @@ class MemoryRegistry(Registry):
         self, repository: Repository, page: PageRequest = FIRST_PAGE, context: Context = FROM_CLIENT
     ) -> TagPage:
         return cast(TagPage, await self._call(context, "tags", repository, page.query))
+
+    async def loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
+        return cast("LoopDetected | None", await self._call(context, "loops", repository, path))
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         return cast(Manifest, await self._call(context, "referrers", repository, digest))
