@@ -6,7 +6,6 @@ its digest is computed from; parsing only serves to find its children and blobs.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest
+from ociregistry.strictjson import parse_json
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -210,8 +210,8 @@ def _document(data: bytes) -> dict[str, Any]:
     if len(data) > LARGEST_MANIFEST:
         raise ManifestInvalid(f"a manifest of {len(data)} bytes is larger than {LARGEST_MANIFEST}")
     try:
-        document = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = parse_json(data)
+    except ValueError as error:
         raise ManifestInvalid(f"not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ManifestInvalid("not a JSON object")

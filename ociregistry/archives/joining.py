@@ -14,6 +14,7 @@ from typing import Any
 from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest
 from ociregistry.platforms import NO_PLATFORM
+from ociregistry.strictjson import parse_json
 
 Entry = Mapping[str, Any]
 """A descriptor in an index, as decoded JSON."""
@@ -27,8 +28,8 @@ _SUBJECT = "vnd.docker.reference.digest"
 def describe(image: Manifest, config: bytes) -> Entry | None:
     """Return the descriptor of `image` for an index, with the platform in its `config`; None if that tells none."""
     try:
-        document = json.loads(config)
-    except (ValueError, RecursionError):
+        document = parse_json(config)
+    except ValueError:
         return None
     if not isinstance(document, dict) or not (document.get("os") and document.get("architecture")):
         return None
@@ -38,7 +39,7 @@ def describe(image: Manifest, config: bytes) -> Entry | None:
 
 def entries_of(index: Manifest) -> Sequence[Entry]:
     """Return the descriptors in `index` as they stand there."""
-    return json.loads(index.data)["manifests"] or ()
+    return parse_json(index.data)["manifests"] or ()
 
 
 def platform_of(entry: Entry) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 import tarfile
 import zlib
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, Self
 
 import zstandard
 
+from ociregistry import strictjson
 from ociregistry.archives.compression import damage
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST
@@ -202,6 +202,6 @@ def parse_json(data: bytes, member: Member) -> Any:
         ArchiveInvalid: it is not JSON.
     """
     try:
-        return json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        return strictjson.parse_json(data)
+    except ValueError as error:
         raise member.invalid(f"it is not JSON: {error}") from None

@@ -14,6 +14,7 @@ from ociregistry.manifests import Manifest, canonical_media_type
 from ociregistry.names import Digest, ImageReference, Repository, referrers_tag
 from ociregistry.pullthrough.waiting import SharedRequests
 from ociregistry.store.store import Store
+from ociregistry.strictjson import parse_json
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
 
@@ -113,7 +114,7 @@ class Listings:
 def _filtered(manifest: Manifest, artifact_type: str) -> bytes:
     if not artifact_type:
         return manifest.data
-    document = json.loads(manifest.data)
+    document = parse_json(manifest.data)
     wanted = canonical_media_type(artifact_type)
     document["manifests"] = [
         entry for entry in document["manifests"] or () if canonical_media_type(entry.get("artifactType")) == wanted

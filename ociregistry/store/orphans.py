@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from ociregistry.store.files import Files, SharedFile, hold, read_regular, reaso
 from ociregistry.store.paths import NOTE_SUFFIX, STAGED_SUFFIX, blob_path, blobs_folder, pulls_folders
 from ociregistry.store.snapshot import Snapshot
 from ociregistry.store.workdir import store_locked, wanted_blobs
+from ociregistry.strictjson import parse_json
 
 
 def find_orphans(root: Path, unchanged_since: datetime) -> Mapping[Path, int]:
@@ -130,7 +130,7 @@ def _unwritten(path: Path) -> Iterator[SharedFile | None]:
 
 def _is_whole(root: Path, digest: Digest, partial: Path) -> bool:
     with suppress(OSError, ValueError, TypeError, KeyError):
-        size = json.loads(read_regular(partial.with_name(partial.name + NOTE_SUFFIX)))["size"]
+        size = parse_json(read_regular(partial.with_name(partial.name + NOTE_SUFFIX)))["size"]
         return size is not None and size_of_blob(blob_path(root, digest)) == size
     return False
 

@@ -24,6 +24,7 @@ from ociregistry.store.blobs import read_at
 from ociregistry.store.files import Files, SharedFile, Threads, hold, is_full, is_of_the_file, read_regular
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
+from ociregistry.strictjson import parse_json
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,11 +48,11 @@ class Note:
     def parse(cls, data: bytes) -> Note | None:
         """Parse the content of a note; return None if it is not valid."""
         try:
-            document = json.loads(data)
+            document = parse_json(data)
             durable, boot, size, source = (document[key] for key in ("durable", "boot", "size", "source"))
             # Notes of older versions lack it.
             mirrored_from = document.get("mirrored_from")
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return None
         sizes_hold = isinstance(durable, int) and isinstance(size, int | None) and durable >= 0
         if not (sizes_hold and isinstance(boot, str) and isinstance(mirrored_from, int | None)):

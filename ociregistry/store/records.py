@@ -31,6 +31,7 @@ from ociregistry.store.paths import (
     record_temporary,
 )
 from ociregistry.store.workdir import PullsFolder, store_locked
+from ociregistry.strictjson import parse_json
 
 _KEYS = {"digest", "mediaType", "images", "manifest"}
 _MAY_LACK = 1
@@ -133,7 +134,7 @@ class Record:
             ForeignRecord: it is not a record of this program.
         """
         try:
-            document = json.loads(data)
+            document = parse_json(data)
             lacking = _KEYS - document.keys() if isinstance(document, dict) else _KEYS
             if len(lacking) > _MAY_LACK:
                 raise ForeignRecord(f"not a record of this program: it has no {', '.join(sorted(lacking))}")
@@ -148,7 +149,7 @@ class Record:
             raise RecordInvalid(str(error)) from None
         except RecordInvalid:
             raise
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise RecordInvalid(f"not JSON, or cut off: {error}") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise RecordInvalid(f"not a record of this program: {type(error).__name__} {error}") from None

@@ -31,6 +31,7 @@ from ociregistry.store.paths import (
     store_lock,
     temporary,
 )
+from ociregistry.strictjson import parse_json
 
 
 def wanted_blobs(root: Path, blobs_of: Callable[[Digest], Iterable[Digest]]) -> frozenset[Digest]:
@@ -114,10 +115,10 @@ def _read(path: Path) -> PendingImage | None:
     if manifest is None:
         return None
     try:
-        document = json.loads(read_regular(path))
+        document = parse_json(read_regular(path))
         repository = Repository.at(Upstream.parse(document["upstream"]), document["repository"])
         return PendingImage(manifest, repository, document.get("undecided") is True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, RegistryError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RegistryError):
         return None
 
 

@@ -6,11 +6,11 @@ request. Credentials are sent only to the upstream's own origin and to token ser
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import isfinite
 from typing import Any
 from urllib.parse import urlencode
 
@@ -24,6 +24,7 @@ from ociregistry.config.registries import IdentityToken, Password
 from ociregistry.context import Wanted
 from ociregistry.errors import Unavailable
 from ociregistry.names import Repository
+from ociregistry.strictjson import parse_json
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.credentials import Credentials, basic, spell_login
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
@@ -277,12 +278,14 @@ class Tokens:
                 self._credentials.forget()
             raise
         try:
-            document = json.loads(body)
+            document = parse_json(body)
             value = document.get("token") or document["access_token"]
             lifetime = float(document.get("expires_in") or _DEFAULT_LIFETIME)
+            if not isfinite(lifetime):
+                raise ValueError("expires_in is not a number of seconds")
             if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
                 raise ValueError("the token is not a string of printable characters")
-        except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
             raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
         self._cache[challenge, anonymous] = _Token(value, received + lifetime * _USED_FRACTION, request.login)
         return value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import errno
-import json
 import os
 import shutil
 from collections.abc import Callable, Coroutine
@@ -25,6 +24,7 @@ from ociregistry.concurrency import SingleFlight
 from ociregistry.config.registries import Helper, IdentityToken, Login, Password
 from ociregistry.errors import Unavailable
 from ociregistry.names import DOCKER_HUB, Upstream
+from ociregistry.strictjson import parse_json
 
 _TIMEOUT = 30.0
 """Seconds for a helper to end."""
@@ -60,12 +60,12 @@ async def ask_helper(helper: Helper, upstream: Upstream, reactor: Any) -> Passwo
         told = "" if b'"Secret"' in output else output[:200].decode("utf-8", "replace").strip()
         raise Unavailable(f"{what} has no credentials: {told!r}")
     try:
-        document = json.loads(output)
+        document = parse_json(output)
         user, secret = document["Username"], document["Secret"]
         sound = all(isinstance(text, str) and text and text.isprintable() for text in (user, secret))
         if not sound or ":" in user:
             raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise Unavailable(f"{what} returned no usable Username and Secret") from None
     return IdentityToken(secret) if user == _TOKEN_USERNAME else Password(user, secret)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 from urllib.parse import urlencode
 
@@ -16,6 +15,7 @@ from ociregistry.context import Priority, Via
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference, Repository
+from ociregistry.strictjson import parse_json
 from ociregistry.upstream.bandwidth import Bandwidth
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.breaker import CircuitBreakers
@@ -114,6 +114,6 @@ async def _manifest(response: Response, what: str) -> Manifest:
 def _message(body: bytes) -> str:
     """Return the message in the body of an error (distribution-spec, "Error Codes"), or the empty string."""
     try:
-        return str(json.loads(body)["errors"][0]["message"])
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return str(parse_json(body)["errors"][0]["message"])
+    except (ValueError, LookupError, TypeError):
         return ""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ociregistry.errors import ManifestUnknown, NameUnknown, RegistryError, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest, ManifestInvalid, canonical_media_type
+from ociregistry.strictjson import parse_json
 from ociregistry.upstream.http import Response
 
 NO_API = frozenset({400, 404, 405, 501})
@@ -52,7 +53,7 @@ def joined(pages: Sequence[Manifest], what: str) -> Manifest:
     Raises:
         Unavailable: the index is too large.
     """
-    documents = [json.loads(page.data) for page in pages]
+    documents = [parse_json(page.data) for page in pages]
     entries = [entry for document in documents for entry in document["manifests"] or ()]
     return parse_index(json.dumps({**documents[0], "manifests": entries}).encode(), what)
 
@@ -82,6 +83,6 @@ def says_absent(data: bytes) -> bool:
 def _error_codes(data: bytes) -> set[str]:
     """Return the codes in the body of an error (OCI Distribution specification, "Error Codes")."""
     try:
-        return {str(error["code"]) for error in json.loads(data)["errors"]}
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return {str(error["code"]) for error in parse_json(data)["errors"]}
+    except (ValueError, LookupError, TypeError):
         return set()

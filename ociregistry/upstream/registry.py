@@ -5,7 +5,6 @@ Mirrors are asked before the registry itself, and a connection limit bounds the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -35,6 +34,7 @@ from ociregistry.manifests import (
     canonical_media_type,
 )
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream, referrers_tag
+from ociregistry.strictjson import parse_json
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.body import Body
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
@@ -503,7 +503,7 @@ def _expected_digest(image: ImageReference, response: Response) -> Digest | None
 
 def _tags(repository: Repository, data: bytes) -> tuple[Tag, ...]:
     try:
-        tags = json.loads(data)["tags"] or []
+        tags = parse_json(data)["tags"] or []
         return tuple(Tag.parse(tag) for tag in tags)
-    except (ValueError, KeyError, TypeError, RecursionError, RegistryError) as error:
+    except (ValueError, KeyError, TypeError, RegistryError) as error:
         raise Unavailable(f"{repository}: the upstream sent no valid list of tags: {error}") from None

@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),
-    frozenset({"concurrency", "context", "log", "openssl", "process", "systemd"}),
+    frozenset({"concurrency", "context", "log", "openssl", "process", "strictjson", "systemd"}),
     # __init__ is the package itself, with its __version__. Neither of these imports another module of ours.
     frozenset({"errors", "__init__"}),
 )

@@ -188,6 +188,11 @@ def test_token_under_either_key(
         b'"token"',
         b"{}",
         b'{"token": ""}',
+        b'{"token": "t", "expires_in": NaN}',
+        b'{"token": "t", "expires_in": -Infinity}',
+        b'{"token": "t", "expires_in": "nan"}',
+        b'{"token": "t", "expires_in": "Infinity"}',
+        b'{"token": "t", "expires_in": 1e999}',
         b'{"access_token": ""}',
         b'{"token": null}',
         b'{"token": 5}',
@@ -213,7 +218,7 @@ def test_malformed_answer_is_an_upstream_error(service: TokenService, tokens: To
     assert fired(ask(tokens)) == "good"
 
 
-@pytest.mark.parametrize("life", [b"-5", b"NaN", b"-Infinity"])
+@pytest.mark.parametrize("life", [b"-5", b'"-0.5"'])
 def test_token_without_lifetime_is_used_once(service: TokenService, tokens: Tokens, life: bytes) -> None:
     service.body = lambda number: b'{"token": "t%d", "expires_in": %b}' % (number, life)
     assert fired(ask(tokens)) == "t1"
