@@ -118,6 +118,8 @@ class _PassedOver:
     """Whether its token service refused access, which means the same."""
     retry_after: int = 5
     """The seconds until it may be asked again."""
+    down: LinkDown | None = None
+    """Why its host counts as down; None where it does not."""
 
     @property
     def answered(self) -> bool:
@@ -194,9 +196,13 @@ class Sources:
         told = tuple(one.told for one in passed_over)
         if self._registry is None:
             what = f"{self._name}, by its mirrors alone: {'; '.join(told)}"
-            if all(one.answered for one in passed_over):
+            silent = [one for one in passed_over if not one.answered]
+            if not silent:
                 raise AccessRefused(what)
-            raise Unavailable(what, min(one.retry_after for one in passed_over if not one.answered))
+            soonest = min(silent, key=lambda one: one.retry_after)
+            if soonest.down is not None and all(one.down for one in silent):
+                raise soonest.down.with_message(what)
+            raise Unavailable(what, soonest.retry_after)
         registry, wanted = self._registry, options.wanted
         if told and wanted is not None:
             down = Wanted(lambda error: wanted.link_down(_after(told, registry, error)), wanted.again)
@@ -246,6 +252,8 @@ async def _ask_mirror(
         response = await mirror.client.request(method, repository, path, headers, options)
     except Denied as error:
         return _PassedOver(mirror.told(error))
+    except LinkDown as error:
+        return _PassedOver(mirror.told(error), retry_after=error.retry_after, down=error)
     except Unavailable as error:
         return _PassedOver(mirror.told(error), None, isinstance(error, AccessRefused), error.retry_after)
     if not 200 <= response.status < 300:

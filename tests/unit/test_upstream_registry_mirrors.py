@@ -14,6 +14,7 @@ from ociregistry.context import Priority
 from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Repository, Upstream
 from ociregistry.upstream.auth import AccessRefused
+from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.credentials import Credentials
 from ociregistry.upstream.http import DEFAULT_OPTIONS, NoTls, RequestOptions, Response
@@ -356,3 +357,16 @@ def test_loop_through_a_mirror_alone_is_denied() -> None:
     loop: dict[str, Any] = {"status": 403, "headers": {"Via": f"1.1 {INSTANCE}"}}
     mirrored = MirroredRegistry({"status": 404}, loop, OK, alone=True)
     failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), LoopDetected)
+
+
+def test_mirrors_alone_that_count_as_down_are_no_other_failure() -> None:
+    """Then nothing is given up, and clients get 503 at once."""
+    down, later = LinkDown("two.example:8080: no answer", 3), LinkDown("one.example: no route", 7)
+    for one, two in (({"status": 404}, down), (later, down), (down, {"status": 404})):
+        mirrored = MirroredRegistry(one, two, OK, alone=True)
+        error = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), LinkDown)
+        assert error.retry_after == 3
+        assert error.message.startswith(f"reg.example, by its mirrors alone: mirror {ONE}: ")
+    mirrored = MirroredRegistry({"status": 500}, down, OK, alone=True)
+    other = failed(Deferred.fromCoroutine(mirrored.registry.manifest(TAGGED)), Unavailable)
+    assert not isinstance(other, LinkDown)
