@@ -187,7 +187,7 @@ def test_update_without_its_base_loads_nothing(
 
     registry.push("team/other", OTHER, "v1")
     site.load(f"{registry.host}/team/other:v1")
-    site.succeed("export", "--pattern", "v2$,other", "--since", str(tmp_path / "1.tar"), "-o", str(update))
+    site.succeed("export", "--pattern", "v2$,other", "--since", str(tmp_path / "1.tar"), "-o", str(update), "--force")
     printed, _ = other_site.fail("load", str(update))
     assert why in printed
     assert printed[-1] == "1 loaded, 0 already there, 1 failed"
