@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil
 
 from cachetools import LRUCache
@@ -134,6 +135,7 @@ class CircuitBreaker:
         self._waiting: dict[Attempt, None] = {}
         """The requests that wait for the headers of a response, the oldest first."""
         self._heard_at = float("-inf")
+        self._lookups = 0
         self._timer: IDelayedCall | None = None
         self._slowest = 0.0
         self._slow_until = 0.0
@@ -192,6 +194,15 @@ class CircuitBreaker:
         """Note that something came from the host: it accepted a connection, or sent bytes."""
         self._heard_at = self._clock.seconds()
 
+    @contextmanager
+    def looking_up(self) -> Iterator[None]:
+        """Note, while the block runs, that the name of the host is being looked up."""
+        self._lookups += 1
+        try:
+            yield
+        finally:
+            self._lookups -= 1
+
     def _watch(self) -> None:
         """Set the timer for the time when the host has been silent for too long; none where no request waits."""
         if not self._waiting or self.is_open or not self._watches:
@@ -213,7 +224,11 @@ class CircuitBreaker:
         if self._clock.seconds() - self._silent_since < patience - _ROUNDING:
             self._watch()
             return
-        self._open(f"nothing came from it for {patience:.0f} s", refused=False)
+        if self._lookups:
+            why = f"host name cannot be resolved: no answer within {patience:.0f} s"
+        else:
+            why = f"nothing came from it for {patience:.0f} s"
+        self._open(why, refused=False)
         for attempt in list(self._waiting):
             attempt.link_down(self._down(attempt.upstream))
 

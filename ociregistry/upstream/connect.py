@@ -9,7 +9,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 from twisted.internet import defer
@@ -41,6 +40,7 @@ from ociregistry.concurrency import SingleFlight
 from ociregistry.config.proxy import Proxy
 from ociregistry.errors import Denied
 from ociregistry.upstream.bandwidth import SMALLEST_BUFFER, Bandwidth
+from ociregistry.upstream.breaker import CircuitBreaker, CircuitBreakers
 from ociregistry.upstream.origin import Origin
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -177,8 +177,6 @@ _TIMEOUT = 30.0
 _PROXY_TIMEOUT = 10.0
 """The same for a proxy: only this tells that it is down, for it is silent as well while it waits for a host."""
 
-Heard = Callable[[Origin, Proxy | None], object]
-"""Is told that something came from an origin, directly or through a proxy."""
 IsConfigured = Callable[[str, int], bool]
 """Returns whether the operator named a host (an IPv6 address without brackets) and port."""
 
@@ -195,13 +193,13 @@ class Dialer:
         policy: IPolicyForHTTPS,
         bandwidth: Bandwidth,
         reactor: Any,
-        heard: Heard = lambda origin, proxy: None,
+        breakers: CircuitBreakers | None = None,
     ) -> None:
         """Set up the dialer; hosts for which `is_configured` returns True may have any address.
 
-        `heard` is called for each connection made, and whenever bytes come from a host.
+        The circuit breakers are told of each connection made, and whenever bytes come from a host.
         """
-        self._heard = heard
+        self._breakers = breakers or CircuitBreakers(reactor)
         self._upstream = upstream
         self._resolver = resolver
         self._is_configured = is_configured
@@ -212,35 +210,43 @@ class Dialer:
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Return the endpoint for a request for `uri`."""
         host, port = uri.host.decode("ascii"), uri.port
-        heard = partial(self._heard, Origin.of(uri.toBytes().decode("ascii")), None)
-        endpoint = _CheckedEndpoint(host, port, self._is_configured(host, port), _TIMEOUT, heard, self)
+        breaker = self._breakers.get(Origin.of(uri.toBytes().decode("ascii")))
+        endpoint = _CheckedEndpoint(host, port, self._is_configured(host, port), _TIMEOUT, breaker, self)
         return self.over_tls(uri, endpoint) if uri.scheme == b"https" else endpoint
 
     def proxy_endpoint(self, proxy: Proxy, origin: Origin | None) -> IStreamClientEndpoint:
         """Return the endpoint for TCP connections to `proxy`, for `origin` alone if that is not None."""
-        heard = (lambda: None) if origin is None else partial(self._heard, origin, proxy)
-        return _CheckedEndpoint(proxy.host, proxy.port, True, _PROXY_TIMEOUT, heard, self)
+        breaker = self._breakers.get(proxy) if origin is None else self._breakers.get(origin, proxy)
+        return _CheckedEndpoint(proxy.host, proxy.port, True, _PROXY_TIMEOUT, breaker, self)
 
     def over_tls(self, uri: URI, endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
         """Return the endpoint that speaks TLS with the host of `uri` over the connections of `endpoint`."""
         return wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
 
     async def dial(
-        self, host: str, port: int, configured: bool, timeout: float, factory: IProtocolFactory
+        self,
+        host: str,
+        port: int,
+        configured: bool,
+        timeout: float,
+        breaker: CircuitBreaker,
+        factory: IProtocolFactory,
     ) -> IProtocol:
         """Connect to `host`, which may have any address if it is `configured`.
 
-        `timeout` is the number of seconds for the name, and again for the connection.
+        `timeout` is the number of seconds for the name, and again for the connection. `breaker` learns of the
+        look-up.
 
         Raises:
             Denied: one of its addresses is one that clients must not reach through the daemon.
             DNSLookupError: the name cannot be resolved, or not in time.
             ConnectError: no connection was made.
         """
-        try:
-            addresses = await self._resolver.addresses(host).addTimeout(timeout, self._reactor)
-        except defer.TimeoutError:
-            raise DNSLookupError(f"no answer within {timeout:g} s") from None
+        with breaker.looking_up():
+            try:
+                addresses = await self._resolver.addresses(host).addTimeout(timeout, self._reactor)
+            except defer.TimeoutError:
+                raise DNSLookupError(f"no answer within {timeout:g} s") from None
         if not configured:
             self._check(host, addresses)
         resolved = _FixedResolver(addresses, self._reactor)
@@ -275,13 +281,13 @@ class Dialer:
 @implementer(IStreamClientEndpoint)
 class _CheckedEndpoint:
     def __init__(
-        self, host: str, port: int, configured: bool, timeout: float, heard: Callable[[], object], dialer: Dialer
+        self, host: str, port: int, configured: bool, timeout: float, breaker: CircuitBreaker, dialer: Dialer
     ) -> None:
         self._host = host
         self._port = port
         self._configured = configured
         self._timeout = timeout
-        self._heard = heard
+        self._breaker = breaker
         self._dialer = dialer
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
@@ -289,8 +295,10 @@ class _CheckedEndpoint:
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
     async def _connect(self, factory: IProtocolFactory) -> IProtocol:
-        listening = _ListeningFactory(factory, self._heard)
-        connection = await self._dialer.dial(self._host, self._port, self._configured, self._timeout, listening)
+        listening = _ListeningFactory(factory, self._breaker.heard)
+        connection = await self._dialer.dial(
+            self._host, self._port, self._configured, self._timeout, self._breaker, listening
+        )
         return cast(_Listening, connection).protocol
 
 

@@ -11,7 +11,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred, succeed
 from twisted.web.client import HTTPConnectionPool
 
-from ociregistry.config.proxy import Proxy, ProxySettings
+from ociregistry.config.proxy import ProxySettings
 from ociregistry.config.registries import Helper, IdentityToken, Mirror, Password, RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.errors import Denied
@@ -154,7 +154,7 @@ class Network(Service):
         pool.maxPersistentPerHost = self._settings.max_connections + RESERVED_CONNECTIONS
         policy = UpstreamPolicy(entry.tls, (own.host, own.port), self._contexts)
         configured = configured_hosts(self._settings)
-        dialer = Dialer(name, self._resolver, configured, policy, self._bandwidth, reactor, self._heard)
+        dialer = Dialer(name, self._resolver, configured, policy, self._bandwidth, reactor, self._breakers)
         route = route_of(entry, base, self._settings.proxy)
         proxy_policy = UpstreamPolicy(SYSTEM_TRUST, ("", 0), self._contexts)
         agent = RoutedAgent(route, dialer, proxy_policy, pool, reactor)
@@ -169,9 +169,6 @@ class Network(Service):
         trusted = _trusted_with(entry, base, own)
         proxied = route.to(own) is not None
         return Client(name, base, http, credentials, trusted, self._http_allowed(entry, proxied), reactor)
-
-    def _heard(self, origin: Origin, proxy: Proxy | None) -> None:
-        self._breakers.get(origin, proxy).heard()
 
     def _http_allowed(self, entry: RegistrySettings, proxied: bool) -> Callable[[], Deferred[bool]]:
         """Return a function that tells whether plain http may be tried where https does not work.

@@ -356,3 +356,10 @@ def test_stalled_body_opens_the_breaker_of_a_silent_host(breaker: CircuitBreaker
     clock.advance(10)
     breaker.stalled(clock.seconds() - 10, "no byte came for 10 s")
     assert breaker.is_open
+
+
+def test_silent_name_server_is_told(breaker: CircuitBreaker, clock: Clock) -> None:
+    _, errors = told(breaker)
+    with breaker.looking_up():
+        clock.advance(10)
+    assert errors[0].message.endswith("host name cannot be resolved: no answer within 10 s")

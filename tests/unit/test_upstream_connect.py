@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from twisted.internet import error
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.error import DNSLookupError
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.protocol import Factory, Protocol
-from twisted.internet.testing import MemoryReactorClock
+from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from twisted.web.client import URI, Agent
@@ -19,8 +20,10 @@ from ociregistry.config.tls import UpstreamTls
 from ociregistry.context import Wanted
 from ociregistry.errors import Denied, Unavailable
 from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.breaker import CircuitBreakers
 from ociregistry.upstream.connect import Dialer, Resolver
 from ociregistry.upstream.http import RequestOptions, Response
+from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
 from tests.unit.support.common import failed
 from tests.unit.support.http_agents import exchanges_over
@@ -228,3 +231,23 @@ def test_cancelled_connect_opens_nothing() -> None:
     assert connecting.called
     assert harness.reactor.getDelayedCalls() == []
     assert harness.connected == []
+
+
+def test_breaker_hears_of_connections_and_bytes() -> None:
+    """So that a slow host is not taken for a silent one; a name that is not resolved is told apart."""
+    harness = DialerHarness(("8.8.8.8",))
+    breakers = CircuitBreakers(harness.reactor)
+    harness.dialer._breakers = breakers
+    breaker = breakers.get(Origin("http", "cdn.example", 80))
+    attempt = breaker.enter("reg.example")
+    harness.connect()
+    harness.reactor.advance(9)
+    protocol = harness.clients[0][2].buildProtocol(IPv4Address("TCP", "8.8.8.8", 80))
+    protocol.makeConnection(StringTransport())
+    for _ in range(2):
+        harness.reactor.advance(9)
+        assert not breaker.is_open
+        protocol.dataReceived(b"HTTP/1.1 ")
+    harness.reactor.advance(10)
+    assert breaker.is_open
+    attempt.abandoned()
