@@ -22,6 +22,7 @@ STATUSES = {
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeUnsatisfiable": (416, "SIZE_INVALID"),
     "Unavailable": (503, "UNAVAILABLE"),
+    "OutOfDescriptors": (503, "UNAVAILABLE"),
 }
 
 
