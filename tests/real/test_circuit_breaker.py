@@ -19,10 +19,10 @@ from tests.real.completions import log_lines
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Cut, Hold, Reply
 
-UNAVAILABLE_WITHIN = 2.0
-"""Seconds; the answer takes 100 ms, and this machine may be busy."""
-LONGEST = 30.0
-"""Seconds from one probe to the next."""
+UNAVAILABLE_WITHIN = 5.0
+"""Seconds; the answer takes 100 ms, or 1.5 s while a probe is young, and this machine may be busy."""
+LONGEST = 31.0
+"""Seconds until the next probe has been answered."""
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_refused_connection_opens_the_circuit_breaker(cache: Cache, image: Image
             pull(cache, "team/app", image)
             assert nobody.connections == 0
 
-            # One of many simultaneous requests becomes the probe; the others do not wait for its result.
+            # The daemon sends one probe, and clients do not wait long for its result.
             asked = [clients.submit(cache.ask, "team/app/manifests/probe")]
             while not nobody.connections:
                 done = [one for one in asked if one.done()]
@@ -115,7 +115,7 @@ def test_refused_connection_opens_the_circuit_breaker(cache: Cache, image: Image
             list(clients.map(lambda number: miss(cache, f"absent{number}"), range(20)))
             assert nobody.connections == 1
             nobody.close()
-            assert asked[0].result(SOON).status == 503
+            assert all(one.result(SOON).status == 503 for one in asked)
     finally:
         nobody.close()
     cache.upstream.open()
@@ -130,8 +130,8 @@ def test_refused_connection_opens_the_circuit_breaker(cache: Cache, image: Image
     assert f"{cache.upstream.host} can be reached again" in up
 
 
-def test_request_at_the_next_probe_closes_the_circuit_breaker(cache: Cache, image: Image) -> None:
-    """The probe is due at the time in `Retry-After`."""
+def test_request_after_the_next_probe_is_served(cache: Cache, image: Image) -> None:
+    """The probe has been answered at the time in `Retry-After`."""
     lose(cache, 2)
     fresh = plain_image("fresh", 1000)
     cache.upstream.add("team/app", fresh, "2")
