@@ -1,6 +1,6 @@
-"""The interface to the file system: the store's threads, and every write, sync, rename and lock.
+"""The interface to the file system: every write, sync, rename and lock.
 
-Everything blocks except `Threads`, which runs it. Tests substitute a `Files` that fails or loses unsynced data.
+Everything blocks; `threads` runs it. Tests substitute a `Files` that fails or loses unsynced data.
 """
 
 from __future__ import annotations
@@ -10,56 +10,9 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorFromThreads
-from twisted.internet.threads import deferToThreadPool
-from twisted.python.threadpool import ThreadPool
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Threads:
-    """A thread pool each for reads and writes, and one thread for jobs that wait for the store's lock.
-
-    So a hanging fsync delays no hit, and a held lock delays no blob.
-    """
-
-    def __init__(self, reactor: IReactorFromThreads, readers: int = 8, writers: int = 16) -> None:
-        self._reactor = reactor
-        self._reading = ThreadPool(0, readers, "store-reading")
-        self._writing = ThreadPool(0, writers, "store-writing")
-        self._in_turn = ThreadPool(0, 1, "store-in-turn")
-
-    def start(self) -> None:
-        """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
-        self._reading.start()
-        self._writing.start()
-        self._in_turn.start()
-
-    def stop(self) -> None:
-        """End the threads. Blocks until the running jobs have ended."""
-        self._reading.stop()
-        self._writing.stop()
-        self._in_turn.stop()
-
-    def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which reads, in a thread."""
-        return deferToThreadPool(self._reactor, self._reading, function, *args, **kwargs)
-
-    def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which writes or syncs, in a thread."""
-        return deferToThreadPool(self._reactor, self._writing, function, *args, **kwargs)
-
-    def write_in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which writes or syncs, in a thread, one job after the other."""
-        return deferToThreadPool(self._reactor, self._in_turn, function, *args, **kwargs)
-
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -20,10 +20,11 @@ from twisted.logger import Logger
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import TICK, BlobFolder
-from ociregistry.store.files import Threads, reason
+from ociregistry.store.files import reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
 from ociregistry.store.records import Record, RecordInvalid, is_wanted, read_record
+from ociregistry.store.threads import Threads
 
 Signature = tuple[int, int, int, int]
 """Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""

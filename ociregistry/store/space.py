@@ -15,7 +15,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from ociregistry.config.values import Reserve
-from ociregistry.store.files import Threads
+from ociregistry.store.threads import Threads
 
 _READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
