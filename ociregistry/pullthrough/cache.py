@@ -408,12 +408,12 @@ class PullThrough(Service):
                 if self._stopping:
                     raise
             except RegistryError:
-                # Start another where the failed download was for another repository, or resumed wrong bytes.
+                # Start another where the failed one was for another repository, resumed wrong bytes or lost them.
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
     def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
-        """Start a download; with again=True, restart it once if its bytes are wrong after a resume."""
+        """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)

@@ -127,7 +127,8 @@ class BlobFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._changed = 0
+        self._seen = (0, 0, 0)
+        """Device, inode and mtime in nanoseconds."""
         self._names: frozenset[str] = frozenset()
 
     def gone(self) -> frozenset[Digest]:
@@ -136,14 +137,18 @@ class BlobFolder:
         Raises:
             OSError: the folder cannot be read.
         """
-        changed = self._folder.stat().st_mtime_ns
-        if changed == self._changed:
-            return frozenset()
-        # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
-        # An mtime in the future was set before the clock was set back.
-        self._changed = changed if abs(time.time_ns() - changed) > TICK else 0
-        with os.scandir(self._folder) as entries:
-            names = frozenset(entry.name for entry in entries)
+        try:
+            status = self._folder.stat()
+            seen = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if seen == self._seen:
+                return frozenset()
+            # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
+            # An mtime in the future was set before the clock was set back.
+            self._seen = seen if abs(time.time_ns() - status.st_mtime_ns) > TICK else (0, 0, 0)
+            with os.scandir(self._folder) as entries:
+                names = frozenset(entry.name for entry in entries)
+        except FileNotFoundError:
+            names = frozenset()
         before, self._names = self._names, names
         return frozenset(digest for name in before - names if (digest := Digest.from_hex(name)) is not None)
 
@@ -238,11 +243,10 @@ def _release(opened: tuple[SharedFile, int] | None) -> None:
 def _make_way(path: Path, quarantine: Callable[[Path], object], *, known_bad: bool) -> None:
     """Quarantine the file at `path` if it is `known_bad` or cannot be opened; else it is to be replaced."""
     bad = known_bad
-    if not bad:
-        try:
-            open_regular(path).release()
-        except OSError as error:
-            bad = is_of_the_file(error)
+    try:
+        open_regular(path).release()
+    except OSError as error:
+        bad = is_of_the_file(error)
     if bad:
         # A file that can be renamed to this name wins over one that cannot be moved.
         with suppress(OSError):

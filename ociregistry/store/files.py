@@ -126,6 +126,36 @@ def read_regular(path: Path) -> bytes:
         file.release()
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether the file at `path` is the one that is open as `descriptor`.
+
+    Raises:
+        OSError: it cannot be examined.
+    """
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def check_same(file: SharedFile, path: Path) -> None:
+    """Check that `file` is still the file at `path`.
+
+    Raises:
+        FileReplaced: there is none, or another one.
+        OSError: it cannot be examined.
+    """
+    if not is_at(file.fileno(), path):
+        raise FileReplaced(path)
+
+
+class FileReplaced(OSError):
+    """Another program has removed or replaced a file that is open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.ESTALE, "another program has removed or replaced it", str(path))
+
+
 class Files:
     """The real file system. Methods raise `OSError` where a call fails."""
 
@@ -182,8 +212,13 @@ class Files:
         return _BOOT_ID.read_text("ascii").strip()
 
     def commit(self, file: SharedFile, path: Path, target: Path) -> None:
-        """Make the finished `file` at `path` appear at `target`, either whole and on disk or not at all."""
+        """Make the finished `file` at `path` appear at `target`, either whole and on disk or not at all.
+
+        Raises:
+            OSError: also when `path` has gone to another file, as in a store that was replaced.
+        """
         self.sync(file)
+        check_same(file, path)
         self.rename(path, target)
         self.sync_folder(target.parent)
 
@@ -264,6 +299,11 @@ def locked(path: Path) -> Iterator[None]:
     """
     descriptor = lock(path)
     assert descriptor is not None
+    while not is_at(descriptor, path):
+        # It was removed while this process waited: others lock a new file of that name.
+        os.close(descriptor)
+        descriptor = lock(path)
+        assert descriptor is not None
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -20,7 +21,16 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
-from ociregistry.store.files import Files, SharedFile, hold, is_full, is_of_the_file, read_regular
+from ociregistry.store.files import (
+    FileReplaced,
+    Files,
+    SharedFile,
+    check_same,
+    hold,
+    is_full,
+    is_of_the_file,
+    read_regular,
+)
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
@@ -298,6 +308,12 @@ class Partial:
         return self._in_thread(self._append, data).addCallback(self._grown)
 
     def _append(self, data: bytes) -> int:
+        try:
+            # Otherwise the rest of the blob would cross the link for nothing.
+            check_same(self._file, self._path)
+        except FileReplaced:
+            self.sound = False
+            raise
         if self._broken is not None:
             raise self._broken
         self._space.spend(len(data))
@@ -393,8 +409,10 @@ class Partial:
         await self._in_thread(self._discard)
 
     def _discard(self) -> None:
-        self._files.unlink(self._path)
-        self._files.unlink(note_path(self._path))
+        with suppress(FileReplaced):
+            check_same(self._file, self._path)
+            self._files.unlink(self._path)
+            self._files.unlink(note_path(self._path))
 
     async def _settled(self) -> None:
         settled: Deferred[None] = Deferred()

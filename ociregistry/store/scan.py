@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import TICK, BlobFolder
@@ -219,6 +220,15 @@ class ScanResult:
     blobs_gone: frozenset[Digest] = frozenset()
 
 
+def _scan_or_nothing(root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles) -> Iterator[ScannedFile]:
+    """Scan the store at `root`; what is gone is made anew by `Folders`, and counts as empty until then."""
+    try:
+        yield from scan(root, known, foreign, missing_ok=True)
+    except FileNotFoundError:
+        if root.exists():
+            raise
+
+
 def scan_changes(
     root: Path,
     known: Mapping[Path, Signature],
@@ -235,7 +245,7 @@ def scan_changes(
     seen: dict[Path, Signature] = {}
     read: dict[Path, Entry] = {}
     unreadable: dict[Path, str] = {}
-    for file in scan(root, known, foreign):
+    for file in _scan_or_nothing(root, known, foreign):
         seen[file.path] = file.signature
         if file.record is not None:
             read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
@@ -263,6 +273,8 @@ class IndexRefresh:
 
     def __init__(self, root: Path, index: Index, threads: Threads, clock: IReactorTime) -> None:
         """Set up the refresh of `index` from the store at `root`; `read` and `start` begin it."""
+        self.why = ""
+        """Why the last scan failed; empty if it did not."""
         self._root = root
         self._index = index
         self._threads = threads
@@ -335,10 +347,18 @@ class IndexRefresh:
         blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
         self._blobs_scanned = self._blobs_scanned if blobs is None else now
         scanned = self._threads.read(scan_changes, self._root, dict(self._known), self._foreign, blobs)
-        applied = scanned.addCallback(self._apply)
-        return applied.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
+        return scanned.addCallback(self._apply).addErrback(self._failed)
+
+    def _failed(self, failure: Failure) -> None:
+        why = str(failure.value)
+        if why != self.why:
+            self.log.error("cannot scan the store: {why}", why=why)
+        self.why = why
 
     def _apply(self, result: ScanResult) -> None:
+        if self.why:
+            self.log.warn("the store can be scanned again")
+        self.why = ""
         # A record that this process wrote meanwhile is read again at the next scan.
         for path in result.gone - self._written:
             self._drop(path)
@@ -354,6 +374,8 @@ class IndexRefresh:
             if path not in self._written:
                 self._put(digest_of(path), entry)
         self._known = {**result.seen, **dict.fromkeys(self._written, UNREAD)}
+        if result.blobs_gone:
+            self._index.blobs_removed()
         for blob in result.blobs_gone:
             self._changed.update(self._index.naming(blob))
         self._notify()

@@ -19,17 +19,19 @@ from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import Blobs, StoredBlob
 from ociregistry.store.files import Files, is_full, reason
+from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
-from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, STAGED_SUFFIX, blobs_folder, pulls_folder
+from ociregistry.store.paths import STAGED_SUFFIX, pulls_folder
+from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
 from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
-from ociregistry.store.workdir import ControlSocket, PendingFiles, PendingImage, PullsFolder, wanted_blobs
+from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, wanted_blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +69,18 @@ class Store(Service):
         self._files = files or Files()
         self._threads = Threads(reactor, clock)
         self._clock = clock
+        self._pulls = PullsFolder(root, self._files, adopts=adopts)
+        self._pending = PendingImages(self._pulls, self._files, self._threads)
+        self._folders = Folders(root, self._pulls, self._files, self._threads, clock, self._pulls_renewed)
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
+        self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
         self._index = Index(now)
         self._blobs = Blobs(root, self._threads, self._index.sizes)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
+        self.on_new_pulls_folder: Callable[[], object] = lambda: None
+        """Called when pulls/<n>/ is another folder than before, where another program has removed or replaced it."""
         self._being_noted: set[Path] = set()
         """Records whose pull is being noted. At most one thread each: a disk that hangs must not take them all."""
-        self.pending: dict[Digest, Repository] = {}
-        """Image that is to be completed -> the repository to fetch it from."""
-        self.undecided: dict[Digest, Repository] = {}
-        """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
 
     def startService(self) -> None:
         """Make the folders, read all records, and then look for changes every second.
@@ -88,10 +92,7 @@ class Store(Service):
         Raises:
             OSError: a folder cannot be made or read.
         """
-        for folder in (blobs_folder(self._root), self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root, self._files, adopts=self._adopts)
-        self._records = RecordFiles(self._root, self._pulls, self._files, self._space.spend)
+        self._folders.make()
         if self._adopts:
             self._adopt()
         self._files.sync_folder(self._root)
@@ -99,11 +100,12 @@ class Store(Service):
         self._threads.start()
         self._refresh.start()
         self._space.start()
+        self._folders.start()
         super().startService()
 
     def _adopt(self) -> None:
         try:
-            files = self._pending_files()
+            self._pending.read()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -112,21 +114,15 @@ class Store(Service):
                 pulls=pulls_folder(self._root),
                 why=error.strerror,
             )
-        else:
-            for pending in files.read():
-                (self.undecided if pending.undecided else self.pending)[pending.image] = pending.repository
 
-    def _pending_files(self) -> PendingFiles:
-        """Return the files of this process's pending images. Blocks, as it may have to take the pulls/<n>/ folder.
-
-        Raises:
-            OSError: the folder cannot be taken.
-        """
-        return PendingFiles(self._pulls.path, self._files)
+    def _pulls_renewed(self) -> None:
+        self._pending.write_again()
+        self.on_new_pulls_folder()
 
     def stopService(self) -> None:
         """End the threads after their current work, and release the pulls/<n>/ folder."""
         super().stopService()
+        self._folders.stop()
         self._refresh.stop()
         self._space.stop()
         self._threads.stop()
@@ -342,19 +338,23 @@ class Store(Service):
 
     # Images
 
+    @property
+    def pending(self) -> Mapping[Digest, Repository]:
+        """Image that is to be completed -> the repository to fetch it from."""
+        return self._pending.wanted
+
+    @property
+    def undecided(self) -> Mapping[Digest, Repository]:
+        """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
+        return self._pending.undecided
+
     async def add_pending(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
         """Note that all blobs of the image `manifest` are to be fetched, or with `undecided`, that they perhaps are.
 
         Raises:
             OSError: the note cannot be written.
         """
-        pending = self.undecided if undecided else self.pending
-        if manifest in pending or (undecided and manifest in self.pending):
-            return
-        self.undecided.pop(manifest, None)
-        pending[manifest] = repository
-        noted = PendingImage(manifest, repository, undecided)
-        await self._threads.write_in_turn(lambda: self._pending_files().write(noted))
+        await self._pending.add(PendingImage(manifest, repository, undecided))
 
     async def remove_pending(self, manifest: Digest) -> None:
         """Note that the blobs of an image need not be fetched, because they are there or not wanted.
@@ -362,9 +362,7 @@ class Store(Service):
         Raises:
             OSError: the note cannot be removed.
         """
-        for pending in (self.undecided, self.pending):
-            pending.pop(manifest, None)
-        await self._threads.write_in_turn(lambda: self._pending_files().remove(manifest))
+        await self._pending.remove(manifest)
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
         """Return the missing required blobs of the image `manifest` with their sizes in bytes.

@@ -25,26 +25,25 @@ T = TypeVar("T")
 
 _READERS = 8
 """Reads that run at once, not counting the slow ones."""
-_SLOW = 2.0
+_SLOW = 2
 """Seconds after which a read is slow: another one may run beside it."""
 _MOST_READERS = 64
 """Reads that run at once, counting the slow ones."""
 _OF_ONE_FILE = 2
 """Reads of one file that run at once, so that a file that hangs takes no more threads."""
-READ_WITHIN = 20.0
+READ_WITHIN = 20
 """Seconds after which a read counts as hung: a sleeping disk has started by then, and a client still waits."""
-WRITTEN_WITHIN = 60.0
+WRITTEN_WITHIN = 60
 """Seconds after which a write counts as hung; a slow disk takes long to sync a large file."""
 _END_WITHIN = 3.0
 """Seconds that the running jobs get to end when the threads are stopped."""
-_LOOK_EVERY = 1.0
 
 
 class Hung(OSError):
     """The read of a file has not returned for a long time."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(errno.ETIMEDOUT, f"the disk has not answered for {READ_WITHIN:.0f} s", str(path))
+        super().__init__(errno.ETIMEDOUT, f"the disk has not answered for {READ_WITHIN} s", str(path))
 
 
 class _DaemonThread(Thread):
@@ -62,8 +61,11 @@ class _Pool(ThreadPool):
 class _Job:
     """Work that waits for a thread, or runs in one."""
 
-    began: float = 0.0
-    """When it was begun, or submitted if it is a write."""
+    seconds: int = 0
+    """For how long a read has run, or a write has waited and run.
+
+    Counted, not measured: that this process or its machine was stopped must not look like a disk that hangs.
+    """
     hung: bool = False
 
 
@@ -78,7 +80,6 @@ class _Read(_Job):
     result: Deferred[Any] = field(default_factory=Deferred)
     answered: bool = False
     """Whether `result` has fired."""
-    slow: bool = False
 
 
 class Threads:
@@ -92,7 +93,6 @@ class Threads:
 
     def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime, writers: int = 16) -> None:
         self._reactor = reactor
-        self._clock = clock
         self._reading = _Pool(0, _MOST_READERS, "store-reading")
         self._writing = _Pool(0, writers, "store-writing")
         self._in_turn = _Pool(0, 1, "store-in-turn")
@@ -115,7 +115,7 @@ class Threads:
         """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
         for pool in (self._reading, self._writing, self._in_turn):
             pool.start()
-        self._loop.start(_LOOK_EVERY, now=False)
+        self._loop.start(1.0, now=False)
 
     def stop(self) -> None:
         """End the threads. Blocks until the running jobs have ended, for a few seconds at most.
@@ -133,8 +133,8 @@ class Threads:
             thread.join(_END_WITHIN)
         if any(thread.is_alive() for thread in stopping):
             self.log.error(
-                "stopping although the disk has not answered: {count} reads and writes have not returned",
-                count=sum(thread.is_alive() for pool in pools for thread in pool.threads),
+                "stopping although the disk does not answer: {which}",
+                which=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
             )
 
     @property
@@ -143,7 +143,7 @@ class Threads:
         hung = [job for job in (*self._reads, *self._writes) if job.hung]
         paths = sorted({str(job.path) for job in hung if isinstance(job, _Read) and job.path is not None})
         of = f", among them of {paths[0]}" if paths else ""
-        return f"the disk does not answer: {_counted(len(hung))} not returned{of}" if hung else ""
+        return f"the disk does not answer: {_counted(len(hung))}{of}" if hung else ""
 
     def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which reads folders or several files, in a thread, however long it takes."""
@@ -199,7 +199,7 @@ class Threads:
         return self._write(self._in_turn, lambda: function(*args, **kwargs))
 
     def _write(self, pool: ThreadPool, work: Callable[[], T]) -> Deferred[T]:
-        job = _Job(self._clock.seconds())
+        job = _Job()
         self._writes[job] = None
 
         def run() -> T:
@@ -248,7 +248,6 @@ class Threads:
             self._begin(job)
 
     def _begin(self, job: _Read) -> None:
-        job.began = self._clock.seconds()
         self._reads[job] = None
         self._quick += 1
         if job.path is not None:
@@ -262,7 +261,7 @@ class Threads:
     def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
         del self._reads[job]
         _release(job)
-        self._quick -= not job.slow
+        self._quick -= job.seconds < _SLOW
         if job.path is not None:
             self._of_file[job.path] -= 1
             if not self._of_file[job.path]:
@@ -275,17 +274,14 @@ class Threads:
             job.discard(result)
 
     def _look(self) -> None:
-        now = self._clock.seconds()
-        for job in list(self._reads):
-            if now - job.began >= _SLOW and not job.slow:
-                job.slow = True
+        for job in (*self._reads, *self._writes):
+            job.seconds += 1
+            job.hung = job.seconds >= (READ_WITHIN if isinstance(job, _Read) else WRITTEN_WITHIN)
+        for read in list(self._reads):
+            if read.seconds == _SLOW:
                 self._quick -= 1
-            if now - job.began >= READ_WITHIN and not job.hung:
-                job.hung = True
-                if job.path is not None:
-                    self._give_up(job.path)
-        for write in self._writes:
-            write.hung = now - write.began >= WRITTEN_WITHIN
+            if read.seconds == READ_WITHIN and read.path is not None:
+                self._give_up(read.path)
         self._log_change()
         self._begin_waiting()
 
@@ -312,4 +308,4 @@ def _release(job: _Read) -> None:
 
 
 def _counted(jobs: int) -> str:
-    return "1 read or write has" if jobs == 1 else f"{jobs} reads and writes have"
+    return "1 read or write has not returned" if jobs == 1 else f"{jobs} reads and writes have not returned"

@@ -55,9 +55,9 @@ def threads(clock: Clock, disk: Disk) -> Iterator[Threads]:
     threads.stop()
 
 
-def advance(clock: Clock, seconds: float) -> None:
+def advance(clock: Clock, seconds: int) -> None:
     """Advance the clock second by second."""
-    for _ in range(int(seconds)):
+    for _ in range(seconds):
         clock.advance(1)
 
 
@@ -173,5 +173,16 @@ async def test_stop_does_not_wait_for_what_hangs(
     await until(lambda: disk.began == 3)
     threads.stop()
     assert texts(events, LogLevel.error) == [
-        "stopping although the disk has not answered: 3 reads and writes have not returned"
+        "stopping although the disk does not answer: 3 reads and writes have not returned"
     ]
+
+
+@on_reactor
+async def test_machine_that_was_stopped_does_not_look_like_a_disk_that_hangs(
+    threads: Threads, disk: Disk, clock: Clock
+) -> None:
+    reading = threads.read_file(SICK, disk.read)
+    clock.advance(3600)
+    assert not threads.hung
+    disk.release()
+    assert await reading == b"late"
