@@ -167,6 +167,18 @@ class Blobs:
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
         self._unreadable: dict[Digest, int] = {}
         """Blob that could not be read, which was logged -> the offset at which that failed last."""
+        self.lost: set[Digest] = set()
+        """Blobs that were damaged, and could not be fetched again."""
+
+    @property
+    def unreadable(self) -> Set[Digest]:
+        """The blobs that could not be read when they were last asked for."""
+        return self._unreadable.keys()
+
+    def removed(self, gone: Set[Digest]) -> None:
+        """Forget what was found out about files that are gone."""
+        for digest in gone:
+            self._unreadable.pop(digest, None)
 
     async def open(self, digest: Digest) -> StoredBlob | None:
         """Open a whole blob for reading, or return None on a miss.
@@ -203,6 +215,8 @@ class Blobs:
                 self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
             return None
         self._unreadable.pop(digest, None)
+        if opened is not None:
+            self.lost.discard(digest)
         return opened
 
     async def lacking(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
@@ -232,6 +246,7 @@ class Blobs:
         await self._threads.write(_make_way, path, quarantine, known_bad=known_bad)
         await partial.commit(path)
         self._unreadable.pop(partial.digest, None)
+        self.lost.discard(partial.digest)
         self._committed[partial.digest] = partial.length
 
 

@@ -24,7 +24,7 @@ from ociregistry.store.blobs import TICK, BlobFolder
 from ociregistry.store.files import reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
-from ociregistry.store.records import Record, RecordInvalid, is_wanted, read_record
+from ociregistry.store.records import ForeignRecord, Record, RecordInvalid, is_wanted, read_record
 from ociregistry.store.threads import Threads
 
 Signature = tuple[int, int, int, int]
@@ -216,6 +216,8 @@ class ScanResult:
     """The new and changed records."""
     unreadable: Mapping[Path, str] = field(default_factory=dict)
     """Path -> reason, for new or changed files that are not records of this program."""
+    damaged: frozenset[Path] = frozenset()
+    """Those of the unreadable files that may be records of this program."""
     gone: frozenset[Path] = frozenset()
     blobs_gone: frozenset[Digest] = frozenset()
 
@@ -245,6 +247,7 @@ def scan_changes(
     seen: dict[Path, Signature] = {}
     read: dict[Path, Entry] = {}
     unreadable: dict[Path, str] = {}
+    damaged: set[Path] = set()
     for file in _scan_or_nothing(root, known, foreign):
         seen[file.path] = file.signature
         if file.record is not None:
@@ -256,9 +259,11 @@ def scan_changes(
         elif file.error is not None:
             unreadable[file.path] = str(file.error)
             del seen[file.path]
+        if file.error is not None and not isinstance(file.error, ForeignRecord):
+            damaged.add(file.path)
     blobs_gone = blobs.gone() if blobs is not None else frozenset()
     gone = (known.keys() - seen.keys() - unreadable.keys()) | foreign.take_gone()
-    return ScanResult(seen, read, unreadable, frozenset(gone), blobs_gone)
+    return ScanResult(seen, read, unreadable, frozenset(damaged), frozenset(gone), blobs_gone)
 
 
 _SCAN_EVERY = 1.0
@@ -285,10 +290,14 @@ class IndexRefresh:
         """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
         self._unreadable: dict[Path, str] = {}
         """File that is not a record -> the reason that was logged, so that it is logged only once."""
+        self.damaged: Set[Path] = frozenset()
+        """The damaged or unreadable records, without foreign files."""
         self._changed: set[Digest] = set()
         """The digests with which `on_change` is to be called next."""
         self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
         """Called with the digests of records that are new, gone or now (un)wanted, or that gained or lost a blob."""
+        self.on_blobs_gone: Callable[[Set[Digest]], object] = lambda gone: None
+        """Called with the blobs that were removed from the store."""
         self._clock = clock
         self._blobs_scanned = float("-inf")
         self._loop = LoopingCall(self._scan)
@@ -370,12 +379,15 @@ class IndexRefresh:
         for path in (result.gone | result.read.keys()) - result.unreadable.keys():
             self._unreadable.pop(path, None)
         self._unreadable |= result.unreadable
+        damaged = (self.damaged - result.unreadable.keys()) & self._unreadable.keys()
+        self.damaged = damaged | result.damaged
         for path, entry in result.read.items():
             if path not in self._written:
                 self._put(digest_of(path), entry)
         self._known = {**result.seen, **dict.fromkeys(self._written, UNREAD)}
         if result.blobs_gone:
             self._index.blobs_removed()
+            self.on_blobs_gone(result.blobs_gone)
         for blob in result.blobs_gone:
             self._changed.update(self._index.naming(blob))
         self._notify()

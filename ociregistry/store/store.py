@@ -18,6 +18,7 @@ from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.store.blobs import Blobs, StoredBlob
+from ociregistry.store.faults import Faults
 from ociregistry.store.files import Files, is_full, reason
 from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
@@ -77,6 +78,8 @@ class Store(Service):
         self._index = Index(now)
         self._blobs = Blobs(root, self._threads, self._index.sizes)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
+        self._refresh.on_blobs_gone = self._blobs.removed
+        self.faults = Faults(self._threads, self._folders, self._space, self._refresh, self._index, self._blobs)
         self.on_new_pulls_folder: Callable[[], object] = lambda: None
         """Called when pulls/<n>/ is another folder than before, where another program has removed or replaced it."""
         self._being_noted: set[Path] = set()
@@ -435,6 +438,7 @@ class Store(Service):
         Raises:
             OSError: the store cannot be read, or damaged files cannot be moved.
         """
+        self.faults.forget_lost()
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
         findings = await verifier.verify(max_rate, advance)
         await self._threads.write(note_verified, self._root, self._now())

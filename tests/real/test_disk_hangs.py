@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,11 @@ def test_file_that_cannot_be_opened_in_time(cache: Cache, hang: Hang, kind: str)
         assert fetch(cache.url(path), timeout=SOON).status == 503
         assert_served(cache, hit, "hit")
         assert trace.begun == 2
+        told = json.loads(fetch(f"{cache.daemon.url}/health").body)
+        assert told["status"] == "degraded"
+        assert told["reasons"] == [
+            f"the disk does not answer: 2 reads and writes have not returned, among them of {file}"
+        ]
     # The disk answers again; the link was not used.
     wait_until(lambda: cache.ask(path).status == 200, SOON, "it is served again")
     assert len(cache.upstream.requests) == sent

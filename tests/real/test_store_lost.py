@@ -152,9 +152,13 @@ def test_read_only_store(mounted: Cache) -> None:
             refused = mounted.ask("lost/manifests/second")
             assert refused.status == 503
             assert b"cannot be stored: Read-only file system" in refused.body
-        assert f"{told}{root}/blobs: its file system is read-only" in mounted.daemon.log
+        reason = f"{told}{root}/blobs: its file system is read-only"
+        told_by_health = health(mounted)
+        assert (told_by_health["status"], told_by_health["reasons"]) == ("degraded", [reason])
+        assert reason in mounted.daemon.log
     finally:
         run(["umount", root])
     wait_until(lambda: "the store can be written again" in mounted.daemon.log, SEEN, "it is logged")
     pull(mounted, "second", second)
+    assert (health(mounted)["status"], health(mounted)["reasons"]) == ("ok", [])
     assert mounted.daemon.log.count(told) == 1
