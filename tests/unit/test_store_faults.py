@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,19 @@ async def fetched(store: Store) -> None:
         partial.close()
 
 
-async def told(store: Store, clock: Clock, *sentences: str) -> None:
-    """Let the store look at its files until it tells these faults."""
+async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
+    """Let the store look at its files until this holds."""
 
-    def holds() -> bool:
+    def holds() -> object:
         clock.advance(1)
-        return store.faults.sentences == list(sentences)
+        return until_it()
 
     await until(holds)
+
+
+async def told(store: Store, clock: Clock, *sentences: str) -> None:
+    """Let the store look at its files until it tells these faults."""
+    await looked(clock, lambda: store.faults.sentences == list(sentences))
 
 
 @on_reactor
@@ -68,7 +74,7 @@ async def test_damaged_record_is_told_until_it_is_mended(store: Store, root: Pat
 @on_reactor
 async def test_foreign_file_among_the_records_is_no_fault(store: Store, root: Path, clock: Clock) -> None:
     (root / "img" / ("0" * 64)).write_bytes(b"{}")
-    await until(lambda: clock.advance(1) or store._refresh._unreadable)
+    await looked(clock, lambda: store._refresh._unreadable)
     assert store.faults.sentences == []
 
 
@@ -78,7 +84,7 @@ async def test_unreadable_blob_is_told_until_it_is_mended(
     store: Store, root: Path, clock: Clock, mend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await fetched(store)
-    await until(lambda: clock.advance(1) or store._refresh._blobs._names)
+    await looked(clock, lambda: store._refresh._blobs._names)
 
     def fail(path: Path) -> SharedFile:
         raise OSError(5, os.strerror(5))
@@ -101,7 +107,7 @@ async def test_damage_that_could_not_be_mended(store: Store, root: Path, clock: 
     path = root / "blobs" / LAYER.hex if is_blob else record(root, IMAGE.digest)
     path.unlink()
     if not is_blob:
-        await until(lambda: clock.advance(1) or store.counts.images == 0)
+        await looked(clock, lambda: store.counts.images == 0)
     store.faults.note_lost(Damaged(path, LAYER if is_blob else IMAGE.digest, "its bytes are wrong"))
     kind = "blob" if is_blob else "record"
     await told(store, clock, f"1 {kind} is damaged and could not be fetched again: {path.name}")
