@@ -98,6 +98,7 @@ class Daemon(MultiService):
             lambda: self._completion.incomplete,
             lambda: self._preloader.progress if self._preloader else None,
             lambda: self._store.room,
+            lambda: self._store.faults.sentences,
             self._started,
         )
         self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)

@@ -19,6 +19,7 @@ BLOCK = 4096
 """Bytes of a block of `Ext4`."""
 
 _PATIENCE = 30
+_LET_GO = 5
 _PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace", "mkfs.ext4": "e2fsprogs"}
 
 
@@ -181,4 +182,8 @@ def faults(pid: int, calls: str, fault: str, log: Path, *options: str, seen: str
         finally:
             # strace detaches, and the process continues.
             strace.terminate()
-            strace.wait(_PATIENCE)
+            try:
+                strace.wait(_LET_GO)
+            except subprocess.TimeoutExpired:
+                # It holds on to a delayed call of a process that has ended.
+                strace.kill()

@@ -62,6 +62,10 @@ class Content(Protocol):
         """Release what is held for reading, such as the open file."""
 
 
+_END_WITHIN = 5.0
+"""Seconds that downloads get to sync their partials at a stop."""
+_DISK_SLACK = 0.5
+"""Seconds after the deadline for the upstream: it ends what waits for the upstream alone."""
 _ERROR_KEPT = 60.0
 """Seconds for which an error is remembered."""
 _MOST_ERRORS = 1000
@@ -173,7 +177,7 @@ class PullThrough(Service):
         """Number of downloads that have ended."""
 
     def stopService(self) -> Deferred[None]:
-        """End all downloads; fire when they have ended."""
+        """End all downloads; fire when they have ended, but after a few seconds at most."""
         super().stopService()
         return Deferred.fromCoroutine(self._stop())
 
@@ -183,7 +187,11 @@ class PullThrough(Service):
         if running:
             # Not in this turn of the reactor: the caller may be the download that has just served its last byte.
             await deferLater(self._clock, 0)
-            await gatherResults([download.cancel() for download in running])
+            ended: Deferred[object] = Deferred()
+            gatherResults([download.cancel() for download in running]).addCallback(ended.callback)
+            # A disk that does not answer must not keep the process; the partials are good without their last note.
+            with suppress(defer.TimeoutError):
+                await ended.addTimeout(_END_WITHIN, self._clock)
 
     async def manifest(
         self, image: ImageReference, context: Context = FROM_CLIENT, *, wanted: bool = False
@@ -199,6 +207,9 @@ class PullThrough(Service):
             Denied: the upstream is not allowed.
         """
         self._registries.check(image.repository.upstream)
+        return await self._in_time(self._manifest(image, context, wanted), image, context)
+
+    async def _manifest(self, image: ImageReference, context: Context, wanted: bool) -> FoundManifest:
         stored = await self._store.manifest(image)
         if stored is not None and self._must_be_latest(image):
             return await self._latest(image, stored, context, wanted)
@@ -317,6 +328,9 @@ class PullThrough(Service):
             Denied: the upstream is not allowed.
         """
         self._registries.check(repository.upstream)
+        return await self._in_time(self._blob(repository, digest, context), f"{repository}@{digest}", context)
+
+    async def _blob(self, repository: Repository, digest: Digest, context: Context) -> FoundBlob:
         while True:
             ended = self._ended
             stored = await self._store.blob(digest)
@@ -335,6 +349,11 @@ class PullThrough(Service):
         what = f"{repository}@{digest}"
         found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context)
         return FoundBlob(found, hit=False)
+
+    async def _in_time(self, answer: Coroutine[Deferred[Any], Any, T], what: object, context: Context) -> T:
+        """Return `answer`, also where the disk does not answer in time."""
+        waiting = Deferred.fromCoroutine(answer)
+        return await within_deadline(waiting, self._clock, what, context, slack=_DISK_SLACK, of="the disk")
 
     async def _reader(self, expected: int | None, context: Context, joins: bool, download: Download) -> Content:
         if download.down is not None and not context.patient:
@@ -389,12 +408,12 @@ class PullThrough(Service):
                 if self._stopping:
                     raise
             except RegistryError:
-                # Start another where the failed download was for another repository, or resumed wrong bytes.
+                # Start another where the failed one was for another repository, resumed wrong bytes or lost them.
                 if self._stopping or (download.repository == repository and not download.spoiled):
                     raise
 
     def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
-        """Start a download; with again=True, restart it once if its bytes are wrong after a resume."""
+        """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
         self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)
@@ -429,6 +448,9 @@ class PullThrough(Service):
             Denied: the upstream is not allowed.
         """
         self._registries.check(repository.upstream)
+        return await self._in_time(self._blob_size(repository, digest, context), f"{repository}@{digest}", context)
+
+    async def _blob_size(self, repository: Repository, digest: Digest, context: Context) -> FoundSize:
         stored = await self._store.blob(digest)
         if stored is not None:
             stored.close()

@@ -12,6 +12,7 @@ from ociregistry.concurrency import Event
 from ociregistry.errors import RegistryError, Unavailable, cannot_store
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.transfer import Connections
+from ociregistry.store.files import FileReplaced
 from ociregistry.store.partials import DigestMismatch, Partial, PartialReader
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
@@ -37,7 +38,8 @@ class Download:
         self.size: int | None = None
         self.error: RegistryError | None = None
         self.spoiled = False
-        """Whether wrong bytes came over several connections or from a mirror: another download may succeed."""
+        """Whether another download may succeed: the bytes were wrong, and came over several connections or from a
+        mirror, or another program has removed the partial."""
         self.expected = expected
         self.has_early_readers = False
         """Whether a client got a reader before the upstream had answered."""
@@ -166,6 +168,7 @@ class Download:
         except RegistryError as error:
             self.error = error
         except OSError as error:
+            self.spoiled = isinstance(error, FileReplaced)
             self.error = cannot_store(self, error)
         except CancelledError:
             self._stopping = True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from twisted.internet import defer
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
@@ -17,6 +19,9 @@ from ociregistry.store.store import Store
 from ociregistry.strictjson import parse_json
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
+
+_DISK_WITHIN = 4.0
+"""Seconds to wait for the disk after the upstream was waited for; containerd waits for 30 s in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Listings:
 
     def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store
+        self._clock = clock
         self._registries = registries
         self._tags: SharedRequests[str, TagPage] = SharedRequests(clock)
         self._referrers: SharedRequests[str, Manifest] = SharedRequests(clock)
@@ -97,7 +103,11 @@ class Listings:
         try:
             manifest = await self._referrers.wait(what, ask, context)
         except (Unavailable, AirGapped) as error:
-            kept = await self._store.manifest(tagged)
+            looking = Deferred.fromCoroutine(self._store.manifest(tagged))
+            try:
+                kept = await looking.addTimeout(_DISK_WITHIN, self._clock)
+            except defer.TimeoutError:
+                raise error from None
             if kept is None or not kept.is_list:
                 raise
             self.log.warn("listing the referrers in the cache: {why}", why=error)

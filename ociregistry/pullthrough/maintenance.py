@@ -251,3 +251,4 @@ class Maintenance(Service):
         why = await self._repairer.repair(damaged)
         if why:
             self.log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)
+            self._store.faults.note_lost(damaged)

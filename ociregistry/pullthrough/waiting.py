@@ -34,7 +34,7 @@ Loops = Callable[[Context], Coroutine[Deferred[Any], Any, LoopDetected | None]]
 
 
 class DeadlineExceeded(Unavailable):
-    """The upstream has not answered in time; a repeated request waits for the same answer."""
+    """There was no answer in time; a repeated request waits for the same answer."""
 
 
 def deadline(context: Context) -> float:
@@ -46,19 +46,25 @@ def deadline(context: Context) -> float:
 
 
 async def within_deadline(
-    waiting: Deferred[T], clock: IReactorTime, what: object, context: Context = FROM_CLIENT
+    waiting: Deferred[T],
+    clock: IReactorTime,
+    what: object,
+    context: Context = FROM_CLIENT,
+    *,
+    slack: float = 0.0,
+    of: str = "the upstream",
 ) -> T:
-    """Return the result of `waiting`; cancel it at the deadline of a request with this context.
+    """Return the result of `waiting`; cancel it `slack` seconds after the deadline of a request with this context.
 
     Raises:
-        DeadlineExceeded: there was no result in time; the message names `what`.
+        DeadlineExceeded: there was no result in time; the message names `what`, and `of` which no answer came.
     """
     seconds = deadline(context)
-    waiting.addTimeout(seconds, clock)
+    waiting.addTimeout(seconds + slack, clock)
     try:
         return await waiting
     except defer.TimeoutError:
-        raise DeadlineExceeded(f"{what}: the upstream gave no answer within {seconds:.0f} s") from None
+        raise DeadlineExceeded(f"{what}: {of} gave no answer within {seconds:.0f} s") from None
 
 
 async def unless_down(ask: Callable[[], Coroutine[Deferred[Any], Any, T]], context: Context) -> T:

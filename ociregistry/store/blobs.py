@@ -1,23 +1,29 @@
 """Whole blobs: content-addressed files that never change.
 
-A file counts as the blob only if it has the right size: `Store.blob` decides that for a request, and `missing_blobs`
+A file counts as the blob only if it has the right size: `Blobs.open` decides that for a request, and `missing_blobs`
 for the blobs of a manifest.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
+from functools import partial as bind
 from pathlib import Path
 
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile, Threads, open_regular
+from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason
+from ociregistry.store.partials import Partial
+from ociregistry.store.paths import blobs_folder
+from ociregistry.store.threads import Hung, Threads
 
 TICK = 2_000_000_000
 """Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
@@ -57,13 +63,13 @@ class StoredBlob:
             OSError: through the Deferred: they cannot be read.
         """
         try:
-            reading = read_at(self._file, offset, count, self._threads)
+            reading = self._threads.read_at(self._file, self._path, offset, count)
         except OSError as error:
             reading = fail(error)
         return reading.addErrback(self._cannot_read, offset)
 
     def _cannot_read(self, failure: Failure, offset: int) -> Failure:
-        if isinstance(failure.value, OSError):
+        if isinstance(failure.value, OSError) and not isinstance(failure.value, Hung):
             # The log names the file.
             failure.value.filename = str(self._path)
             self._failed(offset)
@@ -121,7 +127,8 @@ class BlobFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._changed = 0
+        self._seen = (0, 0, 0)
+        """Device, inode and mtime in nanoseconds."""
         self._names: frozenset[str] = frozenset()
 
     def gone(self) -> frozenset[Digest]:
@@ -130,39 +137,139 @@ class BlobFolder:
         Raises:
             OSError: the folder cannot be read.
         """
-        changed = self._folder.stat().st_mtime_ns
-        if changed == self._changed:
-            return frozenset()
-        # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
-        # An mtime in the future was set before the clock was set back.
-        self._changed = changed if abs(time.time_ns() - changed) > TICK else 0
-        with os.scandir(self._folder) as entries:
-            names = frozenset(entry.name for entry in entries)
+        try:
+            status = self._folder.stat()
+            seen = (status.st_dev, status.st_ino, status.st_mtime_ns)
+            if seen == self._seen:
+                return frozenset()
+            # Another change may follow so soon that it leaves the mtime as it is, so the folder is read once more.
+            # An mtime in the future was set before the clock was set back.
+            self._seen = seen if abs(time.time_ns() - status.st_mtime_ns) > TICK else (0, 0, 0)
+            with os.scandir(self._folder) as entries:
+                names = frozenset(entry.name for entry in entries)
+        except FileNotFoundError:
+            names = frozenset()
         before, self._names = self._names, names
         return frozenset(digest for name in before - names if (digest := Digest.from_hex(name)) is not None)
 
 
-def read_at(file: SharedFile, offset: int, count: int, threads: Threads) -> Deferred[bytes]:
-    """Read at most `count` of the bytes of `file` at `offset`.
+class Blobs:
+    """The whole blobs of a store: opened, checked and committed, in threads."""
 
-    If the kernel has them in memory the Deferred has fired already; otherwise a thread reads them.
-    """
-    buffer = bytearray(count)
+    log = Logger(namespace="ociregistry.store")
+
+    def __init__(self, root: Path, threads: Threads, sizes: Callable[[Digest], Set[int]]) -> None:
+        """Use the store at `root`; `sizes` returns the sizes in bytes that manifests give a blob."""
+        self._folder = blobs_folder(root)
+        self._threads = threads
+        self._sizes = sizes
+        self._committed: dict[Digest, int] = {}
+        """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
+        self._unreadable: dict[Digest, int] = {}
+        """Blob that could not be read, which was logged -> the offset at which that failed last."""
+        self.lost: set[Digest] = set()
+        """Blobs that were damaged, and could not be fetched again."""
+
+    @property
+    def unreadable(self) -> Set[Digest]:
+        """The blobs that could not be read when they were last asked for."""
+        return self._unreadable.keys()
+
+    def removed(self, gone: Set[Digest]) -> None:
+        """Forget what was found out about files that are gone."""
+        for digest in gone:
+            self._unreadable.pop(digest, None)
+
+    async def open(self, digest: Digest) -> StoredBlob | None:
+        """Open a whole blob for reading, or return None on a miss.
+
+        A file counts as the blob when it has a size that a manifest gives the blob, or that this process committed it
+        with. So a half-copied file is a miss, and so is one that cannot be read.
+
+        Raises:
+            Unavailable: the disk does not answer.
+        """
+        path = self._folder / digest.hex
+        opened = await self._open(path, digest)
+        if opened is None:
+            return None
+        file, size = opened
+        if size not in self._sizes(digest) and self._committed.get(digest) != size:
+            file.release()
+            return None
+        failed = bind(self._unreadable.__setitem__, digest)
+        return StoredBlob(path, digest, file, size, self._threads, failed)
+
+    async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, int] | None:
+        failed_at = self._unreadable.get(digest)
+        try:
+            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=_release)
+        except Hung as error:
+            # Not a miss: a disk that is busy must not cause the link to be used.
+            raise Unavailable(f"{digest}: cannot be read: {reason(error)}") from error
+        except OSError as error:
+            if is_out_of_descriptors(error):
+                raise
+            self._unreadable[digest] = failed_at or 0
+            if failed_at is None:
+                self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
+            return None
+        self._unreadable.pop(digest, None)
+        if opened is not None:
+            self.lost.discard(digest)
+        return opened
+
+    async def lacking(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
+        """Return those of `blobs` that are missing, with their sizes in bytes."""
+        return await self._threads.read(missing_blobs, self._folder, blobs) if blobs else {}
+
+    async def lacking_each(
+        self, images: Mapping[Digest, Mapping[Digest, int]]
+    ) -> Mapping[Digest, Mapping[Digest, int]]:
+        """Return the images that lack blobs, with these and their sizes in bytes, given all blobs of each."""
+        return await self._threads.read(_lacking_each, self._folder, images)
+
+    async def holds(self, digest: Digest, size: int) -> bool:
+        """Tell whether a blob is in the store with this size in bytes."""
+        return await self._threads.read(size_of_blob, self._folder / digest.hex) == size
+
+    async def commit(self, partial: Partial, quarantine: Callable[[Path], object]) -> None:
+        """Make the verified `partial` a blob, which counts as present from then on.
+
+        A file in its place that cannot be read is handed to `quarantine` first.
+
+        Raises:
+            OSError: the blob cannot be written.
+        """
+        path = self._folder / partial.digest.hex
+        known_bad = partial.digest in self._unreadable
+        await self._threads.write(_make_way, path, quarantine, known_bad=known_bad)
+        await partial.commit(path)
+        self._unreadable.pop(partial.digest, None)
+        self.lost.discard(partial.digest)
+        self._committed[partial.digest] = partial.length
+
+
+def _release(opened: tuple[SharedFile, int] | None) -> None:
+    if opened is not None:
+        opened[0].release()
+
+
+def _make_way(path: Path, quarantine: Callable[[Path], object], *, known_bad: bool) -> None:
+    """Quarantine the file at `path` if it is `known_bad` or cannot be opened; else it is to be replaced."""
+    bad = known_bad
     try:
-        got = os.preadv(file.fileno(), [buffer], offset, os.RWF_NOWAIT)
+        open_regular(path).release()
     except OSError as error:
-        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
-        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-            raise
-        got = 0
-    if got:
-        del buffer[got:]
-        return succeed(bytes(buffer))
-    return threads.read(_read_and_release, file.lease(), offset, count)
+        bad = is_of_the_file(error)
+    if bad:
+        # A file that can be renamed to this name wins over one that cannot be moved.
+        with suppress(OSError):
+            quarantine(path)
 
 
-def _read_and_release(file: SharedFile, offset: int, count: int) -> bytes:
-    try:
-        return os.pread(file.fileno(), count, offset)
-    finally:
-        file.release()
+def _lacking_each(
+    folder: Path, images: Mapping[Digest, Mapping[Digest, int]]
+) -> Mapping[Digest, Mapping[Digest, int]]:
+    found = {digest: missing_blobs(folder, blobs) for digest, blobs in images.items()}
+    return {digest: missing for digest, missing in found.items() if missing}

@@ -1,6 +1,6 @@
-"""The interface to the file system: the store's threads, and every write, sync, rename and lock.
+"""The interface to the file system: every write, sync, rename and lock.
 
-Everything blocks except `Threads`, which runs it. Tests substitute a `Files` that fails or loses unsynced data.
+Everything blocks; `threads` runs it. Tests substitute a `Files` that fails or loses unsynced data.
 """
 
 from __future__ import annotations
@@ -10,56 +10,9 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorFromThreads
-from twisted.internet.threads import deferToThreadPool
-from twisted.python.threadpool import ThreadPool
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class Threads:
-    """A thread pool each for reads and writes, and one thread for jobs that wait for the store's lock.
-
-    So a hanging fsync delays no hit, and a held lock delays no blob.
-    """
-
-    def __init__(self, reactor: IReactorFromThreads, readers: int = 8, writers: int = 16) -> None:
-        self._reactor = reactor
-        self._reading = ThreadPool(0, readers, "store-reading")
-        self._writing = ThreadPool(0, writers, "store-writing")
-        self._in_turn = ThreadPool(0, 1, "store-in-turn")
-
-    def start(self) -> None:
-        """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
-        self._reading.start()
-        self._writing.start()
-        self._in_turn.start()
-
-    def stop(self) -> None:
-        """End the threads. Blocks until the running jobs have ended."""
-        self._reading.stop()
-        self._writing.stop()
-        self._in_turn.stop()
-
-    def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which reads, in a thread."""
-        return deferToThreadPool(self._reactor, self._reading, function, *args, **kwargs)
-
-    def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which writes or syncs, in a thread."""
-        return deferToThreadPool(self._reactor, self._writing, function, *args, **kwargs)
-
-    def write_in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
-        """Run `function`, which writes or syncs, in a thread, one job after the other."""
-        return deferToThreadPool(self._reactor, self._in_turn, function, *args, **kwargs)
-
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -173,6 +126,36 @@ def read_regular(path: Path) -> bytes:
         file.release()
 
 
+def is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether the file at `path` is the one that is open as `descriptor`.
+
+    Raises:
+        OSError: it cannot be examined.
+    """
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def check_same(file: SharedFile, path: Path) -> None:
+    """Check that `file` is still the file at `path`.
+
+    Raises:
+        FileReplaced: there is none, or another one.
+        OSError: it cannot be examined.
+    """
+    if not is_at(file.fileno(), path):
+        raise FileReplaced(path)
+
+
+class FileReplaced(OSError):
+    """Another program has removed or replaced a file that is open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.ESTALE, "another program has removed or replaced it", str(path))
+
+
 class Files:
     """The real file system. Methods raise `OSError` where a call fails."""
 
@@ -229,8 +212,13 @@ class Files:
         return _BOOT_ID.read_text("ascii").strip()
 
     def commit(self, file: SharedFile, path: Path, target: Path) -> None:
-        """Make the finished `file` at `path` appear at `target`, either whole and on disk or not at all."""
+        """Make the finished `file` at `path` appear at `target`, either whole and on disk or not at all.
+
+        Raises:
+            OSError: also when `path` has gone to another file, as in a store that was replaced.
+        """
         self.sync(file)
+        check_same(file, path)
         self.rename(path, target)
         self.sync_folder(target.parent)
 
@@ -311,6 +299,11 @@ def locked(path: Path) -> Iterator[None]:
     """
     descriptor = lock(path)
     assert descriptor is not None
+    while not is_at(descriptor, path):
+        # It was removed while this process waited: others lock a new file of that name.
+        os.close(descriptor)
+        descriptor = lock(path)
+        assert descriptor is not None
     try:
         yield
     finally:

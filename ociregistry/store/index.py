@@ -105,7 +105,8 @@ def newest(claims: Sequence[Claim], now: datetime) -> Digest:
 class Index:
     """The entries of all records.
 
-    `changes` grows with every change of the content: an answer from the index stays right while it is the same.
+    `changes` grows with every change of the content, and when blobs were removed: an answer from the index and the
+    blobs stays right while it is the same.
     """
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
@@ -151,6 +152,10 @@ class Index:
         if entry is not None:
             self.changes += 1
             self._remove(digest, entry)
+
+    def blobs_removed(self) -> None:
+        """Note that blobs were removed from the store."""
+        self.changes += 1
 
     def _remove(self, digest: Digest, entry: Entry) -> None:
         del self._entries[digest]

@@ -20,10 +20,20 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 
 from ociregistry.names import Digest
-from ociregistry.store.blobs import read_at
-from ociregistry.store.files import Files, SharedFile, Threads, hold, is_full, is_of_the_file, read_regular
+from ociregistry.store.files import (
+    FileReplaced,
+    Files,
+    SharedFile,
+    check_same,
+    hold,
+    is_at,
+    is_full,
+    is_of_the_file,
+    read_regular,
+)
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
+from ociregistry.store.threads import Threads
 from ociregistry.strictjson import parse_json
 
 P = ParamSpec("P")
@@ -298,6 +308,12 @@ class Partial:
         return self._in_thread(self._append, data).addCallback(self._grown)
 
     def _append(self, data: bytes) -> int:
+        try:
+            # Otherwise the rest of the blob would cross the link for nothing.
+            check_same(self._file, self._path)
+        except FileReplaced:
+            self.sound = False
+            raise
         if self._broken is not None:
             raise self._broken
         self._space.spend(len(data))
@@ -393,8 +409,10 @@ class Partial:
         await self._in_thread(self._discard)
 
     def _discard(self) -> None:
-        self._files.unlink(self._path)
-        self._files.unlink(note_path(self._path))
+        # In a store that was replaced, another partial may have that name.
+        if is_at(self._file.fileno(), self._path) or not os.path.lexists(self._path):
+            self._files.unlink(self._path)
+            self._files.unlink(note_path(self._path))
 
     async def _settled(self) -> None:
         settled: Deferred[None] = Deferred()
@@ -403,7 +421,7 @@ class Partial:
 
     def reader(self) -> PartialReader:
         """Return a reader, which keeps its file when the partial becomes a blob or is removed."""
-        return PartialReader(self._file.lease(), self._threads)
+        return PartialReader(self._path, self._file.lease(), self._threads)
 
     def close(self) -> None:
         """End writing; readers may go on, and another process may resume the partial."""
@@ -426,13 +444,14 @@ class Partial:
 class PartialReader:
     """Reads what a partial has so far."""
 
-    def __init__(self, file: SharedFile, threads: Threads) -> None:
+    def __init__(self, path: Path, file: SharedFile, threads: Threads) -> None:
+        self._path = path
         self._file = file
         self._threads = threads
 
     def read(self, offset: int, count: int) -> Deferred[bytes]:
         """Read at most `count` of the bytes at `offset`, which must be below the partial's `length`."""
-        return read_at(self._file, offset, count, self._threads)
+        return self._threads.read_at(self._file, self._path, offset, count)
 
     def close(self) -> None:
         """Release the file."""

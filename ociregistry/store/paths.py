@@ -32,6 +32,11 @@ _BAD = "bad"
 _NUMBER = re.compile("0|[1-9][0-9]{0,5}")
 
 
+def store_folders(root: Path) -> tuple[Path, Path, Path]:
+    """Return the folders of blobs and records."""
+    return root / BLOBS_FOLDER, root / LISTS_FOLDER, root / IMAGES_FOLDER
+
+
 def blobs_folder(root: Path) -> Path:
     """Return the folder of whole blobs."""
     return root / BLOBS_FOLDER

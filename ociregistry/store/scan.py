@@ -17,13 +17,15 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from ociregistry.names import Digest
 from ociregistry.store.blobs import TICK, BlobFolder
-from ociregistry.store.files import Threads, reason
+from ociregistry.store.files import reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, record_path
-from ociregistry.store.records import Record, RecordInvalid, is_wanted, read_record
+from ociregistry.store.records import ForeignRecord, Record, RecordInvalid, is_wanted, read_record
+from ociregistry.store.threads import Threads
 
 Signature = tuple[int, int, int, int]
 """Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""
@@ -214,8 +216,19 @@ class ScanResult:
     """The new and changed records."""
     unreadable: Mapping[Path, str] = field(default_factory=dict)
     """Path -> reason, for new or changed files that are not records of this program."""
+    damaged: frozenset[Path] = frozenset()
+    """Those of the unreadable files that may be records of this program."""
     gone: frozenset[Path] = frozenset()
     blobs_gone: frozenset[Digest] = frozenset()
+
+
+def _scan_or_nothing(root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles) -> Iterator[ScannedFile]:
+    """Scan the store at `root`; what is gone is made anew by `Folders`, and counts as empty until then."""
+    try:
+        yield from scan(root, known, foreign, missing_ok=True)
+    except FileNotFoundError:
+        if root.exists():
+            raise
 
 
 def scan_changes(
@@ -234,7 +247,8 @@ def scan_changes(
     seen: dict[Path, Signature] = {}
     read: dict[Path, Entry] = {}
     unreadable: dict[Path, str] = {}
-    for file in scan(root, known, foreign):
+    damaged: set[Path] = set()
+    for file in _scan_or_nothing(root, known, foreign):
         seen[file.path] = file.signature
         if file.record is not None:
             read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
@@ -245,9 +259,11 @@ def scan_changes(
         elif file.error is not None:
             unreadable[file.path] = str(file.error)
             del seen[file.path]
+        if file.error is not None and not isinstance(file.error, ForeignRecord):
+            damaged.add(file.path)
     blobs_gone = blobs.gone() if blobs is not None else frozenset()
     gone = (known.keys() - seen.keys() - unreadable.keys()) | foreign.take_gone()
-    return ScanResult(seen, read, unreadable, frozenset(gone), blobs_gone)
+    return ScanResult(seen, read, unreadable, frozenset(damaged), frozenset(gone), blobs_gone)
 
 
 _SCAN_EVERY = 1.0
@@ -262,6 +278,8 @@ class IndexRefresh:
 
     def __init__(self, root: Path, index: Index, threads: Threads, clock: IReactorTime) -> None:
         """Set up the refresh of `index` from the store at `root`; `read` and `start` begin it."""
+        self.why = ""
+        """Why the last scan failed; empty if it did not."""
         self._root = root
         self._index = index
         self._threads = threads
@@ -272,10 +290,14 @@ class IndexRefresh:
         """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
         self._unreadable: dict[Path, str] = {}
         """File that is not a record -> the reason that was logged, so that it is logged only once."""
+        self.damaged: Set[Path] = frozenset()
+        """The damaged or unreadable records, without foreign files."""
         self._changed: set[Digest] = set()
         """The digests with which `on_change` is to be called next."""
         self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
         """Called with the digests of records that are new, gone or now (un)wanted, or that gained or lost a blob."""
+        self.on_blobs_gone: Callable[[Set[Digest]], object] = lambda gone: None
+        """Called with the blobs that were removed from the store."""
         self._clock = clock
         self._blobs_scanned = float("-inf")
         self._loop = LoopingCall(self._scan)
@@ -334,10 +356,18 @@ class IndexRefresh:
         blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
         self._blobs_scanned = self._blobs_scanned if blobs is None else now
         scanned = self._threads.read(scan_changes, self._root, dict(self._known), self._foreign, blobs)
-        applied = scanned.addCallback(self._apply)
-        return applied.addErrback(lambda failure: self.log.error("cannot scan the store: {why}", why=failure.value))
+        return scanned.addCallback(self._apply).addErrback(self._failed)
+
+    def _failed(self, failure: Failure) -> None:
+        why = str(failure.value)
+        if why != self.why:
+            self.log.error("cannot scan the store: {why}", why=why)
+        self.why = why
 
     def _apply(self, result: ScanResult) -> None:
+        if self.why:
+            self.log.warn("the store can be scanned again")
+        self.why = ""
         # A record that this process wrote meanwhile is read again at the next scan.
         for path in result.gone - self._written:
             self._drop(path)
@@ -349,10 +379,15 @@ class IndexRefresh:
         for path in (result.gone | result.read.keys()) - result.unreadable.keys():
             self._unreadable.pop(path, None)
         self._unreadable |= result.unreadable
+        damaged = (self.damaged - result.unreadable.keys()) & self._unreadable.keys()
+        self.damaged = damaged | result.damaged
         for path, entry in result.read.items():
             if path not in self._written:
                 self._put(digest_of(path), entry)
         self._known = {**result.seen, **dict.fromkeys(self._written, UNREAD)}
+        if result.blobs_gone:
+            self._index.blobs_removed()
+            self.on_blobs_gone(result.blobs_gone)
         for blob in result.blobs_gone:
             self._changed.update(self._index.naming(blob))
         self._notify()

@@ -13,9 +13,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from ociregistry.config.values import Reserve
-from ociregistry.store.files import Threads
+from ociregistry.store.threads import Threads
 
 _READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
@@ -55,6 +56,8 @@ class Space:
         `make_room` is called in a thread with the number of bytes that are missing, and may remove files.
         """
         self.room = Room(0, 0, full=False)
+        self.why = ""
+        """Why the free space cannot be read; empty if it can be."""
         self._folder = folder
         self._reserve = reserve
         self._make_room = make_room
@@ -138,11 +141,19 @@ class Space:
 
     def _read_again(self) -> Deferred[None]:
         read = self._threads.read(self._read_locked).addCallback(self._apply)
-        return read.addErrback(
-            lambda failure: self.log.error("cannot read the free disk space: {why}", why=failure.value)
-        )
+        return read.addErrback(self._failed)
+
+    def _failed(self, failure: Failure) -> None:
+        if failure.check(FileNotFoundError):
+            # `Folders` makes the folder anew, or tells why it cannot.
+            return
+        why = str(failure.value)
+        if why != self.why:
+            self.log.error("cannot read the free disk space: {why}", why=why)
+        self.why = why
 
     def _apply(self, read: tuple[int, int]) -> None:
+        self.why = ""
         free, reserve = read
         was_full = self.room.full
         # Leaving this state takes more free space than entering it, so that it is not logged repeatedly.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial as bind
@@ -15,21 +14,25 @@ from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.config.values import USUAL_RESERVE, Reserve
-from ociregistry.errors import is_out_of_descriptors
+from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
-from ociregistry.store.blobs import StoredBlob, missing_blobs, open_blob, size_of_blob
-from ociregistry.store.files import Files, SharedFile, Threads, is_full, is_of_the_file, open_regular, reason
+from ociregistry.store.blobs import Blobs, StoredBlob
+from ociregistry.store.faults import Faults
+from ociregistry.store.files import Files, is_full, reason
+from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
-from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, STAGED_SUFFIX, blobs_folder, pulls_folder
+from ociregistry.store.paths import STAGED_SUFFIX, pulls_folder
+from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
 from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
+from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
-from ociregistry.store.workdir import ControlSocket, PendingFiles, PendingImage, PullsFolder, wanted_blobs
+from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, wanted_blobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +66,24 @@ class Store(Service):
         """
         self._adopts = adopts
         self._root = root
-        self._blobs = blobs_folder(root)
         self._now = now
         self._files = files or Files()
-        self._threads = Threads(reactor)
+        self._threads = Threads(reactor, clock)
         self._clock = clock
+        self._pulls = PullsFolder(root, self._files, adopts=adopts)
+        self._pending = PendingImages(self._pulls, self._files, self._threads)
+        self._folders = Folders(root, self._pulls, self._files, self._threads, clock, self._pulls_renewed)
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
+        self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
         self._index = Index(now)
+        self._blobs = Blobs(root, self._threads, self._index.sizes)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
-        self._committed: dict[Digest, int] = {}
-        """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
-        self._unreadable: dict[Digest, int] = {}
-        """Blob that could not be read, which was logged -> the offset at which that failed last."""
-        self.pending: dict[Digest, Repository] = {}
-        """Image that is to be completed -> the repository to fetch it from."""
-        self.undecided: dict[Digest, Repository] = {}
-        """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
+        self._refresh.on_blobs_gone = self._blobs.removed
+        self.faults = Faults(self._threads, self._folders, self._space, self._refresh, self._index, self._blobs)
+        self.on_new_pulls_folder: Callable[[], object] = lambda: None
+        """Called when pulls/<n>/ is another folder than before, where another program has removed or replaced it."""
+        self._being_noted: set[Path] = set()
+        """Records whose pull is being noted. At most one thread each: a disk that hangs must not take them all."""
 
     def startService(self) -> None:
         """Make the folders, read all records, and then look for changes every second.
@@ -90,10 +95,7 @@ class Store(Service):
         Raises:
             OSError: a folder cannot be made or read.
         """
-        for folder in (self._blobs, self._root / LISTS_FOLDER, self._root / IMAGES_FOLDER):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._pulls = PullsFolder(self._root, self._files, adopts=self._adopts)
-        self._records = RecordFiles(self._root, self._pulls, self._files, self._space.spend)
+        self._folders.make()
         if self._adopts:
             self._adopt()
         self._files.sync_folder(self._root)
@@ -101,11 +103,12 @@ class Store(Service):
         self._threads.start()
         self._refresh.start()
         self._space.start()
+        self._folders.start()
         super().startService()
 
     def _adopt(self) -> None:
         try:
-            files = self._pending_files()
+            self._pending.read()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -114,21 +117,15 @@ class Store(Service):
                 pulls=pulls_folder(self._root),
                 why=error.strerror,
             )
-        else:
-            for pending in files.read():
-                (self.undecided if pending.undecided else self.pending)[pending.image] = pending.repository
 
-    def _pending_files(self) -> PendingFiles:
-        """Return the files of this process's pending images. Blocks, as it may have to take the pulls/<n>/ folder.
-
-        Raises:
-            OSError: the folder cannot be taken.
-        """
-        return PendingFiles(self._pulls.path, self._files)
+    def _pulls_renewed(self) -> None:
+        self._pending.write_again()
+        self.on_new_pulls_folder()
 
     def stopService(self) -> None:
         """End the threads after their current work, and release the pulls/<n>/ folder."""
         super().stopService()
+        self._folders.stop()
         self._refresh.stop()
         self._space.stop()
         self._threads.stop()
@@ -165,6 +162,9 @@ class Store(Service):
 
         A digest is found whichever repository it came from. It is noted as known in the requested repository too only
         if an index of that repository names it, as clients may invent repositories.
+
+        Raises:
+            Unavailable: the disk does not answer.
         """
         while True:
             digest = self._index.resolve(image)
@@ -190,13 +190,18 @@ class Store(Service):
 
         Returns:
             None when the record cannot be read; it is then dropped from memory.
+
+        Raises:
+            Unavailable: the disk does not answer.
         """
         entry = self._index.get(digest)
         assert entry is not None
         path = self._records.path(digest, is_list=entry.is_list)
         now = self._now().timestamp()
         try:
-            record, to_note = await self._threads.read(self._records.read_for_pull, path, now)
+            record, to_note = await self._threads.read_file(path, bind(self._records.read_for_pull, path, now))
+        except Hung as error:
+            raise Unavailable(f"{digest}: cannot be read: {reason(error)}") from error
         except (RecordInvalid, OSError) as error:
             if is_out_of_descriptors(error):
                 raise
@@ -204,9 +209,11 @@ class Store(Service):
                 self.log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
             self._refresh.record_unreadable(path, reason(error))
             return None
-        if to_note:
+        if to_note and path not in self._being_noted:
             # In a thread for writing: this may wait for the disk, which must not delay a hit.
-            self._threads.write(self._records.note_pull, path, now)
+            self._being_noted.add(path)
+            noted = self._threads.write(self._records.note_pull, path, now)
+            noted.addBoth(lambda _: self._being_noted.discard(path))
         return record
 
     async def keep(
@@ -313,49 +320,36 @@ class Store(Service):
         return sizes.pop() if len(sizes) == 1 else None
 
     async def blob(self, digest: Digest) -> StoredBlob | None:
-        """Open a whole blob for reading, or return None on a miss.
+        """Open a whole blob for reading, or return None on a miss, as `Blobs.open` does.
 
-        A file counts as the blob when it has a size that a manifest gives the blob, or that this process committed it
-        with. So a half-copied file is a miss, and so is one that cannot be read.
+        Raises:
+            Unavailable: the disk does not answer.
         """
-        opened = await self._open_blob(digest)
-        if opened is None:
-            return None
-        file, size = opened
-        if size not in self._index.sizes(digest) and self._committed.get(digest) != size:
-            file.release()
-            return None
-        failed = bind(self._unreadable.__setitem__, digest)
-        return StoredBlob(self._blobs / digest.hex, digest, file, size, self._threads, failed)
-
-    async def _open_blob(self, digest: Digest) -> tuple[SharedFile, int] | None:
-        path = self._blobs / digest.hex
-        failed_at = self._unreadable.get(digest)
-        try:
-            opened = await self._threads.read(open_blob, path, failed_at)
-        except OSError as error:
-            if is_out_of_descriptors(error):
-                raise
-            self._unreadable[digest] = failed_at or 0
-            if failed_at is None:
-                self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
-            return None
-        self._unreadable.pop(digest, None)
-        return opened
+        return await self._blobs.open(digest)
 
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
         """Return the missing required blobs of `manifest`, which needs no record, with their sizes in bytes."""
-        return await self._threads.read(missing_blobs, self._blobs, manifest.required)
+        return await self._blobs.lacking(manifest.required)
 
     async def lacking_foreign(self, foreign_layers: Mapping[Digest, int]) -> Mapping[Digest, int]:
         """Return those of the foreign layers of an image that are missing, with their sizes in bytes."""
-        return await self._threads.read(missing_blobs, self._blobs, foreign_layers) if foreign_layers else {}
+        return await self._blobs.lacking(foreign_layers)
 
     async def holds(self, digest: Digest, size: int) -> bool:
         """Tell whether a blob is in the store with this size in bytes."""
-        return await self._threads.read(size_of_blob, self._blobs / digest.hex) == size
+        return await self._blobs.holds(digest, size)
 
     # Images
+
+    @property
+    def pending(self) -> Mapping[Digest, Repository]:
+        """Image that is to be completed -> the repository to fetch it from."""
+        return self._pending.wanted
+
+    @property
+    def undecided(self) -> Mapping[Digest, Repository]:
+        """Image of a requested index that may turn out not to be wanted -> the repository to fetch it from."""
+        return self._pending.undecided
 
     async def add_pending(self, manifest: Digest, repository: Repository, *, undecided: bool = False) -> None:
         """Note that all blobs of the image `manifest` are to be fetched, or with `undecided`, that they perhaps are.
@@ -363,13 +357,7 @@ class Store(Service):
         Raises:
             OSError: the note cannot be written.
         """
-        pending = self.undecided if undecided else self.pending
-        if manifest in pending or (undecided and manifest in self.pending):
-            return
-        self.undecided.pop(manifest, None)
-        pending[manifest] = repository
-        noted = PendingImage(manifest, repository, undecided)
-        await self._threads.write_in_turn(lambda: self._pending_files().write(noted))
+        await self._pending.add(PendingImage(manifest, repository, undecided))
 
     async def remove_pending(self, manifest: Digest) -> None:
         """Note that the blobs of an image need not be fetched, because they are there or not wanted.
@@ -377,9 +365,7 @@ class Store(Service):
         Raises:
             OSError: the note cannot be removed.
         """
-        for pending in (self.undecided, self.pending):
-            pending.pop(manifest, None)
-        await self._threads.write_in_turn(lambda: self._pending_files().remove(manifest))
+        await self._pending.remove(manifest)
 
     async def missing(self, manifest: Digest) -> Mapping[Digest, int] | None:
         """Return the missing required blobs of the image `manifest` with their sizes in bytes.
@@ -390,7 +376,7 @@ class Store(Service):
         entry = self._index.get(manifest)
         if entry is None:
             return None
-        return await self._threads.read(missing_blobs, self._blobs, entry.required)
+        return await self._blobs.lacking(entry.required)
 
     async def lacking_images(self, digests: Collection[Digest]) -> Mapping[Digest, Mapping[Digest, int]]:
         """Return the wanted images among `digests` that lack required blobs, each with the sizes of these in bytes.
@@ -400,7 +386,7 @@ class Store(Service):
         """
         entries = ((digest, self._index.get(digest)) for digest in digests)
         images = {digest: entry.required for digest, entry in entries if entry is not None and entry.wanted}
-        return await self._threads.read(_lacking_images, self._blobs, images)
+        return await self._blobs.lacking_each(images)
 
     async def lacking_metadata(self, digests: Collection[Digest]) -> list[Digest]:
         """Return those of the manifests `digests` that have no record, or whose config is missing.
@@ -416,7 +402,7 @@ class Store(Service):
             for digest, entry in entries.items()
             if entry is not None and entry.config is not None and entry.config.size <= LARGEST_CONFIG
         }
-        lacking = await self._threads.read(_lacking_images, self._blobs, configs)
+        lacking = await self._blobs.lacking_each(configs)
         return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
 
     def repositories(self, manifest: Digest) -> Set[Repository]:
@@ -452,6 +438,7 @@ class Store(Service):
         Raises:
             OSError: the store cannot be read, or damaged files cannot be moved.
         """
+        self.faults.forget_lost()
         verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
         findings = await verifier.verify(max_rate, advance)
         await self._threads.write(note_verified, self._root, self._now())
@@ -523,28 +510,5 @@ class Store(Service):
         Raises:
             OSError: the blob cannot be written.
         """
-        path = self._blobs / partial.digest.hex
-        await self._threads.write(self._make_way, path, known_bad=partial.digest in self._unreadable)
-        await partial.commit(path)
-        self._unreadable.pop(partial.digest, None)
-        self._committed[partial.digest] = partial.length
+        await self._blobs.commit(partial, self._pulls.quarantine)
         self._refresh.blob_stored(partial.digest)
-
-    def _make_way(self, path: Path, *, known_bad: bool) -> None:
-        """Quarantine the file at `path` if it is `known_bad` or cannot be opened; else it is to be replaced."""
-        bad = known_bad
-        try:
-            open_regular(path).release()
-        except OSError as error:
-            bad = is_of_the_file(error)
-        if bad:
-            # A file that can be renamed to this name wins over one that cannot be moved.
-            with suppress(OSError):
-                self._pulls.quarantine(path)
-
-
-def _lacking_images(
-    folder: Path, images: Mapping[Digest, Mapping[Digest, int]]
-) -> Mapping[Digest, Mapping[Digest, int]]:
-    found = {digest: missing_blobs(folder, blobs) for digest, blobs in images.items()}
-    return {digest: missing for digest, missing in found.items() if missing}

@@ -22,7 +22,6 @@ from ociregistry.store.blobs import missing_blobs
 from ociregistry.store.files import (
     Files,
     SharedFile,
-    Threads,
     is_full,
     is_of_the_file,
     open_regular,
@@ -32,6 +31,7 @@ from ociregistry.store.files import (
 from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, digest_of, is_blob_path, verified_stamp
 from ociregistry.store.records import Dates, ForeignRecord, Record, RecordInvalid, is_wanted, read_record
 from ociregistry.store.scan import signatures
+from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder, store_locked
 
 Found = Callable[["Damaged"], Coroutine[Deferred[Any], Any, None]]

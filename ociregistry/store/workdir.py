@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.files import Files, is_full, lock, locked, read_regular
+from ociregistry.store.files import Files, is_at, is_full, lock, locked, read_regular
 from ociregistry.store.paths import (
     LOCK_NAME,
     NOTE_SUFFIX,
@@ -28,6 +28,7 @@ from ociregistry.store.paths import (
     pending_path,
     pulls_folder,
     pulls_folders,
+    store_folders,
     store_lock,
     temporary,
 )
@@ -172,7 +173,8 @@ def _folder_locked(folder: Path) -> Iterator[None]:
 class PullsFolder:
     """The pulls/<n>/ of this process, held by a flock on its `lock` for as long as the process lives.
 
-    It is taken at its first use, so that a process that writes nothing there needs no space for it.
+    It is taken at its first use, so that a process that writes nothing there needs no space for it. Where another
+    program has removed or replaced it, the next use takes another one.
     """
 
     def __init__(self, root: Path, files: Files, *, adopts: bool = True) -> None:
@@ -187,6 +189,8 @@ class PullsFolder:
         self._taking = threading.Lock()
         self._taken: tuple[Path, int] | None = None
         """The folder, and the descriptor of its lock."""
+        self.taken = 0
+        """How often a folder was taken."""
 
     @property
     def path(self) -> Path:
@@ -196,12 +200,27 @@ class PullsFolder:
             OSError: the folder cannot be taken, also when there is no space for a new one; the next call tries again.
         """
         with self._taking:
+            if self._taken is not None and not is_at(self._taken[1], self._taken[0] / LOCK_NAME):
+                os.close(self._taken[1])
+                self._taken = None
             if self._taken is None:
                 self._taken = self._take()
+                self.taken += 1
             return self._taken[0]
 
+    def renew(self) -> None:
+        """Take another folder if the one that was taken is gone; a process that adopts also takes its first. Blocks.
+
+        Raises:
+            OSError: the folder cannot be taken.
+        """
+        if self._adopts or self.taken:
+            self.path  # noqa: B018  # the property takes it
+
     def _take(self) -> tuple[Path, int]:
-        self._root.mkdir(parents=True, exist_ok=True)
+        # With pulls/<n>/ the others may have been removed, and what is finished next needs them.
+        for needed in store_folders(self._root):
+            needed.mkdir(parents=True, exist_ok=True)
         shared = store_lock(self._root)
         if not shared.exists():
             # Made while there is space, for processes that need the lock when there is none.
@@ -297,6 +316,7 @@ class PullsFolder:
         """Release the folder, so that another process can take it."""
         if self._taken is not None:
             os.close(self._taken[1])
+            self._taken = None
 
 
 def _place_for(path: Path, folder: Path) -> Path:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import assert_never
@@ -43,6 +43,7 @@ def health(
     incomplete: Callable[[], Incomplete],
     preloaded: Callable[[], PreloadProgress | None],
     room: Callable[[], Room],
+    faults: Callable[[], Sequence[str]],
     started: datetime,
 ) -> Handler:
     """Make the handler of GET /health.
@@ -52,10 +53,13 @@ def health(
 
     async def answer(method: str, path: bytes, query: Query, context: Context) -> Answer:
         held, lacking, preloader = counts(), incomplete(), preloaded()
+        reasons = faults()
         return json_answer(
             200,
             {
-                "status": "ok",
+                # Still with status 200: what is cached is served, so nobody should stop asking.
+                "status": "degraded" if reasons else "ok",
+                "reasons": reasons,
                 "version": __version__,
                 "started": started.isoformat(timespec="seconds"),
                 "lists": held.lists,

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 from typing import Any, cast
 
 from twisted.application.service import Service
+from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred, succeed
 from twisted.internet.endpoints import serverFromString
-from twisted.internet.error import CannotListenError
+from twisted.internet.error import CannotListenError, ConnectionDone
 from twisted.internet.interfaces import IAddress, IDelayedCall, IListeningPort, IProtocol, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -167,11 +168,15 @@ class ControlListener(Service):
         self._store = store
         self._factory = factory
         self._reactor = reactor
-        self._open: tuple[ControlSocket, IListeningPort] | None = None
+        self._open: tuple[ControlSocket, tcp.Port] | None = None
 
     def startService(self) -> None:
         """Listen, or log why that is not possible."""
         super().startService()
+        self._listen()
+        self._store.on_new_pulls_folder = self._listen_anew
+
+    def _listen(self) -> None:
         try:
             control_socket = self._store.control_socket()
         except OSError as error:
@@ -183,18 +188,27 @@ class ControlListener(Service):
             control_socket.close()
             self._failed(error.socketError)
 
+    def _listen_anew(self) -> None:
+        Deferred.fromCoroutine(self._stop()).addCallback(lambda _: self._listen() if self.running else None)
+
     def _failed(self, why: Exception) -> None:
         self.log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
 
     def stopService(self) -> Deferred[None]:
         """Close and remove the socket."""
         super().stopService()
+        self._store.on_new_pulls_folder = lambda: None
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
         if self._open is not None:
             control_socket, port = self._open
-            await maybeDeferred(port.stopListening)
+            self._open = None
+            try:
+                await maybeDeferred(port.stopListening)
+            except OSError:
+                # Another program has removed the file; Twisted then leaves the socket open.
+                tcp.Port.connectionLost(port, Failure(ConnectionDone()))
             control_socket.close()
 
 

@@ -17,7 +17,7 @@ from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy, Incomplete
 from ociregistry.pullthrough.metadata import Metadata
-from ociregistry.store.paths import record_path
+from ociregistry.store.paths import blob_path, record_path
 from ociregistry.store.store import Store
 from tests.unit.support.common import REACTOR, image, on_reactor, record, texts, until
 from tests.unit.support.completions import APP, CONFIG, DATA, IMAGE, LARGE, SIZES, SMALL, FakeBlobFetcher, pending
@@ -413,7 +413,7 @@ async def test_only_configured_platforms_are_completed(
         await until(lambda: not blob_fetcher.results[-1].called)
         repository, digest = blob_fetcher.asked[-1]
         assert repository == Repository.at(APP.repository.upstream, "team/app")
-        (store._blobs / digest.hex).write_bytes(b"x" * AMD64.blob_sizes[digest])
+        blob_path(store._root, digest).write_bytes(b"x" * AMD64.blob_sizes[digest])
         blob_fetcher.results[-1].callback(None)
         await settle(store)
     await until(lambda: not store.pending)

@@ -226,6 +226,9 @@ async def test_failed_repair_is_logged_and_others_continue(
     assert not (root / "blobs" / Digest(lost.digest).hex).exists()
     (line,) = texts(events, LogLevel.info)
     assert line == "verified 1 records and 3 blobs: 2 are damaged"
+    assert harness.store.faults.sentences == [
+        f"1 blob is damaged and could not be fetched again: {Digest(lost.digest).hex}"
+    ]
     harness.maintenance.stopService()
 
 

@@ -10,24 +10,27 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import gatherResults
+from twisted.internet.task import Clock
 
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.blobs import open_blob, read_at
-from ociregistry.store.files import Files, SharedFile, Threads
+from ociregistry.store.blobs import open_blob
+from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.partials import DigestMismatch
 from ociregistry.store.store import Store
+from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder
 from tests.unit.support.common import REACTOR, fired, on_reactor, until
 
 DATA = bytes(range(256)) * 100
 DIGEST = Digest.of(DATA)
+PATH = Path("file")
 SOURCE = Repository(Upstream("reg.example"), "team/app")
 
 
 @pytest.fixture
 def threads() -> Iterator[Threads]:
     """Return the threads of a store."""
-    threads = Threads(REACTOR)
+    threads = Threads(REACTOR, Clock())
     threads.start()
     yield threads
     threads.stop()
@@ -49,10 +52,10 @@ def test_missing_blob(tmp_path: Path) -> None:
 
 @on_reactor
 async def test_read_at_offset(file: SharedFile, threads: Threads) -> None:
-    assert await read_at(file, 0, 10, threads) == DATA[:10]
-    assert await read_at(file, 300, 5, threads) == DATA[300:305]
-    assert await read_at(file, len(DATA) - 3, 100, threads) == DATA[-3:]
-    assert await read_at(file, len(DATA), 100, threads) == b""
+    assert await threads.read_at(file, PATH, 0, 10) == DATA[:10]
+    assert await threads.read_at(file, PATH, 300, 5) == DATA[300:305]
+    assert await threads.read_at(file, PATH, len(DATA) - 3, 100) == DATA[-3:]
+    assert await threads.read_at(file, PATH, len(DATA), 100) == b""
     file.release()
 
 
@@ -65,7 +68,7 @@ async def test_uncached_read_runs_in_a_thread(
         raise OSError(why, os.strerror(why))
 
     monkeypatch.setattr(os, "preadv", fail)
-    reading = read_at(file, 300, 5, threads)
+    reading = threads.read_at(file, PATH, 300, 5)
     assert not reading.called
     # After release by the client, the descriptor stays valid until the thread has read.
     descriptor = file.fileno()
@@ -82,7 +85,7 @@ def test_cached_read_is_immediate(file: SharedFile, threads: Threads, monkeypatc
         return 3
 
     monkeypatch.setattr(os, "preadv", read)
-    assert fired(read_at(file, 0, 100, threads)) == b"abc"
+    assert fired(threads.read_at(file, PATH, 0, 100)) == b"abc"
     file.release()
 
 
@@ -92,7 +95,7 @@ def test_disk_error_is_raised(file: SharedFile, threads: Threads, monkeypatch: p
 
     monkeypatch.setattr(os, "preadv", fail)
     with pytest.raises(OSError, match="Input/output"):
-        fired(read_at(file, 0, 100, threads))
+        fired(threads.read_at(file, PATH, 0, 100))
     file.release()
 
 

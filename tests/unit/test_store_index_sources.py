@@ -16,11 +16,11 @@ from twisted.internet.task import Clock
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, ImageReference
-from ociregistry.store.files import Threads
 from ociregistry.store.index import Index
 from ociregistry.store.records import Dates, Record, read_record
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.snapshot import Snapshot
+from ociregistry.store.threads import Threads
 from tests.unit.support.stores import StoreDir, day, image_of, list_of, url_of
 
 ONE, TWO, THREE = image_of(b"config", b"base", b"1"), image_of(b"config", b"base", b"2"), image_of(b"3", b"3")

@@ -16,10 +16,11 @@ from twisted.internet.task import Clock
 
 from ociregistry.config.values import USUAL_RESERVE
 from ociregistry.names import Digest
-from ociregistry.store.files import Threads, lock
+from ociregistry.store.files import lock
 from ociregistry.store.orphans import find_orphans, remove_orphans, remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.space import Space
+from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder
 from tests.processes import wait_until
 from tests.unit.support.common import REACTOR, image
@@ -77,7 +78,7 @@ def files(store_dir: StoreDir) -> Mapping[Path, bytes]:
 
 def create(digest: Digest, path: Path) -> Partial:
     """Create a partial at `path`, as this process does for a download."""
-    threads = Threads(REACTOR)
+    threads = Threads(REACTOR, Clock())
     space = Space(path.parent, USUAL_RESERVE, lambda missing: None, threads, Clock())
     return Partial.create(digest, path, None, str(APP), space, Unsynced(), threads)
 
@@ -87,7 +88,7 @@ def write(folder: Path, blob: bytes, *, resumes: bool) -> Partial | None:
     digest = Digest.of(blob)
     if not resumes:
         return create(digest, folder / digest.hex)
-    threads = Threads(REACTOR)
+    threads = Threads(REACTOR, Clock())
     space = Space(folder, USUAL_RESERVE, lambda missing: None, threads, Clock())
     return Partial.resume(digest, folder / digest.hex, space, Unsynced(), threads)
 

@@ -15,9 +15,9 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.config.values import Reserve
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.files import Threads
 from ociregistry.store.space import Room, Space
 from ociregistry.store.store import Store
+from ociregistry.store.threads import Threads
 from tests.images import MIB
 from tests.unit.support.common import REACTOR, on_reactor, texts, until
 
@@ -60,7 +60,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 @pytest.fixture
 def space(disk: Disk, tmp_path: Path, clock: Clock) -> Iterator[Space]:
     """Return the space on the disk."""
-    threads = Threads(REACTOR)
+    threads = Threads(REACTOR, Clock())
     threads.start()
     space = Space(tmp_path, Reserve(1.0, RESERVE), disk.make_room, threads, clock)
     space.start()

@@ -37,9 +37,10 @@ def health_document(handler: Handler, method: str = "GET") -> Any:
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_health_document(method: str) -> None:
-    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, STARTED)
+    handler = health(lambda: Counts(2, 3), lambda: Incomplete(1, 5), lambda: None, lambda: ROOM, list, STARTED)
     assert health_document(handler, method) == {
         "status": "ok",
+        "reasons": [],
         "version": __version__,
         "started": "2026-03-01T22:17:30+00:00",
         "lists": 2,
@@ -55,7 +56,7 @@ def test_health_document(method: str) -> None:
 @on_reactor
 async def test_health_is_current(store: Store, clock: Clock, tmp_path: Any) -> None:
     completion = Completion(store, FakeBlobFetcher(tmp_path), clock)
-    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, STARTED)
+    handler = health(lambda: store.counts, lambda: completion.incomplete, lambda: None, lambda: ROOM, list, STARTED)
 
     def figures() -> list[int]:
         return [health_document(handler)[key] for key in ("lists", "images", "incomplete_images", "missing_bytes")]
@@ -71,7 +72,7 @@ async def test_health_is_current(store: Store, clock: Clock, tmp_path: Any) -> N
 
 def test_preload_progress_is_current() -> None:
     progress = [PreloadProgress(images=7, loaded=0, failed=0)]
-    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, STARTED)
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: progress[0], lambda: ROOM, list, STARTED)
     # Also before there is any progress.
     assert health_document(handler)["preload"] == {"images": 7, "loaded": 0, "failed": 0}
     progress[0] = PreloadProgress(images=7, loaded=5, failed=2)
@@ -79,5 +80,17 @@ def test_preload_progress_is_current() -> None:
 
 
 def test_without_preloading_there_is_no_progress() -> None:
-    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, STARTED)
+    handler = health(lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, list, STARTED)
     assert "preload" not in health_document(handler)
+
+
+def test_degraded_with_reasons_is_still_200() -> None:
+    """What is cached is served, so the daemon stays ready."""
+    faults: list[str] = []
+    handler = health(
+        lambda: Counts(0, 0), lambda: Incomplete(0, 0), lambda: None, lambda: ROOM, lambda: faults, STARTED
+    )
+    assert health_document(handler)["status"] == "ok"
+    faults.append("the disk is full")
+    document = health_document(handler)
+    assert (document["status"], document["reasons"]) == ("degraded", ["the disk is full"])

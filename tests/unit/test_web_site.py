@@ -56,6 +56,7 @@ def test_health(server: RegistrySite) -> None:
     assert (got.status, got.headers["content-type"]) == (200, "application/json")
     assert json.loads(got.body) == {
         "status": "ok",
+        "reasons": [],
         "version": __version__,
         "started": "2026-03-01T22:17:30+00:00",
         "lists": 2,

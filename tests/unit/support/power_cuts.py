@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
@@ -21,6 +22,7 @@ from twisted.python.failure import Failure
 
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.store.files import SharedFile
 from ociregistry.store.partials import DigestMismatch, Partial
 from ociregistry.store.store import Store
 from tests.lossy import Disk, LossyFiles, PowerCut
@@ -44,7 +46,7 @@ EARLIER = b"a blob that was there before"
 class InlineThreads:
     """Replaces the store's threads; runs functions inline."""
 
-    def __init__(self, reactor: object) -> None:
+    def __init__(self, reactor: object, clock: object) -> None:
         pass
 
     def start(self) -> None:
@@ -61,6 +63,14 @@ class InlineThreads:
             return fail()
 
     write = write_in_turn = read
+
+    def read_file(self, path: Path, function: Callable[[], T], **how: object) -> Deferred[T]:
+        """Run `function` and return its result as a Deferred."""
+        return self.read(function)
+
+    def read_at(self, file: SharedFile, path: Path, offset: int, count: int) -> Deferred[bytes]:
+        """Read the bytes and return them as a Deferred."""
+        return self.read(os.pread, file.fileno(), count, offset)
 
 
 def result(work: Deferred[T] | Coroutine[Deferred[Any], Any, T]) -> T:

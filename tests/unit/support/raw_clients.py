@@ -89,7 +89,12 @@ class Handler(V2):
 def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySite:
     """Return a site over the handler."""
     health_resource = health(
-        lambda: Counts(lists=2, images=3), lambda: Incomplete(images=1, bytes=5), lambda: None, lambda: ROOM, STARTED
+        lambda: Counts(lists=2, images=3),
+        lambda: Incomplete(images=1, bytes=5),
+        lambda: None,
+        lambda: ROOM,
+        list,
+        STARTED,
     )
     return RegistrySite(handler, health_resource, patience, clock)
 

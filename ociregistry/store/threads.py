@@ -1,0 +1,311 @@
+"""The store's threads: for what waits for the disk, which may never answer."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any, ParamSpec, TypeVar
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.internet.threads import deferToThreadPool
+from twisted.logger import Logger
+from twisted.python.threadpool import ThreadPool
+
+from ociregistry.store.files import SharedFile
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_READERS = 8
+"""Reads that run at once, not counting the slow ones."""
+_SLOW = 2
+"""Seconds after which a read is slow: another one may run beside it."""
+_MOST_READERS = 64
+"""Reads that run at once, counting the slow ones."""
+_OF_ONE_FILE = 2
+"""Reads of one file that run at once, so that a file that hangs takes no more threads."""
+READ_WITHIN = 20
+"""Seconds after which a read counts as hung: a sleeping disk has started by then, and a client still waits."""
+WRITTEN_WITHIN = 60
+"""Seconds after which a write counts as hung; a slow disk takes long to sync a large file."""
+_END_WITHIN = 3.0
+"""Seconds that the running jobs get to end when the threads are stopped."""
+
+
+class Hung(OSError):
+    """The read of a file has not returned for a long time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(errno.ETIMEDOUT, f"the disk has not answered for {READ_WITHIN} s", str(path))
+
+
+class _DaemonThread(Thread):
+    """A thread that does not keep the process alive, as its job may never return."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(daemon=True, **arguments)
+
+
+class _Pool(ThreadPool):
+    threadFactory = _DaemonThread  # type: ignore[assignment]  # Twisted declares the class, and calls it
+
+
+@dataclass(eq=False)
+class _Job:
+    """Work that waits for a thread, or runs in one."""
+
+    seconds: int = 0
+    """For how long a read has run, or a write has waited and run.
+
+    Counted, not measured: that this process or its machine was stopped must not look like a disk that hangs.
+    """
+    hung: bool = False
+
+
+@dataclass(eq=False)
+class _Read(_Job):
+    path: Path | None = None
+    """The file, where a single one is read."""
+    work: Callable[[], Any] = lambda: None
+    discard: Callable[[Any], object] = lambda result: None
+    """Called with a result that comes when `result` has fired."""
+    lease: SharedFile | None = None
+    result: Deferred[Any] = field(default_factory=Deferred)
+    answered: bool = False
+    """Whether `result` has fired."""
+
+
+class Threads:
+    """A thread pool each for reads and writes, and one thread for jobs that wait for the store's lock.
+
+    So a hanging fsync delays no hit, and a held lock delays no blob. Reads of a file that hangs take few threads, and
+    fail after `READ_WITHIN` seconds; further ones fail at once, until the first has returned.
+    """
+
+    log = Logger(namespace="ociregistry.store")
+
+    def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime, writers: int = 16) -> None:
+        self._reactor = reactor
+        self._reading = _Pool(0, _MOST_READERS, "store-reading")
+        self._writing = _Pool(0, writers, "store-writing")
+        self._in_turn = _Pool(0, 1, "store-in-turn")
+        self._waiting: dict[_Read, None] = {}
+        """The reads that wait for a thread, in their order."""
+        self._reads: dict[_Read, None] = {}
+        """The reads that run, in their order."""
+        self._writes: dict[_Job, None] = {}
+        """The writes that wait or run, in their order."""
+        self._quick = 0
+        """The number of reads that run and are not slow."""
+        self._of_file: Counter[Path] = Counter()
+        """File -> the number of its reads that run."""
+        self._logged = False
+        """Whether it was logged that the disk does not answer."""
+        self._loop = LoopingCall(self._look)
+        self._loop.clock = clock
+
+    def start(self) -> None:
+        """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
+        for pool in (self._reading, self._writing, self._in_turn):
+            pool.start()
+        self._loop.start(1.0, now=False)
+
+    def stop(self) -> None:
+        """End the threads. Blocks until the running jobs have ended, for a few seconds at most.
+
+        What has not returned by then is logged, and ends with the process.
+        """
+        self._loop.stop()
+        for job in list(self._waiting):
+            self._drop(job)
+        pools = self._reading, self._writing, self._in_turn
+        stopping = [_DaemonThread(target=pool.stop) for pool in pools]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join(_END_WITHIN)
+        if any(thread.is_alive() for thread in stopping):
+            self.log.error(
+                "stopping although the disk does not answer: {which}",
+                which=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
+            )
+
+    @property
+    def hung(self) -> str:
+        """A sentence about the reads and writes that have not returned for long; empty if there are none."""
+        hung = [job for job in (*self._reads, *self._writes) if job.hung]
+        paths = sorted({str(job.path) for job in hung if isinstance(job, _Read) and job.path is not None})
+        of = f", among them of {paths[0]}" if paths else ""
+        return f"the disk does not answer: {_counted(len(hung))}{of}" if hung else ""
+
+    def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Run `function`, which reads folders or several files, in a thread, however long it takes."""
+        return self._submit(_Read(work=lambda: function(*args, **kwargs)))
+
+    def read_file(
+        self,
+        path: Path,
+        function: Callable[[], T],
+        *,
+        discard: Callable[[T], object] = lambda result: None,
+        lease: SharedFile | None = None,
+    ) -> Deferred[T]:
+        """Run `function`, which reads the file at `path`, in a thread.
+
+        `discard` is called with a result that comes too late, or after the Deferred was cancelled. The `lease` on the
+        open file is released when `function` has ended, or when it is not run.
+
+        Raises:
+            Hung: through the Deferred: it has not returned for `READ_WITHIN` seconds, or such a read of the same file
+                has not returned yet.
+        """
+        return self._submit(_Read(path=path, work=function, discard=discard, lease=lease))
+
+    def read_at(self, file: SharedFile, path: Path, offset: int, count: int) -> Deferred[bytes]:
+        """Read at most `count` of the bytes at `offset` of `file`, which was opened at `path`.
+
+        If the kernel has them in memory the Deferred has fired already; otherwise a thread reads them.
+
+        Raises:
+            OSError: they cannot be read; through the Deferred if a thread reads them.
+        """
+        buffer = bytearray(count)
+        descriptor = file.fileno()
+        try:
+            got = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
+        except OSError as error:
+            # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+            got = 0
+        if got:
+            del buffer[got:]
+            return succeed(bytes(buffer))
+        return self.read_file(path, lambda: os.pread(descriptor, count, offset), lease=file.lease())
+
+    def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Run `function`, which writes or syncs, in a thread."""
+        return self._write(self._writing, lambda: function(*args, **kwargs))
+
+    def write_in_turn(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Run `function`, which writes or syncs, in a thread, one job after the other."""
+        return self._write(self._in_turn, lambda: function(*args, **kwargs))
+
+    def _write(self, pool: ThreadPool, work: Callable[[], T]) -> Deferred[T]:
+        job = _Job()
+        self._writes[job] = None
+
+        def run() -> T:
+            try:
+                return work()
+            finally:
+                # Not by the Deferred: that fires at once when it is cancelled.
+                self._reactor.callFromThread(self._writes.pop, job)
+
+        return deferToThreadPool(self._reactor, pool, run)
+
+    def _submit(self, job: _Read) -> Deferred[Any]:
+        if job.path is not None and (self._exhausted or self._hangs(job.path)):
+            _release(job)
+            return fail(Hung(job.path))
+        job.result = Deferred(lambda _: self._cancelled(job))
+        self._waiting[job] = None
+        self._begin_waiting()
+        return job.result
+
+    @property
+    def _exhausted(self) -> bool:
+        """Whether all threads for reading hang."""
+        return sum(job.hung for job in self._reads) >= _MOST_READERS
+
+    def _hangs(self, path: Path) -> bool:
+        return any(job.hung and job.path == path for job in self._reads)
+
+    def _cancelled(self, job: _Read) -> None:
+        job.answered = True
+        self._drop(job)
+
+    def _drop(self, job: _Read) -> None:
+        """Take a read that has not begun out of the queue."""
+        if job in self._waiting:
+            del self._waiting[job]
+            _release(job)
+
+    def _begin_waiting(self) -> None:
+        while self._quick < _READERS and len(self._reads) < _MOST_READERS:
+            ready = (job for job in self._waiting if job.path is None or self._of_file[job.path] < _OF_ONE_FILE)
+            job = next(ready, None)
+            if job is None:
+                return
+            del self._waiting[job]
+            self._begin(job)
+
+    def _begin(self, job: _Read) -> None:
+        self._reads[job] = None
+        self._quick += 1
+        if job.path is not None:
+            self._of_file[job.path] += 1
+
+        def ended(succeeded: bool, result: Any) -> None:
+            self._reactor.callFromThread(self._end, job, succeeded, result)
+
+        self._reading.callInThreadWithCallback(ended, job.work)
+
+    def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
+        del self._reads[job]
+        _release(job)
+        self._quick -= job.seconds < _SLOW
+        if job.path is not None:
+            self._of_file[job.path] -= 1
+            if not self._of_file[job.path]:
+                del self._of_file[job.path]
+        self._begin_waiting()
+        if not job.answered:
+            job.answered = True
+            job.result.callback(result)
+        elif succeeded:
+            job.discard(result)
+
+    def _look(self) -> None:
+        for job in (*self._reads, *self._writes):
+            job.seconds += 1
+            job.hung = job.seconds >= (READ_WITHIN if isinstance(job, _Read) else WRITTEN_WITHIN)
+        for read in list(self._reads):
+            if read.seconds == _SLOW:
+                self._quick -= 1
+            if read.seconds == READ_WITHIN and read.path is not None:
+                self._give_up(read.path)
+        self._log_change()
+        self._begin_waiting()
+
+    def _log_change(self) -> None:
+        hung = self.hung
+        if hung and not self._logged:
+            self.log.error("{hung}", hung=hung)
+        elif self._logged and not hung:
+            self.log.warn("the disk answers again")
+        self._logged = bool(hung)
+
+    def _give_up(self, path: Path) -> None:
+        """Fail all reads of `path`; where no thread is left, those of all files."""
+        for job in [*self._reads, *self._waiting]:
+            if job.path is not None and not job.answered and (job.path == path or self._exhausted):
+                job.answered = True
+                self._drop(job)
+                job.result.errback(Hung(job.path))
+
+
+def _release(job: _Read) -> None:
+    if job.lease is not None:
+        job.lease.release()
+
+
+def _counted(jobs: int) -> str:
+    return "1 read or write has not returned" if jobs == 1 else f"{jobs} reads and writes have not returned"

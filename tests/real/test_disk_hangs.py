@@ -1,0 +1,144 @@
+"""A disk that does not answer: an open or read that never returns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.client import fetch
+from tests.disk_faults import Trace, faults
+from tests.images import MIB, Image, digest_of
+from tests.processes import wait_until
+from tests.real.caches import SOON, Cache, blob_file, cache_in, plain_image
+
+HANG = "delay_enter=300000000"
+"""Five minutes, unless the trace ends before."""
+ANSWERED = 25.0
+"""Seconds within which a client must be answered."""
+CLIENTS = 20
+
+Hang = Callable[..., AbstractContextManager[Trace]]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    """A cache for this test alone, whose disk hangs."""
+    with cache_in(tmp_path) as cache:
+        yield cache
+
+
+@pytest.fixture
+def hang(cache: Cache, tmp_path: Path) -> Hang:
+    """A function that makes these system calls of the daemon on one path hang."""
+
+    def hang(calls: str, path: Path, *options: str) -> AbstractContextManager[Trace]:
+        return faults(cache.daemon.process.pid, calls, HANG, tmp_path / "strace", "-P", str(path), *options)
+
+    return hang
+
+
+def cached(cache: Cache, tag: str) -> Image:
+    """Return an image that is in the cache."""
+    image = plain_image(tag, MIB)
+    cache.upstream.add("hangs", image, tag)
+    assert cache.ask(f"hangs/manifests/{tag}").body == image.manifest.data
+    assert digest_of(cache.ask(blob_of(image)).body) == image.layers[0].digest
+    cache.wait_stored(image.layers[0].digest)
+    return image
+
+
+def blob_of(image: Image) -> str:
+    """Return the path of its layer."""
+    return f"hangs/blobs/{image.layers[0].digest}"
+
+
+def assert_served(cache: Cache, image: Image, tag: str) -> None:
+    """Check that a hit is not delayed."""
+    for path, digest in ((f"hangs/manifests/{tag}", image.manifest.digest), (blob_of(image), image.layers[0].digest)):
+        assert digest_of(fetch(cache.url(path), timeout=SOON).body) == digest
+
+
+@pytest.mark.parametrize("kind", ["blob", "record"])
+def test_file_that_cannot_be_opened_in_time(cache: Cache, hang: Hang, kind: str) -> None:
+    """More clients than threads: they get 503 in time, and other hits go on."""
+    sick, hit = cached(cache, "sick"), cached(cache, "hit")
+    path, file = {
+        "blob": (blob_of(sick), blob_file(cache.daemon, sick.layers[0].digest)),
+        "record": ("hangs/manifests/sick", cache.daemon.image_path / "img" / sick.manifest.digest[7:]),
+    }[kind]
+    # The daemon reads a record that changed; let it do so before.
+    time.sleep(2)
+    sent = len(cache.upstream.requests)
+    with hang("openat", file) as trace:
+        began = time.monotonic()
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            asked = [clients.submit(fetch, cache.url(path), timeout=60) for _ in range(CLIENTS)]
+            wait_until(lambda: trace.begun, SOON, "the call hangs")
+            while not all(answer.done() for answer in asked):
+                assert_served(cache, hit, "hit")
+            answers = [answer.result() for answer in asked]
+        assert time.monotonic() - began < ANSWERED
+        assert {answer.status for answer in answers} == {503}
+        assert all("the disk has not answered for 20 s" in answer.body.decode() for answer in answers)
+        assert all(answer.headers["retry-after"] for answer in answers)
+        assert fetch(cache.url(path), timeout=SOON).status == 503
+        assert_served(cache, hit, "hit")
+        assert trace.begun == 2
+        told = json.loads(fetch(f"{cache.daemon.url}/health").body)
+        assert told["status"] == "degraded"
+        assert told["reasons"] == [
+            f"the disk does not answer: 2 reads and writes have not returned, among them of {file}"
+        ]
+    # The disk answers again; the link was not used.
+    wait_until(lambda: cache.ask(path).status == 200, SOON, "it is served again")
+    assert len(cache.upstream.requests) == sent
+
+
+def test_read_that_hangs_ends_the_answer(cache: Cache, hang: Hang) -> None:
+    sick, hit = cached(cache, "sick"), cached(cache, "hit")
+    file = blob_file(cache.daemon, sick.layers[0].digest)
+    since = cache.log_size
+    with hang("pread64", file, "-e", "trace=pread64,preadv2", "-e", "inject=preadv2:error=EAGAIN"):
+        with cache.opened(blob_of(sick)) as answer, ThreadPoolExecutor(1) as clients:
+            reading = clients.submit(answer.read)
+            while not reading.done():
+                assert_served(cache, hit, "hit")
+            assert reading.exception() is not None
+        assert (
+            f"response truncated: [Errno 110] the disk has not answered for 20 s: '{file}'"
+            in cache.daemon.log[since:]
+        )
+
+
+@pytest.mark.parametrize("calls", ["openat", "pwrite64"])
+def test_sigterm_while_the_disk_hangs(cache: Cache, hang: Hang, calls: str) -> None:
+    """Nothing that still waits for the disk keeps the process: a read, or the write of a download."""
+    image = cached(cache, "sick")
+    missing = plain_image("missing", 3 * MIB)
+    cache.upstream.add("hangs", missing, "missing")
+    assert cache.ask("hangs/manifests/missing").status == 200
+    asked = {"openat": image, "pwrite64": missing}[calls]
+    file = {
+        "openat": blob_file(cache.daemon, image.layers[0].digest),
+        "pwrite64": cache.daemon.image_path / "pulls" / "0" / missing.layers[0].digest[7:],
+    }[calls]
+    with hang(calls, file) as trace, ThreadPoolExecutor(1) as clients:
+        clients.submit(fetch, cache.url(blob_of(asked)), timeout=60)
+        wait_until(lambda: trace.begun, SOON, "the call hangs")
+        cache.daemon.process.terminate()
+        # The thread still hangs: strace would keep the process until it lets go of it.
+        wait_until(lambda: "Server Shut Down." in cache.daemon.log, 45, "the daemon ends")
+        assert trace.ended == 0
+    cache.daemon.process.wait(SOON)
+    log = cache.daemon.log
+    assert log.count("stopping although the disk does not answer: 1 read or write has not returned") == 1
+    assert not (cache.daemon.image_path / "pulls" / "0" / "socket").exists()
+    # What is in the store is served by the next.
+    cache.daemon.start()
+    assert_served(cache, image, "sick")

@@ -1,0 +1,132 @@
+"""Why a store does not work as promised: told while it lasts, and no longer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+
+import ociregistry.store.blobs
+from ociregistry.config.values import USUAL_RESERVE, Reserve
+from ociregistry.names import Digest
+from ociregistry.store.files import SharedFile
+from ociregistry.store.store import Store
+from ociregistry.store.verify import Damaged
+from tests.images import make_image
+from tests.unit.support.common import image, manifest, on_reactor, record, until
+
+BUILT = make_image("faults")
+IMAGE = manifest(BUILT)
+NGINX = image("docker.io/library/nginx:1")
+DATA = BUILT.layers[0].data
+LAYER = Digest(BUILT.layers[0].digest)
+
+
+async def fetched(store: Store) -> None:
+    """Keep the image, and fetch its layer as a download does."""
+    await store.keep(IMAGE, NGINX)
+    partial = await store.new_partial(LAYER, len(DATA), NGINX.repository)
+    try:
+        await partial.append(DATA)
+        await partial.verify()
+        await store.commit(partial)
+    finally:
+        partial.close()
+
+
+async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
+    """Let the store look at its files until this holds."""
+
+    def holds() -> object:
+        clock.advance(1)
+        return until_it()
+
+    await until(holds)
+
+
+async def told(store: Store, clock: Clock, *sentences: str) -> None:
+    """Let the store look at its files until it tells these faults."""
+    await looked(clock, lambda: store.faults.sentences == list(sentences))
+
+
+@on_reactor
+async def test_damaged_record_is_told_until_it_is_mended(store: Store, root: Path, clock: Clock) -> None:
+    await fetched(store)
+    await told(store, clock)
+    path = record(root, IMAGE.digest)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    (root / "img" / ("0" * 64)).write_bytes(b"{}")
+    await told(store, clock, f"1 record is damaged or unreadable: {path.name}")
+    other = root / "img" / ("1" * 64)
+    other.mkdir()
+    await told(store, clock, f"2 records are damaged or unreadable: {min(path.name, other.name)}, …")
+    other.rmdir()
+    await told(store, clock, f"1 record is damaged or unreadable: {path.name}")
+    # A pull brings it again.
+    await store.keep(IMAGE, NGINX)
+    await told(store, clock)
+
+
+@on_reactor
+async def test_foreign_file_among_the_records_is_no_fault(store: Store, root: Path, clock: Clock) -> None:
+    (root / "img" / ("0" * 64)).write_bytes(b"{}")
+    await looked(clock, lambda: store._refresh._unreadable)
+    assert store.faults.sentences == []
+
+
+@pytest.mark.parametrize("mend", ["fetched", "removed"])
+@on_reactor
+async def test_unreadable_blob_is_told_until_it_is_mended(
+    store: Store, root: Path, clock: Clock, mend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fetched(store)
+    await looked(clock, lambda: store._refresh._blobs._names)
+
+    def fail(path: Path) -> SharedFile:
+        raise OSError(5, os.strerror(5))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ociregistry.store.blobs, "open_regular", fail)
+        assert await store.blob(LAYER) is None
+    await told(store, clock, f"1 blob is unreadable: {LAYER.hex}")
+    if mend == "fetched":
+        await fetched(store)
+    else:
+        (root / "blobs" / LAYER.hex).unlink()
+    await told(store, clock)
+
+
+@pytest.mark.parametrize("is_blob", [True, False])
+@on_reactor
+async def test_damage_that_could_not_be_mended(store: Store, root: Path, clock: Clock, is_blob: bool) -> None:
+    await fetched(store)
+    path = root / "blobs" / LAYER.hex if is_blob else record(root, IMAGE.digest)
+    path.unlink()
+    if not is_blob:
+        await looked(clock, lambda: store.counts.images == 0)
+    store.faults.note_lost(Damaged(path, LAYER if is_blob else IMAGE.digest, "its bytes are wrong"))
+    kind = "blob" if is_blob else "record"
+    await told(store, clock, f"1 {kind} is damaged and could not be fetched again: {path.name}")
+    await fetched(store)
+    await told(store, clock)
+
+
+@on_reactor
+async def test_full_disk(store: Store, clock: Clock) -> None:
+    store.reconfigure(Reserve(1.0, 1 << 62))
+    await told(store, clock, "the disk is full, downloads stop: only what is kept in reserve is free")
+    store.reconfigure(USUAL_RESERVE)
+    await told(store, clock)
+
+
+@pytest.mark.parametrize("part", ["_folders", "_refresh", "_space"])
+def test_what_the_parts_cannot_do(store: Store, part: str) -> None:
+    getattr(store, part).why = "/store: why"
+    (sentence,) = store.faults.sentences
+    assert sentence.endswith(": /store: why")
+    getattr(store, part).why = ""
+    assert store.faults.sentences == []

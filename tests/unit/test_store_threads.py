@@ -1,0 +1,188 @@
+"""A disk that does not answer takes few threads, and nobody waits for it for long."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+import ociregistry.store.threads
+from ociregistry.store.files import SharedFile, open_regular
+from ociregistry.store.threads import READ_WITHIN, WRITTEN_WITHIN, Hung, Threads
+from tests.unit.support.common import REACTOR, failed, on_reactor, texts, turn, until
+
+SICK, OTHER = Path("/store/sick"), Path("/store/other")
+
+
+class Disk:
+    """Reads that return when they are released."""
+
+    def __init__(self) -> None:
+        self.began = 0
+        self._released = threading.Event()
+
+    def read(self) -> bytes:
+        """Wait."""
+        self.began += 1
+        self._released.wait()
+        return b"late"
+
+    def release(self) -> None:
+        """Let all reads return."""
+        self._released.set()
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """Return a disk that hangs until the test ends."""
+    disk = Disk()
+    yield disk
+    disk.release()
+
+
+@pytest.fixture
+def threads(clock: Clock, disk: Disk) -> Iterator[Threads]:
+    """Return the threads of a store."""
+    threads = Threads(REACTOR, clock)
+    threads.start()
+    yield threads
+    disk.release()
+    threads.stop()
+
+
+def advance(clock: Clock, seconds: int) -> None:
+    """Advance the clock second by second."""
+    for _ in range(seconds):
+        clock.advance(1)
+
+
+@on_reactor
+async def test_reads_of_a_file_that_hangs_fail_and_take_two_threads(
+    threads: Threads, disk: Disk, clock: Clock, events: list[LogEvent]
+) -> None:
+    late: list[bytes] = []
+    reads = [threads.read_file(SICK, disk.read, discard=late.append) for _ in range(100)]
+    for _ in range(20):
+        assert await threads.read_file(OTHER, lambda: b"here") == b"here"
+    assert disk.began == 2
+    advance(clock, READ_WITHIN - 1)
+    assert not threads.hung
+    assert not any(read.called for read in reads)
+    advance(clock, 1)
+    for read in reads:
+        assert str(failed(read, Hung)) == f"[Errno 110] the disk has not answered for 20 s: '{SICK}'"
+    # The next one does not wait, and takes no thread.
+    failed(threads.read_file(SICK, disk.read), Hung)
+    assert threads.hung == f"the disk does not answer: 2 reads and writes have not returned, among them of {SICK}"
+    assert texts(events, LogLevel.error) == [
+        f"the disk does not answer: 2 reads and writes have not returned, among them of {SICK}",
+    ]
+    assert await threads.read_file(OTHER, lambda: b"here") == b"here"
+    disk.release()
+    await until(lambda: not threads.hung)
+    assert await threads.read_file(SICK, disk.read) == b"late"
+    assert late == [b"late", b"late"]
+    assert disk.began == 3
+    clock.advance(1)
+    assert texts(events, LogLevel.warn) == ["the disk answers again"]
+
+
+@on_reactor
+async def test_many_files_that_hang_delay_others_for_two_seconds(threads: Threads, disk: Disk, clock: Clock) -> None:
+    hanging = [threads.read_file(SICK / str(number), disk.read) for number in range(8)]
+    waiting = threads.read_file(OTHER, lambda: b"here")
+    await until(lambda: disk.began == 8)
+    assert not waiting.called
+    advance(clock, 2)
+    assert await waiting == b"here"
+    for read in hanging:
+        read.addErrback(lambda _: None)
+        read.cancel()
+
+
+@on_reactor
+async def test_disk_that_takes_all_threads(threads: Threads, disk: Disk, clock: Clock) -> None:
+    hanging = [threads.read_file(SICK / str(number), disk.read) for number in range(80)]
+    advance(clock, 40)
+    assert disk.began == 64
+    for read in hanging:
+        failed(read, Hung)
+    failed(threads.read_file(OTHER, lambda: b"here"), Hung)
+    disk.release()
+    await until(lambda: not threads.hung)
+    assert await threads.read_file(OTHER, lambda: b"here") == b"here"
+
+
+@on_reactor
+async def test_open_file_is_released_when_its_read_is_given_up(
+    threads: Threads, disk: Disk, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "blob").write_bytes(b"x")
+
+    def opened() -> SharedFile:
+        return open_regular(tmp_path / "blob")
+
+    def not_in_memory(*args: object) -> int:
+        raise BlockingIOError(11, "")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "preadv", not_in_memory)
+    monkeypatch.setattr(os, "pread", lambda *args: disk.read())
+    files = [opened() for _ in range(5)]
+    reads = [threads.read_at(file, SICK, 0, 1) for file in files]
+    reads[4].addErrback(lambda _: None)
+    reads[4].cancel()
+    advance(clock, READ_WITHIN)
+    for read in reads[:4]:
+        failed(read, Hung)
+    failed(threads.read_at(files[0], SICK, 0, 1), Hung)
+    for file in files:
+        file.release()
+    disk.release()
+    await until(lambda: not threads.hung)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "write_in_turn"])
+@on_reactor
+async def test_others_are_told_but_waited_for(threads: Threads, disk: Disk, clock: Clock, kind: str) -> None:
+    run: Callable[..., object] = getattr(threads, kind)
+    running = run(disk.read)
+    advance(clock, max(READ_WITHIN, WRITTEN_WITHIN))
+    assert threads.hung == "the disk does not answer: 1 read or write has not returned"
+    disk.release()
+    assert await running == b"late"  # type: ignore[misc]  # a Deferred
+    await turn()
+    assert not threads.hung
+
+
+@on_reactor
+async def test_stop_does_not_wait_for_what_hangs(
+    disk: Disk, clock: Clock, events: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ociregistry.store.threads, "_END_WITHIN", 0.01)
+    threads = Threads(REACTOR, clock)
+    threads.start()
+    for run in (threads.read, threads.write, threads.write_in_turn):
+        run(disk.read)
+    await until(lambda: disk.began == 3)
+    threads.stop()
+    assert texts(events, LogLevel.error) == [
+        "stopping although the disk does not answer: 3 reads and writes have not returned"
+    ]
+
+
+@on_reactor
+async def test_machine_that_was_stopped_does_not_look_like_a_disk_that_hangs(
+    threads: Threads, disk: Disk, clock: Clock
+) -> None:
+    reading = threads.read_file(SICK, disk.read)
+    clock.advance(3600)
+    assert not threads.hung
+    disk.release()
+    assert await reading == b"late"
