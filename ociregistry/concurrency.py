@@ -16,6 +16,8 @@ from twisted.python.failure import Failure
 
 from ociregistry.errors import RegistryError
 
+_log = Logger(namespace="ociregistry")
+
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
@@ -63,8 +65,6 @@ class Event:
 class SingleFlight(Generic[K, T]):
     """Runs at most one piece of work per key at a time, and gives its result to all waiters."""
 
-    log = Logger(namespace="ociregistry")
-
     def __init__(self) -> None:
         self._waiting: dict[K, list[Deferred[T]]] = {}
 
@@ -101,8 +101,8 @@ class SingleFlight(Generic[K, T]):
         waiting = self._waiting.pop(key)
         if isinstance(result, Failure) and not waiting:
             if result.check(RegistryError):
-                self.log.error("{why}", why=result.value)
+                _log.error("{why}", why=result.value)
             else:
-                self.log.failure("a shared call without waiters failed", result)
+                _log.failure("a shared call without waiters failed", result)
         while waiting:
             waiting.pop(0).callback(result)

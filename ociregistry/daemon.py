@@ -37,6 +37,8 @@ from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
 from ociregistry.web.site import RegistrySite
 
+_log = Logger(namespace="ociregistry")
+
 _DRAIN = 30.0
 """Seconds that requests in flight get to end when the daemon stops."""
 _FLUSH = 5.0
@@ -52,8 +54,6 @@ _AT_NEXT_START = (
 
 class Daemon(MultiService):
     """The service that listens for clients and, when stopped, lets requests in flight end first."""
-
-    log = Logger(namespace="ociregistry")
 
     def __init__(
         self, settings: Settings, load: Callable[[], Settings], reactor: Any, twistd_options: usage.Options
@@ -158,7 +158,7 @@ class Daemon(MultiService):
         # The reactor runs next.
         let_reactor_handle_interrupts()
         counts = self._store.counts
-        self.log.info(
+        _log.info(
             "ociregistry {version} started at {started}, listening on {addresses}, "
             "store {store} with {lists} lists and {images} images",
             version=__version__,
@@ -174,7 +174,7 @@ class Daemon(MultiService):
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
-            self.log.warn("{warning}", warning=warning, **ALWAYS)
+            _log.warn("{warning}", warning=warning, **ALWAYS)
 
     def _hung_up(self, signal: object, frame: object) -> None:
         self._reactor.callFromThread(self.reload)
@@ -182,7 +182,7 @@ class Daemon(MultiService):
     def reload(self) -> Deferred[None]:
         """Read the settings again, in a thread, and apply them; keep the old ones if they are invalid."""
         reloaded = self._reloading.run(lambda: Deferred.fromCoroutine(self._reload()))
-        reloaded.addErrback(lambda failure: self.log.failure("a defect in reloading the settings", failure))
+        reloaded.addErrback(lambda failure: _log.failure("a defect in reloading the settings", failure))
         return reloaded.addCallback(lambda _: self._systemd.reloaded())
 
     async def _reload(self) -> None:
@@ -190,7 +190,7 @@ class Daemon(MultiService):
         try:
             settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigInvalid as error:
-            self.log.error("reload failed, settings unchanged: {why}", why=error)
+            _log.error("reload failed, settings unchanged: {why}", why=error)
             return
         self._reconfigure(settings)
 
@@ -203,7 +203,7 @@ class Daemon(MultiService):
         self._registries.reconfigure(settings.allow_upstreams)
         self._v2.reconfigure(settings.default_ns)
         self._maintenance.reconfigure(settings.prune, settings.verify)
-        self.log.info(
+        _log.info(
             "settings reloaded: {upstreams} upstreams configured",
             upstreams=len(settings.registries),
             **ALWAYS,
@@ -212,10 +212,10 @@ class Daemon(MultiService):
         late = [key for key in _AT_NEXT_START if getattr(settings, key) != getattr(self._settings, key)]
         late += ["tls"] if (settings.tls is None) != (self._tls is None) else []
         if late:
-            self.log.warn("{keys}: changes take effect at the next start", keys=", ".join(late), **ALWAYS)
+            _log.warn("{keys}: changes take effect at the next start", keys=", ".join(late), **ALWAYS)
 
     def _give_up(self, message: str) -> NoReturn:
-        self.log.error("{why}", why=message)
+        _log.error("{why}", why=message)
         if self._twistd_options.get("statusPipe") is not None:
             # The parent process of the fork waits at this pipe; an exception makes twistd report there.
             raise RuntimeError(message)
@@ -236,7 +236,7 @@ class Daemon(MultiService):
         try:
             await self._site.in_flight.idle().addTimeout(_DRAIN, self._reactor)
         except defer.TimeoutError:
-            self.log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
+            _log.warn("stopping with requests in flight after {seconds:.0f} s", seconds=_DRAIN)
         # The reactor drops what its transports have not sent when it stops.
         with suppress(defer.TimeoutError):
             await Deferred.fromCoroutine(self._site.in_flight.close()).addTimeout(_FLUSH, self._reactor)

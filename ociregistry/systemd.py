@@ -14,11 +14,11 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
+_log = Logger(namespace="ociregistry")
+
 
 class Systemd:
     """Sends notifications to `$NOTIFY_SOCKET`."""
-
-    log = Logger(namespace="ociregistry")
 
     def __init__(self, clock: IReactorTime, environment: Mapping[str, str] = os.environ) -> None:
         self._environment = environment
@@ -68,4 +68,4 @@ class Systemd:
             try:
                 datagrams.sendto(state.encode(), address)
             except OSError as error:
-                self.log.error("cannot notify systemd of {state}: {why}", state=state.partition("\n")[0], why=error)
+                _log.error("cannot notify systemd of {state}: {why}", state=state.partition("\n")[0], why=error)

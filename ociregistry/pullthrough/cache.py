@@ -35,6 +35,8 @@ from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.network import Registries
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 T = TypeVar("T")
 
 
@@ -149,8 +151,6 @@ class PullThrough(Service):
     may be asked, and `LoopDetected` where a request in flight waits for the cache that asks.
     """
 
-    log = Logger(namespace="ociregistry.pullthrough")
-
     def __init__(
         self,
         store: Store,
@@ -214,7 +214,7 @@ class PullThrough(Service):
         if stored is not None and self._must_be_latest(image):
             return await self._latest(image, stored, context, wanted)
         if stored is not None:
-            self.log.debug("serving manifest from cache: {image}", image=image)
+            _log.debug("serving manifest from cache: {image}", image=image)
             return FoundManifest(stored, hit=True)
         while True:
             in_background = image in self._in_background
@@ -280,7 +280,7 @@ class PullThrough(Service):
         wanted: bool,
     ) -> Manifest:
         """Fetch the manifest `asked` and store it under the name `image`."""
-        self.log.debug("pulling manifest from upstream: {image}", image=asked)
+        _log.debug("pulling manifest from upstream: {image}", image=asked)
         manifest = await self._registries.get(asked.repository.upstream).manifest(asked, context)
         is_child = isinstance(image.reference, Digest) and bool(self._store.indexes(manifest.digest))
         try:
@@ -300,7 +300,7 @@ class PullThrough(Service):
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
             why = error.message if isinstance(error, RegistryError) else f"no answer within {_LATEST_WITHIN:g} s"
-            self.log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)
+            _log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)
             return FoundManifest(stored, hit=True, stale=True)
         return FoundManifest(manifest, hit=manifest.digest == stored.digest)
 
@@ -335,7 +335,7 @@ class PullThrough(Service):
             ended = self._ended
             stored = await self._store.blob(digest)
             if stored is not None:
-                self.log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
+                _log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
                 return FoundBlob(stored, hit=True)
             # A download that ended during the lookup may have stored the blob: look again.
             if ended == self._ended:
@@ -414,7 +414,7 @@ class PullThrough(Service):
 
     def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
         """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
-        self.log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
+        _log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
         registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)
         connections = Connections(

@@ -27,6 +27,8 @@ from ociregistry.pullthrough.imageblobs import MOST_BLOBS, Fetch, ImageBlobs
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 _AGAIN = 30.0
 """Seconds until an image whose upstream could not be asked is tried again."""
 _COMPLETE_FOR = 30.0
@@ -67,8 +69,6 @@ class CompletionPolicy:
 
 class Completion(Service):
     """Completes images: per upstream in turns, some blobs of each image, the smallest first; metadata last."""
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Completion(Service):
         try:
             lacking = await self._store.lacking_images(digests)
         except OSError as error:
-            self.log.error("cannot check what {image} lacks: {why}", image="the store", why=error.strerror)
+            _log.error("cannot check what {image} lacks: {why}", image="the store", why=error.strerror)
             return
         for digest in digests:
             entry = self._store.entry(digest)
@@ -247,7 +247,7 @@ class Completion(Service):
         try:
             await self._store.want(image)
         except OSError as error:
-            self.log.error("cannot record that {image} is wanted: {why}", image=image, why=error.strerror)
+            _log.error("cannot record that {image} is wanted: {why}", image=image, why=error.strerror)
 
     def _completes(self, image: Digest, repository: Repository) -> bool:
         """Tell whether the policy completes this wanted image, and log it where it names too many blobs for that."""
@@ -260,7 +260,7 @@ class Completion(Service):
             return True
         if image not in self._too_large:
             self._too_large[image] = None
-            self.log.warn(
+            _log.warn(
                 "{image} is not completed: its manifest names {blobs} blobs, more than {most}",
                 image=f"{repository}@{image}",
                 blobs=len(entry.blobs),
@@ -329,7 +329,7 @@ class Completion(Service):
         try:
             await self._store.add_pending(digest, repository)
         except OSError as error:
-            self.log.error("cannot record that {image} is incomplete: {why}", image=digest, why=error.strerror)
+            _log.error("cannot record that {image} is incomplete: {why}", image=digest, why=error.strerror)
         self._has_new_work.add(repository.upstream)
         self._work_on(repository.upstream)
 
@@ -351,7 +351,7 @@ class Completion(Service):
 
     def _begin(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
         started = Deferred.fromCoroutine(work)
-        started.addErrback(lambda failure: self.log.failure("a defect in looking for what is missing", failure))
+        started.addErrback(lambda failure: _log.failure("a defect in looking for what is missing", failure))
 
     async def _complete_all(self, upstream: Upstream) -> None:
         while True:
@@ -362,7 +362,7 @@ class Completion(Service):
                 except CancelledError:
                     raise
                 except Exception:
-                    self.log.failure("a defect in completing {image}", image=digest)
+                    _log.failure("a defect in completing {image}", image=digest)
                     self._put_off(digest)
             wait = await self._fetch_metadata(upstream)
             if upstream in self._has_new_work or self._due(upstream):
@@ -414,11 +414,11 @@ class Completion(Service):
         try:
             await blobs.look()
         except OSError as error:
-            self.log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
+            _log.error("cannot check what {image} lacks: {why}", image=image, why=error.strerror)
             self._put_off(digest)
             return
         if begins and blobs.missing:
-            self.log.info(
+            _log.info(
                 "completing {image}: {blobs} blobs with {bytes} bytes are missing",
                 image=image,
                 blobs=len(blobs.missing),
@@ -427,21 +427,21 @@ class Completion(Service):
         try:
             more = await blobs.take_turn(lambda lacks: self._missing.__setitem__(digest, lacks))
         except RegistryError as error:
-            self.log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
+            _log.debug("{image} is not complete yet: {why}", image=image, why=error.message)
             self._put_off(digest)
             return
         if more:
             return
         if blobs.refused:
-            self.log.warn("{image} stays incomplete: {why}", image=image, why=blobs.refused)
+            _log.warn("{image} stays incomplete: {why}", image=image, why=blobs.refused)
             self._refused.setdefault(digest, {})[repository.upstream] = self._clock.seconds()
         else:
             self._missing.pop(digest, None)
         if blobs.refused_foreign:
-            self.log.info("{image} stays without foreign layers: {why}", image=image, why=blobs.refused_foreign)
+            _log.info("{image} stays without foreign layers: {why}", image=image, why=blobs.refused_foreign)
             self._foreign_refused[digest] = None
         await self.drop(digest)
-        self.log.info("completion finished: {image}", image=image)
+        _log.info("completion finished: {image}", image=image)
 
     async def drop(self, digest: Digest) -> None:
         """Remove an image from the pending and undecided ones: no more of its blobs are fetched."""
@@ -450,4 +450,4 @@ class Completion(Service):
         try:
             await self._store.remove_pending(digest)
         except OSError as error:
-            self.log.error("cannot remove the pending image {image}: {why}", image=digest, why=error.strerror)
+            _log.error("cannot remove the pending image {image}: {why}", image=digest, why=error.strerror)

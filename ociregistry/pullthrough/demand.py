@@ -23,6 +23,8 @@ from ociregistry.platforms import NO_PLATFORM, Platform
 from ociregistry.pullthrough.completion import Completion
 from ociregistry.store.store import Store
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 _DECIDED_AFTER = 30.0
 """Seconds without a request for an index or its children after which its images are decided."""
 
@@ -40,8 +42,6 @@ class _Requests:
 
 class Demand(Service):
     """Receives the requests of clients, and tells `completion` which images are wanted."""
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, completion: Completion, machine: Platform, clock: IReactorTime) -> None:
         """Prefer `machine`, the platform of this machine, where clients requested several."""
@@ -123,7 +123,7 @@ class Demand(Service):
         try:
             await self._store.add_pending(image, repository, undecided=True)
         except OSError as error:
-            self.log.error("cannot record that {image} is pending: {why}", image=image, why=error.strerror)
+            _log.error("cannot record that {image} is pending: {why}", image=image, why=error.strerror)
 
     async def _layer_requested(self, image: Digest, repository: Repository, indexes: Iterable[Digest]) -> None:
         others: set[Digest] = set()
@@ -206,4 +206,4 @@ class Demand(Service):
             work.close()
             return
         started = Deferred.fromCoroutine(work)
-        started.addErrback(lambda failure: self.log.failure("a defect in completing an image", failure))
+        started.addErrback(lambda failure: _log.failure("a defect in completing an image", failure))

@@ -18,6 +18,8 @@ from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 from ociregistry.upstream.registry import BlobMismatch, BlobStream
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 
 class Download:
     """Fetches a blob into a partial, verifies it and commits it to the store.
@@ -26,8 +28,6 @@ class Download:
     resumes the partial of an earlier download. `size` in bytes is None until it is known. `available` leaves out
     the last byte until the digest has been verified.
     """
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
         self, connections: Connections, store: Store, repository: Repository, digest: Digest, expected: int | None
@@ -173,7 +173,7 @@ class Download:
         except CancelledError:
             self._stopping = True
         except Exception as error:
-            self.log.failure("the download of {download} failed", download=self)
+            _log.failure("the download of {download} failed", download=self)
             self.error = Unavailable(f"{self}: the download failed: {type(error).__name__}")
         if self._stopping:
             # One message for every cancelled download, whatever error the cancellation led to.
@@ -184,9 +184,9 @@ class Download:
         self._changed.fire()
         if self.error is not None and not told and not self._stopping:
             if self._connections.abandoned:
-                self.log.warn("{why}", why=self.error)
+                _log.warn("{why}", why=self.error)
             else:
-                self.log.error("{why}", why=self.error)
+                _log.error("{why}", why=self.error)
 
     async def _fetch(self) -> None:
         partial = stream = None

@@ -20,6 +20,8 @@ from ociregistry.strictjson import parse_json
 from ociregistry.upstream.network import Registries
 from ociregistry.upstream.paging import FIRST_PAGE, PageRequest, TagPage
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 _DISK_WITHIN = 4.0
 """Seconds to wait for the disk after the upstream was waited for; containerd waits for 30 s in all."""
 
@@ -45,8 +47,6 @@ class Listings:
 
     Without an answer of the upstream, an empty list is never returned; the methods raise like those of `PullThrough`.
     """
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, registries: Registries, clock: IReactorTime) -> None:
         self._store = store
@@ -74,7 +74,7 @@ class Listings:
             known = self._store.tags(repository)
             if not known:
                 raise
-            self.log.warn("listing the tags in the cache: {why}", why=error)
+            _log.warn("listing the tags in the cache: {why}", why=error)
             rest = [tag for tag in known if tag > page.last]
             tags = tuple(rest[: page.count])
             following = PageRequest(page.count, tags[-1]) if len(tags) < len(rest) else None
@@ -110,7 +110,7 @@ class Listings:
                 raise error from None
             if kept is None or not kept.is_list:
                 raise
-            self.log.warn("listing the referrers in the cache: {why}", why=error)
+            _log.warn("listing the referrers in the cache: {why}", why=error)
             return FoundReferrers(_filtered(kept, artifact_type), hit=True)
         return FoundReferrers(_filtered(manifest, artifact_type), hit=False)
 
@@ -118,7 +118,7 @@ class Listings:
         try:
             await self._store.keep(manifest, tagged)
         except OSError as error:
-            self.log.error("{image}: cannot be stored: {why}", image=tagged, why=error.strerror)
+            _log.error("{image}: cannot be stored: {why}", image=tagged, why=error.strerror)
 
 
 def _filtered(manifest: Manifest, artifact_type: str) -> bytes:

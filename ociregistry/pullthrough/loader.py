@@ -32,6 +32,8 @@ from ociregistry.pullthrough.imageblobs import MOST_REFUSED, Refusals
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.store.store import Store
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 
 class LoadStatus(Enum):
     """The result of loading an image."""
@@ -443,8 +445,6 @@ class PreloadProgress:
 class Preloader(Service):
     """Loads images in the background, and logs all errors."""
 
-    log = Logger(namespace="ociregistry.pullthrough")
-
     def __init__(self, read: Callable[[], Deferred[ImageList]], loader: Loader, clock: IReactorTime) -> None:
         """Load the images that `read` returns; it may fail with `OSError`."""
         self._read = read
@@ -472,29 +472,29 @@ class Preloader(Service):
 
     def _failed(self, failure: Failure) -> None:
         if failure.check(OSError):
-            self.log.error("cannot preload: {why}", why=failure.value)
+            _log.error("cannot preload: {why}", why=failure.value)
         elif not failure.check(CancelledError):
-            self.log.failure("a defect in preloading", failure)
+            _log.failure("a defect in preloading", failure)
 
     async def _preload(self) -> None:
         listed = await self._read()
         for error in listed.errors:
-            self.log.error("not preloaded: {error}", error=error)
+            _log.error("not preloaded: {error}", error=error)
         self._images = listed.images
         # Cancel in reverse order: releasing the semaphore starts the next waiter.
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
         await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first_failure)
         done = self.progress
-        self.log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
+        _log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
 
     async def _preload_one(self, image: ImageReference) -> None:
         told = False
         while True:
             (outcome,) = await self._loader.load([image])
             if outcome.ended is not LoadStatus.FAILED:
-                self.log.info("preloading: {outcome}", outcome=outcome)
+                _log.info("preloading: {outcome}", outcome=outcome)
             elif not told or not outcome.again:
-                self.log.error("preloading: {outcome}", outcome=outcome)
+                _log.error("preloading: {outcome}", outcome=outcome)
             if not outcome.again:
                 self._ended[image] = outcome.ended
                 return

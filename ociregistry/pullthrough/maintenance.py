@@ -23,6 +23,8 @@ from ociregistry.store.prune import EvictionPolicy, Withheld
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 NOT_NEEDED = "no image needs it"
 
 
@@ -103,8 +105,6 @@ Work = Coroutine[Deferred[Any], Any, None]
 class Maintenance(Service):
     """Prunes and verifies the store on the configured schedules."""
 
-    log = Logger(namespace="ociregistry.pullthrough")
-
     def __init__(
         self,
         store: Store,
@@ -150,7 +150,7 @@ class Maintenance(Service):
 
     def _failed(self, failure: Failure) -> None:
         if not failure.check(CancelledError):
-            self.log.failure("a defect in the maintenance of the store", failure)
+            _log.failure("a defect in the maintenance of the store", failure)
 
     async def _prune_regularly(self, settings: PruneSettings) -> None:
         while True:
@@ -158,18 +158,18 @@ class Maintenance(Service):
             try:
                 await self._prune(settings)
             except OSError as error:
-                self.log.error("cannot prune the store: {why}", why=error)
+                _log.error("cannot prune the store: {why}", why=error)
             except CancelledError:
                 raise
             except Exception:
-                self.log.failure("a defect in pruning the store")
+                _log.failure("a defect in pruning the store")
 
     async def _prune(self, settings: PruneSettings) -> None:
         jumped = self._clock_jumped()
         steady = abs(jumped) <= _STEADY
         now = self._now()
         if settings.unused_for is not None and not steady:
-            self.log.warn(
+            _log.warn(
                 "pruning by age skipped: the clock jumped by {seconds:.0f} s",
                 seconds=jumped.total_seconds(),
             )
@@ -186,9 +186,9 @@ class Maintenance(Service):
         plan = await self._store.prune(policy)
         self._log_withheld(plan.withheld)
         for row in plan.rows:
-            self.log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
+            _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
         if plan.records:
-            self.log.warn(
+            _log.warn(
                 "pruned {images} image URLs with {blobs} blobs: {bytes} bytes are free again",
                 images=len(plan.rows),
                 blobs=len(plan.blobs),
@@ -204,7 +204,7 @@ class Maintenance(Service):
     def _log_withheld(self, withheld: Withheld | None) -> None:
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
-            self.log.warn(
+            _log.warn(
                 "pruning by age refused: {unused} of {images} images would be removed, {why}: if the clock is right, "
                 "run prune --unused-for",
                 unused=withheld.unused,
@@ -229,14 +229,14 @@ class Maintenance(Service):
                 raise
             except Exception as error:
                 if isinstance(error, OSError):
-                    self.log.error("cannot verify the store: {why}", why=error)
+                    _log.error("cannot verify the store: {why}", why=error)
                 else:
-                    self.log.failure("a defect in verifying the store")
+                    _log.failure("a defect in verifying the store")
                 await deferLater(self._clock, settings.every.total_seconds())
 
     async def _verify(self, settings: VerifySettings) -> None:
         findings = await self._store.verify(settings.max_rate, lambda done, total: None, self._repair)
-        self.log.info(
+        _log.info(
             "verified {records} records and {blobs} blobs: {damaged} are damaged",
             records=findings.records,
             blobs=findings.blobs,
@@ -245,10 +245,10 @@ class Maintenance(Service):
 
     async def _repair(self, damaged: Damaged) -> None:
         if damaged.quarantined:
-            self.log.error("quarantined: {path}: {why}", path=damaged.path, why=damaged.why)
+            _log.error("quarantined: {path}: {why}", path=damaged.path, why=damaged.why)
         else:
-            self.log.error("removed, no space to quarantine it: {path}: {why}", path=damaged.path, why=damaged.why)
+            _log.error("removed, no space to quarantine it: {path}: {why}", path=damaged.path, why=damaged.why)
         why = await self._repairer.repair(damaged)
         if why:
-            self.log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)
+            _log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)
             self._store.faults.note_lost(damaged)

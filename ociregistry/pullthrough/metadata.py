@@ -24,6 +24,8 @@ from ociregistry.pullthrough.imageblobs import MOST_REFUSED
 from ociregistry.store.store import Store
 from ociregistry.upstream.breaker import LinkDown
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 _MOST_CHILDREN = 200
 """Children of one index that are considered, at most; the largest known indexes have about 40."""
 _MOST_FAILURES = 10
@@ -48,8 +50,6 @@ class MetadataFetcher(Protocol):
 
 class Metadata:
     """Fetches missing metadata of indexes: per upstream in turns, one child of each index."""
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(self, store: Store, fetcher: MetadataFetcher, clock: IReactorTime) -> None:
         self._store = store
@@ -138,11 +138,11 @@ class Metadata:
         try:
             await self._fetch(ImageReference(index.repository, child))
         except (ManifestUnknown, BlobUnknown, Denied) as error:
-            self.log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
+            _log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
             self._mark_unknown(ImageReference(index.repository, child))
             self._count_unknown(index)
         except Unavailable as error:
-            self.log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
+            _log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
             if not self._count_failure(ImageReference(index.repository, child), error):
                 self._requeue(upstream, index, child)
             return self._back_off(upstream, error)
@@ -173,7 +173,7 @@ class Metadata:
         """Count an unavailable manifest of an index, and request no more of it after several."""
         index.unknown += 1
         if index.unknown >= MOST_REFUSED:
-            self.log.debug("{index}: its other platforms are skipped", index=index.digest)
+            _log.debug("{index}: its other platforms are skipped", index=index.digest)
             self._unknown[ImageReference(index.repository, index.digest)] = None
             self.forget(index.digest)
 

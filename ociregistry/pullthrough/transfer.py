@@ -23,6 +23,8 @@ from ociregistry.upstream.http import DEFAULT_OPTIONS
 from ociregistry.upstream.mirrors import Source
 from ociregistry.upstream.registry import BlobMismatch, BlobStream, Registry
 
+_log = Logger(namespace="ociregistry.pullthrough")
+
 
 class PriorityScheduler:
     """Tracks the downloads that receive bytes for clients; background downloads pause meanwhile."""
@@ -103,8 +105,6 @@ class Connections:
 
     `registry` is called for each request, since the settings may change meanwhile.
     """
-
-    log = Logger(namespace="ociregistry.pullthrough")
 
     def __init__(
         self,
@@ -276,7 +276,7 @@ class Connections:
             passed_on = partial.length == before and stream.source.failed(why.message)
             if isinstance(why, BlobMismatch) and not passed_on:
                 raise why
-            self.log.warn(
+            _log.warn(
                 "{blob}: connection lost at byte {length} of {size}, resuming: {why}",
                 blob=self,
                 length=partial.length,
@@ -343,7 +343,7 @@ class Connections:
             except BlobMismatch:
                 raise
             except Unavailable as error:
-                self.log.debug("{blob}: retrying: {why}", blob=self, why=error)
+                _log.debug("{blob}: retrying: {why}", blob=self, why=error)
                 why = error
         raise why
 

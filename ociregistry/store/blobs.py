@@ -25,6 +25,8 @@ from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
 from ociregistry.store.threads import Hung, Threads
 
+_log = Logger(namespace="ociregistry.store")
+
 TICK = 2_000_000_000
 """Nanoseconds after a change of a folder during which a second change may not alter its mtime."""
 
@@ -156,8 +158,6 @@ class BlobFolder:
 class Blobs:
     """The whole blobs of a store: opened, checked and committed, in threads."""
 
-    log = Logger(namespace="ociregistry.store")
-
     def __init__(self, root: Path, threads: Threads, sizes: Callable[[Digest], Set[int]]) -> None:
         """Use the store at `root`; `sizes` returns the sizes in bytes that manifests give a blob."""
         self._folder = blobs_folder(root)
@@ -212,7 +212,7 @@ class Blobs:
                 raise
             self._unreadable[digest] = failed_at or 0
             if failed_at is None:
-                self.log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
+                _log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
             return None
         self._unreadable.pop(digest, None)
         if opened is not None:

@@ -18,6 +18,8 @@ from ociregistry.store.paths import store_folders
 from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder
 
+_log = Logger(namespace="ociregistry.store")
+
 _LOOK_EVERY = 1.0
 """Seconds."""
 
@@ -34,8 +36,6 @@ class _Look:
 
 class Folders:
     """Looks every second whether the folders are there and can be written, and makes those that are missing."""
-
-    log = Logger(namespace="ociregistry.store")
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Folders:
     def _apply(self, look: _Look) -> None:
         before, self._taken = self._taken, look.taken
         if look.made or (before and look.taken != before):
-            self.log.warn(
+            _log.warn(
                 "another program has removed or replaced {store}, or folders in it: what is gone is a miss, and its "
                 "downloads begin anew",
                 store=self._root,
@@ -115,7 +115,7 @@ class Folders:
 
     def _tell(self, why: str) -> None:
         if why and why != self.why:
-            self.log.error("the store cannot be written, nothing new is kept in it: {why}", why=why)
+            _log.error("the store cannot be written, nothing new is kept in it: {why}", why=why)
         elif self.why and not why:
-            self.log.warn("the store can be written again: {store}", store=self._root)
+            _log.warn("the store can be written again: {store}", store=self._root)
         self.why = why

@@ -12,11 +12,11 @@ from ociregistry.store.files import Files
 from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PendingFiles, PendingImage, PullsFolder
 
+_log = Logger(namespace="ociregistry.store")
+
 
 class PendingImages:
     """Which images are to be completed, or may turn out to be; the notes outlive the process."""
-
-    log = Logger(namespace="ociregistry.store")
 
     def __init__(self, pulls: PullsFolder, files: Files, threads: Threads) -> None:
         self._pulls = pulls
@@ -84,5 +84,5 @@ class PendingImages:
 
         return self._threads.write_in_turn(write).addCallbacks(
             self._take_over,
-            lambda failure: self.log.error("cannot note the pending images: {why}", why=failure.value),
+            lambda failure: _log.error("cannot note the pending images: {why}", why=failure.value),
         )

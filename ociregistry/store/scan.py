@@ -27,6 +27,8 @@ from ociregistry.store.paths import IMAGES_FOLDER, LISTS_FOLDER, blobs_folder, d
 from ociregistry.store.records import ForeignRecord, Record, RecordInvalid, is_wanted, read_record
 from ociregistry.store.threads import Threads
 
+_log = Logger(namespace="ociregistry.store")
+
 Signature = tuple[int, int, int, int]
 """Inode, size in bytes, mtime and ctime in nanoseconds: changes when the file does."""
 
@@ -274,8 +276,6 @@ _SCAN_BLOBS_EVERY = 10.0
 class IndexRefresh:
     """Keeps an index fresh: scans the files every second, and takes over what this process itself writes or reads."""
 
-    log = Logger(namespace="ociregistry.store")
-
     def __init__(self, root: Path, index: Index, threads: Threads, clock: IReactorTime) -> None:
         """Set up the refresh of `index` from the store at `root`; `read` and `start` begin it."""
         self.why = ""
@@ -361,12 +361,12 @@ class IndexRefresh:
     def _failed(self, failure: Failure) -> None:
         why = str(failure.value)
         if why != self.why:
-            self.log.error("cannot scan the store: {why}", why=why)
+            _log.error("cannot scan the store: {why}", why=why)
         self.why = why
 
     def _apply(self, result: ScanResult) -> None:
         if self.why:
-            self.log.warn("the store can be scanned again")
+            _log.warn("the store can be scanned again")
         self.why = ""
         # A record that this process wrote meanwhile is read again at the next scan.
         for path in result.gone - self._written:
@@ -375,7 +375,7 @@ class IndexRefresh:
             self._drop(path)
         new = {path: why for path, why in result.unreadable.items() if self._unreadable.get(path) != why}
         for line in unreadable_lines(new):
-            self.log.warn("{line}", line=line)
+            _log.warn("{line}", line=line)
         for path in (result.gone | result.read.keys()) - result.unreadable.keys():
             self._unreadable.pop(path, None)
         self._unreadable |= result.unreadable

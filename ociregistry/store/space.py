@@ -18,6 +18,8 @@ from twisted.python.failure import Failure
 from ociregistry.config.values import Reserve
 from ociregistry.store.threads import Threads
 
+_log = Logger(namespace="ociregistry.store")
+
 _READ_EVERY = 1.0
 """Seconds. Other processes write to the disk too."""
 _FULL = 2 * 1024 * 1024
@@ -40,8 +42,6 @@ class Space:
     Free space is read by statvfs, in threads, every second and before a write is refused. Between two readings, the
     bytes that this process writes are subtracted.
     """
-
-    log = Logger(namespace="ociregistry.store")
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Space:
             return
         why = str(failure.value)
         if why != self.why:
-            self.log.error("cannot read the free disk space: {why}", why=why)
+            _log.error("cannot read the free disk space: {why}", why=why)
         self.why = why
 
     def _apply(self, read: tuple[int, int]) -> None:
@@ -160,7 +160,7 @@ class Space:
         full = free - reserve < (2 * _FULL if was_full else _FULL)
         self.room = Room(free, reserve, full)
         if full and not was_full:
-            self.log.warn(
+            _log.warn(
                 "the disk of {folder} is full: {free} bytes are free and {reserve} are kept in reserve, "
                 "so downloads stop; what is cached is served",
                 folder=self._folder,
@@ -168,7 +168,7 @@ class Space:
                 reserve=reserve,
             )
         elif was_full and not full:
-            self.log.warn(
+            _log.warn(
                 "the disk of {folder} has room again: {free} bytes are free, downloads resume",
                 folder=self._folder,
                 free=free,

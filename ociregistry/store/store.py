@@ -34,6 +34,8 @@ from ociregistry.store.threads import Hung, Threads
 from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, wanted_blobs
 
+_log = Logger(namespace="ociregistry.store")
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
@@ -45,8 +47,6 @@ class Counts:
 
 class Store(Service):
     """Records, blobs and partials below one folder, and the index of the records in memory."""
-
-    log = Logger(namespace="ociregistry.store")
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Store(Service):
         except OSError as error:
             if not is_full(error):
                 raise
-            self.log.warn(
+            _log.warn(
                 "downloads disabled until there is space for a folder in {pulls}: {why}",
                 pulls=pulls_folder(self._root),
                 why=error.strerror,
@@ -179,9 +179,7 @@ class Store(Service):
         if not Entry.of(record).known_in(image.repository) and self.shown_in(image.repository, digest):
             noted = Deferred.fromCoroutine(self.keep(record.manifest, image, known=True))
             noted.addErrback(
-                lambda failure: self.log.warn(
-                    "cannot record the pull of {image}: {why}", image=image, why=failure.value
-                )
+                lambda failure: _log.warn("cannot record the pull of {image}: {why}", image=image, why=failure.value)
             )
         return record.manifest
 
@@ -206,7 +204,7 @@ class Store(Service):
             if is_out_of_descriptors(error):
                 raise
             if not isinstance(error, FileNotFoundError):
-                self.log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
+                _log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
             self._refresh.record_unreadable(path, reason(error))
             return None
         if to_note and path not in self._being_noted:

@@ -20,6 +20,8 @@ from twisted.python.threadpool import ThreadPool
 
 from ociregistry.store.files import SharedFile
 
+_log = Logger(namespace="ociregistry.store")
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -89,8 +91,6 @@ class Threads:
     fail after `READ_WITHIN` seconds; further ones fail at once, until the first has returned.
     """
 
-    log = Logger(namespace="ociregistry.store")
-
     def __init__(self, reactor: IReactorFromThreads, clock: IReactorTime, writers: int = 16) -> None:
         self._reactor = reactor
         self._reading = _Pool(0, _MOST_READERS, "store-reading")
@@ -132,7 +132,7 @@ class Threads:
         for thread in stopping:
             thread.join(_END_WITHIN)
         if any(thread.is_alive() for thread in stopping):
-            self.log.error(
+            _log.error(
                 "stopping although the disk does not answer: {which}",
                 which=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
             )
@@ -288,9 +288,9 @@ class Threads:
     def _log_change(self) -> None:
         hung = self.hung
         if hung and not self._logged:
-            self.log.error("{hung}", hung=hung)
+            _log.error("{hung}", hung=hung)
         elif self._logged and not hung:
-            self.log.warn("the disk answers again")
+            _log.warn("the disk answers again")
         self._logged = bool(hung)
 
     def _give_up(self, path: Path) -> None:

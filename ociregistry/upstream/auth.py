@@ -30,6 +30,8 @@ from ociregistry.upstream.credentials import Credentials, basic, spell_login
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions
 from ociregistry.upstream.origin import Origin, without_query
 
+_log = Logger(namespace="ociregistry.upstream")
+
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # Commas separate both challenges and their parameters (RFC 9110, section 11.6.1): a part that is a single word, or
 # begins with two words, begins a challenge.
@@ -206,8 +208,6 @@ class Tokens:
     A token request carries the `credentials` only where `trusted` allows it for the origin of the token service.
     """
 
-    log = Logger(namespace="ociregistry.upstream")
-
     def __init__(
         self,
         upstream: str,
@@ -299,7 +299,7 @@ class Tokens:
         query = [("service", challenge.service)] if challenge.service else []
         credentials = None if anonymous else await self._credentials.get()
         if credentials is not None and not self._trusted(origin):
-            self.log.warn(
+            _log.warn(
                 "{upstream}: credentials not sent to the token service {realm}: it uses plain http, or its host "
                 "is neither the upstream's own nor named by realm in the upstream's auth",
                 upstream=self._upstream,

@@ -21,6 +21,8 @@ from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
 
+_log = Logger(namespace="ociregistry.upstream")
+
 _BACKOFF = Backoff(first=1.0, longest=30.0)
 """From the start of a probe to the next; also from the first failure to the first probe."""
 _MARGIN = 0.5
@@ -106,8 +108,6 @@ class CircuitBreaker:
     first after 1 s, then at intervals that double up to 30 s, each shortened at random by up to half. An urgent
     request always passes, and is the probe if there is none.
     """
-
-    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class CircuitBreaker:
             self._slowest, self._slow_until = now - attempt.began, now + _SLOW_FOR
         if self._down_since is None:
             return
-        self.log.warn(
+        _log.warn(
             "{host} can be reached again, after {seconds:.0f} s", host=self._name, seconds=now - self._down_since
         )
         self._down_since = self._probe = None
@@ -287,7 +287,7 @@ class CircuitBreaker:
         if self._down_since is None:
             self._down_since, self._failures = now, 0
             self._down_until = now + _BACKOFF.interval(1, self._jitter())
-            self.log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
+            _log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
         self._failures += 1
         self._changed_at = now
         self._why, self._refused = why, refused

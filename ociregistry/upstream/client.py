@@ -33,6 +33,8 @@ from ociregistry.upstream.http import DEFAULT_OPTIONS, HttpClient, NoTls, Reques
 from ociregistry.upstream.origin import Origin, redirected
 from ociregistry.upstream.ratelimit import RateLimit
 
+_log = Logger(namespace="ociregistry.upstream")
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MOST_HOPS = 10
 _MOST_REFUSALS = 8
@@ -84,8 +86,6 @@ class BaseUrl:
 
 class Client:
     """A client of one registry or mirror."""
-
-    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class Client:
         refusal = response.refusal if response.login else ""
         if refusal and refusal not in self._refusals:
             self._refusals[refusal] = None
-            self.log.error(
+            _log.error(
                 "{upstream}: {refusal} ({status})", upstream=self._name, refusal=refusal, status=response.status
             )
 

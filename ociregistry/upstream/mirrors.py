@@ -25,6 +25,8 @@ from ociregistry.upstream.client import Client, Headers
 from ociregistry.upstream.http import DEFAULT_OPTIONS, RequestOptions, Response
 from ociregistry.upstream.referrers import NO_API
 
+_log = Logger(namespace="ociregistry.upstream")
+
 _MIRROR_TIMEOUT = 15.0
 """Seconds that a mirror has for its headers, short enough that the registry itself can still be asked in time."""
 _LOOKING = RequestOptions(timeout=_MIRROR_TIMEOUT, priority=Priority.METADATA)
@@ -68,7 +70,6 @@ class MirrorClient(Source):
     """A mirror, which is not asked for a while after a bad body."""
 
     is_mirror = True
-    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, url: str, client: Client, clock: IReactorTime) -> None:
         """Set up the mirror; `url` is used in messages."""
@@ -89,9 +90,7 @@ class MirrorClient(Source):
             self._failures = self._failures + 1 if now - self._paused_until < _BACKOFF.longest else 1
             seconds = _BACKOFF.interval(self._failures)
             self._paused_until, self._why = now + seconds, why
-            self.log.warn(
-                "{mirror} is not asked for {seconds:.0f} s: {why}", mirror=self.name, seconds=seconds, why=why
-            )
+            _log.warn("{mirror} is not asked for {seconds:.0f} s: {why}", mirror=self.name, seconds=seconds, why=why)
         return True
 
     @property
@@ -143,8 +142,6 @@ class Answer(NamedTuple):
 
 class Sources:
     """The mirrors of a registry in the order in which they are asked, and then the registry itself, if at all."""
-
-    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, name: str, mirrors: Sequence[MirrorClient], own: Client | None) -> None:
         """Set up the sources of the registry `name`; with None as `own`, the registry itself is never asked."""
@@ -217,7 +214,7 @@ class Sources:
 
     def _answered(self, answer: Answer, repository: Repository, path: str) -> Answer:
         if self._mirrors:
-            self.log.debug("{repository}/{path}: {told}", repository=repository, path=path, told=answer.told("it"))
+            _log.debug("{repository}/{path}: {told}", repository=repository, path=path, told=answer.told("it"))
         return answer
 
 

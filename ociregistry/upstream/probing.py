@@ -20,6 +20,8 @@ from ociregistry.context import Again
 from ociregistry.errors import RegistryError
 from ociregistry.upstream.breaker import CircuitBreaker
 
+_log = Logger(namespace="ociregistry.upstream")
+
 _WANTED_FOR = 600.0
 """Seconds for which a host is probed after the last request that missed it."""
 _SOONEST = 0.25
@@ -59,8 +61,6 @@ class Prober(Service):
 
 class _Probing:
     """Probes the host of one circuit breaker until it closes, or until nothing is wanted any more."""
-
-    log = Logger(namespace="ociregistry.upstream")
 
     def __init__(self, breaker: CircuitBreaker, clock: IReactorTime, ended: Callable[[], object]) -> None:
         self._breaker = breaker
@@ -112,11 +112,11 @@ class _Probing:
             if self._ping is not None and self._breaker.probe_due:
                 await self._ping()
         except RegistryError as error:
-            self.log.debug("probe: {why}", why=error.message)
+            _log.debug("probe: {why}", why=error.message)
 
     def _probed(self, result: Failure | None) -> None:
         self._running = None
         if isinstance(result, Failure) and not result.check(CancelledError):
-            self.log.failure("a defect in probing a host", result)
+            _log.failure("a defect in probing a host", result)
         if self._until:
             self._set_timer(_SOONEST)

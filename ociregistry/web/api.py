@@ -37,6 +37,8 @@ from ociregistry.web.requests import (
 )
 from ociregistry.web.resource import Answer, Handler, InMemory, SizeOnly, json_answer
 
+_log = Logger(namespace="ociregistry.web")
+
 
 def health(
     counts: Callable[[], Counts],
@@ -78,8 +80,6 @@ def health(
 
 class V2:
     """Answers GET and HEAD requests below /v2/; `default` is the upstream of requests that name none."""
-
-    log = Logger(namespace="ociregistry.web")
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ from ociregistry.concurrency import Event
 from ociregistry.config.tls import ServerTls
 from ociregistry.openssl import openssl_context, openssl_reason
 
+_log = Logger(namespace="ociregistry.web")
+
 
 class InFlight:
     """Counts requests in flight and new connections that have not sent their first request yet.
@@ -137,8 +139,6 @@ class Channel(HTTPChannel):
     `in_flight` until its first request does.
     """
 
-    log = Logger(namespace="ociregistry.web")
-
     def __init__(self, clock: IReactorTime, addresses: Counter[str], in_flight: InFlight) -> None:
         super().__init__()
         self._clock = clock
@@ -172,7 +172,7 @@ class Channel(HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Stop counting the connection, and log a failed TLS handshake."""
         if reason.check(SSL.Error) and self._fresh:
-            self.log.warn("{client}: TLS failed: {why}", client=self._address, why=openssl_reason(reason.value))
+            _log.warn("{client}: TLS failed: {why}", client=self._address, why=openssl_reason(reason.value))
         self._addresses[self._address] -= 1
         if not self._addresses[self._address]:
             del self._addresses[self._address]

@@ -25,6 +25,8 @@ from ociregistry.store.store import Store
 from ociregistry.store.workdir import ControlSocket
 from ociregistry.web.channel import host_and_port
 
+_log = Logger(namespace="ociregistry.web")
+
 
 class ListenFailed(Exception):
     """The daemon cannot listen on an endpoint."""
@@ -90,8 +92,6 @@ class Listeners(Service):
     the others. (With none left, Twisted would close new connections at once.)
     """
 
-    log = Logger(namespace="ociregistry.web")
-
     def __init__(self, endpoints: Sequence[str | int], factory: IProtocolFactory, reactor: Any) -> None:
         self._endpoints = endpoints
         self._factory = _Accepting(factory, self._accepted)
@@ -142,7 +142,7 @@ class Listeners(Service):
         if self._pause is not None or not descriptors_are_scarce():
             return
         if self._seldom.due():
-            self.log.warn("file descriptors are scarce: new connections wait until others are closed")
+            _log.warn("file descriptors are scarce: new connections wait until others are closed")
         for port in self._ports:
             port.stopReading()
         self._pause = self._reactor.callLater(_PAUSE, self._resume)
@@ -161,8 +161,6 @@ class ControlListener(Service):
 
     Where that is not possible the daemon works without it.
     """
-
-    log = Logger(namespace="ociregistry")
 
     def __init__(self, store: Store, factory: IProtocolFactory, reactor: Any) -> None:
         self._store = store
@@ -192,7 +190,7 @@ class ControlListener(Service):
         Deferred.fromCoroutine(self._stop()).addCallback(lambda _: self._listen() if self.running else None)
 
     def _failed(self, why: Exception) -> None:
-        self.log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
+        _log.error("control socket unavailable, commands cannot download through this daemon: {why}", why=why)
 
     def stopService(self) -> Deferred[None]:
         """Close and remove the socket."""

@@ -26,6 +26,8 @@ from ociregistry.web.channel import Channel, InFlight, host_and_port
 from ociregistry.web.producer import SLOWEST, ContentProducer, SendLimits, SlowClient
 from ociregistry.web.requests import Query, Range, parse_range
 
+_log = Logger(namespace="ociregistry.web")
+
 
 class InMemory:
     """Content that is held in memory."""
@@ -137,8 +139,6 @@ class HandlerResource(Resource):
 class _Exchange:
     """One request and its answer."""
 
-    log = Logger(namespace="ociregistry.web")
-
     def __init__(self, request: Request, handler: Handler, limits: SendLimits, clock: IReactorTime) -> None:
         self._request = request
         self._handler = handler
@@ -192,10 +192,10 @@ class _Exchange:
     def _failed(self, error: RegistryError) -> Answer:
         if isinstance(error, OutOfDescriptors):
             if self._limits.seldom.due():
-                self.log.error("out of file descriptors, requests get 503: {why}", why=error.message)
+                _log.error("out of file descriptors, requests get 503: {why}", why=error.message)
             return error_answer(OutOfDescriptors("this server has no file descriptor left for the request"))
         # What a client asked for in vain is no fault of this server or of a link.
-        log = self.log.info if error.status < 500 else self.log.error
+        log = _log.info if error.status < 500 else _log.error
         self._log_failure(
             log, "{method} {path}: {status} {code}: {why}", status=error.status, why=error.message, code=error.code
         )
@@ -248,9 +248,9 @@ class _Exchange:
 
     def _end_short(self, error: Exception) -> None:
         if isinstance(error, SlowClient):
-            self._log_failure(self.log.warn, "{method} {path}: {client}: {why}", why=error)
+            self._log_failure(_log.warn, "{method} {path}: {client}: {why}", why=error)
         elif isinstance(error, RegistryError | OSError):
-            self._log_failure(self.log.error, "{method} {path}: response truncated: {why}", why=error)
+            self._log_failure(_log.error, "{method} {path}: response truncated: {why}", why=error)
         else:
             self._log_defect(Failure())
         if self._gone:
@@ -285,13 +285,13 @@ class _Exchange:
 
     def _log_defect(self, failure: Failure) -> None:
         self._failure_logged = True
-        self.log.failure("a defect in answering {path}", failure, path=self._path)
+        _log.failure("a defect in answering {path}", failure, path=self._path)
 
     def _log_access(self, answer: Answer) -> None:
         if self._failure_logged:
             return
         request = self._request
-        self.log.info(
+        _log.info(
             "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
             method=self._method,
             path=_printable(request.path),
