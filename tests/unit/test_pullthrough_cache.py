@@ -17,7 +17,7 @@ from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, P
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
-from tests.unit.support.common import image, manifest, on_reactor, texts, until
+from tests.unit.support.common import failed, image, manifest, on_reactor, texts, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended
 
 BUILT = make_image("cache")
@@ -273,3 +273,19 @@ async def test_unawaited_late_failure_is_one_log_line(
     for number, call in enumerate(upstreams):
         call.refuse(Unavailable(f"down {number}"))
     assert texts(events, LogLevel.error) == ["down 0", "down 1", "down 2"]
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_client_is_answered_while_the_disk_does_not_answer(
+    cache: PullThrough, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, ask: Callable[..., Deferred[Any]]
+) -> None:
+    async def never(wanted: object) -> None:
+        await Deferred()
+
+    monkeypatch.setattr(store, "manifest", never)
+    monkeypatch.setattr(store, "blob", never)
+    answer = ask(cache)
+    clock.advance(25)
+    assert not answer.called
+    clock.advance(1)
+    assert "the disk gave no answer within 25 s" in failed(answer, Unavailable).message
