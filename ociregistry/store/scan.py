@@ -127,7 +127,7 @@ def _signatures_of(paths: Iterable[Path]) -> Iterator[tuple[Path, Signature]]:
             yield path, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-_FEW = 10
+_FEW = 25
 
 
 def unreadable_lines(files: Mapping[Path, str]) -> Iterator[str]:
