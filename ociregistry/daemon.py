@@ -22,6 +22,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
+from ociregistry.config.values import count_text
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
 from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
@@ -159,12 +160,12 @@ class Daemon(MultiService):
         let_reactor_handle_interrupts()
         counts = self._store.counts
         _log.info(
-            "ociregistry {version} started at {started}, listening on {addresses}, "
-            "store {store} with {lists} lists and {images} images",
+            "ociregistry {version} started at {started}, listening on {addresses}, store {store} with {content}",
             version=__version__,
             started=self._started.isoformat(timespec="seconds"),
             addresses=", ".join(self._listeners.addresses),
             store=self._settings.image_path,
+            content=f"{count_text(counts.lists, 'list')} and {count_text(counts.images, 'image')}",
             lists=counts.lists,
             images=counts.images,
             **ALWAYS,
@@ -204,7 +205,8 @@ class Daemon(MultiService):
         self._v2.reconfigure(settings.default_ns)
         self._maintenance.reconfigure(settings.prune, settings.verify)
         _log.info(
-            "settings reloaded: {upstreams} upstreams configured",
+            "settings reloaded: {configured} configured",
+            configured=count_text(len(settings.registries), "upstream"),
             upstreams=len(settings.registries),
             **ALWAYS,
         )

@@ -20,6 +20,7 @@ from ociregistry.archives.compression import write_zstd
 from ociregistry.archives.layout import CONFIRMED, CREATED, IMAGE_NAME, INDEX, MARK, METADATA, REF_NAME, blob_name
 from ociregistry.archives.members import PIECE, ArchiveInvalid, ExportFailed
 from ociregistry.archives.opening import open_archive, read_contents
+from ociregistry.config.values import count_text
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import without_foreign_layers
@@ -156,7 +157,7 @@ def _select(snapshot: Snapshot, rows: Iterable[Row], had: frozenset[Digest]) -> 
         if all(image.is_list for image in images):
             left_out.append(LeftOut(row.url, "the store has none of the images that it lists"))
         elif missing:
-            why = f"the store lacks {len(missing)} of its blobs, {sum(missing)} bytes"
+            why = f"the store lacks {len(missing)} of its blobs, {count_text(sum(missing), 'byte')}"
             left_out.append(LeftOut(row.url, why, sum(missing)))
         else:
             selected.rows.append(row)

@@ -14,6 +14,7 @@ from ociregistry.archives.contents import Contents, NamedImage, narrow
 from ociregistry.archives.joining import Entry, describe, entries_of, is_for_one_platform, join
 from ociregistry.archives.members import Archive, LoadFailed, Member
 from ociregistry.archives.opening import read_contents
+from ociregistry.config.values import count_text
 from ociregistry.manifests import LARGEST_CONFIG, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference
 from ociregistry.platforms import ALL, Platform
@@ -350,9 +351,10 @@ def _lacks(manifests: Sequence[Manifest], missing: Sequence[Descriptor], blobs: 
             raise member.invalid(f"it has {member.size} bytes, not {blob.size} as its manifest says")
     if not lacking:
         return ""
+    size = count_text(sum(blob.size for blob in lacking), "byte")
     return (
-        f"{len(lacking)} blobs, {sum(blob.size for blob in lacking)} bytes, are neither in the archive nor in the "
-        "store; if it was made with --since, load the earlier export first"
+        f"neither in the archive nor in the store: {count_text(len(lacking), 'blob')}, {size}; "
+        "if it was made with --since, load the earlier export first"
     )
 
 

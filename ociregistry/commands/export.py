@@ -14,7 +14,7 @@ from ociregistry.archives.members import ArchiveFailure
 from ociregistry.commands.options import Command, CommandFailed, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import handled_signals
-from ociregistry.config.values import Patterns, size_text
+from ociregistry.config.values import Patterns, count_text, size_text
 from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.store.snapshot import Row, Snapshot
@@ -108,10 +108,14 @@ class Export(Command):
 
 
 def _summary(exported: Exported, target: Path) -> str:
-    had = f"; {exported.had} blobs with {exported.had_bytes} bytes were in the earlier one" if exported.had else ""
     if not exported.images:
         return "nothing was exported"
+    had = f"; {_blobs(exported.had, exported.had_bytes)} in the earlier one" if exported.had else ""
     return (
-        f"{exported.images} images exported to {target}, "
-        f"{exported.blobs} blobs with {exported.bytes} bytes ({size_text(exported.bytes)}){had}"
+        f"{count_text(exported.images, 'image')} exported to {target}, {_blobs(exported.blobs, exported.bytes)} "
+        f"({size_text(exported.bytes)}){had}"
     )
+
+
+def _blobs(number: int, size: int) -> str:
+    return f"{count_text(number, 'blob')} with {count_text(size, 'byte')}"

@@ -20,6 +20,7 @@ from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_stor
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_on_reactor
+from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
 from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL, Platform
@@ -100,7 +101,7 @@ class Load(Command):
             print_lines([summary(outcomes)])
         failed = sum(outcome.ended is LoadStatus.FAILED for outcome in outcomes)
         if failed:
-            print_error(f"{failed} of {len(outcomes)} images could not be loaded")
+            print_error(f"{failed} of {count_text(len(outcomes), 'image')} could not be loaded")
         return 1 if failed or self.refused else 0
 
     def _read(self, opened: ExitStack) -> tuple[list[Archive], list[ImageReference]]:

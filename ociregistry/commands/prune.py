@@ -10,7 +10,7 @@ from twisted.python import usage
 
 from ociregistry.commands.options import Command, print_lines, print_unreadable
 from ociregistry.commands.running import become_owner
-from ociregistry.config.values import Patterns, parse_duration, parse_local_time, size_text
+from ociregistry.config.values import Patterns, count_text, parse_duration, parse_local_time, size_text
 from ociregistry.settings import Settings
 from ociregistry.store.files import Files
 from ociregistry.store.orphans import find_orphans, remove_orphans
@@ -111,19 +111,20 @@ def _of_images(plan: Plan, *, would: bool) -> Iterator[str]:
         free = plan.bytes_of.get(digest, 0) if digest not in counted else 0
         counted.add(digest)
         kind = "list" if row.stored.manifest.is_list else "image"
-        yield f"{'would prune' if would else 'pruned'} {row.url} {kind} {free} bytes of blobs"
+        yield f"{'would prune' if would else 'pruned'} {row.url} {kind} {count_text(free, 'byte')} of blobs"
     yield (
-        f"{len(plan.rows)} image URLs, {len(plan.records)} records and {len(plan.blobs)} blobs "
-        f"{'would be removed' if would else 'removed'}, {plan.bytes} bytes ({size_text(plan.bytes)}) "
+        f"{count_text(len(plan.rows), 'image URL')}, {count_text(len(plan.records), 'record')} and "
+        f"{count_text(len(plan.blobs), 'blob')} "
+        f"{'would be removed' if would else 'removed'}, {count_text(plan.bytes, 'byte')} ({size_text(plan.bytes)}) "
         f"{'would become free' if would else 'are free again'}"
     )
 
 
 def _of_orphans(found: Mapping[Path, int], root: Path, *, would: bool) -> Iterator[str]:
     for path, size in found.items():
-        yield f"{'would reclaim' if would else 'reclaimed'} {path.relative_to(root)} {size} bytes"
+        yield f"{'would reclaim' if would else 'reclaimed'} {path.relative_to(root)} {count_text(size, 'byte')}"
     size = sum(found.values())
     yield (
-        f"{len(found)} orphans {'would be removed' if would else 'removed'}, {size} bytes ({size_text(size)}) "
-        f"{'would become free' if would else 'are free again'}"
+        f"{count_text(len(found), 'orphan')} {'would be removed' if would else 'removed'}, "
+        f"{count_text(size, 'byte')} ({size_text(size)}) {'would become free' if would else 'are free again'}"
     )

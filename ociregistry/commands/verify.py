@@ -10,7 +10,7 @@ from ociregistry.commands.fetching import open_fetcher, opened_store
 from ociregistry.commands.options import Command, print_lines, print_unreadable
 from ociregistry.commands.progress import bar, on_terminal
 from ociregistry.commands.running import become_owner, run_on_reactor
-from ociregistry.config.values import size_text
+from ociregistry.config.values import count_text, size_text
 from ociregistry.names import Digest
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
@@ -83,7 +83,8 @@ class _Repairs:
     async def complete(self, images: Mapping[Digest, Mapping[Digest, int]]) -> None:
         """Fetch the blobs that images lack."""
         for image, missing in images.items():
-            lacked = f"the image {image} lacked {len(missing)} blobs, {sum(missing.values())} bytes"
+            size = count_text(sum(missing.values()), "byte")
+            lacked = f"the image {image} lacked {count_text(len(missing), 'blob')}, {size}"
             why = await self._repairer.complete(missing)
             self.failed = self.failed or why not in ("", NOT_NEEDED)
             print_lines([f"not completed: {lacked}: {why}" if why else f"completed: {lacked}"])
@@ -106,8 +107,9 @@ def _progress() -> Iterator[Advance]:
 def _report(findings: Findings, missing: Mapping[Digest, Mapping[Digest, int]]) -> Iterator[str]:
     if missing:
         size = sum(sum(lacking.values()) for lacking in missing.values())
-        yield f"{len(missing)} images are not complete: {size} bytes are missing"
+        yield f"not complete: {count_text(len(missing), 'image')}, missing: {count_text(size, 'byte')}"
     yield (
-        f"{findings.records} records and {findings.blobs} blobs with {findings.bytes} bytes "
+        f"{count_text(findings.records, 'record')} and {count_text(findings.blobs, 'blob')} "
+        f"with {count_text(findings.bytes, 'byte')} "
         f"({size_text(findings.bytes)}) verified, {len(findings.damaged)} damaged"
     )

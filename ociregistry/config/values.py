@@ -117,6 +117,11 @@ def local_time(moment: datetime) -> str:
     return moment.astimezone().strftime(_LOCAL_TIME)
 
 
+def count_text(number: int, noun: str) -> str:
+    """Format a number of things for people, such as `1 image` or `2 images`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def size_text(size: int) -> str:
     """Format `size` bytes for people, such as `12.3 MB`."""
     amount, units = float(size), ["B", "kB", "MB", "GB", "TB"]

@@ -19,6 +19,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.concurrency import Event
+from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
@@ -418,11 +419,13 @@ class Completion(Service):
             self._put_off(digest)
             return
         if begins and blobs.missing:
+            size = sum(blobs.missing.values())
             _log.info(
-                "completing {image}: {blobs} blobs with {bytes} bytes are missing",
+                "completing {image}, missing: {what}",
                 image=image,
+                what=f"{count_text(len(blobs.missing), 'blob')} with {count_text(size, 'byte')}",
                 blobs=len(blobs.missing),
-                bytes=sum(blobs.missing.values()),
+                bytes=size,
             )
         try:
             more = await blobs.take_turn(lambda lacks: self._missing.__setitem__(digest, lacks))

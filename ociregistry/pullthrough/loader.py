@@ -23,6 +23,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from ociregistry.config.values import count_text
 from ociregistry.errors import AirGapped, BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
@@ -60,7 +61,7 @@ class Outcome:
 
     def __str__(self) -> str:
         """Return one line for the operator."""
-        said = [f"{self.blobs} blobs, {self.bytes} bytes"] if self.blobs else []
+        said = [f"{count_text(self.blobs, 'blob')}, {count_text(self.bytes, 'byte')}"] if self.blobs else []
         said += [*self.notes, *([self.why.removeprefix(f"{self.name}: ")] if self.why else [])]
         return f"{self.ended.value}: {self.name}" + (f": {'; '.join(said)}" if said else "")
 
@@ -176,8 +177,8 @@ _SIGNATURES = ("sig", "att", "sbom")
 def without_foreign_layers(missing: Mapping[Digest, int]) -> str:
     """Return the remark that an image lacks the foreign layers `missing`, given with their sizes in bytes."""
     return (
-        f"without foreign layers: {len(missing)} blobs, {sum(missing.values())} bytes, which clients fetch from the "
-        "URLs in the manifest"
+        f"without foreign layers: {count_text(len(missing), 'blob')}, {count_text(sum(missing.values()), 'byte')}, "
+        "which clients fetch from the URLs in the manifest"
     )
 
 
@@ -485,7 +486,7 @@ class Preloader(Service):
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
         await DeferredList(loading[::-1], consumeErrors=True).addCallback(_raise_first_failure)
         done = self.progress
-        _log.info("preloaded {loaded} images, {failed} failed", loaded=done.loaded, failed=done.failed)
+        _log.info("preloaded: {loaded}, failed: {failed}", loaded=done.loaded, failed=done.failed)
 
     async def _preload_one(self, image: ImageReference) -> None:
         told = False

@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.config.file import PruneSettings, VerifySettings
+from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.cache import PullThrough
@@ -189,7 +190,9 @@ class Maintenance(Service):
             _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
         if plan.records:
             _log.warn(
-                "pruned {images} image URLs with {blobs} blobs: {bytes} bytes are free again",
+                "pruned {what}, {room} freed",
+                what=f"{count_text(len(plan.rows), 'image URL')} with {count_text(len(plan.blobs), 'blob')}",
+                room=count_text(plan.bytes, "byte"),
                 images=len(plan.rows),
                 blobs=len(plan.blobs),
                 bytes=plan.bytes,
@@ -205,9 +208,10 @@ class Maintenance(Service):
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             _log.warn(
-                "pruning by age refused: {unused} of {images} images would be removed, {why}: if the clock is right, "
+                "pruning by age refused: {unused} of {all} would be removed, {why}: if the clock is right, "
                 "run prune --unused-for",
                 unused=withheld.unused,
+                all=count_text(withheld.images, "image"),
                 images=withheld.images,
                 why=withheld.why,
             )
@@ -237,7 +241,8 @@ class Maintenance(Service):
     async def _verify(self, settings: VerifySettings) -> None:
         findings = await self._store.verify(settings.max_rate, lambda done, total: None, self._repair)
         _log.info(
-            "verified {records} records and {blobs} blobs: {damaged} are damaged",
+            "verified {what}, damaged: {damaged}",
+            what=f"{count_text(findings.records, 'record')} and {count_text(findings.blobs, 'blob')}",
             records=findings.records,
             blobs=findings.blobs,
             damaged=len(findings.damaged),

@@ -54,7 +54,7 @@ def test_clock_jump_prunes_nothing(tmp_path: Path) -> None:
         assert len(contents(daemon.image_path)) == len(images) - 1
 
 
-VERIFIED = "verified 1 records"
+VERIFIED = "verified 1 record"
 
 
 @pytest.mark.parametrize("jump", [TEN_YEARS, timedelta(days=-365)], ids=["ahead", "behind"])

@@ -217,7 +217,7 @@ def test_files_written_by_root_belong_to_the_owner_of_the_store(shell: Shell, re
     registry.add("team/app", INDEX, "same")
     (shell.folder / "list").write_text(f"{registry.host}/team/app:same\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
-    assert "1 image URLs, 0 records" in succeeded(shell.run("--prune", "team/app:v1$"))
+    assert "1 image URL, 0 records" in succeeded(shell.run("--prune", "team/app:v1$"))
     assert "2 image URLs, 2 records" in succeeded(shell.run("--prune", "team/app:v2$"))
     assert owners(shell.store) == {NOBODY_UID}
     succeeded(shell.run("verify"))

@@ -134,7 +134,7 @@ def test_loading_again_changes_nothing(
     lost = other_site.images / "blobs" / V1.layers[0].digest.partition(":")[2]
     size = lost.stat().st_size
     lost.unlink()
-    assert other_site.succeed("load", str(archive))[0] == f"loaded: {url}: 1 blobs, {size} bytes"
+    assert other_site.succeed("load", str(archive))[0] == f"loaded: {url}: 1 blob, {size} bytes"
     assert (other_site.succeed("list"), other_site.stored("blobs"), other_site.stored("img")) == before
 
 
@@ -176,12 +176,12 @@ def test_update_without_its_base_loads_nothing(
     lacking = blobs_of(V2) & blobs_of(V1)
     size = sum(len(blob.data) for blob in V2.blobs if blob.digest in lacking)
     why = (
-        f"failed: {registry.host}/team/app:v2: {len(lacking)} blobs, {size} bytes, are neither in the archive nor in "
-        "the store; if it was made with --since, load the earlier export first"
+        f"failed: {registry.host}/team/app:v2: neither in the archive nor in the store: "
+        f"{len(lacking)} blobs, {size} bytes; if it was made with --since, load the earlier export first"
     )
     printed, complaints = other_site.fail("load", str(update))
     assert printed == [why, "0 loaded, 0 already there, 1 failed"]
-    assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
+    assert complaints == ["ociregistry: 1 of 1 image could not be loaded"]
     assert other_site.leftovers == set()
     assert other_site.succeed("list") == []
 
@@ -253,7 +253,7 @@ def test_incomplete_image_is_not_exported(
         f"ociregistry: left out: {registry.host}/team/app:v1: the store lacks 1 of its blobs, {len(lost.data)} bytes"
     )
     printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive))
-    assert printed[0].startswith("1 images exported")
+    assert printed[0].startswith("1 image exported")
     assert complaints == [complaint]
     other_site.succeed("load", str(archive))
     assert set(other_site.digests) == {f"{registry.host}/team/other:v1"}

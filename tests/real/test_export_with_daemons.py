@@ -118,7 +118,7 @@ def test_export_while_the_daemon_serves_and_fetches(
             printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive))
             begun = puller.rounds
             wait_until(lambda: puller.rounds > begun + 1 or puller.problem, SOON, "a round after that")
-        assert printed[0].startswith("1 images exported")
+        assert printed[0].startswith("1 image exported")
         assert [line.partition(": the store lacks")[0] for line in complaints] == [
             f"ociregistry: left out: {ns}/team/coming:v1"
         ]

@@ -15,7 +15,7 @@ from tests.real.completions import completing_in, wait_complete
 from tests.real.stores import command, image_list
 from tests.upstream_rules import Reply
 
-WITHOUT = "without foreign layers: 1 blobs, {size} bytes"
+WITHOUT = "without foreign layers: 1 blob, {size} bytes"
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_missing_foreign_layer_is_reported(cache: Cache, image: Image, tmp_path:
     assert said in command(cache.daemon, *options, "load", str(tmp_path / "app.tar")).stdout
     command(cache.daemon, "verify")
     # The registry has it by now.
-    assert "1 blobs" in load(cache, tmp_path)
+    assert "1 blob" in load(cache, tmp_path)
     assert completeness(cache) == "complete"
     if not running:
         cache.daemon.start()

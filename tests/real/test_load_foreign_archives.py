@@ -135,7 +135,7 @@ def test_oci_layout_without_an_image_name(
     assert len(printed) == 2
     assert printed[0].startswith("failed: ")
     assert printed[0].endswith(": give it its name, such as --name docker.io/library/nginx:1.25")
-    assert complaints == ["ociregistry: 1 of 1 images could not be loaded"]
+    assert complaints == ["ociregistry: 1 of 1 image could not be loaded"]
     assert site.leftovers == set()
     ref = f"{registry.host}/team/image"
     site.succeed("load", str(target), "--name", ref if name else f"{ref}:v1")

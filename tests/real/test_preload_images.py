@@ -83,7 +83,7 @@ def test_daemon_serves_while_it_preloads(upstream: ScriptedRegistry, preload: St
         wait_loaded(daemon, 3)
     for tag in (*LISTED, "big"):
         assert f"preloading: loaded: {upstream.host}/team/app:{tag}: " in daemon.log
-    wait_until(lambda: "preloaded 3 images, 0 failed" in daemon.log, _SEEN, "the end in the log")
+    wait_until(lambda: "preloaded: 3, failed: 0" in daemon.log, _SEEN, "the end in the log")
     assert error_lines(daemon, 0) == []
 
 

@@ -53,7 +53,7 @@ def test_reload_applies_a_changed_entry(upstream: ScriptedRegistry, start_daemon
     daemon = start_daemon({upstream.host: entry("wrong")}, "--log-level", "error")
     assert status(daemon, upstream) == 404
     registries = [{"name": upstream.host, **entry("right")}]
-    hang_up(daemon, {"registries": registries}, "settings reloaded: 1 upstreams")
+    hang_up(daemon, {"registries": registries}, "settings reloaded: 1 upstream")
     assert status(daemon, upstream) == 200
     for blob in image.blobs:
         assert status(daemon, upstream, f"blobs/{blob.digest}") == 200

@@ -190,7 +190,9 @@ async def test_incomplete_image_fails_others_are_imported(store: Store, tmp_path
     )
     failed, loaded = await load(store, path, progress)
     assert (failed.name, failed.ended) == (APP, LoadStatus.FAILED)
-    assert failed.why.startswith(f"1 blobs, {len(UPPER.layers[-1].data)} bytes, are neither in the archive nor in")
+    assert failed.why.startswith(
+        f"neither in the archive nor in the store: 1 blob, {len(UPPER.layers[-1].data)} bytes; "
+    )
     assert "--since" in failed.why
     assert loaded == Outcome(NAME, LoadStatus.LOADED, blobs=3, bytes=SIZE)
     assert progress.outcomes == [failed, loaded]

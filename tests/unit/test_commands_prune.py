@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.commands import prune as prune_command
-from ociregistry.config.values import size_text
+from ociregistry.config.values import count_text, size_text
 from ociregistry.names import Digest
 from tests.unit.support.command_lines import file_contents, run, usage_error
 from tests.unit.support.stores import StoreDir, day, list_of
@@ -102,7 +102,7 @@ def test_output_lists_pruned_urls_and_bytes(store_dir: StoreDir, pruned: Pruned)
     size = store_dir.snapshot().rows[0].stored.size + len(ONE)
     assert pruned("--pattern", "one") == [
         f"pruned reg.example/one:1 image {len(ONE)} bytes of blobs",
-        f"1 image URLs, 1 records and 1 blobs removed, {size} bytes ({size} B) are free again",
+        f"1 image URL, 1 record and 1 blob removed, {size} bytes ({size} B) are free again",
     ]
     assert left(store_dir) == ["three:3", "two:2"]
     assert store_dir.has(SHARED, ONE, TWO, THREE) == [True, False, True, True]
@@ -165,7 +165,7 @@ def test_all_conditions_must_match(store_dir: StoreDir, pruned: Pruned, options:
     there = left(store_dir)
     lines = pruned(*options)
     assert gone(lines) == names
-    assert lines[-1].startswith(f"{len(names)} image URLs, {len(names)} records and ")
+    assert lines[-1].startswith(f"{count_text(len(names), 'image URL')}, {count_text(len(names), 'record')} and ")
     assert left(store_dir) == [name for name in there if name not in names]
     if not names:
         assert lines == ["0 image URLs, 0 records and 0 blobs removed, 0 bytes (0 B) are free again"]
@@ -175,7 +175,7 @@ def test_matching_url_is_removed_image_stays_by_others(store_dir: StoreDir, prun
     store_dir.image([SHARED, ONE], "other:1")
     assert pruned("--pattern", "one") == [
         "pruned reg.example/one:1 image 0 bytes of blobs",
-        "1 image URLs, 0 records and 0 blobs removed, 0 bytes (0 B) are free again",
+        "1 image URL, 0 records and 0 blobs removed, 0 bytes (0 B) are free again",
     ]
     assert left(store_dir) == ["other:1", "three:3", "two:2"]
     assert store_dir.has(SHARED, ONE) == [True, True]
@@ -246,7 +246,7 @@ def test_images_and_orphans_together(store_dir: StoreDir, pruned: Pruned, two_da
     orphans(store_dir)
     lines = pruned("--orphans", "--pattern", "one")
     assert gone(lines) == ["one:1"]
-    assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URLs", "2 orphans removed"]
+    assert [line.partition(",")[0] for line in lines if "free again" in line] == ["1 image URL", "2 orphans removed"]
 
 
 def test_dry_run_creates_no_lock_file(store_dir: StoreDir, pruned: Pruned, two_days_later: None) -> None:

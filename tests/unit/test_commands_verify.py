@@ -115,13 +115,13 @@ async def test_missing_blob_fails_until_repaired(
     for damaged in ("1 damaged" if lose is spoil else "0 damaged", "0 damaged"):
         whole, lines = await verify()
         assert not whole
-        assert lines[-2] == f"1 images are not complete: {len(blob.data)} bytes are missing"
+        assert lines[-2] == f"not complete: 1 image, missing: {len(blob.data)} bytes"
         assert lines[-1].endswith(damaged)
         assert verify.asked == []
     image = ARM64 if blob is CONFIG else AMD64
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked) == (True, asked(blob))
-    assert lines[-1] == f"completed: the image {image.manifest.digest} lacked 1 blobs, {len(blob.data)} bytes"
+    assert lines[-1] == f"completed: the image {image.manifest.digest} lacked 1 blob, {len(blob.data)} bytes"
     assert store_dir.blob(blob.data).read_bytes() == blob.data
     whole, lines = await verify(repair=True)
     assert (whole, verify.asked, len(lines)) == (True, [], 1)
@@ -158,9 +158,9 @@ async def test_unavailable_blob_fails_the_repair(store_dir: StoreDir, verify: Ve
     whole, lines = await verify(repair=True)
     assert not whole
     assert sorted(line.split(":")[0] for line in lines) == sorted(
-        ["2 images are not complete", lines[1].split(":")[0], "completed", "not completed"]
+        ["not complete", lines[1].split(":")[0], "completed", "not completed"]
     )
-    lack = f"the image {AMD64.manifest.digest} lacked 1 blobs, {len(LAYER.data)} bytes"
+    lack = f"the image {AMD64.manifest.digest} lacked 1 blob, {len(LAYER.data)} bytes"
     assert f"not completed: {lack}: down" in lines
     assert store_dir.blob(CONFIG.data).exists()
     # Repaired blobs are not requested again; the second run completes the store.

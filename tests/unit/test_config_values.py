@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ociregistry.config.values import (
     USUAL_RESERVE,
+    count_text,
     local_time,
     parse_duration,
     parse_local_time,
@@ -210,3 +211,10 @@ def test_reserve_is_a_size_or_a_percentage(text: str, of_10_gb: int, of_1_tb: in
 def test_malformed_reserve_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a size such as 1GB or a share of the disk such as 5% is expected"):
         parse_reserve(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 image URLs"), (1, "1 image URL"), (2, "2 image URLs"), (11, "11 image URLs")]
+)
+def test_count_text(number: int, text: str) -> None:
+    assert count_text(number, "image URL") == text

@@ -38,7 +38,7 @@ async def test_image_list_is_preloaded(
     images.write_text(f"# ours\n{app(upstream)}\nNo Reference\n{app(upstream, 'none')}\n")
     for _ in range(2):
         start(daemons, upstream, "--preload-images", str(images), "--concurrent", "2")
-        await until(lambda: any(text.startswith("preloaded ") for text in texts(events)))
+        await until(lambda: any(text.startswith("preloaded: ") for text in texts(events)))
         assert await preloaded(network, events) == {"images": 2, "loaded": 1, "failed": 1}
         first, second = sorted(texts(events, LogLevel.error))
         assert first.startswith(f"not preloaded: {images}:3: 'No Reference' is not an image reference")

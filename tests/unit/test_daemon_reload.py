@@ -253,7 +253,7 @@ async def test_sighup_reloads(daemons: Daemons, path: Path, events: list[LogEven
     assert callable(signal.getsignal(signal.SIGHUP)), "it would end the tests"
     path.write_text("- name: quay.io\n")
     os.kill(os.getpid(), signal.SIGHUP)
-    await until(lambda: reload_messages(events) == ["settings reloaded: 1 upstreams configured"])
+    await until(lambda: reload_messages(events) == ["settings reloaded: 1 upstream configured"])
     path.write_text("- name:\n")
     os.kill(os.getpid(), signal.SIGHUP)
     await until(lambda: warnings_and_errors(events))

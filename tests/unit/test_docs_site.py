@@ -23,7 +23,7 @@ def logged(level: str) -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:
                 case ast.Call(
-                    func=ast.Attribute(attr=called, value=ast.Attribute(attr="log")),
+                    func=ast.Attribute(attr=called, value=ast.Name(id="_log")),
                     args=[ast.Constant(value=str(text)), *_],
                 ) if called == level:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", text

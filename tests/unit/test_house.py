@@ -313,3 +313,18 @@ def test_daemon_and_commands_are_put_together_by_one_function() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in PUT_TOGETHER
     }
     assert made == {(name, "composition.py") for name in PUT_TOGETHER}
+
+
+def test_loggers_have_the_namespace_of_their_part() -> None:
+    """As an attribute of a class, a Logger would have the name of the class instead."""
+    made = 0
+    for module, source in sources_of(ROOT).items():
+        folder = module.removeprefix(f"{OURS}.").rpartition(".")[0].partition(".")[0]
+        namespace = f"{OURS}.{folder}" if folder else OURS
+        tree = ast.parse(source)
+        allowed = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Logger"]
+        made += len(calls)
+        assert len(calls) <= 1, module
+        assert not calls or f"_log = Logger(namespace='{namespace}')" in allowed, module
+    assert made > 10

@@ -55,7 +55,7 @@ async def test_missing_blobs_are_fetched_smallest_first(
     assert completion._missing == {}
     await until(lambda: len(texts(events, LogLevel.info)) == 2)
     assert texts(events, LogLevel.info) == [
-        f"completing {NAME}: 3 blobs with {sum(SIZES[blob] for blob in (CONFIG, SMALL, LARGE))} bytes are missing",
+        f"completing {NAME}, missing: 3 blobs with {sum(SIZES[blob] for blob in (CONFIG, SMALL, LARGE))} bytes",
         f"completion finished: {NAME}",
     ]
 

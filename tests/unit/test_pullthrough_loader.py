@@ -308,7 +308,7 @@ def test_outcome_text() -> None:
     assert str(Outcome(APP, LoadStatus.LOADED, blobs=2, bytes=7)) == f"loaded: {APP}: 2 blobs, 7 bytes"
     # The reason often starts with the image name.
     assert str(Outcome(APP, LoadStatus.FAILED, f"{APP}: it answered 404")) == f"failed: {APP}: it answered 404"
-    assert str(Outcome(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blobs, 5 bytes; down"
+    assert str(Outcome(APP, LoadStatus.FAILED, "down", blobs=1, bytes=5)) == f"failed: {APP}: 1 blob, 5 bytes; down"
     assert summary([]) == "0 loaded, 0 already there, 0 failed"
 
 

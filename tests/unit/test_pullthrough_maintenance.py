@@ -112,7 +112,7 @@ async def test_unused_image_is_pruned_with_its_blobs(
     (line,) = [text for text in texts(events, LogLevel.info) if "pruned" in text]
     assert line.startswith("pruned reg.example/old:1, last pulled 20")
     (line,) = texts(events, LogLevel.warn)
-    assert line.startswith("pruned 1 image URLs with 3 blobs: ")
+    assert line.startswith("pruned 1 image URL with 3 blobs, ")
     assert int(line.split()[7]) > sum(len(blob.data) for blob in OLD.blobs)
     # Nothing is logged when nothing is pruned.
     await harness.advance(60)

@@ -100,7 +100,7 @@ async def test_due_date_survives_restarts(
         assert texts(events, LogLevel.info) == []
     await harness.advance(2)
     await until(lambda: texts(events, LogLevel.info))
-    assert texts(events, LogLevel.info) == ["verified 1 records and 3 blobs: 0 are damaged"]
+    assert texts(events, LogLevel.info) == ["verified 1 record and 3 blobs, damaged: 0"]
     harness.maintenance.stopService()
 
 
@@ -225,7 +225,7 @@ async def test_failed_repair_is_logged_and_others_continue(
     assert texts(events, LogLevel.error)[1] == f"cannot fetch {lost.digest} again: reg.example: down"
     assert not (root / "blobs" / Digest(lost.digest).hex).exists()
     (line,) = texts(events, LogLevel.info)
-    assert line == "verified 1 records and 3 blobs: 2 are damaged"
+    assert line == "verified 1 record and 3 blobs, damaged: 2"
     assert harness.store.faults.sentences == [
         f"1 blob is damaged and could not be fetched again: {Digest(lost.digest).hex}"
     ]
