@@ -1,4 +1,4 @@
-"""Run clients, broken links and kills at random: every answer is compared, and nothing may be left over.
+"""Run clients and faults of all kinds at random: every answer is compared, and nothing may be left over.
 
 `python -m bench.soak [--seconds N] [--seed N]`. Exits with 1 when anything was wrong.
 """
@@ -11,22 +11,26 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from bench.soak_clients import Client, Life, Published, Tally
+from bench.soak_faults import Faults
 from ociregistry.names import Digest
 from ociregistry.store.records import Record
 from tests import procfs
+from tests.badlink_process import LinkProcess
+from tests.client import fetch
+from tests.clocks import FakeClock
 from tests.images import digest_of
 from tests.processes import Daemon, wait_until
 from tests.real.caches import plain_image
 from tests.upstream import ScriptedRegistry
-from tests.upstream_http import Rule
-from tests.upstream_rules import ContentRange, Cut, Drip, Flip, Hold, IgnoreRange, NoLength, Reply
 
 IMAGES = 16
 SPOILED = 3
@@ -39,6 +43,8 @@ MOST_THREADS = 8 + 16 + 1 + 10 + 1
 _QUIET = 5.0
 _SETTLES = 90.0
 """Seconds: a download without clients is retried every 30 s."""
+_RETURNS = 45.0
+"""Seconds from the link's return until a client's request must find it: the longest interval of probes, and slack."""
 
 
 class Soak:
@@ -48,14 +54,30 @@ class Soak:
         self.tally = Tally()
         self.life = Life()
         self._seed = seed
-        self._random = random.Random(f"{seed}/trouble")
-        self.upstream = ScriptedRegistry()
-        self.daemon = Daemon(folder, {self.upstream.host: "http"}, "--log-level", "warn")
-        self.trouble: Counter[str] = Counter()
-        self._rules: list[tuple[Callable[[], None], Rule]] = []
+        self._folder = folder
+        self._random = random.Random(f"{seed}/images")
+        self._running = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start the upstream, the link and the daemon."""
+        self.upstream = self._running.enter_context(ScriptedRegistry())
         self.published = [self._publish(number) for number in range(IMAGES)]
+        self._link = self._running.enter_context(LinkProcess(self.upstream.host))
+        clock = FakeClock(self._folder)
+        options = ("--log-level", "warn")
+        daemon = Daemon(self._folder, {self._link.host: "http"}, *options, environment=clock.environment)
+        self.daemon = self._running.enter_context(daemon)
+        self.faults = Faults(
+            self._seed, daemon, self.upstream, self._link, clock, self.published, self.tally, self.life
+        )
         self._clients = [self._client(number) for number in range(CLIENTS)]
-        self._over = threading.Event()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End them."""
+        self._running.close()
 
     def _publish(self, number: int) -> Published:
         size = int(LARGEST ** self._random.uniform(0.7, 1))
@@ -64,7 +86,7 @@ class Soak:
         return one
 
     def _client(self, number: int) -> Client:
-        return Client(number, self._seed, self.daemon, self.upstream.host, self.published, self.tally, self.life)
+        return Client(number, self._seed, self.daemon, self._link.host, self.published, self.tally, self.life)
 
     @property
     def pid(self) -> int:
@@ -72,91 +94,29 @@ class Soak:
         return self.daemon.process.pid
 
     def kinds(self) -> Counter[str]:
-        """The daemon's descriptors by kind, without its connections to the upstream."""
-        kinds = Counter(re.sub(r"\[\d+\]", "", what) for what in procfs.descriptors(self.pid))
-        kinds["socket:"] -= procfs.connections_to(self.pid, self.upstream.port)
+        """The daemon's descriptors by kind, without its connections to the upstream, and those of libfaketime."""
+        opened = [what for what in procfs.descriptors(self.pid) if "faketime" not in what]
+        kinds = Counter(re.sub(r"\[\d+\]", "", what) for what in opened)
+        kinds["socket:"] -= procfs.connections_to(self.pid, self._link.port)
         return +kinds
 
-    # Faults
-
     def run(self, seconds: float) -> None:
-        """Run for that many seconds, and end."""
-        troubles = [(self._break, 0.02, 0.3), (self._prune, 0.02, 0.3), (self._kill, 3.0, 10.0)]
-        threads = [threading.Thread(target=self._at_random, args=trouble) for trouble in troubles]
-        for thread in (*self._clients, *threads):
-            thread.start()
+        """Run clients and faults for that many seconds, and end both."""
+        for client in self._clients:
+            client.start()
+        self.faults.start()
         time.sleep(seconds)
-        self._over.set()
-        for thread in threads:
-            thread.join()
-        self._heal()
+        self.faults.stop()
         for client in self._clients:
             client.stop.set()
         for client in self._clients:
             client.join()
 
-    def _at_random(self, make: Callable[[random.Random], None], least: float, most: float) -> None:
-        source = random.Random(f"{self._seed}/{make.__name__}")
-        while not self._over.wait(source.uniform(least, most)):
-            try:
-                make(source)
-            except Exception as problem:
-                self.tally.violation(f"{make.__name__}: {type(problem).__name__}: {problem}")
-                return
-
-    def _break(self, source: random.Random) -> None:
-        """Break something at the upstream, for one request or a few."""
-        one = source.choice(self.published)
-        blob = source.choice(one.blobs)
-        somewhere = source.randrange(len(blob.data))
-        rules: list[tuple[str, Rule, int]] = [
-            (f"*{blob.digest}", Cut(somewhere, reset=source.random() < 0.5), source.randint(1, 3)),
-            (f"*{blob.digest}", Drip(source.choice((200_000, 2_000_000))), 1),
-            (f"*{blob.digest}", Hold(somewhere), 1),
-            (f"*{blob.digest}", NoLength(source.choice(("chunked", "close"))), 1),
-            (f"*{blob.digest}", IgnoreRange(), 1),
-            (f"*{blob.digest}", ContentRange(source.choice((None, "bytes 0-0/1"))), 1),
-            (f"/v2/{one.repository}/*", Cut(None), 2),
-            (f"/v2/{one.repository}/*", Reply(source.choice((429, 500, 503))), 2),
-        ]
-        if one.spoiled and blob in one.image.layers:  # All images share the config.
-            rules = [(f"*{blob.digest}", Flip(somewhere), 1)]
-        path, rule, times = source.choice(rules)
-        self.trouble[type(rule).__name__] += 1
-        self._rules.append((self.upstream.script(path, rule, times=times), rule))
-        if source.random() < 0.05:
-            self.trouble["all connections dropped"] += 1
-            self.upstream.disconnect()
-
-    def _prune(self, source: random.Random) -> None:
-        """Remove a file from the store, so that there is always something to fetch."""
-        folder = source.choice(("blobs", "blobs", "blobs", "img"))
-        files = sorted((self.daemon.image_path / folder).iterdir())
-        if files:
-            source.choice(files).unlink(missing_ok=True)
-            self.trouble[f"a file of {folder}/ removed"] += 1
-
-    def _kill(self, source: random.Random) -> None:
-        self.life.changes += 1
-        if source.random() < 0.2:
-            self.trouble["SIGTERM"] += 1
-            self.daemon.terminate(60)
-        else:
-            self.trouble["SIGKILL"] += 1
-            self.daemon.kill()
-        self.daemon.start()
-        self.life.changes += 1
-
-    def _heal(self) -> None:
-        for unscript, rule in self._rules:
-            unscript()
-            if isinstance(rule, Hold):
-                rule.release.set()
-
     # Conditions at the end
 
     def check_quiet(self, kinds: Counter[str]) -> None:
         """Check that everything can be pulled, and that then no activity and no leftovers remain."""
+        self._until(self._reachable, lambda: "the return of the link was not found", _RETURNS)
         client = self._client(CLIENTS)
         for one in self.published:
             client.guarded(client.whole, one)
@@ -171,16 +131,22 @@ class Soak:
         if procfs.threads(self.pid) > MOST_THREADS:
             self.tally.violation(f"{procfs.threads(self.pid)} threads")
 
-    def _until(self, predicate: Callable[[], bool], what: Callable[[], str]) -> None:
+    def _reachable(self) -> bool:
+        """Tell whether the daemon asks the upstream for what it does not have."""
+        return fetch(f"{self.daemon.url}/v2/soak/0/manifests/nothing?ns={self._link.host}").status == 404
+
+    def _until(self, predicate: Callable[[], bool], what: Callable[[], str], within: float = _SETTLES) -> None:
         try:
-            wait_until(predicate, _SETTLES, "")
+            wait_until(predicate, within, "")
         except TimeoutError:
             self.tally.violation(what())
 
     def partials(self) -> list[str]:
-        """List the files in pulls/ except the locks."""
+        """List the files in pulls/ except the locks, what is quarantined, and what came of never-ending blobs."""
         pulls = self.daemon.image_path / "pulls"
-        return [str(path.relative_to(pulls)) for path in pulls.rglob("*") if path.is_file() and path.name != "lock"]
+        images = {digest_of(blob.data).partition(":")[2] for one in self.published for blob in one.blobs}
+        files = [path for path in pulls.rglob("*") if path.is_file() and path.parent.name != "bad"]
+        return [str(path.relative_to(pulls)) for path in files if path.name.partition(".")[0] in images]
 
     def check_store(self) -> None:
         """Check that every blob has the digest that its name says."""
@@ -211,23 +177,21 @@ class Soak:
 
 def soak(seconds: float, seed: int) -> int:
     """Run the soak, print the figures, and return the exit status."""
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        one = Soak(Path(folder), seed)
-        with one.upstream, one.daemon:
-            wait_until(lambda: one.kinds()["socket:"] == 1, _QUIET, "only the port is open")
-            kinds, before = one.kinds(), procfs.memory(one.pid)
-            one.run(seconds)
-            one.check_quiet(kinds)
-            after, threads = procfs.memory(one.pid), procfs.threads(one.pid)
-            peak = procfs.peak_memory(one.pid)
-            sent = sum(request.sent for request in one.upstream.requests)
-            one.check_store()
-            one.check_alone()
-            one.check_log()
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder, Soak(Path(folder), seed) as one:
+        wait_until(lambda: one.kinds()["socket:"] == 2, _QUIET, "only the port and the control socket are open")
+        kinds, before = one.kinds(), procfs.memory(one.pid)
+        one.run(seconds)
+        one.check_quiet(kinds)
+        after, threads = procfs.memory(one.pid), procfs.threads(one.pid)
+        peak = procfs.peak_memory(one.pid)
+        sent = sum(request.sent for request in one.upstream.requests)
+        one.check_store()
+        one.check_alone()
+        one.check_log()
     content = sum(len(blob.data) for image in one.published for blob in image.blobs)
     print(f"{seconds:.0f} s with seed {seed}: {CLIENTS} clients, {IMAGES} images of {content / 1e6:.0f} MB in all")
     print(f"answers: {json.dumps(dict(one.tally.outcomes.most_common()))}")
-    print(f"trouble: {json.dumps(dict(one.trouble.most_common()))}")
+    print(f"faults: {json.dumps(dict(one.faults.counts.most_common()))}")
     print(f"bytes: {one.tally.received / 1e6:.0f} MB to clients, {sent / 1e6:.0f} MB from the upstream")
     print(f"slowest headers: {one.tally.slowest_headers:.1f} s")
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,9 @@ from tests.processes import Daemon
 
 HEADERS_WITHIN = 30.0
 """Seconds after which containerd gives up."""
+
+ENDLESS = "soak/endless"
+"""A repository whose blobs never end."""
 
 _HANGS = 120.0
 _PIECE = 64 * 1024
@@ -98,7 +102,15 @@ class Client(threading.Thread):
 
     def run(self) -> None:
         """Send requests."""
-        tasks = [(self._blob, 45), (self._part, 20), (self._gone, 10), (self._manifest, 20), (self._unknown, 5)]
+        tasks = [
+            (self._blob, 45),
+            (self._part, 20),
+            (self._gone, 10),
+            (self._manifest, 20),
+            (self._unknown, 5),
+            (self._slow, 0.2),
+            (self._endless, 0.05),
+        ]
         while not self.stop.is_set():
             (task,) = self._random.choices([task for task, _ in tasks], [weight for _, weight in tasks])
             self.guarded(task, self._random.choice(self._published))
@@ -162,6 +174,32 @@ class Client(threading.Thread):
     def _unknown(self, one: Published) -> None:
         digest = digest_of(self._random.randbytes(8))
         self._expect(one, f"blobs/{digest}", None)
+
+    def _slow(self, one: Published) -> None:
+        """Read a few kB a second, or nothing, and disconnect after a while."""
+        blob = max(one.blobs, key=lambda blob: len(blob.data))
+        piece = self._random.choice((0, 2_000))
+        with closing(socket.socket()) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(_HANGS)
+            connection.connect(("127.0.0.1", self._daemon.port))
+            path = f"/v2/{one.repository}/blobs/{blob.digest}{self._query}"
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: soak\r\n\r\n".encode())
+            for _ in range(self._random.randrange(10, 40)):
+                self.stop.wait(0.5)
+                if piece and not connection.recv(piece):
+                    break
+        self._tally.count("read slowly" if piece else "not read")
+
+    def _endless(self, one: Published) -> None:
+        """Ask for a blob that never ends; its size is not known, so that no answer can begin."""
+        digest = digest_of(self._random.randbytes(8))
+        with closing(http.client.HTTPConnection("127.0.0.1", self._daemon.port, timeout=_HANGS)) as connection:
+            connection.request("GET", f"/v2/{ENDLESS}/blobs/{digest}{self._query}")
+            answer = connection.getresponse()
+            if answer.status != 503 or not answer.headers["Retry-After"]:
+                raise AssertionError(f"{self.name}: a blob that never ends gave {answer.status}")
+        self._tally.count("never ends")
 
     def _expect(
         self,
