@@ -65,7 +65,7 @@ class Soak:
         self._link = self._running.enter_context(LinkProcess(self.upstream.host))
         clock = FakeClock(self._folder)
         options = ("--log-level", "warn")
-        daemon = Daemon(self._folder, {self._link.host: "http"}, *options, environment=clock.environment)
+        daemon = Daemon(self._folder, {self._link.host: "http"}, *options)
         self.daemon = self._running.enter_context(daemon)
         self.faults = Faults(
             self._seed, daemon, self.upstream, self._link, clock, self.published, self.tally, self.life

@@ -21,6 +21,8 @@ from tests.upstream_rules import ContentRange, Cut, Drip, Flip, Hold, IgnoreRang
 
 _JUMPS = (timedelta(days=3650), timedelta(days=-365), timedelta(hours=1), timedelta(0))
 _LONGEST_SILENCE = 20.0
+_WRONG_CLOCKS = 0.2
+"""The share of starts of the daemon with a clock that is set; libfaketime makes it ten times slower."""
 _STOPS_WITHIN = 60.0
 _ZEROS = bytes(64_000_000)
 
@@ -65,9 +67,9 @@ class Faults:
                 (self._remove, 0.02, 0.3),
                 (self._make_unreadable, 0.2, 2.0),
                 (self._kill, 3.0, 10.0),
-                (self._empty, 10.0, 40.0),
-                (self._set_clock, 5.0, 20.0),
-                (self._silence, 10.0, 40.0),
+                (self._empty, 20.0, 60.0),
+                (self._set_clock, 1.0, 3.0),
+                (self._silence, 20.0, 60.0),
             )
         ]
 
@@ -86,7 +88,10 @@ class Faults:
             unscript()
             if isinstance(rule, Hold):
                 rule.release.set()
-        self._clock.set(timedelta(0))
+        self._life.changes += 1
+        self._daemon.terminate(_STOPS_WITHIN)
+        self._start(fake_clock=False)
+        self._life.changes += 1
 
     def _at_random(self, make: Callable[[random.Random], None], least: float, most: float) -> None:
         source = random.Random(f"{self._seed}/{make.__name__}")
@@ -182,8 +187,9 @@ class Faults:
     # The machine and the process
 
     def _set_clock(self, source: random.Random) -> None:
-        self._clock.set(source.choice(_JUMPS))
-        self.counts["clock set"] += 1
+        if "LD_PRELOAD" in self._daemon.environment:
+            self._clock.set(source.choice(_JUMPS))
+            self.counts["clock set"] += 1
 
     def _kill(self, source: random.Random) -> None:
         self._life.changes += 1
@@ -193,8 +199,15 @@ class Faults:
         else:
             self.counts["SIGKILL"] += 1
             self._daemon.kill()
-        self._daemon.start()
+        self._start(fake_clock=source.random() < _WRONG_CLOCKS)
         self._life.changes += 1
+
+    def _start(self, *, fake_clock: bool) -> None:
+        for name, value in self._clock.environment.items():
+            self._daemon.environment.pop(name, None)
+            if fake_clock:
+                self._daemon.environment[name] = value
+        self._daemon.start()
 
 
 def _remove(path: Path) -> None:

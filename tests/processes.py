@@ -76,7 +76,8 @@ class Server:
     def __init__(self, argv: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None) -> None:
         self.argv = list(argv)
         self.log_path = log_path
-        self._environment = {**os.environ, **(environment or {})}
+        self.environment = {**os.environ, **(environment or {})}
+        """The environment of the next start."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def ready(self) -> bool:
@@ -93,7 +94,7 @@ class Server:
             raise RuntimeError("already running")
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=self._environment
+                self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT, env=self.environment
             )
         serves = False
         try:

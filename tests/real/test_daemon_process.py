@@ -25,7 +25,7 @@ _SOON = 10.0
 _PATIENCE = 20
 _BANNER = re.compile(
     r"ociregistry (?P<version>\S+) started at (?P<started>\S+), listening on (?P<address>\S+), "
-    r"store (?P<store>\S+) with (?P<lists>\d+) lists and (?P<images>\d+) images$"
+    r"store (?P<store>\S+) with (?P<lists>\d+) lists? and (?P<images>\d+) images?$"
 )
 _ACCESS = re.compile(
     r"(?P<method>GET|HEAD) (?P<path>/v2/\S+) ns=\S+ 200 \d+ bytes \d+ ms 127\.0\.0\.1:\d+ hit$", re.MULTILINE

@@ -93,6 +93,10 @@ def disk_health(cache: Cache) -> dict[str, int]:
     return disk
 
 
+RESUMED = 1.25 * SIZE
+"""Bytes that the upstream sends at most: what sockets hold when a connection ends is lost, the partial is not."""
+
+
 @contextmanager
 def disk_full(cache: Cache, disk: SmallDisk, large: Image) -> Iterator[None]:
     """Begin a pull of the large image while there is room, then fill the disk; the pull continues slowly."""
@@ -137,7 +141,7 @@ def test_download_stops_at_the_reserve_and_resumes_when_there_is_room(
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == large.layers[0].digest
     cache.wait_stored(large.layers[0].digest)
-    assert cache.upstream.bytes_sent(large.layers[0].digest) <= 1.05 * SIZE
+    assert cache.upstream.bytes_sent(large.layers[0].digest) <= RESUMED
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")
 
 
@@ -189,7 +193,7 @@ def test_blob_of_unknown_size_without_room_is_refused(
         assert_hits_are_served(cache, small)
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == layer.digest
-    assert cache.upstream.bytes_sent(layer.digest) <= 1.05 * SIZE
+    assert cache.upstream.bytes_sent(layer.digest) <= RESUMED
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["terminated", "killed"])
@@ -206,5 +210,5 @@ def test_daemon_starts_on_a_full_disk(
         assert_hits_are_served(cache, small)
         disk.resize(4 * SIZE)
         assert digest_of(cache.ask(blob_of(large)).body) == large.layers[0].digest
-    assert cache.upstream.bytes_sent(large.layers[0].digest) <= 1.05 * SIZE
+    assert cache.upstream.bytes_sent(large.layers[0].digest) <= RESUMED
     wait_until(lambda: cache.partials == set(), SOON, "no partial is left")

@@ -112,4 +112,4 @@ def test_damaged_blobs_are_found_and_repaired(tmp_path: Path) -> None:
         assert_all_served(cache.daemon, cache.upstream.host, "team/record", "1", image)
         # The last run finds nothing.
         since = cache.log_size
-        wait_until(lambda: ": 0 are damaged" in cache.daemon.log[since:], SOON, "nothing is damaged")
+        wait_until(lambda: ", damaged: 0" in cache.daemon.log[since:], SOON, "nothing is damaged")

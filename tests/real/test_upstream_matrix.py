@@ -72,7 +72,9 @@ def _assert_refused(cell: Cell, upstream: Upstream) -> None:
     daemon, since = upstream.daemon, len(upstream.daemon.log)
     status, code = cell.outcome
     assert_error(fetch(upstream.url), status, code)
-    (line,) = error_lines(daemon, since)
+    *refusal, line = error_lines(daemon, since)
+    # Wrong credentials, which concern all requests, have a line of their own.
+    assert ["refused the user" in one for one in refusal] == [True] * (cell.login == "wrong_login")
     told = line.partition(f": {status} {code}: ")[2]
     assert upstream.name in told
     if cell.refuses:
