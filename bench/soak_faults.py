@@ -175,10 +175,10 @@ class Faults:
         """Remove everything in the store, or the store itself."""
         store = self._daemon.image_path
         if source.random() < 0.5:
-            aside = store.with_name("aside")
-            store.rename(aside)
+            moved = store.with_name("moved")
+            store.rename(moved)
             store.mkdir()
-            shutil.rmtree(aside)
+            shutil.rmtree(moved)
         else:
             for path in store.iterdir():
                 shutil.rmtree(path, ignore_errors=True)

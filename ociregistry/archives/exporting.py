@@ -248,6 +248,9 @@ def _remove_unlocked(path: Path, files: Files) -> None:
                 held.release()
 
 
+_MEND = "run verify --repair, or leave its images out by --pattern"
+
+
 class _Writer:
     """Writes an image layout; the same images give the same bytes."""
 
@@ -280,22 +283,23 @@ class _Writer:
         try:
             file = open_regular(blob_path(self._root, digest))
         except OSError as error:
-            raise ExportFailed(f"{what} cannot be read: {reason(error)}") from error
+            raise ExportFailed(f"{what} cannot be read: {reason(error)}: {_MEND}") from error
         try:
             with open(file.fileno(), "rb", closefd=False) as stream:
-                hashed = _Hashed(stream, digest, what, self._advance)
+                hashed = _Hashed(stream, digest, size, what, self._advance)
                 self._tar.addfile(_header(blob_name(digest), size), cast("BinaryIO", hashed))
         finally:
             file.release()
         if not hashed.holds:
-            raise ExportFailed(f"{what} is damaged")
+            raise ExportFailed(f"{what} is damaged: {_MEND}")
 
 
 class _Hashed:
-    """A file that is hashed while it is read."""
+    """A blob of `size` bytes that is hashed while it is read."""
 
-    def __init__(self, file: BinaryIO, digest: Digest, what: str, advance: Callable[[int], None]) -> None:
+    def __init__(self, file: BinaryIO, digest: Digest, size: int, what: str, advance: Callable[[int], None]) -> None:
         self._file = file
+        self._left = size
         self._digest = digest
         self._what = what
         self._hasher = digest.hasher()
@@ -310,12 +314,15 @@ class _Hashed:
         """Read at most `count` bytes.
 
         Raises:
-            ExportFailed: they cannot be read.
+            ExportFailed: they cannot be read, or the file ends before.
         """
         try:
             data = self._file.read(count)
         except OSError as error:
-            raise ExportFailed(f"{self._what} cannot be read: {reason(error)}") from error
+            raise ExportFailed(f"{self._what} cannot be read: {reason(error)}: {_MEND}") from error
+        self._left -= len(data)
+        if not data and self._left:
+            raise ExportFailed(f"{self._what} ends {count_text(self._left, 'byte')} too early: {_MEND}")
         self._hasher.update(data)
         self._advance(len(data))
         return data

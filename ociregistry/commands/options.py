@@ -49,6 +49,15 @@ class CommonOptions(usage.Options):
         super().__init__()
         self.listen: list[str] = []
 
+    def parseArgs(self, *words: str) -> None:
+        """Refuse words that are no options; commands that take them override this.
+
+        Raises:
+            usage.UsageError: there are some.
+        """
+        if words:
+            raise usage.UsageError(f"{' '.join(map(repr, words))}: only options are expected here")
+
     def opt_listen(self, endpoint: str) -> None:
         """Endpoint to listen on in place of --port, such as tcp:8080:interface=127.0.0.1. Repeatable."""
         self.listen.append(endpoint)

@@ -14,7 +14,7 @@ from ociregistry.config.values import count_text, size_text
 from ociregistry.names import Digest
 from ociregistry.pullthrough.maintenance import NOT_NEEDED, Repairer
 from ociregistry.settings import Settings
-from ociregistry.store.verify import Damaged, Findings
+from ociregistry.store.verify import Damaged, Findings, Outcome
 
 Advance = Callable[[int, int], object]
 
@@ -61,8 +61,8 @@ class Verify(Command):
 
 async def _print_damaged(damaged: Damaged) -> None:
     print_lines([f"damaged: {damaged.path}: {damaged.why}"])
-    if not damaged.quarantined:
-        print_lines([f"removed, no space to quarantine it: {damaged.path}"])
+    if damaged.outcome is Outcome.REMOVED:
+        print_lines([f"{damaged.outcome.value}: {damaged.path}"])
 
 
 class _Repairs:

@@ -22,7 +22,7 @@ from ociregistry.pullthrough.fetchers import Fetcher
 from ociregistry.pullthrough.imageblobs import MOST_REFUSED
 from ociregistry.store.prune import EvictionPolicy, Withheld
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged
+from ociregistry.store.verify import Damaged, Outcome
 
 _log = Logger(namespace="ociregistry.pullthrough")
 
@@ -38,6 +38,8 @@ class Repairer:
 
     async def repair(self, damaged: Damaged) -> str:
         """Fetch a damaged file again; return why it failed, or the empty string."""
+        if damaged.outcome is Outcome.IN_PLACE:
+            return "another user may have to move or remove it"
         try:
             return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:
@@ -75,7 +77,7 @@ class Repairer:
         return why
 
     async def _record(self, damaged: Damaged) -> str:
-        why = "the image that it belonged to is unknown"
+        why = "the image that it belonged to is unknown: pull or load it again"
         noted = [image.repository for image, _ in damaged.images]
         indexes = self._store.indexes(damaged.digest)
         listed = {repository for index in indexes for repository in self._store.repositories(index)}
@@ -249,10 +251,7 @@ class Maintenance(Service):
         )
 
     async def _repair(self, damaged: Damaged) -> None:
-        if damaged.quarantined:
-            _log.error("quarantined: {path}: {why}", path=damaged.path, why=damaged.why)
-        else:
-            _log.error("removed, no space to quarantine it: {path}: {why}", path=damaged.path, why=damaged.why)
+        _log.error("{outcome}: {path}: {why}", outcome=damaged.outcome.value, path=damaged.path, why=damaged.why)
         why = await self._repairer.repair(damaged)
         if why:
             _log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)

@@ -77,7 +77,7 @@ def _orphans(root: Path, unchanged_since: datetime) -> Iterator[tuple[Path, int]
     """
     snapshot = Snapshot.read(root)
     for error in snapshot.unknown:
-        why = f"it may name any of the blobs, and cannot be read: {reason(error)}: run verify first"
+        why = f"a record that may name any of the blobs cannot be read: {reason(error)}; verify moves it away"
         raise OSError(error.errno, why, error.filename)
 
     def blobs_of(manifest: Digest) -> Iterable[Digest]:

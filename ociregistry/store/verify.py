@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ _NOTED = re.compile(
 _NOTED_WANTED = re.compile(r'^  "wanted": (?P<wanted>true|false),$', re.MULTILINE)
 
 
+class Outcome(Enum):
+    """What became of a damaged file; the values are those of log lines."""
+
+    QUARANTINED = "quarantined"
+    REMOVED = "removed, no space to quarantine it"
+    IN_PLACE = "still in place"
+
+
 @dataclass(frozen=True, slots=True)
 class Damaged:
     """A file that cannot be read, or whose content is not what its name says."""
@@ -57,8 +66,7 @@ class Damaged:
     """For a record: the image URLs that can still be read from it."""
     wanted: bool | None = None
     """For a record: whether the layers of the image are wanted, if that can still be read from it."""
-    quarantined: bool = True
-    """Whether the file was quarantined; otherwise it was removed, as there was no space for that."""
+    outcome: Outcome = Outcome.QUARANTINED
 
     @property
     def is_blob(self) -> bool:
@@ -106,7 +114,7 @@ class Verifier:
             What was found. Missing blobs are determined at the end, after damaged ones were quarantined.
 
         Raises:
-            OSError: a file cannot be read for a reason that is not its own, or cannot be quarantined or removed.
+            OSError: a file cannot be read for a reason that is not its own.
         """
         findings = Findings()
         images: dict[Digest, Record] = {}
@@ -158,8 +166,7 @@ class Verifier:
                 if isinstance(error, OSError) and not is_of_the_file(error):
                     raise
                 salvaged = _salvage(path)
-                quarantined = self._quarantine(path)
-        return Damaged(path, digest_of(path), why, *salvaged, quarantined)
+                return self._quarantine(Damaged(path, digest_of(path), why, *salvaged))
 
     async def _verify_blob(
         self, path: Path, findings: Findings, max_rate: float | None, advance: Callable[[], object]
@@ -203,22 +210,26 @@ class Verifier:
         except OSError as error:
             if not is_of_the_file(error):
                 raise
-            return Damaged(
-                path, digest_of(path), f"cannot be opened: {reason(error)}", quarantined=self._quarantine(path)
-            )
+            return self._quarantine(Damaged(path, digest_of(path), f"cannot be opened: {reason(error)}"))
         return None
 
     def _quarantine_blob(self, checked: _Checked) -> Damaged | None:
         """Quarantine a damaged blob; return None if its file has changed: another process may have replaced it."""
         if not checked.is_unchanged():
             return None
-        quarantined = self._quarantine(checked.path)
-        return Damaged(checked.path, digest_of(checked.path), checked.why, quarantined=quarantined)
+        return self._quarantine(Damaged(checked.path, digest_of(checked.path), checked.why))
 
-    def _quarantine(self, path: Path) -> bool:
-        quarantined = self._pulls.quarantine(path)
-        self._files.sync_folder(path.parent)
-        return quarantined
+    def _quarantine(self, damaged: Damaged) -> Damaged:
+        """Quarantine the file, and return what is known of it then. One that cannot be moved does not end all."""
+        try:
+            quarantined = self._pulls.quarantine(damaged.path)
+            self._files.sync_folder(damaged.path.parent)
+        except OSError as error:
+            if not os.path.lexists(damaged.path):
+                return damaged
+            why = f"{damaged.why}; it cannot be moved: {reason(error)}"
+            return replace(damaged, why=why, outcome=Outcome.IN_PLACE)
+        return damaged if quarantined else replace(damaged, outcome=Outcome.REMOVED)
 
 
 class _Checked:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import ociregistry.archives.exporting
-from ociregistry.archives.exporting import Exported
-from ociregistry.archives.members import ArchiveFailure, ExportFailed
+from ociregistry.archives.exporting import _MEND, Exported
+from ociregistry.archives.members import PIECE, ArchiveFailure, ExportFailed
 from ociregistry.store.files import Files, SharedFile
 from tests.unit.support.archives import (
     NAME,
@@ -21,6 +21,7 @@ from tests.unit.support.archives import (
 )
 from tests.unit.support.exports import (
     BLOBS,
+    IMAGE,
     INDEX,
     UP,
     UPPER,
@@ -29,6 +30,8 @@ from tests.unit.support.exports import (
     members,
 )
 from tests.unit.support.irregular import IRREGULAR, put_irregular
+
+LARGE = min(IMAGE.layers, key=lambda layer: layer.digest)
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_read_error_names_the_blob(source: Path, tmp_path: Path, monkeypatch: py
         return SharedFile(os.open("/proc/self/mem", os.O_RDONLY))
 
     monkeypatch.setattr(ociregistry.archives.exporting, "open_regular", open_failing)
-    with pytest.raises(ExportFailed, match=rf"the store's blob {BLOBS[0]} cannot be read: Input/output error$"):
+    with pytest.raises(ExportFailed, match=rf" blob {BLOBS[0]} cannot be read: Input/output error: run verify"):
         export(source, tmp_path / "out.tar")
     assert not (tmp_path / "out.tar").exists()
 
@@ -154,6 +157,16 @@ def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
     return {"advance": advance}
 
 
+def truncated(source: Path) -> Mapping[str, Callable[[int], None]]:
+    """Cut off the blobs while the first of two pieces of one is written."""
+
+    def advance(count: int) -> None:
+        for blob in (source / "blobs").iterdir():
+            os.truncate(blob, min(blob.stat().st_size, PIECE))
+
+    return {"advance": advance}
+
+
 def full(source: Path) -> Mapping[str, Callable[[int], None]]:
     """Fill the disk while the export is written."""
 
@@ -166,8 +179,9 @@ def full(source: Path) -> Mapping[str, Callable[[int], None]]:
 @pytest.mark.parametrize(
     ("prepare", "why"),
     [
-        (damaged, f"the store's blob {UPPER.layers[-1].digest} is damaged"),
-        (pruned, f"the store's blob {BLOBS[1]} cannot be read: No such file or directory"),
+        (damaged, f"the store's blob {UPPER.layers[-1].digest} is damaged: {_MEND}"),
+        (pruned, f"the store's blob {BLOBS[1]} cannot be read: No such file or directory: {_MEND}"),
+        (truncated, f"the store's blob {LARGE.digest} ends {len(LARGE.data) - PIECE} bytes too early: {_MEND}"),
         (full, "No space left on device"),
         (lambda source: {"files": Failing("create")}, "No space left on device"),
         (lambda source: {"files": Failing("sync")}, "No space left on device"),

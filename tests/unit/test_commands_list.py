@@ -253,7 +253,7 @@ def test_partly_copied_store_is_listed(store_dir: StoreDir, listed: Listed) -> N
         (["--pattern", "("], "--pattern '(': the pattern '(' is not a regular expression: "),
         (["--pattern", "[[:alpha:]]"], "which is Go syntax"),
         (["--pattern", ""], "an empty pattern matches every image URL"),
-        (["curl"], "Wrong number of arguments"),
+        (["curl"], "only options are expected here"),
         (["--nonsense"], "--nonsense"),
     ],
 )

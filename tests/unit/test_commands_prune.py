@@ -276,7 +276,7 @@ def test_missing_store_is_one_line_and_not_created(tmp_path: Path, capfd: pytest
         (["--pattern", r"nginx\z"], r"which is Go syntax, not Python's: \Z is the end of the text here"),
         (["--pattern", "nginx,"], "an empty pattern matches every image URL"),
         (["--pattern", ""], "an empty pattern matches every image URL"),
-        (["nginx"], "Wrong number of arguments"),
+        (["nginx"], "only options are expected here"),
         (["--pattern"], "--pattern requires argument"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ociregistry.names import Digest, ImageReference
 from ociregistry.pullthrough.maintenance import Repairer
 from ociregistry.store.records import Dates, Record
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged
+from ociregistry.store.verify import Damaged, Outcome
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor
 from tests.unit.support.loads import MemoryFetcher, image_of
@@ -46,6 +47,14 @@ def record(root: Path, *urls: str, digest: Digest = IMAGE.digest, dates: Dates =
     """Return a finding about a quarantined record with these legible image URLs."""
     images = tuple((image(url), dates) for url in urls)
     return Damaged(root / "img" / digest.hex, digest, "is not JSON", images)
+
+
+@on_reactor
+async def test_damaged_blob_in_place_is_not_taken_for_a_repaired_one(
+    repairer: Repairer, fetcher: MemoryFetcher, root: Path
+) -> None:
+    damaged = replace(blob(root), outcome=Outcome.IN_PLACE)
+    assert await repairer.repair(damaged) == "another user may have to move or remove it"
 
 
 def kept(root: Path, what: Manifest = IMAGE) -> Record:
@@ -165,7 +174,7 @@ async def test_record_unknown_to_all_upstreams(
 
 @on_reactor
 async def test_illegible_record(repairer: Repairer, fetcher: MemoryFetcher, root: Path) -> None:
-    assert await repairer.repair(record(root)) == "the image that it belonged to is unknown"
+    assert await repairer.repair(record(root)) == "the image that it belonged to is unknown: pull or load it again"
     assert fetcher.asked == []
 
 

@@ -236,7 +236,7 @@ async def test_prune_goes_on_and_orphans_wait_for_verify(store: Store, root: Pat
     put_irregular(record(root, OTHER.digest), kind)
     put_irregular(here(root), kind)
     later = datetime.now(UTC) + timedelta(days=1)
-    with pytest.raises(OSError, match=f"{IRREGULAR[kind]}: run verify first"):
+    with pytest.raises(OSError, match=f"{IRREGULAR[kind]}; verify moves it away"):
         find_orphans(root, later)
     plan = prune(root, Selection(matches=lambda url: "nginx" in url), Files())
     assert [row.url for row in plan.rows] == [str(NGINX)]

@@ -13,8 +13,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
+from ociregistry.store.files import Files
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Findings, note_verified
+from ociregistry.store.verify import Findings, Outcome, note_verified
 from tests.unit.support.common import REACTOR, fired, on_reactor
 from tests.unit.support.irregular import IRREGULAR, put_irregular
 from tests.unit.support.power_cuts import result
@@ -132,6 +133,32 @@ def test_blob_that_is_no_regular_file_is_quarantined(store_dir: StoreDir, store:
     assert quarantined(store_dir) == {Digest.of(LAYER).hex}
     assert findings.missing == {image_of(*ONE).digest: {Digest.of(LAYER): len(LAYER)}}
     assert (findings.records, findings.blobs) == (2, 2)
+
+
+@pytest.mark.parametrize("which", ["record", "blob", "link"])
+def test_damaged_file_that_cannot_be_moved_does_not_end_the_verification(
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    path = store_dir.blob(LAYER)
+    if which == "link":
+        put_irregular(path, "link to itself")
+    elif which == "blob":
+        path.write_bytes(bytes(len(LAYER)))
+    else:
+        path = store_dir.root / "img" / image_of(*ONE).digest.hex
+        path.write_bytes(path.read_bytes()[:-10])
+
+    def fail(self: Files, source: Path, target: Path) -> None:
+        assert (source, target.parent.name) == (path, "bad")
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+
+    monkeypatch.setattr(Files, "rename", fail)
+    findings = verified(store)
+    (damaged,) = findings.damaged
+    assert (damaged.path, damaged.outcome) == (path, Outcome.IN_PLACE)
+    assert damaged.why.endswith("; it cannot be moved: Operation not permitted")
+    assert os.path.lexists(path)
+    assert (findings.records, findings.blobs) == ((1, 2) if which == "record" else (2, 2))
 
 
 @pytest.mark.parametrize("how", ["replaced", "removed", "grown", "rewritten"])

@@ -275,7 +275,7 @@ def test_two_commands_are_a_usage_error(capfd: pytest.CaptureFixture[str], ran: 
         "export --pattern x -o y",
     ):
         for second in ("list", "load", "serve"):
-            assert "Wrong number of arguments" in usage_error(capfd, *first.split(), second)
+            assert "only options are expected here" in usage_error(capfd, *first.split(), second)
     assert ran == []
 
 
