@@ -14,13 +14,15 @@ from ociregistry.composition import make_store, put_together
 from ociregistry.config.proxy import NO_PROXIES, Proxies, Proxy
 from ociregistry.config.registries import Helper, IdentityToken, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
-from ociregistry.errors import RegistryError
+from ociregistry.errors import RegistryError, Unavailable
+from ociregistry.manifests import canonical_media_type
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates, KeyPair
 from ociregistry.process import print_error
 from ociregistry.settings import Settings
 from ociregistry.upstream.auth import AccessRefused
 from ociregistry.upstream.client import BaseUrl, Client
+from ociregistry.upstream.http import Response
 from ociregistry.upstream.network import Network, api_host, is_allowed, route_of
 from ociregistry.upstream.origin import Origin
 
@@ -179,7 +181,9 @@ def _identity(pair: KeyPair) -> str:
     return f"our certificate {subject} until {expires[:4]}-{expires[4:6]}-{expires[6:8]}"
 
 
-_RATE_LIMITED = 429
+_OK, _NOT_FOUND, _RATE_LIMITED = 200, 404, 429
+_MOST_OF_ROOT = 64 * 1024
+"""Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,24 @@ def _sources(entry: RegistrySettings, settings: Settings, network: Network) -> I
         yield _Source(str(entry.upstream), network.own_client(entry.upstream), entry)
 
 
+async def _why_no_registry(response: Response) -> str:
+    """Read the response to a request for the root of the API; return why it is not that of a registry, if it is not.
+
+    A registry has that root (OCI Distribution specification, "Determining Support"). A page is not told by its type:
+    quay.io sends `true` as HTML.
+    """
+    try:
+        data = await response.collect(_MOST_OF_ROOT)
+    except Unavailable:
+        data = b""
+    if response.status == _NOT_FOUND:
+        return f"it answered 404 at {response.url}: there is no registry, or its path is another one"
+    html = canonical_media_type(response.header("content-type")) == "text/html"
+    if response.status == _OK and html and data.lstrip()[:1] in (b"<", b""):
+        return "it sent an HTML page, as login pages and captive portals are"
+    return ""
+
+
 async def _ask(source: _Source, settings: Settings) -> tuple[bool, str]:
     """Return whether a source gives access to the root of its API, and one line about what it answered."""
     missing = "" if source.entry.login else "; no credentials are configured for it"
@@ -235,7 +257,8 @@ async def _ask(source: _Source, settings: Settings) -> tuple[bool, str]:
     except RegistryError as error:
         refused = missing if isinstance(error, AccessRefused) else ""
         return False, f"FAILED: {error.message.removeprefix(f'{source.entry.upstream}: ')}{refused}"
-    await response.discard()
+    if why := await _why_no_registry(response):
+        return False, f"FAILED: {why}"
     if response.refusal or response.status >= 500 or response.status == _RATE_LIMITED:
         return False, f"FAILED: it answered {response.outcome}{missing if response.refusal else ''}"
     scheme = Origin.of(response.url).scheme

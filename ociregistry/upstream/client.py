@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from ociregistry.context import Priority
-from ociregistry.errors import Unavailable
+from ociregistry.errors import OutOfDescriptors, Unavailable
 from ociregistry.names import Repository
 from ociregistry.upstream.auth import (
     LARGEST_TOKEN,
@@ -279,11 +279,14 @@ class Client:
             try:
                 authorized = headers if authorization is None else {**headers, "Authorization": authorization.header}
                 response = await self._http.send(method, url, authorized, options=options)
-            except (NoTls, LinkDown) as error:
+            except OutOfDescriptors:
+                raise
+            except Unavailable as error:
                 if origin == own:
                     raise
-                # These types make the caller try http, which a failure of another host is no reason for.
-                raise Unavailable(error.message, error.retry_after) from None
+                # Subtypes make the caller try http, which a failure of another host is no reason for.
+                message = f"{error.message}, at {origin.host}, to which it redirects"
+                raise Unavailable(message, error.retry_after) from None
             location = response.header("location")
             if response.status not in _REDIRECTS or not location:
                 return replace(response, redirected=hops > 0), authorization

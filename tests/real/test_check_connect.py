@@ -23,6 +23,7 @@ StartDaemon = Callable[..., Daemon]
 
 SECRET = "Xy7-s3cr3t"
 IMAGE = make_image("check connect")
+PAGE = (("Content-Type", "text/html; charset=utf-8"),)
 WRONG = {"auth": {"user": "puller", "password": SECRET}}
 
 
@@ -132,6 +133,32 @@ def test_name_connection_and_certificate_are_told_apart(tmp_path: Path) -> None:
         assert plain == f"{closing}: FAILED: the connection was refused"
         assert untrusted.startswith(f"{secure.host}: FAILED: TLS failed: the certificate of ")
         assert succeeded(checked(tmp_path, {secure.host: known})) == f"{secure.host}: ok: https, anonymous\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (
+            Reply(200, b"<!DOCTYPE html><p>log in", PAGE),
+            "it sent an HTML page, ",
+        ),
+        (Reply(404, b"not here"), "it answered 404 at http://{host}/v2/: there is no registry, or its path "),
+        (
+            Reply(302, b"", (("Location", "http://login.invalid/"),)),
+            "host name cannot be resolved, at login.invalid, to which it redirects",
+        ),
+    ],
+)
+def test_host_that_is_no_registry(upstream: ScriptedRegistry, tmp_path: Path, answer: Reply, told: str) -> None:
+    upstream.script("*", answer)
+    line = failed(checked(tmp_path, {upstream.host: {"scheme": "http"}}))
+    assert line.startswith(f"{upstream.host}: FAILED: {told.format(host=upstream.host)}")
+
+
+def test_registry_that_calls_its_answer_a_page(upstream: ScriptedRegistry, tmp_path: Path) -> None:
+    upstream.script("*", Reply(200, b"true", PAGE))
+    done = checked(tmp_path, {upstream.host: {"scheme": "http"}})
+    assert succeeded(done) == f"{upstream.host}: ok: http, anonymous\n"
 
 
 def test_proxy_is_used_and_named(upstream: ScriptedRegistry, tmp_path: Path) -> None:
