@@ -164,7 +164,7 @@ class PullThrough(Service):
         self._jitter = jitter
         self._registries = registries
         self._clock = clock
-        self._manifests: SharedRequests[ImageReference, Manifest] = SharedRequests(clock)
+        self._manifests: SharedRequests[ImageReference, Manifest] = SharedRequests(clock, self._silent)
         self._in_background: set[ImageReference] = set()
         """Manifests in flight whose fetch was started in the background, without a client's request."""
         self._checks: SingleFlight[ImageReference, Manifest] = SingleFlight()
@@ -347,13 +347,17 @@ class PullThrough(Service):
         wait = partial(self._reader, expected, context, joins)
         followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
         what = f"{repository}@{digest}"
-        found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context)
+        found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context, of=self._silent)
         return FoundBlob(found, hit=False)
 
     async def _in_time(self, answer: Coroutine[Deferred[Any], Any, T], what: object, context: Context) -> T:
         """Return `answer`, also where the disk does not answer in time."""
         waiting = Deferred.fromCoroutine(answer)
-        return await within_deadline(waiting, self._clock, what, context, slack=_DISK_SLACK, of="the disk")
+        return await within_deadline(waiting, self._clock, what, context, slack=_DISK_SLACK, of=lambda: "the disk")
+
+    def _silent(self) -> str:
+        """Return what a client waits for in vain. Where a write takes long, the upstream may have answered."""
+        return "the upstream, or the disk, where a write takes long," if self._store.writes_slowly else "the upstream"
 
     async def _reader(self, expected: int | None, context: Context, joins: bool, download: Download) -> Content:
         if download.down is not None and not context.patient:

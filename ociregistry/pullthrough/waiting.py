@@ -52,19 +52,19 @@ async def within_deadline(
     context: Context = FROM_CLIENT,
     *,
     slack: float = 0.0,
-    of: str = "the upstream",
+    of: Callable[[], str] = lambda: "the upstream",
 ) -> T:
     """Return the result of `waiting`; cancel it `slack` seconds after the deadline of a request with this context.
 
     Raises:
-        DeadlineExceeded: there was no result in time; the message names `what`, and `of` which no answer came.
+        DeadlineExceeded: there was no result in time; the message names `what`, and `of` what no answer came.
     """
     seconds = deadline(context)
     waiting.addTimeout(seconds + slack, clock)
     try:
         return await waiting
     except defer.TimeoutError:
-        raise DeadlineExceeded(f"{what}: {of} gave no answer within {seconds:.0f} s") from None
+        raise DeadlineExceeded(f"{what}: {of()} gave no answer within {seconds:.0f} s") from None
 
 
 async def unless_down(ask: Callable[[], Coroutine[Deferred[Any], Any, T]], context: Context) -> T:
@@ -108,8 +108,10 @@ async def unless_loop(waiting: Deferred[T], loop: Coroutine[Deferred[Any], Any, 
 class SharedRequests(Generic[K, T]):
     """The requests in flight for one kind of content, one for each key, and the clients that wait for them."""
 
-    def __init__(self, clock: IReactorTime) -> None:
+    def __init__(self, clock: IReactorTime, of: Callable[[], str] = lambda: "the upstream") -> None:
+        """Set up the requests; `of` says what a client waits for in vain, as for `within_deadline`."""
         self._clock = clock
+        self._of = of
         self._requests: SingleFlight[K, T] = SingleFlight()
         self._down: dict[K, LinkDown] = {}
         """The requests in flight whose host counts as down."""
@@ -151,7 +153,7 @@ class SharedRequests(Generic[K, T]):
                         raise
 
         waiting = Deferred.fromCoroutine(unless_down(patiently, context))
-        return await within_deadline(waiting, self._clock, key, context)
+        return await within_deadline(waiting, self._clock, key, context, of=self._of)
 
     def _join(
         self,

@@ -147,6 +147,11 @@ class Store(Service):
         return Counts(*self._index.counts())
 
     @property
+    def writes_slowly(self) -> bool:
+        """Whether a write to the disk takes long."""
+        return self._threads.writes_slowly
+
+    @property
     def room(self) -> Room:
         """How much of the disk is free."""
         return self._space.room

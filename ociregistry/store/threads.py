@@ -35,6 +35,8 @@ _OF_ONE_FILE = 2
 """Reads of one file that run at once, so that a file that hangs takes no more threads."""
 READ_WITHIN = 20
 """Seconds after which a read counts as hung: a sleeping disk has started by then, and a client still waits."""
+_SLOW_WRITE = 10
+"""Seconds after which a write may be what a client waits for."""
 WRITTEN_WITHIN = 60
 """Seconds after which a write counts as hung; a slow disk takes long to sync a large file."""
 _END_WITHIN = 3.0
@@ -144,6 +146,11 @@ class Threads:
         paths = sorted({str(job.path) for job in hung if isinstance(job, _Read) and job.path is not None})
         of = f", among them of {paths[0]}" if paths else ""
         return f"the disk does not answer: {_counted(len(hung))}{of}" if hung else ""
+
+    @property
+    def writes_slowly(self) -> bool:
+        """Whether a write has waited and run for long."""
+        return any(job.seconds >= _SLOW_WRITE for job in self._writes)
 
     def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which reads folders or several files, in a thread, however long it takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryErr
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, PullThrough
 from ociregistry.store.blobs import StoredBlob
+from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Counts, Store
 from tests.images import make_image
 from tests.unit.support.common import failed, image, manifest, on_reactor, texts, until
@@ -273,6 +275,33 @@ async def test_unawaited_late_failure_is_one_log_line(
     for number, call in enumerate(upstreams):
         call.refuse(Unavailable(f"down {number}"))
     assert texts(events, LogLevel.error) == ["down 0", "down 1", "down 2"]
+
+
+@on_reactor
+async def test_disk_that_does_not_finish_a_write_is_not_told_as_a_silent_upstream(
+    cache: PullThrough, store: Store, upstreams: MemoryRegistries, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, released = threading.Event(), threading.Event()
+    sync = Files.sync
+
+    def hang(self: Files, file: SharedFile) -> None:
+        began.set()
+        released.wait()
+        sync(self, file)
+
+    monkeypatch.setattr(Files, "sync", hang)
+    answer = manifest_of(cache)
+    await asked(upstreams)
+    upstreams[0].answer(IMAGE)
+    try:
+        await until(began.is_set)
+        for _ in range(25):
+            clock.advance(1)
+        with pytest.raises(Unavailable, match="the upstream, or the disk, where a write takes long, gave no answer"):
+            await answer
+    finally:
+        released.set()
+    await until(lambda: store.counts.images == 1)
 
 
 @pytest.mark.parametrize("ask", ASKS)
