@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from OpenSSL import SSL
 from twisted.internet import defer, error
 
@@ -83,6 +85,8 @@ def explain(exception: BaseException | None) -> str:
         for kind, sentence in _EXPLANATIONS:
             if isinstance(cause, kind):
                 return sentence
+        if isinstance(cause, error.ConnectError) and cause.osError:
+            return f"no connection: {os.strerror(cause.osError)}"
     first = found[0] if found else exception
     return str(first) or type(first).__name__
 

@@ -41,6 +41,7 @@ SENTENCES = [
     (error.ConnectingCancelledError(HostnameAddress(b"reg.example", 443)), "connection attempt timed out"),
     (defer.TimeoutError(), "no response in time"),
     (defer.CancelledError(), "no response in time"),
+    (error.ConnectError(errno.ENETDOWN, "down"), "no connection: Network is down"),
     (error.ConnectionDone(), "it closed the connection"),
     (error.ConnectionLost(), "the connection broke"),
     (tls("certificate verify failed"), "TLS failed: certificate verify failed"),
