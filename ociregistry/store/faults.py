@@ -11,7 +11,7 @@ from ociregistry.store.index import Index
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
-from ociregistry.store.verify import Damaged
+from ociregistry.store.verify import Damaged, Outcome
 
 
 class Faults:
@@ -28,10 +28,17 @@ class Faults:
         self._blobs = blobs
         self._lost_records: set[Digest] = set()
         """Damaged records that could not be fetched again."""
+        self._in_place: set[Digest] = set()
+        """Damaged files that cannot be moved."""
 
     def note_lost(self, damaged: Damaged) -> None:
-        """Note that a damaged file could not be fetched again; it counts until it is there again."""
-        if damaged.is_blob:
+        """Note that a damaged file could not be fetched again; it counts until it is there again.
+
+        One that is still in its place counts until the next verification.
+        """
+        if damaged.outcome is Outcome.IN_PLACE:
+            self._in_place.add(damaged.digest)
+        elif damaged.is_blob:
             self._blobs.lost.add(damaged.digest)
         else:
             self._lost_records.add(damaged.digest)
@@ -40,6 +47,7 @@ class Faults:
         """Forget what was lost, as a verification finds anew what is damaged."""
         self._blobs.lost.clear()
         self._lost_records.clear()
+        self._in_place.clear()
 
     @property
     def sentences(self) -> list[str]:
@@ -55,6 +63,7 @@ class Faults:
             _damaged("blob", (blob.hex for blob in self._blobs.unreadable if self._index.sizes(blob)), "unreadable"),
             _damaged("record", (one.hex for one in self._lost_records if self._index.get(one) is None), _LOST),
             _damaged("blob", (one.hex for one in self._blobs.lost if self._index.sizes(one)), _LOST),
+            _damaged("file", (one.hex for one in self._in_place), "damaged, and cannot be moved to bad/"),
         )
         return [sentence for sentence in found if sentence]
 

@@ -14,7 +14,7 @@ from ociregistry.config.values import USUAL_RESERVE, Reserve
 from ociregistry.names import Digest
 from ociregistry.store.files import SharedFile
 from ociregistry.store.store import Store
-from ociregistry.store.verify import Damaged
+from ociregistry.store.verify import Damaged, Outcome
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record, until
 
@@ -112,6 +112,21 @@ async def test_damage_that_could_not_be_mended(store: Store, root: Path, clock: 
     kind = "blob" if is_blob else "record"
     await told(store, clock, f"1 {kind} is damaged and could not be fetched again: {path.name}")
     await fetched(store)
+    await told(store, clock)
+
+
+@on_reactor
+async def test_damaged_file_in_place_counts_until_the_next_verification(
+    store: Store, root: Path, clock: Clock
+) -> None:
+    await fetched(store)
+    path = root / "blobs" / LAYER.hex
+    store.faults.note_lost(Damaged(path, LAYER, "its bytes are wrong", outcome=Outcome.IN_PLACE))
+    blob = await store.blob(LAYER)
+    assert blob is not None
+    blob.close()
+    await told(store, clock, f"1 file is damaged, and cannot be moved to bad/: {LAYER.hex}")
+    store.faults.forget_lost()
     await told(store, clock)
 
 
