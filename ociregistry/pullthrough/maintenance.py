@@ -39,7 +39,7 @@ class Repairer:
     async def repair(self, damaged: Damaged) -> str:
         """Fetch a damaged file again; return why it failed, or the empty string."""
         if damaged.outcome is Outcome.IN_PLACE:
-            return "another user may have to move or remove it"
+            return "it is still in its place: remove it, and repeat this"
         try:
             return await (self._blob(damaged.digest) if damaged.is_blob else self._record(damaged))
         except OSError as error:

@@ -54,7 +54,7 @@ async def test_damaged_blob_in_place_is_not_taken_for_a_repaired_one(
     repairer: Repairer, fetcher: MemoryFetcher, root: Path
 ) -> None:
     damaged = replace(blob(root), outcome=Outcome.IN_PLACE)
-    assert await repairer.repair(damaged) == "another user may have to move or remove it"
+    assert await repairer.repair(damaged) == "it is still in its place: remove it, and repeat this"
 
 
 def kept(root: Path, what: Manifest = IMAGE) -> Record:
