@@ -321,7 +321,7 @@ class _Hashed:
         except OSError as error:
             raise ExportFailed(f"{self._what} cannot be read: {reason(error)}: {_MEND}") from error
         self._left -= len(data)
-        if not data and self._left:
+        if len(data) < count:
             raise ExportFailed(f"{self._what} ends {count_text(self._left, 'byte')} too early: {_MEND}")
         self._hasher.update(data)
         self._advance(len(data))

@@ -48,11 +48,15 @@ class Export(Command):
         """Parse the values of the options.
 
         Raises:
-            usage.UsageError: a value is invalid or missing, or -o and --since name the same file.
+            usage.UsageError: a value is invalid or missing, or -o is no file, or the same as --since.
         """
         patterns = self.value("pattern", Patterns.parse)
         if patterns is None or not self["output"]:
             raise usage.UsageError("export needs --pattern EXPR and -o FILE")
+        if self["output"] == "-":
+            raise usage.UsageError(
+                "-o -: a file is expected, since an archive appears when it is whole, or not at all"
+            )
         self.patterns = patterns
         self.target = Path(self["output"]).absolute()
         self.since = Path(self["since"]).absolute() if self["since"] else None

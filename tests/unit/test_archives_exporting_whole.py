@@ -158,11 +158,11 @@ def pruned(source: Path) -> Mapping[str, Callable[[int], None]]:
 
 
 def truncated(source: Path) -> Mapping[str, Callable[[int], None]]:
-    """Cut off the blobs while the first of two pieces of one is written."""
+    """Cut off the blobs while the first of two pieces of one is written, within the second."""
 
     def advance(count: int) -> None:
         for blob in (source / "blobs").iterdir():
-            os.truncate(blob, min(blob.stat().st_size, PIECE))
+            os.truncate(blob, min(blob.stat().st_size, PIECE + 5))
 
     return {"advance": advance}
 
@@ -181,7 +181,7 @@ def full(source: Path) -> Mapping[str, Callable[[int], None]]:
     [
         (damaged, f"the store's blob {UPPER.layers[-1].digest} is damaged: {_MEND}"),
         (pruned, f"the store's blob {BLOBS[1]} cannot be read: No such file or directory: {_MEND}"),
-        (truncated, f"the store's blob {LARGE.digest} ends {len(LARGE.data) - PIECE} bytes too early: {_MEND}"),
+        (truncated, f"the store's blob {LARGE.digest} ends {len(LARGE.data) - PIECE - 5} bytes too early: {_MEND}"),
         (full, "No space left on device"),
         (lambda source: {"files": Failing("create")}, "No space left on device"),
         (lambda source: {"files": Failing("sync")}, "No space left on device"),

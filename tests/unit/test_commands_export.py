@@ -47,6 +47,16 @@ def test_folders_links_and_devices_are_never_replaced(
             assert line == f"ociregistry: {target}: exists, and is no regular file: name another one"
 
 
+def test_standard_output_is_no_file(
+    capfd: pytest.CaptureFixture[str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(capfd, "--image-path", source, "export", "--pattern", ".", "-o", "-")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("ociregistry: -o -: a file is expected")
+    assert not (tmp_path / "-").exists()
+
+
 def test_archive_left_by_a_killed_export_is_removed_and_a_running_one_stays(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stick"
     folder.mkdir()
