@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from ociregistry.store.files import SharedFile
 from ociregistry.store.store import Store
 from ociregistry.store.verify import Damaged, Outcome
 from tests.images import make_image
-from tests.unit.support.common import image, manifest, on_reactor, record, until
+from tests.unit.support.common import image, manifest, on_reactor, record
+from tests.unit.support.stores import keep_pulled, looked
 
 BUILT = make_image("faults")
 IMAGE = manifest(BUILT)
@@ -26,25 +26,8 @@ LAYER = Digest(BUILT.layers[0].digest)
 
 
 async def fetched(store: Store) -> None:
-    """Keep the image, and fetch its layer as a download does."""
-    await store.keep(IMAGE, NGINX)
-    partial = await store.new_partial(LAYER, len(DATA), NGINX.repository)
-    try:
-        await partial.append(DATA)
-        await partial.verify()
-        await store.commit(partial)
-    finally:
-        partial.close()
-
-
-async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
-    """Let the store look at its files until this holds."""
-
-    def holds() -> object:
-        clock.advance(1)
-        return until_it()
-
-    await until(holds)
+    """Keep the image, and its layer as a download does."""
+    await keep_pulled(store, IMAGE, NGINX, DATA)
 
 
 async def told(store: Store, clock: Clock, *sentences: str) -> None:

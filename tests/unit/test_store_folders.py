@@ -17,6 +17,7 @@ from ociregistry.store.store import Counts, Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, find_daemon
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, texts, until
+from tests.unit.support.stores import keep_pulled, looked
 
 BUILT = make_image("folders")
 IMAGE = manifest(BUILT)
@@ -63,25 +64,8 @@ LOSSES = (emptied, removed, without_pulls, without_lock, moved_away, swapped)
 
 
 async def kept(store: Store) -> None:
-    """Keep the image, and fetch its layer as a download does."""
-    await store.keep(IMAGE, NGINX)
-    partial = await store.new_partial(LAYER, len(DATA), NGINX.repository)
-    try:
-        await partial.append(DATA)
-        await partial.verify()
-        await store.commit(partial)
-    finally:
-        partial.close()
-
-
-async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
-    """Let the store look at its folders until this holds."""
-
-    def holds() -> object:
-        clock.advance(1)
-        return until_it()
-
-    await until(holds)
+    """Keep the image, and its layer as a download does."""
+    await keep_pulled(store, IMAGE, NGINX, DATA)
 
 
 @pytest.mark.parametrize("lose", LOSSES)

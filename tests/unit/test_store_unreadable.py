@@ -22,6 +22,7 @@ from ociregistry.store.workdir import PendingFiles, PendingImage, pending_images
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record, texts
 from tests.unit.support.irregular import IRREGULAR, put_irregular
+from tests.unit.support.stores import keep_pulled
 
 BUILT = make_image("unreadable")
 IMAGE, OTHER = manifest(BUILT), manifest(make_image("other"))
@@ -41,15 +42,8 @@ def quarantined(root: Path) -> list[str]:
 
 
 async def stored(store: Store) -> None:
-    """Keep the image, and fetch its layer as a download does."""
-    await store.keep(IMAGE, NGINX)
-    partial = await store.new_partial(LAYER, len(DATA), NGINX.repository)
-    try:
-        await partial.append(DATA)
-        await partial.verify()
-        await store.commit(partial)
-    finally:
-        partial.close()
+    """Keep the image, and its layer as a download does."""
+    await keep_pulled(store, IMAGE, NGINX, DATA)
 
 
 async def content(store: Store) -> bytes | None:

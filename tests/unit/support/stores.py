@@ -11,6 +11,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from twisted.internet.task import Clock
+
 from ociregistry.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.store.files import Files, SharedFile
@@ -18,6 +20,8 @@ from ociregistry.store.paths import record_path
 from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
 from ociregistry.store.records import Dates, Record, read_record
 from ociregistry.store.snapshot import Snapshot, StoredRecord
+from ociregistry.store.store import Store
+from tests.unit.support.common import until
 
 HOST = Upstream("reg.example")
 
@@ -198,3 +202,25 @@ def calls_of(work: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return count
+
+
+async def keep_pulled(store: Store, manifest: Manifest, image: ImageReference, layer: bytes) -> None:
+    """Keep an image, and its `layer` as a download does."""
+    await store.keep(manifest, image)
+    partial = await store.new_partial(Digest.of(layer), len(layer), image.repository)
+    try:
+        await partial.append(layer)
+        await partial.verify()
+        await store.commit(partial)
+    finally:
+        partial.close()
+
+
+async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
+    """Let a store look at its files and folders until this holds."""
+
+    def holds() -> object:
+        clock.advance(1)
+        return until_it()
+
+    await until(holds)
