@@ -108,6 +108,9 @@ _LATEST_WITHIN = 5.0
 _HEADERS_WITHIN = 10.0
 """Seconds after which a client gets headers for a blob whose size only a manifest has told so far."""
 
+_LOOK_AGAIN = 1.0
+"""Seconds from the first look for caches that wait for each other to the second; and the longest look of a HEAD."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -238,7 +241,13 @@ class PullThrough(Service):
         return None if image in self._manifests else self._fetch_last(image, wanted)
 
     async def _loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
-        return await self._registries.get(repository.upstream).loops(repository, path, context)
+        registry = self._registries.get(repository.upstream)
+        found = await registry.loops(repository, path, context)
+        if found is None:
+            # The last cache of a ring may have begun to wait only after it was asked.
+            await deferLater(self._clock, _LOOK_AGAIN)
+            found = await registry.loops(repository, path, context)
+        return found
 
     async def fetch_manifest(self, image: ImageReference) -> None:
         """Fetch a manifest by digest into the store at the lowest priority, as not wanted.
@@ -463,6 +472,13 @@ class PullThrough(Service):
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
         registry = self._registries.get(repository.upstream)
+        if download is not None and context.from_cache:
+            # The download may wait for the cache that asks. A size from elsewhere would hide that.
+            looking = Deferred.fromCoroutine(registry.loops(repository, f"blobs/{digest}", context))
+            with suppress(defer.TimeoutError):
+                found = await looking.addTimeout(_LOOK_AGAIN, self._clock)
+                if found is not None:
+                    raise found
         told = await self._sizes.wait(
             f"{repository}@{digest}", lambda context: registry.blob_size(repository, digest, context), context
         )

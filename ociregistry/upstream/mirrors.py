@@ -149,12 +149,17 @@ class Sources:
         self._mirrors = mirrors
         self._registry = Source("registry", name, own, mirrors) if own is not None else None
 
-    async def lead_to(self, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-        """Ask each mirror, by HEAD, whether it is, or leads to, a cache that `via` names."""
+    async def way_back(self, repository: Repository, path: str, headers: Headers, via: Via) -> Via | None:
+        """Ask each mirror, by HEAD, whether it is, or leads to, a cache that `via` names.
+
+        Returns:
+            The caches that the request of one came through, with that cache twice; None where no mirror leads back.
+        """
         for mirror in self._mirrors:
-            if await _leads_to(mirror, repository, path, headers, via):
-                return True
-        return False
+            way = await _way_back(mirror, repository, path, headers, via)
+            if way is not None:
+                return way
+        return None
 
     async def request(
         self,
@@ -227,15 +232,18 @@ def _after(told: Sequence[str], registry: Source, error: Unavailable) -> Unavail
     return kind(message, error.retry_after)
 
 
-async def _leads_to(mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via) -> bool:
-    """Return whether a mirror refuses a request because it is, or leads to, a cache that `via` names."""
+async def _way_back(
+    mirror: MirrorClient, repository: Repository, path: str, headers: Headers, via: Via
+) -> Via | None:
+    """Return the way that a mirror refuses because it is, or leads to, a cache that `via` names."""
     try:
         response = await mirror.client.request("HEAD", repository, path, headers, _LOOKING)
     except (Unavailable, Denied):
-        return False
+        return None
     await response.discard()
-    passed = Via.parse(response.header("via")).instances
-    return response.status == 403 and any(passed.count(name) > 1 for name in via.instances)
+    way = Via.parse(response.header("via"))
+    leads_back = any(way.instances.count(name) > 1 for name in via.instances)
+    return way if response.status == 403 and leads_back else None
 
 
 async def _ask_mirror(

@@ -372,18 +372,19 @@ class Registry:
     async def loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
         """Ask the mirrors whether one leads back to a cache that the request with this context came through.
 
-        Where two caches wait for each other, only the one with the higher name asks: the other's wait is no loop once
-        this one does not wait.
+        Where caches wait for each other in a ring, the one with the lowest name of them need not ask: the others'
+        wait is no loop once its own request to the next has failed.
 
         Returns:
-            The error for the cache that asks here; None where there is no loop, or where the other one looks for it.
+            The error for the cache that asks here; None where there is no loop, or where another one looks for it.
         """
-        if self._sources is None or context.via.instances[-1] > self._instance:
+        if self._sources is None or min(context.via.instances) > self._instance:
             return None
         via = context.via.through(self._instance)
-        if not await self._sources.lead_to(repository, path, {"Via": via}, context.via):
+        way = await self._sources.way_back(repository, path, {"Via": via}, context.via)
+        if way is None:
             return None
-        return LoopDetected(f"{self.upstream}: this server waits for the one that asks", via)
+        return LoopDetected(f"{self.upstream}: this server waits for the one that asks", way.through(self._instance))
 
     async def _collect(
         self,

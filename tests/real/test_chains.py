@@ -134,21 +134,22 @@ def test_mutual_mirrors_ask_the_upstream_once(
     assert len(asked) == len(set(asked))
 
 
-def test_mutual_mirrors_do_not_wait_for_each_other(
-    upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_caches_in_a_ring_do_not_wait_for_each_other(
+    upstream: ScriptedRegistry, start_daemon: StartDaemon, image: Image, size: int
 ) -> None:
-    """Both are asked for the same new content at once: one of the two finds that the other waits for it."""
+    """All are asked for the same new content at once: one finds that the others wait for it."""
     tags = [str(number) for number in range(2, 12)]
     for tag in tags:
         upstream.add("team/app", make_image(f"chain {tag}"), tag)
-    ports = [free_port(), free_port()]
+    ports = [free_port() for _ in range(size)]
     daemons = [
         start_daemon({upstream.host: {"scheme": "http", "mirrors": [f"http://127.0.0.1:{other}"]}}, port=port)
-        for port, other in zip(ports, reversed(ports), strict=True)
+        for port, other in zip(ports, [*ports[1:], ports[0]], strict=True)
     ]
     paths = [f"team/app/manifests/{tag}" for tag in tags] + [f"team/app/blobs/{blob.digest}" for blob in image.blobs]
     began = time.monotonic()
-    with ThreadPoolExecutor(2 * len(paths)) as clients:
+    with ThreadPoolExecutor(size * len(paths)) as clients:
         asked = [clients.submit(ask, daemon, upstream.host, path) for path in paths for daemon in daemons]
         assert [one.result().status for one in asked] == [200] * len(asked)
     assert time.monotonic() - began < FOUND_WITHIN

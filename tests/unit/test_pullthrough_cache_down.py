@@ -165,6 +165,40 @@ async def test_cache_that_would_wait_for_itself_is_told(
 
 
 @on_reactor
+async def test_head_of_a_blob_in_flight_tells_of_the_loop(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+    """By it another cache looks; the size from the registry itself would hide that this one waits."""
+    client = ask_blob(cache)
+    await until(lambda: len(upstreams))
+    head = Deferred.fromCoroutine(cache.blob_size(APP.repository, DIGEST, PEER))
+    await until(lambda: len(upstreams) == 2)
+    assert upstreams[1].kind == "loops"
+    upstreams[1].answer(LOOP)
+    with pytest.raises(LoopDetected):
+        await head
+    upstreams[0].stream(SIZE).send(LAYER.data).end()
+    (await client).content.close()
+    await downloads_ended(cache)
+
+
+@on_reactor
+async def test_ring_that_closes_later_is_found_by_a_second_look(
+    cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    client = ask_manifest(cache)
+    await until(lambda: len(upstreams))
+    peer = ask_manifest(cache, PEER)
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].answer(None)
+    clock.advance(1)
+    await until(lambda: len(upstreams) == 3)
+    upstreams[2].answer(LOOP)
+    with pytest.raises(LoopDetected):
+        await peer
+    upstreams[0].answer(MANIFEST)
+    await client
+
+
+@on_reactor
 async def test_command_looks_for_no_loop(cache: PullThrough, upstreams: MemoryRegistries) -> None:
     """It has a Via too, but waits for nothing else."""
     command = Context(PEER.via, patient=True)

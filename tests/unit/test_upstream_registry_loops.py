@@ -135,6 +135,17 @@ def test_mirror_that_leads_to_the_asking_cache(passed: list[str], loops: bool) -
     assert [(sent.method, sent.headers["Via"]) for sent in http.sent] == [("HEAD", f"1.1 {OTHER}, 1.1 {LAST}")]
 
 
+def test_look_goes_on_through_a_ring_and_its_result_comes_back() -> None:
+    """Only the lowest name of a ring ends it; each cache on the way tells the one before what it was told."""
+    way = [THIRD, LAST, OTHER, THIRD]
+    source, http = mirrored(refused(", ".join(f"1.1 {name}" for name in way)), instance=OTHER)
+    context = Context(Via((THIRD, LAST)))
+    found = fired(Deferred.fromCoroutine(source.loops(APP, "manifests/1", context)))
+    assert found is not None
+    assert Via.parse(found.via).instances == (*way, OTHER)
+    assert len(http.sent) == 1
+
+
 @pytest.mark.parametrize("answer", [OK, {"status": 404}, Unavailable("down")])
 def test_mirror_that_answers_otherwise_is_no_loop(answer: Any) -> None:
     source, _ = mirrored(answer, answer, instance=LAST)
