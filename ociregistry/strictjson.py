@@ -19,6 +19,8 @@ def parse_json(data: bytes) -> Any:
     """
     try:
         return _DECODER.decode(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

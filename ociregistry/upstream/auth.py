@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 from urllib.parse import urlencode
 
@@ -278,15 +278,9 @@ class Tokens:
                 self._credentials.forget()
             raise
         try:
-            document = parse_json(body)
-            value = document.get("token") or document["access_token"]
-            lifetime = float(document.get("expires_in") or _DEFAULT_LIFETIME)
-            if not isfinite(lifetime):
-                raise ValueError("expires_in is not a number of seconds")
-            if not isinstance(value, str) or not value or not value.isascii() or not value.isprintable():
-                raise ValueError("the token is not a string of printable characters")
-        except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-            raise Unavailable(f"{self._upstream}: the token service gave no token: {str(error)[:200]!r}") from None
+            value, lifetime = _token_in(parse_json(body))
+        except ValueError as error:
+            raise Unavailable(f"{self._upstream}: the token service gave no token: {error}") from None
         self._cache[challenge, anonymous] = _Token(value, received + lifetime * _USED_FRACTION, request.login)
         return value
 
@@ -325,6 +319,25 @@ _MOST_REFUSALS = 3
 
 Scope = tuple[Origin, Repository | None]
 """An origin, and a repository there; None for the root of its API."""
+
+
+def _token_in(document: object) -> tuple[str, float]:
+    """Return the token in the answer of a token service, and its lifetime in seconds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    answer = document if isinstance(document, dict) else {}
+    token = answer.get("token") or answer.get("access_token")
+    if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
+        raise ValueError("the token is not a string of printable characters")
+    try:
+        lifetime = float(answer.get("expires_in") or _DEFAULT_LIFETIME)
+    except (ValueError, TypeError, OverflowError):
+        lifetime = nan
+    if not isfinite(lifetime):
+        raise ValueError("expires_in is not a number of seconds")
+    return token, lifetime
 
 
 @dataclass(frozen=True, slots=True)

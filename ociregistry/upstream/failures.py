@@ -87,8 +87,15 @@ def explain(exception: BaseException | None) -> str:
                 return sentence
         if isinstance(cause, error.ConnectError) and cause.osError:
             return f"no connection: {os.strerror(cause.osError)}"
+        if _is_of_http_client(cause):
+            return "its response is not valid HTTP"
     first = found[0] if found else exception
     return str(first) or type(first).__name__
+
+
+def _is_of_http_client(cause: BaseException) -> bool:
+    """Return whether Twisted's HTTP client raised `cause` when it parsed a response, mostly by private types."""
+    return isinstance(cause, ValueError | LookupError) or type(cause).__module__.startswith("twisted.web.")
 
 
 def _tls_reason(cause: SSL.Error) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 _PORTS = {"http": 80, "https": 443}
+_CHARACTERS = re.compile(r"[!-~]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,10 @@ class Origin:
         """Return the origin of `url`.
 
         Raises:
-            ValueError: it is not an http or https URL with a host, or it contains a user or the port 0.
+            ValueError: it is not an http or https URL with a host (RFC 3986), or it contains a user or the port 0.
         """
-        parts = urlsplit(url)
+        # `urlsplit` accepts other characters, and removes some.
+        parts = urlsplit(url if _CHARACTERS.fullmatch(url) else "")
         if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc or parts.port == 0:
             raise ValueError(f"{without_query(url)!r} is not an http or https URL")
         return cls(parts.scheme, parts.hostname, parts.port or _PORTS[parts.scheme])

@@ -504,7 +504,13 @@ def _expected_digest(image: ImageReference, response: Response) -> Digest | None
 
 def _tags(repository: Repository, data: bytes) -> tuple[Tag, ...]:
     try:
-        tags = parse_json(data)["tags"] or []
-        return tuple(Tag.parse(tag) for tag in tags)
-    except (ValueError, KeyError, TypeError, RegistryError) as error:
+        return tuple(map(Tag.parse, _names_of_tags(parse_json(data))))
+    except (ValueError, RegistryError) as error:
         raise Unavailable(f"{repository}: the upstream sent no valid list of tags: {error}") from None
+
+
+def _names_of_tags(document: object) -> list[str]:
+    tags = (document["tags"] or []) if isinstance(document, dict) and "tags" in document else None
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError('it has no "tags" that are a list of names')
+    return tags

@@ -53,8 +53,8 @@ SENTENCES = [
         CertificateRefused("CN=reg.example", "it has expired"),
         "TLS failed: the certificate of CN=reg.example is refused: it has expired",
     ),
-    (ValueError("some other thing"), "some other thing"),
-    (ValueError(), "ValueError"),
+    (RuntimeError("some other thing"), "some other thing"),
+    (RuntimeError(), "RuntimeError"),
 ]
 
 
