@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
 
-from cachetools import LRUCache
 from twisted.internet import defer
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
@@ -147,6 +146,11 @@ class CircuitBreaker:
         return self._down_since is not None
 
     @property
+    def in_use(self) -> bool:
+        """Whether requests wait for the headers of a response."""
+        return bool(self._waiting)
+
+    @property
     def retry_after(self) -> int:
         """Seconds until the outcome of the next probe should be known."""
         return max(1, ceil(self._down_until + _MARGIN - self._clock.seconds()))
@@ -259,6 +263,11 @@ class CircuitBreaker:
                 # After an outage an old TCP connection can take minutes to recover.
                 other.give_up()
 
+    def forget(self) -> None:
+        """Close the breaker without having heard of the host, as another one is going to stand for it."""
+        self._down_since = None
+        self._probed.fire()
+
     async def closes_soon(self) -> bool:
         """Wait while a probe is in its first 1.5 s, or one is due now; tell whether the breaker has closed."""
         now = self._clock.seconds()
@@ -298,20 +307,29 @@ Key = tuple[Origin | Proxy, Proxy | None]
 
 
 class CircuitBreakers:
-    """The circuit breakers of all origins and proxies; the 1000 used last are kept."""
+    """The circuit breakers of all origins and proxies; the 1000 used last are kept, and those in use."""
 
     def __init__(self, clock: IReactorTime, *, watches: bool = True) -> None:
         """Create none yet; with watches=False, silence does not open them."""
         self._clock = clock
         self._watches = watches
-        self._breakers: LRUCache[Key, CircuitBreaker] = LRUCache(_MOST_BREAKERS)
+        self._breakers: dict[Key, CircuitBreaker] = {}
+        """The one used last is the last one."""
 
     def get(self, target: Origin | Proxy, through: Proxy | None = None) -> CircuitBreaker:
         """Return the circuit breaker of `target` where it is asked directly, or of `target` behind a proxy."""
-        breaker = self._breakers.get((target, through))
+        breaker = self._breakers.pop((target, through), None)
         if breaker is None:
+            self._make_room()
             name = f"proxy {target}" if isinstance(target, Proxy) else f"{target.host}:{target.port}"
             # A proxy is silent while it waits for a host; whether it can be connected to has a time-out of its own.
             watches = self._watches and not isinstance(target, Proxy)
-            breaker = self._breakers[target, through] = CircuitBreaker(name, self._clock, watches=watches)
+            breaker = CircuitBreaker(name, self._clock, watches=watches)
+        self._breakers[target, through] = breaker
         return breaker
+
+    def _make_room(self) -> None:
+        if len(self._breakers) >= _MOST_BREAKERS:
+            unused = next((key for key, breaker in self._breakers.items() if not breaker.in_use), None)
+            if unused is not None:
+                self._breakers.pop(unused).forget()

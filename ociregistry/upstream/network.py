@@ -120,7 +120,11 @@ class Network(Service):
         """
         self._settings = settings
         self._contexts.clear()
-        self._prober.forget()
+        # Requests that are still in flight by the old settings have nothing probed any more.
+        self._prober.stopService()
+        self._prober = Prober(self._reactor)
+        if self.running:
+            self._prober.startService()
         self._bandwidth.reconfigure(settings.max_bandwidth, settings.bandwidth)
 
     def registry(self, upstream: Upstream) -> Registry:

@@ -2,7 +2,8 @@
 
 The best probe is a request that a client missed, since its response is kept; otherwise it is `GET /v2/` without
 credentials. A host is probed while something from it is wanted: for ten minutes after each request for a client, a
-pending image or a download. Addresses are checked as for any other request.
+pending image or a download. Addresses are checked as for any other request. As clients can name any number of hosts,
+only those that were missed last are probed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _WANTED_FOR = 600.0
 """Seconds for which a host is probed after the last request that missed it."""
 _SOONEST = 0.25
 """Seconds from the end of one probe to the start of the next, at least."""
+_MOST_HOSTS = 100
+"""Hosts that are probed at the same time."""
 
 Ping = Callable[[], Coroutine[Deferred[Any], Any, None]]
 """Sends `GET /v2/` to a host; raises `RegistryError`."""
@@ -42,21 +45,21 @@ class Prober(Service):
         """Note that a request missed the host of an open breaker; `again` repeats it."""
         if not self.running:
             return
-        probing = self._probing.get(breaker)
+        probing = self._probing.pop(breaker, None)
         if probing is None:
-            probing = self._probing[breaker] = _Probing(breaker, self._clock, lambda: self._probing.pop(breaker))
+            if len(self._probing) >= _MOST_HOSTS:
+                self._probing.pop(next(iter(self._probing))).stop()
+            probing = _Probing(breaker, self._clock, lambda: self._probing.pop(breaker))
+        # The host that was missed last is the last one.
+        self._probing[breaker] = probing
         probing.want(ping, again)
 
-    def forget(self) -> None:
-        """Stop probing until requests miss their hosts again: other upstreams may be allowed now."""
-        for probing in list(self._probing.values()):
+    def stopService(self) -> None:
+        """Stop probing; `want` does nothing from now on."""
+        super().stopService()
+        for probing in self._probing.values():
             probing.stop()
         self._probing.clear()
-
-    def stopService(self) -> None:
-        """Stop probing."""
-        super().stopService()
-        self.forget()
 
 
 class _Probing:
@@ -105,14 +108,18 @@ class _Probing:
 
     async def _probe(self) -> None:
         asked = self._again() if self._again is not None else None
-        try:
-            if asked is not None:
+        if asked is not None:
+            try:
                 await asked
-            # It may have been answered by another host, such as a mirror.
-            if self._ping is not None and self._breaker.probe_due:
+                self._again = None
+            except RegistryError as error:
+                _log.debug("probe: {why}", why=error.message)
+        # It may have been answered, or refused, without this host: by a mirror, or by a token service.
+        if self._ping is not None and self._breaker.probe_due:
+            try:
                 await self._ping()
-        except RegistryError as error:
-            _log.debug("probe: {why}", why=error.message)
+            except RegistryError as error:
+                _log.debug("probe: {why}", why=error.message)
 
     def _probed(self, result: Failure | None) -> None:
         self._running = None

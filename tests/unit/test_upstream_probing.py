@@ -162,11 +162,65 @@ def test_stopped_prober_cancels_its_probe(missing: Missing, clock: Clock) -> Non
     assert clock.getDelayedCalls() == []
 
 
-def test_reload_ends_the_probes(missing: Missing) -> None:
-    """Other upstreams may be allowed now."""
+def test_only_the_hosts_missed_last_are_probed(missing: Missing, clock: Clock) -> None:
+    """A client that names many hosts does not have all of them probed."""
+    urls = [f"https://host{number}.example/v2/team/app/manifests/1" for number in range(150)]
+    for url in [*urls, urls[0]]:
+        sent = Deferred.fromCoroutine(missing.http.send("GET", url, {}))
+        if not sent.called:
+            missing.refuse()
+        failed(sent, Unavailable)
+    before = len(missing.agent.uris)
+    clock.advance(1.25)
+    probed = {uri.decode() for uri in missing.agent.uris[before:]}
+    assert probed == {url.partition("team/")[0] for url in (*urls[51:], urls[0])}
+
+
+def test_breaker_that_another_one_replaced_is_not_probed(missing: Missing, clock: Clock) -> None:
+    """Its probes would pass through the other one, without a pause."""
     missing.miss()
-    missing.prober.forget()
-    assert missing.pump(100) == []
+    for number in range(1000):
+        missing.breakers.get(Origin.of(f"https://host{number}.example/"))
+    assert not missing.breaker.is_open
+    missing.pump(10)
+    assert len(missing.agent.asked) == 1
+
+
+def test_breaker_of_a_request_in_flight_is_kept(missing: Missing) -> None:
+    sent = missing.send()
+    for number in range(2000):
+        missing.breakers.get(Origin.of(f"https://host{number}.example/"))
+    assert missing.breakers.get(Origin.of(URL)) is missing.breaker
+    missing.refuse()
+    failed(sent, Unavailable)
+    assert missing.breaker.is_open
+
+
+def test_what_a_probe_has_fetched_is_not_fetched_again(missing: Missing) -> None:
+    """Such as from a mirror; then the host is pinged."""
+    fetched = []
+
+    async def fetch() -> None:
+        fetched.append(missing.clock.seconds())
+
+    missing.miss(wanted=Wanted(lambda error: None, fetch))
+    missing.pump(100)
+    assert len(fetched) == 1
+    assert set(missing.agent.uris[1:]) == {PING}
+
+
+def test_probe_that_is_refused_elsewhere_is_followed_by_a_ping(missing: Missing) -> None:
+    """Such as by a token service, which must not be asked again and again without a pause."""
+    tried = []
+
+    async def fetch() -> None:
+        tried.append(missing.clock.seconds())
+        raise Unavailable("the token service refuses")
+
+    missing.miss(wanted=Wanted(lambda error: None, fetch))
+    pings = missing.pump(100)
+    assert len(tried) == len(pings) < 15
+    assert set(missing.agent.uris[1:]) == {PING}
 
 
 def test_client_waits_for_the_probe_that_its_miss_begins(missing: Missing, clock: Clock) -> None:
