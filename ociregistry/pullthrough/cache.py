@@ -25,6 +25,7 @@ from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
 from ociregistry.pullthrough.waiting import (
+    LOOK_AGAIN,
     DeadlineExceeded,
     SharedRequests,
     unless_down,
@@ -107,9 +108,6 @@ _LATEST_WITHIN = 5.0
 """Seconds to wait for the upstream's digest of the tag `latest` when the store has a manifest for it."""
 _HEADERS_WITHIN = 10.0
 """Seconds after which a client gets headers for a blob whose size only a manifest has told so far."""
-
-_LOOK_AGAIN = 1.0
-"""Seconds from the first look for caches that wait for each other to the second; and the longest look of a HEAD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +239,7 @@ class PullThrough(Service):
         return None if image in self._manifests else self._fetch_last(image, wanted)
 
     async def _loops(self, repository: Repository, path: str, context: Context) -> LoopDetected | None:
-        registry = self._registries.get(repository.upstream)
-        found = await registry.loops(repository, path, context)
-        if found is None:
-            # The last cache of a ring may have begun to wait only after it was asked.
-            await deferLater(self._clock, _LOOK_AGAIN)
-            found = await registry.loops(repository, path, context)
-        return found
+        return await self._registries.get(repository.upstream).loops(repository, path, context)
 
     async def fetch_manifest(self, image: ImageReference) -> None:
         """Fetch a manifest by digest into the store at the lowest priority, as not wanted.
@@ -304,10 +296,18 @@ class PullThrough(Service):
     async def _latest(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> FoundManifest:
         """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
         context = replace(context, wanted=Wanted(lambda error: None))
+        joins = context.from_cache and image in self._checks
         checked = self._checks.join(image, lambda: self._check(image, stored, context, wanted))
+        if joins:
+            path = f"manifests/{image.reference}"
+            checked = Deferred.fromCoroutine(
+                unless_loop(checked, lambda: self._loops(image.repository, path, context), self._clock)
+            )
         try:
             manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
+            if joins and isinstance(error, LoopDetected):
+                raise
             why = error.message if isinstance(error, RegistryError) else f"no answer within {_LATEST_WITHIN:g} s"
             _log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)
             return FoundManifest(stored, hit=True, stale=True)
@@ -374,7 +374,7 @@ class PullThrough(Service):
         waiting = Deferred.fromCoroutine(download.reader(patient=context.patient))
         if joins and not download.has_size:
             path = f"blobs/{download.digest}"
-            return await unless_loop(waiting, self._loops(download.repository, path, context))
+            return await unless_loop(waiting, lambda: self._loops(download.repository, path, context), self._clock)
         if expected is None:
             return await waiting
         try:
@@ -472,15 +472,19 @@ class PullThrough(Service):
         if download is not None and download.size is not None:
             return FoundSize(download.size, hit=False)
         registry = self._registries.get(repository.upstream)
+        path = f"blobs/{digest}"
         if download is not None and context.from_cache:
             # The download may wait for the cache that asks. A size from elsewhere would hide that.
-            looking = Deferred.fromCoroutine(registry.loops(repository, f"blobs/{digest}", context))
+            looking = Deferred.fromCoroutine(self._loops(repository, path, context))
             with suppress(defer.TimeoutError):
-                found = await looking.addTimeout(_LOOK_AGAIN, self._clock)
+                found = await looking.addTimeout(LOOK_AGAIN, self._clock)
                 if found is not None:
                     raise found
         told = await self._sizes.wait(
-            f"{repository}@{digest}", lambda context: registry.blob_size(repository, digest, context), context
+            f"{repository}@{digest}",
+            lambda context: registry.blob_size(repository, digest, context),
+            context,
+            loops=lambda context: self._loops(repository, path, context),
         )
         known = self._store.size_in(repository, digest)
         size = told if known is None else known

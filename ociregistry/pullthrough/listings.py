@@ -67,7 +67,12 @@ class Listings:
         if page.count == 0:
             return FoundTags(TagPage(()), hit=False)
         what = f"{repository}/tags/list?{page.query}"
-        asked = self._tags.wait(what, lambda context: registry.tags(repository, page, context), context)
+        asked = self._tags.wait(
+            what,
+            lambda context: registry.tags(repository, page, context),
+            context,
+            loops=lambda context: registry.loops(repository, page.path, context),
+        )
         try:
             return FoundTags(await asked, hit=False)
         except (Unavailable, AirGapped) as error:
@@ -101,7 +106,9 @@ class Listings:
             return manifest
 
         try:
-            manifest = await self._referrers.wait(what, ask, context)
+            manifest = await self._referrers.wait(
+                what, ask, context, loops=lambda context: registry.loops(repository, f"referrers/{digest}", context)
+            )
         except (Unavailable, AirGapped) as error:
             looking = Deferred.fromCoroutine(self._store.manifest(tagged))
             try:

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 
 from ociregistry.concurrency import SingleFlight
 from ociregistry.context import FROM_CLIENT, Again, Context, Priority, Wanted
@@ -29,6 +30,10 @@ _IN_A_CHAIN = 10.0
 _HOP = 2.0
 _SHORTEST = 2.0
 
+LOOK_AGAIN = 1.0
+"""Seconds from the first look for caches that wait for each other to the second."""
+
+Look = Callable[[], Coroutine[Deferred[Any], Any, LoopDetected | None]]
 Loops = Callable[[Context], Coroutine[Deferred[Any], Any, LoopDetected | None]]
 """Asks the caches that a request in flight may wait for whether they wait for the one that asks; `Registry.loops`."""
 
@@ -81,14 +86,23 @@ async def unless_down(ask: Callable[[], Coroutine[Deferred[Any], Any, T]], conte
                 raise
 
 
-async def unless_loop(waiting: Deferred[T], loop: Coroutine[Deferred[Any], Any, LoopDetected | None]) -> T:
-    """Return the result of `waiting`.
+async def unless_loop(waiting: Deferred[T], look: Look, clock: IReactorTime) -> T:
+    """Return the result of `waiting`; look meanwhile, twice, for caches that wait for each other.
 
     Raises:
-        LoopDetected: `loop` found, before there was a result, that it would wait for the one that waits for it.
+        LoopDetected: `look` found, before there was a result, that it would wait for the one that waits for it.
     """
     result: Deferred[T] = Deferred(lambda _: waiting.cancel())
-    looking = Deferred.fromCoroutine(loop)
+
+    async def look_twice() -> LoopDetected | None:
+        found = await look()
+        if found is None:
+            # The last cache of a ring may have begun to wait only after it was asked.
+            await deferLater(clock, LOOK_AGAIN)
+            found = await look()
+        return found
+
+    looking = Deferred.fromCoroutine(look_twice())
 
     def looked(found: LoopDetected | None) -> None:
         if found is not None and not result.called:
@@ -140,7 +154,8 @@ class SharedRequests(Generic[K, T]):
 
         async def result() -> T:
             if loops is not None and context.from_cache and key in self._requests:
-                return await unless_loop(self._join(key, start, context, again), loops(context))
+                joined = self._join(key, start, context, again)
+                return await unless_loop(joined, lambda: loops(context), self._clock)
             return await self._join(key, start, context, again)
 
         async def patiently() -> T:

@@ -62,6 +62,11 @@ class PageRequest:
         return self.named or urlencode(self._own)
 
     @property
+    def path(self) -> str:
+        """The path of the request to the upstream, below the repository."""
+        return "tags/list" + (f"?{self.query}" if self.query else "")
+
+    @property
     def client_query(self) -> str:
         """The query by which a client asks this program for the page."""
         return urlencode(self._own | ({"next": self.named} if self.named else {}))

@@ -298,7 +298,6 @@ class Registry:
         Raises:
             NameUnknown: the upstream does not have the repository, or does not show it.
         """
-        path = "tags/list" + (f"?{page.query}" if page.query else "")
 
         def unknown(why: str) -> RegistryError:
             return NameUnknown(f"{repository}: {why} for its tags")
@@ -308,7 +307,7 @@ class Registry:
             return TagPage(tags, page.following(tags, _next_page(response, str(repository))))
 
         async with self._limit.for_small(context) as context:
-            return await self._collect("GET", repository, path, {}, unknown, context, _LARGEST_LISTING, parse)
+            return await self._collect("GET", repository, page.path, {}, unknown, context, _LARGEST_LISTING, parse)
 
     async def referrers(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> Manifest:
         """Return the index of the referrers of the manifest `digest`, its pages joined into one.

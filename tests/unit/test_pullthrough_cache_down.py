@@ -181,6 +181,19 @@ async def test_head_of_a_blob_in_flight_tells_of_the_loop(cache: PullThrough, up
 
 
 @on_reactor
+async def test_head_that_joins_another_is_told_of_the_loop(cache: PullThrough, upstreams: MemoryRegistries) -> None:
+    client = Deferred.fromCoroutine(cache.blob_size(APP.repository, DIGEST))
+    await until(lambda: len(upstreams))
+    peer = Deferred.fromCoroutine(cache.blob_size(APP.repository, DIGEST, PEER))
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].answer(LOOP)
+    with pytest.raises(LoopDetected):
+        await peer
+    upstreams[0].answer(SIZE)
+    assert (await client).size == SIZE
+
+
+@on_reactor
 async def test_ring_that_closes_later_is_found_by_a_second_look(
     cache: PullThrough, upstreams: MemoryRegistries, clock: Clock
 ) -> None:

@@ -12,7 +12,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.context import Context, Via
+from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import FoundManifest, Policy, PullThrough
 from ociregistry.pullthrough.listings import Listings
@@ -284,3 +285,21 @@ async def test_unchecked_response_has_a_warning_header(
         answer = await asking
         assert (answer.status, answer.headers["Docker-Content-Digest"]) == (200, IMAGE.digest)
         assert answer.headers.get("Warning") == ('110 - "Response is Stale"' if error else None)
+
+
+@on_reactor
+async def test_check_that_waits_for_the_cache_that_asks_is_told(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store
+) -> None:
+    """Otherwise both would wait for 5 s, and serve the image unchecked."""
+    await store.keep(IMAGE, LATEST)
+    via = "ociregistry-fedcba9876543210"
+    client = pull(cache)
+    await until(lambda: len(upstreams))
+    peer = Deferred.fromCoroutine(cache.manifest(LATEST, Context(Via((via,)))))
+    await until(lambda: len(upstreams) == 2)
+    upstreams[1].answer(LoopDetected("reg.example: a loop", f"1.1 {via}"))
+    with pytest.raises(LoopDetected):
+        await peer
+    upstreams[0].answer(IMAGE.digest)
+    assert (await client).hit

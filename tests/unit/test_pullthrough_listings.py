@@ -9,7 +9,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
-from ociregistry.errors import Denied, ManifestUnknown, NameUnknown, RegistryError, Unavailable
+from ociregistry.context import FROM_CLIENT, Context, Via
+from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, NameUnknown, RegistryError, Unavailable
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import ImageReference, Tag
 from ociregistry.pullthrough.listings import FoundReferrers, FoundTags, Listings
@@ -237,3 +238,23 @@ async def test_null_is_an_empty_list_of_referrers(listings: Listings, upstreams:
         asked = referrers(listings, artifact_type)
         upstreams[-1].answer(sent)
         assert json.loads((await asked).data)["manifests"] == expected
+
+
+@pytest.mark.parametrize("what", ["tags", "referrers"])
+def test_cache_that_would_wait_for_itself_is_told(listings: Listings, upstreams: MemoryRegistries, what: str) -> None:
+    """It joins a request that waits for it; that request goes on."""
+    peer = Context(Via(("ociregistry-fedcba9876543210",)))
+    pages = PageRequest(2, "a")
+
+    def ask(context: Context) -> Deferred[object]:
+        if what == "tags":
+            return Deferred.fromCoroutine(listings.tags(APP, pages, context))
+        return Deferred.fromCoroutine(listings.referrers(APP, SUBJECT, "", context))
+
+    client, joined = ask(FROM_CLIENT), ask(peer)
+    assert [call.kind for call in upstreams] == [what, "loops"]
+    upstreams[1].answer(LoopDetected("reg.example: a loop", "1.1 ociregistry-fedcba9876543210"))
+    failed(joined, LoopDetected)
+    assert not client.called
+    upstreams[0].answer(page("b") if what == "tags" else index())
+    fired(client)

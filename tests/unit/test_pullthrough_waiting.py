@@ -137,7 +137,7 @@ def test_loop_is_told_at_once() -> None:
     async def look() -> LoopDetected | None:
         return await looking
 
-    result = Deferred.fromCoroutine(unless_loop(waiting, look()))
+    result = Deferred.fromCoroutine(unless_loop(waiting, look, Clock()))
     looking.callback(LOOP)
     failed(result, LoopDetected)
 
@@ -150,7 +150,7 @@ def test_result_ends_the_search_for_a_loop() -> None:
         async def look(looking: Deferred[LoopDetected | None] = looking) -> LoopDetected | None:
             return await looking
 
-        result = Deferred.fromCoroutine(unless_loop(waiting, look()))
+        result = Deferred.fromCoroutine(unless_loop(waiting, look, Clock()))
         if found:
             looking.callback(None)
         waiting.callback("content")
