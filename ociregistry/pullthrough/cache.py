@@ -17,8 +17,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from ociregistry.concurrency import SingleFlight
-from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority, Wanted
+from ociregistry.context import FROM_CLIENT, IN_BACKGROUND, Context, Priority
 from ociregistry.errors import BlobUnknown, LoopDetected, RegistryError, Unavailable, cannot_store
 from ociregistry.manifests import Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Tag
@@ -168,7 +167,7 @@ class PullThrough(Service):
         self._manifests: SharedRequests[ImageReference, Manifest] = SharedRequests(clock, self._silent)
         self._in_background: set[ImageReference] = set()
         """Manifests in flight whose fetch was started in the background, without a client's request."""
-        self._checks: SingleFlight[ImageReference, Manifest] = SingleFlight()
+        self._checks: SharedRequests[ImageReference, Manifest] = SharedRequests(clock)
         self._sizes: SharedRequests[str, int | None] = SharedRequests(clock)
         self._downloads: dict[Digest, Download] = {}
         self._scheduler = PriorityScheduler()
@@ -295,18 +294,16 @@ class PullThrough(Service):
 
     async def _latest(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> FoundManifest:
         """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
-        context = replace(context, wanted=Wanted(lambda error: None))
-        joins = context.from_cache and image in self._checks
-        checked = self._checks.join(image, lambda: self._check(image, stored, context, wanted))
-        if joins:
-            path = f"manifests/{image.reference}"
-            checked = Deferred.fromCoroutine(
-                unless_loop(checked, lambda: self._loops(image.repository, path, context), self._clock)
-            )
+        checked = self._checks.wait(
+            image,
+            lambda context: self._check(image, stored, context, wanted),
+            context,
+            loops=lambda context: self._loops(image.repository, f"manifests/{image.reference}", context),
+        )
         try:
-            manifest = await checked.addTimeout(_LATEST_WITHIN, self._clock)
+            manifest = await Deferred.fromCoroutine(checked).addTimeout(_LATEST_WITHIN, self._clock)
         except (defer.TimeoutError, RegistryError) as error:
-            if joins and isinstance(error, LoopDetected):
+            if isinstance(error, LoopDetected) and context.from_cache:
                 raise
             why = error.message if isinstance(error, RegistryError) else f"no answer within {_LATEST_WITHIN:g} s"
             _log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)

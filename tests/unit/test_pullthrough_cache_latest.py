@@ -26,6 +26,7 @@ from tests.unit.support.demands import NoDemand
 from tests.unit.support.http_agents import INSTANCE
 from tests.unit.support.registries import MemoryRegistries
 from tests.unit.test_pullthrough_cache import asked, manifest_of
+from tests.unit.test_pullthrough_cache_down import Host
 from tests.unit.test_web_api import ask
 
 LATEST = image("reg.example/team/app:latest")
@@ -179,6 +180,11 @@ async def test_full_disk_serves_cached_image(
     assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
 
 
+async def waiting_for_check(cache: PullThrough, count: int) -> None:
+    """Wait until so many requests wait for the check."""
+    await until(lambda: sum(map(len, cache._checks._requests._waiting.values())) == count)
+
+
 async def pull_concurrently(
     cache: PullThrough, upstreams: MemoryRegistries, store: Store
 ) -> list[Deferred[FoundManifest]]:
@@ -186,7 +192,7 @@ async def pull_concurrently(
     await store.keep(IMAGE, LATEST)
     pulling = [pull(cache) for _ in range(3)]
     await asked(upstreams)
-    await until(lambda: sum(map(len, cache._checks._waiting.values())) == 3)
+    await waiting_for_check(cache, 3)
     assert upstreams.asked == [HEAD]
     return pulling
 
@@ -203,7 +209,7 @@ async def test_concurrent_pulls_share_a_new_manifest(
     assert len(upstreams) == 2
     pulling = [pull(cache) for _ in range(2)]
     await asked(upstreams, 3)
-    await until(lambda: sum(map(len, cache._checks._waiting.values())) == 2)
+    await waiting_for_check(cache, 2)
     upstreams[2].refuse(ERRORS[0])
     assert [await one for one in pulling] == [FoundManifest(OTHER, hit=True, stale=True)] * 2
 
@@ -303,3 +309,23 @@ async def test_check_that_waits_for_the_cache_that_asks_is_told(
         await peer
     upstreams[0].answer(IMAGE.digest)
     assert (await client).hit
+
+
+@on_reactor
+async def test_host_that_is_silent_is_waited_for_only_until_it_counts_as_down(
+    cache: PullThrough, upstreams: MemoryRegistries, store: Store, clock: Clock
+) -> None:
+    """The check goes on; clients that come meanwhile get the image at once."""
+    await store.keep(IMAGE, LATEST)
+    client = pull(cache)
+    await until(lambda: len(upstreams))
+    host = Host(clock)
+    host.down(upstreams[0])
+    assert (await client).stale
+    assert (await pull(cache)).stale
+    assert len(upstreams) == 1
+    host.breaker.answered()
+    late = pull(cache)
+    await waiting_for_check(cache, 1)
+    upstreams[0].answer(IMAGE.digest)
+    assert not (await late).stale
