@@ -24,11 +24,13 @@ class Disk:
 
     def __init__(self) -> None:
         self.began = 0
+        self._lock = threading.Lock()
         self._released = threading.Event()
 
     def read(self) -> bytes:
         """Wait."""
-        self.began += 1
+        with self._lock:
+            self.began += 1
         self._released.wait()
         return b"late"
 
@@ -109,6 +111,7 @@ async def test_many_files_that_hang_delay_others_for_two_seconds(threads: Thread
 async def test_disk_that_takes_all_threads(threads: Threads, disk: Disk, clock: Clock) -> None:
     hanging = [threads.read_file(SICK / str(number), disk.read) for number in range(80)]
     advance(clock, 40)
+    await until(lambda: disk.began >= 64)
     assert disk.began == 64
     for read in hanging:
         failed(read, Hung)
