@@ -9,7 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -226,11 +226,9 @@ class ScanResult:
 
 def _scan_or_nothing(root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles) -> Iterator[ScannedFile]:
     """Scan the store at `root`; what is gone is made anew by `Folders`, and counts as empty until then."""
-    try:
+    # Raised for `root` alone, which may be there again by now.
+    with suppress(FileNotFoundError):
         yield from scan(root, known, foreign, missing_ok=True)
-    except FileNotFoundError:
-        if root.exists():
-            raise
 
 
 def scan_changes(

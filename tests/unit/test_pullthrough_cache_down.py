@@ -121,7 +121,9 @@ async def test_headers_of_a_known_size_are_sent_when_the_link_goes_down(
 ) -> None:
     """To those that wait already; new clients get the error, as do other caches, which ask elsewhere."""
     await store.keep(MANIFEST, APP)
-    client, peer = ask_blob(cache), ask_blob(cache, PEER)
+    client = ask_blob(cache)
+    await until(lambda: len(upstreams) == 1)
+    peer = ask_blob(cache, PEER)
     await until(lambda: len(upstreams) == 2)
     (call,) = (call for call in upstreams if call.kind == "blob")
     host.down(call)

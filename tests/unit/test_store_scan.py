@@ -305,3 +305,17 @@ def test_folder_of_many_foreign_files_is_looked_through_when_it_changes_and_once
     assert (scan_again(known).unreadable, looked) == ({}, ["img"])
     now[0] += 60
     assert (set(scan_again(known).unreadable.keys()), looked) == ({paths[1]}, ["fat", "img"])
+
+
+def test_store_that_was_missing_for_a_moment_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may make it anew between the look at a folder and the look at the store."""
+    looked = Path.stat
+
+    def stat(path: Path, **arguments: bool) -> os.stat_result:
+        if path == tmp_path and not (tmp_path / "fat").exists():
+            (tmp_path / "fat").mkdir()
+            raise FileNotFoundError(2, "", str(path))
+        return looked(path, **arguments)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert scan_changes(tmp_path, {}, ForeignFiles()).seen == {}
