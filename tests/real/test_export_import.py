@@ -282,5 +282,6 @@ def test_damaged_blob_fails_the_export(registry: DockerRegistry, site: Site, tmp
         archive.write_bytes(existing)
     printed, complaints = site.fail("export", "--pattern", ".", "-o", str(archive), "--force")
     assert printed == []
-    assert complaints == [f"ociregistry: {archive}: the store's blob {damaged.digest} is damaged"]
+    why = f"the store's blob {damaged.digest} is damaged: run verify --repair, or leave its images out by --pattern"
+    assert complaints == [f"ociregistry: {archive}: {why}"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == ({"out.tar": existing} if existing else {})
