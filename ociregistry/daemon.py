@@ -102,7 +102,10 @@ class Daemon(MultiService):
             lambda: self._store.faults.sentences,
             self._started,
         )
-        self._site = RegistrySite(self._v2, answers, settings.pull_timeout, reactor)
+        level = self._level
+        self._site = RegistrySite(
+            self._v2, answers, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
+        )
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
         self._control = ControlListener(self._store, self._site, reactor)
@@ -203,6 +206,7 @@ class Daemon(MultiService):
         self._store.reconfigure(settings.reserve)
         self._registries.reconfigure(settings.allow_upstreams)
         self._v2.reconfigure(settings.default_ns)
+        self._site.hits.forget()
         self._maintenance.reconfigure(settings.prune, settings.verify)
         _log.info(
             "settings reloaded: {configured} configured",

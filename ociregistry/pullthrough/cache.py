@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 from cachetools import TTLCache
 from twisted.application.service import Service
@@ -64,6 +64,26 @@ class Content(Protocol):
         """Release what is held for reading, such as the open file."""
 
 
+class FileContent(Content, Protocol):
+    """Content that is in a file."""
+
+    def send(self, to: int, offset: int, count: int) -> Deferred[int]:
+        """Send at most `count` of the bytes at `offset`, which must be readable, to the socket `to`.
+
+        Fires with the number of bytes that were sent, 0 if the socket takes none at present. Fails with `EOFError`
+        where the file ends at `offset`, and with `OSError`.
+        """
+
+    def send_at_once(self, to: int, offset: int, count: int) -> int:
+        """Send, as `send` does, what needs no waiting for the disk; return its number of bytes, 0 on a failure."""
+
+
+def is_in_file(content: Content) -> TypeGuard[FileContent]:
+    """Tell whether `content` is in a file."""
+    # An isinstance of a protocol takes longer than the rest of a hit.
+    return hasattr(content, "send_at_once")
+
+
 _END_WITHIN = 5.0
 """Seconds that downloads get to sync their partials at a stop."""
 _DISK_SLACK = 0.5
@@ -105,6 +125,8 @@ _METADATA = Context(priority=Priority.METADATA, patient=True)
 _LATEST = Tag("latest")
 _LATEST_WITHIN = 5.0
 """Seconds to wait for the upstream's digest of the tag `latest` when the store has a manifest for it."""
+_NOTED_EVERY = 60.0
+"""Seconds from one note that a manifest was pulled to the next."""
 _HEADERS_WITHIN = 10.0
 """Seconds after which a client gets headers for a blob whose size only a manifest has told so far."""
 
@@ -232,6 +254,35 @@ class PullThrough(Service):
                     raise
             else:
                 return FoundManifest(manifest, hit=False)
+
+    def repeats(self, image: ImageReference, digest: Digest) -> Callable[[], bool] | None:
+        """Return a function for repeated requests of `image`, for which the store has the manifest `digest` now.
+
+        It tells whether that would be the answer again, and if so, notes the pull. It reads no file.
+
+        Returns:
+            None where each request has to be looked at.
+        """
+        entry, noted = self._store.entry(digest), self._clock.seconds()
+        # In another repository, it may have to be noted that the image is known there.
+        if self._must_be_latest(image) or entry is None or not entry.known_in(image.repository):
+            return None
+
+        def repeated() -> bool:
+            nonlocal noted
+            if self._store.entry(digest) is not entry or self._store.meaning(image) != digest:
+                return False
+            now = self._clock.seconds()
+            if now - noted >= _NOTED_EVERY:
+                noted = now
+                self._store.pulled(digest)
+            return True
+
+        return repeated
+
+    def opened(self, digest: Digest) -> Content | None:
+        """Return a whole blob for reading at once, or None where that is not open already."""
+        return self._store.opened(digest)
 
     def _again(self, image: ImageReference, wanted: bool) -> Coroutine[Deferred[Any], Any, None] | None:
         """Fetch a manifest that a client missed, as a probe; return None where its request is in flight still."""

@@ -21,7 +21,6 @@ from twisted.python.failure import Failure
 from ociregistry.concurrency import Event
 from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
-from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.platforms import Platform, chosen
 from ociregistry.pullthrough.imageblobs import MOST_BLOBS, Fetch, ImageBlobs
@@ -277,13 +276,17 @@ class Completion(Service):
 
     # Requests
 
-    async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
-        """Complete the image of `manifest`, which a client has pulled; `hit` tells whether the store had it."""
-        if not manifest.is_list:
-            await self.complete(manifest.digest, repository, hit=hit)
+    def lacks_nothing(self, digest: Digest) -> bool:
+        """Tell whether `complete` has nothing to do for an image that was a hit."""
+        entry = self._store.entry(digest)
+        known = entry is not None and entry.wanted and not entry.foreign_layers and digest in self._complete
+        return bool(known) and digest not in self._store.pending and digest not in self._store.undecided
 
     async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
-        """Mark the image `digest` as wanted and fetch its missing blobs."""
+        """Complete the image `digest`, which a client has pulled: mark it as wanted and fetch its missing blobs.
+
+        `hit` tells whether the store had it.
+        """
         at = self._store.pending.get(digest)
         if at is not None and at.upstream != repository.upstream and digest in self._failed:
             # The upstream that the image waits for could not be asked.

@@ -17,7 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
-from ociregistry.manifests import Descriptor, Manifest
+from ociregistry.manifests import Descriptor
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.platforms import NO_PLATFORM, Platform
 from ociregistry.pullthrough.completion import Completion
@@ -66,17 +66,25 @@ class Demand(Service):
             requests.timer.cancel()
         self._indexes.clear()
 
-    def manifest_requested(self, manifest: Manifest, image: ImageReference, *, hit: bool) -> None:
-        """Note that a client requested `image` and got `manifest`; `hit` tells whether the store had it."""
-        if manifest.is_list:
-            if manifest.digest in self._indexes:
-                self._indexes[manifest.digest].timer.reset(_DECIDED_AFTER)
+    def manifest_requested(self, image: ImageReference, digest: Digest, *, is_list: bool, hit: bool) -> None:
+        """Note that a client requested `image` and got the manifest `digest`; `hit`: the store had it."""
+        if self._stopped:
             return
-        indexes = self._store.indexes(manifest.digest) if isinstance(image.reference, Digest) else ()
-        if not indexes:
-            self._begin(self._completion.add_pending(manifest, image.repository, hit=hit))
-        elif not self._completion.policy.platforms:
-            self._begin(self._child_requested(manifest.digest, image.repository, indexes, hit=hit))
+        if is_list:
+            if digest in self._indexes:
+                self._indexes[digest].timer.reset(_DECIDED_AFTER)
+            return
+        indexes = self._store.indexes(digest) if isinstance(image.reference, Digest) else ()
+        if indexes:
+            if self._completion.policy.platforms:
+                return
+            self._note_child(digest, indexes)
+        if hit and self._completion.lacks_nothing(digest):
+            return
+        if indexes:
+            self._begin(self._child_requested(digest, image.repository, indexes, hit=hit))
+        else:
+            self._begin(self._completion.complete(digest, image.repository, hit=hit))
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
         """Note that a client requested a blob.
@@ -89,7 +97,7 @@ class Demand(Service):
         images = naming if len(naming) == 1 else self._recently_requested & naming.keys()
         for image in images:
             entry = self._store.entry(image)
-            if entry is None or digest not in entry.layers or (entry.wanted and not self._indexes):
+            if entry is None or (entry.wanted and not self._indexes) or digest not in entry.layers:
                 continue
             indexes = self._store.indexes(image)
             if not self._is_shared(digest, image, indexes):
@@ -105,17 +113,19 @@ class Demand(Service):
         entries = [self._store.entry(sibling) for sibling in siblings & self._store.naming(layer).keys()]
         return any(entry is not None and layer in entry.layers for entry in entries)
 
+    def _note_child(self, image: Digest, indexes: Iterable[Digest]) -> None:
+        for index in indexes:
+            requests = self._requests(index)
+            requests.images.add(image)
+            requests.timer.reset(_DECIDED_AFTER)
+
     async def _child_requested(
         self, image: Digest, repository: Repository, indexes: Iterable[Digest], *, hit: bool
     ) -> None:
-        requests = [self._requests(index) for index in indexes]
-        for one in requests:
-            one.images.add(image)
-            one.timer.reset(_DECIDED_AFTER)
         entry = self._store.entry(image)
         if entry is not None and entry.wanted:
             await self._completion.complete(image, repository, hit=hit)
-        elif not any(one.by_layer for one in requests):
+        elif not any(self._requests(index).by_layer for index in indexes):
             await self._wait(image, repository)
 
     async def _wait(self, image: Digest, repository: Repository) -> None:
@@ -152,6 +162,7 @@ class Demand(Service):
             for index in indexes:
                 # The requests of the last run are lost; the wanted images of the index were requested at some time.
                 self._requests(index).images.update(self._wanted_children(index))
+            self._note_child(image, indexes)
             await self._child_requested(image, repository, indexes, hit=True)
 
     def _wanted_children(self, index: Digest) -> list[Digest]:

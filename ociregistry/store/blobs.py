@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import suppress
 from functools import partial as bind
 from pathlib import Path
 
 from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason
+from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason, send_resident
+from ociregistry.store.openblobs import OpenBlobs
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
 from ociregistry.store.threads import Hung, Threads
@@ -70,10 +72,28 @@ class StoredBlob:
             reading = fail(error)
         return reading.addErrback(self._cannot_read, offset)
 
+    def send(self, to: int, offset: int, count: int) -> Deferred[int]:
+        """Send at most `count` of the bytes at `offset` to a socket, as `Threads.send_at` does.
+
+        Raises:
+            OSError: through the Deferred: they cannot be read, or the connection is lost.
+        """
+        try:
+            sending = self._threads.send_at(self._file, self._path, offset, count, to)
+        except OSError as error:
+            sending = fail(error)
+        return sending.addErrback(self._cannot_read, offset)
+
+    def send_at_once(self, to: int, offset: int, count: int) -> int:
+        """Send what needs no waiting for the disk, and return its number of bytes, 0 on a failure."""
+        return send_resident(self._file, offset, count, to)
+
     def _cannot_read(self, failure: Failure, offset: int) -> Failure:
-        if isinstance(failure.value, OSError) and not isinstance(failure.value, Hung):
+        error = failure.value
+        passes = isinstance(error, Hung | ConnectionError)
+        if isinstance(error, OSError) and not passes and not is_out_of_descriptors(error):
             # The log names the file.
-            failure.value.filename = str(self._path)
+            error.filename = str(self._path)
             self._failed(offset)
         return failure
 
@@ -158,11 +178,14 @@ class BlobFolder:
 class Blobs:
     """The whole blobs of a store: opened, checked and committed, in threads."""
 
-    def __init__(self, root: Path, threads: Threads, sizes: Callable[[Digest], Set[int]]) -> None:
-        """Use the store at `root`; `sizes` returns the sizes in bytes that manifests give a blob."""
+    def __init__(
+        self, root: Path, threads: Threads, clock: IReactorTime, gives: Callable[[Digest, int], bool]
+    ) -> None:
+        """Use the store at `root`; `gives` tells whether a manifest gives a blob this size in bytes."""
         self._folder = blobs_folder(root)
         self._threads = threads
-        self._sizes = sizes
+        self._open_blobs = OpenBlobs(threads, clock)
+        self._gives = gives
         self._committed: dict[Digest, int] = {}
         """Blob -> size in bytes, for the blobs that this process committed: no record may name them yet."""
         self._unreadable: dict[Digest, int] = {}
@@ -175,10 +198,35 @@ class Blobs:
         """The blobs that could not be read when they were last asked for."""
         return self._unreadable.keys()
 
-    def removed(self, gone: Set[Digest]) -> None:
-        """Forget what was found out about files that are gone."""
+    def start(self) -> None:
+        """Keep blobs open from now on."""
+        self._open_blobs.start()
+
+    def stop(self) -> None:
+        """Close the blobs that are kept open."""
+        self._open_blobs.stop()
+
+    def removed(self, gone: Iterable[Digest]) -> None:
+        """Forget what was found out about files that are gone, and close them."""
         for digest in gone:
             self._unreadable.pop(digest, None)
+            self._open_blobs.forget([digest])
+
+    def opened(self, digest: Digest) -> StoredBlob | None:
+        """Return a whole blob for reading at once, or None if it is not open already."""
+        kept = self._open_blobs.get(digest)
+        return None if kept is None else self._reader(digest, *kept)
+
+    def _reader(self, digest: Digest, file: SharedFile, size: int) -> StoredBlob | None:
+        """Return a reader of the open `file`, or None if it does not have the size of the blob."""
+        if not self._gives(digest, size) and self._committed.get(digest) != size:
+            file.release()
+            return None
+        return StoredBlob(self._folder / digest.hex, digest, file, size, self._threads, bind(self._failed, digest))
+
+    def _failed(self, digest: Digest, offset: int) -> None:
+        self._unreadable[digest] = offset
+        self._open_blobs.forget([digest])
 
     async def open(self, digest: Digest) -> StoredBlob | None:
         """Open a whole blob for reading, or return None on a miss.
@@ -189,16 +237,15 @@ class Blobs:
         Raises:
             Unavailable: the disk does not answer.
         """
+        opened = self.opened(digest)
+        if opened is not None:
+            return opened
         path = self._folder / digest.hex
-        opened = await self._open(path, digest)
-        if opened is None:
-            return None
-        file, size = opened
-        if size not in self._sizes(digest) and self._committed.get(digest) != size:
-            file.release()
-            return None
-        failed = bind(self._unreadable.__setitem__, digest)
-        return StoredBlob(path, digest, file, size, self._threads, failed)
+        found = await self._open(path, digest)
+        blob = None if found is None else self._reader(digest, *found)
+        if found is not None and blob is not None:
+            self._open_blobs.add(digest, path, *found)
+        return blob
 
     async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, int] | None:
         failed_at = self._unreadable.get(digest)
@@ -246,6 +293,7 @@ class Blobs:
         await self._threads.write(_make_way, path, quarantine, known_bad=known_bad)
         await partial.commit(path)
         self._unreadable.pop(partial.digest, None)
+        self._open_blobs.forget([partial.digest])
         self.lost.discard(partial.digest)
         self._committed[partial.digest] = partial.length
 

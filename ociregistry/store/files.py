@@ -112,6 +112,57 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
     return file
 
 
+_SAMPLE_EVERY = 128 * 1024
+"""Bytes: the kernel reads files ahead, and drops what it has read, in such pieces or larger ones."""
+
+
+def is_resident(descriptor: int, offset: int, count: int) -> bool:
+    """Tell whether the kernel has the `count` bytes at `offset` of a file in memory, as far as samples show it.
+
+    False where the file system cannot tell, such as tmpfs and FUSE.
+    """
+    byte = [bytearray(1)]
+    last = offset + count - 1
+    try:
+        for at in (*range(offset, last, _SAMPLE_EVERY), last):
+            if os.preadv(descriptor, byte, at, os.RWF_NOWAIT) == 0:
+                return False
+    except OSError as error:
+        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
+    """Send at most `count` of the bytes at `offset` of a file to the socket `to`, within the kernel.
+
+    Returns:
+        The number of bytes that the socket took, 0 if it takes none at present.
+
+    Raises:
+        EOFError: the file ends at `offset`.
+        OSError: it cannot be read, or the connection is lost.
+    """
+    try:
+        sent = os.sendfile(to, descriptor, offset, count)
+    except BlockingIOError:
+        return 0
+    if sent == 0:
+        raise EOFError
+    return sent
+
+
+def send_resident(file: SharedFile, offset: int, count: int, to: int) -> int:
+    """Send bytes of a file as `send_file` does, if they are resident; return their number, 0 also on a failure."""
+    descriptor = file.fileno()
+    try:
+        return send_file(to, descriptor, offset, count) if is_resident(descriptor, offset, count) else 0
+    except (EOFError, OSError):
+        return 0
+
+
 def read_regular(path: Path) -> bytes:
     """Return the content of the regular file at `path`.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
+from sys import intern
 
 from ociregistry.manifests import Descriptor
 from ociregistry.names import Digest, ImageReference, Repository, Tag
@@ -43,6 +44,7 @@ class Entry:
 
     None if the record does not say it, and it was not determined from the blobs either.
     """
+    media_type: str = ""
 
     @classmethod
     def of(cls, record: Record, *, wanted: bool | None = None) -> Entry:
@@ -56,6 +58,7 @@ class Entry:
             children=manifest.children,
             foreign_layers=manifest.foreign_layers,
             wanted=wanted if record.wanted is None else record.wanted,
+            media_type=intern(manifest.media_type),
         )
 
     @property
@@ -203,6 +206,8 @@ class Index:
     def meaning(self, url: str) -> Digest | None:
         """Return the record that an image URL means, the one confirmed last of those that have it, or None."""
         claims = self.claims(url)
+        if len(claims) == 1:
+            return claims[0][1]
         return newest(claims, self._now()) if claims else None
 
     def claims(self, url: str) -> Sequence[Claim]:
@@ -256,6 +261,11 @@ class Index:
         """Return the manifests that name `blob`, and the size in bytes that each gives it."""
         naming = self._naming.get(blob, {})
         return naming if isinstance(naming, dict) else {naming: self._entries[naming].blobs[blob]}
+
+    def gives(self, blob: Digest, size: int) -> bool:
+        """Tell whether a manifest gives `blob` this size in bytes."""
+        naming = self._naming.get(blob, {})
+        return size in naming.values() if isinstance(naming, dict) else self._entries[naming].blobs[blob] == size
 
     def sizes(self, blob: Digest, repository: Repository | None = None) -> set[int]:
         """Return the sizes in bytes that manifests (of `repository`, if given) give `blob`."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
@@ -298,7 +298,8 @@ class IndexRefresh:
         """Called with the blobs that were removed from the store."""
         self._clock = clock
         self._blobs_scanned = float("-inf")
-        self._loop = LoopingCall(self._scan)
+        self._one_scan = DeferredLock()
+        self._loop = LoopingCall(self.scan)
         self._loop.clock = clock
 
     def read(self) -> None:
@@ -347,6 +348,10 @@ class IndexRefresh:
         """Report the records that name a blob which this process has stored."""
         self._changed.update(self._index.naming(blob))
         self._notify()
+
+    def scan(self) -> Deferred[None]:
+        """Scan the files for changes, after a scan that is running has ended; fire when they are in the index."""
+        return self._one_scan.run(self._scan)
 
     def _scan(self) -> Deferred[None]:
         self._written.clear()

@@ -31,7 +31,7 @@ from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
-from ociregistry.store.verify import Findings, Found, Verifier, last_verified, note_verified
+from ociregistry.store.verify import Damaged, Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, wanted_blobs
 
 _log = Logger(namespace="ociregistry.store")
@@ -76,7 +76,7 @@ class Store(Service):
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
         self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
         self._index = Index(now)
-        self._blobs = Blobs(root, self._threads, self._index.sizes)
+        self._blobs = Blobs(root, self._threads, clock, self._index.gives)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._refresh.on_blobs_gone = self._blobs.removed
         self.faults = Faults(self._threads, self._folders, self._space, self._refresh, self._index, self._blobs)
@@ -101,6 +101,7 @@ class Store(Service):
         self._files.sync_folder(self._root)
         self._refresh.read()
         self._threads.start()
+        self._blobs.start()
         self._refresh.start()
         self._space.start()
         self._folders.start()
@@ -127,6 +128,7 @@ class Store(Service):
         super().stopService()
         self._folders.stop()
         self._refresh.stop()
+        self._blobs.stop()
         self._space.stop()
         self._threads.stop()
         self._pulls.close()
@@ -212,12 +214,22 @@ class Store(Service):
                 _log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
             self._refresh.record_unreadable(path, reason(error))
             return None
-        if to_note and path not in self._being_noted:
+        if to_note:
+            self._note_pull(path, now)
+        return record
+
+    def pulled(self, digest: Digest) -> None:
+        """Note that the manifest `digest` was pulled now, unless the last pull was less than a minute ago."""
+        entry = self._index.get(digest)
+        if entry is not None:
+            self._note_pull(self._records.path(digest, is_list=entry.is_list), self._now().timestamp())
+
+    def _note_pull(self, path: Path, now: float) -> None:
+        if path not in self._being_noted:
             # In a thread for writing: this may wait for the disk, which must not delay a hit.
             self._being_noted.add(path)
             noted = self._threads.write(self._records.note_pull, path, now)
             noted.addBoth(lambda _: self._being_noted.discard(path))
-        return record
 
     async def keep(
         self,
@@ -330,6 +342,10 @@ class Store(Service):
         """
         return await self._blobs.open(digest)
 
+    def opened(self, digest: Digest) -> StoredBlob | None:
+        """Return a whole blob for reading at once, or None if it is not open already."""
+        return self._blobs.opened(digest)
+
     async def lacking(self, manifest: Manifest) -> Mapping[Digest, int]:
         """Return the missing required blobs of `manifest`, which needs no record, with their sizes in bytes."""
         return await self._blobs.lacking(manifest.required)
@@ -433,7 +449,11 @@ class Store(Service):
         Raises:
             OSError: the store cannot be read or changed.
         """
-        return await self._threads.write(prune, self._root, choose, self._files, self._now())
+        plan = await self._threads.write(prune, self._root, choose, self._files, self._now())
+        # The disk gets the space of a blob back when its file is closed.
+        self._blobs.removed([*plan.blobs, *plan.metadata_blobs])
+        await self._refresh.scan()
+        return plan
 
     async def verify(self, max_rate: float | None, advance: Callable[[int, int], object], found: Found) -> Findings:
         """Verify the whole store as `Verifier.verify` does, and note when it was verified.
@@ -442,7 +462,15 @@ class Store(Service):
             OSError: the store cannot be read, or damaged files cannot be moved.
         """
         self.faults.forget_lost()
-        verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, found)
+
+        async def note(damaged: Damaged) -> None:
+            if damaged.is_blob:
+                self._blobs.removed([damaged.digest])
+            else:
+                self._refresh.record_unreadable(damaged.path, damaged.why)
+            await found(damaged)
+
+        verifier = Verifier(self._root, self._pulls, self._files, self._threads, self._clock, note)
         findings = await verifier.verify(max_rate, advance)
         await self._threads.write(note_verified, self._root, self._now())
         return findings

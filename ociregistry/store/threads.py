@@ -11,14 +11,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, ParamSpec, TypeVar
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, execute, fail, succeed
 from twisted.internet.interfaces import IReactorFromThreads, IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile
+from ociregistry.store.files import SharedFile, is_resident, send_file
 
 _log = Logger(namespace="ociregistry.store")
 
@@ -80,7 +80,7 @@ class _Read(_Job):
     work: Callable[[], Any] = lambda: None
     discard: Callable[[Any], object] = lambda result: None
     """Called with a result that comes when `result` has fired."""
-    lease: SharedFile | None = None
+    leases: tuple[SharedFile, ...] = ()
     result: Deferred[Any] = field(default_factory=Deferred)
     answered: bool = False
     """Whether `result` has fired."""
@@ -162,18 +162,18 @@ class Threads:
         function: Callable[[], T],
         *,
         discard: Callable[[T], object] = lambda result: None,
-        lease: SharedFile | None = None,
+        leases: tuple[SharedFile, ...] = (),
     ) -> Deferred[T]:
         """Run `function`, which reads the file at `path`, in a thread.
 
-        `discard` is called with a result that comes too late, or after the Deferred was cancelled. The `lease` on the
-        open file is released when `function` has ended, or when it is not run.
+        `discard` is called with a result that comes too late, or after the Deferred was cancelled. The `leases` on
+        what it uses are released when `function` has ended, or when it is not run.
 
         Raises:
             Hung: through the Deferred: it has not returned for `READ_WITHIN` seconds, or such a read of the same file
                 has not returned yet.
         """
-        return self._submit(_Read(path=path, work=function, discard=discard, lease=lease))
+        return self._submit(_Read(path=path, work=function, discard=discard, leases=leases))
 
     def read_at(self, file: SharedFile, path: Path, offset: int, count: int) -> Deferred[bytes]:
         """Read at most `count` of the bytes at `offset` of `file`, which was opened at `path`.
@@ -195,7 +195,29 @@ class Threads:
         if got:
             del buffer[got:]
             return succeed(bytes(buffer))
-        return self.read_file(path, lambda: os.pread(descriptor, count, offset), lease=file.lease())
+        return self.read_file(path, lambda: os.pread(descriptor, count, offset), leases=(file.lease(),))
+
+    def send_at(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
+        """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
+
+        If the kernel has them in memory the Deferred has fired already; otherwise a thread sends them, to a duplicate
+        of the socket: the connection may be closed meanwhile, and its number be used for another one.
+
+        The Deferred gives the number of bytes that were sent, 0 if the socket takes none at present.
+
+        Raises:
+            EOFError: through the Deferred: the file ends at `offset`.
+            OSError: the bytes cannot be read, or the connection is lost; through the Deferred if a thread sends them.
+        """
+        descriptor = file.fileno()
+        if is_resident(descriptor, offset, count):
+            return execute(send_file, to, descriptor, offset, count)
+        socket = SharedFile(os.dup(to))
+        return self.read_file(
+            path,
+            lambda: send_file(socket.fileno(), descriptor, offset, count),
+            leases=(file.lease(), socket),
+        )
 
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which writes or syncs, in a thread."""
@@ -310,8 +332,8 @@ class Threads:
 
 
 def _release(job: _Read) -> None:
-    if job.lease is not None:
-        job.lease.release()
+    for lease in job.leases:
+        lease.release()
 
 
 def _counted(jobs: int) -> str:

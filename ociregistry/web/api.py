@@ -16,15 +16,17 @@ from twisted.logger import Logger
 from ociregistry import __version__
 from ociregistry.context import FROM_CLIENT, NO_VIA, Context
 from ociregistry.errors import LoopDetected
-from ociregistry.manifests import OCI_INDEX
-from ociregistry.names import Digest, Upstream
-from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.manifests import OCI_INDEX, Manifest
+from ociregistry.names import Digest, ImageReference, Upstream
+from ociregistry.pullthrough.cache import Content, PullThrough
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
+from ociregistry.web.exchange import InMemory, SizeOnly
+from ociregistry.web.hits import Again
 from ociregistry.web.requests import (
     BlobRequest,
     ManifestRequest,
@@ -35,7 +37,7 @@ from ociregistry.web.requests import (
     namespace,
     parse_request,
 )
-from ociregistry.web.resource import Answer, Handler, InMemory, SizeOnly, json_answer
+from ociregistry.web.resource import Answer, Handler, json_answer
 
 _log = Logger(namespace="ociregistry.web")
 
@@ -141,18 +143,57 @@ class V2:
         if found.stale:
             headers["Warning"] = '110 - "Response is Stale"'
         if pulls:
-            self._demand.manifest_requested(found.manifest, request.image, hit=found.hit)
-        return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit)
+            asked, is_list = request.image, found.manifest.is_list
+            self._demand.manifest_requested(asked, found.manifest.digest, is_list=is_list, hit=found.hit)
+        again = self._manifest_again(method, request.image, found.manifest) if found.hit and not found.stale else None
+        return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit, again=again)
+
+    def _manifest_again(self, method: str, image: ImageReference, manifest: Manifest) -> Again | None:
+        digest, is_list = manifest.digest, manifest.is_list
+        repeats = self._cache.repeats(image, digest)
+        if repeats is None:
+            return None
+        content = InMemory(manifest.data) if method == "GET" else SizeOnly(manifest.size)
+
+        def again() -> Content | None:
+            if not repeats():
+                return None
+            if method == "GET":
+                self._demand.manifest_requested(image, digest, is_list=is_list, hit=True)
+            return content
+
+        return again
 
     async def _blob(self, method: str, request: BlobRequest, scope: dict[str, str], context: Context) -> Answer:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
             size = await self._cache.blob_size(request.repository, request.digest, context)
-            return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit)
+            again = self._size_again(request.digest) if size.hit else None
+            return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit, again=again)
         if context.via == NO_VIA:
             self._demand.blob_requested(request.repository, request.digest)
         found = await self._cache.blob(request.repository, request.digest, context)
-        return Answer(200, found.content, headers, ranged=True, hit=found.hit)
+        again = self._blob_again(request) if found.hit else None
+        return Answer(200, found.content, headers, ranged=True, hit=found.hit, again=again)
+
+    def _size_again(self, digest: Digest) -> Again:
+        def again() -> Content | None:
+            content = self._cache.opened(digest)
+            if content is None:
+                return None
+            content.close()
+            return SizeOnly(content.size)
+
+        return again
+
+    def _blob_again(self, request: BlobRequest) -> Again:
+        def again() -> Content | None:
+            content = self._cache.opened(request.digest)
+            if content is not None:
+                self._demand.blob_requested(request.repository, request.digest)
+            return content
+
+        return again
 
     async def _tags(self, request: TagsRequest, scope: dict[str, str], context: Context) -> Answer:
         found = await self._listings.tags(request.repository, request.page, context)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import sys
 import termios
 from collections import Counter
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from socket import MSG_MORE
+from typing import Any, Protocol, cast
 
 from OpenSSL import SSL
+from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import (
@@ -23,6 +27,7 @@ from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
+from twisted.web.http_headers import Headers
 from twisted.web.server import Request
 from zope.interface import implementer
 
@@ -103,10 +108,37 @@ _FIRST_REQUEST_WITHIN = 5.0
 MOST_CONNECTIONS = 2000
 """Connections from one address. A node keeps a handful, but a whole cluster may share one address."""
 
-_BUFFER = 16 * 1024
+BUFFER = 16 * 1024
 """Bytes that are read at once, and that a transport holds unsent before it pauses its producer."""
 
 _TLS_HANDSHAKE = b"\x16"
+_LONGEST_PLAIN = 4096
+_PLAIN = re.compile(
+    rb"(?P<line>(?:GET|HEAD) [!-~]+ HTTP/1\.1)\r\n"
+    rb"(?i:"
+    rb"(?!range|if-|via|connection(?!:[ \t]*keep-alive\r)|expect|content-|transfer-|te:|trailer|upgrade|cookie)"
+    rb"[a-z0-9!#$%&'*+.^_`|~-]+:[ \t]*[ -~]*\r\n"
+    rb")*\r\n"
+)
+"""Other headers than those left out do not alter an answer."""
+
+
+def plain_request_line(data: bytes) -> bytes | None:
+    """Return the request line if `data` is one whole GET or HEAD request whose headers do not alter the answer.
+
+    None does not mean that the request is wrong.
+    """
+    match = _PLAIN.fullmatch(data) if len(data) <= _LONGEST_PLAIN else None
+    return None if match is None else match["line"]
+
+
+class ShortWay(Protocol):
+    """Answers requests again whose answers are known."""
+
+    def answer(self, channel: Channel, request_line: bytes) -> bool:
+        """Answer a plain request with this line, or return False: it is to take the usual way."""
+
+
 _NOT_TLS = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: 36\r\n\r\n"
     b"this port speaks plain HTTP, no TLS\n"
@@ -136,11 +168,14 @@ class Channel(HTTPChannel):
     A client may close its side of the connection after a request, and still gets the whole response.
 
     `addresses` counts the connections of each address and is shared by all channels. A new connection counts in
-    `in_flight` until its first request does.
+    `in_flight` until its first request does. Plain requests take the `short_way` where it has an answer.
     """
 
-    def __init__(self, clock: IReactorTime, addresses: Counter[str], in_flight: InFlight) -> None:
+    def __init__(
+        self, clock: IReactorTime, addresses: Counter[str], in_flight: InFlight, short_way: ShortWay | None = None
+    ) -> None:
         super().__init__()
+        self._short_way = short_way
         self._clock = clock
         self._in_flight = in_flight
         self._addresses = addresses
@@ -150,17 +185,37 @@ class Channel(HTTPChannel):
         self._fresh = True
         self._serving = False
         self._half_closed = False
+        self._between_requests = True
+        """Whether no byte of a request has come since the last one was answered."""
+        self._pipelined = False
+        """Whether bytes came while a request was being answered."""
+        self._held = b""
+        """Bytes that came while the short way was answering a request."""
+        self._disconnected: Callable[[], object] | None = None
+        self._idle_timeout: float | None = None
+        self._closing = False
+        self.head = b""
+        """The status line and headers of the last response, as they were sent."""
+        self.request_line: bytes | None = None
+        """The request line of a plain request, whose answer may be remembered."""
+        self._connection: Any = None
+        """The transport beneath TLS."""
+        self._plain: tcp.Connection | None = None
+        """The transport, where it is a socket without TLS."""
         self._unacknowledged: int | None = None
 
     def connectionMade(self) -> None:
         """Count the connection, and abort it when its address has too many."""
         super().connectionMade()
+        transport: Any = self.transport
+        self._connection = transport.transport if isinstance(transport, TLSMemoryBIOProtocol) else transport
+        self._plain = transport if isinstance(transport, tcp.Connection) else None
         peer: object = self._tcp.getPeer()
         is_tcp = isinstance(peer, IPv4Address | IPv6Address)
         # Without TCP_NODELAY small responses wait for the ACK of earlier ones. Transports in memory lack the method.
         if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
-        self._connection.bufferSize = _BUFFER
+        self._connection.bufferSize = BUFFER
         self._address = host_of(peer) if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         self._in_flight.connected(self)
@@ -179,6 +234,8 @@ class Channel(HTTPChannel):
         self._stop_deadline()
         self._stop_waiting()
         self._in_flight.disconnected(self)
+        if self._disconnected is not None:
+            self._disconnected()
         super().connectionLost(reason)
 
     def dataReceived(self, data: bytes) -> None:
@@ -189,9 +246,29 @@ class Channel(HTTPChannel):
             self._tcp.loseConnection()
             return
         self._fresh = False
+        if self._held_back(data):
+            return
+        if self._between_requests and self._short_way is not None and not self._closing:
+            self.request_line = plain_request_line(data)
+            if self.request_line is not None and self._short_way.answer(self, self.request_line):
+                return
+        self._between_requests = False
         if self._deadline is None and not self._serving:
             self._deadline = self._clock.callLater(_REQUEST_WITHIN, self._too_slow)
         super().dataReceived(data)
+
+    def rawDataReceived(self, data: bytes) -> None:
+        """Note that more came than one request without a body."""
+        self._pipelined = True
+        super().rawDataReceived(data)
+
+    def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Any) -> None:
+        """Write the status line and headers, and keep them in `head`."""
+        # Twisted 22.4 passes pairs.
+        pairs = _pairs(headers) if isinstance(headers, Headers) else headers
+        lines = [b"%b %b %b\r\n" % (version, code, reason), *(b"%b: %b\r\n" % pair for pair in pairs), b"\r\n"]
+        self.head = b"".join(lines)
+        self.write(self.head)
 
     def allContentReceived(self) -> None:
         """Cancel the deadline: the request is complete."""
@@ -203,8 +280,87 @@ class Channel(HTTPChannel):
     def requestDone(self, request: Request) -> None:
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
+        self.request_line = None
+        self._between_requests, self._pipelined = not self._pipelined, False
         super().requestDone(request)
         self._end_if_answered()
+
+    # The short way
+
+    def begin(self, disconnected: Callable[[], object]) -> None:
+        """Begin to answer a request that the channel has not parsed; further bytes wait until `end`.
+
+        `disconnected` is called when the connection is lost before that.
+        """
+        self._serving = True
+        self._disconnected = disconnected
+        self._idle_timeout = self.setTimeout(None)
+
+    def end(self) -> None:
+        """End such a request: its response has been sent."""
+        self._serving = False
+        self._disconnected = None
+        self.setTimeout(self._idle_timeout)
+        held, self._held = self._held, b""
+        if held:
+            self._resume_reading()
+            self.dataReceived(held)
+        self._end_if_answered()
+
+    def answered(self) -> None:
+        """Note that a request was answered at once."""
+        self.resetTimeout()
+        self._stop_waiting()
+
+    def _held_back(self, data: bytes) -> bool:
+        if not (self._serving and self._between_requests):
+            return False
+        self._held += data
+        self._limit_held()
+        return True
+
+    def _limit_held(self) -> None:
+        if len(self._held) > BUFFER:
+            self._connection.pauseProducing()
+
+    def _resume_reading(self) -> None:
+        if not self._closing:
+            self._connection.resumeProducing()
+
+    def resumeProducing(self) -> None:
+        """Go on with what waited until the client took bytes."""
+        super().resumeProducing()
+        self._limit_held()
+
+    @property
+    def socket(self) -> int | None:
+        """The descriptor of the connection, where bytes of files can be sent to it; None for TLS and a lost one."""
+        return self._plain.fileno() if self._plain is not None and self._plain.connected else None
+
+    def resume_when_writable(self) -> None:
+        """Call `resumeProducing` once everything that was written is sent, and the client can take more."""
+        assert self._plain is not None
+        self._plain.producerPaused = True
+        self._plain.startWriting()
+
+    def send_now(self, data: bytes, *, more: bool) -> int:
+        """Send as much of `data` as the client can take at present, and return its number of bytes.
+
+        `more` tells that other bytes follow at once, so that the kernel may send them together.
+        """
+        plain = self._plain
+        if plain is None or plain.dataBuffer or plain._tempDataLen:
+            return 0
+        try:
+            return plain.socket.send(data, MSG_MORE if more else 0)
+        except OSError:
+            # If the connection is lost, the transport finds that when it writes.
+            return 0
+
+    def loseConnection(self) -> None:
+        """Close the connection when all is sent."""
+        self._closing = True
+        super().loseConnection()
 
     def readConnectionLost(self) -> None:
         """Answer what has been requested, then close: the client sends no more."""
@@ -240,12 +396,6 @@ class Channel(HTTPChannel):
     def _tcp(self) -> ITCPTransport:
         return cast(ITCPTransport, self.transport)
 
-    @property
-    def _connection(self) -> Any:
-        """The transport beneath TLS."""
-        transport: Any = self.transport
-        return transport.transport if isinstance(transport, TLSMemoryBIOProtocol) else transport
-
     def _end_if_answered(self) -> None:
         if self._half_closed and not self._serving:
             self.loseConnection()
@@ -265,3 +415,7 @@ class Channel(HTTPChannel):
                 self._first_request_deadline.cancel()
             self._first_request_deadline = None
             self._in_flight.ended()
+
+
+def _pairs(headers: Headers) -> Iterator[tuple[bytes, bytes]]:
+    return ((name, value) for name, values in headers.getAllRawHeaders() for value in values)

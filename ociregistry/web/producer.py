@@ -6,22 +6,23 @@ while bytes that it wrote are unsent in this process. A client takes bytes when 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 from twisted.internet import defer
 from twisted.internet.interfaces import IPushProducer, IReactorTime
-from twisted.web.http import Request
 from zope.interface import implementer
 
 from ociregistry.concurrency import Event
 from ociregistry.errors import Unavailable
 from ociregistry.log import Seldom
-from ociregistry.pullthrough.cache import Content
+from ociregistry.pullthrough.cache import Content, FileContent, is_in_file
 from ociregistry.web.channel import Channel
 
 _LARGEST_PIECE = 256 * 1024
 """Bytes per write: large enough to make the work per write negligible."""
+SLICE = 1024 * 1024
+"""Bytes of a file that are sent at once, before it is the turn of other connections."""
 _SMALLEST_PIECE = 16 * 1024
 """Bytes per write where memory is scarce."""
 
@@ -73,23 +74,29 @@ class Unsent:
 
 @dataclass(frozen=True, slots=True)
 class SendLimits:
-    """What all answers share."""
+    """What all exchanges share."""
 
     patience: float
     """Seconds to wait for the next bytes of the content."""
     unsent: Unsent
     seldom: Seldom
     """For the log line that file descriptors are lacking."""
+    logs_requests: Callable[[], bool]
+    """Tells whether anybody reads the access log."""
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
 
 
 @implementer(IPushProducer)
 class ContentProducer:
-    """Writes a part of `content`, of which `in_memory` bytes are held in memory, to `request`."""
+    """Sends a part of `content`, of which `in_memory` bytes are held in memory, to the client of `channel`."""
 
     def __init__(
-        self, request: Request, content: Content, in_memory: int, limits: SendLimits, clock: IReactorTime
+        self, channel: Channel, content: Content, in_memory: int, limits: SendLimits, clock: IReactorTime
     ) -> None:
-        self._request = request
+        self._channel = channel
         self._content = content
         self._in_memory = in_memory
         self._patience = limits.patience
@@ -98,33 +105,59 @@ class ContentProducer:
         self._paused = False
         self._dropped = False
         self._resumed = Event()
+        self.sent = 0
+        """The number of bytes that were sent."""
         self.last_progress = clock.seconds()
         """When the client was last seen to take bytes."""
 
     async def send(self, start: int, stop: int) -> None:
-        """Write the bytes from `start` up to, not including, `stop`.
+        """Send the bytes from `start` up to, not including, `stop`.
 
         Raises:
             Unavailable: the upstream sent no byte within `patience`, or the content is shorter than its size.
             SlowClient: the client took nothing for `SLOWEST` seconds, or for less where memory was needed.
+            ClientGone: the connection is lost.
         """
-        self._request.registerProducer(self, True)
+        self._channel.registerProducer(self, True)
         try:
             available = 0
             while start < stop:
                 if start >= available:
                     available = await self._more_than(start)
-                data = await self._content.read(start, min(self._unsent.piece, available - start, stop - start))
-                if not data:
-                    raise Unavailable(f"{self._content}: the file ends at byte {start} of {self._content.size}")
-                self._request.write(data)
-                start += len(data)
-                if self._paused:
-                    await self._taken(len(data))
+                count = await self._send_some(start, min(available, stop) - start)
+                start += count
+                self.sent += count
         finally:
-            # A request whose client has disconnected has no channel.
-            if self._request.channel is not None:
-                self._request.unregisterProducer()
+            self._channel.unregisterProducer()
+
+    async def _send_some(self, start: int, count: int) -> int:
+        try:
+            if self._channel.socket is not None and is_in_file(self._content):
+                return await self._send_file(self._content, start, min(count, SLICE))
+            return await self._write(start, min(count, self._unsent.piece))
+        except EOFError:
+            raise Unavailable(f"{self._content}: the file ends at byte {start} of {self._content.size}") from None
+        except ConnectionError as error:
+            raise ClientGone(str(error)) from error
+
+    async def _send_file(self, content: FileContent, start: int, count: int) -> int:
+        """Send bytes of a file within the kernel, in turn with all other connections."""
+        self._paused = True
+        self._channel.resume_when_writable()
+        await self._taken(0)
+        socket = self._channel.socket
+        if socket is None:
+            raise ClientGone("the connection is lost")
+        return await content.send(socket, start, count)
+
+    async def _write(self, start: int, count: int) -> int:
+        data = await self._content.read(start, count)
+        if not data:
+            raise EOFError
+        self._channel.write(data)
+        if self._paused:
+            await self._taken(len(data))
+        return len(data)
 
     async def _more_than(self, offset: int) -> int:
         waiting = self._content.more_than(offset).addTimeout(self._patience, self._clock)
@@ -137,7 +170,9 @@ class ContentProducer:
         """Wait until nothing that was written is unsent in this process; the last piece had `size` bytes."""
         self.last_progress = self._clock.seconds()
         unacknowledged = self._unacknowledged()
-        self._unsent.add(self, self._in_memory + size)
+        held = self._in_memory + size
+        if held:
+            self._unsent.add(self, held)
         try:
             while self._paused:
                 silent = self._clock.seconds() - self.last_progress
@@ -154,8 +189,7 @@ class ContentProducer:
             self._unsent.remove(self)
 
     def _unacknowledged(self) -> int | None:
-        channel = cast("Channel | None", self._request.channel)
-        return None if channel is None else channel.unacknowledged
+        return self._channel.unacknowledged
 
     def drop(self) -> None:
         """Give the client up, to which bytes are unsent."""
@@ -170,4 +204,4 @@ class ContentProducer:
         self._resumed.fire()
 
     def stopProducing(self) -> None:
-        """Do nothing: on a lost connection, `notifyFinish` of the request cancels `send`."""
+        """Do nothing: `send` is cancelled when the connection is lost."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.interfaces import IAddress, IReactorTime
@@ -15,6 +16,7 @@ from ociregistry.errors import NotFound
 from ociregistry.log import Seldom
 from ociregistry.web.api import V2
 from ociregistry.web.channel import Channel, InFlight
+from ociregistry.web.hits import Hits
 from ociregistry.web.producer import SendLimits, Unsent
 from ociregistry.web.requests import Query, origin_form
 from ociregistry.web.resource import Answer, Handler, HandlerResource
@@ -60,17 +62,28 @@ class _FallbackResource(Resource):
 
 
 class RegistrySite(Site):
-    """The HTTP server; `web/resource.py` writes the access log."""
+    """The HTTP server; `web/exchange.py` writes the access log."""
 
     noisy = False
 
-    def __init__(self, v2: V2, health: Handler, patience: float, clock: IReactorTime) -> None:
-        """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content."""
+    def __init__(
+        self,
+        v2: V2,
+        health: Handler,
+        patience: float,
+        clock: IReactorTime,
+        logs_requests: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content.
+
+        `logs_requests` tells whether anybody reads the access log.
+        """
         self.in_flight = InFlight()
-        limits = SendLimits(patience, Unsent(clock), Seldom(clock))
+        limits = SendLimits(patience, Unsent(clock), Seldom(clock), logs_requests)
+        self.hits = Hits(self.in_flight, limits, clock)
 
         def resource(handler: Handler) -> HandlerResource:
-            return HandlerResource(handler, self.in_flight, limits, clock)
+            return HandlerResource(handler, self.in_flight, self.hits, limits, clock)
 
         root = _FallbackResource(resource(_not_found))
         root.putChild(b"v2", resource(v2.answer))
@@ -82,14 +95,14 @@ class RegistrySite(Site):
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Make the channel of a new connection, without the superclass's wrapper that can also speak HTTP/2."""
         # Any, since Twisted's types allow only that wrapper, which is private.
-        channel: Any = Channel(self._clock, self._addresses, self.in_flight)
+        channel: Any = Channel(self._clock, self._addresses, self.in_flight, self.hits)
         channel.factory, channel.site = self, self
         channel.requestFactory = self.requestFactory
         channel.timeOut, channel.callLater = self.timeOut, self._clock.callLater
         return channel
 
     def log(self, request: object) -> None:
-        """Do nothing: `web/resource.py` writes the access log."""
+        """Do nothing: `web/exchange.py` writes the access log."""
 
 
 async def _not_found(method: str, path: bytes, query: Query, context: Context) -> Answer:

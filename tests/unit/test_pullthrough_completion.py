@@ -91,7 +91,7 @@ async def test_image_is_fetched_from_a_repository_that_has_shown_it(
 ) -> None:
     """A client that asks for a cached digest may invent the repository, and its host."""
     await store.keep(IMAGE, APP)
-    await completion.add_pending(IMAGE, image("host.invalid/app:1").repository)
+    await completion.complete(IMAGE.digest, image("host.invalid/app:1").repository)
     await until(lambda: blob_fetcher.asked)
     assert blob_fetcher.asked == [(APP.repository, CONFIG)]
     assert store.pending == {IMAGE.digest: APP.repository}
@@ -109,7 +109,7 @@ async def test_complete_images_cause_no_fetch(
             blob_fetcher.put(blob)
         await pulled(completion, store)
     else:
-        await completion.add_pending(IMAGE, APP.repository)
+        await completion.complete(IMAGE.digest, APP.repository)
     clock.advance(30)
     await turn()
     assert (pending(root), store.pending, blob_fetcher.asked) == ([], {}, [])

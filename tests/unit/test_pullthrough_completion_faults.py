@@ -13,7 +13,6 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Unavailable
-from ociregistry.manifests import Manifest
 from ociregistry.names import Digest, Repository, Upstream
 from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import PullThrough
@@ -271,9 +270,13 @@ class PendingImages(Completion):
         self.error: Exception | None = None
         self._policy = CompletionPolicy()
 
-    async def add_pending(self, manifest: Manifest, repository: Repository, *, hit: bool = True) -> None:
+    def lacks_nothing(self, digest: Digest) -> bool:
+        """Tell that nothing is known."""
+        return False
+
+    async def complete(self, digest: Digest, repository: Repository, *, hit: bool = True) -> None:
         """Record the call and fail if `error` is set."""
-        self.pending.append((manifest.digest, repository))
+        self.pending.append((digest, repository))
         if self.error is not None:
             raise self.error
 

@@ -205,7 +205,7 @@ async def test_client_pull_retries_a_given_up_image_immediately(
     completion = complete()
     await blob_fetcher.refuse(BlobUnknown("404"), 1)
     await until(lambda: not pending(root))
-    await completion.add_pending(IMAGE, APP.repository)
+    await completion.complete(IMAGE.digest, APP.repository)
     await until(lambda: len(blob_fetcher.asked) == 2)
 
 
@@ -383,7 +383,7 @@ async def test_without_completion_missing_bytes_are_still_counted(
 ) -> None:
     await store.keep(IMAGE, APP, wanted=True)
     completion = complete(images=False)
-    await completion.add_pending(IMAGE, APP.repository)
+    await completion.complete(IMAGE.digest, APP.repository)
     await refresh(store, clock, 30)
     assert (blob_fetcher.asked, pending(root), completion.incomplete) == ([], [], Incomplete(1, SIZE))
     for blob in BLOBS:

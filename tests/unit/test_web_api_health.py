@@ -65,7 +65,7 @@ async def test_health_is_current(store: Store, clock: Clock, tmp_path: Any) -> N
     app, what = image("reg.example/team/app:1"), manifest(BUILT)
     await store.keep(what, app)
     assert figures() == [0, 1, 0, 0]
-    await completion.add_pending(what, app.repository)
+    await completion.complete(what.digest, app.repository)
     assert figures() == [0, 1, 1, sum(len(blob.data) for blob in BUILT.blobs)]
     assert store.pending == {Digest(BUILT.manifest.digest): app.repository}
 

@@ -10,7 +10,8 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry import __version__
 from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, NameInvalid, RangeUnsatisfiable, RegistryError, Unavailable
-from ociregistry.web.resource import Answer, InMemory, SizeOnly
+from ociregistry.web.exchange import InMemory, SizeOnly
+from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from ociregistry.errors import BlobUnknown, MethodUnsupported, RegistryError, Unavailable
-from ociregistry.web.resource import Answer, InMemory, SizeOnly, error_answer, json_answer
+from ociregistry.web.exchange import InMemory, SizeOnly
+from ociregistry.web.resource import Answer, error_answer, json_answer
 from tests.unit.support.common import fired
 
 

@@ -10,7 +10,8 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
 from ociregistry.web import channel
-from ociregistry.web.resource import Answer, InMemory
+from ociregistry.web.exchange import InMemory
+from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.common import texts
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site

@@ -65,7 +65,7 @@ class FakeBlobFetcher:
 async def pulled(completion: Completion, store: Store, what: Manifest = IMAGE, where: str = str(APP)) -> None:
     """Store the manifest and register it, as for a client's pull."""
     await store.keep(what, image(where))
-    await completion.add_pending(what, image(where).repository)
+    await completion.complete(what.digest, image(where).repository)
 
 
 def pending(root: Path) -> list[str]:

@@ -41,7 +41,7 @@ class NoDemand(Demand):
     def __init__(self) -> None:
         pass
 
-    def manifest_requested(self, manifest: Manifest, image: ImageReference, *, hit: bool) -> None:
+    def manifest_requested(self, image: ImageReference, digest: Digest, *, is_list: bool, hit: bool) -> None:
         """Do nothing."""
 
     def blob_requested(self, repository: Repository, digest: Digest) -> None:
@@ -86,7 +86,7 @@ class Demands:
             if not hit:
                 is_child = not tag and bool(self.store.indexes(one.digest))
                 await self.store.keep(one, asked, wanted=None if one.is_list else not is_child)
-            self.demand.manifest_requested(one, asked, hit=hit)
+            self.demand.manifest_requested(asked, one.digest, is_list=one.is_list, hit=hit)
         await settle(self.store)
 
     async def get_layers(self, *layers: bytes, repository: str = APP) -> None:

@@ -21,8 +21,9 @@ from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
 from ociregistry.web.api import V2, health
+from ociregistry.web.exchange import InMemory
 from ociregistry.web.requests import Query
-from ociregistry.web.resource import Answer, InMemory
+from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)

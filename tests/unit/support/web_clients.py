@@ -12,7 +12,7 @@ from twisted.internet.testing import StringTransport
 
 from ociregistry.errors import ManifestUnknown
 from ociregistry.pullthrough.cache import FoundBlob
-from ociregistry.web.resource import InMemory
+from ociregistry.web.exchange import InMemory
 from ociregistry.web.site import RegistrySite
 
 QUICK = b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n"

@@ -1,0 +1,116 @@
+"""Whole blobs that are kept open, so that a hit needs no thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachetools import LRUCache
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+
+from ociregistry.names import Digest
+from ociregistry.process import descriptors_are_scarce
+from ociregistry.store.files import SharedFile
+from ociregistry.store.threads import Threads
+
+_MOST = 256
+"""Files that are kept open."""
+_LOOK_EVERY = 1.0
+"""Seconds."""
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, size in bytes and mode of a file: the same while a name leads to the same file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenBlob:
+    path: Path
+    file: SharedFile
+    size: int
+    identity: Identity
+
+
+class _Files(LRUCache[Digest, _OpenBlob]):
+    """The open files; one that is dropped is closed when its last reader has ended."""
+
+    def __delitem__(self, digest: Digest) -> None:
+        dropped = self[digest]
+        super().__delitem__(digest)
+        dropped.file.release()
+
+
+class OpenBlobs:
+    """The blobs that were opened last.
+
+    Every second a thread looks whether their names still lead to the same files. A file that was removed is closed,
+    as the disk gets its space back only then. While descriptors are scarce, no file is kept open.
+    """
+
+    def __init__(self, threads: Threads, clock: IReactorTime, most: int = _MOST) -> None:
+        self._threads = threads
+        self._files = _Files(most)
+        self._loop = LoopingCall(self._look)
+        self._loop.clock = clock
+
+    def start(self) -> None:
+        """Start to look at the files."""
+        self._loop.start(_LOOK_EVERY, now=False)
+
+    def stop(self) -> None:
+        """Close the files."""
+        self._loop.stop()
+        self.forget(list(self._files))
+
+    def get(self, digest: Digest) -> tuple[SharedFile, int] | None:
+        """Return a lease on an open file and its size in bytes, or None."""
+        kept = self._files.get(digest)
+        return None if kept is None else (kept.file.lease(), kept.size)
+
+    def add(self, digest: Digest, path: Path, file: SharedFile, size: int) -> None:
+        """Keep the `file` at `path` open, of `size` bytes."""
+        if not self._loop.running or descriptors_are_scarce():
+            return
+        status = os.fstat(file.fileno())
+        self.forget([digest])
+        self._files[digest] = _OpenBlob(path, file.lease(), size, _identity(status))
+
+    def forget(self, digests: Iterable[Digest]) -> None:
+        """Close the files of these blobs, if they are open."""
+        for digest in digests:
+            if digest in self._files:
+                del self._files[digest]
+
+    def _look(self) -> Deferred[None]:
+        if descriptors_are_scarce():
+            self.forget(list(self._files))
+        seen = dict(self._files.items())
+        looked = self._threads.read(_changed, {kept.path: kept.identity for kept in seen.values()})
+
+        def forget(changed: frozenset[Path]) -> None:
+            # A file that was opened meanwhile is looked at next time.
+            self.forget(digest for digest, kept in seen.items() if kept.path in changed and self._is(digest, kept))
+
+        return looked.addCallback(forget)
+
+    def _is(self, digest: Digest, kept: _OpenBlob) -> bool:
+        return digest in self._files and self._files[digest] is kept
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mode
+
+
+def _changed(files: Mapping[Path, Identity]) -> frozenset[Path]:
+    """Return those of the paths that lead to other files than before. Blocks."""
+    return frozenset(path for path, identity in files.items() if _identity_at(path) != identity)
+
+
+def _identity_at(path: Path) -> Identity | None:
+    try:
+        return _identity(os.lstat(path))
+    except OSError:
+        return None

@@ -1,0 +1,139 @@
+"""The short way for hits: whole answers, remembered by the request line as it stands on the wire.
+
+An answer is remembered when the usual way has given it, and it is served as long as that would give it again, which
+the answer itself tells from memory: no thread, no file and no parsing beyond the request line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cachetools import LRUCache
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.http import datetimeToString
+
+from ociregistry.pullthrough.cache import Content, is_in_file
+from ociregistry.web.channel import BUFFER, Channel, InFlight
+from ociregistry.web.exchange import Exchange, InMemory, Logged, SizeOnly, client_of, log_access
+from ociregistry.web.producer import SLICE, SendLimits
+from ociregistry.web.requests import Range
+
+Again = Callable[[], Content | None]
+"""Does what a repeated request does and returns its content, or None where the answer may be another one."""
+
+_MOST = 32 * 1024 * 1024
+"""Bytes of answers that are remembered."""
+_LARGEST = 64 * 1024
+"""Bytes in memory of an answer that is remembered."""
+_OVERHEAD = 3000
+"""Bytes of an answer beside its content, about."""
+_DATE = b"\r\nDate: "
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """An answer that is remembered."""
+
+    before_date: bytes
+    after_date: bytes
+    """The rest of the head, to the empty line."""
+    again: Again
+    size: int
+    logged: Logged
+    in_memory: int
+    """The bytes of the content that are held in memory."""
+
+
+class Hits:
+    """The answers to the last requests, and the short way that serves them."""
+
+    def __init__(self, in_flight: InFlight, limits: SendLimits, clock: IReactorTime, most: int = _MOST) -> None:
+        self._in_flight = in_flight
+        self._limits = limits
+        self._clock = clock
+        self._hits: LRUCache[bytes, Hit] = LRUCache(most, getsizeof=_bytes_of)
+        self.settings = 0
+        """Grows with each change of the settings: an answer by earlier ones is not remembered."""
+        self._second = 0
+        self._date = b""
+
+    def forget(self) -> None:
+        """Forget all answers: the settings have changed."""
+        self.settings += 1
+        self._hits.clear()
+
+    def remember(self, request_line: bytes, head: bytes, content: Content, again: Again, logged: Logged) -> None:
+        """Remember an answer with status 200, with this head and content."""
+        before, found, after = head.partition(_DATE)
+        in_memory = len(content.data) if isinstance(content, InMemory) else 0
+        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, in_memory)
+        if found and in_memory <= _LARGEST:
+            self._hits[request_line] = hit
+
+    def answer(self, channel: Channel, request_line: bytes) -> bool:
+        """Answer a plain request with this line, or return False: it is to take the usual way."""
+        hit = self._hits.get(request_line)
+        content = None if hit is None else hit.again()
+        if hit is None or content is None:
+            return False
+        if content.size != hit.size:
+            content.close()
+            return False
+        channel.answered()
+        sent = self._send_at_once(channel, self._head(hit), content)
+        if sent < hit.size and not isinstance(content, SizeOnly):
+            self._send_rest(channel, hit, content, sent)
+            return True
+        content.close()
+        if self._limits.logs_requests():
+            log_access(hit.logged, 200, sent, 0, client_of(channel.getPeer()), hit=True)
+        return True
+
+    def _head(self, hit: Hit) -> bytes:
+        second = int(time.time())
+        if second != self._second:
+            self._second, self._date = second, datetimeToString(second)
+        return b"".join((hit.before_date, self._date, hit.after_date))
+
+    def _send_at_once(self, channel: Channel, head: bytes, content: Content) -> int:
+        """Send or write the head, and what can be sent of the content without waiting; return the latter's size."""
+        body = content.data if isinstance(content, InMemory) else b""
+        data = head + body
+        in_file = is_in_file(content) and content.size > 0
+        sent = channel.send_now(data, more=in_file)
+        socket = channel.socket
+        if sent == len(data) and in_file and is_in_file(content) and socket is not None:
+            return content.send_at_once(socket, 0, min(content.size, SLICE))
+        if sent == len(data):
+            return len(body)
+        if sent < len(head):
+            if socket is None and len(body) <= BUFFER:
+                channel.write(data)
+                return len(body)
+            channel.write(head[sent:])
+        return max(0, sent - len(head))
+
+    def _send_rest(self, channel: Channel, hit: Hit, content: Content, sent: int) -> None:
+        exchange = Exchange(channel, hit.logged, self._limits, self._clock)
+        channel.begin(exchange.disconnected)
+        self._in_flight.began()
+        sending = Deferred.fromCoroutine(self._finish(channel, exchange, content, sent))
+        sending.addErrback(exchange.log_defect)
+        sending.addBoth(lambda _: self._in_flight.ended())
+
+    async def _finish(self, channel: Channel, exchange: Exchange, content: Content, sent: int) -> None:
+        in_memory = content.size - sent if isinstance(content, InMemory) else 0
+        try:
+            whole = await exchange.send(content, Range(sent, content.size), in_memory=in_memory, sent=sent)
+        finally:
+            content.close()
+        exchange.log_access(200, hit=True)
+        if whole:
+            channel.end()
+
+
+def _bytes_of(hit: Hit) -> int:
+    return _OVERHEAD + hit.in_memory
