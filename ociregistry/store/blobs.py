@@ -237,9 +237,6 @@ class Blobs:
         Raises:
             Unavailable: the disk does not answer.
         """
-        opened = self.opened(digest)
-        if opened is not None:
-            return opened
         path = self._folder / digest.hex
         found = await self._open(path, digest)
         blob = None if found is None else self._reader(digest, *found)

@@ -76,6 +76,9 @@ class OpenBlobs:
             return
         status = os.fstat(file.fileno())
         self.forget([digest])
+        if status.st_nlink == 0:
+            # It was removed while it was being opened.
+            return
         self._files[digest] = _OpenBlob(path, file.lease(), size, _identity(status))
 
     def forget(self, digests: Iterable[Digest]) -> None:

@@ -216,6 +216,9 @@ class Channel(HTTPChannel):
         if is_tcp and hasattr(self.transport, "setTcpNoDelay"):
             self._tcp.setTcpNoDelay(True)
         self._connection.bufferSize = BUFFER
+        if not is_tcp:
+            # A command, which may have removed a file just now.
+            self._short_way = None
         self._address = host_of(peer) if isinstance(peer, IPv4Address | IPv6Address) else str(peer)
         self._addresses[self._address] += 1
         self._in_flight.connected(self)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from twisted.internet.task import Clock
 
 from ociregistry.names import Digest
 from ociregistry.pullthrough.loader import LoadStatus, Outcome
@@ -63,7 +64,7 @@ async def holds(store: Store, *images: Image | Index) -> bool:
 @pytest.mark.parametrize("what", [IMAGE, INDEX, make_image("docker", docker=True)])
 @on_reactor
 async def test_second_import_reports_present(
-    store: Store, tmp_path: Path, what: Image | Index, compression: str
+    root: Path, store: Store, clock: Clock, tmp_path: Path, what: Image | Index, compression: str
 ) -> None:
     path = write_tar(tmp_path / "a.tar", named(what), compression)
     size = sum(len(blob.data) for blob in what.blobs)
@@ -72,6 +73,10 @@ async def test_second_import_reports_present(
     assert await store.manifest(image(NAME)) == manifest(what)
     assert await holds(store, what)
     assert await load(store, path) == [Outcome(NAME, LoadStatus.PRESENT)]
+    # The store keeps blobs open until their files are removed.
+    for path in (root / "blobs").iterdir():
+        path.unlink()
+    clock.advance(1)
     await until(lambda: len(os.listdir("/proc/self/fd")) == descriptors)
 
 

@@ -46,7 +46,7 @@ async def test_pull_through_the_daemon(
     root: Path, daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    daemons.start("--no-complete-images", "--default-ns", upstream.host)
+    daemons.start("--no-complete-images", "--log-level", "info", "--default-ns", upstream.host)
     health = await get(network, events, "/health")
     assert json.loads(await health.collect(1000))["version"] == __version__
     for _ in range(2):

@@ -68,7 +68,7 @@ async def test_commands_pull_through_control_socket(
     events: list[LogEvent],
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    start(daemons, upstream, "--no-complete-images")
+    start(daemons, upstream, "--no-complete-images", "--log-level", "info")
     found = root / "pulls" / "0" / "socket"
     assert stat.S_ISSOCK(found.stat().st_mode)
     # Only those with access to the store's credentials and files may use it.

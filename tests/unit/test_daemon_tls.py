@@ -68,7 +68,9 @@ async def test_pull_over_tls(
     authority: Authority,
 ) -> None:
     upstream.add("team/app", BUILT, "1")
-    daemons.start("--no-complete-images", "--default-ns", upstream.host, "--config-path", str(path))
+    daemons.start(
+        "--no-complete-images", "--log-level", "info", "--default-ns", upstream.host, "--config-path", str(path)
+    )
     client = Client(network, events, authority)
     health = await client.get("/health")
     assert json.loads(await health.collect(1000))["version"] == __version__
@@ -118,7 +120,7 @@ async def test_client_certificate_is_required_with_client_ca(
 ) -> None:
     clients, strangers = (Authority(tmp_path / name, name) for name in ("clients", "strangers"))
     path.write_text(f"tls: {{cert: {HOST}.crt, key: {HOST}.key, client_ca: {clients.ca}}}\n")
-    daemons.start("--config-path", str(path))
+    daemons.start("--log-level", "info", "--config-path", str(path))
     right = Client(network, events, authority, clients.issue("client"))
     assert (await right.get("/health")).status == 200
     for own in (None, strangers.issue("client"), authority.issue("client")):
