@@ -97,7 +97,7 @@ def table(found: Figures, rows: Sequence[Row], missing: Mapping[str, str], big: 
         figures = {name: found.get((row.key, name), ()) for name in SERVERS}
         cells = ["**missing**" if name in missing else _spread(figures[name], row.places) for name in names]
         cells += [_spread(_ratios(figures[OURS], figures[name]), 3) for name in REFERENCES]
-        lines.append(f"| {row.title.format(big=f'{big / 1e6:.0f} MB')} | {' | '.join(cells)} |")
+        lines.append(f"| {row.title.format(big=f'{big / 1e6:g} MB')} | {' | '.join(cells)} |")
     return lines
 
 

@@ -74,12 +74,17 @@ class Connection:
 
     def __init__(self, url: str, ca: Path | None) -> None:
         self._url = url
-        parts = urlsplit(url)
-        self._host = parts.netloc
-        plain = socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_PATIENCE)
+        self._host = urlsplit(url).netloc
+        self._context = ssl.create_default_context(cafile=str(ca)) if ca else None
         # Without a copy there is less of the reader in the figures.
         self._flags = 0 if ca else socket.MSG_TRUNC
-        self._socket = _client_context(ca).wrap_socket(plain, server_hostname=parts.hostname) if ca else plain
+        self._socket = self._connected()
+        self._is_last = False
+
+    def _connected(self) -> socket.socket:
+        address, _, port = self._host.partition(":")
+        plain = socket.create_connection((address, int(port)), timeout=_PATIENCE)
+        return self._context.wrap_socket(plain, server_hostname=address) if self._context else plain
 
     def close(self) -> None:
         """Close it."""
@@ -88,9 +93,14 @@ class Connection:
     def request(self, url: str, size: int) -> bytes:
         """Send a request; return the first bytes of the body as soon as there are any.
 
+        It connects anew when the server announced with the answer before that it closes; nginx does after 1,000.
+
         Raises:
             RuntimeError: the answer is not 200 with `size` bytes.
         """
+        if self._is_last:
+            self._socket.close()
+            self._socket = self._connected()
         parts = urlsplit(url)
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
         wanted = f"GET {target} HTTP/1.1\r\nHost: {self._host}\r\nAccept: {_ACCEPT}\r\n\r\n"
@@ -104,6 +114,7 @@ class Connection:
         status, *headers = head.decode("latin-1").lower().split("\r\n")
         if " 200" not in status or f"content-length: {size}" not in headers:
             raise RuntimeError(f"{url}: 200 with {size} bytes was expected: {head!r}")
+        self._is_last = "connection: close" in headers
         return body
 
     def discard(self, count: int, buffer: bytearray) -> int:
@@ -126,10 +137,6 @@ class Connection:
         if not count:
             raise RuntimeError(f"{self._url}: the body ended early")
         return count
-
-
-def _client_context(ca: Path) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=str(ca))
 
 
 @dataclass(frozen=True)
