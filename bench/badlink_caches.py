@@ -78,7 +78,7 @@ def docker_registry(place: Place) -> Cache:
 
 def drayage(place: Place) -> Cache:
     """Make drayage, from the venv beside the folder."""
-    server = Drayage(_venv(place.folder.parent) / "bin" / "drayage", place.folder, f"http://{place.link}")
+    server = Drayage(drayage_program(place.folder.parent), place.folder, f"http://{place.link}")
     return Cache(server, lambda path: f"{server.url}/v2/{path}")
 
 
@@ -93,7 +93,7 @@ def missing(name: str, root: Path) -> str | None:
     """Return why this cache cannot run, or None. drayage is installed below `root`."""
     if name == "docker-registry":
         return None if shutil.which(name) else "not installed: apt-get install docker-registry"
-    if name == "drayage" and not (_venv(root) / "bin" / "drayage").exists():
+    if name == "drayage" and not drayage_program(root).exists():
         venv = str(_venv(root))
         steps = [[sys.executable, "-m", "venv", venv], [f"{venv}/bin/pip", "install", "-q", DRAYAGE]]
         for step in steps:
@@ -102,6 +102,11 @@ def missing(name: str, root: Path) -> str | None:
             except (OSError, subprocess.SubprocessError) as problem:
                 return f"not installed: {getattr(problem, 'stderr', None) or problem}".strip()[-200:]
     return None
+
+
+def drayage_program(root: Path) -> Path:
+    """Return the program that `missing` installs."""
+    return _venv(root) / "bin" / "drayage"
 
 
 def _venv(root: Path) -> Path:

@@ -26,6 +26,7 @@ PACKAGES = {
     "update-ca-certificates": "ca-certificates",
     "unshare": "util-linux",
     "mount": "mount",
+    "wrk": "wrk",
 }
 NOWHERE = "http://127.0.0.1:1"
 
