@@ -189,8 +189,12 @@ class Channel(HTTPChannel):
         """Whether no byte of a request has come since the last one was answered."""
         self._pipelined = False
         """Whether bytes came while a request was being answered."""
+        self._ends_with_request = False
+        """Whether the last bytes that came are the end of a request without a body."""
+        self._on_short_way = False
+        """Whether the short way is answering a request."""
         self._held = b""
-        """Bytes that came while the short way was answering a request."""
+        """Bytes that came meanwhile."""
         self._disconnected: Callable[[], object] | None = None
         self._idle_timeout: float | None = None
         self._closing = False
@@ -249,13 +253,16 @@ class Channel(HTTPChannel):
             self._tcp.loseConnection()
             return
         self._fresh = False
-        if self._held_back(data):
+        if self._on_short_way:
+            self._held += data
+            self._limit_held()
             return
         if self._between_requests and self._short_way is not None and not self._closing:
             self.request_line = plain_request_line(data)
             if self.request_line is not None and self._short_way.answer(self, self.request_line):
                 return
         self._between_requests = False
+        self._ends_with_request = data.endswith(b"\r\n\r\n")
         if self._deadline is None and not self._serving:
             self._deadline = self._clock.callLater(_REQUEST_WITHIN, self._too_slow)
         super().dataReceived(data)
@@ -277,6 +284,7 @@ class Channel(HTTPChannel):
         """Cancel the deadline: the request is complete."""
         self._stop_deadline()
         self._serving = True
+        self._between_requests = False
         super().allContentReceived()
         self._stop_waiting()
 
@@ -284,7 +292,9 @@ class Channel(HTTPChannel):
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
         self.request_line = None
-        self._between_requests, self._pipelined = not self._pipelined, False
+        # Else the beginning of the next request may be in a buffer.
+        self._between_requests = self._ends_with_request and not self._pipelined
+        self._pipelined = False
         super().requestDone(request)
         self._end_if_answered()
 
@@ -295,13 +305,13 @@ class Channel(HTTPChannel):
 
         `disconnected` is called when the connection is lost before that.
         """
-        self._serving = True
+        self._serving = self._on_short_way = True
         self._disconnected = disconnected
         self._idle_timeout = self.setTimeout(None)
 
     def end(self) -> None:
         """End such a request: its response has been sent."""
-        self._serving = False
+        self._serving = self._on_short_way = False
         self._disconnected = None
         self.setTimeout(self._idle_timeout)
         held, self._held = self._held, b""
@@ -314,13 +324,6 @@ class Channel(HTTPChannel):
         """Note that a request was answered at once."""
         self.resetTimeout()
         self._stop_waiting()
-
-    def _held_back(self, data: bytes) -> bool:
-        if not (self._serving and self._between_requests):
-            return False
-        self._held += data
-        self._limit_held()
-        return True
 
     def _limit_held(self) -> None:
         if len(self._held) > BUFFER:
