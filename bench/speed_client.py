@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import socket
 import ssl
 import time
@@ -29,7 +28,7 @@ _PIECE = 256 * 1024
 """Bytes; a larger buffer does not fit into the processor's cache."""
 _HEADERS_END = b"\r\n\r\n"
 _LONGEST_HEADERS = 4096
-_HEAD_START = 0.1
+_HEAD_START = 0.5
 """Seconds from the order to read to the begin, so that all readers begin at once."""
 # `done` alone costs nothing a request.
 _SUMMARY = """
@@ -198,8 +197,10 @@ def _read(order: _Order) -> tuple[int, int]:
     buffer = bytearray(_PIECE)
     in_time = received = 0
     with closing(Connection(order.url, order.ca)) as connection:
-        time.sleep(max(0.0, order.begin - time.monotonic()))
-        while time.monotonic() < order.end:
+        if (early := order.begin - time.monotonic()) < 0:
+            raise RuntimeError(f"{order.url}: a reader began late")
+        time.sleep(early)
+        while not received or time.monotonic() < order.end:
             left = order.size
             count = len(connection.request(order.url, order.size))
             while True:
@@ -213,20 +214,18 @@ def _read(order: _Order) -> tuple[int, int]:
     return in_time, received
 
 
-def _end_by_default() -> None:
-    """Let the pool end this process, whatever its parent does at that signal."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class Readers:
-    """Processes that read one part at the same time."""
+    """Processes that read one part at the same time. All have started when this is made."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._pool = get_context("fork").Pool(MOST_READERS, _end_by_default)
+        processes = get_context("spawn")
+        started = processes.Barrier(MOST_READERS + 1)
+        self._pool = processes.Pool(MOST_READERS, started.wait)
+        started.wait(_PATIENCE)
 
     def __enter__(self) -> Self:
-        """Return the readers, whose processes already run."""
+        """Return the readers."""
         return self
 
     def __exit__(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.badlink_caches import Drayage, missing
-from tests import procfs
 from tests.images import OCI_MANIFEST, Image, make_image
 from tests.peers import DockerRegistry, missing_package
 from tests.processes import Daemon, Server, answers, free_port
@@ -21,6 +18,9 @@ ADDRESS = "127.0.0.1"
 REPOSITORY, TAG = "bench/app", "1"
 SMALL_LAYER = 18_000
 """Bytes of the small layer's file; in tar's records they make a blob of 20 kB."""
+
+_ENDS = 30
+"""Seconds."""
 
 _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 _FETCHED = re.compile(r"^GET \S+/(?:blobs|manifests)/sha256:", re.MULTILINE)
@@ -97,12 +97,9 @@ class Nginx(Server):
         return answers(f"http://{ADDRESS}:{self.port}/ready")
 
     def kill(self) -> None:
-        """Send SIGKILL to the master and to its workers, which would outlive it."""
-        workers = procfs.family(self.process.pid)[1:] if self.running else []
-        super().kill()
-        for worker in workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker, signal.SIGKILL)
+        """End the master by SIGTERM, which ends its workers at once; they would outlive a SIGKILL."""
+        self.process.terminate()
+        self.process.wait(_ENDS)
 
 
 _READY = "location = /ready { return 200; }\n"

@@ -12,11 +12,13 @@ import pytest
 
 from ociregistry import __version__
 from tests.deb.installation import CONFIG, DAEMON, LOADED, MANIFEST, REFERENCE, STORE, UPSTREAM, Installation
+from tests.documents import blocks
 from tests.processes import ROOT, wait_until
 
 _SOON = 20
 _MOST_EXPOSED = 1.2
 _SOCKET = "/etc/systemd/system/ociregistry.socket"
+_SEVERAL = "More than one core"
 _ELSEWHERE = "/srv/images"
 _DROP_IN = "/etc/systemd/system/ociregistry.service.d"
 _LISTEN = 'listen: ["systemd:domain=INET6:index=0"]'
@@ -221,6 +223,29 @@ def test_no_request_is_refused_during_a_restart_with_the_socket_unit(
         told, _ = asking.communicate(timeout=60)
     assert machine.shows("ociregistry", "MainPID") != process
     assert told.split("\n") == ["200"] * 40 + [""]
+
+
+def test_several_daemons_share_a_port_and_the_store(installation: Installation) -> None:
+    """As docs/debian.md says; when one is killed, no request is refused."""
+    machine = installation.machine
+    described = [block for block in blocks(ROOT / "docs/debian.md") if block.heading == _SEVERAL]
+    sockets, commands = (block.text for block in described)
+    config = machine.path(CONFIG).read_text()
+    template = "/etc/systemd/system/ociregistry@"
+    with installation.changed({f"{template}.socket": sockets, CONFIG: f"{_LISTEN}\n{config}"}):
+        try:
+            machine.run(commands)
+            processes = [machine.shows(f"ociregistry@{number}", "MainPID") for number in (1, 2)]
+            assert {installation.status(MANIFEST) for _ in range(20)} == {"200"}
+            machine.run(f"kill -9 {processes[0]}")
+            assert {installation.status(MANIFEST) for _ in range(20)} == {"200"}
+            wait_until(lambda: machine.shows("ociregistry@1", "ActiveState") == "active", _SOON, "it is back")
+            assert machine.shows("ociregistry@1", "MainPID") not in processes
+            assert machine.shows("ociregistry@2", "MainPID") == processes[1]
+        finally:
+            units = "ociregistry@1.socket ociregistry@2.socket ociregistry@1 ociregistry@2"
+            machine.run(f"systemctl disable --now {units}; rm {template}.service", check=False)
+            machine.run("systemctl daemon-reload && systemctl enable ociregistry")
 
 
 def test_upgrade_keeps_edited_configuration_and_store(installation: Installation) -> None:
