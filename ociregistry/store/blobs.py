@@ -237,11 +237,11 @@ class Blobs:
         Raises:
             Unavailable: the disk does not answer.
         """
-        path = self._folder / digest.hex
+        path, forgotten = self._folder / digest.hex, self._open_blobs.forgotten
         found = await self._open(path, digest)
         blob = None if found is None else self._reader(digest, *found)
         if found is not None and blob is not None:
-            self._open_blobs.add(digest, path, *found)
+            self._open_blobs.add(digest, path, *found, forgotten)
         return blob
 
     async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, int] | None:

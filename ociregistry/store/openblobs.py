@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachetools import LRUCache
+from cachetools import Cache, LRUCache
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
@@ -42,6 +42,10 @@ class _Files(LRUCache[Digest, _OpenBlob]):
         super().__delitem__(digest)
         dropped.file.release()
 
+    def all(self) -> dict[Digest, _OpenBlob]:
+        """Return all files, which does not count as a use of them."""
+        return {digest: Cache.__getitem__(self, digest) for digest in self}
+
 
 class OpenBlobs:
     """The blobs that were opened last.
@@ -53,6 +57,8 @@ class OpenBlobs:
     def __init__(self, threads: Threads, clock: IReactorTime, most: int = _MOST) -> None:
         self._threads = threads
         self._files = _Files(most)
+        self.forgotten = 0
+        """Grows each time that files were removed or replaced: one that was opened before is not to be kept."""
         self._loop = LoopingCall(self._look)
         self._loop.clock = clock
 
@@ -63,44 +69,46 @@ class OpenBlobs:
     def stop(self) -> None:
         """Close the files."""
         self._loop.stop()
-        self.forget(list(self._files))
+        self._drop(list(self._files))
 
     def get(self, digest: Digest) -> tuple[SharedFile, int] | None:
         """Return a lease on an open file and its size in bytes, or None."""
         kept = self._files.get(digest)
         return None if kept is None else (kept.file.lease(), kept.size)
 
-    def add(self, digest: Digest, path: Path, file: SharedFile, size: int) -> None:
-        """Keep the `file` at `path` open, of `size` bytes."""
-        if not self._loop.running or descriptors_are_scarce():
+    def add(self, digest: Digest, path: Path, file: SharedFile, size: int, forgotten: int) -> None:
+        """Keep the `file` at `path` open, of `size` bytes; `forgotten` is what it was when opening it began."""
+        if not self._loop.running or forgotten != self.forgotten or descriptors_are_scarce():
             return
         status = os.fstat(file.fileno())
-        self.forget([digest])
+        self._drop([digest])
         if status.st_nlink == 0:
-            # It was removed while it was being opened.
+            # Another program removed it while it was being opened.
             return
         self._files[digest] = _OpenBlob(path, file.lease(), size, _identity(status))
 
     def forget(self, digests: Iterable[Digest]) -> None:
-        """Close the files of these blobs, if they are open."""
+        """Close the files of these blobs, which were removed or replaced, if they are open."""
+        self.forgotten += 1
+        self._drop(digests)
+
+    def _drop(self, digests: Iterable[Digest]) -> None:
         for digest in digests:
             if digest in self._files:
                 del self._files[digest]
 
     def _look(self) -> Deferred[None]:
         if descriptors_are_scarce():
-            self.forget(list(self._files))
-        seen = dict(self._files.items())
+            self._drop(list(self._files))
+        seen = self._files.all()
         looked = self._threads.read(_changed, {kept.path: kept.identity for kept in seen.values()})
 
         def forget(changed: frozenset[Path]) -> None:
             # A file that was opened meanwhile is looked at next time.
-            self.forget(digest for digest, kept in seen.items() if kept.path in changed and self._is(digest, kept))
+            now = self._files.all()
+            self._drop([digest for digest, kept in seen.items() if kept.path in changed and now.get(digest) is kept])
 
         return looked.addCallback(forget)
-
-    def _is(self, digest: Digest, kept: _OpenBlob) -> bool:
-        return digest in self._files and self._files[digest] is kept
 
 
 def _identity(status: os.stat_result) -> Identity:

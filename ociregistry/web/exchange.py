@@ -137,6 +137,12 @@ class Exchange:
         self._failure_logged = True
         log(message, method=self._logged.method, path=self._logged.uri, client=self._client, **fields)
 
+    def fail(self, failure: Failure) -> None:
+        """Log a bug and close the connection, so that the client does not wait for more bytes."""
+        self.log_defect(failure)
+        if not self.gone:
+            self._channel.loseConnection()
+
     def log_defect(self, failure: Failure) -> None:
         """Log a bug in this program, in place of the access log's line."""
         self._failure_logged = True

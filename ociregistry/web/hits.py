@@ -28,8 +28,10 @@ _MOST = 32 * 1024 * 1024
 """Bytes of answers that are remembered."""
 _LARGEST = 64 * 1024
 """Bytes in memory of an answer that is remembered."""
-_OVERHEAD = 3000
-"""Bytes of an answer beside its content, about."""
+_OVERHEAD = 2500
+"""Bytes of an answer beside its content and its request line, about."""
+_LINES = 5
+"""A request line and its parts are kept as often, in the key and for the log."""
 _DATE = b"\r\nDate: "
 
 
@@ -43,8 +45,8 @@ class Hit:
     again: Again
     size: int
     logged: Logged
-    in_memory: int
-    """The bytes of the content that are held in memory."""
+    cost: int
+    """The bytes of memory that it takes."""
 
 
 class Hits:
@@ -54,7 +56,7 @@ class Hits:
         self._in_flight = in_flight
         self._limits = limits
         self._clock = clock
-        self._hits: LRUCache[bytes, Hit] = LRUCache(most, getsizeof=_bytes_of)
+        self._hits: LRUCache[bytes, Hit] = LRUCache(most, getsizeof=_cost_of)
         self.settings = 0
         """Grows with each change of the settings: an answer by earlier ones is not remembered."""
         self._second = 0
@@ -69,7 +71,8 @@ class Hits:
         """Remember an answer with status 200, with this head and content."""
         before, found, after = head.partition(_DATE)
         in_memory = len(content.data) if isinstance(content, InMemory) else 0
-        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, in_memory)
+        cost = _OVERHEAD + _LINES * len(request_line) + in_memory
+        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, cost)
         if found and in_memory <= _LARGEST:
             self._hits[request_line] = hit
 
@@ -121,7 +124,7 @@ class Hits:
         channel.begin(exchange.disconnected)
         self._in_flight.began()
         sending = Deferred.fromCoroutine(self._finish(channel, exchange, content, sent))
-        sending.addErrback(exchange.log_defect)
+        sending.addErrback(exchange.fail)
         sending.addBoth(lambda _: self._in_flight.ended())
 
     async def _finish(self, channel: Channel, exchange: Exchange, content: Content, sent: int) -> None:
@@ -135,5 +138,5 @@ class Hits:
             channel.end()
 
 
-def _bytes_of(hit: Hit) -> int:
-    return _OVERHEAD + hit.in_memory
+def _cost_of(hit: Hit) -> int:
+    return hit.cost

@@ -100,7 +100,7 @@ class HandlerResource(Resource):
         answering = _Answering(request, self._handler, self._hits, self._limits, self._clock)
         self._in_flight.began()
         served = Deferred.fromCoroutine(answering.serve())
-        served.addErrback(answering.fail)
+        served.addErrback(answering.exchange.fail)
         served.addBoth(lambda _: self._in_flight.ended())
         return NOT_DONE_YET
 
@@ -119,24 +119,18 @@ class _Answering:
         self._method = request.method
         self._logged = Logged.of(request.method, request.uri, request.path, request.args.get(b"ns", [b"-"])[0])
         self._settings = hits.settings
-        self._exchange = Exchange(self._channel, self._logged, limits, clock)
-        request.notifyFinish().addErrback(lambda _: self._exchange.disconnected())
+        self.exchange = Exchange(self._channel, self._logged, limits, clock)
+        request.notifyFinish().addErrback(lambda _: self.exchange.disconnected())
 
     async def serve(self) -> None:
         """Answer the request; return when the answer is sent or the client is gone."""
         answer = await self._answer()
         try:
-            if not self._exchange.gone:
+            if not self.exchange.gone:
                 await self._send(answer)
         finally:
             answer.content.close()
-        self._exchange.log_access(self._request.code, answer.hit)
-
-    def fail(self, failure: Failure) -> None:
-        """Log a bug and close the connection, so that the client does not wait for more bytes."""
-        self._exchange.log_defect(failure)
-        if not self._exchange.gone:
-            self._channel.loseConnection()
+        self.exchange.log_access(self._request.code, answer.hit)
 
     async def _answer(self) -> Answer:
         request = self._request
@@ -153,7 +147,7 @@ class _Answering:
         except Exception as error:
             if is_out_of_descriptors(error):
                 return self._failed(OutOfDescriptors(f"{self._logged.uri}: {error}"))
-            self._exchange.log_defect(Failure())
+            self.exchange.log_defect(Failure())
             return error_answer(InternalError("an internal error"))
 
     def _failed(self, error: RegistryError) -> Answer:
@@ -163,7 +157,7 @@ class _Answering:
             return error_answer(OutOfDescriptors("this server has no file descriptor left for the request"))
         # What a client asked for in vain is no fault of this server or of a link.
         log = _log.info if error.status < 500 else _log.error
-        self._exchange.log_failure(
+        self.exchange.log_failure(
             log, "{method} {path}: {status} {code}: {why}", status=error.status, why=error.message, code=error.code
         )
         return error_answer(error)
@@ -191,7 +185,7 @@ class _Answering:
 
     async def _send_content(self, content: Content, part: Range) -> bool:
         in_memory = content.size if isinstance(content, InMemory) else 0
-        return await self._exchange.send(content, part, in_memory=in_memory)
+        return await self.exchange.send(content, part, in_memory=in_memory)
 
     def _in_part(self, answer: Answer) -> tuple[Answer, Range | None]:
         header, condition = self._header(b"range"), self._header(b"if-range")

@@ -1,0 +1,265 @@
+"""Blobs that are kept open: one that was removed or replaced is closed, so that the disk gets its space back."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.names import Digest
+from ociregistry.store import blobs, openblobs
+from ociregistry.store.files import SharedFile, open_regular
+from ociregistry.store.openblobs import OpenBlobs
+from ociregistry.store.store import Store
+from ociregistry.store.threads import Threads
+from ociregistry.store.verify import Damaged
+from tests.procfs import descriptors
+from tests.unit.support.common import REACTOR, image, on_reactor, record, turn, until
+from tests.unit.support.stores import by_name, image_of, keep_pulled, looked
+
+CONFIG, LAYER = b"config", b"layer" * 1000
+IMAGE = image_of(CONFIG, LAYER)
+DIGEST = Digest.of(LAYER)
+APP = image("reg.example/team/app:1")
+
+
+def path_of(root: Path, digest: Digest = DIGEST) -> Path:
+    """Return the path of a blob."""
+    return root / "blobs" / digest.hex
+
+
+async def opened(store: Store, root: Path) -> None:
+    """Store the layer, and open it once."""
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    blob = await store.blob(DIGEST)
+    assert blob is not None
+    blob.close()
+    assert is_kept(store)
+
+
+def is_kept(store: Store, digest: Digest = DIGEST) -> bool:
+    """Tell whether a blob is open."""
+    blob = store.opened(digest)
+    if blob is not None:
+        blob.close()
+    return blob is not None
+
+
+def open_files(root: Path) -> list[str]:
+    """Return the blobs that this process has open, also those that were deleted or renamed."""
+    return [link for link in descriptors(os.getpid()) if link.startswith(str(root / "blobs"))]
+
+
+def overwrite(path: Path) -> None:
+    """Change its content in place."""
+    path.write_bytes(LAYER[:-1])
+
+
+def replace(path: Path) -> None:
+    """Give its name to another file, as rsync does."""
+    other = path.with_name(".other")
+    other.write_bytes(LAYER)
+    other.rename(path)
+
+
+def forbid(path: Path) -> None:
+    """Change its permissions."""
+    path.chmod(0o200)
+
+
+def move_store(path: Path) -> None:
+    """Rename its folder."""
+    (path.parent.parent / "blobs").rename(path.parent.parent / "blobs.moved")
+
+
+CHANGES: list[Callable[[Path], None]] = [Path.unlink, overwrite, replace, forbid, move_store]
+
+
+@on_reactor
+async def test_blob_that_was_read_is_kept_open(store: Store, root: Path) -> None:
+    assert not is_kept(store)
+    await opened(store, root)
+    blob = store.opened(DIGEST)
+    assert blob is not None
+    assert await blob.read(0, len(LAYER)) == LAYER
+    blob.close()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@on_reactor
+async def test_blob_that_another_program_changes_is_closed_by_the_next_look(
+    store: Store, root: Path, clock: Clock, change: Callable[[Path], None]
+) -> None:
+    await opened(store, root)
+    change(path_of(root))
+    clock.advance(1)
+    await until(lambda: not is_kept(store))
+    assert open_files(root) == []
+
+
+@on_reactor
+async def test_blob_that_does_not_change_is_kept(store: Store, root: Path, clock: Clock) -> None:
+    await opened(store, root)
+    for _ in range(20):
+        clock.advance(1)
+        # The pull of its image changes nothing.
+        os.utime(path_of(root))
+        for _ in range(5):
+            await turn()
+        assert is_kept(store)
+
+
+@on_reactor
+async def test_pruned_blob_is_closed_at_once(store: Store, root: Path) -> None:
+    await opened(store, root)
+    reading = store.opened(DIGEST)
+    assert reading is not None
+    await store.prune(by_name("team/app"))
+    assert not is_kept(store)
+    # One that is being sent stays open for its client alone.
+    assert len(open_files(root)) == 1
+    assert await reading.read(0, 5) == LAYER[:5]
+    reading.close()
+    assert open_files(root) == []
+
+
+class Opening:
+    """Opens a blob in a thread, which waits with the open file until `end`."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_opened = threading.Event()
+        self._may_end = threading.Event()
+        original = blobs.open_blob
+
+        def wait(path: Path, failed_at: int | None) -> tuple[SharedFile, int] | None:
+            opened = original(path, failed_at)
+            self.has_opened.set()
+            assert self._may_end.wait(10)
+            return opened
+
+        monkeypatch.setattr(blobs, "open_blob", wait)
+        self._opening = Deferred.fromCoroutine(store.blob(DIGEST))
+
+    async def end(self) -> None:
+        """Let the thread go on, and close the blob."""
+        self._may_end.set()
+        blob = await self._opening
+        assert blob is not None
+        blob.close()
+
+
+async def ignore(damaged: Damaged) -> None:
+    """Do nothing about a damaged file."""
+
+
+@on_reactor
+async def test_blob_that_is_quarantined_while_it_is_being_opened_is_not_kept(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next look would find that, but this process knows it already."""
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER[::-1])
+    opening = Opening(store, monkeypatch)
+    await until(opening.has_opened.is_set)
+    await store.verify(None, lambda _done, _all: None, ignore)
+    await opening.end()
+    assert not is_kept(store)
+
+
+@on_reactor
+async def test_blob_that_is_removed_while_it_is_being_opened_is_not_kept(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await store.keep(IMAGE, APP)
+    path_of(root).write_bytes(LAYER)
+    opening = Opening(store, monkeypatch)
+    await until(opening.has_opened.is_set)
+    path_of(root).unlink()
+    await opening.end()
+    assert not is_kept(store)
+
+
+@on_reactor
+async def test_committed_blob_replaces_the_one_that_is_open(store: Store, root: Path) -> None:
+    await opened(store, root)
+    before = path_of(root).stat().st_ino
+    await keep_pulled(store, IMAGE, APP, LAYER)
+    assert path_of(root).stat().st_ino != before
+    assert not is_kept(store)
+
+
+@on_reactor
+async def test_damaged_blob_is_closed_when_it_is_quarantined(store: Store, root: Path) -> None:
+    await opened(store, root)
+    path_of(root).write_bytes(LAYER[::-1])
+    seen: list[bool] = []
+
+    async def found(damaged: Damaged) -> None:
+        seen.append(is_kept(store))
+
+    await store.verify(None, lambda _done, _all: None, found)
+    assert seen == [False]
+    assert open_files(root) == []
+
+
+@on_reactor
+async def test_file_of_a_wrong_size_is_not_served(store: Store, root: Path, clock: Clock) -> None:
+    """The manifest that gave the blob this size may be gone."""
+    await opened(store, root)
+    record(root, IMAGE.digest).unlink()
+    await looked(clock, lambda: store.entry(IMAGE.digest) is None)
+    assert not is_kept(store)
+
+
+@on_reactor
+async def test_none_is_kept_while_descriptors_are_scarce(
+    store: Store, root: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await opened(store, root)
+    monkeypatch.setattr(openblobs, "descriptors_are_scarce", lambda: True)
+    clock.advance(1)
+    assert not is_kept(store)
+    blob = await store.blob(DIGEST)
+    assert blob is not None
+    blob.close()
+    assert open_files(root) == []
+
+
+def file_of(folder: Path, digest: Digest) -> SharedFile:
+    """Return a new open file that is named like a blob."""
+    (folder / digest.hex).write_bytes(LAYER)
+    return open_regular(folder / digest.hex)
+
+
+@on_reactor
+async def test_the_blobs_that_were_used_last_are_kept(tmp_path: Path, clock: Clock) -> None:
+    threads = Threads(REACTOR, clock)
+    threads.start()
+    kept = OpenBlobs(threads, clock, most=3)
+    kept.start()
+    digests = [Digest.of(bytes([number])) for number in range(5)]
+    try:
+        for digest in digests:
+            file = file_of(tmp_path, digest)
+            kept.add(digest, tmp_path / digest.hex, file, len(LAYER), kept.forgotten)
+            file.release()
+            # The first is used again and again. The looks of each second are no uses.
+            leased = kept.get(digests[0])
+            assert leased is not None
+            leased[0].release()
+            clock.advance(1)
+            for _ in range(3):
+                await turn()
+        assert {link.rpartition("/")[2] for link in descriptors(os.getpid()) if link.startswith(str(tmp_path))} == {
+            digest.hex for digest in (digests[0], *digests[3:])
+        }
+    finally:
+        kept.stop()
+        threads.stop()
+    assert not [link for link in descriptors(os.getpid()) if link.startswith(str(tmp_path))]

@@ -1,0 +1,225 @@
+"""The short way for hits: what takes it, what does not, and that it gives the same answers."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import pytest
+from twisted.internet.address import UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from ociregistry.log import Seldom
+from ociregistry.pullthrough.cache import Policy, PullThrough
+from ociregistry.store.store import Store
+from ociregistry.web.channel import InFlight, plain_request_line
+from ociregistry.web.exchange import InMemory, Logged
+from ociregistry.web.hits import Hits
+from ociregistry.web.producer import SendLimits, Unsent
+from tests.unit.support.common import image, on_reactor, until
+from tests.unit.support.hits import BLOB, IMAGE, MANIFEST, TAG, Served, request
+from tests.unit.support.registries import MemoryRegistries
+
+TARGETS = [TAG, MANIFEST, BLOB]
+
+
+@pytest.fixture
+def served(root: Path, store: Store, cache: PullThrough, clock: Clock) -> Served:
+    """Return a site over the empty store."""
+    return Served(root, store, cache, clock)
+
+
+def sent_more_than(upstreams: MemoryRegistries, count: int) -> bool:
+    """Tell whether more requests than these were sent to upstreams."""
+    return len(upstreams) > count
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("target", TARGETS)
+@on_reactor
+async def test_repeated_request_takes_the_short_way_to_the_same_answer(
+    served: Served, target: str, method: str
+) -> None:
+    await served.fill()
+    first = await served.remember(target, method)
+    asked = served.v2.asked
+    for headers in (
+        "",
+        "Accept: */*\r\nUser-Agent: x\r\n",
+        "connection: Keep-Alive\r\n",
+        "Authorization: Basic eA==\r\n",
+    ):
+        assert await served.ask(request(target, method, headers)) == first
+    assert served.v2.asked == asked
+    # In two segments it takes the usual way.
+    whole = request(target, method)
+    assert await served.ask(whole[:-1], whole[-1:]) == first
+    assert served.v2.asked == asked + 1
+
+
+UNUSUAL = {
+    "range": "Range: bytes=0-9\r\n",
+    "a range of it all": "RANGE:bytes=0-\r\n",
+    "a condition on a range": "If-Range: x\r\n",
+    "a condition": f'If-None-Match: "{IMAGE.digest}"\r\n',
+    "from another cache": "Via: 1.1 ociregistry-ffffffffffffffff\r\n",
+    "expectation": "Expect: 100-continue\r\n",
+    "length of no body": "Content-Length: 0\r\n",
+    "type of no body": "Content-Type: text/plain\r\n",
+    "last one": "Connection: close\r\n",
+    "last one, in a list": "Connection: keep-alive, close\r\n",
+    "last one, in two lines": "Connection: keep-alive\r\nConnection: close\r\n",
+    "upgrade": "Connection: Upgrade\r\nUpgrade: h2c\r\n",
+    "trailers": "TE: trailers\r\n",
+    "cookie": "Cookie: a=b\r\n",
+    "folded": "X: a\r\n b\r\n",
+    "other bytes": "X: \xe4\r\n",
+    "a tab": "X: a\tb\r\n",
+    "a space before the colon": "X : a\r\n",
+    "no colon": "X\r\n",
+    "no name": ": x\r\n",
+    "as many as Twisted takes": "a:\r\n" * 400,
+    "more than Twisted takes": "a:\r\n" * 501,
+    "large": f"X: {'x' * 4096}\r\n",
+}
+
+
+@pytest.mark.parametrize("headers", UNUSUAL.values(), ids=UNUSUAL)
+@pytest.mark.parametrize("target", [TAG, BLOB])
+@on_reactor
+async def test_unusual_headers_take_the_usual_way(served: Served, target: str, headers: str) -> None:
+    await served.fill()
+    await served.remember(target)
+    whole = request(target, headers=headers)
+    assert plain_request_line(whole) is None
+    answer = await served.ask(whole)
+    assert answer == await served.ask(whole[:20], whole[20:])
+    # Nor is the answer to such a request remembered for plain ones.
+    assert (await served.ask(request(target))).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@on_reactor
+async def test_body_in_chunks_takes_the_usual_way(served: Served) -> None:
+    await served.fill()
+    await served.remember(TAG)
+    assert not await served.is_short(request(TAG, headers="Transfer-Encoding: chunked\r\n") + b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        request(TAG, version="1.0"),
+        request(TAG, "get"),
+        request(TAG, "PUT"),
+        request(TAG, "GET "),
+        b"\r\n" + request(TAG),
+        request(TAG).replace(b"\r\n", b"\n"),
+        request(TAG) + b"\r\n",
+        request(TAG) + request(TAG),
+        request(TAG)[:-1],
+    ],
+)
+def test_only_whole_plain_requests_are_recognized(sent: bytes) -> None:
+    assert plain_request_line(request(TAG)) == f"GET {TAG} HTTP/1.1".encode()
+    assert plain_request_line(sent) is None
+
+
+@pytest.mark.parametrize("headers", [b"a: b\r\n" * 25 + b"Range: x\r\n", b"a:" + b" " * 3900 + b"\x01\r\n"])
+def test_recognizing_takes_little_time(headers: bytes) -> None:
+    """A hostile client must not be able to keep the process busy."""
+    began = time.process_time()
+    assert plain_request_line(b"GET /v2/ HTTP/1.1\r\n" + headers + b"\r\n") is None
+    # Some microseconds; when each header doubled the time, it took 45 s.
+    assert time.process_time() - began < 0.1
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        TAG.replace("reg.example", "reg%2eexample"),
+        TAG.replace("app", "%61pp"),
+        f"http://cache:8080{TAG}",
+        f"{TAG}&x=1",
+        TAG.replace("reg.example", "REG.example"),
+        "/v2/reg.example/team/app/manifests/1",
+    ],
+)
+@on_reactor
+async def test_each_spelling_of_a_target_is_remembered_by_itself(served: Served, spelling: str) -> None:
+    await served.fill()
+    await served.remember(TAG)
+    first = await served.remember(spelling)
+    asked = served.v2.asked
+    assert await served.ask(request(spelling)) == first
+    assert served.v2.asked == asked
+
+
+@on_reactor
+async def test_error_is_not_remembered(served: Served, upstreams: MemoryRegistries) -> None:
+    await served.fill()
+    for _ in range(2):
+        assert not await served.is_short(request("/v2/team/app/manifests/UPPER:case"))
+
+
+@on_reactor
+async def test_commands_take_the_usual_way(served: Served) -> None:
+    """They may have removed a file just now."""
+    await served.fill()
+    await served.remember(TAG)
+    assert await served.is_short(request(TAG))
+    assert not await served.is_short(request(TAG), address=UNIXAddress("/run/socket"))
+
+
+@on_reactor
+async def test_latest_that_is_to_be_checked_takes_the_usual_way(
+    root: Path, store: Store, upstreams: MemoryRegistries, clock: Clock
+) -> None:
+    checks = PullThrough(store, upstreams, clock, Policy(always_pull_latest=True))
+    served = Served(root, store, checks, clock)
+    await served.fill()
+    await store.keep(IMAGE, image("reg.example/team/app:latest"))
+    await served.remember(TAG)
+    assert await served.is_short(request(TAG))
+    latest = request(TAG.replace("/1?", "/latest?"))
+    for _ in range(2):
+        before, checks_before = served.v2.asked, len(upstreams)
+        waiting = Deferred.fromCoroutine(served.ask(latest))
+        await until(partial(sent_more_than, upstreams, checks_before))
+        upstreams[checks_before].answer(IMAGE.digest)
+        assert (await waiting).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert served.v2.asked == before + 1
+
+
+@on_reactor
+async def test_repository_in_which_the_image_is_not_known_takes_the_usual_way(served: Served) -> None:
+    """It may have to be noted there, once an index of that repository names the image."""
+    await served.fill()
+    elsewhere = MANIFEST.replace("team/app", "team/other")
+    for _ in range(2):
+        assert not await served.is_short(request(elsewhere))
+
+
+# What is remembered
+
+
+def test_memory_is_bounded(clock: Clock) -> None:
+    """Clients may send any number of long targets."""
+    most = 1_000_000
+    limits = SendLimits(60, Unsent(clock), Seldom(clock), lambda: True)
+    hits = Hits(InFlight(), limits, clock, most)
+    head = b"HTTP/1.1 200 OK\r\nServer: x\r\nDate: x\r\nContent-Length: 5\r\n\r\n"
+    content = InMemory(b"hello")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(1000):
+            target = f"/v2/team/app/manifests/1?x={number}".encode() + b"\\" * 3000
+            line = b"GET %b HTTP/1.1" % target
+            hits.remember(line, head, content, lambda: content, Logged.of(b"GET", target, target, b"-"))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most / 2 < after - before < most * 1.2
