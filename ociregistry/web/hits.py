@@ -104,20 +104,18 @@ class Hits:
     def _send_at_once(self, channel: Channel, head: bytes, content: Content) -> int:
         """Send or write the head, and what can be sent of the content without waiting; return the latter's size."""
         body = content.data if isinstance(content, InMemory) else b""
-        data = head + body
-        in_file = is_in_file(content) and content.size > 0
-        sent = channel.send_now(data, more=in_file)
-        socket = channel.socket
-        if sent == len(data) and in_file and is_in_file(content) and socket is not None:
-            return content.send_at_once(socket, 0, min(content.size, SLICE))
-        if sent == len(data):
+        data, socket = head + body, channel.socket
+        if socket is None and len(data) <= BUFFER:
+            channel.write(data)
             return len(body)
+        file = content if content.size and is_in_file(content) else None
+        sent = channel.send_now(data, more=file is not None)
         if sent < len(head):
-            if socket is None and len(body) <= BUFFER:
-                channel.write(data)
-                return len(body)
             channel.write(head[sent:])
-        return max(0, sent - len(head))
+            return 0
+        if file is None or socket is None:
+            return sent - len(head)
+        return file.send_at_once(socket, 0, min(file.size, SLICE))
 
     def _send_rest(self, channel: Channel, hit: Hit, content: Content, sent: int) -> None:
         exchange = Exchange(channel, hit.logged, self._limits, self._clock)
