@@ -43,6 +43,9 @@ from tests.secure_peers import ServerTls
 REFERENCES = (NGINX, DOCKER_REGISTRY)
 """The servers that ours is compared with."""
 
+_SMALL, _LARGE = 3, 0
+"""Decimal places of ratios below 10, and of others."""
+
 Figures = Mapping[tuple[str, str], Sequence[float]]
 """For the key of a row and a server, one figure a round."""
 
@@ -91,12 +94,14 @@ class Bench:
 def table(found: Figures, rows: Sequence[Row], missing: Mapping[str, str], big: int) -> list[str]:
     """Format medians, with minimum and maximum in brackets; ratios compare figures of the same round."""
     names = [name for name in SERVERS if name in missing or any(server == name for _, server in found)]
-    ratios = [f"{OURS} ÷ {name}" for name in REFERENCES]
-    lines = [f"| | {' | '.join([*names, *ratios])} |", f"|---{'|---' * (len(names) + len(ratios))}|"]
+    titles = [*names, *(f"{OURS} ÷ {name}" for name in REFERENCES)]
+    lines = [f"| | {' | '.join(titles)} |", f"|---{'|---' * len(titles)}|"]
     for row in rows:
         figures = {name: found.get((row.key, name), ()) for name in SERVERS}
         cells = ["**missing**" if name in missing else _spread(figures[name], row.places) for name in names]
-        cells += [_spread(_ratios(figures[OURS], figures[name]), 3) for name in REFERENCES]
+        for name in REFERENCES:
+            ratios = _ratios(figures[OURS], figures[name])
+            cells.append(_spread(ratios, _LARGE if ratios and median(ratios) >= 10 else _SMALL))
         lines.append(f"| {row.title.format(big=f'{big / 1e6:g} MB')} | {' | '.join(cells)} |")
     return lines
 

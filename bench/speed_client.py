@@ -28,7 +28,7 @@ _PIECE = 256 * 1024
 """Bytes; a larger buffer does not fit into the processor's cache."""
 _HEADERS_END = b"\r\n\r\n"
 _LONGEST_HEADERS = 4096
-_HEAD_START = 0.5
+_HEAD_START = 0.2
 """Seconds from the order to read to the begin, so that all readers begin at once."""
 # `done` alone costs nothing a request.
 _SUMMARY = """
@@ -175,43 +175,42 @@ class CheckedReader:
 
 @dataclass(frozen=True)
 class _Order:
-    """To read one part again and again, from one time of the monotonic clock to another."""
+    """To read one part again and again for some seconds, from a time of the monotonic clock."""
 
     url: str
     size: int
     ca: Path | None
     begin: float
-    end: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Volume:
-    """The bytes a second of all readers in the time given, and all their bytes, also those after it."""
+    """The bytes a second in the time given, and all bytes, also those after it."""
 
     rate: float
     bytes: int
 
 
-def _read(order: _Order) -> tuple[int, int]:
-    """Return the bytes received in time, and all. The answer that is under way at the end is read to its end."""
+def _read(order: _Order) -> Volume:
+    """Read in one process. The answer that is under way at the end is read to its end."""
     buffer = bytearray(_PIECE)
     in_time = received = 0
     with closing(Connection(order.url, order.ca)) as connection:
-        if (early := order.begin - time.monotonic()) < 0:
-            raise RuntimeError(f"{order.url}: a reader began late")
-        time.sleep(early)
-        while not received or time.monotonic() < order.end:
+        time.sleep(max(0.0, order.begin - time.monotonic()))
+        end = time.monotonic() + order.seconds
+        while not received or time.monotonic() < end:
             left = order.size
             count = len(connection.request(order.url, order.size))
             while True:
                 left -= count
                 received += count
-                if time.monotonic() < order.end:
+                if time.monotonic() < end:
                     in_time = received
                 if not left:
                     break
                 count = connection.discard(left, buffer)
-    return in_time, received
+    return Volume(in_time / order.seconds, received)
 
 
 class Readers:
@@ -241,7 +240,6 @@ class Readers:
         Raises:
             RuntimeError: an answer was not right.
         """
-        begin = time.monotonic() + _HEAD_START
-        order = _Order(url, part.size, ca, begin, begin + self._seconds)
-        found: Sequence[tuple[int, int]] = self._pool.map(_read, [order] * readers, chunksize=1)
-        return Volume(sum(in_time for in_time, _ in found) / self._seconds, sum(count for _, count in found))
+        order = _Order(url, part.size, ca, time.monotonic() + _HEAD_START, self._seconds)
+        found: Sequence[Volume] = self._pool.map(_read, [order] * readers, chunksize=1)
+        return Volume(sum(volume.rate for volume in found), sum(volume.bytes for volume in found))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.badlink_caches import Drayage, missing
+from tests.client import fetch
 from tests.images import OCI_MANIFEST, Image, make_image
 from tests.peers import DockerRegistry, missing_package
 from tests.processes import Daemon, Server, answers, free_port
@@ -37,17 +38,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Content:
-    """The image at the upstream: its manifest by tag and by digest, a small layer and a big one."""
+    """The image at the upstream: its manifest by tag and by digest, its config, a small layer and a big one."""
 
     by_tag: Part
     by_digest: Part
+    config: Part
     small: Part
     big: Part
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All of them, in the order of a pull."""
-        return (self.by_tag, self.by_digest, self.small, self.big)
+        return (self.by_tag, self.by_digest, self.config, self.small, self.big)
 
 
 def write_content(folder: Path, big: int) -> Content:
@@ -66,19 +68,18 @@ def write_content(folder: Path, big: int) -> Content:
 
 def _content(image: Image) -> Content:
     manifest, size = image.manifest.digest, len(image.manifest.data)
-    small, big = (Part(f"blobs/{layer.digest}", layer.digest, len(layer.data)) for layer in image.layers)
-    return Content(
-        Part(f"manifests/{TAG}", manifest, size), Part(f"manifests/{manifest}", manifest, size), small, big
-    )
+    by_tag, by_digest = (Part(f"manifests/{reference}", manifest, size) for reference in (TAG, manifest))
+    blobs = (Part(f"blobs/{blob.digest}", blob.digest, len(blob.data)) for blob in image.blobs)
+    return Content(by_tag, by_digest, *blobs)
 
 
 class Nginx(Server):
-    """An nginx with a worker for each core, as Debian configures it, with its files in a folder.
+    """An nginx with its files in a folder; by default with a worker for each core, as Debian configures it.
 
     `http` are further lines of its section http.
     """
 
-    def __init__(self, folder: Path, port: int, http: str) -> None:
+    def __init__(self, folder: Path, port: int, http: str, workers: str = "auto") -> None:
         self.port = port
         folder.mkdir(parents=True, exist_ok=True)
         temporary = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in _TEMPORARY)
@@ -86,7 +87,7 @@ class Nginx(Server):
         user = "user root;\n" if os.geteuid() == 0 else ""
         config = folder / "nginx.conf"
         config.write_text(
-            f"{user}worker_processes auto;\ndaemon off;\npid {folder}/nginx.pid;\n"
+            f"{user}worker_processes {workers};\ndaemon off;\npid {folder}/nginx.pid;\n"
             "events { worker_connections 1024; }\n"
             f"http {{\nsendfile on;\ntcp_nopush on;\n{temporary}{http}}}\n"
         )
@@ -123,11 +124,13 @@ class Upstream(Nginx):
             f"location /v2/{REPOSITORY}/manifests/ {{ {version} {digest} default_type {OCI_MANIFEST}; }}\n"
             f"location /v2/{REPOSITORY}/blobs/ {{ {version} default_type application/octet-stream; }}\n}}\n"
         )
-        super().__init__(folder, port, http)
+        super().__init__(folder, port, http, workers="1")
 
     @property
     def fetched(self) -> int:
         """How many blobs and manifests were fetched by digest so far."""
+        # Its only worker logs an answer before it turns to another request.
+        fetch(f"{self.url}/ready")
         return len(_FETCHED.findall(self._access_log.read_text()))
 
 
