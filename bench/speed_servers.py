@@ -263,4 +263,6 @@ def missing_server(name: str, root: Path, program: Path | None) -> str | None:
     if name == NGINX:
         package = missing_package(name)
         return package and f"not installed: apt-get install {package}"
-    return None if name == DRAYAGE and program else missing(name, root)
+    if name == DRAYAGE and program:
+        return None if os.access(program, os.X_OK) else f"{program} cannot be executed"
+    return missing(name, root)
