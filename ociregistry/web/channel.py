@@ -192,8 +192,8 @@ class Channel(HTTPChannel):
         """Whether no byte of a request has come since the last one was answered."""
         self._pipelined = False
         """Whether bytes came while a request was being answered."""
-        self._ends_with_request = False
-        """Whether the last bytes that came are the end of a request without a body."""
+        self._parsing = False
+        """Whether bytes are being parsed: those after an answered request may begin the next one."""
         self._on_short_way = False
         """Whether the short way is answering a request."""
         self._held = b""
@@ -260,17 +260,21 @@ class Channel(HTTPChannel):
             self._held += data
             self._limit_held()
             return
-        self.request_line = None
+        line = None
         if self._between_requests and self._short_way is not None and not self._closing:
             line = plain_request_line(data)
             if line is not None and self._short_way.answer(self, line):
                 return
-            self.request_line = line
+        self.request_line = line
         self._between_requests = False
-        self._ends_with_request = data.endswith(b"\r\n\r\n")
         if self._deadline is None and not self._serving:
             self._deadline = self._clock.callLater(_REQUEST_WITHIN, self._too_slow)
+        parsing, self._parsing = self._parsing, True
         super().dataReceived(data)
+        self._parsing = parsing
+        if line is not None and not self._serving:
+            # It was the whole request, and is answered.
+            self._between_requests = True
 
     def rawDataReceived(self, data: bytes) -> None:
         """Note that more came than one request without a body."""
@@ -297,8 +301,7 @@ class Channel(HTTPChannel):
         """End a request whose response has been sent; pipelined bytes of the next one are parsed now."""
         self._serving = False
         self.request_line = None
-        # Else the beginning of the next request may be in a buffer.
-        self._between_requests = self._ends_with_request and not self._pipelined
+        self._between_requests = not (self._parsing or self._pipelined)
         self._pipelined = False
         super().requestDone(request)
         self._end_if_answered()
