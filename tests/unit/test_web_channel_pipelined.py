@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from twisted.internet.task import Clock
 
+from ociregistry.pullthrough.cache import Content
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.resource import Answer
 from tests.unit.support.raw_clients import Growing, Handler, RawClient, site
@@ -39,7 +42,7 @@ def test_body_of_a_pipelined_request_that_looks_like_a_remembered_one(clock: Clo
 def test_bytes_that_come_while_a_pipelined_request_is_answered(clock: Clock) -> None:
     """They are the next request, also after one that was answered at once."""
     handler, slow, known = Handler(), Growing(4), InMemory(b"known")
-    contents = iter([slow, known])
+    contents: Iterator[Content] = iter([slow, known])
     handler.give = lambda: Answer(200, next(contents))
     client = RawClient(site(handler, clock))
     client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /v2/slow HTTP/1.1\r\nHost: x\r\n\r\n")
