@@ -270,7 +270,8 @@ class PullThrough(Service):
 
         def repeated() -> bool:
             nonlocal noted
-            if self._store.entry(digest) is not entry or self._store.meaning(image) != digest:
+            changed = self._store.entry(digest) is not entry or self._store.meaning(image) != digest
+            if changed or self._store.faults.scan_fails:
                 return False
             now = self._clock.seconds()
             if now - noted >= _NOTED_EVERY:

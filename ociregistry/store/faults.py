@@ -50,6 +50,11 @@ class Faults:
         self._in_place.clear()
 
     @property
+    def scan_fails(self) -> bool:
+        """Whether the records could not be looked at last time, so that memory may hold more than the files."""
+        return bool(self._refresh.why)
+
+    @property
     def sentences(self) -> list[str]:
         """The faults; empty if there are none."""
         space, folders, refresh = self._space.why, self._folders.why, self._refresh.why

@@ -124,11 +124,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
     options = [part for endpoint in endpoints for part in ("--listen", endpoint)]
     with daemon_in(folder, "--air-gapped", *options, named=[host], port=port) as daemon:
-        connect: dict[str, Callable[[], socket.socket]] = {
-            "tcp": partial(socket.create_connection, ("127.0.0.1", port)),
-            "tls": tls,
-            "unix": unix,
-        }
+        tcp = partial(socket.create_connection, ("127.0.0.1", port))
+        connect: dict[str, Callable[[], socket.socket]] = {"tcp": tcp, "tls": tls, "unix": unix}
         yield Site(daemon, connect, host)
 
 
