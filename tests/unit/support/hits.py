@@ -56,11 +56,18 @@ class CountingV2(V2):
         return await super().answer(method, path, query, context)
 
 
+class _Transport(Transport):
+    def resumeProducing(self) -> None:
+        # Real transports allow it after they were told to close.
+        if not self.disconnecting:
+            super().resumeProducing()
+
+
 class Connection:
     """A connection to the site; `full` while its client takes nothing."""
 
     def __init__(self, site: RegistrySite, address: IAddress = CLIENT) -> None:
-        self.transport = Transport(peerAddress=address)
+        self.transport = _Transport(peerAddress=address)
         self.channel: Any = site.buildProtocol(address)
         self.channel.makeConnection(self.transport)
 
