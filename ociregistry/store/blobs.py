@@ -21,8 +21,9 @@ from twisted.python.failure import Failure
 
 from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason, send_resident
-from ociregistry.store.openblobs import OpenBlobs
+from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason
+from ociregistry.store.openblobs import Identity, OpenBlobs
+from ociregistry.store.pagecache import send_resident
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
 from ociregistry.store.threads import Hung, Threads
@@ -105,8 +106,8 @@ class StoredBlob:
         return f"the blob {self._digest}"
 
 
-def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, int] | None:
-    """Open the file at `path` and return it with its size in bytes, or None if there is none. Blocks.
+def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, Identity] | None:
+    """Open the file at `path` and return it with its identity, or None if there is none. Blocks.
 
     The byte at `failed_at`, where an earlier read failed, is read again first.
 
@@ -120,7 +121,7 @@ def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, int
     try:
         if failed_at is not None:
             os.pread(file.fileno(), 1, failed_at)
-        return file, file.size()
+        return file, Identity.of(os.fstat(file.fileno()))
     except BaseException:
         file.release()
         raise
@@ -239,12 +240,12 @@ class Blobs:
         """
         path, forgotten = self._folder / digest.hex, self._open_blobs.forgotten
         found = await self._open(path, digest)
-        blob = None if found is None else self._reader(digest, *found)
+        blob = None if found is None else self._reader(digest, found[0], found[1].size)
         if found is not None and blob is not None:
             self._open_blobs.add(digest, path, *found, forgotten)
         return blob
 
-    async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, int] | None:
+    async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, Identity] | None:
         failed_at = self._unreadable.get(digest)
         try:
             opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=_release)
@@ -295,7 +296,7 @@ class Blobs:
         self._committed[partial.digest] = partial.length
 
 
-def _release(opened: tuple[SharedFile, int] | None) -> None:
+def _release(opened: tuple[SharedFile, Identity] | None) -> None:
     if opened is not None:
         opened[0].release()
 

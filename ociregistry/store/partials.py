@@ -30,8 +30,8 @@ from ociregistry.store.files import (
     is_full,
     is_of_the_file,
     read_regular,
-    send_resident,
 )
+from ociregistry.store.pagecache import send_resident
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads

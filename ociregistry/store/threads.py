@@ -18,7 +18,8 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, is_resident, send_file
+from ociregistry.store.files import SharedFile, send_file
+from ociregistry.store.pagecache import is_resident
 
 _log = Logger(namespace="ociregistry.store")
 

@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> SharedFile:
     (tmp_path / "file").write_bytes(DATA)
     opened = open_blob(tmp_path / "file")
     assert opened is not None
-    assert opened[1] == len(DATA)
+    assert opened[1].size == len(DATA)
     return opened[0]
 
 
