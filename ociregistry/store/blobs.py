@@ -100,7 +100,7 @@ class StoredBlob:
 
     def close(self) -> None:
         """Release the file."""
-        self._file.release()
+        self._file.release(self._threads.close)
 
     def __str__(self) -> str:
         return f"the blob {self._digest}"
@@ -221,7 +221,7 @@ class Blobs:
     def _reader(self, digest: Digest, file: SharedFile, size: int) -> StoredBlob | None:
         """Return a reader of the open `file`, or None if it does not have the size of the blob."""
         if not self._gives(digest, size) and self._committed.get(digest) != size:
-            file.release()
+            file.release(self._threads.close)
             return None
         return StoredBlob(self._folder / digest.hex, digest, file, size, self._threads, bind(self._failed, digest))
 
@@ -248,7 +248,7 @@ class Blobs:
     async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, Identity] | None:
         failed_at = self._unreadable.get(digest)
         try:
-            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=_release)
+            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=self._discard)
         except Hung as error:
             # Not a miss: a disk that is busy must not cause the link to be used.
             raise Unavailable(f"{digest}: cannot be read: {reason(error)}") from error
@@ -263,6 +263,10 @@ class Blobs:
         if opened is not None:
             self.lost.discard(digest)
         return opened
+
+    def _discard(self, opened: tuple[SharedFile, Identity] | None) -> None:
+        if opened is not None:
+            opened[0].release(self._threads.close)
 
     async def lacking(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
         """Return those of `blobs` that are missing, with their sizes in bytes."""
@@ -294,11 +298,6 @@ class Blobs:
         self._open_blobs.forget([partial.digest])
         self.lost.discard(partial.digest)
         self._committed[partial.digest] = partial.length
-
-
-def _release(opened: tuple[SharedFile, Identity] | None) -> None:
-    if opened is not None:
-        opened[0].release()
 
 
 def _make_way(path: Path, quarantine: Callable[[Path], object], *, known_bad: bool) -> None:

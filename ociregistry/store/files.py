@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -68,13 +68,16 @@ class SharedFile:
             self._leases += 1
         return self
 
-    def release(self) -> None:
-        """Release a lease."""
+    def release(self, close: Callable[[int], object] = os.close) -> None:
+        """Release a lease; `close` closes the descriptor if it was the last.
+
+        With os.close this blocks where the file was removed: its space is freed then.
+        """
         with self._lock:
             self._leases -= 1
             last = self._leases == 0
         if last:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def fileno(self) -> int:
         """Return the descriptor, which is valid while a lease is held."""

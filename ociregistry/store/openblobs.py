@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +49,14 @@ class _OpenBlob:
 class _Files(LRUCache[Digest, _OpenBlob]):
     """The open files; one that is dropped is closed when its last reader has ended."""
 
+    def __init__(self, most: int, close: Callable[[int], object]) -> None:
+        super().__init__(most)
+        self._close = close
+
     def __delitem__(self, digest: Digest) -> None:
         dropped = self[digest]
         super().__delitem__(digest)
-        dropped.file.release()
+        dropped.file.release(self._close)
 
     def all(self) -> dict[Digest, _OpenBlob]:
         """Return all files, which does not count as a use of them."""
@@ -68,7 +72,7 @@ class OpenBlobs:
 
     def __init__(self, threads: Threads, clock: IReactorTime, most: int = _MOST) -> None:
         self._threads = threads
-        self._files = _Files(most)
+        self._files = _Files(most, threads.close)
         self.forgotten = 0
         """Grows each time that files were removed or replaced: one that was opened before is not to be kept."""
         self._loop = LoopingCall(self._look)
