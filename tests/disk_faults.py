@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGCONT, SIGSTOP
 
 import pytest
 
@@ -20,7 +21,15 @@ BLOCK = 4096
 
 _PATIENCE = 30
 _LET_GO = 5
-_PACKAGES = {"mount": "mount", "umount": "mount", "strace": "strace", "mkfs.ext4": "e2fsprogs"}
+_UNFINISHED = " <unfinished ...>"
+_PACKAGES = {
+    "mount": "mount",
+    "umount": "mount",
+    "strace": "strace",
+    "mkfs.ext4": "e2fsprogs",
+    "bindfs": "bindfs",
+    "fusermount3": "fuse3",
+}
 
 
 def need(*programs: str) -> None:
@@ -115,10 +124,13 @@ class Ext4:
 
 
 @contextmanager
-def ext4_disk(path: Path, size: int, inodes: int) -> Iterator[Ext4]:
-    """Mount an ext4 of `size` bytes with at least `inodes` inodes at `path` until the block ends."""
+def ext4_disk(path: Path, size: int, inodes: int, image: Path | None = None) -> Iterator[Ext4]:
+    """Mount an ext4 of `size` bytes with at least `inodes` inodes at `path` until the block ends.
+
+    It is in the file `image`, by default one beside `path`.
+    """
     need("mount", "umount", "mkfs.ext4")
-    image = path.with_suffix(".img")
+    image = image or path.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(size)
     run(["mkfs.ext4", "-q", "-m", "0", "-b", str(BLOCK), "-N", str(inodes), str(image)])
@@ -131,6 +143,55 @@ def ext4_disk(path: Path, size: int, inodes: int) -> Iterator[Ext4]:
 
 
 @dataclass(frozen=True)
+class Fuse:
+    """A folder that is passed through by a process, mounted at `path`."""
+
+    path: Path
+    pid: int
+
+    def stop(self) -> None:
+        """Stop the process: no call that needs it returns, as with a server or disk that is gone."""
+        os.kill(self.pid, SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let the process continue."""
+        os.kill(self.pid, SIGCONT)
+
+
+@contextmanager
+def fuse_disk(path: Path) -> Iterator[Fuse]:
+    """Mount an empty folder by FUSE at `path` until the block ends."""
+    need("mount", "umount", "bindfs", "fusermount3")
+    if not Path("/dev/fuse").exists():
+        pytest.fail("this kernel has no FUSE", pytrace=False)
+    source = path.with_name(f"{path.name}-behind")
+    source.mkdir()
+    path.mkdir()
+    with subprocess.Popen(["bindfs", "-f", str(source), str(path)], stdin=subprocess.DEVNULL) as process:
+        disk = Fuse(path, process.pid)
+        try:
+            wait_until(lambda: path.is_mount() or process.poll() is not None, _PATIENCE, "it is mounted")
+            yield disk
+        finally:
+            disk.go_on()
+            run(["umount", str(path)])
+            process.wait(_PATIENCE)
+
+
+@contextmanager
+def hanging_ext4(path: Path, size: int) -> Iterator[Fuse]:
+    """Mount an ext4 of `size` bytes at `path` until the block ends; its disk is a file of the FUSE that is yielded.
+
+    When that is stopped, the disk hangs, but what the kernel has in memory can be read.
+    """
+    with fuse_disk(path.with_name(f"{path.name}-disk")) as disk, ext4_disk(path, size, 10_000, disk.path / "image"):
+        try:
+            yield disk
+        finally:
+            disk.go_on()
+
+
+@dataclass(frozen=True)
 class Trace:
     """The traced system calls of a process."""
 
@@ -140,6 +201,20 @@ class Trace:
     def text(self) -> str:
         """The output of strace so far."""
         return self.path.read_text()
+
+    @property
+    def calls(self) -> list[str]:
+        """The calls that have ended, each in one line, without the thread."""
+        begun: dict[str, str] = {}
+        found = []
+        for line in self.text.splitlines():
+            thread, _, call = line.partition(" ")
+            if call.endswith(_UNFINISHED):
+                begun[thread] = call.removesuffix(_UNFINISHED)
+            else:
+                _, resumed, rest = call.partition(" resumed>")
+                found.append((begun.pop(thread) + rest if resumed else call).strip())
+        return found
 
     @property
     def injected(self) -> int:
@@ -167,10 +242,16 @@ def faults(pid: int, calls: str, fault: str, log: Path, *options: str, seen: str
 
     Both are spelled as strace spells them: `fsync` and `error=EIO`. Traced are these calls and those in `seen`.
     """
+    with traced(pid, f"{calls}{seen and ','}{seen}", log, "-e", f"inject={calls}:{fault}", *options) as trace:
+        yield trace
+
+
+@contextmanager
+def traced(pid: int, calls: str, log: Path, *options: str) -> Iterator[Trace]:
+    """Trace the system calls `calls` of the process `pid` until the block ends."""
     need("strace")
     told = log.with_suffix(".stderr")
-    argv = ["strace", "-f", "-y", "-p", str(pid), "-o", str(log)]
-    argv += ["-e", f"trace={calls}{seen and ','}{seen}", "-e", f"inject={calls}:{fault}", *options]
+    argv = ["strace", "-f", "-y", "-p", str(pid), "-o", str(log), "-e", f"trace={calls}", *options]
     with told.open("wb") as stderr, subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=stderr) as strace:
         try:
             wait_until(

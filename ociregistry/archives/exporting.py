@@ -186,7 +186,7 @@ def _can_be_opened(snapshot: Snapshot, digest: Digest, size: int) -> bool:
         return False
     file, found = opened
     file.release()
-    return found == size
+    return found.size == size
 
 
 def _tree(snapshot: Snapshot, root: Manifest) -> dict[Digest, Manifest]:

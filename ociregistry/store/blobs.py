@@ -21,8 +21,9 @@ from twisted.python.failure import Failure
 
 from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.names import Digest
-from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason, send_resident
-from ociregistry.store.openblobs import OpenBlobs
+from ociregistry.store.files import SharedFile, is_of_the_file, open_regular, reason
+from ociregistry.store.openblobs import Identity, OpenBlobs
+from ociregistry.store.pagecache import send_resident
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import blobs_folder
 from ociregistry.store.threads import Hung, Threads
@@ -99,14 +100,14 @@ class StoredBlob:
 
     def close(self) -> None:
         """Release the file."""
-        self._file.release()
+        self._file.release(self._threads.close)
 
     def __str__(self) -> str:
         return f"the blob {self._digest}"
 
 
-def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, int] | None:
-    """Open the file at `path` and return it with its size in bytes, or None if there is none. Blocks.
+def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, Identity] | None:
+    """Open the file at `path` and return it with its identity, or None if there is none. Blocks.
 
     The byte at `failed_at`, where an earlier read failed, is read again first.
 
@@ -120,7 +121,7 @@ def open_blob(path: Path, failed_at: int | None = None) -> tuple[SharedFile, int
     try:
         if failed_at is not None:
             os.pread(file.fileno(), 1, failed_at)
-        return file, file.size()
+        return file, Identity.of(os.fstat(file.fileno()))
     except BaseException:
         file.release()
         raise
@@ -220,7 +221,7 @@ class Blobs:
     def _reader(self, digest: Digest, file: SharedFile, size: int) -> StoredBlob | None:
         """Return a reader of the open `file`, or None if it does not have the size of the blob."""
         if not self._gives(digest, size) and self._committed.get(digest) != size:
-            file.release()
+            file.release(self._threads.close)
             return None
         return StoredBlob(self._folder / digest.hex, digest, file, size, self._threads, bind(self._failed, digest))
 
@@ -239,15 +240,15 @@ class Blobs:
         """
         path, forgotten = self._folder / digest.hex, self._open_blobs.forgotten
         found = await self._open(path, digest)
-        blob = None if found is None else self._reader(digest, *found)
+        blob = None if found is None else self._reader(digest, found[0], found[1].size)
         if found is not None and blob is not None:
             self._open_blobs.add(digest, path, *found, forgotten)
         return blob
 
-    async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, int] | None:
+    async def _open(self, path: Path, digest: Digest) -> tuple[SharedFile, Identity] | None:
         failed_at = self._unreadable.get(digest)
         try:
-            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=_release)
+            opened = await self._threads.read_file(path, lambda: open_blob(path, failed_at), discard=self._discard)
         except Hung as error:
             # Not a miss: a disk that is busy must not cause the link to be used.
             raise Unavailable(f"{digest}: cannot be read: {reason(error)}") from error
@@ -262,6 +263,10 @@ class Blobs:
         if opened is not None:
             self.lost.discard(digest)
         return opened
+
+    def _discard(self, opened: tuple[SharedFile, Identity] | None) -> None:
+        if opened is not None:
+            opened[0].release(self._threads.close)
 
     async def lacking(self, blobs: Mapping[Digest, int]) -> Mapping[Digest, int]:
         """Return those of `blobs` that are missing, with their sizes in bytes."""
@@ -293,11 +298,6 @@ class Blobs:
         self._open_blobs.forget([partial.digest])
         self.lost.discard(partial.digest)
         self._committed[partial.digest] = partial.length
-
-
-def _release(opened: tuple[SharedFile, int] | None) -> None:
-    if opened is not None:
-        opened[0].release()
 
 
 def _make_way(path: Path, quarantine: Callable[[Path], object], *, known_bad: bool) -> None:

@@ -10,8 +10,8 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -68,13 +68,16 @@ class SharedFile:
             self._leases += 1
         return self
 
-    def release(self) -> None:
-        """Release a lease."""
+    def release(self, close: Callable[[int], object] = os.close) -> None:
+        """Release a lease; `close` closes the descriptor if it was the last.
+
+        With os.close this blocks where the file was removed: its space is freed then.
+        """
         with self._lock:
             self._leases -= 1
             last = self._leases == 0
         if last:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def fileno(self) -> int:
         """Return the descriptor, which is valid while a lease is held."""
@@ -87,6 +90,13 @@ class SharedFile:
 
 _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
+
+
+def _without_access_times(descriptor: int) -> None:
+    """Let reads leave the access time as it is: noting it may wait for the disk although the content is in memory."""
+    # Only for the owner of the file and root.
+    with suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_NOATIME)
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
@@ -106,33 +116,11 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.ENXIO, "it is not a regular file", str(path))
+        _without_access_times(descriptor)
     except BaseException:
         file.release()
         raise
     return file
-
-
-_SAMPLE_EVERY = 128 * 1024
-"""Bytes: the kernel reads files ahead, and drops what it has read, in such pieces or larger ones."""
-
-
-def is_resident(descriptor: int, offset: int, count: int) -> bool:
-    """Tell whether the kernel has the `count` bytes at `offset` of a file in memory, as far as samples show it.
-
-    False where the file system cannot tell, such as tmpfs and FUSE.
-    """
-    byte = [bytearray(1)]
-    last = offset + count - 1
-    try:
-        for at in (*range(offset, last, _SAMPLE_EVERY), last):
-            if os.preadv(descriptor, byte, at, os.RWF_NOWAIT) == 0:
-                return False
-    except OSError as error:
-        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
-        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-            raise
-        return False
-    return True
 
 
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
@@ -152,15 +140,6 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     if sent == 0:
         raise EOFError
     return sent
-
-
-def send_resident(file: SharedFile, offset: int, count: int, to: int) -> int:
-    """Send bytes of a file as `send_file` does, if they are resident; return their number, 0 also on a failure."""
-    descriptor = file.fileno()
-    try:
-        return send_file(to, descriptor, offset, count) if is_resident(descriptor, offset, count) else 0
-    except (EOFError, OSError):
-        return 0
 
 
 def read_regular(path: Path) -> bytes:
@@ -213,7 +192,9 @@ class Files:
     def create(self, path: Path) -> SharedFile:
         """Create an empty file, open for reading and writing, after unlinking an earlier file of that name."""
         path.unlink(missing_ok=True)
-        return SharedFile(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        _without_access_times(descriptor)
+        return SharedFile(descriptor)
 
     def open(self, path: Path) -> SharedFile:
         """Open the regular file at `path` for reading and writing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +22,41 @@ _MOST = 256
 _LOOK_EVERY = 1.0
 """Seconds."""
 
-Identity = tuple[int, int, int, int]
-"""Device, inode, size in bytes and mode of a file: the same while a name leads to the same file."""
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What stays the same while a name leads to the same file."""
+
+    device: int
+    inode: int
+    size: int
+    """In bytes."""
+    mode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """Take it from the status of a file."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mode)
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenBlob:
     path: Path
     file: SharedFile
-    size: int
     identity: Identity
 
 
 class _Files(LRUCache[Digest, _OpenBlob]):
     """The open files; one that is dropped is closed when its last reader has ended."""
 
+    def __init__(self, most: int, close: Callable[[int], object]) -> None:
+        super().__init__(most)
+        self._close = close
+
     def __delitem__(self, digest: Digest) -> None:
         dropped = self[digest]
         super().__delitem__(digest)
-        dropped.file.release()
+        dropped.file.release(self._close)
 
     def all(self) -> dict[Digest, _OpenBlob]:
         """Return all files, which does not count as a use of them."""
@@ -56,7 +72,7 @@ class OpenBlobs:
 
     def __init__(self, threads: Threads, clock: IReactorTime, most: int = _MOST) -> None:
         self._threads = threads
-        self._files = _Files(most)
+        self._files = _Files(most, threads.close)
         self.forgotten = 0
         """Grows each time that files were removed or replaced: one that was opened before is not to be kept."""
         self._loop = LoopingCall(self._look)
@@ -74,18 +90,16 @@ class OpenBlobs:
     def get(self, digest: Digest) -> tuple[SharedFile, int] | None:
         """Return a lease on an open file and its size in bytes, or None."""
         kept = self._files.get(digest)
-        return None if kept is None else (kept.file.lease(), kept.size)
+        return None if kept is None else (kept.file.lease(), kept.identity.size)
 
-    def add(self, digest: Digest, path: Path, file: SharedFile, size: int, forgotten: int) -> None:
-        """Keep the `file` at `path` open, of `size` bytes; `forgotten` is what it was when opening it began."""
-        if not self._loop.running or forgotten != self.forgotten or descriptors_are_scarce():
-            return
-        status = os.fstat(file.fileno())
-        self._drop([digest])
-        if status.st_nlink == 0:
-            # Another program removed it while it was being opened.
-            return
-        self._files[digest] = _OpenBlob(path, file.lease(), size, _identity(status))
+    def add(self, digest: Digest, path: Path, file: SharedFile, identity: Identity, forgotten: int) -> None:
+        """Keep the `file` at `path` open; `forgotten` is what it was when opening it began.
+
+        If another program removed it meanwhile, the next look finds that.
+        """
+        if self._loop.running and forgotten == self.forgotten and not descriptors_are_scarce():
+            self._drop([digest])
+            self._files[digest] = _OpenBlob(path, file.lease(), identity)
 
     def forget(self, digests: Iterable[Digest]) -> None:
         """Close the files of these blobs, which were removed or replaced, if they are open."""
@@ -111,10 +125,6 @@ class OpenBlobs:
         return looked.addCallback(forget)
 
 
-def _identity(status: os.stat_result) -> Identity:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mode
-
-
 def _changed(files: Mapping[Path, Identity]) -> frozenset[Path]:
     """Return those of the paths that lead to other files than before. Blocks."""
     return frozenset(path for path, identity in files.items() if _identity_at(path) != identity)
@@ -122,6 +132,6 @@ def _changed(files: Mapping[Path, Identity]) -> frozenset[Path]:
 
 def _identity_at(path: Path) -> Identity | None:
     try:
-        return _identity(os.lstat(path))
+        return Identity.of(os.lstat(path))
     except OSError:
         return None

@@ -9,6 +9,7 @@ it is written. `pullthrough/download.py` decides at the end of a download, also 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -30,8 +31,8 @@ from ociregistry.store.files import (
     is_full,
     is_of_the_file,
     read_regular,
-    send_resident,
 )
+from ociregistry.store.pagecache import send_resident
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
@@ -426,8 +427,13 @@ class Partial:
 
     def close(self) -> None:
         """End writing; readers may go on, and another process may resume the partial."""
-        self._file.release()
-        self._held.release()
+        self._file.release(self._threads.close)
+        self._held.release(self._unlock_and_close)
+
+    def _unlock_and_close(self, descriptor: int) -> None:
+        # This process may resume it before a thread has closed it.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        self._threads.close(descriptor)
 
     def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         leases = self._file.lease(), self._held.lease()
@@ -464,4 +470,4 @@ class PartialReader:
 
     def close(self) -> None:
         """Release the file."""
-        self._file.release()
+        self._file.release(self._threads.close)

@@ -18,7 +18,8 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, is_resident, send_file
+from ociregistry.store.files import SharedFile, send_file
+from ociregistry.store.pagecache import is_resident
 
 _log = Logger(namespace="ociregistry.store")
 
@@ -87,7 +88,7 @@ class _Read(_Job):
 
 
 class Threads:
-    """A thread pool each for reads and writes, and one thread for jobs that wait for the store's lock.
+    """A thread pool each for reads and writes, a thread for jobs that wait for the store's lock, one to close files.
 
     So a hanging fsync delays no hit, and a held lock delays no blob. Reads of a file that hangs take few threads, and
     fail after `READ_WITHIN` seconds; further ones fail at once, until the first has returned.
@@ -98,6 +99,7 @@ class Threads:
         self._reading = _Pool(0, _MOST_READERS, "store-reading")
         self._writing = _Pool(0, writers, "store-writing")
         self._in_turn = _Pool(0, 1, "store-in-turn")
+        self._closing = _Pool(0, 1, "store-closing")
         self._waiting: dict[_Read, None] = {}
         """The reads that wait for a thread, in their order."""
         self._reads: dict[_Read, None] = {}
@@ -115,7 +117,7 @@ class Threads:
 
     def start(self) -> None:
         """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
-        for pool in (self._reading, self._writing, self._in_turn):
+        for pool in (self._reading, self._writing, self._in_turn, self._closing):
             pool.start()
         self._loop.start(1.0, now=False)
 
@@ -127,7 +129,7 @@ class Threads:
         self._loop.stop()
         for job in list(self._waiting):
             self._drop(job)
-        pools = self._reading, self._writing, self._in_turn
+        pools = self._reading, self._writing, self._in_turn, self._closing
         stopping = [_DaemonThread(target=pool.stop) for pool in pools]
         for thread in stopping:
             thread.start()
@@ -219,6 +221,13 @@ class Threads:
             leases=(file.lease(), socket),
         )
 
+    def close(self, descriptor: int) -> None:
+        """Close a file in a thread: if it was removed, its space is freed then, for which gigabytes take a second."""
+        if self._closing.started:
+            self._closing.callInThread(os.close, descriptor)
+        else:
+            os.close(descriptor)
+
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which writes or syncs, in a thread."""
         return self._write(self._writing, lambda: function(*args, **kwargs))
@@ -242,7 +251,7 @@ class Threads:
 
     def _submit(self, job: _Read) -> Deferred[Any]:
         if job.path is not None and (self._exhausted or self._hangs(job.path)):
-            _release(job)
+            self._release(job)
             return fail(Hung(job.path))
         job.result = Deferred(lambda _: self._cancelled(job))
         self._waiting[job] = None
@@ -265,7 +274,7 @@ class Threads:
         """Take a read that has not begun out of the queue."""
         if job in self._waiting:
             del self._waiting[job]
-            _release(job)
+            self._release(job)
 
     def _begin_waiting(self) -> None:
         while self._quick < _READERS and len(self._reads) < _MOST_READERS:
@@ -289,7 +298,7 @@ class Threads:
 
     def _end(self, job: _Read, succeeded: bool, result: Any) -> None:
         del self._reads[job]
-        _release(job)
+        self._release(job)
         self._quick -= job.seconds < _SLOW
         if job.path is not None:
             self._of_file[job.path] -= 1
@@ -301,6 +310,10 @@ class Threads:
             job.result.callback(result)
         elif succeeded:
             job.discard(result)
+
+    def _release(self, job: _Read) -> None:
+        for lease in job.leases:
+            lease.release(self.close)
 
     def _look(self) -> None:
         for job in (*self._reads, *self._writes):
@@ -329,11 +342,6 @@ class Threads:
                 job.answered = True
                 self._drop(job)
                 job.result.errback(Hung(job.path))
-
-
-def _release(job: _Read) -> None:
-    for lease in job.leases:
-        lease.release()
 
 
 def _counted(jobs: int) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from http.client import IncompleteRead
 from pathlib import Path
 
 import pytest
 
 from tests.client import fetch
-from tests.disk_faults import Trace, faults
+from tests.disk_faults import Trace, faults, fuse_disk, hanging_ext4
 from tests.images import MIB, Image, digest_of
 from tests.processes import wait_until
-from tests.real.caches import SOON, Cache, blob_file, cache_in, plain_image
+from tests.real.caches import SOON, Cache, blob_file, cache_in, daemon_in, plain_image
+from tests.upstream import ScriptedRegistry
 
 HANG = "delay_enter=300000000"
 """Five minutes, unless the trace ends before."""
@@ -58,10 +61,16 @@ def blob_of(image: Image) -> str:
     return f"hangs/blobs/{image.layers[0].digest}"
 
 
-def assert_served(cache: Cache, image: Image, tag: str) -> None:
+def assert_served(cache: Cache, image: Image, tag: str, within: float = SOON) -> None:
     """Check that a hit is not delayed."""
-    for path, digest in ((f"hangs/manifests/{tag}", image.manifest.digest), (blob_of(image), image.layers[0].digest)):
-        assert digest_of(fetch(cache.url(path), timeout=SOON).body) == digest
+    assert_manifest_is_served(cache, image, tag, within)
+    assert digest_of(fetch(cache.url(blob_of(image)), timeout=within).body) == image.layers[0].digest
+
+
+def assert_manifest_is_served(cache: Cache, image: Image, tag: str, within: float = SOON) -> None:
+    """Check that a hit is not delayed, by tag or by digest."""
+    for reference in (tag, image.manifest.digest):
+        assert fetch(cache.url(f"hangs/manifests/{reference}"), timeout=within).body == image.manifest.data
 
 
 @pytest.mark.parametrize("kind", ["blob", "record"])
@@ -104,7 +113,8 @@ def test_read_that_hangs_ends_the_answer(cache: Cache, hang: Hang) -> None:
     sick, hit = cached(cache, "sick"), cached(cache, "hit")
     file = blob_file(cache.daemon, sick.layers[0].digest)
     since = cache.log_size
-    with hang("pread64", file, "-e", "trace=pread64,preadv2", "-e", "inject=preadv2:error=EAGAIN"):
+    # Nothing is in memory, so a thread sends it.
+    with hang("sendfile", file, "-e", "trace=sendfile,preadv2", "-e", "inject=preadv2:error=EAGAIN"):
         with cache.opened(blob_of(sick)) as answer, ThreadPoolExecutor(1) as clients:
             reading = clients.submit(answer.read)
             while not reading.done():
@@ -142,3 +152,94 @@ def test_sigterm_while_the_disk_hangs(cache: Cache, hang: Hang, calls: str) -> N
     # What is in the store is served by the next.
     cache.daemon.start()
     assert_served(cache, image, "sick")
+
+
+AT_ONCE = 2.0
+"""Seconds within which a hit is answered that needs no disk, on a busy machine."""
+HUNG_FOR = 75.0
+"""Seconds: longer than those from one note of a pull in a record to the next, and for the system to write its own."""
+
+
+def assert_refused_in_time(cache: Cache, image: Image, meanwhile: Callable[[], None]) -> None:
+    """Ask for a blob that cannot be read: the answer ends in time, and hits are served meanwhile."""
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as clients:
+        asked = clients.submit(is_whole, cache, image)
+        while not asked.done():
+            meanwhile()
+        assert not asked.result()
+    assert time.monotonic() - began < ANSWERED
+
+
+def drop(path: Path) -> None:
+    """Drop a file from memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def is_whole(cache: Cache, image: Image) -> bool:
+    """Ask for its layer; tell whether it came, rather than 503 or a part of it."""
+    try:
+        answer = cache.ask(blob_of(image))
+    except IncompleteRead:
+        return False
+    assert answer.status in (200, 503)
+    return answer.body == image.layers[0].data
+
+
+def test_disk_that_is_gone_for_long(tmp_path: Path) -> None:
+    """What is in memory is served: manifests, and blobs from the page cache."""
+    with (
+        hanging_ext4(tmp_path / "disk", 128 * MIB) as disk,
+        ScriptedRegistry() as upstream,
+        daemon_in(tmp_path, upstream, image_path=tmp_path / "disk" / "images") as daemon,
+    ):
+        cache = Cache(daemon, upstream)
+        hot, cold = cached(cache, "hot"), cached(cache, "cold")
+        wait_until(lambda: not cache.partials, SOON, "both are stored")
+        drop(blob_file(daemon, cold.layers[0].digest))
+        # The next read would have its time noted, for which the disk is needed.
+        os.utime(blob_file(daemon, hot.layers[0].digest), (1, 2))
+        for _ in range(2):
+            assert_served(cache, hot, "hot")
+        os.utime(blob_file(daemon, hot.layers[0].digest), (1, 2))
+        since = cache.log_size
+        disk.stop()
+        try:
+            began = time.monotonic()
+            while time.monotonic() - began < HUNG_FOR - ANSWERED:
+                assert_served(cache, hot, "hot", AT_ONCE)
+                time.sleep(0.1)
+            assert_refused_in_time(cache, cold, lambda: assert_served(cache, hot, "hot", AT_ONCE))
+            while time.monotonic() - began < HUNG_FOR:
+                assert_served(cache, hot, "hot", AT_ONCE)
+                time.sleep(0.1)
+            assert "the disk does not answer" in daemon.log[since:]
+        finally:
+            disk.go_on()
+        wait_until(lambda: is_whole(cache, cold), SOON, "the disk answers again")
+        assert_served(cache, hot, "hot")
+
+
+def test_server_of_a_fuse_file_system_that_is_gone(tmp_path: Path) -> None:
+    """Such a file system does not tell what is in memory, so threads send all blobs."""
+    with (
+        fuse_disk(tmp_path / "disk") as disk,
+        ScriptedRegistry() as upstream,
+        daemon_in(tmp_path, upstream, image_path=disk.path / "images") as daemon,
+    ):
+        cache = Cache(daemon, upstream)
+        hot, cold = cached(cache, "hot"), cached(cache, "cold")
+        drop(blob_file(daemon, cold.layers[0].digest))
+        for _ in range(2):
+            assert_served(cache, hot, "hot")
+        disk.stop()
+        try:
+            assert_refused_in_time(cache, cold, lambda: assert_served(cache, hot, "hot", AT_ONCE))
+            assert_served(cache, hot, "hot", AT_ONCE)
+        finally:
+            disk.go_on()
+        wait_until(lambda: is_whole(cache, cold), SOON, "it answers again")
+        assert_served(cache, hot, "hot")

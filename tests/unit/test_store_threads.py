@@ -148,7 +148,7 @@ async def test_open_file_is_released_when_its_read_is_given_up(
         file.release()
     disk.release()
     await until(lambda: not threads.hung)
-    assert len(os.listdir("/proc/self/fd")) == before
+    await until(lambda: len(os.listdir("/proc/self/fd")) == before)
 
 
 @pytest.mark.parametrize("kind", ["read", "write", "write_in_turn"])

@@ -55,6 +55,10 @@ class InlineThreads:
     def stop(self) -> None:
         """Do nothing."""
 
+    def close(self, descriptor: int) -> None:
+        """Close a file."""
+        os.close(descriptor)
+
     def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function` and return its result as a Deferred."""
         try:

@@ -1,0 +1,202 @@
+"""Measure hot manifests while 1,000 other images are pulled through the daemon, and `load` brings a list of images.
+
+`python -m bench.hits_beside_load [--rounds N] [--seconds N] [--images N]`. Each round measures wrk alone;
+then while a second daemon, with another store, does that work; then while the same daemon does it. The second tells
+what the work costs anyway by the processor time that it takes from a machine with few cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import twisted
+from bench.speed_client import Wrk
+from bench.speed_servers import Part
+from tests.client import ask, connect
+from tests.images import Image, make_image
+from tests.peers import missing_package
+from tests.processes import Daemon, twistd, wait_until
+from tests.procfs import processor_time
+from tests.upstream import ScriptedRegistry
+
+CONNECTIONS = 16
+PULLERS = 4
+"""Connections that pull images."""
+ALONE, ELSEWHERE, HERE = "alone", "work at another daemon", "work at the same daemon"
+
+
+@dataclass
+class Figures:
+    """What one condition gave, one figure a round."""
+
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    """Kind of request -> hits a second."""
+    shares: list[float] = field(default_factory=list)
+    """Processor seconds of the measured daemon in a second."""
+    pulled: list[float] = field(default_factory=list)
+    loaded: list[float] = field(default_factory=list)
+    """Images that were pulled and loaded meanwhile."""
+
+
+class Work:
+    """Images that are pulled and loaded, each once."""
+
+    def __init__(self, upstream: ScriptedRegistry, folder: Path, images: int) -> None:
+        self._upstream = upstream
+        self._folder = folder
+        self._images = images
+        self._number = 0
+        self.pulled = 0
+
+    def _publish(self, count: int) -> Mapping[str, Image]:
+        made = {
+            f"work/{self._number + number}": make_image(self._number + number, layers=1) for number in range(count)
+        }
+        self._number += count
+        for name, image in made.items():
+            self._upstream.add(name, image, "1")
+        return made
+
+    @contextmanager
+    def at(self, daemon: Daemon, seconds: float) -> Iterator[None]:
+        """Pull all images through the daemon within these seconds, if it can; load as many; stop with the block."""
+        pulled, loaded = self._publish(self._images), self._publish(self._images)
+        listed = self._folder / "list"
+        listed.write_text("".join(f"{self._upstream.host}/{name}:1\n" for name in loaded))
+        common = ["--image-path", str(daemon.image_path), "--config-path", str(daemon.config_path)]
+        self.pulled, ended = 0, threading.Event()
+        pullers = [
+            threading.Thread(
+                target=self._pull, args=(daemon, list(pulled.items())[first::PULLERS], seconds * PULLERS, ended)
+            )
+            for first in range(PULLERS)
+        ]
+        with (self._folder / "load.log").open("wb") as log:
+            load = subprocess.Popen(twistd(*common, "load", str(listed), options=()), stdout=log, stderr=log)
+            for puller in pullers:
+                puller.start()
+            try:
+                # Both have begun.
+                wait_until(lambda: self.pulled, 30, "an image is pulled")
+                yield
+            finally:
+                ended.set()
+                for puller in pullers:
+                    puller.join()
+                load.terminate()
+                load.wait()
+
+    def _pull(
+        self, daemon: Daemon, images: Sequence[tuple[str, Image]], seconds: float, ended: threading.Event
+    ) -> None:
+        began = time.monotonic()
+        with closing(connect(daemon.url)) as connection:
+            for number, (name, image) in enumerate(images):
+                if ended.wait(max(0.0, began + number * seconds / self._images - time.monotonic())):
+                    return
+                for path in ("manifests/1", *(f"blobs/{blob.digest}" for blob in image.blobs)):
+                    url = f"{daemon.url}/v2/{name}/{path}?ns={self._upstream.host}"
+                    if ask(connection, url).status != 200:
+                        raise RuntimeError(f"{url} failed")
+                self.pulled += 1
+
+
+def _records(daemon: Daemon) -> int:
+    return len(list((daemon.image_path / "img").iterdir()))
+
+
+def measure(wrk: Wrk, daemon: Daemon, hot: Mapping[str, tuple[str, Part]], figures: Figures) -> None:
+    """Measure each kind of hit for some seconds."""
+    began, processor = time.monotonic(), processor_time(daemon.process.pid)
+    for kind, (url, part) in hot.items():
+        figures.rates.setdefault(kind, []).append(wrk.rate(url, part, CONNECTIONS))
+    figures.shares.append((processor_time(daemon.process.pid) - processor) / (time.monotonic() - began))
+
+
+def rounds(folder: Path, count: int, seconds: int, images: int) -> dict[str, Figures]:
+    """Measure all conditions in each round."""
+    found = {condition: Figures() for condition in (ALONE, ELSEWHERE, HERE)}
+    with ScriptedRegistry() as upstream:
+        registries = {upstream.host: "http"}
+        options = ("--log-level", "warn", "--no-complete-images")
+        with (
+            Daemon(folder, registries, *options, image_path=folder / "measured") as measured,
+            Daemon(folder, registries, *options, image_path=folder / "other") as other,
+        ):
+            image = make_image("hot")
+            upstream.add("hot", image, "1")
+            size, digest = len(image.manifest.data), image.manifest.digest
+            hot = {
+                f"by {kind}": (
+                    f"{measured.url}/v2/hot/manifests/{reference}?ns={upstream.host}",
+                    Part("", digest, size),
+                )
+                for kind, reference in (("tag", "1"), ("digest", digest))
+            }
+            wrk, work = Wrk(folder, seconds), Work(upstream, folder, images)
+            for daemon in (measured, other):
+                with closing(connect(daemon.url)) as connection:
+                    ask(connection, f"{daemon.url}/v2/hot/manifests/1?ns={upstream.host}")
+            for _ in range(count):
+                measure(wrk, measured, hot, found[ALONE])
+                for condition, at in ((ELSEWHERE, other), (HERE, measured)):
+                    before = _records(at)
+                    with work.at(at, len(hot) * seconds):
+                        measure(wrk, measured, hot, found[condition])
+                        found[condition].pulled.append(work.pulled)
+                        found[condition].loaded.append(_records(at) - before - work.pulled)
+    return found
+
+
+def table(found: Mapping[str, Figures]) -> list[str]:
+    """Format medians; ratios compare figures of the same round."""
+    lines = [
+        "| | hits a second by tag | ÷ alone | by digest | ÷ alone | processor share | pulled | loaded |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    alone = found[ALONE]
+    for condition, figures in found.items():
+        cells = []
+        for kind, rates in figures.rates.items():
+            ratios = [one / idle for one, idle in zip(rates, alone.rates[kind], strict=True)]
+            cells += [f"{median(rates):,.0f}", f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        counts = [f"{median(values):,.0f}" if values else "-" for values in (figures.pulled, figures.loaded)]
+        lines.append(f"| {' | '.join([condition, *cells, f'{median(figures.shares):.2f}', *counts])} |")
+    return lines
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="[%(default)s]")
+    parser.add_argument("--seconds", type=int, default=10, help="of each kind of hit in each condition [%(default)s]")
+    parser.add_argument("--images", type=int, default=1000, help="to pull, and to load, meanwhile [%(default)s]")
+    options = parser.parse_args()
+    if package := missing_package("wrk"):
+        parser.error(f"missing: apt-get install {package}")
+    with tempfile.TemporaryDirectory(prefix="bench-hits-") as folder:
+        found = rounds(Path(folder), options.rounds, options.seconds, options.images)
+    print(
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {options.rounds} rounds of {options.seconds} s each; "
+        f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}, Python {platform.python_version()}, "
+        f"Twisted {twisted.__version__}\n"
+    )
+    print("\n".join(table(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What the kernel has in memory of a file, so that it can be sent without waiting for the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+
+from ociregistry.store.files import SharedFile, send_file
+
+_READ_AT_ONCE = 64 * 1024
+"""Bytes that are read to see whether they are in memory: faster than the calls that ask for them."""
+_SAMPLE_EVERY = 128 * 1024
+"""Bytes: the kernel reads files ahead, and drops what it has read, in such pieces or larger ones."""
+_PAGE = mmap.PAGESIZE
+
+_libc = ctypes.CDLL(None)
+_mmap = _libc.mmap
+_mmap.restype = ctypes.c_void_p
+_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_munmap = _libc.munmap
+_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_mincore = _libc.mincore
+_mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def is_resident(descriptor: int, offset: int, count: int) -> bool:
+    """Tell whether the kernel has the `count` bytes at `offset` of a file in memory.
+
+    False where the file system cannot tell, such as tmpfs and FUSE: there even a read of what is in memory may wait,
+    for a server that is asked whether the file has changed. Where this process neither owns the file nor may write
+    it, mincore(2) tells nothing, and samples decide.
+    """
+    if count <= _READ_AT_ONCE:
+        return _reads_at_once(descriptor, offset, count) == count
+    last = offset + count - 1
+    samples = (*range(offset, last, _SAMPLE_EVERY), last)
+    return all(_reads_at_once(descriptor, at, 1) for at in samples) and _in_core(descriptor, offset, count)
+
+
+def _reads_at_once(descriptor: int, offset: int, count: int) -> int:
+    """Return how many bytes can be read without waiting for the disk."""
+    try:
+        return os.preadv(descriptor, [bytearray(count)], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        return 0
+
+
+def _in_core(descriptor: int, offset: int, count: int) -> bool:
+    """Ask the kernel about each page (mincore(2))."""
+    start = offset - offset % _PAGE
+    length = offset + count - start
+    pages = ctypes.create_string_buffer(-(-length // _PAGE))
+    address = _mmap(None, length, mmap.PROT_READ, mmap.MAP_PRIVATE, descriptor, start)
+    if address == _FAILED:
+        return False
+    failed = _mincore(address, length, pages)
+    _munmap(address, length)
+    return not failed and pages.raw.count(b"\1") == len(pages)
+
+
+def send_resident(file: SharedFile, offset: int, count: int, to: int) -> int:
+    """Send bytes of a file as `send_file` does, if they are resident; return their number, 0 also on a failure."""
+    descriptor = file.fileno()
+    try:
+        return send_file(to, descriptor, offset, count) if is_resident(descriptor, offset, count) else 0
+    except (EOFError, OSError):
+        return 0

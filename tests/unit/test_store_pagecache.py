@@ -1,0 +1,96 @@
+"""What the kernel has in memory of a file: told exactly where the file system can tell."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ociregistry.store import pagecache
+from ociregistry.store.files import SharedFile, open_regular
+from ociregistry.store.pagecache import is_resident
+
+PAGE = os.sysconf("SC_PAGESIZE")
+SIZE = 1024 * 1024
+HOLE = 2 * PAGE
+"""Bytes: less than what lies between two samples."""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[SharedFile]:
+    """A file whose bytes are on the disk and in memory, on a file system that can tell."""
+    path = tmp_path / "file"
+    # By single pages: the kernel keeps the bytes of a large write in pieces that it drops only as a whole.
+    with path.open("wb", buffering=0) as made:
+        for _ in range(SIZE // PAGE):
+            made.write(os.urandom(PAGE))
+        os.fsync(made.fileno())
+    file = open_regular(path)
+    try:
+        if os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) != 1:
+            pytest.fail("the file was dropped from memory")
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        pytest.fail("the file system of the tests cannot tell what is in memory, such as tmpfs", pytrace=False)
+    yield file
+    file.release()
+
+
+def drop(file: SharedFile, offset: int, count: int) -> None:
+    """Drop some bytes of the file from memory."""
+    os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_DONTNEED)
+
+
+def test_resident(file: SharedFile) -> None:
+    for offset, count in ((0, SIZE), (0, 1), (SIZE - 1, 1), (17, SIZE - 17), (PAGE - 1, 300_001)):
+        assert is_resident(file.fileno(), offset, count)
+
+
+@pytest.mark.parametrize("at", [0, 3 * 128 * 1024 + 32 * 1024, SIZE - HOLE], ids=["begin", "between samples", "end"])
+def test_hole(file: SharedFile, at: int) -> None:
+    """Before, after and around it, the file is resident or not, exactly."""
+    drop(file, at, HOLE)
+    assert not is_resident(file.fileno(), 0, SIZE)
+    assert not is_resident(file.fileno(), at, 1)
+    assert not is_resident(file.fileno(), max(0, at - 1), HOLE)
+    if at:
+        assert is_resident(file.fileno(), 0, at)
+    if at + HOLE < SIZE:
+        assert is_resident(file.fileno(), at + HOLE, SIZE - at - HOLE)
+
+
+def test_end_of_the_file(file: SharedFile) -> None:
+    """What is behind it is not in memory: a thread finds out."""
+    assert not is_resident(file.fileno(), SIZE, 1)
+    assert not is_resident(file.fileno(), SIZE - 10, 20)
+    assert not is_resident(file.fileno(), 0, SIZE + 1)
+
+
+def test_file_that_cannot_be_mapped(file: SharedFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pagecache, "_mmap", lambda *_: pagecache._FAILED)
+    assert not is_resident(file.fileno(), 0, SIZE)
+
+
+@pytest.mark.parametrize("why", [errno.EAGAIN, errno.EOPNOTSUPP])
+def test_file_system_that_cannot_tell(file: SharedFile, why: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert not is_resident(file.fileno(), 0, 10)
+    assert not is_resident(file.fileno(), 0, SIZE)
+
+
+def test_reading_leaves_the_access_time(tmp_path: Path) -> None:
+    """Also where a change since the last read would have it noted."""
+    path = tmp_path / "file"
+    path.write_bytes(b"data")
+    os.utime(path, (1, 2))
+    file = open_regular(path)
+    assert os.pread(file.fileno(), 10, 0) == b"data"
+    file.release()
+    assert path.stat().st_atime == 1
