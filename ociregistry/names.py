@@ -24,6 +24,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
+_HEX = re.compile(r"[a-f0-9]{64}|[a-f0-9]{128}")
 _LONGEST_NAME = 255
 
 DOCKER_HUB = "docker.io"
@@ -80,6 +81,11 @@ def is_host(host: str) -> bool:
     return True
 
 
+def is_hex_of_digest(text: str) -> bool:
+    """Tell whether `text` is the `hex` of a digest."""
+    return _HEX.fullmatch(text) is not None
+
+
 class Digest(str):
     """A well-formed sha256 or sha512 digest, such as `sha256:9f86…`; a subclass of str to save memory."""
 
@@ -104,9 +110,9 @@ class Digest(str):
     @classmethod
     def from_hex(cls, text: str) -> Self | None:
         """Return the digest whose `hex` (the file name in the store) is `text`, or None if it is not one."""
-        algorithm = {64: "sha256", 128: "sha512"}.get(len(text), "")
-        spelled = f"{algorithm}:{text}"
-        return cls(spelled) if _DIGEST.fullmatch(spelled) else None
+        if not is_hex_of_digest(text):
+            return None
+        return cls(f"sha256:{text}" if len(text) == 64 else f"sha512:{text}")
 
     @property
     def algorithm(self) -> str:
