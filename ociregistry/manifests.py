@@ -7,7 +7,7 @@ its digest is computed from; parsing only serves to find its children and blobs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -166,9 +166,9 @@ class Manifest:
         return self.blobs[0] if self.blobs else None
 
     @property
-    def layers(self) -> frozenset[Digest]:
+    def layers(self) -> Set[Digest]:
         """The layers of an image, without a layer that is the same blob as the config."""
-        return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
+        return {blob.digest for blob in self.blobs} - {blob.digest for blob in self.blobs[:1]}
 
     @property
     def required(self) -> Mapping[Digest, int]:
@@ -178,8 +178,9 @@ class Manifest:
     @property
     def foreign_layers(self) -> Mapping[Digest, int]:
         """The size in bytes of each layer that clients may fetch from other URLs, as registries may not have it."""
-        required = self.required
-        return {blob.digest: blob.size for blob in self.blobs if blob.digest not in required}
+        foreign = {blob.digest: blob.size for blob in self.blobs if blob.foreign}
+        required = self.required if foreign else {}
+        return {digest: size for digest, size in foreign.items() if digest not in required}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:

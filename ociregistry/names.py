@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 from ociregistry.errors import DigestInvalid, ManifestUnknown, NameInvalid
@@ -46,14 +47,10 @@ class Upstream:
         Raises:
             NameInvalid: the text is not a host with an optional port; a scheme, user or path is not allowed.
         """
-        name = text.lower()
-        if name.count(":") > 1 and is_host(f"[{name}]"):
-            name = f"[{name}]"
-        match = _UPSTREAM.fullmatch(name)
-        sound = match is not None and is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
-        if not sound or len(name) > _LONGEST_NAME:
+        name = _canonical_host(text) if len(text) <= _LONGEST_NAME else ""
+        if not name:
             raise NameInvalid(f"{text[:300]!r} is not the name of a registry: host or host:port is expected")
-        return cls(DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name)
+        return cls(name)
 
     @property
     def host(self) -> str:
@@ -68,6 +65,20 @@ class Upstream:
 
     def __str__(self) -> str:
         return self.name
+
+
+# All image URLs of a store have few upstreams. The length of `text` is bounded by the caller.
+@lru_cache(maxsize=128)
+def _canonical_host(text: str) -> str:
+    """Return the name of the upstream that `text` is, or the empty string if it is none."""
+    name = text.lower()
+    if name.count(":") > 1 and is_host(f"[{name}]"):
+        name = f"[{name}]"
+    match = _UPSTREAM.fullmatch(name)
+    sound = match is not None and is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
+    if not sound or len(name) > _LONGEST_NAME:
+        return ""
+    return DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name
 
 
 def is_host(host: str) -> bool:
