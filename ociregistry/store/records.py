@@ -399,7 +399,7 @@ def is_wanted(record: Record, blobs: Path) -> bool:
     """
     if record.wanted or (record.wanted is None and record.has_tag):
         return True
-    layers = record.manifest.layers & record.manifest.required.keys()
+    layers = record.manifest.required.keys() - {config.digest for config in record.manifest.blobs[:1]}
     here = (size_of_blob(f"{blobs}/{layer.hex}") is not None for layer in layers)
     if record.wanted is None:
         return not layers or any(here)
