@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,6 +33,7 @@ from ociregistry.pullthrough.loader import Loader, NullProgress, Preloader, read
 from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
+from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
 from ociregistry.web.api import V2, health
 from ociregistry.web.channel import ServerPolicy
@@ -154,7 +156,10 @@ class Daemon(MultiService):
         # Each client needs one or two.
         raise_file_descriptor_limit()
         try:
-            super().startService()
+            with collection_paused():
+                super().startService()
+                # The index and the program stay: a collection that goes through them finds nothing, and all wait.
+                gc.freeze()
         except OSError as error:
             self._give_up(f"cannot use the store {self._settings.image_path}: {error}")
         self._maintenance.reconfigure(self._settings.prune, self._settings.verify)

@@ -7,9 +7,9 @@ its digest is computed from; parsing only serves to find its children and blobs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest
@@ -32,12 +32,28 @@ LARGEST_CONFIG = 8 * 1024 * 1024
 """Bytes. Larger configs are not kept as metadata of an index."""
 
 
+_USUAL = {
+    one: one
+    for one in (
+        *MEDIA_TYPES,
+        "application/vnd.oci.image.config.v1+json",
+        "application/vnd.oci.image.layer.v1.tar+gzip",
+        "application/vnd.oci.image.layer.v1.tar+zstd",
+        "application/vnd.docker.container.image.v1+json",
+        "application/vnd.docker.image.rootfs.diff.tar.gzip",
+    )
+}
+"""Media types that are canonical as they stand: most of all that are compared. One text serves all records."""
+
+
 def canonical_media_type(value: object) -> str:
     """Return a media type in lower case and without parameters, as it is compared (RFC 9110, section 8.3.1).
 
     The empty string is returned for what is not text.
     """
-    return value.partition(";")[0].strip().lower() if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return _USUAL.get(value) or value.partition(";")[0].strip().lower()
 
 
 _ARCHITECTURES = {
@@ -73,8 +89,7 @@ class ManifestInvalid(ValueError):
     """The bytes are not a valid manifest; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Descriptor:
+class Descriptor(NamedTuple):
     """A descriptor of the OCI Image specification: how a manifest refers to a blob or to another manifest.
 
     `media_type` is canonical. `platform` is `os/architecture[/variant]`, normalized, or empty if not given; `foreign`
@@ -107,17 +122,18 @@ class Descriptor:
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ManifestInvalid(f"a descriptor has no valid size: {_short(value)}")
         try:
-            digest = Digest.parse(str(value.get("digest"))[:200])
+            digest = Digest.parse(str(value.get("digest")))
         except RegistryError as error:
             raise ManifestInvalid(error.message) from None
-        return cls(
-            digest=digest,
-            size=size,
-            media_type=canonical_media_type(value.get("mediaType")),
-            platform=_platform(value.get("platform")),
-            foreign=bool(value.get("urls")),
-            os_version=_os_version(value.get("platform")),
+        media_type, platform, urls = (
+            canonical_media_type(value.get("mediaType")),
+            value.get("platform"),
+            value.get("urls"),
         )
+        if not platform and not urls:
+            # As of most layers.
+            return cls(digest, size, media_type)
+        return cls(digest, size, media_type, _platform(platform), bool(urls), _os_version(platform))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +166,9 @@ class Manifest:
         return self.blobs[0] if self.blobs else None
 
     @property
-    def layers(self) -> frozenset[Digest]:
+    def layers(self) -> Set[Digest]:
         """The layers of an image, without a layer that is the same blob as the config."""
-        return frozenset(blob.digest for blob in self.blobs[1:]) - {blob.digest for blob in self.blobs[:1]}
+        return {blob.digest for blob in self.blobs} - {blob.digest for blob in self.blobs[:1]}
 
     @property
     def required(self) -> Mapping[Digest, int]:
@@ -162,8 +178,9 @@ class Manifest:
     @property
     def foreign_layers(self) -> Mapping[Digest, int]:
         """The size in bytes of each layer that clients may fetch from other URLs, as registries may not have it."""
-        required = self.required
-        return {blob.digest: blob.size for blob in self.blobs if blob.digest not in required}
+        foreign = {blob.digest: blob.size for blob in self.blobs if blob.foreign}
+        required = self.required if foreign else {}
+        return {digest: size for digest, size in foreign.items() if digest not in required}
 
     @property
     def blob_sizes(self) -> Mapping[Digest, int]:
@@ -197,7 +214,7 @@ class Manifest:
             return cls(digest, media_type, data, tuple(_descriptors(document, "manifests")), ())
         if "manifests" in document or "fsLayers" in document:
             raise ManifestInvalid("an image manifest must not have manifests or fsLayers")
-        config = replace(Descriptor.parse(document.get("config")), foreign=False)
+        config = Descriptor.parse(document.get("config"))._replace(foreign=False)
         return cls(digest, media_type, data, (), (config, *_descriptors(document, "layers")))
 
 

@@ -11,6 +11,7 @@ import hashlib
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Self
 
 from ociregistry.errors import DigestInvalid, ManifestUnknown, NameInvalid
@@ -24,6 +25,7 @@ _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _TAG = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}")
+_HEX = re.compile(r"[a-f0-9]{64}|[a-f0-9]{128}")
 _LONGEST_NAME = 255
 
 DOCKER_HUB = "docker.io"
@@ -45,14 +47,10 @@ class Upstream:
         Raises:
             NameInvalid: the text is not a host with an optional port; a scheme, user or path is not allowed.
         """
-        name = text.lower()
-        if name.count(":") > 1 and is_host(f"[{name}]"):
-            name = f"[{name}]"
-        match = _UPSTREAM.fullmatch(name)
-        sound = match is not None and is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
-        if not sound or len(name) > _LONGEST_NAME:
+        name = _canonical_host(text) if len(text) <= _LONGEST_NAME else ""
+        if not name:
             raise NameInvalid(f"{text[:300]!r} is not the name of a registry: host or host:port is expected")
-        return cls(DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name)
+        return cls(name)
 
     @property
     def host(self) -> str:
@@ -69,6 +67,20 @@ class Upstream:
         return self.name
 
 
+# All image URLs of a store have few upstreams. The length of `text` is bounded by the caller.
+@lru_cache(maxsize=128)
+def _canonical_host(text: str) -> str:
+    """Return the name of the upstream that `text` is, or the empty string if it is none."""
+    name = text.lower()
+    if name.count(":") > 1 and is_host(f"[{name}]"):
+        name = f"[{name}]"
+    match = _UPSTREAM.fullmatch(name)
+    sound = match is not None and is_host(match["host"]) and 0 < int(match["port"] or 443) < 65536
+    if not sound or len(name) > _LONGEST_NAME:
+        return ""
+    return DOCKER_HUB if name in _DOCKER_HUB_ALIASES else name
+
+
 def is_host(host: str) -> bool:
     """Tell whether `host` may be one in a URL: what is in brackets must be an IPv6 address."""
     if not host.startswith("["):
@@ -78,6 +90,11 @@ def is_host(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_hex_of_digest(text: str) -> bool:
+    """Tell whether `text` is the `hex` of a digest."""
+    return _HEX.fullmatch(text) is not None
 
 
 class Digest(str):
@@ -104,9 +121,9 @@ class Digest(str):
     @classmethod
     def from_hex(cls, text: str) -> Self | None:
         """Return the digest whose `hex` (the file name in the store) is `text`, or None if it is not one."""
-        algorithm = {64: "sha256", 128: "sha512"}.get(len(text), "")
-        spelled = f"{algorithm}:{text}"
-        return cls(spelled) if _DIGEST.fullmatch(spelled) else None
+        if not is_hex_of_digest(text):
+            return None
+        return cls(f"sha256:{text}" if len(text) == 64 else f"sha512:{text}")
 
     @property
     def algorithm(self) -> str:

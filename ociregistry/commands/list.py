@@ -15,6 +15,7 @@ from ociregistry.config.values import Patterns, local_time
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
 from ociregistry.settings import Settings
+from ociregistry.store.scan import collection_paused
 from ociregistry.store.snapshot import Row, Snapshot
 from ociregistry.store.workdir import pending_images
 
@@ -55,14 +56,15 @@ class List(Command):
 
     def run(self, settings: Settings) -> int:
         """Print the images to stdout, and warnings about unreadable records to stderr."""
-        snapshot = Snapshot.read(settings.image_path)
-        print_unreadable(snapshot.unreadable)
-        listed = snapshot.all_rows if self["long"] else snapshot.rows
-        rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
-        pending = pending_images(settings.image_path)
-        lines = [Line(row, snapshot, pending) for row in rows]
-        lines.sort(key=_ORDERS[self["sort"]])
-        print_lines(self._printed(lines))
+        with collection_paused():
+            snapshot = Snapshot.read(settings.image_path)
+            print_unreadable(snapshot.unreadable)
+            listed = snapshot.all_rows if self["long"] else snapshot.rows
+            rows = [row for row in listed if self.patterns is None or self.patterns.match(row.url)]
+            pending = pending_images(settings.image_path)
+            lines = [Line(row, snapshot, pending) for row in rows]
+            lines.sort(key=_ORDERS[self["sort"]])
+            print_lines(self._printed(lines))
         return 0
 
     def _printed(self, lines: list[Line]) -> Iterator[str]:
@@ -127,7 +129,7 @@ class Line:
     @property
     def marks(self) -> tuple[str, ...]:
         """What is to be said about the image where --long does not: that nothing of an index can be pulled."""
-        return (_NO_IMAGE,) if self._completeness == _NO_IMAGE else ()
+        return (_NO_IMAGE,) if self._why_not_complete == _NO_IMAGE else ()
 
     @property
     def more_columns(self) -> tuple[str, ...]:
@@ -135,13 +137,18 @@ class Line:
         return local_time(self.pulled), str(self.size), ",".join(self.platforms) or "-", self._completeness
 
     @property
-    def _completeness(self) -> str:
+    def _why_not_complete(self) -> str:
+        """Why it is not to be complete now, whichever blobs are there; empty if it is."""
         if any(image.digest in self._pending for image in self._descendants):
             return "pending"
         if self.is_metadata:
             return "metadata"
-        if not self._images:
-            return _NO_IMAGE
+        return "" if self._images else _NO_IMAGE
+
+    @property
+    def _completeness(self) -> str:
+        if self._why_not_complete:
+            return self._why_not_complete
         if self.missing:
             return f"{self.missing}-missing"
         return "without-foreign-layers" if self.missing_foreign else "complete"

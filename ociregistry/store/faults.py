@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable
 
 from ociregistry.names import Digest
@@ -64,7 +65,7 @@ class Faults:
             refresh and f"the store cannot be scanned: {refresh}",
             space and f"the free disk space cannot be read: {space}",
             "the disk is full, downloads stop: only what is kept in reserve is free" if self._space.room.full else "",
-            _damaged("record", (path.name for path in self._refresh.damaged), "damaged or unreadable"),
+            _damaged("record", map(os.path.basename, self._refresh.damaged), "damaged or unreadable"),
             _damaged("blob", (blob.hex for blob in self._blobs.unreadable if self._index.sizes(blob)), "unreadable"),
             _damaged("record", (one.hex for one in self._lost_records if self._index.get(one) is None), _LOST),
             _damaged("blob", (one.hex for one in self._blobs.lost if self._index.sizes(one)), _LOST),

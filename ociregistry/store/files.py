@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import stat
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -106,21 +107,27 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
         FileNotFoundError: there is none.
         OSError: it cannot be opened; ELOOP for a symbolic link, and ENXIO for anything else that is no regular file.
     """
+    descriptor, _ = _open_regular(path, flags)
+    return SharedFile(descriptor)
+
+
+def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
+    """Return the descriptor, and the size in bytes."""
     try:
         descriptor = os.open(path, flags | _REGULAR_ALONE)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
         raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from None
-    file = SharedFile(descriptor)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.ENXIO, "it is not a regular file", str(path))
         _without_access_times(descriptor)
     except BaseException:
-        file.release()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor, status.st_size
 
 
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
@@ -142,18 +149,26 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     return sent
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
     """Return the content of the regular file at `path`.
 
     Raises:
-        OSError: it cannot be opened, as `open_regular` says, or read.
+        OSError: it cannot be opened, as `open_regular` says, or read; EFBIG if it has more than `largest` bytes.
     """
-    file = open_regular(path)
+    descriptor, size = _open_regular(path, os.O_RDONLY)
     try:
-        with open(file.fileno(), "rb", closefd=False) as stream:
-            return stream.read()
+        # One byte more than there should be: where it does not come, this was all.
+        data = os.read(descriptor, size + 1) if size <= largest else b""
+        if len(data) != size <= largest:
+            # The file is being written, or the file system gives less than it was asked for.
+            while len(data) <= largest and (more := os.read(descriptor, _PIECE)):
+                data += more
+            size = len(data)
     finally:
-        file.release()
+        os.close(descriptor)
+    if size > largest:
+        raise OSError(errno.EFBIG, f"larger than {largest} bytes", str(path))
+    return data
 
 
 def is_at(descriptor: int, path: Path) -> bool:

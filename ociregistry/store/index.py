@@ -132,9 +132,9 @@ class Index:
     def put(self, digest: Digest, entry: Entry) -> None:
         """Set the entry of the record `digest`, replacing an earlier one; an equal one changes nothing."""
         before = self._entries.get(digest)
-        if before == entry:
-            return
         if before is not None:
+            if before == entry:
+                return
             self._remove(digest, before)
         self.changes += 1
         self._entries[digest] = entry

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -57,9 +58,9 @@ def record_path(root: Path, digest: Digest, *, is_list: bool) -> Path:
     return root / (LISTS_FOLDER if is_list else IMAGES_FOLDER) / digest.hex
 
 
-def digest_of(path: Path) -> Digest:
+def digest_of(path: Path | str) -> Digest:
     """Return the digest after which the file of a blob or record is named."""
-    digest = Digest.from_hex(path.name)
+    digest = Digest.from_hex(os.path.basename(path))
     assert digest is not None
     return digest
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import Counter
@@ -23,7 +24,7 @@ from ociregistry.errors import RegistryError
 from ociregistry.manifests import LARGEST_MANIFEST, Manifest, ManifestInvalid
 from ociregistry.names import Digest, ImageReference
 from ociregistry.store.blobs import missing_blobs, size_of_blob
-from ociregistry.store.files import Files, is_of_the_file, open_regular
+from ociregistry.store.files import Files, is_of_the_file, read_regular, reason
 from ociregistry.store.paths import (
     LISTS_FOLDER,
     blobs_folder,
@@ -209,27 +210,28 @@ _NOTE_PULLS_EVERY = 60.0
 """Seconds."""
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path | str) -> Record:
     """Read the record at `path`. Blocks.
 
     Raises:
         RecordInvalid: it is damaged, foreign, or in the wrong folder.
         OSError: it cannot be read, or is no regular file.
     """
-    digest = Digest.from_hex(path.name)
+    # As text: with tens of thousands of records, making a Path for each takes as long as reading them.
+    parent, _, name = os.fspath(path).rpartition("/")
+    digest = Digest.from_hex(name)
     if digest is None:
         raise RecordInvalid("its name is not that of a record")
-    file = open_regular(path)
     try:
-        if file.size() > _LARGEST_RECORD:
-            raise ForeignRecord(f"larger than {_LARGEST_RECORD} bytes")
-        with open(file.fileno(), "rb", closefd=False) as stream:
-            data = stream.read()
-    finally:
-        file.release()
+        data = read_regular(path, _LARGEST_RECORD)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise ForeignRecord(reason(error)) from None
     record = Record.parse(data, digest)
-    if (path.parent.name == LISTS_FOLDER) != record.manifest.is_list:
-        raise ForeignRecord(f"a {record.manifest.media_type} does not belong in {path.parent.name}/")
+    folder = parent.rpartition("/")[2]
+    if (folder == LISTS_FOLDER) != record.manifest.is_list:
+        raise ForeignRecord(f"a {record.manifest.media_type} does not belong in {folder}/")
     return record
 
 
@@ -395,10 +397,10 @@ def is_wanted(record: Record, blobs: Path) -> bool:
     layers, or has a layer in the store. If the record says that it is not wanted, it counts as wanted once all its
     layers are in the store: other caches have pulled it through this one.
     """
-    if record.wanted:
+    if record.wanted or (record.wanted is None and record.has_tag):
         return True
-    layers = record.manifest.layers & record.manifest.required.keys()
+    layers = record.manifest.required.keys() - {config.digest for config in record.manifest.blobs[:1]}
     here = (size_of_blob(f"{blobs}/{layer.hex}") is not None for layer in layers)
     if record.wanted is None:
-        return record.has_tag or not layers or any(here)
+        return not layers or any(here)
     return bool(layers) and all(here)

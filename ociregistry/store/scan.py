@@ -19,7 +19,7 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from ociregistry.names import Digest
+from ociregistry.names import Digest, is_hex_of_digest
 from ociregistry.store.blobs import TICK, BlobFolder
 from ociregistry.store.files import reason
 from ociregistry.store.index import Entry, Index
@@ -36,16 +36,17 @@ UNREAD: Signature = (0, 0, 0, 0)
 """The signature of a file that exists and has to be read at the next scan."""
 
 
-def signatures(folder: Path) -> list[tuple[Path, Signature]]:
-    """Return the files in `folder` that are named like a record, with their signatures. Blocks.
+def signatures(folder: Path) -> dict[str, Signature]:
+    """Return the paths of the files in `folder` that are named like a record, with their signatures. Blocks.
 
     Raises:
         OSError: the folder cannot be read.
     """
-    found = []
+    # Paths as text, here and below: making a Path for each file takes longer than looking at it.
+    found, inside = {}, f"{folder}/"
     with os.scandir(folder) as entries:
         for entry in entries:
-            if Digest.from_hex(entry.name) is None:
+            if not is_hex_of_digest(entry.name):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
@@ -53,10 +54,9 @@ def signatures(folder: Path) -> list[tuple[Path, Signature]]:
                 continue
             except OSError:
                 # Reading it tells why.
-                found.append((folder / entry.name, UNREAD))
+                found[inside + entry.name] = UNREAD
                 continue
-            signature = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            found.append((folder / entry.name, signature))
+            found[inside + entry.name] = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return found
 
 
@@ -75,22 +75,22 @@ class ForeignFiles:
 
     def __init__(self, seconds: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
-        self._files: dict[Path, dict[Path, Signature]] = {}
+        self._files: dict[str, dict[str, Signature]] = {}
         """Folder -> the files, and the signatures with which they were read."""
-        self._looked_through: dict[Path, tuple[int, float]] = {}
+        self._looked_through: dict[str, tuple[int, float]] = {}
         """Folder -> its mtime, and the time at which it was looked through."""
-        self._gone: set[Path] = set()
+        self._gone: set[str] = set()
 
-    def add(self, path: Path, signature: Signature) -> None:
+    def add(self, path: str, signature: Signature) -> None:
         """Add a file that was read and is no record."""
-        self._files.setdefault(path.parent, {})[path] = signature
+        self._files.setdefault(os.path.dirname(path), {})[path] = signature
 
-    def take_gone(self) -> Set[Path]:
+    def take_gone(self) -> Set[str]:
         """Return the files that were removed since the last call."""
         gone, self._gone = self._gone, set()
         return gone
 
-    def look(self, folder: Path, known: Iterable[Path]) -> list[tuple[Path, Signature]]:
+    def look(self, folder: Path, known: Iterable[str]) -> dict[str, Signature]:
         """Return the files in `folder`, as far as they were looked at, without the foreign ones.
 
         `known` are the files that are looked at in any case.
@@ -98,27 +98,28 @@ class ForeignFiles:
         Raises:
             OSError: the folder cannot be read.
         """
-        foreign = self._files.get(folder, {})
+        key = str(folder)
+        foreign = self._files.get(key, {})
         changed, now = folder.stat().st_mtime_ns, self._seconds()
-        before, at = self._looked_through.get(folder, (0, now))
+        before, at = self._looked_through.get(key, (0, now))
         if len(foreign) >= _MANY and changed == before and now - at < _LOOKED_THROUGH_EVERY:
-            return list(_signatures_of(path for path in known if path.parent == folder))
-        self._looked_through[folder] = (changed if abs(time.time_ns() - changed) > TICK else 0), now
+            return dict(_signatures_of(path for path in known if os.path.dirname(path) == key))
+        self._looked_through[key] = (changed if abs(time.time_ns() - changed) > TICK else 0), now
         found = signatures(folder)
         if not foreign:
             return found
-        left = [(path, signature) for path, signature in found if foreign.get(path) != signature]
-        gone = foreign.keys() - {path for path, _ in found}
+        left = {path: signature for path, signature in found.items() if foreign.get(path) != signature}
+        gone = foreign.keys() - found.keys()
         self._gone |= gone
-        for path in (*gone, *(path for path, _ in left)):
+        for path in (*gone, *left):
             foreign.pop(path, None)
         return left
 
 
-def _signatures_of(paths: Iterable[Path]) -> Iterator[tuple[Path, Signature]]:
+def _signatures_of(paths: Iterable[str]) -> Iterator[tuple[str, Signature]]:
     for path in paths:
         try:
-            status = path.lstat()
+            status = os.lstat(path)
         except FileNotFoundError:
             continue
         except OSError:
@@ -161,79 +162,63 @@ def collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass(frozen=True, slots=True)
-class ScannedFile:
-    """A file that is named like a record."""
+def look(
+    root: Path, known: Iterable[str] = (), foreign: ForeignFiles | None = None, *, missing_ok: bool = False
+) -> dict[str, Signature]:
+    """Return the files of records of the store at `root` with their signatures, without `foreign` ones. Blocks.
 
-    path: Path
-    signature: Signature
-    record: Record | None = None
-    """The content; None if the file was not read, as its signature is the known one, or could not be."""
-    error: RecordInvalid | OSError | None = None
-    """Why it could not be read."""
-
-
-def scan(
-    root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles | None = None, *, missing_ok: bool = False
-) -> Iterator[ScannedFile]:
-    """Yield the files of records of the store at `root`; those whose signatures are `known` are not read. Blocks.
-
-    Files that are `foreign` already are left out, and others that are no records added there.
-
-    With `missing_ok`, a folder that is missing counts as empty: the store is new, or is still being copied.
+    With `foreign`, the files that are `known` are looked at in any case. With `missing_ok`, a folder that is missing
+    counts as empty: the store is new, or is still being copied.
 
     Raises:
         OSError: a folder cannot be read, or `root` is missing.
     """
+    found: dict[str, Signature] = {}
     for folder in (root / LISTS_FOLDER, root / IMAGES_FOLDER):
         try:
-            found = signatures(folder) if foreign is None else foreign.look(folder, known)
+            found |= signatures(folder) if foreign is None else foreign.look(folder, known)
         except FileNotFoundError:
             if not missing_ok:
                 raise
             root.stat()
-            continue
-        for path, signature in found:
-            if signature != UNREAD and known.get(path) == signature:
-                yield ScannedFile(path, signature)
-                continue
-            try:
-                record = read_record(path)
-            except FileNotFoundError:
-                continue
-            except (RecordInvalid, OSError) as error:
-                if foreign is not None and isinstance(error, RecordInvalid) and signature != UNREAD:
-                    foreign.add(path, signature)
-                yield ScannedFile(path, signature, error=error)
-            else:
-                yield ScannedFile(path, signature, record)
+    return found
+
+
+def read_changed(
+    seen: Mapping[str, Signature], known: Mapping[str, Signature]
+) -> Iterator[tuple[str, Record | RecordInvalid | OSError]]:
+    """Read the files that were `seen` with other signatures than the `known` ones. Blocks.
+
+    Yields:
+        Path and record, or the error because of which it could not be read; FileNotFoundError if it is gone by now.
+    """
+    # All at once, so that the caller may change `seen` meanwhile.
+    changed = [path for path, now in seen.items() if known.get(path) != now or now == UNREAD]
+    for path in changed:
+        try:
+            yield path, read_record(path)
+        except (RecordInvalid, OSError) as error:
+            yield path, error
 
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """The differences that a scan of the folders found from what was known."""
+    """The differences that a scan of the folders found from what was known. Paths are text."""
 
-    seen: Mapping[Path, Signature]
-    read: Mapping[Path, Entry] = field(default_factory=dict)
+    seen: Mapping[str, Signature]
+    read: Mapping[str, Entry] = field(default_factory=dict)
     """The new and changed records."""
-    unreadable: Mapping[Path, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     """Path -> reason, for new or changed files that are not records of this program."""
-    damaged: frozenset[Path] = frozenset()
+    damaged: frozenset[str] = frozenset()
     """Those of the unreadable files that may be records of this program."""
-    gone: frozenset[Path] = frozenset()
+    gone: frozenset[str] = frozenset()
     blobs_gone: frozenset[Digest] = frozenset()
-
-
-def _scan_or_nothing(root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles) -> Iterator[ScannedFile]:
-    """Scan the store at `root`; what is gone is made anew by `Folders`, and counts as empty until then."""
-    # Raised for `root` alone, which may be there again by now.
-    with suppress(FileNotFoundError):
-        yield from scan(root, known, foreign, missing_ok=True)
 
 
 def scan_changes(
     root: Path,
-    known: Mapping[Path, Signature],
+    known: Mapping[str, Signature],
     foreign: ForeignFiles,
     blobs: BlobFolder | None = None,
 ) -> ScanResult:
@@ -244,23 +229,31 @@ def scan_changes(
     Raises:
         OSError: a folder cannot be read.
     """
-    seen: dict[Path, Signature] = {}
-    read: dict[Path, Entry] = {}
-    unreadable: dict[Path, str] = {}
-    damaged: set[Path] = set()
-    for file in _scan_or_nothing(root, known, foreign):
-        seen[file.path] = file.signature
-        if file.record is not None:
-            read[file.path] = Entry.of(file.record, wanted=is_wanted(file.record, blobs_folder(root)))
-        elif isinstance(file.error, OSError):
+    seen: dict[str, Signature] = {}
+    # What is gone is made anew by `Folders`, and counts as empty until then; the store may be there again by now.
+    with suppress(FileNotFoundError):
+        seen = look(root, known, foreign, missing_ok=True)
+    read: dict[str, Entry] = {}
+    unreadable: dict[str, str] = {}
+    damaged: set[str] = set()
+    blobs_at = blobs_folder(root)
+    for path, found in read_changed(seen, known):
+        if isinstance(found, Record):
+            read[path] = Entry.of(found, wanted=is_wanted(found, blobs_at))
+        elif isinstance(found, FileNotFoundError):
+            del seen[path]
+        elif isinstance(found, OSError):
             # The cause may end without a change to the file, so the file is read again at the next scan.
-            unreadable[file.path] = reason(file.error)
-            seen[file.path] = UNREAD
-        elif file.error is not None:
-            unreadable[file.path] = str(file.error)
-            del seen[file.path]
-        if file.error is not None and not isinstance(file.error, ForeignRecord):
-            damaged.add(file.path)
+            unreadable[path] = reason(found)
+            seen[path] = UNREAD
+            damaged.add(path)
+        else:
+            unreadable[path] = reason(found)
+            signature = seen.pop(path)
+            if signature != UNREAD:
+                foreign.add(path, signature)
+            if not isinstance(found, ForeignRecord):
+                damaged.add(path)
     blobs_gone = blobs.gone() if blobs is not None else frozenset()
     gone = (known.keys() - seen.keys() - unreadable.keys()) | foreign.take_gone()
     return ScanResult(seen, read, unreadable, frozenset(damaged), frozenset(gone), blobs_gone)
@@ -282,14 +275,18 @@ class IndexRefresh:
         self._index = index
         self._threads = threads
         self._blobs = BlobFolder(blobs_folder(root))
-        self._known: dict[Path, Signature] = {}
+        self._known: Mapping[str, Signature] = {}
+        """What the last scan found, which a thread may be reading."""
         self._foreign = ForeignFiles(clock.seconds)
-        self._written: set[Path] = set()
-        """Records that this process wrote since the running scan began: they are newer than what the scan finds."""
-        self._unreadable: dict[Path, str] = {}
+        self._newer: set[str] = set()
+        """Records that this process wrote, or could not read, since the last scan began.
+
+        The index is newer than what that scan finds, and the next one reads these files again.
+        """
+        self._unreadable: dict[str, str] = {}
         """File that is not a record -> the reason that was logged, so that it is logged only once."""
-        self.damaged: Set[Path] = frozenset()
-        """The damaged or unreadable records, without foreign files."""
+        self.damaged: Set[str] = frozenset()
+        """The paths of damaged or unreadable records, without foreign files."""
         self._changed: set[Digest] = set()
         """The digests with which `on_change` is to be called next."""
         self.on_change: Callable[[Set[Digest]], object] = lambda changed: None
@@ -322,8 +319,7 @@ class IndexRefresh:
     def record_written(self, record: Record) -> None:
         """Take over `record`, which this process has just written."""
         path = record_path(self._root, record.manifest.digest, is_list=record.manifest.is_list)
-        self._written.add(path)
-        self._known[path] = UNREAD
+        self._newer.add(str(path))
         self.record_read(record)
         self._notify()
 
@@ -340,9 +336,9 @@ class IndexRefresh:
 
         `why` is what was logged, so that the scan does not log it a second time.
         """
-        self._unreadable[path] = why
-        self._drop(path)
-        self._known[path] = UNREAD
+        self._unreadable[str(path)] = why
+        self._drop(str(path))
+        self._newer.add(str(path))
 
     def blob_stored(self, blob: Digest) -> None:
         """Report the records that name a blob which this process has stored."""
@@ -354,14 +350,16 @@ class IndexRefresh:
         return self._one_scan.run(self._scan)
 
     def _scan(self) -> Deferred[None]:
-        self._written.clear()
+        newer, self._newer = self._newer, set()
+        known = {**self._known, **dict.fromkeys(newer, UNREAD)} if newer else self._known
         now = self._clock.seconds()
         blobs = self._blobs if now - self._blobs_scanned >= _SCAN_BLOBS_EVERY else None
         self._blobs_scanned = self._blobs_scanned if blobs is None else now
-        scanned = self._threads.read(scan_changes, self._root, dict(self._known), self._foreign, blobs)
-        return scanned.addCallback(self._apply).addErrback(self._failed)
+        scanned = self._threads.read(scan_changes, self._root, known, self._foreign, blobs)
+        return scanned.addCallback(self._apply).addErrback(self._failed, newer)
 
-    def _failed(self, failure: Failure) -> None:
+    def _failed(self, failure: Failure, newer: Set[str]) -> None:
+        self._newer |= newer
         why = str(failure.value)
         if why != self.why:
             _log.error("cannot scan the store: {why}", why=why)
@@ -371,12 +369,9 @@ class IndexRefresh:
         if self.why:
             _log.warn("the store can be scanned again")
         self.why = ""
-        # A record that this process wrote meanwhile is read again at the next scan.
-        for path in result.gone - self._written:
+        for path in (result.gone | result.unreadable.keys()) - self._newer:
             self._drop(path)
-        for path in result.unreadable.keys() - self._written:
-            self._drop(path)
-        new = {path: why for path, why in result.unreadable.items() if self._unreadable.get(path) != why}
+        new = {Path(path): why for path, why in result.unreadable.items() if self._unreadable.get(path) != why}
         for line in unreadable_lines(new):
             _log.warn("{line}", line=line)
         for path in (result.gone | result.read.keys()) - result.unreadable.keys():
@@ -385,9 +380,9 @@ class IndexRefresh:
         damaged = (self.damaged - result.unreadable.keys()) & self._unreadable.keys()
         self.damaged = damaged | result.damaged
         for path, entry in result.read.items():
-            if path not in self._written:
+            if path not in self._newer:
                 self._put(digest_of(path), entry)
-        self._known = {**result.seen, **dict.fromkeys(self._written, UNREAD)}
+        self._known = result.seen
         if result.blobs_gone:
             self._index.blobs_removed()
             self.on_blobs_gone(result.blobs_gone)
@@ -402,10 +397,10 @@ class IndexRefresh:
             self._changed.add(digest)
         self._index.put(digest, entry)
 
-    def _drop(self, path: Path) -> None:
+    def _drop(self, path: str) -> None:
         digest = digest_of(path)
         entry = self._index.get(digest)
-        if entry is not None and record_path(self._root, digest, is_list=entry.is_list) == path:
+        if entry is not None and str(record_path(self._root, digest, is_list=entry.is_list)) == path:
             self._changed.add(digest)
             self._index.drop(digest)
 

@@ -15,7 +15,7 @@ from ociregistry.store.files import is_of_the_file, reason
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.paths import blobs_folder, digest_of
 from ociregistry.store.records import Dates, Record, is_wanted
-from ociregistry.store.scan import Signature, collection_paused, scan
+from ociregistry.store.scan import Signature, collection_paused, look, read_changed
 
 _HEX = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{128}|[0-9a-f]{64})(?![0-9a-f])")
 _MOST_SEARCHED = 256 * 1024 * 1024
@@ -82,9 +82,9 @@ class Snapshot:
         self.mentioned: frozenset[str] = frozenset()
         """The digests, in hexadecimal, that occur in the unreadable files: these files may need the blobs."""
         self._records: dict[Digest, StoredRecord] = {}
-        self._signatures: dict[Path, Signature] = {}
+        self._signatures: dict[str, Signature] = {}
         """File of a record -> its signature when it was read."""
-        self._invalid: dict[Path, tuple[Signature, str, frozenset[str]]] = {}
+        self._invalid: dict[str, tuple[Signature, str, frozenset[str]]] = {}
         """File that is no record -> its signature when it was read, what is wrong with it, the digests in it."""
         self._wanted: dict[Digest, bool] = {}
         self._rows: tuple[Row, ...] | None = None
@@ -109,35 +109,34 @@ class Snapshot:
         """
         unknown: list[OSError] = []
         unreadable: dict[Path, str] = {}
-        invalid: dict[Path, tuple[Signature, str, frozenset[str]]] = {}
-        present: set[Path] = set()
-        read_before = self._signatures | {path: signature for path, (signature, _, _) in self._invalid.items()}
-        for file in scan(self.root, read_before, missing_ok=True):
-            if file.error is not None:
-                unreadable[file.path] = reason(file.error)
-                try:
-                    if isinstance(file.error, OSError):
-                        raise file.error
-                    invalid[file.path] = file.signature, reason(file.error), _mentioned(file.path)
-                except OSError as error:
-                    if not is_of_the_file(error):
-                        raise
-                    unknown.append(error)
+        invalid: dict[str, tuple[Signature, str, frozenset[str]]] = {}
+        seen = look(self.root, missing_ok=True)
+        known = self._signatures | {path: signature for path, (signature, _, _) in self._invalid.items()}
+        for path, found in read_changed(seen, known):
+            self._invalid.pop(path, None)
+            if isinstance(found, Record):
+                signature = self._signatures[path] = seen[path]
+                pulled = datetime.fromtimestamp(signature[2] / 1e9, UTC)
+                self.put(StoredRecord(found, Path(path), pulled, signature[1]))
                 continue
-            if file.record is None and file.path in self._invalid:
-                invalid[file.path] = self._invalid[file.path]
+            signature = seen.pop(path)
+            if isinstance(found, FileNotFoundError):
                 continue
-            present.add(file.path)
-            if file.record is not None:
-                pulled = datetime.fromtimestamp(file.signature[2] / 1e9, UTC)
-                self.put(StoredRecord(file.record, file.path, pulled, file.signature[1]))
-                self._signatures[file.path] = file.signature
-        for path in self._signatures.keys() - present:
+            unreadable[Path(path)] = reason(found)
+            try:
+                if isinstance(found, OSError):
+                    raise found
+                invalid[path] = signature, reason(found), _mentioned(Path(path))
+            except OSError as error:
+                if not is_of_the_file(error):
+                    raise
+                unknown.append(error)
+        for path in self._signatures.keys() - seen.keys():
             self._drop(path)
-        self._invalid = invalid
-        self.unreadable = unreadable | {path: why for path, (_, why, _) in invalid.items()}
+        self._invalid = {path: was for path, was in self._invalid.items() if path in seen} | invalid
+        self.unreadable = unreadable | {Path(path): why for path, (_, why, _) in self._invalid.items()}
         self.unknown = tuple(unknown)
-        self.mentioned = frozenset(digest for _, _, digests in invalid.values() for digest in digests)
+        self.mentioned = frozenset(digest for _, _, digests in self._invalid.values() for digest in digests)
         self._wanted.clear()
         self._rows = None
 
@@ -147,11 +146,11 @@ class Snapshot:
         self._records[digest] = stored
         self.index.put(digest, Entry.of(stored.record))
 
-    def _drop(self, path: Path) -> None:
+    def _drop(self, path: str) -> None:
         del self._signatures[path]
         digest = digest_of(path)
         stored = self._records.get(digest)
-        if stored is not None and stored.path == path:
+        if stored is not None and str(stored.path) == path:
             del self._records[digest]
             self.index.drop(digest)
 

@@ -279,11 +279,11 @@ def _and_release(lease: SharedFile, work: Callable[[], int]) -> int:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path, _ in signatures(folder))
+    return sorted(map(Path, signatures(folder)))
 
 
 def _sizes(folder: Path) -> dict[Path, int]:
-    return {path: signature[1] for path, signature in sorted(signatures(folder))}
+    return {Path(path): signature[1] for path, signature in sorted(signatures(folder).items())}
 
 
 def _lacking(blobs: Path, record: Record) -> tuple[bool, Mapping[Digest, int]]:

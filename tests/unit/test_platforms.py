@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform as machine
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,7 +39,7 @@ def offered(*platforms: str) -> tuple[Descriptor, ...]:
 def in_versions(*versions: str) -> tuple[Descriptor, ...]:
     """The children of a list for windows/amd64 in these versions, and one for linux/amd64 at the end."""
     *windows, linux = offered(*["windows/amd64"] * len(versions), "linux/amd64")
-    return *(replace(one, os_version=version) for one, version in zip(windows, versions, strict=True)), linux
+    return *(one._replace(os_version=version) for one, version in zip(windows, versions, strict=True)), linux
 
 
 def best(wanted: str, *there: str) -> str | None:

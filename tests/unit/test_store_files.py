@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.store.files import Files, SharedFile, lock, locked
+from ociregistry.store.files import Files, SharedFile, lock, locked, read_regular
 
 
 def is_open(descriptor: int) -> bool:
@@ -138,4 +138,40 @@ def test_failed_lock_leaves_no_open_descriptor(tmp_path: Path) -> None:
     with locked(path):
         for _ in range(5):
             assert lock(path, wait=False) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# read_regular
+
+
+def test_file_is_read_whole_where_a_read_gives_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, path = os.read, tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    monkeypatch.setattr(os, "read", lambda descriptor, count: really(descriptor, min(count, 3)))
+    assert read_regular(path) == read_regular(str(path), 10) == b"0123456789"
+
+
+def test_file_that_grows_while_it_is_read_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really, path = os.fstat, tmp_path / "file"
+    path.write_bytes(b"01234")
+
+    def fstat(descriptor: int) -> os.stat_result:
+        found = really(descriptor)
+        with path.open("ab") as file:
+            file.write(b"56789" * 1000)
+        return found
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert read_regular(path) == b"01234" + b"56789" * 1000
+    with pytest.raises(OSError, match="larger than 10004 bytes"):
+        read_regular(path, 10_004)
+
+
+def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    monkeypatch.setattr(os, "read", None)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="larger than 9 bytes"):
+        read_regular(path, 9)
     assert len(os.listdir("/proc/self/fd")) == before

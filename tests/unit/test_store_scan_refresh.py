@@ -92,7 +92,7 @@ async def test_write_during_a_scan_is_not_lost(store: Store, clock: Clock, monke
     really_scan = scan.scan_changes
 
     def scan_slowly(
-        root: Path, known: Mapping[Path, Signature], foreign: ForeignFiles, blobs: BlobFolder | None
+        root: Path, known: Mapping[str, Signature], foreign: ForeignFiles, blobs: BlobFolder | None
     ) -> ScanResult:
         found = really_scan(root, known, foreign, blobs)
         has_read.set()

@@ -35,8 +35,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return the records read from now on."""
     paths: list[Path] = []
 
-    def read(path: Path) -> Record:
-        paths.append(path)
+    def read(path: str) -> Record:
+        paths.append(Path(path))
         return read_record(path)
 
     monkeypatch.setattr(ociregistry.store.scan, "read_record", read)
@@ -210,8 +210,8 @@ def test_missing_store_is_an_error(tmp_path: Path) -> None:
 def test_record_removed_while_reading_is_skipped(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch) -> None:
     store_dir.image(ONE, "a:1")
 
-    def gone(path: Path) -> Record:
-        path.unlink()
+    def gone(path: str) -> Record:
+        os.unlink(path)
         return read_record(path)
 
     monkeypatch.setattr(ociregistry.store.scan, "read_record", gone)
@@ -222,9 +222,9 @@ def test_record_removed_while_reading_is_skipped(store_dir: StoreDir, monkeypatc
 def test_unreadable_file_hides_no_other(store_dir: StoreDir, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     bad, good = store_dir.image(ONE, "a:1"), store_dir.image(TWO, "b:1")
 
-    def fails(path: Path) -> Record:
-        if path == store_dir.path(bad):
-            raise OSError(number, os.strerror(number), str(path))
+    def fails(path: str) -> Record:
+        if path == str(store_dir.path(bad)):
+            raise OSError(number, os.strerror(number), path)
         return read_record(path)
 
     monkeypatch.setattr(ociregistry.store.scan, "read_record", fails)
@@ -238,7 +238,7 @@ def test_error_of_the_process_ends_the_reading(store_dir: StoreDir, monkeypatch:
     """Deciding what may be pruned requires all records that can be read."""
     store_dir.image(ONE, "a:1")
 
-    def fails(path: Path) -> Record:
+    def fails(path: str) -> Record:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(ociregistry.store.scan, "read_record", fails)
