@@ -303,10 +303,11 @@ class Connections:
         self, stream: BlobStream, at: int, partial: Partial, size: int | None, changed: Callable[[], object]
     ) -> int:
         most = _LARGEST_UNKNOWN if size is None else size
-        while data := await stream.body.read():
+        while pieces := await stream.body.read_pieces():
             # An upstream without range support sends the blob from its start: skip the bytes that are stored already.
-            known, at = partial.length - at, at + len(data)
-            if known >= len(data):
+            count = sum(map(len, pieces))
+            known, at = partial.length - at, at + count
+            if known >= count:
                 continue
             self._sources.add(stream.source)
             if stream.source.is_mirror:
@@ -314,7 +315,7 @@ class Connections:
             if at > most:
                 raise BlobMismatch(f"{self}: the upstream sent more than {most} bytes")
             self._retries.progress(self._clock.seconds())
-            await partial.append(data[known:] if known else data)
+            await partial.append(*([b"".join(pieces)[known:]] if known else pieces))
             partial.checkpoint(self._clock)
             changed()
             self._check_awaited()

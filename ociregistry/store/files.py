@@ -149,6 +149,10 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     return sent
 
 
+_PIECE = 1024 * 1024
+"""Bytes."""
+
+
 def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
     """Return the content of the regular file at `path`.
 

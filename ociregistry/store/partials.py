@@ -158,7 +158,7 @@ class DigestMismatch(Exception):
 class Partial:
     """A blob that grows: one writer appends, any number of readers follow.
 
-    Each piece is hashed in the same thread job that writes it. The partial becomes a blob only when the digest
+    What is appended is hashed in the same thread job that writes it. The partial becomes a blob only when the digest
     matches. Bytes of an earlier process are hashed again piece by piece, along with the writes.
 
     A flock on the file tells other processes that it is being written and must not be removed. It is held on a
@@ -300,16 +300,16 @@ class Partial:
         write_note(self._path, note, self._files)
         self._note = note
 
-    def append(self, data: bytes) -> Deferred[None]:
-        """Write `data` at the end; `length` has grown when the Deferred fires.
+    def append(self, *pieces: bytes) -> Deferred[None]:
+        """Write `pieces` at the end, in one thread job; `length` has grown when the Deferred fires.
 
         Raises:
             OSError: through the Deferred: there is no room, or a write or an earlier sync failed.
             DigestMismatch: through the Deferred: bytes of an earlier process are missing from the file.
         """
-        return self._in_thread(self._append, data).addCallback(self._grown)
+        return self._in_thread(self._append, pieces).addCallback(self._grown)
 
-    def _append(self, data: bytes) -> int:
+    def _append(self, pieces: tuple[bytes, ...]) -> int:
         try:
             # Otherwise the rest of the blob would cross the link for nothing.
             check_same(self._file, self._path)
@@ -318,19 +318,27 @@ class Partial:
             raise
         if self._broken is not None:
             raise self._broken
-        self._space.spend(len(data))
+        count = sum(map(len, pieces))
+        self._space.spend(count)
         try:
-            self._files.write(self._file, data, self.length)
+            self._write(pieces)
         except OSError as error:
             # A full disk leaves the bytes that were written before intact.
             self.sound = self.sound and is_full(error)
             raise
         if self._hashed == self.length:
-            self._hasher.update(data)
-            self._hashed += len(data)
+            for piece in pieces:
+                self._hasher.update(piece)
+            self._hashed += count
         else:
             self._hash_more()
-        return len(data)
+        return count
+
+    def _write(self, pieces: tuple[bytes, ...]) -> None:
+        offset = self.length
+        for piece in pieces:
+            self._files.write(self._file, piece, offset)
+            offset += len(piece)
 
     def _grown(self, count: int) -> None:
         self.length += count

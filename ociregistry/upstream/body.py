@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime, ITCPTransport, ITransport
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http import PotentialDataLoss
@@ -18,12 +19,15 @@ from ociregistry.upstream.failures import explain
 
 _MOST_BUFFERED = 1024 * 1024
 """Bytes."""
+_LARGE_PIECE = 1024 * 1024
+"""Bytes."""
 
 
 class Body(Protocol):
     """Receives a body at the speed of its reader: with 1 MiB or more unread, the upstream is paused.
 
-    The connection is aborted when no byte comes for `STALL` seconds while the upstream is not paused.
+    At most 1 MiB is received at once, so that less than 2 MiB are unread. The connection is aborted when no byte
+    comes for `STALL` seconds while the upstream is not paused.
     """
 
     STALL = 10.0
@@ -51,13 +55,19 @@ class Body(Protocol):
         self._buffered = 0
         self._paused = False
         self._ended: Failure | None = None
-        self._waiting: Deferred[bytes] | None = None
+        self._waiting: Deferred[list[bytes]] | None = None
+        self._enlarged: Connection | None = None
+        """The connection that receives large pieces for this body."""
         self._timer: IDelayedCall | None = None
         self.ended: Deferred[None] = Deferred()
         """Fires when the body has ended, so that its connection can be used again or is closed."""
 
     def read(self) -> Deferred[bytes]:
-        """Read the bytes that came since the last call, or wait for some; the Deferred fires with b"" at the end.
+        """Read as `read_pieces` does; the Deferred fires with the pieces joined, and with b"" at the end."""
+        return self.read_pieces().addCallback(b"".join)
+
+    def read_pieces(self) -> Deferred[list[bytes]]:
+        """Read the pieces that came since the last call, or wait for one; the Deferred fires with none at the end.
 
         Must not be called while an earlier call waits.
 
@@ -65,16 +75,15 @@ class Body(Protocol):
             Unavailable: the connection broke before the end; the Deferred fails with it.
         """
         if self._received:
-            data = b"".join(self._received)
-            self._received.clear()
+            pieces, self._received = self._received, []
             self._buffered = 0
             self._resume()
-            return succeed(data)
+            return succeed(pieces)
         if self._ended is not None:
             if self._is_complete(self._ended):
-                return succeed(b"")
+                return succeed([])
             return fail(Unavailable(f"{self._upstream}: {explain(self._ended.value)}"))
-        waiting: Deferred[bytes] = Deferred(lambda _: setattr(self, "_waiting", None))
+        waiting: Deferred[list[bytes]] = Deferred(lambda _: setattr(self, "_waiting", None))
         self._waiting = waiting
         self._resume()
         return waiting
@@ -103,12 +112,24 @@ class Body(Protocol):
 
     def set_receive_buffer(self, size: int) -> None:
         """Set the size in bytes of the kernel's receive buffer for this connection."""
-        transport = getattr(self.transport, "_producer", None)
-        while transport is not None and not isinstance(handle := transport.getHandle(), socket.socket):
-            # TLS: the transport with the socket is below this one.
+        connection = self._connection
+        if connection is not None:
+            connection.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+    def receive_large_pieces(self) -> None:
+        """Receive up to 1 MiB at once instead of Twisted's 64 KiB, until the body ends."""
+        connection = self._connection
+        if connection is not None and self._ended is None:
+            connection.bufferSize = _LARGE_PIECE
+            self._enlarged = connection
+
+    @property
+    def _connection(self) -> Connection | None:
+        """The transport with the socket, below TLS and others; None where there is none, as at the end."""
+        transport: Any = getattr(self.transport, "_producer", None)
+        while not isinstance(transport, Connection | None):
             transport = getattr(transport, "transport", None)
-        if transport is not None:
-            handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        return transport
 
     def abort(self) -> None:
         """Abort the connection, unless the body has ended."""
@@ -143,6 +164,8 @@ class Body(Protocol):
 
     def _end(self, reason: Failure) -> None:
         self._ended = reason
+        if self._enlarged is not None:
+            del self._enlarged.bufferSize
         self._end_throttle()
         self._set_timer()
         self._wake()
@@ -151,7 +174,7 @@ class Body(Protocol):
     def _wake(self) -> None:
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
-            self.read().chainDeferred(waiting)
+            self.read_pieces().chainDeferred(waiting)
 
     def _set_timer(self) -> None:
         timer = self._timer if self._timer is not None and self._timer.active() else None

@@ -68,6 +68,9 @@ class _BoundedHeaders(ProtocolWrapper):
 
     def dataReceived(self, data: bytes) -> None:
         """Pass on what was received; while it is of headers, in small slices, and only up to the bounds."""
+        if not self._in_headers:
+            super().dataReceived(data)
+            return
         rest = memoryview(data)
         while rest and self._in_headers:
             if self._too_long():

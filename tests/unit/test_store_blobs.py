@@ -237,6 +237,23 @@ async def test_failed_append_does_not_grow_the_partial(open_store: Callable[...,
     partial.close()
 
 
+@on_reactor
+async def test_pieces_are_appended_all_or_none(open_store: Callable[..., Store]) -> None:
+    disk = Full()
+    store = open_store(files=disk)
+    partial = await store.new_partial(DIGEST, None, SOURCE)
+    disk.full = True
+    with pytest.raises(OSError, match="No space"):
+        await partial.append(DATA[:5], DATA[5:10], DATA[10:])
+    assert (partial.length, partial.sound) == (0, True)
+    disk.full = False
+    await partial.append(DATA[:5], DATA[5:10], DATA[10:])
+    assert partial.length == len(DATA)
+    await partial.verify()
+    await store.commit(partial)
+    partial.close()
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 @on_reactor
 async def test_bytes_from_the_first_of_a_mirror_on_are_cut(open_store: Callable[..., Store], mirrored: bool) -> None:

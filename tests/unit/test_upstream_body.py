@@ -33,6 +33,17 @@ def test_bytes_are_read_as_received_then_empty() -> None:
     assert fired(body.read()) == b""
 
 
+def test_pieces_are_read_as_they_were_received() -> None:
+    body, _ = connected()
+    pieces = [b"one", b"two"]
+    for piece in pieces:
+        body.dataReceived(piece)
+    read = fired(body.read_pieces())
+    assert [id(piece) for piece in read] == [id(piece) for piece in pieces]
+    end(body)
+    assert fired(body.read_pieces()) == []
+
+
 def test_buffered_bytes_are_read_before_the_end() -> None:
     body, _ = connected()
     body.dataReceived(b"all")

@@ -15,6 +15,8 @@ from zope.interface import implementer
 
 from ociregistry.upstream.failures import broke_without_response, causes, explain, is_unreachable
 from ociregistry.upstream.headers import LARGEST_HEADERS, LONGEST_LINE, MOST_HEADERS, BoundedHeaders, HeadersTooLong
+from tests.unit.support.bodies import connected
+from tests.unit.support.common import fired
 
 OK = b"HTTP/1.1 200 OK\r\n"
 
@@ -126,3 +128,16 @@ def test_bodies_and_later_responses_are_not_counted(client: Client) -> None:
         response.deliverBody(reader)
         assert reader.received == body
     assert client.endpoint.transport.value().count(b"GET / ") == 3
+
+
+def test_what_is_received_of_a_body_is_not_copied(client: Client) -> None:
+    outcome = client.ask()
+    client.receive(OK + b"Content-Length: 2000\r\n\r\n")
+    (response,) = outcome
+    assert not isinstance(response, Failure)
+    body, _ = connected()
+    response.deliverBody(body)
+    piece = bytes(1000)
+    client.receive(piece)
+    (received,) = fired(body.read_pieces())
+    assert received is piece
