@@ -11,6 +11,7 @@ import pytest
 from ociregistry.names import Digest
 from ociregistry.upstream.body import Body
 from tests.certificates import Authority
+from tests.images import make_image
 from tests.unit.support.common import on_reactor, until
 from tests.unit.support.wire import Network
 from tests.unit.test_upstream_wire import BUILT, LAYER, repository
@@ -37,14 +38,15 @@ async def read_all(body: Body) -> list[bytes]:
 
 @on_reactor
 async def test_what_the_kernel_holds_is_received_at_once(network: Network, upstream: ScriptedRegistry) -> None:
-    upstream.add("team/app", BUILT, "1")
+    # More than a body buffers before it is read, so that the kernel holds the rest.
+    large = make_image("large", layers=1, layer_size=8_000_000)
+    layer = large.layers[0]
+    upstream.add("team/app", large, "1")
     registry = network.registry(upstream.host, scheme="http")
-    body = (await registry.blob(repository(registry), Digest(LAYER.digest))).body
-    body.set_receive_buffer(1024 * 1024)
-    body.pause()
+    body = (await registry.blob(repository(registry), Digest(layer.digest))).body
     await until(lambda: readable(body) > TWISTED + 4096)
     pieces = await read_all(body)
-    assert b"".join(pieces) == LAYER.data
+    assert b"".join(pieces) == layer.data
     assert max(map(len, pieces)) > TWISTED
 
 
