@@ -77,6 +77,11 @@ def pull(cache: Cache, repository: str, image: Image) -> None:
         assert f"sha256:{hasher.hexdigest()}" == blob.digest
 
 
+def sockets(pid: int) -> int:
+    """Count the open sockets; blobs are kept open."""
+    return sum(descriptor.startswith("socket:") for descriptor in procfs.descriptors(pid))
+
+
 class Slow:
     """Clients that read or send one byte a second, each on a separate connection, until they are closed."""
 
@@ -137,7 +142,7 @@ def test_slow_and_silent_clients_do_not_block_others(cache: Cache, big: Blob) ->
     """1,000 send nothing, 50 read a byte a second, 50 send one: other clients pull, hits and misses."""
     pid = cache.daemon.process.pid
     target = cache.url(f"big/blobs/{big.digest}").removeprefix(cache.daemon.url).encode()
-    before, open_before = procfs.memory(pid), len(procfs.descriptors(pid))
+    before, open_before = procfs.memory(pid), sockets(pid)
     highest = before
     with Slow(("127.0.0.1", cache.daemon.port)) as crowd:
         for _ in range(IDLE):
@@ -148,7 +153,7 @@ def test_slow_and_silent_clients_do_not_block_others(cache: Cache, big: Blob) ->
             crowd.send_slowly()
         crowd.start()
         here = IDLE + READERS + SENDERS
-        wait_until(lambda: len(procfs.descriptors(pid)) >= open_before + here, SOON, "all of them are connected")
+        wait_until(lambda: sockets(pid) >= open_before + here, SOON, "all of them are connected")
         number = 0
         while crowd.rounds < 8:
             number += 1
@@ -157,18 +162,18 @@ def test_slow_and_silent_clients_do_not_block_others(cache: Cache, big: Blob) ->
             pull(cache, f"crowd/{number}", fresh)
             assert cache.ask(f"big/blobs/{big.digest}").body == big.data
             highest = max(highest, procfs.memory(pid))
-        assert len(procfs.descriptors(pid)) >= open_before + here
+        assert sockets(pid) >= open_before + here
     growth = highest - before
     assert growth <= MOST_GROWTH, f"{before >> 20} MiB grew by {growth >> 20} MiB"
-    wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "their descriptors are closed")
+    wait_until(lambda: sockets(pid) <= open_before, SOON, "their descriptors are closed")
     assert fetch(f"{cache.daemon.url}/health").status == 200
 
 
 def test_clients_that_read_nothing_hold_little_memory(cache: Cache, big: Blob) -> None:
-    """2,500 of them, from several addresses; others can pull, and those that wait the longest are dropped first."""
+    """2,500 of them, from several addresses; others can pull, and none is dropped, as no bytes are held for them."""
     pid, since = cache.daemon.process.pid, cache.log_size
     target = cache.url(f"big/blobs/{big.digest}").removeprefix(cache.daemon.url).encode()
-    before, open_before = procfs.memory(pid), len(procfs.descriptors(pid))
+    before, open_before = procfs.memory(pid), sockets(pid)
     with ExitStack() as stack:
         for number in range(SILENT):
             connection = stack.enter_context(socket.socket())
@@ -183,8 +188,6 @@ def test_clients_that_read_nothing_hold_little_memory(cache: Cache, big: Blob) -
         while time.monotonic() - began < 8:
             assert cache.ask(f"big/blobs/{big.digest}").body == big.data
         assert procfs.memory(pid) - before <= MOST_GROWTH_OF_SILENT
-        # On a busy machine, others are dropped because they have read nothing for a minute.
-        needed = cache.daemon.log[since:].count(", and memory was needed")
-        assert 0 < needed < SILENT / 2
+        assert ", and memory was needed" not in cache.daemon.log[since:]
         assert cache.errors(since) == []
-    wait_until(lambda: len(procfs.descriptors(pid)) <= open_before, SOON, "their descriptors are closed")
+    wait_until(lambda: sockets(pid) <= open_before, SOON, "their descriptors are closed")
