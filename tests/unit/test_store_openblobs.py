@@ -53,7 +53,12 @@ def is_kept(store: Store, digest: Digest = DIGEST) -> bool:
 
 def open_files(root: Path) -> list[str]:
     """Return the blobs that this process has open, also those that were deleted or renamed."""
-    return [link for link in descriptors(os.getpid()) if link.startswith(str(root / "blobs"))]
+    return open_in(root / "blobs")
+
+
+def open_in(folder: Path) -> list[str]:
+    """Return the files in a folder that this process has open."""
+    return [link for link in descriptors(os.getpid()) if link.startswith(str(folder))]
 
 
 def overwrite(path: Path) -> None:
@@ -282,10 +287,9 @@ async def test_the_blobs_that_were_used_last_are_kept(tmp_path: Path, clock: Clo
             clock.advance(1)
             for _ in range(3):
                 await turn()
-        assert {link.rpartition("/")[2] for link in descriptors(os.getpid()) if link.startswith(str(tmp_path))} == {
-            digest.hex for digest in (digests[0], *digests[3:])
-        }
+        left = {digest.hex for digest in (digests[0], *digests[3:])}
+        await until(lambda: {link.rpartition("/")[2] for link in open_in(tmp_path)} == left)
     finally:
         kept.stop()
         threads.stop()
-    assert not [link for link in descriptors(os.getpid()) if link.startswith(str(tmp_path))]
+    assert open_in(tmp_path) == []
