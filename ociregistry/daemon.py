@@ -35,7 +35,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.api import V2, health
+from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
 from ociregistry.web.site import RegistrySite
@@ -105,8 +105,9 @@ class Daemon(MultiService):
             self._started,
         )
         level = self._level
+        others = {"health": answers, "livez": probe(), "readyz": probe(lambda: "" if self.running else "stopping")}
         self._site = RegistrySite(
-            self._v2, answers, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
+            self._v2, others, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
         )
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)

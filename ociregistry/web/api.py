@@ -1,6 +1,6 @@
-"""The API: answers the requests below /v2/ (OCI Distribution specification) and GET /health.
+"""The API: answers the requests below /v2/ (OCI Distribution specification), and GET /health, /livez and /readyz.
 
-`daemon.py` passes in where the fields of /health come from.
+`daemon.py` passes in where the fields of /health come from, and what readiness is.
 """
 
 from __future__ import annotations
@@ -76,6 +76,21 @@ def health(
                 **({"preload": asdict(preloader)} if preloader else {}),
             },
         )
+
+    return answer
+
+
+def probe(fails: Callable[[], str] = lambda: "") -> Handler:
+    """Make the handler of a probe, as Kubernetes uses them: 200 and `ok`, or 503 and what `fails` says.
+
+    `fails` is called for each request; it returns the empty string where all is well.
+    """
+
+    async def answer(method: str, path: bytes, query: Query, context: Context) -> Answer:
+        why = fails()
+        content = InMemory(f"{why or 'ok'}\n".encode())
+        headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+        return Answer(503 if why else 200, content, headers, is_probe=True)
 
     return answer
 

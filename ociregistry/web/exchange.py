@@ -148,11 +148,11 @@ class Exchange:
         self._failure_logged = True
         _log.failure("a defect in answering {path}", failure, path=self._logged.uri)
 
-    def log_access(self, status: int, hit: bool | None) -> None:
+    def log_access(self, status: int, hit: bool | None, *, is_probe: bool = False) -> None:
         """Write the line of the access log, unless the log has said already why the request failed."""
         if not self._failure_logged and self._limits.logs_requests():
             milliseconds = round((self._clock.seconds() - self._began) * 1000)
-            log_access(self._logged, status, self._sent, milliseconds, self._client, hit)
+            log_access(self._logged, status, self._sent, milliseconds, self._client, hit, is_probe=is_probe)
 
     @property
     def _client(self) -> str:
@@ -165,9 +165,19 @@ def client_of(peer: object) -> str:
     return host_and_port(peer) if isinstance(peer, IPv4Address | IPv6Address) else "a command"
 
 
-def log_access(logged: Logged, status: int, sent: int, milliseconds: int, client: str, hit: bool | None) -> None:
-    """Write a line of the access log; `sent` are the bytes of the content."""
-    _log.info(
+def log_access(
+    logged: Logged,
+    status: int,
+    sent: int,
+    milliseconds: int,
+    client: str,
+    hit: bool | None,
+    *,
+    is_probe: bool = False,
+) -> None:
+    """Write a line of the access log, at level debug for a probe; `sent` are the bytes of the content."""
+    log = _log.debug if is_probe else _log.info
+    log(
         "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
         method=logged.method,
         path=logged.path,

@@ -44,6 +44,8 @@ class Answer:
     ranged: bool = False
     hit: bool | None = None
     again: Again | None = None
+    is_probe: bool = False
+    """Whether the request is one of many, every few seconds, by a program that looks whether this one is well."""
 
 
 def json_answer(
@@ -130,7 +132,7 @@ class _Answering:
                 await self._send(answer)
         finally:
             answer.content.close()
-        self.exchange.log_access(self._request.code, answer.hit)
+        self.exchange.log_access(self._request.code, answer.hit, is_probe=answer.is_probe)
 
     async def _answer(self) -> Answer:
         request = self._request

@@ -11,6 +11,7 @@ import pytest
 from twisted.application import service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThread
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel
 from twisted.scripts._twistd_unix import ServerOptions
 
@@ -160,6 +161,34 @@ async def test_request_in_flight_is_answered_before_shutdown(
     hold.release.set()
     assert await (await asked).collect(10_000) == BUILT.manifest.data
     await until(daemons.stopped)
+
+
+@on_reactor
+async def test_a_daemon_that_stops_is_alive_but_not_ready(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
+    hold = Hold()
+    upstream.script("*", hold)
+    daemons.start("--default-ns", upstream.host)
+    host, _, port = addresses(events)[0].partition(":")
+
+    def probe(path: str) -> bytes:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        return client.recv(10_000)
+
+    with socket.create_connection((host, int(port))) as client:
+
+        async def probes() -> list[bytes]:
+            return [(await deferToThread(probe, path))[:12] for path in ("/livez", "/readyz")]
+
+        assert await probes() == [b"HTTP/1.1 200", b"HTTP/1.1 200"]
+        asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
+        await until(hold.reached.is_set)
+        daemons.stop()
+        assert await probes() == [b"HTTP/1.1 200", b"HTTP/1.1 503"]
+        hold.release.set()
+        assert (await asked).status == 404
+        await until(daemons.stopped)
 
 
 @on_reactor
