@@ -14,7 +14,7 @@ from twisted.application.service import IService, MultiService
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
-from twisted.logger import ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
@@ -24,7 +24,7 @@ from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
-from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
+from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
 from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
@@ -48,7 +48,7 @@ _FLUSH = 5.0
 """Seconds that connections then get to send the rest of their last responses."""
 
 _AT_NEXT_START = (
-    *("image_path", "port", "listen", "pull_timeout"),
+    *("image_path", "port", "listen", "log_format", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
     *("preload_images", "concurrent", "platform", "with_signatures"),
 )
@@ -136,14 +136,17 @@ class Daemon(MultiService):
         return Preloader(lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor)
 
     def setServiceParent(self, parent: IService) -> None:
-        """Attach to the application, and put the `--log-level` filter before the log observer of twistd."""
+        """Attach to the application, and put `--log-level` and `--log-format` before the log's file."""
         super().setServiceParent(parent)
         if isinstance(parent, Componentized):
             # Twisted has no public way to get the observer that twistd's own options ask for.
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
-            if not ILogObserver.providedBy(observer):
-                observer = LegacyLogObserverWrapper(observer)
-            parent.setComponent(ILogObserver, self._level.before(ShortNamespaces(observer)))
+            if isinstance(observer, FileLogObserver):
+                written = writes(observer, self._settings.log_format)
+            else:
+                # That of syslog.
+                written = ShortNamespaces(LegacyLogObserverWrapper(observer))
+            parent.setComponent(ILogObserver, self._level.before(written))
 
     def privilegedStartService(self) -> None:
         """Listen on all endpoints; if one fails, end the process with exit status 1."""

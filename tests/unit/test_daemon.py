@@ -143,6 +143,30 @@ def test_log_level_filters_twistd_log(root: Path, capsys: pytest.CaptureFixture[
     assert told == (["the banner", "a failure"] if level == "error" else ["a request", "the banner", "a failure"])
 
 
+def test_json_goes_to_the_log_of_twistd(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    application = service.Application("ociregistry")
+    make(root, "--log-format", "json").setServiceParent(application)
+    Logger(namespace="ociregistry.web", observer=ILogObserver(application)).error("{why}", why="a failure")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["namespace"], told["message"], told["why"]) == ("ociregistry.web", "a failure", "a failure")
+
+
+@pytest.mark.parametrize("elsewhere", ["syslog", "logger"])
+def test_json_is_refused_where_it_cannot_be_written(
+    root: Path, capfd: pytest.CaptureFixture[str], elsewhere: str
+) -> None:
+    options = Options()
+    options.parent = ServerOptions()
+    options.parent[elsewhere] = "x"
+    options.parseOptions(["--image-path", str(root), "--log-format", "json"])
+    with pytest.raises(SystemExit) as ended:
+        makeService(options, REACTOR)
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == (
+        f"ociregistry: --log-format json: not with twistd's --{elsewhere}, only in a file or on the standard output\n"
+    )
+
+
 @on_reactor
 async def test_request_in_flight_is_answered_before_shutdown(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
