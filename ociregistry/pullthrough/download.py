@@ -85,6 +85,11 @@ class Download:
         return self._partial is not None and self.size is not None
 
     @property
+    def watched(self) -> bool:
+        """Whether a client waits for the blob, or reads it."""
+        return self._connections.watched
+
+    @property
     def down(self) -> LinkDown | None:
         """Why the upstream counts as down, while the first connection waits for it; None where it does not."""
         return self._connections.down if not self.has_size else None

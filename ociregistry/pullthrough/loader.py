@@ -339,8 +339,8 @@ class Loader:
         if state.asked > _MOST_MANIFESTS:
             raise RegistryError(f"it names more than {_MOST_MANIFESTS} manifests")
         found = await self._fetcher.manifest(image)
-        state.manifests += not found.hit
-        if found.hit and not self._store.shown_in(image.repository, found.manifest.digest):
+        state.manifests += not found.cache_status.is_hit
+        if found.cache_status.is_hit and not self._store.shown_in(image.repository, found.manifest.digest):
             # A hit by digest, from another repository: the operator names this one.
             await self._store.keep(found.manifest, image, known=True)
         return found.manifest

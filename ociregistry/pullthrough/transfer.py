@@ -144,12 +144,17 @@ class Connections:
     @property
     def priority(self) -> Priority:
         """The priority at present: that of a client while one waits for this blob."""
-        return Priority.CLIENT if self._watchers else min(self._context.priority, Priority.BACKGROUND)
+        return Priority.CLIENT if self.watched else min(self._context.priority, Priority.BACKGROUND)
 
     @property
     def awaited(self) -> bool:
         """Whether a client or a background task waits for this blob."""
         return self._waiting > 0
+
+    @property
+    def watched(self) -> bool:
+        """Whether a client waits for this blob, or reads it."""
+        return self._watchers > 0
 
     def join(self) -> None:
         """Count one more waiter for the end of the download, without raising its priority."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -10,6 +12,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry import __version__
 from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, NameInvalid, RangeUnsatisfiable, RegistryError, Unavailable
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.exchange import InMemory, SizeOnly
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
@@ -236,12 +239,17 @@ def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, e
     handler.give = lambda: asked
     client = RawClient(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
     clock.advance(1.5)
-    asked.callback(Answer(200, InMemory(DATA), hit=False))
+    asked.callback(Answer(200, InMemory(DATA), cache_status=CacheStatus.MISS))
     (line,) = texts(events, LogLevel.info)
     size = len(client.received.partition(b"\r\n\r\n")[2])
     assert line == f"GET /v2/a/blobs/x ns=docker.io 200 {size} bytes 1500 ms 192.0.2.1:40000 miss"
-    for hit, word in ((True, "hit"), (None, "-")):
-        handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this iteration
+    for found, word in (
+        (CacheStatus.HIT, "hit"),
+        (CacheStatus.SHARED, "shared"),
+        (CacheStatus.STALE, "stale"),
+        (None, "-"),
+    ):
+        handler.give = partial(Answer, 200, InMemory(b""), cache_status=found)
         client.ask("/v2/")
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
 
