@@ -254,6 +254,33 @@ def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, e
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
 
 
+def test_events_of_a_request_have_the_same_fields(
+    handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]
+) -> None:
+    """Whether it succeeds, fails, or ends short."""
+    own = {
+        "method": "GET",
+        "path": "/v2/a",
+        "ns": "quay.io",
+        "client": "192.0.2.1:40000",
+        "user_agent": "podman",
+        "milliseconds": 0,
+    }
+    short = Growing(5)
+    told: list[tuple[Answer | Exception, dict[str, object]]] = [
+        (Answer(200, InMemory(b"x")), {"status": 200, "bytes": 1, "cache_status": "-"}),
+        (Unavailable("down"), {"status": 503, "code": "UNAVAILABLE", "why": "down"}),
+        (Answer(200, short), {"bytes": 2}),
+    ]
+    short.grow(b"xx")
+    short.fail(Unavailable("down"))
+    for given, more in told:
+        handler.give = lambda given=given: given  # type: ignore[misc]  # of this iteration
+        RawClient(server).ask("/v2/a?ns=quay.io&last=y", User_Agent="podman")
+        fields = {**own, **more, **({} if "cache_status" in more else {"uri": "/v2/a?ns=quay.io&last=y"})}
+        assert {key: events[-1].get(key) for key in fields} == fields
+
+
 @pytest.mark.parametrize(
     ("headers", "via"),
     [
