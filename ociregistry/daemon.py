@@ -172,12 +172,12 @@ class Daemon(MultiService):
         let_reactor_handle_interrupts()
         counts = self._store.counts
         _log.info(
-            "ociregistry {version} started at {started}, listening on {addresses}, store {store} with {content}",
+            "ociregistry {version} started at {started}, listening on {addresses}, store {store} with {what}",
             version=__version__,
             started=self._started.isoformat(timespec="seconds"),
             addresses=", ".join(self._listeners.addresses),
             store=self._settings.image_path,
-            content=f"{count_text(counts.lists, 'list')} and {count_text(counts.images, 'image')}",
+            what=f"{count_text(counts.lists, 'list')} and {count_text(counts.images, 'image')}",
             lists=counts.lists,
             images=counts.images,
             **ALWAYS,
@@ -187,7 +187,7 @@ class Daemon(MultiService):
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
-            _log.warn("{warning}", warning=warning, **ALWAYS)
+            _log.warn("{why}", why=warning, **ALWAYS)
 
     def _hung_up(self, signal: object, frame: object) -> None:
         self._reactor.callFromThread(self.reload)
@@ -218,8 +218,8 @@ class Daemon(MultiService):
         self._site.hits.forget()
         self._maintenance.reconfigure(settings.prune, settings.verify)
         _log.info(
-            "settings reloaded: {configured} configured",
-            configured=count_text(len(settings.registries), "upstream"),
+            "settings reloaded: {what} configured",
+            what=count_text(len(settings.registries), "upstream"),
             upstreams=len(settings.registries),
             **ALWAYS,
         )

@@ -395,7 +395,7 @@ class PullThrough(Service):
             ended = self._ended
             stored = await self._store.blob(digest)
             if stored is not None:
-                _log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
+                _log.debug("serving blob from cache: {blob}", blob=f"{repository}@{digest}")
                 return FoundBlob(stored, CacheStatus.HIT)
             # A download that ended during the lookup may have stored the blob: look again.
             if ended == self._ended:
@@ -479,7 +479,7 @@ class PullThrough(Service):
 
     def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
         """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
-        _log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
+        _log.debug("pulling blob from upstream: {blob}", blob=f"{repository}@{digest}")
         registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)
         connections = Connections(

@@ -178,7 +178,7 @@ class Download:
         except CancelledError:
             self._stopping = True
         except Exception as error:
-            _log.failure("the download of {download} failed", download=self)
+            _log.failure("the download of {blob} failed", blob=self)
             self.error = Unavailable(f"{self}: the download failed: {type(error).__name__}")
         if self._stopping:
             # One message for every cancelled download, whatever error the cancellation led to.
@@ -189,9 +189,9 @@ class Download:
         self._changed.fire()
         if self.error is not None and not told and not self._stopping:
             if self._connections.abandoned:
-                _log.warn("{why}", why=self.error)
+                _log.warn("{why}", why=self.error, blob=self)
             else:
-                _log.error("{why}", why=self.error)
+                _log.error("{why}", why=self.error, blob=self)
 
     async def _fetch(self) -> None:
         partial = stream = None
