@@ -404,7 +404,7 @@ class PullThrough(Service):
         # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
         expected = None if context.from_cache else self._store.size_in(repository, digest)
         download = self._downloads.get(digest)
-        joined = download is not None and download.watched
+        joined = download is not None and download.requested
         wait = partial(self._reader, expected, context, context.from_cache and download is not None)
         followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
         what = f"{repository}@{digest}"
@@ -522,7 +522,7 @@ class PullThrough(Service):
             return FoundSize(stored.size, CacheStatus.HIT)
         download = self._downloads.get(digest)
         if download is not None and download.size is not None:
-            return FoundSize(download.size, CacheStatus.fetched(joined=download.watched))
+            return FoundSize(download.size, CacheStatus.fetched(joined=download.requested))
         registry = self._registries.get(repository.upstream)
         path = f"blobs/{digest}"
         if download is not None and context.from_cache:

@@ -85,9 +85,9 @@ class Download:
         return self._partial is not None and self.size is not None
 
     @property
-    def watched(self) -> bool:
-        """Whether a client waits for the blob, or reads it."""
-        return self._connections.watched
+    def requested(self) -> bool:
+        """Whether a client has requested the blob; else only the background needs it."""
+        return self._connections.requested
 
     @property
     def down(self) -> LinkDown | None:

@@ -132,6 +132,8 @@ class Connections:
         self._scheduler = scheduler
         self._flowing = False
         self._watchers = 0
+        self.requested = False
+        """Whether a client has requested this blob."""
         self._wanted = Event()
         self._waiting = 0
         self._left_at = clock.seconds()
@@ -144,17 +146,12 @@ class Connections:
     @property
     def priority(self) -> Priority:
         """The priority at present: that of a client while one waits for this blob."""
-        return Priority.CLIENT if self.watched else min(self._context.priority, Priority.BACKGROUND)
+        return Priority.CLIENT if self._watchers else min(self._context.priority, Priority.BACKGROUND)
 
     @property
     def awaited(self) -> bool:
         """Whether a client or a background task waits for this blob."""
         return self._waiting > 0
-
-    @property
-    def watched(self) -> bool:
-        """Whether a client waits for this blob, or reads it."""
-        return self._watchers > 0
 
     def join(self) -> None:
         """Count one more waiter for the end of the download, without raising its priority."""
@@ -168,6 +165,7 @@ class Connections:
     def watch(self) -> None:
         """Count one more client that waits for this blob, and raise the priority."""
         self.join()
+        self.requested = True
         self._watchers += 1
         self._note_priority()
         self._wanted.fire()

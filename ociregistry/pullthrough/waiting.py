@@ -49,7 +49,7 @@ class CacheStatus(Enum):
     MISS = "miss"
     """From the upstream."""
     SHARED = "shared"
-    """From the upstream, by a request or download that was in flight already for another client."""
+    """From the upstream, by a request or download in flight that another client had begun."""
 
     @property
     def is_hit(self) -> bool:

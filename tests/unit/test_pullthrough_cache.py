@@ -59,6 +59,7 @@ def put_blob(root: Path) -> None:
     (root / "blobs" / DIGEST.hex).write_bytes(DATA)
 
 
+APP_BY_DIGEST = image(f"reg.example/team/app@{IMAGE.digest}")
 ONE_OF_THREE = (CacheStatus.MISS, CacheStatus.SHARED, CacheStatus.SHARED)
 """Of clients that ask for the same at the same time."""
 
@@ -129,16 +130,43 @@ async def test_blob_is_fetched_once_for_all_repositories(
     await until(lambda: len(lookups) == 3)
     await asked(upstreams)
     upstreams[0].stream(len(DATA)).send(DATA).end()
+    statuses = []
     for one in waiting:
         found = await one
-        assert not found.cache_status.is_hit
+        statuses.append(found.cache_status)
         assert await found.content.more_than(len(DATA) - 1) == len(DATA)
         assert await found.content.read(0, 10) == DATA[:10]
         found.content.close()
+    assert sorted(status.value for status in statuses) == [status.value for status in ONE_OF_THREE]
     await downloads_ended(cache)
     found = await blob_of(cache, str(ELSEWHERE))
     assert (found.cache_status.is_hit, len(upstreams)) == (True, 1)
     found.content.close()
+
+
+@on_reactor
+async def test_client_that_joins_the_background_is_a_miss_and_the_next_one_shares(
+    cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    kept = Deferred.fromCoroutine(cache.fetch_manifest(APP_BY_DIGEST))
+    await asked(upstreams)
+    found = manifest_of(cache, str(APP_BY_DIGEST))
+    upstreams[0].answer(IMAGE)
+    await kept
+    assert await found == FoundManifest(IMAGE, CacheStatus.MISS)
+    fetched = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await asked(upstreams, 2)
+    sending = upstreams[1].stream(len(DATA)).send(DATA[:-1])
+    blobs = [await blob_of(cache), await blob_of(cache)]
+    assert [blob.cache_status for blob in blobs] == [CacheStatus.MISS, CacheStatus.SHARED]
+    for blob in blobs:
+        blob.content.close()
+    # Nor does the one begin anew that comes when the first clients have gone.
+    late = await blob_of(cache)
+    assert late.cache_status is CacheStatus.SHARED
+    late.content.close()
+    sending.send(DATA[-1:]).end()
+    await fetched
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down")])

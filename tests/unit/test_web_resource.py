@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry import __version__
 from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, NameInvalid, RangeUnsatisfiable, RegistryError, Unavailable
+from ociregistry.log import json_line
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.exchange import InMemory, SizeOnly
 from ociregistry.web.resource import Answer
@@ -102,6 +104,9 @@ def test_defect_is_a_500_with_one_traceback(handler: Handler, server: RegistrySi
     assert (got.status, got.error["code"]) == (500, "UNKNOWN")
     assert b"secret" not in client.received
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    told = json.loads(json_line(events[-1]))
+    assert (told["level"], told["exception"], told["uri"]) == ("critical", "ZeroDivisionError", "/v2/x")
+    assert told["traceback"].splitlines()[-1] == "builtins.ZeroDivisionError: a secret"
     # The connection stays usable.
     handler.give = lambda: Answer(200, InMemory(b"hello"))
     assert client.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
