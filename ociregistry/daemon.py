@@ -14,7 +14,7 @@ from twisted.application.service import IService, MultiService
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
-from twisted.logger import ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
@@ -24,7 +24,7 @@ from ociregistry import __version__
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
-from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces
+from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
 from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
@@ -35,7 +35,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.api import V2, health
+from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
 from ociregistry.web.site import RegistrySite
@@ -48,7 +48,7 @@ _FLUSH = 5.0
 """Seconds that connections then get to send the rest of their last responses."""
 
 _AT_NEXT_START = (
-    *("image_path", "port", "listen", "pull_timeout"),
+    *("image_path", "port", "listen", "log_format", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
     *("preload_images", "concurrent", "platform", "with_signatures"),
 )
@@ -105,8 +105,9 @@ class Daemon(MultiService):
             self._started,
         )
         level = self._level
+        others = {"health": answers, "livez": probe(), "readyz": probe(lambda: "" if self.running else "stopping")}
         self._site = RegistrySite(
-            self._v2, answers, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
+            self._v2, others, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
         )
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
@@ -135,14 +136,17 @@ class Daemon(MultiService):
         return Preloader(lambda: deferToThreadPool(self._reactor, pool, read_image_list, path), loader, self._reactor)
 
     def setServiceParent(self, parent: IService) -> None:
-        """Attach to the application, and put the `--log-level` filter before the log observer of twistd."""
+        """Attach to the application, and put `--log-level` and `--log-format` before the log's file."""
         super().setServiceParent(parent)
         if isinstance(parent, Componentized):
             # Twisted has no public way to get the observer that twistd's own options ask for.
             observer = UnixAppLogger(self._twistd_options)._getLogObserver()
-            if not ILogObserver.providedBy(observer):
-                observer = LegacyLogObserverWrapper(observer)
-            parent.setComponent(ILogObserver, self._level.before(ShortNamespaces(observer)))
+            if isinstance(observer, FileLogObserver):
+                written = writes(observer, self._settings.log_format)
+            else:
+                # That of syslog.
+                written = ShortNamespaces(LegacyLogObserverWrapper(observer))
+            parent.setComponent(ILogObserver, self._level.before(written))
 
     def privilegedStartService(self) -> None:
         """Listen on all endpoints; if one fails, end the process with exit status 1."""
@@ -168,12 +172,12 @@ class Daemon(MultiService):
         let_reactor_handle_interrupts()
         counts = self._store.counts
         _log.info(
-            "ociregistry {version} started at {started}, listening on {addresses}, store {store} with {content}",
+            "ociregistry {version} started at {started}, listening on {addresses}, store {store} with {what}",
             version=__version__,
             started=self._started.isoformat(timespec="seconds"),
             addresses=", ".join(self._listeners.addresses),
             store=self._settings.image_path,
-            content=f"{count_text(counts.lists, 'list')} and {count_text(counts.images, 'image')}",
+            what=f"{count_text(counts.lists, 'list')} and {count_text(counts.images, 'image')}",
             lists=counts.lists,
             images=counts.images,
             **ALWAYS,
@@ -183,7 +187,7 @@ class Daemon(MultiService):
 
     def _warn(self, settings: Settings) -> None:
         for warning in settings.warnings:
-            _log.warn("{warning}", warning=warning, **ALWAYS)
+            _log.warn("{why}", why=warning, **ALWAYS)
 
     def _hung_up(self, signal: object, frame: object) -> None:
         self._reactor.callFromThread(self.reload)
@@ -214,8 +218,8 @@ class Daemon(MultiService):
         self._site.hits.forget()
         self._maintenance.reconfigure(settings.prune, settings.verify)
         _log.info(
-            "settings reloaded: {configured} configured",
-            configured=count_text(len(settings.registries), "upstream"),
+            "settings reloaded: {what} configured",
+            what=count_text(len(settings.registries), "upstream"),
             upstreams=len(settings.registries),
             **ALWAYS,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -26,6 +26,7 @@ from ociregistry.platforms import ALL, Platform, machine_architecture, machine_o
 _USUAL_CONNECTIONS = 16
 
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Settings:
     reserve: Reserve
     """Disk space that downloads leave free."""
     log_level: str
+    log_format: str
     pull_timeout: float
     """Seconds that a request waits without progress."""
     concurrent: int
@@ -152,10 +154,13 @@ def _milliseconds(text: str) -> float:
     return _number(1, 10**9)(text) / 1000
 
 
-def _level(text: str) -> str:
-    if text not in LOG_LEVELS:
-        raise ValueError(f"one of {', '.join(LOG_LEVELS)} is expected")
-    return text
+def _one_of(words: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)} is expected")
+        return text
+
+    return parse
 
 
 def _flag(text: str) -> bool:
@@ -184,7 +189,8 @@ OPTIONS = (
         parse_reserve,
     ),
     Option("port", "8080", "TCP port to listen on, by IPv4 and IPv6.", _number(1, 65535)),
-    Option("log-level", "error", "trace, debug, info, warn or error.", _level),
+    Option("log-level", "error", "trace, debug, info, warn or error.", _one_of(LOG_LEVELS)),
+    Option("log-format", "text", "text, or json: one object a line, for log collectors.", _one_of(LOG_FORMATS)),
     Option("pull-timeout", "60000", "Milliseconds that a client waits for progress.", _milliseconds),
     Option("concurrent", "1", "Number of images loaded at the same time.", _number(1, 1000)),
     Option(

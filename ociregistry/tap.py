@@ -177,4 +177,8 @@ def makeService(options: Options, reactor: Any = None) -> Service:
     from ociregistry.daemon import Daemon
 
     assert options.parent is not None
+    elsewhere = [f"--{name}" for name in ("syslog", "logger") if options.parent.get(name)]
+    if options.settings.log_format != "text" and elsewhere:
+        where = f"not with twistd's {elsewhere[0]}, only in a file or on the standard output"
+        exit_with(f"--log-format {options.settings.log_format}: {where}", 2)
     return Daemon(options.settings, options.load, reactor, options.parent)

@@ -10,10 +10,10 @@ from twisted.python import usage
 
 from ociregistry.commands.help import Option, flowing, options_of
 from ociregistry.commands.options import CommonOptions
-from ociregistry.settings import LOG_LEVELS
+from ociregistry.settings import LOG_FORMATS, LOG_LEVELS
 from ociregistry.tap import Options
 
-VALUES = {"log-level": LOG_LEVELS}
+VALUES = {"log-level": LOG_LEVELS, "log-format": LOG_FORMATS}
 """Options with a fixed set of values."""
 
 

@@ -50,7 +50,7 @@ class Check(Command):
             CommandFailed: the command was interrupted.
         """
         if self["connect"]:
-            good = run_on_reactor(lambda reactor: _connect(settings, reactor), settings.log_level)
+            good = run_on_reactor(lambda reactor: _connect(settings, reactor), settings)
         else:
             print_lines(report(settings))
             good = True

@@ -94,7 +94,7 @@ class Load(Command):
                 # An archive is loaded whole, unless this command line names platforms.
                 platforms = settings.platform if self.is_given("platform", "os", "arch", "os-version") else ALL
                 work = partial(_load, archives, images, platforms, self.refused, settings)
-                outcomes = run_on_reactor(work, settings.log_level)
+                outcomes = run_on_reactor(work, settings)
         for refused in self.refused:
             print_error(refused)
         if outcomes:

@@ -15,8 +15,9 @@ from twisted.logger import globalLogBeginner, textFileLogObserver
 from twisted.python.failure import Failure
 
 from ociregistry.commands.options import CommandFailed
-from ociregistry.log import LevelFilter, ShortNamespaces
+from ociregistry.log import LevelFilter, writes
 from ociregistry.process import raise_file_descriptor_limit, use_monotonic_clock
+from ociregistry.settings import Settings
 
 T = TypeVar("T")
 
@@ -78,8 +79,8 @@ def handled_signals() -> list[signal.Signals]:
     return [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_level: str) -> T:
-    """Run `work` on the reactor and return its result; log from `log_level` on to stderr.
+def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], settings: Settings) -> T:
+    """Run `work` on the reactor and return its result; log to stderr, as the settings say.
 
     Raises:
         CommandFailed: a signal interrupted it.
@@ -91,7 +92,7 @@ def run_on_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]], log_
     use_monotonic_clock(reactor)
     # Not sys.stderr: twistd redirects that to its log.
     text = textFileLogObserver(cast(TextIO, sys.__stderr__))
-    observer = LevelFilter(log_level).before(ShortNamespaces(text))
+    observer = LevelFilter(settings.log_level).before(writes(text, settings.log_format))
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False, discardBuffer=True)
     raise_file_descriptor_limit()
     handled = handled_signals()

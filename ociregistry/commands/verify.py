@@ -39,7 +39,7 @@ class Verify(Command):
         """
         settings.image_path.stat()
         become_owner(settings.image_path)
-        return 0 if run_on_reactor(lambda reactor: self._verify(settings, reactor), settings.log_level) else 1
+        return 0 if run_on_reactor(lambda reactor: self._verify(settings, reactor), settings) else 1
 
     async def _verify(self, settings: Settings, reactor: Any) -> bool:
         """Verify, and repair with --repair; return whether the store is intact in the end."""

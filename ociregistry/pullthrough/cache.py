@@ -25,6 +25,7 @@ from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.transfer import Abandoned, Connections, PriorityScheduler
 from ociregistry.pullthrough.waiting import (
     LOOK_AGAIN,
+    CacheStatus,
     DeadlineExceeded,
     SharedRequests,
     unless_down,
@@ -141,28 +142,26 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class FoundManifest:
-    """A manifest, and whether it was a hit."""
+    """A manifest, and where it is from."""
 
     manifest: Manifest
-    hit: bool
-    stale: bool = False
-    """Whether the upstream should have confirmed the manifest, but did not."""
+    cache_status: CacheStatus
 
 
 @dataclass(frozen=True, slots=True)
 class FoundBlob:
-    """A blob that is open for reading, and whether it was a hit."""
+    """A blob that is open for reading, and where it is from."""
 
     content: Content
-    hit: bool
+    cache_status: CacheStatus
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSize:
-    """The size of a blob in bytes, and whether the store has the blob."""
+    """The size of a blob in bytes, and where it is from."""
 
     size: int
-    hit: bool
+    cache_status: CacheStatus
 
 
 class PullThrough(Service):
@@ -237,9 +236,10 @@ class PullThrough(Service):
             return await self._latest(image, stored, context, wanted)
         if stored is not None:
             _log.debug("serving manifest from cache: {image}", image=image)
-            return FoundManifest(stored, hit=True)
+            return FoundManifest(stored, CacheStatus.HIT)
         while True:
             in_background = image in self._in_background
+            joined = image in self._manifests and not in_background
             try:
                 manifest = await self._manifests.wait(
                     image,
@@ -253,7 +253,7 @@ class PullThrough(Service):
                 if not in_background or isinstance(error, DeadlineExceeded | LinkDown):
                     raise
             else:
-                return FoundManifest(manifest, hit=False)
+                return FoundManifest(manifest, CacheStatus.fetched(joined=joined))
 
     def repeats(self, image: ImageReference, digest: Digest) -> Callable[[], bool] | None:
         """Return a function for repeated requests of `image`, for which the store has the manifest `digest` now.
@@ -346,6 +346,7 @@ class PullThrough(Service):
 
     async def _latest(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> FoundManifest:
         """Return the manifest that `image` now refers to upstream; `stored` if the upstream gives none."""
+        joined = image in self._checks
         checked = self._checks.wait(
             image,
             lambda context: self._check(image, stored, context, wanted),
@@ -359,8 +360,9 @@ class PullThrough(Service):
                 raise
             why = error.message if isinstance(error, RegistryError) else f"no answer within {_LATEST_WITHIN:g} s"
             _log.warn("serving {image} from the cache, unchecked: {why}", image=image, why=why)
-            return FoundManifest(stored, hit=True, stale=True)
-        return FoundManifest(manifest, hit=manifest.digest == stored.digest)
+            return FoundManifest(stored, CacheStatus.STALE)
+        same = manifest.digest == stored.digest
+        return FoundManifest(manifest, CacheStatus.HIT if same else CacheStatus.fetched(joined=joined))
 
     async def _check(self, image: ImageReference, stored: Manifest, context: Context, wanted: bool) -> Manifest:
         digest = await self._registries.get(image.repository.upstream).manifest_digest(image, context)
@@ -393,20 +395,21 @@ class PullThrough(Service):
             ended = self._ended
             stored = await self._store.blob(digest)
             if stored is not None:
-                _log.debug("serving blob from cache: {repository}@{digest}", repository=repository, digest=digest)
-                return FoundBlob(stored, hit=True)
+                _log.debug("serving blob from cache: {blob}", blob=f"{repository}@{digest}")
+                return FoundBlob(stored, CacheStatus.HIT)
             # A download that ended during the lookup may have stored the blob: look again.
             if ended == self._ended:
                 break
         self._negative.check(repository, digest)
         # Another cache asks elsewhere, or again: bytes that do not come would look as if this one were silent.
         expected = None if context.from_cache else self._store.size_in(repository, digest)
-        joins = context.from_cache and digest in self._downloads
-        wait = partial(self._reader, expected, context, joins)
+        download = self._downloads.get(digest)
+        joined = download is not None and download.requested
+        wait = partial(self._reader, expected, context, context.from_cache and download is not None)
         followed = unless_down(lambda: self._with_download(repository, digest, context, wait), context)
         what = f"{repository}@{digest}"
         found = await within_deadline(Deferred.fromCoroutine(followed), self._clock, what, context, of=self._silent)
-        return FoundBlob(found, hit=False)
+        return FoundBlob(found, CacheStatus.fetched(joined=joined))
 
     async def _in_time(self, answer: Coroutine[Deferred[Any], Any, T], what: object, context: Context) -> T:
         """Return `answer`, also where the disk does not answer in time."""
@@ -476,7 +479,7 @@ class PullThrough(Service):
 
     def _start(self, repository: Repository, digest: Digest, context: Context, *, again: bool = True) -> Download:
         """Start a download; with again=True, restart it once if its bytes are wrong after a resume, or lost."""
-        _log.debug("pulling blob from upstream: {repository}@{digest}", repository=repository, digest=digest)
+        _log.debug("pulling blob from upstream: {blob}", blob=f"{repository}@{digest}")
         registry = partial(self._registries.get, repository.upstream)
         expected = self._store.size_in(repository, digest)
         connections = Connections(
@@ -516,10 +519,10 @@ class PullThrough(Service):
         stored = await self._store.blob(digest)
         if stored is not None:
             stored.close()
-            return FoundSize(stored.size, hit=True)
+            return FoundSize(stored.size, CacheStatus.HIT)
         download = self._downloads.get(digest)
         if download is not None and download.size is not None:
-            return FoundSize(download.size, hit=False)
+            return FoundSize(download.size, CacheStatus.fetched(joined=download.requested))
         registry = self._registries.get(repository.upstream)
         path = f"blobs/{digest}"
         if download is not None and context.from_cache:
@@ -529,8 +532,10 @@ class PullThrough(Service):
                 found = await looking.addTimeout(LOOK_AGAIN, self._clock)
                 if found is not None:
                     raise found
+        what = f"{repository}@{digest}"
+        joined = what in self._sizes
         told = await self._sizes.wait(
-            f"{repository}@{digest}",
+            what,
             lambda context: registry.blob_size(repository, digest, context),
             context,
             loops=lambda context: self._loops(repository, path, context),
@@ -538,7 +543,5 @@ class PullThrough(Service):
         known = self._store.size_in(repository, digest)
         size = told if known is None else known
         if size is None or told not in (None, size):
-            raise Unavailable(
-                f"{repository}@{digest}: size mismatch: {told} bytes by the upstream, {known} by the manifest"
-            )
-        return FoundSize(size, hit=False)
+            raise Unavailable(f"{what}: size mismatch: {told} bytes by the upstream, {known} by the manifest")
+        return FoundSize(size, CacheStatus.fetched(joined=joined))

@@ -85,6 +85,11 @@ class Download:
         return self._partial is not None and self.size is not None
 
     @property
+    def requested(self) -> bool:
+        """Whether a client has requested the blob; else only the background needs it."""
+        return self._connections.requested
+
+    @property
     def down(self) -> LinkDown | None:
         """Why the upstream counts as down, while the first connection waits for it; None where it does not."""
         return self._connections.down if not self.has_size else None
@@ -173,7 +178,7 @@ class Download:
         except CancelledError:
             self._stopping = True
         except Exception as error:
-            _log.failure("the download of {download} failed", download=self)
+            _log.failure("the download of {blob} failed", blob=self)
             self.error = Unavailable(f"{self}: the download failed: {type(error).__name__}")
         if self._stopping:
             # One message for every cancelled download, whatever error the cancellation led to.
@@ -184,9 +189,9 @@ class Download:
         self._changed.fire()
         if self.error is not None and not told and not self._stopping:
             if self._connections.abandoned:
-                _log.warn("{why}", why=self.error)
+                _log.warn("{why}", why=self.error, blob=self)
             else:
-                _log.error("{why}", why=self.error)
+                _log.error("{why}", why=self.error, blob=self)
 
     async def _fetch(self) -> None:
         partial = stream = None

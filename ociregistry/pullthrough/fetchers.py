@@ -16,7 +16,7 @@ from ociregistry.manifests import OCI_INDEX, Descriptor, Manifest
 from ociregistry.names import Digest, ImageReference, Repository, Upstream
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.listings import Listings
-from ociregistry.pullthrough.waiting import DeadlineExceeded
+from ociregistry.pullthrough.waiting import CacheStatus, DeadlineExceeded
 from ociregistry.store.store import Store
 from ociregistry.upstream.daemon_client import DaemonClient
 
@@ -177,13 +177,13 @@ class DaemonFetcher:
         """See `Fetcher.manifest`."""
         stored = await self._store.manifest(image)
         if stored is not None:
-            return FoundManifest(stored, hit=True)
+            return FoundManifest(stored, CacheStatus.HIT)
         self._check(image.repository.upstream)
         patience = IdleTimeout(self._seconds, self._clock)
         while True:
             began = self._clock.seconds()
             try:
-                return FoundManifest(await self._daemon.manifest(image), hit=False)
+                return FoundManifest(await self._daemon.manifest(image), CacheStatus.MISS)
             except Unavailable:
                 if self._clock.seconds() - began < _SLOW or patience.exhausted:
                     raise

@@ -14,7 +14,7 @@ from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.errors import AirGapped, Unavailable
 from ociregistry.manifests import Manifest, canonical_media_type
 from ociregistry.names import Digest, ImageReference, Repository, referrers_tag
-from ociregistry.pullthrough.waiting import SharedRequests
+from ociregistry.pullthrough.waiting import CacheStatus, SharedRequests
 from ociregistry.store.store import Store
 from ociregistry.strictjson import parse_json
 from ociregistry.upstream.network import Registries
@@ -28,18 +28,18 @@ _DISK_WITHIN = 4.0
 
 @dataclass(frozen=True, slots=True)
 class FoundTags:
-    """A page of tags; `hit` tells whether it is from the store, as the upstream could not be asked."""
+    """A page of tags, and where it is from."""
 
     page: TagPage
-    hit: bool
+    cache_status: CacheStatus
 
 
 @dataclass(frozen=True, slots=True)
 class FoundReferrers:
-    """An index of referrers as JSON; `hit` tells whether it is from the store, as the upstream could not be asked."""
+    """An index of referrers as JSON, and where it is from."""
 
     data: bytes
-    hit: bool
+    cache_status: CacheStatus
 
 
 class Listings:
@@ -65,8 +65,9 @@ class Listings:
         """
         registry = self._registries.get(repository.upstream)
         if page.count == 0:
-            return FoundTags(TagPage(()), hit=False)
+            return FoundTags(TagPage(()), CacheStatus.MISS)
         what = f"{repository}/tags/list?{page.query}"
+        joined = what in self._tags
         asked = self._tags.wait(
             what,
             lambda context: registry.tags(repository, page, context),
@@ -74,7 +75,7 @@ class Listings:
             loops=lambda context: registry.loops(repository, page.path, context),
         )
         try:
-            return FoundTags(await asked, hit=False)
+            return FoundTags(await asked, CacheStatus.fetched(joined=joined))
         except (Unavailable, AirGapped) as error:
             known = self._store.tags(repository)
             if not known:
@@ -83,7 +84,7 @@ class Listings:
             rest = [tag for tag in known if tag > page.last]
             tags = tuple(rest[: page.count])
             following = PageRequest(page.count, tags[-1]) if len(tags) < len(rest) else None
-            return FoundTags(TagPage(tags, following), hit=True)
+            return FoundTags(TagPage(tags, following), _instead_of(error))
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str, context: Context = FROM_CLIENT
@@ -105,6 +106,7 @@ class Listings:
                 await self._keep(manifest, tagged)
             return manifest
 
+        joined = what in self._referrers
         try:
             manifest = await self._referrers.wait(
                 what, ask, context, loops=lambda context: registry.loops(repository, f"referrers/{digest}", context)
@@ -118,14 +120,19 @@ class Listings:
             if kept is None or not kept.is_list:
                 raise
             _log.warn("listing the referrers in the cache: {why}", why=error)
-            return FoundReferrers(_filtered(kept, artifact_type), hit=True)
-        return FoundReferrers(_filtered(manifest, artifact_type), hit=False)
+            return FoundReferrers(_filtered(kept, artifact_type), _instead_of(error))
+        return FoundReferrers(_filtered(manifest, artifact_type), CacheStatus.fetched(joined=joined))
 
     async def _keep(self, manifest: Manifest, tagged: ImageReference) -> None:
         try:
             await self._store.keep(manifest, tagged)
         except OSError as error:
             _log.error("{image}: cannot be stored: {why}", image=tagged, why=error.strerror)
+
+
+def _instead_of(error: Unavailable | AirGapped) -> CacheStatus:
+    """Return the status of an answer from the store to what the upstream should have been asked for."""
+    return CacheStatus.HIT if isinstance(error, AirGapped) else CacheStatus.STALE
 
 
 def _filtered(manifest: Manifest, artifact_type: str) -> bytes:

@@ -339,8 +339,8 @@ class Loader:
         if state.asked > _MOST_MANIFESTS:
             raise RegistryError(f"it names more than {_MOST_MANIFESTS} manifests")
         found = await self._fetcher.manifest(image)
-        state.manifests += not found.hit
-        if found.hit and not self._store.shown_in(image.repository, found.manifest.digest):
+        state.manifests += not found.cache_status.is_hit
+        if found.cache_status.is_hit and not self._store.shown_in(image.repository, found.manifest.digest):
             # A hit by digest, from another repository: the operator names this one.
             await self._store.keep(found.manifest, image, known=True)
         return found.manifest
@@ -480,7 +480,7 @@ class Preloader(Service):
     async def _preload(self) -> None:
         listed = await self._read()
         for error in listed.errors:
-            _log.error("not preloaded: {error}", error=error)
+            _log.error("not preloaded: {why}", why=error)
         self._images = listed.images
         # Cancel in reverse order: releasing the semaphore starts the next waiter.
         loading = [Deferred.fromCoroutine(self._preload_one(image)) for image in listed.images]
@@ -493,9 +493,9 @@ class Preloader(Service):
         while True:
             (outcome,) = await self._loader.load([image])
             if outcome.ended is not LoadStatus.FAILED:
-                _log.info("preloading: {outcome}", outcome=outcome)
+                _log.info("preloading: {outcome}", outcome=outcome, image=image)
             elif not told or not outcome.again:
-                _log.error("preloading: {outcome}", outcome=outcome)
+                _log.error("preloading: {outcome}", outcome=outcome, image=image)
             if not outcome.again:
                 self._ended[image] = outcome.ended
                 return

@@ -192,9 +192,9 @@ class Maintenance(Service):
             _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
         if plan.records:
             _log.warn(
-                "pruned {what}, {room} freed",
-                what=f"{count_text(len(plan.rows), 'image URL')} with {count_text(len(plan.blobs), 'blob')}",
-                room=count_text(plan.bytes, "byte"),
+                "pruned {what} freed",
+                what=f"{count_text(len(plan.rows), 'image URL')} with {count_text(len(plan.blobs), 'blob')}, "
+                f"{count_text(plan.bytes, 'byte')}",
                 images=len(plan.rows),
                 blobs=len(plan.blobs),
                 bytes=plan.bytes,
@@ -210,10 +210,10 @@ class Maintenance(Service):
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             _log.warn(
-                "pruning by age refused: {unused} of {all} would be removed, {why}: if the clock is right, "
+                "pruning by age refused: {unused} of {what} would be removed, {why}: if the clock is right, "
                 "run prune --unused-for",
                 unused=withheld.unused,
-                all=count_text(withheld.images, "image"),
+                what=count_text(withheld.images, "image"),
                 images=withheld.images,
                 why=withheld.why,
             )
@@ -251,7 +251,7 @@ class Maintenance(Service):
         )
 
     async def _repair(self, damaged: Damaged) -> None:
-        _log.error("{outcome}: {path}: {why}", outcome=damaged.outcome.value, path=damaged.path, why=damaged.why)
+        _log.error("{outcome}: {file}: {why}", outcome=damaged.outcome.value, file=damaged.path, why=damaged.why)
         why = await self._repairer.repair(damaged)
         if why:
             _log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)

@@ -138,11 +138,11 @@ class Metadata:
         try:
             await self._fetch(ImageReference(index.repository, child))
         except (ManifestUnknown, BlobUnknown, Denied) as error:
-            _log.debug("{index}: platform skipped: {why}", index=index.digest, why=error.message)
+            _log.debug("{image}: platform skipped: {why}", image=index.digest, why=error.message)
             self._mark_unknown(ImageReference(index.repository, child))
             self._count_unknown(index)
         except Unavailable as error:
-            _log.debug("{index}: platform still missing: {why}", index=index.digest, why=error.message)
+            _log.debug("{image}: platform still missing: {why}", image=index.digest, why=error.message)
             if not self._count_failure(ImageReference(index.repository, child), error):
                 self._requeue(upstream, index, child)
             return self._back_off(upstream, error)
@@ -173,7 +173,7 @@ class Metadata:
         """Count an unavailable manifest of an index, and request no more of it after several."""
         index.unknown += 1
         if index.unknown >= MOST_REFUSED:
-            _log.debug("{index}: its other platforms are skipped", index=index.digest)
+            _log.debug("{image}: its other platforms are skipped", image=index.digest)
             self._unknown[ImageReference(index.repository, index.digest)] = None
             self.forget(index.digest)
 

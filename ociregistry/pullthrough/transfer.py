@@ -132,6 +132,8 @@ class Connections:
         self._scheduler = scheduler
         self._flowing = False
         self._watchers = 0
+        self.requested = False
+        """Whether a client has requested this blob."""
         self._wanted = Event()
         self._waiting = 0
         self._left_at = clock.seconds()
@@ -163,6 +165,7 @@ class Connections:
     def watch(self) -> None:
         """Count one more client that waits for this blob, and raise the priority."""
         self.join()
+        self.requested = True
         self._watchers += 1
         self._note_priority()
         self._wanted.fire()

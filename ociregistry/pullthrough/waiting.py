@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import replace
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from twisted.internet import defer
@@ -36,6 +37,29 @@ LOOK_AGAIN = 1.0
 Look = Callable[[], Coroutine[Deferred[Any], Any, LoopDetected | None]]
 Loops = Callable[[Context], Coroutine[Deferred[Any], Any, LoopDetected | None]]
 """Asks the caches that a request in flight may wait for whether they wait for the one that asks; `Registry.loops`."""
+
+
+class CacheStatus(Enum):
+    """Where an answer is from, as the access log tells it."""
+
+    HIT = "hit"
+    """From the store."""
+    STALE = "stale"
+    """From the store, although the upstream should have been asked, but could not be, or gave no answer."""
+    MISS = "miss"
+    """From the upstream."""
+    SHARED = "shared"
+    """From the upstream, by a request or download in flight that another client had begun."""
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether the answer is from the store."""
+        return self in (CacheStatus.HIT, CacheStatus.STALE)
+
+    @classmethod
+    def fetched(cls, *, joined: bool) -> CacheStatus:
+        """Return the status of an answer from the upstream to a request that this client began, or `joined`."""
+        return cls.SHARED if joined else cls.MISS
 
 
 class DeadlineExceeded(Unavailable):

@@ -257,7 +257,7 @@ class Blobs:
                 raise
             self._unreadable[digest] = failed_at or 0
             if failed_at is None:
-                _log.error("cannot read the blob {path}: {why}", path=path, why=reason(error))
+                _log.error("cannot read the blob {file}: {why}", file=path, why=reason(error))
             return None
         self._unreadable.pop(digest, None)
         if opened is not None:

@@ -373,7 +373,7 @@ class IndexRefresh:
             self._drop(path)
         new = {Path(path): why for path, why in result.unreadable.items() if self._unreadable.get(path) != why}
         for line in unreadable_lines(new):
-            _log.warn("{line}", line=line)
+            _log.warn("{why}", why=line)
         for path in (result.gone | result.read.keys()) - result.unreadable.keys():
             self._unreadable.pop(path, None)
         self._unreadable |= result.unreadable

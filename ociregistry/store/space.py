@@ -161,15 +161,15 @@ class Space:
         self.room = Room(free, reserve, full)
         if full and not was_full:
             _log.warn(
-                "the disk of {folder} is full: {free} bytes are free and {reserve} are kept in reserve, "
+                "the disk of {store} is full: {free} bytes are free and {reserve} are kept in reserve, "
                 "so downloads stop; what is cached is served",
-                folder=self._folder,
+                store=self._folder,
                 free=free,
                 reserve=reserve,
             )
         elif was_full and not full:
             _log.warn(
-                "the disk of {folder} has room again: {free} bytes are free, downloads resume",
-                folder=self._folder,
+                "the disk of {store} has room again: {free} bytes are free, downloads resume",
+                store=self._folder,
                 free=free,
             )

@@ -114,8 +114,8 @@ class Store(Service):
             if not is_full(error):
                 raise
             _log.warn(
-                "downloads disabled until there is space for a folder in {pulls}: {why}",
-                pulls=pulls_folder(self._root),
+                "downloads disabled until there is space for a folder in {folder}: {why}",
+                folder=pulls_folder(self._root),
                 why=error.strerror,
             )
 
@@ -211,7 +211,7 @@ class Store(Service):
             if is_out_of_descriptors(error):
                 raise
             if not isinstance(error, FileNotFoundError):
-                _log.error("cannot read the record {path}: {why}", path=path, why=reason(error))
+                _log.error("cannot read the record {file}: {why}", file=path, why=reason(error))
             self._refresh.record_unreadable(path, reason(error))
             return None
         if to_note:

@@ -137,8 +137,8 @@ class Threads:
             thread.join(_END_WITHIN)
         if any(thread.is_alive() for thread in stopping):
             _log.error(
-                "stopping although the disk does not answer: {which}",
-                which=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
+                "stopping although the disk does not answer: {why}",
+                why=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
             )
 
     @property
@@ -330,7 +330,7 @@ class Threads:
     def _log_change(self) -> None:
         hung = self.hung
         if hung and not self._logged:
-            _log.error("{hung}", hung=hung)
+            _log.error("{why}", why=hung)
         elif self._logged and not hung:
             _log.warn("the disk answers again")
         self._logged = bool(hung)

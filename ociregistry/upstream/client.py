@@ -215,9 +215,7 @@ class Client:
         refusal = response.refusal if response.login else ""
         if refusal and refusal not in self._refusals:
             self._refusals[refusal] = None
-            _log.error(
-                "{upstream}: {refusal} ({status})", upstream=self._name, refusal=refusal, status=response.status
-            )
+            _log.error("{upstream}: {why} ({status})", upstream=self._name, why=refusal, status=response.status)
 
     def _note_rate_limit(self, response: Response, options: RequestOptions) -> None:
         # Callers of the lowest priority wait by themselves; a 429 to one of them must not block other requests.

@@ -219,7 +219,7 @@ class Sources:
 
     def _answered(self, answer: Answer, repository: Repository, path: str) -> Answer:
         if self._mirrors:
-            _log.debug("{repository}/{path}: {told}", repository=repository, path=path, told=answer.told("it"))
+            _log.debug("{repository}/{endpoint}: {why}", repository=repository, endpoint=path, why=answer.told("it"))
         return answer
 
 

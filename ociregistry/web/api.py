@@ -1,6 +1,6 @@
-"""The API: answers the requests below /v2/ (OCI Distribution specification) and GET /health.
+"""The API: answers the requests below /v2/ (OCI Distribution specification), and GET /health, /livez and /readyz.
 
-`daemon.py` passes in where the fields of /health come from.
+`daemon.py` passes in where the fields of /health come from, and what readiness is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import PreloadProgress
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
 from ociregistry.web.exchange import InMemory, SizeOnly
@@ -76,6 +77,21 @@ def health(
                 **({"preload": asdict(preloader)} if preloader else {}),
             },
         )
+
+    return answer
+
+
+def probe(fails: Callable[[], str] = lambda: "") -> Handler:
+    """Make the handler of a probe, as Kubernetes uses them: 200 and `ok`, or 503 and what `fails` says.
+
+    `fails` is called for each request; it returns the empty string where all is well.
+    """
+
+    async def answer(method: str, path: bytes, query: Query, context: Context) -> Answer:
+        why = fails()
+        content = InMemory(f"{why or 'ok'}\n".encode())
+        headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+        return Answer(503 if why else 200, content, headers, is_probe=True)
 
     return answer
 
@@ -140,13 +156,18 @@ class V2:
         pulls = method == "GET" and context.via == NO_VIA
         found = await self._cache.manifest(request.image, context, wanted=pulls)
         headers = _headers(found.manifest.digest, found.manifest.media_type) | scope
-        if found.stale:
+        if found.cache_status is CacheStatus.STALE:
             headers["Warning"] = '110 - "Response is Stale"'
         if pulls:
             asked, is_list = request.image, found.manifest.is_list
-            self._demand.manifest_requested(asked, found.manifest.digest, is_list=is_list, hit=found.hit)
-        again = self._manifest_again(method, request.image, found.manifest) if found.hit and not found.stale else None
-        return Answer(200, InMemory(found.manifest.data), headers, ranged=True, hit=found.hit, again=again)
+            self._demand.manifest_requested(
+                asked, found.manifest.digest, is_list=is_list, hit=found.cache_status.is_hit
+            )
+        is_hit = found.cache_status is CacheStatus.HIT
+        again = self._manifest_again(method, request.image, found.manifest) if is_hit else None
+        return Answer(
+            200, InMemory(found.manifest.data), headers, ranged=True, cache_status=found.cache_status, again=again
+        )
 
     def _manifest_again(self, method: str, image: ImageReference, manifest: Manifest) -> Again | None:
         digest, is_list = manifest.digest, manifest.is_list
@@ -168,13 +189,13 @@ class V2:
         headers = _headers(request.digest, "application/octet-stream") | scope
         if method == "HEAD":
             size = await self._cache.blob_size(request.repository, request.digest, context)
-            again = self._size_again(request.digest) if size.hit else None
-            return Answer(200, SizeOnly(size.size), headers, ranged=True, hit=size.hit, again=again)
+            again = self._size_again(request.digest) if size.cache_status.is_hit else None
+            return Answer(200, SizeOnly(size.size), headers, ranged=True, cache_status=size.cache_status, again=again)
         if context.via == NO_VIA:
             self._demand.blob_requested(request.repository, request.digest)
         found = await self._cache.blob(request.repository, request.digest, context)
-        again = self._blob_again(request) if found.hit else None
-        return Answer(200, found.content, headers, ranged=True, hit=found.hit, again=again)
+        again = self._blob_again(request) if found.cache_status.is_hit else None
+        return Answer(200, found.content, headers, ranged=True, cache_status=found.cache_status, again=again)
 
     def _size_again(self, digest: Digest) -> Again:
         def again() -> Content | None:
@@ -203,14 +224,16 @@ class V2:
         if found.page.following is not None:
             ns = f"&{urlencode({'ns': scope['OCI-Namespace']})}" if scope else ""
             headers["Link"] = f'</v2/{name}/tags/list?{found.page.following.client_query}{ns}>; rel="next"'
-        return json_answer(200, {"name": name, "tags": list(found.page.tags)}, headers, hit=found.hit)
+        return json_answer(
+            200, {"name": name, "tags": list(found.page.tags)}, headers, cache_status=found.cache_status
+        )
 
     async def _referrers(self, request: ReferrersRequest, scope: dict[str, str], context: Context) -> Answer:
         found = await self._listings.referrers(request.repository, request.digest, request.artifact_type, context)
         headers = {"Content-Type": OCI_INDEX, **scope}
         if request.artifact_type:
             headers["OCI-Filters-Applied"] = "artifactType"
-        return Answer(200, InMemory(found.data), headers, hit=found.hit)
+        return Answer(200, InMemory(found.data), headers, cache_status=found.cache_status)
 
 
 def _headers(digest: Digest, media_type: str) -> dict[str, str]:

@@ -138,7 +138,7 @@ def plain_request_line(data: bytes) -> bytes | None:
 class ShortWay(Protocol):
     """Answers requests again whose answers are known."""
 
-    def answer(self, channel: Channel, request_line: bytes) -> bool:
+    def answer(self, channel: Channel, request_line: bytes, request: bytes) -> bool:
         """Answer a plain request with this line, or return False: it is to take the usual way."""
 
 
@@ -263,7 +263,7 @@ class Channel(HTTPChannel):
         line = None
         if self._between_requests and self._short_way is not None and not self._closing:
             line = plain_request_line(data)
-            if line is not None and self._short_way.answer(self, line):
+            if line is not None and self._short_way.answer(self, line, data):
                 return
         self.request_line = line
         self._between_requests = False

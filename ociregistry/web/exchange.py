@@ -5,17 +5,19 @@ Both ways of answering a request send and log by it: `resource`, which parses th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IAddress, IReactorTime
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
 from ociregistry.errors import RegistryError
 from ociregistry.pullthrough.cache import Content
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.channel import Channel, host_and_port
 from ociregistry.web.producer import SLOWEST, ClientGone, ContentProducer, SendLimits, SlowClient
 from ociregistry.web.requests import Range
@@ -59,6 +61,12 @@ class SizeOnly(InMemory):
         return self._size
 
 
+_USER_AGENT = re.compile(rb"\r\nuser-agent:[ \t]*(?P<agent>[^\r\n]*)", re.IGNORECASE)
+_LONGEST_AGENT = 200
+ABSENT = b"-"
+"""Stands for what a request does not have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Logged:
     """What the log says of a request."""
@@ -68,11 +76,18 @@ class Logged:
     path: str
     """The target without its query."""
     ns: str
+    user_agent: str
 
     @classmethod
-    def of(cls, method: bytes, uri: bytes, path: bytes, ns: bytes) -> Logged:
+    def of(cls, method: bytes, uri: bytes, path: bytes, ns: bytes, user_agent: bytes) -> Logged:
         """Take over parts of a request, which may hold anything."""
-        return cls(*map(_printable, (method, uri, path, ns)))
+        return cls(*map(_printable, (method, uri, path, ns, user_agent[:_LONGEST_AGENT])))
+
+    def asked_by(self, request: bytes) -> Logged:
+        """Return the same for a request whose bytes are given; only its User-Agent is another one."""
+        match = _USER_AGENT.search(request)
+        agent = ABSENT if match is None else match["agent"].rstrip()
+        return replace(self, user_agent=_printable(agent[:_LONGEST_AGENT]))
 
 
 class Exchange:
@@ -105,21 +120,22 @@ class Exchange:
         producer = ContentProducer(self._channel, content, in_memory, self._limits, self._clock)
         self._sending = Deferred.fromCoroutine(producer.send(part.start, part.stop))
         try:
-            await self._sending
+            try:
+                await self._sending
+            finally:
+                self._sent = sent + producer.sent
         except CancelledError:
             return False
         except Exception as error:
             self._end_short(error)
             return False
-        finally:
-            self._sent = sent + producer.sent
         return not self.gone
 
     def _end_short(self, error: Exception) -> None:
         if isinstance(error, SlowClient):
-            self.log_failure(_log.warn, "{method} {path}: {client}: {why}", why=error)
+            self.log_failure(_log.warn, "{method} {uri}: {client}: {why}", why=error, bytes=self._sent)
         elif isinstance(error, RegistryError | OSError):
-            self.log_failure(_log.error, "{method} {path}: response truncated: {why}", why=error)
+            self.log_failure(_log.error, "{method} {uri}: response truncated: {why}", why=error, bytes=self._sent)
         elif not isinstance(error, ClientGone):
             self.log_defect(Failure())
         if self.gone:
@@ -135,7 +151,7 @@ class Exchange:
     def log_failure(self, log: Callable[..., None], message: str, **fields: object) -> None:
         """Log why the request failed, in place of the access log's line."""
         self._failure_logged = True
-        log(message, method=self._logged.method, path=self._logged.uri, client=self._client, **fields)
+        log(message, **self._fields(), uri=self._logged.uri, **fields)
 
     def fail(self, failure: Failure) -> None:
         """Log a bug and close the connection, so that the client does not wait for more bytes."""
@@ -146,13 +162,22 @@ class Exchange:
     def log_defect(self, failure: Failure) -> None:
         """Log a bug in this program, in place of the access log's line."""
         self._failure_logged = True
-        _log.failure("a defect in answering {path}", failure, path=self._logged.uri)
+        _log.failure(
+            "a defect in answering {uri}", failure, LogLevel.critical, **self._fields(), uri=self._logged.uri
+        )
 
-    def log_access(self, status: int, hit: bool | None) -> None:
+    def log_access(self, status: int, cache_status: CacheStatus | None, *, is_probe: bool = False) -> None:
         """Write the line of the access log, unless the log has said already why the request failed."""
         if not self._failure_logged and self._limits.logs_requests():
-            milliseconds = round((self._clock.seconds() - self._began) * 1000)
-            log_access(self._logged, status, self._sent, milliseconds, self._client, hit)
+            milliseconds = self._milliseconds
+            log_access(self._logged, status, self._sent, milliseconds, self._client, cache_status, is_probe=is_probe)
+
+    def _fields(self) -> dict[str, object]:
+        return {**_fields(self._logged, self._client), "milliseconds": self._milliseconds}
+
+    @property
+    def _milliseconds(self) -> int:
+        return round((self._clock.seconds() - self._began) * 1000)
 
     @property
     def _client(self) -> str:
@@ -165,19 +190,37 @@ def client_of(peer: object) -> str:
     return host_and_port(peer) if isinstance(peer, IPv4Address | IPv6Address) else "a command"
 
 
-def log_access(logged: Logged, status: int, sent: int, milliseconds: int, client: str, hit: bool | None) -> None:
-    """Write a line of the access log; `sent` are the bytes of the content."""
-    _log.info(
-        "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {outcome}",
-        method=logged.method,
-        path=logged.path,
-        ns=logged.ns,
+def log_access(
+    logged: Logged,
+    status: int,
+    sent: int,
+    milliseconds: int,
+    client: str,
+    cache_status: CacheStatus | None,
+    *,
+    is_probe: bool = False,
+) -> None:
+    """Write a line of the access log, at level debug for a probe; `sent` are the bytes of the content."""
+    log = _log.debug if is_probe else _log.info
+    log(
+        "{method} {path} ns={ns} {status} {bytes} bytes {milliseconds} ms {client} {cache_status}",
+        **_fields(logged, client),
         status=status,
         bytes=sent,
         milliseconds=milliseconds,
-        client=client,
-        outcome={True: "hit", False: "miss", None: "-"}[hit],
+        cache_status="-" if cache_status is None else cache_status.value,
     )
+
+
+def _fields(logged: Logged, client: str) -> dict[str, object]:
+    """Return the fields that all events of a request have."""
+    return {
+        "method": logged.method,
+        "path": logged.path,
+        "ns": logged.ns,
+        "client": client,
+        "user_agent": logged.user_agent,
+    }
 
 
 def _printable(text: bytes) -> str:

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import datetimeToString
 
 from ociregistry.pullthrough.cache import Content, is_in_file
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.channel import BUFFER, Channel, InFlight
 from ociregistry.web.exchange import Exchange, InMemory, Logged, SizeOnly, client_of, log_access
 from ociregistry.web.producer import SLICE, SendLimits
@@ -76,7 +77,7 @@ class Hits:
         if found and in_memory <= _LARGEST:
             self._hits[request_line] = hit
 
-    def answer(self, channel: Channel, request_line: bytes) -> bool:
+    def answer(self, channel: Channel, request_line: bytes, request: bytes) -> bool:
         """Answer a plain request with this line, or return False: it is to take the usual way."""
         hit = self._hits.get(request_line)
         content = None if hit is None else hit.again()
@@ -88,12 +89,17 @@ class Hits:
         channel.answered()
         sent = self._send_at_once(channel, self._head(hit), content)
         if sent < hit.size and not isinstance(content, SizeOnly):
-            self._send_rest(channel, hit, content, sent)
+            self._send_rest(channel, self._logged(hit, request), content, sent)
             return True
         content.close()
         if self._limits.logs_requests():
-            log_access(hit.logged, 200, sent, 0, client_of(channel.getPeer()), hit=True)
+            logged = self._logged(hit, request)
+            log_access(logged, 200, sent, 0, client_of(channel.getPeer()), CacheStatus.HIT)
         return True
+
+    def _logged(self, hit: Hit, request: bytes) -> Logged:
+        """Return what the log says of a request, if its line is read at all."""
+        return hit.logged.asked_by(request) if self._limits.logs_requests() else hit.logged
 
     def _head(self, hit: Hit) -> bytes:
         second = int(time.time())
@@ -117,8 +123,8 @@ class Hits:
             return sent - len(head)
         return file.send_at_once(socket, 0, min(file.size, SLICE))
 
-    def _send_rest(self, channel: Channel, hit: Hit, content: Content, sent: int) -> None:
-        exchange = Exchange(channel, hit.logged, self._limits, self._clock)
+    def _send_rest(self, channel: Channel, logged: Logged, content: Content, sent: int) -> None:
+        exchange = Exchange(channel, logged, self._limits, self._clock)
         channel.begin(exchange.disconnected)
         self._in_flight.began()
         sending = Deferred.fromCoroutine(self._finish(channel, exchange, content, sent))
@@ -131,7 +137,7 @@ class Hits:
             whole = await exchange.send(content, Range(sent, content.size), in_memory=in_memory, sent=sent)
         finally:
             content.close()
-        exchange.log_access(200, hit=True)
+        exchange.log_access(200, CacheStatus.HIT)
         if whole:
             channel.end()
 

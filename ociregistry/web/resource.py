@@ -21,8 +21,9 @@ from ociregistry import __version__
 from ociregistry.context import Context, Via
 from ociregistry.errors import MethodUnsupported, OutOfDescriptors, RegistryError, is_out_of_descriptors
 from ociregistry.pullthrough.cache import Content
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.channel import Channel, InFlight
-from ociregistry.web.exchange import Exchange, InMemory, Logged
+from ociregistry.web.exchange import ABSENT, Exchange, InMemory, Logged
 from ociregistry.web.hits import Again, Hits
 from ociregistry.web.producer import SendLimits
 from ociregistry.web.requests import Query, Range, parse_range
@@ -34,16 +35,18 @@ _log = Logger(namespace="ociregistry.web")
 class Answer:
     """An HTTP response: status, headers and content.
 
-    `ranged` says whether Range requests apply. `hit` is True for a cache hit, False for a miss, and None where the
-    cache is not involved. `again` is given where the answer may be remembered.
+    `ranged` says whether Range requests apply. `cache_status` is None where the cache is not involved. `again` is
+    given where the answer may be remembered.
     """
 
     status: int
     content: Content
     headers: Mapping[str, str] = field(default_factory=dict)
     ranged: bool = False
-    hit: bool | None = None
+    cache_status: CacheStatus | None = None
     again: Again | None = None
+    is_probe: bool = False
+    """Whether the request is one of many, every few seconds, by a program that looks whether this one is well."""
 
 
 def json_answer(
@@ -52,11 +55,11 @@ def json_answer(
     headers: Mapping[str, str] | None = None,
     *,
     media_type: str = "application/json",
-    hit: bool | None = None,
+    cache_status: CacheStatus | None = None,
 ) -> Answer:
     """Make an answer whose body is `document` as JSON."""
     body = json.dumps(document).encode()
-    return Answer(status, InMemory(body), {"Content-Type": media_type, **(headers or {})}, hit=hit)
+    return Answer(status, InMemory(body), {"Content-Type": media_type, **(headers or {})}, cache_status=cache_status)
 
 
 def error_answer(error: RegistryError) -> Answer:
@@ -117,7 +120,9 @@ class _Answering:
         self._hits = hits
         self._limits = limits
         self._method = request.method
-        self._logged = Logged.of(request.method, request.uri, request.path, request.args.get(b"ns", [b"-"])[0])
+        namespace = request.args.get(b"ns", [ABSENT])[0]
+        agent = request.requestHeaders.getRawHeaders(b"user-agent", [ABSENT])[0]
+        self._logged = Logged.of(request.method, request.uri, request.path, namespace, agent)
         self._settings = hits.settings
         self.exchange = Exchange(self._channel, self._logged, limits, clock)
         request.notifyFinish().addErrback(lambda _: self.exchange.disconnected())
@@ -130,7 +135,7 @@ class _Answering:
                 await self._send(answer)
         finally:
             answer.content.close()
-        self.exchange.log_access(self._request.code, answer.hit)
+        self.exchange.log_access(self._request.code, answer.cache_status, is_probe=answer.is_probe)
 
     async def _answer(self) -> Answer:
         request = self._request
@@ -158,7 +163,7 @@ class _Answering:
         # What a client asked for in vain is no fault of this server or of a link.
         log = _log.info if error.status < 500 else _log.error
         self.exchange.log_failure(
-            log, "{method} {path}: {status} {code}: {why}", status=error.status, why=error.message, code=error.code
+            log, "{method} {uri}: {status} {code}: {why}", status=error.status, why=error.message, code=error.code
         )
         return error_answer(error)
 

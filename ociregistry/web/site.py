@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from twisted.internet.interfaces import IAddress, IReactorTime
@@ -69,13 +69,15 @@ class RegistrySite(Site):
     def __init__(
         self,
         v2: V2,
-        health: Handler,
+        others: Mapping[str, Handler],
         patience: float,
         clock: IReactorTime,
         logs_requests: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Build the resource tree; `patience` is the number of seconds to wait for the next byte of content.
+        """Build the resource tree.
 
+        `others` are the handlers of the paths beside /v2; `patience` is the number of seconds to wait for the next
+        byte of content.
         `logs_requests` tells whether anybody reads the access log.
         """
         self.in_flight = InFlight()
@@ -87,7 +89,8 @@ class RegistrySite(Site):
 
         root = _FallbackResource(resource(_not_found))
         root.putChild(b"v2", resource(v2.answer))
-        root.putChild(b"health", resource(health))
+        for name, handler in others.items():
+            root.putChild(name.encode(), resource(handler))
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         self._clock = clock
         self._addresses: Counter[str] = Counter()

@@ -134,8 +134,9 @@ def upstreams() -> Iterator[list[ScriptedRegistry]]:
         upstream.close()
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
 def test_no_secret_appears_anywhere(
-    setup: SecretUpstreams, upstreams: list[ScriptedRegistry], start_daemon: Callable[..., Daemon]
+    setup: SecretUpstreams, upstreams: list[ScriptedRegistry], start_daemon: Callable[..., Daemon], log_format: str
 ) -> None:
     tokens = Tokens(f"{upstreams[1].url}/token", users={"user": setup.secrets["from-file"]})
     hosts = every_kind(setup, tokens, upstreams)
@@ -147,7 +148,7 @@ def test_no_secret_appears_anywhere(
         "PYTHONPATH": str(ROOT),
         "UPSTREAM_PASSWORD": setup.secrets["from-environment"],
     }
-    options = ("--no-complete-images", "--log-level", "trace")
+    options = ("--no-complete-images", "--log-level", "trace", "--log-format", log_format)
     daemon = start_daemon(setup.registries, *options, environment=environment)
 
     def ask(host: str, path: str) -> Response:

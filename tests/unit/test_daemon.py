@@ -11,6 +11,7 @@ import pytest
 from twisted.application import service
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.internet.threads import deferToThread
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel
 from twisted.scripts._twistd_unix import ServerOptions
 
@@ -142,6 +143,30 @@ def test_log_level_filters_twistd_log(root: Path, capsys: pytest.CaptureFixture[
     assert told == (["the banner", "a failure"] if level == "error" else ["a request", "the banner", "a failure"])
 
 
+def test_json_goes_to_the_log_of_twistd(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    application = service.Application("ociregistry")
+    make(root, "--log-format", "json").setServiceParent(application)
+    Logger(namespace="ociregistry.web", observer=ILogObserver(application)).error("{why}", why="a failure")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["namespace"], told["message"], told["why"]) == ("ociregistry.web", "a failure", "a failure")
+
+
+@pytest.mark.parametrize("elsewhere", ["syslog", "logger"])
+def test_json_is_refused_where_it_cannot_be_written(
+    root: Path, capfd: pytest.CaptureFixture[str], elsewhere: str
+) -> None:
+    options = Options()
+    options.parent = ServerOptions()
+    options.parent[elsewhere] = "x"
+    options.parseOptions(["--image-path", str(root), "--log-format", "json"])
+    with pytest.raises(SystemExit) as ended:
+        makeService(options, REACTOR)
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == (
+        f"ociregistry: --log-format json: not with twistd's --{elsewhere}, only in a file or on the standard output\n"
+    )
+
+
 @on_reactor
 async def test_request_in_flight_is_answered_before_shutdown(
     daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
@@ -160,6 +185,34 @@ async def test_request_in_flight_is_answered_before_shutdown(
     hold.release.set()
     assert await (await asked).collect(10_000) == BUILT.manifest.data
     await until(daemons.stopped)
+
+
+@on_reactor
+async def test_a_daemon_that_stops_is_alive_but_not_ready(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
+    hold = Hold()
+    upstream.script("*", hold)
+    daemons.start("--default-ns", upstream.host)
+    host, _, port = addresses(events)[0].partition(":")
+
+    def probe(path: str) -> bytes:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: cache\r\n\r\n".encode())
+        return client.recv(10_000)
+
+    with socket.create_connection((host, int(port))) as client:
+
+        async def probes() -> list[bytes]:
+            return [(await deferToThread(probe, path))[:12] for path in ("/livez", "/readyz")]
+
+        assert await probes() == [b"HTTP/1.1 200", b"HTTP/1.1 200"]
+        asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
+        await until(hold.reached.is_set)
+        daemons.stop()
+        assert await probes() == [b"HTTP/1.1 200", b"HTTP/1.1 503"]
+        hold.release.set()
+        assert (await asked).status == 404
+        await until(daemons.stopped)
 
 
 @on_reactor

@@ -168,6 +168,7 @@ def unstarted(path: Path, text: str, *argv: str) -> Daemon:
         ("listen: [tcp:1]", "listen"),
         ("pull_timeout: 1", "pull_timeout"),
         ("concurrent: 2", "concurrent"),
+        ("log_format: json", "log_format"),
         ("platform: all", "platform"),
         ("arch: other", "platform"),
         ("os: other", "platform"),

@@ -84,7 +84,7 @@ def test_kubernetes_example_is_consistent() -> None:
     defaults = load_settings({}, (), None)
     assert [port["containerPort"] for port in container["ports"]] == [defaults.port]
     probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
-    assert probes == [{"path": "/health", "port": defaults.port}] * 3
+    assert probes == [{"path": path, "port": defaults.port} for path in ("/readyz", "/readyz", "/livez")]
     (mount,), (volume,) = container["volumeMounts"], template["spec"]["volumes"]
     assert (mount["name"], mount["mountPath"]) == (volume["name"], str(defaults.image_path))
 

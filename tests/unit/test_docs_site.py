@@ -13,7 +13,7 @@ from tools import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
-_GENERAL = {"{why}", "{warning}", "preloading: {outcome}"}
+_GENERAL = {"{why}", "preloading: {outcome}"}
 """Log lines that consist of a reason only, which is explained where it arises, or that are quoted in full."""
 
 

@@ -15,6 +15,7 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, PullThrough
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.files import Files, SharedFile
 from ociregistry.store.store import Counts, Store
@@ -58,6 +59,11 @@ def put_blob(root: Path) -> None:
     (root / "blobs" / DIGEST.hex).write_bytes(DATA)
 
 
+APP_BY_DIGEST = image(f"reg.example/team/app@{IMAGE.digest}")
+ONE_OF_THREE = (CacheStatus.MISS, CacheStatus.SHARED, CacheStatus.SHARED)
+"""Of clients that ask for the same at the same time."""
+
+
 @on_reactor
 async def test_manifest_is_fetched_once_and_stored(
     store: Store, cache: PullThrough, upstreams: MemoryRegistries, events: list[LogEvent]
@@ -65,9 +71,9 @@ async def test_manifest_is_fetched_once_and_stored(
     waiting = [manifest_of(cache) for _ in range(3)]
     await asked(upstreams)
     upstreams[0].answer(IMAGE)
-    assert [await one for one in waiting] == [FoundManifest(IMAGE, hit=False)] * 3
-    assert await manifest_of(cache) == FoundManifest(IMAGE, hit=True)
-    assert await manifest_of(cache, f"reg.example/team/app@{IMAGE.digest}") == FoundManifest(IMAGE, hit=True)
+    assert [await one for one in waiting] == [FoundManifest(IMAGE, status) for status in ONE_OF_THREE]
+    assert await manifest_of(cache) == FoundManifest(IMAGE, CacheStatus.HIT)
+    assert await manifest_of(cache, f"reg.example/team/app@{IMAGE.digest}") == FoundManifest(IMAGE, CacheStatus.HIT)
     assert upstreams.asked == [f"manifest {APP}"]
     assert store.counts == Counts(lists=0, images=1)
     assert texts(events, LogLevel.debug)[:2] == [
@@ -124,16 +130,43 @@ async def test_blob_is_fetched_once_for_all_repositories(
     await until(lambda: len(lookups) == 3)
     await asked(upstreams)
     upstreams[0].stream(len(DATA)).send(DATA).end()
+    statuses = []
     for one in waiting:
         found = await one
-        assert not found.hit
+        statuses.append(found.cache_status)
         assert await found.content.more_than(len(DATA) - 1) == len(DATA)
         assert await found.content.read(0, 10) == DATA[:10]
         found.content.close()
+    assert sorted(status.value for status in statuses) == [status.value for status in ONE_OF_THREE]
     await downloads_ended(cache)
     found = await blob_of(cache, str(ELSEWHERE))
-    assert (found.hit, len(upstreams)) == (True, 1)
+    assert (found.cache_status.is_hit, len(upstreams)) == (True, 1)
     found.content.close()
+
+
+@on_reactor
+async def test_client_that_joins_the_background_is_a_miss_and_the_next_one_shares(
+    cache: PullThrough, upstreams: MemoryRegistries
+) -> None:
+    kept = Deferred.fromCoroutine(cache.fetch_manifest(APP_BY_DIGEST))
+    await asked(upstreams)
+    found = manifest_of(cache, str(APP_BY_DIGEST))
+    upstreams[0].answer(IMAGE)
+    await kept
+    assert await found == FoundManifest(IMAGE, CacheStatus.MISS)
+    fetched = Deferred.fromCoroutine(cache.fetch(APP.repository, DIGEST))
+    await asked(upstreams, 2)
+    sending = upstreams[1].stream(len(DATA)).send(DATA[:-1])
+    blobs = [await blob_of(cache), await blob_of(cache)]
+    assert [blob.cache_status for blob in blobs] == [CacheStatus.MISS, CacheStatus.SHARED]
+    for blob in blobs:
+        blob.content.close()
+    # Nor does the one begin anew that comes when the first clients have gone.
+    late = await blob_of(cache)
+    assert late.cache_status is CacheStatus.SHARED
+    late.content.close()
+    sending.send(DATA[-1:]).end()
+    await fetched
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("not there"), Unavailable("down")])
@@ -179,7 +212,7 @@ async def test_download_finished_during_lookup_is_a_hit(
     await downloads_ended(cache)
     looked.callback(None)
     found = await second
-    assert (found.hit, len(upstreams)) == (True, 1)
+    assert (found.cache_status.is_hit, len(upstreams)) == (True, 1)
     found.content.close()
 
 
@@ -189,18 +222,18 @@ async def test_blob_size(cache: PullThrough, upstreams: MemoryRegistries, lookup
     await until(lambda: len(lookups) == 2)
     await asked(upstreams)
     upstreams[0].answer(4711)
-    assert [await one for one in waiting] == [FoundSize(4711, hit=False)] * 2
+    assert [await one for one in waiting] == [FoundSize(4711, status) for status in ONE_OF_THREE[:2]]
     # The size of a blob in flight is known without a request.
     followed = blob_of(cache)
     await asked(upstreams, 2)
     sending = upstreams[1].stream(len(DATA))
     content = (await followed).content
-    assert await size_of(cache) == FoundSize(len(DATA), hit=False)
+    assert await size_of(cache) == FoundSize(len(DATA), CacheStatus.SHARED)
     sending.send(DATA).end()
     await content.more_than(len(DATA) - 1)
     content.close()
     await downloads_ended(cache)
-    assert await size_of(cache) == FoundSize(len(DATA), hit=True)
+    assert await size_of(cache) == FoundSize(len(DATA), CacheStatus.HIT)
     assert upstreams.asked == [f"blob_size {APP.repository} {DIGEST}", f"blob {APP.repository} {DIGEST}"]
 
 
@@ -214,7 +247,7 @@ async def test_disallowed_upstream_is_denied_even_for_cached_content(store: Stor
         with pytest.raises(Denied):
             await denied
     found = await blob_of(cache, str(ELSEWHERE))
-    assert (found.hit, len(upstreams)) == (True, 0)
+    assert (found.cache_status.is_hit, len(upstreams)) == (True, 0)
     found.content.close()
 
 
@@ -237,9 +270,9 @@ async def test_client_times_out_after_25_seconds_and_fetch_continues(
     upstreams[2].answer(len(DATA))
     await until(lambda: store.counts.images == 1 and (root / "blobs" / DIGEST.hex).exists())
     await downloads_ended(cache)
-    assert (await manifest_of(cache)).hit
+    assert (await manifest_of(cache)).cache_status.is_hit
     found = await blob_of(cache)
-    assert found.hit
+    assert found.cache_status.is_hit
     found.content.close()
     assert len(upstreams) == 3
 

@@ -69,7 +69,7 @@ async def test_late_manifest_is_kept(cache: PullThrough, upstreams: MemoryRegist
         await ask_manifest(cache)
     upstreams[0].answer(MANIFEST)
     assert (await clients[2]).manifest == MANIFEST
-    assert (await ask_manifest(cache)).hit
+    assert (await ask_manifest(cache)).cache_status.is_hit
     assert len(upstreams) == 1
 
 
@@ -92,7 +92,7 @@ async def test_missed_manifest_is_fetched_again_as_a_probe(
     probing = Deferred.fromCoroutine(probe)
     upstreams[1].answer(MANIFEST)
     await probing
-    assert (await ask_manifest(cache)).hit
+    assert (await ask_manifest(cache)).cache_status.is_hit
 
 
 @on_reactor
@@ -110,7 +110,7 @@ async def test_late_blob_of_unknown_size_is_kept(cache: PullThrough, upstreams: 
     (await command).content.close()
     await downloads_ended(cache)
     found = await ask_blob(cache)
-    assert found.hit
+    assert found.cache_status.is_hit
     found.content.close()
     assert len(upstreams) == 1
 

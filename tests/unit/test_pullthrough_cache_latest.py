@@ -17,6 +17,7 @@ from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, RegistryEr
 from ociregistry.names import Upstream
 from ociregistry.pullthrough.cache import FoundManifest, Policy, PullThrough
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.records import Dates
 from ociregistry.store.store import Store
 from ociregistry.web.api import V2
@@ -64,7 +65,7 @@ async def test_unchanged_tag_is_not_fetched(
         pulling = pull(cache)
         await asked(upstreams, count)
         upstreams[-1].answer(IMAGE.digest)
-        assert await pulling == FoundManifest(IMAGE, hit=True)
+        assert await pulling == FoundManifest(IMAGE, CacheStatus.HIT)
     assert upstreams.asked == [HEAD] * 2
     assert texts(events, LogLevel.warn) == []
 
@@ -80,13 +81,13 @@ async def test_moved_tag_is_fetched_by_digest_and_stored(
     await asked(upstreams, 2)
     assert upstreams.asked == [HEAD, f"manifest {LATEST.repository}@{OTHER.digest}"]
     upstreams[1].answer(OTHER)
-    assert await pulling == FoundManifest(OTHER, hit=False)
+    assert await pulling == FoundManifest(OTHER, CacheStatus.MISS)
     assert await store.manifest(LATEST) == OTHER
     # The next request is a check against the new digest.
     pulling = pull(cache)
     await asked(upstreams, 3)
     upstreams[2].answer(OTHER.digest)
-    assert await pulling == FoundManifest(OTHER, hit=True)
+    assert await pulling == FoundManifest(OTHER, CacheStatus.HIT)
 
 
 @on_reactor
@@ -113,7 +114,7 @@ async def test_missing_tag_is_fetched_as_usual(cache: PullThrough, upstreams: Me
     clock.advance(24)
     assert not pulling.called
     upstreams[0].answer(IMAGE)
-    assert await pulling == FoundManifest(IMAGE, hit=False)
+    assert await pulling == FoundManifest(IMAGE, CacheStatus.MISS)
 
 
 @on_reactor
@@ -130,7 +131,7 @@ async def test_check_is_limited_to_five_seconds(
     await turn()
     assert not pulling.called
     clock.advance(0.125)
-    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+    assert await pulling == FoundManifest(IMAGE, CacheStatus.STALE)
     assert texts(events, LogLevel.warn) == [stale("no answer within 5 s")]
     # A later answer is stored for the next request.
     upstreams[1].answer(OTHER)
@@ -156,7 +157,7 @@ async def test_failed_check_serves_cached_image(
         upstreams[0].answer(OTHER.digest)
         await asked(upstreams, 2)
     upstreams[-1].refuse(error)
-    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+    assert await pulling == FoundManifest(IMAGE, CacheStatus.STALE)
     assert texts(events, LogLevel.warn) == [stale(error.message)]
     assert texts(events, LogLevel.error) == []
     assert await store.manifest(LATEST) == IMAGE
@@ -177,7 +178,7 @@ async def test_full_disk_serves_cached_image(
     upstreams[0].answer(OTHER.digest)
     await asked(upstreams, 2)
     upstreams[1].answer(OTHER)
-    assert await pulling == FoundManifest(IMAGE, hit=True, stale=True)
+    assert await pulling == FoundManifest(IMAGE, CacheStatus.STALE)
 
 
 async def waiting_for_check(cache: PullThrough, count: int) -> None:
@@ -205,13 +206,15 @@ async def test_concurrent_pulls_share_a_new_manifest(
     upstreams[0].answer(OTHER.digest)
     await asked(upstreams, 2)
     upstreams[1].answer(OTHER)
-    assert [await one for one in pulling] == [FoundManifest(OTHER, hit=False)] * 3
+    assert [await one for one in pulling] == [
+        FoundManifest(OTHER, status) for status in (CacheStatus.MISS, CacheStatus.SHARED, CacheStatus.SHARED)
+    ]
     assert len(upstreams) == 2
     pulling = [pull(cache) for _ in range(2)]
     await asked(upstreams, 3)
     await waiting_for_check(cache, 2)
     upstreams[2].refuse(ERRORS[0])
-    assert [await one for one in pulling] == [FoundManifest(OTHER, hit=True, stale=True)] * 2
+    assert [await one for one in pulling] == [FoundManifest(OTHER, CacheStatus.STALE)] * 2
 
 
 @on_reactor
@@ -220,7 +223,7 @@ async def test_concurrent_pulls_share_an_unchanged_manifest(
 ) -> None:
     pulling = await pull_concurrently(cache, upstreams, store)
     upstreams[0].answer(IMAGE.digest)
-    assert [await one for one in pulling] == [FoundManifest(IMAGE, hit=True)] * 3
+    assert [await one for one in pulling] == [FoundManifest(IMAGE, CacheStatus.HIT)] * 3
 
 
 @on_reactor
@@ -235,7 +238,7 @@ async def test_unchanged_tag_is_taken_from_a_record_that_has_it_too(
     pulling = pull(cache)
     await asked(upstreams, 1)
     upstreams[0].answer(IMAGE.digest)
-    assert await pulling == FoundManifest(IMAGE, hit=True)
+    assert await pulling == FoundManifest(IMAGE, CacheStatus.HIT)
     assert not store.disputed(LATEST)
     by_digest = f"{LATEST.repository}@{OTHER.digest}"
     entry = store.entry(OTHER.digest)
@@ -250,7 +253,7 @@ async def test_other_references_are_not_checked(
 ) -> None:
     url = f"{LATEST.repository}@{IMAGE.digest}" if url == "@" else url
     await store.keep(IMAGE, image(url))
-    assert await manifest_of(cache, url) == FoundManifest(IMAGE, hit=True)
+    assert await manifest_of(cache, url) == FoundManifest(IMAGE, CacheStatus.HIT)
     assert len(upstreams) == 0
 
 
@@ -261,7 +264,7 @@ async def test_no_check_without_option_or_when_air_gapped(
 ) -> None:
     await store.keep(IMAGE, LATEST)
     cache = PullThrough(store, upstreams, clock, policy)
-    assert await pull(cache) == FoundManifest(IMAGE, hit=True)
+    assert await pull(cache) == FoundManifest(IMAGE, CacheStatus.HIT)
     assert len(upstreams) == 0
 
 
@@ -308,7 +311,7 @@ async def test_check_that_waits_for_the_cache_that_asks_is_told(
     with pytest.raises(LoopDetected):
         await peer
     upstreams[0].answer(IMAGE.digest)
-    assert (await client).hit
+    assert (await client).cache_status.is_hit
 
 
 @on_reactor
@@ -321,11 +324,11 @@ async def test_host_that_is_silent_is_waited_for_only_until_it_counts_as_down(
     await until(lambda: len(upstreams))
     host = Host(clock)
     host.down(upstreams[0])
-    assert (await client).stale
-    assert (await pull(cache)).stale
+    assert (await client).cache_status is CacheStatus.STALE
+    assert (await pull(cache)).cache_status is CacheStatus.STALE
     assert len(upstreams) == 1
     host.breaker.answered()
     late = pull(cache)
     await waiting_for_check(cache, 1)
     upstreams[0].answer(IMAGE.digest)
-    assert not (await late).stale
+    assert (await late).cache_status is CacheStatus.HIT

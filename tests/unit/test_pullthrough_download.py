@@ -148,7 +148,7 @@ async def test_disconnected_client_does_not_stop_the_download(
     await downloads_ended(cache)
     assert blobs(root) == [DATA]
     found = await get(cache)
-    assert (found.hit, await read_all(found.content)) == (True, DATA)
+    assert (found.cache_status.is_hit, await read_all(found.content)) == (True, DATA)
     found.content.close()
     assert len(upstreams) == 1
 

@@ -60,7 +60,7 @@ async def opened_early(cache: PullThrough, store: Store, upstreams: MemoryRegist
     clock.advance(0.125)
     assert asked.called
     found = await asked
-    assert (found.hit, found.content.size) == (False, SIZE)
+    assert (found.cache_status.is_hit, found.content.size) == (False, SIZE)
     return found.content
 
 

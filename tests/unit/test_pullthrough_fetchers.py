@@ -15,6 +15,7 @@ from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundManifest, PullThrough
 from ociregistry.pullthrough.fetchers import BackgroundFetcher, CacheFetcher, IdleTimeout
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, turn, until
@@ -91,7 +92,7 @@ def test_idle_timeout_restarts_on_progress(clock: Clock) -> None:
 @on_reactor
 async def test_stored_manifest_is_a_hit(harness: FetcherHarness, store: Store, upstreams: MemoryRegistries) -> None:
     await store.keep(IMAGE, APP)
-    assert await harness.manifest() == FoundManifest(IMAGE, hit=True)
+    assert await harness.manifest() == FoundManifest(IMAGE, CacheStatus.HIT)
     assert len(upstreams) == 0
 
 
@@ -106,7 +107,7 @@ async def test_slow_manifest_is_awaited_beyond_the_deadline(
         assert not waiting.called
     upstreams[0].answer(IMAGE)
     # The first request is answered; there is no second one.
-    assert await waiting == FoundManifest(IMAGE, hit=False)
+    assert await waiting == FoundManifest(IMAGE, CacheStatus.SHARED)
     assert len(upstreams) == 1
 
 

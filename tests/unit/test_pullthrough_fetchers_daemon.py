@@ -14,6 +14,7 @@ from ociregistry.errors import BlobUnknown, Denied, ManifestUnknown, RegistryErr
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import FoundManifest
 from ociregistry.pullthrough.loader import LoadStatus
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from tests.unit.support.bodies import connected, end
 from tests.unit.support.common import on_reactor, until
@@ -30,7 +31,7 @@ def harness(store: Store, root: Path, clock: Clock) -> DaemonFetcherHarness:
 @on_reactor
 async def test_stored_manifest_is_not_requested(harness: DaemonFetcherHarness, store: Store) -> None:
     await store.keep(IMAGE, APP)
-    assert await harness.manifest() == FoundManifest(IMAGE, hit=True)
+    assert await harness.manifest() == FoundManifest(IMAGE, CacheStatus.HIT)
     assert harness.asked == []
 
 
@@ -38,7 +39,7 @@ async def test_stored_manifest_is_not_requested(harness: DaemonFetcherHarness, s
 async def test_manifest_through_the_daemon(harness: DaemonFetcherHarness) -> None:
     waiting = harness.manifest()
     (await harness.call(1)).answer(IMAGE)
-    assert await waiting == FoundManifest(IMAGE, hit=False)
+    assert await waiting == FoundManifest(IMAGE, CacheStatus.MISS)
     assert harness.asked == [f"manifest {APP}"]
 
 

@@ -14,6 +14,7 @@ from ociregistry.errors import Denied, LoopDetected, ManifestUnknown, NameUnknow
 from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import ImageReference, Tag
 from ociregistry.pullthrough.listings import FoundReferrers, FoundTags, Listings
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from ociregistry.upstream.paging import PageRequest, TagPage
 from tests.images import make_artifact, make_image
@@ -74,7 +75,7 @@ def test_tags_from_upstream(listings: Listings, upstreams: MemoryRegistries) -> 
     asked = tags(listings, 2, "a")
     sent = page("b", "c", following=PageRequest(2, "c"))
     upstreams[0].answer(sent)
-    assert fired(asked) == FoundTags(sent, hit=False)
+    assert fired(asked) == FoundTags(sent, CacheStatus.MISS)
     assert upstreams.asked == [f"tags {APP} last=a&n=2"]
 
 
@@ -85,7 +86,7 @@ async def test_upstream_tags_replace_cached_ones(
     await cached(store, "1", "2")
     asked = tags(listings)
     upstreams[0].answer(page("3"))
-    assert await asked == FoundTags(page("3"), hit=False)
+    assert await asked == FoundTags(page("3"), CacheStatus.MISS)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ async def test_cached_tags_when_upstream_is_unavailable(
     await cached(store, "2", "3", "1")
     asked = tags(listings, count, last)
     upstreams[0].refuse(Unavailable("down"))
-    assert await asked == FoundTags(expected, hit=True)
+    assert await asked == FoundTags(expected, CacheStatus.STALE)
     assert texts(events, LogLevel.warn) == ["listing the tags in the cache: down"]
 
 
@@ -137,7 +138,7 @@ async def test_unknown_upstream_repository_is_unknown_even_if_cached(
 
 
 def test_page_of_zero_tags_needs_no_request(listings: Listings, upstreams: MemoryRegistries) -> None:
-    assert fired(tags(listings, 0)) == FoundTags(page(), hit=False)
+    assert fired(tags(listings, 0)) == FoundTags(page(), CacheStatus.MISS)
     assert len(upstreams) == 0
 
 
@@ -160,7 +161,7 @@ async def test_listing_times_out_after_25_seconds(
     await cached(store, "1")
     asked = tags(listings)
     clock.advance(25)
-    assert await asked == FoundTags(page("1"), hit=True)
+    assert await asked == FoundTags(page("1"), CacheStatus.STALE)
 
 
 @on_reactor
@@ -179,7 +180,7 @@ async def test_upstream_referrers_are_passed_on_and_stored(listings: Listings, u
     sent = index("application/sbom", "application/signature")
     asked = referrers(listings)
     upstreams[0].answer(sent)
-    assert await asked == FoundReferrers(sent.data, hit=False)
+    assert await asked == FoundReferrers(sent.data, CacheStatus.MISS)
     for artifact_type, expected in (
         ("", ["application/sbom", "application/signature"]),
         ("application/sbom", ["application/sbom"]),
@@ -189,7 +190,7 @@ async def test_upstream_referrers_are_passed_on_and_stored(listings: Listings, u
         asked = referrers(listings, artifact_type)
         upstreams[-1].refuse(Unavailable("down"))
         found = await asked
-        assert (kinds(found), found.hit) == (expected, True)
+        assert (kinds(found), found.cache_status) == (expected, CacheStatus.STALE)
 
 
 @on_reactor
@@ -212,7 +213,7 @@ async def test_empty_referrers_list_is_returned_but_not_stored(
     asked = referrers(listings)
     upstreams[0].answer(index())
     found = await asked
-    assert (kinds(found), found.hit) == ([], False)
+    assert (kinds(found), found.cache_status) == ([], CacheStatus.MISS)
     assert store.counts.lists == 0
 
 

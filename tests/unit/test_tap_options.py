@@ -53,7 +53,7 @@ ALL = (
     *("--image-path", "/srv/images", "--port", "5000", "--log-level", "debug", "--pull-timeout", "1000"),
     *("--max-connections", "3", "--allow-upstreams", "docker.io,quay.io", "--default-ns", "quay.io"),
     *("--concurrent", "50", "--arch", "arm64", "--os", "windows", "--platform", "linux/arm64,linux/arm/v7"),
-    *("--os-version", "10.0.17763"),
+    *("--os-version", "10.0.17763", "--log-format", "json"),
     *("--with-signatures", "--preload-images", "/etc/images", "--max-bandwidth", "8kbit"),
     *("--listen", "tcp:5001", "--listen", "tcp:5002", "--reserve", "10%"),
 )
@@ -68,6 +68,7 @@ def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
         listen=("tcp:5001", "tcp:5002"),
         reserve=Reserve(0.1),
         log_level="debug",
+        log_format="json",
         pull_timeout=1.0,
         concurrent=50,
         max_connections=3,

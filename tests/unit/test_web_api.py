@@ -16,6 +16,7 @@ from ociregistry.manifests import OCI_INDEX, Manifest
 from ociregistry.names import Tag, Upstream
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.listings import Listings
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from ociregistry.upstream.paging import PageRequest, TagPage
 from ociregistry.web.api import V2
@@ -84,7 +85,12 @@ def test_version_check(v2: V2, path: str) -> None:
 async def test_manifest(v2: V2, store: Store, root: Path, method: str, reference: str) -> None:
     await cached(store, root)
     answer = await ask(v2, f"/v2/team/app/manifests/{reference}", NS, method)
-    assert (answer.status, answer.hit, answer.ranged, answer.content.size) == (200, True, True, IMAGE.size)
+    assert (answer.status, answer.cache_status, answer.ranged, answer.content.size) == (
+        200,
+        CacheStatus.HIT,
+        True,
+        IMAGE.size,
+    )
     assert answer.headers == {
         "Docker-Content-Digest": IMAGE.digest,
         "Content-Type": IMAGE.media_type,
@@ -98,7 +104,7 @@ async def test_manifest(v2: V2, store: Store, root: Path, method: str, reference
 async def test_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistries) -> None:
     await cached(store, root)
     answer = await ask(v2, BLOB)
-    assert (answer.status, answer.hit, answer.ranged) == (200, True, True)
+    assert (answer.status, answer.cache_status, answer.ranged) == (200, CacheStatus.HIT, True)
     assert answer.headers == {
         "Docker-Content-Digest": LAYER.digest,
         "Content-Type": "application/octet-stream",
@@ -106,7 +112,11 @@ async def test_blob(v2: V2, store: Store, root: Path, upstreams: MemoryRegistrie
         "OCI-Namespace": "reg.example",
     }
     head = await ask(v2, BLOB, NS, "HEAD")
-    assert (head.headers, head.hit, head.content.size) == (answer.headers, True, answer.content.size)
+    assert (head.headers, head.cache_status, head.content.size) == (
+        answer.headers,
+        CacheStatus.HIT,
+        answer.content.size,
+    )
     assert await body(answer) == LAYER.data
     assert len(upstreams) == 0
 
@@ -117,7 +127,7 @@ async def test_head_of_blob_requests_the_size_only(v2: V2, upstreams: MemoryRegi
     await until(lambda: upstreams.calls)
     upstreams[0].answer(4711)
     answer = await asked
-    assert (answer.content.size, answer.hit) == (4711, False)
+    assert (answer.content.size, answer.cache_status) == (4711, CacheStatus.MISS)
     assert upstreams.asked == [f"blob_size reg.example/team/app {LAYER.digest}"]
 
 

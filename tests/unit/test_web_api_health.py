@@ -31,7 +31,7 @@ ROOM = Room(free=10, reserve=7, full=False)
 def health_document(handler: Handler, method: str = "GET") -> Any:
     """Return the document."""
     answer = fired(Deferred.fromCoroutine(handler(method, b"/health", {}, FROM_CLIENT)))
-    assert (answer.status, answer.headers, answer.hit) == (200, {"Content-Type": "application/json"}, None)
+    assert (answer.status, answer.headers, answer.cache_status) == (200, {"Content-Type": "application/json"}, None)
     return json.loads(fired(answer.content.read(0, answer.content.size)))
 
 

@@ -11,6 +11,7 @@ import pytest
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent
 
 from ociregistry.log import Seldom
 from ociregistry.pullthrough.cache import Policy, PullThrough
@@ -19,8 +20,8 @@ from ociregistry.web.channel import InFlight, plain_request_line
 from ociregistry.web.exchange import InMemory, Logged
 from ociregistry.web.hits import Hits
 from ociregistry.web.producer import SendLimits, Unsent
-from tests.unit.support.common import image, on_reactor, until
-from tests.unit.support.hits import BLOB, IMAGE, MANIFEST, TAG, Served, request
+from tests.unit.support.common import image, on_reactor, texts, until
+from tests.unit.support.hits import BLOB, IMAGE, MANIFEST, TAG, Connection, Served, request
 from tests.unit.support.registries import MemoryRegistries
 
 TARGETS = [TAG, MANIFEST, BLOB]
@@ -202,6 +203,51 @@ async def test_repository_in_which_the_image_is_not_known_takes_the_usual_way(se
         assert not await served.is_short(request(elsewhere))
 
 
+# What the log says
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("headers", "agent"),
+    [
+        ("User-Agent: containerd/v2.1\r\n", "containerd/v2.1"),
+        ("Accept: user-agent: no\r\nuser-agent:skopeo \r\nUser-Agent: other\r\n", "skopeo"),
+        (f"User-Agent: {'x' * 300}\r\n", "x" * 200),
+        ("User-Agent: a\\n\r\n", "a\\\\n"),
+        ("", "-"),
+    ],
+)
+@on_reactor
+async def test_both_ways_log_the_same_fields(
+    served: Served, events: list[LogEvent], target: str, headers: str, agent: str
+) -> None:
+    await served.fill()
+    whole = request(target, headers=headers)
+    await served.remember(target)
+    long = await served.ask(whole[:-1], whole[-1:])
+    assert await served.is_short(whole)
+    last = events[-2:]
+    keys = ("method", "path", "ns", "status", "bytes", "milliseconds", "client", "user_agent", "cache_status")
+    usual, short = ({key: event[key] for key in keys} for event in last)
+    assert usual == short
+    size = len(long.partition(b"\r\n\r\n")[2])
+    assert (usual["user_agent"], usual["cache_status"], usual["bytes"]) == (agent, "hit", size)
+    assert texts(last[:1]) == texts(last[1:])
+
+
+@on_reactor
+async def test_the_rest_of_a_hit_is_logged_with_its_user_agent(served: Served, events: list[LogEvent]) -> None:
+    await served.fill()
+    await served.remember(BLOB)
+    connection = Connection(served.site)
+    connection.transport.full = True
+    connection.send(request(BLOB, headers="User-Agent: slow\r\n"))
+    connection.transport.full = False
+    connection.channel.resumeProducing()
+    await until(lambda: connection.whole)
+    assert (events[-1]["user_agent"], events[-1]["cache_status"]) == ("slow", "hit")
+
+
 # What is remembered
 
 
@@ -218,7 +264,7 @@ def test_memory_is_bounded(clock: Clock) -> None:
         for number in range(1000):
             target = f"/v2/team/app/manifests/1?x={number}".encode() + b"\\" * 3000
             line = b"GET %b HTTP/1.1" % target
-            hits.remember(line, head, content, lambda: content, Logged.of(b"GET", target, target, b"-"))
+            hits.remember(line, head, content, lambda: content, Logged.of(b"GET", target, target, b"-", b"-"))
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

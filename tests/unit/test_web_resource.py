@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -10,6 +13,8 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry import __version__
 from ociregistry.context import NO_VIA, Context, Priority, Via
 from ociregistry.errors import BlobUnknown, NameInvalid, RangeUnsatisfiable, RegistryError, Unavailable
+from ociregistry.log import json_line
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.exchange import InMemory, SizeOnly
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
@@ -99,6 +104,9 @@ def test_defect_is_a_500_with_one_traceback(handler: Handler, server: RegistrySi
     assert (got.status, got.error["code"]) == (500, "UNKNOWN")
     assert b"secret" not in client.received
     assert [event["log_failure"].type for event in events if "log_failure" in event] == [ZeroDivisionError]
+    told = json.loads(json_line(events[-1]))
+    assert (told["level"], told["exception"], told["uri"]) == ("critical", "ZeroDivisionError", "/v2/x")
+    assert told["traceback"].splitlines()[-1] == "builtins.ZeroDivisionError: a secret"
     # The connection stays usable.
     handler.give = lambda: Answer(200, InMemory(b"hello"))
     assert client.ask("/v2/x").all_got("GET", "GET")[1].body == b"hello"
@@ -236,14 +244,46 @@ def test_access_log_line(handler: Handler, server: RegistrySite, clock: Clock, e
     handler.give = lambda: asked
     client = RawClient(server).ask("/v2/a/blobs/x?ns=docker.io&last=y")
     clock.advance(1.5)
-    asked.callback(Answer(200, InMemory(DATA), hit=False))
+    asked.callback(Answer(200, InMemory(DATA), cache_status=CacheStatus.MISS))
     (line,) = texts(events, LogLevel.info)
     size = len(client.received.partition(b"\r\n\r\n")[2])
     assert line == f"GET /v2/a/blobs/x ns=docker.io 200 {size} bytes 1500 ms 192.0.2.1:40000 miss"
-    for hit, word in ((True, "hit"), (None, "-")):
-        handler.give = lambda hit=hit: Answer(200, InMemory(b""), hit=hit)  # type: ignore[misc]  # of this iteration
+    for found, word in (
+        (CacheStatus.HIT, "hit"),
+        (CacheStatus.SHARED, "shared"),
+        (CacheStatus.STALE, "stale"),
+        (None, "-"),
+    ):
+        handler.give = partial(Answer, 200, InMemory(b""), cache_status=found)
         client.ask("/v2/")
         assert texts(events, LogLevel.info)[-1].endswith(f" ns=- 200 0 bytes 0 ms 192.0.2.1:40000 {word}")
+
+
+def test_events_of_a_request_have_the_same_fields(
+    handler: Handler, server: RegistrySite, clock: Clock, events: list[LogEvent]
+) -> None:
+    """Whether it succeeds, fails, or ends short."""
+    own = {
+        "method": "GET",
+        "path": "/v2/a",
+        "ns": "quay.io",
+        "client": "192.0.2.1:40000",
+        "user_agent": "podman",
+        "milliseconds": 0,
+    }
+    short = Growing(5)
+    told: list[tuple[Answer | Exception, dict[str, object]]] = [
+        (Answer(200, InMemory(b"x")), {"status": 200, "bytes": 1, "cache_status": "-"}),
+        (Unavailable("down"), {"status": 503, "code": "UNAVAILABLE", "why": "down"}),
+        (Answer(200, short), {"bytes": 2}),
+    ]
+    short.grow(b"xx")
+    short.fail(Unavailable("down"))
+    for given, more in told:
+        handler.give = lambda given=given: given  # type: ignore[misc]  # of this iteration
+        RawClient(server).ask("/v2/a?ns=quay.io&last=y", User_Agent="podman")
+        fields = {**own, **more, **({} if "cache_status" in more else {"uri": "/v2/a?ns=quay.io&last=y"})}
+        assert {key: events[-1].get(key) for key in fields} == fields
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ociregistry.errors import BlobUnknown, MethodUnsupported, RegistryError, Unavailable
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.exchange import InMemory, SizeOnly
 from ociregistry.web.resource import Answer, error_answer, json_answer
 from tests.unit.support.common import fired
@@ -30,8 +31,8 @@ def test_content_of_known_size_only() -> None:
 
 
 def test_json_document() -> None:
-    answer = json_answer(200, {"a": ["ü"]}, {"X": "y"}, hit=True)
-    assert (answer.status, answer.hit, answer.ranged) == (200, True, False)
+    answer = json_answer(200, {"a": ["ü"]}, {"X": "y"}, cache_status=CacheStatus.HIT)
+    assert (answer.status, answer.cache_status, answer.ranged) == (200, CacheStatus.HIT, False)
     assert answer.headers == {"Content-Type": "application/json", "X": "y"}
     assert json.loads(body(answer)) == {"a": ["ü"]}
 

@@ -71,6 +71,19 @@ def test_health(server: RegistrySite) -> None:
     assert RawClient(server).ask("/health", "HEAD").got("HEAD").status == 200
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(("path", "status", "text"), [("/livez", 200, b"ok\n"), ("/readyz", 503, b"stopping\n")])
+def test_probes_are_plain_text_and_logged_at_debug(
+    server: RegistrySite, events: list[LogEvent], method: str, path: str, status: int, text: bytes
+) -> None:
+    got = RawClient(server).ask(path, method).got(method)
+    assert (got.status, got.headers["content-type"]) == (status, "text/plain; charset=utf-8")
+    assert (got.body, int(got.headers["content-length"])) == (text if method == "GET" else b"", len(text))
+    (line,) = texts(events)
+    assert line.startswith(f"{method} {path} ns=- {status} ")
+    assert texts(events, LogLevel.debug) == [line]
+
+
 def test_keep_alive(server: RegistrySite) -> None:
     client = RawClient(server)
     for _ in range(3):

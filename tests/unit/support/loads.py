@@ -16,6 +16,7 @@ from ociregistry.platforms import Platform
 from ociregistry.pullthrough.cache import FoundManifest
 from ociregistry.pullthrough.fetchers import Advance, Fetcher
 from ociregistry.pullthrough.loader import Loader, Outcome
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.store import Store
 from tests.images import Image, Index
 from tests.unit.support.common import REACTOR, image, manifest, turn
@@ -133,13 +134,13 @@ class MemoryFetcher:
         """See `Fetcher.manifest`."""
         stored = await self._store.manifest(image)
         if stored is not None:
-            return FoundManifest(stored, hit=True)
+            return FoundManifest(stored, CacheStatus.HIT)
         await self._ask("manifest", image)
         found = self._manifests.get(str(image))
         if found is None:
             raise ManifestUnknown(f"{image}: the upstream answered 404")
         await self._store.keep(found, image)
-        return FoundManifest(found, hit=False)
+        return FoundManifest(found, CacheStatus.MISS)
 
     async def referrers(self, repository: Repository, digest: Digest) -> Manifest | None:
         """See `Fetcher.referrers`."""

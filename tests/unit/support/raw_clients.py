@@ -20,7 +20,7 @@ from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.pullthrough.completion import Incomplete
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.web.api import V2, health
+from ociregistry.web.api import V2, health, probe
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.requests import Query
 from ociregistry.web.resource import Answer
@@ -97,7 +97,8 @@ def site(handler: V2, clock: IReactorTime, patience: float = 60.0) -> RegistrySi
         list,
         STARTED,
     )
-    return RegistrySite(handler, health_resource, patience, clock)
+    others = {"health": health_resource, "livez": probe(), "readyz": probe(lambda: "stopping")}
+    return RegistrySite(handler, others, patience, clock)
 
 
 class Got:

@@ -12,6 +12,7 @@ from twisted.internet.testing import StringTransport
 
 from ociregistry.errors import ManifestUnknown
 from ociregistry.pullthrough.cache import FoundBlob
+from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.site import RegistrySite
 
@@ -41,7 +42,7 @@ class Cache:
         raise ManifestUnknown("it is not here")
 
     async def blob(self, repository: object, digest: object, via: object) -> FoundBlob:
-        return FoundBlob(self.data, hit=True)
+        return FoundBlob(self.data, CacheStatus.HIT)
 
 
 class Transport(StringTransport):
