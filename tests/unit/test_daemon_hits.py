@@ -11,10 +11,10 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
 from tests.images import make_image
-from tests.procfs import descriptors
 from tests.unit.support.common import on_reactor, texts, until
 from tests.unit.support.daemon_upstreams import BUILT, LAYER
 from tests.unit.support.daemons import Daemons, get
+from tests.unit.support.stores import open_blobs
 from tests.unit.support.wire import Network
 from tests.upstream import ScriptedRegistry
 
@@ -123,7 +123,7 @@ async def test_scheduled_prune(
         return not blob.exists() and daemon._store.counts.images == 0
 
     await until(is_pruned)
-    assert not [link for link in descriptors(os.getpid()) if link.startswith(str(root / "blobs"))]
+    await until(lambda: not open_blobs(root))
     before = len(upstream.requests)
     assert [(await client.get(target))[0] for target in (MANIFEST, BLOB)] == [200, 200]
     assert len(upstream.requests) == before + 2

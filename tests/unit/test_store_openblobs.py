@@ -20,7 +20,7 @@ from ociregistry.store.threads import Threads
 from ociregistry.store.verify import Damaged
 from tests.procfs import descriptors
 from tests.unit.support.common import REACTOR, image, on_reactor, record, turn, until
-from tests.unit.support.stores import by_name, image_of, keep_pulled, looked
+from tests.unit.support.stores import by_name, image_of, keep_pulled, looked, open_blobs
 
 CONFIG, LAYER = b"config", b"layer" * 1000
 IMAGE = image_of(CONFIG, LAYER)
@@ -49,11 +49,6 @@ def is_kept(store: Store, digest: Digest = DIGEST) -> bool:
     if blob is not None:
         blob.close()
     return blob is not None
-
-
-def open_files(root: Path) -> list[str]:
-    """Return the blobs that this process has open, also those that were deleted or renamed."""
-    return open_in(root / "blobs")
 
 
 def open_in(folder: Path) -> list[str]:
@@ -105,7 +100,7 @@ async def test_blob_that_another_program_changes_is_closed_by_the_next_look(
     change(path_of(root))
     clock.advance(1)
     await until(lambda: not is_kept(store))
-    await until(lambda: open_files(root) == [])
+    await until(lambda: open_blobs(root) == [])
 
 
 @on_reactor
@@ -128,10 +123,10 @@ async def test_pruned_blob_is_closed_at_once(store: Store, root: Path) -> None:
     await store.prune(by_name("team/app"))
     assert not is_kept(store)
     # One that is being sent stays open for its client alone.
-    await until(lambda: len(open_files(root)) == 1)
+    await until(lambda: len(open_blobs(root)) == 1)
     assert await reading.read(0, 5) == LAYER[:5]
     reading.close()
-    await until(lambda: open_files(root) == [])
+    await until(lambda: open_blobs(root) == [])
 
 
 class Opening:
@@ -235,7 +230,7 @@ async def test_damaged_blob_is_closed_when_it_is_quarantined(store: Store, root:
 
     await store.verify(None, lambda _done, _all: None, found)
     assert seen == [False]
-    await until(lambda: open_files(root) == [])
+    await until(lambda: open_blobs(root) == [])
 
 
 @on_reactor
@@ -258,7 +253,7 @@ async def test_none_is_kept_while_descriptors_are_scarce(
     blob = await store.blob(DIGEST)
     assert blob is not None
     blob.close()
-    await until(lambda: open_files(root) == [])
+    await until(lambda: open_blobs(root) == [])
 
 
 def file_of(folder: Path, digest: Digest) -> SharedFile:

@@ -19,12 +19,11 @@ from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.store import Store
 from tests.images import make_image
-from tests.procfs import descriptors
 from tests.unit.support.common import image, manifest, on_reactor, record, texts, turn, until
 from tests.unit.support.demands import AMD64, ARM64, INDEX, Demands, NoDemand
 from tests.unit.support.hits import BLOB, BUILT, IMAGE, MANIFEST, TAG, Connection, Served, request, undated
 from tests.unit.support.loads import settle
-from tests.unit.support.stores import by_name
+from tests.unit.support.stores import by_name, open_blobs
 
 LAYER = Digest(BUILT.layers[0].digest)
 LARGE = make_image("large", layers=1, layer_size=3_000_000)
@@ -311,7 +310,7 @@ async def test_client_that_leaves_releases_the_blob(
     await until(lambda: served.site.in_flight.idle().called)
     assert texts(events, LogLevel.error) == []
     await store.prune(by_name("team/app"))
-    assert not [link for link in descriptors(os.getpid()) if link.startswith(str(served.root / "blobs"))]
+    await until(lambda: not open_blobs(served.root))
 
 
 @on_reactor

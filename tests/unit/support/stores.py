@@ -21,6 +21,7 @@ from ociregistry.store.prune import Choose, Plan, Selection, planned, prune
 from ociregistry.store.records import Dates, Record, read_record
 from ociregistry.store.snapshot import Snapshot, StoredRecord
 from ociregistry.store.store import Store
+from tests.procfs import descriptors
 from tests.unit.support.common import until
 
 HOST = Upstream("reg.example")
@@ -214,6 +215,11 @@ async def keep_pulled(store: Store, manifest: Manifest, image: ImageReference, l
         await store.commit(partial)
     finally:
         partial.close()
+
+
+def open_blobs(root: Path) -> list[str]:
+    """Return the blobs that this process has open, also those that were deleted or renamed."""
+    return [link for link in descriptors(os.getpid()) if link.startswith(f"{root}/blobs/")]
 
 
 async def looked(clock: Clock, until_it: Callable[[], object]) -> None:
