@@ -89,6 +89,17 @@ class SharedFile:
         return os.fstat(self._descriptor).st_size
 
 
+class SocketCopy(SharedFile):
+    """A duplicate of a socket's descriptor, which stays valid when the connection is closed meanwhile."""
+
+    def __init__(self, socket: int) -> None:
+        super().__init__(os.dup(socket))
+
+    def release(self, close: Callable[[int], object] = os.close) -> None:
+        """Release a lease, and close the descriptor at once if it was the last: no disk is waited for."""
+        super().release()
+
+
 _REGULAR_ALONE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Opening a FIFO, a device or a socket with these flags does not block, and a symbolic link is not followed."""
 
@@ -130,6 +141,10 @@ def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
     return descriptor, status.st_size
 
 
+_OF_THE_CONNECTION = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN})
+"""Errors of a socket that Python does not make a ConnectionError."""
+
+
 def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     """Send at most `count` of the bytes at `offset` of a file to the socket `to`, within the kernel.
 
@@ -138,12 +153,17 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
 
     Raises:
         EOFError: the file ends at `offset`.
-        OSError: it cannot be read, or the connection is lost.
+        ConnectionError: the connection is lost.
+        OSError: the file cannot be read.
     """
     try:
         sent = os.sendfile(to, descriptor, offset, count)
     except BlockingIOError:
         return 0
+    except OSError as error:
+        if error.errno in _OF_THE_CONNECTION:
+            raise ConnectionAbortedError(error.errno, error.strerror) from error
+        raise
     if sent == 0:
         raise EOFError
     return sent

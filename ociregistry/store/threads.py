@@ -18,7 +18,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, send_file
+from ociregistry.store.files import SharedFile, SocketCopy, send_file
 from ociregistry.store.pagecache import is_resident
 
 _log = Logger(namespace="ociregistry.store")
@@ -214,7 +214,7 @@ class Threads:
         descriptor = file.fileno()
         if is_resident(descriptor, offset, count):
             return execute(send_file, to, descriptor, offset, count)
-        socket = SharedFile(os.dup(to))
+        socket = SocketCopy(to)
         return self.read_file(
             path,
             lambda: send_file(socket.fileno(), descriptor, offset, count),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from ociregistry.store.files import Files, SharedFile, lock, locked, read_regular
+from ociregistry.store.files import Files, SharedFile, SocketCopy, lock, locked, read_regular, send_file
 
 
 def is_open(descriptor: int) -> bool:
@@ -175,3 +177,24 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="larger than 9 bytes"):
         read_regular(path, 9)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_copy_of_a_socket_is_closed_at_once() -> None:
+    """Closing a file that was removed may take long; a copy of a socket must not wait behind it."""
+    closed: list[int] = []
+    here, there = socket.socketpair()
+    with here, there:
+        copy = SocketCopy(here.fileno())
+        copy.release(closed.append)
+        assert not is_open(copy.fileno())
+    assert closed == []
+
+
+@pytest.mark.parametrize("number", [errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EPIPE, errno.ECONNRESET])
+def test_error_of_the_connection_is_not_one_of_the_file(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(number, "the socket failed")
+
+    monkeypatch.setattr(os, "sendfile", fails)
+    with pytest.raises(ConnectionError, match="the socket failed"):
+        send_file(1, 2, 0, 10)
