@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
+from ociregistry.admin.requests import Requests
 from ociregistry.context import Context
 from ociregistry.errors import NotFound
 from ociregistry.log import Seldom
@@ -81,7 +82,8 @@ class RegistrySite(Site):
         `logs_requests` tells whether anybody reads the access log.
         """
         self.in_flight = InFlight()
-        limits = SendLimits(patience, Unsent(clock), Seldom(clock), logs_requests)
+        self.requests = Requests()
+        limits = SendLimits(patience, Unsent(clock), Seldom(clock), logs_requests, self.requests)
         self.hits = Hits(self.in_flight, limits, clock)
 
         def resource(handler: Handler) -> HandlerResource:
