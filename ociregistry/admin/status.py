@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from ociregistry import __version__
 from ociregistry.admin.requests import Requests
@@ -15,7 +15,7 @@ from ociregistry.pullthrough.loader import Preloader, PreloadProgress
 from ociregistry.pullthrough.maintenance import Maintenance, MaintenanceState
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts, Store
-from ociregistry.upstream.breaker import Link
+from ociregistry.upstream.breaker import LinkState
 from ociregistry.upstream.network import Network
 
 
@@ -52,7 +52,7 @@ class Status:
     disk: Room
     incomplete: Incomplete
     downloads: Sequence[DownloadState]
-    links: Sequence[Link]
+    links: Sequence[LinkState]
     bandwidth_limit: float | None
     """Bytes per second of all upstreams together, at this time; None for no limit."""
     received: Mapping[str, int]
@@ -135,9 +135,11 @@ def _state_of(download: Download) -> DownloadState:
     )
 
 
-def document(status: Status) -> dict[str, object]:
-    """Return the status as a JSON document. Times are in UTC (RFC 3339), sizes in bytes, durations in seconds."""
-    now = datetime.now(UTC)
+def document(status: Status, now: datetime) -> dict[str, object]:
+    """Return the status at the time `now` as a JSON document.
+
+    Times are in UTC (RFC 3339), sizes in bytes, durations in seconds.
+    """
     return {
         "status": "degraded" if status.reasons else "ok",
         "reasons": list(status.reasons),
@@ -170,7 +172,7 @@ def document(status: Status) -> dict[str, object]:
     }
 
 
-def _link(link: Link, now: datetime) -> dict[str, object]:
+def _link(link: LinkState, now: datetime) -> dict[str, object]:
     return {
         "host": link.host,
         "up": link.up,

@@ -99,7 +99,7 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class LinkState:
     """What is known of a host that was asked. Times are in seconds."""
 
     host: str
@@ -170,10 +170,10 @@ class CircuitBreaker:
         """Whether anything has ever come from the host."""
         return self._heard_at > float("-inf")
 
-    def link(self, *, named: bool) -> Link:
+    def link(self, *, named: bool) -> LinkState:
         """Return what is known of the host; metrics tell its name if it is `named`."""
         since = self._changed_at if self._down_since is None else self._down_since
-        return Link(
+        return LinkState(
             host=self.name,
             named=named,
             up=not self.is_open,
@@ -367,13 +367,13 @@ class CircuitBreakers:
         self._breakers[target, through] = breaker
         return breaker
 
-    def links(self, configured: Callable[[str, int], bool]) -> tuple[Link, ...]:
+    def links(self, configured: Callable[[str, int], bool]) -> tuple[LinkState, ...]:
         """Return what is known of all hosts; one that is asked in several ways is up if it is up in one of them.
 
         Named are those of which `configured` is true, with their host and port; and of the others the first 50 that
         have answered.
         """
-        found: dict[str, Link] = {}
+        found: dict[str, LinkState] = {}
         for (target, _), breaker in self._breakers.items():
             known = isinstance(target, Proxy) or configured(target.host, target.port)
             link = breaker.link(named=known or self._names(breaker))

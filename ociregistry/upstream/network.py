@@ -19,7 +19,7 @@ from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.breaker import CircuitBreakers, Link
+from ociregistry.upstream.breaker import CircuitBreakers, LinkState
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
@@ -105,7 +105,7 @@ class Network(Service):
         self._traffic = Traffic(_configured_names(settings))
 
     @property
-    def links(self) -> tuple[Link, ...]:
+    def links(self) -> tuple[LinkState, ...]:
         """The hosts that were asked, and whether they can be reached."""
         return self._breakers.links(configured_hosts(self._settings))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from twisted.internet.interfaces import IProtocolFactory, IReactorTime
@@ -44,7 +45,7 @@ class AdminSite(HandlerSite):
             case b"/metrics":
                 return Answer(200, InMemory(self._metrics.text()), {"Content-Type": CONTENT_TYPE, **_NOT_STORED})
             case b"/status":
-                return json_answer(200, document(self._read()), _NOT_STORED)
+                return json_answer(200, document(self._read(), datetime.now(UTC)), _NOT_STORED)
         raise NotFound(f"no such path: {path[:300].decode('latin-1')!r}; there are /metrics and /status")
 
 
@@ -67,7 +68,7 @@ class AdminListener(Listeners):
             if self._given:
                 raise
             _log.warn(
-                "{why}: the daemon goes on without /metrics and /status (--admin-listen gives another address)",
-                why=error,
+                "{why}: the daemon goes on without metrics and status (--admin-listen gives another address)",
+                why=str(error),
                 **ALWAYS,
             )

@@ -151,11 +151,11 @@ def test_counters_tell_what_clients_did(watched: tuple[Cache, Operator]) -> None
     timed = {key: count for key, count in counts.items() if key[1] in ("hit", "miss")}
     for name in ("first_byte", "request_duration"):
         assert operator.counted(f"ociregistry_{name}_seconds_count") == timed
-    came = sum(request.sent for request in cache.upstream.requests)
-    assert operator.counted(RECEIVED) == {(cache.upstream.host,): came}
+    arrived = sum(request.sent for request in cache.upstream.requests)
+    assert operator.counted(RECEIVED) == {(cache.upstream.host,): arrived}
     told = operator.status()
     assert {(row["kind"], row["outcome"]): row["answers"] for row in told["requests"] if row["answers"]} == counts
-    assert told["received_bytes"] == {"docker.io": 0, "other": 0, cache.upstream.host: came}
+    assert told["received_bytes"] == {"docker.io": 0, "other": 0, cache.upstream.host: arrived}
     assert told["store"]["images"] == operator.scrape()["ociregistry_records"][("kind", "image"),] == 3
 
 

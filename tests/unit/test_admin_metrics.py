@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.admin.metrics import DEFINITIONS, Metrics
 from ociregistry.admin.requests import BUCKETS, CutBy, Kind, Outcome, Requests
-from ociregistry.upstream.breaker import CircuitBreakers, Link
+from ociregistry.upstream.breaker import CircuitBreakers, LinkState
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.traffic import OTHER, Traffic
 from tests.unit.support.statuses import STARTED, STATUS, Samples, samples, scraped
@@ -114,14 +114,14 @@ def test_requests_and_histograms() -> None:
 
 
 def test_host_that_has_just_been_lost_is_down() -> None:
-    found = scraped(links=(Link("reg.example:443", True, False, 0.0, "", None),))
+    found = scraped(links=(LinkState("reg.example:443", True, False, 0.0, "", None),))
     assert found["ociregistry_link_up", (("host", "reg.example:443"),)] == 0
 
 
 def test_names_of_upstreams_are_bounded(clock: Clock) -> None:
     """10,000 names that clients make up, all of which even answer, leave at most 60 values of each label."""
 
-    def links() -> tuple[Link, ...]:
+    def links() -> tuple[LinkState, ...]:
         return breakers.links(lambda host, port: host == "down.example")
 
     traffic, breakers = Traffic(["docker.io", "down.example"]), CircuitBreakers(clock)

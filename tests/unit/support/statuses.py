@@ -16,7 +16,7 @@ from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
-from ociregistry.upstream.breaker import Link
+from ociregistry.upstream.breaker import LinkState
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Name and sorted labels -> value."""
@@ -35,8 +35,8 @@ STATUS = Status(
     incomplete=Incomplete(images=4, bytes=5, pending=1, indexes=6),
     downloads=(PULLED, replace(PULLED, clients=0), replace(PULLED, clients=0, size=None)),
     links=(
-        Link("reg.example:443", True, True, 9.0, "", None),
-        Link("down.example:443", True, False, 7.5, "lost", 2.0),
+        LinkState("reg.example:443", True, True, 9.0, "", None),
+        LinkState("down.example:443", True, False, 7.5, "lost", 2.0),
     ),
     bandwidth_limit=1000.0,
     received={"other": 0, "reg.example": 12},
