@@ -14,13 +14,14 @@ from twisted.application.service import IService, MultiService
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
-from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger, globalLogPublisher
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
+from ociregistry.admin.errors import RecentErrors
 from ociregistry.admin.status import Server, StatusReader
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
@@ -118,6 +119,7 @@ class Daemon(MultiService):
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
         self._control = ControlListener(self._store, self._site, reactor)
+        self._errors = RecentErrors()
         status = StatusReader(
             self._started,
             str(settings.image_path),
@@ -133,6 +135,7 @@ class Daemon(MultiService):
             self._completion,
             self._preloader,
             self._maintenance,
+            self._errors,
         )
         self._admin = AdminListener(settings.admin_listen, AdminSite(status.read, probes, reactor), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
@@ -180,6 +183,7 @@ class Daemon(MultiService):
 
     def startService(self) -> None:
         """Read the store and start all parts; connections wait in the backlog until then."""
+        globalLogPublisher.addObserver(self._errors)
         # Each client needs one or two.
         raise_file_descriptor_limit()
         try:
@@ -283,4 +287,5 @@ class Daemon(MultiService):
         others = [service for service in reversed(list(self)) if service.running and service is not self._admin]
         # Last, so that the stop can be watched.
         await stop_in_turn([*others, self._admin])
+        globalLogPublisher.removeObserver(self._errors)
         self._systemd.stopped()

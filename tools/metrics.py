@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from ociregistry.admin.errors import LoggedError
 from ociregistry.admin.metrics import DEFINITIONS
 from ociregistry.admin.requests import CutBy, Kind, Outcome, Requests
 from ociregistry.admin.status import DownloadState, Status, document
@@ -106,6 +107,13 @@ def example() -> dict[str, object]:
             maintenance=MaintenanceState(next_prune=started + timedelta(hours=1)),
             in_flight=1,
             requests=requests,
+            errors=(
+                LoggedError(
+                    started + timedelta(seconds=541),
+                    "ociregistry.web",
+                    "GET /v2/pause/manifests/3.9?ns=registry.k8s.io: 503 UNAVAILABLE: registry.k8s.io: no route",
+                ),
+            ),
         ),
         started + timedelta(seconds=600),
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 
 from ociregistry import __version__
+from ociregistry.admin.errors import LoggedError, RecentErrors
 from ociregistry.admin.requests import Requests
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Completion, Incomplete
@@ -63,6 +64,8 @@ class Status:
     """Requests that are being answered, and new connections that have not sent their first one."""
     requests: Requests
     """Answered requests since the start: the counters themselves, which go on counting."""
+    errors: Sequence[LoggedError]
+    """The last failures that were logged, the oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class StatusReader:
         completion: Completion,
         preloader: Preloader | None,
         maintenance: Maintenance,
+        errors: RecentErrors,
     ) -> None:
         """Read these parts; `path` is the folder of the store."""
         self._started = started
@@ -100,6 +104,7 @@ class StatusReader:
         self._completion = completion
         self._preloader = preloader
         self._maintenance = maintenance
+        self._errors = errors
 
     def read(self) -> Status:
         """Return the status at this time."""
@@ -121,6 +126,7 @@ class StatusReader:
             maintenance=self._maintenance.state,
             in_flight=self._server.in_flight(),
             requests=self._server.requests,
+            errors=self._errors.errors,
         )
 
 
@@ -168,6 +174,9 @@ def document(status: Status, now: datetime) -> dict[str, object]:
         "answers_cut": [
             {"kind": kind.value, "by": by.value, "answers": count}
             for (kind, by), count in status.requests.cut.items()
+        ],
+        "errors": [
+            {"time": _time(error.time), "namespace": error.namespace, "text": error.text} for error in status.errors
         ],
     }
 

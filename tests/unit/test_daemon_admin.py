@@ -167,6 +167,9 @@ async def test_lost_host_is_told(
         clock.advance(1)
         await turn()
     assert (await asked).status == 503
+    (error,) = (await status(network, events))["errors"]
+    assert error["text"].startswith("GET /v2/team/app/manifests/1: 503 UNAVAILABLE: ")
+    assert error["namespace"] == "ociregistry.web"
 
 
 @on_reactor

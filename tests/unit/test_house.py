@@ -40,6 +40,7 @@ ONLY: dict[str, frozenset[str]] = {
     "twisted.web": frozenset({"web", "upstream"}),
     "treq": frozenset({"upstream"}),
     "prometheus_client": frozenset({"admin"}),
+    "ociregistry.archives": frozenset({"archives", "commands"}),
 }
 # Calls that import by name; a name that is not a literal cannot be checked.
 IMPORTERS = frozenset({"__import__", "import_module", "namedAny", "namedModule", "namedObject"})
@@ -277,6 +278,7 @@ FORBIDDEN = [
     ("admin.status", "from ociregistry.web.site import RegistrySite", "admin must not import web"),
     ("pullthrough.a", "from ociregistry.admin import requests", "pullthrough must not import admin"),
     ("web.a", "import prometheus_client", "web must not import prometheus_client"),
+    ("web.a", "from ociregistry.archives import layout", "web must not import ociregistry.archives"),
     ("commands.load", "from ociregistry.tap import Options", "commands must not import tap"),
     ("store.a", "if TYPE_CHECKING:\n    import ociregistry.web", "store must not import web"),
     ("store.a", "def f():\n    import ociregistry.web.b as c", "store must not import web"),

@@ -44,6 +44,7 @@ STATUS = Status(
     maintenance=MaintenanceState(last_prune=STARTED, pruned_image_urls=3, pruned_bytes=8, damaged_in_all=2),
     in_flight=3,
     requests=Requests(),
+    errors=(),
 )
 
 
