@@ -25,10 +25,10 @@ PAGE = ROOT / "docs" / "metrics.md"
 _HEAD = f"""# Metrics and status
 
 The daemon tells an operator what it does at an address apart from that of its clients, `--admin-listen`: by default
-`{DEFAULT_ADMIN_LISTEN}`, port 8081 of this machine alone. `/metrics` is for Prometheus, `/status` has the same facts
-as JSON. They are read from memory, answer GET and HEAD, and change nothing. No password protects them, so another
-address is one that only those reach who may read the names of images and upstreams; a Unix socket such as
-`unix:/run/ociregistry/admin.sock:mode=660` is one too. `--admin-listen ''` serves them nowhere.
+`{DEFAULT_ADMIN_LISTEN}`, port 8081 of this machine alone. `/metrics` is for Prometheus, `/status` has the
+same facts as JSON. They are read from memory, answer GET and HEAD, and change nothing. No password protects them:
+let only those reach the address who may read the names of images and upstreams, or use a Unix socket such as
+`unix:/run/ociregistry/admin.sock:mode=660`. `--admin-listen ''` serves them nowhere.
 
 ```sh
 curl -s http://localhost:8081/status | jq '.status, .incomplete, .links'
@@ -49,9 +49,12 @@ scrape_configs:
       - targets: ["localhost:8081"]
 ```
 
-Names of upstreams are values of labels only for those that are configured, and for a bounded number of others, since
-clients may ask for any name. A request is counted when its answer has ended; requests that are no valid HTTP are not
-counted. Times of answers begin with the last byte of the request.
+On another machine, or in a cluster, it needs an address that it can reach, such as `--admin-listen tcp:8081`.
+
+Names of upstreams are values of labels only for those that are configured, and for a bounded number of others,
+since clients may ask for any name. A request is counted when its answer has ended; requests that are no valid HTTP
+are not counted, and those of commands that download through the daemon are. Times of answers begin with the last
+byte of the request.
 
 The usual metrics of the process and of Python (`process_…`, `python_…`) are there too.
 
