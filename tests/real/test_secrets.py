@@ -149,8 +149,8 @@ def test_no_secret_appears_anywhere(
         "UPSTREAM_PASSWORD": setup.secrets["from-environment"],
     }
     admin = free_port()
-    options = ("--no-complete-images", "--log-level", "trace", "--log-format", log_format)
-    options += ("--admin-listen", f"tcp:{admin}:interface=127.0.0.1")
+    logs = ("--log-level", "trace", "--log-format", log_format)
+    options = ("--no-complete-images", *logs, "--admin-listen", f"tcp:{admin}:interface=127.0.0.1")
     daemon = start_daemon(setup.registries, *options, environment=environment)
 
     def ask(host: str, path: str) -> Response:

@@ -100,6 +100,16 @@ async def test_other_paths_are_404(daemons: Daemons, network: Network, events: l
     assert (answer.status, answer.header("content-type")) == (404, "application/json")
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+@on_reactor
+async def test_probes_are_those_of_the_registry(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: str
+) -> None:
+    daemons.start(*ANYWHERE)
+    for answer in (await ask(network, events, path), await get(network, events, path)):
+        assert (answer.status, await answer.collect(100)) == (200, b"ok\n")
+
+
 @on_reactor
 async def test_registry_has_no_admin_paths(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
     daemons.start(*ANYWHERE)
