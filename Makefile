@@ -16,10 +16,10 @@ SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl 
 	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm \
-	python3-cachetools python3-zstandard
+	python3-cachetools python3-prometheus-client python3-zstandard
 BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-plugin-pyproject \
-	python3-cachetools python3-openssl python3-service-identity python3-setuptools python3-tqdm python3-treq \
-	python3-twisted python3-yaml python3-zstandard
+	python3-cachetools python3-openssl python3-prometheus-client python3-service-identity python3-setuptools \
+	python3-tqdm python3-treq python3-twisted python3-yaml python3-zstandard
 BOOTERS := mmdebstrap systemd-container docker-registry zsh
 # Packages of a machine booted for a test, beside the minimum and the dependencies of our package.
 INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
@@ -144,12 +144,12 @@ export REQUIREMENTS
 
 define ONLY_DEBIAN
 import subprocess, sys
-import OpenSSL, cachetools, cryptography, hypothesis, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml, zstandard
+import OpenSSL, cachetools, cryptography, hypothesis, prometheus_client, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml, zstandard
 debian = subprocess.check_output(["dpkg-query", "-Wf", "$${Version}", "python3-twisted"], text=True)
 print(f"Python {sys.version.split()[0]} at {sys.executable}, Twisted {twisted.__version__} of python3-twisted {debian}")
 if sys.prefix != "/usr" or not debian.startswith(f"{twisted.__version__}-"):
     sys.exit("this is not Debian's own Python and Twisted")
-modules = (OpenSSL, cachetools, cryptography, hypothesis, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml, zstandard)
+modules = (OpenSSL, cachetools, cryptography, hypothesis, prometheus_client, pytest, pytest_twisted, service_identity, tqdm, treq, twisted, yaml, zstandard)
 if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/lib/python3/dist-packages/")]:
     sys.exit(f"not from Debian: {foreign}")
 endef

@@ -35,6 +35,7 @@ setup(
         "service-identity",
         "cachetools>=5.2",
         "pyyaml",
+        "prometheus-client>=0.16",
         "tqdm",
         "zstandard",
     ],

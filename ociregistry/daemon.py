@@ -14,13 +14,15 @@ from twisted.application.service import IService, MultiService
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredLock, gatherResults
 from twisted.internet.threads import deferToThreadPool
-from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger
+from twisted.logger import FileLogObserver, ILogObserver, LegacyLogObserverWrapper, Logger, globalLogPublisher
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python import usage
 from twisted.python.components import Componentized
 from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
+from ociregistry.admin.errors import RecentErrors
+from ociregistry.admin.status import Server, StatusReader
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
@@ -35,6 +37,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
+from ociregistry.web.admin import AdminListener, AdminSite
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
@@ -48,7 +51,7 @@ _FLUSH = 5.0
 """Seconds that connections then get to send the rest of their last responses."""
 
 _AT_NEXT_START = (
-    *("image_path", "port", "listen", "log_format", "pull_timeout"),
+    *("image_path", "port", "listen", "admin_listen", "log_format", "pull_timeout"),
     *("always_pull_latest", "air_gapped", "complete_images", "complete_metadata", "complete_platforms"),
     *("preload_images", "concurrent", "platform", "with_signatures"),
 )
@@ -105,16 +108,39 @@ class Daemon(MultiService):
             self._started,
         )
         level = self._level
-        others = {"health": answers, "livez": probe(), "readyz": probe(lambda: "" if self.running else "stopping")}
+        probes = {"livez": probe(), "readyz": probe(lambda: "" if self.running else "stopping")}
         self._site = RegistrySite(
-            self._v2, others, settings.pull_timeout, reactor, logs_requests=lambda: level.logs_requests
+            self._v2,
+            {"health": answers, **probes},
+            settings.pull_timeout,
+            reactor,
+            logs_requests=lambda: level.logs_requests,
         )
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
         self._control = ControlListener(self._store, self._site, reactor)
+        self._errors = RecentErrors()
+        status = StatusReader(
+            self._started,
+            str(settings.image_path),
+            Server(
+                lambda: self._listeners.addresses,
+                lambda: self._site.in_flight.requests,
+                lambda: not self.running,
+                self._site.requests,
+            ),
+            self._store,
+            self._network,
+            parts.cache,
+            self._completion,
+            self._preloader,
+            self._maintenance,
+            self._errors,
+        )
+        self._admin = AdminListener(settings.admin_listen, AdminSite(status.read, probes, reactor), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance]
-        for service in (self._listeners, self._store, self._control, *working):
+        for service in (self._listeners, self._admin, self._store, self._control, *working):
             service.setServiceParent(self)
 
     def _preload(self, settings: Settings, background: BackgroundFetcher) -> Preloader | None:
@@ -157,6 +183,7 @@ class Daemon(MultiService):
 
     def startService(self) -> None:
         """Read the store and start all parts; connections wait in the backlog until then."""
+        globalLogPublisher.addObserver(self._errors)
         # Each client needs one or two.
         raise_file_descriptor_limit()
         try:
@@ -182,6 +209,8 @@ class Daemon(MultiService):
             images=counts.images,
             **ALWAYS,
         )
+        for address in self._admin.addresses:
+            _log.info("metrics and status at {address}", address=address)
         self._warn(self._settings)
         self._systemd.ready()
 
@@ -255,5 +284,8 @@ class Daemon(MultiService):
         # The reactor drops what its transports have not sent when it stops.
         with suppress(defer.TimeoutError):
             await Deferred.fromCoroutine(self._site.in_flight.close()).addTimeout(_FLUSH, self._reactor)
-        await stop_in_turn([service for service in reversed(list(self)) if service.running])
+        others = [service for service in reversed(list(self)) if service.running and service is not self._admin]
+        # Last, so that the stop can be watched.
+        await stop_in_turn([*others, self._admin])
+        globalLogPublisher.removeObserver(self._errors)
         self._systemd.stopped()

@@ -25,8 +25,20 @@ from ociregistry.platforms import ALL, Platform, machine_architecture, machine_o
 
 _USUAL_CONNECTIONS = 16
 
+DEFAULT_ADMIN_LISTEN = "tcp:8081:interface=127.0.0.1"
+
 LOG_LEVELS = ("trace", "debug", "info", "warn", "error")
 LOG_FORMATS = ("text", "json")
+
+
+@dataclass(frozen=True, slots=True)
+class AdminListen:
+    """Where the daemon serves its metrics and its status."""
+
+    endpoint: str = ""
+    """A Twisted endpoint description; empty to serve them nowhere."""
+    given: bool = False
+    """Whether it is no default, so that the daemon must not start without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,7 @@ class Settings:
     port: int
     listen: tuple[str, ...]
     """Twisted endpoint descriptions to listen on instead of `port`; empty to use `port`."""
+    admin_listen: AdminListen
     reserve: Reserve
     """Disk space that downloads leave free."""
     log_level: str
@@ -189,6 +202,12 @@ OPTIONS = (
         parse_reserve,
     ),
     Option("port", "8080", "TCP port to listen on, by IPv4 and IPv6.", _number(1, 65535)),
+    Option(
+        "admin-listen",
+        DEFAULT_ADMIN_LISTEN,
+        "Endpoint of /metrics and /status, such as unix:/run/ociregistry.sock; empty for none.",
+        AdminListen,
+    ),
     Option("log-level", "error", "trace, debug, info, warn or error.", _one_of(LOG_LEVELS)),
     Option("log-format", "text", "text, or json: one object a line, for log collectors.", _one_of(LOG_FORMATS)),
     Option("pull-timeout", "60000", "Milliseconds that a client waits for progress.", _milliseconds),
@@ -253,6 +272,8 @@ def load_settings(
             values[option.key] = _parsed(option, text, where, config.path.absolute().parent)
         else:
             values[option.key] = option.parse(option.default)
+    if "admin_listen" in given or "admin_listen" in config.values:
+        values["admin_listen"] = replace(cast(AdminListen, values["admin_listen"]), given=True)
     if values["max_connections"] is None:
         values["max_connections"] = max(_USUAL_CONNECTIONS, 2 * int(str(values["concurrent"])))
     if values["platform"] is None or ("platform" not in given and given.keys() & {"arch", "os"}):

@@ -164,7 +164,8 @@ class Daemon(Server):
     """Our daemon, in the foreground, started as an operator would.
 
     `registries` maps each upstream to its scheme, or to all keys of its entry in the YAML file; `settings` are
-    further keys of that file, `extra` further command line options. The store is `image_path`.
+    further keys of that file, `extra` further command line options. The store is `image_path`. Unless `extra` says
+    otherwise it does not listen for the operator: daemons of several tests would meet at the default address.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class Daemon(Server):
         self.config_path.write_text(yaml.safe_dump({"registries": entries, **(settings or {})}))
         options = ["--image-path", str(self.image_path), "--config-path", str(self.config_path)]
         super().__init__(
-            [*twistd(), *options, "--port", str(self.port), "--log-level", "debug", *extra],
+            [*twistd(), *options, "--port", str(self.port), "--admin-listen", "", "--log-level", "debug", *extra],
             folder / f"ociregistry-{self.port}.log",
             {"PYTHONPATH": str(ROOT), **(environment or {})},
         )

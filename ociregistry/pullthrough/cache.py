@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -500,9 +500,9 @@ class PullThrough(Service):
             self._start(download.repository, download.digest, IN_BACKGROUND, again=False)
 
     @property
-    def in_flight(self) -> frozenset[Digest]:
-        """The digests of the blobs that are being downloaded."""
-        return frozenset(self._downloads)
+    def in_flight(self) -> Mapping[Digest, Download]:
+        """The blobs that are being downloaded."""
+        return self._downloads
 
     async def blob_size(self, repository: Repository, digest: Digest, context: Context = FROM_CLIENT) -> FoundSize:
         """Return the size of a blob without fetching it.

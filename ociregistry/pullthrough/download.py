@@ -80,6 +80,16 @@ class Download:
         return max(0, min(self._partial.length, self.size - 1))
 
     @property
+    def length(self) -> int:
+        """The number of bytes that are here."""
+        return 0 if self._partial is None else self._partial.length
+
+    @property
+    def clients(self) -> int:
+        """The number of clients that wait for the blob."""
+        return self._connections.clients
+
+    @property
     def has_size(self) -> bool:
         """Whether a reader can be had at once."""
         return self._partial is not None and self.size is not None

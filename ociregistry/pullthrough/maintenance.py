@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -105,6 +106,26 @@ _STEADY = timedelta(minutes=1)
 Work = Coroutine[Deferred[Any], Any, None]
 
 
+@dataclass(frozen=True, slots=True)
+class MaintenanceState:
+    """What maintenance has done since the start of this process, and what is next; None where nothing is."""
+
+    last_prune: datetime | None = None
+    next_prune: datetime | None = None
+    pruned_image_urls: int = 0
+    pruned_blobs: int = 0
+    pruned_bytes: int = 0
+    last_verify: datetime | None = None
+    """Also of an earlier process."""
+    next_verify: datetime | None = None
+    verified_records: int = 0
+    """Of the last verification, as the two below."""
+    verified_blobs: int = 0
+    damaged: int = 0
+    damaged_in_all: int = 0
+    """Damaged files that all verifications since the start have found."""
+
+
 class Maintenance(Service):
     """Prunes and verifies the store on the configured schedules."""
 
@@ -124,6 +145,7 @@ class Maintenance(Service):
         self._clocks_compared = clock.seconds(), now()
         self._withheld: Withheld | None = None
         """What was last logged about images that were not pruned by age."""
+        self.state = MaintenanceState()
         self._prune_settings: PruneSettings | None = None
         self._verify_settings: VerifySettings | None = None
         self._pruning: Deferred[None] = succeed(None)
@@ -134,11 +156,13 @@ class Maintenance(Service):
         if prune != self._prune_settings:
             self._pruning.cancel()
             self._prune_settings = prune
+            self.state = replace(self.state, next_prune=None)
             if prune is not None:
                 self._pruning = self._begin(self._prune_regularly(prune))
         if verify != self._verify_settings:
             self._verifying.cancel()
             self._verify_settings = verify
+            self.state = replace(self.state, next_verify=None)
             if verify is not None:
                 self._verifying = self._begin(self._verify_regularly(verify))
 
@@ -157,6 +181,7 @@ class Maintenance(Service):
 
     async def _prune_regularly(self, settings: PruneSettings) -> None:
         while True:
+            self.state = replace(self.state, next_prune=self._now() + settings.every)
             await deferLater(self._clock, settings.every.total_seconds())
             try:
                 await self._prune(settings)
@@ -187,6 +212,13 @@ class Maintenance(Service):
             max_share=settings.max_share,
         )
         plan = await self._store.prune(policy)
+        self.state = replace(
+            self.state,
+            last_prune=now,
+            pruned_image_urls=self.state.pruned_image_urls + len(plan.rows),
+            pruned_blobs=self.state.pruned_blobs + len(plan.blobs),
+            pruned_bytes=self.state.pruned_bytes + plan.bytes,
+        )
         self._log_withheld(plan.withheld)
         for row in plan.rows:
             _log.info("pruned {image}, last pulled {pulled}", image=row.url, pulled=row.stored.pulled.isoformat())
@@ -228,7 +260,9 @@ class Maintenance(Service):
         while True:
             try:
                 now = self._now()
-                wait = await self._store.last_verified(now) + settings.every - now
+                last = await self._store.last_verified(now)
+                wait = last + settings.every - now
+                self.state = replace(self.state, last_verify=last, next_verify=now + max(wait, timedelta()))
                 await deferLater(self._clock, max(0.0, wait.total_seconds()))
                 await self._verify(settings)
             except CancelledError:
@@ -242,6 +276,14 @@ class Maintenance(Service):
 
     async def _verify(self, settings: VerifySettings) -> None:
         findings = await self._store.verify(settings.max_rate, lambda done, total: None, self._repair)
+        self.state = replace(
+            self.state,
+            last_verify=self._now(),
+            verified_records=findings.records,
+            verified_blobs=findings.blobs,
+            damaged=len(findings.damaged),
+            damaged_in_all=self.state.damaged_in_all + len(findings.damaged),
+        )
         _log.info(
             "verified {what}, damaged: {damaged}",
             what=f"{count_text(findings.records, 'record')} and {count_text(findings.blobs, 'blob')}",

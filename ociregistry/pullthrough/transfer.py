@@ -149,6 +149,11 @@ class Connections:
         return Priority.CLIENT if self._watchers else min(self._context.priority, Priority.BACKGROUND)
 
     @property
+    def clients(self) -> int:
+        """The number of clients that wait for this blob."""
+        return self._watchers
+
+    @property
     def awaited(self) -> bool:
         """Whether a client or a background task waits for this blob."""
         return self._waiting > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import ceil
 
 from twisted.internet import defer
@@ -19,6 +20,7 @@ from ociregistry.config.proxy import Proxy
 from ociregistry.context import Priority
 from ociregistry.errors import Unavailable
 from ociregistry.upstream.origin import Origin
+from ociregistry.upstream.traffic import MOST_NAMES
 
 _log = Logger(namespace="ociregistry.upstream")
 
@@ -96,6 +98,23 @@ class Attempt:
         self._breaker.ended(self)
 
 
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """What is known of a host that was asked. Times are in seconds."""
+
+    host: str
+    """Its name and port; a proxy is called so."""
+    named: bool
+    """Whether metrics tell its name: clients may ask for any number of hosts."""
+    up: bool
+    for_seconds: float
+    """How long it has been up or down."""
+    why: str
+    """Why it counts as down; empty where it is up."""
+    next_probe: float | None
+    """Until a probe may be sent; None where it is up."""
+
+
 class CircuitBreaker:
     """The circuit breaker of one origin or proxy: opens when the host cannot be reached, closes when it can again.
 
@@ -120,7 +139,8 @@ class CircuitBreaker:
 
         With watches=False, silence does not open it.
         """
-        self._name = name
+        self.name = name
+        """The host for messages."""
         self._clock = clock
         self._jitter = jitter
         self._watches = watches
@@ -144,6 +164,23 @@ class CircuitBreaker:
     def is_open(self) -> bool:
         """Whether the host is known to be down."""
         return self._down_since is not None
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether anything has ever come from the host."""
+        return self._heard_at > float("-inf")
+
+    def link(self, *, named: bool) -> LinkState:
+        """Return what is known of the host; metrics tell its name if it is `named`."""
+        since = self._changed_at if self._down_since is None else self._down_since
+        return LinkState(
+            host=self.name,
+            named=named,
+            up=not self.is_open,
+            for_seconds=self._clock.seconds() - since,
+            why=self._why if self.is_open else "",
+            next_probe=self.next_probe if self.is_open else None,
+        )
 
     @property
     def in_use(self) -> bool:
@@ -191,7 +228,7 @@ class CircuitBreaker:
         return attempt
 
     def _down(self, upstream: str) -> LinkDown:
-        why = f"{upstream}: {self._name} could not be reached a moment ago: {self._why}"
+        why = f"{upstream}: {self.name} could not be reached a moment ago: {self._why}"
         return LinkDown(why, self.retry_after, refused=self._refused, breaker=self)
 
     def heard(self) -> None:
@@ -252,7 +289,7 @@ class CircuitBreaker:
         if self._down_since is None:
             return
         _log.warn(
-            "{host} can be reached again, after {seconds:.0f} s", host=self._name, seconds=now - self._down_since
+            "{host} can be reached again, after {seconds:.0f} s", host=self.name, seconds=now - self._down_since
         )
         self._down_since = self._probe = None
         self._changed_at = self._heard_at = now
@@ -296,7 +333,7 @@ class CircuitBreaker:
         if self._down_since is None:
             self._down_since, self._failures = now, 0
             self._down_until = now + _BACKOFF.interval(1, self._jitter())
-            _log.warn("{host} cannot be reached: {why}", host=self._name, why=why)
+            _log.warn("{host} cannot be reached: {why}", host=self.name, why=why)
         self._failures += 1
         self._changed_at = now
         self._why, self._refused = why, refused
@@ -315,6 +352,8 @@ class CircuitBreakers:
         self._watches = watches
         self._breakers: dict[Key, CircuitBreaker] = {}
         """The one used last is the last one."""
+        self._named: set[str] = set()
+        """Hosts that are not configured, and whose names metrics tell."""
 
     def get(self, target: Origin | Proxy, through: Proxy | None = None) -> CircuitBreaker:
         """Return the circuit breaker of `target` where it is asked directly, or of `target` behind a proxy."""
@@ -327,6 +366,26 @@ class CircuitBreakers:
             breaker = CircuitBreaker(name, self._clock, watches=watches)
         self._breakers[target, through] = breaker
         return breaker
+
+    def links(self, configured: Callable[[str, int], bool]) -> tuple[LinkState, ...]:
+        """Return what is known of all hosts; one that is asked in several ways is up if it is up in one of them.
+
+        Named are those of which `configured` is true, with their host and port; and of the others the first 50 that
+        have answered.
+        """
+        found: dict[str, LinkState] = {}
+        for (target, _), breaker in self._breakers.items():
+            known = isinstance(target, Proxy) or configured(target.host, target.port)
+            link = breaker.link(named=known or self._names(breaker))
+            if link.host not in found or link.up:
+                found[link.host] = link
+        return tuple(found.values())
+
+    def _names(self, breaker: CircuitBreaker) -> bool:
+        """Tell whether metrics tell the name of this host, which is not configured."""
+        if breaker.has_answered and len(self._named) < MOST_NAMES:
+            self._named.add(breaker.name)
+        return breaker.name in self._named
 
     def _make_room(self) -> None:
         if len(self._breakers) >= _MOST_BREAKERS:

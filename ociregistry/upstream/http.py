@@ -283,13 +283,16 @@ class HttpClient:
         clock: IReactorTime,
         proxy_of: Callable[[Origin], Proxy | None] = lambda origin: None,
         want: Callable[[CircuitBreaker, Ping, Again | None], object] = lambda breaker, ping, again: None,
+        received: Callable[[int], object] = lambda count: None,
     ) -> None:
         """Create a client.
 
         `drop_idle` closes the idle connections of the pool. `proxy_of` tells the proxy that `agent` sends requests to
-        an origin through. `want` is called with the breaker of a host that a request missed, and with its probes.
+        an origin through. `want` is called with the breaker of a host that a request missed, and with its probes;
+        `received` with the number of bytes of each piece of a body.
         """
         self._want = want
+        self._received = received
         self._bandwidth = bandwidth
         self._breakers = breakers
         self._upstream = upstream
@@ -414,11 +417,11 @@ class HttpClient:
     def _body(self, response: IResponse, length: int | None, breaker: CircuitBreaker) -> Body:
         stalled = partial(self._stalled, breaker)
         if self._bandwidth.is_small(length):
-            body = Body(self._upstream, self._clock, stalled, self._consume_small)
+            body = Body(self._upstream, self._clock, stalled, partial(self._count, self._consume_small))
             response.deliverBody(body)
             return body
         share = Share(self._bandwidth, length)
-        body = Body(self._upstream, self._clock, stalled, share.consume)
+        body = Body(self._upstream, self._clock, stalled, partial(self._count, share.consume))
         response.deliverBody(body)
         share.begin(body.set_receive_buffer)
         if length is not None and self._bandwidth.rate is None:
@@ -426,6 +429,10 @@ class HttpClient:
             body.receive_large_pieces()
         body.ended.addCallback(lambda _: share.end())
         return body
+
+    def _count(self, consume: Callable[[int], float], count: int) -> float:
+        self._received(count)
+        return consume(count)
 
     def _consume_small(self, count: int) -> float:
         self._bandwidth.consume(count)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from cachetools import LRUCache
@@ -18,7 +19,7 @@ from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
 from ociregistry.upstream.bandwidth import Bandwidth
-from ociregistry.upstream.breaker import CircuitBreakers
+from ociregistry.upstream.breaker import CircuitBreakers, LinkState
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
 from ociregistry.upstream.credentials import Credentials, ask_helper
@@ -29,6 +30,7 @@ from ociregistry.upstream.probing import Prober
 from ociregistry.upstream.proxy import Route, RoutedAgent
 from ociregistry.upstream.registry import RESERVED_CONNECTIONS, ConnectionLimit, Registry
 from ociregistry.upstream.tls import ContextCache, UpstreamPolicy
+from ociregistry.upstream.traffic import Traffic
 
 _MOST_REGISTRIES = 500
 
@@ -100,6 +102,22 @@ class Network(Service):
         self._breakers = CircuitBreakers(reactor)
         self._prober = Prober(reactor)
         self._bandwidth = Bandwidth(settings.max_bandwidth, settings.bandwidth, reactor)
+        self._traffic = Traffic(_configured_names(settings))
+
+    @property
+    def links(self) -> tuple[LinkState, ...]:
+        """The hosts that were asked, and whether they can be reached."""
+        return self._breakers.links(configured_hosts(self._settings))
+
+    @property
+    def received(self) -> Mapping[str, int]:
+        """The bytes that came, by the upstream or mirror that was asked for them."""
+        return self._traffic.received
+
+    @property
+    def rate(self) -> float | None:
+        """The limit at this time in bytes per second of all upstreams together; None for no limit."""
+        return self._bandwidth.rate
 
     def startService(self) -> None:
         """Start the prober and the resolver's threads; call it after the process has daemonized."""
@@ -126,6 +144,7 @@ class Network(Service):
         if self.running:
             self._prober.startService()
         self._bandwidth.reconfigure(settings.max_bandwidth, settings.bandwidth)
+        self._traffic.reconfigure(_configured_names(settings))
 
     def registry(self, upstream: Upstream) -> Registry:
         """Make the Registry of `upstream`, with its mirrors; on an air-gapped server, one that sends no requests."""
@@ -137,7 +156,8 @@ class Network(Service):
         ]
         own = None if entry.mirrors_only else self.own_client(upstream)
         limit = ConnectionLimit(self._settings.max_connections)
-        return Registry(upstream, Sources(str(upstream), mirrors, own), limit, self._instance)
+        delivered = partial(self._traffic.delivered, upstream.name)
+        return Registry(upstream, Sources(str(upstream), mirrors, own), limit, self._instance, delivered)
 
     def own_client(self, upstream: Upstream) -> Client:
         """Make a client of the registry `upstream` itself."""
@@ -164,7 +184,8 @@ class Network(Service):
         agent = RoutedAgent(route, dialer, proxy_policy, pool, reactor)
         drop_idle = pool.closeCachedConnections
         want = self._prober.want
-        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor, route.to, want)
+        received = partial(self._traffic.add, name)
+        http = HttpClient(name, agent, self._breakers, self._bandwidth, drop_idle, reactor, route.to, want, received)
 
         async def ask(helper: Helper) -> Password | IdentityToken:
             return await ask_helper(helper, entry.upstream, reactor)
@@ -221,15 +242,23 @@ def _trusted_with(entry: RegistrySettings, base: BaseUrl, own: Origin) -> Callab
     return trusted
 
 
+def _configured(settings: Settings) -> set[Upstream]:
+    """Return the upstreams and mirrors that the settings name."""
+    mirrors = (mirror.host for entry in settings.registries.values() for mirror in entry.mirrors)
+    return {*settings.registries, settings.default_ns, *mirrors}
+
+
+def _configured_names(settings: Settings) -> list[str]:
+    return [upstream.name for upstream in _configured(settings)]
+
+
 def configured_hosts(settings: Settings) -> Callable[[str, int], bool]:
     """Return a function that tells whether the settings name a host and port.
 
     They may name it as an upstream, as the default upstream, as a mirror or as a token service.
     """
-    entries = settings.registries.values()
-    registries = {*settings.registries, settings.default_ns, *(mirror.host for e in entries for mirror in e.mirrors)}
-    exact = {Upstream(api_host(upstream)) for upstream in registries}
-    realms = {entry.realm for entry in entries if entry.realm is not None}
+    exact = {Upstream(api_host(upstream)) for upstream in _configured(settings)}
+    realms = {entry.realm for entry in settings.registries.values() if entry.realm is not None}
 
     def named(host: str, port: int) -> bool:
         bracketed = f"[{host}]" if ":" in host else host

@@ -166,12 +166,17 @@ class Registry:
         sources: Sources | None,
         limit: ConnectionLimit,
         instance: str,
+        delivered: Callable[[], object] = lambda: None,
     ) -> None:
-        """Ask `sources`, None on an air-gapped server; `instance` names this process in Via headers."""
+        """Ask `sources`, None on an air-gapped server; `instance` names this process in Via headers.
+
+        `delivered` is called for each manifest that came.
+        """
         self.upstream = upstream
         self._sources = sources
         self._limit = limit
         self._instance = instance
+        self._delivered = delivered
 
     async def manifest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Manifest:
         """Return the manifest of `image`, verified against its digest where one is known.
@@ -189,9 +194,11 @@ class Registry:
         headers = {"Accept": _ACCEPT}
         path = f"manifests/{image.reference}"
         async with self._limit.for_small(context) as context:
-            return await self._collect(
+            manifest = await self._collect(
                 "GET", image.repository, path, headers, unknown, context, LARGEST_MANIFEST, parse
             )
+        self._delivered()
+        return manifest
 
     async def manifest_digest(self, image: ImageReference, context: Context = FROM_CLIENT) -> Digest | None:
         """Ask for the digest of the manifest of `image`, by HEAD where the upstream supports that.

@@ -49,6 +49,11 @@ class InFlight:
         self._connections: set[HTTPChannel] = set()
         self._changed = Event()
 
+    @property
+    def requests(self) -> int:
+        """The number of both."""
+        return self._requests
+
     def began(self) -> None:
         """Count one request or new connection more."""
         self._requests += 1

@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.logger import Logger, LogLevel
 from twisted.python.failure import Failure
 
+from ociregistry.admin.requests import CutBy, kind_of, outcome_of
 from ociregistry.errors import RegistryError
 from ociregistry.pullthrough.cache import Content
 from ociregistry.pullthrough.waiting import CacheStatus
@@ -104,6 +105,8 @@ class Exchange:
         self._peer: IAddress = channel.getPeer()
         self._sending: Deferred[None] = succeed(None)
         self._sent = 0
+        self._first_sent_at: float | None = None
+        self._cut_by: CutBy | None = None
         self._failure_logged = False
 
     def disconnected(self) -> None:
@@ -124,9 +127,11 @@ class Exchange:
                 await self._sending
             finally:
                 self._sent = sent + producer.sent
+                self._first_sent_at = self._began if sent else producer.first_sent_at
         except CancelledError:
             return False
         except Exception as error:
+            self._cut_by = CutBy.CLIENT if isinstance(error, SlowClient | ClientGone) else CutBy.SERVER
             self._end_short(error)
             return False
         return not self.gone
@@ -156,6 +161,7 @@ class Exchange:
     def fail(self, failure: Failure) -> None:
         """Log a bug and close the connection, so that the client does not wait for more bytes."""
         self.log_defect(failure)
+        self.count(500, None)
         if not self.gone:
             self._channel.loseConnection()
 
@@ -165,6 +171,16 @@ class Exchange:
         _log.failure(
             "a defect in answering {uri}", failure, LogLevel.critical, **self._fields(), uri=self._logged.uri
         )
+
+    def count(self, status: int, cache_status: CacheStatus | None) -> None:
+        """Count the request, which has been answered, or cannot be any more."""
+        requests, kind, now = self._limits.requests, kind_of(self._logged.path), self._clock.seconds()
+        hit = None if cache_status is None else cache_status.is_hit
+        first = now if self._first_sent_at is None else self._first_sent_at
+        requests.tally(kind, outcome_of(status, hit)).count(self._sent, first - self._began, now - self._began)
+        cut_by = self._cut_by or (CutBy.CLIENT if self.gone else None)
+        if cut_by is not None:
+            requests.cut[kind, cut_by] += 1
 
     def log_access(self, status: int, cache_status: CacheStatus | None, *, is_probe: bool = False) -> None:
         """Write the line of the access log, unless the log has said already why the request failed."""

@@ -15,6 +15,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import datetimeToString
 
+from ociregistry.admin.requests import Outcome, Tally, kind_of
 from ociregistry.pullthrough.cache import Content, is_in_file
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.web.channel import BUFFER, Channel, InFlight
@@ -46,6 +47,7 @@ class Hit:
     again: Again
     size: int
     logged: Logged
+    tally: Tally
     cost: int
     """The bytes of memory that it takes."""
 
@@ -73,12 +75,14 @@ class Hits:
         before, found, after = head.partition(_DATE)
         in_memory = len(content.data) if isinstance(content, InMemory) else 0
         cost = _OVERHEAD + _LINES * len(request_line) + in_memory
-        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, cost)
+        tally = self._limits.requests.tally(kind_of(logged.path), Outcome.HIT)
+        hit = Hit(before + found, after[after.index(b"\r\n") :], again, content.size, logged, tally, cost)
         if found and in_memory <= _LARGEST:
             self._hits[request_line] = hit
 
     def answer(self, channel: Channel, request_line: bytes, request: bytes) -> bool:
         """Answer a plain request with this line, or return False: it is to take the usual way."""
+        began = time.perf_counter()
         hit = self._hits.get(request_line)
         content = None if hit is None else hit.again()
         if hit is None or content is None:
@@ -92,6 +96,7 @@ class Hits:
             self._send_rest(channel, self._logged(hit, request), content, sent)
             return True
         content.close()
+        hit.tally.count_at_once(sent, time.perf_counter() - began)
         if self._limits.logs_requests():
             logged = self._logged(hit, request)
             log_access(logged, 200, sent, 0, client_of(channel.getPeer()), CacheStatus.HIT)
@@ -138,6 +143,7 @@ class Hits:
         finally:
             content.close()
         exchange.log_access(200, CacheStatus.HIT)
+        exchange.count(200, CacheStatus.HIT)
         if whole:
             channel.end()
 

@@ -136,7 +136,8 @@ class Listeners(Service):
         if self._pause is not None:
             self._pause.cancel()
             self._pause = None
-        return gatherResults([maybeDeferred(port.stopListening) for port in self._ports])
+        ports, self._ports = self._ports, []
+        return gatherResults([maybeDeferred(port.stopListening) for port in ports])
 
     def _accepted(self) -> None:
         if self._pause is not None or not descriptors_are_scarce():

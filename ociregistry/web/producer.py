@@ -13,6 +13,7 @@ from twisted.internet import defer
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from zope.interface import implementer
 
+from ociregistry.admin.requests import Requests
 from ociregistry.concurrency import Event
 from ociregistry.errors import Unavailable
 from ociregistry.log import Seldom
@@ -83,6 +84,8 @@ class SendLimits:
     """For the log line that file descriptors are lacking."""
     logs_requests: Callable[[], bool]
     """Tells whether anybody reads the access log."""
+    requests: Requests
+    """Counts all answers."""
 
 
 class ClientGone(Exception):
@@ -107,6 +110,8 @@ class ContentProducer:
         self._resumed = Event()
         self.sent = 0
         """The number of bytes that were sent."""
+        self.first_sent_at: float | None = None
+        """When the first of them was sent."""
         self.last_progress = clock.seconds()
         """When the client was last seen to take bytes."""
 
@@ -125,6 +130,8 @@ class ContentProducer:
                 if start >= available:
                     available = await self._more_than(start)
                 count = await self._send_some(start, min(available, stop) - start)
+                if self.first_sent_at is None:
+                    self.first_sent_at = self._clock.seconds()
                 start += count
                 self.sent += count
         finally:

@@ -136,6 +136,7 @@ class _Answering:
         finally:
             answer.content.close()
         self.exchange.log_access(self._request.code, answer.cache_status, is_probe=answer.is_probe)
+        self.exchange.count(answer.status if self.exchange.gone else self._request.code, answer.cache_status)
 
     async def _answer(self) -> Answer:
         request = self._request

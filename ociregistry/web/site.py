@@ -11,6 +11,7 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.web.resource import Resource
 from twisted.web.server import Request, Site
 
+from ociregistry.admin.requests import Requests
 from ociregistry.context import Context
 from ociregistry.errors import NotFound
 from ociregistry.log import Seldom
@@ -61,36 +62,35 @@ class _FallbackResource(Resource):
         return self._fallback
 
 
-class RegistrySite(Site):
-    """The HTTP server; `web/exchange.py` writes the access log."""
+class HandlerSite(Site):
+    """An HTTP server whose requests handlers answer; `web/exchange.py` writes the access log."""
 
     noisy = False
 
     def __init__(
         self,
-        v2: V2,
-        others: Mapping[str, Handler],
+        handlers: Mapping[str, Handler],
+        fallback: Handler,
         patience: float,
         clock: IReactorTime,
-        logs_requests: Callable[[], bool] = lambda: True,
+        logs_requests: Callable[[], bool],
     ) -> None:
-        """Build the resource tree.
+        """Build the resource tree: `handlers` by the first part of the path, `fallback` for all others.
 
-        `others` are the handlers of the paths beside /v2; `patience` is the number of seconds to wait for the next
-        byte of content.
-        `logs_requests` tells whether anybody reads the access log.
+        `patience` is the number of seconds to wait for the next byte of content. `logs_requests` tells whether
+        anybody reads the access log.
         """
         self.in_flight = InFlight()
-        limits = SendLimits(patience, Unsent(clock), Seldom(clock), logs_requests)
+        self.requests = Requests()
+        limits = SendLimits(patience, Unsent(clock), Seldom(clock), logs_requests, self.requests)
         self.hits = Hits(self.in_flight, limits, clock)
 
         def resource(handler: Handler) -> HandlerResource:
             return HandlerResource(handler, self.in_flight, self.hits, limits, clock)
 
-        root = _FallbackResource(resource(_not_found))
-        root.putChild(b"v2", resource(v2.answer))
-        for name, handler in others.items():
-            root.putChild(name.encode(), resource(handler))
+        root = _FallbackResource(resource(fallback))
+        for part, handler in handlers.items():
+            root.putChild(part.encode(), resource(handler))
         super().__init__(root, requestFactory=_PullOnlyRequest, timeout=_IDLE_CONNECTION, reactor=clock)
         self._clock = clock
         self._addresses: Counter[str] = Counter()
@@ -106,6 +106,21 @@ class RegistrySite(Site):
 
     def log(self, request: object) -> None:
         """Do nothing: `web/exchange.py` writes the access log."""
+
+
+class RegistrySite(HandlerSite):
+    """The HTTP server for clients of the registry."""
+
+    def __init__(
+        self,
+        v2: V2,
+        others: Mapping[str, Handler],
+        patience: float,
+        clock: IReactorTime,
+        logs_requests: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Answer by the API, and by `others` beside it; the rest of the arguments are those of `HandlerSite`."""
+        super().__init__({"v2": v2.answer, **others}, _not_found, patience, clock, logs_requests)
 
 
 async def _not_found(method: str, path: bytes, query: Query, context: Context) -> Answer:

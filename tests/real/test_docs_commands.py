@@ -177,6 +177,7 @@ BEFORE: dict[str, Callable[[User], None]] = {
     "debian.md": User.serve,
     "kubernetes.md": before_kubernetes,
     "loading.md": before_loading,
+    "metrics.md": User.serve,
     "pruning.md": User.loaded,
 }
 """What a page presupposes."""

@@ -1,4 +1,4 @@
-"""A secret appears nowhere: not in trace logs, errors, the output of `check`, the process table, or the store."""
+"""A secret appears nowhere: not in logs, errors, metrics, the output of `check`, the process table, or the store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.client import Response, fetch
 from tests.images import make_image
-from tests.processes import ROOT, Daemon, run, twistd
+from tests.processes import ROOT, Daemon, free_port, run, twistd
 from tests.upstream import ScriptedRegistry
 from tests.upstream_auth import Basic, Tokens
 from tests.upstream_http import Answer, Handler, Request, Rule, error
@@ -148,7 +148,9 @@ def test_no_secret_appears_anywhere(
         "PYTHONPATH": str(ROOT),
         "UPSTREAM_PASSWORD": setup.secrets["from-environment"],
     }
-    options = ("--no-complete-images", "--log-level", "trace", "--log-format", log_format)
+    admin = free_port()
+    logs = ("--log-level", "trace", "--log-format", log_format)
+    options = ("--no-complete-images", *logs, "--admin-listen", f"tcp:{admin}:interface=127.0.0.1")
     daemon = start_daemon(setup.registries, *options, environment=environment)
 
     def ask(host: str, path: str) -> Response:
@@ -177,6 +179,12 @@ def test_no_secret_appears_anywhere(
         "the command line": Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes(),
         "the helper's command line": (setup.folder / "helper-command-line").read_bytes(),
     }
+    told = {path: fetch(f"http://127.0.0.1:{admin}{path}") for path in ("/metrics", "/status", "/nothing")}
+    assert [answer.status for answer in told.values()] == [200, 200, 404]
+    # The links to all of them are told, and why some are down.
+    for path in ("/metrics", "/status"):
+        assert all(host.encode() in told[path].body for host in hosts)
+    places |= {path: answer.body + bytes(answer.headers) for path, answer in told.items()}
     places |= {f"the answer for {what}": answer.body + bytes(answer.headers) for what, answer in answers.items()}
     places |= {str(path): path.read_bytes() for path in daemon.image_path.rglob("*") if path.is_file()}
     assert {place: found for place, text in places.items() if (found := setup.found_in(text))} == {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import reference
+from tools import metrics, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
@@ -50,3 +50,7 @@ def test_every_warning_and_error_is_explained(level: str) -> None:
 
 def test_reference_is_generated() -> None:
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "run: python -m tools.reference"
+
+
+def test_metrics_are_generated() -> None:
+    assert metrics.PAGE.read_text(encoding="utf-8") == metrics.page(), "run: python -m tools.metrics"

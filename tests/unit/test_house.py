@@ -18,7 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"tap", "script"}),
     frozenset({"daemon", "commands"}),
     frozenset({"composition"}),
-    frozenset({"web", "archives"}),
+    frozenset({"web"}),
+    frozenset({"admin"}),
+    frozenset({"archives"}),
     frozenset({"pullthrough"}),
     frozenset({"upstream", "store"}),
     frozenset({"settings"}),
@@ -37,6 +39,8 @@ ONLY: dict[str, frozenset[str]] = {
     "twisted.internet.reactor": frozenset({"tap", "commands"}),
     "twisted.web": frozenset({"web", "upstream"}),
     "treq": frozenset({"upstream"}),
+    "prometheus_client": frozenset({"admin"}),
+    "ociregistry.archives": frozenset({"archives", "commands"}),
 }
 # Calls that import by name; a name that is not a literal cannot be checked.
 IMPORTERS = frozenset({"__import__", "import_module", "namedAny", "namedModule", "namedObject"})
@@ -165,6 +169,7 @@ SPELLED_ELSEWHERE = {
     "archives/layout.py": {"blobs"},
     # The path of the API.
     "upstream/client.py": {"blobs"},
+    "admin/requests.py": {"blobs"},
 }
 """Where such a word means something else."""
 
@@ -223,6 +228,8 @@ ALLOWED = [
     ("daemon", "from ociregistry.store.store import Store\nfrom ociregistry.upstream.network import Network"),
     ("commands.check", "from ociregistry.upstream.network import is_allowed"),
     ("web.api", "from ociregistry.context import Via"),
+    ("web.hits", "from ociregistry.admin.requests import Tally"),
+    ("admin.status", "from ociregistry.pullthrough.cache import PullThrough"),
     ("upstream.tls", "from ociregistry.config.tls import UpstreamTls"),
     ("config.file", "from ociregistry.config.nodes import Node\nfrom .tls import ServerTls"),
     ("config.registries", "from ociregistry.names import Upstream"),
@@ -268,6 +275,10 @@ FORBIDDEN = [
     ("upstream.__init__", "from ..store import blobs", "upstream must not import store"),
     ("upstream.auth", "from .. import store", "upstream must not import store"),
     ("web.site", "import ociregistry.commands.load", "web must not import commands"),
+    ("admin.status", "from ociregistry.web.site import RegistrySite", "admin must not import web"),
+    ("pullthrough.a", "from ociregistry.admin import requests", "pullthrough must not import admin"),
+    ("web.a", "import prometheus_client", "web must not import prometheus_client"),
+    ("web.a", "from ociregistry.archives import layout", "web must not import ociregistry.archives"),
     ("commands.load", "from ociregistry.tap import Options", "commands must not import tap"),
     ("store.a", "if TYPE_CHECKING:\n    import ociregistry.web", "store must not import web"),
     ("store.a", "def f():\n    import ociregistry.web.b as c", "store must not import web"),

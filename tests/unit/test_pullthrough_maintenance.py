@@ -12,6 +12,7 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.names import Digest
 from ociregistry.pullthrough.cache import PullThrough
+from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.prune import Plan
 from ociregistry.store.store import Store
 from tests.images import Image, make_image, make_index
@@ -104,10 +105,16 @@ async def test_unused_image_is_pruned_with_its_blobs(
 ) -> None:
     await harness.add("reg.example/old:1", OLD, ago=31 * DAY)
     await harness.add("reg.example/new:1", NEW, ago=29 * DAY)
+    began = harness.now()
     harness.maintenance.reconfigure(pruning(every=60), None)
+    assert harness.maintenance.state == MaintenanceState(next_prune=began + timedelta(seconds=60))
     await harness.advance(60)
     await until(lambda: harness.here(OLD, NEW) == [False, True])
     await until(lambda: len(texts(events, LogLevel.warn)) == 1)
+    state = harness.maintenance.state
+    assert (state.last_prune, state.next_prune) == (began + timedelta(seconds=60), began + timedelta(seconds=120))
+    assert (state.pruned_image_urls, state.pruned_blobs) == (1, 3)
+    assert state.pruned_bytes > sum(len(blob.data) for blob in OLD.blobs)
     assert {path.name for path in (root / "blobs").iterdir()} == {Digest(one.digest).hex for one in NEW.blobs}
     (line,) = [text for text in texts(events, LogLevel.info) if "pruned" in text]
     assert line.startswith("pruned reg.example/old:1, last pulled 20")
@@ -117,7 +124,9 @@ async def test_unused_image_is_pruned_with_its_blobs(
     # Nothing is logged when nothing is pruned.
     await harness.advance(60)
     assert len(texts(events, LogLevel.warn)) == 1
-    harness.maintenance.stopService()
+    assert harness.maintenance.state.pruned_image_urls == 1
+    harness.maintenance.reconfigure(None, None)
+    assert harness.maintenance.state.next_prune is None
 
 
 @on_reactor
@@ -166,7 +175,7 @@ async def test_image_with_a_blob_in_flight_stays(
     repository = image("else.example/any:1").repository
     fetching = [Deferred.fromCoroutine(cache.fetch(repository, digest)) for digest in coming]
     await until(lambda: len(upstreams) == 2)
-    assert cache.in_flight == set(coming)
+    assert cache.in_flight.keys() == set(coming)
     harness.maintenance.reconfigure(pruning(every=60), None)
     await harness.advance(60)
     await until(lambda: harness.here(OLD) == [False])
@@ -178,7 +187,7 @@ async def test_image_with_a_blob_in_flight_stays(
     for one in fetching:
         await one
     await downloads_ended(cache)
-    assert cache.in_flight == frozenset()
+    assert cache.in_flight.keys() == frozenset()
     await harness.advance(60)
     await until(lambda: harness.here(MULTI, *MULTI.images, NEW) == [False] * 4)
     harness.maintenance.stopService()

@@ -101,7 +101,23 @@ async def test_due_date_survives_restarts(
     await harness.advance(2)
     await until(lambda: texts(events, LogLevel.info))
     assert texts(events, LogLevel.info) == ["verified 1 record and 3 blobs, damaged: 0"]
+    state = harness.maintenance.state
+    assert (state.verified_records, state.verified_blobs, state.damaged, state.damaged_in_all) == (1, 3, 0, 0)
+    await until(lambda: harness.maintenance.state.next_verify is not None)
     harness.maintenance.stopService()
+
+
+@on_reactor
+async def test_due_date_is_told(harness: MaintenanceHarness) -> None:
+    harness.verified(6 * DAY)
+    harness.maintenance.reconfigure(None, verifying())
+    await harness.advance(1)
+    state = harness.maintenance.state
+    assert state.last_verify is not None
+    assert state.next_verify is not None
+    assert state.next_verify - state.last_verify == timedelta(days=7)
+    harness.maintenance.reconfigure(None, None)
+    assert harness.maintenance.state.next_verify is None
 
 
 @on_reactor

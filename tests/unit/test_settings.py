@@ -17,13 +17,14 @@ from ociregistry.config.values import USUAL_RESERVE
 from ociregistry.names import Upstream
 from ociregistry.openssl import Certificates
 from ociregistry.platforms import ALL, Platform, machine_architecture, machine_os
-from ociregistry.settings import LOG_LEVELS, OPTIONS, Settings, load_settings
+from ociregistry.settings import LOG_LEVELS, OPTIONS, AdminListen, Settings, load_settings
 from tests.certificates import Authority
 
 DEFAULTS = Settings(
     image_path=Path("/var/lib/ociregistry"),
     port=8080,
     listen=(),
+    admin_listen=AdminListen("tcp:8081:interface=127.0.0.1", given=False),
     reserve=USUAL_RESERVE,
     log_level="error",
     log_format="text",
@@ -68,6 +69,15 @@ def load(path: Path, text: str, *listen: str, **given: str) -> Settings:
 
 def test_defaults() -> None:
     assert load_settings({}, (), None) == DEFAULTS
+
+
+def test_admin_address_is_given_by_either(path: Path) -> None:
+    """Also the default address: where it was given, the daemon must not start without it."""
+    default = DEFAULTS.admin_listen.endpoint
+    for endpoint in ("", "unix:/run/admin.sock", default):
+        assert load(path, "", admin_listen=endpoint).admin_listen == AdminListen(endpoint, given=True)
+        assert load(path, f"admin_listen: '{endpoint}'").admin_listen == AdminListen(endpoint, given=True)
+    assert load(path, "admin_listen: tcp:1", admin_listen="tcp:2").admin_listen.endpoint == "tcp:2"
 
 
 def test_every_field_has_an_option() -> None:

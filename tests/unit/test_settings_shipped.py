@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -73,10 +73,21 @@ def test_shipped_file_shows_every_default(tmp_path: Path, example: str) -> None:
     assert not settings.prune.keep.match("quay.io/library/nginx:1.25")
     assert settings.prune.every == timedelta(hours=1)
     assert settings.verify == VerifySettings(timedelta(days=7), 20 * 10**6)
+    assert settings.admin_listen == replace(defaults.admin_listen, given=True)
     # Some keys have no default to show: `*` differs from no value, the others are examples.
     assert settings.allow_upstreams == ("*",)
     examples = {"allow_upstreams", "registries", "bandwidth", "max_bandwidth", "tls", "preload_images", "reserve"}
-    examples |= {"arch", "os", "os_version", "platform", "complete_platforms", "prune", "verify", "proxy"}
+    examples |= {
+        "arch",
+        "os",
+        "os_version",
+        "platform",
+        "complete_platforms",
+        "prune",
+        "verify",
+        "proxy",
+        "admin_listen",
+    }
     for field in fields(Settings):
         if field.name not in examples:
             assert getattr(settings, field.name) == getattr(defaults, field.name), field.name

@@ -21,7 +21,7 @@ from ociregistry.config.proxy import NO_PROXIES, NoProxy, ProxySettings
 from ociregistry.config.values import Reserve
 from ociregistry.names import Upstream
 from ociregistry.platforms import Platform
-from ociregistry.settings import OPTIONS, Settings, load_settings
+from ociregistry.settings import OPTIONS, AdminListen, Settings, load_settings
 from ociregistry.tap import Options, makeService
 from tests.unit.support.command_lines import CommandResult, RecordedCommand, record_commands, run, usage_error
 from tools.commandline import commands
@@ -56,6 +56,7 @@ ALL = (
     *("--os-version", "10.0.17763", "--log-format", "json"),
     *("--with-signatures", "--preload-images", "/etc/images", "--max-bandwidth", "8kbit"),
     *("--listen", "tcp:5001", "--listen", "tcp:5002", "--reserve", "10%"),
+    *("--admin-listen", "unix:/run/admin.sock"),
 )
 
 
@@ -66,6 +67,7 @@ def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
         image_path=Path("/srv/images"),
         port=5000,
         listen=("tcp:5001", "tcp:5002"),
+        admin_listen=AdminListen("unix:/run/admin.sock", given=True),
         reserve=Reserve(0.1),
         log_level="debug",
         log_format="json",

@@ -363,3 +363,53 @@ def test_silent_name_server_is_told(breaker: CircuitBreaker, clock: Clock) -> No
     with breaker.looking_up():
         clock.advance(10)
     assert errors[0].message.endswith("host name cannot be resolved: no answer within 10 s")
+
+
+# What an operator sees
+
+
+def test_link_tells_since_when_and_why(breaker: CircuitBreaker, clock: Clock) -> None:
+    clock.advance(5)
+    up = breaker.link(named=True)
+    assert (up.host, up.named, up.up, up.for_seconds, up.why, up.next_probe) == (NAME, True, True, 5, "", None)
+    take_down(breaker)
+    clock.advance(0.5)
+    probe_at = breaker.next_probe
+    down = breaker.link(named=False)
+    assert (down.named, down.up, down.for_seconds, down.why, down.next_probe) == (
+        False,
+        False,
+        0.5,
+        "no route",
+        probe_at,
+    )
+    clock.advance(99)
+    probe(breaker).failed("no route still")
+    assert (breaker.link(named=True).for_seconds, breaker.link(named=True).why) == (99.5, "no route still")
+    probe_again = breaker.enter(UPSTREAM, Priority.URGENT)
+    probe_again.answered()
+    assert breaker.link(named=True).for_seconds == 0
+
+
+@pytest.mark.parametrize("works", ["http", "https"])
+def test_host_that_is_asked_in_two_ways_is_up_if_one_works(clock: Clock, works: str) -> None:
+    breakers = CircuitBreakers(clock)
+    for scheme in ("http", "https"):
+        attempt = breakers.get(Origin(scheme, "reg.example", 5000)).enter(UPSTREAM)
+        if scheme == works:
+            attempt.answered()
+        else:
+            attempt.failed("no route")
+    (link,) = breakers.links(lambda host, port: False)
+    assert (link.host, link.up, link.named) == ("reg.example:5000", True, True)
+
+
+def test_host_that_never_answered_is_named_only_if_configured(clock: Clock) -> None:
+    breakers = CircuitBreakers(clock)
+    for host in ("known.example", "made-up.example"):
+        take_down(breakers.get(Origin("https", host, 443)))
+    links = breakers.links(lambda host, port: (host, port) == ("known.example", 443))
+    assert [(link.host, link.named) for link in links] == [
+        ("known.example:443", True),
+        ("made-up.example:443", False),
+    ]

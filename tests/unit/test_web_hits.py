@@ -13,6 +13,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
+from ociregistry.admin.requests import Kind, Outcome, Requests
 from ociregistry.log import Seldom
 from ociregistry.pullthrough.cache import Policy, PullThrough
 from ociregistry.store.store import Store
@@ -254,7 +255,7 @@ async def test_the_rest_of_a_hit_is_logged_with_its_user_agent(served: Served, e
 def test_memory_is_bounded(clock: Clock) -> None:
     """Clients may send any number of long targets."""
     most = 1_000_000
-    limits = SendLimits(60, Unsent(clock), Seldom(clock), lambda: True)
+    limits = SendLimits(60, Unsent(clock), Seldom(clock), lambda: True, Requests())
     hits = Hits(InFlight(), limits, clock, most)
     head = b"HTTP/1.1 200 OK\r\nServer: x\r\nDate: x\r\nContent-Length: 5\r\n\r\n"
     content = InMemory(b"hello")
@@ -269,3 +270,19 @@ def test_memory_is_bounded(clock: Clock) -> None:
     finally:
         tracemalloc.stop()
     assert most / 2 < after - before < most * 1.2
+
+
+# What is counted
+
+
+@pytest.mark.parametrize(("target", "kind"), [(TAG, Kind.MANIFEST), (MANIFEST, Kind.MANIFEST), (BLOB, Kind.BLOB)])
+@on_reactor
+async def test_both_ways_count_alike(served: Served, target: str, kind: Kind) -> None:
+    await served.fill()
+    size = len((await served.remember(target)).partition(b"\r\n\r\n")[2])
+    assert await served.is_short(request(target))
+    await served.remember(target, "HEAD")
+    assert await served.is_short(request(target, "HEAD"))
+    tally = served.site.requests.tally(kind, Outcome.HIT)
+    assert (tally.answers, tally.bytes) == (4, 2 * size)
+    assert sum(other.answers for _, _, other in served.site.requests.tallies()) == 4

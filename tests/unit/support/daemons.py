@@ -36,11 +36,13 @@ class ReactorOnClock:
 
 
 def make(root: Path, *argv: str, reactor: Any = REACTOR) -> Daemon:
-    """Return a daemon that listens on a free port."""
+    """Return a daemon that listens on a free port, and unless told otherwise not for the operator."""
     options = Options()
     options.parent = ServerOptions()
     options.parent["nodaemon"] = 1
-    options.parseOptions(["--image-path", str(root), "--listen", "tcp:0:interface=127.0.0.1", *argv])
+    options.parseOptions(
+        ["--image-path", str(root), "--listen", "tcp:0:interface=127.0.0.1", "--admin-listen", "", *argv]
+    )
     daemon = makeService(options, reactor)
     assert isinstance(daemon, Daemon)
     return daemon

@@ -1,0 +1,74 @@
+"""The admin listener: `/metrics` and `/status`, apart from what clients of the registry reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from twisted.internet.interfaces import IProtocolFactory, IReactorTime
+from twisted.logger import Logger
+
+from ociregistry.admin.metrics import CONTENT_TYPE, Metrics
+from ociregistry.admin.status import Status, document
+from ociregistry.context import Context
+from ociregistry.errors import NotFound
+from ociregistry.log import ALWAYS
+from ociregistry.settings import AdminListen
+from ociregistry.web.exchange import InMemory
+from ociregistry.web.listeners import Listeners, ListenFailed
+from ociregistry.web.requests import Query
+from ociregistry.web.resource import Answer, Handler, json_answer
+from ociregistry.web.site import HandlerSite
+
+_log = Logger(namespace="ociregistry.web")
+
+_PATIENCE = 60.0
+"""Seconds; all content is in memory."""
+_NOT_STORED = {"Cache-Control": "no-store"}
+
+
+class AdminSite(HandlerSite):
+    """The HTTP server for the operator; it only reads."""
+
+    def __init__(self, read: Callable[[], Status], probes: Mapping[str, Handler], clock: IReactorTime) -> None:
+        """Answer by the status that `read` returns, and by `probes`, whose paths are the same for clients.
+
+        There is no access log: a scrape comes every few seconds.
+        """
+        super().__init__(probes, self._answer, _PATIENCE, clock, logs_requests=lambda: False)
+        self._read = read
+        self._metrics = Metrics(read)
+
+    async def _answer(self, method: str, path: bytes, query: Query, context: Context) -> Answer:
+        match path:
+            case b"/metrics":
+                return Answer(200, InMemory(self._metrics.text()), {"Content-Type": CONTENT_TYPE, **_NOT_STORED})
+            case b"/status":
+                return json_answer(200, document(self._read(), datetime.now(UTC)), _NOT_STORED)
+        raise NotFound(f"no such path: {path[:300].decode('latin-1')!r}; there are /metrics and /status")
+
+
+class AdminListener(Listeners):
+    """Listens for the operator, if at all. The daemon works without it where the default address cannot be used."""
+
+    def __init__(self, listen: AdminListen, factory: IProtocolFactory, reactor: Any) -> None:
+        super().__init__((listen.endpoint,) if listen.endpoint else (), factory, reactor)
+        self._given = listen.given
+
+    def privilegedStartService(self) -> None:
+        """Listen, or warn that the default address cannot be used.
+
+        Raises:
+            ListenFailed: it cannot listen on an address that was given.
+        """
+        try:
+            super().privilegedStartService()
+        except ListenFailed as error:
+            if self._given:
+                raise
+            _log.warn(
+                "{why}: the daemon goes on without metrics and status (--admin-listen gives another address)",
+                why=str(error),
+                **ALWAYS,
+            )

@@ -1,0 +1,266 @@
+"""The admin listener: metrics and status by GET and HEAD, and nothing else; it stops last."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import Factory
+from twisted.internet.task import Clock
+from twisted.logger import LogEvent, LogLevel
+
+from ociregistry import __version__
+from ociregistry.admin.metrics import CONTENT_TYPE
+from ociregistry.settings import AdminListen
+from ociregistry.upstream.http import Response
+from ociregistry.web.admin import AdminListener
+from tests.images import make_image
+from tests.unit.support.common import REACTOR, on_reactor, texts, turn, until
+from tests.unit.support.daemons import Daemons, get, make
+from tests.unit.support.statuses import samples
+from tests.unit.support.wire import Network
+from tests.upstream import ScriptedRegistry
+from tests.upstream_rules import Hold
+
+BUILT = make_image("admin", layer_size=500_000)
+LAYER = BUILT.layers[0]
+ANYWHERE = ("--admin-listen", "tcp:0:interface=127.0.0.1")
+
+
+def admin_url(events: list[LogEvent]) -> str:
+    """Return the URL of the admin listener, by the log."""
+    (address,) = [
+        event["address"] for event in events if event.get("log_format", "").startswith("metrics and status")
+    ]
+    return f"http://{address}"
+
+
+async def ask(network: Network, events: list[LogEvent], path: str, method: str = "GET") -> Response:
+    """Send a request to the admin listener."""
+    return await network.http("admin").send(method, f"{admin_url(events)}{path}", {})
+
+
+async def status(network: Network, events: list[LogEvent]) -> dict[str, Any]:
+    """Return the status as the daemon tells it."""
+    document: dict[str, Any] = json.loads(await (await ask(network, events, "/status")).collect(100_000))
+    return document
+
+
+@on_reactor
+async def test_metrics_and_status_are_served(
+    root: Path, daemons: Daemons, network: Network, events: list[LogEvent]
+) -> None:
+    daemons.start(*ANYWHERE)
+    metrics = await ask(network, events, "/metrics")
+    assert (metrics.status, metrics.header("content-type")) == (200, CONTENT_TYPE)
+    assert metrics.header("cache-control") == "no-store"
+    found = samples(await metrics.collect(1_000_000))
+    assert found["ociregistry_build_info", (("version", __version__),)] == 1
+    told = await status(network, events)
+    assert (told["status"], told["reasons"], told["version"]) == ("ok", [], __version__)
+    assert told["store"] == {"path": str(root), "lists": 0, "images": 0}
+    assert (told["stopping"], told["links"], told["downloads"], told["preload"]) == (False, [], [], None)
+    assert len(told["listeners"]) == 1
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status"])
+@on_reactor
+async def test_head_is_get_without_content(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: str
+) -> None:
+    daemons.start(*ANYWHERE)
+    answer = await ask(network, events, path, "HEAD")
+    assert answer.status == 200
+    assert int(answer.header("content-length")) > 100
+    assert await answer.collect(100) == b""
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+@on_reactor
+async def test_other_methods_are_refused(
+    daemons: Daemons, network: Network, events: list[LogEvent], method: str
+) -> None:
+    daemons.start(*ANYWHERE)
+    for path in ("/metrics", "/status", "/v2/"):
+        assert (await ask(network, events, path, method)).status == 405
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/", "/v2/team/app/manifests/1", "/health", "/", "/metrics/", "/status/x", "/x/metrics", "//metrics"]
+)
+@on_reactor
+async def test_other_paths_are_404(daemons: Daemons, network: Network, events: list[LogEvent], path: str) -> None:
+    daemons.start(*ANYWHERE)
+    answer = await ask(network, events, path)
+    assert (answer.status, answer.header("content-type")) == (404, "application/json")
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz"])
+@on_reactor
+async def test_probes_are_those_of_the_registry(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: str
+) -> None:
+    daemons.start(*ANYWHERE)
+    for answer in (await ask(network, events, path), await get(network, events, path)):
+        assert (answer.status, await answer.collect(100)) == (200, b"ok\n")
+
+
+@on_reactor
+async def test_registry_has_no_admin_paths(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+    daemons.start(*ANYWHERE)
+    for path in ("/metrics", "/status"):
+        assert (await get(network, events, path)).status == 404
+
+
+@on_reactor
+async def test_scrapes_are_not_counted(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+    daemons.start(*ANYWHERE)
+    await ask(network, events, "/metrics")
+    await ask(network, events, "/nothing")
+    assert all(row["answers"] == 0 for row in (await status(network, events))["requests"])
+    assert not [line for line in texts(events, LogLevel.info) if "GET /metrics" in line]
+
+
+@on_reactor
+async def test_status_tells_of_a_download(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    hold = Hold(100_000)
+    upstream.script("/v2/*/blobs/*", hold)
+    daemons.start("--default-ns", upstream.host, "--no-complete-images", *ANYWHERE)
+    manifest = await get(network, events, "/v2/team/app/manifests/1")
+    await manifest.collect(10_000)
+    blob = await get(network, events, f"/v2/team/app/blobs/{LAYER.digest}")
+    reading = Deferred.fromCoroutine(blob.collect(1_000_000))
+    await until(hold.reached.is_set)
+    told = await status(network, events)
+    (download,) = told["downloads"]
+    assert (download["blob"], download["upstream"], download["clients"]) == (LAYER.digest, upstream.host, 1)
+    assert (download["repository"], download["size"]) == (f"{upstream.host}/team/app", len(LAYER.data))
+    assert 0 <= download["bytes"] <= 100_000
+    (link,) = told["links"]
+    assert (link["host"], link["up"], link["why"]) == (upstream.host, True, "")
+    hold.release.set()
+    assert await reading == LAYER.data
+    received = (await status(network, events))["received_bytes"]
+    assert received[upstream.host] == len(BUILT.manifest.data) + len(LAYER.data)
+
+
+@on_reactor
+async def test_lost_host_is_told(
+    daemons: Daemons, network: Network, events: list[LogEvent], tmp_path: Path, clock: Clock
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        host = f"127.0.0.1:{listening.getsockname()[1]}"
+    (tmp_path / "it.yaml").write_text(f"- name: {host}\n  scheme: http\n")
+    daemons.start("--default-ns", host, "--config-path", str(tmp_path / "it.yaml"), *ANYWHERE)
+    asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
+
+    def lost() -> bool:
+        clock.advance(0.1)
+        return any("cannot be reached" in line for line in texts(events, LogLevel.warn))
+
+    await until(lost)
+    (link,) = (await status(network, events))["links"]
+    assert (link["host"], link["up"]) == (host, False)
+    assert "refused" in link["why"]
+    assert 0 < link["next_probe_seconds"] <= 1
+    found = samples(await (await ask(network, events, "/metrics")).collect(1_000_000))
+    assert found["ociregistry_link_up", (("host", host),)] == 0
+    while not asked.called:
+        clock.advance(1)
+        await turn()
+    assert (await asked).status == 503
+    (error,) = (await status(network, events))["errors"]
+    assert error["text"].startswith("GET /v2/team/app/manifests/1: 503 UNAVAILABLE: ")
+    assert error["namespace"] == "ociregistry.web"
+
+
+@on_reactor
+async def test_stop_can_be_watched(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    hold = Hold()
+    upstream.script("*", hold)
+    daemons.start("--default-ns", upstream.host, *ANYWHERE)
+    asked = Deferred.fromCoroutine(get(network, events, "/v2/team/app/manifests/1"))
+    await until(hold.reached.is_set)
+    stopped = daemons.stop()
+    await turn()
+    told = await status(network, events)
+    assert (told["stopping"], told["requests_in_flight"]) == (True, 1)
+    assert not stopped.called
+    hold.release.set()
+    assert await (await asked).collect(10_000) == BUILT.manifest.data
+    await until(daemons.stopped)
+
+
+@on_reactor
+async def test_nothing_is_served_without_an_endpoint(daemons: Daemons, events: list[LogEvent]) -> None:
+    daemons.start("--admin-listen", "")
+    assert not [line for line in texts(events) if "metrics and status" in line]
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    """Return an endpoint that another program listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"tcp:{listening.getsockname()[1]}:interface=127.0.0.1"
+
+
+# Twisted 22.4 leaves the unbound socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+def test_given_address_in_use_ends_startup(
+    root: Path, taken: str, capfd: pytest.CaptureFixture[str], events: list[LogEvent]
+) -> None:
+    daemon = make(root, "--admin-listen", taken)
+    with pytest.raises(SystemExit) as ended:
+        daemon.privilegedStartService()
+    assert ended.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"ociregistry: cannot listen on {taken}: ")
+    assert "in use" in line
+    daemon._listeners.stopService()
+
+
+# Twisted 22.4 leaves the unbound socket to the garbage collector.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+def test_default_address_in_use_is_one_warning(taken: str, events: list[LogEvent]) -> None:
+    listener = AdminListener(AdminListen(taken), Factory(), REACTOR)
+    listener.privilegedStartService()
+    (event,) = [event for event in events if event["log_level"] is LogLevel.warn]
+    assert event["log_always"]
+    assert texts([event])[0].startswith(f"cannot listen on {taken}: ")
+    assert listener.addresses == []
+    listener.stopService()
+
+
+@on_reactor
+async def test_socket_of_the_file_system(tmp_path: Path, daemons: Daemons) -> None:
+    path = tmp_path / "admin.sock"
+    daemons.start("--admin-listen", f"unix:{path}:mode=600")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        client.setblocking(False)
+        client.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        received = b""
+
+        def ended() -> bool:
+            nonlocal received
+            try:
+                piece = client.recv(65536)
+            except BlockingIOError:
+                return False
+            received += piece
+            return not piece
+
+        await until(ended)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert path.stat().st_mode & 0o777 == 0o600
