@@ -20,8 +20,6 @@ from ociregistry.admin.requests import BUCKETS, Histogram, Kind, Outcome
 from ociregistry.admin.status import Status
 from ociregistry.upstream.traffic import MOST_NAMES
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
-
 Sample = tuple[Sequence[str], float]
 """The values of the labels, and the value."""
 
@@ -290,6 +288,8 @@ class StatusCollector(Collector):
 
 class Metrics:
     """The metrics of the daemon, of its process and of Python."""
+
+    content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, read: Callable[[], Status]) -> None:
         """Call `read` for the status at each scrape."""

@@ -182,6 +182,8 @@ def test_daemon_imports_nothing_that_only_commands_need(empty_folder: Path) -> N
     imported = _imported(errors.read_text())
     assert imported >= _OF_THE_DAEMON
     assert not imported & _OF_COMMANDS
+    # The first scrape imports it.
+    assert "prometheus_client" not in imported
 
 
 def test_command_imports_nothing_that_only_the_daemon_needs(empty_folder: Path) -> None:

@@ -15,7 +15,7 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry import __version__
-from ociregistry.admin.metrics import CONTENT_TYPE
+from ociregistry.admin.metrics import Metrics
 from ociregistry.settings import AdminListen
 from ociregistry.upstream.http import Response
 from ociregistry.web.admin import AdminListener
@@ -57,7 +57,7 @@ async def test_metrics_and_status_are_served(
 ) -> None:
     daemons.start(*ANYWHERE)
     metrics = await ask(network, events, "/metrics")
-    assert (metrics.status, metrics.header("content-type")) == (200, CONTENT_TYPE)
+    assert (metrics.status, metrics.header("content-type")) == (200, Metrics.content_type)
     assert metrics.header("cache-control") == "no-store"
     found = samples(await metrics.collect(1_000_000))
     assert found["ociregistry_build_info", (("version", __version__),)] == 1
