@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -23,12 +25,17 @@ _PATIENCE = 30
 _TWISTD = "from twisted.scripts.twistd import run; run()"
 
 
+_PORTS = range(10_000, 32_000)
+"""Below those that Linux gives to clients, one of which could take the port before the server does."""
+
+
 def free_port() -> int:
     """Return a port on 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def wait_until(predicate: Callable[[], object], timeout: float, what: str) -> None:

@@ -157,7 +157,8 @@ def test_read_only_store(mounted: Cache) -> None:
         assert (told_by_health["status"], told_by_health["reasons"]) == ("degraded", [reason])
         assert reason in mounted.daemon.log
     finally:
-        run(["umount", root])
+        # The daemon keeps files open.
+        run(["umount", "--lazy", root])
     wait_until(lambda: "the store can be written again" in mounted.daemon.log, SEEN, "it is logged")
     pull(mounted, "second", second)
     assert (health(mounted)["status"], health(mounted)["reasons"]) == ("ok", [])
