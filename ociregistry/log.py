@@ -52,7 +52,7 @@ class LevelFilter:
     def reconfigure(self, level: str) -> None:
         """Change the level, one of `settings.LOG_LEVELS`."""
         self.logs_requests = _LEVELS[level][1] <= LogLevel.info
-        """Whether requests are logged, so that a line that nobody reads costs nothing."""
+        """Whether requests are logged; otherwise their lines are not even made."""
         for namespace, lowest in zip(_NAMESPACES, _LEVELS[level], strict=True):
             self._levels.setLogLevelForNamespace(namespace, lowest)
 

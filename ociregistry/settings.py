@@ -38,7 +38,7 @@ class AdminListen:
     endpoint: str = ""
     """A Twisted endpoint description; empty to serve them nowhere."""
     given: bool = False
-    """Whether it is no default, so that the daemon must not start without it."""
+    """Whether an operator chose it; the daemon does not start if it cannot listen there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The last failures that were logged, for an operator who does not look at the log."""
+"""The last failures that were logged, so that the status can show them."""
 
 from __future__ import annotations
 
