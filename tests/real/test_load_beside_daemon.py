@@ -160,7 +160,9 @@ def test_load_fails_when_the_daemon_is_killed_and_can_be_repeated(cache: Cache, 
         wait_until(lambda: f"loaded: {urls[0]}" in (tmp_path / "stdout").read_text(), SOON, "one is loaded")
         partials = [cache.daemon.image_path / "pulls/0" / one.layers[0].digest[7:] for one in images.values()]
         wait_until(
-            lambda: all(one.exists() and one.stat().st_size == MIB for one in partials), SOON, "half of each is written"
+            lambda: all(one.exists() and one.stat().st_size == MIB for one in partials),
+            SOON,
+            "half of each is written",
         )
         cache.daemon.kill()
         assert load.wait(SOON) == 1
