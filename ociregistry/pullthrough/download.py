@@ -328,11 +328,6 @@ class DownloadReader:
         assert self._file is not None
         return self._file.send(to, offset, count)
 
-    def send_at_once(self, to: int, offset: int, count: int) -> int:
-        """Send what needs no waiting for the disk, and return its number of bytes, 0 on a failure."""
-        assert self._file is not None
-        return self._file.send_at_once(to, offset, count)
-
     def close(self) -> None:
         """Close the file and leave the download."""
         self._closed = True

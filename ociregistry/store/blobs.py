@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from contextlib import suppress
 from functools import partial as bind
 from pathlib import Path
 
-from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -67,10 +67,7 @@ class StoredBlob:
         Raises:
             OSError: through the Deferred: they cannot be read.
         """
-        try:
-            reading = self._threads.read_at(self._file, self._path, offset, count)
-        except OSError as error:
-            reading = fail(error)
+        reading = maybeDeferred(self._threads.read_at, self._file, self._path, offset, count)
         return reading.addErrback(self._cannot_read, offset)
 
     def send(self, to: int, offset: int, count: int) -> Deferred[int]:
@@ -79,10 +76,7 @@ class StoredBlob:
         Raises:
             OSError: through the Deferred: they cannot be read, or the connection is lost.
         """
-        try:
-            sending = self._threads.send_at(self._file, self._path, offset, count, to)
-        except OSError as error:
-            sending = fail(error)
+        sending = maybeDeferred(self._threads.send_at, self._file, self._path, offset, count, to)
         return sending.addErrback(self._cannot_read, offset)
 
     def send_at_once(self, to: int, offset: int, count: int) -> int:
@@ -207,11 +201,11 @@ class Blobs:
         """Close the blobs that are kept open."""
         self._open_blobs.stop()
 
-    def removed(self, gone: Iterable[Digest]) -> None:
+    def removed(self, gone: Collection[Digest]) -> None:
         """Forget what was found out about files that are gone, and close them."""
         for digest in gone:
             self._unreadable.pop(digest, None)
-            self._open_blobs.forget([digest])
+        self._open_blobs.forget(gone)
 
     def opened(self, digest: Digest) -> StoredBlob | None:
         """Return a whole blob for reading at once, or None if it is not open already."""

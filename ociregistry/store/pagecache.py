@@ -34,16 +34,17 @@ def is_resident(descriptor: int, offset: int, count: int) -> bool:
     it, mincore(2) tells nothing, and samples decide.
     """
     if count <= _READ_AT_ONCE:
-        return _reads_at_once(descriptor, offset, count) == count
+        return read_at_once(descriptor, bytearray(count), offset) == count
     last = offset + count - 1
     samples = (*range(offset, last, _SAMPLE_EVERY), last)
-    return all(_reads_at_once(descriptor, at, 1) for at in samples) and _in_core(descriptor, offset, count)
+    byte = bytearray(1)
+    return all(read_at_once(descriptor, byte, at) for at in samples) and _in_core(descriptor, offset, count)
 
 
-def _reads_at_once(descriptor: int, offset: int, count: int) -> int:
-    """Return how many bytes can be read without waiting for the disk."""
+def read_at_once(descriptor: int, buffer: bytearray, offset: int) -> int:
+    """Read what needs no waiting for the disk into `buffer`; return the number of bytes."""
     try:
-        return os.preadv(descriptor, [bytearray(count)], offset, os.RWF_NOWAIT)
+        return os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
     except OSError as error:
         # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
         if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):

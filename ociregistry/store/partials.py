@@ -32,7 +32,6 @@ from ociregistry.store.files import (
     is_of_the_file,
     read_regular,
 )
-from ociregistry.store.pagecache import send_resident
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
 from ociregistry.store.threads import Threads
@@ -471,10 +470,6 @@ class PartialReader:
     def send(self, to: int, offset: int, count: int) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset`, as `read` does, to the socket `to`; give their number."""
         return self._threads.send_at(self._file, self._path, offset, count, to)
-
-    def send_at_once(self, to: int, offset: int, count: int) -> int:
-        """Send what needs no waiting for the disk, and return its number of bytes, 0 on a failure."""
-        return send_resident(self._file, offset, count, to)
 
     def close(self) -> None:
         """Release the file."""

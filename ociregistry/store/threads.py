@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
 from ociregistry.store.files import SharedFile, SocketCopy, send_file
-from ociregistry.store.pagecache import is_resident
+from ociregistry.store.pagecache import is_resident, read_at_once
 
 _log = Logger(namespace="ociregistry.store")
 
@@ -187,14 +187,7 @@ class Threads:
         """
         buffer = bytearray(count)
         descriptor = file.fileno()
-        try:
-            got = os.preadv(descriptor, [buffer], offset, os.RWF_NOWAIT)
-        except OSError as error:
-            # EAGAIN: the read would wait for the disk. EOPNOTSUPP: this file system does not support RWF_NOWAIT.
-            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
-                raise
-            got = 0
-        if got:
+        if got := read_at_once(descriptor, buffer, offset):
             del buffer[got:]
             return succeed(bytes(buffer))
         return self.read_file(path, lambda: os.pread(descriptor, count, offset), leases=(file.lease(),))

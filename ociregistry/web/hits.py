@@ -16,8 +16,9 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http import datetimeToString
 
 from ociregistry.admin.requests import Outcome, Tally, kind_of
-from ociregistry.pullthrough.cache import Content, is_in_file
+from ociregistry.pullthrough.cache import Content
 from ociregistry.pullthrough.waiting import CacheStatus
+from ociregistry.store.blobs import StoredBlob
 from ociregistry.web.channel import BUFFER, Channel, InFlight
 from ociregistry.web.exchange import Exchange, InMemory, Logged, SizeOnly, client_of, log_access
 from ociregistry.web.producer import SLICE, SendLimits
@@ -119,7 +120,7 @@ class Hits:
         if socket is None and len(data) <= BUFFER:
             channel.write(data)
             return len(body)
-        file = content if content.size and is_in_file(content) else None
+        file = content if content.size and isinstance(content, StoredBlob) else None
         sent = channel.send_now(data, more=file is not None)
         if sent < len(head):
             channel.write(head[sent:])

@@ -176,7 +176,7 @@ class ContentProducer:
     async def _taken(self, size: int) -> None:
         """Wait until nothing that was written is unsent in this process; the last piece had `size` bytes."""
         self.last_progress = self._clock.seconds()
-        unacknowledged = self._unacknowledged()
+        unacknowledged = self._channel.unacknowledged
         held = self._in_memory + size
         if held:
             self._unsent.add(self, held)
@@ -189,14 +189,11 @@ class ContentProducer:
                 try:
                     await self._resumed.wait().addTimeout(min(_LOOK, SLOWEST - silent), self._clock)
                 except defer.TimeoutError:
-                    before, unacknowledged = unacknowledged, self._unacknowledged()
+                    before, unacknowledged = unacknowledged, self._channel.unacknowledged
                     if unacknowledged != before:
                         self.last_progress = self._clock.seconds()
         finally:
             self._unsent.remove(self)
-
-    def _unacknowledged(self) -> int | None:
-        return self._channel.unacknowledged
 
     def drop(self) -> None:
         """Give the client up, to which bytes are unsent."""
