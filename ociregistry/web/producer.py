@@ -130,7 +130,8 @@ class ContentProducer:
                 if start >= available:
                     available = await self._more_than(start)
                 count = await self._send_some(start, min(available, stop) - start)
-                if self.first_sent_at is None:
+                # A socket of which the buffer is full takes none.
+                if count and self.first_sent_at is None:
                     self.first_sent_at = self._clock.seconds()
                 start += count
                 self.sent += count

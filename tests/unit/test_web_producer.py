@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
+from ociregistry.admin.requests import Requests
 from ociregistry.errors import Unavailable
+from ociregistry.log import Seldom
 from ociregistry.web.channel import Channel
-from ociregistry.web.producer import Unsent
+from ociregistry.web.producer import ContentProducer, SendLimits, Unsent
 from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 from tests.unit.support.common import texts
@@ -228,3 +231,42 @@ def test_two_clients_read_at_their_own_speed(content: Growing, server: RegistryS
     slow.resume()
     assert slow.got().whole
     assert content.closed == 2
+
+
+class FullAtFirst:
+    """A channel, and a file of five bytes: the socket takes none until three seconds have passed."""
+
+    socket = object()
+    unacknowledged = 0
+
+    def __init__(self, clock: Clock) -> None:
+        self.size = 5
+        self._clock = clock
+
+    def registerProducer(self, producer: ContentProducer, streaming: bool) -> None:
+        self._producer = producer
+
+    def unregisterProducer(self) -> None:
+        pass
+
+    def resume_when_writable(self) -> None:
+        self._producer.resumeProducing()
+
+    def more_than(self, offset: int) -> Deferred[int]:
+        return succeed(self.size)
+
+    async def send(self, socket: object, start: int, count: int) -> int:
+        if self._clock.seconds() < 3:
+            self._clock.advance(1)
+            return 0
+        return count
+
+
+def test_first_byte_is_sent_when_the_socket_takes_it(clock: Clock) -> None:
+    full: Any = FullAtFirst(clock)
+    began = clock.seconds()
+    limits = SendLimits(PATIENCE, Unsent(clock), Seldom(clock), lambda: True, Requests())
+    producer = ContentProducer(full, full, 0, limits, clock)
+    ended = Deferred.fromCoroutine(producer.send(0, 5))
+    assert ended.called
+    assert (producer.sent, producer.first_sent_at) == (5, began + 3)
