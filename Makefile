@@ -13,7 +13,7 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync \
-	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk bindfs fuse3
+	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk bindfs fuse3 prometheus
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm \
 	python3-cachetools python3-prometheus-client python3-zstandard
@@ -174,7 +174,7 @@ if [ $$(id -u) != 0 ]; then
     sudo -n true 2>/dev/null || { echo >&2 "Please install first: apt-get install $${missing[*]}"; exit 1; }
     may=(sudo -n "$${may[@]}")
 fi
-for service in docker-registry containerd nginx tinyproxy; do
+for service in docker-registry containerd nginx tinyproxy prometheus; do
     [ -e /lib/systemd/system/$$service.service ] || new+=($$service)
 done
 policy=/usr/sbin/policy-rc.d

@@ -1,4 +1,4 @@
-"""The real programs around the daemon: a registry as upstream, containerd and skopeo as clients."""
+"""The real programs around the daemon: a registry as upstream, containerd and skopeo as clients, Prometheus."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
-from urllib.parse import quote
+from typing import Any, Self
+from urllib.parse import quote, urlencode
 
 from tests.client import Response, fetch
 from tests.images import Blob, Image, Index
@@ -27,6 +27,8 @@ PACKAGES = {
     "unshare": "util-linux",
     "mount": "mount",
     "wrk": "wrk",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
 }
 NOWHERE = "http://127.0.0.1:1"
 
@@ -188,6 +190,60 @@ class Containerd(Server):
         """Whether the image is complete and its file system ready for a container."""
         lines = _checked(self.ctr("images", "check", f"name=={ref}")).splitlines()[1:]
         return len(lines) == 1 and " complete (" in lines[0] and lines[0].split()[-1] == "true"
+
+
+Labels = tuple[tuple[str, str], ...]
+"""Names and values, in the order of the names."""
+
+
+class Prometheus(Server):
+    """A Prometheus on a loopback address with its storage in a folder, which scrapes one target every second.
+
+    The scrape job is `scrape`, as in `scrape_configs`, with its own interval if it has none.
+    """
+
+    def __init__(self, folder: Path, scrape: Mapping[str, object], *rules: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        config = folder / "prometheus.yml"
+        settings = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": [str(path) for path in rules],
+            "scrape_configs": [scrape],
+        }
+        config.write_text(json.dumps(settings))  # JSON is valid YAML.
+        options = [f"--config.file={config}", f"--storage.tsdb.path={folder / 'storage'}"]
+        super().__init__(
+            ["prometheus", *options, f"--web.listen-address=127.0.0.1:{port}"], folder / "prometheus.log"
+        )
+
+    def ready(self) -> bool:
+        """Whether it has read its storage."""
+        return answers(f"{self.url}/-/ready")
+
+    def get(self, path: str, **query: str) -> Any:
+        """Return the `data` of an answer of its API.
+
+        Raises:
+            RuntimeError: it refuses the request; the message has its reason.
+        """
+        answer = fetch(f"{self.url}/api/v1/{path}?{urlencode(query)}")
+        document = json.loads(answer.body)
+        if document["status"] != "success":
+            raise RuntimeError(f"{path} {query}: {document['error']}")
+        return document["data"]
+
+    def query(self, expression: str) -> dict[Labels, float]:
+        """Return the value of an expression now, by the labels of its series.
+
+        Raises:
+            RuntimeError: it is no expression.
+        """
+        data = self.get("query", query=expression)
+        if data["resultType"] == "scalar":
+            return {(): float(data["result"][1])}
+        return {tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in data["result"]}
 
 
 def hosts_dir(folder: Path, mirror: str, *registries: str, server: str = NOWHERE) -> Path:

@@ -86,7 +86,7 @@ def example() -> dict[str, object]:
             listeners=("[::]:8080",),
             store="/var/lib/ociregistry",
             records=Counts(lists=2, images=3),
-            disk=Room(free=20_000_000_000, reserve=2_000_000_000, full=False),
+            disk=Room(size=100_000_000_000, free=20_000_000_000, reserve=2_000_000_000, full=False),
             incomplete=Incomplete(images=1, bytes=31_000_000, pending=0, indexes=0),
             downloads=(
                 DownloadState(

@@ -210,6 +210,7 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         _one(lambda s: s.incomplete.indexes),
     ),
     Definition("ociregistry_missing_bytes", "Bytes that incomplete images lack.", _one(lambda s: s.incomplete.bytes)),
+    Definition("ociregistry_disk_size_bytes", "Size of the disk of the store.", _one(lambda s: s.disk.size)),
     Definition("ociregistry_disk_free_bytes", "Free bytes on the disk of the store.", _one(lambda s: s.disk.free)),
     Definition("ociregistry_disk_reserve_bytes", "Bytes that downloads leave free.", _one(lambda s: s.disk.reserve)),
     Definition(
@@ -263,6 +264,11 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         "ociregistry_verify_damaged_total",
         "Damaged files that verifications on schedule have found.",
         _one(lambda s: s.maintenance.damaged_in_all),
+    ),
+    Definition(
+        "ociregistry_damaged_files",
+        "Damaged files that the last verification on schedule found; 0 before the first one.",
+        _one(lambda s: s.maintenance.damaged),
     ),
 )
 """All metrics of this program."""

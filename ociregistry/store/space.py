@@ -28,8 +28,9 @@ _FULL = 2 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The state of the disk. `free` and `reserve` are in bytes."""
+    """The state of the disk. `size`, `free` and `reserve` are in bytes."""
 
+    size: int
     free: int
     reserve: int
     full: bool
@@ -55,7 +56,7 @@ class Space:
 
         `make_room` is called in a thread with the number of bytes that are missing, and may remove files.
         """
-        self.room = Room(0, 0, full=False)
+        self.room = Room(0, 0, 0, full=False)
         self.why = ""
         """Why the free space cannot be read; empty if it can be."""
         self._folder = folder
@@ -64,6 +65,7 @@ class Space:
         self._threads = threads
         self._clock = clock
         self._lock = threading.Lock()
+        self._size = 0
         self._free = 0
         self._reserved = 0
         self._read_at = 0.0
@@ -131,13 +133,14 @@ class Space:
     def _read(self) -> None:
         status = os.statvfs(self._folder)
         self._free = status.f_bavail * status.f_frsize
-        self._reserved = self._reserve.of(status.f_blocks * status.f_frsize)
+        self._size = status.f_blocks * status.f_frsize
+        self._reserved = self._reserve.of(self._size)
         self._read_at = self._clock.seconds()
 
-    def _read_locked(self) -> tuple[int, int]:
+    def _read_locked(self) -> tuple[int, int, int]:
         with self._lock:
             self._read()
-            return self._free, self._reserved
+            return self._size, self._free, self._reserved
 
     def _read_again(self) -> Deferred[None]:
         read = self._threads.read(self._read_locked).addCallback(self._apply)
@@ -152,13 +155,13 @@ class Space:
             _log.error("cannot read the free disk space: {why}", why=why)
         self.why = why
 
-    def _apply(self, read: tuple[int, int]) -> None:
+    def _apply(self, read: tuple[int, int, int]) -> None:
         self.why = ""
-        free, reserve = read
+        size, free, reserve = read
         was_full = self.room.full
         # Leaving this state takes more free space than entering it, so that it is not logged repeatedly.
         full = free - reserve < (2 * _FULL if was_full else _FULL)
-        self.room = Room(free, reserve, full)
+        self.room = Room(size, free, reserve, full)
         if full and not was_full:
             _log.warn(
                 "the disk of {store} is full: {free} bytes are free and {reserve} are kept in reserve, "

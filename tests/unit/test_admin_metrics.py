@@ -18,7 +18,7 @@ from tests.unit.support.statuses import STARTED, STATUS, Samples, samples, scrap
 
 RECEIVED = "ociregistry_received_bytes_total"
 UNITS = ("_total", "_bytes", "_seconds", "_bytes_per_second", "_info")
-UNITLESS = re.compile("_(?:degraded|in_flight|downloads|records|images|indexes|disk_full|link_up|links)$")
+UNITLESS = re.compile("_(?:degraded|in_flight|downloads|records|images|indexes|disk_full|link_up|links|files)$")
 
 
 def test_names_follow_the_conventions() -> None:
@@ -54,6 +54,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value("degraded") == 0
     assert value("records", kind="list") == 2
     assert value("records", kind="image") == 3
+    assert value("disk_size_bytes") == 100
     assert value("disk_free_bytes") == 10
     assert value("disk_reserve_bytes") == 7
     assert value("disk_full") == 0
@@ -70,6 +71,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value("pruned_image_urls_total") == 3
     assert value("pruned_bytes_total") == 8
     assert value("verify_damaged_total") == 2
+    assert value("damaged_files") == 1
     assert value("requests_in_flight") == 3
     assert value("link_up", host="reg.example:443") == 1
     assert value("link_up", host="down.example:443") == 0

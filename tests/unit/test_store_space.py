@@ -151,7 +151,7 @@ async def test_new_reserve_applies_immediately(space: Space) -> None:
 async def test_full_disk_and_its_end_are_logged_once(
     space: Space, disk: Disk, clock: Clock, events: list[LogEvent]
 ) -> None:
-    assert space.room == Room(100 * MIB, RESERVE, full=False)
+    assert space.room == Room(disk.total, 100 * MIB, RESERVE, full=False)
     for free, full in (
         (RESERVE + 2 * MIB, False),
         (RESERVE + 2 * MIB - 512, True),
@@ -160,7 +160,7 @@ async def test_full_disk_and_its_end_are_logged_once(
         (RESERVE + 4 * MIB, False),
         (RESERVE + 3 * MIB, False),
     ):
-        disk.free, expected = free, Room(free, RESERVE, full)
+        disk.free, expected = free, Room(disk.total, free, RESERVE, full)
         clock.advance(1)
         # The default argument binds the value of this iteration; mypy infers no type for it.
         await until(lambda expected=expected: space.room == expected)  # type: ignore[misc]

@@ -25,7 +25,7 @@ from tests.unit.support.completions import FakeBlobFetcher
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, 999_999, tzinfo=UTC)
 BUILT = make_image("health")
-ROOM = Room(free=10, reserve=7, full=False)
+ROOM = Room(size=100, free=10, reserve=7, full=False)
 
 
 def health_document(handler: Handler, method: str = "GET") -> Any:
@@ -49,7 +49,7 @@ def test_health_document(method: str) -> None:
         "missing_bytes": 5,
         "pending_images": 0,
         "incomplete_indexes": 0,
-        "disk": {"free": 10, "reserve": 7, "full": False},
+        "disk": {"size": 100, "free": 10, "reserve": 7, "full": False},
     }
 
 

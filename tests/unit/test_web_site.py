@@ -66,7 +66,7 @@ def test_health(server: RegistrySite) -> None:
         "missing_bytes": 5,
         "pending_images": 0,
         "incomplete_indexes": 0,
-        "disk": {"free": 10, "reserve": 7, "full": False},
+        "disk": {"size": 100, "free": 10, "reserve": 7, "full": False},
     }
     assert RawClient(server).ask("/health", "HEAD").got("HEAD").status == 200
 

@@ -27,7 +27,7 @@ from ociregistry.web.resource import Answer
 from ociregistry.web.site import RegistrySite
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)
-ROOM = Room(free=10, reserve=7, full=False)
+ROOM = Room(size=100, free=10, reserve=7, full=False)
 
 
 class Growing:

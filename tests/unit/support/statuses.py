@@ -31,7 +31,7 @@ STATUS = Status(
     listeners=("127.0.0.1:8080",),
     store="/srv/images",
     records=Counts(lists=2, images=3),
-    disk=Room(free=10, reserve=7, full=False),
+    disk=Room(size=100, free=10, reserve=7, full=False),
     incomplete=Incomplete(images=4, bytes=5, pending=1, indexes=6),
     downloads=(PULLED, replace(PULLED, clients=0), replace(PULLED, clients=0, size=None)),
     links=(
@@ -41,7 +41,9 @@ STATUS = Status(
     bandwidth_limit=1000.0,
     received={"other": 0, "reg.example": 12},
     preload=PreloadProgress(images=9, loaded=5, failed=1),
-    maintenance=MaintenanceState(last_prune=STARTED, pruned_image_urls=3, pruned_bytes=8, damaged_in_all=2),
+    maintenance=MaintenanceState(
+        last_prune=STARTED, pruned_image_urls=3, pruned_bytes=8, damaged=1, damaged_in_all=2
+    ),
     in_flight=3,
     requests=Requests(),
     errors=(),
