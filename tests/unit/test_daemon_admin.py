@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,35 @@ async def test_probes_are_those_of_the_registry(
     daemons.start(*ANYWHERE)
     for answer in (await ask(network, events, path), await get(network, events, path)):
         assert (answer.status, await answer.collect(100)) == (200, b"ok\n")
+
+
+async def ask_as(events: list[LogEvent], host: str | None, path: str) -> int:
+    """Send a request with this Host header, or by HTTP/1.0 with none; return the status of the answer."""
+    address, _, port = admin_url(events).removeprefix("http://").rpartition(":")
+    head = f"GET {path} HTTP/1.0\r\n\r\n" if host is None else f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+    received = b""
+    with socket.create_connection((address, int(port))) as client:
+        client.sendall(head.encode())
+        client.setblocking(False)
+
+        def came() -> bool:
+            nonlocal received
+            with suppress(BlockingIOError):
+                received += client.recv(65536)
+            return b"\r\n" in received
+
+        await until(came)
+    return int(received.split()[1])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/livez", "/nothing"])
+@on_reactor
+async def test_name_that_leads_to_loopback_is_refused(daemons: Daemons, events: list[LogEvent], path: str) -> None:
+    daemons.start(*ANYWHERE)
+    for name in ("rebound.example:8081", "rebound.example", "localhost.rebound.example", "127.0.0.1.rebound.example"):
+        assert await ask_as(events, name, path) == 403
+    for name in ("localhost:8081", "LOCALHOST", "127.0.0.1", "127.0.0.1:8081", "[::1]:8081", "10.0.0.7", None):
+        assert await ask_as(events, name, path) in (200, 404)
 
 
 @on_reactor
