@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 
 from twisted.internet.interfaces import IReactorTime
@@ -141,7 +141,7 @@ class StatusReader:
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
-            reasons=tuple(_reasons(self._store.faults.sentences, links, incomplete)),
+            reasons=tuple(reasons(self._store.faults.sentences, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             store=self._path,
             records=self._store.counts,
@@ -178,7 +178,7 @@ class StatusReader:
             started=datetime.now(UTC) - timedelta(seconds=self._clock.seconds() - download.began),
             rate=rate,
             seconds_left=seconds_left(None if size is None else max(0, size - here), rate),
-            image=_image_of(self._store, download.repository, download.digest),
+            image=image_of(self._store, download.repository, download.digest),
         )
 
 
@@ -186,7 +186,7 @@ _FEW = 10
 """Manifests that name a blob, at most, for its image to be looked for: a layer may be in thousands."""
 
 
-def _image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
+def image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
     """Return an image URL of a repository for which a blob is fetched: the newest tag, if there is one."""
     naming = store.naming(blob)
     if len(naming) > _FEW:
@@ -204,7 +204,7 @@ def _image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
     return max(known)[-1] if known else None
 
 
-def _reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
+def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
     """Yield why the daemon is degraded: the one place that decides it.
 
     A host that nothing has ever come from may be one that a client has made up, so it counts only if bytes are
@@ -254,7 +254,7 @@ def document(status: Status, now: datetime) -> dict[str, object]:
 
 
 def _usage(usage: Usage | None) -> dict[str, int | None]:
-    return {"bytes": None, "blobs": None} if usage is None else asdict(usage)
+    return dict.fromkeys(field.name for field in fields(Usage)) if usage is None else asdict(usage)
 
 
 def _with_times(value: DownloadState | MaintenanceState) -> dict[str, object]:
