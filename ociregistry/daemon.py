@@ -22,6 +22,7 @@ from twisted.scripts._twistd_unix import UnixAppLogger
 
 from ociregistry import __version__
 from ociregistry.admin.errors import RecentErrors
+from ociregistry.admin.rates import Rates
 from ociregistry.admin.status import Server, StatusReader
 from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.nodes import ConfigInvalid
@@ -120,6 +121,11 @@ class Daemon(MultiService):
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
         self._control = ControlListener(self._store, self._site, reactor)
         self._errors = RecentErrors()
+        rates = Rates(
+            parts.cache.in_flight.values,
+            lambda: sum(self._network.received.values()),
+            reactor,
+        )
         status = StatusReader(
             self._started,
             str(settings.image_path),
@@ -135,11 +141,13 @@ class Daemon(MultiService):
             self._completion,
             self._preloader,
             self._maintenance,
+            rates,
             self._errors,
+            reactor,
         )
         self._admin = AdminListener(settings.admin_listen, AdminSite(status.read, probes, reactor), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
-        working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance]
+        working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance, rates]
         for service in (self._listeners, self._admin, self._store, self._control, *working):
             service.setServiceParent(self)
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from ociregistry.admin.errors import LoggedError
 from ociregistry.admin.metrics import DEFINITIONS
 from ociregistry.admin.requests import CutBy, Kind, Outcome, Requests
-from ociregistry.admin.status import DownloadState, Status, document
-from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.admin.status import DownloadState, IncompleteState, Status, document
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.settings import DEFAULT_ADMIN_LISTEN
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
+from ociregistry.store.usage import Usage
+from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +87,9 @@ def example() -> dict[str, object]:
             listeners=("[::]:8080",),
             store="/var/lib/ociregistry",
             records=Counts(lists=2, images=3),
+            usage=Usage(bytes=61_004_812, blobs=11),
             disk=Room(size=100_000_000_000, free=20_000_000_000, reserve=2_000_000_000, full=False),
-            incomplete=Incomplete(images=1, bytes=31_000_000, pending=0, indexes=0),
+            incomplete=IncompleteState(images=1, bytes=40_000_000, pending=0, indexes=0, seconds_left=124),
             downloads=(
                 DownloadState(
                     blob=f"sha256:{'0123456789abcdef' * 4}",
@@ -96,6 +98,10 @@ def example() -> dict[str, object]:
                     bytes=9_000_000,
                     size=40_000_000,
                     clients=1,
+                    started=started + timedelta(seconds=564),
+                    rate=250_000.0,
+                    seconds_left=124,
+                    image="quay.io/jetstack/cert-manager-controller:v1.14.0",
                 ),
             ),
             links=(
@@ -104,7 +110,7 @@ def example() -> dict[str, object]:
                     "registry.k8s.io:443", named=True, up=False, for_seconds=60.0, why="no route", next_probe=12.5
                 ),
             ),
-            bandwidth_limit=250_000.0,
+            bandwidth=BandwidthLimit(250_000.0, "08:00-18:00"),
             received={"other": 0, "quay.io": 61_000_000},
             preload=PreloadProgress(images=9, loaded=5, failed=1),
             maintenance=MaintenanceState(next_prune=started + timedelta(hours=1)),

@@ -109,7 +109,9 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         "ociregistry_build_info", "1; the label tells the version.", lambda s: [((s.version,), 1)], ("version",)
     ),
     Definition(
-        "ociregistry_degraded", "1 while the store does not work as promised.", _one(lambda s: bool(s.reasons))
+        "ociregistry_degraded",
+        "1 while the store does not work as promised, or a link is down although something from it is wanted.",
+        _one(lambda s: bool(s.reasons)),
     ),
     Definition(
         "ociregistry_requests_total",
@@ -174,7 +176,7 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     Definition(
         "ociregistry_bandwidth_limit_bytes_per_second",
         "The limit of all upstreams together at this time; absent without a limit.",
-        _one(lambda s: s.bandwidth_limit),
+        _one(lambda s: s.bandwidth.limit),
     ),
     Definition(
         "ociregistry_downloads",
@@ -195,6 +197,16 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         "Manifests in the store: lists (indexes) and images.",
         lambda s: [(("list",), s.records.lists), (("image",), s.records.images)],
         ("kind",),
+    ),
+    Definition(
+        "ociregistry_store_bytes",
+        "The sizes of all files of the store, found about once a minute; absent until they are known.",
+        _one(lambda s: s.usage.bytes if s.usage is not None else None),
+    ),
+    Definition(
+        "ociregistry_store_blobs",
+        "Whole blobs in the store, as above.",
+        _one(lambda s: s.usage.blobs if s.usage is not None else None),
     ),
     Definition(
         "ociregistry_incomplete_images", "Pulled images that lack blobs.", _one(lambda s: s.incomplete.images)

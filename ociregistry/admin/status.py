@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime, timedelta
+
+from twisted.internet.interfaces import IReactorTime
 
 from ociregistry import __version__
 from ociregistry.admin.errors import LoggedError, RecentErrors
+from ociregistry.admin.rates import Rates, seconds_left
 from ociregistry.admin.requests import Requests
+from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.download import Download
@@ -16,6 +20,8 @@ from ociregistry.pullthrough.loader import Preloader, PreloadProgress
 from ociregistry.pullthrough.maintenance import Maintenance, MaintenanceState
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts, Store
+from ociregistry.store.usage import Usage
+from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
 from ociregistry.upstream.network import Network
 
@@ -34,6 +40,21 @@ class DownloadState:
     """Bytes of the whole blob; None while that is unknown."""
     clients: int
     """Clients that wait for it; 0 for a download in the background."""
+    started: datetime
+    rate: float | None = None
+    """Bytes per second of the last ten seconds; None until it is known."""
+    seconds_left: int | None = None
+    """Until it is complete at this rate; None where the size or the rate is unknown, or no byte comes."""
+    image: str | None = None
+    """An image URL that the blob is fetched for; None where that is not known, or the blob is in many images."""
+
+
+@dataclass(frozen=True, slots=True)
+class IncompleteState(Incomplete):
+    """What is known to be missing, and when it will be here."""
+
+    seconds_left: int | None = None
+    """Until all missing bytes are here, if all that comes from upstreams are such bytes; None as for a download."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +66,20 @@ class Status:
     stopping: bool
     """Whether only requests in flight are still answered."""
     reasons: Sequence[str]
-    """Why the store does not work as promised; empty if it does."""
+    """Why the daemon does not work as promised: faults of the store, and links that are down although something from
+    them is wanted. Empty if it does."""
     listeners: Sequence[str]
     store: str
     """The folder of the store."""
     records: Counts
+    usage: Usage | None
+    """What the store uses of the disk; None until that is known."""
     disk: Room
-    incomplete: Incomplete
+    incomplete: IncompleteState
     downloads: Sequence[DownloadState]
     links: Sequence[LinkState]
-    bandwidth_limit: float | None
-    """Bytes per second of all upstreams together, at this time; None for no limit."""
+    bandwidth: BandwidthLimit
+    """The limit of all upstreams together at this time."""
     received: Mapping[str, int]
     """Bytes that came since the start, by the upstream that was asked for them."""
     preload: PreloadProgress | None
@@ -92,7 +116,9 @@ class StatusReader:
         completion: Completion,
         preloader: Preloader | None,
         maintenance: Maintenance,
+        rates: Rates,
         errors: RecentErrors,
+        clock: IReactorTime,
     ) -> None:
         """Read these parts; `path` is the folder of the store."""
         self._started = started
@@ -104,23 +130,27 @@ class StatusReader:
         self._completion = completion
         self._preloader = preloader
         self._maintenance = maintenance
+        self._rates = rates
         self._errors = errors
+        self._clock = clock
 
     def read(self) -> Status:
         """Return the status at this time."""
+        links, incomplete = self._network.links, self._incomplete()
         return Status(
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
-            reasons=tuple(self._store.faults.sentences),
+            reasons=tuple(reasons(self._store.faults.sentences, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             store=self._path,
             records=self._store.counts,
+            usage=self._store.usage.latest,
             disk=self._store.room,
-            incomplete=self._completion.incomplete,
-            downloads=tuple(map(_state_of, self._cache.in_flight.values())),
-            links=self._network.links,
-            bandwidth_limit=self._network.rate,
+            incomplete=incomplete,
+            downloads=tuple(map(self._download, self._cache.in_flight.values())),
+            links=links,
+            bandwidth=self._network.bandwidth,
             received=self._network.received,
             preload=self._preloader.progress if self._preloader is not None else None,
             maintenance=self._maintenance.state,
@@ -129,16 +159,61 @@ class StatusReader:
             errors=self._errors.errors,
         )
 
+    def _incomplete(self) -> IncompleteState:
+        found = self._completion.incomplete
+        # Blobs count as missing until they are complete.
+        here = sum(download.length for download in self._cache.in_flight.values())
+        left = seconds_left(max(0, found.bytes - here), self._rates.all)
+        return IncompleteState(found.images, found.bytes, found.pending, found.indexes, left)
 
-def _state_of(download: Download) -> DownloadState:
-    return DownloadState(
-        blob=str(download.digest),
-        repository=str(download.repository),
-        upstream=str(download.repository.upstream),
-        bytes=download.length,
-        size=download.size,
-        clients=download.clients,
-    )
+    def _download(self, download: Download) -> DownloadState:
+        here, size, rate = download.length, download.size, self._rates.of(download)
+        return DownloadState(
+            blob=str(download.digest),
+            repository=str(download.repository),
+            upstream=str(download.repository.upstream),
+            bytes=here,
+            size=size,
+            clients=download.clients,
+            started=datetime.now(UTC) - timedelta(seconds=self._clock.seconds() - download.began),
+            rate=rate,
+            seconds_left=seconds_left(None if size is None else max(0, size - here), rate),
+            image=image_of(self._store, download.repository, download.digest),
+        )
+
+
+_FEW = 10
+"""Manifests that name a blob, at most, for its image to be looked for: a layer may be in thousands."""
+
+
+def image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
+    """Return an image URL of a repository for which a blob is fetched: the newest tag, if there is one."""
+    naming = store.naming(blob)
+    if len(naming) > _FEW:
+        return None
+    manifests = {*naming, *(index for image in naming for index in store.indexes(image))}
+    entries = (store.entry(manifest) for manifest in manifests)
+    prefix = str(repository)
+    known = [
+        ("@" not in url, confirmed, url)
+        for entry in entries
+        if entry is not None
+        for url, confirmed in entry.images.items()
+        if url.startswith((f"{prefix}:", f"{prefix}@"))
+    ]
+    return max(known)[-1] if known else None
+
+
+def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
+    """Yield why the daemon is degraded: the one place that decides it.
+
+    A host that nothing has ever come from may be one that a client has made up, so it counts only if bytes are
+    missing.
+    """
+    yield from faults
+    for link in links:
+        if link.wanted and (link.named or incomplete.bytes):
+            yield f"{link.host} cannot be reached, and something from it is wanted: {link.why}"
 
 
 def document(status: Status, now: datetime) -> dict[str, object]:
@@ -154,18 +229,15 @@ def document(status: Status, now: datetime) -> dict[str, object]:
         "uptime_seconds": round((now - status.started).total_seconds()),
         "stopping": status.stopping,
         "listeners": list(status.listeners),
-        "store": {"path": status.store, **asdict(status.records)},
+        "store": {"path": status.store, **asdict(status.records), **_usage(status.usage)},
         "disk": asdict(status.disk),
         "incomplete": asdict(status.incomplete),
-        "downloads": [asdict(download) for download in status.downloads],
+        "downloads": [_with_times(download) for download in status.downloads],
         "links": [_link(link, now) for link in status.links],
-        "bandwidth_limit": status.bandwidth_limit,
+        "bandwidth": asdict(status.bandwidth),
         "received_bytes": dict(status.received),
         "preload": asdict(status.preload) if status.preload is not None else None,
-        "maintenance": {
-            key: _time(value) if isinstance(value, datetime) else value
-            for key, value in asdict(status.maintenance).items()
-        },
+        "maintenance": _with_times(status.maintenance),
         "requests_in_flight": status.in_flight,
         "requests": [
             {"kind": kind.value, "outcome": outcome.value, "answers": tally.answers, "bytes": tally.bytes}
@@ -181,12 +253,21 @@ def document(status: Status, now: datetime) -> dict[str, object]:
     }
 
 
+def _usage(usage: Usage | None) -> dict[str, int | None]:
+    return dict.fromkeys(field.name for field in fields(Usage)) if usage is None else asdict(usage)
+
+
+def _with_times(value: DownloadState | MaintenanceState) -> dict[str, object]:
+    return {key: _time(one) if isinstance(one, datetime) else one for key, one in asdict(value).items()}
+
+
 def _link(link: LinkState, now: datetime) -> dict[str, object]:
     return {
         "host": link.host,
         "up": link.up,
         "since": _time(now - timedelta(seconds=link.for_seconds)),
         "why": link.why,
+        "wanted": link.wanted,
         "next_probe_seconds": None if link.next_probe is None else round(link.next_probe, 1),
     }
 

@@ -47,6 +47,9 @@ class Window:
             return self.begin <= now < self.end
         return now >= self.begin or now < self.end
 
+    def __str__(self) -> str:
+        return f"{self.begin:%H:%M}-{self.end:%H:%M}"
+
 
 def parse_rate(text: str) -> float | None:
     """Parse a rate in bits per second, such as `500kbit` or `2Mbit`.

@@ -48,6 +48,7 @@ class Download:
         self._early: list[DownloadReader] = []
         self._done = False
         self._partial: Partial | None = None
+        self._resumed_at = 0
         self._verified = False
         self._changed = Event()
         self._stopping = False
@@ -83,6 +84,16 @@ class Download:
     def length(self) -> int:
         """The number of bytes that are here."""
         return 0 if self._partial is None else self._partial.length
+
+    @property
+    def received(self) -> int:
+        """The number of bytes that came since this download began; an earlier one may have left others."""
+        return max(0, self.length - self._resumed_at)
+
+    @property
+    def began(self) -> float:
+        """When the download began, in seconds of the clock."""
+        return self._connections.began
 
     @property
     def clients(self) -> int:
@@ -220,7 +231,7 @@ class Download:
             if partial is None:
                 mirrored = stream is not None and stream.source.is_mirror
                 partial = await self._store.new_partial(self.digest, size, self.repository, mirrored=mirrored)
-            self._partial, self.size = partial, size
+            self._partial, self._resumed_at, self.size = partial, partial.length, size
             self._open_early(partial)
             self._changed.fire()
             if stream is not None:

@@ -115,13 +115,18 @@ class MaintenanceState:
     pruned_image_urls: int = 0
     pruned_blobs: int = 0
     pruned_bytes: int = 0
+    prune_refused: str | None = None
+    """Why the last prune left images that are old enough: their number suggests that the clock is wrong."""
     last_verify: datetime | None = None
     """Also of an earlier process."""
     next_verify: datetime | None = None
     verified_records: int = 0
-    """Of the last verification, as the two below."""
+    """Of the last verification of this process, as the four below."""
     verified_blobs: int = 0
+    verified_bytes: int = 0
     damaged: int = 0
+    repaired: int = 0
+    """Damaged files that were fetched again."""
     damaged_in_all: int = 0
     """Damaged files that all verifications since the start have found."""
 
@@ -218,6 +223,7 @@ class Maintenance(Service):
             pruned_image_urls=self.state.pruned_image_urls + len(plan.rows),
             pruned_blobs=self.state.pruned_blobs + len(plan.blobs),
             pruned_bytes=self.state.pruned_bytes + plan.bytes,
+            prune_refused=_refusal(plan.withheld) if plan.withheld is not None else None,
         )
         self._log_withheld(plan.withheld)
         for row in plan.rows:
@@ -242,12 +248,10 @@ class Maintenance(Service):
         """Log that images were not pruned by age; log it again only when it changes."""
         if withheld is not None and withheld != self._withheld:
             _log.warn(
-                "pruning by age refused: {unused} of {what} would be removed, {why}: if the clock is right, "
-                "run prune --unused-for",
+                "pruning by age refused: {why}: if the clock is right, run prune --unused-for",
+                why=_refusal(withheld),
                 unused=withheld.unused,
-                what=count_text(withheld.images, "image"),
                 images=withheld.images,
-                why=withheld.why,
             )
         self._withheld = withheld
 
@@ -275,13 +279,21 @@ class Maintenance(Service):
                 await deferLater(self._clock, settings.every.total_seconds())
 
     async def _verify(self, settings: VerifySettings) -> None:
-        findings = await self._store.verify(settings.max_rate, lambda done, total: None, self._repair)
+        repaired = 0
+
+        async def repair(damaged: Damaged) -> None:
+            nonlocal repaired
+            repaired += await self._repair(damaged)
+
+        findings = await self._store.verify(settings.max_rate, lambda done, total: None, repair)
         self.state = replace(
             self.state,
             last_verify=self._now(),
             verified_records=findings.records,
             verified_blobs=findings.blobs,
+            verified_bytes=findings.bytes,
             damaged=len(findings.damaged),
+            repaired=repaired,
             damaged_in_all=self.state.damaged_in_all + len(findings.damaged),
         )
         _log.info(
@@ -292,9 +304,15 @@ class Maintenance(Service):
             damaged=len(findings.damaged),
         )
 
-    async def _repair(self, damaged: Damaged) -> None:
+    async def _repair(self, damaged: Damaged) -> bool:
+        """Fetch a damaged file again; tell whether it is in the store again."""
         _log.error("{outcome}: {file}: {why}", outcome=damaged.outcome.value, file=damaged.path, why=damaged.why)
         why = await self._repairer.repair(damaged)
         if why:
             _log.error("cannot fetch {digest} again: {why}", digest=damaged.digest, why=why)
             self._store.faults.note_lost(damaged)
+        return not why
+
+
+def _refusal(withheld: Withheld) -> str:
+    return f"{withheld.unused} of {count_text(withheld.images, 'image')} would be removed, {withheld.why}"

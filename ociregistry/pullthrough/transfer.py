@@ -119,6 +119,7 @@ class Connections:
     ) -> None:
         """Set up the connections; `context` is that of the request which needs the blob first."""
         self._context = context
+        self.began = clock.seconds()
         self.count = 0
         """The number of connections opened so far."""
         self._sources: set[Source] = set()

@@ -31,6 +31,7 @@ from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
+from ociregistry.store.usage import UsageMeter
 from ociregistry.store.verify import Damaged, Findings, Found, Verifier, last_verified, note_verified
 from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, wanted_blobs
 
@@ -74,6 +75,7 @@ class Store(Service):
         self._pending = PendingImages(self._pulls, self._files, self._threads)
         self._folders = Folders(root, self._pulls, self._files, self._threads, clock, self._pulls_renewed)
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
+        self.usage = UsageMeter(root, self._threads, clock)
         self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
         self._index = Index(now)
         self._blobs = Blobs(root, self._threads, clock, self._index.gives)
@@ -104,6 +106,7 @@ class Store(Service):
         self._blobs.start()
         self._refresh.start()
         self._space.start()
+        self.usage.start()
         self._folders.start()
         super().startService()
 
@@ -130,6 +133,7 @@ class Store(Service):
         self._refresh.stop()
         self._blobs.stop()
         self._space.stop()
+        self.usage.stop()
         self._threads.stop()
         self._pulls.close()
 

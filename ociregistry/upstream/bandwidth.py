@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, time
 
 from twisted.internet.interfaces import IReactorTime
@@ -25,6 +26,16 @@ _LARGEST_SMALL = 64 * 1024
 
 def _local_time() -> time:
     return datetime.now().astimezone().time()
+
+
+@dataclass(frozen=True, slots=True)
+class BandwidthLimit:
+    """The limit that is in force."""
+
+    limit: float | None = None
+    """Bytes per second of all upstreams together; None for no limit."""
+    window: str | None = None
+    """The times of the daily window that it is from; None where it is the limit of the rest of the day."""
 
 
 class Bandwidth:
@@ -60,10 +71,21 @@ class Bandwidth:
     @property
     def rate(self) -> float | None:
         """The limit at this time in bytes per second; None for no limit."""
+        window = self._window
+        return self._limit if window is None else window.rate
+
+    @property
+    def in_force(self) -> BandwidthLimit:
+        """The limit at this time, and where it is from."""
+        window = self._window
+        return BandwidthLimit(self._limit) if window is None else BandwidthLimit(window.rate, str(window))
+
+    @property
+    def _window(self) -> Window | None:
         if not self._windows:
-            return self._limit
+            return None
         now = self._now()
-        return next((window.rate for window in self._windows if window.holds(now)), self._limit)
+        return next((window for window in self._windows if window.holds(now)), None)
 
     @property
     def buffer(self) -> int | None:

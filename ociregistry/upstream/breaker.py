@@ -113,6 +113,8 @@ class LinkState:
     """Why it counts as down; empty where it is up."""
     next_probe: float | None
     """Until a probe may be sent; None where it is up."""
+    wanted: bool = False
+    """Whether it is down while something from it is wanted: a request of late, a pending image or a download."""
 
 
 class CircuitBreaker:
@@ -170,8 +172,11 @@ class CircuitBreaker:
         """Whether anything has ever come from the host."""
         return self._heard_at > float("-inf")
 
-    def link(self, *, named: bool) -> LinkState:
-        """Return what is known of the host; metrics tell its name if it is `named`."""
+    def link(self, *, named: bool, wanted: bool = False) -> LinkState:
+        """Return what is known of the host.
+
+        Metrics tell its name if it is `named`; `wanted` tells whether something from it is wanted.
+        """
         since = self._changed_at if self._down_since is None else self._down_since
         return LinkState(
             host=self.name,
@@ -180,6 +185,7 @@ class CircuitBreaker:
             for_seconds=self._clock.seconds() - since,
             why=self._why if self.is_open else "",
             next_probe=self.next_probe if self.is_open else None,
+            wanted=self.is_open and wanted,
         )
 
     @property
@@ -367,17 +373,22 @@ class CircuitBreakers:
         self._breakers[target, through] = breaker
         return breaker
 
-    def links(self, configured: Callable[[str, int], bool]) -> tuple[LinkState, ...]:
+    def links(
+        self,
+        configured: Callable[[str, int], bool],
+        wanted: Callable[[CircuitBreaker], bool] = lambda breaker: False,
+    ) -> tuple[LinkState, ...]:
         """Return what is known of all hosts; one that is asked in several ways is up if it is up in one of them.
 
         Named are those of which `configured` is true, with their host and port; and of the others the first 50 that
-        have answered.
+        have answered. `wanted` tells whether something from the host of an open breaker is wanted.
         """
         found: dict[str, LinkState] = {}
         for (target, _), breaker in self._breakers.items():
             known = isinstance(target, Proxy) or configured(target.host, target.port)
-            link = breaker.link(named=known or self._names(breaker))
-            if link.host not in found or link.up:
+            link = breaker.link(named=known or self._names(breaker), wanted=wanted(breaker))
+            other = found.get(link.host)
+            if other is None or (link.up, link.wanted) > (other.up, other.wanted):
                 found[link.host] = link
         return tuple(found.values())
 

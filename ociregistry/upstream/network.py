@@ -18,7 +18,7 @@ from ociregistry.config.tls import SYSTEM_TRUST
 from ociregistry.errors import Denied
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.settings import Settings
-from ociregistry.upstream.bandwidth import Bandwidth
+from ociregistry.upstream.bandwidth import Bandwidth, BandwidthLimit
 from ociregistry.upstream.breaker import CircuitBreakers, LinkState
 from ociregistry.upstream.client import BaseUrl, Client
 from ociregistry.upstream.connect import Dialer, Resolver, is_private
@@ -107,7 +107,7 @@ class Network(Service):
     @property
     def links(self) -> tuple[LinkState, ...]:
         """The hosts that were asked, and whether they can be reached."""
-        return self._breakers.links(configured_hosts(self._settings))
+        return self._breakers.links(configured_hosts(self._settings), self._prober.probes)
 
     @property
     def received(self) -> Mapping[str, int]:
@@ -115,9 +115,9 @@ class Network(Service):
         return self._traffic.received
 
     @property
-    def rate(self) -> float | None:
-        """The limit at this time in bytes per second of all upstreams together; None for no limit."""
-        return self._bandwidth.rate
+    def bandwidth(self) -> BandwidthLimit:
+        """The limit of all upstreams together at this time."""
+        return self._bandwidth.in_force
 
     def startService(self) -> None:
         """Start the prober and the resolver's threads; call it after the process has daemonized."""

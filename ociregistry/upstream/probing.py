@@ -54,6 +54,10 @@ class Prober(Service):
         self._probing[breaker] = probing
         probing.want(ping, again)
 
+    def probes(self, breaker: CircuitBreaker) -> bool:
+        """Tell whether the host of a breaker is probed, because something from it is wanted."""
+        return breaker in self._probing
+
     def stopService(self) -> None:
         """Stop probing; `want` does nothing from now on."""
         super().stopService()

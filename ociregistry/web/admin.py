@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.interfaces import IProtocolFactory, IReactorTime
 from twisted.logger import Logger
+from twisted.web.server import Request
 
 from ociregistry.admin.status import Status, document
 from ociregistry.context import Context
-from ociregistry.errors import NotFound
+from ociregistry.errors import Denied, NotFound
 from ociregistry.log import ALWAYS
 from ociregistry.settings import AdminListen
+from ociregistry.web.channel import host_of
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.listeners import Listeners, ListenFailed
 from ociregistry.web.requests import Query
@@ -30,6 +34,27 @@ _PATIENCE = 60.0
 _NOT_STORED = {"Cache-Control": "no-store"}
 
 
+def refuse_foreign_names(request: Request) -> None:
+    """Refuse a request that came over loopback for a host with a name other than `localhost`.
+
+    A browser sends such a request for a page whose own name leads to this machine now (DNS rebinding).
+
+    Raises:
+        Denied: it is one.
+    """
+    local = request.getHost()
+    if not isinstance(local, IPv4Address | IPv6Address) or not ip_address(host_of(local)).is_loopback:
+        return
+    host = request.getRequestHostname().decode("latin-1").strip("[]")
+    try:
+        ip_address(host)
+    except ValueError:
+        if host.lower() != "localhost":
+            raise Denied(
+                f"over loopback, by an address or as localhost only: {host[:100]!r} is another name"
+            ) from None
+
+
 class AdminSite(HandlerSite):
     """The HTTP server for the operator; it only reads."""
 
@@ -38,7 +63,7 @@ class AdminSite(HandlerSite):
 
         There is no access log: a scrape comes every few seconds.
         """
-        super().__init__(probes, self._answer, _PATIENCE, clock, logs_requests=lambda: False)
+        super().__init__(probes, self._answer, _PATIENCE, clock, lambda: False, refuse_foreign_names)
         self._read = read
         self._metrics: Metrics | None = None
 

@@ -72,6 +72,14 @@ Handler = Callable[[str, bytes, Query, Context], Coroutine[Deferred[Any], Any, A
 """A coroutine function that answers a method, a percent-encoded path, a query and the request's context; it raises
 `RegistryError` for a request that fails."""
 
+Guard = Callable[[Request], None]
+"""Looks at a request before its handler does; it raises `RegistryError` for one that is refused."""
+
+
+def admit(request: Request) -> None:
+    """Refuse nothing."""
+
+
 _COMMON_HEADERS = {
     "Docker-Distribution-API-Version": "registry/2.0",
     "Server": f"ociregistry/{__version__}",
@@ -89,10 +97,17 @@ class HandlerResource(Resource):
     isLeaf = True
 
     def __init__(
-        self, handler: Handler, in_flight: InFlight, hits: Hits, limits: SendLimits, clock: IReactorTime
+        self,
+        handler: Handler,
+        in_flight: InFlight,
+        hits: Hits,
+        limits: SendLimits,
+        clock: IReactorTime,
+        guard: Guard = admit,
     ) -> None:
         super().__init__()
         self._handler = handler
+        self._guard = guard
         self._in_flight = in_flight
         self._hits = hits
         self._limits = limits
@@ -100,7 +115,7 @@ class HandlerResource(Resource):
 
     def render(self, request: Request) -> int:
         """Start to answer `request`. Never raises."""
-        answering = _Answering(request, self._handler, self._hits, self._limits, self._clock)
+        answering = _Answering(request, self._guard, self._handler, self._hits, self._limits, self._clock)
         self._in_flight.began()
         served = Deferred.fromCoroutine(answering.serve())
         served.addErrback(answering.exchange.fail)
@@ -112,9 +127,16 @@ class _Answering:
     """A request that is being answered by the handler."""
 
     def __init__(
-        self, request: Request, handler: Handler, hits: Hits, limits: SendLimits, clock: IReactorTime
+        self,
+        request: Request,
+        guard: Guard,
+        handler: Handler,
+        hits: Hits,
+        limits: SendLimits,
+        clock: IReactorTime,
     ) -> None:
         self._request = request
+        self._guard = guard
         self._channel = cast(Channel, request.channel)
         self._handler = handler
         self._hits = hits
@@ -143,6 +165,7 @@ class _Answering:
         try:
             if self._method not in (b"GET", b"HEAD"):
                 raise MethodUnsupported(f"{self._logged.method} is not supported: this server is pull-only")
+            self._guard(request)
             header = b",".join(request.requestHeaders.getRawHeaders(b"via", []))
             # A command on the control socket: it has no address.
             patient = not hasattr(request.getClientAddress(), "port")

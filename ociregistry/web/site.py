@@ -20,7 +20,7 @@ from ociregistry.web.channel import Channel, InFlight
 from ociregistry.web.hits import Hits
 from ociregistry.web.producer import SendLimits, Unsent
 from ociregistry.web.requests import Query, origin_form
-from ociregistry.web.resource import Answer, Handler, HandlerResource
+from ociregistry.web.resource import Answer, Guard, Handler, HandlerResource, admit
 
 _IDLE_CONNECTION = 150.0
 """Seconds. Clients keep idle connections for 90 to 120 s; closing one earlier can make a client's request fail."""
@@ -74,11 +74,12 @@ class HandlerSite(Site):
         patience: float,
         clock: IReactorTime,
         logs_requests: Callable[[], bool],
+        guard: Guard = admit,
     ) -> None:
         """Build the resource tree: `handlers` by the first part of the path, `fallback` for all others.
 
         `patience` is the number of seconds to wait for the next byte of content. `logs_requests` tells whether
-        anybody reads the access log.
+        anybody reads the access log. `guard` sees each request first.
         """
         self.in_flight = InFlight()
         self.requests = Requests()
@@ -86,7 +87,7 @@ class HandlerSite(Site):
         self.hits = Hits(self.in_flight, limits, clock)
 
         def resource(handler: Handler) -> HandlerResource:
-            return HandlerResource(handler, self.in_flight, self.hits, limits, clock)
+            return HandlerResource(handler, self.in_flight, self.hits, limits, clock, guard)
 
         root = _FallbackResource(resource(fallback))
         for part, handler in handlers.items():

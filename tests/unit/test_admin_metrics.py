@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.admin.metrics import DEFINITIONS, Metrics
 from ociregistry.admin.requests import BUCKETS, CutBy, Kind, Outcome, Requests
+from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import CircuitBreakers, LinkState
 from ociregistry.upstream.origin import Origin
 from ociregistry.upstream.traffic import OTHER, Traffic
@@ -18,7 +19,7 @@ from tests.unit.support.statuses import STARTED, STATUS, Samples, samples, scrap
 
 RECEIVED = "ociregistry_received_bytes_total"
 UNITS = ("_total", "_bytes", "_seconds", "_bytes_per_second", "_info")
-UNITLESS = re.compile("_(?:degraded|in_flight|downloads|records|images|indexes|disk_full|link_up|links|files)$")
+UNITLESS = re.compile("_(?:degraded|in_flight|downloads|records|blobs|images|indexes|disk_full|link_up|links|files)$")
 
 
 def test_names_follow_the_conventions() -> None:
@@ -54,6 +55,7 @@ def test_values_are_those_of_the_status() -> None:
     assert value("degraded") == 0
     assert value("records", kind="list") == 2
     assert value("records", kind="image") == 3
+    assert (value("store_bytes"), value("store_blobs")) == (1234, 8)
     assert value("disk_size_bytes") == 100
     assert value("disk_free_bytes") == 10
     assert value("disk_reserve_bytes") == 7
@@ -80,8 +82,14 @@ def test_values_are_those_of_the_status() -> None:
 
 
 def test_what_is_not_there_has_no_sample() -> None:
-    found = {name for name, _ in scraped(bandwidth_limit=None, preload=None)}
-    for name in ("bandwidth_limit_bytes_per_second", "preload_images", "next_prune_timestamp_seconds"):
+    found = {name for name, _ in scraped(bandwidth=BandwidthLimit(), preload=None, usage=None)}
+    for name in (
+        "store_bytes",
+        "store_blobs",
+        "bandwidth_limit_bytes_per_second",
+        "preload_images",
+        "next_prune_timestamp_seconds",
+    ):
         assert f"ociregistry_{name}" not in found
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ async def test_metrics_and_status_are_served(
     assert found["ociregistry_build_info", (("version", __version__),)] == 1
     told = await status(network, events)
     assert (told["status"], told["reasons"], told["version"]) == ("ok", [], __version__)
-    assert told["store"] == {"path": str(root), "lists": 0, "images": 0}
+    assert told["store"].items() >= {"path": str(root), "lists": 0, "images": 0}.items()
     assert (told["stopping"], told["links"], told["downloads"], told["preload"]) == (False, [], [], None)
     assert len(told["listeners"]) == 1
 
@@ -110,6 +112,35 @@ async def test_probes_are_those_of_the_registry(
         assert (answer.status, await answer.collect(100)) == (200, b"ok\n")
 
 
+async def ask_as(events: list[LogEvent], host: str | None, path: str) -> int:
+    """Send a request with this Host header, or by HTTP/1.0 with none; return the status of the answer."""
+    where, _, port = admin_url(events).removeprefix("http://").rpartition(":")
+    head = f"GET {path} HTTP/1.0\r\n\r\n" if host is None else f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+    received = b""
+    with socket.create_connection((where, int(port))) as client:
+        client.sendall(head.encode())
+        client.setblocking(False)
+
+        def answered() -> bool:
+            nonlocal received
+            with suppress(BlockingIOError):
+                received += client.recv(65536)
+            return b"\r\n" in received
+
+        await until(answered)
+    return int(received.split()[1])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", "/livez", "/nothing"])
+@on_reactor
+async def test_name_that_leads_to_loopback_is_refused(daemons: Daemons, events: list[LogEvent], path: str) -> None:
+    daemons.start(*ANYWHERE)
+    for name in ("rebound.example:8081", "rebound.example", "localhost.rebound.example", "127.0.0.1.rebound.example"):
+        assert await ask_as(events, name, path) == 403
+    for host in ("localhost:8081", "LOCALHOST", "127.0.0.1", "127.0.0.1:8081", "[::1]:8081", "10.0.0.7", None):
+        assert await ask_as(events, host, path) in (200, 404)
+
+
 @on_reactor
 async def test_registry_has_no_admin_paths(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
     daemons.start(*ANYWHERE)
@@ -128,7 +159,7 @@ async def test_scrapes_are_not_counted(daemons: Daemons, network: Network, event
 
 @on_reactor
 async def test_status_tells_of_a_download(
-    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry, clock: Clock
 ) -> None:
     upstream.add("team/app", BUILT, "1")
     hold = Hold(100_000)
@@ -144,8 +175,16 @@ async def test_status_tells_of_a_download(
     assert (download["blob"], download["upstream"], download["clients"]) == (LAYER.digest, upstream.host, 1)
     assert (download["repository"], download["size"]) == (f"{upstream.host}/team/app", len(LAYER.data))
     assert 0 <= download["bytes"] <= 100_000
+    assert download["image"] == f"{upstream.host}/team/app:1"
+    began = datetime.fromisoformat(download["started"])
+    assert abs((datetime.now(UTC) - began).total_seconds()) < 60
+    assert (download["rate"], download["seconds_left"]) == (None, None)
     (link,) = told["links"]
-    assert (link["host"], link["up"], link["why"]) == (upstream.host, True, "")
+    assert (link["host"], link["up"], link["why"], link["wanted"]) == (upstream.host, True, "", False)
+    for _ in range(2):
+        clock.advance(1)
+    (download,) = (await status(network, events))["downloads"]
+    assert (download["rate"], download["seconds_left"]) == (0, None)
     hold.release.set()
     assert await reading == LAYER.data
     received = (await status(network, events))["received_bytes"]
@@ -167,9 +206,12 @@ async def test_lost_host_is_told(
         return any("cannot be reached" in line for line in texts(events, LogLevel.warn))
 
     await until(lost)
-    (link,) = (await status(network, events))["links"]
-    assert (link["host"], link["up"]) == (host, False)
+    told = await status(network, events)
+    (link,) = told["links"]
+    assert (link["host"], link["up"], link["wanted"]) == (host, False, True)
     assert "refused" in link["why"]
+    assert told["status"] == "degraded"
+    assert told["reasons"] == [f"{host} cannot be reached, and something from it is wanted: {link['why']}"]
     assert 0 < link["next_probe_seconds"] <= 1
     found = samples(await (await ask(network, events, "/metrics")).collect(1_000_000))
     assert found["ociregistry_link_up", (("host", host),)] == 0

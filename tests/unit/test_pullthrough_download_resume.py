@@ -200,7 +200,12 @@ async def test_partial_of_earlier_process_is_resumed(
     # It is served while it is being hashed again.
     assert await content.more_than(0) == 5000
     assert await content.read(0, 5000) == DATA[:5000]
-    sending.send(DATA[5000:]).end()
+    (download,) = cache.in_flight.values()
+    assert (download.length, download.received) == (5000, 0)
+    sending.send(DATA[5000:6000])
+    await content.more_than(5999)
+    assert (download.length, download.received) == (6000, 1000)
+    sending.send(DATA[6000:]).end()
     assert await read_all(content) == DATA
     content.close()
 

@@ -60,6 +60,7 @@ async def test_prunes_at_each_interval(harness: MaintenanceHarness, selections: 
 async def test_without_settings_nothing_is_pruned(
     harness: MaintenanceHarness, selections: list[object], clock: Clock, events: list[LogEvent]
 ) -> None:
+    await until(lambda: harness.store.usage.latest)
     delayed = len(clock.getDelayedCalls())
     harness.maintenance.reconfigure(None, None)
     await harness.advance(0)
@@ -357,6 +358,7 @@ async def test_clock_wrong_from_the_start_prunes_nothing_by_age(
         await harness.advance(60)
     (line,) = texts(events, LogLevel.warn)
     assert line.startswith("pruning by age refused: 10 of 10 images would be removed, which is more than max_share: ")
+    assert maintenance.state.prune_refused == "10 of 10 images would be removed, which is more than max_share"
     for number, built in enumerate(images[6:]):
         await harness.add(f"reg.example/app:{6 + number}", built)
     await harness.advance(60)

@@ -245,6 +245,8 @@ async def test_failed_repair_is_logged_and_others_continue(
     assert harness.store.faults.sentences == [
         f"1 blob is damaged and could not be fetched again: {Digest(lost.digest).hex}"
     ]
+    state = harness.maintenance.state
+    assert (state.damaged, state.repaired, state.verified_bytes) == (2, 1, sum(len(one.data) for one in APP.blobs))
     harness.maintenance.stopService()
 
 

@@ -11,7 +11,7 @@ from twisted.internet.task import Clock
 
 from ociregistry.config.file import Window
 from ociregistry.upstream import bandwidth as module
-from ociregistry.upstream.bandwidth import Bandwidth, Share
+from ociregistry.upstream.bandwidth import Bandwidth, BandwidthLimit, Share
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -54,6 +54,16 @@ def test_first_matching_window_wins(clock: Clock) -> None:
     assert Bandwidth(None, (DAY, always), clock, at(12)).rate == 1000.0
     assert Bandwidth(None, (always, DAY), clock, at(12)).rate == 3000.0
     assert Bandwidth(None, (DAY, always), clock, at(20)).rate == 3000.0
+
+
+def test_window_in_force_is_told(clock: Clock) -> None:
+    for now, told in (
+        (at(9), BandwidthLimit(1000.0, "08:00-18:00")),
+        (at(23), BandwidthLimit(2000.0, "22:00-06:00")),
+        (at(19), BandwidthLimit(50.0)),
+    ):
+        assert Bandwidth(50.0, (DAY, NIGHT), clock, now).in_force == told
+    assert Bandwidth(None, (), clock).in_force == BandwidthLimit(None, None)
 
 
 def test_time_of_day_is_local(clock: Clock) -> None:

@@ -132,9 +132,26 @@ def test_wanted_request_is_the_probe(missing: Missing, clock: Clock) -> None:
 def test_probes_want_nothing_themselves(missing: Missing) -> None:
     """Otherwise they would go on for ever; so would those for the metadata of other platforms."""
     missing.miss(Priority.METADATA)
+    assert not missing.prober.probes(missing.breaker)
     assert missing.pump(100) == []
     missing.miss(Priority.BACKGROUND)
+    assert missing.prober.probes(missing.breaker)
     assert missing.pump(100) != []
+
+
+def test_host_is_wanted_for_as_long_as_it_is_probed(missing: Missing) -> None:
+    def link() -> tuple[bool, bool]:
+        (found,) = missing.breakers.links(lambda host, port: True, missing.prober.probes)
+        return found.up, found.wanted
+
+    missing.miss()
+    assert link() == (False, True)
+    missing.pump(700)
+    assert link() == (False, False)
+    failed(missing.send(), LinkDown)
+    assert link() == (False, True)
+    missing.breaker.answered()
+    assert link() == (True, False)
 
 
 def test_silent_probe_ends_before_the_next(missing: Missing, clock: Clock) -> None:

@@ -10,19 +10,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ociregistry.admin.metrics import Metrics
 from ociregistry.admin.requests import Requests
-from ociregistry.admin.status import DownloadState, Status
-from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.admin.status import DownloadState, IncompleteState, Status
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.space import Room
 from ociregistry.store.store import Counts
+from ociregistry.store.usage import Usage
+from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Name and sorted labels -> value."""
 
 STARTED = datetime(2026, 3, 1, 22, 17, 30, tzinfo=UTC)
-PULLED = DownloadState("sha256:00", "reg.example/app", "reg.example", 30, 100, 2)
+PULLED = DownloadState("sha256:00", "reg.example/app", "reg.example", 30, 100, 2, STARTED)
 STATUS = Status(
     version="1.2.3",
     started=STARTED,
@@ -31,14 +32,15 @@ STATUS = Status(
     listeners=("127.0.0.1:8080",),
     store="/srv/images",
     records=Counts(lists=2, images=3),
+    usage=Usage(bytes=1234, blobs=8),
     disk=Room(size=100, free=10, reserve=7, full=False),
-    incomplete=Incomplete(images=4, bytes=5, pending=1, indexes=6),
+    incomplete=IncompleteState(images=4, bytes=5, pending=1, indexes=6),
     downloads=(PULLED, replace(PULLED, clients=0), replace(PULLED, clients=0, size=None)),
     links=(
         LinkState("reg.example:443", True, True, 9.0, "", None),
         LinkState("down.example:443", True, False, 7.5, "lost", 2.0),
     ),
-    bandwidth_limit=1000.0,
+    bandwidth=BandwidthLimit(1000.0),
     received={"other": 0, "reg.example": 12},
     preload=PreloadProgress(images=9, loaded=5, failed=1),
     maintenance=MaintenanceState(
