@@ -10,7 +10,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -21,7 +21,7 @@ from ociregistry.store.threads import Threads
 _log = Logger(namespace="ociregistry.store")
 
 _EVERY = 60.0
-"""Seconds from the end of one walk to the start of the next, at least."""
+"""Seconds from the start of one walk to that of the next, at least."""
 _SLICE = 0.1
 """Seconds of one slice of a walk."""
 _REST = 9
@@ -89,6 +89,18 @@ def _files(root: Path) -> Iterator[tuple[int, bool]]:
                 yield size, has_blobs and is_hex_of_digest(entry.name)
 
 
+def measured(root: Path, seconds: Callable[[], float]) -> Usage:
+    """Return what the store at `root` uses. Blocks.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    walk, found = Walk(root, seconds), None
+    while found is None:
+        found, _ = walk.go_on()
+    return found
+
+
 class UsageMeter:
     """Finds out what a store uses, again and again."""
 
@@ -98,24 +110,30 @@ class UsageMeter:
         self._root = root
         self._threads = threads
         self._clock = clock
-        self._running: Deferred[Any] = succeed(None)
+        self._walking: Deferred[Any] = succeed(None)
+        self._loop = LoopingCall(self._begin)
+        self._loop.clock = clock
 
     def start(self) -> None:
         """Begin the first walk."""
-        self._running = Deferred.fromCoroutine(self._run()).addErrback(self._failed)
+        self._loop.start(_EVERY)
 
     def stop(self) -> None:
         """Stop."""
-        self._running.cancel()
+        self._loop.stop()
+        self._walking.cancel()
 
-    async def _run(self) -> None:
-        while True:
-            try:
-                self.latest = await self._walk()
-            except OSError:
-                # The scan for records logs why.
-                self.latest = None
-            await deferLater(self._clock, _EVERY)
+    def _begin(self) -> None:
+        """Begin a walk, unless the last one takes so long that it has not ended."""
+        if self._walking.called:
+            self._walking = Deferred.fromCoroutine(self._measure()).addErrback(self._failed)
+
+    async def _measure(self) -> None:
+        try:
+            self.latest = await self._walk()
+        except OSError:
+            # The scan for records logs why.
+            self.latest = None
 
     async def _walk(self) -> Usage:
         walk = Walk(self._root, self._clock.seconds)

@@ -60,7 +60,6 @@ async def test_prunes_at_each_interval(harness: MaintenanceHarness, selections: 
 async def test_without_settings_nothing_is_pruned(
     harness: MaintenanceHarness, selections: list[object], clock: Clock, events: list[LogEvent]
 ) -> None:
-    await until(lambda: harness.store.usage.latest)
     delayed = len(clock.getDelayedCalls())
     harness.maintenance.reconfigure(None, None)
     await harness.advance(0)
