@@ -38,7 +38,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.admin import AdminListener, AdminSite
+from ociregistry.web.admin import AdminListener, AdminSite, ControlSite
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
@@ -119,7 +119,6 @@ class Daemon(MultiService):
         )
         factory = TLSMemoryBIOFactory(self._tls, False, self._site) if self._tls is not None else self._site
         self._listeners = Listeners(settings.listen or (settings.port,), factory, reactor)
-        self._control = ControlListener(self._store, self._site, reactor)
         self._errors = RecentErrors()
         rates = Rates(
             parts.cache.in_flight.values,
@@ -129,6 +128,7 @@ class Daemon(MultiService):
         status = StatusReader(
             self._started,
             str(settings.image_path),
+            settings.air_gapped,
             Server(
                 lambda: self._listeners.addresses,
                 lambda: self._site.in_flight.requests,
@@ -145,7 +145,9 @@ class Daemon(MultiService):
             self._errors,
             reactor,
         )
-        self._admin = AdminListener(settings.admin_listen, AdminSite(status.read, probes, reactor), reactor)
+        admin = AdminSite(status.read, probes, reactor)
+        self._admin = AdminListener(settings.admin_listen, admin, reactor)
+        self._control = ControlListener(self._store, ControlSite(self._site, admin), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance, rates]
         for service in (self._listeners, self._admin, self._store, self._control, *working):

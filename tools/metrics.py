@@ -85,6 +85,7 @@ def example() -> dict[str, object]:
             stopping=False,
             reasons=(),
             listeners=("[::]:8080",),
+            air_gapped=False,
             store="/var/lib/ociregistry",
             records=Counts(lists=2, images=3),
             usage=Usage(bytes=61_004_812, blobs=11),

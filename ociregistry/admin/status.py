@@ -54,7 +54,8 @@ class IncompleteState(Incomplete):
     """What is known to be missing, and when it will be here."""
 
     seconds_left: int | None = None
-    """Until all missing bytes are here, if all that comes from upstreams are such bytes; None as for a download."""
+    """Until all missing bytes are here, if all that comes from upstreams are such bytes. None as for a download, and
+    while a link that bytes are wanted from is down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Status:
     """Why the daemon does not work as promised: faults of the store, and links that are down although something from
     them is wanted. Empty if it does."""
     listeners: Sequence[str]
+    air_gapped: bool
+    """Whether no upstream is ever asked."""
     store: str
     """The folder of the store."""
     records: Counts
@@ -109,6 +112,7 @@ class StatusReader:
         self,
         started: datetime,
         path: str,
+        air_gapped: bool,
         server: Server,
         store: Store,
         network: Network,
@@ -123,6 +127,7 @@ class StatusReader:
         """Read these parts; `path` is the folder of the store."""
         self._started = started
         self._path = path
+        self._air_gapped = air_gapped
         self._server = server
         self._store = store
         self._network = network
@@ -136,13 +141,15 @@ class StatusReader:
 
     def read(self) -> Status:
         """Return the status at this time."""
-        links, incomplete = self._network.links, self._incomplete()
+        links = self._network.links
+        incomplete = self._incomplete(links)
         return Status(
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
             reasons=tuple(reasons(self._store.faults.sentences, links, incomplete)),
             listeners=tuple(self._server.addresses()),
+            air_gapped=self._air_gapped,
             store=self._path,
             records=self._store.counts,
             usage=self._store.usage.latest,
@@ -159,11 +166,12 @@ class StatusReader:
             errors=self._errors.errors,
         )
 
-    def _incomplete(self) -> IncompleteState:
+    def _incomplete(self, links: Sequence[LinkState]) -> IncompleteState:
         found = self._completion.incomplete
         # Blobs count as missing until they are complete.
         here = sum(download.length for download in self._cache.in_flight.values())
-        left = seconds_left(max(0, found.bytes - here), self._rates.all)
+        waits = any(link.wanted for link in links)
+        left = None if waits else seconds_left(max(0, found.bytes - here), self._rates.all)
         return IncompleteState(found.images, found.bytes, found.pending, found.indexes, left)
 
     def _download(self, download: Download) -> DownloadState:
@@ -229,6 +237,7 @@ def document(status: Status, now: datetime) -> dict[str, object]:
         "uptime_seconds": round((now - status.started).total_seconds()),
         "stopping": status.stopping,
         "listeners": list(status.listeners),
+        "air_gapped": status.air_gapped,
         "store": {"path": status.store, **asdict(status.records), **_usage(status.usage)},
         "disk": asdict(status.disk),
         "incomplete": asdict(status.incomplete),

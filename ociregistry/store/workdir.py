@@ -358,14 +358,18 @@ class ControlSocket:
         Path(self.path).unlink(missing_ok=True)
 
     def is_open(self) -> bool:
-        """Tell whether a process listens on the socket.
+        """Tell whether a process listens on the socket, also one that is too busy to accept connections.
 
         Raises:
             OSError: the socket cannot be connected to, for another reason than that no process listens.
         """
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+            # Where many connections wait to be accepted, it would wait behind them.
+            asking.setblocking(False)
             try:
                 asking.connect(self.path)
+            except BlockingIOError:
+                return True
             except (FileNotFoundError, ConnectionRefusedError):
                 return False
             return True

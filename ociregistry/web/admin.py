@@ -1,4 +1,4 @@
-"""The admin listener: `/metrics` and `/status`, apart from what clients of the registry reach."""
+"""The admin listener, for `/metrics` and `/status` apart from what clients reach, and the control socket's server."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.interfaces import IProtocolFactory, IReactorTime
+from twisted.internet.interfaces import IAddress, IProtocolFactory, IReactorTime
 from twisted.logger import Logger
-from twisted.web.server import Request
+from twisted.web.resource import IResource, Resource
+from twisted.web.server import Request, Site
 
 from ociregistry.admin.status import Status, document
 from ociregistry.context import Context
@@ -82,6 +83,33 @@ def _metrics(read: Callable[[], Status]) -> Metrics:
     from ociregistry.admin.metrics import Metrics
 
     return Metrics(read)
+
+
+class ControlSite(Site):
+    """The server at the control socket: that of clients, and the status as the operator gets it."""
+
+    noisy = False
+
+    def __init__(self, site: HandlerSite, admin: AdminSite) -> None:
+        """Answer by `admin` at `/status`, and by `site` everywhere else."""
+        super().__init__(Resource())
+        self._site = site
+        self._admin = admin
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Make the channel of a new connection."""
+        channel = self._site.buildProtocol(addr)
+        channel.site = self
+        return channel
+
+    def getResourceFor(self, request: Request) -> IResource:
+        """Return what answers a request."""
+        site: Site = self._admin if request.path == b"/status" else self._site
+        found: IResource = site.getResourceFor(request)
+        return found
+
+    def log(self, request: object) -> None:
+        """Do nothing: `web/exchange.py` writes the access log."""
 
 
 class AdminListener(Listeners):

@@ -30,6 +30,7 @@ STATUS = Status(
     stopping=False,
     reasons=(),
     listeners=("127.0.0.1:8080",),
+    air_gapped=False,
     store="/srv/images",
     records=Counts(lists=2, images=3),
     usage=Usage(bytes=1234, blobs=8),
