@@ -64,6 +64,12 @@ class Options(CommonOptions):
             lambda: import_module("ociregistry.commands.check").Check(),
             "print how each upstream will be reached",
         ],
+        [
+            "status",
+            None,
+            lambda: import_module("ociregistry.commands.status").Status(),
+            "print what the daemon does, and whether it is well",
+        ],
         ["version", None, lambda: import_module("ociregistry.commands.version").Version(), "print the version"],
         [
             "containerd-config",

@@ -170,6 +170,8 @@ SPELLED_ELSEWHERE = {
     # The path of the API.
     "upstream/client.py": {"blobs"},
     "admin/requests.py": {"blobs"},
+    # A key of the status.
+    "admin/terminal.py": {"blobs"},
 }
 """Where such a word means something else."""
 
