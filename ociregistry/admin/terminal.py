@@ -19,7 +19,7 @@ _NARROWEST = 40
 """Columns; on a narrower terminal, lines are cut off."""
 _BAR = 20
 _LINKS = 10
-"""Links that are up, at most; those that are down are all shown."""
+"""Links that are up, at most, and as many that are down."""
 _ERRORS = 5
 _INDENT = 10
 
@@ -46,7 +46,7 @@ class Paper:
 
     def cut(self, text: str, width: int) -> str:
         """Shorten plain text at its end."""
-        return text if columns(text) <= width else f"{_head(text, width - 3)}..."
+        return text if columns(text) <= width else _head(f"{_head(text, width - 3)}...", width)
 
     def middle(self, text: str, width: int) -> str:
         """Shorten plain text in its middle, as the beginning and the end of a name tell most."""
@@ -71,7 +71,7 @@ def columns(text: str) -> int:
 
 def _head(text: str, width: int) -> str:
     text = text[: max(0, width)]
-    while columns(text) > width:
+    while text and columns(text) > width:
         text = text[:-1]
     return text
 
@@ -97,7 +97,7 @@ def lines(document: Mapping[str, Any], now: datetime, width: int, *, unicode: bo
     """Return the lines that show a status at the time `now`; none has more than `width` columns.
 
     Raises:
-        LookupError, TypeError, ValueError: the document is that of another version, and lacks what is shown.
+        LookupError, TypeError, ValueError, AttributeError: the document is that of another version.
     """
     paper = Paper(max(width, _NARROWEST), unicode=unicode)
     shown = [*_state(document, paper), *_store(document, paper), *_work(document, paper, now)]
@@ -133,24 +133,24 @@ def _store(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     records = [count_text(store["lists"], "list"), count_text(store["images"], "image")]
     used = [] if store["bytes"] is None else [f"{size_text(store['bytes'])} in {count_text(store['blobs'], 'blob')}"]
     yield from _row("", [*records, *used], paper)
-    kept = [f"{size_text(disk['reserve'])} of it in reserve"] if disk.get("reserve") else []
-    yield from _row(
-        "disk", [f"{size_text(disk['free'])} free", *kept, *(["full"] if disk.get("full") else [])], paper
-    )
+    facts = [f"{size_text(disk['free'])} of {size_text(disk['size'])} free"]
+    facts += [f"{size_text(disk['reserve'])} kept in reserve"] if disk.get("reserve") else []
+    facts += ["full"] if disk.get("full") else []
+    yield from _row("disk", facts, paper)
     yield from _row("missing", _missing(incomplete), paper)
 
 
-def _missing(incomplete: Mapping[str, Any]) -> Iterator[str]:
-    if not incomplete["images"] and not incomplete.get("indexes"):
-        yield "nothing"
-        return
-    yield f"{size_text(incomplete['bytes'])} of {count_text(incomplete['images'], 'image')}"
+def _missing(incomplete: Mapping[str, Any]) -> list[str]:
+    facts = []
+    if incomplete["images"]:
+        facts.append(f"{size_text(incomplete['bytes'])} of {count_text(incomplete['images'], 'image')}")
     if incomplete["pending"]:
-        yield f"{incomplete['pending']} of them undecided"
+        facts.append(f"{incomplete['pending']} of them undecided")
     if incomplete.get("indexes"):
-        yield f"metadata of {count_text(incomplete['indexes'], 'list')}"
-    if incomplete.get("seconds_left") is not None:
-        yield f"here in {span_text(incomplete['seconds_left'])}"
+        facts.append(f"metadata of {count_text(incomplete['indexes'], 'list')}")
+    if facts and incomplete.get("seconds_left") is not None:
+        facts.append(f"here in {span_text(incomplete['seconds_left'])}")
+    return facts or ["nothing"]
 
 
 def _work(document: Mapping[str, Any], paper: Paper, now: datetime) -> Iterator[str]:
@@ -164,11 +164,12 @@ def _work(document: Mapping[str, Any], paper: Paper, now: datetime) -> Iterator[
         yield from _row("preload", facts, paper)
     maintenance = document["maintenance"]
     facts = list(_times("prune", maintenance, now))
-    if facts:
+    if maintenance["last_prune"] is not None:
         facts.append(f"{count_text(maintenance['pruned_image_urls'], 'image URL')} pruned")
-        refused = maintenance["prune_refused"]
-        facts += [paper.plain(f"refused by age: {refused}")] if refused else []
-        yield from _row("prune", facts, paper)
+        facts.append(f"{size_text(maintenance['pruned_bytes'])} freed")
+    if maintenance["prune_refused"]:
+        facts.append(paper.plain(f"refused by age: {maintenance['prune_refused']}"))
+    yield from _row("prune", facts, paper) if facts else ()
     facts = list(_times("verify", maintenance, now))
     if facts:
         facts += [f"{maintenance['damaged']} damaged", f"{maintenance['repaired']} repaired"]
@@ -196,22 +197,26 @@ def _answers(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _links(document: Mapping[str, Any], paper: Paper, now: datetime) -> Iterator[str]:
     links: Sequence[Mapping[str, Any]] = document.get("links", ())
-    down = [link for link in links if not link["up"]]
+    # First those that something waits for; clients may have asked for any number of hosts that do not exist.
+    down = sorted((link for link in links if not link["up"]), key=lambda link: not link["wanted"])
     up = [link for link in links if link["up"]]
     if links:
         yield ""
         yield f"links: {len(up)} up, {len(down)} down"
-    for link in (*down, *up[:_LINKS]):
-        age = span_text((now - datetime.fromisoformat(link["since"])).total_seconds())
-        probe = link["next_probe_seconds"]
-        facts = [f"for {age}"]
-        facts += [f"next probe in {span_text(probe)}"] if probe is not None and link["wanted"] else []
-        state, told = "up" if link["up"] else "down", ", ".join(facts)
-        yield f"  {state:5} {paper.name(link['host'], paper.width - len(told) - 9)} {told}"
-        if link["why"]:
-            yield from paper.wrapped(paper.plain(link["why"]), " " * 8, " " * 8)
-    if len(up) > _LINKS:
-        yield f"  and {len(up) - _LINKS} more that are up"
+    for state, some in (("down", down), ("up", up)):
+        for link in some[:_LINKS]:
+            yield from _link(link, state, paper, now)
+        if len(some) > _LINKS:
+            yield f"  {state:5} {len(some) - _LINKS} more"
+
+
+def _link(link: Mapping[str, Any], state: str, paper: Paper, now: datetime) -> Iterator[str]:
+    age, probe = now - datetime.fromisoformat(link["since"]), link["next_probe_seconds"]
+    facts = f"for {span_text(age.total_seconds())}"
+    facts += f", next probe in {span_text(probe)}" if probe is not None and link["wanted"] else ""
+    yield f"  {state:5} {paper.name(link['host'], paper.width - len(facts) - 9)} {facts}"
+    if link["why"]:
+        yield from paper.wrapped(paper.plain(link["why"]), " " * 8, " " * 8)
 
 
 def _downloads(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
@@ -222,7 +227,8 @@ def _downloads(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     facts = [f"{size_text(round(sum(download['rate'] or 0 for download in downloads)))}/s"] if downloads else []
     if limit is not None:
         window = document["bandwidth"]["window"]
-        facts.append(f"at most {size_text(round(limit))}/s" + (f" from {paper.plain(window)}" if window else ""))
+        when = f" from {paper.plain(window.replace('-', ' to '))}" if window else ""
+        facts.append(f"at most {size_text(round(limit))}/s{when}")
     yield ""
     yield f"downloads: {', '.join([str(len(downloads)), *facts])}"
     for download in downloads:
@@ -232,7 +238,7 @@ def _downloads(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
 def _download(download: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     here, size, rate, left = (download[key] for key in ("bytes", "size", "rate", "seconds_left"))
     # Not rounded: 100 % is what is complete.
-    share = here / size if size else 0.0
+    share = min(1.0, here / size) if size else 0.0
     bar = ("#" * floor(share * _BAR)).ljust(_BAR, "-")
     facts = [f"{size_text(here)} of {size_text(size) if size is not None else 'unknown size'}"]
     facts += [f"{size_text(round(rate))}/s"] if rate is not None else []

@@ -117,6 +117,7 @@ def _told_by_files(snapshot: Snapshot) -> Document:
     missing = {
         image: lacking for image in images if snapshot.is_wanted(image) and (lacking := snapshot.missing(image))
     }
+    disk = shutil.disk_usage(snapshot.root)
     undecided = pending_images(snapshot.root) & snapshot.records.keys()
     return {
         "status": "stopped",
@@ -128,7 +129,7 @@ def _told_by_files(snapshot: Snapshot) -> Document:
             "images": len(images),
             **asdict(measured(snapshot.root, time.monotonic)),
         },
-        "disk": {"free": shutil.disk_usage(snapshot.root).free},
+        "disk": {"size": disk.total, "free": disk.free},
         "incomplete": {
             "images": len(missing.keys() | undecided),
             "bytes": _bytes_of(missing.values()),

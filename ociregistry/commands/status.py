@@ -84,7 +84,7 @@ class Status(Command):
             return [json.dumps(document, indent=None if self["watch"] else 2)]
         try:
             return lines(document, datetime.now(UTC), **_terminal())
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             version = document.get("version")
             raise CommandFailed(
                 f"the daemon tells another status than this version, {version!r}: restart it"

@@ -1,4 +1,4 @@
-"""A secret appears nowhere: not in logs, errors, metrics, the output of `check`, the process table, or the store."""
+"""A secret appears nowhere: not in logs, errors, metrics, the output of commands, the process table, or the store."""
 
 from __future__ import annotations
 
@@ -173,7 +173,14 @@ def test_no_secret_appears_anywhere(
     setup.secrets.update(issued)
     check = run(twistd("--config-path", str(daemon.config_path), "check"), environment=environment)
     assert check.stdout.count("127.0.0.1:") >= 7
+    printed: dict[str, bytes] = {}
+    here = ("--config-path", str(daemon.config_path), "--image-path", str(daemon.image_path))
+    for options in ((), ("--json",)):
+        done = run(twistd(*here, "status", *options), environment=environment, check=False)
+        assert all(host in done.stdout for host in hosts), done
+        printed[" ".join(["status", *options])] = (done.stdout + done.stderr).encode()
     places = {
+        **printed,
         "the log": daemon.log.encode(),
         "check": (check.stdout + check.stderr).encode(),
         "the command line": Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes(),

@@ -182,7 +182,7 @@ def test_full_disk(tmp_path: Path, watch: Callable[..., Watched]) -> None:
         done = watched.status()
         assert done.returncode == 1
         assert "! the disk is full, downloads stop: only what is kept in reserve is free\n" in done.stdout
-        assert re.search(r"disk      [\d.]+ [kM]B free, 1\.3 MB of it in reserve, full\n", done.stdout)
+        assert re.search(r"disk      [\d.]+ [kM]B of 25\.2 MB free, 1\.3 MB kept in reserve, full\n", done.stdout)
         watched.daemon.terminate()
 
 

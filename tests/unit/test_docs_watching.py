@@ -6,13 +6,18 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from string import Formatter
+from typing import Any
 
+import pytest
 from twisted.python.failure import Failure
 
+from ociregistry.admin.terminal import lines
 from ociregistry.log import json_line
 from ociregistry.pullthrough.waiting import CacheStatus
 from tests.documents import ROOT, blocks
+from tools.metrics import example
 
 PAGE = ROOT / "docs" / "watching.md"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "ociregistry").rglob("*.py")}
@@ -86,7 +91,15 @@ def test_keys_of_every_event_are_listed() -> None:
 
 
 def test_examples_are_the_same_request() -> None:
-    (text,) = [block.text for block in blocks(PAGE) if block.language == "text"]
+    (text,) = [block.text for block in blocks(PAGE) if (block.language, block.heading) == ("text", "The log")]
     (example,) = [json.loads(block.text) for block in blocks(PAGE) if block.language == "json"]
     assert text.partition("] ")[2] == f"{example['message']}\n"
     assert set(example) - {"time", "level", "namespace", "message"} <= set(listed("Fields of requests"))
+
+
+@pytest.mark.usefixtures("utc_plus_one")
+def test_status_on_a_terminal_is_that_of_the_other_page() -> None:
+    (text,) = [block.text for block in blocks(PAGE) if (block.language, block.heading) == ("text", "On a terminal")]
+    document: dict[str, Any] = example()
+    now = datetime.fromisoformat(document["started"]) + timedelta(seconds=document["uptime_seconds"])
+    assert text == "".join(f"{line}\n" for line in lines(document, now, 80, unicode=False))
