@@ -27,7 +27,7 @@ _HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 class Status(Command):
     """The options of `status`."""
 
-    examples = ("status", "status --watch", "status --json")
+    examples = ("status", "status --watch")
     longdesc = (
         "Prints whether the daemon on the store is well, its links and downloads, what is missing, the disk and the "
         "last errors. Exit status 1 if it is degraded, 2 if no daemon runs; then, what the files of the store say."

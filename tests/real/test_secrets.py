@@ -175,10 +175,10 @@ def test_no_secret_appears_anywhere(
     assert check.stdout.count("127.0.0.1:") >= 7
     printed: dict[str, bytes] = {}
     here = ("--config-path", str(daemon.config_path), "--image-path", str(daemon.image_path))
-    for options in ((), ("--json",)):
-        done = run(twistd(*here, "status", *options), environment=environment, check=False)
+    for words in (("status",), ("status", "--json")):
+        done = run(twistd(*here, *words), environment=environment, check=False)
         assert all(host in done.stdout for host in hosts), done
-        printed[" ".join(["status", *options])] = (done.stdout + done.stderr).encode()
+        printed[" ".join(words)] = (done.stdout + done.stderr).encode()
     places = {
         **printed,
         "the log": daemon.log.encode(),

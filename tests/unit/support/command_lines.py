@@ -14,6 +14,7 @@ from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
 from ociregistry.commands.options import Command
 from ociregistry.commands.prune import Prune
+from ociregistry.commands.status import Status
 from ociregistry.commands.verify import Verify
 from ociregistry.settings import Settings
 from ociregistry.tap import Options
@@ -65,7 +66,7 @@ def record_commands(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
         ran.append(RecordedCommand(command, settings))
         return 0
 
-    commands: Sequence[type[Command]] = (Load, List, Prune, Verify, Export, ContainerdConfig)
+    commands: Sequence[type[Command]] = (Load, List, Prune, Verify, Export, Status, ContainerdConfig)
     for command in commands:
         monkeypatch.setattr(command, "run", record)
     return ran
