@@ -38,7 +38,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.admin import AdminListener, AdminSite
+from ociregistry.web.admin import AdminListener, AdminSite, Images
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
@@ -145,7 +145,9 @@ class Daemon(MultiService):
             self._errors,
             reactor,
         )
-        self._admin = AdminListener(settings.admin_listen, AdminSite(status.read, probes, reactor), reactor)
+        images = Images(self._store.images.list, lambda: self._completion.missing)
+        site = AdminSite(status.read, images, probes, reactor)
+        self._admin = AdminListener(settings.admin_listen, site, reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance, rates]
         for service in (self._listeners, self._admin, self._store, self._control, *working):
