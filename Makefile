@@ -13,7 +13,8 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync \
-	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk bindfs fuse3 prometheus
+	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk bindfs fuse3 prometheus chromium chromium-driver \
+	fonts-dejavu-core pngquant
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm \
 	python3-cachetools python3-prometheus-client python3-zstandard

@@ -46,6 +46,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "cryptography",
+            "selenium",
             # New releases of these report new faults in old code, so each is adopted deliberately.
             "mypy~=2.4.0",
             "mypy-zope",
@@ -58,7 +59,7 @@ setup(
     entry_points={"console_scripts": ["ociregistry = ociregistry.script:main"]},
     # twisted.plugins is Twisted's own folder, into which we install one file: an __init__.py in ours would hide it.
     packages=[*find_packages(include=["ociregistry", "ociregistry.*"]), "twisted.plugins"],
-    package_data={"ociregistry": ["py.typed"]},
+    package_data={"ociregistry": ["py.typed"], "ociregistry.web": ["static/*"]},
     # Twisted looks for plugins among files, not inside a zip.
     zip_safe=False,
 )

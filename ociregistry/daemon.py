@@ -38,7 +38,7 @@ from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings
 from ociregistry.store.scan import collection_paused
 from ociregistry.systemd import Systemd
-from ociregistry.web.admin import AdminListener, AdminSite, ControlSite
+from ociregistry.web.admin import AdminListener, AdminSite, ControlSite, Images
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.channel import ServerPolicy
 from ociregistry.web.listeners import ControlListener, Listeners, ListenFailed
@@ -145,7 +145,8 @@ class Daemon(MultiService):
             self._errors,
             reactor,
         )
-        admin = AdminSite(status.read, probes, reactor)
+        images = Images(self._store.images.list, lambda: self._completion.missing)
+        admin = AdminSite(status.read, images, probes, reactor)
         self._admin = AdminListener(settings.admin_listen, admin, reactor)
         self._control = ControlListener(self._store, ControlSite(self._site, admin), reactor)
         preloading = [self._preloader] if self._preloader is not None else []

@@ -29,6 +29,9 @@ PACKAGES = {
     "wrk": "wrk",
     "prometheus": "prometheus",
     "promtool": "prometheus",
+    "chromium": "chromium",
+    "chromedriver": "chromium-driver",
+    "pngquant": "pngquant",
 }
 NOWHERE = "http://127.0.0.1:1"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from ociregistry.admin.errors import LoggedError
 from ociregistry.admin.metrics import DEFINITIONS
 from ociregistry.admin.requests import CutBy, Kind, Outcome, Requests
-from ociregistry.admin.status import DownloadState, IncompleteState, Status, document
+from ociregistry.admin.status import DownloadState, IncompleteImage, IncompleteState, Status, document
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.settings import DEFAULT_ADMIN_LISTEN
@@ -27,9 +27,10 @@ _HEAD = f"""# Metrics and status
 
 The daemon tells an operator what it does at an address apart from that of its clients, `--admin-listen`: by default
 `{DEFAULT_ADMIN_LISTEN}`, port 8081 of this machine alone. `/metrics` is for Prometheus, `/status` has the
-same facts as JSON. They are read from memory, answer GET and HEAD, and change nothing. No password protects them:
-let only those reach the address who may read the names of images and upstreams, or use a Unix socket such as
-`unix:/run/ociregistry/admin.sock:mode=660`. `--admin-listen ''` serves them nowhere.
+same facts as JSON, and `/` shows them on [a page](watching.md#the-page). They are read from memory, answer GET and
+HEAD, and change nothing. No password protects them: let only those reach the address who may read the names of
+images and upstreams, or use a Unix socket such as `unix:/run/ociregistry/admin.sock:mode=660`. `--admin-listen ''`
+serves them nowhere.
 
 ```sh
 curl -s http://localhost:8081/status | jq '.status, .incomplete, .links'
@@ -91,6 +92,11 @@ def example() -> dict[str, object]:
             usage=Usage(bytes=61_004_812, blobs=11),
             disk=Room(size=100_000_000_000, free=20_000_000_000, reserve=2_000_000_000, full=False),
             incomplete=IncompleteState(images=1, bytes=40_000_000, pending=0, indexes=0, seconds_left=124),
+            incomplete_images=(
+                IncompleteImage(
+                    "quay.io/jetstack/cert-manager-controller:v1.14.0", f"sha256:{'fedcba9876543210' * 4}", 40_000_000
+                ),
+            ),
             downloads=(
                 DownloadState(
                     blob=f"sha256:{'0123456789abcdef' * 4}",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
+from heapq import nlargest
 
 from twisted.internet.interfaces import IReactorTime
 
@@ -59,6 +60,17 @@ class IncompleteState(Incomplete):
 
 
 @dataclass(frozen=True, slots=True)
+class IncompleteImage:
+    """A wanted image that lacks blobs."""
+
+    image: str
+    """An image URL of it or of an index that names it: the newest tag, if there is one."""
+    digest: str
+    bytes: int
+    """Bytes that it lacks."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What the daemon is, has and does."""
 
@@ -79,6 +91,8 @@ class Status:
     """What the store uses of the disk; None until that is known."""
     disk: Room
     incomplete: IncompleteState
+    incomplete_images: Sequence[IncompleteImage]
+    """The 50 images that lack most, the one that lacks most first."""
     downloads: Sequence[DownloadState]
     links: Sequence[LinkState]
     bandwidth: BandwidthLimit
@@ -155,6 +169,7 @@ class StatusReader:
             usage=self._store.usage.latest,
             disk=self._store.room,
             incomplete=incomplete,
+            incomplete_images=tuple(_incomplete_images(self._store, self._completion.missing)),
             downloads=tuple(map(self._download, self._cache.in_flight.values())),
             links=links,
             bandwidth=self._network.bandwidth,
@@ -200,16 +215,32 @@ def image_of(store: Store, repository: Repository, blob: Digest) -> str | None:
     if len(naming) > _FEW:
         return None
     manifests = {*naming, *(index for image in naming for index in store.indexes(image))}
-    entries = (store.entry(manifest) for manifest in manifests)
     prefix = str(repository)
+    return _newest(store, manifests, lambda url: url.startswith((f"{prefix}:", f"{prefix}@")))
+
+
+def _newest(store: Store, manifests: Iterable[Digest], is_known: Callable[[str], bool] = bool) -> str | None:
+    """Return the newest image URL, a tag if there is one, that manifests have and `is_known` is true of."""
+    entries = (store.entry(manifest) for manifest in manifests)
     known = [
-        ("@" not in url, confirmed, url)
+        ("@" not in url, dates.confirmed, url)
         for entry in entries
         if entry is not None
-        for url, confirmed in entry.images.items()
-        if url.startswith((f"{prefix}:", f"{prefix}@"))
+        for url, dates in entry.images.items()
+        if is_known(url)
     ]
     return max(known)[-1] if known else None
+
+
+_MOST = 50
+"""Incomplete images that are told."""
+
+
+def _incomplete_images(store: Store, missing: Mapping[Digest, int]) -> Iterator[IncompleteImage]:
+    for digest in nlargest(_MOST, missing, key=lambda image: missing[image]):
+        if missing[digest]:
+            url = _newest(store, [digest, *store.indexes(digest)])
+            yield IncompleteImage(url or str(digest), str(digest), missing[digest])
 
 
 def reasons(faults: Sequence[str], links: Sequence[LinkState], incomplete: Incomplete) -> Iterator[str]:
@@ -241,6 +272,7 @@ def document(status: Status, now: datetime) -> dict[str, object]:
         "store": {"path": status.store, **asdict(status.records), **_usage(status.usage)},
         "disk": asdict(status.disk),
         "incomplete": asdict(status.incomplete),
+        "incomplete_images": [asdict(image) for image in status.incomplete_images],
         "downloads": [_with_times(download) for download in status.downloads],
         "links": [_link(link, now) for link in status.links],
         "bandwidth": asdict(status.bandwidth),

@@ -129,6 +129,11 @@ class Completion(Service):
         indexes = self._metadata.incomplete if self._metadata else 0
         return Incomplete(len(known), sum(self._missing.values()), len(self._store.undecided), indexes)
 
+    @property
+    def missing(self) -> Mapping[Digest, int]:
+        """The wanted images that lack blobs, and the number of bytes that each lacks."""
+        return self._missing
+
     def startService(self) -> None:
         """Check the whole store for missing blobs, and continue with the pending images of the last run."""
         super().startService()

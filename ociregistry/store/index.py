@@ -30,8 +30,8 @@ class Entry:
     """The part of a record that is kept in memory."""
 
     is_list: bool
-    images: Mapping[str, datetime]
-    """Image URL -> last confirmed."""
+    images: Mapping[str, Dates]
+    """Image URL -> when it was first and last confirmed."""
     blobs: Mapping[Digest, int]
     """Blob that the manifest names -> its size in bytes."""
     config: Descriptor | None = None
@@ -52,7 +52,7 @@ class Entry:
         manifest = record.manifest
         return cls(
             is_list=manifest.is_list,
-            images={url: dates.confirmed for url, dates in record.images.items()},
+            images=record.images,
             blobs=manifest.blob_sizes,
             config=manifest.config,
             children=manifest.children,
@@ -138,8 +138,8 @@ class Index:
             self._remove(digest, before)
         self.changes += 1
         self._entries[digest] = entry
-        for url, confirmed in entry.images.items():
-            insort(self._claims.setdefault(url, []), (confirmed, digest))
+        for url, dates in entry.images.items():
+            insort(self._claims.setdefault(url, []), (dates.confirmed, digest))
         for blob, size in entry.blobs.items():
             naming = self._naming.setdefault(blob, digest)
             if isinstance(naming, dict):
@@ -162,9 +162,9 @@ class Index:
 
     def _remove(self, digest: Digest, entry: Entry) -> None:
         del self._entries[digest]
-        for url, confirmed in entry.images.items():
+        for url, dates in entry.images.items():
             claims = self._claims[url]
-            del claims[bisect_left(claims, (confirmed, digest))]
+            del claims[bisect_left(claims, (dates.confirmed, digest))]
             if not claims:
                 del self._claims[url]
         for blob in entry.blobs:
@@ -189,6 +189,10 @@ class Index:
     def digests(self) -> list[Digest]:
         """The digests of all records."""
         return list(self._entries)
+
+    def entries(self) -> Mapping[Digest, Entry]:
+        """Return the entries of all records at this time, for another thread."""
+        return dict(self._entries)
 
     def counts(self) -> tuple[int, int]:
         """Return the number of indexes and the number of image manifests."""

@@ -31,6 +31,7 @@ from ociregistry.store.paths import (
     record_path,
     record_temporary,
 )
+from ociregistry.store.threads import Threads
 from ociregistry.store.workdir import PullsFolder, store_locked
 from ociregistry.strictjson import parse_json
 
@@ -382,12 +383,31 @@ class RecordFiles:
         """Read the record as `read_record` does, and tell whether `note_pull` has anything to note at time `now`."""
         return read_record(path), now - path.stat().st_mtime >= _NOTE_PULLS_EVERY
 
-    def note_pull(self, path: Path, now: float) -> None:
-        """Set the mtime of the file to `now`, the time of a pull, unless it is less than a minute old."""
-        # A read-only store still serves hits.
-        with suppress(OSError):
-            if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
-                os.utime(path, (now, now))
+
+class PullTimes:
+    """Notes when records were pulled, in threads for writing: this may wait for the disk, which must not delay a hit.
+
+    At most one thread for each record: a disk that hangs must not take them all.
+    """
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+        self._being_noted: set[Path] = set()
+
+    def note(self, path: Path, now: float) -> None:
+        """Set the mtime of the record at `path` to `now`, unless it is less than a minute old."""
+        if path not in self._being_noted:
+            self._being_noted.add(path)
+            noted = self._threads.write(note_pull, path, now)
+            noted.addBoth(lambda _: self._being_noted.discard(path))
+
+
+def note_pull(path: Path, now: float) -> None:
+    """Set the mtime of the file to `now`, the time of a pull, unless it is less than a minute old. Blocks."""
+    # A read-only store still serves hits.
+    with suppress(OSError):
+        if now - path.stat().st_mtime >= _NOTE_PULLS_EVERY:
+            os.utime(path, (now, now))
 
 
 def is_wanted(record: Record, blobs: Path) -> bool:

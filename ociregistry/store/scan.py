@@ -316,6 +316,11 @@ class IndexRefresh:
         """Stop the repeated scans."""
         self._loop.stop()
 
+    @property
+    def seen(self) -> Mapping[str, Signature]:
+        """The files of records that the last scan saw, which is not changed any more, and their signatures."""
+        return self._known
+
     def record_written(self, record: Record) -> None:
         """Take over `record`, which this process has just written."""
         path = record_path(self._root, record.manifest.digest, is_list=record.manifest.is_list)

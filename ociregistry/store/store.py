@@ -22,12 +22,13 @@ from ociregistry.store.faults import Faults
 from ociregistry.store.files import Files, is_full, reason
 from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
+from ociregistry.store.listing import Images
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import STAGED_SUFFIX, pulls_folder
 from ociregistry.store.pending import PendingImages
 from ociregistry.store.prune import Choose, Plan, prune
-from ociregistry.store.records import Dates, Record, RecordFiles, RecordInvalid
+from ociregistry.store.records import Dates, PullTimes, Record, RecordFiles, RecordInvalid
 from ociregistry.store.scan import IndexRefresh
 from ociregistry.store.space import Room, Space
 from ociregistry.store.threads import Hung, Threads
@@ -77,15 +78,15 @@ class Store(Service):
         self._space = Space(root, reserve, self._remove_partials, self._threads, clock)
         self.usage = UsageMeter(root, self._threads, clock)
         self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
+        self._pull_times = PullTimes(self._threads)
         self._index = Index(now)
         self._blobs = Blobs(root, self._threads, clock, self._index.gives)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._refresh.on_blobs_gone = self._blobs.removed
         self.faults = Faults(self._threads, self._folders, self._space, self._refresh, self._index, self._blobs)
+        self.images = Images(self._index, self._refresh, self._threads, clock, now)
         self.on_new_pulls_folder: Callable[[], object] = lambda: None
         """Called when pulls/<n>/ is another folder than before, where another program has removed or replaced it."""
-        self._being_noted: set[Path] = set()
-        """Records whose pull is being noted. At most one thread each: a disk that hangs must not take them all."""
 
     def startService(self) -> None:
         """Make the folders, read all records, and then look for changes every second.
@@ -219,21 +220,15 @@ class Store(Service):
             self._refresh.record_unreadable(path, reason(error))
             return None
         if to_note:
-            self._note_pull(path, now)
+            self._pull_times.note(path, now)
         return record
 
     def pulled(self, digest: Digest) -> None:
         """Note that the manifest `digest` was pulled now, unless the last pull was less than a minute ago."""
         entry = self._index.get(digest)
         if entry is not None:
-            self._note_pull(self._records.path(digest, is_list=entry.is_list), self._now().timestamp())
-
-    def _note_pull(self, path: Path, now: float) -> None:
-        if path not in self._being_noted:
-            # In a thread for writing: this may wait for the disk, which must not delay a hit.
-            self._being_noted.add(path)
-            noted = self._threads.write(self._records.note_pull, path, now)
-            noted.addBoth(lambda _: self._being_noted.discard(path))
+            path = self._records.path(digest, is_list=entry.is_list)
+            self._pull_times.note(path, self._now().timestamp())
 
     async def keep(
         self,

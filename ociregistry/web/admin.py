@@ -1,27 +1,36 @@
-"""The admin listener, for `/metrics` and `/status` apart from what clients reach, and the control socket's server."""
+"""The admin listener (the page, `/metrics`, `/status`), apart from what clients reach; and the control socket."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.resources import files
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IProtocolFactory, IReactorTime
 from twisted.logger import Logger
 from twisted.web.resource import IResource, Resource
 from twisted.web.server import Request, Site
+from twisted.web.template import Tag, flattenString
 
+from ociregistry.admin.images import select
 from ociregistry.admin.status import Status, document
 from ociregistry.context import Context
 from ociregistry.errors import Denied, NotFound
 from ociregistry.log import ALWAYS
+from ociregistry.names import Digest
 from ociregistry.settings import AdminListen
+from ociregistry.store.listing import Listing
+from ociregistry.web import page
 from ociregistry.web.channel import host_of
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.listeners import Listeners, ListenFailed
-from ociregistry.web.requests import Query
+from ociregistry.web.requests import Query, parse_selection
 from ociregistry.web.resource import Answer, Handler, json_answer
 from ociregistry.web.site import HandlerSite
 
@@ -33,6 +42,26 @@ _log = Logger(namespace="ociregistry.web")
 _PATIENCE = 60.0
 """Seconds; all content is in memory."""
 _NOT_STORED = {"Cache-Control": "no-store"}
+_MEDIA_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
+_PAGE_HEADERS = {
+    **_NOT_STORED,
+    "Content-Type": "text/html; charset=utf-8",
+    # Names of images and texts of errors come from outside. The template escapes them; this holds if it did not.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What the page tells of the images."""
+
+    list: Callable[[], Deferred[Listing]]
+    missing: Callable[[], Mapping[Digest, int]]
+    """The bytes that images lack."""
 
 
 def refuse_foreign_names(request: Request) -> None:
@@ -59,23 +88,64 @@ def refuse_foreign_names(request: Request) -> None:
 class AdminSite(HandlerSite):
     """The HTTP server for the operator; it only reads."""
 
-    def __init__(self, read: Callable[[], Status], probes: Mapping[str, Handler], clock: IReactorTime) -> None:
+    def __init__(
+        self, read: Callable[[], Status], images: Images, probes: Mapping[str, Handler], clock: IReactorTime
+    ) -> None:
         """Answer by the status that `read` returns, and by `probes`, whose paths are the same for clients.
 
         There is no access log: a scrape comes every few seconds.
         """
         super().__init__(probes, self._answer, _PATIENCE, clock, lambda: False, refuse_foreign_names)
         self._read = read
+        self._images = images
         self._metrics: Metrics | None = None
+        self._static = dict(_static_files())
 
     async def _answer(self, method: str, path: bytes, query: Query, context: Context) -> Answer:
+        now = datetime.now(UTC)
         match path:
             case b"/metrics":
                 metrics = self._metrics = self._metrics or _metrics(self._read)
                 return Answer(200, InMemory(metrics.text()), {"Content-Type": metrics.content_type, **_NOT_STORED})
             case b"/status":
-                return json_answer(200, document(self._read(), datetime.now(UTC)), _NOT_STORED)
-        raise NotFound(f"no such path: {path[:300].decode('latin-1')!r}; there are /metrics and /status")
+                return json_answer(200, document(self._read(), now), _NOT_STORED)
+            case b"/live":
+                return await _html(page.live(self._read(), now))
+            case b"/" | b"/images":
+                selected = select(await self._images.list(), parse_selection(query))
+                missing = self._images.missing()
+                if path == b"/images":
+                    return await _html(page.image_list(selected, missing, now))
+                static = {name: f"{name}?{one.version}" for name, one in self._static.items()}
+                return await _html(page.page(self._read(), now, selected, missing, static))
+        static_file = self._static.get(path[1:].decode("latin-1"))
+        if static_file is not None:
+            return static_file.answer
+        told = path[:300].decode("latin-1")
+        raise NotFound(f"no such path: {told!r}; there are the page at /, and /metrics and /status")
+
+
+async def _html(tag: Tag) -> Answer:
+    content = await flattenString(None, tag)
+    return Answer(200, InMemory(b"<!DOCTYPE html>" + content), _PAGE_HEADERS)
+
+
+@dataclass(frozen=True, slots=True)
+class _StaticFile:
+    """A file that the page needs; `version` is another one when its content is."""
+
+    version: str
+    answer: Answer
+
+
+def _static_files() -> Iterator[tuple[str, _StaticFile]]:
+    for file in files("ociregistry.web").joinpath("static").iterdir():
+        media_type = _MEDIA_TYPES.get(file.name.rpartition(".")[2])
+        if media_type is not None:
+            content = file.read_bytes()
+            headers = {"Content-Type": media_type, "Cache-Control": "max-age=31536000, immutable"}
+            version = hashlib.sha256(content).hexdigest()[:12]
+            yield file.name, _StaticFile(version, Answer(200, InMemory(content), headers))
 
 
 def _metrics(read: Callable[[], Status]) -> Metrics:

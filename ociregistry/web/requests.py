@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
+from ociregistry.admin.images import Selection
 from ociregistry.errors import MethodUnsupported, NameInvalid, NotFound, PageInvalid, RangeUnsatisfiable, Unsupported
 from ociregistry.names import Digest, ImageReference, Repository, Upstream, parse_reference
 from ociregistry.upstream.paging import PageRequest, parse_page_query
@@ -149,6 +150,11 @@ def parse_request(path: bytes, query: Query, default: Upstream) -> Request:
 def namespace(query: Query) -> str:
     """Return the query parameter `ns` as sent, or the empty string."""
     return _one(query, b"ns")
+
+
+def parse_selection(query: Query) -> Selection:
+    """Parse which images the page for the operator shows; anything that is wrong counts as not given."""
+    return Selection.parse(_one(query, b"search"), _one(query, b"sort"), _one(query, b"page"))
 
 
 def _decode(path: bytes) -> str:

@@ -52,6 +52,7 @@ def test_installation_starts_and_enables_the_service(installation: Installation)
     assert machine.says("systemctl is-active ociregistry") == "active"
     assert machine.says("systemctl is-enabled ociregistry") == "enabled"
     assert installation.status(f"{DAEMON}/v2/") == "200"
+    assert [installation.status(f"http://localhost:8081/{path}") for path in ("", "page.js")] == ["200", "200"]
     assert machine.says(f"stat -c '%U:%G %a' {CONFIG}") == "root:ociregistry 640"
     assert machine.says(f"stat -c '%U:%G %a' {STORE}") == "ociregistry:ociregistry 750"
     assert machine.shows("ociregistry", "WatchdogUSec") == "30s"

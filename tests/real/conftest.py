@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.browser import Browser
 from tests.images import MIB, Image, Index, make_image, make_index
 from tests.peers import Containerd, DockerRegistry, missing_package, skopeo_copy
 from tests.processes import Daemon
@@ -88,6 +89,22 @@ def skopeo() -> Callable[..., None]:
     """`skopeo_copy`."""
     _need("skopeo")
     return skopeo_copy
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser for all tests of a file."""
+    _need("chromium", "chromedriver", "pngquant")
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def scriptless() -> Iterator[Browser]:
+    """A browser whose settings forbid scripts, for all tests of a file."""
+    _need("chromium", "chromedriver")
+    with Browser(scripts=False) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="session")

@@ -58,9 +58,11 @@ class Installed(Server):
     """The daemon of an environment."""
 
     def __init__(self, environment: Environment, folder: Path) -> None:
-        self._port = free_port()
-        listen = ["--image-path", str(folder / "store"), "--listen", f"tcp:{self._port}:interface=127.0.0.1"]
-        super().__init__(environment.argv("twistd", "-n", "--pidfile=", "ociregistry", *listen), folder / "log")
+        self._port, admin = free_port(), free_port()
+        self.page = f"http://127.0.0.1:{admin}/"
+        options = ["--image-path", str(folder / "store"), "--listen", f"tcp:{self._port}:interface=127.0.0.1"]
+        options += ["--admin-listen", f"tcp:{admin}:interface=127.0.0.1"]
+        super().__init__(environment.argv("twistd", "-n", "--pidfile=", "ociregistry", *options), folder / "log")
 
     def ready(self) -> bool:
         """Whether it answers."""
@@ -82,8 +84,8 @@ def test_pip_installation_works_and_uninstalls_cleanly(
     assert environment.run("ociregistry", "check", "--default-ns", "quay.io") == environment.run(
         "twistd", "ociregistry", "check", "--default-ns", "quay.io"
     )
-    with Installed(environment, tmp_path):
-        pass
+    with Installed(environment, tmp_path) as daemon:
+        assert all(answers(f"{daemon.page}{path}") for path in ("", "page.css", "page.js", "icon.svg"))
     plugins = environment.plugins()
     assert {"__init__.py", "ociregistry_plugin.py"} <= plugins
     environment.run("pip", "uninstall", "--quiet", "--yes", "ociregistry")

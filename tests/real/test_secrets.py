@@ -1,4 +1,4 @@
-"""A secret appears nowhere: not in logs, errors, metrics, the output of commands, the process table, or the store."""
+"""A secret appears nowhere: not in logs, errors, metrics, pages, output of commands, process table, or the store."""
 
 from __future__ import annotations
 
@@ -186,10 +186,10 @@ def test_no_secret_appears_anywhere(
         "the command line": Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes(),
         "the helper's command line": (setup.folder / "helper-command-line").read_bytes(),
     }
-    told = {path: fetch(f"http://127.0.0.1:{admin}{path}") for path in ("/metrics", "/status", "/nothing")}
-    assert [answer.status for answer in told.values()] == [200, 200, 404]
+    told = {path: fetch(f"http://127.0.0.1:{admin}{path}") for path in ("/metrics", "/status", "/", "/nothing")}
+    assert [answer.status for answer in told.values()] == [200, 200, 200, 404]
     # The links to all of them are told, and why some are down.
-    for path in ("/metrics", "/status"):
+    for path in ("/metrics", "/status", "/"):
         assert all(host.encode() in told[path].body for host in hosts)
     places |= {path: answer.body + bytes(answer.headers) for path, answer in told.items()}
     places |= {f"the answer for {what}": answer.body + bytes(answer.headers) for what, answer in answers.items()}

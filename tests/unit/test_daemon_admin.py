@@ -1,8 +1,10 @@
-"""The admin listener: metrics and status by GET and HEAD, and nothing else; it stops last."""
+"""The admin listener: the page, metrics and status by GET and HEAD, and nothing else; it stops last."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -70,7 +72,73 @@ async def test_metrics_and_status_are_served(
     assert len(told["listeners"]) == 1
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/status"])
+PAGES = ["/", "/?search=a&sort=-size", "/live", "/images"]
+FILES = ["/page.css", "/page.js", "/icon.svg"]
+
+
+@pytest.mark.parametrize("path", PAGES)
+@on_reactor
+async def test_pages_have_a_strict_policy(
+    daemons: Daemons, network: Network, events: list[LogEvent], path: str
+) -> None:
+    daemons.start(*ANYWHERE)
+    answer = await ask(network, events, path)
+    assert (answer.status, answer.header("content-type")) == (200, "text/html; charset=utf-8")
+    assert answer.header("content-security-policy") == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    )
+    assert answer.header("referrer-policy") == "no-referrer"
+    assert answer.header("x-content-type-options") == "nosniff"
+    assert answer.header("cache-control") == "no-store"
+    assert (await answer.collect(100_000)).startswith(b"<!DOCTYPE html><")
+
+
+@on_reactor
+async def test_page_names_its_files(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+    """With what tells another version, so that browsers may keep them."""
+    daemons.start(*ANYWHERE)
+    text = (await (await ask(network, events, "/")).collect(100_000)).decode()
+    named = re.findall(r'(?:src|href)="([a-z.]+\?[0-9a-f]+)"', text)
+    assert sorted(f"/{name.partition('?')[0]}" for name in named) == sorted(FILES)
+    types = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
+    for name in named:
+        answer = await ask(network, events, f"/{name}")
+        content = await answer.collect(100_000)
+        assert (answer.status, answer.header("content-type")) == (
+            200,
+            types[name.partition("?")[0].rpartition(".")[2]],
+        )
+        assert answer.header("cache-control") == "max-age=31536000, immutable"
+        assert hashlib.sha256(content).hexdigest().startswith(name.partition("?")[2])
+
+
+@on_reactor
+async def test_page_shows_what_is_pulled(
+    daemons: Daemons, network: Network, events: list[LogEvent], upstream: ScriptedRegistry
+) -> None:
+    upstream.add("team/app", BUILT, "1")
+    daemons.start("--default-ns", upstream.host, "--no-complete-images", *ANYWHERE)
+    await (await get(network, events, "/v2/team/app/manifests/1")).collect(10_000)
+    url = f"{upstream.host}/team/app:1".encode()
+    for path, there in (
+        ("/images", True),
+        ("/", True),
+        ("/images?search=app:1", True),
+        ("/images?search=app:2", False),
+    ):
+        text = await (await ask(network, events, path)).collect(100_000)
+        assert (url in text) == there
+    # It lacks its layers.
+    text = await (await ask(network, events, "/live")).collect(100_000)
+    assert url in text
+    assert b"1 image lacks" in text
+    (image,) = (await status(network, events))["incomplete_images"]
+    size = sum(len(blob.data) for blob in BUILT.blobs)
+    assert image == {"image": url.decode(), "digest": BUILT.manifest.digest, "bytes": size}
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/status", *PAGES, *FILES])
 @on_reactor
 async def test_head_is_get_without_content(
     daemons: Daemons, network: Network, events: list[LogEvent], path: str
@@ -88,12 +156,25 @@ async def test_other_methods_are_refused(
     daemons: Daemons, network: Network, events: list[LogEvent], method: str
 ) -> None:
     daemons.start(*ANYWHERE)
-    for path in ("/metrics", "/status", "/v2/"):
+    for path in ("/metrics", "/status", "/v2/", *PAGES, *FILES):
         assert (await ask(network, events, path, method)).status == 405
 
 
 @pytest.mark.parametrize(
-    "path", ["/v2/", "/v2/team/app/manifests/1", "/health", "/", "/metrics/", "/status/x", "/x/metrics", "//metrics"]
+    "path",
+    [
+        "/v2/",
+        "/v2/team/app/manifests/1",
+        "/health",
+        "/live/",
+        "/page.html",
+        "/metrics/",
+        "/status/x",
+        "/x/metrics",
+        "//metrics",
+        "/../page.css",
+        "/%70age.css",
+    ],
 )
 @on_reactor
 async def test_other_paths_are_404(daemons: Daemons, network: Network, events: list[LogEvent], path: str) -> None:
@@ -131,7 +212,7 @@ async def ask_as(events: list[LogEvent], host: str | None, path: str) -> int:
     return int(received.split()[1])
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/status", "/livez", "/nothing"])
+@pytest.mark.parametrize("path", ["/", "/metrics", "/status", "/livez", "/nothing"])
 @on_reactor
 async def test_name_that_leads_to_loopback_is_refused(daemons: Daemons, events: list[LogEvent], path: str) -> None:
     daemons.start(*ANYWHERE)
@@ -144,7 +225,7 @@ async def test_name_that_leads_to_loopback_is_refused(daemons: Daemons, events: 
 @on_reactor
 async def test_registry_has_no_admin_paths(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
     daemons.start(*ANYWHERE)
-    for path in ("/metrics", "/status"):
+    for path in ("/metrics", "/status", *PAGES, *FILES):
         assert (await get(network, events, path)).status == 404
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.index import Entry, Index
-from ociregistry.store.records import Record
+from ociregistry.store.records import Dates, Record
 from tests.images import make_image, make_index
 from tests.unit.support.common import HUB, image, manifest
 from tests.unit.support.stores import calls_of
@@ -28,7 +28,8 @@ def repository(name: str) -> Repository:
 
 def entry(images: Mapping[str, int], blobs: Mapping[Digest, int] | None = None, *, is_list: bool = False) -> Entry:
     """Return an entry whose image URLs were confirmed this many seconds after the start."""
-    return Entry(is_list, {url: START + timedelta(seconds=at) for url, at in images.items()}, blobs or {})
+    times = {url: START + timedelta(seconds=at) for url, at in images.items()}
+    return Entry(is_list, {url: Dates(at, at) for url, at in times.items()}, blobs or {})
 
 
 def test_entry_of_a_record() -> None:
@@ -37,7 +38,8 @@ def test_entry_of_a_record() -> None:
     record = Record(manifest(built), {}).confirm(image(url), START)
     made = Entry.of(record)
     sizes = {Digest(blob.digest): len(blob.data) for blob in built.blobs}
-    assert made == Entry(False, {url: START}, sizes, manifest(built).config, media_type=manifest(built).media_type)
+    dates = {url: Dates(START, START)}
+    assert made == Entry(False, dates, sizes, manifest(built).config, media_type=manifest(built).media_type)
     assert made.layers == {Digest(layer.digest) for layer in built.layers}
     listed = manifest(make_index("indexed"))
     assert Entry.of(Record(listed, {})) == Entry(True, {}, {}, children=listed.children, media_type=listed.media_type)

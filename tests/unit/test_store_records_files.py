@@ -16,7 +16,7 @@ import pytest
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, RecordInvalid, read_record
+from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, RecordInvalid, note_pull, read_record
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest
@@ -147,7 +147,7 @@ def test_pull_time_is_updated_once_a_minute(records: RecordFiles) -> None:
     path = records.path(IMAGE.digest, is_list=False)
     os.utime(path, (1000, 1000))
     for now, noted in ((1059.9, 1000), (1060.0, 1060), (1100.0, 1060), (1120.0, 1120), (1000.0, 1120)):
-        records.note_pull(path, now)
+        note_pull(path, now)
         assert path.stat().st_mtime == noted
 
 
@@ -158,7 +158,7 @@ def test_read_only_store_is_no_error(records: RecordFiles, monkeypatch: pytest.M
         raise PermissionError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(os, "utime", fail)
-    records.note_pull(records.path(IMAGE.digest, is_list=False), 1e11)
+    note_pull(records.path(IMAGE.digest, is_list=False), 1e11)
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path, open_records: Open) -> None:

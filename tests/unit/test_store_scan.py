@@ -21,7 +21,7 @@ import ociregistry.store.scan
 from ociregistry.manifests import Manifest
 from ociregistry.names import ImageReference
 from ociregistry.store.files import Files
-from ociregistry.store.records import Confirmation, Record, RecordFiles, read_record
+from ociregistry.store.records import Confirmation, Dates, Record, RecordFiles, read_record
 from ociregistry.store.scan import UNREAD, ForeignFiles, ScanResult, Signature, collection_paused, scan_changes
 from ociregistry.store.workdir import PullsFolder
 from tests.images import make_image, make_index
@@ -112,7 +112,7 @@ def test_scan_finds_changed_records(
     # The length stays the same: one single-letter tag is replaced by another.
     write(path, Record(IMAGE, {"docker.io/library/nginx:2": record.images[str(NGINX)]}).render())
     changed = scanned(tmp_path, known)
-    assert changed.read[str(path)].images == {"docker.io/library/nginx:2": NOW}
+    assert changed.read[str(path)].images == {"docker.io/library/nginx:2": Dates(NOW, NOW)}
     assert scanned(tmp_path, changed).read == {}
 
 

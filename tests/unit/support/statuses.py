@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ociregistry.admin.metrics import Metrics
 from ociregistry.admin.requests import Requests
-from ociregistry.admin.status import DownloadState, IncompleteState, Status
+from ociregistry.admin.status import DownloadState, IncompleteImage, IncompleteState, Status
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.space import Room
@@ -36,6 +36,7 @@ STATUS = Status(
     usage=Usage(bytes=1234, blobs=8),
     disk=Room(size=100, free=10, reserve=7, full=False),
     incomplete=IncompleteState(images=4, bytes=5, pending=1, indexes=6),
+    incomplete_images=(IncompleteImage("reg.example/app:1", "sha256:11", 5),),
     downloads=(PULLED, replace(PULLED, clients=0), replace(PULLED, clients=0, size=None)),
     links=(
         LinkState("reg.example:443", True, True, 9.0, "", None),
