@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from ociregistry.admin.metrics import DEFINITIONS
 from tests.client import fetch
+from tests.documents import blocks
 from tests.peers import Prometheus, missing_package
 from tests.processes import Daemon, free_port, run, wait_until
 from tests.real.caches import daemon_in
@@ -27,6 +29,9 @@ DASHBOARD: Mapping[str, Any] = json.loads((CHARTS / "dashboards" / "ociregistry.
 PANELS: Mapping[str, Mapping[str, Any]] = {
     panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"
 }
+PAGE = CHARTS.parent / "docs" / "watching.md"
+DOCUMENTED = next(yaml.safe_load(block.text) for block in blocks(PAGE) if block.language == "yaml")
+"""The configuration of Prometheus in the documentation."""
 INSTANCES = "label_values(ociregistry_build_info, instance)"
 _SOON = 30.0
 
@@ -82,7 +87,9 @@ class Watched:
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """A daemon that nothing was asked of, scraped often enough for rates."""
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
-    scrape = {"job_name": "ociregistry", "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+    (scrape,) = DOCUMENTED["scrape_configs"]
+    assert scrape["static_configs"] == [{"targets": ["localhost:8081"]}]
+    scrape = {**scrape, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
     with (
         ScriptedRegistry() as upstream,
         daemon_in(folder, upstream, "--admin-listen", f"tcp:{port}:interface=127.0.0.1") as daemon,
@@ -123,6 +130,18 @@ def test_each_alert_says_what_to_do() -> None:
         for text in rule["annotations"].values():
             assert re.fullmatch(r"\S.*\.", text), rule["alert"]
             assert "://" not in text
+
+
+def test_each_alert_is_documented() -> None:
+    listed = re.findall(r"^\| `(OCI\w+)` \| (\w+) \|", PAGE.read_text(), re.MULTILINE)
+    assert listed == [(rule["alert"], rule["labels"]["severity"]) for rule in rules()]
+
+
+def test_documented_configuration_is_valid(tmp_path: Path) -> None:
+    """The alerts have the name that it gives them."""
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(DOCUMENTED))
+    shutil.copy(ALERTS, tmp_path / DOCUMENTED["rule_files"][0])
+    run(["promtool", "check", "config", str(tmp_path / "prometheus.yml")])
 
 
 def test_no_alert_fires_for_a_fresh_daemon(watched: Watched) -> None:
