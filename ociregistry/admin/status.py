@@ -90,6 +90,8 @@ class Status:
     """Answered requests since the start: the counters themselves, which go on counting."""
     errors: Sequence[LoggedError]
     """The last failures that were logged, the oldest first."""
+    faults: Sequence[str] = ()
+    """Those of the reasons that are faults of the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +138,12 @@ class StatusReader:
 
     def read(self) -> Status:
         """Return the status at this time."""
-        links, incomplete = self._network.links, self._incomplete()
+        links, incomplete, faults = self._network.links, self._incomplete(), self._store.faults.sentences
         return Status(
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
-            reasons=tuple(reasons(self._store.faults.sentences, links, incomplete)),
+            reasons=tuple(reasons(faults, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             store=self._path,
             records=self._store.counts,
@@ -157,6 +159,7 @@ class StatusReader:
             in_flight=self._server.in_flight(),
             requests=self._server.requests,
             errors=self._errors.errors,
+            faults=tuple(faults),
         )
 
     def _incomplete(self) -> IncompleteState:
