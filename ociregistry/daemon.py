@@ -25,6 +25,7 @@ from ociregistry.admin.errors import RecentErrors
 from ociregistry.admin.rates import Rates
 from ociregistry.admin.status import Server, StatusReader
 from ociregistry.composition import make_store, put_together, stop_in_turn
+from ociregistry.config.files import FileWatcher
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
@@ -73,6 +74,7 @@ class Daemon(MultiService):
         super().__init__()
         self._settings = settings
         self._load = load
+        self._files = settings.files
         self._reactor = reactor
         self._twistd_options = twistd_options
         self._started = datetime.now(UTC)
@@ -151,7 +153,8 @@ class Daemon(MultiService):
         self._control = ControlListener(self._store, ControlSite(self._site, admin), reactor)
         preloading = [self._preloader] if self._preloader is not None else []
         working = [self._network, parts.cache, self._completion, demand, *preloading, self._maintenance, rates]
-        for service in (self._listeners, self._admin, self._store, self._control, *working):
+        watcher = FileWatcher(lambda: self._files, self.reload, reactor, reactor)
+        for service in (self._listeners, self._admin, self._store, self._control, *working, watcher):
             service.setServiceParent(self)
 
     def _preload(self, settings: Settings, background: BackgroundFetcher) -> Preloader | None:
@@ -243,8 +246,10 @@ class Daemon(MultiService):
         try:
             settings = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._load)
         except ConfigInvalid as error:
+            self._files = error.files
             _log.error("reload failed, settings unchanged: {why}", why=error)
             return
+        self._files = settings.files
         self._reconfigure(settings)
 
     def _reconfigure(self, settings: Settings) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from ociregistry.config.file import Config, PruneSettings, VerifySettings, Window, parse_rate, read_config
+from ociregistry.config.files import Files, Versions
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.proxy import ProxySettings, read_environment
 from ociregistry.config.registries import RegistrySettings
@@ -94,6 +95,8 @@ class Settings:
     """TLS towards clients; None for plain HTTP."""
     warnings: tuple[str, ...]
     """Messages about settings that are valid but probably a mistake."""
+    files: Versions = field(compare=False)
+    """The files that the settings were read from."""
 
     @property
     def machine(self) -> Platform:
@@ -262,7 +265,21 @@ def load_settings(
     Raises:
         ConfigInvalid: a value is invalid; the message names the option, the file with line and key, or the variable.
     """
-    config = read_config(config_path, {option.key for option in OPTIONS}) if config_path else Config(Path())
+    files = Files()
+    try:
+        return _settings(given, listen, config_path, environment, files)
+    except ConfigInvalid as error:
+        raise ConfigInvalid(str(error), files.versions) from None
+
+
+def _settings(
+    given: Mapping[str, str],
+    listen: tuple[str, ...],
+    config_path: Path | None,
+    environment: Mapping[str, str],
+    files: Files,
+) -> Settings:
+    config = read_config(config_path, {option.key for option in OPTIONS}, files) if config_path else Config(Path())
     values: dict[str, object] = {}
     for option in OPTIONS:
         if option.key in given:
@@ -301,6 +318,7 @@ def load_settings(
         verify=config.verify,
         tls=config.tls,
         warnings=config.warnings + warnings,
+        files=files.versions,
     )
 
 

@@ -44,14 +44,7 @@ closed last, and `stopping` is true meanwhile.
 
 ## Prometheus
 
-```yaml
-scrape_configs:
-  - job_name: ociregistry
-    static_configs:
-      - targets: ["localhost:8081"]
-```
-
-On another machine, or in a cluster, it needs an address that it can reach, such as `--admin-listen tcp:8081`.
+[Watching it](watching.md#prometheus-and-grafana) has its configuration, the alerts, and a dashboard for Grafana.
 
 Names of upstreams are values of labels only for those that are configured, and for a bounded number of others,
 since clients may ask for any name. A request is counted when its answer has ended; requests that are no valid HTTP

@@ -114,6 +114,11 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         _one(lambda s: bool(s.reasons)),
     ),
     Definition(
+        "ociregistry_store_faults",
+        "Reasons for which the store does not work as promised, as /health tells them.",
+        _one(lambda s: len(s.faults)),
+    ),
+    Definition(
         "ociregistry_requests_total",
         "Answered requests. The kind is manifest, blob or other; the outcome hit, miss, none (the cache is not "
         "involved), 4xx or 5xx.",

@@ -107,6 +107,8 @@ class Status:
     """Answered requests since the start: the counters themselves, which go on counting."""
     errors: Sequence[LoggedError]
     """The last failures that were logged, the oldest first."""
+    faults: Sequence[str] = ()
+    """Those of the reasons that are faults of the store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +157,13 @@ class StatusReader:
 
     def read(self) -> Status:
         """Return the status at this time."""
-        links = self._network.links
+        links, faults = self._network.links, self._store.faults.sentences
         incomplete = self._incomplete(links)
         return Status(
             version=__version__,
             started=self._started,
             stopping=self._server.stopping(),
-            reasons=tuple(reasons(self._store.faults.sentences, links, incomplete)),
+            reasons=tuple(reasons(faults, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             air_gapped=self._air_gapped,
             store=self._path,
@@ -179,6 +181,7 @@ class StatusReader:
             in_flight=self._server.in_flight(),
             requests=self._server.requests,
             errors=self._errors.errors,
+            faults=tuple(faults),
         )
 
     def _incomplete(self, links: Sequence[LinkState]) -> IncompleteState:

@@ -12,6 +12,7 @@ from datetime import time, timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from ociregistry.config.files import Files
 from ociregistry.config.nodes import Node
 from ociregistry.config.proxy import Proxies, read_proxies
 from ociregistry.config.registries import RegistrySettings, read_registries
@@ -207,13 +208,13 @@ class Config:
     """Messages about settings that are valid but probably a mistake."""
 
 
-def read_config(path: Path, options: Set[str]) -> Config:
-    """Read the configuration file at `path`; `options` are the keys of command-line options.
+def read_config(path: Path, options: Set[str], files: Files) -> Config:
+    """Read the configuration file at `path`, and by `files` what it names; `options` are the keys of options.
 
     Raises:
         ConfigInvalid: the file cannot be read, a key is unknown, or a value is invalid.
     """
-    root = Node.read(path)
+    root = Node.read(path, files)
     if root.is_list:
         registries, warnings = read_registries(root)
         return Config(path, registries=registries, warnings=warnings)

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
+
+from ociregistry.config.files import Files, Versions
 
 
 class ConfigInvalid(Exception):
     """A setting is invalid; the message says where it was set and what is wrong with it."""
 
+    def __init__(self, message: str, files: Versions = MappingProxyType({})) -> None:
+        """`files` are those that were read until then."""
+        super().__init__(message)
+        self.files = files
+
 
 class Node:
     """A value in the file `path`; errors call it `key`."""
 
-    def __init__(self, path: Path, node: yaml.Node | None, key: str = "") -> None:
-        """Wrap a YAML node, None for an empty file."""
+    def __init__(self, files: Files, path: Path, node: yaml.Node | None, key: str = "") -> None:
+        """Wrap a YAML node, None for an empty file; the files that it names are read by `files`."""
+        self._files = files
         self._path = path
         self._node = node
         self._key = key
 
     @classmethod
-    def read(cls, path: Path) -> Node:
+    def read(cls, path: Path, files: Files) -> Node:
         """Read and parse a file.
 
         Raises:
             ConfigInvalid: it cannot be read, is not UTF-8, or is not YAML.
         """
         try:
-            return cls(path, yaml.compose(_read(path).decode("utf-8"), Loader=yaml.SafeLoader))
+            return cls(files, path, yaml.compose(files.read(path).decode("utf-8"), Loader=yaml.SafeLoader))
         except OSError as error:
             raise ConfigInvalid(f"{path}: cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
@@ -92,13 +100,13 @@ class Node:
             raise self.error("a mapping is expected")
         found: dict[str, Node] = {}
         for key_node, value in self._node.value:
-            key = Node(self._path, key_node, "a key").text()
-            at = Node(self._path, key_node, below + key)
+            key = Node(self._files, self._path, key_node, "a key").text()
+            at = Node(self._files, self._path, key_node, below + key)
             if key not in known:
                 raise at.error("unknown key")
             if key in found:
                 raise at.error("duplicate key")
-            found[key] = Node(self._path, value, below + key)
+            found[key] = Node(self._files, self._path, value, below + key)
         return {key: node for key, node in found.items() if not node.is_absent}
 
     def items(self) -> list[Node]:
@@ -111,7 +119,7 @@ class Node:
             return []
         if not isinstance(self._node, yaml.SequenceNode):
             raise self.error("a list is expected")
-        return [Node(self._path, node, self._key) for node in self._node.value]
+        return [Node(self._files, self._path, node, self._key) for node in self._node.value]
 
     def text(self) -> str:
         """Return a scalar as written.
@@ -164,16 +172,9 @@ class Node:
         """
         path = self.path()
         try:
-            return _read(path)
+            return self._files.read(path)
         except (OSError, ValueError) as error:
             raise self.error(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
-
-
-def _read(path: Path) -> bytes:
-    if path.exists() and not path.is_file() and not path.is_dir():
-        # Reading a pipe blocks until another process writes to it; at a reload that may be never.
-        raise OSError(errno.EINVAL, "not a regular file")
-    return path.read_bytes()
 
 
 def _printable(text: str) -> str:

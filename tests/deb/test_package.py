@@ -88,6 +88,22 @@ def test_reload_applies_changed_upstream_entry(installation: Installation) -> No
     assert installation.machine.says("systemctl is-active ociregistry") == "active"
 
 
+def test_changed_configuration_takes_effect_without_a_reload(installation: Installation) -> None:
+    """systemd, which the daemon tells of it, goes on as before."""
+    machine = installation.machine
+    process = machine.shows("ociregistry", "MainPID")
+
+    def reloads() -> int:
+        return machine.says("journalctl --unit ociregistry --no-pager").count("settings reloaded")
+
+    before = reloads()
+    with machine.path(CONFIG).open("a") as config:
+        config.write("# changed\n")
+    wait_until(lambda: reloads() > before, _SOON, "the change is noticed")
+    wait_until(lambda: machine.says("systemctl is-active ociregistry") == "active", _SOON, "it is active again")
+    assert machine.shows("ociregistry", "MainPID") == process
+
+
 def test_containerd_pulls_by_cri_with_and_without_the_upstream(installation: Installation) -> None:
     """Pull through the CRI plugin, as a kubelet does. Only the unit knows the authority of the upstream."""
     assert "certificate" in installation.pull(), "only the unit knows the authority"

@@ -7,15 +7,16 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.client import fetch
+from tests.client import ask, connect, fetch
 from tests.namespaces import Namespace, NamespacedDaemon
+from tests.peers import Prometheus, missing_package
 from tests.processes import Daemon, free_port, wait_until
 from tests.real.caches import SOON, Cache, daemon_in, plain_image, short_body
 from tests.upstream import ScriptedRegistry
@@ -68,6 +69,24 @@ def watched(tmp_path: Path) -> Iterator[tuple[Cache, Operator]]:
         yield Cache(daemon, upstream), Operator(port)
 
 
+@contextmanager
+def scraping(folder: Path, operator: Operator) -> Iterator[Prometheus]:
+    """Run a Prometheus that has scraped the daemon once at least."""
+    if package := missing_package("prometheus"):
+        pytest.fail(f"a peer is missing: apt-get install {package}", pytrace=False)
+    target = operator.url.removeprefix("http://")
+    with Prometheus(folder, {"job_name": "ociregistry", "static_configs": [{"targets": [target]}]}) as prometheus:
+        wait_until(lambda: prometheus.query("up == 1"), SOON, "a scrape")
+        yield prometheus
+
+
+def recorded(prometheus: Prometheus, name: str) -> Counted:
+    """Return what `Operator.counted` does, as the API of Prometheus has it."""
+    own = ("__name__", "instance", "job")
+    found = prometheus.query(f"{name} != 0")
+    return {tuple(value for label, value in labels if label not in own): count for labels, count in found.items()}
+
+
 def leave_early(cache: Cache, path: str, size: int) -> None:
     """Request a path, read so many bytes of the content, and reset the connection."""
     with socket.create_connection(("127.0.0.1", cache.daemon.port), timeout=SOON) as client:
@@ -80,8 +99,11 @@ def leave_early(cache: Cache, path: str, size: int) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def test_counters_tell_what_clients_did(watched: tuple[Cache, Operator]) -> None:
-    """Misses, hits by both ways, HEAD, parts, errors, an answer that the daemon cuts, one that its client cuts."""
+def test_counters_tell_what_clients_did(watched: tuple[Cache, Operator], tmp_path: Path) -> None:
+    """Misses, hits by both ways, HEAD, parts, errors, an answer that the daemon cuts, one that its client cuts.
+
+    So a scrape says, and so does a Prometheus that has scraped.
+    """
     cache, operator = watched
     image, faulty, left = (plain_image(f"metrics {name}", SIZE) for name in ("whole", "faulty", "left"))
     for repository, what in ((WHOLE, image), (FAULTY, faulty), (LEFT, left)):
@@ -149,14 +171,52 @@ def test_counters_tell_what_clients_did(watched: tuple[Cache, Operator]) -> None
     assert counts == answers + Counter(looks)
     assert sizes == sent + Counter(looked)
     timed = {key: count for key, count in counts.items() if key[1] in ("hit", "miss")}
-    for name in ("first_byte", "request_duration"):
-        assert operator.counted(f"ociregistry_{name}_seconds_count") == timed
+    times = [f"ociregistry_{name}_seconds_count" for name in ("first_byte", "request_duration")]
+    for name in times:
+        assert operator.counted(name) == timed
     arrived = sum(request.sent for request in cache.upstream.requests)
     assert operator.counted(RECEIVED) == {(cache.upstream.host,): arrived}
+    with scraping(tmp_path / "prometheus", operator) as prometheus:
+        for name in (REQUESTS, SENT, CUT, RECEIVED, *times):
+            assert recorded(prometheus, name) == operator.counted(name)
     told = operator.status()
     assert {(row["kind"], row["outcome"]): row["answers"] for row in told["requests"] if row["answers"]} == counts
     assert told["received_bytes"] == {"docker.io": 0, "other": 0, cache.upstream.host: arrived}
     assert told["store"]["images"] == operator.scrape()["ociregistry_records"][("kind", "image"),] == 3
+
+
+def test_names_that_clients_make_up_leave_few_labels(tmp_path: Path) -> None:
+    """Each of them is that of a registry which delivers a manifest. (10,000 of them take minutes: same result.)"""
+    names = 200
+    images = [plain_image(f"labels {number}", 10) for number in range(20)]
+    with Namespace("labels") as namespace, ExitStack() as stack:
+        namespace.ip("route", "add", "local", "10.80.0.0/16", "dev", "lo")
+        upstream = stack.enter_context(namespace.call(lambda: ScriptedRegistry(address="0.0.0.0")))
+        for number, image in enumerate(images):
+            upstream.add(f"labels/{number}", image, "1")
+        endpoint = "tcp:8081:interface=127.0.0.1"
+        daemon = stack.enter_context(
+            NamespacedDaemon(namespace, tmp_path, None, "--no-complete-images", "--admin-listen", endpoint)
+        )
+
+        def ask_all() -> None:
+            with closing(connect(daemon.url)) as connection:
+                for number in range(names):
+                    ns = f"10.80.{number // 250}.{number % 250 + 1}:{upstream.port}"
+                    url = f"{daemon.url}/v2/labels/{number % len(images)}/manifests/1?ns={ns}"
+                    assert ask(connection, url).body == images[number % len(images)].manifest.data
+
+        namespace.call(ask_all)
+        found = namespace.call(Operator(8081).scrape)
+    values: dict[str, set[str]] = {}
+    for samples in found.values():
+        for labels in samples:
+            for label, value in labels:
+                values.setdefault(label, set()).add(value)
+    assert max(map(len, values.values())) <= 60
+    assert len(values["upstream"]) == len({"docker.io", "other"}) + 50
+    assert len(values["host"]) == 50
+    assert sum(found[RECEIVED].values()) == sum(request.sent for request in upstream.requests)
 
 
 def test_second_daemon_at_the_default_address_goes_on(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import ssl
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.certificates import Authority
-from tests.client import fetch
+from tests.client import ask, connect, fetch
 from tests.images import Image, make_image
 from tests.peers import Containerd
 from tests.processes import Daemon, free_port, wait_until
@@ -124,6 +125,20 @@ def test_renewed_certificate_is_served_after_sighup(tmp_path: Path, authority: A
         wait_until(lambda: "reload failed, settings unchanged" in daemon.log, SOON, "the refusal")
         assert ssl.get_server_certificate(address) == second
         assert json.loads(fetch(f"{daemon.url}/health", tls=daemon.context).body)["status"] == "ok"
+
+
+def test_renewed_certificate_is_served_without_a_signal(tmp_path: Path, authority: Authority) -> None:
+    """A connection that is open goes on."""
+    settings = identity(authority)
+    with SecureDaemon(tmp_path, authority.client_context(), settings=settings) as daemon:
+        address = ("127.0.0.1", daemon.port)
+        first = ssl.get_server_certificate(address)
+        with closing(connect(daemon.url, tls=daemon.context)) as opened:
+            assert ask(opened, f"{daemon.url}/livez").status == 200
+            authority.issue("127.0.0.1")  # replaces the old files
+            wait_until(lambda: ssl.get_server_certificate(address) != first, 3 * SOON, "the new certificate")
+            assert ask(opened, f"{daemon.url}/livez").status == 200
+        assert fetch(f"{daemon.url}/livez", tls=daemon.context).status == 200
 
 
 def test_containerd_pulls_over_mutual_tls(

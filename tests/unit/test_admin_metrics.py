@@ -19,7 +19,9 @@ from tests.unit.support.statuses import STARTED, STATUS, Samples, samples, scrap
 
 RECEIVED = "ociregistry_received_bytes_total"
 UNITS = ("_total", "_bytes", "_seconds", "_bytes_per_second", "_info")
-UNITLESS = re.compile("_(?:degraded|in_flight|downloads|records|blobs|images|indexes|disk_full|link_up|links|files)$")
+UNITLESS = re.compile(
+    "_(?:degraded|in_flight|downloads|records|blobs|images|indexes|disk_full|link_up|links|files|faults)$"
+)
 
 
 def test_names_follow_the_conventions() -> None:
@@ -94,7 +96,8 @@ def test_what_is_not_there_has_no_sample() -> None:
 
 
 def test_fault_is_told() -> None:
-    assert scraped(reasons=("the disk is full",))["ociregistry_degraded", ()] == 1
+    found = scraped(reasons=("the disk is full", "a link is down"), faults=("the disk is full",))
+    assert (found["ociregistry_degraded", ()], found["ociregistry_store_faults", ()]) == (1, 1)
 
 
 def test_requests_and_histograms() -> None:

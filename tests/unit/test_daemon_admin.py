@@ -138,6 +138,13 @@ async def test_page_shows_what_is_pulled(
     assert image == {"image": url.decode(), "digest": BUILT.manifest.digest, "bytes": size}
 
 
+@on_reactor
+async def test_fault_of_the_store_is_counted(daemons: Daemons, network: Network, events: list[LogEvent]) -> None:
+    daemons.start(*ANYWHERE, "--reserve", "100000TB")
+    found = samples(await (await ask(network, events, "/metrics")).collect(1_000_000))
+    assert (found["ociregistry_store_faults", ()], found["ociregistry_disk_full", ()]) == (1, 1)
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/status", *PAGES, *FILES])
 @on_reactor
 async def test_head_is_get_without_content(

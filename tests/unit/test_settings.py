@@ -52,6 +52,7 @@ DEFAULTS = Settings(
     verify=None,
     tls=None,
     warnings=(),
+    files={},
 )
 
 
@@ -92,6 +93,7 @@ def test_every_field_has_an_option() -> None:
         "verify",
         "tls",
         "warnings",
+        "files",
     }
     assert {option.key for option in OPTIONS} == {field.name for field in fields(Settings)} - daemon_client
     assert len({option.name for option in OPTIONS}) == len(OPTIONS)

@@ -95,6 +95,7 @@ def test_options_before_and_after_serve(argv: tuple[str, ...]) -> None:
         verify=None,
         tls=None,
         warnings=(),
+        files={},
     )
 
 

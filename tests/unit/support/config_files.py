@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.config.file import Config, read_config
+from ociregistry.config.files import Files
 from ociregistry.config.nodes import ConfigInvalid
 
 OPTIONS = {"port", "log_level", "image_path"}
@@ -15,7 +16,7 @@ OPTIONS = {"port", "log_level", "image_path"}
 def read(path: Path, text: str) -> Config:
     """Return the configuration in a file with this text."""
     path.write_text(text, "utf-8")
-    return read_config(path, OPTIONS)
+    return read_config(path, OPTIONS, Files())
 
 
 def refusal(path: Path, text: str) -> str:
