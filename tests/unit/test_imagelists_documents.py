@@ -132,12 +132,16 @@ def test_json_that_is_no_yaml_stays_without_lines() -> None:
     ("text", "where"),
     [
         ("a: 1\n b: 2\n", "2: document 1: is not YAML: "),
-        ("a: 1\n---\nb: [1\n---\nc: 3\n", "4: document 2: is not YAML: "),
+        ("a: 1\n---\nb: [1\n---\nc: 3\n", "3: document 2: is not YAML: "),
+        ("a: 1\nb: [1,\n  2\n\n", "2: document 1: is not YAML: "),
+        ("a: [\n  1,\n  2: : 3,\n  4]\n", "3: document 1: is not YAML: "),
+        ("a: 1\nnginx\nb: 2\n", "2: document 1: is not YAML: "),
+        ("a: 1\nnginx\n", "2: document 1: is not YAML: "),
         ("a: *b\n", "1: document 1: is not YAML: an alias (*) has no anchor (&) before it"),
         ("a: &x 1\n---\nb: *x\n", "3: document 2: is not YAML: an alias (*) has no anchor (&) before it"),
         ("a:\n\tb: 1\n", "2: document 1: is not YAML: a tab indents the line, where YAML wants spaces"),
         ("a: 1\n---\nb: 2\n\x01: c\n", "4: document 2: is not YAML: "),
-        ("a: '\n", "2: document 1: is not YAML: "),
+        ("a: '\n", "1: document 1: is not YAML: "),
         ("? [a]\n: b\n", "1: document 1: has a key that is not a word"),
         ("<<: 1\n", "2: document 1: is not YAML: a merge key (<<) needs a mapping"),
         ("a: !e!b c\n", "1: document 1: is not YAML: "),
@@ -164,7 +168,7 @@ def test_failure_hides_no_other_document() -> None:
     text = "a: 1\n---\nb: [\n---\nc: 3\n---\nd: ]\n---\ne: 5\n"
     parts = list(read_documents(text))
     assert [part.value for part in parts if isinstance(part, Part)] == [{"a": "1"}, {"c": "3"}, {"e": "5"}]
-    assert [str(part.place) for part in parts if isinstance(part, Failure)] == ["4: document 2", "7: document 4"]
+    assert [str(part.place) for part in parts if isinstance(part, Failure)] == ["3: document 2", "7: document 4"]
 
 
 def test_items_before_a_failure_in_json_are_read() -> None:
@@ -225,11 +229,12 @@ def test_depth_overflows_nothing(text: str) -> None:
 
 
 def test_large_yaml_document_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "_LARGEST_YAML", 100)
-    text = "a: 1\n---\nb: " + "x" * 100 + '\n---\nc: 3\n---\n{"d": "' + "x" * 100 + '"}\n'
-    assert failures(text) == ["2: document 2: is larger than 32 MiB: JSON may be larger (kubectl get -o json)"]
+    monkeypatch.setattr(documents, "_LARGEST_YAML", 1024 * 1024)
+    long = "x" * 1024 * 1024
+    text = f'a: 1\n---\nb: {long}\n---\nc: 3\n---\n{{"d": "{long}"}}\n'
+    assert failures(text) == ["2: document 2: is larger than 1 MiB: JSON may be (-o json)"]
     assert [part.value for part in read_documents(text) if isinstance(part, Part)] == [
         {"a": "1"},
         {"c": "3"},
-        {"d": "x" * 100},
+        {"d": long},
     ]

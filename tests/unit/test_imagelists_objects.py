@@ -198,7 +198,7 @@ def test_bad_document_hides_no_other_error_and_no_image(path: Path) -> None:
     good, bad = POD.replace("nginx", "redis"), POD.replace("nginx:1.25", "A")
     text = "---\n".join([POD, "a: [\n", bad, good, "kind: {{ .k }}\n"])
     assert [line.partition(" is ")[0] for line in errors(path, text)] == [
-        "6: document 2:",
+        "5: document 2:",
         "9: document 3: Pod/web: 'A'",
         "15: document 5:",
     ]
