@@ -344,7 +344,8 @@ def _json_value(text: str, start: int, place_of: _PlaceOf) -> Generator[Part, No
     others: dict[str, Any] = {}
     has_items = False
     position = _after_blank(text, start + 1)
-    while not (text.startswith("}", position) and not others and not has_items):
+    is_end = text.startswith("}", position)
+    while not is_end:
         key, position = parse_json_value(text, position)
         if not isinstance(key, str):
             raise JsonInvalid("a key in double quotes is expected", position)
@@ -354,29 +355,36 @@ def _json_value(text: str, start: int, place_of: _PlaceOf) -> Generator[Part, No
             position = yield from _json_items(text, position, place_of)
         else:
             others[key], position = parse_json_value(text, position)
-            position = _after_blank(text, position)
-        if text.startswith("}", position):
-            break
-        position = _after(text, position, ",")
+        position, is_end = _next(text, position, "}")
     yield Part(place, others, "" if has_items else text[start : position + 1])
     return position + 1
 
 
 def _json_items(text: str, start: int, place_of: _PlaceOf) -> Generator[Part, None, int]:
-    """Parse the JSON array at `start` item by item; return the index behind its end and the blanks there.
+    """Parse the JSON array at `start` item by item; return the index behind its end.
 
     Raises:
         JsonInvalid: it is not JSON.
     """
     position = _after_blank(text, start + 1)
-    while not text.startswith("]", position):
+    is_end = text.startswith("]", position)
+    while not is_end:
         begins = position
         value, position = parse_json_value(text, begins)
         yield Part(place_of(begins), value, text[begins:position])
-        position = _after_blank(text, position)
-        if not text.startswith("]", position):
-            position = _after(text, position, ",")
-    return _after_blank(text, position + 1)
+        position, is_end = _next(text, position, "]")
+    return position + 1
+
+
+def _next(text: str, position: int, end: str) -> tuple[int, bool]:
+    """Return the index of the next member or item, or that of the end, and whether it is the end.
+
+    Raises:
+        JsonInvalid: there is neither a comma nor the end.
+    """
+    position = _after_blank(text, position)
+    is_end = text.startswith(end, position)
+    return (position if is_end else _after(text, position, ",")), is_end
 
 
 def _after_blank(text: str, position: int) -> int:

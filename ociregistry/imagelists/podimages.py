@@ -90,7 +90,8 @@ def image_fields(document: Any, *, any_image_field: bool) -> Iterator[ImageField
 def _fields_of(mapping: Mapping[str, Any], visit: _Visit, any_image_field: bool) -> Iterator[ImageField]:
     """Yield the fields of a mapping itself that name images."""
     image = mapping.get("image")
-    if visit.role is _Role.CONTAINER and "image" in mapping:
+    is_parted = isinstance(image, dict) and "repository" in image
+    if visit.role is _Role.CONTAINER and "image" in mapping and not is_parted:
         yield ImageField(visit.owner, image, mapping)
     elif visit.role is _Role.VOLUME and isinstance(image, dict) and "reference" in image:
         yield ImageField(visit.owner, image["reference"], image)

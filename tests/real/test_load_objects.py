@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.charts import helm_template, kubectl_json, pod
 from tests.client import fetch
 from tests.images import make_image
+from tests.kubernetes_objects import helm_template, kubectl_json, pod
 from tests.processes import ROOT, Daemon, wait_until
 from tests.real.shells import Ended, Shell, blobs_in, digests, shell_in, succeeded
 from tests.upstream import ScriptedRegistry

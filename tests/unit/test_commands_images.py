@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.charts import helm_template, kubectl_json, pod
 from tests.images import make_image
+from tests.kubernetes_objects import helm_template, kubectl_json, pod
 from tests.unit.support.archives import named, write_tar
 from tests.unit.support.command_lines import run, usage_error
 

@@ -61,6 +61,8 @@ def failures(text: str) -> list[str]:
         # A list of Kubernetes comes item by item, and then without its items.
         ('{"kind": "List", "items": [{"a": 1} , {"b": 2}], "x": 3}', [{"a": 1}, {"b": 2}, {"kind": "List", "x": 3}]),
         ('{"items": []}', [{}]),
+        ('{"items": [ ] }{ }', [{}, {}]),
+        ('{"items": [1], "items": [2]}', [1, 2, {}]),
         ('{"items": {"a": 1}}', [{"items": {"a": 1}}]),
         # A flow mapping is YAML, unless it begins as JSON does.
         ("{a: 1}\n", [{"a": "1"}]),
@@ -152,6 +154,10 @@ def test_json_that_is_no_yaml_stays_without_lines() -> None:
         ('{"items": [\n{"a": 1}\n{"b": 2}]}', "3: document 1: is not JSON: ',' is expected"),
         ('{"items": [\n{"a": 1},\n{"b": NaN}]}', "3: document 1: is not JSON: NaN is no number"),
         ('{"items": [\n{"a": 1},\n{"b": ', "3: document 1: is not JSON: expecting value"),
+        ('{"items": [1,]}', "1: document 1: is not JSON: expecting value"),
+        ('{"items": [1],}', "1: document 1: is not JSON: "),
+        ('{"items": [1]', "1: document 1: is not JSON: ',' is expected"),
+        ('{"items": [1', "1: document 1: is not JSON: ',' is expected"),
         ('{"a": 1}\n{"b": 2}\n{x}\n', "3: document 3: is not JSON: "),
         ('{"a": 1}\nText\n', "2: document 2: is not JSON: expecting value"),
         ('{"items": [1], 1: 2}', "1: document 1: is not JSON: a key in double quotes is expected"),

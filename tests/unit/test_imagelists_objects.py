@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ociregistry.imagelists import documents, reading
 from ociregistry.imagelists.reading import ImageList, parse_image, read_image_list
-from tests.charts import helm_template, kubectl_json, pod
+from tests.kubernetes_objects import helm_template, kubectl_json, pod
 
 HEX = "ab" * 32
 POD = "kind: Pod\nmetadata: {name: web}\nspec: {containers: [{image: nginx:1.25}]}\n"

@@ -155,6 +155,7 @@ HEX = "ab" * 32
     [
         ("spec: {image: prom/prometheus:v2}", "prom/prometheus:v2"),
         ("spec: {steps: [{image: a:1}]}", "a:1"),
+        ("containers: [{image: {repository: team/app, tag: v1}}]", "team/app:v1"),
         ("image: {repository: team/app, tag: v1}", "team/app:v1"),
         ("image: {registry: quay.io, repository: team/app, tag: v1}", "quay.io/team/app:v1"),
         ("image: {registry: '', repository: team/app, tag: v1, digest: ''}", "team/app:v1"),
