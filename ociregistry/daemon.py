@@ -28,12 +28,13 @@ from ociregistry.composition import make_store, put_together, stop_in_turn
 from ociregistry.config.files import FileWatcher
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.values import count_text
+from ociregistry.imagelists.reading import read_image_list
 from ociregistry.log import ALWAYS, LevelFilter, ShortNamespaces, writes
 from ociregistry.process import exit_with, let_reactor_handle_interrupts, raise_file_descriptor_limit
 from ociregistry.pullthrough.completion import Completion, CompletionPolicy
 from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.fetchers import BackgroundFetcher
-from ociregistry.pullthrough.loader import Loader, NullProgress, Preloader, read_image_list
+from ociregistry.pullthrough.loader import Loader, NullProgress, Preloader
 from ociregistry.pullthrough.maintenance import Maintenance, Repairer
 from ociregistry.pullthrough.metadata import Metadata
 from ociregistry.settings import Settings

@@ -239,7 +239,7 @@ OPTIONS = (
     Option(
         "preload-images",
         "",
-        "File of images, one per line, that the daemon loads in the background.",
+        "File of images, one per line, or of Kubernetes objects, that the daemon loads in the background.",
         _optional(_path),
         is_path=True,
     ),

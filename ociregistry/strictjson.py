@@ -25,6 +25,31 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+class JsonInvalid(ValueError):
+    """A part of a text is no JSON, or its numbers or its depth are none that this program takes."""
+
+    def __init__(self, why: str, position: int) -> None:
+        super().__init__(why)
+        self.position = position
+        """The index, in the text, of the character where it is wrong, or where the value begins."""
+
+
+def parse_json_value(text: str, start: int) -> tuple[Any, int]:
+    """Parse the JSON value that begins at the index `start` of `text`; return it, and the index behind its end.
+
+    Raises:
+        JsonInvalid: there is none.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise JsonInvalid(error.msg[:1].lower() + error.msg[1:], error.pos) from None
+    except RecursionError:
+        raise JsonInvalid("it is nested too deeply", start) from None
+    except ValueError as error:
+        raise JsonInvalid(str(error), start) from None
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 

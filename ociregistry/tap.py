@@ -45,6 +45,12 @@ class Options(CommonOptions):
         ["serve", None, Serve, "run the daemon, which is also the default"],
         ["load", None, lambda: import_module("ociregistry.commands.load").Load(), "load images into the store"],
         ["list", None, lambda: import_module("ociregistry.commands.list").List(), "print the images in the store"],
+        [
+            "images",
+            None,
+            lambda: import_module("ociregistry.commands.images").Images(),
+            "print the images that lists and Kubernetes objects name",
+        ],
         ["prune", None, lambda: import_module("ociregistry.commands.prune").Prune(), "remove images from the store"],
         [
             "verify",

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from ociregistry.archives.joining import Entry, describe, platform_of
 from ociregistry.archives.members import Archive, GivenName, Member
 from ociregistry.errors import RegistryError
+from ociregistry.imagelists.reading import USUAL_TAG
 from ociregistry.manifests import IMAGES, Descriptor, Manifest, ManifestInvalid
 from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Tag, Upstream
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
-from ociregistry.pullthrough.loader import USUAL_TAG, LoadStatus, Outcome
+from ociregistry.pullthrough.loader import LoadStatus, Outcome
 from ociregistry.store.records import Dates
 
 

@@ -17,9 +17,9 @@ import zstandard
 from ociregistry import strictjson
 from ociregistry.archives.compression import damage
 from ociregistry.errors import RegistryError
+from ociregistry.imagelists.reading import parse_image
 from ociregistry.manifests import LARGEST_MANIFEST
 from ociregistry.names import Reference, Repository
-from ociregistry.pullthrough.loader import parse_image
 
 _LONGEST_LINE = 1000
 """Characters of a name or an error message, at most."""

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
@@ -15,13 +14,14 @@ from twisted.python import usage
 
 from ociregistry.archives.importing import Importer
 from ociregistry.archives.members import Archive, ArchiveFailure, GivenName
-from ociregistry.archives.opening import open_archive
 from ociregistry.commands.fetching import daemon_runs, open_fetcher, opened_store
+from ociregistry.commands.imagefiles import ANY_IMAGE_FIELD, open_images, path_of
 from ociregistry.commands.options import Command, CommandFailed, print_lines
 from ociregistry.commands.progress import shown
 from ociregistry.commands.running import become_owner, run_on_reactor
 from ociregistry.config.values import count_text
 from ociregistry.errors import RegistryError
+from ociregistry.imagelists.reading import parse_image
 from ociregistry.names import ImageReference
 from ociregistry.platforms import ALL, Platform
 from ociregistry.process import print_error
@@ -30,8 +30,6 @@ from ociregistry.pullthrough.loader import (
     LoadStatus,
     Outcome,
     Progress,
-    parse_image,
-    read_image_list,
     summary,
 )
 from ociregistry.settings import Settings
@@ -48,9 +46,11 @@ class Load(Command):
     optParameters = [
         ["name", None, None, "Name for the image of an archive without one, such as nginx:1.25."],
     ]
+    optFlags = [ANY_IMAGE_FIELD]
     examples = ("load imagelist --concurrent 8", "load nginx:1.25 images.tar")
     longdesc = (
         "Loads images into the store. A FILE is a list of images, one reference per line (`#` begins a comment), "
+        "Kubernetes objects as YAML or JSON, such as what helm template or kubectl get -o json prints, "
         "or an archive of docker save, ctr images export, skopeo, oras or export, an OCI layout, or an image folder; "
         "`-` is the standard input. An IMAGE, which has a tag, a digest or a registry, such as nginx:1.25, is loaded "
         "itself; where a file has that name, it is the file."
@@ -115,25 +115,22 @@ class Load(Command):
         images: dict[ImageReference, None] = {}
         errors: list[str] = []
         for word in self.words:
-            file = Path("/dev/stdin" if word == "-" else word).absolute()
+            file = path_of(word)
             if word != "-" and not word.startswith(_PATHS) and not os.path.lexists(file):
                 self._take_image(word, images, errors)
                 continue
             try:
-                archive = open_archive(file, self.name)
-                listed = read_image_list(file) if archive is None else None
+                found = open_images(file, self.name, any_image_field=bool(self["any-image-field"]))
             except ArchiveFailure as error:
                 self.refused.append(str(error))
                 continue
-            except OSError as error:
-                raise CommandFailed(f"{file}: cannot be read: {error.strerror}") from None
-            if archive is not None:
-                archives.append(opened.enter_context(archive))
-            if listed is not None and self.name is not None:
+            if isinstance(found, Archive):
+                archives.append(opened.enter_context(found))
+            elif self.name is not None:
                 errors.append(f"{file}: is an image list, which has the names: --name is for an archive")
-            elif listed is not None:
-                images |= dict.fromkeys(listed.images)
-                errors += listed.errors
+            else:
+                images |= dict.fromkeys(found.images)
+                errors += found.errors
         if archives and not images and self.is_given("with-signatures"):
             errors.append("--with-signatures is for image lists: an archive brings the signatures that are in it")
         if errors:

@@ -1,11 +1,10 @@
-"""Loading images before clients pull them: image lists, the loader, and preloading by the daemon."""
+"""Loading images before clients pull them: the loader, and preloading by the daemon."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 from twisted.application.service import Service
@@ -25,8 +24,9 @@ from twisted.python.failure import Failure
 
 from ociregistry.config.values import count_text
 from ociregistry.errors import AirGapped, BlobUnknown, Denied, ManifestUnknown, RegistryError, Unavailable
+from ociregistry.imagelists.reading import ImageList
 from ociregistry.manifests import LISTS, MEDIA_TYPES, Descriptor, Manifest
-from ociregistry.names import DOCKER_HUB, Digest, ImageReference, Repository, Tag, Upstream
+from ociregistry.names import Digest, ImageReference, Repository, Tag
 from ociregistry.platforms import NO_PLATFORM, Platform, chosen
 from ociregistry.pullthrough.fetchers import Fetcher, FetcherMetadata
 from ociregistry.pullthrough.imageblobs import MOST_REFUSED, Refusals
@@ -95,75 +95,6 @@ class NullProgress:
 def summary(outcomes: Sequence[Outcome]) -> str:
     """Return one line with the number of images for each status."""
     return ", ".join(f"{sum(outcome.ended is how for outcome in outcomes)} {how.value}" for how in LoadStatus)
-
-
-USUAL_TAG = Tag("latest")
-"""The tag of an image reference without one."""
-_LARGEST = 16 * 1024 * 1024
-"""Bytes of an image list, at most; a larger file is not an image list."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageList:
-    """The images that a file names, each once, and one line for each error in the file."""
-
-    images: tuple[ImageReference, ...]
-    errors: tuple[str, ...]
-
-
-def read_image_list(path: Path) -> ImageList:
-    """Read the image list at `path`: one image per line, `#` begins a comment. Blocks.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
-    with path.open("rb") as file:
-        data = file.read(_LARGEST + 1)
-    try:
-        if len(data) > _LARGEST:
-            raise ValueError
-        text = data.decode("utf-8-sig")
-    except ValueError:
-        why = "is neither a text file nor an image archive"
-        return ImageList(
-            (), (f"{path}: {why}" if path.is_file() else f"{path}: {why}, which cannot be read from a pipe",)
-        )
-    images: dict[ImageReference, None] = {}
-    errors: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        word = line.partition("#")[0].strip()
-        if not word:
-            continue
-        try:
-            images[parse_image(word)] = None
-        except RegistryError as error:
-            errors.append(f"{path}:{number}: {_shown(word)} is not an image reference: {error.message}")
-    if not images and not errors:
-        errors.append(f"{path}: names no image")
-    return ImageList(tuple(images), tuple(errors))
-
-
-def parse_image(text: str) -> ImageReference:
-    """Parse an image reference as Docker does: the default registry is docker.io, the default tag `latest`.
-
-    If there are both a tag and a digest, the digest counts.
-
-    Raises:
-        RegistryError: `text` is not an image reference.
-    """
-    name, at, digest = text.partition("@")
-    last = name.rpartition("/")[2]
-    if ":" in last:
-        Tag.parse(last.partition(":")[2])
-        if at:
-            name = name.rpartition(":")[0]
-    elif not at:
-        name = f"{name}:{USUAL_TAG}"
-    return ImageReference.parse(name + at + digest, Upstream(DOCKER_HUB))
-
-
-def _shown(text: str) -> str:
-    return repr(text[:100])
 
 
 _DEEPEST = 4

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"pullthrough"}),
     frozenset({"upstream", "store"}),
     frozenset({"settings"}),
-    frozenset({"config"}),
+    frozenset({"config", "imagelists"}),
     frozenset({"platforms"}),
     frozenset({"manifests"}),
     frozenset({"names"}),

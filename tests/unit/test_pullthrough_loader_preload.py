@@ -10,7 +10,8 @@ from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.errors import Denied, ManifestUnknown, RegistryError, Unavailable
-from ociregistry.pullthrough.loader import ImageList, Preloader, PreloadProgress, read_image_list
+from ociregistry.imagelists.reading import ImageList, read_image_list
+from ociregistry.pullthrough.loader import Preloader, PreloadProgress
 from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.common import image, on_reactor, texts, turn, until

@@ -242,6 +242,7 @@ ACTIONS = [
     BEFORE,
     ("load", "x"),
     ("list",),
+    ("images", "x"),
     ("prune", "--orphans"),
     ("verify",),
     ("export", "--pattern", "x", "-o", "y"),

@@ -29,7 +29,7 @@ from tools.commandline import commands
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """A busy machine must not fail the test by a deadline."""
 
-COMMANDS = ("load", "list", "prune", "verify", "export", "check", "status", "version", "containerd-config")
+COMMANDS = ("load", "list", "images", "prune", "verify", "export", "check", "status", "version", "containerd-config")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 
 from ociregistry.commands.containerd_config import ContainerdConfig
 from ociregistry.commands.export import Export
+from ociregistry.commands.images import Images
 from ociregistry.commands.list import List
 from ociregistry.commands.load import Load
 from ociregistry.commands.options import Command
@@ -66,7 +67,7 @@ def record_commands(monkeypatch: pytest.MonkeyPatch) -> list[RecordedCommand]:
         ran.append(RecordedCommand(command, settings))
         return 0
 
-    commands: Sequence[type[Command]] = (Load, List, Prune, Verify, Export, Status, ContainerdConfig)
+    commands: Sequence[type[Command]] = (Load, List, Images, Prune, Verify, Export, Status, ContainerdConfig)
     for command in commands:
         monkeypatch.setattr(command, "run", record)
     return ran

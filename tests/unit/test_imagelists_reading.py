@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ociregistry.errors import RegistryError
+from ociregistry.imagelists.reading import ImageList, parse_image, read_image_list
 from ociregistry.names import Digest, ImageReference
-from ociregistry.pullthrough.loader import ImageList, parse_image, read_image_list
 
 HEX = "ab" * 32
 SHA512 = "cd" * 64

@@ -1,0 +1,1 @@
+"""Image lists: plain ones, and those in Kubernetes objects as YAML or JSON."""
