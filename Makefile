@@ -22,6 +22,8 @@ BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-
 	python3-cachetools python3-openssl python3-prometheus-client python3-service-identity python3-setuptools \
 	python3-tqdm python3-treq python3-twisted python3-yaml python3-zstandard
 BOOTERS := mmdebstrap systemd-container docker-registry zsh
+IMAGERS := mmdebstrap
+ARCH := $(shell dpkg --print-architecture)
 # Packages of a machine booted for a test, beside the minimum and the dependencies of our package.
 INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
 
@@ -33,7 +35,7 @@ TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
 # Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian test-deb deb docs lint clean
+.PHONY: help run test test-long test-debian test-deb deb image docs lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -64,7 +66,9 @@ deb: ## build the Debian package, into build/
 	export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 	rm -rf build/deb build/ociregistry_*
 	mkdir -p build/deb/ociregistry
-	git ls-files -z --cached | tar -c --null --files-from=- | tar -x -C build/deb/ociregistry
+	# Dated by the changelog, so that the package is the same from each checkout.
+	date=@$$(dpkg-parsechangelog -S Timestamp)
+	git ls-files -z --cached | tar -c --null --mtime="$$date" --files-from=- | tar -x -C build/deb/ociregistry
 	cd build/deb/ociregistry
 	# Without a network, where the kernel permits that: nothing may be fetched.
 	offline=(unshare --map-root-user --net)
@@ -86,6 +90,28 @@ test-deb: $(VENV)/test.stamp ## test the package on booted Debian 12 and 13 (nee
 	$(MAKE) --no-print-directory deb
 	$(MAKE) --no-print-directory -j 2 build/bookworm.tar build/trixie.tar
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml tests/deb
+
+image: ## build the container image, into build/; ARCH=arm64 for that architecture (needs root)
+	[ $$(id -u) = 0 ] || { echo >&2 "The image is made of files of root: sudo make image"; exit 1; }
+	$(call need,$(IMAGERS))
+	$(MAKE) --no-print-directory deb
+	$(call sources,bookworm) >build/image.list
+	# The user has a fixed number, by which volumes are given to it; our package keeps a user that is there.
+	user=ociregistry:x:65532:65532::/var/lib/ociregistry:/usr/sbin/nologin
+	mmdebstrap --quiet --variant=essential --architectures=$(ARCH) \
+	    --aptopt='Acquire::Retries "3"' --dpkgopt=force-unsafe-io \
+	    --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --hook-dir=/usr/share/mmdebstrap/hooks/file-mirror-automount \
+	    --essential-hook="echo $$user >>\"\$$1/etc/passwd\"; echo ociregistry:x:65532: >>\"\$$1/etc/group\"" \
+	    --customize-hook='chroot "$$1" env -i PYTHONHASHSEED=0 /usr/bin/python3 -s - <tools/image/prepare.py' \
+	    --include=usr-is-merged,systemd-standalone-sysusers,ca-certificates,tzdata \
+	    --include="$$(echo $$PWD/build/ociregistry_*_all.deb)" bookworm build/root.tar build/image.list \
+	    >build/image.log 2>&1 || { cat build/image.log; exit 1; }
+	# Only a commit tells what is in it.
+	revision=$$(git diff --quiet HEAD && git rev-parse HEAD || true)
+	python3 -m tools.image build/root.tar build --architecture $(ARCH) \
+	    --date $$(git log -1 --format=%ct) --revision "$$revision"
+	rm build/root.tar
+	ls build/ociregistry-*-$(ARCH).*
 
 lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff check --output-format=concise
@@ -129,9 +155,7 @@ $(VENV)/docs.stamp: $(VENV)/run.stamp
 build/%.tar: debian/control
 	mkdir -p build
 	depends=$$(sed -n '/^Depends:/,/^ \$$/s/^ \([a-z][a-z0-9-]*\).*/\1/p' debian/control | paste -s -d ,)
-	. /etc/os-release
-	apt-get indextargets --format 'deb $$(REPO_URI) $$(RELEASE) $$(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
-	    sed "s/ $$VERSION_CODENAME/ $*/" >build/$*.list
+	$(call sources,$*) >build/$*.list
 	mmdebstrap --quiet --variant=apt --aptopt='Acquire::Retries "3"' --include="$(INSIDE),$$depends" $* $@ build/$*.list
 
 # The only list of dependencies is in setup.py; pip cannot install them without the package itself.
@@ -155,6 +179,15 @@ if foreign := [m.__file__ for m in modules if not m.__file__.startswith("/usr/li
     sys.exit(f"not from Debian: {foreign}")
 endef
 export ONLY_DEBIAN
+
+# $(call sources,SUITE): print this machine's package sources, for another suite of Debian.
+define sources
+(
+. /etc/os-release
+apt-get indextargets --format 'deb $$(REPO_URI) $$(RELEASE) $$(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
+    sed "s/ $$VERSION_CODENAME/ $(1)/"
+)
+endef
 
 # $(call root,TARGET): fail without root, which containerd needs to unpack images, and tests for network namespaces.
 define root
