@@ -108,7 +108,7 @@ image: ## build the container image, into build/; ARCH=arm64 for that architectu
 	    >build/image.log 2>&1 || { cat build/image.log; exit 1; }
 	# Only a commit tells what is in it.
 	revision=$$(git diff --quiet HEAD && git rev-parse HEAD || true)
-	python3 -m tools.image build/root.tar build --architecture $(ARCH) \
+	/usr/bin/python3 -m tools.image build/root.tar build --architecture $(ARCH) \
 	    --date $$(git log -1 --format=%ct) --revision "$$revision"
 	rm build/root.tar
 	ls build/ociregistry-*-$(ARCH).*

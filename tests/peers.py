@@ -144,7 +144,8 @@ class Containerd(Server):
             f'[grpc]\naddress = "{self._address}"\n'
         )
         super().__init__(["containerd", "--config", str(config)], folder / "containerd.log")
-        self._snapshotter = ""
+        self.snapshotter = ""
+        """What unpacks images on this machine; known when it has started."""
 
     def ready(self) -> bool:
         """Whether it answers ctr."""
@@ -155,7 +156,7 @@ class Containerd(Server):
         super().start()
         plugins = _checked(self.ctr("plugins", "ls"))
         overlayfs = re.search(r"^io\.containerd\.snapshotter\.v1 +overlayfs .* ok *$", plugins, re.MULTILINE)
-        self._snapshotter = "overlayfs" if overlayfs else "native"
+        self.snapshotter = "overlayfs" if overlayfs else "native"
         return self
 
     def ctr(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -170,7 +171,7 @@ class Containerd(Server):
         The caller checks the return code.
         """
         hosts = ["--plain-http"] if hosts_dir is None else ["--hosts-dir", str(hosts_dir)]
-        chosen = ["--snapshotter", self._snapshotter]
+        chosen = ["--snapshotter", self.snapshotter]
         return self.ctr("images", "pull", *hosts, *chosen, *options, ref, timeout=timeout)
 
     def remove(self, ref: str) -> None:

@@ -25,11 +25,11 @@ _OMITTED = re.compile(
     r"usr/share/(applications|base-files|bash-completion|binfmts|bug|doc-base|info|lintian|locale|man|perl5|pixmaps)/.*"
     r"|usr/share/(python3|readline|zsh)/.*"
     r"|usr/share/doc/[^/]+/(?!copyright$).*"
-    r"|usr/(bin|sbin|games|include|src|local)/(?!(ociregistry|python3|python3\.[0-9]+)$).*"
+    r"|usr/(bin|sbin)/(?!(ociregistry|python3|python3\.[0-9]+)$).*|usr/(games|include|local|src)(/.*)?"
     r"|usr/lib/(binfmt\.d|locale|ssl/misc|systemd|sysusers\.d|tmpfiles\.d|valgrind)/.*|usr/lib/ssl/private"
     r"|usr/lib/[^/]+/gconv/.*"  # character sets of iconv, which Python does not use
     r"|etc/(cron\.[a-z]+|default|init\.d|logrotate\.d|profile\.d|skel|update-motd\.d|ca-certificates)/.*"
-    r"|(dev|var/cache|var/local|var/mail|var/backups)/.*"
+    r"|dev/.*|var/(backups|cache|local|lock|mail)(/.*)?"
 )
 """Files of packages that nothing reads at run time. Copyright files stay, as the licences demand."""
 _COMPILED = re.compile(r"(?P<folder>.+)/__pycache__/(?P<module>[^/.]+)\.cpython-[0-9]+\.pyc")

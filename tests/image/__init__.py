@@ -1,0 +1,1 @@
+"""The container image that `make image` builds, and its programs in real runtimes."""
