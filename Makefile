@@ -23,6 +23,8 @@ BUILDERS := build-essential bash-completion debhelper dh-python lintian pybuild-
 	python3-tqdm python3-treq python3-twisted python3-yaml python3-zstandard
 BOOTERS := mmdebstrap systemd-container docker-registry zsh
 IMAGERS := mmdebstrap
+EMULATORS := arch-test binfmt-support qemu-user-static
+RUNNERS := buildah busybox-static containerd curl docker-registry podman runc skopeo
 ARCH := $(shell dpkg --print-architecture)
 # Packages of a machine booted for a test, beside the minimum and the dependencies of our package.
 INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
@@ -35,7 +37,7 @@ TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
 # Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian test-deb deb image docs lint clean
+.PHONY: help run test test-long test-debian test-deb test-image deb image docs lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -52,7 +54,9 @@ test: $(VENV)/test.stamp ## run all tests except the long ones, in memory and ag
 
 test-long: $(VENV)/test.stamp ## run the long tests (needs root)
 	$(call root,test-long)
-	$(call need,$(SERVERS))
+	$(call need,$(SERVERS) $(RUNNERS))
+	# The tests of the image compare with it.
+	$(MAKE) --no-print-directory image
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
 
 test-debian: ## run the tests in memory on Debian's Python, Twisted and other packages, without pip
@@ -92,8 +96,15 @@ test-deb: $(VENV)/test.stamp ## test the package on booted Debian 12 and 13 (nee
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml tests/deb
 
 image: ## build the container image, into build/; ARCH=arm64 for that architecture (needs root)
-	[ $$(id -u) = 0 ] || { echo >&2 "The image is made of files of root: sudo make image"; exit 1; }
+	[ $$(id -u) = 0 ] || { echo >&2 "Files of an image belong to root: sudo make image"; exit 1; }
 	$(call need,$(IMAGERS))
+	if [ $(ARCH) != "$$(dpkg --print-architecture)" ]; then
+	    $(call need,$(EMULATORS))
+	    arch-test $(ARCH) >/dev/null || {
+	        echo >&2 "This machine runs no programs for $(ARCH): its kernel lacks binfmt_misc, or that is not mounted"
+	        exit 1
+	    }
+	fi
 	$(MAKE) --no-print-directory deb
 	$(call sources,bookworm) >build/image.list
 	# The user has a fixed number, by which volumes are given to it; our package keeps a user that is there.
@@ -112,6 +123,18 @@ image: ## build the container image, into build/; ARCH=arm64 for that architectu
 	    --date $$(git log -1 --format=%ct) --revision "$$revision"
 	rm build/root.tar
 	ls build/ociregistry-*-$(ARCH).*
+
+test-image: $(VENV)/test.stamp ## test the container image in podman and containerd (needs root)
+	if [ $$(id -u) != 0 ]; then
+	    echo >&2 "Containers need root: sudo make test-image"
+	    exit 1
+	elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
+	    echo "=== SKIPPED: this kernel forbids containers, so the image was not tested"
+	    exit 0
+	fi
+	$(call need,$(RUNNERS))
+	$(MAKE) --no-print-directory image
+	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m 'not long' tests/image
 
 lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff check --output-format=concise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from tests.peers import Containerd, DockerRegistry
 from tests.processes import ROOT
 
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+USER = 65532
 BUILT = ROOT / "build" / f"ociregistry-{__version__}-{ARCHITECTURE}"
 
 
@@ -66,3 +68,12 @@ def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
     """An empty registry."""
     with DockerRegistry(tmp_path / "registry") as registry:
         yield registry
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A folder for the store, of the user of the image."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, USER, USER)
+    return folder

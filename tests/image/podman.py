@@ -15,8 +15,8 @@ from tests.client import fetch
 from tests.processes import free_port, run, wait_until
 
 _PATIENCE = 60
-# As the restricted profile of Kubernetes wants it, and more: nothing is writable but the volume. The limits of podman's
-# own are higher than what a machine may permit.
+# As the restricted profile of Kubernetes asks for, and more: nothing is writable but the volume. The limits of
+# podman's own are higher than some machines permit.
 _RESTRICTED = (
     *("--network", "host", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "all"),
     *("--security-opt", "no-new-privileges", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
@@ -28,10 +28,9 @@ class Podman:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._options = [
-            *("--root", str(folder / "root"), "--runroot", str(folder / "run")),
-            *("--cgroup-manager", "cgroupfs", "--events-backend", "file"),
-        ]
+        self.storage = ("--root", str(folder / "root"), "--runroot", str(folder / "run"))
+        """The options that name it, which other programs take too."""
+        self.argv = ("podman", *self.storage, "--cgroup-manager", "cgroupfs", "--events-backend", "file")
 
     def __call__(self, *arguments: str, timeout: float = 120) -> str:
         """Run a command; return its output without the newline at its end.
@@ -39,7 +38,7 @@ class Podman:
         Raises:
             RuntimeError: it failed.
         """
-        return run(["podman", *self._options, *arguments], timeout=timeout).stdout.rstrip("\n")
+        return run([*self.argv, *arguments], timeout=timeout).stdout.rstrip("\n")
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -89,7 +88,7 @@ class Container:
     @property
     def log(self) -> str:
         """Its output."""
-        done = run(["podman", *self._podman._options, "logs", self._id])
+        done = run([*self._podman.argv, "logs", self._id])
         return done.stdout + done.stderr
 
     @property

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import json
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from ociregistry import __version__
 from tests.client import fetch
+from tests.image.cri import NodeContainerd, Pod
 from tests.image.layout import Layout
 from tests.image.podman import Podman
 from tests.peers import Containerd, hosts_dir
-from tests.processes import Daemon, run, twistd
+from tests.processes import Daemon, answers, free_port, run, twistd, wait_until
+from tools.image import archive
+from tools.image.files import File
 
 _NAME = f"localhost/ociregistry:{__version__}"
+_SOON = 60
+
+
+@pytest.fixture(scope="module")
+def node(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeContainerd]:
+    """containerd as on a node, with the image, and one for sandboxes that sleeps."""
+    folder = tmp_path_factory.mktemp("node")
+    busybox = Path("/bin/busybox").read_bytes()
+    files = archive.layer([File("busybox", tarfile.REGTYPE, 0o755, 0, 0, content=busybox)], "busybox")
+    entry = {"Entrypoint": ["/busybox", "sleep", "100000"]}
+    pause = archive.image(
+        "localhost/pause:1", layout.config["architecture"], "2026-01-01T00:00:00Z", entry, [files], {}
+    )
+    archive.write(pause, folder / "pause.tar", 0)
+    with NodeContainerd(folder, pause.name) as node:
+        for path in (folder / "pause.tar", layout.path):
+            node.ctr("images", "import", str(path))
+        yield node
 
 
 def test_podman(podman: Podman, loaded: str, layout: Layout) -> None:
@@ -29,27 +54,24 @@ def test_skopeo(layout: Layout, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "copy/manifest.json").read_text()) == layout.manifest
 
 
-def test_containerd(containerd: Containerd, layout: Layout) -> None:
+def test_containerd(node: NodeContainerd, layout: Layout) -> None:
     """Imported as for a kubelet, and run by runc."""
-    done = containerd.ctr("--namespace", "k8s.io", "images", "import", str(layout.path))
-    assert done.returncode == 0, done.stderr
-    listed = containerd.ctr("--namespace", "k8s.io", "images", "ls", f"name=={_NAME}").stdout.splitlines()
+    listed = node.ctr("images", "ls", f"name=={_NAME}").splitlines()
     assert len(listed) == 2
     assert listed[1].split()[:3] == [_NAME, "application/vnd.oci.image.manifest.v1+json", layout.digest]
-    chosen = ("--snapshotter", containerd.snapshotter)
-    done = containerd.ctr(
-        "--namespace",
-        "k8s.io",
-        "run",
-        "--rm",
-        "--read-only",
-        *chosen,
-        _NAME,
-        "version",
-        "/usr/bin/ociregistry",
-        "version",
-    )
-    assert (done.returncode, done.stdout) == (0, f"ociregistry {__version__}\n"), done.stderr
+    said = node.ctr("run", "--rm", "--read-only", _NAME, "version", "/usr/bin/ociregistry", "version")
+    assert said == f"ociregistry {__version__}\n"
+
+
+def test_cri(node: NodeContainerd, store: Path) -> None:
+    """A kubelet asks containerd to run it as a container of a pod, without privileges."""
+    port = free_port()
+    listening = ["--port", str(port), "--admin-listen", ""]
+    pod = Pod(node, _NAME, listening, store)
+    pod.start()
+    wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), _SOON, "the pod is ready")
+    assert pod.stop(30) == 0
+    pod.remove()
 
 
 def test_our_own_load_and_the_daemon(containerd: Containerd, layout: Layout, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.client import connect, fetch
+from tests.image.conftest import USER
 from tests.image.podman import Container, Podman
 from tests.images import make_image
 from tests.peers import DockerRegistry, skopeo_copy
 from tests.processes import wait_until
 
-_USER = 65532
 _START = 3.0
 _STARTED = re.compile(r"ociregistry \S+ started at (\S+), listening")
 _SOON = 30.0
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """A folder for the store, of the user of the image."""
-    folder = tmp_path / "store"
-    folder.mkdir(mode=0o700)
-    os.chown(folder, _USER, _USER)
-    return folder
 
 
 @pytest.fixture
@@ -71,7 +61,7 @@ def test_image_is_pulled_through_the_container(
     with Container(podman, loaded, _mounted(store), upstream) as container:
         skopeo_copy(f"{container.host}/team/app:1", f"dir:{tmp_path / 'second'}")
     assert (tmp_path / "first/manifest.json").read_bytes() == (tmp_path / "second/manifest.json").read_bytes()
-    assert {path.stat().st_uid for path in store.rglob("*")} == {_USER}
+    assert {path.stat().st_uid for path in store.rglob("*")} == {USER}
 
 
 def test_new_volume_belongs_to_the_user(podman: Podman, loaded: str) -> None:
