@@ -92,7 +92,7 @@ def _debian(package: Package, terms: str, distro: str) -> dict[str, Any]:
     return {
         **_package(identifier, package.name, package.version, url),
         "licenseDeclared": licence(terms),
-        "supplier": _supplier(package.fields["Maintainer"]),
+        "supplier": _organization(package.fields["Maintainer"]),
     }
 
 
@@ -111,7 +111,7 @@ def _package(identifier: str, name: str, version: str, url: str) -> dict[str, An
     }
 
 
-def _supplier(maintainer: str) -> str:
+def _organization(maintainer: str) -> str:
     """Return a maintainer, `NAME <ADDRESS>`, as SPDX writes suppliers."""
     name, _, address = maintainer.partition("<")
     return f"Organization: {name.strip()} ({address.rstrip('>')})"
