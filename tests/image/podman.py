@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Sequence
 from datetime import datetime
 from http.client import HTTPException
@@ -30,7 +31,11 @@ class Podman:
         self._folder = folder
         self.storage = ("--root", str(folder / "root"), "--runroot", str(folder / "run"))
         """The options that name it, which other programs take too."""
-        self.argv = ("podman", *self.storage, "--cgroup-manager", "cgroupfs", "--events-backend", "file")
+        self._argv = ("podman", *self.storage, "--tmpdir", str(folder / "tmp"), "--cgroup-manager", "cgroupfs")
+        # Locks in memory would be shared with another podman on this machine.
+        settings = folder / "containers.conf"
+        settings.write_text('[engine]\nlock_type = "file"\nevents_logger = "file"\n')
+        self._environment = {"CONTAINERS_CONF": str(settings)}
 
     def __call__(self, *arguments: str, timeout: float = 120) -> str:
         """Run a command; return its output without the newline at its end.
@@ -38,7 +43,15 @@ class Podman:
         Raises:
             RuntimeError: it failed.
         """
-        return run([*self.argv, *arguments], timeout=timeout).stdout.rstrip("\n")
+        return self.run(*arguments, timeout=timeout).stdout.rstrip("\n")
+
+    def run(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command; return what it wrote.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        return run([*self._argv, *arguments], timeout=timeout, environment=self._environment)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -47,9 +60,9 @@ class Podman:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove all containers, images and volumes, and what is mounted for them."""
-        self("system", "reset", "--force")
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove all containers, and what is mounted for them; the images are files in the folder."""
+        self("rm", "--all", "--force", "--time", "0")
+        shutil.rmtree(self._folder)
 
 
 class Container:
@@ -88,7 +101,7 @@ class Container:
     @property
     def log(self) -> str:
         """Its output."""
-        done = run([*self._podman.argv, "logs", self._id])
+        done = self._podman.run("logs", self._id)
         return done.stdout + done.stderr
 
     @property
@@ -97,6 +110,10 @@ class Container:
         # Python reads microseconds, podman writes nanoseconds.
         text = self.state["StartedAt"]
         return datetime.fromisoformat(f"{text[:26]}{text[-6:]}" if text[-6] in "+-" else f"{text[:26]}+00:00")
+
+    def exec(self, *argv: str) -> str:
+        """Run a program beside it, in the container; return its output."""
+        return self._podman("exec", self._id, *argv)
 
     def stop(self) -> int:
         """Send SIGTERM, and wait for the end; return the exit status, 137 if it had to be killed."""

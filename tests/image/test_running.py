@@ -56,6 +56,7 @@ def test_image_is_pulled_through_the_container(
     upstream = config(registry)
     with Container(podman, loaded, _mounted(store), upstream) as container:
         skopeo_copy(f"{container.host}/team/app:1", f"dir:{tmp_path / 'first'}")
+        assert f"{registry.host}/team/app:1" in container.exec("ociregistry", "list")
         assert container.stop() == 0
     registry.kill()
     with Container(podman, loaded, _mounted(store), upstream) as container:
