@@ -12,7 +12,7 @@ from pathlib import Path
 from twisted.python import usage
 
 from ociregistry.commands.hosts_files import HostsFiles, keep_up
-from ociregistry.commands.options import Command, CommandFailed, print_lines
+from ociregistry.commands.options import Command, print_lines
 from ociregistry.config.values import parse_duration
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
