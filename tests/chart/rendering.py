@@ -104,8 +104,7 @@ def render(values: Values) -> Rendered:
 @functools.cache
 def _render(values: str) -> Rendered:
     argv = [program("helm"), "template", RELEASE, str(CHART), "--namespace", NAMESPACE]
-    # A helm that `go install` makes takes Kubernetes for 1.20.
-    argv += ["--kube-version", "1.37.0", "--values", "-"]
+    argv += ["--values", "-"]
     done = subprocess.run(argv, input=values, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RenderFailed(done.stderr)

@@ -32,11 +32,18 @@ def settings(name: str, folder: Path) -> Settings:
     return load_settings({}, (), mounted(render(CASES[name].values), folder))
 
 
-def test_check_accepts_it(rendered: Rendered, tmp_path: Path) -> None:
-    path = mounted(rendered, tmp_path)
+def test_it_is_read_without_a_warning(rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings({}, (), mounted(rendered, tmp_path)).warnings == ()
+
+
+@pytest.mark.parametrize("name", ["defaults", "every setting", "existing secrets", "tls in the values"])
+def test_check_accepts_it(name: str, tmp_path: Path) -> None:
+    path = mounted(render(CASES[name].values), tmp_path)
     argv = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()", "--nodaemon", "--pidfile="]
     argv += ["ociregistry", "--config-path", str(path), "check"]
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

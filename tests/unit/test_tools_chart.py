@@ -82,7 +82,7 @@ def test_rows_of_values() -> None:
         "| `group.second` | string | that of the cluster | A \\| B. |\n",
         '| `third` | object | `{"a": [1]}` | Whole. |\n',
     ]
-    with pytest.raises(ValueError, match="group.bare: has no description"):
+    with pytest.raises(ValueError, match=r"group\.bare: has no description"):
         list(rows("group:\n  bare: 1\n"))
 
 
