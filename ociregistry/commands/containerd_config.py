@@ -57,11 +57,7 @@ class Mirror:
 class ContainerdConfig(Command):
     """The options of `containerd-config`."""
 
-    examples = (
-        "containerd-config",
-        "containerd-config --url http://10.0.0.1:8080 --write",
-        "containerd-config --remove",
-    )
+    examples = ("containerd-config", "containerd-config --url http://10.0.0.1:8080 --write")
     longdesc = (
         "Prints or writes the hosts.toml files with which containerd pulls through the daemon, and prints the lines "
         "for its config.toml and the configuration of CRI-O, podman, k3s and dockerd."

@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 @pytest.fixture(params=PATHS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The folder of a containerd, that of k3s or that of RKE2, with what others have in it."""
-    folder = tmp_path / request.param
+    folder = tmp_path / str(request.param)
     (folder / "ghcr.io").mkdir(parents=True)
     (folder / "ghcr.io" / "hosts.toml").write_text(THEIRS)
     return folder
