@@ -76,20 +76,22 @@ class Rendered:
         files: dict[str, str] = {}
         for source in volume["projected"]["sources"]:
             ((kind, reference),) = source.items()
-            data = self._data(kind, reference["name"], existing)
+            data = self._data(kind, reference["name"], existing, optional=reference.get("optional", False))
             for item in reference.get("items") or [{"key": key, "path": key} for key in data]:
                 assert item["path"] not in files, "two files with one path: the API server refuses this"
                 files[item["path"]] = data[item["key"]]
         return files
 
-    def _data(self, kind: str, name: str, existing: Mapping[str, Mapping[str, str]]) -> Mapping[str, str]:
+    def _data(
+        self, kind: str, name: str, existing: Mapping[str, Mapping[str, str]], *, optional: bool
+    ) -> Mapping[str, str]:
         if kind == "configMap":
             data: Mapping[str, str] = self.one("ConfigMap")["data"]
             return data
         own = [one for one in self.all("Secret") if one["metadata"]["name"] == name]
         if own:
             return {key: base64.b64decode(text).decode() for key, text in own[0]["data"].items()}
-        return existing[name]
+        return existing.get(name, {}) if optional else existing[name]
 
 
 def render(values: Values) -> Rendered:

@@ -14,7 +14,7 @@ from ociregistry.daemon import _AT_NEXT_START
 from ociregistry.names import Upstream
 from ociregistry.settings import Settings, load_settings
 from tests.chart.rendering import Rendered, render
-from tests.chart.values import CASES, EVERY_SETTING, PASSWORD, SECRET_PASSWORD, SECRETS
+from tests.chart.values import CASES, EVERY_SETTING, PASSWORD, SECRET_PASSWORD, SECRETS, pems
 from tests.processes import ROOT
 
 ENVIRONMENT = {"GHCR_TOKEN": "of the environment"}
@@ -140,6 +140,15 @@ def test_another_password_leaves_the_pod() -> None:
 
     before, after = render(values("first")), render(values("second"))
     assert [one for one in after.objects if one not in before.objects] == [after.one("Secret")]
+
+
+def test_first_password_leaves_the_pod() -> None:
+    registry = {"name": "quay.io"}
+    before = render({"registries": [registry]})
+    after = render(
+        {"registries": [{**registry, "auth": {"user": "u", "password": "p"}, "tls": {"ca": pems()["ca.crt"]}}]}
+    )
+    assert sorted(one["kind"] for one in after.objects if one not in before.objects) == ["ConfigMap", "Secret"]
 
 
 def test_another_list_to_preload_makes_a_new_pod() -> None:

@@ -17,7 +17,7 @@ The path of a file that the configuration names, relative to the configuration's
 {{- $path -}}
 {{- else if contains "-----BEGIN " .value -}}
 {{- $_ := set .files.own .own .value -}}
-{{- printf "inline/%s" .own -}}
+{{- .own -}}
 {{- else if hasPrefix "/" .value -}}
 {{- .value -}}
 {{- else -}}
@@ -70,7 +70,7 @@ The configuration as JSON.
 {{- else if .password -}}
 {{- $key := printf "%s.password" $own -}}
 {{- $_ := set $files.own $key (toString .password) -}}
-{{- $_ := set . "password_file" (printf "inline/%s" $key) -}}
+{{- $_ := set . "password_file" $key -}}
 {{- end -}}
 {{- $_ := set $entry "auth" (omit . "secret" "key" "password") -}}
 {{- end -}}
