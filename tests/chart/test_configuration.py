@@ -12,6 +12,7 @@ import pytest
 from ociregistry.config.registries import Password
 from ociregistry.daemon import _AT_NEXT_START
 from ociregistry.names import Upstream
+from ociregistry.script import CONFIG
 from ociregistry.settings import Settings, load_settings
 from tests.chart.rendering import Rendered, render
 from tests.chart.values import CASES, EVERY_SETTING, PASSWORD, SECRET_PASSWORD, SECRETS, pems
@@ -46,6 +47,14 @@ def test_check_accepts_it(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_path_of_the_file_is_given() -> None:
+    (container,) = render({}).pod["spec"]["containers"]
+    (folder,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "config")
+    assert container["args"] == ["--config-path", f"{folder}/ociregistry.yaml"]
+    # The same for the commands that are run in the pod.
+    assert container["args"][1] == str(CONFIG)
 
 
 def test_every_setting_arrives(tmp_path: Path) -> None:
