@@ -34,10 +34,15 @@ export PYTHONPATH := $(CURDIR)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Some servers are in sbin, which only root has on its PATH.
 TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
+# Programs in Go are built once for all checkouts, each version in a folder of its own: about a minute.
+PROGRAMS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ociregistry
+HELM := $(PROGRAMS)/helm-3.22.0/helm
+KUBECONFORM := $(PROGRAMS)/kubeconform-0.8.0/kubeconform
+CHART := charts/ociregistry
 # Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian test-deb test-image deb image docs lint clean
+.PHONY: help run test test-long test-debian test-deb test-image test-chart deb image chart docs lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -136,6 +141,21 @@ test-image: $(VENV)/test.stamp ## test the container image in podman and contain
 	$(MAKE) --no-print-directory image
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m 'not long' tests/image
 
+chart: $(HELM) ## package the Helm chart, into build/ (needs Go)
+	mkdir -p build/chart
+	rm -f build/chart/* build/ociregistry-chart-*
+	# A link to a file outside the chart becomes that file.
+	$(HELM) package $(CHART) --destination build/chart >build/chart/log 2>&1 || { cat build/chart/log; exit 1; }
+	for package in build/chart/ociregistry-*.tgz; do
+	    mv "$$package" "build/ociregistry-chart-$${package##*/ociregistry-}"
+	done
+	ls build/ociregistry-chart-*
+
+test-chart: $(VENV)/test.stamp $(HELM) $(KUBECONFORM) ## test the Helm chart, without a cluster (needs Go)
+	PATH="$(dir $(HELM)):$(dir $(KUBECONFORM)):$(TEST_PATH)"
+	$(MAKE) --no-print-directory chart
+	$(PYTHON) -m pytest $(JUNIT).xml -n 2 tests/chart
+
 lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff check --output-format=concise
 	$(VENV)/bin/ruff format --check
@@ -174,6 +194,13 @@ $(VENV)/docs.stamp: $(VENV)/run.stamp
 	$(PYTHON) -m pip install --quiet --requirement $(VENV)/docs.txt
 	touch $@
 
+$(PROGRAMS)/helm-%/helm:
+	# Else it takes every cluster that it does not ask for Kubernetes 1.20.
+	$(call go,$(@D),helm.sh/helm/v3/cmd/helm@v$*,-X helm.sh/helm/v3/pkg/chartutil.k8sVersionMinor=37)
+
+$(PROGRAMS)/kubeconform-%/kubeconform:
+	$(call go,$(@D),github.com/yannh/kubeconform/cmd/kubeconform@v$*)
+
 # The files of a test machine, from this machine's package sources: made once, and again when debian/control changes.
 build/%.tar: debian/control
 	mkdir -p build
@@ -210,6 +237,17 @@ define sources
 apt-get indextargets --format 'deb $$(REPO_URI) $$(RELEASE) $$(COMPONENT)' 'Created-By: Packages' 'Origin: Debian' |
     sed "s/ $$VERSION_CODENAME/ $(1)/"
 )
+endef
+
+# $(call go,FOLDER,PACKAGE,FLAGS): build a program of a Go module, with these flags of the linker. A Go that is older than
+# the module demands gets a newer one, which it can from 1.21 on.
+define go
+go version 2>/dev/null | grep -Eq 'go(1\.(2[1-9]|[3-9][0-9])|[2-9])' || {
+    echo >&2 "Go 1.21 or later is needed to build $(notdir $(1)): $$(go version 2>/dev/null || echo there is none in PATH)"
+    exit 1
+}
+echo "Building $(notdir $(1))"
+GOBIN=$(1) GOTOOLCHAIN=auto CGO_ENABLED=0 nice go install -trimpath -ldflags '-s -w $(3)' $(2)
 endef
 
 # $(call root,TARGET): fail without root, which containerd needs to unpack images, and tests for network namespaces.

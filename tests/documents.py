@@ -27,6 +27,11 @@ class Block:
     not_run: str | None = None
     """Why no test runs the block, from the comment above it."""
 
+    @property
+    def is_of_the_chart(self) -> bool:
+        """Whether it shows values of the Helm chart."""
+        return self.text.startswith("# values.yaml\n")
+
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 

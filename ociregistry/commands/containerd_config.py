@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from twisted.python import usage
 
-from ociregistry.commands.options import Command, CommandFailed, print_lines
+from ociregistry.commands.hosts_files import HostsFiles, keep_up
+from ociregistry.commands.options import Command, print_lines
+from ociregistry.config.values import parse_duration
 from ociregistry.errors import NameInvalid
 from ociregistry.names import DOCKER_HUB, Upstream
 from ociregistry.process import print_error
@@ -20,7 +22,8 @@ from ociregistry.upstream.network import api_host
 
 _FOLDER = "/etc/containerd/certs.d"
 _URL = re.compile(r"(?P<scheme>https?)://(?P<host>[^/?#@]+)/?")
-_OURS = "# Written by ociregistry containerd-config, which may write it anew."
+_OWNER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._/-]{0,127}")
+_ALWAYS = "always"
 _USUAL = ("docker.io", "quay.io", "registry.k8s.io", "ghcr.io", "gcr.io")
 """Registries to configure for clients that need an entry for each upstream."""
 
@@ -65,8 +68,14 @@ class ContainerdConfig(Command):
         ["ca", None, None, "File, on the node, with the authority that issued the daemon's certificate."],
         ["cert", None, None, "File with the node's certificate, if the daemon requires one."],
         ["key", None, None, "File with the key of that certificate."],
+        ["owner", None, None, "Word that tells the files of one owner from those of others (default: none)."],
+        ["stay", None, None, "Keep them written, or removed, for so long, such as 60s, or always."],
     ]
-    optFlags = [["write", None, "Write the hosts.toml files."]]
+    optFlags = [
+        ["write", None, "Write the hosts.toml files; those that others wrote are kept."],
+        ["replace", None, "With --write: replace files that others wrote; --remove restores them."],
+        ["remove", None, "Remove the hosts.toml files that --write wrote."],
+    ]
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,42 +100,62 @@ class ContainerdConfig(Command):
             raise usage.UsageError(f"{error}") from None
         if (self["cert"] is None) != (self["key"] is None):
             raise usage.UsageError("--cert and --key go together")
+        if self["write"] and self["remove"]:
+            raise usage.UsageError("--write and --remove exclude each other")
+        if self["replace"] and not self["write"]:
+            raise usage.UsageError("--replace goes with --write")
+        if self["stay"] and not (self["write"] or self["remove"]):
+            raise usage.UsageError("--stay goes with --write or --remove")
+        if self["owner"] is not None and not _OWNER.fullmatch(self["owner"]):
+            raise usage.UsageError(f"--owner {self['owner']!r}: letters, digits and . _ / - are expected")
+        stay = None if self["stay"] == _ALWAYS else self.value("stay", parse_duration)
+        self._seconds = stay.total_seconds() if stay is not None else None
         for option in ("dir", "ca", "cert", "key"):
             path = self[option]
             if path is not None and not (path.isprintable() and os.path.isabs(path) and not set(path) & set("\"'\\")):
                 raise usage.UsageError(f"--{option} {path!r}: an absolute path is expected, without quotes")
 
     def run(self, settings: Settings) -> int:
-        """Print the configuration of all clients, or write the hosts.toml files with --write.
+        """Print the configuration of all clients, or with --write or --remove change the hosts.toml files.
 
         Raises:
-            CommandFailed: a file cannot be written, or exists and was not written by this command.
+            CommandFailed: a file cannot be written or removed, or exists and was not written by this command.
         """
-        mirrors = self.mirrors or [Mirror("https" if settings.tls else "http", f"localhost:{settings.port}")]
-        files = self._files(mirrors, settings)
-        if self["write"]:
-            for path, text in files.items():
-                _write(path, text)
-            print_lines(f"wrote {path}" for path in files)
-            print_lines(_config_toml(self["dir"]))
-            if not self.upstreams:
-                _warn_of_overrides(Path(self["dir"]), mirrors)
+        folder = Path(self["dir"])
+        files = HostsFiles(folder, self["owner"] or "")
+        if self["remove"]:
+            self._change(folder, files.remove, "removed")
             return 0
-        for path, text in files.items():
-            print_lines([f"# {path}", text])
+        mirrors = self.mirrors or [Mirror("https" if settings.tls else "http", f"localhost:{settings.port}")]
+        texts = self._texts(mirrors, settings)
+        if self["write"]:
+            if not self.upstreams:
+                _warn_of_overrides(folder, mirrors)
+            self._change(folder, lambda: files.write(texts, replace=bool(self["replace"])), "wrote")
+            if not self["stay"]:
+                print_lines(_config_toml(self["dir"]))
+            return 0
+        for name, text in texts.items():
+            print_lines([f"# {folder / name / 'hosts.toml'}", files.mark, text])
         print_lines(_config_toml(self["dir"]))
         print_lines(_other_clients(mirrors, self.upstreams or _usual(settings)))
         return 0
 
-    def _files(self, mirrors: Sequence[Mirror], settings: Settings) -> dict[Path, str]:
-        folder = Path(self["dir"])
+    def _change(self, folder: Path, act: Callable[[], list[Path]], what: str) -> None:
+        if self["stay"]:
+            keep_up(folder, act, lambda path: print_lines([f"{what} {path}"]), self._seconds)
+        else:
+            print_lines(f"{what} {path}" for path in act())
+
+    def _texts(self, mirrors: Sequence[Mirror], settings: Settings) -> dict[str, str]:
+        """Return the texts of the hosts.toml files by the names of their folders."""
         if not self.upstreams:
-            return {folder / "_default" / "hosts.toml": self._hosts_toml(None, mirrors)}
+            return {"_default": self._hosts_toml(None, mirrors)}
         servers = {one.name: f"{settings.entry(one).scheme or 'https'}://{api_host(one)}" for one in self.upstreams}
-        return {folder / name / "hosts.toml": self._hosts_toml(server, mirrors) for name, server in servers.items()}
+        return {name: self._hosts_toml(server, mirrors) for name, server in servers.items()}
 
     def _hosts_toml(self, server: str | None, mirrors: Sequence[Mirror]) -> str:
-        lines = [_OURS]
+        lines = []
         if server is not None:
             lines += ["# When no daemon answers, containerd asks the registry itself.", f'server = "{server}"']
         for mirror in mirrors:
@@ -137,24 +166,13 @@ class ContainerdConfig(Command):
         return "\n".join(lines) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        if path.exists() and not path.read_text(errors="replace").startswith(_OURS):
-            raise CommandFailed(f"{path}: exists, and was not written by this command: move it away first")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(text)
-        temporary.rename(path)
-    except OSError as error:
-        raise CommandFailed(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def _warn_of_overrides(folder: Path, mirrors: Sequence[Mirror]) -> None:
     """Warn of folders for single registries that do not name these `mirrors`: containerd prefers them to _default.
 
     It does so even if there is no hosts.toml in them.
     """
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "_default"):
+    folders = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    for path in sorted(path for path in folders if path.name != "_default" and not path.name.startswith(".")):
         hosts = path / "hosts.toml"
         try:
             text = hosts.read_text(errors="replace")

@@ -1,0 +1,98 @@
+"""The packaged chart, as `make chart` leaves it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ociregistry import __version__
+from tests.chart.rendering import CHART, NAMESPACE, RELEASE, program, render
+from tests.chart.values import CASES
+from tests.processes import ROOT
+
+PACKAGE = ROOT / "build" / f"ociregistry-chart-{__version__}.tgz"
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, str]:
+    """The files of the package."""
+    with tarfile.open(PACKAGE) as archive:
+        members = [member for member in archive if member.isfile()]
+        read = {member.name: archive.extractfile(member) for member in members}
+        return {name: file.read().decode() for name, file in read.items() if file is not None}
+
+
+def test_package_holds_what_it_needs(files: dict[str, str]) -> None:
+    paths = {str(path.relative_to(CHART.parent)) for path in CHART.rglob("*") if path.is_file()}
+    dashboards = {f"ociregistry/files/dashboards/{path.name}" for path in (ROOT / "charts" / "dashboards").iterdir()}
+    assert files.keys() == paths | dashboards
+    assert files["ociregistry/files/alerts.yaml"] == (ROOT / "charts" / "alerts.yaml").read_text()
+    for name in dashboards:
+        assert files[name] == (ROOT / "charts" / "dashboards" / Path(name).name).read_text()
+
+
+def test_package_renders_the_same(files: dict[str, str]) -> None:
+    for name in ("defaults", "monitoring", "node configurer"):
+        argv = [
+            program("helm"),
+            "template",
+            RELEASE,
+            str(PACKAGE),
+            "--namespace",
+            NAMESPACE,
+        ]
+        values = json.dumps(CASES[name].values)
+        done = subprocess.run([*argv, "--values", "-"], input=values, capture_output=True, text=True, check=True)
+        assert tuple(filter(None, yaml.safe_load_all(done.stdout))) == render(CASES[name].values).objects
+        # Nothing beside the objects, such as remarks about links.
+        assert done.stderr == ""
+
+
+def test_metadata_is_what_artifacthub_reads(files: dict[str, str]) -> None:
+    about = yaml.safe_load(files["ociregistry/Chart.yaml"])
+    annotations = about["annotations"]
+    assert about["description"]
+    assert about["keywords"]
+    assert about["maintainers"]
+    assert {annotations["artifacthub.io/license"], annotations["artifacthub.io/category"]} == {
+        "Apache-2.0",
+        "storage",
+    }
+    for image in yaml.safe_load(annotations["artifacthub.io/images"]):
+        assert image.keys() >= {"name", "image"}
+    kinds = {change["kind"] for change in yaml.safe_load(annotations["artifacthub.io/changes"])}
+    assert kinds <= {"added", "changed", "deprecated", "removed", "fixed", "security"}
+
+
+NOTES = """\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: notes}
+data:
+  notes: |
+    {{- include "ociregistry/templates/NOTES.txt" . | nindent 4 }}
+"""
+"""Helm prints the notes only when it installs, for which it needs a cluster."""
+
+
+def notes(values: Mapping[str, object]) -> str:
+    objects = render({**values, "extraObjects": [NOTES]}).all("ConfigMap")
+    (text,) = (one["data"]["notes"] for one in objects if one["metadata"]["name"] == "notes")
+    return str(text)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_notes_tell_the_next_step(name: str) -> None:
+    text = notes(CASES[name].values)
+    assert f"rollout status deployment/{RELEASE}-ociregistry" in text
+    assert "crictl pull" in text
+    enabled = CASES[name].values.get("nodeConfigurer", {}).get("enabled", False)
+    assert ("containerd-config --url" in text) != enabled
+    assert ("pod-security.kubernetes.io/enforce=privileged" in text) == (enabled and "removes" not in name)
+    assert "\n\n\n" not in text

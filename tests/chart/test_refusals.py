@@ -1,0 +1,64 @@
+"""Values that contradict each other are refused by a line that says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.chart.rendering import RenderFailed, render
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"replicas": 2}, "replicas: 2 pods need one volume that all of them can write: set persistence.accessModes"),
+    ({"replicas": 2, "persistence": {"type": "emptyDir"}}, "(persistence.type is emptyDir)"),
+    ({"replicas": 2, "persistence": {"type": "hostPath"}}, "(persistence.type is hostPath)"),
+    ({"replicas": 2, "persistence": {"type": "existingClaim", "existingClaim": "a"}}, "replicas: 2 pods need one"),
+    ({"persistence": {"type": "existingClaim"}}, "persistence.existingClaim: the name of the claim is missing"),
+    ({"persistence": {"existingClaim": "a"}}, "persistence.existingClaim: has no effect with persistence.type claim"),
+    ({"service": {"clusterIP": "None"}}, "service.clusterIP: nodes do not resolve the names of Services"),
+    ({"ingress": {"enabled": True}}, "ingress.hosts: a host name is missing"),
+    ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs: a gateway is missing"),
+    ({"tls": {"cert": "-----BEGIN CERTIFICATE-----"}}, "tls: a certificate and its key go together"),
+    ({"tls": {"client_ca": "-----BEGIN CERTIFICATE-----"}}, "tls: a certificate and its key go together"),
+    (
+        {"tls": {"secret": "a", "client_ca": "-----BEGIN CERTIFICATE-----\n"}},
+        "tls.client_ca: beside `secret`,",
+    ),
+    ({"config": {"proxy": "http://u:p@proxy:1"}}, "config.proxy: a password would be in the ConfigMap"),
+    ({"registries": [{"name": "a.b", "proxy": "http://u:p@c"}]}, "registries (a.b).proxy: a password would be in"),
+    ({"registries": [{"name": "a.b", "auth": {"identity_token": "x"}}]}, "auth.identity_token: it would be in the"),
+    ({"registries": [{"name": "a.b", "auth": {"user": "u", "key": "x"}}]}, "auth.key: has no effect without secret"),
+    (
+        {"registries": [{"name": "a.b", "auth": {"user": "u", "secret": "s", "password": "p"}}]},
+        "registries (a.b).auth: secret, password, password_file and password_env exclude each other",
+    ),
+    ({"registries": [{"name": "a.b", "tls": {"secret": "s"}}]}, "tls.secret: name its keys, such as `ca: ca.crt`"),
+    ({"registries": [{"name": "a.b", "tls": {"ca": "ca.crt"}}]}, "registries (a.b).tls.ca: PEM text, an absolute"),
+    ({"registries": [{"name": "a.b", "tls": {"secret": "s", "ca": "/a"}}]}, "tls.ca: beside `secret`, the name of a"),
+    (
+        {"nodeConfigurer": {"enabled": True}, "service": {"type": "ClusterIP"}},
+        "nodeConfigurer.urls: with service.type ClusterIP the address that nodes use is missing",
+    ),
+    ({"nodeConfigurer": {"remove": True}}, "nodeConfigurer.remove: needs nodeConfigurer.enabled"),
+    # By the schema.
+    ({"replica": 2}, "additional properties 'replica' not allowed"),
+    ({"config": {"loglevel": "info"}}, "additional properties 'loglevel' not allowed"),
+    ({"config": {"port": 5000}}, "additional properties 'port' not allowed"),
+    ({"config": {"log_level": "loud"}}, "/config/log_level"),
+    ({"registries": [{"nam": "a.b"}]}, "/registries/0"),
+    ({"registries": [{"name": "a.b", "auth": {"user": "u", "password": 123}}]}, "got number, want string"),
+    ({"registries": [{"name": "a.b", "auth": {"password_file": "relative"}}]}, "/registries/0/auth/password_file"),
+    ({"service": {"nodePort": 0}}, "/service/nodePort"),
+    ({"persistence": {"type": "pvc"}}, "/persistence/type"),
+    ({"persistence": {"size": "50 GB"}}, "/persistence/size"),
+    ({"image": {"digest": "sha256:1"}}, "/image/digest"),
+    ({"nodeConfigurer": {"urls": ["10.0.0.1:31080"]}}, "/nodeConfigurer/urls/0"),
+    ({"preload": ["two words"]}, "/preload/0"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(RenderFailed) as refused:
+        render(values)
+    assert message in str(refused.value)
