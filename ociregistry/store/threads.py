@@ -18,7 +18,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, SocketCopy, send_file
+from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, send_file
 from ociregistry.store.pagecache import is_resident, read_at_once
 
 _log = Logger(namespace="ociregistry.store")
@@ -217,9 +217,9 @@ class Threads:
     def close(self, descriptor: int) -> None:
         """Close a file in a thread: if it was removed, its space is freed then, for which gigabytes take a second."""
         if self._closing.started:
-            self._closing.callInThread(os.close, descriptor)
+            self._closing.callInThread(close_descriptor, descriptor)
         else:
-            os.close(descriptor)
+            close_descriptor(descriptor)
 
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which writes or syncs, in a thread."""
