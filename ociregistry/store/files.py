@@ -44,6 +44,11 @@ def is_of_the_file(error: OSError) -> bool:
     return error.errno in _OF_THE_FILE
 
 
+def is_gone(error: OSError) -> bool:
+    """Tell whether `error` says that a file is no more, also an open one: on NFS and FUSE others may remove it."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
 def reason(error: Exception) -> str:
     """Return why a file could not be read, without the file's path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
@@ -129,19 +134,24 @@ _STALE_PAUSE = 0.05
 """Seconds."""
 
 
-def _until_not_stale(by_name: Callable[[], T]) -> T:
-    """Call `by_name`, which opens a file by its name, again while that leads to a file which is no more.
+def _until_known(read: Callable[[], T], is_stale: Callable[[Exception], bool]) -> T:
+    """Call `read` again while it fails because of what the machine remembers of a file, for 2.5 s at most.
 
-    NFS and FUSE remember for a second or two where a name led; another machine may have replaced the file meanwhile.
+    NFS and FUSE remember for a second or two where a name led, and how large a file was, although another machine may
+    have replaced the file meanwhile, or another thread have written more.
     """
     deadline = time.monotonic() + _STALE_FOR
     while True:
         try:
-            return by_name()
-        except OSError as error:
-            if error.errno != errno.ESTALE or time.monotonic() > deadline:
+            return read()
+        except (OSError, EOFError) as error:
+            if not is_stale(error) or time.monotonic() > deadline:
                 raise
         time.sleep(_STALE_PAUSE)
+
+
+def _is_stale_name(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ESTALE
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
@@ -151,7 +161,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
         FileNotFoundError: there is none.
         OSError: it cannot be opened; ELOOP for a symbolic link, and ENXIO for anything else that is no regular file.
     """
-    descriptor, _ = _until_not_stale(lambda: _open_regular(path, flags))
+    descriptor, _ = _until_known(lambda: _open_regular(path, flags), _is_stale_name)
     return SharedFile(descriptor)
 
 
@@ -202,6 +212,37 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     return sent
 
 
+def send_known(to: int, descriptor: int, offset: int, count: int) -> int:
+    """Send bytes as `send_file` does, of which one at least is known to be in the file. Blocks.
+
+    Raises:
+        EOFError: the file ends at `offset` nevertheless: it was cut.
+        OSError: as for `send_file`.
+    """
+    return _until_known(lambda: send_file(to, descriptor, offset, count), lambda error: isinstance(error, EOFError))
+
+
+def read_known(descriptor: int, count: int, offset: int) -> bytes:
+    """Read at most `count` bytes at `offset` of a file, one of which at least is known to be there. Blocks.
+
+    Returns:
+        No bytes, if the file ends at `offset` nevertheless: it was cut.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+
+    def read() -> bytes:
+        if not (data := os.pread(descriptor, count, offset)):
+            raise EOFError
+        return data
+
+    try:
+        return _until_known(read, lambda error: isinstance(error, EOFError))
+    except EOFError:
+        return b""
+
+
 _PIECE = 1024 * 1024
 """Bytes."""
 
@@ -212,7 +253,7 @@ def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
     Raises:
         OSError: it cannot be opened, as `open_regular` says, or read; EFBIG if it has more than `largest` bytes.
     """
-    return _until_not_stale(lambda: _read_regular(path, largest))
+    return _until_known(lambda: _read_regular(path, largest), _is_stale_name)
 
 
 def _read_regular(path: Path | str, largest: int) -> bytes:

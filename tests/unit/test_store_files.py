@@ -18,8 +18,10 @@ from ociregistry.store.files import (
     lock,
     locked,
     open_regular,
+    read_known,
     read_regular,
     send_file,
+    send_known,
 )
 
 
@@ -161,6 +163,52 @@ def test_error_on_closing_is_none_of_the_file(tmp_path: Path, monkeypatch: pytes
         with locked(tmp_path / "lock"):
             pass
     assert not is_open(descriptor)
+
+
+class StaleSize:
+    """Lets a file seem to end too early, as on FUSE while another thread writes it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left = times
+        self._pread, self._sendfile = os.pread, os.sendfile
+        monkeypatch.setattr(os, "pread", self._read)
+        monkeypatch.setattr(os, "sendfile", self._send)
+
+    def _is_short(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+    def _read(self, descriptor: int, count: int, offset: int) -> bytes:
+        return b"" if self._is_short() else self._pread(descriptor, count, offset)
+
+    def _send(self, to: int, descriptor: int, offset: int, count: int) -> int:
+        return 0 if self._is_short() else self._sendfile(to, descriptor, offset, count)
+
+
+def test_bytes_that_are_known_to_be_there_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    stale = StaleSize(monkeypatch, 2)
+    assert read_known(file.fileno(), 10, 3) == b"tent"
+    stale.left = 2
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert send_known(ours.fileno(), file.fileno(), 3, 10) == 4
+        assert theirs.recv(10) == b"tent"
+    file.release()
+
+
+def test_file_that_was_cut_ends_early_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    monkeypatch.setattr(files_module, "_STALE_FOR", 0.2)
+    file = open_regular(path)
+    assert read_known(file.fileno(), 10, 7) == b""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(EOFError):
+        send_known(ours.fileno(), file.fileno(), 7, 10)
+    file.release()
 
 
 class Recorded(Files):
