@@ -19,7 +19,7 @@ from tests.processes import Daemon
 from tests.real.caches import Cache, cache_in, plain_image, repository_for
 
 
-def need(*programs: str) -> None:
+def _need(*programs: str) -> None:
     """Fail where a peer is missing: a skipped test would prove nothing."""
     packages = sorted({package for package in map(missing_package, programs) if package})
     if packages:
@@ -40,7 +40,7 @@ def interruptible() -> None:
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
     """An empty docker-registry."""
-    need("docker-registry")
+    _need("docker-registry")
     with DockerRegistry(tmp_path / "registry") as registry:
         yield registry
 
@@ -48,7 +48,7 @@ def registry(tmp_path: Path) -> Iterator[DockerRegistry]:
 @pytest.fixture
 def portless_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
     """An empty docker-registry whose name has no port: port 80 of a loopback address unique to this process."""
-    need("docker-registry")
+    _need("docker-registry")
     pid = os.getpid()
     address = f"127.{64 + (pid >> 16) % 64}.{pid >> 8 & 255}.{pid & 255}"
     with DockerRegistry(tmp_path / "portless-registry", address, 80) as registry:
@@ -76,7 +76,7 @@ def start_daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Cal
 @pytest.fixture(scope="session")
 def containerd() -> Iterator[Containerd]:
     """One containerd for all tests: use distinct references, or `wipe` it."""
-    need("containerd", "ctr")
+    _need("containerd", "ctr")
     if os.geteuid() != 0:
         pytest.fail("containerd needs root to unpack images", pytrace=False)
     # Not tmp_path: the path of a socket must be short, and pytest would keep the unpacked files.
@@ -87,7 +87,7 @@ def containerd() -> Iterator[Containerd]:
 @pytest.fixture
 def skopeo() -> Callable[..., None]:
     """`skopeo_copy`."""
-    need("skopeo")
+    _need("skopeo")
     return skopeo_copy
 
 

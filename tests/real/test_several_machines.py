@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.images import MIB, Image, digest_of
+from tests.peers import missing_package
 from tests.processes import wait_until
 from tests.real.caches import plain_image, repository_for
-from tests.real.conftest import need
 from tests.real.gluster import gluster_pair
 from tests.real.syncthing import syncthing_pair
 from tests.real.two_machines import Pair, Replica
@@ -38,7 +38,8 @@ _PAIRS: dict[str, Callable[[Path], AbstractContextManager[Pair]]] = {
 @pytest.fixture(scope="module", params=_PAIRS)
 def machines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """Two daemons for all tests of this file."""
-    need("glusterd", "syncthing")
+    if packages := {missing_package(one) for one in ("glusterd", "syncthing", "unshare")} - {None}:
+        pytest.fail(f"a peer is missing: apt-get install {' '.join(map(str, packages))}", pytrace=False)
     with _PAIRS[request.param](tmp_path_factory.mktemp("machines") / request.param) as pair:
         yield pair
 
