@@ -15,6 +15,8 @@ PYTHON := $(VENV)/bin/python
 SERVERS := docker-registry containerd skopeo jq nginx-light strace openssl curl iproute2 ca-certificates mount rsync \
 	bsdextrautils systemd e2fsprogs faketime tinyproxy wrk bindfs fuse3 prometheus chromium chromium-driver \
 	fonts-dejavu-core pngquant
+# Beside these, for the long tests.
+DISTRIBUTED := glusterfs-server syncthing
 DEBIANS := python3-twisted python3-treq python3-pytest python3-pytest-twisted python3-hypothesis \
 	python3-cryptography python3-openssl python3-service-identity python3-yaml python3-tqdm \
 	python3-cachetools python3-prometheus-client python3-zstandard
@@ -59,7 +61,7 @@ test: $(VENV)/test.stamp ## run all tests except the long ones, in memory and ag
 
 test-long: $(VENV)/test.stamp ## run the long tests (needs root)
 	$(call root,test-long)
-	$(call need,$(SERVERS) $(RUNNERS))
+	$(call need,$(SERVERS) $(RUNNERS) $(DISTRIBUTED))
 	# The tests of the image compare with it.
 	$(MAKE) --no-print-directory image
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m long tests
@@ -269,7 +271,7 @@ if [ $$(id -u) != 0 ]; then
     sudo -n true 2>/dev/null || { echo >&2 "Please install first: apt-get install $${missing[*]}"; exit 1; }
     may=(sudo -n "$${may[@]}")
 fi
-for service in docker-registry containerd nginx tinyproxy prometheus; do
+for service in docker-registry containerd nginx tinyproxy prometheus glusterd; do
     [ -e /lib/systemd/system/$$service.service ] || new+=($$service)
 done
 policy=/usr/sbin/policy-rc.d

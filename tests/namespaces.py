@@ -103,29 +103,31 @@ class Routed:
     """Two namespaces, `near` and `far`, and a router between them that can drop all packets."""
 
     NEAR, FAR = "10.77.1.2", "10.77.2.2"
-    _GATEWAYS = ("10.77.1.1", "10.77.2.1")
+    GATEWAY = "10.77.1.1"
+    """The router, as both reach it."""
+    _GATEWAYS = (GATEWAY, "10.77.2.1")
 
     def __init__(self) -> None:
         self.near = Namespace("near")
         self.far = Namespace("far")
-        self._router = Namespace("router")
+        self.router = Namespace("router")
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         """Create and connect the namespaces."""
         with ExitStack() as stack:
-            stack.enter_context(self._router)
+            stack.enter_context(self.router)
             ends = zip((self.near, self.far), (self.NEAR, self.FAR), self._GATEWAYS, strict=True)
             for number, (end, address, gateway) in enumerate(ends):
                 stack.enter_context(end)
                 peer = ["peer", "name", "eth0", "netns", end.name]
-                self._router.ip("link", "add", f"eth{number}", "type", "veth", *peer)
-                self._router.ip("address", "add", f"{gateway}/24", "dev", f"eth{number}")
-                self._router.ip("link", "set", f"eth{number}", "up")
+                self.router.ip("link", "add", f"eth{number}", "type", "veth", *peer)
+                self.router.ip("address", "add", f"{gateway}/24", "dev", f"eth{number}")
+                self.router.ip("link", "set", f"eth{number}", "up")
                 end.ip("address", "add", f"{address}/24", "dev", "eth0")
                 end.ip("link", "set", "eth0", "up")
                 end.ip("route", "add", "default", "via", gateway)
-            self._router.call(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
+            self.router.call(lambda: Path("/proc/sys/net/ipv4/ip_forward").write_text("1"))
             self._stack = stack.pop_all()
         return self
 
@@ -139,14 +141,26 @@ class Routed:
     def outage(self) -> Iterator[None]:
         """Drop every packet silently until the block ends."""
         for address in (self.NEAR, self.FAR):
-            self._router.ip("route", "add", "blackhole", address)
+            self.router.ip("route", "add", "blackhole", address)
         yield
         for address in (self.NEAR, self.FAR):
-            self._router.ip("route", "delete", "blackhole", address)
+            self.router.ip("route", "delete", "blackhole", address)
+
+    @contextmanager
+    def split(self) -> Iterator[None]:
+        """Drop every packet between `near` and `far` silently until the block ends; both still reach the router."""
+        ways = [("iif", f"eth{number}", "to", to, "blackhole") for number, to in enumerate((self.FAR, self.NEAR))]
+        for way in ways:
+            self.router.ip("rule", "add", *way)
+        try:
+            yield
+        finally:
+            for way in ways:
+                self.router.ip("rule", "delete", *way)
 
     def drop(self, address: str) -> None:
         """Drop every packet to an address, silently and for ever."""
-        self._router.ip("route", "add", "blackhole", address)
+        self.router.ip("route", "add", "blackhole", address)
 
     def received(self) -> int:
         """Return how many bytes have arrived in `near` so far, headers included."""

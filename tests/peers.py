@@ -32,6 +32,8 @@ PACKAGES = {
     "chromium": "chromium",
     "chromedriver": "chromium-driver",
     "pngquant": "pngquant",
+    "glusterd": "glusterfs-server",
+    "syncthing": "syncthing",
 }
 NOWHERE = "http://127.0.0.1:1"
 

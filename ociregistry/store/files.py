@@ -11,9 +11,13 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -40,9 +44,23 @@ def is_of_the_file(error: OSError) -> bool:
     return error.errno in _OF_THE_FILE
 
 
+def is_gone(error: OSError) -> bool:
+    """Tell whether `error` says that a file is no more, also an open one: on NFS and FUSE others may remove it."""
+    return error.errno in (errno.ENOENT, errno.ESTALE)
+
+
 def reason(error: Exception) -> str:
     """Return why a file could not be read, without the file's path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def close_descriptor(descriptor: int) -> None:
+    """Close a file, also where that reports an error, as NFS and FUSE may for a file that another machine replaced.
+
+    The descriptor is free in any case (close(2)), and what had to be on disk was synced before.
+    """
+    with suppress(OSError):
+        os.close(descriptor)
 
 
 class SharedFile:
@@ -69,10 +87,10 @@ class SharedFile:
             self._leases += 1
         return self
 
-    def release(self, close: Callable[[int], object] = os.close) -> None:
+    def release(self, close: Callable[[int], object] = close_descriptor) -> None:
         """Release a lease; `close` closes the descriptor if it was the last.
 
-        With os.close this blocks where the file was removed: its space is freed then.
+        With `close_descriptor` this blocks where the file was removed: its space is freed then.
         """
         with self._lock:
             self._leases -= 1
@@ -95,7 +113,7 @@ class SocketCopy(SharedFile):
     def __init__(self, socket: int) -> None:
         super().__init__(os.dup(socket))
 
-    def release(self, close: Callable[[int], object] = os.close) -> None:
+    def release(self, close: Callable[[int], object] = close_descriptor) -> None:
         """Release a lease, and close the descriptor at once if it was the last: no disk is waited for."""
         super().release()
 
@@ -111,6 +129,31 @@ def _without_access_times(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_NOATIME)
 
 
+_STALE_FOR = 2.5
+_STALE_PAUSE = 0.05
+"""Seconds."""
+
+
+def _until_known(read: Callable[[], T], is_stale: Callable[[Exception], bool]) -> T:
+    """Call `read` again while it fails because of what the machine remembers of a file, for 2.5 s at most.
+
+    NFS and FUSE remember for a second or two where a name led, and how large a file was, although another machine may
+    have replaced the file meanwhile, or another thread have written more.
+    """
+    deadline = time.monotonic() + _STALE_FOR
+    while True:
+        try:
+            return read()
+        except (OSError, EOFError) as error:
+            if not is_stale(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(_STALE_PAUSE)
+
+
+def _is_stale_name(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ESTALE
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
     """Open the regular file at `path`. It does not wait for the other end of a FIFO or device.
 
@@ -118,7 +161,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
         FileNotFoundError: there is none.
         OSError: it cannot be opened; ELOOP for a symbolic link, and ENXIO for anything else that is no regular file.
     """
-    descriptor, _ = _open_regular(path, flags)
+    descriptor, _ = _until_known(lambda: _open_regular(path, flags), _is_stale_name)
     return SharedFile(descriptor)
 
 
@@ -136,7 +179,7 @@ def _open_regular(path: Path | str, flags: int) -> tuple[int, int]:
             raise OSError(errno.ENXIO, "it is not a regular file", str(path))
         _without_access_times(descriptor)
     except BaseException:
-        os.close(descriptor)
+        close_descriptor(descriptor)
         raise
     return descriptor, status.st_size
 
@@ -169,6 +212,37 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     return sent
 
 
+def send_known(to: int, descriptor: int, offset: int, count: int) -> int:
+    """Send bytes as `send_file` does, of which one at least is known to be in the file. Blocks.
+
+    Raises:
+        EOFError: the file ends at `offset` nevertheless: it was cut.
+        OSError: as for `send_file`.
+    """
+    return _until_known(lambda: send_file(to, descriptor, offset, count), lambda error: isinstance(error, EOFError))
+
+
+def read_known(descriptor: int, count: int, offset: int) -> bytes:
+    """Read at most `count` bytes at `offset` of a file, one of which at least is known to be there. Blocks.
+
+    Returns:
+        No bytes, if the file ends at `offset` nevertheless: it was cut.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+
+    def read() -> bytes:
+        if not (data := os.pread(descriptor, count, offset)):
+            raise EOFError
+        return data
+
+    try:
+        return _until_known(read, lambda error: isinstance(error, EOFError))
+    except EOFError:
+        return b""
+
+
 _PIECE = 1024 * 1024
 """Bytes."""
 
@@ -179,6 +253,10 @@ def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
     Raises:
         OSError: it cannot be opened, as `open_regular` says, or read; EFBIG if it has more than `largest` bytes.
     """
+    return _until_known(lambda: _read_regular(path, largest), _is_stale_name)
+
+
+def _read_regular(path: Path | str, largest: int) -> bytes:
     descriptor, size = _open_regular(path, os.O_RDONLY)
     try:
         # One byte more than there should be: where it does not come, this was all.
@@ -189,7 +267,7 @@ def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
                 data += more
             size = len(data)
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
     if size > largest:
         raise OSError(errno.EFBIG, f"larger than {largest} bytes", str(path))
     return data
@@ -272,7 +350,7 @@ class Files:
         try:
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            close_descriptor(descriptor)
 
     def unlink(self, path: Path) -> None:
         """Remove a file, if it is there."""
@@ -321,10 +399,10 @@ def lock(path: Path, *, wait: bool = True) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
+        close_descriptor(descriptor)
         return None
     except BaseException:
-        os.close(descriptor)
+        close_descriptor(descriptor)
         raise
     return descriptor
 
@@ -372,10 +450,10 @@ def locked(path: Path) -> Iterator[None]:
     assert descriptor is not None
     while not is_at(descriptor, path):
         # It was removed while this process waited: others lock a new file of that name.
-        os.close(descriptor)
+        close_descriptor(descriptor)
         descriptor = lock(path)
         assert descriptor is not None
     try:
         yield
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)

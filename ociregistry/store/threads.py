@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, SocketCopy, send_file
+from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_known, send_file, send_known
 from ociregistry.store.pagecache import is_resident, read_at_once
 
 _log = Logger(namespace="ociregistry.store")
@@ -190,7 +189,7 @@ class Threads:
         if got := read_at_once(descriptor, buffer, offset):
             del buffer[got:]
             return succeed(bytes(buffer))
-        return self.read_file(path, lambda: os.pread(descriptor, count, offset), leases=(file.lease(),))
+        return self.read_file(path, lambda: read_known(descriptor, count, offset), leases=(file.lease(),))
 
     def send_at(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
@@ -210,16 +209,16 @@ class Threads:
         socket = SocketCopy(to)
         return self.read_file(
             path,
-            lambda: send_file(socket.fileno(), descriptor, offset, count),
+            lambda: send_known(socket.fileno(), descriptor, offset, count),
             leases=(file.lease(), socket),
         )
 
     def close(self, descriptor: int) -> None:
         """Close a file in a thread: if it was removed, its space is freed then, for which gigabytes take a second."""
         if self._closing.started:
-            self._closing.callInThread(os.close, descriptor)
+            self._closing.callInThread(close_descriptor, descriptor)
         else:
-            os.close(descriptor)
+            close_descriptor(descriptor)
 
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which writes or syncs, in a thread."""

@@ -24,6 +24,7 @@ from ociregistry.store.files import (
     Files,
     SharedFile,
     is_full,
+    is_gone,
     is_of_the_file,
     open_regular,
     read_regular,
@@ -190,6 +191,8 @@ class Verifier:
                 if max_rate is not None:
                     due = began + (findings.bytes - at_first) / max_rate
                     await deferLater(self._clock, max(0.0, due - self._clock.seconds()))
+            if checked.gone:
+                return
             findings.blobs += 1
             if checked.why:
                 await self._note(findings, await self._threads.write(self._quarantine_blob, checked))
@@ -239,6 +242,8 @@ class _Checked:
         self.path = path
         self.why = ""
         """What is wrong with the blob."""
+        self.gone = False
+        """Whether another machine has removed or replaced it."""
         self._file = file
         self._digest = digest_of(path)
         self._hasher = self._digest.hasher()
@@ -246,10 +251,13 @@ class _Checked:
         self._at = 0
 
     def hash_more(self) -> int:
-        """Read and hash the next slice; return its size in bytes, 0 at the end or where the blob cannot be read."""
+        """Read and hash the next slice; return its size in bytes, 0 at the end and where that fails."""
         try:
             data = os.pread(self._file.fileno(), _SLICE, self._at)
         except OSError as error:
+            self.gone = is_gone(error)
+            if self.gone:
+                return 0
             if not is_of_the_file(error):
                 raise
             self.why = f"cannot be read at byte {self._at}: {error.strerror}"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ociregistry.errors import RegistryError
 from ociregistry.names import Digest, Repository, Upstream
-from ociregistry.store.files import Files, is_at, is_full, lock, locked, read_regular
+from ociregistry.store.files import Files, close_descriptor, is_at, is_full, lock, locked, read_regular
 from ociregistry.store.paths import (
     LOCK_NAME,
     NOTE_SUFFIX,
@@ -167,7 +167,7 @@ def _folder_locked(folder: Path) -> Iterator[None]:
                 raise
         yield
     finally:
-        os.close(descriptor)
+        close_descriptor(descriptor)
 
 
 class PullsFolder:
@@ -201,7 +201,7 @@ class PullsFolder:
         """
         with self._taking:
             if self._taken is not None and not is_at(self._taken[1], self._taken[0] / LOCK_NAME):
-                os.close(self._taken[1])
+                close_descriptor(self._taken[1])
                 self._taken = None
             if self._taken is None:
                 self._taken = self._take()
@@ -240,12 +240,12 @@ class PullsFolder:
             if held is not None and (self._adopts or not any(_is_kept(path, folder) for path in folder.iterdir())):
                 break
             if held is not None:
-                os.close(held)
+                close_descriptor(held)
             number += 1
         try:
             self._fill(folder)
         except BaseException:
-            os.close(held)
+            close_descriptor(held)
             raise
         return folder, held
 
@@ -281,7 +281,7 @@ class PullsFolder:
                 if path.is_file() and path.name != LOCK_NAME:
                     self._files.unlink(path)
         finally:
-            os.close(held)
+            close_descriptor(held)
 
     @property
     def bad(self) -> Path:
@@ -315,7 +315,7 @@ class PullsFolder:
     def close(self) -> None:
         """Release the folder, so that another process can take it."""
         if self._taken is not None:
-            os.close(self._taken[1])
+            close_descriptor(self._taken[1])
             self._taken = None
 
 
@@ -376,7 +376,7 @@ class ControlSocket:
 
     def close(self) -> None:
         """Close the folder, which makes `path` unusable."""
-        os.close(self._folder)
+        close_descriptor(self._folder)
 
 
 def find_daemon(root: Path) -> ControlSocket | None:

@@ -178,6 +178,7 @@ BEFORE: dict[str, Callable[[User], None]] = {
     "loading.md": before_loading,
     "metrics.md": User.serve,
     "pruning.md": User.loaded,
+    "several-machines.md": User.loaded,
 }
 """What a page presupposes."""
 
@@ -201,9 +202,12 @@ def after_loading(user: User) -> None:
 
 
 def after_kubernetes(user: User) -> None:
-    after_replicating(user)
     images = user.machine.done("ctr --namespace k8s.io images list --quiet").split()
     assert "registry.k8s.io/pause:3.8" in images
+
+
+def after_several_machines(user: User) -> None:
+    after_replicating(user)
     hosts = tomllib.loads((user.machine.etc / "containerd/certs.d/_default/hosts.toml").read_text())
     assert list(hosts["host"]) == ["http://10.0.0.1:8080", "http://10.0.0.2:8080"]
 
@@ -218,6 +222,7 @@ AFTER: dict[str, Callable[[User], None]] = {
     "kubernetes.md": after_kubernetes,
     "loading.md": after_loading,
     "pruning.md": after_pruning,
+    "several-machines.md": after_several_machines,
 }
 """What must hold after a page's commands."""
 

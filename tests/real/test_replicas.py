@@ -42,7 +42,7 @@ def tag_means(daemon: Daemon, registry: DockerRegistry, name: str) -> str | None
 
 
 def replicate(one: Daemon, two: Daemon) -> None:
-    """Replicate as in docs/kubernetes.md: both ways, without work in progress."""
+    """Replicate as in docs/several-machines.md: both ways, without work in progress."""
     for source, target in ((one, two), (two, one)):
         run(["rsync", "--archive", "--exclude", "pulls/", f"{source.image_path}/", f"{target.image_path}/"])
 

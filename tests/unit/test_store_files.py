@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from ociregistry.store.files import Files, SharedFile, SocketCopy, lock, locked, read_regular, send_file
+from ociregistry.store import files as files_module
+from ociregistry.store.files import (
+    Files,
+    SharedFile,
+    SocketCopy,
+    lock,
+    locked,
+    open_regular,
+    read_known,
+    read_regular,
+    send_file,
+    send_known,
+)
 
 
 def is_open(descriptor: int) -> bool:
@@ -73,6 +85,130 @@ def test_write_continues_after_a_short_write(tmp_path: Path, monkeypatch: pytest
     files.write(file, b"", 14)
     file.release()
     assert (tmp_path / "file").read_bytes() == b"0123456789abcd"
+
+
+class StaleNames:
+    """Lets `os.open` fail as on NFS or FUSE after another machine replaced the file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left = times
+        self._open = os.open
+        monkeypatch.setattr(os, "open", self._fail)
+
+    def _fail(self, path: str, flags: int, mode: int = 0o777) -> int:
+        if self.left:
+            self.left -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return self._open(path, flags, mode)
+
+
+def test_name_that_leads_to_a_replaced_file_is_looked_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"newer")
+    stale = StaleNames(monkeypatch, 3)
+    assert read_regular(path) == b"newer"
+    assert stale.left == 0
+    stale.left = 3
+    file = open_regular(path)
+    assert (stale.left, file.size()) == (0, 5)
+    file.release()
+
+
+def test_name_that_stays_stale_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example of a store that another machine has replaced by a new one."""
+    path = tmp_path / "file"
+    path.write_bytes(b"newer")
+    monkeypatch.setattr(files_module, "_STALE_FOR", 0.2)
+    StaleNames(monkeypatch, 1000)
+    for read in (read_regular, open_regular):
+        with pytest.raises(OSError, match="Stale file handle"):
+            read(path)
+
+
+def test_file_that_was_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"newer")
+    read = os.read
+    stale = iter([True, True])
+
+    def fail(descriptor: int, count: int) -> bytes:
+        if next(stale, False):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(descriptor, count)
+
+    monkeypatch.setattr(os, "read", fail)
+    assert read_regular(path) == b"newer"
+
+
+def test_error_on_closing_is_none_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS and FUSE report there that another machine replaced the file; the descriptor is free nevertheless."""
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    close = os.close
+
+    def fail(descriptor: int) -> None:
+        close(descriptor)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    file = open_regular(path)
+    descriptor = file.fileno()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", fail)
+        assert read_regular(path) == b"content"
+        file.release()
+        with locked(tmp_path / "lock"):
+            pass
+    assert not is_open(descriptor)
+
+
+class StaleSize:
+    """Lets a file seem to end too early, as on FUSE while another thread writes it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+        self.left = times
+        self._pread, self._sendfile = os.pread, os.sendfile
+        monkeypatch.setattr(os, "pread", self._read)
+        monkeypatch.setattr(os, "sendfile", self._send)
+
+    def _is_short(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
+
+    def _read(self, descriptor: int, count: int, offset: int) -> bytes:
+        return b"" if self._is_short() else self._pread(descriptor, count, offset)
+
+    def _send(self, to: int, descriptor: int, offset: int, count: int) -> int:
+        return 0 if self._is_short() else self._sendfile(to, descriptor, offset, count)
+
+
+def test_bytes_that_are_known_to_be_there_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    file = open_regular(path)
+    stale = StaleSize(monkeypatch, 2)
+    assert read_known(file.fileno(), 10, 3) == b"tent"
+    stale.left = 2
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert send_known(ours.fileno(), file.fileno(), 3, 10) == 4
+        assert theirs.recv(10) == b"tent"
+    file.release()
+
+
+def test_file_that_was_cut_ends_early_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    monkeypatch.setattr(files_module, "_STALE_FOR", 0.2)
+    file = open_regular(path)
+    assert read_known(file.fileno(), 10, 7) == b""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(EOFError):
+        send_known(ours.fileno(), file.fileno(), 7, 10)
+    file.release()
 
 
 class Recorded(Files):

@@ -194,6 +194,25 @@ def test_blob_removed_before_its_turn_is_no_damage(store_dir: StoreDir, store: S
     assert (findings.damaged, findings.blobs, findings.bytes) == ([], 1, len(first))
 
 
+@pytest.mark.parametrize("error", [errno.ESTALE, errno.ENOENT])
+def test_blob_that_another_machine_replaces_is_no_damage(
+    store_dir: StoreDir, store: Store, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """On NFS and FUSE the old content is no more, although the file is open."""
+    path, read = str(store_dir.blob(LAYER)), os.pread
+
+    def fail(descriptor: int, count: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == path:
+            raise OSError(error, os.strerror(error))
+        return read(descriptor, count, offset)
+
+    blobs = verified(store).blobs
+    monkeypatch.setattr(os, "pread", fail)
+    findings = verified(store)
+    assert (findings.damaged, findings.blobs) == ([], blobs - 1)
+    assert store_dir.blob(LAYER).exists()
+
+
 def test_no_file_stays_open(store_dir: StoreDir, store: Store) -> None:
     store_dir.blob(LAYER).write_bytes(b"")
     before = len(os.listdir("/proc/self/fd"))
