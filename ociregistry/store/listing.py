@@ -132,7 +132,7 @@ class Images:
     async def _list(self) -> Listing:
         if self._made is not None and self._clock.seconds() < self._fresh_until:
             return self._made
-        made, took = await self._threads.read(self._make, self._index.entries(), self._refresh.seen)
+        made, took = await self._threads.compute(self._make, self._index.entries(), self._refresh.seen)
         self._made, self._fresh_until = made, self._clock.seconds() + max(_FRESH, took / _SHARE)
         return made
 

@@ -87,7 +87,7 @@ class _Read(_Job):
 
 
 class Threads:
-    """A thread pool each for reads and writes, a thread for jobs that wait for the store's lock, one to close files.
+    """A thread pool each for reads and writes; a thread each to wait for the store's lock, close files, and compute.
 
     So a hanging fsync delays no hit, and a held lock delays no blob. Reads of a file that hangs take few threads, and
     fail after `READ_WITHIN` seconds; further ones fail at once, until the first has returned.
@@ -99,6 +99,7 @@ class Threads:
         self._writing = _Pool(0, writers, "store-writing")
         self._in_turn = _Pool(0, 1, "store-in-turn")
         self._closing = _Pool(0, 1, "store-closing")
+        self._computing = _Pool(0, 1, "store-computing")
         self._waiting: dict[_Read, None] = {}
         """The reads that wait for a thread, in their order."""
         self._reads: dict[_Read, None] = {}
@@ -116,7 +117,7 @@ class Threads:
 
     def start(self) -> None:
         """Start the threads. Call this after the process has daemonized: threads do not survive a fork."""
-        for pool in (self._reading, self._writing, self._in_turn, self._closing):
+        for pool in self._pools:
             pool.start()
         self._loop.start(1.0, now=False)
 
@@ -128,8 +129,7 @@ class Threads:
         self._loop.stop()
         for job in list(self._waiting):
             self._drop(job)
-        pools = self._reading, self._writing, self._in_turn, self._closing
-        stopping = [_DaemonThread(target=pool.stop) for pool in pools]
+        stopping = [_DaemonThread(target=pool.stop) for pool in self._pools]
         for thread in stopping:
             thread.start()
         for thread in stopping:
@@ -137,8 +137,12 @@ class Threads:
         if any(thread.is_alive() for thread in stopping):
             _log.error(
                 "stopping although the disk does not answer: {why}",
-                why=_counted(sum(thread.is_alive() for pool in pools for thread in pool.threads)),
+                why=_counted(sum(thread.is_alive() for pool in self._pools for thread in pool.threads)),
             )
+
+    @property
+    def _pools(self) -> tuple[ThreadPool, ...]:
+        return self._reading, self._writing, self._in_turn, self._closing, self._computing
 
     @property
     def hung(self) -> str:
@@ -219,6 +223,10 @@ class Threads:
             self._closing.callInThread(close_descriptor, descriptor)
         else:
             close_descriptor(descriptor)
+
+    def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
+        """Run `function`, which uses memory alone, in a thread that no disk holds up."""
+        return deferToThreadPool(self._reactor, self._computing, function, *args, **kwargs)
 
     def write(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Run `function`, which writes or syncs, in a thread."""

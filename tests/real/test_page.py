@@ -288,6 +288,14 @@ def test_what_is_typed_and_chosen_stays(watched: Watched, browser: Browser) -> N
     assert browser.texts("#table tbody th") == found
 
 
+def test_page_of_another_version_is_loaded_again(watched: Watched, browser: Browser) -> None:
+    browser.open(watched.url)
+    same = stays(browser)
+    browser.evaluate("document.getElementById('links').remove()")
+    wait_until(lambda: browser.find("#links"), 30, "the page is whole again")
+    assert not same()
+
+
 def test_text_of_a_search_does_nothing(watched: Watched, any_browser: Browser) -> None:
     text = f'{SCRIPT}">{SCRIPT}'
     any_browser.open(f"{watched.url}?search={quote(text)}")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -119,6 +120,19 @@ async def test_listing_that_took_long_is_given_again_for_longer(
     first = await listed(store)
     clock.advance(19.9)
     assert await listed(store) is first
+
+
+@on_reactor
+async def test_disk_that_hangs_does_not_hold_it_up(store: Store) -> None:
+    """The page is what an operator looks at then."""
+    released = Event()
+    reads = [store._threads.read(released.wait) for _ in range(100)]
+    try:
+        assert (await listed(store)).orders[Order.URL] == []
+    finally:
+        released.set()
+    for read in reads:
+        await read
 
 
 def test_store_is_not_looked_at(store_dir: StoreDir, open_store: Callable[..., Store], tmp_path: Path) -> None:

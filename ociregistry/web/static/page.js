@@ -18,6 +18,8 @@ function show(fresh, id) {
   if (now.dataset.title) document.title = now.dataset.title;
   for (const part of now.children) {
     const before = document.getElementById(part.id);
+    // The daemon is another version by now.
+    if (!before) return location.reload();
     for (const details of part.querySelectorAll("details"))
       details.open = document.getElementById(details.id)?.open ?? false;
     const selection = getSelection();
