@@ -77,7 +77,7 @@ class Terminal:
                     raise AssertionError(f"unsupported by this terminal: {other!r}")
         return [line for line in ("".join(line).rstrip() for line in cells) if line]
 
-    def wait(self, shows: Callable[[list[str]], object], what: str, timeout: float = 15) -> list[str]:
+    def wait(self, shows: Callable[[list[str]], object], what: str, timeout: float = 30) -> list[str]:
         """Return the screen as soon as it shows something."""
         wait_until(lambda: shows(self.screen()), timeout, what)
         return self.screen()

@@ -66,7 +66,7 @@ class Watched:
 
     def wait(self, holds: Callable[[dict[str, Any]], object], what: str) -> None:
         """Return as soon as the facts are so."""
-        wait_until(lambda: holds(self.told), SOON, what)
+        wait_until(lambda: holds(self.told), 3 * SOON, what)
 
 
 def command(daemon: Daemon, *options: str) -> list[str]:
