@@ -105,7 +105,7 @@ def test_daemon_preloads_from_objects(
         return bool(json.loads(fetch(f"{daemon.url}/health").body)["preload"]["loaded"] == 5)
 
     wait_until(loaded, PATIENCE, "all images are loaded")
-    at = text[: text.index("---", text.index("automountServiceAccountToken"))].count("\n") + 1
+    at = text[: text.index("automountServiceAccountToken")].count("\n") + 1
     # As with a plain list, an error in the file is a line of the log, and all other images are loaded.
     where = f"{rendered}:{at}: document 5 (shop/templates/serviceaccount.yaml): is not YAML"
     wait_until(lambda: f"not preloaded: {where}" in daemon.log, PATIENCE, "the error is logged")
