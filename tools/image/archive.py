@@ -79,7 +79,8 @@ def layer(files: Iterable[File], description: str) -> Layer:
             member.size = len(file.content)
             archive.addfile(member, io.BytesIO(file.content))
     content = buffer.getvalue()
-    return Layer(Blob(_LAYER, gzip.compress(content, mtime=0)), digest(content), description)
+    # The highest level, 9, takes four times as long for 1 % less.
+    return Layer(Blob(_LAYER, gzip.compress(content, compresslevel=6, mtime=0)), digest(content), description)
 
 
 def image(
