@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, str] = {
     "features.cache-invalidation": "on",
     "performance.cache-invalidation": "on",
     "cluster.favorite-child-policy": "mtime",
+    "cluster.heal-timeout": "30",
     "network.ping-timeout": "5",
 }
 """The options of the volume that docs/several-machines.md asks for."""
