@@ -28,6 +28,7 @@ IMAGERS := mmdebstrap
 EMULATORS := arch-test binfmt-support qemu-user-static
 RUNNERS := buildah busybox-static containerd curl docker-registry podman runc skopeo
 ARCH := $(shell dpkg --print-architecture)
+NODES := containernetworking-plugins runc iproute2 iptables nftables mount util-linux docker-registry busybox-static
 # Packages of a machine booted for a test, beside the minimum and the dependencies of our package.
 INSIDE := systemd,systemd-sysv,dbus,ca-certificates,containerd,curl,docker-registry,man-db
 
@@ -40,11 +41,17 @@ TEST_PATH := $(CURDIR)/$(VENV)/bin:$(PATH):/usr/sbin:/sbin
 PROGRAMS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ociregistry
 HELM := $(PROGRAMS)/helm-3.22.0/helm
 KUBECONFORM := $(PROGRAMS)/kubeconform-0.8.0/kubeconform
+CONTAINERD := $(PROGRAMS)/containerd-2.4.2/containerd
+version_of = $(shell sed -n 's|^[^=]*$(1) v\([0-9.]*\).*|\1|p' tests/kubernetes/binaries/*/go.mod)
+ETCD := $(PROGRAMS)/etcd-$(call version_of,go.etcd.io/etcd/server/v3)/etcd
+# 10 to 35 minutes, and 4 GB of Go's caches.
+KUBERNETES := $(PROGRAMS)/kubernetes-$(call version_of,k8s.io/kubernetes)/kubernetes
+CLUSTER := $(CONTAINERD) $(ETCD) $(HELM) $(KUBERNETES)
 CHART := charts/ociregistry
 # Kept for .ci/run, which counts the tests that ran.
 JUNIT = --junitxml=build/junit-$@
 
-.PHONY: help run test test-long test-debian test-deb test-image test-chart deb image chart docs lint clean
+.PHONY: help run test test-long test-debian test-deb test-image test-chart test-kubernetes deb image chart docs lint clean
 
 help: ## show this
 	sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -158,6 +165,12 @@ test-chart: $(VENV)/test.stamp $(HELM) $(KUBECONFORM) ## test the Helm chart, wi
 	$(MAKE) --no-print-directory chart
 	$(PYTHON) -m pytest $(JUNIT).xml -n 2 tests/chart
 
+test-kubernetes: $(VENV)/test.stamp $(CLUSTER) ## test image and chart in a real Kubernetes, built here (needs root and Go)
+	$(call root,test-kubernetes)
+	$(call need,$(NODES))
+	$(MAKE) --no-print-directory image chart
+	PATH="$(TEST_PATH)" CLUSTER="$(subst / ,/:,$(dir $(CLUSTER)))" $(PYTHON) -m pytest $(JUNIT).xml tests/kubernetes
+
 lint: $(VENV)/test.stamp ## check style, layout and types
 	$(VENV)/bin/ruff check --output-format=concise
 	$(VENV)/bin/ruff format --check
@@ -202,6 +215,20 @@ $(PROGRAMS)/helm-%/helm:
 
 $(PROGRAMS)/kubeconform-%/kubeconform:
 	$(call go,$(@D),github.com/yannh/kubeconform/cmd/kubeconform@v$*)
+
+$(PROGRAMS)/containerd-%/containerd:
+	$(call go,$(@D),$(foreach one,ctr containerd-shim-runc-v2 containerd,github.com/containerd/containerd/v2/cmd/$(one)@v$*))
+
+$(PROGRAMS)/etcd-%/etcd:
+	cd tests/kubernetes/binaries/etcd
+	$(call go,$(@D),go.etcd.io/etcd/server/v3)
+	mv $(@D)/server $@
+
+$(PROGRAMS)/kubernetes-%/kubernetes:
+	cd tests/kubernetes/binaries/kubernetes
+	IFS=. read -r major minor _ <<<$*
+	version=k8s.io/component-base/version
+	$(call go,$(@D),.,-X $$version.gitVersion=v$* -X $$version.gitMajor=$$major -X $$version.gitMinor=$$minor)
 
 # The files of a test machine, from this machine's package sources: made once, and again when debian/control changes.
 build/%.tar: debian/control
@@ -249,7 +276,7 @@ go version 2>/dev/null | grep -Eq 'go(1\.(2[1-9]|[3-9][0-9])|[2-9])' || {
     exit 1
 }
 echo "Building $(notdir $(1))"
-GOBIN=$(1) GOTOOLCHAIN=auto CGO_ENABLED=0 nice go install -trimpath -ldflags '-s -w $(3)' $(2)
+GOBIN=$(1) GOTOOLCHAIN=auto CGO_ENABLED=0 nice go install -buildvcs=false -trimpath -ldflags "-s -w $(3)" $(2)
 endef
 
 # $(call root,TARGET): fail without root, which containerd needs to unpack images, and tests for network namespaces.

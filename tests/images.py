@@ -116,6 +116,27 @@ def make_image(
     return _image(_blob(_json(config), DOCKER_CONFIG if docker else OCI_CONFIG), blobs, platform, docker)
 
 
+def image_of_files(
+    files: Mapping[str, bytes | str], command: Sequence[str], *, platform: str = "linux/amd64"
+) -> Image:
+    """Make an image of one layer that can run: programs by path, and symbolic links with their targets as text."""
+    unpacked = io.BytesIO()
+    with tarfile.open(fileobj=unpacked, mode="w") as archive:
+        for path, content in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.mode = 0o755
+            if isinstance(content, str):
+                entry.type, entry.linkname = tarfile.SYMTYPE, content
+                archive.addfile(entry)
+            else:
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    layer = _blob(gzip.compress(unpacked.getbuffer(), mtime=0), OCI_LAYER)
+    rootfs = {"type": "layers", "diff_ids": [digest_of(unpacked.getbuffer())]}
+    config = {**_platform(platform), "config": {"Cmd": [*command], "Env": ["PATH=/bin"]}, "rootfs": rootfs}
+    return _image(_blob(_json(config), OCI_CONFIG), (layer,), platform, docker=False)
+
+
 def make_index(
     seed: object,
     *,

@@ -58,32 +58,38 @@ class Namespace:
 
     def call(self, function: Callable[[], T]) -> T:
         """Call `function` inside; a socket opened there stays in the namespace, whichever thread uses it."""
-        results: list[T] = []
-        problems: list[BaseException] = []
+        return call_in_network(Path("/run/netns", self.name), function)
 
-        def inside() -> None:
-            try:
-                self._enter()
-                results.append(function())
-            except BaseException as problem:
-                problems.append(problem)
 
-        # One thread per call: a thread enters the namespace alone, and need not return.
-        thread = threading.Thread(target=inside)
-        thread.start()
-        thread.join()
-        for problem in problems:
-            raise problem
-        return results[0]
+def call_in_network(network: Path, function: Callable[[], T]) -> T:
+    """Call `function` in the network of this file; a socket opened there stays in it, whichever thread uses it."""
+    results: list[T] = []
+    problems: list[BaseException] = []
 
-    def _enter(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        descriptor = os.open(f"/run/netns/{self.name}", os.O_RDONLY | os.O_CLOEXEC)
+    def inside() -> None:
         try:
-            if libc.setns(descriptor, _NEW_NETWORK):
-                raise OSError(ctypes.get_errno(), f"cannot enter {self.name}")
-        finally:
-            os.close(descriptor)
+            _enter(network)
+            results.append(function())
+        except BaseException as problem:
+            problems.append(problem)
+
+    # One thread per call: a thread enters the namespace alone, and need not return.
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    for problem in problems:
+        raise problem
+    return results[0]
+
+
+def _enter(network: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(network, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.setns(descriptor, _NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), f"cannot enter {network}")
+    finally:
+        os.close(descriptor)
 
 
 class NamespacedDaemon(Daemon):

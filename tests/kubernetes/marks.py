@@ -1,0 +1,101 @@
+"""Names that say which process made a folder or a control group: a later run removes what a killed one left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from tests.processes import wait_until
+
+_PREFIX = "ociregistry-kubernetes"
+_NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)")
+_PATIENCE = 60
+
+
+def own_name() -> str:
+    """Return a name with the id and the start of this process."""
+    return f"{_PREFIX}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def remove_leftovers(temporary: Path) -> None:
+    """Remove what runs that have ended left: control groups, the processes in them, folders in `temporary`."""
+    places = (temporary, *hierarchies())
+    names = [name for place in places for path in place.iterdir() if (name := _NAME.fullmatch(path.name))]
+    for name in names:
+        if _started(int(name[1])) != name[2]:
+            remove_groups(name[0])
+            shutil.rmtree(temporary / name[0], ignore_errors=True)
+
+
+def hierarchies() -> list[Path]:
+    """Return the folders of control groups: those of version 1, or the one of version 2."""
+    first, second = [], []
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, folder, kind, *_ = line.split()
+        if kind == "cgroup":
+            first.append(Path(folder))
+        elif kind == "cgroup2":
+            second.append(Path(folder))
+    return first or second
+
+
+def make_groups(name: str) -> list[Path]:
+    """Make a control group in each hierarchy, with one inside for the daemons; return the latter.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    made = []
+    for hierarchy in hierarchies():
+        if (controllers := hierarchy / "cgroup.subtree_control").exists():
+            _delegate(controllers)
+        group = hierarchy / name
+        group.mkdir()
+        if (group / "cgroup.subtree_control").exists():
+            _delegate(group / "cgroup.subtree_control")
+        inner = group / "daemons"
+        inner.mkdir()
+        # Version 1 begins with none.
+        for file in ("cpuset.cpus", "cpuset.mems"):
+            for one in (group, inner):
+                if (one / file).exists() and hierarchy.name.startswith("cpuset"):
+                    (one / file).write_text((hierarchy / file).read_text())
+        made.append(inner)
+    return made
+
+
+def remove_groups(name: str) -> None:
+    """End the processes in the control groups of this name, and remove the groups."""
+    for hierarchy in hierarchies():
+        top = hierarchy / name
+        wait_until(lambda top=top: not list(_kill_all(top)), _PATIENCE, f"no process in {top}")  # type: ignore[misc]
+        for folder, _, _ in os.walk(top, topdown=False):
+            os.rmdir(folder)
+
+
+def _kill_all(top: Path) -> Iterator[int]:
+    """Kill each process in these control groups; yield their ids."""
+    for file in top.rglob("cgroup.procs"):
+        for pid in map(int, file.read_text().split()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            yield pid
+
+
+def _delegate(controllers: Path) -> None:
+    """Give the groups below all controllers that there are."""
+    available = controllers.with_name("cgroup.controllers").read_text().split()
+    controllers.write_text(" ".join(f"+{name}" for name in available))
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in ticks since boot; empty where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except FileNotFoundError:
+        return ""
