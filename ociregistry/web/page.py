@@ -16,6 +16,7 @@ from twisted.web.template import Tag, tags
 from ociregistry.admin.images import Selected, Selection
 from ociregistry.admin.requests import Kind, Outcome
 from ociregistry.admin.status import DownloadState, Status
+from ociregistry.admin.terminal import span_text
 from ociregistry.config.values import count_text, size_text
 from ociregistry.names import Digest
 from ociregistry.store.listing import ListedImage, Order
@@ -149,6 +150,8 @@ def _state(status: Status) -> Tag:
         said.append(f"{count_text(lacking.images, 'image')} {verb} {size_text(lacking.bytes)}")
     else:
         said.append("nothing is missing")
+    if status.air_gapped:
+        said.append("air-gapped")
     return tags.section(id="state")(
         tags.p(class_=f"state {_word(status)}")(tags.strong(_word(status)), " ", ", ".join(said)),
         [tags.p(reason, class_="reason") for reason in status.reasons],
@@ -179,7 +182,7 @@ def _figures(status: Status, now: datetime) -> Tag:
             _figure("Bandwidth", "no limit" if limit is None else _rate(limit), window or "at all times"),
             _figure(
                 "Up for",
-                _duration((now - status.started).total_seconds()),
+                span_text((now - status.started).total_seconds()),
                 f"{count_text(status.in_flight, 'request')} in flight",
             ),
         ),
@@ -199,7 +202,7 @@ def _links(links: Sequence[LinkState], now: datetime) -> Tag:
         [
             tags.span(link.host),
             tags.span("up" if link.up else "down", class_="up" if link.up else "down"),
-            _time(_duration(link.for_seconds), now - timedelta(seconds=link.for_seconds)),
+            _time(span_text(link.for_seconds), now - timedelta(seconds=link.for_seconds)),
             _next_probe(link),
             link.why,
         ]
@@ -218,7 +221,7 @@ def _next_probe(link: LinkState) -> str:
         return ""
     if not link.wanted:
         return "when it is wanted"
-    return f"in {_duration(link.next_probe)}" if link.next_probe >= 1 else "now"
+    return f"in {span_text(link.next_probe)}" if link.next_probe >= 1 else "now"
 
 
 def _downloads(downloads: Sequence[DownloadState]) -> Tag:
@@ -228,7 +231,7 @@ def _downloads(downloads: Sequence[DownloadState]) -> Tag:
             [tags.span(one.image or one.repository), " ", tags.code(one.blob[:_SHORT], title=one.blob)],
             _progress(one.bytes, one.size, _of(one.bytes, one.size)),
             "" if one.rate is None else _rate(one.rate),
-            "" if one.seconds_left is None else _duration(one.seconds_left),
+            "" if one.seconds_left is None else span_text(one.seconds_left),
             count_text(one.clients, "client") if one.clients else "background",
         ]
         for one in shown
@@ -262,7 +265,7 @@ def _incomplete(status: Status) -> Tag:
     said = []
     if lacking.bytes:
         left = lacking.seconds_left
-        when = f", at the present rate here in {_duration(left)}" if left is not None else ""
+        when = f", at the present rate here in {span_text(left)}" if left is not None else ""
         said.append(f"{size_text(lacking.bytes)} in all{when}.")
     if lacking.pending:
         said.append(f"Of {count_text(lacking.pending, 'image')} it is still open whether they are wanted.")
@@ -323,7 +326,7 @@ def _last_and_next(last: datetime | None, following: datetime | None, now: datet
     if last is not None:
         yield from ("last ", _ago(last, now), ", ")
     if following is not None:
-        yield f"next in {_duration((following - now).total_seconds())}; "
+        yield f"next in {span_text((following - now).total_seconds())}; "
 
 
 # Images
@@ -427,7 +430,7 @@ def _more(count: int, noun: str) -> str | Tag:
 
 
 def _ago(moment: datetime, now: datetime) -> Tag:
-    return _time(f"{_duration((now - moment).total_seconds())} ago", moment)
+    return _time(f"{span_text((now - moment).total_seconds())} ago", moment)
 
 
 def _time(text: str, moment: datetime) -> Tag:
@@ -437,16 +440,3 @@ def _time(text: str, moment: datetime) -> Tag:
 
 def _rate(bytes_per_second: float) -> str:
     return f"{size_text(round(bytes_per_second))}/s"
-
-
-def _duration(seconds: float) -> str:
-    """Format a time span in the two largest units that it has, such as `3 h 5 min`."""
-    rest = max(0, round(seconds))
-    for length, unit, below, smaller in _UNITS:
-        if rest >= length:
-            whole, part = divmod(rest, length)
-            return f"{whole} {unit} {part // below} {smaller}" if part // below else f"{whole} {unit}"
-    return f"{rest} s"
-
-
-_UNITS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))

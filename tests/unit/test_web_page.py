@@ -105,6 +105,7 @@ def test_state_in_one_line() -> None:
     up = tuple(link for link in STATUS.links if link.up)
     fine = shown(links=up, downloads=(), incomplete=IncompleteState(0, 0))
     assert "well 1 link up, nothing is missing" in fine.text
+    assert "4 images lack 5 B, air-gapped" in shown(air_gapped=True).text
     bad = shown(reasons=("the disk is full", "a link is down"))
     assert "degraded 1 of 2" in bad.text
     assert "the disk is full" in bad.text
@@ -126,7 +127,7 @@ def test_figures() -> None:
     assert "Store 1.2 kB 3 images, 2 lists" in text
     assert "Received 12 B 6.0 MB sent to clients" in text
     assert "250.0 kB/s at all times" in text
-    assert "Up for 1 d 2 h 3 requests in flight" in text
+    assert "Up for 26 h 0 min 3 requests in flight" in text
     text = shown(usage=None, disk=Room(500, 0, 100, full=True), bandwidth=BandwidthLimit(None, "08:00-18:00")).text
     assert "full: only the reserve is left" in text
     assert "Store measuring" in text
@@ -142,7 +143,7 @@ def test_links_that_are_down_come_first() -> None:
         LinkState("d.example:443", False, False, 5.0, "silent", 30.0),
     )
     text = shown(links=links).text
-    assert "b.example:443 down 1 h 2 min in 12 s no route c.example:443 down 5 s now refused" in text
+    assert "b.example:443 down 62 min in 12 s no route c.example:443 down 5 s now refused" in text
     assert "d.example:443 down 5 s when it is wanted silent a.example:443 up 5 s" in text
     many = tuple(LinkState(f"{number}.example:443", False, True, 1.0, "", None) for number in range(60))
     assert "and 10 other links" in shown(links=many).text
@@ -162,7 +163,7 @@ def test_incomplete_images() -> None:
     incomplete = IncompleteState(images=3, bytes=3_000_000, pending=1, indexes=2, seconds_left=95)
     images = (IncompleteImage("r.example/a:1", str(IMAGE), 2_000_000),)
     text = shown(incomplete=incomplete, incomplete_images=images).text
-    assert "3.0 MB in all, at the present rate here in 1 min 35 s." in text
+    assert "3.0 MB in all, at the present rate here in 95 s." in text
     assert "Of 1 image it is still open whether they are wanted." in text
     assert f"r.example/a:1 {str(IMAGE)[:19]} 2.0 MB and 2 other images" in text
     text = shown(incomplete=IncompleteState(0, 0), incomplete_images=()).text
@@ -194,8 +195,11 @@ def test_maintenance() -> None:
         repaired=1,
     )
     found = shown(maintenance=maintenance, preload=PreloadProgress(images=9, loaded=5, failed=1))
-    assert "last 3 h ago , next in 21 h; 3 image URLs and 5.0 MB pruned since the start the clock" in found.text
-    assert "next in 6 d; 2 of 8 blobs and 1 record damaged, 1 repaired" in found.text
+    assert (
+        "last 3 h 0 min ago , next in 21 h 0 min; 3 image URLs and 5.0 MB pruned since the start the clock"
+        in found.text
+    )
+    assert "next in 6 d 0 h; 2 of 8 blobs and 1 record damaged, 1 repaired" in found.text
     assert [one["value"] for one in found.all("progress") if one["max"] == "9"] == ["6"]
     assert "5 of 9 images, 1 failed" in found.text
     assert "Nothing is scheduled." in shown(maintenance=MaintenanceState(), preload=None).text
@@ -204,7 +208,7 @@ def test_maintenance() -> None:
 def test_images_have_their_facts() -> None:
     found = html(image_list(chosen(stored("reg.example/app:1")), {IMAGE: 2_000_000}, NOW))
     assert "Image URLs: 1 " in found.text
-    assert "reg.example/app:1 12.3 MB lacks 2.0 MB 1 d 2 h ago 5 min ago" in found.text
+    assert "reg.example/app:1 12.3 MB lacks 2.0 MB 26 h 0 min ago 5 min ago" in found.text
     assert [one["data-name"] for one in found.all("td")] == ["Size", "Created", "Last pulled"]
     assert {"scope": "row"} in found.all("th")
     assert [one["title"] for one in found.all("time")] == ["2026-03-01 22:17:30 UTC", "2026-03-03 00:12:30 UTC"]
