@@ -51,7 +51,8 @@ class Syncthing(Server):
         self._config = self._home / "config.xml"
         self.device = ElementTree.parse(self._config).find("device").get("id")  # type: ignore[union-attr]  # it has one
         serve = ["syncthing", "serve", f"--home={self._home}", "--no-browser", "--no-restart", "--no-upgrade"]
-        environment = {"HOME": str(machine.folder), "STNOUPGRADE": "1"}
+        # It believes that its monitor started it: there is one process, which ends when it is killed.
+        environment = {"HOME": str(machine.folder), "STNOUPGRADE": "1", "STMONITORED": "yes"}
         super().__init__(machine.inside(serve), machine.folder / "syncthing.log", environment)
 
     def configure(self, all_of_them: Sequence[Syncthing]) -> None:
