@@ -163,17 +163,24 @@ def test_claim_brings_the_cache_back(installation: Installation, pulled: Workloa
     pulled.wait_until_running()
 
 
+def test_uninstall_leaves_the_hosts_as_they_were(cluster: Cluster, installation: Installation) -> None:
+    installation.uninstall()
+    assert cluster.path(HOSTS).read_text() == THEIR_HOSTS
+    assert [path.name for path in cluster.path(HOSTS).parent.iterdir()] == ["hosts.toml"]
+
+
 def test_cache_of_a_lost_node_waits_and_is_filled_again(
     cluster: Cluster, carried: Path, installation: Installation
 ) -> None:
     """A volume on a node that is gone leaves the cache pending; running pods stay; a new volume begins empty."""
-    installation.uninstall()
+    cluster.path(HOSTS).unlink()
     installation.delete_volume()
     installation.make_volume("/srv/lost", node="lost")
     installation.install(wait=False)
     installation.wait_for_event("node affinity")
     assert installation.pod()["status"]["phase"] == "Pending"
-    Workload(cluster, "carried", CARRIED).wait_until_running()
+    workload = Workload(cluster, "carried", CARRIED)
+    workload.wait_until_running()
 
     cluster.kubectl("delete", "persistentvolumeclaim", RELEASE, "--namespace", RELEASE, "--wait=false")
     installation.delete_pod()
@@ -181,13 +188,12 @@ def test_cache_of_a_lost_node_waits_and_is_filled_again(
     shutil.copy(cluster.path(f"{carried}/app-images.tar"), installation.make_volume("/srv/new"))
     installation.upgrade()
     installation.run("load", "/var/lib/ociregistry/app-images.tar")
-    workload = Workload(cluster, "carried", CARRIED)
     workload.recreate_without_image()
     workload.wait_until_running()
 
 
-def test_uninstall_leaves_the_nodes_hosts_as_they_were(cluster: Cluster, installation: Installation) -> None:
+def test_uninstall_leaves_no_hosts_where_there_were_none(cluster: Cluster, installation: Installation) -> None:
+    assert cluster.path(HOSTS).exists()
     installation.uninstall()
-    assert cluster.path(HOSTS).read_text() == THEIR_HOSTS
-    assert [path.name for path in cluster.path(HOSTS).parent.iterdir()] == ["hosts.toml"]
+    assert [path for path in cluster.path(HOSTS).parent.parent.rglob("*") if not path.is_dir()] == []
     Workload(cluster, "carried", CARRIED).wait_until_running()
