@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.images import Image, Index
 from tests.kubernetes.cluster import PROGRAMS, Cluster
-from tests.kubernetes.upstream import PrivateUpstream, busybox, missing_programs
+from tests.kubernetes.upstream import PrivateUpstream, busybox, busybox_index, missing_programs
 from tests.processes import ROOT
 
 
@@ -30,6 +31,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def upstream(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateUpstream]:
     """The upstream, with an image for each purpose."""
-    images = {f"{name}:1": busybox(name) for name in ("pause", "team/system", "team/carried", "team/pulled")}
+    images: dict[str, Image | Index] = {"team/pulled:1": busybox("pulled")}
+    images.update((f"{name}:1", busybox_index(name)) for name in ("pause", "team/system", "team/carried"))
     with PrivateUpstream(cluster, tmp_path_factory.mktemp("upstream"), images) as upstream:
         yield upstream

@@ -34,7 +34,7 @@ def carried(cluster: Cluster, upstream: PrivateUpstream, tmp_path_factory: pytes
     common = twistd("--image-path", str(folder / "edge"), "--config-path", str(config))
     for archive, images in (("cluster-images", (PAUSE, SYSTEM)), ("app-images", (CARRIED,))):
         (folder / archive).write_text("".join(f"{image}\n" for image in images))
-        run(cluster.outside([*common, "load", str(folder / archive)]))
+        run(cluster.outside([*common, "load", "--platform", "linux/amd64", str(folder / archive)]))
         run([*common, "export", "--pattern", ",".join(images), "-o", str(folder / f"{archive}.tar")])
     shutil.copy(ROOT / "build" / f"ociregistry-{__version__}-amd64.oci.tar", folder / "ociregistry.tar")
     run(["tar", "-xzf", str(CHART), "-C", str(folder), "--strip-components=1", f"ociregistry/{SCRIPT}"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.certificates import Authority
-from tests.images import Image, image_of_files
+from tests.images import Image, Index, image_of_files, index_of, make_image
 from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.layout import OUTSIDE, UPSTREAM
 from tests.namespaces import call_in_network
@@ -26,10 +26,15 @@ def busybox(purpose: str, command: tuple[str, ...] = ("sleep", "2147483647")) ->
     return image_of_files({"bin/busybox": _BUSYBOX.read_bytes(), **files, **purposes}, command)
 
 
+def busybox_index(purpose: str) -> Index:
+    """Make a list of this image and one for another platform, as most images of the field are."""
+    return index_of([busybox(purpose), make_image(purpose, platform="linux/arm64")])
+
+
 class PrivateUpstream(SecureRegistry):
     """A docker-registry with these images by name, such as `team/app:1`, at the other end of the node's link."""
 
-    def __init__(self, cluster: Cluster, folder: Path, images: Mapping[str, Image]) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, images: Mapping[str, Image | Index]) -> None:
         self._network = cluster.outside_network
         with DockerRegistry(folder / "filled") as filled:
             for name, image in images.items():
