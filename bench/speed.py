@@ -3,7 +3,7 @@
 `python -m bench.speed [--rounds N] [--rows PATTERNS] [--servers NAMES]`. In each round every server is measured once,
 in turn, with an empty cache: a cold pull, then hits; then the same over TLS. The upstream is an nginx on loopback
 with static files. Small answers are requested by wrk; readers of the big blob receive it without copying. Every
-answer is checked: its status and length, and once its digest.
+answer is checked: its status and length, and once its digest. `--before CHECKOUT` adds the daemon of another commit.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench.speed_client import CheckedReader, Readers, Wrk
 from bench.speed_rows import ROWS, TLS, Clients, Row, Visit
 from bench.speed_servers import (
     ADDRESS,
+    BEFORE,
     DOCKER_REGISTRY,
     NGINX,
     OURS,
@@ -40,7 +41,7 @@ from tests.certificates import Authority
 from tests.peers import missing_package
 from tests.secure_peers import ServerTls
 
-REFERENCES = (NGINX, DOCKER_REGISTRY)
+REFERENCES = (NGINX, DOCKER_REGISTRY, BEFORE)
 """The servers that ours is compared with."""
 
 _SMALL, _LARGE = 3, 0
@@ -60,6 +61,7 @@ class Bench:
     upstream: Upstream
     clients: Clients
     drayage: Path
+    before: Path | None
 
     def rounds(self, count: int) -> Figures:
         """Measure every server in each round; each round begins with another one."""
@@ -82,7 +84,7 @@ class Bench:
         if not keys:
             return {}
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
-            cache = SERVERS[name](Place(Path(folder), self.upstream, tls, self.drayage))
+            cache = SERVERS[name](Place(Path(folder), self.upstream, tls, self.drayage, self.before))
             # What others wrote is not to be written to the disk during the cold pull.
             os.sync()
             with cache.server:
@@ -94,12 +96,13 @@ class Bench:
 def table(found: Figures, rows: Sequence[Row], missing: Mapping[str, str], big: int) -> list[str]:
     """Format medians, with minimum and maximum in brackets; ratios compare figures of the same round."""
     names = [name for name in SERVERS if name in missing or any(server == name for _, server in found)]
-    titles = [*names, *(f"{OURS} ÷ {name}" for name in REFERENCES)]
+    references = [name for name in REFERENCES if name in names]
+    titles = [*names, *(f"{OURS} ÷ {name}" for name in references)]
     lines = [f"| | {' | '.join(titles)} |", f"|---{'|---' * len(titles)}|"]
     for row in rows:
         figures = {name: found.get((row.key, name), ()) for name in SERVERS}
         cells = ["**missing**" if name in missing else _spread(figures[name], row.places) for name in names]
-        for name in REFERENCES:
+        for name in references:
             ratios = _ratios(figures[OURS], figures[name])
             cells.append(_spread(ratios, _LARGE if ratios and median(ratios) >= 10 else _SMALL))
         lines.append(f"| {row.title.format(big=f'{big / 1e6:g} MB')} | {' | '.join(cells)} |")
@@ -134,11 +137,12 @@ def main() -> int:
     parser.add_argument("--blob-size", type=int, default=256_000_000, help="bytes of the big layer [%(default)s]")
     parser.add_argument("--rows", default="*", help="keys or patterns, such as one-reader,cold-*,tls-* [all]")
     parser.add_argument("--servers", default="*", help=f"some of {','.join(SERVERS)} [all]")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of an earlier commit of the daemon [none]")
     parser.add_argument("--drayage", type=Path, help="drayage's program [installed by pip for the time of the run]")
     options = parser.parse_args()
     keys = _chosen(parser, options.rows, [row.key for row in ROWS])
     rows = [row for row in ROWS if row.key in keys]
-    servers = _chosen(parser, options.servers, list(SERVERS))
+    servers = _chosen(parser, options.servers, [name for name in SERVERS if name != BEFORE or options.before])
     # The upstream is an nginx.
     lacking = {package for program in ("nginx", "wrk") if (package := missing_package(program))}
     if lacking:
@@ -152,7 +156,8 @@ def main() -> int:
             clients = Clients(Wrk(root, options.seconds), CheckedReader(upstream.content.big.size), readers)
             there = [name for name in servers if name not in missing]
             program = options.drayage or drayage_program(root)
-            found = Bench(root, there, rows, upstream, clients, program).rounds(options.rounds)
+            before = options.before and options.before.resolve()
+            found = Bench(root, there, rows, upstream, clients, program, before).rounds(options.rounds)
     print(
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {options.rounds} rounds; hits for {options.seconds} s each; "
         f"{os.cpu_count()} cores, load {os.getloadavg()[1]:.1f}, Python {platform.python_version()}, "

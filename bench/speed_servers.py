@@ -136,12 +136,15 @@ class Upstream(Nginx):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server runs: its folder, its upstream, its certificate when it speaks TLS, and drayage's program."""
+    """Where a server runs: its folder, its upstream, its certificate when it speaks TLS, and the code of some."""
 
     folder: Path
     upstream: Upstream
     tls: ServerTls | None = None
     drayage: Path | None = None
+    """Its program."""
+    before: Path | None = None
+    """A checkout of an earlier commit."""
 
     @property
     def scheme(self) -> str:
@@ -174,6 +177,28 @@ def ours(place: Place) -> Cache:
     settings = {"tls": keys} if keys else {}
     daemon = kind(place.folder, {place.upstream.host: "http"}, "--log-level", "error", settings=settings)
     return Cache(daemon, f"{place.scheme}://{daemon.host}", f"?ns={place.upstream.host}")
+
+
+def before(place: Place) -> Cache:
+    """Make the daemon of an earlier commit.
+
+    Raises:
+        RuntimeError: the place has no checkout of one.
+    """
+    if place.before is None:
+        raise RuntimeError("no checkout is given")
+    cache = ours(place)
+    server = cache.server
+    # The current folder would come first.
+    server.environment |= {"PYTHONPATH": str(place.before), "PYTHONSAFEPATH": "1"}
+    if not _has_admin_listener(place.before):
+        option = server.argv.index("--admin-listen")
+        del server.argv[option : option + 2]
+    return cache
+
+
+def _has_admin_listener(checkout: Path) -> bool:
+    return (checkout / "ociregistry" / "web" / "admin.py").exists()
 
 
 class _Proxy(DockerRegistry):
@@ -249,17 +274,21 @@ def drayage(place: Place) -> Cache:
 
 
 OURS, NGINX, DOCKER_REGISTRY, DRAYAGE = "ociregistry", "nginx", "docker-registry", "drayage"
+BEFORE = "before"
 SERVERS: Mapping[str, Callable[[Place], Cache]] = {
     OURS: ours,
     DOCKER_REGISTRY: docker_registry,
     NGINX: nginx,
     DRAYAGE: drayage,
+    BEFORE: before,
 }
 WITHOUT_TLS = frozenset({DRAYAGE})
 
 
 def missing_server(name: str, root: Path, program: Path | None) -> str | None:
     """Return why a server cannot run, or None. Without its `program`, drayage is installed below `root`."""
+    if name == BEFORE:
+        return None
     if name == NGINX:
         package = missing_package(name)
         return package and f"not installed: apt-get install {package}"
