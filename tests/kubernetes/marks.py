@@ -33,25 +33,23 @@ def remove_leftovers(temporary: Path) -> None:
 
 
 def hierarchies() -> list[Path]:
-    """Return the folders of control groups: those of version 1, or the one of version 2."""
-    first, second = [], []
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, folder, kind, *_ = line.split()
-        if kind == "cgroup":
-            first.append(Path(folder))
-        elif kind == "cgroup2":
-            second.append(Path(folder))
-    return first or second
+    """Return the folders of control groups, of both versions: the kubelet makes groups in all of them."""
+    lines = (line.split() for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [Path(folder) for _, folder, kind, *_ in lines if kind in ("cgroup", "cgroup2")]
 
 
 def make_groups(name: str) -> list[Path]:
-    """Make a control group in each hierarchy, with one inside for the daemons; return the latter.
+    """Make a control group, with one inside for the daemons, in each hierarchy of version 1, else in that of 2.
+
+    Returns:
+        those for the daemons.
 
     Raises:
         FileExistsError: the name is taken.
     """
     made = []
-    for hierarchy in hierarchies():
+    first = [hierarchy for hierarchy in hierarchies() if not (hierarchy / "cgroup.controllers").exists()]
+    for hierarchy in first or hierarchies():
         if (controllers := hierarchy / "cgroup.subtree_control").exists():
             _delegate(controllers)
         group = hierarchy / name
