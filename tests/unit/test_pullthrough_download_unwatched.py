@@ -45,7 +45,7 @@ async def test_unwatched_download_ends_and_partial_is_kept(
     content.close()
     clock.advance(29)
     sending.send(DATA[1000:2000])
-    await until(lambda: partial_sizes(root) == [2000])
+    await until(lambda: cache.in_flight[DIGEST].length == 2000)
     assert not sending.connection.closed
     clock.advance(1)
     sending.send(DATA[2000:3000])

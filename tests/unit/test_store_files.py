@@ -23,6 +23,7 @@ from ociregistry.store.files import (
     send_file,
     send_known,
 )
+from tests.unit.support.common import open_descriptors
 
 
 def is_open(descriptor: int) -> bool:
@@ -272,11 +273,11 @@ def test_lock_is_released_on_error(tmp_path: Path) -> None:
 
 def test_failed_lock_leaves_no_open_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with locked(path):
         for _ in range(5):
             assert lock(path, wait=False) is None
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 # read_regular
@@ -309,10 +310,10 @@ def test_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     monkeypatch.setattr(os, "read", None)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(OSError, match="larger than 9 bytes"):
         read_regular(path, 9)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() <= before
 
 
 def test_copy_of_a_socket_is_closed_at_once() -> None:

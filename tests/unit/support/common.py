@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Coroutine, Iterable
 from functools import wraps
 from pathlib import Path
@@ -35,6 +37,12 @@ class RecordingObserver:
 
     def __call__(self, event: LogEvent) -> None:
         self.events.append(event)
+
+
+def open_descriptors() -> int:
+    """Return the number of open file descriptors of this process, without those of garbage of earlier tests."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
 
 
 def fired(deferred: Deferred[T]) -> T:
