@@ -12,7 +12,7 @@ from datetime import datetime
 from math import floor
 from typing import Any
 
-from ociregistry.config.values import count_text, local_time, size_text
+from ociregistry.config.values import count_text, local_time, rate_text, size_text, span_text
 
 _STATES = {"ok": "well", "degraded": "degraded", "stopped": "no daemon runs; the files say"}
 _NARROWEST = 40
@@ -78,19 +78,6 @@ def _head(text: str, width: int) -> str:
 
 def _tail(text: str, width: int) -> str:
     return _head(text[::-1], width)[::-1]
-
-
-def span_text(seconds: float) -> str:
-    """Format a time span for people, such as `45 s`, `12 min` or `3 h 5 min`."""
-    whole = max(0, floor(seconds))
-    if whole < 120:
-        return f"{whole} s"
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if minutes < 120:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{hours} h {minutes % 60} min"
-    return f"{days} d {hours % 24} h"
 
 
 def lines(document: Mapping[str, Any], now: datetime, width: int, *, unicode: bool) -> list[str]:
@@ -189,7 +176,7 @@ def _answers(document: Mapping[str, Any]) -> Iterator[str]:
     for row in document["requests"]:
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + row["answers"]
     yield count_text(counts.get("hit", 0), "hit")
-    yield f"{counts.get('miss', 0)} misses" if counts.get("miss", 0) != 1 else "1 miss"
+    yield count_text(counts.get("miss", 0), "miss", "misses")
     yield count_text(counts.get("4xx", 0) + counts.get("5xx", 0), "error")
     yield f"{size_text(sum(row['bytes'] for row in document['requests']))} sent"
     yield f"{size_text(sum(document['received_bytes'].values()))} received"
@@ -224,11 +211,11 @@ def _downloads(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     limit = document.get("bandwidth", {}).get("limit")
     if not downloads and limit is None:
         return
-    facts = [f"{size_text(round(sum(download['rate'] or 0 for download in downloads)))}/s"] if downloads else []
+    facts = [rate_text(sum(download["rate"] or 0 for download in downloads))] if downloads else []
     if limit is not None:
         window = document["bandwidth"]["window"]
         when = f" from {paper.plain(window.replace('-', ' to '))}" if window else ""
-        facts.append(f"at most {size_text(round(limit))}/s{when}")
+        facts.append(f"at most {rate_text(limit)}{when}")
     yield ""
     yield f"downloads: {', '.join([str(len(downloads)), *facts])}"
     for download in downloads:
@@ -241,7 +228,7 @@ def _download(download: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     share = min(1.0, here / size) if size else 0.0
     bar = ("#" * floor(share * _BAR)).ljust(_BAR, "-")
     facts = [f"{size_text(here)} of {size_text(size) if size is not None else 'unknown size'}"]
-    facts += [f"{size_text(round(rate))}/s"] if rate is not None else []
+    facts += [rate_text(rate)] if rate is not None else []
     facts += [f"{span_text(left)} left"] if left is not None else []
     yield f"  [{bar}] {floor(share * 100):3}% {', '.join(facts)}"
     clients = count_text(download["clients"], "client") if download["clients"] else "background"

@@ -1,4 +1,4 @@
-"""Parsers and formatters of values: durations, sizes, shares, local times and patterns."""
+"""Parsers and formatters of values: durations, sizes, rates, shares, local times and patterns."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import floor
 
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}) ?(?P<unit>[smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -117,9 +118,9 @@ def local_time(moment: datetime) -> str:
     return moment.astimezone().strftime(_LOCAL_TIME)
 
 
-def count_text(number: int, noun: str) -> str:
-    """Format a number of things for people, such as `1 image` or `2 images`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def count_text(number: int, noun: str, plural: str = "") -> str:
+    """Format a number of things for people, such as `1 image` or `2 images`; `plural` is for nouns without an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or f'{noun}s'}"
 
 
 def size_text(size: int) -> str:
@@ -128,6 +129,24 @@ def size_text(size: int) -> str:
     while amount >= 999.95 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
     return f"{size} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def rate_text(rate: float) -> str:
+    """Format `rate`, in bytes per second, for people, such as `12.3 MB/s`."""
+    return f"{size_text(round(rate))}/s"
+
+
+def span_text(seconds: float) -> str:
+    """Format a time span for people, such as `45 s`, `12 min` or `3 h 5 min`."""
+    whole = max(0, floor(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if minutes < 120:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{hours} h {minutes % 60} min"
+    return f"{days} d {hours % 24} h"
 
 
 _SEPARATOR = re.compile(r",(?![0-9]*\})")

@@ -16,8 +16,7 @@ from twisted.web.template import Tag, tags
 from ociregistry.admin.images import Selected, Selection
 from ociregistry.admin.requests import Kind, Outcome
 from ociregistry.admin.status import DownloadState, Status
-from ociregistry.admin.terminal import span_text
-from ociregistry.config.values import count_text, size_text
+from ociregistry.config.values import count_text, rate_text, size_text, span_text
 from ociregistry.names import Digest
 from ociregistry.store.listing import ListedImage, Order
 from ociregistry.upstream.breaker import LinkState
@@ -94,8 +93,8 @@ def live(status: Status, now: datetime) -> Tag:
 def image_list(selected: Selected, missing: Mapping[Digest, int], now: datetime) -> Tag:
     """Make the list of images."""
     selection = selected.selection
-    here = f", page {selection.page:,} of {selected.pages:,}" if selected.pages > 1 else ""
-    found = f"{selected.found:,} of {selected.stored:,}" if selection.search else f"{selected.stored:,}"
+    here = f", page {selection.page} of {selected.pages}" if selected.pages > 1 else ""
+    found = f"{selected.found} of {selected.stored}" if selection.search else f"{selected.stored}"
     return tags.div(id="list")(
         tags.p(f"Image URLs: {found}{here}", id="found"),
         tags.div(id="table")(
@@ -165,11 +164,12 @@ def _figures(status: Status, now: datetime) -> Tag:
     misses = sum(requests.tally(kind, Outcome.MISS).answers for kind in pulls)
     errors = (Outcome.CLIENT_ERROR, Outcome.SERVER_ERROR)
     failed = sum(requests.tally(kind, outcome).answers for kind in pulls for outcome in errors)
-    share = f"{100 * hits // (hits + misses)} % hits" if hits + misses else "no pulls yet"
+    pulled = f"{count_text(hits, 'hit')}, {count_text(misses, 'miss', 'misses')}, {failed} failed"
+    share = f"{100 * hits // (hits + misses)}% hits" if hits + misses else "no pulls yet"
     sent = sum(tally.bytes for _, _, tally in requests.tallies())
     received = sum(status.received.values())
     limit, window = status.bandwidth.limit, status.bandwidth.window
-    stored = f"{status.records.images:,} images, {status.records.lists:,} lists"
+    stored = f"{count_text(status.records.images, 'image')}, {count_text(status.records.lists, 'list')}"
     room = "full: only the reserve is left" if disk.full else f"{size_text(disk.reserve)} kept free"
     used = f"{size_text(disk.size - disk.free)} of {size_text(disk.size)} used"
     return tags.section(id="figures")(
@@ -177,9 +177,9 @@ def _figures(status: Status, now: datetime) -> Tag:
         tags.dl(
             _figure("Store", "measuring" if status.usage is None else size_text(status.usage.bytes), stored),
             _figure("Disk free", size_text(disk.free), room, _bar(disk.size - disk.free, disk.size, used)),
-            _figure("Pulls", share, f"{hits:,} hits, {misses:,} misses, {failed:,} failed"),
+            _figure("Pulls", share, pulled),
             _figure("Received", size_text(received), f"{size_text(sent)} sent to clients"),
-            _figure("Bandwidth", "no limit" if limit is None else _rate(limit), window or "at all times"),
+            _figure("Bandwidth", "no limit" if limit is None else rate_text(limit), window or "at all times"),
             _figure(
                 "Up for",
                 span_text((now - status.started).total_seconds()),
@@ -230,7 +230,7 @@ def _downloads(downloads: Sequence[DownloadState]) -> Tag:
         [
             [tags.span(one.image or one.repository), " ", tags.code(one.blob[:_SHORT], title=one.blob)],
             _progress(one.bytes, one.size, _of(one.bytes, one.size)),
-            "" if one.rate is None else _rate(one.rate),
+            "" if one.rate is None else rate_text(one.rate),
             "" if one.seconds_left is None else span_text(one.seconds_left),
             count_text(one.clients, "client") if one.clients else "background",
         ]
@@ -436,7 +436,3 @@ def _ago(moment: datetime, now: datetime) -> Tag:
 def _time(text: str, moment: datetime) -> Tag:
     told = moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return tags.time(text, datetime=moment.isoformat(timespec="seconds"), title=told)
-
-
-def _rate(bytes_per_second: float) -> str:
-    return f"{size_text(round(bytes_per_second))}/s"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ociregistry.admin.errors import LoggedError
 from ociregistry.admin.requests import Kind, Outcome, Requests
 from ociregistry.admin.status import Status, document
-from ociregistry.admin.terminal import Paper, columns, lines, sentence, span_text
+from ociregistry.admin.terminal import Paper, columns, lines, sentence
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
@@ -215,17 +215,6 @@ def test_wide_characters_take_two_columns() -> None:
     assert columns(shortened) <= 21
     assert shortened.startswith("画画")
     assert shortened.endswith("画画")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (-5, "0 s"), (0, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h 0 min"),
-        (11_100, "3 h 5 min"), (172_799, "47 h 59 min"), (172_800, "2 d 0 h"), (10_000_000, "115 d 17 h"),
-    ],
-)  # fmt: skip
-def test_spans(seconds: float, text: str) -> None:
-    assert span_text(seconds) == text
 
 
 def test_sentence_fits() -> None:

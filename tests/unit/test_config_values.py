@@ -19,7 +19,9 @@ from ociregistry.config.values import (
     parse_local_time,
     parse_reserve,
     parse_size,
+    rate_text,
     size_text,
+    span_text,
 )
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -218,3 +220,22 @@ def test_malformed_reserve_is_refused(text: str) -> None:
 )
 def test_count_text(number: int, text: str) -> None:
     assert count_text(number, "image URL") == text
+
+
+def test_count_text_of_a_noun_with_another_plural() -> None:
+    assert [count_text(number, "miss", "misses") for number in (0, 1, 2)] == ["0 misses", "1 miss", "2 misses"]
+
+
+def test_rate_text() -> None:
+    assert [rate_text(rate) for rate in (0.0, 999.6, 250_000.0)] == ["0 B/s", "1.0 kB/s", "250.0 kB/s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 s"), (0, "0 s"), (119.9, "119 s"), (120, "2 min"), (7199, "119 min"), (7200, "2 h 0 min"),
+        (11_100, "3 h 5 min"), (172_799, "47 h 59 min"), (172_800, "2 d 0 h"), (10_000_000, "115 d 17 h"),
+    ],
+)  # fmt: skip
+def test_spans(seconds: float, text: str) -> None:
+    assert span_text(seconds) == text

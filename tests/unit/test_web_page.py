@@ -122,7 +122,7 @@ def test_figures() -> None:
     text = shown(
         requests=requests, disk=Room(10_000_000, 2_500_000, 100, full=False), bandwidth=BandwidthLimit(250_000.0)
     ).text
-    assert "75 % hits 3 hits, 1 misses, 2 failed" in text
+    assert "75% hits 3 hits, 1 miss, 2 failed" in text
     assert "Disk free 2.5 MB 7.5 MB of 10.0 MB used 100 B kept free" in text
     assert "Store 1.2 kB 3 images, 2 lists" in text
     assert "Received 12 B 6.0 MB sent to clients" in text
