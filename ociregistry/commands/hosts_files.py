@@ -1,7 +1,7 @@
 """The hosts.toml files in a folder such as /etc/containerd/certs.d: writes those of one owner, and removes them.
 
-Files that others wrote are kept. Each step is one rename, so that containerd, and a process that is killed, leave and
-find either what was before or what comes after.
+Files that others wrote are kept. Each step is one rename of what is on disk, so that containerd, and the next process
+after a kill or a power cut, find either what was before or what comes after.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ociregistry.commands.options import CommandFailed
+from ociregistry.store.files import Files
 
 _NAME = "hosts.toml"
 _FOLDER_TOO = "# The folder was made for it."
@@ -27,10 +28,12 @@ _ENDS = frozenset({signal.SIGTERM, signal.SIGINT})
 class HostsFiles:
     """The files `NAME/hosts.toml` in a folder that one owner wrote: their first line says so."""
 
-    def __init__(self, folder: Path, owner: str = "") -> None:
+    def __init__(self, folder: Path, owner: str = "", files: Files | None = None) -> None:
         """Find the files of `owner`, a word, or of none if it is empty, in `folder`."""
         self._folder = folder
+        self._files = files or Files()
         self.mark = f"# Written by ociregistry containerd-config{owner and f' for {owner}'}, which may write it anew."
+        """The first line of each file of the owner's."""
         suffix = f"-{owner.replace('/', '_')}" if owner else ""
         self._saved = f"{_NAME}.saved{suffix}"
         self._new = f".{_NAME}.new{suffix}"
@@ -85,22 +88,20 @@ class HostsFiles:
                     raise CommandFailed(f"{path}: exists, and was not written by this command: move it away first")
                 self._save(path)
             made = not path.parent.is_dir() or (lines or [])[1:2] == [_FOLDER_TOO]
-            wanted = "\n".join([self.mark, *([_FOLDER_TOO] if made else []), text])
-            if lines is not None and path.read_text(encoding="utf-8", errors="replace") == wanted:
+            wanted = "\n".join([self.mark, *([_FOLDER_TOO] if made else []), text]).encode()
+            if lines is not None and path.read_bytes() == wanted:
                 return False
             if path.parent.is_dir():
-                new = path.with_name(self._new)
-                # It may be a second name of a file of others, if the process was killed in `_save`.
-                new.unlink(missing_ok=True)
-                new.write_text(wanted, encoding="utf-8")
-                new.rename(path)
+                # If the process was killed in `_save`, this unlinks a second name of a file of others.
+                self._files.put(path, wanted, path.with_name(self._new))
             else:
                 # An empty folder would keep containerd from _default, so that it comes with its file.
                 staging = self._folder / self._staging
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-                (staging / _NAME).write_text(wanted, encoding="utf-8")
+                self._files.put(staging / _NAME, wanted, staging / self._new)
                 staging.rename(path.parent)
+                self._files.sync_folder(self._folder)
         except OSError as error:
             raise CommandFailed(f"{path}: cannot be written: {error.strerror}") from None
         return True

@@ -17,6 +17,7 @@ from ociregistry.commands.containerd_config import ContainerdConfig
 from ociregistry.commands.hosts_files import HostsFiles
 from ociregistry.commands.options import CommandFailed
 from ociregistry.settings import load_settings
+from ociregistry.store.files import Files, SharedFile
 from tests.processes import ROOT, wait_until
 
 TEXT = '\n[host."http://10.0.0.1:31080"]\n  capabilities = ["pull", "resolve"]\n'
@@ -189,7 +190,8 @@ def killed_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         for name in ("link", "rename", "unlink", "mkdir", "rmdir"):
             wrap(os, name)
-        wrap(Path, "write_text")
+        for name in ("create", "write", "sync", "sync_folder"):
+            wrap(Files, name)
         yield
 
 
@@ -237,6 +239,38 @@ def test_kill_at_any_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found
             assert steps > 0
             return
     pytest.fail("it did not come to its end")
+
+
+class Recorded(Files):
+    """Notes what was synced and renamed, in its order."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def sync(self, file: SharedFile) -> None:
+        self.steps.append(f"sync {file.size()} bytes")
+        super().sync(file)
+
+    def rename(self, path: Path, target: Path) -> None:
+        self.steps.append(f"rename to {target.name}")
+        super().rename(path, target)
+
+    def sync_folder(self, folder: Path) -> None:
+        self.steps.append(f"sync {folder.name}/")
+        super().sync_folder(folder)
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["new folder", "old folder"])
+def test_power_cut_leaves_no_empty_file(one_folder: Path, is_new: bool) -> None:
+    """An empty file would be taken for one of others, for which containerd does not ask the daemon."""
+    path = one_folder / "_default" / "hosts.toml"
+    if not is_new:
+        path.parent.mkdir()
+    files = Recorded()
+    HostsFiles(one_folder, "apps/cache", files).write({"_default": TEXT}, replace=False)
+    written = [f"sync {path.stat().st_size} bytes", "rename to hosts.toml"]
+    last = ["sync .ociregistry-apps_cache/", f"sync {one_folder.name}/"] if is_new else ["sync _default/"]
+    assert files.steps == [*written, *last]
 
 
 def test_saved_file_is_not_written_to(theirs: Path) -> None:
