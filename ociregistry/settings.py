@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from ociregistry.config.file import Config, PruneSettings, VerifySettings, Window, parse_rate, read_config
-from ociregistry.config.files import Files, Versions
+from ociregistry.config.files import ConfigFiles, Versions
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.proxy import ProxySettings, read_environment
 from ociregistry.config.registries import RegistrySettings
@@ -265,7 +265,7 @@ def load_settings(
     Raises:
         ConfigInvalid: a value is invalid; the message names the option, the file with line and key, or the variable.
     """
-    files = Files()
+    files = ConfigFiles()
     try:
         return _settings(given, listen, config_path, environment, files)
     except ConfigInvalid as error:
@@ -277,7 +277,7 @@ def _settings(
     listen: tuple[str, ...],
     config_path: Path | None,
     environment: Mapping[str, str],
-    files: Files,
+    files: ConfigFiles,
 ) -> Settings:
     config = read_config(config_path, {option.key for option in OPTIONS}, files) if config_path else Config(Path())
     values: dict[str, object] = {}

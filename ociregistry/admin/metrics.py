@@ -126,7 +126,10 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
         ("kind", "outcome"),
     ),
     Definition(
-        "ociregistry_sent_bytes_total", "Bytes of content sent to clients, as above.", _sent, ("kind", "outcome")
+        "ociregistry_sent_bytes_total",
+        "Bytes of content sent to clients.",
+        _sent,
+        ("kind", "outcome"),
     ),
     Definition(
         "ociregistry_answers_cut_total",
@@ -210,7 +213,7 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     ),
     Definition(
         "ociregistry_store_blobs",
-        "Whole blobs in the store, as above.",
+        "Whole blobs in the store, counted about once a minute; absent until they are known.",
         _one(lambda s: s.usage.blobs if s.usage is not None else None),
     ),
     Definition(

@@ -101,8 +101,8 @@ def sentence(text: str, width: int, *, unicode: bool) -> list[str]:
 def _state(document: Mapping[str, Any], paper: Paper) -> Iterator[str]:
     state = "stopping" if document.get("stopping") else _STATES[document["status"]]
     up = f", up {span_text(document['uptime_seconds'])}" if "uptime_seconds" in document else ""
-    apart = ", air-gapped" if document.get("air_gapped") else ""
-    yield f"ociregistry {paper.plain(document['version'])}: {state}{apart}{up}"
+    air_gapped = ", air-gapped" if document.get("air_gapped") else ""
+    yield f"ociregistry {paper.plain(document['version'])}: {state}{air_gapped}{up}"
     for reason in document["reasons"]:
         yield from paper.wrapped(paper.plain(reason), "! ", "  ")
     if document.get("listeners"):

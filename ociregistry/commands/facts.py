@@ -57,7 +57,7 @@ class Facts:
         except PermissionError:
             raise CommandFailed(_denied(self._root)) from None
         if told is not None:
-            # Each second reading of the files takes only what has changed; but not for as long as a daemon runs.
+            # A snapshot saves time at the next reading of the files, and takes memory: not while a daemon runs.
             self._snapshot = None
             return told
         if self._snapshot is None:
@@ -88,7 +88,13 @@ class _Connection(http.client.HTTPConnection):
 
 
 def _told_by_daemon(root: Path) -> Document | None:
-    """Return what the daemon on the store tells, or None if none runs."""
+    """Return what the daemon on the store tells, or None if none runs.
+
+    Raises:
+        Silent: it does not answer.
+        CommandFailed: it answers with something else than a status.
+        OSError: its socket cannot be connected to.
+    """
     control_socket = find_daemon(root)
     if control_socket is None:
         return None
@@ -100,7 +106,7 @@ def _told_by_daemon(root: Path) -> Document | None:
         except (TimeoutError, BlockingIOError):
             raise Silent(f"the daemon on {root} runs, but has not answered within {_WITHIN:.0f} s") from None
         except (FileNotFoundError, ConnectionError, http.client.HTTPException):
-            # It has ended meanwhile.
+            # The daemon has ended meanwhile.
             return None
     try:
         document = parse_json(body) if status == 200 else None

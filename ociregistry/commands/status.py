@@ -20,7 +20,7 @@ _EXIT = {"ok": 0, "degraded": 1, "stopped": STOPPED}
 _EVERY = 2.0
 """Seconds from one look to the next."""
 _REST = 5
-"""Times that the files of the store take to be read which pass until they are read again, where no daemon runs."""
+"""The pause between two readings of the files, where no daemon runs, as a multiple of the time of the last one."""
 _HOME, _TO_END_OF_LINE, _TO_END_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 

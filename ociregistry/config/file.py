@@ -12,7 +12,7 @@ from datetime import time, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from ociregistry.config.files import Files
+from ociregistry.config.files import ConfigFiles
 from ociregistry.config.nodes import Node
 from ociregistry.config.proxy import Proxies, read_proxies
 from ociregistry.config.registries import RegistrySettings, read_registries
@@ -208,7 +208,7 @@ class Config:
     """Messages about settings that are valid but probably a mistake."""
 
 
-def read_config(path: Path, options: Set[str], files: Files) -> Config:
+def read_config(path: Path, options: Set[str], files: ConfigFiles) -> Config:
     """Read the configuration file at `path`, and by `files` what it names; `options` are the keys of options.
 
     Raises:

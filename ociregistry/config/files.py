@@ -52,7 +52,7 @@ class Version:
 Versions = Mapping[Path, Version | None]
 
 
-class Files:
+class ConfigFiles:
     """Reads files, and notes the version of each."""
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class FileWatcher(Service):
         self._reactor = reactor
         self._last_look: Versions = {}
         self._told: Versions = {}
-        """What `changed` was last called for; once, also where it could not read the files."""
+        """The versions for which `changed` was last called: no second time, even if the files could not be read."""
         self._loop = LoopingCall(self._look)
         self._loop.clock = clock
 

@@ -9,14 +9,14 @@ from types import MappingProxyType
 
 import yaml
 
-from ociregistry.config.files import Files, Versions
+from ociregistry.config.files import ConfigFiles, Versions
 
 
 class ConfigInvalid(Exception):
     """A setting is invalid; the message says where it was set and what is wrong with it."""
 
     def __init__(self, message: str, files: Versions = MappingProxyType({})) -> None:
-        """`files` are those that were read until then."""
+        """Describe the setting by `message`; `files` are those that were read until then."""
         super().__init__(message)
         self.files = files
 
@@ -24,7 +24,7 @@ class ConfigInvalid(Exception):
 class Node:
     """A value in the file `path`; errors call it `key`."""
 
-    def __init__(self, files: Files, path: Path, node: yaml.Node | None, key: str = "") -> None:
+    def __init__(self, files: ConfigFiles, path: Path, node: yaml.Node | None, key: str = "") -> None:
         """Wrap a YAML node, None for an empty file; the files that it names are read by `files`."""
         self._files = files
         self._path = path
@@ -32,7 +32,7 @@ class Node:
         self._key = key
 
     @classmethod
-    def read(cls, path: Path, files: Files) -> Node:
+    def read(cls, path: Path, files: ConfigFiles) -> Node:
         """Read and parse a file.
 
         Raises:

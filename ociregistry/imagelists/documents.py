@@ -1,7 +1,7 @@
 """Split YAML and JSON texts into documents, and parse them into values that know their lines.
 
 YAML 1.1 as PyYAML reads it; documents are separated by lines that begin with `---` (YAML 1.2.2, "Document Markers").
-A key that occurs twice has its last value, as in Kubernetes; the others are kept aside of it. Aliases are
+A key that occurs twice has its last value, as in Kubernetes; `Mapping.replaced` has the earlier ones. Aliases are
 references, not copies, so that a small file never becomes a large value. JSON texts may follow one another, as jq and
 kubectl print them.
 """
@@ -271,7 +271,11 @@ def _tag(text: str) -> str:
 
 
 def _put(into: _Open, value: Any, line: int) -> None:
-    """Add the next key or value to a mapping, or the next item to a list."""
+    """Add the next key or value to a mapping, or the next item to a list.
+
+    Raises:
+        DocumentInvalid: a key is not a scalar.
+    """
     if isinstance(into.value, list):
         into.value.append(value)
     elif into.key is None:

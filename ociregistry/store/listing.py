@@ -22,7 +22,7 @@ from ociregistry.store.threads import Threads
 _FRESH = 2.0
 """Seconds for which a listing is given again."""
 _SHARE = 0.05
-"""Of a core, at most: a listing is given again for as long as its making may take no more than that."""
+"""The share of a core that making listings may take: the longer it takes, the longer a listing is given again."""
 
 
 @dataclass(frozen=True, slots=True)

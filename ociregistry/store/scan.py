@@ -318,7 +318,7 @@ class IndexRefresh:
 
     @property
     def seen(self) -> Mapping[str, Signature]:
-        """The files of records that the last scan saw, which is not changed any more, and their signatures."""
+        """The files of records in the last scan, and their signatures; the next scan makes another mapping."""
         return self._known
 
     def record_written(self, record: Record) -> None:

@@ -25,7 +25,7 @@ _EVERY = 60.0
 _SLICE = 0.1
 """Seconds of one slice of a walk."""
 _REST = 9
-"""Times the duration of a slice that pass until the next one, so that a walk takes a tenth of the time at most."""
+"""The pause after a slice as a multiple of its duration, so that a walk takes a tenth of the time at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def health(
         return json_answer(
             200,
             {
-                # Still with status 200: what is cached is served, so nobody should stop asking.
+                # Still with status 200: what is cached is served, so clients should go on asking.
                 "status": "degraded" if reasons else "ok",
                 "reasons": reasons,
                 "version": __version__,

@@ -39,7 +39,7 @@ def page(
     `missing` are the bytes that images lack; `static` is where the files are that the page needs.
     """
     selection = selected.selection
-    # Who looks through the images must not lose what is typed or the place.
+    # A reload would lose what is typed into the search, and the position in the list of images.
     reload = tags.meta(**{"http-equiv": "refresh", "content": str(_RELOADED_EVERY)})
     return tags.html(lang="en")(
         tags.head(
@@ -132,7 +132,7 @@ def _word(status: Status) -> str:
 
 
 def _state(status: Status) -> Tag:
-    """Say in one line how it is."""
+    """Make the line that sums up the status, and the reasons why the daemon is degraded."""
     down = [link for link in status.links if not link.up]
     lacking = status.incomplete
     said = []

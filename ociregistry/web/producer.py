@@ -83,7 +83,7 @@ class SendLimits:
     seldom: Seldom
     """For the log line that file descriptors are lacking."""
     logs_requests: Callable[[], bool]
-    """Tells whether anybody reads the access log."""
+    """Tells whether the access log is written."""
     requests: Requests
     """Counts all answers."""
 

@@ -78,8 +78,8 @@ class HandlerSite(Site):
     ) -> None:
         """Build the resource tree: `handlers` by the first part of the path, `fallback` for all others.
 
-        `patience` is the number of seconds to wait for the next byte of content. `logs_requests` tells whether
-        anybody reads the access log. `guard` sees each request first.
+        `patience` is the number of seconds to wait for the next byte of content. `logs_requests` tells whether the
+        access log is written. `guard` is called with each request before its handler.
         """
         self.in_flight = InFlight()
         self.requests = Requests()

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
-from ociregistry.config.files import Files, FileWatcher, Version, Versions
+from ociregistry.config.files import ConfigFiles, FileWatcher, Version, Versions
 from tests.unit.support.common import REACTOR, on_reactor, texts, turn, until
 
 
@@ -111,7 +111,7 @@ def watch() -> Iterator[Callable[..., Looks]]:
 
 def test_files_that_were_read_are_noted(path: Path, tmp_path: Path) -> None:
     """Also those that could not be read; and with the version before they were read first."""
-    files = Files()
+    files = ConfigFiles()
     assert files.versions == {}
     assert files.read(path) == b"one"
     first = Version.of(path)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ociregistry.config.file import Config, VerifySettings, read_config
-from ociregistry.config.files import Files
+from ociregistry.config.files import ConfigFiles
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import RegistrySettings
 from ociregistry.config.tls import SYSTEM_TRUST
@@ -170,15 +170,15 @@ def test_invalid_yaml_is_refused_with_its_line(path: Path, text: str, line: int)
 
 def test_unreadable_file_is_named(path: Path) -> None:
     with pytest.raises(ConfigInvalid, match=f"^{path}: cannot be read: No such file"):
-        read_config(path, OPTIONS, Files())
+        read_config(path, OPTIONS, ConfigFiles())
     with pytest.raises(ConfigInvalid, match=f"^{path.parent}: cannot be read: Is a directory"):
-        read_config(path.parent, OPTIONS, Files())
+        read_config(path.parent, OPTIONS, ConfigFiles())
 
 
 def test_undecodable_file_is_refused(path: Path) -> None:
     path.write_bytes(b"port: \xff\n")
     with pytest.raises(ConfigInvalid, match="is not UTF-8"):
-        read_config(path, OPTIONS, Files())
+        read_config(path, OPTIONS, ConfigFiles())
     assert "is not YAML" in refusal(path, "port: \x00\n")
 
 
@@ -209,7 +209,7 @@ PLACES = (
 def test_any_text_is_read_or_refused(path: Path, place: str, text: str, end: str) -> None:
     path.write_text(place + text + end, "utf-8", errors="replace")
     try:
-        config = read_config(path, OPTIONS, Files())
+        config = read_config(path, OPTIONS, ConfigFiles())
     except ConfigInvalid as refused:
         why = str(refused)
     else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ociregistry.config.file import read_config
-from ociregistry.config.files import Files
+from ociregistry.config.files import ConfigFiles
 from ociregistry.config.nodes import ConfigInvalid
 from ociregistry.config.registries import Helper, IdentityToken, Login, Mirror, Password, RegistrySettings
 from ociregistry.config.tls import UpstreamTls
@@ -278,6 +278,6 @@ def test_http_mirror_of_secured_upstream_is_refused(path: Path, behind: str, why
     text = "- name: reg.example\n  mirrors: ['http://mirror:5000']\n- name: mirror:5000\n"
     path.write_text(f"{text}  {behind}\n")
     with pytest.raises(ConfigInvalid, match=f"^{path}:2: mirrors: http://mirror:5000: .*{why}"):
-        read_config(path, set(), Files())
+        read_config(path, set(), ConfigFiles())
     path.write_text(f"{text}  scheme: http\n  auth: {{user: u, password: p}}\n")
-    assert len(read_config(path, set(), Files()).registries) == 2
+    assert len(read_config(path, set(), ConfigFiles()).registries) == 2

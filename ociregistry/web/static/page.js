@@ -1,4 +1,4 @@
-// Keeps the page at / fresh: the changing part once a second while somebody looks at it, the images every ten seconds.
+// Keeps the page at / fresh: the changing part every second while it is visible, the images every ten seconds.
 // Without scripts the page reloads itself, and the form and the links do the rest.
 "use strict";
 
@@ -61,7 +61,7 @@ async function list(address) {
     const fresh = await get("images" + query);
     if (mine === asked) show(fresh, "list");
   } catch {
-    // The poll tells.
+    // The next poll shows that the daemon does not answer.
   }
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ociregistry.config.file import Config, read_config
-from ociregistry.config.files import Files
+from ociregistry.config.files import ConfigFiles
 from ociregistry.config.nodes import ConfigInvalid
 
 OPTIONS = {"port", "log_level", "image_path"}
@@ -16,7 +16,7 @@ OPTIONS = {"port", "log_level", "image_path"}
 def read(path: Path, text: str) -> Config:
     """Return the configuration in a file with this text."""
     path.write_text(text, "utf-8")
-    return read_config(path, OPTIONS, Files())
+    return read_config(path, OPTIONS, ConfigFiles())
 
 
 def refusal(path: Path, text: str) -> str:
