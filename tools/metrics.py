@@ -14,8 +14,8 @@ from ociregistry.admin.status import DownloadState, IncompleteImage, IncompleteS
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.settings import DEFAULT_ADMIN_LISTEN
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts
 from ociregistry.store.usage import Usage
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState

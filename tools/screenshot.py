@@ -23,8 +23,8 @@ from ociregistry.admin.status import DownloadState, IncompleteImage, IncompleteS
 from ociregistry.names import Digest
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.listing import ListedImage, Listing, Order
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts
 from ociregistry.store.usage import Usage
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState

@@ -19,8 +19,9 @@ from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.download import Download
 from ociregistry.pullthrough.loader import Preloader, PreloadProgress
 from ociregistry.pullthrough.maintenance import Maintenance, MaintenanceState
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.store import Store
 from ociregistry.store.usage import Usage
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState

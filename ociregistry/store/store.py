@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial as bind
 from pathlib import Path
@@ -16,13 +15,14 @@ from twisted.logger import Logger
 from ociregistry.config.values import USUAL_RESERVE, Reserve
 from ociregistry.errors import Unavailable, is_out_of_descriptors
 from ociregistry.manifests import LARGEST_CONFIG, Manifest
-from ociregistry.names import Digest, ImageReference, Repository, Tag
+from ociregistry.names import Digest, ImageReference, Repository
 from ociregistry.store.blobs import Blobs, StoredBlob
 from ociregistry.store.faults import Faults
 from ociregistry.store.files import Files, is_full, reason
 from ociregistry.store.folders import Folders
 from ociregistry.store.index import Entry, Index
 from ociregistry.store.listing import Images
+from ociregistry.store.lookups import Lookups
 from ociregistry.store.orphans import remove_partials
 from ociregistry.store.partials import Partial
 from ociregistry.store.paths import STAGED_SUFFIX, pulls_folder
@@ -39,16 +39,8 @@ from ociregistry.store.workdir import ControlSocket, PendingImage, PullsFolder, 
 _log = Logger(namespace="ociregistry.store")
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The numbers of records in the store: indexes (`lists`) and image manifests (`images`)."""
-
-    lists: int
-    images: int
-
-
-class Store(Service):
-    """Records, blobs and partials below one folder, and the index of the records in memory."""
+class Store(Lookups, Service):
+    """Records, blobs and partials below one folder; the questions that need no disk are those of `Lookups`."""
 
     def __init__(
         self,
@@ -66,6 +58,7 @@ class Store(Service):
         `reserve` is how much of the disk is always kept free. With `adopts`, the start takes a pulls/<n>/ folder at
         once, together with what ended processes left.
         """
+        super().__init__(Index(now))
         self._adopts = adopts
         self._root = root
         self._now = now
@@ -79,7 +72,6 @@ class Store(Service):
         self.usage = UsageMeter(root, self._threads, clock)
         self._records = RecordFiles(root, self._pulls, self._files, self._space.spend)
         self._pull_times = PullTimes(self._threads)
-        self._index = Index(now)
         self._blobs = Blobs(root, self._threads, clock, self._index.gives)
         self._refresh = IndexRefresh(root, self._index, self._threads, clock)
         self._refresh.on_blobs_gone = self._blobs.removed
@@ -147,11 +139,6 @@ class Store(Service):
         control_socket = ControlSocket(self._pulls.path)
         control_socket.clear()
         return control_socket
-
-    @property
-    def counts(self) -> Counts:
-        """The numbers of records."""
-        return Counts(*self._index.counts())
 
     @property
     def writes_slowly(self) -> bool:
@@ -261,10 +248,6 @@ class Store(Service):
             self._refresh.record_written(record)
         return bool(records)
 
-    def disputed(self, image: ImageReference) -> bool:
-        """Tell whether several records have the tag `image`: a copied one, or one with a wrong date."""
-        return len(self._index.claims(str(image))) > 1
-
     async def restore(
         self,
         manifest: Manifest,
@@ -297,41 +280,11 @@ class Store(Service):
         if record is not None:
             self._refresh.record_written(record)
 
-    def meaning(self, image: ImageReference) -> Digest | None:
-        """Return the manifest that `image` means according to memory, or None; its record may not be readable."""
-        return self._index.resolve(image)
-
-    def entry(self, digest: Digest) -> Entry | None:
-        """Return what memory keeps of the record `digest`, or None if there is no record."""
-        return self._index.get(digest)
-
-    def indexes(self, child: Digest) -> Collection[Digest]:
-        """Return the indexes that name the manifest `child`, directly or through other indexes."""
-        return self._index.indexes(child)
-
-    @property
-    def digests(self) -> Collection[Digest]:
-        """The digests of all records."""
-        return self._index.digests
-
     def watch(self, changed: Callable[[Set[Digest]], object]) -> None:
         """Call `changed` with the digests of records each time they were written, changed or lost, or lost a blob."""
         self._refresh.on_change = changed
 
-    def tags(self, repository: Repository) -> list[Tag]:
-        """Return the tags of `repository` that the cache knows, sorted."""
-        return self._index.tags(repository)
-
     # Blobs
-
-    def size_in(self, repository: Repository, digest: Digest) -> int | None:
-        """Return the size in bytes that the manifests of `repository` give the blob.
-
-        Returns:
-            None when no manifest names the blob, or when manifests give it different sizes.
-        """
-        sizes = self._index.sizes(digest, repository)
-        return sizes.pop() if len(sizes) == 1 else None
 
     async def blob(self, digest: Digest) -> StoredBlob | None:
         """Open a whole blob for reading, or return None on a miss, as `Blobs.open` does.
@@ -422,23 +375,6 @@ class Store(Service):
         }
         lacking = await self._blobs.lacking_each(configs)
         return [digest for digest, entry in entries.items() if entry is None or digest in lacking]
-
-    def repositories(self, manifest: Digest) -> Set[Repository]:
-        """Return the repositories in which a manifest is known."""
-        entry = self._index.get(manifest)
-        return entry.repositories if entry is not None else set()
-
-    def shown_in(self, repository: Repository, manifest: Digest) -> bool:
-        """Tell whether a manifest, or an index that names it, is known in `repository`."""
-        return self._index.shown_in(repository, manifest)
-
-    def uses(self, blob: Digest) -> Mapping[Repository, int]:
-        """Return the repositories with an image that has this blob, and the size in bytes that it gives the blob."""
-        return self._index.uses(blob)
-
-    def naming(self, blob: Digest) -> Mapping[Digest, int]:
-        """Return the manifests that name this blob, and the size in bytes that each gives it."""
-        return self._index.naming(blob)
 
     # Maintenance
 

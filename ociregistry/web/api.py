@@ -24,8 +24,8 @@ from ociregistry.pullthrough.demand import Demand
 from ociregistry.pullthrough.listings import Listings
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.waiting import CacheStatus
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts
 from ociregistry.web.exchange import InMemory, SizeOnly
 from ociregistry.web.hits import Again
 from ociregistry.web.requests import (

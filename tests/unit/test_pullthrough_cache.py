@@ -18,7 +18,8 @@ from ociregistry.pullthrough.cache import FoundBlob, FoundManifest, FoundSize, P
 from ociregistry.pullthrough.waiting import CacheStatus
 from ociregistry.store.blobs import StoredBlob
 from ociregistry.store.files import Files, SharedFile
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.lookups import Counts
+from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.common import failed, image, manifest, on_reactor, texts, until
 from tests.unit.support.registries import MemoryRegistries, downloads_ended

@@ -12,7 +12,8 @@ from ociregistry.manifests import DOCKER_LIST, Manifest
 from ociregistry.names import Digest
 from ociregistry.platforms import ALL, Platform
 from ociregistry.pullthrough.loader import LoadStatus, NullProgress, Outcome, summary
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.lookups import Counts
+from ociregistry.store.store import Store
 from tests.images import make_image, make_index
 from tests.unit.support.common import manifest, on_reactor
 from tests.unit.support.loads import ARM64, Loads, MemoryFetcher, image_of, index_of

@@ -14,9 +14,10 @@ from twisted.logger import LogEvent, LogLevel
 
 from ociregistry.manifests import Manifest
 from ociregistry.names import Digest
+from ociregistry.store.lookups import Counts
 from ociregistry.store.prune import Selection
 from ociregistry.store.records import Dates, Record
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.store import Store
 from tests.images import make_image, make_index
 from tests.unit.support.common import image, manifest, on_reactor, open_descriptors, record, texts, until
 

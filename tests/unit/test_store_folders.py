@@ -13,7 +13,8 @@ from twisted.logger import LogEvent, LogLevel
 from ociregistry.names import Digest
 from ociregistry.store import files
 from ociregistry.store.files import FileReplaced, locked
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.lookups import Counts
+from ociregistry.store.store import Store
 from ociregistry.store.workdir import PendingFiles, PendingImage, find_daemon
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, texts, until

@@ -16,9 +16,10 @@ from ociregistry.names import Digest
 from ociregistry.store import records as recordfiles
 from ociregistry.store import scan
 from ociregistry.store.blobs import BlobFolder
+from ociregistry.store.lookups import Counts
 from ociregistry.store.records import Record
 from ociregistry.store.scan import ForeignFiles, ScanResult, Signature
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.store import Store
 from tests.images import make_image
 from tests.unit.support.common import image, manifest, on_reactor, record, texts, until
 

@@ -15,8 +15,9 @@ from ociregistry.context import FROM_CLIENT
 from ociregistry.names import Digest
 from ociregistry.pullthrough.completion import Completion, Incomplete
 from ociregistry.pullthrough.loader import PreloadProgress
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts, Store
+from ociregistry.store.store import Store
 from ociregistry.web.api import health
 from ociregistry.web.resource import Handler
 from tests.images import make_image

@@ -18,8 +18,8 @@ from twisted.web.http import HTTPChannel
 from ociregistry.concurrency import Event
 from ociregistry.context import FROM_CLIENT, Context
 from ociregistry.pullthrough.completion import Incomplete
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts
 from ociregistry.web.api import V2, health, probe
 from ociregistry.web.exchange import InMemory
 from ociregistry.web.requests import Query

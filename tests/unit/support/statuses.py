@@ -13,8 +13,8 @@ from ociregistry.admin.requests import Requests
 from ociregistry.admin.status import DownloadState, IncompleteImage, IncompleteState, Status
 from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
+from ociregistry.store.lookups import Counts
 from ociregistry.store.space import Room
-from ociregistry.store.store import Counts
 from ociregistry.store.usage import Usage
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
