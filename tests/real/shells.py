@@ -63,14 +63,16 @@ def shell_in(folder: Path, registries: Iterable[Mapping[str, object]] = (), **se
     return Shell(folder, folder / "images", config)
 
 
-def run_process(argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run a process in `folder` to its end."""
+def run_process(
+    argv: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, text: str | None = None
+) -> Ended:
+    """Run a process in `folder` to its end, with `text` in a pipe as its standard input, or none."""
     return subprocess.run(
         argv,
         check=False,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
-        stdin=subprocess.DEVNULL,
+        **({"stdin": subprocess.DEVNULL} if text is None else {"input": text}),
         capture_output=True,
         text=True,
         timeout=_PATIENCE,

@@ -41,7 +41,8 @@ class Terminal:
             if not piece:
                 break
             self.written += piece
-        return self.written.decode()
+        # The last character may not have come whole yet.
+        return self.written.decode(errors="ignore")
 
     def screen(self) -> list[str]:
         """Return the lines that a person sees now; fail where the process writes beyond the screen."""
@@ -61,6 +62,8 @@ class Terminal:
                 case "\n", _:
                     row += 1
                     assert row < self.height, "it scrolls"
+                case _, "A":
+                    row = max(0, row - int(found["count"] or 1))
                 case _, "H":
                     row = column = 0
                 case _, "K":
@@ -81,6 +84,13 @@ class Terminal:
         """Return the screen as soon as it shows something."""
         wait_until(lambda: shows(self.screen()), timeout, what)
         return self.screen()
+
+    def end(self, timeout: float = 120) -> int:
+        """Wait until the process has ended; return its exit status."""
+        # It ends when all that it writes is read.
+        wait_until(lambda: (self.read(), self.process.poll() is not None)[1], timeout, "the end of the process")
+        assert self.process.returncode is not None
+        return self.process.returncode
 
     def interrupt(self) -> int:
         """Type Ctrl-C; return the exit status."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 from tests.client import fetch
 from tests.images import make_image
 from tests.kubernetes_objects import helm_template, kubectl_json, pod
-from tests.processes import ROOT, Daemon, wait_until
-from tests.real.shells import Ended, Shell, blobs_in, digests, shell_in, succeeded
+from tests.processes import Daemon, wait_until
+from tests.real.shells import Ended, Shell, blobs_in, digests, run_process, shell_in, succeeded
 from tests.upstream import ScriptedRegistry
 
 IMAGES = {f"v1.{number}": make_image(f"objects/{number}") for number in range(30)}
@@ -39,16 +37,7 @@ def urls(upstream: ScriptedRegistry) -> list[str]:
 
 def piped(shell: Shell, text: str, *arguments: str) -> Ended:
     """Run a command with `text` in a pipe as its standard input."""
-    return subprocess.run(
-        shell.argv(*arguments),
-        check=False,
-        cwd=shell.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    return run_process(shell.argv(*arguments), shell.folder, text=text)
 
 
 def test_output_of_helm_template_is_loaded(upstream: ScriptedRegistry, shell: Shell) -> None:

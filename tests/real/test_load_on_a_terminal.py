@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import termios
 from pathlib import Path
 
 import pytest
 
 from tests.images import MIB, make_image
-from tests.processes import ROOT
 from tests.real.shells import Shell, blobs_in, digests, shell_in, succeeded
+from tests.real.terminals import on_terminal
 from tests.upstream import ScriptedRegistry
 from tests.upstream_rules import Drip
 
 _WIDTH, _HEIGHT = 160, 40
-_CONTROL = re.compile(r"\x1b\[(?P<count>\d*)(?P<what>[A-Za-z])|(?P<one>[\r\n])|(?P<text>[^\x1b\r\n]+)")
 
 IMAGES = {tag: make_image(f"shown/{tag}", layers=2, layer_size=2 * MIB) for tag in ("one", "two", "three")}
 
@@ -36,57 +29,6 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
     return shell_in(tmp_path, [{"name": upstream.host, "scheme": "http"}], concurrent=2)
 
 
-def on_terminal(argv: list[str], folder: Path) -> tuple[int, str]:
-    """Run a process on a terminal; return its exit status and its output."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", _HEIGHT, _WIDTH, 0, 0))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "LC_ALL": "C.UTF-8"}
-    written = bytearray()
-    with subprocess.Popen(argv, cwd=folder, env=environment, stdin=its, stdout=its, stderr=its) as process:
-        os.close(its)
-        try:
-            while piece := _read(ours):
-                written += piece
-        finally:
-            process.kill()
-            os.close(ours)
-    return process.returncode, written.decode()
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65536)
-    except OSError:  # The process has ended.
-        return b""
-
-
-def screen(written: str) -> list[str]:
-    """Render the output on a sufficiently high terminal; return its lines."""
-    lines: list[list[str]] = [[]]
-    row = column = position = 0
-    while position < len(written):
-        found = _CONTROL.match(written, position)
-        assert found is not None, written[position : position + 20]
-        position = found.end()
-        match found["one"], found["what"]:
-            case "\r", _:
-                column = 0
-            case "\n", _:
-                row += 1
-                lines += [[] for _ in range(row + 1 - len(lines))]
-            case _, "A":
-                row = max(0, row - int(found["count"] or 1))
-            case _, "K":
-                del lines[row][column:]
-            case _, None:
-                lines[row] += [" "] * (column - len(lines[row]))
-                lines[row][column : column + len(found["text"])] = found["text"]
-                column += len(found["text"])
-            case _, other:
-                raise AssertionError(f"unsupported by this terminal: {other!r}")
-    return [line for line in ("".join(cells).rstrip() for cells in lines) if line]
-
-
 def is_result_line(upstream: ScriptedRegistry, line: str) -> bool:
     """Whether this is the final line of an image, as printed into a pipe."""
     name = re.escape(f"{upstream.host}/team/app:")
@@ -94,8 +36,9 @@ def is_result_line(upstream: ScriptedRegistry, line: str) -> bool:
 
 
 def test_terminal_shows_bars_until_the_end(upstream: ScriptedRegistry, shell: Shell) -> None:
-    status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
-    assert status == 1
+    with on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder, _WIDTH, _HEIGHT) as terminal:
+        assert terminal.end() == 1
+        written, lines = terminal.read(), terminal.screen()
     bars = [part for part in re.split("[\r\n]", written) if "%|" in part]
     for name in ("in total", *(f"{upstream.host}/team/app:{tag}" for tag in IMAGES)):
         own = [bar for bar in bars if bar.removeprefix("\x1b[A").startswith(name)]
@@ -106,7 +49,6 @@ def test_terminal_shows_bars_until_the_end(upstream: ScriptedRegistry, shell: Sh
         ), (name, own[:20])
     whole = f"{sum(len(blob.data) for image in IMAGES.values() for blob in image.blobs) / 1e6:.1f}M"
     assert any(bar.startswith("in total") and f"/{whole} [" in bar for bar in bars)
-    lines = screen(written)
     assert sum(is_result_line(upstream, line) for line in lines) == 4, lines
     assert "3 loaded, 0 already there, 1 failed" in lines
     assert "ociregistry: 1 of 4 images could not be loaded" in lines
@@ -117,9 +59,10 @@ def test_terminal_shows_bars_until_the_end(upstream: ScriptedRegistry, shell: Sh
 def test_terminal_shows_no_bar_for_cached_images(upstream: ScriptedRegistry, shell: Shell) -> None:
     (shell.folder / "list").write_text(f"{upstream.host}/team/app:one\n")
     succeeded(shell.run("load", str(shell.folder / "list")))
-    status, written = on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder)
-    assert status == 0
-    assert screen(written) == [
+    with on_terminal(shell.argv("load", str(shell.folder / "list")), shell.folder, _WIDTH, _HEIGHT) as terminal:
+        assert terminal.end() == 0
+        lines = terminal.screen()
+    assert lines == [
         f"already there: {upstream.host}/team/app:one",
         "0 loaded, 1 already there, 0 failed",
     ]

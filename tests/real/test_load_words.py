@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.images import make_image
-from tests.processes import ROOT
-from tests.real.shells import Ended, Shell, assert_one_line, blobs_in, digests, shell_in, succeeded
+from tests.real.shells import Ended, Shell, assert_one_line, blobs_in, digests, run_process, shell_in, succeeded
 from tests.unit.support.archives import named, write_tar
 from tests.upstream import ScriptedRegistry
 
@@ -28,15 +25,7 @@ def shell(upstream: ScriptedRegistry, tmp_path: Path) -> Shell:
 
 def fed(shell: Shell, script: str) -> Ended:
     """Run `load -` in a shell, where `script` says what its standard input is; "$@" is the command."""
-    return subprocess.run(
-        ["bash", "-c", script, "bash", *shell.argv("load", "-")],
-        check=False,
-        cwd=shell.folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    return run_process(["bash", "-c", script, "bash", *shell.argv("load", "-")], shell.folder)
 
 
 def test_names_of_images_are_loaded(upstream: ScriptedRegistry, shell: Shell) -> None:
