@@ -97,13 +97,7 @@ deb: ## build the Debian package, into build/
 	ls ociregistry_*
 
 test-deb: $(VENV)/test.stamp ## test the package on booted Debian 12 and 13 (needs root)
-	if [ $$(id -u) != 0 ]; then
-	    echo >&2 "Containers need root: sudo make test-deb"
-	    exit 1
-	elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
-	    echo "=== SKIPPED: this kernel forbids containers, so the package was not tested"
-	    exit 0
-	fi
+	$(call containers,test-deb,package)
 	$(call need,$(BOOTERS))
 	$(MAKE) --no-print-directory deb
 	$(MAKE) --no-print-directory -j 2 build/bookworm.tar build/trixie.tar
@@ -139,13 +133,7 @@ image: ## build the container image, into build/; ARCH=arm64 for that architectu
 	ls build/ociregistry-*-$(ARCH).*
 
 test-image: $(VENV)/test.stamp ## test the container image in podman and containerd (needs root)
-	if [ $$(id -u) != 0 ]; then
-	    echo >&2 "Containers need root: sudo make test-image"
-	    exit 1
-	elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
-	    echo "=== SKIPPED: this kernel forbids containers, so the image was not tested"
-	    exit 0
-	fi
+	$(call containers,test-image,image)
 	$(call need,$(RUNNERS))
 	$(MAKE) --no-print-directory image
 	PATH="$(TEST_PATH)" $(PYTHON) -m pytest $(JUNIT).xml -m 'not long' tests/image
@@ -282,6 +270,17 @@ endef
 # $(call root,TARGET): fail without root, which containerd needs to unpack images, and tests for network namespaces.
 define root
 [ $$(id -u) = 0 ] || { echo >&2 "Tests against real clients need root: sudo make $(1)"; exit 1; }
+endef
+
+# $(call containers,TARGET,WHAT): end here without root, which containers need, or where the kernel forbids them.
+define containers
+if [ $$(id -u) != 0 ]; then
+    echo >&2 "Containers need root: sudo make $(1)"
+    exit 1
+elif ! unshare --fork --pid --mount --net --mount-proc true 2>/dev/null; then
+    echo "=== SKIPPED: this kernel forbids containers, so the $(2) was not tested"
+    exit 0
+fi
 endef
 
 # $(call need,PACKAGES): install them, or print what to install. Their services are started neither now nor at boot:

@@ -1,23 +1,15 @@
-"""A containerd with its CRI plugin, and a client of that: Debian has no crictl, but a curl with HTTP/2.
-
-The numbers of fields are those of k8s.io/cri-api, runtime/v1/api.proto.
-"""
+"""A containerd with its CRI plugin, and pods in it."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote
 
+from tests.cri import Message, curl, decoded, failure, framed, unframed
 from tests.processes import Server, run
 
-_STATUS = re.compile(r"^grpc-status: ([0-9]+)\s*$", re.MULTILINE)
-_MESSAGE = re.compile(r"^grpc-message: (.*?)\s*$", re.MULTILINE)
 _CONTAINER, _NODE = 1, 2  # whose namespace
 _NAMESPACE = "default"
-
-Message = Mapping[int, "str | int | Message | list[str]"]
 
 
 class NodeContainerd(Server):
@@ -57,22 +49,11 @@ class NodeContainerd(Server):
             RuntimeError: containerd gave an error.
         """
         request, answer = self._folder / "request", self._folder / "answer"
-        encoded = _encoded(message)
-        # gRPC: a byte for "not compressed", and the length.
-        request.write_bytes(b"\0" + len(encoded).to_bytes(4, "big") + encoded)
-        said = run(
-            [
-                *("curl", "--silent", "--show-error", "--max-time", "100", "--http2-prior-knowledge"),
-                *("--unix-socket", str(self._socket), "--header", "Content-Type: application/grpc"),
-                *("--header", "TE: trailers", "--data-binary", f"@{request}", "--dump-header", "-"),
-                *("--output", str(answer), f"http://localhost/runtime.v1.{service}/{method}"),
-            ]
-        ).stdout
-        status = _STATUS.search(said)
-        if status is None or status[1] != "0":
-            why = _MESSAGE.search(said)
-            raise RuntimeError(f"{method}: {unquote(why[1]) if why else said}\n{self.log}")
-        return _decoded(answer.read_bytes()[5:])
+        request.write_bytes(framed(message))
+        said = run(curl(f"{service}/{method}", str(self._socket), str(request), str(answer))).stdout
+        if why := failure(said):
+            raise RuntimeError(f"{method}: {why}\n{self.log}")
+        return unframed(answer.read_bytes())
 
 
 class Pod:
@@ -115,50 +96,6 @@ class Pod:
         self._node.call("RuntimeService", "RemovePodSandbox", {1: self._sandbox})
 
 
-def _encoded(message: Message) -> bytes:
-    """Encode a message of protobuf."""
-    encoded = b""
-    for number, value in message.items():
-        if isinstance(value, int):
-            encoded += _varint(number << 3) + _varint(value)
-            continue
-        for each in value if isinstance(value, list) else [value]:
-            content = each.encode() if isinstance(each, str) else _encoded(each)
-            encoded += _varint(number << 3 | 2) + _varint(len(content)) + content
-    return encoded
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-def _decoded(message: bytes) -> dict[int, list[bytes | int]]:
-    """Return the fields of a message of protobuf, which has numbers and texts only."""
-    fields: dict[int, list[bytes | int]] = {}
-    octets = iter(message)
-    for octet in octets:
-        key = _number(octets, octet)
-        value: bytes | int = _number(octets, next(octets))
-        if key & 7 == 2:
-            assert isinstance(value, int)
-            value = bytes(next(octets) for _ in range(value))
-        fields.setdefault(key >> 3, []).append(value)
-    return fields
-
-
-def _number(octets: Iterator[int], octet: int) -> int:
-    value, shift = octet & 127, 7
-    while octet & 128:
-        octet = next(octets)
-        value |= (octet & 127) << shift
-        shift += 7
-    return value
-
-
 def _text(fields: Mapping[int, list[bytes | int]], number: int) -> str:
     (value,) = fields[number]
     assert isinstance(value, bytes)
@@ -168,4 +105,4 @@ def _text(fields: Mapping[int, list[bytes | int]], number: int) -> str:
 def _fields(fields: Mapping[int, list[bytes | int]], number: int) -> dict[int, list[bytes | int]]:
     (value,) = fields[number]
     assert isinstance(value, bytes)
-    return _decoded(value)
+    return decoded(value)
