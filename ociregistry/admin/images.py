@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ociregistry.store.listing import ListedImage, Listing, Order
@@ -66,17 +66,29 @@ class Selected:
     @property
     def pages(self) -> int:
         """The number of pages, at least one."""
-        return max(1, -(-self.found // ROWS))
+        return _pages(self.found)
 
 
 def select(listing: Listing, selection: Selection) -> Selected:
     """Return the page of `listing` that `selection` says, or the last one if there are fewer."""
     images = listing.orders[selection.order]
-    words = selection.search.lower().split()
-    # Names of repositories are in lower case; tags may have capitals.
-    found = [one for one in images if all(word in one.url.lower() for word in words)] if words else images
-    pages = max(1, -(-len(found) // ROWS))
-    page = min(max(1, selection.page), pages)
+    found = _found(images, selection.search) if selection.search else images
+    page = min(max(1, selection.page), _pages(len(found)))
     first = (page - 1) * ROWS
     rows = found[::-1][first : first + ROWS] if selection.descending else found[first : first + ROWS]
     return Selected(selection.on(page), rows, len(found), len(images))
+
+
+def _found(images: Sequence[ListedImage], search: str) -> Sequence[ListedImage]:
+    # Each word once: this runs in the reactor's thread, and a store may have 10,000 images.
+    words = dict.fromkeys(search.lower().split())
+    # Names of repositories are in lower case; tags may have capitals.
+    return [one for one in images if _contains(one.url.lower(), words)]
+
+
+def _contains(url: str, words: Iterable[str]) -> bool:
+    return all(word in url for word in words)
+
+
+def _pages(found: int) -> int:
+    return max(1, -(-found // ROWS))

@@ -41,6 +41,26 @@ def test_search_is_for_each_word_in_any_case() -> None:
     assert urls(of, search=".*") == []
 
 
+class Searched(str):
+    """An image URL in lower case that counts the searches in it."""
+
+    searches = 0
+
+    def lower(self) -> Searched:
+        return self
+
+    def __contains__(self, word: str) -> bool:  # type: ignore[override]  # as that of str
+        self.searches += 1
+        return super().__contains__(word)
+
+
+def test_repeated_word_is_looked_for_once() -> None:
+    """A search runs in the reactor's thread, over 10,000 images."""
+    url = Searched("quay.io/team/app:1")
+    assert urls(listing(url), search="app APP " * 20 + "team") == [url]
+    assert url.searches == 2
+
+
 def test_sort_by_each_column() -> None:
     of = listing("b:1", "c:1", "a:1")
     assert urls(of) == urls(of, sort="url") == ["a:1", "b:1", "c:1"]

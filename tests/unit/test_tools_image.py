@@ -161,7 +161,7 @@ def test_status_lists_what_is_kept() -> None:
 
 def test_files_of_packages_that_are_not_required_are_left_out(root: Root) -> None:
     files = kept(root)
-    paths = {path for path, file in files.items() if not file.folder}
+    paths = {path for path, file in files.items() if not file.is_folder}
     assert {"usr/bin/python3", "usr/lib/libc.so.6", "lib", "etc/passwd", "usr/share/doc/python3/copyright"} <= paths
     assert f"{OURS}/__pycache__/core.cpython-311.pyc" in paths
     assert not {"usr/bin/dpkg", "usr/bin/pydoc3", "etc/resolv.conf", "usr/share/man/man1/python3.1.gz"} & paths

@@ -53,7 +53,7 @@ class File:
     target: str = ""
 
     @property
-    def folder(self) -> bool:
+    def is_folder(self) -> bool:
         """Whether it is a folder."""
         return self.kind == tarfile.DIRTYPE
 
@@ -137,7 +137,7 @@ def dated(files: Iterable[File]) -> Iterator[File]:
 
 def divided(files: Mapping[str, File], own: Collection[str]) -> tuple[list[File], list[File]]:
     """Return the files that change with our package, whose files are `own`, and the others."""
-    contents = {path for path, file in files.items() if not file.folder}
+    contents = {path for path, file in files.items() if not file.is_folder}
     ours = {path for path in contents if path in {STATUS, PLUGINS} or path in own or _source(path) in own} | {STORE}
     ours |= _parents(ours) - _parents(contents - ours)
     return [files[path] for path in ours], [file for path, file in files.items() if path not in ours]
