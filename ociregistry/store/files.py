@@ -136,10 +136,10 @@ _STALE_PAUSE = 0.05
 """Seconds."""
 
 
-def _until_known(read: Callable[[], T], is_stale: Callable[[Exception], bool]) -> T:
-    """Call `read` again while it fails because of what the machine remembers of a file, for 2.5 s at most.
+def _retry_stale(read: Callable[[], T], is_stale: Callable[[Exception], bool]) -> T:
+    """Call `read` again while it fails because a cached attribute of the file is stale, for 2.5 s at most.
 
-    NFS and FUSE remember for a second or two where a name led, and how large a file was, although another machine may
+    NFS and FUSE cache for a second or two where a name leads, and how large a file is, although another machine may
     have replaced the file meanwhile, or another thread have written more.
     """
     deadline = time.monotonic() + _STALE_FOR
@@ -163,7 +163,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> SharedFile:
         FileNotFoundError: there is none.
         OSError: it cannot be opened; ELOOP for a symbolic link, and ENXIO for anything else that is no regular file.
     """
-    descriptor, _ = _until_known(lambda: _open_regular(path, flags), _is_stale_name)
+    descriptor, _ = _retry_stale(lambda: _open_regular(path, flags), _is_stale_name)
     return SharedFile(descriptor)
 
 
@@ -214,18 +214,18 @@ def send_file(to: int, descriptor: int, offset: int, count: int) -> int:
     return sent
 
 
-def send_known(to: int, descriptor: int, offset: int, count: int) -> int:
-    """Send bytes as `send_file` does, of which one at least is known to be in the file. Blocks.
+def send_written(to: int, descriptor: int, offset: int, count: int) -> int:
+    """Send bytes as `send_file` does, of which one at least was written, maybe on another machine. Blocks.
 
     Raises:
         EOFError: the file ends at `offset` nevertheless: it was cut.
         OSError: as for `send_file`.
     """
-    return _until_known(lambda: send_file(to, descriptor, offset, count), lambda error: isinstance(error, EOFError))
+    return _retry_stale(lambda: send_file(to, descriptor, offset, count), lambda error: isinstance(error, EOFError))
 
 
-def read_known(descriptor: int, count: int, offset: int) -> bytes:
-    """Read at most `count` bytes at `offset` of a file, one of which at least is known to be there. Blocks.
+def read_written(descriptor: int, count: int, offset: int) -> bytes:
+    """Read at most `count` bytes at `offset` of a file, of which one at least was written. Blocks.
 
     Returns:
         No bytes, if the file ends at `offset` nevertheless: it was cut.
@@ -240,7 +240,7 @@ def read_known(descriptor: int, count: int, offset: int) -> bytes:
         return data
 
     try:
-        return _until_known(read, lambda error: isinstance(error, EOFError))
+        return _retry_stale(read, lambda error: isinstance(error, EOFError))
     except EOFError:
         return b""
 
@@ -260,7 +260,7 @@ def read_regular(path: Path | str, largest: int = sys.maxsize) -> bytes:
     except OSError as error:
         if not _is_stale_name(error):
             raise
-        return _until_known(lambda: _read_regular(path, largest), _is_stale_name)
+        return _retry_stale(lambda: _read_regular(path, largest), _is_stale_name)
 
 
 def _read_regular(path: Path | str, largest: int) -> bytes:

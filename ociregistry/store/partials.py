@@ -30,8 +30,8 @@ from ociregistry.store.files import (
     is_at,
     is_full,
     is_of_the_file,
-    read_known,
     read_regular,
+    read_written,
 )
 from ociregistry.store.paths import note_path, temporary
 from ociregistry.store.space import Space
@@ -344,7 +344,7 @@ class Partial:
         self.length += count
 
     def _hash_more(self) -> None:
-        data = read_known(self._file.fileno(), _SLICE, self._hashed)
+        data = read_written(self._file.fileno(), _SLICE, self._hashed)
         if not data:
             raise DigestMismatch(f"the file ends at byte {self._hashed} of {self.length}")
         self._hasher.update(data)

@@ -17,7 +17,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.threadpool import ThreadPool
 
-from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_known, send_file, send_known
+from ociregistry.store.files import SharedFile, SocketCopy, close_descriptor, read_written, send_file, send_written
 from ociregistry.store.pagecache import is_resident, read_at_once
 
 _log = Logger(namespace="ociregistry.store")
@@ -193,7 +193,7 @@ class Threads:
         if got := read_at_once(descriptor, buffer, offset):
             del buffer[got:]
             return succeed(bytes(buffer))
-        return self.read_file(path, lambda: read_known(descriptor, count, offset), leases=(file.lease(),))
+        return self.read_file(path, lambda: read_written(descriptor, count, offset), leases=(file.lease(),))
 
     def send_at(self, file: SharedFile, path: Path, offset: int, count: int, to: int) -> Deferred[int]:
         """Send at most `count` of the bytes at `offset` of `file`, opened at `path`, to the socket `to`.
@@ -213,7 +213,7 @@ class Threads:
         socket = SocketCopy(to)
         return self.read_file(
             path,
-            lambda: send_known(socket.fileno(), descriptor, offset, count),
+            lambda: send_written(socket.fileno(), descriptor, offset, count),
             leases=(file.lease(), socket),
         )
 

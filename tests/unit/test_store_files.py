@@ -18,10 +18,10 @@ from ociregistry.store.files import (
     lock,
     locked,
     open_regular,
-    read_known,
     read_regular,
+    read_written,
     send_file,
-    send_known,
+    send_written,
 )
 from tests.unit.support.common import open_descriptors
 
@@ -191,11 +191,11 @@ def test_bytes_that_are_known_to_be_there_are_waited_for(tmp_path: Path, monkeyp
     path.write_bytes(b"content")
     file = open_regular(path)
     stale = StaleSize(monkeypatch, 2)
-    assert read_known(file.fileno(), 10, 3) == b"tent"
+    assert read_written(file.fileno(), 10, 3) == b"tent"
     stale.left = 2
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert send_known(ours.fileno(), file.fileno(), 3, 10) == 4
+        assert send_written(ours.fileno(), file.fileno(), 3, 10) == 4
         assert theirs.recv(10) == b"tent"
     file.release()
 
@@ -205,10 +205,10 @@ def test_file_that_was_cut_ends_early_all_the_same(tmp_path: Path, monkeypatch: 
     path.write_bytes(b"content")
     monkeypatch.setattr(files_module, "_STALE_FOR", 0.2)
     file = open_regular(path)
-    assert read_known(file.fileno(), 10, 7) == b""
+    assert read_written(file.fileno(), 10, 7) == b""
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(EOFError):
-        send_known(ours.fileno(), file.fileno(), 7, 10)
+        send_written(ours.fileno(), file.fileno(), 7, 10)
     file.release()
 
 
