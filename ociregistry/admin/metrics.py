@@ -110,12 +110,12 @@ DEFINITIONS: tuple[Definition | HistogramDefinition, ...] = (
     ),
     Definition(
         "ociregistry_degraded",
-        "1 while the store does not work as promised, or a link is down although something from it is wanted.",
+        "1 while the store does not work as it should, or a link is down although something from it is wanted.",
         _one(lambda s: bool(s.reasons)),
     ),
     Definition(
         "ociregistry_store_faults",
-        "Reasons for which the store does not work as promised, as /health tells them.",
+        "Faults for which the store does not work as it should, as /health tells them.",
         _one(lambda s: len(s.faults)),
     ),
     Definition(

@@ -80,7 +80,7 @@ class Status:
     stopping: bool
     """Whether only requests in flight are still answered."""
     reasons: Sequence[str]
-    """Why the daemon does not work as promised: faults of the store, and links that are down although something from
+    """Why the daemon does not work as it should: faults of the store, and links that are down although something from
     them is wanted. Empty if it does."""
     listeners: Sequence[str]
     air_gapped: bool

@@ -1,4 +1,4 @@
-"""Why a store does not work as promised, in sentences for the operator."""
+"""Why a store does not work as it should, in sentences for the operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a store does not work as promised: told while it lasts, and no longer."""
+"""Why a store does not work as it should: told while it lasts, and no longer."""
 
 from __future__ import annotations
 
