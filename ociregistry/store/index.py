@@ -106,14 +106,9 @@ def newest(claims: Sequence[Claim], now: datetime) -> Digest:
 
 
 class Index:
-    """The entries of all records.
-
-    `changes` grows with every change of the content, and when blobs were removed: an answer from the index and the
-    blobs stays right while it is the same.
-    """
+    """The entries of all records."""
 
     def __init__(self, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self.changes = 0
         self._now = now
         self._entries: dict[Digest, Entry] = {}
         self._claims: dict[str, list[Claim]] = {}
@@ -136,7 +131,6 @@ class Index:
             if before == entry:
                 return
             self._remove(digest, before)
-        self.changes += 1
         self._entries[digest] = entry
         for url, dates in entry.images.items():
             insort(self._claims.setdefault(url, []), (dates.confirmed, digest))
@@ -153,12 +147,7 @@ class Index:
         """Remove the record `digest`, if it is there."""
         entry = self._entries.get(digest)
         if entry is not None:
-            self.changes += 1
             self._remove(digest, entry)
-
-    def blobs_removed(self) -> None:
-        """Note that blobs were removed from the store."""
-        self.changes += 1
 
     def _remove(self, digest: Digest, entry: Entry) -> None:
         del self._entries[digest]

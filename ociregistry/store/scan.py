@@ -389,7 +389,6 @@ class IndexRefresh:
                 self._put(digest_of(path), entry)
         self._known = result.seen
         if result.blobs_gone:
-            self._index.blobs_removed()
             self.on_blobs_gone(result.blobs_gone)
         for blob in result.blobs_gone:
             self._changed.update(self._index.naming(blob))

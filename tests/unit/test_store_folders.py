@@ -182,10 +182,12 @@ def test_lock_that_was_removed_while_it_was_waited_for(tmp_path: Path, monkeypat
 
 
 @on_reactor
-async def test_removed_blob_changes_the_index(store: Store, root: Path, clock: Clock) -> None:
-    """Answers that hold the open file are then out of date."""
+async def test_removed_blob_is_told(store: Store, root: Path, clock: Clock) -> None:
+    """The store then closes the file, so that answers which hold it are out of date."""
     await kept(store)
     await looked(clock, lambda: store._refresh._blobs._names)
-    before = store._index.changes
+    gone: list[Digest] = []
+    store._refresh.on_blobs_gone = gone.extend
     (root / "blobs" / LAYER.hex).unlink()
-    await looked(clock, lambda: store._index.changes > before)
+    await looked(clock, lambda: gone)
+    assert gone == [LAYER]

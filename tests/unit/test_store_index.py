@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
 from hypothesis import given
@@ -140,38 +139,6 @@ def test_counts_of_indexes_and_images() -> None:
     index.put(C, entry({}))
     assert index.counts() == (1, 2)
     assert len(index) == 3
-
-
-def test_every_change_is_counted() -> None:
-    index = Index()
-    seen = [index.changes]
-
-    def counts(work: Callable[[], None]) -> bool:
-        """Return whether the work was counted; the count never falls."""
-        work()
-        assert index.changes >= seen[-1]
-        seen.append(index.changes)
-        return seen[-1] > seen[-2]
-
-    url = "quay.io/app:1"
-    assert counts(lambda: index.put(A, entry({url: 1}, {LAYER: 5})))
-    assert counts(lambda: index.put(B, entry({url: 1})))
-    # A confirmation, a new URL, and whether it is wanted.
-    assert counts(lambda: index.put(A, entry({url: 2}, {LAYER: 5})))
-    assert counts(lambda: index.put(A, entry({url: 2, "quay.io/app:2": 2}, {LAYER: 5})))
-    assert counts(lambda: index.put(B, replace(entry({url: 1}), wanted=False)))
-    assert counts(lambda: index.drop(A))
-
-
-def test_equal_entries_and_lookups_are_not_counted_as_changes() -> None:
-    index = Index()
-    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
-    before = index.changes
-    index.put(A, entry({"quay.io/app:1": 1}, {LAYER: 5}))
-    index.drop(B)
-    index.resolve(image("quay.io/app:1"))
-    index.indexes(A)
-    assert index.changes == before
 
 
 def test_lookup_of_a_tag_is_independent_of_its_claims() -> None:
