@@ -13,6 +13,7 @@ from ociregistry import __version__
 from ociregistry.admin.errors import LoggedError, RecentErrors
 from ociregistry.admin.rates import Rates, seconds_left
 from ociregistry.admin.requests import Requests
+from ociregistry.config.values import printable
 from ociregistry.names import Digest, Repository
 from ociregistry.pullthrough.cache import PullThrough
 from ociregistry.pullthrough.completion import Completion, Incomplete
@@ -166,7 +167,7 @@ class StatusReader:
             reasons=tuple(reasons(faults, links, incomplete)),
             listeners=tuple(self._server.addresses()),
             air_gapped=self._air_gapped,
-            store=self._path,
+            store=printable(self._path),
             records=self._store.counts,
             usage=self._store.usage.latest,
             disk=self._store.room,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Iterable
 
+from ociregistry.config.values import printable
 from ociregistry.names import Digest
 from ociregistry.store.blobs import Blobs
 from ociregistry.store.folders import Folders
@@ -71,7 +72,7 @@ class Faults:
             _damaged("blob", (one.hex for one in self._blobs.lost if self._index.sizes(one)), _LOST),
             _damaged("file", (one.hex for one in self._in_place), "damaged, and cannot be moved to bad/"),
         )
-        return [sentence for sentence in found if sentence]
+        return [printable(sentence) for sentence in found if sentence]
 
 
 _LOST = "damaged and could not be fetched again"

@@ -123,8 +123,8 @@ async def test_full_disk(store: Store, clock: Clock) -> None:
 
 @pytest.mark.parametrize("part", ["_folders", "_refresh", "_space"])
 def test_what_the_parts_cannot_do(store: Store, part: str) -> None:
-    getattr(store, part).why = "/store: why"
+    getattr(store, part).why = "/store/\udcff: why"
     (sentence,) = store.faults.sentences
-    assert sentence.endswith(": /store: why")
+    assert sentence.endswith(r": /store/\udcff: why"), "a path that is not UTF-8"
     getattr(store, part).why = ""
     assert store.faults.sentences == []
