@@ -270,6 +270,21 @@ def test_small_terminal_does_not_scroll(watch: Callable[..., Watched], tmp_path:
         assert terminal.interrupt() == 0
 
 
+def test_watch_on_a_dumb_terminal_is_plain(watch: Callable[..., Watched], tmp_path: Path) -> None:
+    argv = command(watch().daemon, "--watch")
+    with on_terminal(argv, tmp_path, 80, 24, {"TERM": "dumb"}) as terminal:
+        wait_until(lambda: terminal.read().count("ociregistry ") == 2, SOON, "the second look")
+        assert terminal.interrupt() == 0
+        assert "\x1b" not in terminal.read()
+
+
+@pytest.mark.parametrize("options", [(), ("--json",), ("--watch",), ("--watch", "--json")])
+def test_closed_standard_output(watch: Callable[..., Watched], options: tuple[str, ...]) -> None:
+    daemon = watch().daemon
+    done = run(["sh", "-c", 'exec "$@" >&-', "sh", *command(daemon, *options)], check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "ociregistry: cannot print: the standard output is closed\n")
+
+
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_watch_in_a_pipe_is_plain(watch: Callable[..., Watched], options: tuple[str, ...]) -> None:
     """One look after the other, or a JSON document a line."""
