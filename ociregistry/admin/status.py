@@ -57,7 +57,7 @@ class IncompleteState(Incomplete):
 
     seconds_left: int | None = None
     """Until all missing bytes are here, if all that comes from upstreams are such bytes. None as for a download, and
-    while a link that bytes are wanted from is down."""
+    while a link that bytes are wanted from is down, or the disk has no room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class StatusReader:
         found = self._completion.incomplete
         # Blobs count as missing until they are complete.
         here = sum(download.length for download in self._cache.in_flight.values())
-        waits = any(link.wanted for link in links)
+        waits = self._store.faults.has_no_room or any(link.wanted for link in links)
         left = None if waits else seconds_left(max(0, found.bytes - here), self._rates.all)
         return IncompleteState(found.images, found.bytes, found.pending, found.indexes, left)
 

@@ -186,6 +186,22 @@ def test_full_disk(tmp_path: Path, watch: Callable[..., Watched]) -> None:
         watched.daemon.terminate()
 
 
+def test_image_that_does_not_fit(tmp_path: Path, watch: Callable[..., Watched]) -> None:
+    """The disk is not full, but the image will not be here, however fast the link is."""
+    with small_disk(tmp_path / "disk", 24 * MIB) as disk:
+        watched = watch(image_path=disk.path / "images")
+        watched.pull()
+        watched.upstream.add("team/large", make_image("large", layers=1, layer_size=30 * MIB), "1")
+        assert watched.ask(repository="team/large") == 200
+        watched.wait(lambda told: told["status"] == "degraded", "it is refused")
+        assert not watched.told["disk"]["full"]
+        assert watched.told["incomplete"]["seconds_left"] is None
+        done = watched.status()
+        assert done.returncode == 1
+        assert "! the disk has no room for a download of 31.5 MB: beside the reserve" in " ".join(done.stdout.split())
+        watched.daemon.terminate()
+
+
 def test_damage_that_cannot_be_repaired(watch: Callable[..., Watched]) -> None:
     """As the schedule of verification says, one is due when the daemon starts again."""
     watched = watch(settings={"verify": {"every": "1h"}})
