@@ -169,7 +169,8 @@ def _figures(status: Status, now: datetime) -> Tag:
     sent = sum(tally.bytes for _, _, tally in requests.tallies())
     received = sum(status.received.values())
     limit, window = status.bandwidth.limit, status.bandwidth.window
-    stored = f"{status.records.images:,} images, {status.records.lists:,} lists"
+    stored = f"{_grouped(status.records.images, 'image')}, {_grouped(status.records.lists, 'list')}"
+    pulled = f"{_grouped(hits, 'hit')}, {_grouped(misses, 'miss', 'misses')}, {failed:,} failed"
     room = "full: only the reserve is left" if disk.full else f"{size_text(disk.reserve)} kept free"
     used = f"{size_text(disk.size - disk.free)} of {size_text(disk.size)} used"
     return tags.section(id="figures")(
@@ -177,7 +178,7 @@ def _figures(status: Status, now: datetime) -> Tag:
         tags.dl(
             _figure("Store", "measuring" if status.usage is None else size_text(status.usage.bytes), stored),
             _figure("Disk free", size_text(disk.free), room, _bar(disk.size - disk.free, disk.size, used)),
-            _figure("Pulls", share, f"{hits:,} hits, {misses:,} misses, {failed:,} failed"),
+            _figure("Pulls", share, pulled),
             _figure("Received", size_text(received), f"{size_text(sent)} sent to clients"),
             _figure("Bandwidth", "no limit" if limit is None else _rate(limit), window or "at all times"),
             _figure(
@@ -187,6 +188,11 @@ def _figures(status: Status, now: datetime) -> Tag:
             ),
         ),
     )
+
+
+def _grouped(number: int, one: str, many: str = "") -> str:
+    """Format a number of things, with its digits in groups of three."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 def _figure(name: str, value: str, more: str, bar: str | Tag = "") -> Tag:

@@ -23,6 +23,7 @@ from ociregistry.pullthrough.loader import PreloadProgress
 from ociregistry.pullthrough.maintenance import MaintenanceState
 from ociregistry.store.listing import ListedImage, Listing, Order
 from ociregistry.store.space import Room
+from ociregistry.store.store import Counts
 from ociregistry.upstream.bandwidth import BandwidthLimit
 from ociregistry.upstream.breaker import LinkState
 from ociregistry.web.page import image_list, live, page
@@ -122,12 +123,13 @@ def test_figures() -> None:
     text = shown(
         requests=requests, disk=Room(10_000_000, 2_500_000, 100, full=False), bandwidth=BandwidthLimit(250_000.0)
     ).text
-    assert "75 % hits 3 hits, 1 misses, 2 failed" in text
+    assert "75 % hits 3 hits, 1 miss, 2 failed" in text
     assert "Disk free 2.5 MB 7.5 MB of 10.0 MB used 100 B kept free" in text
     assert "Store 1.2 kB 3 images, 2 lists" in text
     assert "Received 12 B 6.0 MB sent to clients" in text
     assert "250.0 kB/s at all times" in text
     assert "Up for 26 h 0 min 3 requests in flight" in text
+    assert "Store 1.2 kB 1 image, 1,000 lists" in shown(records=Counts(lists=1000, images=1)).text
     text = shown(usage=None, disk=Room(500, 0, 100, full=True), bandwidth=BandwidthLimit(None, "08:00-18:00")).text
     assert "full: only the reserve is left" in text
     assert "Store measuring" in text
