@@ -91,9 +91,14 @@ def test_daemon_that_is_well(watch: Callable[..., Watched]) -> None:
     assert re.fullmatch(rf"ociregistry {re.escape(__version__)}: well, up \d+ s", lines[0])
     assert "missing   nothing" in lines
     assert re.search(rf"^  up    {watched.upstream.host} for \d+ s$", done.stdout, re.MULTILINE)
-    assert re.search(
-        r"^answers   0 hits, 4 misses, 0 errors, 2\.\d MB sent, 2\.\d MB received$", done.stdout, re.MULTILINE
+    # The completion of the image may be faster than the client.
+    found = re.search(
+        r"^answers   (\d) hits?, (\d) miss(?:es)?, 0 errors, 2\.\d MB sent, 2\.\d MB received$",
+        done.stdout,
+        re.MULTILINE,
     )
+    assert found is not None
+    assert int(found[1]) + int(found[2]) == 4
     # By the same code as at the admin listener.
     by_command = json.loads(watched.status("--json").stdout)
     assert by_command.keys() == watched.told.keys()
